@@ -1,0 +1,82 @@
+"""The block model: four layers of the real shapes with random weights, to time engine steps on."""
+
+import json
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.weights import trunk_tensors
+from qwen3next_plugin.mtp.weights import mtp_tensors
+
+CONFIG = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "dtype": "bfloat16",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 1e7,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+    },
+    "attention_bias": False,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "intermediate_size": 5120,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def block_model(folder: Path) -> Path:
+    """Write the block model into `folder` unless it is there; 3.7 GB with its MTP head."""
+    done = folder / "config.json"
+    if done.exists() and json.loads(done.read_text()) == CONFIG:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Qwen3NextConfig.from_hf(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    shapes = trunk_tensors(config) | mtp_tensors(config)
+    tensors = {
+        name: _random(name, shape, generator)
+        for name, shape in track(sorted(shapes.items()), description="writing the block model")
+    }
+    save_file(tensors, folder / "model.safetensors")
+    done.write_text(json.dumps(CONFIG, indent=2))
+    return folder
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Values in the range of a trained model's, so that routing and gates do real work."""
+    if name.endswith("A_log"):
+        return torch.empty(shape).uniform_(0, 2.5, generator=generator)
+    if name.endswith("linear_attn.norm.weight"):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    std = 0.02 if len(shape) > 1 else 0.1
+    return torch.randn(shape, generator=generator).mul_(std).to(torch.bfloat16)

@@ -1,0 +1,93 @@
+"""Turn measured figures into docs/performance.md and its picture."""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+DOCS = Path(__file__).parent.parent / "docs"
+Table = dict[str, dict[str, float]]
+
+
+def machine() -> dict[str, str]:
+    """What a reader must know of the machine that gave the figures."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "processor": next(
+            (line.split(": ")[1] for line in lines if line.startswith("model name")),
+            platform.processor(),
+        ),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "instruction sets": ", ".join(flag for flag in wanted if flag in flags),
+        "torch": torch.__version__,
+    }
+
+
+def write(results: Path) -> None:
+    """Write the page and the picture from a JSON of results."""
+    data = json.loads(results.read_text())
+    picture(data["engines"], DOCS / "performance.svg")
+    (DOCS / "performance.md").write_text(page(data))
+
+
+def page(data: dict) -> str:
+    """The Markdown page."""
+    host = "; ".join(f"{name}: {value}" for name, value in data["machine"].items())
+    parts = [
+        "# Performance\n",
+        "```console\n$ make bench\n```\n",
+        "Plugin and upstream alternate in one run, each in its own process; nothing is printed "
+        "unless both compute the same log-probabilities. Every figure below is from one run.\n",
+        f"Machine: {host}.\n",
+        "## Engine steps\n",
+        "The block model: the released model's layer shapes (hidden 2048, 16/32 linear heads of "
+        "128, 16/2 attention heads of 256), 4 layers, 64 experts top-10, vocabulary 151,936, "
+        "bf16, random weights. A ratio above 1 is in the plugin's favour.\n",
+        "![upstream and plugin](performance.svg)\n",
+        markdown({k: v for k, v in data["engines"].items() if "memory" not in k}),
+        "## Memory\n",
+        markdown({k: v for k, v in data["engines"].items() if "memory" in k}),
+        "## Start-up\n",
+        "`vllm serve --enforce-eager` on the shipped checkpoint.\n",
+        markdown({"until ready": data["startup"]}),
+        "## Kernels\n",
+        "Real shapes, against the operators that upstream calls on this machine.\n",
+        markdown(data["kernels"]),
+    ]
+    notes = DOCS / "performance-notes.md"
+    if notes.exists():
+        parts.append(notes.read_text())
+    return "\n".join(parts)
+
+
+def markdown(table: Table) -> str:
+    """One Markdown table; the columns are all the keys that occur."""
+    columns = list(dict.fromkeys(key for row in table.values() for key in row))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in table.items():
+        cells = [f"{row[key]:.4g}" if key in row else "" for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(table: Table, path: Path) -> None:
+    """Bars of how many times faster than upstream each step is."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    rows = {name: row["ratio"] for name, row in table.items() if "GB" not in str(row)}
+    rows = {name: ratio for name, ratio in rows.items() if ratio}
+    figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 0.8), layout="constrained")
+    bars = axes.barh(list(rows), list(rows.values()), color="#4c72b0")
+    axes.bar_label(bars, fmt="%.2f×", padding=3)
+    axes.axvline(1, color="#333333", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("times upstream's speed")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -1,0 +1,97 @@
+"""One engine in its own process, timed step by step; answers JSON lines on its standard output.
+
+Run by `benchmarks.engines`; the plugin is on or off by QWEN3NEXT_DISABLE of its environment.
+"""
+
+import json
+import os
+import random
+import resource
+import sys
+import time
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine here, so that steps can be timed
+
+from vllm import LLM, SamplingParams
+
+VOCABULARY = 151936
+
+
+class Engine:
+    """vLLM's engine with a stop-watch around `step`."""
+
+    def __init__(self, **flags: Any) -> None:
+        self.llm = LLM(skip_tokenizer_init=True, disable_log_stats=True, **flags)
+        self.engine = self.llm.llm_engine
+        self.random = random.Random(0)
+        self.count = 0
+
+    def decode(self, batch: int, steps: int) -> list[float]:
+        """Milliseconds of each of `steps` decode (or verify) steps of `batch` requests."""
+        for _ in range(batch):
+            self._add(self._prompt(32), 8 * (steps + 4))
+        times: list[float] = []
+        for _ in range(steps + 3):  # the first steps prefill, and drafts set in
+            start = time.perf_counter()
+            self.engine.step()
+            times.append(1e3 * (time.perf_counter() - start))
+        self._abort()
+        return times[3:]
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens per second of one fresh prompt of `tokens` tokens."""
+        self._add(self._prompt(tokens), 1)
+        start = time.perf_counter()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return tokens / (time.perf_counter() - start)
+
+    def logprobs(self, lengths: list[int]) -> list[list[float]]:
+        """Log-probability of every prompt token but the first, of prompts that all engines share."""
+        shared = random.Random(1)
+        prompts = [[shared.randrange(2, VOCABULARY) for _ in range(n)] for n in lengths]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        return [
+            [entry[token].logprob for token, entry in zip(prompt, output.prompt_logprobs) if entry]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    def peak_memory(self) -> float:
+        """GB of resident memory at its highest."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return [self.random.randrange(2, VOCABULARY) for _ in range(tokens)]
+
+    def _add(self, prompt: list[int], max_tokens: int) -> None:
+        self.count += 1
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+        self.engine.add_request(str(self.count), {"prompt_token_ids": prompt}, params)
+
+    def _abort(self) -> None:
+        self.engine.abort_request([str(i) for i in range(1, self.count + 1)])
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def main() -> None:
+    """Answer {"call": name, ...arguments} with {"result": ...}, a line each."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM logs to standard output
+    engine = Engine(**json.loads(sys.argv[1]))
+    print(json.dumps({"result": "ready"}), file=answers)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        result = getattr(engine, arguments.pop("call"))(**arguments)
+        print(json.dumps({"result": result}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

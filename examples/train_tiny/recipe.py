@@ -1,0 +1,141 @@
+"""The training recipe, one function or class for each of its parts, with its source."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    Qwen3NextRMSNorm,
+    Qwen3NextRMSNormGated,
+    Qwen3NextTopKRouter,
+)
+
+from .architecture import TinyQwen3Next
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the recipe; the three switches are what the ablations turn off."""
+
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.04  # as a part of the whole run, like the decay
+    decay: float = 0.3
+    clip: float = 1.0
+    mtp_weight: float = 0.3
+    mtp_depths: int = 3
+    balance_weight: float = 0.01
+    global_balance: bool = True
+    norm_decay: bool = True
+
+
+def normalise_router_rows(model: nn.Module) -> None:
+    """Give every expert's router row the same norm, so that none is favoured at the start.
+
+    Source: Qwen3-Next's announcement, "normalize the parameters of the MoE router at initialization".
+    """
+    for module in model.modules():
+        if isinstance(module, Qwen3NextTopKRouter):
+            module.weight.data = F.normalize(module.weight.data, dim=-1)
+
+
+class RouterTap:
+    """Collects the router logits of every MoE layer that runs, in order."""
+
+    def __init__(self, model: nn.Module):
+        self.logits: list[Tensor] = []
+        for module in model.modules():
+            if isinstance(module, Qwen3NextTopKRouter):
+                module.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: tuple, outputs: tuple) -> None:
+        self.logits.append(outputs[0])
+
+    def take(self) -> list[Tensor]:
+        """The logits [T, E] since the last call."""
+        taken, self.logits[:] = list(self.logits), []
+        return taken
+
+
+class Balance:
+    """Load-balancing loss E·Σ_e f_e·p_e whose f counts the whole global batch.
+
+    f_e is the share of the step's tokens routed to expert e so far, summed over its micro-batches;
+    p_e the mean probability in this one. With `across=False` f is the micro-batch's own, the usual
+    loss. Source: Qiu et al., "Demons in the Detail" (2025), section 3, with its buffer of counts.
+    """
+
+    def __init__(self, across: bool):
+        self.across = across
+        self.counts: list[Tensor] = []
+
+    def reset(self) -> None:
+        """Forget the counts: a new step begins."""
+        self.counts = []
+
+    def loss(self, logits: list[Tensor], top_k: int) -> Tensor:
+        """Mean over the layers, for one micro-batch; logits are one [T, E] a layer."""
+        counts = [expert_counts(x, top_k) for x in logits]
+        if self.across:
+            counts = [a + b for a, b in zip(self.counts, counts)] if self.counts else counts
+            self.counts = counts
+        pairs = zip(counts, logits)
+        return torch.stack([balance_term(c, x, top_k) for c, x in pairs]).mean()
+
+
+def expert_counts(logits: Tensor, top_k: int) -> Tensor:
+    """Tokens that each expert gets: [T, E] → [E]."""
+    chosen = logits.detach().topk(top_k, dim=-1).indices
+    return torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).float()
+
+
+def balance_term(counts: Tensor, logits: Tensor, top_k: int) -> Tensor:
+    """E·Σ_e f_e·p_e of one layer; 1 when the experts share the tokens evenly."""
+    f = counts / counts.sum()
+    return logits.shape[-1] * (f * logits.float().softmax(-1).mean(0)).sum()
+
+
+def head_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of the shared head: hidden [B, T, D], head [E, D], targets [B, T]."""
+    logits = F.linear(hidden, head).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def mtp_losses(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, depths: int, loss) -> list[Tensor]:
+    """The joint multi-step loss: the same layer on its own output, as a server drafts.
+
+    Depth d at position i predicts token i+d+1. Source: Qwen3-Next's announcement, "multi-step
+    training that maintains consistency between training and inference", and DeepSeek-V3, 2.2.
+    """
+    T, head = hidden.shape[1], model.trunk.lm_head.weight
+    drafts = model.drafts(ids, hidden, depths)
+    return [loss(h, head, ids[:, d + 1 : d + 1 + T]) for d, h in enumerate(drafts, start=1)]
+
+
+def decay_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
+    """AdamW's groups: matrices and zero-centred norm weights decay, per-head gate scalars do not.
+
+    Source: Qwen3-Next's announcement, "zero-centered RMSNorm … with weight decay on norm weights".
+    The gated norm of the linear layers is not zero-centred: decay would pull its scale to nothing.
+    """
+    norms = Qwen3NextRMSNorm if recipe.norm_decay else ()
+    decayed, kept = [], []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            matrix = parameter.dim() > 1
+            centred = isinstance(module, norms) and not isinstance(module, Qwen3NextRMSNormGated)
+            (decayed if matrix or centred else kept).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(progress: float, recipe: Recipe) -> float:
+    """Warm-up, stable, cosine decay to a fiftieth; progress runs from 0 to 1."""
+    if progress < recipe.warmup:
+        return recipe.learning_rate * (progress + 1e-3) / (recipe.warmup + 1e-3)
+    into_decay = max(0.0, (progress - 1 + recipe.decay) / recipe.decay)
+    return recipe.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, into_decay))))

@@ -1,0 +1,131 @@
+#include "ops.h"
+#include "step.h"
+
+namespace Q3N_LEVEL {
+namespace {
+
+constexpr int64_t kWidth = 4;
+constexpr int64_t kHistory = kWidth - 1;
+constexpr int64_t kBlock = 64;  // tokens a tile convolves
+
+// One contiguous run of channels, all tokens: a head of q, k or v.
+template <class T>
+struct Segment {
+  const T* in;
+  int64_t token_stride, channel, channels;
+};
+
+template <class T, class W>
+struct Conv {
+  const W* weight;  // [C, 4]
+  T* pages;         // [slots, 3 + W, C]
+  T* out;           // [T, C]
+  int64_t C, page_stride, row_stride, window;
+
+  T* page_row(const Row& row, int64_t i) const {
+    return pages + row.slot * page_stride + i * row_stride;
+  }
+
+  // The input `back` tokens before the row's first, zero before the sequence began.
+  f32v history(const Row& row, int64_t back, int64_t channel, int64_t lanes) const {
+    if (row.fresh()) return f32v{};
+    return load(page_row(row, row.committed + kHistory - back) + channel, lanes);
+  }
+
+  void convolve(const Row& row, const Segment<T>& s, int64_t first, int64_t last) const {
+    for_vectors(s.channels, [&](int64_t i, int64_t lanes) {
+      const int64_t channel = s.channel + i;
+      const T* in = s.in + row.begin * s.token_stride + i;
+      f32v interleaved[kWidth], taps[kWidth], x[kWidth];
+      for (int64_t j = 0; j < kWidth; ++j) {
+        const int64_t left = std::max<int64_t>(0, std::min<int64_t>(kLanes, kWidth * lanes - j * kLanes));
+        interleaved[j] = load(weight + kWidth * channel + j * kLanes, left);
+      }
+      deinterleave(interleaved, taps);
+      for (int64_t j = 0; j < kHistory; ++j) {
+        const int64_t t = first - kHistory + j;
+        x[j] = t < 0 ? history(row, -t, channel, lanes) : load(in + t * s.token_stride, lanes);
+      }
+      T* result = out + (row.begin + first) * C + channel;
+      for (int64_t t = first; t < last; ++t, result += C) {
+        x[3] = load(in + t * s.token_stride, lanes);
+        const f32v y = fma(x[3], taps[3], fma(x[2], taps[2], fma(x[1], taps[1], x[0] * taps[0])));
+        store(result, silu(y), lanes);
+        x[0] = x[1], x[1] = x[2], x[2] = x[3];
+      }
+    });
+  }
+
+  // A short row keeps the history before it and its own inputs, a long one its last three inputs.
+  void advance_page(const Row& row, const Segment<T>& s) const {
+    const int64_t kept = row.tokens <= window ? 0 : row.tokens;  // tokens the history moves past
+    for_vectors(s.channels, [&](int64_t i, int64_t lanes) {
+      const int64_t channel = s.channel + i;
+      const T* in = s.in + row.begin * s.token_stride + i;
+      f32v x[kHistory];
+      for (int64_t j = 0; j < kHistory; ++j) {
+        const int64_t t = kept - kHistory + j;
+        x[j] = t < 0 ? history(row, -t, channel, lanes) : load(in + t * s.token_stride, lanes);
+      }
+      for (int64_t j = 0; j < kHistory; ++j) store(page_row(row, j) + channel, x[j], lanes);
+      for (int64_t t = kept; t < row.tokens; ++t) {
+        store(page_row(row, kHistory + t) + channel, load(in + t * s.token_stride, lanes), lanes);
+      }
+    });
+  }
+};
+
+template <class T>
+void zero_tokens(T* out, int64_t begin, int64_t end, int64_t C) {
+  std::memset(static_cast<void*>(out + begin * C), 0, (end - begin) * C * sizeof(T));
+}
+
+}  // namespace
+
+Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
+                     Tensor query_start_loc, Tensor slot, Tensor context_len) {
+  const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2);
+  const int64_t C = conv_.size(2), W = conv_.size(1) - kHistory;
+  const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, W);
+  struct Tile {
+    const Row* row;
+    int64_t first, last;
+  };
+  std::vector<Tile> tiles;
+  std::vector<const Row*> blocked;  // rows whose page other tiles read: advanced afterwards
+  for (const Row& row : rows) {
+    for (int64_t t = 0; t == 0 || t < row.tokens; t += kBlock) {
+      tiles.push_back({&row, t, std::min(t + kBlock, row.tokens)});
+    }
+    if (row.tokens > kBlock) blocked.push_back(&row);
+  }
+  Tensor out = torch::stable::new_empty(q, {T, C});
+  with_dtypes(q, weight, [&]<class A, class WT>(A, WT) {
+    const Conv<A, WT> conv{read<WT>(weight), write<A>(conv_),  write<A>(out), C,
+                           conv_.stride(0),  conv_.stride(1), W};
+    const auto segment = [&](int64_t i) -> Segment<A> {
+      const int64_t part = i / H, h = i % H;
+      if (part == 0) return {read<A>(q) + h * q.stride(1), q.stride(0), h * K, K};
+      if (part == 1) return {read<A>(k) + h * k.stride(1), k.stride(0), (H + h) * K, K};
+      return {read<A>(v) + h * v.stride(1), v.stride(0), 2 * H * K + h * R, R};
+    };
+    int64_t covered = 0;
+    for (const Row& row : rows) {
+      zero_tokens(conv.out, covered, row.begin, C);
+      covered = row.begin + row.tokens;
+    }
+    zero_tokens(conv.out, covered, T, C);
+    parallel(tiles.size() * 3 * H, 8, [&](int64_t i) {
+      const Tile& tile = tiles[i / (3 * H)];
+      const Segment<A> s = segment(i % (3 * H));
+      conv.convolve(*tile.row, s, tile.first, tile.last);
+      if (tile.row->tokens <= kBlock) conv.advance_page(*tile.row, s);
+    });
+    parallel(blocked.size() * 3 * H, 64, [&](int64_t i) {
+      conv.advance_page(*blocked[i / (3 * H)], segment(i % (3 * H)));
+    });
+  });
+  return out;
+}
+
+}  // namespace Q3N_LEVEL

@@ -1,0 +1,82 @@
+#include "chunked.h"
+#include "ops.h"
+
+namespace Q3N_LEVEL {
+namespace {
+
+std::vector<float> to_floats(const Tensor& t) {
+  std::vector<float> values(t.numel());
+  with_dtype(t, [&]<class W>(W) {
+    std::copy_n(read<W>(t), values.size(), values.begin());
+  });
+  return values;
+}
+
+template <class T>
+void zero_uncovered(T* out, const std::vector<Row>& rows, int64_t tokens, int64_t width) {
+  int64_t covered = 0;
+  const auto zero = [&](int64_t end) {
+    std::memset(static_cast<void*>(out + covered * width), 0, (end - covered) * width * sizeof(T));
+  };
+  for (const Row& row : rows) {
+    zero(row.begin);
+    covered = row.begin + row.tokens;
+  }
+  zero(tokens);
+}
+
+}  // namespace
+
+Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
+                        Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor decay_,
+                        Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len) {
+  const Dims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
+  std::vector<Row> short_rows, long_rows;
+  const auto rows = checked_rows(query_start_loc, slot, context_len, span_, d.T, d.W);
+  for (const Row& row : rows) (row.tokens <= d.W ? short_rows : long_rows).push_back(row);
+  std::vector<float> rate = to_floats(A_log), bias = to_floats(dt_bias);
+  std::vector<float> g(d.T * d.HV), beta(d.T * d.HV);
+  for (float& x : rate) x = -std::exp(x);
+  Tensor out = torch::stable::new_empty(v, {d.T, d.HV, d.V});
+  with_dtype(q, [&]<class T>(T) {
+    const Inputs<T> in{d,
+                       read<T>(q),
+                       read<T>(k),
+                       read<T>(v),
+                       read<T>(a),
+                       read<T>(b),
+                       {q.stride(0), q.stride(1)},
+                       {k.stride(0), k.stride(1)},
+                       {v.stride(0), v.stride(1)},
+                       {a.stride(0), a.stride(1)},
+                       {b.stride(0), b.stride(1)},
+                       write<T>(out),
+                       g.data(),
+                       beta.data()};
+    parallel(d.T, 16, [&](int64_t t) { gates(in, t, rate.data(), bias.data()); });
+    zero_uncovered(in.out, rows, d.T, d.HV * d.V);
+    const auto run = [&]<class S>(S) {
+      const Pages<S> pages{d,
+                           write<S>(state_),
+                           write<float>(key_),
+                           write<float>(u_),
+                           write<float>(decay_),
+                           write<int32_t>(span_),
+                           state_.stride(0),
+                           key_.stride(0),
+                           u_.stride(0),
+                           decay_.stride(0),
+                           span_.stride(0)};
+      run_short(in, pages, short_rows);
+      run_long(in, pages, long_rows);
+    };
+    if (state_.scalar_type() == ScalarType::Float) {
+      run(float{});
+    } else {
+      run(bf16{});
+    }
+  });
+  return out;
+}
+
+}  // namespace Q3N_LEVEL

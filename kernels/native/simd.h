@@ -1,0 +1,199 @@
+// Vectors of floats at the instruction set this translation unit is compiled for.
+// With the microkernels, the only place with intrinsics. Everything lives in Q3N_LEVEL, one
+// namespace per instruction set, so that no inline function is shared between two of them.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace Q3N_LEVEL {
+
+using bf16 = torch::headeronly::BFloat16;
+using fp16 = torch::headeronly::Half;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float f32v __attribute__((vector_size(4 * kLanes)));
+typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline f32v splat(float x) { return x - f32v{}; }
+
+// a * b + c, rounded once where the machine can. -ffp-contract=off keeps every other
+// expression as written, so that equal inputs give equal bits wherever a formula is inlined.
+inline f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Sum over the lanes, in one fixed order.
+inline float sum(f32v v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+inline f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline f32v load(const bf16* p) {
+  u16v bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (f32v)(__builtin_convertvector(bits, u32v) << 16);
+}
+
+inline f32v load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (f32v)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  f32v v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+
+// The bits of v rounded to bf16 (nearest even), in the upper half of each lane.
+inline u32v round_to_bf16(f32v v) {
+  const u32v bits = (u32v)v;
+  const u32v rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return v == v ? rounded : bits | 0x400000;
+}
+
+inline void store(bf16* p, f32v v) {
+  const u16v bits = __builtin_convertvector(round_to_bf16(v) >> 16, u16v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline void store(fp16* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = fp16(v[i]);
+#endif
+}
+
+// The masked tail: the first n lanes, zeros beyond.
+template <class T>
+inline f32v load(const T* p, int64_t n) {
+  if (n == kLanes) return load(p);
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store(T* p, f32v v, int64_t n) {
+  if (n == kLanes) return store(p, v);
+  T padded[kLanes];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+// Calls f(offset, lanes) over [0, n): full vectors, then one masked tail.
+template <class F>
+inline void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, static_cast<int64_t>(kLanes));
+  if (i < n) f(i, n - i);
+}
+
+template <int kOffset, int kStep, int... I>
+inline f32v every(f32v a, f32v b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (kOffset + kStep * I)...);
+}
+
+// Splits four vectors of interleaved quadruples: taps[j][i] = element 4 i + j.
+inline void deinterleave(const f32v (&x)[4], f32v (&taps)[4]) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  const f32v even0 = every<0, 2>(x[0], x[1], lanes), odd0 = every<1, 2>(x[0], x[1], lanes);
+  const f32v even1 = every<0, 2>(x[2], x[3], lanes), odd1 = every<1, 2>(x[2], x[3], lanes);
+  taps[0] = every<0, 2>(even0, even1, lanes), taps[2] = every<1, 2>(even0, even1, lanes);
+  taps[1] = every<0, 2>(odd0, odd1, lanes), taps[3] = every<1, 2>(odd0, odd1, lanes);
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Cephes' polynomial: 2 ulp on [-87.3, 88], clamped beyond.
+inline f32v exp(f32v x) {
+  x = x < -87.3f ? splat(-87.3f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
+  const f32v n = (x * 1.44269504f + kRound) - kRound;
+  const f32v r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+  f32v p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  return (f32v)((i32v)p + (__builtin_convertvector(n, i32v) << 23));
+}
+
+inline f32v sigmoid(f32v x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline f32v silu(f32v x) { return x / (1.0f + exp(-x)); }
+
+// log(1 + exp(x)) = max(x, 0) + log1p(y), y = exp(-|x|), log1p(y) = 2 atanh(y / (2 + y)).
+inline f32v softplus(f32v x) {
+  const f32v y = exp(x < 0.0f ? x : -x);
+  const f32v s = y / (2.0f + y), s2 = s * s;
+  f32v p = splat(1.0f / 15);
+  for (float odd : {13.0f, 11.0f, 9.0f, 7.0f, 5.0f, 3.0f, 1.0f}) p = fma(p, s2, splat(1.0f / odd));
+  return (x > 0.0f ? x : f32v{}) + 2.0f * s * p;
+}
+
+// Sum of squares of x[0..n).
+template <class T>
+inline float sum_of_squares(const T* x, int64_t n) {
+  f32v total{};
+  for_vectors(n, [&](int64_t i, int64_t lanes) {
+    const f32v v = load(x + i, lanes);
+    total = fma(v, v, total);
+  });
+  return sum(total);
+}
+
+}  // namespace Q3N_LEVEL

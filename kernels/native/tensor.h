@@ -1,0 +1,58 @@
+// Tensors seen by a kernel: dispatch on dtype, raw pointers, loops on torch's thread pool.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace Q3N_LEVEL {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls f with a value of the tensor's element type.
+template <class F>
+inline void with_dtype(const Tensor& t, F&& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(bf16{});
+    case ScalarType::Half:
+      return f(fp16{});
+    default:
+      STD_TORCH_CHECK(false, "unsupported dtype");
+  }
+}
+
+// Calls f with a value of x's element type and one of weight's: fp32 or that of x.
+template <class F>
+inline void with_dtypes(const Tensor& x, const Tensor& weight, F&& f) {
+  with_dtype(x, [&](auto value) {
+    if (weight.scalar_type() == ScalarType::Float) return f(value, float{});
+    f(value, value);
+  });
+}
+
+template <class T>
+inline const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+inline T* write(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f(i) for i in [0, n), at least `grain` of them a thread.
+template <class F>
+inline void parallel(int64_t n, int64_t grain, F&& f) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+}  // namespace Q3N_LEVEL

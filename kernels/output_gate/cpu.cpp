@@ -1,0 +1,22 @@
+#include "ops.h"
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+
+void output_gate(Tensor x_, Tensor gate) {
+  const int64_t T = x_.size(0), H = x_.size(1), D = x_.size(2);
+  const int64_t token_stride = gate.stride(0), head_stride = gate.stride(1);
+  with_dtype(x_, [&]<class A>(A) {
+    A* xs = write<A>(x_);
+    const A* gates = read<A>(gate);
+    parallel(T * H, 1 + 16384 / (D + 1), [&](int64_t i) {
+      A* x = xs + i * D;
+      const A* g = gates + i / H * token_stride + i % H * head_stride;
+      for_vectors(D, [&](int64_t d, int64_t lanes) {
+        store(x + d, load(x + d, lanes) * sigmoid(load(g + d, lanes)), lanes);
+      });
+    });
+  });
+}
+
+}  // namespace Q3N_LEVEL

@@ -1,0 +1,66 @@
+#include "ops.h"
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+namespace {
+
+// out = RoPE(x * rsqrt(mean x^2 + eps) * (1 + weight)); x1, x2 are the halves of the rotated part.
+template <class T, class W, class C>
+void normalise_rotate(T* out, const T* x, const W* weight, const C* cos_sin, int64_t D,
+                      int64_t rotary, float eps) {
+  const f32v scale = splat(1.0f / std::sqrt(sum_of_squares(x, D) / D + eps));
+  const auto normed = [&](int64_t i, int64_t lanes) {
+    return load(x + i, lanes) * scale * (1.0f + load(weight + i, lanes));
+  };
+  const int64_t half = rotary / 2;
+  for_vectors(half, [&](int64_t i, int64_t lanes) {
+    const f32v x1 = normed(i, lanes), x2 = normed(half + i, lanes);
+    const f32v cos = load(cos_sin + i, lanes), sin = load(cos_sin + half + i, lanes);
+    store(out + i, x1 * cos - x2 * sin, lanes);
+    store(out + half + i, x2 * cos + x1 * sin, lanes);
+  });
+  for_vectors(D - rotary, [&](int64_t i, int64_t lanes) {
+    store(out + rotary + i, normed(rotary + i, lanes), lanes);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_weight,
+                                        Tensor cos_sin, Tensor positions, int64_t num_heads,
+                                        int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
+                                        double eps) {
+  const int64_t T = qkv.size(0), stride = qkv.stride(0), D = head_dim;
+  const int64_t cos_sin_stride = cos_sin.stride(0), max_position = cos_sin.size(0);
+  const int64_t heads = num_heads + num_kv_heads;
+  const int64_t* position = read<int64_t>(positions);
+  for (int64_t t = 0; t < T; ++t) {
+    STD_TORCH_CHECK(0 <= position[t] && position[t] < max_position, "token ", t, ": position ",
+                    position[t], " is not one of ", max_position, " in cos_sin");
+  }
+  Tensor q = torch::stable::new_empty(qkv, {T, num_heads * D});
+  Tensor k = torch::stable::new_empty(qkv, {T, num_kv_heads * D});
+  with_dtypes(qkv, q_weight, [&]<class A, class W>(A, W) {
+    with_dtypes(qkv, cos_sin, [&]<class C>(A, C) {
+      const A* rows = read<A>(qkv);
+      const W *qw = read<W>(q_weight), *kw = read<W>(k_weight);
+      const C* table = read<C>(cos_sin);
+      A *qs = write<A>(q), *ks = write<A>(k);
+      parallel(T * heads, 1 + 16384 / (D + 1), [&](int64_t i) {
+        const int64_t t = i / heads, h = i % heads, kv = h - num_heads;
+        const C* angles = table + position[t] * cos_sin_stride;
+        const A* row = rows + t * stride;
+        if (kv < 0) {
+          normalise_rotate(qs + (t * num_heads + h) * D, row + h * 2 * D, qw, angles, D, rotary_dim,
+                           static_cast<float>(eps));
+        } else {
+          normalise_rotate(ks + (t * num_kv_heads + kv) * D, row + (2 * num_heads + kv) * D, kw,
+                           angles, D, rotary_dim, static_cast<float>(eps));
+        }
+      });
+    });
+  });
+  return {q, k};
+}
+
+}  // namespace Q3N_LEVEL

@@ -1,0 +1,47 @@
+#include "ops.h"
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+namespace {
+
+// residual += x, rounded to its dtype.
+template <class T>
+void add_to(T* residual, const T* x, int64_t D) {
+  for_vectors(D, [&](int64_t i, int64_t lanes) {
+    store(residual + i, load(residual + i, lanes) + load(x + i, lanes), lanes);
+  });
+}
+
+template <class T, class W>
+void normalise(T* out, const T* x, const W* weight, int64_t D, float eps) {
+  const f32v scale = splat(1.0f / std::sqrt(sum_of_squares(x, D) / D + eps));
+  for_vectors(D, [&](int64_t i, int64_t lanes) {
+    store(out + i, load(x + i, lanes) * scale * (1.0f + load(weight + i, lanes)), lanes);
+  });
+}
+
+}  // namespace
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_) {
+  const int64_t T = x.size(0), D = x.size(1), stride = x.stride(0);
+  const int64_t residual_stride = residual_ ? residual_->stride(0) : 0;
+  Tensor out = torch::stable::new_empty(x, {T, D});
+  with_dtypes(x, weight, [&]<class A, class W>(A, W) {
+    const A* xs = read<A>(x);
+    const W* w = read<W>(weight);
+    A* residuals = residual_ ? write<A>(*residual_) : nullptr;
+    A* outs = write<A>(out);
+    parallel(T, 1 + 16384 / (D + 1), [&](int64_t t) {
+      const A* row = xs + t * stride;
+      if (residuals) {
+        A* residual = residuals + t * residual_stride;
+        add_to(residual, row, D);
+        row = residual;
+      }
+      normalise(outs + t * D, row, w, D, static_cast<float>(eps));
+    });
+  });
+  return out;
+}
+
+}  // namespace Q3N_LEVEL

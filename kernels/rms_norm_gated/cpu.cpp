@@ -1,0 +1,35 @@
+#include "ops.h"
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+namespace {
+
+template <class T, class W>
+void normalise_gated(T* out, const T* x, const T* z, const W* weight, int64_t V, float eps) {
+  const f32v scale = splat(1.0f / std::sqrt(sum_of_squares(x, V) / V + eps));
+  for_vectors(V, [&](int64_t i, int64_t lanes) {
+    const f32v normed = load(x + i, lanes) * scale * load(weight + i, lanes);
+    store(out + i, normed * silu(load(z + i, lanes)), lanes);
+  });
+}
+
+}  // namespace
+
+Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
+  const int64_t T = x.size(0), H = x.size(1), R = x.size(2), V = x.size(3);
+  const auto xs = x.strides(), zs = z.strides();
+  Tensor out = torch::stable::new_empty(x, {T, H * R * V});
+  with_dtypes(x, weight, [&]<class A, class W>(A, W) {
+    const A *x0 = read<A>(x), *z0 = read<A>(z);
+    const W* w = read<W>(weight);
+    A* outs = write<A>(out);
+    parallel(T * H * R, 1 + 16384 / (V + 1), [&](int64_t i) {
+      const int64_t r = i % R, h = i / R % H, t = i / R / H;
+      normalise_gated(outs + i * V, x0 + t * xs[0] + h * xs[1] + r * xs[2],
+                      z0 + t * zs[0] + h * zs[1] + r * zs[2], w, V, static_cast<float>(eps));
+    });
+  });
+  return out;
+}
+
+}  // namespace Q3N_LEVEL

@@ -1,0 +1,45 @@
+"""The MTP head's share of a checkpoint: names, shapes, and whether it is there at all."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.weights import CheckpointError, decoder_layer_tensors
+
+PREFIX = "mtp."
+
+
+def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the MTP head; embedding and lm_head are the trunk's."""
+    D = config.hidden_size
+    tensors = {
+        "mtp.fc.weight": (D, 2 * D),
+        "mtp.pre_fc_norm_embedding.weight": (D,),
+        "mtp.pre_fc_norm_hidden.weight": (D,),
+        "mtp.norm.weight": (D,),
+    }
+    for i in range(config.num_nextn_predict_layers):
+        layer = decoder_layer_tensors(config, "full_attention", is_moe=config.num_experts > 0)
+        tensors |= {f"mtp.layers.{i}.{name}": shape for name, shape in layer}
+    return tensors
+
+
+def require_mtp(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass all tensors on; refuse a checkpoint that has no `mtp.*` tensor.
+
+    Raises:
+        CheckpointError: when the last tensor has passed and none was the MTP head's.
+    """
+    found = False
+    for name, tensor in weights:
+        found = found or name.startswith(PREFIX)
+        yield name, tensor
+    if not found:
+        raise CheckpointError(
+            "MTP was asked for and the checkpoint has no mtp.* tensors (a save through "
+            "transformers drops them): serve without --speculative-config, or use the released "
+            "checkpoint"
+        )

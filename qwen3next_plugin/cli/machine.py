@@ -1,0 +1,44 @@
+"""What the machine offers: cores, memory, and the processor flags that the kernels ask for."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """This machine as this process may use it."""
+
+    architecture: str
+    cores: int
+    memory_bytes: int
+    flags: tuple[str, ...]
+
+
+def machine() -> Machine:
+    """Look at the machine; a container's memory limit counts where it is lower."""
+    return Machine(platform.machine(), _cores(), _memory_bytes(), _flags())
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_bytes() -> int:
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in map(Path, CGROUP_LIMITS):
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def _flags() -> tuple[str, ...]:
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return tuple(flag for flag in FLAGS if flag in words)

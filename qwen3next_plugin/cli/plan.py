@@ -1,0 +1,151 @@
+"""`qwen3next plan`: what a model, a context length and a draft length cost, and what fits."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from qwen3next_plugin.cli.machine import machine
+from qwen3next_plugin.cli.memory import GIB, Flags, Plan, gib, make_plan
+from qwen3next_plugin.cli.sizes import DTYPES, parameters, part_of, tensor_bytes
+from qwen3next_plugin.config import (
+    ConfigError,
+    Qwen3NextConfig,
+    check_num_speculative_tokens,
+    read_config,
+)
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json alone will do.")],
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a request. [default: the model's]")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = 16,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="MTP draft length, 1 to 8. [default: no drafts]")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Activations, KV and weights; auto: the checkpoint's."),
+    ] = "auto",
+    state_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="The recurrent state; as --mamba-ssm-cache-dtype."),
+    ] = "float32",
+    prefix_caching: Annotated[bool, typer.Option(help="As the engine's own flag.")] = True,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GiB that one rank may use. [default: the machine's, shared out]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
+) -> None:
+    """Say what a model costs in memory, and how many requests fit beside its weights."""
+    if num_speculative_tokens is not None:
+        check_num_speculative_tokens(num_speculative_tokens)
+    raw = read_config(model)
+    config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
+    flags = Flags(
+        max_model_len=_max_model_len(config, max_model_len),
+        max_num_seqs=max_num_seqs,
+        num_speculative_tokens=num_speculative_tokens or 0,
+        dtype=_served_dtype(raw) if dtype == "auto" else dtype,
+        state_dtype=state_dtype,
+        prefix_caching=prefix_caching,
+        memory=int(memory * GIB) if memory is not None else machine().memory_bytes // tp,
+    )
+    sizes, source = tensor_bytes(model, config, flags.dtype)
+    result = make_plan(config, _loaded(sizes, drafts=bool(num_speculative_tokens)), flags)
+    counts = parameters(config)
+    mtp = sum(n for name, n in counts.items() if part_of(name) == "MTP")
+    facts = {
+        "weights_from": source,
+        "parameters": sum(counts.values()) - mtp,
+        "parameters_mtp": mtp,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts | _as_dict(result), indent=2))
+    else:
+        _print(model, config, result, facts)
+    if not result.concurrency:
+        raise typer.Exit(1)
+
+
+def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
+    rope, limit = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] == "yarn":
+        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    if asked is not None and asked > limit:
+        raise ConfigError(
+            f"--max-model-len {asked} is beyond the model's {limit} positions; lower it, or extend"
+            " the model with YaRN (a complete rope_parameters in config.json)"
+        )
+    return asked or limit
+
+
+def _served_dtype(raw: Mapping[str, Any]) -> str:
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype = {dtype!r}: give --dtype {', '.join(DTYPES)}")
+    return dtype
+
+
+def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
+    if drafts and not any(part_of(name) == "MTP" for name in sizes):
+        raise ConfigError(
+            "the checkpoint has no mtp.* tensors: leave --num-speculative-tokens out, or fetch a"
+            " checkpoint that kept its MTP layer"
+        )
+    return {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
+
+
+# printing ---------------------------------------------------------------------------------------
+
+
+def _as_dict(p: Plan) -> dict[str, Any]:
+    derived = ("blocks", "blocks_per_request", "state_bytes_per_slot", "concurrency", "bound")
+    return asdict(p) | {name: getattr(p, name) for name in derived}
+
+
+def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{model.resolve().name}: {facts['parameters'] / 1e9:.2f} B parameters"
+        f" + {facts['parameters_mtp'] / 1e9:.2f} B MTP, on each of {config.tp_size} rank(s)",
+        caption=f"weights from {facts['weights_from']}; activations need memory beside all this",
+    )
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    table.add_column("", justify="right")
+
+    def row(what: str, nbytes: int, note: str = "") -> None:
+        table.add_row(what, f"{nbytes:,}", note or gib(nbytes))
+
+    for part, nbytes in p.weights.items():
+        if nbytes:
+            row(f"weights: {part}", nbytes)
+    row("[bold]weights[/]", sum(p.weights.values()))
+    table.add_section()
+    for part, nbytes in p.state_page.items():
+        row(f"state page: {part}", nbytes, "one layer, one slot")
+    row("[bold]state of a slot[/]", p.state_bytes_per_slot, f"{p.linear_layers} linear layers")
+    row("[bold]KV of a token[/]", p.kv_bytes_per_token, "attention layers, drafter too")
+    table.add_section()
+    row("block", p.block_bytes, f"{p.block_tokens} tokens, or one state page a layer")
+    row(
+        f"[bold]request of {p.flags.max_model_len:,} tokens[/]",
+        p.blocks_per_request * p.block_bytes,
+        f"{p.blocks_per_request} blocks, {p.state_blocks} of them state",
+    )
+    row("memory", p.flags.memory, f"{p.blocks} blocks beside the weights")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"[bold]{p.concurrency}[/] requests at once. Bound by {p.bound}.", highlight=False
+    )

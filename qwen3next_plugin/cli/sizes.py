@@ -1,0 +1,117 @@
+"""How many bytes the weights of a checkpoint take, by part and on one tensor-parallel rank."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import ceil, prod
+from pathlib import Path
+
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+
+INDEX = "model.safetensors.index.json"
+PARTS = ("embeddings and norms", "linear attention", "attention", "experts", "MTP")
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CAST_ON_LOAD = ("BF16", "F16", "F32")  # what the engine converts to the dtype it serves in
+
+# Every rank holds these whole: norms, the router, the shared expert's gate.
+REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+# Ranks beyond the key-value heads hold copies of them.
+KEY_VALUE = ("k_proj.", "v_proj.")
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a tensor of the checkpoint belongs to."""
+    if name.startswith("mtp."):
+        return "MTP"
+    for mark, part in ((".linear_attn.", 1), (".self_attn.", 2), (".mlp.", 3)):
+        if mark in name:
+            return PARTS[part]
+    return PARTS[0]
+
+
+def rank_bytes(sizes: Mapping[str, int], config: Qwen3NextConfig) -> Counter[str]:
+    """Bytes of each part on one rank, from the bytes of each tensor."""
+    parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    for name, nbytes in sizes.items():
+        parts[part_of(name)] += ceil(nbytes / _ranks_sharing(name, config))
+    return parts
+
+
+def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
+    if name.endswith(REPLICATED):
+        return 1
+    if any(mark in name for mark in KEY_VALUE):
+        return min(config.tp_size, config.num_key_value_heads)
+    return config.tp_size
+
+
+def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dict[str, int], str]:
+    """Bytes of every tensor as served in `dtype`, and where the numbers come from.
+
+    From the safetensors files; without them from the index's total (a checkpoint not downloaded
+    yet); without that from the config alone. Raises ConfigError and CheckpointError.
+    """
+    index = _read_index(folder / INDEX)
+    names = index["weight_map"].keys() if index else set()
+    stored = _stored_tensors(folder)
+    if stored and names <= stored.keys():
+        sizes = {name: _served_bytes(*tensor, DTYPES[dtype]) for name, tensor in stored.items()}
+        return sizes, "safetensors files"
+    sizes = {name: count * DTYPES[dtype] for name, count in parameters(config).items()}
+    if not index:
+        return sizes, "config.json"
+    if not any(name.startswith("mtp.") for name in names):
+        sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
+    return _scaled(sizes, index["metadata"]["total_size"], dtype), INDEX
+
+
+def parameters(config: Qwen3NextConfig) -> dict[str, int]:
+    """Number of parameters of every tensor that the config asks for."""
+    from qwen3next_plugin.model.weights import mtp_tensors, trunk_tensors
+
+    shapes = trunk_tensors(config) | mtp_tensors(config)
+    return {name: prod(shape) for name, shape in shapes.items()}
+
+
+def _read_index(file: Path) -> dict | None:
+    if not file.is_file():
+        return None
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(index["weight_map"], dict) and index["metadata"]["total_size"] > 0:
+            return index
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{file} cannot be read; it is truncated or damaged, fetch it again")
+
+
+def _stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
+    """Stored dtype and number of elements of each tensor in the folder's safetensors files."""
+    from safetensors import safe_open
+
+    from qwen3next_plugin.model.weights import check_files
+
+    check_files(folder)
+    stored = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118, not a dict
+                tensor = file.get_slice(name)
+                stored[name] = (tensor.get_dtype(), prod(tensor.get_shape()))
+    return stored
+
+
+def _served_bytes(stored_dtype: str, elements: int, itemsize: int) -> int:
+    if stored_dtype in CAST_ON_LOAD:
+        return elements * itemsize
+    bits = re.search(r"\d+", stored_dtype)
+    return ceil(elements * int(bits[0] if bits else 8) / 8)
+
+
+def _scaled(sizes: dict[str, int], total: int, dtype: str) -> dict[str, int]:
+    """The config's sizes, spread over a quantised checkpoint's smaller total."""
+    elements = sum(sizes.values()) // DTYPES[dtype]
+    if total >= 1.9 * elements:  # 16 or 32 bits a parameter: cast on load
+        return sizes
+    return {name: ceil(n * total / (elements * DTYPES[dtype])) for name, n in sizes.items()}

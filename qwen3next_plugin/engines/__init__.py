@@ -1,0 +1,1 @@
+"""One folder per host engine; the only code that imports one."""

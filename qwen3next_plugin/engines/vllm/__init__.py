@@ -1,0 +1,1 @@
+"""vLLM: the only code that imports vllm."""

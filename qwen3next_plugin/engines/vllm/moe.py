@@ -1,0 +1,108 @@
+"""The ultra-sparse MoE block, from vLLM's fused experts."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_ep_group
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from qwen3next_plugin.config import Qwen3NextConfig
+
+
+class SwiGLU(nn.Module):
+    """A dense MLP, or the shared expert with its own sigmoid gate."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        reduce_results: bool = True,
+        expert_gate: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = SiluAndMul()
+        self.expert_gate = expert_gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        gate_up, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act_fn(gate_up))
+        if self.expert_gate is None:
+            return out
+        return torch.sigmoid(self.expert_gate(x)[0]) * out
+
+
+class SparseMoE(nn.Module):
+    """Top-k routed experts (softmax, top-k, renormalise) plus one gated shared expert."""
+
+    def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        parallel_config = vllm_config.parallel_config
+        self.n_routed_experts = config.num_experts
+        self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
+        self.n_physical_experts = config.num_experts + self.n_redundant_experts
+        self.n_local_physical_experts = (
+            self.n_physical_experts // get_ep_group().device_group.size()
+        )
+        self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
+        self.shared_expert_gate: nn.Module | None = None
+        self.shared_expert: nn.Module | None = None
+        if config.shared_expert_intermediate_size:
+            self._make_shared_expert(config, vllm_config, prefix)
+        self.experts = FusedMoEFactory(
+            shared_experts=self.shared_expert,
+            gate=self.gate,
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=config.norm_topk_prob,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.experts",
+            enable_eplb=parallel_config.enable_eplb,
+            num_redundant_experts=self.n_redundant_experts,
+        )
+
+    def _make_shared_expert(
+        self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        self.shared_expert_gate = ReplicatedLinear(
+            config.hidden_size, 1, bias=False, prefix=f"{prefix}.shared_expert_gate"
+        )
+        self.shared_expert = SwiGLU(
+            config.hidden_size,
+            config.shared_expert_intermediate_size,
+            vllm_config,
+            f"{prefix}.shared_expert",
+            reduce_results=False,  # the experts' reduction sums both
+            expert_gate=self.shared_expert_gate,
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Shapes: hidden_states [T, D], returns [T, D]."""
+        # The experts hold the gate, and make the router's logits of the hidden states themselves.
+        return self.experts(hidden_states=hidden_states, router_logits=hidden_states)

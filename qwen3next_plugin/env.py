@@ -1,0 +1,87 @@
+"""The one reader of the QWEN3NEXT_* environment variables; a bad value raises."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PREFIX = "QWEN3NEXT_"
+
+
+class EnvError(ValueError):
+    """A QWEN3NEXT_* variable that is unknown or holds a value it may not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One variable: what it may hold, what it holds when unset, and what it is for."""
+
+    allowed: tuple[str, ...]
+    default: str | None
+    help: str
+
+
+VARIABLES: Mapping[str, Variable] = {
+    "QWEN3NEXT_KERNELS": Variable(
+        ("auto", "cpu", "reference"),
+        "auto",
+        "kernel backend: by device, the native CPU kernels, or the slow PyTorch reference",
+    ),
+    "QWEN3NEXT_ISA": Variable(
+        ("baseline", "avx2", "avx512", "avx512bf16"),
+        None,
+        "highest instruction set the CPU kernels use; unset: whatever the processor has",
+    ),
+    "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the host engine untouched"),
+    "QWEN3NEXT_OPTIONAL": Variable(
+        ("0", "1"),
+        "0",
+        "1 logs a failed registration and lets the host go on with its built-in model",
+    ),
+}
+
+
+def kernels() -> str:
+    """The kernel backend asked for: `auto`, `cpu` or `reference`."""
+    return _read("QWEN3NEXT_KERNELS") or "auto"
+
+
+def isa() -> str | None:
+    """The instruction set the CPU kernels are held to, or None for the processor's own."""
+    return _read("QWEN3NEXT_ISA")
+
+
+def disabled() -> bool:
+    """Whether the plugin leaves the host untouched."""
+    return _read("QWEN3NEXT_DISABLE") == "1"
+
+
+def optional() -> bool:
+    """Whether a failing registration is only logged."""
+    return _read("QWEN3NEXT_OPTIONAL") == "1"
+
+
+def check() -> None:
+    """Raise on the first unknown variable or bad value; called once at registration."""
+    for name in in_force():
+        if name not in VARIABLES:
+            nearest = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.6)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(VARIABLES)}"
+            raise EnvError(f"{name} is not a variable of qwen3next_plugin; {hint}")
+        _read(name)
+
+
+def in_force() -> dict[str, str]:
+    """The QWEN3NEXT_* variables that are set, unchecked, by name."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
+
+
+def _read(name: str) -> str | None:
+    variable = VARIABLES[name]
+    value = os.environ.get(name, variable.default)
+    if value is not None and value not in variable.allowed:
+        raise EnvError(
+            f"{name}={value!r} is not allowed; use one of {', '.join(variable.allowed)}"
+            f" (unset: {variable.default or 'chosen by the machine'})"
+        )
+    return value

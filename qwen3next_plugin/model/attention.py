@@ -1,0 +1,65 @@
+"""Gated attention around a host's paged attention: what goes in, and the gate on what comes out."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qwen3next_plugin.kernels.output_gate import output_gate
+from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Head counts and dims of one rank's share of the layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+
+def prepare(
+    *,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    shape: AttentionShape,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Norm and rotate q and k in one pass; v and the gate are views of the projection.
+
+    Shapes:
+        qkv [T, Hq·2·D + 2·Hkv·D], by query head [query | gate], then k, then v
+        cos_sin [positions, rotary_dim], positions [T]
+        returns q [T, Hq·D], k [T, Hkv·D], v [T, Hkv·D], gate [T, Hq, D]
+    """
+    D = shape.head_dim
+    q_gate, _, v = qkv.split(
+        [2 * shape.num_heads * D, shape.num_kv_heads * D, shape.num_kv_heads * D], dim=-1
+    )
+    gate = q_gate.unflatten(-1, (shape.num_heads, 2, D))[:, :, 1]  # [T, Hq, D]
+    q, k = qk_norm_rope(
+        qkv=qkv,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        cos_sin=cos_sin,
+        positions=positions,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=D,
+        rotary_dim=shape.rotary_dim,
+        eps=eps,
+    )
+    return q, k, v, gate
+
+
+def apply_gate(attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Multiply each head's output by the sigmoid of its gate, in place.
+
+    Shapes:
+        attended [T, Hq·D], gate [T, Hq, D], returns [T, Hq·D]
+    """
+    output_gate(x_=attended.view(gate.shape), gate=gate)
+    return attended

@@ -1,0 +1,77 @@
+"""Step: what one engine step asks of every linear-attention layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+NULL_SLOT = -1  # of a padding row: it owns no page, and its output is zero
+
+
+class StepError(ValueError):
+    """A step that asks for what cannot be; names the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step, built once and shared by all linear layers.
+
+    A row is a sequence. Nothing says whether it prefills, decodes or verifies a draft, nor how
+    many tokens of the last draft were accepted: the context length and the row's own page say it
+    (a row of at most W tokens goes into the window, a longer one through the chunked form).
+
+    Shapes:
+        query_start_loc [N+1] int32   row i owns tokens query_start_loc[i] to [i+1]
+        slot            [N]   int32   the page of each row, or NULL_SLOT
+        context_len     [N]   int32   tokens of the sequence committed before this step
+    """
+
+    query_start_loc: torch.Tensor
+    slot: torch.Tensor
+    context_len: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        slot: torch.Tensor,
+        num_tokens: int,
+        num_slots: int,
+    ) -> "Step":
+        """Build a step from what an engine knows of it, on the CPU, and bound every index.
+
+        Shapes:
+            query_start_loc [N+1], seq_lens [N] (committed + this step's tokens), slot [N]
+
+        Raises:
+            StepError: naming the first row whose slot or lengths are out of range.
+        """
+        query_len = query_start_loc.diff()
+        step = cls(
+            query_start_loc=query_start_loc.to(torch.int32),
+            slot=slot.to(torch.int32),
+            context_len=(seq_lens - query_len).to(torch.int32),
+            num_tokens=num_tokens,
+        )
+        step._check(query_len, num_slots)
+        return step
+
+    def _check(self, query_len: torch.Tensor, num_slots: int) -> None:
+        active = self.slot != NULL_SLOT
+        self._refuse(query_len < 0, "a negative query length", query_len)
+        self._refuse(active & (self.context_len < 0), "a negative context length", self.context_len)
+        out_of_range = active & ((self.slot < 0) | (self.slot >= num_slots))
+        self._refuse(out_of_range, f"a slot outside [0, {num_slots})", self.slot)
+        if self.query_start_loc[0] != 0 or self.query_start_loc[-1] > self.num_tokens:
+            raise StepError(
+                f"rows span tokens {self.query_start_loc[0]} to {self.query_start_loc[-1]} "
+                f"of a step of {self.num_tokens}"
+            )
+
+    @staticmethod
+    def _refuse(bad: torch.Tensor, what: str, values: torch.Tensor) -> None:
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise StepError(f"row {row} has {what}: {int(values[row])}")

@@ -1,0 +1,177 @@
+"""Checkpoint names and layouts: what a Qwen3-Next checkpoint must hold, as pure functions."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from qwen3next_plugin.config import Qwen3NextConfig
+
+# What a quantised checkpoint may hold beside the tensor that a scale or a zero point belongs to.
+QUANTISATION_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served; names the tensor or the file, and the mend."""
+
+
+def shard_conv_weight(
+    weight: torch.Tensor, dims: tuple[int, ...], rank: int, size: int
+) -> torch.Tensor:
+    """A rank's share of the convolution: its heads' channels of each of q, k and v.
+
+    Shapes:
+        weight [sum(dims), ...], returns [sum(dims)/size, ...]
+    """
+    return torch.cat([part.chunk(size)[rank] for part in weight.split(dims)])
+
+
+Shapes = set[tuple[str, tuple[int, ...]]]
+
+
+def trunk_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the trunk, in the released checkpoint's names."""
+    D, vocab = config.hidden_size, config.vocab_size
+    tensors = {"model.embed_tokens.weight": (vocab, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = (vocab, D)
+    for i, layer_type in enumerate(config.layer_types):
+        layer = decoder_layer_tensors(config, layer_type, is_moe=config.is_moe_layer(i))
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer}
+    return tensors
+
+
+def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: bool) -> Shapes:
+    """Name within the layer and shape of every tensor of one decoder layer."""
+    mixer = _linear_attention if layer_type == "linear_attention" else _attention
+    return mixer(config) | _mlp(config, is_moe) | _norms(config)
+
+
+def _norms(config: Qwen3NextConfig) -> Shapes:
+    names = ("input_layernorm.weight", "post_attention_layernorm.weight")
+    return {(name, (config.hidden_size,)) for name in names}
+
+
+def _linear_attention(config: Qwen3NextConfig) -> Shapes:
+    D, HV = config.hidden_size, config.linear_num_value_heads
+    return {
+        ("linear_attn.in_proj_qkvz.weight", (config.in_proj_qkvz_size, D)),
+        ("linear_attn.in_proj_ba.weight", (config.in_proj_ba_size, D)),
+        ("linear_attn.conv1d.weight", (config.conv_dim, 1, config.linear_conv_kernel_dim)),
+        ("linear_attn.A_log", (HV,)),
+        ("linear_attn.dt_bias", (HV,)),
+        ("linear_attn.norm.weight", (config.linear_value_head_dim,)),
+        ("linear_attn.out_proj.weight", (D, config.value_dim)),
+    }
+
+
+def _attention(config: Qwen3NextConfig) -> Shapes:
+    D, head_dim = config.hidden_size, config.head_dim
+    rows = {  # the query projection yields query and gate
+        "q_proj": config.q_proj_size,
+        "k_proj": config.kv_proj_size,
+        "v_proj": config.kv_proj_size,
+    }
+    shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in rows.items()}
+    shapes.add(("self_attn.o_proj.weight", (D, config.attention_dim)))
+    if config.attention_bias:
+        shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in rows.items()}
+        shapes.add(("self_attn.o_proj.bias", (D,)))
+    return shapes | {(f"self_attn.{name}_norm.weight", (head_dim,)) for name in ("q", "k")}
+
+
+def _mlp(config: Qwen3NextConfig, is_moe: bool) -> Shapes:
+    D = config.hidden_size
+    if not is_moe:
+        return _swiglu("mlp.", D, config.intermediate_size)
+    shapes = {("mlp.gate.weight", (config.num_experts, D))}
+    for i in range(config.num_experts):
+        shapes |= _swiglu(f"mlp.experts.{i}.", D, config.moe_intermediate_size)
+    if config.shared_expert_intermediate_size:
+        shapes |= _swiglu("mlp.shared_expert.", D, config.shared_expert_intermediate_size)
+        shapes.add(("mlp.shared_expert_gate.weight", (1, D)))
+    return shapes
+
+
+def _swiglu(prefix: str, D: int, intermediate: int) -> Shapes:
+    return {
+        (f"{prefix}gate_proj.weight", (intermediate, D)),
+        (f"{prefix}up_proj.weight", (intermediate, D)),
+        (f"{prefix}down_proj.weight", (D, intermediate)),
+    }
+
+
+def checked(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    quantised: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the expected tensors on; refuse one that is unexpected, misshapen or missing.
+
+    Args:
+        weights: what the host reads from the checkpoint.
+        expected: name to shape of all that must come.
+        ignored: names that may come and are dropped (another model's share of the checkpoint).
+        quantised: packed tensors have other shapes and companions; names are still checked.
+
+    Raises:
+        CheckpointError: naming the tensor, and what to do.
+    """
+    ignored, seen = frozenset(ignored), set()
+    for name, tensor in weights:
+        if name in ignored:
+            continue
+        if name not in expected:
+            if quantised and name.endswith(QUANTISATION_SUFFIXES):
+                yield name, tensor
+                seen.add(name.rsplit(".", 1)[0] + ".weight")
+                continue
+            raise CheckpointError(
+                f"unexpected tensor {name} {tuple(tensor.shape)}: the config has no place for it; "
+                f"config.json and the safetensors files do not belong together"
+            )
+        if not quantised and tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(
+                f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
+                f"{expected[name]}: config.json and the safetensors files do not belong together"
+            )
+        seen.add(name)
+        yield name, tensor
+    if missing := sorted(expected.keys() - seen):
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, the first is {missing[0]}: the checkpoint is "
+            f"incomplete; download it again, or check model.safetensors.index.json"
+        )
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder with a cut-short safetensors file before anything is allocated.
+
+    Raises:
+        CheckpointError: naming the file, its size and the size its header promises.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        promised = _promised_size(path, size)
+        if promised != size:
+            raise CheckpointError(
+                f"{path.name} has {size} bytes and its header promises {promised}: the file is "
+                f"truncated or damaged; download it again"
+            )
+
+
+def _promised_size(path: Path, size: int) -> int | str:
+    """The length a safetensors file should have: 8 bytes, the header, the last tensor's end."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            return f"a header of {header_size} bytes"
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError:
+            return "no readable header"
+    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    return 8 + header_size + max(ends, default=0)

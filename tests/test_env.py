@@ -1,0 +1,94 @@
+"""QWEN3NEXT_* variables: defaults, allowed values, and errors that name the mend."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3next_plugin import env
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(env.PREFIX):
+            monkeypatch.delenv(name)
+
+
+def test_defaults():
+    assert (env.kernels(), env.isa(), env.disabled(), env.optional()) == (
+        "auto",
+        None,
+        False,
+        False,
+    )
+    env.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, variable in env.VARIABLES.items() for value in variable.allowed],
+)
+def test_every_allowed_value_is_read(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    env.check()
+    read = {
+        "QWEN3NEXT_KERNELS": env.kernels,
+        "QWEN3NEXT_ISA": env.isa,
+        "QWEN3NEXT_DISABLE": env.disabled,
+        "QWEN3NEXT_OPTIONAL": env.optional,
+    }[name]()
+    assert read == (value == "1" if isinstance(read, bool) else value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reader"),
+    [
+        ("QWEN3NEXT_KERNELS", "triton", env.kernels),
+        ("QWEN3NEXT_KERNELS", "", env.kernels),
+        ("QWEN3NEXT_KERNELS", "CPU", env.kernels),
+        ("QWEN3NEXT_ISA", "amx", env.isa),
+        ("QWEN3NEXT_DISABLE", "true", env.disabled),
+        ("QWEN3NEXT_OPTIONAL", "yes", env.optional),
+        ("QWEN3NEXT_OPTIONAL", "", env.optional),
+    ],
+)
+def test_bad_value_names_variable_value_and_allowed(monkeypatch, name, value, reader):
+    monkeypatch.setenv(name, value)
+    for call in (reader, env.check):
+        with pytest.raises(env.EnvError) as raised:
+            call()
+        message = str(raised.value)
+        assert f"{name}={value!r}" in message
+        assert all(allowed in message for allowed in env.VARIABLES[name].allowed)
+
+
+def test_values_are_read_at_call_time(monkeypatch):
+    assert env.kernels() == "auto"
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    assert env.kernels() == "reference"
+
+
+def test_unknown_variable_names_the_nearest(monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_KERNEL", "cpu")
+    with pytest.raises(env.EnvError, match=r"QWEN3NEXT_KERNEL is not .* mean QWEN3NEXT_KERNELS"):
+        env.check()
+
+
+def test_unknown_variable_far_from_all_lists_the_known(monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_", "1")
+    with pytest.raises(env.EnvError, match="QWEN3NEXT_ISA"):
+        env.check()
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12))
+def test_no_other_value_passes(value):
+    allowed = env.VARIABLES["QWEN3NEXT_ISA"].allowed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN3NEXT_ISA", value)
+        if value in allowed:
+            assert env.isa() == value
+        else:
+            with pytest.raises(env.EnvError):
+                env.isa()
