@@ -48,7 +48,7 @@ class Engine:
         return tokens / (time.perf_counter() - start)
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
-        """Log-probability of every prompt token but the first, of prompts that all engines share."""
+        """Log-probability of each prompt token but the first; all engines share the prompts."""
         shared = random.Random(1)
         prompts = [[shared.randrange(2, VOCABULARY) for _ in range(n)] for n in lengths]
         outputs = self.llm.generate(
@@ -57,7 +57,11 @@ class Engine:
             use_tqdm=False,
         )
         return [
-            [entry[token].logprob for token, entry in zip(prompt, output.prompt_logprobs) if entry]
+            [
+                entry[token].logprob
+                for token, entry in zip(prompt, output.prompt_logprobs, strict=True)
+                if entry
+            ]
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
 

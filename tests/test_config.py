@@ -7,7 +7,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3next_plugin.config import (
@@ -256,6 +256,7 @@ def test_vllm_override_of_a_part_of_rope_is_caught(tmp_path, name):
 # properties ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     layers=st.integers(1, 96),
     interval=st.integers(1, 12),
@@ -271,6 +272,7 @@ def test_interval_and_layer_types_are_the_same_statement(layers, interval):
     assert written == derived
 
 
+@settings(deadline=None)
 @given(
     key_heads=st.integers(1, 32),
     groups=st.integers(1, 4),
@@ -297,6 +299,7 @@ def test_ranks_add_up_to_the_model_or_are_refused(key_heads, groups, tp_size, K,
     assert config.in_proj_qkvz_size == 2 * config.key_dim + 2 * config.value_dim
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(RELEASED_80B)),
     st.one_of(

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import Cache, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextDecoderLayer,
     Qwen3NextRMSNorm,
@@ -58,14 +58,26 @@ class MTP(nn.Module):
         self.layers = nn.ModuleList([Qwen3NextDecoderLayer(config, full)])
         self.norm = Qwen3NextRMSNorm(D, eps)
 
-    def forward(self, embeds: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """One depth for every position.
+    def forward(
+        self,
+        embeds: Tensor,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One depth for every position; without a mask attention is causal.
 
         Shapes: embeds [B, T, D] of the token after each position, hidden [B, T, D] → [B, T, D].
         """
         both = (self.pre_fc_norm_embedding(embeds), self.pre_fc_norm_hidden(hidden))
         x = self.fc(torch.cat(both, dim=-1))
-        x = self.layers[0](x, position_embeddings=rope)
+        x = self.layers[0](
+            x,
+            position_embeddings=rope,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+        )
         return self.norm(x)
 
 

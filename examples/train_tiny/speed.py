@@ -20,7 +20,8 @@ def bf16_experts(self: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) ->
     """
     top_k, x_dtype = chosen.shape[-1], x.dtype
     order = chosen.flatten().argsort(stable=True)
-    counts = F.one_hot(chosen.flatten(), self.num_experts).sum(0)  # bincount breaks the graph
+    experts = torch.arange(self.num_experts)[:, None]
+    counts = (chosen.flatten() == experts).sum(1)  # [E]; bincount would break the compiled graph
     ends = counts.cumsum(0).to(torch.int32)
     up, down = (w.bfloat16().transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
     h = torch.ops.transformers.grouped_mm_fallback(x.bfloat16()[order // top_k], up, ends)

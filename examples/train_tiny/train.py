@@ -35,14 +35,14 @@ class Trainer:
         groups = r.decay_groups(self.model, recipe)
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
-    def losses(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every term for one micro-batch: ids [B, T+LOOK_AHEAD]."""
+    def losses(self, ids: torch.Tensor, depths: int) -> dict[str, torch.Tensor]:
+        """Every term for one micro-batch, MTP to the given depth: ids [B, T+LOOK_AHEAD]."""
         model, recipe = self.model, self.recipe
         T = ids.shape[1] - LOOK_AHEAD
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = model.hidden(ids[:, :T])
             lm = self.head_loss(hidden, model.trunk.lm_head.weight, ids[:, 1 : T + 1])
-            mtp = r.mtp_losses(model, ids, hidden, recipe.mtp_depths, self.head_loss)
+            mtp = r.mtp_losses(model, ids, hidden, depths, self.head_loss)
         balance = self.balance.loss(self.tap.take(), model.config.num_experts_per_tok)
         total = lm + recipe.mtp_weight * sum(mtp) / len(mtp) + recipe.balance_weight * balance
         named = {f"mtp{depth}": value for depth, value in enumerate(mtp, start=1)}
@@ -54,16 +54,18 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.balance.reset()
-        sums: dict[str, float] = {}
-        for ids in micro_batches:
-            losses = self.losses(ids)
+        seen: dict[str, list[float]] = {}
+        for n, ids in enumerate(micro_batches):
+            deep = n % self.recipe.deep_every == 0
+            losses = self.losses(ids, self.recipe.mtp_depths if deep else 1)
             (losses["total"] / len(micro_batches)).backward()
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(micro_batches)
+                seen.setdefault(name, []).append(value.item())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return sums | {"lr": rate, "grad_norm": norm.item()}
+        means = {name: sum(values) / len(values) for name, values in seen.items()}
+        return means | {"lr": rate, "grad_norm": norm.item()}
 
     def norm_weights(self) -> dict[str, float]:
         """The largest |weight| of each zero-centred norm: what decay on norms keeps small."""

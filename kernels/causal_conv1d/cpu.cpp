@@ -38,7 +38,8 @@ struct Conv {
       const T* in = s.in + row.begin * s.token_stride + i;
       f32v interleaved[kWidth], taps[kWidth], x[kWidth];
       for (int64_t j = 0; j < kWidth; ++j) {
-        const int64_t left = std::max<int64_t>(0, std::min<int64_t>(kLanes, kWidth * lanes - j * kLanes));
+        const int64_t left =
+            std::max<int64_t>(0, std::min<int64_t>(kLanes, kWidth * lanes - j * kLanes));
         interleaved[j] = load(weight + kWidth * channel + j * kLanes, left);
       }
       deinterleave(interleaved, taps);
@@ -101,8 +102,8 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   }
   Tensor out = torch::stable::new_empty(q, {T, C});
   with_dtypes(q, weight, [&]<class A, class WT>(A, WT) {
-    const Conv<A, WT> conv{read<WT>(weight), write<A>(conv_),  write<A>(out), C,
-                           conv_.stride(0),  conv_.stride(1), W};
+    const Conv<A, WT> conv{
+        read<WT>(weight), write<A>(conv_), write<A>(out), C, conv_.stride(0), conv_.stride(1), W};
     const auto segment = [&](int64_t i) -> Segment<A> {
       const int64_t part = i / H, h = i % H;
       if (part == 0) return {read<A>(q) + h * q.stride(1), q.stride(0), h * K, K};
@@ -121,9 +122,8 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
       conv.convolve(*tile.row, s, tile.first, tile.last);
       if (tile.row->tokens <= kBlock) conv.advance_page(*tile.row, s);
     });
-    parallel(blocked.size() * 3 * H, 64, [&](int64_t i) {
-      conv.advance_page(*blocked[i / (3 * H)], segment(i % (3 * H)));
-    });
+    parallel(blocked.size() * 3 * H, 64,
+             [&](int64_t i) { conv.advance_page(*blocked[i / (3 * H)], segment(i % (3 * H))); });
   });
   return out;
 }

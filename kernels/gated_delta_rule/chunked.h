@@ -13,10 +13,10 @@ constexpr int64_t kChunk = 64;
 
 // Scratch of one (row, key head): inputs and state padded with zeros to whole gemm tiles.
 struct Chunk {
-  int64_t K, V, M = 0;                        // padded dims, padded tokens of this chunk
-  std::vector<float> q, k, kt, v, o;          // [M, K] [M, K] [K, kChunk] [M, V] [M, V]
-  std::vector<float> kk, qk, decay, system;   // [kChunk, kChunk]
-  std::vector<float> state;                   // [group, K, V]: S transposed
+  int64_t K, V, M = 0;                       // padded dims, padded tokens of this chunk
+  std::vector<float> q, k, kt, v, o;         // [M, K] [M, K] [K, kChunk] [M, V] [M, V]
+  std::vector<float> kk, qk, decay, system;  // [kChunk, kChunk]
+  std::vector<float> state;                  // [group, K, V]: S transposed
 
   explicit Chunk(const Dims& d)
       : K(round_up(d.K, kTileRows)),

@@ -6,9 +6,7 @@ namespace {
 
 std::vector<float> to_floats(const Tensor& t) {
   std::vector<float> values(t.numel());
-  with_dtype(t, [&]<class W>(W) {
-    std::copy_n(read<W>(t), values.size(), values.begin());
-  });
+  with_dtype(t, [&]<class W>(W) { std::copy_n(read<W>(t), values.size(), values.begin()); });
   return values;
 }
 

@@ -7,7 +7,7 @@
 
 namespace Q3N_LEVEL {
 
-constexpr int64_t kMaxDim = 256;         // of a key head
+constexpr int64_t kMaxDim = 256;  // of a key head
 constexpr float kNormEps = 1e-6f;
 
 struct Dims {
@@ -20,8 +20,8 @@ struct Inputs {
   Dims dims;
   const T *q, *k, *v, *a, *b;
   int64_t q_stride[2], k_stride[2], v_stride[2], a_stride[2], b_stride[2];  // of token and head
-  T* out;          // [T, HV, V]
-  float *g, *beta;  // [T, HV]: see gates
+  T* out;                                                                   // [T, HV, V]
+  float *g, *beta;                                                          // [T, HV]: see gates
 
   void query(int64_t token, int64_t head, float* to) const {
     normalised(q + token * q_stride[0] + head * q_stride[1], 1.0f / std::sqrt(float(dims.K)), to);
@@ -34,9 +34,8 @@ struct Inputs {
  private:
   void normalised(const T* x, float scale, float* to) const {
     const f32v norm = splat(scale / std::sqrt(sum_of_squares(x, dims.K) + kNormEps));
-    for_vectors(dims.K, [&](int64_t i, int64_t lanes) {
-      store(to + i, load(x + i, lanes) * norm, lanes);
-    });
+    for_vectors(dims.K,
+                [&](int64_t i, int64_t lanes) { store(to + i, load(x + i, lanes) * norm, lanes); });
   }
 };
 

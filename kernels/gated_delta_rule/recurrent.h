@@ -10,8 +10,8 @@ constexpr int64_t kRowsOfS = 2;  // in registers together, to hide the latency o
 // A short row's tokens as the recurrence takes them; heads padded with zeros to K_padded.
 struct Prepared {
   int64_t K_padded;
-  std::vector<float> q, k;        // [tokens, H, K_padded]
-  std::vector<float> qk;          // [tokens, H]: q . k
+  std::vector<float> q, k;   // [tokens, H, K_padded]
+  std::vector<float> qk;     // [tokens, H]: q . k
   std::vector<float> decay;  // [tokens, HV]
 
   Prepared(const Dims& d, int64_t tokens)
@@ -106,8 +106,8 @@ void run_rows(const Inputs<T>& in, const Pages<S>& pages, const Prepared& p, con
   if (row.fresh() || row.committed > 0) rows.write(state);
   for (int64_t i = 0; i < row.tokens; ++i) {
     const int64_t token = row.begin + i, at = first + i;
-    const float *q = p.q.data() + (at * d.H + h) * p.K_padded;
-    const float *k = p.k.data() + (at * d.H + h) * p.K_padded;
+    const float* q = p.q.data() + (at * d.H + h) * p.K_padded;
+    const float* k = p.k.data() + (at * d.H + h) * p.K_padded;
     const float decay = p.decay[at * d.HV + hv], beta = in.beta[token * d.HV + hv];
     const T* value = in.v + token * in.v_stride[0] + hv * in.v_stride[1] + v;
     float* u = pages.u(row, i, hv) + v;

@@ -50,7 +50,8 @@ std::string isa() { return active.load()->name; }
 // Comma-separated, lowest first.
 std::string isa_levels() {
   std::string names;
-  for (const Level* level : available()) names += (names.empty() ? "" : ",") + std::string(level->name);
+  for (const Level* level : available())
+    names += (names.empty() ? "" : ",") + std::string(level->name);
   return names;
 }
 
@@ -61,8 +62,8 @@ void set_isa(std::string name) {
       return;
     }
   }
-  STD_TORCH_CHECK(false, "instruction set ", name, " is not available here; available: ",
-                  isa_levels());
+  STD_TORCH_CHECK(false, "instruction set ", name,
+                  " is not available here; available: ", isa_levels());
 }
 
 template <int kOp>

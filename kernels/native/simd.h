@@ -155,7 +155,8 @@ inline void deinterleave(const f32v (&x)[4], f32v (&taps)[4]) {
   taps[1] = every<0, 2>(odd0, odd1, lanes), taps[3] = every<1, 2>(odd0, odd1, lanes);
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Cephes' polynomial: 2 ulp on [-87.3, 88], clamped beyond.
+// exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Cephes' polynomial: 2 ulp on [-87.3, 88], clamped
+// beyond.
 inline f32v exp(f32v x) {
   x = x < -87.3f ? splat(-87.3f) : x;
   x = x > 88.0f ? splat(88.0f) : x;

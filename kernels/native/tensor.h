@@ -28,13 +28,17 @@ inline void with_dtype(const Tensor& t, F&& f) {
   }
 }
 
-// Calls f with a value of x's element type and one of weight's: fp32 or that of x.
+// Calls f with a value of the parameter's element type: fp32 or that of the activations, T.
+template <class T, class F>
+inline void with_parameter(const Tensor& parameter, F&& f) {
+  if (parameter.scalar_type() == ScalarType::Float) return f(float{});
+  f(T{});
+}
+
+// Calls f with a value of x's element type and one of the weight's.
 template <class F>
 inline void with_dtypes(const Tensor& x, const Tensor& weight, F&& f) {
-  with_dtype(x, [&](auto value) {
-    if (weight.scalar_type() == ScalarType::Float) return f(value, float{});
-    f(value, value);
-  });
+  with_dtype(x, [&]<class T>(T value) { with_parameter<T>(weight, [&](auto w) { f(value, w); }); });
 }
 
 template <class T>

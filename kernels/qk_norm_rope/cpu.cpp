@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
   Tensor q = torch::stable::new_empty(qkv, {T, num_heads * D});
   Tensor k = torch::stable::new_empty(qkv, {T, num_kv_heads * D});
   with_dtypes(qkv, q_weight, [&]<class A, class W>(A, W) {
-    with_dtypes(qkv, cos_sin, [&]<class C>(A, C) {
+    with_parameter<A>(cos_sin, [&]<class C>(C) {
       const A* rows = read<A>(qkv);
       const W *qw = read<W>(q_weight), *kw = read<W>(k_weight);
       const C* table = read<C>(cos_sin);

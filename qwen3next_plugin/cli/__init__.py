@@ -1,17 +1,34 @@
 """The `qwen3next` command: what runs here (`doctor`) and what fits (`plan`)."""
 
-import typer
+from typing import Any
 
-from qwen3next_plugin.cli.doctor import doctor
-from qwen3next_plugin.cli.plan import plan
+import typer
+from typer.core import TyperGroup
+
+from qwen3next_plugin.cli import doctor, plan
+
+
+class _Commands(TyperGroup):
+    """Prints this package's own complaints as one line; any other exception is a bug and shows."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, RuntimeError) as error:
+            if not type(error).__module__.startswith("qwen3next_plugin."):
+                raise
+            typer.secho(f"qwen3next: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+
 
 app = typer.Typer(
     name="qwen3next",
+    cls=_Commands,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
-    add_completion=False,
-    help="Serve the Qwen3-Next family: check the machine, then plan the memory, then serve.",
+    help="Serve the Qwen3-Next family: check the machine, plan the memory, then serve.",
     epilog=(
         "First [bold]qwen3next doctor[/], then"
         " [bold]qwen3next plan MODEL --max-model-len 32768 --max-num-seqs 8[/],"
@@ -20,11 +37,12 @@ app = typer.Typer(
 )
 app.command(
     epilog="Example: [bold]qwen3next doctor --json[/]. Exit status 1 if anything is broken.",
-)(doctor)
+)(doctor.doctor)
 app.command(
     epilog=(
         "Example: [bold]qwen3next plan ./Qwen3-Next-80B-A3B-Instruct --tp 4 --memory 80"
         " --max-model-len 32768 --max-num-seqs 64 --num-speculative-tokens 3[/]."
         " A folder with config.json alone will do: plan before you download."
+        " Exit status 1 if not one request fits."
     ),
-)(plan)
+)(plan.plan)

@@ -1,2 +1,167 @@
-def doctor() -> None:
-    "placeholder"
+"""`qwen3next doctor`: what this machine and its packages can serve, and what is broken."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+import typer
+
+from qwen3next_plugin import env
+from qwen3next_plugin.cli.machine import machine
+from qwen3next_plugin.versions import (
+    TESTED,
+    HostVersionError,
+    check_host,
+    installed,
+    requirement,
+)
+
+HOSTS = ("vllm", "sglang")
+PROBE_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row of the report. Only what is broken fails the command."""
+
+    section: str
+    subject: str
+    found: str
+    status: Literal["ok", "note", "broken"] = "ok"
+    mend: str = ""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check versions, kernels and registration; exit with 1, and the mend, if one is broken."""
+    findings = list(examine())
+    broken = any(f.status == "broken" for f in findings)
+    if as_json:
+        typer.echo(
+            json.dumps({"ok": not broken, "findings": list(map(asdict, findings))}, indent=2)
+        )
+    else:
+        _print(findings)
+    if broken:
+        raise typer.Exit(1)
+
+
+def examine() -> Iterator[Finding]:
+    """Everything there is to say, most basic first."""
+    yield from _versions()
+    yield from _machine()
+    yield from (environment := list(_environment()))
+    if any(f.status == "broken" for f in environment):
+        return  # every question below would fail for this same reason
+    yield from _kernels()
+    if installed("vllm") is not None:
+        yield from _registration()
+
+
+def _versions() -> Iterator[Finding]:
+    for name in TESTED:
+        found, optional = installed(name), name == "triton" or name in HOSTS
+        if found is None and optional:
+            yield Finding("versions", name, "not installed", "note")
+            continue
+        try:
+            yield Finding("versions", name, f"{check_host(name)} ({requirement(name)})")
+        except HostVersionError as error:
+            # no kernel needs Triton on a CPU
+            status: Literal["note", "broken"] = "note" if name == "triton" else "broken"
+            yield Finding("versions", name, str(found or "not installed"), status, str(error))
+    if not any(map(installed, HOSTS)):
+        mend = f"install an engine: {requirement('vllm')}"
+        yield Finding("versions", "engine", "neither vLLM nor SGLang", "broken", mend)
+
+
+def _machine() -> Iterator[Finding]:
+    m = machine()
+    yield Finding("machine", "processor", f"{m.architecture}, {m.cores} cores")
+    yield Finding("machine", "flags", " ".join(m.flags) or "none that the kernels use")
+    yield Finding("machine", "memory", f"{m.memory_bytes / 2**30:.1f} GiB")
+
+
+def _environment() -> Iterator[Finding]:
+    try:
+        env.check()
+    except env.EnvError as error:
+        yield Finding("environment", "QWEN3NEXT_*", "refused", "broken", str(error))
+    else:
+        for name, value in env.in_force().items():
+            yield Finding("environment", name, value)
+
+
+def _kernels() -> Iterator[Finding]:
+    answer = _ask("kernels")
+    if isinstance(answer, str):
+        mend = "build and install the plugin again (pip install .), or QWEN3NEXT_KERNELS=reference"
+        yield Finding("kernels", "cpu", answer, "broken", mend)
+    else:
+        for device, description in answer.items():
+            yield Finding("kernels", device, description)
+
+
+def _registration() -> Iterator[Finding]:
+    answer = _ask("vllm")
+    if isinstance(answer, str):
+        mend = "mend that first, or QWEN3NEXT_DISABLE=1 to run vLLM without this plugin"
+        yield Finding("registration", "vllm", answer, "broken", mend)
+        return
+    platform = answer.pop("platform")
+    for architecture, module in answer.items():
+        if module.startswith("qwen3next_plugin."):
+            yield Finding("registration", architecture, module)
+            continue
+        found = f"vLLM's own {module}"
+        if env.disabled():
+            yield Finding("registration", architecture, f"{found}: QWEN3NEXT_DISABLE=1", "note")
+        elif platform != "cpu":
+            yield Finding(
+                "registration", architecture, f"{found}: no kernels for {platform}", "note"
+            )
+        else:
+            mend = "install the plugin in this environment; VLLM_PLUGINS, if set, must name it"
+            yield Finding("registration", architecture, found, "broken", mend)
+
+
+def _ask(question: str) -> dict[str, str] | str:
+    """The answer of a probe process, or why there is none."""
+    command = [sys.executable, "-m", "qwen3next_plugin.cli.probe", question]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {PROBE_TIMEOUT_S} s"
+    if done.returncode < 0:
+        return f"died of signal {-done.returncode}"
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    if done.returncode or not lines:
+        return lines[-1] if lines else f"exit status {done.returncode}"
+    return json.loads(lines[-1])
+
+
+def _print(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    colours = {"ok": "green", "note": "yellow", "broken": "bold red"}
+    table = Table("", "what", Column("found", overflow="fold"), "", title="qwen3next doctor")
+    previous = None
+    for f in findings:
+        if previous not in (None, f.section):
+            table.add_section()
+        status = f"[{colours[f.status]}]{f.status}[/]"
+        table.add_row(
+            "" if f.section == previous else f.section, f.subject, escape(f.found), status
+        )
+        previous = f.section
+    console = Console()
+    console.print(table)
+    for f in findings:
+        if f.mend:
+            console.print(f"[bold]{f.subject}[/]: {escape(f.mend)}", highlight=False)

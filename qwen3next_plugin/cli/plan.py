@@ -22,12 +22,13 @@ from qwen3next_plugin.config import (
 def plan(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json alone will do.")],
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a request. [default: the model's]")
+        int | None,
+        typer.Option(min=1, help="Tokens of a request; by default all that the model takes."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = 16,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     num_speculative_tokens: Annotated[
-        int | None, typer.Option(help="MTP draft length, 1 to 8. [default: no drafts]")
+        int | None, typer.Option(help="MTP draft length, 1 to 8; by default no drafts.")
     ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
@@ -40,7 +41,9 @@ def plan(
     prefix_caching: Annotated[bool, typer.Option(help="As the engine's own flag.")] = True,
     memory: Annotated[
         float | None,
-        typer.Option(min=0, help="GiB that one rank may use. [default: the machine's, shared out]"),
+        typer.Option(
+            min=0, help="GiB that one rank may use; by default its share of the machine's."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
@@ -73,6 +76,12 @@ def plan(
         _print(model, config, result, facts)
     if not result.concurrency:
         raise typer.Exit(1)
+
+
+def _count_parameters(config: Qwen3NextConfig) -> dict[str, int]:
+    counts = parameters(config)
+    mtp = sum(n for name, n in counts.items() if part_of(name) == "MTP")
+    return {"parameters": sum(counts.values()) - mtp, "parameters_mtp": mtp}
 
 
 def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from math import ceil, prod
 from pathlib import Path
@@ -15,7 +14,7 @@ DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # what the engine converts to the dtype it serves in
 
 # Every rank holds these whole: norms, the router, the shared expert's gate.
-REPLICATED = ("norm.weight", "layernorm.weight", "mlp.gate.weight", "shared_expert_gate.weight")
+REPLICATED = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".o_proj.bias")
 # Ranks beyond the key-value heads hold copies of them.
 KEY_VALUE = ("k_proj.", "v_proj.")
 
@@ -30,16 +29,16 @@ def part_of(name: str) -> str:
     return PARTS[0]
 
 
-def rank_bytes(sizes: Mapping[str, int], config: Qwen3NextConfig) -> Counter[str]:
+def rank_bytes(sizes: Mapping[str, int], config: Qwen3NextConfig) -> dict[str, int]:
     """Bytes of each part on one rank, from the bytes of each tensor."""
-    parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    parts = dict.fromkeys(PARTS, 0)
     for name, nbytes in sizes.items():
         parts[part_of(name)] += ceil(nbytes / _ranks_sharing(name, config))
     return parts
 
 
 def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
-    if name.endswith(REPLICATED):
+    if any(mark in name for mark in REPLICATED):
         return 1
     if any(mark in name for mark in KEY_VALUE):
         return min(config.tp_size, config.num_key_value_heads)
@@ -68,7 +67,8 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:
     """Number of parameters of every tensor that the config asks for."""
-    from qwen3next_plugin.model.weights import mtp_tensors, trunk_tensors
+    from qwen3next_plugin.model.weights import trunk_tensors
+    from qwen3next_plugin.mtp.weights import mtp_tensors
 
     shapes = trunk_tensors(config) | mtp_tensors(config)
     return {name: prod(shape) for name, shape in shapes.items()}

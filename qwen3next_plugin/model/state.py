@@ -94,9 +94,9 @@ class PageLayout:
             pages [slots, >= page_bytes] uint8 or int8, last dim contiguous
         """
         views, offset = {}, 0
+        nbytes = self.nbytes()
         for name, (shape, dtype) in self.tensors().items():
-            nbytes = prod(shape) * dtype.itemsize
-            part = pages[:, offset : offset + nbytes].view(dtype)  # [slots, prod(shape)]
+            part = pages[:, offset : offset + nbytes[name]].view(dtype)  # [slots, prod(shape)]
             views[name] = part.unflatten(1, shape)
-            offset += nbytes
+            offset += nbytes[name]
         return StatePool(**views)

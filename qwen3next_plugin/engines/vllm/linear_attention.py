@@ -56,6 +56,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self.shape = GatedDeltaNetShape(
             layout.num_key_heads, layout.num_value_heads, layout.key_dim, layout.value_dim
         )
+        self.value_dim = config.value_dim_per_rank
         self.norm_eps = config.rms_norm_eps
         quant_config = vllm_config.quant_config
         # One output size each: the checkpoint's rows are grouped by key head, so that a rank's
@@ -117,7 +118,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         """Shapes: hidden_states [T, D], returns [T, D]."""
         qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        core = torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, self.prefix)
+        core = torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, self.value_dim, self.prefix)
         output, _ = self.out_proj(core)
         return output
 
@@ -125,7 +126,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         """Run the layer's recurrence on this step's rows; between engine steps, nothing."""
         steps = get_forward_context().attn_metadata
         if steps is None:  # profiling: no pages yet
-            return qkvz.new_zeros(qkvz.shape[0], self.shape.num_value_heads * self.shape.value_dim)
+            return qkvz.new_zeros(qkvz.shape[0], self.value_dim)
         try:
             return gated_delta_net(
                 qkvz=qkvz,
@@ -177,13 +178,17 @@ class GatedDeltaNet(nn.Module, MambaBase):
         )
 
 
-def _gated_delta_net(qkvz: torch.Tensor, ba: torch.Tensor, layer_name: str) -> torch.Tensor:
+def _gated_delta_net(
+    qkvz: torch.Tensor, ba: torch.Tensor, value_dim: int, layer_name: str
+) -> torch.Tensor:
+    """Opaque to the compiler; returns [T, value_dim], a width that the fake must be told."""
     return get_forward_context().no_compile_layers[layer_name].attend(qkvz, ba)
 
 
-def _gated_delta_net_fake(qkvz: torch.Tensor, ba: torch.Tensor, layer_name: str) -> torch.Tensor:
-    layer = get_current_vllm_config().compilation_config.static_forward_context[layer_name]
-    return qkvz.new_empty(qkvz.shape[0], layer.shape.num_value_heads * layer.shape.value_dim)
+def _gated_delta_net_fake(
+    qkvz: torch.Tensor, ba: torch.Tensor, value_dim: int, layer_name: str
+) -> torch.Tensor:
+    return qkvz.new_empty(qkvz.shape[0], value_dim)
 
 
 direct_register_custom_op(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,11 +34,12 @@ from vllm.sequence import IntermediateTensors
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm import page_copy
 from qwen3next_plugin.engines.vllm.attention import GatedAttention
+from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.engines.vllm.linear_attention import GatedDeltaNet, page_layout
 from qwen3next_plugin.engines.vllm.moe import SparseMoE, SwiGLU
 from qwen3next_plugin.engines.vllm.norm import RMSNorm
 from qwen3next_plugin.engines.vllm.vocabulary import make_embedding, make_lm_head
-from qwen3next_plugin.model.weights import check_files, checked, trunk_tensors
+from qwen3next_plugin.model.weights import checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
 PACKED_MODULES = {
@@ -59,16 +59,6 @@ STACKED = WeightsMapper(
         ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
     }
 )
-
-
-def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
-    """Our view of the model's config under these flags; complains where it cannot be served."""
-    parallel_config = vllm_config.parallel_config
-    return Qwen3NextConfig.from_hf(
-        vllm_config.model_config.hf_text_config,
-        tp_size=parallel_config.tensor_parallel_size,
-        pp_size=parallel_config.pipeline_parallel_size,
-    )
 
 
 class DecoderLayer(nn.Module):
@@ -183,7 +173,6 @@ class Qwen3NextForCausalLM(
         super().__init__()
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
-        check_files(Path(vllm_config.model_config.model))
         page_copy.install()
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(self.config, vllm_config, prefix, self.model.embed_tokens)

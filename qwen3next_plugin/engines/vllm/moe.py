@@ -1,8 +1,11 @@
 """The ultra-sparse MoE block, from vLLM's fused experts."""
 
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
@@ -11,6 +14,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
@@ -73,19 +77,20 @@ class SparseMoE(nn.Module):
         self.shared_expert: nn.Module | None = None
         if config.shared_expert_intermediate_size:
             self._make_shared_expert(config, vllm_config, prefix)
-        self.experts = FusedMoEFactory(
-            shared_experts=self.shared_expert,
-            gate=self.gate,
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.moe_intermediate_size,
-            renormalize=config.norm_topk_prob,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
-            enable_eplb=parallel_config.enable_eplb,
-            num_redundant_experts=self.n_redundant_experts,
-        )
+        with _without_lora(vllm_config):
+            self.experts = FusedMoEFactory(
+                shared_experts=self.shared_expert,
+                gate=self.gate,
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.moe_intermediate_size,
+                renormalize=config.norm_topk_prob,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.experts",
+                enable_eplb=parallel_config.enable_eplb,
+                num_redundant_experts=self.n_redundant_experts,
+            )
 
     def _make_shared_expert(
         self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str
@@ -106,3 +111,16 @@ class SparseMoE(nn.Module):
         """Shapes: hidden_states [T, D], returns [T, D]."""
         # The experts hold the gate, and make the router's logits of the hidden states themselves.
         return self.experts(hidden_states=hidden_states, router_logits=hidden_states)
+
+
+def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager:
+    """On a CPU, build the experts as if there were no LoRA.
+
+    vLLM would choose its LoRA experts for them, Triton kernels that a CPU does not have; `checks`
+    has kept the adapters to the projections. Can go when vLLM asks the platform first.
+    """
+    if vllm_config.lora_config is None or not current_platform.is_cpu():
+        return nullcontext()
+    plain = copy(vllm_config)
+    plain.lora_config = None
+    return set_current_vllm_config(plain)

@@ -12,14 +12,13 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, maybe_prefix
 
-from qwen3next_plugin.config import check_num_speculative_tokens
+from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.engines.vllm.model import (
     PACKED_MODULES,
     STACKED,
     DecoderLayer,
     Qwen3NextForCausalLM,
     describe_experts,
-    read_config,
 )
 from qwen3next_plugin.engines.vllm.norm import RMSNorm
 from qwen3next_plugin.engines.vllm.vocabulary import make_embedding
@@ -99,7 +98,6 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = read_config(vllm_config)
-        check_num_speculative_tokens(vllm_config.num_speculative_tokens)
         self.quantised = vllm_config.quant_config is not None
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")

@@ -3,16 +3,13 @@
 import functools
 import logging
 
-from qwen3next_plugin import __version__, env
+from qwen3next_plugin import env
+from qwen3next_plugin.kernels import native
 from qwen3next_plugin.versions import check_host
 
+logger = logging.getLogger("vllm.qwen3next_plugin")
 PACKAGE = "qwen3next_plugin.engines.vllm"
-MODELS = {
-    "Qwen3NextForCausalLM": f"{PACKAGE}.model:Qwen3NextForCausalLM",
-    "Qwen3NextMTP": f"{PACKAGE}.mtp:Qwen3NextMTP",
-}
-
-logger = logging.getLogger("vllm.qwen3next_plugin")  # vLLM formats and levels what is below its own
+TRUNK, DRAFTER = "Qwen3NextForCausalLM", "Qwen3NextMTP"  # the names in vLLM's registry
 
 
 @functools.cache
@@ -34,27 +31,19 @@ def register() -> None:
 
 def _register() -> None:
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import register_backend
 
-    version = check_host("vllm")
-    if not current_platform.is_cpu():
-        logger.info(
-            "qwen3next_plugin %s has no kernels for %s yet: vLLM %s keeps its own Qwen3-Next",
-            __version__,
-            current_platform.device_name,
-            version,
-        )
-        return
-    from qwen3next_plugin.kernels.dispatch import describe
+    check_host("vllm")
+    from qwen3next_plugin.engines.vllm.checks import NoKernelsYet, Qwen3NextChecks
 
-    for architecture, path in MODELS.items():
-        ModelRegistry.register_model(architecture, path)
+    if not current_platform.is_cpu():
+        MODELS_CONFIG_MAP[TRUNK] = NoKernelsYet
+        return
+    if env.kernels() != "reference":
+        native.load()  # a broken build, or an instruction set that is not there, shows now
+    MODELS_CONFIG_MAP[TRUNK] = Qwen3NextChecks
+    ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model:Qwen3NextForCausalLM")
+    ModelRegistry.register_model(DRAFTER, f"{PACKAGE}.mtp:Qwen3NextMTP")
     register_backend("QWEN3NEXT_GDN", f"{PACKAGE}.backend.GatedDeltaNetBackend", is_mamba=True)
-    logger.info(
-        "qwen3next_plugin %s serves %s on vLLM %s with %s kernels",
-        __version__,
-        " and ".join(MODELS),
-        version,
-        describe("cpu"),
-    )

@@ -1,0 +1,65 @@
+"""Causal depthwise convolution of width 4 with SiLU, over the pages of a batch."""
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import (
+    ACTIVATIONS,
+    FLOAT,
+    INT,
+    check,
+    check_contiguous,
+    check_page,
+    check_step,
+)
+
+WIDTH = 4
+
+
+def causal_conv1d(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    conv_: Tensor,
+    span: Tensor,
+    query_start_loc: Tensor,
+    slot: Tensor,
+    context_len: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y_t = silu(sum_j weight[:, j] x_{t-3+j}) over x = [q; k; v]; keeps each page's inputs.
+
+    Runs before `gated_delta_rule`, which reads the same `span` and advances it.
+
+    Shapes:
+        q, k: [T, H, K], v: [T, H, R], R = HV / H * V; any strides but the last
+        weight: [C, 4], C = H * (2 * K + R), fp32 or the activations' dtype
+        conv_: [slots, 3 + W, C], each slot contiguous; rows 0..2 hold the inputs before p0,
+            row 3 + i that of window token i
+        span: [slots, 2] int32: p0 (tokens folded into S) and w (tokens in the window)
+        query_start_loc: [N + 1], slot: [N] (-1: no page, zeros out), context_len: [N] (tokens
+            before this step's), all int32
+        returns q, k [T, H, K] and v [T, H, R], views of one contiguous [T, C]
+
+    Raises:
+        ValueError, TypeError: an argument's shape, stride, device or dtype.
+        RuntimeError: a row's tokens, slot or context length out of range; nothing is written.
+
+    Source: `causal_conv1d_fn` and `causal_conv1d_update` of transformers' Qwen3-Next.
+    """
+    op = "causal_conv1d"
+    run = dispatch.implementation(op, q.device)
+    (T, H, K), R, W = q.shape, v.shape[-1], conv_.shape[1] - (WIDTH - 1)
+    C = H * (2 * K + R)
+    check(op, "q", q, (T, H, K), ACTIVATIONS, q.device)
+    check(op, "k", k, (T, H, K), (q.dtype,), q.device)
+    check(op, "v", v, (T, H, R), (q.dtype,), q.device)
+    check(op, "weight", weight, (C, WIDTH), (q.dtype, *FLOAT), q.device)
+    check_contiguous(op, "weight", weight)
+    check_page(op, "conv_", conv_, (WIDTH - 1 + W, C), (q.dtype,), q.device)
+    check_page(op, "span", span, (2,), INT, q.device)
+    check_step(op, query_start_loc, slot, context_len, q.device)
+    out = run(q, k, v, weight, conv_, span, query_start_loc, slot, context_len)  # [T, C]
+    q, k, v = out.split([H * K, H * K, H * R], dim=-1)
+    return q.view(T, H, K), k.view(T, H, K), v.view(T, H, R)

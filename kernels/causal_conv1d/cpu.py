@@ -1,0 +1,14 @@
+"""The native convolution."""
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.kernels import native
+
+native.load()
+causal_conv1d = torch.ops.qwen3next.causal_conv1d.default
+
+
+@torch.library.register_fake("qwen3next::causal_conv1d")
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * (2 * q.shape[2] + v.shape[2]))

@@ -1,0 +1,50 @@
+"""What a public op checks of its arguments, and how it says what is wrong."""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT = (torch.float32,)
+INT = (torch.int32,)
+
+
+def check(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device) -> None:
+    """Raise unless x has the shape, one of the dtypes, the device, and unit stride at the end.
+
+    Raises: ValueError (shape, device, stride) or TypeError (dtype), naming op and argument.
+    """
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{op}: {name} is {x.dtype} on {x.device}, not {allowed}")
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, not {tuple(shape)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, not on {device}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{op}: the last dim of {name} is not contiguous: {x.stride()}")
+
+
+def check_contiguous(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError unless x is contiguous."""
+    if not x.is_contiguous():
+        raise ValueError(f"{op}: {name} is not contiguous: strides {x.stride()}")
+
+
+def check_page(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device) -> None:
+    """`check`, and each slot contiguous; slots may lie apart. The number of slots is x's own."""
+    check(op, name, x, (x.shape[0], *shape), dtypes, device)
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(x.stride()), strict=False):
+        if size > 1 and stride != expected:
+            raise ValueError(f"{op}: a slot of {name} is not contiguous: strides {x.stride()}")
+        expected *= size
+
+
+def check_step(
+    op: str, query_start_loc: Tensor, slot: Tensor, context_len: Tensor, device: torch.device
+) -> None:
+    """Raise unless the step's index tensors are contiguous int32 of N + 1, N and N entries."""
+    N = slot.numel()
+    check(op, "query_start_loc", query_start_loc, (N + 1,), INT, device)
+    check(op, "slot", slot, (N,), INT, device)
+    check(op, "context_len", context_len, (N,), INT, device)

@@ -1,0 +1,30 @@
+"""Zero-centred RMSNorm, with the residual added first where there is one."""
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+
+
+def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None = None) -> Tensor:
+    """out = x rsqrt(mean x^2 + eps) (1 + weight), in fp32.
+
+    With a residual: residual_ += x in its own dtype, and the norm is that of residual_.
+
+    Shapes:
+        x, residual_: [T, D], any row stride
+        weight: [D], fp32 or x's dtype
+        returns [T, D] contiguous
+
+    Raises: ValueError, TypeError: an argument's shape, stride, device or dtype.
+
+    Source: `Qwen3NextRMSNorm` of transformers.
+    """
+    op = "rms_norm"
+    run = dispatch.implementation(op, x.device)
+    T, D = x.shape
+    check(op, "x", x, (T, D), ACTIVATIONS, x.device)
+    check(op, "weight", weight, (D,), (x.dtype, *FLOAT), x.device)
+    if residual_ is not None:
+        check(op, "residual_", residual_, (T, D), (x.dtype,), x.device)
+    return run(x, weight, eps, residual_)

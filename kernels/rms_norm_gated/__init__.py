@@ -1,0 +1,27 @@
+"""RMSNorm of the linear-attention output, gated."""
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+
+
+def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """out = x rsqrt(mean x^2 + eps) weight silu(z) over the last dim, in fp32.
+
+    Shapes:
+        x, z: [T, H, R, V], any strides but the last
+        weight: [V] (not zero-centred), fp32 or x's dtype
+        returns [T, H * R * V] contiguous
+
+    Raises: ValueError, TypeError: an argument's shape, stride, device or dtype.
+
+    Source: `Qwen3NextRMSNormGated` of transformers.
+    """
+    op = "rms_norm_gated"
+    run = dispatch.implementation(op, x.device)
+    T, H, R, V = x.shape
+    check(op, "x", x, (T, H, R, V), ACTIVATIONS, x.device)
+    check(op, "z", z, (T, H, R, V), (x.dtype,), x.device)
+    check(op, "weight", weight, (V,), (x.dtype, *FLOAT), x.device)
+    return run(x, z, weight, eps)

@@ -1,0 +1,48 @@
+"""Questions that `doctor` asks in a process of its own: the answer may be an abort.
+
+`python -m qwen3next_plugin.cli.probe kernels` (or `vllm`) prints one line of JSON, or fails.
+"""
+
+import json
+import os
+import sys
+
+
+def kernels() -> dict[str, str]:
+    """Run the kernels of the CPU once and say which they are."""
+    import torch
+
+    from qwen3next_plugin.kernels import native
+    from qwen3next_plugin.kernels.dispatch import backend
+    from qwen3next_plugin.kernels.rms_norm import rms_norm
+
+    x = torch.ones(1, 16)
+    # an instruction that the processor lacks ends the process here
+    rms_norm(x=x, weight=torch.zeros(16), eps=1e-6)
+    if (name := backend("rms_norm", x.device)) != "cpu":
+        return {"cpu": f"{name} (QWEN3NEXT_KERNELS), correct and slow"}
+    return {"cpu": f"native, {native.isa()}; this processor runs {', '.join(native.levels())}"}
+
+
+def vllm() -> dict[str, str]:
+    """Let vLLM load its plugins; its platform, and the module that serves each architecture."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    from qwen3next_plugin.engines.vllm.registration import MODELS
+
+    load_general_plugins()
+    modules = {name: _module(ModelRegistry.models[name]) for name in MODELS}
+    return {"platform": current_platform.device_type} | modules
+
+
+def _module(entry: object) -> str:
+    """Where a registered model lives: entries are lazy (a module's name) or hold the class."""
+    return getattr(entry, "module_name", None) or getattr(entry, "model_cls", entry).__module__
+
+
+if __name__ == "__main__":
+    print(json.dumps({"kernels": kernels, "vllm": vllm}[sys.argv[1]]()))

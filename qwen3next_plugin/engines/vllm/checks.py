@@ -1,0 +1,91 @@
+"""What is refused before a worker starts; vLLM calls this while it completes its configuration."""
+
+from pathlib import Path
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from qwen3next_plugin import __version__, env
+from qwen3next_plugin.config import (
+    ConfigError,
+    Qwen3NextConfig,
+    check_num_speculative_tokens,
+)
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.model.weights import check_files
+from qwen3next_plugin.versions import check_host
+
+PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+
+logger = init_logger("vllm.qwen3next_plugin")  # vLLM formats and levels what is below its own
+
+
+def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
+    """Our view of the model's config under these flags; complains where it cannot be served."""
+    parallel_config = vllm_config.parallel_config
+    return Qwen3NextConfig.from_hf(
+        vllm_config.model_config.hf_text_config,
+        tp_size=parallel_config.tensor_parallel_size,
+        pp_size=parallel_config.pipeline_parallel_size,
+    )
+
+
+class Qwen3NextChecks(VerifyAndUpdateConfig):
+    """Stands in vLLM's MODELS_CONFIG_MAP under the model's architecture."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse a model, its files or its flags by name.
+
+        Raises:
+            ConfigError, CheckpointError: naming the thing and the mend.
+        """
+        logger.info_once(
+            "qwen3next_plugin %s serves this model on vLLM %s, with %s kernels",
+            __version__,
+            check_host("vllm"),
+            _kernels(),
+        )
+        config = read_config(vllm_config)
+        check_files(Path(vllm_config.model_config.model))
+        if vllm_config.speculative_config is not None:
+            check_num_speculative_tokens(vllm_config.num_speculative_tokens)
+        if current_platform.is_cpu():
+            _check_cpu(config, vllm_config)
+
+
+class NoKernelsYet(VerifyAndUpdateConfig):
+    """Stands there on a platform that our kernels do not run on, where vLLM's own model stays."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Say so."""
+        logger.info_once(
+            "qwen3next_plugin %s has no kernels for %s yet: vLLM %s keeps its own Qwen3-Next",
+            __version__,
+            current_platform.device_name,
+            check_host("vllm"),
+        )
+
+
+def _kernels() -> str:
+    """What runs the plugin's ops."""
+    return "slow reference" if env.kernels() == "reference" else f"native {native.isa()}"
+
+
+def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
+    """Refuse what vLLM's CPU runner cannot do, and keep LoRA off what it cannot adapt."""
+    if config.pp_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size = {config.pp_size}: vLLM's CPU runner cannot run pipeline "
+            f"stages of a hybrid model (it never allocates what passes between them, and "
+            f"stages without attention get another KV cache layout); use "
+            f"--tensor-parallel-size {config.pp_size}"
+        )
+    lora_config = vllm_config.lora_config
+    if lora_config is not None and lora_config.target_modules is None:
+        # vLLM would adapt the experts too, by Triton kernels that a CPU does not have.
+        lora_config.target_modules = list(PROJECTIONS)
+        logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))

@@ -1,0 +1,197 @@
+"""A vLLM engine in a process of its own, driven over a pipe: several may follow one another."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any, NamedTuple
+
+START_SECONDS = 300
+CPUS = sorted(os.sched_getaffinity(0))
+
+
+class Output(NamedTuple):
+    """One finished sequence."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each token, empty where none were asked for
+    prompt_logprobs: tuple[float, ...]  # of each prompt token but the first
+    cached: int  # prompt tokens that a prefix-cache hit spared
+    finish_reason: str
+
+
+def environment(tp_size: int = 1) -> dict[str, str]:
+    """The environment a vLLM process gets: this one's, its threads bound to our cores."""
+    share = max(1, len(CPUS) // tp_size)
+    bind = "|".join(
+        ",".join(map(str, CPUS[i * share % len(CPUS) :][:share])) for i in range(tp_size)
+    )
+    bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", bind) if tp_size == 1 else bind
+    return os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": bind,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(share),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class Process:
+    """A child in a process group of its own, its output in a file; stopped by its id."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
+        handle, self.log = tempfile.mkstemp(prefix="vllm-", suffix=".log")
+        self.child = subprocess.Popen(
+            arguments, env=env, stdout=handle, stderr=handle, start_new_session=True
+        )
+        os.close(handle)
+
+    def text(self) -> str:
+        """Everything the child has written."""
+        return Path(self.log).read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Terminate the group, kill what is left of it, and drop the log."""
+        for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(patience)
+        Path(self.log).unlink(missing_ok=True)
+
+
+class Offline:
+    """`vllm.LLM(model, **flags)` in a child; token ids in, plain values out."""
+
+    def __init__(self, model: Path, *, env: dict[str, str] | None = None, **flags: Any) -> None:
+        tp_size = flags.get("tensor_parallel_size", 1)
+        with Listener(family="AF_UNIX") as listener:
+            listener._listener._socket.settimeout(START_SECONDS)
+            self.process = Process(
+                [sys.executable, __file__, listener.address],
+                environment(tp_size) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (env or {}),
+            )
+            self.pipe: Connection = listener.accept()
+        defaults = {
+            "model": str(model),
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "seed": 0,
+            "disable_log_stats": False,
+        }
+        try:
+            self._ask("start", defaults | flags)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, prompts: list[tuple[int, ...]], **params: Any) -> list[list[Output]]:
+        """Run all prompts in one batch: n outputs each."""
+        params = {"detokenize": False, "ignore_eos": True} | params
+        answers = self._ask("generate", prompts, params)
+        return [[Output(**fields) for fields in answer] for answer in answers]
+
+    def greedy(self, prompts: list[tuple[int, ...]], tokens: int, **params: Any) -> list[Output]:
+        """Run all prompts in one batch, greedily."""
+        outputs = self.generate(prompts, temperature=0.0, max_tokens=tokens, **params)
+        return [output for (output,) in outputs]
+
+    def counters(self) -> dict[str, float]:
+        """vLLM's Prometheus counters by name, summed over labels."""
+        return self._ask("counters")
+
+    def cache(self) -> dict[str, Any]:
+        """The block size and number of blocks that the engine settled on."""
+        return self._ask("cache")
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        self._ask("forget")
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.stop()
+
+    def _ask(self, name: str, *args: Any) -> Any:
+        try:
+            self.pipe.send((name, args))
+            ok, answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.child.wait(20)
+            raise AssertionError(f"the engine died:\n{self.process.text()[-8000:]}") from error
+        if not ok:
+            raise AssertionError(f"{answer}\n{self.process.text()[-8000:]}")
+        return answer
+
+
+class Host:
+    """The child's side."""
+
+    def start(self, flags: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**flags)
+
+    def generate(
+        self, prompts: list[tuple[int, ...]], params: dict[str, Any]
+    ) -> list[list[dict[str, Any]]]:
+        from vllm import SamplingParams
+
+        requests = self.llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            SamplingParams(**params),
+            use_tqdm=False,
+        )
+        return [[_plain(request, output) for output in request.outputs] for request in requests]
+
+    def counters(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            if hasattr(metric, "value"):
+                sums[metric.name] = sums.get(metric.name, 0.0) + metric.value
+        return sums
+
+    def cache(self) -> dict[str, Any]:
+        config = self.llm.llm_engine.vllm_config.cache_config
+        return {"block_size": config.block_size, "num_blocks": config.num_gpu_blocks}
+
+    def forget(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+
+def _plain(request: Any, output: Any) -> dict[str, Any]:
+    """The fields of Output; the class itself is another one in this process."""
+    prompt_logprobs = (request.prompt_logprobs or ())[1:]
+    return {
+        "token_ids": tuple(output.token_ids),
+        "logprobs": _chosen(output.token_ids, output.logprobs),
+        "prompt_logprobs": _chosen(request.prompt_token_ids[1:], prompt_logprobs),
+        "cached": request.num_cached_tokens or 0,
+        "finish_reason": output.finish_reason,
+    }
+
+
+def _chosen(ids: Any, logprobs: Any) -> tuple[float, ...]:
+    return tuple(entry[i].logprob for i, entry in zip(ids, logprobs or (), strict=False))
+
+
+def main(address: str) -> None:
+    """Serve one parent until it hangs up."""
+    from traceback import format_exc
+
+    host = Host()
+    with Client(address) as pipe, contextlib.suppress(EOFError):
+        while True:
+            name, args = pipe.recv()
+            try:
+                pipe.send((True, getattr(host, name)(*args)))
+            except Exception:
+                pipe.send((False, format_exc()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

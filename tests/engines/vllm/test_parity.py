@@ -1,0 +1,104 @@
+"""Served by vLLM in fp32, the model computes what transformers computes, under every flag."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from checkpoints import random_prompt
+
+from engines.vllm.checks import LOGPROBS, TOKENS, check_cache_hits, check_greedy
+from engines.vllm.offline import CPUS, Offline
+
+pytestmark = pytest.mark.serve
+
+LENGTHS = (1, 2, 3, 4, 63, 64, 65, 1000, 5000)
+PROMPTS = [random_prompt(length) for length in LENGTHS]
+
+
+def mtp(k: int) -> dict[str, Any]:
+    """Flags of speculation with k draft tokens."""
+    return {"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": k}}
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunks-of-257": {"max_num_batched_tokens": 257, "max_num_seqs": 16},
+    "mtp-1_two-ranks": mtp(1) | {"tensor_parallel_size": 2},
+    "mtp-2_compiled": mtp(2) | {"enforce_eager": False},
+    "mtp-3": mtp(3),
+    "mtp-4_chunks-of-67_no-cache": mtp(4)
+    | {"max_num_batched_tokens": 67, "max_num_seqs": 8, "enable_prefix_caching": False},
+}
+
+
+def engines_with(flag: str, default: object = None) -> pytest.MarkDecorator:
+    """Run a test on the engines that have the flag."""
+    names = [name for name, flags in ENGINES.items() if flags.get(flag, default)]
+    return pytest.mark.parametrize("name", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(name, checkpoint) -> Iterator[Offline]:
+    flags = ENGINES[name]
+    if flags.get("tensor_parallel_size", 1) > len(CPUS):
+        pytest.skip("two ranks need two cores")
+    engine = Offline(checkpoint, **{"dtype": "float32", "max_model_len": 8192} | flags)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, reference):
+    return reference(checkpoint)
+
+
+def test_each_prompt_alone(engine, model):
+    outputs = [engine.greedy([prompt], TOKENS, **LOGPROBS)[0] for prompt in PROMPTS]
+    check_greedy(model, PROMPTS, outputs)
+
+
+def test_all_prompts_in_one_batch(engine, model):
+    check_greedy(model, PROMPTS, engine.greedy(PROMPTS, TOKENS, **LOGPROBS))
+
+
+@engines_with("enable_prefix_caching", default=True)
+def test_prefix_cache_hits(engine, model):
+    block = engine.cache()["block_size"]
+    prompts = [random_prompt(n, seed=1) for n in (2 * block, 2 * block + 1, 3 * block + 50, 1000)]
+    warm = check_cache_hits(engine, prompts)
+    check_greedy(model, prompts, warm)
+
+
+@engines_with("enable_prefix_caching", default=True)
+def test_shared_prefix_of_other_prompts(engine, model):
+    block = engine.cache()["block_size"]
+    prompts = [
+        random_prompt(2 * block, seed=2) + random_prompt(n, seed=3) for n in (1, 2, 70, block)
+    ]
+    engine.forget()
+    outputs = [engine.greedy([prompt], TOKENS, logprobs=0)[0] for prompt in prompts]
+    assert min(output.cached for output in outputs[1:]) > 0
+    check_greedy(model, prompts, outputs)
+
+
+@engines_with("speculative_config")
+def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, name, model):
+    k = ENGINES[name]["speculative_config"]["num_speculative_tokens"]
+    prompts = [random_prompt(n, seed=4) for n in (5, 64, 130, 300)]
+    before = engine.counters()
+    engine.greedy(prompts, 64)
+    after = engine.counters()
+    accepted, steps = (
+        after[f"vllm:spec_decode_num_{what}"] - before.get(f"vllm:spec_decode_num_{what}", 0)
+        for what in ("accepted_tokens", "drafts")
+    )
+    expected = [model.accepted(prompt, 64, k) for prompt in prompts]
+    expected_steps, expected_accepted = (sum(column) for column in zip(*expected, strict=True))
+    # A request's last drafts may be cut short by its token limit, so a few may differ.
+    assert accepted == pytest.approx(expected_accepted, abs=k * len(prompts))
+    assert steps == pytest.approx(expected_steps / k, abs=len(prompts))

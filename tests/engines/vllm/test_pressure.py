@@ -1,0 +1,26 @@
+"""Too little memory for all requests: vLLM preempts and resumes them, and no token changes."""
+
+import pytest
+from checkpoints import random_prompt
+
+from engines.vllm.checks import check_greedy
+from engines.vllm.offline import Offline
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(n, seed=5) for n in (100, 120, 126, 127, 250, 255, 256, 257)]
+TOKENS = 160
+
+
+@pytest.mark.parametrize("k", [0, 2], ids=["plain", "mtp-2"])
+def test_preempted_requests_end_as_undisturbed_ones(checkpoint, reference, k):
+    drafts = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
+    engine = Offline(
+        checkpoint, dtype="float32", max_model_len=512, num_gpu_blocks_override=40, **drafts
+    )
+    try:
+        outputs = engine.greedy(PROMPTS, TOKENS, logprobs=0)
+        assert engine.counters()["vllm:num_preemptions"] > 0
+    finally:
+        engine.close()
+    check_greedy(reference(checkpoint), PROMPTS, outputs)

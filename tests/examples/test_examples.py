@@ -1,0 +1,108 @@
+"""Every example runs as its README says: as a script, on the shipped checkpoint."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = "examples/qwen3next-tiny"
+ENVIRONMENT = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
+START_SECONDS = 120
+
+pytestmark = pytest.mark.serve
+
+
+def run_example(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run an example to its end, and fail with what it printed if it fails."""
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}", *args],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory):
+    """A server on the shipped checkpoint, with MTP as `make serve` has it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "vllm", "serve", CHECKPOINT, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "2048"]
+    command += ["--kv-cache-memory-bytes", str(1 << 30)]
+    command += ["--speculative-config", '{"method": "qwen3_next_mtp", "num_speculative_tokens": 2}']
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/health", log)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+@pytest.mark.parametrize("name", ["offline.py", "chat.py", "compare_mtp.py"])
+def test_help_teaches(name):
+    text = run_example(name, "--help").stdout
+    assert "Usage" in text
+    assert "--model" in text
+
+
+def test_offline_continues_the_prompts_it_is_given():
+    done = run_example("offline.py", "--max-tokens", "16", "import os\n", "def add(a, b):\n")
+    assert "--- 'import os\\n'" in done.stdout
+    assert "--- 'def add(a, b):\\n'" in done.stdout
+    tokens = int(re.search(r"(\d+) tokens in [\d.]+ s", done.stdout)[1])
+    assert 2 <= tokens <= 32
+    assert "qwen3next_plugin" in done.stdout + done.stderr  # the log line: it is in use
+
+
+def test_chat_holds_a_conversation(base_url):
+    questions = "What does `os.walk` do?\nAnd `os.listdir`?\n"
+    done = run_example("chat.py", "--base-url", base_url, "--max-tokens", "24", stdin=questions)
+    answers = done.stdout.split("you> ")[1:]
+    assert len(answers) == 3  # two turns, and the prompt at which the input ended
+    assert all(answer.strip() for answer in answers[:2])
+
+
+def test_chat_says_where_it_looked_for_a_server():
+    command = [sys.executable, "examples/chat.py", "--base-url", "http://127.0.0.1:9/v1"]
+    done = subprocess.run(command, cwd=ROOT, input="hello\n", capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9/v1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_compare_mtp_shows_equal_texts_and_acceptance():
+    done = run_example("compare_mtp.py", "--max-tokens", "32", "--draft-tokens", "2")
+    assert "with MTP" in done.stdout
+    assert "up to token" not in done.stdout
+    rates = re.search(r"with MTP\s*│\s*[\d.]+\s*│\s*([\d.]+)\s+([\d.]+)\s*│", done.stdout)
+    first, second = map(float, rates.groups())
+    assert 0 < first <= 1
+    assert 0 <= second <= first

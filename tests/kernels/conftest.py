@@ -1,0 +1,44 @@
+"""Every kernel test runs on every backend: the reference, and each instruction set."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3next_plugin.kernels import native
+
+sys.path.insert(0, str(Path(__file__).parent))  # for state_pages, under --import-mode=importlib
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
+
+
+@pytest.fixture(params=("reference", *LEVELS))
+def backend(request, monkeypatch):
+    """Name of the backend in force: `reference`, or the instruction set of the native kernels."""
+    yield from _in_force(request.param, monkeypatch)
+
+
+@pytest.fixture(params=LEVELS)
+def native_level(request, monkeypatch):
+    """Name of the instruction set in force."""
+    yield from _in_force(request.param, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(20)
+
+
+def _in_force(name, monkeypatch):
+    if name == "reference":
+        monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+        yield name
+        return
+    if name not in native.levels():
+        pytest.skip(f"this machine has no {name}")
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    before = native.isa()
+    native.set_isa(name)
+    yield name
+    native.set_isa(before)

@@ -1,0 +1,186 @@
+"""State pages in one raw buffer full of canaries, batches on them, and the plain recurrence."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+
+CANARY = 0xFF  # as a float: NaN
+GAP = 64  # bytes between the tensors of a page
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Head counts and dims of a linear-attention layer."""
+
+    H: int
+    HV: int
+    K: int
+    V: int
+
+    @property
+    def R(self) -> int:
+        return self.HV // self.H * self.V
+
+    @property
+    def C(self) -> int:
+        return self.H * (2 * self.K + self.R)
+
+
+SHAPES = (Shape(2, 2, 32, 48), Shape(2, 4, 128, 96), Shape(1, 4, 48, 40), Shape(3, 6, 24, 17))
+SMALL = Shape(1, 2, 16, 24)
+
+
+class Pool:
+    """Pages whose tensors are interleaved in one buffer, every byte a canary until written."""
+
+    def __init__(
+        self, s: Shape, slots: int, W: int, dtype=torch.float32, state_dtype=torch.float32
+    ):
+        self.shape, self.W = s, W
+        fields = {
+            "conv_": ((3 + W, s.C), dtype),
+            "state_": ((s.HV, s.V, s.K), state_dtype),
+            "key_": ((W, s.H, s.K), torch.float32),
+            "u_": ((W, s.HV, s.V), torch.float32),
+            "decay_": ((W, s.HV), torch.float32),
+            "span_": ((2,), torch.int32),
+        }
+        ranges, end = {}, GAP
+        for name, (shape, kind) in fields.items():
+            size = math.prod(shape) * kind.itemsize
+            ranges[name] = (end, end + size)
+            end = (end + size + 2 * GAP - 1) // GAP * GAP
+        self.raw = torch.full((slots, end), CANARY, dtype=torch.uint8)
+        self.gaps = torch.ones(end, dtype=torch.bool)
+        for name, (shape, kind) in fields.items():
+            begin, end = ranges[name]
+            self.gaps[begin:end] = False
+            view = self.raw[:, begin:end].view(kind).unflatten(1, shape)
+            setattr(self, name, view)
+
+    def assert_untouched_but(self, slots: list[int]) -> None:
+        """No byte written between the tensors, nor in a slot that is not in `slots`."""
+        assert (self.raw[:, self.gaps] == CANARY).all()
+        others = [i for i in range(len(self.raw)) if i not in slots]
+        assert (self.raw[others] == CANARY).all()
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows of (slot, context length, tokens)."""
+
+    rows: tuple[tuple[int, int, int], ...]
+
+    @property
+    def T(self) -> int:
+        return sum(n for _, _, n in self.rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        ends = [0]
+        for _, _, n in self.rows:
+            ends.append(ends[-1] + n)
+        return {
+            "query_start_loc": int32(*ends),
+            "slot": int32(*(slot for slot, _, _ in self.rows)),
+            "context_len": int32(*(c for _, c, _ in self.rows)),
+        }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Random parameters of a layer."""
+
+    shape: Shape
+    weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+    @classmethod
+    def random(cls, s: Shape, dtype=torch.float32) -> "Layer":
+        A_log = torch.empty(s.HV).uniform_(0.1, 16).log()
+        return cls(s, torch.randn(s.C, 4, dtype=dtype) / 2, A_log, torch.randn(s.HV))
+
+    def projections(self, T: int, dtype=torch.float32) -> dict[str, Tensor]:
+        """q, k, v, b, a of T tokens, as views of two grouped projections with NaN around them."""
+        s = self.shape
+        group = 2 * s.K + 2 * s.R  # q, k, v, z
+        qkvz = torch.full((T, s.H * group + 8), torch.nan, dtype=dtype)
+        qkvz = qkvz[:, : s.H * group].unflatten(1, (s.H, group))
+        ba = torch.randn(T, s.H, 2 * (s.HV // s.H)).to(dtype)
+        q, k, v, _ = qkvz.split([s.K, s.K, s.R, s.R], dim=-1)
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape))
+        b, a = ba.chunk(2, dim=-1)
+        return {"q": q, "k": k, "v": v, "a": a, "b": b}
+
+    def run(self, pool: Pool, step: Step, x: dict[str, Tensor]) -> Tensor:
+        """The convolution, then the recurrence, on the pages of the pool."""
+        s, at = self.shape, step.tensors()
+        q, k, v = causal_conv1d(
+            q=x["q"], k=x["k"], v=x["v"], weight=self.weight,
+            conv_=pool.conv_, span=pool.span_, **at,
+        )  # fmt: skip
+        return self.recur(pool, step, {**x, "q": q, "k": k, "v": v.view(-1, s.HV, s.V)})
+
+    def recur(self, pool: Pool, step: Step, x: dict[str, Tensor]) -> Tensor:
+        """The recurrence alone; v is [T, HV, V]."""
+        return gated_delta_rule(
+            **x, A_log=self.A_log, dt_bias=self.dt_bias, state_=pool.state_, key_=pool.key_,
+            u_=pool.u_, decay_=pool.decay_, span_=pool.span_, **step.tensors(),
+        )  # fmt: skip
+
+    def convolved(self, x: dict[str, Tensor]) -> Tensor:
+        """[q; k; v] of a whole sequence after the convolution, fp64."""
+        inputs = torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1).double()
+        padded = torch.cat([inputs.new_zeros(3, self.shape.C), inputs])
+        taps = self.weight.double().unbind(1)
+        return silu(sum(padded[j : j + len(inputs)] * tap for j, tap in enumerate(taps)))
+
+    def recurrence(self, x: dict[str, Tensor], S: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Output [T, HV, V] and last state of a whole sequence after the convolution, fp64."""
+        s = self.shape
+
+        def normalised(x: Tensor) -> Tensor:
+            x = x.double()
+            x = x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            return x.repeat_interleave(s.HV // s.H, dim=1)
+
+        q, k, v = normalised(x["q"]) / s.K**0.5, normalised(x["k"]), x["v"].double()
+        rate = softplus(x["a"].double().flatten(1) + self.dt_bias.double())
+        decay, beta = (
+            (-self.A_log.double().exp() * rate).exp(),
+            x["b"].double().flatten(1).sigmoid(),
+        )
+        S = torch.zeros(s.HV, s.V, s.K, dtype=torch.float64) if S is None else S
+        out = torch.zeros_like(v)
+        for t in range(len(v)):
+            S = S * decay[t, :, None, None]
+            u = beta[t, :, None] * (v[t] - torch.einsum("hvk,hk->hv", S, k[t]))
+            S = S + u[:, :, None] * k[t, :, None, :]
+            out[t] = torch.einsum("hvk,hk->hv", S, q[t])
+        return out, S
+
+    def recurrence_inputs(self, T: int, dtype=torch.float32) -> dict[str, Tensor]:
+        """q, k, v after a convolution, a and b of T tokens, as strided views."""
+        s, x = self.shape, self.projections(T, dtype)
+        return {**x, "v": x["v"].unflatten(2, (-1, s.V)).flatten(1, 2)}
+
+
+def rows_of(x: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+    """The tokens [begin, end) of the inputs."""
+    return {name: value[begin:end] for name, value in x.items()}
+
+
+def concatenated(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens of all parts, in order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,75 @@
+"""torch.compile traces every public op whole, and each op's schema and fake say what it does."""
+
+import pytest
+import torch
+from state_pages import SMALL, Layer, Pool, Step
+
+from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+from qwen3next_plugin.kernels.output_gate import output_gate
+from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
+from qwen3next_plugin.kernels.rms_norm import rms_norm
+from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
+
+
+def calls():
+    """A fresh call of every public op: (op, keyword arguments)."""
+    layer, step = Layer.random(SMALL), Step(((1, 0, 5), (0, 0, 2)))
+    pool, x = Pool(SMALL, 2, 3), layer.projections(step.T)
+    pages = {name: getattr(pool, name) for name in ("state_", "key_", "u_", "decay_", "span_")}
+    x4, w = torch.randn(3, 2, 2, 24), torch.randn(24)
+    attention = {
+        "qkv": torch.randn(3, 2 * 3 * 24), "q_weight": w, "k_weight": w,
+        "cos_sin": torch.randn(9, 10), "positions": torch.tensor([0, 3, 8]),
+        "num_heads": 2, "num_kv_heads": 1, "head_dim": 24, "rotary_dim": 10, "eps": 1e-6,
+    }  # fmt: skip
+    return {
+        "causal_conv1d": (causal_conv1d, {
+            "q": x["q"], "k": x["k"], "v": x["v"], "weight": layer.weight,
+            "conv_": pool.conv_, "span": pool.span_, **step.tensors(),
+        }),
+        "gated_delta_rule": (gated_delta_rule, {
+            **layer.recurrence_inputs(step.T), "A_log": layer.A_log, "dt_bias": layer.dt_bias,
+            **pages, **step.tensors(),
+        }),
+        "rms_norm": (rms_norm, {"x": x4[0, 0], "weight": w, "eps": 1e-6}),
+        "add_rms_norm": (rms_norm, {
+            "x": x4[0, 0], "weight": w, "eps": 1e-6, "residual_": x4[0, 1].clone(),
+        }),
+        "rms_norm_gated": (rms_norm_gated, {"x": x4, "z": x4 + 1, "weight": w, "eps": 1e-6}),
+        "qk_norm_rope": (qk_norm_rope, attention),
+        "output_gate": (output_gate, {"x_": x4[0].clone(), "gate": x4[1]}),
+    }  # fmt: skip
+
+
+def tensors(*trees):
+    return [
+        leaf for leaf in torch.utils._pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)
+    ]
+
+
+def copied(tree):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_traced_whole(monkeypatch, name):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    op, arguments = calls()[name]
+    again = copied(arguments)
+    traced = torch.compile(lambda **given: op(**given), fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(
+        tensors(traced(**again), again), tensors(op(**arguments), arguments), strict=True
+    ):
+        assert torch.equal(ours.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("name", calls())
+def test_schema_and_fake(monkeypatch, name):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    op, arguments = calls()[name]
+    native_op = getattr(torch.ops.qwen3next, name.removeprefix("add_")).default
+    order = [argument.name for argument in native_op._schema.arguments]
+    given = tuple(arguments.get(argument) for argument in order)
+    tests = ("test_schema", "test_faketensor")
+    assert set(torch.library.opcheck(native_op, given, test_utils=tests).values()) == {"SUCCESS"}

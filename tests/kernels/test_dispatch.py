@@ -1,0 +1,90 @@
+"""Which backend runs: never a silent fallback, one thread pool, one instruction set at a time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qwen3next_plugin.kernels import dispatch, native
+from qwen3next_plugin.kernels.rms_norm import rms_norm
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("asked", ("auto", "cpu"))
+def test_native_on_cpu(monkeypatch, asked):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", asked)
+    assert dispatch.backend("rms_norm", torch.device("cpu")) == "cpu"
+
+
+def test_unsupported_device_is_named(monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "auto")
+    x = torch.zeros(1, 4, device="meta")
+    with pytest.raises(NotImplementedError, match="rms_norm: .* not on meta"):
+        rms_norm(x=x, weight=x[0], eps=1e-6)
+
+
+@pytest.mark.parametrize("asked", ("auto", "cpu"))
+def test_library_that_was_not_built(asked):
+    done = python(
+        "import torch\n"
+        "from qwen3next_plugin.kernels import native\n"
+        "native.LIBRARY = 'absent.so'\n"
+        "from qwen3next_plugin.kernels.rms_norm import rms_norm\n"
+        "rms_norm(x=torch.zeros(1, 4), weight=torch.zeros(4), eps=1e-6)",
+        QWEN3NEXT_KERNELS=asked,
+    )
+    assert done.returncode != 0
+    assert "not built" in done.stderr
+    assert "QWEN3NEXT_KERNELS=reference" in done.stderr
+
+
+def test_reference_needs_no_library():
+    done = python(
+        "import torch\n"
+        "from qwen3next_plugin.kernels import native\n"
+        "native.LIBRARY = 'absent.so'\n"
+        "from qwen3next_plugin.kernels.rms_norm import rms_norm\n"
+        "rms_norm(x=torch.zeros(1, 4), weight=torch.zeros(4), eps=1e-6)",
+        QWEN3NEXT_KERNELS="reference",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_highest_level_by_default():
+    code = "from qwen3next_plugin.kernels import native; print(native.isa(), *native.levels())"
+    env = {name: value for name, value in os.environ.items() if name != "QWEN3NEXT_ISA"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    chosen, *levels = done.stdout.split()
+    assert levels[0] == "baseline"
+    assert chosen == levels[-1]
+
+
+def test_level_by_variable():
+    code = "from qwen3next_plugin.kernels import native; print(native.isa())"
+    assert python(code, QWEN3NEXT_ISA="baseline").stdout.strip() == "baseline"
+
+
+def test_level_the_machine_lacks():
+    before = native.isa()
+    with pytest.raises(RuntimeError, match=r"instruction set sve .* available: baseline"):
+        native.set_isa("sve")
+    assert native.isa() == before
+
+
+def test_one_openmp_runtime():
+    done = python(
+        "import torch\n"
+        "from qwen3next_plugin.kernels.rms_norm import rms_norm\n"
+        "rms_norm(x=torch.zeros(4096, 64), weight=torch.zeros(64), eps=1e-6)\n"
+        "maps = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
+        "print(*(path for path in maps if any(f'lib{omp}' in path for omp in ('gomp', 'iomp', 'omp'))))",
+        QWEN3NEXT_KERNELS="cpu",
+    )
+    assert len(done.stdout.split()) == 1, done.stdout

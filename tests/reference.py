@@ -1,0 +1,139 @@
+"""What the model computes, by transformers' own modules: log-probabilities, greedy text, drafts."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+Ids = tuple[int, ...]
+
+
+class Reference:
+    """A checkpoint's trunk through transformers, and its MTP head of transformers' own parts."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import Qwen3NextForCausalLM
+
+        self.folder = folder
+        self.trunk, info = Qwen3NextForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+        assert not info["missing_keys"], info
+        assert not {k for k in info["unexpected_keys"] if not k.startswith("mtp.")}, info
+        self.trunk.eval()
+        self._hidden: dict[Ids, torch.Tensor] = {}
+        self._greedy: dict[tuple[Ids, int], Ids] = {}
+        self._mtp: MTPReference | None = None
+
+    @torch.inference_mode()
+    def hidden(self, ids: Ids) -> torch.Tensor:
+        """Final-norm hidden states [T, D]; cached."""
+        if ids not in self._hidden:
+            outputs = self.trunk.model(input_ids=torch.tensor([ids]), use_cache=False)
+            self._hidden[ids] = outputs.last_hidden_state[0]
+        return self._hidden[ids]
+
+    @torch.inference_mode()
+    def logprobs(self, ids: Ids) -> torch.Tensor:
+        """Log-probabilities [T, vocab] of the token after each position, in fp32."""
+        return self.trunk.lm_head(self.hidden(ids)).float().log_softmax(-1)
+
+    def prompt_logprobs(self, ids: Ids) -> torch.Tensor:
+        """Log-probability [T-1] of each prompt token but the first, given those before it."""
+        return self.logprobs(ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    @torch.inference_mode()
+    def greedy(self, prompt: Ids, tokens: int) -> Ids:
+        """The greedy continuation, decoded step by step with transformers' own cache."""
+        if (prompt, tokens) not in self._greedy:
+            output = self.trunk.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            self._greedy[prompt, tokens] = tuple(output[0, len(prompt) :].tolist())
+        return self._greedy[prompt, tokens]
+
+    def accepted(self, prompt: Ids, tokens: int, k: int) -> tuple[int, int]:
+        """Drafts made and drafts accepted while `tokens` are decoded greedily, k at a time."""
+        if self._mtp is None:
+            self._mtp = MTPReference(self)
+        truth = self.greedy(prompt, tokens)
+        made = accepted = 0
+        known = 1  # the prompt's step yields the first token
+        while known < tokens:
+            drafts = self._mtp.drafts(prompt + truth[:known], k)
+            right = 0
+            while right < k and known + right < tokens and drafts[right] == truth[known + right]:
+                right += 1
+            made, accepted = made + k, accepted + right
+            known += right + 1
+        return made, accepted
+
+
+class MTPReference(nn.Module):
+    """The MTP head: fc over [embedding; hidden], one full-attention layer, a norm, the lm_head."""
+
+    def __init__(self, reference: Reference) -> None:
+        from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
+        super().__init__()
+        self.reference = reference
+        trunk, config = reference.trunk, reference.trunk.config
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(2 * D, D, bias=False)
+        self.pre_fc_norm_embedding = modeling.Qwen3NextRMSNorm(D, eps)
+        self.pre_fc_norm_hidden = modeling.Qwen3NextRMSNorm(D, eps)
+        self.norm = modeling.Qwen3NextRMSNorm(D, eps)
+        index = next(
+            i
+            for i, kind in enumerate(config.layer_types)
+            if kind == "full_attention" and i not in config.mlp_only_layers
+        )
+        self.layers = nn.ModuleList([modeling.Qwen3NextDecoderLayer(config, index)])
+        self.load_state_dict(fused_mtp(reference.folder))
+        self.trunk_embed, self.head = trunk.model.embed_tokens, trunk.lm_head
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], **_) -> None:
+        """Every tensor must fit; called before the trunk's modules hang on this one."""
+        super().load_state_dict({name: tensor.float() for name, tensor in state.items()})
+
+    @torch.inference_mode()
+    def drafts(self, ids: Ids, k: int) -> list[int]:
+        """k greedy drafts after `ids`, the head fed with its own output from the second on."""
+        hidden = self.reference.hidden(ids[:-1])
+        drafts: list[int] = []
+        for _ in range(k):
+            tokens = torch.tensor((*ids, *drafts)[1 : len(hidden) + 1])
+            out = self._forward(self.trunk_embed(tokens), hidden)
+            drafts.append(int(self.head(out[-1]).argmax()))
+            hidden = torch.cat([hidden, out[-1:]])
+        return drafts
+
+    def _forward(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        both = self.pre_fc_norm_embedding(embeds), self.pre_fc_norm_hidden(hidden)
+        x = self.fc(torch.cat(both, dim=-1))[None]  # [1, T, D]
+        T = x.shape[1]
+        rope = self.reference.trunk.model.rotary_emb(x, torch.arange(T)[None])
+        causal = torch.full((1, 1, T, T), float("-inf")).triu(1)
+        return self.norm(self.layers[0](x, position_embeddings=rope, attention_mask=causal))[0]
+
+
+def fused_mtp(folder: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's `mtp.*` as transformers' layers hold them: experts in one tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    mtp = {n.removeprefix("mtp."): t for n, t in tensors.items() if n.startswith("mtp.")}
+    prefix = "layers.0.mlp.experts."
+    fused = {name: t for name, t in mtp.items() if not name.startswith(prefix)}
+    count = sum(n.startswith(prefix) and n.endswith("down_proj.weight") for n in mtp)
+
+    def stack(kind: str) -> torch.Tensor:
+        return torch.stack([mtp[f"{prefix}{e}.{kind}.weight"] for e in range(count)])
+
+    fused[f"{prefix}gate_up_proj"] = torch.cat([stack("gate_proj"), stack("up_proj")], dim=1)
+    fused[f"{prefix}down_proj"] = stack("down_proj")
+    return fused

