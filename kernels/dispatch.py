@@ -1,6 +1,5 @@
 """Which backend runs an op: chosen by device, or by QWEN3NEXT_KERNELS."""
 
-import functools
 import importlib
 from collections.abc import Callable
 
@@ -9,29 +8,34 @@ import torch
 from qwen3next_plugin import env
 
 
-def backend(op: str, device: torch.device) -> str:
-    """Name of the backend that runs `op` on `device`: `cpu` (native) or `reference`.
+def backend(op: str, device_type: str) -> str:
+    """Name of the backend that runs `op` on such a device: `cpu` (native) or `reference`.
 
     Raises: NotImplementedError where no backend runs on the device. Never falls back.
     """
     asked = env.kernels()
     if asked == "reference":
         return asked
-    if device.type != "cpu":
+    if device_type != "cpu":
         raise NotImplementedError(
-            f"{op}: the native kernels run on cpu, not on {device.type};"
+            f"{op}: the native kernels run on cpu, not on {device_type};"
             " QWEN3NEXT_KERNELS=reference runs anywhere, slowly"
         )
     return "cpu"
 
 
-@torch.compiler.assume_constant_result
 def implementation(op: str, device: torch.device) -> Callable:
     """The function that runs `op` on `device`."""
-    return _load(op, backend(op, device))
+    return _LOADED[op, _loaded(op, device.type)]
 
 
-@functools.cache
-def _load(op: str, name: str) -> Callable:
-    module = importlib.import_module(f"qwen3next_plugin.kernels.{op}.{name}")
-    return getattr(module, op)
+_LOADED: dict[tuple[str, str], Callable] = {}
+
+
+@torch.compiler.assume_constant_result  # traced, the choice is made once: when the graph is made
+def _loaded(op: str, device_type: str) -> str:
+    name = backend(op, device_type)
+    if (op, name) not in _LOADED:
+        module = importlib.import_module(f"qwen3next_plugin.kernels.{op}.{name}")
+        _LOADED[op, name] = getattr(module, op)
+    return name

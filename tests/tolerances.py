@@ -1,4 +1,4 @@
-"""The one table of tolerances: (op, dtype of the activations) to the bound on |out - ref| / |ref|."""
+"""The one table of tolerances: (op, dtype of the activations) to a bound on |out - ref| / |ref|."""
 
 import math
 

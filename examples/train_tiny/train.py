@@ -125,13 +125,14 @@ def main(
     norm_decay: Annotated[bool, typer.Option(help="Weight decay on zero-centred norms.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    corpus_percent: Annotated[int, typer.Option(help="Part of the training documents to use.")] = 100,
 ) -> None:  # fmt: skip
     """Train a 9-million-parameter Qwen3-Next with an MTP layer on a CPU.
 
     The corpus is the Python standard library of the interpreter that runs this: nothing is
     downloaded. The result is an ordinary checkpoint folder for transformers, vLLM and SGLang.
 
-    A first look:   python -m examples.train_tiny.train --steps 20 --no-compiled --out /tmp/tiny
+    A first look:   python -m examples.train_tiny.train --steps 20 --no-compiled --corpus-percent 10 --out /tmp/tiny
 
     The shipped one: python -m examples.train_tiny.train --out examples/qwen3next-tiny
 
@@ -144,6 +145,7 @@ def main(
         r.Recipe(), global_balance=global_balance, balance_weight=balance_weight, norm_decay=norm_decay
     )  # fmt: skip
     training, _ = split(documents())
+    training = training[:: max(1, 100 // corpus_percent)]
     tokenizer = train_tokenizer(d.text for d in training)
     save_tokenizer(tokenizer, out)
     docs = encode(tokenizer, training)

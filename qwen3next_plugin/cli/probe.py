@@ -7,20 +7,22 @@ import json
 import os
 import sys
 
+ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextMTP")  # trunk and drafter, in vLLM's registry
+
 
 def kernels() -> dict[str, str]:
     """Run the kernels of the CPU once and say which they are."""
     import torch
 
+    from qwen3next_plugin import env
     from qwen3next_plugin.kernels import native
-    from qwen3next_plugin.kernels.dispatch import backend
     from qwen3next_plugin.kernels.rms_norm import rms_norm
 
     x = torch.ones(1, 16)
     # an instruction that the processor lacks ends the process here
     rms_norm(x=x, weight=torch.zeros(16), eps=1e-6)
-    if (name := backend("rms_norm", x.device)) != "cpu":
-        return {"cpu": f"{name} (QWEN3NEXT_KERNELS), correct and slow"}
+    if env.kernels() == "reference":
+        return {"cpu": "reference, correct and slow: QWEN3NEXT_KERNELS=reference"}
     return {"cpu": f"native, {native.isa()}; this processor runs {', '.join(native.levels())}"}
 
 
@@ -32,10 +34,8 @@ def vllm() -> dict[str, str]:
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
-    from qwen3next_plugin.engines.vllm.registration import MODELS
-
     load_general_plugins()
-    modules = {name: _module(ModelRegistry.models[name]) for name in MODELS}
+    modules = {name: _module(ModelRegistry.models[name]) for name in ARCHITECTURES}
     return {"platform": current_platform.device_type} | modules
 
 

@@ -26,8 +26,12 @@ def native_level(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded_and_poisoned():
+    """Fixed inputs; memory that torch hands out uninitialised holds NaN."""
     torch.manual_seed(20)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def _in_force(name, monkeypatch):

@@ -24,16 +24,16 @@ class Shape:
     V: int
 
     @property
-    def R(self) -> int:
+    def R(self) -> int:  # noqa: N802
         return self.HV // self.H * self.V
 
     @property
-    def C(self) -> int:
+    def C(self) -> int:  # noqa: N802
         return self.H * (2 * self.K + self.R)
 
 
 SHAPES = (Shape(2, 2, 32, 48), Shape(2, 4, 128, 96), Shape(1, 4, 48, 40), Shape(3, 6, 24, 17))
-SMALL = Shape(1, 2, 16, 24)
+SMALL = Shape(2, 4, 16, 24)
 
 
 class Pool:
@@ -82,7 +82,7 @@ class Step:
     rows: tuple[tuple[int, int, int], ...]
 
     @property
-    def T(self) -> int:
+    def T(self) -> int:  # noqa: N802
         return sum(n for _, _, n in self.rows)
 
     def tensors(self) -> dict[str, Tensor]:

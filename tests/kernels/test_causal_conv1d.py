@@ -20,7 +20,7 @@ def convolve(layer, pool, step, x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", (1, 2, 3, 63, 64, 65, 200))
+@pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 200])
 def test_fresh_rows(backend, T, dtype):
     shape, W = SHAPES[T % len(SHAPES)], 4
     layer, pool, step = Layer.random(shape, dtype), Pool(shape, 3, W, dtype), Step(((1, 0, T),))
@@ -107,17 +107,17 @@ def test_refuses_tokens_out_of_range(backend):
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
-        ({"q": torch.zeros(3, 1, 16, dtype=torch.float64)}, TypeError, "q is torch.float64"),
-        ({"k": torch.zeros(3, 1, 16, dtype=torch.float16)}, TypeError, "k is torch.float16"),
-        ({"v": torch.zeros(4, 1, 48)}, ValueError, "v has shape"),
+        ({"q": torch.zeros(3, 2, 16, dtype=torch.float64)}, TypeError, "q is torch.float64"),
+        ({"k": torch.zeros(3, 2, 16, dtype=torch.float16)}, TypeError, "k is torch.float16"),
+        ({"v": torch.zeros(4, 2, 48)}, ValueError, "v has shape"),
         ({"weight": torch.zeros(4, SMALL.C).t()}, ValueError, "weight"),
         ({"conv_": torch.zeros(2, SMALL.C, 5).transpose(1, 2)}, ValueError, "conv_"),
         ({"slot": torch.zeros(1, dtype=torch.int64)}, TypeError, "slot is torch.int64"),
-        ({"q": torch.zeros(3, 1, 16, device="meta")}, (ValueError, NotImplementedError), "meta"),
+        ({"q": torch.zeros(3, 2, 16, device="meta")}, (ValueError, NotImplementedError), "meta"),
     ],
 )
 def test_refuses_bad_arguments(backend, change, error, complaint):
-    x = {"q": torch.zeros(3, 1, 16), "k": torch.zeros(3, 1, 16), "v": torch.zeros(3, 1, 48)}
+    x = {"q": torch.zeros(3, 2, 16), "k": torch.zeros(3, 2, 16), "v": torch.zeros(3, 2, 48)}
     pool, weight = Pool(SMALL, 2, 2), torch.zeros(SMALL.C, 4)
     arguments = {
         **x, "weight": weight, "conv_": pool.conv_, "span": pool.span_,

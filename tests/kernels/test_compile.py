@@ -67,7 +67,7 @@ def test_traced_whole(monkeypatch, name):
 @pytest.mark.parametrize("name", calls())
 def test_schema_and_fake(monkeypatch, name):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
-    op, arguments = calls()[name]
+    _, arguments = calls()[name]
     native_op = getattr(torch.ops.qwen3next, name.removeprefix("add_")).default
     order = [argument.name for argument in native_op._schema.arguments]
     given = tuple(arguments.get(argument) for argument in order)

@@ -15,7 +15,7 @@ def assert_state_close(pool, slot, S, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", (1, 2, 3, 63, 64, 65, 200))
+@pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 200])
 def test_fresh_rows(backend, T, dtype):
     shape, W = SHAPES[T % len(SHAPES)], 2
     layer, pool, step = Layer.random(shape), Pool(shape, 3, W, dtype), Step(((1, 0, T),))
@@ -81,7 +81,7 @@ def test_tokens_of_no_row_are_zero(backend):
     assert (out[2:] == 0).all()
 
 
-@pytest.mark.parametrize("T", (5, 130))
+@pytest.mark.parametrize("T", [5, 130])
 def test_bf16_state(backend, T):
     shape = SHAPES[1]
     layer = Layer.random(shape)
@@ -104,9 +104,9 @@ def test_512_decode_steps(backend):
     assert_close("state_after_512_steps", torch.float32, pool.state_[0], S)
 
 
-@pytest.mark.parametrize("T", (3, 130))
+@pytest.mark.parametrize("T", [3, 130])
 def test_extreme_gates(backend, T):
-    """Decays from 1 to underflow and keys that repeat: what a padded or masked exp would overflow."""
+    """Decays from 1 to underflow and keys that repeat: where a masked exp would overflow."""
     layer, pool = Layer.random(SMALL), Pool(SMALL, 1, 3)
     x = layer.recurrence_inputs(T)
     x["a"] = torch.where(torch.rand(x["a"].shape) < 0.5, -60.0, 60.0)
@@ -118,7 +118,7 @@ def test_extreme_gates(backend, T):
 
 
 @pytest.mark.parametrize(
-    "name", ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    "name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"]
 )
 def test_agrees_with_transformers(backend, name):
     shape, T = Shape(2, 4, 64, 32), 100
@@ -136,8 +136,8 @@ def test_agrees_with_transformers(backend, name):
     assert_state_close(pool, 0, S[0].transpose(1, 2))
 
 
-@pytest.mark.parametrize("shape", (SHAPES[1], SHAPES[3]), ids=str)
-@pytest.mark.parametrize("prefix", (0, 7))
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=str)
+@pytest.mark.parametrize("prefix", [0, 7])
 def test_grouping_leaves_no_trace(native_level, shape, prefix):
     """One by one, verified together, or rolled back and continued: the same bits."""
     W, T = 4, 12
@@ -189,15 +189,15 @@ def test_refuses_before_writing(backend, rows, span, complaint):
 @pytest.mark.parametrize(
     ("name", "bad", "error"),
     [
-        ("q", torch.zeros(2, 1, 16, dtype=torch.float64), TypeError),
-        ("k", torch.zeros(2, 1, 16, dtype=torch.bfloat16), TypeError),
-        ("v", torch.zeros(2, 2, 48)[..., ::2], ValueError),
-        ("a", torch.zeros(2, 2, 1), ValueError),
-        ("state_", torch.zeros(4, 2, 16, 24), ValueError),
-        ("state_", torch.zeros(4, 2, 24, 16, dtype=torch.float16), TypeError),
-        ("state_", torch.zeros(4, 2, 16, 24).transpose(2, 3), ValueError),
+        ("q", torch.zeros(2, 2, 16, dtype=torch.float64), TypeError),
+        ("k", torch.zeros(2, 2, 16, dtype=torch.bfloat16), TypeError),
+        ("v", torch.zeros(2, 4, 48)[..., ::2], ValueError),
+        ("a", torch.zeros(2, 4, 1), ValueError),
+        ("state_", torch.zeros(4, 4, 16, 24), ValueError),
+        ("state_", torch.zeros(4, 4, 24, 16, dtype=torch.float16), TypeError),
+        ("state_", torch.zeros(4, 4, 16, 24).transpose(2, 3), ValueError),
         ("span_", torch.zeros(4, 2, dtype=torch.int64), TypeError),
-        ("decay_", torch.zeros(4, 3, 2), ValueError),
+        ("decay_", torch.zeros(4, 3, 4), ValueError),
     ],
 )
 def test_refuses_bad_arguments(backend, name, bad, error):

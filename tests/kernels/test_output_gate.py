@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", (0, 1, 65))
+@pytest.mark.parametrize("T", [0, 1, 65])
 @pytest.mark.parametrize(("H", "D"), [(4, 256), (3, 17)])
 def test_against_torch(backend, T, H, D, dtype):
     qkv = torch.randn(T, H * 2 * D + 5).to(dtype)
@@ -23,7 +23,7 @@ def test_against_torch(backend, T, H, D, dtype):
 
 def test_refuses(backend):
     x = torch.ones(2, 3, 8)
-    with pytest.raises(TypeError, match="output_gate: gate is torch.float16"):
+    with pytest.raises(TypeError, match=r"output_gate: gate is torch\.float16"):
         output_gate(x_=x, gate=x.half())
     with pytest.raises(ValueError, match="output_gate: x_ is not contiguous"):
         output_gate(x_=x.transpose(0, 1), gate=x.transpose(0, 1))

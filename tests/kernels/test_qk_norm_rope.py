@@ -32,7 +32,7 @@ def theirs(x, weight, cos_sin, positions):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", (0, 1, 65))
+@pytest.mark.parametrize("T", [0, 1, 65])
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "D", "rotary_dim"), [(4, 2, 256, 64), (3, 1, 40, 10), (2, 2, 32, 32)]
 )

@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", (0, 1, 65))
+@pytest.mark.parametrize("T", [0, 1, 65])
 @pytest.mark.parametrize(("H", "R", "V"), [(2, 2, 128), (3, 1, 17), (1, 4, 48)])
 def test_against_the_model(backend, T, H, R, V, dtype):
     x = torch.randn(T, H, R, V + 3).to(dtype)[..., :V]
@@ -31,7 +31,7 @@ def test_against_the_model(backend, T, H, R, V, dtype):
 
 def test_refuses(backend):
     x, weight = torch.zeros(2, 2, 2, 8), torch.zeros(8)
-    with pytest.raises(TypeError, match="rms_norm_gated: z is torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"rms_norm_gated: z is torch\.bfloat16"):
         rms_norm_gated(x=x, z=x.bfloat16(), weight=weight, eps=1e-6)
     with pytest.raises(ValueError, match="rms_norm_gated: z has shape"):
         rms_norm_gated(x=x, z=x[:, :1], weight=weight, eps=1e-6)

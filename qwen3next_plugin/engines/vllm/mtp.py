@@ -105,6 +105,9 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here; both are on the last stage
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         describe_experts(self, self.model.layers)
+        self.trunks = frozenset(trunk_tensors(self.config))
+        if not isinstance(self.model.embed_tokens, PPMissingLayer):
+            self.trunks -= {EMBEDDING}
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""
@@ -127,13 +130,17 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         """Shapes: hidden_states [N, D], returns [N, vocab]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Whether vLLM need not read the tensor for the drafter: all that is the trunk's."""
+        return name in self.trunks
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load `mtp.*`, strictly, and the embedding where this stage has no trunk's to share."""
-        expected, ignored = mtp_tensors(self.config), trunk_tensors(self.config)
+        expected = mtp_tensors(self.config)
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
-            expected[EMBEDDING] = ignored.pop(EMBEDDING)
+            expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
         tensors = checked(
-            require_mtp(weights), expected=expected, ignored=ignored, quantised=self.quantised
+            require_mtp(weights), expected=expected, ignored=self.trunks, quantised=self.quantised
         )
         renamed = (
             ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)

@@ -1,0 +1,102 @@
+"""The state page: its bytes at the released sizes, and its views on raw memory."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qwen3next_plugin.model.state import PageLayout
+
+
+def layout(**changes) -> PageLayout:
+    sizes = {
+        "num_key_heads": 16,
+        "num_value_heads": 32,
+        "key_dim": 128,
+        "value_dim": 128,
+        "window": 4,
+        "activation_dtype": torch.bfloat16,
+        "state_dtype": torch.float32,
+    }
+    return PageLayout(**(sizes | changes))
+
+
+def test_bytes_at_the_released_sizes_with_three_drafts():
+    """DESIGN section 5: S, the window, the position, and the convolution's inputs."""
+    nbytes = layout().nbytes()
+    assert nbytes["state"] == 2_097_152
+    assert nbytes["key"] + nbytes["u"] + nbytes["decay"] == 98_816
+    assert nbytes["span"] == 8
+    assert nbytes["conv"] == (3 + 4) * 8192 * 2
+    assert layout().page_bytes == sum(nbytes.values())
+
+
+def test_a_draft_token_costs_little():
+    without = layout(window=1).page_bytes
+    per_token = layout(window=2).page_bytes - without
+    assert per_token == 16 * 128 * 4 + 32 * 128 * 4 + 32 * 4 + 8192 * 2
+    assert per_token < 0.02 * without
+
+
+def test_conv_dim_is_all_of_q_k_and_v():
+    assert layout().conv_dim == 8192
+    assert layout(num_key_heads=3, num_value_heads=6, key_dim=48, value_dim=16).conv_dim == 384
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding", [0, 256])
+def test_views_tile_the_page(state_dtype, padding):
+    """Every byte of a page belongs to one view; none reaches the padding or the next page."""
+    page = layout(
+        num_key_heads=3,
+        num_value_heads=6,
+        key_dim=48,
+        value_dim=16,
+        activation_dtype=torch.float16,
+        state_dtype=state_dtype,
+    )
+    raw = torch.zeros(3, page.page_bytes + padding, dtype=torch.int8)
+    pool = page.view(raw)
+    for value, view in enumerate(pool, start=1):
+        assert view.data_ptr() >= raw.data_ptr()
+        view[1].view(torch.int8).fill_(value)
+    assert (raw[1, : page.page_bytes] != 0).all()
+    counts = raw[1].bincount() if raw.min() >= 0 else None
+    assert counts is not None
+    assert counts[1:].tolist() == list(page.nbytes().values())
+    assert not raw[[0, 2]].any()
+    assert not raw[:, page.page_bytes :].any()
+
+
+def test_a_copy_of_a_page_holds_the_same():
+    page = layout(num_key_heads=1, num_value_heads=2, key_dim=16, value_dim=16)
+    raw = torch.randint(-128, 127, (2, page.page_bytes), dtype=torch.int8)
+    raw[1] = raw[0]
+    for view in page.view(raw):
+        assert torch.equal(view[0].view(torch.int8), view[1].view(torch.int8))
+
+
+@pytest.mark.parametrize("window", range(1, 10))
+@pytest.mark.parametrize("heads", [(1, 1), (3, 6), (2, 8)], ids=str)
+def test_every_part_is_aligned_to_its_element(window, heads):
+    page = layout(
+        num_key_heads=heads[0], num_value_heads=heads[1], key_dim=16, value_dim=48, window=window
+    )
+    page.view(torch.zeros(2, page.page_bytes, dtype=torch.int8))  # view(dtype) refuses if not
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_value_heads": 24}, "24 value heads cannot share 16 key heads"),
+        ({"window": 0}, "a window holds at least one token, not 0"),
+    ],
+)
+def test_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        layout(**changes)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout().window = 2

@@ -1,0 +1,59 @@
+"""Step: bounded when it is built, and the complaint names the row."""
+
+import pytest
+import torch
+
+from qwen3next_plugin.model.step import NULL_SLOT, Step, StepError
+
+
+def build(
+    query_start_loc=(0, 1, 5, 5), seq_lens=(8, 4, 3), slot=(2, 0, 1), num_tokens=5, num_slots=3
+):
+    return Step.build(
+        query_start_loc=torch.tensor(query_start_loc),
+        seq_lens=torch.tensor(seq_lens),
+        slot=torch.tensor(slot),
+        num_tokens=num_tokens,
+        num_slots=num_slots,
+    )
+
+
+def test_context_is_what_came_before():
+    step = build()
+    assert step.context_len.tolist() == [7, 0, 3]
+    assert step.num_tokens == 5
+    for tensor in (step.query_start_loc, step.slot, step.context_len):
+        assert tensor.dtype == torch.int32
+
+
+def test_ragged_drafts_beside_a_prefill():
+    step = build((0, 1, 4, 104, 106), (10, 20, 100, 7), (0, 1, 2, 3), 106, 4)
+    assert step.context_len.tolist() == [9, 17, 0, 5]
+
+
+def test_padding_rows_and_padding_tokens():
+    """Rows without a page are not checked: what they hold is left over from other steps."""
+    step = build((0, 1, 2, 2), (5, -7, 0), (1, NULL_SLOT, NULL_SLOT), num_tokens=8)
+    assert step.slot.tolist() == [1, NULL_SLOT, NULL_SLOT]
+
+
+def test_no_rows():
+    assert build((0,), (), (), num_tokens=0).slot.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slot": (2, 3, 1)}, r"row 1 has a slot outside \[0, 3\): 3"),
+        ({"slot": (-2, 0, 1)}, r"row 0 has a slot outside \[0, 3\): -2"),
+        ({"slot": (0, 1, 2**31 - 1)}, r"row 2 has a slot outside"),
+        ({"seq_lens": (8, 4, -1)}, "row 2 has a negative context length: -1"),
+        ({"seq_lens": (8, 3, 3)}, "row 1 has a negative context length: -1"),
+        ({"query_start_loc": (0, 4, 1, 5)}, "row 1 has a negative query length: -3"),
+        ({"query_start_loc": (1, 2, 5, 5)}, "rows span tokens 1 to 5 of a step of 5"),
+        ({"num_tokens": 4}, "rows span tokens 0 to 5 of a step of 4"),
+    ],
+)
+def test_out_of_range_names_the_row(changes, message):
+    with pytest.raises(StepError, match=message):
+        build(**changes)

@@ -1,0 +1,140 @@
+"""Checkpoint names, layouts and files: every tensor is accounted for, every fault is named."""
+
+import pytest
+import torch
+from checkpoints import BASE, SHAPES, random_tensors
+from safetensors.torch import save_file
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.weights import (
+    CheckpointError,
+    check_files,
+    checked,
+    shard_conv_weight,
+    trunk_tensors,
+)
+from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
+
+SHAPES_OF = {"a.weight": (2, 3), "b.weight": (4,)}
+
+
+def tensors(**changes) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of SHAPES_OF, some changed (given by name, dots as underscores) or dropped."""
+    shapes = SHAPES_OF | {name.replace("_", "."): shape for name, shape in changes.items()}
+    return [(name, torch.zeros(shape)) for name, shape in shapes.items() if shape is not None]
+
+
+@pytest.mark.parametrize("changes", [{}, *SHAPES.values()], ids=["base", *SHAPES])
+def test_names_and_shapes_are_what_transformers_loads(tmp_path, changes):
+    """transformers finds every tensor it wants among ours, and none it does not know."""
+    from checkpoints import write_checkpoint
+    from reference import Reference
+
+    Reference(write_checkpoint(tmp_path, **changes))  # asserts that nothing is missing or left
+
+
+def test_names_of_a_rank_are_the_models():
+    config = Qwen3NextConfig.from_hf(BASE, tp_size=2)
+    assert trunk_tensors(config) == trunk_tensors(Qwen3NextConfig.from_hf(BASE))
+
+
+def test_passes_what_is_expected_in_order():
+    given = tensors()
+    assert list(checked(given, expected=SHAPES_OF)) == given
+
+
+def test_ignored_tensors_may_come_and_are_dropped():
+    given = tensors(mtp_weight=(7,))
+    found = checked(given, expected=SHAPES_OF, ignored={"mtp.weight", "absent"})
+    assert [name for name, _ in found] == list(SHAPES_OF)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b_weight": None}, r"1 tensors are missing, the first is b\.weight"),
+        ({"a_weight": None, "b_weight": None}, r"2 tensors are missing, the first is a\.weight"),
+        ({"c_weight": (5,)}, r"unexpected tensor c\.weight \(5,\)"),
+        ({"a_weight": (3, 2)}, r"a\.weight has shape \(3, 2\), the config asks for \(2, 3\)"),
+        ({"b_weight": (4, 1)}, r"b\.weight has shape \(4, 1\)"),
+    ],
+)
+def test_fault_is_named(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        list(checked(tensors(**changes), expected=SHAPES_OF))
+
+
+def test_quantised_tensors_stand_for_their_weight():
+    given = [("a.qweight", torch.zeros(1)), ("a.scales", torch.zeros(1)), *tensors(a_weight=None)]
+    names = [name for name, _ in checked(given, expected=SHAPES_OF, quantised=True)]
+    assert names == ["a.qweight", "a.scales", "b.weight"]
+    with pytest.raises(CheckpointError, match=r"unexpected tensor a\.qweight"):
+        list(checked(given, expected=SHAPES_OF))
+    with pytest.raises(CheckpointError, match=r"unexpected tensor a\.foo"):
+        list(checked([("a.foo", torch.zeros(1))], expected=SHAPES_OF, quantised=True))
+
+
+# the drafter's share -----------------------------------------------------------------------------
+
+
+def test_trunk_and_drafter_share_no_name():
+    config = Qwen3NextConfig.from_hf(BASE)
+    assert not trunk_tensors(config).keys() & mtp_tensors(config).keys()
+    assert all(name.startswith("mtp.") for name in mtp_tensors(config))
+
+
+def test_checkpoint_without_mtp_is_told_apart():
+    with_mtp = random_tensors(BASE).items()
+    assert len(list(require_mtp(with_mtp))) == len(with_mtp)
+    with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors .* serve without"):
+        list(require_mtp(random_tensors(BASE, mtp=False).items()))
+
+
+# layouts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_conv_shards_hold_their_heads_channels(size):
+    dims = (6, 6, 12)
+    weight = torch.arange(24).view(24, 1, 1).expand(24, 1, 4)
+    shards = [shard_conv_weight(weight, dims, rank, size) for rank in range(size)]
+    q, k, v = (torch.cat(parts) for parts in zip(*(s.split([d // size for d in dims]) for s in shards), strict=True))  # fmt: skip # noqa: E501
+    assert torch.equal(torch.cat([q, k, v]), weight)
+
+
+# files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file({"a": torch.zeros(100)}, tmp_path / "model-00001.safetensors")
+    save_file({"b": torch.zeros(7, 3)}, tmp_path / "model-00002.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def test_whole_files_pass(folder):
+    check_files(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 20, -1, -60])
+def test_truncated_file_is_named(folder, keep):
+    path = folder / "model-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model-00002\.safetensors has \d+ bytes"):
+        check_files(folder)
+
+
+def test_file_with_a_tail_is_named(folder):
+    path = folder / "model-00001.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors .* truncated or damaged"):
+        check_files(folder)
+
+
+def test_damaged_header_is_named(folder):
+    path = folder / "model-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:12] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="no readable header"):
+        check_files(folder)

@@ -1,0 +1,77 @@
+"""What is installed where: one package, no top-level `kernels` or `mtp`, nothing heavy at import."""
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **env: str) -> str:
+    """Run code in a new interpreter, started away from the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin"} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["kernels", "mtp"])
+def test_folder_is_no_regular_package(name):
+    """A regular package of that name, Hugging Face's `kernels` say, wins over our folder."""
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", ["kernels", "mtp"])
+def test_another_package_of_that_name_is_found_from_the_checkout(tmp_path, name):
+    other = tmp_path / name
+    other.mkdir()
+    (other / "__init__.py").write_text("whose = 'another'")
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; import {name}"
+    assert python(f"{code}; print({name}.whose)") == "another"
+
+
+def test_installed_modules_are_importable_under_the_package():
+    modules = "kernels.dispatch", "mtp.weights", "model.step"
+    code = "; ".join(f"import qwen3next_plugin.{module}" for module in modules)
+    assert python(code) == ""
+
+
+def test_importing_the_package_is_cheap():
+    heavy = "[m for m in ('torch', 'vllm', 'transformers', 'numpy') if m in sys.modules]"
+    assert python(f"import sys, qwen3next_plugin; print({heavy})") == "[]"
+
+
+def test_entry_point_is_declared_once():
+    points = [p for p in distribution("qwen3next-plugin").entry_points if "vllm" in p.group]
+    assert [(p.group, p.value) for p in points] == [
+        ("vllm.general_plugins", "qwen3next_plugin:register_vllm")
+    ]
+
+
+def test_version_is_one():
+    import qwen3next_plugin
+
+    assert distribution("qwen3next-plugin").version == qwen3next_plugin.__version__
+
+
+@pytest.mark.skipif(not list((ROOT / "dist").glob("*.whl")), reason="no wheel in dist/")
+def test_wheel_holds_the_package_and_nothing_at_the_top():
+    (wheel, *_) = sorted((ROOT / "dist").glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"qwen3next_plugin"}
+    assert "qwen3next_plugin/kernels/_ops.so" in names
+    assert "qwen3next_plugin/mtp/weights.py" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
