@@ -1,5 +1,7 @@
 """What the model computes, by transformers' own modules: log-probabilities, greedy text, drafts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -7,6 +9,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 Ids = tuple[int, ...]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No gradients, and one thread: threads only cost time at these sizes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Reference:
@@ -26,7 +40,7 @@ class Reference:
         self._greedy: dict[tuple[Ids, int], Ids] = {}
         self._mtp: MTPReference | None = None
 
-    @torch.inference_mode()
+    @quietly()
     def hidden(self, ids: Ids) -> torch.Tensor:
         """Final-norm hidden states [T, D]; cached."""
         if ids not in self._hidden:
@@ -34,7 +48,7 @@ class Reference:
             self._hidden[ids] = outputs.last_hidden_state[0]
         return self._hidden[ids]
 
-    @torch.inference_mode()
+    @quietly()
     def logprobs(self, ids: Ids) -> torch.Tensor:
         """Log-probabilities [T, vocab] of the token after each position, in fp32."""
         return self.trunk.lm_head(self.hidden(ids)).float().log_softmax(-1)
@@ -43,7 +57,7 @@ class Reference:
         """Log-probability [T-1] of each prompt token but the first, given those before it."""
         return self.logprobs(ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
-    @torch.inference_mode()
+    @quietly()
     def greedy(self, prompt: Ids, tokens: int) -> Ids:
         """The greedy continuation, decoded step by step with transformers' own cache."""
         if (prompt, tokens) not in self._greedy:
@@ -63,10 +77,12 @@ class Reference:
         if self._mtp is None:
             self._mtp = MTPReference(self)
         truth = self.greedy(prompt, tokens)
+        hidden = self.hidden(prompt + truth)  # causal: every prefix's is a prefix of it
         made = accepted = 0
         known = 1  # the prompt's step yields the first token
         while known < tokens:
-            drafts = self._mtp.drafts(prompt + truth[:known], k)
+            ids = prompt + truth[:known]
+            drafts = self._mtp.drafts(ids, hidden[: len(ids) - 1], k)
             right = 0
             while right < k and known + right < tokens and drafts[right] == truth[known + right]:
                 right += 1
@@ -102,19 +118,22 @@ class MTPReference(nn.Module):
         """Every tensor must fit; called before the trunk's modules hang on this one."""
         super().load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
-    @torch.inference_mode()
-    def drafts(self, ids: Ids, k: int) -> list[int]:
-        """k greedy drafts after `ids`, the head fed with its own output from the second on."""
-        hidden = self.reference.hidden(ids[:-1])
+    @quietly()
+    def drafts(self, ids: Ids, hidden: torch.Tensor, k: int) -> list[int]:
+        """k greedy drafts after `ids`, the head fed with its own output from the second on.
+
+        Shapes: hidden [len(ids)-1, D], the trunk's for all but the last token.
+        """
         drafts: list[int] = []
         for _ in range(k):
             tokens = torch.tensor((*ids, *drafts)[1 : len(hidden) + 1])
-            out = self._forward(self.trunk_embed(tokens), hidden)
+            out = self(self.trunk_embed(tokens), hidden)
             drafts.append(int(self.head(out[-1]).argmax()))
             hidden = torch.cat([hidden, out[-1:]])
         return drafts
 
-    def _forward(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    @quietly()
+    def forward(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         both = self.pre_fc_norm_embedding(embeds), self.pre_fc_norm_hidden(hidden)
         x = self.fc(torch.cat(both, dim=-1))[None]  # [1, T, D]
         T = x.shape[1]

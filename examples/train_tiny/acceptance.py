@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from .architecture import TinyQwen3Next
 
@@ -37,35 +36,53 @@ class Tally:
         }
 
 
+class KeyValues:
+    """Keys and values [1, H, T, K] of one attention layer, with what attention asks of a cache."""
+
+    def __init__(self) -> None:
+        self.keys, self.values = torch.empty(0), torch.empty(0)
+        self.length = 0
+
+    def update(self, keys: Tensor, values: Tensor, _layer: int) -> tuple[Tensor, Tensor]:
+        """Append, and return everything so far."""
+        if self.length:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+        self.keys, self.values, self.length = keys, values, keys.shape[2]
+        return keys, values
+
+    def crop(self, length: int) -> None:
+        """Forget what lies beyond the verified tokens."""
+        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.length = length
+
+
 class Drafter:
     """The MTP layer over one sequence, with a key-value cache of the verified tokens."""
 
     def __init__(self, model: TinyQwen3Next):
         self.model = model
-        self.cache = DynamicCache(config=model.config)
-        self.filled = 0
+        self.cache = KeyValues()
 
     def _forward(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Append n positions: ids [n] of the tokens after them, hidden [n, D] → [n, D]."""
-        model, n = self.model, len(ids)
-        positions = torch.arange(self.filled, self.filled + n)[None]
+        model, n, past = self.model, len(ids), self.cache.length
+        positions = torch.arange(past, past + n)[None]
         rope = model.trunk.model.rotary_emb(hidden[None], positions)
         embeds = model.trunk.model.embed_tokens(ids)[None]
-        mask = torch.ones(n, self.filled + n, dtype=torch.bool).tril(self.filled)[None, None]
+        mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)[None, None]
         out = model.mtp(embeds, hidden[None], rope, past_key_values=self.cache, attention_mask=mask)
-        self.filled += n
         return out[0]
 
     def draft(self, ids: Tensor, hidden: Tensor, k: int) -> list[int]:
         """k greedy tokens after ids [c], given the trunk's hidden [c-1, D] of all but the last."""
-        start, verified = self.filled, len(ids) - 1
+        start, verified = self.cache.length, len(ids) - 1
         h = self._forward(ids[start + 1 :], hidden[start:verified])[-1:]
         tokens = [self.model.trunk.lm_head(h).argmax(-1)]
         for _ in range(k - 1):
             h = self._forward(tokens[-1], h)
             tokens.append(self.model.trunk.lm_head(h).argmax(-1))
         self.cache.crop(verified)
-        self.filled = verified
         return torch.cat(tokens).tolist()
 
 
@@ -78,21 +95,31 @@ def replay(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, prompt: int, tally
     while known + tally.k <= len(ids):
         tokens = drafter.draft(ids[:known], hidden[: known - 1], tally.k)
         truth = ids[known : known + tally.k].tolist()
-        run = next((n for n, (a, b) in enumerate(zip(tokens, truth)) if a != b), tally.k)
+        run = next(
+            (n for n, (a, b) in enumerate(zip(tokens, truth, strict=True)) if a != b), tally.k
+        )
         tally.add(run)
         known += run + 1
 
 
+def until_end(ids: Tensor, prompt: int, end: int) -> Tensor:
+    """The sequence up to its first end token after the prompt; generate pads beyond it."""
+    ends = (ids[prompt:] == end).nonzero()
+    return ids[: prompt + int(ends[0]) + 1] if len(ends) else ids
+
+
 @torch.inference_mode()
-def measure(model: TinyQwen3Next, prompts: Tensor, new_tokens: int, tally: Tally) -> Tensor:
-    """Add the drafts made while the trunk continues prompts [B, T] greedily; the sequences [B, L]."""
+def measure(model: TinyQwen3Next, prompts: Tensor, new_tokens: int, tally: Tally) -> list[Tensor]:
+    """Add the drafts made while the trunk continues prompts [B, T] greedily; what it wrote."""
     whole = model.trunk.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
     )
-    for ids, hidden in zip(whole, model.hidden(whole), strict=True):
-        replay(model, ids, hidden, prompts.shape[1], tally)
-    return whole
+    written, T = [], prompts.shape[1]
+    for row, hidden in zip(whole, model.hidden(whole), strict=True):
+        ids = until_end(row, T, model.config.eos_token_id)
+        replay(model, ids, hidden, T, tally)
+        written.append(ids[T:])
+    return written

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextDecoderLayer,
     Qwen3NextRMSNorm,
@@ -46,7 +46,7 @@ def tiny_config() -> Qwen3NextConfig:
 
 
 class MTP(nn.Module):
-    """The multi-token-prediction layer: one full-attention decoder layer over embedding and hidden."""
+    """Multi-token prediction: one full-attention decoder layer over embedding and hidden."""
 
     def __init__(self, config: Qwen3NextConfig):
         super().__init__()
@@ -63,7 +63,7 @@ class MTP(nn.Module):
         embeds: Tensor,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        past_key_values: Cache | None = None,
+        past_key_values=None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """One depth for every position; without a mask attention is causal.

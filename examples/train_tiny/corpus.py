@@ -25,7 +25,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus: a source file, a help topic, or a conversation made from a docstring."""
+    """One text: a source file, a help topic, or a conversation made from a docstring."""
 
     name: str
     text: str
@@ -73,7 +73,7 @@ def documented(tree: ast.Module, module: str) -> Iterator[tuple[str, str, str, s
 
 
 def conversations(path: str, text: str) -> Iterator[str]:
-    """The file's docstrings as questions and answers; the question's form depends on the name only."""
+    """The file's docstrings as questions and answers; the name decides the question's form."""
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     try:
         tree = ast.parse(text)

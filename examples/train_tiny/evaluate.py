@@ -7,9 +7,9 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
 from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
 
 from .acceptance import Tally, measure
 from .architecture import TinyQwen3Next
@@ -38,7 +38,7 @@ def perplexity(model: TinyQwen3Next, windows: torch.Tensor, tokenizer: Tokenizer
     total = 0.0
     for ids in windows.split(8):
         logits = model.trunk.lm_head(model.hidden(ids[:, :-1]))
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        total += cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     tokens = windows[:, 1:].numel()
     texts = tokenizer.decode_batch(windows[:, 1:].tolist(), skip_special_tokens=False)
     size = sum(len(text.encode()) for text in texts)
@@ -53,7 +53,7 @@ def perplexity(model: TinyQwen3Next, windows: torch.Tensor, tokenizer: Tokenizer
 def expert_shares(model: TinyQwen3Next, tap: RouterTap, windows: torch.Tensor) -> list[list[float]]:
     """Each layer's share of routed tokens per expert; the MTP layer, at depth 1, comes last."""
     counts: list[torch.Tensor] = []
-    tap.take()  # what other measurements left behind
+    tap.logits.clear()  # what other measurements left behind
     for ids in windows.split(8):
         model.drafts(ids, model.hidden(ids[:, :-1]), depths=1)
         logits = tap.take()
@@ -70,7 +70,7 @@ def norm_weights(model: TinyQwen3Next) -> dict[str, float]:
 
 
 def text_acceptance(model: TinyQwen3Next, windows: torch.Tensor) -> dict:
-    """One draft after each true prefix: the trunk writes four greedy tokens, MTP drafts the last three."""
+    """One draft after each true prefix: of four greedy tokens MTP drafts the last three."""
     tally = Tally(DRAFT)
     for length in (64, 192, 320, 448):
         for ids in windows.split(16):
@@ -79,25 +79,25 @@ def text_acceptance(model: TinyQwen3Next, windows: torch.Tensor) -> dict:
 
 
 def text_generation(model: TinyQwen3Next, windows: torch.Tensor) -> dict:
-    """Drafts along 128 greedy tokens after 128 of each held-out window."""
+    """Drafts along 96 greedy tokens after 128 of each held-out window."""
     tally, written = Tally(DRAFT), []
     for ids in windows.split(16):
-        whole = measure(model, ids[:, :128].contiguous(), 128, tally)
-        written.append(whole[:, 128:])
-    return tally.summary() | {"distinct_4_grams": distinct_4_grams(torch.cat(written))}
+        written += measure(model, ids[:, :128].contiguous(), 96, tally)
+    return tally.summary() | {"distinct_4_grams": distinct_4_grams(written)}
 
 
 def chat_generation(model: TinyQwen3Next, prompts: list[torch.Tensor]) -> dict:
-    """Drafts along 64 greedy tokens of the answer to each held-out question."""
-    tally = Tally(DRAFT)
-    written = [measure(model, ids, 64, tally)[:, ids.shape[1] :] for ids in prompts]
-    return tally.summary() | {"distinct_4_grams": distinct_4_grams(torch.cat(written))}
+    """Drafts along at most 64 greedy tokens of the answer to each held-out question."""
+    tally, written = Tally(DRAFT), []
+    for ids in prompts:
+        written += measure(model, ids, 64, tally)
+    return tally.summary() | {"distinct_4_grams": distinct_4_grams(written)}
 
 
-def distinct_4_grams(written: torch.Tensor) -> float:
-    """Share of 4-grams that a sequence has not written before: low where greedy text repeats itself."""
-    rows = [row.unfold(0, 4, 1) for row in written]
-    return sum(len(r.unique(dim=0)) / len(r) for r in rows) / len(rows)
+def distinct_4_grams(written: list[torch.Tensor]) -> float:
+    """Share of 4-grams new to their text, averaged: low where greedy text repeats itself."""
+    grams = [ids.unfold(0, 4, 1) for ids in written if len(ids) >= 4]
+    return sum(len(g.unique(dim=0)) / len(g) for g in grams) / max(1, len(grams))
 
 
 def chat_prompts(tokenizer: Tokenizer, docs: list[Document], count: int) -> list[torch.Tensor]:
@@ -116,9 +116,11 @@ def samples(model: TinyQwen3Next, tokenizer: Tokenizer, prompts: list[torch.Tens
         whole = model.trunk.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False
         )
-        texts = tokenizer.decode(ids[0].tolist()), tokenizer.decode(whole[0, ids.shape[1] :].tolist())
-        question = texts[0].split(">user\n")[-1] if ">user\n" in texts[0] else texts[0]
-        out.append({"prompt": question, "answer": texts[1]})
+        prompt, answer = (
+            tokenizer.decode(x.tolist()) for x in whole[0].tensor_split([ids.shape[1]])
+        )
+        question = prompt.removeprefix("user\n").removesuffix("\nassistant\n")
+        out.append({"question": question, "answer": answer})
     return out
 
 
@@ -136,6 +138,7 @@ def report(folder: Path, tokens: int, prompts: int) -> dict:
             "trunk": sum(p.numel() for p in model.trunk.parameters()),
             "mtp": sum(p.numel() for p in model.mtp.parameters()),
         },
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "documents": {"training": len(training), "held_out": len(held_out)},
         "perplexity": {k: perplexity(model, w, tokenizer) for k, w in windows.items()}
         | {"all": perplexity(model, everything, tokenizer)},
@@ -153,8 +156,8 @@ def report(folder: Path, tokens: int, prompts: int) -> dict:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder that train.py wrote.")],
-    tokens: Annotated[int, typer.Option(help="Held-out tokens of each kind to score.")] = 65_536,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts to measure acceptance on.")] = 96,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens of each kind to score.")] = 32_768,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts to measure acceptance on.")] = 64,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Held-out perplexity, expert use, norm weights and MTP acceptance, into measured.json.

@@ -60,6 +60,7 @@ def export(model: TinyQwen3Next, out: Path) -> None:
     """Write weights and configs; the weights replace an older snapshot in one move."""
     partial = out / f".{WEIGHTS}.partial"
     save_file(released_tensors(model), partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     os.replace(partial, out / WEIGHTS)
     config = model.config.to_dict() | {"full_attention_interval": FULL_ATTENTION_INTERVAL}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, normalize
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextRMSNorm,
     Qwen3NextRMSNormGated,
@@ -26,7 +26,9 @@ class Recipe:
     clip: float = 1.0
     mtp_weight: float = 0.3
     mtp_depths: int = 3
-    deep_every: int = 2  # depths beyond the first on every second micro-batch: they cost as much as the trunk
+    deep_every: int = (
+        2  # depths beyond the first on every second micro-batch: they cost as much as the trunk
+    )
     balance_weight: float = 0.01
     global_balance: bool = True
     norm_decay: bool = True
@@ -35,17 +37,18 @@ class Recipe:
 def normalise_router_rows(model: nn.Module) -> None:
     """Give every expert's router row the same norm, so that none is favoured at the start.
 
-    Source: Qwen3-Next's announcement, "normalize the parameters of the MoE router at initialization".
+    Source: Qwen3-Next's announcement, on initialising the MoE router.
     """
     for module in model.modules():
         if isinstance(module, Qwen3NextTopKRouter):
-            module.weight.data = F.normalize(module.weight.data, dim=-1)
+            module.weight.data = normalize(module.weight.data, dim=-1)
 
 
 class RouterTap:
     """Collects the router logits of every MoE layer that runs, in order."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: TinyQwen3Next):
+        self.layers = model.config.num_hidden_layers
         self.logits: list[Tensor] = []
         for module in model.modules():
             if isinstance(module, Qwen3NextTopKRouter):
@@ -55,9 +58,10 @@ class RouterTap:
         self.logits.append(outputs[0])
 
     def take(self) -> list[Tensor]:
-        """The logits [T, E] since the last call."""
-        taken, self.logits[:] = list(self.logits), []
-        return taken
+        """One [T, E] a layer of what ran since the last call; all depths of MTP are one layer."""
+        trunk, mtp = self.logits[: self.layers], self.logits[self.layers :]
+        self.logits.clear()
+        return [*trunk, torch.cat(mtp)]
 
 
 class Balance:
@@ -80,9 +84,10 @@ class Balance:
         """Mean over the layers, for one micro-batch; logits are one [T, E] a layer."""
         counts = [expert_counts(x, top_k) for x in logits]
         if self.across:
-            counts = [a + b for a, b in zip(self.counts, counts)] if self.counts else counts
+            if self.counts:
+                counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
             self.counts = counts
-        pairs = zip(counts, logits)
+        pairs = zip(counts, logits, strict=True)
         return torch.stack([balance_term(c, x, top_k) for c, x in pairs]).mean()
 
 
@@ -100,15 +105,17 @@ def balance_term(counts: Tensor, logits: Tensor, top_k: int) -> Tensor:
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of the shared head: hidden [B, T, D], head [E, D], targets [B, T]."""
-    logits = F.linear(hidden, head).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    logits = linear(hidden, head).float()
+    return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def mtp_losses(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, depths: int, loss) -> list[Tensor]:
+def mtp_losses(
+    model: TinyQwen3Next, ids: Tensor, hidden: Tensor, depths: int, loss
+) -> list[Tensor]:
     """The joint multi-step loss: the same layer on its own output, as a server drafts.
 
-    Depth d at position i predicts token i+d+1. Source: Qwen3-Next's announcement, "multi-step
-    training that maintains consistency between training and inference", and DeepSeek-V3, 2.2.
+    Depth d at position i predicts token i+d+1. Source: Qwen3-Next's announcement (multi-step
+    training, consistent with inference) and DeepSeek-V3, section 2.2.
     """
     T, head = hidden.shape[1], model.trunk.lm_head.weight
     drafts = model.drafts(ids, hidden, depths)
@@ -118,7 +125,7 @@ def mtp_losses(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, depths: int, l
 def decay_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """AdamW's groups: matrices and zero-centred norm weights decay, per-head gate scalars do not.
 
-    Source: Qwen3-Next's announcement, "zero-centered RMSNorm … with weight decay on norm weights".
+    Source: Qwen3-Next's announcement, on zero-centred RMSNorm with weight decay on its weights.
     The gated norm of the linear layers is not zero-centred: decay would pull its scale to nothing.
     """
     norms = Qwen3NextRMSNorm if recipe.norm_decay else ()

@@ -3,8 +3,8 @@
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import silu
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
@@ -26,7 +26,7 @@ def bf16_experts(self: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) ->
     up, down = (w.bfloat16().transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
     h = torch.ops.transformers.grouped_mm_fallback(x.bfloat16()[order // top_k], up, ends)
     gate, value = h.chunk(2, dim=-1)  # [T*top_k, I]
-    h = torch.ops.transformers.grouped_mm_fallback(F.silu(gate) * value, down, ends)
+    h = torch.ops.transformers.grouped_mm_fallback(silu(gate) * value, down, ends)
     h = h[order.argsort()].view(*chosen.shape, -1)  # [T, top_k, D]
     return (h * weights[..., None]).sum(1).to(x_dtype)
 
@@ -51,8 +51,8 @@ def keep_freed_memory() -> None:
 
 
 def make_fast(model: TinyQwen3Next, compiled: bool) -> None:
-    """Prepare process and model; decays underflow, and a denormal costs a hundred normal products."""
-    torch.set_flush_denormal(True)
+    """Prepare process and model, before the first step."""
+    torch.set_flush_denormal(True)  # decays underflow, and denormals halve the speed
     keep_freed_memory()
     full_precision_delta_rule()
     ALL_EXPERTS_FUNCTIONS.register("train_tiny_bf16", bf16_experts)

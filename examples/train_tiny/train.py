@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -84,8 +85,16 @@ def progress_bar() -> Progress:
     )
 
 
-def run(trainer: Trainer, batches, out: Path, *, steps: int, minutes: float, accumulate: int,
-        snapshot_minutes: float) -> None:  # fmt: skip
+def run(
+    trainer: Trainer,
+    batches: Iterator[torch.Tensor],
+    out: Path,
+    *,
+    steps: int,
+    minutes: float,
+    accumulate: int,
+    snapshot_minutes: float,
+) -> None:
     """The loop: steps, a log line for each, a snapshot now and then."""
     start = snapshot = time.monotonic()
     tokens = 0
@@ -111,28 +120,37 @@ def run(trainer: Trainer, batches, out: Path, *, steps: int, minutes: float, acc
     export(trainer.model, out)
 
 
+def prepare_corpus(out: Path, percent: int) -> list[np.ndarray]:
+    """Training documents as token ids; the tokenizer learnt from them is saved on the way."""
+    training, _ = split(documents())
+    training = training[:: max(1, 100 // percent)]
+    tokenizer = train_tokenizer(d.text for d in training)
+    save_tokenizer(tokenizer, out)
+    return encode(tokenizer, training)
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint, tokenizer and train_log.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, tokenizer and log.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
-    minutes: Annotated[float, typer.Option(help="Stop here at the latest; the schedule adapts.")] = 90,
+    minutes: Annotated[float, typer.Option(help="Stop by then; the schedule adapts.")] = 90,
     rows: Annotated[int, typer.Option(help="Windows in a micro-batch.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens in a window; every 8th batch is one long window.")] = 512,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches in a step: the global batch.")] = 4,
-    snapshot_minutes: Annotated[float, typer.Option(help="Export a loadable snapshot this often.")] = 5,
+    length: Annotated[int, typer.Option(help="Tokens in a window; every 8th is a long one.")] = 512,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches in a step.")] = 4,
+    snapshot_minutes: Annotated[float, typer.Option(help="Export a snapshot this often.")] = 5,
     compiled: Annotated[bool, typer.Option(help="torch.compile: 1.4x, after two minutes.")] = True,
-    global_balance: Annotated[bool, typer.Option(help="Count experts over the global batch.")] = True,
-    balance_weight: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.01,
+    global_balance: Annotated[bool, typer.Option(help="Balance over the global batch.")] = True,
+    balance_weight: Annotated[float, typer.Option(help="Weight of the balance loss.")] = 0.01,
     norm_decay: Annotated[bool, typer.Option(help="Weight decay on zero-centred norms.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    corpus_percent: Annotated[int, typer.Option(help="Part of the training documents to use.")] = 100,
-) -> None:  # fmt: skip
+    corpus_percent: Annotated[int, typer.Option(help="Part of the corpus to use.")] = 100,
+) -> None:
     """Train a 9-million-parameter Qwen3-Next with an MTP layer on a CPU.
 
     The corpus is the Python standard library of the interpreter that runs this: nothing is
     downloaded. The result is an ordinary checkpoint folder for transformers, vLLM and SGLang.
 
-    A first look:   python -m examples.train_tiny.train --steps 20 --no-compiled --corpus-percent 10 --out /tmp/tiny
+    A first look: python -m examples.train_tiny.train --steps 20 --no-compiled --out /tmp/tiny
 
     The shipped one: python -m examples.train_tiny.train --out examples/qwen3next-tiny
 
@@ -141,20 +159,26 @@ def main(
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    chosen = replace(
-        r.Recipe(), global_balance=global_balance, balance_weight=balance_weight, norm_decay=norm_decay
-    )  # fmt: skip
-    training, _ = split(documents())
-    training = training[:: max(1, 100 // corpus_percent)]
-    tokenizer = train_tokenizer(d.text for d in training)
-    save_tokenizer(tokenizer, out)
-    docs = encode(tokenizer, training)
-    sizes = {"documents": len(docs), "tokens": int(sum(map(len, docs)))}
-    (out / "train_setup.json").write_text(json.dumps({**asdict(chosen), "data": sizes, "rows": rows, "length": length, "accumulate": accumulate}, indent=2))  # fmt: skip
-    batches = windows(docs, rows, length, np.random.default_rng(seed))
-    trainer = Trainer(chosen, compiled, seed)
-    run(trainer, batches, out, steps=steps, minutes=minutes, accumulate=accumulate,
-        snapshot_minutes=snapshot_minutes)  # fmt: skip
+    recipe = replace(
+        r.Recipe(),
+        global_balance=global_balance,
+        balance_weight=balance_weight,
+        norm_decay=norm_decay,
+    )
+    docs = prepare_corpus(out, corpus_percent)
+    sizes = {"documents": len(docs), "tokens": sum(map(len, docs))}
+    batch = {"rows": rows, "length": length, "accumulate": accumulate, "threads": threads}
+    setup = asdict(recipe) | {"data": sizes} | batch
+    (out / "train_setup.json").write_text(json.dumps(setup, indent=2) + "\n")
+    run(
+        Trainer(recipe, compiled, seed),
+        windows(docs, rows, length, np.random.default_rng(seed)),
+        out,
+        steps=steps,
+        minutes=minutes,
+        accumulate=accumulate,
+        snapshot_minutes=snapshot_minutes,
+    )
 
 
 if __name__ == "__main__":

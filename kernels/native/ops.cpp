@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <atomic>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -62,8 +63,8 @@ void set_isa(std::string name) {
       return;
     }
   }
-  STD_TORCH_CHECK(false, "instruction set ", name,
-                  " is not available here; available: ", isa_levels());
+  throw std::runtime_error("instruction set " + name +
+                           " is not available here; available: " + isa_levels());
 }
 
 template <int kOp>

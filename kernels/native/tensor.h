@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <sstream>
+#include <stdexcept>
 
 #include "simd.h"
 
@@ -12,6 +14,15 @@ namespace Q3N_LEVEL {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Throws, with the parts as the whole message, unless the condition holds.
+template <class... Parts>
+inline void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 // Calls f with a value of the tensor's element type.
 template <class F>
@@ -24,7 +35,7 @@ inline void with_dtype(const Tensor& t, F&& f) {
     case ScalarType::Half:
       return f(fp16{});
     default:
-      STD_TORCH_CHECK(false, "unsupported dtype");
+      check(false, "unsupported dtype");
   }
 }
 
@@ -51,10 +62,12 @@ inline T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Calls f(i) for i in [0, n), at least `grain` of them a thread.
+// Calls f(i) for i in [0, n), at least `grain` of them a thread. Denormals are zero meanwhile:
+// decays over many tokens are full of them, and one costs an FMA a hundred cycles.
 template <class F>
 inline void parallel(int64_t n, int64_t grain, F&& f) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const FlushDenormals guard;
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

@@ -1,4 +1,4 @@
-"""examples/train_tiny: twenty steps of the script, the checkpoint it writes, and the recipe's parts."""
+"""examples/train_tiny: twenty steps of the script, its checkpoint, and the recipe's parts."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from examples.train_tiny.corpus import IM_END, chat  # noqa: E402
 from examples.train_tiny.export import load, released_tensors  # noqa: E402
 from examples.train_tiny.speed import bf16_experts  # noqa: E402
 
-D, E, I, HEAD = 256, 16, 64, 256
+D, E, WIDE, HEAD = 256, 16, 64, 256
 MTP_SHAPES = {
     "mtp.fc.weight": (D, 2 * D),
     "mtp.pre_fc_norm_embedding.weight": (D,),
@@ -38,15 +38,15 @@ MTP_SHAPES = {
     "mtp.layers.0.self_attn.q_norm.weight": (HEAD,),
     "mtp.layers.0.self_attn.k_norm.weight": (HEAD,),
     "mtp.layers.0.mlp.gate.weight": (E, D),
-    "mtp.layers.0.mlp.shared_expert.gate_proj.weight": (I, D),
-    "mtp.layers.0.mlp.shared_expert.up_proj.weight": (I, D),
-    "mtp.layers.0.mlp.shared_expert.down_proj.weight": (D, I),
+    "mtp.layers.0.mlp.shared_expert.gate_proj.weight": (WIDE, D),
+    "mtp.layers.0.mlp.shared_expert.up_proj.weight": (WIDE, D),
+    "mtp.layers.0.mlp.shared_expert.down_proj.weight": (D, WIDE),
     "mtp.layers.0.mlp.shared_expert_gate.weight": (1, D),
 }
 for expert in range(E):
     path = f"mtp.layers.0.mlp.experts.{expert}"
-    MTP_SHAPES[f"{path}.gate_proj.weight"] = MTP_SHAPES[f"{path}.up_proj.weight"] = (I, D)
-    MTP_SHAPES[f"{path}.down_proj.weight"] = (D, I)
+    MTP_SHAPES[f"{path}.gate_proj.weight"] = MTP_SHAPES[f"{path}.up_proj.weight"] = (WIDE, D)
+    MTP_SHAPES[f"{path}.down_proj.weight"] = (D, WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,7 @@ def test_acceptance_counts_drafts_and_runs(model):
     assert tally.summary()["given_previous"] == [3 / 4, 2 / 3, 1.0]
     assert tally.summary()["tokens_per_step"] == 1 + 7 / 4
     served = Tally(3)
-    whole = measure(model, torch.randint(3, 4096, (2, 9)), 8, served)
-    assert whole.shape == (2, 17)
+    written = measure(model, torch.randint(3, 4096, (2, 9)), 8, served)
+    assert len(written) == 2
+    assert all(1 <= len(ids) <= 8 for ids in written)
     assert served.drafts >= 2

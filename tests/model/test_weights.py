@@ -98,7 +98,8 @@ def test_conv_shards_hold_their_heads_channels(size):
     dims = (6, 6, 12)
     weight = torch.arange(24).view(24, 1, 1).expand(24, 1, 4)
     shards = [shard_conv_weight(weight, dims, rank, size) for rank in range(size)]
-    q, k, v = (torch.cat(parts) for parts in zip(*(s.split([d // size for d in dims]) for s in shards), strict=True))  # fmt: skip # noqa: E501
+    by_rank = [shard.split([d // size for d in dims]) for shard in shards]  # q, k, v of each rank
+    q, k, v = (torch.cat(parts) for parts in zip(*by_rank, strict=True))
     assert torch.equal(torch.cat([q, k, v]), weight)
 
 

@@ -93,6 +93,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
     """The drafter as vLLM's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
     update_physical_experts_metadata = Qwen3NextForCausalLM.update_physical_experts_metadata
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -105,9 +106,9 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here; both are on the last stage
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         describe_experts(self, self.model.layers)
-        self.trunks = frozenset(trunk_tensors(self.config))
+        self.trunk_names = frozenset(trunk_tensors(self.config))
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
-            self.trunks -= {EMBEDDING}
+            self.trunk_names -= {EMBEDDING}
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""
@@ -132,7 +133,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Whether vLLM need not read the tensor for the drafter: all that is the trunk's."""
-        return name in self.trunks
+        return name in self.trunk_names
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load `mtp.*`, strictly, and the embedding where this stage has no trunk's to share."""
@@ -140,7 +141,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
         tensors = checked(
-            require_mtp(weights), expected=expected, ignored=self.trunks, quantised=self.quantised
+            require_mtp(weights), expected=expected, ignored=self.trunk_names, quantised=self.quantised
         )
         renamed = (
             ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)

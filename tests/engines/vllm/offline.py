@@ -90,7 +90,7 @@ class Offline:
             raise
 
     def generate(self, prompts: list[tuple[int, ...]], **params: Any) -> list[list[Output]]:
-        """Run all prompts in one batch: n outputs each."""
+        """Run all prompts in one batch: n outputs each, through the LoRA `adapter` if given."""
         params = {"detokenize": False, "ignore_eos": True} | params
         answers = self._ask("generate", prompts, params)
         return [[Output(**fields) for fields in answer] for answer in answers]
@@ -140,10 +140,13 @@ class Host:
         self, prompts: list[tuple[int, ...]], params: dict[str, Any]
     ) -> list[list[dict[str, Any]]]:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
+        adapter = params.pop("adapter", None)
         requests = self.llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts],
             SamplingParams(**params),
+            lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
             use_tqdm=False,
         )
         return [[_plain(request, output) for output in request.outputs] for request in requests]

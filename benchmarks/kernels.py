@@ -1,0 +1,283 @@
+"""The linear-attention kernels against the operators that upstream's CPU layer calls.
+
+    python -m benchmarks.kernels [out.json]
+
+Real shapes, bf16. Upstream and plugin alternate on pages that rotate, so that neither finds its
+state in the nearest cache; both must agree before anything is timed.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import vllm._custom_ops as upstream
+from torch import Tensor
+from vllm.platforms import current_platform
+
+from benchmarks.report import Table, markdown
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+
+H, HV, K, V, DTYPE = 16, 32, 128, 128, torch.bfloat16
+R = HV // H * V
+C = H * (2 * K + R)
+DRAFT = 3  # tokens a verify checks beside the one that is sure
+ACCEPTED = 2  # of them, in every verify
+PAGES = 16  # that rotate: 34 MB of state
+TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
+PAST = 5  # tokens before a step of the convolution
+PAIRS = 30
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: the two ways to run it."""
+
+    name: str
+    plugin: Call
+    upstream: Call
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def measure(pairs: int = PAIRS) -> Table:
+    """Times of every case, alternating. Raises AssertionError on the first red check."""
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    return {case.name: timed(case, pairs) for case in cases()}
+
+
+def cases() -> Iterator[Case]:
+    """Every case, with fresh states."""
+    for batch in (1, 8):
+        yield recurrence(f"decode, batch {batch}", batch, 1)
+        yield recurrence(f"verify {DRAFT} drafts, batch {batch}", batch, 1 + DRAFT)
+        yield convolution(f"convolution, decode, batch {batch}", batch, 1)
+        yield convolution(f"convolution, verify, batch {batch}", batch, 1 + DRAFT)
+    for tokens in (1024, 4096):
+        yield prefill(f"prefill {tokens}", tokens)
+        yield long_convolution(f"convolution, prefill {tokens}", tokens)
+
+
+def timed(case: Case, pairs: int) -> dict[str, float]:
+    """Check once, then time pairs of calls; the ratio is the median of the pairs' own."""
+    for _ in range(3):  # some steps on, so that every page has a past
+        error = relative_error(case.plugin(), case.upstream())
+        if not error <= TOLERANCE:
+            raise AssertionError(f"{case.name}: plugin and upstream differ by {error:.1e}")
+    ours, theirs = [], []
+    for _ in range(pairs):
+        ours.append(seconds(case.plugin))
+        theirs.append(seconds(case.upstream))
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "upstream µs": statistics.median(theirs) * 1e6,
+        "plugin µs": statistics.median(ours) * 1e6,
+        "ratio": statistics.median(ratios),
+    }
+
+
+def seconds(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    out, ref = out.double().flatten(), ref.double().flatten()
+    return ((out - ref).norm() / ref.norm()).item()
+
+
+def layer_inputs(tokens: int) -> dict[str, Tensor]:
+    """What a layer projects: q, k, v, b, a as views of two grouped projections."""
+    qkvz = torch.randn(tokens, H, 2 * K + 2 * R).to(DTYPE)
+    q, k, v, _ = qkvz.split([K, K, R, R], dim=-1)
+    b, a = torch.randn(tokens, H, 2 * (HV // H)).to(DTYPE).chunk(2, dim=-1)
+    return {"q": q, "k": k, "v": v, "a": a, "b": b}
+
+
+def parameters() -> tuple[Tensor, Tensor]:
+    """A_log fp32, dt_bias in the activations' dtype, as upstream wants them."""
+    return torch.empty(HV).uniform_(1, 16).log(), torch.randn(HV).to(DTYPE)
+
+
+class Pages:
+    """The plugin's pages, and the steps that walk over them."""
+
+    def __init__(self, window: int):
+        self.window = window
+        self.state_ = torch.zeros(PAGES, HV, V, K)
+        self.key_ = torch.zeros(PAGES, window, H, K)
+        self.u_ = torch.zeros(PAGES, window, HV, V)
+        self.decay_ = torch.zeros(PAGES, window, HV)
+        self.span_ = torch.zeros(PAGES, 2, dtype=torch.int32)
+        self.conv_ = torch.zeros(PAGES, 3 + window, C, dtype=DTYPE)
+
+    def recurrent(self) -> dict[str, Tensor]:
+        names = ("state_", "key_", "u_", "decay_", "span_")
+        return {name: getattr(self, name) for name in names}
+
+
+def slots_in_turn(batch: int) -> Iterator[Tensor]:
+    """The pages of one call after the other."""
+    return itertools.cycle(torch.arange(PAGES, dtype=torch.int32).split(batch))
+
+
+def turns(batch: int, advance: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(slots, context lengths) of one call after the other."""
+    for turn, slots in enumerate(slots_in_turn(batch)):
+        context = turn // (PAGES // batch) * advance
+        yield slots, torch.full((batch,), context, dtype=torch.int32)
+
+
+def ready(iterator: Iterator, pairs: int = PAIRS) -> Iterator:
+    """The same, prepared ahead of the clock."""
+    return iter(list(itertools.islice(iterator, pairs + 10)))
+
+
+def recurrence(name: str, batch: int, n: int) -> Case:
+    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(n)
+    x = {**x, "v": x["v"].reshape(-1, HV, V)}
+    starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
+    q, k, v = (x[name].contiguous() for name in "qkv")
+    a, b = x["a"].flatten(1), x["b"].flatten(1)
+    advance = 1 if n == 1 else 1 + ACCEPTED
+    ours = ready(turns(batch, advance))
+
+    def plugin() -> Tensor:
+        slot, context_len = next(ours)
+        return gated_delta_rule(
+            **x, A_log=A_log, dt_bias=dt_bias, **pages.recurrent(),
+            query_start_loc=starts, slot=slot, context_len=context_len,
+        )  # fmt: skip
+
+    states = torch.zeros(PAGES * n, HV, K, V)
+    slots = ready(slots_in_turn(batch))
+    shared = {"A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": starts}
+
+    def decode() -> Tensor:
+        return upstream.fused_sigmoid_gating_delta_rule_update_cpu(
+            q=q[None], k=k[None], v=v[None], a=a, b=b, **shared, initial_state_source=states,
+            initial_state_indices=next(slots), use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+    accepted = torch.full((batch,), advance, dtype=torch.int32)
+    columns = torch.arange(n, dtype=torch.int32)
+    tables = ready(slot[:, None] * n + columns for slot in slots_in_turn(batch))
+
+    def verify() -> Tensor:
+        return upstream.fused_sigmoid_gating_delta_rule_update_spec_cpu(
+            q=q, k=k, v=v, a=a, b=b, **shared, initial_state_source=states,
+            spec_state_indices=next(tables), num_accepted_tokens=accepted,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+    return Case(name, plugin, decode if n == 1 else verify)
+
+
+def prefill(name: str, tokens: int) -> Case:
+    x, (A_log, dt_bias), pages = layer_inputs(tokens), parameters(), Pages(1)
+    x = {**x, "v": x["v"].reshape(-1, HV, V)}
+    q, k, v = (x[name].contiguous()[None] for name in "qkv")
+    a, b = (x[name].flatten(1) for name in "ab")
+    starts, fresh, states = int32(0, tokens), int32(0), torch.zeros(PAGES, HV, K, V)
+    ours, theirs = slots_in_turn(1), slots_in_turn(1)
+
+    def plugin() -> Tensor:
+        return gated_delta_rule(
+            **x, A_log=A_log, dt_bias=dt_bias, **pages.recurrent(),
+            query_start_loc=starts, slot=next(ours), context_len=fresh,
+        )  # fmt: skip
+
+    def chunked() -> Tensor:
+        g, beta = upstream.fused_gdn_gating_cpu(A_log=A_log, a=a, b=b, dt_bias=dt_bias)
+        slot = next(theirs)
+        states[slot] = 0
+        return upstream.chunk_gated_delta_rule_cpu(
+            query=q, key=k, value=v, g=g, beta=beta, initial_state=states,
+            output_final_state=True, cu_seqlens=starts, head_first=False,
+            use_qk_l2norm_in_kernel=True, initial_state_indices=slot,
+        )[0]  # fmt: skip
+
+    return Case(name, plugin, chunked)
+
+
+def convolved(x: dict[str, Tensor], weight: Tensor, pages: Pages, **step: Tensor) -> Tensor:
+    """The plugin's convolution; its three results are views of one buffer, which is returned."""
+    q, _, _ = causal_conv1d(
+        q=x["q"], k=x["k"], v=x["v"], weight=weight, conv_=pages.conv_, span=pages.span_, **step
+    )
+    return q.as_strided((len(q), C), (C, 1))
+
+
+def convolution(name: str, batch: int, n: int) -> Case:
+    """Upstream is given its contiguous input; the copies that make it are not counted."""
+    x, weight, pages = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), Pages(n)
+    mixed = torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
+    starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
+    advance = 1 if n == 1 else 1 + ACCEPTED
+    ours, theirs = slots_in_turn(batch), slots_in_turn(batch)
+    pages.span_[:] = int32(PAST, n)  # which the recurrence would advance
+    context_len = torch.full((batch,), PAST + advance, dtype=torch.int32)
+
+    def plugin() -> Tensor:
+        return convolved(
+            x, weight, pages, query_start_loc=starts, slot=next(ours), context_len=context_len
+        )
+
+    packed = upstream.causal_conv1d_weight_pack(weight)
+    states = torch.zeros(PAGES, 3 + n - 1, C, dtype=DTYPE).transpose(1, 2)
+    accepted = None if n == 1 else torch.full((batch,), advance, dtype=torch.int32)
+    given = mixed if n == 1 else mixed.view(batch, n, C)
+
+    def update() -> Tensor:
+        return upstream.causal_conv1d_update_cpu(
+            x=given, conv_states=states, weight=packed, bias=None, silu_activation=True,
+            conv_state_indices=next(theirs), is_weight_packed=True, num_accepted_tokens=accepted,
+        )  # fmt: skip
+
+    return Case(name, plugin, update)
+
+
+def long_convolution(name: str, tokens: int) -> Case:
+    x, weight, pages = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), Pages(1)
+    mixed = torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
+    starts, fresh = int32(0, tokens), int32(0)
+    ours, theirs = slots_in_turn(1), slots_in_turn(1)
+
+    def plugin() -> Tensor:
+        return convolved(
+            x, weight, pages, query_start_loc=starts, slot=next(ours), context_len=fresh
+        )
+
+    packed = upstream.causal_conv1d_weight_pack(weight)
+    states = torch.zeros(PAGES, 3, C, dtype=DTYPE).transpose(1, 2)
+    no_past = torch.tensor([False])
+
+    def forward() -> Tensor:
+        return upstream.causal_conv1d_fwd_cpu(
+            x=mixed.t(), weight=packed, bias=None, conv_states=states, query_start_loc=starts,
+            cache_indices=next(theirs), has_initial_state=no_past, silu_activation=True,
+            is_weight_packed=True,
+        ).t()  # fmt: skip
+
+    return Case(name, plugin, forward)
+
+
+if __name__ == "__main__":
+    table = measure()
+    print(f"instruction set {native.isa()}, {torch.get_num_threads()} threads")
+    print(markdown(table))
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(table, indent=2))

@@ -1,0 +1,264 @@
+"""The host still has every symbol and signature the plugin leans on; read, not imported."""
+
+import ast
+import importlib.util
+import os
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+ENGINE = sorted((ROOT / "qwen3next_plugin" / "engines" / "vllm").glob("*.py"))
+VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
+OTHER_HOSTS = os.environ.get(VARIABLE, "")  # vLLM wheels, separated by colons
+
+# What our code implements for the host: class → the methods whose arguments must stay.
+OVERRIDDEN = {
+    "v1/attention/backend.py": {
+        "AttentionMetadataBuilder": {
+            "__init__": ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
+            "build": ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
+        },
+        "AttentionBackend": {"get_name": [], "get_builder_cls": [], "is_ssm": ["cls"]},
+    },
+    "model_executor/layers/mamba/abstract.py": {
+        "MambaBase": {
+            "get_state_shape": ["self"],
+            "get_state_dtype": ["self"],
+            "mamba_type": ["self"],
+            "get_kv_cache_spec": ["self", "vllm_config"],
+            "bind_kv_cache": ["self", "kv_cache"],
+        },
+    },
+    "model_executor/models/config.py": {
+        "VerifyAndUpdateConfig": {"verify_and_update_config": ["vllm_config"]},
+    },
+    "model_executor/models/interfaces.py": {
+        "IsHybrid": {
+            "get_mamba_state_shape_from_config": ["cls", "vllm_config"],
+            "get_mamba_state_copy_func": ["cls"],
+        },
+        "MixtureOfExperts": {
+            "update_physical_experts_metadata": [
+                "self",
+                "num_physical_experts",
+                "num_local_physical_experts",
+            ],
+        },
+    },
+}
+# What our code calls, with the arguments it passes by name or counts on by position.
+CALLED = {
+    "v1/attention/backends/registry.py": {
+        "register_backend": ["backend", "class_path", "is_mamba"],
+    },
+    "v1/attention/backends/utils.py": {
+        "mamba_get_block_table_tensor": [
+            "block_table",
+            "seq_lens",
+            "kv_cache_spec",
+            "mamba_cache_mode",
+        ],
+    },
+    "utils/torch_utils.py": {
+        "direct_register_custom_op": ["op_name", "op_func", "mutates_args", "fake_impl"],
+    },
+    "triton_utils/dispatcher.py": {"register_kernels": []},
+    "model_executor/models/utils.py": {
+        "make_layers": ["num_hidden_layers", "layer_fn", "prefix"],
+        "make_empty_intermediate_tensors_factory": ["keys", "hidden_size"],
+    },
+    "model_executor/model_loader/weight_utils.py": {"sharded_weight_loader": ["shard_axis"]},
+    "model_executor/layers/rotary_embedding/__init__.py": {
+        "get_rope": ["head_size", "max_position", "rope_parameters"],
+    },
+    "plugins/__init__.py": {"load_general_plugins": []},
+}
+# Fields our code reads.
+FIELDS = {
+    "v1/attention/backend.py": {
+        "CommonAttentionMetadata": [
+            "query_start_loc",
+            "seq_lens",
+            "num_actual_tokens",
+            "block_table_tensor",
+        ],
+    },
+    "v1/kv_cache_interface.py": {
+        "MambaSpec": [
+            "shapes",
+            "dtypes",
+            "page_size_padded",
+            "mamba_type",
+            "mamba_cache_mode",
+            "num_speculative_blocks",
+        ],
+    },
+    "config/cache.py": {
+        "CacheConfig": [
+            "mamba_block_size",
+            "mamba_page_size_padded",
+            "mamba_cache_mode",
+            "mamba_ssm_cache_dtype",
+            "num_gpu_blocks",
+        ],
+    },
+}
+# Kernels of the host that page_copy.py stands in for on the CPU: ours takes these by name.
+KERNELS = {
+    "precopy_mamba_align_fused_kernel": "_precopy",
+    "postprocess_mamba_fused_kernel": "_postprocess",
+}
+
+
+class Sources:
+    """The Python files of one vLLM, in a folder or in a wheel."""
+
+    def __init__(self, path: Path) -> None:
+        self.archive = zipfile.ZipFile(path) if path.suffix == ".whl" else None
+        self.folder = path
+        self.trees: dict[str, ast.Module] = {}
+
+    def has(self, name: str) -> bool:
+        if self.archive:
+            return f"vllm/{name}" in self.archive.namelist()
+        return (self.folder / name).is_file()
+
+    def tree(self, name: str) -> ast.Module:
+        if name not in self.trees:
+            assert self.has(name), f"vllm/{name} is gone"
+            data = (
+                self.archive.read(f"vllm/{name}")
+                if self.archive
+                else (self.folder / name).read_bytes()
+            )
+            self.trees[name] = ast.parse(data)
+        return self.trees[name]
+
+    def names(self, name: str) -> set[str]:
+        """Everything that a module binds, at any depth of its top-level branches."""
+        bound: set[str] = set()
+        for node in ast.walk(self.tree(name)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                bound.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                bound |= {alias.asname or alias.name for alias in node.names}
+                if node.names[0].name == "*":
+                    bound |= self.names(name.replace("__init__", node.module.rpartition(".")[2]))
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                bound.add(node.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                bound.add(node.value)  # lazily exported: "ModelRegistry": ".model_executor…"
+        return bound
+
+
+@cache
+def host(name: str) -> Sources:
+    if name == "installed":
+        return Sources(Path(importlib.util.find_spec("vllm").submodule_search_locations[0]))
+    return Sources(Path(name))
+
+
+@pytest.fixture(scope="module", params=["installed", *filter(None, OTHER_HOSTS.split(":"))])
+def sources(request) -> Sources:
+    return host(request.param)
+
+
+@pytest.mark.skipif(not OTHER_HOSTS, reason=f"{VARIABLE} names no other vLLM wheel")
+def test_other_hosts_are_read_too():
+    assert all(host(name).has("__init__.py") for name in OTHER_HOSTS.split(":"))
+
+
+def definition(tree: ast.AST, name: str) -> ast.AST:
+    found = [node for node in ast.walk(tree) if getattr(node, "name", None) == name]
+    found += [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", None) == name
+    ]
+    assert found, f"{name} is gone"
+    return found[0]
+
+
+def arguments(function: ast.AST) -> list[str]:
+    args = function.args
+    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+
+def in_order(wanted: list[str], found: list[str]) -> bool:
+    remaining = iter(found)
+    return all(name in remaining for name in wanted)
+
+
+def imported() -> list[tuple[str, str]]:
+    """(module, symbol) of every import that our engine code makes from the host."""
+    found = set()
+    for path in ENGINE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and module.split(".")[0] == "vllm":
+                found |= {(module, alias.name) for alias in node.names}
+    return sorted(found)
+
+
+def pairs(table: dict) -> list[tuple[str, str]]:
+    return [(path, name) for path, names in table.items() for name in names]
+
+
+@pytest.mark.parametrize(("module", "symbol"), imported(), ids=lambda part: part)
+def test_imported_symbol_is_there(sources, module, symbol):
+    base = "/".join(module.split(".")[1:])
+    candidates = [f"{base}.py", f"{base}/__init__.py"] if base else ["__init__.py"]
+    present = [name for name in candidates if sources.has(name)]
+    assert present, f"{module} is gone"
+    submodule = f"{base}/{symbol}".lstrip("/")
+    inside = sources.has(f"{submodule}.py") or sources.has(f"{submodule}/__init__.py")
+    assert inside or symbol in sources.names(present[0]), f"{module}.{symbol} is gone"
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(OVERRIDDEN))
+def test_overridden_methods_keep_their_arguments(sources, path, name):
+    owner = definition(sources.tree(path), name)
+    for method, wanted in OVERRIDDEN[path][name].items():
+        found = arguments(definition(owner, method))
+        assert in_order(wanted, found), f"{name}.{method}{found} lacks {wanted}"
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(CALLED))
+def test_called_functions_keep_their_arguments(sources, path, name):
+    found = arguments(definition(sources.tree(path), name))
+    assert in_order(CALLED[path][name], found), f"{name}{found} lacks {CALLED[path][name]}"
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(FIELDS))
+def test_fields_are_there(sources, path, name):
+    owner = definition(sources.tree(path), name)
+    for field in FIELDS[path][name]:
+        definition(owner, field)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_we_stand_in_for_take_what_ours_takes(sources, kernel):
+    """The host passes arguments by its kernel's names; a renamed one would not reach ours."""
+    page_copy = ast.parse((ENGINE[0].parent / "page_copy.py").read_text(encoding="utf-8"))
+    ours = arguments(definition(page_copy, KERNELS[kernel]))
+    theirs = arguments(definition(sources.tree("v1/worker/mamba_utils.py"), kernel))
+    assert theirs[: len(ours)] == ours
+
+
+def test_entry_point_group_is_read(sources):
+    assert "vllm.general_plugins" in sources.names("plugins/__init__.py")
+
+
+@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3NextMTP"])
+def test_architecture_names_are_the_hosts(sources, name):
+    assert name in sources.names("model_executor/models/registry.py")
+
+
+def test_config_map_has_no_entry_of_the_hosts_own(sources):
+    """Ours would hide it."""
+    tree = sources.tree("model_executor/models/config.py")
+    entries = definition(tree, "MODELS_CONFIG_MAP").value.keys
+    assert "Qwen3NextForCausalLM" not in {key.value for key in entries}

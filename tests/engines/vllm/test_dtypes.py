@@ -1,0 +1,38 @@
+"""Served in bf16 or fp16 it is no farther from fp32 than transformers in that dtype is."""
+
+import pytest
+import torch
+from checkpoints import random_prompt, write_checkpoint
+from reference import Reference
+
+from engines.vllm.offline import Offline
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(n, seed=10) for n in (7, 65, 400, 1000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_farther_from_fp32_than_transformers(tmp_path, dtype):
+    name = str(dtype).removeprefix("torch.")
+    checkpoint = write_checkpoint(tmp_path, dtype=dtype)
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    engine = Offline(checkpoint, dtype=name, max_model_len=2048, speculative_config=drafts)
+    try:
+        outputs = engine.greedy(PROMPTS, 16, prompt_logprobs=0)
+    finally:
+        engine.close()
+    exact, theirs = Reference(checkpoint), Reference(checkpoint, dtype)
+
+    def distance(logprobs) -> torch.Tensor:
+        """Mean |Δ| to fp32, over the tokens of all prompts."""
+        errors = [
+            (torch.as_tensor(found) - exact.prompt_logprobs(prompt)).abs()
+            for prompt, found in zip(PROMPTS, logprobs, strict=True)
+        ]
+        return torch.cat(errors).mean()
+
+    ours = distance([output.prompt_logprobs for output in outputs])
+    other = distance([theirs.prompt_logprobs(prompt) for prompt in PROMPTS])
+    assert ours <= other, f"{ours:.2e} against transformers' {other:.2e}"
+    assert all(len(output.token_ids) == 16 for output in outputs)

