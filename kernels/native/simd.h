@@ -178,10 +178,10 @@ inline void deinterleave(const f32v (&x)[4], f32v (&taps)[4]) {
   taps[1] = every<0, 2>(odd0, odd1, lanes), taps[3] = every<1, 2>(odd0, odd1, lanes);
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Cephes' polynomial: 2 ulp on [-87.3, 88], clamped
-// beyond.
+// exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Cephes' polynomial: 2 ulp on [-87, 88], zero below,
+// clamped above.
 inline f32v exp(f32v x) {
-  x = x < -87.3f ? splat(-87.3f) : x;
+  const auto underflows = x < -87.0f;
   x = x > 88.0f ? splat(88.0f) : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
   const f32v n = (x * 1.44269504f + kRound) - kRound;
@@ -193,7 +193,8 @@ inline f32v exp(f32v x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
-  return (f32v)((i32v)p + (__builtin_convertvector(n, i32v) << 23));
+  p = (f32v)((i32v)p + (__builtin_convertvector(n, i32v) << 23));
+  return underflows ? f32v{} : p;
 }
 
 inline f32v sigmoid(f32v x) { return 1.0f / (1.0f + exp(-x)); }

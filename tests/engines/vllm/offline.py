@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 START_SECONDS = 300
 CPUS = sorted(os.sched_getaffinity(0))
+# One process, and one thread in it: at these sizes threads only cost time. The servers use all.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 
 
 class Output(NamedTuple):
@@ -35,7 +37,7 @@ def environment(tp_size: int = 1) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": bind,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": str(share),
+        "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
     }
 
@@ -73,7 +75,7 @@ class Offline:
             listener._listener._socket.settimeout(START_SECONDS)
             self.process = Process(
                 [sys.executable, __file__, listener.address],
-                environment(tp_size) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (env or {}),
+                environment(tp_size) | IN_PROCESS | (env or {}),
             )
             self.pipe: Connection = listener.accept()
         defaults = {
