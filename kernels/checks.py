@@ -33,11 +33,12 @@ def check_contiguous(op: str, name: str, x: Tensor) -> None:
 def check_page(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device) -> None:
     """`check`, and each slot contiguous; slots may lie apart. The number of slots is x's own."""
     check(op, name, x, (x.shape[0], *shape), dtypes, device)
+    strides = x.stride()
     expected = 1
-    for size, stride in zip(reversed(shape), reversed(x.stride()), strict=False):
-        if size > 1 and stride != expected:
-            raise ValueError(f"{op}: a slot of {name} is not contiguous: strides {x.stride()}")
-        expected *= size
+    for i in range(len(shape) - 1, -1, -1):
+        if strides[i + 1] != expected and shape[i] > 1:
+            raise ValueError(f"{op}: a slot of {name} is not contiguous: strides {strides}")
+        expected *= shape[i]
 
 
 def check_step(

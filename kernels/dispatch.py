@@ -7,6 +7,15 @@ import torch
 
 from qwen3next_plugin import env
 
+OPS = (
+    "causal_conv1d",
+    "gated_delta_rule",
+    "output_gate",
+    "qk_norm_rope",
+    "rms_norm",
+    "rms_norm_gated",
+)
+
 
 def backend(op: str, device_type: str) -> str:
     """Name of the backend that runs `op` on such a device: `cpu` (native) or `reference`.
@@ -26,7 +35,7 @@ def backend(op: str, device_type: str) -> str:
 
 def implementation(op: str, device: torch.device) -> Callable:
     """The function that runs `op` on `device`."""
-    return _LOADED[op, _loaded(op, device.type)]
+    return _LOADED[_loaded(op, device.type), op]
 
 
 _LOADED: dict[tuple[str, str], Callable] = {}
@@ -34,8 +43,10 @@ _LOADED: dict[tuple[str, str], Callable] = {}
 
 @torch.compiler.assume_constant_result  # traced, the choice is made once: when the graph is made
 def _loaded(op: str, device_type: str) -> str:
+    """The backend of `op`, with all its ops loaded: a trace sees the table as it first was."""
     name = backend(op, device_type)
-    if (op, name) not in _LOADED:
-        module = importlib.import_module(f"qwen3next_plugin.kernels.{op}.{name}")
-        _LOADED[op, name] = getattr(module, op)
+    if (name, op) not in _LOADED:
+        for each in OPS:
+            module = importlib.import_module(f"qwen3next_plugin.kernels.{each}.{name}")
+            _LOADED[name, each] = getattr(module, each)
     return name

@@ -8,19 +8,19 @@ from math import ceil
 from unittest.mock import MagicMock
 
 import pytest
-from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from test_config import RELEASED_80B
 from typer.testing import CliRunner
 
+from checkpoints import write_checkpoint
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor
 from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
 from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig
+from test_config import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
 COUNTS = parameters(CONFIG)

@@ -62,5 +62,3 @@ def test_the_engine_imports_no_other_engine():
         for path in (ROOT / OWN / "engines" / engine).rglob("*.py"):
             others = [n for n in imports(path) if n.startswith(f"{OWN}.engines.")]
             assert all(n.split(".")[2] == engine for n in others), path
-
-

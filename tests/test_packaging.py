@@ -1,4 +1,4 @@
-"""What is installed where: one package, no top-level `kernels` or `mtp`, nothing heavy at import."""
+"""What is installed where: one package, no top-level `kernels`, nothing heavy at import."""
 
 import subprocess
 import sys

@@ -7,6 +7,9 @@ namespace {
 constexpr int64_t kWidth = 4;
 constexpr int64_t kHistory = kWidth - 1;
 constexpr int64_t kBlock = 64;  // tokens a tile convolves
+constexpr int64_t kAhead = 8;   // tokens fetched ahead: rows lie pages apart
+constexpr int kGroup =
+    kLanes == 16 ? 4 : 2;  // vectors of channels whose taps and past fit in registers
 
 // One contiguous run of channels, all tokens: a head of q, k or v.
 template <class T>
@@ -32,29 +35,51 @@ struct Conv {
     return load(page_row(row, row.committed + kHistory - back) + channel, lanes);
   }
 
-  void convolve(const Row& row, const Segment<T>& s, int64_t first, int64_t last) const {
-    for_vectors(s.channels, [&](int64_t i, int64_t lanes) {
-      const int64_t channel = s.channel + i;
-      const T* in = s.in + row.begin * s.token_stride + i;
-      f32v interleaved[kWidth], taps[kWidth], x[kWidth];
+  // Convolves tokens [first, last) of G vectors of channels, the last of `lanes` lanes, in one
+  // walk.
+  template <int G>
+  void convolve(const Row& row, const Segment<T>& s, int64_t i, int64_t lanes, int64_t first,
+                int64_t last) const {
+    f32v taps[G][kWidth], x[G][kWidth];
+    const T* in = s.in + row.begin * s.token_stride + i;
+    repeat<G>(G, [&](int64_t g) Q3N_INLINE {
+      const int64_t channel = s.channel + i + g * kLanes;
+      f32v interleaved[kWidth];
       for (int64_t j = 0; j < kWidth; ++j) {
-        const int64_t left =
-            std::max<int64_t>(0, std::min<int64_t>(kLanes, kWidth * lanes - j * kLanes));
+        const int64_t left = std::clamp<int64_t>(kWidth * lanes - j * kLanes, 0, kLanes);
         interleaved[j] = load(weight + kWidth * channel + j * kLanes, left);
       }
-      deinterleave(interleaved, taps);
+      deinterleave(interleaved, taps[g]);
       for (int64_t j = 0; j < kHistory; ++j) {
         const int64_t t = first - kHistory + j;
-        x[j] = t < 0 ? history(row, -t, channel, lanes) : load(in + t * s.token_stride, lanes);
-      }
-      T* result = out + (row.begin + first) * C + channel;
-      for (int64_t t = first; t < last; ++t, result += C) {
-        x[3] = load(in + t * s.token_stride, lanes);
-        const f32v y = fma(x[3], taps[3], fma(x[2], taps[2], fma(x[1], taps[1], x[0] * taps[0])));
-        store(result, silu(y), lanes);
-        x[0] = x[1], x[1] = x[2], x[2] = x[3];
+        x[g][j] = t < 0 ? history(row, -t, channel, lanes)
+                        : load(in + t * s.token_stride + g * kLanes, lanes);
       }
     });
+    T* result = out + (row.begin + first) * C + s.channel + i;
+    for (int64_t t = first; t < last; ++t, result += C) {
+      const T* now = in + t * s.token_stride;
+      __builtin_prefetch(now + kAhead * s.token_stride);
+      repeat<G>(G, [&](int64_t g) Q3N_INLINE {
+        f32v(&past)[kWidth] = x[g];
+        past[3] = load(now + g * kLanes, lanes);
+        f32v y = past[0] * taps[g][0];
+        y = fma(past[1], taps[g][1], y);
+        y = fma(past[2], taps[g][2], y);
+        y = fma(past[3], taps[g][3], y);
+        store(result + g * kLanes, silu(y), lanes);
+        past[0] = past[1], past[1] = past[2], past[2] = past[3];
+      });
+    }
+  }
+
+  void convolve(const Row& row, const Segment<T>& s, int64_t first, int64_t last) const {
+    int64_t i = 0;
+    for (; i + kGroup * kLanes <= s.channels; i += kGroup * kLanes) {
+      convolve<kGroup>(row, s, i, kLanes, first, last);
+    }
+    for_vectors(s.channels - i,
+                [&](int64_t j, int64_t lanes) { convolve<1>(row, s, i + j, lanes, first, last); });
   }
 
   // A short row keeps the history before it and its own inputs, a long one its last three inputs.

@@ -6,7 +6,7 @@
 namespace Q3N_LEVEL {
 
 // Register budget: kTileRows x 2 accumulators, 2 of B, 1 of A; 32 registers, or 16 below AVX-512.
-constexpr int64_t kTileRows = kLanes == 16 ? 8 : 4;
+constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 constexpr int64_t kTileCols = 2 * kLanes;
 
 // Row-major; M and N are multiples of the tile. A product of size K = 0 scales C.
@@ -16,23 +16,24 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, c
     for (int64_t m = 0; m < M; m += kTileRows) {
       f32v c[kTileRows][2];
       float* to = C + m * ldc + n;
-      for (int64_t i = 0; i < kTileRows; ++i) {
+      const auto each_row = [](auto f) Q3N_INLINE { repeat<kTileRows>(kTileRows, f); };
+      each_row([&](int64_t i) Q3N_INLINE {
         c[i][0] = beta == 0.0f ? f32v{} : beta * load(to + i * ldc);
         c[i][1] = beta == 0.0f ? f32v{} : beta * load(to + i * ldc + kLanes);
-      }
+      });
       const float *a = A + m * lda, *b = B + n;
       for (int64_t k = 0; k < K; ++k) {
         const f32v b0 = load(b + k * ldb), b1 = load(b + k * ldb + kLanes);
-        for (int64_t i = 0; i < kTileRows; ++i) {
+        each_row([&](int64_t i) Q3N_INLINE {
           const f32v x = splat(a[i * lda + k]);
           c[i][0] = fma(x, b0, c[i][0]);
           c[i][1] = fma(x, b1, c[i][1]);
-        }
+        });
       }
-      for (int64_t i = 0; i < kTileRows; ++i) {
+      each_row([&](int64_t i) Q3N_INLINE {
         store(to + i * ldc, c[i][0]);
         store(to + i * ldc + kLanes, c[i][1]);
-      }
+      });
     }
   }
 }

@@ -45,43 +45,41 @@ struct StateRows {
   f32v s[R][kVectors ? kVectors : kMaxDim / kLanes];
   int64_t K;
 
-  int64_t lanes(int64_t j) const {
-    return kVectors ? kLanes : std::min<int64_t>(kLanes, K - j * kLanes);
-  }
-  int64_t vectors() const { return kVectors ? kVectors : (K + kLanes - 1) / kLanes; }
-
-  template <class S>
-  void read(const S* from) {
-    for (int64_t r = 0; r < R; ++r)
-      for (int64_t j = 0; j < vectors(); ++j) s[r][j] = load(from + r * K + j * kLanes, lanes(j));
-  }
-  void clear() {
-    for (int64_t r = 0; r < R; ++r)
-      for (int64_t j = 0; j < vectors(); ++j) s[r][j] = f32v{};
+  // Calls f(r, j, offset in the row, lanes) for vector j of row r.
+  template <class F>
+  Q3N_INLINE void each(F&& f) {
+    repeat<kVectors>((K + kLanes - 1) / kLanes, [&](int64_t j) Q3N_INLINE {
+      const int64_t lanes = kVectors ? kLanes : std::min<int64_t>(kLanes, K - j * kLanes);
+      repeat<R>(R, [&](int64_t r) Q3N_INLINE { f(r, j, j * kLanes, lanes); });
+    });
   }
   template <class S>
-  void write(S* to) const {
-    for (int64_t r = 0; r < R; ++r)
-      for (int64_t j = 0; j < vectors(); ++j) store(to + r * K + j * kLanes, s[r][j], lanes(j));
+  Q3N_INLINE void read(const S* from) {
+    each([&](int64_t r, int64_t j, int64_t k, int64_t lanes)
+             Q3N_INLINE { s[r][j] = load(from + r * K + k, lanes); });
+  }
+  Q3N_INLINE void clear() {
+    each([&](int64_t r, int64_t j, int64_t, int64_t) Q3N_INLINE { s[r][j] = f32v{}; });
+  }
+  template <class S>
+  Q3N_INLINE void write(S* to) {
+    each([&](int64_t r, int64_t j, int64_t k, int64_t lanes)
+             Q3N_INLINE { store(to + r * K + k, s[r][j], lanes); });
   }
   // S = decay S + u k^T: the one way a token enters the state, now or when it is committed.
-  void fold(float decay, const float* u, const float* k) {
-    for (int64_t j = 0; j < vectors(); ++j) {
-      const f32v key = load(k + j * kLanes, lanes(j));
-      for (int64_t r = 0; r < R; ++r) s[r][j] = fma(splat(u[r]), key, splat(decay) * s[r][j]);
-    }
+  Q3N_INLINE void fold(float decay, const float* u, const float* key) {
+    each([&](int64_t r, int64_t j, int64_t k, int64_t lanes) Q3N_INLINE {
+      s[r][j] = fma(splat(u[r]), load(key + k, lanes), splat(decay) * s[r][j]);
+    });
   }
-  // S k and S q in one pass.
-  void products(const float* k, const float* q, float (&Sk)[R], float (&Sq)[R]) const {
+  // S k and S q in one pass; key and query are padded to whole vectors.
+  Q3N_INLINE void products(const float* key, const float* query, float (&Sk)[R], float (&Sq)[R]) {
     f32v with_k[R]{}, with_q[R]{};
-    for (int64_t j = 0; j < vectors(); ++j) {
-      const f32v key = load(k + j * kLanes), query = load(q + j * kLanes);
-      for (int64_t r = 0; r < R; ++r) {
-        with_k[r] = fma(s[r][j], key, with_k[r]);
-        with_q[r] = fma(s[r][j], query, with_q[r]);
-      }
-    }
-    for (int64_t r = 0; r < R; ++r) Sk[r] = sum(with_k[r]), Sq[r] = sum(with_q[r]);
+    each([&](int64_t r, int64_t j, int64_t k, int64_t) Q3N_INLINE {
+      with_k[r] = fma(s[r][j], load(key + k), with_k[r]);
+      with_q[r] = fma(s[r][j], load(query + k), with_q[r]);
+    });
+    repeat<R>(R, [&](int64_t r) Q3N_INLINE { Sk[r] = sum(with_k[r]), Sq[r] = sum(with_q[r]); });
   }
 };
 

@@ -164,6 +164,21 @@ inline void for_vectors(int64_t n, F&& f) {
   if (i < n) f(i, n - i);
 }
 
+// Calls f(0), ..., f(n - 1), each in its own copy where n = N is known: arrays of vectors that f
+// indexes then stay in registers. N = 0: a loop.
+template <int N, class F>
+inline __attribute__((always_inline)) void repeat(int64_t n, F&& f) {
+  if constexpr (N == 0) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+  } else {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+      (f(static_cast<int64_t>(I)), ...);
+    }(std::make_integer_sequence<int, N>{});
+  }
+}
+
+#define Q3N_INLINE __attribute__((always_inline))  // stands behind a lambda's parameters
+
 template <int kOffset, int kStep, int... I>
 inline f32v every(f32v a, f32v b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (kOffset + kStep * I)...);

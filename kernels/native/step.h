@@ -28,17 +28,17 @@ inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor
   std::vector<bool> taken(pages);
   for (int64_t i = 0; i < N; ++i) {
     const int64_t begin = start[i], end = start[i + 1], c = context[i], page = slots[i];
-    check(0 <= begin && begin <= end && end <= T, "row ", i, ": query_start_loc ", begin,
-                    " to ", end, " is not a range of ", T, " tokens");
+    check(0 <= begin && begin <= end && end <= T, "row ", i, ": query_start_loc ", begin, " to ",
+          end, " is not a range of ", T, " tokens");
     if (page == -1) continue;
     check(0 <= page && page < pages, "row ", i, ": slot ", page, " is not one of ", pages,
-                    " slots");
+          " slots");
     check(!taken[page], "row ", i, ": slot ", page, " is used by an earlier row");
     taken[page] = true;
     const int64_t p0 = spans[page * stride], w = spans[page * stride + 1];
     const bool stands = c == 0 || (c > 0 && 0 <= w && w <= W && p0 <= c && c <= p0 + w);
     check(stands, "row ", i, ": slot ", page, " holds p0=", p0, " w=", w,
-                    " and cannot continue at context length c=", c);
+          " and cannot continue at context length c=", c);
     rows.push_back({page, begin, end - begin, c, c == 0 ? 0 : c - p0});
   }
   return rows;

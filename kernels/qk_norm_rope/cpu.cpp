@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
   const int64_t heads = num_heads + num_kv_heads;
   const int64_t* position = read<int64_t>(positions);
   for (int64_t t = 0; t < T; ++t) {
-    check(0 <= position[t] && position[t] < max_position, "token ", t, ": position ",
-                    position[t], " is not one of ", max_position, " in cos_sin");
+    check(0 <= position[t] && position[t] < max_position, "token ", t, ": position ", position[t],
+          " is not one of ", max_position, " in cos_sin");
   }
   Tensor q = torch::stable::new_empty(qkv, {T, num_heads * D});
   Tensor k = torch::stable::new_empty(qkv, {T, num_kv_heads * D});

@@ -7,8 +7,6 @@ import json
 import os
 import sys
 
-ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextMTP")  # trunk and drafter, in vLLM's registry
-
 
 def kernels() -> dict[str, str]:
     """Run the kernels of the CPU once and say which they are."""
@@ -27,21 +25,12 @@ def kernels() -> dict[str, str]:
 
 
 def vllm() -> dict[str, str]:
-    """Let vLLM load its plugins; its platform, and the module that serves each architecture."""
+    """vLLM's platform, and the module that serves each architecture."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from vllm import ModelRegistry
-    from vllm.platforms import current_platform
-    from vllm.plugins import load_general_plugins
+    from qwen3next_plugin.engines.vllm.registration import registered
 
-    load_general_plugins()
-    modules = {name: _module(ModelRegistry.models[name]) for name in ARCHITECTURES}
-    return {"platform": current_platform.device_type} | modules
-
-
-def _module(entry: object) -> str:
-    """Where a registered model lives: entries are lazy (a module's name) or hold the class."""
-    return getattr(entry, "module_name", None) or getattr(entry, "model_cls", entry).__module__
+    return registered()
 
 
 if __name__ == "__main__":

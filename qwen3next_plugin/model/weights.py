@@ -79,7 +79,7 @@ def _attention(config: Qwen3NextConfig) -> Shapes:
         "k_proj": config.kv_proj_size,
         "v_proj": config.kv_proj_size,
     }
-    shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in rows.items()}
+    shapes: Shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in rows.items()}
     shapes.add(("self_attn.o_proj.weight", (D, config.attention_dim)))
     if config.attention_bias:
         shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in rows.items()}
@@ -91,7 +91,7 @@ def _mlp(config: Qwen3NextConfig, is_moe: bool) -> Shapes:
     D = config.hidden_size
     if not is_moe:
         return _swiglu("mlp.", D, config.intermediate_size)
-    shapes = {("mlp.gate.weight", (config.num_experts, D))}
+    shapes: Shapes = {("mlp.gate.weight", (config.num_experts, D))}
     for i in range(config.num_experts):
         shapes |= _swiglu(f"mlp.experts.{i}.", D, config.moe_intermediate_size)
     if config.shared_expert_intermediate_size:

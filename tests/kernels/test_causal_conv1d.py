@@ -3,10 +3,10 @@
 import pytest
 import torch
 from state_pages import SHAPES, SMALL, Layer, Pool, Step, int32, rows_of
-from tolerances import assert_close
 from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn
 
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

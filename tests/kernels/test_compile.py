@@ -4,6 +4,7 @@ import pytest
 import torch
 from state_pages import SMALL, Layer, Pool, Step
 
+from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.output_gate import output_gate
@@ -73,3 +74,17 @@ def test_schema_and_fake(monkeypatch, name):
     given = tuple(arguments.get(argument) for argument in order)
     tests = ("test_schema", "test_faketensor")
     assert set(torch.library.opcheck(native_op, given, test_utils=tests).values()) == {"SUCCESS"}
+
+
+def test_ops_traced_together(monkeypatch):
+    """A graph may hold several ops, none of which has run before."""
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    monkeypatch.setattr(dispatch, "_LOADED", {})
+    x, w = torch.randn(3, 8), torch.randn(8)
+
+    def layer(x):
+        y = rms_norm(x=x, weight=w, eps=1e-6)
+        z = y.view(3, 1, 1, 8)
+        return rms_norm_gated(x=z, z=z, weight=w, eps=1e-6)
+
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))

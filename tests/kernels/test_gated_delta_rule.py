@@ -3,8 +3,9 @@
 import pytest
 import torch
 from state_pages import SHAPES, SMALL, Layer, Pool, Shape, Step, concatenated, int32, rows_of
-from tolerances import assert_close
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+from tolerances import assert_close
 
 OP = "gated_delta_rule"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from qwen3next_plugin.kernels.output_gate import output_gate
+from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextRMSNorm,
     apply_rotary_pos_emb,
 )
 
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
+from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS, POSITIONS = 1e-6, 50

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from qwen3next_plugin.kernels.rms_norm import rms_norm
+from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

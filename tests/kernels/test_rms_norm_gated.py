@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
+from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from state_pages import SMALL, Layer, Pool, Step, concatenated
+
 from tolerances import assert_close
 
 W, SLOTS = 3, 3

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checkpoints import BASE, SHAPES
 
+from checkpoints import BASE, SHAPES
 from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
 
 CONFIGS = {"base": {}, **SHAPES}

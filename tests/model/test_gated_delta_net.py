@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 import torch
-from checkpoints import BASE, SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints import BASE, SHAPES
 from model.layers import LinearLayer
 
 CONFIGS = {"base": {}, **SHAPES}

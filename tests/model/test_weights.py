@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from checkpoints import BASE, SHAPES, random_tensors
 from safetensors.torch import save_file
 
+from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.weights import (
     CheckpointError,

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.backend import BACKEND_NAME
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
@@ -28,12 +28,19 @@ from qwen3next_plugin.model.gated_delta_net import (
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.model.weights import shard_conv_weight
 
+STATE_DTYPES = ("float32", "bfloat16")
+
 
 def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
     """The page of one linear layer of this rank, under these engine flags."""
     state_dtype = vllm_config.cache_config.mamba_ssm_cache_dtype
     if state_dtype == "auto":  # vLLM would take the activations' dtype; a recurrence drifts in bf16
         state_dtype = "float32"
+    if state_dtype not in STATE_DTYPES:
+        raise ConfigError(
+            f"mamba_ssm_cache_dtype = {state_dtype!r}: the state is kept in one of "
+            f"{', '.join(STATE_DTYPES)}; leave --mamba-ssm-cache-dtype out for float32"
+        )
     return PageLayout(
         num_key_heads=config.linear_num_key_heads_per_rank,
         num_value_heads=config.linear_num_value_heads_per_rank,
@@ -43,6 +50,14 @@ def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
         activation_dtype=vllm_config.model_config.dtype,
         state_dtype=getattr(torch, state_dtype),
     )
+
+
+class _Weight(nn.Module):
+    """Holds a `weight`, under the name it has in the checkpoint."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 class GatedDeltaNet(nn.Module, MambaBase):
@@ -88,15 +103,10 @@ class GatedDeltaNet(nn.Module, MambaBase):
     def _make_parameters(self, config: Qwen3NextConfig) -> None:
         """The small parameters that no vLLM layer holds, each with its loader."""
         HV = self.shape.num_value_heads
-        self.conv1d = nn.Module()
-        self.conv1d.weight = nn.Parameter(
-            torch.empty(self.layout.conv_dim, 1, config.linear_conv_kernel_dim),
-            requires_grad=False,
-        )
+        self.conv1d = _Weight(self.layout.conv_dim, 1, config.linear_conv_kernel_dim)
         self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.empty(self.shape.value_dim), requires_grad=False)
+        self.norm = _Weight(self.shape.value_dim)
 
         def load_conv(param: nn.Parameter, loaded: torch.Tensor) -> None:
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,7 +142,7 @@ class Qwen3NextModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -168,6 +169,8 @@ class Qwen3NextForCausalLM(
     """The trunk as vLLM's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
+    moe_layers: list[Any]
+    num_logical_experts: int
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -187,7 +190,7 @@ class Qwen3NextForCausalLM(
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -233,7 +236,7 @@ class Qwen3NextForCausalLM(
             experts.update_expert_map()
 
 
-def describe_experts(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def describe_experts(model: Any, layers: Iterable[Any]) -> None:
     """Set the counts by which vLLM balances experts (its MixtureOfExperts protocol)."""
     moes = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoE)]
     model.expert_weights = []

@@ -141,7 +141,10 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
         tensors = checked(
-            require_mtp(weights), expected=expected, ignored=self.trunk_names, quantised=self.quantised
+            require_mtp(weights),
+            expected=expected,
+            ignored=self.trunk_names,
+            quantised=self.quantised,
         )
         renamed = (
             ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)

@@ -9,6 +9,7 @@ Installed through vLLM's own `register_kernels`. Can go when vLLM ships CPU vers
 """
 
 import ctypes
+from typing import Any, NamedTuple
 
 import torch
 from vllm.platforms import current_platform
@@ -34,112 +35,71 @@ def install() -> None:
     )
 
 
+class Layout(NamedTuple):
+    """Where the pages of all layers lie: ten arguments that both kernels take in this order."""
+
+    block_table_ptrs: torch.Tensor  # address of each cache group's int32 block table
+    block_table_stride: int  # its entries per request
+    base_addrs: torch.Tensor  # of each layer's pages
+    block_strides: torch.Tensor  # bytes from page to page
+    elem_sizes: torch.Tensor
+    page_bytes: torch.Tensor  # elements of a page; ours are bytes
+    conv_widths: torch.Tensor
+    group_indices: torch.Tensor  # the cache group of each layer
+    dim_row_count: torch.Tensor
+    dim_row_stride: torch.Tensor
+
+    def copy(self, row: int, src_col: int, dst_col: int) -> None:
+        """Copy a request's page of every layer from one block-table column to another."""
+        layers = zip(
+            self.base_addrs.tolist(),
+            self.block_strides.tolist(),
+            self.page_bytes.tolist(),
+            self.group_indices.tolist(),
+            strict=True,
+        )
+        for base, stride, nbytes, group in layers:
+            table = int(self.block_table_ptrs[group]) + 4 * row * self.block_table_stride
+            src, dst = (
+                ctypes.c_int32.from_address(table + 4 * col).value for col in (src_col, dst_col)
+            )
+            ctypes.memmove(base + dst * stride, base + src * stride, nbytes)
+
+
 def _precopy(
-    mamba_state_idx_ptr: torch.Tensor,
-    src_col_ptr: torch.Tensor,
-    token_bias_ptr: torch.Tensor,
-    block_table_ptrs_ptr: torch.Tensor,
-    block_table_stride_req: int,
-    state_base_addrs_ptr: torch.Tensor,
-    state_block_strides_ptr: torch.Tensor,
-    state_elem_sizes_ptr: torch.Tensor,
-    state_inner_sizes_ptr: torch.Tensor,
-    state_conv_widths_ptr: torch.Tensor,
-    state_group_indices_ptr: torch.Tensor,
-    state_dim_row_count_ptr: torch.Tensor,
-    state_dim_row_stride_ptr: torch.Tensor,
-    idx_mapping_ptr: torch.Tensor | None,
-    num_reqs: int,
-    **_: object,
+    state_col: torch.Tensor,
+    src_col: torch.Tensor,
+    token_bias: torch.Tensor,
+    *rest: Any,
+    **constants: Any,
 ) -> None:
     """Before a step: a request that moves into a new block takes its page along."""
+    *layout, _, num_reqs = rest
     for row in range(num_reqs):
-        src, dst = int(src_col_ptr[row]), int(mamba_state_idx_ptr[row])
-        if src < 0 or src == dst:
-            continue
-        _copy_page(
-            row,
-            src,
-            dst,
-            block_table_ptrs_ptr,
-            block_table_stride_req,
-            state_base_addrs_ptr,
-            state_block_strides_ptr,
-            state_inner_sizes_ptr,
-            state_group_indices_ptr,
-        )
+        src, dst = int(src_col[row]), int(state_col[row])
+        if src >= 0 and src != dst:
+            Layout(*layout).copy(row, src, dst)
 
 
 def _postprocess(
-    num_accepted_tokens_ptr: torch.Tensor,
-    mamba_state_idx_ptr: torch.Tensor,
-    num_scheduled_tokens_ptr: torch.Tensor,
-    num_computed_tokens_ptr: torch.Tensor,
-    num_draft_tokens_ptr: torch.Tensor,
-    block_table_ptrs_ptr: torch.Tensor,
-    block_table_stride_req: int,
-    state_base_addrs_ptr: torch.Tensor,
-    state_block_strides_ptr: torch.Tensor,
-    state_elem_sizes_ptr: torch.Tensor,
-    state_inner_sizes_ptr: torch.Tensor,
-    state_conv_widths_ptr: torch.Tensor,
-    state_group_indices_ptr: torch.Tensor,
-    state_dim_row_count_ptr: torch.Tensor,
-    state_dim_row_stride_ptr: torch.Tensor,
-    num_accepted_tokens_out_ptr: torch.Tensor,
-    idx_mapping_ptr: torch.Tensor | None,
-    num_reqs: int,
+    num_accepted: torch.Tensor,
+    state_col: torch.Tensor,
+    num_scheduled: torch.Tensor,
+    num_computed: torch.Tensor,
+    num_draft: torch.Tensor,
+    *rest: Any,
     block_size: int,
-    **_: object,
+    **constants: Any,
 ) -> None:
     """After a step: a request whose accepted tokens filled a block leaves its page there."""
+    *layout, num_accepted_out, _, num_reqs = rest
     for row in range(num_reqs):
-        num_accepted = int(num_accepted_tokens_ptr[row])
-        running = int(
-            num_computed_tokens_ptr[row] + num_scheduled_tokens_ptr[row] - num_draft_tokens_ptr[row]
-        )
-        aligned = (running + num_accepted - 1) // block_size * block_size
+        running = int(num_computed[row] + num_scheduled[row] - num_draft[row])
+        aligned = (running + int(num_accepted[row]) - 1) // block_size * block_size
         if aligned < running:
             continue
-        src, dst = int(mamba_state_idx_ptr[row]), aligned // block_size - 1
+        src, dst = int(state_col[row]), aligned // block_size - 1
         if src == dst:
-            num_accepted_tokens_out_ptr[row] = 1
-            continue
-        _copy_page(
-            row,
-            src,
-            dst,
-            block_table_ptrs_ptr,
-            block_table_stride_req,
-            state_base_addrs_ptr,
-            state_block_strides_ptr,
-            state_inner_sizes_ptr,
-            state_group_indices_ptr,
-        )
-
-
-def _copy_page(
-    row: int,
-    src_col: int,
-    dst_col: int,
-    block_table_ptrs: torch.Tensor,
-    block_table_stride: int,
-    base_addrs: torch.Tensor,
-    block_strides: torch.Tensor,
-    page_bytes: torch.Tensor,
-    group_indices: torch.Tensor,
-) -> None:
-    """Copy one request's page of every layer from one block-table column to another."""
-    layers = zip(
-        base_addrs.tolist(),
-        block_strides.tolist(),
-        page_bytes.tolist(),  # our pages are tensors of bytes: elements are bytes
-        group_indices.tolist(),
-        strict=True,
-    )
-    for base, stride, nbytes, group in layers:
-        table = int(block_table_ptrs[group]) + 4 * row * block_table_stride  # int32 rows
-        src, dst = (
-            ctypes.c_int32.from_address(table + 4 * col).value for col in (src_col, dst_col)
-        )
-        ctypes.memmove(base + dst * stride, base + src * stride, nbytes)
+            num_accepted_out[row] = 1
+        else:
+            Layout(*layout).copy(row, src, dst)

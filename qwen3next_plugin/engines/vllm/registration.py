@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 from qwen3next_plugin import env
 from qwen3next_plugin.kernels import native
@@ -47,3 +48,19 @@ def _register() -> None:
     ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model:Qwen3NextForCausalLM")
     ModelRegistry.register_model(DRAFTER, f"{PACKAGE}.mtp:Qwen3NextMTP")
     register_backend("QWEN3NEXT_GDN", f"{PACKAGE}.backend.GatedDeltaNetBackend", is_mamba=True)
+
+
+def registered() -> dict[str, str]:
+    """Let vLLM load its plugins; its platform, and the module that serves each architecture."""
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    modules = {name: _module(ModelRegistry.models[name]) for name in (TRUNK, DRAFTER)}
+    return {"platform": current_platform.device_type} | modules
+
+
+def _module(entry: Any) -> str:
+    """Where a registered model lives: entries are lazy (a module's name) or hold the class."""
+    return getattr(entry, "module_name", None) or getattr(entry, "model_cls", entry).__module__

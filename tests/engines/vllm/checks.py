@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from reference import Reference
 
 from engines.vllm.offline import Offline, Output
+from reference import Reference
 
-TOLERANCE = 1e-3  # DESIGN section 3: fp32 log-probabilities, end to end
+TOLERANCE = 1e-3  # fp32 log-probabilities, end to end
 TOKENS = 32
 LOGPROBS = {"logprobs": 0, "prompt_logprobs": 0}
 Prompts = Sequence[tuple[int, ...]]

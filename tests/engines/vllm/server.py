@@ -24,7 +24,9 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         self.model = str(model)
         where = ("--host", "127.0.0.1", "--port", str(port))
-        self.process = Process([VLLM, "serve", self.model, *where, *flags], environment() | (env or {}))
+        self.process = Process(
+            [VLLM, "serve", self.model, *where, *flags], environment() | (env or {})
+        )
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
 
     def wait(self) -> "Server":

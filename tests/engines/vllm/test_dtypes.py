@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checkpoints import random_prompt, write_checkpoint
-from reference import Reference
 
+from checkpoints import random_prompt, write_checkpoint
 from engines.vllm.offline import Offline
+from reference import Reference
 
 pytestmark = pytest.mark.serve
 

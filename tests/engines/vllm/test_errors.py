@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import BASE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from engines.vllm.offline import environment
+from checkpoints import BASE, write_checkpoint
+from engines.vllm.offline import Offline, environment
 from engines.vllm.server import Server
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
@@ -79,7 +79,7 @@ def test_truncated_file(complete, tmp_path):
         complete(tmp_path)
 
 
-# while the weights load: one real launch for each ------------------------------------------------
+# while the weights load: real launches ----------------------------------------------------------
 
 
 def damaged(folder, how: str):
@@ -104,21 +104,30 @@ def damaged(folder, how: str):
         ("missing", "1 tensors are missing, the first is model.layers.1.linear_attn.conv1d.weight"),
         ("misshapen", "tensor model.layers.1.linear_attn.conv1d.weight has shape (191, 1, 4)"),
         ("unexpected", "unexpected tensor model.layers.1.linear_attn.conv1d.bias (192,)"),
-        ("no drafter", "the checkpoint has no mtp.* tensors"),
     ],
-    ids=lambda value: value if len(value) < 12 else "",
+    ids=["missing", "misshapen", "unexpected"],
 )
-def test_checkpoint_fault_ends_the_server(tmp_path, how, message):
-    flags = ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    if how == "no drafter":
-        flags += ["--speculative-config", json.dumps(drafts(2)["speculative_config"])]
-    assert message in Server(damaged(tmp_path, how), *flags).refusal()
+def test_checkpoint_fault_ends_the_engine(tmp_path, how, message):
+    with pytest.raises(AssertionError) as raised:
+        Offline(damaged(tmp_path, how), dtype="float32", max_model_len=512)
+    assert message in str(raised.value)
+
+
+@pytest.mark.serve
+def test_drafts_of_a_checkpoint_without_a_drafter_end_the_server(tmp_path):
+    flags = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+    speculative = json.dumps(drafts(2)["speculative_config"])
+    model = damaged(tmp_path, "no drafter")
+    log = Server(model, *flags, "--speculative-config", speculative).refusal()
+    assert "the checkpoint has no mtp.* tensors" in log
+    assert "serve without --speculative-config" in log
 
 
 # registration ------------------------------------------------------------------------------------
 
 PLUGINS = "from vllm.plugins import load_general_plugins as load; load()"
 MODULE = "from vllm import ModelRegistry as R; print(R.models['Qwen3NextForCausalLM'].module_name)"
+LEVELS = ("avx512bf16", "avx512", "avx2")
 OURS, THEIRS = "qwen3next_plugin.engines.vllm.model", "vllm.model_executor.models.qwen3_next"
 
 
@@ -133,16 +142,11 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_registered_once_however_often_plugins_load():
+def test_registered_once_however_often_plugins_load_and_lazily():
     again = "from qwen3next_plugin import register_vllm as again; again(); again()"
-    done = run(f"{PLUGINS}; {again}; {MODULE}; print('torch.compile' in __import__('sys').modules)")
+    done = run(f"{PLUGINS}; {again}; {MODULE}; import sys; print('{OURS}' in sys.modules)")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2] == OURS
-
-
-def test_registration_does_not_import_the_model():
-    code = f"{PLUGINS}; import sys; print('{OURS}' in sys.modules)"
-    assert run(code).stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-2:] == [OURS, "False"]
 
 
 def test_disabled_leaves_the_host_untouched():
@@ -170,7 +174,7 @@ def test_bad_variable_ends_the_process(env, message):
 def test_instruction_set_that_the_machine_lacks():
     from qwen3next_plugin.kernels import native
 
-    lacking = [name for name in ("avx512bf16", "avx512", "avx2") if name not in native.levels()]
+    lacking = [name for name in LEVELS if name not in native.levels()]
     if not lacking:
         # The native library decides by cpuid; let it decide for a machine that has nothing.
         code = (

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from checkpoints import random_prompt
 from engines.vllm.checks import check_greedy
 from engines.vllm.offline import Offline
 from reference import Reference
-from safetensors.torch import save_file
 
 RANK, ALPHA = 4, 8
 TARGETS = {

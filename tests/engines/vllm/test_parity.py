@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from checkpoints import random_prompt
 
+from checkpoints import random_prompt
 from engines.vllm.checks import LOGPROBS, TOKENS, check_cache_hits, check_greedy
 from engines.vllm.offline import CPUS, Offline
 

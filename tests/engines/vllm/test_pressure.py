@@ -1,8 +1,8 @@
 """Too little memory for all requests: vLLM preempts and resumes them, and no token changes."""
 
 import pytest
-from checkpoints import random_prompt
 
+from checkpoints import random_prompt
 from engines.vllm.checks import check_greedy
 from engines.vllm.offline import Offline
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from checkpoints import VOCAB, random_prompt
 
+from checkpoints import VOCAB, random_prompt
 from engines.vllm.offline import Offline
+from reference import Reference, quietly
 
 pytestmark = pytest.mark.serve
 
@@ -35,11 +36,15 @@ def samples(request, checkpoint) -> Iterator[torch.Tensor]:
 @pytest.fixture(scope="module")
 def distributions(samples, checkpoint, reference) -> torch.Tensor:
     """The model's own probabilities [SAMPLES, TOKENS, vocab], each sample's prefix given."""
-    trunk = reference(checkpoint).trunk
-    ids = torch.cat([torch.tensor(PROMPT).expand(SAMPLES, -1), samples], dim=1)
-    with torch.inference_mode():
-        logits = [trunk(part, use_cache=False).logits for part in ids.split(100)]
-    return torch.cat(logits)[:, len(PROMPT) - 1 : -1].softmax(-1)
+    return after_prompt(reference(checkpoint), samples)[:, :-1]
+
+
+@quietly()
+def after_prompt(model: Reference, continuations: torch.Tensor) -> torch.Tensor:
+    """Probabilities [N, tokens+1, vocab] of each token of N continuations, and of the next."""
+    ids = torch.cat([torch.tensor(PROMPT).expand(len(continuations), -1), continuations], dim=1)
+    logits = [model.trunk(part, use_cache=False).logits for part in ids.split(500)]
+    return torch.cat(logits)[:, len(PROMPT) - 1 :].softmax(-1)
 
 
 def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
@@ -67,11 +72,7 @@ def test_first_token(samples, distributions):
 
 def test_second_token_whatever_the_first(samples, distributions, checkpoint, reference):
     """The first that a draft can be accepted for; its marginal is summed over all first tokens."""
-    with torch.inference_mode():
-        every = torch.cat(
-            [torch.tensor(PROMPT).expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1
-        )
-        second = reference(checkpoint).trunk(every, use_cache=False).logits[:, -1].softmax(-1)
+    second = after_prompt(reference(checkpoint), torch.arange(VOCAB)[:, None])[:, -1]
     marginal = distributions[0, 0].double() @ second.double()
     assert p_value(*binned(samples[:, 1], marginal)) > FALSE_ALARM
 

@@ -1,8 +1,8 @@
 """Odd shapes, each served once with MTP: what a kernel or a loader may have taken for granted."""
 
 import pytest
-from checkpoints import SHAPES, random_prompt, write_checkpoint
 
+from checkpoints import SHAPES, random_prompt, write_checkpoint
 from engines.vllm.checks import LOGPROBS, TOKENS, check_cache_hits, check_greedy
 from engines.vllm.offline import Offline
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import random_prompt
 from safetensors.torch import load_file
+
+from checkpoints import random_prompt
 
 PROMPT = random_prompt(70, seed=11)
 CUTS = [(4, 4), (3, 5), (1, 7), (7, 1), (3, 1, 4), (1, 2, 2, 3), (2, 1, 1, 1, 1, 1, 1)]
@@ -130,9 +131,8 @@ def test_trunk(make_stage, vllm_config, checkpoint, reference, layers):
 @pytest.mark.parametrize("layers", [(8,), (4, 4), (3, 5)], ids=str)
 def test_drafter_on_the_last_stage(make_stage, vllm_config, checkpoint, reference, layers):
     """It has an embedding of its own there, the trunk's being on the first stage."""
-    from reference import MTPReference
-
     from qwen3next_plugin.engines.vllm.mtp import Qwen3NextMTP
+    from reference import MTPReference
 
     drafter = make_stage(Qwen3NextMTP, len(layers) - 1, layers)
     trunk = reference(checkpoint)
