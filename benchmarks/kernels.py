@@ -213,6 +213,11 @@ def prefill(name: str, tokens: int) -> Case:
     return Case(name, plugin, chunked)
 
 
+def mixed(x: dict[str, Tensor]) -> Tensor:
+    """The contiguous [T, C] that upstream's layer makes of the projection for its convolution."""
+    return torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
+
+
 def convolved(x: dict[str, Tensor], weight: Tensor, pages: Pages, **step: Tensor) -> Tensor:
     """The plugin's convolution; its three results are views of one buffer, which is returned."""
     q, _, _ = causal_conv1d(
@@ -222,9 +227,7 @@ def convolved(x: dict[str, Tensor], weight: Tensor, pages: Pages, **step: Tensor
 
 
 def convolution(name: str, batch: int, n: int) -> Case:
-    """Upstream is given its contiguous input; the copies that make it are not counted."""
     x, weight, pages = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), Pages(n)
-    mixed = torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
     starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
     advance = 1 if n == 1 else 1 + ACCEPTED
     ours, theirs = slots_in_turn(batch), slots_in_turn(batch)
@@ -239,12 +242,13 @@ def convolution(name: str, batch: int, n: int) -> Case:
     packed = upstream.causal_conv1d_weight_pack(weight)
     states = torch.zeros(PAGES, 3 + n - 1, C, dtype=DTYPE).transpose(1, 2)
     accepted = None if n == 1 else torch.full((batch,), advance, dtype=torch.int32)
-    given = mixed if n == 1 else mixed.view(batch, n, C)
+    shape = (batch, C) if n == 1 else (batch, n, C)
 
     def update() -> Tensor:
         return upstream.causal_conv1d_update_cpu(
-            x=given, conv_states=states, weight=packed, bias=None, silu_activation=True,
-            conv_state_indices=next(theirs), is_weight_packed=True, num_accepted_tokens=accepted,
+            x=mixed(x).view(shape), conv_states=states, weight=packed, bias=None,
+            silu_activation=True, conv_state_indices=next(theirs), is_weight_packed=True,
+            num_accepted_tokens=accepted,
         )  # fmt: skip
 
     return Case(name, plugin, update)
@@ -252,7 +256,6 @@ def convolution(name: str, batch: int, n: int) -> Case:
 
 def long_convolution(name: str, tokens: int) -> Case:
     x, weight, pages = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), Pages(1)
-    mixed = torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
     starts, fresh = int32(0, tokens), int32(0)
     ours, theirs = slots_in_turn(1), slots_in_turn(1)
 
@@ -267,7 +270,7 @@ def long_convolution(name: str, tokens: int) -> Case:
 
     def forward() -> Tensor:
         return upstream.causal_conv1d_fwd_cpu(
-            x=mixed.t(), weight=packed, bias=None, conv_states=states, query_start_loc=starts,
+            x=mixed(x).t(), weight=packed, bias=None, conv_states=states, query_start_loc=starts,
             cache_indices=next(theirs), has_initial_state=no_past, silu_activation=True,
             is_weight_packed=True,
         ).t()  # fmt: skip

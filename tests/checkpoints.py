@@ -70,7 +70,7 @@ SHAPES: Mapping[str, dict] = {
         "num_key_value_heads": 1,
         "num_hidden_layers": 4,
     },
-    "H=3_attention-every-2_head-dim-64": {
+    "H=3_attention-every-2_head-dim-64_yarn": {
         "linear_num_key_heads": 3,
         "linear_num_value_heads": 6,
         "linear_key_head_dim": 48,
@@ -79,6 +79,13 @@ SHAPES: Mapping[str, dict] = {
         "hidden_size": 96,
         "num_hidden_layers": 5,
         "partial_rotary_factor": 0.5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000,
+            "partial_rotary_factor": 0.5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
     },
 }
 

@@ -59,8 +59,8 @@ struct Conv {
     T* result = out + (row.begin + first) * C + s.channel + i;
     for (int64_t t = first; t < last; ++t, result += C) {
       const T* now = in + t * s.token_stride;
-      __builtin_prefetch(now + kAhead * s.token_stride);
       repeat<G>(G, [&](int64_t g) Q3N_INLINE {
+        __builtin_prefetch(now + kAhead * s.token_stride + g * kLanes);
         f32v(&past)[kWidth] = x[g];
         past[3] = load(now + g * kLanes, lanes);
         f32v y = past[0] * taps[g][0];

@@ -98,9 +98,17 @@ inline f32v load(const float* p) {
 }
 
 inline f32v load(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
   u16v bits;
   std::memcpy(&bits, p, sizeof bits);
   return (f32v)(__builtin_convertvector(bits, u32v) << 16);
+#endif
 }
 
 inline f32v load(const fp16* p) {
@@ -125,7 +133,13 @@ inline u32v round_to_bf16(f32v v) {
 }
 
 inline void store(bf16* p, f32v v) {
+#if defined(__AVX512BF16__)
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
+  const __m256i bits = _mm512_cvtepi32_epi16((__m512i)(round_to_bf16(v) >> 16));
+#else
   const u16v bits = __builtin_convertvector(round_to_bf16(v) >> 16, u16v);
+#endif
   std::memcpy(p, &bits, sizeof bits);
 }
 

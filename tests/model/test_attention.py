@@ -48,7 +48,8 @@ def test_agrees_with_transformers(changes, T):
         qkv=qkv,
         q_weight=layer.q_norm.weight,
         k_weight=layer.k_norm.weight,
-        cos_sin=torch.cat([frequencies.cos(), frequencies.sin()], dim=-1),
+        cos_sin=rotary.attention_scaling
+        * torch.cat([frequencies.cos(), frequencies.sin()], dim=-1),
         positions=positions,
         shape=AttentionShape(
             num_heads=config.num_attention_heads,

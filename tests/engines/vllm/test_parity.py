@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import random_prompt
 from engines.vllm.checks import LOGPROBS, TOKENS, check_cache_hits, check_greedy
-from engines.vllm.offline import CPUS, Offline
+from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 
@@ -22,8 +22,7 @@ def mtp(k: int) -> dict[str, Any]:
 
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "chunks-of-257": {"max_num_batched_tokens": 257, "max_num_seqs": 16},
-    "mtp-1_two-ranks": mtp(1) | {"tensor_parallel_size": 2},
+    "mtp-1_chunks-of-257": mtp(1) | {"max_num_batched_tokens": 257, "max_num_seqs": 16},
     "mtp-2_compiled": mtp(2) | {"enforce_eager": False},
     "mtp-3": mtp(3),
     "mtp-4_chunks-of-67_no-cache": mtp(4)
@@ -44,10 +43,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def engine(name, checkpoint) -> Iterator[Offline]:
-    flags = ENGINES[name]
-    if flags.get("tensor_parallel_size", 1) > len(CPUS):
-        pytest.skip("two ranks need two cores")
-    engine = Offline(checkpoint, **{"dtype": "float32", "max_model_len": 8192} | flags)
+    flags = {"dtype": "float32", "max_model_len": 8192} | ENGINES[name]
+    engine = Offline(checkpoint, **flags)
     yield engine
     engine.close()
 
