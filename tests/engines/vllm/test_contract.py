@@ -239,6 +239,12 @@ def test_fields_are_there(sources, path, name):
         definition(owner, field)
 
 
+def test_expand_kernel_takes_what_ours_takes(sources):
+    ours = ast.parse((ENGINE[0].parent / "draft_sampling.py").read_text(encoding="utf-8"))
+    theirs = definition(sources.tree("v1/sample/rejection_sampler.py"), "expand_kernel")
+    assert arguments(theirs) == arguments(definition(ours, "expand"))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_we_stand_in_for_take_what_ours_takes(sources, kernel):
     """The host passes arguments by its kernel's names; a renamed one would not reach ours."""
