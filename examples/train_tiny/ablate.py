@@ -60,7 +60,7 @@ def main(
 ) -> None:
     """Train each variant from the same seed on the same batches of 4 x 256 tokens, and compare.
 
-    Few steps on small batches: it shows which way a part pulls, not how far it goes.
+    Single runs of few steps on small batches: small differences between them may be noise.
     """
     torch.set_num_threads(1)
     measured = {}

@@ -118,9 +118,9 @@ def card(folder: Path) -> str:
     """The whole text."""
     names = ("config", "measured", "ablations", "train_setup")
     config, m, ablations, setup = (json.loads((folder / f"{n}.json").read_text()) for n in names)
-    acceptance, short = m["acceptance"], ablations["recipe"]
+    acceptance, short, log = m["acceptance"], ablations["recipe"], read_log(folder)
     return TEMPLATE.read_text().format(
-        **run_figures(read_log(folder), setup),
+        **run_figures(log, setup),
         parameters=f"{m['parameters']['trunk'] / 1e6:.1f} + {m['parameters']['mtp'] / 1e6:.1f}",
         megabytes=(folder / WEIGHTS).stat().st_size / 1e6,
         cpu=m["cpu_capability"],
@@ -133,6 +133,8 @@ def card(folder: Path) -> str:
         vocab=config["vocab_size"],
         depths=setup["mtp_depths"],
         mtp_weight=setup["mtp_weight"],
+        deep_every=setup["deep_every"],
+        note=setup.get("note", ""),  # what to know of a run, written by hand
         rate=setup["learning_rate"],
         decay=setup["weight_decay"],
         clip=setup["clip"],
@@ -141,6 +143,8 @@ def card(folder: Path) -> str:
         distinct_text=acceptance["generated_text"]["distinct_4_grams"],
         distinct_chat=acceptance["generated_chat"]["distinct_4_grams"],
         ablation_steps=short["steps"],
+        shrink=setup["learning_rate"] * setup["weight_decay"] * short["steps"],
+        main_shrink=setup["weight_decay"] * sum(record["lr"] for record in log),
         ablation_batch=short["tokens"] // short["steps"],
         ablations=ablation_table(ablations),
         even=1 / config["num_experts"],
