@@ -11,13 +11,13 @@ INT = (torch.int32,)
 def check(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device) -> None:
     """Raise unless x has the shape, one of the dtypes, the device, and unit stride at the end.
 
-    Raises: ValueError (shape, device, stride) or TypeError (dtype), naming op and argument.
+    Raises: ValueError naming op and argument.
     """
     if x.dtype in dtypes and x.shape == shape and x.device == device and x.stride(-1) == 1:
         return
     if x.dtype not in dtypes:
         allowed = ", ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{op}: {name} is {x.dtype} on {x.device}, not {allowed}")
+        raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}, not {allowed}")
     if x.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, not {tuple(shape)}")
     if x.device != device:

@@ -1,3 +1,4 @@
+#include "arguments.h"
 #include "ops.h"
 #include "step.h"
 
@@ -35,11 +36,15 @@ struct Conv {
     return load(page_row(row, row.committed + kHistory - back) + channel, lanes);
   }
 
-  // Convolves tokens [first, last) of G vectors of channels, the last of `lanes` lanes, in one
-  // walk.
+  bool is_short(const Row& row) const { return row.tokens <= window; }
+
+  // Convolves tokens [first, last) of G vectors of channels in one walk; G = 1 takes the tail. A
+  // short row's page then holds the history before the row and the row's own inputs.
   template <int G>
-  void convolve(const Row& row, const Segment<T>& s, int64_t i, int64_t lanes, int64_t first,
+  void convolve(const Row& row, const Segment<T>& s, int64_t i, int64_t tail, int64_t first,
                 int64_t last) const {
+    const int64_t lanes = G > 1 ? kLanes : tail;
+    const bool keep = is_short(row);
     f32v taps[G][kWidth], x[G][kWidth];
     const T* in = s.in + row.begin * s.token_stride + i;
     repeat<G>(G, [&](int64_t g) Q3N_INLINE {
@@ -55,14 +60,19 @@ struct Conv {
         x[g][j] = t < 0 ? history(row, -t, channel, lanes)
                         : load(in + t * s.token_stride + g * kLanes, lanes);
       }
+      for (int64_t j = 0; keep && j < kHistory; ++j) {
+        store(page_row(row, j) + channel, x[g][j], lanes);
+      }
     });
     T* result = out + (row.begin + first) * C + s.channel + i;
     for (int64_t t = first; t < last; ++t, result += C) {
       const T* now = in + t * s.token_stride;
+      T* kept = page_row(row, kHistory + t) + s.channel + i;
       repeat<G>(G, [&](int64_t g) Q3N_INLINE {
-        __builtin_prefetch(now + kAhead * s.token_stride + g * kLanes);
+        if (t + kAhead < last) __builtin_prefetch(now + kAhead * s.token_stride + g * kLanes);
         f32v(&past)[kWidth] = x[g];
         past[3] = load(now + g * kLanes, lanes);
+        if (keep) store(kept + g * kLanes, past[3], lanes);
         f32v y = past[0] * taps[g][0];
         y = fma(past[1], taps[g][1], y);
         y = fma(past[2], taps[g][2], y);
@@ -82,21 +92,17 @@ struct Conv {
                 [&](int64_t j, int64_t lanes) { convolve<1>(row, s, i + j, lanes, first, last); });
   }
 
-  // A short row keeps the history before it and its own inputs, a long one its last three inputs.
-  void advance_page(const Row& row, const Segment<T>& s) const {
-    const int64_t kept = row.tokens <= window ? 0 : row.tokens;  // tokens the history moves past
+  // A long row's page holds its last three inputs.
+  void keep_last(const Row& row, const Segment<T>& s) const {
     for_vectors(s.channels, [&](int64_t i, int64_t lanes) {
       const int64_t channel = s.channel + i;
       const T* in = s.in + row.begin * s.token_stride + i;
       f32v x[kHistory];
       for (int64_t j = 0; j < kHistory; ++j) {
-        const int64_t t = kept - kHistory + j;
+        const int64_t t = row.tokens - kHistory + j;
         x[j] = t < 0 ? history(row, -t, channel, lanes) : load(in + t * s.token_stride, lanes);
       }
       for (int64_t j = 0; j < kHistory; ++j) store(page_row(row, j) + channel, x[j], lanes);
-      for (int64_t t = kept; t < row.tokens; ++t) {
-        store(page_row(row, kHistory + t) + channel, load(in + t * s.token_stride, lanes), lanes);
-      }
     });
   }
 };
@@ -111,19 +117,30 @@ void zero_tokens(T* out, int64_t begin, int64_t end, int64_t C) {
 Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
                      Tensor query_start_loc, Tensor slot, Tensor context_len) {
   const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2);
-  const int64_t C = conv_.size(2), W = conv_.size(1) - kHistory;
+  const int64_t C = H * (2 * K + R), W = conv_.size(1) - kHistory;
+  const ScalarType dtype = q.scalar_type();
+  const Arguments arguments{"causal_conv1d"};
+  arguments.expect("q", q, {T, H, K}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
+  arguments.expect("k", k, {T, H, K}, {dtype});
+  arguments.expect("v", v, {T, H, R}, {dtype});
+  arguments.expect("weight", weight, {C, kWidth}, {dtype, ScalarType::Float});
+  arguments.require(weight.is_contiguous(), "weight is not contiguous");
+  arguments.expect_pages("conv_", conv_, {kHistory + W, C}, {dtype});
+  arguments.expect_pages("span", span, {2}, {ScalarType::Int});
+  arguments.expect_step(query_start_loc, slot, context_len);
   const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, W);
   struct Tile {
     const Row* row;
     int64_t first, last;
   };
   std::vector<Tile> tiles;
-  std::vector<const Row*> blocked;  // rows whose page other tiles read: advanced afterwards
+  std::vector<const Row*> long_rows;  // whose page is written once no tile reads it
   for (const Row& row : rows) {
-    for (int64_t t = 0; t == 0 || t < row.tokens; t += kBlock) {
-      tiles.push_back({&row, t, std::min(t + kBlock, row.tokens)});
+    const int64_t block = row.tokens <= W ? std::max<int64_t>(W, 1) : kBlock;
+    for (int64_t t = 0; t == 0 || t < row.tokens; t += block) {
+      tiles.push_back({&row, t, std::min(t + block, row.tokens)});
     }
-    if (row.tokens > kBlock) blocked.push_back(&row);
+    if (row.tokens > W) long_rows.push_back(&row);
   }
   Tensor out = torch::stable::new_empty(q, {T, C});
   with_dtypes(q, weight, [&]<class A, class WT>(A, WT) {
@@ -143,12 +160,10 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
     zero_tokens(conv.out, covered, T, C);
     parallel(tiles.size() * 3 * H, 8, [&](int64_t i) {
       const Tile& tile = tiles[i / (3 * H)];
-      const Segment<A> s = segment(i % (3 * H));
-      conv.convolve(*tile.row, s, tile.first, tile.last);
-      if (tile.row->tokens <= kBlock) conv.advance_page(*tile.row, s);
+      conv.convolve(*tile.row, segment(i % (3 * H)), tile.first, tile.last);
     });
-    parallel(blocked.size() * 3 * H, 64,
-             [&](int64_t i) { conv.advance_page(*blocked[i / (3 * H)], segment(i % (3 * H))); });
+    parallel(long_rows.size() * 3 * H, 64,
+             [&](int64_t i) { conv.keep_last(*long_rows[i / (3 * H)], segment(i % (3 * H))); });
   });
   return out;
 }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from qwen3next_plugin.kernels.causal_conv1d.arguments import check_arguments
 from qwen3next_plugin.kernels.step import checked_rows
 
 
@@ -19,6 +20,7 @@ def causal_conv1d(
     context_len: Tensor,
 ) -> Tensor:
     """Shapes as in the public op; returns [T, C]."""
+    check_arguments(q, k, v, weight, conv_, span, query_start_loc, slot, context_len)
     x = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)  # [T, C]
     T, _C = x.shape
     W = conv_.shape[1] - 3

@@ -1,3 +1,4 @@
+#include "arguments.h"
 #include "chunked.h"
 #include "ops.h"
 
@@ -29,6 +30,23 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
                         Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor decay_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len) {
   const Dims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
+  const ScalarType dtype = q.scalar_type(), fp32 = ScalarType::Float;
+  const Arguments arguments{"gated_delta_rule"};
+  arguments.require(d.H > 0 && d.HV % d.H == 0 && d.K <= kMaxDim, "cannot serve ", d.H,
+                    " key heads of dim ", d.K, " with ", d.HV, " value heads");
+  arguments.expect("q", q, {d.T, d.H, d.K}, {ScalarType::BFloat16, ScalarType::Half, fp32});
+  arguments.expect("k", k, {d.T, d.H, d.K}, {dtype});
+  arguments.expect("v", v, {d.T, d.HV, d.V}, {dtype});
+  arguments.expect("a", a, {d.T, d.H, d.group()}, {dtype});
+  arguments.expect("b", b, {d.T, d.H, d.group()}, {dtype});
+  arguments.expect("A_log", A_log, {d.HV}, {dtype, fp32});
+  arguments.expect("dt_bias", dt_bias, {d.HV}, {dtype, fp32});
+  arguments.expect_pages("state_", state_, {d.HV, d.V, d.K}, {fp32, ScalarType::BFloat16});
+  arguments.expect_pages("key_", key_, {d.W, d.H, d.K}, {fp32});
+  arguments.expect_pages("u_", u_, {d.W, d.HV, d.V}, {fp32});
+  arguments.expect_pages("decay_", decay_, {d.W, d.HV}, {fp32});
+  arguments.expect_pages("span_", span_, {2}, {ScalarType::Int});
+  arguments.expect_step(query_start_loc, slot, context_len);
   std::vector<Row> short_rows, long_rows;
   const auto rows = checked_rows(query_start_loc, slot, context_len, span_, d.T, d.W);
   for (const Row& row : rows) (row.tokens <= d.W ? short_rows : long_rows).push_back(row);

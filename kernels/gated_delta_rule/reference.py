@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from qwen3next_plugin.kernels.gated_delta_rule.arguments import check_arguments
 from qwen3next_plugin.kernels.step import checked_rows
 
 
@@ -32,6 +33,10 @@ def gated_delta_rule(
 ) -> Tensor:
     """Shapes as in the public op."""
     (T, H, K), (_, HV, _), W = q.shape, v.shape, key_.shape[1]
+    check_arguments(
+        q, k, v, a, b, A_log, dt_bias, state_, key_, u_, decay_, span_,
+        query_start_loc, slot, context_len,
+    )  # fmt: skip
     rows = checked_rows(query_start_loc, slot, context_len, span_, T, W)
     g = -A_log.float().exp() * softplus(a.float().flatten(1) + dt_bias.float())  # [T, HV]
     decay, beta = g.exp(), b.float().flatten(1).sigmoid()

@@ -13,7 +13,7 @@ def output_gate(*, x_: Tensor, gate: Tensor) -> None:
         x_: [T, Hq, D] contiguous, in place
         gate: [T, Hq, D], any strides but the last
 
-    Raises: ValueError, TypeError: an argument's shape, stride, device or dtype.
+    Raises: ValueError: an argument's shape, stride, device or dtype.
 
     Source: `Qwen3NextAttention` of transformers.
     """

@@ -32,7 +32,7 @@ def qk_norm_rope(
         returns q [T, Hq * D], k [T, Hkv * D], contiguous
 
     Raises:
-        ValueError, TypeError: an argument's shape, stride, device or dtype.
+        ValueError: an argument's shape, stride, device or dtype.
         RuntimeError: a position that cos_sin does not have.
 
     Source: `Qwen3NextAttention` of transformers.

@@ -16,7 +16,7 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None 
         weight: [D], fp32 or x's dtype
         returns [T, D] contiguous
 
-    Raises: ValueError, TypeError: an argument's shape, stride, device or dtype.
+    Raises: ValueError: an argument's shape, stride, device or dtype.
 
     Source: `Qwen3NextRMSNorm` of transformers.
     """

@@ -14,7 +14,7 @@ def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tenso
         weight: [V] (not zero-centred), fp32 or x's dtype
         returns [T, H * R * V] contiguous
 
-    Raises: ValueError, TypeError: an argument's shape, stride, device or dtype.
+    Raises: ValueError: an argument's shape, stride, device or dtype.
 
     Source: `Qwen3NextRMSNormGated` of transformers.
     """

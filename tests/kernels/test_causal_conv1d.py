@@ -107,12 +107,12 @@ def test_refuses_tokens_out_of_range(backend):
 @pytest.mark.parametrize(
     ("change", "error", "complaint"),
     [
-        ({"q": torch.zeros(3, 2, 16, dtype=torch.float64)}, TypeError, "q is torch.float64"),
-        ({"k": torch.zeros(3, 2, 16, dtype=torch.float16)}, TypeError, "k is torch.float16"),
+        ({"q": torch.zeros(3, 2, 16, dtype=torch.float64)}, ValueError, "q is torch.float64"),
+        ({"k": torch.zeros(3, 2, 16, dtype=torch.float16)}, ValueError, "k is torch.float16"),
         ({"v": torch.zeros(4, 2, 48)}, ValueError, "v has shape"),
         ({"weight": torch.zeros(4, SMALL.C).t()}, ValueError, "weight"),
         ({"conv_": torch.zeros(2, SMALL.C, 5).transpose(1, 2)}, ValueError, "conv_"),
-        ({"slot": torch.zeros(1, dtype=torch.int64)}, TypeError, "slot is torch.int64"),
+        ({"slot": torch.zeros(1, dtype=torch.int64)}, ValueError, "slot is torch.int64"),
         ({"q": torch.zeros(3, 2, 16, device="meta")}, (ValueError, NotImplementedError), "meta"),
     ],
 )

@@ -23,7 +23,7 @@ def test_against_torch(backend, T, H, D, dtype):
 
 def test_refuses(backend):
     x = torch.ones(2, 3, 8)
-    with pytest.raises(TypeError, match=r"output_gate: gate is torch\.float16"):
+    with pytest.raises(ValueError, match=r"output_gate: gate is torch\.float16"):
         output_gate(x_=x, gate=x.half())
     with pytest.raises(ValueError, match="output_gate: x_ is not contiguous"):
         output_gate(x_=x.transpose(0, 1), gate=x.transpose(0, 1))

@@ -39,7 +39,7 @@ def test_fp32_weight_beside_bf16(backend):
 def test_refuses(backend):
     x, weight = torch.zeros(3, 8), torch.zeros(8)
     residual = torch.full((3, 8), 2.0, dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"rms_norm: residual_ is torch\.float64"):
+    with pytest.raises(ValueError, match=r"rms_norm: residual_ is torch\.float64"):
         rms_norm(x=x, weight=weight, eps=1e-6, residual_=residual)
     with pytest.raises(ValueError, match="rms_norm: weight has shape"):
         rms_norm(x=x, weight=weight[:4], eps=1e-6)

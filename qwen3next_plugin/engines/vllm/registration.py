@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.kernels import native
 from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("vllm.qwen3next_plugin")
@@ -43,6 +42,8 @@ def _register() -> None:
         MODELS_CONFIG_MAP[TRUNK] = NoKernelsYet
         return
     if env.kernels() != "reference":
+        from qwen3next_plugin.kernels import native
+
         native.load()  # a broken build, or an instruction set that is not there, shows now
     MODELS_CONFIG_MAP[TRUNK] = Qwen3NextChecks
     ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model:Qwen3NextForCausalLM")

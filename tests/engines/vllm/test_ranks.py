@@ -1,8 +1,8 @@
 """Two tensor-parallel ranks compute what one does."""
 
 import pytest
-from checkpoints import random_prompt
 
+from checkpoints import random_prompt
 from engines.vllm.checks import LOGPROBS, check_greedy
 from engines.vllm.offline import CPUS, Offline
 

@@ -1,0 +1,90 @@
+// What an operator asks of its arguments: the words of kernels/checks.py, without its time.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return "of another dtype";
+  }
+}
+
+using Sizes = std::initializer_list<int64_t>;
+using Dtypes = std::initializer_list<ScalarType>;
+
+template <class Values>
+std::string listed(const Values& values) {
+  std::string text;
+  for (int64_t value : values) text += (text.empty() ? "(" : ", ") + std::to_string(value);
+  return text + ")";
+}
+
+// Throws std::invalid_argument, ValueError in Python, naming the operator and the argument.
+struct Arguments {
+  const char* op;
+
+  template <class... Parts>
+  void require(bool holds, const Parts&... parts) const {
+    if (holds) return;
+    std::ostringstream message;
+    message << op << ": ";
+    (message << ... << parts);
+    throw std::invalid_argument(message.str());
+  }
+
+  // The shape, one of the dtypes, the CPU, and unit stride at the end.
+  void expect(const char* name, const Tensor& t, const std::vector<int64_t>& shape,
+              Dtypes dtypes) const {
+    const ScalarType dtype = t.scalar_type();
+    const auto sizes = t.sizes(), strides = t.strides();
+    require(std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end(), name, " is ",
+            dtype_name(dtype), ", which is not taken here");
+    require(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, " has shape ",
+            listed(sizes), ", not ", listed(shape));
+    require(t.is_cpu(), name, " is not on the cpu");
+    require(sizes.back() <= 1 || strides.back() == 1, "the last dim of ", name,
+            " is not contiguous: ", listed(strides));
+  }
+
+  // Pages: any number of slots, each contiguous; slots may lie apart.
+  void expect_pages(const char* name, const Tensor& t, Sizes slot, Dtypes dtypes) const {
+    std::vector<int64_t> shape{t.dim() > 0 ? t.size(0) : 0};
+    shape.insert(shape.end(), slot);
+    expect(name, t, shape, dtypes);
+    int64_t expected = 1;
+    for (int64_t i = t.dim() - 1; i > 0; --i) {
+      require(shape[i] <= 1 || t.stride(i) == expected, "a slot of ", name,
+              " is not contiguous: ", listed(t.strides()));
+      expected *= shape[i];
+    }
+  }
+
+  void expect_step(const Tensor& query_start_loc, const Tensor& slot,
+                   const Tensor& context_len) const {
+    const int64_t N = slot.numel();
+    expect("query_start_loc", query_start_loc, {N + 1}, {ScalarType::Int});
+    expect("slot", slot, {N}, {ScalarType::Int});
+    expect("context_len", context_len, {N}, {ScalarType::Int});
+  }
+};
+
+}  // namespace Q3N_LEVEL
