@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels [out.json]
 
-Real shapes, bf16. Upstream and plugin alternate on pages that rotate, so that neither finds its
-state in the nearest cache; both must agree before anything is timed.
+Real shapes, bf16. Upstream and plugin alternate, a round over all pages each, so that neither
+finds its state in the nearest cache; both must agree before anything is timed.
 """
 
 import itertools
@@ -40,12 +40,12 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One question: the two ways to run it, and the calls until every page has a past."""
+    """One question: the two ways to run it, and how many calls go once round the pages."""
 
     name: str
     plugin: Call
     upstream: Call
-    warm_up: int = 3
+    calls: int = 1
 
 
 def int32(*values: int) -> Tensor:
@@ -73,14 +73,14 @@ def cases() -> Iterator[Case]:
 
 def timed(case: Case, pairs: int) -> dict[str, float]:
     """Check while warming up, then time pairs; the ratio is the median of the pairs' own."""
-    for _ in range(case.warm_up):
+    for _ in range(2 * case.calls):  # so that every page has a past
         error = relative_error(case.plugin(), case.upstream())
         if not error <= TOLERANCE:
             raise AssertionError(f"{case.name}: plugin and upstream differ by {error:.1e}")
     ours, theirs = [], []
     for _ in range(pairs):
-        ours.append(seconds(case.plugin))
-        theirs.append(seconds(case.upstream))
+        ours.append(seconds(case.plugin, case.calls))
+        theirs.append(seconds(case.upstream, case.calls))
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {
         "upstream µs": statistics.median(theirs) * 1e6,
@@ -89,10 +89,12 @@ def timed(case: Case, pairs: int) -> dict[str, float]:
     }
 
 
-def seconds(call: Call) -> float:
+def seconds(call: Call, calls: int) -> float:
+    """Of one call, within a round of them: in an engine, too, one layer follows the other."""
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
@@ -130,21 +132,22 @@ class Pages:
         return {name: getattr(self, name) for name in names}
 
 
+def every_slot(batch: int) -> tuple[Tensor, ...]:
+    """All pages, as many at a time as one call takes."""
+    return torch.arange(PAGES, dtype=torch.int32).split(batch)
+
+
 def slots_in_turn(batch: int) -> Iterator[Tensor]:
     """The pages of one call after the other."""
-    return itertools.cycle(torch.arange(PAGES, dtype=torch.int32).split(batch))
+    return itertools.cycle(every_slot(batch))
 
 
 def turns(batch: int, advance: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(slots, context lengths) of one call after the other."""
-    for turn, slots in enumerate(slots_in_turn(batch)):
-        context = turn // (PAGES // batch) * advance
-        yield slots, torch.full((batch,), context, dtype=torch.int32)
-
-
-def ready(iterator: Iterator, pairs: int = PAIRS) -> Iterator:
-    """The same, prepared ahead of the clock."""
-    return iter(list(itertools.islice(iterator, pairs + 2 * PAGES)))
+    for round_ in itertools.count():
+        context_len = torch.full((batch,), round_ * advance, dtype=torch.int32)
+        for slots in every_slot(batch):
+            yield slots, context_len
 
 
 def recurrence(name: str, batch: int, n: int) -> Case:
@@ -154,7 +157,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
     q, k, v = (x[name].contiguous() for name in "qkv")
     a, b = x["a"].flatten(1), x["b"].flatten(1)
     advance = 1 if n == 1 else 1 + ACCEPTED
-    ours = ready(turns(batch, advance))
+    ours = turns(batch, advance)
 
     def plugin() -> Tensor:
         slot, context_len = next(ours)
@@ -164,7 +167,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
         )  # fmt: skip
 
     states = torch.zeros(PAGES * n, HV, K, V)
-    slots = ready(slots_in_turn(batch))
+    slots = slots_in_turn(batch)
     shared = {"A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": starts}
 
     def decode() -> Tensor:
@@ -175,7 +178,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
 
     accepted = torch.full((batch,), advance, dtype=torch.int32)
     columns = torch.arange(n, dtype=torch.int32)
-    tables = ready(slot[:, None] * n + columns for slot in slots_in_turn(batch))
+    tables = itertools.cycle([page[:, None] * n + columns for page in every_slot(batch)])
 
     def verify() -> Tensor:
         return upstream.fused_sigmoid_gating_delta_rule_update_spec_cpu(
@@ -184,7 +187,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
             use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
 
-    return Case(name, plugin, decode if n == 1 else verify, warm_up=2 * PAGES // batch)
+    return Case(name, plugin, decode if n == 1 else verify, calls=PAGES // batch)
 
 
 def prefill(name: str, tokens: int) -> Case:
@@ -252,7 +255,7 @@ def convolution(name: str, batch: int, n: int) -> Case:
             num_accepted_tokens=accepted,
         )  # fmt: skip
 
-    return Case(name, plugin, update, warm_up=2 * PAGES // batch)
+    return Case(name, plugin, update, calls=PAGES // batch)
 
 
 def long_convolution(name: str, tokens: int) -> Case:

@@ -41,7 +41,8 @@ def page(data: dict) -> str:
         "# Performance\n",
         "```console\n$ make bench\n```\n",
         "Plugin and upstream alternate in one run, each in its own process; nothing is printed "
-        "unless both compute the same log-probabilities. Every figure below is from one run.\n",
+        "unless both compute the same log-probabilities. Every figure below is from one run; the "
+        "ratio of steps is that of the shortest ones.\n",
         f"Machine: {host}.\n",
         "## Engine steps\n",
         "The block model: the released model's layer shapes (hidden 2048, 16/32 linear heads of "
@@ -81,8 +82,11 @@ def picture(table: Table, path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    rows = {name: row["ratio"] for name, row in table.items() if "GB" not in str(row)}
-    rows = {name: ratio for name, ratio in rows.items() if ratio}
+    rows = {
+        name: row["ratio"]
+        for name, row in table.items()
+        if "ratio" in row and not name.startswith("peak memory")
+    }
     figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 0.8), layout="constrained")
     bars = axes.barh(list(rows), list(rows.values()), color="#4c72b0")
     axes.bar_label(bars, fmt="%.2f×", padding=3)
