@@ -5,7 +5,8 @@
 
 namespace Q3N_LEVEL {
 
-constexpr int64_t kRowsOfS = 2;  // in registers together, to hide the latency of the dot products
+constexpr int64_t kRowsAhead = 8;  // fetched while these run: their chain of products is long
+constexpr int64_t kRowsOfS = 2;    // in registers together, to hide the latency of the dot products
 
 // A short row's tokens as the recurrence takes them; heads padded with zeros to K_padded.
 struct Prepared {
