@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
+NOTES = Path(__file__).parent / "notes.md"  # what the figures do not say by themselves
 Table = dict[str, dict[str, float]]
 
 
@@ -59,20 +60,20 @@ def page(data: dict) -> str:
         "Real shapes, against the operators that upstream calls on this machine.\n",
         markdown(data["kernels"]),
     ]
-    notes = DOCS / "performance-notes.md"
-    if notes.exists():
-        parts.append(notes.read_text())
-    return "\n".join(parts)
+    return "\n".join([*parts, NOTES.read_text()])
 
 
 def markdown(table: Table) -> str:
-    """One Markdown table; the columns are all the keys that occur."""
-    columns = list(dict.fromkeys(key for row in table.values() for key in row))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    """Markdown tables, one for each set of columns that rows share."""
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, row in table.items():
-        cells = [f"{row[key]:.4g}" if key in row else "" for key in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = " | ".join(f"{value:.4g}" for value in row.values())
+        groups.setdefault(tuple(row), []).append(f"| {name} | {cells} |")
+    tables = []
+    for columns, rows in groups.items():
+        head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        tables.append("\n".join([*head, *rows]) + "\n")
+    return "\n".join(tables)
 
 
 def picture(table: Table, path: Path) -> None:
