@@ -67,7 +67,7 @@ def markdown(table: Table) -> str:
     """Markdown tables, one for each set of columns that rows share."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, row in table.items():
-        cells = " | ".join(f"{value:.4g}" for value in row.values())
+        cells = " | ".join(f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in row.values())
         groups.setdefault(tuple(row), []).append(f"| {name} | {cells} |")
     tables = []
     for columns, rows in groups.items():
