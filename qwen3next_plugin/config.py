@@ -11,6 +11,7 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 MODEL_TYPES = ("qwen3_next", "qwen3_next_mtp")  # vLLM renames the drafter's copy
 CONV_WIDTH = 4
 MAX_SPECULATIVE_TOKENS = 8
+MAX_HEAD_DIM = 256  # of linear attention
 
 
 class ConfigError(ValueError):
@@ -325,8 +326,9 @@ def _check_attention(c: Qwen3NextConfig) -> None:
         mend = f"must be a multiple of linear_num_key_heads = {c.linear_num_key_heads}"
         raise _complaint("linear_num_value_heads", c.linear_num_value_heads, mend)
     for name in ("linear_key_head_dim", "linear_value_head_dim"):
-        if (dim := getattr(c, name)) % 16:
-            raise _complaint(name, dim, "no kernel has it; must be a multiple of 16")
+        if (dim := getattr(c, name)) % 16 or dim > MAX_HEAD_DIM:
+            mend = f"no kernel has it; must be a multiple of 16, at most {MAX_HEAD_DIM}"
+            raise _complaint(name, dim, mend)
     if c.linear_conv_kernel_dim != CONV_WIDTH:
         mend = f"the convolution kernels are of width {CONV_WIDTH} only"
         raise _complaint("linear_conv_kernel_dim", c.linear_conv_kernel_dim, mend)

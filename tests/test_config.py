@@ -142,6 +142,7 @@ def test_drafter_copy_is_read():
         ({"linear_num_value_heads": 24}, "must be a multiple of linear_num_key_heads = 16"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3"),
         ({"linear_key_head_dim": 100}, "linear_key_head_dim = 100: no kernel has it"),
+        ({"linear_key_head_dim": 512}, "linear_key_head_dim = 512: no kernel has it"),
         ({"linear_value_head_dim": 8}, "linear_value_head_dim = 8: no kernel has it"),
         ({"head_dim": 255}, "head_dim = 255"),
         ({"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim = 3: .* width 4 only"),

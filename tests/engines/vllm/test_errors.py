@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -154,6 +155,20 @@ def test_disabled_leaves_the_host_untouched():
     map_entry = "from vllm.model_executor.models.config import MODELS_CONFIG_MAP as M"
     done = run(f"{code}; {map_entry}; print('Qwen3NextForCausalLM' in M)", QWEN3NEXT_DISABLE="1")
     assert done.stdout.splitlines()[-2:] == [THEIRS, "False"]
+
+
+def test_platform_without_our_kernels_keeps_the_hosts_model_and_says_so():
+    """A platform that calls itself no CPU: the host's entry stays, and one line tells the user."""
+    elsewhere = "from vllm.platforms import current_platform as p; type(p).is_cpu = lambda s: False"
+    say = (
+        "import logging; logging.basicConfig(level='INFO', force=True); "
+        "from vllm.model_executor.models.config import MODELS_CONFIG_MAP as M; "
+        "M['Qwen3NextForCausalLM'].verify_and_update_config(None)"
+    )
+    done = run(f"{elsewhere}; {PLUGINS}; {MODULE}; {say}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == THEIRS
+    assert re.search(r"has no kernels for \w+ yet: vLLM 0\.\S+ keeps its own", done.stderr)
 
 
 FAULTS = {
