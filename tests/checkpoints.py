@@ -13,6 +13,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.weights import trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
+SHIPPED = Path(__file__).parents[1] / "examples" / "qwen3next-tiny"
 VOCAB = 512
 BASE = {
     "architectures": ["Qwen3NextForCausalLM"],

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoints import VOCAB, random_prompt
+from checkpoints import SHIPPED, VOCAB, random_prompt
 from engines.vllm.offline import Offline
 from reference import Reference, quietly
 
@@ -17,10 +18,21 @@ SAMPLES, TOKENS = 2000, 6
 FALSE_ALARM = 1e-5  # of each chi-square; the seeds are fixed, so a green test stays green
 
 
-@pytest.fixture(scope="module", params=[0, 3], ids=["plain", "mtp-3"])
-def samples(request, checkpoint) -> Iterator[torch.Tensor]:
+@pytest.fixture(
+    scope="module",
+    params=[("random", 0), ("random", 3), ("shipped", 3)],
+    ids=["random_plain", "random_mtp-3", "shipped_mtp-3"],
+)
+def case(request, checkpoint) -> tuple[Path, int]:
+    """A checkpoint, and how many tokens are drafted."""
+    name, k = request.param
+    return (SHIPPED if name == "shipped" else checkpoint), k
+
+
+@pytest.fixture(scope="module")
+def samples(case) -> Iterator[torch.Tensor]:
     """[SAMPLES, TOKENS] sampled continuations of one prompt."""
-    k = request.param
+    checkpoint, k = case
     drafts = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
     engine = Offline(checkpoint, dtype="float32", max_model_len=64, **drafts)
     try:
@@ -34,9 +46,9 @@ def samples(request, checkpoint) -> Iterator[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def distributions(samples, checkpoint, reference) -> torch.Tensor:
+def distributions(samples, case, reference) -> torch.Tensor:
     """The model's own probabilities [SAMPLES, TOKENS, vocab], each sample's prefix given."""
-    return after_prompt(reference(checkpoint), samples)[:, :-1]
+    return after_prompt(reference(case[0]), samples)[:, :-1]
 
 
 @quietly()
@@ -57,7 +69,7 @@ def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
 def binned(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Observed and expected counts of the tokens expected at least ten times, and of the rest."""
     expected = probabilities * len(tokens)
-    observed = torch.tensor([Counter(tokens.tolist())[i] for i in range(VOCAB)])
+    observed = torch.tensor([Counter(tokens.tolist())[i] for i in range(len(expected))])
     common = expected >= 10
 
     def with_rest(counts: torch.Tensor) -> torch.Tensor:
@@ -70,9 +82,10 @@ def test_first_token(samples, distributions):
     assert p_value(*binned(samples[:, 0], distributions[0, 0])) > FALSE_ALARM
 
 
-def test_second_token_whatever_the_first(samples, distributions, checkpoint, reference):
+def test_second_token_whatever_the_first(samples, distributions, case, reference):
     """The first that a draft can be accepted for; its marginal is summed over all first tokens."""
-    second = after_prompt(reference(checkpoint), torch.arange(VOCAB)[:, None])[:, -1]
+    first = torch.arange(distributions.shape[-1])
+    second = after_prompt(reference(case[0]), first[:, None])[:, -1]
     marginal = distributions[0, 0].double() @ second.double()
     assert p_value(*binned(samples[:, 1], marginal)) > FALSE_ALARM
 

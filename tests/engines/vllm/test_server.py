@@ -4,16 +4,15 @@ import asyncio
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 
+from checkpoints import SHIPPED
 from engines.vllm.server import Server
 
 pytestmark = pytest.mark.serve
 
-TINY = Path(__file__).parents[3] / "examples" / "qwen3next-tiny"
 DRAFTS = '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
 PROMPTS = [
     "import os\n",
@@ -28,11 +27,10 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint) -> Iterator[Server]:
-    model = TINY if (TINY / "model.safetensors").exists() else checkpoint
+def server() -> Iterator[Server]:
     # fp32, so that an answer does not hang on which other requests share a step with it.
     flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
-    server = Server(model, "--speculative-config", DRAFTS, *flags).wait()
+    server = Server(SHIPPED, "--speculative-config", DRAFTS, *flags).wait()
     yield server
     server.close()
 
