@@ -42,7 +42,7 @@ def page(data: dict) -> str:
         "# Performance\n",
         "```console\n$ make bench\n```\n",
         "Plugin and upstream alternate in one run, each in its own process; nothing is printed "
-        "unless both compute the same log-probabilities. Every figure below is from one run; the "
+        "unless both compute the same log-probabilities. Figures are from one run unless a note says otherwise; the "
         "ratio of steps is that of the shortest ones.\n",
         f"Machine: {host}.\n",
         "## Engine steps\n",
