@@ -42,8 +42,8 @@ def page(data: dict) -> str:
         "# Performance\n",
         "```console\n$ make bench\n```\n",
         "Plugin and upstream alternate in one run, each in its own process; nothing is printed "
-        "unless both compute the same log-probabilities. Figures are from one run unless a note says otherwise; the "
-        "ratio of steps is that of the shortest ones.\n",
+        "unless both compute the same log-probabilities. Figures are from one run unless a note "
+        "says otherwise; the ratio of steps is that of the shortest ones.\n",
         f"Machine: {host}.\n",
         "## Engine steps\n",
         "The block model: the released model's layer shapes (hidden 2048, 16/32 linear heads of "
