@@ -63,7 +63,7 @@ inline T* write(const Tensor& t) {
 }
 
 // Calls f(i) for i in [0, n), at least `grain` of them a thread. Denormals are zero meanwhile:
-// decays over many tokens are full of them, and one costs an FMA a hundred cycles.
+// decays over many tokens are full of them, and each is far slower to compute with.
 template <class F>
 inline void parallel(int64_t n, int64_t grain, F&& f) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {

@@ -13,9 +13,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from qwen3next_plugin.engines.vllm.registration import BACKEND_NAME
 from qwen3next_plugin.model.step import Step
-
-BACKEND_NAME = "QWEN3NEXT_GDN"
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):

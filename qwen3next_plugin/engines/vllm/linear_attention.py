@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.backend import BACKEND_NAME
+from qwen3next_plugin.engines.vllm.registration import BACKEND_NAME
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,

@@ -9,6 +9,7 @@ from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("vllm.qwen3next_plugin")
 PACKAGE = "qwen3next_plugin.engines.vllm"
+BACKEND_NAME = "QWEN3NEXT_GDN"  # of the linear-attention backend
 TRUNK, DRAFTER = "Qwen3NextForCausalLM", "Qwen3NextMTP"  # the names in vLLM's registry
 
 
@@ -48,7 +49,7 @@ def _register() -> None:
     MODELS_CONFIG_MAP[TRUNK] = Qwen3NextChecks
     ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model:Qwen3NextForCausalLM")
     ModelRegistry.register_model(DRAFTER, f"{PACKAGE}.mtp:Qwen3NextMTP")
-    register_backend("QWEN3NEXT_GDN", f"{PACKAGE}.backend.GatedDeltaNetBackend", is_mamba=True)
+    register_backend(BACKEND_NAME, f"{PACKAGE}.backend.GatedDeltaNetBackend", is_mamba=True)
 
 
 def registered() -> dict[str, str]:

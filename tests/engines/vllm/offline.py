@@ -194,7 +194,7 @@ def main(address: str) -> None:
             name, args = pipe.recv()
             try:
                 pipe.send((True, getattr(host, name)(*args)))
-            except Exception:
+            except Exception:  # whatever it is, the parent raises it with this text
                 pipe.send((False, format_exc()))
 
 
