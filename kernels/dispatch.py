@@ -9,6 +9,7 @@ from qwen3next_plugin import env
 
 OPS = (
     "causal_conv1d",
+    "draft_head",
     "gated_delta_rule",
     "output_gate",
     "qk_norm_rope",

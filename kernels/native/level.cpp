@@ -7,9 +7,9 @@
 namespace Q3N_LEVEL {
 
 extern const Level level;
-const Level level = {
-    Q3N_STRING(Q3N_LEVEL),
-    {TORCH_BOX(&causal_conv1d), TORCH_BOX(&gated_delta_rule), TORCH_BOX(&rms_norm),
-     TORCH_BOX(&rms_norm_gated), TORCH_BOX(&qk_norm_rope), TORCH_BOX(&output_gate)}};
+const Level level = {Q3N_STRING(Q3N_LEVEL),
+                     {TORCH_BOX(&causal_conv1d), TORCH_BOX(&gated_delta_rule), TORCH_BOX(&rms_norm),
+                      TORCH_BOX(&rms_norm_gated), TORCH_BOX(&qk_norm_rope), TORCH_BOX(&output_gate),
+                      TORCH_BOX(&draft_head)}};
 
 }  // namespace Q3N_LEVEL

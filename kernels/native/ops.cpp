@@ -25,7 +25,8 @@ extern const Level level;
 namespace {
 
 constexpr const char* kOpNames[kOps] = {"causal_conv1d",  "gated_delta_rule", "rms_norm",
-                                        "rms_norm_gated", "qk_norm_rope",     "output_gate"};
+                                        "rms_norm_gated", "qk_norm_rope",     "output_gate",
+                                        "draft_head"};
 
 // What this processor can run, lowest first.
 std::vector<const Level*> available() {
@@ -37,7 +38,8 @@ std::vector<const Level*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       levels.push_back(&avx512::level);
-      if (__builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512bf16::level);
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+        levels.push_back(&avx512bf16::level);
     }
   }
 #endif
@@ -97,6 +99,7 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
       "Tensor positions, int num_heads, int num_kv_heads, int head_dim, int rotary_dim, "
       "float eps) -> (Tensor, Tensor)");
   m.def("output_gate(Tensor(a!) x_, Tensor gate) -> ()");
+  m.def("draft_head(Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3next, CompositeExplicitAutograd, m) {

@@ -24,12 +24,13 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
                                         int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
                                         double eps);
 void output_gate(Tensor x_, Tensor gate);
+std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale);
 
 }  // namespace Q3N_LEVEL
 
 using Boxed = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-constexpr int kOps = 6;
+constexpr int kOps = 7;
 
 // In the order of kOpNames (ops.cpp).
 struct Level {

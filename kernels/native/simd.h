@@ -34,6 +34,7 @@ typedef float f32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
+typedef int16_t i16v __attribute__((vector_size(4 * kLanes)));  // twice as many lanes
 
 // While it lives, this thread's denormals are zero, as input and as result.
 class FlushDenormals {
@@ -258,6 +259,70 @@ inline float sum_of_squares(const T* x, int64_t n) {
     total = fma(v, v, total);
   });
   return sum(total);
+}
+
+// Integers below 2^15 in size.
+inline void store(int16_t* p, i32v v) {
+  typedef int16_t i16h __attribute__((vector_size(2 * kLanes)));
+  const i16h narrow = __builtin_convertvector(v, i16h);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+inline i16v load(const int16_t* p) {
+  i16v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// 2 kLanes bytes as 16-bit integers.
+inline i16v widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (i16v)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (i16v)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__x86_64__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (i16v)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+#else
+  typedef int8_t i8v __attribute__((vector_size(2 * kLanes)));
+  i8v bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, i16v);
+#endif
+}
+
+// The masked tail: n bytes, zeros beyond.
+inline i16v widen(const int8_t* p, int64_t n) {
+  if (n == 2 * kLanes) return widen(p);
+  int8_t padded[2 * kLanes] = {};
+  std::memcpy(padded, p, n);
+  return widen(padded);
+}
+
+// c + the sums of a b over pairs of lanes.
+inline i32v add_products(i16v a, i16v b, i32v c) {
+#if defined(__AVX512VNNI__)
+  return (i32v)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)
+  return c + (i32v)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return c + (i32v)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return c + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const i32v a2 = (i32v)a, b2 = (i32v)b;  // two each; << keeps the lower one, >> the upper
+  return c + (a2 << 16 >> 16) * (b2 << 16 >> 16) + (a2 >> 16) * (b2 >> 16);
+#endif
+}
+
+inline int32_t sum(i32v v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+#endif
 }
 
 }  // namespace Q3N_LEVEL

@@ -6,6 +6,7 @@ from state_pages import SMALL, Layer, Pool, Step
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.draft_head import draft_head
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
@@ -40,6 +41,10 @@ def calls():
         "rms_norm_gated": (rms_norm_gated, {"x": x4, "z": x4 + 1, "weight": w, "eps": 1e-6}),
         "qk_norm_rope": (qk_norm_rope, attention),
         "output_gate": (output_gate, {"x_": x4[0].clone(), "gate": x4[1]}),
+        "draft_head": (draft_head, {
+            "x": x4[0, 0], "weight": torch.randint(-127, 128, (9, 24), dtype=torch.int8),
+            "scale": torch.rand(9),
+        }),
     }  # fmt: skip
 
 

@@ -1,0 +1,30 @@
+"""A matrix in int8, one scale a row."""
+
+import torch
+from torch import Tensor
+
+LEVELS = 127  # symmetric: -128 is not used
+CHUNK = 1 << 19  # elements in fp32 at a time: they stay in the cache, and no large copy is made
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8, scale) with |weight - scale int8| ≤ scale / 2, and scale the row's maximum / 127.
+
+    Shapes: weight [R, D] of any floating dtype, returns [R, D] int8, [R] fp32
+
+    Raises: ValueError where a weight is not finite.
+    """
+    R, D = weight.shape
+    out = torch.empty(R, D, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(R, dtype=torch.float32, device=weight.device)
+    rows = max(1, CHUNK // max(1, D))
+    for begin in range(0, R, rows):
+        x = weight[begin : begin + rows].float()
+        largest = x.abs().amax(-1) if D else x.new_zeros(len(x))
+        step = (largest / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
+        out[begin : begin + rows] = (x / step[:, None]).round_().clamp_(-LEVELS, LEVELS)
+        scale[begin : begin + rows] = step
+    if not scale.isfinite().all():
+        row = int((~scale.isfinite()).nonzero()[0])
+        raise ValueError(f"quantise_rows: row {row} of the weight is not finite")
+    return out, scale
