@@ -98,8 +98,7 @@ def test_shards_add_up(backend):
     rows, values = draft_head(x=x, weight=weight, scale=scale)
     bounds = (0, 311, 312, 900)
     parts = [
-        draft_head(x=x, weight=weight[a:b], scale=scale[a:b])
-        for a, b in itertools.pairwise(bounds)
+        draft_head(x=x, weight=weight[a:b], scale=scale[a:b]) for a, b in itertools.pairwise(bounds)
     ]
     best = torch.stack([value for _, value in parts]).argmax(0)
     assert torch.equal(torch.stack([v for _, v in parts]).amax(0), values)
