@@ -1,0 +1,258 @@
+"""Schedule: how many tokens each request drafts, for the most expected tokens per second.
+
+Of request i with draft length l_i, a step yields 1 + a_i1 + … + a_i,l_i tokens in expectation,
+where a_ij = p_i1 ⋯ p_ij and p_ij is the chance that draft j is accepted, given those before it.
+It takes step(B, B + Σ l_i) + draft(B, max l_i) seconds. For a given number of drafting passes the
+best n draft tokens are the n likeliest, so the best plan is found exactly by trying every n.
+
+- Acceptance: counts per request and position that forget, drawn towards those of all requests.
+- Costs: `costs.py`, from timings.
+- The plan is kept until another promises MARGIN more, so that noise does not move it.
+- Plans not in use are tried now and then, for BUDGET of the time at most, and less and less often
+  while that changes nothing. No clock and no chance: equal observations, equal decisions.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import Any, Protocol
+
+from qwen3next_plugin.mtp.costs import Costs, Table
+
+MARGIN = 0.02  # gain for which a plan is left
+BUDGET = 0.01  # share of time for trying others
+TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
+PATIENCE = 3  # how often the budget halves while trials change nothing
+
+PRIOR = 0.8  # acceptance where nothing is known
+KEEP, KEEP_ALL = 0.93, 0.99  # what an observation leaves of those before: per request, of all
+FADE = 0.98  # what a step without observation leaves of them
+PULL = 3.0  # weight of all requests in the estimate of one, in observations
+
+
+class Policy(Protocol):
+    """What an engine asks, and what it reports."""
+
+    def lengths(self, requests: Sequence[str]) -> list[int]:
+        """Draft length of each request of the batch, for the draft to be made now."""
+
+    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
+        """Of a request's `drafted` tokens the step accepted the first `accepted`."""
+
+    def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
+        """A step of `batch` requests without prefill, `tokens` tokens in all, took `seconds`."""
+
+    def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
+        """After a step of `batch` requests, `passes` > 0 drafting passes took `seconds`."""
+
+    def forget(self, request: str) -> None:
+        """The request has finished."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is known and decided now, for metrics."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Every request drafts `length` tokens."""
+
+    length: int
+
+    def lengths(self, requests: Sequence[str]) -> list[int]:
+        return [self.length] * len(requests)
+
+    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
+        pass
+
+    def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
+        pass
+
+    def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
+        pass
+
+    def forget(self, request: str) -> None:
+        pass
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"lengths": {self.length: 1}}
+
+
+class Acceptance:
+    """Chances that draft 1, 2, … is accepted, given those before it: counts that forget."""
+
+    def __init__(self, max_draft: int, keep: float, fade: float) -> None:
+        self.keep, self.fade = keep, fade
+        self.hits, self.trials = [0.0] * max_draft, [0.0] * max_draft
+        self.seen = 0  # the step of the last observation
+
+    def observe(self, drafted: int, accepted: int, now: int) -> None:
+        """Positions up to the first rejected one were tried."""
+        fade = self.fade ** max(0, now - self.seen - 1)
+        self.seen = now
+        for j in range(len(self.hits)):
+            keep = fade * (self.keep if j < drafted and j <= accepted else 1.0)
+            self.hits[j] *= keep
+            self.trials[j] *= keep
+        for j in range(min(drafted, accepted + 1)):
+            self.trials[j] += 1
+            self.hits[j] += j < accepted
+
+    def estimates(self, prior: Sequence[float], now: int) -> list[float]:
+        """Counts, faded since the last observation, drawn towards the prior."""
+        fade = self.fade ** max(0, now - self.seen - 1)
+        return [
+            (fade * h + PULL * p) / (fade * n + PULL)
+            for h, n, p in zip(self.hits, self.trials, prior, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Draft lengths, and what they promise for one step."""
+
+    lengths: list[int]
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def passes(self) -> int:
+        return max(self.lengths, default=0)
+
+
+def price(lengths: list[int], chances: Sequence[Sequence[float]], table: Table) -> Plan:
+    """What given lengths promise; chances [B][k] that all of the first j drafts are accepted."""
+    tokens = len(lengths) + sum(sum(row[:n]) for row, n in zip(chances, lengths, strict=True))
+    seconds = table.step[sum(lengths)] + table.draft[max(lengths, default=0)]
+    return Plan(lengths, tokens, seconds)
+
+
+def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
+    """The best plan with 0, 1, … k drafting passes; chances [B][k] fall along a row."""
+    B, k = len(chances), len(table.draft) - 1
+    plans = [price([0] * B, chances, table)]
+    likeliest = sorted((-a, j, i) for i, row in enumerate(chances) for j, a in enumerate(row, 1))
+    for passes in range(1, k + 1):
+        drafts = [draft for draft in likeliest if draft[1] <= passes]
+        tokens = list(accumulate((-a for a, _, _ in drafts), initial=float(B)))
+        least = next(n for n, (_, j, _) in enumerate(drafts, 1) if j == passes)
+        fixed = table.draft[passes]
+        rates = [t / (s + fixed) for t, s in zip(tokens[least:], table.step[least:], strict=False)]
+        n = least + rates.index(max(rates))
+        lengths = [0] * B
+        for _, _, i in drafts[:n]:
+            lengths[i] += 1
+        plans.append(Plan(lengths, tokens[n], table.step[n] + fixed))
+    return plans
+
+
+class Schedule:
+    """Draft lengths for the most expected tokens per second, from what is observed."""
+
+    def __init__(self, max_draft: int, costs: Costs) -> None:
+        self.max_draft, self.costs = max_draft, costs
+        self._step = 0
+        self._all = Acceptance(max_draft, KEEP_ALL, fade=1.0)
+        self._requests: dict[str, Acceptance] = {}
+        self._kept: dict[str, int] = {}  # the plan of the last step, trials aside
+        self._last: list[int] = []
+        # trials
+        self._passes = 0  # of the plan
+        self._trial, self._left = 0, 0  # passes on trial, steps left of it
+        self._credit, self._halvings = 1.0, 0  # of time, in steps
+        self._tried = [0] * (max_draft + 1)  # step that last made so many passes
+
+    def lengths(self, requests: Sequence[str]) -> list[int]:
+        """Draft length of each request of the batch, for the draft to be made now."""
+        self._step += 1
+        if not requests:
+            return []
+        chances = self._chances(requests)
+        table = self.costs.table(len(requests), self.max_draft)
+        plans = best_plans(chances, table)
+        plan = self._settle(requests, plans, chances, table)
+        plan = self._try(plans, plan)
+        self._tried[plan.passes] = self._step
+        self._last = plan.lengths
+        return plan.lengths
+
+    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
+        if drafted:
+            if request not in self._requests:
+                self._requests[request] = Acceptance(self.max_draft, KEEP, FADE)
+            for acceptance in (self._requests[request], self._all):
+                acceptance.observe(drafted, accepted, self._step)
+
+    def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
+        self.costs.observe_step(batch, tokens, seconds)
+
+    def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
+        self.costs.observe_draft(batch, passes, seconds)
+
+    def forget(self, request: str) -> None:
+        self._requests.pop(request, None)
+        self._kept.pop(request, None)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Lengths of the last step, acceptance by position, seconds by drafts, share of trials."""
+        batch = max(1, len(self._last))
+        table = self.costs.table(batch, self.max_draft)
+        return {
+            "lengths": dict(sorted(Counter(self._last).items())),
+            "acceptance": self._all.estimates([PRIOR] * self.max_draft, self._step),
+            "step_seconds": table.step[::batch],
+            "draft_seconds": table.draft,
+            "on_trial": self._left > 0,
+            "requests": len(self._requests),
+        }
+
+    def _chances(self, requests: Sequence[str]) -> list[list[float]]:
+        """a_ij: that the first j drafts of request i are all accepted."""
+        everyone = self._all.estimates([PRIOR] * self.max_draft, self._step)
+        newcomer = list(accumulate(everyone, mul))
+        known = (self._requests.get(request) for request in requests)
+        return [
+            list(accumulate(a.estimates(everyone, self._step), mul)) if a else newcomer
+            for a in known
+        ]
+
+    def _settle(
+        self,
+        requests: Sequence[str],
+        plans: list[Plan],
+        chances: Sequence[Sequence[float]],
+        table: Table,
+    ) -> Plan:
+        """The plan of the last step unless the best one is better by MARGIN."""
+        best = max(plans, key=lambda plan: plan.rate)
+        lengths = [self._kept.get(r, n) for r, n in zip(requests, best.lengths, strict=True)]
+        kept = price(lengths, chances, table)
+        plan = best if best.rate > kept.rate * (1 + MARGIN) else kept
+        self._kept = dict(zip(requests, plan.lengths, strict=True))
+        return plan
+
+    def _try(self, plans: list[Plan], plan: Plan) -> Plan:
+        """The plan, or another that is due for a trial and whose loss the budget covers."""
+        if plan.passes != self._passes:  # things have changed: trials may pay again
+            self._passes, self._left, self._halvings = plan.passes, 0, 0
+        self._credit += BUDGET / 2**self._halvings
+        if not self._left:
+            loss = {
+                p.passes: max(0.01, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
+                for p in plans
+                if p.passes != plan.passes
+            }
+            due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n])
+            if loss[due] > self._credit:
+                return plan
+            self._credit -= loss[due]
+            self._trial, self._left = due, TRIAL
+        self._left -= 1
+        if not self._left:
+            self._halvings = min(PATIENCE, self._halvings + 1)
+        return plans[self._trial]
