@@ -1,20 +1,28 @@
-"""Costs: what a step and a drafting pass take, a shape known beforehand bent by what is measured.
+"""Costs: what a step and a draft take, from a model's shape at first and from timings ever after.
 
-seconds(batch, x) = shape(batch, x) · ratio(batch, x), where the ratio is a mean of measured/shape
-over nearby points. The shape extrapolates; the ratio makes it true where the server works.
+    step  = w1 + w2·tokens + w3·experts(tokens)         experts(n) = E·(1 − (1 − k/E)^n)
+    draft = w4·first pass + w5·(passes − 1)·pass        pass = 1 + tokens + experts, as shaped
+
+The weights are fitted to timings, all positive, so that the sum extrapolates; close to points that
+were timed it is bent towards them. Timings count by the mean of the middle half of the last ones.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log2
 from typing import Self
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
-HORIZON = 500  # observations after which a timing is out of date
-WINDOW = 32  # timings kept at one point
-REFRESH = 8  # observations between two looks at the measurements
+HORIZON = 500  # timings after which one is out of date
+WINDOW = 32  # timings kept of one point
+PRIOR = 0.05  # weight of the shape in the fit, in timings
+SWEEPS = 20  # of coordinate descent
+REFRESH = 8  # timings between two fits
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,53 +67,89 @@ class Shape:
             experts_per_token=c.num_experts_per_tok,
         )
 
-    def touched(self, tokens: int) -> float:
+    def experts_touched(self, tokens: float) -> float:
         """Distinct experts that `tokens` tokens are routed to, each choosing at random."""
         if not self.experts:
             return 0.0
         return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
 
-    def step_cost(self, tokens: int) -> float:
-        return self.step + self.token * tokens + self.step_expert * self.touched(tokens)
+    def step_terms(self, batch: float, drafts: float) -> tuple[float, ...]:
+        """Parts of a step with `drafts` draft tokens a request."""
+        tokens = batch * (1 + drafts)
+        return self.step, self.token * tokens, self.step_expert * self.experts_touched(tokens)
 
-    def draft_cost(self, batch: int, passes: int) -> float:
-        """The first pass also takes in what the last step committed, about two tokens a request."""
-        return self._pass_cost(2 * batch) + (passes - 1) * self._pass_cost(batch)
+    def draft_terms(self, batch: float, passes: float) -> tuple[float, ...]:
+        """First pass, which also takes in what the step committed, and further passes."""
+        return self._pass_cost(2 * batch), (passes - 1) * self._pass_cost(batch)
 
-    def _pass_cost(self, tokens: int) -> float:
-        return self.draft + self.draft_token * tokens + self.draft_expert * self.touched(tokens)
+    def _pass_cost(self, tokens: float) -> float:
+        experts = self.draft_expert * self.experts_touched(tokens)
+        return self.draft + self.draft_token * tokens + experts
 
 
-class Measured:
-    """Measured/shape at points (batch, x), each a trimmed mean of its last timings."""
+class Model:
+    """Seconds at (batch, x): a weighted sum of terms, bent towards timings nearby."""
 
-    def __init__(self) -> None:
+    def __init__(self, terms: Callable[[float, float], tuple[float, ...]]) -> None:
+        self.terms = terms
         self.count = 0
-        self._samples: dict[tuple[float, float], deque[tuple[int, float]]] = {}
-        self._means: dict[tuple[float, float], tuple[float, int]] = {}
+        self.weights = [1.0] * len(terms(1, 1))
+        self._timings: dict[Point, deque[tuple[int, float]]] = {}
+        self._means: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
+        self._bends: list[tuple[Point, float, int]] = []  # seconds/fit, number of timings
 
-    def observe(self, batch: int, x: float, ratio: float) -> None:
-        """Add one timing; points are half octaves of the batch and halves of x apart."""
+    def observe(self, batch: int, x: float, seconds: float) -> None:
+        """Add a timing to the nearest point: half octaves of batch and halves of x apart."""
         self.count += 1
-        point = round(2 * log2(batch)) / 2, round(2 * x) / 2
-        samples = self._samples.setdefault(point, deque(maxlen=WINDOW))
-        samples.append((self.count, ratio))
-        while samples[0][0] <= self.count - HORIZON:
-            samples.popleft()
-        self._means[point] = trimmed_mean([r for _, r in samples]), len(samples)
+        point = octave, x_ = round(2 * log2(batch)) / 2, round(2 * x) / 2
+        seconds *= sum(self.terms(2**octave, x_)) / sum(self.terms(batch, x))
+        timings = self._timings.setdefault(point, deque(maxlen=WINDOW))
+        timings.append((self.count, seconds))
+        while timings[0][0] <= self.count - HORIZON:
+            timings.popleft()
+        self._means[point] = middle_mean([s for _, s in timings]), len(timings)
 
-    def ratio(self, batch: int, x: float, otherwise: float) -> float:
-        """Mean over all points, weighted by timings and nearness; `otherwise` weighs little."""
-        total, weight = 0.1 * otherwise, 0.1
+    def fit(self, level: float) -> float:
+        """Least squares of relative errors, drawn towards one weight for all; returns that one."""
+        points = [
+            (self.terms(2**octave, x), seconds, n)
+            for (octave, x), (seconds, n) in self._means.items()
+        ]
+        if points:
+            timings = sum(n for _, _, n in points)
+            level = sum(n * s / sum(terms) for terms, s, n in points) / timings
+        size = range(len(self.weights))
+        gram = [[sum(n * t[f] * t[g] / (s * s) for t, s, n in points) for g in size] for f in size]
+        goal = [sum(n * t[f] / s for t, s, n in points) for f in size]
+        w = self.weights = [level] * len(size)
+        for _ in range(SWEEPS):
+            for f in size:
+                rest = sum(gram[f][g] * w[g] for g in size if g != f)
+                w[f] = max(0.0, (goal[f] - rest + PRIOR / level) / (gram[f][f] + PRIOR / level**2))
+        self._bends = [
+            (point, seconds / self.fitted(2 ** point[0], point[1]), n)
+            for point, (seconds, n) in self._means.items()
+        ]
+        return level
+
+    def seconds(self, batch: int, x: float) -> float:
+        return self.fitted(batch, x) * self.bend(batch, x)
+
+    def fitted(self, batch: float, x: float) -> float:
+        return sum(w * t for w, t in zip(self.weights, self.terms(batch, x), strict=True))
+
+    def bend(self, batch: int, x: float) -> float:
+        """Timed/fitted at the points around, by number of timings and nearness; 1 far away."""
         octave = log2(batch)
-        for (o, y), (mean, timings) in self._means.items():
-            nearness = timings / (0.1 + (o - octave) ** 2 + (y - x) ** 2) ** 2 / 100
-            total += nearness * mean
+        total = weight = 2.0
+        for (o, y), ratio, timings in self._bends:
+            nearness = timings / (1 + 10 * ((o - octave) ** 2 + (y - x) ** 2)) ** 2
+            total += nearness * ratio
             weight += nearness
         return total / weight
 
 
-def trimmed_mean(values: list[float]) -> float:
+def middle_mean(values: list[float]) -> float:
     """Mean of the middle half: a timing is sometimes several times too long."""
     cut = (len(values) + 1) // 4
     middle = sorted(values)[cut : len(values) - cut]
@@ -125,8 +169,9 @@ class Costs:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._steps, self._drafts = Measured(), Measured()
-        self._tables: dict[tuple[int, int], tuple[int, Table]] = {}
+        self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
+        self._fitted = -1  # timings at the last fit
+        self._tables: dict[tuple[int, int], Table] = {}
 
     @classmethod
     def from_config(cls, config: Qwen3NextConfig, flop_per_byte: float = 20.0) -> Self:
@@ -134,41 +179,30 @@ class Costs:
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         """Time of a step of `batch` requests, none of them in prefill, with `tokens` tokens."""
-        ratio = seconds / self.shape.step_cost(tokens)
-        self._steps.observe(batch, tokens / batch - 1, ratio)
+        self._steps.observe(batch, tokens / batch - 1, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
         """Time of all `passes` drafting passes after a step of `batch` requests."""
-        self._drafts.observe(batch, passes, seconds / self.shape.draft_cost(batch, passes))
+        self._drafts.observe(batch, passes, seconds)
 
     def table(self, batch: int, max_draft: int) -> Table:
-        """What a batch costs with up to `max_draft` tokens each; at most a few timings old."""
-        now = self._steps.count + self._drafts.count
-        since, table = self._tables.get((batch, max_draft), (-1, None))
-        if table is None or now - since >= min(REFRESH, 1 + since // 4):
-            if len(self._tables) >= 64:  # batch sizes come and go
-                self._tables.clear()
-            table = Table(
+        """What a batch costs with up to `max_draft` tokens each; a few timings old at most."""
+        timings = self._steps.count + self._drafts.count
+        if self._fitted < 0 or timings - self._fitted >= min(REFRESH, 1 + self._fitted // 4):
+            self._fitted = timings
+            self._drafts.fit(self._steps.fit(1.0))
+            self._tables.clear()
+        if (batch, max_draft) not in self._tables:
+            self._tables[batch, max_draft] = Table(
                 list(self._step_seconds(batch, max_draft)),
-                list(self._draft_seconds(batch, max_draft)),
+                [0.0, *(self._drafts.seconds(batch, x) for x in range(1, max_draft + 1))],
             )
-            self._tables[batch, max_draft] = now, table
-        return table
+        return self._tables[batch, max_draft]
 
     def _step_seconds(self, batch: int, max_draft: int) -> Iterator[float]:
-        """The ratio is looked up at 0, 1, 2, … drafts a request, and straight in between."""
-        level = self._steps.ratio(batch, 0, 1.0) if self._steps.count else 1.0
-        ratios = [self._steps.ratio(batch, x, level) for x in range(max_draft + 1)]
-        for x, (low, high) in enumerate(zip(ratios, ratios[1:], strict=False)):
-            for i in range(batch):
-                ratio = low + (high - low) * i / batch
-                yield self.shape.step_cost(batch * (1 + x) + i) * ratio
-        yield self.shape.step_cost(batch * (1 + max_draft)) * ratios[-1]
-
-    def _draft_seconds(self, batch: int, max_draft: int) -> Iterator[float]:
-        """Before a draft is timed, drafts are as far off their shape as steps are."""
-        level = self._steps.ratio(batch, 0, 1.0)
-        yield 0.0
-        for passes in range(1, max_draft + 1):
-            ratio = self._drafts.ratio(batch, passes, level)
-            yield self.shape.draft_cost(batch, passes) * ratio
+        """Bent as at 0, 1, 2, … drafts a request, and straight in between."""
+        bends = [self._steps.bend(batch, x) for x in range(max_draft + 1)]
+        for x, (low, high) in enumerate(pairwise([*bends, bends[-1]])):
+            for i in range(batch if x < max_draft else 1):
+                bend = low + (high - low) * i / batch
+                yield self._steps.fitted(batch, x + i / batch) * bend

@@ -24,7 +24,8 @@ from qwen3next_plugin.mtp.costs import Costs, Table
 MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
-PATIENCE = 3  # how often the budget halves while trials change nothing
+LEAST = 0.25  # of a step: what a trial is charged even if it promises to lose less
+PATIENCE = 2  # how often the budget halves while trials change nothing
 
 PRIOR = 0.8  # acceptance where nothing is known
 KEEP, KEEP_ALL = 0.93, 0.99  # what an observation leaves of those before: per request, of all
@@ -161,6 +162,7 @@ class Schedule:
         self._requests: dict[str, Acceptance] = {}
         self._kept: dict[str, int] = {}  # the plan of the last step, trials aside
         self._last: list[int] = []
+        self._resumed = True  # nothing was drafted before: the first pass has more to take in
         # trials
         self._passes = 0  # of the plan
         self._trial, self._left = 0, 0  # passes on trial, steps left of it
@@ -178,6 +180,7 @@ class Schedule:
         plan = self._settle(requests, plans, chances, table)
         plan = self._try(plans, plan)
         self._tried[plan.passes] = self._step
+        self._resumed = not any(self._last)
         self._last = plan.lengths
         return plan.lengths
 
@@ -192,7 +195,8 @@ class Schedule:
         self.costs.observe_step(batch, tokens, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        self.costs.observe_draft(batch, passes, seconds)
+        if not self._resumed:
+            self.costs.observe_draft(batch, passes, seconds)
 
     def forget(self, request: str) -> None:
         self._requests.pop(request, None)
@@ -243,11 +247,11 @@ class Schedule:
         self._credit += BUDGET / 2**self._halvings
         if not self._left:
             loss = {
-                p.passes: max(0.01, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
+                p.passes: max(LEAST, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
                 for p in plans
                 if p.passes != plan.passes
             }
-            due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n])
+            due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)
             if loss[due] > self._credit:
                 return plan
             self._credit -= loss[due]

@@ -1,4 +1,4 @@
-"""The schedule of drafts: bounds, determinism, memory, and never slower than the best fixed length."""
+"""The schedule of drafts: bounds, determinism, memory; never slower than the best fixed length."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
