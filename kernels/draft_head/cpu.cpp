@@ -12,27 +12,44 @@ namespace {
 constexpr int kTileRows = 4;
 constexpr int kTileBatch = kLanes == 16 ? 4 : 2;
 constexpr int64_t kPairs = 2 * kLanes;    // integers in a vector
-constexpr int64_t kBlockBytes = 1 << 17;  // of weight, which the batch goes over from the cache
+constexpr int64_t kBlockBytes = 1 << 16;  // of weight: a block's tiles find it in the cache
 
-struct Best {
-  int64_t row;
-  float score;
+struct Head {
+  const int8_t* weight;
+  const float* scale;
+  int64_t R, D, stride;
+  const int8_t* row(int64_t r) const { return weight + r * stride; }
 };
 
-// x in integers of at most `limit`, zeros beyond D. Returns the step between them: zero for a row
-// of zeros, NaN for one that is not finite, whose integers are zeros too.
+// x in integers, padded with zeros to a width of whole vectors.
+struct Batch {
+  std::vector<int16_t> integers;
+  std::vector<float> step;
+  int64_t N, width;
+};
+
+struct Best {
+  int64_t row = 0;
+  float score = -std::numeric_limits<float>::infinity();
+  void meet(int64_t r, float s) {
+    if (s > score) row = r, score = s;
+  }
+};
+
+// x in integers of at most `limit`. Returns the step between them: zero for a row of zeros, NaN
+// for one that is not finite, whose integers are zeros too.
 template <class T>
 float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit) {
-  f32v largest{}, nonfinite{};
+  f32v largest{}, zero_if_finite{};
   for_vectors(D, [&](int64_t i, int64_t lanes) {
     const f32v v = load(x + i, lanes), size = v < 0.0f ? -v : v;
     largest = size > largest ? size : largest;
-    nonfinite += v - v;
+    zero_if_finite += v - v;
   });
   float most = 0.0f;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
-  const bool finite = sum(nonfinite) == 0.0f;
-  if (!finite || most < 1e-30f) {
+  const bool finite = sum(zero_if_finite) == 0.0f;
+  if (!finite || most < 1e-30f) {  // below that the step would be a denormal
     std::memset(out, 0, width * sizeof *out);
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
@@ -45,7 +62,22 @@ float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit
   return step;
 }
 
-// sums[n][r] = weight_r · x_n, exactly. x is padded with zeros to `width`.
+// All of x, in integers small enough for every sum of products with int8 to be exact in int32.
+Batch quantised(const Tensor& x) {
+  const int64_t N = x.size(0), D = x.size(1), stride = x.stride(0), width = round_up(D, kPairs);
+  const int64_t exact = std::numeric_limits<int32_t>::max() / (128 * std::max<int64_t>(1, D));
+  const int64_t limit = std::min<int64_t>(std::numeric_limits<int16_t>::max(), exact);
+  Batch batch{std::vector<int16_t>(N * width), std::vector<float>(N), N, width};
+  with_dtype(x, [&]<class T>(T) {
+    const T* xs = read<T>(x);
+    parallel(N, 1 + 16384 / (D + 1), [&](int64_t n) {
+      batch.step[n] = quantise(batch.integers.data() + n * width, xs + n * stride, D, width, limit);
+    });
+  });
+  return batch;
+}
+
+// sums[n][r] = weight_r · x_n, exactly.
 template <int kBatch>
 void tile(int32_t (&sums)[kTileBatch][kTileRows], const int8_t* const (&weight)[kTileRows],
           const int16_t* x, int64_t width, int64_t D) {
@@ -68,56 +100,52 @@ void tile(int32_t (&sums)[kTileBatch][kTileRows], const int8_t* const (&weight)[
   });
 }
 
-// A tile of at most kBatch of x.
+// The tile of `count` of x, at most kBatch.
 template <int kBatch = kTileBatch>
-void tile_of(int64_t batch, int32_t (&sums)[kTileBatch][kTileRows],
+void tile_of(int64_t count, int32_t (&sums)[kTileBatch][kTileRows],
              const int8_t* const (&weight)[kTileRows], const int16_t* x, int64_t width, int64_t D) {
   if constexpr (kBatch > 1) {
-    if (batch < kBatch) return tile_of<kBatch - 1>(batch, sums, weight, x, width, D);
+    if (count < kBatch) return tile_of<kBatch - 1>(count, sums, weight, x, width, D);
   }
   tile<kBatch>(sums, weight, x, width, D);
+}
+
+// The best of rows [begin, end) for each of the batch. Meanwhile as many rows behind them come
+// into the cache, a part with each pass, so that memory is read while later passes compute.
+void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t begin, int64_t end) {
+  const int64_t passes = (batch.N + kTileBatch - 1) / kTileBatch;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = pass * kTileBatch, count = std::min<int64_t>(kTileBatch, batch.N - first);
+    for (int64_t r = begin; r < end; r += kTileRows) {
+      const int64_t ahead = r + end - begin;
+      for (int64_t i = pass * kTileRows / passes; i < (pass + 1) * kTileRows / passes; ++i) {
+        if (ahead + i < head.R) prefetch(head.row(ahead + i), head.D);
+      }
+      const int8_t* rows[kTileRows];
+      for (int64_t i = 0; i < kTileRows; ++i) rows[i] = head.row(std::min(r + i, end - 1));
+      int32_t sums[kTileBatch][kTileRows];
+      tile_of(count, sums, rows, batch.integers.data() + first * batch.width, batch.width, head.D);
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t i = 0; i < std::min<int64_t>(kTileRows, end - r); ++i) {
+          best[first + n].meet(r + i, static_cast<float>(sums[n][i]) * head.scale[r + i]);
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale) {
   const int64_t N = x.size(0), D = x.size(1), R = weight.size(0);
-  const int64_t x_stride = x.stride(0), stride = weight.stride(0), width = round_up(D, kPairs);
-  const int64_t exact = std::numeric_limits<int32_t>::max() / (128 * std::max<int64_t>(1, D));
-  const int64_t limit = std::min<int64_t>(std::numeric_limits<int16_t>::max(), exact);
-  std::vector<int16_t> integers(N * width);
-  std::vector<float> steps(N);
-  with_dtype(x, [&]<class A>(A) {
-    const A* xs = read<A>(x);
-    parallel(N, 1 + 16384 / (D + 1), [&](int64_t n) {
-      steps[n] = quantise(integers.data() + n * width, xs + n * x_stride, D, width, limit);
-    });
-  });
+  const Head head{read<int8_t>(weight), read<float>(scale), R, D, weight.stride(0)};
+  const Batch batch = quantised(x);
 
-  const int8_t* weights = read<int8_t>(weight);
-  const float* scales = read<float>(scale);
   const int64_t block = round_up(1 + kBlockBytes / (D + 1), kTileRows);
   const int64_t blocks = (R + block - 1) / block;
-  std::vector<Best> best(N * blocks, {0, -std::numeric_limits<float>::infinity()});
+  std::vector<Best> best(blocks * N);
   parallel(blocks, 1, [&](int64_t b) {
-    const int64_t end = std::min(R, (b + 1) * block);
-    for (int64_t n = 0; n < N; n += kTileBatch) {
-      const int64_t batch = std::min<int64_t>(kTileBatch, N - n);
-      for (int64_t r = b * block; r < end; r += kTileRows) {
-        const int8_t* rows[kTileRows];
-        for (int64_t i = 0; i < kTileRows; ++i)
-          rows[i] = weights + std::min(r + i, end - 1) * stride;
-        int32_t sums[kTileBatch][kTileRows];
-        tile_of(batch, sums, rows, integers.data() + n * width, width, D);
-        for (int64_t i = 0; i < batch; ++i) {
-          Best& so_far = best[b * N + n + i];
-          for (int64_t j = 0; j < std::min<int64_t>(kTileRows, end - r); ++j) {
-            const float score = static_cast<float>(sums[i][j]) * scales[r + j];
-            if (score > so_far.score) so_far = {r + j, score};
-          }
-        }
-      }
-    }
+    best_of_block(best.data() + b * N, head, batch, b * block, std::min(R, (b + 1) * block));
   });
 
   Tensor rows = torch::stable::new_empty(x, {N}, ScalarType::Long);
@@ -125,12 +153,10 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale) {
   int64_t* row = write<int64_t>(rows);
   float* value = write<float>(values);
   for (int64_t n = 0; n < N; ++n) {
-    Best found = best[n];
-    for (int64_t b = 1; b < blocks; ++b) {
-      if (best[b * N + n].score > found.score) found = best[b * N + n];
-    }
+    Best found;
+    for (int64_t b = 0; b < blocks; ++b) found.meet(best[b * N + n].row, best[b * N + n].score);
     row[n] = found.row;
-    value[n] = found.score * steps[n];
+    value[n] = found.score * batch.step[n];
   }
   return {rows, values};
 }
