@@ -1,4 +1,4 @@
-"""The linear-attention kernels against the operators that upstream's CPU layer calls.
+"""The kernels against the operators that upstream's CPU layers call.
 
     python -m benchmarks.kernels [out.json]
 
@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 import vllm._custom_ops as upstream
 from torch import Tensor
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
 from benchmarks.report import Table, markdown
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 
 H, HV, K, V, DTYPE = 16, 32, 128, 128, torch.bfloat16
@@ -34,6 +36,7 @@ PAGES = 16  # that rotate: 34 MB of state
 TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
 PAST = 5  # tokens before a step of the convolution
 PAIRS = 30
+VOCABULARY, HIDDEN, KEPT = 151_936, 2048, 32_768  # KEPT: rows of a head over part of it
 
 Call = Callable[[], Tensor]
 
@@ -69,6 +72,7 @@ def cases() -> Iterator[Case]:
     for tokens in (1024, 4096):
         yield prefill(f"prefill {tokens}", tokens)
         yield long_convolution(f"convolution, prefill {tokens}", tokens)
+    yield from output_heads()
 
 
 def timed(case: Case, pairs: int) -> dict[str, float]:
@@ -280,6 +284,42 @@ def long_convolution(name: str, tokens: int) -> Case:
         ).t()  # fmt: skip
 
     return Case(name, plugin, forward)
+
+
+def output_heads() -> Iterator[Case]:
+    """The first-ranked token, of an int8 head and of the bf16 head as upstream packs it.
+
+    The rows kept are the larger ones, so that the whole head's first-ranked row is among them.
+    """
+    weight = torch.empty(VOCABULARY, HIDDEN, dtype=DTYPE).normal_()
+    weight[KEPT:] *= 0.5
+    int8, scale = quantise_rows(weight)
+    kept, whole = packed(weight[:KEPT].clone()), packed(weight)
+    for batch in (1, 8):
+        x = torch.randn(batch, HIDDEN).to(DTYPE)
+        for rows, name in ((VOCABULARY, "all rows"), (KEPT, f"{KEPT:,} rows")):
+            head = {"weight": int8[:rows], "scale": scale[:rows]}
+            yield greedy(f"draft head, {name}, batch {batch}", x, head, whole)
+        yield greedy(f"draft head, {name} on both sides, batch {batch}", x, head, kept)
+
+
+def packed(weight: Tensor) -> torch.nn.Module:
+    """The weight as upstream keeps that of a head."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return layer
+
+
+def greedy(name: str, x: Tensor, head: dict[str, Tensor], bf16: torch.nn.Module) -> Case:
+    def plugin() -> Tensor:
+        return draft_head(x=x, **head)[1]
+
+    def argmax() -> Tensor:
+        logits = bf16.cpu_linear(x, bf16.weight, None)
+        return logits.gather(1, logits.argmax(-1, keepdim=True))
+
+    return Case(name, plugin, argmax)
 
 
 if __name__ == "__main__":
