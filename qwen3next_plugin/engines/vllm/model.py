@@ -227,6 +227,13 @@ class Qwen3NextForCausalLM(
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc]:
         return (get_temporal_copy_spec,)  # a page is copied whole
 
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """The class by which model runner V2 moves pages; imported when that runner asks."""
+        from qwen3next_plugin.engines.vllm.model_state import Qwen3NextModelState
+
+        return Qwen3NextModelState
+
     def update_physical_experts_metadata(
         self, num_physical_experts: int, num_local_physical_experts: int
     ) -> None:

@@ -48,6 +48,12 @@ OVERRIDDEN = {
             ],
         },
     },
+    "v1/worker/gpu/model_states/mamba_hybrid.py": {
+        "MambaHybridModelState": {
+            "__init__": ["self", "vllm_config", "model", "encoder_cache", "device"],
+            "postprocess_state": ["self", "idx_mapping", "num_sampled", "num_computed_tokens"],
+        },
+    },
 }
 # What our code calls, with the arguments it passes by name or counts on by position.
 CALLED = {
@@ -75,6 +81,16 @@ CALLED = {
         "get_rope": ["head_size", "max_position", "rope_parameters"],
     },
     "plugins/__init__.py": {"load_general_plugins": []},
+    "v1/worker/mamba_utils.py": {
+        "run_fused_precopy": [
+            "self",
+            "num_reqs",
+            "state_idx_gpu",
+            "src_col_gpu",
+            "token_bias_gpu",
+            "idx_mapping",
+        ],
+    },
 }
 # Fields our code reads.
 FIELDS = {
@@ -96,13 +112,30 @@ FIELDS = {
             "num_speculative_blocks",
         ],
     },
+    "v1/worker/mamba_utils.py": {"MambaSpecDecodeGPUContext": ["block_size"]},
+    "config/vllm.py": {
+        "VllmConfig": ["cache_config", "speculative_config", "use_v2_model_runner"],
+    },
     "config/cache.py": {
         "CacheConfig": [
+            "enable_prefix_caching",
             "mamba_block_size",
             "mamba_page_size_padded",
             "mamba_cache_mode",
             "mamba_ssm_cache_dtype",
             "num_gpu_blocks",
+        ],
+    },
+}
+# What a host's class keeps on itself, and our subclass of it reads.
+KEPT = {
+    "v1/worker/gpu/model_states/interface.py": {"ModelState": ["max_num_reqs"]},
+    "v1/worker/gpu/model_states/mamba_hybrid.py": {
+        "MambaHybridModelState": [
+            "_align_mode",
+            "_mamba_ctx",
+            "_mamba_state_idx_gpu",
+            "num_accepted_tokens_gpu",  # stays at the 1 that it starts with
         ],
     },
 }
@@ -267,6 +300,23 @@ def test_fields_are_there(sources, path, name):
     owner = definition(sources.tree(path), name)
     for field in FIELDS[path][name]:
         definition(owner, field)
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(KEPT))
+def test_attributes_are_kept(sources, path, name):
+    owner = definition(sources.tree(path), name)
+    targets = [
+        target
+        for node in ast.walk(owner)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in getattr(node, "targets", [getattr(node, "target", None)])
+    ]
+    kept = {ast.unparse(target) for target in targets}
+    assert {f"self.{attribute}" for attribute in KEPT[path][name]} <= kept
+
+
+def test_runner_v2_asks_the_model_for_its_state_class(sources):
+    assert "get_model_state_cls" in sources.names("v1/worker/gpu/model_states/__init__.py")
 
 
 def test_expand_kernel_takes_what_ours_takes(sources):
