@@ -13,6 +13,7 @@ from qwen3next_plugin.config import (
     Qwen3NextConfig,
     check_num_speculative_tokens,
 )
+from qwen3next_plugin.engines.vllm import page_copy
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.model.weights import check_files
 from qwen3next_plugin.versions import check_host
@@ -52,6 +53,7 @@ class Qwen3NextChecks(VerifyAndUpdateConfig):
         check_files(Path(vllm_config.model_config.model))
         if vllm_config.speculative_config is not None:
             check_num_speculative_tokens(vllm_config.num_speculative_tokens)
+            _check_page_copies(vllm_config)
         if current_platform.is_cpu():
             _check_cpu(config, vllm_config)
 
@@ -73,6 +75,22 @@ class NoKernelsYet(VerifyAndUpdateConfig):
 def _kernels() -> str:
     """What runs the plugin's ops."""
     return "slow reference" if env.kernels() == "reference" else f"native {native.isa()}"
+
+
+def _check_page_copies(vllm_config: VllmConfig) -> None:
+    """Refuse drafts where the host would shift the state pages that its prefix cache copies.
+
+    Runner V2 asks the model how pages move. Runner V1 has no such seam: its kernels take a page for
+    one of k + 1 states. It can go when no supported vLLM has that runner.
+    """
+    if page_copy.needed() or vllm_config.use_v2_model_runner:
+        return
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "speculative decoding with prefix caching: vLLM's model runner V1 copies this model's "
+            "state pages wrongly; use runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; vLLM's log says what "
+            "keeps it from choosing V2), or --no-enable-prefix-caching, or no --speculative-config"
+        )
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:

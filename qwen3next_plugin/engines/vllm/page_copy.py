@@ -17,13 +17,19 @@ from vllm.platforms import current_platform
 KERNELS = "vllm.v1.worker.mamba_utils."
 
 
+def needed() -> bool:
+    """Whether the host has neither kernel, because it has no Triton."""
+    from vllm.triton_utils import HAS_TRITON
+
+    return current_platform.is_cpu() and not HAS_TRITON
+
+
 def install() -> None:
     """Register both kernels where the host has none; idempotent."""
-    from vllm.triton_utils import HAS_TRITON
     from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
     from vllm.v1.worker import mamba_utils
 
-    if HAS_TRITON or not current_platform.is_cpu():
+    if not needed():
         return
     if isinstance(mamba_utils.precopy_mamba_align_fused_kernel, KernelOverride):
         return

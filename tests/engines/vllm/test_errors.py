@@ -65,6 +65,32 @@ def test_no_drafts_are_refused(complete, checkpoint):
         complete(checkpoint, **drafts(0))
 
 
+@pytest.mark.parametrize(
+    ("runner", "flags", "refused"),
+    [
+        ("0", drafts(2), True),
+        ("0", drafts(2) | {"enable_prefix_caching": False}, False),
+        ("0", {}, False),
+        ("1", drafts(2), False),
+    ],
+    ids=str,
+)
+def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner, flags, refused):
+    """Where there is Triton, as on every GPU, runner V1 copies pages by accepted counts."""
+    from qwen3next_plugin.config import ConfigError
+    from qwen3next_plugin.engines.vllm.checks import Qwen3NextChecks
+
+    config = complete(checkpoint, **flags)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr("qwen3next_plugin.engines.vllm.page_copy.needed", lambda: False)
+    check = Qwen3NextChecks.verify_and_update_config
+    if refused:
+        with pytest.raises(ConfigError, match=r"V1 copies .*VLLM_USE_V2_MODEL_RUNNER=1"):
+            check(config)
+    else:
+        check(config)
+
+
 @pytest.mark.parametrize("field", ["linear_num_key_heads", "moe_intermediate_size"])
 def test_config_with_a_damaged_field(complete, tmp_path, field):
     model = write_checkpoint(tmp_path)
