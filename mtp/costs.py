@@ -16,6 +16,7 @@ from typing import Self
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
+SPEED = 0.1  # of following the machine's level
 HORIZON = 500  # timings after which one is out of date
 WINDOW = 32  # timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
@@ -98,16 +99,23 @@ class Model:
         self._means: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
         self._bends: list[tuple[Point, float, int]] = []  # seconds/fit, number of timings
 
-    def observe(self, batch: int, x: float, seconds: float) -> None:
-        """Add a timing to the nearest point: half octaves of batch and halves of x apart."""
-        self.count += 1
+    def at_point(self, batch: int, x: float, seconds: float) -> tuple[Point, float]:
+        """The nearest point, half octaves of batch and halves of x apart, and the seconds there."""
         point = octave, x_ = round(2 * log2(batch)) / 2, round(2 * x) / 2
-        seconds *= sum(self.terms(2**octave, x_)) / sum(self.terms(batch, x))
+        return point, seconds * self.fitted(2**octave, x_) / self.fitted(batch, x)
+
+    def observe(self, point: Point, seconds: float) -> None:
+        self.count += 1
         timings = self._timings.setdefault(point, deque(maxlen=WINDOW))
         timings.append((self.count, seconds))
         while timings[0][0] <= self.count - HORIZON:
             timings.popleft()
         self._means[point] = middle_mean([s for _, s in timings]), len(timings)
+
+    def usual(self, point: Point) -> float | None:
+        """Seconds at a point that is well known."""
+        seconds, timings = self._means.get(point, (0.0, 0))
+        return seconds if timings >= 8 else None
 
     def fit(self, level: float) -> float:
         """Least squares of relative errors, drawn towards one weight for all; returns that one."""
@@ -141,7 +149,7 @@ class Model:
     def bend(self, batch: int, x: float) -> float:
         """Timed/fitted at the points around, by number of timings and nearness; 1 far away."""
         octave = log2(batch)
-        total = weight = 2.0
+        total = weight = 4.0
         for (o, y), ratio, timings in self._bends:
             nearness = timings / (1 + 10 * ((o - octave) ** 2 + (y - x) ** 2)) ** 2
             total += nearness * ratio
@@ -150,9 +158,9 @@ class Model:
 
 
 def middle_mean(values: list[float]) -> float:
-    """Mean of the middle half: a timing is sometimes several times too long."""
-    cut = (len(values) + 1) // 4
-    middle = sorted(values)[cut : len(values) - cut]
+    """Mean of the middle half: a timing is sometimes several times too long, never too short."""
+    n = len(values)
+    middle = sorted(values)[(n + 1) // 4 : n - (n + 2) // 4]
     return sum(middle) / len(middle)
 
 
@@ -170,6 +178,7 @@ class Costs:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
+        self.level = 1.0  # how slow the machine is now
         self._fitted = -1  # timings at the last fit
         self._tables: dict[tuple[int, int], Table] = {}
 
@@ -179,11 +188,20 @@ class Costs:
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         """Time of a step of `batch` requests, none of them in prefill, with `tokens` tokens."""
-        self._steps.observe(batch, tokens / batch - 1, seconds)
+        self._observe(self._steps, batch, tokens / batch - 1, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
         """Time of all `passes` drafting passes after a step of `batch` requests."""
-        self._drafts.observe(batch, passes, seconds)
+        self._observe(self._drafts, batch, passes, seconds)
+
+    def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
+        """Well-known points tell how fast the machine is now; the rest is told at that speed."""
+        point, seconds = model.at_point(batch, x, seconds / self.level)
+        if usual := model.usual(point):
+            change = min(max(seconds / usual, 0.75), 1.33) ** SPEED
+            self.level *= change
+            seconds /= change
+        model.observe(point, seconds)
 
     def table(self, batch: int, max_draft: int) -> Table:
         """What a batch costs with up to `max_draft` tokens each; a few timings old at most."""

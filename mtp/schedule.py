@@ -13,7 +13,7 @@ best n draft tokens are the n likeliest, so the best plan is found exactly by tr
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -28,7 +28,7 @@ LEAST = 0.25  # of a step: what a trial is charged even if it promises to lose l
 PATIENCE = 2  # how often the budget halves while trials change nothing
 
 PRIOR = 0.8  # acceptance where nothing is known
-KEEP, KEEP_ALL = 0.93, 0.99  # what an observation leaves of those before: per request, of all
+KEEP, KEEP_ALL = 0.93, 0.98  # what an observation leaves of those before: per request, of all
 FADE = 0.98  # what a step without observation leaves of them
 PULL = 3.0  # weight of all requests in the estimate of one, in observations
 
@@ -160,12 +160,13 @@ class Schedule:
         self._step = 0
         self._all = Acceptance(max_draft, KEEP_ALL, fade=1.0)
         self._requests: dict[str, Acceptance] = {}
-        self._kept: dict[str, int] = {}  # the plan of the last step, trials aside
         self._last: list[int] = []
-        self._resumed = True  # nothing was drafted before: the first pass has more to take in
+        self._idle: dict[str, int] = {}  # steps without draft, of the requests of the batch
+        self._lag = 0  # tokens, about, that the draft of now has to catch up with
         # trials
         self._passes = 0  # of the plan
         self._trial, self._left = 0, 0  # passes on trial, steps left of it
+        self._chosen = ""  # the request on trial, where nothing else is drafted
         self._credit, self._halvings = 1.0, 0  # of time, in steps
         self._tried = [0] * (max_draft + 1)  # step that last made so many passes
 
@@ -177,11 +178,13 @@ class Schedule:
         chances = self._chances(requests)
         table = self.costs.table(len(requests), self.max_draft)
         plans = best_plans(chances, table)
-        plan = self._settle(requests, plans, chances, table)
+        plan = self._settle(plans)
+        if not plan.passes:  # the drafter would have much to catch up with: try one request
+            chosen = self._alone(requests, chances)
+            plans = [plan, *(price(lengths, chances, table) for lengths in chosen)]
         plan = self._try(plans, plan)
         self._tried[plan.passes] = self._step
-        self._resumed = not any(self._last)
-        self._last = plan.lengths
+        self._note(requests, plan.lengths)
         return plan.lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
@@ -195,12 +198,15 @@ class Schedule:
         self.costs.observe_step(batch, tokens, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        if not self._resumed:
+        if self._lag > batch:  # not what a draft usually takes: charge it to the trials
+            table = self.costs.table(batch, self.max_draft)
+            extra = seconds / self.costs.level - table.draft[passes]
+            self._credit -= max(0.0, extra / table.step[0])
+        else:
             self.costs.observe_draft(batch, passes, seconds)
 
     def forget(self, request: str) -> None:
         self._requests.pop(request, None)
-        self._kept.pop(request, None)
 
     def snapshot(self) -> dict[str, Any]:
         """Lengths of the last step, acceptance by position, seconds by drafts, share of trials."""
@@ -225,20 +231,27 @@ class Schedule:
             for a in known
         ]
 
-    def _settle(
-        self,
-        requests: Sequence[str],
-        plans: list[Plan],
-        chances: Sequence[Sequence[float]],
-        table: Table,
-    ) -> Plan:
-        """The plan of the last step unless the best one is better by MARGIN."""
-        best = max(plans, key=lambda plan: plan.rate)
-        lengths = [self._kept.get(r, n) for r, n in zip(requests, best.lengths, strict=True)]
-        kept = price(lengths, chances, table)
-        plan = best if best.rate > kept.rate * (1 + MARGIN) else kept
-        self._kept = dict(zip(requests, plan.lengths, strict=True))
-        return plan
+    def _note(self, requests: Sequence[str], lengths: list[int]) -> None:
+        """What was decided, and how much the drafter has to catch up with."""
+        idle = {r: self._idle.get(r, 0) for r in requests}
+        self._lag = sum(idle[r] for r, n in zip(requests, lengths, strict=True) if n)
+        self._idle = {r: 0 if n else idle[r] + 1 for r, n in zip(requests, lengths, strict=True)}
+        self._last = lengths
+
+    def _alone(
+        self, requests: Sequence[str], chances: Sequence[Sequence[float]]
+    ) -> Iterator[list[int]]:
+        """1, 2, … k drafts for the likeliest request alone; during a trial always the same."""
+        if not self._left or self._chosen not in requests:
+            best = max(range(len(requests)), key=lambda i: chances[i][0])
+            self._chosen = requests[best]
+        for n in range(1, self.max_draft + 1):
+            yield [n if r == self._chosen else 0 for r in requests]
+
+    def _settle(self, plans: list[Plan]) -> Plan:
+        """The best plan; one with as many passes as before unless another is better by MARGIN."""
+        best, kept = max(plans, key=lambda plan: plan.rate), plans[self._passes]
+        return best if best.rate > kept.rate * (1 + MARGIN) else kept
 
     def _try(self, plans: list[Plan], plan: Plan) -> Plan:
         """The plan, or another that is due for a trial and whose loss the budget covers."""
