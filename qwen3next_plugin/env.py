@@ -32,6 +32,11 @@ VARIABLES: Mapping[str, Variable] = {
         None,
         "highest instruction set the CPU kernels use; unset: whatever the processor has",
     ),
+    "QWEN3NEXT_DRAFTS": Variable(
+        ("adaptive", "fixed"),
+        "adaptive",
+        "draft lengths with MTP: what pays, up to num_speculative_tokens, or always that many",
+    ),
     "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the host engine untouched"),
     "QWEN3NEXT_OPTIONAL": Variable(
         ("0", "1"),
@@ -49,6 +54,11 @@ def kernels() -> str:
 def isa() -> str | None:
     """The instruction set the CPU kernels are held to, or None for the processor's own."""
     return _read("QWEN3NEXT_ISA")
+
+
+def drafts() -> str:
+    """How long drafts are: `adaptive` or `fixed`."""
+    return _read("QWEN3NEXT_DRAFTS") or "adaptive"
 
 
 def disabled() -> bool:

@@ -14,6 +14,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
 )
 from qwen3next_plugin.engines.vllm import page_copy
+from qwen3next_plugin.engines.vllm.speculation import use_our_drafter
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.model.weights import check_files
 from qwen3next_plugin.versions import check_host
@@ -54,6 +55,7 @@ class Qwen3NextChecks(VerifyAndUpdateConfig):
         if vllm_config.speculative_config is not None:
             check_num_speculative_tokens(vllm_config.num_speculative_tokens)
             _check_page_copies(vllm_config)
+            use_our_drafter(vllm_config)
         if current_platform.is_cpu():
             _check_cpu(config, vllm_config)
 

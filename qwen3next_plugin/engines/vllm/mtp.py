@@ -131,6 +131,12 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         """Shapes: hidden_states [N, D], returns [N, vocab]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The likeliest tokens. Shapes: hidden_states [N, D], returns [N]."""
+        if hasattr(self.lm_head, "draft_head"):
+            return self.lm_head.draft_head(hidden_states)
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Whether vLLM need not read the tensor for the drafter: all that is the trunk's."""
         return name in self.trunk_names
