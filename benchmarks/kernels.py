@@ -26,6 +26,7 @@ from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+from qwen3next_plugin.kernels.step import GRID
 
 H, HV, K, V, DTYPE = 16, 32, 128, 128, torch.bfloat16
 R = HV // H * V
@@ -34,7 +35,6 @@ DRAFT = 3  # tokens a verify checks beside the one that is sure
 ACCEPTED = 2  # of them, in every verify
 PAGES = 16  # that rotate: 34 MB of state
 TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
-PAST = 5  # tokens before a step of the convolution
 PAIRS = 30
 VOCABULARY, HIDDEN, KEPT = 151_936, 2048, 32_768  # KEPT: rows of a head over part of it
 
@@ -122,17 +122,17 @@ def parameters() -> tuple[Tensor, Tensor]:
 class Pages:
     """The plugin's pages, and the steps that walk over them."""
 
-    def __init__(self, window: int):
-        self.window = window
-        self.state_ = torch.zeros(PAGES, HV, V, K)
+    def __init__(self, draft_tokens: int):
+        window = GRID + draft_tokens
+        self.state_ = torch.zeros(PAGES, HV, K, V)
         self.key_ = torch.zeros(PAGES, window, H, K)
         self.u_ = torch.zeros(PAGES, window, HV, V)
-        self.decay_ = torch.zeros(PAGES, window, HV)
+        self.g_ = torch.zeros(PAGES, window, HV)
         self.span_ = torch.zeros(PAGES, 2, dtype=torch.int32)
-        self.conv_ = torch.zeros(PAGES, 3 + window, C, dtype=DTYPE)
+        self.conv_ = torch.zeros(PAGES, 4 + draft_tokens, C, dtype=DTYPE)
 
     def recurrent(self) -> dict[str, Tensor]:
-        names = ("state_", "key_", "u_", "decay_", "span_")
+        names = ("state_", "key_", "u_", "g_", "span_")
         return {name: getattr(self, name) for name in names}
 
 
@@ -154,8 +154,23 @@ def turns(batch: int, advance: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield slots, context_len
 
 
+def spans_in_turn(batch: int, n: int, advance: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(slots, context lengths, spans) of one call after the other, round and round the ring.
+
+    The recurrence would advance the spans.
+    """
+    ring, rounds = 3 + n, []
+    for i in range(ring):
+        c = ring + i * advance % ring
+        span = int32(c - advance, c - advance + n).expand(PAGES, 2).contiguous()
+        rounds.append((torch.full((batch,), c, dtype=torch.int32), span))
+    for context_len, span in itertools.cycle(rounds):
+        for slots in every_slot(batch):
+            yield slots, context_len, span
+
+
 def recurrence(name: str, batch: int, n: int) -> Case:
-    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(n)
+    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(n - 1)
     x = {**x, "v": x["v"].reshape(-1, HV, V)}
     starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
     q, k, v = (x[name].contiguous() for name in "qkv")
@@ -195,7 +210,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
 
 
 def prefill(name: str, tokens: int) -> Case:
-    x, (A_log, dt_bias), pages = layer_inputs(tokens), parameters(), Pages(1)
+    x, (A_log, dt_bias), pages = layer_inputs(tokens), parameters(), Pages(0)
     x = {**x, "v": x["v"].reshape(-1, HV, V)}
     q, k, v = (x[name].contiguous()[None] for name in "qkv")
     a, b = (x[name].flatten(1) for name in "ab")
@@ -235,16 +250,15 @@ def convolved(x: dict[str, Tensor], weight: Tensor, pages: Pages, **step: Tensor
 
 
 def convolution(name: str, batch: int, n: int) -> Case:
-    x, weight, pages = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), Pages(n)
+    x, weight, pages = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), Pages(n - 1)
     starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
     advance = 1 if n == 1 else 1 + ACCEPTED
-    ours, theirs = slots_in_turn(batch), slots_in_turn(batch)
-    pages.span_[:] = int32(PAST, n)  # which the recurrence would advance
-    context_len = torch.full((batch,), PAST + advance, dtype=torch.int32)
+    ours, theirs = spans_in_turn(batch, n, advance), slots_in_turn(batch)
 
     def plugin() -> Tensor:
+        slot, context_len, pages.span_ = next(ours)
         return convolved(
-            x, weight, pages, query_start_loc=starts, slot=next(ours), context_len=context_len
+            x, weight, pages, query_start_loc=starts, slot=slot, context_len=context_len
         )
 
     packed = upstream.causal_conv1d_weight_pack(weight)
@@ -263,7 +277,7 @@ def convolution(name: str, batch: int, n: int) -> Case:
 
 
 def long_convolution(name: str, tokens: int) -> Case:
-    x, weight, pages = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), Pages(1)
+    x, weight, pages = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), Pages(0)
     starts, fresh = int32(0, tokens), int32(0)
     ours, theirs = slots_in_turn(1), slots_in_turn(1)
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+GRID = 8  # L: S is folded where a position is a multiple of it; kGrid of native/step.h
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -13,21 +15,23 @@ class Row:
     begin: int
     end: int
     context: int  # tokens before this step's
-    committed: int  # how many of those are in the window
+    p0: int  # the grid point at which the page's S stands
+    long: bool  # more tokens than can be rolled back: all of them are certain
 
     @property
-    def fresh(self) -> bool:
-        """Whether the sequence begins here, whatever the page holds."""
-        return self.context == 0
+    def span(self) -> tuple[int, int]:
+        """What the page says after the step: before `start` all is certain, at `end` it ends."""
+        end = self.context + self.end - self.begin
+        return (end if self.long else self.context), end
 
 
 def checked_rows(
-    query_start_loc: Tensor, slot: Tensor, context_len: Tensor, span: Tensor, T: int, W: int
+    query_start_loc: Tensor, slot: Tensor, context_len: Tensor, span: Tensor, T: int, k: int
 ) -> list[Row]:
-    """The rows that have a page.
+    """The rows that have a page; k is the longest draft, so that k + 1 tokens are a short row.
 
     Raises: RuntimeError naming the row where an index is out of range, or where the context
-    length is not one the page can stand at.
+    length is not one the page can continue at.
     """
     starts, slots, contexts = query_start_loc.tolist(), slot.tolist(), context_len.tolist()
     rows: list[Row] = []
@@ -45,11 +49,13 @@ def checked_rows(
         if page in taken:
             raise RuntimeError(f"row {i}: slot {page} is used by an earlier row")
         taken.add(page)
-        p0, w = span[page].tolist()
-        if c != 0 and not (c > 0 and 0 <= w <= W and p0 <= c <= p0 + w):
+        first, last = span[page].tolist()
+        stands = 0 <= first <= c <= last <= first + k + 1 and c + end - begin < 2**31
+        if c != 0 and not stands:
             raise RuntimeError(
-                f"row {i}: slot {page} holds p0={p0} w={w}"
+                f"row {i}: slot {page} holds start={first} end={last}"
                 f" and cannot continue at context length c={c}"
             )
-        rows.append(Row(page, begin, end, c, c - p0 if c else 0))
+        p0 = first // GRID * GRID if c else 0
+        rows.append(Row(page, begin, end, c, p0, long=end - begin > k + 1))
     return rows

@@ -66,19 +66,19 @@ def test_page_at_the_real_shapes():
     plan = make_plan(CONFIG, sizes(drafts=True), flags(num_speculative_tokens=3))
     window_token = 4 * (16 * 128 + 32 * 128 + 32)  # k, u, g in fp32
     assert plan.state_page["S"] == 2_097_152
-    assert plan.state_page["window"] == 4 * window_token + 8 == 98_816 + 8
-    assert plan.state_page["conv"] == (3 + 4) * 8192 * 2
-    assert plan.block_tokens == 1152
+    assert plan.state_page["window"] == (8 + 3) * window_token + 8 == 271_744 + 8
+    assert plan.state_page["conv"] == (4 + 3) * 8192 * 2
+    assert plan.block_tokens == 1280
     assert plan.state_bytes_per_slot == 36 * sum(plan.state_page.values())
     assert plan.kv_bytes_per_token == 13 * 2 * 2 * 256 * 2
 
 
 def test_window_costs_no_larger_block():
-    """A draft length adds a window to the page, not states: the block stays what it was."""
+    """A draft lengthens the window of a page, not its states: the block stays what it was."""
     blocks = {
-        k: make_plan(CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens for k in (0, 3)
+        k: make_plan(CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens for k in (0, 3, 6)
     }
-    assert blocks == {0: 1152, 3: 1152}
+    assert blocks == {0: 1280, 3: 1280, 6: 1280}
 
 
 def test_groups_of_layers():
@@ -86,13 +86,13 @@ def test_groups_of_layers():
     assert (plain.state_blocks, plain.kv_blocks_each) == (3, 1)  # 36 and 12 layers, by twelves
     assert make_plan(CONFIG, {}, flags()).state_blocks == 6
     drafting = make_plan(CONFIG, {}, flags(num_speculative_tokens=1))
-    assert drafting.block_bytes == 13 * 1152 * 2048  # 36 of 39 places used
+    assert drafting.block_bytes == 13 * 1280 * 2048  # 36 of 39 places used
     assert drafting.state_blocks == 6
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("length", [1, 1152, 1153, 262144])
+@pytest.mark.parametrize("length", [1, 1280, 1281, 262144])
 def test_blocks_are_the_ones_vllm_counts(length, drafts, prefix_caching):
     """The same layers as vLLM's own specs, grouped and counted by vLLM."""
     torch = pytest.importorskip("torch")

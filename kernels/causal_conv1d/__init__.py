@@ -24,9 +24,9 @@ def causal_conv1d(
     Shapes:
         q, k: [T, H, K], v: [T, H, R], R = HV / H * V; any strides but the last
         weight: [C, 4], C = H * (2 * K + R), fp32 or the activations' dtype
-        conv_: [slots, 3 + W, C], each slot contiguous; rows 0..2 hold the inputs before p0,
-            row 3 + i that of window token i
-        span: [slots, 2] int32: p0 (tokens folded into S) and w (tokens in the window)
+        conv_: [slots, 4 + k, C], each slot contiguous; a ring: the input at position p lies at
+            row p % (4 + k)
+        span: [slots, 2] int32 (start, end): context lengths the page can continue at
         query_start_loc: [N + 1], slot: [N] (-1: no page, zeros out), context_len: [N] (tokens
             before this step's), all int32
         returns q, k [T, H, K] and v [T, H, R], views of one contiguous [T, C]

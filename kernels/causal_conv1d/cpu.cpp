@@ -22,29 +22,26 @@ struct Segment {
 template <class T, class W>
 struct Conv {
   const W* weight;  // [C, 4]
-  T* pages;         // [slots, 3 + W, C]
+  T* pages;         // [slots, ring, C]
   T* out;           // [T, C]
-  int64_t C, page_stride, row_stride, window;
+  int64_t C, ring, page_stride, row_stride;
 
-  T* page_row(const Row& row, int64_t i) const {
-    return pages + row.slot * page_stride + i * row_stride;
+  // The page's place for the input at an absolute position.
+  T* kept(const Row& row, int64_t p) const {
+    return pages + row.slot * page_stride + p % ring * row_stride;
   }
 
-  // The input `back` tokens before the row's first, zero before the sequence began.
-  f32v history(const Row& row, int64_t back, int64_t channel, int64_t lanes) const {
-    if (row.fresh()) return f32v{};
-    return load(page_row(row, row.committed + kHistory - back) + channel, lanes);
+  // The input at a position before the row, zero before the sequence began.
+  f32v history(const Row& row, int64_t p, int64_t channel, int64_t lanes) const {
+    return p < 0 ? f32v{} : load(kept(row, p) + channel, lanes);
   }
-
-  bool is_short(const Row& row) const { return row.tokens <= window; }
 
   // Convolves tokens [first, last) of G vectors of channels in one walk; G = 1 takes the tail. A
-  // short row's page then holds the history before the row and the row's own inputs.
+  // short row's inputs go into its page; those of a long one wait until no tile reads the page.
   template <int G>
   void convolve(const Row& row, const Segment<T>& s, int64_t i, int64_t tail, int64_t first,
                 int64_t last) const {
     const int64_t lanes = G > 1 ? kLanes : tail;
-    const bool keep = is_short(row);
     f32v taps[G][kWidth], x[G][kWidth];
     const T* in = s.in + row.begin * s.token_stride + i;
     repeat<G>(G, [&](int64_t g) Q3N_INLINE {
@@ -57,22 +54,19 @@ struct Conv {
       deinterleave(interleaved, taps[g]);
       for (int64_t j = 0; j < kHistory; ++j) {
         const int64_t t = first - kHistory + j;
-        x[g][j] = t < 0 ? history(row, -t, channel, lanes)
+        x[g][j] = t < 0 ? history(row, row.context + t, channel, lanes)
                         : load(in + t * s.token_stride + g * kLanes, lanes);
-      }
-      for (int64_t j = 0; keep && j < kHistory; ++j) {
-        store(page_row(row, j) + channel, x[g][j], lanes);
       }
     });
     T* result = out + (row.begin + first) * C + s.channel + i;
     for (int64_t t = first; t < last; ++t, result += C) {
       const T* now = in + t * s.token_stride;
-      T* kept = page_row(row, kHistory + t) + s.channel + i;
+      T* keep = row.is_long ? nullptr : kept(row, row.context + t) + s.channel + i;
       repeat<G>(G, [&](int64_t g) Q3N_INLINE {
         if (t + kAhead < last) __builtin_prefetch(now + kAhead * s.token_stride + g * kLanes);
         f32v(&past)[kWidth] = x[g];
         past[3] = load(now + g * kLanes, lanes);
-        if (keep) store(kept + g * kLanes, past[3], lanes);
+        if (keep) store(keep + g * kLanes, past[3], lanes);
         f32v y = past[0] * taps[g][0];
         y = fma(past[1], taps[g][1], y);
         y = fma(past[2], taps[g][2], y);
@@ -92,18 +86,12 @@ struct Conv {
                 [&](int64_t j, int64_t lanes) { convolve<1>(row, s, i + j, lanes, first, last); });
   }
 
-  // A long row's page holds its last three inputs.
+  // The last inputs of a long row, into its page.
   void keep_last(const Row& row, const Segment<T>& s) const {
-    for_vectors(s.channels, [&](int64_t i, int64_t lanes) {
-      const int64_t channel = s.channel + i;
-      const T* in = s.in + row.begin * s.token_stride + i;
-      f32v x[kHistory];
-      for (int64_t j = 0; j < kHistory; ++j) {
-        const int64_t t = row.tokens - kHistory + j;
-        x[j] = t < 0 ? history(row, -t, channel, lanes) : load(in + t * s.token_stride, lanes);
-      }
-      for (int64_t j = 0; j < kHistory; ++j) store(page_row(row, j) + channel, x[j], lanes);
-    });
+    for (int64_t t = std::max<int64_t>(row.tokens - kHistory, 0); t < row.tokens; ++t) {
+      std::memcpy(kept(row, row.context + t) + s.channel, s.in + (row.begin + t) * s.token_stride,
+                  s.channels * sizeof(T));
+    }
   }
 };
 
@@ -117,18 +105,20 @@ void zero_tokens(T* out, int64_t begin, int64_t end, int64_t C) {
 Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
                      Tensor query_start_loc, Tensor slot, Tensor context_len) {
   const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2);
-  const int64_t C = H * (2 * K + R), W = conv_.size(1) - kHistory;
+  const int64_t C = H * (2 * K + R), ring = conv_.size(1), drafts = ring - kWidth;
   const ScalarType dtype = q.scalar_type();
   const Arguments arguments{"causal_conv1d"};
+  arguments.require(drafts >= 0, "conv_ holds ", ring, " inputs, fewer than the ", kWidth,
+                    " of a convolution");
   arguments.expect("q", q, {T, H, K}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
   arguments.expect("k", k, {T, H, K}, {dtype});
   arguments.expect("v", v, {T, H, R}, {dtype});
   arguments.expect("weight", weight, {C, kWidth}, {dtype, ScalarType::Float});
   arguments.require(weight.is_contiguous(), "weight is not contiguous");
-  arguments.expect_pages("conv_", conv_, {kHistory + W, C}, {dtype});
+  arguments.expect_pages("conv_", conv_, {ring, C}, {dtype});
   arguments.expect_pages("span", span, {2}, {ScalarType::Int});
   arguments.expect_step(query_start_loc, slot, context_len);
-  const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, W);
+  const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, drafts);
   struct Tile {
     const Row* row;
     int64_t first, last;
@@ -136,16 +126,16 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   std::vector<Tile> tiles;
   std::vector<const Row*> long_rows;  // whose page is written once no tile reads it
   for (const Row& row : rows) {
-    const int64_t block = row.tokens <= W ? std::max<int64_t>(W, 1) : kBlock;
+    const int64_t block = row.is_long ? kBlock : std::max<int64_t>(row.tokens, 1);
     for (int64_t t = 0; t == 0 || t < row.tokens; t += block) {
       tiles.push_back({&row, t, std::min(t + block, row.tokens)});
     }
-    if (row.tokens > W) long_rows.push_back(&row);
+    if (row.is_long) long_rows.push_back(&row);
   }
   Tensor out = torch::stable::new_empty(q, {T, C});
   with_dtypes(q, weight, [&]<class A, class WT>(A, WT) {
-    const Conv<A, WT> conv{
-        read<WT>(weight), write<A>(conv_), write<A>(out), C, conv_.stride(0), conv_.stride(1), W};
+    const Conv<A, WT> conv{read<WT>(weight), write<A>(conv_), write<A>(out), C, ring,
+                           conv_.stride(0),  conv_.stride(1)};
     const auto segment = [&](int64_t i) -> Segment<A> {
       const int64_t part = i / H, h = i % H;
       if (part == 0) return {read<A>(q) + h * q.stride(1), q.stride(0), h * K, K};

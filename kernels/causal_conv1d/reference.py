@@ -1,10 +1,10 @@
-"""The convolution as its equation, one row at a time."""
+"""The convolution as its equation, one row and token at a time."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qwen3next_plugin.kernels.causal_conv1d.arguments import check_arguments
+from qwen3next_plugin.kernels.causal_conv1d.arguments import WIDTH, check_arguments
 from qwen3next_plugin.kernels.step import checked_rows
 
 
@@ -22,17 +22,12 @@ def causal_conv1d(
     """Shapes as in the public op; returns [T, C]."""
     check_arguments(q, k, v, weight, conv_, span, query_start_loc, slot, context_len)
     x = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1)  # [T, C]
-    T, _C = x.shape
-    W = conv_.shape[1] - 3
+    T, ring = len(x), conv_.shape[1]
     out = torch.zeros_like(x)
-    for row in checked_rows(query_start_loc, slot, context_len, span, T, W):
-        page, n = conv_[row.slot], row.end - row.begin
-        history = torch.zeros_like(page[:3]) if row.fresh else page[row.committed :][:3]
-        inputs = torch.cat([history, x[row.begin : row.end]])  # [3 + n, C]
-        y = sum(inputs[j : j + n].float() * weight[:, j].float() for j in range(4))
-        out[row.begin : row.end] = silu(y)
-        if n <= W:
-            page[: 3 + n] = inputs
-        else:
-            page[:3] = inputs[-3:]
+    for row in checked_rows(query_start_loc, slot, context_len, span, T, ring - WIDTH):
+        inputs = conv_[row.slot]  # the input at position p lies at p % ring
+        for p, t in enumerate(range(row.begin, row.end), start=row.context):
+            inputs[p % ring] = x[t]
+            past = [(j, p - 3 + j) for j in range(WIDTH) if p - 3 + j >= 0]
+            out[t] = silu(sum(weight[:, j].float() * inputs[at % ring].float() for j, at in past))
     return out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, check_page, check_step
+from qwen3next_plugin.kernels.step import GRID
 
 MAX_HEAD_DIM = 256
 
@@ -19,7 +20,7 @@ def check_arguments(
     state_: Tensor,
     key_: Tensor,
     u_: Tensor,
-    decay_: Tensor,
+    g_: Tensor,
     span_: Tensor,
     query_start_loc: Tensor,
     slot: Tensor,
@@ -30,6 +31,8 @@ def check_arguments(
     (T, H, K), (_, HV, V), W = q.shape, v.shape, key_.shape[1]
     if H == 0 or HV % H or K > MAX_HEAD_DIM:
         raise ValueError(f"{op}: cannot serve {H} key heads of dim {K} with {HV} value heads")
+    if W < GRID:
+        raise ValueError(f"{op}: key_ holds {W} tokens, fewer than a cell of {GRID}")
     device, activations, parameters = q.device, (q.dtype,), (q.dtype, torch.float32)
     check(op, "q", q, (T, H, K), ACTIVATIONS, device)
     check(op, "k", k, (T, H, K), activations, device)
@@ -38,9 +41,9 @@ def check_arguments(
     check(op, "b", b, (T, H, HV // H), activations, device)
     check(op, "A_log", A_log, (HV,), parameters, device)
     check(op, "dt_bias", dt_bias, (HV,), parameters, device)
-    check_page(op, "state_", state_, (HV, V, K), (torch.float32, torch.bfloat16), device)
+    check_page(op, "state_", state_, (HV, K, V), (torch.float32, torch.bfloat16), device)
     check_page(op, "key_", key_, (W, H, K), FLOAT, device)
     check_page(op, "u_", u_, (W, HV, V), FLOAT, device)
-    check_page(op, "decay_", decay_, (W, HV), FLOAT, device)
+    check_page(op, "g_", g_, (W, HV), FLOAT, device)
     check_page(op, "span_", span_, (2,), INT, device)
     check_step(op, query_start_loc, slot, context_len, device)

@@ -1,5 +1,5 @@
 #include "arguments.h"
-#include "chunked.h"
+#include "cells.h"
 #include "ops.h"
 
 namespace Q3N_LEVEL {
@@ -27,13 +27,14 @@ void zero_uncovered(T* out, const std::vector<Row>& rows, int64_t tokens, int64_
 }  // namespace
 
 Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
-                        Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor decay_,
+                        Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len) {
   const Dims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
   const ScalarType dtype = q.scalar_type(), fp32 = ScalarType::Float;
   const Arguments arguments{"gated_delta_rule"};
   arguments.require(d.H > 0 && d.HV % d.H == 0 && d.K <= kMaxDim, "cannot serve ", d.H,
                     " key heads of dim ", d.K, " with ", d.HV, " value heads");
+  arguments.require(d.W >= kGrid, "key_ holds ", d.W, " tokens, fewer than a cell of ", kGrid);
   arguments.expect("q", q, {d.T, d.H, d.K}, {ScalarType::BFloat16, ScalarType::Half, fp32});
   arguments.expect("k", k, {d.T, d.H, d.K}, {dtype});
   arguments.expect("v", v, {d.T, d.HV, d.V}, {dtype});
@@ -41,15 +42,15 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   arguments.expect("b", b, {d.T, d.H, d.group()}, {dtype});
   arguments.expect("A_log", A_log, {d.HV}, {dtype, fp32});
   arguments.expect("dt_bias", dt_bias, {d.HV}, {dtype, fp32});
-  arguments.expect_pages("state_", state_, {d.HV, d.V, d.K}, {fp32, ScalarType::BFloat16});
+  arguments.expect_pages("state_", state_, {d.HV, d.K, d.V}, {fp32, ScalarType::BFloat16});
   arguments.expect_pages("key_", key_, {d.W, d.H, d.K}, {fp32});
   arguments.expect_pages("u_", u_, {d.W, d.HV, d.V}, {fp32});
-  arguments.expect_pages("decay_", decay_, {d.W, d.HV}, {fp32});
+  arguments.expect_pages("g_", g_, {d.W, d.HV}, {fp32});
   arguments.expect_pages("span_", span_, {2}, {ScalarType::Int});
   arguments.expect_step(query_start_loc, slot, context_len);
-  std::vector<Row> short_rows, long_rows;
-  const auto rows = checked_rows(query_start_loc, slot, context_len, span_, d.T, d.W);
-  for (const Row& row : rows) (row.tokens <= d.W ? short_rows : long_rows).push_back(row);
+  std::vector<Row> short_rows, long_rows;  // apart, so that every thread gets some of each
+  const auto rows = checked_rows(query_start_loc, slot, context_len, span_, d.T, d.W - kGrid);
+  for (const Row& row : rows) (row.is_long ? long_rows : short_rows).push_back(row);
   std::vector<float> rate = to_floats(A_log), bias = to_floats(dt_bias);
   std::vector<float> g(d.T * d.HV), beta(d.T * d.HV);
   for (float& x : rate) x = -std::exp(x);
@@ -76,15 +77,16 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
                            write<S>(state_),
                            write<float>(key_),
                            write<float>(u_),
-                           write<float>(decay_),
+                           write<float>(g_),
                            write<int32_t>(span_),
                            state_.stride(0),
                            key_.stride(0),
                            u_.stride(0),
-                           decay_.stride(0),
+                           g_.stride(0),
                            span_.stride(0)};
-      run_short(in, pages, short_rows);
-      run_long(in, pages, long_rows);
+      run_rows(in, pages, short_rows);
+      run_rows(in, pages, long_rows);
+      parallel(rows.size(), 4, [&](int64_t i) { commit(in, pages, rows[i]); });
     };
     if (state_.scalar_type() == ScalarType::Float) {
       run(float{});

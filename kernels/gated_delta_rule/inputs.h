@@ -1,13 +1,12 @@
-// The layer's inputs, and what the recurrence takes from them.
+// The layer's inputs, what the recurrence takes from them, and the pages.
 #pragma once
 
 #include <vector>
 
-#include "step.h"
+#include "state.h"
 
 namespace Q3N_LEVEL {
 
-constexpr int64_t kMaxDim = 256;  // of a key head
 constexpr float kNormEps = 1e-6f;
 
 struct Dims {
@@ -60,31 +59,37 @@ void gates(const Inputs<T>& in, int64_t token, const float* rate, const float* d
   });
 }
 
-// The state pages, dim 0 of each tensor strided.
+// The state pages, dim 0 of each tensor strided. The window is a ring of W tokens: the one at
+// absolute position p lies at p % W.
 template <class S>
 struct Pages {
   Dims dims;
   S* state_base;
-  float *key_base, *u_base, *decay_base;
+  float *key_base, *u_base, *g_base;
   int32_t* span_base;
-  int64_t state_stride, key_stride, u_stride, decay_stride, span_stride;
+  int64_t state_stride, key_stride, u_stride, g_stride, span_stride;
 
-  S* state(const Row& row, int64_t head) const {  // [V, K]
-    return state_base + row.slot * state_stride + head * dims.V * dims.K;
+  S* state(const Row& row, int64_t head) const {  // [K, V]
+    return state_base + row.slot * state_stride + head * dims.K * dims.V;
   }
-  float* key(const Row& row, int64_t i, int64_t head) const {  // [K]
-    return key_base + row.slot * key_stride + (i * dims.H + head) * dims.K;
+  float* key(const Row& row, int64_t p, int64_t head) const {  // [K]
+    return key_base + row.slot * key_stride + (p % dims.W * dims.H + head) * dims.K;
   }
-  float* u(const Row& row, int64_t i, int64_t head) const {  // [V]
-    return u_base + row.slot * u_stride + (i * dims.HV + head) * dims.V;
+  float* u(const Row& row, int64_t p, int64_t head) const {  // [V]
+    return u_base + row.slot * u_stride + (p % dims.W * dims.HV + head) * dims.V;
   }
-  float* decay(const Row& row, int64_t i) const {  // [HV]
-    return decay_base + row.slot * decay_stride + i * dims.HV;
+  float* g(const Row& row, int64_t p) const {  // [HV]
+    return g_base + row.slot * g_stride + p % dims.W * dims.HV;
   }
-  void set_span(const Row& row, int64_t p0, int64_t w) const {
+  void set_span(const Row& row) const {
     int32_t* span = span_base + row.slot * span_stride;
-    span[0] = static_cast<int32_t>(p0);
-    span[1] = static_cast<int32_t>(w);
+    span[0] = static_cast<int32_t>(row.certain());
+    span[1] = static_cast<int32_t>(row.end());
+  }
+  // The first of the row's positions that the page keeps: those before the last grid point
+  // that is certain are in S.
+  int64_t first_kept(const Row& row) const {
+    return std::max(row.context, grid_point(row.certain()));
   }
 };
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from qwen3next_plugin.kernels.gated_delta_rule.arguments import check_arguments
-from qwen3next_plugin.kernels.step import checked_rows
+from qwen3next_plugin.kernels.step import GRID, checked_rows
 
 
 def l2_normalise(x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def gated_delta_rule(
     state_: Tensor,
     key_: Tensor,
     u_: Tensor,
-    decay_: Tensor,
+    g_: Tensor,
     span_: Tensor,
     query_start_loc: Tensor,
     slot: Tensor,
@@ -34,38 +34,38 @@ def gated_delta_rule(
     """Shapes as in the public op."""
     (T, H, K), (_, HV, _), W = q.shape, v.shape, key_.shape[1]
     check_arguments(
-        q, k, v, a, b, A_log, dt_bias, state_, key_, u_, decay_, span_,
+        q, k, v, a, b, A_log, dt_bias, state_, key_, u_, g_, span_,
         query_start_loc, slot, context_len,
     )  # fmt: skip
-    rows = checked_rows(query_start_loc, slot, context_len, span_, T, W)
+    rows = checked_rows(query_start_loc, slot, context_len, span_, T, W - GRID)
     g = -A_log.float().exp() * softplus(a.float().flatten(1) + dt_bias.float())  # [T, HV]
-    decay, beta = g.exp(), b.float().flatten(1).sigmoid()
+    beta = b.float().flatten(1).sigmoid()
     q, k = l2_normalise(q) * K**-0.5, l2_normalise(k)
     out = torch.zeros_like(v)
 
     def per_value_head(x: Tensor) -> Tensor:
         return x.repeat_interleave(HV // H, dim=0)  # [H, K] -> [HV, K]
 
-    def fold(S: Tensor, decay_t: Tensor, u_t: Tensor, k_t: Tensor) -> Tensor:
-        return S * decay_t[:, None, None] + u_t[:, :, None] * per_value_head(k_t)[:, None, :]
+    def times(S: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("hkv,hk->hv", S, per_value_head(x))
 
     for row in rows:
-        page, n = row.slot, row.end - row.begin
-        S = torch.zeros_like(state_[page]) if row.fresh else state_[page]
-        S = S.float()  # [HV, V, K]
-        for i in range(row.committed):
-            S = fold(S, decay_[page, i], u_[page, i], key_[page, i])
-        state_[page] = S
-        for i, t in enumerate(range(row.begin, row.end)):
-            Sk = torch.einsum("hvk,hk->hv", S, per_value_head(k[t]))
-            u_t = beta[t, :, None] * (v[t].float() - decay[t, :, None] * Sk)
-            S = fold(S, decay[t], u_t, k[t])
-            out[t] = torch.einsum("hvk,hk->hv", S, per_value_head(q[t]))
-            if n <= W:
-                key_[page, i], u_[page, i], decay_[page, i] = k[t], u_t, decay[t]
-        if n > W:
-            state_[page] = S
-        span_[page] = torch.tensor(
-            [row.end - row.begin + row.context, 0] if n > W else [row.context, n]
-        )
+        page, c = row.slot, row.context
+        S = state_[page].float() if row.p0 else torch.zeros_like(state_[page]).float()  # [HV, K, V]
+        certain, end = row.span
+        for p in range(row.p0, end):
+            at, t = p % W, row.begin + p - c
+            if p >= c:
+                key_[page, at], g_[page, at] = k[t], g[t]
+            S = g_[page, at].exp()[:, None, None] * S
+            if p >= c:
+                u_[page, at] = beta[t, :, None] * (v[t].float() - times(S, k[t]))
+            S = S + per_value_head(key_[page, at])[:, :, None] * u_[page, at][:, None, :]
+            if p >= c:
+                out[t] = times(S, q[t])
+            if (p + 1) % GRID == 0:
+                S = S.to(state_.dtype).float()
+                if p < certain:
+                    state_[page] = S
+        span_[page] = torch.tensor(row.span)
     return out

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "step.h"
+
 namespace baseline {
 extern const Level level;
 }
@@ -48,6 +50,8 @@ std::vector<const Level*> available() {
 
 std::atomic<const Level*> active{available().back()};
 
+int64_t grid() { return baseline::kGrid; }
+
 std::string isa() { return active.load()->name; }
 
 // Comma-separated, lowest first.
@@ -82,6 +86,7 @@ void implement_all(torch::stable::detail::StableLibrary& m, std::integer_sequenc
 }  // namespace
 
 STABLE_TORCH_LIBRARY(qwen3next, m) {
+  m.def("grid() -> int");
   m.def("isa() -> str");
   m.def("isa_levels() -> str");
   m.def("set_isa(str name) -> ()");
@@ -90,7 +95,7 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
       "Tensor query_start_loc, Tensor slot, Tensor context_len) -> Tensor");
   m.def(
       "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, "
-      "Tensor dt_bias, Tensor(a!) state_, Tensor(b!) key_, Tensor(c!) u_, Tensor(d!) decay_, "
+      "Tensor dt_bias, Tensor(a!) state_, Tensor(b!) key_, Tensor(c!) u_, Tensor(d!) g_, "
       "Tensor(e!) span_, Tensor query_start_loc, Tensor slot, Tensor context_len) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual_) -> Tensor");
   m.def("rms_norm_gated(Tensor x, Tensor z, Tensor weight, float eps) -> Tensor");
@@ -103,6 +108,7 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3next, CompositeExplicitAutograd, m) {
+  m.impl("grid", TORCH_BOX(&grid));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isa_levels", TORCH_BOX(&isa_levels));
   m.impl("set_isa", TORCH_BOX(&set_isa));

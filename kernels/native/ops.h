@@ -15,7 +15,7 @@ namespace Q3N_LEVEL {
 Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
                      Tensor query_start_loc, Tensor slot, Tensor context_len);
 Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
-                        Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor decay_,
+                        Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len);
 Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_);
 Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps);

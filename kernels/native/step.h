@@ -1,24 +1,34 @@
 // What one engine step asks of each page, checked before anything is written.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "tensor.h"
 
 namespace Q3N_LEVEL {
 
+// L: S is folded where a position is a multiple of it; GRID of kernels/step.py.
+constexpr int64_t kGrid = 8;
+
+constexpr int64_t grid_point(int64_t position) { return position / kGrid * kGrid; }
+
 struct Row {
   int64_t slot, begin, tokens;  // its page, its tokens [begin, begin + tokens)
-  int64_t context, committed;   // tokens before them, and how many of those the window holds
-  bool fresh() const { return context == 0; }
+  int64_t context;              // c: tokens before them
+  int64_t p0;                   // the grid point at which the page's S stands
+  bool is_long;                 // more tokens than can be rolled back: all of them are certain
+
+  int64_t end() const { return context + tokens; }
+  int64_t certain() const { return is_long ? end() : context; }
 };
 
 // The rows that have a page. Raises on an index out of range, and on a context length that
-// the page cannot stand at. T: tokens in the batch, W: length of the window.
+// the page cannot continue at. T: tokens in the batch, k: the longest draft.
 inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor& slot,
                                      const Tensor& context_len, const Tensor& span, int64_t T,
-                                     int64_t W) {
-  const int32_t* start = read<int32_t>(query_start_loc);
+                                     int64_t k) {
+  const int32_t* starts = read<int32_t>(query_start_loc);
   const int32_t* slots = read<int32_t>(slot);
   const int32_t* context = read<int32_t>(context_len);
   const int32_t* spans = read<int32_t>(span);
@@ -27,7 +37,7 @@ inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor
   rows.reserve(N);
   std::vector<bool> taken(pages);
   for (int64_t i = 0; i < N; ++i) {
-    const int64_t begin = start[i], end = start[i + 1], c = context[i], page = slots[i];
+    const int64_t begin = starts[i], end = starts[i + 1], c = context[i], page = slots[i];
     check(0 <= begin && begin <= end && end <= T, "row ", i, ": query_start_loc ", begin, " to ",
           end, " is not a range of ", T, " tokens");
     if (page == -1) continue;
@@ -35,11 +45,12 @@ inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor
           " slots");
     check(!taken[page], "row ", i, ": slot ", page, " is used by an earlier row");
     taken[page] = true;
-    const int64_t p0 = spans[page * stride], w = spans[page * stride + 1];
-    const bool stands = c == 0 || (c > 0 && 0 <= w && w <= W && p0 <= c && c <= p0 + w);
-    check(stands, "row ", i, ": slot ", page, " holds p0=", p0, " w=", w,
+    const int64_t first = spans[page * stride], last = spans[page * stride + 1], n = end - begin;
+    const bool stands = 0 <= first && first <= c && c <= last && last <= first + k + 1 &&
+                        c + n <= std::numeric_limits<int32_t>::max();
+    check(c == 0 || stands, "row ", i, ": slot ", page, " holds start=", first, " end=", last,
           " and cannot continue at context length c=", c);
-    rows.push_back({page, begin, end - begin, c, c == 0 ? 0 : c - p0});
+    rows.push_back({page, begin, n, c, c == 0 ? 0 : grid_point(first), n > k + 1});
   }
   return rows;
 }

@@ -116,7 +116,7 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
         num_value_heads=config.linear_num_value_heads_per_rank,
         key_dim=config.linear_key_head_dim,
         value_dim=config.linear_value_head_dim,
-        window=flags.num_speculative_tokens + 1,
+        draft_tokens=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
         state_dtype=getattr(torch, flags.state_dtype),
     ).nbytes()

@@ -98,7 +98,7 @@ def gated_delta_net(
         state_=pool_.state,
         key_=pool_.key,
         u_=pool_.u,
-        decay_=pool_.decay,
+        g_=pool_.g,
         span_=pool_.span,
         **rows,
     )  # [T, HV, V]

@@ -7,24 +7,25 @@ from typing import NamedTuple
 import torch
 
 from qwen3next_plugin.config import CONV_WIDTH
+from qwen3next_plugin.kernels.step import GRID
 
 
 class StatePool(NamedTuple):
     """Views of every page of a layer; dim 0 is the slot.
 
     Shapes:
-        state [slots, HV, V, K]   S, standing at absolute position p0
-        key   [slots, W, H, K]    L2-normalised key of each window token (fp32)
-        u     [slots, W, HV, V]   corrected value of each window token (fp32)
-        decay [slots, W, HV]      exp(g) of each window token (fp32)
-        span  [slots, 2]          p0 and w, the number of window tokens (int32)
-        conv  [slots, 3+W, C]     convolution inputs from position p0-3 on, in [q; k; v] order
+        state [slots, HV, K, V]   S, at the last grid point up to start
+        key   [slots, W, H, K]    L2-normalised key of each token since (fp32), W = GRID + k
+        u     [slots, W, HV, V]   its corrected value (fp32)
+        g     [slots, W, HV]      and its log decay (fp32); position p lies at p % W
+        span  [slots, 2]          start and end: context lengths the page can continue at (int32)
+        conv  [slots, 4+k, C]     convolution inputs in [q; k; v] order; p lies at p % (4 + k)
     """
 
     state: torch.Tensor
     key: torch.Tensor
     u: torch.Tensor
-    decay: torch.Tensor
+    g: torch.Tensor
     span: torch.Tensor
     conv: torch.Tensor
 
@@ -41,7 +42,7 @@ class PageLayout:
     num_value_heads: int  # HV, of this rank
     key_dim: int  # K
     value_dim: int  # V
-    window: int  # W: tokens the window holds, draft tokens + 1
+    draft_tokens: int  # k: the most that a step may have to take back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
 
@@ -50,8 +51,8 @@ class PageLayout:
             raise ValueError(
                 f"{self.num_value_heads} value heads cannot share {self.num_key_heads} key heads"
             )
-        if self.window < 1:
-            raise ValueError(f"a window holds at least one token, not {self.window}")
+        if self.draft_tokens < 0:
+            raise ValueError(f"a draft cannot have {self.draft_tokens} tokens")
 
     @property
     def conv_dim(self) -> int:
@@ -60,20 +61,15 @@ class PageLayout:
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part of a page, in the order they lie in it."""
-        H, HV, K, V, W = (
-            self.num_key_heads,
-            self.num_value_heads,
-            self.key_dim,
-            self.value_dim,
-            self.window,
-        )
+        H, HV = self.num_key_heads, self.num_value_heads
+        K, V, W = self.key_dim, self.value_dim, GRID + self.draft_tokens
         return {
-            "state": ((HV, V, K), self.state_dtype),
+            "state": ((HV, K, V), self.state_dtype),
             "key": ((W, H, K), torch.float32),
             "u": ((W, HV, V), torch.float32),
-            "decay": ((W, HV), torch.float32),
+            "g": ((W, HV), torch.float32),
             "span": ((2,), torch.int32),
-            "conv": ((CONV_WIDTH - 1 + W, self.conv_dim), self.activation_dtype),
+            "conv": ((CONV_WIDTH + self.draft_tokens, self.conv_dim), self.activation_dtype),
         }
 
     def nbytes(self) -> dict[str, int]:

@@ -16,8 +16,7 @@ class Step:
     """One engine step, built once and shared by all linear layers.
 
     A row is a sequence. Nothing says whether it prefills, decodes or verifies a draft, nor how
-    many tokens of the last draft were accepted: the context length and the row's own page say it
-    (a row of at most W tokens goes into the window, a longer one through the chunked form).
+    many tokens of the last draft were accepted: the context length and the row's own page say it.
 
     Shapes:
         query_start_loc [N+1] int32   row i owns tokens query_start_loc[i] to [i+1]

@@ -9,6 +9,7 @@ from torch.nn.functional import silu, softplus
 
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+from qwen3next_plugin.kernels.step import GRID
 
 CANARY = 0xFF  # as a float: NaN
 GAP = 64  # bytes between the tensors of a page
@@ -40,15 +41,16 @@ class Pool:
     """Pages whose tensors are interleaved in one buffer, every byte a canary until written."""
 
     def __init__(
-        self, s: Shape, slots: int, W: int, dtype=torch.float32, state_dtype=torch.float32
+        self, s: Shape, slots: int, k: int, dtype=torch.float32, state_dtype=torch.float32
     ):
-        self.shape, self.W = s, W
+        self.shape, self.k, self.W = s, k, GRID + k
+        W = self.W
         fields = {
-            "conv_": ((3 + W, s.C), dtype),
-            "state_": ((s.HV, s.V, s.K), state_dtype),
+            "conv_": ((4 + k, s.C), dtype),
+            "state_": ((s.HV, s.K, s.V), state_dtype),
             "key_": ((W, s.H, s.K), torch.float32),
             "u_": ((W, s.HV, s.V), torch.float32),
-            "decay_": ((W, s.HV), torch.float32),
+            "g_": ((W, s.HV), torch.float32),
             "span_": ((2,), torch.int32),
         }
         ranges, end = {}, GAP
@@ -63,6 +65,33 @@ class Pool:
             self.gaps[begin:end] = False
             view = self.raw[:, begin:end].view(kind).unflatten(1, shape)
             setattr(self, name, view)
+
+    def recurrent(self) -> dict[str, Tensor]:
+        """What the recurrence takes."""
+        return {name: getattr(self, name) for name in ("state_", "key_", "u_", "g_", "span_")}
+
+    def content(self, slot: int) -> list[Tensor]:
+        """The parts of a page that count."""
+        start, end = self.span_[slot].tolist()
+        p0 = start // GRID * GRID
+        window = [p % self.W for p in range(p0, end)]
+        inputs = [p % (4 + self.k) for p in range(max(start - 3, 0), end)]
+        rings = [ring[slot, window] for ring in (self.key_, self.u_, self.g_)]
+        S = [self.state_[slot]] if p0 else []
+        return [self.span_[slot], self.conv_[slot, inputs], *rings, *S]
+
+    def state_at_end(self, slot: int) -> Tensor:
+        """S after the page's last token, fp64."""
+        s, (start, end) = self.shape, self.span_[slot].tolist()
+        p0 = start // GRID * GRID
+        S = self.state_[slot].double()
+        if p0 == 0:
+            S = torch.zeros_like(S)
+        for p in range(p0, end):
+            key, u, g = (ring[slot, p % self.W].double() for ring in (self.key_, self.u_, self.g_))
+            key = key.repeat_interleave(s.HV // s.H, dim=0)
+            S = S * g.exp()[:, None, None] + key[:, :, None] * u[:, None, :]
+        return S
 
     def assert_untouched_but(self, slots: list[int]) -> None:
         """No byte written between the tensors, nor in a slot that is not in `slots`."""
@@ -135,9 +164,8 @@ class Layer:
     def recur(self, pool: Pool, step: Step, x: dict[str, Tensor]) -> Tensor:
         """The recurrence alone; v is [T, HV, V]."""
         return gated_delta_rule(
-            **x, A_log=self.A_log, dt_bias=self.dt_bias, state_=pool.state_, key_=pool.key_,
-            u_=pool.u_, decay_=pool.decay_, span_=pool.span_, **step.tensors(),
-        )  # fmt: skip
+            **x, A_log=self.A_log, dt_bias=self.dt_bias, **pool.recurrent(), **step.tensors()
+        )
 
     def convolved(self, x: dict[str, Tensor]) -> Tensor:
         """[q; k; v] of a whole sequence after the convolution, fp64."""
@@ -146,8 +174,13 @@ class Layer:
         taps = self.weight.double().unbind(1)
         return silu(sum(padded[j : j + len(inputs)] * tap for j, tap in enumerate(taps)))
 
-    def recurrence(self, x: dict[str, Tensor], S: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Output [T, HV, V] and last state of a whole sequence after the convolution, fp64."""
+    def recurrence(
+        self, x: dict[str, Tensor], S: Tensor | None = None, states: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output [T, HV, V] and last state of a sequence after the convolution, fp64.
+
+        The state after each token is appended to `states`.
+        """
         s = self.shape
 
         def normalised(x: Tensor) -> Tensor:
@@ -161,13 +194,15 @@ class Layer:
             (-self.A_log.double().exp() * rate).exp(),
             x["b"].double().flatten(1).sigmoid(),
         )
-        S = torch.zeros(s.HV, s.V, s.K, dtype=torch.float64) if S is None else S
+        S = torch.zeros(s.HV, s.K, s.V, dtype=torch.float64) if S is None else S
         out = torch.zeros_like(v)
         for t in range(len(v)):
             S = S * decay[t, :, None, None]
-            u = beta[t, :, None] * (v[t] - torch.einsum("hvk,hk->hv", S, k[t]))
-            S = S + u[:, :, None] * k[t, :, None, :]
-            out[t] = torch.einsum("hvk,hk->hv", S, q[t])
+            u = beta[t, :, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
+            S = S + k[t, :, :, None] * u[:, None, :]
+            out[t] = torch.einsum("hkv,hk->hv", S, q[t])
+            if states is not None:
+                states.append(S)
         return out, S
 
     def recurrence_inputs(self, T: int, dtype=torch.float32) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ def calls():
     """A fresh call of every public op: (op, keyword arguments)."""
     layer, step = Layer.random(SMALL), Step(((1, 0, 5), (0, 0, 2)))
     pool, x = Pool(SMALL, 2, 3), layer.projections(step.T)
-    pages = {name: getattr(pool, name) for name in ("state_", "key_", "u_", "decay_", "span_")}
     x4, w = torch.randn(3, 2, 2, 24), torch.randn(24)
     attention = {
         "qkv": torch.randn(3, 2 * 3 * 24), "q_weight": w, "k_weight": w,
@@ -32,7 +31,7 @@ def calls():
         }),
         "gated_delta_rule": (gated_delta_rule, {
             **layer.recurrence_inputs(step.T), "A_log": layer.A_log, "dt_bias": layer.dt_bias,
-            **pages, **step.tensors(),
+            **pool.recurrent(), **step.tensors(),
         }),
         "rms_norm": (rms_norm, {"x": x4[0, 0], "weight": w, "eps": 1e-6}),
         "add_rms_norm": (rms_norm, {

@@ -19,7 +19,7 @@ class LinearLayer:
 
     module: torch.nn.Module
     slots: int = 4
-    window: int = 3
+    draft_tokens: int = 2
     lengths: dict[int, int] = field(default_factory=dict)  # slot → tokens committed
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class LinearLayer:
             num_value_heads=m.num_v_heads,
             key_dim=m.head_k_dim,
             value_dim=m.head_v_dim,
-            window=self.window,
+            draft_tokens=self.draft_tokens,
             activation_dtype=dtype,
             state_dtype=torch.float32,
         )

@@ -14,7 +14,7 @@ def layout(**changes) -> PageLayout:
         "num_value_heads": 32,
         "key_dim": 128,
         "value_dim": 128,
-        "window": 4,
+        "draft_tokens": 3,
         "activation_dtype": torch.bfloat16,
         "state_dtype": torch.float32,
     }
@@ -25,15 +25,15 @@ def test_bytes_at_the_released_sizes_with_three_drafts():
     """At the released shapes: S, the window, the position, and the convolution's inputs."""
     nbytes = layout().nbytes()
     assert nbytes["state"] == 2_097_152
-    assert nbytes["key"] + nbytes["u"] + nbytes["decay"] == 98_816
+    assert nbytes["key"] + nbytes["u"] + nbytes["g"] == (8 + 3) * 24_704
     assert nbytes["span"] == 8
-    assert nbytes["conv"] == (3 + 4) * 8192 * 2
+    assert nbytes["conv"] == (4 + 3) * 8192 * 2
     assert layout().page_bytes == sum(nbytes.values())
 
 
 def test_a_draft_token_costs_little():
-    without = layout(window=1).page_bytes
-    per_token = layout(window=2).page_bytes - without
+    without = layout(draft_tokens=0).page_bytes
+    per_token = layout(draft_tokens=1).page_bytes - without
     assert per_token == 16 * 128 * 4 + 32 * 128 * 4 + 32 * 4 + 8192 * 2
     assert per_token < 0.02 * without
 
@@ -76,11 +76,15 @@ def test_a_copy_of_a_page_holds_the_same():
         assert torch.equal(view[0].view(torch.int8), view[1].view(torch.int8))
 
 
-@pytest.mark.parametrize("window", range(1, 10))
+@pytest.mark.parametrize("draft_tokens", range(10))
 @pytest.mark.parametrize("heads", [(1, 1), (3, 6), (2, 8)], ids=str)
-def test_every_part_is_aligned_to_its_element(window, heads):
+def test_every_part_is_aligned_to_its_element(draft_tokens, heads):
     page = layout(
-        num_key_heads=heads[0], num_value_heads=heads[1], key_dim=16, value_dim=48, window=window
+        num_key_heads=heads[0],
+        num_value_heads=heads[1],
+        key_dim=16,
+        value_dim=48,
+        draft_tokens=draft_tokens,
     )
     page.view(torch.zeros(2, page.page_bytes, dtype=torch.int8))  # view(dtype) refuses if not
 
@@ -89,7 +93,7 @@ def test_every_part_is_aligned_to_its_element(window, heads):
     ("changes", "message"),
     [
         ({"num_value_heads": 24}, "24 value heads cannot share 16 key heads"),
-        ({"window": 0}, "a window holds at least one token, not 0"),
+        ({"draft_tokens": -1}, "a draft cannot have -1 tokens"),
     ],
 )
 def test_refuses(changes, message):
@@ -99,4 +103,4 @@ def test_refuses(changes, message):
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        layout().window = 2
+        layout().draft_tokens = 2

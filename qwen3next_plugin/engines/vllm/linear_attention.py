@@ -46,7 +46,7 @@ def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
         num_value_heads=config.linear_num_value_heads_per_rank,
         key_dim=config.linear_key_head_dim,
         value_dim=config.linear_value_head_dim,
-        window=vllm_config.num_speculative_tokens + 1,
+        draft_tokens=vllm_config.num_speculative_tokens,
         activation_dtype=vllm_config.model_config.dtype,
         state_dtype=getattr(torch, state_dtype),
     )
@@ -175,7 +175,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         return MambaAttentionBackendEnum[BACKEND_NAME]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
-        """One page a request, also under speculation: the window stands for the draft slots."""
+        """One page a request, also under speculation: its window stands for the draft slots."""
         cache_config = vllm_config.cache_config
         return MambaSpec(
             shapes=tuple(self.get_state_shape()),

@@ -1,0 +1,51 @@
+"""The linear-attention layer inside vLLM: what is wrong with a page names the layer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
+from qwen3next_plugin.model.state import PageLayout
+from qwen3next_plugin.model.step import Step
+
+PREFIX = "model.layers.6.linear_attn"
+
+
+@pytest.mark.parametrize("span", [(7, 7), (5, 99), (-1, 6), (0, 4)])
+def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
+    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.linear_attention")
+    layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
+    raw = torch.full((2, layout.page_bytes), -1, dtype=torch.int8)
+    pool = layout.view(raw)
+    pool.span[1] = torch.tensor(span)
+    before = raw.clone()
+    step = Step.build(
+        query_start_loc=torch.tensor([0, 1]),
+        seq_lens=torch.tensor([6]),
+        slot=torch.tensor([1]),
+        num_tokens=1,
+        num_slots=2,
+    )
+    monkeypatch.setattr(
+        linear_attention,
+        "get_forward_context",
+        lambda: SimpleNamespace(attn_metadata={PREFIX: step}),
+    )
+    layer = SimpleNamespace(
+        prefix=PREFIX,
+        pool=pool,
+        shape=GatedDeltaNetShape(1, 2, 16, 24),
+        weights=GatedDeltaNetWeights(
+            conv=torch.randn(layout.conv_dim, 4),
+            A_log=torch.zeros(2),
+            dt_bias=torch.zeros(2),
+            norm=torch.ones(24),
+            norm_eps=1e-6,
+        ),
+    )
+    qkvz, ba = torch.randn(1, 2 * 16 + 2 * 2 * 24), torch.randn(1, 4)
+    stands = rf"start={span[0]} end={span[1]} .* c=5"
+    with pytest.raises(RuntimeError, match=rf"{PREFIX}: row 0: slot 1 holds {stands}"):
+        linear_attention.GatedDeltaNet.attend(layer, qkvz, ba)
+    assert torch.equal(raw, before)

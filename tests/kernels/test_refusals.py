@@ -1,0 +1,111 @@
+"""A step that asks for what cannot be is refused by both ops, before a byte is written."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from state_pages import SMALL, Layer, Pool, Step, int32
+
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.step import GRID
+
+K_DRAFTS = 2
+OPS = ("causal_conv1d", "gated_delta_rule")
+
+
+def run(op, layer, pool, step, T=None):
+    T = step.T if T is None else T
+    if op == "gated_delta_rule":
+        return layer.recur(pool, step, layer.recurrence_inputs(T))
+    x = layer.projections(T)
+    return causal_conv1d(
+        q=x["q"], k=x["k"], v=x["v"], weight=layer.weight,
+        conv_=pool.conv_, span=pool.span_, **step.tensors(),
+    )  # fmt: skip
+
+
+def test_grid_of_the_native_kernels():
+    native.load()
+    assert torch.ops.qwen3next.grid() == GRID
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("rows", "span", "complaint"),
+    [
+        (((7, 0, 2),), (0, 0), "row 0: slot 7 is not one of 4 slots"),
+        (((-2, 0, 2),), (0, 0), "row 0: slot -2"),
+        (((0, 0, 70), (1, 5, 1)), (6, 6), "row 1: slot 1 holds start=6 end=6 .* c=5"),
+        (((0, 0, 1), (1, 9, 1)), (6, 8), "row 1: slot 1 holds start=6 end=8 .* c=9"),
+        (((0, 0, 1), (1, 9, 70)), (6, 10), "row 1: slot 1 holds start=6 end=10"),
+        (((0, 0, 1), (1, 6, 0)), (6, 99), "row 1: slot 1 holds start=6 end=99"),
+        (((0, 0, 1), (1, 6, 1)), (7, 6), "row 1: slot 1 holds start=7 end=6"),
+        (((0, 0, 1), (1, 1, 1)), (-1, 2), "row 1: slot 1 holds start=-1 end=2"),
+        (((0, 0, 1), (1, -3, 1)), (-4, -2), "row 1: slot 1 holds start=-4 end=-2"),
+        (((0, 0, 1), (1, -1, 1)), (0, 0), "row 1: slot 1 holds start=0 end=0 .* c=-1"),
+        (((0, 0, 1), (1, 2**31 - 1, 1)), (2**31 - 1, 0), "row 1: slot 1 holds start=2147483647"),
+        (((1, 0, 1), (1, 0, 1)), (0, 0), "row 1: slot 1 is used by an earlier row"),
+    ],
+)
+def test_refused_before_writing(backend, op, rows, span, complaint):
+    layer, pool, step = Layer.random(SMALL), Pool(SMALL, 4, K_DRAFTS), Step(rows)
+    pool.span_[1] = int32(*span)
+    before = pool.raw.clone()
+    with pytest.raises(RuntimeError, match=complaint):
+        run(op, layer, pool, step)
+    assert torch.equal(pool.raw, before)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("starts", "complaint"),
+    [
+        ((0, 1, 3), "row 1: query_start_loc 1 to 3 is not a range of 2"),
+        ((0, 2, 1), "row 1: query_start_loc 2 to 1 is not a range of 2"),
+        ((-1, 1, 2), "row 0: query_start_loc -1 to 1 is not a range of 2"),
+    ],
+)
+def test_tokens_out_of_range(backend, op, starts, complaint, monkeypatch):
+    layer, pool, step = Layer.random(SMALL), Pool(SMALL, 4, K_DRAFTS), Step(((0, 0, 1), (1, 0, 1)))
+    tensors = {**step.tensors(), "query_start_loc": int32(*starts)}
+    monkeypatch.setattr(Step, "tensors", lambda self: tensors)
+    with pytest.raises(RuntimeError, match=complaint):
+        run(op, layer, pool, step)
+    pool.assert_untouched_but([])
+
+
+near = st.one_of(st.integers(-3, 30), st.sampled_from([2**31 - 1, -(2**31)]))
+
+
+@pytest.mark.parametrize("op", OPS)
+@given(near, near, near, st.integers(0, 5))
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_continues_only_where_the_page_stands(backend, op, start, end, c, n):
+    """Whatever the page says: the rule of docs/state.md, or a refusal."""
+    layer, pool, step = Layer.random(SMALL), Pool(SMALL, 2, K_DRAFTS), Step(((1, c, n),))
+    pool.raw[1] = 0
+    pool.span_[1] = int32(start, end)
+    before = pool.raw.clone()
+    if c == 0 or (0 <= start <= c <= end <= start + K_DRAFTS + 1 and c + n < 2**31):
+        run(op, layer, pool, step)
+        pool.raw[1] = before[1]
+    else:
+        with pytest.raises(RuntimeError, match=rf"row 0: slot 1 holds start={start} end={end} "):
+            run(op, layer, pool, step)
+    assert torch.equal(pool.raw, before)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_positions_that_an_int32_cannot_hold(backend, op):
+    last = 2**31 - 1
+    layer, pool, step = Layer.random(SMALL), Pool(SMALL, 2, K_DRAFTS), Step(((1, last, 1),))
+    pool.span_[1] = int32(last, last)
+    before = pool.raw.clone()
+    with pytest.raises(RuntimeError, match=r"row 0: slot 1 .* c=2147483647"):
+        run(op, layer, pool, step)
+    assert torch.equal(pool.raw, before)
