@@ -8,17 +8,13 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import __version__, env
-from qwen3next_plugin.config import (
-    ConfigError,
-    Qwen3NextConfig,
-    check_num_speculative_tokens,
-)
-from qwen3next_plugin.engines.vllm import page_copy
-from qwen3next_plugin.engines.vllm.speculation import use_our_drafter
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.speculation import check_speculation
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.model.weights import check_files
 from qwen3next_plugin.versions import check_host
 
+WORKER = "qwen3next_plugin.engines.vllm.worker.Worker"
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 logger = init_logger("vllm.qwen3next_plugin")  # vLLM formats and levels what is below its own
@@ -53,9 +49,7 @@ class Qwen3NextChecks(VerifyAndUpdateConfig):
         config = read_config(vllm_config)
         check_files(Path(vllm_config.model_config.model))
         if vllm_config.speculative_config is not None:
-            check_num_speculative_tokens(vllm_config.num_speculative_tokens)
-            _check_page_copies(vllm_config)
-            use_our_drafter(vllm_config)
+            check_speculation(vllm_config)
         if current_platform.is_cpu():
             _check_cpu(config, vllm_config)
 
@@ -79,24 +73,8 @@ def _kernels() -> str:
     return "slow reference" if env.kernels() == "reference" else f"native {native.isa()}"
 
 
-def _check_page_copies(vllm_config: VllmConfig) -> None:
-    """Refuse drafts where the host would shift the state pages that its prefix cache copies.
-
-    Runner V2 asks the model how pages move. Runner V1 has no such seam: its kernels take a page for
-    one of k + 1 states. It can go when no supported vLLM has that runner.
-    """
-    if page_copy.needed() or vllm_config.use_v2_model_runner:
-        return
-    if vllm_config.cache_config.enable_prefix_caching:
-        raise ConfigError(
-            "speculative decoding with prefix caching: vLLM's model runner V1 copies this model's "
-            "state pages wrongly; use runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; vLLM's log says what "
-            "keeps it from choosing V2), or --no-enable-prefix-caching, or no --speculative-config"
-        )
-
-
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse what vLLM's CPU runner cannot do, and keep LoRA off what it cannot adapt."""
+    """Refuse what vLLM's CPU runner cannot do, keep LoRA off what it cannot adapt; our worker."""
     if config.pp_size > 1:
         raise ConfigError(
             f"pipeline_parallel_size = {config.pp_size}: vLLM's CPU runner cannot run pipeline "
@@ -109,3 +87,15 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         # vLLM would adapt the experts too, by Triton kernels that a CPU does not have.
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
+    _choose_worker(vllm_config)
+
+
+def _choose_worker(vllm_config: VllmConfig) -> None:
+    """Our worker, unless another was asked for."""
+    parallel_config = vllm_config.parallel_config
+    if parallel_config.worker_cls not in ("auto", WORKER):
+        raise ConfigError(
+            f"worker_cls = {parallel_config.worker_cls}: the plugin serves this model with its own "
+            f"worker, {WORKER}; leave --worker-cls out"
+        )
+    parallel_config.worker_cls = WORKER

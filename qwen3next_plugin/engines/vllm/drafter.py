@@ -17,11 +17,15 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from qwen3next_plugin import env
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.checks import read_config
-from qwen3next_plugin.engines.vllm.speculation import make_schedule
+from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.lag import Lag, Rows
+from qwen3next_plugin.mtp.schedule import Fixed, Policy, Schedule
 
 MAX_LAG = 32  # tokens; then the MTP layer catches up even if nothing is drafted
+FLOP_PER_BYTE = 10.0  # of a CPU: a first guess at what tokens cost, until steps are timed
 
 
 @dataclass(slots=True)
@@ -35,6 +39,13 @@ class Request:
     prefilling: bool  # more of the prompt is to come: nothing was sampled
     continues: bool  # drafted for in the step before, so that it was decoded or verified in this
     draft: int = 0  # tokens to draft now
+
+
+def make_schedule(config: Qwen3NextConfig, max_draft: int) -> Policy:
+    """The policy that the environment asks for."""
+    if env.drafts() == "fixed":
+        return Fixed(max_draft)
+    return Schedule(max_draft, Costs.from_config(config, FLOP_PER_BYTE))
 
 
 class Drafter(EagleProposer):

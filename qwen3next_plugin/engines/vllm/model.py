@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm import draft_sampling, page_copy
+from qwen3next_plugin.engines.vllm import page_copy
 from qwen3next_plugin.engines.vllm.attention import GatedAttention
 from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.engines.vllm.linear_attention import GatedDeltaNet, page_layout
@@ -178,7 +178,6 @@ class Qwen3NextForCausalLM(
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
         page_copy.install()
-        draft_sampling.install()
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(self.config, vllm_config, prefix, self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)

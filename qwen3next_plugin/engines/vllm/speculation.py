@@ -1,47 +1,47 @@
-"""MTP in vLLM's configuration: who drafts, how long, and what that rules out."""
+"""The flags of speculation that cannot be served, refused before a worker starts."""
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 
-from qwen3next_plugin import env
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.mtp.costs import Costs
-from qwen3next_plugin.mtp.schedule import Fixed, Policy, Schedule
+from qwen3next_plugin.config import ConfigError, check_num_speculative_tokens
+from qwen3next_plugin.engines.vllm import page_copy, request_params
 
-WORKER = "qwen3next_plugin.engines.vllm.worker.Worker"
-FLOP_PER_BYTE = 10.0  # of a CPU
+# Other ways to draft and to verify than ours would be ignored.
+OURS = {
+    "draft_sample_method": "greedy",
+    "rejection_sample_method": "standard",
+    "disable_padded_drafter_batch": False,  # nothing is padded: rejected tokens are left out
+}
 
-logger = init_logger("vllm.qwen3next_plugin")
 
-
-def use_our_drafter(vllm_config: VllmConfig) -> None:
-    """Have vLLM start our worker, which brings the drafter.
+def check_speculation(vllm_config: VllmConfig) -> None:
+    """Refuse what contradicts how drafts are made, verified and taken back here.
 
     Raises:
-        ConfigError: a flag that contradicts how our drafter works.
+        ConfigError: naming the flag and the mend.
     """
-    speculative_config, parallel_config = (
-        vllm_config.speculative_config,
-        vllm_config.parallel_config,
-    )
-    if speculative_config.draft_sample_method != "greedy":
-        raise ConfigError(
-            f"draft_sample_method = {speculative_config.draft_sample_method!r}: drafts are the "
-            f"likeliest tokens, which is lossless at every temperature; leave it out"
-        )
-    if speculative_config.disable_padded_drafter_batch:
-        raise ConfigError(
-            "disable_padded_drafter_batch: rejected tokens never reach the MTP layer here, "
-            "nothing is padded; leave it out"
-        )
-    if parallel_config.data_parallel_size > 1 or parallel_config.worker_cls != "auto":
-        logger.info("drafts are made by vLLM's own loop: it asks for equal passes on all ranks")
+    check_num_speculative_tokens(vllm_config.num_speculative_tokens)
+    _check_page_copies(vllm_config)
+    for name, ours in OURS.items():
+        value = getattr(vllm_config.speculative_config, name)
+        if value != ours:
+            raise ConfigError(
+                f"{name} = {value}: a draft is the likeliest tokens, and is kept where it is what "
+                f"is sampled without drafts; leave {name} at {ours}"
+            )
+    request_params.install(vllm_config.model_config.architecture)
+
+
+def _check_page_copies(vllm_config: VllmConfig) -> None:
+    """Refuse drafts where the host would shift the state pages that its prefix cache copies.
+
+    Runner V2 asks the model how pages move. Runner V1 has no such seam: its kernels take a page for
+    one of k + 1 states. It can go when no supported vLLM has that runner.
+    """
+    if page_copy.needed() or vllm_config.use_v2_model_runner:
         return
-    parallel_config.worker_cls = WORKER
-
-
-def make_schedule(config: Qwen3NextConfig, max_draft: int) -> Policy:
-    """The policy that the environment asks for."""
-    if env.drafts() == "fixed":
-        return Fixed(max_draft)
-    return Schedule(max_draft, Costs.from_config(config, FLOP_PER_BYTE))
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "speculative decoding with prefix caching: vLLM's model runner V1 copies this model's "
+            "state pages wrongly; use runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; vLLM's log says what "
+            "keeps it from choosing V2), or --no-enable-prefix-caching, or no --speculative-config"
+        )

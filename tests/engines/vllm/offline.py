@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ class Output(NamedTuple):
     prompt_logprobs: tuple[float, ...]  # of each prompt token but the first
     cached: int  # prompt tokens that a prefix-cache hit spared
     finish_reason: str
+    text: str  # empty without a tokenizer
 
 
 def environment(tp_size: int = 1) -> dict[str, str]:
@@ -91,9 +93,15 @@ class Offline:
             self.close()
             raise
 
-    def generate(self, prompts: list[tuple[int, ...]], **params: Any) -> list[list[Output]]:
-        """Run all prompts in one batch: n outputs each, through the LoRA `adapter` if given."""
-        params = {"detokenize": False, "ignore_eos": True} | params
+    def generate(
+        self, prompts: list[tuple[int, ...]], each: Sequence[dict[str, Any]] = ({},), **params: Any
+    ) -> list[list[Output]]:
+        """Run all prompts in one batch: n outputs each, through the LoRA `adapter` if given.
+
+        `params` are vLLM's SamplingParams for all prompts, `each` holds more for each of them.
+        """
+        defaults = {"detokenize": False, "ignore_eos": True} | params
+        params = [defaults | own for own in each]
         answers = self._ask("generate", prompts, params)
         return [[Output(**fields) for fields in answer] for answer in answers]
 
@@ -139,15 +147,15 @@ class Host:
         self.llm = LLM(**flags)
 
     def generate(
-        self, prompts: list[tuple[int, ...]], params: dict[str, Any]
+        self, prompts: list[tuple[int, ...]], params: list[dict[str, Any]]
     ) -> list[list[dict[str, Any]]]:
-        from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
-        adapter = params.pop("adapter", None)
+        adapter = params[0].pop("adapter", None)
+        sampling = [_sampling_params(**own) for own in params]
         requests = self.llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts],
-            SamplingParams(**params),
+            sampling if len(sampling) > 1 else sampling[0],
             lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
             use_tqdm=False,
         )
@@ -168,6 +176,14 @@ class Host:
         assert self.llm.reset_prefix_cache()
 
 
+def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    guide = StructuredOutputsParams(**structured_outputs) if structured_outputs else None
+    return SamplingParams(structured_outputs=guide, **params)
+
+
 def _plain(request: Any, output: Any) -> dict[str, Any]:
     """The fields of Output; the class itself is another one in this process."""
     prompt_logprobs = (request.prompt_logprobs or ())[1:]
@@ -177,6 +193,7 @@ def _plain(request: Any, output: Any) -> dict[str, Any]:
         "prompt_logprobs": _chosen(request.prompt_token_ids[1:], prompt_logprobs),
         "cached": request.num_cached_tokens or 0,
         "finish_reason": output.finish_reason,
+        "text": output.text,
     }
 
 

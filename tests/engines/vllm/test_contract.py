@@ -32,6 +32,23 @@ OVERRIDDEN = {
             "bind_kv_cache": ["self", "kv_cache"],
         },
     },
+    "v1/worker/gpu_worker.py": {"Worker": {"sample_tokens": ["self", "grammar_output"]}},
+    "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
+    "sampling_params.py": {
+        "SamplingParams": {"_validate_spec_decode": ["self", "speculative_config"]},
+    },
+    "v1/sample/rejection_sampler.py": {
+        "RejectionSampler": {
+            "forward": ["self", "metadata", "draft_probs", "logits", "sampling_metadata"],
+        },
+    },
+    "v1/sample/thinking_budget_state.py": {
+        "ThinkingBudgetStateHolder": {
+            "has_tracked_requests": ["self"],
+            "update_state": ["self", "output_token_ids", "spec_token_ids", "repeat_indices"],
+            "apply_to_logits": ["self", "logits", "predict_bonus_token", "spec_token_ids"],
+        },
+    },
     "model_executor/models/config.py": {
         "VerifyAndUpdateConfig": {"verify_and_update_config": ["vllm_config"]},
     },
@@ -91,6 +108,9 @@ CALLED = {
             "idx_mapping",
         ],
     },
+    "v1/sample/logits_processor/builtin.py": {
+        "apply_with_spec_decode": ["self", "logits", "num_draft_tokens"],
+    },
 }
 # Fields our code reads.
 FIELDS = {
@@ -126,6 +146,51 @@ FIELDS = {
             "num_gpu_blocks",
         ],
     },
+    "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
+    "config/speculative.py": {
+        "SpeculativeConfig": [
+            "draft_sample_method",
+            "rejection_sample_method",
+            "target_model_config",
+        ],
+    },
+    "v1/spec_decode/metadata.py": {
+        "SpecDecodeMetadata": ["draft_token_ids", "num_draft_tokens"],
+    },
+}
+# What vLLM tells its sampler of each request: the coupled sampler spreads every one of these.
+SAMPLING_METADATA = {
+    "temperature",
+    "all_greedy",
+    "all_random",
+    "top_p",
+    "top_k",
+    "generators",
+    "max_num_logprobs",
+    "no_penalties",
+    "prompt_token_ids",
+    "frequency_penalties",
+    "presence_penalties",
+    "repetition_penalties",
+    "output_token_ids",
+    "allowed_token_ids_mask",
+    "bad_words_token_ids",
+    "logitsprocs",
+    "logprob_token_ids",
+    "spec_token_ids",
+    "thinking_budget_state_holder",
+}
+# What the worker and the coupled sampler read of objects that set it in a method.
+ATTRIBUTES = {
+    "v1/worker/gpu_worker.py": ["use_v2_model_runner", "model_runner"],
+    "v1/worker/gpu_model_runner.py": [
+        "rejection_sampler",
+        "sampler",
+        "input_batch",
+        "discard_request_mask",
+    ],
+    "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
+    "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],
 }
 # What a host's class keeps on itself, and our subclass of it reads.
 KEPT = {
@@ -319,10 +384,21 @@ def test_runner_v2_asks_the_model_for_its_state_class(sources):
     assert "get_model_state_cls" in sources.names("v1/worker/gpu/model_states/__init__.py")
 
 
-def test_expand_kernel_takes_what_ours_takes(sources):
-    ours = ast.parse((ENGINE[0].parent / "draft_sampling.py").read_text(encoding="utf-8"))
-    theirs = definition(sources.tree("v1/sample/rejection_sampler.py"), "expand_kernel")
-    assert arguments(theirs) == arguments(definition(ours, "expand"))
+def test_the_sampler_is_told_what_ours_spreads(sources):
+    """No more, or a parameter of a request would be taken for another's."""
+    owner = definition(sources.tree("v1/sample/metadata.py"), "SamplingMetadata")
+    fields = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}
+    assert fields == SAMPLING_METADATA
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(ATTRIBUTES))
+def test_attributes_are_set(sources, path, name):
+    assert name in {
+        getattr(node, "attr", None) or getattr(node, "name", None)
+        for node in ast.walk(sources.tree(path))
+        if isinstance(node, ast.FunctionDef)
+        or (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -112,24 +112,3 @@ def test_the_test_sees_a_bias():
     assert p_value(*binned(tokens, p)) > 0.99
     tokens[:100] = 0
     assert p_value(*binned(tokens, p)) < FALSE_ALARM
-
-
-@pytest.mark.compat
-def test_the_host_still_loses_the_temperature_of_drafts():
-    """draft_sampling.py can go when this fails."""
-    import vllm._C  # noqa: F401
-    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
-
-    found = torch.full((3,), -1.0)
-    _expand_kernel_impl(found, torch.tensor([0.5, 2.0]), torch.tensor([2, 3]), 0, 1)
-    assert found.tolist() != [0.5, 0.5, 2.0]
-
-
-def test_ours_keeps_it():
-    from qwen3next_plugin.engines.vllm.draft_sampling import expand
-
-    found = torch.full((4,), -1.0)
-    expand(found, torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 2, 4]), 0, 1)
-    assert found.tolist() == [0.5, 0.5, 2.0, 2.0]
-    expand(found, torch.tensor([0.0, 3.0, 2.0]), torch.tensor([1, 4, 4]), 0, 1)
-    assert found.tolist() == [1.0, 3.0, 3.0, 3.0]

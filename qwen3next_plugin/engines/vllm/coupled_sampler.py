@@ -1,0 +1,267 @@
+"""Verification of drafts by vLLM's plain sampler: the same text with drafts as without.
+
+Every position of a step, a request's drafts and the one after them, is a row of logits. The plain
+sampler samples each row as if it stood alone: the request's own parameters, the drafts before it
+counted as output, the next draw of the request's generator. A draft is kept while it equals its
+row's sample; the first sample that differs is the step's last token. So
+
+- every token is the plain sampler's: the distribution is the model's own whatever the drafts are,
+  and a draft x is kept with probability p(x), as often as rejection sampling keeps greedy drafts;
+- generators go back to where the last token left them: a seed gives the text it gives without
+  drafts, however many were made (where logits agree to the last bit that matters).
+
+vLLM's own RejectionSampler draws other noise, in other amounts. In 0.32 it also lets min_tokens
+forbid the end for up to k tokens too long, knows neither min_p nor logit_bias, and on a CPU
+divides by temperatures that it never wrote.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+NO_TOKEN = -1  # what vLLM takes for a position that yields none
+
+
+class CoupledSampler:
+    """Stands in the model runner where vLLM's RejectionSampler stood."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __call__(
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        """Sample all positions and keep each request's up to the first that is not its draft.
+
+        Shapes: logits [T, vocab]; returns token ids [N, longest draft + 1]
+        """
+        rows = Rows.of(metadata)
+        noise = Noise(rows, sampling_metadata.generators)
+        output = self.sampler(logits, spread(sampling_metadata, rows, noise))
+        sampled = output.sampled_token_ids[:, 0]  # [T]
+        table = rows.table()
+        tokens = sampled[table]  # [N, K+1]
+        right = tokens[:, :-1] == rows.padded_drafts()
+        used = 1 + right.cumprod(dim=1).sum(dim=1)  # [N]
+        noise.rewind(used.tolist())
+        beyond = torch.arange(tokens.shape[1], device=tokens.device) >= used[:, None]
+        return SamplerOutput(
+            sampled_token_ids=tokens.masked_fill(beyond, NO_TOKEN),
+            logprobs_tensors=_at(output.logprobs_tensors, table.flatten()),
+        )
+
+
+def _at(logprobs: LogprobsTensors | None, rows: torch.Tensor) -> LogprobsTensors | None:
+    """The given rows; vLLM drops those of positions that yield no token."""
+    if logprobs is None:
+        return None
+    return LogprobsTensors(
+        logprobs.logprob_token_ids[rows],
+        logprobs.logprobs[rows],
+        logprobs.selected_token_ranks[rows],
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of logits belong: T rows of N requests, in the requests' order."""
+
+    counts: list[int]  # rows of each request: one per draft, and one
+    drafts: list[list[int]]
+    request: torch.Tensor  # [T], whose row it is
+    offset: torch.Tensor  # [T], how many drafts come before it
+
+    @classmethod
+    def of(cls, metadata: SpecDecodeMetadata) -> "Rows":
+        counts = [n + 1 for n in metadata.num_draft_tokens]
+        device = metadata.draft_token_ids.device
+        request = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        offset = torch.cat([torch.arange(n) for n in counts])
+        drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
+        lists = [part.tolist() for part in drafts]
+        return cls(counts, lists, request.to(device), offset.to(device))
+
+    def starts(self) -> list[int]:
+        """Each request's first row."""
+        return [0, *accumulate(self.counts[:-1])]
+
+    def table(self) -> torch.Tensor:
+        """Each request's rows [N, K+1]; its last is repeated where it has fewer."""
+        last = torch.tensor(self.counts) - 1
+        column = torch.arange(max(self.counts))
+        table = torch.tensor(self.starts())[:, None] + column.minimum(last[:, None])
+        return table.to(self.request.device)
+
+    def padded_drafts(self) -> torch.Tensor:
+        """Each request's drafts [N, K]; no token where it has fewer."""
+        K = max(self.counts) - 1
+        padded = [drafts + [NO_TOKEN] * (K - len(drafts)) for drafts in self.drafts]
+        return torch.tensor(padded, dtype=torch.int64, device=self.request.device)
+
+    def each(self) -> list[tuple[int, int]]:
+        """(request, offset) of every row."""
+        return [(i, j) for i, count in enumerate(self.counts) for j in range(count)]
+
+
+class Noise(Mapping[int, torch.Generator]):
+    """The generator of every seeded row, which vLLM takes from here row after row.
+
+    A request's rows share its generator, so each draws what the plain sampler would have drawn
+    there. The state in front of each draw is kept, to go back to.
+    """
+
+    def __init__(self, rows: Rows, generators: Mapping[int, torch.Generator]) -> None:
+        self.starts, self.counts = rows.starts(), rows.counts
+        self.of_request = generators
+        self.of_row = {
+            row: generators[i]
+            for i in sorted(generators)
+            for row in range(self.starts[i], self.starts[i] + self.counts[i])
+        }
+        self.before: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, row: int) -> torch.Generator:
+        generator = self.of_row[row]
+        self.before[row] = generator.get_state()
+        return generator
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.of_row)
+
+    def __len__(self) -> int:
+        return len(self.of_row)
+
+    def rewind(self, used: list[int]) -> None:
+        """Undo the draws beyond each request's first `used`."""
+        for i, generator in self.of_request.items():
+            state = self.before.get(self.starts[i] + used[i])
+            if used[i] < self.counts[i] and state is not None:
+                generator.set_state(state)
+
+
+def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMetadata:
+    """What vLLM knows of N requests as what it would know of T, one for each row."""
+
+    def spread_tensor(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[rows.request]
+
+    def spread_dict(values: Mapping[int, Any]) -> dict[int, Any]:
+        each = enumerate(rows.each())
+        return {row: values[i] for row, (i, _) in each if i in values} if values else {}
+
+    outputs = metadata.output_token_ids  # empty where nothing asks for them
+    holder = metadata.thinking_budget_state_holder
+    penalties = {
+        name: spread_tensor(getattr(metadata, name))
+        for name in (
+            "prompt_token_ids",
+            "frequency_penalties",
+            "presence_penalties",
+            "repetition_penalties",
+        )
+    }
+    return replace(
+        metadata,
+        temperature=spread_tensor(metadata.temperature),
+        top_p=spread_tensor(metadata.top_p),
+        top_k=spread_tensor(metadata.top_k),
+        generators=noise,
+        output_token_ids=[[*outputs[i], *rows.drafts[i][:j]] for i, j in rows.each()]
+        if outputs
+        else [],
+        spec_token_ids=None,
+        allowed_token_ids_mask=spread_tensor(metadata.allowed_token_ids_mask),
+        bad_words_token_ids=spread_dict(metadata.bad_words_token_ids),
+        logprob_token_ids=spread_dict(metadata.logprob_token_ids or {}) or None,
+        logitsprocs=spread_processors(metadata.logitsprocs, rows),
+        thinking_budget_state_holder=holder and ThinkingBudget(holder, metadata, rows),
+        **({} if metadata.no_penalties else penalties),
+    )
+
+
+def spread_processors(processors: LogitsProcessors, rows: Rows) -> LogitsProcessors:
+    """The same processors in the same order, each applied to rows."""
+    spread = LogitsProcessors()
+    spread.argmax_invariant = [Spread(p, rows) for p in processors.argmax_invariant]
+    spread.non_argmax_invariant = [Spread(p, rows) for p in processors.non_argmax_invariant]
+    return spread
+
+
+class Spread:
+    """One of vLLM's processors, which knows of requests, applied to rows."""
+
+    def __init__(self, processor: Any, rows: Rows) -> None:
+        self.apply_to_rows = APPLY[type(processor)]
+        self.processor, self.rows = processor, rows
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.apply_to_rows(self.processor, logits, self.rows)
+
+
+def _min_tokens(
+    processor: MinTokensLogitsProcessor, logits: torch.Tensor, rows: Rows
+) -> torch.Tensor:
+    return processor.apply_with_spec_decode(logits, rows.counts)
+
+
+def _min_p(processor: MinPLogitsProcessor, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
+    if not processor.min_p_count:
+        return logits
+    spread = copy(processor)
+    spread.min_p = processor.min_p[rows.request]  # [T, 1]
+    return spread.apply(logits)
+
+
+def _logit_bias(
+    processor: LogitBiasLogitsProcessor, logits: torch.Tensor, rows: Rows
+) -> torch.Tensor:
+    of_request = logits.split(rows.counts)
+    for i, bias in processor.biases.items():
+        of_request[i][:, list(bias)] += logits.new_tensor(list(bias.values()))
+    return logits
+
+
+APPLY = {
+    MinTokensLogitsProcessor: _min_tokens,
+    MinPLogitsProcessor: _min_p,
+    LogitBiasLogitsProcessor: _logit_bias,
+}
+
+
+class ThinkingBudget:
+    """vLLM's thinking budgets, which know drafts: they take the last rows, then the others."""
+
+    def __init__(self, holder: Any, metadata: SamplingMetadata, rows: Rows) -> None:
+        self.holder, self.outputs = holder, metadata.output_token_ids
+        self.drafts = rows.drafts
+        self.is_last = rows.offset + 1 == torch.tensor(rows.counts).to(rows.request)[rows.request]
+
+    def has_tracked_requests(self) -> bool:
+        return self.holder.has_tracked_requests()
+
+    def update_state(self, *_: Any, **__: Any) -> None:
+        self.holder.update_state(self.outputs, self.drafts, repeat_indices=None)
+
+    def apply_to_logits(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
+        for is_last in (True, False):
+            which = self.is_last == is_last
+            logits[which] = self.holder.apply_to_logits(logits[which], is_last, self.drafts)
+        return logits
