@@ -4,11 +4,11 @@
     draft = w4·first pass + w5·(passes − 1)·pass        pass = 1 + tokens + experts, as shaped
 
 The weights are fitted to timings, all positive, so that the sum extrapolates; close to points that
-were timed it is bent towards them. Timings count by the mean of the middle half of the last ones.
+were timed it is bent towards them. Of the last timings at one point the median counts.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
@@ -16,9 +16,9 @@ from typing import Self
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
-SPEED = 0.1  # of following the machine's level
+DRIFT = 1.01  # of the machine's level, by each timing above the median
 HORIZON = 500  # timings after which one is out of date
-WINDOW = 32  # timings kept of one point
+WINDOW = 64  # timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
 SWEEPS = 20  # of coordinate descent
 REFRESH = 8  # timings between two fits
@@ -96,7 +96,7 @@ class Model:
         self.count = 0
         self.weights = [1.0] * len(terms(1, 1))
         self._timings: dict[Point, deque[tuple[int, float]]] = {}
-        self._means: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
+        self._medians: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
         self._bends: list[tuple[Point, float, int]] = []  # seconds/fit, number of timings
 
     def at_point(self, batch: int, x: float, seconds: float) -> tuple[Point, float]:
@@ -110,18 +110,18 @@ class Model:
         timings.append((self.count, seconds))
         while timings[0][0] <= self.count - HORIZON:
             timings.popleft()
-        self._means[point] = middle_mean([s for _, s in timings]), len(timings)
+        self._medians[point] = median(s for _, s in timings), len(timings)
 
     def usual(self, point: Point) -> float | None:
         """Seconds at a point that is well known."""
-        seconds, timings = self._means.get(point, (0.0, 0))
+        seconds, timings = self._medians.get(point, (0.0, 0))
         return seconds if timings >= 8 else None
 
     def fit(self, level: float) -> float:
         """Least squares of relative errors, drawn towards one weight for all; returns that one."""
         points = [
             (self.terms(2**octave, x), seconds, n)
-            for (octave, x), (seconds, n) in self._means.items()
+            for (octave, x), (seconds, n) in self._medians.items()
         ]
         if points:
             timings = sum(n for _, _, n in points)
@@ -129,14 +129,17 @@ class Model:
         size = range(len(self.weights))
         gram = [[sum(n * t[f] * t[g] / (s * s) for t, s, n in points) for g in size] for f in size]
         goal = [sum(n * t[f] / s for t, s, n in points) for f in size]
+        for f in size:
+            gram[f][f] += PRIOR / level**2
+            goal[f] += PRIOR / level
         w = self.weights = [level] * len(size)
         for _ in range(SWEEPS):
             for f in size:
                 rest = sum(gram[f][g] * w[g] for g in size if g != f)
-                w[f] = max(0.0, (goal[f] - rest + PRIOR / level) / (gram[f][f] + PRIOR / level**2))
+                w[f] = max(level / 1000, (goal[f] - rest) / gram[f][f])
         self._bends = [
             (point, seconds / self.fitted(2 ** point[0], point[1]), n)
-            for point, (seconds, n) in self._means.items()
+            for point, (seconds, n) in self._medians.items()
         ]
         return level
 
@@ -149,7 +152,7 @@ class Model:
     def bend(self, batch: int, x: float) -> float:
         """Timed/fitted at the points around, by number of timings and nearness; 1 far away."""
         octave = log2(batch)
-        total = weight = 4.0
+        total = weight = 10.0
         for (o, y), ratio, timings in self._bends:
             nearness = timings / (1 + 10 * ((o - octave) ** 2 + (y - x) ** 2)) ** 2
             total += nearness * ratio
@@ -157,11 +160,10 @@ class Model:
         return total / weight
 
 
-def middle_mean(values: list[float]) -> float:
-    """Mean of the middle half: a timing is sometimes several times too long, never too short."""
-    n = len(values)
-    middle = sorted(values)[(n + 1) // 4 : n - (n + 2) // 4]
-    return sum(middle) / len(middle)
+def median(values: Iterable[float]) -> float:
+    """The lower one of two: a timing is sometimes several times too long, never too short."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ class Costs:
         """Well-known points tell how fast the machine is now; the rest is told at that speed."""
         point, seconds = model.at_point(batch, x, seconds / self.level)
         if usual := model.usual(point):
-            change = min(max(seconds / usual, 0.75), 1.33) ** SPEED
+            change = DRIFT if seconds > usual else 1 / DRIFT
             self.level *= change
             seconds /= change
         model.observe(point, seconds)

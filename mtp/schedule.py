@@ -25,7 +25,7 @@ MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
 LEAST = 0.25  # of a step: what a trial is charged even if it promises to lose less
-PATIENCE = 2  # how often the budget halves while trials change nothing
+PATIENCE = 1  # how often the budget halves while trials change nothing
 
 PRIOR = 0.8  # acceptance where nothing is known
 KEEP, KEEP_ALL = 0.93, 0.98  # what an observation leaves of those before: per request, of all
@@ -81,32 +81,33 @@ class Fixed:
 
 
 class Acceptance:
-    """Chances that draft 1, 2, … is accepted, given those before it: counts that forget."""
+    """Chances that draft 1, 2, … is accepted, given those before it: means that forget.
 
-    def __init__(self, max_draft: int, keep: float, fade: float) -> None:
-        self.keep, self.fade = keep, fade
-        self.hits, self.trials = [0.0] * max_draft, [0.0] * max_draft
-        self.seen = 0  # the step of the last observation
+    A mean weighs as many observations as it remembers; without new ones it weighs less and less.
+    """
+
+    def __init__(self, max_draft: int, keep: float, least: float) -> None:
+        self.keep, self.least = keep, least
+        self.means = [PRIOR] * max_draft
+        self._weights = [least] * max_draft
+        self._seen = [0] * max_draft  # the step of the last observation
 
     def observe(self, drafted: int, accepted: int, now: int) -> None:
         """Positions up to the first rejected one were tried."""
-        fade = self.fade ** max(0, now - self.seen - 1)
-        self.seen = now
-        for j in range(len(self.hits)):
-            keep = fade * (self.keep if j < drafted and j <= accepted else 1.0)
-            self.hits[j] *= keep
-            self.trials[j] *= keep
         for j in range(min(drafted, accepted + 1)):
-            self.trials[j] += 1
-            self.hits[j] += j < accepted
+            weight = max(self.least, self.keep * self.weight(j, now))
+            self.means[j] += ((j < accepted) - self.means[j]) / (weight + 1)
+            self._weights[j], self._seen[j] = weight + 1, now
 
-    def estimates(self, prior: Sequence[float], now: int) -> list[float]:
-        """Counts, faded since the last observation, drawn towards the prior."""
-        fade = self.fade ** max(0, now - self.seen - 1)
-        return [
-            (fade * h + PULL * p) / (fade * n + PULL)
-            for h, n, p in zip(self.hits, self.trials, prior, strict=True)
-        ]
+    def weight(self, j: int, now: int) -> float:
+        idle = now - self._seen[j] - 1
+        return self._weights[j] * FADE**idle if idle > 0 else self._weights[j]
+
+    def towards(self, others: Sequence[float], now: int) -> Iterator[float]:
+        """The means, drawn towards those of all requests."""
+        for j, (mean, other) in enumerate(zip(self.means, others, strict=True)):
+            weight = self.weight(j, now)
+            yield other + (mean - other) * weight / (weight + PULL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +159,17 @@ class Schedule:
     def __init__(self, max_draft: int, costs: Costs) -> None:
         self.max_draft, self.costs = max_draft, costs
         self._step = 0
-        self._all = Acceptance(max_draft, KEEP_ALL, fade=1.0)
+        self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
         self._requests: dict[str, Acceptance] = {}
         self._last: list[int] = []
         self._idle: dict[str, int] = {}  # steps without draft, of the requests of the batch
         self._lag = 0  # tokens, about, that the draft of now has to catch up with
         # trials
         self._passes = 0  # of the plan
-        self._trial, self._left = 0, 0  # passes on trial, steps left of it
+        self._trial, self._left = 0, 0  # plan on trial, steps left of it
         self._chosen = ""  # the request on trial, where nothing else is drafted
         self._credit, self._halvings = 1.0, 0  # of time, in steps
-        self._tried = [0] * (max_draft + 1)  # step that last made so many passes
+        self._tried = [0] * (max_draft + 2)  # step that last followed the plan
 
     def lengths(self, requests: Sequence[str]) -> list[int]:
         """Draft length of each request of the batch, for the draft to be made now."""
@@ -179,18 +180,16 @@ class Schedule:
         table = self.costs.table(len(requests), self.max_draft)
         plans = best_plans(chances, table)
         plan = self._settle(plans)
-        if not plan.passes:  # the drafter would have much to catch up with: try one request
-            chosen = self._alone(requests, chances)
-            plans = [plan, *(price(lengths, chances, table) for lengths in chosen)]
+        if not plan.passes:  # the drafter would have much to catch up with: one request less
+            plans.append(self._alone(requests, chances, table))
         plan = self._try(plans, plan)
-        self._tried[plan.passes] = self._step
         self._note(requests, plan.lengths)
         return plan.lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
         if drafted:
             if request not in self._requests:
-                self._requests[request] = Acceptance(self.max_draft, KEEP, FADE)
+                self._requests[request] = Acceptance(self.max_draft, KEEP, least=0.0)
             for acceptance in (self._requests[request], self._all):
                 acceptance.observe(drafted, accepted, self._step)
 
@@ -201,7 +200,8 @@ class Schedule:
         if self._lag > batch:  # not what a draft usually takes: charge it to the trials
             table = self.costs.table(batch, self.max_draft)
             extra = seconds / self.costs.level - table.draft[passes]
-            self._credit -= max(0.0, extra / table.step[0])
+            if self._left:
+                self._credit -= max(0.0, extra / table.step[0])
         else:
             self.costs.observe_draft(batch, passes, seconds)
 
@@ -214,7 +214,7 @@ class Schedule:
         table = self.costs.table(batch, self.max_draft)
         return {
             "lengths": dict(sorted(Counter(self._last).items())),
-            "acceptance": self._all.estimates([PRIOR] * self.max_draft, self._step),
+            "acceptance": list(self._all.means),
             "step_seconds": table.step[::batch],
             "draft_seconds": table.draft,
             "on_trial": self._left > 0,
@@ -223,12 +223,11 @@ class Schedule:
 
     def _chances(self, requests: Sequence[str]) -> list[list[float]]:
         """a_ij: that the first j drafts of request i are all accepted."""
-        everyone = self._all.estimates([PRIOR] * self.max_draft, self._step)
+        everyone = self._all.means
         newcomer = list(accumulate(everyone, mul))
         known = (self._requests.get(request) for request in requests)
         return [
-            list(accumulate(a.estimates(everyone, self._step), mul)) if a else newcomer
-            for a in known
+            list(accumulate(a.towards(everyone, self._step), mul)) if a else newcomer for a in known
         ]
 
     def _note(self, requests: Sequence[str], lengths: list[int]) -> None:
@@ -239,14 +238,13 @@ class Schedule:
         self._last = lengths
 
     def _alone(
-        self, requests: Sequence[str], chances: Sequence[Sequence[float]]
-    ) -> Iterator[list[int]]:
-        """1, 2, … k drafts for the likeliest request alone; during a trial always the same."""
+        self, requests: Sequence[str], chances: Sequence[Sequence[float]], table: Table
+    ) -> Plan:
+        """One draft for the likeliest request; during a trial always for the same one."""
         if not self._left or self._chosen not in requests:
             best = max(range(len(requests)), key=lambda i: chances[i][0])
             self._chosen = requests[best]
-        for n in range(1, self.max_draft + 1):
-            yield [n if r == self._chosen else 0 for r in requests]
+        return price([int(r == self._chosen) for r in requests], chances, table)
 
     def _settle(self, plans: list[Plan]) -> Plan:
         """The best plan; one with as many passes as before unless another is better by MARGIN."""
@@ -257,12 +255,13 @@ class Schedule:
         """The plan, or another that is due for a trial and whose loss the budget covers."""
         if plan.passes != self._passes:  # things have changed: trials may pay again
             self._passes, self._left, self._halvings = plan.passes, 0, 0
+        self._tried[plan.passes] = self._step
         self._credit += BUDGET / 2**self._halvings
         if not self._left:
             loss = {
-                p.passes: max(LEAST, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
-                for p in plans
-                if p.passes != plan.passes
+                n: max(LEAST, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
+                for n, p in enumerate(plans)
+                if n != plan.passes
             }
             due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)
             if loss[due] > self._credit:
@@ -272,4 +271,5 @@ class Schedule:
         self._left -= 1
         if not self._left:
             self._halvings = min(PATIENCE, self._halvings + 1)
+        self._tried[self._trial] = self._step
         return plans[self._trial]
