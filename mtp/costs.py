@@ -115,7 +115,7 @@ class Model:
     def usual(self, point: Point) -> float | None:
         """Seconds at a point that is well known."""
         seconds, timings = self._medians.get(point, (0.0, 0))
-        return seconds if timings >= 8 else None
+        return seconds if timings >= WINDOW // 2 else None
 
     def fit(self, level: float) -> float:
         """Least squares of relative errors, drawn towards one weight for all; returns that one."""
