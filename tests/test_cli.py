@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from typer.testing import CliRunner
 
-from checkpoints import write_checkpoint
+from checkpoints import BASE, write_checkpoint
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor
 from qwen3next_plugin.cli.machine import machine
@@ -130,6 +130,7 @@ def test_blocks_are_the_ones_vllm_counts(length, drafts, prefix_caching):
 def test_no_drafts_no_drafter():
     plan = make_plan(CONFIG, sizes(drafts=False), flags())
     assert plan.weights["MTP"] == 0
+    assert "draft head" not in plan.weights
     assert plan.kv_bytes_per_token == 12 * 2048
 
 
@@ -231,6 +232,8 @@ def test_plan_reads_the_safetensors_files(tmp_path):
     plan = json.loads(result.stdout)
     counted = plan["parameters"] + plan["parameters_mtp"]
     assert plan["weights_from"] == "safetensors files"
+    head = plan["weights"].pop("draft head")
+    assert head == BASE["vocab_size"] * (BASE["hidden_size"] + 4)
     assert sum(plan["weights"].values()) == 4 * counted  # stored and served in float32
     halved = json.loads(run("plan", folder, "--memory", 4, "--dtype", "bfloat16", "--json").stdout)
     assert sum(halved["weights"].values()) == 2 * halved["parameters"]
@@ -242,6 +245,7 @@ def test_plan_scales_a_quantised_index(released):
     options = ("--num-speculative-tokens", 1, "--memory", 80, "--json")
     plan = json.loads(run("plan", released, *options).stdout)
     assert plan["weights_from"] == INDEX
+    assert plan["weights"].pop("draft head") == 151_936 * (2048 + 4)
     assert sum(plan["weights"].values()) == pytest.approx(45e9, rel=1e-4)
 
 

@@ -16,9 +16,11 @@ constexpr int64_t kBlockBytes = 1 << 16;  // of weight: a block's tiles find it 
 
 struct Head {
   const int8_t* weight;
-  const float* scale;
+  const float* scales;
+  const int32_t* rows;  // the R that are asked
   int64_t R, D, stride;
-  const int8_t* row(int64_t r) const { return weight + r * stride; }
+  const int8_t* row(int64_t i) const { return weight + rows[i] * stride; }
+  float scale(int64_t i) const { return scales[rows[i]]; }
 };
 
 // x in integers, padded with zeros to a width of whole vectors.
@@ -110,7 +112,7 @@ void tile_of(int64_t count, int32_t (&sums)[kTileBatch][kTileRows],
   tile<kBatch>(sums, weight, x, width, D);
 }
 
-// The best of rows [begin, end) for each of the batch. Meanwhile as many rows behind them come
+// The best of the asked rows [begin, end) for each of the batch. Meanwhile as many behind them come
 // into the cache, a part with each pass, so that memory is read while later passes compute.
 void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t begin, int64_t end) {
   const int64_t passes = (batch.N + kTileBatch - 1) / kTileBatch;
@@ -127,7 +129,7 @@ void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t beg
       tile_of(count, sums, rows, batch.integers.data() + first * batch.width, batch.width, head.D);
       for (int64_t n = 0; n < count; ++n) {
         for (int64_t i = 0; i < std::min<int64_t>(kTileRows, end - r); ++i) {
-          best[first + n].meet(r + i, static_cast<float>(sums[n][i]) * head.scale[r + i]);
+          best[first + n].meet(r + i, static_cast<float>(sums[n][i]) * head.scale(r + i));
         }
       }
     }
@@ -136,9 +138,14 @@ void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t beg
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale) {
-  const int64_t N = x.size(0), D = x.size(1), R = weight.size(0);
-  const Head head{read<int8_t>(weight), read<float>(scale), R, D, weight.stride(0)};
+std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows) {
+  const int64_t N = x.size(0), D = x.size(1), R = rows.size(0);
+  const Head head{read<int8_t>(weight), read<float>(scale), read<int32_t>(rows), R, D,
+                  weight.stride(0)};
+  for (int64_t i = 0; i < R; ++i) {
+    check(0 <= head.rows[i] && head.rows[i] < weight.size(0), "draft_head: rows[", i,
+          "] = ", head.rows[i], " is not one of ", weight.size(0), " rows");
+  }
   const Batch batch = quantised(x);
 
   const int64_t block = round_up(1 + kBlockBytes / (D + 1), kTileRows);
@@ -148,17 +155,17 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale) {
     best_of_block(best.data() + b * N, head, batch, b * block, std::min(R, (b + 1) * block));
   });
 
-  Tensor rows = torch::stable::new_empty(x, {N}, ScalarType::Long);
+  Tensor best_rows = torch::stable::new_empty(x, {N}, ScalarType::Long);
   Tensor values = torch::stable::new_empty(x, {N}, ScalarType::Float);
-  int64_t* row = write<int64_t>(rows);
+  int64_t* row = write<int64_t>(best_rows);
   float* value = write<float>(values);
   for (int64_t n = 0; n < N; ++n) {
     Best found;
     for (int64_t b = 0; b < blocks; ++b) found.meet(best[b * N + n].row, best[b * N + n].score);
-    row[n] = found.row;
+    row[n] = head.rows[found.row];
     value[n] = found.score * batch.step[n];
   }
-  return {rows, values};
+  return {best_rows, values};
 }
 
 }  // namespace Q3N_LEVEL

@@ -6,9 +6,14 @@ from torch import Tensor
 CHUNK = 4096  # rows in fp64 at a time
 
 
-def draft_head(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def draft_head(x: Tensor, weight: Tensor, scale: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op."""
-    D = x.shape[1]
+    D, V = x.shape[1], weight.shape[0]
+    outside = ((rows < 0) | (rows >= V)).nonzero()
+    if len(outside):
+        i = int(outside[0])
+        raise RuntimeError(f"draft_head: rows[{i}] = {int(rows[i])} is not one of {V} rows")
+    weight, scale = weight[rows], scale[rows]
     limit = min(2**15 - 1, (2**31 - 1) // (128 * max(1, D)))  # no sum leaves int32
     x = x.float()
     finite = x.isfinite().all(-1, keepdim=True)
@@ -16,8 +21,8 @@ def draft_head(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     usable = finite & (largest >= 1e-30)
     step = torch.where(usable, largest / limit, 1.0)
     integers = torch.where(usable, (x / step).round(), 0.0).double()
-    sums = torch.cat([integers @ rows.double().T for rows in weight.split(CHUNK)], 1)  # [N, R]
+    sums = torch.cat([integers @ part.double().T for part in weight.split(CHUNK)], 1)  # [N, R]
     scores = sums.float() * scale
-    rows = scores.argmax(-1)
-    values = scores.gather(-1, rows[:, None]) * step
-    return rows, torch.where(finite, values, torch.nan).squeeze(-1)
+    best = scores.argmax(-1)
+    values = scores.gather(-1, best[:, None]) * step
+    return rows[best].long(), torch.where(finite, values, torch.nan).squeeze(-1)

@@ -104,7 +104,7 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
       "Tensor positions, int num_heads, int num_kv_heads, int head_dim, int rotary_dim, "
       "float eps) -> (Tensor, Tensor)");
   m.def("output_gate(Tensor(a!) x_, Tensor gate) -> ()");
-  m.def("draft_head(Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)");
+  m.def("draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3next, CompositeExplicitAutograd, m) {

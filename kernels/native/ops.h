@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
                                         int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
                                         double eps);
 void output_gate(Tensor x_, Tensor gate);
-std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale);
+std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows);
 
 }  // namespace Q3N_LEVEL
 

@@ -91,8 +91,12 @@ def make_plan(config: Qwen3NextConfig, sizes: Mapping[str, int], flags: Flags) -
     page = state_page(config, flags)
     block_tokens = BLOCK_ALIGNMENT * ceil(sum(page.values()) / (BLOCK_ALIGNMENT * kv_per_layer))
     group = _group_size(linear, attention)
+    weights = dict(rank_bytes(sizes, config))
+    if drafter:  # int8, and a scale a row
+        rows = ceil(config.vocab_size / config.tp_size)
+        weights["draft head"] = rows * (config.hidden_size + 4)
     return Plan(
-        weights=rank_bytes(sizes, config),
+        weights=weights,
         state_page=page,
         linear_layers=linear,
         kv_bytes_per_token=attention * kv_per_layer,

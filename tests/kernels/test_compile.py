@@ -42,7 +42,7 @@ def calls():
         "output_gate": (output_gate, {"x_": x4[0].clone(), "gate": x4[1]}),
         "draft_head": (draft_head, {
             "x": x4[0, 0], "weight": torch.randint(-127, 128, (9, 24), dtype=torch.int8),
-            "scale": torch.rand(9),
+            "scale": torch.rand(9), "rows": torch.tensor([4, 0, 8], dtype=torch.int32),
         }),
     }  # fmt: skip
 

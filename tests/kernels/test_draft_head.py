@@ -5,9 +5,16 @@ import itertools
 import pytest
 import torch
 
-from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows, reference
+from qwen3next_plugin.kernels import draft_head as op
+from qwen3next_plugin.kernels.draft_head import quantise_rows, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draft_head(x, weight, scale, rows=None):
+    """The op; all rows unless some are named."""
+    rows = torch.arange(len(weight), dtype=torch.int32) if rows is None else rows
+    return op.draft_head(x=x, weight=weight, scale=scale, rows=rows)
 
 
 def head(R, D, dtype=torch.float32):
@@ -25,11 +32,13 @@ def head(R, D, dtype=torch.float32):
 def test_exactly_the_reference(backend, N, R, D, dtype):
     _, weight, scale = head(R, D)
     x = (torch.randn(N, D + 5) * 3).to(dtype)[:, :D]
-    rows, values = draft_head(x=x, weight=weight, scale=scale)
-    ref_rows, ref_values = reference.draft_head(x, weight, scale)
-    assert rows.dtype == torch.int64
-    assert torch.equal(rows, ref_rows)
-    assert torch.equal(values, ref_values)
+    for some in (torch.arange(R), torch.randperm(R)[: 1 + R // 3]):
+        rows, values = draft_head(x, weight, scale, some.int())
+        ref_rows, ref_values = reference.draft_head(x, weight, scale, some.int())
+        assert rows.dtype == torch.int64
+        assert torch.isin(rows, some).all()
+        assert torch.equal(rows, ref_rows)
+        assert torch.equal(values, ref_values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,7 +187,12 @@ def test_refuses(backend):
         draft_head(x=x, weight=weight, scale=scale.bfloat16())
     with pytest.raises(ValueError, match="not contiguous"):
         draft_head(x=x, weight=weight.t().contiguous().t(), scale=scale)
-    with pytest.raises(ValueError, match="draft_head: weight has no rows"):
+    with pytest.raises(ValueError, match="draft_head: there are no rows"):
         draft_head(x=x, weight=weight[:0], scale=scale[:0])
+    with pytest.raises(ValueError, match=r"draft_head: rows is torch\.int64"):
+        draft_head(x=x, weight=weight, scale=scale, rows=torch.tensor([1]))
+    for row in (5, -1):
+        with pytest.raises(RuntimeError, match=rf"draft_head: rows\[1\] = {row} is not one of 5"):
+            draft_head(x, weight, scale, torch.tensor([0, row], dtype=torch.int32))
     with pytest.raises(ValueError, match="quantise_rows: row 2"):
         quantise_rows(torch.tensor([[1.0], [2.0], [torch.nan]]))

@@ -83,6 +83,7 @@ class Drafter(EagleProposer):
             token_indices_to_sample [N], where its hidden state lies (None: at the row's end)
         """
         entered = time.perf_counter()
+        self.model.see(target_token_ids)
         starts = common_attn_metadata.query_start_loc
         ends = starts[1:] if token_indices_to_sample is None else token_indices_to_sample + 1
         requests = self._requests(

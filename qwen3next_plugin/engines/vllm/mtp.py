@@ -131,6 +131,11 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         """Shapes: hidden_states [N, D], returns [N, vocab]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
+    def see(self, token_ids: torch.Tensor) -> None:
+        """Let drafts follow what is asked and answered. Shapes: token_ids [T]."""
+        if hasattr(self.lm_head, "draft_head"):
+            self.lm_head.draft_head.see(token_ids)
+
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The likeliest tokens. Shapes: hidden_states [N, D], returns [N]."""
         if hasattr(self.lm_head, "draft_head"):

@@ -5,8 +5,8 @@ embedding is only looked up and needs no packed copy; a head is only multiplied 
 one. With a vocabulary of 151,936 that is 1.2 GB at 2048 dims. Elsewhere than on a CPU nothing is
 packed and nothing changes.
 
-The draft head is an int8 copy of the head's likelier rows: a draft needs one token, not a
-distribution, and what it gets wrong the full head puts right when the draft is verified.
+The draft head is an int8 copy of the head, of which a draft asks the likelier rows: it needs one
+token, not a distribution, and what it gets wrong the full head puts right at verification.
 """
 
 import torch
@@ -24,9 +24,9 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
-from qwen3next_plugin.mtp.draft_vocabulary import draft_vocabulary, rows_of_shard
+from qwen3next_plugin.mtp.draft_vocabulary import DraftVocabulary
 
-DRAFT_ROWS = 32768  # of the head that drafts choose from: docs/mtp.md has what they cover
+DRAFT_ROWS = 32768  # of the head that a draft chooses from: docs/kernels.md, what they cover
 
 
 class _LookUpOnly(UnquantizedEmbeddingMethod):
@@ -49,20 +49,33 @@ class _Head(UnquantizedEmbeddingMethod):
 
 
 class DraftHead(nn.Module):
-    """This rank's share of the rows that drafts choose from."""
+    """This rank's share of the head that drafts choose from."""
 
     def __init__(self, head: ParallelLMHead, vocab_size: int) -> None:
         super().__init__()
         shard = head.shard_indices
-        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        self.ids = rows_of_shard(draft_vocabulary(vocab_size, DRAFT_ROWS), first, end)
-        self.weight, self.scale = quantise_rows(head.weight.data[self.ids - first])
+        self.first, self.end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        self.weight, self.scale = quantise_rows(head.weight.data[: self.end - self.first])
+        self.vocabulary = DraftVocabulary(vocab_size, DRAFT_ROWS)
+        self.rows = self._rows()
+
+    def _rows(self) -> torch.Tensor:
+        """The drafted tokens that this rank holds, as rows of its weight [R] int32."""
+        ids = self.vocabulary.ids
+        return ids[(ids >= self.first) & (ids < self.end)] - self.first
+
+    def see(self, token_ids: torch.Tensor) -> None:
+        """Let drafts follow what is asked and answered. Shapes: token_ids [T]."""
+        if self.vocabulary.see(token_ids):
+            self.rows = self._rows()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each. Shapes: hidden_states [N, D], returns [N]."""
-        if len(self.ids):
-            rows, values = draft_head(x=hidden_states, weight=self.weight, scale=self.scale)
-            tokens = self.ids[rows]
+        if len(self.rows):
+            rows, values = draft_head(
+                x=hidden_states, weight=self.weight, scale=self.scale, rows=self.rows
+            )
+            tokens = rows + self.first
         else:  # a rank all of whose rows are unlikely tokens
             values = hidden_states.new_full((len(hidden_states),), -torch.inf, dtype=torch.float32)
             tokens = torch.zeros(len(hidden_states), dtype=torch.int64)
