@@ -10,6 +10,7 @@ from qwen3next_plugin import env
 OPS = (
     "causal_conv1d",
     "draft_head",
+    "fused_moe",
     "gated_delta_rule",
     "output_gate",
     "qk_norm_rope",

@@ -8,6 +8,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 OPS = (
     "causal_conv1d",
+    "fused_moe",
     "gated_delta_rule",
     "output_gate",
     "qk_norm_rope",

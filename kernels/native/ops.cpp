@@ -28,7 +28,7 @@ namespace {
 
 constexpr const char* kOpNames[kOps] = {"causal_conv1d",  "gated_delta_rule", "rms_norm",
                                         "rms_norm_gated", "qk_norm_rope",     "output_gate",
-                                        "draft_head"};
+                                        "draft_head",     "fused_moe"};
 
 // What this processor can run, lowest first.
 std::vector<const Level*> available() {
@@ -104,6 +104,8 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
       "Tensor positions, int num_heads, int num_kv_heads, int head_dim, int rotary_dim, "
       "float eps) -> (Tensor, Tensor)");
   m.def("output_gate(Tensor(a!) x_, Tensor gate) -> ()");
+  m.def(
+      "fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor");
   m.def("draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows) -> (Tensor, Tensor)");
 }
 

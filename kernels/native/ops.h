@@ -24,13 +24,14 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
                                         int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
                                         double eps);
 void output_gate(Tensor x_, Tensor gate);
+Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids);
 std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows);
 
 }  // namespace Q3N_LEVEL
 
 using Boxed = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-constexpr int kOps = 7;
+constexpr int kOps = 8;
 
 // In the order of kOpNames (ops.cpp).
 struct Level {

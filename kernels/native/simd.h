@@ -261,6 +261,52 @@ inline float sum_of_squares(const T* x, int64_t n) {
   return sum(total);
 }
 
+template <int N>
+inline void add_neighbours(f32v* v) {
+  if constexpr (N > 1) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes{};
+    repeat<N / 2>(N / 2, [&](int64_t i) __attribute__((always_inline)) {
+      v[i] =
+          every<0, 2>(v[2 * i], v[2 * i + 1], lanes) + every<1, 2>(v[2 * i], v[2 * i + 1], lanes);
+    });
+    add_neighbours<N / 2>(v);
+  }
+}
+
+// Lane i: the sum over the lanes of v[i], in one fixed order, for kLanes vectors.
+inline f32v lane_sums(const f32v* v) {
+  f32v sums[kLanes];
+  repeat<kLanes>(kLanes, [&](int64_t i) __attribute__((always_inline)) { sums[i] = v[i]; });
+  add_neighbours<kLanes>(sums);
+  return sums[0];
+}
+
+// What one step of a dot product takes of each side, and how it is added.
+template <class T>
+struct Terms {
+  using type = f32v;
+  static constexpr int64_t kCount = kLanes;
+  static f32v load(const T* p) { return Q3N_LEVEL::load(p); }
+  static f32v load(const T* p, int64_t n) { return Q3N_LEVEL::load(p, n); }
+  static f32v add(f32v a, f32v b, f32v c) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Terms<bf16> {  // products in pairs
+  using type = __m512bh;
+  static constexpr int64_t kCount = 2 * kLanes;
+  static __m512bh load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh load(const bf16* p, int64_t n) {
+    const __mmask32 mask = (uint64_t{1} << n) - 1;
+    return (__m512bh)_mm512_maskz_loadu_epi16(mask, p);
+  }
+  static f32v add(__m512bh a, __m512bh b, f32v c) {
+    return (f32v)_mm512_dpbf16_ps((__m512)c, a, b);
+  }
+};
+#endif
+
 // Integers below 2^15 in size.
 inline void store(int16_t* p, i32v v) {
   typedef int16_t i16h __attribute__((vector_size(2 * kLanes)));

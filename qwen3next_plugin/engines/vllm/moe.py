@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.experts import Experts
 
 
 class SwiGLU(nn.Module):
@@ -90,6 +91,7 @@ class SparseMoE(nn.Module):
                 prefix=f"{prefix}.experts",
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.n_redundant_experts,
+                routed_experts_cls=Experts,
             )
 
     def _make_shared_expert(

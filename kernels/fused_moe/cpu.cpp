@@ -1,0 +1,188 @@
+#include <vector>
+
+#include "ops.h"
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+namespace {
+
+// A tile of products is kTileRows of a weight by kTileTokens tokens, in registers: 16 accumulators,
+// 4 weights, 1 of x; below AVX-512 8, 4 and 1.
+constexpr int kTileRows = 4;
+constexpr int kTileTokens = kLanes == 16 ? 4 : 2;
+constexpr int kTile = kTileRows * kTileTokens;
+constexpr int64_t kChunk = 32;  // inner features, or outputs, that one task takes of an expert
+constexpr int64_t kAhead = 16;  // outputs that are read ahead
+constexpr int64_t kBlock = 32;  // tokens whose rows stay in the cache beside a chunk's weights
+
+struct Dims {
+  int64_t T, D, E, I, k;
+};
+
+// Tokens by expert: those of e are [first[e], first[e + 1]) of `token` and `slot`, in their order.
+struct Routes {
+  std::vector<int64_t> first, token, slot;  // slot: of [T * k], where the weight lies
+  std::vector<int64_t> experts;             // that have tokens, ascending
+
+  Routes(const int32_t* ids, const Dims& d) : first(d.E + 1), token(d.T * d.k), slot(d.T * d.k) {
+    for (int64_t i = 0; i < d.T * d.k; ++i) {
+      check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.k, ", ", i % d.k,
+            "] = ", ids[i], " is not one of ", d.E, " experts");
+      ++first[ids[i] + 1];
+    }
+    for (int64_t e = 0; e < d.E; ++e) {
+      if (first[e + 1]) experts.push_back(e);
+      first[e + 1] += first[e];
+    }
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < d.T * d.k; ++i) {
+      const int64_t at = next[ids[i]]++;
+      token[at] = i / d.k, slot[at] = i;
+    }
+  }
+};
+
+// sums[n][r] = row_r . x_n, for N tokens. Meanwhile the rows `next`, if any, come into the cache.
+template <int N, class T>
+Q3N_INLINE inline void tile(const T* const (&row)[kTileRows], const T* const (&x)[kTileTokens],
+                            const T* const* next, int64_t width,
+                            float (&sums)[kTileTokens][kTileRows]) {
+  using V = Terms<T>;
+  f32v total[kTile] = {};
+  const auto add = [&](int64_t i, auto... count) Q3N_INLINE {
+    if (next && i * sizeof(T) % 64 == 0) {
+      repeat<kTileRows>(kTileRows,
+                        [&](int64_t r) Q3N_INLINE { __builtin_prefetch(next[r] + i, 0, 2); });
+    }
+    typename V::type w[kTileRows];
+    repeat<kTileRows>(kTileRows,
+                      [&](int64_t r) Q3N_INLINE { w[r] = V::load(row[r] + i, count...); });
+    repeat<N>(N, [&](int64_t n) Q3N_INLINE {
+      const typename V::type xs = V::load(x[n] + i, count...);
+      repeat<kTileRows>(kTileRows, [&](int64_t r) Q3N_INLINE {
+        total[n * kTileRows + r] = V::add(w[r], xs, total[n * kTileRows + r]);
+      });
+    });
+  };
+  int64_t i = 0;
+  for (; i + V::kCount <= width; i += V::kCount) add(i);
+  if (i < width) add(i, width - i);
+  repeat<kTile / kLanes>(kTile / kLanes, [&](int64_t part) Q3N_INLINE {
+    store(&sums[0][0] + part * kLanes, lane_sums(total + part * kLanes));
+  });
+}
+
+template <class T, int N = kTileTokens>
+void tile_of(int64_t count, const T* const (&row)[kTileRows], const T* const (&x)[kTileTokens],
+             const T* const* next, int64_t width, float (&sums)[kTileTokens][kTileRows]) {
+  if constexpr (N > 1) {
+    if (count < N) return tile_of<T, N - 1>(count, row, x, next, width, sums);
+  }
+  tile<N>(row, x, next, width, sums);
+}
+
+// Calls f(first, count) over [begin, end), a tile's tokens at a time.
+template <class F>
+void for_tiles(int64_t begin, int64_t end, F&& f) {
+  for (int64_t i = begin; i < end; i += kTileTokens) f(i, std::min<int64_t>(kTileTokens, end - i));
+}
+
+// Inner features [c, c + kChunk) of an expert's tokens: h = silu(W1 x) * W3 x. Meanwhile the rows
+// that are next, those of expert `ahead` at last, come into the cache.
+template <class T>
+void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes, const Dims& d,
+           int64_t e, int64_t ahead, int64_t c) {
+  const int64_t end = std::min(c + kChunk, d.I), last = routes.first[e + 1];
+  float gate[kBlock][kChunk], up[kBlock][kChunk];
+  for (int64_t begin = routes.first[e]; begin < last; begin += kBlock) {
+    const int64_t block = std::min(begin + kBlock, last);
+    for (int64_t i = c; i < end; i += 2) {
+      const int64_t j = std::min(i + 1, end - 1);
+      const T *w1 = w13 + (e * 2 * d.I) * d.D, *w3 = w1 + d.I * d.D;
+      const T* const row[kTileRows] = {w1 + i * d.D, w1 + j * d.D, w3 + i * d.D, w3 + j * d.D};
+      const T* n1 = w13 + (i + 2 < end ? e * 2 * d.I + i + 2 : ahead * 2 * d.I + c) * d.D;
+      const T* const next[kTileRows] = {n1, n1 + d.D, n1 + d.I * d.D, n1 + (d.I + 1) * d.D};
+      for_tiles(begin, block, [&](int64_t first, int64_t count) {
+        const T* xs[kTileTokens];
+        for (int64_t n = 0; n < count; ++n) xs[n] = x + routes.token[first + n] * stride;
+        float sums[kTileTokens][kTileRows];
+        tile_of(count, row, xs, first == routes.first[e] ? next : nullptr, d.D, sums);
+        for (int64_t n = 0; n < count; ++n) {
+          gate[first - begin + n][i - c] = sums[n][0], gate[first - begin + n][j - c] = sums[n][1];
+          up[first - begin + n][i - c] = sums[n][2], up[first - begin + n][j - c] = sums[n][3];
+        }
+      });
+    }
+    for (int64_t n = begin; n < block; ++n) {
+      for_vectors(end - c, [&](int64_t i, int64_t lanes) {
+        const f32v g = load(gate[n - begin] + i, lanes), u = load(up[n - begin] + i, lanes);
+        store(h + n * d.I + c + i, silu(g) * u, lanes);
+      });
+    }
+  }
+}
+
+// Outputs [c, c + kChunk) of all tokens, expert after expert.
+template <class T>
+void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& routes,
+           const Dims& d, int64_t c) {
+  const int64_t end = std::min(c + kChunk, d.D);
+  std::vector<float> totals(d.T * kChunk);
+  for (size_t place = 0; place < routes.experts.size(); ++place) {
+    const int64_t e = routes.experts[place];
+    const int64_t ahead = routes.experts[std::min(place + 1, routes.experts.size() - 1)];
+    for (int64_t i = c; i < end; i += kTileRows) {
+      const int64_t soon =
+          i + kAhead < end ? e * d.D + i + kAhead : ahead * d.D + c + (i + kAhead - c) % kChunk;
+      const T *row[kTileRows], *next[kTileRows];
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        row[r] = w2 + (e * d.D + std::min(i + r, end - 1)) * d.I;
+        next[r] = w2 + (soon + r) * d.I;
+      }
+      for_tiles(routes.first[e], routes.first[e + 1], [&](int64_t first, int64_t count) {
+        const T* xs[kTileTokens];
+        for (int64_t n = 0; n < count; ++n) xs[n] = h + (first + n) * d.I;
+        float sums[kTileTokens][kTileRows];
+        tile_of(count, row, xs, first == routes.first[e] ? next : nullptr, d.I, sums);
+        for (int64_t n = 0; n < count; ++n) {
+          const float weight = weights[routes.slot[first + n]];
+          float* total = totals.data() + routes.token[first + n] * kChunk + i - c;
+          for (int64_t r = 0; r < std::min<int64_t>(kTileRows, end - i); ++r) {
+            total[r] += weight * sums[n][r];
+          }
+        }
+      });
+    }
+  }
+  for (int64_t t = 0; t < d.T; ++t) {
+    for_vectors(end - c, [&](int64_t i, int64_t lanes) {
+      store(out + t * d.D + c + i, load(totals.data() + t * kChunk + i, lanes), lanes);
+    });
+  }
+}
+
+}  // namespace
+
+Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) {
+  const Dims d{x.size(0), x.size(1), w13.size(0), w2.size(2), topk_ids.size(1)};
+  const Routes routes(read<int32_t>(topk_ids), d);
+  const float* weights = read<float>(topk_weights);
+  Tensor out = torch::stable::new_empty(x, {d.T, d.D});
+  Tensor h = torch::stable::new_empty(x, {d.T * d.k, d.I});  // by expert, as in routes
+  const int64_t experts = routes.experts.size();
+  const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
+  const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;
+  with_dtype(x, [&]<class A>(A) {
+    // Chunk by chunk of all experts, so that each thread gets a share of every expert's tokens.
+    parallel(inner_chunks * experts, 1, [&](int64_t i) {
+      inner(write<A>(h), read<A>(x), x.stride(0), read<A>(w13), routes, d,
+            routes.experts[i % experts], routes.experts[(i + 1) % experts], i / experts * kChunk);
+    });
+    parallel(outer_chunks, 1, [&](int64_t i) {
+      outer(write<A>(out), read<A>(h), read<A>(w2), weights, routes, d, i * kChunk);
+    });
+  });
+  return out;
+}
+
+}  // namespace Q3N_LEVEL

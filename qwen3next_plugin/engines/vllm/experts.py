@@ -1,0 +1,65 @@
+"""Our experts' kernel in vLLM's MoE, where vLLM would take its portable one on a CPU.
+
+vLLM has a kernel for AMX, which stays where a processor has that; elsewhere its portable vectors
+convert every weight to fp32, which costs prefill half its time. Router, shared expert and the
+weights' loading are vLLM's. Ours reads the weights as the checkpoint has them: nothing is packed.
+"""
+
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization import QuantizationConfig
+
+from qwen3next_plugin.kernels.fused_moe import fused_moe
+
+
+class NativeExperts(CPUUnquantizedExperts):
+    """Takes the place of vLLM's portable kernel."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack nothing."""
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        *_: object,
+        **__: object,
+    ) -> None:
+        """Shapes: output, hidden_states [T, D], w1 [E, 2I, D], w2 [E, D, I], topk_* [T, k]."""
+        assert activation == MoEActivation.SILU
+        output.copy_(
+            fused_moe(
+                x=hidden_states,
+                w13=w1,
+                w2=w2,
+                topk_weights=topk_weights.float(),
+                topk_ids=topk_ids.int(),
+            )
+        )
+
+
+class Experts(RoutedExperts):
+    """vLLM's holder of the experts' weights; chooses our kernel instead of the portable one."""
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        method = super()._get_quant_method(prefix, quant_config, moe_config)
+        portable = isinstance(method, UnquantizedFusedMoEMethod) and (
+            method.experts_cls is CPUUnquantizedExperts
+        )
+        if portable:
+            method.experts_cls = NativeExperts
+        return method
