@@ -15,9 +15,7 @@ TINY = Path("examples/qwen3next-tiny")
 def main(
     out: Annotated[Path, typer.Option(help="Where models, logs and figures go.")] = Path("out"),
     quick: Annotated[bool, typer.Option(help="Fewer rounds, and no compiled engines.")] = False,
-    docs: Annotated[
-        bool, typer.Option(help="Write docs/performance.md and the figures of docs/mtp.md.")
-    ] = True,
+    docs: Annotated[bool, typer.Option(help="Write the figures of docs/.")] = True,
 ) -> None:
     """Measure plugin against upstream, alternating; stops on a red check without a number."""
     out.mkdir(exist_ok=True)

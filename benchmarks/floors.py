@@ -56,7 +56,6 @@ class Model:
         return (self.step(batch * (k + 1)) + k * self.draft(batch)) / self.step(batch)
 
 
-BLOCK = Model(
-    3, 1, CONFIG["num_experts"], CONFIG["num_experts_per_tok"], CONFIG["vocab_size"], 32768
-)
-RELEASED = Model(36, 12, 512, 10, CONFIG["vocab_size"], 32768)  # Qwen3-Next-80B-A3B
+VOCABULARY, DRAFT_ROWS = CONFIG["vocab_size"], 32768
+BLOCK = Model(3, 1, CONFIG["num_experts"], CONFIG["num_experts_per_tok"], VOCABULARY, DRAFT_ROWS)
+RELEASED = Model(36, 12, 512, 10, VOCABULARY, DRAFT_ROWS)  # Qwen3-Next-80B-A3B

@@ -29,6 +29,7 @@ from benchmarks.floors import BLOCK
 
 TINY = Path("examples/qwen3next-tiny")
 BATCHES, DRAFTS = (1, 8), (1, 2, 3)
+VERIFY = "verify step over plain, k = {k}, batch {batch}"
 TARGETS = {1: {1: 1.5, 2: 1.9, 3: 2.3}, 8: {1: 1.5, 2: 1.9, 3: 2.2}}  # batch → k → plain steps
 
 
@@ -66,7 +67,7 @@ def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float
                         table[name] = rates(pair, batch, rounds, 40 if quick else 150)
     for k in DRAFTS:
         for batch in BATCHES:
-            row = table[f"verify step over plain, k = {k}, batch {batch}"]
+            row = table[VERIFY.format(k=k, batch=batch)]
             row |= {"to reach": TARGETS[batch][k], "floor": BLOCK.over_plain(k, batch)}
     memory = table["peak memory, MTP k = 2"]
     memory["ratio"] = memory["plugin GB"] / memory["upstream GB"]
