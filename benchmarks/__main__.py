@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import clients, engines, kernels, mtp, report, startup
+from benchmarks import clients, engines, kernels, mtp, report, report_mtp, startup
 from benchmarks.block_model import block_model
 
 TINY = Path("examples/qwen3next-tiny")
@@ -35,7 +35,7 @@ def main(
     print(report.markdown({"until ready": results["startup"]}))
     if docs:
         report.write(path)
-        report.write_mtp(results)
+        report_mtp.write(results)
 
 
 if __name__ == "__main__":

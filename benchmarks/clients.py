@@ -22,6 +22,7 @@ POLICIES = {OFF: (0, "fixed")}
 POLICIES |= {f"k = {k}": (k, "fixed") for k in range(1, MAX_DRAFT + 1)}
 POLICIES[ADAPTIVE] = (MAX_DRAFT, "adaptive")
 CLIENTS = (1, 4, 16)
+MEMORY = 1 << 29  # of each server's KV cache
 CHECKED = 40  # answers compared with those without drafts
 SAME = 0.95  # share of them that must be equal: bf16, so that near ties may fall either way
 
@@ -51,7 +52,8 @@ def servers(model: Path, out: Path) -> Iterator[dict[str, Server]]:
         running = {}
         for policy, (k, drafts) in POLICIES.items():
             speculation = {"method": "mtp", "num_speculative_tokens": k}
-            flags = ["--speculative-config", json.dumps(speculation)] if k else []
+            flags = ["--kv-cache-memory-bytes", str(MEMORY)]
+            flags += ["--speculative-config", json.dumps(speculation)] if k else []
             env = os.environ | {"QWEN3NEXT_DRAFTS": drafts, "OMP_WAIT_POLICY": "passive"}
             log = out / f"clients-{policy.replace(' ', '')}.log"
             with console.status(f"starting {policy}"):

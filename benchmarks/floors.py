@@ -4,7 +4,7 @@ A step reads every weight but the experts once, and each expert that any of its 
 to. Decoding is bound by these bytes, so their ratio is the least that time can be.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.block_model import CONFIG
 
@@ -59,3 +59,26 @@ class Model:
 VOCABULARY, DRAFT_ROWS = CONFIG["vocab_size"], 32768
 BLOCK = Model(3, 1, CONFIG["num_experts"], CONFIG["num_experts_per_tok"], VOCABULARY, DRAFT_ROWS)
 RELEASED = Model(36, 12, 512, 10, VOCABULARY, DRAFT_ROWS)  # Qwen3-Next-80B-A3B
+BLOCK_ALL_ROWS, RELEASED_ALL_ROWS = (
+    replace(model, draft_rows=VOCABULARY) for model in (BLOCK, RELEASED)
+)
+
+
+def table() -> dict[str, dict[str, float]]:
+    """Plain steps that a verify step with k drafts costs at least, for docs/mtp.md."""
+    models = {
+        "block model, 32k rows drafted": BLOCK,
+        "block model, all rows": BLOCK_ALL_ROWS,
+        "48 layers, 32k rows drafted": RELEASED,
+        "48 layers, all rows": RELEASED_ALL_ROWS,
+    }
+    return {
+        f"{name}, batch {batch}": {f"k = {k}": model.over_plain(k, batch) for k in (1, 2, 3)}
+        for name, model in models.items()
+        for batch in (1, 8)
+    }
+
+
+if __name__ == "__main__":
+    for name, row in table().items():
+        print(name, {k: round(x, 2) for k, x in row.items()})

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,15 @@ def test_estimates_are_not_asked_for_in_every_step():
         account.estimates(1000 + step / 100, snapshot)
     assert len(asked) == 2
     assert board.read("expected_draft_seconds") == {"1": 0.1}
+
+
+def test_every_figure_is_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "mtp.md").read_text()
+    rows = {
+        name.strip("` "): (kind.strip(), label.strip("` "))
+        for line in page.splitlines()
+        if line.startswith("| `vllm:qwen3next_")
+        for _, name, kind, label, *_ in [line.split("|")]
+    }
+    ours = {f"vllm:qwen3next_{f.name}": (f.kind, f.label.replace("le", "")) for f in figures(4)}
+    assert rows == ours
