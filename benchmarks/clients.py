@@ -39,7 +39,7 @@ def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float
                 for policy, server in running.items():
                     rate = throughput(server, clients, each, tokens)
                     rates.setdefault((clients, policy), []).append(rate)
-        table = {f"{clients} clients": row(rates, clients) for clients in CLIENTS}
+        table = {f"{n} client{'s'[: n > 1]}": row(rates, n) for n in CLIENTS}
         table["acceptance by position, k = 4"] = acceptance(running[f"k = {MAX_DRAFT}"])
         table["mean draft length, adaptive"] = draft_length(running[ADAPTIVE])
     return table

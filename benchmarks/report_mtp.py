@@ -29,7 +29,7 @@ def part(results: dict) -> str:
             "![tokens per second against clients, a line for each policy](mtp-clients.svg)\n",
             markdown(columns(table, ", tok/s")),
             markdown(columns(table, " over off")),
-            markdown({k: v for k, v in table.items() if "clients" not in k}),
+            markdown({k: v for k, v in table.items() if "client" not in k}),
         ]
     if "steps" in results:
         parts += [

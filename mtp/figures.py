@@ -16,7 +16,7 @@ from typing import Any, Literal
 from qwen3next_plugin.kernels.step import GRID
 
 PLAIN, VERIFY, DRAFT, PROMPT = "plain", "verify", "draft", "prompt"
-ESTIMATES_EVERY = 0.5  # seconds
+ESTIMATES_EVERY = 16  # steps; no clock, which the schedule would then depend on
 ESTIMATES = {  # figure → what it is in a schedule's snapshot, from which index on
     "acceptance": ("acceptance", 0),
     "expected_step_seconds": ("step_seconds", 0),
@@ -176,7 +176,7 @@ class Account:
     def __init__(self, board: Board, k: int, linear_layers: int) -> None:
         self.board, self.layers = board, linear_layers
         self.folds = Folds(k)
-        self._estimated = 0.0  # when
+        self._steps = 0
         for name in ESTIMATES:
             board.set(name, [nan] * len(board.figures[name].values))
 
@@ -208,11 +208,11 @@ class Account:
     def forget(self, request: str) -> None:
         self.folds.forget(request)
 
-    def estimates(self, now: float, snapshot: Callable[[], Mapping[str, Any]]) -> None:
-        """What the schedule expects; not more often than anybody looks."""
-        if now - self._estimated < ESTIMATES_EVERY:
+    def estimates(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
+        """What the schedule expects, now and then."""
+        self._steps += 1
+        if self._steps % ESTIMATES_EVERY != 1:
             return
-        self._estimated = now
         known = snapshot()
         for name, (key, first) in ESTIMATES.items():
             if key in known:

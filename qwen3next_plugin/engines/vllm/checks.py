@@ -90,12 +90,15 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
     _choose_worker(vllm_config)
-    if vllm_config.speculative_config and vllm_config.parallel_config.data_parallel_size == 1:
-        _show_figures(vllm_config)
+    _choose_figures(vllm_config)
 
 
-def _show_figures(vllm_config: VllmConfig) -> None:
-    """Figures of drafting in the metrics; our scheduler for them, unless another was asked for."""
+def _choose_figures(vllm_config: VllmConfig) -> None:
+    """Figures where our drafter drafts; our scheduler for them, unless another was asked for."""
+    figures.remove()
+    parallel_config = vllm_config.parallel_config
+    if vllm_config.speculative_config is None or parallel_config.data_parallel_size > 1:
+        return
     figures.install(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER

@@ -113,7 +113,7 @@ class Drafter(EagleProposer):
         self.left = time.perf_counter()
         reads_prompt = any(not request.continues for request in fed)
         self.account.draft(self.left - entered, reads_prompt=reads_prompt)
-        self.account.estimates(self.left, self.schedule.snapshot)
+        self.account.estimates(self.schedule.snapshot)
         return drafts
 
     def _requests(

@@ -97,11 +97,18 @@ _installed: Figures | None = None
 
 
 def install(vllm_config: VllmConfig) -> None:
-    """Serve the figures of the engine that is configured now, and of no earlier one."""
+    """Serve the figures of the engine that is configured now."""
+    global _installed
+    remove()
+    _installed = Figures(vllm_config)
+    REGISTRY.register(_installed)
+    atexit.register(_installed.clear)
+
+
+def remove() -> None:
+    """Serve no figures of an earlier engine."""
     global _installed
     if _installed is not None:
         REGISTRY.unregister(_installed)
         _installed.clear()
-    _installed = Figures(vllm_config)
-    REGISTRY.register(_installed)
-    atexit.register(_installed.clear)
+        _installed = None
