@@ -36,6 +36,7 @@ def test_every_allowed_value_is_read(monkeypatch, name, value):
     read = {
         "QWEN3NEXT_KERNELS": env.kernels,
         "QWEN3NEXT_ISA": env.isa,
+        "QWEN3NEXT_DRAFTS": env.drafts,
         "QWEN3NEXT_DISABLE": env.disabled,
         "QWEN3NEXT_OPTIONAL": env.optional,
     }[name]()
