@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,14 @@ class RedCheckError(RuntimeError):
 class Side:
     """A worker process that serves the block model on one side."""
 
-    def __init__(self, side: str, flags: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, side: str, flags: dict[str, Any], log: Path, drafts: str = "adaptive"
+    ) -> None:
         self.side = side
-        env = os.environ | {"QWEN3NEXT_DISABLE": str(int(side == "upstream"))}
+        env = os.environ | {
+            "QWEN3NEXT_DISABLE": str(int(side == "upstream")),
+            "QWEN3NEXT_DRAFTS": drafts,
+        }
         self.log = log.open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", json.dumps(flags)],
@@ -57,40 +62,55 @@ class Side:
         self.log.close()
 
 
-@contextmanager
-def both(model: Path, out: Path, name: str, **flags: Any) -> Iterator[dict[str, Side]]:
-    """Both sides with the same flags; upstream's prefix caching is off, with MTP it would die."""
-    flags = {
+def flags(model: Path, **more: Any) -> dict[str, Any]:
+    """An engine's flags; prefix caching is off: with MTP upstream would die of it."""
+    return {
         "model": str(model),
         "max_model_len": 20000,
         "max_num_batched_tokens": 2048,
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 1 << 30,
-    } | flags
-    sides: dict[str, Side] = {}
+    } | more
+
+
+@contextmanager
+def started(name: str, side: Side) -> Iterator[Side]:
+    """A side from when it is ready; one after the other: pages that two map are not given back."""
     try:
-        with console.status(f"{name}: starting both engines"):
-            for side in SIDES:  # one after the other: pages that both map are not given back
-                sides[side] = Side(side, flags, out / f"{name}-{side}.log")
-                sides[side].answer()
-        yield sides
+        with console.status(f"starting {name}"):
+            side.answer()
+        yield side
     finally:
-        for side in sides.values():
-            side.stop()
+        side.stop()
+
+
+@contextmanager
+def both(model: Path, out: Path, name: str, **more: Any) -> Iterator[dict[str, Side]]:
+    """Both sides with the same flags."""
+    with ExitStack() as stack:
+        sides = {}
+        for side in SIDES:
+            process = Side(side, flags(model, **more), out / f"{name}-{side}.log")
+            sides[side] = stack.enter_context(started(f"{name}, {side}", process))
+        yield sides
+
+
+def logprobs(side: Side) -> list[float]:
+    """Log-probabilities of the prompts that all sides share."""
+    return [x for prompt in side.call("logprobs", lengths=[3, 65, 200]) for x in prompt]
+
+
+def difference(left: list[float], right: list[float]) -> float:
+    """Mean difference of two sides' log-probabilities; raises where it is no noise."""
+    mean = statistics.fmean(abs(a - b) for a, b in zip(left, right, strict=True))
+    if not mean <= MAX_LOGPROB_DIFFERENCE:
+        raise RedCheckError(f"prompt log-probabilities differ by {mean:.4f} on the mean")
+    return mean
 
 
 def check(sides: dict[str, Side]) -> float:
-    """Mean difference of the two sides' prompt log-probabilities; raises where it is no noise."""
-    values = {name: side.call("logprobs", lengths=[3, 65, 200]) for name, side in sides.items()}
-    pairs = [
-        (a, b)
-        for left, right in zip(values["upstream"], values["plugin"], strict=True)
-        for a, b in zip(left, right, strict=True)
-    ]
-    difference = statistics.fmean(abs(a - b) for a, b in pairs)
-    if not difference <= MAX_LOGPROB_DIFFERENCE:
-        raise RedCheckError(f"prompt log-probabilities differ by {difference:.4f} on the mean")
-    return difference
+    """How far the two sides' log-probabilities are apart; raises where it is no noise."""
+    return difference(logprobs(sides["upstream"]), logprobs(sides["plugin"]))
 
 
 def alternate(sides: dict[str, Side], rounds: int, call: str, **arguments: Any) -> dict[str, list]:
@@ -140,14 +160,6 @@ def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float
                 table[f"decode step, batch {batch}, compiled"] = step_times(
                     sides, batch, rounds, steps
                 )
-    speculation = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
-    with both(model, out, "mtp", enforce_eager=True, speculative_config=speculation) as sides:
-        check(sides)
-        for batch in (1, 8):
-            table[f"MTP k=2 step, batch {batch}, eager"] = step_times(sides, batch, rounds, steps)
-        table["peak memory, MTP"] = memory(sides)
-    for batch in (1, 8):
-        over_plain(table, batch)
     return table
 
 
@@ -156,11 +168,3 @@ def memory(sides: dict[str, Side]) -> dict[str, float]:
     row = {f"{name} GB": side.call("peak_memory") for name, side in sides.items()}
     row["ratio"] = row["plugin GB"] / row["upstream GB"]
     return row
-
-
-def over_plain(table: dict[str, dict[str, float]], batch: int) -> None:
-    """Add what an MTP step costs in plain steps, per side."""
-    mtp, plain = (table[f"{what} step, batch {batch}, eager"] for what in ("MTP k=2", "decode"))
-    table[f"MTP k=2 step over plain step, batch {batch}"] = {
-        side: mtp[f"{side} min ms"] / plain[f"{side} min ms"] for side in SIDES
-    }

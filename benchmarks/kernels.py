@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import vllm._custom_ops as upstream
 from torch import Tensor
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
 
@@ -33,7 +36,7 @@ R = HV // H * V
 C = H * (2 * K + R)
 DRAFT = 3  # tokens a verify checks beside the one that is sure
 ACCEPTED = 2  # of them, in every verify
-PAGES = 16  # that rotate: 34 MB of state
+PAGES = 32  # that rotate: 67 MB of state
 TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
 PAIRS = 30
 VOCABULARY, HIDDEN, KEPT = 151_936, 2048, 32_768  # KEPT: rows of a head over part of it
@@ -59,7 +62,8 @@ def measure(pairs: int = PAIRS) -> Table:
     """Times of every case, alternating. Raises AssertionError on the first red check."""
     current_platform.import_kernels()
     torch.manual_seed(0)
-    return {case.name: timed(case, pairs) for case in cases()}
+    table: Table = {case.name: timed(case, pairs) for case in cases()}
+    return table | {"decode, MB moved per token, by count": bytes_per_token()}
 
 
 def cases() -> Iterator[Case]:
@@ -72,6 +76,8 @@ def cases() -> Iterator[Case]:
     for tokens in (1024, 4096):
         yield prefill(f"prefill {tokens}", tokens)
         yield long_convolution(f"convolution, prefill {tokens}", tokens)
+    yield recurrence("decode, S written once in 8, over every token, batch 16", 16, 1)
+    yield verify_layer(f"convolution and recurrence, verify {DRAFT} drafts, batch 8", 8)
     yield from output_heads()
 
 
@@ -206,7 +212,68 @@ def recurrence(name: str, batch: int, n: int) -> Case:
             use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
 
-    return Case(name, plugin, decode if n == 1 else verify, calls=PAGES // batch)
+    # so many rounds that S has been written as often as it ever is
+    return Case(name, plugin, decode if n == 1 else verify, calls=GRID * PAGES // batch)
+
+
+def bytes_per_token() -> dict[str, float]:
+    """What a decoded token reads and writes of its page, in MB: S every token, or once in GRID.
+
+    Of the window a token reads what came since S was written, GRID tokens where it writes S, and
+    adds its own key, corrected value and decay.
+    """
+    S, entry = 4 * HV * K * V, 4 * (H * K + HV * V + HV)
+    window = S + S / GRID + entry * (sum(range(1, GRID + 1)) / GRID + 1)
+    row = {"S every token, MB": 2 * S / 1e6, "S once in 8, MB": window / 1e6}
+    return row | {"window over every token": window / (2 * S)}
+
+
+def verify_layer(name: str, batch: int) -> Case:
+    """As upstream's layer verifies where there is no AMX: the convolution a sequence at a time."""
+    n = 1 + DRAFT
+    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(DRAFT)
+    weight = torch.randn(C, 4).to(DTYPE)
+    starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
+    b, a = x["b"].flatten(1), x["a"].flatten(1)
+    advance = 1 + ACCEPTED
+    ours = turns(batch, advance)
+
+    def plugin() -> Tensor:
+        slot, context_len = next(ours)
+        step = {"query_start_loc": starts, "slot": slot, "context_len": context_len}
+        q, k, v = causal_conv1d(
+            q=x["q"], k=x["k"], v=x["v"], weight=weight, conv_=pages.conv_, span=pages.span_, **step
+        )
+        return gated_delta_rule(
+            q=q, k=k, v=v.view(-1, HV, V), a=x["a"], b=x["b"], A_log=A_log, dt_bias=dt_bias,
+            **pages.recurrent(), **step,
+        )  # fmt: skip
+
+    def rearrange(mixed_qkv: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = mixed_qkv.split([H * K, H * K, HV * V], dim=-1)
+        return q.view(1, -1, H, K), k.view(1, -1, H, K), v.view(1, -1, HV, V)
+
+    layer = SimpleNamespace(
+        conv1d=SimpleNamespace(weight=weight, bias=None), activation="silu",
+        rearrange_mixed_qkv=rearrange, A_log=A_log, dt_bias=dt_bias,
+    )  # fmt: skip
+    states = torch.zeros(PAGES * n, HV, K, V)
+    inputs = torch.zeros(PAGES * n, C, 3 + DRAFT, dtype=DTYPE)
+    accepted = torch.full((batch,), advance, dtype=torch.int32)
+    columns = torch.arange(n, dtype=torch.int32)
+    tables = itertools.cycle([page[:, None] * n + columns for page in every_slot(batch)])
+
+    def upstreams() -> Tensor:
+        metadata = SimpleNamespace(
+            num_spec_decodes=batch, spec_state_indices_tensor=next(tables),
+            spec_query_start_loc=starts, num_accepted_tokens=accepted,
+        )  # fmt: skip
+        with patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False):
+            return gdn_attention._spec_forward(
+                layer, metadata, mixed(x), b, a, inputs, states, 4, 3 + DRAFT
+            )
+
+    return Case(name, plugin, upstreams, calls=GRID * PAGES // batch)
 
 
 def prefill(name: str, tokens: int) -> Case:

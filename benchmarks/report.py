@@ -3,11 +3,15 @@
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
+BEGIN, END = "<!-- make bench: begin -->\n", "<!-- make bench: end -->\n"  # in docs/mtp.md
 NOTES = Path(__file__).parent / "notes.md"  # what the figures do not say by themselves
 Table = dict[str, dict[str, float]]
 
@@ -35,16 +39,20 @@ def write(results: Path) -> None:
     (DOCS / "performance.md").write_text(page(data))
 
 
+def host(data: dict) -> str:
+    """The machine in a sentence."""
+    return "Machine: " + "; ".join(f"{name}: {value}" for name, value in data["machine"].items())
+
+
 def page(data: dict) -> str:
     """The Markdown page."""
-    host = "; ".join(f"{name}: {value}" for name, value in data["machine"].items())
     parts = [
         "# Performance\n",
         "```console\n$ make bench\n```\n",
         "Plugin and upstream alternate in one run, each in its own process; nothing is printed "
         "unless both compute the same log-probabilities. Figures are from one run unless a note "
         "says otherwise; the ratio of steps is that of the shortest ones.\n",
-        f"Machine: {host}.\n",
+        f"{host(data)}.\n",
         "## Engine steps\n",
         "The block model: the released model's layer shapes (hidden 2048, 16/32 linear heads of "
         "128, 16/2 attention heads of 256), 4 layers, 64 experts top-10, vocabulary 151,936, "
@@ -78,21 +86,30 @@ def markdown(table: Table) -> str:
 
 def picture(table: Table, path: Path) -> None:
     """Bars of how many times faster than upstream each step is."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     rows = {
         name: row["ratio"]
         for name, row in table.items()
         if "ratio" in row and not name.startswith("peak memory")
     }
-    figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(rows) + 0.8), layout="constrained")
-    bars = axes.barh(list(rows), list(rows.values()), color="#4c72b0")
-    axes.bar_label(bars, fmt="%.2f×", padding=3)
-    axes.axvline(1, color="#333333", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("times upstream's speed")
+    with chart(path, (7, 0.45 * len(rows) + 0.8)) as axes:
+        bars = axes.barh(list(rows), list(rows.values()), color="#4c72b0")
+        axes.bar_label(bars, fmt="%.2f×", padding=3)
+        axes.axvline(1, color="#333333", linewidth=1)
+        axes.invert_yaxis()
+        axes.set_xlabel("times upstream's speed")
+
+
+@contextmanager
+def chart(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes of an SVG with its text as text, the same bytes for the same figures."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": path.name}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    yield axes
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -9,7 +9,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import openai
 from rich.console import Console
@@ -34,37 +37,59 @@ def start_up_times(model: Path, out: Path, rounds: int) -> dict[str, float]:
     return row
 
 
+class Server:
+    """`vllm serve` in a process group of its own, on a free port; ends with its context."""
+
+    def __init__(self, model: Path, log: Path, env: Mapping[str, str], *flags: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.model, self.log = f"http://127.0.0.1:{port}", str(model), log
+        vllm = str(Path(sys.executable).parent / "vllm")
+        command = [vllm, "serve", self.model, "--enforce-eager", "--port", str(port)]
+        command += ["--max-model-len", "4096", *flags]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=env, start_new_session=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait()
+
+    def wait(self) -> None:
+        """Return when it is healthy."""
+        while self.process.poll() is None:
+            try:
+                self.get("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise RuntimeError(f"the server stopped: see {self.log}")
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
+            return answer.read().decode()
+
+    def samples(self, name: str) -> list[float]:
+        """The values of a Prometheus sample, one for each set of labels."""
+        lines = self.get("/metrics").splitlines()
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
+
+
 def _start(model: Path, log: Path, side: str) -> tuple[float, float]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"QWEN3NEXT_DISABLE": str(int(side == "upstream"))}
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--enforce-eager"]
-    command += ["--port", str(port), "--max-model-len", "4096"]
     start = time.perf_counter()
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            command, stdout=file, stderr=file, env=env, start_new_session=True
-        )
-    try:
-        _wait(f"http://127.0.0.1:{port}/health", server, log)
-        seconds = time.perf_counter() - start
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        times = [_request(client, str(model)) for _ in range(2)]
-        return seconds, times[0] - times[1]
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
+    env = os.environ | {"QWEN3NEXT_DISABLE": str(int(side == "upstream"))}
+    with Server(model, log, env) as server:
         server.wait()
-
-
-def _wait(url: str, server: subprocess.Popen, log: Path) -> None:
-    while server.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"the server stopped: see {log}")
+        seconds = time.perf_counter() - start
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        times = [_request(client, server.model) for _ in range(2)]
+        return seconds, times[0] - times[1]
 
 
 def _request(client: openai.OpenAI, model: str) -> float:

@@ -9,12 +9,14 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.vllm import figures
 from qwen3next_plugin.engines.vllm.speculation import check_speculation
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.model.weights import check_files
 from qwen3next_plugin.versions import check_host
 
 WORKER = "qwen3next_plugin.engines.vllm.worker.Worker"
+SCHEDULER = "qwen3next_plugin.engines.vllm.scheduler.Scheduler"
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 logger = init_logger("vllm.qwen3next_plugin")  # vLLM formats and levels what is below its own
@@ -88,6 +90,18 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
     _choose_worker(vllm_config)
+    _choose_figures(vllm_config)
+
+
+def _choose_figures(vllm_config: VllmConfig) -> None:
+    """Figures where our drafter drafts; our scheduler for them, unless another was asked for."""
+    figures.remove()
+    parallel_config = vllm_config.parallel_config
+    if vllm_config.speculative_config is None or parallel_config.data_parallel_size > 1:
+        return
+    figures.install(vllm_config)
+    if vllm_config.scheduler_config.scheduler_cls is None:
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
 
 def _choose_worker(vllm_config: VllmConfig) -> None:

@@ -19,8 +19,10 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm import figures
 from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.mtp.costs import Costs
+from qwen3next_plugin.mtp.figures import Account
 from qwen3next_plugin.mtp.lag import Lag, Rows
 from qwen3next_plugin.mtp.schedule import Fixed, Policy, Schedule
 
@@ -54,7 +56,10 @@ class Drafter(EagleProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self.schedule = make_schedule(read_config(vllm_config), self.num_speculative_tokens)
+        config = read_config(vllm_config)
+        self.schedule = make_schedule(config, self.num_speculative_tokens)
+        board = figures.of_worker(vllm_config)
+        self.account = Account(board, self.num_speculative_tokens, config.num_linear_layers)
         # A connector ships the cache as it is, so nothing may be behind.
         self.max_lag = MAX_LAG if vllm_config.kv_transfer_config is None else 0
         self.lag = Lag()
@@ -107,6 +112,9 @@ class Drafter(EagleProposer):
                 if passes:
                     self.schedule.observe_draft(len(requests), passes, seconds)
         self.left = time.perf_counter()
+        reads_prompt = any(not request.continues for request in fed)
+        self.account.draft(self.left - entered, reads_prompt=reads_prompt)
+        self.account.estimates(self.schedule.snapshot)
         return drafts
 
     def _requests(
@@ -134,6 +142,7 @@ class Drafter(EagleProposer):
         known = self.runner.requests.keys()
         for gone in self.next_position.keys() - known:
             self.schedule.forget(gone)
+            self.account.forget(gone)
         self.next_position = {
             request.id: request.rows.first + len(request.rows)
             for request in requests
@@ -145,12 +154,16 @@ class Drafter(EagleProposer):
     def _observe(self, requests: list[Request], seconds: float) -> None:
         """Learn from the step: what was accepted, and, where no prompt was read, its time."""
         for request in requests:
+            self.account.row(request.id, request.rows.first, request.scheduled, len(request.rows))
+            if request.continues:
+                self.account.verify(request.scheduled - 1)
             if request.continues and request.scheduled > 1:
                 accepted = len(request.rows) - 1
                 self.schedule.observe_verify(request.id, request.scheduled - 1, accepted)
         if requests and all(request.continues for request in requests):
             tokens = sum(request.scheduled for request in requests)
             self.schedule.observe_step(len(requests), tokens, seconds)
+            self.account.step(tokens > len(requests), seconds)
 
     def _choose_lengths(self, requests: list[Request], limit: int) -> None:
         """Set how many tokens each request drafts; the first rank's clock decides for all."""
@@ -175,10 +188,13 @@ class Drafter(EagleProposer):
                 or not request.continues
                 or behind > self.max_lag
             ):
-                request.rows = self.lag.take(request.id, request.rows)
+                rows = self.lag.take(request.id, request.rows)
+                self.account.caught_up(len(rows) - len(request.rows))
+                request.rows = rows
                 fed.append(request)
             else:
                 self.lag.put(request.id, request.rows)
+                self.account.skipped()
         return fed
 
     def _draft(

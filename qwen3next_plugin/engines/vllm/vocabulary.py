@@ -82,7 +82,8 @@ class DraftHead(nn.Module):
         group = get_tp_group()
         if group.world_size == 1:
             return tokens
-        pairs = torch.stack([values.double(), tokens.double()], dim=-1)[:, None]
+        # fp32, in which ids to 2^24 are exact: vLLM's gather in shared memory knows no fp64
+        pairs = torch.stack([values.float(), tokens.float()], dim=-1)[:, None]
         pairs = group.all_gather(pairs, dim=1)  # [N, ranks, 2]
         best = pairs[..., 0].argmax(dim=1, keepdim=True)
         return pairs[..., 1].gather(1, best).squeeze(1).long()

@@ -1,5 +1,6 @@
 """`vllm serve` in a process group of its own, on a free port."""
 
+import re
 import socket
 import sys
 import time
@@ -70,6 +71,14 @@ class Server:
                 name = sample.partition("{")[0]
                 sums[name] = sums.get(name, 0.0) + float(value)
         return sums
+
+    def by_label(self, sample: str, label: str) -> dict[str, float]:
+        """The values of one Prometheus sample by one label of it."""
+        return {
+            re.search(rf'\b{label}="([^"]*)"', line)[1]: float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics").splitlines()
+            if line.startswith(f"{sample}{{")
+        }
 
     def close(self) -> None:
         self.client.close()

@@ -34,6 +34,12 @@ OVERRIDDEN = {
     },
     "v1/worker/gpu_worker.py": {"Worker": {"sample_tokens": ["self", "grammar_output"]}},
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
+    "v1/core/sched/scheduler.py": {
+        "Scheduler": {
+            "__init__": ["self", "vllm_config"],
+            "update_from_output": ["self", "scheduler_output", "model_runner_output"],
+        },
+    },
     "sampling_params.py": {
         "SamplingParams": {"_validate_spec_decode": ["self", "speculative_config"]},
     },
@@ -131,10 +137,17 @@ FIELDS = {
             "mamba_cache_mode",
             "num_speculative_blocks",
         ],
+        "KVCacheGroupSpec": ["layer_names", "kv_cache_spec"],
     },
     "v1/worker/mamba_utils.py": {"MambaSpecDecodeGPUContext": ["block_size"]},
     "config/vllm.py": {
-        "VllmConfig": ["cache_config", "speculative_config", "use_v2_model_runner"],
+        "VllmConfig": [
+            "cache_config",
+            "instance_id",
+            "scheduler_config",
+            "speculative_config",
+            "use_v2_model_runner",
+        ],
     },
     "config/cache.py": {
         "CacheConfig": [
@@ -147,6 +160,8 @@ FIELDS = {
         ],
     },
     "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
+    "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls"]},
+    "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},
     "config/speculative.py": {
         "SpeculativeConfig": [
             "draft_sample_method",
@@ -195,6 +210,12 @@ ATTRIBUTES = {
 # What a host's class keeps on itself, and our subclass of it reads.
 KEPT = {
     "v1/worker/gpu/model_states/interface.py": {"ModelState": ["max_num_reqs"]},
+    "v1/core/sched/scheduler.py": {
+        "Scheduler": ["log_stats", "kv_cache_manager", "kv_cache_config"]
+    },
+    "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},
+    "v1/core/kv_cache_coordinator.py": {"KVCacheCoordinator": ["single_type_managers"]},
+    "v1/core/single_type_kv_cache_manager.py": {"SingleTypeKVCacheManager": ["req_to_blocks"]},
     "v1/worker/gpu/model_states/mamba_hybrid.py": {
         "MambaHybridModelState": [
             "_align_mode",

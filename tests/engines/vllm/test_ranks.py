@@ -24,6 +24,9 @@ def test_two_ranks_with_drafts(checkpoint, reference):
     try:
         prompts = [random_prompt(n, seed=12) for n in (1, 65, 300)]
         outputs = engine.greedy(prompts, 12, **LOGPROBS)
+        counters = engine.counters()
     finally:
         engine.close()
     check_greedy(reference(checkpoint), prompts, outputs)
+    assert counters["vllm:qwen3next_steps"] > 0  # the first rank's, from another process
+    assert counters["vllm:qwen3next_state_folds"] > 0

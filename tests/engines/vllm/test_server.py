@@ -1,8 +1,11 @@
 """One server of the shipped checkpoint with MTP and default flags, asked by real clients."""
 
 import asyncio
+import json
 import math
+import re
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import openai
@@ -10,10 +13,13 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.vllm.server import Server
+from qwen3next_plugin.kernels.step import GRID
 
 pytestmark = pytest.mark.serve
 
 DRAFTS = '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
+CONFIG = json.loads((SHIPPED / "config.json").read_text())
+LINEAR_LAYERS = CONFIG["layer_types"].count("linear_attention")
 PROMPTS = [
     "import os\n",
     "def add(a, b):\n    return ",
@@ -30,7 +36,8 @@ PROMPTS = [
 def server() -> Iterator[Server]:
     # fp32, so that an answer does not hang on which other requests share a step with it.
     flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
-    server = Server(SHIPPED, "--speculative-config", DRAFTS, *flags).wait()
+    often = {"VLLM_LOG_STATS_INTERVAL": "0.5"}
+    server = Server(SHIPPED, "--speculative-config", DRAFTS, *flags, env=often).wait()
     yield server
     server.close()
 
@@ -40,6 +47,14 @@ def complete(server: Server, prompt: str, tokens: int = 48, **options) -> str:
         model=server.model, prompt=prompt, max_tokens=tokens, temperature=0, **options
     )
     return answer.choices[0].text
+
+
+def tokens(server: Server, prompt: str) -> list[int]:
+    body = json.dumps({"model": server.model, "prompt": prompt}).encode()
+    request = urllib.request.Request(f"{server.address}/tokenize", body)
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -150,15 +165,101 @@ def test_bad_requests_are_refused_and_harm_nothing(server, sequential):
     assert complete(server, PROMPTS[0]) == sequential[PROMPTS[0]]
 
 
-def test_metrics_count_drafts_and_requests(server, sequential):
+def gained(server: Server, prompts: list[str]) -> dict[str, float]:
+    """What each metric gains while the prompts are completed, one after the other."""
     before = server.metrics()
-    complete(server, PROMPTS[4])
-    after = server.metrics()
+    for prompt in prompts:
+        complete(server, prompt, extra_body={"ignore_eos": True})
+    return {name: value - before.get(name, 0) for name, value in server.metrics().items()}
 
-    def gained(name: str) -> float:
-        return after[f"vllm:{name}_total"] - before[f"vllm:{name}_total"]
 
-    assert gained("request_success") == 1
-    assert gained("spec_decode_num_draft_tokens") == 3 * gained("spec_decode_num_drafts") > 0
-    assert after["vllm:spec_decode_num_accepted_tokens_total"] > 0
-    assert after["vllm:generation_tokens_total"] > 0
+def test_metrics_count_drafts_and_requests(server):
+    gain = gained(server, PROMPTS[:2])
+    assert gain["vllm:request_success_total"] == 2
+    assert gain["vllm:generation_tokens_total"] == 96
+    assert gain["vllm:spec_decode_num_accepted_tokens_total"] > 0
+
+
+def test_figures_agree_with_the_hosts_and_with_each_other(server):
+    began = time.monotonic()
+    gain = gained(server, PROMPTS)
+    seconds = time.monotonic() - began
+    ours = {
+        name.removeprefix("vllm:qwen3next_"): value
+        for name, value in gain.items()
+        if name.startswith("vllm:qwen3next_")
+    }
+    # a draft is a draft, a token a token
+    assert ours["draft_length_sum"] == gain["vllm:spec_decode_num_draft_tokens_total"] > 0
+    steps = len(PROMPTS) * 47 - gain["vllm:spec_decode_num_accepted_tokens_total"]
+    # the last step of an answer may accept more than the answer has room for
+    assert steps <= ours["draft_length_count"] == ours["steps_total"] <= steps + 3 * len(PROMPTS)
+    # one client: S moves on where the tokens committed pass the grid, in each linear layer
+    ends = [len(tokens(server, prompt)) + 48 for prompt in PROMPTS]
+    most, least = (sum((end - back) // GRID for end in ends) for back in (1, 5))
+    assert LINEAR_LAYERS * least <= ours["state_folds_total"] <= LINEAR_LAYERS * most
+    # time is spent once
+    assert 0 < ours["seconds_total"] < seconds
+    kinds = server.by_label("vllm:qwen3next_seconds_total", "kind")
+    assert kinds.keys() == {"plain", "verify", "draft", "prompt"}
+    assert all(kinds.values())
+    assert server.metrics()["vllm:qwen3next_state_pages"] == 0
+
+
+def test_draft_lengths_and_skipped_drafts(server):
+    """What is skipped is what has no draft, and is caught up with at most once."""
+    before = server.by_label("vllm:qwen3next_draft_length_bucket", "le")
+    gain = gained(server, PROMPTS)
+    after = server.by_label("vllm:qwen3next_draft_length_bucket", "le")
+    assert list(after) == ["0.0", "1.0", "2.0", "3.0", "+Inf"]
+    assert list(after.values()) == sorted(after.values())
+    new = {bound: after[bound] - before[bound] for bound in after}
+    assert new["+Inf"] - new["0.0"] == gain["vllm:spec_decode_num_drafts_total"] > 0
+    caught_up, skipped = (
+        gain[f"vllm:qwen3next_{name}_total"] for name in ("tokens_caught_up", "drafts_skipped")
+    )
+    # a skipped step commits up to four tokens; the step after it may draft, or skip as well
+    assert 0 <= caught_up <= 4 * skipped
+
+
+def test_estimates_are_near_what_was_measured(server):
+    for _ in range(3):
+        gain = gained(server, PROMPTS)
+    accepted = server.by_label("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
+    drafts = server.metrics()["vllm:spec_decode_num_drafts_total"]
+    estimate = server.by_label("vllm:qwen3next_acceptance", "position")
+    assert estimate.keys() == {"1", "2", "3"}
+    assert estimate["1"] == pytest.approx(accepted["0"] / drafts, abs=0.3)  # it forgets; that not
+    step = server.by_label("vllm:qwen3next_expected_step_seconds", "drafts")
+    assert list(step) == ["0", "1", "2", "3"]
+    mean = gain["vllm:qwen3next_seconds_total"] / gain["vllm:qwen3next_steps_total"]
+    assert mean / 5 < min(step.values()) <= max(step.values()) < 5 * mean
+    assert len(server.by_label("vllm:qwen3next_expected_draft_seconds", "drafts")) == 3
+
+
+def test_one_page_a_request_and_layer_while_it_runs(server):
+    stream = server.client.completions.create(
+        model=server.model, prompt=PROMPTS[0], max_tokens=400, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    chunks = iter(stream)
+    for _ in range(10):
+        next(chunks)
+    assert server.metrics()["vllm:qwen3next_state_pages"] == LINEAR_LAYERS
+    for _ in chunks:
+        pass
+    assert server.metrics()["vllm:qwen3next_state_pages"] == 0
+
+
+def test_a_line_of_figures_in_the_log(server):
+    complete(server, PROMPTS[0], tokens=200, extra_body={"ignore_eos": True})
+    time.sleep(0.6)
+    complete(server, PROMPTS[0])
+    lines = re.findall(r"MTP: mean draft length .*", server.process.text())
+    assert lines
+    pattern = (
+        r"MTP: mean draft length \d\.\d\d \(\d: \d+%(, \d: \d+%)*\), "
+        r"(\d+% of decoding time in drafts, )?(verify step \d+\.\d\d × plain step, )?"
+        r"\d+ folds, \d+ state pages in use"
+    )
+    assert all(re.fullmatch(pattern, line) for line in lines)

@@ -1,0 +1,84 @@
+"""How few plain steps a step with MTP can cost, by the bytes that it must read.
+
+A step reads every weight but the experts once, and each expert that any of its tokens is routed
+to. Decoding is bound by these bytes, so their ratio is the least that time can be.
+"""
+
+from dataclasses import dataclass, replace
+
+from benchmarks.block_model import CONFIG
+
+BF16, INT8 = 2, 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """Bytes of a model's parts, weights in bf16 and the drafts' head in int8."""
+
+    linear_layers: int
+    attention_layers: int
+    experts: int
+    active: int
+    vocabulary: int
+    draft_rows: int
+
+    D = CONFIG["hidden_size"]
+    attention = BF16 * D * (CONFIG["num_attention_heads"] * 3 + CONFIG["num_key_value_heads"] * 2)
+    attention *= CONFIG["head_dim"]
+    key, value = (
+        CONFIG[f"linear_num_{part}_heads"] * CONFIG[f"linear_{part}_head_dim"]
+        for part in ("key", "value")
+    )
+    linear = BF16 * D * (2 * key + 3 * value + 2 * CONFIG["linear_num_value_heads"])
+    expert = BF16 * 3 * D * CONFIG["moe_intermediate_size"]
+    fc = BF16 * 2 * D * D
+
+    @property
+    def head(self) -> int:
+        return BF16 * self.vocabulary * self.D
+
+    def experts_read(self, tokens: int) -> float:
+        """Bytes of the shared expert, and of those that tokens choose at random, in one layer."""
+        return self.expert * (1 + self.experts * (1 - (1 - self.active / self.experts) ** tokens))
+
+    def step(self, tokens: int) -> float:
+        layers = self.linear_layers + self.attention_layers
+        mixers = self.linear_layers * self.linear + self.attention_layers * self.attention
+        return mixers + layers * self.experts_read(tokens) + self.head
+
+    def draft(self, batch: int) -> float:
+        """One pass of the MTP layer, and the head that drafts."""
+        head = INT8 * self.draft_rows * self.D
+        return self.fc + self.attention + self.experts_read(batch) + head
+
+    def over_plain(self, k: int, batch: int) -> float:
+        """A verify step of k drafts a request and the k passes that draft them, in plain steps."""
+        return (self.step(batch * (k + 1)) + k * self.draft(batch)) / self.step(batch)
+
+
+VOCABULARY, DRAFT_ROWS = CONFIG["vocab_size"], 32768
+BLOCK = Model(3, 1, CONFIG["num_experts"], CONFIG["num_experts_per_tok"], VOCABULARY, DRAFT_ROWS)
+RELEASED = Model(36, 12, 512, 10, VOCABULARY, DRAFT_ROWS)  # Qwen3-Next-80B-A3B
+BLOCK_ALL_ROWS, RELEASED_ALL_ROWS = (
+    replace(model, draft_rows=VOCABULARY) for model in (BLOCK, RELEASED)
+)
+
+
+def table() -> dict[str, dict[str, float]]:
+    """Plain steps that a verify step with k drafts costs at least, for docs/mtp.md."""
+    models = {
+        "block model, 32k rows drafted": BLOCK,
+        "block model, all rows": BLOCK_ALL_ROWS,
+        "48 layers, 32k rows drafted": RELEASED,
+        "48 layers, all rows": RELEASED_ALL_ROWS,
+    }
+    return {
+        f"{name}, batch {batch}": {f"k = {k}": model.over_plain(k, batch) for k in (1, 2, 3)}
+        for name, model in models.items()
+        for batch in (1, 8)
+    }
+
+
+if __name__ == "__main__":
+    for name, row in table().items():
+        print(name, {k: round(x, 2) for k, x in row.items()})
