@@ -178,10 +178,9 @@ class GatedDeltaNet(nn.Module, MambaBase):
         """One page a request, also under speculation: its window stands for the draft slots."""
         cache_config = vllm_config.cache_config
         return MambaSpec(
-            shapes=tuple(self.get_state_shape()),
+            shapes=((cache_config.mamba_page_size_padded or self.layout.page_bytes,),),
             dtypes=self.get_state_dtype(),
             block_size=cache_config.mamba_block_size,
-            page_size_padded=cache_config.mamba_page_size_padded,
             mamba_type=self.mamba_type,
             mamba_cache_mode=cache_config.mamba_cache_mode,
             num_speculative_blocks=0,
