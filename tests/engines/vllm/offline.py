@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -123,13 +122,9 @@ class Offline:
         """Empty the prefix cache."""
         self._ask("forget")
 
-    def draft(self, k: int) -> None:
-        """From now on draft k tokens for every request, also none, and note what is drafted."""
-        self._ask("draft", k)
-
-    def drafts(self) -> list[list[list[int]]]:
-        """What was drafted since `draft` or the last call: per request of a batch and step."""
-        return self._ask("drafts")
+    def inside(self, name: str, *args: Any) -> Any:
+        """Call a function of inside.py where the engine is."""
+        return self._ask("inside", name, *args)
 
     def close(self) -> None:
         self.pipe.close()
@@ -154,7 +149,6 @@ class Host:
         from vllm import LLM
 
         self.llm = LLM(**flags)
-        self.noted: dict[int, list[list[int]]] = defaultdict(list)
 
     def generate(
         self, prompts: list[tuple[int, ...]], params: list[dict[str, Any]]
@@ -185,34 +179,10 @@ class Host:
     def forget(self) -> None:
         assert self.llm.reset_prefix_cache()
 
-    def draft(self, k: int) -> None:
-        from qwen3next_plugin.mtp.schedule import Fixed
+    def inside(self, name: str, *args: Any) -> Any:
+        import inside  # beside this file, which is the child's main program
 
-        drafter = self._runner().drafter
-        drafter.schedule = Fixed(k)
-        if "propose" not in vars(drafter):
-            drafter.propose = self._noting(drafter.propose)
-        self.noted.clear()
-
-    def drafts(self) -> list[list[list[int]]]:
-        drafts = [self.noted[key] for key in sorted(self.noted)]
-        self.noted.clear()
-        return drafts
-
-    def _runner(self) -> Any:
-        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
-        return executor.driver_worker.worker.model_runner
-
-    def _noting(self, propose: Any) -> Any:
-        """The drafter's `propose`, with its drafts written down under each request's number."""
-
-        def noting(*args: Any, **kwargs: Any) -> list[list[int]]:
-            drafts = propose(*args, **kwargs)
-            for request, draft in zip(self._runner().input_batch.req_ids, drafts, strict=True):
-                self.noted[int(request.split("-")[0])].append(draft)
-            return drafts
-
-        return noting
+        return getattr(inside, name)(self.llm, *args)
 
 
 def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params: Any) -> Any:
