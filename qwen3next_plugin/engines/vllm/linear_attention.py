@@ -175,7 +175,12 @@ class GatedDeltaNet(nn.Module, MambaBase):
         return MambaAttentionBackendEnum[BACKEND_NAME]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
-        """One page a request, also under speculation: its window stands for the draft slots."""
+        """One page a request, also under speculation: its window stands for the draft slots.
+
+        Declared as large as the block that vLLM pads it to: for a hit on a part of a block vLLM
+        0.32 copies only as much of it as the first layer that lies there declares, and KV lies in
+        the same place. Can go when it copies whole blocks: a test marked `compat`.
+        """
         cache_config = vllm_config.cache_config
         return MambaSpec(
             shapes=((cache_config.mamba_page_size_padded or self.layout.page_bytes,),),

@@ -164,7 +164,7 @@ def test_a_hit_on_what_ran_without_drafting_drafts_as_a_cold_run(drafts, seed):
     first = random_prompt(BLOCK - 26, seed=seed)
     answer, none = drafts.of(first, draft=0)  # ends soon after it has filled the block
     assert not none
-    longer = first + answer.token_ids[:26] + random_prompt(12, seed=seed)
+    longer = first + answer.token_ids[:30] + random_prompt(10, seed=seed)
     drafts.of(longer, draft=3)  # matches the block up to its end, which leaves a state there
     warm, found = drafts.of(longer, draft=3)
     drafts.engine.forget()
