@@ -42,6 +42,11 @@ class Request:
     continues: bool  # drafted for in the step before, so that it was decoded or verified in this
     draft: int = 0  # tokens to draft now
 
+    @property
+    def end(self) -> int:
+        """The position after its committed tokens, that of the token sampled last."""
+        return self.rows.first + len(self.rows)
+
 
 def make_schedule(config: Qwen3NextConfig, max_draft: int) -> Policy:
     """The policy that the environment asks for."""
@@ -135,6 +140,8 @@ class Drafter(EagleProposer):
         requests = []
         for i, request in enumerate(self.runner.input_batch.req_ids[: len(firsts)]):
             begin, end, first = starts[i], ends[i], firsts[i]
+            if prefilling[i]:  # vLLM gives the prompt's last token for the one after the chunk
+                shifted[end - 1] = self.runner.requests[request].get_token_id(first + end - begin)
             rows = Rows(first, shifted[begin:end], hidden_states[begin:end])
             continues = self.next_position.get(request) == first
             scheduled = starts[i + 1] - begin
@@ -144,9 +151,7 @@ class Drafter(EagleProposer):
             self.schedule.forget(gone)
             self.account.forget(gone)
         self.next_position = {
-            request.id: request.rows.first + len(request.rows)
-            for request in requests
-            if not request.prefilling
+            request.id: request.end for request in requests if not request.prefilling
         }
         self.lag.keep_only(known)
         return requests
@@ -175,19 +180,15 @@ class Drafter(EagleProposer):
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
         for request, length in zip(drafting, lengths, strict=True):
-            request.draft = min(length, limit)
+            # Beside the token sampled last and the one that the next step samples.
+            room = self.runner.max_model_len - request.end - 2
+            request.draft = max(0, min(length, limit, room))
 
     def _feed(self, requests: list[Request]) -> list[Request]:
         """The requests that go through the MTP layer now, with all they are behind."""
         fed = []
         for request in requests:
-            behind = self.lag.pending(request.id) + len(request.rows)
-            if (
-                request.draft
-                or request.prefilling
-                or not request.continues
-                or behind > self.max_lag
-            ):
+            if request.draft or self._may_not_lag(request):
                 rows = self.lag.take(request.id, request.rows)
                 self.account.caught_up(len(rows) - len(request.rows))
                 request.rows = rows
@@ -197,14 +198,24 @@ class Drafter(EagleProposer):
                 self.account.skipped()
         return fed
 
+    def _may_not_lag(self, request: Request) -> bool:
+        """Whether the request has to go through the MTP layer though it drafts nothing.
+
+        vLLM offers a block to other requests as soon as it is full: whatever were missing in it
+        would be missing for all of them. A prompt, of which it offers parts of a block too, is
+        never behind.
+        """
+        fills_block = request.end // self.block_size > request.rows.first // self.block_size
+        behind = self.lag.pending(request.id) + len(request.rows)
+        return request.prefilling or not request.continues or fills_block or behind > self.max_lag
+
     def _draft(
         self, fed: list[Request], block_table: torch.Tensor, drafts: list[list[int]]
     ) -> None:
         """Run the MTP layer over what they are behind, then over its own drafts."""
         counts = [len(request.rows) for request in fed]
         block_table = block_table[[request.index for request in fed]]
-        firsts = [(request.rows.first, request.rows.first + len(request.rows)) for request in fed]
-        positions = torch.cat([torch.arange(*span) for span in firsts])
+        positions = torch.cat([torch.arange(request.rows.first, request.end) for request in fed])
         hidden_states = self._forward(
             torch.cat([request.rows.token_ids for request in fed]),
             positions,

@@ -33,6 +33,9 @@ class Worker(CPUWorker):
             _complete(runner.input_batch.logitsprocs, runner)
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
+                # vLLM skips the drafter, for all requests, while one is near the model's maximum
+                # length; ours sees every token and cuts that request's draft short itself.
+                runner._input_fits_in_drafter = lambda metadata: metadata is not None
             else:
                 logger.info("data parallel: drafts of fixed length, by vLLM's own loop")
 

@@ -122,6 +122,10 @@ class Offline:
         """Empty the prefix cache."""
         self._ask("forget")
 
+    def inside(self, name: str, *args: Any) -> Any:
+        """Call a function of inside.py where the engine is."""
+        return self._ask("inside", name, *args)
+
     def close(self) -> None:
         self.pipe.close()
         self.process.stop()
@@ -174,6 +178,11 @@ class Host:
 
     def forget(self) -> None:
         assert self.llm.reset_prefix_cache()
+
+    def inside(self, name: str, *args: Any) -> Any:
+        import inside  # beside this file, which is the child's main program
+
+        return getattr(inside, name)(self.llm, *args)
 
 
 def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params: Any) -> Any:

@@ -40,6 +40,9 @@ OVERRIDDEN = {
             "update_from_output": ["self", "scheduler_output", "model_runner_output"],
         },
     },
+    "v1/worker/gpu_model_runner.py": {
+        "GPUModelRunner": {"_input_fits_in_drafter": ["self", "common_attn_metadata"]},
+    },
     "sampling_params.py": {
         "SamplingParams": {"_validate_spec_decode": ["self", "speculative_config"]},
     },
@@ -114,6 +117,7 @@ CALLED = {
             "idx_mapping",
         ],
     },
+    "v1/worker/gpu_input_batch.py": {"get_token_id": ["self", "idx"]},
     "v1/sample/logits_processor/builtin.py": {
         "apply_with_spec_decode": ["self", "logits", "num_draft_tokens"],
     },
@@ -132,7 +136,6 @@ FIELDS = {
         "MambaSpec": [
             "shapes",
             "dtypes",
-            "page_size_padded",
             "mamba_type",
             "mamba_cache_mode",
             "num_speculative_blocks",
@@ -203,6 +206,7 @@ ATTRIBUTES = {
         "sampler",
         "input_batch",
         "discard_request_mask",
+        "max_model_len",
     ],
     "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
     "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],

@@ -49,3 +49,13 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
     with pytest.raises(RuntimeError, match=rf"{PREFIX}: row 0: slot 1 holds {stands}"):
         linear_attention.GatedDeltaNet.attend(layer, qkvz, ba)
     assert torch.equal(raw, before)
+
+
+@pytest.mark.compat
+def test_vllm_copies_a_block_by_its_first_view_only():
+    """Fails when vLLM copies all of it: then get_kv_cache_spec may declare the page's own bytes."""
+    utils = pytest.importorskip("vllm.v1.worker.utils")
+    raw = torch.arange(4 * 8, dtype=torch.int8).view(2, 2, 8)  # two regions of two blocks
+    page, kv = raw[0, :, :5], raw[0]  # a state page and the KV that may lie in its place
+    utils.copy_kv_cache_blocks_inplace([page, kv], 2, [(0, 1)])
+    assert raw[0, 1].tolist() == [0, 1, 2, 3, 4, 13, 14, 15]

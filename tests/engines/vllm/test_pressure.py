@@ -14,10 +14,11 @@ TOKENS = 160
 
 @pytest.mark.parametrize("k", [0, 2], ids=["plain", "mtp-2"])
 def test_preempted_requests_end_as_undisturbed_ones(checkpoint, reference, k):
-    drafts = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
-    engine = Offline(
-        checkpoint, dtype="float32", max_model_len=512, num_gpu_blocks_override=40, **drafts
-    )
+    flags = {"dtype": "float32", "max_model_len": 512, "num_gpu_blocks_override": 40}
+    if k:  # and hits on parts of a block, where a request resumes
+        flags["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
+        flags["prefix_match_unit"] = 16
+    engine = Offline(checkpoint, **flags)
     try:
         outputs = engine.greedy(PROMPTS, TOKENS, logprobs=0)
         counters = engine.counters()

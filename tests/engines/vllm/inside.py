@@ -1,0 +1,87 @@
+"""What tests ask inside an engine's process: `Offline.inside(name, …)` calls one with its LLM."""
+
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.models.qwen3_next import Qwen3NextForCausalLM
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from qwen3next_plugin.mtp.schedule import Fixed
+
+
+def _core(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
+def draft(llm: LLM, k: int) -> None:
+    """From now on draft k tokens for every request, also none, and write the drafts down."""
+    runner = _core(llm).model_executor.driver_worker.worker.model_runner
+    drafter = runner.drafter
+    drafter.schedule = Fixed(k)
+    if not hasattr(drafter, "drafts"):
+        propose = drafter.propose
+
+        def noting(*args: Any, **kwargs: Any) -> list[list[int]]:
+            drafts = propose(*args, **kwargs)
+            for request, tokens in zip(runner.input_batch.req_ids, drafts, strict=True):
+                drafter.drafts[int(request.split("-")[0])].append(tokens)
+            return drafts
+
+        drafter.propose = noting
+    drafter.drafts = defaultdict(list)
+
+
+def drafts(llm: LLM) -> list[list[list[int]]]:
+    """What was drafted since `draft` or the last call: of each request, in order, each draft."""
+    drafter = _core(llm).model_executor.driver_worker.worker.model_runner.drafter
+    found, drafter.drafts = drafter.drafts, defaultdict(list)
+    return [[tokens for tokens in found[number] if tokens] for number in sorted(found)]
+
+
+def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, Any]:
+    """Run the prompts together and count after each step, by the engine's own block tables.
+
+    `held`: the numbers of state pages that a request held in one linear layer, `running`: the
+    requests at once, `in_use`: the blocks of any kind that are held after the last has finished.
+    """
+    engine, scheduler = llm.llm_engine, _core(llm).scheduler
+    manager = scheduler.kv_cache_manager
+    linear = [m for m in manager.coordinator.single_type_managers if isinstance(m, MambaManager)]
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for i, ids in enumerate(prompts):
+        engine.add_request(f"pages-{i}", {"prompt_token_ids": list(ids)}, params)
+    held, running = set(), 0
+    while engine.has_unfinished_requests():
+        engine.step()
+        running = max(running, len(scheduler.running))
+        for request in scheduler.running:
+            for group in linear:
+                blocks = group.req_to_blocks[request.request_id]
+                held.add(sum(not block.is_null for block in blocks))
+    pool = manager.block_pool
+    in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # less the null block
+    return {"held": held, "running": running, "in_use": in_use}
+
+
+def state_bytes(llm: LLM) -> tuple[int, int]:
+    """Bytes of one request in one linear layer: what this engine reserves, and vLLM's own model.
+
+    vLLM's figure is its own spec for the shapes and dtypes of its own model under the same flags.
+    """
+    config = llm.llm_engine.vllm_config
+    groups = _core(llm).scheduler.kv_cache_config.kv_cache_groups
+    specs = [g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, MambaSpec)]
+    layer = SimpleNamespace(
+        get_state_shape=lambda: Qwen3NextForCausalLM.get_mamba_state_shape_from_config(config),
+        get_state_dtype=lambda: Qwen3NextForCausalLM.get_mamba_state_dtype_from_config(config),
+        mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+        is_kv_cache_tp_replicated=False,
+    )
+    upstream = replace(MambaBase.get_kv_cache_spec(layer, config), page_size_padded=None)
+    return specs[0].max_memory_usage_bytes(config), upstream.max_memory_usage_bytes(config)

@@ -1,0 +1,190 @@
+"""Prefix-cache hits, of whole blocks and of parts of one, change neither tokens nor drafts."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+
+from checkpoints import random_prompt, write_checkpoint
+from engines.vllm.offline import Offline, Output
+
+pytestmark = pytest.mark.serve
+
+BLOCK = 128  # tokens, of the random checkpoints
+LENGTHS = (20, 127, 128, 129, 253, 256, 404)
+TOKENS = 32
+NEAR = 1e-4  # log-probabilities in fp32, where a chunk has other rows: products round otherwise
+
+
+class Case(NamedTuple):
+    """An engine; unit: of prefix matching, None by default: a block."""
+
+    layers: int
+    k: int
+    unit: int | None = None
+    dtype: str = "float32"
+    chunk: int | None = None
+
+
+CASES = {
+    "4-layers": Case(4, 0),
+    "4-layers_mtp-3": Case(4, 3),
+    "4-layers_units-of-8": Case(4, 0, 8),
+    "4-layers_mtp-3_units-of-8": Case(4, 3, 8),
+    "8-layers_units-of-8": Case(8, 0, 8),
+    "8-layers_mtp-2_units-of-16_chunks-of-50": Case(8, 2, 16, chunk=50),
+    "8-layers_mtp-3_units-of-8_bfloat16": Case(8, 3, 8, "bfloat16"),
+}
+PAIRS = [("4-layers", "4-layers_mtp-3"), ("4-layers_units-of-8", "4-layers_mtp-3_units-of-8")]
+
+
+class Chat(NamedTuple):
+    """A prompt, the same again, and a second turn, from the cache and with an empty one."""
+
+    prompt: tuple[int, ...]
+    cold: Output
+    again: Output
+    second: Output
+    second_cold: Output
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Any:
+    """Starts the engine of a case."""
+    folder = cache(
+        lambda layers: write_checkpoint(
+            tmp_path_factory.mktemp(f"layers-{layers}"), num_hidden_layers=layers
+        )
+    )
+
+    def start(case: Case) -> Offline:
+        flags: dict[str, Any] = {"dtype": case.dtype, "max_model_len": 512}
+        if case.k:
+            flags["speculative_config"] = {"method": "mtp", "num_speculative_tokens": case.k}
+        if case.unit:
+            flags["prefix_match_unit"] = case.unit
+        if case.chunk:
+            flags |= {"max_num_batched_tokens": case.chunk, "max_num_seqs": 8}
+        return Offline(folder(case.layers), **flags)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def chats(start) -> Any:
+    """The chats of a case, held once; a page of state per request and layer meanwhile."""
+
+    @cache
+    def chats(name: str) -> list[Chat]:
+        engine = start(CASES[name])
+        try:
+            held = [hold(engine, random_prompt(n, seed=1)) for n in LENGTHS]
+            pages = engine.inside("pages", [random_prompt(n, seed=6) for n in (100, 250)], 40)
+        finally:
+            engine.close()
+        # Beside its own page a request keeps at most the one before, which is for the cache.
+        assert pages["held"] == {1, 2}
+        assert pages["in_use"] == 0
+        return held
+
+    return chats
+
+
+def hold(engine: Offline, prompt: tuple[int, ...]) -> Chat:
+    def ask(ids: tuple[int, ...]) -> Output:
+        return engine.greedy([ids], TOKENS, logprobs=0)[0]
+
+    engine.forget()
+    cold, again = ask(prompt), ask(prompt)
+    longer = prompt + cold.token_ids + random_prompt(25, seed=7)
+    second = ask(longer)
+    engine.forget()
+    return Chat(prompt, cold, again, second, ask(longer))
+
+
+def hit(case: Case, tokens: int) -> int:
+    """Tokens of a prompt that is sent again that vLLM takes from the cache.
+
+    The last token is always computed. With MTP the last unit that matches is dropped: in it the
+    drafter has seen a token that the next prompt may not have.
+    """
+    unit = case.unit or BLOCK
+    return max(0, tokens // unit - 1) * unit if case.k else (tokens - 1) // unit * unit
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_prompt_again(chats, name):
+    for chat in chats(name):
+        assert chat.cold.cached == 0
+        assert chat.again.cached == hit(CASES[name], len(chat.prompt))
+        assert chat.again.token_ids == chat.cold.token_ids, len(chat.prompt)
+        assert chat.again.logprobs == chat.cold.logprobs, len(chat.prompt)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_second_turn_of_a_chat(chats, name):
+    for chat in chats(name):
+        assert chat.second_cold.cached == 0
+        assert chat.second.cached >= hit(CASES[name], len(chat.prompt))
+        assert chat.second.token_ids == chat.second_cold.token_ids, len(chat.prompt)
+        assert chat.second.logprobs == pytest.approx(chat.second_cold.logprobs, abs=NEAR)
+
+
+@pytest.mark.parametrize(("off", "on"), PAIRS, ids=["blocks", "units-of-8"])
+def test_drafting_costs_a_hit_one_unit_at_most(chats, off, on):
+    unit = CASES[on].unit or BLOCK
+    for without, with_drafts in zip(chats(off), chats(on), strict=True):
+        assert without.again.cached - with_drafts.again.cached <= unit
+        assert without.second.cached - with_drafts.second.cached <= unit
+
+
+class Drafts(NamedTuple):
+    """An engine whose drafter is told how much to draft."""
+
+    engine: Offline
+
+    def of(self, prompt: tuple[int, ...], *, draft: int) -> tuple[Output, list[list[int]]]:
+        self.engine.inside("draft", draft)
+        output = self.engine.greedy([prompt], TOKENS)[0]
+        return output, self.engine.inside("drafts")[0]
+
+
+@pytest.fixture(scope="module")
+def drafts(start) -> Iterator[Drafts]:
+    engine = start(CASES["4-layers_mtp-3_units-of-8"])
+    yield Drafts(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_hit_on_what_ran_without_drafting_drafts_as_a_cold_run(drafts, seed):
+    """The MTP layer is behind while nothing is drafted, but not in a block that others may hit."""
+    drafts.engine.forget()
+    first = random_prompt(BLOCK - 26, seed=seed)
+    answer, none = drafts.of(first, draft=0)  # ends soon after it has filled the block
+    assert not none
+    longer = first + answer.token_ids[:30] + random_prompt(10, seed=seed)
+    drafts.of(longer, draft=3)  # matches the block up to its end, which leaves a state there
+    warm, found = drafts.of(longer, draft=3)
+    drafts.engine.forget()
+    cold, expected = drafts.of(longer, draft=3)
+    assert (warm.cached, cold.cached) == (BLOCK, 0)
+    assert found == expected
+    assert len(found) > TOKENS // 4
+
+
+def test_drafts_beside_a_request_at_the_end_of_its_context(drafts):
+    """It cannot be drafted for any more; that is no reason not to draft for others."""
+    last, other = random_prompt(440, seed=8), random_prompt(60, seed=8)
+    engine = drafts.engine
+    engine.forget()
+    engine.inside("draft", 3)
+    engine.greedy([other], 120)
+    (alone,) = engine.inside("drafts")
+    engine.forget()
+    each = ({"max_tokens": 512 - len(last)}, {"max_tokens": 120})
+    engine.generate([last, other], each, temperature=0.0)
+    cut_short, beside = engine.inside("drafts")
+    assert beside == alone
+    assert len(cut_short) > 20
