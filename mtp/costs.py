@@ -17,6 +17,7 @@ from typing import Self
 from qwen3next_plugin.config import Qwen3NextConfig
 
 DRIFT = 1.01  # of the machine's level, by each timing above the median
+CHANCE = 4  # timings in a row on one side of the median; a longer run is a change of the machine
 HORIZON = 500  # timings after which one is out of date
 WINDOW = 64  # timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
@@ -181,6 +182,7 @@ class Costs:
         self.shape = shape
         self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
         self.level = 1.0  # how slow the machine is now
+        self._run = 0  # timings in a row above the median, below it if negative
         self._fitted = -1  # timings at the last fit
         self._tables: dict[tuple[int, int], Table] = {}
 
@@ -199,8 +201,10 @@ class Costs:
     def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
         """Well-known points tell how fast the machine is now; the rest is told at that speed."""
         point, seconds = model.at_point(batch, x, seconds / self.level)
-        if usual := model.usual(point):
-            change = DRIFT if seconds > usual else 1 / DRIFT
+        if model is self._steps and (usual := model.usual(point)):
+            side = 1 if seconds > usual else -1
+            self._run = self._run + side if self._run * side > 0 else side
+            change = DRIFT ** (side * max(1, abs(self._run) - CHANCE))
             self.level *= change
             seconds /= change
         model.observe(point, seconds)

@@ -24,7 +24,7 @@ from qwen3next_plugin.mtp.costs import Costs, Table
 MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
-LEAST = 0.25  # of a step: what a trial is charged even if it promises to lose less
+LEAST = 0.12  # of a step: what a trial is charged even if it promises to lose less
 PATIENCE = 1  # how often the budget halves while trials change nothing
 
 PRIOR = 0.8  # acceptance where nothing is known
@@ -263,6 +263,8 @@ class Schedule:
                 for n, p in enumerate(plans)
                 if n != plan.passes
             }
+            if not any(self._tried[1:]):  # no pass was ever timed: a guess must not forbid it
+                loss[1] = LEAST
             due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)
             if loss[due] > self._credit:
                 return plan
