@@ -21,6 +21,7 @@ CHANCE = 4  # timings in a row on one side of the median; a longer run is a chan
 HORIZON = 500  # timings after which one is out of date
 WINDOW = 64  # timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
+SHAPED = 10.0  # weight of the fit against timings nearby
 SWEEPS = 20  # of coordinate descent
 REFRESH = 8  # timings between two fits
 
@@ -153,7 +154,7 @@ class Model:
     def bend(self, batch: int, x: float) -> float:
         """Timed/fitted at the points around, by number of timings and nearness; 1 far away."""
         octave = log2(batch)
-        total = weight = 10.0
+        total = weight = SHAPED
         for (o, y), ratio, timings in self._bends:
             nearness = timings / (1 + 10 * ((o - octave) ** 2 + (y - x) ** 2)) ** 2
             total += nearness * ratio

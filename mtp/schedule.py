@@ -23,13 +23,15 @@ from qwen3next_plugin.mtp.costs import Costs, Table
 
 MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
+CREDIT = 3.0  # steps of time for trying others at the start
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
 LEAST = 0.12  # of a step: what a trial is charged even if it promises to lose less
 PATIENCE = 1  # how often the budget halves while trials change nothing
 
 PRIOR = 0.8  # acceptance where nothing is known
-KEEP, KEEP_ALL = 0.93, 0.98  # what an observation leaves of those before: per request, of all
+KEEP, KEEP_ALL = 0.95, 0.98  # what an observation leaves of those before: per request, of all
 FADE = 0.98  # what a step without observation leaves of them
+CHAIN = 5.0  # weight of a position in the estimate of the next
 PULL = 3.0  # weight of all requests in the estimate of one, in observations
 
 
@@ -83,7 +85,8 @@ class Fixed:
 class Acceptance:
     """Chances that draft 1, 2, … is accepted, given those before it: means that forget.
 
-    A mean weighs as many observations as it remembers; without new ones it weighs less and less.
+    A mean weighs as many observations as it remembers. What it remembers fades by `keep` in a step
+    that observes more, and by FADE in one that does not.
     """
 
     def __init__(self, max_draft: int, keep: float, least: float) -> None:
@@ -95,13 +98,22 @@ class Acceptance:
     def observe(self, drafted: int, accepted: int, now: int) -> None:
         """Positions up to the first rejected one were tried."""
         for j in range(min(drafted, accepted + 1)):
-            weight = max(self.least, self.keep * self.weight(j, now))
+            weight = self.weight(j, now)
+            if now != self._seen[j]:
+                weight = max(self.least, self.keep * weight)
             self.means[j] += ((j < accepted) - self.means[j]) / (weight + 1)
             self._weights[j], self._seen[j] = weight + 1, now
 
     def weight(self, j: int, now: int) -> float:
         idle = now - self._seen[j] - 1
         return self._weights[j] * FADE**idle if idle > 0 else self._weights[j]
+
+    def estimates(self, now: int) -> Iterator[float]:
+        """The means, each drawn towards the estimate of the position before."""
+        before = self.means[0]
+        for j, mean in enumerate(self.means):
+            before = mean + (before - mean) * CHAIN / (self.weight(j, now) + CHAIN)
+            yield before
 
     def towards(self, others: Sequence[float], now: int) -> Iterator[float]:
         """The means, drawn towards those of all requests."""
@@ -168,7 +180,7 @@ class Schedule:
         self._passes = 0  # of the plan
         self._trial, self._left = 0, 0  # plan on trial, steps left of it
         self._chosen = ""  # the request on trial, where nothing else is drafted
-        self._credit, self._halvings = 1.0, 0  # of time, in steps
+        self._credit, self._halvings = CREDIT, 0  # of time, in steps
         self._tried = [0] * (max_draft + 2)  # step that last followed the plan
 
     def lengths(self, requests: Sequence[str]) -> list[int]:
@@ -223,7 +235,7 @@ class Schedule:
 
     def _chances(self, requests: Sequence[str]) -> list[list[float]]:
         """a_ij: that the first j drafts of request i are all accepted."""
-        everyone = self._all.means
+        everyone = list(self._all.estimates(self._step))
         newcomer = list(accumulate(everyone, mul))
         known = (self._requests.get(request) for request in requests)
         return [
