@@ -23,7 +23,7 @@ from qwen3next_plugin.mtp.costs import Costs, Table
 
 MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
-CREDIT = 3.0  # steps of time for trying others at the start
+CREDIT = 1.0  # steps of time for trying others at the start
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
 LEAST = 0.12  # of a step: what a trial is charged even if it promises to lose less
 PATIENCE = 1  # how often the budget halves while trials change nothing

@@ -13,7 +13,7 @@ from functools import cache
 
 from qwen3next_plugin.mtp.schedule import Policy
 
-MAX_LAG = 128  # tokens that a request may be behind, as in the drafter
+MAX_LAG = 256  # tokens that a request may be behind, as in the drafter
 
 Run = Sequence[int]
 
@@ -74,17 +74,12 @@ class Trace:
 class Result:
     tokens: int = 0
     seconds: float = 0.0
+    drafting: float = 0.0  # of these seconds
     lengths: list[list[int]] = field(default_factory=list)  # of each step
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
-
-    @property
-    def changes(self) -> int:
-        """Steps whose number of drafting passes is not that of the step before."""
-        passes = [max(lengths, default=0) for lengths in self.lengths]
-        return sum(a != b for a, b in zip(passes[1:], passes, strict=False))
 
 
 @dataclass(slots=True)
@@ -112,7 +107,9 @@ class Server:
             while self.waiting and len(self.active) < self.trace.concurrency(tokens):
                 self.active.append(self.waiting.pop())
             truth = self.trace.truth(tokens)
-            self.result.seconds += self.step(truth) + self.draft(truth)
+            step, draft = self.step(truth), self.draft(truth)
+            self.result.seconds += step + draft
+            self.result.drafting += draft
         return self.result
 
     def step(self, truth: Truth) -> float:

@@ -1,13 +1,16 @@
 """Traces that a schedule must do well on: machines, texts, and how many requests come at a time."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from mtp.simulate import Run, Trace, Truth, drawn
 from qwen3next_plugin.mtp.costs import Shape
 
 K = 4  # drafts at most
+RECORDED = Path(__file__).with_name("recorded_runs.json")
 
 # Machines, in milliseconds. The block model of docs/performance.md on two cores, draft head in int8.
 BLOCK = Truth(
@@ -31,7 +34,7 @@ GPU = Truth(
     prompt_token=0.02,
     layer=0.2,
     head=0.15,
-    draft_token=0.002,
+    draft_token=0.0005,
     draft_expert=0.001,
 )
 # Nearly all of a step is experts: a verify of two tokens reads almost twice as many.
@@ -175,3 +178,18 @@ CASES = {
     "drafts believed dear": Case(GPU, steady(HIGH), wrong(GPU_SHAPE, 10)),
     "drafts believed cheap": Case(BLOCK, steady(LOW), wrong(BLOCK_SHAPE, 0.1)),
 }
+
+
+def recorded(kind: str) -> list[Run]:
+    """Runs of the shipped checkpoint; examples/train_tiny/record.py made the file."""
+    kinds: dict[str, list[str]] = json.loads(RECORDED.read_text())
+    texts = kinds[kind] if kind != "all" else [t for group in zip(*kinds.values(), strict=True) for t in group]
+    return [[int(digit) for digit in text] for text in texts]
+
+
+def replayed(kind: str, machine: Truth, batch: int) -> Trace:
+    """The recorded requests over and over, as many as a trace takes, `batch` at a time."""
+    runs, texts = list[Run](), recorded(kind)
+    while sum(map(len, runs)) < TOKENS[batch]:
+        runs.append(texts[len(runs) % len(texts)])
+    return Trace(runs, lambda tokens: machine, crowd(batch, TOKENS[batch]))
