@@ -174,6 +174,19 @@ class Table:
 
     step: list[float]  # with 0, 1, 2, … draft tokens in the batch
     draft: list[float]  # of 0, 1, 2, … drafting passes
+    token: float  # a draft token more in a step whose experts are all read anyway
+
+    def among_prompts(self, share: float) -> "Table":
+        """With that share of steps also reading prompts, which touch the experts of drafts too.
+
+        What prompts themselves take is the same for each token, however it was drafted: left out.
+        """
+        bare, rest = self.step[0], 1 - share
+        step = [
+            bare + rest * (seconds - bare) + share * self.token * n
+            for n, seconds in enumerate(self.step)
+        ]
+        return Table(step, self.draft, self.token)
 
 
 class Costs:
@@ -221,6 +234,7 @@ class Costs:
             self._tables[batch, max_draft] = Table(
                 list(self._step_seconds(batch, max_draft)),
                 [0.0, *(self._drafts.seconds(batch, x) for x in range(1, max_draft + 1))],
+                self._steps.weights[1] * self.shape.token,
             )
         return self._tables[batch, max_draft]
 

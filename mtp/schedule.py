@@ -28,6 +28,7 @@ TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has t
 LEAST = 0.12  # of a step: what a trial is charged even if it promises to lose less
 PATIENCE = 1  # how often the budget halves while trials change nothing
 
+RECENT = 0.05  # weight of the last step in the share of steps that read prompts
 PRIOR = 0.8  # acceptance where nothing is known
 KEEP, KEEP_ALL = 0.95, 0.98  # what an observation leaves of those before: per request, of all
 FADE = 0.98  # what a step without observation leaves of them
@@ -176,6 +177,7 @@ class Schedule:
         self._last: list[int] = []
         self._idle: dict[str, int] = {}  # steps without draft, of the requests of the batch
         self._lag = 0  # tokens, about, that the draft of now has to catch up with
+        self._timed, self._untimed = True, 0.0  # the step before; share of steps
         # trials
         self._passes = 0  # of the plan
         self._trial, self._left = 0, 0  # plan on trial, steps left of it
@@ -189,7 +191,7 @@ class Schedule:
         if not requests:
             return []
         chances = self._chances(requests)
-        table = self.costs.table(len(requests), self.max_draft)
+        table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
         plans = best_plans(chances, table)
         plan = self._settle(plans)
         if not plan.passes:  # the drafter would have much to catch up with: one request less
@@ -206,6 +208,7 @@ class Schedule:
                 acceptance.observe(drafted, accepted, self._step)
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
+        self._timed = True
         self.costs.observe_step(batch, tokens, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
@@ -241,6 +244,12 @@ class Schedule:
         return [
             list(accumulate(a.towards(everyone, self._step), mul)) if a else newcomer for a in known
         ]
+
+    def _prompts(self) -> float:
+        """Share of steps that also read prompts: of late, those that nobody timed."""
+        self._untimed += ((not self._timed) - self._untimed) * RECENT
+        self._timed = False
+        return self._untimed
 
     def _note(self, requests: Sequence[str], lengths: list[int]) -> None:
         """What was decided, and how much the drafter has to catch up with."""
