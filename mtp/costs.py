@@ -9,7 +9,7 @@ were timed it is bent towards them. Of the last timings at one point the median 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log2
 from typing import Self
@@ -175,6 +175,7 @@ class Table:
     step: list[float]  # with 0, 1, 2, … draft tokens in the batch
     draft: list[float]  # of 0, 1, 2, … drafting passes
     token: float  # a draft token more in a step whose experts are all read anyway
+    behind: float  # a token that the drafter has to catch up with
 
     def among_prompts(self, share: float) -> "Table":
         """With that share of steps also reading prompts, which touch the experts of drafts too.
@@ -186,7 +187,7 @@ class Table:
             bare + rest * (seconds - bare) + share * self.token * n
             for n, seconds in enumerate(self.step)
         ]
-        return Table(step, self.draft, self.token)
+        return replace(self, step=step)
 
 
 class Costs:
@@ -197,6 +198,7 @@ class Costs:
         self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
         self.level = 1.0  # how slow the machine is now
         self._run = 0  # timings in a row above the median, below it if negative
+        self._behind = 0.0  # seconds of a token that the drafter catches up with
         self._fitted = -1  # timings at the last fit
         self._tables: dict[tuple[int, int], Table] = {}
 
@@ -211,6 +213,12 @@ class Costs:
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
         """Time of all `passes` drafting passes after a step of `batch` requests."""
         self._observe(self._drafts, batch, passes, seconds)
+
+    def observe_catching_up(self, batch: int, passes: int, tokens: int, seconds: float) -> None:
+        """Time of drafting passes, the first of which also took in `tokens` from steps before."""
+        usual = self._drafts.seconds(batch, passes)
+        extra = max(0.0, seconds / self.level - usual) / tokens
+        self._behind = (self._behind + extra) / 2 if self._behind else extra
 
     def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
         """Well-known points tell how fast the machine is now; the rest is told at that speed."""
@@ -235,6 +243,7 @@ class Costs:
                 list(self._step_seconds(batch, max_draft)),
                 [0.0, *(self._drafts.seconds(batch, x) for x in range(1, max_draft + 1))],
                 self._steps.weights[1] * self.shape.token,
+                self._behind,
             )
         return self._tables[batch, max_draft]
 

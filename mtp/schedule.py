@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from qwen3next_plugin.mtp.costs import Costs, Table
 
+MAX_LAG = 256  # tokens by which an engine lets a request that skips the drafter fall behind
 MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
 CREDIT = 1.0  # steps of time for trying others at the start
@@ -196,7 +197,8 @@ class Schedule:
         plan = self._settle(plans)
         if not plan.passes:  # the drafter would have much to catch up with: one request less
             plans.append(self._alone(requests, chances, table))
-        plan = self._try(plans, plan)
+        plan = self._try(plans, plan, [table.behind * self._behind(requests, p) for p in plans])
+        self._lag = self._behind(requests, plan)
         self._note(requests, plan.lengths)
         return plan.lengths
 
@@ -212,11 +214,8 @@ class Schedule:
         self.costs.observe_step(batch, tokens, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        if self._lag > batch:  # not what a draft usually takes: charge it to the trials
-            table = self.costs.table(batch, self.max_draft)
-            extra = seconds / self.costs.level - table.draft[passes]
-            if self._left:
-                self._credit -= max(0.0, extra / table.step[0])
+        if self._lag > batch:  # not what a draft usually takes
+            self.costs.observe_catching_up(batch, passes, self._lag, seconds)
         else:
             self.costs.observe_draft(batch, passes, seconds)
 
@@ -251,11 +250,16 @@ class Schedule:
         self._timed = False
         return self._untimed
 
+    def _behind(self, requests: Sequence[str], plan: Plan) -> int:
+        """Tokens, about, that the drafter has to catch up with first."""
+        return sum(self._idle.get(r, 0) for r, n in zip(requests, plan.lengths, strict=True) if n)
+
     def _note(self, requests: Sequence[str], lengths: list[int]) -> None:
-        """What was decided, and how much the drafter has to catch up with."""
+        """What was decided, and which requests skip the drafter."""
         idle = {r: self._idle.get(r, 0) for r in requests}
-        self._lag = sum(idle[r] for r, n in zip(requests, lengths, strict=True) if n)
-        self._idle = {r: 0 if n else idle[r] + 1 for r, n in zip(requests, lengths, strict=True)}
+        self._idle = {
+            r: 0 if n else min(MAX_LAG, idle[r] + 1) for r, n in zip(requests, lengths, strict=True)
+        }
         self._last = lengths
 
     def _alone(
@@ -272,7 +276,7 @@ class Schedule:
         best, kept = max(plans, key=lambda plan: plan.rate), plans[self._passes]
         return best if best.rate > kept.rate * (1 + MARGIN) else kept
 
-    def _try(self, plans: list[Plan], plan: Plan) -> Plan:
+    def _try(self, plans: list[Plan], plan: Plan, lags: list[float]) -> Plan:
         """The plan, or another that is due for a trial and whose loss the budget covers."""
         if plan.passes != self._passes:  # things have changed: trials may pay again
             self._passes, self._left, self._halvings = plan.passes, 0, 0
@@ -280,7 +284,11 @@ class Schedule:
         self._credit += BUDGET / 2**self._halvings
         if not self._left:
             loss = {
-                n: max(LEAST, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
+                n: max(
+                    LEAST,
+                    (TRIAL * (p.seconds * plan.rate - p.tokens) + lags[n] * plan.rate)
+                    / plan.tokens,
+                )
                 for n, p in enumerate(plans)
                 if n != plan.passes
             }

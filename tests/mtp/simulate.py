@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from qwen3next_plugin.mtp.schedule import Policy
-
-MAX_LAG = 256  # tokens that a request may be behind, as in the drafter
+from qwen3next_plugin.mtp.schedule import MAX_LAG, Policy
 
 Run = Sequence[int]
 

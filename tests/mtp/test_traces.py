@@ -1,7 +1,6 @@
 """Within 5 % of the best fixed length in hindsight, on every trace; next to nothing where k = 0."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
@@ -13,15 +12,13 @@ from mtp.traces import (
     DEAR,
     GPU,
     GPU_SHAPE,
-    HIGH,
-    LOW,
     Case,
     K,
     replayed,
     steady,
 )
 from qwen3next_plugin.mtp.costs import Costs, Shape
-from qwen3next_plugin.mtp.schedule import BUDGET, LEAST, TRIAL, Fixed, Schedule
+from qwen3next_plugin.mtp.schedule import BUDGET, LEAST, Fixed, Schedule
 
 ENOUGH = 0.95
 CROWDS = {1: "1", 4: "4", 16: "16", 0: "changing"}
@@ -73,7 +70,9 @@ def test_requests_of_two_kinds_gain_from_their_own_lengths(batch):
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["text", "written", "chat", "all"])
-@pytest.mark.parametrize(("machine", "shape"), [(BLOCK, BLOCK_SHAPE), (GPU, GPU_SHAPE)], ids=["block", "gpu"])
+@pytest.mark.parametrize(
+    ("machine", "shape"), [(BLOCK, BLOCK_SHAPE), (GPU, GPU_SHAPE)], ids=["block", "gpu"]
+)
 def test_recorded_texts(kind, machine, shape, batch):
     trace = replayed(kind, machine, batch)
     assert adaptive(trace, shape).rate >= ENOUGH * best_fixed(trace)

@@ -183,7 +183,11 @@ CASES = {
 def recorded(kind: str) -> list[Run]:
     """Runs of the shipped checkpoint; examples/train_tiny/record.py made the file."""
     kinds: dict[str, list[str]] = json.loads(RECORDED.read_text())
-    texts = kinds[kind] if kind != "all" else [t for group in zip(*kinds.values(), strict=True) for t in group]
+    texts = (
+        kinds[kind]
+        if kind != "all"
+        else [t for group in zip(*kinds.values(), strict=True) for t in group]
+    )
     return [[int(digit) for digit in text] for text in texts]
 
 
