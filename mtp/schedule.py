@@ -281,7 +281,7 @@ class Schedule:
         if plan.passes != self._passes:  # things have changed: trials may pay again
             self._passes, self._left, self._halvings = plan.passes, 0, 0
         self._tried[plan.passes] = self._step
-        self._credit += BUDGET / 2**self._halvings
+        self._credit += BUDGET if plan.passes else BUDGET / 2**self._halvings
         if not self._left:
             loss = {
                 n: max(

@@ -12,7 +12,7 @@ from qwen3next_plugin.mtp.costs import Shape
 K = 4  # drafts at most
 RECORDED = Path(__file__).with_name("recorded_runs.json")
 
-# Machines, in milliseconds. The block model of docs/performance.md on two cores, draft head in int8.
+# Machines, in milliseconds. The block model of docs/performance.md, its draft head in int8.
 BLOCK = Truth(
     fixed=31.0,
     request=0.2,
@@ -93,7 +93,7 @@ def wrong(shape: Shape, factor: float) -> Shape:
     )
 
 
-# Chances of a request by its number, by how far it has got and by how far the trace had at its start.
+# Chances of a request by its number, how far it has got, how far the trace had at its start.
 Text = Callable[[int, float, float], Sequence[float]]
 
 
