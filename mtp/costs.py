@@ -9,7 +9,7 @@ were timed it is bent towards them. Of the last timings at one point the median 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log2
 from typing import Self
@@ -17,9 +17,11 @@ from typing import Self
 from qwen3next_plugin.config import Qwen3NextConfig
 
 DRIFT = 1.01  # of the machine's level, by each timing above the median
+CHANCE = 4  # timings in a row on one side of the median; a longer run is a change of the machine
 HORIZON = 500  # timings after which one is out of date
 WINDOW = 64  # timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
+SHAPED = 10.0  # weight of the fit against timings nearby
 SWEEPS = 20  # of coordinate descent
 REFRESH = 8  # timings between two fits
 
@@ -152,7 +154,7 @@ class Model:
     def bend(self, batch: int, x: float) -> float:
         """Timed/fitted at the points around, by number of timings and nearness; 1 far away."""
         octave = log2(batch)
-        total = weight = 10.0
+        total = weight = SHAPED
         for (o, y), ratio, timings in self._bends:
             nearness = timings / (1 + 10 * ((o - octave) ** 2 + (y - x) ** 2)) ** 2
             total += nearness * ratio
@@ -172,6 +174,20 @@ class Table:
 
     step: list[float]  # with 0, 1, 2, … draft tokens in the batch
     draft: list[float]  # of 0, 1, 2, … drafting passes
+    token: float  # a draft token more in a step whose experts are all read anyway
+    behind: float  # a token that the drafter has to catch up with
+
+    def among_prompts(self, share: float) -> "Table":
+        """With that share of steps also reading prompts, which touch the experts of drafts too.
+
+        What prompts themselves take is the same for each token, however it was drafted: left out.
+        """
+        bare, rest = self.step[0], 1 - share
+        step = [
+            bare + rest * (seconds - bare) + share * self.token * n
+            for n, seconds in enumerate(self.step)
+        ]
+        return replace(self, step=step)
 
 
 class Costs:
@@ -181,6 +197,8 @@ class Costs:
         self.shape = shape
         self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
         self.level = 1.0  # how slow the machine is now
+        self._run = 0  # timings in a row above the median, below it if negative
+        self._behind = 0.0  # seconds of a token that the drafter catches up with
         self._fitted = -1  # timings at the last fit
         self._tables: dict[tuple[int, int], Table] = {}
 
@@ -196,11 +214,19 @@ class Costs:
         """Time of all `passes` drafting passes after a step of `batch` requests."""
         self._observe(self._drafts, batch, passes, seconds)
 
+    def observe_catching_up(self, batch: int, passes: int, tokens: int, seconds: float) -> None:
+        """Time of drafting passes, the first of which also took in `tokens` from steps before."""
+        usual = self._drafts.seconds(batch, passes)
+        extra = max(0.0, seconds / self.level - usual) / tokens
+        self._behind = (self._behind + extra) / 2 if self._behind else extra
+
     def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
         """Well-known points tell how fast the machine is now; the rest is told at that speed."""
         point, seconds = model.at_point(batch, x, seconds / self.level)
-        if usual := model.usual(point):
-            change = DRIFT if seconds > usual else 1 / DRIFT
+        if model is self._steps and (usual := model.usual(point)):
+            side = 1 if seconds > usual else -1
+            self._run = self._run + side if self._run * side > 0 else side
+            change = DRIFT ** (side * max(1, abs(self._run) - CHANCE))
             self.level *= change
             seconds /= change
         model.observe(point, seconds)
@@ -216,6 +242,8 @@ class Costs:
             self._tables[batch, max_draft] = Table(
                 list(self._step_seconds(batch, max_draft)),
                 [0.0, *(self._drafts.seconds(batch, x) for x in range(1, max_draft + 1))],
+                self._steps.weights[1] * self.shape.token,
+                self._behind,
             )
         return self._tables[batch, max_draft]
 

@@ -21,15 +21,19 @@ from typing import Any, Protocol
 
 from qwen3next_plugin.mtp.costs import Costs, Table
 
+MAX_LAG = 256  # tokens by which an engine lets a request that skips the drafter fall behind
 MARGIN = 0.02  # gain for which a plan is left
 BUDGET = 0.01  # share of time for trying others
+CREDIT = 1.0  # steps of time for trying others at the start
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
-LEAST = 0.25  # of a step: what a trial is charged even if it promises to lose less
+LEAST = 0.12  # of a step: what a trial is charged even if it promises to lose less
 PATIENCE = 1  # how often the budget halves while trials change nothing
 
+RECENT = 0.05  # weight of the last step in the share of steps that read prompts
 PRIOR = 0.8  # acceptance where nothing is known
-KEEP, KEEP_ALL = 0.93, 0.98  # what an observation leaves of those before: per request, of all
+KEEP, KEEP_ALL = 0.95, 0.98  # what an observation leaves of those before: per request, of all
 FADE = 0.98  # what a step without observation leaves of them
+CHAIN = 5.0  # weight of a position in the estimate of the next
 PULL = 3.0  # weight of all requests in the estimate of one, in observations
 
 
@@ -83,7 +87,8 @@ class Fixed:
 class Acceptance:
     """Chances that draft 1, 2, … is accepted, given those before it: means that forget.
 
-    A mean weighs as many observations as it remembers; without new ones it weighs less and less.
+    A mean weighs as many observations as it remembers. What it remembers fades by `keep` in a step
+    that observes more, and by FADE in one that does not.
     """
 
     def __init__(self, max_draft: int, keep: float, least: float) -> None:
@@ -95,13 +100,22 @@ class Acceptance:
     def observe(self, drafted: int, accepted: int, now: int) -> None:
         """Positions up to the first rejected one were tried."""
         for j in range(min(drafted, accepted + 1)):
-            weight = max(self.least, self.keep * self.weight(j, now))
+            weight = self.weight(j, now)
+            if now != self._seen[j]:
+                weight = max(self.least, self.keep * weight)
             self.means[j] += ((j < accepted) - self.means[j]) / (weight + 1)
             self._weights[j], self._seen[j] = weight + 1, now
 
     def weight(self, j: int, now: int) -> float:
         idle = now - self._seen[j] - 1
         return self._weights[j] * FADE**idle if idle > 0 else self._weights[j]
+
+    def estimates(self, now: int) -> Iterator[float]:
+        """The means, each drawn towards the estimate of the position before."""
+        before = self.means[0]
+        for j, mean in enumerate(self.means):
+            before = mean + (before - mean) * CHAIN / (self.weight(j, now) + CHAIN)
+            yield before
 
     def towards(self, others: Sequence[float], now: int) -> Iterator[float]:
         """The means, drawn towards those of all requests."""
@@ -164,11 +178,12 @@ class Schedule:
         self._last: list[int] = []
         self._idle: dict[str, int] = {}  # steps without draft, of the requests of the batch
         self._lag = 0  # tokens, about, that the draft of now has to catch up with
+        self._timed, self._untimed = True, 0.0  # the step before; share of steps
         # trials
         self._passes = 0  # of the plan
         self._trial, self._left = 0, 0  # plan on trial, steps left of it
         self._chosen = ""  # the request on trial, where nothing else is drafted
-        self._credit, self._halvings = 1.0, 0  # of time, in steps
+        self._credit, self._halvings = CREDIT, 0  # of time, in steps
         self._tried = [0] * (max_draft + 2)  # step that last followed the plan
 
     def lengths(self, requests: Sequence[str]) -> list[int]:
@@ -177,12 +192,13 @@ class Schedule:
         if not requests:
             return []
         chances = self._chances(requests)
-        table = self.costs.table(len(requests), self.max_draft)
+        table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
         plans = best_plans(chances, table)
         plan = self._settle(plans)
         if not plan.passes:  # the drafter would have much to catch up with: one request less
             plans.append(self._alone(requests, chances, table))
-        plan = self._try(plans, plan)
+        plan = self._try(plans, plan, [table.behind * self._behind(requests, p) for p in plans])
+        self._lag = self._behind(requests, plan)
         self._note(requests, plan.lengths)
         return plan.lengths
 
@@ -194,14 +210,12 @@ class Schedule:
                 acceptance.observe(drafted, accepted, self._step)
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
+        self._timed = True
         self.costs.observe_step(batch, tokens, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        if self._lag > batch:  # not what a draft usually takes: charge it to the trials
-            table = self.costs.table(batch, self.max_draft)
-            extra = seconds / self.costs.level - table.draft[passes]
-            if self._left:
-                self._credit -= max(0.0, extra / table.step[0])
+        if self._lag > batch:  # not what a draft usually takes
+            self.costs.observe_catching_up(batch, passes, self._lag, seconds)
         else:
             self.costs.observe_draft(batch, passes, seconds)
 
@@ -223,18 +237,29 @@ class Schedule:
 
     def _chances(self, requests: Sequence[str]) -> list[list[float]]:
         """a_ij: that the first j drafts of request i are all accepted."""
-        everyone = self._all.means
+        everyone = list(self._all.estimates(self._step))
         newcomer = list(accumulate(everyone, mul))
         known = (self._requests.get(request) for request in requests)
         return [
             list(accumulate(a.towards(everyone, self._step), mul)) if a else newcomer for a in known
         ]
 
+    def _prompts(self) -> float:
+        """Share of steps that also read prompts: of late, those that nobody timed."""
+        self._untimed += ((not self._timed) - self._untimed) * RECENT
+        self._timed = False
+        return self._untimed
+
+    def _behind(self, requests: Sequence[str], plan: Plan) -> int:
+        """Tokens, about, that the drafter has to catch up with first."""
+        return sum(self._idle.get(r, 0) for r, n in zip(requests, plan.lengths, strict=True) if n)
+
     def _note(self, requests: Sequence[str], lengths: list[int]) -> None:
-        """What was decided, and how much the drafter has to catch up with."""
+        """What was decided, and which requests skip the drafter."""
         idle = {r: self._idle.get(r, 0) for r in requests}
-        self._lag = sum(idle[r] for r, n in zip(requests, lengths, strict=True) if n)
-        self._idle = {r: 0 if n else idle[r] + 1 for r, n in zip(requests, lengths, strict=True)}
+        self._idle = {
+            r: 0 if n else min(MAX_LAG, idle[r] + 1) for r, n in zip(requests, lengths, strict=True)
+        }
         self._last = lengths
 
     def _alone(
@@ -251,18 +276,24 @@ class Schedule:
         best, kept = max(plans, key=lambda plan: plan.rate), plans[self._passes]
         return best if best.rate > kept.rate * (1 + MARGIN) else kept
 
-    def _try(self, plans: list[Plan], plan: Plan) -> Plan:
+    def _try(self, plans: list[Plan], plan: Plan, lags: list[float]) -> Plan:
         """The plan, or another that is due for a trial and whose loss the budget covers."""
         if plan.passes != self._passes:  # things have changed: trials may pay again
             self._passes, self._left, self._halvings = plan.passes, 0, 0
         self._tried[plan.passes] = self._step
-        self._credit += BUDGET / 2**self._halvings
+        self._credit += BUDGET if plan.passes else BUDGET / 2**self._halvings
         if not self._left:
             loss = {
-                n: max(LEAST, TRIAL * (p.seconds * plan.rate - p.tokens) / plan.tokens)
+                n: max(
+                    LEAST,
+                    (TRIAL * (p.seconds * plan.rate - p.tokens) + lags[n] * plan.rate)
+                    / plan.tokens,
+                )
                 for n, p in enumerate(plans)
                 if n != plan.passes
             }
+            if not any(self._tried[1:]):  # no pass was ever timed: a guess must not forbid it
+                loss[1] = LEAST
             due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)
             if loss[due] > self._credit:
                 return plan

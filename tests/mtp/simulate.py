@@ -2,42 +2,58 @@
 
 Acceptance is fixed beforehand: `runs[t]` is how many drafts are right after t tokens of a request,
 so that every policy meets the same requests. Time is the true cost; noise is only what is observed.
+Like engines/vllm/drafter.py it reports no step in which a prompt is read, feeds a request that
+skipped the drafter all it is behind, and lets none fall behind by more than MAX_LAG.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
-from qwen3next_plugin.mtp.schedule import Policy
+from qwen3next_plugin.mtp.schedule import MAX_LAG, Policy
 
 Run = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Seconds, in any unit: a + b·requests + c·tokens + d·distinct experts."""
+    """Seconds, in any unit, of an engine step and of the passes of a draft."""
 
-    fixed: float
+    fixed: float  # a step
     request: float = 0.0
     token: float = 0.0
-    expert: float = 0.0
+    expert: float = 0.0  # a distinct expert, in all layers
+    prompt_token: float = 0.0
     experts: int = 512
     per_token: int = 10
-    first: float = 0.0  # of a drafting pass
-    further: float = 0.0
-    draft_request: float = 0.0
-    lag: float = 0.0  # a token that the drafter has to catch up with
+    layer: float = 0.0  # a drafting pass, but for its experts and the head
+    head: float = 0.0
+    draft_token: float = 0.0
+    draft_expert: float = 0.0
 
-    def step(self, batch: int, tokens: int) -> float:
-        touched = self.experts * (1 - (1 - self.per_token / self.experts) ** tokens)
-        return self.fixed + self.request * batch + self.token * tokens + self.expert * touched
+    def step(self, batch: int, tokens: int, prompt: int = 0) -> float:
+        seconds = self.fixed + self.request * batch + self.token * tokens
+        return seconds + self.expert * self.touched(tokens + prompt) + self.prompt_token * prompt
 
-    def draft(self, lengths: Sequence[int], lag: int) -> float:
-        seconds = self.lag * lag if any(lengths) else 0.0
-        for j in range(max(lengths)):
-            rows = sum(length > j for length in lengths)
-            seconds += (self.further if j else self.first) + self.draft_request * rows
+    def draft(self, fed: int, lengths: Sequence[int]) -> float:
+        """A pass over `fed` tokens, the head for `lengths`, and further passes over drafts."""
+        seconds = self._pass(fed) + (self.head if any(lengths) else 0.0)
+        for depth in range(1, max(lengths)):
+            seconds += self._pass(sum(length > depth for length in lengths)) + self.head
         return seconds
+
+    def _pass(self, tokens: int) -> float:
+        return self.layer + self.draft_token * tokens + self.draft_expert * self.touched(tokens)
+
+    def touched(self, tokens: int) -> float:
+        return touched(self.experts, self.per_token, tokens)
+
+
+@cache
+def touched(experts: int, per_token: int, tokens: int) -> float:
+    """Distinct experts that so many tokens are routed to; none in a dense model."""
+    return experts and experts * (1 - (1 - per_token / experts) ** tokens)
 
 
 @dataclass
@@ -45,8 +61,9 @@ class Trace:
     """Requests served in order, `concurrency(tokens done)` of them at a time."""
 
     runs: list[Run]
-    truth: Callable[[int], Truth]  # by step
+    truth: Callable[[int], Truth]  # after so many tokens in all
     concurrency: Callable[[int], int]
+    prompt: int = 100  # tokens
     noise: float = 0.2
     outliers: float = 0.03
 
@@ -55,62 +72,95 @@ class Trace:
 class Result:
     tokens: int = 0
     seconds: float = 0.0
-    steps: int = 0
-    lengths: list[list[int]] = field(default_factory=list)
+    drafting: float = 0.0  # of these seconds
+    lengths: list[list[int]] = field(default_factory=list)  # of each step
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     name: str
     runs: Run
     done: int = 0
-    lag: int = 1
+    behind: int = 0  # tokens that the drafter has not seen
+    drafted: int = 0
+    fresh: bool = True  # its prompt is read in this step
+
+
+class Server:
+    """Serves a trace by a policy."""
+
+    def __init__(self, trace: Trace, policy: Policy, seed: int) -> None:
+        self.trace, self.policy, self.rng = trace, policy, random.Random(seed)
+        self.waiting = [Request(f"r{i}", runs) for i, runs in enumerate(trace.runs)][::-1]
+        self.active: list[Request] = []
+        self.result = Result()
+
+    def run(self) -> Result:
+        while self.waiting or self.active:
+            tokens = self.result.tokens
+            while self.waiting and len(self.active) < self.trace.concurrency(tokens):
+                self.active.append(self.waiting.pop())
+            truth = self.trace.truth(tokens)
+            step, draft = self.step(truth), self.draft(truth)
+            self.result.seconds += step + draft
+            self.result.drafting += draft
+        return self.result
+
+    def step(self, truth: Truth) -> float:
+        """The engine's part: reads prompts, verifies drafts."""
+        fresh = [r for r in self.active if r.fresh]
+        B, T = len(self.active), len(self.active) + sum(r.drafted for r in self.active)
+        seconds = truth.step(B, T - len(fresh), self.trace.prompt * len(fresh))
+        if not fresh:
+            self.policy.observe_step(B, T, self.timed(seconds))
+        for r in self.active:
+            self.verify(r)
+        return seconds
+
+    def verify(self, r: Request) -> None:
+        accepted = min(r.drafted, r.runs[r.done])
+        if r.drafted:
+            self.policy.observe_verify(r.name, r.drafted, accepted)
+        tokens = min(1 + accepted, len(r.runs) - r.done)
+        r.done += tokens
+        r.behind += self.trace.prompt if r.fresh else tokens
+        self.result.tokens += tokens
+        if r.done == len(r.runs):
+            self.policy.forget(r.name)
+
+    def draft(self, truth: Truth) -> float:
+        """The drafter's part."""
+        self.active = [r for r in self.active if r.done < len(r.runs)]
+        if not self.active:
+            return 0.0
+        lengths = self.policy.lengths([r.name for r in self.active])
+        self.result.lengths.append(lengths)
+        fed, fresh = 0, False
+        for r, length in zip(self.active, lengths, strict=True):
+            r.drafted = length
+            if length or r.fresh or r.behind > MAX_LAG:
+                fed, r.behind = fed + r.behind, 0
+            fresh, r.fresh = fresh or r.fresh, False
+        if not fed:
+            return 0.0
+        seconds = truth.draft(fed, lengths)
+        if any(lengths) and not fresh:
+            self.policy.observe_draft(len(self.active), max(lengths), self.timed(seconds))
+        return seconds
+
+    def timed(self, seconds: float) -> float:
+        """As observed: spread, and sometimes far too long."""
+        slow = 3.0 if self.rng.random() < self.trace.outliers else 1.0
+        return seconds * slow * self.rng.uniform(1 - self.trace.noise, 1 + self.trace.noise)
 
 
 def serve(trace: Trace, policy: Policy, seed: int = 0) -> Result:
     """Serve all requests of a trace; tokens per second is what counts."""
-    rng = random.Random(seed)
-    result, waiting, active, drafted = Result(), list(enumerate(trace.runs)), [], []
-
-    def timed(seconds: float) -> float:
-        slow = 3.0 if rng.random() < trace.outliers else 1.0
-        return seconds * slow * rng.uniform(1 - trace.noise, 1 + trace.noise)
-
-    while waiting or active:
-        while waiting and len(active) < trace.concurrency(result.tokens):
-            number, runs = waiting.pop(0)
-            active.append(Request(f"r{number}", runs))
-            drafted.append(0)
-        truth, B, T = trace.truth(result.steps), len(active), len(active) + sum(drafted)
-        seconds = truth.step(B, T)
-        policy.observe_step(B, T, timed(seconds))
-        for request, length in zip(active, drafted, strict=True):
-            accepted = min(length, request.runs[request.done])
-            policy.observe_verify(request.name, length, accepted)
-            tokens = min(1 + accepted, len(request.runs) - request.done)
-            request.done += tokens
-            request.lag += tokens
-            result.tokens += tokens
-        for request in active:
-            if request.done == len(request.runs):
-                policy.forget(request.name)
-        active = [r for r in active if r.done < len(r.runs)]
-        drafted = policy.lengths([r.name for r in active])
-        if any(drafted):
-            lag = sum(r.lag for r, n in zip(active, drafted, strict=True) if n)
-            draft = truth.draft(drafted, lag)
-            policy.observe_draft(len(active), max(drafted), timed(draft))
-            seconds += draft
-            for request, length in zip(active, drafted, strict=True):
-                request.lag = 0 if length else request.lag
-        result.seconds += seconds
-        result.steps += 1
-        result.lengths.append(list(drafted))
-    return result
+    return Server(trace, policy, seed).run()
 
 
 def drawn(rng: random.Random, tokens: int, chances: Callable[[int], Sequence[float]]) -> Run:

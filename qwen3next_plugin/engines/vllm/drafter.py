@@ -24,9 +24,8 @@ from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.figures import Account
 from qwen3next_plugin.mtp.lag import Lag, Rows
-from qwen3next_plugin.mtp.schedule import Fixed, Policy, Schedule
+from qwen3next_plugin.mtp.schedule import MAX_LAG, Fixed, Policy, Schedule
 
-MAX_LAG = 32  # tokens; then the MTP layer catches up even if nothing is drafted
 FLOP_PER_BYTE = 10.0  # of a CPU: a first guess at what tokens cost, until steps are timed
 
 

@@ -1,0 +1,112 @@
+"""Within 5 % of the best fixed length in hindsight, on every trace; next to nothing where k = 0."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from mtp.simulate import Result, Trace, Truth, serve
+from mtp.traces import (
+    BLOCK,
+    BLOCK_SHAPE,
+    CASES,
+    DEAR,
+    GPU,
+    GPU_SHAPE,
+    Case,
+    K,
+    replayed,
+    steady,
+)
+from qwen3next_plugin.mtp.costs import Costs, Shape
+from qwen3next_plugin.mtp.schedule import BUDGET, LEAST, Fixed, Schedule
+
+ENOUGH = 0.95
+CROWDS = {1: "1", 4: "4", 16: "16", 0: "changing"}
+crowds = pytest.mark.parametrize("batch", CROWDS, ids=CROWDS.values())
+NEVER = (0.04, 0.04, 0.04, 0.04)
+
+
+class Watched(Schedule):
+    """Remembers the number of drafting passes of each plan, and when another was on trial."""
+
+    def __init__(self, max_draft: int, costs: Costs) -> None:
+        super().__init__(max_draft, costs)
+        self.plans: list[int] = []
+        self.trials = 0
+
+    def lengths(self, requests: Sequence[str]) -> list[int]:
+        trying = self._left
+        lengths = super().lengths(requests)
+        if not (trying or self._left):
+            self.plans.append(max(lengths, default=0))
+        elif not trying:
+            self.trials += 1
+        return lengths
+
+
+def best_fixed(trace: Trace) -> float:
+    return max(serve(trace, Fixed(k)).rate for k in range(K + 1))
+
+
+def adaptive(trace: Trace, shape: Shape) -> Result:
+    return serve(trace, Schedule(K, Costs(shape)))
+
+
+@crowds
+@pytest.mark.parametrize("name", CASES)
+def test_close_to_the_best_fixed_length(name, batch):
+    trace = CASES[name].trace(batch)
+    assert adaptive(trace, CASES[name].shape).rate >= ENOUGH * best_fixed(trace)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_requests_of_two_kinds_gain_from_their_own_lengths(batch):
+    case = CASES["two kinds"]
+    trace = case.trace(batch)
+    result = adaptive(trace, case.shape)
+    assert result.rate > best_fixed(trace)
+    assert any(len(set(lengths)) > 1 for lengths in result.lengths)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["text", "written", "chat", "all"])
+@pytest.mark.parametrize(
+    ("machine", "shape"), [(BLOCK, BLOCK_SHAPE), (GPU, GPU_SHAPE)], ids=["block", "gpu"]
+)
+def test_recorded_texts(kind, machine, shape, batch):
+    trace = replayed(kind, machine, batch)
+    assert adaptive(trace, shape).rate >= ENOUGH * best_fixed(trace)
+
+
+@crowds
+def test_where_drafts_never_pay_a_drafter_costs_less_than_one_percent(batch):
+    """Trials and catching up included: against a server without a drafter."""
+    trace = Case(GPU, steady(NEVER), GPU_SHAPE).trace(batch)
+    without = serve(trace, Fixed(0))
+    rate = without.tokens / (without.seconds - without.drafting)
+    assert adaptive(trace, GPU_SHAPE).rate >= 0.99 * rate
+
+
+@crowds
+@pytest.mark.parametrize("machine", [BLOCK, DEAR], ids=["block", "dear"])
+def test_where_drafts_never_pay_trials_cost_less_than_one_percent(machine, batch):
+    trace = Case(machine, steady(NEVER), BLOCK_SHAPE).trace(batch)
+    assert adaptive(trace, BLOCK_SHAPE).rate >= 0.99 * serve(trace, Fixed(0)).rate
+
+
+def break_even(machine: Truth, batch: int) -> float:
+    """The acceptance at which one draft takes as many seconds a token as none."""
+    plain = machine.step(batch, batch)
+    one = machine.step(batch, 2 * batch) + machine.draft(round(1.5 * batch), [1] * batch)
+    return one / plain - 1
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_no_oscillation_at_the_threshold(batch):
+    chance = min(1.0, break_even(GPU, batch))
+    schedule = Watched(1, Costs(GPU_SHAPE))
+    serve(Case(GPU, steady((chance,)), GPU_SHAPE).trace(batch), schedule)
+    changes = sum(a != b for a, b in zip(schedule.plans[1:], schedule.plans, strict=False))
+    print(changes, schedule.trials, len(schedule.plans))
+    assert changes <= 20 * len(schedule.plans) / 1000 + 5
+    assert schedule.trials <= (1 + BUDGET * schedule._step) / LEAST

@@ -1,0 +1,199 @@
+"""Traces that a schedule must do well on: machines, texts, and how many requests come at a time."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mtp.simulate import Run, Trace, Truth, drawn
+from qwen3next_plugin.mtp.costs import Shape
+
+K = 4  # drafts at most
+RECORDED = Path(__file__).with_name("recorded_runs.json")
+
+# Machines, in milliseconds. The block model of docs/performance.md, its draft head in int8.
+BLOCK = Truth(
+    fixed=31.0,
+    request=0.2,
+    token=0.5,
+    expert=0.87,
+    prompt_token=0.6,
+    experts=64,
+    layer=3.0,
+    head=10.8,
+    draft_token=0.15,
+    draft_expert=0.22,
+)
+# The released model on four H100: 184 tokens a second at one request, 590 at four.
+GPU = Truth(
+    fixed=4.8,
+    request=0.01,
+    token=0.015,
+    expert=0.045,
+    prompt_token=0.02,
+    layer=0.2,
+    head=0.15,
+    draft_token=0.0005,
+    draft_expert=0.001,
+)
+# Nearly all of a step is experts: a verify of two tokens reads almost twice as many.
+MOE = replace(GPU, fixed=1.0, expert=0.4, draft_expert=0.005)
+# A dense model with arithmetic to spare.
+CHEAP = Truth(
+    fixed=10.0, token=0.05, prompt_token=0.05, experts=0, layer=0.1, head=0.1, draft_token=0.002
+)
+# A pass takes longer than a step.
+DEAR = replace(BLOCK, layer=20.0, head=31.0)
+
+# What the sizes of the block model and of the released model say of proportions.
+BLOCK_SHAPE = Shape(
+    step=452.6,
+    step_expert=12.58,
+    token=57.8,
+    draft=350.1,
+    draft_expert=3.15,
+    draft_token=38.2,
+    experts=64,
+    experts_per_token=10,
+)
+GPU_SHAPE = Shape(
+    step=2052.3,
+    step_expert=151.0,
+    token=17.8,
+    draft=351.0,
+    draft_expert=3.15,
+    draft_token=1.9,
+    experts=512,
+    experts_per_token=10,
+)
+
+# Chances that draft j is accepted, given those before it.
+HIGH = (0.93, 0.91, 0.90, 0.88)
+MIDDLE = (0.84, 0.71, 0.63, 0.58)
+LOW = (0.30, 0.20, 0.20, 0.20)
+
+TOKENS = {1: 3000, 4: 8000, 16: 20_000, 0: 12_000}  # of a trace, by requests at a time
+
+
+def slower(truth: Truth, factor: float) -> Truth:
+    """Everything takes `factor` times as long."""
+    counts = ("experts", "per_token")
+    times = {f.name: getattr(truth, f.name) for f in fields(truth) if f.name not in counts}
+    return replace(truth, **{name: factor * seconds for name, seconds in times.items()})
+
+
+def wrong(shape: Shape, factor: float) -> Shape:
+    """A first guess that takes drafts for `factor` times dearer than the shape has them."""
+    return replace(
+        shape,
+        draft=shape.draft * factor,
+        draft_expert=shape.draft_expert * factor,
+        draft_token=shape.draft_token * factor,
+    )
+
+
+# Chances of a request by its number, how far it has got, how far the trace had at its start.
+Text = Callable[[int, float, float], Sequence[float]]
+
+
+def steady(*kinds: Sequence[float]) -> Text:
+    """Requests of as many kinds as are given, taking turns."""
+    return lambda number, within, begun: kinds[number % len(kinds)]
+
+
+def turning(*phases: Sequence[float]) -> Text:
+    """Each request changes in the middle of what it writes."""
+    return lambda number, within, begun: phases[int(within * len(phases))]
+
+
+def followed_by(*phases: Sequence[float]) -> Text:
+    """Later requests are of another kind."""
+    return lambda number, within, begun: phases[int(begun * len(phases))]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trace at any number of requests at a time, and what is believed of costs at first."""
+
+    machine: Truth
+    text: Text
+    shape: Shape
+    becomes: Truth | None = None  # the machine, from the middle on
+    tokens: tuple[int, int] = (150, 600)  # of a request
+    noise: float = 0.2
+    outliers: float = 0.03
+
+    def trace(self, batch: int, seed: int = 0) -> Trace:
+        """`batch` requests at a time; 0: a number that changes, from 1 to 16."""
+        rng, total, done = random.Random(seed), TOKENS[batch], 0
+        runs: list[Run] = []
+        while done < total:
+            tokens = rng.randint(*self.tokens)
+            runs.append(self._run(rng, len(runs), tokens, done / total))
+            done += tokens
+        return Trace(
+            runs,
+            lambda tokens: self.becomes if self.becomes and 2 * tokens > total else self.machine,
+            crowd(batch, total),
+            noise=self.noise,
+            outliers=self.outliers,
+        )
+
+    def _run(self, rng: random.Random, number: int, tokens: int, begun: float) -> Run:
+        return drawn(rng, tokens, lambda t: self.text(number, t / tokens, begun))
+
+
+def crowd(batch: int, total: int) -> Callable[[int], int]:
+    """Requests at a time: `batch`, or for 0 a number that changes."""
+    if batch:
+        return lambda tokens: batch
+    levels = (1, 8, 16, 3, 12, 2)
+    return lambda tokens: levels[min(len(levels) - 1, len(levels) * tokens // total)]
+
+
+CASES = {
+    "high acceptance": Case(BLOCK, steady(HIGH), BLOCK_SHAPE),
+    "high acceptance, GPU": Case(GPU, steady(HIGH), GPU_SHAPE),
+    "middling acceptance": Case(BLOCK, steady(MIDDLE), BLOCK_SHAPE),
+    "middling acceptance, GPU": Case(GPU, steady(MIDDLE), GPU_SHAPE),
+    "low acceptance": Case(BLOCK, steady(LOW), BLOCK_SHAPE),
+    "low acceptance, GPU": Case(GPU, steady(LOW), GPU_SHAPE),
+    "collapses in each request": Case(GPU, turning(HIGH, LOW), GPU_SHAPE, tokens=(800, 1200)),
+    "collapses for good": Case(GPU, followed_by(HIGH, LOW), GPU_SHAPE),
+    "recovers in each request": Case(GPU, turning(LOW, HIGH), GPU_SHAPE, tokens=(800, 1200)),
+    "recovers for good": Case(BLOCK, followed_by(LOW, HIGH), BLOCK_SHAPE),
+    "two kinds": Case(GPU, steady(HIGH, LOW), GPU_SHAPE),
+    "cheap drafts": Case(CHEAP, steady(MIDDLE), BLOCK_SHAPE),
+    "dear drafts": Case(DEAR, steady(MIDDLE), BLOCK_SHAPE),
+    "many experts": Case(MOE, steady(MIDDLE), GPU_SHAPE),
+    "noise": Case(GPU, steady(MIDDLE), GPU_SHAPE, noise=0.5, outliers=0.1),
+    "the machine gets slower": Case(GPU, steady(MIDDLE), GPU_SHAPE, becomes=slower(GPU, 3.0)),
+    "the machine gets faster": Case(BLOCK, steady(HIGH), BLOCK_SHAPE, becomes=slower(BLOCK, 0.5)),
+    "drafts get dear": Case(
+        GPU, steady(MIDDLE), GPU_SHAPE, becomes=replace(GPU, layer=2.0, head=1.0)
+    ),
+    "short requests": Case(GPU, steady(HIGH), GPU_SHAPE, tokens=(5, 25)),
+    "short requests, low acceptance": Case(BLOCK, steady(LOW), BLOCK_SHAPE, tokens=(5, 25)),
+    "drafts believed dear": Case(GPU, steady(HIGH), wrong(GPU_SHAPE, 10)),
+    "drafts believed cheap": Case(BLOCK, steady(LOW), wrong(BLOCK_SHAPE, 0.1)),
+}
+
+
+def recorded(kind: str) -> list[Run]:
+    """Runs of the shipped checkpoint; examples/train_tiny/record.py made the file."""
+    kinds: dict[str, list[str]] = json.loads(RECORDED.read_text())
+    texts = (
+        kinds[kind]
+        if kind != "all"
+        else [t for group in zip(*kinds.values(), strict=True) for t in group]
+    )
+    return [[int(digit) for digit in text] for text in texts]
+
+
+def replayed(kind: str, machine: Truth, batch: int) -> Trace:
+    """The recorded requests over and over, as many as a trace takes, `batch` at a time."""
+    runs, texts = list[Run](), recorded(kind)
+    while sum(map(len, runs)) < TOKENS[batch]:
+        runs.append(texts[len(runs) % len(texts)])
+    return Trace(runs, lambda tokens: machine, crowd(batch, TOKENS[batch]))
