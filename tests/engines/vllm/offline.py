@@ -122,6 +122,14 @@ class Offline:
         """Empty the prefix cache."""
         self._ask("forget")
 
+    def decode_with_broken_page(self, prompts: list[tuple[int, ...]], row: int, layer: str) -> None:
+        """Decode requests broken-0, broken-1 …; a page of one then says that it stands elsewhere."""
+        self._ask("decode_broken", prompts, row, layer, "page")
+
+    def decode_with_broken_slot(self, prompts: list[tuple[int, ...]], row: int, layer: str) -> None:
+        """The same; the block table then holds a slot that is none."""
+        self._ask("decode_broken", prompts, row, layer, "slot")
+
     def close(self) -> None:
         self.pipe.close()
         self.process.stop()
@@ -174,6 +182,30 @@ class Host:
 
     def forget(self) -> None:
         assert self.llm.reset_prefix_cache()
+
+    def decode_broken(
+        self, prompts: list[tuple[int, ...]], row: int, layer: str, what: str
+    ) -> None:
+        engine = self.llm.llm_engine
+        params = _sampling_params(temperature=0.0, max_tokens=50, detokenize=False, ignore_eos=True)
+        names = [f"broken-{i}" for i in range(len(prompts))]
+        for name, ids in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": list(ids)}, params)
+        for _ in range(3):
+            engine.step()
+        runner = engine.model_executor.driver_worker.worker.model_runner
+        groups = [group.layer_names for group in runner.kv_cache_config.kv_cache_groups]
+        group = next(i for i, layers in enumerate(groups) if layer in layers)
+        slots = runner.input_batch.block_table[group].block_table.np[row]
+        if what == "page":
+            pool = runner.compilation_config.static_forward_context[layer].pool
+            pool.span[int(slots[0])] += 1000
+        else:
+            slots[0] = 1_000_000
+        try:
+            engine.step()
+        finally:
+            engine.abort_request(names)
 
 
 def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params: Any) -> Any:

@@ -32,7 +32,12 @@ OVERRIDDEN = {
             "bind_kv_cache": ["self", "kv_cache"],
         },
     },
-    "v1/worker/gpu_worker.py": {"Worker": {"sample_tokens": ["self", "grammar_output"]}},
+    "v1/worker/gpu_worker.py": {
+        "Worker": {
+            "execute_model": ["self", "scheduler_output"],
+            "sample_tokens": ["self", "grammar_output"],
+        },
+    },
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
     "sampling_params.py": {
         "SamplingParams": {"_validate_spec_decode": ["self", "speculative_config"]},
