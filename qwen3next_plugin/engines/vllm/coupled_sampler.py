@@ -55,13 +55,17 @@ class CoupledSampler:
         """
         rows = Rows.of(metadata)
         noise = Noise(rows, sampling_metadata.generators)
-        output = self.sampler(logits, spread(sampling_metadata, rows, noise))
+        holder = sampling_metadata.thinking_budget_state_holder
+        budgets = None if holder is None else ThinkingBudgets(holder, rows)
+        output = self.sampler(logits, spread(sampling_metadata, rows, noise, budgets))
         sampled = output.sampled_token_ids[:, 0]  # [T]
         table = rows.table()
         tokens = sampled[table]  # [N, K+1]
         right = tokens[:, :-1] == rows.padded_drafts()
         used = 1 + right.cumprod(dim=1).sum(dim=1)  # [N]
         noise.rewind(used.tolist())
+        if budgets is not None:
+            budgets.rewind(used.tolist())
         beyond = torch.arange(tokens.shape[1], device=tokens.device) >= used[:, None]
         return SamplerOutput(
             sampled_token_ids=tokens.masked_fill(beyond, NO_TOKEN),
@@ -87,17 +91,15 @@ class Rows:
     counts: list[int]  # rows of each request: one per draft, and one
     drafts: list[list[int]]
     request: torch.Tensor  # [T], whose row it is
-    offset: torch.Tensor  # [T], how many drafts come before it
 
     @classmethod
     def of(cls, metadata: SpecDecodeMetadata) -> "Rows":
         counts = [n + 1 for n in metadata.num_draft_tokens]
         device = metadata.draft_token_ids.device
         request = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        offset = torch.cat([torch.arange(n) for n in counts])
         drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
         lists = [part.tolist() for part in drafts]
-        return cls(counts, lists, request.to(device), offset.to(device))
+        return cls(counts, lists, request.to(device))
 
     def starts(self) -> list[int]:
         """Each request's first row."""
@@ -157,7 +159,9 @@ class Noise(Mapping[int, torch.Generator]):
                 generator.set_state(state)
 
 
-def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMetadata:
+def spread(
+    metadata: SamplingMetadata, rows: Rows, noise: Noise, budgets: "ThinkingBudgets | None"
+) -> SamplingMetadata:
     """What vLLM knows of N requests as what it would know of T, one for each row."""
 
     def spread_tensor(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -168,7 +172,6 @@ def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMeta
         return {row: values[i] for row, (i, _) in each if i in values} if values else {}
 
     outputs = metadata.output_token_ids  # empty where nothing asks for them
-    holder = metadata.thinking_budget_state_holder
     penalties = {
         name: spread_tensor(getattr(metadata, name))
         for name in (
@@ -192,7 +195,7 @@ def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMeta
         bad_words_token_ids=spread_dict(metadata.bad_words_token_ids),
         logprob_token_ids=spread_dict(metadata.logprob_token_ids or {}) or None,
         logitsprocs=spread_processors(metadata.logitsprocs, rows),
-        thinking_budget_state_holder=holder and ThinkingBudget(holder, metadata, rows),
+        thinking_budget_state_holder=budgets,
         **({} if metadata.no_penalties else penalties),
     )
 
@@ -246,22 +249,40 @@ APPLY = {
 }
 
 
-class ThinkingBudget:
-    """vLLM's thinking budgets, which know drafts: they take the last rows, then the others."""
+class ThinkingBudgets:
+    """vLLM's thinking budgets, applied row after row as they are step after step without drafts.
 
-    def __init__(self, holder: Any, metadata: SamplingMetadata, rows: Rows) -> None:
-        self.holder, self.outputs = holder, metadata.output_token_ids
-        self.drafts = rows.drafts
-        self.is_last = rows.offset + 1 == torch.tensor(rows.counts).to(rows.request)[rows.request]
+    vLLM's holder knows drafts in its own way: where a budget ends depends on how many there are,
+    and where a step has none it takes every request's row for the first.
+    """
+
+    def __init__(self, holder: Any, rows: Rows) -> None:
+        self.holder = holder
+        self.starts, self.counts = rows.starts(), rows.counts
+        self.of_row = copy(holder)
+        self.of_row.in_spec_mode = False
+        self.of_row.cu_num_tokens = {}
 
     def has_tracked_requests(self) -> bool:
         return self.holder.has_tracked_requests()
 
-    def update_state(self, *_: Any, **__: Any) -> None:
-        self.holder.update_state(self.outputs, self.drafts, repeat_indices=None)
+    def update_state(self, outputs: list[list[int]], *_: Any, **__: Any) -> None:
+        """Each row's state is that of the row before it, a token later."""
+        states: dict[int, dict[str, Any]] = {}
+        of_request = dict(self.holder._state)
+        for offset in range(max(self.counts)):
+            going_on = [i for i in of_request if offset < self.counts[i]]
+            self.of_row._state = {self.starts[i] + offset: {**of_request[i]} for i in going_on}
+            self.of_row.update_state(outputs, None)
+            states |= self.of_row._state
+            of_request = {i: states[self.starts[i] + offset] for i in going_on}
+        self.of_row._state = states
 
     def apply_to_logits(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
-        for is_last in (True, False):
-            which = self.is_last == is_last
-            logits[which] = self.holder.apply_to_logits(logits[which], is_last, self.drafts)
-        return logits
+        return self.of_row.apply_to_logits(logits, False, None)
+
+    def rewind(self, used: list[int]) -> None:
+        """Keep the state that each request's last token left."""
+        states = self.of_row._state
+        for i in self.holder._state:
+            self.holder._state[i] = states[self.starts[i] + used[i] - 1]

@@ -123,7 +123,7 @@ class Offline:
         self._ask("forget")
 
     def decode_with_broken_page(self, prompts: list[tuple[int, ...]], row: int, layer: str) -> None:
-        """Decode requests broken-0, broken-1 …; a page of one then says that it stands elsewhere."""
+        """Decode requests broken-0, broken-1 …; a page of one then says it stands elsewhere."""
         self._ask("decode_broken", prompts, row, layer, "page")
 
     def decode_with_broken_slot(self, prompts: list[tuple[int, ...]], row: int, layer: str) -> None:

@@ -200,6 +200,9 @@ ATTRIBUTES = {
 # What a host's class keeps on itself, and our subclass of it reads.
 KEPT = {
     "v1/worker/gpu/model_states/interface.py": {"ModelState": ["max_num_reqs"]},
+    "v1/sample/thinking_budget_state.py": {
+        "ThinkingBudgetStateHolder": ["_state", "in_spec_mode", "cu_num_tokens"],
+    },
     "v1/worker/gpu/model_states/mamba_hybrid.py": {
         "MambaHybridModelState": [
             "_align_mode",
