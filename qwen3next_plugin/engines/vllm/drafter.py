@@ -161,7 +161,16 @@ class Drafter(EagleProposer):
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
         for request, length in zip(drafting, lengths, strict=True):
-            request.draft = min(length, limit)
+            request.draft = max(0, min(length, limit, self._room(request)))
+
+    def _room(self, request: Request) -> int:
+        """How many drafts a step can keep before the request ends: it yields one token more."""
+        state = self.runner.requests[request.id]
+        end = self.runner.max_model_len
+        if (params := state.sampling_params) is not None and params.max_tokens is not None:
+            end = min(end, state.num_prompt_tokens + params.max_tokens)
+        known = request.rows.first + len(request.rows) + 1  # with the token sampled last
+        return end - known - 1
 
     def _feed(self, requests: list[Request]) -> list[Request]:
         """The requests that go through the MTP layer now, with all they are behind."""

@@ -41,6 +41,8 @@ class Worker(CPUWorker):
             _complete(runner.input_batch.logitsprocs, runner)
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
+                # Near its end our loop drafts less for that request; vLLM's drafts zeros for all.
+                runner.effective_drafter_max_model_len += runner.num_spec_tokens
             else:
                 logger.info("data parallel: drafts of fixed length, by vLLM's own loop")
 

@@ -159,6 +159,6 @@ def test_metrics_count_drafts_and_requests(server, sequential):
         return after[f"vllm:{name}_total"] - before[f"vllm:{name}_total"]
 
     assert gained("request_success") == 1
-    assert gained("spec_decode_num_draft_tokens") == 3 * gained("spec_decode_num_drafts") > 0
+    assert 0 < gained("spec_decode_num_draft_tokens") <= 3 * gained("spec_decode_num_drafts")
     assert after["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert after["vllm:generation_tokens_total"] > 0
