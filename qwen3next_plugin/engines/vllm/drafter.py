@@ -59,6 +59,7 @@ class Drafter(EagleProposer):
         self.max_lag = MAX_LAG if vllm_config.kv_transfer_config is None else 0
         self.lag = Lag()
         self.next_position: dict[str, int] = {}  # of each request that may continue
+        self.met: set[str] = set()  # requests that the schedule may remember
         self.left = 0.0  # when the last proposal ended
 
     def propose(
@@ -131,8 +132,10 @@ class Drafter(EagleProposer):
             scheduled = starts[i + 1] - begin
             requests.append(Request(request, i, rows, scheduled, prefilling[i], continues))
         known = self.runner.requests.keys()
-        for gone in self.next_position.keys() - known:
+        self.met |= self.next_position.keys()
+        for gone in self.met - known:  # the preempted stay known, also while they wait
             self.schedule.forget(gone)
+        self.met &= known
         self.next_position = {
             request.id: request.rows.first + len(request.rows)
             for request in requests
