@@ -419,8 +419,10 @@ def test_kernels_we_stand_in_for_take_what_ours_takes(sources, kernel):
     assert theirs[: len(KERNELS[kernel])] == KERNELS[kernel]
 
 
-def test_entry_point_group_is_read(sources):
+def test_entry_point_groups_are_read(sources):
     assert "vllm.general_plugins" in sources.names("plugins/__init__.py")
+    processors = sources.names("v1/sample/logits_processor/__init__.py")
+    assert "vllm.logits_processors" in processors
 
 
 @pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3NextMTP"])
