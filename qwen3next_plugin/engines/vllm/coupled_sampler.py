@@ -18,7 +18,8 @@ divides by temperatures that it never wrote.
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -53,34 +54,39 @@ class CoupledSampler:
 
         Shapes: logits [T, vocab]; returns token ids [N, longest draft + 1]
         """
+        holder = sampling_metadata.thinking_budget_state_holder
+        if not any(metadata.num_draft_tokens):
+            if holder is not None:
+                sampling_metadata = replace(
+                    sampling_metadata, thinking_budget_state_holder=by_row(holder)
+                )
+            return self.sampler(logits, sampling_metadata)
         rows = Rows.of(metadata)
         noise = Noise(rows, sampling_metadata.generators)
-        holder = sampling_metadata.thinking_budget_state_holder
         budgets = None if holder is None else ThinkingBudgets(holder, rows)
         output = self.sampler(logits, spread(sampling_metadata, rows, noise, budgets))
-        sampled = output.sampled_token_ids[:, 0]  # [T]
-        table = rows.table()
-        tokens = sampled[table]  # [N, K+1]
-        right = tokens[:, :-1] == rows.padded_drafts()
-        used = 1 + right.cumprod(dim=1).sum(dim=1)  # [N]
-        noise.rewind(used.tolist())
+        tokens = rows.kept(output.sampled_token_ids[:, 0].tolist())
+        used = [len(part) for part in tokens]
+        noise.rewind(used)
         if budgets is not None:
-            budgets.rewind(used.tolist())
-        beyond = torch.arange(tokens.shape[1], device=tokens.device) >= used[:, None]
+            budgets.rewind(used)
+        width = max(rows.counts)
+        padded = [part + [NO_TOKEN] * (width - len(part)) for part in tokens]
         return SamplerOutput(
-            sampled_token_ids=tokens.masked_fill(beyond, NO_TOKEN),
-            logprobs_tensors=_at(output.logprobs_tensors, table.flatten()),
+            sampled_token_ids=output.sampled_token_ids.new_tensor(padded),
+            logprobs_tensors=_at(output.logprobs_tensors, rows),
         )
 
 
-def _at(logprobs: LogprobsTensors | None, rows: torch.Tensor) -> LogprobsTensors | None:
-    """The given rows; vLLM drops those of positions that yield no token."""
+def _at(logprobs: LogprobsTensors | None, rows: "Rows") -> LogprobsTensors | None:
+    """Those of each position; vLLM drops those of positions that yield no token."""
     if logprobs is None:
         return None
+    table = rows.table().flatten()
     return LogprobsTensors(
-        logprobs.logprob_token_ids[rows],
-        logprobs.logprobs[rows],
-        logprobs.selected_token_ranks[rows],
+        logprobs.logprob_token_ids[table],
+        logprobs.logprobs[table],
+        logprobs.selected_token_ranks[table],
     )
 
 
@@ -90,33 +96,40 @@ class Rows:
 
     counts: list[int]  # rows of each request: one per draft, and one
     drafts: list[list[int]]
-    request: torch.Tensor  # [T], whose row it is
+    device: torch.device
 
     @classmethod
     def of(cls, metadata: SpecDecodeMetadata) -> "Rows":
-        counts = [n + 1 for n in metadata.num_draft_tokens]
-        device = metadata.draft_token_ids.device
-        request = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
-        lists = [part.tolist() for part in drafts]
-        return cls(counts, lists, request.to(device))
+        ids, ends = metadata.draft_token_ids, [*accumulate(metadata.num_draft_tokens)]
+        flat = ids.tolist()
+        drafts = [flat[begin:end] for begin, end in pairwise([0, *ends])]
+        return cls([len(part) + 1 for part in drafts], drafts, ids.device)
+
+    @cached_property
+    def request(self) -> torch.Tensor:
+        """Whose row it is: [T]."""
+        request = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        return request.to(self.device)
 
     def starts(self) -> list[int]:
         """Each request's first row."""
         return [0, *accumulate(self.counts[:-1])]
+
+    def kept(self, sampled: list[int]) -> list[list[int]]:
+        """Each request's sampled tokens, up to the first that is not its draft."""
+        kept = []
+        for start, drafts in zip(self.starts(), self.drafts, strict=True):
+            pairs = enumerate(drafts)
+            right = next((j for j, draft in pairs if sampled[start + j] != draft), len(drafts))
+            kept.append(sampled[start : start + right + 1])
+        return kept
 
     def table(self) -> torch.Tensor:
         """Each request's rows [N, K+1]; its last is repeated where it has fewer."""
         last = torch.tensor(self.counts) - 1
         column = torch.arange(max(self.counts))
         table = torch.tensor(self.starts())[:, None] + column.minimum(last[:, None])
-        return table.to(self.request.device)
-
-    def padded_drafts(self) -> torch.Tensor:
-        """Each request's drafts [N, K]; no token where it has fewer."""
-        K = max(self.counts) - 1
-        padded = [drafts + [NO_TOKEN] * (K - len(drafts)) for drafts in self.drafts]
-        return torch.tensor(padded, dtype=torch.int64, device=self.request.device)
+        return table.to(self.device)
 
     def each(self) -> list[tuple[int, int]]:
         """(request, offset) of every row."""
@@ -249,6 +262,14 @@ APPLY = {
 }
 
 
+def by_row(holder: Any) -> Any:
+    """vLLM's thinking budgets as without drafts: row i is request i's; the states are shared."""
+    alike = copy(holder)
+    alike.in_spec_mode = False
+    alike.cu_num_tokens = {}
+    return alike
+
+
 class ThinkingBudgets:
     """vLLM's thinking budgets, applied row after row as they are step after step without drafts.
 
@@ -259,9 +280,7 @@ class ThinkingBudgets:
     def __init__(self, holder: Any, rows: Rows) -> None:
         self.holder = holder
         self.starts, self.counts = rows.starts(), rows.counts
-        self.of_row = copy(holder)
-        self.of_row.in_spec_mode = False
-        self.of_row.cu_num_tokens = {}
+        self.of_row = by_row(holder)
 
     def has_tracked_requests(self) -> bool:
         return self.holder.has_tracked_requests()

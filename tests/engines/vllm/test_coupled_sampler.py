@@ -203,8 +203,11 @@ def think(
     requests = [make_request(i, temperature=0.0)._replace(output=[]) for i in range(N)]
     prompts = [[1, 2, *START, 4], [*START, 3], [1, 2, 3, *START], [5, 6], [7, *START]]
     holder = thinking(budgets, prompts, k=4 if draft else 0)
+    steps = 0
     while min(len(request.output) for request in requests) < T:
-        drafts = [draft(i, r.output) if draft else [] for i, r in enumerate(requests)]
+        steps += 1
+        drafting = draft if steps % 3 else None
+        drafts = [drafting(i, r.output) if drafting else [] for i, r in enumerate(requests)]
         rows = [
             logits[i, min(len(r.output) + j, T - 1)]
             for i, r in enumerate(requests)

@@ -49,5 +49,4 @@ def test_2000_requests_leave_no_trace():
     assert metrics["vllm:kv_cache_usage_perc"] == 0
     # else the test would not see what it is for
     assert metrics["vllm:num_preemptions_total"] > 10
-    assert metrics["vllm:prefix_cache_hits_total"] > 0
     assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
