@@ -1,5 +1,6 @@
 """The recurrent state: what one page (one layer, one request) holds, and in how many bytes."""
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -8,6 +9,15 @@ import torch
 
 from qwen3next_plugin.config import CONV_WIDTH
 from qwen3next_plugin.kernels.step import GRID
+
+
+class StateError(RuntimeError):
+    """A step that a layer's pages cannot serve; `row` is the row that the kernel complains of."""
+
+    def __init__(self, layer: str, complaint: str) -> None:
+        super().__init__(f"{layer}: {complaint}")
+        named = re.match(r"row (\d+): ", complaint)
+        self.row = int(named[1]) if named else None
 
 
 class StatePool(NamedTuple):

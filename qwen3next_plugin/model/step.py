@@ -8,7 +8,11 @@ NULL_SLOT = -1  # of a padding row: it owns no page, and its output is zero
 
 
 class StepError(ValueError):
-    """A step that asks for what cannot be; names the row."""
+    """A step that asks for what cannot be; `row` is the row it is about, if it is about one."""
+
+    def __init__(self, what: str, row: int | None = None) -> None:
+        super().__init__(what)
+        self.row = row
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +77,4 @@ class Step:
     def _refuse(bad: torch.Tensor, what: str, values: torch.Tensor) -> None:
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise StepError(f"row {row} has {what}: {int(values[row])}")
+            raise StepError(f"row {row} has {what}: {int(values[row])}", row)

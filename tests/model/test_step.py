@@ -55,5 +55,6 @@ def test_no_rows():
     ],
 )
 def test_out_of_range_names_the_row(changes, message):
-    with pytest.raises(StepError, match=message):
+    with pytest.raises(StepError, match=message) as error:
         build(**changes)
+    assert error.value.row == (int(message.split()[1]) if message.startswith("row ") else None)

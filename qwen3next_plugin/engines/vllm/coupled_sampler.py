@@ -18,7 +18,8 @@ divides by temperatures that it never wrote.
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -53,30 +54,39 @@ class CoupledSampler:
 
         Shapes: logits [T, vocab]; returns token ids [N, longest draft + 1]
         """
+        holder = sampling_metadata.thinking_budget_state_holder
+        if not any(metadata.num_draft_tokens):
+            if holder is not None:
+                sampling_metadata = replace(
+                    sampling_metadata, thinking_budget_state_holder=by_row(holder)
+                )
+            return self.sampler(logits, sampling_metadata)
         rows = Rows.of(metadata)
         noise = Noise(rows, sampling_metadata.generators)
-        output = self.sampler(logits, spread(sampling_metadata, rows, noise))
-        sampled = output.sampled_token_ids[:, 0]  # [T]
-        table = rows.table()
-        tokens = sampled[table]  # [N, K+1]
-        right = tokens[:, :-1] == rows.padded_drafts()
-        used = 1 + right.cumprod(dim=1).sum(dim=1)  # [N]
-        noise.rewind(used.tolist())
-        beyond = torch.arange(tokens.shape[1], device=tokens.device) >= used[:, None]
+        budgets = None if holder is None else ThinkingBudgets(holder, rows)
+        output = self.sampler(logits, spread(sampling_metadata, rows, noise, budgets))
+        tokens = rows.kept(output.sampled_token_ids[:, 0].tolist())
+        used = [len(part) for part in tokens]
+        noise.rewind(used)
+        if budgets is not None:
+            budgets.rewind(used)
+        width = max(rows.counts)
+        padded = [part + [NO_TOKEN] * (width - len(part)) for part in tokens]
         return SamplerOutput(
-            sampled_token_ids=tokens.masked_fill(beyond, NO_TOKEN),
-            logprobs_tensors=_at(output.logprobs_tensors, table.flatten()),
+            sampled_token_ids=output.sampled_token_ids.new_tensor(padded),
+            logprobs_tensors=_at(output.logprobs_tensors, rows),
         )
 
 
-def _at(logprobs: LogprobsTensors | None, rows: torch.Tensor) -> LogprobsTensors | None:
-    """The given rows; vLLM drops those of positions that yield no token."""
+def _at(logprobs: LogprobsTensors | None, rows: "Rows") -> LogprobsTensors | None:
+    """Those of each position; vLLM drops those of positions that yield no token."""
     if logprobs is None:
         return None
+    table = rows.table().flatten()
     return LogprobsTensors(
-        logprobs.logprob_token_ids[rows],
-        logprobs.logprobs[rows],
-        logprobs.selected_token_ranks[rows],
+        logprobs.logprob_token_ids[table],
+        logprobs.logprobs[table],
+        logprobs.selected_token_ranks[table],
     )
 
 
@@ -86,35 +96,40 @@ class Rows:
 
     counts: list[int]  # rows of each request: one per draft, and one
     drafts: list[list[int]]
-    request: torch.Tensor  # [T], whose row it is
-    offset: torch.Tensor  # [T], how many drafts come before it
+    device: torch.device
 
     @classmethod
     def of(cls, metadata: SpecDecodeMetadata) -> "Rows":
-        counts = [n + 1 for n in metadata.num_draft_tokens]
-        device = metadata.draft_token_ids.device
-        request = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        offset = torch.cat([torch.arange(n) for n in counts])
-        drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
-        lists = [part.tolist() for part in drafts]
-        return cls(counts, lists, request.to(device), offset.to(device))
+        ids, ends = metadata.draft_token_ids, [*accumulate(metadata.num_draft_tokens)]
+        flat = ids.tolist()
+        drafts = [flat[begin:end] for begin, end in pairwise([0, *ends])]
+        return cls([len(part) + 1 for part in drafts], drafts, ids.device)
+
+    @cached_property
+    def request(self) -> torch.Tensor:
+        """Whose row it is: [T]."""
+        request = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        return request.to(self.device)
 
     def starts(self) -> list[int]:
         """Each request's first row."""
         return [0, *accumulate(self.counts[:-1])]
+
+    def kept(self, sampled: list[int]) -> list[list[int]]:
+        """Each request's sampled tokens, up to the first that is not its draft."""
+        kept = []
+        for start, drafts in zip(self.starts(), self.drafts, strict=True):
+            pairs = enumerate(drafts)
+            right = next((j for j, draft in pairs if sampled[start + j] != draft), len(drafts))
+            kept.append(sampled[start : start + right + 1])
+        return kept
 
     def table(self) -> torch.Tensor:
         """Each request's rows [N, K+1]; its last is repeated where it has fewer."""
         last = torch.tensor(self.counts) - 1
         column = torch.arange(max(self.counts))
         table = torch.tensor(self.starts())[:, None] + column.minimum(last[:, None])
-        return table.to(self.request.device)
-
-    def padded_drafts(self) -> torch.Tensor:
-        """Each request's drafts [N, K]; no token where it has fewer."""
-        K = max(self.counts) - 1
-        padded = [drafts + [NO_TOKEN] * (K - len(drafts)) for drafts in self.drafts]
-        return torch.tensor(padded, dtype=torch.int64, device=self.request.device)
+        return table.to(self.device)
 
     def each(self) -> list[tuple[int, int]]:
         """(request, offset) of every row."""
@@ -157,7 +172,9 @@ class Noise(Mapping[int, torch.Generator]):
                 generator.set_state(state)
 
 
-def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMetadata:
+def spread(
+    metadata: SamplingMetadata, rows: Rows, noise: Noise, budgets: "ThinkingBudgets | None"
+) -> SamplingMetadata:
     """What vLLM knows of N requests as what it would know of T, one for each row."""
 
     def spread_tensor(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -168,7 +185,6 @@ def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMeta
         return {row: values[i] for row, (i, _) in each if i in values} if values else {}
 
     outputs = metadata.output_token_ids  # empty where nothing asks for them
-    holder = metadata.thinking_budget_state_holder
     penalties = {
         name: spread_tensor(getattr(metadata, name))
         for name in (
@@ -192,7 +208,7 @@ def spread(metadata: SamplingMetadata, rows: Rows, noise: Noise) -> SamplingMeta
         bad_words_token_ids=spread_dict(metadata.bad_words_token_ids),
         logprob_token_ids=spread_dict(metadata.logprob_token_ids or {}) or None,
         logitsprocs=spread_processors(metadata.logitsprocs, rows),
-        thinking_budget_state_holder=holder and ThinkingBudget(holder, metadata, rows),
+        thinking_budget_state_holder=budgets,
         **({} if metadata.no_penalties else penalties),
     )
 
@@ -246,22 +262,46 @@ APPLY = {
 }
 
 
-class ThinkingBudget:
-    """vLLM's thinking budgets, which know drafts: they take the last rows, then the others."""
+def by_row(holder: Any) -> Any:
+    """vLLM's thinking budgets as without drafts: row i is request i's; the states are shared."""
+    alike = copy(holder)
+    alike.in_spec_mode = False
+    alike.cu_num_tokens = {}
+    return alike
 
-    def __init__(self, holder: Any, metadata: SamplingMetadata, rows: Rows) -> None:
-        self.holder, self.outputs = holder, metadata.output_token_ids
-        self.drafts = rows.drafts
-        self.is_last = rows.offset + 1 == torch.tensor(rows.counts).to(rows.request)[rows.request]
+
+class ThinkingBudgets:
+    """vLLM's thinking budgets, applied row after row as they are step after step without drafts.
+
+    vLLM's holder knows drafts in its own way: where a budget ends depends on how many there are,
+    and where a step has none it takes every request's row for the first.
+    """
+
+    def __init__(self, holder: Any, rows: Rows) -> None:
+        self.holder = holder
+        self.starts, self.counts = rows.starts(), rows.counts
+        self.of_row = by_row(holder)
 
     def has_tracked_requests(self) -> bool:
         return self.holder.has_tracked_requests()
 
-    def update_state(self, *_: Any, **__: Any) -> None:
-        self.holder.update_state(self.outputs, self.drafts, repeat_indices=None)
+    def update_state(self, outputs: list[list[int]], *_: Any, **__: Any) -> None:
+        """Each row's state is that of the row before it, a token later."""
+        states: dict[int, dict[str, Any]] = {}
+        of_request = dict(self.holder._state)
+        for offset in range(max(self.counts)):
+            going_on = [i for i in of_request if offset < self.counts[i]]
+            self.of_row._state = {self.starts[i] + offset: {**of_request[i]} for i in going_on}
+            self.of_row.update_state(outputs, None)
+            states |= self.of_row._state
+            of_request = {i: states[self.starts[i] + offset] for i in going_on}
+        self.of_row._state = states
 
     def apply_to_logits(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
-        for is_last in (True, False):
-            which = self.is_last == is_last
-            logits[which] = self.holder.apply_to_logits(logits[which], is_last, self.drafts)
-        return logits
+        return self.of_row.apply_to_logits(logits, False, None)
+
+    def rewind(self, used: list[int]) -> None:
+        """Keep the state that each request's last token left."""
+        states = self.of_row._state
+        for i in self.holder._state:
+            self.holder._state[i] = states[self.starts[i] + used[i] - 1]

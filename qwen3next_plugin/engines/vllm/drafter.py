@@ -68,6 +68,7 @@ class Drafter(EagleProposer):
         self.max_lag = MAX_LAG if vllm_config.kv_transfer_config is None else 0
         self.lag = Lag()
         self.next_position: dict[str, int] = {}  # of each request that may continue
+        self.met: set[str] = set()  # requests that the schedule may remember
         self.left = 0.0  # when the last proposal ended
 
     def propose(
@@ -146,9 +147,11 @@ class Drafter(EagleProposer):
             scheduled = starts[i + 1] - begin
             requests.append(Request(request, i, rows, scheduled, prefilling[i], continues))
         known = self.runner.requests.keys()
-        for gone in self.next_position.keys() - known:
+        self.met |= self.next_position.keys()
+        for gone in self.met - known:  # the preempted stay known, also while they wait
             self.schedule.forget(gone)
             self.account.forget(gone)
+        self.met &= known
         self.next_position = {
             request.id: request.end for request in requests if not request.prefilling
         }
@@ -179,9 +182,15 @@ class Drafter(EagleProposer):
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
         for request, length in zip(drafting, lengths, strict=True):
-            # Beside the token sampled last and the one that the next step samples.
-            room = self.runner.max_model_len - request.end - 2
-            request.draft = max(0, min(length, limit, room))
+            request.draft = max(0, min(length, limit, self._room(request)))
+
+    def _room(self, request: Request) -> int:
+        """How many drafts a step can keep before the request ends: it yields one token more."""
+        state = self.runner.requests[request.id]
+        end = self.runner.max_model_len
+        if (params := state.sampling_params) is not None and params.max_tokens is not None:
+            end = min(end, state.num_prompt_tokens + params.max_tokens)
+        return end - request.end - 2  # beside the token sampled last and the one after the drafts
 
     def _feed(self, requests: list[Request]) -> list[Request]:
         """The requests that go through the MTP layer now, with all they are behind."""

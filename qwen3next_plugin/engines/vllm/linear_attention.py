@@ -25,7 +25,7 @@ from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetWeights,
     gated_delta_net,
 )
-from qwen3next_plugin.model.state import PageLayout
+from qwen3next_plugin.model.state import PageLayout, StateError
 from qwen3next_plugin.model.weights import shard_conv_weight
 
 STATE_DTYPES = ("float32", "bfloat16")
@@ -147,7 +147,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
                 step=steps[self.prefix],
             )
         except RuntimeError as error:
-            raise RuntimeError(f"{self.prefix}: {error}") from error
+            raise StateError(self.prefix, str(error)) from error
 
     # What vLLM asks of a layer with a recurrent state.
 

@@ -1,5 +1,7 @@
 """The flags of speculation that cannot be served, refused before a worker starts."""
 
+from importlib.metadata import entry_points
+
 from vllm.config import VllmConfig
 
 from qwen3next_plugin.config import ConfigError, check_num_speculative_tokens
@@ -21,6 +23,7 @@ def check_speculation(vllm_config: VllmConfig) -> None:
     """
     check_num_speculative_tokens(vllm_config.num_speculative_tokens)
     _check_page_copies(vllm_config)
+    _check_logits_processors()
     for name, ours in OURS.items():
         value = getattr(vllm_config.speculative_config, name)
         if value != ours:
@@ -44,4 +47,17 @@ def _check_page_copies(vllm_config: VllmConfig) -> None:
             "speculative decoding with prefix caching: vLLM's model runner V1 copies this model's "
             "state pages wrongly; use runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; vLLM's log says what "
             "keeps it from choosing V2), or --no-enable-prefix-caching, or no --speculative-config"
+        )
+
+
+def _check_logits_processors() -> None:
+    """Refuse logits processors that are installed as plugins: vLLM leaves them out, and is silent.
+
+    Those that a flag names it refuses itself. Can go when vLLM applies them under speculation.
+    """
+    if found := [entry.name for entry in entry_points(group="vllm.logits_processors")]:
+        raise ConfigError(
+            f"logits processors {', '.join(found)}: vLLM does not apply installed ones under "
+            "speculative decoding, so drafts would change what is generated; uninstall them, or "
+            "serve without --speculative-config"
         )

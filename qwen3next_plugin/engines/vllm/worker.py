@@ -4,7 +4,7 @@ A worker class is a setting of vLLM's (`--worker-cls`); checks.py chooses this o
 host is replaced but what stands in this worker's own runner.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,14 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.coupled_sampler import CoupledSampler
 from qwen3next_plugin.engines.vllm.drafter import Drafter
+from qwen3next_plugin.model.state import StateError
+from qwen3next_plugin.model.step import StepError
+
+MEND = (
+    "The state page is not this request's, or was written by something else; nothing was computed "
+    "from it. Restart the engine; if it happens again, with --no-enable-prefix-caching and without "
+    "a KV connector, which move pages, and report this line"
+)
 
 logger = init_logger("vllm.qwen3next_plugin")
 
@@ -33,16 +41,30 @@ class Worker(CPUWorker):
             _complete(runner.input_batch.logitsprocs, runner)
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
-                # vLLM skips the drafter, for all requests, while one is near the model's maximum
-                # length; ours sees every token and cuts that request's draft short itself.
-                runner._input_fits_in_drafter = lambda metadata: metadata is not None
+                # Near its end our loop drafts less for that request; vLLM's drafts zeros for all.
+                runner.effective_drafter_max_model_len += runner.num_spec_tokens
             else:
                 logger.info("data parallel: drafts of fixed length, by vLLM's own loop")
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step; what is wrong with one row names its request, which only the runner knows."""
+        try:
+            return super().execute_model(scheduler_output)
+        except (StateError, StepError) as error:
+            raise _naming_its_request(error, self.model_runner.input_batch.req_ids) from error
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, and let unfinished prompts draw nothing."""
         with _unfinished_prompts_set_aside(self.model_runner):
             return super().sample_tokens(grammar_output)
+
+
+def _naming_its_request(
+    error: StateError | StepError, requests: Sequence[str | None]
+) -> RuntimeError:
+    row = error.row
+    whose = "a step" if row is None or row >= len(requests) else f"request {requests[row]}"
+    return RuntimeError(f"{whose}: {error}. {MEND}")
 
 
 def _complete(processors: Any, runner: Any) -> None:

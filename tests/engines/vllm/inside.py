@@ -44,6 +44,35 @@ def drafts(llm: LLM) -> list[list[list[int]]]:
     return [[tokens for tokens in found[number] if tokens] for number in sorted(found)]
 
 
+def decode_broken(
+    llm: LLM, what: str, prompts: list[tuple[int, ...]], row: int, layer: str
+) -> None:
+    """Decode requests broken-0, broken-1 …, of which one is broken after its third token.
+
+    Its "page" then says that it stands elsewhere, or its "slot" is none.
+    """
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True, detokenize=False)
+    names = [f"broken-{i}" for i in range(len(prompts))]
+    for name, ids in zip(names, prompts, strict=True):
+        engine.add_request(name, {"prompt_token_ids": list(ids)}, params)
+    for _ in range(3):
+        engine.step()
+    runner = _core(llm).model_executor.driver_worker.worker.model_runner
+    groups = [group.layer_names for group in runner.kv_cache_config.kv_cache_groups]
+    group = next(i for i, layers in enumerate(groups) if layer in layers)
+    slots = runner.input_batch.block_table[group].block_table.np[row]
+    if what == "page":
+        pool = runner.compilation_config.static_forward_context[layer].pool
+        pool.span[int(slots[0])] += 1000
+    else:
+        slots[0] = 1_000_000
+    try:
+        engine.step()
+    finally:
+        engine.abort_request(names)
+
+
 def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, Any]:
     """Run the prompts together and count after each step, by the engine's own block tables.
 

@@ -32,16 +32,18 @@ OVERRIDDEN = {
             "bind_kv_cache": ["self", "kv_cache"],
         },
     },
-    "v1/worker/gpu_worker.py": {"Worker": {"sample_tokens": ["self", "grammar_output"]}},
+    "v1/worker/gpu_worker.py": {
+        "Worker": {
+            "execute_model": ["self", "scheduler_output"],
+            "sample_tokens": ["self", "grammar_output"],
+        },
+    },
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
     "v1/core/sched/scheduler.py": {
         "Scheduler": {
             "__init__": ["self", "vllm_config"],
             "update_from_output": ["self", "scheduler_output", "model_runner_output"],
         },
-    },
-    "v1/worker/gpu_model_runner.py": {
-        "GPUModelRunner": {"_input_fits_in_drafter": ["self", "common_attn_metadata"]},
     },
     "sampling_params.py": {
         "SamplingParams": {"_validate_spec_decode": ["self", "speculative_config"]},
@@ -206,6 +208,8 @@ ATTRIBUTES = {
         "sampler",
         "input_batch",
         "discard_request_mask",
+        "effective_drafter_max_model_len",
+        "num_spec_tokens",
         "max_model_len",
     ],
     "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
@@ -220,6 +224,9 @@ KEPT = {
     "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},
     "v1/core/kv_cache_coordinator.py": {"KVCacheCoordinator": ["single_type_managers"]},
     "v1/core/single_type_kv_cache_manager.py": {"SingleTypeKVCacheManager": ["req_to_blocks"]},
+    "v1/sample/thinking_budget_state.py": {
+        "ThinkingBudgetStateHolder": ["_state", "in_spec_mode", "cu_num_tokens"],
+    },
     "v1/worker/gpu/model_states/mamba_hybrid.py": {
         "MambaHybridModelState": [
             "_align_mode",
@@ -433,8 +440,10 @@ def test_kernels_we_stand_in_for_take_what_ours_takes(sources, kernel):
     assert theirs[: len(KERNELS[kernel])] == KERNELS[kernel]
 
 
-def test_entry_point_group_is_read(sources):
+def test_entry_point_groups_are_read(sources):
     assert "vllm.general_plugins" in sources.names("plugins/__init__.py")
+    processors = sources.names("v1/sample/logits_processor/__init__.py")
+    assert "vllm.logits_processors" in processors
 
 
 @pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3NextMTP"])

@@ -1,5 +1,7 @@
 """The coupled sampler alone: what vLLM's plain sampler yields one position after another."""
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,14 +16,10 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from qwen3next_plugin.engines.vllm.coupled_sampler import (
-    APPLY,
-    CoupledSampler,
-    Rows,
-    ThinkingBudget,
-)
+from qwen3next_plugin.engines.vllm.coupled_sampler import APPLY, CoupledSampler
 
 V = 61
 CPU = torch.device("cpu")
@@ -46,7 +44,7 @@ def make_request(i: int, **params: Any) -> Request:
 
 def bad_words(request: Request) -> list[list[int]]:
     """A word of one token, and one that begins where the first step does."""
-    return [[7], [request.output[3], 8]]
+    return [[7], [*request.output[3:4], 8]]
 
 
 def metadata_of(requests: list[Request]) -> SamplingMetadata:
@@ -133,6 +131,7 @@ def test_as_one_position_after_another(counts, seed):
     twins = [make_request(i, **params) for i, params in enumerate(PARAMS)]
     of_request = logits.split(counts)
     drafts = torch.cat([part[:-1].argmax(-1) for part in of_request])  # likely, and some wrong
+    drafts[5::7] = -1  # what vLLM pads drafts with
     output = CoupledSampler(Sampler())(
         step_of(counts, drafts), None, logits.clone(), metadata_of(requests)
     )
@@ -177,22 +176,79 @@ def test_every_processor_of_vllms_is_known():
     assert set(BUILTIN_LOGITS_PROCESSORS) == set(APPLY)
 
 
-def test_thinking_budgets_get_the_rows_they_know():
-    """vLLM's holder numbers the last rows and the others apart."""
-    seen = []
+START, END = [20], [21, 22]  # of thinking, in tokens
 
-    class Holder:
-        def apply_to_logits(self, logits, predict_bonus_token, spec_token_ids):
-            seen.append((logits[:, 0].tolist(), predict_bonus_token, spec_token_ids))
-            return logits + 100
 
-    rows = Rows.of(step_of([3, 1, 2], torch.tensor([11, 12, 13])))
-    metadata = SimpleNamespace(output_token_ids=[[], [], []])
-    logits = torch.arange(6.0)[:, None]
-    found = ThinkingBudget(Holder(), metadata, rows).apply_to_logits(logits, False, None)
-    drafts = [[11, 12], [], [13]]
-    assert seen == [([2.0, 3.0, 5.0], True, drafts), ([0.0, 1.0, 4.0], False, drafts)]
-    assert found[:, 0].tolist() == [100.0, 101.0, 102.0, 103.0, 104.0, 105.0]
+def thinking(
+    budgets: list[int | None], prompts: list[list[int]], k: int
+) -> ThinkingBudgetStateHolder:
+    """vLLM's holder, as its input batch makes it."""
+    config = SimpleNamespace(reasoning_start_token_ids=START, reasoning_end_token_ids=END)
+    holder = ThinkingBudgetStateHolder(config, 16, k, CPU, False)
+    params = [SamplingParams(temperature=0.0, thinking_token_budget=b) for b in budgets]
+    added = [(i, p, prompts[i], []) for i, p in enumerate(params)]
+    holder.sync_batch(BatchUpdate(len(budgets), removed=[], added=added, moved=[]))
+    return holder
+
+
+def think(
+    logits: torch.Tensor,
+    budgets: list[int | None],
+    draft: Callable[[int, list[int]], list[int]] | None = None,
+) -> list[list[int]]:
+    """Greedy outputs where token t of request i is drawn from logits[i, t]; without `draft` by
+    vLLM's plain sampler.
+    """
+    N, T, _ = logits.shape
+    requests = [make_request(i, temperature=0.0)._replace(output=[]) for i in range(N)]
+    prompts = [[1, 2, *START, 4], [*START, 3], [1, 2, 3, *START], [5, 6], [7, *START]]
+    holder = thinking(budgets, prompts, k=4 if draft else 0)
+    steps = 0
+    while min(len(request.output) for request in requests) < T:
+        steps += 1
+        drafting = draft if steps % 3 else None
+        drafts = [drafting(i, r.output) if drafting else [] for i, r in enumerate(requests)]
+        rows = [
+            logits[i, min(len(r.output) + j, T - 1)]
+            for i, r in enumerate(requests)
+            for j in range(len(drafts[i]) + 1)
+        ]
+        metadata = replace(
+            metadata_of(requests),
+            thinking_budget_state_holder=holder,
+            bad_words_token_ids={},
+            spec_token_ids=drafts,
+        )
+        if draft:
+            step = SpecDecodeMetadata.make_dummy(drafts, CPU)
+            output = CoupledSampler(Sampler())(step, None, torch.stack(rows), metadata)
+        else:
+            output = Sampler()(torch.stack(rows), metadata)
+        for request, tokens in zip(requests, output.sampled_token_ids.tolist(), strict=True):
+            request.output.extend(token for token in tokens if token >= 0)
+    return [request.output[:T] for request in requests]
+
+
+def test_thinking_budgets_end_where_they_end_without_drafts():
+    """Right drafts, wrong ones, none, and none for anyone, which vLLM's holder takes amiss."""
+    budgets = [0, 3, 5, None, 8]
+    noise = torch.Generator().manual_seed(3)
+    logits = torch.randn(len(budgets), 24, V, generator=noise)
+    logits[:, :, [*START, *END, 3, 5]] -= 10.0  # it does not end by itself
+    logits[4, 6, END[0]] = logits[4, 7, END[1]] = 30.0  # but once
+    alone = think(logits, budgets)
+    ends = [output.index(END[0]) if END[0] in output else None for output in alone]
+    assert [end is None for end in ends] == [False, False, False, True, False]
+    assert ends[0] == 0
+    assert all(alone[i][end + 1] == END[1] for i, end in enumerate(ends) if end is not None)
+    for seed in range(6):
+        rng = random.Random(seed)
+
+        def draft(i: int, output: list[int], rng: random.Random = rng) -> list[int]:
+            right = alone[i][len(output) : len(output) + rng.randrange(5)]
+            return [token if rng.random() < 0.8 else 30 for token in right]
+
+        assert think(logits, budgets, draft) == alone
 
 
 @pytest.mark.compat

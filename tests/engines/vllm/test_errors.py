@@ -150,6 +150,20 @@ def test_drafts_of_a_checkpoint_without_a_drafter_end_the_server(tmp_path):
     assert "serve without --speculative-config" in log
 
 
+def test_installed_logits_processors_are_not_left_out(monkeypatch, tmp_path, complete, checkpoint):
+    """vLLM would serve without them, and say nothing."""
+    package = tmp_path / "processors-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: processors\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[vllm.logits_processors]\nshout = processors:Shout\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    complete(checkpoint)
+    with pytest.raises(Exception, match=r"logits processors shout: .* uninstall them, or serve"):
+        complete(checkpoint, **drafts(2))
+
+
 # registration ------------------------------------------------------------------------------------
 
 PLUGINS = "from vllm.plugins import load_general_plugins as load; load()"

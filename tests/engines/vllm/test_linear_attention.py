@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
-from qwen3next_plugin.model.state import PageLayout
+from qwen3next_plugin.model.state import PageLayout, StateError
 from qwen3next_plugin.model.step import Step
 
 PREFIX = "model.layers.6.linear_attn"
@@ -46,8 +46,9 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
     )
     qkvz, ba = torch.randn(1, 2 * 16 + 2 * 2 * 24), torch.randn(1, 4)
     stands = rf"start={span[0]} end={span[1]} .* c=5"
-    with pytest.raises(RuntimeError, match=rf"{PREFIX}: row 0: slot 1 holds {stands}"):
+    with pytest.raises(StateError, match=rf"{PREFIX}: row 0: slot 1 holds {stands}") as error:
         linear_attention.GatedDeltaNet.attend(layer, qkvz, ba)
+    assert error.value.row == 0
     assert torch.equal(raw, before)
 
 

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from checkpoints import SHIPPED
 from engines.vllm.server import Server
 
+BLOCKS = (256, 384)  # tokens in a block of the shipped checkpoint, in fp32 and in bf16
+
 
 @dataclass(frozen=True)
 class Request:
@@ -29,16 +31,23 @@ def source_tokens() -> list[int]:
     return tokenizer.encode(Path(textwrap.__file__).read_text()).ids
 
 
-def requests(count: int, *, seed: int, abort_share: float, longest: int = 700) -> list[Request]:
-    """Mixed lengths, mostly short; every fourth prompt begins like another one."""
+def requests(
+    count: int, *, seed: int, abort_share: float, tokens: int = 48, longest: int = 700
+) -> list[Request]:
+    """Mixed lengths, mostly short; every fourth prompt begins like another one.
+
+    Every sixth answer crosses into its next block, and preempts another where memory is full.
+    """
     rng, ids = random.Random(seed), source_tokens()
     found: list[Request] = []
     for i in range(count):
-        length = min(longest, int(rng.paretovariate(0.6)))
+        length, most = min(longest, int(rng.paretovariate(0.6))), rng.randrange(1, tokens + 1)
+        if i % 6 == 1:
+            length, most = rng.choice(BLOCKS) - rng.randrange(1, tokens // 2), tokens
         start = 0 if i % 4 == 0 else rng.randrange(len(ids) - length)
         prompt = tuple(ids[start : start + length])
         hang_up = rng.randrange(1, 4) if rng.random() < abort_share else None
-        found.append(Request(prompt, rng.randrange(1, 49), hang_up))
+        found.append(Request(prompt, most, hang_up))
     return found
 
 
