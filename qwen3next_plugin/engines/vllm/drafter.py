@@ -166,9 +166,8 @@ class Drafter(EagleProposer):
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
         for request, length in zip(drafting, lengths, strict=True):
-            room = (
-                self.runner.max_model_len - request.end - 2
-            )  # for the token just sampled, one more
+            # Beside the token sampled last and the one that the next step samples.
+            room = self.runner.max_model_len - request.end - 2
             request.draft = max(0, min(length, limit, room))
 
     def _feed(self, requests: list[Request]) -> list[Request]:
