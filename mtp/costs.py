@@ -16,6 +16,7 @@ from typing import Self
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
+DRAFTED = 32768  # tokens that a draft chooses from, at most: docs/kernels.md has what they cover
 DRIFT = 1.01  # of the machine's level, by each timing above the median
 CHANCE = 4  # timings in a row on one side of the median; a longer run is a change of the machine
 HORIZON = 500  # timings after which one is out of date
@@ -54,9 +55,10 @@ class Shape:
         sparse = D * c.num_experts + 3 * D * c.shared_expert_intermediate_size
         head = D * c.vocab_size
         moe = c.num_moe_layers
+        drafted_head = D * min(c.vocab_size, DRAFTED) / 2  # int8
         step = linear * c.num_linear_layers + attention * c.num_attention_layers + head
         step += moe * sparse + (c.num_hidden_layers - moe) * 3 * D * c.intermediate_size
-        draft = 2 * D * D + attention + head
+        draft = 2 * D * D + attention + drafted_head
         draft += sparse if c.num_experts else 3 * D * c.intermediate_size
         active = c.num_experts_per_tok * expert
         return cls(

@@ -195,6 +195,8 @@ class Schedule:
         table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
         plans = best_plans(chances, table)
         plan = self._settle(plans)
+        if not any(self._tried[1:]):  # what is tried first tells most where all requests draft
+            plans[1] = price([1] * len(requests), chances, table)
         if not plan.passes:  # the drafter would have much to catch up with: one request less
             plans.append(self._alone(requests, chances, table))
         plan = self._try(plans, plan, [table.behind * self._behind(requests, p) for p in plans])

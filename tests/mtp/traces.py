@@ -12,7 +12,7 @@ from qwen3next_plugin.mtp.costs import Shape
 K = 4  # drafts at most
 RECORDED = Path(__file__).with_name("recorded_runs.json")
 
-# Machines, in milliseconds. The block model of docs/performance.md, its draft head in int8.
+# Machines, in milliseconds. The block model of docs/performance.md.
 BLOCK = Truth(
     fixed=31.0,
     request=0.2,
@@ -21,7 +21,7 @@ BLOCK = Truth(
     prompt_token=0.6,
     experts=64,
     layer=3.0,
-    head=10.8,
+    head=2.4,
     draft_token=0.15,
     draft_expert=0.22,
 )
@@ -51,9 +51,9 @@ BLOCK_SHAPE = Shape(
     step=452.6,
     step_expert=12.58,
     token=57.8,
-    draft=350.1,
+    draft=72.5,
     draft_expert=3.15,
-    draft_token=38.2,
+    draft_token=10.4,
     experts=64,
     experts_per_token=10,
 )
@@ -61,9 +61,9 @@ GPU_SHAPE = Shape(
     step=2052.3,
     step_expert=151.0,
     token=17.8,
-    draft=351.0,
+    draft=73.4,
     draft_expert=3.15,
-    draft_token=1.9,
+    draft_token=0.5,
     experts=512,
     experts_per_token=10,
 )

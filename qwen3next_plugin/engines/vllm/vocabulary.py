@@ -24,9 +24,8 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
+from qwen3next_plugin.mtp.costs import DRAFTED
 from qwen3next_plugin.mtp.draft_vocabulary import DraftVocabulary
-
-DRAFT_ROWS = 32768  # of the head that a draft chooses from: docs/kernels.md, what they cover
 
 
 class _LookUpOnly(UnquantizedEmbeddingMethod):
@@ -56,7 +55,7 @@ class DraftHead(nn.Module):
         shard = head.shard_indices
         self.first, self.end = shard.org_vocab_start_index, shard.org_vocab_end_index
         self.weight, self.scale = quantise_rows(head.weight.data[: self.end - self.first])
-        self.vocabulary = DraftVocabulary(vocab_size, DRAFT_ROWS)
+        self.vocabulary = DraftVocabulary(vocab_size, DRAFTED)
         self.rows = self._rows()
 
     def _rows(self) -> torch.Tensor:
