@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -17,6 +17,7 @@ from qwen3next_plugin.versions import check_host
 
 WORKER = "qwen3next_plugin.engines.vllm.worker.Worker"
 SCHEDULER = "qwen3next_plugin.engines.vllm.scheduler.Scheduler"
+CPU_BLOCK_SIZE = 128  # tokens: what vLLM starts from on a CPU, before it makes room for a page
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 logger = init_logger("vllm.qwen3next_plugin")  # vLLM formats and levels what is below its own
@@ -89,8 +90,23 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         # vLLM would adapt the experts too, by Triton kernels that a CPU does not have.
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
+    _keep_block_size(vllm_config.cache_config)
     _choose_worker(vllm_config)
     _choose_figures(vllm_config)
+
+
+def _keep_block_size(cache_config: CacheConfig) -> None:
+    """Have the block size stand that the cache is laid out with.
+
+    vLLM's engine process completes its configuration once more when its workers are ready, and on
+    a CPU that sets a block size which the user left open back to 128. Its scheduler then lets
+    chunks of a prompt end where no block ends, and a page is cached for a prefix that is not its
+    own. A size that the user asked for stays. Can go with the host's second completion: a test
+    marked `compat`.
+    """
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size = CPU_BLOCK_SIZE
+        cache_config.user_specified_block_size = True
 
 
 def _choose_figures(vllm_config: VllmConfig) -> None:

@@ -91,6 +91,28 @@ def test_chat(server):
     assert streamed == whole.choices[0].message.content
 
 
+def test_the_second_turn_of_a_chat_hits_the_cache(server):
+    """Under default flags, that is by whole blocks; and the answer is that of a cold run."""
+    options = {"model": server.model, "max_tokens": 24, "temperature": 0}
+    first = [{"role": "user", "content": "x = [1, 2, 3]\n" * 150}]
+    answer = server.client.chat.completions.create(messages=first, **options)
+    second = [
+        *first,
+        {"role": "assistant", "content": answer.choices[0].message.content},
+        {"role": "user", "content": "And the other way round?"},
+    ]
+    before = server.metrics()["vllm:prefix_cache_hits_total"]
+    warm = server.client.chat.completions.create(messages=second, **options)
+    hits = server.metrics()["vllm:prefix_cache_hits_total"] - before
+    assert hits > answer.usage.prompt_tokens / 2
+    # A salt of its own: nothing that others left in the cache is found.
+    cold = server.client.chat.completions.create(
+        messages=second, **options, extra_body={"cache_salt": "cold"}
+    )
+    assert server.metrics()["vllm:prefix_cache_hits_total"] - before == hits
+    assert warm.choices[0].message.content == cold.choices[0].message.content
+
+
 def test_logprobs(server, sequential):
     answer = server.client.completions.create(
         model=server.model, prompt=PROMPTS[0], max_tokens=12, temperature=0, logprobs=5
