@@ -100,17 +100,13 @@ def logprobs(side: Side) -> list[float]:
     return [x for prompt in side.call("logprobs", lengths=[3, 65, 200]) for x in prompt]
 
 
-def difference(left: list[float], right: list[float]) -> float:
-    """Mean difference of two sides' log-probabilities; raises where it is no noise."""
+def check(sides: dict[str, Side]) -> float:
+    """Mean difference of the two sides' log-probabilities; raises where it is no noise."""
+    left, right = (logprobs(side) for side in sides.values())
     mean = statistics.fmean(abs(a - b) for a, b in zip(left, right, strict=True))
     if not mean <= MAX_LOGPROB_DIFFERENCE:
         raise RedCheckError(f"prompt log-probabilities differ by {mean:.4f} on the mean")
     return mean
-
-
-def check(sides: dict[str, Side]) -> float:
-    """How far the two sides' log-probabilities are apart; raises where it is no noise."""
-    return difference(logprobs(sides["upstream"]), logprobs(sides["plugin"]))
 
 
 def alternate(sides: dict[str, Side], rounds: int, call: str, **arguments: Any) -> dict[str, list]:

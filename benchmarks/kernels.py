@@ -28,6 +28,7 @@ from benchmarks.report import Table, markdown
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
+from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.step import GRID
 
@@ -79,6 +80,7 @@ def cases() -> Iterator[Case]:
     yield recurrence("decode, S written once in 8, over every token, batch 16", 16, 1)
     yield verify_layer(f"convolution and recurrence, verify {DRAFT} drafts, batch 8", 8)
     yield from output_heads()
+    yield from experts()
 
 
 def timed(case: Case, pairs: int) -> dict[str, float]:
@@ -383,6 +385,30 @@ def output_heads() -> Iterator[Case]:
             head = {"weight": int8, "scale": scale, "rows": ids}
             yield greedy(f"draft head, {name}, batch {batch}", x, head, whole)
         yield greedy(f"draft head, {name} on both sides, batch {batch}", x, head, kept)
+
+
+def experts() -> Iterator[Case]:
+    """The block model's 64 experts against upstream's portable kernel, which it packs them for."""
+    E, inner, k = 64, 512, 10
+    w13 = torch.empty(E, 2 * inner, HIDDEN, dtype=DTYPE).normal_(std=0.02)
+    w2 = torch.empty(E, HIDDEN, inner, dtype=DTYPE).normal_(std=0.02)
+    packed13, packed2 = (upstream.cpu_prepack_moe_weight(w.clone(), "vec") for w in (w13, w2))
+    for tokens in (1, 8, 32, 1024):
+        x = torch.randn(tokens, HIDDEN).to(DTYPE)
+        weights, ids = torch.randn(tokens, E).softmax(-1).topk(k)
+        routed = {"topk_weights": weights, "topk_ids": ids.int()}
+
+        def plugin(x=x, routed=routed) -> Tensor:
+            return fused_moe(x=x, w13=w13, w2=w2, **routed)
+
+        def portable(x=x, routed=routed) -> Tensor:
+            out = torch.empty_like(x)
+            upstream.cpu_fused_moe(
+                out, x, packed13, packed2, None, None, *routed.values(), "silu", "vec", False
+            )
+            return out
+
+        yield Case(f"experts, {tokens} tokens", plugin, portable)
 
 
 def packed(weight: Tensor) -> torch.nn.Module:

@@ -6,6 +6,7 @@ Both parts check first that drafts change nothing, and print no number where the
 """
 
 import json
+import math
 import statistics
 from contextlib import AbstractContextManager
 from enum import Enum
@@ -17,10 +18,10 @@ import typer
 from benchmarks import clients, report, report_mtp
 from benchmarks.block_model import block_model
 from benchmarks.engines import (
+    RedCheckError,
     Side,
     alternate,
     console,
-    difference,
     flags,
     logprobs,
     started,
@@ -29,6 +30,7 @@ from benchmarks.floors import BLOCK, BLOCK_ALL_ROWS
 
 TINY = Path("examples/qwen3next-tiny")
 BATCHES, DRAFTS = (1, 8), (1, 2, 3)
+FARTHER = 1.25  # as far from fp32 as the plain upstream engine, at most
 VERIFY = "verify step over plain, k = {k}, batch {batch}"
 TARGETS = {1: {1: 1.5, 2: 1.9, 3: 2.3}, 8: {1: 1.5, 2: 1.9, 3: 2.2}}  # batch → k → plain steps
 
@@ -42,15 +44,14 @@ def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float
     """Steps with drafts over plain steps of the same side, two engines at a time."""
     rounds, steps = (2, 8) if quick else (5, 16)
     table: dict[str, dict[str, float]] = {}
-    reference: list[float] = []
+    with start(model, out, "plugin", 0, "fixed", dtype="float32") as exact:
+        noise = Noise(logprobs(exact))
     for side in ("upstream", "plugin"):
         with start(model, out, side, 0, "fixed") as plain:
-            found = logprobs(plain)
-            reference = reference or found
-            console.print(f"{side}: log-probabilities differ by {difference(reference, found):.4f}")
+            noise.check(f"{side}, plain", logprobs(plain))
             for k in DRAFTS:
                 with start(model, out, side, k, "fixed") as drafting:
-                    difference(reference, logprobs(drafting))
+                    noise.check(f"{side}, k = {k}", logprobs(drafting))
                     for batch in BATCHES:
                         row = table.setdefault(
                             f"verify step over plain, k = {k}, batch {batch}", {}
@@ -78,11 +79,28 @@ def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float
     return table
 
 
-def start(model: Path, out: Path, side: str, k: int, drafts: str) -> AbstractContextManager[Side]:
+class Noise:
+    """How far bf16 engines are from fp32: none may be much farther than the first, upstream's."""
+
+    def __init__(self, exact: list[float]) -> None:
+        self.exact, self.bound = exact, math.inf
+
+    def check(self, name: str, logprobs: list[float]) -> None:
+        """Raises RedCheckError where an engine computes something else."""
+        distance = statistics.fmean(abs(a - b) for a, b in zip(self.exact, logprobs, strict=True))
+        console.print(f"{name}: log-probabilities are {distance:.4f} from fp32's on the mean")
+        if not distance <= self.bound:
+            raise RedCheckError(f"{name}: {distance:.4f} from fp32, over {self.bound:.4f}")
+        self.bound = min(self.bound, FARTHER * distance)
+
+
+def start(
+    model: Path, out: Path, side: str, k: int, drafts: str, **more: str
+) -> AbstractContextManager[Side]:
     """An engine that drafts k tokens, or none; in a context."""
-    more = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
+    mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
     log = out / f"mtp-{side}-{k}-{drafts}.log"
-    process = Side(side, flags(model, enforce_eager=True, **more), log, drafts)
+    process = Side(side, flags(model, enforce_eager=True, **mtp, **more), log, drafts)
     return started(f"{side}, k = {k}, {drafts}", process)
 
 

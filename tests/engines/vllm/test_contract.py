@@ -39,6 +39,24 @@ OVERRIDDEN = {
         },
     },
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
+    "model_executor/layers/fused_moe/routed_experts.py": {
+        "RoutedExperts": {"_get_quant_method": ["self", "prefix", "quant_config", "moe_config"]},
+    },
+    "model_executor/layers/fused_moe/experts/cpu_moe.py": {
+        "CPUUnquantizedExperts": {
+            "process_weights_after_loading": ["self", "layer"],
+            "apply": [
+                "self",
+                "output",
+                "hidden_states",
+                "w1",
+                "w2",
+                "topk_weights",
+                "topk_ids",
+                "activation",
+            ],
+        },
+    },
     "v1/core/sched/scheduler.py": {
         "Scheduler": {
             "__init__": ["self", "vllm_config"],
@@ -100,6 +118,7 @@ CALLED = {
         "direct_register_custom_op": ["op_name", "op_func", "mutates_args", "fake_impl"],
     },
     "triton_utils/dispatcher.py": {"register_kernels": []},
+    "model_executor/layers/fused_moe/layer.py": {"FusedMoEFactory": ["routed_experts_cls"]},
     "model_executor/models/utils.py": {
         "make_layers": ["num_hidden_layers", "layer_fn", "prefix"],
         "make_empty_intermediate_tensors_factory": ["keys", "hidden_size"],
@@ -161,6 +180,7 @@ FIELDS = {
             "mamba_page_size_padded",
             "mamba_cache_mode",
             "mamba_ssm_cache_dtype",
+            "user_specified_block_size",
             "num_gpu_blocks",
         ],
     },
@@ -213,6 +233,7 @@ ATTRIBUTES = {
         "max_model_len",
     ],
     "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
+    "model_executor/layers/fused_moe/unquantized_fused_moe_method.py": ["experts_cls"],
     "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],
 }
 # What a host's class keeps on itself, and our subclass of it reads.
