@@ -19,11 +19,11 @@ from qwen3next_plugin.config import Qwen3NextConfig
 DRAFTED = 32768  # tokens that a draft chooses from, at most: docs/kernels.md has what they cover
 DRIFT = 1.01  # of the machine's level, by each timing above the median
 CHANCE = 4  # timings in a row on one side of the median; a longer run is a change of the machine
+FAR, SURPRISES = 1.5, 5  # another size, and how often in a row it is no chance
 HORIZON = 500  # timings after which one is out of date
 WINDOW = 64  # timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
 SHAPED = 10.0  # weight of the fit against timings nearby
-SWEEPS = 20  # of coordinate descent
 REFRESH = 8  # timings between two fits
 
 Point = tuple[float, float]
@@ -102,6 +102,7 @@ class Model:
         self._timings: dict[Point, deque[tuple[int, float]]] = {}
         self._medians: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
         self._bends: list[tuple[Point, float, int]] = []  # seconds/fit, number of timings
+        self._far_off: dict[Point, list[float]] = {}  # timed/usual, of timings in a row
 
     def at_point(self, batch: int, x: float, seconds: float) -> tuple[Point, float]:
         """The nearest point, half octaves of batch and halves of x apart, and the seconds there."""
@@ -115,6 +116,18 @@ class Model:
         while timings[0][0] <= self.count - HORIZON:
             timings.popleft()
         self._medians[point] = median(s for _, s in timings), len(timings)
+
+    def surprised(self, point: Point, seconds: float) -> float | None:
+        """Timed/usual where timings at a well-known point are of another size, not by chance."""
+        usual = self.usual(point)
+        if usual is None or 1 / FAR <= seconds / usual <= FAR:
+            self._far_off.pop(point, None)
+            return None
+        ratios = self._far_off.setdefault(point, [])
+        ratios.append(seconds / usual)
+        if len(ratios) < SURPRISES:
+            return None
+        return median(self._far_off.pop(point))
 
     def usual(self, point: Point) -> float | None:
         """Seconds at a point that is well known."""
@@ -136,11 +149,7 @@ class Model:
         for f in size:
             gram[f][f] += PRIOR / level**2
             goal[f] += PRIOR / level
-        w = self.weights = [level] * len(size)
-        for _ in range(SWEEPS):
-            for f in size:
-                rest = sum(gram[f][g] * w[g] for g in size if g != f)
-                w[f] = max(level / 1000, (goal[f] - rest) / gram[f][f])
+        self.weights = solve(gram, goal, at_least=level / 1000)
         self._bends = [
             (point, seconds / self.fitted(2 ** point[0], point[1]), n)
             for point, (seconds, n) in self._medians.items()
@@ -162,6 +171,40 @@ class Model:
             total += nearness * ratio
             weight += nearness
         return total / weight
+
+
+def solve(gram: list[list[float]], goal: list[float], at_least: float) -> list[float]:
+    """Of gram·w = goal, gram positive definite; weights that would be too small are at_least."""
+    free, w = list(range(len(goal))), [at_least] * len(goal)
+    while free:
+        rest = [g for g in range(len(w)) if g not in free]
+        rows = [
+            [*(gram[f][g] for g in free), goal[f] - sum(gram[f][g] * w[g] for g in rest)]
+            for f in free
+        ]
+        found = eliminated(rows)
+        if min(found) >= at_least:
+            for f, weight in zip(free, found, strict=True):
+                w[f] = weight
+            break
+        free.pop(found.index(min(found)))
+    return w
+
+
+def eliminated(rows: list[list[float]]) -> list[float]:
+    """Solution of a positive definite system, its right side last in each row."""
+    n = len(rows)
+    least = [1e-12 * row[i] for i, row in enumerate(rows)]  # where rounding leaves a pivot nothing
+    for i in range(n):
+        rows[i][i] = max(rows[i][i], least[i])
+        for j in range(i + 1, n):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [b - factor * a for a, b in zip(rows[i], rows[j], strict=True)]
+    found = [0.0] * n
+    for i in reversed(range(n)):
+        rest = sum(rows[i][j] * found[j] for j in range(i + 1, n))
+        found[i] = (rows[i][n] - rest) / rows[i][i]
+    return found
 
 
 def median(values: Iterable[float]) -> float:
@@ -229,6 +272,7 @@ class Costs:
             side = 1 if seconds > usual else -1
             self._run = self._run + side if self._run * side > 0 else side
             change = DRIFT ** (side * max(1, abs(self._run) - CHANCE))
+            change = model.surprised(point, seconds) or change
             self.level *= change
             seconds /= change
         model.observe(point, seconds)

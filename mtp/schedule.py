@@ -27,6 +27,7 @@ BUDGET = 0.01  # share of time for trying others
 CREDIT = 1.0  # steps of time for trying others at the start
 TRIAL = 3  # steps that a trial takes: the first pays for what the drafter has to catch up with
 LEAST = 0.12  # of a step: what a trial is charged even if it promises to lose less
+HELD = 30  # steps that a plan was kept before it is left only after one more look
 PATIENCE = 1  # how often the budget halves while trials change nothing
 
 RECENT = 0.05  # weight of the last step in the share of steps that read prompts
@@ -34,7 +35,7 @@ PRIOR = 0.8  # acceptance where nothing is known
 KEEP, KEEP_ALL = 0.95, 0.98  # what an observation leaves of those before: per request, of all
 FADE = 0.98  # what a step without observation leaves of them
 CHAIN = 5.0  # weight of a position in the estimate of the next
-PULL = 3.0  # weight of all requests in the estimate of one, in observations
+PULL = 8.0  # weight of all requests in the estimate of one, in observations
 
 
 class Policy(Protocol):
@@ -180,7 +181,7 @@ class Schedule:
         self._lag = 0  # tokens, about, that the draft of now has to catch up with
         self._timed, self._untimed = True, 0.0  # the step before; share of steps
         # trials
-        self._passes = 0  # of the plan
+        self._passes, self._held = 0, 0  # of the plan, and for how many steps it has been that
         self._trial, self._left = 0, 0  # plan on trial, steps left of it
         self._chosen = ""  # the request on trial, where nothing else is drafted
         self._credit, self._halvings = CREDIT, 0  # of time, in steps
@@ -264,13 +265,17 @@ class Schedule:
         }
         self._last = lengths
 
+    def _known(self, request: str) -> float:
+        """Observations that the estimate of a request's first draft rests on."""
+        acceptance = self._requests.get(request)
+        return acceptance.weight(0, self._step) if acceptance else 0.0
+
     def _alone(
         self, requests: Sequence[str], chances: Sequence[Sequence[float]], table: Table
     ) -> Plan:
-        """One draft for the likeliest request; during a trial always for the same one."""
+        """One draft for the request of which least is known, during a trial the same one."""
         if not self._left or self._chosen not in requests:
-            best = max(range(len(requests)), key=lambda i: chances[i][0])
-            self._chosen = requests[best]
+            self._chosen = min(reversed(requests), key=self._known)
         return price([int(r == self._chosen) for r in requests], chances, table)
 
     def _settle(self, plans: list[Plan]) -> Plan:
@@ -281,7 +286,12 @@ class Schedule:
     def _try(self, plans: list[Plan], plan: Plan, lags: list[float]) -> Plan:
         """The plan, or another that is due for a trial and whose loss the budget covers."""
         if plan.passes != self._passes:  # things have changed: trials may pay again
-            self._passes, self._left, self._halvings = plan.passes, 0, 0
+            if self._held >= HELD:  # or is it the machine, for all plans alike?
+                self._trial, self._left = self._passes, TRIAL
+            else:
+                self._left = 0
+            self._passes, self._held, self._halvings = plan.passes, 0, 0
+        self._held += 1
         self._tried[plan.passes] = self._step
         self._credit += BUDGET if plan.passes else BUDGET / 2**self._halvings
         if not self._left:

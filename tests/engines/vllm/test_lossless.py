@@ -15,10 +15,10 @@ from reference import Ids, Reference
 pytestmark = pytest.mark.serve
 
 CLIENTS, LOADED, ALONE = 16, 210, 12
-# Prompts in chunks, and memory for about half the clients.
+# Prompts in chunks, and memory for a third of the clients.
 FLAGS = (
     "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "40",
+    "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "20",
 )  # fmt: skip
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
