@@ -285,4 +285,9 @@ class Drafter(EagleProposer):
             num_tokens=len(positions),
             slot_mapping=dict.fromkeys(metadata, slot_mapping),
         ):
-            return self.model(input_ids=token_ids, positions=positions, hidden_states=hidden_states)
+            return self.model(
+                # The dtype that vLLM compiled the layer with; it drops the guards that would tell.
+                input_ids=token_ids.to(self.input_ids.dtype),
+                positions=positions,
+                hidden_states=hidden_states,
+            )

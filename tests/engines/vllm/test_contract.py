@@ -233,6 +233,7 @@ ATTRIBUTES = {
         "max_model_len",
     ],
     "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
+    "v1/spec_decode/llm_base_proposer.py": ["input_ids", "block_size"],
     "model_executor/layers/fused_moe/unquantized_fused_moe_method.py": ["experts_cls"],
     "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],
 }
