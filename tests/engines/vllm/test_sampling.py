@@ -34,7 +34,8 @@ def samples(case) -> Iterator[torch.Tensor]:
     """[SAMPLES, TOKENS] sampled continuations of one prompt."""
     checkpoint, k = case
     drafts = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
-    engine = Offline(checkpoint, dtype="float32", max_model_len=64, **drafts)
+    fixed = {"QWEN3NEXT_DRAFTS": "fixed"}
+    engine = Offline(checkpoint, env=fixed, dtype="float32", max_model_len=64, **drafts)
     try:
         (outputs,) = engine.generate([PROMPT], n=SAMPLES, temperature=1.0, max_tokens=TOKENS)
         counters = engine.counters()
