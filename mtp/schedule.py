@@ -187,6 +187,11 @@ class Schedule:
         self._credit, self._halvings = CREDIT, 0  # of time, in steps
         self._tried = [0] * (max_draft + 2)  # step that last followed the plan
 
+    @property
+    def _untried(self) -> bool:
+        """Whether nothing has been drafted yet, so that costs of drafts are guesses."""
+        return not any(self._tried[1:])
+
     def lengths(self, requests: Sequence[str]) -> list[int]:
         """Draft length of each request of the batch, for the draft to be made now."""
         self._step += 1
@@ -196,7 +201,7 @@ class Schedule:
         table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
         plans = best_plans(chances, table)
         plan = self._settle(plans)
-        if not any(self._tried[1:]):  # what is tried first tells most where all requests draft
+        if self._untried:  # what is tried first tells most where all requests draft
             plans[1] = price([1] * len(requests), chances, table)
         if not plan.passes:  # the drafter would have much to catch up with: one request less
             plans.append(self._alone(requests, chances, table))
@@ -304,7 +309,7 @@ class Schedule:
                 for n, p in enumerate(plans)
                 if n != plan.passes
             }
-            if not any(self._tried[1:]):  # no pass was ever timed: a guess must not forbid it
+            if self._untried:  # no pass was ever timed: a guess must not forbid it
                 loss[1] = LEAST
             due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)
             if loss[due] > self._credit:
