@@ -1,4 +1,4 @@
-"""Qwen3-Next for vLLM: architecture, linear-attention state and MTP drafter, as a plugin."""
+"""Qwen3-Next for vLLM and SGLang: model, linear-attention state and MTP drafter, as a plugin."""
 
 __version__ = "0.1.0"
 
@@ -8,3 +8,17 @@ def register_vllm() -> None:
     from qwen3next_plugin.engines.vllm.registration import register
 
     register()
+
+
+def register_sglang() -> None:
+    """Entry point `sglang.srt.plugins`: teach this process's SGLang our Qwen3-Next. Idempotent."""
+    from qwen3next_plugin.engines.sglang.registration import register
+
+    register()
+
+
+def sglang_platform() -> str | None:
+    """Entry point `sglang.srt.platforms`: where there is no GPU, the class that sets defaults."""
+    from qwen3next_plugin.engines.sglang.platform import activate
+
+    return activate()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
@@ -39,6 +40,14 @@ class GatedDeltaNetWeights:
     dt_bias: torch.Tensor
     norm: torch.Tensor
     norm_eps: float
+
+
+class Weight(nn.Module):
+    """Holds a `weight`, under the name it has in the checkpoint."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 def split_projections(

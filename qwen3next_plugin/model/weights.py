@@ -18,6 +18,18 @@ MADV_PAGEOUT = 21  # linux/mman.h; older kernels than 5.4 refuse it, and nothing
 QUANTISATION_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight")
 
 
+# Which stacked projection holds a checkpoint's projection, and as which part of it.
+STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
+    ".q_proj": (".qkv_proj", "q"),
+    ".k_proj": (".qkv_proj", "k"),
+    ".v_proj": (".qkv_proj", "v"),
+    ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+    ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+    ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
+    ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
+}
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be served; names the tensor or the file, and the mend."""
 

@@ -8,8 +8,8 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.norm import RMSNorm
 from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
+from qwen3next_plugin.model.norm import RMSNorm
 
 
 class GatedAttention(nn.Module):

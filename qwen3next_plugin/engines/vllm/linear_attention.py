@@ -23,6 +23,7 @@ from qwen3next_plugin.engines.vllm.registration import BACKEND_NAME
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,
+    Weight,
     gated_delta_net,
 )
 from qwen3next_plugin.model.state import PageLayout, StateError
@@ -50,14 +51,6 @@ def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
         activation_dtype=vllm_config.model_config.dtype,
         state_dtype=getattr(torch, state_dtype),
     )
-
-
-class _Weight(nn.Module):
-    """Holds a `weight`, under the name it has in the checkpoint."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 class GatedDeltaNet(nn.Module, MambaBase):
@@ -103,10 +96,10 @@ class GatedDeltaNet(nn.Module, MambaBase):
     def _make_parameters(self, config: Qwen3NextConfig) -> None:
         """The small parameters that no vLLM layer holds, each with its loader."""
         HV = self.shape.num_value_heads
-        self.conv1d = _Weight(self.layout.conv_dim, 1, config.linear_conv_kernel_dim)
+        self.conv1d = Weight(self.layout.conv_dim, 1, config.linear_conv_kernel_dim)
         self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
-        self.norm = _Weight(self.shape.value_dim)
+        self.norm = Weight(self.shape.value_dim)
 
         def load_conv(param: nn.Parameter, loaded: torch.Tensor) -> None:
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()

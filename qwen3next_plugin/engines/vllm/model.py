@@ -38,9 +38,9 @@ from qwen3next_plugin.engines.vllm.attention import GatedAttention
 from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.engines.vllm.linear_attention import GatedDeltaNet, page_layout
 from qwen3next_plugin.engines.vllm.moe import SparseMoE, SwiGLU
-from qwen3next_plugin.engines.vllm.norm import RMSNorm
 from qwen3next_plugin.engines.vllm.vocabulary import make_embedding, make_lm_head
-from qwen3next_plugin.model.weights import checked, trunk_tensors
+from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
 PACKED_MODULES = {
@@ -49,17 +49,7 @@ PACKED_MODULES = {
     "in_proj_qkvz": ["in_proj_qkvz"],
     "in_proj_ba": ["in_proj_ba"],
 }
-STACKED = WeightsMapper(
-    orig_to_new_stacked={
-        ".q_proj": (".qkv_proj", "q"),
-        ".k_proj": (".qkv_proj", "k"),
-        ".v_proj": (".qkv_proj", "v"),
-        ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
-        ".mlp.up_proj": (".mlp.gate_up_proj", 1),
-        ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
-        ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
-    }
-)
+STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
 
 
 class DecoderLayer(nn.Module):

@@ -20,8 +20,8 @@ from qwen3next_plugin.engines.vllm.model import (
     Qwen3NextForCausalLM,
     describe_experts,
 )
-from qwen3next_plugin.engines.vllm.norm import RMSNorm
 from qwen3next_plugin.engines.vllm.vocabulary import make_embedding
+from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import checked, trunk_tensors
 from qwen3next_plugin.mtp.head import fuse
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp

@@ -1,15 +1,13 @@
-"""Embedding, output head and draft head, without the second copies that vLLM keeps on a CPU.
+"""Embedding and output head, without the second copies that vLLM keeps on a CPU.
 
 vLLM packs a GEMM copy of every vocabulary layer's weight and keeps the plain one beside it. An
 embedding is only looked up and needs no packed copy; a head is only multiplied and needs no plain
 one. With a vocabulary of 151,936 that is 1.2 GB at 2048 dims. Elsewhere than on a CPU nothing is
 packed and nothing changes.
-
-The draft head is an int8 copy of the head, of which a draft asks the likelier rows: it needs one
-token, not a distribution, and what it gets wrong the full head puts right at verification.
 """
 
-import torch
+from typing import Any
+
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
@@ -23,9 +21,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
-from qwen3next_plugin.mtp.costs import DRAFTED
-from qwen3next_plugin.mtp.draft_vocabulary import DraftVocabulary
+from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
 class _LookUpOnly(UnquantizedEmbeddingMethod):
@@ -39,53 +35,19 @@ class _Head(UnquantizedEmbeddingMethod):
     def __init__(self, vocab_size: int, *, tied: bool, drafts: bool) -> None:
         self.vocab_size, self.tied, self.drafts = vocab_size, tied, drafts
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if not current_platform.is_cpu():
             return
         if self.drafts:
-            layer.draft_head = DraftHead(layer, self.vocab_size)
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
-
-
-class DraftHead(nn.Module):
-    """This rank's share of the head that drafts choose from."""
-
-    def __init__(self, head: ParallelLMHead, vocab_size: int) -> None:
-        super().__init__()
-        shard = head.shard_indices
-        self.first, self.end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        self.weight, self.scale = quantise_rows(head.weight.data[: self.end - self.first])
-        self.vocabulary = DraftVocabulary(vocab_size, DRAFTED)
-        self.rows = self._rows()
-
-    def _rows(self) -> torch.Tensor:
-        """The drafted tokens that this rank holds, as rows of its weight [R] int32."""
-        ids = self.vocabulary.ids
-        return ids[(ids >= self.first) & (ids < self.end)] - self.first
-
-    def see(self, token_ids: torch.Tensor) -> None:
-        """Let drafts follow what is asked and answered. Shapes: token_ids [T]."""
-        if self.vocabulary.see(token_ids):
-            self.rows = self._rows()
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The likeliest token of each. Shapes: hidden_states [N, D], returns [N]."""
-        if len(self.rows):
-            rows, values = draft_head(
-                x=hidden_states, weight=self.weight, scale=self.scale, rows=self.rows
+            shard = layer.shard_indices
+            layer.draft_head = DraftHead(
+                layer.weight.data,
+                first=shard.org_vocab_start_index,
+                end=shard.org_vocab_end_index,
+                vocab_size=self.vocab_size,
+                ranks=get_tp_group(),
             )
-            tokens = rows + self.first
-        else:  # a rank all of whose rows are unlikely tokens
-            values = hidden_states.new_full((len(hidden_states),), -torch.inf, dtype=torch.float32)
-            tokens = torch.zeros(len(hidden_states), dtype=torch.int64)
-        group = get_tp_group()
-        if group.world_size == 1:
-            return tokens
-        # fp32, in which ids to 2^24 are exact: vLLM's gather in shared memory knows no fp64
-        pairs = torch.stack([values.float(), tokens.float()], dim=-1)[:, None]
-        pairs = group.all_gather(pairs, dim=1)  # [N, ranks, 2]
-        best = pairs[..., 0].argmax(dim=1, keepdim=True)
-        return pairs[..., 1].gather(1, best).squeeze(1).long()
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
 
 
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:

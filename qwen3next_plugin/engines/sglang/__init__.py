@@ -1,0 +1,1 @@
+"""Qwen3-Next in SGLang: the only code that imports sglang."""

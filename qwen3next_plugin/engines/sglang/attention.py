@@ -1,0 +1,86 @@
+"""Gated attention as an SGLang layer: SGLang's projections and cache, our q, k and gate."""
+
+import torch
+from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding import get_rope
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from torch import nn
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
+from qwen3next_plugin.model.norm import RMSNorm
+
+
+class GatedAttention(nn.Module):
+    """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        layer_id: int,
+    ) -> None:
+        super().__init__()
+        self.shape = AttentionShape(
+            num_heads=config.num_attention_heads_per_rank,
+            num_kv_heads=config.num_key_value_heads_per_rank,
+            head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
+        )
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            2 * config.num_attention_heads,  # a query and a gate each
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.attention_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            config.head_dim,
+            rotary_dim=config.head_dim,
+            max_position=config.max_position_embeddings,
+            base=config.rope_theta,
+            rope_scaling=dict(config.rope_parameters),
+            partial_rotary_factor=config.rope_parameters["partial_rotary_factor"],
+        )
+        self.attn = RadixAttention(
+            self.shape.num_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=self.shape.num_kv_heads,
+            layer_id=layer_id,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
+        """Shapes: positions [T], hidden_states [T, D], returns [T, D]."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v, gate = prepare(
+            qkv=qkv,
+            q_weight=self.q_norm.weight,
+            k_weight=self.k_norm.weight,
+            cos_sin=self.rotary_emb.cos_sin_cache,
+            positions=positions,
+            shape=self.shape,
+            eps=self.eps,
+        )
+        output, _ = self.o_proj(apply_gate(self.attn(q, k, v, forward_batch), gate))
+        return output

@@ -1,0 +1,164 @@
+"""Every function of SGLang's that the plugin holds on to, and why.
+
+All are for SGLang 0.5.23. ANYWHERE also holds where SGLang keeps its own Qwen3-Next, ON_CPU where
+ours serves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
+
+from qwen3next_plugin.engines.sglang import arguments
+from qwen3next_plugin.engines.sglang.attention_backend import create_draft_backend
+from qwen3next_plugin.engines.sglang.seams import Attribute, Hook
+
+ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
+MODEL_TYPE = "qwen3_next"
+LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
+
+
+def is_ours(model_config: Any) -> bool:
+    """Whether a model of SGLang's is one that ours takes the place of."""
+    return model_config.hf_config.architectures[0] in ARCHITECTURES
+
+
+def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any) -> None:
+    """Keep what SGLang drops of a newer config.json: `layer_types` and `rope_parameters`.
+
+    It wants `full_attention_interval`, which transformers 5 no longer writes, and takes a rope
+    theta of 10,000 where it finds none at the top level. Can go when SGLang reads both.
+    """
+    host(config, *args, **given)
+    config.layer_types = given.get("layer_types") or _at_interval(config)
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    config.rope_parameters = dict(rope)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name not in given:  # SGLang's default, which a model is not trained with
+            setattr(config, name, rope.get(name))
+
+
+def _at_interval(config: Any) -> list[str]:
+    interval = getattr(config, "full_attention_interval", 4)
+    return [
+        "linear_attention" if (i + 1) % interval else "full_attention"
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+host_layers_block_type = HostConfig.layers_block_type.fget
+host_mamba2_cache_params = HostConfig.mamba2_cache_params.fget
+
+
+def layers_block_type(config: Any) -> list[str]:
+    """The kind of each layer, in SGLang's words."""
+    if config.model_type != MODEL_TYPE:
+        return host_layers_block_type(config)
+    return [LAYER_NAMES[layer_type] for layer_type in config.layer_types]
+
+
+def mamba2_cache_params(config: Any) -> Any:
+    """What SGLang sizes its pools by: pages, of a model that ours serves."""
+    if config.model_type != MODEL_TYPE:
+        return host_mamba2_cache_params(config)
+    from qwen3next_plugin.engines.sglang.pages import page_params
+
+    return page_params(config)
+
+
+def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
+    """Our class for a pool of pages. Can go when a config can name its pool's class."""
+    from qwen3next_plugin.engines.sglang.pages import PageParams, PagePool
+
+    if isinstance(kwargs["cache_params"], PageParams):
+        pool.mamba_pool_cls = PagePool
+    host(pool, *args, **kwargs)
+
+
+def skip_snapshots(host: Callable[[], bool]) -> bool:
+    """Reserve no k + 1 states a request: a page takes drafts back by itself.
+
+    Can go when a config can say so.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_server_args
+
+    return is_ours(model_config_of(get_server_args())) or host()
+
+
+def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
+    """Our linear-attention backend beside the attention backend that was chosen.
+
+    Can go when a registered linear-attention model may take the place of a built-in one.
+    """
+    if not is_ours(runner.model_config):
+        return host(runner, full_attn_backend)
+    if runner.is_draft_worker:  # one layer of full attention
+        return full_attn_backend
+    from qwen3next_plugin.engines.sglang.backend import HybridBackend, LinearBackend
+
+    layers = runner.model_config.hf_config.full_attention_layer_ids
+    return HybridBackend(full_attn_backend, LinearBackend(runner), layers)
+
+
+ANYWHERE = (
+    Hook(
+        target="sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
+        parameters=("server_args",),
+        around=arguments.complete_drafts,
+    ),
+)
+
+ON_CPU = (
+    Hook(
+        target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.__init__",
+        parameters=(
+            "self",
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "hidden_act", "output_gate_type"),
+            *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
+            *("tie_word_embeddings", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+            *("attention_bias", "attention_dropout", "head_dim", "linear_conv_kernel_dim"),
+            *("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads"),
+            *("linear_num_value_heads", "decoder_sparse_step", "moe_intermediate_size"),
+            *("shared_expert_intermediate_size", "num_experts_per_tok", "num_experts"),
+            *("norm_topk_prob", "output_router_logits", "router_aux_loss_coef"),
+            *("mlp_only_layers", "layer_types", "kwargs"),
+        ),
+        around=keep_config,
+    ),
+    Attribute(
+        target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.layers_block_type",
+        value=property(layers_block_type),
+    ),
+    Attribute(
+        target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.mamba2_cache_params",
+        value=property(mamba2_cache_params),
+    ),
+    Hook(
+        target="sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool._init_mamba_pool",
+        parameters=(
+            *("self", "mamba_size", "mamba_spec_state_size", "cache_params", "mamba_layer_ids"),
+            *("device", "enable_mamba_extra_buffer", "speculative_num_draft_tokens"),
+            *("speculative_eagle_topk", "enable_linear_replayssm", "linear_replayssm_cache_len"),
+            *("mamba_envelope_layout", "enable_linear_replayssm_spec", "short_conv_layer_ids"),
+            *("short_conv_state_shape", "ngram_context_len", "ngram_eos_token_id"),
+        ),
+        around=make_page_pool,
+    ),
+    Hook(
+        target="sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
+        parameters=(),
+        around=skip_snapshots,
+    ),
+    Hook(
+        target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
+        parameters=("runner", "full_attn_backend"),
+        around=wrap_backend,
+    ),
+    Hook(
+        target="sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",
+        parameters=(*("self", "backend_name", "backend_map", "error_template", "stamps_children"),),
+        around=create_draft_backend,
+    ),
+)
