@@ -19,6 +19,8 @@ from itertools import accumulate
 from operator import mul
 from typing import Any, Protocol
 
+from qwen3next_plugin import env
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.mtp.costs import Costs, Table
 
 MAX_LAG = 256  # tokens by which an engine lets a request that skips the drafter fall behind
@@ -171,8 +173,9 @@ def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
 class Schedule:
     """Draft lengths for the most expected tokens per second, from what is observed."""
 
-    def __init__(self, max_draft: int, costs: Costs) -> None:
-        self.max_draft, self.costs = max_draft, costs
+    def __init__(self, max_draft: int, costs: Costs, *, uniform: bool = False) -> None:
+        """`uniform`: all requests of a step draft as much, where an engine verifies so."""
+        self.max_draft, self.costs, self.uniform = max_draft, costs, uniform
         self._step = 0
         self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
         self._requests: dict[str, Acceptance] = {}
@@ -199,11 +202,12 @@ class Schedule:
             return []
         chances = self._chances(requests)
         table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
-        plans = best_plans(chances, table)
+        plans = self._plans(chances, table)
         plan = self._settle(plans)
         if self._untried:  # what is tried first tells most where all requests draft
             plans[1] = price([1] * len(requests), chances, table)
-        if not plan.passes:  # the drafter would have much to catch up with: one request less
+        if not plan.passes and not self.uniform:
+            # the drafter would have much to catch up with: one request less
             plans.append(self._alone(requests, chances, table))
         plan = self._try(plans, plan, [table.behind * self._behind(requests, p) for p in plans])
         self._lag = self._behind(requests, plan)
@@ -251,6 +255,12 @@ class Schedule:
         return [
             list(accumulate(a.towards(everyone, self._step), mul)) if a else newcomer for a in known
         ]
+
+    def _plans(self, chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
+        """The plans with 0, 1, … k drafting passes to choose from."""
+        if not self.uniform:
+            return best_plans(chances, table)
+        return [price([n] * len(chances), chances, table) for n in range(self.max_draft + 1)]
 
     def _prompts(self) -> float:
         """Share of steps that also read prompts: of late, those that nobody timed."""
@@ -321,3 +331,12 @@ class Schedule:
             self._halvings = min(PATIENCE, self._halvings + 1)
         self._tried[self._trial] = self._step
         return plans[self._trial]
+
+
+def make_policy(
+    config: Qwen3NextConfig, max_draft: int, *, flop_per_byte: float, uniform: bool = False
+) -> Policy:
+    """The policy that the environment asks for."""
+    if env.drafts() == "fixed":
+        return Fixed(max_draft)
+    return Schedule(max_draft, Costs.from_config(config, flop_per_byte), uniform=uniform)

@@ -101,6 +101,22 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
     return HybridBackend(full_attn_backend, LinearBackend(runner), layers)
 
 
+def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
+    """Our worker where a chain is drafted from the checkpoint's own head.
+
+    Can go when SGLang asks an in-tree platform for its worker, as it asks others.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    given = resolving_view(server_args)
+    chain = algorithm.is_eagle() and given.speculative_eagle_topk == 1
+    if not (chain and is_ours(model_config_of(server_args))):
+        return host(algorithm, server_args)
+    from qwen3next_plugin.engines.sglang.worker import ChainWorker
+
+    return ChainWorker
+
+
 ANYWHERE = (
     Hook(
         target="sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
@@ -160,5 +176,10 @@ ON_CPU = (
         target="sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",
         parameters=(*("self", "backend_name", "backend_map", "error_template", "stamps_children"),),
         around=create_draft_backend,
+    ),
+    Hook(
+        target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+        parameters=("self", "server_args"),
+        around=choose_worker,
     ),
 )

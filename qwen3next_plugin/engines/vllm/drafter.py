@@ -17,14 +17,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from qwen3next_plugin import env
-from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm import figures
 from qwen3next_plugin.engines.vllm.checks import read_config
-from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.figures import Account
 from qwen3next_plugin.mtp.lag import Lag, Rows
-from qwen3next_plugin.mtp.schedule import MAX_LAG, Fixed, Policy, Schedule
+from qwen3next_plugin.mtp.schedule import MAX_LAG, make_policy
 
 FLOP_PER_BYTE = 10.0  # of a CPU: a first guess at what tokens cost, until steps are timed
 
@@ -47,13 +44,6 @@ class Request:
         return self.rows.first + len(self.rows)
 
 
-def make_schedule(config: Qwen3NextConfig, max_draft: int) -> Policy:
-    """The policy that the environment asks for."""
-    if env.drafts() == "fixed":
-        return Fixed(max_draft)
-    return Schedule(max_draft, Costs.from_config(config, FLOP_PER_BYTE))
-
-
 class Drafter(EagleProposer):
     """vLLM's drafter with our loop; one per worker, with the runner's requests at hand."""
 
@@ -61,7 +51,9 @@ class Drafter(EagleProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         config = read_config(vllm_config)
-        self.schedule = make_schedule(config, self.num_speculative_tokens)
+        self.schedule = make_policy(
+            config, self.num_speculative_tokens, flop_per_byte=FLOP_PER_BYTE
+        )
         board = figures.of_worker(vllm_config)
         self.account = Account(board, self.num_speculative_tokens, config.num_linear_layers)
         # A connector ships the cache as it is, so nothing may be behind.
