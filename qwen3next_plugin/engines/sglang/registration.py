@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 
-from qwen3next_plugin import __version__, env
+from qwen3next_plugin import env
 from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -12,34 +12,33 @@ MODELS = "qwen3next_plugin.engines.sglang.models"
 
 
 @functools.cache
-def register() -> None:
-    """Register models and hooks; on failure stop the process with our error.
+def register() -> bool:
+    """Register models and hooks; whether our model serves. On failure stop the process.
 
     SGLang logs an exception of a plugin and goes on with its built-in model, which is never what a
     user who installed this one wants. So a failure is a SystemExit, unless QWEN3NEXT_OPTIONAL=1.
     """
     try:
         env.check()
-        if not env.disabled():
-            _register()
+        return not env.disabled() and _register()
     except Exception as error:
         if not env.optional():
             raise SystemExit(f"qwen3next_plugin cannot be used: {error}") from error
         logger.exception("qwen3next_plugin is not used; SGLang keeps its own Qwen3-Next")
+        return False
 
 
-def _register() -> None:
+def _register() -> bool:
     version = check_host("sglang")
     from qwen3next_plugin.engines.sglang import seams
     from qwen3next_plugin.engines.sglang.machine import use_cpu, without_gpu
 
     if not without_gpu():
-        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE
+        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_GPU
 
-        seams.check(ANYWHERE, version)
-        seams.apply(ANYWHERE)
-        return
-    kernel_package = use_cpu()
+        seams.put((*ANYWHERE, *ON_GPU), version)
+        return False
+    use_cpu()
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
 
@@ -49,15 +48,17 @@ def _register() -> None:
     from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU
 
     register_attention_backend()
-    seams.check((*ANYWHERE, *ON_CPU), version)
-    seams.apply((*ANYWHERE, *ON_CPU))
-    logger.info(
-        "qwen3next_plugin %s for SGLang %s, with %s kernels; sgl_kernel: %s",
-        __version__,
-        version,
-        "slow reference" if env.kernels() == "reference" else f"native {native.isa()}",
-        kernel_package,
-    )
+    seams.put((*ANYWHERE, *ON_CPU), version)
+    return True
+
+
+def kernels() -> str:
+    """What runs the plugin's ops."""
+    if env.kernels() == "reference":
+        return "slow reference"
+    from qwen3next_plugin.kernels import native
+
+    return f"native {native.isa()}"
 
 
 def _register_models() -> None:
