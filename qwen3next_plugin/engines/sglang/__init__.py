@@ -1,0 +1,1 @@
+"""SGLang: the only code that imports sglang."""
