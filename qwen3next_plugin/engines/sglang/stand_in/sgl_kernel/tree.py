@@ -136,10 +136,8 @@ def verify_tree_greedy_cpu(
         accepted = accepted + hit
         last = torch.where(hit, retrive_index[request, at], last)
         accept_index[request[hit], accepted[hit]] = last[hit].to(accept_index.dtype)
-        onward = torch.where(
-            hit, retrive_next_token[request, at], retrive_next_sibling[request, at]
-        )
-        node = torch.where(open_, onward, -1)
+        onward = torch.where(hit[:, None], retrive_next_token, retrive_next_sibling)
+        node = torch.where(open_, onward[request, at], -1)
     accept_token_num.copy_(accepted)
     taken = torch.arange(S, device=last.device) <= accepted[:, None]
     rows = accept_index[taken].long()
