@@ -1,0 +1,149 @@
+"""Sampling on CPU: top-k and top-p, and the verification of a tree of drafts at any temperature.
+
+SGLang has these as GPU kernels only, and verifies greedily on CPU whatever the temperature. Names
+and arguments are those of its kernels, so that `eagle_sample` can call either.
+"""
+
+import torch
+from torch import Tensor
+
+FIRST_WIDTH = 256  # how many of the most probable tokens are first looked at for a nucleus
+
+
+def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
+    """Each row's top_k most probable tokens, renormalised; of equals, those of lower index.
+
+    Shapes:
+        probs: [N, V], rows that sum to 1
+        top_ks: [N] ints; V and more keep a row as it is
+        returns [N, V]; probs itself where no row changes
+    """
+    limited = (top_ks < probs.shape[1]).nonzero().flatten()
+    if not limited.numel():
+        return probs
+    sizes = top_ks[limited].long().clamp(min=1)
+    rows = probs[limited]
+    largest = rows.topk(int(sizes.max())).values
+    return probs.index_copy(0, limited, _keep(rows, largest, sizes))
+
+
+def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
+    """Each row's fewest tokens that hold top_p of the probability, renormalised.
+
+    Shapes:
+        probs: [N, V], rows that sum to 1
+        top_ps: [N]; 1 and more keep a row as it is
+        returns [N, V]; probs itself where no row changes
+    """
+    limited = (top_ps < 1).nonzero().flatten()
+    if not limited.numel():
+        return probs
+    rows, share = probs[limited], top_ps[limited].double()[:, None]
+    largest = _enough(rows, share)
+    before = largest.double().cumsum(1) - largest
+    sizes = (before < share).sum(1).clamp(min=1)
+    return probs.index_copy(0, limited, _keep(rows, largest, sizes))
+
+
+def _enough(probs: Tensor, share: Tensor) -> Tensor:
+    """Every row's largest probabilities, descending, until they hold its share: few, mostly."""
+    V = probs.shape[1]
+    width = min(FIRST_WIDTH, V)
+    while True:
+        largest = probs.topk(width).values
+        if width == V or bool((largest.double().sum(1, keepdim=True) >= share).all()):
+            return largest
+        width = min(8 * width, V)
+
+
+def _keep(probs: Tensor, largest: Tensor, sizes: Tensor) -> Tensor:
+    """The `sizes` most probable tokens of each row, renormalised; `largest` reaches as far."""
+    least = largest.gather(1, sizes[:, None] - 1)
+    above, equal = probs > least, probs == least
+    room = sizes[:, None] - above.sum(1, keepdim=True)
+    kept = torch.where(above | (equal & (equal.cumsum(1) <= room)), probs, 0)
+    return kept / kept.sum(1, keepdim=True)
+
+
+def tree_speculative_sampling_target_only(
+    *,
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    uniform_samples: Tensor,
+    uniform_samples_for_final_sampling: Tensor,
+    target_probs: Tensor,
+    draft_probs: Tensor,
+    threshold_single: float = 1.0,
+    threshold_acc: float = 1.0,
+    deterministic: bool = True,
+) -> None:
+    """Walk down each tree by rejection sampling, and sample one more token behind what it accepts.
+
+    At each node one coin is held against its children in turn: a child is accepted where the coin
+    is below the target's probability of it and its elder siblings. Where none is, the token comes
+    from what the target's distribution leaves without them. With both thresholds 1 the tokens are
+    distributed as the target's own samples, whatever the tree; lower ones accept more.
+
+    Shapes: N requests, D nodes a tree, node 0 the last committed token
+        predicts: [N * D], written at the accepted nodes: the token that follows each
+        accept_index: [N, S], written: rows of the accepted nodes, the root's first; the rest stays
+        accept_token_num: [N], written: accepted drafts, S - 1 at most
+        candidates: [N, D], the nodes' tokens; retrive_*: [N, D], a node's row in the batch, its
+            first child and its next sibling, -1 where there is none
+        uniform_samples: [N, D] in [0, 1), each node's coin; ..._for_final_sampling: [N]
+        target_probs: [N, D, V]; draft_probs: [N, D, V], zeros, written where a draft is rejected
+
+    Raises: ValueError: a distribution without positive probability, or with NaN.
+
+    Source: Leviathan et al. 2023, section 2.3, with a draft distribution of one token at a time.
+    """
+    N, D = candidates.shape
+    S = accept_index.shape[1]
+    request = torch.arange(N, device=candidates.device)
+    parent = torch.zeros_like(request)  # the node whose children the coin is held against
+    coin, mass = uniform_samples[:, 0], torch.zeros_like(uniform_samples[:, 0])
+    last, accepted = retrive_index[:, 0], torch.zeros_like(request)
+    accept_index[:, 0] = last.to(accept_index.dtype)
+    node = retrive_next_token[:, 0]
+    for _ in range(1, D):  # each draft is looked at once
+        open_ = (node >= 0) & (accepted < S - 1)
+        at = node.clamp(min=0)
+        token = candidates[request, at]
+        probability = target_probs[request, parent, token]
+        # Nothing where an elder sibling is the same token: it was rejected.
+        chance = (probability - draft_probs[request, parent, token]).clamp(min=0)
+        mass = mass + chance
+        likely = (coin < mass / threshold_acc) | (chance >= threshold_single)
+        hit, miss = open_ & likely, open_ & ~likely
+        draft_probs[request[miss], parent[miss], token[miss]] = probability[miss]
+        predicts[last[hit]] = token[hit].to(predicts.dtype)
+        accepted = accepted + hit
+        last = torch.where(hit, retrive_index[request, at], last)
+        accept_index[request[hit], accepted[hit]] = last[hit].to(accept_index.dtype)
+        parent, mass = torch.where(hit, at, parent), torch.where(hit, 0, mass)
+        coin = torch.where(hit, uniform_samples[request, at], coin)
+        onward = torch.where(hit[:, None], retrive_next_token, retrive_next_sibling)
+        node = torch.where(open_, onward[request, at], -1)
+    accept_token_num.copy_(accepted)
+    target = target_probs[request, parent]
+    token = _sample(target, draft_probs[request, parent], uniform_samples_for_final_sampling)
+    predicts[last] = token.to(predicts.dtype)
+
+
+def _sample(target: Tensor, rejected: Tensor, coin: Tensor) -> Tensor:
+    """A token of each row from what `target` holds beyond `rejected`: [N]."""
+    left = (target.double() - rejected).clamp(min=0)
+    # Rounding may reject drafts that hold all of the probability; then any of them is as good.
+    left = torch.where(left.sum(1, keepdim=True) > 0, left, target.double())
+    reached = left.cumsum(1)
+    total = reached[:, -1:]
+    if not (total > 0).all():
+        raise ValueError("tree_speculative_sampling_target_only: target_probs without probability")
+    # Below the total, so that the token found is one that adds to the sum.
+    wanted = (coin.double()[:, None] * total).clamp(max=total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(reached, wanted, right=True).flatten()

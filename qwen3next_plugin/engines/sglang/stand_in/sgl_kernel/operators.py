@@ -1,0 +1,36 @@
+"""How a function becomes an operator `torch.ops.sgl_kernel.<name>`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "sgl_kernel"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def operator(*mutates: str) -> Callable[[Callable], Callable]:
+    """Register a function for CPU tensors; `mutates` names the arguments that it writes.
+
+    An operator that returns nothing is traced by its schema alone. It must not have a fake of its
+    own: SGLang registers fakes for some of these names, and torch refuses a second one.
+    """
+
+    def register(run: Callable) -> Callable:
+        name = run.__name__
+        LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=mutates))
+        LIBRARY.impl(name, run, "CPU")
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        op.__doc__ = run.__doc__
+        return op
+
+    return register
+
+
+def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, column) of every element of rows of these lengths, laid end to end."""
+    rows = torch.arange(lengths.numel(), device=lengths.device)
+    row = rows.repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
+    column = torch.arange(row.numel(), device=lengths.device) - starts[row]
+    return row, column
