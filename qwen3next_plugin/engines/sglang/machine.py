@@ -2,10 +2,16 @@
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwen3next_plugin import env
+
+if TYPE_CHECKING:
+    from qwen3next_plugin.engines.sglang.kernel_package import KernelPackage
+
+PLATFORM = "qwen3next_plugin.engines.sglang.platform:CpuPlatform"
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
 DRAFTS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's own head
 ATTENTION_BACKEND = "qwen3next_cpu"
@@ -25,11 +31,16 @@ def without_gpu() -> bool:
     return asked == "1" if asked is not None else not torch.accelerator.is_available()
 
 
+def activate() -> str | None:
+    """Entry point `sglang.srt.platforms`: our CPU, unless there is something better."""
+    return PLATFORM if without_gpu() and not env.disabled() else None
+
+
 @functools.cache
-def use_cpu() -> str:
+def use_cpu() -> "KernelPackage":
     """Have SGLang, here and in the processes it starts, take itself for a CPU engine.
 
-    Returns what `sgl_kernel` is served by.
+    Returns which `sgl_kernel` that is with.
     """
     from sglang.srt.utils import common
 

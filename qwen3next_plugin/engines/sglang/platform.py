@@ -5,7 +5,7 @@ from typing import Any
 
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 
-from qwen3next_plugin import __version__, env
+from qwen3next_plugin import __version__
 from qwen3next_plugin.engines.sglang import memory
 from qwen3next_plugin.engines.sglang.arguments import flag
 from qwen3next_plugin.engines.sglang.checks import check
@@ -13,7 +13,6 @@ from qwen3next_plugin.engines.sglang.machine import (
     ATTENTION_BACKEND,
     is_ours,
     use_cpu,
-    without_gpu,
 )
 from qwen3next_plugin.engines.sglang.registration import kernels, register
 from qwen3next_plugin.versions import check_host
@@ -57,12 +56,7 @@ class CpuPlatform(CpuSRTPlatform):
 
 def _say(defaults: list[str]) -> None:
     logger.info(
-        "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels (sgl_kernel: %s); "
+        "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels (%s); "
         "defaults for a machine without a GPU, where no flag was given: %s",
         *(__version__, check_host("sglang"), kernels(), use_cpu(), ", ".join(defaults) or "none"),
     )
-
-
-def activate() -> str | None:
-    """Entry point `sglang.srt.platforms`: our CPU, unless there is something better."""
-    return f"{__name__}:CpuPlatform" if without_gpu() and not env.disabled() else None

@@ -43,13 +43,27 @@ def _register() -> bool:
         from qwen3next_plugin.kernels import native
 
         native.load()  # a broken build, or an instruction set that is not there, shows now
-    _register_models()
     from qwen3next_plugin.engines.sglang.attention_backend import register_attention_backend
     from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU
 
+    seams.put((*ANYWHERE, *ON_CPU), version)  # first, for what does not fit leaves nothing behind
+    _check_platform()
     register_attention_backend()
-    seams.put((*ANYWHERE, *ON_CPU), version)
+    _register_models()
     return True
+
+
+def _check_platform() -> None:
+    """SGLang only logs a platform that it cannot load, and ours is what refuses and chooses."""
+    from sglang.srt.platforms import current_platform
+
+    from qwen3next_plugin.engines.sglang.platform import CpuPlatform
+
+    if not isinstance(current_platform, CpuPlatform):
+        raise RuntimeError(
+            f"SGLang runs on {type(current_platform).__name__}, not on the plugin's platform; "
+            f"leave SGLANG_PLATFORM out, or set it to qwen3next_cpu"
+        )
 
 
 def kernels() -> str:
