@@ -11,6 +11,7 @@ OPS = (
     "fused_moe",
     "gated_delta_rule",
     "output_gate",
+    "paged_attention",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_gated",

@@ -1,16 +1,12 @@
 #include <vector>
 
+#include "dot_tile.h"
 #include "ops.h"
 #include "tensor.h"
 
 namespace Q3N_LEVEL {
 namespace {
 
-// A tile of products is kTileRows of a weight by kTileTokens tokens, in registers: 16 accumulators,
-// 4 weights, 1 of x; below AVX-512 8, 4 and 1.
-constexpr int kTileRows = 4;
-constexpr int kTileTokens = kLanes == 16 ? 4 : 2;
-constexpr int kTile = kTileRows * kTileTokens;
 constexpr int64_t kChunk = 32;  // inner features, or outputs, that one task takes of an expert
 constexpr int64_t kAhead = 16;  // outputs that are read ahead
 constexpr int64_t kBlock = 32;  // tokens whose rows stay in the cache beside a chunk's weights
@@ -42,51 +38,6 @@ struct Routes {
   }
 };
 
-// sums[n][r] = row_r . x_n, for N tokens. Meanwhile the rows `next`, if any, come into the cache.
-template <int N, class T>
-Q3N_INLINE inline void tile(const T* const (&row)[kTileRows], const T* const (&x)[kTileTokens],
-                            const T* const* next, int64_t width,
-                            float (&sums)[kTileTokens][kTileRows]) {
-  using V = Terms<T>;
-  f32v total[kTile] = {};
-  const auto add = [&](int64_t i, auto... count) Q3N_INLINE {
-    if (next && i * sizeof(T) % 64 == 0) {
-      repeat<kTileRows>(kTileRows,
-                        [&](int64_t r) Q3N_INLINE { __builtin_prefetch(next[r] + i, 0, 2); });
-    }
-    typename V::type w[kTileRows];
-    repeat<kTileRows>(kTileRows,
-                      [&](int64_t r) Q3N_INLINE { w[r] = V::load(row[r] + i, count...); });
-    repeat<N>(N, [&](int64_t n) Q3N_INLINE {
-      const typename V::type xs = V::load(x[n] + i, count...);
-      repeat<kTileRows>(kTileRows, [&](int64_t r) Q3N_INLINE {
-        total[n * kTileRows + r] = V::add(w[r], xs, total[n * kTileRows + r]);
-      });
-    });
-  };
-  int64_t i = 0;
-  for (; i + V::kCount <= width; i += V::kCount) add(i);
-  if (i < width) add(i, width - i);
-  repeat<kTile / kLanes>(kTile / kLanes, [&](int64_t part) Q3N_INLINE {
-    store(&sums[0][0] + part * kLanes, lane_sums(total + part * kLanes));
-  });
-}
-
-template <class T, int N = kTileTokens>
-void tile_of(int64_t count, const T* const (&row)[kTileRows], const T* const (&x)[kTileTokens],
-             const T* const* next, int64_t width, float (&sums)[kTileTokens][kTileRows]) {
-  if constexpr (N > 1) {
-    if (count < N) return tile_of<T, N - 1>(count, row, x, next, width, sums);
-  }
-  tile<N>(row, x, next, width, sums);
-}
-
-// Calls f(first, count) over [begin, end), a tile's tokens at a time.
-template <class F>
-void for_tiles(int64_t begin, int64_t end, F&& f) {
-  for (int64_t i = begin; i < end; i += kTileTokens) f(i, std::min<int64_t>(kTileTokens, end - i));
-}
-
 // Inner features [c, c + kChunk) of an expert's tokens: h = silu(W1 x) * W3 x. Meanwhile the rows
 // that are next, those of expert `ahead` at last, come into the cache.
 template <class T>
@@ -106,7 +57,7 @@ void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes,
         const T* xs[kTileTokens];
         for (int64_t n = 0; n < count; ++n) xs[n] = x + routes.token[first + n] * stride;
         float sums[kTileTokens][kTileRows];
-        tile_of(count, row, xs, first == routes.first[e] ? next : nullptr, d.D, sums);
+        dot_tile(count, row, xs, first == routes.first[e] ? next : nullptr, d.D, sums);
         for (int64_t n = 0; n < count; ++n) {
           gate[first - begin + n][i - c] = sums[n][0], gate[first - begin + n][j - c] = sums[n][1];
           up[first - begin + n][i - c] = sums[n][2], up[first - begin + n][j - c] = sums[n][3];
@@ -143,7 +94,7 @@ void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& 
         const T* xs[kTileTokens];
         for (int64_t n = 0; n < count; ++n) xs[n] = h + (first + n) * d.I;
         float sums[kTileTokens][kTileRows];
-        tile_of(count, row, xs, first == routes.first[e] ? next : nullptr, d.I, sums);
+        dot_tile(count, row, xs, first == routes.first[e] ? next : nullptr, d.I, sums);
         for (int64_t n = 0; n < count; ++n) {
           const float weight = weights[routes.slot[first + n]];
           float* total = totals.data() + routes.token[first + n] * kChunk + i - c;

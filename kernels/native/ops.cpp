@@ -28,7 +28,7 @@ namespace {
 
 constexpr const char* kOpNames[kOps] = {"causal_conv1d",  "gated_delta_rule", "rms_norm",
                                         "rms_norm_gated", "qk_norm_rope",     "output_gate",
-                                        "draft_head",     "fused_moe"};
+                                        "draft_head",     "fused_moe",        "paged_attention"};
 
 // What this processor can run, lowest first.
 std::vector<const Level*> available() {
@@ -106,6 +106,10 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
   m.def("output_gate(Tensor(a!) x_, Tensor gate) -> ()");
   m.def(
       "fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor");
+  m.def(
+      "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table, "
+      "Tensor table_row, Tensor query_start_loc, Tensor seq_lens, float scale, "
+      "Tensor? tree_mask) -> Tensor");
   m.def("draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows) -> (Tensor, Tensor)");
 }
 

@@ -26,12 +26,15 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
 void output_gate(Tensor x_, Tensor gate);
 Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids);
 std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows);
+Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table,
+                       Tensor table_row, Tensor query_start_loc, Tensor seq_lens, double scale,
+                       std::optional<Tensor> tree_mask);
 
 }  // namespace Q3N_LEVEL
 
 using Boxed = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-constexpr int kOps = 8;
+constexpr int kOps = 9;
 
 // In the order of kOpNames (ops.cpp).
 struct Level {

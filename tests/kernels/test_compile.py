@@ -9,6 +9,7 @@ from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.output_gate import output_gate
+from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
 from qwen3next_plugin.kernels.rms_norm import rms_norm
 from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
@@ -23,6 +24,12 @@ def calls():
         "qkv": torch.randn(3, 2 * 3 * 24), "q_weight": w, "k_weight": w,
         "cos_sin": torch.randn(9, 10), "positions": torch.tensor([0, 3, 8]),
         "num_heads": 2, "num_kv_heads": 1, "head_dim": 24, "rotary_dim": 10, "eps": 1e-6,
+    }  # fmt: skip
+    paged = {
+        "key_cache": torch.randn(5, 1, 24), "value_cache": torch.randn(5, 1, 24),
+        "token_table": torch.tensor([[4, 1, 0, 2]], dtype=torch.int32),
+        "table_row": torch.tensor([0]), "query_start_loc": torch.tensor([0, 3], dtype=torch.int32),
+        "seq_lens": torch.tensor([4]), "scale": 0.2,
     }  # fmt: skip
     return {
         "causal_conv1d": (causal_conv1d, {
@@ -40,6 +47,10 @@ def calls():
         "rms_norm_gated": (rms_norm_gated, {"x": x4, "z": x4 + 1, "weight": w, "eps": 1e-6}),
         "qk_norm_rope": (qk_norm_rope, attention),
         "output_gate": (output_gate, {"x_": x4[0].clone(), "gate": x4[1]}),
+        "paged_attention": (paged_attention, {**paged, "q": x4[:, 0]}),
+        "tree_paged_attention": (paged_attention, {
+            **paged, "q": x4[:, 1], "tree_mask": torch.ones(9).bool(),
+        }),
         "draft_head": (draft_head, {
             "x": x4[0, 0], "weight": torch.randint(-127, 128, (9, 24), dtype=torch.int8),
             "scale": torch.rand(9), "rows": torch.tensor([4, 0, 8], dtype=torch.int32),
@@ -62,6 +73,7 @@ def test_traced_whole(monkeypatch, name):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
     op, arguments = calls()[name]
     again = copied(arguments)
+    torch.compiler.reset()  # or the ops before count as recompilations of this one
     traced = torch.compile(lambda **given: op(**given), fullgraph=True, backend="aot_eager")
     for ours, expected in zip(
         tensors(traced(**again), again), tensors(op(**arguments), arguments), strict=True
@@ -73,7 +85,9 @@ def test_traced_whole(monkeypatch, name):
 def test_schema_and_fake(monkeypatch, name):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
     _, arguments = calls()[name]
-    native_op = getattr(torch.ops.qwen3next, name.removeprefix("add_")).default
+    native_op = getattr(
+        torch.ops.qwen3next, name.removeprefix("add_").removeprefix("tree_")
+    ).default
     order = [argument.name for argument in native_op._schema.arguments]
     given = tuple(arguments.get(argument) for argument in order)
     tests = ("test_schema", "test_faketensor")

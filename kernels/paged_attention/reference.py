@@ -1,0 +1,87 @@
+"""Attention as its equation, query by query, in fp32."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    token_table: Tensor,
+    table_row: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    tree_mask: Tensor | None = None,
+) -> Tensor:
+    """Shapes as in the public op; computes in fp32, or in q's dtype where that is wider."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    share = q.shape[1] // key_cache.shape[1]  # query heads that share a kv head
+    out = q.new_zeros(q.shape)
+    sequences = list(
+        checked(
+            len(q), len(key_cache), token_table, table_row, query_start_loc, seq_lens, tree_mask
+        )
+    )
+    for begin, slots, sees in sequences:
+        for j, seen in enumerate(sees):
+            if not seen.any():
+                continue
+            k = key_cache[slots[seen]].to(dtype).repeat_interleave(share, 1)  # [n, Hq, D]
+            v = value_cache[slots[seen]].to(dtype).repeat_interleave(share, 1)
+            scores = scale * torch.einsum("hd,nhd->hn", q[begin + j].to(dtype), k)
+            out[begin + j] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v).to(q.dtype)
+    return out
+
+
+def checked(
+    T: int,
+    num_slots: int,
+    token_table: Tensor,
+    table_row: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    tree_mask: Tensor | None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of each sequence with tokens: its first token, slots [S], and what each sees [n, S] bool.
+
+    Raises: RuntimeError naming the row where an index is out of range.
+    """
+    (R, M), masked = token_table.shape, 0
+    starts = query_start_loc.tolist()
+    for i, (row, S) in enumerate(zip(table_row.tolist(), seq_lens.tolist(), strict=True)):
+        begin, end = starts[i : i + 2]
+        if not 0 <= begin <= end <= T:
+            raise RuntimeError(
+                f"row {i}: query_start_loc {begin} to {end} is not a range of {T} tokens"
+            )
+        if begin == end:
+            continue
+        n = end - begin
+        if not 0 <= row < R:
+            raise RuntimeError(f"row {i}: table_row {row} is not one of {R} rows")
+        if not n <= S <= M:
+            raise RuntimeError(
+                f"row {i}: seq_lens {S} is not between its {n} tokens and {M} positions"
+            )
+        slots = token_table[row, :S].long()
+        outside = ((slots < 0) | (slots >= num_slots)).nonzero()
+        if len(outside):
+            p = int(outside[0])
+            raise RuntimeError(
+                f"row {i}: position {p} is in slot {int(slots[p])}, not one of {num_slots} slots"
+            )
+        sees = torch.ones(n, S, dtype=torch.bool, device=slots.device).tril(S - n)
+        if tree_mask is not None:
+            if masked + n * n > len(tree_mask):
+                raise RuntimeError(
+                    f"row {i}: its {n} x {n} entries end beyond the {len(tree_mask)} of tree_mask"
+                )
+            sees[:, S - n :] = tree_mask[masked : masked + n * n].view(n, n)
+            masked += n * n
+        yield begin, slots, sees
+    if tree_mask is not None and masked != len(tree_mask):
+        raise RuntimeError(f"tree_mask has {len(tree_mask)} entries, the rows {masked}")

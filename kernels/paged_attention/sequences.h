@@ -1,0 +1,91 @@
+// What a batch asks of the pool of tokens, checked before anything is read.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+
+// A sequence's part of the step: its tokens [begin, begin + tokens), and those before them. What a
+// query sees, in order, are its positions [0, seen(query)): all of the context, and then those of
+// the step's tokens that its row of the mask names or, without a mask, those up to itself.
+struct Sequence {
+  int64_t begin, tokens, context;
+  const int32_t* slots;  // of the positions [0, context + tokens)
+  const uint8_t* mask;   // [tokens, tokens], or null
+
+  int64_t seen(int64_t query) const {
+    if (!mask) return context + query + 1;
+    const uint8_t* row = mask + query * tokens;
+    return context + std::count_if(row, row + tokens, [](uint8_t sees) { return sees != 0; });
+  }
+
+  // Whether all queries see the same at those of their first `end` positions that they have.
+  bool shared(int64_t end) const { return !mask || end <= context; }
+
+  // Calls f(slot) for a query's positions [begin, end), in order.
+  template <class F>
+  void for_slots(int64_t query, int64_t begin, int64_t end, F&& f) const {
+    const int64_t plain = mask ? std::min(end, context) : end;
+    for (int64_t i = begin; i < plain; ++i) f(slots[i]);
+    if (plain == end) return;
+    int64_t at = context;
+    for (int64_t j = 0; j < tokens && at < end; ++j) {
+      if (mask[query * tokens + j] && at++ >= begin) f(slots[context + j]);
+    }
+  }
+};
+
+inline std::vector<int64_t> integers(const Tensor& t) {
+  const int64_t n = t.numel();
+  if (t.scalar_type() == ScalarType::Int) return {read<int32_t>(t), read<int32_t>(t) + n};
+  return {read<int64_t>(t), read<int64_t>(t) + n};
+}
+
+inline void check_slots(int64_t i, const int32_t* slots, int64_t n, int64_t num_slots) {
+  uint32_t largest = 0;  // as unsigned, a negative slot is a large one
+  for (int64_t p = 0; p < n; ++p) largest = std::max(largest, static_cast<uint32_t>(slots[p]));
+  if (largest < num_slots) return;
+  for (int64_t p = 0; p < n; ++p) {
+    check(0 <= slots[p] && slots[p] < num_slots, "row ", i, ": position ", p, " is in slot ",
+          slots[p], ", not one of ", num_slots, " slots");
+  }
+}
+
+// The sequences that have tokens. Raises on an index out of range. T: tokens in the batch.
+inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const Tensor& table_row,
+                                               const Tensor& query_start_loc,
+                                               const Tensor& seq_lens,
+                                               const std::optional<Tensor>& tree_mask, int64_t T,
+                                               int64_t num_slots) {
+  const int64_t R = token_table.size(0), M = token_table.size(1);
+  const int32_t *table = read<int32_t>(token_table), *starts = read<int32_t>(query_start_loc);
+  const uint8_t* mask =
+      tree_mask ? static_cast<const uint8_t*>(tree_mask->const_data_ptr()) : nullptr;
+  const int64_t entries = tree_mask ? tree_mask->numel() : 0;
+  const std::vector<int64_t> rows = integers(table_row), lengths = integers(seq_lens);
+  std::vector<Sequence> sequences;
+  int64_t masked = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int64_t begin = starts[i], end = starts[i + 1], n = end - begin, S = lengths[i];
+    check(0 <= begin && begin <= end && end <= T, "row ", i, ": query_start_loc ", begin, " to ",
+          end, " is not a range of ", T, " tokens");
+    if (n == 0) continue;
+    check(0 <= rows[i] && rows[i] < R, "row ", i, ": table_row ", rows[i], " is not one of ", R,
+          " rows");
+    check(n <= S && S <= M, "row ", i, ": seq_lens ", S, " is not between its ", n, " tokens and ",
+          M, " positions");
+    const int32_t* slots = table + rows[i] * token_table.stride(0);
+    check_slots(i, slots, S, num_slots);
+    check(!mask || masked + n * n <= entries, "row ", i, ": its ", n, " x ", n,
+          " entries end beyond the ", entries, " of tree_mask");
+    sequences.push_back({begin, n, S - n, slots, mask ? mask + masked : nullptr});
+    if (mask) masked += n * n;
+  }
+  check(masked == entries, "tree_mask has ", entries, " entries, the rows ", masked);
+  return sequences;
+}
+
+}  // namespace Q3N_LEVEL

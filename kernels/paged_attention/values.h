@@ -1,0 +1,126 @@
+// Weighted sums of values, a tile of rows and columns at a time.
+#pragma once
+
+#include "simd.h"
+
+namespace Q3N_LEVEL {
+
+constexpr int64_t kMaxDim = 256;
+constexpr int64_t kColumns = 2 * kLanes;        // of a tile
+constexpr int kWeighed = kLanes == 16 ? 8 : 4;  // rows of a tile: 16 accumulators; below AVX-512 8
+
+// Positions that a sum takes at a time, their weights, and their values in kColumns columns.
+template <class T>
+struct Values {
+  using Weight = float;
+  using type = f32v;
+  static constexpr int64_t kCount = 1;
+  static void load(const T* const* rows, int64_t c, f32v (&v)[2]) {
+    v[0] = Q3N_LEVEL::load(rows[0] + c), v[1] = Q3N_LEVEL::load(rows[0] + c + kLanes);
+  }
+  static void load(const T* const* rows, int64_t c, f32v (&v)[2], int64_t n) {  // the masked tail
+    v[0] = Q3N_LEVEL::load(rows[0] + c, std::min<int64_t>(n, kLanes));
+    v[1] = n > kLanes ? Q3N_LEVEL::load(rows[0] + c + kLanes, n - kLanes) : f32v{};
+  }
+  static f32v weight(const float* w) { return splat(*w); }
+  static f32v add(f32v w, f32v v, f32v sum) { return fma(w, v, sum); }
+  static void in_order(f32v (&)[2]) {}
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Values<bf16> {  // positions in pairs; columns meanwhile as unpacking leaves them
+  using Weight = bf16;
+  using type = __m512bh;
+  static constexpr int64_t kCount = 2;
+  template <class... Count>
+  static void load(const bf16* const* rows, int64_t c, __m512bh (&v)[2], Count... n) {
+    const __m512i even = (__m512i)Terms<bf16>::load(rows[0] + c, n...);
+    const __m512i odd = (__m512i)Terms<bf16>::load(rows[1] + c, n...);
+    v[0] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+    v[1] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+  }
+  static __m512bh weight(const bf16* w) {
+    int32_t pair;
+    std::memcpy(&pair, w, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static f32v add(__m512bh w, __m512bh v, f32v sum) {
+    return (f32v)_mm512_dpbf16_ps((__m512)sum, w, v);
+  }
+  static void in_order(f32v (&v)[2]) {
+    const f32v low = v[0], high = v[1];
+    v[0] =
+        __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    v[1] = __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29,
+                                   30, 31);
+  }
+};
+#endif
+
+template <class T>
+using Weight = typename Values<T>::Weight;
+
+// out[r][c .. c + kColumns) = sum_i w[r][i] value_i, for R rows and the first n values. Meanwhile
+// the same columns of the rows `ahead`, if any, come into the cache. n_columns: of a masked tail.
+template <int R, class T, class... Count>
+void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int64_t n,
+                const T* const* ahead, int64_t c, float* out, int64_t out_stride,
+                Count... n_columns) {
+  using V = Values<T>;
+  alignas(64) static const T zeros[kMaxDim] = {};
+  f32v total[R][2] = {};
+  const auto add = [&](int64_t i, const T* const* rows) Q3N_INLINE {
+    typename V::type v[2];
+    V::load(rows, c, v, n_columns...);
+    repeat<R>(R, [&](int64_t r) Q3N_INLINE {
+      const typename V::type weight = V::weight(w + r * w_stride + i);
+      total[r][0] = V::add(weight, v[0], total[r][0]);
+      total[r][1] = V::add(weight, v[1], total[r][1]);
+    });
+  };
+  const int64_t whole = n / V::kCount * V::kCount;
+  for (int64_t i = 0; i < whole; i += V::kCount) {
+    if (ahead) {
+      for (int64_t j = i; j < i + V::kCount; ++j) prefetch(ahead[j] + c, kColumns * sizeof(T));
+    }
+    add(i, value + i);
+  }
+  if (whole < n) {  // half a pair
+    const T* const rows[2] = {value[whole], zeros};
+    add(whole, rows);
+  }
+  repeat<R>(R, [&](int64_t r) Q3N_INLINE {
+    V::in_order(total[r]);
+    store(out + r * out_stride + c, total[r][0]);
+    store(out + r * out_stride + c + kLanes, total[r][1]);
+  });
+}
+
+template <class T, int R = kWeighed, class... Args>
+void weigh_rows(int64_t rows, Args... args) {
+  if constexpr (R > 1) {
+    if (rows < R) return weigh_rows<T, R - 1>(rows, args...);
+  }
+  weigh_tile<R, T>(args...);
+}
+
+// out[r] = sum_i w[r][i] value_i, D columns, padded to kColumns.
+template <class T>
+void weigh(const Weight<T>* w, int64_t w_stride, int64_t rows, const T* const* value, int64_t n,
+           const T* const* ahead, int64_t D, float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += kWeighed, ahead = nullptr) {
+    const int64_t count = std::min<int64_t>(kWeighed, rows - r);
+    for (int64_t c = 0; c < D; c += kColumns) {
+      const Weight<T>* weights = w + r * w_stride;
+      float* to = out + r * out_stride;
+      if (c + kColumns <= D) {
+        weigh_rows<T>(count, weights, w_stride, value, n, ahead, c, to, out_stride);
+      } else {
+        weigh_rows<T>(count, weights, w_stride, value, n, ahead, c, to, out_stride, D - c);
+      }
+    }
+  }
+}
+
+}  // namespace Q3N_LEVEL
