@@ -181,3 +181,20 @@ def test_the_host_registers_its_fakes_beside_ours(tmp_path):
         "print(run(step), run(torch.compile(step, backend='aot_eager', fullgraph=True)))"
     )
     assert python("-c", code, path=tmp_path).splitlines()[-1] == "[[[4.0, 5.0]]] [[[4.0, 5.0]]]"
+
+
+@pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
+def test_the_host_draws_seeded_coins(tmp_path):
+    """Of a request with a seed: the same in every run, other ones at each position."""
+    code = (
+        "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
+        "from qwen3next_plugin.engines.sglang.kernel_package import provide; provide()\n"
+        "import torch\n"
+        "from sglang.srt.speculative.eagle_utils import _seeded_verify_coins as draw\n"
+        "given = {'sampling_seed': torch.tensor([7] * 3), 'draft_token_num': 4, 'device': 'cpu'}\n"
+        "coins, last = draw(seq_lens=torch.tensor([5, 5, 6]), **given)\n"
+        "drawn = torch.cat([coins, last[:, None]], 1)\n"
+        "print(tuple(drawn.shape), torch.equal(drawn[0], drawn[1]), drawn[1:].unique().numel(),"
+        " bool(((drawn >= 0) & (drawn < 1)).all()))"
+    )
+    assert python("-c", code, path=tmp_path).splitlines()[-1] == "(3, 5) True 10 True"
