@@ -2,14 +2,12 @@
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qwen3next_plugin import env
-
-if TYPE_CHECKING:
-    from qwen3next_plugin.engines.sglang.kernel_package import KernelPackage
+from qwen3next_plugin.engines.sglang.kernel_package import KernelPackage, provide
 
 PLATFORM = "qwen3next_plugin.engines.sglang.platform:CpuPlatform"
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
@@ -37,14 +35,12 @@ def activate() -> str | None:
 
 
 @functools.cache
-def use_cpu() -> "KernelPackage":
+def use_cpu() -> KernelPackage:
     """Have SGLang, here and in the processes it starts, take itself for a CPU engine.
 
     Returns which `sgl_kernel` that is with.
     """
     from sglang.srt.utils import common
-
-    from qwen3next_plugin.engines.sglang.kernel_package import provide
 
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     common.is_cpu.cache_clear()  # asked once already, while SGLang's plugin loader was imported
