@@ -101,6 +101,14 @@ def arguments(function: ast.AST) -> list[str]:
     return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
 
 
+def signature(function: ast.AST) -> list[str]:
+    """The names of all its parameters, in the order in which `inspect` gives them."""
+    args = function.args
+    stars = [[a.arg] if a else [] for a in (args.vararg, args.kwarg)]
+    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
+    return [*positional, *stars[0], *(a.arg for a in args.kwonlyargs), *stars[1]]
+
+
 def in_order(wanted: list[str], found: list[str]) -> bool:
     """Whether all that are wanted are found, in that order."""
     remaining = iter(found)

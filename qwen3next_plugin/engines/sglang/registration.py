@@ -81,3 +81,17 @@ def _register_models() -> None:
         from sglang.srt.models.registry import ModelRegistry
 
         ModelRegistry.register(MODELS, overwrite=True, strict=True)
+
+
+def registered() -> dict[str, str]:
+    """Let SGLang load its plugins; its platform, and the module that serves each architecture."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.platforms import current_platform
+
+    from qwen3next_plugin.engines.sglang.machine import ARCHITECTURES
+
+    modules = {name: ModelRegistry.models[name].__module__ for name in ARCHITECTURES}
+    return {"platform": current_platform.device_type} | modules

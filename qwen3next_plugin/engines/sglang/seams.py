@@ -53,8 +53,8 @@ def check(seams: Iterable[Hook | Attribute], version: Version) -> None:
 
 
 def _check_kind(seam: Attribute, found: Any, version: Version) -> None:
-    """A property may take the place of a property only, a tuple of a tuple."""
-    if type(found) is not type(seam.value):
+    """A property takes the place of a property, a tuple of a tuple; of what is None, anything."""
+    if found is not None and type(found) is not type(seam.value):
         raise SeamError(
             f"SGLang {version} has {seam.target} as a {type(found).__name__}; this plugin was "
             f"written for a {type(seam.value).__name__}: {_mend(version)}"
