@@ -25,6 +25,7 @@ SERVED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
     # the state
     "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
+    "page_size": ((None, 1), "a CPU's pools are of single tokens", LEAVE_OUT),
     "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
     "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
     "enable_int8_mamba_checkpoint": ((False,), PAGES, LEAVE_OUT),

@@ -79,6 +79,7 @@ def test_qwens_own_line_is_completed(complete, checkpoint):
 REFUSED = {
     "model_impl": "transformers",
     "mamba_radix_cache_strategy": "extra_buffer",
+    "page_size": 16,
     "mamba_ssm_dtype": "float16",
     "radix_cache_backend": "other",
     "disaggregation_mode": "prefill",
@@ -132,6 +133,7 @@ def test_every_flag_of_the_table_is_refused_by_name(complete, checkpoint, name):
             "--mamba-radix-cache-strategy extra_buffer: .*; use no_buffer",
         ),
         ({"enable_linear_replayssm": True}, "--enable-linear-replayssm: .*; leave it out"),
+        ({"page_size": 16}, "--page-size 16: .*; leave it out"),
         ({"enable_unified_memory": True}, "--enable-unified-memory: "),
         ({"pp_size": 2}, "--pp-size 2: .*; use --tp-size"),
         ({"tp_size": 2, "ep_size": 2}, "--ep-size 2: .*; use --tp-size"),
