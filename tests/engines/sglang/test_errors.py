@@ -333,6 +333,19 @@ def test_other_models_keep_the_hosts_choices(complete, llama, caplog):
     assert not [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
 
 
+def test_drafts_of_other_models_are_not_completed(complete, llama, checkpoint):
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    seen = []
+    for model in (llama, checkpoint):
+        server_args = ServerArgs(model_path=str(model), **NEXTN)
+        arguments.complete_drafts(seen.append, server_args)
+        given = resolving_view(server_args)
+        assert given.speculative_eagle_topk == (1 if model == checkpoint else None)
+    assert len(seen) == 2
+
+
 def test_other_models_keep_the_hosts_class(complete):
     from sglang.srt.models.registry import ModelRegistry
 
