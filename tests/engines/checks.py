@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,3 +40,27 @@ def _near(found: Sequence[float], expected: torch.Tensor, what: str) -> None:
     if found:
         error = (torch.tensor(found) - expected).abs()
         assert error.max() < TOLERANCE, f"{what}: {error.max():.1e} at {int(error.argmax())}"
+
+
+def check_distance(
+    folder: Path, dtype: torch.dtype, prompts: Prompts, found: Sequence[Sequence[float]]
+) -> None:
+    """Log-probabilities of prompts are no farther from fp32 than transformers' own in `dtype`."""
+    exact, theirs = Reference(folder), Reference(folder, dtype)
+
+    def distances(logprobs) -> torch.Tensor:
+        """|Δ| to fp32, of every token of all prompts."""
+        return torch.cat(
+            [
+                (torch.as_tensor(each) - exact.prompt_logprobs(prompt)).abs()
+                for prompt, each in zip(prompts, logprobs, strict=True)
+            ]
+        )
+
+    ours = distances(found)
+    other = distances([theirs.prompt_logprobs(prompt) for prompt in prompts])
+    # A router that picks another expert makes a few tokens differ much, now here and now there:
+    # the mean is compared token by token against its own spread, the median plainly.
+    excess = ours - other
+    assert excess.mean() <= 3 * excess.std() / len(excess) ** 0.5
+    assert ours.median() <= 1.05 * other.median()

@@ -1,11 +1,13 @@
 """A real server of either engine, and a real client of it."""
 
+import json
 import re
 import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -58,6 +60,12 @@ class Server(ABC):
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.address + path, timeout=30) as answer:
             return answer.read().decode()
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
 
     def healthy(self) -> bool:
         try:

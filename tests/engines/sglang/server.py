@@ -1,9 +1,7 @@
 """`python -m sglang.launch_server` in a process group of its own, on a free port."""
 
-import json
 import os
 import sys
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +63,6 @@ class Server(server.Server):
             "/generate", input_ids=[list(ids) for ids in prompts], sampling_params=params, **options
         )
         return [Answer.of(answer) for answer in answers]
-
-    def post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(self.address + path, json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
 
     def forget(self) -> None:
         """Empty the radix cache."""
