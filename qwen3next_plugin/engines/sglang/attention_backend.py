@@ -6,6 +6,7 @@ plugin brings run on any. Can go when SGLang has an attention backend for every 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.machine import ATTENTION_BACKEND, HOST_BACKEND
@@ -30,5 +31,35 @@ def create_draft_backend(
     **kwargs: Any,
 ) -> Any:
     """Around `DraftBackendFactory._create_backend`: the name for drafts, too."""
-    backend_map = {**backend_map, ATTENTION_BACKEND: backend_map[HOST_BACKEND]}
-    return host(factory, backend_name, backend_map, *args, **kwargs)
+    make = backend_map[HOST_BACKEND]
+    if factory.topk == 1 and backend_name == "decode_attention_backend":
+        make = partial(_make_chain, factory)
+    return host(factory, backend_name, {**backend_map, ATTENTION_BACKEND: make}, *args, **kwargs)
+
+
+def _make_chain(factory: Any) -> tuple[str, Any]:
+    runner, steps = factory.draft_model_runner, factory.speculative_num_steps
+    return ATTENTION_BACKEND, ChainDraftBackend(runner, steps)
+
+
+class ChainDraftBackend:
+    """The backends of a chain's further drafts, one a step.
+
+    SGLang's copies the table of each request's slots as wide as the longest context; a chain's
+    slots stand in the table itself.
+    """
+
+    def __init__(self, runner: Any, steps: int) -> None:
+        from sglang.srt.layers.attention.intel_amx_backend import IntelAMXAttnBackend
+
+        self.attn_backends = [IntelAMXAttnBackend(runner) for _ in range(steps - 1)]
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Step i sees the context and i + 1 drafts."""
+        for i, backend in enumerate(self.attn_backends):
+            backend.init_forward_metadata(forward_batch)
+            backend.draft_decode_metadata = (
+                backend.req_to_token_pool.req_to_token,
+                forward_batch.seq_lens + i + 1,
+                forward_batch.req_pool_indices,
+            )

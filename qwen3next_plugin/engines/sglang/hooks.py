@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
-from qwen3next_plugin.engines.sglang import arguments
+from qwen3next_plugin.engines.sglang import arguments, sampling
 from qwen3next_plugin.engines.sglang.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.seams import Attribute, Hook
 
@@ -101,6 +101,15 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
     return HybridBackend(full_attn_backend, LinearBackend(runner), layers)
 
 
+def verify_by_sampling(host: Callable[..., bool], **given: Any) -> bool:
+    """Whether a verification is greedy: where its requests are, not because it is on a CPU.
+
+    SGLang 0.5.23 has no CPU kernels to sample with and verifies greedily whatever the temperature.
+    Can go, with the three functions beside it, when it has.
+    """
+    return host(**given | {"is_cpu": False})
+
+
 def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
     """Our worker where a chain is drafted from the checkpoint's own head.
 
@@ -117,7 +126,7 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     return ChainWorker
 
 
-ANYWHERE = (
+ANYWHERE: tuple[Hook | Attribute, ...] = (
     Hook(
         target="sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
         parameters=("server_args",),
@@ -125,7 +134,7 @@ ANYWHERE = (
     ),
 )
 
-ON_CPU = (
+ON_CPU: tuple[Hook | Attribute, ...] = (
     Hook(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.__init__",
         parameters=(
@@ -181,5 +190,18 @@ ON_CPU = (
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
         parameters=("self", "server_args"),
         around=choose_worker,
+    ),
+    Hook(
+        target="sglang.srt.speculative.eagle_utils._verify_uses_greedy",
+        parameters=("is_all_greedy", "is_cpu", "is_hip", "is_xpu", "use_rejection_sampling"),
+        around=verify_by_sampling,
+    ),
+    *(
+        Attribute(target=f"sglang.srt.speculative.eagle_utils.{function.__name__}", value=function)
+        for function in (
+            sampling.top_k_renorm_prob,
+            sampling.top_p_renorm_prob,
+            sampling.tree_speculative_sampling_target_only,
+        )
     ),
 )

@@ -52,7 +52,7 @@ def _register() -> None:
     seams.check((*ANYWHERE, *ON_CPU), version)
     seams.apply((*ANYWHERE, *ON_CPU))
     logger.info(
-        "qwen3next_plugin %s for SGLang %s, with %s kernels; sgl_kernel: %s",
+        "qwen3next_plugin %s for SGLang %s, with %s kernels; %s",
         __version__,
         version,
         "slow reference" if env.kernels() == "reference" else f"native {native.isa()}",

@@ -22,9 +22,10 @@ def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
     if not limited.numel():
         return probs
     sizes = top_ks[limited].long().clamp(min=1)
-    rows = probs[limited]
-    largest = rows.topk(int(sizes.max())).values
-    return probs.index_copy(0, limited, _keep(rows, largest, sizes))
+    rows = probs if len(limited) == len(probs) else probs[limited]
+    largest = rows.topk(int(sizes.max()))
+    kept = _keep(rows, largest, sizes)
+    return kept if len(kept) == len(probs) else probs.index_copy(0, limited, kept)
 
 
 def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
@@ -38,31 +39,39 @@ def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
     limited = (top_ps < 1).nonzero().flatten()
     if not limited.numel():
         return probs
-    rows, share = probs[limited], top_ps[limited].double()[:, None]
+    rows = probs if len(limited) == len(probs) else probs[limited]
+    share = top_ps[limited].double()[:, None]
     largest = _enough(rows, share)
-    before = largest.double().cumsum(1) - largest
+    before = largest.values.cumsum(1, dtype=torch.float64) - largest.values
     sizes = (before < share).sum(1).clamp(min=1)
-    return probs.index_copy(0, limited, _keep(rows, largest, sizes))
+    kept = _keep(rows, largest, sizes)
+    return kept if len(kept) == len(probs) else probs.index_copy(0, limited, kept)
 
 
-def _enough(probs: Tensor, share: Tensor) -> Tensor:
+def _enough(probs: Tensor, share: Tensor) -> torch.return_types.topk:
     """Every row's largest probabilities, descending, until they hold its share: few, mostly."""
     V = probs.shape[1]
     width = min(FIRST_WIDTH, V)
     while True:
-        largest = probs.topk(width).values
-        if width == V or bool((largest.double().sum(1, keepdim=True) >= share).all()):
+        largest = probs.topk(width)
+        if width == V or bool((largest.values.double().sum(1, keepdim=True) >= share).all()):
             return largest
         width = min(8 * width, V)
 
 
-def _keep(probs: Tensor, largest: Tensor, sizes: Tensor) -> Tensor:
+def _keep(probs: Tensor, largest: torch.return_types.topk, sizes: Tensor) -> Tensor:
     """The `sizes` most probable tokens of each row, renormalised; `largest` reaches as far."""
-    least = largest.gather(1, sizes[:, None] - 1)
-    above, equal = probs > least, probs == least
-    room = sizes[:, None] - above.sum(1, keepdim=True)
-    kept = torch.where(above | (equal & (equal.cumsum(1) <= room)), probs, 0)
-    return kept / kept.sum(1, keepdim=True)
+    values, tokens = largest
+    least = values.gather(1, sizes[:, None] - 1)
+    above = torch.where(values > least, values, 0)
+    kept = torch.zeros_like(probs).scatter_(1, tokens, above)
+    # Of those that equal the least, which topk gives in any order, the first ones.
+    row, token = (probs == torch.where(least > 0, least, -1)).nonzero(as_tuple=True)
+    counts = row.bincount(minlength=len(probs))
+    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    first = rank < (sizes - (above > 0).sum(1))[row]
+    kept[row[first], token[first]] = least[row[first], 0]
+    return kept.div_(kept.sum(1, keepdim=True))
 
 
 def tree_speculative_sampling_target_only(
@@ -137,10 +146,11 @@ def tree_speculative_sampling_target_only(
 
 def _sample(target: Tensor, rejected: Tensor, coin: Tensor) -> Tensor:
     """A token of each row from what `target` holds beyond `rejected`: [N]."""
-    left = (target.double() - rejected).clamp(min=0)
-    # Rounding may reject drafts that hold all of the probability; then any of them is as good.
-    left = torch.where(left.sum(1, keepdim=True) > 0, left, target.double())
-    reached = left.cumsum(1)
+    reached = (target - rejected).clamp_(min=0).cumsum(1, dtype=torch.float64)
+    empty = ~(reached[:, -1] > 0)
+    if empty.any():
+        # Rounding may reject drafts that hold all of the probability; then any of them is as good.
+        reached[empty] = target[empty].cumsum(1, dtype=torch.float64)
     total = reached[:, -1:]
     if not (total > 0).all():
         raise ValueError("tree_speculative_sampling_target_only: target_probs without probability")

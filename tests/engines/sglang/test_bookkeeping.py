@@ -187,12 +187,64 @@ def test_traced_whole():
     assert all(torch.equal(a, b) for a, b in zip(graph, run(step), strict=True))
 
 
+def murmur3(data: bytes) -> int:
+    """MurmurHash3_x86_32 from state 0, of whole words."""
+    state = 0
+    for at in range(0, len(data), 4):
+        word = int.from_bytes(data[at : at + 4], "little") * 0xCC9E2D51 % 2**32
+        word = (word << 15 | word >> 17) * 0x1B873593 % 2**32
+        state ^= word
+        state = ((state << 13 | state >> 19) % 2**32 * 5 + 0xE6546B64) % 2**32
+    state ^= len(data)
+    state = (state ^ state >> 16) * 0x85EBCA6B % 2**32
+    state = (state ^ state >> 13) * 0xC2B2AE35 % 2**32
+    return state ^ state >> 16
+
+
+def test_the_plain_hash_is_the_published_one():
+    assert murmur3(b"test") == 0xBA6BD213
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1)), max_size=4),
+    st.lists(st.integers(0, 2**32 - 1), max_size=4),
+    st.booleans(),
+)
+def test_hash(rows, columns, signed):
+    seeds = [seed % 2**63 if signed else seed for seed, _ in rows]
+    got = torch.ops.sgl_kernel.murmur_hash32_cpu.default(
+        torch.tensor(seeds, dtype=torch.int64 if signed else torch.uint64),
+        torch.tensor([position for _, position in rows], dtype=torch.uint64),
+        torch.tensor(columns, dtype=torch.int64),
+    )
+    assert got.dtype == torch.uint32
+    assert got.shape == (len(rows), len(columns))
+    for seed, (_, position), line in zip(seeds, rows, got.tolist(), strict=True):
+        words = seed.to_bytes(8, "little") + position.to_bytes(4, "little")
+        assert line == [murmur3(words + column.to_bytes(4, "little")) for column in columns]
+
+
 @pytest.mark.parametrize("name", ["causal_conv1d_fn_cpu", "chunk_gated_delta_rule_cpu"])
 def test_unserved_functions_say_so(name):
-    with pytest.raises(NotImplementedError, match=rf"{name}.*Gated DeltaNet.*Qwen3-Next only"):
+    with pytest.raises(NotImplementedError, match=rf"{name}, called by .*Gated DeltaNet"):
         getattr(import_module("sgl_kernel.mamba"), name)(1, more=2)
 
 
+@pytest.mark.parametrize(
+    "name", ["convert_weight_packed", "fused_qk_norm_cpu", "fused_qk_norm_rope_cpu"]
+)
+def test_what_the_host_asks_for_before_it_calls_is_absent(name):
+    assert not hasattr(torch.ops.sgl_kernel, name)
+
+
+def test_every_unserved_operator_says_so():
+    unserved = import_module("sgl_kernel.unserved")
+    for name in (*unserved.TAKEN_ON_IMPORT, *unserved.GIVEN_A_FAKE):
+        with pytest.raises(NotImplementedError, match=f"{name}, called by"):
+            getattr(torch.ops.sgl_kernel, name)(torch.zeros(1))
+
+
 def test_unserved_operators_say_so():
-    with pytest.raises(NotImplementedError, match=r"fused_sigmoid_mul_cpu, which Qwen3\.5"):
+    with pytest.raises(NotImplementedError, match=r"fused_sigmoid_mul_cpu, called by Qwen3\.5"):
         torch.ops.sgl_kernel.fused_sigmoid_mul_cpu(torch.zeros(1), torch.zeros(1))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -18,6 +18,11 @@ from qwen3next_plugin.engines.sglang.models.trunk import (
     PACKED_MODULES,
     DecoderLayer,
     read_config,
+)
+from qwen3next_plugin.engines.sglang.packing import (
+    PackedLogitsProcessor,
+    drop_plain_head,
+    use_packing,
 )
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
@@ -93,9 +98,9 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.config = read_config(config)
         self.quantised = quant_config is not None
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
-        with torch.device("meta"):  # the trunk's is put here
-            self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size)
-        self.logits_processor = LogitsProcessor(config)
+        self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
+        self.logits_processor = PackedLogitsProcessor(config)
+        use_packing(self.model)
         self.draft_head: DraftHead | None = None
         self.trunk_names = frozenset(trunk_tensors(self.config))
 
@@ -115,12 +120,16 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def set_embed_and_head(self, embed: nn.Parameter, head: nn.Parameter) -> None:
-        """Share the trunk's embedding and head."""
+        """Share the trunk's embedding; its head comes whole."""
         self.model.embed_tokens.weight = embed
-        self.lm_head.weight = head
+
+    def set_lm_head_from_target(self, lm_head: ParallelLMHead | VocabParallelEmbedding) -> None:
+        """Share the trunk's head."""
+        self.lm_head = lm_head
 
     def make_draft_head(self) -> None:
         """Draft from an int8 copy of the head from now on: a chain asks for one token only."""
+        assert self.lm_head is not None
         shard = self.lm_head.shard_indices
         self.draft_head = DraftHead(
             self.lm_head.weight.data,
@@ -129,6 +138,8 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             vocab_size=self.config.vocab_size,
             ranks=get_parallel().tp_group,
         )
+        if not self.config.tie_word_embeddings:
+            drop_plain_head(self.lm_head)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load `mtp.*`, strictly."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -16,6 +16,7 @@ from qwen3next_plugin.engines.sglang.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.loading import load
 from qwen3next_plugin.engines.sglang.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.engines.sglang.packing import PackedLogitsProcessor, use_packing
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -138,7 +139,8 @@ class Qwen3NextForCausalLM(nn.Module):
             self.lm_head = ParallelLMHead(
                 self.config.vocab_size, self.config.hidden_size, quant_config=quant_config
             )
-        self.logits_processor = LogitsProcessor(config)
+        self.logits_processor = PackedLogitsProcessor(config)
+        use_packing(self)
 
     @torch.no_grad()
     def forward(

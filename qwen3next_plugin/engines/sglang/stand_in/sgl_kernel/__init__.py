@@ -5,6 +5,7 @@ and on a processor with AMX would then take paths that need the rest of it.
 """
 
 from sgl_kernel import attention as attention  # registers its operators
+from sgl_kernel import murmur_hash as murmur_hash  # likewise
 from sgl_kernel import unserved as unserved  # likewise
 from sgl_kernel.cache_locations import (
     assign_draft_cache_locs_contiguous_cpu,

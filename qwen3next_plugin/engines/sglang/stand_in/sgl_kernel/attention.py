@@ -112,12 +112,12 @@ def _attend(
     # Only here: SGLang imports this package in every process, also where nothing attends.
     from qwen3next_plugin.kernels.paged_attention import paged_attention
 
-    T = int(starts[-1])  # rows beyond are padding
-    o[:T] = paged_attention(
-        q=q[:T], key_cache=k_buffer, value_cache=v_buffer, token_table=req_to_token,
+    attended = paged_attention(
+        q=q, key_cache=k_buffer, value_cache=v_buffer, token_table=req_to_token,
         table_row=req_pool_indices, query_start_loc=starts, seq_lens=seq_lens, scale=scale,
         tree_mask=tree_mask,
     )  # fmt: skip
+    o.copy_(attended)
 
 
 def _check(

@@ -1,0 +1,90 @@
+"""SGLang in processes of its own, timed token by token; answers as `benchmarks.worker` does.
+
+Run by `benchmarks.hosts` with the Python of SGLang's environment. A step is the time between two
+tokens of a request that streams alone with its batch, so that it holds all that a user waits for.
+"""
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from typing import Any
+
+VOCABULARY = 151936
+
+
+class Engine:
+    """SGLang's engine without HTTP; its scheduler is a process beside it."""
+
+    def __init__(self, **flags: Any) -> None:
+        import sglang
+
+        self.engine = sglang.Engine(skip_tokenizer_init=True, log_level="warning", **flags)
+        self.random = random.Random(0)
+
+    def decode(self, batch: int, steps: int) -> list[float]:
+        """Milliseconds of each of `steps` decode steps of `batch` requests."""
+        return self.engine.loop.run_until_complete(self._decode(batch, steps))
+
+    async def _decode(self, batch: int, steps: int) -> list[float]:
+        last = asyncio.gather(*(self._stream(32, 2 * steps + 8) for _ in range(batch)))
+        arrivals = (await last)[0]
+        gaps = [1e3 * (b - a) for a, b in zip(arrivals, arrivals[1:], strict=False)]
+        return gaps[-steps - 4 : -4]  # past the prefills, and before the first request ends
+
+    async def _stream(self, tokens: int, new_tokens: int) -> list[float]:
+        arrivals = []
+        stream = await self.engine.async_generate(
+            input_ids=self._prompt(tokens),
+            sampling_params={"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+            stream=True,
+        )
+        async for _ in stream:
+            arrivals.append(time.perf_counter())
+        return arrivals
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens per second of one fresh prompt of `tokens` tokens."""
+        start = time.perf_counter()
+        self.engine.generate(
+            input_ids=self._prompt(tokens),
+            sampling_params={"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+        )
+        return tokens / (time.perf_counter() - start)
+
+    def logprobs(self, lengths: list[int]) -> list[list[float]]:
+        """Log-probability of each prompt token but the first; all engines share the prompts."""
+        shared = random.Random(1)
+        prompts = [[shared.randrange(2, VOCABULARY) for _ in range(n)] for n in lengths]
+        outputs = self.engine.generate(
+            input_ids=prompts,
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        return [
+            [logprob for logprob, *_ in output["meta_info"]["input_token_logprobs"][1:]]
+            for output in outputs
+        ]
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return [self.random.randrange(2, VOCABULARY) for _ in range(tokens)]
+
+
+def main() -> None:
+    """Answer {"call": name, ...arguments} with {"result": ...}, a line each."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # SGLang logs to standard output
+    engine = Engine(**json.loads(sys.argv[1]))
+    print(json.dumps({"result": "ready"}), file=answers)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        result = getattr(engine, arguments.pop("call"))(**arguments)
+        print(json.dumps({"result": result}), file=answers)
+    engine.engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Projections and head in oneDNN's own layout on a CPU, where SGLang packs for AMX only.
+
+A plain bf16 weight is brought into that layout by every product anew, which costs a decode step up
+to half of its time. Packed once, at load, and the plain copy dropped. fp32 stays as it is, and so
+does what SGLang packed for AMX. Can go when SGLang packs on any CPU.
+"""
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.unquant import (
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+)
+from sglang.srt.utils import use_intel_amx_backend
+from torch import nn
+
+ROWS = 1  # that the layout is chosen for; measured, it serves more of them as well
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Shapes: weight [N, K] bf16."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+
+def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Shapes: x [T, K], returns [T, N]."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _packable(layer: Any) -> bool:
+    weight = layer.weight
+    plain = weight.device.type == "cpu" and not use_intel_amx_backend(layer)
+    return plain and weight.dtype == torch.bfloat16
+
+
+def _drop(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
+class PackedLinear(UnquantizedLinearMethod):
+    """SGLang's unquantised projection."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        layer.packed = None
+        if _packable(layer):
+            layer.packed = pack(layer.weight.data)
+            _drop(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if layer.packed is None:
+            return super().apply(layer, x, bias)
+        return linear(x, layer.packed, bias)
+
+
+class PackedHead(UnquantizedEmbeddingMethod):
+    """SGLang's unquantised head; the plain copy is dropped when nobody needs it any more."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        super().process_weights_after_loading(layer)
+        if _packable(layer):
+            layer.packed = pack(layer.weight.data)
+
+
+class PackedLogitsProcessor(LogitsProcessor):
+    """SGLang's, which multiplies by the plain weight itself."""
+
+    def _compute_lm_head(
+        self,
+        hidden_states: torch.Tensor,
+        lm_head: Any,
+        embedding_bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes: hidden_states [N, D], returns [N, vocab of this rank, padded]."""
+        if (packed := getattr(lm_head, "packed", None)) is None:
+            return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, out=out)
+        return linear(hidden_states, packed, None)
+
+
+def use_packing(model: nn.Module) -> None:
+    """Have SGLang pack the projections and the head of a model when its weights are there."""
+    head = getattr(model, "lm_head", None)
+    for module in model.modules():
+        method = type(getattr(module, "quant_method", None))
+        if method is UnquantizedLinearMethod:
+            module.quant_method = PackedLinear()
+        elif method is UnquantizedEmbeddingMethod and module is head:
+            module.quant_method = PackedHead()
+
+
+def drop_plain_head(head: Any) -> None:
+    """Keep the packed head only: nothing is looked up in it, and drafts have their own."""
+    if getattr(head, "packed", None) is not None:
+        _drop(head)

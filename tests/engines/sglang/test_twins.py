@@ -1,0 +1,26 @@
+"""The stand-in's operators are the host's own Triton kernels of the same name."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
+def test_equal_to_the_host():
+    """In a process of its own: the interpreter is chosen when the kernels are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "engines.sglang.twins"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "0"},
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1:] == ["compared 200"], done.stdout
