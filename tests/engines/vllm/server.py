@@ -1,85 +1,22 @@
 """`vllm serve` in a process group of its own, on a free port."""
 
-import re
-import socket
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import openai
-
-from engines.vllm.offline import START_SECONDS, Process, environment
+from engines import server
+from engines.vllm.offline import environment
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
-class Server:
-    """A real server; `client` is a real client of it."""
+class Server(server.Server):
+    """A real vLLM server."""
 
-    def __init__(self, model: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        self.model = str(model)
-        where = ("--host", "127.0.0.1", "--port", str(port))
-        self.process = Process(
-            [VLLM, "serve", self.model, *where, *flags], environment() | (env or {})
-        )
-        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+    HEALTH = "/health"
 
-    def wait(self) -> "Server":
-        """Return when it is healthy; raise with its log when it ends or takes too long."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.child.poll() is not None or self.healthy():
-                break
-            time.sleep(0.5)
-        if not self.healthy():
-            log = self.process.text()
-            self.close()
-            raise AssertionError(f"no server:\n{log[-8000:]}")
-        return self
+    def command(self, *flags: str) -> list[str]:
+        where = ("--host", self.host, "--port", str(self.port))
+        return [VLLM, "serve", self.model, *where, *flags]
 
-    def refusal(self) -> str:
-        """The log of a server that ends by itself, in failure."""
-        try:
-            assert self.process.child.wait(START_SECONDS) != 0
-            return self.process.text()
-        finally:
-            self.close()
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
-            return answer.read().decode()
-
-    def healthy(self) -> bool:
-        try:
-            self.get("/health")
-        except (urllib.error.URLError, OSError):
-            return False
-        return True
-
-    def metrics(self) -> dict[str, float]:
-        """Prometheus samples by name, summed over labels."""
-        sums: dict[str, float] = {}
-        for line in self.get("/metrics").splitlines():
-            if line and not line.startswith("#"):
-                sample, value = line.rsplit(" ", 1)
-                name = sample.partition("{")[0]
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return sums
-
-    def by_label(self, sample: str, label: str) -> dict[str, float]:
-        """The values of one Prometheus sample by one label of it."""
-        return {
-            re.search(rf'\b{label}="([^"]*)"', line)[1]: float(line.rsplit(" ", 1)[1])
-            for line in self.get("/metrics").splitlines()
-            if line.startswith(f"{sample}{{")
-        }
-
-    def close(self) -> None:
-        self.client.close()
-        self.process.stop()
+    def environment(self) -> dict[str, str]:
+        return environment()

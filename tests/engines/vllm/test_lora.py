@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import random_prompt
-from engines.vllm.checks import check_greedy
+from engines.checks import check_greedy
 from engines.vllm.offline import Offline
 from reference import Reference
 

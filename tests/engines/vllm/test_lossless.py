@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from checkpoints import SHIPPED
+from engines.traffic import Request, requests, send, source_tokens
 from engines.vllm.server import Server
-from engines.vllm.traffic import Request, requests, send, source_tokens
 from reference import Ids, Reference
 
 pytestmark = pytest.mark.serve

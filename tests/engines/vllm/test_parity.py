@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from checkpoints import random_prompt
-from engines.vllm.checks import LOGPROBS, TOKENS, check_cache_hits, check_greedy
+from engines.checks import LENGTHS, TOKENS, check_greedy
+from engines.vllm.checks import LOGPROBS, check_cache_hits
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 
-LENGTHS = (1, 2, 3, 4, 63, 64, 65, 1000, 5000)
 PROMPTS = [random_prompt(length) for length in LENGTHS]
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from checkpoints import random_prompt, write_checkpoint
-from engines.vllm.offline import Offline, Output
+from engines.checks import Output
+from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 

@@ -3,7 +3,7 @@
 import pytest
 
 from checkpoints import random_prompt
-from engines.vllm.checks import check_greedy
+from engines.checks import check_greedy
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve

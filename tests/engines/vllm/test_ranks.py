@@ -3,8 +3,10 @@
 import pytest
 
 from checkpoints import random_prompt
-from engines.vllm.checks import LOGPROBS, check_greedy
-from engines.vllm.offline import CPUS, Offline
+from engines.checks import check_greedy
+from engines.process import CPUS
+from engines.vllm.checks import LOGPROBS
+from engines.vllm.offline import Offline
 
 pytestmark = [
     pytest.mark.serve,

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from checkpoints import SHIPPED
-from engines.vllm.offline import Offline, Output
-from engines.vllm.traffic import source_tokens
+from engines.checks import Output
+from engines.traffic import source_tokens
+from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 

@@ -1,17 +1,26 @@
 """One server of the shipped checkpoint with MTP and default flags, asked by real clients."""
 
-import asyncio
 import json
 import math
 import re
 import time
-import urllib.request
 from collections.abc import Iterator
 
 import openai
 import pytest
 
 from checkpoints import SHIPPED
+from engines.clients import (
+    PROMPTS,
+    at_once,
+    chat,
+    complete,
+    hang_up,
+    next_turn,
+    streamed,
+    streamed_chat,
+    usage_by_limit,
+)
 from engines.vllm.server import Server
 from qwen3next_plugin.kernels.step import GRID
 
@@ -20,16 +29,6 @@ pytestmark = pytest.mark.serve
 DRAFTS = '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
 CONFIG = json.loads((SHIPPED / "config.json").read_text())
 LINEAR_LAYERS = CONFIG["layer_types"].count("linear_attention")
-PROMPTS = [
-    "import os\n",
-    "def add(a, b):\n    return ",
-    "class Reader:\n    def __init__(self, path):\n",
-    "for i in range(10):\n    print(",
-    "if __name__ == '__main__':\n",
-    '"""Read a file and return its lines."""\n',
-    "x = [1, 2, 3]\nfor value in x:\n",
-    "try:\n    value = int(text)\nexcept ",
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +41,8 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-def complete(server: Server, prompt: str, tokens: int = 48, **options) -> str:
-    answer = server.client.completions.create(
-        model=server.model, prompt=prompt, max_tokens=tokens, temperature=0, **options
-    )
-    return answer.choices[0].text
-
-
 def tokens(server: Server, prompt: str) -> list[int]:
-    body = json.dumps({"model": server.model, "prompt": prompt}).encode()
-    request = urllib.request.Request(f"{server.address}/tokenize", body)
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)["tokens"]
+    return server.post("/tokenize", model=server.model, prompt=prompt)["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -73,42 +61,27 @@ def test_repeated_and_served_from_the_cache(server, sequential):
 
 
 def test_streaming_is_the_same_text(server, sequential):
-    stream = server.client.completions.create(
-        model=server.model, prompt=PROMPTS[1], max_tokens=48, temperature=0, stream=True
-    )
-    chunks = [chunk.choices[0] for chunk in stream if chunk.choices]
-    assert "".join(choice.text for choice in chunks) == sequential[PROMPTS[1]]
-    assert chunks[-1].finish_reason in ("length", "stop")
+    assert streamed(server, PROMPTS[1]) == sequential[PROMPTS[1]]
 
 
 def test_chat(server):
     messages = [{"role": "user", "content": "Write a function."}]
-    options = {"model": server.model, "messages": messages, "max_tokens": 24, "temperature": 0}
-    whole = server.client.chat.completions.create(**options)
+    whole = chat(server, messages)
     assert whole.usage.completion_tokens <= 24
-    stream = server.client.chat.completions.create(**options, stream=True)
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    assert streamed == whole.choices[0].message.content
+    assert streamed_chat(server, messages) == whole.choices[0].message.content
 
 
 def test_the_second_turn_of_a_chat_hits_the_cache(server):
     """Under default flags, that is by whole blocks; and the answer is that of a cold run."""
-    options = {"model": server.model, "max_tokens": 24, "temperature": 0}
     first = [{"role": "user", "content": "x = [1, 2, 3]\n" * 150}]
-    answer = server.client.chat.completions.create(messages=first, **options)
-    second = [
-        *first,
-        {"role": "assistant", "content": answer.choices[0].message.content},
-        {"role": "user", "content": "And the other way round?"},
-    ]
+    answer = chat(server, first)
+    second = next_turn(first, answer, "And the other way round?")
     before = server.metrics()["vllm:prefix_cache_hits_total"]
-    warm = server.client.chat.completions.create(messages=second, **options)
+    warm = chat(server, second)
     hits = server.metrics()["vllm:prefix_cache_hits_total"] - before
     assert hits > answer.usage.prompt_tokens / 2
     # A salt of its own: nothing that others left in the cache is found.
-    cold = server.client.chat.completions.create(
-        messages=second, **options, extra_body={"cache_salt": "cold"}
-    )
+    cold = chat(server, second, extra_body={"cache_salt": "cold"})
     assert server.metrics()["vllm:prefix_cache_hits_total"] - before == hits
     assert warm.choices[0].message.content == cold.choices[0].message.content
 
@@ -135,42 +108,16 @@ def test_token_limit_inside_a_draft(server, sequential):
     """1 to 6 tokens: the limit falls at every place of a draft of three."""
     texts = [complete(server, PROMPTS[3], tokens=n) for n in range(1, 7)]
     assert all(sequential[PROMPTS[3]].startswith(text) for text in texts)
-    usage = [
-        server.client.completions.create(
-            model=server.model, prompt=PROMPTS[3], max_tokens=n, temperature=0
-        ).usage.completion_tokens
-        for n in range(1, 7)
-    ]
-    assert usage == list(range(1, 7))
+    assert usage_by_limit(server, PROMPTS[3], range(1, 7)) == list(range(1, 7))
 
 
 def test_32_clients_at_once_get_the_sequential_answers(server, sequential):
-    async def ask(client: openai.AsyncOpenAI, prompt: str) -> str:
-        answer = await client.completions.create(
-            model=server.model, prompt=prompt, max_tokens=48, temperature=0
-        )
-        return answer.choices[0].text
-
-    async def all_at_once() -> list[str]:
-        url = f"{server.address}/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            return await asyncio.gather(*(ask(client, prompt) for prompt in PROMPTS * 4))
-
-    assert asyncio.run(all_at_once()) == [sequential[prompt] for prompt in PROMPTS * 4]
+    assert at_once(server, PROMPTS * 4) == [sequential[prompt] for prompt in PROMPTS * 4]
 
 
 def test_aborted_streams_leave_no_trace(server, sequential):
     for prompt in PROMPTS:
-        stream = server.client.completions.create(
-            model=server.model,
-            prompt=prompt,
-            max_tokens=2000,
-            temperature=0,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        next(iter(stream))
-        stream.close()
+        hang_up(server, prompt)
     deadline = time.monotonic() + 60
     while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
         time.sleep(0.2)

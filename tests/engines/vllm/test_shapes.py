@@ -3,7 +3,8 @@
 import pytest
 
 from checkpoints import SHAPES, random_prompt, write_checkpoint
-from engines.vllm.checks import LOGPROBS, TOKENS, check_cache_hits, check_greedy
+from engines.checks import TOKENS, check_greedy
+from engines.vllm.checks import LOGPROBS, check_cache_hits
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve

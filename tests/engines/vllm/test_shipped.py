@@ -7,12 +7,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from checkpoints import SHIPPED
-from engines.vllm.checks import LOGPROBS, TOKENS, check_greedy
+from engines.checks import LENGTHS, TOKENS, check_greedy
+from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 
-LENGTHS = (1, 2, 3, 4, 63, 64, 65, 1000, 5000)
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 3}
 
 

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from checkpoints import SHIPPED
+from engines.traffic import requests, send
 from engines.vllm.server import Server
-from engines.vllm.traffic import requests, send
 
 pytestmark = pytest.mark.serve
 

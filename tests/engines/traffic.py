@@ -11,9 +11,9 @@ import openai
 from tokenizers import Tokenizer
 
 from checkpoints import SHIPPED
-from engines.vllm.server import Server
+from engines.server import Server
 
-BLOCKS = (256, 384)  # tokens in a block of the shipped checkpoint, in fp32 and in bf16
+BLOCKS = (256, 384)  # tokens in vLLM's block of the shipped checkpoint, in fp32 and in bf16
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""What is asked of an engine's outputs: the same numbers as transformers, token for token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reference import Reference
+
+TOLERANCE = 1e-3  # fp32 log-probabilities, end to end
+TOKENS = 32
+LENGTHS = (1, 2, 3, 4, 63, 64, 65, 1000, 5000)  # of prompts
+Prompts = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One finished sequence."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each token, empty where none were asked for
+    prompt_logprobs: tuple[float, ...]  # of each prompt token but the first
+    cached: int  # prompt tokens that a prefix-cache hit spared
+    finish_reason: str
+    text: str  # empty without a tokenizer
+
+
+def check_greedy(reference: Reference, prompts: Prompts, outputs: Sequence[Output]) -> None:
+    """Continuations are the reference's, and so is the log-probability of every token."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = len(output.token_ids)
+        assert output.token_ids == reference.greedy(prompt, tokens), f"prompt of {len(prompt)}"
+        whole = reference.prompt_logprobs(prompt + output.token_ids)
+        _near(output.logprobs, whole[len(prompt) - 1 :], f"{tokens} tokens after {len(prompt)}")
+        _near(output.prompt_logprobs, whole[: len(prompt) - 1], f"prompt of {len(prompt)}")
+
+
+def _near(found: Sequence[float], expected: torch.Tensor, what: str) -> None:
+    if found:
+        error = (torch.tensor(found) - expected).abs()
+        assert error.max() < TOLERANCE, f"{what}: {error.max():.1e} at {int(error.argmax())}"
+
+
+def check_distance(
+    folder: Path, dtype: torch.dtype, prompts: Prompts, found: Sequence[Sequence[float]]
+) -> None:
+    """Log-probabilities of prompts are no farther from fp32 than transformers' own in `dtype`."""
+    exact, theirs = Reference(folder), Reference(folder, dtype)
+
+    def distances(logprobs) -> torch.Tensor:
+        """|Δ| to fp32, of every token of all prompts."""
+        return torch.cat(
+            [
+                (torch.as_tensor(each) - exact.prompt_logprobs(prompt)).abs()
+                for prompt, each in zip(prompts, logprobs, strict=True)
+            ]
+        )
+
+    ours = distances(found)
+    other = distances([theirs.prompt_logprobs(prompt) for prompt in prompts])
+    # A router that picks another expert makes a few tokens differ much, now here and now there:
+    # the mean is compared token by token against its own spread, the median plainly.
+    excess = ours - other
+    assert excess.mean() <= 3 * excess.std() / len(excess) ** 0.5
+    assert ours.median() <= 1.05 * other.median()

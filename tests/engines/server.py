@@ -1,0 +1,97 @@
+"""A real server of either engine, and a real client of it."""
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from engines.process import START_SECONDS, Process, free_port
+
+
+class Server(ABC):
+    """A server of `model` in a process of its own, on a free port; `client` is a client of it."""
+
+    HEALTH: str  # the path that answers as soon as requests are served
+
+    def __init__(self, model: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.host, self.port, self.folder = "127.0.0.1", free_port(), model
+        self.model = str(model)
+        self.address = f"http://{self.host}:{self.port}"
+        self.began = time.monotonic()
+        self.process = Process(self.command(*flags), self.environment() | (env or {}))
+        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+    @abstractmethod
+    def command(self, *flags: str) -> list[str]:
+        """What a user would type."""
+
+    @abstractmethod
+    def environment(self) -> dict[str, str]:
+        """What the process finds in its environment."""
+
+    def wait(self) -> "Server":
+        """Return when it is healthy; raise with its log when it ends or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.child.poll() is not None or self.healthy():
+                break
+            time.sleep(0.5)
+        if not self.healthy():
+            log = self.process.text()
+            self.close()
+            raise AssertionError(f"no server:\n{log[-8000:]}")
+        self.start_seconds = time.monotonic() - self.began
+        return self
+
+    def refusal(self) -> str:
+        """The log of a server that ends by itself, in failure."""
+        try:
+            assert self.process.child.wait(START_SECONDS) != 0
+            return self.process.text()
+        finally:
+            self.close()
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
+            return answer.read().decode()
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
+
+    def healthy(self) -> bool:
+        try:
+            self.get(self.HEALTH)
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """Prometheus samples by name, summed over labels."""
+        sums: dict[str, float] = {}
+        for line in self.get("/metrics").splitlines():
+            if line and not line.startswith("#"):
+                sample, value = line.rsplit(" ", 1)
+                name = sample.partition("{")[0]
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
+    def by_label(self, sample: str, label: str) -> dict[str, float]:
+        """The values of one Prometheus sample by one label of it."""
+        return {
+            re.search(rf'\b{label}="([^"]*)"', line)[1]: float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics").splitlines()
+            if line.startswith(f"{sample}{{")
+        }
+
+    def close(self) -> None:
+        self.client.close()
+        self.process.stop()

@@ -1,0 +1,69 @@
+"""`python -m sglang.launch_server` in a process group of its own, on a free port."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engines import server
+from engines.checks import Output
+
+NEXTN = ("--speculative-algo", "NEXTN", "--speculative-num-steps")
+FIXED = {"QWEN3NEXT_DRAFTS": "fixed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Output):
+    """One finished sequence, and what its drafts were good for."""
+
+    steps: int  # verifications
+    accepted: int  # drafts
+
+    @classmethod
+    def of(cls, answer: dict[str, Any]) -> "Answer":
+        """From what /generate answers."""
+        meta = answer["meta_info"]
+        return cls(
+            token_ids=tuple(answer["output_ids"]),
+            logprobs=_logprobs(meta.get("output_token_logprobs", ())),
+            prompt_logprobs=_logprobs(meta.get("input_token_logprobs", ())[1:]),
+            cached=meta["cached_tokens"],
+            finish_reason=meta["finish_reason"]["type"],
+            text=answer["text"],
+            steps=meta.get("spec_verify_ct", 0),
+            accepted=meta.get("spec_num_correct_drafts", 0),
+        )
+
+
+def _logprobs(entries: Sequence[tuple[float, int, str | None]]) -> tuple[float, ...]:
+    return tuple(logprob for logprob, _, _ in entries)
+
+
+class Server(server.Server):
+    """A real SGLang server."""
+
+    HEALTH = "/ready"
+
+    def command(self, *flags: str) -> list[str]:
+        where = ("--host", self.host, "--port", str(self.port))
+        launch = (sys.executable, "-m", "sglang.launch_server", "--model-path", self.model)
+        return [*launch, *where, *flags]
+
+    def environment(self) -> dict[str, str]:
+        """One thread: at these sizes more only cost time."""
+        return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def greedy(
+        self, prompts: Sequence[tuple[int, ...]], tokens: int, **options: Any
+    ) -> list[Answer]:
+        """Run all prompts at once through /generate, greedily; `options` are its own."""
+        params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+        answers = self.post(
+            "/generate", input_ids=[list(ids) for ids in prompts], sampling_params=params, **options
+        )
+        return [Answer.of(answer) for answer in answers]
+
+    def forget(self) -> None:
+        """Empty the radix cache."""
+        self.get("/flush_cache")  # raises where requests still run

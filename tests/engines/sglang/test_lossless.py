@@ -1,0 +1,65 @@
+"""Speculation changes no token: off, every number of steps, trees, and adaptive, under load."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+
+from checkpoints import SHIPPED
+from engines.sglang.server import FIXED, NEXTN, Server
+from engines.traffic import Request, requests, send, source_tokens
+from reference import Ids
+
+pytestmark = pytest.mark.serve
+
+CLIENTS, LOADED, ALONE = 16, 130, 10
+# Prompts in chunks off the pages' grid, and memory for a third of the clients.
+FLAGS = (
+    "--dtype", "float32", "--chunked-prefill-size", "67", "--max-running-requests", "16",
+    "--max-total-tokens", "1800", "--max-mamba-cache-size", "48", "--schedule-conservativeness",
+    "0.1", "--enable-metrics",
+)  # fmt: skip
+NO_CACHE = ("--disable-radix-cache",)
+TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "5")
+CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
+    "steps-1": (1, (), FIXED),
+    "steps-2_topk-2": (2, TREE, FIXED),
+    "steps-3_no-cache": (3, NO_CACHE, FIXED),
+    "adaptive": (3, (), {}),
+}
+Answers = Sequence[Ids | None]  # None: the client hung up
+
+
+def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
+    """What the requests of this test get: the first few alone, then all at once."""
+    batch = traffic()
+    server = Server(SHIPPED, *FLAGS, *flags, env=env).wait()
+    try:
+        found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
+        metrics = server.metrics()
+    finally:
+        server.close()
+    # else the test would not see what it is for
+    assert metrics["sglang:num_retracted_requests_total"] > 0
+    assert (metrics.get("sglang:cached_tokens_total", 0) > 0) == (NO_CACHE[0] not in flags)
+    assert sum(answer is not None for answer in found) >= 0.8 * len(found)
+    return found
+
+
+@cache
+def traffic() -> Sequence[Request]:
+    """The second begins like the first, whose end it finds in the cache."""
+    ids = source_tokens()
+    alike = [Request(tuple(ids[:length]), 8) for length in (500, 600)]
+    return [*alike, *requests(LOADED, seed=8, abort_share=0.15, tokens=32)]
+
+
+@pytest.fixture(scope="module")
+def without_drafts() -> Answers:
+    return answers()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_tokens_as_without_drafts(without_drafts, case):
+    steps, flags, env = CASES[case]
+    assert answers(*NEXTN, str(steps), *flags, env=env) == without_drafts

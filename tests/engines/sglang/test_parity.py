@@ -1,0 +1,122 @@
+"""Served by SGLang in fp32, the model computes what transformers computes, under every flag.
+
+So drafts change no token: with and without them, an answer is transformers' own.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from checkpoints import SHAPES, random_prompt, write_checkpoint
+from engines.checks import LENGTHS, TOKENS, check_greedy
+from engines.sglang.server import FIXED, NEXTN, Server
+from reference import Reference
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(length) for length in LENGTHS]
+LOGPROBS = {"return_logprob": True, "logprob_start_len": 0}
+
+
+class Case(NamedTuple):
+    """A server: the shape of its checkpoint and its flags."""
+
+    shape: str | None  # None: the random checkpoint that most tests serve
+    steps: int
+    flags: tuple[str, ...] = ()
+
+    @property
+    def chain(self) -> bool:
+        return self.steps > 0 and "--speculative-eagle-topk" not in self.flags
+
+    @property
+    def cached(self) -> bool:
+        return "--disable-radix-cache" not in self.flags
+
+
+SHAPE_0, SHAPE_1, SHAPE_2, SHAPE_3 = SHAPES
+CASES = {
+    "plain": Case(None, 0),
+    "steps-1_chunks-of-257": Case(SHAPE_0, 1, ("--chunked-prefill-size", "257")),
+    "steps-2_topk-2": Case(
+        SHAPE_1, 2, ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "5")
+    ),
+    "steps-2_no-cache": Case(SHAPE_2, 2, ("--disable-radix-cache",)),
+    "steps-3_chunks-of-67": Case(SHAPE_3, 3, ("--chunked-prefill-size", "67")),
+    "steps-3": Case(None, 3),
+}
+
+
+def cases(condition: str) -> pytest.MarkDecorator:
+    """Run a test on the cases that are what is named."""
+    names = [name for name, case in CASES.items() if getattr(case, condition)]
+    return pytest.mark.parametrize("case", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def server(case, checkpoint, tmp_path_factory) -> Iterator[Server]:
+    if case.shape is not None:
+        folder = tmp_path_factory.mktemp("shape")
+        checkpoint = write_checkpoint(folder, seed=case.steps, **SHAPES[case.shape])
+    drafts = (*NEXTN, str(case.steps)) if case.steps else ()
+    small = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-mamba-cache-size", "40")
+    server = Server(checkpoint, *small, *drafts, *case.flags, env=FIXED).wait()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def model(server, reference) -> Reference:
+    return reference(server.folder)
+
+
+def test_each_prompt_alone(server, model):
+    answers = [server.greedy([prompt], TOKENS, **LOGPROBS)[0] for prompt in PROMPTS]
+    check_greedy(model, PROMPTS, answers)
+
+
+def test_all_prompts_in_one_batch(server, model):
+    check_greedy(model, PROMPTS, server.greedy(PROMPTS, TOKENS, **LOGPROBS))
+
+
+@cases("cached")
+def test_continued_texts_hit_the_cache(server, model):
+    """Each prompt goes on where an earlier answer ended, or is another after a shared beginning."""
+    server.forget()
+    starts = [random_prompt(n, seed=1) for n in (2, 64, 300, 1000)]
+    cold = server.greedy(starts, TOKENS)
+    assert [answer.cached for answer in cold] == [0] * len(starts)
+    turns = [
+        start + answer.token_ids + random_prompt(n, seed=2)
+        for start, answer, n in zip(starts, cold, (1, 7, 70, 9), strict=True)
+    ]
+    turns += [start + random_prompt(5, seed=3) for start in starts]
+    warm = server.greedy(turns, TOKENS, return_logprob=True)
+    # The last token of an answer has no state yet.
+    assert all(answer.cached >= len(start) for answer, start in zip(warm, starts * 2, strict=True))
+    check_greedy(model, turns, warm)
+
+
+@cases("chain")
+def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(server, case, model):
+    prompts = [random_prompt(n, seed=4) for n in (5, 64, 130, 300)]
+    answers = server.greedy(prompts, 64)
+    steps, accepted = (sum(getattr(a, name) for a in answers) for name in ("steps", "accepted"))
+    assert 0 < accepted < case.steps * steps
+    expected = [model.accepted(prompt, 64, case.steps) for prompt in prompts]
+    made, right = (sum(column) for column in zip(*expected, strict=True))
+    # A request's last drafts may be cut short by its token limit, so a few may differ.
+    assert accepted == pytest.approx(right, abs=case.steps * len(prompts))
+    assert steps == pytest.approx(made / case.steps, abs=len(prompts))
+
+
+@cases("steps")
+def test_some_drafts_are_right_and_some_are_not(server, case):
+    (answer,) = server.greedy([PROMPTS[-2]], 64)
+    assert 0 < answer.accepted < case.steps * answer.steps

@@ -1,0 +1,207 @@
+"""One server of the shipped checkpoint, by Qwen's own command, asked by real clients."""
+
+import json
+import math
+import re
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from tokenizers import Tokenizer
+
+from checkpoints import SHIPPED
+from engines.checks import LENGTHS, TOKENS, TOLERANCE, check_greedy
+from engines.clients import (
+    PROMPTS,
+    at_once,
+    chat,
+    complete,
+    hang_up,
+    next_turn,
+    streamed,
+    streamed_chat,
+    usage_by_limit,
+)
+from engines.sglang.server import NEXTN, Server
+from engines.vllm.offline import Offline
+
+pytestmark = pytest.mark.serve
+
+READY_SECONDS = 45
+STEPS, INTERVAL = 3, 8
+OTHER = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    # fp32, so that an answer does not hang on which other requests share a step with it.
+    flags = ("--dtype", "float32", "--max-total-tokens", "32768", "--enable-metrics")
+    often = ("--decode-log-interval", str(INTERVAL))
+    server = Server(SHIPPED, *NEXTN, str(STEPS), *flags, *often).wait()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def sequential(server) -> dict[str, str]:
+    """Greedy answers, one request at a time."""
+    return {prompt: complete(server, prompt) for prompt in PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def source() -> list[tuple[int, ...]]:
+    """Python source as prompts of many lengths."""
+    text = Path(textwrap.__file__).read_text() * 2
+    ids = Tokenizer.from_file(str(SHIPPED / "tokenizer.json")).encode(text).ids
+    assert len(ids) > max(LENGTHS)
+    return [tuple(ids[:length]) for length in LENGTHS]
+
+
+def test_ready_in_time(server):
+    assert server.start_seconds < READY_SECONDS
+
+
+def test_says_what_was_filled_in(server):
+    filled_in = "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+    assert f"qwen3next_plugin: {filled_in}, as 3 steps ask for" in server.process.text()
+
+
+def test_healthy_and_listed(server):
+    assert server.healthy()
+    assert [model.id for model in server.client.models.list()] == [server.model]
+
+
+def test_the_same_as_transformers_on_the_standard_librarys_source(server, source, reference):
+    logprobs = {"return_logprob": True, "logprob_start_len": 0}
+    check_greedy(reference(SHIPPED), source, server.greedy(source, TOKENS, **logprobs))
+
+
+@pytest.mark.skipif(not OTHER.exists(), reason="no .venv-vllm: `make setup ENGINE=vllm` makes it")
+def test_the_same_as_vllm(server, source):
+    """Both with drafts: the same tokens, the same log-probabilities."""
+    logprobs = {"return_logprob": True, "logprob_start_len": 0}
+    ours = server.greedy(source, TOKENS, **logprobs)
+    engine = Offline(
+        SHIPPED,
+        python=str(OTHER),
+        dtype="float32",
+        max_model_len=8192,
+        speculative_config={"method": "mtp", "num_speculative_tokens": STEPS},
+    )
+    try:
+        theirs = engine.greedy(source, TOKENS, logprobs=0, prompt_logprobs=0)
+    finally:
+        engine.close()
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+        assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=TOLERANCE)
+
+
+def test_streaming_is_the_same_text(server, sequential):
+    assert streamed(server, PROMPTS[1]) == sequential[PROMPTS[1]]
+
+
+def test_the_hosts_own_interface_gives_the_same_text(server, sequential):
+    params = {"temperature": 0, "max_new_tokens": 48}
+    answers = server.post("/generate", text=PROMPTS, sampling_params=params)
+    assert [answer["text"] for answer in answers] == list(sequential.values())
+
+
+def test_chat(server):
+    messages = [{"role": "user", "content": "Write a function."}]
+    whole = chat(server, messages)
+    assert whole.usage.completion_tokens <= 24
+    assert streamed_chat(server, messages) == whole.choices[0].message.content
+
+
+def test_every_turn_of_a_chat_hits_the_cache(server):
+    """And the answer is that of a cold run."""
+    turn = [{"role": "user", "content": "x = [1, 2, 3]\n" * 50}]
+    chats = []
+    for question in ("And the other way round?", "Why?", "Once more."):
+        answer = chat(server, turn)
+        chats.append((turn, answer))
+        before = server.metrics().get("sglang:cached_tokens_total", 0)
+        turn = next_turn(turn, answer, question)
+        warm = chat(server, turn)
+        hits = server.metrics()["sglang:cached_tokens_total"] - before
+        assert hits >= answer.usage.prompt_tokens
+        chats.append((turn, warm))
+    for messages, warm in chats:
+        server.forget()
+        cold = chat(server, messages)
+        assert cold.choices[0].message.content == warm.choices[0].message.content
+
+
+def test_logprobs(server, sequential):
+    answer = server.client.completions.create(
+        model=server.model, prompt=PROMPTS[0], max_tokens=12, temperature=0, logprobs=5
+    )
+    logprobs = answer.choices[0].logprobs
+    assert sequential[PROMPTS[0]].startswith(answer.choices[0].text)
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert chosen == pytest.approx(max(top.values()), abs=1e-4)  # greedy takes the likeliest
+        assert sum(map(math.exp, top.values())) <= 1 + 1e-4
+
+
+def test_stop_string_ends_the_answer_before_it(server, sequential):
+    text = sequential[PROMPTS[2]]
+    stop = text[len(text) // 2 :][:3]
+    answer = complete(server, PROMPTS[2], stop=[stop])
+    assert answer == text[: text.index(stop)]
+
+
+def test_token_limit_inside_a_draft(server, sequential):
+    """1 to 6 tokens: the limit falls at every place of a draft of three."""
+    texts = [complete(server, PROMPTS[3], tokens=n) for n in range(1, 7)]
+    assert all(sequential[PROMPTS[3]].startswith(text) for text in texts)
+    assert usage_by_limit(server, PROMPTS[3], range(1, 7)) == list(range(1, 7))
+
+
+def test_16_clients_at_once_get_the_sequential_answers(server, sequential):
+    assert at_once(server, PROMPTS * 2) == [sequential[prompt] for prompt in PROMPTS * 2]
+
+
+def test_aborted_streams_leave_no_trace(server, sequential):
+    for prompt in PROMPTS:
+        hang_up(server, prompt)
+    deadline = time.monotonic() + 60
+    while running(server) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running(server) == 0
+    assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
+
+
+def running(server: Server) -> int:
+    (load,) = json.loads(server.get("/v1/loads"))["loads"]
+    return load["num_running_reqs"] + load["num_waiting_reqs"]
+
+
+def test_bad_requests_are_refused_and_harm_nothing(server, sequential):
+    with pytest.raises(openai.BadRequestError):
+        complete(server, PROMPTS[0], tokens=100_000)
+    assert complete(server, PROMPTS[0]) == sequential[PROMPTS[0]]
+
+
+def test_metrics_and_log_agree_with_the_answers_on_what_was_accepted(server):
+    prompts = [tuple(range(100, 100 + n)) for n in (20, 50, 80)]
+    begun, before = len(server.process.text()), server.metrics()
+    answers = [server.greedy([prompt], 300)[0] for prompt in prompts]
+    after = server.metrics()
+    gained = {name: value - before.get(name, 0) for name, value in after.items()}
+    steps, accepted = (sum(getattr(a, name) for a in answers) for name in ("steps", "accepted"))
+    assert gained["sglang:spec_verify_calls_total"] == steps
+    assert gained["sglang:generation_tokens_total"] == 300 * len(prompts)
+    assert 0 < accepted < STEPS * steps  # some are right, some are not
+    # The first token of an answer is the prompt's; its last step may accept more than has room.
+    surplus = steps + accepted - 299 * len(prompts)
+    assert 0 <= surplus <= STEPS * len(prompts)
+    lines = re.findall(r"accept len: ([\d.]+)", server.process.text()[begun:])
+    assert len(lines) == pytest.approx(steps / INTERVAL, abs=1)
+    mean = sum(map(float, lines)) / len(lines)
+    assert mean == pytest.approx((steps + accepted) / steps, abs=0.1)
+    assert after["sglang:spec_accept_length"] == pytest.approx(float(lines[-1]), abs=0.006)

@@ -1,0 +1,92 @@
+"""The main program of a child that holds a vLLM engine: offline.py is at the pipe's other end."""
+
+import contextlib
+import sys
+from multiprocessing.connection import Client
+from typing import Any
+
+
+class Host:
+    """What a parent may call."""
+
+    def start(self, flags: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**flags)
+
+    def generate(
+        self, prompts: list[tuple[int, ...]], params: list[dict[str, Any]]
+    ) -> list[list[dict[str, Any]]]:
+        from vllm.lora.request import LoRARequest
+
+        adapter = params[0].pop("adapter", None)
+        sampling = [_sampling_params(**own) for own in params]
+        requests = self.llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            sampling if len(sampling) > 1 else sampling[0],
+            lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+            use_tqdm=False,
+        )
+        return [[_plain(request, output) for output in request.outputs] for request in requests]
+
+    def counters(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            if hasattr(metric, "value"):
+                sums[metric.name] = sums.get(metric.name, 0.0) + metric.value
+        return sums
+
+    def cache(self) -> dict[str, Any]:
+        config = self.llm.llm_engine.vllm_config.cache_config
+        return {"block_size": config.block_size, "num_blocks": config.num_gpu_blocks}
+
+    def forget(self) -> None:
+        assert self.llm.reset_prefix_cache()
+
+    def inside(self, name: str, *args: Any) -> Any:
+        import inside  # beside this file, which is the main program
+
+        return getattr(inside, name)(self.llm, *args)
+
+
+def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    guide = StructuredOutputsParams(**structured_outputs) if structured_outputs else None
+    return SamplingParams(structured_outputs=guide, **params)
+
+
+def _plain(request: Any, output: Any) -> dict[str, Any]:
+    """The fields of Output; the class itself is another one in this process."""
+    prompt_logprobs = (request.prompt_logprobs or ())[1:]
+    return {
+        "token_ids": tuple(output.token_ids),
+        "logprobs": _chosen(output.token_ids, output.logprobs),
+        "prompt_logprobs": _chosen(request.prompt_token_ids[1:], prompt_logprobs),
+        "cached": request.num_cached_tokens or 0,
+        "finish_reason": output.finish_reason,
+        "text": output.text,
+    }
+
+
+def _chosen(ids: Any, logprobs: Any) -> tuple[float, ...]:
+    return tuple(entry[i].logprob for i, entry in zip(ids, logprobs or (), strict=False))
+
+
+def main(address: str) -> None:
+    """Serve one parent until it hangs up."""
+    from traceback import format_exc
+
+    host = Host()
+    with Client(address) as pipe, contextlib.suppress(EOFError):
+        while True:
+            name, args = pipe.recv()
+            try:
+                pipe.send((True, getattr(host, name)(*args)))
+            except Exception:  # whatever it is, the parent raises it with this text
+                pipe.send((False, format_exc()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
