@@ -24,6 +24,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "attention_backend": (None, ATTENTION_BACKEND),
     "mamba_radix_cache_strategy": ("auto", "no_buffer"),
     "disable_overlap_schedule": (False, True),
+    "sleep_on_idle": (False, True),  # an idle server would keep a core busy asking for work
     "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
 }
 
