@@ -86,6 +86,15 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     return is_ours(model_config_of(get_server_args())) or host()
 
 
+def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
+    """Leave head counts and widths as they are: SGLang pads them to what its AMX kernels take.
+
+    Our kernels take any, and our checks compare a checkpoint with its own config. Can go when
+    SGLang pads only for its AMX kernels.
+    """
+    return model_config if is_ours(model_config) else host(model_config, *args)
+
+
 def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
     """Our linear-attention backend beside the attention backend that was chosen.
 
@@ -175,6 +184,11 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         target="sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
         parameters=(),
         around=skip_snapshots,
+    ),
+    Hook(
+        target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        parameters=("model_config", "load_config", "tp_size"),
+        around=keep_sizes,
     ),
     Hook(
         target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
