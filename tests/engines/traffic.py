@@ -23,6 +23,7 @@ class Request:
     prompt: tuple[int, ...]
     tokens: int
     hang_up: int | None = None
+    ignore_eos: bool = True
 
 
 def source_tokens() -> list[int]:
@@ -60,7 +61,7 @@ def send(server: Server, batch: Sequence[Request], clients: int) -> list[tuple[i
             "prompt": list(request.prompt),
             "max_tokens": request.tokens,
             "temperature": 0,
-            "extra_body": {"ignore_eos": True, "return_token_ids": True},
+            "extra_body": {"ignore_eos": request.ignore_eos, "return_token_ids": True},
         }
         if request.hang_up is None:
             answer = await client.completions.create(**options)

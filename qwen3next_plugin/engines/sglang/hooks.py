@@ -85,6 +85,15 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     return is_ours(model_config_of(get_server_args())) or host()
 
 
+def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
+    """Leave head counts and widths as they are: SGLang pads them to what its AMX kernels take.
+
+    Our kernels take any, and our checks compare a checkpoint with its own config. Can go when
+    SGLang pads only for its AMX kernels.
+    """
+    return model_config if is_ours(model_config) else host(model_config, *args)
+
+
 def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
     """Our linear-attention backend beside the attention backend that was chosen.
 
@@ -199,6 +208,11 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
         around=memory.modest_pools,
+    ),
+    Hook(
+        target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        parameters=("model_config", "load_config", "tp_size"),
+        around=keep_sizes,
     ),
     Hook(
         target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",

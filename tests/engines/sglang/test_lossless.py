@@ -12,11 +12,11 @@ from reference import Ids
 
 pytestmark = pytest.mark.serve
 
-CLIENTS, LOADED, ALONE = 16, 130, 10
+CLIENTS, LOADED, ALONE = 16, 120, 8
 # Prompts in chunks off the pages' grid, and memory for a third of the clients.
 FLAGS = (
     "--dtype", "float32", "--chunked-prefill-size", "67", "--max-running-requests", "16",
-    "--max-total-tokens", "1800", "--max-mamba-cache-size", "48", "--schedule-conservativeness",
+    "--max-total-tokens", "820", "--max-mamba-cache-size", "48", "--schedule-conservativeness",
     "0.1", "--enable-metrics",
 )  # fmt: skip
 NO_CACHE = ("--disable-radix-cache",)
@@ -40,7 +40,7 @@ def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
     finally:
         server.close()
     # else the test would not see what it is for
-    assert metrics["sglang:num_retracted_requests_total"] > 0
+    assert metrics.get("sglang:num_retracted_requests_total", 0) > 0
     assert (metrics.get("sglang:cached_tokens_total", 0) > 0) == (NO_CACHE[0] not in flags)
     assert sum(answer is not None for answer in found) >= 0.8 * len(found)
     return found
@@ -48,10 +48,18 @@ def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
 
 @cache
 def traffic() -> Sequence[Request]:
-    """The second begins like the first, whose end it finds in the cache."""
+    """The second begins like the first, whose end it finds in the cache.
+
+    Behind the first few stand some that outgrow the memory together: of an answer that may end
+    early, SGLang reserves only a part, and lets others in as soon as the first ends.
+    """
     ids = source_tokens()
     alike = [Request(tuple(ids[:length]), 8) for length in (500, 600)]
-    return [*alike, *requests(LOADED, seed=8, abort_share=0.15, tokens=32)]
+    grow = [
+        Request(tuple(ids[10 * i :][:12]), 16 * i + 16, ignore_eos=False) for i in range(CLIENTS)
+    ]
+    mixed = requests(LOADED, seed=8, abort_share=0.15, tokens=32)
+    return [*alike, *mixed[:ALONE], *grow, *mixed[ALONE:]]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ So drafts change no token: with and without them, an answer is transformers' own
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from reference import Reference
 pytestmark = pytest.mark.serve
 
 PROMPTS = [random_prompt(length) for length in LENGTHS]
+SLOTS = 40  # for states
 LOGPROBS = {"return_logprob": True, "logprob_start_len": 0}
 
 
@@ -29,6 +31,10 @@ class Case(NamedTuple):
     @property
     def chain(self) -> bool:
         return self.steps > 0 and "--speculative-eagle-topk" not in self.flags
+
+    @property
+    def uncached(self) -> bool:
+        return not self.cached
 
     @property
     def cached(self) -> bool:
@@ -65,8 +71,10 @@ def server(case, checkpoint, tmp_path_factory) -> Iterator[Server]:
         folder = tmp_path_factory.mktemp("shape")
         checkpoint = write_checkpoint(folder, seed=case.steps, **SHAPES[case.shape])
     drafts = (*NEXTN, str(case.steps)) if case.steps else ()
-    small = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-mamba-cache-size", "40")
-    server = Server(checkpoint, *small, *drafts, *case.flags, env=FIXED).wait()
+    small = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-mamba-cache-size")
+    seen = ("--enable-metrics", "--decode-log-interval", "1")
+    flags = (*small, str(SLOTS), *seen, *drafts, *case.flags)
+    server = Server(checkpoint, *flags, env=FIXED).wait()
     yield server
     server.close()
 
@@ -101,6 +109,22 @@ def test_continued_texts_hit_the_cache(server, model):
     # The last token of an answer has no state yet.
     assert all(answer.cached >= len(start) for answer, start in zip(warm, starts * 2, strict=True))
     check_greedy(model, turns, warm)
+
+
+@cases("uncached")
+def test_one_page_a_request_while_it_runs(server):
+    """Where the radix cache keeps none of its own; drafts have no part in how many there are."""
+    held, pool = set(), set()
+    with ThreadPoolExecutor(1) as thread:
+        prompts = [random_prompt(n, seed=6) for n in range(30, 35)]
+        answers = thread.submit(server.greedy, prompts, 300)
+        while not answers.done():
+            metrics = server.metrics()
+            held.add(used := metrics["sglang:mamba_used_tokens"])
+            pool.add(used + metrics["sglang:mamba_available_tokens"])
+    assert sum(answer.accepted for answer in answers.result()) > 0
+    assert max(held) == len(prompts)
+    assert max(pool) == SLOTS
 
 
 @cases("chain")
