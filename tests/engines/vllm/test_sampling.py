@@ -1,6 +1,5 @@
 """At temperature 1 a token's distribution is the model's own, drafts or not."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import pytest
 import torch
 
 from checkpoints import SHIPPED, VOCAB, random_prompt
+from engines.distribution import FALSE_ALARM, after_prompt, binned, by_rank, p_value
 from engines.vllm.offline import Offline
-from reference import Reference, quietly
 
 pytestmark = pytest.mark.serve
 
 PROMPT = random_prompt(9, seed=6)
 SAMPLES, TOKENS = 2000, 6
-FALSE_ALARM = 1e-5  # of each chi-square; the seeds are fixed, so a green test stays green
 
 
 @pytest.fixture(
@@ -49,34 +47,7 @@ def samples(case) -> Iterator[torch.Tensor]:
 @pytest.fixture(scope="module")
 def distributions(samples, case, reference) -> torch.Tensor:
     """The model's own probabilities [SAMPLES, TOKENS, vocab], each sample's prefix given."""
-    return after_prompt(reference(case[0]), samples)[:, :-1]
-
-
-@quietly()
-def after_prompt(model: Reference, continuations: torch.Tensor) -> torch.Tensor:
-    """Probabilities [N, tokens+1, vocab] of each token of N continuations, and of the next."""
-    ids = torch.cat([torch.tensor(PROMPT).expand(len(continuations), -1), continuations], dim=1)
-    logits = [model.trunk(part, use_cache=False).logits for part in ids.split(500)]
-    return torch.cat(logits)[:, len(PROMPT) - 1 :].softmax(-1)
-
-
-def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
-    """Pearson's chi-square test of counts against expected counts."""
-    statistic = ((observed - expected).square() / expected).sum()
-    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic.double() / 2))
-
-
-def binned(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observed and expected counts of the tokens expected at least ten times, and of the rest."""
-    expected = probabilities * len(tokens)
-    observed = torch.tensor([Counter(tokens.tolist())[i] for i in range(len(expected))])
-    common = expected >= 10
-
-    def with_rest(counts: torch.Tensor) -> torch.Tensor:
-        return torch.cat([counts[common], counts[~common].sum()[None]]).double()
-
-    return with_rest(observed), with_rest(expected)
+    return after_prompt(reference(case[0]), PROMPT, samples)[:, :-1]
 
 
 def test_first_token(samples, distributions):
@@ -86,23 +57,14 @@ def test_first_token(samples, distributions):
 def test_second_token_whatever_the_first(samples, distributions, case, reference):
     """The first that a draft can be accepted for; its marginal is summed over all first tokens."""
     first = torch.arange(distributions.shape[-1])
-    second = after_prompt(reference(case[0]), first[:, None])[:, -1]
+    second = after_prompt(reference(case[0]), PROMPT, first[:, None])[:, -1]
     marginal = distributions[0, 0].double() @ second.double()
     assert p_value(*binned(samples[:, 1], marginal)) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("position", range(TOKENS))
 def test_every_token_given_those_before_it(samples, distributions, position):
-    """The probability mass of the likelier tokens is uniform: a rank that drafts would shift."""
-    p = distributions[:, position].double()
-    chosen = p.gather(1, samples[:, position, None])
-    likelier = torch.where(p > chosen, p, 0).sum(-1)
-    jitter = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(7))
-    mass = likelier + jitter * chosen[:, 0]
-    bins = 20
-    observed = (mass * bins).long().clamp(0, bins - 1).bincount(minlength=bins)
-    expected = torch.full((bins,), SAMPLES / bins, dtype=torch.float64)
-    assert p_value(observed.double(), expected) > FALSE_ALARM
+    assert p_value(*by_rank(samples[:, position], distributions[:, position])) > FALSE_ALARM
 
 
 def test_the_test_sees_a_bias():

@@ -1,0 +1,54 @@
+"""Are sampled tokens distributed as the model says? Chi-square tests for both engines."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from reference import Reference, quietly
+
+FALSE_ALARM = 1e-5  # of each chi-square; the seeds are fixed, so a green test stays green
+BINS = 20
+
+
+@quietly()
+def after_prompt(
+    model: Reference, prompt: Sequence[int], continuations: torch.Tensor
+) -> torch.Tensor:
+    """Probabilities [N, tokens+1, vocab] of each token of N continuations, and of the next."""
+    ids = torch.cat([torch.tensor(prompt).expand(len(continuations), -1), continuations], dim=1)
+    logits = [model.trunk(part, use_cache=False).logits for part in ids.split(500)]
+    return torch.cat(logits)[:, len(prompt) - 1 :].softmax(-1)
+
+
+def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    """Pearson's chi-square test of counts against expected counts."""
+    statistic = ((observed - expected).square() / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic.double() / 2))
+
+
+def binned(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Observed and expected counts of the tokens expected at least ten times, and of the rest."""
+    expected = probabilities * len(tokens)
+    observed = torch.tensor([Counter(tokens.tolist())[i] for i in range(len(expected))])
+    common = expected >= 10
+
+    def with_rest(counts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([counts[common], counts[~common].sum()[None]]).double()
+
+    return with_rest(observed), with_rest(expected)
+
+
+def by_rank(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of the mass of likelier tokens: uniform, where a rank that drafts would shift it.
+
+    Shapes: tokens [N], probabilities [N, vocab] of each token's own prefix.
+    """
+    p = probabilities.double()
+    chosen = p.gather(1, tokens[:, None])
+    likelier = torch.where(p > chosen, p, 0).sum(-1)
+    jitter = torch.rand(len(tokens), generator=torch.Generator().manual_seed(7))
+    mass = likelier + jitter * chosen[:, 0]
+    observed = (mass * BINS).long().clamp(0, BINS - 1).bincount(minlength=BINS)
+    return observed.double(), torch.full((BINS,), len(tokens) / BINS, dtype=torch.float64)

@@ -1,0 +1,56 @@
+"""At temperature 1 a token's distribution is the model's own, with chains and with trees."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from checkpoints import SHIPPED, random_prompt
+from engines.distribution import FALSE_ALARM, after_prompt, binned, by_rank, p_value
+from engines.sglang.server import FIXED, NEXTN, Server
+from reference import Reference
+
+pytestmark = pytest.mark.serve
+
+PROMPT = random_prompt(9, seed=6)
+SAMPLES, TOKENS = 1200, 6
+FLAGS = ("--dtype", "float32", "--max-total-tokens", "4000", "--random-seed", "6", *NEXTN, "3")
+TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "6")
+
+
+@pytest.fixture(scope="module", params=[(), TREE], ids=["chain", "tree"])
+def samples(request) -> Iterator[torch.Tensor]:
+    """[SAMPLES, TOKENS] sampled continuations of one prompt."""
+    server = Server(SHIPPED, *FLAGS, *request.param, env=FIXED).wait()
+    try:
+        params = {"temperature": 1, "max_new_tokens": TOKENS, "ignore_eos": True, "n": SAMPLES}
+        answers = server.post("/generate", input_ids=list(PROMPT), sampling_params=params)
+    finally:
+        server.close()
+    accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
+    assert accepted > 0.1 * SAMPLES  # else the test would not see what it is for
+    return torch.tensor([answer["output_ids"] for answer in answers])
+
+
+@pytest.fixture(scope="module")
+def model() -> Reference:
+    return Reference(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def distributions(samples, model) -> torch.Tensor:
+    """The model's own probabilities [SAMPLES, TOKENS, vocab], each sample's prefix given."""
+    return after_prompt(model, PROMPT, samples)[:, :-1]
+
+
+def test_second_token_whatever_the_first(samples, distributions, model):
+    """The first that a draft can be accepted for; its marginal is summed over all first tokens."""
+    first = torch.arange(distributions.shape[-1])
+    second = after_prompt(model, PROMPT, first[:, None])[:, -1]
+    marginal = distributions[0, 0].double() @ second.double()
+    assert p_value(*binned(samples[:, 1], marginal)) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("position", range(TOKENS))
+def test_every_token_given_those_before_it(samples, distributions, position):
+    assert p_value(*by_rank(samples[:, position], distributions[:, position])) > FALSE_ALARM
