@@ -25,7 +25,14 @@ class Side:
     """A worker process that serves the block model on one side."""
 
     def __init__(
-        self, side: str, flags: dict[str, Any], log: Path, drafts: str = "adaptive"
+        self,
+        side: str,
+        flags: dict[str, Any],
+        log: Path,
+        drafts: str = "adaptive",
+        *,
+        python: Path = Path(sys.executable),
+        worker: str = "benchmarks.worker",
     ) -> None:
         self.side = side
         env = os.environ | {
@@ -34,7 +41,7 @@ class Side:
         }
         self.log = log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(flags)],
+            [str(python), "-m", worker, json.dumps(flags)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 import vllm._custom_ops as upstream
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.platforms import current_platform
@@ -30,6 +31,7 @@ from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.step import GRID
 
 H, HV, K, V, DTYPE = 16, 32, 128, 128, torch.bfloat16
@@ -41,6 +43,7 @@ PAGES = 32  # that rotate: 67 MB of state
 TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
 PAIRS = 30
 VOCABULARY, HIDDEN, KEPT = 151_936, 2048, 32_768  # KEPT: rows of a head over part of it
+HQ, HKV, D, CONTEXT = 16, 2, 256, 16_384  # full attention, and a long context of it
 
 Call = Callable[[], Tensor]
 
@@ -64,7 +67,8 @@ def measure(pairs: int = PAIRS) -> Table:
     current_platform.import_kernels()
     torch.manual_seed(0)
     table: Table = {case.name: timed(case, pairs) for case in cases()}
-    return table | {"decode, MB moved per token, by count": bytes_per_token()}
+    table["decode, MB moved per token, by count"] = bytes_per_token()
+    return table | {f"attention, decode at {CONTEXT:,}, its bytes": over_bandwidth(pairs)}
 
 
 def cases() -> Iterator[Case]:
@@ -81,6 +85,10 @@ def cases() -> Iterator[Case]:
     yield verify_layer(f"convolution and recurrence, verify {DRAFT} drafts, batch 8", 8)
     yield from output_heads()
     yield from experts()
+    yield attention(f"attention, decode at {CONTEXT:,}", CONTEXT, 1)
+    yield attention(f"attention, verify {DRAFT} drafts at {CONTEXT:,}", CONTEXT, 1 + DRAFT)
+    for tokens in (1024, 4096):
+        yield attention(f"attention, prefill {tokens}", tokens, tokens)
 
 
 def timed(case: Case, pairs: int) -> dict[str, float]:
@@ -409,6 +417,49 @@ def experts() -> Iterator[Case]:
             return out
 
         yield Case(f"experts, {tokens} tokens", plugin, portable)
+
+
+def attention(name: str, context: int, queries: int, layers: int = 4) -> Case:
+    """Over the pool, against torch's over keys and values that are gathered already.
+
+    As many layers as do not fit the cache. Slots are in order, as for one long prompt.
+    """
+    pools = torch.empty(layers, 2, context + 1, HKV, D, dtype=DTYPE).normal_()
+    q = torch.empty(queries, HQ, D, dtype=DTYPE).normal_()
+    ours, theirs = itertools.cycle(pools), itertools.cycle(pools[:, :, 1:].transpose(2, 3))
+    step = {
+        "token_table": torch.arange(1, context + 1, dtype=torch.int32)[None],
+        "table_row": torch.tensor([0]), "query_start_loc": int32(0, queries),
+        "seq_lens": torch.tensor([context]), "scale": D**-0.5,
+    }  # fmt: skip
+    last = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
+    masked = {"is_causal": True} if queries == context else {"attn_mask": last}
+
+    def plugin() -> Tensor:
+        key_cache, value_cache = next(ours)
+        return paged_attention(q=q, key_cache=key_cache, value_cache=value_cache, **step)
+
+    def torchs() -> Tensor:
+        k, v = next(theirs)
+        out = scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k[None], v[None], enable_gqa=True, **masked
+        )
+        return out[0].transpose(0, 1)
+
+    return Case(name, plugin, torchs, calls=layers if queries < context else 1)
+
+
+def over_bandwidth(pairs: int) -> dict[str, float]:
+    """A decode step's time over that of reading its keys and values at a large read's speed."""
+    case = attention("", CONTEXT, 1)
+    large = torch.ones(2**25, dtype=torch.int64)
+    moved, ours, ratios = 2 * CONTEXT * HKV * D * DTYPE.itemsize, [], []
+    for _ in range(pairs):
+        ours.append(seconds(case.plugin, case.calls))
+        read = seconds(large.sum, 1) * moved / (large.numel() * large.itemsize)
+        ratios.append(ours[-1] / read)
+    median = statistics.median
+    return {"MB": moved / 1e6, "µs": median(ours) * 1e6, "over the bandwidth": median(ratios)}
 
 
 def packed(weight: Tensor) -> torch.nn.Module:

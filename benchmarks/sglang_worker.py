@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 VOCABULARY = 151936
@@ -31,7 +32,7 @@ class Engine:
     async def _decode(self, batch: int, steps: int) -> list[float]:
         last = asyncio.gather(*(self._stream(32, 2 * steps + 8) for _ in range(batch)))
         arrivals = (await last)[0]
-        gaps = [1e3 * (b - a) for a, b in zip(arrivals, arrivals[1:], strict=False)]
+        gaps = [1e3 * (b - a) for a, b in pairwise(arrivals)]
         return gaps[-steps - 4 : -4]  # past the prefills, and before the first request ends
 
     async def _stream(self, tokens: int, new_tokens: int) -> list[float]:

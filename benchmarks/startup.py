@@ -45,13 +45,18 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.model, self.log = f"http://127.0.0.1:{port}", str(model), log
-        vllm = str(Path(sys.executable).parent / "vllm")
-        command = [vllm, "serve", self.model, "--enforce-eager", "--port", str(port)]
-        command += ["--max-model-len", "4096", *flags]
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=env, start_new_session=True
+                [*self.command(), "--port", str(port), *flags],
+                stdout=file,
+                stderr=file,
+                env=env,
+                start_new_session=True,
             )
+
+    def command(self) -> list[str]:
+        vllm = str(Path(sys.executable).parent / "vllm")
+        return [vllm, "serve", self.model, "--enforce-eager", "--max-model-len", "4096"]
 
     def __enter__(self) -> Self:
         return self

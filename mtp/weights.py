@@ -40,6 +40,6 @@ def require_mtp(
     if not found:
         raise CheckpointError(
             "MTP was asked for and the checkpoint has no mtp.* tensors (a save through "
-            "transformers drops them): serve without --speculative-config, or use the released "
-            "checkpoint"
+            "transformers drops them): serve without --speculative-config (SGLang: "
+            "--speculative-algorithm), or use the released checkpoint"
         )

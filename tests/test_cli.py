@@ -410,6 +410,25 @@ def test_doctor_when_vllm_keeps_its_own_model(diagnose, monkeypatch):
     assert (code, report["Qwen3NextForCausalLM"]["status"]) == (0, "note")
 
 
+SGLANG = {name: found for name, found in HEALTHY.items() if name != "vllm"} | {"sglang": "0.5.23"}
+
+
+def test_doctor_of_a_machine_with_sglang(diagnose, monkeypatch):
+    model = "Qwen3NextForCausalLM"
+    ours = "qwen3next_plugin.engines.sglang.models.trunk"
+    answers = OURS | {"sglang": {"platform": "cpu", model: ours}}
+    code, report = diagnose(SGLANG, answers)
+    assert (code, report[model]["status"], report[model]["found"]) == (0, "ok", ours)
+    assert report[model]["section"] == "registration in SGLang"
+    answers["sglang"][model] = "sglang.srt.models.qwen3_next"
+    code, report = diagnose(SGLANG, answers)
+    assert code == 1
+    assert "SGLANG_PLUGINS" in report[model]["mend"]
+    code, report = diagnose(SGLANG, answers | {"sglang": "no answer in 300 s"})
+    assert code == 1
+    assert report["sglang"]["mend"].endswith("to run SGLang without this plugin")
+
+
 def test_doctor_on_a_device_without_kernels(diagnose):
     native = OURS | {"vllm": {"platform": "cuda", "Qwen3NextForCausalLM": NATIVE}}
     code, report = diagnose(answers=native)

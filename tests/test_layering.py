@@ -1,4 +1,4 @@
-"""Arrows point one way: engines → model, mtp → kernels; one folder imports vLLM."""
+"""Arrows point one way: engines → model, mtp → kernels; one folder imports each host."""
 
 import ast
 from collections.abc import Iterator
@@ -49,10 +49,18 @@ def test_nothing_below_knows_an_engine_or_what_is_above(folder):
     assert not {path: names for path, names in found.items() if names}
 
 
-def test_only_the_engine_imports_vllm():
-    inside = ROOT / OWN / "engines" / "vllm"
+@pytest.mark.parametrize("host", ["vllm", "sglang"])
+def test_only_the_engine_imports_its_host(host):
+    inside = ROOT / OWN / "engines" / host
     others = [p for p in sources(OWN) if inside not in p.parents]
-    found = {str(p.relative_to(ROOT)): crossing(p, {"vllm"}) for p in others}
+    found = {str(p.relative_to(ROOT)): crossing(p, {host}) for p in others}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_the_stand_in_for_sgl_kernel_imports_no_host():
+    """SGLang imports it, and imports it before its own modules are there."""
+    stand_in = sources(f"{OWN}/engines/sglang/stand_in")
+    found = {str(p.relative_to(ROOT)): crossing(p, HOSTS) for p in stand_in}
     assert not {path: names for path, names in found.items() if names}
 
 

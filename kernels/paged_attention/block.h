@@ -14,6 +14,7 @@
 namespace Q3N_LEVEL {
 
 constexpr int64_t kBlock = 256;  // positions
+constexpr int64_t kSoon = 16;    // positions that keys are asked for before they are used
 
 template <class T>
 struct Operands {
@@ -23,7 +24,17 @@ struct Operands {
   float scale;
 
   int64_t share() const { return Hq / Hkv; }  // query heads of a kv head
+  int64_t together() const { return std::clamp<int64_t>(kMaxRow<T> / D, 1, Hkv); }  // kv heads
   int64_t row_size() const { return round_up(D, kColumns) + kLanes; }
+};
+
+// Queries [first, last) of a sequence, and the query heads of `heads` kv heads from kv on. Its rows
+// are [query][kv head][query head of the kv head].
+struct Tile {
+  const Sequence* sequence;
+  int64_t kv, heads, first, last;
+
+  int64_t queries() const { return last - first; }
 };
 
 // A row of a block, or of those merged so far: o, padded; then m and l.
@@ -35,7 +46,6 @@ struct Partial {
   float& l() const { return o[padded + 1]; }
 };
 
-// Rows [query][head of the kv head].
 template <class T>
 Partial row_of(const Operands<T>& in, float* rows, int64_t i) {
   return {rows + i * in.row_size(), in.row_size() - kLanes};
@@ -69,7 +79,9 @@ struct Places {
   int64_t count = 0;
 
   // Those of the block at `start`; the last one stands for what is missing of a whole block.
-  void find(const Operands<T>& in, const Sequence& s, int64_t query, int64_t start, int64_t kv) {
+  void find(const Operands<T>& in, const Tile& tile, int64_t query, int64_t start) {
+    const Sequence& s = *tile.sequence;
+    const int64_t kv = tile.kv;
     count = 0;
     s.for_slots(query, start, std::min(start + kBlock, s.seen(query)), [&](int64_t slot) {
       key[count] = in.key + slot * in.key_stride + kv * in.D;
@@ -120,42 +132,62 @@ void softmax(float* s, int64_t n, float scale, W* weights, const Partial& row) {
   row.m() = m, row.l() = sum(total);
 }
 
-// The block at `start` for queries [first, last), all of which see a beginning of `places`.
-// rows: theirs, of which those that see nothing here are left alone. The keys of the places
-// `ahead`, if any, come into the cache meanwhile.
+// The scores of a tile's rows at the places. The values come into the cache meanwhile, and the keys
+// too where they are `cold`.
 template <class T>
-void attend(const Operands<T>& in, const Sequence& s, int64_t first, int64_t last, int64_t kv,
-            int64_t start, const Places<T>& places, const Places<T>* ahead, Room<T>& room,
-            float* rows) {
-  const int64_t share = in.share(), count = places.count, height = (last - first) * share;
-  for (int64_t i = 0; i < height; ++i) {
-    const int64_t token = s.begin + first + i / share, head = kv * share + i % share;
-    room.queries[i] = in.q + token * in.q_stride + head * in.D;
+void score(const Operands<T>& in, const Tile& tile, const Places<T>& places, bool cold,
+           Room<T>& room) {
+  const int64_t share = in.share(), width = tile.heads * share;
+  for (int64_t i = 0; i < tile.queries() * width; ++i) {
+    const int64_t token = tile.sequence->begin + tile.first + i / width;
+    room.queries[i] = in.q + token * in.q_stride + (tile.kv * share + i % width) * in.D;
   }
-  for (int64_t j = 0; j < count; j += kTileRows) {
-    const T *key[kTileRows], *value[kTileRows];
-    std::copy_n(places.key + j, kTileRows, key), std::copy_n(places.value + j, kTileRows, value);
-    for_tiles(0, height, [&](int64_t i, int64_t n) {
-      const T* x[kTileTokens];
-      std::copy_n(&room.queries[i], n, x);
-      float sums[kTileTokens][kTileRows];
-      dot_tile(n, key, x, i == 0 ? value : nullptr, in.D, sums);
-      for (int64_t k = 0; k < n; ++k) {
-        std::memcpy(&room.scores[(i + k) * kBlock + j], sums[k], sizeof sums[k]);
-      }
-    });
-  }
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t n = std::min(count, s.seen(i) - start);
-    if (n <= 0) continue;
-    const int64_t at = (i - first) * share;
-    for (int64_t h = 0; h < share; ++h) {
-      softmax(&room.scores[(at + h) * kBlock], n, in.scale, &room.weights[h * kBlock],
-              row_of(in, rows, at + h));
+  for (int64_t j = 0; j < places.count; j += kTileRows) {
+    for (int64_t r = j + kSoon; cold && r < std::min(j + kSoon + kTileRows, kBlock); ++r) {
+      prefetch(places.key[r], tile.heads * in.D * sizeof(T));
     }
-    weigh<T>(room.weights.get(), kBlock, share, places.value, n, ahead ? ahead->key : nullptr, in.D,
-             row_of(in, rows, at).o, in.row_size());
-    ahead = nullptr;
+    for (int64_t h = 0; h < tile.heads; ++h) {
+      const T *key[kTileRows], *value[kTileRows];
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        key[r] = places.key[j + r] + h * in.D, value[r] = places.value[j + r] + h * in.D;
+      }
+      for (int64_t i = h * share; i < tile.queries() * width; i += width) {
+        for_tiles(i, i + share, [&](int64_t row, int64_t n) {
+          const T* x[kTileTokens];
+          std::copy_n(&room.queries[row], n, x);
+          float sums[kTileTokens][kTileRows];
+          dot_tile(n, key, x, row == h * share ? value : nullptr, in.D, sums);
+          for (int64_t k = 0; k < n; ++k) {
+            std::memcpy(&room.scores[(row + k) * kBlock + j], sums[k], sizeof sums[k]);
+          }
+        });
+      }
+    }
+  }
+}
+
+// The block at `start` for a tile, all queries of which see a beginning of `places`. rows: the
+// tile's, of which those that see nothing here are left alone. The keys of `ahead`, if any, come
+// into the cache meanwhile.
+template <class T>
+void attend(const Operands<T>& in, const Tile& tile, int64_t start, const Places<T>& places,
+            bool cold, const Places<T>* ahead, Room<T>& room, float* rows) {
+  const int64_t share = in.share(), bytes = tile.heads * in.D * sizeof(T);
+  const int64_t columns = tile.heads * ((in.D + kColumns - 1) / kColumns);
+  Ahead<T> keys{ahead ? ahead->key : nullptr, ahead ? ahead->count : 0, round_up(columns, 2),
+                bytes};
+  score(in, tile, places, cold, room);
+  for (int64_t i = tile.first; i < tile.last; ++i) {
+    const int64_t n = std::min(places.count, tile.sequence->seen(i) - start);
+    for (int64_t h = 0; n > 0 && h < tile.heads; ++h) {
+      const int64_t first = ((i - tile.first) * tile.heads + h) * share;
+      for (int64_t r = 0; r < share; ++r) {
+        softmax(&room.scores[(first + r) * kBlock], n, in.scale, &room.weights[r * kBlock],
+                row_of(in, rows, first + r));
+      }
+      weigh<T>(room.weights.get(), kBlock, share, places.value, n, h * in.D, in.D, keys,
+               row_of(in, rows, first).o, in.row_size());
+    }
   }
 }
 

@@ -10,60 +10,64 @@ namespace {
 constexpr int64_t kTileQueryRows = 64;  // queries times heads that share a pass over the keys
 constexpr int64_t kTasksPerThread = 8;  // at least, where the work can be cut so far
 
-// Queries [first, last) of a sequence and the query heads of one kv head.
-struct Tile {
-  const Sequence* sequence;
-  int64_t kv, first, last;
+struct Job : Tile {
   int64_t seen;       // by that of its queries that sees most
   int64_t split = 0;  // blocks of a task; 0: one task takes all of them
   int64_t kept = 0;   // where its blocks' rows are kept, if it is split
 
-  int64_t queries() const { return last - first; }
   int64_t blocks() const { return (seen + kBlock - 1) / kBlock; }
-  int64_t work() const { return blocks() * queries(); }
+  int64_t block_work() const { return queries() * heads; }
 };
 
 struct Task {
-  const Tile* tile;
+  const Job* job;
   int64_t begin, end;  // blocks
+
+  int64_t work() const { return (end - begin) * job->block_work(); }
 };
 
-std::vector<Tile> tiles_of(const std::vector<Sequence>& sequences, int64_t Hkv, int64_t share) {
-  const int64_t height = std::max<int64_t>(1, kTileQueryRows / share);
-  std::vector<Tile> tiles;
+template <class T>
+std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& sequences) {
+  const int64_t together = in.together();
+  const int64_t height = std::max<int64_t>(1, kTileQueryRows / (together * in.share()));
+  std::vector<Job> jobs;
   for (const Sequence& s : sequences) {
     for (int64_t first = 0; first < s.tokens; first += height) {
       const int64_t last = std::min(first + height, s.tokens);
       int64_t seen = 0;
       for (int64_t i = first; i < last; ++i) seen = std::max(seen, s.seen(i));
-      for (int64_t kv = 0; kv < Hkv; ++kv) tiles.push_back({&s, kv, first, last, seen});
+      for (int64_t kv = 0; kv < in.Hkv; kv += together) {
+        jobs.push_back({{&s, kv, std::min(together, in.Hkv - kv), first, last}, seen});
+      }
     }
   }
-  return tiles;
+  return jobs;
 }
 
-// Cuts the tiles into tasks, none larger than it need be to keep all threads busy; the largest
-// first. Returns how many floats the rows of the split tiles take.
+// Cuts the jobs into tasks, none larger than it need be to keep all threads busy; the largest
+// first. Returns how many floats the rows of the split jobs take.
 template <class T>
-int64_t cut(const Operands<T>& in, std::vector<Tile>& tiles, std::vector<Task>& tasks) {
+int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& tasks) {
   int64_t work = 0, kept = 0;
-  for (const Tile& tile : tiles) work += tile.work();
+  for (const Job& job : jobs) work += job.blocks() * job.block_work();
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = 1 + work / (threads * kTasksPerThread);
-  for (Tile& tile : tiles) {
-    if (threads > 1 && tile.work() > most) {
-      tile.split = std::max<int64_t>(1, most / tile.queries());
-      tile.kept = kept;
-      kept += tile.blocks() * tile.queries() * in.share() * in.row_size();
+  for (Job& job : jobs) {
+    const int64_t blocks = job.blocks();
+    if (threads > 1 && blocks * job.block_work() > most) {
+      job.split = std::max<int64_t>(1, most / job.block_work());
+      job.kept = kept;
+      kept += blocks * job.block_work() * in.share() * in.row_size();
     }
-    const int64_t step = tile.split ? tile.split : std::max<int64_t>(1, tile.blocks());
-    for (int64_t b = 0; b < std::max<int64_t>(1, tile.blocks()); b += step) {
-      tasks.push_back({&tile, b, std::min(b + step, tile.blocks())});
-    }
+    int64_t b = 0;
+    do {  // also where nothing is seen: the result is zero
+      const int64_t end = job.split ? std::min(b + job.split, blocks) : blocks;
+      tasks.push_back({&job, b, end});
+      b = end;
+    } while (b < blocks);
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
-    return (a.end - a.begin) * a.tile->queries() > (b.end - b.begin) * b.tile->queries();
-  });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.work() > b.work(); });
   return kept;
 }
 
@@ -81,74 +85,75 @@ template <class T>
 struct Attention {
   const Operands<T>& in;
   T* out;
-  float* kept;  // rows of the blocks of split tiles
+  float* kept;  // rows of the blocks of split jobs
 
-  int64_t rows(const Tile& t) const { return t.queries() * in.share(); }
+  int64_t width(const Job& job) const { return job.heads * in.share(); }  // rows of a query
+  int64_t rows(const Job& job) const { return job.queries() * width(job); }
 
-  float* kept_rows(const Tile& t, int64_t block) const {
-    return kept + t.kept + block * rows(t) * in.row_size();
+  float* kept_rows(const Job& job, int64_t block) const {
+    return kept + job.kept + block * rows(job) * in.row_size();
   }
 
-  // A task's block's rows, into `to`. Of blocks that are shared, the one before has found the
-  // places.
+  // The rows of one block of a task, into `to`. Where the block before is of the same task, it has
+  // found the places and asked for the keys.
   void block(const Task& task, int64_t b, Room<T>& room, float* to) const {
-    const Tile& t = *task.tile;
-    const Sequence& s = *t.sequence;
+    const Job& job = *task.job;
     const int64_t start = b * kBlock;
-    if (!s.shared(start + kBlock)) {
-      for (int64_t i = t.first; i < t.last; ++i) {
-        room.places[0].find(in, s, i, start, t.kv);
-        attend<T>(in, s, i, i + 1, t.kv, start, room.places[0], nullptr, room,
-                  to + (i - t.first) * in.share() * in.row_size());
+    if (!job.sequence->shared(start + kBlock)) {
+      for (int64_t i = job.first; i < job.last; ++i) {
+        const Tile one{job.sequence, job.kv, job.heads, i, i + 1};
+        room.places[0].find(in, one, i, start);
+        attend<T>(in, one, start, room.places[0], false, nullptr, room,
+                  to + (i - job.first) * width(job) * in.row_size());
       }
       return;
     }
-    Places<T>&now = room.places[b % 2], &ahead = room.places[(b + 1) % 2];
-    if (b == task.begin) now.find(in, s, t.last - 1, start, t.kv);
-    const bool more = b + 1 < task.end;
-    if (more) ahead.find(in, s, t.last - 1, start + kBlock, t.kv);
-    attend<T>(in, s, t.first, t.last, t.kv, start, now, more ? &ahead : nullptr, room, to);
+    Places<T>&now = room.places[b % 2], &next = room.places[(b + 1) % 2];
+    const bool cold = b == task.begin, more = b + 1 < task.end;
+    if (cold) now.find(in, job, job.last - 1, start);
+    if (more) next.find(in, job, job.last - 1, start + kBlock);
+    attend<T>(in, job, start, now, cold, more ? &next : nullptr, room, to);
   }
 
   // Merges a block's rows into those of the blocks before it.
-  void merge_block(const Tile& t, int64_t b, float* state, float* block) const {
-    for (int64_t i = 0; i < rows(t); ++i) {
-      if (t.sequence->seen(t.first + i / in.share()) <= b * kBlock) continue;
+  void merge_block(const Job& job, int64_t b, float* state, float* block) const {
+    for (int64_t i = 0; i < rows(job); ++i) {
+      if (job.sequence->seen(job.first + i / width(job)) <= b * kBlock) continue;
       merge(row_of(in, state, i), row_of(in, block, i));
     }
   }
 
-  void write(const Tile& t, float* state) const {
-    for (int64_t i = 0; i < rows(t); ++i) {
-      const int64_t token = t.sequence->begin + t.first + i / in.share();
-      const int64_t head = t.kv * in.share() + i % in.share();
+  void clear_rows(const Job& job, float* state) const {
+    for (int64_t i = 0; i < rows(job); ++i) clear(row_of(in, state, i));
+  }
+
+  void write(const Job& job, float* state) const {
+    for (int64_t i = 0; i < rows(job); ++i) {
+      const int64_t token = job.sequence->begin + job.first + i / width(job);
+      const int64_t head = job.kv * in.share() + i % width(job);
       write_out(out + (token * in.Hq + head) * in.D, row_of(in, state, i), in.D);
     }
   }
 
-  void clear_rows(const Tile& t, float* state) const {
-    for (int64_t i = 0; i < rows(t); ++i) clear(row_of(in, state, i));
-  }
-
   void run(const Task& task, Room<T>& room) const {
-    const Tile& t = *task.tile;
-    if (t.split) {
-      for (int64_t b = task.begin; b < task.end; ++b) block(task, b, room, kept_rows(t, b));
+    const Job& job = *task.job;
+    if (job.split) {
+      for (int64_t b = task.begin; b < task.end; ++b) block(task, b, room, kept_rows(job, b));
       return;
     }
-    clear_rows(t, room.state.get());
+    clear_rows(job, room.state.get());
     for (int64_t b = task.begin; b < task.end; ++b) {
       block(task, b, room, room.block.get());
-      merge_block(t, b, room.state.get(), room.block.get());
+      merge_block(job, b, room.state.get(), room.block.get());
     }
-    write(t, room.state.get());
+    write(job, room.state.get());
   }
 
-  // What is left of a split tile when all of its blocks are there.
-  void finish(const Tile& t, float* state) const {
-    clear_rows(t, state);
-    for (int64_t b = 0; b < t.blocks(); ++b) merge_block(t, b, state, kept_rows(t, b));
-    write(t, state);
+  // What is left of a split job when all of its blocks are there.
+  void finish(const Job& job, float* state) const {
+    clear_rows(job, state);
+    for (int64_t b = 0; b < job.blocks(); ++b) merge_block(job, b, state, kept_rows(job, b));
+    write(job, state);
   }
 };
 
@@ -183,17 +188,17 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
                          D,
                          static_cast<float>(scale)};
     clear_others(write<A>(out), sequences, T, Hq * D);
-    std::vector<Tile> tiles = tiles_of(sequences, Hkv, in.share());
+    std::vector<Job> jobs = jobs_of(in, sequences);
     std::vector<Task> tasks;
-    const std::unique_ptr<float[]> kept(new float[cut(in, tiles, tasks)]);
+    const std::unique_ptr<float[]> kept(new float[cut(in, jobs, tasks)]);
     const Attention<A> attention{in, write<A>(out), kept.get()};
-    int64_t height = 0;  // rows of the largest tile
-    for (const Tile& tile : tiles) height = std::max(height, attention.rows(tile));
+    int64_t height = 0;  // rows of the largest job
+    for (const Job& job : jobs) height = std::max(height, attention.rows(job));
     const auto room = [&] { return Room<A>(in, height); };
     in_turn(tasks.size(), room, [&](int64_t i, Room<A>& r) { attention.run(tasks[i], r); });
-    std::erase_if(tiles, [](const Tile& tile) { return !tile.split; });
-    in_turn(tiles.size(), room,
-            [&](int64_t i, Room<A>& r) { attention.finish(tiles[i], r.state.get()); });
+    std::erase_if(jobs, [](const Job& job) { return !job.split; });
+    in_turn(jobs.size(), room,
+            [&](int64_t i, Room<A>& r) { attention.finish(jobs[i], r.state.get()); });
   });
   return out;
 }

@@ -6,6 +6,9 @@
 namespace Q3N_LEVEL {
 
 constexpr int64_t kMaxDim = 256;
+// Elements of the kv heads that a tile takes together: what lies close in memory is read together.
+template <class T>
+constexpr int64_t kMaxRow = std::max<int64_t>(kMaxDim, 1024 / sizeof(T));
 constexpr int64_t kColumns = 2 * kLanes;        // of a tile
 constexpr int kWeighed = kLanes == 16 ? 8 : 4;  // rows of a tile: 16 accumulators; below AVX-512 8
 
@@ -61,18 +64,29 @@ struct Values<bf16> {  // positions in pairs; columns meanwhile as unpacking lea
 template <class T>
 using Weight = typename Values<T>::Weight;
 
-// out[r][c .. c + kColumns) = sum_i w[r][i] value_i, for R rows and the first n values. Meanwhile
-// the same columns of the rows `ahead`, if any, come into the cache. n_columns: of a masked tail.
+// Keys that come into the cache while values are weighed: one row of `bytes` every `pace`
+// positions.
+template <class T>
+struct Ahead {
+  const T* const* row;
+  int64_t left, pace, bytes;
+
+  void next() {
+    if (left > 0) prefetch(*row++, bytes), --left;
+  }
+};
+
+// out[r][0 .. kColumns) = sum_i w[r][i] value_i[c ..], for R rows and the first n values.
+// columns: of a masked tail.
 template <int R, class T, class... Count>
-void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int64_t n,
-                const T* const* ahead, int64_t c, float* out, int64_t out_stride,
-                Count... n_columns) {
+void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int64_t n, int64_t c,
+                Ahead<T>& ahead, float* out, int64_t out_stride, Count... columns) {
   using V = Values<T>;
-  alignas(64) static const T zeros[kMaxDim] = {};
+  alignas(64) static const T zeros[kMaxRow<T>] = {};
   f32v total[R][2] = {};
   const auto add = [&](int64_t i, const T* const* rows) Q3N_INLINE {
     typename V::type v[2];
-    V::load(rows, c, v, n_columns...);
+    V::load(rows, c, v, columns...);
     repeat<R>(R, [&](int64_t r) Q3N_INLINE {
       const typename V::type weight = V::weight(w + r * w_stride + i);
       total[r][0] = V::add(weight, v[0], total[r][0]);
@@ -80,11 +94,11 @@ void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int
     });
   };
   const int64_t whole = n / V::kCount * V::kCount;
-  for (int64_t i = 0; i < whole; i += V::kCount) {
-    if (ahead) {
-      for (int64_t j = i; j < i + V::kCount; ++j) prefetch(ahead[j] + c, kColumns * sizeof(T));
+  for (int64_t i = 0; i < whole;) {
+    ahead.next();
+    for (const int64_t end = std::min(i + ahead.pace, whole); i < end; i += V::kCount) {
+      add(i, value + i);
     }
-    add(i, value + i);
   }
   if (whole < n) {  // half a pair
     const T* const rows[2] = {value[whole], zeros};
@@ -92,32 +106,32 @@ void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int
   }
   repeat<R>(R, [&](int64_t r) Q3N_INLINE {
     V::in_order(total[r]);
-    store(out + r * out_stride + c, total[r][0]);
-    store(out + r * out_stride + c + kLanes, total[r][1]);
+    store(out + r * out_stride, total[r][0]);
+    store(out + r * out_stride + kLanes, total[r][1]);
   });
 }
 
 template <class T, int R = kWeighed, class... Args>
-void weigh_rows(int64_t rows, Args... args) {
+void weigh_rows(int64_t rows, Args&&... args) {
   if constexpr (R > 1) {
     if (rows < R) return weigh_rows<T, R - 1>(rows, args...);
   }
   weigh_tile<R, T>(args...);
 }
 
-// out[r] = sum_i w[r][i] value_i, D columns, padded to kColumns.
+// out[r] = sum_i w[r][i] value_i[first .. first + D), padded to kColumns.
 template <class T>
 void weigh(const Weight<T>* w, int64_t w_stride, int64_t rows, const T* const* value, int64_t n,
-           const T* const* ahead, int64_t D, float* out, int64_t out_stride) {
-  for (int64_t r = 0; r < rows; r += kWeighed, ahead = nullptr) {
+           int64_t first, int64_t D, Ahead<T>& ahead, float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += kWeighed) {
     const int64_t count = std::min<int64_t>(kWeighed, rows - r);
     for (int64_t c = 0; c < D; c += kColumns) {
       const Weight<T>* weights = w + r * w_stride;
-      float* to = out + r * out_stride;
+      float* to = out + r * out_stride + c;
       if (c + kColumns <= D) {
-        weigh_rows<T>(count, weights, w_stride, value, n, ahead, c, to, out_stride);
+        weigh_rows<T>(count, weights, w_stride, value, n, first + c, ahead, to, out_stride);
       } else {
-        weigh_rows<T>(count, weights, w_stride, value, n, ahead, c, to, out_stride, D - c);
+        weigh_rows<T>(count, weights, w_stride, value, n, first + c, ahead, to, out_stride, D - c);
       }
     }
   }

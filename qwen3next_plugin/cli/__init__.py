@@ -32,7 +32,8 @@ app = typer.Typer(
     epilog=(
         "First [bold]qwen3next doctor[/], then"
         " [bold]qwen3next plan MODEL --max-model-len 32768 --max-num-seqs 8[/],"
-        " then [bold]vllm serve MODEL[/] with the same flags."
+        " then [bold]vllm serve MODEL[/] with the same flags,"
+        " or [bold]sglang serve --model-path MODEL[/]."
     ),
 )
 app.command(

@@ -19,7 +19,7 @@ from qwen3next_plugin.versions import (
     requirement,
 )
 
-HOSTS = ("vllm", "sglang")
+HOSTS = {"vllm": "vLLM", "sglang": "SGLang"}
 PROBE_TIMEOUT_S = 300
 
 
@@ -58,8 +58,9 @@ def examine() -> Iterator[Finding]:
     if any(f.status == "broken" for f in environment):
         return  # every question below would fail for this same reason
     yield from _kernels()
-    if installed("vllm") is not None:
-        yield from _registration()
+    for host in HOSTS:
+        if installed(host) is not None:
+            yield from _registration(host)
 
 
 def _versions() -> Iterator[Finding]:
@@ -106,27 +107,29 @@ def _kernels() -> Iterator[Finding]:
             yield Finding("kernels", device, description)
 
 
-def _registration() -> Iterator[Finding]:
-    answer = _ask("vllm")
+def _registration(host: str) -> Iterator[Finding]:
+    section, name = f"registration in {HOSTS[host]}", HOSTS[host]
+    answer = _ask(host)
     if isinstance(answer, str):
-        mend = "mend that first, or QWEN3NEXT_DISABLE=1 to run vLLM without this plugin"
-        yield Finding("registration", "vllm", answer, "broken", mend)
+        mend = f"mend that first, or QWEN3NEXT_DISABLE=1 to run {name} without this plugin"
+        yield Finding(section, host, answer, "broken", mend)
         return
     platform = answer.pop("platform")
     for architecture, module in answer.items():
         if module.startswith("qwen3next_plugin."):
-            yield Finding("registration", architecture, module)
+            yield Finding(section, architecture, module)
             continue
-        found = f"vLLM's own {module}"
+        found = f"{name}'s own {module}"
         if env.disabled():
-            yield Finding("registration", architecture, f"{found}: QWEN3NEXT_DISABLE=1", "note")
+            yield Finding(section, architecture, f"{found}: QWEN3NEXT_DISABLE=1", "note")
         elif platform != "cpu":
-            yield Finding(
-                "registration", architecture, f"{found}: no kernels for {platform}", "note"
-            )
+            yield Finding(section, architecture, f"{found}: no kernels for {platform}", "note")
         else:
-            mend = "install the plugin in this environment; VLLM_PLUGINS, if set, must name it"
-            yield Finding("registration", architecture, found, "broken", mend)
+            mend = (
+                f"install the plugin in this environment; {host.upper()}_PLUGINS, if set, must "
+                "name it"
+            )
+            yield Finding(section, architecture, found, "broken", mend)
 
 
 def _ask(question: str) -> dict[str, str] | str:

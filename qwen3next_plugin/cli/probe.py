@@ -1,6 +1,6 @@
 """Questions that `doctor` asks in a process of its own: the answer may be an abort.
 
-`python -m qwen3next_plugin.cli.probe kernels` (or `vllm`) prints one line of JSON, or fails.
+`python -m qwen3next_plugin.cli.probe kernels` (`vllm`, `sglang`) prints one line of JSON, or fails.
 """
 
 import json
@@ -33,5 +33,12 @@ def vllm() -> dict[str, str]:
     return registered()
 
 
+def sglang() -> dict[str, str]:
+    """SGLang's platform, and the module that serves each architecture."""
+    from qwen3next_plugin.engines.sglang.registration import registered
+
+    return registered()
+
+
 if __name__ == "__main__":
-    print(json.dumps({"kernels": kernels, "vllm": vllm}[sys.argv[1]]()))
+    print(json.dumps({"kernels": kernels, "vllm": vllm, "sglang": sglang}[sys.argv[1]]()))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
@@ -200,6 +201,19 @@ def check_files(folder: Path) -> None:
                 f"{path.name} has {size} bytes and its header promises {promised}: the file is "
                 f"truncated or damaged; download it again"
             )
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and shape of every tensor of a folder's safetensors files, as one without data."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():  # other files beside hold the same once more, under other names
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [path for path in files if path.name in listed]
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it iterates no other way)
+                yield name, torch.empty(file.get_slice(name).get_shape(), device="meta")
 
 
 def _promised_size(path: Path, size: int) -> int | str:

@@ -1,5 +1,7 @@
 """Checkpoint names, layouts and files: every tensor is accounted for, every fault is named."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,7 @@ from qwen3next_plugin.model.weights import (
     check_files,
     checked,
     shard_conv_weight,
+    stored_tensors,
     trunk_tensors,
 )
 from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
@@ -139,3 +142,19 @@ def test_damaged_header_is_named(folder):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="no readable header"):
         check_files(folder)
+
+
+def test_stored_tensors_are_those_of_the_index(tmp_path):
+    """Names and shapes come from the headers; a file beside, which no index lists, is another's."""
+    first, second = {"a": torch.zeros(3, 5), "b": torch.zeros(())}, {"c": torch.zeros(2, 0, 7)}
+    save_file(first, tmp_path / "model-1.safetensors")
+    save_file(second, tmp_path / "model-2.safetensors")
+    save_file(first, tmp_path / "other.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "c": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    stored = list(stored_tensors(tmp_path))
+    assert {name: tuple(x.shape) for name, x in stored} == {"a": (3, 5), "b": (), "c": (2, 0, 7)}
+    assert len(stored) == 3
+    assert all(x.device.type == "meta" for _, x in stored)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert len(list(stored_tensors(tmp_path))) == 5

@@ -4,9 +4,141 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from qwen3next_plugin.config import check_num_speculative_tokens
+from qwen3next_plugin.config import ConfigError, check_num_speculative_tokens
+from qwen3next_plugin.engines.sglang.machine import (
+    ATTENTION_BACKEND,
+    DRAFTS,
+    HOST_BACKEND,
+    TORCH_BACKEND,
+    is_ours,
+)
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
+
+PAGES = "a state page is kept and copied whole"
+RANKS = "this model is spread over the ranks of --tp-size only"
+UNQUANTISED = "there are no quantised kernels for a CPU here"
+LOSSLESS = "a draft is kept where it is what is sampled without drafts"
+LEAVE_OUT = "leave it out"
+# Flag → the values that can be served on a CPU, why no others, and the mend.
+SERVED: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
+    # the state
+    "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
+    "page_size": ((None, 1), "a CPU's pools are of single tokens", LEAVE_OUT),
+    "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
+    "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
+    "enable_int8_mamba_checkpoint": ((False,), PAGES, LEAVE_OUT),
+    "enable_page_major_kv_layout": ((False,), PAGES, LEAVE_OUT),
+    "enable_unified_memory": ((False,), PAGES, LEAVE_OUT),
+    "mamba_ssm_dtype": ((None, "float32", "bfloat16"), "no kernel keeps such a state", LEAVE_OUT),
+    # where caches lie
+    "enable_hierarchical_cache": ((False,), "state pages stay in one pool", LEAVE_OUT),
+    "radix_cache_backend": ((None,), "state pages stay in one pool", LEAVE_OUT),
+    "enable_lmcache": ((False,), "state pages stay in one pool", LEAVE_OUT),
+    "enable_flexkv": ((False,), "state pages stay in one pool", LEAVE_OUT),
+    "disaggregation_mode": (("null",), "state pages stay in one process", LEAVE_OUT),
+    "cpu_offload_gb": ((0,), "the weights are in this memory already", LEAVE_OUT),
+    # ranks
+    "pp_size": ((1,), RANKS, "use --tp-size"),
+    "ep_size": ((1,), RANKS, "use --tp-size"),
+    "moe_a2a_backend": (("none",), RANKS, "use --tp-size"),
+    "attn_dp_size": ((1,), RANKS, "use --tp-size, or --dp-size without --enable-dp-attention"),
+    "moe_dp_size": ((1,), RANKS, "use --tp-size"),
+    "attn_cp_size": ((1,), RANKS, "use --tp-size"),
+    "dcp_size": ((1,), RANKS, "use --tp-size"),
+    "enable_prefill_cp": ((False,), RANKS, "use --tp-size"),
+    "enable_two_batch_overlap": ((False,), "a step runs one batch on a CPU", LEAVE_OUT),
+    "enable_pdmux": ((False,), "a step runs one batch on a CPU", LEAVE_OUT),
+    # weights
+    "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
+    "enable_lora": ((None, False), "SGLang adapts none of this model's layers", LEAVE_OUT),
+    "lora_paths": ((None, [], {}), "SGLang adapts none of this model's layers", LEAVE_OUT),
+}
+# The same with drafts.
+SERVED_WITH_DRAFTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "speculative_draft_model_quantization": ((None,), UNQUANTISED, LEAVE_OUT),
+    "speculative_draft_kv_cache_dtype": ((None, "auto"), UNQUANTISED, LEAVE_OUT),
+    "speculative_draft_attention_backend": (
+        (None, ATTENTION_BACKEND),
+        "no other backend drafts on a CPU",
+        LEAVE_OUT,
+    ),
+    "speculative_use_rejection_sampling": ((False,), LOSSLESS, "leave it out"),
+    "speculative_accept_threshold_single": ((1.0,), LOSSLESS, LEAVE_OUT),
+    "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
+    "speculative_adaptive": (
+        (False,),
+        "drafts are as long as they pay already (QWEN3NEXT_DRAFTS=adaptive)",
+        LEAVE_OUT,
+    ),
+    "speculative_token_map": ((None,), "the drafter's head has all tokens", LEAVE_OUT),
+    "enable_multi_layer_eagle": ((False,), "the drafter is one layer", LEAVE_OUT),
+    "speculative_draft_window_size": ((None,), "the drafter attends to all tokens", LEAVE_OUT),
+    "decoupled_spec_role": (("null",), "drafter and model share embedding and head", LEAVE_OUT),
+}
+ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
+KV_DTYPES = {"auto": "", "bf16": "bfloat16", "bfloat16": "bfloat16"}  # flag → the model's dtype
+
+
+def check_flags(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
+    """Refuse flags that cannot be honoured on a CPU; `given` are those of the command line.
+
+    Raises:
+        ConfigError: naming the flag and the mend.
+    """
+    algorithm = server_args.speculative_algorithm
+    served = SERVED | SERVED_WITH_DRAFTS if algorithm else SERVED
+    for name, (values, why, mend) in served.items():
+        if (value := getattr(server_args, name)) not in values:
+            raise refusal(name, value, why, mend)
+    _check_attention(server_args, given)
+    _check_kv_dtype(server_args, model_config)
+    if algorithm:
+        _check_drafts(server_args, algorithm)
+
+
+def refusal(name: str, value: Any, why: str, mend: str) -> ConfigError:
+    """One line: the flag as it is written, why, and the mend."""
+    return ConfigError(f"{flag(name, value)}: {why}; {mend}")
+
+
+def flag(name: str, value: Any) -> str:
+    """A flag as one writes it."""
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
+def _check_attention(server_args: Any, given: dict[str, Any]) -> None:
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        if given[name] not in ATTENTION_BACKENDS:
+            raise refusal(name, given[name], "it does not run on a CPU", LEAVE_OUT)
+        if given[name] in (TORCH_BACKEND, HOST_BACKEND) and server_args.speculative_algorithm:
+            mend = f"use {ATTENTION_BACKEND}, or leave it out"
+            raise refusal(name, given[name], "it does not verify drafts on every CPU", mend)
+
+
+def _check_kv_dtype(server_args: Any, model_config: Any) -> None:
+    value, dtype = server_args.kv_cache_dtype, str(model_config.dtype).removeprefix("torch.")
+    if value != "auto" and KV_DTYPES.get(value) != dtype:
+        raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)
+
+
+def _check_drafts(server_args: Any, algorithm: str) -> None:
+    if algorithm.upper() not in DRAFTS:
+        raise refusal(
+            *("speculative_algorithm", algorithm),
+            "drafts come from the checkpoint's own MTP head",
+            "use NEXTN, or leave it out to serve without drafts",
+        )
+    path = server_args.speculative_draft_model_path
+    if path not in (None, server_args.model_path):
+        raise refusal(
+            *("speculative_draft_model_path", path),
+            "drafts come from the checkpoint's own MTP head",
+            LEAVE_OUT,
+        )
+    if (steps := server_args.speculative_num_steps) is not None:
+        check_num_speculative_tokens(steps)
 
 
 def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
@@ -15,19 +147,19 @@ def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
     Qwen's own command names the steps only; SGLang 0.5.23 then compares a missing topk with 1 and
     dies. Can go when it fills in the rest itself.
     """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     given = resolving_view(server_args)
     steps, topk = given.speculative_num_steps, given.speculative_eagle_topk
     missing: dict[str, int] = {}
-    if steps is not None:
-        check_num_speculative_tokens(steps)
+    if steps is not None and is_ours(model_config_of(server_args)):
         if topk is None:
             missing["speculative_eagle_topk"] = topk = 1
         if given.speculative_num_draft_tokens is None:
             missing["speculative_num_draft_tokens"] = steps * topk + 1
     if missing:
         declare_resolution(server_args, "qwen3next_plugin", **missing)
-        flags = (f"--{name.replace('_', '-')} {value}" for name, value in missing.items())
-        logger.info("qwen3next_plugin: %s, as %d steps ask for", " ".join(flags), steps)
+        flags = " ".join(flag(name, value) for name, value in missing.items())
+        logger.info("qwen3next_plugin: %s, as %d steps ask for", flags, steps)
     host(server_args)

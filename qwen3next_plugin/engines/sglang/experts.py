@@ -28,3 +28,5 @@ class NativeExperts(UnquantizedFusedMoEMethod):
                 topk_ids=topk.topk_ids.int(),
             )
         )
+
+    forward_native = forward_cpu  # which SGLang takes where there is no AMX

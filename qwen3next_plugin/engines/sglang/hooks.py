@@ -1,26 +1,25 @@
 """Every function of SGLang's that the plugin holds on to, and why.
 
-All are for SGLang 0.5.23. ANYWHERE also holds where SGLang keeps its own Qwen3-Next, ON_CPU where
-ours serves.
+All are for SGLang 0.5.23. ON_CPU are where ours serves, ON_GPU where SGLang keeps its own
+Qwen3-Next, ANYWHERE in both.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
-from qwen3next_plugin.engines.sglang import arguments, sampling
+from qwen3next_plugin import __version__
+from qwen3next_plugin.engines.sglang import arguments, memory, sampling
 from qwen3next_plugin.engines.sglang.attention_backend import create_draft_backend
+from qwen3next_plugin.engines.sglang.machine import is_ours
 from qwen3next_plugin.engines.sglang.seams import Attribute, Hook
+from qwen3next_plugin.versions import check_host
 
-ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
+logger = logging.getLogger("sglang.qwen3next_plugin")
 MODEL_TYPE = "qwen3_next"
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
-
-
-def is_ours(model_config: Any) -> bool:
-    """Whether a model of SGLang's is one that ours takes the place of."""
-    return model_config.hf_config.architectures[0] in ARCHITECTURES
 
 
 def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any) -> None:
@@ -135,11 +134,31 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     return ChainWorker
 
 
+def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
+    """Say that our model does not serve. Can go with our kernels for such a device."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    if is_ours(model_config_of(server_args)):
+        logger.info(
+            "qwen3next_plugin %s has no kernels for %s yet: SGLang %s keeps its own Qwen3-Next",
+            *(__version__, resolving_view(server_args).device, check_host("sglang")),
+        )
+    host(server_args)
+
+
 ANYWHERE: tuple[Hook | Attribute, ...] = (
     Hook(
         target="sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
         parameters=("server_args",),
         around=arguments.complete_drafts,
+    ),
+)
+
+ON_GPU: tuple[Hook | Attribute, ...] = (
+    Hook(
+        target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
+        parameters=("server_args",),
+        around=say_no_kernels,
     ),
 )
 
@@ -189,6 +208,11 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         parameters=("model_config", "load_config", "tp_size"),
         around=keep_sizes,
+    ),
+    Hook(
+        target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
+        parameters=("self", "total_rest_memory"),
+        around=memory.modest_pools,
     ),
     Hook(
         target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",

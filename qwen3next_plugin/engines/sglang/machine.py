@@ -1,13 +1,26 @@
 """What SGLang has to be told where there is no GPU, before its modules are imported."""
 
+import functools
 import os
+from typing import Any
 
 import torch
 
+from qwen3next_plugin import env
 from qwen3next_plugin.engines.sglang.kernel_package import KernelPackage, provide
 
+PLATFORM = "qwen3next_plugin.engines.sglang.platform:CpuPlatform"
+ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
+DRAFTS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's own head
 ATTENTION_BACKEND = "qwen3next_cpu"
 HOST_BACKEND = "intel_amx"  # SGLang's own choice on a CPU, which it leaves where there is no AMX
+TORCH_BACKEND = "torch_native"  # what it then takes, which drafts nothing
+
+
+def is_ours(model_config: Any) -> bool:
+    """Whether a model of SGLang's is one that ours takes the place of."""
+    architectures = model_config.hf_config.architectures
+    return bool(architectures) and architectures[0] in ARCHITECTURES
 
 
 def without_gpu() -> bool:
@@ -16,10 +29,16 @@ def without_gpu() -> bool:
     return asked == "1" if asked is not None else not torch.accelerator.is_available()
 
 
+def activate() -> str | None:
+    """Entry point `sglang.srt.platforms`: our CPU, unless there is something better."""
+    return PLATFORM if without_gpu() and not env.disabled() else None
+
+
+@functools.cache
 def use_cpu() -> KernelPackage:
     """Have SGLang, here and in the processes it starts, take itself for a CPU engine.
 
-    Returns what `sgl_kernel` is served by.
+    Returns which `sgl_kernel` that is with.
     """
     from sglang.srt.utils import common
 

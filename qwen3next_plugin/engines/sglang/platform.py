@@ -5,31 +5,59 @@ from typing import Any
 
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 
-from qwen3next_plugin.engines.sglang.machine import ATTENTION_BACKEND, HOST_BACKEND, without_gpu
+from qwen3next_plugin import __version__
+from qwen3next_plugin.engines.sglang import memory
+from qwen3next_plugin.engines.sglang.arguments import flag
+from qwen3next_plugin.engines.sglang.checks import check
+from qwen3next_plugin.engines.sglang.machine import (
+    ATTENTION_BACKEND,
+    is_ours,
+    use_cpu,
+)
+from qwen3next_plugin.engines.sglang.registration import kernels, register
+from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
+
+# Flag → what it is when it was not given, and what it is then.
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "attention_backend": (None, ATTENTION_BACKEND),
+    "mamba_radix_cache_strategy": ("auto", "no_buffer"),
+    "disable_overlap_schedule": (False, True),
+    "sleep_on_idle": (False, True),  # an idle server would keep a core busy asking for work
+    "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
+}
 
 
 class CpuPlatform(CpuSRTPlatform):
     """SGLang's CPU."""
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Fill in what was not asked for, and say so."""
-        chosen = {
-            name: value
-            for name, unset, value in (
-                ("attention_backend", (None, HOST_BACKEND), ATTENTION_BACKEND),
-                ("mamba_radix_cache_strategy", ("auto",), "no_buffer"),
-                ("disable_overlap_schedule", (False,), True),
-            )
-            if getattr(server_args, name) in unset
-        }
+        """Refuse what cannot be served, fill in what was not asked for, and say so.
+
+        Only where our model serves: SGLang calls this once, in the process that starts the others.
+        """
+        from sglang.srt.arg_groups.model_override_base import model_config_of
+
+        if not register():
+            return
+        model_config = model_config_of(server_args)
+        if not is_ours(model_config):
+            return
+        given = server_args._raw_input  # SGLang's own choices for a CPU are in place already
+        check(server_args, given, model_config)
+        chosen = {name: value for name, (unset, value) in DEFAULTS.items() if given[name] == unset}
         for name, value in chosen.items():
             setattr(server_args, name, value)
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
-        logger.info("qwen3next_plugin: no GPU; defaults %s", flags)
+        defaults = [flag(name, value) for name, value in chosen.items()]
+        if all(given[name] is None for name in memory.GIVEN):
+            defaults.append(memory.IN_WORDS)
+        _say(defaults)
 
 
-def activate() -> str | None:
-    """Entry point `sglang.srt.platforms`: our CPU, unless there is something better."""
-    return f"{__name__}:CpuPlatform" if without_gpu() else None
+def _say(defaults: list[str]) -> None:
+    logger.info(
+        "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels (%s); "
+        "defaults for a machine without a GPU, where no flag was given: %s",
+        *(__version__, check_host("sglang"), kernels(), use_cpu(), ", ".join(defaults) or "none"),
+    )

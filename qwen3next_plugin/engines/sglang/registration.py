@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 
-from qwen3next_plugin import __version__, env
+from qwen3next_plugin import env
 from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -12,52 +12,67 @@ MODELS = "qwen3next_plugin.engines.sglang.models"
 
 
 @functools.cache
-def register() -> None:
-    """Register models and hooks; on failure stop the process with our error.
+def register() -> bool:
+    """Register models and hooks; whether our model serves. On failure stop the process.
 
     SGLang logs an exception of a plugin and goes on with its built-in model, which is never what a
     user who installed this one wants. So a failure is a SystemExit, unless QWEN3NEXT_OPTIONAL=1.
     """
     try:
         env.check()
-        if not env.disabled():
-            _register()
+        return not env.disabled() and _register()
     except Exception as error:
         if not env.optional():
             raise SystemExit(f"qwen3next_plugin cannot be used: {error}") from error
         logger.exception("qwen3next_plugin is not used; SGLang keeps its own Qwen3-Next")
+        return False
 
 
-def _register() -> None:
+def _register() -> bool:
     version = check_host("sglang")
     from qwen3next_plugin.engines.sglang import seams
     from qwen3next_plugin.engines.sglang.machine import use_cpu, without_gpu
 
     if not without_gpu():
-        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE
+        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_GPU
 
-        seams.check(ANYWHERE, version)
-        seams.apply(ANYWHERE)
-        return
-    kernel_package = use_cpu()
+        seams.put((*ANYWHERE, *ON_GPU), version)
+        return False
+    use_cpu()
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
 
         native.load()  # a broken build, or an instruction set that is not there, shows now
-    _register_models()
     from qwen3next_plugin.engines.sglang.attention_backend import register_attention_backend
     from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU
 
+    seams.put((*ANYWHERE, *ON_CPU), version)  # first, for what does not fit leaves nothing behind
+    _check_platform()
     register_attention_backend()
-    seams.check((*ANYWHERE, *ON_CPU), version)
-    seams.apply((*ANYWHERE, *ON_CPU))
-    logger.info(
-        "qwen3next_plugin %s for SGLang %s, with %s kernels; %s",
-        __version__,
-        version,
-        "slow reference" if env.kernels() == "reference" else f"native {native.isa()}",
-        kernel_package,
-    )
+    _register_models()
+    return True
+
+
+def _check_platform() -> None:
+    """SGLang only logs a platform that it cannot load, and ours is what refuses and chooses."""
+    from sglang.srt.platforms import current_platform
+
+    from qwen3next_plugin.engines.sglang.platform import CpuPlatform
+
+    if not isinstance(current_platform, CpuPlatform):
+        raise RuntimeError(
+            f"SGLang runs on {type(current_platform).__name__}, not on the plugin's platform; "
+            f"leave SGLANG_PLATFORM out, or set it to qwen3next_cpu"
+        )
+
+
+def kernels() -> str:
+    """What runs the plugin's ops."""
+    if env.kernels() == "reference":
+        return "slow reference"
+    from qwen3next_plugin.kernels import native
+
+    return f"native {native.isa()}"
 
 
 def _register_models() -> None:
@@ -66,3 +81,17 @@ def _register_models() -> None:
         from sglang.srt.models.registry import ModelRegistry
 
         ModelRegistry.register(MODELS, overwrite=True, strict=True)
+
+
+def registered() -> dict[str, str]:
+    """Let SGLang load its plugins; its platform, and the module that serves each architecture."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.platforms import current_platform
+
+    from qwen3next_plugin.engines.sglang.machine import ARCHITECTURES
+
+    modules = {name: ModelRegistry.models[name].__module__ for name in ARCHITECTURES}
+    return {"platform": current_platform.device_type} | modules

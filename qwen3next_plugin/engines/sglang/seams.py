@@ -6,7 +6,7 @@ plugin. So every target and its parameters are compared with what the hook was w
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,20 +42,34 @@ def check(seams: Iterable[Hook | Attribute], version: Version) -> None:
     for seam in seams:
         found = _resolve(seam.target, version)
         if isinstance(seam, Attribute):
+            _check_kind(seam, found, version)
             continue
         parameters = tuple(inspect.signature(found).parameters)
         if parameters != seam.parameters:
             raise SeamError(
                 f"SGLang {version} has {seam.target}({', '.join(parameters)}); this plugin was "
-                f"written for ({', '.join(seam.parameters)}): install a release of "
-                f"qwen3next-plugin that is tested with SGLang {version}"
+                f"written for ({', '.join(seam.parameters)}): {_mend(version)}"
             )
 
 
-def apply(seams: Iterable[Hook | Attribute]) -> None:
-    """Register the hooks with SGLang, which puts them in place, and set the attributes."""
+def _check_kind(seam: Attribute, found: Any, version: Version) -> None:
+    """A property takes the place of a property, a tuple of a tuple; of what is None, anything."""
+    if found is not None and type(found) is not type(seam.value):
+        raise SeamError(
+            f"SGLang {version} has {seam.target} as a {type(found).__name__}; this plugin was "
+            f"written for a {type(seam.value).__name__}: {_mend(version)}"
+        )
+
+
+def put(seams: Sequence[Hook | Attribute], version: Version) -> None:
+    """Check all, register the hooks with SGLang, which puts them in place, set the attributes.
+
+    Raises:
+        SeamError: a target that is not what it was, or that SGLang did not put our function at.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    check(seams, version)
     for seam in seams:
         if isinstance(seam, Hook):
             HookRegistry.register(seam.target, seam.around, HookType.AROUND)
@@ -63,13 +77,17 @@ def apply(seams: Iterable[Hook | Attribute]) -> None:
             owner, _, name = seam.target.rpartition(".")
             setattr(pkgutil.resolve_name(owner), name, seam.value)
     HookRegistry.apply_hooks()
+    for seam in seams:  # SGLang only logs a hook that it cannot put in place
+        if isinstance(seam, Hook) and not hasattr(_resolve(seam.target, version), "__wrapped__"):
+            raise SeamError(f"SGLang {version} takes no hook at {seam.target}: {_mend(version)}")
+
+
+def _mend(version: Version) -> str:
+    return f"install a release of qwen3next-plugin that is tested with SGLang {version}"
 
 
 def _resolve(target: str, version: Version) -> Any:
     try:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
-        raise SeamError(
-            f"SGLang {version} has no {target} ({error}): install a release of qwen3next-plugin "
-            f"that is tested with SGLang {version}"
-        ) from error
+        raise SeamError(f"SGLang {version} has no {target} ({error}): {_mend(version)}") from error

@@ -1,18 +1,23 @@
 """The host still has every symbol and signature the plugin leans on; read, not imported."""
 
 import ast
-import importlib.util
-import os
-import zipfile
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-ENGINE = sorted((ROOT / "qwen3next_plugin" / "engines" / "vllm").glob("*.py"))
-VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
-OTHER_HOSTS = os.environ.get(VARIABLE, "")  # vLLM wheels, separated by colons
+from engines.contract import (
+    VARIABLE,
+    Sources,
+    arguments,
+    definition,
+    host,
+    imported,
+    in_order,
+    kept,
+    other_hosts,
+    pairs,
+)
+
+HOST = "vllm"
 
 # What our code implements for the host: class → the methods whose arguments must stay.
 OVERRIDDEN = {
@@ -295,109 +300,19 @@ KERNELS = {
 }
 
 
-class Sources:
-    """The Python files of one vLLM, in a folder or in a wheel."""
-
-    def __init__(self, path: Path) -> None:
-        self.archive = zipfile.ZipFile(path) if path.suffix == ".whl" else None
-        self.folder = path
-        self.trees: dict[str, ast.Module] = {}
-
-    def has(self, name: str) -> bool:
-        if self.archive:
-            return f"vllm/{name}" in self.archive.namelist()
-        return (self.folder / name).is_file()
-
-    def tree(self, name: str) -> ast.Module:
-        if name not in self.trees:
-            assert self.has(name), f"vllm/{name} is gone"
-            data = (
-                self.archive.read(f"vllm/{name}")
-                if self.archive
-                else (self.folder / name).read_bytes()
-            )
-            self.trees[name] = ast.parse(data)
-        return self.trees[name]
-
-    def names(self, name: str) -> set[str]:
-        """Everything that a module binds, at any depth of its top-level branches."""
-        bound: set[str] = set()
-        for node in ast.walk(self.tree(name)):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                bound.add(node.name)
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                bound |= {alias.asname or alias.name for alias in node.names}
-                if node.names[0].name == "*":
-                    bound |= self.names(name.replace("__init__", node.module.rpartition(".")[2]))
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                bound.add(node.id)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                bound.add(node.value)  # lazily exported: "ModelRegistry": ".model_executor…"
-        return bound
-
-
-@cache
-def host(name: str) -> Sources:
-    if name == "installed":
-        return Sources(Path(importlib.util.find_spec("vllm").submodule_search_locations[0]))
-    return Sources(Path(name))
-
-
-@pytest.fixture(scope="module", params=["installed", *filter(None, OTHER_HOSTS.split(":"))])
+@pytest.fixture(scope="module", params=["installed", *other_hosts(HOST)])
 def sources(request) -> Sources:
-    return host(request.param)
+    return host(HOST, request.param)
 
 
-@pytest.mark.skipif(not OTHER_HOSTS, reason=f"{VARIABLE} names no other vLLM wheel")
+@pytest.mark.skipif(not other_hosts(HOST), reason=f"{VARIABLE} names no other vLLM wheel")
 def test_other_hosts_are_read_too():
-    assert all(host(name).has("__init__.py") for name in OTHER_HOSTS.split(":"))
+    assert all(host(HOST, name).has("__init__.py") for name in other_hosts(HOST))
 
 
-def definition(tree: ast.AST, name: str) -> ast.AST:
-    found = [node for node in ast.walk(tree) if getattr(node, "name", None) == name]
-    found += [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", None) == name
-    ]
-    assert found, f"{name} is gone"
-    return found[0]
-
-
-def arguments(function: ast.AST) -> list[str]:
-    args = function.args
-    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
-
-
-def in_order(wanted: list[str], found: list[str]) -> bool:
-    remaining = iter(found)
-    return all(name in remaining for name in wanted)
-
-
-def imported() -> list[tuple[str, str]]:
-    """(module, symbol) of every import that our engine code makes from the host."""
-    found = set()
-    for path in ENGINE:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            module = getattr(node, "module", None) or ""
-            if isinstance(node, ast.ImportFrom) and module.split(".")[0] == "vllm":
-                found |= {(module, alias.name) for alias in node.names}
-    return sorted(found)
-
-
-def pairs(table: dict) -> list[tuple[str, str]]:
-    return [(path, name) for path, names in table.items() for name in names]
-
-
-@pytest.mark.parametrize(("module", "symbol"), imported(), ids=lambda part: part)
+@pytest.mark.parametrize(("module", "symbol"), imported(HOST), ids=lambda part: part)
 def test_imported_symbol_is_there(sources, module, symbol):
-    base = "/".join(module.split(".")[1:])
-    candidates = [f"{base}.py", f"{base}/__init__.py"] if base else ["__init__.py"]
-    present = [name for name in candidates if sources.has(name)]
-    assert present, f"{module} is gone"
-    submodule = f"{base}/{symbol}".lstrip("/")
-    inside = sources.has(f"{submodule}.py") or sources.has(f"{submodule}/__init__.py")
-    assert inside or symbol in sources.names(present[0]), f"{module}.{symbol} is gone"
+    sources.check_import(module, symbol)
 
 
 @pytest.mark.parametrize(("path", "name"), pairs(OVERRIDDEN))
@@ -423,15 +338,7 @@ def test_fields_are_there(sources, path, name):
 
 @pytest.mark.parametrize(("path", "name"), pairs(KEPT))
 def test_attributes_are_kept(sources, path, name):
-    owner = definition(sources.tree(path), name)
-    targets = [
-        target
-        for node in ast.walk(owner)
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        for target in getattr(node, "targets", [getattr(node, "target", None)])
-    ]
-    kept = {ast.unparse(target) for target in targets}
-    assert {f"self.{attribute}" for attribute in KEPT[path][name]} <= kept
+    assert set(KEPT[path][name]) <= kept(definition(sources.tree(path), name))
 
 
 def test_runner_v2_asks_the_model_for_its_state_class(sources):

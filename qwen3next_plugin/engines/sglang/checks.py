@@ -1,0 +1,39 @@
+"""What is refused before a worker starts; the platform calls this while SGLang completes flags."""
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.arguments import check_flags
+from qwen3next_plugin.model.weights import check_files, checked, stored_tensors, trunk_tensors
+from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
+
+
+def check(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
+    """Refuse flags, a model or its files by name.
+
+    Raises:
+        ConfigError, CheckpointError: naming the thing and the mend.
+    """
+    check_flags(server_args, given, model_config)
+    hf_config = model_config.hf_config
+    if getattr(hf_config, "quantization_config", None):
+        raise ConfigError(
+            "quantization_config: there are no quantised kernels for a CPU here; serve the "
+            "released checkpoint, Qwen/Qwen3-Next-80B-A3B-Instruct, or another in bfloat16"
+        )
+    config = Qwen3NextConfig.from_hf(hf_config, tp_size=server_args.tp_size)
+    folder = Path(server_args.model_path)
+    if folder.is_dir() and server_args.load_format != "dummy":
+        _check_checkpoint(folder, config, drafts=bool(server_args.speculative_algorithm))
+
+
+def _check_checkpoint(folder: Path, config: Qwen3NextConfig, *, drafts: bool) -> None:
+    """Every tensor is there, in its shape; what a hub's checkpoint lacks shows as it loads."""
+    check_files(folder)
+    trunk, mtp = trunk_tensors(config), mtp_tensors(config)
+    deque(checked(stored_tensors(folder), expected=trunk, ignored=mtp), maxlen=0)
+    if drafts:
+        stored = require_mtp(stored_tensors(folder))
+        deque(checked(stored, expected=mtp, ignored=trunk), maxlen=0)

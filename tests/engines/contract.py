@@ -1,0 +1,143 @@
+"""A host's sources, read and not imported: what a contract test asks of them."""
+
+import ast
+import importlib.util
+import os
+import zipfile
+from functools import cache
+from pathlib import Path
+
+ENGINES = Path(__file__).parents[2] / "qwen3next_plugin" / "engines"
+VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
+
+
+def other_hosts(package: str) -> list[str]:
+    """The wheels of a host that CONTRACT_WHEELS names, separated by colons."""
+    wheels = filter(None, os.environ.get(VARIABLE, "").split(":"))
+    return [wheel for wheel in wheels if Path(wheel).name.startswith(package)]
+
+
+class Sources:
+    """The Python files of one host, in a folder or in a wheel."""
+
+    def __init__(self, package: str, path: Path) -> None:
+        self.package = package
+        self.archive = zipfile.ZipFile(path) if path.suffix == ".whl" else None
+        self.folder = path
+        self.trees: dict[str, ast.Module] = {}
+
+    def has(self, name: str) -> bool:
+        if self.archive:
+            return f"{self.package}/{name}" in self.archive.namelist()
+        return (self.folder / name).is_file()
+
+    def tree(self, name: str) -> ast.Module:
+        if name not in self.trees:
+            assert self.has(name), f"{self.package}/{name} is gone"
+            data = (
+                self.archive.read(f"{self.package}/{name}")
+                if self.archive
+                else (self.folder / name).read_bytes()
+            )
+            self.trees[name] = ast.parse(data)
+        return self.trees[name]
+
+    def file(self, module: str) -> str:
+        """The file of a dotted module of the host's."""
+        base = "/".join(module.split(".")[1:])
+        candidates = [f"{base}.py", f"{base}/__init__.py"] if base else ["__init__.py"]
+        present = [name for name in candidates if self.has(name)]
+        assert present, f"{module} is gone"
+        return present[0]
+
+    def names(self, name: str) -> set[str]:
+        """Everything that a module binds, at any depth of its top-level branches."""
+        bound: set[str] = set()
+        for node in ast.walk(self.tree(name)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                bound.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                bound |= {alias.asname or alias.name for alias in node.names}
+                if node.names[0].name == "*":
+                    bound |= self.names(name.replace("__init__", node.module.rpartition(".")[2]))
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                bound.add(node.id)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                bound.add(node.value)  # lazily exported: "ModelRegistry": ".model_executor…"
+        return bound
+
+    def check_import(self, module: str, symbol: str) -> None:
+        """`from module import symbol` finds it: a submodule, or a name that the module binds."""
+        inside = "/".join([*module.split(".")[1:], symbol])
+        if self.has(f"{inside}.py") or self.has(f"{inside}/__init__.py"):
+            return
+        assert symbol in self.names(self.file(module)), f"{module}.{symbol} is gone"
+
+
+@cache
+def host(package: str, name: str) -> Sources:
+    """The installed host, or the one of a wheel."""
+    if name == "installed":
+        spec = importlib.util.find_spec(package)
+        return Sources(package, Path(spec.submodule_search_locations[0]))
+    return Sources(package, Path(name))
+
+
+def definition(tree: ast.AST, name: str) -> ast.AST:
+    """The class, function or annotated name that a tree defines."""
+    found = [node for node in ast.walk(tree) if getattr(node, "name", None) == name]
+    found += [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", None) == name
+    ]
+    assert found, f"{name} is gone"
+    return found[0]
+
+
+def arguments(function: ast.AST) -> list[str]:
+    """The names of a function's parameters."""
+    args = function.args
+    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+
+def signature(function: ast.AST) -> list[str]:
+    """The names of all its parameters, in the order in which `inspect` gives them."""
+    args = function.args
+    stars = [[a.arg] if a else [] for a in (args.vararg, args.kwarg)]
+    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
+    return [*positional, *stars[0], *(a.arg for a in args.kwonlyargs), *stars[1]]
+
+
+def in_order(wanted: list[str], found: list[str]) -> bool:
+    """Whether all that are wanted are found, in that order."""
+    remaining = iter(found)
+    return all(name in remaining for name in wanted)
+
+
+def imported(package: str) -> list[tuple[str, str]]:
+    """(module, symbol) of every import that our engine code makes from the host."""
+    found = set()
+    for path in sorted((ENGINES / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and module.split(".")[0] == package:
+                found |= {(module, alias.name) for alias in node.names}
+    return sorted(found)
+
+
+def kept(owner: ast.AST) -> set[str]:
+    """What a class keeps on itself: the `x` of every `self.x = …`."""
+    targets = [
+        target
+        for node in ast.walk(owner)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in getattr(node, "targets", [getattr(node, "target", None)])
+    ]
+    written = {ast.unparse(target) for target in targets}
+    return {name.removeprefix("self.") for name in written if name.startswith("self.")}
+
+
+def pairs(table: dict) -> list[tuple[str, str]]:
+    """(path, name) of every entry of a table path → names."""
+    return [(path, name) for path, names in table.items() for name in names]

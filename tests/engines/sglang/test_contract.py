@@ -1,0 +1,265 @@
+"""The host still has every symbol and signature the plugin leans on; read, not imported."""
+
+import ast
+import importlib.util
+
+import pytest
+
+from engines.contract import (
+    ENGINES,
+    VARIABLE,
+    Sources,
+    arguments,
+    definition,
+    host,
+    imported,
+    in_order,
+    kept,
+    other_hosts,
+    pairs,
+    signature,
+)
+
+HOST = "sglang"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec(HOST) is None, reason="SGLang is not installed"
+)
+
+# What our code implements for the host: class → the methods whose arguments must stay.
+OVERRIDDEN = {
+    "srt/layers/attention/base_attn_backend.py": {
+        "AttentionBackend": {"init_forward_metadata": ["self", "forward_batch"]},
+    },
+    "srt/layers/attention/hybrid_linear_attn_backend.py": {
+        "HybridLinearAttnBackend": {
+            "__init__": ["self", "full_attn_backend", "linear_attn_backend", "full_attn_layers"],
+            "update_mamba_state_after_mtp_verify": ["self", "last_correct_step_indices"],
+        },
+    },
+    "srt/mem_cache/memory_pool.py": {
+        "MambaPool": {
+            "clear_slots": ["self", "indices"],
+            "copy_from": ["self", "src_indices", "dst_indices"],
+        },
+    },
+    "srt/layers/quantization/unquant.py": {
+        "UnquantizedFusedMoEMethod": {"forward_cpu": ["self", "layer", "dispatch_output"]},
+    },
+    "srt/platforms/interface.py": {
+        "SRTPlatform": {"apply_server_args_defaults": ["self", "server_args"]},
+    },
+    "srt/speculative/eagle_worker_v2.py": {
+        "EAGLEWorkerV2": {
+            "init_cuda_graphs": ["self"],
+            "activate_step_by_batch": ["self", "batch_size"],
+            "forward_batch_generation": ["self", "batch"],
+            "verify": ["self", "batch"],
+        },
+        "EagleDraftWorker": {
+            "_draft_extend_for_prefill": ["self", "batch", "target_hidden_states"],
+            "_draft_extend_for_decode": ["self", "batch"],
+            "draft_forward": ["self", "forward_batch"],
+        },
+    },
+}
+# What our code calls, with the arguments it passes by name or counts on by position.
+CALLED = {
+    "srt/speculative/base_spec_worker.py": {"_rebuild_topk1_chain_buffers": ["self"]},
+    "srt/arg_groups/overrides.py": {
+        "declare_resolution": ["server_args", "source"],
+        "record_foreign_defaults": ["server_args", "source", "resolve"],
+    },
+    "srt/arg_groups/model_override_base.py": {
+        "model_config_of": ["server_args"],
+        "resolving_view": ["server_args"],
+    },
+    "srt/plugins/hook_registry.py": {
+        "register": ["cls", "target", "hook", "hook_type"],
+        "apply_hooks": ["cls"],
+    },
+    "srt/layers/attention/attention_registry.py": {"register_attention_backend": ["name"]},
+    "srt/configs/mamba_utils.py": {"mamba2_state_dtype": ["config"]},
+    "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
+    "srt/layers/rotary_embedding/factory.py": {
+        "get_rope": [
+            *("head_size", "rotary_dim", "max_position", "base", "rope_scaling"),
+            "partial_rotary_factor",
+        ],
+    },
+}
+# Constructors of layers: arguments passed by name.
+BUILT = {
+    "srt/layers/linear.py": {
+        "ReplicatedLinear": ["bias", "quant_config", "prefix"],
+        "ColumnParallelLinear": ["bias", "quant_config", "prefix"],
+        "MergedColumnParallelLinear": ["bias", "quant_config", "prefix"],
+        "QKVParallelLinear": ["bias", "quant_config", "prefix"],
+        "RowParallelLinear": ["bias", "quant_config", "prefix"],
+    },
+    "srt/layers/radix_attention.py": {
+        "RadixAttention": ["num_kv_heads", "layer_id", "quant_config", "prefix"],
+    },
+}
+# What the host passes, by name, to what stands in for a class of its own.
+PASSED = {
+    "srt/mem_cache/memory_pool.py": {
+        "mamba_pool_cls": [
+            *("size", "spec_state_size", "cache_params", "mamba_layer_ids", "device"),
+            "speculative_eagle_topk",
+        ],
+    },
+}
+# Fields our code reads.
+FIELDS = {
+    "srt/mem_cache/kv_cache_configurator.py": {"KVCacheConfigurator": ["model_config"]},
+    "srt/speculative/eagle_info.py": {"EagleDraftInput": ["hidden_states"]},
+    "srt/model_executor/forward_batch_info.py": {
+        "ForwardBatch": [
+            *("forward_mode", "batch_size", "seq_lens", "extend_seq_lens", "spec_info"),
+            *("req_pool_indices", "rids", "positions", "out_cache_loc"),
+        ],
+    },
+}
+# What a host's class keeps on itself, and ours reads.
+KEPT = {
+    "srt/layers/attention/hybrid_linear_attn_backend.py": {
+        "HybridLinearAttnBackend": ["linear_attn_backend"],
+    },
+    "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
+    "srt/speculative/eagle_worker_v2.py": {
+        "EAGLEWorkerV2": ["speculative_num_steps", "speculative_num_draft_tokens"],
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["installed", *other_hosts(HOST)])
+def sources(request) -> Sources:
+    return host(HOST, request.param)
+
+
+@pytest.mark.skipif(not other_hosts(HOST), reason=f"{VARIABLE} names no other SGLang wheel")
+def test_other_hosts_are_read_too():
+    assert all(host(HOST, name).has("__init__.py") for name in other_hosts(HOST))
+
+
+def flat(node: ast.AST) -> list[str]:
+    """The strings of a tuple with tuples unpacked in it."""
+    if isinstance(node, ast.Constant):
+        return [node.value]
+    if isinstance(node, ast.Starred):
+        return flat(node.value)
+    return [text for element in node.elts for text in flat(element)]
+
+
+def hooks() -> dict[str, list[str] | None]:
+    """Target → parameters of each of our hooks, None for an attribute; hooks.py is read, too."""
+    found: dict[str, list[str] | None] = {}
+    tree = ast.parse((ENGINES / HOST / "hooks.py").read_text(encoding="utf-8"))
+    for call in ast.walk(tree):
+        if getattr(getattr(call, "func", None), "id", "") in ("Hook", "Attribute"):
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            if isinstance(given["target"], ast.Constant):
+                parameters = given.get("parameters")
+                found[given["target"].value] = flat(parameters) if parameters else None
+    return found
+
+
+def test_hooks_are_read():
+    assert len(hooks()) > 8
+    assert any(parameters is None for parameters in hooks().values())
+
+
+@pytest.mark.parametrize("target", hooks())
+def test_hooks_fit(sources, target):
+    parts = target.split(".")
+    modules = [n for n in range(1, len(parts)) if sources.has("/".join(parts[1 : n + 1]) + ".py")]
+    node: ast.AST = sources.tree("/".join(parts[1 : modules[-1] + 1]) + ".py")
+    for name in parts[modules[-1] + 1 :]:
+        node = definition(node, name)
+    if (wanted := hooks()[target]) is None:
+        assert "property" in {ast.unparse(decorator) for decorator in node.decorator_list}
+    else:
+        assert signature(node) == wanted
+
+
+@pytest.mark.parametrize(("module", "symbol"), imported(HOST), ids=lambda part: part)
+def test_imported_symbol_is_there(sources, module, symbol):
+    sources.check_import(module, symbol)
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(OVERRIDDEN))
+def test_overridden_methods_keep_their_arguments(sources, path, name):
+    owner = definition(sources.tree(path), name)
+    for method, wanted in OVERRIDDEN[path][name].items():
+        found = arguments(definition(owner, method))
+        assert in_order(wanted, found), f"{name}.{method}{found} lacks {wanted}"
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(CALLED))
+def test_called_functions_keep_their_arguments(sources, path, name):
+    found = arguments(definition(sources.tree(path), name))
+    assert in_order(CALLED[path][name], found), f"{name}{found} lacks {CALLED[path][name]}"
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(BUILT))
+def test_layers_are_built_as_they_were(sources, path, name):
+    owner = definition(sources.tree(path), name)
+    assert set(BUILT[path][name]) <= set(arguments(definition(owner, "__init__")))
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(PASSED))
+def test_stand_ins_are_given_what_they_take(sources, path, name):
+    calls = [
+        {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(sources.tree(path))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == name
+    ]
+    assert calls
+    assert all(set(PASSED[path][name]) <= given for given in calls)
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(FIELDS))
+def test_fields_are_there(sources, path, name):
+    owner = definition(sources.tree(path), name)
+    for field in FIELDS[path][name]:
+        definition(owner, field)
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(KEPT))
+def test_attributes_are_kept(sources, path, name):
+    assert set(KEPT[path][name]) <= kept(definition(sources.tree(path), name))
+
+
+def flags() -> set[str]:
+    """The flags that our tables name: what is refused, filled in, and asked of memory."""
+    from qwen3next_plugin.engines.sglang import arguments as ours
+    from qwen3next_plugin.engines.sglang import memory
+
+    return {*ours.SERVED, *ours.SERVED_WITH_DRAFTS, *memory.GIVEN}
+
+
+@pytest.mark.parametrize("name", sorted(flags()))
+def test_flags_are_the_hosts(sources, name):
+    assert name in sources.names("srt/arg_groups/field_order.py")
+
+
+def test_platforms_are_asked_with_the_raw_flags_beside(sources):
+    assert "_raw_input" in ast.unparse(sources.tree("srt/arg_groups/pipeline.py"))
+
+
+def test_the_verification_samples_by_names_that_ours_replace(sources):
+    names = sources.names("srt/speculative/eagle_utils.py")
+    ours = ast.parse((ENGINES / HOST / "sampling.py").read_text(encoding="utf-8"))
+    public = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
+    assert {name for name in public if not name.startswith("_")} <= names
+
+
+def test_entry_point_groups_are_read(sources):
+    groups = sources.names("srt/plugins/__init__.py")
+    assert {"sglang.srt.plugins", "sglang.srt.platforms"} <= groups
+
+
+def test_architecture_names_are_the_hosts(sources):
+    text = ast.unparse(sources.tree("srt/configs/model_config.py"))
+    assert "Qwen3NextForCausalLM" in text
+    assert "Qwen3NextForCausalLMMTP" in text

@@ -1,0 +1,372 @@
+"""What cannot be served is refused before a worker starts: by our error, with thing and mend."""
+
+import json
+import re
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from checkpoints import BASE, write_checkpoint
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang import arguments, memory
+from qwen3next_plugin.model.weights import CheckpointError
+
+pytest.importorskip("sglang")
+
+NEXTN = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
+FP32 = {"dtype": "float32"}  # SGLang's own choice for such a checkpoint is float16
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def complete():
+    """SGLang completes its flags, as it does before it starts a process; what they then are."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    def run(model, **flags):
+        server_args = ServerArgs(model_path=str(model), **flags)
+        server_args.resolve_once()
+        return resolving_view(server_args)
+
+    return run
+
+
+# flags ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        NEXTN,
+        NEXTN | {"speculative_num_steps": 8},
+        NEXTN | {"speculative_algorithm": "eagle", "speculative_eagle_topk": 2},
+        {"tp_size": 2},
+        {"disable_radix_cache": True},
+        {"kv_cache_dtype": "auto", "mamba_ssm_dtype": "bfloat16"},
+        {"load_format": "dummy"},
+    ],
+    ids=str,
+)
+def test_what_can_be_served_passes(complete, checkpoint, flags):
+    resolved = complete(checkpoint, **flags)
+    assert resolved.attention_backend == "qwen3next_cpu"
+    assert resolved.disable_overlap_schedule
+
+
+def test_qwens_own_line_is_completed(complete, checkpoint):
+    resolved = complete(checkpoint, **NEXTN)
+    assert (resolved.speculative_eagle_topk, resolved.speculative_num_draft_tokens) == (1, 4)
+
+
+# A value of each flag that no CPU can serve.
+REFUSED = {
+    "model_impl": "transformers",
+    "mamba_radix_cache_strategy": "extra_buffer",
+    "page_size": 16,
+    "mamba_ssm_dtype": "float16",
+    "radix_cache_backend": "other",
+    "disaggregation_mode": "prefill",
+    "cpu_offload_gb": 4,
+    "pp_size": 2,
+    "ep_size": 2,
+    "moe_a2a_backend": "deepep",
+    "attn_dp_size": 2,
+    "moe_dp_size": 2,
+    "attn_cp_size": 2,
+    "dcp_size": 2,
+    "quantization": "fp8",
+    "enable_lora": True,
+    "lora_paths": ["adapter"],
+}
+REFUSED_WITH_DRAFTS = {
+    "speculative_draft_model_quantization": "fp8",
+    "speculative_draft_kv_cache_dtype": "fp8_e4m3",
+    "speculative_draft_attention_backend": "triton",
+    "speculative_accept_threshold_single": 0.5,
+    "speculative_accept_threshold_acc": 0.5,
+    "speculative_token_map": "map.pt",
+    "speculative_draft_window_size": 64,
+    "decoupled_spec_role": "drafter",
+}
+
+
+@pytest.mark.parametrize("name", [*arguments.SERVED, *arguments.SERVED_WITH_DRAFTS])
+def test_every_flag_of_the_table_is_refused_by_name(complete, checkpoint, name):
+    """As the platform hands it on: the host refuses some of these itself, before or after."""
+    drafts = name in arguments.SERVED_WITH_DRAFTS
+    value = (REFUSED_WITH_DRAFTS if drafts else REFUSED).get(name, True)
+    resolved = complete(checkpoint, **(NEXTN if drafts else {}))
+
+    class Given:
+        def __getattr__(self, other):
+            return value if other == name else getattr(resolved, other)
+
+    with pytest.raises(ConfigError) as raised:
+        arguments.check_flags(Given(), resolved._raw_input, None)
+    written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
+    assert str(raised.value).startswith(written)
+    assert "; " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"mamba_radix_cache_strategy": "extra_buffer"},
+            "--mamba-radix-cache-strategy extra_buffer: .*; use no_buffer",
+        ),
+        ({"enable_linear_replayssm": True}, "--enable-linear-replayssm: .*; leave it out"),
+        ({"page_size": 16}, "--page-size 16: .*; leave it out"),
+        ({"enable_unified_memory": True}, "--enable-unified-memory: "),
+        ({"pp_size": 2}, "--pp-size 2: .*; use --tp-size"),
+        ({"tp_size": 2, "ep_size": 2}, "--ep-size 2: .*; use --tp-size"),
+        ({"tp_size": 3}, "tp_size = 3: does not divide linear_num_key_heads = 2"),
+        ({"quantization": "fp8"}, "--quantization fp8: .*; serve the released checkpoint as it is"),
+        (
+            FP32 | {"kv_cache_dtype": "fp8_e4m3"},
+            "--kv-cache-dtype fp8_e4m3: .*float32; leave",
+        ),
+        (
+            FP32 | {"kv_cache_dtype": "bf16"},
+            "--kv-cache-dtype bf16: .*float32; leave it",
+        ),
+        ({"attention_backend": "triton"}, "--attention-backend triton: it does not run on a CPU"),
+        (
+            NEXTN | {"attention_backend": "torch_native"},
+            "--attention-backend torch_native: .*draft",
+        ),
+        (NEXTN | {"speculative_num_steps": 9}, "num_speculative_tokens = 9: ask for 1 to 8"),
+        (NEXTN | {"speculative_num_steps": 0}, "num_speculative_tokens = 0: ask for 1 to 8, or"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: .*; use NEXTN, or"),
+        (NEXTN | {"speculative_algorithm": "EAGLE3"}, "--speculative-algorithm EAGLE3: "),
+        (NEXTN | {"speculative_draft_model_path": "other"}, "--speculative-draft-model-path other"),
+        (NEXTN | {"speculative_use_rejection_sampling": True}, "--speculative-use-rejection-samp"),
+        (NEXTN | {"speculative_adaptive": True}, "--speculative-adaptive: .*QWEN3NEXT_DRAFTS"),
+        ({"json_model_override_args": json.dumps({"linear_conv_kernel_dim": 3})}, "dim = 3"),
+        ({"json_model_override_args": json.dumps({"linear_value_head_dim": 20})}, "dim = 20: no"),
+    ],
+    ids=str,
+)
+def test_flags_are_refused_by_name(complete, checkpoint, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        complete(checkpoint, **flags)
+
+
+# defaults ---------------------------------------------------------------------------------------
+
+OTHERS = {
+    "attention_backend": "torch_native",
+    "mamba_radix_cache_strategy": "no_buffer",
+    "disable_overlap_schedule": True,
+    "max_running_requests": 7,
+}
+
+
+def the_line(caplog) -> str:
+    lines = [m for m in caplog.messages if m.startswith("qwen3next_plugin") and "serves" in m]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_one_line_says_what_serves_and_what_was_chosen(complete, checkpoint, caplog):
+    caplog.set_level("INFO")
+    complete(checkpoint)
+    line = the_line(caplog)
+    assert re.match(
+        r"qwen3next_plugin \S+ serves this model on SGLang 0\.5\.\d+, with \S.* kernels "
+        r"\(sgl_kernel: .*\); defaults for a machine without a GPU, where no flag was given: "
+        r"--attention-backend qwen3next_cpu, --mamba-radix-cache-strategy no_buffer, "
+        r"--disable-overlap-schedule, --max-running-requests 48, for states and KV 1/4 of ",
+        line,
+    )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_flag_that_was_given_stays(complete, checkpoint, caplog, name):
+    caplog.set_level("INFO")
+    assert getattr(complete(checkpoint, **{name: OTHERS[name]}), name) == OTHERS[name]
+    chosen = the_line(caplog).partition("where no flag was given: ")[2]
+    assert f"--{name.replace('_', '-')}" not in chosen
+    assert chosen.count("--") >= len(OTHERS) - 1
+
+
+@pytest.mark.parametrize("name", memory.GIVEN)
+def test_the_line_is_silent_on_memory_that_a_flag_decides(complete, checkpoint, caplog, name):
+    caplog.set_level("INFO")
+    complete(checkpoint, **{name: 0.5 if name == "mem_fraction_static" else 4096})
+    assert "for states and KV" not in the_line(caplog)
+
+
+@pytest.mark.parametrize(
+    ("free", "fixed", "flags", "asked", "left"),
+    [
+        (40.0, False, {}, 10.0, 9.0),
+        (6.0, False, {}, 2.0, 1.0),
+        (1.5, False, {}, 1.5, 0.5),
+        (40.0, False, {"max_total_tokens": 4096}, 40.0, 39.0),
+        (40.0, False, {"mem_fraction_static": 0.5}, 40.0, 39.0),
+        (40.0, True, {}, 40.0, 10.0),  # one page a request: only KV is held to a part
+        (2.5, True, {}, 2.5, 1.5),
+    ],
+    ids=str,
+)
+def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, asked, left):
+    from types import SimpleNamespace as Bag
+
+    from sglang.srt import runtime_context as context
+
+    given = dict.fromkeys(memory.GIVEN) | flags
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
+    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
+    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    seen = []
+
+    def host(_, total):
+        seen.append(total)
+        return total - 1.0
+
+    ours = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
+    assert memory.modest_pools(host, ours, free) == left
+    assert seen == [asked]
+    other = Bag(model_config=Bag(hf_config=Bag(architectures=None)))
+    assert memory.modest_pools(host, other, free) == free - 1.0
+
+
+# config and files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
+        ({"rope_scaling": YARN, "rope_theta": None}, "rope_parameters has lost rope_theta"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: there are no"),
+    ],
+    ids=str,
+)
+def test_config_that_cannot_be_served(complete, tmp_path, change, message):
+    model = write_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(BASE | change))
+    with pytest.raises(ConfigError, match=message):
+        complete(model)
+
+
+def test_truncated_file(complete, tmp_path):
+    path = write_checkpoint(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes and its header"):
+        complete(tmp_path)
+
+
+NAME = "model.layers.1.linear_attn.conv1d.weight"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", f"1 tensors are missing, the first is {NAME}"),
+        ("misshapen", rf"tensor {NAME} has shape \(191, 1, 4\)"),
+        ("unexpected", r"unexpected tensor model.layers.1.linear_attn.conv1d.bias \(192,\)"),
+        ("mtp", r"1 tensors are missing, the first is mtp.fc.weight"),
+    ],
+)
+def test_checkpoint_fault_ends_the_launch(complete, tmp_path, how, message):
+    path = write_checkpoint(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    if how == "missing":
+        del tensors[NAME]
+    elif how == "misshapen":
+        tensors[NAME] = tensors[NAME][:-1].clone()
+    elif how == "unexpected":
+        tensors[NAME.replace("weight", "bias")] = tensors[NAME][:, 0, 0].clone()
+    else:
+        del tensors["mtp.fc.weight"]
+        save_file(tensors, path)
+        complete(tmp_path)  # without drafts nobody asks for it
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=message):
+        complete(tmp_path, **NEXTN)
+
+
+def test_drafts_of_a_checkpoint_without_a_drafter(complete, tmp_path):
+    model = write_checkpoint(tmp_path, mtp=False)
+    complete(model)
+    with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors .*--speculative-algorithm"):
+        complete(model, **NEXTN)
+
+
+# other models -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def test_other_models_keep_the_hosts_choices(complete, llama, caplog):
+    """Flags that ours would refuse or fill in are the host's to judge."""
+    caplog.set_level("INFO")
+    resolved = complete(llama)
+    assert resolved.attention_backend in ("intel_amx", "torch_native")
+    assert not resolved.disable_overlap_schedule
+    assert resolved.max_running_requests is None
+    assert resolved.mamba_radix_cache_strategy == "auto"
+    assert complete(llama, pp_size=2).pp_size == 2
+    assert not [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
+
+
+def test_drafts_of_other_models_are_not_completed(complete, llama, checkpoint):
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    seen = []
+    for model in (llama, checkpoint):
+        server_args = ServerArgs(model_path=str(model), **NEXTN)
+        arguments.complete_drafts(seen.append, server_args)
+        given = resolving_view(server_args)
+        assert given.speculative_eagle_topk == (1 if model == checkpoint else None)
+    assert len(seen) == 2
+
+
+def test_other_models_keep_the_hosts_class(complete):
+    from sglang.srt.models.registry import ModelRegistry
+
+    theirs, _ = ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])
+    assert theirs.__module__ == "sglang.srt.models.llama"
+    for name in ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP"):
+        ours, _ = ModelRegistry.resolve_model_cls([name])
+        assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.models.")
+
+
+def test_a_gpu_keeps_the_hosts_model_and_one_line_says_so(complete, checkpoint, llama, caplog):
+    from sglang.srt.server_args import ServerArgs
+
+    from qwen3next_plugin.engines.sglang.hooks import say_no_kernels
+
+    caplog.set_level("INFO")
+    asked = []
+    for model in (llama, checkpoint):
+        server_args = ServerArgs(model_path=str(model), device="cuda")
+        say_no_kernels(asked.append, server_args)
+    assert len(asked) == 2
+    ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
+    assert len(ours) == 1
+    assert re.search(r"has no kernels for cuda yet: SGLang 0\.\S+ keeps its own", ours[0])
