@@ -206,14 +206,14 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         around=skip_snapshots,
     ),
     Hook(
-        target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
-        parameters=("model_config", "load_config", "tp_size"),
-        around=keep_sizes,
-    ),
-    Hook(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
         around=memory.modest_pools,
+    ),
+    Hook(
+        target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        parameters=("model_config", "load_config", "tp_size"),
+        around=keep_sizes,
     ),
     Hook(
         target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
