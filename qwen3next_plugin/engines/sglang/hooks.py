@@ -26,9 +26,10 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
     """Keep what SGLang drops of a newer config.json: `layer_types` and `rope_parameters`.
 
     It wants `full_attention_interval`, which transformers 5 no longer writes, and takes a rope
-    theta of 10,000 where it finds none at the top level. Can go when SGLang reads both.
+    theta of 10,000 where it finds none at the top level. transformers checks YaRN's parameters
+    against `max_position_embeddings`, which SGLang sets too late. Can go when SGLang reads all.
     """
-    host(config, *args, **given)
+    host(config, *args, **{name: given[name] for name in given if name != "rope_parameters"})
     config.layer_types = given.get("layer_types") or _at_interval(config)
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     config.rope_parameters = dict(rope)

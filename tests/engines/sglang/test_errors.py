@@ -193,7 +193,8 @@ def test_one_line_says_what_serves_and_what_was_chosen(complete, checkpoint, cap
         r"qwen3next_plugin \S+ serves this model on SGLang 0\.5\.\d+, with \S.* kernels "
         r"\(sgl_kernel: .*\); defaults for a machine without a GPU, where no flag was given: "
         r"--attention-backend qwen3next_cpu, --mamba-radix-cache-strategy no_buffer, "
-        r"--disable-overlap-schedule, --max-running-requests 48, for states and KV 1/4 of ",
+        r"--disable-overlap-schedule, --sleep-on-idle, --max-running-requests 48, "
+        r"for states and KV 1/4 of ",
         line,
     )
 
