@@ -31,20 +31,23 @@ class Lag:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[Rows]] = {}
+        self._pending: dict[str, int] = {}  # tokens of each, asked in every step
 
     def pending(self, request: str) -> int:
         """Number of tokens that the request is behind."""
-        return sum(map(len, self._rows.get(request, ())))
+        return self._pending.get(request, 0)
 
     def put(self, request: str, rows: Rows) -> None:
         """Keep rows for later; a copy, since engines reuse what they came in."""
         kept = Rows(rows.first, rows.token_ids.clone(), rows.hidden_states.clone())
         self._rows[request] = [*self._continued(request, rows.first), kept]
+        self._pending[request] = kept.first + len(kept) - self._rows[request][0].first
 
     def take(self, request: str, rows: Rows) -> Rows:
         """All that the request is behind, up to and with `rows`; nothing is pending then."""
         parts = [*self._continued(request, rows.first), rows]
         self._rows.pop(request, None)
+        self._pending.pop(request, None)
         if len(parts) == 1:
             return rows
         return Rows(
@@ -56,7 +59,7 @@ class Lag:
     def keep_only(self, requests: set[str]) -> None:
         """Drop every request that is not among these."""
         for request in self._rows.keys() - requests:
-            del self._rows[request]
+            del self._rows[request], self._pending[request]
 
     def _continued(self, request: str, first: int) -> list[Rows]:
         """What is pending, if it ends right before `first`: a resumed request starts afresh."""

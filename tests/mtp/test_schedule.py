@@ -50,3 +50,34 @@ def test_a_forgotten_request_leaves_nothing():
         schedule.observe_verify(f"r{i}", 3, i % 4)
         schedule.forget(f"r{i}")
     assert schedule.snapshot()["requests"] == 0
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 5))
+def test_uniform_lengths_are_one_length(data, k):
+    schedule = Schedule(k, Costs(SHAPE), uniform=True)
+    for _ in range(data.draw(st.integers(1, 15))):
+        requests = data.draw(st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1))
+        lengths = schedule.lengths(requests)
+        assert len(set(lengths)) == 1
+        assert 0 <= lengths[0] <= k
+        accepted = data.draw(st.integers(0, k))
+        for request, length in zip(requests, lengths, strict=True):
+            schedule.observe_verify(request, length, min(length, accepted))
+
+
+def test_uniform_lengths_follow_what_is_accepted():
+    """All of them where every draft is right, none where none is."""
+    for right, wanted in ((True, 3), (False, 0)):
+        schedule = Schedule(3, Costs(SHAPE), uniform=True)
+        chosen = []
+        for _ in range(400):
+            length = schedule.lengths(["a", "b"])[0]
+            chosen.append(length)
+            for request in "ab":
+                schedule.observe_verify(request, length, length if right else 0)
+            schedule.observe_step(2, 2 * (1 + length), 1.0 + 0.05 * length)
+            if length:
+                schedule.observe_draft(2, length, 0.2 * length)
+        late = chosen[200:]
+        assert late.count(wanted) > 0.9 * len(late), late

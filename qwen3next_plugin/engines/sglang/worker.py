@@ -56,7 +56,7 @@ class ChainWorker(EAGLEWorkerV2):
         """As the host's: draft on, verify, first drafts of the next step; each timed."""
         self.entered = self.verified = time.perf_counter()
         result = super().forward_batch_generation(batch, *args, **kwargs)
-        if not batch.forward_mode.is_extend():
+        if self.verified > self.entered:  # no prompt was read
             self.first_drafts = time.perf_counter() - self.verified
         return result
 
