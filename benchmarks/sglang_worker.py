@@ -5,13 +5,12 @@ tokens of a request that streams alone with its batch, so that it holds all that
 """
 
 import asyncio
-import json
-import os
 import random
-import sys
 import time
 from itertools import pairwise
 from typing import Any
+
+from benchmarks.calls import answer
 
 VOCABULARY = 151936
 
@@ -74,18 +73,5 @@ class Engine:
         return [self.random.randrange(2, VOCABULARY) for _ in range(tokens)]
 
 
-def main() -> None:
-    """Answer {"call": name, ...arguments} with {"result": ...}, a line each."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # SGLang logs to standard output
-    engine = Engine(**json.loads(sys.argv[1]))
-    print(json.dumps({"result": "ready"}), file=answers)
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        result = getattr(engine, arguments.pop("call"))(**arguments)
-        print(json.dumps({"result": result}), file=answers)
-    engine.engine.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    answer(Engine).engine.shutdown()

@@ -3,17 +3,17 @@
 Run by `benchmarks.engines`; the plugin is on or off by QWEN3NEXT_DISABLE of its environment.
 """
 
-import json
 import os
 import random
 import resource
-import sys
 import time
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine here, so that steps can be timed
 
 from vllm import LLM, SamplingParams
+
+from benchmarks.calls import answer
 
 VOCABULARY = 151936
 
@@ -102,17 +102,5 @@ class Engine:
             self.engine.step()
 
 
-def main() -> None:
-    """Answer {"call": name, ...arguments} with {"result": ...}, a line each."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # vLLM logs to standard output
-    engine = Engine(**json.loads(sys.argv[1]))
-    print(json.dumps({"result": "ready"}), file=answers)
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        result = getattr(engine, arguments.pop("call"))(**arguments)
-        print(json.dumps({"result": result}), file=answers)
-
-
 if __name__ == "__main__":
-    main()
+    answer(Engine)
