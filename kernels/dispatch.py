@@ -6,11 +6,13 @@ from collections.abc import Callable
 import torch
 
 from qwen3next_plugin import env
+from qwen3next_plugin.kernels.gpu import configs
 
 OPS = (
     "causal_conv1d",
     "draft_head",
     "fused_moe",
+    "gated_delta_net",
     "gated_delta_rule",
     "output_gate",
     "paged_attention",
@@ -18,38 +20,69 @@ OPS = (
     "rms_norm",
     "rms_norm_gated",
 )
+NOT_IN_TRITON = ("draft_head", "fused_moe", "paged_attention")  # the engines bring theirs on GPUs
+NEVER_TRACED = ("gated_delta_net",)  # the engines keep it out of their graphs
+BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # by device; ROCm's devices are cuda to torch, too
 
 
 def backend(op: str, device_type: str) -> str:
-    """Name of the backend that runs `op` on such a device: `cpu` (native) or `reference`.
+    """Name of the backend that runs `op` on such a device: `cpu` (native), `triton`, `reference`.
 
     Raises: NotImplementedError where no backend runs on the device. Never falls back.
     """
     asked = env.kernels()
     if asked == "reference":
         return asked
-    if device_type != "cpu":
+    if device_type == "cpu" and (configs.compiles() or (asked == "triton" and _interprets())):
+        name, asked = "triton", "triton"
+    else:
+        name = BACKEND_OF.get(device_type)
+    if name is None or asked not in ("auto", name):
+        runs_on = {"cpu": "cpu", "triton": "cuda"}.get(asked, "cpu and cuda")
         raise NotImplementedError(
-            f"{op}: the native kernels run on cpu, not on {device_type};"
+            f"{op}: the {'native' if asked == 'cpu' else asked} kernels run on {runs_on}, not on"
+            f" {device_type}; QWEN3NEXT_KERNELS=reference runs anywhere, slowly"
+        )
+    if name == "triton" and op in NOT_IN_TRITON:
+        raise NotImplementedError(
+            f"{op}: there is no Triton kernel of it, so it does not run on {device_type};"
             " QWEN3NEXT_KERNELS=reference runs anywhere, slowly"
         )
-    return "cpu"
+    return name
+
+
+def _interprets() -> bool:
+    """Whether Triton's interpreter, which runs kernels on a CPU, is on (TRITON_INTERPRET=1)."""
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 def implementation(op: str, device: torch.device) -> Callable:
     """The function that runs `op` on `device`."""
-    return _LOADED[_loaded(op, device.type), op]
+    return _LOADED[(*_loaded(op, device.type), op)]
 
 
-_LOADED: dict[tuple[str, str], Callable] = {}
+_LOADED: dict[tuple[str, str, str], Callable] = {}  # by backend, device and op
 
 
 @torch.compiler.assume_constant_result  # traced, the choice is made once: when the graph is made
-def _loaded(op: str, device_type: str) -> str:
+def _loaded(op: str, device_type: str) -> tuple[str, str]:
     """The backend of `op`, with all its ops loaded: a trace sees the table as it first was."""
     name = backend(op, device_type)
-    if (name, op) not in _LOADED:
+    if (name, device_type, op) not in _LOADED:
         for each in OPS:
-            module = importlib.import_module(f"qwen3next_plugin.kernels.{each}.{name}")
-            _LOADED[name, each] = getattr(module, each)
-    return name
+            if name != "triton" or each not in NOT_IN_TRITON:
+                _LOADED[name, device_type, each] = _function(each, name, device_type)
+    return name, device_type
+
+
+def _function(op: str, name: str, device_type: str) -> Callable:
+    """A backend's function; Triton's on a GPU as an op that a trace takes whole, as the native."""
+    folder = f"qwen3next_plugin.kernels.{op}"
+    run = getattr(importlib.import_module(f"{folder}.{name}"), op)
+    if name != "triton" or device_type == "cpu" or op in NEVER_TRACED:
+        return run
+    importlib.import_module(f"{folder}.cpu")  # the op's schema, and the shape of its result
+    torch.library.register_kernel(f"qwen3next::{op}", device_type)(run)
+    return getattr(torch.ops.qwen3next, op).default

@@ -23,9 +23,10 @@ class Variable:
 
 VARIABLES: Mapping[str, Variable] = {
     "QWEN3NEXT_KERNELS": Variable(
-        ("auto", "cpu", "reference"),
+        ("auto", "cpu", "triton", "reference"),
         "auto",
-        "kernel backend: by device, the native CPU kernels, or the slow PyTorch reference",
+        "kernel backend: by device, the native CPU kernels, the Triton kernels for GPUs,"
+        " or the slow PyTorch reference",
     ),
     "QWEN3NEXT_ISA": Variable(
         ("baseline", "avx2", "avx512", "avx512bf16"),
@@ -47,7 +48,7 @@ VARIABLES: Mapping[str, Variable] = {
 
 
 def kernels() -> str:
-    """The kernel backend asked for: `auto`, `cpu` or `reference`."""
+    """The kernel backend asked for: `auto`, `cpu`, `triton` or `reference`."""
     return _read("QWEN3NEXT_KERNELS") or "auto"
 
 

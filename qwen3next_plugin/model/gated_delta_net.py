@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
-from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
-from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
+from qwen3next_plugin.kernels import gated_delta_net as kernel
+from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights, Projections
 from qwen3next_plugin.model.state import StatePool
 from qwen3next_plugin.model.step import Step
 
@@ -27,21 +26,6 @@ class GatedDeltaNetShape:
         return self.num_value_heads // self.num_key_heads
 
 
-@dataclass(frozen=True, slots=True)
-class GatedDeltaNetWeights:
-    """What the layer holds besides its projections.
-
-    Shapes:
-        conv [C, 4], A_log [HV], dt_bias [HV], norm [V]
-    """
-
-    conv: torch.Tensor
-    A_log: torch.Tensor
-    dt_bias: torch.Tensor
-    norm: torch.Tensor
-    norm_eps: float
-
-
 class Weight(nn.Module):
     """Holds a `weight`, under the name it has in the checkpoint."""
 
@@ -52,20 +36,20 @@ class Weight(nn.Module):
 
 def split_projections(
     qkvz: torch.Tensor, ba: torch.Tensor, shape: GatedDeltaNetShape
-) -> tuple[torch.Tensor, ...]:
+) -> Projections:
     """View the checkpoint's grouped projections as q, k, v, z, b, a; nothing is moved.
 
     The checkpoint stores them by key head: [q | k | R values | R gates] and [R b | R a].
 
     Shapes:
         qkvz [T, H·(2K + 2R·V)], ba [T, H·2R]
-        returns q, k [T, H, K]; v [T, H, R·V]; z [T, H, R, V]; b, a [T, H, R]
+        returns q, k [T, H, K]; v, z [T, H, R, V]; b, a [T, H, R]
     """
     H, K, V, R = shape.num_key_heads, shape.key_dim, shape.value_dim, shape.values_per_key
     T = qkvz.shape[0]
     q, k, v, z = qkvz.view(T, H, 2 * K + 2 * R * V).split([K, K, R * V, R * V], dim=-1)
     b, a = ba.view(T, H, 2 * R).split([R, R], dim=-1)
-    return q, k, v, z.unflatten(-1, (R, V)), b, a
+    return Projections(q, k, v.unflatten(-1, (R, V)), z.unflatten(-1, (R, V)), b, a)
 
 
 def gated_delta_net(
@@ -87,28 +71,17 @@ def gated_delta_net(
     Raises:
         RuntimeError: a page that does not stand where the row's context says.
     """
-    q, k, v, z, b, a = split_projections(qkvz, ba, shape)
-    rows = {
-        "query_start_loc": step.query_start_loc,
-        "slot": step.slot,
-        "context_len": step.context_len,
-    }
-    q, k, v = causal_conv1d(
-        q=q, k=k, v=v, weight=weights.conv, conv_=pool_.conv, span=pool_.span, **rows
-    )
-    out = gated_delta_rule(
-        q=q,
-        k=k,
-        v=v.view(-1, shape.num_value_heads, shape.value_dim),
-        a=a,
-        b=b,
-        A_log=weights.A_log,
-        dt_bias=weights.dt_bias,
+    return kernel.gated_delta_net(
+        projections=split_projections(qkvz, ba, shape),
+        weights=weights,
         state_=pool_.state,
         key_=pool_.key,
         u_=pool_.u,
         g_=pool_.g,
         span_=pool_.span,
-        **rows,
-    )  # [T, HV, V]
-    return rms_norm_gated(x=out.view(z.shape), z=z, weight=weights.norm, eps=weights.norm_eps)
+        conv_=pool_.conv,
+        query_start_loc=step.query_start_loc,
+        slot=step.slot,
+        context_len=step.context_len,
+        max_query_len=step.max_query_len,
+    )

@@ -26,12 +26,15 @@ class Step:
         query_start_loc [N+1] int32   row i owns tokens query_start_loc[i] to [i+1]
         slot            [N]   int32   the page of each row, or NULL_SLOT
         context_len     [N]   int32   tokens of the sequence committed before this step
+
+    max_query_len: no row has more tokens; an int, so that no kernel waits to learn it.
     """
 
     query_start_loc: torch.Tensor
     slot: torch.Tensor
     context_len: torch.Tensor
     num_tokens: int
+    max_query_len: int
 
     @classmethod
     def build(
@@ -42,8 +45,11 @@ class Step:
         slot: torch.Tensor,
         num_tokens: int,
         num_slots: int,
+        max_query_len: int,
     ) -> "Step":
-        """Build a step from what an engine knows of it, on the CPU, and bound every index.
+        """Build a step from what an engine knows of it; on a CPU, bound every index.
+
+        On a GPU that would be a wait in every step: there the kernels bound what they read.
 
         Shapes:
             query_start_loc [N+1], seq_lens [N] (committed + this step's tokens), slot [N]
@@ -57,13 +63,17 @@ class Step:
             slot=slot.to(torch.int32),
             context_len=(seq_lens - query_len).to(torch.int32),
             num_tokens=num_tokens,
+            max_query_len=max_query_len,
         )
-        step._check(query_len, num_slots)
+        if slot.device.type == "cpu":
+            step._check(query_len, num_slots)
         return step
 
     def _check(self, query_len: torch.Tensor, num_slots: int) -> None:
         active = self.slot != NULL_SLOT
         self._refuse(query_len < 0, "a negative query length", query_len)
+        too_long = query_len > self.max_query_len
+        self._refuse(too_long, f"more than {self.max_query_len} tokens", query_len)
         self._refuse(active & (self.context_len < 0), "a negative context length", self.context_len)
         out_of_range = active & ((self.slot < 0) | (self.slot >= num_slots))
         self._refuse(out_of_range, f"a slot outside [0, {num_slots})", self.slot)

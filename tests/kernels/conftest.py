@@ -1,21 +1,22 @@
-"""Every kernel test runs on every backend: the reference, and each instruction set."""
+"""Every kernel test runs on every backend: the reference, each instruction set, and Triton's."""
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # for state_pages, under --import-mode=importlib
+
+import interpreter
 import pytest
 import torch
 
 from qwen3next_plugin.kernels import native
 
-sys.path.insert(0, str(Path(__file__).parent))  # for state_pages, under --import-mode=importlib
-
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
-@pytest.fixture(params=("reference", *LEVELS))
+@pytest.fixture(params=("reference", *LEVELS, "triton"))
 def backend(request, monkeypatch):
-    """Name of the backend in force: `reference`, or the instruction set of the native kernels."""
+    """The backend in force: `reference`, `triton`, or a native kernels' instruction set."""
     yield from _in_force(request.param, monkeypatch)
 
 
@@ -38,6 +39,11 @@ def _in_force(name, monkeypatch):
     if name == "reference":
         monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
         yield name
+        return
+    if name == "triton":
+        monkeypatch.setenv("QWEN3NEXT_KERNELS", "triton")
+        with interpreter.interpreting():
+            yield name
         return
     if name not in native.levels():
         pytest.skip(f"this machine has no {name}")

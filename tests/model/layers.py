@@ -60,6 +60,7 @@ class LinearLayer:
             slot=torch.tensor(list(rows)),
             num_tokens=len(hidden),
             num_slots=self.slots,
+            max_query_len=max(counts),
         )
         core = gated_delta_net(
             qkvz=self.module.in_proj_qkvz(hidden),

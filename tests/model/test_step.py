@@ -1,5 +1,7 @@
 """Step: bounded when it is built, and the complaint names the row."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ def build(
         slot=torch.tensor(slot),
         num_tokens=num_tokens,
         num_slots=num_slots,
+        max_query_len=max(b - a for a, b in pairwise((0, *query_start_loc))),
     )
 
 

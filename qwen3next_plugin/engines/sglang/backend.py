@@ -63,6 +63,7 @@ class LinearBackend(AttentionBackend):
             slot=slot,
             num_tokens=int(query_start_loc[-1]),
             num_slots=self.pool.num_slots,
+            max_query_len=int(query_start_loc.diff().max()),
         )
 
     def _tree(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> TreeStep:

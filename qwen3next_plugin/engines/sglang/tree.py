@@ -62,6 +62,7 @@ class TreeStep:
                 slot=torch.tensor([page for each in slots for page in each]),
                 num_tokens=int(starts[-1]),
                 num_slots=num_slots,
+                max_query_len=max(len(path) for each in paths for path in each),
             ),
             token=torch.tensor(
                 [i * n + node for i, each in enumerate(paths) for path in each for node in path]

@@ -57,6 +57,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             slot=slots[:, 0],
             num_tokens=common.num_actual_tokens,
             num_slots=self.cache_config.num_gpu_blocks,
+            max_query_len=common.max_query_len,
         )
 
 

@@ -26,6 +26,7 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
         slot=torch.tensor([1]),
         num_tokens=1,
         num_slots=2,
+        max_query_len=1,
     )
     monkeypatch.setattr(
         linear_attention,

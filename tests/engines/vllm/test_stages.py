@@ -82,6 +82,7 @@ def run(model, vllm_config, T: int, forward) -> torch.Tensor:
         slot=torch.tensor([1]),
         num_tokens=T,
         num_slots=2,
+        max_query_len=T,
     )
     steps = {}
     for module in model.modules():

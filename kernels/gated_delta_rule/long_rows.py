@@ -1,0 +1,225 @@
+"""Prefill: rows whose tokens all stay, in chunks of C positions, on the tensor cores.
+
+With S as it stands at a chunk's start, G_i the sum of the log decays from there to token i, and
+G_ij that from token j to i, the corrected values of a chunk solve (I + L) u = y:
+  L_ij = beta_i exp(G_ij) k_i . k_j (j < i)      y_i = beta_i (v_i - exp(G_i) S^T k_i)
+  o_i  = exp(G_i) S^T q_i + sum_{j<=i} P_ij u_j   P_ij = exp(G_ij) q_i . k_j
+  S    = exp(G_last) S + sum_j k_j (exp(G_last,j) u_j)^T
+Nothing of L, P depends on S: `chunk_matrices` makes all chunks' at once, and `chunk_scan` walks
+through a row's chunks with S in registers. Chunks end at multiples of C: a prompt cut there
+leaves the same bits as a whole one.
+
+Source: the WY form of Yang et al., arXiv 2406.06484 and 2412.06464.
+"""
+
+import triton
+import triton.language as tl
+
+from qwen3next_plugin.kernels.gated_delta_rule.replay import replay, state_at
+from qwen3next_plugin.kernels.gpu.convolution import WIDTH, convolved_tile
+from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk, stands_at
+from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, sigmoid
+
+B = tl.constexpr(16)  # rows of a diagonal block of L
+
+
+@triton.jit
+def normalised_rows(x, scale):
+    return x * (scale / tl.sqrt(tl.sum(x * x, 1) + 1e-6))[:, None]
+
+
+@triton.jit
+def chunk_tokens(c, begin, n, j, first, C: tl.constexpr, SIZE: tl.constexpr):
+    """Positions [SIZE] from `first` in chunk j of a row, their tokens, and which are the row's."""
+    p = (c // C + j) * C + first + tl.arange(0, SIZE)
+    return p, (begin + p - c).to(tl.int64), (p >= c) & (p < c + n)
+
+
+@triton.jit(do_not_specialize=["T", "N", "slots"])
+def prepare(
+    x, conv, rows, q_out, k_out, v_out, g_out, beta_out, keys, T, N, slots,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    CONVOLVES: tl.constexpr, CHUNK: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """What the chunks are made of; BT tokens of one key head; grid (chunks * CHUNK / BT, H).
+
+    Writes q, k [T, H, K] (normalised), v [T, HV, V] in the activations' dtype, g, beta [T, HV]
+    fp32, and those keys that the page will keep to keys [T, H, K] fp32.
+    """
+    DRAFTS: tl.constexpr = W - GRID
+    C: tl.constexpr = H * (2 * K + R * V)
+    RING: tl.constexpr = WIDTH + DRAFTS
+    PARTS: tl.constexpr = CHUNK // BT
+    h = tl.program_id(1)
+    i, j = row_of_chunk(rows, tl.program_id(0) // PARTS, N, DRAFTS, CHUNK)
+    if i >= N:
+        return
+    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    if (page < 0) | (fault != 0):
+        return
+    first = tl.program_id(0) % PARTS * BT
+    p, t, live = chunk_tokens(c, begin, n, j, first, CHUNK, BT)
+    k_at, v_at, r_at = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BR)
+    k_in, v_in, r_in = k_at < K, v_at < V, r_at < R
+    to = (t * H + h)[:, None] * K + k_at[None, :]
+    inside = live[:, None] & k_in[None, :]
+    q = convolved_tile(
+        x.q + h * x.q_head, x.q_token, conv, page, p, t, c, live, h * K + k_at, k_at, k_in,
+        CONVOLVES, C, RING,
+    )  # fmt: skip
+    tl.store(q_out + to, normalised_rows(q, K**-0.5).to(q_out.dtype.element_ty), mask=inside)
+    k = convolved_tile(
+        x.k + h * x.k_head, x.k_token, conv, page, p, t, c, live, (H + h) * K + k_at, k_at, k_in,
+        CONVOLVES, C, RING,
+    )  # fmt: skip
+    k = normalised_rows(k, 1.0)
+    tl.store(k_out + to, k.to(k_out.dtype.element_ty), mask=inside)
+    stays = p >= (c + n) // GRID * GRID
+    tl.store(keys + to, k, mask=inside & stays[:, None])
+    for r in tl.static_range(R):
+        hv = h * R + r
+        v = convolved_tile(
+            x.v + h * x.v_head + r * x.v_value, x.v_token, conv, page, p, t, c, live,
+            2 * H * K + hv * V + v_at, v_at, v_in, CONVOLVES, C, RING,
+        )  # fmt: skip
+        at = (t * H * R + hv)[:, None] * V + v_at[None, :]
+        tl.store(v_out + at, v.to(v_out.dtype.element_ty), mask=live[:, None] & v_in[None, :])
+    each = live[:, None] & r_in[None, :]
+    a_at = x.a + t[:, None] * x.a_token + h * x.a_head + r_at[None, :]
+    b_at = x.b + t[:, None] * x.b_token + h * x.b_head + r_at[None, :]
+    a = tl.load(a_at, mask=each, other=0.0).to(tl.float32)
+    b = tl.load(b_at, mask=each, other=0.0).to(tl.float32)
+    A_log = tl.load(x.A_log + h * R + r_at, mask=r_in, other=0.0).to(tl.float32)
+    dt_bias = tl.load(x.dt_bias + h * R + r_at, mask=r_in, other=0.0).to(tl.float32)
+    at = t[:, None] * H * R + h * R + r_at[None, :]
+    tl.store(g_out + at, log_decay(a, A_log[None, :], dt_bias[None, :]), mask=each)
+    tl.store(beta_out + at, sigmoid(b), mask=each)
+
+
+@triton.jit
+def unit_lower_inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 for a strictly lower triangular L [C, C].
+
+    The diagonal blocks D row by row, by substitution; then, with M the blocks below them and
+    N = D M, which is nilpotent, (I + N)^-1 D. Powers of L itself would overflow where keys repeat.
+    """
+    BLOCKS: tl.constexpr = C // B
+    block = tl.arange(0, BLOCKS)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    D = -tl.sum(tl.where(same, tl.reshape(L, [BLOCKS, B, BLOCKS, B]), 0.0), 2)
+    at = tl.arange(0, B)
+    for i in range(2, B):
+        is_row = (at == i)[None, :, None]
+        row = tl.sum(tl.where(is_row, D, 0.0), 1)  # [BLOCKS, B]
+        row += tl.sum(row[:, :, None] * D, 1)
+        D = tl.where(is_row, row[:, None, :], D)
+    D += (at[:, None] == at[None, :]).to(tl.float32)[None, :, :]
+    D = tl.reshape(tl.where(same, D[:, :, None, :], 0.0), [C, C])
+    c = tl.arange(0, C)
+    below = (c // B)[:, None] > (c // B)[None, :]
+    N = tl.dot(D, tl.where(below, L, 0.0), input_precision=PRECISION)
+    inverse = D  # (I - N + N^2 - N^3) D, from the inside out
+    for _ in tl.static_range(BLOCKS - 1):
+        inverse = D - tl.dot(N, inverse, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit(do_not_specialize=["T", "N", "slots"])
+def chunk_matrices(
+    q, k, g, beta, rows, inverse, attention, T, N, slots,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, INVERSE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(I + L)^-1 diag(beta) and P of a chunk and value head, to [T, HV, C]; grid (chunks, HV)."""
+    DRAFTS: tl.constexpr = W - GRID
+    hv = tl.program_id(1)
+    i, j = row_of_chunk(rows, tl.program_id(0), N, DRAFTS, C)
+    if i >= N:
+        return
+    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    if (page < 0) | (fault != 0):
+        return
+    _, t, live = chunk_tokens(c, begin, n, j, 0, C, C)
+    k_at, at = tl.arange(0, BK), tl.arange(0, C)
+    inside = live[:, None] & (k_at < K)[None, :]
+    from_ = (t * H + hv // R)[:, None] * K + k_at[None, :]
+    to = (t * H * R + hv)[:, None] * C + at[None, :]
+    g_t = tl.load(g + t * H * R + hv, mask=live, other=0.0)
+    beta_t = tl.load(beta + t * H * R + hv, mask=live, other=0.0)
+    # Each sum on its own: a difference of two would lose a small one in a large one.
+    strictly = at[:, None] > at[None, :]
+    decay = tl.exp(tl.cumsum(tl.where(strictly, g_t[:, None], 0.0), 0))
+    keys = tl.load(k + from_, mask=inside, other=0.0)
+    queries = tl.load(q + from_, mask=inside, other=0.0)
+    qk = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    P = tl.where(at[:, None] >= at[None, :], qk * decay, 0.0)
+    tl.store(attention + to, P.to(attention.dtype.element_ty), mask=live[:, None])
+    kk = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+    L = tl.where(strictly, beta_t[:, None] * kk * decay, 0.0)
+    inv = unit_lower_inverse(L, C, INVERSE_PRECISION) * beta_t[None, :]
+    tl.store(inverse + to, inv.to(inverse.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "slots"])
+def chunk_scan(
+    q, k, v, g, inverse, attention, rows, pages, out, T, slots,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of a tile of V columns of one value head of one row; grid (V tiles * HV, N).
+
+    Writes out [T, HV, V], S at the last grid point, and u of the tokens after it.
+    """
+    DRAFTS: tl.constexpr = W - GRID
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    STATE: tl.constexpr = pages.state.dtype.element_ty
+    tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    page, begin, n, c, start, _, fault = load_row(rows, tl.program_id(1), T, slots, DRAFTS)
+    if (page < 0) | (fault != 0) | (n <= DRAFTS + 1):
+        return
+    h = hv // R
+    k_at, v_at, at = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
+    k_in, v_in = (k_at < K)[None, :], (v_at < V)[None, :]
+    end = c + n
+    last = end // GRID * GRID  # the grid point at which S is left
+    p0 = stands_at(c, start)
+    S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
+    S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
+    S = replay(S, pages, page, p0, tl.minimum(c, last), hv, k_at, v_at, H, R, K, V, W)
+    if last <= c:
+        tl.store(S_at, S.to(STATE), mask=S_in)
+        S = replay(S, pages, page, last, c, hv, k_at, v_at, H, R, K, V, W)
+    for j in range(0, (end - 1) // C - c // C + 1):
+        p, t, live = chunk_tokens(c, begin, n, j, 0, C, C)
+        here = live[:, None]
+        keys = tl.load(k + (t * H + h)[:, None] * K + k_at[None, :], mask=here & k_in, other=0.0)
+        queries = tl.load(q + (t * H + h)[:, None] * K + k_at[None, :], mask=here & k_in, other=0.0)
+        values_at = (t * H * R + hv)[:, None] * V + v_at[None, :]
+        values = tl.load(v + values_at, mask=here & v_in, other=0.0).to(tl.float32)
+        matrix_at = (t * H * R + hv)[:, None] * C + at[None, :]
+        inv = tl.load(inverse + matrix_at, mask=here, other=0.0)
+        P = tl.load(attention + matrix_at, mask=here, other=0.0)
+        folds = live & (p < last)
+        g_t = tl.load(g + t * H * R + hv, mask=live, other=0.0)
+        g_next = tl.load(
+            g + (t + 1) * H * R + hv, mask=folds & (p + 1 < last) & (at + 1 < C), other=0.0
+        )
+        from_start = tl.exp(tl.cumsum(g_t, 0))[:, None]
+        to_end = tl.where(folds, tl.exp(tl.cumsum(g_next, 0, reverse=True)), 0.0)[:, None]
+        through = tl.exp(tl.sum(tl.where(folds, g_t, 0.0), 0))
+
+        S_low = S.to(DTYPE)
+        y = values - from_start * tl.dot(keys, S_low, input_precision=PRECISION)
+        u = tl.dot(inv, y.to(DTYPE), input_precision=PRECISION)
+        o = from_start * tl.dot(queries, S_low, input_precision=PRECISION)
+        o = tl.dot(P, u.to(DTYPE), o, input_precision=PRECISION)
+        tl.store(out + values_at, o.to(out.dtype.element_ty), mask=here & v_in)
+        window = live & (p >= last)
+        u_at = pages.u + page * pages.u_slot + (p % W * H * R + hv)[:, None] * V + v_at[None, :]
+        tl.store(u_at, u, mask=window[:, None] & v_in)
+        folded = (to_end * u).to(DTYPE)
+        S = tl.dot(tl.trans(keys), folded, through * S, input_precision=PRECISION)
+    if last > c:
+        tl.store(S_at, S.to(STATE), mask=S_in)

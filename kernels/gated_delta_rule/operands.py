@@ -1,0 +1,79 @@
+"""What the Triton kernels of a linear-attention layer are given, grouped by where it comes from."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels.gpu.convolution import Convolution
+
+
+class Inputs(NamedTuple):
+    """The layer's projections; strides in elements, from token to token and from head to head.
+
+    Shapes: q, k [T, H, K], v [T, H, R, V] (v_value: from value head to value head), a, b [T, H, R]
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor
+    q_token: int
+    q_head: int
+    k_token: int
+    k_head: int
+    v_token: int
+    v_head: int
+    v_value: int
+    a_token: int
+    a_head: int
+    b_token: int
+    b_head: int
+    A_log: Tensor
+    dt_bias: Tensor
+
+
+def inputs(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
+) -> Inputs:
+    """v is [T, H, R, V]."""
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2])
+    return Inputs(q, k, v, a, b, *strides, A_log, dt_bias)
+
+
+def no_convolution(x: Inputs) -> Convolution:
+    """What a kernel is given that convolves nothing."""
+    return Convolution(x.q, x.q, 0)
+
+
+class Norm(NamedTuple):
+    """The gated norm: gate z [T, H, R, V], weight [V]."""
+
+    z: Tensor
+    z_token: int
+    z_head: int
+    z_value: int
+    weight: Tensor
+    eps: float
+
+
+def no_norm(x: Inputs) -> Norm:
+    """What a kernel is given that norms nothing."""
+    return Norm(x.v, 0, 0, 0, x.v, 0.0)
+
+
+class Pages(NamedTuple):
+    """State and window of every page, each with the stride from one slot to the next."""
+
+    state: Tensor
+    key: Tensor
+    u: Tensor
+    g: Tensor
+    state_slot: int
+    key_slot: int
+    u_slot: int
+    g_slot: int
+
+
+def pages(state: Tensor, key: Tensor, u: Tensor, g: Tensor) -> Pages:
+    return Pages(state, key, u, g, state.stride(0), key.stride(0), u.stride(0), g.stride(0))

@@ -1,0 +1,39 @@
+"""A head's tile of S, and the window's tokens applied to it."""
+
+import triton
+import triton.language as tl
+
+from qwen3next_plugin.kernels.gpu.rows import GRID
+
+
+@triton.jit
+def state_at(pages, page, hv, k_at, v_at, K: tl.constexpr, V: tl.constexpr):
+    """Where a tile of S lies, and which of it exists."""
+    at = pages.state + page * pages.state_slot + (hv * K + k_at[:, None]) * V + v_at[None, :]
+    return at, (k_at < K)[:, None] & (v_at < V)[None, :]
+
+
+@triton.jit
+def rounded(S, p, STATE: tl.constexpr):
+    """S after position p: in the pages' dtype rounded where the next one is a grid point."""
+    if tl.float32 == STATE:
+        return S
+    return tl.where((p + 1) % GRID == 0, S.to(STATE).to(tl.float32), S)
+
+
+@triton.jit
+def replay(
+    S, pages, page, first, last, hv, k_at, v_at,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """S after the window's tokens at positions [first, last)."""
+    for p in tl.range(first, last, num_stages=2):
+        at = p % W
+        key_at = pages.key + page * pages.key_slot + (at * H + hv // R) * K + k_at
+        u_at = pages.u + page * pages.u_slot + (at * H * R + hv) * V + v_at
+        key = tl.load(key_at, mask=k_at < K, other=0.0)
+        u = tl.load(u_at, mask=v_at < V, other=0.0)
+        g = tl.load(pages.g + page * pages.g_slot + at * H * R + hv)
+        S = tl.fma(key[:, None], u[None, :], tl.exp(g) * S)
+        S = rounded(S, p, pages.state.dtype.element_ty)
+    return S

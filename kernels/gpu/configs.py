@@ -1,0 +1,87 @@
+"""The sizes that kernels are built for: fixed tables, so that nothing is tuned while serving."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Warps of a program, and how many loads run ahead of a loop."""
+
+    num_warps: int
+    num_stages: int = 1
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Of one architecture; columns are those of S that a program takes."""
+
+    short_columns: int = 32
+    short: Launch = Launch(4, 2)
+    chunk: int = 64  # positions of a chunk
+    prepare_tokens: int = 16
+    prepare: Launch = Launch(4)
+    matrices: Launch = Launch(4)
+    scan_columns: int = 32
+    scan: Launch = Launch(4, 2)
+    commit: Launch = Launch(1)
+    rowwise: Launch = Launch(4)  # norms and gates
+    inverse_precision: str = "tf32"  # beside activations of 16 bits
+    fp32_precision: str = "tf32x3"  # of all products beside fp32 ones
+
+
+CONFIGS = {
+    "sm_80": Config(chunk=32),
+    "sm_90": Config(),
+    "sm_100": Config(),
+    "gfx942": Config(inverse_precision="ieee", fp32_precision="ieee"),
+}
+MAJORS = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_100"}
+
+
+_compiled_for: str | None = None  # see `compiling_for`
+
+
+def compile_for(arch: str | None) -> None:
+    """From here on, tensors on a CPU stand for tensors on `arch`; None: no longer."""
+    global _compiled_for
+    _compiled_for = arch
+
+
+def compiles() -> bool:
+    return _compiled_for is not None
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose configuration a device takes.
+
+    Raises: NotImplementedError where there is none.
+    """
+    if device.type == "cpu":
+        return _compiled_for or "sm_90"  # Triton's interpreter takes any
+    return _architecture_of(device)
+
+
+@functools.cache
+def _architecture_of(device: torch.device) -> str:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        nearest = "gfx942" if name.startswith("gfx9") else None
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        name, nearest = f"sm_{major}{minor}", MAJORS.get(major)
+    if nearest is None:
+        raise NotImplementedError(
+            f"the Triton kernels are built for {', '.join(CONFIGS)}, not for {name};"
+            " QWEN3NEXT_KERNELS=reference runs anywhere, slowly"
+        )
+    return nearest
+
+
+def config_for(device: torch.device) -> Config:
+    return CONFIGS[architecture(device)]

@@ -1,0 +1,76 @@
+"""How a kernel says that a row cannot be: it leaves the page alone, and a record on the device.
+
+A launch cannot raise, and waiting for it would stall the engine. So a bad row's output is NaN, its
+page is not touched, and the first fault since the last look is kept in ten integers per device,
+which `check` turns into the error that the native kernels raise at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS, SLOT, CONTEXT, SHARED, POSITION = 1, 2, 3, 4, 5  # what is wrong
+_RECORDS: dict[torch.device, Tensor] = {}
+
+
+def record(device: torch.device) -> Tensor:
+    """The device's record [10] int64, all zero while nothing is wrong; one per process."""
+    if device not in _RECORDS:
+        _RECORDS[device] = torch.zeros(10, dtype=torch.int64, device=device)
+    return _RECORDS[device]
+
+
+def check(device: torch.device) -> None:
+    """Raise what the kernels found since the last check, and forget it. Waits for the device.
+
+    Raises: RuntimeError naming the row.
+    """
+    kept = record(device)
+    complaint = said(kept.tolist())
+    if complaint:
+        kept.zero_()
+        raise RuntimeError(complaint)
+
+
+def checked(out: Tensor) -> Tensor:
+    """`out`; on a CPU, where the interpreter has run the kernels to their end, after `check`."""
+    if out.device.type == "cpu":
+        check(out.device)
+    return out
+
+
+def said(values: list[int]) -> str | None:
+    """The complaint that a record's values stand for, or None."""
+    kind, row, page, begin, n, c, start, end, slots, T = values
+    if kind == TOKENS:
+        return f"row {row}: query_start_loc {begin} to {begin + n} is not a range of {T} tokens"
+    if kind == SLOT:
+        return f"row {row}: slot {page} is not one of {slots} slots"
+    if kind == CONTEXT:
+        return (
+            f"row {row}: slot {page} holds start={start} end={end}"
+            f" and cannot continue at context length c={c}"
+        )
+    if kind == SHARED:
+        return f"row {row}: slot {page} is used by an earlier row"
+    if kind == POSITION:
+        return f"token {row}: position {page} is not one of {slots} in cos_sin"
+    return None
+
+
+@triton.jit
+def report(faults, kind, row, page, begin, n, c, start, end, slots, T):
+    """Keep a fault, unless one is kept already; kind 0 is none."""
+    if kind != 0:
+        wide = kind.to(tl.int64)
+        if tl.atomic_cas(faults, tl.zeros_like(wide), wide) == 0:
+            tl.store(faults + 1, row)
+            tl.store(faults + 2, page)
+            tl.store(faults + 3, begin)
+            tl.store(faults + 4, n)
+            tl.store(faults + 5, c)
+            tl.store(faults + 6, start)
+            tl.store(faults + 7, end)
+            tl.store(faults + 8, slots)
+            tl.store(faults + 9, T)

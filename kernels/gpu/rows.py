@@ -1,0 +1,121 @@
+"""The rows of a step as a kernel finds them: checked, and looked up by token or by chunk."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3next_plugin.kernels.gpu import faults
+from qwen3next_plugin.kernels.gpu.faults import report
+from qwen3next_plugin.kernels.step import GRID as _GRID
+
+GRID = tl.constexpr(_GRID)
+TOKENS, SLOT, CONTEXT = (tl.constexpr(f) for f in (faults.TOKENS, faults.SLOT, faults.CONTEXT))
+SHARED = tl.constexpr(faults.SHARED)
+MAX_INT = tl.constexpr(2**31 - 1)
+LOOK = tl.constexpr(128)  # rows looked at together
+
+
+class Rows(NamedTuple):
+    """The index tensors of a step, and the spans of the pages."""
+
+    query_start_loc: Tensor
+    slot: Tensor
+    context_len: Tensor
+    span: Tensor
+    span_slot: int  # from one slot to the next
+
+
+def rows(query_start_loc: Tensor, slot: Tensor, context_len: Tensor, span: Tensor) -> Rows:
+    return Rows(query_start_loc, slot, context_len, span, span.stride(0))
+
+
+@triton.jit
+def load_row(rows, i, T, slots, DRAFTS: tl.constexpr):
+    """Row i: page (int64), first token, tokens, context length, start, end, kind of fault.
+
+    A kernel works on it only if the page is not negative and the fault is 0.
+    """
+    begin = tl.load(rows.query_start_loc + i)
+    end = tl.load(rows.query_start_loc + i + 1)
+    page = tl.load(rows.slot + i).to(tl.int64)
+    c = tl.load(rows.context_len + i)
+    known = (page >= 0) & (page < slots)
+    start = tl.load(rows.span + page * rows.span_slot, mask=known, other=0)
+    last = tl.load(rows.span + page * rows.span_slot + 1, mask=known, other=0)
+    n = end - begin
+    stands = (start >= 0) & (start <= c) & (c <= last)
+    stands = stands & (last - start <= DRAFTS + 1) & (c.to(tl.int64) + n <= MAX_INT)
+    fault = tl.where(known & (c != 0) & (stands == 0), CONTEXT, 0)
+    fault = tl.where((page != -1) & (known == 0), SLOT, fault)
+    in_range = (begin >= 0) & (begin <= end) & (end <= T)
+    fault = tl.where(in_range, fault, TOKENS)
+    return page, begin, n, c, start, last, fault
+
+
+@triton.jit
+def stands_at(c, start):
+    """The grid point at which the page's S stands; 0 for a fresh state."""
+    return tl.where(c == 0, 0, start // GRID * GRID)
+
+
+@triton.jit
+def row_of_token(rows, t, N):
+    """The row that token t belongs to, or N if it comes after all rows."""
+    i = 0
+    for first in range(0, N, LOOK):
+        at = first + tl.arange(0, LOOK)
+        ends = tl.load(rows.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
+        i += tl.sum((ends <= t).to(tl.int32), 0)
+    return i
+
+
+@triton.jit
+def row_of_chunk(rows, index, N, DRAFTS: tl.constexpr, C: tl.constexpr):
+    """The row of the index-th chunk of all long rows, N if there is none, and which chunk of it.
+
+    Chunks end where the position is a multiple of C; row and chunk by counting those before.
+    """
+    i = 0
+    before = 0
+    total = 0
+    for first in range(0, N, LOOK):
+        at = first + tl.arange(0, LOOK)
+        there = at < N
+        begin = tl.load(rows.query_start_loc + at, mask=there, other=0)
+        end = tl.load(rows.query_start_loc + at + 1, mask=there, other=0)
+        c = tl.maximum(tl.load(rows.context_len + at, mask=there, other=0), 0)
+        n = end - begin
+        chunks = tl.where(n > DRAFTS + 1, (c % C + n - 1) // C + 1, 0)
+        sums = total + tl.cumsum(chunks, 0)
+        passed = there & (sums <= index)
+        i += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, sums, 0), 0))
+        total += tl.sum(chunks, 0)
+    return i, index - before
+
+
+def most_chunks(T: int, N: int, drafts: int, C: int) -> int:
+    """How many chunks the long rows of a step of T tokens can have at most."""
+    return T // C + 2 * min(N, T // (drafts + 2))
+
+
+@triton.jit
+def is_shared(rows, i, page):
+    """Whether an earlier row has the page, too."""
+    shared = 0
+    for first in range(0, i, LOOK):
+        at = first + tl.arange(0, LOOK)
+        slots = tl.load(rows.slot + at, mask=at < i, other=-1)
+        shared += tl.sum((slots == page).to(tl.int32), 0)
+    return (shared > 0) & (page >= 0)
+
+
+@triton.jit
+def say_fault(rows, record, i, T, slots, DRAFTS: tl.constexpr):
+    """Record what is wrong with row i, if anything is; returns the kind of fault."""
+    page, begin, n, c, start, last, fault = load_row(rows, i, T, slots, DRAFTS)
+    fault = tl.where((fault == 0) & is_shared(rows, i, page), SHARED, fault)
+    report(record, fault, i, page, begin, n, c, start, last, slots, T)
+    return fault

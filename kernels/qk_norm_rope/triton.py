@@ -1,0 +1,72 @@
+"""QK norm and partial RoPE in Triton: a head in registers."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import next_power_of_2
+
+from qwen3next_plugin.kernels.gpu import faults
+from qwen3next_plugin.kernels.gpu.configs import config_for
+from qwen3next_plugin.kernels.gpu.faults import report
+
+POSITION = tl.constexpr(faults.POSITION)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in the public op. A bad position is told by `faults.check`, its heads are NaN."""
+    T, D = len(qkv), head_dim
+    q, k = qkv.new_empty(T, num_heads * D), qkv.new_empty(T, num_kv_heads * D)
+    if T:
+        _qk_norm_rope[T, num_heads + num_kv_heads](
+            qkv, qkv.stride(0), q_weight, k_weight, cos_sin, cos_sin.stride(0), positions, q, k,
+            faults.record(qkv.device), len(cos_sin), eps,
+            HQ=num_heads, HKV=num_kv_heads, D=D, ROTARY=rotary_dim, BD=next_power_of_2(D),
+            **config_for(qkv.device).commit.options(),
+        )  # fmt: skip
+    return faults.checked(q), k
+
+
+@triton.jit(do_not_specialize=["known"])
+def _qk_norm_rope(
+    qkv, row, q_weight, k_weight, cos_sin, cos_sin_row, positions, q_out, k_out, record, known, eps,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """A head of one token; grid (T, HQ + HKV)."""
+    HALF: tl.constexpr = ROTARY // 2
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if h < HQ:
+        x, weight, out = qkv + t * row + h * 2 * D, q_weight, q_out + (t * HQ + h) * D
+    else:
+        h -= HQ
+        x, weight, out = qkv + t * row + (2 * HQ + h) * D, k_weight, k_out + (t * HKV + h) * D
+    at = tl.arange(0, BD)
+    inside, turns = at < D, at < ROTARY
+    partner = tl.where(at < HALF, at + HALF, at - HALF)  # the dim it turns with
+    position = tl.load(positions + t)
+    is_known = (position >= 0) & (position < known)
+    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
+    y *= scale * (1.0 + tl.load(weight + at, mask=inside, other=0.0).to(tl.float32))
+    other = tl.load(x + partner, mask=turns, other=0.0).to(tl.float32)
+    other *= scale * (1.0 + tl.load(weight + partner, mask=turns, other=0.0).to(tl.float32))
+    angle = cos_sin + position * cos_sin_row + at % HALF
+    cos = tl.load(angle, mask=turns & is_known, other=0.0).to(tl.float32)
+    sin = tl.load(angle + HALF, mask=turns & is_known, other=0.0).to(tl.float32)
+    turned = y * cos + tl.where(at < HALF, -other, other) * sin
+    y = tl.where(turns, turned, y)
+    y = tl.where(is_known, y, float("nan"))
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    if tl.program_id(1) == 0:
+        kind = tl.where(is_known, 0, POSITION)
+        report(record, kind, t, position, 0, 0, 0, 0, 0, known, 0)
