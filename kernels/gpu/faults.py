@@ -6,8 +6,6 @@ which `check` turns into the error that the native kernels raise at once.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 TOKENS, SLOT, CONTEXT, SHARED, POSITION = 1, 2, 3, 4, 5  # what is wrong
@@ -40,6 +38,27 @@ def checked(out: Tensor) -> Tensor:
     return out
 
 
+class Watch:
+    """Looks at a device's record without waiting: what it saw at one call, the next one tells."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.record = record(device)
+        self.seen = torch.zeros_like(self.record, device="cpu", pin_memory=True)
+        self.arrived = torch.cuda.Event()
+
+    def look(self) -> None:
+        """Raise what an earlier call saw, and look again; once a step.
+
+        Raises: RuntimeError naming the row of a step before.
+        """
+        if not self.arrived.query():
+            return
+        if complaint := said(self.seen.tolist()):
+            raise RuntimeError(complaint)
+        self.seen.copy_(self.record, non_blocking=True)
+        self.arrived.record()
+
+
 def said(values: list[int]) -> str | None:
     """The complaint that a record's values stand for, or None."""
     kind, row, page, begin, n, c, start, end, slots, T = values
@@ -57,20 +76,3 @@ def said(values: list[int]) -> str | None:
     if kind == POSITION:
         return f"token {row}: position {page} is not one of {slots} in cos_sin"
     return None
-
-
-@triton.jit
-def report(faults, kind, row, page, begin, n, c, start, end, slots, T):
-    """Keep a fault, unless one is kept already; kind 0 is none."""
-    if kind != 0:
-        wide = kind.to(tl.int64)
-        if tl.atomic_cas(faults, tl.zeros_like(wide), wide) == 0:
-            tl.store(faults + 1, row)
-            tl.store(faults + 2, page)
-            tl.store(faults + 3, begin)
-            tl.store(faults + 4, n)
-            tl.store(faults + 5, c)
-            tl.store(faults + 6, start)
-            tl.store(faults + 7, end)
-            tl.store(faults + 8, slots)
-            tl.store(faults + 9, T)

@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3next_plugin.kernels.gpu import faults
-from qwen3next_plugin.kernels.gpu.faults import report
 from qwen3next_plugin.kernels.step import GRID as _GRID
 
 GRID = tl.constexpr(_GRID)
@@ -110,6 +109,23 @@ def is_shared(rows, i, page):
         slots = tl.load(rows.slot + at, mask=at < i, other=-1)
         shared += tl.sum((slots == page).to(tl.int32), 0)
     return (shared > 0) & (page >= 0)
+
+
+@triton.jit
+def report(record, kind, row, page, begin, n, c, start, end, slots, T):
+    """Keep a fault, unless one is kept already; kind 0 is none."""
+    if kind != 0:
+        wide = kind.to(tl.int64)
+        if tl.atomic_cas(record, tl.zeros_like(wide), wide) == 0:
+            tl.store(record + 1, row)
+            tl.store(record + 2, page)
+            tl.store(record + 3, begin)
+            tl.store(record + 4, n)
+            tl.store(record + 5, c)
+            tl.store(record + 6, start)
+            tl.store(record + 7, end)
+            tl.store(record + 8, slots)
+            tl.store(record + 9, T)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from triton import next_power_of_2
 
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import config_for
-from qwen3next_plugin.kernels.gpu.faults import report
+from qwen3next_plugin.kernels.gpu.rows import report
 
 POSITION = tl.constexpr(faults.POSITION)
 

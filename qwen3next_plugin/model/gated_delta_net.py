@@ -8,7 +8,9 @@ from torch import nn
 from qwen3next_plugin.kernels import gated_delta_net as kernel
 from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights, Projections
 from qwen3next_plugin.model.state import StatePool
-from qwen3next_plugin.model.step import Step
+from qwen3next_plugin.model.step import NULL_SLOT, Step
+
+LONG = 64  # tokens of a row, more than any draft has
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,26 @@ def gated_delta_net(
         context_len=step.context_len,
         max_query_len=step.max_query_len,
     )
+
+
+def launch_idle(
+    *, weights: GatedDeltaNetWeights, shape: GatedDeltaNetShape, pool_: StatePool
+) -> None:
+    """Launch every kernel of the layer on a row that owns no page, so that each is compiled."""
+    H, HV, device = shape.num_key_heads, shape.num_value_heads, pool_.span.device
+    for T in (1, LONG):
+        null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=device)
+        gated_delta_net(
+            qkvz=pool_.conv.new_zeros(T, 2 * H * shape.key_dim + 2 * HV * shape.value_dim),
+            ba=pool_.conv.new_zeros(T, 2 * HV),
+            weights=weights,
+            shape=shape,
+            pool_=pool_,
+            step=Step(
+                query_start_loc=torch.tensor([0, T], dtype=torch.int32, device=device),
+                slot=null,
+                context_len=torch.zeros_like(null),
+                num_tokens=T,
+                max_query_len=T,
+            ),
+        )

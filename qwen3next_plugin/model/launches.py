@@ -9,13 +9,10 @@ from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,
-    gated_delta_net,
+    launch_idle,
 )
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.state import PageLayout
-from qwen3next_plugin.model.step import NULL_SLOT, Step
-
-LONG = 64  # tokens of a row that no draft is as long as
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +28,9 @@ class Launches:
     @torch.inference_mode()
     def run(self) -> None:
         """Launch each kernel on rows that own no page: nothing is read that matters."""
-        for tokens in (1, LONG):
-            self._linear_attention(tokens)
-            self._attention(tokens)
-            self._norms(tokens)
+        self._linear_attention()
+        self._attention()
+        self._norms()
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -52,48 +48,38 @@ class Launches:
             state_dtype=self.state_dtype,
         )
 
-    def _linear_attention(self, T: int) -> None:
+    def _linear_attention(self) -> None:
         layout, empty = self.layout(), self._empty
-        H, HV, V = layout.num_key_heads, layout.num_value_heads, layout.value_dim
+        HV = layout.num_value_heads
         padded = -(-layout.page_bytes // 256) * 256  # hosts align pages, and kernels rely on it
-        null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=self.device)
-        gated_delta_net(
-            qkvz=empty(T, 2 * H * layout.key_dim + 2 * HV * V),
-            ba=empty(T, 2 * HV),
+        launch_idle(
             weights=GatedDeltaNetWeights(
                 conv=empty(layout.conv_dim, 4),
                 A_log=empty(HV, dtype=torch.float32),
                 dt_bias=empty(HV, dtype=torch.float32),
-                norm=empty(V),
+                norm=empty(layout.value_dim),
                 norm_eps=self.config.rms_norm_eps,
             ),
-            shape=GatedDeltaNetShape(H, HV, layout.key_dim, V),
+            shape=GatedDeltaNetShape(layout.num_key_heads, HV, layout.key_dim, layout.value_dim),
             pool_=layout.view(empty(2, padded, dtype=torch.int8)),
-            step=Step(
-                query_start_loc=torch.tensor([0, T], dtype=torch.int32, device=self.device),
-                slot=null,
-                context_len=torch.zeros_like(null),
-                num_tokens=T,
-                max_query_len=T,
-            ),
         )
 
-    def _attention(self, T: int) -> None:
+    def _attention(self) -> None:
         c, empty = self.config, self._empty
         Hq, Hkv, D = c.num_attention_heads_per_rank, c.num_key_value_heads_per_rank, c.head_dim
         q, *_, gate = prepare(
-            qkv=empty(T, 2 * (Hq + Hkv) * D),
+            qkv=empty(1, 2 * (Hq + Hkv) * D),
             q_weight=empty(D),
             k_weight=empty(D),
-            cos_sin=empty(T, c.rotary_dim),
-            positions=empty(T, dtype=torch.int64),
+            cos_sin=empty(1, c.rotary_dim),
+            positions=empty(1, dtype=torch.int64),
             shape=AttentionShape(Hq, Hkv, D, c.rotary_dim),
             eps=c.rms_norm_eps,
         )
         apply_gate(q, gate)
 
-    def _norms(self, T: int) -> None:
+    def _norms(self) -> None:
         D = self.config.hidden_size
         norm = RMSNorm(D, self.config.rms_norm_eps).to(self.device, self.dtype)
-        norm(self._empty(T, D))
-        norm(self._empty(T, D), self._empty(T, D))
+        norm(self._empty(1, D))
+        norm(self._empty(1, D), self._empty(1, D))

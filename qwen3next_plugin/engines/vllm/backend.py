@@ -1,9 +1,8 @@
 """The linear-attention backend: turns vLLM's per-step metadata into a Step."""
 
-from typing import ClassVar
-
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -11,10 +10,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from qwen3next_plugin.engines.vllm.registration import BACKEND_NAME
-from qwen3next_plugin.model.step import Step
+from qwen3next_plugin.kernels.gpu import faults
+from qwen3next_plugin.model.step import NULL_SLOT, Step
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -24,7 +24,6 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     need no count: the page knows where it stands, so roll-back is a matter of context length.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     reorder_batch_threshold: int | None = None
 
     def __init__(
@@ -36,6 +35,16 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.cache_config = vllm_config.cache_config
+        self.on_device = None
+        if device.type != "cpu":
+            self.on_device = DeviceStep(vllm_config.scheduler_config.max_num_seqs, device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """On a GPU any step: its kernels find their rows on the device."""
+        return AttentionCGSupport.NEVER if current_platform.is_cpu() else AttentionCGSupport.ALWAYS
 
     def build(
         self,
@@ -51,12 +60,47 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             self.kv_cache_spec,
             self.cache_config.mamba_cache_mode,
         )
+        if self.on_device is not None:
+            return self.on_device.build(common, slots[:, 0])
         return Step.build(
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             slot=slots[:, 0],
             num_tokens=common.num_actual_tokens,
             num_slots=self.cache_config.num_gpu_blocks,
+            max_query_len=common.max_query_len,
+        )
+
+
+class DeviceStep:
+    """Builds steps on a GPU, without waiting for it, in tensors that a CUDA graph may keep.
+
+    vLLM's block 0 belongs to nobody: rows on it, and rows without tokens, are padding.
+    """
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        size = max_num_seqs + 1  # a graph's batch may be a row larger than what is scheduled
+        self.slot = torch.full((size,), NULL_SLOT, dtype=torch.int32, device=device)
+        self.context_len = torch.zeros_like(self.slot)
+        self.query_start_loc = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        self.watch = faults.Watch(device) if device.type == "cuda" else None
+
+    def build(self, common: CommonAttentionMetadata, block: torch.Tensor) -> Step:
+        """Shapes: block [N], the page of each row.
+
+        Raises: StateError: an earlier step had a row that its page could not serve.
+        """
+        if self.watch is not None:
+            self.watch.look()
+        N = len(block)
+        query_start_loc = self.query_start_loc[: N + 1].copy_(common.query_start_loc)
+        query_len = query_start_loc.diff()
+        is_padding = (query_len == 0) | (block == 0)
+        return Step(
+            query_start_loc=query_start_loc,
+            slot=self.slot[:N].copy_(block.masked_fill(is_padding, NULL_SLOT)),
+            context_len=self.context_len[:N].copy_(common.seq_lens - query_len),
+            num_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
         )
 

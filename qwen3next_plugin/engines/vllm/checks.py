@@ -57,14 +57,14 @@ class Qwen3NextChecks(VerifyAndUpdateConfig):
             _check_cpu(config, vllm_config)
 
 
-class NoKernelsYet(VerifyAndUpdateConfig):
+class NoKernels(VerifyAndUpdateConfig):
     """Stands there on a platform that our kernels do not run on, where vLLM's own model stays."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Say so."""
         logger.info_once(
-            "qwen3next_plugin %s has no kernels for %s yet: vLLM %s keeps its own Qwen3-Next",
+            "qwen3next_plugin %s has no kernels for %s: vLLM %s keeps its own Qwen3-Next",
             __version__,
             current_platform.device_name,
             check_host("vllm"),
@@ -73,7 +73,9 @@ class NoKernelsYet(VerifyAndUpdateConfig):
 
 def _kernels() -> str:
     """What runs the plugin's ops."""
-    return "slow reference" if env.kernels() == "reference" else f"native {native.isa()}"
+    if env.kernels() == "reference":
+        return "slow reference"
+    return f"native {native.isa()}" if current_platform.is_cpu() else "Triton"
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:

@@ -25,6 +25,7 @@ from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetWeights,
     Weight,
     gated_delta_net,
+    launch_idle,
 )
 from qwen3next_plugin.model.state import PageLayout, StateError
 from qwen3next_plugin.model.weights import shard_conv_weight
@@ -156,6 +157,8 @@ class GatedDeltaNet(nn.Module, MambaBase):
             norm=self.norm.weight.data,
             norm_eps=self.norm_eps,
         )
+        if self.pool.span.device.type != "cpu":  # nothing is compiled at the first request
+            launch_idle(weights=self.weights, shape=self.shape, pool_=self.pool)
 
     def get_state_shape(self) -> Iterable[tuple[int, ...]]:
         return ((self.layout.page_bytes,),)

@@ -10,6 +10,7 @@ from qwen3next_plugin.versions import check_host
 logger = logging.getLogger("vllm.qwen3next_plugin")
 PACKAGE = "qwen3next_plugin.engines.vllm"
 BACKEND_NAME = "QWEN3NEXT_GDN"  # of the linear-attention backend
+OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
 TRUNK, DRAFTER = "Qwen3NextForCausalLM", "Qwen3NextMTP"  # the names in vLLM's registry
 
 
@@ -37,19 +38,33 @@ def _register() -> None:
     from vllm.v1.attention.backends.registry import register_backend
 
     check_host("vllm")
-    from qwen3next_plugin.engines.vllm.checks import NoKernelsYet, Qwen3NextChecks
+    from qwen3next_plugin.engines.vllm.checks import NoKernels, Qwen3NextChecks
 
-    if not current_platform.is_cpu():
-        MODELS_CONFIG_MAP[TRUNK] = NoKernelsYet
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        MODELS_CONFIG_MAP[TRUNK] = NoKernels
         return
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
 
         native.load()  # a broken build, or an instruction set that is not there, shows now
+    if not current_platform.is_cpu():
+        _keep_out_of_graphs(OPAQUE_OP)
     MODELS_CONFIG_MAP[TRUNK] = Qwen3NextChecks
     ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model:Qwen3NextForCausalLM")
     ModelRegistry.register_model(DRAFTER, f"{PACKAGE}.mtp:Qwen3NextMTP")
     register_backend(BACKEND_NAME, f"{PACKAGE}.backend.GatedDeltaNetBackend", is_mamba=True)
+
+
+def _keep_out_of_graphs(op: str) -> None:
+    """Let vLLM cut its compiled graphs at our op, as at those of its own recurrent layers.
+
+    Which pages a step reads is known at the step only, so a piecewise CUDA graph must not hold it.
+    vLLM 0.32 and 0.33 have no setting that adds to their list. Can go when an op can say it itself.
+    """
+    from vllm.config import CompilationConfig
+
+    if op not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(op)
 
 
 def registered() -> dict[str, str]:

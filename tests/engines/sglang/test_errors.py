@@ -1,7 +1,9 @@
 """What cannot be served is refused before a worker starts: by our error, with thing and mend."""
 
 import json
+import os
 import re
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -30,8 +32,15 @@ LLAMA = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """SGLang hands some flags on in environment variables: no later test's server may see them."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.fixture(scope="module")
-def complete():
+def complete(environment):
     """SGLang completes its flags, as it does before it starts a process; what they then are."""
     from sglang.srt.plugins import load_plugins
 
