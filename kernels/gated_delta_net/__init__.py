@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import FLOAT, check
 
 
 class Projections(NamedTuple):
@@ -65,6 +66,9 @@ def gated_delta_net(
 
     Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; transformers' Qwen3-Next.
     """
-    run = dispatch.implementation("gated_delta_net", slot.device)
+    op, x = "gated_delta_net", projections
+    run = dispatch.implementation(op, slot.device)
+    check(op, "z", x.z, tuple(x.v.shape), (x.q.dtype,), x.q.device)
+    check(op, "norm", weights.norm, x.v.shape[-1:], (x.q.dtype, *FLOAT), x.q.device)
     pages = (state_, key_, u_, g_, span_, conv_)
     return run(projections, weights, *pages, query_start_loc, slot, context_len, max_query_len)

@@ -1,0 +1,188 @@
+"""The whole layer as one op: what its three parts compute, in outputs and pages."""
+
+import pytest
+import torch
+from state_pages import SMALL, Layer, Pool, Shape, Step, int32
+
+from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetWeights,
+    Projections,
+    gated_delta_net,
+)
+from tolerances import assert_close
+
+OP = "gated_delta_rule"
+DRAFTS = 2
+SHAPES = (SMALL, Shape(1, 2, 32, 48), Shape(2, 2, 24, 17))
+# Fresh prefill, padding, verify after a draft fell, decode, prefill that goes on, empty.
+FIRST = Step(((5, 0, 9), (0, 0, 3), (3, 0, 1)))
+SECOND = Step(((2, 0, 70), (-1, 5, 2), (0, 2, 3), (3, 1, 1), (5, 9, 12), (6, 0, 0)))
+
+
+class Net:
+    """A layer with a norm, and what it is given."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype):
+        self.shape, self.dtype = shape, dtype
+        self.layer = Layer.random(shape, dtype)
+        self.norm = torch.randn(shape.V).to(dtype)
+
+    def inputs(self, T: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        s = self.shape
+        z = torch.randn(T, s.H, s.HV // s.H, s.V + 3).to(self.dtype)[..., : s.V]
+        return self.layer.projections(T, self.dtype), z
+
+    def __call__(self, pool: Pool, step: Step, x, z) -> torch.Tensor:
+        s, layer = self.shape, self.layer
+        v = x["v"].unflatten(-1, (-1, s.V))
+        return gated_delta_net(
+            projections=Projections(x["q"], x["k"], v, z, x["b"], x["a"]),
+            weights=GatedDeltaNetWeights(
+                layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6
+            ),
+            **pool.recurrent(),
+            conv_=pool.conv_,
+            **step.tensors(),
+            max_query_len=max(n for _, _, n in step.rows),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_its_parts(backend, monkeypatch, shape, dtype):
+    net = Net(shape, dtype)
+    steps = [(step, *net.inputs(step.T)) for step in (FIRST, SECOND)]
+
+    def run() -> tuple[list[torch.Tensor], Pool]:
+        pool = Pool(shape, 7, DRAFTS, dtype)
+        return [net(pool, step, x, z) for step, x, z in steps], pool
+
+    outs, pool = run()
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    expected, reference = run()
+    for ours, theirs in zip(outs, expected, strict=True):
+        assert_close(OP, dtype, ours, theirs)
+    assert (outs[1][70:72] == 0).all()
+    assert torch.equal(pool.span_, reference.span_)
+    for slot in (0, 2, 3, 5):
+        assert_close(OP, dtype, pool.state_at_end(slot), reference.state_at_end(slot))
+        for ours, theirs in zip(pool.content(slot), reference.content(slot), strict=True):
+            assert_close(OP, dtype, ours, theirs)
+    pool.assert_untouched_but([0, 2, 3, 5, 6])
+
+
+@pytest.mark.parametrize("name", ["z", "norm"])
+def test_refuses_bad_arguments(backend, name):
+    net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
+    x, z = net.inputs(2)
+    if name == "z":
+        z = z[..., :-1]
+    else:
+        net.norm = net.norm[:-1]
+    with pytest.raises(ValueError, match=f"gated_delta_net: {name} has shape"):
+        net(pool, step, x, z)
+
+
+def test_no_rows(backend):
+    net, pool = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS)
+    x, z = net.inputs(3)
+    out = gated_delta_net(
+        projections=Projections(
+            x["q"], x["k"], x["v"].unflatten(-1, (-1, SMALL.V)), z, x["b"], x["a"]
+        ),
+        weights=GatedDeltaNetWeights(
+            net.layer.weight, net.layer.A_log, net.layer.dt_bias, net.norm, 1e-6
+        ),
+        **pool.recurrent(), conv_=pool.conv_,
+        query_start_loc=int32(0), slot=int32(), context_len=int32(), max_query_len=0,
+    )  # fmt: skip
+    assert (out == 0).all()
+    pool.assert_untouched_but([])
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+class TestOnTheDevice:
+    """What a launch that cannot raise does about a row that cannot be served."""
+
+    @pytest.mark.parametrize(
+        ("row", "complaint"),
+        [
+            ((9, 0, 2), "row 1: slot 9 is not one of 4 slots"),
+            ((-2, 0, 2), "row 1: slot -2 is not one of 4 slots"),
+            ((1, 5, 1), "row 1: slot 1 holds start=6 end=8 and cannot continue at context"),
+            ((1, 9, 70), "row 1: slot 1 holds start=6 end=8 and cannot continue at context"),
+            ((2, 4, 1), "row 1: slot 2 is used by an earlier row"),
+        ],
+    )
+    def test_a_bad_row_is_nan_and_its_page_is_left_alone(
+        self, backend, monkeypatch, row, complaint
+    ):
+        from qwen3next_plugin.kernels.gpu import faults
+
+        net, pool = Net(SMALL, torch.float32), Pool(SMALL, 4, DRAFTS)
+        pool.raw[2] = 0
+        pool.span_[2], pool.span_[1] = int32(4, 4), int32(6, 8)
+        before = pool.raw.clone()
+        step = Step(((2, 4, 1), row))
+        monkeypatch.setattr(faults, "checked", lambda out: out)
+        out = net(pool, step, *net.inputs(step.T))
+        assert out[0].isfinite().all()
+        assert out[1:].isnan().all()
+        assert torch.equal(pool.raw[[0, 1, 3]], before[[0, 1, 3]])
+        with pytest.raises(RuntimeError, match=complaint):
+            faults.check(out.device)
+        faults.check(out.device)  # told once
+
+    @pytest.mark.parametrize("starts", [(0, 1, 3), (0, 2, 1), (-1, 1, 2)])
+    def test_tokens_out_of_range(self, backend, monkeypatch, starts):
+        net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 4, DRAFTS), Step(((0, 0, 1),))
+        tensors = {
+            "query_start_loc": int32(*starts), "slot": int32(0, 1), "context_len": int32(0, 0)
+        }  # fmt: skip
+        monkeypatch.setattr(Step, "tensors", lambda self: tensors)
+        with pytest.raises(RuntimeError, match="query_start_loc -?. to . is not a range of 2 tok"):
+            net(pool, step, *net.inputs(2))
+
+    def test_offsets_beyond_31_bits(self, backend, tmp_path):
+        """Pages that lie 2^33 bytes apart, in a sparse file."""
+        net, slots, k = Net(SMALL, torch.bfloat16), 3, DRAFTS
+        pool = Pool(SMALL, slots, k, torch.bfloat16)
+        row, apart = pool.raw.shape[1], 2**33
+        file = tmp_path / "pages"
+        file.touch()
+        raw = torch.from_file(str(file), shared=True, size=2 * apart + row, dtype=torch.uint8)
+        far = Pool(SMALL, slots, k, torch.bfloat16)
+        for name in ("conv_", "state_", "key_", "u_", "g_", "span_"):
+            near = getattr(pool, name)
+            begin = near.storage_offset() * near.element_size()
+            flat = raw.as_strided((slots, near[0].nbytes), (apart, 1), begin)
+            setattr(far, name, flat.view(near.dtype).unflatten(1, near.shape[1:]))
+        steps = [Step(((2, 0, 9), (1, 0, 3))), Step(((2, 9, 2), (1, 2, 1)))]
+        for step in steps:
+            x, z = net.inputs(step.T)
+            assert torch.equal(net(pool, step, x, z), net(far, step, x, z))
+        assert torch.equal(pool.span_[1:], far.span_[1:])
+        assert torch.equal(pool.u_[2, 8], far.u_[2, 8])
+
+    def test_one_op_in_two_launches(self, backend, monkeypatch):
+        """Decode and verify; a prefill beside them takes three more."""
+        from qwen3next_plugin.kernels.gated_delta_rule import triton as layer
+
+        launched = []
+        for name in ("short_rows", "prepare", "chunk_matrices", "chunk_scan", "commit"):
+            kernel = getattr(layer, name)
+
+            class Counted:
+                def __getitem__(self, grid, kernel=kernel, name=name):
+                    launched.append(name)
+                    return kernel[grid]
+
+            monkeypatch.setattr(layer, name, Counted())
+        net, pool = Net(SMALL, torch.float32), Pool(SMALL, 4, DRAFTS)
+        step = Step(((2, 0, 3), (1, 0, 1)))
+        net(pool, step, *net.inputs(step.T))
+        assert launched == ["short_rows", "commit"]
+        launched.clear()
+        step = Step(((2, 2, 1), (0, 0, 5)))
+        net(pool, step, *net.inputs(step.T))
+        assert launched == ["short_rows", "prepare", "chunk_matrices", "chunk_scan", "commit"]
