@@ -17,7 +17,8 @@ from sglang.srt.configs.model_config import _get_and_verify_dtype
 from sglang.srt.mem_cache.memory_pool import GB, MambaPool
 from sglang.srt.runtime_context import get_model, get_parallel, get_spec
 
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang.arguments import read_config
 from qwen3next_plugin.model.state import PageLayout, StatePool
 
 ALIGNMENT = 64  # bytes: a page begins where a cache line does
@@ -26,7 +27,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 def page_layout(hf_config: Any) -> PageLayout:
     """The page of one linear layer of this rank, under the flags in force."""
-    config = Qwen3NextConfig.from_hf(hf_config, tp_size=get_parallel().tp_size)
+    config = read_config(hf_config, get_parallel().tp_size)
     state_dtype = mamba2_state_dtype(hf_config).temporal
     if state_dtype not in STATE_DTYPES:
         raise ConfigError(

@@ -12,6 +12,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.arguments import read_config
 from qwen3next_plugin.engines.sglang.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.loading import load
@@ -25,11 +26,6 @@ PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-
-
-def read_config(hf_config: Any) -> Qwen3NextConfig:
-    """Our view of the model's config on this many ranks; complains where it cannot be served."""
-    return Qwen3NextConfig.from_hf(hf_config, tp_size=get_parallel().tp_size)
 
 
 class DecoderLayer(nn.Module):
@@ -130,7 +126,7 @@ class Qwen3NextForCausalLM(nn.Module):
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self.config = read_config(config)
+        self.config = read_config(config, get_parallel().tp_size)
         self.quantised = quant_config is not None
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         if self.config.tie_word_embeddings:
