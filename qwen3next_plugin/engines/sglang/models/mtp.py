@@ -17,6 +17,7 @@ from qwen3next_plugin.engines.sglang.arguments import read_config
 from qwen3next_plugin.engines.sglang.loading import load
 from qwen3next_plugin.engines.sglang.models.trunk import PACKED_MODULES, DecoderLayer
 from qwen3next_plugin.engines.sglang.packing import (
+    NO_UPDATES,
     PackedLogitsProcessor,
     drop_plain_head,
     use_packing,
@@ -87,6 +88,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""

@@ -17,7 +17,7 @@ from qwen3next_plugin.engines.sglang.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.loading import load
 from qwen3next_plugin.engines.sglang.moe import SparseMoE, SwiGLU
-from qwen3next_plugin.engines.sglang.packing import PackedLogitsProcessor, use_packing
+from qwen3next_plugin.engines.sglang.packing import NO_UPDATES, PackedLogitsProcessor, use_packing
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -121,6 +121,7 @@ class Qwen3NextForCausalLM(nn.Module):
 
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -136,7 +137,8 @@ class Qwen3NextForCausalLM(nn.Module):
                 self.config.vocab_size, self.config.hidden_size, quant_config=quant_config
             )
         self.logits_processor = PackedLogitsProcessor(config)
-        use_packing(self)
+        in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
+        use_packing(self, None if in_fp32 else self.lm_head)
 
     @torch.no_grad()
     def forward(
