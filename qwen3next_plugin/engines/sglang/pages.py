@@ -106,7 +106,7 @@ class PagePool(MambaPool):
         self.num_mamba_layers = len(mamba_layer_ids)
         self.layout = cache_params.shape.layout
         self.num_slots = size + 1  # SGLang's ids begin at 1
-        branches = max_branches() if (speculative_eagle_topk or 0) > 1 else 0
+        branches = max_branches(speculative_eagle_topk)
         # Branches of draft trees, in the slots behind: a step copies pages there and back.
         slots = self.num_slots + spec_state_size * branches
         pages = torch.empty(  # of which the system gives what is touched
@@ -134,6 +134,6 @@ class PagePool(MambaPool):
         self.pages[:, dst_indices.long()] = self.pages[:, src_indices.long()]
 
 
-def max_branches() -> int:
-    """Leaves of a draft tree but one, at most: every node but the root is one."""
-    return max(0, get_spec().speculative_num_draft_tokens - 2)
+def max_branches(topk: int | None) -> int:
+    """Leaves of a draft tree but one, at most: every node but the root is one; of a chain none."""
+    return max(0, get_spec().speculative_num_draft_tokens - 2) if (topk or 0) > 1 else 0

@@ -239,6 +239,7 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
     seen = []
 
     def host(_, total):
@@ -250,6 +251,43 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     assert seen == [asked]
     other = Bag(model_config=Bag(hf_config=Bag(architectures=None)))
     assert memory.modest_pools(host, other, free) == free - 1.0
+
+
+@pytest.mark.parametrize(
+    ("free", "flags", "page", "left"),
+    [
+        (40.0, {}, 2**20, 10.0 - 48 * 4 / 1024),
+        (40.0, {"max_mamba_cache_size": 9}, 2**20, 40.0 - 48 * 4 / 1024),
+        (40.0, {}, 2**25, None),  # 6 GiB of 10
+        (40.0, {"mem_fraction_static": 0.5}, 2**25, 34.0),
+    ],
+    ids=str,
+)
+def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, left):
+    """48 requests whose trees have four leaves but one each."""
+    from types import SimpleNamespace as Bag
+
+    from sglang.srt import runtime_context as context
+
+    from qwen3next_plugin.engines.sglang import pages
+
+    given = dict.fromkeys(memory.GIVEN) | flags
+    tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
+    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
+    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    monkeypatch.setattr(context, "get_spec", lambda: tree)
+    monkeypatch.setattr(pages, "get_spec", lambda: tree)
+    configurator = Bag(
+        model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])),
+        mambaish_config=Bag(mamba2_cache_params=Bag(mamba_cache_per_req=page)),
+    )
+    if left is not None:
+        assert memory.modest_pools(lambda _, total: total, configurator, free) == left
+        return
+    message = r"--max-running-requests 48: .* 6\.00 GiB .* of 10\.00 GiB .*; use fewer \(40 fit\)"
+    with pytest.raises(ConfigError, match=message):
+        memory.modest_pools(lambda _, total: total, configurator, free)
 
 
 # config and files -------------------------------------------------------------------------------
