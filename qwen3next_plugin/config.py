@@ -58,15 +58,26 @@ class Qwen3NextConfig:
     pp_size: int = 1
 
     @classmethod
-    def from_hf(cls, hf_config: Any, *, tp_size: int = 1, pp_size: int = 1) -> Self:
-        """Read a transformers config or the dict of a config.json; raises ConfigError."""
+    def from_hf(
+        cls,
+        hf_config: Any,
+        *,
+        tp_size: int = 1,
+        pp_size: int = 1,
+        override_flag: str = "",
+    ) -> Self:
+        """Read a transformers config or the dict of a config.json.
+
+        Raises:
+            ConfigError: the mend names `override_flag`, by which an engine overrides values.
+        """
         raw = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
         if (model_type := raw.get("model_type")) not in MODEL_TYPES:
             raise _complaint("model_type", model_type, "this plugin serves 'qwen3_next' only")
         values: dict[str, Any] = {"tp_size": tp_size, "pp_size": pp_size}
         values["layer_types"] = _layer_types(raw)
         values["mlp_only_layers"] = tuple(_list(raw, "mlp_only_layers") or ())
-        values["rope_parameters"] = _rope_parameters(raw)
+        values["rope_parameters"] = _rope_parameters(raw, override_flag)
         for f in fields(cls):
             if f.name in values:
                 continue
@@ -200,13 +211,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def check_num_speculative_tokens(k: int) -> None:
-    """Raise ConfigError unless `k` draft tokens can be asked for."""
+def check_num_speculative_tokens(k: int, name: str = "num_speculative_tokens") -> None:
+    """Raise ConfigError unless `k` draft tokens can be asked for, by the flag of that name."""
     if type(k) is not int or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
         mend = f"ask for 1 to {MAX_SPECULATIVE_TOKENS}"
         if type(k) is int and k <= 0:
             mend += ", or leave speculation out of the command line to serve without drafts"
-        raise _complaint("num_speculative_tokens", k, mend)
+        raise _complaint(name, k, mend)
 
 
 # reading ----------------------------------------------------------------------------------------
@@ -245,7 +256,7 @@ def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return derived
 
 
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_parameters(raw: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
     """`rope_parameters`, or the older `rope_scaling`, completed from the top-level fields."""
     source = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     if not isinstance(given := raw.get(source) or {}, Mapping):
@@ -256,7 +267,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         inner, outer = rope.get(name), raw.get(name)
         if inner is None and outer is None:
-            raise _lost_rope(name, rope) if given else _missing(name)
+            raise _lost_rope(name, rope, override_flag) if given else _missing(name)
         if None not in (inner, outer) and inner != outer:
             mend = f"{source} says {inner!r}, and that is what counts; override {source} in full"
             raise _complaint(name, outer, mend)
@@ -266,14 +277,15 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _lost_rope(name: str, rope: Mapping[str, Any]) -> ConfigError:
+def _lost_rope(name: str, rope: Mapping[str, Any], override_flag: str) -> ConfigError:
     """An override replaced the dict as a whole: say what to write, all of it."""
     released = {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
     full = released | {key: value for key, value in rope.items() if value is not None}
+    mend = f"{override_flag} '{json.dumps({'rope_parameters': full})}'".lstrip()
     return ConfigError(
         f"rope_parameters has lost {name}: overriding rope_scaling or rope_parameters replaces the"
         f" whole of it. Write it in full, with the checkpoint's own values (shown: the released"
-        f" models'): --hf-overrides '{json.dumps({'rope_parameters': full})}'"
+        f" models'): {mend}"
     )
 
 

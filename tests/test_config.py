@@ -230,8 +230,8 @@ def test_yarn_that_lost_a_value_is_told_all_of_it(lost):
     rope = YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25, lost: None}
     changes = {"rope_theta": None, "partial_rotary_factor": None, "rope_parameters": rope}
     with pytest.raises(ConfigError, match=f"rope_parameters has lost {lost}") as raised:
-        read(**changes)
-    mend = json.loads(str(raised.value).partition("--hf-overrides '")[2].rstrip("'"))
+        Qwen3NextConfig.from_hf(RELEASED_80B | changes, override_flag="--set")
+    mend = json.loads(str(raised.value).partition(": --set '")[2].rstrip("'"))
     assert mend["rope_parameters"] == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
     assert read(**(changes | mend)).rotary_dim == 64
 
@@ -349,6 +349,7 @@ def test_served_draft_lengths(k):
 
 
 @pytest.mark.parametrize("k", [0, -1, 9, 50, True, 1.0, "3", None])
-def test_refused_draft_lengths(k):
-    with pytest.raises(ConfigError, match=r"num_speculative_tokens = .*ask for 1 to 8"):
-        check_num_speculative_tokens(k)
+@pytest.mark.parametrize("name", ["num_speculative_tokens", "--another-engines-flag"])
+def test_refused_draft_lengths(k, name):
+    with pytest.raises(ConfigError, match=rf"^{name} = .*ask for 1 to 8"):
+        check_num_speculative_tokens(k, name)

@@ -4,7 +4,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from qwen3next_plugin.config import ConfigError, check_num_speculative_tokens
+from qwen3next_plugin.config import (
+    ConfigError,
+    Qwen3NextConfig,
+    check_num_speculative_tokens,
+)
 from qwen3next_plugin.engines.sglang.machine import (
     ATTENTION_BACKEND,
     DRAFTS,
@@ -50,6 +54,7 @@ SERVED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "enable_prefill_cp": ((False,), RANKS, "use --tp-size"),
     "enable_two_batch_overlap": ((False,), "a step runs one batch on a CPU", LEAVE_OUT),
     "enable_pdmux": ((False,), "a step runs one batch on a CPU", LEAVE_OUT),
+    "enable_torch_compile": ((False,), "the model's operators run as they are", LEAVE_OUT),
     # weights
     "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
     "enable_lora": ((None, False), "SGLang adapts none of this model's layers", LEAVE_OUT),
@@ -64,6 +69,7 @@ SERVED_WITH_DRAFTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
         "no other backend drafts on a CPU",
         LEAVE_OUT,
     ),
+    "enable_mixed_chunk": ((False,), "a step reads prompts or verifies drafts", LEAVE_OUT),
     "speculative_use_rejection_sampling": ((False,), LOSSLESS, "leave it out"),
     "speculative_accept_threshold_single": ((1.0,), LOSSLESS, LEAVE_OUT),
     "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
@@ -79,6 +85,13 @@ SERVED_WITH_DRAFTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
 }
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
 KV_DTYPES = {"auto": "", "bf16": "bfloat16", "bfloat16": "bfloat16"}  # flag → the model's dtype
+
+
+def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
+    """Our view of the model's config on this many ranks; complains where it cannot be served."""
+    return Qwen3NextConfig.from_hf(
+        hf_config, tp_size=tp_size, override_flag="--json-model-override-args"
+    )
 
 
 def check_flags(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
@@ -138,7 +151,7 @@ def _check_drafts(server_args: Any, algorithm: str) -> None:
             LEAVE_OUT,
         )
     if (steps := server_args.speculative_num_steps) is not None:
-        check_num_speculative_tokens(steps)
+        check_num_speculative_tokens(steps, "--speculative-num-steps")
 
 
 def complete_drafts(host: Callable[..., None], server_args: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.arguments import check_flags
+from qwen3next_plugin.engines.sglang.arguments import check_flags, read_config
 from qwen3next_plugin.model.weights import check_files, checked, stored_tensors, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
 
@@ -23,7 +23,7 @@ def check(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
             "quantization_config: there are no quantised kernels for a CPU here; serve the "
             "released checkpoint, Qwen/Qwen3-Next-80B-A3B-Instruct, or another in bfloat16"
         )
-    config = Qwen3NextConfig.from_hf(hf_config, tp_size=server_args.tp_size)
+    config = read_config(hf_config, server_args.tp_size)
     folder = Path(server_args.model_path)
     if folder.is_dir() and server_args.load_format != "dummy":
         _check_checkpoint(folder, config, drafts=bool(server_args.speculative_algorithm))

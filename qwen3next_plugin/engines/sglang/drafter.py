@@ -89,6 +89,7 @@ class ChainDrafter(EagleDraftWorker):
         if not self.next_steps and not self._may_not_lag(rids, rows):
             for rid, row in zip(rids, rows, strict=True):
                 self.lag.put(rid, row)
+            self.lag.keep_only(set(rids))  # the others have ended, or will read their text anew
             self._no_drafts(draft, len(rids))
             return
         rows = [self.lag.take(rid, row) for rid, row in zip(rids, rows, strict=True)]

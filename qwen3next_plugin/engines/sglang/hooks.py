@@ -11,7 +11,7 @@ from typing import Any
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
 from qwen3next_plugin import __version__
-from qwen3next_plugin.engines.sglang import arguments, memory, sampling
+from qwen3next_plugin.engines.sglang import arguments, memory, penalties, sampling, verification
 from qwen3next_plugin.engines.sglang.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.machine import is_ours
 from qwen3next_plugin.engines.sglang.seams import Attribute, Hook
@@ -114,7 +114,7 @@ def verify_by_sampling(host: Callable[..., bool], **given: Any) -> bool:
     """Whether a verification is greedy: where its requests are, not because it is on a CPU.
 
     SGLang 0.5.23 has no CPU kernels to sample with and verifies greedily whatever the temperature.
-    Can go, with the three functions beside it, when it has.
+    Can go, with the two functions beside it, when it has.
     """
     return host(**given | {"is_cpu": False})
 
@@ -235,11 +235,23 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         parameters=("is_all_greedy", "is_cpu", "is_hip", "is_xpu", "use_rejection_sampling"),
         around=verify_by_sampling,
     ),
+    Hook(
+        target="sglang.srt.speculative.eagle_utils.eagle_sample",
+        parameters=(
+            *("verify_input", "batch", "logits_output", "grammar_mask", "uno_target_max_top_k"),
+            *("watermark_state", "watermark_full_mask"),
+        ),
+        around=verification.sample_as_plain,
+    ),
+    Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        parameters=("self",),
+        around=penalties.count_every_token,
+    ),
     *(
         Attribute(target=f"sglang.srt.speculative.eagle_utils.{function.__name__}", value=function)
         for function in (
             sampling.top_k_renorm_prob,
-            sampling.top_p_renorm_prob,
             sampling.tree_speculative_sampling_target_only,
         )
     ),

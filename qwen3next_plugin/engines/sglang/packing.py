@@ -17,6 +17,11 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
 ROWS = 1  # that the layout is chosen for; measured, it serves more of them as well
+# SGLang's updates of weights ask a model for such a reason, and answer with it.
+NO_UPDATES = (
+    "qwen3next_plugin packs and copies weights as they load, and an update would leave the copies "
+    "behind; restart the server with the new checkpoint"
+)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -29,10 +34,14 @@ def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> 
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _packable(layer: Any) -> bool:
+def _pack_once(layer: Any) -> bool:
+    """Whether the layer was packed now; a session for updates, all refused, asks once more."""
     weight = layer.weight
     plain = weight.device.type == "cpu" and not use_intel_amx_backend(layer)
-    return plain and weight.dtype == torch.bfloat16
+    if layer.packed is not None or not plain or weight.dtype != torch.bfloat16:
+        return False
+    layer.packed = pack(weight.data)
+    return True
 
 
 def _drop(layer: Any) -> None:
@@ -44,9 +53,7 @@ class PackedLinear(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        layer.packed = None
-        if _packable(layer):
-            layer.packed = pack(layer.weight.data)
+        if _pack_once(layer):
             _drop(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,8 +67,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        if _packable(layer):
-            layer.packed = pack(layer.weight.data)
+        _pack_once(layer)
 
 
 class PackedLogitsProcessor(LogitsProcessor):
@@ -81,15 +87,18 @@ class PackedLogitsProcessor(LogitsProcessor):
         return linear(hidden_states, packed, None)
 
 
-def use_packing(model: nn.Module) -> None:
+def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:
     """Have SGLang pack the projections and the head of a model when its weights are there."""
-    head = getattr(model, "lm_head", None)
     for module in model.modules():
         method = type(getattr(module, "quant_method", None))
         if method is UnquantizedLinearMethod:
-            module.quant_method = PackedLinear()
+            _use(PackedLinear(), module)
         elif method is UnquantizedEmbeddingMethod and module is head:
-            module.quant_method = PackedHead()
+            _use(PackedHead(), module)
+
+
+def _use(method: PackedLinear | PackedHead, layer: Any) -> None:
+    layer.quant_method, layer.packed = method, None
 
 
 def drop_plain_head(head: Any) -> None:

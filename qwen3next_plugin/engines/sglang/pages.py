@@ -17,7 +17,8 @@ from sglang.srt.configs.model_config import _get_and_verify_dtype
 from sglang.srt.mem_cache.memory_pool import GB, MambaPool
 from sglang.srt.runtime_context import get_model, get_parallel, get_spec
 
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang.arguments import read_config
 from qwen3next_plugin.model.state import PageLayout, StatePool
 
 ALIGNMENT = 64  # bytes: a page begins where a cache line does
@@ -26,7 +27,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 def page_layout(hf_config: Any) -> PageLayout:
     """The page of one linear layer of this rank, under the flags in force."""
-    config = Qwen3NextConfig.from_hf(hf_config, tp_size=get_parallel().tp_size)
+    config = read_config(hf_config, get_parallel().tp_size)
     state_dtype = mamba2_state_dtype(hf_config).temporal
     if state_dtype not in STATE_DTYPES:
         raise ConfigError(
@@ -105,7 +106,7 @@ class PagePool(MambaPool):
         self.num_mamba_layers = len(mamba_layer_ids)
         self.layout = cache_params.shape.layout
         self.num_slots = size + 1  # SGLang's ids begin at 1
-        branches = max_branches() if (speculative_eagle_topk or 0) > 1 else 0
+        branches = max_branches(speculative_eagle_topk)
         # Branches of draft trees, in the slots behind: a step copies pages there and back.
         slots = self.num_slots + spec_state_size * branches
         pages = torch.empty(  # of which the system gives what is touched
@@ -133,6 +134,6 @@ class PagePool(MambaPool):
         self.pages[:, dst_indices.long()] = self.pages[:, src_indices.long()]
 
 
-def max_branches() -> int:
-    """Leaves of a draft tree but one, at most: every node but the root is one."""
-    return max(0, get_spec().speculative_num_draft_tokens - 2)
+def max_branches(topk: int | None) -> int:
+    """Leaves of a draft tree but one, at most: every node but the root is one; of a chain none."""
+    return max(0, get_spec().speculative_num_draft_tokens - 2) if (topk or 0) > 1 else 0

@@ -46,8 +46,8 @@ def _register() -> bool:
     from qwen3next_plugin.engines.sglang.attention_backend import register_attention_backend
     from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU
 
-    seams.put((*ANYWHERE, *ON_CPU), version)  # first, for what does not fit leaves nothing behind
     _check_platform()
+    seams.put((*ANYWHERE, *ON_CPU), version)
     register_attention_backend()
     _register_models()
     return True

@@ -1,61 +1,48 @@
-"""Sampling on CPU: top-k and top-p, and the verification of a tree of drafts at any temperature.
+"""Sampling on CPU: its limits, and the verification of a tree of drafts at any temperature.
 
 SGLang has these as GPU kernels only, and verifies greedily on CPU whatever the temperature. Names
-and arguments are those of its kernels, so that `eagle_sample` can call either.
+are those of its kernels, so that `eagle_sample` can call either.
 """
 
 import torch
 from torch import Tensor
 
-FIRST_WIDTH = 256  # how many of the most probable tokens are first looked at for a nucleus
+FIRST_WIDTH = 256  # how many of the most probable tokens are looked at first
 
 
-def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
-    """Each row's top_k most probable tokens, renormalised; of equals, those of lower index.
+def top_k_renorm_prob(probs: Tensor, limits: Tensor) -> Tensor:
+    """What top_k, top_p and min_p leave of each row, renormalised; of equals those of lower index.
 
-    Shapes:
-        probs: [N, V], rows that sum to 1
-        top_ks: [N] ints; V and more keep a row as it is
-        returns [N, V]; probs itself where no row changes
-    """
-    limited = (top_ks < probs.shape[1]).nonzero().flatten()
-    if not limited.numel():
-        return probs
-    sizes = top_ks[limited].long().clamp(min=1)
-    rows = probs if len(limited) == len(probs) else probs[limited]
-    largest = rows.topk(int(sizes.max()))
-    kept = _keep(rows, largest, sizes)
-    return kept if len(kept) == len(probs) else probs.index_copy(0, limited, kept)
-
-
-def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
-    """Each row's fewest tokens that hold top_p of the probability, renormalised.
+    As in SGLang's plain sampler on a CPU, each measures the row as it came: top_p keeps a token
+    where those before it hold no more than top_p, min_p where it has that share of the largest.
 
     Shapes:
         probs: [N, V], rows that sum to 1
-        top_ps: [N]; 1 and more keep a row as it is
+        limits: [N, 3] of top_k, top_p and min_p; V and more, 1 and 0 limit nothing
         returns [N, V]; probs itself where no row changes
     """
-    limited = (top_ps < 1).nonzero().flatten()
+    top_k, top_p, min_p = limits.unbind(1)
+    limited = ((top_k < probs.shape[1]) | (top_p < 1) | (min_p > 0)).nonzero().flatten()
     if not limited.numel():
         return probs
     rows = probs if len(limited) == len(probs) else probs[limited]
-    share = top_ps[limited].double()[:, None]
-    largest = _enough(rows, share)
-    before = largest.values.cumsum(1, dtype=torch.float64) - largest.values
-    sizes = (before < share).sum(1).clamp(min=1)
-    kept = _keep(rows, largest, sizes)
+    kept = _keep(rows, *_within(rows, limits[limited]))
     return kept if len(kept) == len(probs) else probs.index_copy(0, limited, kept)
 
 
-def _enough(probs: Tensor, share: Tensor) -> torch.return_types.topk:
-    """Every row's largest probabilities, descending, until they hold its share: few, mostly."""
+def _within(probs: Tensor, limits: Tensor) -> tuple[torch.return_types.topk, Tensor]:
+    """Each row's largest probabilities, descending, and how many of them the limits keep."""
     V = probs.shape[1]
+    top_k, top_p, min_p = limits[:, :, None].unbind(1)
     width = min(FIRST_WIDTH, V)
     while True:
         largest = probs.topk(width)
-        if width == V or bool((largest.values.double().sum(1, keepdim=True) >= share).all()):
-            return largest
+        values = largest.values
+        kept = torch.arange(width, device=probs.device) < top_k
+        kept &= values.cumsum(1) - values <= top_p
+        kept &= values >= values[:, :1] * min_p.to(values.dtype)
+        if width == V or not kept[:, -1].any():  # nor any behind it
+            return largest, kept.sum(1).clamp(min=1)
         width = min(8 * width, V)
 
 

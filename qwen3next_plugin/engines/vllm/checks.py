@@ -30,6 +30,7 @@ def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
         vllm_config.model_config.hf_text_config,
         tp_size=parallel_config.tensor_parallel_size,
         pp_size=parallel_config.pipeline_parallel_size,
+        override_flag="--hf-overrides",
     )
 
 

@@ -79,6 +79,10 @@ CALLED = {
     },
     "srt/layers/attention/attention_registry.py": {"register_attention_backend": ["name"]},
     "srt/configs/mamba_utils.py": {"mamba2_state_dtype": ["config"]},
+    "srt/layers/sampler.py": {
+        "apply_custom_logit_processor": ["logits", "sampling_batch_info", "num_tokens_in_batch"],
+    },
+    "srt/sampling/penaltylib/orchestrator.py": {"cumulate_output_tokens": ["self", "output_ids"]},
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
     "srt/layers/rotary_embedding/factory.py": {
         "get_rope": [
@@ -112,7 +116,24 @@ PASSED = {
 # Fields our code reads.
 FIELDS = {
     "srt/mem_cache/kv_cache_configurator.py": {"KVCacheConfigurator": ["model_config"]},
-    "srt/speculative/eagle_info.py": {"EagleDraftInput": ["hidden_states"]},
+    "srt/speculative/eagle_info.py": {
+        "EagleDraftInput": ["hidden_states"],
+        "EagleVerifyInput": ["draft_token_num"],
+    },
+    "srt/managers/schedule_batch.py": {
+        "ScheduleBatch": ["device", "reqs", "sampling_info", "spec_algorithm"],
+    },
+    "srt/sampling/sampling_batch_info.py": {
+        "SamplingBatchInfo": [
+            *("top_ks", "top_ps", "min_ps", "need_top_k_sampling", "need_top_p_sampling"),
+            *("need_min_p_sampling", "has_custom_logit_processor", "penalizer_orchestrator"),
+        ],
+    },
+    "srt/sampling/sampling_params.py": {
+        "SamplingParams": [
+            *("min_new_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+        ],
+    },
     "srt/model_executor/forward_batch_info.py": {
         "ForwardBatch": [
             *("forward_mode", "batch_size", "seq_lens", "extend_seq_lens", "spec_info"),
@@ -125,11 +146,24 @@ KEPT = {
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
         "HybridLinearAttnBackend": ["linear_attn_backend"],
     },
+    "srt/layers/logits_processor.py": {"LogitsProcessor": ["use_fp32_lm_head"]},
+    "srt/managers/schedule_batch.py": {
+        "Req": ["output_ids", "retraction_count", "sampling_params"],
+    },
     "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
+    "srt/sampling/penaltylib/orchestrator.py": {"BatchedPenalizerOrchestrator": ["penalizers"]},
     "srt/speculative/eagle_worker_v2.py": {
         "EAGLEWorkerV2": ["speculative_num_steps", "speculative_num_draft_tokens"],
     },
 }
+
+
+UPDATES = [
+    "update_weights_from_disk",
+    "load_weights_from_distributed",
+    "update_weights_from_tensor",
+    "update_weights_from_ipc",
+]
 
 
 @pytest.fixture(scope="module", params=["installed", *other_hosts(HOST)])
@@ -252,6 +286,14 @@ def test_the_verification_samples_by_names_that_ours_replace(sources):
     ours = ast.parse((ENGINES / HOST / "sampling.py").read_text(encoding="utf-8"))
     public = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
     assert {name for name in public if not name.startswith("_")} <= names
+
+
+def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):
+    updater = "srt/model_executor/model_runner_components/weight_updater.py"
+    assert "_derived_weight_cache_error" in sources.names(updater)
+    owner = definition(sources.tree(updater), "WeightUpdater")
+    for name in UPDATES:
+        assert "_unsupported_derived_weight" in ast.unparse(definition(owner, name))
 
 
 def test_entry_point_groups_are_read(sources):

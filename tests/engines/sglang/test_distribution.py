@@ -1,4 +1,4 @@
-"""At temperature 1 a token's distribution is the model's own, with chains and with trees."""
+"""Sampled with drafts, chains and trees: the distribution is the model's, or keeps a grammar."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import torch
 
 from checkpoints import SHIPPED, random_prompt
 from engines.distribution import FALSE_ALARM, after_prompt, binned, by_rank, p_value
+from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Server
 from reference import Reference
 
@@ -19,14 +20,17 @@ TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "6")
 
 
 @pytest.fixture(scope="module", params=[(), TREE], ids=["chain", "tree"])
-def samples(request) -> Iterator[torch.Tensor]:
+def server(request) -> Iterator[Server]:
+    server = Server(SHIPPED, *FLAGS, TERSE, *request.param, env=FIXED).wait()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def samples(server) -> torch.Tensor:
     """[SAMPLES, TOKENS] sampled continuations of one prompt."""
-    server = Server(SHIPPED, *FLAGS, *request.param, env=FIXED).wait()
-    try:
-        params = {"temperature": 1, "max_new_tokens": TOKENS, "ignore_eos": True, "n": SAMPLES}
-        answers = server.post("/generate", input_ids=list(PROMPT), sampling_params=params)
-    finally:
-        server.close()
+    params = {"temperature": 1, "max_new_tokens": TOKENS, "ignore_eos": True, "n": SAMPLES}
+    answers = server.post("/generate", input_ids=list(PROMPT), sampling_params=params)
     accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
     assert accepted > 0.1 * SAMPLES  # else the test would not see what it is for
     return torch.tensor([answer["output_ids"] for answer in answers])
@@ -49,6 +53,12 @@ def test_second_token_whatever_the_first(samples, distributions, model):
     second = after_prompt(model, PROMPT, first[:, None])[:, -1]
     marginal = distributions[0, 0].double() @ second.double()
     assert p_value(*binned(samples[:, 1], marginal)) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_answers_follow_a_json_schema(server, temperature):
+    """Each draft is held against the grammar at its own place in the answer."""
+    assert follow_a_schema(server, temperature) > 0
 
 
 @pytest.mark.parametrize("position", range(TOKENS))

@@ -12,6 +12,27 @@ pytestmark = pytest.mark.serve
 PROMPTS = [random_prompt(n, seed=10) for n in (7, 65, 400, 1000)]
 
 
+def test_the_head_is_in_fp32_where_that_is_asked_for(tmp_path):
+    """Logits differ by whole steps of bf16, or they do not."""
+    checkpoint = write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    steps = []
+    for flags in ((), ("--enable-fp32-lm-head",)):
+        small = ("--max-total-tokens", "4096", "--max-mamba-cache-size", "20")
+        server = Server(checkpoint, "--dtype", "bfloat16", *NEXTN, "2", *small, *flags).wait()
+        try:
+            params = {"temperature": 0, "max_new_tokens": 2}
+            answer = server.post(
+                "/generate", input_ids=list(PROMPTS[0]), sampling_params=params,
+                return_logprob=True, top_logprobs_num=20,
+            )  # fmt: skip
+        finally:
+            server.close()
+        top = torch.tensor([line[0] for line in answer["meta_info"]["output_top_logprobs"][1]])
+        steps.append((top - top[0]) * 2**10)
+    in_bf16, in_fp32 = ((step - step.round()).abs().max() for step in steps)
+    assert in_bf16 < 0.01 < in_fp32
+
+
 def test_no_farther_from_fp32_than_transformers(tmp_path):
     checkpoint = write_checkpoint(tmp_path, dtype=torch.bfloat16)
     small = ("--max-total-tokens", "4096", "--max-mamba-cache-size", "20")

@@ -144,6 +144,8 @@ def test_every_flag_of_the_table_is_refused_by_name(complete, checkpoint, name):
         ({"enable_linear_replayssm": True}, "--enable-linear-replayssm: .*; leave it out"),
         ({"page_size": 16}, "--page-size 16: .*; leave it out"),
         ({"enable_unified_memory": True}, "--enable-unified-memory: "),
+        ({"enable_torch_compile": True}, "--enable-torch-compile: .*; leave it out"),
+        (NEXTN | {"enable_mixed_chunk": True}, "--enable-mixed-chunk: .*; leave it out"),
         ({"pp_size": 2}, "--pp-size 2: .*; use --tp-size"),
         ({"tp_size": 2, "ep_size": 2}, "--ep-size 2: .*; use --tp-size"),
         ({"tp_size": 3}, "tp_size = 3: does not divide linear_num_key_heads = 2"),
@@ -161,8 +163,8 @@ def test_every_flag_of_the_table_is_refused_by_name(complete, checkpoint, name):
             NEXTN | {"attention_backend": "torch_native"},
             "--attention-backend torch_native: .*draft",
         ),
-        (NEXTN | {"speculative_num_steps": 9}, "num_speculative_tokens = 9: ask for 1 to 8"),
-        (NEXTN | {"speculative_num_steps": 0}, "num_speculative_tokens = 0: ask for 1 to 8, or"),
+        (NEXTN | {"speculative_num_steps": 9}, "--speculative-num-steps = 9: ask for 1 to 8"),
+        (NEXTN | {"speculative_num_steps": 0}, "--speculative-num-steps = 0: ask for 1 to 8, or"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: .*; use NEXTN, or"),
         (NEXTN | {"speculative_algorithm": "EAGLE3"}, "--speculative-algorithm EAGLE3: "),
         (NEXTN | {"speculative_draft_model_path": "other"}, "--speculative-draft-model-path other"),
@@ -246,6 +248,7 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
     seen = []
 
     def host(_, total):
@@ -259,6 +262,43 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     assert memory.modest_pools(host, other, free) == free - 1.0
 
 
+@pytest.mark.parametrize(
+    ("free", "flags", "page", "left"),
+    [
+        (40.0, {}, 2**20, 10.0 - 48 * 4 / 1024),
+        (40.0, {"max_mamba_cache_size": 9}, 2**20, 40.0 - 48 * 4 / 1024),
+        (40.0, {}, 2**25, None),  # 6 GiB of 10
+        (40.0, {"mem_fraction_static": 0.5}, 2**25, 34.0),
+    ],
+    ids=str,
+)
+def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, left):
+    """48 requests whose trees have four leaves but one each."""
+    from types import SimpleNamespace as Bag
+
+    from sglang.srt import runtime_context as context
+
+    from qwen3next_plugin.engines.sglang import pages
+
+    given = dict.fromkeys(memory.GIVEN) | flags
+    tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
+    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
+    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    monkeypatch.setattr(context, "get_spec", lambda: tree)
+    monkeypatch.setattr(pages, "get_spec", lambda: tree)
+    configurator = Bag(
+        model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])),
+        mambaish_config=Bag(mamba2_cache_params=Bag(mamba_cache_per_req=page)),
+    )
+    if left is not None:
+        assert memory.modest_pools(lambda _, total: total, configurator, free) == left
+        return
+    message = r"--max-running-requests 48: .* 6\.00 GiB .* of 10\.00 GiB .*; use fewer \(40 fit\)"
+    with pytest.raises(ConfigError, match=message):
+        memory.modest_pools(lambda _, total: total, configurator, free)
+
+
 # config and files -------------------------------------------------------------------------------
 
 
@@ -266,7 +306,10 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     ("change", "message"),
     [
         ({"moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
-        ({"rope_scaling": YARN, "rope_theta": None}, "rope_parameters has lost rope_theta"),
+        (
+            {"rope_scaling": YARN, "rope_theta": None},
+            "rope_parameters has lost rope_theta: .* --json-model-override-args '{",
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: there are no"),
     ],
     ids=str,

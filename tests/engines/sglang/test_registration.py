@@ -185,6 +185,14 @@ def test_disabled_leaves_the_host_untouched():
     assert done.stdout.splitlines()[-2:] == ["CpuSRTPlatform 0 None", "set()"]
 
 
+def test_another_platform_leaves_nothing_behind():
+    other = "import sglang.srt.platforms as p; p._current_platform = p.CpuSRTPlatform()"
+    done = run(f"{PREPARE}; {other}; {PLUGINS}; {STATE}", QWEN3NEXT_OPTIONAL="1")
+    assert done.returncode == 0, done.stderr
+    assert "SGLang runs on CpuSRTPlatform, not on the plugin's platform" in done.stderr
+    assert done.stdout.split() == ["CpuSRTPlatform", "0", "None"]
+
+
 def test_registered_once_however_often_it_is_asked():
     again = "from qwen3next_plugin import register_sglang as again; again(); again()"
     count = (

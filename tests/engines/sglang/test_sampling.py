@@ -8,7 +8,6 @@ import torch
 from engines.sglang.trees import Tree, chain, linked, random_tree
 from qwen3next_plugin.engines.sglang.sampling import (
     top_k_renorm_prob,
-    top_p_renorm_prob,
     tree_speculative_sampling_target_only,
 )
 
@@ -204,42 +203,70 @@ def renormalised(row: torch.Tensor, kept: set[int]) -> torch.Tensor:
     return torch.where(mask, row, 0) / row[mask].sum()
 
 
+def limits(top_k, top_p, min_p) -> torch.Tensor:
+    """[N, 3] of what is given for each row, or for all."""
+    columns = [torch.as_tensor(each).double() for each in (top_k, top_p, min_p)]
+    return torch.stack(torch.broadcast_tensors(*columns), dim=-1)
+
+
 @pytest.mark.parametrize("V", [1, 7, 1001])
 def test_top_k(V):
     """Equal probabilities too: the lower index stays, as argmax has it."""
     probs = dyadic(9, V)
-    top_ks = torch.tensor([1, 2, 3, V, V + 1, 1 << 30, 5, max(1, V - 1), 1], dtype=torch.int32)
-    got = top_k_renorm_prob(probs, top_ks)
-    for row, size, out in zip(probs, top_ks.tolist(), got, strict=True):
+    top_ks = [1, 2, 3, V, V + 1, 1 << 30, 5, max(1, V - 1), 1]
+    got = top_k_renorm_prob(probs, limits(top_ks, 1, 0))
+    for row, size, out in zip(probs, top_ks, got, strict=True):
         want = row if size >= V else renormalised(row, kept_by_loop(row.tolist(), size))
         assert torch.allclose(out, want, atol=1e-6, rtol=0)
         assert (out > 0).sum() <= size
     assert got[0].argmax() == probs[0].argmax()
 
 
+def test_top_p_keeps_the_token_that_begins_where_it_ends():
+    probs = torch.tensor([[0.25, 0.5, 0.25]]).expand(4, 3)
+    got = top_k_renorm_prob(probs, limits(9, [0.4, 0.5, 0.75, 0.8], 0))
+    assert (got > 0).sum(1).tolist() == [1, 2, 3, 3]
+
+
+def plain(probs, top_ks, top_ps, min_ps) -> torch.Tensor:
+    """The distribution that SGLang's plain sampler on a CPU draws from."""
+    from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
+
+    _, weights, tokens, _ = top_k_top_p_min_p_sampling_from_probs_torch(
+        probs.clone(), top_ks, top_ps, min_ps, bool((min_ps > 0).any()), None,
+        torch.zeros(len(probs)), return_filtered_probs=True,
+    )  # fmt: skip
+    kept = torch.zeros_like(probs).scatter_(1, tokens.long(), weights)
+    return kept / kept.sum(1, keepdim=True)
+
+
+def some_limits(N: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """top_ks, top_ps and min_ps of N requests, alone and together; none without any."""
+    rng = random.Random(N)
+    top_ks = torch.tensor([rng.choice([1, 2, 20, 300, 1 << 30]) for _ in range(N)]).int()
+    top_ps = torch.tensor([rng.choice([0.1, 0.5, 0.8, 0.95, 0.999]) for _ in range(N)])
+    min_ps = torch.tensor([rng.choice([0, 0.01, 0.1, 0.7]) for _ in range(N)])
+    return top_ks, top_ps, min_ps
+
+
 @pytest.mark.parametrize("sharp", [0.01, 1.0, 6.0])
-@pytest.mark.parametrize("V", [1, 7, 3001])
-def test_top_p(V, sharp):
-    """Flat distributions too, whose nucleus is wider than what is looked at first."""
+@pytest.mark.parametrize("V", [1, 7, 3001, 50_000])
+def test_limits_are_those_of_plain_decoding(V, sharp):
+    """Flat distributions too, of which more is kept than is looked at first."""
     torch.manual_seed(V)
-    probs = (sharp * torch.randn(6, V)).softmax(-1)
-    top_ps = torch.tensor([0.0, 0.1, 0.5, 0.95, 0.9999, 1.0])
-    got = top_p_renorm_prob(probs, top_ps)
-    for row, share, out in zip(probs, top_ps.tolist(), got, strict=True):
-        ordered = row.double().sort(descending=True, stable=True).values
-        size = max(1, int((ordered.cumsum(0) - ordered < share).sum()))
-        want = row if share >= 1 else renormalised(row, kept_by_loop(row.tolist(), size))
-        assert torch.allclose(out, want, atol=1e-6, rtol=0)
-
-
-def test_top_p_takes_no_more_than_it_needs():
-    probs = torch.tensor([[0.25, 0.5, 0.25]]).expand(3, 3)
-    got = top_p_renorm_prob(probs, torch.tensor([0.5, 0.75, 0.8]))
-    assert (got > 0).tolist() == [[False, True, False], [True, True, False], [True, True, True]]
+    N = 40
+    probs = (sharp * torch.randn(N, V, dtype=torch.float64)).softmax(-1).float()
+    top_ks, top_ps, min_ps = some_limits(N)
+    got = top_k_renorm_prob(probs, limits(top_ks, top_ps, min_ps))
+    want = plain(probs, top_ks, top_ps, min_ps)
+    distinct = [len(row.unique()) == V for row in probs]  # of equals the host keeps any
+    assert torch.equal((got > 0)[distinct], (want > 0)[distinct])
+    assert torch.equal((got > 0).sum(1), (want > 0).sum(1))
+    assert torch.allclose(got.sort(1).values, want.sort(1).values, atol=1e-6, rtol=1e-5)
 
 
 def test_rows_without_limits_are_not_copied():
     probs = dyadic(3, 7)
-    assert top_k_renorm_prob(probs, torch.full((3,), 1 << 30)) is probs
-    assert top_p_renorm_prob(probs, torch.ones(3)) is probs
-    assert top_k_renorm_prob(probs[:0], torch.zeros(0)).shape == (0, 7)
+    unlimited = limits(1 << 30, 1, 0).expand(3, 3)
+    assert top_k_renorm_prob(probs, unlimited) is probs
+    assert top_k_renorm_prob(probs[:0], unlimited[:0]).shape == (0, 7)

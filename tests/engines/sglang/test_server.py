@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from engines.clients import (
     streamed_chat,
     usage_by_limit,
 )
+from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import NEXTN, Server
 from engines.vllm.offline import Offline
 
@@ -40,7 +42,7 @@ def server() -> Iterator[Server]:
     # fp32, so that an answer does not hang on which other requests share a step with it.
     flags = ("--dtype", "float32", "--max-total-tokens", "32768", "--enable-metrics")
     often = ("--decode-log-interval", str(INTERVAL))
-    server = Server(SHIPPED, *NEXTN, str(STEPS), *flags, *often).wait()
+    server = Server(SHIPPED, *NEXTN, str(STEPS), *flags, *often, TERSE).wait()
     yield server
     server.close()
 
@@ -179,6 +181,37 @@ def test_aborted_streams_leave_no_trace(server, sequential):
 def running(server: Server) -> int:
     (load,) = json.loads(server.get("/v1/loads"))["loads"]
     return load["num_running_reqs"] + load["num_waiting_reqs"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_answers_follow_a_json_schema(server, temperature):
+    follow_a_schema(server, temperature)
+
+
+@pytest.mark.parametrize("least", [5, 11])
+def test_the_least_number_of_tokens_is_counted_in_tokens(server, source, least):
+    """An answer may end right behind it, however many tokens a step commits."""
+    (free,) = server.greedy([source[5]], 48)
+    stop = {"min_new_tokens": least, "stop_token_ids": sorted(set(free.token_ids))}
+    params = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": False} | stop
+    answer = server.post("/generate", input_ids=list(source[5]), sampling_params=params)
+    assert least < answer["meta_info"]["completion_tokens"] <= least + 1 + STEPS
+
+
+def test_updates_of_weights_are_refused_and_harm_nothing(server, sequential):
+    assert refused(server, "/update_weights_from_disk", model_path=server.model)
+    assert refused(server, "/update_weights_from_ipc", zmq_handles={})
+    assert server.post("/begin_weight_update")["success"]
+    assert server.post("/end_weight_update")["success"]
+    assert complete(server, PROMPTS[0]) == sequential[PROMPTS[0]]
+
+
+def refused(server: Server, path: str, **body: object) -> bool:
+    """Whether the answer is a 400 that names the mend."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        server.post(path, **body)
+    answer = json.load(raised.value)
+    return raised.value.code == 400 and "restart the server with the new" in answer["message"]
 
 
 def test_bad_requests_are_refused_and_harm_nothing(server, sequential):

@@ -13,13 +13,11 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.arguments import read_config
 from qwen3next_plugin.engines.sglang.loading import load
-from qwen3next_plugin.engines.sglang.models.trunk import (
-    PACKED_MODULES,
-    DecoderLayer,
-    read_config,
-)
+from qwen3next_plugin.engines.sglang.models.trunk import PACKED_MODULES, DecoderLayer
 from qwen3next_plugin.engines.sglang.packing import (
+    NO_UPDATES,
     PackedLogitsProcessor,
     drop_plain_head,
     use_packing,
@@ -90,12 +88,13 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self.config = read_config(config)
+        self.config = read_config(config, get_parallel().tp_size)
         self.quantised = quant_config is not None
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's

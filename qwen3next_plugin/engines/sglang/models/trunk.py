@@ -12,11 +12,12 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.arguments import read_config
 from qwen3next_plugin.engines.sglang.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.loading import load
 from qwen3next_plugin.engines.sglang.moe import SparseMoE, SwiGLU
-from qwen3next_plugin.engines.sglang.packing import PackedLogitsProcessor, use_packing
+from qwen3next_plugin.engines.sglang.packing import NO_UPDATES, PackedLogitsProcessor, use_packing
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -25,11 +26,6 @@ PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-
-
-def read_config(hf_config: Any) -> Qwen3NextConfig:
-    """Our view of the model's config on this many ranks; complains where it cannot be served."""
-    return Qwen3NextConfig.from_hf(hf_config, tp_size=get_parallel().tp_size)
 
 
 class DecoderLayer(nn.Module):
@@ -125,12 +121,13 @@ class Qwen3NextForCausalLM(nn.Module):
 
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self.config = read_config(config)
+        self.config = read_config(config, get_parallel().tp_size)
         self.quantised = quant_config is not None
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         if self.config.tie_word_embeddings:
@@ -140,7 +137,8 @@ class Qwen3NextForCausalLM(nn.Module):
                 self.config.vocab_size, self.config.hidden_size, quant_config=quant_config
             )
         self.logits_processor = PackedLogitsProcessor(config)
-        use_packing(self)
+        in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
+        use_packing(self, None if in_fp32 else self.lm_head)
 
     @torch.no_grad()
     def forward(

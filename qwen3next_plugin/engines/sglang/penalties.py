@@ -1,0 +1,54 @@
+"""Penalties and min_new_tokens under drafts: every token of an answer counts, and once."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+# Of each request, how often it was retracted, and its tokens that were counted since.
+_counted: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+
+
+def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
+    """Around `ScheduleBatch.cumulate_penalty_output_tokens`: all that a verification committed.
+
+    SGLang's counts the last token of each request, once a step, also where a step commits more.
+    Can go when it counts them all.
+    """
+    if batch.spec_algorithm.is_none():
+        host(batch)
+        return
+    uncounted = [_uncounted(request) for request in batch.reqs]
+    if all(len(token_ids) == 1 for token_ids in uncounted):
+        host(batch)
+        return
+    penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
+    for row, (request, token_ids) in enumerate(zip(batch.reqs, uncounted, strict=True)):
+        if token_ids and _is_penalised(request.sampling_params):
+            for penalizer in penalizers:
+                _count(penalizer, row, torch.tensor(token_ids, device=batch.device))
+
+
+def _uncounted(request: Any) -> list[int]:
+    """Its tokens since the last call; all of them where a retraction has made the counts anew."""
+    retractions, counted = _counted.get(request, (0, 0))
+    if retractions != request.retraction_count:
+        counted = 0
+    _counted[request] = request.retraction_count, len(request.output_ids)
+    return list(request.output_ids[counted:])
+
+
+def _is_penalised(params: Any) -> bool:
+    """Whether counts matter: of a long answer that they do not, all would be new at once."""
+    additive = params.frequency_penalty or params.presence_penalty or params.min_new_tokens
+    return bool(additive) or params.repetition_penalty != 1
+
+
+def _count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
+    """Count tokens of one request, through views of its row. Shapes: token_ids [n]."""
+    whole = {name: value for name, value in vars(penalizer).items() if torch.is_tensor(value)}
+    vars(penalizer).update({name: value[row : row + 1] for name, value in whole.items()})
+    for token_id in token_ids.split(1):
+        penalizer.cumulate_output_tokens(token_id)
+    vars(penalizer).update(whole)

@@ -1,0 +1,40 @@
+"""What the drafter keeps of requests that draft nothing."""
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from qwen3next_plugin.mtp.lag import Lag, Rows
+
+
+@pytest.fixture
+def drafter(monkeypatch):
+    """A drafter in steps that draft nothing, of `rids`, each of which commits one token."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from types import SimpleNamespace as Bag
+
+    from qwen3next_plugin.engines.sglang.drafter import ChainDrafter
+
+    drafter = object.__new__(ChainDrafter)
+    drafter.lag, drafter.next_steps = Lag(), 0
+    monkeypatch.setattr(ChainDrafter, "_no_drafts", lambda *_: None)
+
+    def step(at, *rids):
+        rows = [Rows(at, torch.zeros(1).long(), torch.zeros(1, 2)) for _ in rids]
+        monkeypatch.setattr(ChainDrafter, "_accepted", lambda *_: rows)
+        batch = Bag(reqs=[Bag(rid=rid) for rid in rids])
+        drafter._draft_extend_for_decode(batch, Bag(next_draft_input=None))
+        return drafter.lag
+
+    return step
+
+
+def test_rows_of_requests_that_ended_are_dropped(drafter):
+    drafter(5, "a", "b")
+    lag = drafter(6, "a", "b")
+    assert [lag.pending(rid) for rid in "ab"] == [2, 2]
+    lag = drafter(7, "b")
+    assert [lag.pending(rid) for rid in "ab"] == [0, 3]

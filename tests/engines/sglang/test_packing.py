@@ -1,0 +1,73 @@
+"""Packed weights: once, and no update afterwards."""
+
+from types import SimpleNamespace as Bag
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sglang")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+
+
+@pytest.fixture
+def projection():
+    """A bf16 projection, whose weight stays with the caller, and its method."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from qwen3next_plugin.engines.sglang.packing import use_packing
+
+    weight = torch.randn(48, 33, dtype=torch.bfloat16)
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    layer.quant_method = UnquantizedLinearMethod()
+    use_packing(layer)
+    return layer, weight
+
+
+def test_a_second_pass_over_packed_weights_leaves_them(projection):
+    """SGLang's sessions for updates end with one, also where every update was refused."""
+    layer, weight = projection
+    layer.quant_method.process_weights_after_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, 33, dtype=torch.bfloat16)
+    got, want = layer.quant_method.apply(layer, x), x.double() @ weight.double().T
+    assert (got - want).norm() / want.norm() < 8e-3
+
+
+@pytest.mark.parametrize("name", ["trunk.Qwen3NextForCausalLM", "mtp.Qwen3NextForCausalLMMTP"])
+def test_every_update_of_weights_is_refused(monkeypatch, name):
+    from pkgutil import resolve_name
+
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+
+    owner = resolve_name(f"qwen3next_plugin.engines.sglang.models.{name}")
+    model = owner.__new__(owner)
+    nn.Module.__init__(model)
+    monkeypatch.setattr(weight_updater, "get_model", lambda: Bag(weight_cache_mode="off"))
+    updater = weight_updater.WeightUpdater(
+        tp_rank=0,
+        device="cpu",
+        gpu_id=0,
+        model_config=None,
+        custom_weight_loaders={},
+        get_model=lambda: nn.ModuleList([model]),
+        update_model_fields=None,
+        recapture_cuda_graph=None,
+        get_model_runner=None,
+    )
+    answers = [
+        updater.update_weights_from_disk("other", "auto"),
+        updater.load_weights_from_distributed([]),
+        updater.update_weights_from_tensor([]),
+        updater.update_weights_from_ipc(None),
+    ]
+    for success, reason in answers:
+        assert not success
+        assert reason.endswith("restart the server with the new checkpoint")
