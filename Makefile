@@ -69,6 +69,13 @@ serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sg
 TESTS_vllm   := tests
 TESTS_sglang := tests/engines/sglang
 
+# The kernels for GPUs are tested under each Triton that they are for; 3.9 comes with vLLM.
+TRITONS := $(patsubst %,.triton/%/.installed,3.6.0 3.8.0)
+$(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
+	.venv-vllm/bin/pip install --no-deps --target .triton/$* triton==$*
+	touch $@
+test-vllm: $(TRITONS)
+
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(ARGS)
@@ -89,4 +96,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build)
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .triton)

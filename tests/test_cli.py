@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from unittest.mock import MagicMock
@@ -430,10 +433,41 @@ def test_doctor_of_a_machine_with_sglang(diagnose, monkeypatch):
 
 
 def test_doctor_on_a_device_without_kernels(diagnose):
-    native = OURS | {"vllm": {"platform": "cuda", "Qwen3NextForCausalLM": NATIVE}}
+    native = OURS | {"vllm": {"platform": "xpu", "Qwen3NextForCausalLM": NATIVE}}
     code, report = diagnose(answers=native)
     assert (code, report["Qwen3NextForCausalLM"]["status"]) == (0, "note")
-    assert "no kernels for cuda" in report["Qwen3NextForCausalLM"]["found"]
+    assert "does not serve it on xpu" in report["Qwen3NextForCausalLM"]["found"]
+
+
+def test_doctor_on_a_gpu_that_vllm_should_serve_with_the_plugin(diagnose):
+    native = OURS | {"vllm": {"platform": "cuda", "Qwen3NextForCausalLM": NATIVE}}
+    code, report = diagnose(answers=native)
+    assert (code, report["Qwen3NextForCausalLM"]["status"]) == (1, "broken")
+
+
+def test_warmup_compiles_for_an_architecture_that_is_not_here(tmp_path, monkeypatch):
+    """In a process of its own, where no kernel has been compiled before."""
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(RELEASED_80B))
+    start = "from qwen3next_plugin.cli import app; app()"
+    command = [sys.executable, "-c", start, "warmup", str(model)]
+    command += ["--arch", "gfx942", "--tp", "4", "--num-speculative-tokens", "3"]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "COLUMNS": "300"}
+    once = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert once.returncode == 0, once.stderr
+    assert "gfx942: _output_gate, _qk_norm_rope, _rms_norm, chunk_matrices, " in once.stdout
+    binaries = {path: path.stat().st_mtime_ns for path in cache.rglob("*.hsaco")}
+    assert {"short_rows", "chunk_scan", "commit"} <= {path.stem for path in binaries}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert binaries == {path: path.stat().st_mtime_ns for path in cache.rglob("*.hsaco")}
+
+
+def test_warmup_refuses_an_architecture_by_name(released):
+    done = run("warmup", released, "--arch", "sm_70")
+    assert done.exit_code == 1
+    assert "--arch sm_70: use one of sm_80" in done.output
 
 
 def test_doctor_when_a_probe_fails(diagnose):

@@ -1,4 +1,4 @@
-"""The convolution by itself: one launch convolves, one keeps the inputs."""
+"""The convolution by itself; a layer's own is part of `gated_delta_net`."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,9 @@ from qwen3next_plugin.kernels.gpu.convolution import (
     convolved_tile,
     kept_at,
 )
-from qwen3next_plugin.kernels.gpu.rows import load_row, row_of_token, rows, say_fault
+from qwen3next_plugin.kernels.gpu.rows import load_row, rows, rows_of_tokens, say_fault
+
+TOKENS = 16  # of a program
 
 
 def causal_conv1d(
@@ -34,58 +36,58 @@ def causal_conv1d(
     out = q.new_empty(T, H * (2 * K + R))
     if N == 0:
         return out.zero_()
-    options = config_for(q.device).rowwise.options()
+    config = config_for(q.device).rowwise
+    at = (convolution(weight, conv_), rows(query_start_loc, slot, context_len, span))
     for keeps in (False, True):
-        _convolve[T + N * keeps, 3 * H](
-            q, k, v, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], convolution(weight, conv_),
-            rows(query_start_loc, slot, context_len, span), faults.record(q.device),
-            out, T, N, len(span),
-            H=H, K=K, R=R, RING=ring, KEEPS=keeps, BD=next_power_of_2(max(K, R)), **options,
-        )  # fmt: skip
+        first = 0
+        for x in (q, k, v):
+            D = x.shape[-1]
+            _convolve[-(-T // TOKENS) + N, H](
+                x, *x.stride()[:2], *at, faults.record(q.device), out, T, N, len(span), first,
+                H=H, C=out.shape[1], D=D, RING=ring, KEEPS=keeps,
+                BT=TOKENS, BD=next_power_of_2(D), **config.options(),
+            )  # fmt: skip
+            first += H * D
     return faults.checked(out)
 
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def _convolve(
-    q, k, v, q_token, q_head, k_token, k_head, v_token, v_head,
-    conv, rows, record, out, T, N, slots,
-    H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RING: tl.constexpr,
-    KEEPS: tl.constexpr, BD: tl.constexpr,
+    x, token, head, conv, rows, record, out, T, N, slots, first,
+    H: tl.constexpr, C: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
+    KEEPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head of q, k or v; grid (T, 3 H), with KEEPS (T + N, 3 H).
+    """BT tokens of one head of q, k or v, whose channels begin at `first`.
 
-    Convolves, or keeps the inputs in the page, once no program reads those they replace.
+    Convolves, or keeps the inputs in the page, once no program reads those they replace. Grid
+    (blocks of tokens, then N rows that are looked at for faults, H).
     """
-    C: tl.constexpr = H * (2 * K + R)
     DRAFTS: tl.constexpr = RING - WIDTH
-    part, h = tl.program_id(1) // H, tl.program_id(1) % H
-    if tl.program_id(0) >= T:
-        if tl.program_id(1) == 0:
-            say_fault(rows, record, tl.program_id(0) - T, T, slots, DRAFTS)
+    h, block = tl.program_id(1), tl.program_id(0)
+    blocks = (T + BT - 1) // BT
+    if block >= blocks:
+        if KEEPS & (h == 0):
+            say_fault(rows, record, block - blocks, T, slots, DRAFTS)
         return
-    i = tl.minimum(row_of_token(rows, tl.program_id(0), N), N - 1)
+    t = block * BT + tl.arange(0, BT)
+    i = tl.minimum(rows_of_tokens(rows, t, N), N - 1)
     page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
-    t = tl.program_id(0).to(tl.int64)
     covered = (t >= begin) & (t < begin + n)
     runs = covered & (page >= 0) & (fault == 0)
-    p = c + (t - begin).to(tl.int32)
+    p = c + t - begin
+    t = t.to(tl.int64)
+    page = page[:, None]
     at = tl.arange(0, BD)
-    if part == 0:
-        x, token, inside, channel = q + h * q_head, q_token, at < K, h * K + at
-    elif part == 1:
-        x, token, inside, channel = k + h * k_head, k_token, at < K, (H + h) * K + at
-    else:
-        x, token, inside, channel = v + h * v_head, v_token, at < R, 2 * H * K + h * R + at
+    inside, channel = at < D, first + h * D + at
+    x += h * head
     if KEEPS:
         stays = runs & ((n <= DRAFTS + 1) | (p >= c + n - (WIDTH - 1)))
-        value = tl.load(x + t * token + at, mask=inside & stays, other=0.0)
-        tl.store(kept_at(conv, page, p, channel, C, RING), value, mask=inside & stays)
+        mask = stays[:, None] & inside[None, :]
+        value = tl.load(x + t[:, None] * token + at[None, :], mask=mask, other=0.0)
+        tl.store(kept_at(conv, page, p[:, None], channel[None, :], C, RING), value, mask=mask)
     else:
-        one = tl.arange(0, 1)
-        y = convolved_tile(
-            x, token, conv, page, p + one, t + one, c, (one == 0) & runs, channel, at, inside,
-            True, C, RING,
-        )  # fmt: skip
+        y = convolved_tile(x, token, conv, page, p, t, c, runs, channel, at, inside, True, C, RING)
         nothing = tl.where(covered & (fault != 0), float("nan"), 0.0)
-        y = tl.where(runs, y, nothing).to(out.dtype.element_ty)
-        tl.store(out + (t + one)[:, None] * C + channel[None, :], y, mask=inside[None, :])
+        y = tl.where(runs[:, None], y, nothing[:, None]).to(out.dtype.element_ty)
+        mask = (t < T)[:, None] & inside[None, :]
+        tl.store(out + t[:, None] * C + channel[None, :], y, mask=mask)

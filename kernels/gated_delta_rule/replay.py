@@ -18,7 +18,7 @@ def rounded(S, p, STATE: tl.constexpr):
     """S after position p: in the pages' dtype rounded where the next one is a grid point."""
     if tl.float32 == STATE:
         return S
-    return tl.where((p + 1) % GRID == 0, S.to(STATE).to(tl.float32), S)
+    return tl.where((p + 1) // GRID * GRID == p + 1, S.to(STATE).to(tl.float32), S)
 
 
 @triton.jit

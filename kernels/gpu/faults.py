@@ -14,6 +14,8 @@ _RECORDS: dict[torch.device, Tensor] = {}
 
 def record(device: torch.device) -> Tensor:
     """The device's record [10] int64, all zero while nothing is wrong; one per process."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if device not in _RECORDS:
         _RECORDS[device] = torch.zeros(10, dtype=torch.int64, device=device)
     return _RECORDS[device]

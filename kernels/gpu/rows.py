@@ -32,7 +32,7 @@ def rows(query_start_loc: Tensor, slot: Tensor, context_len: Tensor, span: Tenso
 
 @triton.jit
 def load_row(rows, i, T, slots, DRAFTS: tl.constexpr):
-    """Row i: page (int64), first token, tokens, context length, start, end, kind of fault.
+    """Row i, or rows i: page (int64), first token, tokens, context length, start, end, fault.
 
     A kernel works on it only if the page is not negative and the fault is 0.
     """
@@ -67,6 +67,17 @@ def row_of_token(rows, t, N):
         at = first + tl.arange(0, LOOK)
         ends = tl.load(rows.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
         i += tl.sum((ends <= t).to(tl.int32), 0)
+    return i
+
+
+@triton.jit
+def rows_of_tokens(rows, t, N):
+    """The rows of tokens t [tokens], N for what comes after all rows."""
+    i = tl.zeros_like(t)
+    for first in range(0, N, LOOK):
+        at = first + tl.arange(0, LOOK)
+        ends = tl.load(rows.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
+        i += tl.sum((ends[:, None] <= t[None, :]).to(tl.int32), 0)
     return i
 
 

@@ -26,30 +26,40 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op. A bad position is told by `faults.check`, its heads are NaN."""
     T, D = len(qkv), head_dim
-    q, k = qkv.new_empty(T, num_heads * D), qkv.new_empty(T, num_kv_heads * D)
+    q, k = qkv.new_empty(T * (num_heads + num_kv_heads) * D).split(
+        [T * num_heads * D, T * num_kv_heads * D]
+    )
     if T:
         _qk_norm_rope[T, num_heads + num_kv_heads](
-            qkv, qkv.stride(0), q_weight, k_weight, cos_sin, cos_sin.stride(0), positions, q, k,
+            qkv, qkv.stride(0), q_weight, k_weight, cos_sin, cos_sin.stride(0), positions, q, T,
             faults.record(qkv.device), len(cos_sin), eps,
             HQ=num_heads, HKV=num_kv_heads, D=D, ROTARY=rotary_dim, BD=next_power_of_2(D),
             **config_for(qkv.device).commit.options(),
         )  # fmt: skip
-    return faults.checked(q), k
+    return faults.checked(q.view(T, num_heads * D)), k.view(T, num_kv_heads * D)
 
 
-@triton.jit(do_not_specialize=["known"])
+@triton.jit
+def _weight(q_weight, k_weight, at, mask, is_q):
+    of_q = tl.load(q_weight + at, mask=mask & is_q, other=0.0).to(tl.float32)
+    of_k = tl.load(k_weight + at, mask=mask & (is_q == 0), other=0.0).to(tl.float32)
+    return 1.0 + of_q + of_k
+
+
+@triton.jit(do_not_specialize=["known", "T"])
 def _qk_norm_rope(
-    qkv, row, q_weight, k_weight, cos_sin, cos_sin_row, positions, q_out, k_out, record, known, eps,
+    qkv, row, q_weight, k_weight, cos_sin, cos_sin_row, positions, out, T, record, known, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A head of one token; grid (T, HQ + HKV)."""
+    """A head of one token; grid (T, HQ + HKV). To out: q [T, HQ, D], then k [T, HKV, D].
+
+    No pointer is chosen by a condition: Triton 3.6 cannot compile that for AMD.
+    """
     HALF: tl.constexpr = ROTARY // 2
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if h < HQ:
-        x, weight, out = qkv + t * row + h * 2 * D, q_weight, q_out + (t * HQ + h) * D
-    else:
-        h -= HQ
-        x, weight, out = qkv + t * row + (2 * HQ + h) * D, k_weight, k_out + (t * HKV + h) * D
+    is_q = h < HQ
+    x = qkv + t * row + tl.where(is_q, 2 * h, HQ + h) * D
+    out += tl.where(is_q, t * HQ + h, T.to(tl.int64) * HQ + t * HKV + h - HQ) * D
     at = tl.arange(0, BD)
     inside, turns = at < D, at < ROTARY
     partner = tl.where(at < HALF, at + HALF, at - HALF)  # the dim it turns with
@@ -57,9 +67,9 @@ def _qk_norm_rope(
     is_known = (position >= 0) & (position < known)
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-    y *= scale * (1.0 + tl.load(weight + at, mask=inside, other=0.0).to(tl.float32))
+    y *= scale * _weight(q_weight, k_weight, at, inside, is_q)
     other = tl.load(x + partner, mask=turns, other=0.0).to(tl.float32)
-    other *= scale * (1.0 + tl.load(weight + partner, mask=turns, other=0.0).to(tl.float32))
+    other *= scale * _weight(q_weight, k_weight, partner, turns, is_q)
     angle = cos_sin + position * cos_sin_row + at % HALF
     cos = tl.load(angle, mask=turns & is_known, other=0.0).to(tl.float32)
     sin = tl.load(angle + HALF, mask=turns & is_known, other=0.0).to(tl.float32)

@@ -1,11 +1,11 @@
-"""The `qwen3next` command: what runs here (`doctor`) and what fits (`plan`)."""
+"""The `qwen3next` command: what runs here (`doctor`), what fits (`plan`), kernels (`warmup`)."""
 
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from qwen3next_plugin.cli import doctor, plan
+from qwen3next_plugin.cli import doctor, plan, warmup
 
 
 class _Commands(TyperGroup):
@@ -47,3 +47,9 @@ app.command(
         " Exit status 1 if not one request fits."
     ),
 )(plan.plan)
+app.command(
+    epilog=(
+        "Example: [bold]TRITON_CACHE_DIR=cache qwen3next warmup ./Qwen3-Next-80B-A3B-Instruct"
+        " --arch sm_90 --tp 4 --num-speculative-tokens 3[/]."
+    ),
+)(warmup.warmup)

@@ -20,6 +20,7 @@ from qwen3next_plugin.versions import (
 )
 
 HOSTS = {"vllm": "vLLM", "sglang": "SGLang"}
+SERVED = {"vllm": ("cpu", "cuda"), "sglang": ("cpu",)}  # platforms; ROCm calls itself cuda
 PROBE_TIMEOUT_S = 300
 
 
@@ -122,8 +123,9 @@ def _registration(host: str) -> Iterator[Finding]:
         found = f"{name}'s own {module}"
         if env.disabled():
             yield Finding(section, architecture, f"{found}: QWEN3NEXT_DISABLE=1", "note")
-        elif platform != "cpu":
-            yield Finding(section, architecture, f"{found}: no kernels for {platform}", "note")
+        elif platform not in SERVED[host]:
+            why = f"{found}: this plugin does not serve it on {platform}"
+            yield Finding(section, architecture, why, "note")
         else:
             mend = (
                 f"install the plugin in this environment; {host.upper()}_PLUGINS, if set, must "

@@ -56,7 +56,7 @@ def plan(
         max_model_len=_max_model_len(config, max_model_len),
         max_num_seqs=max_num_seqs,
         num_speculative_tokens=num_speculative_tokens or 0,
-        dtype=_served_dtype(raw) if dtype == "auto" else dtype,
+        dtype=served_dtype(raw) if dtype == "auto" else dtype,
         state_dtype=state_dtype,
         prefix_caching=prefix_caching,
         memory=int(memory * GIB) if memory is not None else machine().memory_bytes // tp,
@@ -78,12 +78,6 @@ def plan(
         raise typer.Exit(1)
 
 
-def _count_parameters(config: Qwen3NextConfig) -> dict[str, int]:
-    counts = parameters(config)
-    mtp = sum(n for name, n in counts.items() if part_of(name) == "MTP")
-    return {"parameters": sum(counts.values()) - mtp, "parameters_mtp": mtp}
-
-
 def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
     rope, limit = config.rope_parameters, config.max_position_embeddings
     if rope["rope_type"] == "yarn":
@@ -96,7 +90,8 @@ def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
     return asked or limit
 
 
-def _served_dtype(raw: Mapping[str, Any]) -> str:
+def served_dtype(raw: Mapping[str, Any]) -> str:
+    """The dtype that a config says the checkpoint is served in."""
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: give --dtype {', '.join(DTYPES)}")

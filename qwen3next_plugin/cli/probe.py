@@ -9,7 +9,7 @@ import sys
 
 
 def kernels() -> dict[str, str]:
-    """Run the kernels of the CPU once and say which they are."""
+    """Run a kernel of each device once and say which they are."""
     import torch
 
     from qwen3next_plugin import env
@@ -21,7 +21,16 @@ def kernels() -> dict[str, str]:
     rms_norm(x=x, weight=torch.zeros(16), eps=1e-6)
     if env.kernels() == "reference":
         return {"cpu": "reference, correct and slow: QWEN3NEXT_KERNELS=reference"}
-    return {"cpu": f"native, {native.isa()}; this processor runs {', '.join(native.levels())}"}
+    found = {"cpu": f"native, {native.isa()}; this processor runs {', '.join(native.levels())}"}
+    if torch.cuda.is_available():
+        import triton
+
+        from qwen3next_plugin.kernels.gpu.configs import architecture
+
+        x = x.cuda()
+        rms_norm(x=x, weight=torch.zeros_like(x[0]), eps=1e-6)
+        found["cuda"] = f"Triton {triton.__version__}, for {architecture(x.device)}"
+    return found
 
 
 def vllm() -> dict[str, str]:

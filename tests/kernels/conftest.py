@@ -20,6 +20,12 @@ def backend(request, monkeypatch):
     yield from _in_force(request.param, monkeypatch)
 
 
+@pytest.fixture(params=("reference", *LEVELS))
+def cpu_backend(request, monkeypatch):
+    """Of ops that Triton has none of, or of what only a CPU can do: raise before it writes."""
+    yield from _in_force(request.param, monkeypatch)
+
+
 @pytest.fixture(params=LEVELS)
 def native_level(request, monkeypatch):
     """Name of the instruction set in force."""

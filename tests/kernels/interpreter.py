@@ -1,8 +1,8 @@
 """Triton's interpreter, mended so that it computes what a GPU computes.
 
 Stock (3.6 to 3.9), it is silently wrong: bf16 is kept as raw bits, which products and sums take for
-integers; fp32 to bf16 truncates; tf32 products are not rounded; and a comparison of scalars is an
-integer where a block is masked with it. `self_check` must pass before any kernel is
+integers; fp32 to bf16 truncates; tf32 products are not rounded; a comparison of scalars is an
+integer where a block is masked with it; and before 3.9 there is no bf16 constant. `self_check` must pass before any kernel is
 believed; test_interpreter.py runs it.
 """
 
@@ -94,6 +94,7 @@ def mend() -> None:
     Builder.binary_op = in_fp32(Builder.binary_op, 2)
     Builder.unary_op = in_fp32(Builder.unary_op, 1)
     Builder.create_fma = in_fp32(Builder.create_fma, 3)
+    Builder.get_bf16 = lambda self, x: TensorHandle(narrowed(np.array([x])), tl.bfloat16)
     self_check()
 
 

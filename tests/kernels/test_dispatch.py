@@ -30,6 +30,38 @@ def test_unsupported_device_is_named(monkeypatch):
         rms_norm(x=x, weight=x[0], eps=1e-6)
 
 
+@pytest.mark.parametrize("asked", ["auto", "triton"])
+def test_triton_on_gpus(monkeypatch, asked):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", asked)
+    assert dispatch.backend("rms_norm", "cuda") == "triton"
+    with pytest.raises(NotImplementedError, match="fused_moe: there is no Triton kernel of it"):
+        dispatch.backend("fused_moe", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "where"), [("triton", "cpu", "cuda"), ("cpu", "cuda", "cpu")]
+)
+def test_kernels_on_the_wrong_device(monkeypatch, asked, device, where):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", asked)
+    with pytest.raises(NotImplementedError, match=f"rms_norm: .* run on {where}, not on {device}"):
+        dispatch.backend("rms_norm", device)
+
+
+def test_an_op_of_a_gpu_is_traced_whole():
+    """Its kernel is the dispatcher's, as the native one is; no GPU is touched."""
+    done = python(
+        "import torch\n"
+        "from qwen3next_plugin.kernels import dispatch\n"
+        "op = dispatch.implementation('rms_norm', torch.device('cuda'))\n"
+        "assert op is torch.ops.qwen3next.rms_norm.default, op\n"
+        "for name in ('rms_norm', 'qk_norm_rope', 'output_gate', 'gated_delta_rule'):\n"
+        "    has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "    assert has(f'qwen3next::{name}', 'CUDA'), name",
+        QWEN3NEXT_KERNELS="auto",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
 def test_library_that_was_not_built(asked):
     done = python(

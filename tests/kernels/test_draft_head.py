@@ -29,7 +29,7 @@ def head(R, D, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [0, 1, 3, 17])
 @pytest.mark.parametrize(("R", "D"), [(1, 1), (3, 7), (257, 96), (1021, 203), (131, 2048)])
-def test_exactly_the_reference(backend, N, R, D, dtype):
+def test_exactly_the_reference(cpu_backend, N, R, D, dtype):
     _, weight, scale = head(R, D)
     x = (torch.randn(N, D + 5) * 3).to(dtype)[:, :D]
     for some in (torch.arange(R), torch.randperm(R)[: 1 + R // 3]):
@@ -42,7 +42,7 @@ def test_exactly_the_reference(backend, N, R, D, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_the_head(backend, dtype):
+def test_against_the_head(cpu_backend, dtype):
     """Its value is the full head's for that row, and no row of the full head is far above it."""
     N, R, D = 33, 1021, 200
     full, weight, scale = head(R, D, dtype)
@@ -81,7 +81,7 @@ def test_quantises_in_chunks(monkeypatch):
         assert torch.equal(chunked, expected)
 
 
-def test_whatever_rows_share_the_batch(backend):
+def test_whatever_rows_share_the_batch(cpu_backend):
     """A row's result is the same bits alone, in any batch, and on one thread."""
     _, weight, scale = head(515, 130)
     x = torch.randn(256, 130).bfloat16()
@@ -100,7 +100,7 @@ def test_whatever_rows_share_the_batch(backend):
     assert torch.equal(alone[1], values)
 
 
-def test_shards_add_up(backend):
+def test_shards_add_up(cpu_backend):
     """The greatest of the shards' values, the lowest shard of equals, is the whole head's."""
     _, weight, scale = head(900, 64)
     x = torch.randn(17, 64).bfloat16()
@@ -116,7 +116,7 @@ def test_shards_add_up(backend):
 
 
 @pytest.mark.parametrize("row", [0, 2, 5, 258, 3000])
-def test_lowest_row_of_equals(backend, row):
+def test_lowest_row_of_equals(cpu_backend, row):
     """Also where the equals lie in different blocks of rows."""
     weight = torch.randint(-50, 50, (3001, 40), dtype=torch.int8)
     weight[[row, 1500, 3000]] = 127
@@ -125,7 +125,7 @@ def test_lowest_row_of_equals(backend, row):
     torch.testing.assert_close(values, torch.full((3,), 127.0 * 40))
 
 
-def test_every_score_negative(backend):
+def test_every_score_negative(cpu_backend):
     weight = torch.randint(-128, 0, (100, 33), dtype=torch.int8)
     weight[41] = -1
     x = torch.rand(5, 33) + 0.1
@@ -136,7 +136,7 @@ def test_every_score_negative(backend):
 
 @pytest.mark.parametrize("D", [1, 64, 2048, 16384])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_largest_integers_do_not_overflow(backend, D, sign):
+def test_largest_integers_do_not_overflow(cpu_backend, D, sign):
     weight = torch.full((5, D), -128, dtype=torch.int8)
     weight[3] = 127
     x = torch.full((2, D), 7.5 * sign)
@@ -145,7 +145,7 @@ def test_largest_integers_do_not_overflow(backend, D, sign):
     torch.testing.assert_close(values, torch.full((2,), (127.0 if sign > 0 else 128.0) * 7.5 * D))
 
 
-def test_an_outlier_leaves_the_rest_its_bits(backend):
+def test_an_outlier_leaves_the_rest_its_bits(cpu_backend):
     """One value a hundred times the others': the others still decide."""
     _, weight, scale = head(400, 512)
     x = torch.randn(9, 512)
@@ -157,7 +157,7 @@ def test_an_outlier_leaves_the_rest_its_bits(backend):
     assert torch.equal(rows, exact)
 
 
-def test_zeros_and_what_is_not_finite(backend):
+def test_zeros_and_what_is_not_finite(cpu_backend):
     _, weight, scale = head(300, 70)
     x = torch.randn(6, 70)
     alone = draft_head(x=x, weight=weight, scale=scale)
@@ -173,7 +173,7 @@ def test_zeros_and_what_is_not_finite(backend):
     assert torch.equal(values[[0, 3]], alone[1][[0, 3]])
 
 
-def test_refuses(backend):
+def test_refuses(cpu_backend):
     x, weight, scale = torch.zeros(3, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5)
     with pytest.raises(ValueError, match=r"draft_head: x is torch\.float64"):
         draft_head(x=x.double(), weight=weight, scale=scale)

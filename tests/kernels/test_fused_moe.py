@@ -30,7 +30,7 @@ def inputs(T, D, E, I, k, dtype):  # noqa: E741, the field's letter
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_against_the_reference(backend, sizes, dtype):
+def test_against_the_reference(cpu_backend, sizes, dtype):
     arguments = inputs(*sizes, dtype)
     out = op.fused_moe(**arguments)
     ref = reference.fused_moe(*arguments.values())
@@ -55,21 +55,21 @@ def test_whatever_tokens_share_the_batch(native_level, dtype):
         torch.set_num_threads(threads)
 
 
-def test_no_tokens(backend):
+def test_no_tokens(cpu_backend):
     arguments = inputs(4, 8, 3, 6, 2, torch.float32)
     none = {name: arguments[name][:0] for name in ("x", "topk_weights", "topk_ids")}
     assert op.fused_moe(**arguments | none).shape == (0, 8)
 
 
 @pytest.mark.parametrize("expert", [-1, 3])
-def test_refuses_what_is_no_expert(backend, expert):
+def test_refuses_what_is_no_expert(cpu_backend, expert):
     arguments = inputs(4, 8, 3, 6, 2, torch.float32)
     arguments["topk_ids"][2, 1] = expert
     with pytest.raises(RuntimeError, match=rf"topk_ids\[2, 1\] = {expert} is not one of 3 experts"):
         op.fused_moe(**arguments)
 
 
-def test_refuses(backend):
+def test_refuses(cpu_backend):
     arguments = inputs(4, 8, 3, 6, 2, torch.float32)
     for name, bad, complaint in (
         ("x", arguments["x"].double(), r"x is torch\.float64"),

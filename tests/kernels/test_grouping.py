@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from state_pages import SHAPES, Layer, Pool, Step, concatenated, rows_of
+from state_pages import SHAPES, Layer, Pool, Shape, Step, concatenated, rows_of
 
 from qwen3next_plugin.kernels.step import GRID
 
@@ -104,3 +104,21 @@ def test_same_bits_beside_other_rows(native_level, request_on):
         step = Step(((0, 0, 9), (2, t, 2), (-1, 0, 1)))
         outs.append(layer.run(pool, step, batch)[9:11])
     assert_same([torch.cat(outs)], [expected[: T - 1]])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids="S={}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_decode_and_verify_have_the_same_bits_on_a_gpu(backend, dtype, state_dtype):
+    """One by one, verified together, or with drafts that fall; a prefill is in bounds only."""
+    layer = Layer.random(Shape(1, 2, 16, 24), dtype)
+    x, drafts = layer.projections(T, dtype), layer.projections(T + DRAFTS, dtype)
+
+    def run(groups):
+        return Run(layer, x, drafts, state_dtype)(groups)
+
+    one_by_one = run(in_groups_of(1))
+    assert_same(run(in_groups_of(3)), one_by_one)
+    mixed = [(1, DRAFTS), (2, 1), (4, 0), (3, 1), (1, 0)]
+    groups = mixed * (T // 11) + [(1, 2)] * (T % 11)
+    assert_same(run(groups), one_by_one)

@@ -86,7 +86,7 @@ def trees(*counts: int) -> tuple[Tensor, list[list[int]]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_against_the_equation(backend, heads, dtype):
+def test_against_the_equation(cpu_backend, heads, dtype):
     """Decode, verify, a prefill chunk, a whole prompt and a row without tokens in one batch."""
     pool = Pool.random((BLOCK + 1, 600, 77, 1, 300), heads, dtype)
     steps = ((0, BLOCK, BLOCK + 1), (1, 570, 600), (2, 73, 77), (3, 0, 1), (4, 9, 9), (4, 0, 19))
@@ -102,7 +102,7 @@ def test_against_the_equation(backend, heads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8], ids=str)
-def test_trees_against_the_equation(backend, mask_dtype, dtype):
+def test_trees_against_the_equation(cpu_backend, mask_dtype, dtype):
     pool = Pool.random((20, BLOCK + 5, 2 * BLOCK), HEADS[1], dtype)
     mask, _ = trees(8, 12, 1)
     steps = ((0, 12, 20), (1, BLOCK - 7, BLOCK + 5), (2, 2 * BLOCK - 1, 2 * BLOCK))
@@ -111,7 +111,7 @@ def test_trees_against_the_equation(backend, mask_dtype, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_scores(backend, dtype):
+def test_large_scores(cpu_backend, dtype):
     """The weights of a block far below the largest score vanish, and nothing overflows."""
     pool = Pool.random((3 * BLOCK + 7,), HEADS[1], dtype)
     pool.key_cache[pool.token_table[1, : BLOCK // 2].long()] *= 30
@@ -196,7 +196,7 @@ def test_what_is_not_seen_does_not_matter(native_level, dtype):
             assert torch.equal(out[n - 1], node)
 
 
-def test_nothing_seen_is_zero(backend):
+def test_nothing_seen_is_zero(cpu_backend):
     pool = Pool.random((3, 9), HEADS[1], torch.float32)
     mask = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1], dtype=torch.uint8)
     out = pool((0, 0, 3), tree_mask=mask)
@@ -205,7 +205,7 @@ def test_nothing_seen_is_zero(backend):
     assert pool((0, 2, 2), (1, 9, 9)).shape == (0, 3, 40)
 
 
-def test_tokens_of_no_sequence_are_zero(backend):
+def test_tokens_of_no_sequence_are_zero(cpu_backend):
     pool = Pool.random((9,), HEADS[1], torch.float32)
     arguments = pool.arguments((0, 0, 9))
     expected = paged_attention(**arguments)
@@ -235,7 +235,7 @@ def test_tokens_of_no_sequence_are_zero(backend):
         ({"tree_mask": torch.ones(14).bool()}, "tree_mask has 14 entries, the rows 13"),
     ],
 )
-def test_refuses_what_cannot_be(backend, change, complaint):
+def test_refuses_what_cannot_be(cpu_backend, change, complaint):
     pool = Pool.random((7, 9), HEADS[1], torch.float32)
     arguments = pool.arguments((0, 4, 7), (1, 7, 9))
     with pytest.raises(RuntimeError, match=complaint):
@@ -243,7 +243,7 @@ def test_refuses_what_cannot_be(backend, change, complaint):
 
 
 @pytest.mark.parametrize("slot", [-1, 25, -(2**31)])
-def test_refuses_what_is_no_slot(backend, slot):
+def test_refuses_what_is_no_slot(cpu_backend, slot):
     pool = Pool.random((7, 9), HEADS[1], torch.float32)
     pool.token_table[2, 3] = slot
     pool((0, 4, 7), (1, 2, 3))
@@ -271,7 +271,7 @@ def test_refuses_what_is_no_slot(backend, slot):
         ("tree_mask", lambda _: torch.ones(1, 13).bool(), "tree_mask has shape"),
     ],
 )
-def test_refuses(backend, name, change, complaint):
+def test_refuses(cpu_backend, name, change, complaint):
     pool = Pool.random((7, 9), (4, 2, 40), torch.float32)
     arguments = pool.arguments((0, 4, 7), (1, 7, 9))
     arguments[name] = change(arguments[name])

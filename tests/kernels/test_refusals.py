@@ -48,7 +48,7 @@ def test_grid_of_the_native_kernels():
         (((1, 0, 1), (1, 0, 1)), (0, 0), "row 1: slot 1 is used by an earlier row"),
     ],
 )
-def test_refused_before_writing(backend, op, rows, span, complaint):
+def test_refused_before_writing(cpu_backend, op, rows, span, complaint):
     layer, pool, step = Layer.random(SMALL), Pool(SMALL, 4, K_DRAFTS), Step(rows)
     pool.span_[1] = int32(*span)
     before = pool.raw.clone()
@@ -66,7 +66,7 @@ def test_refused_before_writing(backend, op, rows, span, complaint):
         ((-1, 1, 2), "row 0: query_start_loc -1 to 1 is not a range of 2"),
     ],
 )
-def test_tokens_out_of_range(backend, op, starts, complaint, monkeypatch):
+def test_tokens_out_of_range(cpu_backend, op, starts, complaint, monkeypatch):
     layer, pool, step = Layer.random(SMALL), Pool(SMALL, 4, K_DRAFTS), Step(((0, 0, 1), (1, 0, 1)))
     tensors = {**step.tensors(), "query_start_loc": int32(*starts)}
     monkeypatch.setattr(Step, "tensors", lambda self: tensors)
@@ -85,7 +85,7 @@ near = st.one_of(st.integers(-3, 30), st.sampled_from([2**31 - 1, -(2**31)]))
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_continues_only_where_the_page_stands(backend, op, start, end, c, n):
+def test_continues_only_where_the_page_stands(cpu_backend, op, start, end, c, n):
     """Whatever the page says: the rule of docs/state.md, or a refusal."""
     layer, pool, step = Layer.random(SMALL), Pool(SMALL, 2, K_DRAFTS), Step(((1, c, n),))
     pool.raw[1] = 0
@@ -101,7 +101,7 @@ def test_continues_only_where_the_page_stands(backend, op, start, end, c, n):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_positions_that_an_int32_cannot_hold(backend, op):
+def test_positions_that_an_int32_cannot_hold(cpu_backend, op):
     last = 2**31 - 1
     layer, pool, step = Layer.random(SMALL), Pool(SMALL, 2, K_DRAFTS), Step(((1, last, 1),))
     pool.span_[1] = int32(last, last)

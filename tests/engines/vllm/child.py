@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from importlib import import_module
 from multiprocessing.connection import Client
 from typing import Any
 
@@ -74,8 +75,10 @@ def _chosen(ids: Any, logprobs: Any) -> tuple[float, ...]:
     return tuple(entry[i].logprob for i, entry in zip(ids, logprobs or (), strict=False))
 
 
-def main(address: str) -> None:
-    """Serve one parent until it hangs up."""
+def main(address: str, *first: str) -> None:
+    """Serve one parent until it hangs up; import the modules `first` before all else."""
+    for name in first:
+        import_module(name)
     from traceback import format_exc
 
     host = Host()
@@ -89,4 +92,4 @@ def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.mtp.schedule import Fixed
 
 
@@ -96,6 +97,11 @@ def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, An
     pool = manager.block_pool
     in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # less the null block
     return {"held": held, "running": running, "in_use": in_use}
+
+
+def backends(llm: LLM) -> set[tuple[str, str]]:
+    """Which backend has run which op of ours, for ops that have been loaded."""
+    return {(op, backend) for backend, _, op in dispatch._LOADED}
 
 
 def state_bytes(llm: LLM) -> tuple[int, int]:

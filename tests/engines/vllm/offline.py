@@ -32,7 +32,10 @@ def environment(tp_size: int = 1) -> dict[str, str]:
 
 
 class Offline:
-    """`vllm.LLM(model, **flags)` in a child; token ids in, plain values out."""
+    """`vllm.LLM(model, **flags)` in a child; token ids in, plain values out.
+
+    `first` names a module beside this one that the child imports before all else.
+    """
 
     def __init__(
         self,
@@ -40,13 +43,14 @@ class Offline:
         *,
         env: dict[str, str] | None = None,
         python: str = sys.executable,
+        first: str | None = None,
         **flags: Any,
     ) -> None:
         tp_size = flags.get("tensor_parallel_size", 1)
         with Listener(family="AF_UNIX") as listener:
             listener._listener._socket.settimeout(START_SECONDS)
             self.process = Process(
-                [python, CHILD, listener.address],
+                [python, CHILD, listener.address, *([first] if first else [])],
                 environment(tp_size) | IN_PROCESS | (env or {}),
             )
             self.pipe: Connection = listener.accept()

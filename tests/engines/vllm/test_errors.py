@@ -197,8 +197,20 @@ def test_disabled_leaves_the_host_untouched():
     assert done.stdout.splitlines()[-2:] == [THEIRS, "False"]
 
 
+def test_a_gpu_is_served_by_the_plugin():
+    """The models are ours, and compiled graphs are cut where they read pages."""
+    gpu = (
+        "from vllm.platforms import current_platform as p; "
+        "type(p).is_cpu = lambda s: False; type(p).is_cuda_alike = lambda s: True"
+    )
+    cut = "from vllm.config import CompilationConfig as C; print(C._attention_ops[-1])"
+    done = run(f"{gpu}; {PLUGINS}; {MODULE}; {cut}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [OURS, "vllm::qwen3next_gated_delta_net"]
+
+
 def test_platform_without_our_kernels_keeps_the_hosts_model_and_says_so():
-    """A platform that calls itself no CPU: the host's entry stays, and one line tells the user."""
+    """A platform that is neither CPU nor GPU: the host's entry stays, and one line says so."""
     elsewhere = "from vllm.platforms import current_platform as p; type(p).is_cpu = lambda s: False"
     say = (
         "import logging; logging.basicConfig(level='INFO', force=True); "
@@ -208,7 +220,7 @@ def test_platform_without_our_kernels_keeps_the_hosts_model_and_says_so():
     done = run(f"{elsewhere}; {PLUGINS}; {MODULE}; {say}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == THEIRS
-    assert re.search(r"has no kernels for \w+ yet: vLLM 0\.\S+ keeps its own", done.stderr)
+    assert re.search(r"has no kernels for \w+: vLLM 0\.\S+ keeps its own", done.stderr)
 
 
 FAULTS = {

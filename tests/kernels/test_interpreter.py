@@ -1,0 +1,58 @@
+"""Triton's interpreter is mended before a kernel is believed, under every Triton we are for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import interpreter
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = sorted((ROOT / ".triton").glob("*/.installed"))  # by `make test`
+VERSIONS = [path.parent for path in INSTALLED]
+
+
+def test_mended():
+    with interpreter.interpreting():
+        interpreter.self_check()
+
+
+def test_the_check_finds_what_is_not_mended():
+    code = "import interpreter; interpreter.self_check()"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode != 0
+    assert b"self_check" in done.stderr
+
+
+def under(version: Path, *command: str, **env: str) -> str:
+    """What a Python says that imports this Triton."""
+    environment = os.environ | {"PYTHONPATH": str(version)} | env
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_other_tritons_are_there():
+    assert VERSIONS, "make test installs them"
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+def test_kernels_under_another_triton(version):
+    assert version.name in under(version, "-c", "import triton; print(triton.__version__)")
+    tests = ("test_gated_delta_net.py", "test_qk_norm_rope.py", "test_rms_norm_gated.py")
+    files = [f"tests/kernels/{name}" for name in tests]
+    chosen = "triton and (as_its_parts or (against and 65 and bfloat16))"
+    assert " passed" in under(version, "-m", "pytest", "-q", *files, "-k", chosen)
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+def test_compiled_by_another_triton(version, tmp_path):
+    start = "from qwen3next_plugin.cli import app; app()"
+    command = ("-c", start, "warmup", "examples/qwen3next-tiny", "--num-speculative-tokens", "2")
+    said = under(version, *command, TRITON_CACHE_DIR=str(tmp_path), COLUMNS="300")
+    assert all(f"{arch}: " in said for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
+    assert f"Triton {version.name} has them" in said
