@@ -4,6 +4,7 @@ Each takes a layer, its rows' lengths and S as it stands, and gives a call witho
 returns [T, HV, V]. Those of others are None where they are not installed or cannot do the work.
 """
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 
@@ -51,7 +52,9 @@ def baseline(work: Work, layer: Layer, S: Tensor) -> Call | None:
         return None
     if work.prefills:
         return _chunked(work, layer)
-    return _verified(work, layer, S) if work.layout.draft_tokens else _decoded(layer, S)
+    if work.layout.draft_tokens:
+        return _verified(work, layer, S)
+    return _decoded(layer, S) or _verified(work, layer, S)
 
 
 def _gates(layer: Layer) -> dict:
@@ -66,6 +69,11 @@ def _gates(layer: Layer) -> dict:
     }
 
 
+@functools.cache  # FLA keeps what it finds on the host for a tensor, by which tensor it is
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0)
+
+
 def _chunked(work: Work, layer: Layer) -> Call | None:
     """A batch of rows where all are as long, else one sequence with offsets."""
     try:
@@ -75,8 +83,7 @@ def _chunked(work: Work, layer: Layer) -> Call | None:
     even = len(set(work.lengths)) == 1
     shape = (len(work.lengths), -1) if even else (1, -1)
     q, k, v, a, b = (x.unflatten(0, shape) for x in (layer.q, layer.k, layer.v, layer.a, layer.b))
-    starts = torch.tensor([0, *work.lengths], device=v.device).cumsum(0)
-    offsets = None if even else starts
+    offsets = None if even else _offsets(work.lengths, v.device)
 
     def call() -> Tensor:
         out, _ = chunk_gated_delta_rule(

@@ -1,11 +1,13 @@
 """The steps that a GPU is measured on, each checked and timed: one row of the table."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from benchmarks.gpu_baselines import baseline, plain
+from benchmarks.gpu_baselines import Call, baseline, plain
 from benchmarks.gpu_check import agree, check_layer
 from benchmarks.gpu_layer import Layer, Turns, Work
 from benchmarks.gpu_timing import Roof, layers_beyond_cache, replayed
@@ -13,6 +15,7 @@ from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.model.state import PageLayout
 
+T = TypeVar("T")
 NOT_MEASURED = "not measured"
 COLUMNS = (
     "layer µs", "rate", "of the roof", "recurrence µs", "baseline µs", "baseline / recurrence",
@@ -106,25 +109,36 @@ def row(work: Work, device: torch.device, roof: Roof | None) -> list[str]:
         return [NOT_MEASURED] * len(COLUMNS)
     whole = replayed(turns.calls(Layer.whole), turns.advance)
     recurrence = replayed(turns.calls(Layer.recurrence), turns.advance)
+    faults.check(device)
     least = roof.seconds(work.bytes(), flops := work.flops(config_for(device).chunk))
     rate = f"{flops / whole / 1e12:,.0f} TFLOP/s"
     if not work.prefills:
         rate = f"{work.bytes() / whole / 1e9:,.0f} GB/s"
     cells = [f"{whole * 1e6:,.1f}", rate, f"{least / whole:.0%}", f"{recurrence * 1e6:,.1f}"]
-    faults.check(device)
-    if None in others:
+    other = None if None in others else tried(work, lambda: replayed(others, lambda: None))
+    if other is None:
         return [*cells, NOT_MEASURED, NOT_MEASURED]
-    other = replayed(others, lambda: None)
     return [*cells, f"{other * 1e6:,.1f}", f"{other / recurrence:.2f}"]
 
 
-def checked(work: Work, layer: Layer, turns: Turns):
-    """A layer's baseline, None if there is none, once it and the kernels give the same."""
+def checked(work: Work, layer: Layer, turns: Turns) -> Call | None:
+    """A layer's baseline, None if none runs, once it and the kernels give the same."""
     dtype, S = work.layout.activation_dtype, layer.settled(turns.context_len)
     out = layer.recurrence(turns.step)
     at, ref = plain(layer, work.lengths, S, min(PLAIN, *work.lengths))
     agree(f"{work.name}, a plain loop", out[at], ref, dtype)
     other = baseline(work, layer, S)
-    if other is not None:
-        agree(f"{work.name}, the baseline", other(), out, dtype)
+    theirs = None if other is None else tried(work, other)
+    if theirs is None:
+        return None
+    agree(f"{work.name}, the baseline", theirs, out, dtype)
     return other
+
+
+def tried(work: Work, call: Callable[[], T]) -> T | None:
+    """What a baseline gives; where it cannot run here that is said, and the row goes on."""
+    try:
+        return call()
+    except Exception as complaint:
+        print(f"{work.name}: the baseline does not run: {complaint}", file=sys.stderr)
+        return None

@@ -10,7 +10,7 @@ import torch
 from qwen3next_plugin.kernels.step import GRID
 
 ROUNDS = 5  # a time is the median of these, each the mean of GRID replays
-CACHES = 4  # as often as the L2 what layers taking turns touch
+COLD = 512 << 20  # bytes that layers taking turns move: more than any card's caches hold
 COPIED, SIDE = 1 << 30, 8192  # bytes, and the sides of a matrix, of the roof
 
 
@@ -40,10 +40,8 @@ def roof(device: torch.device) -> Roof:
 
 
 def layers_beyond_cache(moved: float, device: torch.device) -> int:
-    """How many layers, each moving so much in a step, do not find their own in the L2 again."""
-    if device.type == "cpu":
-        return 2
-    return ceil(CACHES * torch.cuda.get_device_properties(device).L2_cache_size / moved)
+    """How many layers, each moving so much in a step, do not find their own in a cache again."""
+    return 2 if device.type == "cpu" else ceil(COLD / moved)
 
 
 def replayed(calls: list[Callable], advance: Callable[[], None]) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from benchmarks.gpu_resources import PROCESSORS, Kernel, Served, spills
+from benchmarks.gpu_resources import PROCESSORS, Kernel, Served, complaints
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +32,15 @@ def test_nothing_spills_and_the_page_is_right(arch, tmp_path):
         assert done.stdout.strip() in PAGE
 
 
-def test_a_spill_names_kernel_and_architecture():
-    kernels = [Kernel("fits", 4, 128, 0, 0), Kernel("spills", 4, 255, 16, 0)]
-    (said,) = spills("sm_90", SERVED, kernels)
-    assert said.startswith("sm_90: spills spills 16 bytes")
+def test_complaints_name_kernel_and_architecture():
+    kernels = [
+        Kernel("good", 4, 128, 0, 0),
+        Kernel("tight", 4, 255, 16, 0),
+        Kernel("large", 4, 128, 0, 96 << 10),
+    ]
+    spills, too_large = complaints("gfx942", SERVED, kernels)
+    assert spills.startswith("gfx942: tight spills 16 bytes")
+    assert too_large.startswith("gfx942: large does not fit, for its shared memory")
 
 
 @pytest.mark.parametrize(
