@@ -39,14 +39,15 @@ def main(
     import triton
 
     from benchmarks import gpu_baselines, gpu_cases, gpu_timing
-    from tests.kernels import interpreter
 
     if smoke:
+        from tests.kernels import interpreter
+
         interpreter.mend()
     elif not torch.cuda.is_available():
         raise SystemExit("no GPU here; --smoke runs without one")
     torch.manual_seed(0)
-    device = torch.device("cpu" if smoke else "cuda")
+    device = torch.device("cpu" if smoke else "cuda:0")
     with torch.inference_mode():
         roof = None if smoke else gpu_timing.roof(device)
         plan = gpu_cases.SMOKE if smoke else gpu_cases.RELEASED

@@ -73,8 +73,8 @@ class Layer:
         self.qkvz, self.ba = self.projections(T, dtype, device)
         self.weights = GatedDeltaNetWeights(
             conv=torch.randn(s.conv_dim, 4, device=device).to(dtype) / 2,
-            A_log=torch.empty(HV, device=device).uniform_(1, 16).log(),
-            dt_bias=torch.randn(HV, device=device),
+            A_log=torch.empty(HV, device=device).uniform_(0, 2),
+            dt_bias=torch.empty(HV, device=device).uniform_(-6, -2),  # so that S lasts
             norm=torch.rand(V, device=device).to(dtype) + 0.5,
             norm_eps=1e-6,
         )
