@@ -101,13 +101,14 @@ class Kernel:
 
 
 def compiled(arch: str, served: Served) -> list[Kernel]:
-    """Every kernel that the layers launch, each once."""
+    """Every kernel that the layers launch, each once, by name."""
     model = Qwen3NextConfig.from_hf(CONFIG, tp_size=served.ranks)
     with compiling_for(arch) as launched:
         Launches(
             model, served.dtype, served.state_dtype, served.draft_tokens, torch.device("cpu")
         ).run()
-    return [taken(kernel) for kernel in {kernel.hash: kernel for kernel in launched}.values()]
+    once = {kernel.hash: kernel for kernel in launched}.values()
+    return sorted(map(taken, once), key=lambda kernel: kernel.name)
 
 
 def taken(kernel: CompiledKernel) -> Kernel:
