@@ -1,0 +1,173 @@
+"""Gated DeltaNet layers with random parameters, inputs and pages, and steps that walk over them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.kernels.gated_delta_rule.operands import inputs, pages
+from qwen3next_plugin.kernels.gated_delta_rule.triton import run_layer
+from qwen3next_plugin.kernels.gpu.rows import rows
+from qwen3next_plugin.kernels.step import GRID
+from qwen3next_plugin.model.gated_delta_net import (
+    GatedDeltaNetShape,
+    GatedDeltaNetWeights,
+    gated_delta_net,
+)
+from qwen3next_plugin.model.state import PageLayout
+from qwen3next_plugin.model.step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step asks of one rank's layer: tokens of each row; a prefill begins afresh."""
+
+    name: str
+    layout: PageLayout
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def prefills(self) -> bool:
+        return max(self.lengths) > self.layout.draft_tokens + 1
+
+    def bytes(self) -> float:
+        """What the step has to move: S read once and written once in GRID tokens, the rest once.
+
+        A row replays what its window holds since the last grid point, and as many tokens of a
+        draft are accepted as not, on average.
+        """
+        s, N, T = self.layout, len(self.lengths), self.tokens
+        H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
+        S = s.nbytes()["state"]
+        activations = s.activation_dtype.itemsize * T * (2 * H * K + 3 * HV * V + 2 * HV)
+        if self.prefills:
+            return activations + N * S
+        advance = 1 + s.draft_tokens / 2
+        window = T + N * ((GRID - 1) / 2 + advance)
+        convolution = s.activation_dtype.itemsize * s.conv_dim * (T + 3 * N)
+        entry = 4 * (H * K + HV * V + HV)
+        return activations + convolution + window * entry + N * S * (1 + advance / GRID)
+
+    def flops(self, chunk: int) -> float:
+        """Products of the chunk form, not counting the triangular inverse."""
+        s = self.layout
+        K, V = s.key_dim, s.value_dim
+        return self.tokens * s.num_value_heads * (4 * chunk * (K + V) + 6 * K * V)
+
+
+class Layer:
+    """One layer: a page for each row of a step, and what it projects for all tokens of one."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        s, T, dtype = work.layout, work.tokens, work.layout.activation_dtype
+        H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
+        self.shape = GatedDeltaNetShape(H, HV, K, V)
+        page = ceil(s.page_bytes / 256) * 256
+        self.pool = s.view(torch.zeros(len(work.lengths), page, dtype=torch.int8, device=device))
+        self.qkvz, self.ba = self.projections(T, dtype, device)
+        self.weights = GatedDeltaNetWeights(
+            conv=torch.randn(s.conv_dim, 4, device=device).to(dtype) / 2,
+            A_log=torch.empty(HV, device=device).uniform_(0, 2),
+            dt_bias=torch.empty(HV, device=device).uniform_(-6, -2),  # so that S lasts
+            norm=torch.rand(V, device=device).to(dtype) + 0.5,
+            norm_eps=1e-6,
+        )
+        # What the recurrence alone takes, as a convolution leaves it.
+        self.q, self.k = torch.randn(2, T, H, K, dtype=dtype, device=device)
+        self.v = torch.randn(T, HV, V, dtype=dtype, device=device)
+        self.a, self.b = torch.randn(2, T, HV, dtype=dtype, device=device)
+
+    def projections(self, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """Random qkvz and ba of T tokens."""
+        H, HV, K, V = (getattr(self.shape, name) for name in self.shape.__slots__)
+        widths = (2 * (H * K + HV * V), 2 * HV)
+        return tuple(torch.randn(T, width, dtype=dtype, device=device) for width in widths)
+
+    def whole(self, step: Step) -> Tensor:
+        """Convolution, recurrence and gated norm, as a model runs them."""
+        return self.run(self.qkvz, self.ba, step)
+
+    def run(self, qkvz: Tensor, ba: Tensor, step: Step) -> Tensor:
+        return gated_delta_net(
+            qkvz=qkvz, ba=ba, weights=self.weights, shape=self.shape, pool_=self.pool, step=step
+        )
+
+    def recurrence(self, step: Step) -> Tensor:
+        """The recurrence alone, [T, HV, V]."""
+        H, R = self.shape.num_key_heads, self.shape.values_per_key
+        v, a, b = (x.unflatten(1, (H, R)) for x in (self.v, self.a, self.b))
+        pool = self.pool
+        return run_layer(
+            x=inputs(self.q, self.k, v, a, b, self.weights.A_log, self.weights.dt_bias),
+            conv=None,
+            norm=None,
+            pages=pages(pool.state, pool.key, pool.u, pool.g),
+            rows=rows(step.query_start_loc, step.slot, step.context_len, pool.span),
+            max_query_len=step.max_query_len,
+        )
+
+    def settled(self, context_len: Tensor) -> Tensor:
+        """S [N, HV, K, V] in fp32 with all tokens that are committed."""
+        pool, R = self.pool, self.shape.values_per_key
+        W, start = pool.key.shape[1], pool.span[:, 0]
+        p0 = torch.where(context_len == 0, 0, start // GRID * GRID)
+        row = torch.arange(len(start), device=start.device)
+        S = torch.where((p0 > 0)[:, None, None, None], pool.state.float(), 0.0)
+        for p in (p0 + i for i in range(GRID + W)):
+            key, u, g = (ring[row, p % W] for ring in (pool.key, pool.u, pool.g))
+            key = key.repeat_interleave(R, dim=1)
+            after = g.exp()[..., None, None] * S + key[..., :, None] * u[..., None, :]
+            S = torch.where((p < context_len)[:, None, None, None], after, S)
+        return S
+
+
+def step_of(lengths: tuple[int, ...], context_len: Tensor) -> Step:
+    """A step of so many tokens in each row; row i has page i."""
+    starts = torch.tensor([0, *lengths], device=context_len.device).cumsum(0)
+    return Step(
+        query_start_loc=starts.int(),
+        slot=torch.arange(len(lengths), dtype=torch.int32, device=context_len.device),
+        context_len=context_len,
+        num_tokens=sum(lengths),
+        max_query_len=max(lengths),
+    )
+
+
+class Turns:
+    """Layers that take turns on one step, as in an engine: each finds its pages out of cache."""
+
+    def __init__(self, work: Work, layers: int, device: torch.device) -> None:
+        self.work, self.device = work, device
+        self.layers = [Layer(work, device) for _ in range(layers)]
+        self.context_len = torch.zeros(len(work.lengths), dtype=torch.int32, device=device)
+        self.step = step_of(work.lengths, self.context_len)
+        if not work.prefills:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Give every row a past of some length, so that not all write S in the same step."""
+        lengths = torch.randint(1, 3 * GRID, (len(self.work.lengths),))
+        step = step_of(tuple(lengths.tolist()), self.context_len)
+        for layer in self.layers:
+            dtype = self.work.layout.activation_dtype
+            layer.run(*layer.projections(step.num_tokens, dtype, self.device), step)
+        self.context_len.copy_(lengths)
+
+    def advance(self) -> None:
+        """Commit a token of each row, and as many of its draft as chance accepts."""
+        if not self.work.prefills:
+            drafts = self.work.layout.draft_tokens
+            self.context_len += 1
+            self.context_len += torch.randint(
+                0, drafts + 1, self.context_len.shape, dtype=torch.int32, device=self.device
+            )
+
+    def calls(self, of: Callable[[Layer, Step], Tensor]) -> list[Callable[[], Tensor]]:
+        """A call for each layer in turn."""
+        return [lambda layer=layer: of(layer, self.step) for layer in self.layers]

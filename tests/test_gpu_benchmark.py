@@ -1,0 +1,90 @@
+"""The GPU benchmark checks before it prints, on a CPU too, and times as it says."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_timing
+from benchmarks.gpu_check import agree
+from qwen3next_plugin.kernels.step import GRID
+
+ROOT = Path(__file__).parents[1]
+NO_TOLERANCE = """
+import torch
+from benchmarks import gpu, gpu_check
+gpu_check.BOUNDS[torch.float32] = 0.0
+gpu.main(smoke=True)
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_smoke():
+    done = run("-m", "benchmarks.gpu", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| TP")]
+    assert {row.split(",")[1].split()[0] for row in rows} == {"decode", "verify", "prefill"}
+    for row in rows:
+        assert set(row.strip("| ").split(" | ")[1:]) == {"not measured"}
+
+
+def test_a_red_check_prints_no_figure():
+    done = run("-c", NO_TOLERANCE, TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "red, so there are no figures: TP 2, k = 0" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = run("-m", "benchmarks.gpu")
+    assert done.returncode == 1
+    assert "--smoke" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan"), float("inf")])
+def test_outputs_that_differ_are_red(wrong):
+    ref = torch.ones(3)
+    agree("same", ref, ref, torch.float32)
+    with pytest.raises(AssertionError, match="other: differs"):
+        agree("other", torch.tensor([1.0, 1.0, wrong]), ref, torch.bfloat16)
+
+
+def test_a_time_is_the_median_of_means_over_a_grid(monkeypatch):
+    """One round is slow throughout, and in every round the first replay is: S is written."""
+    took = itertools.chain.from_iterable(
+        [80.0 if i == 1 else 8.0, *[0.0] * (GRID - 1)] for i in range(gpu_timing.ROUNDS)
+    )
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return next(took)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert gpu_timing.seconds(lambda: None) == pytest.approx(8.0 / GRID / 1e3)
+
+
+def test_the_roof_is_what_takes_longer():
+    roof = gpu_timing.Roof(bandwidth=1e12, rate=1e14)
+    assert roof.seconds(1e9, 1e10) == pytest.approx(1e-3)
+    assert roof.seconds(1e6, 1e12) == pytest.approx(1e-2)
