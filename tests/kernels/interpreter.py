@@ -2,8 +2,8 @@
 
 Stock (3.6 to 3.9), it is silently wrong: bf16 is kept as raw bits, which products and sums take for
 integers; fp32 to bf16 truncates; tf32 products are not rounded; a comparison of scalars is an
-integer where a block is masked with it; and before 3.9 there is no bf16 constant. `self_check` must pass before any kernel is
-believed; test_interpreter.py runs it.
+integer where a block is masked with it; and before 3.9 there is no bf16 constant. `self_check`
+must pass before any kernel is believed; test_interpreter.py runs it.
 """
 
 import functools
