@@ -25,6 +25,7 @@ OVERRIDDEN = {
         "AttentionMetadataBuilder": {
             "__init__": ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
             "build": ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
+            "get_cudagraph_support": ["cls", "vllm_config", "kv_cache_spec"],
         },
         "AttentionBackend": {"get_name": [], "get_builder_cls": [], "is_ssm": ["cls"]},
     },
@@ -133,6 +134,7 @@ CALLED = {
         "get_rope": ["head_size", "max_position", "rope_parameters"],
     },
     "plugins/__init__.py": {"load_general_plugins": []},
+    "platforms/interface.py": {"is_cuda_alike": ["self"]},
     "v1/worker/mamba_utils.py": {
         "run_fused_precopy": [
             "self",
@@ -155,6 +157,7 @@ FIELDS = {
             "query_start_loc",
             "seq_lens",
             "num_actual_tokens",
+            "max_query_len",
             "block_table_tensor",
         ],
     },
@@ -189,6 +192,7 @@ FIELDS = {
             "num_gpu_blocks",
         ],
     },
+    "config/compilation.py": {"CompilationConfig": ["_attention_ops"]},
     "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
     "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls"]},
     "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},

@@ -1,0 +1,121 @@
+"""The kernels on a real GPU: what the reference computes, and the same in a CUDA graph."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from state_pages import Layer, Pool, Shape, Step
+
+from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetWeights,
+    Projections,
+    gated_delta_net,
+)
+from tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, found none"),
+]
+SHAPE, DRAFTS = Shape(4, 8, 128, 128), 3
+STEPS = (
+    Step(((5, 0, 900), (0, 0, 4), (3, 0, 1))),
+    Step(((2, 0, 130), (-1, 5, 2), (0, 2, 4), (3, 1, 1), (5, 900, 40))),
+)
+
+
+class Net:
+    """A layer's weights and inputs, on the CPU in fp32 and on the GPU in its own dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        torch.manual_seed(4)
+        self.dtype, self.layer = dtype, Layer.random(SHAPE, dtype)
+        self.norm = torch.randn(SHAPE.V).to(dtype)
+
+    def inputs(self, T: int) -> list[torch.Tensor]:
+        """q, k, v, z, b, a of T tokens."""
+        x = self.layer.projections(T, self.dtype)
+        v = x["v"].unflatten(-1, (-1, SHAPE.V))
+        return [x["q"], x["k"], v, torch.randn(v.shape).to(self.dtype), x["b"], x["a"]]
+
+    def run(self, pool: Pool, step: Step, inputs: list[torch.Tensor], device: str, dtype=None):
+        def there(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, dtype if x.is_floating_point() else None)
+
+        layer = self.layer
+        weights = (layer.weight, layer.A_log, layer.dt_bias, self.norm)
+        return gated_delta_net(
+            projections=Projections(*map(there, inputs)),
+            weights=GatedDeltaNetWeights(*map(there, weights), 1e-6),
+            **pool.recurrent(),
+            conv_=pool.conv_,
+            **{name: tensor.to(device) for name, tensor in step.tensors().items()},
+            max_query_len=max(n for _, _, n in step.rows),
+        )
+
+
+def pool_on(device: str, dtype: torch.dtype) -> Pool:
+    pool = Pool(SHAPE, 7, DRAFTS, dtype)
+    for name in ("conv_", "state_", "key_", "u_", "g_", "span_"):
+        setattr(pool, name, getattr(pool, name).to(device))
+    return pool
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_as_the_reference(monkeypatch, dtype):
+    net, pool = Net(dtype), pool_on("cuda", dtype)
+    steps = [(step, net.inputs(step.T)) for step in STEPS]
+    outs = [net.run(pool, step, inputs, "cuda").cpu() for step, inputs in steps]
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    expected = pool_on("cpu", torch.float32)
+    for out, (step, inputs) in zip(outs, steps, strict=True):
+        ref = net.run(expected, step, inputs, "cpu", torch.float32)
+        assert_close("gated_delta_rule", dtype, out, ref)
+    assert torch.equal(pool.span_.cpu(), expected.span_)
+
+
+def test_captured_and_replayed():
+    """A graph of a verify step, replayed on other rows: the same bits as launched."""
+    net, dtype = Net(torch.bfloat16), torch.bfloat16
+    first, verify = Step(((1, 0, 70), (2, 0, 9))), Step(((1, 70, 4), (2, 9, 2)))
+    start, drafts = net.inputs(first.T), net.inputs(verify.T)
+    launched, captured = pool_on("cuda", dtype), pool_on("cuda", dtype)
+    for pool in (launched, captured):
+        net.run(pool, first, start, "cuda")
+    inputs = [x.cuda() for x in drafts]
+    tensors = {name: tensor.cuda() for name, tensor in verify.tensors().items()}
+    slot = tensors["slot"].clone()
+    tensors["slot"].fill_(-1)  # captured with rows that own no page, as engines do
+
+    class Static(Step):
+        def tensors(self) -> dict[str, torch.Tensor]:
+            return tensors
+
+    step = Static(verify.rows)
+    net.run(captured, step, inputs, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = net.run(captured, step, inputs, "cuda")
+    tensors["slot"].copy_(slot)
+    graph.replay()
+    assert torch.equal(out, net.run(launched, verify, drafts, "cuda"))
+    assert torch.equal(captured.span_, launched.span_)
+
+
+def test_a_bad_row_is_told_by_a_look_that_does_not_wait():
+    from qwen3next_plugin.kernels.gpu import faults
+
+    net, pool = Net(torch.bfloat16), pool_on("cuda", torch.bfloat16)
+    step = Step(((9, 0, 2),))
+    watch = faults.Watch(torch.device("cuda", 0))
+    assert net.run(pool, step, net.inputs(2), "cuda").isnan().all()
+    watch.look()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="row 0: slot 9 is not one of 7 slots"):
+        watch.look()
+    with pytest.raises(RuntimeError, match="row 0: slot 9"):
+        faults.check(torch.device("cuda"))
