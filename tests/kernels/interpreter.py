@@ -86,6 +86,9 @@ def mended_dot(method):
     return dot
 
 
+JITTED = ("triton.language", "qwen3next_plugin.kernels")  # where functions to interpret are
+
+
 @functools.cache
 def mend() -> None:
     """Mend the interpreter of this process, once, and check that it is."""
@@ -100,14 +103,14 @@ def mend() -> None:
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """Kernels defined in here run on the CPU, as does what they call of Triton's own library.
+    """Our kernels run on the CPU in here, as does what they call of Triton's own library.
 
     TRITON_INTERPRET=1 does that, too, but for all that a process and its children import.
     """
-    library = [m for name, m in sys.modules.items() if name.startswith("triton.language")]
+    modules = [module for name, module in sys.modules.items() if name.startswith(JITTED)]
     compiled = [
         (module, name, value)
-        for module in library
+        for module in modules
         for name, value in vars(module).items()
         if isinstance(value, JITFunction)
     ]

@@ -29,7 +29,6 @@ def test_as_transformers(tmp_path, drafts):
         check_greedy(reference, prompts, engine.greedy(prompts, TOKENS, logprobs=0))
         loaded = engine.inside("backends")
         assert {("gated_delta_net", "triton"), ("qk_norm_rope", "triton")} <= loaded
-        assert ("gated_delta_net", "cpu") not in loaded
         assert ("vllm:spec_decode_num_drafts" in engine.counters()) == bool(drafts)
     finally:
         engine.close()
