@@ -102,15 +102,17 @@ class Layer:
         """The recurrence alone, [T, HV, V]."""
         H, R = self.shape.num_key_heads, self.shape.values_per_key
         v, a, b = (x.unflatten(1, (H, R)) for x in (self.v, self.a, self.b))
-        pool = self.pool
-        return run_layer(
+        pool, out = self.pool, torch.empty_like(self.v, memory_format=torch.contiguous_format)
+        run_layer(
             x=inputs(self.q, self.k, v, a, b, self.weights.A_log, self.weights.dt_bias),
             conv=None,
             norm=None,
             pages=pages(pool.state, pool.key, pool.u, pool.g),
             rows=rows(step.query_start_loc, step.slot, step.context_len, pool.span),
             max_query_len=step.max_query_len,
+            out_=out,
         )
+        return out
 
     def settled(self, context_len: Tensor) -> Tensor:
         """S [N, HV, K, V] in fp32 with all tokens that are committed."""

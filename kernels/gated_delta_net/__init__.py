@@ -1,11 +1,12 @@
 """A Gated DeltaNet layer between its projections, as one op: as few launches as a GPU allows."""
 
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import FLOAT, check
+from qwen3next_plugin.kernels.checks import FLOAT, check, check_contiguous
 
 
 class Projections(NamedTuple):
@@ -49,14 +50,15 @@ def gated_delta_net(
     slot: Tensor,
     context_len: Tensor,
     max_query_len: int,
-) -> Tensor:
+    out_: Tensor,
+) -> None:
     """`causal_conv1d`, `gated_delta_rule` and `rms_norm_gated`, one after the other.
 
     Shapes:
         conv_ as of `causal_conv1d`; state_, key_, u_, g_, span_ as of `gated_delta_rule`
         query_start_loc [N + 1], slot [N], context_len [N], int32; no row is longer than
             max_query_len tokens, an int that needs no look at the device
-        returns [T, HV * V]
+        out_ [T, HV * V] contiguous, q's dtype: a place that a CUDA graph can come back to
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
@@ -70,5 +72,8 @@ def gated_delta_net(
     run = dispatch.implementation(op, slot.device)
     check(op, "z", x.z, tuple(x.v.shape), (x.q.dtype,), x.q.device)
     check(op, "norm", weights.norm, x.v.shape[-1:], (x.q.dtype, *FLOAT), x.q.device)
+    check(op, "out_", out_, (len(x.q), prod(x.v.shape[1:])), (x.q.dtype,), x.q.device)
+    check_contiguous(op, "out_", out_)
     pages = (state_, key_, u_, g_, span_, conv_)
-    return run(projections, weights, *pages, query_start_loc, slot, context_len, max_query_len)
+    step = (query_start_loc, slot, context_len, max_query_len)
+    run(projections, weights, *pages, *step, out_)

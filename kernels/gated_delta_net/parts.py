@@ -25,7 +25,8 @@ def in_parts(causal_conv1d: Callable, gated_delta_rule: Callable, rms_norm_gated
         slot: Tensor,
         context_len: Tensor,
         max_query_len: int,
-    ) -> Tensor:
+        out_: Tensor,
+    ) -> None:
         """Shapes as in the public op."""
         (T, H, K), (_, _, R, V) = x.q.shape, x.v.shape
         rows = (query_start_loc, slot, context_len)
@@ -35,6 +36,6 @@ def in_parts(causal_conv1d: Callable, gated_delta_rule: Callable, rms_norm_gated
             q.view(T, H, K), k.view(T, H, K), v.view(T, H * R, V), x.a, x.b,
             weights.A_log, weights.dt_bias, state_, key_, u_, g_, span_, *rows,
         )  # fmt: skip
-        return rms_norm_gated(out.view(x.z.shape), x.z, weights.norm, weights.norm_eps)
+        out_.copy_(rms_norm_gated(out.view(x.z.shape), x.z, weights.norm, weights.norm_eps))
 
     return gated_delta_net

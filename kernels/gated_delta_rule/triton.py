@@ -46,13 +46,15 @@ def gated_delta_rule(
     """Shapes as in the public op. A bad row is told by `faults.check`, its output is NaN."""
     step = (query_start_loc, slot, context_len)
     check_arguments(q, k, v, a, b, A_log, dt_bias, state_, key_, u_, g_, span_, *step)
-    out = run_layer(
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    run_layer(
         x=inputs(q, k, v.unflatten(1, (q.shape[1], -1)), a, b, A_log, dt_bias),
         conv=None,
         norm=None,
         pages=pages(state_, key_, u_, g_),
         rows=rows(*step, span_),
         max_query_len=len(q),
+        out_=out,
     )
     return faults.checked(out)
 
@@ -65,24 +67,27 @@ def run_layer(
     pages: Pages,
     rows: Rows,
     max_query_len: int,
-) -> Tensor:
+    out_: Tensor,
+) -> None:
     """Run the layer on its pages; see `gated_delta_net` for what it computes.
 
-    Without a convolution q, k and v are taken as they come; without a norm the recurrence's own
-    output is returned. No row has more than max_query_len tokens.
+    Without a convolution q, k and v are taken as they come; without a norm out_ is the recurrence's
+    own output. No row has more than max_query_len tokens.
 
-    Shapes: returns [T, HV, V]
+    Shapes: out_ [T, HV, V] or [T, HV * V], contiguous
     """
     (T, H, K), (_, _, R, V), W = x.q.shape, x.v.shape, pages.key.shape[1]
     N, HV, slots, device = len(rows.slot), H * R, len(rows.span), x.q.device
     config = config_for(device)
-    raw, keys = x.v.new_empty(T, HV, V), x.q.new_empty(T, H, K, dtype=torch.float32)
+    raw = out_.view(T, HV, V) if norm is None else x.v.new_empty(T, HV, V)
+    keys = x.q.new_empty(T, H, K, dtype=torch.float32)
     row_faults = rows.slot.new_empty(N)
     sizes = {"H": H, "R": R, "K": K, "V": V, "W": W}
     convolves = {"CONVOLVES": conv is not None}
     conv = conv or no_convolution(x)
     if N == 0:
-        return raw.zero_()
+        out_.zero_()
+        return
 
     BK, BV = max(MIN_DOT, next_power_of_2(K)), min(config.short_columns, next_power_of_2(V))
     short_rows[-(-V // BV) * HV, N](
@@ -91,13 +96,11 @@ def run_layer(
     )  # fmt: skip
     if max_query_len > W - GRID + 1:
         _run_long_rows(x, conv, pages, rows, keys, raw, config, sizes, convolves)
-    out = raw if norm is None else torch.empty_like(raw)
     commit[T + N, H](
-        x, conv, norm or no_norm(x), rows, row_faults, pages, keys, raw, out, T, N, slots,
+        x, conv, norm or no_norm(x), rows, row_faults, pages, keys, raw, out_, T, N, slots,
         **sizes, **convolves, NORMS=norm is not None,
         BK=BK, BV=next_power_of_2(V), BR=next_power_of_2(R), **config.commit.options(),
     )  # fmt: skip
-    return out
 
 
 def _run_long_rows(
@@ -117,7 +120,7 @@ def _run_long_rows(
     BK, BV = max(MIN_DOT, next_power_of_2(K)), max(MIN_DOT, next_power_of_2(V))
     chunks = most_chunks(T, N, W - GRID, C)
     q, k, v = raw.new_empty(T, H, K), raw.new_empty(T, H, K), raw.new_empty(T, HV, V)
-    g, beta = raw.new_empty(2, T, HV, dtype=torch.float32)
+    g, beta = (raw.new_empty(T, HV, dtype=torch.float32) for _ in range(2))
     inverse, attention = raw.new_empty(T, HV, C), raw.new_empty(T, HV, C)
     prepare[chunks * C // config.prepare_tokens, H](
         x, conv, rows, q, k, v, g, beta, keys, T, N, slots,

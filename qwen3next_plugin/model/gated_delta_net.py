@@ -62,18 +62,21 @@ def gated_delta_net(
     shape: GatedDeltaNetShape,
     pool_: StatePool,
     step: Step,
+    out_: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolve, apply the gated delta rule to each row's page, norm and gate.
 
     "Gated Delta Networks", Yang, Kautz and Hatamizadeh, arXiv:2412.06464.
 
     Shapes:
-        qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]
+        qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V], which is out_ if that is given
 
     Raises:
         RuntimeError: a page that does not stand where the row's context says.
     """
-    return kernel.gated_delta_net(
+    if out_ is None:
+        out_ = qkvz.new_empty(len(qkvz), shape.num_value_heads * shape.value_dim)
+    kernel.gated_delta_net(
         projections=split_projections(qkvz, ba, shape),
         weights=weights,
         state_=pool_.state,
@@ -86,7 +89,9 @@ def gated_delta_net(
         slot=step.slot,
         context_len=step.context_len,
         max_query_len=step.max_query_len,
+        out_=out_,
     )
+    return out_
 
 
 def launch_idle(

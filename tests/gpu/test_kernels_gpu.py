@@ -46,16 +46,19 @@ class Net:
         def there(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, dtype if x.is_floating_point() else None)
 
-        layer = self.layer
+        layer, q = self.layer, there(inputs[0])
+        out = q.new_empty(len(q), SHAPE.HV * SHAPE.V)
         weights = (layer.weight, layer.A_log, layer.dt_bias, self.norm)
-        return gated_delta_net(
+        gated_delta_net(
             projections=Projections(*map(there, inputs)),
             weights=GatedDeltaNetWeights(*map(there, weights), 1e-6),
             **pool.recurrent(),
             conv_=pool.conv_,
             **{name: tensor.to(device) for name, tensor in step.tensors().items()},
             max_query_len=max(n for _, _, n in step.rows),
+            out_=out,
         )
+        return out
 
 
 def pool_on(device: str, dtype: torch.dtype) -> Pool:

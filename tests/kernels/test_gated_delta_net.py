@@ -35,14 +35,17 @@ class Net:
     def __call__(self, pool: Pool, step: Step, x, z) -> torch.Tensor:
         s, layer = self.shape, self.layer
         v = x["v"].unflatten(-1, (-1, s.V))
-        return gated_delta_net(
+        out = x["q"].new_full((len(x["q"]), s.HV * s.V), torch.nan)
+        gated_delta_net(
             projections=Projections(x["q"], x["k"], v, z, x["b"], x["a"]),
             weights=GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6),
             **pool.recurrent(),
             conv_=pool.conv_,
             **step.tensors(),
             max_query_len=max(n for _, _, n in step.rows),
+            out_=out,
         )
+        return out
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,8 @@ def test_refuses_bad_arguments(backend, name):
 def test_no_rows(backend):
     net, pool = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS)
     x, z = net.inputs(3)
-    out = gated_delta_net(
+    out = torch.full((3, SMALL.HV * SMALL.V), torch.nan)
+    gated_delta_net(
         projections=Projections(
             x["q"], x["k"], x["v"].unflatten(-1, (-1, SMALL.V)), z, x["b"], x["a"]
         ),
@@ -95,7 +99,7 @@ def test_no_rows(backend):
             net.layer.weight, net.layer.A_log, net.layer.dt_bias, net.norm, 1e-6
         ),
         **pool.recurrent(), conv_=pool.conv_,
-        query_start_loc=int32(0), slot=int32(), context_len=int32(), max_query_len=0,
+        query_start_loc=int32(0), slot=int32(), context_len=int32(), max_query_len=0, out_=out,
     )  # fmt: skip
     assert (out == 0).all()
     pool.assert_untouched_but([])

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
+from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.registration import BACKEND_NAME
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.model.step import NULL_SLOT, Step
@@ -43,8 +44,10 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """On a GPU any step: its kernels find their rows on the device."""
-        return AttentionCGSupport.NEVER if current_platform.is_cpu() else AttentionCGSupport.ALWAYS
+        """On a GPU any step: its kernels find their rows there. The reference has to look."""
+        if current_platform.is_cpu() or env.kernels() == "reference":
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.ALWAYS
 
     def build(
         self,

@@ -1,9 +1,10 @@
 """Gated DeltaNet as a vLLM layer: vLLM's projections and pages around the neutral layer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -27,7 +28,7 @@ from qwen3next_plugin.model.gated_delta_net import (
     gated_delta_net,
     launch_idle,
 )
-from qwen3next_plugin.model.state import PageLayout, StateError
+from qwen3next_plugin.model.state import PageLayout, StateError, StatePool
 from qwen3next_plugin.model.weights import shard_conv_weight
 
 STATE_DTYPES = ("float32", "bfloat16")
@@ -122,28 +123,43 @@ class GatedDeltaNet(nn.Module, MambaBase):
         """Shapes: hidden_states [T, D], returns [T, D]."""
         qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        core = torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, self.value_dim, self.prefix)
+        core = qkvz.new_empty(qkvz.shape[0], self.value_dim)
+        torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, core, self.prefix)
         output, _ = self.out_proj(core)
         return output
 
-    def attend(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    def attend(self, qkvz: torch.Tensor, ba: torch.Tensor, out_: torch.Tensor) -> None:
         """Run the layer's recurrence on this step's rows; between engine steps, nothing."""
-        steps = get_forward_context().attn_metadata
-        if steps is None:  # profiling: no pages yet
-            return qkvz.new_zeros(qkvz.shape[0], self.value_dim)
+        step = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        if step is None:  # profiling and tuning: no pages
+            out_.zero_()
+            return
+        assert self.pool is not None
         try:
-            return gated_delta_net(
+            gated_delta_net(
                 qkvz=qkvz,
                 ba=ba,
                 weights=self.weights,
                 shape=self.shape,
                 pool_=self.pool,
-                step=steps[self.prefix],
+                step=step,
+                out_=out_,
             )
         except RuntimeError as error:
             raise StateError(self.prefix, str(error)) from error
 
     # What vLLM asks of a layer with a recurrent state.
+
+    @property
+    def kv_cache(self) -> Sequence[torch.Tensor]:
+        """The pages as vLLM copies them."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, pages: Sequence[torch.Tensor]) -> None:
+        """Also by vLLM, which empties it to have the memory back: then nothing may hold on."""
+        self._kv_cache = pages
+        self.pool: StatePool | None = None
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages: `kv_cache` [slots, 1, 1, bytes] int8."""
@@ -188,22 +204,24 @@ class GatedDeltaNet(nn.Module, MambaBase):
         )
 
 
+@eager_break_during_capture
 def _gated_delta_net(
-    qkvz: torch.Tensor, ba: torch.Tensor, value_dim: int, layer_name: str
-) -> torch.Tensor:
-    """Opaque to the compiler; returns [T, value_dim], a width that the fake must be told."""
-    return get_forward_context().no_compile_layers[layer_name].attend(qkvz, ba)
+    qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: str
+) -> None:
+    """Opaque to the compiler. To out [T, value_dim], made before: graphs are cut at this op, and
+    the next one reads where it read when it was captured."""
+    get_forward_context().no_compile_layers[layer_name].attend(qkvz, ba, out)
 
 
 def _gated_delta_net_fake(
-    qkvz: torch.Tensor, ba: torch.Tensor, value_dim: int, layer_name: str
-) -> torch.Tensor:
-    return qkvz.new_empty(qkvz.shape[0], value_dim)
+    qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: str
+) -> None:
+    return None
 
 
 direct_register_custom_op(
     op_name="qwen3next_gated_delta_net",
     op_func=_gated_delta_net,
-    mutates_args=[],
+    mutates_args=["out"],
     fake_impl=_gated_delta_net_fake,
 )

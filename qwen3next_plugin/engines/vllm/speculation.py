@@ -3,6 +3,7 @@
 from importlib.metadata import entry_points
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, check_num_speculative_tokens
 from qwen3next_plugin.engines.vllm import page_copy, request_params
@@ -31,7 +32,8 @@ def check_speculation(vllm_config: VllmConfig) -> None:
                 f"{name} = {value}: a draft is the likeliest tokens, and is kept where it is what "
                 f"is sampled without drafts; leave {name} at {ours}"
             )
-    request_params.install(vllm_config.model_config.architecture)
+    if current_platform.is_cpu() or vllm_config.use_v2_model_runner:  # V1 on a GPU drops them
+        request_params.install(vllm_config.model_config.architecture)
 
 
 def _check_page_copies(vllm_config: VllmConfig) -> None:

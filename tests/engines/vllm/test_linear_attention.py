@@ -48,9 +48,41 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
     qkvz, ba = torch.randn(1, 2 * 16 + 2 * 2 * 24), torch.randn(1, 4)
     stands = rf"start={span[0]} end={span[1]} .* c=5"
     with pytest.raises(StateError, match=rf"{PREFIX}: row 0: slot 1 holds {stands}") as error:
-        linear_attention.GatedDeltaNet.attend(layer, qkvz, ba)
+        linear_attention.GatedDeltaNet.attend(layer, qkvz, ba, torch.empty(1, 2 * 24))
     assert error.value.row == 0
     assert torch.equal(raw, before)
+
+
+def test_pages_are_let_go_when_vllm_takes_them_back():
+    """It binds a small cache to measure with, and empties `kv_cache` to have its memory back."""
+    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.linear_attention")
+    from vllm.v1.worker.utils import clear_layer_kv_caches
+
+    layer = object.__new__(linear_attention.GatedDeltaNet)
+    torch.nn.Module.__init__(layer)
+    layer.layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
+    layer.conv1d = SimpleNamespace(weight=torch.zeros(layer.layout.conv_dim, 1, 4))
+    layer.A_log = layer.dt_bias = torch.zeros(2)
+    layer.norm, layer.norm_eps = SimpleNamespace(weight=torch.ones(24)), 1e-6
+    pages = torch.zeros(2, 1, 1, layer.layout.page_bytes, dtype=torch.int8)
+    layer.bind_kv_cache(pages)
+    assert layer.pool.state.untyped_storage().data_ptr() == pages.data_ptr()
+    clear_layer_kv_caches([layer])
+    assert layer.pool is None
+    layer.bind_kv_cache(pages)
+    assert layer.pool is not None
+
+
+def test_a_step_without_this_layer_gives_zeros(monkeypatch):
+    """vLLM tunes its kernels with metadata of the attention layers only."""
+    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.linear_attention")
+    for steps in (None, {}, {"another": object()}):
+        context = SimpleNamespace(attn_metadata=steps)
+        monkeypatch.setattr(linear_attention, "get_forward_context", lambda c=context: c)
+        out = torch.full((3, 48), torch.nan)
+        layer = SimpleNamespace(prefix=PREFIX)
+        linear_attention.GatedDeltaNet.attend(layer, torch.ones(3, 8), torch.ones(3, 4), out)
+        assert (out == 0).all()
 
 
 @pytest.mark.compat
