@@ -66,4 +66,4 @@ class Server(server.Server):
 
     def forget(self) -> None:
         """Empty the radix cache."""
-        self.get("/flush_cache")  # raises where requests still run
+        self.get("/flush_cache?timeout=20")  # seconds; raises where requests still run
