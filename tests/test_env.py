@@ -46,7 +46,7 @@ def test_every_allowed_value_is_read(monkeypatch, name, value):
 @pytest.mark.parametrize(
     ("name", "value", "reader"),
     [
-        ("QWEN3NEXT_KERNELS", "triton", env.kernels),
+        ("QWEN3NEXT_KERNELS", "cuda", env.kernels),
         ("QWEN3NEXT_KERNELS", "", env.kernels),
         ("QWEN3NEXT_KERNELS", "CPU", env.kernels),
         ("QWEN3NEXT_ISA", "amx", env.isa),
