@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 
 from checkpoints import BASE, write_checkpoint
 from qwen3next_plugin import versions
-from qwen3next_plugin.cli import app, doctor
+from qwen3next_plugin.cli import app, doctor, warmup
 from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
 from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.gpu.compiling import TARGETS
+from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from test_config import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
@@ -462,6 +464,10 @@ def test_warmup_compiles_for_an_architecture_that_is_not_here(tmp_path, monkeypa
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert binaries == {path: path.stat().st_mtime_ns for path in cache.rglob("*.hsaco")}
+
+
+def test_warmup_knows_every_architecture_that_has_a_configuration():
+    assert warmup.ARCHITECTURES == tuple(CONFIGS) == tuple(TARGETS)
 
 
 def test_warmup_refuses_an_architecture_by_name(released):

@@ -91,7 +91,7 @@ class DeviceStep:
     def build(self, common: CommonAttentionMetadata, block: torch.Tensor) -> Step:
         """Shapes: block [N], the page of each row.
 
-        Raises: StateError: an earlier step had a row that its page could not serve.
+        Raises: RuntimeError: an earlier step had a row that its page could not serve.
         """
         if self.watch is not None:
             self.watch.look()
