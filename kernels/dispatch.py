@@ -10,6 +10,7 @@ from qwen3next_plugin.kernels.gpu import configs
 
 OPS = (
     "causal_conv1d",
+    "copy_pages",
     "draft_head",
     "fused_moe",
     "gated_delta_net",
@@ -21,7 +22,7 @@ OPS = (
     "rms_norm_gated",
 )
 NOT_IN_TRITON = ("draft_head", "fused_moe", "paged_attention")  # the engines bring theirs on GPUs
-NEVER_TRACED = ("gated_delta_net",)  # the engines keep it out of their graphs
+NEVER_TRACED = ("copy_pages", "gated_delta_net")  # the engines keep it out of their graphs
 BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # by device; ROCm's devices are cuda to torch, too
 
 

@@ -20,7 +20,7 @@ from qwen3next_plugin.versions import (
 )
 
 HOSTS = {"vllm": "vLLM", "sglang": "SGLang"}
-SERVED = {"vllm": ("cpu", "cuda"), "sglang": ("cpu",)}  # platforms; ROCm calls itself cuda
+SERVED = ("cpu", "cuda")  # platforms; ROCm calls itself cuda
 PROBE_TIMEOUT_S = 300
 
 
@@ -123,7 +123,7 @@ def _registration(host: str) -> Iterator[Finding]:
         found = f"{name}'s own {module}"
         if env.disabled():
             yield Finding(section, architecture, f"{found}: QWEN3NEXT_DISABLE=1", "note")
-        elif platform not in SERVED[host]:
+        elif platform not in SERVED:
             why = f"{found}: this plugin does not serve it on {platform}"
             yield Finding(section, architecture, why, "note")
         else:

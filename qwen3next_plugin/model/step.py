@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen3next_plugin.kernels.gpu import faults
+
 NULL_SLOT = -1  # of a padding row: it owns no page, and its output is zero
 
 
@@ -88,3 +90,46 @@ class Step:
         if bad.any():
             row = int(bad.nonzero()[0])
             raise StepError(f"row {row} has {what}: {int(values[row])}", row)
+
+
+class DeviceSteps:
+    """Builds steps on a GPU, without waiting for it, in tensors that a CUDA graph may keep.
+
+    Both hosts give slot 0 to nobody: rows on it, and rows without tokens, are padding.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.slot = torch.full((max_rows,), NULL_SLOT, dtype=torch.int32, device=device)
+        self.context_len = torch.zeros_like(self.slot)
+        self.query_start_loc = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
+        self.watch = faults.Watch(device) if device.type == "cuda" else None
+
+    def build(
+        self,
+        *,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        slot: torch.Tensor,
+        num_tokens: int,
+        max_query_len: int,
+    ) -> Step:
+        """Build the next step; the one before must have been launched.
+
+        Shapes:
+            query_start_loc [N+1], seq_lens [N] (committed + this step's tokens), slot [N]
+
+        Raises: RuntimeError: an earlier step had a row that its page could not serve.
+        """
+        if self.watch is not None:
+            self.watch.look()
+        N = len(slot)
+        query_start_loc = self.query_start_loc[: N + 1].copy_(query_start_loc)
+        query_len = query_start_loc.diff()
+        is_padding = (query_len == 0) | (slot == 0)
+        return Step(
+            query_start_loc=query_start_loc,
+            slot=self.slot[:N].copy_(slot.masked_fill(is_padding, NULL_SLOT)),
+            context_len=self.context_len[:N].copy_(seq_lens - query_len),
+            num_tokens=num_tokens,
+            max_query_len=max_query_len,
+        )

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qwen3next_plugin.model.step import NULL_SLOT, Step, StepError
+from qwen3next_plugin.model.step import NULL_SLOT, DeviceSteps, Step, StepError
 
 
 def build(
@@ -61,3 +61,45 @@ def test_out_of_range_names_the_row(changes, message):
     with pytest.raises(StepError, match=message) as error:
         build(**changes)
     assert error.value.row == (int(message.split()[1]) if message.startswith("row ") else None)
+
+
+# on a device -------------------------------------------------------------------------------------
+
+
+def build_on(steps, starts, seq_lens, slot):
+    query_start_loc = torch.tensor(starts, dtype=torch.int32)
+    return steps.build(
+        query_start_loc=query_start_loc,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        slot=torch.tensor(slot),
+        num_tokens=starts[-1],
+        max_query_len=int(query_start_loc.diff().max()),
+    )
+
+
+def test_rows_and_padding():
+    """A prefill, a verified draft, a decode; then rows that a graph's batch is filled up with."""
+    steps = DeviceSteps(9, torch.device("cpu"))
+    step = build_on(steps, (0, 70, 73, 74, 74, 74), (70, 12, 31, 0, 9), (3, 5, 1, 0, 4))
+    assert step.query_start_loc.tolist() == [0, 70, 73, 74, 74, 74]
+    assert step.context_len.tolist()[:3] == [0, 9, 30]
+    assert step.slot.tolist() == [3, 5, 1, NULL_SLOT, NULL_SLOT]
+    assert (step.num_tokens, step.max_query_len) == (74, 70)
+    assert {t.dtype for t in (step.query_start_loc, step.slot, step.context_len)} == {torch.int32}
+
+
+def test_rows_of_a_dummy_run_own_no_page():
+    """Hosts capture graphs with all rows on the slot that is nobody's."""
+    step = build_on(DeviceSteps(5, torch.device("cpu")), (0, 2, 4), (50, 50), (0, 0))
+    assert step.slot.tolist() == [NULL_SLOT] * 2
+
+
+def test_the_same_tensors_in_every_step():
+    steps = DeviceSteps(5, torch.device("cpu"))
+    first = build_on(steps, (0, 1, 2), (5, 6), (2, 3))
+    addresses = [t.data_ptr() for t in (first.query_start_loc, first.slot, first.context_len)]
+    second = build_on(steps, (0, 1, 2), (6, 7), (2, 3))
+    assert first.context_len.tolist() == second.context_len.tolist() == [5, 6]
+    assert addresses == [
+        t.data_ptr() for t in (second.query_start_loc, second.slot, second.context_len)
+    ]

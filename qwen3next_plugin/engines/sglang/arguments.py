@@ -20,16 +20,19 @@ from qwen3next_plugin.engines.sglang.machine import (
 logger = logging.getLogger("sglang.qwen3next_plugin")
 
 PAGES = "a state page is kept and copied whole"
+POOL = "state pages stay in one pool"
 RANKS = "this model is spread over the ranks of --tp-size only"
+BATCH = "a step runs one batch"
+OWN = "the plugin brings its own linear attention"
 UNQUANTISED = "there are no quantised kernels for a CPU here"
 LOSSLESS = "a draft is kept where it is what is sampled without drafts"
+NO_LORA = "SGLang adapts none of this model's layers"
 LEAVE_OUT = "leave it out"
-# Flag → the values that can be served on a CPU, why no others, and the mend.
-SERVED: dict[str, tuple[tuple[Any, ...], str, str]] = {
+Served = dict[str, tuple[tuple[Any, ...], str, str]]
+# Flag → the values that can be served, why no others, and the mend.
+SERVED: Served = {
     "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
     # the state
-    "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
-    "page_size": ((None, 1), "a CPU's pools are of single tokens", LEAVE_OUT),
     "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
     "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
     "enable_int8_mamba_checkpoint": ((False,), PAGES, LEAVE_OUT),
@@ -37,12 +40,11 @@ SERVED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "enable_unified_memory": ((False,), PAGES, LEAVE_OUT),
     "mamba_ssm_dtype": ((None, "float32", "bfloat16"), "no kernel keeps such a state", LEAVE_OUT),
     # where caches lie
-    "enable_hierarchical_cache": ((False,), "state pages stay in one pool", LEAVE_OUT),
-    "radix_cache_backend": ((None,), "state pages stay in one pool", LEAVE_OUT),
-    "enable_lmcache": ((False,), "state pages stay in one pool", LEAVE_OUT),
-    "enable_flexkv": ((False,), "state pages stay in one pool", LEAVE_OUT),
+    "enable_hierarchical_cache": ((False,), POOL, LEAVE_OUT),
+    "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
+    "enable_lmcache": ((False,), POOL, LEAVE_OUT),
+    "enable_flexkv": ((False,), POOL, LEAVE_OUT),
     "disaggregation_mode": (("null",), "state pages stay in one process", LEAVE_OUT),
-    "cpu_offload_gb": ((0,), "the weights are in this memory already", LEAVE_OUT),
     # ranks
     "pp_size": ((1,), RANKS, "use --tp-size"),
     "ep_size": ((1,), RANKS, "use --tp-size"),
@@ -52,16 +54,39 @@ SERVED: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "attn_cp_size": ((1,), RANKS, "use --tp-size"),
     "dcp_size": ((1,), RANKS, "use --tp-size"),
     "enable_prefill_cp": ((False,), RANKS, "use --tp-size"),
-    "enable_two_batch_overlap": ((False,), "a step runs one batch on a CPU", LEAVE_OUT),
-    "enable_pdmux": ((False,), "a step runs one batch on a CPU", LEAVE_OUT),
+    # steps
+    "enable_two_batch_overlap": ((False,), BATCH, LEAVE_OUT),
+    "enable_pdmux": ((False,), BATCH, LEAVE_OUT),
     "enable_torch_compile": ((False,), "the model's operators run as they are", LEAVE_OUT),
+    "linear_attn_backend": (("triton",), OWN, LEAVE_OUT),
+    "linear_attn_decode_backend": ((None, "triton"), OWN, LEAVE_OUT),
+    "linear_attn_prefill_backend": ((None, "triton"), OWN, LEAVE_OUT),
+    "linear_attn_verify_backend": ((None, "triton"), OWN, LEAVE_OUT),
     # weights
+    "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
+    "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
+}
+SERVED_ON_CPU: Served = {
+    "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
+    "page_size": ((None, 1), "a CPU's pools are of single tokens", LEAVE_OUT),
+    "cpu_offload_gb": ((0,), "the weights are in this memory already", LEAVE_OUT),
     "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
-    "enable_lora": ((None, False), "SGLang adapts none of this model's layers", LEAVE_OUT),
-    "lora_paths": ((None, [], {}), "SGLang adapts none of this model's layers", LEAVE_OUT),
+}
+SERVED_ON_GPU: Served = {
+    "mamba_radix_cache_strategy": (
+        ("auto", "no_buffer", "extra_buffer"),
+        "a slot for the next page is there before it is wanted",
+        "use extra_buffer",
+    ),
 }
 # The same with drafts.
-SERVED_WITH_DRAFTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
+SERVED_WITH_DRAFTS: Served = {
+    "speculative_accept_threshold_single": ((1.0,), LOSSLESS, LEAVE_OUT),
+    "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
+    "enable_multi_layer_eagle": ((False,), "the drafter is one layer", LEAVE_OUT),
+    "decoupled_spec_role": (("null",), "drafter and model share embedding and head", LEAVE_OUT),
+}
+SERVED_WITH_DRAFTS_ON_CPU: Served = {
     "speculative_draft_model_quantization": ((None,), UNQUANTISED, LEAVE_OUT),
     "speculative_draft_kv_cache_dtype": ((None, "auto"), UNQUANTISED, LEAVE_OUT),
     "speculative_draft_attention_backend": (
@@ -70,19 +95,24 @@ SERVED_WITH_DRAFTS: dict[str, tuple[tuple[Any, ...], str, str]] = {
         LEAVE_OUT,
     ),
     "enable_mixed_chunk": ((False,), "a step reads prompts or verifies drafts", LEAVE_OUT),
-    "speculative_use_rejection_sampling": ((False,), LOSSLESS, "leave it out"),
-    "speculative_accept_threshold_single": ((1.0,), LOSSLESS, LEAVE_OUT),
-    "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
+    "speculative_use_rejection_sampling": ((False,), LOSSLESS, LEAVE_OUT),
     "speculative_adaptive": (
         (False,),
         "drafts are as long as they pay already (QWEN3NEXT_DRAFTS=adaptive)",
         LEAVE_OUT,
     ),
     "speculative_token_map": ((None,), "the drafter's head has all tokens", LEAVE_OUT),
-    "enable_multi_layer_eagle": ((False,), "the drafter is one layer", LEAVE_OUT),
     "speculative_draft_window_size": ((None,), "the drafter attends to all tokens", LEAVE_OUT),
-    "decoupled_spec_role": (("null",), "drafter and model share embedding and head", LEAVE_OUT),
 }
+SERVED_WITH_DRAFTS_ON_GPU: Served = {
+    "speculative_eagle_topk": ((None, 1), "draft trees are verified on a CPU only", "use 1"),
+    "speculative_adaptive": (
+        (False,),
+        "a page has room for the drafts of --speculative-num-steps",
+        LEAVE_OUT,
+    ),
+}
+PREFILL_GRAPHS = ("breakable", "disabled")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
 KV_DTYPES = {"auto": "", "bf16": "bfloat16", "bfloat16": "bfloat16"}  # flag → the model's dtype
 
@@ -94,21 +124,34 @@ def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
     )
 
 
-def check_flags(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
-    """Refuse flags that cannot be honoured on a CPU; `given` are those of the command line.
+def check_flags(server_args: Any, *, on_cpu: bool) -> None:
+    """Refuse flags that cannot be honoured.
 
     Raises:
         ConfigError: naming the flag and the mend.
     """
     algorithm = server_args.speculative_algorithm
-    served = SERVED | SERVED_WITH_DRAFTS if algorithm else SERVED
+    served = SERVED | (SERVED_ON_CPU if on_cpu else SERVED_ON_GPU)
+    if algorithm:
+        with_drafts = SERVED_WITH_DRAFTS_ON_CPU if on_cpu else SERVED_WITH_DRAFTS_ON_GPU
+        served |= SERVED_WITH_DRAFTS | with_drafts
     for name, (values, why, mend) in served.items():
         if (value := getattr(server_args, name)) not in values:
             raise refusal(name, value, why, mend)
-    _check_attention(server_args, given)
-    _check_kv_dtype(server_args, model_config)
+    if not on_cpu:
+        _check_prefill_graphs(server_args)
     if algorithm:
         _check_drafts(server_args, algorithm)
+
+
+def check_cpu_flags(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
+    """Refuse what does not run on a CPU; `given` are the flags of the command line.
+
+    Raises:
+        ConfigError: naming the flag and the mend.
+    """
+    _check_attention(server_args, given)
+    _check_kv_dtype(server_args, model_config)
 
 
 def refusal(name: str, value: Any, why: str, mend: str) -> ConfigError:
@@ -134,6 +177,13 @@ def _check_kv_dtype(server_args: Any, model_config: Any) -> None:
     value, dtype = server_args.kv_cache_dtype, str(model_config.dtype).removeprefix("torch.")
     if value != "auto" and KV_DTYPES.get(value) != dtype:
         raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)
+
+
+def _check_prefill_graphs(server_args: Any) -> None:
+    backend = server_args.cuda_graph_config.prefill.backend
+    if backend not in PREFILL_GRAPHS:
+        why = "a prompt's graph is cut at linear layers, whose rows are others each time"
+        raise refusal("cuda_graph_backend_prefill", backend, why, f"use {PREFILL_GRAPHS[0]}")
 
 
 def _check_drafts(server_args: Any, algorithm: str) -> None:

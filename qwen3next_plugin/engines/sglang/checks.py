@@ -10,15 +10,16 @@ from qwen3next_plugin.model.weights import check_files, checked, stored_tensors,
 from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
 
 
-def check(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
+def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     """Refuse flags, a model or its files by name.
 
     Raises:
         ConfigError, CheckpointError: naming the thing and the mend.
     """
-    check_flags(server_args, given, model_config)
+    check_flags(server_args, on_cpu=on_cpu)
     hf_config = model_config.hf_config
-    if getattr(hf_config, "quantization_config", None):
+    quantised = bool(getattr(hf_config, "quantization_config", None))
+    if quantised and on_cpu:
         raise ConfigError(
             "quantization_config: there are no quantised kernels for a CPU here; serve the "
             "released checkpoint, Qwen/Qwen3-Next-80B-A3B-Instruct, or another in bfloat16"
@@ -26,14 +27,18 @@ def check(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
     config = read_config(hf_config, server_args.tp_size)
     folder = Path(server_args.model_path)
     if folder.is_dir() and server_args.load_format != "dummy":
-        _check_checkpoint(folder, config, drafts=bool(server_args.speculative_algorithm))
+        drafts = bool(server_args.speculative_algorithm)
+        _check_checkpoint(folder, config, drafts=drafts, quantised=quantised)
 
 
-def _check_checkpoint(folder: Path, config: Qwen3NextConfig, *, drafts: bool) -> None:
+def _check_checkpoint(
+    folder: Path, config: Qwen3NextConfig, *, drafts: bool, quantised: bool
+) -> None:
     """Every tensor is there, in its shape; what a hub's checkpoint lacks shows as it loads."""
     check_files(folder)
     trunk, mtp = trunk_tensors(config), mtp_tensors(config)
-    deque(checked(stored_tensors(folder), expected=trunk, ignored=mtp), maxlen=0)
+    stored = stored_tensors(folder)
+    deque(checked(stored, expected=trunk, ignored=mtp, quantised=quantised), maxlen=0)
     if drafts:
         stored = require_mtp(stored_tensors(folder))
-        deque(checked(stored, expected=mtp, ignored=trunk), maxlen=0)
+        deque(checked(stored, expected=mtp, ignored=trunk, quantised=quantised), maxlen=0)

@@ -1,7 +1,7 @@
 """Every function of SGLang's that the plugin holds on to, and why.
 
-All are for SGLang 0.5.23. ON_CPU are where ours serves, ON_GPU where SGLang keeps its own
-Qwen3-Next, ANYWHERE in both.
+All are for SGLang 0.5.23. WITH_OURS are where ours serves, on a CPU with ON_CPU, on a GPU with
+ON_GPU; ELSEWHERE is where SGLang keeps its own Qwen3-Next.
 """
 
 import logging
@@ -13,7 +13,7 @@ from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines.sglang import arguments, memory, penalties, sampling, verification
 from qwen3next_plugin.engines.sglang.attention_backend import create_draft_backend
-from qwen3next_plugin.engines.sglang.machine import is_ours
+from qwen3next_plugin.engines.sglang.machine import is_ours, on_gpu
 from qwen3next_plugin.engines.sglang.seams import Attribute, Hook
 from qwen3next_plugin.versions import check_host
 
@@ -104,9 +104,16 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
         return host(runner, full_attn_backend)
     if runner.is_draft_worker:  # one layer of full attention
         return full_attn_backend
+    layers = runner.model_config.hf_config.full_attention_layer_ids
+    if on_gpu():
+        from qwen3next_plugin.engines.sglang.device_backend import (
+            DeviceBackend,
+            DeviceHybridBackend,
+        )
+
+        return DeviceHybridBackend(full_attn_backend, DeviceBackend(runner), layers)
     from qwen3next_plugin.engines.sglang.backend import HybridBackend, LinearBackend
 
-    layers = runner.model_config.hf_config.full_attention_layer_ids
     return HybridBackend(full_attn_backend, LinearBackend(runner), layers)
 
 
@@ -135,6 +142,26 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     return ChainWorker
 
 
+def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
+    """Refuse what cannot be served, and say that ours serves.
+
+    SGLang calls this once, in the process that starts the others; its platforms for GPUs are its
+    own, so that nothing of ours is asked as it is on a CPU. Can go when a plugin may check flags.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    from qwen3next_plugin.engines.sglang.checks import check
+    from qwen3next_plugin.engines.sglang.registration import kernels
+
+    host(server_args)
+    if is_ours(model_config := model_config_of(server_args)):
+        check(resolving_view(server_args), model_config, on_cpu=False)
+        logger.info(
+            "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels",
+            *(__version__, check_host("sglang"), kernels()),
+        )
+
+
 def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
     """Say that our model does not serve. Can go with our kernels for such a device."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
@@ -155,7 +182,7 @@ ANYWHERE: tuple[Hook | Attribute, ...] = (
     ),
 )
 
-ON_GPU: tuple[Hook | Attribute, ...] = (
+ELSEWHERE: tuple[Hook | Attribute, ...] = (
     Hook(
         target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         parameters=("server_args",),
@@ -163,7 +190,15 @@ ON_GPU: tuple[Hook | Attribute, ...] = (
     ),
 )
 
-ON_CPU: tuple[Hook | Attribute, ...] = (
+ON_GPU: tuple[Hook | Attribute, ...] = (
+    Hook(
+        target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
+        parameters=("server_args",),
+        around=check_on_gpu,
+    ),
+)
+
+WITH_OURS: tuple[Hook | Attribute, ...] = (
     Hook(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.__init__",
         parameters=(
@@ -206,6 +241,14 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         around=skip_snapshots,
     ),
     Hook(
+        target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
+        parameters=("runner", "full_attn_backend"),
+        around=wrap_backend,
+    ),
+)
+
+ON_CPU: tuple[Hook | Attribute, ...] = (
+    Hook(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
         around=memory.modest_pools,
@@ -214,11 +257,6 @@ ON_CPU: tuple[Hook | Attribute, ...] = (
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         parameters=("model_config", "load_config", "tp_size"),
         around=keep_sizes,
-    ),
-    Hook(
-        target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
-        parameters=("runner", "full_attn_backend"),
-        around=wrap_backend,
     ),
     Hook(
         target="sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",

@@ -29,6 +29,11 @@ def without_gpu() -> bool:
     return asked == "1" if asked is not None else not torch.accelerator.is_available()
 
 
+def on_gpu() -> bool:
+    """Whether SGLang is to run on a GPU of NVIDIA's or AMD's, which our Triton kernels are for."""
+    return not without_gpu() and torch.cuda.is_available()
+
+
 def activate() -> str | None:
     """Entry point `sglang.srt.platforms`: our CPU, unless there is something better."""
     return PLATFORM if without_gpu() and not env.disabled() else None

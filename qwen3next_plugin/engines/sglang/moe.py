@@ -10,12 +10,14 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.utils import RoutingMethodType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.experts import NativeExperts
+from qwen3next_plugin.engines.sglang.machine import without_gpu
 
 
 class SwiGLU(nn.Module):
@@ -81,9 +83,13 @@ class SparseMoE(nn.Module):
             layer_id=layer_id,
             top_k=config.num_experts_per_tok,
             quant_config=quant_config,
-            quant_method=NativeExperts() if quant_config is None else None,
+            quant_method=NativeExperts() if quant_config is None and without_gpu() else None,
+            routing_method_type=RoutingMethodType.RenormalizeNaive,
             inplace=False,  # the shared expert reads the hidden states afterwards
             prefix=f"{prefix}.experts",
+        )
+        self.topk.bind_runner_backend(
+            self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
         )
         self.shared_expert: SwiGLU | None = None
         if config.shared_expert_intermediate_size:

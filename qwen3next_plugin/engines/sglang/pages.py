@@ -19,6 +19,7 @@ from sglang.srt.runtime_context import get_model, get_parallel, get_spec
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.arguments import read_config
+from qwen3next_plugin.kernels.copy_pages import copy_pages
 from qwen3next_plugin.model.state import PageLayout, StatePool
 
 ALIGNMENT = 64  # bytes: a page begins where a cache line does
@@ -124,14 +125,20 @@ class PagePool(MambaPool):
 
     def view(self, layer_id: int) -> StatePool:
         """The pages of one layer as the tensors they hold."""
-        return self.layout.view(self.pages[self.mamba_layer_ids.index(layer_id)])
+        return self.layout.view(self.pages_of(layer_id).squeeze(0))
+
+    def pages_of(self, layer_id: int) -> torch.Tensor:
+        """The pages of one layer [1, slots, bytes] uint8."""
+        i = self.mamba_layer_ids.index(layer_id)
+        return self.pages[i : i + 1]
 
     def clear_slots(self, indices: torch.Tensor) -> None:
         """Nothing to clear: a page is fresh where a request's context is empty."""
 
     def copy_from(self, src_indices: torch.Tensor, dst_indices: torch.Tensor) -> None:
         """Copy pages, whole."""
-        self.pages[:, dst_indices.long()] = self.pages[:, src_indices.long()]
+        all_of_them = torch.ones_like(src_indices, dtype=torch.bool)
+        copy_pages(pages_=self.pages, source=src_indices, target=dst_indices, mask=all_of_them)
 
 
 def max_branches(topk: int | None) -> int:

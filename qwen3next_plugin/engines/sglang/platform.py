@@ -7,7 +7,7 @@ from sglang.srt.platforms.cpu import CpuSRTPlatform
 
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines.sglang import memory
-from qwen3next_plugin.engines.sglang.arguments import flag
+from qwen3next_plugin.engines.sglang.arguments import check_cpu_flags, flag
 from qwen3next_plugin.engines.sglang.checks import check
 from qwen3next_plugin.engines.sglang.machine import (
     ATTENTION_BACKEND,
@@ -45,7 +45,8 @@ class CpuPlatform(CpuSRTPlatform):
         if not is_ours(model_config):
             return
         given = server_args._raw_input  # SGLang's own choices for a CPU are in place already
-        check(server_args, given, model_config)
+        check(server_args, model_config, on_cpu=True)
+        check_cpu_flags(server_args, given, model_config)
         chosen = {name: value for name, (unset, value) in DEFAULTS.items() if given[name] == unset}
         for name, value in chosen.items():
             setattr(server_args, name, value)

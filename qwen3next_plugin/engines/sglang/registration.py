@@ -30,27 +30,37 @@ def register() -> bool:
 
 def _register() -> bool:
     version = check_host("sglang")
-    from qwen3next_plugin.engines.sglang import seams
-    from qwen3next_plugin.engines.sglang.machine import use_cpu, without_gpu
+    from qwen3next_plugin.engines.sglang import machine, seams
 
-    if not without_gpu():
-        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_GPU
+    if machine.without_gpu():
+        _prepare_cpu()
+        from qwen3next_plugin.engines.sglang.attention_backend import register_attention_backend
+        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU, WITH_OURS
 
-        seams.put((*ANYWHERE, *ON_GPU), version)
+        seams.put((*ANYWHERE, *WITH_OURS, *ON_CPU), version)
+        register_attention_backend()
+    elif machine.on_gpu():
+        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_GPU, WITH_OURS
+
+        seams.put((*ANYWHERE, *WITH_OURS, *ON_GPU), version)
+    else:
+        from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ELSEWHERE
+
+        seams.put((*ANYWHERE, *ELSEWHERE), version)
         return False
+    _register_models()
+    return True
+
+
+def _prepare_cpu() -> None:
+    from qwen3next_plugin.engines.sglang.machine import use_cpu
+
     use_cpu()
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
 
         native.load()  # a broken build, or an instruction set that is not there, shows now
-    from qwen3next_plugin.engines.sglang.attention_backend import register_attention_backend
-    from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU
-
     _check_platform()
-    seams.put((*ANYWHERE, *ON_CPU), version)
-    register_attention_backend()
-    _register_models()
-    return True
 
 
 def _check_platform() -> None:
@@ -70,6 +80,10 @@ def kernels() -> str:
     """What runs the plugin's ops."""
     if env.kernels() == "reference":
         return "slow reference"
+    from qwen3next_plugin.engines.sglang.machine import on_gpu
+
+    if on_gpu():
+        return "Triton"
     from qwen3next_plugin.kernels import native
 
     return f"native {native.isa()}"

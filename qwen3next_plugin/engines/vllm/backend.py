@@ -1,5 +1,7 @@
 """The linear-attention backend: turns vLLM's per-step metadata into a Step."""
 
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -14,8 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.registration import BACKEND_NAME
-from qwen3next_plugin.kernels.gpu import faults
-from qwen3next_plugin.model.step import NULL_SLOT, Step
+from qwen3next_plugin.model.step import DeviceSteps, Step
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -38,7 +39,8 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         self.cache_config = vllm_config.cache_config
         self.on_device = None
         if device.type != "cpu":
-            self.on_device = DeviceStep(vllm_config.scheduler_config.max_num_seqs, device)
+            # A graph's batch may be a row larger than what is scheduled.
+            self.on_device = DeviceSteps(vllm_config.scheduler_config.max_num_seqs + 1, device)
 
     @classmethod
     def get_cudagraph_support(
@@ -63,49 +65,16 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
             self.kv_cache_spec,
             self.cache_config.mamba_cache_mode,
         )
+        rows: dict[str, Any] = {
+            "query_start_loc": common.query_start_loc,
+            "seq_lens": common.seq_lens,
+            "slot": slots[:, 0],
+            "num_tokens": common.num_actual_tokens,
+            "max_query_len": common.max_query_len,
+        }
         if self.on_device is not None:
-            return self.on_device.build(common, slots[:, 0])
-        return Step.build(
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            slot=slots[:, 0],
-            num_tokens=common.num_actual_tokens,
-            num_slots=self.cache_config.num_gpu_blocks,
-            max_query_len=common.max_query_len,
-        )
-
-
-class DeviceStep:
-    """Builds steps on a GPU, without waiting for it, in tensors that a CUDA graph may keep.
-
-    vLLM's block 0 belongs to nobody: rows on it, and rows without tokens, are padding.
-    """
-
-    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
-        size = max_num_seqs + 1  # a graph's batch may be a row larger than what is scheduled
-        self.slot = torch.full((size,), NULL_SLOT, dtype=torch.int32, device=device)
-        self.context_len = torch.zeros_like(self.slot)
-        self.query_start_loc = torch.zeros(size + 1, dtype=torch.int32, device=device)
-        self.watch = faults.Watch(device) if device.type == "cuda" else None
-
-    def build(self, common: CommonAttentionMetadata, block: torch.Tensor) -> Step:
-        """Shapes: block [N], the page of each row.
-
-        Raises: RuntimeError: an earlier step had a row that its page could not serve.
-        """
-        if self.watch is not None:
-            self.watch.look()
-        N = len(block)
-        query_start_loc = self.query_start_loc[: N + 1].copy_(common.query_start_loc)
-        query_len = query_start_loc.diff()
-        is_padding = (query_len == 0) | (block == 0)
-        return Step(
-            query_start_loc=query_start_loc,
-            slot=self.slot[:N].copy_(block.masked_fill(is_padding, NULL_SLOT)),
-            context_len=self.context_len[:N].copy_(common.seq_lens - query_len),
-            num_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-        )
+            return self.on_device.build(**rows)
+        return Step.build(**rows, num_slots=self.cache_config.num_gpu_blocks)
 
 
 class GatedDeltaNetBackend(AttentionBackend):

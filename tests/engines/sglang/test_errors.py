@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -84,7 +85,7 @@ def test_qwens_own_line_is_completed(complete, checkpoint):
     assert (resolved.speculative_eagle_topk, resolved.speculative_num_draft_tokens) == (1, 4)
 
 
-# A value of each flag that no CPU can serve.
+# A value of each flag that cannot be served on a CPU.
 REFUSED = {
     "model_impl": "transformers",
     "mamba_radix_cache_strategy": "extra_buffer",
@@ -103,7 +104,12 @@ REFUSED = {
     "quantization": "fp8",
     "enable_lora": True,
     "lora_paths": ["adapter"],
+    "linear_attn_backend": "flashinfer",
+    "linear_attn_decode_backend": "flashinfer",
+    "linear_attn_prefill_backend": "flashinfer",
+    "linear_attn_verify_backend": "flashinfer",
 }
+REFUSED_ON_GPU = {"mamba_radix_cache_strategy": "extra_buffer_lazy", "speculative_eagle_topk": 2}
 REFUSED_WITH_DRAFTS = {
     "speculative_draft_model_quantization": "fp8",
     "speculative_draft_kv_cache_dtype": "fp8_e4m3",
@@ -116,19 +122,36 @@ REFUSED_WITH_DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("name", [*arguments.SERVED, *arguments.SERVED_WITH_DRAFTS])
-def test_every_flag_of_the_table_is_refused_by_name(complete, checkpoint, name):
+class Given:
+    """Resolved flags, one of them with another value."""
+
+    def __init__(self, resolved, name, value):
+        self.resolved, self.changed = resolved, {name: value}
+
+    def __getattr__(self, name):
+        return self.changed.get(name, getattr(self.resolved, name))
+
+
+ON_CPU, ON_CPU_WITH_DRAFTS = arguments.SERVED_ON_CPU, arguments.SERVED_WITH_DRAFTS_ON_CPU
+ON_GPU, ON_GPU_WITH_DRAFTS = arguments.SERVED_ON_GPU, arguments.SERVED_WITH_DRAFTS_ON_GPU
+
+
+@pytest.mark.parametrize(
+    ("name", "on_cpu"),
+    [
+        *((name, True) for name in (*arguments.SERVED, *ON_CPU)),
+        *((name, True) for name in (*arguments.SERVED_WITH_DRAFTS, *ON_CPU_WITH_DRAFTS)),
+        *((name, False) for name in (*ON_GPU, *ON_GPU_WITH_DRAFTS)),
+    ],
+)
+def test_every_flag_of_the_tables_is_refused_by_name(complete, checkpoint, name, on_cpu):
     """As the platform hands it on: the host refuses some of these itself, before or after."""
-    drafts = name in arguments.SERVED_WITH_DRAFTS
+    drafts = name not in {**arguments.SERVED, **ON_CPU, **ON_GPU}
     value = (REFUSED_WITH_DRAFTS if drafts else REFUSED).get(name, True)
+    value = value if on_cpu else REFUSED_ON_GPU.get(name, True)
     resolved = complete(checkpoint, **(NEXTN if drafts else {}))
-
-    class Given:
-        def __getattr__(self, other):
-            return value if other == name else getattr(resolved, other)
-
     with pytest.raises(ConfigError) as raised:
-        arguments.check_flags(Given(), resolved._raw_input, None)
+        arguments.check_flags(Given(resolved, name, value), on_cpu=on_cpu)
     written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
     assert str(raised.value).startswith(written)
     assert "; " in str(raised.value)
@@ -409,7 +432,56 @@ def test_other_models_keep_the_hosts_class(complete):
         assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.models.")
 
 
-def test_a_gpu_keeps_the_hosts_model_and_one_line_says_so(complete, checkpoint, llama, caplog):
+def test_what_a_gpu_serves_passes(complete, checkpoint):
+    resolved = complete(checkpoint, **NEXTN)
+    for name, value in (
+        *(("mamba_radix_cache_strategy", "extra_buffer"), ("page_size", 64)),
+        *(("quantization", "fp8"), ("kv_cache_dtype", "fp8_e4m3")),
+        *(("attention_backend", "flashinfer"), ("speculative_use_rejection_sampling", True)),
+    ):
+        arguments.check_flags(Given(resolved, name, value), on_cpu=False)
+
+
+@pytest.mark.parametrize("backend", ["breakable", "disabled", "full", "tc_piecewise"])
+def test_a_prompts_graph_is_cut_at_our_layers_or_not_made(complete, checkpoint, backend):
+    graphs = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+    given = Given(complete(checkpoint), "cuda_graph_config", graphs)
+    if backend in ("breakable", "disabled"):
+        arguments.check_flags(given, on_cpu=False)
+        return
+    with pytest.raises(ConfigError, match=f"--cuda-graph-backend-prefill {backend}: .*; use br"):
+        arguments.check_flags(given, on_cpu=False)
+
+
+def test_a_gpu_is_checked_and_one_line_says_what_serves(
+    complete, checkpoint, llama, caplog, monkeypatch
+):
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.server_args import ServerArgs
+
+    from qwen3next_plugin.engines.sglang import hooks, machine
+
+    monkeypatch.setattr(machine, "on_gpu", lambda: True)
+    monkeypatch.delenv("QWEN3NEXT_KERNELS", raising=False)
+    caplog.set_level("INFO")
+    asked = []
+    for model in (llama, checkpoint):
+        server_args = ServerArgs(model_path=str(model), device="cuda")
+        graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
+        declare_resolution(server_args, "test", cuda_graph_config=graphs)
+        hooks.check_on_gpu(asked.append, server_args)
+    assert len(asked) == 2
+    ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
+    assert len(ours) == 1
+    assert re.search(r"serves this model on SGLang 0\.\S+, with Triton kernels", ours[0])
+    server_args = ServerArgs(model_path=str(checkpoint), device="cuda", pp_size=2)
+    with pytest.raises(ConfigError, match=r"--pp-size 2: .*; use --tp-size"):
+        hooks.check_on_gpu(asked.append, server_args)
+
+
+def test_another_accelerator_keeps_the_hosts_model_and_one_line_says_so(
+    complete, checkpoint, llama, caplog
+):
     from sglang.srt.server_args import ServerArgs
 
     from qwen3next_plugin.engines.sglang.hooks import say_no_kernels
@@ -417,9 +489,9 @@ def test_a_gpu_keeps_the_hosts_model_and_one_line_says_so(complete, checkpoint, 
     caplog.set_level("INFO")
     asked = []
     for model in (llama, checkpoint):
-        server_args = ServerArgs(model_path=str(model), device="cuda")
+        server_args = ServerArgs(model_path=str(model), device="npu")
         say_no_kernels(asked.append, server_args)
     assert len(asked) == 2
     ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
     assert len(ours) == 1
-    assert re.search(r"has no kernels for cuda yet: SGLang 0\.\S+ keeps its own", ours[0])
+    assert re.search(r"has no kernels for npu yet: SGLang 0\.\S+ keeps its own", ours[0])

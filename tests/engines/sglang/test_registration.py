@@ -19,9 +19,15 @@ MEND = "install a release of qwen3next-plugin that is tested with SGLang 9.9.9"
 
 
 def all_seams():
-    from qwen3next_plugin.engines.sglang.hooks import ANYWHERE, ON_CPU, ON_GPU
+    from qwen3next_plugin.engines.sglang.hooks import (
+        ANYWHERE,
+        ELSEWHERE,
+        ON_CPU,
+        ON_GPU,
+        WITH_OURS,
+    )
 
-    return [*ANYWHERE, *ON_CPU, *ON_GPU]
+    return [*ANYWHERE, *WITH_OURS, *ON_CPU, *ON_GPU, *ELSEWHERE]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,6 +14,7 @@ import interpreter
 
 from qwen3next_plugin.engines.vllm import backend
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.model.step import DeviceSteps
 
 interpreter.mend()
 by_device, build = dispatch.backend, backend.StepBuilder.__init__
@@ -26,7 +27,7 @@ def native_where_there_is_no_other(op: str, device_type: str) -> str:
 def with_steps_on_the_device(self: Any, *args: Any) -> None:
     build(self, *args)
     _, _, vllm_config, device = args
-    self.on_device = backend.DeviceStep(vllm_config.scheduler_config.max_num_seqs, device)
+    self.on_device = DeviceSteps(vllm_config.scheduler_config.max_num_seqs + 1, device)
 
 
 dispatch.backend = native_where_there_is_no_other

@@ -1,0 +1,31 @@
+"""Copies of whole state pages: all layers of a request at once."""
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import check
+
+WORD = 8  # bytes: a page is a whole number of them
+INDEX = (torch.int32, torch.int64)
+
+
+def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
+    """pages_[:, target[i]] = pages_[:, source[i]] where mask[i].
+
+    Entries with a source or target below 0 are left out. No target is a source or another target.
+
+    Shapes:
+        pages_: [layers, slots, bytes] uint8, a page contiguous and a multiple of 8 bytes
+        source, target: [N] int32 or int64, slots; mask: [N] bool
+
+    Raises: ValueError: an argument's shape, stride, device or dtype.
+    """
+    op, device, N = "copy_pages", pages_.device, len(source)
+    run = dispatch.implementation(op, device)
+    layers, slots, size = pages_.shape
+    check(op, "pages_", pages_, (layers, slots, size // WORD * WORD), (torch.uint8,), device)
+    check(op, "source", source, (N,), INDEX, device)
+    check(op, "target", target, (N,), INDEX, device)
+    check(op, "mask", mask, (N,), (torch.bool,), device)
+    run(pages_, source, target, mask)

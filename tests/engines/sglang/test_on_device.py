@@ -1,0 +1,69 @@
+"""The GPU's path through the engine, on a CPU: Triton's interpreter in place of a GPU.
+
+Greedy text and log-probabilities are transformers' own, with drafts and without, through chunks of
+a prompt, cached prefixes and mixed batches, however the radix cache keeps its pages.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import random_prompt, write_checkpoint
+from engines.checks import check_greedy
+from engines.sglang.server import NEXTN, Server
+from reference import Reference
+
+pytestmark = pytest.mark.serve
+
+PLUGIN = Path(__file__).parent / "on_device"
+ON_DEVICE = {"PYTHONPATH": str(PLUGIN)}
+IN_TRITON = ON_DEVICE | {"QWEN3NEXT_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+SMALL = ("--dtype", "float32", "--max-total-tokens", "4096", "--max-mamba-cache-size", "40")
+SNAPSHOTS = ("--mamba-radix-cache-strategy", "extra_buffer", "--mamba-track-interval", "64")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("small"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return Reference(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("flags", "cached"),
+    [
+        (("--chunked-prefill-size", "150"), (0, 64, 64, 153, 173)),
+        ((*NEXTN, "3"), (0, 64, 64, 192, 192)),
+    ],
+    ids=["chunks-of-150", "nextn-3"],
+)
+def test_as_transformers(checkpoint, reference, flags, cached):
+    """Prompts that end before, at and after a multiple of 64, where a page is kept, and answers
+    that pass one; then texts that go on from the last page that was kept. SGLang counts from where
+    a chunk begins in a prompt, and from 0 in an answer."""
+    prompts = [random_prompt(n, seed=12) for n in (3, 58, 64, 160, 200)]
+    server = Server(checkpoint, *SMALL, *SNAPSHOTS, *flags, env=ON_DEVICE).wait()
+    try:
+        check_greedy(reference, prompts, cold := server.greedy(prompts, 40))
+        turns = [
+            prompt + answer.token_ids + random_prompt(5, seed=3)
+            for prompt, answer in zip(prompts, cold, strict=True)
+        ]
+        warm = server.greedy(turns, 40, return_logprob=True)
+        check_greedy(reference, turns, warm)
+        assert [answer.cached for answer in warm] == list(cached)
+        assert (sum(answer.accepted for answer in warm) > 0) == (NEXTN[1] in flags)
+    finally:
+        server.close()
+
+
+def test_the_triton_kernels_as_transformers(checkpoint, reference):
+    prompts = [random_prompt(n, seed=12) for n in (3, 66)]
+    server = Server(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
+    try:
+        check_greedy(reference, prompts, server.greedy(prompts, 5, return_logprob=True))
+    finally:
+        server.close()
