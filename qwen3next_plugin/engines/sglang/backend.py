@@ -35,6 +35,10 @@ class LinearBackend(AttentionBackend):
         self.step: Step  # of the forward pass that is running
         self.tree: TreeStep | None = None
 
+    def supports_prefill_graph_extend(self) -> bool:
+        """No: a prompt's graph is cut at linear layers."""
+        return False
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the step that all linear layers share."""
         self.rids, self.tree = forward_batch.rids, None

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from itertools import chain
 
 import pytest
 
@@ -28,13 +29,22 @@ pytestmark = pytest.mark.skipif(
 # What our code implements for the host: class → the methods whose arguments must stay.
 OVERRIDDEN = {
     "srt/layers/attention/base_attn_backend.py": {
-        "AttentionBackend": {"init_forward_metadata": ["self", "forward_batch"]},
+        "AttentionBackend": {
+            "init_forward_metadata": ["self", "forward_batch"],
+            "init_forward_metadata_out_graph": ["self", "forward_batch", "in_capture"],
+            "init_cuda_graph_state": ["self", "max_bs", "max_num_tokens"],
+            "update_verify_buffers_to_fill_after_draft": ["self", "spec_info", "cuda_graph_bs"],
+        },
     },
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
         "HybridLinearAttnBackend": {
             "__init__": ["self", "full_attn_backend", "linear_attn_backend", "full_attn_layers"],
-            "update_mamba_state_after_mtp_verify": ["self", "last_correct_step_indices"],
+            "update_mamba_state_after_mtp_verify": [
+                *("self", "last_correct_step_indices", "mamba_track_indices"),
+                "mamba_steps_to_track",
+            ],
         },
+        "MambaAttnBackendBase": {"supports_prefill_graph_extend": ["self"]},
     },
     "srt/mem_cache/memory_pool.py": {
         "MambaPool": {
@@ -77,6 +87,12 @@ CALLED = {
         "register": ["cls", "target", "hook", "hook_type"],
         "apply_hooks": ["cls"],
     },
+    "srt/layers/moe/topk.py": {
+        "bind_runner_backend": ["self", "runner_backend", "routing_method_type"],
+    },
+    "srt/model_executor/runner_backend_utils/breakable_cuda_graph/breakable_cuda_graph.py": {
+        "eager_on_graph": ["fn", "capture_stub"],
+    },
     "srt/layers/attention/attention_registry.py": {"register_attention_backend": ["name"]},
     "srt/configs/mamba_utils.py": {"mamba2_state_dtype": ["config"]},
     "srt/layers/sampler.py": {
@@ -99,6 +115,12 @@ BUILT = {
         "MergedColumnParallelLinear": ["bias", "quant_config", "prefix"],
         "QKVParallelLinear": ["bias", "quant_config", "prefix"],
         "RowParallelLinear": ["bias", "quant_config", "prefix"],
+    },
+    "srt/layers/moe/fused_moe_triton/layer.py": {
+        "FusedMoE": [
+            *("num_experts", "hidden_size", "intermediate_size", "layer_id", "top_k"),
+            *("quant_config", "quant_method", "routing_method_type", "inplace", "prefix"),
+        ],
     },
     "srt/layers/radix_attention.py": {
         "RadixAttention": ["num_kv_heads", "layer_id", "quant_config", "prefix"],
@@ -138,6 +160,9 @@ FIELDS = {
         "ForwardBatch": [
             *("forward_mode", "batch_size", "seq_lens", "extend_seq_lens", "spec_info"),
             *("req_pool_indices", "rids", "positions", "out_cache_loc"),
+            *("extend_seq_lens_cpu", "extend_prefix_lens_cpu"),
+            *("mamba_track_mask", "mamba_track_indices"),
+            *("mamba_prefill_track_mask_cpu", "mamba_track_seqlens_cpu"),
         ],
     },
 }
@@ -269,7 +294,8 @@ def flags() -> set[str]:
     from qwen3next_plugin.engines.sglang import arguments as ours
     from qwen3next_plugin.engines.sglang import memory
 
-    return {*ours.SERVED, *ours.SERVED_WITH_DRAFTS, *memory.GIVEN}
+    tables = [getattr(ours, name) for name in vars(ours) if name.startswith("SERVED")]
+    return {*chain.from_iterable(tables), *memory.GIVEN}
 
 
 @pytest.mark.parametrize("name", sorted(flags()))
@@ -279,6 +305,23 @@ def test_flags_are_the_hosts(sources, name):
 
 def test_platforms_are_asked_with_the_raw_flags_beside(sources):
     assert "_raw_input" in ast.unparse(sources.tree("srt/arg_groups/pipeline.py"))
+
+
+def test_a_graphs_batch_says_how_many_rows_fill_it(sources):
+    """And where it is captured, its pages to keep are in tensors that stay."""
+    runner = sources.tree("srt/model_executor/runner/decode_cuda_graph_runner.py")
+    view = ast.unparse(definition(runner, "build_replay_fb_view"))
+    assert "num_padding=bs - raw_bs" in view
+    owner = definition(runner, "DecodeCudaGraphRunner")
+    assert "_slot('mamba_track_mask')" in ast.unparse(owner)
+    assert "_slot('mamba_track_indices')" in ast.unparse(owner)
+
+
+def test_prompts_graphs_begin_steps_as_batches_without_one_do(sources):
+    """With the batch as the scheduler made it, whatever tensors the graph reads."""
+    runner = sources.tree("srt/model_executor/runner/prefill_cuda_graph_runner.py")
+    prepare = definition(runner, "_prepare_forward_metadata_for_replay")
+    assert "attn_backend.init_forward_metadata(forward_batch)" in ast.unparse(prepare)
 
 
 def test_the_verification_samples_by_names_that_ours_replace(sources):

@@ -35,7 +35,7 @@ def reference(checkpoint):
 @pytest.mark.parametrize(
     ("flags", "cached"),
     [
-        (("--chunked-prefill-size", "150"), (0, 64, 64, 153, 173)),
+        (("--chunked-prefill-size", "150"), (0, 64, 64, 192, 143)),
         ((*NEXTN, "3"), (0, 64, 64, 192, 192)),
     ],
     ids=["chunks-of-150", "nextn-3"],
