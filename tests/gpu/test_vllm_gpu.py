@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from checkpoints import SHIPPED, random_prompt
 from engines.checks import check_greedy
@@ -14,18 +13,8 @@ from reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+pytest.importorskip("vllm")
 pytestmark = pytest.mark.serve
-
-
-@pytest.fixture(
-    params=[pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multi_gpu)]
-)
-def gpus(request):
-    """The number of GPUs to serve on; skips where the machine has fewer."""
-    found = torch.cuda.device_count()
-    if found < request.param:
-        pytest.skip(f"needs {request.param} GPU(s), found {found}")
-    return request.param
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
