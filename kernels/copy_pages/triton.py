@@ -23,7 +23,7 @@ def copy_pages(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> 
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layers", "slots"])
+@triton.jit(do_not_specialize=["layer_stride", "slot_stride", "layers", "slots", "size"])
 def _copy_pages(
     pages, layer_stride, slot_stride, source, target, mask, layers, slots, size,
     BLOCK: tl.constexpr, STEP: tl.constexpr,

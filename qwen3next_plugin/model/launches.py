@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.copy_pages import copy_pages
 from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
@@ -13,6 +14,7 @@ from qwen3next_plugin.model.gated_delta_net import (
 )
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.state import PageLayout
+from qwen3next_plugin.model.step import NULL_SLOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Launches:
     def run(self) -> None:
         """Launch each kernel on rows that own no page: nothing is read that matters."""
         self._linear_attention()
+        self._copies()
         self._attention()
         self._norms()
 
@@ -62,6 +65,15 @@ class Launches:
             ),
             shape=GatedDeltaNetShape(layout.num_key_heads, HV, layout.key_dim, layout.value_dim),
             pool_=layout.view(empty(2, padded, dtype=torch.int8)),
+        )
+
+    def _copies(self) -> None:
+        null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=self.device)
+        copy_pages(
+            pages_=self._empty(1, 1, 8, dtype=torch.uint8),
+            source=null,
+            target=null.long(),
+            mask=null == NULL_SLOT,
         )
 
     def _attention(self) -> None:
