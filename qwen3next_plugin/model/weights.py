@@ -18,6 +18,7 @@ MADV_PAGEOUT = 21  # linux/mman.h; older kernels than 5.4 refuse it, and nothing
 # What a quantised checkpoint may hold beside the tensor that a scale or a zero point belongs to.
 QUANTISATION_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight")
 
+SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
 # Which stacked projection holds a checkpoint's projection, and as which part of it.
 STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
@@ -141,13 +142,11 @@ def checked(
     """
     ignored, seen = frozenset(ignored), set()
     for name, tensor in weights:
-        if name in ignored:
+        companion = quantised and name.endswith(QUANTISATION_SUFFIXES)
+        weight = name.rsplit(".", 1)[0] + ".weight" if companion else name
+        if weight in ignored:
             continue
-        if name not in expected:
-            if quantised and name.endswith(QUANTISATION_SUFFIXES):
-                yield name, tensor
-                seen.add(name.rsplit(".", 1)[0] + ".weight")
-                continue
+        if weight not in expected:
             raise CheckpointError(
                 f"unexpected tensor {name} {tuple(tensor.shape)}: the config has no place for it; "
                 f"config.json and the safetensors files do not belong together"
@@ -157,13 +156,28 @@ def checked(
                 f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
                 f"{expected[name]}: config.json and the safetensors files do not belong together"
             )
-        seen.add(name)
+        seen.add(weight)
         yield name, tensor
         give_back(tensor)
     if missing := sorted(expected.keys() - seen):
         raise CheckpointError(
             f"{len(missing)} tensors are missing, the first is {missing[0]}: the checkpoint is "
             f"incomplete; download it again, or check model.safetensors.index.json"
+        )
+
+
+def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:
+    """Refuse a layer that is built for quantised weights and was given others.
+
+    Raises:
+        CheckpointError: naming its scales, and what to do.
+    """
+    scales = {name for name in parameters if name.endswith(SCALES)}
+    if missing := sorted(scales.difference(loaded)):
+        raise CheckpointError(
+            f"{len(missing)} scales did not come, the first is {missing[0]}: the checkpoint keeps "
+            f"these layers unquantised; name them in modules_to_not_convert of the config's "
+            f"quantization_config"
         )
 
 

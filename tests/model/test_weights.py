@@ -11,6 +11,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.weights import (
     CheckpointError,
     check_files,
+    check_scales,
     checked,
     shard_conv_weight,
     stored_tensors,
@@ -75,6 +76,24 @@ def test_quantised_tensors_stand_for_their_weight():
         list(checked(given, expected=SHAPES_OF))
     with pytest.raises(CheckpointError, match=r"unexpected tensor a\.foo"):
         list(checked([("a.foo", torch.zeros(1))], expected=SHAPES_OF, quantised=True))
+
+
+def test_quantised_tensors_of_another_model_are_dropped_with_their_weight():
+    given = [("mtp.weight_scale_inv", torch.zeros(1)), ("a.weight_scale_inv", torch.zeros(1))]
+    given += tensors(mtp_weight=(3,))
+    found = checked(given, expected=SHAPES_OF, ignored={"mtp.weight"}, quantised=True)
+    assert [name for name, _ in found] == ["a.weight_scale_inv", *SHAPES_OF]
+    with pytest.raises(CheckpointError, match=r"unexpected tensor c\.weight_scale_inv"):
+        list(checked([("c.weight_scale_inv", torch.zeros(1))], expected=SHAPES_OF, quantised=True))
+
+
+def test_scales_that_did_not_come_are_named():
+    scales = ["layers.0.experts.w13_weight_scale_inv", "layers.0.o_proj.weight_scale"]
+    parameters = [*scales, "layers.0.o_proj.weight", "layers.0.o_proj.input_scale"]
+    check_scales(parameters, parameters[:3])
+    with pytest.raises(CheckpointError, match=r"2 scales did not .* modules_to_not_convert") as e:
+        check_scales(parameters, ["layers.0.o_proj.weight"])
+    assert f"the first is {scales[0]}" in str(e.value)
 
 
 # the drafter's share -----------------------------------------------------------------------------

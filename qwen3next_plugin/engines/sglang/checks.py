@@ -4,8 +4,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.arguments import check_flags, read_config
+from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model.weights import check_files, checked, stored_tensors, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
 
@@ -29,6 +33,15 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     if folder.is_dir() and server_args.load_format != "dummy":
         drafts = bool(server_args.speculative_algorithm)
         _check_checkpoint(folder, config, drafts=drafts, quantised=quantised)
+
+
+def check_architecture() -> None:
+    """Refuse a GPU that no kernel is built for, before weights are loaded onto it.
+
+    Raises: NotImplementedError: naming the GPU's architecture and those that there are.
+    """
+    if env.kernels() != "reference":
+        architecture(torch.device("cuda"))
 
 
 def _check_checkpoint(

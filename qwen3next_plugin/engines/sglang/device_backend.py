@@ -54,6 +54,8 @@ class Snapshot:
 class DeviceBackend(LinearBackend):
     """Finds slots and lengths on the device, and gives them to kernels in tensors that stay."""
 
+    extend_dummy_seqs_capped_by_req_pool = True  # there is room for as many rows as requests
+
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self.device = torch.device(runner.device)
@@ -68,7 +70,8 @@ class DeviceBackend(LinearBackend):
         layer = next(layer for layer in model.model.layers if layer.is_linear).linear_attn
         launch_idle(weights=layer.weights, shape=layer.shape, pool_=self.views[layer.layer_id])
         null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=self.device)
-        Copies(null, null.long(), null == NULL_SLOT).run(self.pool.pages)
+        for source in (null, null.long()):  # a step's, and SGLang's
+            Copies(source, null.long(), null == NULL_SLOT).run(self.pool.pages)
 
     # What SGLang asks of a backend that its graphs capture.
 

@@ -149,13 +149,18 @@ def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
     own, so that nothing of ours is asked as it is on a CPU. Can go when a plugin may check flags.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
 
-    from qwen3next_plugin.engines.sglang.checks import check
+    from qwen3next_plugin.engines.sglang.checks import check, check_architecture
     from qwen3next_plugin.engines.sglang.registration import kernels
 
     host(server_args)
     if is_ours(model_config := model_config_of(server_args)):
-        check(resolving_view(server_args), model_config, on_cpu=False)
+        flags = resolving_view(server_args)
+        check(flags, model_config, on_cpu=False)
+        check_architecture()
+        if flags.mamba_radix_cache_strategy == "no_buffer":  # with which no step runs ahead
+            declare_resolution(server_args, "qwen3next_plugin", disable_overlap_schedule=True)
         logger.info(
             "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels",
             *(__version__, check_host("sglang"), kernels()),

@@ -16,11 +16,13 @@ from sglang.srt.layers.quantization.unquant import (
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
+from qwen3next_plugin.engines.sglang.machine import without_gpu
+
 ROWS = 1  # that the layout is chosen for; measured, it serves more of them as well
 # SGLang's updates of weights ask a model for such a reason, and answer with it.
 NO_UPDATES = (
-    "qwen3next_plugin packs and copies weights as they load, and an update would leave the copies "
-    "behind; restart the server with the new checkpoint"
+    "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; restart the "
+    "server with the new checkpoint"
 )
 
 
@@ -87,8 +89,15 @@ class PackedLogitsProcessor(LogitsProcessor):
         return linear(hidden_states, packed, None)
 
 
+def logits_processor(config: Any) -> LogitsProcessor:
+    """SGLang's, and on a CPU one that a packed head can be given to."""
+    return PackedLogitsProcessor(config) if without_gpu() else LogitsProcessor(config)
+
+
 def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:
-    """Have SGLang pack the projections and the head of a model when its weights are there."""
+    """On a CPU, have SGLang pack a model's projections and head when its weights are there."""
+    if not without_gpu():
+        return
     for module in model.modules():
         method = type(getattr(module, "quant_method", None))
         if method is UnquantizedLinearMethod:

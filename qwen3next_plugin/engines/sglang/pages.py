@@ -14,8 +14,10 @@ from sglang.srt.configs.mamba_utils import (
     mamba2_state_dtype,
 )
 from sglang.srt.configs.model_config import _get_and_verify_dtype
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import GB, MambaPool
 from sglang.srt.runtime_context import get_model, get_parallel, get_spec
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.arguments import read_config
@@ -99,6 +101,7 @@ class PagePool(MambaPool):
         cache_params: PageParams,
         mamba_layer_ids: list[int],
         device: str,
+        enable_memory_saver: bool = False,
         speculative_eagle_topk: int | None = None,
         **_: Any,  # of windows, snapshots and rings, which a page makes needless
     ) -> None:
@@ -110,11 +113,13 @@ class PagePool(MambaPool):
         branches = max_branches(speculative_eagle_topk)
         # Branches of draft trees, in the slots behind: a step copies pages there and back.
         slots = self.num_slots + spec_state_size * branches
-        pages = torch.empty(  # of which the system gives what is touched
-            (self.num_mamba_layers, slots, *cache_params.shape.temporal),
-            dtype=torch.uint8,
-            device=device,
-        )
+        saver = TorchMemorySaverAdapter.create(enable=enable_memory_saver)
+        with saver.region(GPU_MEMORY_TYPE_KV_CACHE):
+            pages = torch.empty(  # of which the system gives what is touched
+                (self.num_mamba_layers, slots, *cache_params.shape.temporal),
+                dtype=torch.uint8,
+                device=device,
+            )
         self.mamba_cache = self.State(conv=[], temporal=pages)
         self.mem_usage = pages.nbytes / GB
 

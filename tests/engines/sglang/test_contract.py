@@ -324,6 +324,18 @@ def test_prompts_graphs_begin_steps_as_batches_without_one_do(sources):
     assert "attn_backend.init_forward_metadata(forward_batch)" in ast.unparse(prepare)
 
 
+@pytest.mark.parametrize("file", ["trunk", "mtp"])
+def test_prompts_graphs_run_the_body_of_either_model(sources, file):
+    """With these three arguments; what a drafter is given besides lies in the batch."""
+    runner = sources.tree("srt/model_executor/runner/prefill_cuda_graph_runner.py")
+    call = "self.layer_model.forward(input_ids, positions, forward_batch, **kwargs)"
+    assert call in ast.unparse(definition(runner, "_run_forward"))
+    model = ast.parse((ENGINES / HOST / "models" / f"{file}.py").read_text(encoding="utf-8"))
+    body = {"trunk": "Qwen3NextModel", "mtp": "MultiTokenPredictor"}[file]
+    wanted = ["self", "input_ids", "positions", "forward_batch"]
+    assert arguments(definition(definition(model, body), "forward"))[:4] == wanted
+
+
 def test_the_verification_samples_by_names_that_ours_replace(sources):
     names = sources.names("srt/speculative/eagle_utils.py")
     ours = ast.parse((ENGINES / HOST / "sampling.py").read_text(encoding="utf-8"))

@@ -456,11 +456,12 @@ def test_a_prompts_graph_is_cut_at_our_layers_or_not_made(complete, checkpoint, 
 def test_a_gpu_is_checked_and_one_line_says_what_serves(
     complete, checkpoint, llama, caplog, monkeypatch
 ):
-    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    from qwen3next_plugin.engines.sglang import hooks, machine
+    from qwen3next_plugin.engines.sglang import checks, hooks, machine
 
+    monkeypatch.setattr(checks, "architecture", lambda device: asked.append)
     monkeypatch.setattr(machine, "on_gpu", lambda: True)
     monkeypatch.delenv("QWEN3NEXT_KERNELS", raising=False)
     caplog.set_level("INFO")
@@ -474,6 +475,11 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
     assert len(ours) == 1
     assert re.search(r"serves this model on SGLang 0\.\S+, with Triton kernels", ours[0])
+    whole = {"device": "cuda", "mamba_radix_cache_strategy": "no_buffer"}
+    server_args = ServerArgs(model_path=str(checkpoint), **whole)
+    declare_resolution(server_args, "test", cuda_graph_config=graphs)
+    hooks.check_on_gpu(asked.append, server_args)
+    assert resolving_view(server_args).disable_overlap_schedule
     server_args = ServerArgs(model_path=str(checkpoint), device="cuda", pp_size=2)
     with pytest.raises(ConfigError, match=r"--pp-size 2: .*; use --tp-size"):
         hooks.check_on_gpu(asked.append, server_args)

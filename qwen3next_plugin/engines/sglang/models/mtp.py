@@ -18,8 +18,8 @@ from qwen3next_plugin.engines.sglang.loading import load
 from qwen3next_plugin.engines.sglang.models.trunk import PACKED_MODULES, DecoderLayer
 from qwen3next_plugin.engines.sglang.packing import (
     NO_UPDATES,
-    PackedLogitsProcessor,
     drop_plain_head,
+    logits_processor,
     use_packing,
 )
 from qwen3next_plugin.model.norm import RMSNorm
@@ -42,8 +42,7 @@ class MultiTokenPredictor(nn.Module):
             2 * config.hidden_size,
             config.hidden_size,
             bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.fc",
+            prefix=f"{prefix}.fc",  # which no released checkpoint quantises
         )
         self.layers = nn.ModuleList(
             [
@@ -68,13 +67,12 @@ class MultiTokenPredictor(nn.Module):
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        hidden_states: torch.Tensor,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
-        """Shapes: input_ids, positions [T], hidden_states [T, D], returns [T, D]."""
+        """Shapes: input_ids, positions [T], the batch's hidden states [T, D], returns [T, D]."""
         hidden_states = fuse(
             embeds=self.embed_tokens(input_ids),
-            hidden_states=hidden_states,
+            hidden_states=forward_batch.spec_info.hidden_states,
             norm_embedding=self.pre_fc_norm_embedding,
             norm_hidden=self.pre_fc_norm_hidden,
             fc=self._fc,
@@ -98,7 +96,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.quantised = quant_config is not None
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
-        self.logits_processor = PackedLogitsProcessor(config)
+        self.logits_processor = logits_processor(config)
         use_packing(self.model)
         self.draft_head: DraftHead | None = None
         self.trunk_names = frozenset(trunk_tensors(self.config))
@@ -111,9 +109,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
         Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states [T, D].
         """
-        hidden_states = self.model(
-            input_ids, positions, forward_batch.spec_info.hidden_states, forward_batch
-        )
+        hidden_states = self.model(input_ids, positions, forward_batch)
         if self.draft_head is not None:
             return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)

@@ -17,7 +17,7 @@ from qwen3next_plugin.engines.sglang.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.loading import load
 from qwen3next_plugin.engines.sglang.moe import SparseMoE, SwiGLU
-from qwen3next_plugin.engines.sglang.packing import NO_UPDATES, PackedLogitsProcessor, use_packing
+from qwen3next_plugin.engines.sglang.packing import NO_UPDATES, logits_processor, use_packing
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -136,7 +136,7 @@ class Qwen3NextForCausalLM(nn.Module):
             self.lm_head = ParallelLMHead(
                 self.config.vocab_size, self.config.hidden_size, quant_config=quant_config
             )
-        self.logits_processor = PackedLogitsProcessor(config)
+        self.logits_processor = logits_processor(config)
         in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
         use_packing(self, None if in_fp32 else self.lm_head)
 
