@@ -76,16 +76,24 @@ $(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
 	touch $@
 test-vllm: $(TRITONS)
 
+# A test that starts no engine takes one core, so as many run at once as there are cores.
+PARALLEL := -m "not serve" --numprocesses logical --dist loadfile
+
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
+ifdef ARGS
 	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(ARGS)
+else
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o testpaths=$(TESTS_$*) $(PARALLEL)
+	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) -m serve
+endif
 
 check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy qwen3next_plugin
-	$(BIN)/python -m pytest -q -m "not serve" -o testpaths=$(TESTS_$(THE_ENGINE)) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(PARALLEL) $(ARGS)
 
 format: .venv-$(THE_ENGINE)/.dev ## let the formatters write
 	$(BIN)/ruff check --fix .
