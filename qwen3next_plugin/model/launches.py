@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
@@ -12,6 +13,7 @@ from qwen3next_plugin.model.gated_delta_net import (
     launch_idle,
 )
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
 from qwen3next_plugin.model.state import PageLayout
 
 
@@ -31,6 +33,7 @@ class Launches:
         self._linear_attention()
         self._attention()
         self._norms()
+        self._moe()
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -83,3 +86,17 @@ class Launches:
         norm = RMSNorm(D, self.config.rms_norm_eps).to(self.device, self.dtype)
         norm(self._empty(1, D))
         norm(self._empty(1, D), self._empty(1, D))
+
+    def _moe(self) -> None:
+        c, x = self.config, self._empty(1, self.config.hidden_size)
+        if not c.num_experts:
+            return
+        router(  # a host's own stands in its place where it has one
+            logits=self._empty(1, c.num_experts),
+            k=c.num_experts_per_tok,
+            renormalise=c.norm_topk_prob,
+        )
+        if c.shared_expert_intermediate_size:
+            gate = SharedExpertGate(c.hidden_size).to(self.device, self.dtype)
+            gate(x, x.clone())
+            gate(x, x.clone(), x)
