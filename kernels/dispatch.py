@@ -20,6 +20,8 @@ OPS = (
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_gated",
+    "router",
+    "shared_expert_gate",
 )
 NOT_IN_TRITON = ("draft_head", "fused_moe", "paged_attention")  # the engines bring theirs on GPUs
 NEVER_TRACED = ("copy_pages", "gated_delta_net")  # the engines keep it out of their graphs

@@ -15,6 +15,8 @@ OPS = (
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_gated",
+    "router",
+    "shared_expert_gate",
 )
 TOLERANCES = {
     **{(op, FP32): 1e-5 for op in OPS},

@@ -26,9 +26,10 @@ extern const Level level;
 
 namespace {
 
-constexpr const char* kOpNames[kOps] = {"causal_conv1d",  "gated_delta_rule", "rms_norm",
-                                        "rms_norm_gated", "qk_norm_rope",     "output_gate",
-                                        "draft_head",     "fused_moe",        "paged_attention"};
+constexpr const char* kOpNames[kOps] = {"causal_conv1d",  "gated_delta_rule",  "rms_norm",
+                                        "rms_norm_gated", "qk_norm_rope",      "output_gate",
+                                        "draft_head",     "fused_moe",         "paged_attention",
+                                        "router",         "shared_expert_gate"};
 
 // What this processor can run, lowest first.
 std::vector<const Level*> available() {
@@ -104,8 +105,10 @@ STABLE_TORCH_LIBRARY(qwen3next, m) {
       "Tensor positions, int num_heads, int num_kv_heads, int head_dim, int rotary_dim, "
       "float eps) -> (Tensor, Tensor)");
   m.def("output_gate(Tensor(a!) x_, Tensor gate) -> ()");
+  m.def("router(Tensor logits, int k, bool renormalise) -> (Tensor, Tensor)");
   m.def(
       "fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) -> Tensor");
+  m.def("shared_expert_gate(Tensor x, Tensor weight, Tensor(a!) shared_, Tensor? routed) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table, "
       "Tensor table_row, Tensor query_start_loc, Tensor seq_lens, float scale, "

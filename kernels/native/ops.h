@@ -24,7 +24,9 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
                                         int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
                                         double eps);
 void output_gate(Tensor x_, Tensor gate);
+std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise);
 Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids);
+void shared_expert_gate(Tensor x, Tensor weight, Tensor shared_, std::optional<Tensor> routed);
 std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows);
 Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table,
                        Tensor table_row, Tensor query_start_loc, Tensor seq_lens, double scale,
@@ -34,7 +36,7 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
 
 using Boxed = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
-constexpr int kOps = 9;
+constexpr int kOps = 11;
 
 // In the order of kOpNames (ops.cpp).
 struct Level {

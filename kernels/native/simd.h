@@ -92,6 +92,21 @@ inline float sum(f32v v) {
 #endif
 }
 
+// The lanes in which a comparison holds, as bits.
+inline uint32_t lane_mask(i32v holds) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)holds);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)holds);
+#elif defined(__x86_64__)
+  return _mm_movemask_ps((__m128)holds);
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (holds[i] & 1u) << i;
+  return mask;
+#endif
+}
+
 inline f32v load(const float* p) {
   f32v v;
   std::memcpy(&v, p, sizeof v);
@@ -154,11 +169,12 @@ inline void store(fp16* p, f32v v) {
 #endif
 }
 
-// The masked tail: the first n lanes, zeros beyond.
+// The masked tail: the first n lanes, zeros or what is given beyond.
 template <class T>
-inline f32v load(const T* p, int64_t n) {
+inline f32v load(const T* p, int64_t n, T beyond = T{}) {
   if (n == kLanes) return load(p);
-  T padded[kLanes] = {};
+  T padded[kLanes];
+  for (int i = 0; i < kLanes; ++i) padded[i] = beyond;
   std::memcpy(padded, p, n * sizeof(T));
   return load(padded);
 }

@@ -6,6 +6,7 @@ import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.copy_pages import copy_pages
+from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
@@ -13,6 +14,7 @@ from qwen3next_plugin.model.gated_delta_net import (
     launch_idle,
 )
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.model.step import NULL_SLOT
 
@@ -34,6 +36,7 @@ class Launches:
         self._copies()
         self._attention()
         self._norms()
+        self._moe()
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -96,3 +99,17 @@ class Launches:
         norm = RMSNorm(D, self.config.rms_norm_eps).to(self.device, self.dtype)
         norm(self._empty(1, D))
         norm(self._empty(1, D), self._empty(1, D))
+
+    def _moe(self) -> None:
+        c, x = self.config, self._empty(1, self.config.hidden_size)
+        if not c.num_experts:
+            return
+        router(  # a host's own stands in its place where it has one
+            logits=self._empty(1, c.num_experts),
+            k=c.num_experts_per_tok,
+            renormalise=c.norm_topk_prob,
+        )
+        if c.shared_expert_intermediate_size:
+            gate = SharedExpertGate(c.hidden_size).to(self.device, self.dtype)
+            gate(x, x.clone())
+            gate(x, x.clone(), x)

@@ -138,6 +138,16 @@ def kept(owner: ast.AST) -> set[str]:
     return {name.removeprefix("self.") for name in written if name.startswith("self.")}
 
 
+def keywords(tree: ast.AST, name: str) -> list[set[str]]:
+    """Of each call of a function or method of that name, what it is given by name."""
+    return [
+        {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and name in (getattr(node.func, "attr", None), getattr(node.func, "id", None))
+    ]
+
+
 def pairs(table: dict) -> list[tuple[str, str]]:
     """(path, name) of every entry of a table path → names."""
     return [(path, name) for path, names in table.items() for name in names]

@@ -13,6 +13,8 @@ from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
 from qwen3next_plugin.kernels.rms_norm import rms_norm
 from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
+from qwen3next_plugin.kernels.router import router
+from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
 
 
 def calls():
@@ -47,6 +49,13 @@ def calls():
         "rms_norm_gated": (rms_norm_gated, {"x": x4, "z": x4 + 1, "weight": w, "eps": 1e-6}),
         "qk_norm_rope": (qk_norm_rope, attention),
         "output_gate": (output_gate, {"x_": x4[0].clone(), "gate": x4[1]}),
+        "router": (router, {"logits": x4[:, 0, 0], "k": 5, "renormalise": True}),
+        "shared_expert_gate": (shared_expert_gate, {
+            "x": x4[0, 0], "weight": w[None], "shared_": x4[0, 1].clone(),
+        }),
+        "add_shared_expert_gate": (shared_expert_gate, {
+            "x": x4[0, 0], "weight": w[None], "shared_": x4[0, 1].clone(), "routed": x4[1, 0],
+        }),
         "paged_attention": (paged_attention, {**paged, "q": x4[:, 0]}),
         "tree_paged_attention": (paged_attention, {
             **paged, "q": x4[:, 1], "tree_mask": torch.ones(9).bool(),

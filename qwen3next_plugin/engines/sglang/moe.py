@@ -13,11 +13,14 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import RoutingMethodType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import cpu_has_amx_support, is_cpu
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.experts import NativeExperts
 from qwen3next_plugin.engines.sglang.machine import without_gpu
+from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
 
 
 class SwiGLU(nn.Module):
@@ -74,7 +77,11 @@ class SparseMoE(nn.Module):
             config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate"
         )
         self.topk = TopK(
-            config.num_experts_per_tok, layer_id=layer_id, renormalize=config.norm_topk_prob
+            config.num_experts_per_tok,
+            layer_id=layer_id,
+            renormalize=config.norm_topk_prob,
+            # SGLang has kernels for GPUs and for AMX.
+            custom_routing_function=route if is_cpu() and not cpu_has_amx_support() else None,
         )
         self.experts = FusedMoE(
             num_experts=config.num_experts,
@@ -93,15 +100,13 @@ class SparseMoE(nn.Module):
         )
         self.shared_expert: SwiGLU | None = None
         if config.shared_expert_intermediate_size:
-            self.shared_expert_gate = ReplicatedLinear(
-                config.hidden_size, 1, bias=False, prefix=f"{prefix}.shared_expert_gate"
-            )
+            self.shared_expert_gate = SharedExpertGate(config.hidden_size)
             self.shared_expert = SwiGLU(
                 config.hidden_size,
                 config.shared_expert_intermediate_size,
                 quant_config,
                 f"{prefix}.shared_expert",
-                reduce_results=False,  # summed with the experts below
+                reduce_results=False,  # summed with the experts
             )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -109,6 +114,6 @@ class SparseMoE(nn.Module):
         router_logits, _ = self.gate(hidden_states)
         out = self.experts(hidden_states, self.topk(hidden_states, router_logits))
         if self.shared_expert is not None:
-            gate, _ = self.shared_expert_gate(hidden_states)
-            out = out + torch.sigmoid(gate) * self.shared_expert(hidden_states)
+            shared = self.shared_expert(hidden_states)
+            out = self.shared_expert_gate(hidden_states, shared, out)
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)

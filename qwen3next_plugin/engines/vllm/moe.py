@@ -11,13 +11,14 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.experts import Experts
+from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
 
 
 class SwiGLU(nn.Module):
@@ -31,7 +32,7 @@ class SwiGLU(nn.Module):
         prefix: str,
         *,
         reduce_results: bool = True,
-        expert_gate: nn.Module | None = None,
+        expert_gate: SharedExpertGate | None = None,
     ) -> None:
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(
@@ -56,9 +57,7 @@ class SwiGLU(nn.Module):
         """Shapes: x [T, D], returns [T, D]."""
         gate_up, _ = self.gate_up_proj(x)
         out, _ = self.down_proj(self.act_fn(gate_up))
-        if self.expert_gate is None:
-            return out
-        return torch.sigmoid(self.expert_gate(x)[0]) * out
+        return out if self.expert_gate is None else self.expert_gate(x, out)
 
 
 class SparseMoE(nn.Module):
@@ -74,7 +73,7 @@ class SparseMoE(nn.Module):
             self.n_physical_experts // get_ep_group().device_group.size()
         )
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
-        self.shared_expert_gate: nn.Module | None = None
+        self.shared_expert_gate: SharedExpertGate | None = None
         self.shared_expert: nn.Module | None = None
         if config.shared_expert_intermediate_size:
             self._make_shared_expert(config, vllm_config, prefix)
@@ -91,15 +90,15 @@ class SparseMoE(nn.Module):
                 prefix=f"{prefix}.experts",
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.n_redundant_experts,
+                # On a GPU vLLM routes in one launch, or inside the experts' kernel.
+                custom_routing_function=route if current_platform.is_cpu() else None,
                 routed_experts_cls=Experts,
             )
 
     def _make_shared_expert(
         self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str
     ) -> None:
-        self.shared_expert_gate = ReplicatedLinear(
-            config.hidden_size, 1, bias=False, prefix=f"{prefix}.shared_expert_gate"
-        )
+        self.shared_expert_gate = SharedExpertGate(config.hidden_size)
         self.shared_expert = SwiGLU(
             config.hidden_size,
             config.shared_expert_intermediate_size,

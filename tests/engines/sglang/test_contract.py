@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 from itertools import chain
 
 import pytest
@@ -16,10 +17,12 @@ from engines.contract import (
     imported,
     in_order,
     kept,
+    keywords,
     other_hosts,
     pairs,
     signature,
 )
+from qwen3next_plugin.model.routing import route
 
 HOST = "sglang"
 pytestmark = pytest.mark.skipif(
@@ -122,6 +125,7 @@ BUILT = {
             *("quant_config", "quant_method", "routing_method_type", "inplace", "prefix"),
         ],
     },
+    "srt/layers/moe/topk.py": {"TopK": ["layer_id", "renormalize", "custom_routing_function"]},
     "srt/layers/radix_attention.py": {
         "RadixAttention": ["num_kv_heads", "layer_id", "quant_config", "prefix"],
     },
@@ -268,13 +272,14 @@ def test_layers_are_built_as_they_were(sources, path, name):
 
 @pytest.mark.parametrize(("path", "name"), pairs(PASSED))
 def test_stand_ins_are_given_what_they_take(sources, path, name):
-    calls = [
-        {keyword.arg for keyword in node.keywords}
-        for node in ast.walk(sources.tree(path))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == name
-    ]
+    calls = keywords(sources.tree(path), name)
     assert calls
     assert all(set(PASSED[path][name]) <= given for given in calls)
+
+
+def test_a_routing_function_is_given_what_ours_takes(sources):
+    calls = keywords(sources.tree("srt/layers/moe/topk.py"), "custom_routing_function")
+    assert calls == [set(inspect.signature(route).parameters)]
 
 
 @pytest.mark.parametrize(("path", "name"), pairs(FIELDS))

@@ -1,6 +1,7 @@
 """The host still has every symbol and signature the plugin leans on; read, not imported."""
 
 import ast
+import inspect
 
 import pytest
 
@@ -13,9 +14,11 @@ from engines.contract import (
     imported,
     in_order,
     kept,
+    keywords,
     other_hosts,
     pairs,
 )
+from qwen3next_plugin.model.routing import route
 
 HOST = "vllm"
 
@@ -124,7 +127,9 @@ CALLED = {
         "direct_register_custom_op": ["op_name", "op_func", "mutates_args", "fake_impl"],
     },
     "triton_utils/dispatcher.py": {"register_kernels": []},
-    "model_executor/layers/fused_moe/layer.py": {"FusedMoEFactory": ["routed_experts_cls"]},
+    "model_executor/layers/fused_moe/layer.py": {
+        "FusedMoEFactory": ["custom_routing_function", "routed_experts_cls"],
+    },
     "model_executor/models/utils.py": {
         "make_layers": ["num_hidden_layers", "layer_fn", "prefix"],
         "make_empty_intermediate_tensors_factory": ["keys", "hidden_size"],
@@ -331,6 +336,12 @@ def test_overridden_methods_keep_their_arguments(sources, path, name):
 def test_called_functions_keep_their_arguments(sources, path, name):
     found = arguments(definition(sources.tree(path), name))
     assert in_order(CALLED[path][name], found), f"{name}{found} lacks {CALLED[path][name]}"
+
+
+def test_a_routing_function_is_given_what_ours_takes(sources):
+    path = "model_executor/layers/fused_moe/router/cpu_router.py"
+    calls = keywords(sources.tree(path), "custom_routing_function")
+    assert calls == [set(inspect.signature(route).parameters)]
 
 
 @pytest.mark.parametrize(("path", "name"), pairs(FIELDS))

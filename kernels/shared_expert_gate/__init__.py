@@ -1,0 +1,33 @@
+"""The sigmoid gate on the shared expert's output, and the routed experts' added to it."""
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+
+
+def shared_expert_gate(
+    *, x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None = None
+) -> None:
+    """shared_ = sigmoid(x · weight) shared_, plus routed where there is one, in fp32.
+
+    Each sum has one order: a token's result is the same bits whatever tokens share the batch.
+
+    Shapes:
+        x: [T, D], any row stride
+        weight: [1, D], fp32 or x's dtype
+        shared_, routed: [T, D], any row stride; shared_ in place
+
+    Raises: ValueError: an argument's shape, stride, device or dtype.
+
+    Source: `Qwen3NextSparseMoeBlock` of transformers.
+    """
+    op = "shared_expert_gate"
+    run = dispatch.implementation(op, x.device)
+    T, D = x.shape
+    check(op, "x", x, (T, D), ACTIVATIONS, x.device)
+    check(op, "weight", weight, (1, D), (x.dtype, *FLOAT), x.device)
+    check(op, "shared_", shared_, (T, D), (x.dtype,), x.device)
+    if routed is not None:
+        check(op, "routed", routed, (T, D), (x.dtype,), x.device)
+    run(x, weight, shared_, routed)

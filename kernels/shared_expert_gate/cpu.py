@@ -1,0 +1,14 @@
+"""The native gate as torch sees it."""
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.kernels import native
+
+native.load()
+shared_expert_gate = torch.ops.qwen3next.shared_expert_gate.default
+
+
+@torch.library.register_fake("qwen3next::shared_expert_gate")
+def _(x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None) -> None:
+    return None

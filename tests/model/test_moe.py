@@ -1,0 +1,56 @@
+"""Router, experts and the shared expert's gate are transformers' Qwen3NextSparseMoeBlock."""
+
+import pytest
+import torch
+
+from checkpoints import BASE
+from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
+
+
+def block(**changes):
+    """transformers' block with weights of one size everywhere."""
+    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    config = modeling.Qwen3NextConfig(**(BASE | changes))
+    layer = modeling.Qwen3NextSparseMoeBlock(config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=generator)
+            parameter /= parameter.shape[-1] ** 0.5
+    return config, layer
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize(("num_experts", "num_experts_per_tok"), [(5, 5), (13, 3)])
+@pytest.mark.parametrize("summed_by_the_gate", [False, True])
+@torch.inference_mode()
+def test_agrees_with_transformers(
+    num_experts, num_experts_per_tok, norm_topk_prob, summed_by_the_gate
+):
+    config, layer = block(
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        norm_topk_prob=norm_topk_prob,
+    )
+    x = torch.randn(21, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    gate = SharedExpertGate(config.hidden_size)
+    gate.load_state_dict(layer.shared_expert_gate.state_dict())  # the checkpoint's shape
+
+    weights, experts = route(
+        hidden_states=x,
+        gating_output=x @ layer.gate.weight.T,
+        topk=num_experts_per_tok,
+        renormalize=norm_topk_prob,
+    )
+    routed = fused_moe(
+        x=x,
+        w13=layer.experts.gate_up_proj,
+        w2=layer.experts.down_proj,
+        topk_weights=weights,
+        topk_ids=experts,
+    )
+    shared = layer.shared_expert(x)
+    found = gate(x, shared, routed) if summed_by_the_gate else routed + gate(x, shared)
+    torch.testing.assert_close(found, layer(x[None])[0], rtol=1e-4, atol=1e-5)
