@@ -165,7 +165,7 @@ def _scan(
     BK = max(MIN_DOT, next_power_of_2(K))
     BV = max(MIN_DOT, min(config.scan_columns, next_power_of_2(V)))
     V_tiles, K_tiles = -(-V // BV), -(-K // BV)
-    splits = V_tiles * HV < config.processors
+    splits = config.splits(HV, V)
     is_split = splits and max_query_len >= config.split_from
     segments = most_chunks(T, N, config.split_from, config.segment) if is_split else 0
     starts = raw.new_empty(segments, HV, K, V, dtype=torch.float32)

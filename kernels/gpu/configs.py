@@ -40,6 +40,10 @@ class Config:
     inverse_precision: str = "tf32"  # beside activations of 16 bits
     fp32_precision: str = "tf32x3"  # of all products beside fp32 ones
 
+    def splits(self, HV: int, V: int) -> bool:
+        """Whether long rows are split: a layer of so few heads leaves processors idle."""
+        return -(-V // self.scan_columns) * HV < self.processors
+
 
 CONFIGS = {
     "sm_80": Config(108, chunk=32),

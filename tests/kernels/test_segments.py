@@ -29,6 +29,12 @@ def unsplit(monkeypatch, config):
     monkeypatch.setattr(layer, "config_for", lambda device: replace(config, processors=0))
 
 
+def lasting(shape: Shape, dtype: torch.dtype = FP32) -> Layer:
+    """A layer whose S outlasts segments, so that what enters one counts at its end."""
+    layer = Layer.random(shape, dtype)
+    return replace(layer, dt_bias=layer.dt_bias - 6)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "state_dtype"),
     [
@@ -39,7 +45,7 @@ def unsplit(monkeypatch, config):
     ids=str,
 )
 def test_as_the_reference(backend, split_rows, monkeypatch, shape, dtype, state_dtype):
-    layer = Layer.random(shape, dtype)
+    layer = lasting(shape, dtype)
     inputs = [layer.projections(step.T, dtype) for step in STEPS]
 
     def run() -> tuple[list[torch.Tensor], Pool]:
@@ -65,7 +71,7 @@ def test_as_the_reference(backend, split_rows, monkeypatch, shape, dtype, state_
 
 def test_as_the_recurrence(backend, split_rows):
     shape, T = Shape(1, 2, 32, 48), 150
-    layer, pool = Layer.random(shape), Pool(shape, 1, DRAFTS)
+    layer, pool = lasting(shape), Pool(shape, 1, DRAFTS)
     x = layer.recurrence_inputs(T)
     ref, S = layer.recurrence(x)
     outs = [
@@ -91,7 +97,7 @@ def test_extreme_gates(backend, split_rows):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(backend, split_rows, monkeypatch, dtype):
-    layer = Layer.random(ONE, dtype)
+    layer = lasting(ONE, dtype)
     rows = {1: 90, 2: 32, 3: 2, 4: 47}  # tokens by slot
     x = {slot: layer.projections(n, dtype) for slot, n in rows.items()}
 
