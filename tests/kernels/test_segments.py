@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from state_pages import Layer, Pool, Shape, Step, concatenated, int32, rows_of
+from triton.runtime.interpreter import InterpreterBuilder
 
 from tolerances import assert_close
 
@@ -117,6 +118,24 @@ def test_a_row_has_the_same_bits_in_any_batch(backend, split_rows, monkeypatch, 
         for slot, expected in each.items():
             for ours, theirs in zip(together[slot], expected, strict=True):
                 assert torch.equal(ours, theirs)
+
+
+def test_programs_in_any_order(backend, split_rows, monkeypatch):
+    """No program of a launch reads or overwrites what another one of it writes."""
+    layer = lasting(ONE)
+    inputs = [layer.projections(step.T) for step in STEPS]
+
+    def run() -> list[torch.Tensor]:
+        pool = Pool(ONE, 6, DRAFTS)
+        return [*map(layer.run, [pool] * len(STEPS), STEPS, inputs), pool.raw]
+
+    def backwards(self, *index: int) -> None:
+        self.grid_idx = tuple(n - 1 - i for n, i in zip(self.grid_dim, index, strict=True))
+
+    forwards = run()
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+    for ours, expected in zip(run(), forwards, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_bad_rows_that_would_be_split(backend, split_rows, monkeypatch):
