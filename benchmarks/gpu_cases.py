@@ -16,9 +16,10 @@ from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.model.state import PageLayout
 
 T = TypeVar("T")
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NOT_SPLIT = "not measured", "not split"
 COLUMNS = (
-    "layer µs", "rate", "of the roof", "recurrence µs", "baseline µs", "baseline / recurrence",
+    "layer µs", "rate", "of the roof", "recurrence µs", "unsplit µs", "baseline µs",
+    "baseline / recurrence",
 )  # fmt: skip
 PLAIN = 96  # tokens of a row that a plain loop checks: more than a chunk
 
@@ -109,12 +110,16 @@ def row(work: Work, device: torch.device, roof: Roof | None) -> list[str]:
         return [NOT_MEASURED] * len(COLUMNS)
     whole = replayed(turns.calls(Layer.whole), turns.advance)
     recurrence = replayed(turns.calls(Layer.recurrence), turns.advance)
+    unsplit = NOT_SPLIT
+    if work.is_split(config_for(device)):
+        unsplit = f"{replayed(turns.calls(Layer.unsplit), turns.advance) * 1e6:,.1f}"
     faults.check(device)
     least = roof.seconds(work.bytes(), flops := work.flops(config_for(device).chunk))
     rate = f"{flops / whole / 1e12:,.0f} TFLOP/s"
     if not work.prefills:
         rate = f"{work.bytes() / whole / 1e9:,.0f} GB/s"
-    cells = [f"{whole * 1e6:,.1f}", rate, f"{least / whole:.0%}", f"{recurrence * 1e6:,.1f}"]
+    cells = [f"{whole * 1e6:,.1f}", rate, f"{least / whole:.0%}"]
+    cells += [f"{recurrence * 1e6:,.1f}", unsplit]
     other = None if None in others else tried(work, lambda: replayed(others, lambda: None))
     if other is None:
         return [*cells, NOT_MEASURED, NOT_MEASURED]
@@ -127,6 +132,8 @@ def checked(work: Work, layer: Layer, turns: Turns) -> Call | None:
     out = layer.recurrence(turns.step)
     at, ref = plain(layer, work.lengths, S, min(PLAIN, *work.lengths))
     agree(f"{work.name}, a plain loop", out[at], ref, dtype)
+    if work.is_split(config_for(out.device)):
+        agree(f"{work.name}, unsplit", out, layer.unsplit(turns.step), dtype)
     other = baseline(work, layer, S)
     theirs = None if other is None else tried(work, other)
     if theirs is None:

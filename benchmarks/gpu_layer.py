@@ -1,14 +1,16 @@
 """Gated DeltaNet layers with random parameters, inputs and pages, and steps that walk over them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from qwen3next_plugin.kernels.gated_delta_rule import triton as kernels
 from qwen3next_plugin.kernels.gated_delta_rule.operands import inputs, pages
-from qwen3next_plugin.kernels.gated_delta_rule.triton import run_layer
+from qwen3next_plugin.kernels.gpu.configs import Config, config_for
 from qwen3next_plugin.kernels.gpu.rows import rows
 from qwen3next_plugin.kernels.step import GRID
 from qwen3next_plugin.model.gated_delta_net import (
@@ -35,6 +37,12 @@ class Work:
     @property
     def prefills(self) -> bool:
         return max(self.lengths) > self.layout.draft_tokens + 1
+
+    def is_split(self, config: Config) -> bool:
+        """Whether one of its rows is."""
+        s = self.layout
+        is_long = max(self.lengths) >= config.split_from
+        return is_long and config.splits(s.num_value_heads, s.value_dim)
 
     def bytes(self) -> float:
         """What the step has to move: S read once and written once in GRID tokens, the rest once.
@@ -103,7 +111,7 @@ class Layer:
         H, R = self.shape.num_key_heads, self.shape.values_per_key
         v, a, b = (x.unflatten(1, (H, R)) for x in (self.v, self.a, self.b))
         pool, out = self.pool, torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        run_layer(
+        kernels.run_layer(
             x=inputs(self.q, self.k, v, a, b, self.weights.A_log, self.weights.dt_bias),
             conv=None,
             norm=None,
@@ -113,6 +121,12 @@ class Layer:
             out_=out,
         )
         return out
+
+    def unsplit(self, step: Step) -> Tensor:
+        """The recurrence, no row of which is split."""
+        config = replace(config_for(self.v.device), processors=0)
+        with patch.object(kernels, "config_for", lambda device: config):
+            return self.recurrence(step)
 
     def settled(self, context_len: Tensor) -> Tensor:
         """S [N, HV, K, V] in fp32 with all tokens that are committed."""

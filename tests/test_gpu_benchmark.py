@@ -20,6 +20,15 @@ from benchmarks import gpu, gpu_check
 gpu_check.BOUNDS[torch.float32] = 0.0
 gpu.main(smoke=True)
 """
+SMALL_SEGMENTS = """
+from dataclasses import replace
+from qwen3next_plugin.kernels.gpu.configs import CONFIGS
+CONFIGS["sm_90"] = replace(CONFIGS["sm_90"], segment=64, split_from=70)
+from benchmarks import gpu, gpu_cases
+agree = gpu_cases.agree
+gpu_cases.agree = lambda what, *others: print(what) or agree(what, *others)
+gpu.main(smoke=True)
+"""
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -39,6 +48,13 @@ def test_smoke():
     assert {row.split(",")[1].split()[0] for row in rows} == {"decode", "verify", "prefill"}
     for row in rows:
         assert set(row.strip("| ").split(" | ")[1:]) == {"not measured"}
+
+
+def test_rows_that_are_split_are_checked_against_unsplit_ones():
+    done = run("-c", SMALL_SEGMENTS, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    compared = [line for line in done.stdout.splitlines() if line.endswith(", unsplit")]
+    assert set(compared) == {"TP 2, prefill 9 and 70, unsplit"}
 
 
 def test_a_red_check_prints_no_figure():

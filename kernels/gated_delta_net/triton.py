@@ -1,4 +1,7 @@
-"""The layer in Triton: two launches for decode and verify, five with prefill rows."""
+"""The layer in Triton: two launches for decode and verify, five with prefill rows.
+
+Seven where a row is split.
+"""
 
 from torch import Tensor
 

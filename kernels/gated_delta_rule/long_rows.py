@@ -5,9 +5,9 @@ G_ij that from token j to i, the corrected values of a chunk solve (I + L) u = y
   L_ij = beta_i exp(G_ij) k_i . k_j (j < i)      y_i = beta_i (v_i - exp(G_i) S^T k_i)
   o_i  = exp(G_i) S^T q_i + sum_{j<=i} P_ij u_j   P_ij = exp(G_ij) q_i . k_j
   S    = exp(G_last) S + sum_j k_j (exp(G_last,j) u_j)^T
-Nothing of L, P depends on S: `chunk_matrices` makes all chunks' at once, and `chunk_scan` walks
-through a row's chunks with S in registers. Chunks end at multiples of C: a prompt cut there
-leaves the same bits as a whole one.
+Nothing of L, P depends on S: `chunk_matrices` makes all chunks' at once, and the kernels of scan.py
+take S through them. Chunks end at multiples of C: a prompt cut there leaves the same bits as a
+whole one, as long as no part of it is split.
 
 Source: the WY form of Yang et al., arXiv 2406.06484 and 2412.06464.
 """
@@ -15,9 +15,8 @@ Source: the WY form of Yang et al., arXiv 2406.06484 and 2412.06464.
 import triton
 import triton.language as tl
 
-from qwen3next_plugin.kernels.gated_delta_rule.replay import replay, state_at
 from qwen3next_plugin.kernels.gpu.convolution import WIDTH, convolved_tile
-from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk, stands_at
+from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk
 from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, sigmoid
 
 B = tl.constexpr(16)  # rows of a diagonal block of L
@@ -52,7 +51,7 @@ def prepare(
     RING: tl.constexpr = WIDTH + DRAFTS
     PARTS: tl.constexpr = CHUNK // BT
     h = tl.program_id(1)
-    i, j = row_of_chunk(rows, tl.program_id(0) // PARTS, N, DRAFTS, CHUNK)
+    i, j = row_of_chunk(rows, tl.program_id(0) // PARTS, N, DRAFTS + 2, CHUNK)
     if i >= N:
         return
     page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
@@ -134,7 +133,7 @@ def chunk_matrices(
     """(I + L)^-1 diag(beta) and P of a chunk and value head, to [T, HV, C]; grid (chunks, HV)."""
     DRAFTS: tl.constexpr = W - GRID
     hv = tl.program_id(1)
-    i, j = row_of_chunk(rows, tl.program_id(0), N, DRAFTS, C)
+    i, j = row_of_chunk(rows, tl.program_id(0), N, DRAFTS + 2, C)
     if i >= N:
         return
     page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
@@ -159,67 +158,3 @@ def chunk_matrices(
     L = tl.where(strictly, beta_t[:, None] * kk * decay, 0.0)
     inv = unit_lower_inverse(L, C, INVERSE_PRECISION) * beta_t[None, :]
     tl.store(inverse + to, inv.to(inverse.dtype.element_ty), mask=live[:, None])
-
-
-@triton.jit(do_not_specialize=["T", "slots"])
-def chunk_scan(
-    q, k, v, g, inverse, attention, rows, pages, out, T, slots,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All chunks of a tile of V columns of one value head of one row; grid (V tiles * HV, N).
-
-    Writes out [T, HV, V], S at the last grid point, and u of the tokens after it.
-    """
-    DRAFTS: tl.constexpr = W - GRID
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    DTYPE: tl.constexpr = k.dtype.element_ty
-    STATE: tl.constexpr = pages.state.dtype.element_ty
-    tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    page, begin, n, c, start, _, fault = load_row(rows, tl.program_id(1), T, slots, DRAFTS)
-    if (page < 0) | (fault != 0) | (n <= DRAFTS + 1):
-        return
-    h = hv // R
-    k_at, v_at, at = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
-    k_in, v_in = (k_at < K)[None, :], (v_at < V)[None, :]
-    end = c + n
-    last = end // GRID * GRID  # the grid point at which S is left
-    p0 = stands_at(c, start)
-    S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
-    S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
-    S = replay(S, pages, page, p0, tl.minimum(c, last), hv, k_at, v_at, H, R, K, V, W)
-    if last <= c:
-        tl.store(S_at, S.to(STATE), mask=S_in)
-        S = replay(S, pages, page, last, c, hv, k_at, v_at, H, R, K, V, W)
-    for j in range(0, (end - 1) // C - c // C + 1):
-        p, t, live = chunk_tokens(c, begin, n, j, 0, C, C)
-        here = live[:, None]
-        keys = tl.load(k + (t * H + h)[:, None] * K + k_at[None, :], mask=here & k_in, other=0.0)
-        queries = tl.load(q + (t * H + h)[:, None] * K + k_at[None, :], mask=here & k_in, other=0.0)
-        values_at = (t * H * R + hv)[:, None] * V + v_at[None, :]
-        values = tl.load(v + values_at, mask=here & v_in, other=0.0).to(tl.float32)
-        matrix_at = (t * H * R + hv)[:, None] * C + at[None, :]
-        inv = tl.load(inverse + matrix_at, mask=here, other=0.0)
-        P = tl.load(attention + matrix_at, mask=here, other=0.0)
-        folds = live & (p < last)
-        g_t = tl.load(g + t * H * R + hv, mask=live, other=0.0)
-        g_next = tl.load(
-            g + (t + 1) * H * R + hv, mask=folds & (p + 1 < last) & (at + 1 < C), other=0.0
-        )
-        from_start = tl.exp(tl.cumsum(g_t, 0))[:, None]
-        to_end = tl.where(folds, tl.exp(tl.cumsum(g_next, 0, reverse=True)), 0.0)[:, None]
-        through = tl.exp(tl.sum(tl.where(folds, g_t, 0.0), 0))
-
-        S_low = S.to(DTYPE)
-        y = values - from_start * tl.dot(keys, S_low, input_precision=PRECISION)
-        u = tl.dot(inv, y.to(DTYPE), input_precision=PRECISION)
-        o = from_start * tl.dot(queries, S_low, input_precision=PRECISION)
-        o = tl.dot(P, u.to(DTYPE), o, input_precision=PRECISION)
-        tl.store(out + values_at, o.to(out.dtype.element_ty), mask=here & v_in)
-        window = live & (p >= last)
-        u_at = pages.u + page * pages.u_slot + (p % W * H * R + hv)[:, None] * V + v_at[None, :]
-        tl.store(u_at, u, mask=window[:, None] & v_in)
-        folded = (to_end * u).to(DTYPE)
-        S = tl.dot(tl.trans(keys), folded, through * S, input_precision=PRECISION)
-    if last > c:
-        tl.store(S_at, S.to(STATE), mask=S_in)

@@ -46,6 +46,20 @@ def no_convolution(x: Inputs) -> Convolution:
     return Convolution(x.q, x.q, 0)
 
 
+class Chunks(NamedTuple):
+    """What long rows are scanned as: q and k normalised, g fp32, and the matrices of chunks of C.
+
+    Shapes: q, k [T, H, K], v [T, HV, V], g [T, HV], inverse, attention [T, HV, C]
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    inverse: Tensor
+    attention: Tensor
+
+
 class Norm(NamedTuple):
     """The gated norm: gate z [T, H, R, V], weight [V]."""
 

@@ -1,4 +1,7 @@
-"""A linear-attention layer in Triton: two launches for decode and verify, five for prefill."""
+"""A linear-attention layer in Triton: two launches for decode and verify, five for prefill.
+
+Seven where a row is split.
+"""
 
 import torch
 from torch import Tensor
@@ -6,8 +9,9 @@ from triton import next_power_of_2
 
 from qwen3next_plugin.kernels.gated_delta_rule.arguments import check_arguments
 from qwen3next_plugin.kernels.gated_delta_rule.commit import commit
-from qwen3next_plugin.kernels.gated_delta_rule.long_rows import chunk_matrices, chunk_scan, prepare
+from qwen3next_plugin.kernels.gated_delta_rule.long_rows import chunk_matrices, prepare
 from qwen3next_plugin.kernels.gated_delta_rule.operands import (
+    Chunks,
     Inputs,
     Norm,
     Pages,
@@ -15,6 +19,11 @@ from qwen3next_plugin.kernels.gated_delta_rule.operands import (
     no_convolution,
     no_norm,
     pages,
+)
+from qwen3next_plugin.kernels.gated_delta_rule.scan import (
+    chunk_scan,
+    segment_starts,
+    segment_transitions,
 )
 from qwen3next_plugin.kernels.gated_delta_rule.short_rows import short_rows
 from qwen3next_plugin.kernels.gpu import faults
@@ -95,7 +104,8 @@ def run_layer(
         **sizes, **convolves, BK=BK, BV=BV, **config.short.options(),
     )  # fmt: skip
     if max_query_len > W - GRID + 1:
-        _run_long_rows(x, conv, pages, rows, keys, raw, config, sizes, convolves)
+        chunks = _chunks(x, conv, rows, keys, raw, config, sizes, convolves)
+        _scan(chunks, pages, rows, max_query_len, raw, config, sizes)
     commit[T + N, H](
         x, conv, norm or no_norm(x), rows, row_faults, pages, keys, raw, out_, T, N, slots,
         **sizes, **convolves, NORMS=norm is not None,
@@ -103,22 +113,21 @@ def run_layer(
     )  # fmt: skip
 
 
-def _run_long_rows(
+def _chunks(
     x: Inputs,
     conv: Convolution,
-    pages: Pages,
     rows: Rows,
     keys: Tensor,
     raw: Tensor,
     config: Config,
     sizes: dict[str, int],
     convolves: dict[str, bool],
-) -> None:
-    """Outputs, S and u of the rows that are longer than a draft can be."""
+) -> Chunks:
+    """The rows that are longer than a draft can be; their last keys to `keys`."""
     (T, HV, V), H, R, K, W = raw.shape, *(sizes[name] for name in "HRKW")
     N, slots, C = len(rows.slot), len(rows.span), config.chunk
     BK, BV = max(MIN_DOT, next_power_of_2(K)), max(MIN_DOT, next_power_of_2(V))
-    chunks = most_chunks(T, N, W - GRID, C)
+    chunks = most_chunks(T, N, W - GRID + 2, C)
     q, k, v = raw.new_empty(T, H, K), raw.new_empty(T, H, K), raw.new_empty(T, HV, V)
     g, beta = (raw.new_empty(T, HV, dtype=torch.float32) for _ in range(2))
     inverse, attention = raw.new_empty(T, HV, C), raw.new_empty(T, HV, C)
@@ -127,17 +136,54 @@ def _run_long_rows(
         **sizes, **convolves, CHUNK=C, BT=config.prepare_tokens,
         BK=BK, BV=BV, BR=next_power_of_2(R), **config.prepare.options(),
     )  # fmt: skip
-    # The precision says nothing where the operands are of 16 bits.
-    precision = config.fp32_precision
-    exact = raw.dtype == torch.float32
+    precision, inverse_precision = _precisions(raw, config)
     chunk_matrices[chunks, HV](
         q, k, g, beta, rows, inverse, attention, T, N, slots,
-        H=H, R=R, K=K, W=W, C=C, BK=BK, PRECISION=precision,
-        INVERSE_PRECISION=precision if exact else config.inverse_precision,
+        H=H, R=R, K=K, W=W, C=C, BK=BK, PRECISION=precision, INVERSE_PRECISION=inverse_precision,
         **config.matrices.options(),
     )  # fmt: skip
-    BV = min(max(MIN_DOT, config.scan_columns), BV)
-    chunk_scan[-(-V // BV) * HV, N](
-        q, k, v, g, inverse, attention, rows, pages, raw, T, slots,
-        **sizes, C=C, BK=BK, BV=BV, PRECISION=precision, **config.scan.options(),
+    return Chunks(q, k, v, g, inverse, attention)
+
+
+def _precisions(raw: Tensor, config: Config) -> tuple[str, str]:
+    """Of products of activations, where 16 bits need none, and of those that are always fp32."""
+    exact = raw.dtype == torch.float32
+    return config.fp32_precision, config.fp32_precision if exact else config.inverse_precision
+
+
+def _scan(
+    chunks: Chunks,
+    pages: Pages,
+    rows: Rows,
+    max_query_len: int,
+    raw: Tensor,
+    config: Config,
+    sizes: dict[str, int],
+) -> None:
+    """Outputs, S and u of the rows; the longest are split where the layer has few heads."""
+    (T, HV, V), K, N, slots = raw.shape, sizes["K"], len(rows.slot), len(rows.span)
+    BK = max(MIN_DOT, next_power_of_2(K))
+    BV = max(MIN_DOT, min(config.scan_columns, next_power_of_2(V)))
+    V_tiles, K_tiles = -(-V // BV), -(-K // BV)
+    splits = config.splits(HV, V)
+    is_split = splits and max_query_len >= config.split_from
+    segments = most_chunks(T, N, config.split_from, config.segment) if is_split else 0
+    starts = raw.new_empty(segments, HV, K, V, dtype=torch.float32)
+    walks = {**sizes, "BK": BK, "BV": BV}
+    walks |= {"SEGMENT": config.segment, "SPLIT_FROM": config.split_from}
+    precision, exact_precision = _precisions(raw, config)
+    if is_split:
+        tiles = V_tiles + K_tiles
+        transitions = raw.new_empty(segments, HV, K, tiles * BV, dtype=torch.float32)
+        segment_transitions[tiles * HV, segments](
+            chunks, rows, transitions, T, N, slots,
+            **walks, C=config.chunk, PRECISION=precision, **config.transitions.options(),
+        )  # fmt: skip
+        segment_starts[V_tiles * HV, segments](
+            transitions, starts, rows, pages, T, N, slots,
+            **walks, PRECISION=exact_precision, **config.starts.options(),
+        )  # fmt: skip
+    chunk_scan[V_tiles * HV, N + segments](
+        chunks, starts, rows, pages, raw, T, N, slots,
+        **walks, C=config.chunk, SPLITS=splits, PRECISION=precision, **config.scan.options(),
     )  # fmt: skip

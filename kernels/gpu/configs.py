@@ -22,6 +22,7 @@ class Launch:
 class Config:
     """Of one architecture; columns are those of S that a program takes."""
 
+    processors: int  # multiprocessors or compute units
     short_columns: int = 32
     short: Launch = Launch(4, 2)
     chunk: int = 64  # positions of a chunk
@@ -30,18 +31,32 @@ class Config:
     matrices: Launch = Launch(4)
     scan_columns: int = 32
     scan: Launch = Launch(4, 2)
+    segment: int = 1024  # positions, whole chunks, that are scanned at once where a row is split
+    split_from: int = 4096  # tokens of a row
+    transitions: Launch = Launch(4, 2)
+    starts: Launch = Launch(8)
     commit: Launch = Launch(1)
     rowwise: Launch = Launch(4)  # norms and gates
     inverse_precision: str = "tf32"  # beside activations of 16 bits
     fp32_precision: str = "tf32x3"  # of all products beside fp32 ones
 
+    def splits(self, HV: int, V: int) -> bool:
+        """Whether long rows are split: it is twice the work, and half of the processors idle."""
+        return 2 * -(-V // self.scan_columns) * HV <= self.processors
+
 
 CONFIGS = {
-    "sm_80": Config(chunk=32),
-    "sm_90": Config(),
-    "sm_100": Config(),
+    "sm_80": Config(108, chunk=32),
+    "sm_90": Config(132),
+    "sm_100": Config(148),
     # 64 KiB of shared memory: no room for loads that run ahead of fp32 activations.
-    "gfx942": Config(scan=Launch(4, 1), inverse_precision="ieee", fp32_precision="ieee"),
+    "gfx942": Config(
+        304,
+        scan=Launch(4, 1),
+        transitions=Launch(4, 1),
+        inverse_precision="ieee",
+        fp32_precision="ieee",
+    ),
 }
 MAJORS = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_100"}
 

@@ -82,10 +82,11 @@ def rows_of_tokens(rows, t, N):
 
 
 @triton.jit
-def row_of_chunk(rows, index, N, DRAFTS: tl.constexpr, C: tl.constexpr):
-    """The row of the index-th chunk of all long rows, N if there is none, and which chunk of it.
+def row_of_chunk(rows, index, N, LEAST: tl.constexpr, C: tl.constexpr):
+    """The row of the index-th chunk, N if there is none, and which chunk of it.
 
-    Chunks end where the position is a multiple of C; row and chunk by counting those before.
+    Rows of at least LEAST tokens have chunks, which end where the position is a multiple of C; row
+    and chunk by counting those before.
     """
     i = 0
     before = 0
@@ -97,7 +98,7 @@ def row_of_chunk(rows, index, N, DRAFTS: tl.constexpr, C: tl.constexpr):
         end = tl.load(rows.query_start_loc + at + 1, mask=there, other=0)
         c = tl.maximum(tl.load(rows.context_len + at, mask=there, other=0), 0)
         n = end - begin
-        chunks = tl.where(n > DRAFTS + 1, (c % C + n - 1) // C + 1, 0)
+        chunks = tl.where(n >= LEAST, (c % C + n - 1) // C + 1, 0)
         sums = total + tl.cumsum(chunks, 0)
         passed = there & (sums <= index)
         i += tl.sum(passed.to(tl.int32), 0)
@@ -106,9 +107,9 @@ def row_of_chunk(rows, index, N, DRAFTS: tl.constexpr, C: tl.constexpr):
     return i, index - before
 
 
-def most_chunks(T: int, N: int, drafts: int, C: int) -> int:
-    """How many chunks the long rows of a step of T tokens can have at most."""
-    return T // C + 2 * min(N, T // (drafts + 2))
+def most_chunks(T: int, N: int, least: int, C: int) -> int:
+    """How many chunks a step's rows of at least so many tokens can have at most."""
+    return T // C + 2 * min(N, T // least)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from qwen3next_plugin.model.state import StatePool
 from qwen3next_plugin.model.step import NULL_SLOT, Step
 
 LONG = 64  # tokens of a row, more than any draft has
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,12 @@ def gated_delta_net(
 def launch_idle(
     *, weights: GatedDeltaNetWeights, shape: GatedDeltaNetShape, pool_: StatePool
 ) -> None:
-    """Launch every kernel of the layer on a row that owns no page, so that each is compiled."""
+    """Launch every kernel of the layer on a row that owns no page, so that each is compiled.
+
+    Which kernels a step launches follows from how many tokens its rows have at most.
+    """
     H, HV, device = shape.num_key_heads, shape.num_value_heads, pool_.span.device
-    for T in (1, LONG):
+    for T, max_query_len in ((1, 1), (LONG, MAX_INT)):
         null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=device)
         gated_delta_net(
             qkvz=pool_.conv.new_zeros(T, 2 * H * shape.key_dim + 2 * HV * shape.value_dim),
@@ -112,6 +116,6 @@ def launch_idle(
                 slot=null,
                 context_len=torch.zeros_like(null),
                 num_tokens=T,
-                max_query_len=T,
+                max_query_len=max_query_len,
             ),
         )

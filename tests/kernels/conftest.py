@@ -1,6 +1,7 @@
 """Every kernel test runs on every backend: the reference, each instruction set, and Triton's."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # for state_pages, under --import-mode=importlib
@@ -30,6 +31,17 @@ def cpu_backend(request, monkeypatch):
 def native_level(request, monkeypatch):
     """Name of the instruction set in force."""
     yield from _in_force(request.param, monkeypatch)
+
+
+@pytest.fixture
+def split_rows(monkeypatch):
+    """Triton's sizes made small: rows of 33 tokens are split, at multiples of 32."""
+    from qwen3next_plugin.kernels.gated_delta_rule import triton
+    from qwen3next_plugin.kernels.gpu.configs import CONFIGS
+
+    config = replace(CONFIGS["sm_90"], chunk=16, segment=32, split_from=33)
+    monkeypatch.setattr(triton, "config_for", lambda device: config)
+    return config
 
 
 @pytest.fixture(autouse=True)

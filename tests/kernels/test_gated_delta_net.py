@@ -1,5 +1,7 @@
 """The whole layer as one op: what its three parts compute, in outputs and pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from state_pages import SMALL, Layer, Pool, Shape, Step, int32
@@ -169,12 +171,13 @@ class TestOnTheDevice:
         assert torch.equal(pool.span_[1:], far.span_[1:])
         assert torch.equal(pool.u_[2, 8], far.u_[2, 8])
 
-    def test_one_op_in_two_launches(self, backend, monkeypatch):
-        """Decode and verify; a prefill beside them takes three more."""
+    def test_one_op_in_two_launches(self, backend, split_rows, monkeypatch):
+        """Decode and verify; a prefill beside them takes three more, two more if it is split."""
         from qwen3next_plugin.kernels.gated_delta_rule import triton as layer
 
+        scan = ("chunk_matrices", "segment_transitions", "segment_starts", "chunk_scan")
         launched = []
-        for name in ("short_rows", "prepare", "chunk_matrices", "chunk_scan", "commit"):
+        for name in ("short_rows", "prepare", *scan, "commit"):
             kernel = getattr(layer, name)
 
             class Counted:
@@ -187,7 +190,14 @@ class TestOnTheDevice:
         step = Step(((2, 0, 3), (1, 0, 1)))
         net(pool, step, *net.inputs(step.T))
         assert launched == ["short_rows", "commit"]
+        for row, names in (((0, 0, 5), (scan[0], scan[-1])), ((0, 5, 33), scan)):
+            launched.clear()
+            step = Step(((2, 2, 1), row))
+            net(pool, step, *net.inputs(step.T))
+            assert launched == ["short_rows", "prepare", *names, "commit"]
         launched.clear()
-        step = Step(((2, 2, 1), (0, 0, 5)))
+        config = replace(split_rows, processors=2 * SMALL.HV - 1)  # more than half are busy
+        monkeypatch.setattr(layer, "config_for", lambda device: config)
+        step = Step(((0, 38, 33),))
         net(pool, step, *net.inputs(step.T))
-        assert launched == ["short_rows", "prepare", "chunk_matrices", "chunk_scan", "commit"]
+        assert launched == ["short_rows", "prepare", scan[0], scan[-1], "commit"]

@@ -43,9 +43,9 @@ def test_other_tritons_are_there():
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 def test_kernels_under_another_triton(version):
     assert version.name in under(version, "-c", "import triton; print(triton.__version__)")
-    tests = ("test_gated_delta_net.py", "test_qk_norm_rope.py", "test_rms_norm_gated.py")
-    files = [f"tests/kernels/{name}" for name in tests]
-    chosen = "triton and (as_its_parts or (against and 65 and bfloat16))"
+    tests = ("gated_delta_net", "qk_norm_rope", "rms_norm_gated", "segments")
+    files = [f"tests/kernels/test_{name}.py" for name in tests]
+    chosen = "triton and (as_its_parts or as_the_recurrence or (against and 65 and bfloat16))"
     assert " passed" in under(version, "-m", "pytest", "-q", *files, "-k", chosen)
 
 

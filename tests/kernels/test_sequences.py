@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -143,3 +144,8 @@ def test_any_sequence_of_steps(backend):
         check(plan, seed)
 
     any_sequence()
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_any_sequence_of_steps_with_rows_that_are_split(backend, split_rows):
+    test_any_sequence_of_steps(backend)

@@ -1,0 +1,206 @@
+"""Prefill: S through a row's chunks, one after the other, or segments of a long row at once.
+
+A chunk takes S to A S + B, and so does a segment, whatever S it starts from. So a long row is split
+where the position is a multiple of SEGMENT: `segment_transitions` takes all its segments but the
+last through the chunks at once, with nothing for S, which gives B, and without values the identity,
+which gives A; `segment_starts` goes from segment to segment, one product each; and `chunk_scan`
+takes all segments through their chunks once more, from S as it stands there. That is over twice the
+products of one walk through the row, so a row is split only where it is long and walks too few to
+fill the GPU. Which rows are, depends on nothing but their own length and the layer's sizes.
+"""
+
+import triton
+import triton.language as tl
+
+from qwen3next_plugin.kernels.gated_delta_rule.long_rows import chunk_tokens
+from qwen3next_plugin.kernels.gated_delta_rule.replay import replay, state_at
+from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk, stands_at
+
+
+@triton.jit
+def segment_chunks(c, n, s, C: tl.constexpr, SEGMENT: tl.constexpr):
+    """Of segment s of a row: the first chunk, the one after the last, and whether the row ends."""
+    begin = (c // SEGMENT + s) * SEGMENT
+    end = begin + tl.minimum(c + n - begin, SEGMENT)
+    return tl.maximum(begin, c) // C - c // C, (end - 1) // C - c // C + 1, end == c + n
+
+
+@triton.jit
+def start_at(starts, index, hv, k_at, v_at, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """Where a tile of S lies as a segment finds it."""
+    return starts + ((index.to(tl.int64) * HV + hv) * K + k_at[:, None]) * V + v_at[None, :]
+
+
+@triton.jit
+def chunk_step(
+    S, chunks, c, begin, n, last, j, hv, k_at, v_at,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S after those tokens of chunk j that come before `last`.
+
+    Beside it the chunk's positions, tokens and which are the row's, its decays from the start, S
+    before it as it was multiplied, and u [C, columns].
+    """
+    DTYPE: tl.constexpr = chunks.k.dtype.element_ty
+    at = tl.arange(0, C)
+    p, t, live = chunk_tokens(c, begin, n, j, 0, C, C)
+    here = live[:, None]
+    key_at = chunks.k + (t * H + hv // R)[:, None] * K + k_at[None, :]
+    value_at = chunks.v + (t * H * R + hv)[:, None] * V + v_at[None, :]
+    keys = tl.load(key_at, mask=here & (k_at < K)[None, :], other=0.0)
+    values = tl.load(value_at, mask=here & (v_at < V)[None, :], other=0.0).to(tl.float32)
+    inverse_at = chunks.inverse + (t * H * R + hv)[:, None] * C + at[None, :]
+    inverse = tl.load(inverse_at, mask=here, other=0.0)
+    folds = live & (p < last)
+    g_t = tl.load(chunks.g + t * H * R + hv, mask=live, other=0.0)
+    g_next = tl.load(
+        chunks.g + (t + 1) * H * R + hv, mask=folds & (p + 1 < last) & (at + 1 < C), other=0.0
+    )
+    from_start = tl.exp(tl.cumsum(g_t, 0))[:, None]
+    to_end = tl.where(folds, tl.exp(tl.cumsum(g_next, 0, reverse=True)), 0.0)[:, None]
+    through = tl.exp(tl.sum(tl.where(folds, g_t, 0.0), 0))
+
+    S_low = S.to(DTYPE)
+    y = values - from_start * tl.dot(keys, S_low, input_precision=PRECISION)
+    u = tl.dot(inverse, y.to(DTYPE), input_precision=PRECISION)
+    folded = (to_end * u).to(DTYPE)
+    S = tl.dot(tl.trans(keys), folded, through * S, input_precision=PRECISION)
+    return S, p, t, live, from_start, S_low, u
+
+
+@triton.jit(do_not_specialize=["T", "N", "slots"])
+def segment_transitions(
+    chunks, rows, transitions, T, N, slots,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """B and A of a segment, BV columns of [B | A] of a value head; grid (tiles * HV, segments).
+
+    Writes transitions [segments, HV, K, tiles * BV] fp32, where A begins with a tile; nothing for
+    a row's last segment.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
+    A_FROM: tl.constexpr = (V + BV - 1) // BV * BV
+    tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    index = tl.program_id(1)
+    i, s = row_of_chunk(rows, index, N, SPLIT_FROM, SEGMENT)
+    if i >= N:
+        return
+    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, W - GRID)
+    first, to, ends = segment_chunks(c, n, s, C, SEGMENT)
+    if (page < 0) | (fault != 0) | ends:
+        return
+    k_at, x_at = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    S = (k_at[:, None] == (x_at - A_FROM)[None, :]).to(tl.float32)
+    for j in range(first, to):
+        S = chunk_step(S, chunks, c, begin, n, c + n, j, hv, k_at, x_at, H, R, K, V, C, PRECISION)[
+            0
+        ]
+    tl.store(
+        start_at(transitions, index, hv, k_at, x_at, H * R, K, TILES * BV),
+        S, mask=(k_at < K)[:, None],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "N", "slots"])
+def segment_starts(
+    transitions, starts, rows, pages, T, N, slots,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S as each segment of a row finds it, BV columns of a value head; grid (tiles * HV, segments).
+
+    Writes starts [segments, HV, K, V] fp32, all of a row's in the program of its first segment.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    A_FROM: tl.constexpr = TILES * BV
+    WIDTH: tl.constexpr = A_FROM + (K + BV - 1) // BV * BV
+    tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    index = tl.program_id(1)
+    i, s = row_of_chunk(rows, index, N, SPLIT_FROM, SEGMENT)
+    if (i >= N) | (s != 0):
+        return
+    page, _, n, c, start, _, fault = load_row(rows, i, T, slots, W - GRID)
+    if (page < 0) | (fault != 0):
+        return
+    k_at, v_at = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    p0 = stands_at(c, start)
+    S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
+    S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
+    S = replay(S, pages, page, p0, c, hv, k_at, v_at, H, R, K, V, W)
+    tl.store(start_at(starts, index, hv, k_at, v_at, H * R, K, V), S, mask=S_in)
+    segments = (c + n - 1) // SEGMENT - c // SEGMENT + 1
+    # Where query_start_loc is bad, rows that are not may have more than there is room for.
+    segments = tl.minimum(segments, tl.num_programs(1) - index)
+    for j in range(0, segments - 1):
+        A_at = start_at(transitions, index + j, hv, k_at, A_FROM + k_at, H * R, K, WIDTH)
+        B_at = start_at(transitions, index + j, hv, k_at, v_at, H * R, K, WIDTH)
+        A = tl.load(A_at, mask=(k_at < K)[:, None] & (k_at < K)[None, :], other=0.0)
+        B = tl.load(B_at, mask=S_in, other=0.0)
+        S = tl.dot(A, S, B, input_precision=PRECISION)
+        tl.store(start_at(starts, index + j + 1, hv, k_at, v_at, H * R, K, V), S, mask=S_in)
+
+
+@triton.jit(do_not_specialize=["T", "N", "slots"])
+def chunk_scan(
+    chunks, starts, rows, pages, out, T, N, slots,
+    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, SPLITS: tl.constexpr, SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of a row that is not split, or of a segment of one that is, of BV columns of a
+    value head; grid (V tiles * HV, N + segments).
+
+    Writes out [T, HV, V], S at the last grid point, and u of the tokens after it.
+    """
+    DRAFTS: tl.constexpr = W - GRID
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    DTYPE: tl.constexpr = chunks.k.dtype.element_ty
+    tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    index = tl.program_id(1) - N
+    is_segment = (index >= 0) & SPLITS
+    if is_segment:
+        i, s = row_of_chunk(rows, index, N, SPLIT_FROM, SEGMENT)
+    else:
+        i, s = tl.program_id(1), 0
+    if i >= N:
+        return
+    page, begin, n, c, start, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    if (page < 0) | (fault != 0) | (n <= DRAFTS + 1) | (((n >= SPLIT_FROM) & SPLITS) != is_segment):
+        return
+    k_at, v_at, at = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
+    k_in, v_in = (k_at < K)[None, :], (v_at < V)[None, :]
+    end = c + n
+    last = end // GRID * GRID  # the grid point at which S is left
+    S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
+    if is_segment:
+        first, to, ends = segment_chunks(c, n, s, C, SEGMENT)
+        S = tl.load(start_at(starts, index, hv, k_at, v_at, H * R, K, V), mask=S_in, other=0.0)
+    else:
+        first, to, ends = 0, (end - 1) // C - c // C + 1, end > 0
+        p0 = stands_at(c, start)
+        S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
+        S = replay(S, pages, page, p0, tl.minimum(c, last), hv, k_at, v_at, H, R, K, V, W)
+        if last <= c:
+            tl.store(S_at, S.to(pages.state.dtype.element_ty), mask=S_in)
+            S = replay(S, pages, page, last, c, hv, k_at, v_at, H, R, K, V, W)
+    for j in range(first, to):
+        S, p, t, live, from_start, S_low, u = chunk_step(
+            S, chunks, c, begin, n, last, j, hv, k_at, v_at, H, R, K, V, C, PRECISION
+        )
+        here = live[:, None]
+        query_at = chunks.q + (t * H + hv // R)[:, None] * K + k_at[None, :]
+        queries = tl.load(query_at, mask=here & k_in, other=0.0)
+        P_at = chunks.attention + (t * H * R + hv)[:, None] * C + at[None, :]
+        P = tl.load(P_at, mask=here, other=0.0)
+        o = from_start * tl.dot(queries, S_low, input_precision=PRECISION)
+        o = tl.dot(P, u.to(DTYPE), o, input_precision=PRECISION)
+        out_at = out + (t * H * R + hv)[:, None] * V + v_at[None, :]
+        tl.store(out_at, o.to(out.dtype.element_ty), mask=here & v_in)
+        u_at = pages.u + page * pages.u_slot + (p % W * H * R + hv)[:, None] * V + v_at[None, :]
+        tl.store(u_at, u, mask=(live & (p >= last))[:, None] & v_in)
+    if ends & (last > c):
+        tl.store(S_at, S.to(pages.state.dtype.element_ty), mask=S_in)

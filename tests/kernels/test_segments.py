@@ -1,0 +1,189 @@
+"""A long row split along the sequence: what an unsplit one computes, whatever is beside it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from state_pages import Layer, Pool, Shape, Step, concatenated, int32, rows_of
+from triton.runtime.interpreter import InterpreterBuilder
+
+from tolerances import assert_close
+
+pytestmark = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+
+OP, DRAFTS = "gated_delta_rule", 2
+ONE = Shape(1, 2, 16, 24)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Rows of 33 tokens are split at multiples of 32. Fresh rows: a last segment shorter than GRID, no
+# split, draft, one that ends with a segment.
+FIRST = Step(((1, 0, 101), (2, 0, 30), (3, 0, 2), (4, 0, 64)))
+# They go on: inside a segment, padding, after a draft fell, unsplit, empty.
+SECOND = Step(((1, 101, 70), (-1, 0, 40), (3, 1, 33), (2, 30, 32), (4, 64, 0)))
+THIRD = Step(((4, 64, 35), (1, 171, 3), (3, 34, 1), (2, 62, 0)))
+STEPS = (FIRST, SECOND, THIRD)
+
+
+def unsplit(monkeypatch, config):
+    """The same sizes for a GPU that is always full."""
+    from qwen3next_plugin.kernels.gated_delta_rule import triton as layer
+
+    monkeypatch.setattr(layer, "config_for", lambda device: replace(config, processors=0))
+
+
+def lasting(shape: Shape, dtype: torch.dtype = FP32) -> Layer:
+    """A layer whose S outlasts segments, so that what enters one counts at its end."""
+    layer = Layer.random(shape, dtype)
+    return replace(layer, dt_bias=layer.dt_bias - 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "state_dtype"),
+    [
+        (ONE, FP32, FP32),
+        (Shape(1, 2, 48, 40), BF16, FP32),
+        (Shape(2, 2, 24, 17), FP16, BF16),
+    ],
+    ids=str,
+)
+def test_as_the_reference(backend, split_rows, monkeypatch, shape, dtype, state_dtype):
+    layer = lasting(shape, dtype)
+    inputs = [layer.projections(step.T, dtype) for step in STEPS]
+
+    def run() -> tuple[list[torch.Tensor], Pool]:
+        pool = Pool(shape, 6, DRAFTS, dtype, state_dtype)
+        return [layer.run(pool, *each) for each in zip(STEPS, inputs, strict=True)], pool
+
+    bounded_by = BF16 if BF16 in (dtype, state_dtype) else dtype
+    outs, pool = run()
+    unsplit(monkeypatch, split_rows)
+    others = [run()]
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    others.append(run())
+    for expected, other in others:
+        for ours, theirs in zip(outs, expected, strict=True):
+            assert_close(OP, bounded_by, ours, theirs)
+        assert torch.equal(pool.span_, other.span_)
+        for slot in (1, 2, 3, 4):
+            assert_close(OP, bounded_by, pool.state_at_end(slot), other.state_at_end(slot))
+            for ours, theirs in zip(pool.content(slot), other.content(slot), strict=True):
+                assert_close(OP, bounded_by, ours, theirs)
+    pool.assert_untouched_but([1, 2, 3, 4])
+
+
+def test_as_the_recurrence(backend, split_rows):
+    shape, T = Shape(1, 2, 32, 48), 150
+    layer, pool = lasting(shape), Pool(shape, 1, DRAFTS)
+    x = layer.recurrence_inputs(T)
+    ref, S = layer.recurrence(x)
+    outs = [
+        layer.recur(pool, Step(((0, at, to - at),)), rows_of(x, at, to))
+        for at, to in ((0, 75), (75, T))
+    ]
+    assert_close(OP, FP32, torch.cat(outs), ref)
+    assert_close(OP, FP32, pool.state_at_end(0), S)
+
+
+def test_extreme_gates(backend, split_rows):
+    """Decays from 1 to underflow and keys that repeat, over many segments."""
+    layer, pool, T = Layer.random(ONE), Pool(ONE, 1, DRAFTS), 200
+    x = layer.recurrence_inputs(T)
+    x["a"] = torch.where(torch.rand(x["a"].shape) < 0.5, -60.0, 60.0)
+    x["a"][40:140] = -60.0  # nothing decays
+    x["b"] = torch.where(torch.rand(x["b"].shape) < 0.5, -30.0, 30.0)
+    x["k"] = x["k"].clone()
+    x["k"][1::2] = x["k"][0]
+    out = layer.recur(pool, Step(((0, 0, T),)), x)
+    assert_close(OP, FP32, out, layer.recurrence(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(backend, split_rows, monkeypatch, dtype):
+    layer = lasting(ONE, dtype)
+    rows = {1: 90, 2: 32, 3: 2, 4: 47}  # tokens by slot
+    x = {slot: layer.projections(n, dtype) for slot, n in rows.items()}
+
+    def run(*slots: int) -> dict[int, list[torch.Tensor]]:
+        """Outputs and pages by slot."""
+        pool = Pool(ONE, 5, DRAFTS, dtype)
+        step = Step(tuple((slot, 0, rows[slot]) for slot in slots))
+        out = layer.run(pool, step, concatenated(*(x[slot] for slot in slots)))
+        outs = out.split([rows[slot] for slot in slots])
+        return {slot: [part, *pool.content(slot)] for slot, part in zip(slots, outs, strict=True)}
+
+    together = run(1, 2, 3, 4)
+    runs = [run(4, 3, 2, 1), *map(run, rows)]
+    unsplit(monkeypatch, split_rows)
+    runs.append(run(2, 3))
+    for each in runs:
+        for slot, expected in each.items():
+            for ours, theirs in zip(together[slot], expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def test_programs_in_any_order(backend, split_rows, monkeypatch):
+    """No program of a launch reads or overwrites what another one of it writes."""
+    layer = lasting(ONE)
+    inputs = [layer.projections(step.T) for step in STEPS]
+
+    def run() -> list[torch.Tensor]:
+        pool = Pool(ONE, 6, DRAFTS)
+        return [*map(layer.run, [pool] * len(STEPS), STEPS, inputs), pool.raw]
+
+    def backwards(self, *index: int) -> None:
+        self.grid_idx = tuple(n - 1 - i for n, i in zip(self.grid_dim, index, strict=True))
+
+    forwards = run()
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+    for ours, expected in zip(run(), forwards, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_bad_rows_that_would_be_split(backend, split_rows, monkeypatch):
+    """Their pages are left alone, their outputs are NaN, and a row beside them keeps its bits."""
+    from qwen3next_plugin.kernels.gpu import faults
+
+    layer, T = Layer.random(ONE), 70
+    x = layer.recurrence_inputs(5 * T)
+    alone = Pool(ONE, 4, DRAFTS)
+    expected = layer.recur(alone, Step(((1, 0, T),)), rows_of(x, 2 * T, 3 * T))
+    pool = Pool(ONE, 4, DRAFTS)
+    alone.span_[2] = pool.span_[2] = int32(6, 8)
+    monkeypatch.setattr(faults, "checked", lambda out: out)
+    step = Step(((2, 5, T), (9, 0, T), (1, 0, T), (-1, 0, T), (2, 9, T)))
+    before, after, good, padding, last = layer.recur(pool, step, x).split(T)
+    assert torch.stack([before, after, last]).isnan().all()
+    assert (padding == 0).all()
+    assert torch.equal(good, expected)
+    assert torch.equal(pool.raw, alone.raw)
+    with pytest.raises(RuntimeError, match=r"row [01]: slot"):
+        faults.check(pool.raw.device)
+
+
+def test_more_segments_than_there_is_room_for(backend, split_rows, monkeypatch):
+    """Rows that overlap, since others are bad: nothing is written beyond the scratch."""
+    from qwen3next_plugin.kernels.gated_delta_rule import triton as layer_
+
+    class Watched:
+        """The kernel, on scratch with canaries behind it."""
+
+        def __getitem__(self, grid, kernel=layer_.segment_starts):
+            def launch(transitions, starts, *operands, **sizes):
+                room = starts.new_full((2 * len(starts), *starts.shape[1:]), torch.nan)
+                kernel[grid](transitions, room, *operands, **sizes)
+                beyond.append(room[len(starts) :])
+
+            return launch
+
+    beyond, T = [], 100
+    monkeypatch.setattr(layer_, "segment_starts", Watched())
+    layer, pool = Layer.random(ONE), Pool(ONE, 5, DRAFTS)
+    tensors = {
+        "query_start_loc": int32(0, T, 0, T, 0, T),
+        "slot": int32(0, 1, 2, 3, 4),
+        "context_len": int32(0, 0, 0, 0, 0),
+    }
+    monkeypatch.setattr(Step, "tensors", lambda self: tensors)
+    with pytest.raises(RuntimeError, match=f"row [13]: query_start_loc {T} to 0"):
+        layer.recur(pool, Step(()), layer.recurrence_inputs(T))
+    assert len(beyond) == 1
+    assert beyond[0].isnan().all()
