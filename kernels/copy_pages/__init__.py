@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import check
+from qwen3next_plugin.kernels.checks import INT, check
 
 WORD = 8  # bytes: a page is a whole number of them
-INDEX = (torch.int32, torch.int64)
 
 
 def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
@@ -17,7 +16,7 @@ def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) 
 
     Shapes:
         pages_: [layers, slots, bytes] uint8, a page contiguous and a multiple of 8 bytes
-        source, target: [N] int32 or int64, slots; mask: [N] bool
+        source: [N] int32, target: [N] int64, slots; mask: [N] bool
 
     Raises: ValueError: an argument's shape, stride, device or dtype.
     """
@@ -25,7 +24,7 @@ def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) 
     run = dispatch.implementation(op, device)
     layers, slots, size = pages_.shape
     check(op, "pages_", pages_, (layers, slots, size // WORD * WORD), (torch.uint8,), device)
-    check(op, "source", source, (N,), INDEX, device)
-    check(op, "target", target, (N,), INDEX, device)
+    check(op, "source", source, (N,), INT, device)
+    check(op, "target", target, (N,), (torch.int64,), device)
     check(op, "mask", mask, (N,), (torch.bool,), device)
     run(pages_, source, target, mask)

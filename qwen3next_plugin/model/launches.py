@@ -72,13 +72,12 @@ class Launches:
 
     def _copies(self) -> None:
         null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=self.device)
-        for source in (null, null.long()):
-            copy_pages(
-                pages_=self._empty(1, 1, 8, dtype=torch.uint8),
-                source=source,
-                target=null.long(),
-                mask=null == NULL_SLOT,
-            )
+        copy_pages(
+            pages_=self._empty(1, 1, 8, dtype=torch.uint8),
+            source=null,
+            target=null.long(),
+            mask=null == NULL_SLOT,
+        )
 
     def _attention(self) -> None:
         c, empty = self.config, self._empty

@@ -38,7 +38,8 @@ def test_nothing_to_copy(backend):
         ({"pages_": torch.ones(2, 3, 12, dtype=torch.uint8)}, "pages_ has shape"),
         ({"pages_": torch.ones(2, 3, 16)}, r"pages_ is torch\.float32"),
         ({"mask": torch.ones(1)}, r"mask is torch\.float32"),
-        ({"target": torch.ones(2, dtype=torch.int32)}, r"target has shape \(2,\), not \(1,\)"),
+        ({"target": torch.ones(2, dtype=torch.int64)}, r"target has shape \(2,\), not \(1,\)"),
+        ({"source": torch.ones(1, dtype=torch.int64)}, r"source is torch\.int64"),
     ],
 )
 def test_refuses(backend, changes, message):

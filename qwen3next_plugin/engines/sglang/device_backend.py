@@ -70,8 +70,7 @@ class DeviceBackend(LinearBackend):
         layer = next(layer for layer in model.model.layers if layer.is_linear).linear_attn
         launch_idle(weights=layer.weights, shape=layer.shape, pool_=self.views[layer.layer_id])
         null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=self.device)
-        for source in (null, null.long()):  # a step's, and SGLang's
-            Copies(source, null.long(), null == NULL_SLOT).run(self.pool.pages)
+        Copies(null, null.long(), null == NULL_SLOT).run(self.pool.pages)
 
     # What SGLang asks of a backend that its graphs capture.
 

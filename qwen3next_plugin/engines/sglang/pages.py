@@ -143,7 +143,8 @@ class PagePool(MambaPool):
     def copy_from(self, src_indices: torch.Tensor, dst_indices: torch.Tensor) -> None:
         """Copy pages, whole."""
         all_of_them = torch.ones_like(src_indices, dtype=torch.bool)
-        copy_pages(pages_=self.pages, source=src_indices, target=dst_indices, mask=all_of_them)
+        source, target = src_indices.int(), dst_indices.long()
+        copy_pages(pages_=self.pages, source=source, target=target, mask=all_of_them)
 
 
 def max_branches(topk: int | None) -> int:
