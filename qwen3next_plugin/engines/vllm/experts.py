@@ -34,11 +34,20 @@ class NativeExperts(CPUUnquantizedExperts):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
         *_: object,
         **__: object,
     ) -> None:
-        """Shapes: output, hidden_states [T, D], w1 [E, 2I, D], w2 [E, D, I], topk_* [T, k]."""
+        """Shapes: output, hidden_states [T, D], w1 [E, 2I, D], w2 [E, D, I], topk_* [T, k].
+
+        expert_map [experts of the model]: which of this rank's each one is, -1 for none of them.
+        """
         assert activation == MoEActivation.SILU
+        if expert_map is not None:
+            topk_ids = expert_map[topk_ids.long()]
+            topk_weights = topk_weights.masked_fill(topk_ids < 0, 0)
+            topk_ids = topk_ids.clamp(min=0)
         output.copy_(
             fused_moe(
                 x=hidden_states,

@@ -6,13 +6,14 @@ from copy import copy
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_ep_group
+from vllm.distributed import get_ep_group, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
@@ -33,6 +34,7 @@ class SwiGLU(nn.Module):
         *,
         reduce_results: bool = True,
         expert_gate: SharedExpertGate | None = None,
+        disable_tp: bool = False,
     ) -> None:
         super().__init__()
         self.gate_up_proj = MergedColumnParallelLinear(
@@ -41,6 +43,7 @@ class SwiGLU(nn.Module):
             bias=False,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.gate_up_proj",
+            disable_tp=disable_tp,
         )
         self.down_proj = RowParallelLinear(
             intermediate_size,
@@ -49,6 +52,7 @@ class SwiGLU(nn.Module):
             quant_config=vllm_config.quant_config,
             reduce_results=reduce_results,
             prefix=f"{prefix}.down_proj",
+            disable_tp=disable_tp,
         )
         self.act_fn = SiluAndMul()
         self.expert_gate = expert_gate
@@ -66,6 +70,8 @@ class SparseMoE(nn.Module):
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         parallel_config = vllm_config.parallel_config
+        # Tensor, data and expert parallel at once: a rank routes its share of the tokens.
+        self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
         self.n_routed_experts = config.num_experts
         self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
         self.n_physical_experts = config.num_experts + self.n_redundant_experts
@@ -90,6 +96,7 @@ class SparseMoE(nn.Module):
                 prefix=f"{prefix}.experts",
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.n_redundant_experts,
+                is_sequence_parallel=self.is_sequence_parallel,
                 # On a GPU vLLM routes in one launch, or inside the experts' kernel.
                 custom_routing_function=route if current_platform.is_cpu() else None,
                 routed_experts_cls=Experts,
@@ -106,12 +113,17 @@ class SparseMoE(nn.Module):
             f"{prefix}.shared_expert",
             reduce_results=False,  # the experts' reduction sums both
             expert_gate=self.shared_expert_gate,
+            disable_tp=self.is_sequence_parallel,
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
+        x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
         # The experts hold the gate, and make the router's logits of the hidden states themselves.
-        return self.experts(hidden_states=hidden_states, router_logits=hidden_states)
+        out = self.experts(hidden_states=x, router_logits=x)
+        if not self.is_sequence_parallel:
+            return out
+        return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
 
 
 def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager:

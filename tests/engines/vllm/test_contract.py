@@ -128,10 +128,15 @@ CALLED = {
     },
     "triton_utils/dispatcher.py": {"register_kernels": []},
     "model_executor/layers/fused_moe/layer.py": {
-        "FusedMoEFactory": ["custom_routing_function", "routed_experts_cls"],
+        "FusedMoEFactory": [
+            "is_sequence_parallel",
+            "custom_routing_function",
+            "routed_experts_cls",
+        ],
     },
     "model_executor/models/utils.py": {
         "make_layers": ["num_hidden_layers", "layer_fn", "prefix"],
+        "sequence_parallel_chunk": ["x"],
         "make_empty_intermediate_tensors_factory": ["keys", "hidden_size"],
     },
     "model_executor/model_loader/weight_utils.py": {"sharded_weight_loader": ["shard_axis"]},
