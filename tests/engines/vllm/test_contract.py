@@ -129,8 +129,8 @@ CALLED = {
     "triton_utils/dispatcher.py": {"register_kernels": []},
     "model_executor/layers/fused_moe/layer.py": {
         "FusedMoEFactory": [
-            "is_sequence_parallel",
             "custom_routing_function",
+            "is_sequence_parallel",
             "routed_experts_cls",
         ],
     },
