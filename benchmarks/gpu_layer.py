@@ -42,7 +42,7 @@ class Work:
         """Whether one of its rows is."""
         s = self.layout
         is_long = max(self.lengths) >= config.split_from
-        return is_long and config.splits(s.num_value_heads, s.value_dim)
+        return is_long and config.splits(s.num_value_heads, s.key_dim, s.value_dim)
 
     def bytes(self) -> float:
         """What the step has to move: S read once and written once in GRID tokens, the rest once.

@@ -12,7 +12,7 @@ WORD = 8  # bytes: a page is a whole number of them
 def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
     """pages_[:, target[i]] = pages_[:, source[i]] where mask[i].
 
-    Entries with a source or target below 0 are left out. No target is a source or another target.
+    Entries whose source or target is no slot are left out. No target is a source or another target.
 
     Shapes:
         pages_: [layers, slots, bytes] uint8, a page contiguous and a multiple of 8 bytes

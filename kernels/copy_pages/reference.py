@@ -5,5 +5,6 @@ from torch import Tensor
 
 def copy_pages(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
     """Shapes as in the public op."""
-    copied = mask & (source >= 0) & (target >= 0)
+    slots = pages_.shape[1]
+    copied = mask & (source >= 0) & (source < slots) & (target >= 0) & (target < slots)
     pages_[:, target[copied].long()] = pages_[:, source[copied].long()]

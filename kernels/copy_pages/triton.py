@@ -23,7 +23,10 @@ def copy_pages(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> 
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer_stride", "slot_stride", "layers", "slots", "size"])
+@triton.jit(
+    do_not_specialize=["layer_stride", "slot_stride", "layers", "slots", "size"],
+    do_not_specialize_on_alignment=["source", "target", "mask"],
+)
 def _copy_pages(
     pages, layer_stride, slot_stride, source, target, mask, layers, slots, size,
     BLOCK: tl.constexpr, STEP: tl.constexpr,

@@ -51,7 +51,7 @@ def prepare(
     RING: tl.constexpr = WIDTH + DRAFTS
     PARTS: tl.constexpr = CHUNK // BT
     h = tl.program_id(1)
-    i, j = row_of_chunk(rows, tl.program_id(0) // PARTS, N, DRAFTS + 2, CHUNK)
+    i, j = row_of_chunk(rows, tl.program_id(0) // PARTS, N, T, DRAFTS + 2, CHUNK)
     if i >= N:
         return
     page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
@@ -133,7 +133,7 @@ def chunk_matrices(
     """(I + L)^-1 diag(beta) and P of a chunk and value head, to [T, HV, C]; grid (chunks, HV)."""
     DRAFTS: tl.constexpr = W - GRID
     hv = tl.program_id(1)
-    i, j = row_of_chunk(rows, tl.program_id(0), N, DRAFTS + 2, C)
+    i, j = row_of_chunk(rows, tl.program_id(0), N, T, DRAFTS + 2, C)
     if i >= N:
         return
     page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)

@@ -85,7 +85,7 @@ def segment_transitions(
     A_FROM: tl.constexpr = (V + BV - 1) // BV * BV
     tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     index = tl.program_id(1)
-    i, s = row_of_chunk(rows, index, N, SPLIT_FROM, SEGMENT)
+    i, s = row_of_chunk(rows, index, N, T, SPLIT_FROM, SEGMENT)
     if i >= N:
         return
     page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, W - GRID)
@@ -120,7 +120,7 @@ def segment_starts(
     WIDTH: tl.constexpr = A_FROM + (K + BV - 1) // BV * BV
     tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     index = tl.program_id(1)
-    i, s = row_of_chunk(rows, index, N, SPLIT_FROM, SEGMENT)
+    i, s = row_of_chunk(rows, index, N, T, SPLIT_FROM, SEGMENT)
     if (i >= N) | (s != 0):
         return
     page, _, n, c, start, _, fault = load_row(rows, i, T, slots, W - GRID)
@@ -163,13 +163,15 @@ def chunk_scan(
     index = tl.program_id(1) - N
     is_segment = (index >= 0) & SPLITS
     if is_segment:
-        i, s = row_of_chunk(rows, index, N, SPLIT_FROM, SEGMENT)
+        i, s = row_of_chunk(rows, index, N, T, SPLIT_FROM, SEGMENT)
     else:
         i, s = tl.program_id(1), 0
     if i >= N:
         return
     page, begin, n, c, start, _, fault = load_row(rows, i, T, slots, DRAFTS)
-    if (page < 0) | (fault != 0) | (n <= DRAFTS + 1) | (((n >= SPLIT_FROM) & SPLITS) != is_segment):
+    # A step that was launched without segments has none, however long its rows are.
+    is_split = (n >= SPLIT_FROM) & SPLITS & (tl.num_programs(1) > N)
+    if (page < 0) | (fault != 0) | (n <= DRAFTS + 1) | (is_split != is_segment):
         return
     k_at, v_at, at = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
     k_in, v_in = (k_at < K)[None, :], (v_at < V)[None, :]

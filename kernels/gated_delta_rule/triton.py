@@ -136,19 +136,15 @@ def _chunks(
         **sizes, **convolves, CHUNK=C, BT=config.prepare_tokens,
         BK=BK, BV=BV, BR=next_power_of_2(R), **config.prepare.options(),
     )  # fmt: skip
-    precision, inverse_precision = _precisions(raw, config)
+    precision = config.fp32_precision  # which says nothing where the operands are of 16 bits
+    exact = raw.dtype == torch.float32
     chunk_matrices[chunks, HV](
         q, k, g, beta, rows, inverse, attention, T, N, slots,
-        H=H, R=R, K=K, W=W, C=C, BK=BK, PRECISION=precision, INVERSE_PRECISION=inverse_precision,
+        H=H, R=R, K=K, W=W, C=C, BK=BK, PRECISION=precision,
+        INVERSE_PRECISION=precision if exact else config.inverse_precision,
         **config.matrices.options(),
     )  # fmt: skip
     return Chunks(q, k, v, g, inverse, attention)
-
-
-def _precisions(raw: Tensor, config: Config) -> tuple[str, str]:
-    """Of products of activations, where 16 bits need none, and of those that are always fp32."""
-    exact = raw.dtype == torch.float32
-    return config.fp32_precision, config.fp32_precision if exact else config.inverse_precision
 
 
 def _scan(
@@ -165,25 +161,25 @@ def _scan(
     BK = max(MIN_DOT, next_power_of_2(K))
     BV = max(MIN_DOT, min(config.scan_columns, next_power_of_2(V)))
     V_tiles, K_tiles = -(-V // BV), -(-K // BV)
-    splits = config.splits(HV, V)
+    splits = config.splits(HV, K, V)
     is_split = splits and max_query_len >= config.split_from
     segments = most_chunks(T, N, config.split_from, config.segment) if is_split else 0
     starts = raw.new_empty(segments, HV, K, V, dtype=torch.float32)
-    walks = {**sizes, "BK": BK, "BV": BV}
+    walks: dict[str, int | str] = {**sizes, "BK": BK, "BV": BV}
     walks |= {"SEGMENT": config.segment, "SPLIT_FROM": config.split_from}
-    precision, exact_precision = _precisions(raw, config)
+    walks["PRECISION"] = config.fp32_precision
     if is_split:
         tiles = V_tiles + K_tiles
         transitions = raw.new_empty(segments, HV, K, tiles * BV, dtype=torch.float32)
         segment_transitions[tiles * HV, segments](
             chunks, rows, transitions, T, N, slots,
-            **walks, C=config.chunk, PRECISION=precision, **config.transitions.options(),
+            **walks, C=config.chunk, **config.transitions.options(),
         )  # fmt: skip
         segment_starts[V_tiles * HV, segments](
             transitions, starts, rows, pages, T, N, slots,
-            **walks, PRECISION=exact_precision, **config.starts.options(),
+            **walks, **config.starts.options(),
         )  # fmt: skip
     chunk_scan[V_tiles * HV, N + segments](
         chunks, starts, rows, pages, raw, T, N, slots,
-        **walks, C=config.chunk, SPLITS=splits, PRECISION=precision, **config.scan.options(),
+        **walks, C=config.chunk, SPLITS=splits, **config.scan.options(),
     )  # fmt: skip

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen3next_plugin.kernels.step import GRID
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -40,9 +42,17 @@ class Config:
     inverse_precision: str = "tf32"  # beside activations of 16 bits
     fp32_precision: str = "tf32x3"  # of all products beside fp32 ones
 
-    def splits(self, HV: int, V: int) -> bool:
-        """Whether long rows are split: it is twice the work, and half of the processors idle."""
-        return 2 * -(-V // self.scan_columns) * HV <= self.processors
+    def __post_init__(self) -> None:
+        """A row's S is left in its last segment, and no row is split that is shorter than one."""
+        assert self.segment % self.chunk == self.segment % GRID == 0
+        assert self.split_from >= self.segment
+
+    def splits(self, HV: int, K: int, V: int) -> bool:
+        """Whether long rows are split: over twice the work, and half of the processors idle.
+
+        Of wider keys a segment's product has no room in shared memory.
+        """
+        return K <= 128 and 2 * -(-V // self.scan_columns) * HV <= self.processors
 
 
 CONFIGS = {

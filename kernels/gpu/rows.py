@@ -82,11 +82,11 @@ def rows_of_tokens(rows, t, N):
 
 
 @triton.jit
-def row_of_chunk(rows, index, N, LEAST: tl.constexpr, C: tl.constexpr):
+def row_of_chunk(rows, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
     """The row of the index-th chunk, N if there is none, and which chunk of it.
 
     Rows of at least LEAST tokens have chunks, which end where the position is a multiple of C; row
-    and chunk by counting those before.
+    and chunk by counting those before. A row that is no range of the T tokens has none.
     """
     i = 0
     before = 0
@@ -98,7 +98,8 @@ def row_of_chunk(rows, index, N, LEAST: tl.constexpr, C: tl.constexpr):
         end = tl.load(rows.query_start_loc + at + 1, mask=there, other=0)
         c = tl.maximum(tl.load(rows.context_len + at, mask=there, other=0), 0)
         n = end - begin
-        chunks = tl.where(n >= LEAST, (c % C + n - 1) // C + 1, 0)
+        counts = (begin >= 0) & (n >= LEAST) & (end <= T)
+        chunks = tl.where(counts, (c % C + n - 1) // C + 1, 0)
         sums = total + tl.cumsum(chunks, 0)
         passed = there & (sums <= index)
         i += tl.sum(passed.to(tl.int32), 0)

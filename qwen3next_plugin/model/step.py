@@ -29,7 +29,7 @@ class Step:
         slot            [N]   int32   the page of each row, or NULL_SLOT
         context_len     [N]   int32   tokens of the sequence committed before this step
 
-    max_query_len: no row has more tokens; an int, so that no kernel waits to learn it.
+    max_query_len: no row with a page has more tokens; an int, so that no kernel waits to learn it.
     """
 
     query_start_loc: torch.Tensor

@@ -1,7 +1,7 @@
 """Triton's interpreter, mended so that it computes what a GPU computes.
 
 Stock (3.6 to 3.9), it is silently wrong: bf16 is kept as raw bits, which products and sums take for
-integers; fp32 to bf16 truncates; tf32 products are not rounded; a comparison of scalars is an
+integers; fp32 to bf16 truncates; tf32 products keep all bits; a comparison of scalars is an
 integer where a block is masked with it; and before 3.9 there is no bf16 constant. `self_check`
 must pass before any kernel is believed; test_interpreter.py runs it.
 """
@@ -33,9 +33,9 @@ def narrowed(x: np.ndarray) -> np.ndarray:
 
 
 def as_tf32(x: np.ndarray) -> np.ndarray:
-    """fp32 with the 10 bits of mantissa that a tensor core keeps."""
+    """fp32 with the 10 bits of mantissa that a tensor core looks at: cut off, not rounded."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def is_bf16(handle: TensorHandle) -> bool:

@@ -83,6 +83,17 @@ def test_as_the_recurrence(backend, split_rows):
     assert_close(OP, FP32, pool.state_at_end(0), S)
 
 
+def test_a_state_outlasts_many_segments(backend, split_rows):
+    """What each segment's product lost would add up: of 20, TF32 loses more than bf16 may."""
+    shape, T = Shape(1, 1, 32, 16), 640
+    layer, pool = lasting(shape, BF16), Pool(shape, 1, DRAFTS, BF16)
+    layer = replace(layer, dt_bias=layer.dt_bias - 4)
+    x = layer.recurrence_inputs(T, BF16)
+    x["b"] = torch.where(torch.arange(T)[:, None, None] < 32, x["b"], -60.0)  # nothing later
+    layer.recur(pool, Step(((0, 0, T),)), x)
+    assert_close(OP, BF16, pool.state_at_end(0), layer.recurrence(x)[1])
+
+
 def test_extreme_gates(backend, split_rows):
     """Decays from 1 to underflow and keys that repeat, over many segments."""
     layer, pool, T = Layer.random(ONE), Pool(ONE, 1, DRAFTS), 200
