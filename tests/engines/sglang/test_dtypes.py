@@ -9,7 +9,8 @@ from engines.sglang.server import NEXTN, Server
 
 pytestmark = pytest.mark.serve
 
-PROMPTS = [random_prompt(n, seed=10) for n in (7, 65, 400, 1000)]
+# Of 1,500 tokens the distances' medians still differ by a tenth, by which experts are nearly equal.
+PROMPTS = [random_prompt(n, seed=seed) for seed in (10, 11, 12) for n in (7, 65, 400, 1000)]
 
 
 def test_the_head_is_in_fp32_where_that_is_asked_for(tmp_path):
