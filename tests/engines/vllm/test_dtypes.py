@@ -9,7 +9,8 @@ from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 
-PROMPTS = [random_prompt(n, seed=10) for n in (7, 65, 400, 1000)]
+# Of 1,500 tokens the distances' medians still differ by a tenth, by which experts are nearly equal.
+PROMPTS = [random_prompt(n, seed=seed) for seed in (10, 11, 12) for n in (7, 65, 400, 1000)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
