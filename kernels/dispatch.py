@@ -54,6 +54,17 @@ def backend(op: str, device_type: str) -> str:
     return name
 
 
+def described(device_type: str) -> str:
+    """What runs the ops on such a device, in an engine's words at its start."""
+    if env.kernels() == "reference":
+        return "slow reference"
+    if BACKEND_OF[device_type] == "triton":
+        return "Triton"
+    from qwen3next_plugin.kernels import native
+
+    return f"native {native.isa()}"
+
+
 def _interprets() -> bool:
     """Whether Triton's interpreter, which runs kernels on a CPU, is on (TRITON_INTERPRET=1)."""
     import triton

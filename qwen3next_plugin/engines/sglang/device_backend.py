@@ -99,8 +99,7 @@ class DeviceBackend(LinearBackend):
         mode, N = forward_batch.forward_mode, forward_batch.batch_size
         self.snapshot = self.copies = None
         slot = self.req_to_token_pool.get_mamba_indices(forward_batch.req_pool_indices)
-        is_padding = torch.arange(N, device=self.device) >= N - num_padding
-        slot = slot.masked_fill(is_padding, 0)
+        slot[N - num_padding :] = 0  # a copy, gathered for this step
         if mode.is_decode_or_idle() or mode.is_target_verify():
             drafted = forward_batch.spec_info.draft_token_num if mode.is_target_verify() else 0
             n = drafted or 1

@@ -15,6 +15,7 @@ from qwen3next_plugin.engines.sglang import arguments, memory, penalties, sampli
 from qwen3next_plugin.engines.sglang.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.machine import is_ours, on_gpu
 from qwen3next_plugin.engines.sglang.seams import Attribute, Hook
+from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -152,7 +153,6 @@ def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     from qwen3next_plugin.engines.sglang.checks import check, check_architecture
-    from qwen3next_plugin.engines.sglang.registration import kernels
 
     host(server_args)
     if is_ours(model_config := model_config_of(server_args)):
@@ -163,7 +163,7 @@ def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
             declare_resolution(server_args, "qwen3next_plugin", disable_overlap_schedule=True)
         logger.info(
             "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels",
-            *(__version__, check_host("sglang"), kernels()),
+            *(__version__, check_host("sglang"), described("cuda")),
         )
 
 

@@ -13,7 +13,7 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import RoutingMethodType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.utils import cpu_has_amx_support, is_cpu
+from sglang.srt.utils import cpu_has_amx_support
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
@@ -81,7 +81,7 @@ class SparseMoE(nn.Module):
             layer_id=layer_id,
             renormalize=config.norm_topk_prob,
             # SGLang has kernels for GPUs and for AMX.
-            custom_routing_function=route if is_cpu() and not cpu_has_amx_support() else None,
+            custom_routing_function=route if without_gpu() and not cpu_has_amx_support() else None,
         )
         self.experts = FusedMoE(
             num_experts=config.num_experts,

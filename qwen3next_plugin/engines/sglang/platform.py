@@ -14,7 +14,8 @@ from qwen3next_plugin.engines.sglang.machine import (
     is_ours,
     use_cpu,
 )
-from qwen3next_plugin.engines.sglang.registration import kernels, register
+from qwen3next_plugin.engines.sglang.registration import register
+from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -60,5 +61,9 @@ def _say(defaults: list[str]) -> None:
     logger.info(
         "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels (%s); "
         "defaults for a machine without a GPU, where no flag was given: %s",
-        *(__version__, check_host("sglang"), kernels(), use_cpu(), ", ".join(defaults) or "none"),
+        __version__,
+        check_host("sglang"),
+        described("cpu"),
+        use_cpu(),
+        ", ".join(defaults) or "none",
     )

@@ -76,19 +76,6 @@ def _check_platform() -> None:
         )
 
 
-def kernels() -> str:
-    """What runs the plugin's ops."""
-    if env.kernels() == "reference":
-        return "slow reference"
-    from qwen3next_plugin.engines.sglang.machine import on_gpu
-
-    if on_gpu():
-        return "Triton"
-    from qwen3next_plugin.kernels import native
-
-    return f"native {native.isa()}"
-
-
 def _register_models() -> None:
     """Through the variable for external models, which also spares SGLang importing its own."""
     if os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS) != MODELS:

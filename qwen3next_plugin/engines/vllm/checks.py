@@ -7,11 +7,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import __version__, env
+from qwen3next_plugin import __version__
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.vllm import figures
 from qwen3next_plugin.engines.vllm.speculation import check_speculation
-from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.weights import check_files
 from qwen3next_plugin.versions import check_host
 
@@ -48,7 +48,7 @@ class Qwen3NextChecks(VerifyAndUpdateConfig):
             "qwen3next_plugin %s serves this model on vLLM %s, with %s kernels",
             __version__,
             check_host("vllm"),
-            _kernels(),
+            described("cpu" if current_platform.is_cpu() else "cuda"),
         )
         config = read_config(vllm_config)
         check_files(Path(vllm_config.model_config.model))
@@ -70,13 +70,6 @@ class NoKernels(VerifyAndUpdateConfig):
             current_platform.device_name,
             check_host("vllm"),
         )
-
-
-def _kernels() -> str:
-    """What runs the plugin's ops."""
-    if env.kernels() == "reference":
-        return "slow reference"
-    return f"native {native.isa()}" if current_platform.is_cpu() else "Triton"
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
