@@ -76,16 +76,19 @@ $(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
 	touch $@
 test-vllm: $(TRITONS)
 
-# A test that starts no engine takes one core, so as many run at once as there are cores.
-PARALLEL := -m "not serve" --numprocesses logical --dist loadfile
+# A test takes about one core, whether it starts an engine or not: as many run at once as there are
+# cores. Engines want memory too, so there are four at most.
+PARALLEL := --numprocesses logical --dist loadfile
+FAST     := -m "not serve" $(PARALLEL)
+SERVE    := -m serve $(PARALLEL) --maxprocesses 4
 
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
 	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(ARGS)
 else
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o testpaths=$(TESTS_$*) $(PARALLEL)
-	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) -m serve
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o testpaths=$(TESTS_$*) $(FAST)
+	.venv-$*/bin/python -m pytest -v -o testpaths=$(TESTS_$*) $(SERVE)
 endif
 
 check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the fast tests
@@ -93,7 +96,7 @@ check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the fast
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy qwen3next_plugin
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(FAST) $(ARGS)
 
 format: .venv-$(THE_ENGINE)/.dev ## let the formatters write
 	$(BIN)/ruff check --fix .

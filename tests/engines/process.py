@@ -10,6 +10,9 @@ from pathlib import Path
 
 START_SECONDS = 300
 CPUS = sorted(os.sched_getaffinity(0))
+# Those of an engine: where tests run side by side, each pytest worker's has its own.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+OWN_CPUS = CPUS[WORKER :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))] or CPUS
 
 
 class Process:

@@ -19,6 +19,8 @@ FLAGS = (
     "--max-total-tokens", "820", "--max-mamba-cache-size", "48", "--schedule-conservativeness",
     "0.1", "--enable-metrics",
 )  # fmt: skip
+# A request is retracted every so many steps, besides where memory runs out, which hangs on timing.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 NO_CACHE = ("--disable-radix-cache",)
 TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "5")
 CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
@@ -33,7 +35,7 @@ Answers = Sequence[Ids | None]  # None: the client hung up
 def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
     """What the requests of this test get: the first few alone, then all at once."""
     batch = traffic()
-    server = Server(SHIPPED, *FLAGS, *flags, env=env).wait()
+    server = Server(SHIPPED, *FLAGS, *flags, env=RETRACT | (env or {})).wait()
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
         metrics = server.metrics()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.checks import Output
-from engines.process import CPUS, START_SECONDS, Process
+from engines.process import CPUS, OWN_CPUS, START_SECONDS, Process
 
 CHILD = str(Path(__file__).with_name("child.py"))
 # One process, and one thread in it: at these sizes threads only cost time. The servers use all.
@@ -17,13 +17,9 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 
 def environment(tp_size: int = 1) -> dict[str, str]:
     """The environment a vLLM process gets: this one's, its threads bound to our cores."""
-    share = max(1, len(CPUS) // tp_size)
-    bind = "|".join(
-        ",".join(map(str, CPUS[i * share % len(CPUS) :][:share])) for i in range(tp_size)
-    )
-    bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", bind) if tp_size == 1 else bind
+    ranks = [CPUS[rank::tp_size] for rank in range(tp_size)] if tp_size > 1 else [OWN_CPUS]
     return os.environ | {
-        "VLLM_CPU_OMP_THREADS_BIND": bind,
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, cpus)) for cpus in ranks),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_WAIT_POLICY": "passive",
