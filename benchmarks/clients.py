@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import random
 import statistics
 import textwrap
 import time
@@ -69,25 +70,25 @@ def prompts() -> Iterator[str]:
     return itertools.cycle(source[i : i + 300] for i in range(0, len(source) - 300, 171))
 
 
-def ask(server: Server, batch: Sequence[str], clients: int, tokens: int) -> list[str]:
-    """The answers to all prompts, at most so many at a time."""
+def ask(server: Server, batch: Sequence[str], tokens: Sequence[int], clients: int) -> list[str]:
+    """The answers to all prompts, each so many tokens long, at most so many at a time."""
 
     async def all_of_them() -> list[str]:
         limit = asyncio.Semaphore(clients)
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
 
-            async def one(prompt: str) -> str:
+            async def one(prompt: str, length: int) -> str:
                 async with limit:
                     answer = await client.completions.create(
                         model=server.model,
                         prompt=prompt,
-                        max_tokens=tokens,
+                        max_tokens=length,
                         temperature=0,
                         extra_body={"ignore_eos": True},
                     )
                 return answer.choices[0].text
 
-            return await asyncio.gather(*map(one, batch))
+            return await asyncio.gather(*map(one, batch, tokens))
 
     return asyncio.run(all_of_them())
 
@@ -95,7 +96,7 @@ def ask(server: Server, batch: Sequence[str], clients: int, tokens: int) -> list
 def check(running: dict[str, Server], count: int) -> dict[str, float]:
     """Share of each policy's answers that are those without drafts; raises where they are few."""
     batch = list(itertools.islice(prompts(), count))
-    answers = {policy: ask(server, batch, 1, 48) for policy, server in running.items()}
+    answers = {policy: ask(server, batch, [48] * count, 1) for policy, server in running.items()}
     same = {
         policy: statistics.fmean(a == b for a, b in zip(found, answers[OFF], strict=True))
         for policy, found in answers.items()
@@ -107,11 +108,17 @@ def check(running: dict[str, Server], count: int) -> dict[str, float]:
 
 
 def throughput(server: Server, clients: int, each: int, tokens: int) -> float:
-    """Tokens per second when so many clients send `each` prompts one after the other."""
-    batch = list(itertools.islice(prompts(), clients * each))
+    """Tokens per second when so many clients send `each` prompts one after the other.
+
+    Answers are half to one and a half of `tokens` long. If all had one length, those without drafts
+    would end together, and only their prompts would be read together.
+    """
+    count, chance = clients * each, random.Random(0)
+    batch = list(itertools.islice(prompts(), count))
+    lengths = [chance.randint(tokens // 2, tokens + tokens // 2) for _ in batch]
     start = time.perf_counter()
-    ask(server, batch, clients, tokens)
-    return len(batch) * tokens / (time.perf_counter() - start)
+    ask(server, batch, lengths, clients)
+    return sum(lengths) / (time.perf_counter() - start)
 
 
 def row(rates: dict[tuple[int, str], list[float]], clients: int) -> dict[str, float]:

@@ -12,7 +12,8 @@ START_SECONDS = 300
 CPUS = sorted(os.sched_getaffinity(0))
 # Those of an engine: where tests run side by side, each pytest worker's has its own.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-OWN_CPUS = CPUS[WORKER :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))] or CPUS
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+OWN_CPUS = CPUS[WORKER::WORKERS] or CPUS
 
 
 class Process:
@@ -29,13 +30,13 @@ class Process:
         """Everything the child has written."""
         return Path(self.log).read_text(errors="replace")
 
-    def stop(self) -> None:
-        """Terminate the group, kill what is left of it, and drop the log."""
-        for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
+    def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:
+        """Signal the group to end, kill what is left of it, and drop the log."""
+        for each in (sign, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, sign)
+                os.killpg(self.child.pid, each)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(patience)
+                self.child.wait(20)
         Path(self.log).unlink(missing_ok=True)
 
 

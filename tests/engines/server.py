@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ class Server(ABC):
     """A server of `model` in a process of its own, on a free port; `client` is a client of it."""
 
     HEALTH: str  # the path that answers as soon as requests are served
+    END = signal.SIGTERM
 
     def __init__(self, model: Path, *flags: str, env: dict[str, str] | None = None) -> None:
         self.host, self.port, self.folder = "127.0.0.1", free_port(), model
@@ -94,4 +96,4 @@ class Server(ABC):
 
     def close(self) -> None:
         self.client.close()
-        self.process.stop()
+        self.process.stop(self.END)

@@ -1,6 +1,7 @@
 """`python -m sglang.launch_server` in a process group of its own, on a free port."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Server(server.Server):
     """A real SGLang server."""
 
     HEALTH = "/ready"
+    END = signal.SIGKILL  # for SIGTERM it looks every five seconds only
 
     def command(self, *flags: str) -> list[str]:
         where = ("--host", self.host, "--port", str(self.port))

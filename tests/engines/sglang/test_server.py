@@ -26,13 +26,14 @@ from engines.clients import (
     streamed_chat,
     usage_by_limit,
 )
+from engines.process import WORKERS
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Server
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 
-READY_SECONDS = 45
+READY_SECONDS = 45 * WORKERS  # starting takes more than one core
 STEPS, INTERVAL = 3, 8
 OTHER = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
 
