@@ -77,6 +77,14 @@ def implementation(op: str, device: torch.device) -> Callable:
     return _LOADED[(*_loaded(op, device.type), op)]
 
 
+def load(device_type: str) -> None:
+    """Load all ops of such a device, for graphs that an engine keeps from one start to the next.
+
+    A graph that was traced in an earlier process calls the ops and loads none.
+    """
+    _loaded(OPS[0], device_type)
+
+
 _LOADED: dict[tuple[str, str, str], Callable] = {}  # by backend, device and op
 
 

@@ -186,9 +186,11 @@ def give_back(tensor: torch.Tensor) -> None:
 
     A checkpoint is mapped, not read: without this every page that was copied from it stays
     resident, and loading peaks at twice the weights. Only a hint: what is still needed stays or
-    comes back, whatever kind of memory it is.
+    comes back, whatever kind of memory it is. Where weights go to a GPU, memory is not short, and
+    the ranks of a machine read the same pages.
     """
-    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+    on_gpu = torch.accelerator.is_available()
+    if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -52,11 +52,12 @@ def test_an_op_of_a_gpu_is_traced_whole():
     done = python(
         "import torch\n"
         "from qwen3next_plugin.kernels import dispatch\n"
-        "op = dispatch.implementation('rms_norm', torch.device('cuda'))\n"
-        "assert op is torch.ops.qwen3next.rms_norm.default, op\n"
+        "dispatch.load('cuda')\n"
         "for name in ('rms_norm', 'qk_norm_rope', 'output_gate', 'gated_delta_rule'):\n"
         "    has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "    assert has(f'qwen3next::{name}', 'CUDA'), name",
+        "    assert has(f'qwen3next::{name}', 'CUDA'), name\n"
+        "op = dispatch.implementation('rms_norm', torch.device('cuda'))\n"
+        "assert op is torch.ops.qwen3next.rms_norm.default, op",
         QWEN3NEXT_KERNELS="auto",
     )
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -139,7 +140,7 @@ def check_flags(server_args: Any, *, on_cpu: bool) -> None:
         if (value := getattr(server_args, name)) not in values:
             raise refusal(name, value, why, mend)
     if not on_cpu:
-        _check_prefill_graphs(server_args)
+        _check_graphs(server_args.cuda_graph_config)
     if algorithm:
         _check_drafts(server_args, algorithm)
 
@@ -179,11 +180,17 @@ def _check_kv_dtype(server_args: Any, model_config: Any) -> None:
         raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)
 
 
-def _check_prefill_graphs(server_args: Any) -> None:
-    backend = server_args.cuda_graph_config.prefill.backend
-    if backend not in PREFILL_GRAPHS:
+def _check_graphs(config: Any) -> None:
+    prefill = config.prefill.backend
+    if prefill not in PREFILL_GRAPHS:
         why = "a prompt's graph is cut at linear layers, whose rows are others each time"
-        raise refusal("cuda_graph_backend_prefill", backend, why, f"use {PREFILL_GRAPHS[0]}")
+        raise refusal("cuda_graph_backend_prefill", prefill, why, f"use {PREFILL_GRAPHS[0]}")
+    if env.kernels() == "reference" and {prefill, config.decode.backend} != {"disabled"}:
+        raise ConfigError(
+            "QWEN3NEXT_KERNELS=reference: the reference reads tensors on the host, which a CUDA "
+            "graph cannot hold; add --cuda-graph-backend-decode disabled "
+            "--cuda-graph-backend-prefill disabled"
+        )
 
 
 def _check_drafts(server_args: Any, algorithm: str) -> None:

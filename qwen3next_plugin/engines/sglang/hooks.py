@@ -30,6 +30,9 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
     theta of 10,000 where it finds none at the top level. transformers checks YaRN's parameters
     against `max_position_embeddings`, which SGLang sets too late. Can go when SGLang reads all.
     """
+    if config.model_type != MODEL_TYPE:  # SGLang's Qwen3.5 is built on this class
+        host(config, *args, **given)
+        return
     host(config, *args, **{name: given[name] for name in given if name != "rope_parameters"})
     config.layer_types = given.get("layer_types") or _at_interval(config)
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}

@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import __version__
+from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.vllm import figures
 from qwen3next_plugin.engines.vllm.speculation import check_speculation
@@ -52,6 +52,7 @@ class Qwen3NextChecks(VerifyAndUpdateConfig):
         )
         config = read_config(vllm_config)
         check_files(Path(vllm_config.model_config.model))
+        _check_kernels(vllm_config)
         if vllm_config.speculative_config is not None:
             check_speculation(vllm_config)
         if current_platform.is_cpu():
@@ -69,6 +70,15 @@ class NoKernels(VerifyAndUpdateConfig):
             __version__,
             current_platform.device_name,
             check_host("vllm"),
+        )
+
+
+def _check_kernels(vllm_config: VllmConfig) -> None:
+    """Refuse graphs that hold the reference; vLLM keeps graphs, and asks no variable of ours."""
+    if env.kernels() == "reference" and not vllm_config.model_config.enforce_eager:
+        raise ConfigError(
+            "QWEN3NEXT_KERNELS=reference: vLLM would compile the reference into its graphs, and "
+            "keep these for later starts with other kernels; add --enforce-eager"
         )
 
 

@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
@@ -39,6 +40,7 @@ from qwen3next_plugin.engines.vllm.checks import read_config
 from qwen3next_plugin.engines.vllm.linear_attention import GatedDeltaNet, page_layout
 from qwen3next_plugin.engines.vllm.moe import SparseMoE, SwiGLU
 from qwen3next_plugin.engines.vllm.vocabulary import make_embedding, make_lm_head
+from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -168,6 +170,7 @@ class Qwen3NextForCausalLM(
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
         page_copy.install()
+        dispatch.load(current_platform.device_type)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(self.config, vllm_config, prefix, self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)

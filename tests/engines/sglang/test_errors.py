@@ -432,6 +432,13 @@ def test_other_models_keep_the_hosts_class(complete):
         assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.models.")
 
 
+def test_other_models_keep_their_config(complete):
+    """Qwen3.5's, in SGLang, is built on Qwen3-Next's."""
+    from sglang.srt.configs.qwen3_5 import Qwen3_5TextConfig
+
+    assert Qwen3_5TextConfig().partial_rotary_factor == 0.25
+
+
 def test_what_a_gpu_serves_passes(complete, checkpoint):
     resolved = complete(checkpoint, **NEXTN)
     for name, value in (
@@ -442,15 +449,30 @@ def test_what_a_gpu_serves_passes(complete, checkpoint):
         arguments.check_flags(Given(resolved, name, value), on_cpu=False)
 
 
+def graphs(prefill: str = "breakable", decode: str = "full") -> SimpleNamespace:
+    """SGLang's cuda_graph_config, as far as it is read."""
+    backends = {"prefill": prefill, "decode": decode}
+    return SimpleNamespace(**{k: SimpleNamespace(backend=v) for k, v in backends.items()})
+
+
 @pytest.mark.parametrize("backend", ["breakable", "disabled", "full", "tc_piecewise"])
 def test_a_prompts_graph_is_cut_at_our_layers_or_not_made(complete, checkpoint, backend):
-    graphs = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
-    given = Given(complete(checkpoint), "cuda_graph_config", graphs)
+    given = Given(complete(checkpoint), "cuda_graph_config", graphs(prefill=backend))
     if backend in ("breakable", "disabled"):
         arguments.check_flags(given, on_cpu=False)
         return
     with pytest.raises(ConfigError, match=f"--cuda-graph-backend-prefill {backend}: .*; use br"):
         arguments.check_flags(given, on_cpu=False)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_reference_is_in_no_graph(monkeypatch, complete, checkpoint, phase):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    resolved, none = complete(checkpoint), {"prefill": "disabled", "decode": "disabled"}
+    arguments.check_flags(Given(resolved, "cuda_graph_config", graphs(**none)), on_cpu=False)
+    some = none | {phase: "breakable"}
+    with pytest.raises(ConfigError, match=r"=reference: .* --cuda-graph-backend-prefill disabled"):
+        arguments.check_flags(Given(resolved, "cuda_graph_config", graphs(**some)), on_cpu=False)
 
 
 def test_a_gpu_is_checked_and_one_line_says_what_serves(
@@ -468,8 +490,7 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     asked = []
     for model in (llama, checkpoint):
         server_args = ServerArgs(model_path=str(model), device="cuda")
-        graphs = SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
-        declare_resolution(server_args, "test", cuda_graph_config=graphs)
+        declare_resolution(server_args, "test", cuda_graph_config=graphs())
         hooks.check_on_gpu(asked.append, server_args)
     assert len(asked) == 2
     ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
@@ -477,7 +498,7 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     assert re.search(r"serves this model on SGLang 0\.\S+, with Triton kernels", ours[0])
     whole = {"device": "cuda", "mamba_radix_cache_strategy": "no_buffer"}
     server_args = ServerArgs(model_path=str(checkpoint), **whole)
-    declare_resolution(server_args, "test", cuda_graph_config=graphs)
+    declare_resolution(server_args, "test", cuda_graph_config=graphs())
     hooks.check_on_gpu(asked.append, server_args)
     assert resolving_view(server_args).disable_overlap_schedule
     server_args = ServerArgs(model_path=str(checkpoint), device="cuda", pp_size=2)

@@ -65,6 +65,13 @@ def test_no_drafts_are_refused(complete, checkpoint):
         complete(checkpoint, **drafts(0))
 
 
+def test_the_reference_is_not_compiled(monkeypatch, complete, checkpoint):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    complete(checkpoint)
+    with pytest.raises(Exception, match=r"QWEN3NEXT_KERNELS=reference: .* --enforce-eager"):
+        complete(checkpoint, enforce_eager=False)
+
+
 @pytest.mark.parametrize(
     ("runner", "flags", "refused"),
     [

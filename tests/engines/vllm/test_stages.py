@@ -129,6 +129,16 @@ def test_trunk(make_stage, vllm_config, checkpoint, reference, layers):
     torch.testing.assert_close(passed, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_ops_are_loaded_with_the_model(make_stage, monkeypatch):
+    """A graph from vLLM's cache calls them, and was traced in another process."""
+    from qwen3next_plugin.engines.vllm.model import Qwen3NextForCausalLM
+    from qwen3next_plugin.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "_LOADED", {})
+    make_stage(Qwen3NextForCausalLM, 0, (8,))
+    assert {op for _, _, op in dispatch._LOADED} == set(dispatch.OPS)
+
+
 @pytest.mark.parametrize("layers", [(8,), (4, 4), (3, 5)], ids=str)
 def test_drafter_on_the_last_stage(make_stage, vllm_config, checkpoint, reference, layers):
     """It has an embedding of its own there, the trunk's being on the first stage."""
