@@ -19,7 +19,7 @@ class Server(ABC):
     """A server of `model` in a process of its own, on a free port; `client` is a client of it."""
 
     HEALTH: str  # the path that answers as soon as requests are served
-    END = signal.SIGTERM
+    END = signal.SIGTERM  # what it is stopped with
 
     def __init__(self, model: Path, *flags: str, env: dict[str, str] | None = None) -> None:
         self.host, self.port, self.folder = "127.0.0.1", free_port(), model

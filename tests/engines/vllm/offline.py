@@ -11,7 +11,7 @@ from engines.checks import Output
 from engines.process import CPUS, OWN_CPUS, START_SECONDS, Process
 
 CHILD = str(Path(__file__).with_name("child.py"))
-# One process, and one thread in it: at these sizes threads only cost time. The servers use all.
+# One process, and one thread in it: at these sizes threads only cost time. A server has OWN_CPUS.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 
 
