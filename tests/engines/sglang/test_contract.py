@@ -160,6 +160,10 @@ FIELDS = {
             *("min_new_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty"),
         ],
     },
+    "srt/model_executor/cuda_graph_config.py": {
+        "CudaGraphConfig": ["decode", "prefill"],
+        "PhaseConfig": ["backend"],
+    },
     "srt/model_executor/forward_batch_info.py": {
         "ForwardBatch": [
             *("forward_mode", "batch_size", "seq_lens", "extend_seq_lens", "spec_info"),

@@ -203,7 +203,9 @@ FIELDS = {
         ],
     },
     "config/compilation.py": {"CompilationConfig": ["_attention_ops"]},
+    "config/model.py": {"ModelConfig": ["enforce_eager"]},
     "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
+    "platforms/interface.py": {"Platform": ["device_type"]},
     "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls"]},
     "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},
     "config/speculative.py": {
