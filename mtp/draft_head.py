@@ -11,7 +11,7 @@ from torch import nn
 
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 from qwen3next_plugin.mtp.costs import DRAFTED
-from qwen3next_plugin.mtp.draft_vocabulary import DraftVocabulary
+from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
 
 class Ranks(Protocol):

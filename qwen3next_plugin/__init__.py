@@ -5,14 +5,14 @@ __version__ = "0.1.0"
 
 def register_vllm() -> None:
     """Entry point `vllm.general_plugins`: teach this process's vLLM our Qwen3-Next. Idempotent."""
-    from qwen3next_plugin.engines.vllm.registration import register
+    from qwen3next_plugin.engines.vllm.plugin import register
 
     register()
 
 
 def register_sglang() -> None:
     """Entry point `sglang.srt.plugins`: teach this process's SGLang our Qwen3-Next. Idempotent."""
-    from qwen3next_plugin.engines.sglang.registration import register
+    from qwen3next_plugin.engines.sglang.plugin import register
 
     register()
 

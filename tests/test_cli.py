@@ -356,10 +356,17 @@ def test_cpu_distribution_of_vllm_counts(monkeypatch):
 
 # doctor -------------------------------------------------------------------------------------------
 
-OURS = {
-    "kernels": {"cpu": "native, avx512"},
-    "vllm": {"platform": "cpu", "Qwen3NextForCausalLM": "qwen3next_plugin.engines.vllm.model"},
-}
+OURS = (
+    {
+        "kernels": {"cpu": "native, avx512"},
+        "vllm": {
+            "platform": "cpu",
+            "Qwen3NextForCausalLM": "qwen3next_plugin.engines.vllm.model.trunk",
+        },
+        "platform": "cpu",
+        "Qwen3NextForCausalLM": "qwen3next_plugin.engines.vllm.model.trunk",
+    },
+)
 NATIVE = "vllm.model_executor.models.qwen3_next"
 HEALTHY = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "python": "3.11.7"}
 
@@ -420,7 +427,7 @@ SGLANG = {name: found for name, found in HEALTHY.items() if name != "vllm"} | {"
 
 def test_doctor_of_a_machine_with_sglang(diagnose, monkeypatch):
     model = "Qwen3NextForCausalLM"
-    ours = "qwen3next_plugin.engines.sglang.models.trunk"
+    ours = "qwen3next_plugin.engines.sglang.model.trunk"
     answers = OURS | {"sglang": {"platform": "cpu", model: ours}}
     code, report = diagnose(SGLANG, answers)
     assert (code, report[model]["status"], report[model]["found"]) == (0, "ok", ours)

@@ -74,5 +74,5 @@ def test_wheel_holds_the_package_and_nothing_at_the_top():
     assert {t for t in tops if not t.endswith(".dist-info")} == {"qwen3next_plugin"}
     assert "qwen3next_plugin/kernels/_ops.so" in names
     assert "qwen3next_plugin/mtp/weights.py" in names
-    assert "qwen3next_plugin/engines/sglang/stand_in/sgl_kernel/tree.py" in names
+    assert "qwen3next_plugin/engines/sglang/cpu/stand_in/sgl_kernel/tree.py" in names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]

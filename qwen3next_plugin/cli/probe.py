@@ -37,14 +37,14 @@ def vllm() -> dict[str, str]:
     """vLLM's platform, and the module that serves each architecture."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from qwen3next_plugin.engines.vllm.registration import registered
+    from qwen3next_plugin.engines.vllm.plugin import registered
 
     return registered()
 
 
 def sglang() -> dict[str, str]:
     """SGLang's platform, and the module that serves each architecture."""
-    from qwen3next_plugin.engines.sglang.registration import registered
+    from qwen3next_plugin.engines.sglang.plugin import registered
 
     return registered()
 

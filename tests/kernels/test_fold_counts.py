@@ -6,7 +6,7 @@ import pytest
 import torch
 from state_pages import SMALL, Layer, Pool, Step
 
-from qwen3next_plugin.mtp.figures import Folds
+from qwen3next_plugin.mtp.metrics import Folds
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 8])

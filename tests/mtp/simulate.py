@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from qwen3next_plugin.mtp.schedule import MAX_LAG, Policy
+from qwen3next_plugin.mtp.policy import MAX_LAG, Policy
 
 Run = Sequence[int]
 

@@ -18,7 +18,7 @@ from mtp.traces import (
     steady,
 )
 from qwen3next_plugin.mtp.costs import Costs, Shape
-from qwen3next_plugin.mtp.schedule import BUDGET, LEAST, Fixed, Schedule
+from qwen3next_plugin.mtp.policy import BUDGET, LEAST, Fixed, Schedule
 
 ENOUGH = 0.95
 CROWDS = {1: "1", 4: "4", 16: "16", 0: "changing"}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines.sglang.kernel_package import KernelPackage, provide
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import KernelPackage, provide
 
-PLATFORM = "qwen3next_plugin.engines.sglang.platform:CpuPlatform"
+PLATFORM = "qwen3next_plugin.engines.sglang.cpu.platform:CpuPlatform"
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
 DRAFTS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's own head
 ATTENTION_BACKEND = "qwen3next_cpu"

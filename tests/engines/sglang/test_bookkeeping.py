@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3next_plugin.engines.sglang.kernel_package import provide
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
 
 provide()
 kernels = import_module("sgl_kernel")

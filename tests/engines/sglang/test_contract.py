@@ -219,9 +219,9 @@ def flat(node: ast.AST) -> list[str]:
 
 
 def hooks() -> dict[str, list[str] | None]:
-    """Target → parameters of each of our hooks, None for an attribute; hooks.py is read, too."""
+    """Target → parameters of each of our hooks, None for an attribute; patches.py is read, too."""
     found: dict[str, list[str] | None] = {}
-    tree = ast.parse((ENGINES / HOST / "hooks.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ENGINES / HOST / "patches.py").read_text(encoding="utf-8"))
     for call in ast.walk(tree):
         if getattr(getattr(call, "func", None), "id", "") in ("Hook", "Attribute"):
             given = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -300,8 +300,8 @@ def test_attributes_are_kept(sources, path, name):
 
 def flags() -> set[str]:
     """The flags that our tables name: what is refused, filled in, and asked of memory."""
-    from qwen3next_plugin.engines.sglang import arguments as ours
-    from qwen3next_plugin.engines.sglang import memory
+    from qwen3next_plugin.engines.sglang import flags as ours
+    from qwen3next_plugin.engines.sglang.cpu import memory
 
     tables = [getattr(ours, name) for name in vars(ours) if name.startswith("SERVED")]
     return {*chain.from_iterable(tables), *memory.GIVEN}

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.mtp.lag import Lag, Rows
+from qwen3next_plugin.mtp.pending import Lag, Rows
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def drafter(monkeypatch):
     load_plugins()
     from types import SimpleNamespace as Bag
 
-    from qwen3next_plugin.engines.sglang.drafter import ChainDrafter
+    from qwen3next_plugin.engines.sglang.speculation.drafter import ChainDrafter
 
     drafter = object.__new__(ChainDrafter)
     drafter.lag, drafter.next_steps = Lag(), 0

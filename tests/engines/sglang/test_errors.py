@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import BASE, write_checkpoint
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.sglang import arguments, memory
+from qwen3next_plugin.engines.sglang import flags as arguments
+from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.model.weights import CheckpointError
 
 pytest.importorskip("sglang")
@@ -301,7 +302,7 @@ def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, lef
 
     from sglang.srt import runtime_context as context
 
-    from qwen3next_plugin.engines.sglang import pages
+    from qwen3next_plugin.engines.sglang.state import pages
 
     given = dict.fromkeys(memory.GIVEN) | flags
     tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
@@ -429,7 +430,7 @@ def test_other_models_keep_the_hosts_class(complete):
     assert theirs.__module__ == "sglang.srt.models.llama"
     for name in ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP"):
         ours, _ = ModelRegistry.resolve_model_cls([name])
-        assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.models.")
+        assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.model.")
 
 
 def test_other_models_keep_their_config(complete):
@@ -481,7 +482,9 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    from qwen3next_plugin.engines.sglang import checks, hooks, machine
+    from qwen3next_plugin.engines.sglang import flags_common as checks
+    from qwen3next_plugin.engines.sglang import machine
+    from qwen3next_plugin.engines.sglang import patches as hooks
 
     monkeypatch.setattr(checks, "architecture", lambda device: asked.append)
     monkeypatch.setattr(machine, "on_gpu", lambda: True)
@@ -511,7 +514,7 @@ def test_another_accelerator_keeps_the_hosts_model_and_one_line_says_so(
 ):
     from sglang.srt.server_args import ServerArgs
 
-    from qwen3next_plugin.engines.sglang.hooks import say_no_kernels
+    from qwen3next_plugin.engines.sglang.patches import say_no_kernels
 
     caplog.set_level("INFO")
     asked = []

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_plugin.engines.sglang.kernel_package import FOLDER
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import FOLDER
 
 SAY = """
 import json, sys
-from qwen3next_plugin.engines.sglang.kernel_package import FOLDER, provide
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import FOLDER, provide
 before = list(sys.path)
 got = provide()
 assert provide() == got
@@ -29,11 +29,11 @@ print(json.dumps({
 SPAWN = """
 import multiprocessing
 def child(queue):
-    from qwen3next_plugin.engines.sglang.kernel_package import provide
+    from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
     import sgl_kernel
     queue.put((sgl_kernel.__file__, str(provide())))
 if __name__ == "__main__":
-    from qwen3next_plugin.engines.sglang.kernel_package import provide
+    from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
     provide()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -123,7 +123,7 @@ def test_spawned_workers_find_it(tmp_path):
 def test_amx_is_never_claimed(tmp_path):
     """SGLang asks for this operator to tell whether its AMX paths can run."""
     code = (
-        "from qwen3next_plugin.engines.sglang.kernel_package import provide; provide(); "
+        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide(); "
         "import torch; print(hasattr(torch.ops.sgl_kernel, 'convert_weight_packed'))"
     )
     assert python("-c", code, path=tmp_path).strip() == "False"
@@ -153,7 +153,7 @@ def test_the_host_imports_what_takes_it_at_module_level(tmp_path):
     code = (
         "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
         "from importlib import import_module\n"
-        "from qwen3next_plugin.engines.sglang.kernel_package import provide; provide()\n"
+        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide()\n"
         f"for name in {HOST_MODULES}: import_module('sglang.' + name)\n"
         "from sglang.srt.utils import is_cpu; from sglang.srt.utils.common import "
         "_is_intel_amx_backend_available as amx; print(is_cpu(), amx())"
@@ -166,7 +166,7 @@ def test_the_host_registers_its_fakes_beside_ours(tmp_path):
     """What its CPU graph does first; torch refuses a second fake for one operator."""
     code = (
         "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
-        "from qwen3next_plugin.engines.sglang.kernel_package import provide; provide()\n"
+        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide()\n"
         "from sglang.srt.model_executor import cpu_graph_runner as graph\n"
         "graph.register_fake_ops(1); graph.register_inductor_fallback_ops()\n"
         "import torch\n"
@@ -188,7 +188,7 @@ def test_the_host_draws_seeded_coins(tmp_path):
     """Of a request with a seed: the same in every run, other ones at each position."""
     code = (
         "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
-        "from qwen3next_plugin.engines.sglang.kernel_package import provide; provide()\n"
+        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide()\n"
         "import torch\n"
         "from sglang.srt.speculative.eagle_utils import _seeded_verify_coins as draw\n"
         "given = {'sampling_seed': torch.tensor([7] * 3), 'draft_token_num': 4, 'device': 'cpu'}\n"

@@ -21,7 +21,7 @@ def projection():
     """A bf16 projection, whose weight stays with the caller, and its method."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from qwen3next_plugin.engines.sglang.packing import use_packing
+    from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
 
     weight = torch.randn(48, 33, dtype=torch.bfloat16)
     layer = nn.Module()
@@ -47,7 +47,7 @@ def test_every_update_of_weights_is_refused(monkeypatch, name):
 
     from sglang.srt.model_executor.model_runner_components import weight_updater
 
-    owner = resolve_name(f"qwen3next_plugin.engines.sglang.models.{name}")
+    owner = resolve_name(f"qwen3next_plugin.engines.sglang.model.{name}")
     model = owner.__new__(owner)
     nn.Module.__init__(model)
     monkeypatch.setattr(weight_updater, "get_model", lambda: Bag(weight_cache_mode="off"))

@@ -12,7 +12,12 @@ def test_a_pool_is_as_many_pages_as_it_has_slots():
     """No snapshot of a draft beside them, however many drafts there are."""
     from sglang.srt.configs.mamba_utils import Mamba2StateDType
 
-    from qwen3next_plugin.engines.sglang.pages import ALIGNMENT, PageParams, PagePool, PageShape
+    from qwen3next_plugin.engines.sglang.state.pages import (
+        ALIGNMENT,
+        PageParams,
+        PagePool,
+        PageShape,
+    )
 
     layout = PageLayout(
         num_key_heads=16,

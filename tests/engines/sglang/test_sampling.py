@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engines.sglang.trees import Tree, chain, linked, random_tree
-from qwen3next_plugin.engines.sglang.sampling import (
+from qwen3next_plugin.engines.sglang.speculation.sampling import (
     top_k_renorm_prob,
     tree_speculative_sampling_target_only,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engines.sglang.trees import Tree
-from qwen3next_plugin.engines.sglang.kernel_package import provide
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
 from tolerances import assert_close
 
 provide()

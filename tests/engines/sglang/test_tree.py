@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engines.sglang.trees import Tree, chain, linked, random_tree
-from qwen3next_plugin.engines.sglang.kernel_package import provide
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
 
 provide()
 kernels = import_module("sgl_kernel")

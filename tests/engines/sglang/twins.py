@@ -10,7 +10,7 @@ import torch
 
 from engines.sglang.test_tree import candidates_of
 from engines.sglang.trees import linked, random_tree
-from qwen3next_plugin.engines.sglang.kernel_package import provide
+from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
 
 provide()
 ours = import_module("sgl_kernel")

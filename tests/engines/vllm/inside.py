@@ -13,7 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.mtp.schedule import Fixed
+from qwen3next_plugin.mtp.policy import Fixed
 
 
 def _core(llm: LLM) -> Any:

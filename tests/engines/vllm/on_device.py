@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
 import interpreter
 
-from qwen3next_plugin.engines.vllm import backend
+from qwen3next_plugin.engines.vllm.state import steps as backend
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.step import DeviceSteps
 

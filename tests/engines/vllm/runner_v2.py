@@ -17,7 +17,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec
 
-from qwen3next_plugin.engines.vllm.model_state import Qwen3NextModelState
+from qwen3next_plugin.engines.vllm.state.model_state import Qwen3NextModelState
 
 B, W = 8, 4  # tokens of a block, and of a page's window: a draft of 3 and the token before it
 PAGE, STRIDE = 45, 64  # bytes of a page, and from page to page

@@ -85,11 +85,11 @@ def test_the_reference_is_not_compiled(monkeypatch, complete, checkpoint):
 def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner, flags, refused):
     """Where there is Triton, as on every GPU, runner V1 copies pages by accepted counts."""
     from qwen3next_plugin.config import ConfigError
-    from qwen3next_plugin.engines.vllm.checks import Qwen3NextChecks
+    from qwen3next_plugin.engines.vllm.flags import Qwen3NextChecks
 
     config = complete(checkpoint, **flags)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    monkeypatch.setattr("qwen3next_plugin.engines.vllm.page_copy.needed", lambda: False)
+    monkeypatch.setattr("qwen3next_plugin.engines.vllm.cpu.page_copy.needed", lambda: False)
     check = Qwen3NextChecks.verify_and_update_config
     if refused:
         with pytest.raises(ConfigError, match=r"V1 copies .*VLLM_USE_V2_MODEL_RUNNER=1"):
@@ -176,7 +176,7 @@ def test_installed_logits_processors_are_not_left_out(monkeypatch, tmp_path, com
 PLUGINS = "from vllm.plugins import load_general_plugins as load; load()"
 MODULE = "from vllm import ModelRegistry as R; print(R.models['Qwen3NextForCausalLM'].module_name)"
 LEVELS = ("avx512bf16", "avx512", "avx2")
-OURS, THEIRS = "qwen3next_plugin.engines.vllm.model", "vllm.model_executor.models.qwen3_next"
+OURS, THEIRS = "qwen3next_plugin.engines.vllm.model.trunk", "vllm.model_executor.models.qwen3_next"
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-experts = pytest.importorskip("qwen3next_plugin.engines.vllm.experts")
+experts = pytest.importorskip("qwen3next_plugin.engines.vllm.cpu.experts")
 
 T, D, E, F, k = 7, 16, 6, 8, 3
 

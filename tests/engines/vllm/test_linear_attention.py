@@ -14,7 +14,7 @@ PREFIX = "model.layers.6.linear_attn"
 
 @pytest.mark.parametrize("span", [(7, 7), (5, 99), (-1, 6), (0, 4)])
 def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
-    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.linear_attention")
+    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.model.linear_attention")
     layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
     raw = torch.full((2, layout.page_bytes), -1, dtype=torch.int8)
     pool = layout.view(raw)
@@ -55,7 +55,7 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
 
 def test_pages_are_let_go_when_vllm_takes_them_back():
     """It binds a small cache to measure with, and empties `kv_cache` to have its memory back."""
-    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.linear_attention")
+    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.model.linear_attention")
     from vllm.v1.worker.utils import clear_layer_kv_caches
 
     layer = object.__new__(linear_attention.GatedDeltaNet)
@@ -75,7 +75,7 @@ def test_pages_are_let_go_when_vllm_takes_them_back():
 
 def test_a_step_without_this_layer_gives_zeros(monkeypatch):
     """vLLM tunes its kernels with metadata of the attention layers only."""
-    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.linear_attention")
+    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.model.linear_attention")
     for steps in (None, {}, {"another": object()}):
         context = SimpleNamespace(attn_metadata=steps)
         monkeypatch.setattr(linear_attention, "get_forward_context", lambda c=context: c)

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.model_states import mamba_hybrid, resolve_model_state_cl
 
 from engines.vllm.host_kernels import helpers, interpreted
 from engines.vllm.runner_v2 import COLUMNS, NULL, REQUESTS, B, W, World, chunk, verify
-from qwen3next_plugin.engines.vllm.model_state import Qwen3NextModelState
+from qwen3next_plugin.engines.vllm.state.model_state import Qwen3NextModelState
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,6 @@ def test_nothing_waits_for_the_device(world):
 
 
 def test_the_model_names_the_class():
-    from qwen3next_plugin.engines.vllm.model import Qwen3NextForCausalLM
+    from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM
 
     assert resolve_model_state_cls(None, Qwen3NextForCausalLM) is Qwen3NextModelState

@@ -73,7 +73,7 @@ def run(model, vllm_config, T: int, forward) -> torch.Tensor:
     from vllm.forward_context import set_forward_context
     from vllm.model_executor.layers.attention import Attention
 
-    from qwen3next_plugin.engines.vllm.linear_attention import GatedDeltaNet
+    from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
     from qwen3next_plugin.model.step import Step
 
     step = Step.build(
@@ -111,7 +111,7 @@ def attend(D: int):
 
 @pytest.mark.parametrize("layers", [(8,), *CUTS], ids=str)
 def test_trunk(make_stage, vllm_config, checkpoint, reference, layers):
-    from qwen3next_plugin.engines.vllm.model import Qwen3NextForCausalLM
+    from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM
 
     ids, positions = torch.tensor(PROMPT), torch.arange(len(PROMPT))
     passed = None
@@ -131,7 +131,7 @@ def test_trunk(make_stage, vllm_config, checkpoint, reference, layers):
 
 def test_ops_are_loaded_with_the_model(make_stage, monkeypatch):
     """A graph from vLLM's cache calls them, and was traced in another process."""
-    from qwen3next_plugin.engines.vllm.model import Qwen3NextForCausalLM
+    from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM
     from qwen3next_plugin.kernels import dispatch
 
     monkeypatch.setattr(dispatch, "_LOADED", {})
@@ -142,7 +142,7 @@ def test_ops_are_loaded_with_the_model(make_stage, monkeypatch):
 @pytest.mark.parametrize("layers", [(8,), (4, 4), (3, 5)], ids=str)
 def test_drafter_on_the_last_stage(make_stage, vllm_config, checkpoint, reference, layers):
     """It has an embedding of its own there, the trunk's being on the first stage."""
-    from qwen3next_plugin.engines.vllm.mtp import Qwen3NextMTP
+    from qwen3next_plugin.engines.vllm.model.mtp import Qwen3NextMTP
     from reference import MTPReference
 
     drafter = make_stage(Qwen3NextMTP, len(layers) - 1, layers)

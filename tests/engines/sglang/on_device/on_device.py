@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "kernels"))
 
 import interpreter
 
-from qwen3next_plugin.engines.sglang import machine, registration
+from qwen3next_plugin.engines.sglang import machine
+from qwen3next_plugin.engines.sglang import plugin as registration
 from qwen3next_plugin.kernels import dispatch
 
 by_device, register = dispatch.backend, registration._register
@@ -31,7 +32,8 @@ def register_as_on_a_gpu() -> bool:
     machine.use_cpu()
     from sglang.srt.arg_groups import mamba_hook
 
-    from qwen3next_plugin.engines.sglang import arguments, hooks
+    from qwen3next_plugin.engines.sglang import flags as arguments
+    from qwen3next_plugin.engines.sglang import patches as hooks
 
     hooks.on_gpu = lambda: True
     hooks.ON_CPU = tuple(seam for seam in hooks.ON_CPU if seam.target != WORKER)

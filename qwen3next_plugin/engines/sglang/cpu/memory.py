@@ -1,0 +1,68 @@
+"""How much memory state pages and KV take on a machine whose memory is for other things, too."""
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen3next_plugin.config import ConfigError
+
+SHARE = 4  # one part in so many of what SGLang would take
+LEAST_GIB = 2.0
+GIB = 1 << 30
+GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
+IN_WORDS = (
+    f"for states and KV 1/{SHARE} of the memory that is free, at least {LEAST_GIB:g} GiB "
+    "(--mem-fraction-static for more)"
+)
+
+
+def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:
+    """Around `_handle_max_mamba_cache`: take part of the free memory, unless flags say how much.
+
+    SGLang sizes its pools for a device that nothing else runs on: nearly all that is free. Can go
+    when it asks a platform how much of the memory is to be used.
+
+    Returns GiB for KV beside the state pages that the host sets aside.
+    """
+    from sglang.srt.runtime_context import get_memory, get_schedule, get_server_args
+
+    from qwen3next_plugin.engines.sglang.machine import is_ours
+
+    if not is_ours(configurator.model_config):
+        return host(configurator, total_rest_memory)
+    budget, stated = total_rest_memory, given(get_server_args())
+    if not stated:
+        budget = min(total_rest_memory, max(LEAST_GIB, total_rest_memory / SHARE))
+    branches = _branches(configurator, budget)
+    if stated or not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
+        return host(configurator, budget - branches)
+    # One page a request, however many fit: what they leave may be KV, within the same bound.
+    return min(budget, host(configurator, total_rest_memory - branches))
+
+
+def _branches(configurator: Any, budget: float) -> float:
+    """GiB of the pages on which draft trees branch, beside those that the host counts.
+
+    Raises:
+        ConfigError: they would take more than half of the budget.
+    """
+    from sglang.srt.runtime_context import get_schedule, get_spec
+
+    from qwen3next_plugin.engines.sglang.state.pages import max_branches
+
+    if not (branches := max_branches(get_spec().speculative_eagle_topk)):
+        return 0.0
+    requests = get_schedule().max_running_requests
+    page = configurator.mambaish_config.mamba2_cache_params.mamba_cache_per_req / GIB
+    if (taken := requests * branches * page) > budget / 2:
+        raise ConfigError(
+            f"--max-running-requests {requests}: the draft trees of so many requests branch on "
+            f"{taken:.2f} GiB of state pages, of {budget:.2f} GiB for states and KV; use fewer "
+            f"({int(budget / 2 / branches / page)} fit), a smaller --speculative-num-draft-tokens, "
+            f"--speculative-eagle-topk 1, or a larger --mem-fraction-static"
+        )
+    return taken
+
+
+def given(flags: Any) -> bool:
+    """Whether the command line says how much memory to take."""
+    return any(getattr(flags, name) is not None for name in GIVEN)

@@ -1,0 +1,1 @@
+"""The layers, as SGLang builds, loads and shards them."""

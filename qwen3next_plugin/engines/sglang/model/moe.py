@@ -1,0 +1,119 @@
+"""The ultra-sparse MoE block, from SGLang's fused experts."""
+
+import torch
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.utils import RoutingMethodType
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import cpu_has_amx_support
+from torch import nn
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
+from qwen3next_plugin.engines.sglang.machine import without_gpu
+from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
+
+
+class SwiGLU(nn.Module):
+    """A dense MLP, or the shared expert with its own sigmoid gate."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        reduce_results: bool = True,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        gate_up, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act_fn(gate_up))
+        return out
+
+
+class SparseMoE(nn.Module):
+    """Top-k routed experts (softmax, top-k, renormalise) plus one gated shared expert."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        layer_id: int,
+    ) -> None:
+        super().__init__()
+        self.tp_size = get_parallel().tp_size
+        self.gate = ReplicatedLinear(
+            config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate"
+        )
+        self.topk = TopK(
+            config.num_experts_per_tok,
+            layer_id=layer_id,
+            renormalize=config.norm_topk_prob,
+            # SGLang has kernels for GPUs and for AMX.
+            custom_routing_function=route if without_gpu() and not cpu_has_amx_support() else None,
+        )
+        self.experts = FusedMoE(
+            num_experts=config.num_experts,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            layer_id=layer_id,
+            top_k=config.num_experts_per_tok,
+            quant_config=quant_config,
+            quant_method=NativeExperts() if quant_config is None and without_gpu() else None,
+            routing_method_type=RoutingMethodType.RenormalizeNaive,
+            inplace=False,  # the shared expert reads the hidden states afterwards
+            prefix=f"{prefix}.experts",
+        )
+        self.topk.bind_runner_backend(
+            self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
+        )
+        self.shared_expert: SwiGLU | None = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert_gate = SharedExpertGate(config.hidden_size)
+            self.shared_expert = SwiGLU(
+                config.hidden_size,
+                config.shared_expert_intermediate_size,
+                quant_config,
+                f"{prefix}.shared_expert",
+                reduce_results=False,  # summed with the experts
+            )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Shapes: hidden_states [T, D], returns [T, D]."""
+        router_logits, _ = self.gate(hidden_states)
+        out = self.experts(hidden_states, self.topk(hidden_states, router_logits))
+        if self.shared_expert is not None:
+            shared = self.shared_expert(hidden_states)
+            out = self.shared_expert_gate(hidden_states, shared, out)
+        return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)

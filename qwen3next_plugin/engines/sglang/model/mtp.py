@@ -1,0 +1,151 @@
+"""Qwen3NextForCausalLMMTP: the drafter that ships in the checkpoint."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
+from torch import nn
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.cpu.packing import (
+    NO_UPDATES,
+    drop_plain_head,
+    logits_processor,
+    use_packing,
+)
+from qwen3next_plugin.engines.sglang.flags import read_config
+from qwen3next_plugin.engines.sglang.model.loading import load
+from qwen3next_plugin.engines.sglang.model.trunk import PACKED_MODULES, DecoderLayer
+from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
+from qwen3next_plugin.mtp.draft_head import DraftHead
+from qwen3next_plugin.mtp.head import fuse
+from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
+
+
+class MultiTokenPredictor(nn.Module):
+    """fc over [embedding; hidden state], one full-attention decoder layer, a norm."""
+
+    def __init__(
+        self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        with torch.device("meta"):  # the trunk's is put here
+            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.fc = ReplicatedLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            bias=False,
+            prefix=f"{prefix}.fc",  # which no released checkpoint quantises
+        )
+        self.layers = nn.ModuleList(
+            [
+                DecoderLayer(
+                    config,
+                    quant_config,
+                    f"{prefix}.layers.0",
+                    layer_id=0,
+                    layer_type="full_attention",
+                    is_moe=config.num_experts > 0,
+                )
+            ]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_fc_norm_hidden = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_fc_norm_embedding = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def _fc(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Shapes: input_ids, positions [T], the batch's hidden states [T, D], returns [T, D]."""
+        hidden_states = fuse(
+            embeds=self.embed_tokens(input_ids),
+            hidden_states=forward_batch.spec_info.hidden_states,
+            norm_embedding=self.pre_fc_norm_embedding,
+            norm_hidden=self.pre_fc_norm_hidden,
+            fc=self._fc,
+        )
+        hidden_states, residual = self.layers[0](positions, hidden_states, None, forward_batch)
+        return self.norm(hidden_states, residual)
+
+
+class Qwen3NextForCausalLMMTP(nn.Module):
+    """The drafter as SGLang's registry knows it; replaces the built-in model of that name."""
+
+    packed_modules_mapping = PACKED_MODULES
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
+
+    def __init__(
+        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = read_config(config, get_parallel().tp_size)
+        self.quantised = quant_config is not None
+        self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
+        self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
+        self.logits_processor = logits_processor(config)
+        use_packing(self.model)
+        self.draft_head: DraftHead | None = None
+        self.trunk_names = frozenset(trunk_tensors(self.config))
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> LogitsProcessorOutput:
+        """The hidden states of all tokens, which a chain drafts from; of a tree the logits too.
+
+        Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states [T, D].
+        """
+        hidden_states = self.model(input_ids, positions, forward_batch)
+        if self.draft_head is not None:
+            return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def set_embed_and_head(self, embed: nn.Parameter, head: nn.Parameter) -> None:
+        """Share the trunk's embedding; its head comes whole."""
+        self.model.embed_tokens.weight = embed
+
+    def set_lm_head_from_target(self, lm_head: ParallelLMHead | VocabParallelEmbedding) -> None:
+        """Share the trunk's head."""
+        self.lm_head = lm_head
+
+    def make_draft_head(self) -> None:
+        """Draft from an int8 copy of the head from now on: a chain asks for one token only."""
+        assert self.lm_head is not None
+        shard = self.lm_head.shard_indices
+        self.draft_head = DraftHead(
+            self.lm_head.weight.data,
+            first=shard.org_vocab_start_index,
+            end=shard.org_vocab_end_index,
+            vocab_size=self.config.vocab_size,
+            ranks=get_parallel().tp_group,
+        )
+        if not self.config.tie_word_embeddings:
+            drop_plain_head(self.lm_head)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load `mtp.*`, strictly."""
+        tensors = checked(
+            require_mtp(weights),
+            expected=mtp_tensors(self.config),
+            ignored=self.trunk_names,
+            quantised=self.quantised,
+        )
+        renamed = (("model." + name.removeprefix(PREFIX), tensor) for name, tensor in tensors)
+        load(self, renamed, STACKED_PROJECTIONS)
+
+
+EntryClass = Qwen3NextForCausalLMMTP

@@ -1,0 +1,173 @@
+"""Qwen3NextForCausalLM: the trunk, from SGLang's parallel layers and ours."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
+from torch import nn
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.cpu.packing import NO_UPDATES, logits_processor, use_packing
+from qwen3next_plugin.engines.sglang.flags import read_config
+from qwen3next_plugin.engines.sglang.model.attention import GatedAttention
+from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
+from qwen3next_plugin.engines.sglang.model.loading import load
+from qwen3next_plugin.engines.sglang.model.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
+from qwen3next_plugin.mtp.weights import mtp_tensors
+
+PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+
+
+class DecoderLayer(nn.Module):
+    """Norm, mixer, norm, MLP; the residual is carried beside and updated in place."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        layer_id: int,
+        layer_type: str,
+        is_moe: bool,
+    ) -> None:
+        super().__init__()
+        self.is_linear = layer_type == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(
+                config, quant_config, f"{prefix}.linear_attn", layer_id=layer_id
+            )
+        else:
+            self.self_attn = GatedAttention(
+                config, quant_config, f"{prefix}.self_attn", layer_id=layer_id
+            )
+        self.mlp = (
+            SparseMoE(config, quant_config, f"{prefix}.mlp", layer_id=layer_id)
+            if is_moe
+            else SwiGLU(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp")
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        forward_batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes: positions [T], hidden_states and residual [T, D], returns both."""
+        if residual is None:  # the first layer: the embeddings are the residual
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states = self.input_layernorm(hidden_states, residual)
+        if self.is_linear:
+            hidden_states = self.linear_attn(hidden_states)
+        else:
+            hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class Qwen3NextModel(nn.Module):
+    """Embedding, layers and the final norm."""
+
+    def __init__(
+        self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config,
+                quant_config,
+                f"{prefix}.layers.{i}",
+                layer_id=i,
+                layer_type=layer_type,
+                is_moe=config.is_moe_layer(i),
+            )
+            for i, layer_type in enumerate(config.layer_types)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes: input_ids, positions [T], returns [T, D]."""
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual, forward_batch)
+        return self.norm(hidden_states, residual)
+
+
+class Qwen3NextForCausalLM(nn.Module):
+    """The trunk as SGLang's registry knows it; replaces the built-in model of that name."""
+
+    packed_modules_mapping = PACKED_MODULES
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
+
+    def __init__(
+        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = read_config(config, get_parallel().tp_size)
+        self.quantised = quant_config is not None
+        self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(
+                self.config.vocab_size, self.config.hidden_size, quant_config=quant_config
+            )
+        self.logits_processor = logits_processor(config)
+        in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
+        use_packing(self, None if in_fp32 else self.lm_head)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+    ) -> LogitsProcessorOutput:
+        """Shapes: input_ids, positions [T]."""
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the drafter shares."""
+        return self.model.embed_tokens.weight, self.lm_head.weight
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
+        tensors = checked(
+            weights,
+            expected=trunk_tensors(self.config),
+            ignored=mtp_tensors(self.config),
+            quantised=self.quantised,
+        )
+        load(self, tensors, STACKED_PROJECTIONS)
+
+
+EntryClass = Qwen3NextForCausalLM

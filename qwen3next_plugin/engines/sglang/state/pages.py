@@ -1,0 +1,152 @@
+"""State pages in SGLang's pool: one opaque page a request and linear layer, also with drafts.
+
+SGLang keeps a convolution window and S in tensors of their own, and k + 1 of each per request under
+speculation. Here both lie in one page (model/state.py), whose copy is always a correct copy.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.configs.mamba_utils import (
+    BaseLinearStateParams,
+    Mamba2StateDType,
+    mamba2_state_dtype,
+)
+from sglang.srt.configs.model_config import _get_and_verify_dtype
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
+from sglang.srt.mem_cache.memory_pool import GB, MambaPool
+from sglang.srt.runtime_context import get_model, get_parallel, get_spec
+from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
+
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang.flags import read_config
+from qwen3next_plugin.kernels.copy_pages import copy_pages
+from qwen3next_plugin.model.state import PageLayout, StatePool
+
+ALIGNMENT = 64  # bytes: a page begins where a cache line does
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def page_layout(hf_config: Any) -> PageLayout:
+    """The page of one linear layer of this rank, under the flags in force."""
+    config = read_config(hf_config, get_parallel().tp_size)
+    state_dtype = mamba2_state_dtype(hf_config).temporal
+    if state_dtype not in STATE_DTYPES:
+        raise ConfigError(
+            f"mamba_ssm_dtype = {state_dtype}: the state is kept in one of "
+            f"{', '.join(map(str, STATE_DTYPES))}; leave --mamba-ssm-dtype out for float32"
+        )
+    return PageLayout(
+        num_key_heads=config.linear_num_key_heads_per_rank,
+        num_value_heads=config.linear_num_value_heads_per_rank,
+        key_dim=config.linear_key_head_dim,
+        value_dim=config.linear_value_head_dim,
+        draft_tokens=max_drafts(),
+        activation_dtype=_get_and_verify_dtype(hf_config, get_model().dtype),
+        state_dtype=state_dtype,
+    )
+
+
+def max_drafts() -> int:
+    """The most tokens of a row that may be taken back: the depth of a draft, 0 without drafts."""
+    return (get_spec().speculative_num_steps or 0) if get_spec().speculative_algorithm else 0
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """A page in the terms in which SGLang sizes its pools: no window beside it, only bytes."""
+
+    layout: PageLayout
+
+    @property
+    def conv(self) -> list[tuple[int, ...]]:
+        return []
+
+    @property
+    def temporal(self) -> tuple[int]:
+        return (-(-self.layout.page_bytes // ALIGNMENT) * ALIGNMENT,)
+
+
+@dataclass(kw_only=True, frozen=True)
+class PageParams(BaseLinearStateParams):
+    """What SGLang asks of a config about its linear layers."""
+
+    shape: PageShape
+
+
+def page_params(hf_config: Any) -> PageParams:
+    """Takes the place of `Qwen3NextConfig.mamba2_cache_params`."""
+    layout = page_layout(hf_config)
+    return PageParams(
+        shape=PageShape(layout),
+        layers=hf_config.linear_layer_ids,
+        dtype=Mamba2StateDType(conv=layout.activation_dtype, temporal=torch.uint8),
+    )
+
+
+class PagePool(MambaPool):
+    """SGLang's pool of states with pages in it; slots are handed out and copied by SGLang."""
+
+    replayssm_write_pos = replayssm_spec_write_pos = replayssm_cache_base = None
+    replayssm_spec_fold = replayssm_is_kda = False
+    enable_linear_replayssm = enable_linear_replayssm_spec = False
+    conv_shard_groups, conv_slice_axis = None, 0
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        spec_state_size: int,
+        cache_params: PageParams,
+        mamba_layer_ids: list[int],
+        device: str,
+        enable_memory_saver: bool = False,
+        speculative_eagle_topk: int | None = None,
+        **_: Any,  # of windows, snapshots and rings, which a page makes needless
+    ) -> None:
+        self.size, self.device, self.debug_memory_pool = size, device, False
+        self.mamba_layer_ids = list(mamba_layer_ids)
+        self.num_mamba_layers = len(mamba_layer_ids)
+        self.layout = cache_params.shape.layout
+        self.num_slots = size + 1  # SGLang's ids begin at 1
+        branches = max_branches(speculative_eagle_topk)
+        # Branches of draft trees, in the slots behind: a step copies pages there and back.
+        slots = self.num_slots + spec_state_size * branches
+        saver = TorchMemorySaverAdapter.create(enable=enable_memory_saver)
+        with saver.region(GPU_MEMORY_TYPE_KV_CACHE):
+            pages = torch.empty(  # of which the system gives what is touched
+                (self.num_mamba_layers, slots, *cache_params.shape.temporal),
+                dtype=torch.uint8,
+                device=device,
+            )
+        self.mamba_cache = self.State(conv=[], temporal=pages)
+        self.mem_usage = pages.nbytes / GB
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """All pages [layers, slots, bytes] uint8."""
+        return self.mamba_cache.temporal
+
+    def view(self, layer_id: int) -> StatePool:
+        """The pages of one layer as the tensors they hold."""
+        return self.layout.view(self.pages_of(layer_id).squeeze(0))
+
+    def pages_of(self, layer_id: int) -> torch.Tensor:
+        """The pages of one layer [1, slots, bytes] uint8."""
+        i = self.mamba_layer_ids.index(layer_id)
+        return self.pages[i : i + 1]
+
+    def clear_slots(self, indices: torch.Tensor) -> None:
+        """Nothing to clear: a page is fresh where a request's context is empty."""
+
+    def copy_from(self, src_indices: torch.Tensor, dst_indices: torch.Tensor) -> None:
+        """Copy pages, whole."""
+        all_of_them = torch.ones_like(src_indices, dtype=torch.bool)
+        source, target = src_indices.int(), dst_indices.long()
+        copy_pages(pages_=self.pages, source=source, target=target, mask=all_of_them)
+
+
+def max_branches(topk: int | None) -> int:
+    """Leaves of a draft tree but one, at most: every node but the root is one; of a chain none."""
+    return max(0, get_spec().speculative_num_draft_tokens - 2) if (topk or 0) > 1 else 0

@@ -1,0 +1,134 @@
+"""The linear-attention backend: turns SGLang's forward batch into a Step, and runs the layers."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from qwen3next_plugin.engines.sglang.state.pages import PagePool
+from qwen3next_plugin.engines.sglang.state.tree_steps import TreeStep
+from qwen3next_plugin.model.gated_delta_net import gated_delta_net
+from qwen3next_plugin.model.state import StateError
+from qwen3next_plugin.model.step import Step
+
+if TYPE_CHECKING:
+    from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
+
+
+class LinearBackend(AttentionBackend):
+    """Builds one Step per engine step from lengths and slots alone.
+
+    SGLang's own backend is told how many draft tokens were accepted, and scatters states by it.
+    Ours needs no count: the page knows where it stands, so roll-back is a matter of context length.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.pool: PagePool = self.req_to_token_pool.mamba_pool
+        self.views = {layer: self.pool.view(layer) for layer in self.pool.mamba_layer_ids}
+        self.rids: list[str] | None = None
+        self.step: Step  # of the forward pass that is running
+        self.tree: TreeStep | None = None
+
+    def supports_prefill_graph_extend(self) -> bool:
+        """No: a prompt's graph is cut at linear layers."""
+        return False
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Build the step that all linear layers share."""
+        self.rids, self.tree = forward_batch.rids, None
+        slot = self.req_to_token_pool.get_mamba_indices(forward_batch.req_pool_indices)
+        spec_info = forward_batch.spec_info
+        if forward_batch.forward_mode.is_target_verify() and spec_info.tree_topk != 1:
+            self.tree = self._tree(forward_batch, slot)
+            self.pool.copy_from(self.tree.source, self.tree.branch)
+            self.step = self.tree.step
+        else:
+            self.step = self._step(forward_batch, slot)
+
+    def _step(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> Step:
+        N, seq_lens = forward_batch.batch_size, forward_batch.seq_lens
+        if forward_batch.forward_mode.is_target_verify():  # lengths do not count the drafts
+            n = forward_batch.spec_info.draft_token_num
+            query_start_loc, seq_lens = torch.arange(N + 1) * n, seq_lens + n
+        elif forward_batch.forward_mode.is_decode_or_idle():
+            query_start_loc = torch.arange(N + 1)
+        else:
+            query_start_loc = torch.zeros(N + 1, dtype=torch.int64)
+            query_start_loc[1:] = forward_batch.extend_seq_lens.cumsum(0)
+        return Step.build(
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            slot=slot,
+            num_tokens=int(query_start_loc[-1]),
+            num_slots=self.pool.num_slots,
+            max_query_len=int(query_start_loc.diff().max()),
+        )
+
+    def _tree(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> TreeStep:
+        spec_info = forward_batch.spec_info
+        return TreeStep.build(
+            next_token=spec_info.retrieve_next_token,
+            next_sibling=spec_info.retrieve_next_sibling,
+            context_len=forward_batch.seq_lens,
+            slot=slot,
+            num_slots=self.pool.pages.shape[1],
+            first_branch=self.pool.num_slots,
+        )
+
+    def attend(self, layer: "GatedDeltaNet", qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        """Run a layer's recurrence on this step's rows.
+
+        Shapes:
+            qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]
+
+        Raises:
+            StateError: a page that cannot serve the step; names request and layer.
+        """
+        if self.tree is not None:
+            qkvz_of_step, qkvz, ba = qkvz, qkvz[self.tree.token], ba[self.tree.token]
+        try:
+            out = gated_delta_net(
+                qkvz=qkvz,
+                ba=ba,
+                weights=layer.weights,
+                shape=layer.shape,
+                pool_=self.views[layer.layer_id],
+                step=self.step,
+            )
+        except RuntimeError as error:
+            raise self._complaint(layer.prefix, error) from error
+        if self.tree is None:
+            return out
+        of_step = out.new_zeros(len(qkvz_of_step), out.shape[1])
+        of_step[self.tree.token] = out  # shared tokens: the same bits from each of their paths
+        return of_step
+
+    def _complaint(self, layer: str, error: RuntimeError) -> StateError:
+        complaint = StateError(layer, str(error))
+        if complaint.row is None or self.rids is None or self.tree is not None:
+            return complaint
+        return StateError(f"request {self.rids[complaint.row]}, {layer}", str(error))
+
+    def commit(self, last_node: torch.Tensor) -> None:
+        """After verification: of a tree, keep the page on which the accepted path ran."""
+        if self.tree is not None:
+            source, target = self.tree.accepted(last_node.tolist())
+            self.pool.copy_from(torch.tensor(source).long(), torch.tensor(target).long())
+
+
+class HybridBackend(HybridLinearAttnBackend):
+    """SGLang's pair of backends; nothing is scattered after a verification."""
+
+    linear_attn_backend: LinearBackend
+
+    def update_mamba_state_after_mtp_verify(
+        self, last_correct_step_indices: torch.Tensor, *_: Any, **__: Any
+    ) -> None:
+        """Shapes: last_correct_step_indices [N], the last accepted node of each tree."""
+        self.linear_attn_backend.commit(last_correct_step_indices)

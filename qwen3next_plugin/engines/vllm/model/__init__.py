@@ -1,0 +1,1 @@
+"""The layers, as vLLM builds, loads and shards them."""

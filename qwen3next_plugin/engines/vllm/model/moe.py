@@ -1,0 +1,139 @@
+"""The ultra-sparse MoE block, from vLLM's fused experts."""
+
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_ep_group, tensor_model_parallel_all_gather
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.models.utils import sequence_parallel_chunk
+from vllm.platforms import current_platform
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.cpu.experts import Experts
+from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.shared_expert import SharedExpertGate
+
+
+class SwiGLU(nn.Module):
+    """A dense MLP, or the shared expert with its own sigmoid gate."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        reduce_results: bool = True,
+        expert_gate: SharedExpertGate | None = None,
+        disable_tp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+            disable_tp=disable_tp,
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+            disable_tp=disable_tp,
+        )
+        self.act_fn = SiluAndMul()
+        self.expert_gate = expert_gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        gate_up, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act_fn(gate_up))
+        return out if self.expert_gate is None else self.expert_gate(x, out)
+
+
+class SparseMoE(nn.Module):
+    """Top-k routed experts (softmax, top-k, renormalise) plus one gated shared expert."""
+
+    def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        parallel_config = vllm_config.parallel_config
+        # Tensor, data and expert parallel at once: a rank routes its share of the tokens.
+        self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
+        self.n_routed_experts = config.num_experts
+        self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
+        self.n_physical_experts = config.num_experts + self.n_redundant_experts
+        self.n_local_physical_experts = (
+            self.n_physical_experts // get_ep_group().device_group.size()
+        )
+        self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
+        self.shared_expert_gate: SharedExpertGate | None = None
+        self.shared_expert: nn.Module | None = None
+        if config.shared_expert_intermediate_size:
+            self._make_shared_expert(config, vllm_config, prefix)
+        with _without_lora(vllm_config):
+            self.experts = FusedMoEFactory(
+                shared_experts=self.shared_expert,
+                gate=self.gate,
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.moe_intermediate_size,
+                renormalize=config.norm_topk_prob,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.experts",
+                enable_eplb=parallel_config.enable_eplb,
+                num_redundant_experts=self.n_redundant_experts,
+                is_sequence_parallel=self.is_sequence_parallel,
+                # On a GPU vLLM routes in one launch, or inside the experts' kernel.
+                custom_routing_function=route if current_platform.is_cpu() else None,
+                routed_experts_cls=Experts,
+            )
+
+    def _make_shared_expert(
+        self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        self.shared_expert_gate = SharedExpertGate(config.hidden_size)
+        self.shared_expert = SwiGLU(
+            config.hidden_size,
+            config.shared_expert_intermediate_size,
+            vllm_config,
+            f"{prefix}.shared_expert",
+            reduce_results=False,  # the experts' reduction sums both
+            expert_gate=self.shared_expert_gate,
+            disable_tp=self.is_sequence_parallel,
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Shapes: hidden_states [T, D], returns [T, D]."""
+        x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
+        # The experts hold the gate, and make the router's logits of the hidden states themselves.
+        out = self.experts(hidden_states=x, router_logits=x)
+        if not self.is_sequence_parallel:
+            return out
+        return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
+
+
+def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager:
+    """On a CPU, build the experts as if there were no LoRA.
+
+    vLLM would choose its LoRA experts for them, Triton kernels that a CPU does not have; `checks`
+    has kept the adapters to the projections. Can go when vLLM asks the platform first.
+    """
+    if vllm_config.lora_config is None or not current_platform.is_cpu():
+        return nullcontext()
+    plain = copy(vllm_config)
+    plain.lora_config = None
+    return set_current_vllm_config(plain)

@@ -1,0 +1,164 @@
+"""Qwen3NextMTP: the drafter that ships in the checkpoint, driven by vLLM's propose loop."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.models.interfaces import MixtureOfExperts
+from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, maybe_prefix
+
+from qwen3next_plugin.engines.vllm.flags import read_config
+from qwen3next_plugin.engines.vllm.model.trunk import (
+    PACKED_MODULES,
+    STACKED,
+    DecoderLayer,
+    Qwen3NextForCausalLM,
+    describe_experts,
+)
+from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding
+from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.weights import checked, trunk_tensors
+from qwen3next_plugin.mtp.head import fuse
+from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@support_torch_compile
+class MultiTokenPredictor(nn.Module):
+    """fc over [embedding; hidden state], one full-attention decoder layer, a norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = read_config(vllm_config)
+        # vLLM puts the trunk's embedding here, except where that lies on another pipeline stage.
+        self.embed_tokens = (
+            PPMissingLayer() if get_pp_group().world_size == 1 else make_embedding(config)
+        )
+        self.fc = ColumnParallelLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            gather_output=True,
+            bias=False,
+            return_bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.fc",
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config,
+                vllm_config,
+                f"{prefix}.layers.{i}",
+                layer_type="full_attention",
+                is_moe=config.num_experts > 0,
+            )
+            for i in range(config.num_nextn_predict_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_fc_norm_hidden = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_fc_norm_embedding = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Shapes: input_ids [T], returns [T, D]."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> torch.Tensor:
+        """Shapes: input_ids, positions [T], hidden_states [T, D], returns [T, D]."""
+        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = fuse(
+            embeds=embeds,
+            hidden_states=hidden_states,
+            norm_embedding=self.pre_fc_norm_embedding,
+            norm_hidden=self.pre_fc_norm_hidden,
+            fc=self.fc,
+        )
+        layer = self.layers[spec_step_idx % len(self.layers)]
+        hidden_states, residual = layer(positions, hidden_states, None)
+        return self.norm(hidden_states, residual)
+
+
+class Qwen3NextMTP(nn.Module, MixtureOfExperts):
+    """The drafter as vLLM's registry knows it; replaces the built-in model of that name."""
+
+    packed_modules_mapping = PACKED_MODULES
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    update_physical_experts_metadata = Qwen3NextForCausalLM.update_physical_experts_metadata
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = read_config(vllm_config)
+        self.quantised = vllm_config.quant_config is not None
+        self.model = MultiTokenPredictor(
+            vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")
+        )
+        self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here; both are on the last stage
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        describe_experts(self, self.model.layers)
+        self.trunk_names = frozenset(trunk_tensors(self.config))
+        if not isinstance(self.model.embed_tokens, PPMissingLayer):
+            self.trunk_names -= {EMBEDDING}
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Shapes: input_ids [T], returns [T, D]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> torch.Tensor:
+        """Shapes: input_ids, positions [T], hidden_states [T, D], returns [T, D]."""
+        return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
+
+    def compute_logits(
+        self, hidden_states: torch.Tensor, spec_step_idx: int = 0
+    ) -> torch.Tensor | None:
+        """Shapes: hidden_states [N, D], returns [N, vocab]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def see(self, token_ids: torch.Tensor) -> None:
+        """Let drafts follow what is asked and answered. Shapes: token_ids [T]."""
+        if hasattr(self.lm_head, "draft_head"):
+            self.lm_head.draft_head.see(token_ids)
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The likeliest tokens. Shapes: hidden_states [N, D], returns [N]."""
+        if hasattr(self.lm_head, "draft_head"):
+            return self.lm_head.draft_head(hidden_states)
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Whether vLLM need not read the tensor for the drafter: all that is the trunk's."""
+        return name in self.trunk_names
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load `mtp.*`, strictly, and the embedding where this stage has no trunk's to share."""
+        expected = mtp_tensors(self.config)
+        if not isinstance(self.model.embed_tokens, PPMissingLayer):
+            expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
+        tensors = checked(
+            require_mtp(weights),
+            expected=expected,
+            ignored=self.trunk_names,
+            quantised=self.quantised,
+        )
+        renamed = (
+            ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)
+            for name, tensor in tensors
+        )
+        return AutoWeightsLoader(self).load_weights(renamed, mapper=STACKED)

@@ -1,0 +1,252 @@
+"""Qwen3NextForCausalLM: the trunk, from vLLM's parallel layers and ours."""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFunc,
+    get_temporal_copy_spec,
+)
+from vllm.model_executor.models.interfaces import (
+    HasInnerState,
+    IsHybrid,
+    MixtureOfExperts,
+    SupportsLoRA,
+    SupportsPP,
+)
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.cpu import page_copy
+from qwen3next_plugin.engines.vllm.flags import read_config
+from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
+from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet, page_layout
+from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
+from qwen3next_plugin.mtp.weights import mtp_tensors
+
+PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "in_proj_qkvz": ["in_proj_qkvz"],
+    "in_proj_ba": ["in_proj_ba"],
+}
+STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
+
+
+class DecoderLayer(nn.Module):
+    """Norm, mixer, norm, MLP; the residual is carried beside and updated in place."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        layer_type: str,
+        is_moe: bool,
+    ) -> None:
+        super().__init__()
+        self.is_linear = layer_type == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config, vllm_config, f"{prefix}.linear_attn")
+        else:
+            self.self_attn = GatedAttention(config, vllm_config, f"{prefix}.self_attn")
+        self.mlp = (
+            SparseMoE(config, vllm_config, f"{prefix}.mlp")
+            if is_moe
+            else SwiGLU(config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp")
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes: positions [T], hidden_states and residual [T, D], returns both."""
+        if residual is None:  # the first layer: the embeddings are the residual
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states = self.input_layernorm(hidden_states, residual)
+        if self.is_linear:
+            hidden_states = self.linear_attn(hidden_states)
+        else:
+            hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+@support_torch_compile
+class Qwen3NextModel(nn.Module):
+    """Embedding, this stage's layers, and the final norm on the last stage."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = read_config(vllm_config)
+        self.embed_tokens = make_embedding(config)
+
+        def make_layer(prefix: str) -> DecoderLayer:
+            index = extract_layer_index(prefix)
+            return DecoderLayer(
+                config,
+                vllm_config,
+                prefix,
+                layer_type=config.layer_types[index],
+                is_moe=config.is_moe_layer(index),
+            )
+
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers, make_layer, prefix=f"{prefix}.layers"
+        )
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+        self.norm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps)
+            if get_pp_group().is_last_rank
+            else PPMissingLayer()
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Shapes: input_ids [T], returns [T, D]."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run this stage. Shapes: input_ids, positions [T], returns [T, D] on the last stage."""
+        if intermediate_tensors is None:
+            hidden_states = (
+                self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            )
+            residual = None
+        else:
+            hidden_states = intermediate_tensors["hidden_states"]
+            residual = intermediate_tensors["residual"]
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        return self.norm(hidden_states, residual)
+
+
+class Qwen3NextForCausalLM(
+    nn.Module, HasInnerState, IsHybrid, MixtureOfExperts, SupportsLoRA, SupportsPP
+):
+    """The trunk as vLLM's registry knows it; replaces the built-in model of that name."""
+
+    packed_modules_mapping = PACKED_MODULES
+    moe_layers: list[Any]
+    num_logical_experts: int
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = read_config(vllm_config)
+        self.quantised = vllm_config.quant_config is not None
+        page_copy.install()
+        dispatch.load(current_platform.device_type)
+        self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = make_lm_head(self.config, vllm_config, prefix, self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        describe_experts(self, self.model.layers)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Shapes: input_ids [T], returns [T, D]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Shapes: input_ids, positions [T], returns [T, D] on the last stage."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Shapes: hidden_states [N, D], returns [N, vocab]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
+        tensors = checked(
+            weights,
+            expected=trunk_tensors(self.config),
+            ignored=mtp_tensors(self.config),
+            quantised=self.quantised,
+        )
+        return AutoWeightsLoader(self).load_weights(tensors, mapper=STACKED)
+
+    # What vLLM asks of a hybrid model, before it is built: sizes, to lay out its pages.
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int]]:
+        return ((page_layout(read_config(vllm_config), vllm_config).page_bytes,),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:
+        return (torch.int8,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc]:
+        return (get_temporal_copy_spec,)  # a page is copied whole
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """The class by which model runner V2 moves pages; imported when that runner asks."""
+        from qwen3next_plugin.engines.vllm.state.model_state import Qwen3NextModelState
+
+        return Qwen3NextModelState
+
+    def update_physical_experts_metadata(
+        self, num_physical_experts: int, num_local_physical_experts: int
+    ) -> None:
+        self.num_physical_experts = num_physical_experts
+        self.num_local_physical_experts = num_local_physical_experts
+        self.num_redundant_experts = num_physical_experts - self.num_logical_experts
+        for experts in self.moe_layers:
+            experts.update_expert_map()
+
+
+def describe_experts(model: Any, layers: Iterable[Any]) -> None:
+    """Set the counts by which vLLM balances experts (its MixtureOfExperts protocol)."""
+    moes = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoE)]
+    model.expert_weights = []
+    model.moe_layers = [moe.experts for moe in moes]
+    model.num_moe_layers = len(moes)
+    model.num_expert_groups = 1
+    model.num_shared_experts = 0
+    if moes:
+        model.num_logical_experts = moes[0].n_routed_experts
+        model.num_routed_experts = moes[0].n_routed_experts
+        model.num_physical_experts = moes[0].n_physical_experts
+        model.num_local_physical_experts = moes[0].n_local_physical_experts
+        model.num_redundant_experts = moes[0].n_redundant_experts

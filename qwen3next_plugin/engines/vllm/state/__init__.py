@@ -1,0 +1,1 @@
+"""The state pages, and the step that reads and writes them."""

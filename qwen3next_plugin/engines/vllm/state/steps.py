@@ -1,0 +1,93 @@
+"""The linear-attention backend: turns vLLM's per-step metadata into a Step."""
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
+
+from qwen3next_plugin import env
+from qwen3next_plugin.engines.vllm.plugin import BACKEND_NAME
+from qwen3next_plugin.model.step import DeviceSteps, Step
+
+
+class StepBuilder(AttentionMetadataBuilder[Step]):
+    """Builds one Step per engine step from lengths and block tables alone.
+
+    vLLM tells the builders of its own recurrent layers how many draft tokens were accepted. Ours
+    need no count: the page knows where it stands, so roll-back is a matter of context length.
+    """
+
+    reorder_batch_threshold: int | None = None
+
+    def __init__(
+        self,
+        kv_cache_spec: MambaSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.cache_config = vllm_config.cache_config
+        self.on_device = None
+        if device.type != "cpu":
+            # A graph's batch may be a row larger than what is scheduled.
+            self.on_device = DeviceSteps(vllm_config.scheduler_config.max_num_seqs + 1, device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """On a GPU any step: its kernels find their rows there. The reference has to look."""
+        if current_platform.is_cpu() or env.kernels() == "reference":
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.ALWAYS
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Step:
+        """Build the step of this batch; column 0 of the block table is each row's slot."""
+        common = common_attn_metadata
+        slots = mamba_get_block_table_tensor(
+            common.block_table_tensor,
+            common.seq_lens,
+            self.kv_cache_spec,
+            self.cache_config.mamba_cache_mode,
+        )
+        rows: dict[str, Any] = {
+            "query_start_loc": common.query_start_loc,
+            "seq_lens": common.seq_lens,
+            "slot": slots[:, 0],
+            "num_tokens": common.num_actual_tokens,
+            "max_query_len": common.max_query_len,
+        }
+        if self.on_device is not None:
+            return self.on_device.build(**rows)
+        return Step.build(**rows, num_slots=self.cache_config.num_gpu_blocks)
+
+
+class GatedDeltaNetBackend(AttentionBackend):
+    """Names the builder; the arithmetic is in the layer."""
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_builder_cls() -> type[StepBuilder]:
+        return StepBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True
