@@ -61,22 +61,20 @@ def _check_kind(seam: Attribute, found: Any, version: Version) -> None:
         )
 
 
-def put(seams: Sequence[Hook | Attribute], version: Version) -> None:
+def put(
+    seams: Sequence[Hook | Attribute], version: Version, apply: Callable[[Sequence[Hook]], None]
+) -> None:
     """Check all, register the hooks with SGLang, which puts them in place, set the attributes.
 
     Raises:
         SeamError: a target that is not what it was, or that SGLang did not put our function at.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
     check(seams, version)
     for seam in seams:
-        if isinstance(seam, Hook):
-            HookRegistry.register(seam.target, seam.around, HookType.AROUND)
-        else:
+        if isinstance(seam, Attribute):
             owner, _, name = seam.target.rpartition(".")
             setattr(pkgutil.resolve_name(owner), name, seam.value)
-    HookRegistry.apply_hooks()
+    apply([seam for seam in seams if isinstance(seam, Hook)])
     for seam in seams:  # SGLang only logs a hook that it cannot put in place
         if isinstance(seam, Hook) and not hasattr(_resolve(seam.target, version), "__wrapped__"):
             raise SeamError(f"SGLang {version} takes no hook at {seam.target}: {_mend(version)}")

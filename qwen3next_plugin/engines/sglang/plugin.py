@@ -3,8 +3,10 @@
 import functools
 import logging
 import os
+from collections.abc import Sequence
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines.patching import Hook
 from qwen3next_plugin.versions import check_host
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -38,19 +40,28 @@ def _register() -> bool:
         from qwen3next_plugin.engines.sglang.cpu.attention_backend import register_attention_backend
         from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ON_CPU, WITH_OURS
 
-        seams.put((*ANYWHERE, *WITH_OURS, *ON_CPU), version)
+        seams.put((*ANYWHERE, *WITH_OURS, *ON_CPU), version, _apply)
         register_attention_backend()
     elif machine.on_gpu():
         from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ON_GPU, WITH_OURS
 
-        seams.put((*ANYWHERE, *WITH_OURS, *ON_GPU), version)
+        seams.put((*ANYWHERE, *WITH_OURS, *ON_GPU), version, _apply)
     else:
         from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ELSEWHERE
 
-        seams.put((*ANYWHERE, *ELSEWHERE), version)
+        seams.put((*ANYWHERE, *ELSEWHERE), version, _apply)
         return False
     _register_models()
     return True
+
+
+def _apply(hooks: Sequence[Hook]) -> None:
+    """Through SGLang's own registry."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for hook in hooks:
+        HookRegistry.register(hook.target, hook.around, HookType.AROUND)
+    HookRegistry.apply_hooks()
 
 
 def _prepare_cpu() -> None:

@@ -339,7 +339,7 @@ def test_prompts_graphs_run_the_body_of_either_model(sources, file):
     runner = sources.tree("srt/model_executor/runner/prefill_cuda_graph_runner.py")
     call = "self.layer_model.forward(input_ids, positions, forward_batch, **kwargs)"
     assert call in ast.unparse(definition(runner, "_run_forward"))
-    model = ast.parse((ENGINES / HOST / "models" / f"{file}.py").read_text(encoding="utf-8"))
+    model = ast.parse((ENGINES / HOST / "model" / f"{file}.py").read_text(encoding="utf-8"))
     body = {"trunk": "Qwen3NextModel", "mtp": "MultiTokenPredictor"}[file]
     wanted = ["self", "input_ids", "positions", "forward_batch"]
     assert arguments(definition(definition(model, body), "forward"))[:4] == wanted
@@ -347,7 +347,7 @@ def test_prompts_graphs_run_the_body_of_either_model(sources, file):
 
 def test_the_verification_samples_by_names_that_ours_replace(sources):
     names = sources.names("srt/speculative/eagle_utils.py")
-    ours = ast.parse((ENGINES / HOST / "sampling.py").read_text(encoding="utf-8"))
+    ours = ast.parse((ENGINES / HOST / "speculation" / "sampling.py").read_text(encoding="utf-8"))
     public = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
     assert {name for name in public if not name.startswith("_")} <= names
 

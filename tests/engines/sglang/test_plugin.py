@@ -13,6 +13,7 @@ pytest.importorskip("sglang")
 
 from qwen3next_plugin.engines import patching as seams
 from qwen3next_plugin.engines.patching import Attribute, Hook, SeamError
+from qwen3next_plugin.engines.sglang import plugin
 
 VERSION = Version("9.9.9")
 MEND = "install a release of qwen3next-plugin that is tested with SGLang 9.9.9"
@@ -93,6 +94,7 @@ def test_hooks_and_attributes_are_put_in_place(module):
             Attribute(target="a_host.LACKED", value=double),
         ],
         VERSION,
+        plugin._apply,
     )
     thing = module.Thing()
     assert (module.add(1, 2), thing.grow(2), thing.size, module.CHOICES) == (6, 4, 5, ("a", "b"))
@@ -104,14 +106,14 @@ def test_nothing_is_put_in_place_unless_all_fit(module):
     fits = Hook(target="a_host.add", parameters=("a", "b"), around=print)
     other = Attribute(target="a_host.CHOICES", value=["a"])
     with pytest.raises(SeamError, match="CHOICES as a tuple; this plugin was written for a list"):
-        seams.put([fits, other], VERSION)
+        seams.put([fits, other], VERSION, plugin._apply)
     assert module.add is before
 
 
 def test_a_hook_that_the_host_only_logs_is_an_error(module):
     hook = Hook(target="a_host.Thing", parameters=(), around=lambda host: None)
     with pytest.raises(SeamError, match=r"SGLang 9\.9\.9 takes no hook at a_host\.Thing"):
-        seams.put([hook], VERSION)
+        seams.put([hook], VERSION, plugin._apply)
 
 
 # in a process of its own ------------------------------------------------------------------------
