@@ -1,10 +1,11 @@
-"""Costs: what a step and a draft take, from a model's shape at first and from timings ever after.
+"""Costs: seconds of a step and of a draft, first from the model's shape, then from timings.
 
     step  = w1 + w2·tokens + w3·experts(tokens)         experts(n) = E·(1 − (1 − k/E)^n)
     draft = w4·first pass + w5·(passes − 1)·pass        pass = 1 + tokens + experts, as shaped
 
-The weights are fitted to timings, all positive, so that the sum extrapolates; close to points that
-were timed it is bent towards them. Of the last timings at one point the median counts.
+The weights are fitted to timings. All are positive, so that the sum extrapolates. Near points that
+were timed, the fit is bent towards the timings. Each point counts with the median of its last
+timings.
 """
 
 from collections import deque
@@ -16,14 +17,15 @@ from typing import Self
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
-DRAFTED = 32768  # tokens that a draft chooses from, at most: docs/kernels.md has what they cover
-DRIFT = 1.01  # of the machine's level, by each timing above the median
-CHANCE = 4  # timings in a row on one side of the median; a longer run is a change of the machine
-FAR, SURPRISES = 1.5, 5  # another size, and how often in a row it is no chance
-HORIZON = 500  # timings after which one is out of date
-WINDOW = 64  # timings kept of one point
+DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
+FLOP_PER_BYTE = 10.0  # of a CPU; decides what tokens cost until steps are timed
+DRIFT = 1.01  # factor on the machine's level for a timing above the median
+CHANCE = 4  # longest run of timings on one side of the median that is taken for chance
+FAR, SURPRISES = 1.5, 5  # so many timings in a row that are off by FAR are not chance
+HORIZON = 500  # a timing is dropped after so many newer ones
+WINDOW = 64  # most timings kept of one point
 PRIOR = 0.05  # weight of the shape in the fit, in timings
-SHAPED = 10.0  # weight of the fit against timings nearby
+SHAPED = 10.0  # weight of the fit against nearby timings
 REFRESH = 8  # timings between two fits
 
 Point = tuple[float, float]
@@ -31,23 +33,20 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What is read and computed, in any one unit: only proportions matter."""
+    """What a model reads and computes, in any unit: only proportions matter."""
 
-    step: float  # once a step: everything but the experts
+    step: float  # once per step: everything except the experts
     step_expert: float = 0.0  # one expert, in all layers of the trunk
-    token: float = 0.0  # more for each token of the step
-    draft: float  # once a drafting pass: the layer and the head
+    token: float = 0.0  # each token of the step
+    draft: float  # once per drafting pass: the layer and the head
     draft_expert: float = 0.0  # one expert of the drafting layer
-    draft_token: float = 0.0  # more for each request of the pass
+    draft_token: float = 0.0  # each request of the pass
     experts: int = 0
     experts_per_token: int = 0
 
     @classmethod
-    def from_config(cls, config: Qwen3NextConfig, flop_per_byte: float = 20.0) -> Self:
-        """Weights read, and arithmetic as the bytes a machine reads meanwhile (GPU: 200, CPU: 10).
-
-        One unit is one parameter.
-        """
+    def from_config(cls, config: Qwen3NextConfig) -> Self:
+        """In parameters: those read, and arithmetic as those that could be read meanwhile."""
         c, D = config, config.hidden_size
         linear = D * (c.in_proj_qkvz_size + c.in_proj_ba_size + c.value_dim)
         attention = D * (c.q_proj_size + 2 * c.kv_proj_size + c.attention_dim)
@@ -64,27 +63,27 @@ class Shape:
         return cls(
             step=step,
             step_expert=moe * expert,
-            token=(step + moe * active) / flop_per_byte,  # a parameter: 2 bytes, 2 flop
+            token=(step + moe * active) / FLOP_PER_BYTE,  # a parameter: 2 bytes, 2 flop
             draft=draft,
             draft_expert=expert,
-            draft_token=(draft + active) / flop_per_byte,
+            draft_token=(draft + active) / FLOP_PER_BYTE,
             experts=c.num_experts,
             experts_per_token=c.num_experts_per_tok,
         )
 
     def experts_touched(self, tokens: float) -> float:
-        """Distinct experts that `tokens` tokens are routed to, each choosing at random."""
+        """Expected number of distinct experts if each token chose its experts at random."""
         if not self.experts:
             return 0.0
         return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
 
     def step_terms(self, batch: float, drafts: float) -> tuple[float, ...]:
-        """Parts of a step with `drafts` draft tokens a request."""
+        """Terms of a step with `drafts` draft tokens per request."""
         tokens = batch * (1 + drafts)
         return self.step, self.token * tokens, self.step_expert * self.experts_touched(tokens)
 
     def draft_terms(self, batch: float, passes: float) -> tuple[float, ...]:
-        """First pass, which also takes in what the step committed, and further passes."""
+        """Terms of the first pass, which also reads the committed tokens, and of the others."""
         return self._pass_cost(2 * batch), (passes - 1) * self._pass_cost(batch)
 
     def _pass_cost(self, tokens: float) -> float:
@@ -93,7 +92,7 @@ class Shape:
 
 
 class Model:
-    """Seconds at (batch, x): a weighted sum of terms, bent towards timings nearby."""
+    """Seconds at (batch, x): a weighted sum of terms, bent towards nearby timings."""
 
     def __init__(self, terms: Callable[[float, float], tuple[float, ...]]) -> None:
         self.terms = terms
@@ -101,11 +100,11 @@ class Model:
         self.weights = [1.0] * len(terms(1, 1))
         self._timings: dict[Point, deque[tuple[int, float]]] = {}
         self._medians: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
-        self._bends: list[tuple[Point, float, int]] = []  # seconds/fit, number of timings
-        self._far_off: dict[Point, list[float]] = {}  # timed/usual, of timings in a row
+        self._bends: list[tuple[Point, float, int]] = []  # seconds/fitted, number of timings
+        self._far_off: dict[Point, list[float]] = {}  # timed/usual, in a row
 
     def at_point(self, batch: int, x: float, seconds: float) -> tuple[Point, float]:
-        """The nearest point, half octaves of batch and halves of x apart, and the seconds there."""
+        """The nearest point of a grid (half octaves of batch, halves of x); the seconds there."""
         point = octave, x_ = round(2 * log2(batch)) / 2, round(2 * x) / 2
         return point, seconds * self.fitted(2**octave, x_) / self.fitted(batch, x)
 
@@ -118,7 +117,7 @@ class Model:
         self._medians[point] = median(s for _, s in timings), len(timings)
 
     def surprised(self, point: Point, seconds: float) -> float | None:
-        """Timed/usual where timings at a well-known point are of another size, not by chance."""
+        """Timed/usual where the last SURPRISES timings at a well-known point are off by FAR."""
         usual = self.usual(point)
         if usual is None or 1 / FAR <= seconds / usual <= FAR:
             self._far_off.pop(point, None)
@@ -130,12 +129,15 @@ class Model:
         return median(self._far_off.pop(point))
 
     def usual(self, point: Point) -> float | None:
-        """Seconds at a point that is well known."""
+        """The median at a well-known point: one with many timings."""
         seconds, timings = self._medians.get(point, (0.0, 0))
         return seconds if timings >= WINDOW // 2 else None
 
     def fit(self, level: float) -> float:
-        """Least squares of relative errors, drawn towards one weight for all; returns that one."""
+        """Fit by least squares of relative errors, pulled towards one common weight.
+
+        Returns: that common weight, which is `level` where nothing was timed.
+        """
         points = [
             (self.terms(2**octave, x), seconds, n)
             for (octave, x), (seconds, n) in self._medians.items()
@@ -163,7 +165,7 @@ class Model:
         return sum(w * t for w, t in zip(self.weights, self.terms(batch, x), strict=True))
 
     def bend(self, batch: int, x: float) -> float:
-        """Timed/fitted at the points around, by number of timings and nearness; 1 far away."""
+        """Mean timed/fitted of nearby points, weighted by timings and nearness; 1 far away."""
         octave = log2(batch)
         total = weight = SHAPED
         for (o, y), ratio, timings in self._bends:
@@ -174,7 +176,7 @@ class Model:
 
 
 def solve(gram: list[list[float]], goal: list[float], at_least: float) -> list[float]:
-    """Of gram·w = goal, gram positive definite; weights that would be too small are at_least."""
+    """Solve gram·w = goal, gram positive definite, with every weight `at_least` so large."""
     free, w = list(range(len(goal))), [at_least] * len(goal)
     while free:
         rest = [g for g in range(len(w)) if g not in free]
@@ -192,9 +194,9 @@ def solve(gram: list[list[float]], goal: list[float], at_least: float) -> list[f
 
 
 def eliminated(rows: list[list[float]]) -> list[float]:
-    """Solution of a positive definite system, its right side last in each row."""
+    """Solve a positive definite system; the last number of a row is its right side."""
     n = len(rows)
-    least = [1e-12 * row[i] for i, row in enumerate(rows)]  # where rounding leaves a pivot nothing
+    least = [1e-12 * row[i] for i, row in enumerate(rows)]  # pivot where rounding leaves none
     for i in range(n):
         rows[i][i] = max(rows[i][i], least[i])
         for j in range(i + 1, n):
@@ -208,7 +210,7 @@ def eliminated(rows: list[list[float]]) -> list[float]:
 
 
 def median(values: Iterable[float]) -> float:
-    """The lower one of two: a timing is sometimes several times too long, never too short."""
+    """The lower median: a timing is sometimes several times too long, never too short."""
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 2]
 
@@ -219,13 +221,13 @@ class Table:
 
     step: list[float]  # with 0, 1, 2, … draft tokens in the batch
     draft: list[float]  # of 0, 1, 2, … drafting passes
-    token: float  # a draft token more in a step whose experts are all read anyway
-    behind: float  # a token that the drafter has to catch up with
+    token: float  # one more draft token in a step that reads all experts anyway
+    pending: float  # one pending token that the drafter takes in first
 
     def among_prompts(self, share: float) -> "Table":
-        """With that share of steps also reading prompts, which touch the experts of drafts too.
+        """The table where this share of steps also reads prompts, and thus all experts anyway.
 
-        What prompts themselves take is the same for each token, however it was drafted: left out.
+        The cost of the prompts themselves is left out: drafts do not change it.
         """
         bare, rest = self.step[0], 1 - share
         step = [
@@ -236,37 +238,37 @@ class Table:
 
 
 class Costs:
-    """Seconds of steps and drafts for a batch, from a shape and from timings."""
+    """Seconds of steps and drafts of a batch, from a shape and from timings."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
-        self.level = 1.0  # how slow the machine is now
+        self.level = 1.0  # how slow the machine is now, relative to its timings
         self._run = 0  # timings in a row above the median, below it if negative
-        self._behind = 0.0  # seconds of a token that the drafter catches up with
-        self._fitted = -1  # timings at the last fit
+        self._pending = 0.0  # seconds of a pending token
+        self._fitted = -1  # number of timings at the last fit
         self._tables: dict[tuple[int, int], Table] = {}
 
     @classmethod
-    def from_config(cls, config: Qwen3NextConfig, flop_per_byte: float = 20.0) -> Self:
-        return cls(Shape.from_config(config, flop_per_byte))
+    def from_config(cls, config: Qwen3NextConfig) -> Self:
+        return cls(Shape.from_config(config))
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
-        """Time of a step of `batch` requests, none of them in prefill, with `tokens` tokens."""
+        """A step of `batch` requests and `tokens` tokens, without prefill, took `seconds`."""
         self._observe(self._steps, batch, tokens / batch - 1, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        """Time of all `passes` drafting passes after a step of `batch` requests."""
+        """After a step of `batch` requests, `passes` drafting passes took `seconds`."""
         self._observe(self._drafts, batch, passes, seconds)
 
     def observe_catching_up(self, batch: int, passes: int, tokens: int, seconds: float) -> None:
-        """Time of drafting passes, the first of which also took in `tokens` from steps before."""
+        """Drafting passes, the first over `tokens` pending tokens too, took `seconds`."""
         usual = self._drafts.seconds(batch, passes)
         extra = max(0.0, seconds / self.level - usual) / tokens
-        self._behind = (self._behind + extra) / 2 if self._behind else extra
+        self._pending = (self._pending + extra) / 2 if self._pending else extra
 
     def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
-        """Well-known points tell how fast the machine is now; the rest is told at that speed."""
+        """Add a timing at the machine's usual speed; well-known points give today's speed."""
         point, seconds = model.at_point(batch, x, seconds / self.level)
         if model is self._steps and (usual := model.usual(point)):
             side = 1 if seconds > usual else -1
@@ -278,7 +280,7 @@ class Costs:
         model.observe(point, seconds)
 
     def table(self, batch: int, max_draft: int) -> Table:
-        """What a batch costs with up to `max_draft` tokens each; a few timings old at most."""
+        """Costs of a batch with up to `max_draft` tokens each; at most REFRESH timings old."""
         timings = self._steps.count + self._drafts.count
         if self._fitted < 0 or timings - self._fitted >= min(REFRESH, 1 + self._fitted // 4):
             self._fitted = timings
@@ -289,12 +291,12 @@ class Costs:
                 list(self._step_seconds(batch, max_draft)),
                 [0.0, *(self._drafts.seconds(batch, x) for x in range(1, max_draft + 1))],
                 self._steps.weights[1] * self.shape.token,
-                self._behind,
+                self._pending,
             )
         return self._tables[batch, max_draft]
 
     def _step_seconds(self, batch: int, max_draft: int) -> Iterator[float]:
-        """Bent as at 0, 1, 2, … drafts a request, and straight in between."""
+        """Seconds of 0, 1, 2, … draft tokens; bends are interpolated between full rounds."""
         bends = [self._steps.bend(batch, x) for x in range(max_draft + 1)]
         for x, (low, high) in enumerate(pairwise([*bends, bends[-1]])):
             for i in range(batch if x < max_draft else 1):

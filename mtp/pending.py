@@ -1,13 +1,21 @@
-"""What the MTP layer has yet to see: committed tokens of requests that skipped its pass."""
+"""Pending tokens: committed tokens that the MTP layer has not seen yet.
 
+A request that drafts nothing skips the MTP layer. Its tokens are kept here, and one pass writes
+the layer's KV for all of them when the request drafts again. Skipping therefore costs almost
+nothing and loses no acceptance.
+"""
+
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
 
+MAX_PENDING = 256  # tokens of one request that an engine lets wait
+
 
 @dataclass(slots=True)
-class Rows:
-    """Consecutive committed tokens of one request, as the MTP layer takes them.
+class PendingTokens:
+    """Consecutive committed tokens of one request, as input of the MTP layer.
 
     Shapes:
         token_ids [n] of positions first+1 to first+n, hidden_states [n, D] of the trunk at
@@ -21,47 +29,48 @@ class Rows:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def end(self) -> int:
+        """The position after the last token's hidden state."""
+        return self.first + len(self)
 
-class Lag:
-    """Rows by request. A request that drafts nothing skips the MTP layer and catches up later.
 
-    The layer's KV of the skipped positions is written in one pass when the request drafts again,
-    so skipping costs next to nothing and loses no acceptance.
-    """
+class Pending:
+    """The pending tokens of each request."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[Rows]] = {}
-        self._pending: dict[str, int] = {}  # tokens of each, asked in every step
+        self._parts: dict[str, list[PendingTokens]] = {}  # one for each step that was skipped
+        self._counts: dict[str, int] = {}  # tokens of each request, read in every step
 
-    def pending(self, request: str) -> int:
-        """Number of tokens that the request is behind."""
-        return self._pending.get(request, 0)
+    def count(self, request: str) -> int:
+        """Number of tokens that are pending."""
+        return self._counts.get(request, 0)
 
-    def put(self, request: str, rows: Rows) -> None:
-        """Keep rows for later; a copy, since engines reuse what they came in."""
-        kept = Rows(rows.first, rows.token_ids.clone(), rows.hidden_states.clone())
-        self._rows[request] = [*self._continued(request, rows.first), kept]
-        self._pending[request] = kept.first + len(kept) - self._rows[request][0].first
+    def put(self, request: str, tokens: PendingTokens) -> None:
+        """Keep a copy for later: engines reuse the tensors."""
+        kept = PendingTokens(tokens.first, tokens.token_ids.clone(), tokens.hidden_states.clone())
+        self._parts[request] = [*self._before(request, tokens.first), kept]
+        self._counts[request] = kept.end - self._parts[request][0].first
 
-    def take(self, request: str, rows: Rows) -> Rows:
-        """All that the request is behind, up to and with `rows`; nothing is pending then."""
-        parts = [*self._continued(request, rows.first), rows]
-        self._rows.pop(request, None)
-        self._pending.pop(request, None)
+    def take(self, request: str, tokens: PendingTokens) -> PendingTokens:
+        """Remove and return everything that is pending, followed by `tokens`."""
+        parts = [*self._before(request, tokens.first), tokens]
+        self._parts.pop(request, None)
+        self._counts.pop(request, None)
         if len(parts) == 1:
-            return rows
-        return Rows(
+            return tokens
+        return PendingTokens(
             parts[0].first,
             torch.cat([part.token_ids for part in parts]),
             torch.cat([part.hidden_states for part in parts]),
         )
 
-    def keep_only(self, requests: set[str]) -> None:
-        """Drop every request that is not among these."""
-        for request in self._rows.keys() - requests:
-            del self._rows[request], self._pending[request]
+    def keep_only(self, requests: Set[str]) -> None:
+        """Drop all other requests."""
+        for request in self._parts.keys() - requests:
+            del self._parts[request], self._counts[request]
 
-    def _continued(self, request: str, first: int) -> list[Rows]:
-        """What is pending, if it ends right before `first`: a resumed request starts afresh."""
-        parts = self._rows.get(request, [])
-        return parts if parts and parts[-1].first + len(parts[-1]) == first else []
+    def _before(self, request: str, first: int) -> list[PendingTokens]:
+        """What ends right before `first`; nothing where the request resumed elsewhere."""
+        parts = self._parts.get(request, [])
+        return parts if parts and parts[-1].end == first else []

@@ -3,7 +3,7 @@
 Acceptance is fixed beforehand: `runs[t]` is how many drafts are right after t tokens of a request,
 so that every policy meets the same requests. Time is the true cost; noise is only what is observed.
 Like engines/vllm/drafter.py it reports no step in which a prompt is read, feeds a request that
-skipped the drafter all it is behind, and lets none fall behind by more than MAX_LAG.
+skipped the drafter all it is behind, and lets none fall behind by more than MAX_PENDING.
 """
 
 import random
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from qwen3next_plugin.mtp.policy import MAX_LAG, Policy
+from qwen3next_plugin.mtp.pending import MAX_PENDING
+from qwen3next_plugin.mtp.policy import Policy
 
 Run = Sequence[int]
 
@@ -142,7 +143,7 @@ class Server:
         fed, fresh = 0, False
         for r, length in zip(self.active, lengths, strict=True):
             r.drafted = length
-            if length or r.fresh or r.behind > MAX_LAG:
+            if length or r.fresh or r.behind > MAX_PENDING:
                 fed, r.behind = fed + r.behind, 0
             fresh, r.fresh = fresh or r.fresh, False
         if not fed:

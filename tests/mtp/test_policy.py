@@ -1,10 +1,10 @@
-"""The schedule of drafts: bounds, determinism, memory; never slower than the best fixed length."""
+"""The policy of drafts: bounds, determinism, memory; never slower than the best fixed length."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3next_plugin.mtp.costs import Costs, Shape
-from qwen3next_plugin.mtp.policy import Fixed, Schedule
+from qwen3next_plugin.mtp.policy import Adaptive, Fixed
 
 SHAPE = Shape(
     step=1.0,
@@ -26,7 +26,7 @@ def test_fixed():
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 5))
 def test_lengths_are_within_bounds_and_a_function_of_what_was_observed(data, k):
-    one, two = Schedule(k, Costs(SHAPE)), Schedule(k, Costs(SHAPE))
+    one, two = Adaptive(k, Costs(SHAPE)), Adaptive(k, Costs(SHAPE))
     for _ in range(data.draw(st.integers(1, 15))):
         requests = data.draw(st.lists(st.sampled_from("abcdefgh"), unique=True))
         lengths = one.lengths(requests)
@@ -34,50 +34,50 @@ def test_lengths_are_within_bounds_and_a_function_of_what_was_observed(data, k):
         assert len(lengths) == len(requests)
         assert all(0 <= length <= k for length in lengths)
         seconds = data.draw(st.floats(1e-6, 1e3))
-        for schedule in (one, two):
+        for policy in (one, two):
             for request, length in zip(requests, lengths, strict=True):
-                schedule.observe_verify(request, length, length // 2)
+                policy.observe_verify(request, length, length // 2)
             if requests:
-                schedule.observe_step(len(requests), len(requests) + sum(lengths), seconds)
+                policy.observe_step(len(requests), len(requests) + sum(lengths), seconds)
             if any(lengths):
-                schedule.observe_draft(len(requests), max(lengths), seconds / 3)
+                policy.observe_draft(len(requests), max(lengths), seconds / 3)
 
 
 def test_a_forgotten_request_leaves_nothing():
-    schedule = Schedule(3, Costs(SHAPE))
+    policy = Adaptive(3, Costs(SHAPE))
     for i in range(10_000):
-        schedule.lengths([f"r{i}"])
-        schedule.observe_verify(f"r{i}", 3, i % 4)
-        schedule.forget(f"r{i}")
-    assert schedule.snapshot()["requests"] == 0
+        policy.lengths([f"r{i}"])
+        policy.observe_verify(f"r{i}", 3, i % 4)
+        policy.forget(f"r{i}")
+    assert policy.snapshot()["requests"] == 0
 
 
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 5))
 def test_uniform_lengths_are_one_length(data, k):
-    schedule = Schedule(k, Costs(SHAPE), uniform=True)
+    policy = Adaptive(k, Costs(SHAPE), uniform=True)
     for _ in range(data.draw(st.integers(1, 15))):
         requests = data.draw(st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1))
-        lengths = schedule.lengths(requests)
+        lengths = policy.lengths(requests)
         assert len(set(lengths)) == 1
         assert 0 <= lengths[0] <= k
         accepted = data.draw(st.integers(0, k))
         for request, length in zip(requests, lengths, strict=True):
-            schedule.observe_verify(request, length, min(length, accepted))
+            policy.observe_verify(request, length, min(length, accepted))
 
 
 def test_uniform_lengths_follow_what_is_accepted():
     """All of them where every draft is right, none where none is."""
     for right, wanted in ((True, 3), (False, 0)):
-        schedule = Schedule(3, Costs(SHAPE), uniform=True)
+        policy = Adaptive(3, Costs(SHAPE), uniform=True)
         chosen = []
         for _ in range(400):
-            length = schedule.lengths(["a", "b"])[0]
+            length = policy.lengths(["a", "b"])[0]
             chosen.append(length)
             for request in "ab":
-                schedule.observe_verify(request, length, length if right else 0)
-            schedule.observe_step(2, 2 * (1 + length), 1.0 + 0.05 * length)
+                policy.observe_verify(request, length, length if right else 0)
+            policy.observe_step(2, 2 * (1 + length), 1.0 + 0.05 * length)
             if length:
-                schedule.observe_draft(2, length, 0.2 * length)
+                policy.observe_draft(2, length, 0.2 * length)
         late = chosen[200:]
         assert late.count(wanted) > 0.9 * len(late), late

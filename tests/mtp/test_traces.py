@@ -18,7 +18,7 @@ from mtp.traces import (
     steady,
 )
 from qwen3next_plugin.mtp.costs import Costs, Shape
-from qwen3next_plugin.mtp.policy import BUDGET, LEAST, Fixed, Schedule
+from qwen3next_plugin.mtp.policy import BUDGET, LEAST, Adaptive, Fixed
 
 ENOUGH = 0.95
 CROWDS = {1: "1", 4: "4", 16: "16", 0: "changing"}
@@ -26,7 +26,7 @@ crowds = pytest.mark.parametrize("batch", CROWDS, ids=CROWDS.values())
 NEVER = (0.04, 0.04, 0.04, 0.04)
 
 
-class Watched(Schedule):
+class Watched(Adaptive):
     """Remembers the number of drafting passes of each plan, and when another was on trial."""
 
     def __init__(self, max_draft: int, costs: Costs) -> None:
@@ -49,7 +49,7 @@ def best_fixed(trace: Trace) -> float:
 
 
 def adaptive(trace: Trace, shape: Shape) -> Result:
-    return serve(trace, Schedule(K, Costs(shape)))
+    return serve(trace, Adaptive(K, Costs(shape)))
 
 
 @crowds
@@ -104,8 +104,8 @@ def break_even(machine: Truth, batch: int) -> float:
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_no_oscillation_at_the_threshold(batch):
     chance = min(1.0, break_even(GPU, batch))
-    schedule = Watched(1, Costs(GPU_SHAPE))
-    serve(Case(GPU, steady((chance,)), GPU_SHAPE).trace(batch), schedule)
-    changes = sum(a != b for a, b in zip(schedule.plans[1:], schedule.plans, strict=False))
-    assert changes <= 20 * len(schedule.plans) / 1000 + 5
-    assert schedule.trials <= (1 + BUDGET * schedule._step) / LEAST
+    policy = Watched(1, Costs(GPU_SHAPE))
+    serve(Case(GPU, steady((chance,)), GPU_SHAPE).trace(batch), policy)
+    changes = sum(a != b for a, b in zip(policy.plans[1:], policy.plans, strict=False))
+    assert changes <= 20 * len(policy.plans) / 1000 + 5
+    assert policy.trials <= (1 + BUDGET * policy._step) / LEAST

@@ -144,9 +144,9 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     chain = algorithm.is_eagle() and given.speculative_eagle_topk == 1
     if not (chain and is_ours(model_config_of(server_args))):
         return host(algorithm, server_args)
-    from qwen3next_plugin.engines.sglang.speculation.worker import ChainWorker
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
 
-    return ChainWorker
+    return Worker
 
 
 def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:

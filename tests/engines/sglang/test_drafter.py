@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.mtp.pending import Lag, Rows
+from qwen3next_plugin.mtp.pending import Pending, PendingTokens
 
 
 @pytest.fixture
@@ -16,25 +16,25 @@ def drafter(monkeypatch):
     load_plugins()
     from types import SimpleNamespace as Bag
 
-    from qwen3next_plugin.engines.sglang.speculation.drafter import ChainDrafter
+    from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
 
-    drafter = object.__new__(ChainDrafter)
-    drafter.lag, drafter.next_steps = Lag(), 0
-    monkeypatch.setattr(ChainDrafter, "_no_drafts", lambda *_: None)
+    drafter = object.__new__(Drafter)
+    drafter.pending, drafter.next_steps = Pending(), 0
+    monkeypatch.setattr(Drafter, "_no_drafts", lambda *_: None)
 
     def step(at, *rids):
-        rows = [Rows(at, torch.zeros(1).long(), torch.zeros(1, 2)) for _ in rids]
-        monkeypatch.setattr(ChainDrafter, "_accepted", lambda *_: rows)
+        rows = [PendingTokens(at, torch.zeros(1).long(), torch.zeros(1, 2)) for _ in rids]
+        monkeypatch.setattr(Drafter, "_accepted", lambda *_: rows)
         batch = Bag(reqs=[Bag(rid=rid) for rid in rids])
         drafter._draft_extend_for_decode(batch, Bag(next_draft_input=None))
-        return drafter.lag
+        return drafter.pending
 
     return step
 
 
 def test_rows_of_requests_that_ended_are_dropped(drafter):
     drafter(5, "a", "b")
-    lag = drafter(6, "a", "b")
-    assert [lag.pending(rid) for rid in "ab"] == [2, 2]
-    lag = drafter(7, "b")
-    assert [lag.pending(rid) for rid in "ab"] == [0, 3]
+    pending = drafter(6, "a", "b")
+    assert [pending.count(rid) for rid in "ab"] == [2, 2]
+    pending = drafter(7, "b")
+    assert [pending.count(rid) for rid in "ab"] == [0, 3]

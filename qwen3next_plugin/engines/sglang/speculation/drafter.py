@@ -24,19 +24,18 @@ from sglang.srt.speculative.eagle_utils import (
 )
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
-from qwen3next_plugin.mtp.pending import Lag, Rows
-from qwen3next_plugin.mtp.policy import MAX_LAG
+from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens
 
 
-class ChainDrafter(EagleDraftWorker):
+class Drafter(EagleDraftWorker):
     """SGLang's draft worker, drafting chains our way; `begin` follows its construction."""
 
-    lag: Lag
+    pending: Pending
     next_steps: int  # drafts of each request in the step to come
 
     def begin(self) -> None:
         """Take over a draft worker that SGLang has built."""
-        self.lag = Lag()
+        self.pending = Pending()
         self.next_steps = self.speculative_num_steps
         self.draft_runner.model.make_draft_head()
 
@@ -88,33 +87,35 @@ class ChainDrafter(EagleDraftWorker):
         draft = batch_result.next_draft_input
         if not self.next_steps and not self._may_not_lag(rids, rows):
             for rid, row in zip(rids, rows, strict=True):
-                self.lag.put(rid, row)
-            self.lag.keep_only(set(rids))  # the others have ended, or will read their text anew
+                self.pending.put(rid, row)
+            self.pending.keep_only(set(rids))  # the others have ended, or will read their text anew
             self._no_drafts(draft, len(rids))
             return
-        rows = [self.lag.take(rid, row) for rid, row in zip(rids, rows, strict=True)]
-        self.lag.keep_only(set())
+        rows = [self.pending.take(rid, row) for rid, row in zip(rids, rows, strict=True)]
+        self.pending.keep_only(set())
         counts = [len(row) for row in rows]
         hidden_states = self._extend(batch, rows, counts)
         self._first_drafts(draft, hidden_states[torch.tensor(counts).cumsum(0) - 1])
 
-    def _accepted(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[Rows]:
+    def _accepted(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[PendingTokens]:
         """What each request commits of the step: its tokens, and the trunk's states before them."""
         n = self.speculative_num_draft_tokens
         token_ids = result.next_token_ids.view(-1, n).long()
         hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, n))  # [N, n, D]
         counts, firsts = result.accept_lens.tolist(), batch.seq_lens.tolist()
         return [
-            Rows(first, token_ids[i, :count], hidden_states[i, :count])
+            PendingTokens(first, token_ids[i, :count], hidden_states[i, :count])
             for i, (first, count) in enumerate(zip(firsts, counts, strict=True))
         ]
 
-    def _may_not_lag(self, rids: list[str], rows: list[Rows]) -> bool:
+    def _may_not_lag(self, rids: list[str], rows: list[PendingTokens]) -> bool:
         """Whether a request would be too far behind."""
         pairs = zip(rids, rows, strict=True)
-        return any(self.lag.pending(rid) + len(row) > MAX_LAG for rid, row in pairs)
+        return any(self.pending.count(rid) + len(row) > MAX_PENDING for rid, row in pairs)
 
-    def _extend(self, batch: ScheduleBatch, rows: list[Rows], counts: list[int]) -> torch.Tensor:
+    def _extend(
+        self, batch: ScheduleBatch, rows: list[PendingTokens], counts: list[int]
+    ) -> torch.Tensor:
         """One pass of the MTP layer over rows of any length; returns [T, D]."""
         firsts = [row.first for row in rows]
         table = self.req_to_token_pool.req_to_token

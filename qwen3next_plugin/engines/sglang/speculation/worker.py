@@ -14,25 +14,22 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
-from qwen3next_plugin.engines.sglang.speculation.drafter import ChainDrafter
+from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
 from qwen3next_plugin.mtp.policy import make_policy
 
-FLOP_PER_BYTE = 10.0  # of a CPU: a first guess at what tokens cost, until steps are timed
 
-
-class ChainWorker(EAGLEWorkerV2):
+class Worker(EAGLEWorkerV2):
     """Drafts one chain a request."""
 
-    _draft_worker: ChainDrafter
+    _draft_worker: Drafter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # SGLang names its draft worker's class in its own constructor; ours adds methods only.
-        self._draft_worker.__class__ = ChainDrafter
+        self._draft_worker.__class__ = Drafter
         self.policy = make_policy(
             self.target_worker.model_runner.model.config,
             self.speculative_num_steps,
-            flop_per_byte=FLOP_PER_BYTE,
             uniform=True,
         )
         self.entered = self.verified = 0.0  # when the step began, and when its verification ended

@@ -20,10 +20,8 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from qwen3next_plugin.engines.vllm import metrics as figures
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.mtp.metrics import Account
-from qwen3next_plugin.mtp.pending import Lag, Rows
-from qwen3next_plugin.mtp.policy import MAX_LAG, make_policy
-
-FLOP_PER_BYTE = 10.0  # of a CPU: a first guess at what tokens cost, until steps are timed
+from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens
+from qwen3next_plugin.mtp.policy import make_policy
 
 
 @dataclass(slots=True)
@@ -32,7 +30,7 @@ class Request:
 
     id: str
     index: int  # of the row in the batch
-    rows: Rows  # its committed tokens
+    rows: PendingTokens  # its committed tokens
     scheduled: int  # its tokens in the step, rejected drafts included
     prefilling: bool  # more of the prompt is to come: nothing was sampled
     continues: bool  # drafted for in the step before, so that it was decoded or verified in this
@@ -51,14 +49,12 @@ class Drafter(EagleProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         config = read_config(vllm_config)
-        self.schedule = make_policy(
-            config, self.num_speculative_tokens, flop_per_byte=FLOP_PER_BYTE
-        )
+        self.policy = make_policy(config, self.num_speculative_tokens)
         board = figures.of_worker(vllm_config)
         self.account = Account(board, self.num_speculative_tokens, config.num_linear_layers)
         # A connector ships the cache as it is, so nothing may be behind.
-        self.max_lag = MAX_LAG if vllm_config.kv_transfer_config is None else 0
-        self.lag = Lag()
+        self.max_pending = MAX_PENDING if vllm_config.kv_transfer_config is None else 0
+        self.pending = Pending()
         self.next_position: dict[str, int] = {}  # of each request that may continue
         self.met: set[str] = set()  # requests that the schedule may remember
         self.left = 0.0  # when the last proposal ended
@@ -107,11 +103,11 @@ class Drafter(EagleProposer):
                 passes = max(request.draft for request in fed)
                 seconds = time.perf_counter() - began
                 if passes:
-                    self.schedule.observe_draft(len(requests), passes, seconds)
+                    self.policy.observe_draft(len(requests), passes, seconds)
         self.left = time.perf_counter()
         reads_prompt = any(not request.continues for request in fed)
         self.account.draft(self.left - entered, reads_prompt=reads_prompt)
-        self.account.estimates(self.schedule.snapshot)
+        self.account.estimates(self.policy.snapshot)
         return drafts
 
     def _requests(
@@ -134,20 +130,20 @@ class Drafter(EagleProposer):
             begin, end, first = starts[i], ends[i], firsts[i]
             if prefilling[i]:  # vLLM gives the prompt's last token for the one after the chunk
                 shifted[end - 1] = self.runner.requests[request].get_token_id(first + end - begin)
-            rows = Rows(first, shifted[begin:end], hidden_states[begin:end])
+            rows = PendingTokens(first, shifted[begin:end], hidden_states[begin:end])
             continues = self.next_position.get(request) == first
             scheduled = starts[i + 1] - begin
             requests.append(Request(request, i, rows, scheduled, prefilling[i], continues))
         known = self.runner.requests.keys()
         self.met |= self.next_position.keys()
         for gone in self.met - known:  # the preempted stay known, also while they wait
-            self.schedule.forget(gone)
+            self.policy.forget(gone)
             self.account.forget(gone)
         self.met &= known
         self.next_position = {
             request.id: request.end for request in requests if not request.prefilling
         }
-        self.lag.keep_only(known)
+        self.pending.keep_only(known)
         return requests
 
     def _observe(self, requests: list[Request], seconds: float) -> None:
@@ -158,10 +154,10 @@ class Drafter(EagleProposer):
                 self.account.verify(request.scheduled - 1)
             if request.continues and request.scheduled > 1:
                 accepted = len(request.rows) - 1
-                self.schedule.observe_verify(request.id, request.scheduled - 1, accepted)
+                self.policy.observe_verify(request.id, request.scheduled - 1, accepted)
         if requests and all(request.continues for request in requests):
             tokens = sum(request.scheduled for request in requests)
-            self.schedule.observe_step(len(requests), tokens, seconds)
+            self.policy.observe_step(len(requests), tokens, seconds)
             self.account.step(tokens > len(requests), seconds)
 
     def _choose_lengths(self, requests: list[Request], limit: int) -> None:
@@ -169,7 +165,7 @@ class Drafter(EagleProposer):
         drafting = [request for request in requests if not request.prefilling]
         if not drafting:
             return
-        lengths = self.schedule.lengths([request.id for request in drafting])
+        lengths = self.policy.lengths([request.id for request in drafting])
         group = get_tp_group()
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
@@ -189,12 +185,12 @@ class Drafter(EagleProposer):
         fed = []
         for request in requests:
             if request.draft or self._may_not_lag(request):
-                rows = self.lag.take(request.id, request.rows)
+                rows = self.pending.take(request.id, request.rows)
                 self.account.caught_up(len(rows) - len(request.rows))
                 request.rows = rows
                 fed.append(request)
             else:
-                self.lag.put(request.id, request.rows)
+                self.pending.put(request.id, request.rows)
                 self.account.skipped()
         return fed
 
@@ -206,8 +202,10 @@ class Drafter(EagleProposer):
         never behind.
         """
         fills_block = request.end // self.block_size > request.rows.first // self.block_size
-        behind = self.lag.pending(request.id) + len(request.rows)
-        return request.prefilling or not request.continues or fills_block or behind > self.max_lag
+        behind = self.pending.count(request.id) + len(request.rows)
+        return (
+            request.prefilling or not request.continues or fills_block or behind > self.max_pending
+        )
 
     def _draft(
         self, fed: list[Request], block_table: torch.Tensor, drafts: list[list[int]]
