@@ -6,8 +6,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import clients, engines, kernels, mtp, report, report_mtp, startup
+from benchmarks import report, report_mtp
 from benchmarks.block_model import block_model
+from benchmarks.engines import startup
+from benchmarks.engines import vllm as engines
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.mtp import __main__ as mtp
+from benchmarks.mtp import vllm_clients as clients
 
 TINY = Path("examples/qwen3next-tiny")
 

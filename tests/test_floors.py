@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.floors import BLOCK, RELEASED, table
+from benchmarks.mtp.floors import BLOCK, RELEASED, table
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mtp.md").read_text()
 

@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_timing
-from benchmarks.gpu_check import agree
+from benchmarks.gpu import timing
+from benchmarks.gpu.check import agree
 from qwen3next_plugin.kernels.step import GRID
 
 ROOT = Path(__file__).parents[1]
 NO_TOLERANCE = """
 import torch
-from benchmarks import gpu, gpu_check
-gpu_check.BOUNDS[torch.float32] = 0.0
+from benchmarks.gpu import __main__ as gpu, check
+check.BOUNDS[torch.float32] = 0.0
 gpu.main(smoke=True)
 """
 SMALL_SEGMENTS = """
 from dataclasses import replace
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 CONFIGS["sm_90"] = replace(CONFIGS["sm_90"], segment=64, split_from=70)
-from benchmarks import gpu, gpu_cases
-agree = gpu_cases.agree
-gpu_cases.agree = lambda what, *others: print(what) or agree(what, *others)
+from benchmarks.gpu import __main__ as gpu, cases
+agree = cases.agree
+cases.agree = lambda what, *others: print(what) or agree(what, *others)
 gpu.main(smoke=True)
 """
 
@@ -82,7 +82,7 @@ def test_outputs_that_differ_are_red(wrong):
 def test_a_time_is_the_median_of_means_over_a_grid(monkeypatch):
     """One round is slow throughout, and in every round the first replay is: S is written."""
     took = itertools.chain.from_iterable(
-        [80.0 if i == 1 else 8.0, *[0.0] * (GRID - 1)] for i in range(gpu_timing.ROUNDS)
+        [80.0 if i == 1 else 8.0, *[0.0] * (GRID - 1)] for i in range(timing.ROUNDS)
     )
 
     class Event:
@@ -97,10 +97,10 @@ def test_a_time_is_the_median_of_means_over_a_grid(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert gpu_timing.seconds(lambda: None) == pytest.approx(8.0 / GRID / 1e3)
+    assert timing.seconds(lambda: None) == pytest.approx(8.0 / GRID / 1e3)
 
 
 def test_the_roof_is_what_takes_longer():
-    roof = gpu_timing.Roof(bandwidth=1e12, rate=1e14)
+    roof = timing.Roof(bandwidth=1e12, rate=1e14)
     assert roof.seconds(1e9, 1e10) == pytest.approx(1e-3)
     assert roof.seconds(1e6, 1e12) == pytest.approx(1e-2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from benchmarks.gpu_resources import PROCESSORS, Kernel, Served, complaints
+from benchmarks.gpu.resources import PROCESSORS, Kernel, Served, complaints
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ SERVED = Served(3, 1, torch.bfloat16, torch.float32)
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_nothing_spills_and_the_page_is_right(arch, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_resources", "--arch", arch],
+        [sys.executable, "-m", "benchmarks.gpu.resources", "--arch", arch],
         cwd=ROOT,
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

@@ -32,7 +32,7 @@ class Side:
         drafts: str = "adaptive",
         *,
         python: Path = Path(sys.executable),
-        worker: str = "benchmarks.worker",
+        worker: str = "benchmarks.engines.vllm_worker",
     ) -> None:
         self.side = side
         env = os.environ | {

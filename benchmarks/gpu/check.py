@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_layer import Layer, Work, step_of
+from benchmarks.gpu.layer import Layer, Work, step_of
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.model.state import PageLayout
 

@@ -1,6 +1,6 @@
 """What each Triton kernel takes of a GPU, found by compiling it: no GPU is needed.
 
-    python -m benchmarks.gpu_resources [--arch sm_90 | --write]
+    python -m benchmarks.gpu.resources [--arch sm_90 | --write]
 
 The tables are of the kernels that a released model's layers launch. What other draft lengths,
 shards and dtypes launch is compiled, too, and nothing may spill: exits with 1, naming the kernel.

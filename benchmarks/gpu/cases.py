@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.gpu_baselines import Call, baseline, plain
-from benchmarks.gpu_check import agree, check_layer
-from benchmarks.gpu_layer import Layer, Turns, Work
-from benchmarks.gpu_timing import Roof, layers_beyond_cache, replayed
+from benchmarks.gpu.baselines import Call, baseline, plain
+from benchmarks.gpu.check import agree, check_layer
+from benchmarks.gpu.layer import Layer, Turns, Work
+from benchmarks.gpu.timing import Roof, layers_beyond_cache, replayed
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.model.state import PageLayout

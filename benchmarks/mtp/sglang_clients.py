@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from benchmarks import report
-from benchmarks.clients import ADAPTIVE, CHECKED, CLIENTS, OFF, check, throughput
-from benchmarks.engines import console
-from benchmarks.hosts import SGLANG_PYTHON
-from benchmarks.startup import Server
+from benchmarks.engines.hosts import SGLANG_PYTHON
+from benchmarks.engines.startup import Server
+from benchmarks.engines.vllm import console
+from benchmarks.mtp.vllm_clients import ADAPTIVE, CHECKED, CLIENTS, OFF, check, throughput
 
 TINY = Path("examples/qwen3next-tiny")
 NEXTN = ("--speculative-algo", "NEXTN", "--speculative-num-steps", "3")

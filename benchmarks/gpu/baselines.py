@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.gpu_layer import Layer, Work
+from benchmarks.gpu.layer import Layer, Work
 from qwen3next_plugin.kernels.gated_delta_rule.reference import l2_normalise
 
 Call = Callable[[], Tensor]

@@ -38,7 +38,7 @@ def main(
     import torch
     import triton
 
-    from benchmarks import gpu_baselines, gpu_cases, gpu_timing
+    from benchmarks.gpu import baselines, cases, timing
 
     if smoke:
         from tests.kernels import interpreter
@@ -49,16 +49,16 @@ def main(
     torch.manual_seed(0)
     device = torch.device("cpu" if smoke else "cuda:0")
     with torch.inference_mode():
-        roof = None if smoke else gpu_timing.roof(device)
-        plan = gpu_cases.SMOKE if smoke else gpu_cases.RELEASED
+        roof = None if smoke else timing.roof(device)
+        plan = cases.SMOKE if smoke else cases.RELEASED
         try:
-            table = gpu_cases.table(plan, device, roof)
+            table = cases.table(plan, device, roof)
         except (AssertionError, RuntimeError) as complaint:
             print(f"red, so there are no figures: {complaint}", file=sys.stderr)
             raise SystemExit(1) from complaint
     print("CPU, Triton's interpreter" if smoke else card())
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {gpu_baselines.versions()}")
-    print(f"roof: {roof or gpu_cases.NOT_MEASURED}\n")
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {baselines.versions()}")
+    print(f"roof: {roof or cases.NOT_MEASURED}\n")
     print(table)
 
 

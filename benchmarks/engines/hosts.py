@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import engines, report
+from benchmarks import report
 from benchmarks.block_model import block_model
-from benchmarks.engines import Side, console
+from benchmarks.engines import vllm as engines
+from benchmarks.engines.vllm import Side, console
 
 SGLANG_PYTHON = Path(".venv-sglang/bin/python")
 
@@ -42,7 +43,7 @@ def hosts(model: Path, out: Path) -> Iterator[dict[str, Side]]:
                 sglang_flags(model),
                 out / "hosts-sglang.log",
                 python=SGLANG_PYTHON,
-                worker="benchmarks.sglang_worker",
+                worker="benchmarks.engines.sglang_worker",
             ),
         }
         for name, side in sides.items():

@@ -1,7 +1,7 @@
-"""SGLang in processes of its own, timed token by token; answers as `benchmarks.worker` does.
+"""SGLang in its own process, timed token by token; the same calls as `vllm_worker`.
 
-Run by `benchmarks.hosts` with the Python of SGLang's environment. A step is the time between two
-tokens of a request that streams alone with its batch, so that it holds all that a user waits for.
+Run by `benchmarks.engines.hosts` with the Python of SGLang's environment. A step is the time
+between two tokens of one streamed request, so it includes everything that a user waits for.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.calls import answer
+from benchmarks.engines.calls import answer
 
 VOCABULARY = 151936
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import openai
 
-from benchmarks.engines import RedCheckError, console
-from benchmarks.startup import Server
+from benchmarks.engines.startup import Server
+from benchmarks.engines.vllm import RedCheckError, console
 
 MAX_DRAFT = 4
 OFF, ADAPTIVE = "off", "adaptive"

@@ -13,7 +13,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine here, so that s
 
 from vllm import LLM, SamplingParams
 
-from benchmarks.calls import answer
+from benchmarks.engines.calls import answer
 
 VOCABULARY = 151936
 

@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import clients, report, report_mtp
+from benchmarks import report, report_mtp
 from benchmarks.block_model import block_model
-from benchmarks.engines import (
+from benchmarks.engines.vllm import (
     RedCheckError,
     Side,
     alternate,
@@ -26,7 +26,8 @@ from benchmarks.engines import (
     logprobs,
     started,
 )
-from benchmarks.floors import BLOCK, BLOCK_ALL_ROWS
+from benchmarks.mtp import vllm_clients as clients
+from benchmarks.mtp.floors import BLOCK, BLOCK_ALL_ROWS
 
 TINY = Path("examples/qwen3next-tiny")
 BATCHES, DRAFTS = (1, 8), (1, 2, 3)
