@@ -19,6 +19,6 @@ def register_sglang() -> None:
 
 def sglang_platform() -> str | None:
     """Entry point `sglang.srt.platforms`: where there is no GPU, the class that sets defaults."""
-    from qwen3next_plugin.engines.sglang.machine import activate
+    from qwen3next_plugin.engines.sglang.plugin import activate
 
     return activate()

@@ -1,6 +1,5 @@
 """Flags: what is filled in, and what is refused before a process starts."""
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,14 @@ from qwen3next_plugin.config import (
     Qwen3NextConfig,
     check_num_speculative_tokens,
 )
-from qwen3next_plugin.engines.sglang.machine import (
+from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
-    DRAFTS,
+    DRAFT_ALGORITHMS,
     HOST_BACKEND,
     TORCH_BACKEND,
     is_ours,
+    logger,
 )
-
-logger = logging.getLogger("sglang.qwen3next_plugin")
 
 PAGES = "a state page is kept and copied whole"
 POOL = "state pages stay in one pool"
@@ -194,7 +192,7 @@ def _check_graphs(config: Any) -> None:
 
 
 def _check_drafts(server_args: Any, algorithm: str) -> None:
-    if algorithm.upper() not in DRAFTS:
+    if algorithm.upper() not in DRAFT_ALGORITHMS:
         raise refusal(
             *("speculative_algorithm", algorithm),
             "drafts come from the checkpoint's own MTP head",

@@ -4,7 +4,6 @@ All are for SGLang 0.5.23. WITH_OURS are where ours serves, on a CPU with ON_CPU
 ON_GPU; ELSEWHERE is where SGLang keeps its own Qwen3-Next.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,13 @@ from qwen3next_plugin.engines.patching import Attribute, Hook
 from qwen3next_plugin.engines.sglang import flags as arguments
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
-from qwen3next_plugin.engines.sglang.machine import is_ours, on_gpu
+from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
+from qwen3next_plugin.engines.sglang.names import MODEL_TYPE, is_ours, logger
 from qwen3next_plugin.engines.sglang.speculation import penalties, sampling
 from qwen3next_plugin.engines.sglang.speculation import verify as verification
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
-logger = logging.getLogger("sglang.qwen3next_plugin")
-MODEL_TYPE = "qwen3_next"
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
 
 

@@ -1,16 +1,19 @@
 """Registration: what the SGLang entry point does in every process, once."""
 
 import functools
-import logging
 import os
 from collections.abc import Sequence
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.patching import Hook
+from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu, use_cpu, without_gpu
+from qwen3next_plugin.engines.sglang.names import ARCHITECTURES, MODELS, PLATFORM, logger
 from qwen3next_plugin.versions import check_host
 
-logger = logging.getLogger("sglang.qwen3next_plugin")
-MODELS = "qwen3next_plugin.engines.sglang.model"
+
+def activate() -> str | None:
+    """Entry point `sglang.srt.platforms`: our CPU platform where SGLang runs on a CPU."""
+    return PLATFORM if without_gpu() and not env.disabled() else None
 
 
 @functools.cache
@@ -33,16 +36,15 @@ def register() -> bool:
 def _register() -> bool:
     version = check_host("sglang")
     from qwen3next_plugin.engines import patching as seams
-    from qwen3next_plugin.engines.sglang import machine
 
-    if machine.without_gpu():
+    if without_gpu():
         _prepare_cpu()
         from qwen3next_plugin.engines.sglang.cpu.attention_backend import register_attention_backend
         from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ON_CPU, WITH_OURS
 
         seams.put((*ANYWHERE, *WITH_OURS, *ON_CPU), version, _apply)
         register_attention_backend()
-    elif machine.on_gpu():
+    elif on_gpu():
         from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ON_GPU, WITH_OURS
 
         seams.put((*ANYWHERE, *WITH_OURS, *ON_GPU), version, _apply)
@@ -65,8 +67,6 @@ def _apply(hooks: Sequence[Hook]) -> None:
 
 
 def _prepare_cpu() -> None:
-    from qwen3next_plugin.engines.sglang.machine import use_cpu
-
     use_cpu()
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
@@ -79,11 +79,10 @@ def _check_platform() -> None:
     """SGLang only logs a platform that it cannot load, and ours is what refuses and chooses."""
     from sglang.srt.platforms import current_platform
 
-    from qwen3next_plugin.engines.sglang.cpu.platform import CpuPlatform
-
-    if not isinstance(current_platform, CpuPlatform):
+    kind = type(current_platform)
+    if f"{kind.__module__}:{kind.__name__}" != PLATFORM:
         raise RuntimeError(
-            f"SGLang runs on {type(current_platform).__name__}, not on the plugin's platform; "
+            f"SGLang runs on {kind.__name__}, not on the plugin's platform; "
             f"leave SGLANG_PLATFORM out, or set it to qwen3next_cpu"
         )
 
@@ -103,8 +102,6 @@ def registered() -> dict[str, str]:
     load_plugins()
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
-
-    from qwen3next_plugin.engines.sglang.machine import ARCHITECTURES
 
     modules = {name: ModelRegistry.models[name].__module__ for name in ARCHITECTURES}
     return {"platform": current_platform.device_type} | modules

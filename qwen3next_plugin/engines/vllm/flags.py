@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from vllm.config import CacheConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
@@ -11,16 +10,13 @@ from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.vllm import metrics as figures
 from qwen3next_plugin.engines.vllm.flags_speculation import check_speculation
+from qwen3next_plugin.engines.vllm.names import SCHEDULER, WORKER, logger
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.weights import check_files
 from qwen3next_plugin.versions import check_host
 
-WORKER = "qwen3next_plugin.engines.vllm.speculation.worker.Worker"
-SCHEDULER = "qwen3next_plugin.engines.vllm.speculation.scheduler.Scheduler"
 CPU_BLOCK_SIZE = 128  # tokens: what vLLM starts from on a CPU, before it makes room for a page
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-
-logger = init_logger("vllm.qwen3next_plugin")  # vLLM formats and levels what is below its own
 
 
 def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:

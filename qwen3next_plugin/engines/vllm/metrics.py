@@ -18,13 +18,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.logger import init_logger
 
 from qwen3next_plugin.mtp.metrics import Board, Figure, attach, create, figures
 
 PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows what begins with vllm: and nothing else
-
-logger = init_logger("vllm.qwen3next_plugin")
 
 
 def board_path(vllm_config: VllmConfig) -> Path:

@@ -1,17 +1,19 @@
 """Registration: what the vLLM entry point does in every process, once."""
 
 import functools
-import logging
 from typing import Any
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines.vllm.names import (
+    ARCHITECTURES,
+    BACKEND_NAME,
+    DRAFTER,
+    OPAQUE_OP,
+    PACKAGE,
+    TRUNK,
+    logger,
+)
 from qwen3next_plugin.versions import check_host
-
-logger = logging.getLogger("vllm.qwen3next_plugin")
-PACKAGE = "qwen3next_plugin.engines.vllm"
-BACKEND_NAME = "QWEN3NEXT_GDN"  # of the linear-attention backend
-OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
-TRUNK, DRAFTER = "Qwen3NextForCausalLM", "Qwen3NextMTP"  # the names in vLLM's registry
 
 
 @functools.cache
@@ -74,7 +76,7 @@ def registered() -> dict[str, str]:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    modules = {name: _module(ModelRegistry.models[name]) for name in (TRUNK, DRAFTER)}
+    modules = {name: _module(ModelRegistry.models[name]) for name in ARCHITECTURES}
     return {"platform": current_platform.device_type} | modules
 
 

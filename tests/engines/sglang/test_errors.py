@@ -483,11 +483,11 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     from sglang.srt.server_args import ServerArgs
 
     from qwen3next_plugin.engines.sglang import flags_common as checks
-    from qwen3next_plugin.engines.sglang import machine
     from qwen3next_plugin.engines.sglang import patches as hooks
+    from qwen3next_plugin.engines.sglang.cpu import environment
 
     monkeypatch.setattr(checks, "architecture", lambda device: asked.append)
-    monkeypatch.setattr(machine, "on_gpu", lambda: True)
+    monkeypatch.setattr(environment, "on_gpu", lambda: True)
     monkeypatch.delenv("QWEN3NEXT_KERNELS", raising=False)
     caplog.set_level("INFO")
     asked = []

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from qwen3next_plugin.engines.sglang.machine import ATTENTION_BACKEND, HOST_BACKEND
+from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, HOST_BACKEND
 
 
 def register_attention_backend() -> None:

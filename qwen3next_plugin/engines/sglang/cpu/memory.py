@@ -25,7 +25,7 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
     """
     from sglang.srt.runtime_context import get_memory, get_schedule, get_server_args
 
-    from qwen3next_plugin.engines.sglang.machine import is_ours
+    from qwen3next_plugin.engines.sglang.names import is_ours
 
     if not is_ours(configurator.model_config):
         return host(configurator, total_rest_memory)

@@ -16,7 +16,7 @@ from sglang.srt.layers.quantization.unquant import (
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
-from qwen3next_plugin.engines.sglang.machine import without_gpu
+from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 
 ROWS = 1  # that the layout is chosen for; measured, it serves more of them as well
 # SGLang's updates of weights ask a model for such a reason, and answer with it.

@@ -1,24 +1,18 @@
 """The platform that SGLang runs on where there is no GPU: its own CPU, with defaults that serve."""
 
-import logging
 from typing import Any
 
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines.sglang.cpu import memory
+from qwen3next_plugin.engines.sglang.cpu.environment import use_cpu
 from qwen3next_plugin.engines.sglang.flags import check_cpu_flags, flag
 from qwen3next_plugin.engines.sglang.flags_common import check
-from qwen3next_plugin.engines.sglang.machine import (
-    ATTENTION_BACKEND,
-    is_ours,
-    use_cpu,
-)
+from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, is_ours, logger
 from qwen3next_plugin.engines.sglang.plugin import register
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
-
-logger = logging.getLogger("sglang.qwen3next_plugin")
 
 # Flag → what it is when it was not given, and what it is then.
 DEFAULTS: dict[str, tuple[Any, Any]] = {

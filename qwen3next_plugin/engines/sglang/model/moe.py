@@ -17,8 +17,8 @@ from sglang.srt.utils import cpu_has_amx_support
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
-from qwen3next_plugin.engines.sglang.machine import without_gpu
 from qwen3next_plugin.model.routing import route
 from qwen3next_plugin.model.shared_expert import SharedExpertGate
 

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.plugin import BACKEND_NAME
+from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.vllm.names import logger
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
 from qwen3next_plugin.model.state import StateError
@@ -23,8 +23,6 @@ MEND = (
     "from it. Restart the engine; if it happens again, with --no-enable-prefix-caching and without "
     "a KV connector, which move pages, and report this line"
 )
-
-logger = init_logger("vllm.qwen3next_plugin")
 
 
 class Worker(CPUWorker):

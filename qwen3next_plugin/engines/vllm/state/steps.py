@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines.vllm.plugin import BACKEND_NAME
+from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
 from qwen3next_plugin.model.step import DeviceSteps, Step
 
 

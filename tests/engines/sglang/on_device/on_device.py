@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "kernels"))
 
 import interpreter
 
-from qwen3next_plugin.engines.sglang import machine
 from qwen3next_plugin.engines.sglang import plugin as registration
+from qwen3next_plugin.engines.sglang.cpu import environment
 from qwen3next_plugin.kernels import dispatch
 
 by_device, register = dispatch.backend, registration._register
@@ -29,7 +29,7 @@ def native_where_there_is_no_other(op: str, device_type: str) -> str:
 
 def register_as_on_a_gpu() -> bool:
     """SGLang imports every plugin before it runs one; its modules only after ours is prepared."""
-    machine.use_cpu()
+    environment.use_cpu()
     from sglang.srt.arg_groups import mamba_hook
 
     from qwen3next_plugin.engines.sglang import flags as arguments

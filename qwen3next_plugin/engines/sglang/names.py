@@ -1,0 +1,22 @@
+"""Names by which SGLang knows the plugin's parts."""
+
+import logging
+from typing import Any
+
+PACKAGE = "qwen3next_plugin.engines.sglang"
+TRUNK, DRAFTER = ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
+MODEL_TYPE = "qwen3_next"
+ATTENTION_BACKEND = "qwen3next_cpu"
+HOST_BACKEND = "intel_amx"  # SGLang's choice on a CPU with AMX
+TORCH_BACKEND = "torch_native"  # SGLang's choice on any other CPU; it cannot draft
+PLATFORM = f"{PACKAGE}.cpu.platform:CpuPlatform"
+MODELS = f"{PACKAGE}.model"  # the package in which SGLang looks for model classes
+DRAFT_ALGORITHMS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's MTP head
+
+logger = logging.getLogger("sglang.qwen3next_plugin")
+
+
+def is_ours(model_config: Any) -> bool:
+    """Whether the plugin serves this model."""
+    architectures = model_config.hf_config.architectures
+    return bool(architectures) and architectures[0] in ARCHITECTURES
