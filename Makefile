@@ -26,7 +26,7 @@ PIP_ARGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 export VLLM_CPU_OMP_THREADS_BIND ?= 0-$(shell echo $$(( $$(nproc) - 1 )))
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 
-NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h')
+NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
 .PHONY: help setup serve test check format bench clean $(ENGINES:%=test-%)
 .NOTPARALLEL: # two engines would fight for the same cores

@@ -2,29 +2,23 @@
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+import qwen3next_plugin.kernels
 from qwen3next_plugin import env
 from qwen3next_plugin.kernels.gpu import configs
 
-OPS = (
-    "causal_conv1d",
-    "copy_pages",
-    "draft_head",
-    "fused_moe",
-    "gated_delta_net",
-    "gated_delta_rule",
-    "output_gate",
-    "paged_attention",
-    "qk_norm_rope",
-    "rms_norm",
-    "rms_norm_gated",
-    "router",
-    "shared_expert_gate",
-)
-NOT_IN_TRITON = ("draft_head", "fused_moe", "paged_attention")  # the engines bring theirs on GPUs
-NEVER_TRACED = ("copy_pages", "gated_delta_net")  # the engines keep it out of their graphs
+
+def _ops_with(module: str) -> tuple[str, ...]:
+    """The ops whose folder has such a file."""
+    folders = map(Path, qwen3next_plugin.kernels.__path__)
+    return tuple(sorted(f.parent.name for folder in folders for f in folder.glob(f"*/{module}.py")))
+
+
+OPS = _ops_with("reference")  # read once: an op is a folder with a reference
+NOT_IN_TRITON = tuple(sorted({*OPS} - {*_ops_with("triton")}))  # engines bring theirs on GPUs
 BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # by device; ROCm's devices are cuda to torch, too
 
 
@@ -100,11 +94,16 @@ def _loaded(op: str, device_type: str) -> tuple[str, str]:
 
 
 def _function(op: str, name: str, device_type: str) -> Callable:
-    """A backend's function; Triton's on a GPU as an op that a trace takes whole, as the native."""
+    """A backend's function. Triton's on a GPU becomes a torch op, which a trace takes whole.
+
+    `copy_pages` and `gated_delta_net` are no torch ops: engines keep them out of their graphs.
+    """
     folder = f"qwen3next_plugin.kernels.{op}"
     run = getattr(importlib.import_module(f"{folder}.{name}"), op)
-    if name != "triton" or device_type == "cpu" or op in NEVER_TRACED:
+    if name != "triton" or device_type == "cpu":
         return run
     importlib.import_module(f"{folder}.cpu")  # the op's schema, and the shape of its result
+    if not hasattr(torch.ops.qwen3next, op):
+        return run
     torch.library.register_kernel(f"qwen3next::{op}", device_type)(run)
     return getattr(torch.ops.qwen3next, op).default

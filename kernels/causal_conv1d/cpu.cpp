@@ -100,8 +100,6 @@ void zero_tokens(T* out, int64_t begin, int64_t end, int64_t C) {
   std::memset(static_cast<void*>(out + begin * C), 0, (end - begin) * C * sizeof(T));
 }
 
-}  // namespace
-
 Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
                      Tensor query_start_loc, Tensor slot, Tensor context_len) {
   const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2);
@@ -158,4 +156,7 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   return out;
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(causal_conv1d)

@@ -136,8 +136,6 @@ void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t beg
   }
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows) {
   const int64_t N = x.size(0), D = x.size(1), R = rows.size(0);
   const Head head{read<int8_t>(weight), read<float>(scale), read<int32_t>(rows), R, D,
@@ -168,4 +166,7 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Ten
   return {best_rows, values};
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(draft_head)

@@ -112,8 +112,6 @@ void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& 
   }
 }
 
-}  // namespace
-
 Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) {
   const Dims d{x.size(0), x.size(1), w13.size(0), w2.size(2), topk_ids.size(1)};
   const Routes routes(read<int32_t>(topk_ids), d);
@@ -136,4 +134,7 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   return out;
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(fused_moe)

@@ -24,8 +24,6 @@ void zero_uncovered(T* out, const std::vector<Row>& rows, int64_t tokens, int64_
   zero(tokens);
 }
 
-}  // namespace
-
 Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
                         Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len) {
@@ -97,4 +95,7 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   return out;
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(gated_delta_rule)

@@ -2,6 +2,7 @@
 #include "tensor.h"
 
 namespace Q3N_LEVEL {
+namespace {
 
 void output_gate(Tensor x_, Tensor gate) {
   const int64_t T = x_.size(0), H = x_.size(1), D = x_.size(2);
@@ -19,4 +20,7 @@ void output_gate(Tensor x_, Tensor gate) {
   });
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(output_gate)

@@ -167,8 +167,6 @@ void clear_others(T* out, const std::vector<Sequence>& sequences, int64_t tokens
   std::fill(out + last * width, out + tokens * width, T(0.0f));
 }
 
-}  // namespace
-
 Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table,
                        Tensor table_row, Tensor query_start_loc, Tensor seq_lens, double scale,
                        std::optional<Tensor> tree_mask) {
@@ -203,4 +201,7 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
   return out;
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(paged_attention)

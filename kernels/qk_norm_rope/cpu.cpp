@@ -24,8 +24,6 @@ void normalise_rotate(T* out, const T* x, const W* weight, const C* cos_sin, int
   });
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_weight,
                                         Tensor cos_sin, Tensor positions, int64_t num_heads,
                                         int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
@@ -63,4 +61,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
   return {q, k};
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(qk_norm_rope)

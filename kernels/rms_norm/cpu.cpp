@@ -20,8 +20,6 @@ void normalise(T* out, const T* x, const W* weight, int64_t D, float eps) {
   });
 }
 
-}  // namespace
-
 Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_) {
   const int64_t T = x.size(0), D = x.size(1), stride = x.stride(0);
   const int64_t residual_stride = residual_ ? residual_->stride(0) : 0;
@@ -44,4 +42,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> resid
   return out;
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(rms_norm)

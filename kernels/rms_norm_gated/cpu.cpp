@@ -13,8 +13,6 @@ void normalise_gated(T* out, const T* x, const T* z, const W* weight, int64_t V,
   });
 }
 
-}  // namespace
-
 Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
   const int64_t T = x.size(0), H = x.size(1), R = x.size(2), V = x.size(3);
   const auto xs = x.strides(), zs = z.strides();
@@ -32,4 +30,7 @@ Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
   return out;
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(rms_norm_gated)

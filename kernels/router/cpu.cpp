@@ -76,8 +76,6 @@ void route(float* weights, int32_t* experts, const T* logits, int64_t E, int64_t
   for (int64_t i = 0; i < k; ++i) weights[i] /= total;
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   const int64_t T = logits.size(0), E = logits.size(1), stride = logits.stride(0);
   Tensor weights = torch::stable::new_empty(logits, {T, k}, ScalarType::Float);
@@ -93,4 +91,7 @@ std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   return {weights, experts};
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(router)

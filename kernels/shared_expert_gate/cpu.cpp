@@ -22,8 +22,6 @@ void apply(T* shared, const T* routed, f32v gate, int64_t D) {
   });
 }
 
-}  // namespace
-
 void shared_expert_gate(Tensor x, Tensor weight, Tensor shared_, std::optional<Tensor> routed) {
   const int64_t T = x.size(0), D = x.size(1);
   const int64_t x_stride = x.stride(0), shared_stride = shared_.stride(0);
@@ -40,4 +38,7 @@ void shared_expert_gate(Tensor x, Tensor weight, Tensor shared_, std::optional<T
   });
 }
 
+}  // namespace
 }  // namespace Q3N_LEVEL
+
+Q3N_OP(shared_expert_gate)
