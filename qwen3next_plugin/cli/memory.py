@@ -115,11 +115,8 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
 
     from qwen3next_plugin.model.state import PageLayout
 
-    nbytes = PageLayout(
-        num_key_heads=config.linear_num_key_heads_per_rank,
-        num_value_heads=config.linear_num_value_heads_per_rank,
-        key_dim=config.linear_key_head_dim,
-        value_dim=config.linear_value_head_dim,
+    nbytes = PageLayout.from_config(
+        config,
         draft_tokens=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
         state_dtype=getattr(torch, flags.state_dtype),

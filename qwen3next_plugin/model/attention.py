@@ -1,9 +1,11 @@
 """Gated attention around a host's paged attention: what goes in, and the gate on what comes out."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
 
@@ -16,6 +18,15 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     rotary_dim: int
+
+    @classmethod
+    def from_config(cls, config: Qwen3NextConfig) -> Self:
+        return cls(
+            num_heads=config.num_attention_heads_per_rank,
+            num_kv_heads=config.num_key_value_heads_per_rank,
+            head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
+        )
 
 
 def prepare(

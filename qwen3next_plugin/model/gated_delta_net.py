@@ -1,10 +1,11 @@
 """A Gated DeltaNet layer between its projections: from qkvz and ba to what out_proj takes."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-from torch import nn
 
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels import gated_delta_net as kernel
 from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights, Projections
 from qwen3next_plugin.model.state import StatePool
@@ -23,18 +24,19 @@ class GatedDeltaNetShape:
     key_dim: int  # K
     value_dim: int  # V
 
+    @classmethod
+    def from_config(cls, config: Qwen3NextConfig) -> Self:
+        return cls(
+            num_key_heads=config.linear_num_key_heads_per_rank,
+            num_value_heads=config.linear_num_value_heads_per_rank,
+            key_dim=config.linear_key_head_dim,
+            value_dim=config.linear_value_head_dim,
+        )
+
     @property
     def values_per_key(self) -> int:
         """R, the value heads that share a key head."""
         return self.num_value_heads // self.num_key_heads
-
-
-class Weight(nn.Module):
-    """Holds a `weight`, under the name it has in the checkpoint."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
 def split_projections(

@@ -43,12 +43,8 @@ class Launches:
 
     def layout(self) -> PageLayout:
         """A page of a linear layer."""
-        c = self.config
-        return PageLayout(
-            num_key_heads=c.linear_num_key_heads_per_rank,
-            num_value_heads=c.linear_num_value_heads_per_rank,
-            key_dim=c.linear_key_head_dim,
-            value_dim=c.linear_value_head_dim,
+        return PageLayout.from_config(
+            self.config,
             draft_tokens=self.draft_tokens,
             activation_dtype=self.dtype,
             state_dtype=self.state_dtype,
@@ -66,7 +62,7 @@ class Launches:
                 norm=empty(layout.value_dim),
                 norm_eps=self.config.rms_norm_eps,
             ),
-            shape=GatedDeltaNetShape(layout.num_key_heads, HV, layout.key_dim, layout.value_dim),
+            shape=GatedDeltaNetShape.from_config(self.config),
             pool_=layout.view(empty(2, padded, dtype=torch.int8)),
         )
 
@@ -81,14 +77,14 @@ class Launches:
 
     def _attention(self) -> None:
         c, empty = self.config, self._empty
-        Hq, Hkv, D = c.num_attention_heads_per_rank, c.num_key_value_heads_per_rank, c.head_dim
+        shape, D = AttentionShape.from_config(c), c.head_dim
         q, *_, gate = prepare(
-            qkv=empty(1, 2 * (Hq + Hkv) * D),
+            qkv=empty(1, 2 * (shape.num_heads + shape.num_kv_heads) * D),
             q_weight=empty(D),
             k_weight=empty(D),
             cos_sin=empty(1, c.rotary_dim),
             positions=empty(1, dtype=torch.int64),
-            shape=AttentionShape(Hq, Hkv, D, c.rotary_dim),
+            shape=shape,
             eps=c.rms_norm_eps,
         )
         apply_gate(q, gate)

@@ -3,12 +3,24 @@
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
-from qwen3next_plugin.config import CONV_WIDTH
+from qwen3next_plugin.config import CONV_WIDTH, ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.step import GRID
+
+STATE_DTYPES = ("float32", "bfloat16")  # of S; both hosts accept more
+
+
+def state_dtype(name: str, *, setting: str, flag: str) -> torch.dtype:
+    """The dtype of S that a host's setting asks for; raises ConfigError, which names the flag."""
+    if name not in STATE_DTYPES:
+        raise ConfigError(
+            f"{setting} = {name!r}: the state is kept in one of {', '.join(STATE_DTYPES)}; "
+            f"leave {flag} out for float32"
+        )
+    return getattr(torch, name)
 
 
 class StateError(RuntimeError):
@@ -55,6 +67,25 @@ class PageLayout:
     draft_tokens: int  # k: the most that a step may have to take back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Qwen3NextConfig,
+        *,
+        draft_tokens: int,
+        activation_dtype: torch.dtype,
+        state_dtype: torch.dtype,
+    ) -> Self:
+        return cls(
+            num_key_heads=config.linear_num_key_heads_per_rank,
+            num_value_heads=config.linear_num_value_heads_per_rank,
+            key_dim=config.linear_key_head_dim,
+            value_dim=config.linear_value_head_dim,
+            draft_tokens=draft_tokens,
+            activation_dtype=activation_dtype,
+            state_dtype=state_dtype,
+        )
 
     def __post_init__(self) -> None:
         if self.num_value_heads % self.num_key_heads:

@@ -36,15 +36,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be served; names the tensor or the file, and the mend."""
 
 
-def shard_conv_weight(
-    weight: torch.Tensor, dims: tuple[int, ...], rank: int, size: int
-) -> torch.Tensor:
-    """A rank's share of the convolution: its heads' channels of each of q, k and v.
+def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int) -> torch.Tensor:
+    """One rank's share of a weight whose rows are `parts`, such as q, k and v, one after another.
 
     Shapes:
-        weight [sum(dims), ...], returns [sum(dims)/size, ...]
+        weight [sum(parts), ...], returns [sum(parts)/size, ...]
     """
-    return torch.cat([part.chunk(size)[rank] for part in weight.split(dims)])
+    return torch.cat([part.chunk(size)[rank] for part in weight.split(parts)])
 
 
 Shapes = set[tuple[str, tuple[int, ...]]]

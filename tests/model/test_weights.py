@@ -13,7 +13,7 @@ from qwen3next_plugin.model.weights import (
     check_files,
     check_scales,
     checked,
-    shard_conv_weight,
+    shard_rows,
     stored_tensors,
     trunk_tensors,
 )
@@ -119,7 +119,7 @@ def test_checkpoint_without_mtp_is_told_apart():
 def test_conv_shards_hold_their_heads_channels(size):
     dims = (6, 6, 12)
     weight = torch.arange(24).view(24, 1, 1).expand(24, 1, 4)
-    shards = [shard_conv_weight(weight, dims, rank, size) for rank in range(size)]
+    shards = [shard_rows(weight, dims, rank, size) for rank in range(size)]
     by_rank = [shard.split([d // size for d in dims]) for shard in shards]  # q, k, v of each rank
     q, k, v = (torch.cat(parts) for parts in zip(*by_rank, strict=True))
     assert torch.equal(torch.cat([q, k, v]), weight)

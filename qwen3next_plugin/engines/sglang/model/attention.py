@@ -25,12 +25,7 @@ class GatedAttention(nn.Module):
         layer_id: int,
     ) -> None:
         super().__init__()
-        self.shape = AttentionShape(
-            num_heads=config.num_attention_heads_per_rank,
-            num_kv_heads=config.num_key_value_heads_per_rank,
-            head_dim=config.head_dim,
-            rotary_dim=config.rotary_dim,
-        )
+        self.shape = AttentionShape.from_config(config)
         self.eps = config.rms_norm_eps
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,

@@ -21,7 +21,7 @@ from qwen3next_plugin.engines.sglang.cpu.packing import (
 )
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import load
-from qwen3next_plugin.engines.sglang.model.trunk import PACKED_MODULES, DecoderLayer
+from qwen3next_plugin.engines.sglang.model.trunk import PACKED_MODULES, make_decoder_layer
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
@@ -46,7 +46,7 @@ class MultiTokenPredictor(nn.Module):
         )
         self.layers = nn.ModuleList(
             [
-                DecoderLayer(
+                make_decoder_layer(
                     config,
                     quant_config,
                     f"{prefix}.layers.0",

@@ -18,6 +18,7 @@ from qwen3next_plugin.engines.sglang.model.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.model.loading import load
 from qwen3next_plugin.engines.sglang.model.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -28,56 +29,27 @@ PACKED_MODULES = {
 }
 
 
-class DecoderLayer(nn.Module):
-    """Norm, mixer, norm, MLP; the residual is carried beside and updated in place."""
-
-    def __init__(
-        self,
-        config: Qwen3NextConfig,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-        *,
-        layer_id: int,
-        layer_type: str,
-        is_moe: bool,
-    ) -> None:
-        super().__init__()
-        self.is_linear = layer_type == "linear_attention"
-        if self.is_linear:
-            self.linear_attn = GatedDeltaNet(
-                config, quant_config, f"{prefix}.linear_attn", layer_id=layer_id
-            )
-        else:
-            self.self_attn = GatedAttention(
-                config, quant_config, f"{prefix}.self_attn", layer_id=layer_id
-            )
-        self.mlp = (
-            SparseMoE(config, quant_config, f"{prefix}.mlp", layer_id=layer_id)
-            if is_moe
-            else SwiGLU(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp")
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-        forward_batch: ForwardBatch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes: positions [T], hidden_states and residual [T, D], returns both."""
-        if residual is None:  # the first layer: the embeddings are the residual
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states = self.input_layernorm(hidden_states, residual)
-        if self.is_linear:
-            hidden_states = self.linear_attn(hidden_states)
-        else:
-            hidden_states = self.self_attn(positions, hidden_states, forward_batch)
-        hidden_states = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+def make_decoder_layer(
+    config: Qwen3NextConfig,
+    quant_config: QuantizationConfig | None,
+    prefix: str,
+    *,
+    layer_id: int,
+    layer_type: str,
+    is_moe: bool,
+) -> DecoderLayer:
+    """The neutral decoder layer, from SGLang's parts."""
+    mixer: nn.Module
+    if layer_type == "linear_attention":
+        mixer = GatedDeltaNet(config, quant_config, f"{prefix}.linear_attn", layer_id=layer_id)
+    else:
+        mixer = GatedAttention(config, quant_config, f"{prefix}.self_attn", layer_id=layer_id)
+    mlp: nn.Module
+    if is_moe:
+        mlp = SparseMoE(config, quant_config, f"{prefix}.mlp", layer_id=layer_id)
+    else:
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp")
+    return DecoderLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp)
 
 
 class Qwen3NextModel(nn.Module):
@@ -89,7 +61,7 @@ class Qwen3NextModel(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(
+            make_decoder_layer(
                 config,
                 quant_config,
                 f"{prefix}.layers.{i}",

@@ -19,32 +19,22 @@ from sglang.srt.mem_cache.memory_pool import GB, MambaPool
 from sglang.srt.runtime_context import get_model, get_parallel, get_spec
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
-from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.kernels.copy_pages import copy_pages
-from qwen3next_plugin.model.state import PageLayout, StatePool
+from qwen3next_plugin.model.state import PageLayout, StatePool, state_dtype
 
 ALIGNMENT = 64  # bytes: a page begins where a cache line does
-STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def page_layout(hf_config: Any) -> PageLayout:
     """The page of one linear layer of this rank, under the flags in force."""
     config = read_config(hf_config, get_parallel().tp_size)
-    state_dtype = mamba2_state_dtype(hf_config).temporal
-    if state_dtype not in STATE_DTYPES:
-        raise ConfigError(
-            f"mamba_ssm_dtype = {state_dtype}: the state is kept in one of "
-            f"{', '.join(map(str, STATE_DTYPES))}; leave --mamba-ssm-dtype out for float32"
-        )
-    return PageLayout(
-        num_key_heads=config.linear_num_key_heads_per_rank,
-        num_value_heads=config.linear_num_value_heads_per_rank,
-        key_dim=config.linear_key_head_dim,
-        value_dim=config.linear_value_head_dim,
+    name = str(mamba2_state_dtype(hf_config).temporal).removeprefix("torch.")
+    return PageLayout.from_config(
+        config,
         draft_tokens=max_drafts(),
         activation_dtype=_get_and_verify_dtype(hf_config, get_model().dtype),
-        state_dtype=state_dtype,
+        state_dtype=state_dtype(name, setting="mamba_ssm_dtype", flag="--mamba-ssm-dtype"),
     )
 
 

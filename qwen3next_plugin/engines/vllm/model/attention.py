@@ -18,12 +18,7 @@ class GatedAttention(nn.Module):
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
-        self.shape = AttentionShape(
-            num_heads=config.num_attention_heads_per_rank,
-            num_kv_heads=config.num_key_value_heads_per_rank,
-            head_dim=config.head_dim,
-            rotary_dim=config.rotary_dim,
-        )
+        self.shape = AttentionShape.from_config(config)
         self.eps = config.rms_norm_eps
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,

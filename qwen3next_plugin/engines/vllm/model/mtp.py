@@ -16,9 +16,9 @@ from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.trunk import (
     PACKED_MODULES,
     STACKED,
-    DecoderLayer,
     Qwen3NextForCausalLM,
     describe_experts,
+    make_decoder_layer,
 )
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding
 from qwen3next_plugin.model.norm import RMSNorm
@@ -50,7 +50,7 @@ class MultiTokenPredictor(nn.Module):
             prefix=f"{prefix}.fc",
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(
+            make_decoder_layer(
                 config,
                 vllm_config,
                 f"{prefix}.layers.{i}",

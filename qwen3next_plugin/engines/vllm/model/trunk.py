@@ -37,10 +37,12 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
-from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet, page_layout
+from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
+from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -54,47 +56,26 @@ PACKED_MODULES = {
 STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
 
 
-class DecoderLayer(nn.Module):
-    """Norm, mixer, norm, MLP; the residual is carried beside and updated in place."""
-
-    def __init__(
-        self,
-        config: Qwen3NextConfig,
-        vllm_config: VllmConfig,
-        prefix: str,
-        *,
-        layer_type: str,
-        is_moe: bool,
-    ) -> None:
-        super().__init__()
-        self.is_linear = layer_type == "linear_attention"
-        if self.is_linear:
-            self.linear_attn = GatedDeltaNet(config, vllm_config, f"{prefix}.linear_attn")
-        else:
-            self.self_attn = GatedAttention(config, vllm_config, f"{prefix}.self_attn")
-        self.mlp = (
-            SparseMoE(config, vllm_config, f"{prefix}.mlp")
-            if is_moe
-            else SwiGLU(config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp")
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes: positions [T], hidden_states and residual [T, D], returns both."""
-        if residual is None:  # the first layer: the embeddings are the residual
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states = self.input_layernorm(hidden_states, residual)
-        if self.is_linear:
-            hidden_states = self.linear_attn(hidden_states)
-        else:
-            hidden_states = self.self_attn(positions, hidden_states)
-        hidden_states = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+def make_decoder_layer(
+    config: Qwen3NextConfig,
+    vllm_config: VllmConfig,
+    prefix: str,
+    *,
+    layer_type: str,
+    is_moe: bool,
+) -> DecoderLayer:
+    """The neutral decoder layer, from vLLM's parts."""
+    mixer: nn.Module
+    if layer_type == "linear_attention":
+        mixer = GatedDeltaNet(config, vllm_config, f"{prefix}.linear_attn")
+    else:
+        mixer = GatedAttention(config, vllm_config, f"{prefix}.self_attn")
+    mlp: nn.Module
+    if is_moe:
+        mlp = SparseMoE(config, vllm_config, f"{prefix}.mlp")
+    else:
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp")
+    return DecoderLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp)
 
 
 @support_torch_compile
@@ -108,7 +89,7 @@ class Qwen3NextModel(nn.Module):
 
         def make_layer(prefix: str) -> DecoderLayer:
             index = extract_layer_index(prefix)
-            return DecoderLayer(
+            return make_decoder_layer(
                 config,
                 vllm_config,
                 prefix,
@@ -213,7 +194,7 @@ class Qwen3NextForCausalLM(
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:
-        return (torch.int8,)
+        return (PAGE_DTYPE,)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc]:

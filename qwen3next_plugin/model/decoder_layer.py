@@ -1,0 +1,50 @@
+"""One decoder layer: what it computes; an engine builds its mixer and its MLP."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """Norm, mixer, norm, MLP. The residual is a separate tensor, updated in place."""
+
+    def __init__(
+        self, config: Qwen3NextConfig, *, layer_type: str, mixer: nn.Module, mlp: nn.Module
+    ) -> None:
+        super().__init__()
+        self.is_linear = layer_type == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = mixer
+        else:
+            self.self_attn = mixer
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        *batch: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer; `batch` is what the engine's attention needs besides positions, if any.
+
+        Shapes:
+            positions [T], hidden_states and residual [T, D], returns both
+        """
+        if residual is None:  # the first layer: the embeddings are the residual
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states = self.input_layernorm(hidden_states, residual)
+        if self.is_linear:
+            hidden_states = self.linear_attn(hidden_states)
+        else:
+            hidden_states = self.self_attn(positions, hidden_states, *batch)
+        hidden_states = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
