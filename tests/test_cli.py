@@ -356,17 +356,13 @@ def test_cpu_distribution_of_vllm_counts(monkeypatch):
 
 # doctor -------------------------------------------------------------------------------------------
 
-OURS = (
-    {
-        "kernels": {"cpu": "native, avx512"},
-        "vllm": {
-            "platform": "cpu",
-            "Qwen3NextForCausalLM": "qwen3next_plugin.engines.vllm.model.trunk",
-        },
+OURS = {
+    "kernels": {"cpu": "native, avx512"},
+    "vllm": {
         "platform": "cpu",
         "Qwen3NextForCausalLM": "qwen3next_plugin.engines.vllm.model.trunk",
     },
-)
+}
 NATIVE = "vllm.model_executor.models.qwen3_next"
 HEALTHY = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "python": "3.11.7"}
 
