@@ -28,11 +28,11 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
-.PHONY: help setup serve test check format bench clean $(ENGINES:%=test-%)
+.PHONY: help setup serve test test-long check format bench clean $(ENGINES:%=test-%)
 .NOTPARALLEL: # two engines would fight for the same cores
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 $(EACH_VENV:%=%/bin/python):
 	$(PYTHON) -m venv $(@:%/bin/python=%)
@@ -85,11 +85,14 @@ SERVE    := -m serve $(PARALLEL) --maxprocesses 4
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
-	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(ARGS)
+	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG) $(ARGS)
 else
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o testpaths=$(TESTS_$*) $(FAST)
-	.venv-$*/bin/python -m pytest -v -o testpaths=$(TESTS_$*) $(SERVE)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o testpaths=$(TESTS_$*) $(LONG) $(FAST)
+	.venv-$*/bin/python -m pytest -v -o testpaths=$(TESTS_$*) $(LONG) $(SERVE)
 endif
+
+test-long: LONG := --long
+test-long: test ## the same at full size, and the tests marked `long`; ENGINE=sglang: SGLang's only
 
 check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the fast tests
 	$(BIN)/ruff check .

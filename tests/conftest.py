@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -14,9 +15,35 @@ from reference import Reference
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
 collect_ignore = [f"engines/{engine}" for engine in MISSING]
 
+T = TypeVar("T")
 
-def pytest_report_header() -> list[str]:
-    return [f"no {engine} here: tests/engines/{engine} is left out" for engine in MISSING]
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="also run the tests marked `long`, and all at full size"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    tier = "all tests, at full size" if config.getoption("long") else "none marked `long`"
+    missing = [f"no {engine} here: tests/engines/{engine} is left out" for engine in MISSING]
+    return [f"tests: {tier}", *missing]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --long, leave out the tests marked `long`; pytest counts them as deselected."""
+    if config.getoption("long"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session")
+def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
+    """`size(small, long)`: how much of a test to run, `long` with --long."""
+    whole = pytestconfig.getoption("long")
+    return lambda small, long: long if whole else small
 
 
 @pytest.fixture(scope="session")
