@@ -35,6 +35,33 @@ class PendingTokens:
         return self.first + len(self)
 
 
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """A request in the step that just ended, and in the draft that follows."""
+
+    id: str
+    tokens: PendingTokens  # committed by the step
+    scheduled: int  # tokens of the step, rejected drafts included
+    continues: bool  # it decoded or verified in the step; False: the step read its prompt
+    draft: int = 0  # tokens to draft now
+    fed: PendingTokens | None = None  # what the MTP layer reads now; None: it skips the layer
+
+    @property
+    def drafted(self) -> int:
+        """Draft tokens that the step verified."""
+        return self.scheduled - 1
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens that the step accepted."""
+        return len(self.tokens) - 1
+
+    @property
+    def caught_up(self) -> int:
+        """Tokens of earlier steps that the MTP layer reads now."""
+        return len(self.fed) - len(self.tokens) if self.fed else 0
+
+
 class Pending:
     """The pending tokens of each request."""
 

@@ -1,23 +1,29 @@
-"""The board of figures: numbers from one process to another, and the line made of them."""
+"""The board: numbers from one process to another; the observer that writes them; the log line."""
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
+import torch
 
 from qwen3next_plugin.mtp.metrics import (
     DRAFT,
     PLAIN,
     PROMPT,
     VERIFY,
-    Account,
     Board,
     LogLine,
+    Observer,
     attach,
     create,
-    figures,
+    metrics,
 )
+from qwen3next_plugin.mtp.pending import PendingTokens, Request
+from qwen3next_plugin.mtp.policy import Fixed
 
 WRITER = """
 import sys
@@ -37,8 +43,8 @@ def test_another_process_writes_and_this_one_reads(tmp_path):
     assert board.read("seconds") == {PLAIN: 0, VERIFY: 0, DRAFT: 1.5, PROMPT: 0}
     assert board.read("acceptance") == {"1": 0.9, "2": 0.8, "3": 0.7}
     path.unlink()
-    board.add("state_folds", 2)  # a board outlives its file
-    assert board.read("state_folds") == {"": 2}
+    board.add("drafts_skipped", 2)  # a board outlives its file
+    assert board.read("drafts_skipped") == {"": 2}
 
 
 def test_a_board_is_nobody_elses(tmp_path):
@@ -54,56 +60,126 @@ def test_the_longest_draft_allowed_fits_on_a_board():
     board = Board(8)
     board.set("acceptance", range(8))
     assert [*board.read("acceptance").values()] == [*range(8)]
-    assert len({figure.name for figure in figures(8)}) == len(figures(8))
+    assert len({metric.name for metric in metrics(8)}) == len(metrics(8))
 
 
-def drafted(account: Account, lengths: list[int], seconds: float, drafting: float) -> None:
+def tokens(count: int) -> PendingTokens:
+    return PendingTokens(8, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 1))
+
+
+def request(name: str, drafted: int, accepted: int = 0, **given: Any) -> Request:
+    """A request whose draft the step verified."""
+    given = {"continues": True, "fed": tokens(1 + accepted)} | given
+    return Request(id=name, tokens=tokens(1 + accepted), scheduled=1 + drafted, **given)
+
+
+def drafted(observer: Observer, lengths: list[int], seconds: float, drafting: float) -> None:
     """A step of one token committed by each request, and the drafting after it."""
-    for i, length in enumerate(lengths):
-        account.row(str(i), first=8, tokens=1 + length, committed=1)
-        account.verify(length)
-    account.step(sum(lengths) > 0, seconds)
-    account.draft(drafting, reads_prompt=False)
+    requests = [request(str(i), length) for i, length in enumerate(lengths)]
+    observer.observe_step(requests, seconds)
+    observer.observe_draft(requests, passes_seconds=drafting, seconds=drafting)
 
 
 def test_line_of_what_is_new():
     board = Board(3)
-    account = Account(board, 3, linear_layers=6)
+    observer = Observer(Fixed(3), board)
     line = LogLine(board)
-    account.draft(9.0, reads_prompt=True)
+    prompt = [request("a", 3, continues=False)]
+    observer.observe_step(prompt, 9.0)
+    observer.observe_draft(prompt, passes_seconds=9.0, seconds=9.0)
     assert line.text() is None  # nothing was decoded
-    drafted(account, [0, 0], seconds=1.0, drafting=0.0)
-    drafted(account, [1, 3], seconds=1.5, drafting=0.5)
+    drafted(observer, [0, 0], seconds=1.0, drafting=0.0)
+    drafted(observer, [1, 3], seconds=1.5, drafting=0.5)
     board.set("state_pages", [12])
     assert line.text() == (
         "MTP: mean draft length 1.00 (0: 50%, 1: 25%, 3: 25%), 17% of decoding time in drafts, "
-        "verify step 1.50 × plain step, 0 folds, 12 state pages in use"
+        "verify step 1.50 × plain step, 12 state pages in use"
     )
     assert line.text() is None  # nothing new
-    drafted(account, [2], seconds=1.0, drafting=1.0)
+    drafted(observer, [2], seconds=1.0, drafting=1.0)
     assert line.text() == (
         "MTP: mean draft length 2.00 (2: 100%), 50% of decoding time in drafts, "
-        "0 folds, 12 state pages in use"
+        "12 state pages in use"
     )
+
+
+class Recorder(Fixed):
+    """A policy that writes down what it is given."""
+
+    def __init__(self, snapshot: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(1)
+        self.calls: list[tuple[Any, ...]] = []
+        self.known = dict(snapshot)
+
+    def observe_verify(self, *given: Any) -> None:
+        self.calls.append(("verify", *given))
+
+    def observe_step(self, *given: Any) -> None:
+        self.calls.append(("step", *given))
+
+    def observe_draft(self, *given: Any) -> None:
+        self.calls.append(("draft", *given))
+
+    def forget(self, *given: Any) -> None:
+        self.calls.append(("forget", *given))
+
+    def snapshot(self) -> dict[str, Any]:
+        self.calls.append(("snapshot",))
+        return self.known
+
+
+@pytest.mark.parametrize("board", [None, Board(3)], ids=["no board", "board"])
+def test_the_policy_learns_from_steps_and_drafts_that_read_no_prompt(board):
+    policy = Recorder()
+    observer = Observer(policy, board)
+    decoding = [request("a", 3, accepted=2, draft=2), request("b", 0, draft=1, fed=None)]
+    observer.observe_step(decoding, 1.0)
+    observer.observe_draft(decoding, passes_seconds=0.25, seconds=0.5)
+    mixed = [*decoding, request("c", 7, continues=False)]
+    observer.observe_step(mixed, 4.0)
+    observer.observe_draft(mixed, passes_seconds=2.0, seconds=2.0)
+    observer.observe_step(decoding[:1], None)  # not timed
+    observer.observe_step([], 1.0)
+    observer.observe_draft([], passes_seconds=1.0, seconds=1.0)
+    observer.keep_only({"a", "d"})
+    observer.keep_only({"a", "d"})
+    calls = [call for call in policy.calls if call != ("snapshot",)]
+    verified = [("verify", "a", 3, 2), ("verify", "b", 0, 0)]
+    assert calls[:4] == [*verified, ("step", 2, 5, 1.0), ("draft", 2, 2, 0.25)]
+    assert calls[4:7] == [*verified, ("verify", "a", 3, 2)]
+    assert sorted(calls[7:]) == [("forget", "b"), ("forget", "c")]
+
+
+def test_the_board_counts_steps_drafts_and_tokens():
+    board = Board(3)
+    observer = Observer(Recorder(), board)
+    requests = [request("a", 3, accepted=2, fed=tokens(8)), request("b", 0, fed=None)]
+    observer.observe_step(requests, 1.0)
+    observer.observe_draft(requests, passes_seconds=0.25, seconds=0.5)
+    prompt = [request("c", 0, continues=False)]
+    observer.observe_step(prompt, 2.0)
+    observer.observe_draft(prompt, passes_seconds=0.25, seconds=4.0)
+    assert board.read("draft_length") == {"0": 1, "1": 0, "2": 0, "3": 1}
+    assert board.read("steps") == {PLAIN: 0, VERIFY: 1}
+    assert board.read("seconds") == {PLAIN: 0, VERIFY: 1.0, DRAFT: 0.5, PROMPT: 4.0}
+    assert board.read("drafts_skipped") == {"": 1}
+    assert board.read("tokens_caught_up") == {"": 5}
 
 
 def test_estimates_are_not_asked_for_in_every_step():
-    asked = []
-
-    def snapshot() -> dict[str, list[float]]:
-        asked.append(1)
-        return {"acceptance": [0.5], "step_seconds": [1.0, 2.0], "draft_seconds": [0.0, 0.1]}
-
+    policy = Recorder(
+        {"acceptance": [0.5], "step_seconds": [1.0, 2.0], "draft_seconds": [0.0, 0.1]}
+    )
     board = Board(1)
-    account = Account(board, 1, linear_layers=1)
+    observer = Observer(policy, board)
     assert board.read("acceptance")["1"] != board.read("acceptance")["1"]  # not known: NaN
     for _ in range(100):
-        account.estimates(snapshot)
-    assert len(asked) == 7
+        observer.observe_draft([], passes_seconds=0.0, seconds=0.0)
+    assert policy.calls.count(("snapshot",)) == 7
     assert board.read("expected_draft_seconds") == {"1": 0.1}
 
 
-def test_every_figure_is_in_the_docs():
+def test_every_metric_is_in_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "mtp.md").read_text()
     rows = {
         name.strip("` "): (kind.strip(), label.strip("` "))
@@ -111,5 +187,5 @@ def test_every_figure_is_in_the_docs():
         if line.startswith("| `vllm:qwen3next_")
         for _, name, kind, label, *_ in [line.split("|")]
     }
-    ours = {f"vllm:qwen3next_{f.name}": (f.kind, f.label.replace("le", "")) for f in figures(4)}
+    ours = {f"vllm:qwen3next_{m.name}": (m.kind, m.label.replace("le", "")) for m in metrics(4)}
     assert rows == ours

@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm import metrics as figures
+from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.flags_speculation import check_speculation
 from qwen3next_plugin.engines.vllm.names import SCHEDULER, WORKER, logger
 from qwen3next_plugin.kernels.dispatch import described
@@ -94,7 +94,7 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
     _keep_block_size(vllm_config.cache_config)
     _choose_worker(vllm_config)
-    _choose_figures(vllm_config)
+    _choose_metrics(vllm_config)
 
 
 def _keep_block_size(cache_config: CacheConfig) -> None:
@@ -111,13 +111,13 @@ def _keep_block_size(cache_config: CacheConfig) -> None:
         cache_config.user_specified_block_size = True
 
 
-def _choose_figures(vllm_config: VllmConfig) -> None:
-    """Figures where our drafter drafts; our scheduler for them, unless another was asked for."""
-    figures.remove()
+def _choose_metrics(vllm_config: VllmConfig) -> None:
+    """Serve metrics where our drafter drafts; use our scheduler unless another was asked for."""
+    metrics.remove()
     parallel_config = vllm_config.parallel_config
     if vllm_config.speculative_config is None or parallel_config.data_parallel_size > 1:
         return
-    figures.install(vllm_config)
+    metrics.install(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 

@@ -1,9 +1,9 @@
-"""Figures of drafting in vLLM's Prometheus registry, for GET /metrics and LLM.get_metrics().
+"""Metrics of drafting in vLLM's Prometheus registry, for GET /metrics and LLM.get_metrics().
 
-vLLM's own statistics travel from worker to API server in dataclasses that have no room for ours,
-and its stat-logger plugins would switch statistics on for every model, asked for or not. So worker
-and scheduler write to a board in shared memory (mtp/metrics.py), and a collector, which is the
-registry's own way to be extended, reads it when it is asked.
+vLLM sends its own statistics from worker to API server in dataclasses that have no room for ours,
+and its stat-logger plugins would turn statistics on for every model. So worker and scheduler write
+to a board in shared memory (mtp/metrics.py), and a collector, the registry's own extension point,
+reads it on request.
 """
 
 import atexit
@@ -14,37 +14,37 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 
-from qwen3next_plugin.mtp.metrics import Board, Figure, attach, create, figures
+from qwen3next_plugin.mtp.metrics import Board, Metric, attach, create, metrics
 
-PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows what begins with vllm: and nothing else
+PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows only names that begin with vllm:
 
 
 def board_path(vllm_config: VllmConfig) -> Path:
-    """Where the board of this engine lies; one name in all of its processes."""
-    return Path(tempfile.gettempdir(), f"qwen3next-figures-{vllm_config.instance_id}")
+    """The file of this engine's board; all of its processes agree on the name."""
+    return Path(tempfile.gettempdir(), f"qwen3next-metrics-{vllm_config.instance_id}")
 
 
-def of_worker(vllm_config: VllmConfig) -> Board:
-    """The board to write to: the first rank's is read, the others' are their own."""
+def worker_board(vllm_config: VllmConfig) -> Board:
+    """The board that this rank writes to. Only the first rank's is read by others."""
     k = vllm_config.num_speculative_tokens
     if get_tp_group().rank_in_group != 0:
         return Board(k)
     return create(board_path(vllm_config), k)
 
 
-def of_scheduler(vllm_config: VllmConfig) -> Board:
-    """The board that the worker made; one of its own where the worker is on another machine."""
+def scheduler_board(vllm_config: VllmConfig) -> Board:
+    """The first rank's board, or a private one if that rank is on another machine."""
     k = vllm_config.num_speculative_tokens
     return attach(board_path(vllm_config), k) or Board(k)
 
 
-class Figures(Collector):
-    """Reads a board whenever the registry is read."""
+class MetricsCollector(Collector):
+    """Reads the board whenever the registry is read."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.path = board_path(vllm_config)
@@ -52,37 +52,37 @@ class Figures(Collector):
         self.labels = {"model_name": str(vllm_config.model_config.served_model_name), "engine": "0"}
         self.board: Board | None = None
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[Family]:
         if self.board is None:
             self.board = attach(self.path, self.k)
             self.clear()
-        for figure in figures(self.k):
-            yield family(figure, self.labels, self.board)
+        for metric in metrics(self.k):
+            yield family(metric, self.labels, self.board)
 
     def clear(self) -> None:
-        """Take the file away: whoever has opened it keeps it, and nothing is left behind."""
+        """Delete the file. Processes that have mapped it keep the memory."""
         self.path.unlink(missing_ok=True)
 
 
-def family(figure: Figure, labels: dict[str, str], board: Board | None) -> Metric:
-    """A figure with all its samples; without any where there is no board."""
+def family(metric: Metric, labels: dict[str, str], board: Board | None) -> Family:
+    """A metric with all its samples, or with none if there is no board."""
     names, own = list(labels), list(labels.values())
-    if figure.kind == "histogram":
-        histogram = HistogramMetricFamily(PREFIX + figure.name, figure.help, labels=names)
+    if metric.kind == "histogram":
+        histogram = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=names)
         if board:
-            histogram.add_metric(own, *_buckets(board.read(figure.name)))
+            histogram.add_metric(own, *_buckets(board.read(metric.name)))
         return histogram
-    kind = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-    names += [figure.label] if figure.label else []
-    metric = kind(PREFIX + figure.name, figure.help, labels=names)
-    for value, number in board.read(figure.name).items() if board else ():
-        if not isnan(number):  # what is not known yet
-            metric.add_metric([*own, value] if figure.label else own, number)
-    return metric
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    names += [metric.label] if metric.label else []
+    found = kind(PREFIX + metric.name, metric.help, labels=names)
+    for value, number in board.read(metric.name).items() if board else ():
+        if not isnan(number):  # NaN: not known yet
+            found.add_metric([*own, value] if metric.label else own, number)
+    return found
 
 
 def _buckets(counts: dict[str, float]) -> tuple[list[tuple[str, float]], float]:
-    """Cumulative counts by upper bound, and the sum of what was counted."""
+    """Cumulative counts by upper bound, and the sum of all observed values."""
     buckets, total = [], 0.0
     for bound, count in counts.items():
         total += count
@@ -90,20 +90,20 @@ def _buckets(counts: dict[str, float]) -> tuple[list[tuple[str, float]], float]:
     return [*buckets, ("+Inf", total)], sum(int(n) * count for n, count in counts.items())
 
 
-_installed: Figures | None = None
+_installed: MetricsCollector | None = None
 
 
 def install(vllm_config: VllmConfig) -> None:
-    """Serve the figures of the engine that is configured now."""
+    """Serve the metrics of this engine, and of no earlier one."""
     global _installed
     remove()
-    _installed = Figures(vllm_config)
+    _installed = MetricsCollector(vllm_config)
     REGISTRY.register(_installed)
     atexit.register(_installed.clear)
 
 
 def remove() -> None:
-    """Serve no figures of an earlier engine."""
+    """Stop serving the metrics of an earlier engine."""
     global _installed
     if _installed is not None:
         REGISTRY.unregister(_installed)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.mtp.pending import Pending, PendingTokens
+from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Request
 
 
 @pytest.fixture
@@ -19,12 +19,14 @@ def drafter(monkeypatch):
     from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
 
     drafter = object.__new__(Drafter)
-    drafter.pending, drafter.next_steps = Pending(), 0
+    drafter.pending = Pending()
     monkeypatch.setattr(Drafter, "_no_drafts", lambda *_: None)
 
     def step(at, *rids):
-        rows = [PendingTokens(at, torch.zeros(1).long(), torch.zeros(1, 2)) for _ in rids]
-        monkeypatch.setattr(Drafter, "_accepted", lambda *_: rows)
+        tokens = PendingTokens(at, torch.zeros(1).long(), torch.zeros(1, 2))
+        drafter.requests = [
+            Request(id=rid, tokens=tokens, scheduled=1, continues=True) for rid in rids
+        ]
         batch = Bag(reqs=[Bag(rid=rid) for rid in rids])
         drafter._draft_extend_for_decode(batch, Bag(next_draft_input=None))
         return drafter.pending
@@ -32,7 +34,7 @@ def drafter(monkeypatch):
     return step
 
 
-def test_rows_of_requests_that_ended_are_dropped(drafter):
+def test_pending_tokens_of_requests_that_ended_are_dropped(drafter):
     drafter(5, "a", "b")
     pending = drafter(6, "a", "b")
     assert [pending.count(rid) for rid in "ab"] == [2, 2]

@@ -24,7 +24,7 @@ def draft(llm: LLM, k: int) -> None:
     """From now on draft k tokens for every request, also none, and write the drafts down."""
     runner = _core(llm).model_executor.driver_worker.worker.model_runner
     drafter = runner.drafter
-    drafter.policy = Fixed(k)
+    drafter.policy = drafter.observer.policy = Fixed(k)
     if not hasattr(drafter, "drafts"):
         propose = drafter.propose
 

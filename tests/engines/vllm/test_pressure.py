@@ -24,7 +24,7 @@ def test_preempted_requests_end_as_undisturbed_ones(checkpoint, reference, k):
         counters = engine.counters()
         assert counters["vllm:num_preemptions"] > 0
         if k:
-            assert counters["vllm:qwen3next_state_folds"] > 0
+            assert counters["vllm:qwen3next_steps"] > 0
             assert counters["vllm:qwen3next_state_pages"] == 0
     finally:
         engine.close()

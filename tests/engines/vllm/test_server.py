@@ -22,7 +22,6 @@ from engines.clients import (
     usage_by_limit,
 )
 from engines.vllm.server import Server
-from qwen3next_plugin.kernels.step import GRID
 
 pytestmark = pytest.mark.serve
 
@@ -39,10 +38,6 @@ def server() -> Iterator[Server]:
     server = Server(SHIPPED, "--speculative-config", DRAFTS, *flags, env=often).wait()
     yield server
     server.close()
-
-
-def tokens(server: Server, prompt: str) -> list[int]:
-    return server.post("/tokenize", model=server.model, prompt=prompt)["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +144,7 @@ def test_metrics_count_drafts_and_requests(server):
     assert gain["vllm:spec_decode_num_accepted_tokens_total"] > 0
 
 
-def test_figures_agree_with_the_hosts_and_with_each_other(server):
+def test_metrics_agree_with_the_hosts_and_with_each_other(server):
     began = time.monotonic()
     gain = gained(server, PROMPTS)
     seconds = time.monotonic() - began
@@ -163,10 +158,6 @@ def test_figures_agree_with_the_hosts_and_with_each_other(server):
     steps = len(PROMPTS) * 47 - gain["vllm:spec_decode_num_accepted_tokens_total"]
     # the last step of an answer may accept more than the answer has room for
     assert steps <= ours["draft_length_count"] == ours["steps_total"] <= steps + 3 * len(PROMPTS)
-    # one client: S moves on where the tokens committed pass the grid, in each linear layer
-    ends = [len(tokens(server, prompt)) + 48 for prompt in PROMPTS]
-    most, least = (sum((end - back) // GRID for end in ends) for back in (1, 5))
-    assert LINEAR_LAYERS * least <= ours["state_folds_total"] <= LINEAR_LAYERS * most
     # time is spent once
     assert 0 < ours["seconds_total"] < seconds
     kinds = server.by_label("vllm:qwen3next_seconds_total", "kind")
@@ -220,7 +211,7 @@ def test_one_page_a_request_and_layer_while_it_runs(server):
     assert server.metrics()["vllm:qwen3next_state_pages"] == 0
 
 
-def test_a_line_of_figures_in_the_log(server):
+def test_a_line_of_metrics_in_the_log(server):
     complete(server, PROMPTS[0], tokens=200, extra_body={"ignore_eos": True})
     time.sleep(0.6)
     complete(server, PROMPTS[0])
@@ -229,6 +220,6 @@ def test_a_line_of_figures_in_the_log(server):
     pattern = (
         r"MTP: mean draft length \d\.\d\d \(\d: \d+%(, \d: \d+%)*\), "
         r"(\d+% of decoding time in drafts, )?(verify step \d+\.\d\d × plain step, )?"
-        r"\d+ folds, \d+ state pages in use"
+        r"\d+ state pages in use"
     )
     assert all(re.fullmatch(pattern, line) for line in lines)

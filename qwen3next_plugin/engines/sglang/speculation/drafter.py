@@ -1,9 +1,9 @@
-"""The drafting half of the worker: chains from the int8 head, and nothing where drafts do not pay.
+"""Drafter: chains of drafts from the int8 head, and none at all when drafts do not pay.
 
-Replaces the passes of SGLang's EagleDraftWorker over a chain. SGLang's run the MTP layer over all
-tokens that were verified, the rejected ones too, and compute logits of the whole vocabulary for
-each; they also run where nothing is drafted. Loading and the layer's cache stay the host's, trees
-(topk > 1) its altogether.
+Replaces the passes of SGLang's EagleDraftWorker over a chain. SGLang runs the MTP layer over all
+verified tokens, the rejected ones too, computes logits of the whole vocabulary for each, and does
+so even if nothing is drafted. SGLang still loads the layer, manages its cache, and drafts trees
+(topk > 1) by itself.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
 )
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput
 from sglang.srt.speculative.eagle_utils import (
     _eagle_prefill_tail_tokens,
@@ -24,24 +25,97 @@ from sglang.srt.speculative.eagle_utils import (
 )
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
-from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens
+from qwen3next_plugin.mtp.metrics import Observer
+from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Request
+from qwen3next_plugin.mtp.policy import Policy, make_policy
 
 
 class Drafter(EagleDraftWorker):
-    """SGLang's draft worker, drafting chains our way; `begin` follows its construction."""
+    """SGLang's draft worker with our chains; one per worker. `begin` follows its construction."""
 
+    policy: Policy
+    observer: Observer
     pending: Pending
-    next_steps: int  # drafts of each request in the step to come
+    requests: list[Request]  # of the last verification
+    next_steps: int  # drafts of each request in the next step
 
     def begin(self) -> None:
-        """Take over a draft worker that SGLang has built."""
+        """Add what is ours to a draft worker that SGLang has built."""
+        config = self.target_worker.model_runner.model.config
+        self.policy = make_policy(config, self.speculative_num_steps, uniform=True)
+        self.observer = Observer(self.policy)  # the plugin adds nothing to SGLang's metrics
         self.pending = Pending()
+        self.requests = []
         self.next_steps = self.speculative_num_steps
         self.draft_runner.model.make_draft_head()
 
     def see(self, token_ids: torch.Tensor) -> None:
-        """Let drafts follow what is asked and answered. Shapes: token_ids [T]."""
-        self.draft_runner.model.draft_head.see(token_ids)
+        """Let the draft vocabulary follow these tokens. Shapes: token_ids [T]."""
+        self.draft_runner.model.see(token_ids)
+
+    def learn(
+        self,
+        batch: ScheduleBatch,
+        result: GenerationBatchResult,
+        *,
+        step_seconds: float,
+        draft_seconds: float,
+    ) -> None:
+        """Learn from a verification and the drafts before it; choose the lengths of the next."""
+        requests = self._requests(batch, result)
+        if not requests:
+            return
+        before = {request.id: request for request in self.requests}
+        timed = all(request.id in before for request in requests)  # no step between read a prompt
+        self.observer.observe_step(requests, step_seconds if timed else None)
+        if timed:
+            drafted = [before[request.id] for request in requests]
+            self.observer.observe_draft(
+                drafted, passes_seconds=draft_seconds, seconds=draft_seconds
+            )
+        self.observer.keep_only({request.id for request in requests})
+        self._choose_lengths(requests)
+        self.requests = requests
+
+    def _requests(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[Request]:
+        """The requests of a verification, with the tokens that it committed."""
+        n = self.speculative_num_draft_tokens
+        token_ids = result.next_token_ids.view(-1, n).long()
+        hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, n))  # [N, n, D]
+        counts, firsts = result.accept_lens.tolist(), batch.seq_lens.tolist()
+        return [
+            Request(
+                id=request.rid,
+                tokens=PendingTokens(firsts[i], token_ids[i, :count], hidden_states[i, :count]),
+                scheduled=n,
+                continues=True,
+            )
+            for i, (request, count) in enumerate(zip(batch.reqs, counts, strict=True))
+        ]
+
+    def _choose_lengths(self, requests: list[Request]) -> None:
+        """Set how many tokens each request drafts. All ranks use the first rank's decision."""
+        self.next_steps = max(self.policy.lengths([request.id for request in requests]))
+        group = get_parallel().tp_group
+        if group.world_size > 1:
+            self.next_steps = int(group.broadcast(torch.tensor([self.next_steps]), src=0))
+        for request in requests:
+            request.draft = self.next_steps
+
+    def _feed(self, requests: list[Request]) -> list[Request]:
+        """Set what the MTP layer reads now, pending tokens included: all requests, or none."""
+        self.pending.keep_only({request.id for request in requests})  # no other continues
+        run = any(request.draft or self._must_run(request) for request in requests)
+        for request in requests:
+            if run:
+                request.fed = self.pending.take(request.id, request.tokens)
+            else:
+                self.pending.put(request.id, request.tokens)
+        return [request for request in requests if request.fed is not None]
+
+    def _must_run(self, request: Request) -> bool:
+        """Whether the request must run through the MTP layer even if it drafts nothing."""
+        return self.pending.count(request.id) + len(request.tokens) > MAX_PENDING
 
     def _draft_extend_for_prefill(
         self,
@@ -51,7 +125,7 @@ class Drafter(EagleDraftWorker):
         mm_input_embeds: torch.Tensor | None = None,
         kv_loc_plan: Any = None,
     ) -> EagleDraftInput:
-        """Run the MTP layer over a prompt; each request's first draft."""
+        """Run the MTP layer over prompts; make the first draft of each request."""
         self.see(batch.input_ids)
         ends = torch.tensor(batch.extend_lens).cumsum(0) - 1  # [N]
         shifted = batch.input_ids.roll(-1)
@@ -78,57 +152,29 @@ class Drafter(EagleDraftWorker):
     def _draft_extend_for_decode(
         self, batch: ScheduleBatch, batch_result: GenerationBatchResult, *, kv_loc_plan: Any = None
     ) -> None:
-        """Run the MTP layer over what was accepted, and what was left out; the first drafts.
-
-        Where the next step drafts nothing, the rows are kept for later instead.
-        """
-        rows = self._accepted(batch, batch_result)
-        rids = [request.rid for request in batch.reqs]
+        """Run the MTP layer over committed tokens; make the first drafts, unless none follow."""
         draft = batch_result.next_draft_input
-        if not self.next_steps and not self._may_not_lag(rids, rows):
-            for rid, row in zip(rids, rows, strict=True):
-                self.pending.put(rid, row)
-            self.pending.keep_only(set(rids))  # the others have ended, or will read their text anew
-            self._no_drafts(draft, len(rids))
+        fed = self._feed(self.requests)
+        if not fed:
+            self._no_drafts(draft, len(self.requests))
             return
-        rows = [self.pending.take(rid, row) for rid, row in zip(rids, rows, strict=True)]
-        self.pending.keep_only(set())
-        counts = [len(row) for row in rows]
-        hidden_states = self._extend(batch, rows, counts)
-        self._first_drafts(draft, hidden_states[torch.tensor(counts).cumsum(0) - 1])
+        tokens = [request.fed for request in fed if request.fed is not None]
+        hidden_states = self._forward(batch, tokens)
+        ends = torch.tensor([len(part) for part in tokens]).cumsum(0) - 1  # [N]
+        self._first_drafts(draft, hidden_states[ends])
 
-    def _accepted(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[PendingTokens]:
-        """What each request commits of the step: its tokens, and the trunk's states before them."""
-        n = self.speculative_num_draft_tokens
-        token_ids = result.next_token_ids.view(-1, n).long()
-        hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, n))  # [N, n, D]
-        counts, firsts = result.accept_lens.tolist(), batch.seq_lens.tolist()
-        return [
-            PendingTokens(first, token_ids[i, :count], hidden_states[i, :count])
-            for i, (first, count) in enumerate(zip(firsts, counts, strict=True))
-        ]
-
-    def _may_not_lag(self, rids: list[str], rows: list[PendingTokens]) -> bool:
-        """Whether a request would be too far behind."""
-        pairs = zip(rids, rows, strict=True)
-        return any(self.pending.count(rid) + len(row) > MAX_PENDING for rid, row in pairs)
-
-    def _extend(
-        self, batch: ScheduleBatch, rows: list[PendingTokens], counts: list[int]
-    ) -> torch.Tensor:
-        """One pass of the MTP layer over rows of any length; returns [T, D]."""
-        firsts = [row.first for row in rows]
+    def _forward(self, batch: ScheduleBatch, tokens: list[PendingTokens]) -> torch.Tensor:
+        """Run the MTP layer over the tokens of each request of the batch; returns [T, D]."""
+        firsts, counts = [part.first for part in tokens], [len(part) for part in tokens]
         table = self.req_to_token_pool.req_to_token
-        requests = batch.req_pool_indices.tolist()
-        batch.input_ids = torch.cat([row.token_ids for row in rows])
-        batch.out_cache_loc = torch.cat(
-            [
-                table[request, first : first + count]
-                for request, first, count in zip(requests, firsts, counts, strict=True)
-            ]
-        ).long()
+        slots = [
+            table[request, part.first : part.end]
+            for request, part in zip(batch.req_pool_indices.tolist(), tokens, strict=True)
+        ]
+        batch.input_ids = torch.cat([part.token_ids for part in tokens])
+        batch.out_cache_loc = torch.cat(slots).long()
         batch.spec_info = EagleDraftExtendInput(
-            hidden_states=torch.cat([row.hidden_states for row in rows]), num_tokens_per_req=1
+            hidden_states=torch.cat([part.hidden_states for part in tokens]), num_tokens_per_req=1
         )
         batch.prefix_lens, batch.extend_lens = firsts, counts
         batch.extend_num_tokens = sum(counts)
@@ -139,13 +185,13 @@ class Drafter(EagleDraftWorker):
             capture_hidden_mode=CaptureHiddenMode.FULL,
             return_hidden_states_before_norm=False,
         )
-        forward_batch.seq_lens = torch.tensor(firsts) + torch.tensor(counts)
+        forward_batch.seq_lens = torch.tensor([part.end for part in tokens])
         forward_batch.seq_lens_cpu = forward_batch.seq_lens
         forward_batch.seq_lens_sum = int(forward_batch.seq_lens.sum())
         return self.draft_runner.forward(forward_batch).logits_output.hidden_states
 
     def draft_forward(self, forward_batch: ForwardBatch) -> tuple[Any, ...]:
-        """Follow each request's first draft with more of its own."""
+        """Extend each request's first draft to a chain; returns what SGLang's method returns."""
         spec_info: EagleDraftInput = forward_batch.spec_info
         steps, N = self.speculative_num_steps, forward_batch.batch_size
         slots = per_step_draft_out_cache_loc(forward_batch.out_cache_loc, N, 1, steps)
@@ -157,7 +203,7 @@ class Drafter(EagleDraftWorker):
             with forward_context(ForwardContext(attn_backend=backend), forward_batch=forward_batch):
                 output = self.draft_runner.forward(forward_batch).logits_output
             spec_info.hidden_states = output.hidden_states
-            tokens.append(self.draft_runner.model.draft_head(output.hidden_states)[:, None])
+            tokens.append(self.draft_runner.model.get_top_tokens(output.hidden_states)[:, None])
             forward_batch.positions.add_(1)
         return (
             self._topk1_parents_prealloc[:N],
@@ -167,13 +213,13 @@ class Drafter(EagleDraftWorker):
         )
 
     def _first_drafts(self, draft: EagleDraftInput, hidden_states: torch.Tensor) -> None:
-        """Shapes: hidden_states [N, D], of each request's last token."""
-        draft.topk_index = self.draft_runner.model.draft_head(hidden_states)[:, None]
+        """Choose the first drafts. Shapes: hidden_states [N, D] of each request's last token."""
+        draft.topk_index = self.draft_runner.model.get_top_tokens(hidden_states)[:, None]
         draft.topk_p = torch.ones_like(draft.topk_index, dtype=torch.float32)
         draft.hidden_states = hidden_states
 
     def _no_drafts(self, draft: EagleDraftInput, N: int) -> None:
-        """What SGLang carries along, unread: the next step verifies one token a request."""
+        """Fill what SGLang carries along and nothing reads: the next step verifies no drafts."""
         D = self.draft_runner.model.config.hidden_size
         draft.topk_index = torch.zeros(N, 1, dtype=torch.int64)
         draft.topk_p = torch.zeros(N, 1)

@@ -1,7 +1,7 @@
-"""The propose loop: drafts as long as they pay, each request its own length, down to none.
+"""Drafter: drafts as many tokens as pay, for each request its own number, down to none.
 
 Replaces the loop of vLLM's EagleProposer, which runs every request through the MTP layer k times
-in every step. Loading and the layer's cache stay the host's.
+in every step. vLLM still loads the layer and manages its cache.
 """
 
 import time
@@ -17,47 +17,34 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
-from qwen3next_plugin.engines.vllm import metrics as figures
 from qwen3next_plugin.engines.vllm.flags import read_config
-from qwen3next_plugin.mtp.metrics import Account
-from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens
+from qwen3next_plugin.engines.vllm.metrics import worker_board
+from qwen3next_plugin.mtp.metrics import Observer
+from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Request
 from qwen3next_plugin.mtp.policy import make_policy
 
 
-@dataclass(slots=True)
-class Request:
-    """A row of the step that just ended."""
+@dataclass(slots=True, kw_only=True)
+class Row(Request):
+    """A row of vLLM's batch."""
 
-    id: str
-    index: int  # of the row in the batch
-    rows: PendingTokens  # its committed tokens
-    scheduled: int  # its tokens in the step, rejected drafts included
-    prefilling: bool  # more of the prompt is to come: nothing was sampled
-    continues: bool  # drafted for in the step before, so that it was decoded or verified in this
-    draft: int = 0  # tokens to draft now
-
-    @property
-    def end(self) -> int:
-        """The position after its committed tokens, that of the token sampled last."""
-        return self.rows.first + len(self.rows)
+    index: int  # in the batch
+    prefilling: bool  # more of its prompt follows, so no token was sampled
 
 
 class Drafter(EagleProposer):
-    """vLLM's drafter with our loop; one per worker, with the runner's requests at hand."""
+    """vLLM's drafter with our loop; one per worker. It also reads the runner's requests."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        config = read_config(vllm_config)
-        self.policy = make_policy(config, self.num_speculative_tokens)
-        board = figures.of_worker(vllm_config)
-        self.account = Account(board, self.num_speculative_tokens, config.num_linear_layers)
-        # A connector ships the cache as it is, so nothing may be behind.
-        self.max_pending = MAX_PENDING if vllm_config.kv_transfer_config is None else 0
+        self.policy = make_policy(read_config(vllm_config), self.num_speculative_tokens)
+        self.observer = Observer(self.policy, worker_board(vllm_config))
         self.pending = Pending()
+        # A KV connector ships the layer's cache at any time, so no token may be missing from it.
+        self.max_pending = MAX_PENDING if vllm_config.kv_transfer_config is None else 0
         self.next_position: dict[str, int] = {}  # of each request that may continue
-        self.met: set[str] = set()  # requests that the schedule may remember
-        self.left = 0.0  # when the last proposal ended
+        self.left = 0.0  # when the last call of propose ended
 
     def propose(
         self,
@@ -73,18 +60,19 @@ class Drafter(EagleProposer):
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Draft for each request of the step that just ended: between none and k tokens.
+        """Draft up to k tokens for each request of the step that just ended.
 
         Shapes:
             target_token_ids, target_positions [T], target_hidden_states [T, D] of the step's
-            tokens, rejected drafts included; next_token_ids [N], the token sampled last;
-            token_indices_to_sample [N], where its hidden state lies (None: at the row's end)
+            tokens, rejected drafts included; next_token_ids [N], the last sampled tokens;
+            token_indices_to_sample [N], the indices of the tokens that they were sampled after
+            (None: the last token of each row)
         """
         entered = time.perf_counter()
         self.model.see(target_token_ids)
         starts = common_attn_metadata.query_start_loc
         ends = starts[1:] if token_indices_to_sample is None else token_indices_to_sample + 1
-        requests = self._requests(
+        rows = self._rows(
             starts.tolist(),
             ends.tolist(),
             target_token_ids,
@@ -92,25 +80,20 @@ class Drafter(EagleProposer):
             target_hidden_states,
             next_token_ids,
         )
-        self._observe(requests, entered - self.left)
-        self._choose_lengths(requests, num_speculative_tokens)
-        drafts: list[list[int]] = [[] for _ in requests]
-        fed = self._feed(requests)
+        self.observer.observe_step(rows, entered - self.left)
+        self._choose_lengths(rows, num_speculative_tokens)
+        drafts: list[list[int]] = [[] for _ in rows]
+        fed = self._feed(rows)
+        began = time.perf_counter()
         if fed:
-            began = time.perf_counter()
             self._draft(fed, common_attn_metadata.block_table_tensor, drafts)
-            if all(request.continues for request in fed):
-                passes = max(request.draft for request in fed)
-                seconds = time.perf_counter() - began
-                if passes:
-                    self.policy.observe_draft(len(requests), passes, seconds)
         self.left = time.perf_counter()
-        reads_prompt = any(not request.continues for request in fed)
-        self.account.draft(self.left - entered, reads_prompt=reads_prompt)
-        self.account.estimates(self.policy.snapshot)
+        self.observer.observe_draft(
+            rows, passes_seconds=self.left - began, seconds=self.left - entered
+        )
         return drafts
 
-    def _requests(
+    def _rows(
         self,
         starts: Sequence[int],
         ends: Sequence[int],
@@ -118,114 +101,91 @@ class Drafter(EagleProposer):
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
-    ) -> list[Request]:
-        """The step's rows with their committed tokens, shifted as the MTP layer takes them."""
+    ) -> list[Row]:
+        """The rows of the step; their tokens are shifted by one, as the MTP layer reads them."""
         firsts = positions[starts[:-1]].tolist()
         prefilling = self.runner.discard_request_mask.np[: len(firsts)].tolist()
         shifted = torch.empty_like(token_ids)  # [T]
         shifted[:-1] = token_ids[1:]
         shifted[[end - 1 for end in ends]] = next_token_ids.to(token_ids.dtype)
-        requests = []
+        rows = []
         for i, request in enumerate(self.runner.input_batch.req_ids[: len(firsts)]):
             begin, end, first = starts[i], ends[i], firsts[i]
-            if prefilling[i]:  # vLLM gives the prompt's last token for the one after the chunk
+            if prefilling[i]:  # vLLM gives the prompt's last token, not the one after the chunk
                 shifted[end - 1] = self.runner.requests[request].get_token_id(first + end - begin)
-            rows = PendingTokens(first, shifted[begin:end], hidden_states[begin:end])
-            continues = self.next_position.get(request) == first
-            scheduled = starts[i + 1] - begin
-            requests.append(Request(request, i, rows, scheduled, prefilling[i], continues))
-        known = self.runner.requests.keys()
-        self.met |= self.next_position.keys()
-        for gone in self.met - known:  # the preempted stay known, also while they wait
-            self.policy.forget(gone)
-            self.account.forget(gone)
-        self.met &= known
-        self.next_position = {
-            request.id: request.end for request in requests if not request.prefilling
-        }
+            row = Row(
+                id=request,
+                index=i,
+                tokens=PendingTokens(first, shifted[begin:end], hidden_states[begin:end]),
+                scheduled=starts[i + 1] - begin,
+                prefilling=prefilling[i],
+                continues=self.next_position.get(request) == first,
+            )
+            rows.append(row)
+        known = self.runner.requests.keys()  # those that wait after a preemption included
+        self.observer.keep_only(known)
         self.pending.keep_only(known)
-        return requests
+        self.next_position = {row.id: row.tokens.end for row in rows if not row.prefilling}
+        return rows
 
-    def _observe(self, requests: list[Request], seconds: float) -> None:
-        """Learn from the step: what was accepted, and, where no prompt was read, its time."""
-        for request in requests:
-            self.account.row(request.id, request.rows.first, request.scheduled, len(request.rows))
-            if request.continues:
-                self.account.verify(request.scheduled - 1)
-            if request.continues and request.scheduled > 1:
-                accepted = len(request.rows) - 1
-                self.policy.observe_verify(request.id, request.scheduled - 1, accepted)
-        if requests and all(request.continues for request in requests):
-            tokens = sum(request.scheduled for request in requests)
-            self.policy.observe_step(len(requests), tokens, seconds)
-            self.account.step(tokens > len(requests), seconds)
-
-    def _choose_lengths(self, requests: list[Request], limit: int) -> None:
-        """Set how many tokens each request drafts; the first rank's clock decides for all."""
-        drafting = [request for request in requests if not request.prefilling]
+    def _choose_lengths(self, rows: list[Row], limit: int) -> None:
+        """Set how many tokens each request drafts. All ranks use the first rank's decision."""
+        drafting = [row for row in rows if not row.prefilling]
         if not drafting:
             return
-        lengths = self.policy.lengths([request.id for request in drafting])
+        lengths = self.policy.lengths([row.id for row in drafting])
         group = get_tp_group()
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
-        for request, length in zip(drafting, lengths, strict=True):
-            request.draft = max(0, min(length, limit, self._room(request)))
+        for row, length in zip(drafting, lengths, strict=True):
+            row.draft = max(0, min(length, limit, self._room(row)))
 
-    def _room(self, request: Request) -> int:
-        """How many drafts a step can keep before the request ends: it yields one token more."""
-        state = self.runner.requests[request.id]
+    def _room(self, row: Row) -> int:
+        """How many drafts the request can still use; a step yields one token more."""
+        state = self.runner.requests[row.id]
         end = self.runner.max_model_len
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
-        return end - request.end - 2  # beside the token sampled last and the one after the drafts
+        return end - row.tokens.end - 2  # the last sampled token, and the one after the drafts
 
-    def _feed(self, requests: list[Request]) -> list[Request]:
-        """The requests that go through the MTP layer now, with all they are behind."""
-        fed = []
-        for request in requests:
-            if request.draft or self._may_not_lag(request):
-                rows = self.pending.take(request.id, request.rows)
-                self.account.caught_up(len(rows) - len(request.rows))
-                request.rows = rows
-                fed.append(request)
+    def _feed(self, rows: list[Row]) -> list[Row]:
+        """Set what the MTP layer reads now, pending tokens included; returns the rows it reads."""
+        for row in rows:
+            if row.draft or self._must_run(row):
+                row.fed = self.pending.take(row.id, row.tokens)
             else:
-                self.pending.put(request.id, request.rows)
-                self.account.skipped()
-        return fed
+                self.pending.put(row.id, row.tokens)
+        return [row for row in rows if row.fed is not None]
 
-    def _may_not_lag(self, request: Request) -> bool:
-        """Whether the request has to go through the MTP layer though it drafts nothing.
+    def _must_run(self, row: Row) -> bool:
+        """Whether the request must run through the MTP layer even if it drafts nothing.
 
-        vLLM offers a block to other requests as soon as it is full: whatever were missing in it
-        would be missing for all of them. A prompt, of which it offers parts of a block too, is
-        never behind.
+        vLLM lets other requests use a block as soon as it is full, and parts of a block that a
+        prompt fills: what is missing in the layer's cache there would be missing for all of them.
         """
-        fills_block = request.end // self.block_size > request.rows.first // self.block_size
-        behind = self.pending.count(request.id) + len(request.rows)
-        return (
-            request.prefilling or not request.continues or fills_block or behind > self.max_pending
-        )
+        if row.prefilling or not row.continues:
+            return True
+        fills_block = row.tokens.end // self.block_size > row.tokens.first // self.block_size
+        return fills_block or self.pending.count(row.id) + len(row.tokens) > self.max_pending
 
-    def _draft(
-        self, fed: list[Request], block_table: torch.Tensor, drafts: list[list[int]]
-    ) -> None:
-        """Run the MTP layer over what they are behind, then over its own drafts."""
-        counts = [len(request.rows) for request in fed]
-        block_table = block_table[[request.index for request in fed]]
-        positions = torch.cat([torch.arange(request.rows.first, request.end) for request in fed])
+    def _draft(self, fed: list[Row], block_table: torch.Tensor, drafts: list[list[int]]) -> None:
+        """Run the MTP layer over what the rows feed it, then over its own drafts."""
+        tokens = [row.fed for row in fed if row.fed is not None]
+        counts = [len(part) for part in tokens]
+        block_table = block_table[[row.index for row in fed]]
+        positions = torch.cat([torch.arange(part.first, part.end) for part in tokens])
         hidden_states = self._forward(
-            torch.cat([request.rows.token_ids for request in fed]),
+            torch.cat([part.token_ids for part in tokens]),
             positions,
-            torch.cat([request.rows.hidden_states for request in fed]),
+            torch.cat([part.hidden_states for part in tokens]),
             counts,
             block_table,
         )
         ends = torch.tensor(counts).cumsum(0) - 1
         hidden_states, positions = hidden_states[ends], positions[ends]  # [fed, D], [fed]
         token_ids = torch.zeros(len(fed), dtype=torch.int64)
-        for depth in range(max(request.draft for request in fed)):
-            keep = [i for i, request in enumerate(fed) if request.draft > depth]
+        for depth in range(max(row.draft for row in fed)):
+            keep = [i for i, row in enumerate(fed) if row.draft > depth]
             if len(keep) < len(fed):
                 fed = [fed[i] for i in keep]
                 hidden_states, positions = hidden_states[keep], positions[keep]
@@ -237,8 +197,8 @@ class Drafter(EagleProposer):
                     token_ids, positions, hidden_states, ones, block_table
                 )
             token_ids = self.model.get_top_tokens(hidden_states)  # [fed]
-            for request, token in zip(fed, token_ids.tolist(), strict=True):
-                drafts[request.index].append(token)
+            for row, token in zip(fed, token_ids.tolist(), strict=True):
+                drafts[row.index].append(token)
 
     def _forward(
         self,
@@ -248,7 +208,7 @@ class Drafter(EagleProposer):
         counts: list[int],
         block_table: torch.Tensor,
     ) -> torch.Tensor:
-        """One pass of the MTP layer over `counts` tokens of each row; returns [T, D]."""
+        """Run the MTP layer over `counts` tokens of each row; returns [T, D]."""
         query_start_loc = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         seq_lens = (positions[query_start_loc[1:] - 1] + 1).to(torch.int32)
         row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -276,7 +236,7 @@ class Drafter(EagleProposer):
             slot_mapping=dict.fromkeys(metadata, slot_mapping),
         ):
             return self.model(
-                # The dtype that vLLM compiled the layer with; it drops the guards that would tell.
+                # The dtype that vLLM compiled the layer for: it drops the guards against others.
                 input_ids=token_ids.to(self.input_ids.dtype),
                 positions=positions,
                 hidden_states=hidden_states,

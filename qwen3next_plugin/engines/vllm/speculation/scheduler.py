@@ -1,7 +1,7 @@
 """vLLM's scheduler, which also counts the state pages in use and logs a line on drafting.
 
-A scheduler class is a setting of vLLM's (`--scheduler-cls`); flags.py chooses this one with MTP.
-It schedules nothing differently.
+vLLM has a setting for the class (`--scheduler-cls`); flags.py chooses this one with MTP.
+Scheduling itself does not change.
 """
 
 import time
@@ -14,24 +14,24 @@ from vllm.v1.core.sched.scheduler import Scheduler as HostScheduler
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
-from qwen3next_plugin.engines.vllm import metrics as figures
+from qwen3next_plugin.engines.vllm.metrics import scheduler_board
 from qwen3next_plugin.engines.vllm.names import logger
 from qwen3next_plugin.mtp.metrics import LogLine
 
 
 class Scheduler(HostScheduler):
-    """Serves with MTP."""
+    """Schedules as vLLM does, with metrics of MTP."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)  # the host's own, whatever they are
-        self.board = figures.of_scheduler(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)  # whatever the host passes
+        self.board = scheduler_board(vllm_config)
         self.log_line = LogLine(self.board)
         self.logged = time.monotonic()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, Any]:
-        """As the host's; then the figures, where statistics are wanted."""
+        """Update as vLLM does, then write metrics and the log line if statistics are on."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.log_stats:
             self.board.set("state_pages", [self.state_pages()])
@@ -39,7 +39,7 @@ class Scheduler(HostScheduler):
         return outputs
 
     def state_pages(self) -> int:
-        """Pages that requests hold, by the engine's own accounting; those only cached are free."""
+        """State pages that requests hold, by vLLM's accounting; cached pages are free."""
         managers = self.kv_cache_manager.coordinator.single_type_managers
         groups = self.kv_cache_config.kv_cache_groups
         return sum(
@@ -50,7 +50,7 @@ class Scheduler(HostScheduler):
         )
 
     def _log(self) -> None:
-        """In the rhythm of the host's own statistics, and like those only if there is news."""
+        """Log at the interval of vLLM's statistics, and only if something was decoded."""
         now = time.monotonic()
         if now - self.logged >= envs.VLLM_LOG_STATS_INTERVAL:
             self.logged = now
