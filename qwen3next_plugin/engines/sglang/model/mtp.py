@@ -123,7 +123,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.lm_head = lm_head
 
     def make_draft_head(self) -> None:
-        """Draft from an int8 copy of the head from now on: a chain asks for one token only."""
+        """Draft from an int8 copy of the head from now on: a chain needs one token, no logits."""
         assert self.lm_head is not None
         shard = self.lm_head.shard_indices
         self.draft_head = DraftHead(
@@ -135,6 +135,16 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         )
         if not self.config.tie_word_embeddings:
             drop_plain_head(self.lm_head)
+
+    def see(self, token_ids: torch.Tensor) -> None:
+        """Let the draft vocabulary follow these tokens. Shapes: token_ids [T]."""
+        if self.draft_head is not None:
+            self.draft_head.see(token_ids)
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The likeliest tokens, by the draft head. Shapes: hidden_states [N, D], returns [N]."""
+        assert self.draft_head is not None
+        return self.draft_head(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load `mtp.*`, strictly."""

@@ -20,9 +20,10 @@ from qwen3next_plugin.engines.vllm.model.trunk import (
     describe_experts,
     make_decoder_layer,
 )
-from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding
+from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import checked, trunk_tensors
+from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import fuse
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
 
@@ -131,15 +132,20 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         """Shapes: hidden_states [N, D], returns [N, vocab]."""
         return self.logits_processor(self.lm_head, hidden_states)
 
+    @property
+    def draft_head(self) -> DraftHead | None:
+        """The int8 copy of the trunk's head that drafts choose from; none on a GPU."""
+        return self.lm_head.draft_head if isinstance(self.lm_head, LMHead) else None
+
     def see(self, token_ids: torch.Tensor) -> None:
-        """Let drafts follow what is asked and answered. Shapes: token_ids [T]."""
-        if hasattr(self.lm_head, "draft_head"):
-            self.lm_head.draft_head.see(token_ids)
+        """Let the draft vocabulary follow these tokens. Shapes: token_ids [T]."""
+        if self.draft_head is not None:
+            self.draft_head.see(token_ids)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The likeliest tokens. Shapes: hidden_states [N, D], returns [N]."""
-        if hasattr(self.lm_head, "draft_head"):
-            return self.lm_head.draft_head(hidden_states)
+        """The likeliest tokens, by the draft head. Shapes: hidden_states [N, D], returns [N]."""
+        if self.draft_head is not None:
+            return self.draft_head(hidden_states)
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:

@@ -1,12 +1,10 @@
 """Embedding and output head, without the second copies that vLLM keeps on a CPU.
 
-vLLM packs a GEMM copy of every vocabulary layer's weight and keeps the plain one beside it. An
+vLLM packs a GEMM copy of every vocabulary layer's weight and keeps the plain weight too. An
 embedding is only looked up and needs no packed copy; a head is only multiplied and needs no plain
-one. With a vocabulary of 151,936 that is 1.2 GB at 2048 dims. Elsewhere than on a CPU nothing is
-packed and nothing changes.
+one. With a vocabulary of 151,936 and 2048 dims that saves 1.2 GB. On a GPU vLLM packs nothing, and
+nothing changes.
 """
-
-from typing import Any
 
 from torch import nn
 from vllm.config import VllmConfig
@@ -24,30 +22,52 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
-class _LookUpOnly(UnquantizedEmbeddingMethod):
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Pack nothing."""
+class LMHead(ParallelLMHead):
+    """The output head and, with MTP on a CPU, the int8 copy of it that drafts choose from."""
+
+    def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+        )
+        self.draft_head: DraftHead | None = None
+        if isinstance(self.quant_method, UnquantizedEmbeddingMethod):
+            self.quant_method = _PackHead(
+                tied=config.tie_word_embeddings,
+                drafts=vllm_config.speculative_config is not None,
+            )
+
+    def make_draft_head(self) -> None:
+        """Copy the plain weight, which must still be there, to int8."""
+        shard = self.shard_indices
+        self.draft_head = DraftHead(
+            self.weight.data,
+            first=shard.org_vocab_start_index,
+            end=shard.org_vocab_end_index,
+            vocab_size=self.org_vocab_size,
+            ranks=get_tp_group(),
+        )
 
 
-class _Head(UnquantizedEmbeddingMethod):
-    """Packs the head; keeps a plain copy only where it is the embedding too."""
+class _PackHead(UnquantizedEmbeddingMethod):
+    """Packs the head; keeps the plain weight only if it is the embedding's too."""
 
-    def __init__(self, vocab_size: int, *, tied: bool, drafts: bool) -> None:
-        self.vocab_size, self.tied, self.drafts = vocab_size, tied, drafts
+    def __init__(self, *, tied: bool, drafts: bool) -> None:
+        self.tied, self.drafts = tied, drafts
 
-    def process_weights_after_loading(self, layer: Any) -> None:
+    def process_weights_after_loading(self, layer: LMHead) -> None:
         if not current_platform.is_cpu():
             return
         if self.drafts:
-            shard = layer.shard_indices
-            layer.draft_head = DraftHead(
-                layer.weight.data,
-                first=shard.org_vocab_start_index,
-                end=shard.org_vocab_end_index,
-                vocab_size=self.vocab_size,
-                ranks=get_tp_group(),
-            )
+            layer.make_draft_head()
         dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+
+
+class _LookUpOnly(UnquantizedEmbeddingMethod):
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack nothing."""
 
 
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:
@@ -63,19 +83,8 @@ def make_lm_head(
     prefix: str,
     embedding: VocabParallelEmbedding,
 ) -> nn.Module:
-    """The output head of the last stage; it shares the embedding's weight where they are tied."""
+    """The output head of the last stage; it shares the embedding's weight if they are tied."""
     if not get_pp_group().is_last_rank:
         return PPMissingLayer()
-    head = ParallelLMHead(
-        config.vocab_size,
-        config.hidden_size,
-        quant_config=vllm_config.quant_config,
-        prefix=maybe_prefix(prefix, "lm_head"),
-    )
-    if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
-        head.quant_method = _Head(
-            config.vocab_size,
-            tied=config.tie_word_embeddings,
-            drafts=vllm_config.speculative_config is not None,
-        )
+    head = LMHead(config, vllm_config, maybe_prefix(prefix, "lm_head"))
     return head.tie_weights(embedding) if config.tie_word_embeddings else head
