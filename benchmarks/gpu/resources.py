@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -19,13 +20,12 @@ import typer
 from triton.compiler import CompiledKernel
 
 from benchmarks.block_model import CONFIG
-from benchmarks.report import DOCS
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.gpu.compiling import compiling_for
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.model.launches import Launches
 
-PAGE = DOCS / "kernels.md"
+PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- gpu_resources: begin -->\n", "<!-- gpu_resources: end -->\n"
 HEAD = "kernel | warps | registers | spilled bytes | shared memory | programs | bound by"
 
@@ -166,7 +166,7 @@ def complaints(arch: str, served: Served, kernels: list[Kernel]) -> Iterator[str
 
 
 def write(sections: list[str]) -> None:
-    """Put the tables between the marks of docs/kernels.md."""
+    """Put the tables between the marks of benchmarks/gpu/resources.md."""
     before, rest = PAGE.read_text().split(BEGIN)
     _, after = rest.split(END)
     said = f"Compiled by Triton {triton.__version__}.\n"
@@ -175,11 +175,11 @@ def write(sections: list[str]) -> None:
 
 def main(
     arch: Annotated[str | None, typer.Option(help="Only this one.")] = None,
-    write_docs: Annotated[bool, typer.Option("--write", help="Write docs/kernels.md.")] = False,
+    write_docs: Annotated[bool, typer.Option("--write", help="Write resources.md.")] = False,
 ) -> None:
     """Compile for each architecture, print what kernels take, and exit with 1 if one spills."""
     if arch and write_docs:
-        raise typer.BadParameter("docs/kernels.md has the tables of all architectures")
+        raise typer.BadParameter("benchmarks/gpu/resources.md has the tables of all architectures")
     sections, red = [], []
     for each in [arch] if arch else CONFIGS:
         kernels = compiled(each, TABLED)
