@@ -1,4 +1,4 @@
-"""Links, anchors and paths in the pages resolve, and docs/ stays within its budget of words."""
+"""Links, anchors, files and methods that the pages name exist; docs/ is within its word budget."""
 
 import re
 from functools import cache
@@ -8,17 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + DOCS
-ROOTS = (
-    "",
-    "qwen3next_plugin",
-    *(f"qwen3next_plugin/engines/{host}" for host in ("vllm", "sglang")),
-)
-BUDGET = 12_000
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS]
+ENGINES = "qwen3next_plugin/engines"
+ROOTS = [ROOT / root for root in ("", "qwen3next_plugin", f"{ENGINES}/vllm", f"{ENGINES}/sglang")]
+BUDGET = 12_000  # words of docs/
+
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
-CODE = re.compile(r"`([^`\n]+)`")
-FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)+/?|[\w-]+\.(?:py|md|cpp|h)")
+OURS = re.compile(r"(?<!\*)`([^`\n]+)`")  # *`…`* is an engine's own
+FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)+/?")
+METHOD = re.compile(r"([A-Z]\w+)\.(\w+)")
 
 
 @cache
@@ -33,33 +32,47 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def named(page: Path) -> list[str]:
+def files(page: Path) -> list[str]:
     """What looks like a file or folder of the project, in backticks."""
-    words = [word for word in CODE.findall(prose(page)) if FILE.fullmatch(word)]
-    tops = {path.name for root in ROOTS for path in (ROOT / root).iterdir()}
-    return [word for word in words if "/" in word and word.split("/")[0] in tops]
+    tops = {path.name for root in ROOTS for path in root.iterdir()}
+    words = filter(FILE.fullmatch, OURS.findall(prose(page)))
+    return [word for word in words if word.split("/")[0] in tops]
+
+
+@cache
+def sources() -> list[str]:
+    folders = (ROOT / folder for folder in ("qwen3next_plugin", "kernels", "mtp"))
+    return [path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
     for path, anchor in LINK.findall(prose(page)):
-        target = (page.parent / path) if path else page
-        assert target.exists(), f"{page.name}: {path}"
-        if anchor:
-            assert anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_exist(page):
-    missing = [
-        word for word in named(page) if not any((ROOT / root / word).exists() for root in ROOTS)
-    ]
-    assert not missing
+    assert not [word for word in files(page) if not any((root / word).exists() for root in ROOTS)]
 
 
-def test_a_page_starts_with_a_command():
-    first = {page.name: page.read_text(encoding="utf-8").split("\n\n")[1] for page in DOCS}
-    assert not {name for name, block in first.items() if not block.startswith("```")}
+def test_methods_of_the_architecture_exist():
+    words = OURS.findall(prose(ROOT / "docs" / "architecture.md"))
+    methods = [match.groups() for word in words if (match := METHOD.fullmatch(word))]
+    assert len(methods) > 10
+
+    def exists(owner: str, name: str) -> bool:
+        owners = [text for text in sources() if re.search(rf"^class {owner}\b", text, re.MULTILINE)]
+        return any(re.search(rf"\bdef {name}\(", text) for text in owners)
+
+    assert not [f"{owner}.{name}" for owner, name in methods if not exists(owner, name)]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_page_starts_with_a_command(page):
+    assert page.read_text(encoding="utf-8").split("\n\n")[1].startswith("```")
 
 
 def test_budget_of_words():
