@@ -19,11 +19,6 @@ from torch import nn
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 
 ROWS = 1  # that the layout is chosen for; measured, it serves more of them as well
-# SGLang's updates of weights ask a model for such a reason, and answer with it.
-NO_UPDATES = (
-    "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; restart the "
-    "server with the new checkpoint"
-)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -87,11 +82,6 @@ class PackedLogitsProcessor(LogitsProcessor):
         if (packed := getattr(lm_head, "packed", None)) is None:
             return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, out=out)
         return linear(hidden_states, packed, None)
-
-
-def logits_processor(config: Any) -> LogitsProcessor:
-    """SGLang's, and on a CPU one that a packed head can be given to."""
-    return PackedLogitsProcessor(config) if without_gpu() else LogitsProcessor(config)
 
 
 def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:

@@ -13,17 +13,13 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.packing import (
-    NO_UPDATES,
-    drop_plain_head,
-    logits_processor,
-    use_packing,
-)
+from qwen3next_plugin.engines.sglang.cpu.packing import drop_plain_head, use_packing
 from qwen3next_plugin.engines.sglang.flags import read_config
-from qwen3next_plugin.engines.sglang.model.loading import load
-from qwen3next_plugin.engines.sglang.model.trunk import PACKED_MODULES, make_decoder_layer
+from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
+from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
+from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
+from qwen3next_plugin.model.weights import checked, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import fuse
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
@@ -37,7 +33,7 @@ class MultiTokenPredictor(nn.Module):
     ) -> None:
         super().__init__()
         with torch.device("meta"):  # the trunk's is put here
-            self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+            self.embed_tokens = make_embedding(config)
         self.fc = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
@@ -96,7 +92,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.quantised = quant_config is not None
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
-        self.logits_processor = logits_processor(config)
+        self.logits_processor = make_logits_processor(config)
         use_packing(self.model)
         self.draft_head: DraftHead | None = None
         self.trunk_names = frozenset(trunk_tensors(self.config))
@@ -155,7 +151,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             quantised=self.quantised,
         )
         renamed = (("model." + name.removeprefix(PREFIX), tensor) for name, tensor in tensors)
-        load(self, renamed, STACKED_PROJECTIONS)
+        load(self, renamed)
 
 
 EntryClass = Qwen3NextForCausalLMMTP

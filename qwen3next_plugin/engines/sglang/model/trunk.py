@@ -6,27 +6,26 @@ from typing import Any
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.packing import NO_UPDATES, logits_processor, use_packing
+from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
-from qwen3next_plugin.engines.sglang.model.loading import load
+from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
 from qwen3next_plugin.engines.sglang.model.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.engines.sglang.model.vocabulary import (
+    make_embedding,
+    make_lm_head,
+    make_logits_processor,
+)
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
+from qwen3next_plugin.model.weights import checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
-
-PACKED_MODULES = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
 
 
 def make_decoder_layer(
@@ -59,7 +58,7 @@ class Qwen3NextModel(nn.Module):
         self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = make_embedding(config)
         self.layers = nn.ModuleList(
             make_decoder_layer(
                 config,
@@ -102,13 +101,8 @@ class Qwen3NextForCausalLM(nn.Module):
         self.config = read_config(config, get_parallel().tp_size)
         self.quantised = quant_config is not None
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
-        if self.config.tie_word_embeddings:
-            self.lm_head = self.model.embed_tokens
-        else:
-            self.lm_head = ParallelLMHead(
-                self.config.vocab_size, self.config.hidden_size, quant_config=quant_config
-            )
-        self.logits_processor = logits_processor(config)
+        self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
+        self.logits_processor = make_logits_processor(config)
         in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
         use_packing(self, None if in_fp32 else self.lm_head)
 
@@ -124,13 +118,6 @@ class Qwen3NextForCausalLM(nn.Module):
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the drafter shares."""
-        return self.model.embed_tokens.weight, self.lm_head.weight
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
         tensors = checked(
@@ -139,7 +126,16 @@ class Qwen3NextForCausalLM(nn.Module):
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,
         )
-        load(self, tensors, STACKED_PROJECTIONS)
+        load(self, tensors)
+
+    # What SGLang asks of a model.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the drafter shares."""
+        return self.model.embed_tokens.weight, self.lm_head.weight
 
 
 EntryClass = Qwen3NextForCausalLM

@@ -1,7 +1,9 @@
 """The ultra-sparse MoE block, from vLLM's fused experts."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -124,6 +126,22 @@ class SparseMoE(nn.Module):
         if not self.is_sequence_parallel:
             return out
         return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
+
+
+def describe_experts(model: Any, layers: Iterable[Any]) -> None:
+    """Set the counts by which vLLM balances experts (its MixtureOfExperts protocol)."""
+    moes = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoE)]
+    model.expert_weights = []
+    model.moe_layers = [moe.experts for moe in moes]
+    model.num_moe_layers = len(moes)
+    model.num_expert_groups = 1
+    model.num_shared_experts = 0
+    if moes:
+        model.num_logical_experts = moes[0].n_routed_experts
+        model.num_routed_experts = moes[0].n_routed_experts
+        model.num_physical_experts = moes[0].n_physical_experts
+        model.num_local_physical_experts = moes[0].n_local_physical_experts
+        model.num_redundant_experts = moes[0].n_redundant_experts
 
 
 def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager:

@@ -10,16 +10,12 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
-from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, maybe_prefix
+from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from qwen3next_plugin.engines.vllm.flags import read_config
-from qwen3next_plugin.engines.vllm.model.trunk import (
-    PACKED_MODULES,
-    STACKED,
-    Qwen3NextForCausalLM,
-    describe_experts,
-    make_decoder_layer,
-)
+from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
+from qwen3next_plugin.engines.vllm.model.moe import describe_experts
+from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM, make_decoder_layer
 from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import checked, trunk_tensors
@@ -167,4 +163,4 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)
             for name, tensor in tensors
         )
-        return AutoWeightsLoader(self).load_weights(renamed, mapper=STACKED)
+        return load(self, renamed)

@@ -22,9 +22,7 @@ from vllm.model_executor.models.interfaces import (
     SupportsPP,
 )
 from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
     PPMissingLayer,
-    WeightsMapper,
     extract_layer_index,
     make_empty_intermediate_tensors_factory,
     make_layers,
@@ -38,22 +36,15 @@ from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
-from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
+from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, checked, trunk_tensors
+from qwen3next_plugin.model.weights import checked, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
-
-PACKED_MODULES = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-    "in_proj_qkvz": ["in_proj_qkvz"],
-    "in_proj_ba": ["in_proj_ba"],
-}
-STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
 
 
 def make_decoder_layer(
@@ -153,7 +144,9 @@ class Qwen3NextForCausalLM(
         page_copy.install()
         dispatch.load(current_platform.device_type)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head = make_lm_head(self.config, vllm_config, prefix, self.model.embed_tokens)
+        self.lm_head = make_lm_head(
+            self.config, vllm_config, prefix, embedding=self.model.embed_tokens
+        )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         describe_experts(self, self.model.layers)
@@ -184,7 +177,7 @@ class Qwen3NextForCausalLM(
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,
         )
-        return AutoWeightsLoader(self).load_weights(tensors, mapper=STACKED)
+        return load(self, tensors)
 
     # What vLLM asks of a hybrid model, before it is built: sizes, to lay out its pages.
 
@@ -215,19 +208,3 @@ class Qwen3NextForCausalLM(
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
         for experts in self.moe_layers:
             experts.update_expert_map()
-
-
-def describe_experts(model: Any, layers: Iterable[Any]) -> None:
-    """Set the counts by which vLLM balances experts (its MixtureOfExperts protocol)."""
-    moes = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoE)]
-    model.expert_weights = []
-    model.moe_layers = [moe.experts for moe in moes]
-    model.num_moe_layers = len(moes)
-    model.num_expert_groups = 1
-    model.num_shared_experts = 0
-    if moes:
-        model.num_logical_experts = moes[0].n_routed_experts
-        model.num_routed_experts = moes[0].n_routed_experts
-        model.num_physical_experts = moes[0].n_physical_experts
-        model.num_local_physical_experts = moes[0].n_local_physical_experts
-        model.num_redundant_experts = moes[0].n_redundant_experts

@@ -1,24 +1,17 @@
-"""Embedding and output head, without the second copies that vLLM keeps on a CPU.
-
-vLLM packs a GEMM copy of every vocabulary layer's weight and keeps the plain weight too. An
-embedding is only looked up and needs no packed copy; a head is only multiplied and needs no plain
-one. With a vocabulary of 151,936 and 2048 dims that saves 1.2 GB. On a GPU vLLM packs nothing, and
-nothing changes.
-"""
+"""Embedding and output head, from vLLM's vocabulary layers."""
 
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
-from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.cpu.packing import PackedHead, PlainEmbedding
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
@@ -34,7 +27,7 @@ class LMHead(ParallelLMHead):
         )
         self.draft_head: DraftHead | None = None
         if isinstance(self.quant_method, UnquantizedEmbeddingMethod):
-            self.quant_method = _PackHead(
+            self.quant_method = PackedHead(
                 tied=config.tie_word_embeddings,
                 drafts=vllm_config.speculative_config is not None,
             )
@@ -51,29 +44,10 @@ class LMHead(ParallelLMHead):
         )
 
 
-class _PackHead(UnquantizedEmbeddingMethod):
-    """Packs the head; keeps the plain weight only if it is the embedding's too."""
-
-    def __init__(self, *, tied: bool, drafts: bool) -> None:
-        self.tied, self.drafts = tied, drafts
-
-    def process_weights_after_loading(self, layer: LMHead) -> None:
-        if not current_platform.is_cpu():
-            return
-        if self.drafts:
-            layer.make_draft_head()
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
-
-
-class _LookUpOnly(UnquantizedEmbeddingMethod):
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Pack nothing."""
-
-
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:
     """The input embedding."""
     embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-    embedding.quant_method = _LookUpOnly()
+    embedding.quant_method = PlainEmbedding()
     return embedding
 
 

@@ -1,0 +1,32 @@
+"""Embedding, output head and logits, from SGLang's vocabulary layers."""
+
+from typing import Any
+
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
+from qwen3next_plugin.engines.sglang.cpu.packing import PackedLogitsProcessor
+
+
+def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:
+    """The input embedding."""
+    return VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+
+
+def make_lm_head(
+    config: Qwen3NextConfig,
+    quant_config: QuantizationConfig | None,
+    embedding: VocabParallelEmbedding,
+) -> ParallelLMHead | VocabParallelEmbedding:
+    """The output head; it is the embedding itself if they are tied."""
+    if config.tie_word_embeddings:
+        return embedding
+    return ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config)
+
+
+def make_logits_processor(hf_config: Any) -> LogitsProcessor:
+    """SGLang's; on a CPU the one that multiplies by a packed head."""
+    return PackedLogitsProcessor(hf_config) if without_gpu() else LogitsProcessor(hf_config)

@@ -1,0 +1,23 @@
+"""A checkpoint's tensors into vLLM's parameters."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from qwen3next_plugin.model.weights import STACKED_PROJECTIONS
+
+# A stacked projection's parts, by the names that quantisation configs and adapters use.
+PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "in_proj_qkvz": ["in_proj_qkvz"],
+    "in_proj_ba": ["in_proj_ba"],
+}
+STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
+
+
+def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Load each tensor into its parameter, or into its part of a stacked one; return the names."""
+    return AutoWeightsLoader(model).load_weights(tensors, mapper=STACKED)
