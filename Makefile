@@ -21,6 +21,8 @@ ARGS  ?=
 # of PyTorch's CPU index, as in `make serve TORCH_INDEX=<address>`.
 TORCH_INDEX ?=
 PIP_ARGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# --no-compile: most of the modules are never imported, so bytecode is written at the first import.
+INSTALL := -m pip install --quiet --no-compile --no-deps $(PIP_ARGS)
 
 # On the CPU vLLM keeps a core to itself unless told otherwise.
 export VLLM_CPU_OMP_THREADS_BIND ?= 0-$(shell echo $$(( $$(nproc) - 1 )))
@@ -29,7 +31,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
 .PHONY: help setup serve test test-long check format bench clean $(ENGINES:%=test-%)
-.NOTPARALLEL: # two engines would fight for the same cores
+MAKEFLAGS += --jobs 2 # installing takes one core for each engine
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -43,16 +45,16 @@ $(EACH_VENV:%=%/bin/python):
 .venv-sglang/.host: requirements/sglang-cpu.txt
 ALIAS_vllm := ./requirements/vllm-alias
 $(EACH_VENV:%=%/.host): .venv-%/.host: | .venv-%/bin/python
-	.venv-$*/bin/pip install --no-deps $(PIP_ARGS) -r requirements/$*-cpu.txt $(ALIAS_$*)
+	.venv-$*/bin/python $(INSTALL) -r requirements/$*-cpu.txt $(ALIAS_$*)
 	touch $@
 
 $(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
-	.venv-$*/bin/pip install --no-deps $(PIP_ARGS) -r requirements/dev.txt
+	.venv-$*/bin/python $(INSTALL) -r requirements/dev.txt
 	touch $@
 
 # Editable: Python from the checkout, the native extension rebuilt when its sources change.
 $(EACH_VENV:%=%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
-	.venv-$*/bin/pip install --no-build-isolation --no-deps -C build-dir=build/$* -e .
+	.venv-$*/bin/python $(INSTALL) --no-build-isolation -C build-dir=build/$* -e .
 	touch $@
 
 setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## hosts, plugin and tools, in .venv-vllm and .venv-sglang
@@ -72,34 +74,37 @@ TESTS_sglang := tests/engines/sglang
 # The kernels for GPUs are tested under each Triton that they are for; 3.9 comes with vLLM.
 TRITONS := $(patsubst %,.triton/%/.installed,3.6.0 3.8.0)
 $(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
-	.venv-vllm/bin/pip install --no-deps --target .triton/$* triton==$*
+	.venv-vllm/bin/python $(INSTALL) --target .triton/$* triton==$*
 	touch $@
 test-vllm: $(TRITONS)
 
-# A test takes about one core, whether it starts an engine or not: as many run at once as there are
-# cores. Engines want memory too, so there are four at most.
+# A test takes about one core, whether it starts an engine or not: as many files run at once as
+# there are cores. Engines want memory too, so there are four at most.
+PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile
-FAST     := -m "not serve" $(PARALLEL)
-SERVE    := -m serve $(PARALLEL) --maxprocesses 4
 
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
-	.venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG) $(ARGS)
+	$(PYTEST) $(ARGS)
 else
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -o testpaths=$(TESTS_$*) $(LONG) $(FAST)
-	.venv-$*/bin/python -m pytest -v -o testpaths=$(TESTS_$*) $(LONG) $(SERVE)
+	OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve"
+	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve
+endif
+ifndef ENGINE
+test-sglang: | test-vllm # they would compete for the same cores
 endif
 
 test-long: LONG := --long
 test-long: test ## the same at full size, and the tests marked `long`; ENGINE=sglang: SGLang's only
 
-check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the fast tests
+check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy qwen3next_plugin
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(FAST) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(PARALLEL) \
+	  -m "not (serve or slow)" $(ARGS)
 
 format: .venv-$(THE_ENGINE)/.dev ## let the formatters write
 	$(BIN)/ruff check --fix .

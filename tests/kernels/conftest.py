@@ -15,6 +15,14 @@ from qwen3next_plugin.kernels import native
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, slow."""
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=("reference", *LEVELS, "triton"))
 def backend(request, monkeypatch):
     """The backend in force: `reference`, `triton`, or a native kernels' instruction set."""

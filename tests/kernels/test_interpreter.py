@@ -40,13 +40,19 @@ def test_other_tritons_are_there():
     assert VERSIONS, "make test installs them"
 
 
+# Tests that together launch every kernel.
+AGAINST = "bfloat16 and (as_its_parts or (against and 65))"
+COMPACT = f"triton and (mixed_batch or copies or as_the_recurrence or ({AGAINST}))"
+
+
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
-def test_kernels_under_another_triton(version):
+def test_kernels_under_another_triton(version, size):
+    """With --long every test of Triton's kernels, without it a selection."""
     assert version.name in under(version, "-c", "import triton; print(triton.__version__)")
-    tests = ("gated_delta_net", "qk_norm_rope", "rms_norm_gated", "segments")
-    files = [f"tests/kernels/test_{name}.py" for name in tests]
-    chosen = "triton and (as_its_parts or as_the_recurrence or (against and 65 and bfloat16))"
-    assert " passed" in under(version, "-m", "pytest", "-q", *files, "-k", chosen)
+    chosen = size(COMPACT, "triton")
+    ignored = "--ignore=tests/kernels/test_interpreter.py"
+    said = under(version, "-m", "pytest", "-q", "tests/kernels", ignored, "-k", chosen)
+    assert " passed" in said
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)

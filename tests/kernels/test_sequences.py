@@ -13,8 +13,6 @@ from tolerances import assert_close
 
 SHAPES = (Shape(1, 2, 16, 24), Shape(2, 4, 24, 16), Shape(1, 1, 17, 5))
 REQUESTS = 2
-# Sequences on the highest instruction set, on each other backend, in Triton's interpreter.
-BEST, OTHERS, INTERPRETED = 900, 75, 12
 LONG = (5, 8, 17, 33)
 
 
@@ -131,11 +129,12 @@ def check(plan, seed: int) -> None:
     pool.assert_untouched_but(list(range(REQUESTS + 1)))
 
 
-def test_any_sequence_of_steps(backend):
-    examples = {native.levels()[-1]: BEST, "triton": INTERPRETED}
+def test_any_sequence_of_steps(backend, size):
+    """Most sequences run on the highest instruction set, the fewest in Triton's interpreter."""
+    examples = {native.levels()[-1]: size(200, 900), "triton": size(4, 12)}
 
     @settings(
-        max_examples=examples.get(backend, OTHERS),
+        max_examples=examples.get(backend, size(25, 75)),
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -147,5 +146,5 @@ def test_any_sequence_of_steps(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_any_sequence_of_steps_with_rows_that_are_split(backend, split_rows):
-    test_any_sequence_of_steps(backend)
+def test_any_sequence_of_steps_with_rows_that_are_split(backend, split_rows, size):
+    test_any_sequence_of_steps(backend, size)

@@ -45,8 +45,7 @@ class Host:
         assert self.llm.reset_prefix_cache()
 
     def inside(self, name: str, *args: Any) -> Any:
-        import inside  # beside this file, which is the main program
-
+        inside = import_module("engines.vllm.inside" if __package__ else "inside")
         return getattr(inside, name)(self.llm, *args)
 
 

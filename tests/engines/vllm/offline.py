@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from engines.checks import Output
-from engines.process import CPUS, OWN_CPUS, START_SECONDS, Process
+from engines.process import CPUS, OWN_CPUS, START_SECONDS, Fork, Process
+from engines.vllm import child
 
 CHILD = str(Path(__file__).with_name("child.py"))
 # One process, and one thread in it: at these sizes threads only cost time. A server has OWN_CPUS.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]  # all of these before any engine
 
 
 def environment(tp_size: int = 1) -> dict[str, str]:
@@ -30,7 +32,8 @@ def environment(tp_size: int = 1) -> dict[str, str]:
 class Offline:
     """`vllm.LLM(model, **flags)` in a child; token ids in, plain values out.
 
-    `first` names a module beside this one that the child imports before all else.
+    `first` names a module in this folder that the child imports before all else. With it, or with
+    another `python`, the child is a new interpreter; otherwise a fork of one that has vLLM loaded.
     """
 
     def __init__(
@@ -45,10 +48,13 @@ class Offline:
         tp_size = flags.get("tensor_parallel_size", 1)
         with Listener(family="AF_UNIX") as listener:
             listener._listener._socket.settimeout(START_SECONDS)
-            self.process = Process(
-                [python, CHILD, listener.address, *([first] if first else [])],
-                environment(tp_size) | IN_PROCESS | (env or {}),
-            )
+            own = environment(tp_size) | IN_PROCESS | (env or {})
+            if first or python != sys.executable:
+                command = [python, CHILD, listener.address, *([first] if first else [])]
+                self.process = Process(command, own)
+            else:
+                Fork.preload(PRELOADED, environment() | IN_PROCESS)
+                self.process = Fork(child.main, listener.address, env=own)
             self.pipe: Connection = listener.accept()
         defaults = {
             "model": str(model),
@@ -105,7 +111,7 @@ class Offline:
             self.pipe.send((name, args))
             ok, answer = self.pipe.recv()
         except (EOFError, OSError) as error:
-            self.process.child.wait(20)
+            self.process.wait(20)
             raise AssertionError(f"the engine died:\n{self.process.text()[-8000:]}") from error
         if not ok:
             raise AssertionError(f"{answer}\n{self.process.text()[-8000:]}")

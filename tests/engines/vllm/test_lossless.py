@@ -22,6 +22,7 @@ FLAGS = (
 )  # fmt: skip
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
+ALWAYS = ("k=4", "adaptive")  # the other cases, each a server of its own, are marked `long`
 PREEMPTED: dict[tuple[str, tuple[str, ...]], float] = {}  # requests, in each run of a server
 Answers = Sequence[Ids | None]  # None: the client hung up
 
@@ -62,7 +63,13 @@ def with_drafts(dtype: str, case: str) -> Answers:
     return answers(dtype, "--speculative-config", drafts, env={"QWEN3NEXT_DRAFTS": schedule})
 
 
-@pytest.mark.parametrize("case", CASES)
+def long_unless_always(cases: Sequence[str]) -> list:
+    return [
+        case if case in ALWAYS else pytest.param(case, marks=pytest.mark.long) for case in cases
+    ]
+
+
+@pytest.mark.parametrize("case", with_marks(*CASES))
 def test_the_same_tokens_as_without_drafts(case):
     """In fp32, where no token hangs on a rounding."""
     assert with_drafts("float32", case) == without_drafts("float32")
@@ -96,7 +103,7 @@ def margins(reference) -> Margins:
     return Margins(reference(SHIPPED), texts[:20])
 
 
-@pytest.mark.parametrize("case", ["k=3", "adaptive"])
+@pytest.mark.parametrize("case", with_marks("k=3", "adaptive"))
 def test_bf16_differs_at_most_where_two_tokens_are_as_likely(case, margins):
     expected, found = without_drafts("bfloat16"), with_drafts("bfloat16", case)
     prompts = [request.prompt for request in (*traffic()[:ALONE], *traffic())]
