@@ -63,10 +63,8 @@ def with_drafts(dtype: str, case: str) -> Answers:
     return answers(dtype, "--speculative-config", drafts, env={"QWEN3NEXT_DRAFTS": schedule})
 
 
-def long_unless_always(cases: Sequence[str]) -> list:
-    return [
-        case if case in ALWAYS else pytest.param(case, marks=pytest.mark.long) for case in cases
-    ]
+def with_marks(*cases: str) -> list:
+    return [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.long) for c in cases]
 
 
 @pytest.mark.parametrize("case", with_marks(*CASES))
