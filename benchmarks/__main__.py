@@ -1,46 +1,49 @@
-"""`make bench`: every question in turn; figures go to out/bench.json and docs/."""
+"""`python -m benchmarks`, which is `make bench`: engines, kernels and MTP, one after the other."""
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from benchmarks import report, report_mtp
-from benchmarks.block_model import block_model
-from benchmarks.engines import startup
-from benchmarks.engines import vllm as engines
+from benchmarks import report
+from benchmarks.engines import __main__ as engines
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.mtp import __main__ as mtp
-from benchmarks.mtp import vllm_clients as clients
+from benchmarks.report import OUT, Out, Quick, Record, Run
 
-TINY = Path("examples/qwen3next-tiny")
+
+def measure(run: Run) -> Iterator[Record]:
+    """Every question that this machine can answer; on a GPU, `benchmarks.gpu` has more."""
+    for folder in (kernels, engines, mtp):
+        yield from folder.measure(run)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where models, logs and figures go.")] = Path("out"),
-    quick: Annotated[bool, typer.Option(help="Fewer rounds, and no compiled engines.")] = False,
-    docs: Annotated[bool, typer.Option(help="Write the figures of docs/.")] = True,
+    out: Out = OUT,
+    quick: Quick = False,
+    docs: Annotated[
+        bool, typer.Option(help="Rewrite the figures of docs/ from this run, unless it is quick.")
+    ] = True,
 ) -> None:
-    """Measure plugin against upstream, alternating; stops on a red check without a number."""
-    out.mkdir(exist_ok=True)
-    model = block_model(out / "block-model")
-    results = {
-        "machine": report.machine(),
-        "kernels": kernels.measure(),
-        "engines": engines.measure(model, out, quick=quick),
-        "steps": mtp.measure(model, out, quick=quick),
-        "clients": clients.measure(TINY, out, quick=quick),
-        "startup": startup.start_up_times(TINY, out, rounds=1 if quick else 3),
-    }
-    path = out / "bench.json"
-    path.write_text(json.dumps(results, indent=2))
-    for part in ("kernels", "engines", "steps", "clients"):
-        print(report.markdown(results[part]))
-    print(report.markdown({"until ready": results["startup"]}))
-    if docs:
-        report.write(path)
-        report_mtp.write(results)
+    """Measure the plugin: engines, kernels, and multi-token prediction.
+
+    Each folder also runs alone, and part by part; its --help says what it measures:
+
+    \b
+      python -m benchmarks.engines   steps, prefill, memory, start-up; vLLM and SGLang
+      python -m benchmarks.kernels   the CPU kernels against upstream's operators
+      python -m benchmarks.mtp       verify steps, and clients with drafts and without
+      python -m benchmarks.gpu       the Triton kernels; needs a GPU
+
+    Plugin and upstream are called in turn, and both must compute the same: on a red check the
+    command exits with 1 and prints no figure. Every answer is kept as a JSON record in the output
+    folder; `python -m benchmarks.render` writes docs/ from the records of full runs.
+
+    A full run takes more than an hour on two cores and wants an otherwise idle machine. --quick is
+    a smoke test: it leaves out start-up, steps with MTP and SGLang.
+    """
+    run = Run(__package__, out, quick)
+    report.finish(run, lambda: measure(run), docs=docs)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
-"""The block model: four layers of the real shapes with random weights, to time engine steps on."""
+"""The models that engines are timed on.
+
+The block model has four layers of the released model's shapes and random weights: 3.7 GB, written
+once into out/. Quick runs use the checkpoint of examples/, which every machine loads in seconds.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
 
+from benchmarks.report import Run
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.weights import trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
-CONFIG = {
+TINY = Path("examples/qwen3next-tiny")
+
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],
     "model_type": "qwen3_next",
     "dtype": "bfloat16",
@@ -54,8 +62,15 @@ CONFIG = {
 }
 
 
+def model_of(run: Run) -> tuple[Path, str]:
+    """The model for a run's engine steps, and its name."""
+    if run.quick:
+        return TINY, "the shipped checkpoint"
+    return block_model(run.out / "block-model"), "the block model"
+
+
 def block_model(folder: Path) -> Path:
-    """Write the block model into `folder` unless it is there; 3.7 GB with its MTP head."""
+    """Write the block model, with its MTP head, into `folder` unless it is there."""
     done = folder / "config.json"
     if done.exists() and json.loads(done.read_text()) == CONFIG:
         return folder
@@ -73,7 +88,7 @@ def block_model(folder: Path) -> Path:
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Values in the range of a trained model's, so that routing and gates do real work."""
+    """Values in the range of a trained model, so that routing and gates do real work."""
     if name.endswith("A_log"):
         return torch.empty(shape).uniform_(0, 2.5, generator=generator)
     if name.endswith("linear_attn.norm.weight"):

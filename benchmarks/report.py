@@ -1,19 +1,128 @@
-"""Turn measured figures into docs/performance.md and its picture."""
+"""One format for everything that a benchmark measures: a record, kept as JSON, printed as a table.
+
+out/<name>.json          a full run
+out/quick/<name>.json    a quick one; never written into docs/
+benchmarks/measured/     the records that docs/ shows, written there by --docs
+"""
 
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-DOCS = Path(__file__).parent.parent / "docs"
-BEGIN, END = "<!-- make bench: begin -->\n", "<!-- make bench: end -->\n"  # in docs/mtp.md
-NOTES = Path(__file__).parent / "notes.md"  # what the figures do not say by themselves
-Table = dict[str, dict[str, float]]
+MEASURED = Path(__file__).parent / "measured"
+WIDE = 400  # columns of a terminal that breaks no line: tables can be pasted into a page
+QUICK = "QUICK: few rounds, small models. Good for a smoke test, not for comparing; not for docs/."
+
+console = Console(stderr=True)  # progress and checks; the standard output has the figures alone
+
+Cell = int | float | str
+Rows = Mapping[str, Mapping[str, Cell]]  # row → column → value
+
+Out = Annotated[Path, typer.Option(help="Folder for records, logs and generated models.")]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="A smoke test of two minutes; not for docs/."),
+]
+Docs = Annotated[
+    bool, typer.Option(help="Copy the records to benchmarks/measured/ and rewrite docs/ from them.")
+]
+OUT = Path("out")
+
+
+class RedCheckError(AssertionError):
+    """Two sides that should compute the same do not: no figure is printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The answer to one question: a table, and what a reader must know to trust it."""
+
+    name: str  # "engines/steps": where it is kept
+    question: str
+    case: str  # model and settings
+    units: dict[str, str]  # column → unit, in the table's order; "" for ratios
+    rows: Rows
+    machine: dict[str, str]
+    command: str
+    date: str
+    quick: bool
+
+    def save(self, folder: Path) -> Path:
+        """Write it under `folder`, by its name."""
+        path = folder / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        return cls(**json.loads(path.read_text()))
+
+    @property
+    def columns(self) -> list[str]:
+        return [f"{name}, {unit}" if unit else name for name, unit in self.units.items()]
+
+    def cells(self) -> list[list[str]]:
+        """Rows as text, each with its name first. A value that is missing leaves its cell empty."""
+        return [
+            [name, *(text(row.get(column, "")) for column in self.units)]
+            for name, row in self.rows.items()
+        ]
+
+    @property
+    def source(self) -> str:
+        """Machine, date and command, in a line."""
+        kind = "; quick" if self.quick else ""
+        return f"{', '.join(self.machine.values())}; {self.date}; `{self.command}`{kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One command that measures: where it writes, and what all of its records share."""
+
+    package: str
+    out: Path
+    quick: bool
+
+    def record(
+        self,
+        name: str,
+        question: str,
+        case: str,
+        units: dict[str, str],
+        rows: Rows,
+        on: dict[str, str] | None = None,
+    ) -> Record:
+        """What was measured, with this run's machine (or another), command and date."""
+        command = " ".join(["python -m", self.package.removesuffix(".__main__"), *sys.argv[1:]])
+        date = datetime.now(UTC).date().isoformat()
+        return Record(name, question, case, units, rows, on or machine(), command, date, self.quick)
+
+    @property
+    def records(self) -> Path:
+        """The folder of this run's records."""
+        return self.out / "quick" if self.quick else self.out
+
+
+def text(cell: Cell) -> str:
+    """Three significant digits; integers and words as they are."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, int) or cell >= 100:
+        return f"{cell:,.0f}"
+    return f"{cell:.{1 if cell >= 10 else 2 if cell >= 1 else 3}f}"
 
 
 def machine() -> dict[str, str]:
@@ -21,95 +130,56 @@ def machine() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next((line for line in lines if line.startswith("flags")), "").split()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
     return {
-        "processor": next(
-            (line.split(": ")[1] for line in lines if line.startswith("model name")),
-            platform.processor(),
-        ),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "instruction sets": ", ".join(flag for flag in wanted if flag in flags),
-        "torch": torch.__version__,
+        "processor": next(names, platform.processor()),
+        "cores": f"{len(os.sched_getaffinity(0))} cores",
+        "instruction sets": " ".join(flag for flag in wanted if flag in flags),
+        "torch": f"torch {torch.__version__}",
     }
 
 
-def write(results: Path) -> None:
-    """Write the page and the picture from a JSON of results."""
-    data = json.loads(results.read_text())
-    picture(data["engines"], DOCS / "performance.svg")
-    (DOCS / "performance.md").write_text(page(data))
+def finish(
+    run: Run, measured: Callable[[], Iterable[Record]], *, docs: bool = False, keep: bool = True
+) -> None:
+    """Measure everything, then print and keep it; exits with 1 and no figure on a red check."""
+    if keep:
+        run.out.mkdir(parents=True, exist_ok=True)
+    if run.quick:
+        console.print(f"[bold]{QUICK}[/bold]")
+    try:
+        records = list(measured())
+    except AssertionError as complaint:
+        print(f"red, so there are no figures: {complaint}", file=sys.stderr)
+        raise SystemExit(1) from complaint
+    for record in records:
+        show(record)
+        if keep:
+            record.save(run.records)
+    if run.quick:
+        print(f"\n{QUICK}")
+    if docs:
+        publish(run, records)
 
 
-def host(data: dict) -> str:
-    """The machine in a sentence."""
-    return "Machine: " + "; ".join(f"{name}: {value}" for name, value in data["machine"].items())
+def publish(run: Run, records: Iterable[Record]) -> None:
+    """Put full records among those of docs/, and rewrite docs/; a quick run changes nothing."""
+    from benchmarks import render
+
+    if run.quick:
+        console.print("quick, so docs/ stays as it is")
+        return
+    for record in records:
+        record.save(MEASURED)
+    render.write()
 
 
-def page(data: dict) -> str:
-    """The Markdown page."""
-    parts = [
-        "# Performance\n",
-        "```console\n$ make bench\n```\n",
-        "Plugin and upstream alternate in one run, each in its own process; nothing is printed "
-        "unless both compute the same log-probabilities. Figures are from one run unless a note "
-        "says otherwise; the ratio of steps is that of the shortest ones.\n",
-        f"{host(data)}.\n",
-        "## Engine steps\n",
-        "The block model: the released model's layer shapes (hidden 2048, 16/32 linear heads of "
-        "128, 16/2 attention heads of 256), 4 layers, 64 experts top-10, vocabulary 151,936, "
-        "bf16, random weights. A ratio above 1 is in the plugin's favour.\n",
-        "![upstream and plugin](performance.svg)\n",
-        markdown({k: v for k, v in data["engines"].items() if "memory" not in k}),
-        "## Memory\n",
-        markdown({k: v for k, v in data["engines"].items() if "memory" in k}),
-        "## Start-up\n",
-        "`vllm serve --enforce-eager` on the shipped checkpoint.\n",
-        markdown({"until ready": data["startup"]}),
-        "## Kernels\n",
-        "Real shapes, against the operators that upstream calls on this machine.\n",
-        markdown(data["kernels"]),
-    ]
-    return "\n".join([*parts, NOTES.read_text()])
-
-
-def markdown(table: Table) -> str:
-    """Markdown tables, one for each set of columns that rows share."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, row in table.items():
-        cells = " | ".join(f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in row.values())
-        groups.setdefault(tuple(row), []).append(f"| {name} | {cells} |")
-    tables = []
-    for columns, rows in groups.items():
-        head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        tables.append("\n".join([*head, *rows]) + "\n")
-    return "\n".join(tables)
-
-
-def picture(table: Table, path: Path) -> None:
-    """Bars of how many times faster than upstream each step is."""
-    rows = {
-        name: row["ratio"]
-        for name, row in table.items()
-        if "ratio" in row and not name.startswith("peak memory")
-    }
-    with chart(path, (7, 0.45 * len(rows) + 0.8)) as axes:
-        bars = axes.barh(list(rows), list(rows.values()), color="#4c72b0")
-        axes.bar_label(bars, fmt="%.2f×", padding=3)
-        axes.axvline(1, color="#333333", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_xlabel("times upstream's speed")
-
-
-@contextmanager
-def chart(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes of an SVG with its text as text, the same bytes for the same figures."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": path.name}
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    yield axes
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+def show(record: Record) -> None:
+    """Print a record on the standard output; the table is Markdown."""
+    wide = Console(width=WIDE, highlight=False)
+    wide.print(f"\n{record.question}", style="bold", markup=False)
+    wide.print(f"{record.case}. {record.source}", markup=False)
+    table = Table(*["", *record.columns], box=box.MARKDOWN)
+    for cells in record.cells():
+        table.add_row(*cells)
+    wide.print(table, markup=False)

@@ -1,85 +1,70 @@
-"""The two engines side by side with the plugin in both: steps and prefill, alternating in one run.
-
-Needs both environments: `make setup` and `make setup ENGINE=sglang`.
-"""
+"""vLLM and SGLang, both with the plugin: steps and prefill, alternating in one run."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from benchmarks.block_model import model_of
+from benchmarks.engines.steps import check, flags
+from benchmarks.report import Record, Run, console
+from benchmarks.worker import SGLANG, Worker, alternate, started
 
-from benchmarks import report
-from benchmarks.block_model import block_model
-from benchmarks.engines import vllm as engines
-from benchmarks.engines.vllm import Side, console
-
-SGLANG_PYTHON = Path(".venv-sglang/bin/python")
+PROMPT = 1024
 
 
-def sglang_flags(model: Path) -> dict[str, Any]:
-    """SGLang's flags, with vLLM's sizes and no prefix cache on either side."""
+def measure(run: Run) -> Iterator[Record]:
+    """Shortest steps and fastest prefill of both."""
+    model, name = model_of(run)
+    rounds, steps = (2, 12) if run.quick else (5, 16)
+    rows = {}
+    with hosts(run, model) as engines:
+        difference = check(engines.values())
+        console.print(f"check: log-probabilities differ by {difference:.4f} on average")
+        for batch in (1, 8):
+            results = alternate(engines, rounds, "decode", batch=batch, steps=steps)
+            shortest = {host: min(map(min, times)) for host, times in results.items()}
+            rows[f"decode step, batch {batch}"] = with_ratio(shortest)
+        results = alternate(engines, rounds, "prefill", tokens=PROMPT)
+        fastest = {host: 1e3 * PROMPT / max(rates) for host, rates in results.items()}
+        rows[f"prefill of {PROMPT:,} tokens"] = with_ratio(fastest)
+    yield run.record(
+        "engines/hosts",
+        "How long do both engines take?",
+        f"{name}, bf16, vLLM compiled; shortest of all rounds",
+        {"vLLM": "ms", "SGLang": "ms", "SGLang / vLLM": ""},
+        rows,
+    )
+
+
+def sglang_flags(model: Path, *, quick: bool) -> dict[str, Any]:
+    """SGLang's flags, with vLLM's sizes and no prefix cache."""
     return {
         "model_path": str(model),
         "device": "cpu",
-        "context_length": 20000,
+        "context_length": 4096 if quick else 20000,
         "chunked_prefill_size": 2048,
         "max_total_tokens": 40000,
         "max_running_requests": 16,
         "disable_radix_cache": True,
-        "sleep_on_idle": True,  # or it would take a core from the other engine
+        "sleep_on_idle": True,  # an idle engine that polls takes a core from the other one
     }
 
 
 @contextmanager
-def hosts(model: Path, out: Path) -> Iterator[dict[str, Side]]:
-    """vLLM, compiled as it is by default, and SGLang."""
+def hosts(run: Run, model: Path) -> Iterator[dict[str, Worker]]:
+    """vLLM, compiled (its default), and SGLang. A quick run does not compile."""
     with ExitStack() as stack:
-        sides = {
-            "vllm": Side("plugin", engines.flags(model), out / "hosts-vllm.log"),
-            "sglang": Side(
-                "plugin",
-                sglang_flags(model),
-                out / "hosts-sglang.log",
-                python=SGLANG_PYTHON,
-                worker="benchmarks.engines.sglang_worker",
-            ),
-        }
-        for name, side in sides.items():
-            stack.enter_context(engines.started(name, side))
-        yield sides
+        eager = {"enforce_eager": True} if run.quick else {}
+        vllm = Worker("vLLM", flags(model, quick=run.quick, **eager), run.out / "hosts-vllm.log")
+        sglang = Worker(
+            "SGLang",
+            sglang_flags(model, quick=run.quick),
+            run.out / "hosts-sglang.log",
+            module=SGLANG,
+        )
+        yield {worker.name: stack.enter_context(started(worker)) for worker in (vllm, sglang)}
 
 
-def measure(model: Path, out: Path, *, quick: bool) -> dict[str, dict[str, float]]:
-    """Steps and prefill of both, and SGLang's time over vLLM's."""
-    table: dict[str, dict[str, float]] = {}
-    rounds, steps = (2, 12) if quick else (5, 16)
-    with hosts(model, out) as sides:
-        console.print(f"check: log-probabilities differ by {engines.check(sides):.4f} on the mean")
-        for batch in (1, 8):
-            results = engines.alternate(sides, rounds, "decode", batch=batch, steps=steps)
-            shortest = {name: min(map(min, times)) for name, times in results.items()}
-            table[f"decode step, batch {batch}"] = _row(shortest, "ms")
-        results = engines.alternate(sides, rounds, "prefill", tokens=1024)
-        seconds = {name: 1024e3 / max(rates) for name, rates in results.items()}
-        table["prefill of 1,024"] = _row(seconds, "ms")
-    return table
-
-
-def _row(times: dict[str, float], unit: str) -> dict[str, float]:
-    row = {f"{name} {unit}": value for name, value in times.items()}
-    return row | {"ratio": times["sglang"] / times["vllm"]}
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Where models and logs go.")] = Path("out"),
-    quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
-) -> None:
-    """Measure SGLang against vLLM, the plugin in both; stops on a red check without a number."""
-    out.mkdir(exist_ok=True)
-    print(report.markdown(measure(block_model(out / "block-model"), out, quick=quick)))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def with_ratio(times: dict[str, float]) -> dict[str, float]:
+    return times | {"SGLang / vLLM": times["SGLang"] / times["vLLM"]}

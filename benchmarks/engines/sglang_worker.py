@@ -10,19 +10,17 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.engines.calls import answer
-
-VOCABULARY = 151936
+from benchmarks.worker import serve, vocabulary
 
 
 class Engine:
-    """SGLang's engine without HTTP; its scheduler is a process beside it."""
+    """SGLang's engine without HTTP; its scheduler is another process."""
 
     def __init__(self, **flags: Any) -> None:
         import sglang
 
         self.engine = sglang.Engine(skip_tokenizer_init=True, log_level="warning", **flags)
-        self.random = random.Random(0)
+        self.random, self.vocabulary = random.Random(0), vocabulary(flags["model_path"])
 
     def decode(self, batch: int, steps: int) -> list[float]:
         """Milliseconds of each of `steps` decode steps of `batch` requests."""
@@ -55,9 +53,9 @@ class Engine:
         return tokens / (time.perf_counter() - start)
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
-        """Log-probability of each prompt token but the first; all engines share the prompts."""
+        """Log-probability of each prompt token but the first; the same prompts in every engine."""
         shared = random.Random(1)
-        prompts = [[shared.randrange(2, VOCABULARY) for _ in range(n)] for n in lengths]
+        prompts = [[shared.randrange(2, self.vocabulary) for _ in range(n)] for n in lengths]
         outputs = self.engine.generate(
             input_ids=prompts,
             sampling_params={"temperature": 0, "max_new_tokens": 1},
@@ -70,8 +68,8 @@ class Engine:
         ]
 
     def _prompt(self, tokens: int) -> list[int]:
-        return [self.random.randrange(2, VOCABULARY) for _ in range(tokens)]
+        return [self.random.randrange(2, self.vocabulary) for _ in range(tokens)]
 
 
 if __name__ == "__main__":
-    answer(Engine).engine.shutdown()
+    serve(Engine).engine.shutdown()

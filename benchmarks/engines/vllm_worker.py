@@ -1,7 +1,4 @@
-"""One engine in its own process, timed step by step; answers JSON lines on its standard output.
-
-Run by `benchmarks.engines`; the plugin is on or off by QWEN3NEXT_DISABLE of its environment.
-"""
+"""vLLM in its own process, timed step by step; QWEN3NEXT_DISABLE switches the plugin off."""
 
 import os
 import random
@@ -9,22 +6,20 @@ import resource
 import time
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine here, so that steps can be timed
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: steps can be timed
 
 from vllm import LLM, SamplingParams
 
-from benchmarks.engines.calls import answer
-
-VOCABULARY = 151936
+from benchmarks.worker import serve, vocabulary
 
 
 class Engine:
-    """vLLM's engine with a stop-watch around `step`."""
+    """vLLM's engine with a stopwatch around `step`."""
 
     def __init__(self, **flags: Any) -> None:
         self.llm = LLM(skip_tokenizer_init=True, disable_log_stats=True, **flags)
         self.engine = self.llm.llm_engine
-        self.random = random.Random(0)
+        self.random, self.vocabulary = random.Random(0), vocabulary(flags["model"])
         self.count = 0
 
     def decode(self, batch: int, steps: int) -> list[float]:
@@ -32,7 +27,7 @@ class Engine:
         for _ in range(batch):
             self._add(self._prompt(32), 8 * (steps + 4))
         times: list[float] = []
-        for _ in range(steps + 3):  # the first steps prefill, and drafts set in
+        for _ in range(steps + 3):  # the first steps prefill, then drafts begin
             start = time.perf_counter()
             self.engine.step()
             times.append(1e3 * (time.perf_counter() - start))
@@ -61,9 +56,9 @@ class Engine:
         return tokens / (time.perf_counter() - start)
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
-        """Log-probability of each prompt token but the first; all engines share the prompts."""
+        """Log-probability of each prompt token but the first; the same prompts in every engine."""
         shared = random.Random(1)
-        prompts = [[shared.randrange(2, VOCABULARY) for _ in range(n)] for n in lengths]
+        prompts = [[shared.randrange(2, self.vocabulary) for _ in range(n)] for n in lengths]
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
@@ -79,7 +74,7 @@ class Engine:
         ]
 
     def peak_memory(self) -> float:
-        """GB of resident memory at its highest."""
+        """Peak resident memory in GB."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def _generated(self) -> int:
@@ -87,7 +82,7 @@ class Engine:
         return sum(state.detokenizer.num_output_tokens() for state in states)
 
     def _prompt(self, tokens: int) -> list[int]:
-        return [self.random.randrange(2, VOCABULARY) for _ in range(tokens)]
+        return [self.random.randrange(2, self.vocabulary) for _ in range(tokens)]
 
     def _add(self, prompt: list[int], max_tokens: int) -> None:
         self.count += 1
@@ -103,4 +98,4 @@ class Engine:
 
 
 if __name__ == "__main__":
-    answer(Engine)
+    serve(Engine)

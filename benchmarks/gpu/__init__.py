@@ -1,0 +1,1 @@
+"""How fast are the Triton kernels on this machine's GPU?"""

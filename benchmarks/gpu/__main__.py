@@ -1,25 +1,19 @@
-"""The Triton kernels on this machine's GPU, against its own bandwidth and FLA's kernels.
-
-    python -m benchmarks.gpu [--smoke]
-
-One layer of the released model: decode, verify and prefill, on each rank's share. All is checked
-before anything is printed. Every step finds its pages out of cache, as many layers take turns;
-a time is a median of means over GRID steps, as S is written once in so many.
-
---smoke runs the same on a CPU in Triton's interpreter, on tiny shapes, and times nothing.
-"""
+"""`python -m benchmarks.gpu`: the Triton kernels on this machine's GPU."""
 
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
+from benchmarks import report
+from benchmarks.report import OUT, Docs, Out, Quick, Record, RedCheckError, Run
+
 
 def card() -> str:
-    """The GPU and what drives it."""
+    """The GPU and its driver."""
     import torch
 
     driver = torch.version.hip or "unknown"
@@ -29,37 +23,72 @@ def card() -> str:
     return f"{torch.cuda.get_device_name()}, driver {driver}"
 
 
-def main(
-    smoke: Annotated[bool, typer.Option(help="On a CPU, interpreted; no times.")] = False,
-) -> None:
-    """Check, measure and print; exits with 1 and no figure on a red check."""
-    if smoke:  # before Triton is imported
-        os.environ |= {"TRITON_INTERPRET": "1", "QWEN3NEXT_KERNELS": "triton"}
+def measure(run: Run, *, smoke: bool) -> Iterator[Record]:
+    """Steps of one layer, checked and timed; a smoke run checks only, on a CPU."""
     import torch
     import triton
 
     from benchmarks.gpu import baselines, cases, timing
 
-    if smoke:
+    torch.manual_seed(0)
+    device = torch.device("cpu" if smoke else "cuda:0")
+    plan = cases.SMOKE if smoke else cases.QUICK if run.quick else cases.RELEASED
+    with torch.inference_mode():
+        roof = None if smoke else timing.roof(device)
+        try:
+            rows = cases.rows(plan, device, roof)
+        except RuntimeError as complaint:
+            raise RedCheckError(str(complaint)) from complaint
+    yield run.record(
+        "gpu/layer",
+        "How fast is one linear-attention layer?",
+        "a rank's share of the released model's layer" if not smoke else "tiny shapes, no times",
+        cases.UNITS,
+        rows,
+        on={
+            "card": "CPU, Triton's interpreter" if smoke else card(),
+            "torch": f"torch {torch.__version__}",
+            "triton": f"triton {triton.__version__}",
+            "baselines": baselines.versions(),
+            "roof": f"roof: {roof or cases.NOT_MEASURED}",
+        },
+    )
+
+
+def main(
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Check on a CPU, interpreted, tiny shapes; no times.")
+    ] = False,
+    out: Out = OUT,
+    quick: Quick = False,
+    docs: Docs = False,
+) -> None:
+    """How fast are the Triton kernels on this machine's GPU?
+
+    Measures one linear-attention layer of the released model on each rank's share (TP 1, 2, 4):
+    decode, verify and prefill. Each time is set against the roof, which is the card's own speed for
+    a large copy and a large product, and against another package's recurrence where one is
+    installed (fla-core, vLLM).
+
+    Each step replays a CUDA graph of so many layers that none finds its pages in a cache. A time
+    is the median of means over 8 steps, because the state S is written once in 8 tokens.
+
+    The layer is compared with the reference, and each recurrence with a plain loop, before anything
+    is printed. On a red check the command exits with 1 and prints no figure. --smoke runs the same
+    checks without a GPU.
+    """
+    if smoke:  # before Triton is imported
+        os.environ |= {"TRITON_INTERPRET": "1", "QWEN3NEXT_KERNELS": "triton"}
         from tests.kernels import interpreter
 
         interpreter.mend()
-    elif not torch.cuda.is_available():
-        raise SystemExit("no GPU here; --smoke runs without one")
-    torch.manual_seed(0)
-    device = torch.device("cpu" if smoke else "cuda:0")
-    with torch.inference_mode():
-        roof = None if smoke else timing.roof(device)
-        plan = cases.SMOKE if smoke else cases.RELEASED
-        try:
-            table = cases.table(plan, device, roof)
-        except (AssertionError, RuntimeError) as complaint:
-            print(f"red, so there are no figures: {complaint}", file=sys.stderr)
-            raise SystemExit(1) from complaint
-    print("CPU, Triton's interpreter" if smoke else card())
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {baselines.versions()}")
-    print(f"roof: {roof or cases.NOT_MEASURED}\n")
-    print(table)
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit("no GPU here; --smoke runs without one")
+    run = Run(__package__, out, quick)
+    report.finish(run, lambda: measure(run, smoke=smoke), docs=docs and not smoke, keep=not smoke)
 
 
 if __name__ == "__main__":

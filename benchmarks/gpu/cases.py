@@ -1,32 +1,34 @@
-"""The steps that a GPU is measured on, each checked and timed: one row of the table."""
+"""The steps that a GPU is measured on; each is checked, then timed: a row of the record."""
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from rich.progress import track
 
 from benchmarks.gpu.baselines import Call, baseline, plain
 from benchmarks.gpu.check import agree, check_layer
 from benchmarks.gpu.layer import Layer, Turns, Work
 from benchmarks.gpu.timing import Roof, layers_beyond_cache, replayed
+from benchmarks.report import Cell, console
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.model.state import PageLayout
 
 T = TypeVar("T")
-NOT_MEASURED, NOT_SPLIT = "not measured", "not split"
-COLUMNS = (
-    "layer µs", "rate", "of the roof", "recurrence µs", "unsplit µs", "baseline µs",
-    "baseline / recurrence",
-)  # fmt: skip
-PLAIN = 96  # tokens of a row that a plain loop checks: more than a chunk
+NOT_MEASURED, NOT_SPLIT, DOES_NOT_FIT = "not measured", "not split", "does not fit"
+UNITS = {
+    "layer": "µs", "moved": "GB/s", "computed": "TFLOP/s", "of the roof": "%",
+    "recurrence": "µs", "unsplit": "µs", "baseline": "µs", "baseline / recurrence": "",
+}  # fmt: skip
+PLAIN = 96  # tokens of a row that the plain loop checks; longer than a chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A model's linear layers, and what they are asked; lengths of prompts by name."""
+    """A model's linear layers, and the steps they run; `prompts` has lengths by name."""
 
     heads: tuple[int, int]
     dims: tuple[int, int]
@@ -37,7 +39,7 @@ class Plan:
     prompts: dict[str, tuple[int, ...]]
 
     def layout(self, ranks: int, drafts: int) -> PageLayout:
-        """A rank's page."""
+        """The layout of a rank's page."""
         heads = (count // ranks for count in self.heads)
         return PageLayout(*heads, *self.dims, drafts, self.dtype, torch.float32)
 
@@ -67,6 +69,13 @@ RELEASED = Plan(
         "8 × 1k and 8k": (*(1024,) * 8, 8192),
     },
 )
+QUICK = replace(
+    RELEASED,
+    ranks=(4,),
+    batches=(1, 64),
+    drafts=(3,),
+    prompts={"4k": (4096,), "8 × 1k": (1024,) * 8},
+)
 SMOKE = Plan(
     heads=(2, 4),
     dims=(16, 24),
@@ -78,56 +87,58 @@ SMOKE = Plan(
 )
 
 
-def table(plan: Plan, device: torch.device, roof: Roof | None) -> str:
-    """The table in Markdown; without a roof there are no times.
+def rows(plan: Plan, device: torch.device, roof: Roof | None) -> dict[str, dict[str, Cell]]:
+    """A row for each step; without a roof there are no times.
 
     Raises: AssertionError or RuntimeError on the first red check.
     """
     for ranks in plan.ranks:
         for drafts in (0, *plan.drafts):
             check_layer(f"TP {ranks}, k = {drafts}", plan.layout(ranks, drafts), device)
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for ranks in plan.ranks:
-        for work in plan.works(ranks):
-            try:
-                cells = row(work, device, roof)
-            except torch.OutOfMemoryError:
-                cells = ["does not fit"] * len(COLUMNS)
-            lines.append(f"| {work.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    works = [work for ranks in plan.ranks for work in plan.works(ranks)]
+    found = {}
+    for work in track(works, "steps of a layer", console=console):
+        try:
+            found[work.name] = row(work, device, roof)
+        except torch.OutOfMemoryError:
+            found[work.name] = dict.fromkeys(UNITS, DOES_NOT_FIT)
+    return found
 
 
-def row(work: Work, device: torch.device, roof: Roof | None) -> list[str]:
+def row(work: Work, device: torch.device, roof: Roof | None) -> dict[str, Cell]:
     """Check a step on each layer, then time it."""
     turns = Turns(work, layers_beyond_cache(work.bytes(), device), device)
-    others = []
+    baselines = []
     for layer, whole in zip(turns.layers, turns.calls(Layer.whole), strict=True):
         if not whole().isfinite().all():
             raise AssertionError(f"{work.name}: the output is not finite")
-        others.append(checked(work, layer, turns))
+        baselines.append(checked(work, layer, turns))
     faults.check(device)
     if roof is None:
-        return [NOT_MEASURED] * len(COLUMNS)
-    whole = replayed(turns.calls(Layer.whole), turns.advance)
+        return dict.fromkeys(UNITS, NOT_MEASURED)
+    took = replayed(turns.calls(Layer.whole), turns.advance)
     recurrence = replayed(turns.calls(Layer.recurrence), turns.advance)
-    unsplit = NOT_SPLIT
+    cells: dict[str, Cell] = dict.fromkeys(UNITS, NOT_MEASURED)
+    cells |= {"layer": took * 1e6, "recurrence": recurrence * 1e6, "unsplit": NOT_SPLIT}
     if work.is_split(config_for(device)):
-        unsplit = f"{replayed(turns.calls(Layer.unsplit), turns.advance) * 1e6:,.1f}"
+        cells["unsplit"] = replayed(turns.calls(Layer.unsplit), turns.advance) * 1e6
     faults.check(device)
-    least = roof.seconds(work.bytes(), flops := work.flops(config_for(device).chunk))
-    rate = f"{flops / whole / 1e12:,.0f} TFLOP/s"
-    if not work.prefills:
-        rate = f"{work.bytes() / whole / 1e9:,.0f} GB/s"
-    cells = [f"{whole * 1e6:,.1f}", rate, f"{least / whole:.0%}"]
-    cells += [f"{recurrence * 1e6:,.1f}", unsplit]
-    other = None if None in others else tried(work, lambda: replayed(others, lambda: None))
-    if other is None:
-        return [*cells, NOT_MEASURED, NOT_MEASURED]
-    return [*cells, f"{other * 1e6:,.1f}", f"{other / recurrence:.2f}"]
+    moved, flops = work.bytes(), work.flops(config_for(device).chunk)
+    cells["of the roof"] = 100 * roof.seconds(moved, flops) / took
+    if work.prefills:
+        cells |= {"computed": flops / took / 1e12, "moved": ""}
+    else:
+        cells |= {"moved": moved / took / 1e9, "computed": ""}
+    calls = [call for call in baselines if call is not None]
+    if len(calls) == len(baselines):
+        other = tried(work, lambda: replayed(calls, lambda: None))
+        if other is not None:
+            cells |= {"baseline": other * 1e6, "baseline / recurrence": other / recurrence}
+    return cells
 
 
 def checked(work: Work, layer: Layer, turns: Turns) -> Call | None:
-    """A layer's baseline, None if none runs, once it and the kernels give the same."""
+    """Compare the kernels with a plain loop and a baseline; returns the baseline if one runs."""
     dtype, S = work.layout.activation_dtype, layer.settled(turns.context_len)
     out = layer.recurrence(turns.step)
     at, ref = plain(layer, work.lengths, S, min(PLAIN, *work.lengths))
@@ -143,7 +154,7 @@ def checked(work: Work, layer: Layer, turns: Turns) -> Call | None:
 
 
 def tried(work: Work, call: Callable[[], T]) -> T | None:
-    """What a baseline gives; where it cannot run here that is said, and the row goes on."""
+    """The result of a baseline's call; None, with a message, if it cannot run here."""
     try:
         return call()
     except Exception as complaint:

@@ -180,7 +180,8 @@ def main(
     """Compile for each architecture, print what kernels take, and exit with 1 if one spills."""
     if arch and write_docs:
         raise typer.BadParameter("benchmarks/gpu/resources.md has the tables of all architectures")
-    sections, red = [], []
+    sections: list[str] = []
+    red: list[str] = []
     for each in [arch] if arch else CONFIGS:
         kernels = compiled(each, TABLED)
         sections.append(section(each, kernels))

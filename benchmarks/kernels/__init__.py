@@ -1,0 +1,1 @@
+"""How fast are the CPU kernels, compared with the operators that upstream calls?"""

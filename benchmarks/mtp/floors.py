@@ -1,19 +1,22 @@
-"""How few plain steps a step with MTP can cost, by the bytes that it must read.
+"""The least that a step with MTP can cost, in plain steps, from the bytes it must read.
 
-A step reads every weight but the experts once, and each expert that any of its tokens is routed
-to. Decoding is bound by these bytes, so their ratio is the least that time can be.
+A step reads each weight once, except the experts: it reads those that its tokens are routed to.
+Decoding is bound by these bytes, so their ratio is a lower bound of the times' ratio.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.block_model import CONFIG
+from benchmarks.report import Record, Run
 
 BF16, INT8 = 2, 1
+DRAFTS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
 class Model:
-    """Bytes of a model's parts, weights in bf16 and the drafts' head in int8."""
+    """Bytes of a model's parts: weights in bf16, the draft head in int8."""
 
     linear_layers: int
     attention_layers: int
@@ -38,16 +41,17 @@ class Model:
         return BF16 * self.vocabulary * self.D
 
     def experts_read(self, tokens: int) -> float:
-        """Bytes of the shared expert, and of those that tokens choose at random, in one layer."""
+        """Bytes of one layer's shared expert and of the experts that random tokens choose."""
         return self.expert * (1 + self.experts * (1 - (1 - self.active / self.experts) ** tokens))
 
     def step(self, tokens: int) -> float:
+        """Bytes of an engine step of so many tokens."""
         layers = self.linear_layers + self.attention_layers
         mixers = self.linear_layers * self.linear + self.attention_layers * self.attention
         return mixers + layers * self.experts_read(tokens) + self.head
 
     def draft(self, batch: int) -> float:
-        """One pass of the MTP layer, and the head that drafts."""
+        """Bytes of one pass of the MTP layer and its draft head."""
         head = INT8 * self.draft_rows * self.D
         return self.fc + self.attention + self.experts_read(batch) + head
 
@@ -64,8 +68,19 @@ BLOCK_ALL_ROWS, RELEASED_ALL_ROWS = (
 )
 
 
+def measure(run: Run) -> Iterator[Record]:
+    """The floors, as a record; counted, so the machine does not matter."""
+    yield run.record(
+        "mtp/floors",
+        "What does a verify step with k drafts cost at least?",
+        "counted in bytes; weights in bf16, the draft head in int8",
+        {f"k = {k}": "plain steps" for k in DRAFTS},
+        table(),
+    )
+
+
 def table() -> dict[str, dict[str, float]]:
-    """Plain steps that a verify step with k drafts costs at least, for docs/mtp.md."""
+    """Plain steps that a verify step with k drafts costs at least."""
     models = {
         "block model, 32k rows drafted": BLOCK,
         "block model, all rows": BLOCK_ALL_ROWS,
@@ -73,12 +88,7 @@ def table() -> dict[str, dict[str, float]]:
         "48 layers, all rows": RELEASED_ALL_ROWS,
     }
     return {
-        f"{name}, batch {batch}": {f"k = {k}": model.over_plain(k, batch) for k in (1, 2, 3)}
+        f"{name}, batch {batch}": {f"k = {k}": model.over_plain(k, batch) for k in DRAFTS}
         for name, model in models.items()
         for batch in (1, 8)
     }
-
-
-if __name__ == "__main__":
-    for name, row in table().items():
-        print(name, {k: round(x, 2) for k, x in row.items()})

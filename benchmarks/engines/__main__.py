@@ -1,0 +1,55 @@
+"""`python -m benchmarks.engines`: steps, prefill, memory, start-up; vLLM and SGLang."""
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from benchmarks import parts, report
+from benchmarks.engines import hosts, startup, steps
+from benchmarks.report import OUT, Docs, Out, Quick, Record, Run
+
+
+class Name(Enum):
+    STEPS = "steps"
+    STARTUP = "startup"
+    HOSTS = "hosts"
+
+
+PARTS = {
+    Name.STEPS: parts.Part(steps.measure),
+    Name.STARTUP: parts.Part(startup.measure, in_quick=False),
+    Name.HOSTS: parts.Part(hosts.measure, in_quick=False, needs_sglang=True),
+}
+
+
+def measure(run: Run, only: Name | None = None) -> Iterator[Record]:
+    """All records of this folder, or those of one part."""
+    return parts.measure(run, PARTS, only)
+
+
+def main(
+    part: Annotated[Name | None, typer.Option(help="Measure only this part.")] = None,
+    out: Out = OUT,
+    quick: Quick = False,
+    docs: Docs = False,
+) -> None:
+    """How fast are the engines, with the plugin and without?
+
+    steps: vLLM with the plugin and without (upstream): decode steps, prefill, peak memory.
+    startup: seconds until `vllm serve` is ready, and what the first request costs on top.
+    hosts: vLLM and SGLang, both with the plugin; needs `make setup ENGINE=sglang`.
+
+    The two sides run in processes of their own and are called in turn, so that a slow minute of
+    the machine hits both. First their log-probabilities are compared: if they differ by more than
+    noise, the command exits with 1 and prints no figure.
+
+    A full run writes a 3.7 GB model into the output folder once and takes about half an hour.
+    """
+    run = Run(__package__, out, quick)
+    report.finish(run, lambda: measure(run, part), docs=docs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,95 @@
+"""The causal convolution: decode, verify and prefill.
+
+Upstream's time includes the copy that makes its input contiguous; ours reads the projection in
+place.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import vllm._custom_ops as upstream
+from torch import Tensor
+
+from benchmarks.kernels.inputs import (
+    ACCEPTED,
+    DRAFT,
+    DTYPE,
+    PAGES,
+    C,
+    Pages,
+    int32,
+    layer_inputs,
+    mixed,
+    slots_in_turn,
+    spans_in_turn,
+)
+from benchmarks.kernels.timing import Case
+from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+
+
+def cases() -> Iterator[Case]:
+    """Every case, with fresh states."""
+    for batch in (1, 8):
+        yield convolution(f"decode, batch {batch}", batch, 1)
+        yield convolution(f"verify {DRAFT} drafts, batch {batch}", batch, 1 + DRAFT)
+    for tokens in (1024, 4096):
+        yield long_convolution(f"prefill {tokens:,}", tokens)
+
+
+def convolution(name: str, batch: int, n: int) -> Case:
+    x, weight, pages = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), Pages(n - 1)
+    starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
+    advance = 1 if n == 1 else 1 + ACCEPTED
+    ours, theirs = spans_in_turn(batch, n, advance), slots_in_turn(batch)
+
+    def plugin() -> Tensor:
+        slot, context_len, pages.span_ = next(ours)
+        return convolved(
+            x, weight, pages, query_start_loc=starts, slot=slot, context_len=context_len
+        )
+
+    packed = upstream.causal_conv1d_weight_pack(weight)
+    states = torch.zeros(PAGES, 3 + n - 1, C, dtype=DTYPE).transpose(1, 2)
+    accepted = None if n == 1 else torch.full((batch,), advance, dtype=torch.int32)
+    shape = (batch, C) if n == 1 else (batch, n, C)
+
+    def update() -> Tensor:
+        return upstream.causal_conv1d_update_cpu(
+            x=mixed(x).view(shape), conv_states=states, weight=packed, bias=None,
+            silu_activation=True, conv_state_indices=next(theirs), is_weight_packed=True,
+            num_accepted_tokens=accepted,
+        )  # fmt: skip
+
+    return Case(name, plugin, update, calls=PAGES // batch)
+
+
+def long_convolution(name: str, tokens: int) -> Case:
+    x, weight, pages = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), Pages(0)
+    starts, fresh = int32(0, tokens), int32(0)
+    ours, theirs = slots_in_turn(1), slots_in_turn(1)
+
+    def plugin() -> Tensor:
+        return convolved(
+            x, weight, pages, query_start_loc=starts, slot=next(ours), context_len=fresh
+        )
+
+    packed = upstream.causal_conv1d_weight_pack(weight)
+    states = torch.zeros(PAGES, 3, C, dtype=DTYPE).transpose(1, 2)
+    no_past = torch.tensor([False])
+
+    def forward() -> Tensor:
+        return upstream.causal_conv1d_fwd_cpu(
+            x=mixed(x).t(), weight=packed, bias=None, conv_states=states, query_start_loc=starts,
+            cache_indices=next(theirs), has_initial_state=no_past, silu_activation=True,
+            is_weight_packed=True,
+        ).t()  # fmt: skip
+
+    return Case(name, plugin, forward, in_quick=tokens <= 1024)
+
+
+def convolved(x: dict[str, Tensor], weight: Tensor, pages: Pages, **step: Tensor) -> Tensor:
+    """The plugin's convolution; its three results are views of one buffer, which is returned."""
+    q, _, _ = causal_conv1d(
+        q=x["q"], k=x["k"], v=x["v"], weight=weight, conv_=pages.conv_, span=pages.span_, **step
+    )
+    return q.as_strided((len(q), C), (C, 1))

@@ -1,0 +1,118 @@
+"""The gated delta rule: decode, verify and prefill."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import vllm._custom_ops as upstream
+from torch import Tensor
+
+from benchmarks.kernels.inputs import (
+    ACCEPTED,
+    DRAFT,
+    GRID,
+    HV,
+    PAGES,
+    H,
+    K,
+    Pages,
+    V,
+    every_slot,
+    int32,
+    layer_inputs,
+    parameters,
+    slots_in_turn,
+    turns,
+)
+from benchmarks.kernels.timing import Case
+from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+
+
+def cases() -> Iterator[Case]:
+    """Every case, with fresh states."""
+    for batch in (1, 8):
+        yield recurrence(f"decode, batch {batch}", batch, 1)
+        yield recurrence(f"verify {DRAFT} drafts, batch {batch}", batch, 1 + DRAFT)
+    yield recurrence("decode, batch 16", 16, 1)
+    for tokens in (1024, 4096):
+        yield prefill(f"prefill {tokens:,}", tokens)
+
+
+def recurrence(name: str, batch: int, n: int) -> Case:
+    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(n - 1)
+    x = {**x, "v": x["v"].reshape(-1, HV, V)}
+    starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
+    q, k, v = (x[name].contiguous() for name in "qkv")
+    a, b = x["a"].flatten(1), x["b"].flatten(1)
+    advance = 1 if n == 1 else 1 + ACCEPTED
+    ours = turns(batch, advance)
+
+    def plugin() -> Tensor:
+        slot, context_len = next(ours)
+        return gated_delta_rule(
+            **x, A_log=A_log, dt_bias=dt_bias, **pages.recurrent(),
+            query_start_loc=starts, slot=slot, context_len=context_len,
+        )  # fmt: skip
+
+    states = torch.zeros(PAGES * n, HV, K, V)
+    slots = slots_in_turn(batch)
+    shared = {"A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": starts}
+
+    def decode() -> Tensor:
+        return upstream.fused_sigmoid_gating_delta_rule_update_cpu(
+            q=q[None], k=k[None], v=v[None], a=a, b=b, **shared, initial_state_source=states,
+            initial_state_indices=next(slots), use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+    accepted = torch.full((batch,), advance, dtype=torch.int32)
+    columns = torch.arange(n, dtype=torch.int32)
+    tables = itertools.cycle([page[:, None] * n + columns for page in every_slot(batch)])
+
+    def verify() -> Tensor:
+        return upstream.fused_sigmoid_gating_delta_rule_update_spec_cpu(
+            q=q, k=k, v=v, a=a, b=b, **shared, initial_state_source=states,
+            spec_state_indices=next(tables), num_accepted_tokens=accepted,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+
+    # so many rounds that S has been written as often as it ever is
+    return Case(name, plugin, decode if n == 1 else verify, calls=GRID * PAGES // batch)
+
+
+def prefill(name: str, tokens: int) -> Case:
+    x, (A_log, dt_bias), pages = layer_inputs(tokens), parameters(), Pages(0)
+    x = {**x, "v": x["v"].reshape(-1, HV, V)}
+    q, k, v = (x[name].contiguous()[None] for name in "qkv")
+    a, b = (x[name].flatten(1) for name in "ab")
+    starts, fresh, states = int32(0, tokens), int32(0), torch.zeros(PAGES, HV, K, V)
+    ours, theirs = slots_in_turn(1), slots_in_turn(1)
+
+    def plugin() -> Tensor:
+        return gated_delta_rule(
+            **x, A_log=A_log, dt_bias=dt_bias, **pages.recurrent(),
+            query_start_loc=starts, slot=next(ours), context_len=fresh,
+        )  # fmt: skip
+
+    def chunked() -> Tensor:
+        g, beta = upstream.fused_gdn_gating_cpu(A_log=A_log, a=a, b=b, dt_bias=dt_bias)
+        slot = next(theirs)
+        states[slot] = 0
+        return upstream.chunk_gated_delta_rule_cpu(
+            query=q, key=k, value=v, g=g, beta=beta, initial_state=states,
+            output_final_state=True, cu_seqlens=starts, head_first=False,
+            use_qk_l2norm_in_kernel=True, initial_state_indices=slot,
+        )[0]  # fmt: skip
+
+    return Case(name, plugin, chunked, in_quick=tokens <= 1024)
+
+
+def bytes_per_token() -> dict[str, float]:
+    """What a decoded token reads and writes of its page, in MB: S every token, or once in GRID.
+
+    Of the window a token reads what came since S was written, GRID tokens where it writes S, and
+    adds its own key, corrected value and decay.
+    """
+    S, entry = 4 * HV * K * V, 4 * (H * K + HV * V + HV)
+    window = S + S / GRID + entry * (sum(range(1, GRID + 1)) / GRID + 1)
+    row = {"S every token": 2 * S / 1e6, "S once in 8": window / 1e6}
+    return row | {"once in 8 / every token": window / (2 * S)}

@@ -1,0 +1,150 @@
+"""Write the figures of docs/ from the records in benchmarks/measured/; measures nothing.
+
+    python -m benchmarks.render            rewrite pages and pictures
+    python -m benchmarks.render --check    exit with 1 if a page differs from the records
+
+A page says which records it shows, and the lines between the two marks are generated:
+
+    <!-- figures: engines/steps engines/prefill -->
+    <!-- end of figures -->
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.report import MEASURED, Record
+
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURES = re.compile(
+    r"(?P<begin><!-- figures: (?P<names>[^>]+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL
+)
+OURS, THEIRS, LINE = "#4c72b0", "#bbbbbb", "#c44e52"
+
+
+def load(name: str) -> Record:
+    """A record that docs/ shows."""
+    return Record.load(MEASURED / f"{name}.json")
+
+
+def rendered(page: str) -> str:
+    """A page with the figures of its records."""
+
+    def figures(match: re.Match) -> str:
+        records = [load(name) for name in match["names"].split()]
+        return match["begin"] + block(records) + match["end"]
+
+    return FIGURES.sub(figures, page)
+
+
+def block(records: list[Record]) -> str:
+    """Tables, and after those of one source a line that names it."""
+    parts = []
+    for source, same in groupby(records, key=lambda record: record.source):
+        group = list(same)
+        parts += [markdown(record) for record in group]
+        cases = dict.fromkeys(record.case for record in group)
+        longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
+        parts.append(f"*{'; '.join(longest)}. {source}*\n")
+    return "\n".join(parts)
+
+
+def markdown(record: Record) -> str:
+    """The record as a table, its question above the names of the rows."""
+    if record.quick:
+        raise ValueError(f"{record.name} is from a quick run: it is not for docs/")
+    head = [record.question, *record.columns]
+    first, *rest = [f"| {' | '.join(line)} |\n" for line in (head, *record.cells())]
+    return "".join([first, "|---" * len(head) + "|\n", *rest])
+
+
+def pages() -> dict[Path, str]:
+    """Every page that shows records, as it should be."""
+    found = {path: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+    return {path: rendered(page) for path, page in found.items() if FIGURES.search(page)}
+
+
+def write() -> None:
+    """Rewrite pages and pictures."""
+    for path, page in pages().items():
+        path.write_text(page)
+    speeds_picture(load("engines/steps"), load("engines/prefill"))
+    steps_picture(load("mtp/steps"))
+
+
+def speeds_picture(*records: Record) -> None:
+    """Bars: how many times as fast as upstream the plugin is."""
+    rows = {}
+    for record in records:
+        (ratio,) = (column for column in record.units if " / " in column)
+        what = record.name.split("/")[1].removesuffix("s")
+        for name, row in record.rows.items():
+            rows[name if what == "step" else f"{what}, {name}"] = row[ratio]
+    with chart(DOCS / "performance.svg", (7, 0.45 * len(rows) + 0.8)) as axes:
+        bars = axes.barh(list(rows), list(rows.values()), color=OURS)
+        axes.bar_label(bars, fmt="%.2f×", padding=3)
+        axes.axvline(1, color="#333333", linewidth=1)
+        axes.invert_yaxis()
+        axes.set_xlabel("times upstream's speed")
+
+
+def steps_picture(record: Record) -> None:
+    """Verify steps in plain steps: both sides, and the floor counted in bytes."""
+    rows = record.rows
+    with chart(DOCS / "mtp-steps.svg", (7.5, 4)) as axes:
+        for offset, side, colour in ((-0.2, "upstream", THEIRS), (0.2, "plugin", OURS)):
+            places = [i + offset for i in range(len(rows))]
+            bars = axes.bar(
+                places, [row[side] for row in rows.values()], 0.38, color=colour, label=side
+            )
+            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        for i, row in enumerate(rows.values()):
+            label = "floor" if i == 0 else None
+            axes.hlines(row["floor"], i - 0.42, i + 0.42, LINE, ":", label=label)
+        axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set_ylabel("plain steps")
+        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.15))
+
+
+@contextmanager
+def chart(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes of an SVG with its text as text; equal figures give equal bytes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": path.name}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if a page is out of date.")
+    ] = False,
+) -> None:
+    """Write the figures of docs/ from the records in benchmarks/measured/; measures nothing.
+
+    A page shows records between two marks: <!-- figures: engines/steps mtp/idle --> and
+    <!-- end of figures -->. Records come from full runs: python -m benchmarks.engines --docs
+    measures, replaces the records and renders.
+    """
+    if not check:
+        write()
+        return
+    old = [path.name for path, page in pages().items() if path.read_text() != page]
+    if old:
+        raise SystemExit(f"out of date, run python -m benchmarks.render: {', '.join(old)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

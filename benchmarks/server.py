@@ -1,0 +1,73 @@
+"""The engines' own servers, in process groups of their own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from benchmarks.worker import SGLANG_PYTHON
+
+
+class Server:
+    """`vllm serve` on a free port; ends with its context."""
+
+    def __init__(self, model: Path, log: Path, env: Mapping[str, str], *flags: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.model, self.log = f"http://127.0.0.1:{port}", str(model), log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*self.command(), "--port", str(port), *flags],
+                stdout=file,
+                stderr=file,
+                env=env,
+                start_new_session=True,
+            )
+
+    def command(self) -> list[str]:
+        vllm = str(Path(sys.executable).parent / "vllm")
+        return [vllm, "serve", self.model, "--enforce-eager", "--max-model-len", "4096"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait()
+
+    def wait(self) -> None:
+        """Return when the server is healthy."""
+        while self.process.poll() is None:
+            try:
+                self.get("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise RuntimeError(f"the server stopped: see {self.log}")
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=5) as answer:
+            return answer.read().decode()
+
+    def samples(self, name: str) -> list[float]:
+        """The values of a Prometheus sample, one for each set of labels."""
+        lines = self.get("/metrics").splitlines()
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
+
+
+class SGLangServer(Server):
+    """`sglang.launch_server`."""
+
+    def command(self) -> list[str]:
+        launch = [str(SGLANG_PYTHON.absolute()), "-m", "sglang.launch_server"]
+        return [*launch, "--model-path", self.model, "--max-total-tokens", "40000"]
