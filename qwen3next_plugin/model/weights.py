@@ -1,4 +1,4 @@
-"""Checkpoint names and layouts: what a Qwen3-Next checkpoint must hold, as pure functions."""
+"""The tensors of a Qwen3-Next checkpoint: names and shapes, and checks while they are read."""
 
 import ctypes
 import functools
@@ -13,14 +13,14 @@ from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
-MADV_PAGEOUT = 21  # linux/mman.h; older kernels than 5.4 refuse it, and nothing is given back
+MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 
-# What a quantised checkpoint may hold beside the tensor that a scale or a zero point belongs to.
+# Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
 QUANTISATION_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight")
 
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
-# Which stacked projection holds a checkpoint's projection, and as which part of it.
+# A checkpoint's projection → the stacked projection that holds it, and as which part.
 STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
     ".q_proj": (".qkv_proj", "q"),
     ".k_proj": (".qkv_proj", "k"),
@@ -33,7 +33,7 @@ STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; names the tensor or the file, and the mend."""
+    """A checkpoint that cannot be served; names the tensor or the file, and the fix."""
 
 
 def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int) -> torch.Tensor:
@@ -127,13 +127,13 @@ def checked(
     ignored: Iterable[str] = (),
     quantised: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass the expected tensors on; refuse one that is unexpected, misshapen or missing.
+    """Yield the expected tensors; refuse one that is unexpected, misshapen or missing.
 
     Args:
-        weights: what the host reads from the checkpoint.
-        expected: name to shape of all that must come.
-        ignored: names that may come and are dropped (another model's share of the checkpoint).
-        quantised: packed tensors have other shapes and companions; names are still checked.
+        weights: the tensors that the host reads from the checkpoint.
+        expected: name to shape of every tensor that must be there.
+        ignored: names that may be there and are skipped: the other model's part of the checkpoint.
+        quantised: check names only, because packed tensors have other shapes, and allow scales.
 
     Raises:
         CheckpointError: naming the tensor, and what to do.
@@ -165,27 +165,27 @@ def checked(
 
 
 def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:
-    """Refuse a layer that is built for quantised weights and was given others.
+    """Refuse unquantised weights in a layer that is built for quantised ones.
 
     Raises:
-        CheckpointError: naming its scales, and what to do.
+        CheckpointError: naming a missing scale, and what to do.
     """
     scales = {name for name in parameters if name.endswith(SCALES)}
     if missing := sorted(scales.difference(loaded)):
         raise CheckpointError(
-            f"{len(missing)} scales did not come, the first is {missing[0]}: the checkpoint keeps "
+            f"{len(missing)} scales are missing, the first is {missing[0]}: the checkpoint has "
             f"these layers unquantised; name them in modules_to_not_convert of the config's "
             f"quantization_config"
         )
 
 
 def give_back(tensor: torch.Tensor) -> None:
-    """Let the system reclaim a read tensor's memory where it is a file mapped in.
+    """Let the system reclaim a tensor's memory after it was read, if it is a mapped file.
 
-    A checkpoint is mapped, not read: without this every page that was copied from it stays
-    resident, and loading peaks at twice the weights. Only a hint: what is still needed stays or
-    comes back, whatever kind of memory it is. Where weights go to a GPU, memory is not short, and
-    the ranks of a machine read the same pages.
+    A checkpoint is mapped into memory: without this, every page that was copied from it stays
+    resident, and loading peaks at twice the size of the weights. It is only a hint: data that is
+    still needed stays or is read again, in any kind of memory. With a GPU it does nothing: memory
+    is not short there, and the ranks of a machine read the same pages.
     """
     on_gpu = torch.accelerator.is_available()
     if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
@@ -218,10 +218,10 @@ def check_files(folder: Path) -> None:
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and shape of every tensor of a folder's safetensors files, as one without data."""
+    """Every tensor of a folder's safetensors files, by name, without its data."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
-    if index.is_file():  # other files beside hold the same once more, under other names
+    if index.is_file():  # other files may hold the same tensors again, under other names
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [path for path in files if path.name in listed]
     for path in files:

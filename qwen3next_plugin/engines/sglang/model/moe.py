@@ -1,4 +1,4 @@
-"""The ultra-sparse MoE block, from SGLang's fused experts."""
+"""Feed-forward blocks: the dense MLP and the mixture of experts, from SGLang's fused experts."""
 
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
@@ -24,7 +24,7 @@ from qwen3next_plugin.model.shared_expert import SharedExpertGate
 
 
 class SwiGLU(nn.Module):
-    """A dense MLP, or the shared expert with its own sigmoid gate."""
+    """A dense MLP, or the shared expert without its gate."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SparseMoE(nn.Module):
             config.num_experts_per_tok,
             layer_id=layer_id,
             renormalize=config.norm_topk_prob,
-            # SGLang has kernels for GPUs and for AMX.
+            # SGLang has routers for GPUs and for AMX only.
             custom_routing_function=route if without_gpu() and not cpu_has_amx_support() else None,
         )
         self.experts = FusedMoE(
@@ -100,14 +100,19 @@ class SparseMoE(nn.Module):
         )
         self.shared_expert: SwiGLU | None = None
         if config.shared_expert_intermediate_size:
-            self.shared_expert_gate = SharedExpertGate(config.hidden_size)
-            self.shared_expert = SwiGLU(
-                config.hidden_size,
-                config.shared_expert_intermediate_size,
-                quant_config,
-                f"{prefix}.shared_expert",
-                reduce_results=False,  # summed with the experts
-            )
+            self._make_shared_expert(config, quant_config, prefix)
+
+    def _make_shared_expert(
+        self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        self.shared_expert_gate = SharedExpertGate(config.hidden_size)
+        self.shared_expert = SwiGLU(
+            config.hidden_size,
+            config.shared_expert_intermediate_size,
+            quant_config,
+            f"{prefix}.shared_expert",
+            reduce_results=False,  # reduced together with the experts
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""

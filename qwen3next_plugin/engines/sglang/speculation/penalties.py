@@ -1,4 +1,4 @@
-"""Penalties and min_new_tokens under drafts: every token of an answer counts, and once."""
+"""Penalties and min_new_tokens with drafts: count every token of an answer exactly once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-# Of each request, how often it was retracted, and its tokens that were counted since.
+# For each request: how often it was retracted, and how many of its tokens are counted since.
 _counted: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
 def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
-    """Around `ScheduleBatch.cumulate_penalty_output_tokens`: all that a verification committed.
+    """Wrap `ScheduleBatch.cumulate_penalty_output_tokens`: count all that a step committed.
 
-    SGLang's counts the last token of each request, once a step, also where a step commits more.
-    Can go when it counts them all.
+    SGLang counts only the last token of each request, also when a verification commits several.
+    Remove when it counts them all.
     """
     if batch.spec_algorithm.is_none():
         host(batch)
@@ -31,7 +31,7 @@ def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
 
 
 def _uncounted(request: Any) -> list[int]:
-    """Its tokens since the last call; all of them where a retraction has made the counts anew."""
+    """The request's tokens since the last call; all of them after a retraction reset the counts."""
     retractions, counted = _counted.get(request, (0, 0))
     if retractions != request.retraction_count:
         counted = 0
@@ -40,13 +40,14 @@ def _uncounted(request: Any) -> list[int]:
 
 
 def _is_penalised(params: Any) -> bool:
-    """Whether counts matter: of a long answer that they do not, all would be new at once."""
+    """Skip unpenalised requests: their whole history would be re-counted."""
     additive = params.frequency_penalty or params.presence_penalty or params.min_new_tokens
     return bool(additive) or params.repetition_penalty != 1
 
 
 def _count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
     """Count tokens of one request, through views of its row. Shapes: token_ids [n]."""
+    # Penalizers take one token of every request; a view makes the row a batch of its own.
     whole = {name: value for name, value in vars(penalizer).items() if torch.is_tensor(value)}
     vars(penalizer).update({name: value[row : row + 1] for name, value in whole.items()})
     for token_id in token_ids.split(1):

@@ -1,4 +1,4 @@
-"""What a verification samples from: at each node the distribution that plain decoding has there."""
+"""Verification of drafts by SGLang, from the distributions that plain decoding samples from."""
 
 from collections.abc import Callable
 from copy import copy
@@ -15,10 +15,11 @@ def sample_as_plain(
     grammar_mask: Any = None,
     **options: Any,
 ) -> Any:
-    """Around `eagle_sample`: with custom logit processors, and with all limits at once.
+    """Wrap `eagle_sample`: apply custom logit processors, and all limits at once.
 
-    SGLang's leaves processors and min_p out, and measures top_p within what top_k has kept, which
-    its plain sampler on a CPU does not. Can go when it samples from what the plain sampler does.
+    SGLang's function ignores custom processors and min_p, and it applies top_p to what top_k has
+    left, while its plain sampler on a CPU applies both to the full distribution. Remove when
+    verification samples from the same distribution as the plain sampler.
     """
     if batch.forward_mode.is_idle():
         return host(verify_input, batch, logits_output, grammar_mask, **options)
@@ -30,7 +31,7 @@ def sample_as_plain(
 
 
 def _with_limits(info: Any) -> Any:
-    """For `sampling.top_k_renorm_prob`: [N, 3] of top_k, top_p and min_p in the place of top_ks."""
+    """Put [N, 3] of top_k, top_p and min_p into top_ks, for `sampling.top_k_renorm_prob`."""
     limited = copy(info)
     limited.need_top_k_sampling = (
         info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling
@@ -41,13 +42,13 @@ def _with_limits(info: Any) -> Any:
 
 
 class Processors:
-    """A grammar's mask, if there is one, and after it the processors, as in plain decoding."""
+    """The grammar's mask, if any, then the custom processors, in the order of plain decoding."""
 
     def __init__(self, grammar_mask: Any, info: Any, tokens: int) -> None:
         self.grammar_mask, self.info, self.tokens = grammar_mask, info, tokens
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Shapes: logits [N * tokens, V], written."""
+        """Shapes: logits [N * tokens, V], updated in place."""
         from sglang.srt.layers.sampler import apply_custom_logit_processor
 
         if self.grammar_mask is not None:

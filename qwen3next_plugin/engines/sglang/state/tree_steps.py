@@ -1,8 +1,8 @@
-"""Draft trees on pages that hold a line: each path from the root to a leaf is a row of its own.
+"""Steps that verify draft trees: each path from the root to a leaf is a row of its own.
 
-The first path of a request runs on the request's page, each further one on a copy of it. Tokens
-that paths share are computed once a path, with the same bits. Afterwards the page whose path was
-accepted becomes the request's.
+A page holds one sequence, not a tree. The first path of a request runs on the request's page, each
+other path on a copy of it. Tokens shared by several paths are computed once for each path, with
+the same bits. After verification the page of the accepted path is copied to the request's page.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from qwen3next_plugin.model.step import Step
 
 @dataclass(frozen=True, slots=True)
 class TreeStep:
-    """The paths of a step's trees.
+    """The paths of the trees of a step.
 
     Shapes:
-        token [P] int64    which of the step's tokens each path's tokens are
-        source, branch [B] the request's slot and the slot of its copy, for each further path
+        token [P] int64      the index in the batch of each token of the paths
+        source, branch [B]   the request's slot and its copy's slot, for each path but the first
     """
 
-    paths: list[list[list[int]]]  # of each request, as nodes of its tree
-    slots: list[list[int]]  # of each request, of each path
+    paths: list[list[list[int]]]  # nodes of each path of each request
+    slots: list[list[int]]  # of each path of each request
     step: Step
     token: torch.Tensor
     source: torch.Tensor
@@ -39,11 +39,11 @@ class TreeStep:
         num_slots: int,
         first_branch: int,
     ) -> "TreeStep":
-        """Lay out the paths of trees of n nodes each.
+        """Lay out the paths of N trees of n nodes each; copies use slots from first_branch.
 
         Shapes:
-            next_token, next_sibling [N, n]: first child and next sibling of each node, or -1
-            context_len, slot [N]; branches lie in slots first_branch to num_slots
+            next_token, next_sibling [N, n], first child and next sibling of each node, or -1
+            context_len, slot [N]
         """
         n = next_token.shape[1]
         trees = zip(next_token.tolist(), next_sibling.tolist(), strict=True)
@@ -72,7 +72,7 @@ class TreeStep:
         )
 
     def accepted(self, last_node: list[int]) -> tuple[list[int], list[int]]:
-        """Slots to copy from and to, so that each request's page holds the path to its node."""
+        """Slots to copy from and to, so that each request's page has the path to its node."""
         pairs = []
         for paths, slots, node in zip(self.paths, self.slots, last_node, strict=True):
             page = next(slot for path, slot in zip(paths, slots, strict=True) if node in path)

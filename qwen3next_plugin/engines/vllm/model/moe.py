@@ -1,4 +1,4 @@
-"""The ultra-sparse MoE block, from vLLM's fused experts."""
+"""Feed-forward blocks: the dense MLP and the mixture of experts, from vLLM's fused experts."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -72,7 +72,7 @@ class SparseMoE(nn.Module):
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         parallel_config = vllm_config.parallel_config
-        # Tensor, data and expert parallel at once: a rank routes its share of the tokens.
+        # With tensor, data and expert parallelism at once, a rank routes its share of the tokens.
         self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
         self.n_routed_experts = config.num_experts
         self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
@@ -99,7 +99,7 @@ class SparseMoE(nn.Module):
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.n_redundant_experts,
                 is_sequence_parallel=self.is_sequence_parallel,
-                # On a GPU vLLM routes in one launch, or inside the experts' kernel.
+                # On a GPU, vLLM's own router is one launch or part of the experts' kernel.
                 custom_routing_function=route if current_platform.is_cpu() else None,
                 routed_experts_cls=Experts,
             )
@@ -113,7 +113,7 @@ class SparseMoE(nn.Module):
             config.shared_expert_intermediate_size,
             vllm_config,
             f"{prefix}.shared_expert",
-            reduce_results=False,  # the experts' reduction sums both
+            reduce_results=False,  # reduced together with the experts
             expert_gate=self.shared_expert_gate,
             disable_tp=self.is_sequence_parallel,
         )
@@ -121,7 +121,7 @@ class SparseMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
-        # The experts hold the gate, and make the router's logits of the hidden states themselves.
+        # The experts have the gate: they compute the router's logits from the hidden states.
         out = self.experts(hidden_states=x, router_logits=x)
         if not self.is_sequence_parallel:
             return out
@@ -129,7 +129,7 @@ class SparseMoE(nn.Module):
 
 
 def describe_experts(model: Any, layers: Iterable[Any]) -> None:
-    """Set the counts by which vLLM balances experts (its MixtureOfExperts protocol)."""
+    """Set the counts that vLLM balances experts by (its MixtureOfExperts protocol)."""
     moes = [layer.mlp for layer in layers if isinstance(getattr(layer, "mlp", None), SparseMoE)]
     model.expert_weights = []
     model.moe_layers = [moe.experts for moe in moes]
@@ -147,8 +147,8 @@ def describe_experts(model: Any, layers: Iterable[Any]) -> None:
 def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager:
     """On a CPU, build the experts as if there were no LoRA.
 
-    vLLM would choose its LoRA experts for them, Triton kernels that a CPU does not have; `checks`
-    has kept the adapters to the projections. Can go when vLLM asks the platform first.
+    vLLM would choose its LoRA experts, which are Triton kernels, for GPUs only; flags.py restricts
+    adapters to the projections. Remove when vLLM asks the platform first.
     """
     if vllm_config.lora_config is None or not current_platform.is_cpu():
         return nullcontext()

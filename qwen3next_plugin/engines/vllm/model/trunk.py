@@ -179,7 +179,7 @@ class Qwen3NextForCausalLM(
         )
         return load(self, tensors)
 
-    # What vLLM asks of a hybrid model, before it is built: sizes, to lay out its pages.
+    # What vLLM asks of a hybrid model: the size of its pages, before the model is built.
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int]]:
@@ -191,11 +191,11 @@ class Qwen3NextForCausalLM(
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc]:
-        return (get_temporal_copy_spec,)  # a page is copied whole
+        return (get_temporal_copy_spec,)  # copies a page as a whole
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
-        """The class by which model runner V2 moves pages; imported when that runner asks."""
+        """The class by which model runner V2 copies pages; imported only for that runner."""
         from qwen3next_plugin.engines.vllm.state.model_state import Qwen3NextModelState
 
         return Qwen3NextModelState

@@ -1,15 +1,15 @@
-"""Where a request's page goes when it crosses a block boundary, for vLLM's model runner V2.
+"""Copies a request's page when it crosses a block boundary, for vLLM's model runner V2.
 
 vLLM's prefix caching ("align" mode) keeps the state of a prefix in the block that ends with it. Its
-own class shifts what it copies by the number of accepted draft tokens, and looks for it in the
-k + 1 blocks of its speculative states. Ours are one page, which says itself where it stands, and a
-verbatim copy of it is always a correct copy. So:
+own class offsets the copy by the number of accepted draft tokens, into the k + 1 blocks of its
+speculative states. We have one page, which records the context lengths that it can continue at, so
+a verbatim copy is always correct. Therefore:
 
-- the accepted counts stay at 1, the value by which the host's copy before a step shifts nothing;
-- after a step, a row whose tokens filled a block leaves a copy of its page there.
+- the accepted counts stay at 1: with that value vLLM's copy before a step has no offset;
+- after a step, the page of each row that filled a block is copied into that block.
 
-Both copies are the host's own kernel, whose programs end at once where there is nothing to copy;
-nothing waits for the device. Runner V2 asks the model for this class; nothing else imports it.
+Both copies use vLLM's own kernel, which does nothing where there is nothing to copy, and never
+wait for the device. Model runner V2 asks the model for this class; nothing else imports it.
 """
 
 import torch
@@ -20,10 +20,10 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 
 class Qwen3NextModelState(MambaHybridModelState):
-    """The host's state of a hybrid model, with one self-describing page per request.
+    """vLLM's state of a hybrid model, with one self-describing page per request.
 
-    `_mamba_state_idx_gpu` [max_num_reqs] is the host's: the column of each request's page in its
-    block table, moved on by `preprocess_state` before each step.
+    `_mamba_state_idx_gpu` [max_num_reqs] is vLLM's: the column of each request's page in its block
+    table, advanced by `preprocess_state` before each step.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Qwen3NextModelState(MambaHybridModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        # One entry more than requests: there the rows land that the host masks with -1.
+        # One entry more than requests, for the rows that vLLM masks with -1.
         columns = torch.full((2, self.max_num_reqs + 1), -1, dtype=torch.int32, device=device)
         self._from_column, self._to_column = columns
         self._no_shift = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
@@ -45,13 +45,15 @@ class Qwen3NextModelState(MambaHybridModelState):
         num_sampled: torch.Tensor | int,
         num_computed_tokens: torch.Tensor | None = None,
     ) -> None:
-        """Leave a copy of the page in the block that a row filled; the host's counts stay at 1.
+        """Copy the page of each row that filled a block into that block; counts stay at 1.
 
-        In the middle of a verified draft too: the page's window reaches from before the boundary
-        to behind it. A prefill chunk has its page there already, as the host ends it there.
+        Also when the boundary is inside a verified draft: the page's window spans the boundary. A
+        prefill chunk needs no copy, because vLLM ends the chunk, and so its page, at the boundary.
 
-        Shapes: idx_mapping [N], each row's request or -1, num_sampled [N], committed by this step,
-        num_computed_tokens [max_num_reqs], after this step
+        Shapes:
+            idx_mapping [N], each row's request or -1
+            num_sampled [N], tokens committed by this step
+            num_computed_tokens [max_num_reqs], after this step
         """
         pages = self._mamba_ctx if self._align_mode else None
         if pages is None or num_computed_tokens is None or not len(idx_mapping):
