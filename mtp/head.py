@@ -1,4 +1,4 @@
-"""The MTP head's input: what it knows of the next token and of the trunk's last state."""
+"""Head: the input of the MTP layer, from the next token and the last hidden state."""
 
 from collections.abc import Callable
 
@@ -18,8 +18,9 @@ def fuse(
     """x = fc([norm_e(embed(t_{i+1})); norm_h(h_i)]), DeepSeek-V3's multi-token prediction input.
 
     Shapes:
-        embeds [T, D] of the tokens at positions i+1, hidden_states [T, D] of the positions i:
-        the trunk's after its final norm, or the head's own when it drafts further
+        embeds [T, D] of the tokens at positions i+1
+        hidden_states [T, D] at positions i: the trunk's after its final norm, or for further
+        drafts the MTP layer's own
         returns [T, D]
     """
     return fc(torch.cat([norm_embedding(embeds), norm_hidden(hidden_states)], dim=-1))

@@ -13,7 +13,7 @@ from math import nan
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen3next_plugin.mtp.pending import Request
+from qwen3next_plugin.mtp.pending import Row
 from qwen3next_plugin.mtp.policy import Policy
 
 PLAIN, VERIFY, DRAFT, PROMPT = "plain", "verify", "draft", "prompt"
@@ -152,41 +152,39 @@ class Observer:
             for name in ESTIMATES:  # not known yet
                 board.set(name, [nan] * len(board.metrics[name].values))
 
-    def observe_step(self, requests: Sequence[Request], seconds: float | None) -> None:
+    def observe_step(self, rows: Sequence[Row], seconds: float | None) -> None:
         """A step has ended; `seconds` is None if it was not timed."""
-        decoding = [request for request in requests if request.continues]
-        tokens = sum(request.scheduled for request in requests)
-        if not requests or len(decoding) < len(requests):
+        decoding = [row for row in rows if row.continues]
+        tokens = sum(row.scheduled for row in rows)
+        if not rows or len(decoding) < len(rows):
             seconds = None  # a prompt was read, so the time is not that of decoding
-        for request in decoding:
-            self.policy.observe_verify(request.id, request.drafted, request.accepted)
+        for row in decoding:
+            self.policy.observe_verify(row.request, row.drafted, row.accepted)
         if seconds is not None:
-            self.policy.observe_step(len(requests), tokens, seconds)
-        self._requests.update(request.id for request in requests)
+            self.policy.observe_step(len(rows), tokens, seconds)
+        self._requests.update(row.request for row in rows)
         if self.board is not None:
-            for request in decoding:
-                self.board.add("draft_length", value=request.drafted)
+            for row in decoding:
+                self.board.add("draft_length", value=row.drafted)
             if seconds is not None:
-                kind = VERIFY if tokens > len(requests) else PLAIN
+                kind = VERIFY if tokens > len(rows) else PLAIN
                 self.board.add("steps", value=kind)
                 self.board.add("seconds", seconds, kind)
 
-    def observe_draft(
-        self, requests: Sequence[Request], *, passes_seconds: float, seconds: float
-    ) -> None:
-        """Drafting for these requests has ended.
+    def observe_draft(self, rows: Sequence[Row], *, passes_seconds: float, seconds: float) -> None:
+        """Drafting after a step has ended.
 
         `passes_seconds` is the time of the drafting passes, `seconds` the time between the steps.
         """
-        fed = [request for request in requests if request.fed is not None]
-        passes = max((request.draft for request in fed), default=0)
-        reads_prompt = not all(request.continues for request in fed)
+        fed = [row for row in rows if row.fed is not None]
+        passes = max((row.draft for row in fed), default=0)
+        reads_prompt = not all(row.continues for row in fed)
         if passes and not reads_prompt:
-            self.policy.observe_draft(len(requests), passes, passes_seconds)
+            self.policy.observe_draft(len(rows), passes, passes_seconds)
         if self.board is not None:
             self.board.add("seconds", seconds, PROMPT if reads_prompt else DRAFT)
-            self.board.add("drafts_skipped", len(requests) - len(fed))
-            self.board.add("tokens_caught_up", sum(request.caught_up for request in fed))
+            self.board.add("drafts_skipped", len(rows) - len(fed))
+            self.board.add("tokens_caught_up", sum(row.caught_up for row in fed))
             self._refresh_estimates(self.board)
 
     def keep_only(self, requests: Set[str]) -> None:

@@ -36,13 +36,15 @@ class PendingTokens:
 
 
 @dataclass(slots=True, kw_only=True)
-class Request:
-    """A request in the step that just ended, and in the draft that follows."""
+class Row:
+    """A row of the batch: one request in the step that just ended, and in the draft after it."""
 
-    id: str
+    request: str
+    index: int  # in the batch
     tokens: PendingTokens  # committed by the step
     scheduled: int  # tokens of the step, rejected drafts included
     continues: bool  # it decoded or verified in the step; False: the step read its prompt
+    prefilling: bool = False  # more of its prompt follows, so no token was sampled
     draft: int = 0  # tokens to draft now
     fed: PendingTokens | None = None  # what the MTP layer reads now; None: it skips the layer
 

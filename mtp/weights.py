@@ -1,4 +1,4 @@
-"""The MTP head's share of a checkpoint: names, shapes, and whether it is there at all."""
+"""Weights: names and shapes of the MTP tensors in a checkpoint, and a check that they exist."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,7 @@ PREFIX = "mtp."
 
 
 def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the MTP head; embedding and lm_head are the trunk's."""
+    """Name and shape of every MTP tensor. Embedding and lm_head are shared with the trunk."""
     D = config.hidden_size
     tensors = {
         "mtp.fc.weight": (D, 2 * D),
@@ -28,10 +28,10 @@ def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
 def require_mtp(
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass all tensors on; refuse a checkpoint that has no `mtp.*` tensor.
+    """Yield all tensors unchanged, and refuse a checkpoint without any `mtp.*` tensor.
 
     Raises:
-        CheckpointError: when the last tensor has passed and none was the MTP head's.
+        CheckpointError: after the last tensor, if none was an MTP tensor.
     """
     found = False
     for name, tensor in weights:

@@ -22,7 +22,7 @@ from qwen3next_plugin.mtp.metrics import (
     create,
     metrics,
 )
-from qwen3next_plugin.mtp.pending import PendingTokens, Request
+from qwen3next_plugin.mtp.pending import PendingTokens, Row
 from qwen3next_plugin.mtp.policy import Fixed
 
 WRITER = """
@@ -67,24 +67,24 @@ def tokens(count: int) -> PendingTokens:
     return PendingTokens(8, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 1))
 
 
-def request(name: str, drafted: int, accepted: int = 0, **given: Any) -> Request:
-    """A request whose draft the step verified."""
-    given = {"continues": True, "fed": tokens(1 + accepted)} | given
-    return Request(id=name, tokens=tokens(1 + accepted), scheduled=1 + drafted, **given)
+def row(request: str, drafted: int, accepted: int = 0, **given: Any) -> Row:
+    """A row whose draft the step verified."""
+    given = {"index": 0, "continues": True, "fed": tokens(1 + accepted)} | given
+    return Row(request=request, tokens=tokens(1 + accepted), scheduled=1 + drafted, **given)
 
 
 def drafted(observer: Observer, lengths: list[int], seconds: float, drafting: float) -> None:
     """A step of one token committed by each request, and the drafting after it."""
-    requests = [request(str(i), length) for i, length in enumerate(lengths)]
-    observer.observe_step(requests, seconds)
-    observer.observe_draft(requests, passes_seconds=drafting, seconds=drafting)
+    rows = [row(str(i), length) for i, length in enumerate(lengths)]
+    observer.observe_step(rows, seconds)
+    observer.observe_draft(rows, passes_seconds=drafting, seconds=drafting)
 
 
 def test_line_of_what_is_new():
     board = Board(3)
     observer = Observer(Fixed(3), board)
     line = LogLine(board)
-    prompt = [request("a", 3, continues=False)]
+    prompt = [row("a", 3, continues=False)]
     observer.observe_step(prompt, 9.0)
     observer.observe_draft(prompt, passes_seconds=9.0, seconds=9.0)
     assert line.text() is None  # nothing was decoded
@@ -132,10 +132,10 @@ class Recorder(Fixed):
 def test_the_policy_learns_from_steps_and_drafts_that_read_no_prompt(board):
     policy = Recorder()
     observer = Observer(policy, board)
-    decoding = [request("a", 3, accepted=2, draft=2), request("b", 0, draft=1, fed=None)]
+    decoding = [row("a", 3, accepted=2, draft=2), row("b", 0, draft=1, fed=None)]
     observer.observe_step(decoding, 1.0)
     observer.observe_draft(decoding, passes_seconds=0.25, seconds=0.5)
-    mixed = [*decoding, request("c", 7, continues=False)]
+    mixed = [*decoding, row("c", 7, continues=False)]
     observer.observe_step(mixed, 4.0)
     observer.observe_draft(mixed, passes_seconds=2.0, seconds=2.0)
     observer.observe_step(decoding[:1], None)  # not timed
@@ -153,10 +153,10 @@ def test_the_policy_learns_from_steps_and_drafts_that_read_no_prompt(board):
 def test_the_board_counts_steps_drafts_and_tokens():
     board = Board(3)
     observer = Observer(Recorder(), board)
-    requests = [request("a", 3, accepted=2, fed=tokens(8)), request("b", 0, fed=None)]
-    observer.observe_step(requests, 1.0)
-    observer.observe_draft(requests, passes_seconds=0.25, seconds=0.5)
-    prompt = [request("c", 0, continues=False)]
+    rows = [row("a", 3, accepted=2, fed=tokens(8)), row("b", 0, fed=None)]
+    observer.observe_step(rows, 1.0)
+    observer.observe_draft(rows, passes_seconds=0.25, seconds=0.5)
+    prompt = [row("c", 0, continues=False)]
     observer.observe_step(prompt, 2.0)
     observer.observe_draft(prompt, passes_seconds=0.25, seconds=4.0)
     assert board.read("draft_length") == {"0": 1, "1": 0, "2": 0, "3": 1}

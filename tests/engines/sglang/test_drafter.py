@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Request
+from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
 
 
 @pytest.fixture
@@ -24,8 +24,9 @@ def drafter(monkeypatch):
 
     def step(at, *rids):
         tokens = PendingTokens(at, torch.zeros(1).long(), torch.zeros(1, 2))
-        drafter.requests = [
-            Request(id=rid, tokens=tokens, scheduled=1, continues=True) for rid in rids
+        drafter.rows = [
+            Row(request=rid, index=i, tokens=tokens, scheduled=1, continues=True)
+            for i, rid in enumerate(rids)
         ]
         batch = Bag(reqs=[Bag(rid=rid) for rid in rids])
         drafter._draft_extend_for_decode(batch, Bag(next_draft_input=None))

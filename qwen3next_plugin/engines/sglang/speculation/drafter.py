@@ -26,7 +26,7 @@ from sglang.srt.speculative.eagle_utils import (
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from qwen3next_plugin.mtp.metrics import Observer
-from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Request
+from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Row
 from qwen3next_plugin.mtp.policy import Policy, make_policy
 
 
@@ -36,7 +36,7 @@ class Drafter(EagleDraftWorker):
     policy: Policy
     observer: Observer
     pending: Pending
-    requests: list[Request]  # of the last verification
+    rows: list[Row]  # of the last verification
     next_steps: int  # drafts of each request in the next step
 
     def begin(self) -> None:
@@ -45,7 +45,7 @@ class Drafter(EagleDraftWorker):
         self.policy = make_policy(config, self.speculative_num_steps, uniform=True)
         self.observer = Observer(self.policy)  # the plugin adds nothing to SGLang's metrics
         self.pending = Pending()
-        self.requests = []
+        self.rows = []
         self.next_steps = self.speculative_num_steps
         self.draft_runner.model.make_draft_head()
 
@@ -62,30 +62,31 @@ class Drafter(EagleDraftWorker):
         draft_seconds: float,
     ) -> None:
         """Learn from a verification and the drafts before it; choose the lengths of the next."""
-        requests = self._requests(batch, result)
-        if not requests:
+        rows = self._rows(batch, result)
+        if not rows:
             return
-        before = {request.id: request for request in self.requests}
-        timed = all(request.id in before for request in requests)  # no step between read a prompt
-        self.observer.observe_step(requests, step_seconds if timed else None)
+        before = {row.request: row for row in self.rows}
+        timed = all(row.request in before for row in rows)  # no step between them read a prompt
+        self.observer.observe_step(rows, step_seconds if timed else None)
         if timed:
-            drafted = [before[request.id] for request in requests]
+            drafted = [before[row.request] for row in rows]
             self.observer.observe_draft(
                 drafted, passes_seconds=draft_seconds, seconds=draft_seconds
             )
-        self.observer.keep_only({request.id for request in requests})
-        self._choose_lengths(requests)
-        self.requests = requests
+        self.observer.keep_only({row.request for row in rows})
+        self._choose_lengths(rows)
+        self.rows = rows
 
-    def _requests(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[Request]:
-        """The requests of a verification, with the tokens that it committed."""
+    def _rows(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[Row]:
+        """The rows of a verification, with their tokens as the MTP layer reads them."""
         n = self.speculative_num_draft_tokens
         token_ids = result.next_token_ids.view(-1, n).long()
         hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, n))  # [N, n, D]
         counts, firsts = result.accept_lens.tolist(), batch.seq_lens.tolist()
         return [
-            Request(
-                id=request.rid,
+            Row(
+                request=request.rid,
+                index=i,
                 tokens=PendingTokens(firsts[i], token_ids[i, :count], hidden_states[i, :count]),
                 scheduled=n,
                 continues=True,
@@ -93,29 +94,29 @@ class Drafter(EagleDraftWorker):
             for i, (request, count) in enumerate(zip(batch.reqs, counts, strict=True))
         ]
 
-    def _choose_lengths(self, requests: list[Request]) -> None:
+    def _choose_lengths(self, rows: list[Row]) -> None:
         """Set how many tokens each request drafts. All ranks use the first rank's decision."""
-        self.next_steps = max(self.policy.lengths([request.id for request in requests]))
+        self.next_steps = max(self.policy.lengths([row.request for row in rows]))
         group = get_parallel().tp_group
         if group.world_size > 1:
             self.next_steps = int(group.broadcast(torch.tensor([self.next_steps]), src=0))
-        for request in requests:
-            request.draft = self.next_steps
+        for row in rows:
+            row.draft = self.next_steps
 
-    def _feed(self, requests: list[Request]) -> list[Request]:
-        """Set what the MTP layer reads now, pending tokens included: all requests, or none."""
-        self.pending.keep_only({request.id for request in requests})  # no other continues
-        run = any(request.draft or self._must_run(request) for request in requests)
-        for request in requests:
+    def _feed(self, rows: list[Row]) -> list[Row]:
+        """Set what the MTP layer reads now, pending tokens included: for all rows, or for none."""
+        self.pending.keep_only({row.request for row in rows})  # no other request continues
+        run = any(row.draft or self._must_run(row) for row in rows)
+        for row in rows:
             if run:
-                request.fed = self.pending.take(request.id, request.tokens)
+                row.fed = self.pending.take(row.request, row.tokens)
             else:
-                self.pending.put(request.id, request.tokens)
-        return [request for request in requests if request.fed is not None]
+                self.pending.put(row.request, row.tokens)
+        return [row for row in rows if row.fed is not None]
 
-    def _must_run(self, request: Request) -> bool:
+    def _must_run(self, row: Row) -> bool:
         """Whether the request must run through the MTP layer even if it drafts nothing."""
-        return self.pending.count(request.id) + len(request.tokens) > MAX_PENDING
+        return self.pending.count(row.request) + len(row.tokens) > MAX_PENDING
 
     def _draft_extend_for_prefill(
         self,
@@ -154,11 +155,11 @@ class Drafter(EagleDraftWorker):
     ) -> None:
         """Run the MTP layer over committed tokens; make the first drafts, unless none follow."""
         draft = batch_result.next_draft_input
-        fed = self._feed(self.requests)
+        fed = self._feed(self.rows)
         if not fed:
-            self._no_drafts(draft, len(self.requests))
+            self._no_drafts(draft, len(self.rows))
             return
-        tokens = [request.fed for request in fed if request.fed is not None]
+        tokens = [row.fed for row in fed if row.fed is not None]
         hidden_states = self._forward(batch, tokens)
         ends = torch.tensor([len(part) for part in tokens]).cumsum(0) - 1  # [N]
         self._first_drafts(draft, hidden_states[ends])

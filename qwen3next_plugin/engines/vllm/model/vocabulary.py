@@ -26,11 +26,6 @@ class LMHead(ParallelLMHead):
             prefix=prefix,
         )
         self.draft_head: DraftHead | None = None
-        if isinstance(self.quant_method, UnquantizedEmbeddingMethod):
-            self.quant_method = PackedHead(
-                tied=config.tie_word_embeddings,
-                drafts=vllm_config.speculative_config is not None,
-            )
 
     def make_draft_head(self) -> None:
         """Copy the plain weight, which must still be there, to int8."""
@@ -61,4 +56,9 @@ def make_lm_head(
     if not get_pp_group().is_last_rank:
         return PPMissingLayer()
     head = LMHead(config, vllm_config, maybe_prefix(prefix, "lm_head"))
+    if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+        head.quant_method = PackedHead(
+            tied=config.tie_word_embeddings,
+            drafts=vllm_config.speculative_config is not None,
+        )
     return head.tie_weights(embedding) if config.tie_word_embeddings else head

@@ -6,7 +6,6 @@ in every step. vLLM still loads the layer and manages its cache.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +19,8 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.mtp.metrics import Observer
-from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Request
+from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Row
 from qwen3next_plugin.mtp.policy import make_policy
-
-
-@dataclass(slots=True, kw_only=True)
-class Row(Request):
-    """A row of vLLM's batch."""
-
-    index: int  # in the batch
-    prefilling: bool  # more of its prompt follows, so no token was sampled
 
 
 class Drafter(EagleProposer):
@@ -114,7 +105,7 @@ class Drafter(EagleProposer):
             if prefilling[i]:  # vLLM gives the prompt's last token, not the one after the chunk
                 shifted[end - 1] = self.runner.requests[request].get_token_id(first + end - begin)
             row = Row(
-                id=request,
+                request=request,
                 index=i,
                 tokens=PendingTokens(first, shifted[begin:end], hidden_states[begin:end]),
                 scheduled=starts[i + 1] - begin,
@@ -125,7 +116,7 @@ class Drafter(EagleProposer):
         known = self.runner.requests.keys()  # those that wait after a preemption included
         self.observer.keep_only(known)
         self.pending.keep_only(known)
-        self.next_position = {row.id: row.tokens.end for row in rows if not row.prefilling}
+        self.next_position = {row.request: row.tokens.end for row in rows if not row.prefilling}
         return rows
 
     def _choose_lengths(self, rows: list[Row], limit: int) -> None:
@@ -133,7 +124,7 @@ class Drafter(EagleProposer):
         drafting = [row for row in rows if not row.prefilling]
         if not drafting:
             return
-        lengths = self.policy.lengths([row.id for row in drafting])
+        lengths = self.policy.lengths([row.request for row in drafting])
         group = get_tp_group()
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
@@ -142,7 +133,7 @@ class Drafter(EagleProposer):
 
     def _room(self, row: Row) -> int:
         """How many drafts the request can still use; a step yields one token more."""
-        state = self.runner.requests[row.id]
+        state = self.runner.requests[row.request]
         end = self.runner.max_model_len
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
@@ -152,9 +143,9 @@ class Drafter(EagleProposer):
         """Set what the MTP layer reads now, pending tokens included; returns the rows it reads."""
         for row in rows:
             if row.draft or self._must_run(row):
-                row.fed = self.pending.take(row.id, row.tokens)
+                row.fed = self.pending.take(row.request, row.tokens)
             else:
-                self.pending.put(row.id, row.tokens)
+                self.pending.put(row.request, row.tokens)
         return [row for row in rows if row.fed is not None]
 
     def _must_run(self, row: Row) -> bool:
@@ -166,7 +157,7 @@ class Drafter(EagleProposer):
         if row.prefilling or not row.continues:
             return True
         fills_block = row.tokens.end // self.block_size > row.tokens.first // self.block_size
-        return fills_block or self.pending.count(row.id) + len(row.tokens) > self.max_pending
+        return fills_block or self.pending.count(row.request) + len(row.tokens) > self.max_pending
 
     def _draft(self, fed: list[Row], block_table: torch.Tensor, drafts: list[list[int]]) -> None:
         """Run the MTP layer over what the rows feed it, then over its own drafts."""

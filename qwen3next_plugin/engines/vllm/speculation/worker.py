@@ -1,7 +1,7 @@
-"""vLLM's CPU worker with our drafter and verification, and with seeds that survive long prompts.
+"""vLLM's CPU worker with our drafter and verification, and with seeds that work for long prompts.
 
-A worker class is a setting of vLLM's (`--worker-cls`); flags.py chooses this one. Nothing of the
-host is replaced but what stands in this worker's own runner.
+vLLM has a setting for the class (`--worker-cls`); flags.py chooses this one. It changes objects of
+its own runner only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,42 +18,43 @@ from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
-MEND = (
-    "The state page is not this request's, or was written by something else; nothing was computed "
-    "from it. Restart the engine; if it happens again, with --no-enable-prefix-caching and without "
-    "a KV connector, which move pages, and report this line"
+FIX = (
+    "The state page belongs to another request, or something else wrote to it, so nothing was "
+    "computed from it. Restart the engine. If it happens again, report this line, and run with "
+    "--no-enable-prefix-caching and without a KV connector, because both move pages"
 )
 
 
 class Worker(CPUWorker):
-    """Serves the model on a CPU."""
+    """Serves the model on a CPU, with or without MTP."""
 
     def init_device(self) -> None:
-        """Build the runner, then give it what is ours, before anything is loaded."""
+        """Build the runner and add what is ours, before anything is loaded."""
         if self.use_v2_model_runner:
             raise ConfigError("no model runner V2 on a CPU: set VLLM_USE_V2_MODEL_RUNNER=0")
         super().init_device()
         runner = self.model_runner
-        if hasattr(runner, "rejection_sampler"):  # with speculation, on the last stage
+        if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)
-            _complete(runner.input_batch.logitsprocs, runner)
+            _add_missing_processors(runner.input_batch.logitsprocs, runner)
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
-                # Near its end our loop drafts less for that request; vLLM's drafts zeros for all.
+                # Near the longest context vLLM skips drafting for the whole batch. Our drafter
+                # drafts less for that one request instead.
                 runner.effective_drafter_max_model_len += runner.num_spec_tokens
             else:
                 logger.info("data parallel: drafts of fixed length, by vLLM's own loop")
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step; what is wrong with one row names its request, which only the runner knows."""
+        """Run a step. An error of one row names its request, which only the runner knows."""
         try:
             return super().execute_model(scheduler_output)
         except (StateError, StepError) as error:
             raise _naming_its_request(error, self.model_runner.input_batch.req_ids) from error
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample, and let unfinished prompts draw nothing."""
-        with _unfinished_prompts_set_aside(self.model_runner):
+        """Sample, without random draws for unfinished prompts."""
+        with _without_generators_of_prompts(self.model_runner):
             return super().sample_tokens(grammar_output)
 
 
@@ -62,11 +63,11 @@ def _naming_its_request(
 ) -> RuntimeError:
     row = error.row
     whose = "a step" if row is None or row >= len(requests) else f"request {requests[row]}"
-    return RuntimeError(f"{whose}: {error}. {MEND}")
+    return RuntimeError(f"{whose}: {error}. {FIX}")
 
 
-def _complete(processors: Any, runner: Any) -> None:
-    """Add vLLM's own min_p and logit_bias, which it leaves out under speculation."""
+def _add_missing_processors(processors: Any, runner: Any) -> None:
+    """Add vLLM's own min_p and logit_bias, which it leaves out with speculation."""
     present = {type(processor) for processor in processors.all}
     for kind in BUILTIN_LOGITS_PROCESSORS:
         if kind not in present:
@@ -78,17 +79,18 @@ def _complete(processors: Any, runner: Any) -> None:
 
 
 @contextmanager
-def _unfinished_prompts_set_aside(runner: Any) -> Iterator[None]:
-    """Take the generators of requests whose prompt is not through yet out of the batch.
+def _without_generators_of_prompts(runner: Any) -> Iterator[None]:
+    """Take the generators of requests with an unfinished prompt out of the batch.
 
-    vLLM samples for them too, throws the token away and turns the generator back by an offset,
-    which a CPU generator does not have: a seeded prompt in more than one chunk would end the engine
-    (0.32, `_bookkeeping_sync`). Can go when vLLM asks for no offset: a test marked `compat`.
+    vLLM samples for them too, drops the token, and turns the generator back with `set_offset`,
+    which a CPU generator does not have: a seeded prompt of more than one chunk would end the
+    engine (0.32, `_bookkeeping_sync`). Remove when vLLM does not call `set_offset`: a test marked
+    `compat` checks that.
     """
     batch = runner.input_batch
     unfinished = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
-    aside = {i: batch.generators.pop(i) for i in unfinished if i in batch.generators}
+    taken = {i: batch.generators.pop(i) for i in unfinished if i in batch.generators}
     try:
         yield
     finally:
-        batch.generators.update(aside)
+        batch.generators.update(taken)
