@@ -1,91 +1,191 @@
-"""How the plugin holds on to SGLang's functions: each hook is checked before any is applied.
+"""Patches of a host: every one is checked against the installed host before any is applied.
 
-SGLang's hook registry logs a hook that fails and goes on without it, which would serve with half a
-plugin. So every target and its parameters are compared with what the hook was written for.
+An engine's `patches.py` lists in one table everything of its host that the plugin changes. A host
+that changed underneath stops the launch here, with an error that names what does not fit. SGLang's
+hook registry, for one, would log the failure and serve with half a plugin.
 """
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from packaging.version import Version
 
 
-class SeamError(RuntimeError):
-    """A function of the host that is not what a hook was written for."""
+class PatchError(RuntimeError):
+    """Something of the host is not what a patch was written for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The installed host."""
+
+    name: str
+    version: Version
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hook:
-    """A function of SGLang's, the parameters it had, and ours around it.
+class Entry:
+    """One thing of the host that the plugin changes."""
 
-    `around` is called with the host's function and its arguments.
-    """
+    target: str  # dotted name, from the host's package on
+    reason: str
+    versions: str  # of the host, that need it
+    remove_when: str
 
-    target: str
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch(Entry):
+    """A function; ours is called instead, with the host's function and then its arguments."""
+
     parameters: tuple[str, ...]
-    around: Callable[..., Any]
+    function: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attribute:
-    """An attribute of a class or module of SGLang's that ours takes the place of."""
+class Replacement(Entry):
+    """A function; ours is called instead, with the same arguments."""
 
-    target: str
+    parameters: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribute(Entry):
+    """An attribute of a class or module, set to `value`."""
+
     value: Any
 
 
-def check(seams: Iterable[Hook | Attribute], version: Version) -> None:
-    """Raise SeamError unless each target is there and takes what it took."""
-    for seam in seams:
-        found = _resolve(seam.target, version)
-        if isinstance(seam, Attribute):
-            _check_kind(seam, found, version)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item(Entry):
+    """An item added to a list, or under `key` to a dict."""
+
+    value: Any
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override(Entry):
+    """An internal of the host that the plugin changes on its own objects, in `file`.
+
+    A private method that a subclass overrides, or an attribute of an instance. Nothing is applied:
+    the row completes the table, and the contract test compares it with the host's source.
+    """
+
+    file: str  # below the engine's folder
+    parameters: tuple[str, ...] | None = None  # of a method
+
+
+Function = Patch | Replacement
+FUNCTIONS = (Patch, Replacement)
+
+
+def wrap(functions: Sequence[Function]) -> None:
+    """Put each function in place by assignment, for a host that has no registry for it."""
+    for entry in functions:
+        owner, name = _owner(entry.target)
+        function = entry.function if isinstance(entry, Replacement) else _around(entry, owner, name)
+        setattr(owner, name, function)
+
+
+def _around(patch: Patch, owner: Any, name: str) -> Callable[..., Any]:
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return patch.function(original, *args, **kwargs)
+
+    return patched
+
+
+def check(entries: Iterable[Entry], host: Host) -> None:
+    """Raise PatchError unless every target exists and is what its patch was written for."""
+    for entry in entries:
+        if isinstance(entry, Override):
             continue
-        parameters = tuple(inspect.signature(found).parameters)
-        if parameters != seam.parameters:
-            raise SeamError(
-                f"SGLang {version} has {seam.target}({', '.join(parameters)}); this plugin was "
-                f"written for ({', '.join(seam.parameters)}): {_mend(version)}"
-            )
+        found = _resolve(entry.target, host)
+        if isinstance(entry, FUNCTIONS):
+            _check_parameters(entry, found, host)
+        elif isinstance(entry, Attribute):
+            _check_type(entry, found, host)
+        elif isinstance(entry, Item):
+            _check_container(entry, found, host)
 
 
-def _check_kind(seam: Attribute, found: Any, version: Version) -> None:
-    """A property takes the place of a property, a tuple of a tuple; of what is None, anything."""
-    if found is not None and type(found) is not type(seam.value):
-        raise SeamError(
-            f"SGLang {version} has {seam.target} as a {type(found).__name__}; this plugin was "
-            f"written for a {type(seam.value).__name__}: {_mend(version)}"
+def apply(
+    entries: Sequence[Entry], host: Host, put: Callable[[Sequence[Function]], None] = wrap
+) -> None:
+    """Check all entries, then set attributes and items and let `put` put the functions in place.
+
+    Raises:
+        PatchError: a target is not what it was, or `put` left it as it was.
+    """
+    check(entries, host)
+    for entry in entries:
+        if isinstance(entry, Attribute):
+            setattr(*_owner(entry.target), entry.value)
+        elif isinstance(entry, Item):
+            _add(entry, pkgutil.resolve_name(entry.target))
+    functions = [entry for entry in entries if isinstance(entry, FUNCTIONS)]
+    before = [_resolve(entry.target, host) for entry in functions]
+    put(functions)
+    for entry, original in zip(functions, before, strict=True):
+        if _resolve(entry.target, host) is original:
+            raise PatchError(f"{host} accepts no patch of {entry.target}: {_fix(host)}")
+
+
+def _check_parameters(entry: Function, found: Any, host: Host) -> None:
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters != entry.parameters:
+        raise PatchError(
+            f"{host} has {entry.target}({', '.join(parameters)}); this plugin was written for "
+            f"({', '.join(entry.parameters)}): {_fix(host)}"
         )
 
 
-def put(
-    seams: Sequence[Hook | Attribute], version: Version, apply: Callable[[Sequence[Hook]], None]
-) -> None:
-    """Check all, register the hooks with SGLang, which puts them in place, set the attributes.
-
-    Raises:
-        SeamError: a target that is not what it was, or that SGLang did not put our function at.
-    """
-    check(seams, version)
-    for seam in seams:
-        if isinstance(seam, Attribute):
-            owner, _, name = seam.target.rpartition(".")
-            setattr(pkgutil.resolve_name(owner), name, seam.value)
-    apply([seam for seam in seams if isinstance(seam, Hook)])
-    for seam in seams:  # SGLang only logs a hook that it cannot put in place
-        if isinstance(seam, Hook) and not hasattr(_resolve(seam.target, version), "__wrapped__"):
-            raise SeamError(f"SGLang {version} takes no hook at {seam.target}: {_mend(version)}")
+def _check_type(entry: Attribute, found: Any, host: Host) -> None:
+    """A property replaces a property, a tuple a tuple; anything replaces None."""
+    if found is not None and type(found) is not type(entry.value):
+        raise _other_type(entry, found, type(entry.value).__name__, host)
 
 
-def _mend(version: Version) -> str:
-    return f"install a release of qwen3next-plugin that is tested with SGLang {version}"
+def _check_container(entry: Item, found: Any, host: Host) -> None:
+    if not isinstance(found, MutableSequence if entry.key is None else MutableMapping):
+        raise _other_type(entry, found, "list" if entry.key is None else "dict", host)
 
 
-def _resolve(target: str, version: Version) -> Any:
+def _other_type(entry: Entry, found: Any, expected: str, host: Host) -> PatchError:
+    return PatchError(
+        f"{host} has {entry.target} as a {type(found).__name__}; this plugin was written for a "
+        f"{expected}: {_fix(host)}"
+    )
+
+
+def _add(entry: Item, container: Any) -> None:
+    if entry.key is not None:
+        container[entry.key] = entry.value
+    elif entry.value not in container:
+        container.append(entry.value)
+
+
+def _fix(host: Host) -> str:
+    return f"install a release of qwen3next-plugin that is tested with {host}"
+
+
+def _owner(target: str) -> tuple[Any, str]:
+    owner, _, name = target.rpartition(".")
+    return pkgutil.resolve_name(owner), name
+
+
+def _resolve(target: str, host: Host) -> Any:
     try:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
-        raise SeamError(f"SGLang {version} has no {target} ({error}): {_mend(version)}") from error
+        raise PatchError(f"{host} has no {target} ({error}): {_fix(host)}") from error

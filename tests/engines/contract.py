@@ -7,6 +7,12 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from qwen3next_plugin import versions
+from qwen3next_plugin.engines.patching import Attribute, Entry, Item, Override, Patch, Replacement
+
 ENGINES = Path(__file__).parents[2] / "qwen3next_plugin" / "engines"
 VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
 
@@ -25,6 +31,12 @@ class Sources:
         self.archive = zipfile.ZipFile(path) if path.suffix == ".whl" else None
         self.folder = path
         self.trees: dict[str, ast.Module] = {}
+
+    @property
+    def version(self) -> Version:
+        if self.archive:
+            return Version(self.folder.name.split("-")[1])
+        return versions.check_host(self.package)
 
     def has(self, name: str) -> bool:
         if self.archive:
@@ -127,15 +139,14 @@ def imported(package: str) -> list[tuple[str, str]]:
 
 
 def kept(owner: ast.AST) -> set[str]:
-    """What a class keeps on itself: the `x` of every `self.x = …`."""
-    targets = [
-        target
+    """What a class keeps on itself: every `self.x` that it assigns to."""
+    return {
+        node.attr
         for node in ast.walk(owner)
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        for target in getattr(node, "targets", [getattr(node, "target", None)])
-    ]
-    written = {ast.unparse(target) for target in targets}
-    return {name.removeprefix("self.") for name in written if name.startswith("self.")}
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and getattr(node.value, "id", None) == "self"
+    }
 
 
 def keywords(tree: ast.AST, name: str) -> list[set[str]]:
@@ -146,6 +157,35 @@ def keywords(tree: ast.AST, name: str) -> list[set[str]]:
         if isinstance(node, ast.Call)
         and name in (getattr(node.func, "attr", None), getattr(node.func, "id", None))
     ]
+
+
+def check_entry(sources: Sources, entry: Entry) -> None:
+    """A row of an engine's table of patches fits the host's source."""
+    assert SpecifierSet(entry.versions).contains(sources.version, prereleases=True)
+    *path, name = entry.target.split(".")
+    inside = [n for n in range(1, len(path) + 1) if sources.has("/".join(path[1:n]) + ".py")]
+    file = "/".join(path[1 : inside[-1]]) + ".py"
+    owner: ast.AST = sources.tree(file)
+    for part in path[inside[-1] :]:
+        owner = definition(owner, part)
+    if isinstance(entry, Override):
+        assert name in (ENGINES / sources.package / entry.file).read_text(encoding="utf-8")
+    if parameters := getattr(entry, "parameters", None):
+        assert signature(definition(owner, name)) == list(parameters)
+    elif isinstance(entry, Patch | Replacement):
+        assert signature(definition(owner, name)) == []
+    elif isinstance(entry, Override):
+        fields = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}
+        assert name in fields | kept(owner)
+    elif isinstance(entry, Item):
+        value = definition(owner, name).value
+        assert isinstance(value, ast.List if entry.key is None else ast.Dict)
+    elif isinstance(entry.value, property):
+        decorators = definition(owner, name).decorator_list
+        assert "property" in {ast.unparse(decorator) for decorator in decorators}
+    else:
+        assert isinstance(entry, Attribute)
+        assert name in sources.names(file)
 
 
 def pairs(table: dict) -> list[tuple[str, str]]:

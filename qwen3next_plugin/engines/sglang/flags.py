@@ -1,7 +1,11 @@
-"""Flags: what is filled in, and what is refused before a process starts."""
+"""SGLang's flags: every refusal and every default, before a process starts."""
 
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import (
@@ -9,6 +13,7 @@ from qwen3next_plugin.config import (
     Qwen3NextConfig,
     check_num_speculative_tokens,
 )
+from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
     DRAFT_ALGORITHMS,
@@ -17,145 +22,106 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     logger,
 )
+from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
+from qwen3next_plugin.kernels.gpu.configs import architecture
+from qwen3next_plugin.model.weights import check_files, checked, stored_tensors, trunk_tensors
+from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
 
-PAGES = "a state page is kept and copied whole"
-POOL = "state pages stay in one pool"
-RANKS = "this model is spread over the ranks of --tp-size only"
-BATCH = "a step runs one batch"
-OWN = "the plugin brings its own linear attention"
-UNQUANTISED = "there are no quantised kernels for a CPU here"
-LOSSLESS = "a draft is kept where it is what is sampled without drafts"
-NO_LORA = "SGLang adapts none of this model's layers"
-LEAVE_OUT = "leave it out"
-Served = dict[str, tuple[tuple[Any, ...], str, str]]
-# Flag → the values that can be served, why no others, and the mend.
-SERVED: Served = {
-    "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
-    # the state
-    "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
-    "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
-    "enable_int8_mamba_checkpoint": ((False,), PAGES, LEAVE_OUT),
-    "enable_page_major_kv_layout": ((False,), PAGES, LEAVE_OUT),
-    "enable_unified_memory": ((False,), PAGES, LEAVE_OUT),
-    "mamba_ssm_dtype": ((None, "float32", "bfloat16"), "no kernel keeps such a state", LEAVE_OUT),
-    # where caches lie
-    "enable_hierarchical_cache": ((False,), POOL, LEAVE_OUT),
-    "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
-    "enable_lmcache": ((False,), POOL, LEAVE_OUT),
-    "enable_flexkv": ((False,), POOL, LEAVE_OUT),
-    "disaggregation_mode": (("null",), "state pages stay in one process", LEAVE_OUT),
-    # ranks
-    "pp_size": ((1,), RANKS, "use --tp-size"),
-    "ep_size": ((1,), RANKS, "use --tp-size"),
-    "moe_a2a_backend": (("none",), RANKS, "use --tp-size"),
-    "attn_dp_size": ((1,), RANKS, "use --tp-size, or --dp-size without --enable-dp-attention"),
-    "moe_dp_size": ((1,), RANKS, "use --tp-size"),
-    "attn_cp_size": ((1,), RANKS, "use --tp-size"),
-    "dcp_size": ((1,), RANKS, "use --tp-size"),
-    "enable_prefill_cp": ((False,), RANKS, "use --tp-size"),
-    # steps
-    "enable_two_batch_overlap": ((False,), BATCH, LEAVE_OUT),
-    "enable_pdmux": ((False,), BATCH, LEAVE_OUT),
-    "enable_torch_compile": ((False,), "the model's operators run as they are", LEAVE_OUT),
-    "linear_attn_backend": (("triton",), OWN, LEAVE_OUT),
-    "linear_attn_decode_backend": ((None, "triton"), OWN, LEAVE_OUT),
-    "linear_attn_prefill_backend": ((None, "triton"), OWN, LEAVE_OUT),
-    "linear_attn_verify_backend": ((None, "triton"), OWN, LEAVE_OUT),
-    # weights
-    "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
-    "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
-}
-SERVED_ON_CPU: Served = {
-    "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
-    "page_size": ((None, 1), "a CPU's pools are of single tokens", LEAVE_OUT),
-    "cpu_offload_gb": ((0,), "the weights are in this memory already", LEAVE_OUT),
-    "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
-}
-SERVED_ON_GPU: Served = {
-    "mamba_radix_cache_strategy": (
-        ("auto", "no_buffer", "extra_buffer"),
-        "a slot for the next page is there before it is wanted",
-        "use extra_buffer",
-    ),
-}
-# The same with drafts.
-SERVED_WITH_DRAFTS: Served = {
-    "speculative_accept_threshold_single": ((1.0,), LOSSLESS, LEAVE_OUT),
-    "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
-    "enable_multi_layer_eagle": ((False,), "the drafter is one layer", LEAVE_OUT),
-    "decoupled_spec_role": (("null",), "drafter and model share embedding and head", LEAVE_OUT),
-}
-SERVED_WITH_DRAFTS_ON_CPU: Served = {
-    "speculative_draft_model_quantization": ((None,), UNQUANTISED, LEAVE_OUT),
-    "speculative_draft_kv_cache_dtype": ((None, "auto"), UNQUANTISED, LEAVE_OUT),
-    "speculative_draft_attention_backend": (
-        (None, ATTENTION_BACKEND),
-        "no other backend drafts on a CPU",
-        LEAVE_OUT,
-    ),
-    "enable_mixed_chunk": ((False,), "a step reads prompts or verifies drafts", LEAVE_OUT),
-    "speculative_use_rejection_sampling": ((False,), LOSSLESS, LEAVE_OUT),
-    "speculative_adaptive": (
-        (False,),
-        "drafts are as long as they pay already (QWEN3NEXT_DRAFTS=adaptive)",
-        LEAVE_OUT,
-    ),
-    "speculative_token_map": ((None,), "the drafter's head has all tokens", LEAVE_OUT),
-    "speculative_draft_window_size": ((None,), "the drafter attends to all tokens", LEAVE_OUT),
-}
-SERVED_WITH_DRAFTS_ON_GPU: Served = {
-    "speculative_eagle_topk": ((None, 1), "draft trees are verified on a CPU only", "use 1"),
-    "speculative_adaptive": (
-        (False,),
-        "a page has room for the drafts of --speculative-num-steps",
-        LEAVE_OUT,
-    ),
-}
 PREFILL_GRAPHS = ("breakable", "disabled")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
 KV_DTYPES = {"auto": "", "bf16": "bfloat16", "bfloat16": "bfloat16"}  # flag → the model's dtype
+# Flag → its value when it was not given, and the default of ours on a CPU.
+CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "attention_backend": (None, ATTENTION_BACKEND),
+    "mamba_radix_cache_strategy": ("auto", "no_buffer"),
+    "disable_overlap_schedule": (False, True),
+    "sleep_on_idle": (False, True),  # an idle server would keep a core busy polling for work
+    "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
+}
 
 
 def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
-    """Our view of the model's config on this many ranks; complains where it cannot be served."""
+    """The model's config on this many ranks; raises ConfigError where it cannot be served."""
     return Qwen3NextConfig.from_hf(
         hf_config, tp_size=tp_size, override_flag="--json-model-override-args"
     )
 
 
-def check_flags(server_args: Any, *, on_cpu: bool) -> None:
-    """Refuse flags that cannot be honoured.
+def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
+    """Refuse a model, its files or flags that cannot be served.
 
     Raises:
-        ConfigError: naming the flag and the mend.
+        ConfigError, CheckpointError: names what is wrong and the fix.
+        NotImplementedError: names a GPU's architecture that has no kernels.
+    """
+    check_flags(server_args, on_cpu=on_cpu)
+    _check_files(server_args, model_config, on_cpu=on_cpu)
+    if on_cpu:
+        _check_cpu(server_args, server_args._raw_input, model_config)
+    elif env.kernels() != "reference":
+        architecture(torch.device("cuda"))  # before weights are loaded onto it
+
+
+def complete_on_cpu(server_args: Any) -> list[str]:
+    """Fill in what no flag says; returns that as one would write it on the command line."""
+    given = server_args._raw_input  # SGLang has filled in its own defaults for a CPU already
+    chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}
+    for name, value in chosen.items():
+        setattr(server_args, name, value)
+    words = [flag(name, value) for name, value in chosen.items()]
+    if all(given[name] is None for name in memory.GIVEN):
+        words.append(memory.IN_WORDS)
+    return words
+
+
+def complete_on_gpu(server_args: Any) -> None:
+    """Switch the overlap of steps off where the radix cache would not allow it."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if resolving_view(server_args).mamba_radix_cache_strategy == "no_buffer":
+        declare_resolution(server_args, "qwen3next_plugin", disable_overlap_schedule=True)
+
+
+def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
+    """Around `_handle_eagle_family`: derive what Qwen's own command leaves out from its steps."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    given = resolving_view(server_args)
+    steps, topk = given.speculative_num_steps, given.speculative_eagle_topk
+    missing: dict[str, int] = {}
+    if steps is not None and is_ours(model_config_of(server_args)):
+        if topk is None:
+            missing["speculative_eagle_topk"] = topk = 1
+        if given.speculative_num_draft_tokens is None:
+            missing["speculative_num_draft_tokens"] = steps * topk + 1
+    if missing:
+        declare_resolution(server_args, "qwen3next_plugin", **missing)
+        flags = " ".join(flag(name, value) for name, value in missing.items())
+        logger.info("qwen3next_plugin: %s, as %d steps ask for", flags, steps)
+    host(server_args)
+
+
+def check_flags(server_args: Any, *, on_cpu: bool) -> None:
+    """Refuse flags that cannot be served, whatever the model.
+
+    Raises:
+        ConfigError: names the flag and the fix.
     """
     algorithm = server_args.speculative_algorithm
-    served = SERVED | (SERVED_ON_CPU if on_cpu else SERVED_ON_GPU)
-    if algorithm:
-        with_drafts = SERVED_WITH_DRAFTS_ON_CPU if on_cpu else SERVED_WITH_DRAFTS_ON_GPU
-        served |= SERVED_WITH_DRAFTS | with_drafts
-    for name, (values, why, mend) in served.items():
+    for name, (values, why, fix) in served(drafts=bool(algorithm), on_cpu=on_cpu).items():
         if (value := getattr(server_args, name)) not in values:
-            raise refusal(name, value, why, mend)
+            raise refusal(name, value, why, fix)
     if not on_cpu:
-        _check_graphs(server_args.cuda_graph_config)
+        _check_kernels(server_args.cuda_graph_config)
     if algorithm:
-        _check_drafts(server_args, algorithm)
+        _check_speculation(server_args, algorithm)
 
 
-def check_cpu_flags(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
-    """Refuse what does not run on a CPU; `given` are the flags of the command line.
-
-    Raises:
-        ConfigError: naming the flag and the mend.
-    """
-    _check_attention(server_args, given)
-    _check_kv_dtype(server_args, model_config)
-
-
-def refusal(name: str, value: Any, why: str, mend: str) -> ConfigError:
-    """One line: the flag as it is written, why, and the mend."""
-    return ConfigError(f"{flag(name, value)}: {why}; {mend}")
+def refusal(name: str, value: Any, why: str, fix: str) -> ConfigError:
+    """One line: the flag as one writes it, why it is refused, and the fix."""
+    return ConfigError(f"{flag(name, value)}: {why}; {fix}")
 
 
 def flag(name: str, value: Any) -> str:
@@ -163,27 +129,38 @@ def flag(name: str, value: Any) -> str:
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
-def _check_attention(server_args: Any, given: dict[str, Any]) -> None:
-    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
-        if given[name] not in ATTENTION_BACKENDS:
-            raise refusal(name, given[name], "it does not run on a CPU", LEAVE_OUT)
-        if given[name] in (TORCH_BACKEND, HOST_BACKEND) and server_args.speculative_algorithm:
-            mend = f"use {ATTENTION_BACKEND}, or leave it out"
-            raise refusal(name, given[name], "it does not verify drafts on every CPU", mend)
+def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
+    """Refuse a config, and a local checkpoint with a tensor missing or of another shape.
+
+    A checkpoint of a hub is checked as it loads.
+    """
+    hf_config = model_config.hf_config
+    quantised = bool(getattr(hf_config, "quantization_config", None))
+    if quantised and on_cpu:
+        raise ConfigError(
+            "quantization_config: there are no quantised kernels for a CPU here; serve the "
+            "released checkpoint, Qwen/Qwen3-Next-80B-A3B-Instruct, or another in bfloat16"
+        )
+    config = read_config(hf_config, server_args.tp_size)
+    folder = Path(server_args.model_path)
+    if not folder.is_dir() or server_args.load_format == "dummy":
+        return
+    check_files(folder)
+    trunk, mtp = trunk_tensors(config), mtp_tensors(config)
+    stored = stored_tensors(folder)
+    deque(checked(stored, expected=trunk, ignored=mtp, quantised=quantised), maxlen=0)
+    if server_args.speculative_algorithm:
+        stored = require_mtp(stored_tensors(folder))
+        deque(checked(stored, expected=mtp, ignored=trunk, quantised=quantised), maxlen=0)
 
 
-def _check_kv_dtype(server_args: Any, model_config: Any) -> None:
-    value, dtype = server_args.kv_cache_dtype, str(model_config.dtype).removeprefix("torch.")
-    if value != "auto" and KV_DTYPES.get(value) != dtype:
-        raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)
-
-
-def _check_graphs(config: Any) -> None:
-    prefill = config.prefill.backend
+def _check_kernels(graphs: Any) -> None:
+    """Refuse CUDA graphs that would hold a step's pages, or the reference."""
+    prefill = graphs.prefill.backend
     if prefill not in PREFILL_GRAPHS:
         why = "a prompt's graph is cut at linear layers, whose rows are others each time"
         raise refusal("cuda_graph_backend_prefill", prefill, why, f"use {PREFILL_GRAPHS[0]}")
-    if env.kernels() == "reference" and {prefill, config.decode.backend} != {"disabled"}:
+    if env.kernels() == "reference" and {prefill, graphs.decode.backend} != {"disabled"}:
         raise ConfigError(
             "QWEN3NEXT_KERNELS=reference: the reference reads tensors on the host, which a CUDA "
             "graph cannot hold; add --cuda-graph-backend-decode disabled "
@@ -191,7 +168,8 @@ def _check_graphs(config: Any) -> None:
         )
 
 
-def _check_drafts(server_args: Any, algorithm: str) -> None:
+def _check_speculation(server_args: Any, algorithm: str) -> None:
+    """Refuse drafts that are not from the checkpoint's MTP head, or too many of them."""
     if algorithm.upper() not in DRAFT_ALGORITHMS:
         raise refusal(
             *("speculative_algorithm", algorithm),
@@ -209,25 +187,14 @@ def _check_drafts(server_args: Any, algorithm: str) -> None:
         check_num_speculative_tokens(steps, "--speculative-num-steps")
 
 
-def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
-    """Around `_handle_eagle_family`: a chain of as many drafts as there are steps.
-
-    Qwen's own command names the steps only; SGLang 0.5.23 then compares a missing topk with 1 and
-    dies. Can go when it fills in the rest itself.
-    """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
-
-    given = resolving_view(server_args)
-    steps, topk = given.speculative_num_steps, given.speculative_eagle_topk
-    missing: dict[str, int] = {}
-    if steps is not None and is_ours(model_config_of(server_args)):
-        if topk is None:
-            missing["speculative_eagle_topk"] = topk = 1
-        if given.speculative_num_draft_tokens is None:
-            missing["speculative_num_draft_tokens"] = steps * topk + 1
-    if missing:
-        declare_resolution(server_args, "qwen3next_plugin", **missing)
-        flags = " ".join(flag(name, value) for name, value in missing.items())
-        logger.info("qwen3next_plugin: %s, as %d steps ask for", flags, steps)
-    host(server_args)
+def _check_cpu(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
+    """Refuse attention backends and KV dtypes without CPU kernels; `given`: the command line."""
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        if given[name] not in ATTENTION_BACKENDS:
+            raise refusal(name, given[name], "it does not run on a CPU", LEAVE_OUT)
+        if given[name] in (TORCH_BACKEND, HOST_BACKEND) and server_args.speculative_algorithm:
+            fix = f"use {ATTENTION_BACKEND}, or leave it out"
+            raise refusal(name, given[name], "it does not verify drafts on every CPU", fix)
+    value, dtype = server_args.kv_cache_dtype, str(model_config.dtype).removeprefix("torch.")
+    if value != "auto" and KV_DTYPES.get(value) != dtype:
+        raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)

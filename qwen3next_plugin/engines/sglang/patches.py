@@ -1,78 +1,35 @@
-"""Every function of SGLang's that the plugin holds on to, and why.
+"""Everything of SGLang that the plugin changes: what, why, for which versions, and until when.
 
-All are for SGLang 0.5.23. WITH_OURS are where ours serves, on a CPU with ON_CPU, on a GPU with
-ON_GPU; ELSEWHERE is where SGLang keeps its own Qwen3-Next.
+ANYWHERE is applied on every device; WITH_OURS where our model serves, on a CPU together with
+ON_CPU, on a GPU with ON_GPU; ELSEWHERE where SGLang's own model serves. All are applied at
+registration. OVERRIDES are changes that our own subclasses make to objects of theirs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
-
 from qwen3next_plugin import __version__
-from qwen3next_plugin.engines.patching import Attribute, Hook
-from qwen3next_plugin.engines.sglang import flags as arguments
+from qwen3next_plugin.engines import patching
+from qwen3next_plugin.engines.patching import Attribute, Entry, Function, Host, Override, Patch
+from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
-from qwen3next_plugin.engines.sglang.names import MODEL_TYPE, is_ours, logger
-from qwen3next_plugin.engines.sglang.speculation import penalties, sampling
-from qwen3next_plugin.engines.sglang.speculation import verify as verification
+from qwen3next_plugin.engines.sglang.model.config import (
+    keep_config,
+    layers_block_type,
+    mamba2_cache_params,
+)
+from qwen3next_plugin.engines.sglang.names import is_ours, logger
+from qwen3next_plugin.engines.sglang.speculation import penalties, sampling, verify
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
-LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
-
-
-def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any) -> None:
-    """Keep what SGLang drops of a newer config.json: `layer_types` and `rope_parameters`.
-
-    It wants `full_attention_interval`, which transformers 5 no longer writes, and takes a rope
-    theta of 10,000 where it finds none at the top level. transformers checks YaRN's parameters
-    against `max_position_embeddings`, which SGLang sets too late. Can go when SGLang reads all.
-    """
-    if config.model_type != MODEL_TYPE:  # SGLang's Qwen3.5 is built on this class
-        host(config, *args, **given)
-        return
-    host(config, *args, **{name: given[name] for name in given if name != "rope_parameters"})
-    config.layer_types = given.get("layer_types") or _at_interval(config)
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    config.rope_parameters = dict(rope)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name not in given:  # SGLang's default, which a model is not trained with
-            setattr(config, name, rope.get(name))
-
-
-def _at_interval(config: Any) -> list[str]:
-    interval = getattr(config, "full_attention_interval", 4)
-    return [
-        "linear_attention" if (i + 1) % interval else "full_attention"
-        for i in range(config.num_hidden_layers)
-    ]
-
-
-host_layers_block_type = HostConfig.layers_block_type.fget
-host_mamba2_cache_params = HostConfig.mamba2_cache_params.fget
-
-
-def layers_block_type(config: Any) -> list[str]:
-    """The kind of each layer, in SGLang's words."""
-    if config.model_type != MODEL_TYPE:
-        return host_layers_block_type(config)
-    return [LAYER_NAMES[layer_type] for layer_type in config.layer_types]
-
-
-def mamba2_cache_params(config: Any) -> Any:
-    """What SGLang sizes its pools by: pages, of a model that ours serves."""
-    if config.model_type != MODEL_TYPE:
-        return host_mamba2_cache_params(config)
-    from qwen3next_plugin.engines.sglang.state.pages import page_params
-
-    return page_params(config)
+VERSIONS = "==0.5.23"
 
 
 def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
-    """Our class for a pool of pages. Can go when a config can name its pool's class."""
+    """Use our pool class for pages."""
     from qwen3next_plugin.engines.sglang.state.pages import PageParams, PagePool
 
     if isinstance(kwargs["cache_params"], PageParams):
@@ -81,10 +38,7 @@ def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: A
 
 
 def skip_snapshots(host: Callable[[], bool]) -> bool:
-    """Reserve no k + 1 states a request: a page takes drafts back by itself.
-
-    Can go when a config can say so.
-    """
+    """Whether SGLang reserves no k + 1 states a request: for our model, always."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.runtime_context import get_server_args
 
@@ -92,19 +46,12 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
 
 
 def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
-    """Leave head counts and widths as they are: SGLang pads them to what its AMX kernels take.
-
-    Our kernels take any, and our checks compare a checkpoint with its own config. Can go when
-    SGLang pads only for its AMX kernels.
-    """
+    """Leave our model's head counts and widths as they are."""
     return model_config if is_ours(model_config) else host(model_config, *args)
 
 
 def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
-    """Our linear-attention backend beside the attention backend that was chosen.
-
-    Can go when a registered linear-attention model may take the place of a built-in one.
-    """
+    """Combine our linear-attention backend with the attention backend that was chosen."""
     if not is_ours(runner.model_config):
         return host(runner, full_attn_backend)
     if runner.is_draft_worker:  # one layer of full attention
@@ -123,19 +70,12 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
 
 
 def verify_by_sampling(host: Callable[..., bool], **given: Any) -> bool:
-    """Whether a verification is greedy: where its requests are, not because it is on a CPU.
-
-    SGLang 0.5.23 has no CPU kernels to sample with and verifies greedily whatever the temperature.
-    Can go, with the two functions beside it, when it has.
-    """
+    """Whether a verification is greedy: decided by its requests, not by the device."""
     return host(**given | {"is_cpu": False})
 
 
 def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
-    """Our worker where a chain is drafted from the checkpoint's own head.
-
-    Can go when SGLang asks an in-tree platform for its worker, as it asks others.
-    """
+    """Use our worker for chains of drafts from the checkpoint's MTP head."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
     given = resolving_view(server_args)
@@ -148,23 +88,16 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
 
 
 def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
-    """Refuse what cannot be served, and say that ours serves.
+    """Refuse what cannot be served, fill in a default, and log what serves.
 
-    SGLang calls this once, in the process that starts the others; its platforms for GPUs are its
-    own, so that nothing of ours is asked as it is on a CPU. Can go when a plugin may check flags.
+    SGLang calls this once, in the process that starts the others. On a CPU, our platform does it.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
-    from sglang.srt.arg_groups.overrides import declare_resolution
-
-    from qwen3next_plugin.engines.sglang.flags_common import check, check_architecture
 
     host(server_args)
     if is_ours(model_config := model_config_of(server_args)):
-        flags = resolving_view(server_args)
-        check(flags, model_config, on_cpu=False)
-        check_architecture()
-        if flags.mamba_radix_cache_strategy == "no_buffer":  # with which no step runs ahead
-            declare_resolution(server_args, "qwen3next_plugin", disable_overlap_schedule=True)
+        flags.check(resolving_view(server_args), model_config, on_cpu=False)
+        flags.complete_on_gpu(server_args)
         logger.info(
             "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels",
             *(__version__, check_host("sglang"), described("cuda")),
@@ -172,7 +105,7 @@ def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
 
 
 def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
-    """Say that our model does not serve. Can go with our kernels for such a device."""
+    """Log that SGLang's own model serves on this device."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
 
     if is_ours(model_config_of(server_args)):
@@ -183,32 +116,43 @@ def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
     host(server_args)
 
 
-ANYWHERE: tuple[Hook | Attribute, ...] = (
-    Hook(
+ANYWHERE: tuple[Entry, ...] = (
+    Patch(
         target="sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
         parameters=("server_args",),
-        around=arguments.complete_drafts,
+        function=flags.complete_drafts,
+        reason="Qwen's own command gives only the steps; SGLang then compares a missing topk with "
+        "1 and dies",
+        versions=VERSIONS,
+        remove_when="SGLang fills in the rest",
     ),
 )
 
-ELSEWHERE: tuple[Hook | Attribute, ...] = (
-    Hook(
+ELSEWHERE: tuple[Entry, ...] = (
+    Patch(
         target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         parameters=("server_args",),
-        around=say_no_kernels,
+        function=say_no_kernels,
+        reason="the log must say that SGLang's own model serves",
+        versions=VERSIONS,
+        remove_when="there are kernels for every platform",
     ),
 )
 
-ON_GPU: tuple[Hook | Attribute, ...] = (
-    Hook(
+ON_GPU: tuple[Entry, ...] = (
+    Patch(
         target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         parameters=("server_args",),
-        around=check_on_gpu,
+        function=check_on_gpu,
+        reason="flags must be checked before a process starts; SGLang asks its own platforms for "
+        "GPUs, and no plugin",
+        versions=VERSIONS,
+        remove_when="a plugin can check flags on a GPU",
     ),
 )
 
-WITH_OURS: tuple[Hook | Attribute, ...] = (
-    Hook(
+WITH_OURS: tuple[Entry, ...] = (
+    Patch(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.__init__",
         parameters=(
             "self",
@@ -223,17 +167,27 @@ WITH_OURS: tuple[Hook | Attribute, ...] = (
             *("norm_topk_prob", "output_router_logits", "router_aux_loss_coef"),
             *("mlp_only_layers", "layer_types", "kwargs"),
         ),
-        around=keep_config,
+        function=keep_config,
+        reason="SGLang drops layer_types and rope_parameters of a newer config.json",
+        versions=VERSIONS,
+        remove_when="SGLang reads both",
     ),
     Attribute(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.layers_block_type",
         value=property(layers_block_type),
+        reason="SGLang derives layers from full_attention_interval, which transformers 5 does not "
+        "write",
+        versions=VERSIONS,
+        remove_when="SGLang reads layer_types",
     ),
     Attribute(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.mamba2_cache_params",
         value=property(mamba2_cache_params),
+        reason="SGLang's pools hold k + 1 states a request; ours hold one page",
+        versions=VERSIONS,
+        remove_when="a config can give its own cache parameters",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool._init_mamba_pool",
         parameters=(
             *("self", "mamba_size", "mamba_spec_state_size", "cache_params", "mamba_layer_ids"),
@@ -242,64 +196,188 @@ WITH_OURS: tuple[Hook | Attribute, ...] = (
             *("mamba_envelope_layout", "enable_linear_replayssm_spec", "short_conv_layer_ids"),
             *("short_conv_state_shape", "ngram_context_len", "ngram_eos_token_id"),
         ),
-        around=make_page_pool,
+        function=make_page_pool,
+        reason="our pool copies whole pages",
+        versions=VERSIONS,
+        remove_when="a config can name its pool's class",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
         parameters=(),
-        around=skip_snapshots,
+        function=skip_snapshots,
+        reason="SGLang reserves k + 1 states a request; a page takes drafts back by itself",
+        versions=VERSIONS,
+        remove_when="a config can say that it needs none",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
         parameters=("runner", "full_attn_backend"),
-        around=wrap_backend,
+        function=wrap_backend,
+        reason="SGLang chooses the linear-attention backend of built-in models itself",
+        versions=VERSIONS,
+        remove_when="a registered backend can serve a built-in architecture",
     ),
 )
 
-ON_CPU: tuple[Hook | Attribute, ...] = (
-    Hook(
+ON_CPU: tuple[Entry, ...] = (
+    Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
-        around=memory.modest_pools,
+        function=memory.modest_pools,
+        reason="SGLang's pools take nearly all memory that is free",
+        versions=VERSIONS,
+        remove_when="SGLang asks a platform how much memory to use",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         parameters=("model_config", "load_config", "tp_size"),
-        around=keep_sizes,
+        function=keep_sizes,
+        reason="SGLang pads head counts and widths for its AMX kernels; ours take any, and our "
+        "checks compare a checkpoint with its own config",
+        versions=VERSIONS,
+        remove_when="SGLang pads for its AMX kernels only",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",
-        parameters=(*("self", "backend_name", "backend_map", "error_template", "stamps_children"),),
-        around=create_draft_backend,
+        parameters=("self", "backend_name", "backend_map", "error_template", "stamps_children"),
+        function=create_draft_backend,
+        reason="our attention backend must draft too; SGLang ties its own to AMX",
+        versions=VERSIONS,
+        remove_when="SGLang has an attention backend that drafts on every CPU",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
         parameters=("self", "server_args"),
-        around=choose_worker,
+        function=choose_worker,
+        reason="drafts have the length that pays",
+        versions=VERSIONS,
+        remove_when="SGLang asks an in-tree platform for its worker",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.speculative.eagle_utils._verify_uses_greedy",
         parameters=("is_all_greedy", "is_cpu", "is_hip", "is_xpu", "use_rejection_sampling"),
-        around=verify_by_sampling,
+        function=verify_by_sampling,
+        reason="SGLang has no CPU kernels to sample with, and verifies greedily at any temperature",
+        versions=VERSIONS,
+        remove_when="it has",
     ),
-    Hook(
+    Patch(
         target="sglang.srt.speculative.eagle_utils.eagle_sample",
         parameters=(
             *("verify_input", "batch", "logits_output", "grammar_mask", "uno_target_max_top_k"),
             *("watermark_state", "watermark_full_mask"),
         ),
-        around=verification.sample_as_plain,
+        function=verify.sample_as_plain,
+        reason="SGLang's verification limits top_k, top_p and min_p in another order than its "
+        "plain sampler",
+        versions=VERSIONS,
+        remove_when="both agree",
     ),
-    Hook(
+    Attribute(
+        target="sglang.srt.speculative.eagle_utils.top_k_renorm_prob",
+        value=sampling.top_k_renorm_prob,
+        reason="SGLang has no CPU version of this function",
+        versions=VERSIONS,
+        remove_when="it has",
+    ),
+    Attribute(
+        target="sglang.srt.speculative.eagle_utils.tree_speculative_sampling_target_only",
+        value=sampling.tree_speculative_sampling_target_only,
+        reason="SGLang has no CPU version of this function",
+        versions=VERSIONS,
+        remove_when="it has",
+    ),
+    Patch(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
         parameters=("self",),
-        around=penalties.count_every_token,
-    ),
-    *(
-        Attribute(target=f"sglang.srt.speculative.eagle_utils.{function.__name__}", value=function)
-        for function in (
-            sampling.top_k_renorm_prob,
-            sampling.tree_speculative_sampling_target_only,
-        )
+        function=penalties.count_every_token,
+        reason="SGLang counts one token of each request a step; a verification commits several",
+        versions=VERSIONS,
+        remove_when="SGLang counts all of them",
     ),
 )
+
+OVERRIDES: tuple[Override, ...] = (
+    Override(
+        target="sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2._draft_worker",
+        file="speculation/worker.py",
+        reason="SGLang's worker names its draft worker's class in its own constructor; ours "
+        "becomes that object's class",
+        versions=VERSIONS,
+        remove_when="the class can be given",
+    ),
+    Override(
+        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_prefill",
+        file="speculation/drafter.py",
+        parameters=(
+            *("self", "batch", "target_hidden_states", "next_token_ids"),
+            *("mm_input_embeds", "kv_loc_plan"),
+        ),
+        reason="SGLang computes logits of the whole vocabulary for each token of a prompt",
+        versions=VERSIONS,
+        remove_when="SGLang drafts by a length that pays",
+    ),
+    Override(
+        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode",
+        file="speculation/drafter.py",
+        parameters=("self", "batch", "batch_result", "kv_loc_plan"),
+        reason="SGLang runs the MTP layer over rejected tokens too, and where nothing is drafted",
+        versions=VERSIONS,
+        remove_when="SGLang drafts by a length that pays",
+    ),
+    Override(
+        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
+        file="speculation/drafter.py",
+        parameters=("self", "forward_batch"),
+        reason="drafts come from the int8 head",
+        versions=VERSIONS,
+        remove_when="SGLang drafts by a length that pays",
+    ),
+    Override(
+        target="sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+        file="cpu/packing.py",
+        parameters=("self", "hidden_states", "lm_head", "embedding_bias", "out"),
+        reason="SGLang multiplies by the plain weight, which oneDNN repacks each time",
+        versions=VERSIONS,
+        remove_when="SGLang packs a head on any CPU",
+    ),
+    Override(
+        target="sglang.srt.layers.linear.LinearBase.quant_method",
+        file="cpu/packing.py",
+        reason="SGLang packs projections for AMX only",
+        versions=VERSIONS,
+        remove_when="SGLang packs them on any CPU",
+    ),
+    Override(
+        target="sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.forward_cpu",
+        file="cpu/experts.py",
+        parameters=("self", "layer", "dispatch_output"),
+        reason="without AMX, SGLang loops over the experts",
+        versions=VERSIONS,
+        remove_when="SGLang has fused experts for any CPU",
+    ),
+)
+
+TABLE: tuple[Entry, ...] = (
+    *(*ANYWHERE, *ELSEWHERE, *ON_GPU, *WITH_OURS, *ON_CPU),
+    *OVERRIDES,
+)
+
+
+def host() -> Host:
+    """The installed SGLang; raises HostVersionError unless it is a tested version."""
+    return Host("SGLang", check_host("sglang"))
+
+
+def apply(entries: Sequence[Entry]) -> None:
+    """Check and apply groups."""
+    patching.apply(entries, host(), register_hooks)
+
+
+def register_hooks(patches: Sequence[Function]) -> None:
+    """Put functions in place through SGLang's own registry."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for patch in patches:
+        HookRegistry.register(patch.target, patch.function, HookType.AROUND)
+    HookRegistry.apply_hooks()

@@ -1,11 +1,9 @@
-"""Registration: what the SGLang entry point does in every process, once."""
+"""Registration with SGLang: what its entry points do in every process, once."""
 
 import functools
 import os
-from collections.abc import Sequence
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines.patching import Hook
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu, use_cpu, without_gpu
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES, MODELS, PLATFORM, logger
 from qwen3next_plugin.versions import check_host
@@ -18,10 +16,11 @@ def activate() -> str | None:
 
 @functools.cache
 def register() -> bool:
-    """Register models and hooks; whether our model serves. On failure stop the process.
+    """Register models, backend and patches; if that fails, stop the process with our error.
 
-    SGLang logs an exception of a plugin and goes on with its built-in model, which is never what a
-    user who installed this one wants. So a failure is a SystemExit, unless QWEN3NEXT_OPTIONAL=1.
+    SGLang logs a plugin's exception and serves its built-in model instead, which nobody who
+    installed this plugin wants. So a failure raises SystemExit, unless QWEN3NEXT_OPTIONAL=1.
+    Returns whether our model serves.
     """
     try:
         env.check()
@@ -34,36 +33,23 @@ def register() -> bool:
 
 
 def _register() -> bool:
-    version = check_host("sglang")
-    from qwen3next_plugin.engines import patching as seams
+    check_host("sglang")
+    on_cpu = without_gpu()
+    if on_cpu:
+        _prepare_cpu()  # before patches.py imports SGLang's modules
+    from qwen3next_plugin.engines.sglang import patches
 
-    if without_gpu():
-        _prepare_cpu()
-        from qwen3next_plugin.engines.sglang.cpu.attention_backend import register_attention_backend
-        from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ON_CPU, WITH_OURS
-
-        seams.put((*ANYWHERE, *WITH_OURS, *ON_CPU), version, _apply)
-        register_attention_backend()
-    elif on_gpu():
-        from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ON_GPU, WITH_OURS
-
-        seams.put((*ANYWHERE, *WITH_OURS, *ON_GPU), version, _apply)
-    else:
-        from qwen3next_plugin.engines.sglang.patches import ANYWHERE, ELSEWHERE
-
-        seams.put((*ANYWHERE, *ELSEWHERE), version, _apply)
+    if not (on_cpu or on_gpu()):
+        patches.apply((*patches.ANYWHERE, *patches.ELSEWHERE))
         return False
+    device = patches.ON_CPU if on_cpu else patches.ON_GPU
+    patches.apply((*patches.ANYWHERE, *patches.WITH_OURS, *device))
+    if on_cpu:
+        from qwen3next_plugin.engines.sglang.cpu.attention_backend import register_attention_backend
+
+        register_attention_backend()
     _register_models()
     return True
-
-
-def _apply(hooks: Sequence[Hook]) -> None:
-    """Through SGLang's own registry."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for hook in hooks:
-        HookRegistry.register(hook.target, hook.around, HookType.AROUND)
-    HookRegistry.apply_hooks()
 
 
 def _prepare_cpu() -> None:
@@ -71,12 +57,12 @@ def _prepare_cpu() -> None:
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
 
-        native.load()  # a broken build, or an instruction set that is not there, shows now
+        native.load()  # fails now if the build is broken or the instruction set is missing
     _check_platform()
 
 
 def _check_platform() -> None:
-    """SGLang only logs a platform that it cannot load, and ours is what refuses and chooses."""
+    """Raise unless our platform is active: SGLang only logs one that it cannot load."""
     from sglang.srt.platforms import current_platform
 
     kind = type(current_platform)
@@ -88,7 +74,7 @@ def _check_platform() -> None:
 
 
 def _register_models() -> None:
-    """Through the variable for external models, which also spares SGLang importing its own."""
+    """Through the variable for external models, so that SGLang does not import its own."""
     if os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS) != MODELS:
         from sglang.srt.models.registry import ModelRegistry
 
@@ -96,7 +82,7 @@ def _register_models() -> None:
 
 
 def registered() -> dict[str, str]:
-    """Let SGLang load its plugins; its platform, and the module that serves each architecture."""
+    """SGLang's platform and the module of each architecture, once its plugins are loaded."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

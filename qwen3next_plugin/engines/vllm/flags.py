@@ -1,26 +1,30 @@
-"""What is refused before a worker starts; vLLM calls this while it completes its configuration."""
+"""vLLM's flags: every refusal and every default, before a worker starts."""
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from vllm.config import CacheConfig, VllmConfig
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.config import CacheConfig, LoRAConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import __version__, env
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin import env
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_num_speculative_tokens
 from qwen3next_plugin.engines.vllm import metrics
-from qwen3next_plugin.engines.vllm.flags_speculation import check_speculation
+from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.names import SCHEDULER, WORKER, logger
-from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.weights import check_files
-from qwen3next_plugin.versions import check_host
 
-CPU_BLOCK_SIZE = 128  # tokens: what vLLM starts from on a CPU, before it makes room for a page
+CPU_BLOCK_SIZE = 128  # tokens: where vLLM starts on a CPU, before it makes room for a page
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+# The one way in which drafts are made and verified; another would be ignored.
+SERVED_WITH_DRAFTS = {
+    "draft_sample_method": "greedy",
+    "rejection_sample_method": "standard",
+    "disable_padded_drafter_batch": False,  # nothing is padded: rejected tokens are left out
+}
 
 
 def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
-    """Our view of the model's config under these flags; complains where it cannot be served."""
+    """The model's config under these flags; raises ConfigError where it cannot be served."""
     parallel_config = vllm_config.parallel_config
     return Qwen3NextConfig.from_hf(
         vllm_config.model_config.hf_text_config,
@@ -30,56 +34,79 @@ def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
     )
 
 
-class Qwen3NextChecks(VerifyAndUpdateConfig):
-    """Stands in vLLM's MODELS_CONFIG_MAP under the model's architecture."""
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse a model, its files or flags that cannot be served.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse a model, its files or its flags by name.
-
-        Raises:
-            ConfigError, CheckpointError: naming the thing and the mend.
-        """
-        logger.info_once(
-            "qwen3next_plugin %s serves this model on vLLM %s, with %s kernels",
-            __version__,
-            check_host("vllm"),
-            described("cpu" if current_platform.is_cpu() else "cuda"),
-        )
-        config = read_config(vllm_config)
-        check_files(Path(vllm_config.model_config.model))
-        _check_kernels(vllm_config)
-        if vllm_config.speculative_config is not None:
-            check_speculation(vllm_config)
-        if current_platform.is_cpu():
-            _check_cpu(config, vllm_config)
+    Raises:
+        ConfigError, CheckpointError: names what is wrong and the fix.
+    """
+    config = read_config(vllm_config)
+    check_files(Path(vllm_config.model_config.model))
+    _check_kernels(vllm_config)
+    if vllm_config.speculative_config is not None:
+        check_num_speculative_tokens(vllm_config.num_speculative_tokens)
+        _check_state(vllm_config)
+        _check_speculation(vllm_config)
+    if current_platform.is_cpu():
+        _check_cpu(config, vllm_config)
 
 
-class NoKernels(VerifyAndUpdateConfig):
-    """Stands there on a platform that our kernels do not run on, where vLLM's own model stays."""
-
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Say so."""
-        logger.info_once(
-            "qwen3next_plugin %s has no kernels for %s: vLLM %s keeps its own Qwen3-Next",
-            __version__,
-            current_platform.device_name,
-            check_host("vllm"),
-        )
+def complete(vllm_config: VllmConfig) -> None:
+    """Fill in what no flag says, on a CPU: block size, LoRA's targets, worker and scheduler."""
+    if not current_platform.is_cpu():
+        return
+    _keep_block_size(vllm_config.cache_config)
+    _limit_lora(vllm_config.lora_config)
+    vllm_config.parallel_config.worker_cls = WORKER
+    _choose_metrics(vllm_config)
 
 
 def _check_kernels(vllm_config: VllmConfig) -> None:
-    """Refuse graphs that hold the reference; vLLM keeps graphs, and asks no variable of ours."""
+    """Refuse graphs with the reference in them; vLLM's cache of graphs ignores our variables."""
     if env.kernels() == "reference" and not vllm_config.model_config.enforce_eager:
         raise ConfigError(
             "QWEN3NEXT_KERNELS=reference: vLLM would compile the reference into its graphs, and "
-            "keep these for later starts with other kernels; add --enforce-eager"
+            "reuse these in later starts with other kernels; add --enforce-eager"
         )
 
 
+def _check_state(vllm_config: VllmConfig) -> None:
+    """Refuse drafts where vLLM would shift the state pages that its prefix cache copies.
+
+    Runner V2 asks the model how to copy pages. Runner V1 with Triton does not, and takes a page for
+    one of k + 1 states. Remove when no supported vLLM has runner V1.
+    """
+    if page_copy.needed() or vllm_config.use_v2_model_runner:
+        return
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "speculative decoding with prefix caching: vLLM's model runner V1 copies this model's "
+            "state pages wrongly; use runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; vLLM's log says what "
+            "keeps it from choosing V2), or --no-enable-prefix-caching, or no --speculative-config"
+        )
+
+
+def _check_speculation(vllm_config: VllmConfig) -> None:
+    """Refuse logits processors that vLLM would leave out, and other ways to draft and verify."""
+    # vLLM refuses those that a flag names, and silently drops installed ones. Remove when it
+    # applies them under speculation.
+    if found := [entry.name for entry in entry_points(group="vllm.logits_processors")]:
+        raise ConfigError(
+            f"logits processors {', '.join(found)}: vLLM does not apply installed ones under "
+            "speculative decoding, so drafts would change what is generated; uninstall them, or "
+            "serve without --speculative-config"
+        )
+    for name, served in SERVED_WITH_DRAFTS.items():
+        value = getattr(vllm_config.speculative_config, name)
+        if value != served:
+            raise ConfigError(
+                f"{name} = {value}: a draft is the likeliest tokens, and is kept where it is what "
+                f"is sampled without drafts; leave {name} at {served}"
+            )
+
+
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse what vLLM's CPU runner cannot do, keep LoRA off what it cannot adapt; our worker."""
+    """Refuse pipeline stages, and a worker that is not ours."""
     if config.pp_size > 1:
         raise ConfigError(
             f"pipeline_parallel_size = {config.pp_size}: vLLM's CPU runner cannot run pipeline "
@@ -87,32 +114,30 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"stages without attention get another KV cache layout); use "
             f"--tensor-parallel-size {config.pp_size}"
         )
-    lora_config = vllm_config.lora_config
-    if lora_config is not None and lora_config.target_modules is None:
-        # vLLM would adapt the experts too, by Triton kernels that a CPU does not have.
-        lora_config.target_modules = list(PROJECTIONS)
-        logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
-    _keep_block_size(vllm_config.cache_config)
-    _choose_worker(vllm_config)
-    _choose_metrics(vllm_config)
+    worker = vllm_config.parallel_config.worker_cls
+    if worker not in ("auto", WORKER):
+        raise ConfigError(
+            f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
+            f"leave --worker-cls out"
+        )
 
 
 def _keep_block_size(cache_config: CacheConfig) -> None:
-    """Have the block size stand that the cache is laid out with.
-
-    vLLM's engine process completes its configuration once more when its workers are ready, and on
-    a CPU that sets a block size which the user left open back to 128. Its scheduler then lets
-    chunks of a prompt end where no block ends, and a page is cached for a prefix that is not its
-    own. A size that the user asked for stays. Can go with the host's second completion: a test
-    marked `compat`.
-    """
+    """Mark an open block size as the user's, so that vLLM does not reset it (see patches.py)."""
     if not cache_config.user_specified_block_size:
         cache_config.block_size = CPU_BLOCK_SIZE
         cache_config.user_specified_block_size = True
 
 
+def _limit_lora(lora_config: LoRAConfig | None) -> None:
+    """Keep adapters off the experts: on a CPU, vLLM has no LoRA kernels for them."""
+    if lora_config is not None and lora_config.target_modules is None:
+        lora_config.target_modules = list(PROJECTIONS)
+        logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
+
+
 def _choose_metrics(vllm_config: VllmConfig) -> None:
-    """Serve metrics where our drafter drafts; use our scheduler unless another was asked for."""
+    """Register metrics of our drafter, and our scheduler for them unless a flag names another."""
     metrics.remove()
     parallel_config = vllm_config.parallel_config
     if vllm_config.speculative_config is None or parallel_config.data_parallel_size > 1:
@@ -120,14 +145,3 @@ def _choose_metrics(vllm_config: VllmConfig) -> None:
     metrics.install(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-
-
-def _choose_worker(vllm_config: VllmConfig) -> None:
-    """Our worker, unless another was asked for."""
-    parallel_config = vllm_config.parallel_config
-    if parallel_config.worker_cls not in ("auto", WORKER):
-        raise ConfigError(
-            f"worker_cls = {parallel_config.worker_cls}: the plugin serves this model with its own "
-            f"worker, {WORKER}; leave --worker-cls out"
-        )
-    parallel_config.worker_cls = WORKER

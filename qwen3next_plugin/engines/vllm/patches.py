@@ -1,34 +1,275 @@
-"""min_p and logit_bias under speculation, which vLLM refuses request by request.
+"""Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
-vLLM's rejection sampler knows neither, and `SamplingParams._validate_spec_decode` turns a request
-with one away. Ours knows both (speculation/verify.py), so for our model the refusal is
-lifted; anything else that vLLM refuses there, it still does. There is no setting for it, so the
-method is replaced. For vLLM 0.32 and 0.33; can go when neither is refused: a test marked `compat`.
+The groups differ in when they are applied: WITH_OURS, ON_GPU and ELSEWHERE at registration, by
+platform; WITH_DRAFTS when our model's flags ask for drafts; PAGE_COPIES when our model is built.
+OVERRIDES are changes that our own subclasses make to objects of theirs.
 """
 
-import inspect
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import cache
 from typing import Any
 
+from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
-VALIDATE = SamplingParams._validate_spec_decode
+from qwen3next_plugin import __version__
+from qwen3next_plugin.engines import patching
+from qwen3next_plugin.engines.patching import (
+    Entry,
+    Function,
+    Host,
+    Item,
+    Override,
+    Patch,
+    Replacement,
+)
+from qwen3next_plugin.engines.vllm import flags
+from qwen3next_plugin.engines.vllm.cpu import page_copy
+from qwen3next_plugin.engines.vllm.names import OPAQUE_OP, TRUNK, is_ours, logger
+from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.versions import check_host
+
+ALL_VERSIONS = ">=0.32,<0.34"
 
 
-def install(architecture: str) -> None:
-    """Lift it for models of this architecture; idempotent."""
-    found = list(inspect.signature(VALIDATE).parameters)
-    if found != ["self", "speculative_config"]:
-        raise RuntimeError(f"SamplingParams._validate_spec_decode takes {found}: not as we know it")
+class CheckFlags(VerifyAndUpdateConfig):
+    """Called while vLLM completes the configuration of our model."""
 
-    def validate(self: SamplingParams, speculative_config: Any) -> None:
-        if speculative_config is not None and _target(speculative_config) == architecture:
-            self = copy(self)
-            self.min_p, self.logit_bias = 0.0, None
-        VALIDATE(self, speculative_config)
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what cannot be served, fill in what was not asked for, and log what serves."""
+        logger.info_once(
+            "qwen3next_plugin %s serves this model on vLLM %s, with %s kernels",
+            __version__,
+            check_host("vllm"),
+            described("cpu" if current_platform.is_cpu() else "cuda"),
+        )
+        flags.check(vllm_config)
+        flags.complete(vllm_config)
+        # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
+        if vllm_config.speculative_config is not None and (
+            current_platform.is_cpu() or vllm_config.use_v2_model_runner
+        ):
+            apply(WITH_DRAFTS)
 
-    SamplingParams._validate_spec_decode = validate
+
+class SayNoKernels(VerifyAndUpdateConfig):
+    """Called there on a platform without our kernels, where vLLM's own model serves."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Log it."""
+        logger.info_once(
+            "qwen3next_plugin %s has no kernels for %s: vLLM %s keeps its own Qwen3-Next",
+            __version__,
+            current_platform.device_name,
+            check_host("vllm"),
+        )
 
 
-def _target(speculative_config: Any) -> str:
-    return speculative_config.target_model_config.architecture
+def allow_min_p_and_logit_bias(
+    host: Callable[..., None], params: SamplingParams, speculative_config: Any
+) -> None:
+    """Hide both from vLLM's refusal, for our model."""
+    if speculative_config is not None and is_ours(speculative_config.target_model_config):
+        params = copy(params)
+        params.min_p, params.logit_bias = 0.0, None
+    host(params, speculative_config)
+
+
+WITH_OURS: tuple[Entry, ...] = (
+    Item(
+        target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
+        key=TRUNK,
+        value=CheckFlags,
+        reason="flags must be checked before a worker starts; vLLM has no entry point for it",
+        versions=ALL_VERSIONS,
+        remove_when="a plugin's model class can check the configuration",
+    ),
+)
+
+ELSEWHERE: tuple[Entry, ...] = (
+    Item(
+        target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
+        key=TRUNK,
+        value=SayNoKernels,
+        reason="the log must say that vLLM's own model serves",
+        versions=ALL_VERSIONS,
+        remove_when="there are kernels for every platform",
+    ),
+)
+
+ON_GPU: tuple[Entry, ...] = (
+    Item(
+        target="vllm.config.compilation.CompilationConfig._attention_ops",
+        value=OPAQUE_OP,
+        reason="a piecewise CUDA graph must be cut where a step chooses its pages; vLLM has a "
+        "setting that replaces the list and none that adds to it",
+        versions=ALL_VERSIONS,
+        remove_when="an op can declare that graphs are cut at it",
+    ),
+)
+
+WITH_DRAFTS: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.sampling_params.SamplingParams._validate_spec_decode",
+        parameters=("self", "speculative_config"),
+        function=allow_min_p_and_logit_bias,
+        reason="vLLM's rejection sampler lacks min_p and logit_bias, so vLLM refuses requests with "
+        "them; our verification applies both",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM refuses neither (a test marked `compat` says when)",
+    ),
+)
+
+PAGES = (  # the arguments of both kernels that say where the pages of all layers are
+    *("block_table_ptrs_ptr", "block_table_stride_req", "state_base_addrs_ptr"),
+    *("state_block_strides_ptr", "state_elem_sizes_ptr", "state_inner_sizes_ptr"),
+    *("state_conv_widths_ptr", "state_group_indices_ptr", "state_dim_row_count_ptr"),
+    "state_dim_row_stride_ptr",
+)
+PAGE_COPIES: tuple[Entry, ...] = (
+    Replacement(
+        target="vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel",
+        parameters=(
+            *("mamba_state_idx_ptr", "src_col_ptr", "token_bias_ptr", *PAGES, "idx_mapping_ptr"),
+            *("num_reqs", "COPY_BLOCK_SIZE", "CONV_STATE_DIM_FIRST", "HAS_IDX_MAPPING"),
+            "TEMPORAL_TILES",
+        ),
+        function=page_copy.precopy,
+        reason="prefix caching with drafts copies pages by this Triton kernel, which has no CPU "
+        "version: the engine would die at its first request",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM ships a CPU version",
+    ),
+    Replacement(
+        target="vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel",
+        parameters=(
+            *("num_accepted_tokens_ptr", "mamba_state_idx_ptr", "num_scheduled_tokens_ptr"),
+            *("num_computed_tokens_ptr", "num_draft_tokens_ptr", *PAGES),
+            *("num_accepted_tokens_out_ptr", "idx_mapping_ptr", "num_reqs", "block_size"),
+            *("COPY_BLOCK_SIZE", "CONV_STATE_DIM_FIRST", "HAS_IDX_MAPPING"),
+            *("PRECOMPUTED_NEW_COMPUTED", "TEMPORAL_TILES"),
+        ),
+        function=page_copy.postprocess,
+        reason="as the kernel above",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM ships a CPU version",
+    ),
+)
+
+OVERRIDES: tuple[Override, ...] = (
+    Override(
+        target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",
+        file="speculation/worker.py",
+        reason="drafts are verified by the plain sampler, so that a seed gives the same tokens "
+        "with and without drafts",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM's rejection sampler draws what its plain sampler draws (`compat`)",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
+        file="speculation/worker.py",
+        reason="vLLM leaves its min_p and logit_bias processors out under speculation",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM refuses neither (`compat`)",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
+        file="speculation/worker.py",
+        reason="vLLM samples for unfinished prompts and turns their generator back by an offset, "
+        "which a CPU generator lacks: a seeded prompt in two chunks would end the engine",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM asks a generator for no offset (`compat`)",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter",
+        file="speculation/worker.py",
+        reason="drafts have the length that pays, request by request",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM lets a model bring its drafter",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.effective_drafter_max_model_len",
+        file="speculation/worker.py",
+        reason="vLLM drafts zeros for all requests when one is near its maximum length; our "
+        "drafter drafts less for that one",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM leaves that limit to the drafter",
+    ),
+    Override(
+        target="vllm.config.cache.CacheConfig.user_specified_block_size",
+        file="flags.py",
+        reason="a CPU's engine process completes its configuration again after its workers have "
+        "laid out the cache, and sets an open block size back to 128: prompts' chunks would end "
+        "where no block ends, and pages be cached for the wrong prefix",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM leaves the block size alone then (`compat`)",
+    ),
+    Override(
+        target="vllm.config.vllm.VllmConfig.lora_config",
+        file="model/moe.py",
+        reason="for a model with LoRA vLLM chooses Triton experts, also on a CPU",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM asks the platform before it chooses",
+    ),
+    Override(
+        target="vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts._get_quant_method",
+        parameters=("self", "prefix", "quant_config", "moe_config"),
+        file="cpu/experts.py",
+        reason="vLLM's portable experts convert each weight to fp32, which takes half of a "
+        "prefill's time; ours multiply bf16",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM's portable experts are as fast",
+    ),
+    Override(
+        target="vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method."
+        "UnquantizedFusedMoEMethod.experts_cls",
+        file="cpu/experts.py",
+        reason="as the method above",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM's portable experts are as fast",
+    ),
+    Override(
+        target="vllm.v1.worker.gpu.model_states.mamba_hybrid.MambaHybridModelState.postprocess_state",
+        parameters=("self", "idx_mapping", "num_sampled", "num_computed_tokens"),
+        file="state/model_state.py",
+        reason="vLLM copies states by accepted counts; a page is copied whole",
+        versions=ALL_VERSIONS,
+        remove_when="a model can declare that its state is copied whole",
+    ),
+)
+
+TABLE: tuple[Entry, ...] = (
+    *(*WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES),
+    *OVERRIDES,
+)
+
+
+def host() -> Host:
+    """The installed vLLM; raises HostVersionError unless it is a tested version."""
+    return Host("vLLM", check_host("vllm"))
+
+
+@cache
+def apply(
+    entries: tuple[Entry, ...], put: Callable[[Sequence[Function]], None] = patching.wrap
+) -> None:
+    """Check and apply a group, once in a process."""
+    patching.apply(entries, host(), put)
+
+
+def provide_page_copies() -> None:
+    """Register our page copies where vLLM has none."""
+    if page_copy.needed():
+        apply(PAGE_COPIES, _register_kernels)
+
+
+def _register_kernels(kernels: Sequence[Function]) -> None:
+    """Put them in place through vLLM's registry for kernels, which reaches every import of them."""
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({entry.target: entry.function for entry in kernels})

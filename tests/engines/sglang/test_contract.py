@@ -12,6 +12,7 @@ from engines.contract import (
     VARIABLE,
     Sources,
     arguments,
+    check_entry,
     definition,
     host,
     imported,
@@ -20,8 +21,8 @@ from engines.contract import (
     keywords,
     other_hosts,
     pairs,
-    signature,
 )
+from qwen3next_plugin.engines.sglang.patches import TABLE
 from qwen3next_plugin.model.routing import route
 
 HOST = "sglang"
@@ -209,44 +210,9 @@ def test_other_hosts_are_read_too():
     assert all(host(HOST, name).has("__init__.py") for name in other_hosts(HOST))
 
 
-def flat(node: ast.AST) -> list[str]:
-    """The strings of a tuple with tuples unpacked in it."""
-    if isinstance(node, ast.Constant):
-        return [node.value]
-    if isinstance(node, ast.Starred):
-        return flat(node.value)
-    return [text for element in node.elts for text in flat(element)]
-
-
-def hooks() -> dict[str, list[str] | None]:
-    """Target → parameters of each of our hooks, None for an attribute; patches.py is read, too."""
-    found: dict[str, list[str] | None] = {}
-    tree = ast.parse((ENGINES / HOST / "patches.py").read_text(encoding="utf-8"))
-    for call in ast.walk(tree):
-        if getattr(getattr(call, "func", None), "id", "") in ("Hook", "Attribute"):
-            given = {keyword.arg: keyword.value for keyword in call.keywords}
-            if isinstance(given["target"], ast.Constant):
-                parameters = given.get("parameters")
-                found[given["target"].value] = flat(parameters) if parameters else None
-    return found
-
-
-def test_hooks_are_read():
-    assert len(hooks()) > 8
-    assert any(parameters is None for parameters in hooks().values())
-
-
-@pytest.mark.parametrize("target", hooks())
-def test_hooks_fit(sources, target):
-    parts = target.split(".")
-    modules = [n for n in range(1, len(parts)) if sources.has("/".join(parts[1 : n + 1]) + ".py")]
-    node: ast.AST = sources.tree("/".join(parts[1 : modules[-1] + 1]) + ".py")
-    for name in parts[modules[-1] + 1 :]:
-        node = definition(node, name)
-    if (wanted := hooks()[target]) is None:
-        assert "property" in {ast.unparse(decorator) for decorator in node.decorator_list}
-    else:
-        assert signature(node) == wanted
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.target)
+def test_patches_fit(sources, entry):
+    check_entry(sources, entry)
 
 
 @pytest.mark.parametrize(("module", "symbol"), imported(HOST), ids=lambda part: part)
@@ -300,11 +266,12 @@ def test_attributes_are_kept(sources, path, name):
 
 def flags() -> set[str]:
     """The flags that our tables name: what is refused, filled in, and asked of memory."""
-    from qwen3next_plugin.engines.sglang import flags as ours
+    from qwen3next_plugin.engines.sglang import served
     from qwen3next_plugin.engines.sglang.cpu import memory
+    from qwen3next_plugin.engines.sglang.flags import CPU_DEFAULTS
 
-    tables = [getattr(ours, name) for name in vars(ours) if name.startswith("SERVED")]
-    return {*chain.from_iterable(tables), *memory.GIVEN}
+    tables = [getattr(served, name) for name in vars(served) if name.startswith("SERVED")]
+    return {*chain.from_iterable(tables), *CPU_DEFAULTS, *memory.GIVEN}
 
 
 @pytest.mark.parametrize("name", sorted(flags()))

@@ -1,4 +1,4 @@
-"""What cannot be served is refused before a worker starts: by our error, with thing and mend."""
+"""What cannot be served is refused before a worker starts, by an error that names the fix."""
 
 import json
 import os
@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import BASE, write_checkpoint
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.sglang import flags as arguments
+from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.cpu import memory
+from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts
 from qwen3next_plugin.model.weights import CheckpointError
 
 pytest.importorskip("sglang")
@@ -133,26 +134,26 @@ class Given:
         return self.changed.get(name, getattr(self.resolved, name))
 
 
-ON_CPU, ON_CPU_WITH_DRAFTS = arguments.SERVED_ON_CPU, arguments.SERVED_WITH_DRAFTS_ON_CPU
-ON_GPU, ON_GPU_WITH_DRAFTS = arguments.SERVED_ON_GPU, arguments.SERVED_WITH_DRAFTS_ON_GPU
+ON_CPU, ON_CPU_WITH_DRAFTS = served.SERVED_ON_CPU, served.SERVED_WITH_DRAFTS_ON_CPU
+ON_GPU, ON_GPU_WITH_DRAFTS = served.SERVED_ON_GPU, served.SERVED_WITH_DRAFTS_ON_GPU
 
 
 @pytest.mark.parametrize(
     ("name", "on_cpu"),
     [
-        *((name, True) for name in (*arguments.SERVED, *ON_CPU)),
-        *((name, True) for name in (*arguments.SERVED_WITH_DRAFTS, *ON_CPU_WITH_DRAFTS)),
+        *((name, True) for name in (*served.SERVED, *ON_CPU)),
+        *((name, True) for name in (*served.SERVED_WITH_DRAFTS, *ON_CPU_WITH_DRAFTS)),
         *((name, False) for name in (*ON_GPU, *ON_GPU_WITH_DRAFTS)),
     ],
 )
 def test_every_flag_of_the_tables_is_refused_by_name(complete, checkpoint, name, on_cpu):
     """As the platform hands it on: the host refuses some of these itself, before or after."""
-    drafts = name not in {**arguments.SERVED, **ON_CPU, **ON_GPU}
+    drafts = name not in {**served.SERVED, **ON_CPU, **ON_GPU}
     value = (REFUSED_WITH_DRAFTS if drafts else REFUSED).get(name, True)
     value = value if on_cpu else REFUSED_ON_GPU.get(name, True)
     resolved = complete(checkpoint, **(NEXTN if drafts else {}))
     with pytest.raises(ConfigError) as raised:
-        arguments.check_flags(Given(resolved, name, value), on_cpu=on_cpu)
+        check_flags(Given(resolved, name, value), on_cpu=on_cpu)
     written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
     assert str(raised.value).startswith(written)
     assert "; " in str(raised.value)
@@ -279,8 +280,8 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
         seen.append(total)
         return total - 1.0
 
-    ours = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
-    assert memory.modest_pools(host, ours, free) == left
+    model = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
+    assert memory.modest_pools(host, model, free) == left
     assert seen == [asked]
     other = Bag(model_config=Bag(hf_config=Bag(architectures=None)))
     assert memory.modest_pools(host, other, free) == free - 1.0
@@ -417,7 +418,7 @@ def test_drafts_of_other_models_are_not_completed(complete, llama, checkpoint):
     seen = []
     for model in (llama, checkpoint):
         server_args = ServerArgs(model_path=str(model), **NEXTN)
-        arguments.complete_drafts(seen.append, server_args)
+        complete_drafts(seen.append, server_args)
         given = resolving_view(server_args)
         assert given.speculative_eagle_topk == (1 if model == checkpoint else None)
     assert len(seen) == 2
@@ -447,7 +448,7 @@ def test_what_a_gpu_serves_passes(complete, checkpoint):
         *(("quantization", "fp8"), ("kv_cache_dtype", "fp8_e4m3")),
         *(("attention_backend", "flashinfer"), ("speculative_use_rejection_sampling", True)),
     ):
-        arguments.check_flags(Given(resolved, name, value), on_cpu=False)
+        check_flags(Given(resolved, name, value), on_cpu=False)
 
 
 def graphs(prefill: str = "breakable", decode: str = "full") -> SimpleNamespace:
@@ -460,20 +461,20 @@ def graphs(prefill: str = "breakable", decode: str = "full") -> SimpleNamespace:
 def test_a_prompts_graph_is_cut_at_our_layers_or_not_made(complete, checkpoint, backend):
     given = Given(complete(checkpoint), "cuda_graph_config", graphs(prefill=backend))
     if backend in ("breakable", "disabled"):
-        arguments.check_flags(given, on_cpu=False)
+        check_flags(given, on_cpu=False)
         return
     with pytest.raises(ConfigError, match=f"--cuda-graph-backend-prefill {backend}: .*; use br"):
-        arguments.check_flags(given, on_cpu=False)
+        check_flags(given, on_cpu=False)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_reference_is_in_no_graph(monkeypatch, complete, checkpoint, phase):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
     resolved, none = complete(checkpoint), {"prefill": "disabled", "decode": "disabled"}
-    arguments.check_flags(Given(resolved, "cuda_graph_config", graphs(**none)), on_cpu=False)
+    check_flags(Given(resolved, "cuda_graph_config", graphs(**none)), on_cpu=False)
     some = none | {phase: "breakable"}
     with pytest.raises(ConfigError, match=r"=reference: .* --cuda-graph-backend-prefill disabled"):
-        arguments.check_flags(Given(resolved, "cuda_graph_config", graphs(**some)), on_cpu=False)
+        check_flags(Given(resolved, "cuda_graph_config", graphs(**some)), on_cpu=False)
 
 
 def test_a_gpu_is_checked_and_one_line_says_what_serves(
@@ -482,11 +483,12 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    from qwen3next_plugin.engines.sglang import flags_common as checks
-    from qwen3next_plugin.engines.sglang import patches as hooks
+    from qwen3next_plugin.engines.sglang import patches
     from qwen3next_plugin.engines.sglang.cpu import environment
 
-    monkeypatch.setattr(checks, "architecture", lambda device: asked.append)
+    monkeypatch.setattr(
+        "qwen3next_plugin.engines.sglang.flags.architecture", lambda device: asked.append
+    )
     monkeypatch.setattr(environment, "on_gpu", lambda: True)
     monkeypatch.delenv("QWEN3NEXT_KERNELS", raising=False)
     caplog.set_level("INFO")
@@ -494,7 +496,7 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     for model in (llama, checkpoint):
         server_args = ServerArgs(model_path=str(model), device="cuda")
         declare_resolution(server_args, "test", cuda_graph_config=graphs())
-        hooks.check_on_gpu(asked.append, server_args)
+        patches.check_on_gpu(asked.append, server_args)
     assert len(asked) == 2
     ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
     assert len(ours) == 1
@@ -502,11 +504,11 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     whole = {"device": "cuda", "mamba_radix_cache_strategy": "no_buffer"}
     server_args = ServerArgs(model_path=str(checkpoint), **whole)
     declare_resolution(server_args, "test", cuda_graph_config=graphs())
-    hooks.check_on_gpu(asked.append, server_args)
+    patches.check_on_gpu(asked.append, server_args)
     assert resolving_view(server_args).disable_overlap_schedule
     server_args = ServerArgs(model_path=str(checkpoint), device="cuda", pp_size=2)
     with pytest.raises(ConfigError, match=r"--pp-size 2: .*; use --tp-size"):
-        hooks.check_on_gpu(asked.append, server_args)
+        patches.check_on_gpu(asked.append, server_args)
 
 
 def test_another_accelerator_keeps_the_hosts_model_and_one_line_says_so(

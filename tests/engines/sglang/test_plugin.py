@@ -1,4 +1,4 @@
-"""Hooks that no longer fit stop the launch; the plugin registers once, or not at all."""
+"""Patches that no longer fit stop the launch; the plugin registers once, or not at all."""
 
 import os
 import pkgutil
@@ -11,24 +11,28 @@ from packaging.version import Version
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.engines import patching as seams
-from qwen3next_plugin.engines.patching import Attribute, Hook, SeamError
-from qwen3next_plugin.engines.sglang import plugin
+from qwen3next_plugin.engines import patching
+from qwen3next_plugin.engines.patching import (
+    Attribute,
+    Entry,
+    Host,
+    Item,
+    Override,
+    Patch,
+    PatchError,
+    Replacement,
+)
 
-VERSION = Version("9.9.9")
-MEND = "install a release of qwen3next-plugin that is tested with SGLang 9.9.9"
+HOST = Host("SGLang", Version("9.9.9"))
+FIX = "install a release of qwen3next-plugin that is tested with SGLang 9.9.9"
+WHY = {"reason": "a test", "versions": "==9.9.9", "remove_when": "never"}
 
 
-def all_seams():
-    from qwen3next_plugin.engines.sglang.patches import (
-        ANYWHERE,
-        ELSEWHERE,
-        ON_CPU,
-        ON_GPU,
-        WITH_OURS,
-    )
+def applied() -> list[Entry]:
+    """The rows of SGLang's table that are applied somewhere."""
+    from qwen3next_plugin.engines.sglang.patches import TABLE
 
-    return [*ANYWHERE, *WITH_OURS, *ON_CPU, *ON_GPU, *ELSEWHERE]
+    return [entry for entry in TABLE if not isinstance(entry, Override)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,29 +42,37 @@ def loaded():
     load_plugins()
 
 
+@pytest.fixture(params=["sglang", "assignment"])
+def put(request):
+    """How functions are put in place: SGLang's registry, or as in vLLM."""
+    from qwen3next_plugin.engines.sglang.patches import register_hooks
+
+    return {"sglang": register_hooks, "assignment": patching.wrap}[request.param]
+
+
 # what fits --------------------------------------------------------------------------------------
 
 
-def test_every_seam_fits_the_host():
-    seams.check(all_seams(), VERSION)
+def test_every_patch_fits_the_host():
+    patching.check(applied(), HOST)
 
 
-@pytest.mark.parametrize("i", range(len(all_seams())), ids=lambda i: all_seams()[i].target)
-def test_a_seam_that_is_gone_or_changed_is_named(monkeypatch, i):
-    seam = all_seams()[i]
-    owner, _, name = seam.target.rpartition(".")
+@pytest.mark.parametrize("i", range(len(applied())), ids=lambda i: applied()[i].target)
+def test_a_target_that_is_gone_or_changed_is_named(monkeypatch, i):
+    entry = applied()[i]
+    owner, _, name = entry.target.rpartition(".")
     owner = pkgutil.resolve_name(owner)
-    changed = 5 if isinstance(seam, Attribute) else lambda server_args, other: None
+    changed = 5 if isinstance(entry, Attribute) else lambda server_args, other: None
     monkeypatch.setattr(owner, name, changed)
-    with pytest.raises(SeamError) as raised:
-        seams.check([seam], VERSION)
-    assert f"SGLang 9.9.9 has {seam.target}" in str(raised.value)
-    assert MEND in str(raised.value)
+    with pytest.raises(PatchError) as raised:
+        patching.check([entry], HOST)
+    assert f"SGLang 9.9.9 has {entry.target}" in str(raised.value)
+    assert FIX in str(raised.value)
     monkeypatch.delattr(owner, name)
-    with pytest.raises(SeamError) as raised:
-        seams.check([seam], VERSION)
-    assert f"SGLang 9.9.9 has no {seam.target}" in str(raised.value) or name == "__init__"
-    assert MEND in str(raised.value)
+    with pytest.raises(PatchError) as raised:
+        patching.check([entry], HOST)
+    assert f"SGLang 9.9.9 has no {entry.target}" in str(raised.value) or name == "__init__"
+    assert FIX in str(raised.value)
 
 
 @pytest.fixture
@@ -77,43 +89,74 @@ def module(monkeypatch):
             return by
 
     host.Thing, host.add, host.CHOICES, host.LACKED = Thing, lambda a, b: a + b, ("a",), None
+    host.LIST, host.DICT = [], {"a": 1}
     monkeypatch.setitem(sys.modules, "a_host", host)
     return host
 
 
-def test_hooks_and_attributes_are_put_in_place(module):
+def test_all_kinds_are_put_in_place(module, put):
     def double(host, *args):
         return 2 * host(*args)
 
-    seams.put(
+    patching.apply(
         [
-            Hook(target="a_host.add", parameters=("a", "b"), around=double),
-            Hook(target="a_host.Thing.grow", parameters=("self", "by"), around=double),
-            Attribute(target="a_host.Thing.size", value=property(lambda self: 5)),
-            Attribute(target="a_host.CHOICES", value=("a", "b")),
-            Attribute(target="a_host.LACKED", value=double),
+            Patch(target="a_host.add", parameters=("a", "b"), function=double, **WHY),
+            Patch(target="a_host.Thing.grow", parameters=("self", "by"), function=double, **WHY),
+            Attribute(target="a_host.Thing.size", value=property(lambda self: 5), **WHY),
+            Attribute(target="a_host.CHOICES", value=("a", "b"), **WHY),
+            Attribute(target="a_host.LACKED", value=double, **WHY),
+            Item(target="a_host.LIST", value="c", **WHY),
+            Item(target="a_host.LIST", value="c", **WHY),
+            Item(target="a_host.DICT", key="a", value=2, **WHY),
+            Override(target="a_host.Missing.method", file="none.py", **WHY),
         ],
-        VERSION,
-        plugin._apply,
+        HOST,
+        put,
     )
     thing = module.Thing()
     assert (module.add(1, 2), thing.grow(2), thing.size, module.CHOICES) == (6, 4, 5, ("a", "b"))
     assert module.LACKED is double
+    assert (module.LIST, module.DICT) == (["c"], {"a": 2})
 
 
-def test_nothing_is_put_in_place_unless_all_fit(module):
+def test_a_replacement_is_called_without_the_hosts_function(module):
+    replacement = Replacement(
+        target="a_host.add", parameters=("a", "b"), function=lambda a, b: a * b, **WHY
+    )
+    patching.apply([replacement], HOST)
+    assert module.add(3, 4) == 12
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            Attribute(target="a_host.CHOICES", value=["a"], **WHY),
+            "CHOICES as a tuple; this plugin was written for a list",
+        ),
+        (Item(target="a_host.DICT", value="a", **WHY), "DICT as a dict; .* for a list"),
+        (Item(target="a_host.LIST", key="a", value=1, **WHY), "LIST as a list; .* for a dict"),
+        (
+            Replacement(target="a_host.add", parameters=("a",), function=print, **WHY),
+            r"has a_host.add\(a, b\); this plugin was written for \(a\)",
+        ),
+    ],
+    ids=["attribute", "list", "dict", "function"],
+)
+def test_nothing_is_put_in_place_unless_all_fit(module, put, other, message):
     before = module.add
-    fits = Hook(target="a_host.add", parameters=("a", "b"), around=print)
-    other = Attribute(target="a_host.CHOICES", value=["a"])
-    with pytest.raises(SeamError, match="CHOICES as a tuple; this plugin was written for a list"):
-        seams.put([fits, other], VERSION, plugin._apply)
+    fits = Patch(target="a_host.add", parameters=("a", "b"), function=print, **WHY)
+    with pytest.raises(PatchError, match=message):
+        patching.apply([fits, other], HOST, put)
     assert module.add is before
 
 
-def test_a_hook_that_the_host_only_logs_is_an_error(module):
-    hook = Hook(target="a_host.Thing", parameters=(), around=lambda host: None)
-    with pytest.raises(SeamError, match=r"SGLang 9\.9\.9 takes no hook at a_host\.Thing"):
-        seams.put([hook], VERSION, plugin._apply)
+def test_a_patch_that_the_host_only_logs_is_an_error(module):
+    from qwen3next_plugin.engines.sglang.patches import register_hooks
+
+    patch = Patch(target="a_host.Thing", parameters=(), function=lambda host: None, **WHY)
+    with pytest.raises(PatchError, match=r"SGLang 9\.9\.9 accepts no patch of a_host\.Thing"):
+        patching.apply([patch], HOST, register_hooks)
 
 
 # in a process of its own ------------------------------------------------------------------------

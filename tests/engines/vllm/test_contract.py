@@ -9,6 +9,7 @@ from engines.contract import (
     VARIABLE,
     Sources,
     arguments,
+    check_entry,
     definition,
     host,
     imported,
@@ -18,6 +19,7 @@ from engines.contract import (
     other_hosts,
     pairs,
 )
+from qwen3next_plugin.engines.vllm.patches import TABLE
 from qwen3next_plugin.model.routing import route
 
 HOST = "vllm"
@@ -279,41 +281,6 @@ KEPT = {
         ],
     },
 }
-# Kernels of the host that page_copy.py stands in for on the CPU: ours takes these by name.
-LAYOUT = [
-    "block_table_ptrs_ptr",
-    "block_table_stride_req",
-    "state_base_addrs_ptr",
-    "state_block_strides_ptr",
-    "state_elem_sizes_ptr",
-    "state_inner_sizes_ptr",
-    "state_conv_widths_ptr",
-    "state_group_indices_ptr",
-    "state_dim_row_count_ptr",
-    "state_dim_row_stride_ptr",
-]
-KERNELS = {
-    "precopy_mamba_align_fused_kernel": [
-        "mamba_state_idx_ptr",
-        "src_col_ptr",
-        "token_bias_ptr",
-        *LAYOUT,
-        "idx_mapping_ptr",
-        "num_reqs",
-    ],
-    "postprocess_mamba_fused_kernel": [
-        "num_accepted_tokens_ptr",
-        "mamba_state_idx_ptr",
-        "num_scheduled_tokens_ptr",
-        "num_computed_tokens_ptr",
-        "num_draft_tokens_ptr",
-        *LAYOUT,
-        "num_accepted_tokens_out_ptr",
-        "idx_mapping_ptr",
-        "num_reqs",
-        "block_size",
-    ],
-}
 
 
 @pytest.fixture(scope="module", params=["installed", *other_hosts(HOST)])
@@ -384,11 +351,9 @@ def test_attributes_are_set(sources, path, name):
     }
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_we_stand_in_for_take_what_ours_takes(sources, kernel):
-    """The host passes all of these by position, so their order is what ours relies on."""
-    theirs = arguments(definition(sources.tree("v1/worker/mamba_utils.py"), kernel))
-    assert theirs[: len(KERNELS[kernel])] == KERNELS[kernel]
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.target)
+def test_patches_fit(sources, entry):
+    check_entry(sources, entry)
 
 
 def test_entry_point_groups_are_read(sources):

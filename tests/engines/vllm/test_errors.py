@@ -85,12 +85,12 @@ def test_the_reference_is_not_compiled(monkeypatch, complete, checkpoint):
 def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner, flags, refused):
     """Where there is Triton, as on every GPU, runner V1 copies pages by accepted counts."""
     from qwen3next_plugin.config import ConfigError
-    from qwen3next_plugin.engines.vllm.flags import Qwen3NextChecks
+    from qwen3next_plugin.engines.vllm.patches import CheckFlags
 
     config = complete(checkpoint, **flags)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr("qwen3next_plugin.engines.vllm.cpu.page_copy.needed", lambda: False)
-    check = Qwen3NextChecks.verify_and_update_config
+    check = CheckFlags.verify_and_update_config
     if refused:
         with pytest.raises(ConfigError, match=r"V1 copies .*VLLM_USE_V2_MODEL_RUNNER=1"):
             check(config)

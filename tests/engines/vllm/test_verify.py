@@ -1,5 +1,6 @@
 """The coupled sampler alone: what vLLM's plain sampler yields one position after another."""
 
+import inspect
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -272,27 +273,28 @@ def test_vllms_rejection_sampler_still_draws_otherwise():
 
 @pytest.mark.compat
 def test_vllm_still_refuses_min_p_and_logit_bias_under_speculation():
-    """request_params.py can go when this fails."""
+    """WITH_DRAFTS of patches.py can be removed when this fails."""
     from vllm.exceptions import VLLMValidationError
 
-    from qwen3next_plugin.engines.vllm.patches import VALIDATE
-
+    host = inspect.unwrap(SamplingParams._validate_spec_decode)
     for params in (SamplingParams(min_p=0.1), SamplingParams(logit_bias={3: 1.0})):
         with pytest.raises(VLLMValidationError):
-            VALIDATE(params, SimpleNamespace())
+            host(params, SimpleNamespace())
 
 
 def test_the_refusal_is_lifted_for_our_model_alone():
     from vllm.exceptions import VLLMValidationError
 
-    from qwen3next_plugin.engines.vllm import patches as request_params
+    from qwen3next_plugin.engines.vllm import patches
 
-    request_params.install("Ours")
-    request_params.install("Ours")
+    patches.apply(patches.WITH_DRAFTS)
+    patches.apply(patches.WITH_DRAFTS)
+    patched = SamplingParams._validate_spec_decode
+    assert not hasattr(patched.__wrapped__, "__wrapped__")
     params = SamplingParams(min_p=0.1, logit_bias={3: 1.0})
-    for name in ("Ours", "Another"):
+    for name in ("Qwen3NextForCausalLM", "Another"):
         config = SimpleNamespace(target_model_config=SimpleNamespace(architecture=name))
-        if name == "Ours":
+        if name == "Qwen3NextForCausalLM":
             params._validate_spec_decode(config)
         else:
             with pytest.raises(VLLMValidationError):

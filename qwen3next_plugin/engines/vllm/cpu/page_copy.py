@@ -1,11 +1,9 @@
-"""Page copies of vLLM's prefix caching ("align" mode) under speculation, on the CPU.
+"""CPU versions of the two kernels by which vLLM's prefix cache copies state pages under drafts.
 
-vLLM keeps the state of a cached prefix by copying a request's page as the request crosses a block
-boundary. With speculation the copies are two Triton kernels that have no CPU version in 0.32 and
-0.33: the engine dies at the first request. These are the two. They drop what the GPU kernels do
-with accepted counts, since a verbatim copy of our page is always a correct copy.
-
-Installed through vLLM's own `register_kernels`. Can go when vLLM ships CPU versions of both.
+vLLM keeps the state of a cached prefix by copying a request's page when the request crosses a
+block boundary ("align" mode). The GPU kernels shift what they copy by the number of accepted
+tokens. These copy a page as it is, because a verbatim copy of our page is always correct.
+patches.py registers them.
 """
 
 import ctypes
@@ -14,35 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from vllm.platforms import current_platform
 
-KERNELS = "vllm.v1.worker.mamba_utils."
-
 
 def needed() -> bool:
-    """Whether the host has neither kernel, because it has no Triton."""
+    """Whether vLLM lacks both kernels: on a CPU without Triton."""
     from vllm.triton_utils import HAS_TRITON
 
     return current_platform.is_cpu() and not HAS_TRITON
 
 
-def install() -> None:
-    """Register both kernels where the host has none; idempotent."""
-    from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
-    from vllm.v1.worker import mamba_utils
-
-    if not needed():
-        return
-    if isinstance(mamba_utils.precopy_mamba_align_fused_kernel, KernelOverride):
-        return
-    register_kernels(
-        {
-            KERNELS + "precopy_mamba_align_fused_kernel": _precopy,
-            KERNELS + "postprocess_mamba_fused_kernel": _postprocess,
-        }
-    )
-
-
 class Layout(NamedTuple):
-    """Where the pages of all layers lie: ten arguments that both kernels take in this order."""
+    """Where the pages of all layers are: ten arguments that both kernels take in this order."""
 
     block_table_ptrs: torch.Tensor  # address of each cache group's int32 block table
     block_table_stride: int  # its entries per request
@@ -72,14 +51,14 @@ class Layout(NamedTuple):
             ctypes.memmove(base + dst * stride, base + src * stride, nbytes)
 
 
-def _precopy(
+def precopy(
     state_col: torch.Tensor,
     src_col: torch.Tensor,
     token_bias: torch.Tensor,
     *rest: Any,
     **constants: Any,
 ) -> None:
-    """Before a step: a request that moves into a new block takes its page along."""
+    """Before a step: copy the page of each request that enters a new block into that block."""
     *layout, _, num_reqs = rest
     for row in range(num_reqs):
         src, dst = int(src_col[row]), int(state_col[row])
@@ -87,7 +66,7 @@ def _precopy(
             Layout(*layout).copy(row, src, dst)
 
 
-def _postprocess(
+def postprocess(
     num_accepted: torch.Tensor,
     state_col: torch.Tensor,
     num_scheduled: torch.Tensor,
@@ -97,7 +76,7 @@ def _postprocess(
     block_size: int,
     **constants: Any,
 ) -> None:
-    """After a step: a request whose accepted tokens filled a block leaves its page there."""
+    """After a step: copy the page of each request that filled a block into that block."""
     *layout, num_accepted_out, _, num_reqs = rest
     for row in range(num_reqs):
         running = int(num_computed[row] + num_scheduled[row] - num_draft[row])

@@ -32,13 +32,13 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
+from qwen3next_plugin.engines.vllm.patches import provide_page_copies
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
@@ -141,7 +141,7 @@ class Qwen3NextForCausalLM(
         super().__init__()
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
-        page_copy.install()
+        provide_page_copies()
         dispatch.load(current_platform.device_type)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(

@@ -32,13 +32,12 @@ def register_as_on_a_gpu() -> bool:
     environment.use_cpu()
     from sglang.srt.arg_groups import mamba_hook
 
-    from qwen3next_plugin.engines.sglang import flags as arguments
-    from qwen3next_plugin.engines.sglang import patches as hooks
+    from qwen3next_plugin.engines.sglang import patches, served
 
-    hooks.on_gpu = lambda: True
-    hooks.ON_CPU = tuple(seam for seam in hooks.ON_CPU if seam.target != WORKER)
+    patches.on_gpu = lambda: True
+    patches.ON_CPU = tuple(entry for entry in patches.ON_CPU if entry.target != WORKER)
     strategy = "mamba_radix_cache_strategy"
-    arguments.SERVED_ON_CPU[strategy] = arguments.SERVED_ON_GPU[strategy]
+    served.SERVED_ON_CPU[strategy] = served.SERVED_ON_GPU[strategy]
     mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
     return register()
 
