@@ -1,7 +1,7 @@
-"""State pages in SGLang's pool: one opaque page a request and linear layer, also with drafts.
+"""State pages in SGLang's pool: one opaque page for each request and linear layer, with drafts too.
 
-SGLang keeps a convolution window and S in tensors of their own, and k + 1 of each per request under
-speculation. Here both lie in one page (model/state.py), whose copy is always a correct copy.
+SGLang stores a convolution window and S as separate tensors, and with drafts k + 1 of each per
+request. Here one page holds both (model/state.py), and every copy of a page is a correct copy.
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.kernels.copy_pages import copy_pages
 from qwen3next_plugin.model.state import PageLayout, StatePool, state_dtype
 
-ALIGNMENT = 64  # bytes: a page begins where a cache line does
+ALIGNMENT = 64  # bytes: each page starts at a cache line
 
 
 def page_layout(hf_config: Any) -> PageLayout:
-    """The page of one linear layer of this rank, under the flags in force."""
+    """The page of one linear layer on this rank, under the current flags."""
     config = read_config(hf_config, get_parallel().tp_size)
     name = str(mamba2_state_dtype(hf_config).temporal).removeprefix("torch.")
     return PageLayout.from_config(
@@ -39,13 +39,13 @@ def page_layout(hf_config: Any) -> PageLayout:
 
 
 def max_drafts() -> int:
-    """The most tokens of a row that may be taken back: the depth of a draft, 0 without drafts."""
+    """The most tokens of a row that a roll-back removes: a draft's depth, or 0 without drafts."""
     return (get_spec().speculative_num_steps or 0) if get_spec().speculative_algorithm else 0
 
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """A page in the terms in which SGLang sizes its pools: no window beside it, only bytes."""
+    """The shape of a page in SGLang's terms: no convolution window, and a state of bytes."""
 
     layout: PageLayout
 
@@ -60,13 +60,13 @@ class PageShape:
 
 @dataclass(kw_only=True, frozen=True)
 class PageParams(BaseLinearStateParams):
-    """What SGLang asks of a config about its linear layers."""
+    """SGLang's parameters of a model's linear layers."""
 
     shape: PageShape
 
 
 def page_params(hf_config: Any) -> PageParams:
-    """Takes the place of `Qwen3NextConfig.mamba2_cache_params`."""
+    """What SGLang sizes its pools by; replaces `Qwen3NextConfig.mamba2_cache_params`."""
     layout = page_layout(hf_config)
     return PageParams(
         shape=PageShape(layout),
@@ -76,7 +76,7 @@ def page_params(hf_config: Any) -> PageParams:
 
 
 class PagePool(MambaPool):
-    """SGLang's pool of states with pages in it; slots are handed out and copied by SGLang."""
+    """SGLang's pool of states, holding pages; SGLang allocates, copies and frees the slots."""
 
     replayssm_write_pos = replayssm_spec_write_pos = replayssm_cache_base = None
     replayssm_spec_fold = replayssm_is_kda = False
@@ -93,7 +93,7 @@ class PagePool(MambaPool):
         device: str,
         enable_memory_saver: bool = False,
         speculative_eagle_topk: int | None = None,
-        **_: Any,  # of windows, snapshots and rings, which a page makes needless
+        **_: Any,  # sizes of windows, snapshots and rings, which pages do not need
     ) -> None:
         self.size, self.device, self.debug_memory_pool = size, device, False
         self.mamba_layer_ids = list(mamba_layer_ids)
@@ -101,11 +101,11 @@ class PagePool(MambaPool):
         self.layout = cache_params.shape.layout
         self.num_slots = size + 1  # SGLang's ids begin at 1
         branches = max_branches(speculative_eagle_topk)
-        # Branches of draft trees, in the slots behind: a step copies pages there and back.
+        # The slots after those are for branches of draft trees: a step copies pages there and back.
         slots = self.num_slots + spec_state_size * branches
         saver = TorchMemorySaverAdapter.create(enable=enable_memory_saver)
         with saver.region(GPU_MEMORY_TYPE_KV_CACHE):
-            pages = torch.empty(  # of which the system gives what is touched
+            pages = torch.empty(  # the system provides memory as it is touched
                 (self.num_mamba_layers, slots, *cache_params.shape.temporal),
                 dtype=torch.uint8,
                 device=device,
@@ -128,15 +128,16 @@ class PagePool(MambaPool):
         return self.pages[i : i + 1]
 
     def clear_slots(self, indices: torch.Tensor) -> None:
-        """Nothing to clear: a page is fresh where a request's context is empty."""
+        """Nothing to clear: a row with an empty context ignores what its page holds."""
 
     def copy_from(self, src_indices: torch.Tensor, dst_indices: torch.Tensor) -> None:
-        """Copy pages, whole."""
-        all_of_them = torch.ones_like(src_indices, dtype=torch.bool)
+        """Copy whole pages. Shapes: both [M]."""
         source, target = src_indices.int(), dst_indices.long()
-        copy_pages(pages_=self.pages, source=source, target=target, mask=all_of_them)
+        every = torch.ones_like(source, dtype=torch.bool)
+        copy_pages(pages_=self.pages, source=source, target=target, mask=every)
 
 
 def max_branches(topk: int | None) -> int:
-    """Leaves of a draft tree but one, at most: every node but the root is one; of a chain none."""
+    """Upper bound on the extra branches of a draft tree; a chain has none."""
+    # Every node but the root may be a leaf, and one leaf uses the request's own page.
     return max(0, get_spec().speculative_num_draft_tokens - 2) if (topk or 0) > 1 else 0
