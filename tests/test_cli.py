@@ -271,6 +271,7 @@ def test_plan_of_a_checkpoint_without_mtp(released):
         (("--num-speculative-tokens", 0), "num_speculative_tokens = 0: ask for 1 to 8"),
         (("--num-speculative-tokens", 50), "num_speculative_tokens = 50"),
         (("--max-model-len", 262145), "--max-model-len 262145 is beyond the model's 262144"),
+        (("--state-dtype", "float16"), "--state-dtype = 'float16': the state is kept in one of"),
     ],
 )
 def test_plan_complains_in_one_line(released, options, message):
@@ -322,7 +323,9 @@ def test_help_teaches_by_example(command):
         ("sglang", "0.5.23", True),
         ("sglang", "0.5.24", False),
         ("transformers", "5.19.0", True),
-        ("transformers", "5.20.0", False),
+        ("transformers", "5.20.2", True),
+        ("transformers", "5.21.0", False),
+        ("transformers", "5.15.9", False),
         ("torch", "2.13.0+cpu", True),
     ],
 )
@@ -479,6 +482,12 @@ def test_warmup_refuses_an_architecture_by_name(released):
     done = run("warmup", released, "--arch", "sm_70")
     assert done.exit_code == 1
     assert "--arch sm_70: use one of sm_80" in done.output
+
+
+def test_warmup_refuses_a_state_dtype_that_no_engine_serves(released):
+    done = run("warmup", released, "--state-dtype", "float16")
+    assert done.exit_code == 1
+    assert "--state-dtype = 'float16': the state is kept in one of float32, bfloat16" in done.output
 
 
 def test_doctor_when_a_probe_fails(diagnose):

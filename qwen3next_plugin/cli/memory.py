@@ -9,6 +9,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 
 GIB = 2**30
 BLOCK_ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
+STATE_FLAG = "--state-dtype"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +114,13 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
     """Bytes of one linear layer's page: S, the window of tokens after it, the conv inputs."""
     import torch
 
-    from qwen3next_plugin.model.state import PageLayout
+    from qwen3next_plugin.model.state import PageLayout, state_dtype
 
     nbytes = PageLayout.from_config(
         config,
         draft_tokens=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
-        state_dtype=getattr(torch, flags.state_dtype),
+        state_dtype=state_dtype(flags.state_dtype, setting=STATE_FLAG, flag=STATE_FLAG),
     ).nbytes()
     S, conv = nbytes.pop("state"), nbytes.pop("conv")
     return {"S": S, "window": sum(nbytes.values()), "conv": conv}

@@ -35,8 +35,8 @@ def plan(
         typer.Option(help="Activations, KV and weights; auto: the checkpoint's."),
     ] = "auto",
     state_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
-        typer.Option(help="The recurrent state; as --mamba-ssm-cache-dtype."),
+        str,
+        typer.Option(help="The recurrent state, float32 or bfloat16: --mamba-ssm-cache-dtype."),
     ] = "float32",
     prefix_caching: Annotated[bool, typer.Option(help="As the engine's own flag.")] = True,
     memory: Annotated[
