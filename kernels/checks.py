@@ -1,7 +1,14 @@
-"""What a public op checks of its arguments, and how it says what is wrong."""
+"""Checks of an op's arguments: shape, dtype, device and strides.
+
+A call is checked once, in its public op. The two ops on state pages have too many arguments to
+check in Python in every layer: the native ones are checked in C++ (native/arguments.h), the others
+by `check_arguments` of the op's arguments.py, with the same messages.
+"""
 
 import torch
 from torch import Tensor
+
+from qwen3next_plugin.kernels.step import Step
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT = (torch.float32,)
@@ -43,11 +50,9 @@ def check_page(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, de
         expected *= shape[i]
 
 
-def check_step(
-    op: str, query_start_loc: Tensor, slot: Tensor, context_len: Tensor, device: torch.device
-) -> None:
-    """Raise unless the step's index tensors are contiguous int32 of N + 1, N and N entries."""
-    N = slot.numel()
-    check(op, "query_start_loc", query_start_loc, (N + 1,), INT, device)
-    check(op, "slot", slot, (N,), INT, device)
-    check(op, "context_len", context_len, (N,), INT, device)
+def check_step(op: str, step: Step, device: torch.device) -> None:
+    """Raise unless the step's tensors are contiguous int32 of N + 1, N and N entries."""
+    N = step.slot.numel()
+    check(op, "query_start_loc", step.query_start_loc, (N + 1,), INT, device)
+    check(op, "slot", step.slot, (N,), INT, device)
+    check(op, "context_len", step.context_len, (N,), INT, device)

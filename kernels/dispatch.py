@@ -94,16 +94,22 @@ def _loaded(op: str, device_type: str) -> tuple[str, str]:
 
 
 def _function(op: str, name: str, device_type: str) -> Callable:
-    """A backend's function. Triton's on a GPU becomes a torch op, which a trace takes whole.
+    """A backend's `run`. On a GPU Triton's is put behind a torch op, which a trace takes whole.
 
     `copy_pages` and `gated_delta_net` are no torch ops: engines keep them out of their graphs.
     """
     folder = f"qwen3next_plugin.kernels.{op}"
-    run = getattr(importlib.import_module(f"{folder}.{name}"), op)
+    run = importlib.import_module(f"{folder}.{name}").run
     if name != "triton" or device_type == "cpu":
         return run
-    importlib.import_module(f"{folder}.cpu")  # the op's schema, and the shape of its result
+    as_torch_op = importlib.import_module(f"{folder}.cpu")  # its schema and the result's shape
     if not hasattr(torch.ops.qwen3next, op):
         return run
-    torch.library.register_kernel(f"qwen3next::{op}", device_type)(run)
-    return getattr(torch.ops.qwen3next, op).default
+    kernel = _on_flat(run, as_torch_op.bundles) if hasattr(as_torch_op, "bundles") else run
+    torch.library.register_kernel(f"qwen3next::{op}", device_type)(kernel)
+    return as_torch_op.run
+
+
+def _on_flat(run: Callable, bundles: Callable) -> Callable:
+    """`run`, which takes bundles, on a torch op's flat arguments."""
+    return lambda *arguments: run(*bundles(*arguments))

@@ -1,39 +1,62 @@
-"""What one engine step asks of each state page, checked before anything is written."""
+"""The step that an op runs, and the rows of it that have a page."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-GRID = 8  # L: S is folded where a position is a multiple of it; kGrid of native/step.h
+GRID = 8  # L: S is folded at positions that are multiples of it; kGrid of native/step.h
+NULL_SLOT = -1  # slot of a padding row: it has no page, and its output is zero
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step, built once and shared by all linear layers.
+
+    A row is a sequence. The context length and the row's page say whether the row prefills, decodes
+    or verifies a draft, and how many tokens of the last draft were accepted.
+
+    Shapes:
+        query_start_loc [N+1] int32   row i owns tokens query_start_loc[i] to [i+1]
+        slot            [N]   int32   the page of each row, or NULL_SLOT
+        context_len     [N]   int32   tokens of the sequence committed before this step; 0: fresh
+
+    max_query_len is an upper bound on the tokens of a row with a page. It is an int, so a kernel
+    launch need not wait for the device to know it.
+    """
+
+    query_start_loc: Tensor
+    slot: Tensor
+    context_len: Tensor
+    num_tokens: int
+    max_query_len: int
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A sequence's part of the step: its page, its tokens, and where the page stands."""
+    """A row of the step that has a page: its tokens, and where the page can continue."""
 
     slot: int
     begin: int
     end: int
     context: int  # tokens before this step's
-    p0: int  # the grid point at which the page's S stands
+    p0: int  # the grid point that the page's S is at
     long: bool  # more tokens than can be rolled back: all of them are certain
 
     @property
     def span(self) -> tuple[int, int]:
-        """What the page says after the step: before `start` all is certain, at `end` it ends."""
+        """The page's (start, end) after the step."""
         end = self.context + self.end - self.begin
         return (end if self.long else self.context), end
 
 
-def checked_rows(
-    query_start_loc: Tensor, slot: Tensor, context_len: Tensor, span: Tensor, T: int, k: int
-) -> list[Row]:
-    """The rows that have a page; k is the longest draft, so that k + 1 tokens are a short row.
+def checked_rows(step: Step, span: Tensor, T: int, k: int) -> list[Row]:
+    """The rows that have a page. A row of at most k + 1 tokens is short: it can be rolled back.
 
-    Raises: RuntimeError naming the row where an index is out of range, or where the context
-    length is not one the page can continue at.
+    Raises: RuntimeError naming the row if an index is out of range, or if its page cannot continue
+        at its context length.
     """
-    starts, slots, contexts = query_start_loc.tolist(), slot.tolist(), context_len.tolist()
+    starts = step.query_start_loc.tolist()
+    slots, contexts = step.slot.tolist(), step.context_len.tolist()
     rows: list[Row] = []
     taken: set[int] = set()
     for i, (page, c) in enumerate(zip(slots, contexts, strict=True)):

@@ -11,12 +11,12 @@ from torch import Tensor
 from qwen3next_plugin.kernels.gated_delta_rule import triton as kernels
 from qwen3next_plugin.kernels.gated_delta_rule.operands import inputs, pages
 from qwen3next_plugin.kernels.gpu.configs import Config, config_for
-from qwen3next_plugin.kernels.gpu.rows import rows
+from qwen3next_plugin.kernels.gpu.rows import step_tensors
 from qwen3next_plugin.kernels.step import GRID
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,
-    gated_delta_net,
+    attend,
 )
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.model.step import Step
@@ -102,7 +102,7 @@ class Layer:
         return self.run(self.qkvz, self.ba, step)
 
     def run(self, qkvz: Tensor, ba: Tensor, step: Step) -> Tensor:
-        return gated_delta_net(
+        return attend(
             qkvz=qkvz, ba=ba, weights=self.weights, shape=self.shape, pool_=self.pool, step=step
         )
 
@@ -115,8 +115,8 @@ class Layer:
             x=inputs(self.q, self.k, v, a, b, self.weights.A_log, self.weights.dt_bias),
             conv=None,
             norm=None,
-            pages=pages(pool.state, pool.key, pool.u, pool.g),
-            rows=rows(step.query_start_loc, step.slot, step.context_len, pool.span),
+            pages=pages(pool),
+            step=step_tensors(step, pool.span),
             max_query_len=step.max_query_len,
             out_=out,
         )

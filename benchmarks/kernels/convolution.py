@@ -16,15 +16,18 @@ from benchmarks.kernels.inputs import (
     DTYPE,
     PAGES,
     C,
-    Pages,
     int32,
     layer_inputs,
     mixed,
     slots_in_turn,
     spans_in_turn,
+    state_pool,
+    step_of,
 )
 from benchmarks.kernels.timing import Case
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import Step
 
 
 def cases() -> Iterator[Case]:
@@ -37,16 +40,15 @@ def cases() -> Iterator[Case]:
 
 
 def convolution(name: str, batch: int, n: int) -> Case:
-    x, weight, pages = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), Pages(n - 1)
+    x, weight, pool = layer_inputs(batch * n), torch.randn(C, 4).to(DTYPE), state_pool(n - 1)
     starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
     advance = 1 if n == 1 else 1 + ACCEPTED
     ours, theirs = spans_in_turn(batch, n, advance), slots_in_turn(batch)
 
     def plugin() -> Tensor:
-        slot, context_len, pages.span_ = next(ours)
-        return convolved(
-            x, weight, pages, query_start_loc=starts, slot=slot, context_len=context_len
-        )
+        slot, context_len, span = next(ours)
+        step = step_of(starts, slot, context_len, n)
+        return convolved(x, weight, pool._replace(span=span), step)
 
     packed = upstream.causal_conv1d_weight_pack(weight)
     states = torch.zeros(PAGES, 3 + n - 1, C, dtype=DTYPE).transpose(1, 2)
@@ -64,14 +66,12 @@ def convolution(name: str, batch: int, n: int) -> Case:
 
 
 def long_convolution(name: str, tokens: int) -> Case:
-    x, weight, pages = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), Pages(0)
+    x, weight, pool = layer_inputs(tokens), torch.randn(C, 4).to(DTYPE), state_pool(0)
     starts, fresh = int32(0, tokens), int32(0)
     ours, theirs = slots_in_turn(1), slots_in_turn(1)
 
     def plugin() -> Tensor:
-        return convolved(
-            x, weight, pages, query_start_loc=starts, slot=next(ours), context_len=fresh
-        )
+        return convolved(x, weight, pool, step_of(starts, next(ours), fresh, tokens))
 
     packed = upstream.causal_conv1d_weight_pack(weight)
     states = torch.zeros(PAGES, 3, C, dtype=DTYPE).transpose(1, 2)
@@ -87,9 +87,7 @@ def long_convolution(name: str, tokens: int) -> Case:
     return Case(name, plugin, forward, in_quick=tokens <= 1024)
 
 
-def convolved(x: dict[str, Tensor], weight: Tensor, pages: Pages, **step: Tensor) -> Tensor:
+def convolved(x: dict[str, Tensor], weight: Tensor, pool: StatePool, step: Step) -> Tensor:
     """The plugin's convolution; its three results are views of one buffer, which is returned."""
-    q, _, _ = causal_conv1d(
-        q=x["q"], k=x["k"], v=x["v"], weight=weight, conv_=pages.conv_, span=pages.span_, **step
-    )
+    q, _, _ = causal_conv1d(q=x["q"], k=x["k"], v=x["v"], weight=weight, pool_=pool, step=step)
     return q.as_strided((len(q), C), (C, 1))

@@ -15,13 +15,14 @@ from benchmarks.kernels.inputs import (
     PAGES,
     H,
     K,
-    Pages,
     V,
     every_slot,
     int32,
     layer_inputs,
     parameters,
     slots_in_turn,
+    state_pool,
+    step_of,
     turns,
 )
 from benchmarks.kernels.timing import Case
@@ -39,7 +40,7 @@ def cases() -> Iterator[Case]:
 
 
 def recurrence(name: str, batch: int, n: int) -> Case:
-    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(n - 1)
+    x, (A_log, dt_bias), pool = layer_inputs(batch * n), parameters(), state_pool(n - 1)
     x = {**x, "v": x["v"].reshape(-1, HV, V)}
     starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
     q, k, v = (x[name].contiguous() for name in "qkv")
@@ -50,8 +51,8 @@ def recurrence(name: str, batch: int, n: int) -> Case:
     def plugin() -> Tensor:
         slot, context_len = next(ours)
         return gated_delta_rule(
-            **x, A_log=A_log, dt_bias=dt_bias, **pages.recurrent(),
-            query_start_loc=starts, slot=slot, context_len=context_len,
+            **x, A_log=A_log, dt_bias=dt_bias,
+            pool_=pool, step=step_of(starts, slot, context_len, n),
         )  # fmt: skip
 
     states = torch.zeros(PAGES * n, HV, K, V)
@@ -80,7 +81,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
 
 
 def prefill(name: str, tokens: int) -> Case:
-    x, (A_log, dt_bias), pages = layer_inputs(tokens), parameters(), Pages(0)
+    x, (A_log, dt_bias), pool = layer_inputs(tokens), parameters(), state_pool(0)
     x = {**x, "v": x["v"].reshape(-1, HV, V)}
     q, k, v = (x[name].contiguous()[None] for name in "qkv")
     a, b = (x[name].flatten(1) for name in "ab")
@@ -89,8 +90,8 @@ def prefill(name: str, tokens: int) -> Case:
 
     def plugin() -> Tensor:
         return gated_delta_rule(
-            **x, A_log=A_log, dt_bias=dt_bias, **pages.recurrent(),
-            query_start_loc=starts, slot=next(ours), context_len=fresh,
+            **x, A_log=A_log, dt_bias=dt_bias,
+            pool_=pool, step=step_of(starts, next(ours), fresh, tokens),
         )  # fmt: skip
 
     def chunked() -> Tensor:

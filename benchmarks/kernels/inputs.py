@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.step import GRID
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import GRID, Step
 
 H, HV, K, V, DTYPE = 16, 32, 128, 128, torch.bfloat16
 R = HV // H * V
@@ -41,21 +42,22 @@ def parameters() -> tuple[Tensor, Tensor]:
     return torch.empty(HV).uniform_(1, 16).log(), torch.randn(HV).to(DTYPE)
 
 
-class Pages:
-    """The plugin's pages, and the steps that walk over them."""
+def state_pool(draft_tokens: int) -> StatePool:
+    """The plugin's pages."""
+    window = GRID + draft_tokens
+    return StatePool(
+        state=torch.zeros(PAGES, HV, K, V),
+        key=torch.zeros(PAGES, window, H, K),
+        u=torch.zeros(PAGES, window, HV, V),
+        g=torch.zeros(PAGES, window, HV),
+        span=torch.zeros(PAGES, 2, dtype=torch.int32),
+        conv=torch.zeros(PAGES, 4 + draft_tokens, C, dtype=DTYPE),
+    )
 
-    def __init__(self, draft_tokens: int):
-        window = GRID + draft_tokens
-        self.state_ = torch.zeros(PAGES, HV, K, V)
-        self.key_ = torch.zeros(PAGES, window, H, K)
-        self.u_ = torch.zeros(PAGES, window, HV, V)
-        self.g_ = torch.zeros(PAGES, window, HV)
-        self.span_ = torch.zeros(PAGES, 2, dtype=torch.int32)
-        self.conv_ = torch.zeros(PAGES, 4 + draft_tokens, C, dtype=DTYPE)
 
-    def recurrent(self) -> dict[str, Tensor]:
-        names = ("state_", "key_", "u_", "g_", "span_")
-        return {name: getattr(self, name) for name in names}
+def step_of(starts: Tensor, slot: Tensor, context_len: Tensor, n: int) -> Step:
+    """A step whose rows have n tokens each."""
+    return Step(starts, slot, context_len, num_tokens=n * len(slot), max_query_len=n)
 
 
 def every_slot(batch: int) -> tuple[Tensor, ...]:

@@ -19,12 +19,13 @@ from benchmarks.kernels.inputs import (
     C,
     H,
     K,
-    Pages,
     V,
     every_slot,
     layer_inputs,
     mixed,
     parameters,
+    state_pool,
+    step_of,
     turns,
 )
 from benchmarks.kernels.timing import Case
@@ -40,7 +41,7 @@ def cases() -> Iterator[Case]:
 def verify_layer(name: str, batch: int) -> Case:
     """As upstream's layer verifies where there is no AMX: the convolution a sequence at a time."""
     n = 1 + DRAFT
-    x, (A_log, dt_bias), pages = layer_inputs(batch * n), parameters(), Pages(DRAFT)
+    x, (A_log, dt_bias), pool = layer_inputs(batch * n), parameters(), state_pool(DRAFT)
     weight = torch.randn(C, 4).to(DTYPE)
     starts = torch.arange(0, batch * n + 1, n, dtype=torch.int32)
     b, a = x["b"].flatten(1), x["a"].flatten(1)
@@ -49,13 +50,11 @@ def verify_layer(name: str, batch: int) -> Case:
 
     def plugin() -> Tensor:
         slot, context_len = next(ours)
-        step = {"query_start_loc": starts, "slot": slot, "context_len": context_len}
-        q, k, v = causal_conv1d(
-            q=x["q"], k=x["k"], v=x["v"], weight=weight, conv_=pages.conv_, span=pages.span_, **step
-        )
+        step = step_of(starts, slot, context_len, n)
+        q, k, v = causal_conv1d(q=x["q"], k=x["k"], v=x["v"], weight=weight, pool_=pool, step=step)
         return gated_delta_rule(
             q=q, k=k, v=v.view(-1, HV, V), a=x["a"], b=x["b"], A_log=A_log, dt_bias=dt_bias,
-            **pages.recurrent(), **step,
+            pool_=pool, step=step,
         )  # fmt: skip
 
     def rearrange(mixed_qkv: Tensor) -> tuple[Tensor, ...]:

@@ -3,33 +3,24 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.causal_conv1d.arguments import ConvInputs
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import Step
 
 
 def causal_conv1d(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    conv_: Tensor,
-    span: Tensor,
-    query_start_loc: Tensor,
-    slot: Tensor,
-    context_len: Tensor,
+    *, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, pool_: StatePool, step: Step
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_t = silu(sum_j weight[:, j] x_{t-3+j}) over x = [q; k; v]; keeps each page's inputs.
 
-    Runs before `gated_delta_rule`, which reads the same `span` and advances it.
+    Runs before `gated_delta_rule`: it reads the pages' `span`, and the delta rule advances it.
 
     Shapes:
         q, k: [T, H, K], v: [T, H, R], R = HV / H * V; any strides but the last
         weight: [C, 4], C = H * (2 * K + R), fp32 or the activations' dtype
-        conv_: [slots, 4 + k, C], each slot contiguous; a ring: the input at position p lies at
-            row p % (4 + k)
-        span: [slots, 2] int32 (start, end): context lengths the page can continue at
-        query_start_loc: [N + 1], slot: [N] (-1: no page, zeros out), context_len: [N] (tokens
-            before this step's), all int32
-        returns q, k [T, H, K] and v [T, H, R], views of one contiguous [T, C]
+        pool_: reads `span`, updates `conv`
+        returns q, k [T, H, K] and v [T, H, R], views of one contiguous [T, C]; zero in rows without
+            a page
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
@@ -38,7 +29,7 @@ def causal_conv1d(
     Source: `causal_conv1d_fn` and `causal_conv1d_update` of transformers' Qwen3-Next.
     """
     run = dispatch.implementation("causal_conv1d", q.device)
-    out = run(q, k, v, weight, conv_, span, query_start_loc, slot, context_len)  # [T, C]
+    out = run(ConvInputs(q, k, v), weight, pool_, step)  # [T, C]
     (T, H, K), R = q.shape, v.shape[-1]
     q, k, v = out.split([H * K, H * K, H * R], dim=-1)
     return q.view(T, H, K), k.view(T, H, K), v.view(T, H, R)

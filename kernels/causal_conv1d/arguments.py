@@ -1,4 +1,6 @@
-"""What the convolution asks of its arguments; cpu.cpp asks the same."""
+"""What a backend of the convolution takes, and the checks of it; cpu.cpp checks the same."""
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,32 +13,37 @@ from qwen3next_plugin.kernels.checks import (
     check_page,
     check_step,
 )
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import Step
 
 WIDTH = 4
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    conv_: Tensor,
-    span: Tensor,
-    query_start_loc: Tensor,
-    slot: Tensor,
-    context_len: Tensor,
-) -> None:
+class ConvInputs(NamedTuple):
+    """Shapes: q, k [T, H, K], v [T, H, R], R = HV / H * V; any strides but the last"""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def check_arguments(x: ConvInputs, weight: Tensor, pool: StatePool, step: Step) -> None:
     """Raise ValueError unless the shapes, dtypes, devices and strides are the public op's."""
-    op = "causal_conv1d"
-    (T, H, K), R, ring = q.shape, v.shape[-1], conv_.shape[1]
-    C = H * (2 * K + R)
-    if ring < WIDTH:
-        raise ValueError(f"{op}: conv_ holds {ring} inputs, fewer than the {WIDTH} it convolves")
+    op, (q, k, v) = "causal_conv1d", x
+    (T, H, K), R = q.shape, v.shape[-1]
     check(op, "q", q, (T, H, K), ACTIVATIONS, q.device)
     check(op, "k", k, (T, H, K), (q.dtype,), q.device)
     check(op, "v", v, (T, H, R), (q.dtype,), q.device)
+    check_convolution(q, H * (2 * K + R), weight, pool)
+    check_page(op, "span", pool.span, (2,), INT, q.device)
+    check_step(op, step, q.device)
+
+
+def check_convolution(q: Tensor, C: int, weight: Tensor, pool: StatePool) -> None:
+    """Check the weight, and the inputs that the pages keep, of C channels."""
+    op, ring = "causal_conv1d", pool.conv.shape[1]
+    if ring < WIDTH:
+        raise ValueError(f"{op}: conv_ holds {ring} inputs, fewer than the {WIDTH} it convolves")
     check(op, "weight", weight, (C, WIDTH), (q.dtype, *FLOAT), q.device)
     check_contiguous(op, "weight", weight)
-    check_page(op, "conv_", conv_, (ring, C), (q.dtype,), q.device)
-    check_page(op, "span", span, (2,), INT, q.device)
-    check_step(op, query_start_loc, slot, context_len, q.device)
+    check_page(op, "conv_", pool.conv, (ring, C), (q.dtype,), q.device)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
-from qwen3next_plugin.kernels.causal_conv1d.arguments import check_arguments
+from qwen3next_plugin.kernels.causal_conv1d.arguments import ConvInputs, check_arguments
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.kernels.gpu.convolution import (
@@ -14,36 +14,30 @@ from qwen3next_plugin.kernels.gpu.convolution import (
     convolved_tile,
     kept_at,
 )
-from qwen3next_plugin.kernels.gpu.rows import load_row, rows, rows_of_tokens, say_fault
+from qwen3next_plugin.kernels.gpu.rows import load_row, rows_of_tokens, say_fault, step_tensors
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import Step
 
 TOKENS = 16  # of a program
 
 
-def causal_conv1d(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    conv_: Tensor,
-    span: Tensor,
-    query_start_loc: Tensor,
-    slot: Tensor,
-    context_len: Tensor,
-) -> Tensor:
-    """Shapes as in the public op; returns [T, C]. A bad row is told by `faults.check`."""
-    check_arguments(q, k, v, weight, conv_, span, query_start_loc, slot, context_len)
-    (T, H, K), R, ring, N = q.shape, v.shape[-1], conv_.shape[1], len(slot)
-    out = q.new_empty(T, H * (2 * K + R))
+def run(x: ConvInputs, weight: Tensor, pool: StatePool, step: Step) -> Tensor:
+    """Shapes as in the public op; returns [T, C]. `faults.check` raises for a bad row."""
+    check_arguments(x, weight, pool, step)
+    q, slots, N, ring = x.q, len(pool.span), len(step.slot), pool.conv.shape[1]
+    T, H, _ = q.shape
+    out = q.new_empty(T, len(weight))
     if N == 0:
         return out.zero_()
     config = config_for(q.device).rowwise
-    at = (convolution(weight, conv_), rows(query_start_loc, slot, context_len, span))
+    operands = (convolution(weight, pool.conv), step_tensors(step, pool.span))
     for keeps in (False, True):
         first = 0
-        for x in (q, k, v):
-            D = x.shape[-1]
+        for part in x:
+            D = part.shape[-1]
             _convolve[-(-T // TOKENS) + N, H](
-                x, *x.stride()[:2], *at, faults.record(q.device), out, T, N, len(span), first,
+                part, *part.stride()[:2], *operands, faults.record(q.device), out,
+                T, N, slots, first,
                 H=H, C=out.shape[1], D=D, RING=ring, KEEPS=keeps,
                 BT=TOKENS, BD=next_power_of_2(D), **config.options(),
             )  # fmt: skip
@@ -53,7 +47,7 @@ def causal_conv1d(
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def _convolve(
-    x, token, head, conv, rows, record, out, T, N, slots, first,
+    x, token, head, conv, step, record, out, T, N, slots, first,
     H: tl.constexpr, C: tl.constexpr, D: tl.constexpr, RING: tl.constexpr,
     KEEPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -67,11 +61,11 @@ def _convolve(
     blocks = (T + BT - 1) // BT
     if block >= blocks:
         if KEEPS & (h == 0):
-            say_fault(rows, record, block - blocks, T, slots, DRAFTS)
+            say_fault(step, record, block - blocks, T, slots, DRAFTS)
         return
     t = block * BT + tl.arange(0, BT)
-    i = tl.minimum(rows_of_tokens(rows, t, N), N - 1)
-    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    i = tl.minimum(rows_of_tokens(step, t, N), N - 1)
+    page, begin, n, c, _, _, fault = load_row(step, i, T, slots, DRAFTS)
     covered = (t >= begin) & (t < begin + n)
     runs = covered & (page >= 0) & (fault == 0)
     p = c + t - begin

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def copy_pages(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
+def run(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
     """Shapes as in the public op."""
     slots = pages_.shape[1]
     copied = mask & (source >= 0) & (source < slots) & (target >= 0) & (target < slots)

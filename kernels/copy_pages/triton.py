@@ -11,7 +11,7 @@ PROGRAMS = 64  # an entry
 WORDS = 1024  # of 8 bytes, that a program copies at a time
 
 
-def copy_pages(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
+def run(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
     """Shapes as in the public op."""
     if not (len(source) and pages_.numel()):
         return

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-draft_head = torch.ops.qwen3next.draft_head.default
+run = torch.ops.qwen3next.draft_head.default
 
 
 @torch.library.register_fake("qwen3next::draft_head")

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-fused_moe = torch.ops.qwen3next.fused_moe.default
+run = torch.ops.qwen3next.fused_moe.default
 
 
 @torch.library.register_fake("qwen3next::fused_moe")

@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, silu
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def commit(
-    x, conv, norm, rows, row_faults, pages, keys, raw, out, T, N, slots,
+    x, conv, norm, step, row_faults, pages, keys, raw, out, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     CONVOLVES: tl.constexpr, NORMS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
@@ -28,15 +28,15 @@ def commit(
     if is_row:
         i = tl.program_id(0) - T
     else:
-        i = tl.minimum(row_of_token(rows, tl.program_id(0), N), N - 1)
-    page, begin, n, c, _, _, _ = load_row(rows, i, T, slots, DRAFTS)
+        i = tl.minimum(row_of_token(step, tl.program_id(0), N), N - 1)
+    page, begin, n, c, _, _, _ = load_row(step, i, T, slots, DRAFTS)
     fault = tl.load(row_faults + i)  # found before any span was written
     is_long = n > DRAFTS + 1
     certain = tl.where(is_long, c + n, c)
     if is_row:
         if (h == 0) & (page >= 0) & (fault == 0):
-            tl.store(rows.span + page * rows.span_slot, certain)
-            tl.store(rows.span + page * rows.span_slot + 1, c + n)
+            tl.store(step.span + page * step.span_slot, certain)
+            tl.store(step.span + page * step.span_slot + 1, c + n)
         return
     t = tl.program_id(0).to(tl.int64)
     covered = (t >= begin) & (t < begin + n)

@@ -4,13 +4,32 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import native
-from qwen3next_plugin.kernels.gated_delta_rule.arguments import check_arguments
+from qwen3next_plugin.kernels.gated_delta_rule.arguments import (
+    RuleInputs,
+    RuleWeights,
+    check_arguments,
+)
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import Step
 
 native.load()
-gated_delta_rule = torch.ops.qwen3next.gated_delta_rule.default
+_op = torch.ops.qwen3next.gated_delta_rule.default
+
+
+def run(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: Step) -> Tensor:
+    """Shapes as in the public op."""
+    return _op(*x, *weights, *pool[:5], step.query_start_loc, step.slot, step.context_len)
+
+
+def bundles(*arguments: Tensor) -> tuple[RuleInputs, RuleWeights, StatePool, Step]:
+    """What `run` took, from the arguments of the torch op."""
+    x, weights, pages = RuleInputs(*arguments[:5]), RuleWeights(*arguments[5:7]), arguments[7:12]
+    pool = StatePool(*pages, conv=pages[0])  # which the rule does not use
+    return x, weights, pool, Step(*arguments[12:], num_tokens=len(x.q), max_query_len=len(x.q))
 
 
 @torch.library.register_fake("qwen3next::gated_delta_rule")
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
-    check_arguments(q, k, v, *others)
-    return v.new_empty(v.shape)
+def _(*arguments: Tensor) -> Tensor:
+    x, weights, pool, step = bundles(*arguments)
+    check_arguments(x, weights, pool, step)
+    return x.v.new_empty(x.v.shape)

@@ -36,7 +36,7 @@ def chunk_tokens(c, begin, n, j, first, C: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def prepare(
-    x, conv, rows, q_out, k_out, v_out, g_out, beta_out, keys, T, N, slots,
+    x, conv, step, q_out, k_out, v_out, g_out, beta_out, keys, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     CONVOLVES: tl.constexpr, CHUNK: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
@@ -51,10 +51,10 @@ def prepare(
     RING: tl.constexpr = WIDTH + DRAFTS
     PARTS: tl.constexpr = CHUNK // BT
     h = tl.program_id(1)
-    i, j = row_of_chunk(rows, tl.program_id(0) // PARTS, N, T, DRAFTS + 2, CHUNK)
+    i, j = row_of_chunk(step, tl.program_id(0) // PARTS, N, T, DRAFTS + 2, CHUNK)
     if i >= N:
         return
-    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    page, begin, n, c, _, _, fault = load_row(step, i, T, slots, DRAFTS)
     if (page < 0) | (fault != 0):
         return
     first = tl.program_id(0) % PARTS * BT
@@ -126,17 +126,17 @@ def unit_lower_inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def chunk_matrices(
-    q, k, g, beta, rows, inverse, attention, T, N, slots,
+    q, k, g, beta, step, inverse, attention, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, INVERSE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(I + L)^-1 diag(beta) and P of a chunk and value head, to [T, HV, C]; grid (chunks, HV)."""
     DRAFTS: tl.constexpr = W - GRID
     hv = tl.program_id(1)
-    i, j = row_of_chunk(rows, tl.program_id(0), N, T, DRAFTS + 2, C)
+    i, j = row_of_chunk(step, tl.program_id(0), N, T, DRAFTS + 2, C)
     if i >= N:
         return
-    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    page, begin, n, c, _, _, fault = load_row(step, i, T, slots, DRAFTS)
     if (page < 0) | (fault != 0):
         return
     _, t, live = chunk_tokens(c, begin, n, j, 0, C, C)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qwen3next_plugin.kernels.gpu.convolution import Convolution
+from qwen3next_plugin.kernels.pages import StatePool
 
 
 class Inputs(NamedTuple):
@@ -89,5 +90,6 @@ class Pages(NamedTuple):
     g_slot: int
 
 
-def pages(state: Tensor, key: Tensor, u: Tensor, g: Tensor) -> Pages:
+def pages(pool: StatePool) -> Pages:
+    state, key, u, g = pool[:4]
     return Pages(state, key, u, g, state.stride(0), key.stride(0), u.stride(0), g.stride(0))

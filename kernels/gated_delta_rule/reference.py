@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from qwen3next_plugin.kernels.gated_delta_rule.arguments import check_arguments
-from qwen3next_plugin.kernels.step import GRID, checked_rows
+from qwen3next_plugin.kernels.gated_delta_rule.arguments import (
+    RuleInputs,
+    RuleWeights,
+    check_arguments,
+)
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import GRID, Step, checked_rows
 
 
 def l2_normalise(x: Tensor) -> Tensor:
@@ -14,30 +19,12 @@ def l2_normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state_: Tensor,
-    key_: Tensor,
-    u_: Tensor,
-    g_: Tensor,
-    span_: Tensor,
-    query_start_loc: Tensor,
-    slot: Tensor,
-    context_len: Tensor,
-) -> Tensor:
+def run(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: Step) -> Tensor:
     """Shapes as in the public op."""
+    check_arguments(x, weights, pool, step)
+    (q, k, v, a, b), (A_log, dt_bias), (state_, key_, u_, g_, span_, _) = x, weights, pool
     (T, H, K), (_, HV, _), W = q.shape, v.shape, key_.shape[1]
-    check_arguments(
-        q, k, v, a, b, A_log, dt_bias, state_, key_, u_, g_, span_,
-        query_start_loc, slot, context_len,
-    )  # fmt: skip
-    rows = checked_rows(query_start_loc, slot, context_len, span_, T, W - GRID)
+    rows = checked_rows(step, span_, T, W - GRID)
     g = -A_log.float().exp() * softplus(a.float().flatten(1) + dt_bias.float())  # [T, HV]
     beta = b.float().flatten(1).sigmoid()
     q, k = l2_normalise(q) * K**-0.5, l2_normalise(k)

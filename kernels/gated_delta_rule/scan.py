@@ -71,7 +71,7 @@ def chunk_step(
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def segment_transitions(
-    chunks, rows, transitions, T, N, slots,
+    chunks, step, transitions, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -85,10 +85,10 @@ def segment_transitions(
     A_FROM: tl.constexpr = (V + BV - 1) // BV * BV
     tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     index = tl.program_id(1)
-    i, s = row_of_chunk(rows, index, N, T, SPLIT_FROM, SEGMENT)
+    i, s = row_of_chunk(step, index, N, T, SPLIT_FROM, SEGMENT)
     if i >= N:
         return
-    page, begin, n, c, _, _, fault = load_row(rows, i, T, slots, W - GRID)
+    page, begin, n, c, _, _, fault = load_row(step, i, T, slots, W - GRID)
     first, to, ends = segment_chunks(c, n, s, C, SEGMENT)
     if (page < 0) | (fault != 0) | ends:
         return
@@ -106,7 +106,7 @@ def segment_transitions(
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def segment_starts(
-    transitions, starts, rows, pages, T, N, slots,
+    transitions, starts, step, pages, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,10 +120,10 @@ def segment_starts(
     WIDTH: tl.constexpr = A_FROM + (K + BV - 1) // BV * BV
     tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     index = tl.program_id(1)
-    i, s = row_of_chunk(rows, index, N, T, SPLIT_FROM, SEGMENT)
+    i, s = row_of_chunk(step, index, N, T, SPLIT_FROM, SEGMENT)
     if (i >= N) | (s != 0):
         return
-    page, _, n, c, start, _, fault = load_row(rows, i, T, slots, W - GRID)
+    page, _, n, c, start, _, fault = load_row(step, i, T, slots, W - GRID)
     if (page < 0) | (fault != 0):
         return
     k_at, v_at = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
@@ -146,7 +146,7 @@ def segment_starts(
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def chunk_scan(
-    chunks, starts, rows, pages, out, T, N, slots,
+    chunks, starts, step, pages, out, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     C: tl.constexpr, SPLITS: tl.constexpr, SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -163,12 +163,12 @@ def chunk_scan(
     index = tl.program_id(1) - N
     is_segment = (index >= 0) & SPLITS
     if is_segment:
-        i, s = row_of_chunk(rows, index, N, T, SPLIT_FROM, SEGMENT)
+        i, s = row_of_chunk(step, index, N, T, SPLIT_FROM, SEGMENT)
     else:
         i, s = tl.program_id(1), 0
     if i >= N:
         return
-    page, begin, n, c, start, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    page, begin, n, c, start, _, fault = load_row(step, i, T, slots, DRAFTS)
     # A step that was launched without segments has none, however long its rows are.
     is_split = (n >= SPLIT_FROM) & SPLITS & (tl.num_programs(1) > N)
     if (page < 0) | (fault != 0) | (n <= DRAFTS + 1) | (is_split != is_segment):

@@ -20,7 +20,7 @@ def normalised(x, scale):
 
 @triton.jit(do_not_specialize=["T", "slots"])
 def short_rows(
-    x, conv, rows, row_faults, faults, pages, keys, out, T, slots,
+    x, conv, step, row_faults, faults, pages, keys, out, T, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     CONVOLVES: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -37,9 +37,9 @@ def short_rows(
     DTYPE: tl.constexpr = out.dtype.element_ty
     tile, hv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     i = tl.program_id(1)
-    page, begin, n, c, start, _, fault = load_row(rows, i, T, slots, DRAFTS)
+    page, begin, n, c, start, _, fault = load_row(step, i, T, slots, DRAFTS)
     if tl.program_id(0) == 0:
-        tl.store(row_faults + i, say_fault(rows, faults, i, T, slots, DRAFTS))
+        tl.store(row_faults + i, say_fault(step, faults, i, T, slots, DRAFTS))
     if (page < 0) | (fault != 0) | (n > DRAFTS + 1):
         return
     h, r = hv // R, hv % R

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 from triton import next_power_of_2
 
-from qwen3next_plugin.kernels.gated_delta_rule.arguments import check_arguments
+from qwen3next_plugin.kernels.gated_delta_rule.arguments import (
+    RuleInputs,
+    RuleWeights,
+    check_arguments,
+)
 from qwen3next_plugin.kernels.gated_delta_rule.commit import commit
 from qwen3next_plugin.kernels.gated_delta_rule.long_rows import chunk_matrices, prepare
 from qwen3next_plugin.kernels.gated_delta_rule.operands import (
@@ -29,40 +33,25 @@ from qwen3next_plugin.kernels.gated_delta_rule.short_rows import short_rows
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import Config, config_for
 from qwen3next_plugin.kernels.gpu.convolution import Convolution
-from qwen3next_plugin.kernels.gpu.rows import Rows, most_chunks, rows
-from qwen3next_plugin.kernels.step import GRID
+from qwen3next_plugin.kernels.gpu.rows import StepTensors, most_chunks, step_tensors
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import GRID, Step
 
 MIN_DOT = 16  # the least that tl.dot multiplies
 
 
-def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state_: Tensor,
-    key_: Tensor,
-    u_: Tensor,
-    g_: Tensor,
-    span_: Tensor,
-    query_start_loc: Tensor,
-    slot: Tensor,
-    context_len: Tensor,
-) -> Tensor:
-    """Shapes as in the public op. A bad row is told by `faults.check`, its output is NaN."""
-    step = (query_start_loc, slot, context_len)
-    check_arguments(q, k, v, a, b, A_log, dt_bias, state_, key_, u_, g_, span_, *step)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+def run(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: Step) -> Tensor:
+    """Shapes as in the public op. Of a bad row the output is NaN, and `faults.check` raises."""
+    check_arguments(x, weights, pool, step)
+    H = x.q.shape[1]
+    out = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     run_layer(
-        x=inputs(q, k, v.unflatten(1, (q.shape[1], -1)), a, b, A_log, dt_bias),
+        x=inputs(x.q, x.k, x.v.unflatten(1, (H, -1)), x.a, x.b, *weights),
         conv=None,
         norm=None,
-        pages=pages(state_, key_, u_, g_),
-        rows=rows(*step, span_),
-        max_query_len=len(q),
+        pages=pages(pool),
+        step=step_tensors(step, pool.span),
+        max_query_len=step.max_query_len,
         out_=out,
     )
     return faults.checked(out)
@@ -74,7 +63,7 @@ def run_layer(
     conv: Convolution | None,
     norm: Norm | None,
     pages: Pages,
-    rows: Rows,
+    step: StepTensors,
     max_query_len: int,
     out_: Tensor,
 ) -> None:
@@ -86,11 +75,11 @@ def run_layer(
     Shapes: out_ [T, HV, V] or [T, HV * V], contiguous
     """
     (T, H, K), (_, _, R, V), W = x.q.shape, x.v.shape, pages.key.shape[1]
-    N, HV, slots, device = len(rows.slot), H * R, len(rows.span), x.q.device
+    N, HV, slots, device = len(step.slot), H * R, len(step.span), x.q.device
     config = config_for(device)
     raw = out_.view(T, HV, V) if norm is None else x.v.new_empty(T, HV, V)
     keys = x.q.new_empty(T, H, K, dtype=torch.float32)
-    row_faults = rows.slot.new_empty(N)
+    row_faults = step.slot.new_empty(N)
     sizes = {"H": H, "R": R, "K": K, "V": V, "W": W}
     convolves = {"CONVOLVES": conv is not None}
     conv = conv or no_convolution(x)
@@ -100,14 +89,14 @@ def run_layer(
 
     BK, BV = max(MIN_DOT, next_power_of_2(K)), min(config.short_columns, next_power_of_2(V))
     short_rows[-(-V // BV) * HV, N](
-        x, conv, rows, row_faults, faults.record(device), pages, keys, raw, T, slots,
+        x, conv, step, row_faults, faults.record(device), pages, keys, raw, T, slots,
         **sizes, **convolves, BK=BK, BV=BV, **config.short.options(),
     )  # fmt: skip
     if max_query_len > W - GRID + 1:
-        chunks = _chunks(x, conv, rows, keys, raw, config, sizes, convolves)
-        _scan(chunks, pages, rows, max_query_len, raw, config, sizes)
+        chunks = _chunks(x, conv, step, keys, raw, config, sizes, convolves)
+        _scan(chunks, pages, step, max_query_len, raw, config, sizes)
     commit[T + N, H](
-        x, conv, norm or no_norm(x), rows, row_faults, pages, keys, raw, out_, T, N, slots,
+        x, conv, norm or no_norm(x), step, row_faults, pages, keys, raw, out_, T, N, slots,
         **sizes, **convolves, NORMS=norm is not None,
         BK=BK, BV=next_power_of_2(V), BR=next_power_of_2(R), **config.commit.options(),
     )  # fmt: skip
@@ -116,7 +105,7 @@ def run_layer(
 def _chunks(
     x: Inputs,
     conv: Convolution,
-    rows: Rows,
+    step: StepTensors,
     keys: Tensor,
     raw: Tensor,
     config: Config,
@@ -125,21 +114,21 @@ def _chunks(
 ) -> Chunks:
     """The rows that are longer than a draft can be; their last keys to `keys`."""
     (T, HV, V), H, R, K, W = raw.shape, *(sizes[name] for name in "HRKW")
-    N, slots, C = len(rows.slot), len(rows.span), config.chunk
+    N, slots, C = len(step.slot), len(step.span), config.chunk
     BK, BV = max(MIN_DOT, next_power_of_2(K)), max(MIN_DOT, next_power_of_2(V))
     chunks = most_chunks(T, N, W - GRID + 2, C)
     q, k, v = raw.new_empty(T, H, K), raw.new_empty(T, H, K), raw.new_empty(T, HV, V)
     g, beta = (raw.new_empty(T, HV, dtype=torch.float32) for _ in range(2))
     inverse, attention = raw.new_empty(T, HV, C), raw.new_empty(T, HV, C)
     prepare[chunks * C // config.prepare_tokens, H](
-        x, conv, rows, q, k, v, g, beta, keys, T, N, slots,
+        x, conv, step, q, k, v, g, beta, keys, T, N, slots,
         **sizes, **convolves, CHUNK=C, BT=config.prepare_tokens,
         BK=BK, BV=BV, BR=next_power_of_2(R), **config.prepare.options(),
     )  # fmt: skip
     precision = config.fp32_precision  # which says nothing where the operands are of 16 bits
     exact = raw.dtype == torch.float32
     chunk_matrices[chunks, HV](
-        q, k, g, beta, rows, inverse, attention, T, N, slots,
+        q, k, g, beta, step, inverse, attention, T, N, slots,
         H=H, R=R, K=K, W=W, C=C, BK=BK, PRECISION=precision,
         INVERSE_PRECISION=precision if exact else config.inverse_precision,
         **config.matrices.options(),
@@ -150,14 +139,14 @@ def _chunks(
 def _scan(
     chunks: Chunks,
     pages: Pages,
-    rows: Rows,
+    step: StepTensors,
     max_query_len: int,
     raw: Tensor,
     config: Config,
     sizes: dict[str, int],
 ) -> None:
     """Outputs, S and u of the rows; the longest are split where the layer has few heads."""
-    (T, HV, V), K, N, slots = raw.shape, sizes["K"], len(rows.slot), len(rows.span)
+    (T, HV, V), K, N, slots = raw.shape, sizes["K"], len(step.slot), len(step.span)
     BK = max(MIN_DOT, next_power_of_2(K))
     BV = max(MIN_DOT, min(config.scan_columns, next_power_of_2(V)))
     V_tiles, K_tiles = -(-V // BV), -(-K // BV)
@@ -172,14 +161,14 @@ def _scan(
         tiles = V_tiles + K_tiles
         transitions = raw.new_empty(segments, HV, K, tiles * BV, dtype=torch.float32)
         segment_transitions[tiles * HV, segments](
-            chunks, rows, transitions, T, N, slots,
+            chunks, step, transitions, T, N, slots,
             **walks, C=config.chunk, **config.transitions.options(),
         )  # fmt: skip
         segment_starts[V_tiles * HV, segments](
-            transitions, starts, rows, pages, T, N, slots,
+            transitions, starts, step, pages, T, N, slots,
             **walks, **config.starts.options(),
         )  # fmt: skip
     chunk_scan[V_tiles * HV, N + segments](
-        chunks, starts, rows, pages, raw, T, N, slots,
+        chunks, starts, step, pages, raw, T, N, slots,
         **walks, C=config.chunk, SPLITS=splits, **config.scan.options(),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.step import GRID as _GRID
+from qwen3next_plugin.kernels.step import Step
 
 GRID = tl.constexpr(_GRID)
 TOKENS, SLOT, CONTEXT = (tl.constexpr(f) for f in (faults.TOKENS, faults.SLOT, faults.CONTEXT))
@@ -16,8 +17,8 @@ MAX_INT = tl.constexpr(2**31 - 1)
 LOOK = tl.constexpr(128)  # rows looked at together
 
 
-class Rows(NamedTuple):
-    """The index tensors of a step, and the spans of the pages."""
+class StepTensors(NamedTuple):
+    """The tensors of a step, and the spans of the pages."""
 
     query_start_loc: Tensor
     slot: Tensor
@@ -26,23 +27,23 @@ class Rows(NamedTuple):
     span_slot: int  # from one slot to the next
 
 
-def rows(query_start_loc: Tensor, slot: Tensor, context_len: Tensor, span: Tensor) -> Rows:
-    return Rows(query_start_loc, slot, context_len, span, span.stride(0))
+def step_tensors(step: Step, span: Tensor) -> StepTensors:
+    return StepTensors(step.query_start_loc, step.slot, step.context_len, span, span.stride(0))
 
 
 @triton.jit
-def load_row(rows, i, T, slots, DRAFTS: tl.constexpr):
+def load_row(step, i, T, slots, DRAFTS: tl.constexpr):
     """Row i, or rows i: page (int64), first token, tokens, context length, start, end, fault.
 
     A kernel works on it only if the page is not negative and the fault is 0.
     """
-    begin = tl.load(rows.query_start_loc + i)
-    end = tl.load(rows.query_start_loc + i + 1)
-    page = tl.load(rows.slot + i).to(tl.int64)
-    c = tl.load(rows.context_len + i)
+    begin = tl.load(step.query_start_loc + i)
+    end = tl.load(step.query_start_loc + i + 1)
+    page = tl.load(step.slot + i).to(tl.int64)
+    c = tl.load(step.context_len + i)
     known = (page >= 0) & (page < slots)
-    start = tl.load(rows.span + page * rows.span_slot, mask=known, other=0)
-    last = tl.load(rows.span + page * rows.span_slot + 1, mask=known, other=0)
+    start = tl.load(step.span + page * step.span_slot, mask=known, other=0)
+    last = tl.load(step.span + page * step.span_slot + 1, mask=known, other=0)
     n = end - begin
     stands = (start >= 0) & (start <= c) & (c <= last)
     stands = stands & (last - start <= DRAFTS + 1) & (c.to(tl.int64) + n <= MAX_INT)
@@ -60,29 +61,29 @@ def stands_at(c, start):
 
 
 @triton.jit
-def row_of_token(rows, t, N):
+def row_of_token(step, t, N):
     """The row that token t belongs to, or N if it comes after all rows."""
     i = 0
     for first in range(0, N, LOOK):
         at = first + tl.arange(0, LOOK)
-        ends = tl.load(rows.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
+        ends = tl.load(step.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
         i += tl.sum((ends <= t).to(tl.int32), 0)
     return i
 
 
 @triton.jit
-def rows_of_tokens(rows, t, N):
+def rows_of_tokens(step, t, N):
     """The rows of tokens t [tokens], N for what comes after all rows."""
     i = tl.zeros_like(t)
     for first in range(0, N, LOOK):
         at = first + tl.arange(0, LOOK)
-        ends = tl.load(rows.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
+        ends = tl.load(step.query_start_loc + 1 + at, mask=at < N, other=MAX_INT)
         i += tl.sum((ends[:, None] <= t[None, :]).to(tl.int32), 0)
     return i
 
 
 @triton.jit
-def row_of_chunk(rows, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
+def row_of_chunk(step, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
     """The row of the index-th chunk, N if there is none, and which chunk of it.
 
     Rows of at least LEAST tokens have chunks, which end where the position is a multiple of C; row
@@ -94,9 +95,9 @@ def row_of_chunk(rows, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
     for first in range(0, N, LOOK):
         at = first + tl.arange(0, LOOK)
         there = at < N
-        begin = tl.load(rows.query_start_loc + at, mask=there, other=0)
-        end = tl.load(rows.query_start_loc + at + 1, mask=there, other=0)
-        c = tl.maximum(tl.load(rows.context_len + at, mask=there, other=0), 0)
+        begin = tl.load(step.query_start_loc + at, mask=there, other=0)
+        end = tl.load(step.query_start_loc + at + 1, mask=there, other=0)
+        c = tl.maximum(tl.load(step.context_len + at, mask=there, other=0), 0)
         n = end - begin
         counts = (begin >= 0) & (n >= LEAST) & (end <= T)
         chunks = tl.where(counts, (c % C + n - 1) // C + 1, 0)
@@ -114,12 +115,12 @@ def most_chunks(T: int, N: int, least: int, C: int) -> int:
 
 
 @triton.jit
-def is_shared(rows, i, page):
+def is_shared(step, i, page):
     """Whether an earlier row has the page, too."""
     shared = 0
     for first in range(0, i, LOOK):
         at = first + tl.arange(0, LOOK)
-        slots = tl.load(rows.slot + at, mask=at < i, other=-1)
+        slots = tl.load(step.slot + at, mask=at < i, other=-1)
         shared += tl.sum((slots == page).to(tl.int32), 0)
     return (shared > 0) & (page >= 0)
 
@@ -142,9 +143,9 @@ def report(record, kind, row, page, begin, n, c, start, end, slots, T):
 
 
 @triton.jit
-def say_fault(rows, record, i, T, slots, DRAFTS: tl.constexpr):
+def say_fault(step, record, i, T, slots, DRAFTS: tl.constexpr):
     """Record what is wrong with row i, if anything is; returns the kind of fault."""
-    page, begin, n, c, start, last, fault = load_row(rows, i, T, slots, DRAFTS)
-    fault = tl.where((fault == 0) & is_shared(rows, i, page), SHARED, fault)
+    page, begin, n, c, start, last, fault = load_row(step, i, T, slots, DRAFTS)
+    fault = tl.where((fault == 0) & is_shared(step, i, page), SHARED, fault)
     report(record, fault, i, page, begin, n, c, start, last, slots, T)
     return fault

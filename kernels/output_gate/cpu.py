@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-output_gate = torch.ops.qwen3next.output_gate.default
+run = torch.ops.qwen3next.output_gate.default
 
 
 @torch.library.register_fake("qwen3next::output_gate")

@@ -3,6 +3,6 @@
 from torch import Tensor
 
 
-def output_gate(x_: Tensor, gate: Tensor) -> None:
+def run(x_: Tensor, gate: Tensor) -> None:
     """Shapes as in the public op."""
     x_.copy_(x_.float() * gate.float().sigmoid())

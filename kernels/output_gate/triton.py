@@ -9,7 +9,7 @@ from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.kernels.gpu.scalar_math import sigmoid
 
 
-def output_gate(x_: Tensor, gate: Tensor) -> None:
+def run(x_: Tensor, gate: Tensor) -> None:
     """Shapes as in the public op."""
     T, H, D = x_.shape
     if x_.numel():

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-paged_attention = torch.ops.qwen3next.paged_attention.default
+run = torch.ops.qwen3next.paged_attention.default
 
 
 @torch.library.register_fake("qwen3next::paged_attention")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def paged_attention(
+def run(
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,

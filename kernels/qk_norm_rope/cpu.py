@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-qk_norm_rope = torch.ops.qwen3next.qk_norm_rope.default
+run = torch.ops.qwen3next.qk_norm_rope.default
 
 
 @torch.library.register_fake("qwen3next::qk_norm_rope")

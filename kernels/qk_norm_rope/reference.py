@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def qk_norm_rope(
+def run(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,

@@ -12,7 +12,7 @@ from qwen3next_plugin.kernels.gpu.rows import report
 POSITION = tl.constexpr(faults.POSITION)
 
 
-def qk_norm_rope(
+def run(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,

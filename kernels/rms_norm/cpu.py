@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-rms_norm = torch.ops.qwen3next.rms_norm.default
+run = torch.ops.qwen3next.rms_norm.default
 
 
 @torch.library.register_fake("qwen3next::rms_norm")

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-rms_norm_gated = torch.ops.qwen3next.rms_norm_gated.default
+run = torch.ops.qwen3next.rms_norm_gated.default
 
 
 @torch.library.register_fake("qwen3next::rms_norm_gated")

@@ -9,7 +9,7 @@ from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.kernels.gpu.scalar_math import silu
 
 
-def rms_norm_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+def run(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Shapes as in the public op."""
     T, H, R, V = x.shape
     out = x.new_empty(T, H * R * V)

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-router = torch.ops.qwen3next.router.default
+run = torch.ops.qwen3next.router.default
 
 
 @torch.library.register_fake("qwen3next::router")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def router(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def run(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op."""
     ranked, experts = logits.float().sort(dim=-1, descending=True, stable=True)
     weights = ranked.softmax(-1)[:, :k].contiguous()

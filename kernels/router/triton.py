@@ -11,7 +11,7 @@ from qwen3next_plugin.kernels.gpu.configs import config_for
 INF = tl.constexpr(float("inf"))
 
 
-def router(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def run(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op."""
     T, E = logits.shape
     weights = logits.new_empty(T, k, dtype=torch.float32)

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import native
 
 native.load()
-shared_expert_gate = torch.ops.qwen3next.shared_expert_gate.default
+run = torch.ops.qwen3next.shared_expert_gate.default
 
 
 @torch.library.register_fake("qwen3next::shared_expert_gate")

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def shared_expert_gate(x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None) -> None:
+def run(x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None) -> None:
     """Shapes as in the public op."""
     gate = (x.float() * weight.float()).sum(-1, keepdim=True).sigmoid()  # [T, 1]
     out = gate * shared_.float()

@@ -9,7 +9,7 @@ from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.kernels.gpu.scalar_math import sigmoid
 
 
-def shared_expert_gate(x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None) -> None:
+def run(x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None) -> None:
     """Shapes as in the public op."""
     T, D = x.shape
     if T:

@@ -6,10 +6,13 @@ from typing import Self
 import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.kernels import gated_delta_net as kernel
-from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights, Projections
-from qwen3next_plugin.model.state import StatePool
-from qwen3next_plugin.model.step import NULL_SLOT, Step
+from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetWeights,
+    Projections,
+    gated_delta_net,
+)
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 
 LONG = 64  # tokens of a row, more than any draft has
 MAX_INT = 2**31 - 1
@@ -54,10 +57,10 @@ def split_projections(
     T = qkvz.shape[0]
     q, k, v, z = qkvz.view(T, H, 2 * K + 2 * R * V).split([K, K, R * V, R * V], dim=-1)
     b, a = ba.view(T, H, 2 * R).split([R, R], dim=-1)
-    return Projections(q, k, v.unflatten(-1, (R, V)), z.unflatten(-1, (R, V)), b, a)
+    return Projections(q, k, v.view(T, H, R, V), z.view(T, H, R, V), b, a)
 
 
-def gated_delta_net(
+def attend(
     *,
     qkvz: torch.Tensor,
     ba: torch.Tensor,
@@ -79,19 +82,11 @@ def gated_delta_net(
     """
     if out_ is None:
         out_ = qkvz.new_empty(len(qkvz), shape.num_value_heads * shape.value_dim)
-    kernel.gated_delta_net(
+    gated_delta_net(
         projections=split_projections(qkvz, ba, shape),
         weights=weights,
-        state_=pool_.state,
-        key_=pool_.key,
-        u_=pool_.u,
-        g_=pool_.g,
-        span_=pool_.span,
-        conv_=pool_.conv,
-        query_start_loc=step.query_start_loc,
-        slot=step.slot,
-        context_len=step.context_len,
-        max_query_len=step.max_query_len,
+        pool_=pool_,
+        step=step,
         out_=out_,
     )
     return out_
@@ -107,7 +102,7 @@ def launch_idle(
     H, HV, device = shape.num_key_heads, shape.num_value_heads, pool_.span.device
     for T, max_query_len in ((1, 1), (LONG, MAX_INT)):
         null = torch.full((1,), NULL_SLOT, dtype=torch.int32, device=device)
-        gated_delta_net(
+        attend(
             qkvz=pool_.conv.new_zeros(T, 2 * H * shape.key_dim + 2 * HV * shape.value_dim),
             ba=pool_.conv.new_zeros(T, 2 * HV),
             weights=weights,

@@ -3,11 +3,12 @@
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 
 from qwen3next_plugin.config import CONV_WIDTH, ConfigError, Qwen3NextConfig
+from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID
 
 STATE_DTYPES = ("float32", "bfloat16")  # of S; both hosts accept more
@@ -30,26 +31,6 @@ class StateError(RuntimeError):
         super().__init__(f"{layer}: {complaint}")
         named = re.match(r"row (\d+): ", complaint)
         self.row = int(named[1]) if named else None
-
-
-class StatePool(NamedTuple):
-    """Views of every page of a layer; dim 0 is the slot.
-
-    Shapes:
-        state [slots, HV, K, V]   S, at the last grid point up to start
-        key   [slots, W, H, K]    L2-normalised key of each token since (fp32), W = GRID + k
-        u     [slots, W, HV, V]   its corrected value (fp32)
-        g     [slots, W, HV]      and its log decay (fp32); position p lies at p % W
-        span  [slots, 2]          start and end: context lengths the page can continue at (int32)
-        conv  [slots, 4+k, C]     convolution inputs in [q; k; v] order; p lies at p % (4 + k)
-    """
-
-    state: torch.Tensor
-    key: torch.Tensor
-    u: torch.Tensor
-    g: torch.Tensor
-    span: torch.Tensor
-    conv: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The kernels on a real GPU: what the reference computes, and the same in a CUDA graph."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,10 @@ class Net:
         gated_delta_net(
             projections=Projections(*map(there, inputs)),
             weights=GatedDeltaNetWeights(*map(there, weights), 1e-6),
-            **pool.recurrent(),
-            conv_=pool.conv_,
-            **{name: tensor.to(device) for name, tensor in step.tensors().items()},
-            max_query_len=max(n for _, _, n in step.rows),
+            pool_=pool.pages(),
+            step=replace(
+                step.bundle(), **{name: x.to(device) for name, x in step.tensors().items()}
+            ),
             out_=out,
         )
         return out

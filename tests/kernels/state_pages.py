@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from qwen3next_plugin.kernels import step as kernels
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID
 
 CANARY = 0xFF  # as a float: NaN
@@ -66,9 +68,9 @@ class Pool:
             view = self.raw[:, begin:end].view(kind).unflatten(1, shape)
             setattr(self, name, view)
 
-    def recurrent(self) -> dict[str, Tensor]:
-        """What the recurrence takes."""
-        return {name: getattr(self, name) for name in ("state_", "key_", "u_", "g_", "span_")}
+    def pages(self) -> StatePool:
+        """The pool as the ops take it."""
+        return StatePool(self.state_, self.key_, self.u_, self.g_, self.span_, self.conv_)
 
     def content(self, slot: int) -> list[Tensor]:
         """The parts of a page that count."""
@@ -124,6 +126,12 @@ class Step:
             "context_len": int32(*(c for _, c, _ in self.rows)),
         }
 
+    def bundle(self, max_query_len: int | None = None) -> kernels.Step:
+        """The step as the ops take it."""
+        if max_query_len is None:
+            max_query_len = max(n for _, _, n in self.rows)
+        return kernels.Step(**self.tensors(), num_tokens=self.T, max_query_len=max_query_len)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -154,18 +162,23 @@ class Layer:
 
     def run(self, pool: Pool, step: Step, x: dict[str, Tensor]) -> Tensor:
         """The convolution, then the recurrence, on the pages of the pool."""
-        s, at = self.shape, step.tensors()
-        q, k, v = causal_conv1d(
-            q=x["q"], k=x["k"], v=x["v"], weight=self.weight,
-            conv_=pool.conv_, span=pool.span_, **at,
+        q, k, v = self.convolve(pool, step, x)
+        v = v.view(-1, self.shape.HV, self.shape.V)
+        return self.recur(pool, step, {**x, "q": q, "k": k, "v": v})
+
+    def convolve(self, pool: Pool, step: Step, x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The convolution alone; q, k [T, H, K] and v [T, H, R]."""
+        return causal_conv1d(
+            **{name: x[name] for name in "qkv"}, weight=self.weight,
+            pool_=pool.pages(), step=step.bundle(len(x["q"])),
         )  # fmt: skip
-        return self.recur(pool, step, {**x, "q": q, "k": k, "v": v.view(-1, s.HV, s.V)})
 
     def recur(self, pool: Pool, step: Step, x: dict[str, Tensor]) -> Tensor:
         """The recurrence alone; v is [T, HV, V]."""
         return gated_delta_rule(
-            **x, A_log=self.A_log, dt_bias=self.dt_bias, **pool.recurrent(), **step.tensors()
-        )
+            **x, A_log=self.A_log, dt_bias=self.dt_bias,
+            pool_=pool.pages(), step=step.bundle(len(x["q"])),
+        )  # fmt: skip
 
     def convolved(self, x: dict[str, Tensor]) -> Tensor:
         """[q; k; v] of a whole sequence after the convolution, fp64."""

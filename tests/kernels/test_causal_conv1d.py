@@ -1,5 +1,7 @@
 """The convolution against fp64, on pages in every state."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from state_pages import SHAPES, SMALL, Layer, Pool, Step, int32, rows_of
@@ -12,11 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def convolve(layer, pool, step, x):
-    q, k, v = causal_conv1d(
-        q=x["q"], k=x["k"], v=x["v"], weight=layer.weight,
-        conv_=pool.conv_, span=pool.span_, **step.tensors(),
-    )  # fmt: skip
-    return torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1)
+    return torch.cat([part.flatten(1) for part in layer.convolve(pool, step, x)], dim=-1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,10 +89,12 @@ def test_agrees_with_transformers(backend):
 def test_refuses_bad_arguments(backend, change, error, complaint):
     x = {"q": torch.zeros(3, 2, 16), "k": torch.zeros(3, 2, 16), "v": torch.zeros(3, 2, 48)}
     pool, weight = Pool(SMALL, 2, 2), torch.zeros(SMALL.C, 4)
-    arguments = {
-        **x, "weight": weight, "conv_": pool.conv_, "span": pool.span_,
-        **Step(((0, 0, 3),)).tensors(), **change,
-    }  # fmt: skip
+    pages, step = pool.pages(), Step(((0, 0, 3),)).bundle()
+    if "conv_" in change:
+        change = {"pool_": pages._replace(conv=change["conv_"])}
+    if "slot" in change:
+        change = {"step": replace(step, **change)}
+    arguments = {**x, "weight": weight, "pool_": pages, "step": step, **change}
     with pytest.raises(error, match=complaint):
         causal_conv1d(**arguments)
     pool.assert_untouched_but([])

@@ -41,10 +41,8 @@ class Net:
         gated_delta_net(
             projections=Projections(x["q"], x["k"], v, z, x["b"], x["a"]),
             weights=GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6),
-            **pool.recurrent(),
-            conv_=pool.conv_,
-            **step.tensors(),
-            max_query_len=max(n for _, _, n in step.rows),
+            pool_=pool.pages(),
+            step=step.bundle(),
             out_=out,
         )
         return out
@@ -100,9 +98,10 @@ def test_no_rows(backend):
         weights=GatedDeltaNetWeights(
             net.layer.weight, net.layer.A_log, net.layer.dt_bias, net.norm, 1e-6
         ),
-        **pool.recurrent(), conv_=pool.conv_,
-        query_start_loc=int32(0), slot=int32(), context_len=int32(), max_query_len=0, out_=out,
-    )  # fmt: skip
+        pool_=pool.pages(),
+        step=Step(()).bundle(max_query_len=0),
+        out_=out,
+    )
     assert (out == 0).all()
     pool.assert_untouched_but([])
 

@@ -149,8 +149,15 @@ def test_refuses_bad_arguments(backend, name, bad, error):
     from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 
     layer, pool, step = Layer.random(SMALL), Pool(SMALL, 4, 2), Step(((0, 0, 2),))
-    gates = {"A_log": layer.A_log, "dt_bias": layer.dt_bias}
-    arguments = {**gates, **pool.recurrent(), **step.tensors()}
+    arguments = {
+        **layer.recurrence_inputs(2), "A_log": layer.A_log, "dt_bias": layer.dt_bias,
+        "pool_": pool.pages(), "step": step.bundle(),
+    }  # fmt: skip
+    if name.endswith("_"):
+        arguments["pool_"] = pool.pages()._replace(**{name.removesuffix("_"): bad})
+    else:
+        assert name in arguments
+        arguments[name] = bad
     with pytest.raises(error, match=f"gated_delta_rule: .*{name}"):
-        gated_delta_rule(**{**layer.recurrence_inputs(2), **arguments, name: bad})
+        gated_delta_rule(**arguments)
     pool.assert_untouched_but([])

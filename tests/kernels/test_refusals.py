@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from state_pages import SMALL, Layer, Pool, Step, int32
 
 from qwen3next_plugin.kernels import native
-from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.step import GRID
 
 K_DRAFTS = 2
@@ -18,11 +17,7 @@ def run(op, layer, pool, step, T=None):
     T = step.T if T is None else T
     if op == "gated_delta_rule":
         return layer.recur(pool, step, layer.recurrence_inputs(T))
-    x = layer.projections(T)
-    return causal_conv1d(
-        q=x["q"], k=x["k"], v=x["v"], weight=layer.weight,
-        conv_=pool.conv_, span=pool.span_, **step.tensors(),
-    )  # fmt: skip
+    return layer.convolve(pool, step, layer.projections(T))
 
 
 def test_grid_of_the_native_kernels():

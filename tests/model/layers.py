@@ -7,10 +7,10 @@ import torch
 from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,
-    gated_delta_net,
+    attend,
 )
 from qwen3next_plugin.model.state import PageLayout
-from qwen3next_plugin.model.step import Step
+from qwen3next_plugin.model.step import build_step
 
 
 @dataclass
@@ -54,7 +54,7 @@ class LinearLayer:
         counts = [len(x) for x in rows.values()]
         hidden = torch.cat(list(rows.values()))
         context = [self.lengths.get(slot, 0) for slot in rows]
-        step = Step.build(
+        step = build_step(
             query_start_loc=torch.tensor([0, *counts]).cumsum(0),
             seq_lens=torch.tensor([c + n for c, n in zip(context, counts, strict=True)]),
             slot=torch.tensor(list(rows)),
@@ -62,7 +62,7 @@ class LinearLayer:
             num_slots=self.slots,
             max_query_len=max(counts),
         )
-        core = gated_delta_net(
+        core = attend(
             qkvz=self.module.in_proj_qkvz(hidden),
             ba=self.module.in_proj_ba(hidden),
             weights=self.weights,

@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qwen3next_plugin.model.step import NULL_SLOT, DeviceSteps, Step, StepError
+from qwen3next_plugin.model.step import NULL_SLOT, DeviceSteps, StepError, build_step
 
 
 def build(
     query_start_loc=(0, 1, 5, 5), seq_lens=(8, 4, 3), slot=(2, 0, 1), num_tokens=5, num_slots=3
 ):
-    return Step.build(
+    return build_step(
         query_start_loc=torch.tensor(query_start_loc),
         seq_lens=torch.tensor(seq_lens),
         slot=torch.tensor(slot),

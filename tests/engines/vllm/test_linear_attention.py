@@ -7,7 +7,7 @@ import torch
 
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
 from qwen3next_plugin.model.state import PageLayout, StateError
-from qwen3next_plugin.model.step import Step
+from qwen3next_plugin.model.step import build_step
 
 PREFIX = "model.layers.6.linear_attn"
 
@@ -20,7 +20,7 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
     pool = layout.view(raw)
     pool.span[1] = torch.tensor(span)
     before = raw.clone()
-    step = Step.build(
+    step = build_step(
         query_start_loc=torch.tensor([0, 1]),
         seq_lens=torch.tensor([6]),
         slot=torch.tensor([1]),

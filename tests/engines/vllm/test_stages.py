@@ -74,9 +74,9 @@ def run(model, vllm_config, T: int, forward) -> torch.Tensor:
     from vllm.model_executor.layers.attention import Attention
 
     from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
-    from qwen3next_plugin.model.step import Step
+    from qwen3next_plugin.model.step import build_step
 
-    step = Step.build(
+    step = build_step(
         query_start_loc=torch.tensor([0, T]),
         seq_lens=torch.tensor([T]),
         slot=torch.tensor([1]),

@@ -22,7 +22,7 @@ from sglang.srt.utils import is_pin_memory_available
 
 from qwen3next_plugin.engines.sglang.state.steps import HybridBackend, LinearBackend
 from qwen3next_plugin.kernels.copy_pages import copy_pages
-from qwen3next_plugin.model.gated_delta_net import gated_delta_net, launch_idle
+from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
 from qwen3next_plugin.model.step import NULL_SLOT, DeviceSteps, Step
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class DeviceBackend(LinearBackend):
         step: Step,
         out_: torch.Tensor,
     ) -> None:
-        gated_delta_net(
+        attend(
             qkvz=qkvz,
             ba=ba,
             weights=layer.weights,

@@ -9,9 +9,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from qwen3next_plugin.engines.sglang.state.pages import PagePool
 from qwen3next_plugin.engines.sglang.state.tree_steps import TreeStep
-from qwen3next_plugin.model.gated_delta_net import gated_delta_net
+from qwen3next_plugin.model.gated_delta_net import attend
 from qwen3next_plugin.model.state import StateError
-from qwen3next_plugin.model.step import Step
+from qwen3next_plugin.model.step import Step, build_step
 
 if TYPE_CHECKING:
     from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
@@ -61,7 +61,7 @@ class LinearBackend(AttentionBackend):
         else:
             query_start_loc = torch.zeros(N + 1, dtype=torch.int64)
             query_start_loc[1:] = forward_batch.extend_seq_lens.cumsum(0)
-        return Step.build(
+        return build_step(
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
             slot=slot,
@@ -93,7 +93,7 @@ class LinearBackend(AttentionBackend):
         if self.tree is not None:
             qkvz_of_step, qkvz, ba = qkvz, qkvz[self.tree.token], ba[self.tree.token]
         try:
-            out = gated_delta_net(
+            out = attend(
                 qkvz=qkvz,
                 ba=ba,
                 weights=layer.weights,

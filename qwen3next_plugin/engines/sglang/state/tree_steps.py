@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen3next_plugin.model.step import Step
+from qwen3next_plugin.model.step import Step, build_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TreeStep:
         return cls(
             paths=paths,
             slots=slots,
-            step=Step.build(
+            step=build_step(
                 query_start_loc=starts,
                 seq_lens=context + lengths,
                 slot=torch.tensor([page for each in slots for page in each]),

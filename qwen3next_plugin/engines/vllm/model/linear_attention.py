@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout, page_spec
-from qwen3next_plugin.model.gated_delta_net import gated_delta_net, launch_idle
+from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
 from qwen3next_plugin.model.linear_attention import LinearAttention
 from qwen3next_plugin.model.state import StateError, StatePool
 
@@ -82,7 +82,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             return
         assert self.pool is not None
         try:
-            gated_delta_net(
+            attend(
                 qkvz=qkvz,
                 ba=ba,
                 weights=self.weights,
@@ -130,7 +130,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
 
 
 @eager_break_during_capture
-def _gated_delta_net(
+def _linear_attention(
     qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: str
 ) -> None:
     """The layer between its projections, as an op that the compiler does not look into.
@@ -141,7 +141,7 @@ def _gated_delta_net(
     get_forward_context().no_compile_layers[layer_name].attend(qkvz, ba, out)
 
 
-def _gated_delta_net_fake(
+def _linear_attention_fake(
     qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: str
 ) -> None:
     return None
@@ -149,7 +149,7 @@ def _gated_delta_net_fake(
 
 direct_register_custom_op(
     op_name="qwen3next_gated_delta_net",
-    op_func=_gated_delta_net,
+    op_func=_linear_attention,
     mutates_args=["out"],
-    fake_impl=_gated_delta_net_fake,
+    fake_impl=_linear_attention_fake,
 )

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
-from qwen3next_plugin.model.step import DeviceSteps, Step
+from qwen3next_plugin.model.step import DeviceSteps, Step, build_step
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -74,7 +74,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         }
         if self.on_device is not None:
             return self.on_device.build(**rows)
-        return Step.build(**rows, num_slots=self.cache_config.num_gpu_blocks)
+        return build_step(**rows, num_slots=self.cache_config.num_gpu_blocks)
 
 
 class GatedDeltaNetBackend(AttentionBackend):
