@@ -1,9 +1,9 @@
-"""A server in miniature: requests with known acceptance, costs with known truth, timings that lie.
+"""A simulated server: known acceptance, known costs, and noisy timings.
 
-Acceptance is fixed beforehand: `runs[t]` is how many drafts are right after t tokens of a request,
-so that every policy meets the same requests. Time is the true cost; noise is only what is observed.
-Like engines/vllm/drafter.py it reports no step in which a prompt is read, feeds a request that
-skipped the drafter all it is behind, and lets none fall behind by more than MAX_PENDING.
+Acceptance is fixed in advance: `runs[t]` is how many drafts are right after t tokens of a request,
+so every policy serves the same requests. The result counts true costs; policies observe noisy ones.
+Like the drafter of vLLM it reports no step in which a prompt is read, lets requests that
+skip the drafter have at most MAX_PENDING pending tokens, and feeds it all of them.
 """
 
 import random
@@ -28,7 +28,7 @@ class Truth:
     prompt_token: float = 0.0
     experts: int = 512
     per_token: int = 10
-    layer: float = 0.0  # a drafting pass, but for its experts and the head
+    layer: float = 0.0  # a drafting pass, without its experts and the head
     head: float = 0.0
     draft_token: float = 0.0
     draft_expert: float = 0.0
@@ -86,13 +86,13 @@ class Request:
     name: str
     runs: Run
     done: int = 0
-    behind: int = 0  # tokens that the drafter has not seen
+    pending: int = 0  # tokens that the drafter has not seen
     drafted: int = 0
     fresh: bool = True  # its prompt is read in this step
 
 
 class Server:
-    """Serves a trace by a policy."""
+    """Serves a trace with a policy."""
 
     def __init__(self, trace: Trace, policy: Policy, seed: int) -> None:
         self.trace, self.policy, self.rng = trace, policy, random.Random(seed)
@@ -128,7 +128,7 @@ class Server:
             self.policy.observe_verify(r.name, r.drafted, accepted)
         tokens = min(1 + accepted, len(r.runs) - r.done)
         r.done += tokens
-        r.behind += self.trace.prompt if r.fresh else tokens
+        r.pending += self.trace.prompt if r.fresh else tokens
         self.result.tokens += tokens
         if r.done == len(r.runs):
             self.policy.forget(r.name)
@@ -143,8 +143,8 @@ class Server:
         fed, fresh = 0, False
         for r, length in zip(self.active, lengths, strict=True):
             r.drafted = length
-            if length or r.fresh or r.behind > MAX_PENDING:
-                fed, r.behind = fed + r.behind, 0
+            if length or r.fresh or r.pending > MAX_PENDING:
+                fed, r.pending = fed + r.pending, 0
             fresh, r.fresh = fresh or r.fresh, False
         if not fed:
             return 0.0
@@ -154,18 +154,18 @@ class Server:
         return seconds
 
     def timed(self, seconds: float) -> float:
-        """As observed: spread, and sometimes far too long."""
+        """The time as observed: with noise, and sometimes far too long."""
         slow = 3.0 if self.rng.random() < self.trace.outliers else 1.0
         return seconds * slow * self.rng.uniform(1 - self.trace.noise, 1 + self.trace.noise)
 
 
 def serve(trace: Trace, policy: Policy, seed: int = 0) -> Result:
-    """Serve all requests of a trace; tokens per second is what counts."""
+    """Serve all requests of a trace."""
     return Server(trace, policy, seed).run()
 
 
 def drawn(rng: random.Random, tokens: int, chances: Callable[[int], Sequence[float]]) -> Run:
-    """Runs of a request whose draft j after t tokens is right with chances(t)[j]."""
+    """Random runs of a request whose draft j after t tokens is right with chance chances(t)[j]."""
     runs = []
     for t in range(tokens):
         row = chances(t)

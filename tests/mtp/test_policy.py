@@ -1,4 +1,4 @@
-"""The policy of drafts: bounds, determinism, memory; never slower than the best fixed length."""
+"""Policies: lengths within bounds, determinism, memory, and one length for all requests."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +67,7 @@ def test_uniform_lengths_are_one_length(data, k):
 
 
 def test_uniform_lengths_follow_what_is_accepted():
-    """All of them where every draft is right, none where none is."""
+    """The longest length if every draft is right, none if no draft is."""
     for right, wanted in ((True, 3), (False, 0)):
         policy = Adaptive(3, Costs(SHAPE), uniform=True)
         chosen = []

@@ -1,4 +1,4 @@
-"""Within 5 % of the best fixed length in hindsight, on every trace; next to nothing where k = 0."""
+"""The policy is within 5 % of the best fixed length on every trace, within 1 % if that is none."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ NEVER = (0.04, 0.04, 0.04, 0.04)
 
 
 class Watched(Adaptive):
-    """Remembers the number of drafting passes of each plan, and when another was on trial."""
+    """Also records the drafting passes of each plan, and counts trials."""
 
     def __init__(self, max_draft: int, costs: Costs) -> None:
         super().__init__(max_draft, costs)
@@ -80,7 +80,7 @@ def test_recorded_texts(kind, machine, shape, batch):
 
 @crowds
 def test_where_drafts_never_pay_a_drafter_costs_less_than_one_percent(batch):
-    """Trials and catching up included: against a server without a drafter."""
+    """Compared with a server without a drafter; trials and pending tokens are included."""
     trace = Case(GPU, steady(NEVER), GPU_SHAPE).trace(batch)
     without = serve(trace, Fixed(0))
     rate = without.tokens / (without.seconds - without.drafting)
@@ -95,7 +95,7 @@ def test_where_drafts_never_pay_trials_cost_less_than_one_percent(machine, batch
 
 
 def break_even(machine: Truth, batch: int) -> float:
-    """The acceptance at which one draft takes as many seconds a token as none."""
+    """The acceptance at which one draft gives as many tokens per second as none."""
     plain = machine.step(batch, batch)
     one = machine.step(batch, 2 * batch) + machine.draft(round(1.5 * batch), [1] * batch)
     return one / plain - 1

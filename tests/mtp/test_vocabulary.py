@@ -1,4 +1,4 @@
-"""Which tokens are drafted: each once, added tokens always, and what was seen lately."""
+"""The draft vocabulary: each token once, added tokens always, and recently seen tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Traces that a schedule must do well on: machines, texts, and how many requests come at a time."""
+"""Traces that a policy must do well on: machines, texts, and numbers of concurrent requests."""
 
 import json
 import random
@@ -39,14 +39,14 @@ GPU = Truth(
 )
 # Nearly all of a step is experts: a verify of two tokens reads almost twice as many.
 MOE = replace(GPU, fixed=1.0, expert=0.4, draft_expert=0.005)
-# A dense model with arithmetic to spare.
+# A dense model on a machine with spare arithmetic.
 CHEAP = Truth(
     fixed=10.0, token=0.05, prompt_token=0.05, experts=0, layer=0.1, head=0.1, draft_token=0.002
 )
 # A pass takes longer than a step.
 DEAR = replace(BLOCK, layer=20.0, head=31.0)
 
-# What the sizes of the block model and of the released model say of proportions.
+# Proportions from the sizes of the block model and of the released model.
 BLOCK_SHAPE = Shape(
     step=452.6,
     step_expert=12.58,
@@ -73,7 +73,7 @@ HIGH = (0.93, 0.91, 0.90, 0.88)
 MIDDLE = (0.84, 0.71, 0.63, 0.58)
 LOW = (0.30, 0.20, 0.20, 0.20)
 
-TOKENS = {1: 3000, 4: 8000, 16: 20_000, 0: 12_000}  # of a trace, by requests at a time
+TOKENS = {1: 3000, 4: 8000, 16: 20_000, 0: 12_000}  # of a trace, by number of concurrent requests
 
 
 def slower(truth: Truth, factor: float) -> Truth:
@@ -84,7 +84,7 @@ def slower(truth: Truth, factor: float) -> Truth:
 
 
 def wrong(shape: Shape, factor: float) -> Shape:
-    """A first guess that takes drafts for `factor` times dearer than the shape has them."""
+    """A first guess in which drafts cost `factor` times what the shape says."""
     return replace(
         shape,
         draft=shape.draft * factor,
@@ -93,39 +93,39 @@ def wrong(shape: Shape, factor: float) -> Shape:
     )
 
 
-# Chances of a request by its number, how far it has got, how far the trace had at its start.
+# Chances by the request's number, its progress, and the trace's progress when it started.
 Text = Callable[[int, float, float], Sequence[float]]
 
 
 def steady(*kinds: Sequence[float]) -> Text:
-    """Requests of as many kinds as are given, taking turns."""
+    """Requests of the given kinds in turn."""
     return lambda number, within, begun: kinds[number % len(kinds)]
 
 
 def turning(*phases: Sequence[float]) -> Text:
-    """Each request changes in the middle of what it writes."""
+    """Each request goes through all phases."""
     return lambda number, within, begun: phases[int(within * len(phases))]
 
 
 def followed_by(*phases: Sequence[float]) -> Text:
-    """Later requests are of another kind."""
+    """Requests of the first phase come first, those of the last phase last."""
     return lambda number, within, begun: phases[int(begun * len(phases))]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A trace at any number of requests at a time, and what is believed of costs at first."""
+    """A trace for any number of concurrent requests, and the first guess at its costs."""
 
     machine: Truth
     text: Text
     shape: Shape
-    becomes: Truth | None = None  # the machine, from the middle on
+    becomes: Truth | None = None  # the machine in the second half
     tokens: tuple[int, int] = (150, 600)  # of a request
     noise: float = 0.2
     outliers: float = 0.03
 
     def trace(self, batch: int, seed: int = 0) -> Trace:
-        """`batch` requests at a time; 0: a number that changes, from 1 to 16."""
+        """`batch` concurrent requests; 0: a number that changes, from 1 to 16."""
         rng, total, done = random.Random(seed), TOKENS[batch], 0
         runs: list[Run] = []
         while done < total:
@@ -145,7 +145,7 @@ class Case:
 
 
 def crowd(batch: int, total: int) -> Callable[[int], int]:
-    """Requests at a time: `batch`, or for 0 a number that changes."""
+    """Number of concurrent requests: `batch`, or for 0 one that changes."""
     if batch:
         return lambda tokens: batch
     levels = (1, 8, 16, 3, 12, 2)
@@ -181,7 +181,7 @@ CASES = {
 
 
 def recorded(kind: str) -> list[Run]:
-    """Runs of the shipped checkpoint; examples/train_tiny/record.py made the file."""
+    """Runs of the shipped checkpoint, recorded by examples/train_tiny/record.py."""
     kinds: dict[str, list[str]] = json.loads(RECORDED.read_text())
     texts = (
         kinds[kind]
@@ -192,7 +192,7 @@ def recorded(kind: str) -> list[Run]:
 
 
 def replayed(kind: str, machine: Truth, batch: int) -> Trace:
-    """The recorded requests over and over, as many as a trace takes, `batch` at a time."""
+    """The recorded requests, repeated to the length of a trace, `batch` at a time."""
     runs, texts = list[Run](), recorded(kind)
     while sum(map(len, runs)) < TOKENS[batch]:
         runs.append(texts[len(runs) % len(texts)])

@@ -31,4 +31,3 @@ def test_two_ranks_with_drafts(checkpoint, reference):
         engine.close()
     check_greedy(reference(checkpoint), prompts, outputs)
     assert counters["vllm:qwen3next_steps"] > 0  # the first rank's, from another process
-    assert counters["vllm:qwen3next_seconds"] > 0
