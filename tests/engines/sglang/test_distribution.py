@@ -8,7 +8,7 @@ import torch
 from checkpoints import SHIPPED, random_prompt
 from engines.distribution import FALSE_ALARM, after_prompt, binned, by_rank, p_value
 from engines.sglang.schema import TERSE, follow_a_schema
-from engines.sglang.server import FIXED, NEXTN, Server
+from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from reference import Reference
 
 pytestmark = pytest.mark.serve
@@ -21,7 +21,7 @@ TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "6")
 
 @pytest.fixture(scope="module", params=[(), TREE], ids=["chain", "tree"])
 def server(request) -> Iterator[Server]:
-    server = Server(SHIPPED, *FLAGS, TERSE, *request.param, env=FIXED).wait()
+    server = Forked(SHIPPED, *FLAGS, TERSE, *request.param, env=FIXED).wait()
     yield server
     server.close()
 

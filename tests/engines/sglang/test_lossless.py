@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from checkpoints import SHIPPED
-from engines.sglang.server import FIXED, NEXTN, Server
+from engines.sglang.server import FIXED, NEXTN, Forked
 from engines.traffic import Request, requests, send, source_tokens
 from reference import Ids
 
@@ -29,13 +29,14 @@ CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
     "steps-3_no-cache": (3, NO_CACHE, FIXED),
     "adaptive": (3, (), {}),
 }
+ALWAYS = ("steps-2_topk-2", "adaptive")  # the other cases, each a server, are marked `long`
 Answers = Sequence[Ids | None]  # None: the client hung up
 
 
 def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
     """What the requests of this test get: the first few alone, then all at once."""
     batch = traffic()
-    server = Server(SHIPPED, *FLAGS, *flags, env=RETRACT | (env or {})).wait()
+    server = Forked(SHIPPED, *FLAGS, *flags, env=RETRACT | (env or {})).wait()
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
         metrics = server.metrics()
@@ -69,7 +70,11 @@ def without_drafts() -> Answers:
     return answers()
 
 
-@pytest.mark.parametrize("case", CASES)
+def with_marks(*cases: str) -> list:
+    return [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.long) for c in cases]
+
+
+@pytest.mark.parametrize("case", with_marks(*CASES))
 def test_the_same_tokens_as_without_drafts(without_drafts, case):
     steps, flags, env = CASES[case]
     assert answers(*NEXTN, str(steps), *flags, env=env) == without_drafts

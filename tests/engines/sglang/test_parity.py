@@ -11,7 +11,7 @@ import pytest
 
 from checkpoints import SHAPES, random_prompt, write_checkpoint
 from engines.checks import LENGTHS, TOKENS, check_greedy
-from engines.sglang.server import FIXED, NEXTN, Server
+from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from reference import Reference
 
 pytestmark = pytest.mark.serve
@@ -74,7 +74,7 @@ def server(case, checkpoint, tmp_path_factory) -> Iterator[Server]:
     small = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-mamba-cache-size")
     seen = ("--enable-metrics", "--decode-log-interval", "1")
     flags = (*small, str(SLOTS), *seen, *drafts, *case.flags)
-    server = Server(checkpoint, *flags, env=FIXED).wait()
+    server = Forked(checkpoint, *flags, env=FIXED).wait()
     yield server
     server.close()
 
