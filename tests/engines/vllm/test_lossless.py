@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,12 +24,16 @@ FLAGS = (
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
 ALWAYS = ("k=4", "adaptive")  # the other cases, each a server of its own, are marked `long`
-PREEMPTED: dict[tuple[str, tuple[str, ...]], float] = {}  # requests, in each run of a server
-Answers = Sequence[Ids | None]  # None: the client hung up
 
 
-def answers(dtype: str, *flags: str, env: dict[str, str] | None = None) -> Answers:
-    """What the requests of this test get: the first few alone, then all at once."""
+class Run(NamedTuple):
+    """What the requests of this test get from one server: the first few alone, then all at once."""
+
+    answers: Sequence[Ids | None]  # None: the client hung up
+    preempted: float  # requests
+
+
+def run(dtype: str, *flags: str, env: dict[str, str] | None = None) -> Run:
     batch = traffic()
     server = Server(SHIPPED, "--dtype", dtype, *FLAGS, *flags, env=env).wait()
     try:
@@ -37,12 +42,11 @@ def answers(dtype: str, *flags: str, env: dict[str, str] | None = None) -> Answe
     finally:
         server.close()
     # else the test would not see what it is for
-    PREEMPTED[dtype, flags] = metrics["vllm:num_preemptions_total"]
     assert metrics["vllm:prefix_cache_hits_total"] > 0
     if flags:
         assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert sum(answer is not None for answer in found) >= 200
-    return found
+    return Run(found, metrics["vllm:num_preemptions_total"])
 
 
 @cache
@@ -53,14 +57,15 @@ def traffic() -> Sequence[Request]:
 
 
 @cache
-def without_drafts(dtype: str) -> Answers:
-    return answers(dtype)
+def without_drafts(dtype: str) -> Run:
+    return run(dtype)
 
 
-def with_drafts(dtype: str, case: str) -> Answers:
+@cache
+def with_drafts(dtype: str, case: str) -> Run:
     k, schedule = CASES[case]
     drafts = json.dumps({"method": "mtp", "num_speculative_tokens": k})
-    return answers(dtype, "--speculative-config", drafts, env={"QWEN3NEXT_DRAFTS": schedule})
+    return run(dtype, "--speculative-config", drafts, env={"QWEN3NEXT_DRAFTS": schedule})
 
 
 def with_marks(*cases: str) -> list:
@@ -70,7 +75,7 @@ def with_marks(*cases: str) -> list:
 @pytest.mark.parametrize("case", with_marks(*CASES))
 def test_the_same_tokens_as_without_drafts(case):
     """In fp32, where no token hangs on a rounding."""
-    assert with_drafts("float32", case) == without_drafts("float32")
+    assert with_drafts("float32", case).answers == without_drafts("float32").answers
 
 
 # bf16: a token may hang on a rounding, but on nothing else --------------------------------------
@@ -103,7 +108,8 @@ def margins(reference) -> Margins:
 
 @pytest.mark.parametrize("case", with_marks("k=3", "adaptive"))
 def test_bf16_differs_at_most_where_two_tokens_are_as_likely(case, margins):
-    expected, found = without_drafts("bfloat16"), with_drafts("bfloat16", case)
+    runs = without_drafts("bfloat16"), with_drafts("bfloat16", case)
+    expected, found = (run.answers for run in runs)
     prompts = [request.prompt for request in (*traffic()[:ALONE], *traffic())]
     differ = [
         (prompt, one, other)
@@ -129,7 +135,6 @@ def test_a_token_that_is_clearly_another_is_no_noise(margins):
 
 def test_requests_were_preempted():
     """Else the runs would not show what they are for; how many is a matter of clients' timing."""
-    if not PREEMPTED:
-        pytest.skip("no run to look at: this test stands behind those of the whole file")
-    for drafting in {bool(flags) for _, flags in PREEMPTED}:
-        assert sum(n for (_, flags), n in PREEMPTED.items() if bool(flags) == drafting) > 0
+    drafting = [("float32", "k=4"), ("float32", "adaptive"), ("bfloat16", "adaptive")]
+    assert sum(without_drafts(dtype).preempted for dtype in ("float32", "bfloat16")) > 0
+    assert sum(with_drafts(dtype, case).preempted for dtype, case in drafting) > 0
