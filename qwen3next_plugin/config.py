@@ -1,4 +1,4 @@
-"""Qwen3NextConfig: every size derived from a model's config, and every complaint about one."""
+"""Qwen3NextConfig: every size derived from a model's config, and every error about one."""
 
 import json
 import math
@@ -15,7 +15,7 @@ MAX_HEAD_DIM = 256  # of linear attention
 
 
 class ConfigError(ValueError):
-    """A config that cannot be served; the message names the field, what it holds and the mend."""
+    """A config that cannot be served; the text names the field, its value and the fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Qwen3NextConfig:
     linear_key_head_dim: int
     linear_value_head_dim: int
     linear_conv_kernel_dim: int
-    # feed-forward: sizes of a kind of layer that the model lacks are 0
+    # feed-forward: the sizes of a kind of layer that the model lacks are 0
     num_experts: int
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -69,7 +69,7 @@ class Qwen3NextConfig:
         """Read a transformers config or the dict of a config.json.
 
         Raises:
-            ConfigError: the mend names `override_flag`, by which an engine overrides values.
+            ConfigError: the fix names `override_flag`, the engine's flag that overrides values.
         """
         raw = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
         if (model_type := raw.get("model_type")) not in MODEL_TYPES:
@@ -127,7 +127,7 @@ class Qwen3NextConfig:
 
     @property
     def attention_dim(self) -> int:
-        """Columns of the query, of its output gate, and of what o_proj takes."""
+        """Columns of the query, of its output gate, and of o_proj's input."""
         return self.num_attention_heads * self.head_dim
 
     @property
@@ -169,7 +169,7 @@ class Qwen3NextConfig:
 
     @property
     def num_key_value_heads_per_rank(self) -> int:
-        """At least one: ranks beyond the key-value heads hold copies."""
+        """At least one: with more ranks than key-value heads, ranks hold copies."""
         return max(1, self.num_key_value_heads // self.tp_size)
 
     @property
@@ -212,19 +212,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def check_num_speculative_tokens(k: int, name: str = "num_speculative_tokens") -> None:
-    """Raise ConfigError unless `k` draft tokens can be asked for, by the flag of that name."""
+    """Raise ConfigError unless `k` draft tokens can be served; `name` is the flag in the text."""
     if type(k) is not int or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
-        mend = f"ask for 1 to {MAX_SPECULATIVE_TOKENS}"
+        fix = f"ask for 1 to {MAX_SPECULATIVE_TOKENS}"
         if type(k) is int and k <= 0:
-            mend += ", or leave speculation out of the command line to serve without drafts"
-        raise _complaint(name, k, mend)
+            fix += ", or leave speculation out of the command line to serve without drafts"
+        raise _complaint(name, k, fix)
 
 
 # reading ----------------------------------------------------------------------------------------
 
 
-def _complaint(name: str, found: object, mend: str) -> ConfigError:
-    return ConfigError(f"{name} = {found!r}: {mend}")
+def _complaint(name: str, found: object, fix: str) -> ConfigError:
+    return ConfigError(f"{name} = {found!r}: {fix}")
 
 
 def _missing(name: str) -> ConfigError:
@@ -240,7 +240,7 @@ def _list(raw: Mapping[str, Any], name: str) -> list[Any] | None:
 
 
 def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """From `layer_types`, `full_attention_interval`, or both where they agree."""
+    """From `layer_types` or `full_attention_interval`; if both are given, they must agree."""
     given, interval = _list(raw, "layer_types"), raw.get("full_attention_interval")
     if given is None and interval is None:
         raise ConfigError("layer_types and full_attention_interval are missing: write either one")
@@ -251,8 +251,8 @@ def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
     _check_count("full_attention_interval", interval)
     derived = tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers or 0))
     if given is not None and tuple(given) != derived:
-        mend = f"it disagrees with layer_types {given!r}; remove the wrong one"
-        raise _complaint("full_attention_interval", interval, mend)
+        fix = f"it disagrees with layer_types {given!r}; remove the wrong one"
+        raise _complaint("full_attention_interval", interval, fix)
     return derived
 
 
@@ -269,8 +269,8 @@ def _rope_parameters(raw: Mapping[str, Any], override_flag: str) -> dict[str, An
         if inner is None and outer is None:
             raise _lost_rope(name, rope, override_flag) if given else _missing(name)
         if None not in (inner, outer) and inner != outer:
-            mend = f"{source} says {inner!r}, and that is what counts; override {source} in full"
-            raise _complaint(name, outer, mend)
+            fix = f"{source} says {inner!r}, and that is what counts; override {source} in full"
+            raise _complaint(name, outer, fix)
         rope[name] = outer if inner is None else inner
     if rope["rope_type"] == "yarn":
         rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
@@ -278,21 +278,21 @@ def _rope_parameters(raw: Mapping[str, Any], override_flag: str) -> dict[str, An
 
 
 def _lost_rope(name: str, rope: Mapping[str, Any], override_flag: str) -> ConfigError:
-    """An override replaced the dict as a whole: say what to write, all of it."""
+    """The error after an override replaced the whole dict: shows what to write instead."""
     released = {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
     full = released | {key: value for key, value in rope.items() if value is not None}
-    mend = f"{override_flag} '{json.dumps({'rope_parameters': full})}'".lstrip()
+    fix = f"{override_flag} '{json.dumps({'rope_parameters': full})}'".lstrip()
     return ConfigError(
-        f"rope_parameters has lost {name}: overriding rope_scaling or rope_parameters replaces the"
-        f" whole of it. Write it in full, with the checkpoint's own values (shown: the released"
-        f" models'): {mend}"
+        f"rope_parameters has lost {name}: overriding rope_scaling or rope_parameters replaces all"
+        f" of it. Write it in full, with the checkpoint's own values (shown: the released"
+        f" models'): {fix}"
     )
 
 
 # checking ---------------------------------------------------------------------------------------
 
 
-_MAY_BE_ZERO = (  # _check_feed_forward says which of them must not be, and when
+_MAY_BE_ZERO = (  # _check_feed_forward checks them where the model has such layers
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -314,7 +314,7 @@ def _check_numbers(c: Qwen3NextConfig) -> None:
         elif f.type is bool and not isinstance(value := getattr(c, f.name), bool):
             raise _complaint(f.name, value, "must be true or false")
     if not _is_number(c.rms_norm_eps) or not 0 < c.rms_norm_eps < 1:
-        raise _complaint("rms_norm_eps", c.rms_norm_eps, "must lie between 0 and 1 (1e-06)")
+        raise _complaint("rms_norm_eps", c.rms_norm_eps, "must be between 0 and 1 (1e-06)")
     if c.hidden_act != "silu":
         raise _complaint("hidden_act", c.hidden_act, "the kernels compute 'silu' only")
 
@@ -323,8 +323,8 @@ def _check_layers(c: Qwen3NextConfig) -> None:
     if unknown := sorted({str(t) for t in c.layer_types if t not in LAYER_TYPES}):
         raise _complaint("layer_types", unknown, f"use {' and '.join(LAYER_TYPES)} only")
     if len(c.layer_types) != c.num_hidden_layers:
-        mend = f"num_hidden_layers is {c.num_hidden_layers}; override both together"
-        raise _complaint("len(layer_types)", len(c.layer_types), mend)
+        fix = f"num_hidden_layers is {c.num_hidden_layers}; override both together"
+        raise _complaint("len(layer_types)", len(c.layer_types), fix)
     for i in c.mlp_only_layers:
         if type(i) is not int or not 0 <= i < c.num_hidden_layers:
             raise _complaint("mlp_only_layers", i, f"layers are 0 to {c.num_hidden_layers - 1}")
@@ -332,18 +332,18 @@ def _check_layers(c: Qwen3NextConfig) -> None:
 
 def _check_attention(c: Qwen3NextConfig) -> None:
     if c.num_attention_heads % c.num_key_value_heads:
-        mend = f"must be a multiple of num_key_value_heads = {c.num_key_value_heads}"
-        raise _complaint("num_attention_heads", c.num_attention_heads, mend)
+        fix = f"must be a multiple of num_key_value_heads = {c.num_key_value_heads}"
+        raise _complaint("num_attention_heads", c.num_attention_heads, fix)
     if c.linear_num_value_heads % c.linear_num_key_heads:
-        mend = f"must be a multiple of linear_num_key_heads = {c.linear_num_key_heads}"
-        raise _complaint("linear_num_value_heads", c.linear_num_value_heads, mend)
+        fix = f"must be a multiple of linear_num_key_heads = {c.linear_num_key_heads}"
+        raise _complaint("linear_num_value_heads", c.linear_num_value_heads, fix)
     for name in ("linear_key_head_dim", "linear_value_head_dim"):
         if (dim := getattr(c, name)) % 16 or dim > MAX_HEAD_DIM:
-            mend = f"no kernel has it; must be a multiple of 16, at most {MAX_HEAD_DIM}"
-            raise _complaint(name, dim, mend)
+            fix = f"no kernel has it; must be a multiple of 16, at most {MAX_HEAD_DIM}"
+            raise _complaint(name, dim, fix)
     if c.linear_conv_kernel_dim != CONV_WIDTH:
-        mend = f"the convolution kernels are of width {CONV_WIDTH} only"
-        raise _complaint("linear_conv_kernel_dim", c.linear_conv_kernel_dim, mend)
+        fix = f"the convolution kernels are of width {CONV_WIDTH} only"
+        raise _complaint("linear_conv_kernel_dim", c.linear_conv_kernel_dim, fix)
     if c.head_dim % 2:
         raise _complaint("head_dim", c.head_dim, "no kernel has it; must be even")
     _check_rope(c)
@@ -353,12 +353,12 @@ def _check_rope(c: Qwen3NextConfig) -> None:
     rope = c.rope_parameters
     partial, theta = rope.get("partial_rotary_factor"), rope.get("rope_theta")
     if not _is_number(partial) or not 0 < partial <= 1:
-        raise _complaint("partial_rotary_factor", partial, "must lie in (0, 1] (released: 0.25)")
+        raise _complaint("partial_rotary_factor", partial, "must be in (0, 1] (released: 0.25)")
     if not _is_number(theta) or theta <= 0:
         raise _complaint("rope_theta", theta, "must be positive (released: 10000000)")
     if c.rotary_dim % 2 or not c.rotary_dim:
-        mend = f"head_dim {c.head_dim} x partial_rotary_factor {partial} must be even, at least 2"
-        raise _complaint("rotary_dim", c.rotary_dim, mend)
+        fix = f"head_dim {c.head_dim} x partial_rotary_factor {partial} must be even, at least 2"
+        raise _complaint("rotary_dim", c.rotary_dim, fix)
     if rope.get("rope_type") not in ("default", "yarn"):
         raise _complaint("rope_type", rope.get("rope_type"), "use 'default' or 'yarn'")
     if rope["rope_type"] == "yarn":
@@ -379,8 +379,8 @@ def _check_feed_forward(c: Qwen3NextConfig) -> None:
         _check_count("moe_intermediate_size", c.moe_intermediate_size)
         _check_count("num_experts_per_tok", c.num_experts_per_tok)
         if c.num_experts_per_tok > c.num_experts:
-            mend = f"cannot exceed num_experts = {c.num_experts}"
-            raise _complaint("num_experts_per_tok", c.num_experts_per_tok, mend)
+            fix = f"cannot exceed num_experts = {c.num_experts}"
+            raise _complaint("num_experts_per_tok", c.num_experts_per_tok, fix)
 
 
 def _check_ranks(c: Qwen3NextConfig) -> None:
@@ -389,8 +389,8 @@ def _check_ranks(c: Qwen3NextConfig) -> None:
         if getattr(c, name) % c.tp_size:
             raise _complaint("tp_size", c.tp_size, f"does not divide {name} = {getattr(c, name)}")
     if c.num_key_value_heads % c.tp_size and c.tp_size % c.num_key_value_heads:
-        mend = f"neither divides nor is a multiple of num_key_value_heads = {c.num_key_value_heads}"
-        raise _complaint("tp_size", c.tp_size, mend)
+        fix = f"neither divides nor is a multiple of num_key_value_heads = {c.num_key_value_heads}"
+        raise _complaint("tp_size", c.tp_size, fix)
     if c.pp_size > c.num_hidden_layers:
-        mend = f"more stages than num_hidden_layers = {c.num_hidden_layers}"
-        raise _complaint("pp_size", c.pp_size, mend)
+        fix = f"more stages than num_hidden_layers = {c.num_hidden_layers}"
+        raise _complaint("pp_size", c.pp_size, fix)

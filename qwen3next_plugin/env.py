@@ -9,12 +9,12 @@ PREFIX = "QWEN3NEXT_"
 
 
 class EnvError(ValueError):
-    """A QWEN3NEXT_* variable that is unknown or holds a value it may not hold."""
+    """A QWEN3NEXT_* variable is unknown, or its value is not allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One variable: what it may hold, what it holds when unset, and what it is for."""
+    """One variable: its allowed values, its value when unset, and what it does."""
 
     allowed: tuple[str, ...]
     default: str | None
@@ -25,24 +25,24 @@ VARIABLES: Mapping[str, Variable] = {
     "QWEN3NEXT_KERNELS": Variable(
         ("auto", "cpu", "triton", "reference"),
         "auto",
-        "kernel backend: by device, the native CPU kernels, the Triton kernels for GPUs,"
+        "kernel backend: by device; native CPU kernels; Triton kernels for GPUs;"
         " or the slow PyTorch reference",
     ),
     "QWEN3NEXT_ISA": Variable(
         ("baseline", "avx2", "avx512", "avx512bf16"),
         None,
-        "highest instruction set the CPU kernels use; unset: whatever the processor has",
+        "highest instruction set that the CPU kernels use; unset: the processor's highest",
     ),
     "QWEN3NEXT_DRAFTS": Variable(
         ("adaptive", "fixed"),
         "adaptive",
-        "draft lengths with MTP: what pays, up to num_speculative_tokens, or always that many",
+        "draft lengths with MTP: whatever is fastest, up to num_speculative_tokens, or always that",
     ),
-    "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the host engine untouched"),
+    "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the engine untouched"),
     "QWEN3NEXT_OPTIONAL": Variable(
         ("0", "1"),
         "0",
-        "1 logs a failed registration and lets the host go on with its built-in model",
+        "1 logs a failed registration and lets the engine serve its built-in model",
     ),
 }
 
@@ -53,7 +53,7 @@ def kernels() -> str:
 
 
 def isa() -> str | None:
-    """The instruction set the CPU kernels are held to, or None for the processor's own."""
+    """The highest instruction set that CPU kernels may use, or None for the processor's."""
     return _read("QWEN3NEXT_ISA")
 
 
@@ -63,7 +63,7 @@ def drafts() -> str:
 
 
 def disabled() -> bool:
-    """Whether the plugin leaves the host untouched."""
+    """Whether the plugin leaves the engine untouched."""
     return _read("QWEN3NEXT_DISABLE") == "1"
 
 
@@ -83,7 +83,7 @@ def check() -> None:
 
 
 def in_force() -> dict[str, str]:
-    """The QWEN3NEXT_* variables that are set, unchecked, by name."""
+    """The QWEN3NEXT_* variables that are set, by name; their values are not checked."""
     return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
 
 

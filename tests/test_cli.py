@@ -173,7 +173,7 @@ def test_more_memory_never_serves_fewer(memory, more, length):
     [
         ({"memory": 100 * GIB}, r"the weights: 148\.\d+ GiB do not fit in 100\.00 GiB"),
         ({"memory": 149 * GIB}, r"--max-model-len: .* lower it to \d+ tokens"),
-        ({"memory": int(148.45 * GIB)}, "memory: beside the weights not one request"),
+        ({"memory": int(148.45 * GIB)}, "memory: no request of any length fits next to"),
         ({"max_num_seqs": 32}, r"--max-num-seqs: the memory would hold \d+ requests"),
         ({"max_num_seqs": 4096}, r"memory: \d+ of the 4096 requests"),
     ],

@@ -1,4 +1,4 @@
-"""Qwen3NextConfig: derived sizes, and complaints that name field, value and mend."""
+"""Qwen3NextConfig: derived sizes, and errors that name field, value and fix."""
 
 import contextlib
 import copy
@@ -150,7 +150,7 @@ def test_drafter_copy_is_read():
         ({"num_experts_per_tok": "absent"}, "num_experts_per_tok = 0"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size = 0"),
         ({"num_experts": 0, "intermediate_size": 0}, "intermediate_size = 0"),
-        ({"partial_rotary_factor": 0.0}, r"partial_rotary_factor = 0.0: must lie in \(0, 1\]"),
+        ({"partial_rotary_factor": 0.0}, r"partial_rotary_factor = 0.0: must be in \(0, 1\]"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5"),
         ({"partial_rotary_factor": 0.001}, "rotary_dim = 0"),
         ({"partial_rotary_factor": 33 / 256}, "rotary_dim = 33"),
@@ -163,7 +163,7 @@ def test_drafter_copy_is_read():
         ({"rope_scaling": YARN | {"rope_theta": 1e6}}, "rope_theta = 10000000: rope_scaling says"),
     ],
 )
-def test_complaint_names_field_value_and_mend(changes, message):
+def test_error_names_field_value_and_fix(changes, message):
     with pytest.raises(ConfigError, match=message):
         read(**changes)
 
@@ -231,9 +231,9 @@ def test_yarn_that_lost_a_value_is_told_all_of_it(lost):
     changes = {"rope_theta": None, "partial_rotary_factor": None, "rope_parameters": rope}
     with pytest.raises(ConfigError, match=f"rope_parameters has lost {lost}") as raised:
         Qwen3NextConfig.from_hf(RELEASED_80B | changes, override_flag="--set")
-    mend = json.loads(str(raised.value).partition(": --set '")[2].rstrip("'"))
-    assert mend["rope_parameters"] == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
-    assert read(**(changes | mend)).rotary_dim == 64
+    fix = json.loads(str(raised.value).partition(": --set '")[2].rstrip("'"))
+    assert fix["rope_parameters"] == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    assert read(**(changes | fix)).rotary_dim == 64
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])

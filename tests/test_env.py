@@ -1,4 +1,4 @@
-"""QWEN3NEXT_* variables: defaults, allowed values, and errors that name the mend."""
+"""QWEN3NEXT_* variables: defaults, allowed values, and errors that name the fix."""
 
 import os
 

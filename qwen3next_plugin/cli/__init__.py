@@ -43,8 +43,8 @@ app.command(
     epilog=(
         "Example: [bold]qwen3next plan ./Qwen3-Next-80B-A3B-Instruct --tp 4 --memory 80"
         " --max-model-len 32768 --max-num-seqs 64 --num-speculative-tokens 3[/]."
-        " A folder with config.json alone will do: plan before you download."
-        " Exit status 1 if not one request fits."
+        " A folder with only config.json is enough: plan before you download."
+        " Exit status 1 if no request fits."
     ),
 )(plan.plan)
 app.command(

@@ -38,7 +38,7 @@ class Finding:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check versions, kernels and registration; exit with 1, and the mend, if one is broken."""
+    """Check versions, kernels and registration; exit with 1, and the fix, if one is broken."""
     findings = list(examine())
     broken = any(f.status == "broken" for f in findings)
     if as_json:
@@ -52,12 +52,12 @@ def doctor(
 
 
 def examine() -> Iterator[Finding]:
-    """Everything there is to say, most basic first."""
+    """All findings, the most basic first."""
     yield from _versions()
     yield from _machine()
     yield from (environment := list(_environment()))
     if any(f.status == "broken" for f in environment):
-        return  # every question below would fail for this same reason
+        return  # every check below would fail for the same reason
     yield from _kernels()
     for host in HOSTS:
         if installed(host) is not None:
@@ -77,8 +77,8 @@ def _versions() -> Iterator[Finding]:
             status: Literal["note", "broken"] = "note" if name == "triton" else "broken"
             yield Finding("versions", name, str(found or "not installed"), status, str(error))
     if not any(map(installed, HOSTS)):
-        mend = f"install an engine: {requirement('vllm')}"
-        yield Finding("versions", "engine", "neither vLLM nor SGLang", "broken", mend)
+        fix = f"install an engine: {requirement('vllm')}"
+        yield Finding("versions", "engine", "neither vLLM nor SGLang", "broken", fix)
 
 
 def _machine() -> Iterator[Finding]:
@@ -101,8 +101,10 @@ def _environment() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     answer = _ask("kernels")
     if isinstance(answer, str):
-        mend = "build and install the plugin again (pip install .), or QWEN3NEXT_KERNELS=reference"
-        yield Finding("kernels", "cpu", answer, "broken", mend)
+        fix = (
+            "build and install the plugin again (pip install .), or set QWEN3NEXT_KERNELS=reference"
+        )
+        yield Finding("kernels", "cpu", answer, "broken", fix)
     else:
         for device, description in answer.items():
             yield Finding("kernels", device, description)
@@ -112,8 +114,8 @@ def _registration(host: str) -> Iterator[Finding]:
     section, name = f"registration in {HOSTS[host]}", HOSTS[host]
     answer = _ask(host)
     if isinstance(answer, str):
-        mend = f"mend that first, or QWEN3NEXT_DISABLE=1 to run {name} without this plugin"
-        yield Finding(section, host, answer, "broken", mend)
+        fix = f"fix that first, or set QWEN3NEXT_DISABLE=1 to run {name} without this plugin"
+        yield Finding(section, host, answer, "broken", fix)
         return
     platform = answer.pop("platform")
     for architecture, module in answer.items():
@@ -127,15 +129,15 @@ def _registration(host: str) -> Iterator[Finding]:
             why = f"{found}: this plugin does not serve it on {platform}"
             yield Finding(section, architecture, why, "note")
         else:
-            mend = (
+            fix = (
                 f"install the plugin in this environment; {host.upper()}_PLUGINS, if set, must "
                 "name it"
             )
-            yield Finding(section, architecture, found, "broken", mend)
+            yield Finding(section, architecture, found, "broken", fix)
 
 
 def _ask(question: str) -> dict[str, str] | str:
-    """The answer of a probe process, or why there is none."""
+    """The answer of a probe process, or the reason why it gave none."""
     command = [sys.executable, "-m", "qwen3next_plugin.cli.probe", question]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)

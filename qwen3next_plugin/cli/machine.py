@@ -1,4 +1,4 @@
-"""What the machine offers: cores, memory, and the processor flags that the kernels ask for."""
+"""The machine's cores, memory, and the processor flags that the kernels use."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine as this process may use it."""
+    """What this process may use of the machine."""
 
     architecture: str
     cores: int
@@ -20,7 +20,7 @@ class Machine:
 
 
 def machine() -> Machine:
-    """Look at the machine; a container's memory limit counts where it is lower."""
+    """Read the machine; a container's memory limit counts if it is lower."""
     return Machine(platform.machine(), _cores(), _memory_bytes(), _flags())
 
 

@@ -1,4 +1,4 @@
-"""How vLLM lays a model's state and KV out in memory, and how many requests fit."""
+"""How vLLM lays out a model's state and KV in memory, and how many requests fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """What the weights leave room for, less the one that vLLM keeps as its null block."""
+        """Blocks that fit next to the weights, except the one that vLLM keeps as its null block."""
         return max(0, (self.flags.memory - sum(self.weights.values())) // self.block_bytes - 1)
 
     @property
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What keeps the concurrency from being larger, and the mend where it is 0."""
+        """What limits the concurrency, and the fix if it is 0."""
         fits, flags = self.blocks // self.blocks_per_request, self.flags
         if (weights := sum(self.weights.values())) >= flags.memory:
             return (
@@ -77,7 +77,7 @@ class Plan:
                 f"--max-model-len: one request needs {self.blocks_per_request} blocks and"
                 f" {self.blocks} fit; lower it to {max(0, spare) * self.block_tokens} tokens"
                 if spare > 0
-                else "memory: beside the weights not one request of any length fits"
+                else "memory: no request of any length fits next to the weights"
             )
         if fits >= flags.max_num_seqs:
             return f"--max-num-seqs: the memory would hold {fits} requests of this length"
@@ -93,7 +93,7 @@ def make_plan(config: Qwen3NextConfig, sizes: Mapping[str, int], flags: Flags) -
     block_tokens = BLOCK_ALIGNMENT * ceil(sum(page.values()) / (BLOCK_ALIGNMENT * kv_per_layer))
     group = _group_size(linear, attention)
     weights = dict(rank_bytes(sizes, config))
-    if drafter:  # int8, and a scale a row
+    if drafter:  # int8, and one scale for each row
         rows = ceil(config.vocab_size / config.tp_size)
         weights["draft head"] = rows * (config.hidden_size + 4)
     return Plan(
@@ -103,7 +103,7 @@ def make_plan(config: Qwen3NextConfig, sizes: Mapping[str, int], flags: Flags) -
         kv_bytes_per_token=attention * kv_per_layer,
         block_tokens=block_tokens,
         block_bytes=group * block_tokens * kv_per_layer,
-        # prefix caching keeps the page at the last block boundary beside the running one
+        # prefix caching also keeps the page at the last block boundary
         state_blocks=ceil(linear / group) * (2 if flags.prefix_caching else 1),
         kv_blocks_each=ceil(attention / group),
         flags=flags,
@@ -127,11 +127,11 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
 
 
 def _group_size(linear: int, attention: int) -> int:
-    """Layers that share a block; vLLM fills the last group of each kind up with padding."""
+    """Layers that share a block; vLLM pads the last group of each kind."""
     kinds = [layers for layers in (linear, attention) if layers]
     return max(kinds) if max(kinds) < 1.5 * min(kinds) else min(kinds)
 
 
 def gib(nbytes: int) -> str:
-    """Bytes as one reads them."""
+    """Bytes in GiB, for a reader."""
     return f"{nbytes / GIB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""`qwen3next plan`: what a model, a context length and a draft length cost, and what fits."""
+"""`qwen3next plan`: memory of a model, a context length and a draft length, and what fits."""
 
 import json
 from collections.abc import Mapping
@@ -20,12 +20,14 @@ from qwen3next_plugin.config import (
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json alone will do.")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json is enough.")],
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a request; by default all that the model takes."),
+        typer.Option(min=1, help="Tokens of a request; by default the model's maximum."),
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests at once, at most.")] = 16,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Maximum number of concurrent requests.")
+    ] = 16,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     num_speculative_tokens: Annotated[
         int | None, typer.Option(help="MTP draft length, 1 to 8; by default no drafts.")
@@ -47,7 +49,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
-    """Say what a model costs in memory, and how many requests fit beside its weights."""
+    """Print how much memory a model needs, and how many requests fit next to its weights."""
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
     raw = read_config(model)
@@ -122,7 +124,7 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
     table = Table(
         title=f"{model.resolve().name}: {facts['parameters'] / 1e9:.2f} B parameters"
         f" + {facts['parameters_mtp'] / 1e9:.2f} B MTP, on each of {config.tp_size} rank(s)",
-        caption=f"weights from {facts['weights_from']}; activations need memory beside all this",
+        caption=f"weights from {facts['weights_from']}; activations need memory on top of this",
     )
     table.add_column("what")
     table.add_column("bytes", justify="right")
@@ -147,7 +149,7 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
         p.blocks_per_request * p.block_bytes,
         f"{p.blocks_per_request} blocks, {p.state_blocks} of them state",
     )
-    row("memory", p.flags.memory, f"{p.blocks} blocks beside the weights")
+    row("memory", p.flags.memory, f"{p.blocks} blocks next to the weights")
     console = Console()
     console.print(table)
     console.print(

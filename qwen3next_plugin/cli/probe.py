@@ -1,4 +1,4 @@
-"""Questions that `doctor` asks in a process of its own: the answer may be an abort.
+"""Checks that `doctor` runs in a separate process, because they may abort it.
 
 `python -m qwen3next_plugin.cli.probe kernels` (`vllm`, `sglang`) prints one line of JSON, or fails.
 """
@@ -9,7 +9,7 @@ import sys
 
 
 def kernels() -> dict[str, str]:
-    """Run a kernel of each device once and say which they are."""
+    """Run a kernel on each device once; a description of the kernels by device."""
     import torch
 
     from qwen3next_plugin import env
@@ -17,7 +17,7 @@ def kernels() -> dict[str, str]:
     from qwen3next_plugin.kernels.rms_norm import rms_norm
 
     x = torch.ones(1, 16)
-    # an instruction that the processor lacks ends the process here
+    # ends the process if the kernel uses an instruction that the processor lacks
     rms_norm(x=x, weight=torch.zeros(16), eps=1e-6)
     if env.kernels() == "reference":
         return {"cpu": "reference, correct and slow: QWEN3NEXT_KERNELS=reference"}

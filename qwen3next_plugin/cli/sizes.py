@@ -1,4 +1,4 @@
-"""How many bytes the weights of a checkpoint take, by part and on one tensor-parallel rank."""
+"""Bytes of a checkpoint's weights, by part and on one tensor-parallel rank."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 INDEX = "model.safetensors.index.json"
 PARTS = ("embeddings and norms", "linear attention", "attention", "experts", "MTP")
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-CAST_ON_LOAD = ("BF16", "F16", "F32")  # what the engine converts to the dtype it serves in
+CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
 
 # Every rank holds these whole: norms, the router, the shared expert's gate.
 REPLICATED = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".o_proj.bias")
-# Ranks beyond the key-value heads hold copies of them.
+# With more ranks than key-value heads, ranks hold copies of these.
 KEY_VALUE = ("k_proj.", "v_proj.")
 
 
@@ -66,7 +66,7 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:
-    """Number of parameters of every tensor that the config asks for."""
+    """Number of parameters of every tensor of the model."""
     from qwen3next_plugin.model.weights import trunk_tensors
     from qwen3next_plugin.mtp.weights import mtp_tensors
 

@@ -1,4 +1,4 @@
-"""`qwen3next warmup`: compile what a model launches on a GPU, before the GPU is there."""
+"""`qwen3next warmup`: compile a model's Triton kernels ahead, on a machine without the GPU."""
 
 import time
 from collections.abc import Iterable
@@ -23,10 +23,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def warmup(
-    model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json alone will do.")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json is enough.")],
     arch: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(ARCHITECTURES)}; may be given again. Default: all."),
+        typer.Option(help=f"One of {', '.join(ARCHITECTURES)}; may be repeated. Default: all."),
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     num_speculative_tokens: Annotated[
@@ -43,8 +43,8 @@ def warmup(
 ) -> None:
     """Compile the Triton kernels of a model into Triton's cache; needs no GPU.
 
-    An engine compiles the same when it starts, so this is for images and shared caches: set
-    TRITON_CACHE_DIR, run it where the engine's Triton is installed, and ship the folder.
+    An engine compiles the same kernels when it starts. This command fills images and shared
+    caches: set TRITON_CACHE_DIR, run it with the engine's Triton, and ship the folder.
     """
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)

@@ -131,7 +131,7 @@ BUILT = {
         "RadixAttention": ["num_kv_heads", "layer_id", "quant_config", "prefix"],
     },
 }
-# What the host passes, by name, to what stands in for a class of its own.
+# What the host passes by name to our replacement of a class of its own.
 PASSED = {
     "srt/mem_cache/memory_pool.py": {
         "mamba_pool_cls": [
@@ -279,7 +279,7 @@ def test_flags_are_the_hosts(sources, name):
     assert name in sources.names("srt/arg_groups/field_order.py")
 
 
-def test_platforms_are_asked_with_the_raw_flags_beside(sources):
+def test_platforms_are_given_the_raw_flags_too(sources):
     assert "_raw_input" in ast.unparse(sources.tree("srt/arg_groups/pipeline.py"))
 
 

@@ -226,7 +226,7 @@ def test_optional_goes_on_with_the_hosts_model():
 
 
 def test_disabled_leaves_the_host_untouched():
-    """No hook, no platform, and no variable that was not there."""
+    """No patch, no platform of ours, and no new variable."""
     variables = "print({k for k in os.environ if k not in before and k.startswith('SGLANG')})"
     done = run(
         f"{PREPARE}; before = dict(os.environ); {PLUGINS}; {STATE}; {variables}",

@@ -1,4 +1,4 @@
-"""What cannot be served is refused at load, by our error: it names the thing and the mend."""
+"""What cannot be served is refused at load, by an error that names what is wrong and the fix."""
 
 import json
 import os

@@ -1,1 +1,1 @@
-"""What a machine without a GPU needs."""
+"""What only a machine without a GPU needs."""

@@ -1,8 +1,8 @@
-"""SGLang's CPU attention under a name that it does not tie to AMX.
+"""SGLang's CPU attention backend under a second name, for processors without AMX.
 
-SGLang's backend asks `sgl_kernel` for its two kernels and plans extend, decode, verification and
-drafts around them; on a processor without AMX it is not chosen, although the kernels that the
-plugin brings run on any. Can go when SGLang has an attention backend for every CPU that drafts.
+SGLang's backend plans extend, decode, verification and drafts around two kernels of `sgl_kernel`.
+SGLang chooses it with AMX only, but our versions of the two kernels run on any CPU. Remove when
+SGLang has an attention backend that drafts on every CPU.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, HOST_BACKEN
 
 
 def register_attention_backend() -> None:
-    """Add the name to SGLang's attention backends."""
+    """Add our name to SGLang's attention backends."""
     from sglang.srt.arg_groups import choices
     from sglang.srt.layers.attention import attention_registry
 
@@ -30,7 +30,7 @@ def create_draft_backend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Around `DraftBackendFactory._create_backend`: the name for drafts, too."""
+    """Around `DraftBackendFactory._create_backend`: accept our name for drafts too."""
     make = backend_map[HOST_BACKEND]
     if factory.topk == 1 and backend_name == "decode_attention_backend":
         make = partial(_make_chain, factory)
@@ -43,10 +43,10 @@ def _make_chain(factory: Any) -> tuple[str, Any]:
 
 
 class ChainDraftBackend:
-    """The backends of a chain's further drafts, one a step.
+    """The attention backends of a chain's second and later drafts, one for each.
 
-    SGLang's copies the table of each request's slots as wide as the longest context; a chain's
-    slots stand in the table itself.
+    SGLang's version copies each request's row of the slot table, as wide as the longest context.
+    The drafts of a chain are in the table already, so nothing is copied.
     """
 
     def __init__(self, runner: Any, steps: int) -> None:

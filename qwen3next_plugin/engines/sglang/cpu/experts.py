@@ -1,4 +1,4 @@
-"""Our experts' kernel in SGLang's MoE, where SGLang has only a loop over experts on a CPU."""
+"""Our experts' kernel in SGLang's MoE, in place of its loop over experts on a CPU."""
 
 import torch
 from sglang.srt.layers.moe.token_dispatcher import CombineInput, StandardCombineInput
@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels.fused_moe import fused_moe
 
 
 class NativeExperts(UnquantizedFusedMoEMethod):
-    """SGLang's unquantised experts; its AMX kernel stays where its weights were packed for it."""
+    """SGLang's unquantised experts; its AMX kernel is kept where weights were packed for it."""
 
     def forward_cpu(
         self, layer: torch.nn.Module, dispatch_output: StandardDispatchOutput
@@ -29,4 +29,4 @@ class NativeExperts(UnquantizedFusedMoEMethod):
             )
         )
 
-    forward_native = forward_cpu  # which SGLang takes where there is no AMX
+    forward_native = forward_cpu  # the name that SGLang calls without AMX

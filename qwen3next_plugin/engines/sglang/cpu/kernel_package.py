@@ -1,4 +1,4 @@
-"""`import sgl_kernel` on any machine: the genuine package where it imports, else the stand-in."""
+"""Makes `import sgl_kernel` work: the genuine package if it imports, else our stand-in."""
 
 import sys
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 NAME = "sgl_kernel"
-# A folder that holds nothing else. SGLang spawns its workers, and multiprocessing hands them
-# sys.path; a meta-path finder would stay behind in the parent.
+# It contains only the stand-in, so that it can be added to sys.path. SGLang spawns its workers, and
+# multiprocessing passes sys.path on to them; a meta-path finder would not reach them.
 FOLDER = Path(__file__).parent / "stand_in"
 
 
@@ -29,7 +29,7 @@ class KernelPackage:
 
 @cache
 def provide() -> KernelPackage:
-    """Make `import sgl_kernel` work; the stand-in steps aside as soon as a genuine one imports.
+    """Make `import sgl_kernel` work; the stand-in is used only if no genuine package imports.
 
     Raises: ImportError: the stand-in itself does not import.
     """
@@ -37,7 +37,7 @@ def provide() -> KernelPackage:
         return _stand_in(len(sys.path), "no other is installed")
     try:
         module = import_module(NAME)
-    # The published wheel raises ImportError without a driver; a broken library, OSError; ...
+    # The published wheel raises ImportError without a driver, a broken library OSError, and so on.
     except Exception as error:
         _forget()
         reason = f"the installed one does not import: {type(error).__name__}: {_first_line(error)}"
@@ -48,7 +48,7 @@ def provide() -> KernelPackage:
 
 
 def _found() -> bool:
-    """A folder of that name without an __init__.py, a namespace package, counts for nothing."""
+    """Whether a package is there; a folder without an __init__.py does not count."""
     if NAME in sys.modules:
         return True
     spec = find_spec(NAME)
@@ -60,7 +60,7 @@ def _stand_in(position: int, reason: str) -> KernelPackage:
     invalidate_caches()
     module = import_module(NAME)
     if not _is_stand_in(module):
-        raise ImportError(f"{NAME} was to come from {FOLDER}, and came from {module.__file__}")
+        raise ImportError(f"{NAME} should come from {FOLDER}, but came from {module.__file__}")
     return KernelPackage(False, module.__version__, reason)
 
 
@@ -69,7 +69,7 @@ def _is_stand_in(module: ModuleType) -> bool:
 
 
 def _forget() -> None:
-    """Drop what a failed import left behind, so that the next one starts anew."""
+    """Remove what a failed import left in sys.modules."""
     for name in [n for n in sys.modules if n == NAME or n.startswith(f"{NAME}.")]:
         del sys.modules[name]
 

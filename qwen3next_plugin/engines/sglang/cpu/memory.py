@@ -1,11 +1,11 @@
-"""How much memory state pages and KV take on a machine whose memory is for other things, too."""
+"""How much memory state pages and KV may use on a machine that also runs other things."""
 
 from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
 
-SHARE = 4  # one part in so many of what SGLang would take
+SHARE = 4  # use 1/SHARE of the memory that SGLang would use
 LEAST_GIB = 2.0
 GIB = 1 << 30
 GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
@@ -16,12 +16,9 @@ IN_WORDS = (
 
 
 def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:
-    """Around `_handle_max_mamba_cache`: take part of the free memory, unless flags say how much.
+    """Around `_handle_max_mamba_cache`: use part of the free memory, unless flags say how much.
 
-    SGLang sizes its pools for a device that nothing else runs on: nearly all that is free. Can go
-    when it asks a platform how much of the memory is to be used.
-
-    Returns GiB for KV beside the state pages that the host sets aside.
+    Returns GiB for KV, in addition to the state pages that SGLang sets aside.
     """
     from sglang.srt.runtime_context import get_memory, get_schedule, get_server_args
 
@@ -35,12 +32,12 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
     branches = _branches(configurator, budget)
     if stated or not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
         return host(configurator, budget - branches)
-    # One page a request, however many fit: what they leave may be KV, within the same bound.
+    # Pages are one per request, however many would fit; KV gets the rest, within the same bound.
     return min(budget, host(configurator, total_rest_memory - branches))
 
 
 def _branches(configurator: Any, budget: float) -> float:
-    """GiB of the pages on which draft trees branch, beside those that the host counts.
+    """GiB of the pages for branches of draft trees, which SGLang does not count.
 
     Raises:
         ConfigError: they would take more than half of the budget.
@@ -64,5 +61,5 @@ def _branches(configurator: Any, budget: float) -> float:
 
 
 def given(flags: Any) -> bool:
-    """Whether the command line says how much memory to take."""
+    """Whether the command line says how much memory to use."""
     return any(getattr(flags, name) is not None for name in GIVEN)

@@ -1,8 +1,8 @@
-"""Projections and head in oneDNN's own layout on a CPU, where SGLang packs for AMX only.
+"""Projections and head packed in oneDNN's layout on a CPU, because SGLang packs for AMX only.
 
-A plain bf16 weight is brought into that layout by every product anew, which costs a decode step up
-to half of its time. Packed once, at load, and the plain copy dropped. fp32 stays as it is, and so
-does what SGLang packed for AMX. Can go when SGLang packs on any CPU.
+oneDNN repacks a plain bf16 weight at each product, which takes up to half of a decode step's time.
+Here weights are packed once, at load, and the plain copy is dropped. fp32 weights, and what SGLang
+packed for AMX, stay as they are.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 
-ROWS = 1  # that the layout is chosen for; measured, it serves more of them as well
+ROWS = 1  # the layout is chosen for one row; measured, it is as fast for more rows
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def _pack_once(layer: Any) -> bool:
-    """Whether the layer was packed now; a session for updates, all refused, asks once more."""
+    """Pack a layer unless it is packed; whether it was packed now. SGLang may call this twice."""
     weight = layer.weight
     plain = weight.device.type == "cpu" and not use_intel_amx_backend(layer)
     if layer.packed is not None or not plain or weight.dtype != torch.bfloat16:
@@ -60,7 +60,7 @@ class PackedLinear(UnquantizedLinearMethod):
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
-    """SGLang's unquantised head; the plain copy is dropped when nobody needs it any more."""
+    """SGLang's unquantised head; `drop_plain_head` drops the plain copy."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
@@ -68,7 +68,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
 
 
 class PackedLogitsProcessor(LogitsProcessor):
-    """SGLang's, which multiplies by the plain weight itself."""
+    """SGLang's, with a product that uses the packed weight."""
 
     def _compute_lm_head(
         self,
@@ -85,7 +85,7 @@ class PackedLogitsProcessor(LogitsProcessor):
 
 
 def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:
-    """On a CPU, have SGLang pack a model's projections and head when its weights are there."""
+    """On a CPU, make SGLang pack a model's projections and head after loading."""
     if not without_gpu():
         return
     for module in model.modules():
@@ -101,6 +101,6 @@ def _use(method: PackedLinear | PackedHead, layer: Any) -> None:
 
 
 def drop_plain_head(head: Any) -> None:
-    """Keep the packed head only: nothing is looked up in it, and drafts have their own."""
+    """Drop the plain head: nothing is looked up in it, and drafts have their own head."""
     if getattr(head, "packed", None) is not None:
         _drop(head)

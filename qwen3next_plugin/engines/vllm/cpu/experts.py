@@ -1,8 +1,8 @@
-"""Our experts' kernel in vLLM's MoE, where vLLM would take its portable one on a CPU.
+"""Our experts' kernel in vLLM's MoE, in place of vLLM's portable CPU kernel.
 
-vLLM has a kernel for AMX, which stays where a processor has that; elsewhere its portable vectors
-convert every weight to fp32, which costs prefill half its time. Router, shared expert and the
-weights' loading are vLLM's. Ours reads the weights as the checkpoint has them: nothing is packed.
+vLLM's AMX kernel is kept on processors with AMX. Elsewhere vLLM's portable kernel converts every
+weight to fp32, which takes half of a prefill's time. The router, the shared expert and the loading
+of weights stay vLLM's. Our kernel reads the weights as the checkpoint stores them, unpacked.
 """
 
 import torch
@@ -20,7 +20,7 @@ from qwen3next_plugin.kernels.fused_moe import fused_moe
 
 
 class NativeExperts(CPUUnquantizedExperts):
-    """Takes the place of vLLM's portable kernel."""
+    """Replaces vLLM's portable kernel."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack nothing."""
@@ -41,7 +41,7 @@ class NativeExperts(CPUUnquantizedExperts):
     ) -> None:
         """Shapes: output, hidden_states [T, D], w1 [E, 2I, D], w2 [E, D, I], topk_* [T, k].
 
-        expert_map [experts of the model]: which of this rank's each one is, -1 for none of them.
+        expert_map [experts of the model]: this rank's index of each expert, -1 if it has none.
         """
         assert activation == MoEActivation.SILU
         if expert_map is not None:
@@ -60,7 +60,7 @@ class NativeExperts(CPUUnquantizedExperts):
 
 
 class Experts(RoutedExperts):
-    """vLLM's holder of the experts' weights; chooses our kernel instead of the portable one."""
+    """vLLM's container of the experts' weights, with our kernel instead of the portable one."""
 
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig

@@ -1,7 +1,7 @@
-"""Stand-in for `sgl_kernel` on a machine without a GPU: what SGLang 0.5.23 takes from it there.
+"""Stand-in for `sgl_kernel` on a machine without a GPU: what SGLang 0.5.23 uses of it there.
 
-Nothing here may define the operator `convert_weight_packed`: by it SGLang tells a genuine package,
-and on a processor with AMX would then take paths that need the rest of it.
+Nothing here may define the operator `convert_weight_packed`: SGLang recognises a genuine package by
+it, and would then use code for AMX that needs the rest of the package.
 """
 
 from sgl_kernel import attention as attention  # registers its operators

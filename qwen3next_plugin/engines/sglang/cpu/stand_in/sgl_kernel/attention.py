@@ -33,9 +33,9 @@ def decode_attention_cpu(
     encoder_lens: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    """One new token a request: its key and value go to slot `loc`, then it attends.
+    """One new token for each request: store its key and value in slot `loc`, then attend.
 
-    Raises: NotImplementedError: what Qwen3-Next has no use for; see `_check`.
+    Raises: NotImplementedError: an option that Qwen3-Next does not use; see `_check`.
     """
     _check(
         k_scale=k_scale, v_scale=v_scale, logit_cap=logit_cap, is_cross_attn=is_cross_attn,
@@ -74,13 +74,13 @@ def extend_attention_cpu(
     tree_mask: Tensor | None,
     is_causal: bool,
 ) -> None:
-    """Several new tokens a request, a prefill chunk or a verify pass; the cache holds them already.
+    """Several new tokens for each request (a prefill chunk or a verify pass), in the cache already.
 
     Shapes:
         extend_seq_lens, extend_start_loc: [N], each request's new tokens and where they start
         tree_mask: flat bool, n x n for each request of n new tokens; None: causal
 
-    Raises: NotImplementedError: what Qwen3-Next has no use for; see `_check`.
+    Raises: NotImplementedError: an option that Qwen3-Next does not use; see `_check`.
     """
     _check(
         k_scale=k_scale, v_scale=v_scale, logit_cap=logit_cap, is_cross_attn=is_cross_attn,
@@ -109,7 +109,7 @@ def _attend(
 ) -> None:
     if not seq_lens.numel():
         return
-    # Only here: SGLang imports this package in every process, also where nothing attends.
+    # Imported here because SGLang imports this package in every process, most without attention.
     from qwen3next_plugin.kernels.paged_attention import paged_attention
 
     attended = paged_attention(
@@ -132,7 +132,7 @@ def _check(
     seq_lens: Tensor,
     is_causal: bool = True,
 ) -> None:
-    """Refuse what the kernel does not compute, by name."""
+    """Refuse options that the kernel does not compute, by name."""
     windowed = window > 0 and seq_lens.numel() > 0 and int(seq_lens.max()) > window
     asked = {
         "a scaled KV cache (fp8)": k_scale != 1 or v_scale != 1,

@@ -1,7 +1,7 @@
-"""Which KV slots a request's tokens take: the request-to-token table written and read.
+"""Writes and reads the table of each request's KV slots.
 
 Shapes, everywhere: N requests; `req_to_token` [R, M] int32, KV slot of each request's tokens;
-`req_pool_indices` [N], each request's row in it; KV slots of a batch lie end to end, flat.
+`req_pool_indices` [N], each request's row in it; the KV slots of a batch are one flat list.
 """
 
 import torch
@@ -34,7 +34,7 @@ def assign_extend_cache_locs_cpu(
     out_cache_loc: Tensor,
     pool_len: int,
 ) -> None:
-    """out_cache_loc = the slots of req_to_token[request, start:end]; what lies beyond stays."""
+    """out_cache_loc = the slots of req_to_token[request, start:end]; the rest is unchanged."""
     row, column = ragged(end_offset - start_offset)
     slots = req_to_token[req_pool_indices[row], start_offset[row] + column]
     out_cache_loc[: row.numel()] = slots.to(out_cache_loc.dtype)
@@ -77,8 +77,8 @@ def build_draft_decode_metadata_cpu(
 ) -> Tensor:
     """A table with one row per candidate: the committed slots, then the candidate's own drafts.
 
-    A request's drafts lie candidate by candidate after its committed tokens, num_steps slots each.
-    The table is as wide as the longest row; what lies beyond a shorter one is never read.
+    A request's drafts follow its committed tokens, candidate by candidate, num_steps slots each.
+    The table is as wide as the longest row; the rest of a shorter row is never read.
 
     Shapes: returns [N * topk, max(seq_lens) + num_steps] int32
     """

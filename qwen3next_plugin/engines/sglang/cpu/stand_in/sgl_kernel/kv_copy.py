@@ -1,4 +1,4 @@
-"""Rows of the KV cache moved, in all layers at once."""
+"""Moves slots of the KV cache, in all layers at once."""
 
 import ctypes
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from sgl_kernel.operators import operator
 
 
-# The pointers are declared as written although it is the memory behind them: an operator that
-# writes nothing may be dropped from a graph.
+# Declared as writing the pointers, although it writes the memory that they point to: an operator
+# that writes nothing may be dropped from a graph.
 @operator("data_ptrs")
 def copy_all_layer_kv_cache_cpu(
     data_ptrs: Tensor, strides: Tensor, tgt_loc: Tensor, src_loc: Tensor
@@ -22,7 +22,7 @@ def copy_all_layer_kv_cache_cpu(
         data_ptrs: [L] uint64, addresses; strides: [L], bytes from one slot to the next
         tgt_loc, src_loc: [M], slots
 
-    Raises: IndexError: a negative slot. The caches' ends are not known here: SGLang checks them.
+    Raises: IndexError: a negative slot. The size of the caches is not known here; SGLang checks it.
     """
     if not src_loc.numel():
         return
@@ -36,6 +36,6 @@ def copy_all_layer_kv_cache_cpu(
 
 
 def _rows(address: int, rows: int, row_bytes: int) -> Tensor:
-    """The memory from address on as [rows, row_bytes] uint8, no farther than it is used."""
+    """The memory from `address` on as [rows, row_bytes] uint8, only as far as it is used."""
     memory = (ctypes.c_uint8 * (rows * row_bytes)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.uint8).view(rows, row_bytes)

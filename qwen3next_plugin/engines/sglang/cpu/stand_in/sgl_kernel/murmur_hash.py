@@ -1,11 +1,11 @@
-"""The hash from which SGLang draws the coins of requests that have a seed."""
+"""The hash that SGLang uses as random numbers of requests with a seed."""
 
 import torch
 from torch import Tensor
 
 from sgl_kernel.operators import NAMESPACE, operator
 
-LOW = 0xFFFFFFFF  # 32-bit words in int64, whose products wrap above what is kept
+LOW = 0xFFFFFFFF  # words of 32 bits in int64: an overflow changes only bits that are masked off
 
 
 @operator()

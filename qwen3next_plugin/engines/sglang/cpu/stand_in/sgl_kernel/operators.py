@@ -1,4 +1,4 @@
-"""How a function becomes an operator `torch.ops.sgl_kernel.<name>`."""
+"""Registers a function as the operator `torch.ops.sgl_kernel.<name>`."""
 
 from collections.abc import Callable
 

@@ -10,7 +10,7 @@ from sgl_kernel.operators import operator, ragged
 def fill_bonus_tokens_cpu(
     accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, accept_stride: int
 ) -> None:
-    """The last of each request's accepted tokens, which every verify step adds to its drafts.
+    """The last accepted token of each request, which a verify step adds to the accepted drafts.
 
     Shapes:
         accept_tokens: [N * accept_stride]
@@ -30,9 +30,9 @@ def rotate_input_ids_cpu(
     topk_index: Tensor,
     select_index: Tensor | None = None,
 ) -> None:
-    """Shift each request's tokens one to the left, and write its new token behind the last.
+    """Shift each request's tokens left by one, and write its new token at the end.
 
-    With select_index the new token goes there instead, and the last token stays.
+    With select_index the new token is written there instead, and the last token is kept.
 
     Shapes:
         input_ids: [T], written

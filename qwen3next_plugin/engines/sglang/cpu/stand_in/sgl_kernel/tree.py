@@ -1,4 +1,4 @@
-"""A tree of drafts: laid out for one verify pass, and verified by the target's greedy choice.
+"""A tree of drafts: its layout for one verify pass, and its greedy verification.
 
 Shapes, everywhere: N requests; D nodes of each tree, node 0 the last committed token; `retrieve_*`
 [N, D]: a node's row in the batch, its first child, and its next sibling, -1 where there is none.
@@ -30,14 +30,14 @@ def build_tree_kernel_efficient_cpu(
     draft_token_num: int,
     tree_mask_mode: int,
 ) -> None:
-    """Links, positions and visibility of the drafts that were selected from the candidates.
+    """Compute links, positions and visibility of the selected drafts.
 
     Shapes:
         parent_list: [N, P], the candidate that each group of topk candidates continues
         selected_index: [N, D - 1], the candidates that became nodes, ascending
         verified_seq_len: [N], committed tokens
         tree_mask: flat, written: per request D rows of D (QLEN_ONLY), or of the committed
-            tokens, which are left as they are, and D (FULL_MASK)
+            tokens, which are left unchanged, and D (FULL_MASK)
         positions: [N * D], written
         retrieve_*: [N, D], written; -1 on entry
 
@@ -78,7 +78,7 @@ def _link(parents: Tensor, next_token: Tensor, next_sibling: Tensor) -> None:
 
 
 def _ancestors(parents: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Which nodes each one sees, [N, D, D], and how deep it stands, [N, D]."""
+    """The nodes that each node sees, [N, D, D], and its depth, [N, D]."""
     N, D = parents.shape
     at = torch.arange(D, device=parents.device).repeat(N, 1)
     visible = torch.zeros(N, D, D, dtype=torch.bool, device=parents.device)
@@ -92,7 +92,7 @@ def _ancestors(parents: Tensor, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def _mask_cells(verified_seq_len: Tensor, D: int, mode: int) -> Tensor:
-    """Where in the flat mask the D x D cells of each request lie: [N, D, D]."""
+    """Indices in the flat mask of each request's D x D cells: [N, D, D]."""
     if mode not in (FULL_MASK, QLEN_ONLY):
         raise NotImplementedError(f"build_tree_kernel_efficient_cpu: tree mask mode {mode}")
     prefix = verified_seq_len if mode == FULL_MASK else torch.zeros_like(verified_seq_len)
@@ -113,7 +113,7 @@ def verify_tree_greedy_cpu(
     retrive_next_sibling: Tensor,
     target_predict: Tensor,
 ) -> None:
-    """Walk down each tree along the drafts that the target would have chosen itself.
+    """Follow each tree along the drafts that equal the target's own choice.
 
     Shapes:
         predicts: [N * D], written at the accepted nodes: the target's choice after each
@@ -129,7 +129,7 @@ def verify_tree_greedy_cpu(
     accepted = torch.zeros_like(last)
     accept_index[:, 0] = last.to(accept_index.dtype)
     node = retrive_next_token[:, 0]
-    for _ in range(1, D):  # each draft is looked at once
+    for _ in range(1, D):  # visits each draft once
         open_ = (node >= 0) & (accepted < S - 1)
         at = node.clamp(min=0)
         hit = open_ & (candidates[request, at] == target[last])

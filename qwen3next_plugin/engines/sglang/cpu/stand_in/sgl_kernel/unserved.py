@@ -1,4 +1,4 @@
-"""Names that must exist, and that the stand-in does not serve: calling one says so."""
+"""Names that must exist but that the stand-in does not serve: calling one raises."""
 
 from collections.abc import Callable
 from typing import NoReturn
@@ -7,7 +7,7 @@ import torch
 
 from sgl_kernel.operators import LIBRARY, NAMESPACE
 
-# Taken from torch.ops.sgl_kernel when a module of SGLang is imported on CPU.
+# SGLang's modules read these from torch.ops.sgl_kernel when they are imported on a CPU.
 TAKEN_ON_IMPORT = {
     "fused_dual_residual_rmsnorm_cpu": "Grok",
     "fused_gdn_gating_cpu": "SGLang's own Gated DeltaNet",
@@ -19,8 +19,8 @@ TAKEN_ON_IMPORT = {
     "fused_sigmoid_mul_cpu": "Qwen3.5 and Muse Glimmer",
     "rmsnorm_cpu": "Grok",
 }
-# Given a fake by `register_fake_ops` of its CPU graph (--enable-torch-compile), which fails where
-# the operator does not exist. Its callers run on a processor with AMX only.
+# SGLang's `register_fake_ops` (--enable-torch-compile) registers fakes for these, and fails if one
+# does not exist. They are called on processors with AMX only.
 GIVEN_A_FAKE = [
     "apply_multidimensional_rope_cpu",
     "apply_rotary_pos_emb_cpu",
@@ -70,7 +70,7 @@ GIVEN_A_FAKE = [
 
 
 def refused(name: str, caller: str) -> Callable[..., NoReturn]:
-    """A function of that name that says who calls it, and what is served."""
+    """A function of that name that raises, and names its caller and what the stand-in serves."""
 
     def refuse(*arguments: object, **named: object) -> NoReturn:
         raise NotImplementedError(
@@ -84,7 +84,7 @@ def refused(name: str, caller: str) -> Callable[..., NoReturn]:
 
 
 def _declare(name: str, caller: str) -> None:
-    """Known to the dispatcher, so that a fake can be registered; what is called is the refusal."""
+    """Define the operator, so that a fake can be registered for it; calling it raises."""
     LIBRARY.define(f"{name}() -> ()")
     setattr(getattr(torch.ops, NAMESPACE), name, refused(name, caller))
 
