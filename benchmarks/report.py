@@ -1,8 +1,8 @@
 """One format for everything that a benchmark measures: a record, kept as JSON, printed as a table.
 
-out/<name>.json          a full run
-out/quick/<name>.json    a quick one; never written into docs/
-benchmarks/measured/     the records that docs/ shows, written there by --docs
+out/<name>.json          of a full run
+out/quick/<name>.json    of a quick run; never in docs/
+benchmarks/measured/     the records that docs/ shows, written by --docs
 """
 
 import json
@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 MEASURED = Path(__file__).parent / "measured"
-WIDE = 400  # columns of a terminal that breaks no line: tables can be pasted into a page
-QUICK = "QUICK: few rounds, small models. Good for a smoke test, not for comparing; not for docs/."
+WIDE = 400  # columns; no line of a table is broken, so that it can be pasted into a page
+QUICK = "QUICK: few rounds, small models. A smoke test; the figures are not for docs/."
 
-console = Console(stderr=True)  # progress and checks; the standard output has the figures alone
+console = Console(stderr=True)  # progress and checks; standard output has only the figures
 
 Cell = int | float | str
 Rows = Mapping[str, Mapping[str, Cell]]  # row → column → value
@@ -42,7 +42,7 @@ OUT = Path("out")
 
 
 class RedCheckError(AssertionError):
-    """Two sides that should compute the same do not: no figure is printed."""
+    """Two sides compute different results; no figure may be printed."""
 
 
 @dataclass(frozen=True, slots=True)

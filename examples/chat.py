@@ -1,4 +1,4 @@
-"""Talk to a running server, turn by turn; answers stream in as they are generated."""
+"""Chat with a running server; answers are printed as they are generated."""
 
 from typing import Annotated
 
@@ -17,10 +17,10 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
 ) -> None:
-    """Chat with what `make serve` serves. An empty line or Ctrl-D ends it.
+    """Chat with the server of `make serve`. An empty line or Ctrl-D ends the chat.
 
     Every turn sends the whole conversation again. The server finds the earlier
-    turns in its prefix cache and computes only what is new.
+    turns in its prefix cache and computes only the new ones.
     """
     client = OpenAI(base_url=base_url, api_key="unused")
     messages = [{"role": "system", "content": system}] if system else []
@@ -42,7 +42,7 @@ def main(
 
 
 def ask() -> str:
-    """The user's next line; empty at the end of the input."""
+    """The user's next line; empty when the input ends."""
     try:
         return input("you> ").strip()
     except EOFError:
@@ -50,7 +50,7 @@ def ask() -> str:
 
 
 def show(answer) -> str:
-    """Print the pieces of an answer as they arrive, and return the whole."""
+    """Print the pieces of an answer as they arrive; return the full text."""
     pieces = []
     for chunk in answer:
         piece = chunk.choices[0].delta.content or ""

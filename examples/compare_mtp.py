@@ -1,4 +1,4 @@
-"""The same prompts with and without MTP: the text must not change, the speed may."""
+"""Run the same prompts with and without MTP: the text stays the same, the speed changes."""
 
 import time
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ DRAFTS = "vllm:spec_decode_num_drafts"
 
 @dataclass(frozen=True)
 class Run:
-    """What one engine generated, how fast, and how often each draft position was accepted."""
+    """One engine's output, its time, and the acceptance of each draft position."""
 
     tokens: list[list[int]]
     texts: list[str]
@@ -42,7 +42,7 @@ def main(
     ] = 2,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 96,
     dtype: Annotated[
-        str, typer.Option(help="float32: equal to the token. bfloat16: near ties may flip.")
+        str, typer.Option(help="float32: equal token for token. bfloat16: near ties may flip.")
     ] = "float32",
     cache_gib: Annotated[int, typer.Option(help="Memory for keys, values and states.")] = 1,
     compiled: Annotated[
@@ -51,13 +51,13 @@ def main(
 ) -> None:
     """Serve one prompt at a time twice, without and with MTP, and show both.
 
-    The MTP head drafts. The model verifies all drafted tokens in one step and
-    keeps those that it would have chosen itself, so the text is the same and
+    The MTP head drafts tokens. The model verifies all of them in one step and
+    keeps those that it would have chosen itself. So the text is the same, and
     only the number of steps changes.
 
-    The acceptance of a position is the share of drafts whose token there was
-    kept. A draft is kept up to its first wrong token, so acceptance falls with
-    the position. Exit status 1 says that a text differs.
+    The acceptance of a position is the share of drafts whose token was kept
+    there. A draft is kept up to its first wrong token, so acceptance falls
+    with the position. The exit status is 1 if a text differs.
     """
     options = {
         "model": model,
@@ -78,7 +78,7 @@ def main(
 
 def run(max_tokens: int, options: dict) -> Run:
     """Start an engine, generate prompt by prompt, and shut it down."""
-    from vllm import LLM, SamplingParams  # slow to import; --help need not wait for it
+    from vllm import LLM, SamplingParams  # slow to import, so not for --help
 
     llm = LLM(**options)
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -94,7 +94,7 @@ def run(max_tokens: int, options: dict) -> Run:
 
 
 def counters(llm) -> list[int]:
-    """Drafts so far, and how many were accepted at each position; empty without MTP."""
+    """The number of drafts so far, and of accepted ones by position; empty without MTP."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     if DRAFTS not in metrics:
         return []
@@ -110,7 +110,7 @@ def acceptance_between(before: list[int], after: list[int]) -> list[float]:
 
 
 def side_by_side(without: Run, with_mtp: Run) -> Table:
-    """One row a prompt: both texts, and whether they agree."""
+    """A row for each prompt: both texts, and whether they agree."""
     table = Table("prompt", "without MTP", "with MTP", "same", show_lines=True)
     rows = zip(PROMPTS, without.texts, with_mtp.texts, without.tokens, with_mtp.tokens, strict=True)
     for prompt, text, text_mtp, tokens, tokens_mtp in rows:
@@ -119,7 +119,7 @@ def side_by_side(without: Run, with_mtp: Run) -> Table:
 
 
 def agreement(a: list[int], b: list[int]) -> str:
-    """`yes`, or the first position at which two token sequences part."""
+    """`yes`, or the first position at which two token sequences differ."""
     if a == b:
         return "yes"
     parts = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
@@ -127,7 +127,7 @@ def agreement(a: list[int], b: list[int]) -> str:
 
 
 def summary(without: Run, with_mtp: Run) -> Table:
-    """Speed of both runs, and the acceptance that explains it."""
+    """Speed of both runs, with the acceptance that explains it."""
     table = Table("", "tokens/s", "acceptance per position", "tokens a step")
     table.add_row("without MTP", f"{without.tokens_per_second:.1f}", "", "1.00")
     rates = with_mtp.acceptance

@@ -1,4 +1,4 @@
-"""Generate without a server, through vLLM's own LLM class; the plugin is picked up by itself."""
+"""Generate without a server, through vLLM's own LLM class, which loads the plugin by itself."""
 
 import time
 from typing import Annotated
@@ -26,11 +26,11 @@ def main(
 ) -> None:
     """Continue PROMPTS with a Qwen3-Next model, in this process.
 
-    vLLM loads every installed plugin as it starts, so nothing here mentions
-    qwen3next_plugin; its line in the log says that it is in use. Set
-    QWEN3NEXT_DISABLE=1 to see the host's own model instead.
+    vLLM loads every installed plugin as it starts, so nothing here imports
+    qwen3next_plugin; a line in the log shows that it is in use. Set
+    QWEN3NEXT_DISABLE=1 to run vLLM's own model instead.
     """
-    from vllm import LLM, SamplingParams  # slow to import; --help need not wait for it
+    from vllm import LLM, SamplingParams  # slow to import, so not for --help
 
     llm = LLM(
         model=model,
@@ -51,7 +51,7 @@ def main(
 
 
 def speculation(draft_tokens: int) -> dict | None:
-    """What vLLM's `speculative_config` takes: the checkpoint's own MTP head as drafter."""
+    """vLLM's `speculative_config` with the checkpoint's own MTP head as drafter."""
     if draft_tokens == 0:
         return None
     return {"method": "qwen3_next_mtp", "num_speculative_tokens": draft_tokens}

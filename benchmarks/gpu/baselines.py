@@ -1,7 +1,7 @@
-"""What the recurrence is compared with: a plain loop in fp32, and the kernels of others.
+"""What the recurrence is compared with: a plain loop in fp32, and other packages' kernels.
 
-Each takes a layer, its rows' lengths and S as it stands, and gives a call without arguments that
-returns [T, HV, V]. Those of others are None where they are not installed or cannot do the work.
+A baseline is a call without arguments that returns [T, HV, V]. It is None if its package is not
+installed or cannot do the work.
 """
 
 import functools
@@ -19,7 +19,7 @@ Call = Callable[[], Tensor]
 
 
 def plain(layer: Layer, lengths: tuple[int, ...], S: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Which tokens the first `tokens` of each row are [N, tokens], and their outputs."""
+    """Indices [N, tokens] of the first `tokens` tokens of each row, and their outputs."""
     starts = torch.tensor([0, *lengths[:-1]], device=S.device).cumsum(0)
     at = starts[:, None] + torch.arange(tokens, device=S.device)
     R, K = layer.shape.values_per_key, layer.shape.key_dim
@@ -36,7 +36,7 @@ def plain(layer: Layer, lengths: tuple[int, ...], S: Tensor, tokens: int) -> tup
 
 
 def versions() -> str:
-    """The packages that baselines come from, as far as they are installed."""
+    """The packages that baselines come from, with the installed versions."""
     found = []
     for package in ("fla-core", "vllm"):
         try:
@@ -47,7 +47,7 @@ def versions() -> str:
 
 
 def baseline(work: Work, layer: Layer, S: Tensor) -> Call | None:
-    """The kernel of another package for this work: FLA's, and vLLM's where there are drafts."""
+    """Another package's kernel for this work: FLA's, and vLLM's for drafts."""
     if S.device.type == "cpu":
         return None
     if work.prefills:
@@ -58,7 +58,7 @@ def baseline(work: Work, layer: Layer, S: Tensor) -> Call | None:
 
 
 def _gates(layer: Layer) -> dict:
-    """FLA's kernels make the gates and norms themselves, as ours do."""
+    """Arguments with which FLA's kernels compute gates and norms themselves, as ours do."""
     return {
         "use_gate_in_kernel": True,
         "A_log": layer.weights.A_log,
@@ -69,13 +69,13 @@ def _gates(layer: Layer) -> dict:
     }
 
 
-@functools.cache  # FLA keeps what it finds on the host for a tensor, by which tensor it is
+@functools.cache  # FLA caches host values by the identity of a tensor
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0)
 
 
 def _chunked(work: Work, layer: Layer) -> Call | None:
-    """A batch of rows where all are as long, else one sequence with offsets."""
+    """A batch if all rows have one length, else one sequence with offsets."""
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
@@ -111,7 +111,7 @@ def _decoded(layer: Layer, S: Tensor) -> Call | None:
 
 
 def _verified(work: Work, layer: Layer, S: Tensor) -> Call | None:
-    """k + 1 states of each row: one is read, and each token writes its own. State 0 is nobody's."""
+    """k + 1 states a row: one is read, and each token writes its own. State 0 is unused."""
     try:
         from vllm.third_party.flash_linear_attention.ops import (
             fused_sigmoid_gating_delta_rule_update,

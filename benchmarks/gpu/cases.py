@@ -40,8 +40,9 @@ class Plan:
 
     def layout(self, ranks: int, drafts: int) -> PageLayout:
         """The layout of a rank's page."""
-        heads = (count // ranks for count in self.heads)
-        return PageLayout(*heads, *self.dims, drafts, self.dtype, torch.float32)
+        H, HV = self.heads
+        K, V = self.dims
+        return PageLayout(H // ranks, HV // ranks, K, V, drafts, self.dtype, torch.float32)
 
     def works(self, ranks: int) -> Iterator[Work]:
         for drafts in (0, *self.drafts):

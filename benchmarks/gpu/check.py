@@ -1,4 +1,4 @@
-"""The layer's kernels against the reference in fp32, on prefill, verify and decode rows."""
+"""Compare the layer's kernels with the reference in fp32, on prefill, verify and decode rows."""
 
 import os
 from dataclasses import replace
@@ -13,11 +13,11 @@ from qwen3next_plugin.model.state import PageLayout
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # on |out - ref| / |ref|
 PROMPTS = (70, 17, 1, 3)
-ROUNDS = 2  # of drafts, some of each taken back
+ROUNDS = 2  # of drafts; some of each are rejected
 
 
 def agree(what: str, out: Tensor, ref: Tensor, dtype: torch.dtype) -> None:
-    """Raise AssertionError unless both are near, as dtype allows."""
+    """Raise AssertionError unless both agree within the bound of `dtype`."""
     out, ref = out.double().flatten(), ref.double().flatten()
     error = ((out - ref).norm() / ref.norm()).item()
     if not error <= BOUNDS[dtype]:
@@ -25,7 +25,7 @@ def agree(what: str, out: Tensor, ref: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_layer(name: str, layout: PageLayout, device: torch.device) -> None:
-    """Raise AssertionError unless outputs and S are those of the reference."""
+    """Raise AssertionError unless outputs and S agree with the reference."""
     dtype, drafts = layout.activation_dtype, layout.draft_tokens
     exact = replace(layout, activation_dtype=torch.float32, state_dtype=torch.float32)
     ours = Layer(Work(name, layout, PROMPTS), device)
@@ -46,6 +46,6 @@ def check_layer(name: str, layout: PageLayout, device: torch.device) -> None:
 
 
 def committed(context_len: Tensor, lengths: tuple[int, ...], drafts: int) -> Tensor:
-    """All of a long row's tokens, at least one of a short row's."""
+    """Context lengths after a step: all tokens of a long row, at least one of a short row."""
     kept = [n if n > drafts + 1 else int(torch.randint(1, n + 1, ())) for n in lengths]
     return context_len + torch.tensor(kept, dtype=torch.int32, device=context_len.device)

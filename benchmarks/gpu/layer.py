@@ -1,7 +1,8 @@
-"""Gated DeltaNet layers with random parameters, inputs and pages, and steps that walk over them."""
+"""Gated DeltaNet layers with random parameters, inputs and pages, and the steps that run them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ from qwen3next_plugin.model.step import Step
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step asks of one rank's layer: tokens of each row; a prefill begins afresh."""
+    """A step of one rank's layer: the number of tokens in each row. A prefill starts a request."""
 
     name: str
     layout: PageLayout
@@ -39,16 +40,16 @@ class Work:
         return max(self.lengths) > self.layout.draft_tokens + 1
 
     def is_split(self, config: Config) -> bool:
-        """Whether one of its rows is."""
+        """Whether a row is long enough to be split into segments."""
         s = self.layout
         is_long = max(self.lengths) >= config.split_from
         return is_long and config.splits(s.num_value_heads, s.key_dim, s.value_dim)
 
     def bytes(self) -> float:
-        """What the step has to move: S read once and written once in GRID tokens, the rest once.
+        """Bytes that the step must move: S is read once and written once in GRID tokens.
 
-        A row replays what its window holds since the last grid point, and as many tokens of a
-        draft are accepted as not, on average.
+        A row also replays its window since the last grid point. On average half of a draft is
+        accepted.
         """
         s, N, T = self.layout, len(self.lengths), self.tokens
         H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
@@ -63,14 +64,14 @@ class Work:
         return activations + convolution + window * entry + N * S * (1 + advance / GRID)
 
     def flops(self, chunk: int) -> float:
-        """Products of the chunk form, not counting the triangular inverse."""
+        """Floating-point operations of the chunked form, without the triangular inverse."""
         s = self.layout
         K, V = s.key_dim, s.value_dim
         return self.tokens * s.num_value_heads * (4 * chunk * (K + V) + 6 * K * V)
 
 
 class Layer:
-    """One layer: a page for each row of a step, and what it projects for all tokens of one."""
+    """One layer: a page for each row, and random projections of all tokens of a step."""
 
     def __init__(self, work: Work, device: torch.device) -> None:
         s, T, dtype = work.layout, work.tokens, work.layout.activation_dtype
@@ -82,11 +83,11 @@ class Layer:
         self.weights = GatedDeltaNetWeights(
             conv=torch.randn(s.conv_dim, 4, device=device).to(dtype) / 2,
             A_log=torch.empty(HV, device=device).uniform_(0, 2),
-            dt_bias=torch.empty(HV, device=device).uniform_(-6, -2),  # so that S lasts
+            dt_bias=torch.empty(HV, device=device).uniform_(-6, -2),  # slow decay
             norm=torch.rand(V, device=device).to(dtype) + 0.5,
             norm_eps=1e-6,
         )
-        # What the recurrence alone takes, as a convolution leaves it.
+        # Inputs of the recurrence alone, as a convolution would return them.
         self.q, self.k = torch.randn(2, T, H, K, dtype=dtype, device=device)
         self.v = torch.randn(T, HV, V, dtype=dtype, device=device)
         self.a, self.b = torch.randn(2, T, HV, dtype=dtype, device=device)
@@ -123,13 +124,13 @@ class Layer:
         return out
 
     def unsplit(self, step: Step) -> Tensor:
-        """The recurrence, no row of which is split."""
+        """The recurrence without splitting any row."""
         config = replace(config_for(self.v.device), processors=0)
         with patch.object(kernels, "config_for", lambda device: config):
             return self.recurrence(step)
 
     def settled(self, context_len: Tensor) -> Tensor:
-        """S [N, HV, K, V] in fp32 with all tokens that are committed."""
+        """S [N, HV, K, V] in fp32 after all committed tokens."""
         pool, R = self.pool, self.shape.values_per_key
         W, start = pool.key.shape[1], pool.span[:, 0]
         p0 = torch.where(context_len == 0, 0, start // GRID * GRID)
@@ -144,7 +145,7 @@ class Layer:
 
 
 def step_of(lengths: tuple[int, ...], context_len: Tensor) -> Step:
-    """A step of so many tokens in each row; row i has page i."""
+    """A step with `lengths` tokens in its rows; row i has page i."""
     starts = torch.tensor([0, *lengths], device=context_len.device).cumsum(0)
     return Step(
         query_start_loc=starts.int(),
@@ -156,7 +157,7 @@ def step_of(lengths: tuple[int, ...], context_len: Tensor) -> Step:
 
 
 class Turns:
-    """Layers that take turns on one step, as in an engine: each finds its pages out of cache."""
+    """Layers that run one step in turn, as in an engine, so that no page is still in a cache."""
 
     def __init__(self, work: Work, layers: int, device: torch.device) -> None:
         self.work, self.device = work, device
@@ -167,16 +168,17 @@ class Turns:
             self._begin()
 
     def _begin(self) -> None:
-        """Give every row a past of some length, so that not all write S in the same step."""
+        """Give each row a past of random length, so that they write S in different steps."""
         lengths = torch.randint(1, 3 * GRID, (len(self.work.lengths),))
         step = step_of(tuple(lengths.tolist()), self.context_len)
         for layer in self.layers:
             dtype = self.work.layout.activation_dtype
-            layer.run(*layer.projections(step.num_tokens, dtype, self.device), step)
+            qkvz, ba = layer.projections(step.num_tokens, dtype, self.device)
+            layer.run(qkvz, ba, step)
         self.context_len.copy_(lengths)
 
     def advance(self) -> None:
-        """Commit a token of each row, and as many of its draft as chance accepts."""
+        """Commit one token of each row, and a random part of its draft."""
         if not self.work.prefills:
             drafts = self.work.layout.draft_tokens
             self.context_len += 1
@@ -186,4 +188,4 @@ class Turns:
 
     def calls(self, of: Callable[[Layer, Step], Tensor]) -> list[Callable[[], Tensor]]:
         """A call for each layer in turn."""
-        return [lambda layer=layer: of(layer, self.step) for layer in self.layers]
+        return [partial(of, layer, self.step) for layer in self.layers]

@@ -1,9 +1,9 @@
-"""What each Triton kernel takes of a GPU, found by compiling it: no GPU is needed.
+"""Registers and shared memory of each Triton kernel, found by compiling it; needs no GPU.
 
     python -m benchmarks.gpu.resources [--arch sm_90 | --write]
 
-The tables are of the kernels that a released model's layers launch. What other draft lengths,
-shards and dtypes launch is compiled, too, and nothing may spill: exits with 1, naming the kernel.
+The tables have the kernels that a released model's layers launch. Those of another draft length,
+shard and dtype are compiled too. If a kernel spills, the command names it and exits with 1.
 """
 
 import re
@@ -32,7 +32,7 @@ HEAD = "kernel | warps | registers | spilled bytes | shared memory | programs | 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a model is served: draft tokens, ranks, dtypes of activations and of S."""
+    """How a model is served: draft tokens, ranks, dtypes of activations and S."""
 
     draft_tokens: int
     ranks: int
@@ -40,18 +40,22 @@ class Served:
     state_dtype: torch.dtype
 
 
-RELEASED = CONFIG | {"num_experts": 512}  # the block model has fewer, and no other difference
+RELEASED = CONFIG | {"num_experts": 512}  # the block model has 64
 TABLED = Served(3, 4, torch.bfloat16, torch.float32)
-# Without drafts, on one rank, in the other dtype of 16 bits, S in 16 bits: each once.
+# Each setting's other value: no drafts, one rank, the other 16-bit dtype, S in 16 bits.
 OTHER = Served(0, 1, torch.float16, torch.bfloat16)
 
-PARTS, REGISTERS, GRAIN = 4, 512, 8  # parts of a processor; each one's, for a lane; handed out by 8
+PARTS, REGISTERS, GRAIN = (
+    4,
+    512,
+    8,
+)  # parts of a processor; registers a lane of each; allocated in eights
 TENSOR_COLUMNS = 512  # of tensor memory
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What a multiprocessor or a compute unit has, besides its registers."""
+    """Resources of a multiprocessor or compute unit, besides registers."""
 
     shared: int  # bytes
     reserved: int = 1024  # of them, for each program
@@ -69,7 +73,7 @@ PROCESSORS = {
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What a compiled kernel takes; registers are a lane's."""
+    """What a compiled kernel uses; registers are per lane."""
 
     name: str
     warps: int
@@ -79,7 +83,7 @@ class Kernel:
     tensor_columns: int = 0
 
     def fitting(self, processor: Processor) -> tuple[int, str]:
-        """How many programs a processor holds at once, and what there is too little of for more."""
+        """How many programs a processor holds at once, and which resource limits them."""
         in_part = REGISTERS // (-(-self.registers // GRAIN) * GRAIN)
         shared = self.shared + processor.reserved
         limits = {
@@ -114,7 +118,7 @@ def taken(kernel: CompiledKernel) -> Kernel:
 
 
 def _name(kernel: CompiledKernel) -> str:
-    """The kernel's, and which of its parts are compiled in."""
+    """The kernel's name, and which of its parts are compiled in."""
     names, constants = kernel.src.fn.arg_names, kernel.src.constants
     parts = [names[path[0]].lower() for path, value in constants.items() if value is True]
     return ", ".join([kernel.metadata.name.strip("_"), *parts])
@@ -156,7 +160,7 @@ def section(arch: str, kernels: list[Kernel]) -> str:
 
 
 def complaints(arch: str, served: Served, kernels: list[Kernel]) -> Iterator[str]:
-    """Kernels that keep registers in memory, or that no processor has room for."""
+    """Kernels that spill registers, or that do not fit on a processor."""
     for kernel in kernels:
         if kernel.spilled:
             yield f"{arch}: {kernel.name} spills {kernel.spilled} bytes, {served}"
@@ -174,10 +178,14 @@ def write(sections: list[str]) -> None:
 
 
 def main(
-    arch: Annotated[str | None, typer.Option(help="Only this one.")] = None,
+    arch: Annotated[str | None, typer.Option(help="Only this architecture, such as sm_90.")] = None,
     write_docs: Annotated[bool, typer.Option("--write", help="Write resources.md.")] = False,
 ) -> None:
-    """Compile for each architecture, print what kernels take, and exit with 1 if one spills."""
+    """What does each Triton kernel use of a GPU? Compiles for every architecture; needs no GPU.
+
+    Prints registers, spilled bytes, shared memory, and how many programs fit on a multiprocessor.
+    Exits with 1 if a kernel spills or does not fit.
+    """
     if arch and write_docs:
         raise typer.BadParameter("benchmarks/gpu/resources.md has the tables of all architectures")
     sections: list[str] = []

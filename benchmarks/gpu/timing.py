@@ -1,4 +1,4 @@
-"""How long a GPU takes: CUDA events around replays of a graph, and what the card can do at most."""
+"""Times on a GPU, by CUDA events around replays of a graph, and the card's own limits."""
 
 import statistics
 from collections.abc import Callable
@@ -10,13 +10,13 @@ import torch
 from qwen3next_plugin.kernels.step import GRID
 
 ROUNDS = 5  # a time is the median of these, each the mean of GRID replays
-COLD = 512 << 20  # bytes that layers taking turns move: more than any card's caches hold
-COPIED, SIDE = 1 << 30, 8192  # bytes, and the sides of a matrix, of the roof
+COLD = 512 << 20  # bytes that the layers move between two turns: more than any cache holds
+COPIED, SIDE = 1 << 30, 8192  # of the roof: bytes copied, side of the matrices
 
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """What the card does at most, measured: bytes and floating-point operations a second."""
+    """The card's measured limits: bytes and floating-point operations a second."""
 
     bandwidth: float
     rate: float
@@ -27,12 +27,12 @@ class Roof:
         )
 
     def seconds(self, moved: float, flops: float) -> float:
-        """The least time that so much can take."""
+        """The least time for so many bytes and operations."""
         return max(moved / self.bandwidth, flops / self.rate)
 
 
 def roof(device: torch.device) -> Roof:
-    """By copying a large tensor, and by a large product."""
+    """Measure a copy of a large tensor and a large matrix product."""
     source, target = torch.zeros(2, COPIED, dtype=torch.int8, device=device)
     a, b = torch.randn(2, SIDE, SIDE, dtype=torch.bfloat16, device=device)
     copied = seconds(lambda: target.copy_(source))
@@ -40,12 +40,12 @@ def roof(device: torch.device) -> Roof:
 
 
 def layers_beyond_cache(moved: float, device: torch.device) -> int:
-    """How many layers, each moving so much in a step, do not find their own in a cache again."""
+    """How many layers must take turns, each moving `moved` bytes, to find nothing in a cache."""
     return 2 if device.type == "cpu" else ceil(COLD / moved)
 
 
 def replayed(calls: list[Callable], advance: Callable[[], None]) -> float:
-    """Seconds of one of some calls that a graph holds, `advance` run before each replay."""
+    """Seconds of one call, from a graph that holds all; `advance` runs before each replay."""
     for call in calls:  # compiles and tunes
         call()
     torch.cuda.synchronize()
@@ -57,7 +57,7 @@ def replayed(calls: list[Callable], advance: Callable[[], None]) -> float:
 
 
 def seconds(call: Callable, before: Callable[[], None] = lambda: None) -> float:
-    """Of a call on the device."""
+    """Seconds of a call on the device: the median of means over GRID calls."""
     call()
     events = []
     for _ in range(ROUNDS * GRID):

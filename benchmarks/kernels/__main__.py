@@ -78,7 +78,7 @@ def measure_op(run: Run, name: Name) -> Iterator[Record]:
 
 
 def more(run: Run, name: Name, pairs: int) -> Iterator[Record]:
-    """What two of the ops move, besides their times."""
+    """Two ops' memory traffic, besides their times."""
     from benchmarks.kernels import attention, delta_rule
 
     if name is Name.DELTA_RULE:

@@ -24,9 +24,9 @@ def cases() -> Iterator[Case]:
 
 
 def attention(name: str, context: int, queries: int, layers: int = 4) -> Case:
-    """Over the pool, against torch's over keys and values that are gathered already.
+    """Attention over the pool, against torch's over keys and values that are already gathered.
 
-    As many layers as do not fit the cache. Slots are in order, as for one long prompt.
+    Enough layers take turns that none is in the cache. Slots are in order, as for one long prompt.
     """
     pools = torch.empty(layers, 2, context + 1, HKV, D, dtype=DTYPE).normal_()
     q = torch.empty(queries, HQ, D, dtype=DTYPE).normal_()
@@ -55,7 +55,7 @@ def attention(name: str, context: int, queries: int, layers: int = 4) -> Case:
 
 
 def over_bandwidth(pairs: int) -> dict[str, float]:
-    """A decode step's time over that of reading its keys and values at a large read's speed."""
+    """A decode step's time, and its ratio to reading its keys and values as one large read."""
     case = attention("", CONTEXT, 1)
     large = torch.ones(2**25, dtype=torch.int64)
     moved, ours, ratios = 2 * CONTEXT * HKV * D * DTYPE.itemsize, [], []

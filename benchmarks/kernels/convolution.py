@@ -88,6 +88,6 @@ def long_convolution(name: str, tokens: int) -> Case:
 
 
 def convolved(x: dict[str, Tensor], weight: Tensor, pool: StatePool, step: Step) -> Tensor:
-    """The plugin's convolution; its three results are views of one buffer, which is returned."""
+    """The plugin's convolution. Returns the one buffer that its three results are views of."""
     q, _, _ = causal_conv1d(q=x["q"], k=x["k"], v=x["v"], weight=weight, pool_=pool, step=step)
     return q.as_strided((len(q), C), (C, 1))

@@ -76,7 +76,7 @@ def recurrence(name: str, batch: int, n: int) -> Case:
             use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
 
-    # so many rounds that S has been written as often as it ever is
+    # GRID rounds, so that S is written as often as when serving
     return Case(name, plugin, decode if n == 1 else verify, calls=GRID * PAGES // batch)
 
 
@@ -108,9 +108,9 @@ def prefill(name: str, tokens: int) -> Case:
 
 
 def bytes_per_token() -> dict[str, float]:
-    """What a decoded token reads and writes of its page, in MB: S every token, or once in GRID.
+    """MB that a decoded token reads and writes of its page: S every token, or once in GRID.
 
-    Of the window a token reads what came since S was written, GRID tokens where it writes S, and
+    A token reads the window's entries since S was written (GRID of them when it writes S) and
     adds its own key, corrected value and decay.
     """
     S, entry = 4 * HV * K * V, 4 * (H * K + HV * V + HV)

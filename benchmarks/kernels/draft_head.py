@@ -1,6 +1,7 @@
 """The first-ranked token of an output head: int8 rows, and the bf16 head as upstream packs it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def cases() -> Iterator[Case]:
         yield greedy(f"{name} on both sides, batch {batch}", x, head, kept)
 
 
-def greedy(name: str, x: Tensor, head: dict[str, Tensor], bf16: torch.nn.Module) -> Case:
+def greedy(name: str, x: Tensor, head: dict[str, Tensor], bf16: Any) -> Case:
     def plugin() -> Tensor:
         return draft_head(x=x, **head)[1]
 
@@ -39,8 +40,8 @@ def greedy(name: str, x: Tensor, head: dict[str, Tensor], bf16: torch.nn.Module)
     return Case(name, plugin, argmax)
 
 
-def packed(weight: Tensor) -> torch.nn.Module:
-    """The weight as upstream keeps that of a head."""
+def packed(weight: Tensor) -> Any:
+    """A head's weight, packed as upstream packs it."""
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)

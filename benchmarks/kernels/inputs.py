@@ -25,7 +25,7 @@ def int32(*values: int) -> Tensor:
 
 
 def layer_inputs(tokens: int) -> dict[str, Tensor]:
-    """What a layer projects: q, k, v, b, a as views of two grouped projections."""
+    """q, k, v, b, a as views of two grouped projections, as a layer has them."""
     qkvz = torch.randn(tokens, H, 2 * K + 2 * R).to(DTYPE)
     q, k, v, _ = qkvz.split([K, K, R, R], dim=-1)
     b, a = torch.randn(tokens, H, 2 * (HV // H)).to(DTYPE).chunk(2, dim=-1)
@@ -33,12 +33,12 @@ def layer_inputs(tokens: int) -> dict[str, Tensor]:
 
 
 def mixed(x: dict[str, Tensor]) -> Tensor:
-    """The contiguous [T, C] that upstream's layer makes of the projection for its convolution."""
+    """The contiguous [T, C] copy that upstream's layer makes for its convolution."""
     return torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
 
 
 def parameters() -> tuple[Tensor, Tensor]:
-    """A_log fp32, dt_bias in the activations' dtype, as upstream wants them."""
+    """A_log in fp32, dt_bias in the activations' dtype, as upstream takes them."""
     return torch.empty(HV).uniform_(1, 16).log(), torch.randn(HV).to(DTYPE)
 
 
@@ -61,17 +61,17 @@ def step_of(starts: Tensor, slot: Tensor, context_len: Tensor, n: int) -> Step:
 
 
 def every_slot(batch: int) -> tuple[Tensor, ...]:
-    """All pages, as many at a time as one call takes."""
+    """All pages, in groups of one call's batch."""
     return torch.arange(PAGES, dtype=torch.int32).split(batch)
 
 
 def slots_in_turn(batch: int) -> Iterator[Tensor]:
-    """The pages of one call after the other."""
+    """The pages of each call in turn."""
     return itertools.cycle(every_slot(batch))
 
 
 def turns(batch: int, advance: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(slots, context lengths) of one call after the other."""
+    """(slots, context lengths) of each call in turn."""
     for round_ in itertools.count():
         context_len = torch.full((batch,), round_ * advance, dtype=torch.int32)
         for slots in every_slot(batch):
@@ -79,9 +79,9 @@ def turns(batch: int, advance: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def spans_in_turn(batch: int, n: int, advance: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(slots, context lengths, spans) of one call after the other, round and round the ring.
+    """(slots, context lengths, spans) of each call in turn, around the ring.
 
-    The recurrence would advance the spans.
+    In a layer the recurrence advances the spans; the convolution alone does not.
     """
     ring, rounds = 3 + n, []
     for i in range(ring):

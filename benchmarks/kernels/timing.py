@@ -45,7 +45,7 @@ def timed(case: Case, pairs: int) -> dict[str, float]:
 
 
 def seconds(call: Call, calls: int) -> float:
-    """Of one call, within a round of them: in an engine, too, one layer follows the other."""
+    """Seconds of one call, within a round of calls, as layers follow one another in an engine."""
     begin = time.perf_counter()
     for _ in range(calls):
         call()

@@ -39,7 +39,7 @@ def cases() -> Iterator[Case]:
 
 
 def verify_layer(name: str, batch: int) -> Case:
-    """As upstream's layer verifies where there is no AMX: the convolution a sequence at a time."""
+    """Upstream's layer as it verifies without AMX: one convolution call for each sequence."""
     n = 1 + DRAFT
     x, (A_log, dt_bias), pool = layer_inputs(batch * n), parameters(), state_pool(DRAFT)
     weight = torch.randn(C, 4).to(DTYPE)

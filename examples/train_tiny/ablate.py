@@ -1,4 +1,4 @@
-"""Short runs with one part of the recipe turned off each, side by side: see --help."""
+"""Short runs, each with one part of the recipe turned off: see --help."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def train(name: str, out: Path, steps: int) -> Path:
-    """Run train.py for one variant; the folder of its checkpoint."""
+    """Train one variant with train.py; returns its checkpoint folder."""
     folder = out / name.replace(" ", "-")
     size = ["--rows", "1", "--length", "256", "--accumulate", "4", "--no-compiled"]
     command = [sys.executable, "-m", f"{__package__}.train", "--out", str(folder)]
@@ -33,7 +33,7 @@ def train(name: str, out: Path, steps: int) -> Path:
 
 
 def measure(folder: Path) -> dict:
-    """What the variants differ in: expert use, norm weights and the last losses."""
+    """A variant's expert use, norm weights and last losses."""
     model, tokenizer = load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     tap = RouterTap(model)
     _, held_out = split(documents())

@@ -1,4 +1,4 @@
-"""MTP acceptance as a server measures it: draft from the cache, verify against the greedy trunk."""
+"""MTP acceptance as in a server: draft from the cache, verify against the greedy trunk."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from .architecture import TinyQwen3Next
 
 @dataclass
 class Tally:
-    """Drafts made, and how many of them had their first 1, 2, … k tokens accepted."""
+    """The number of drafts, and of those whose first 1, 2, … k tokens were accepted."""
 
     k: int
     drafts: int = 0
@@ -20,13 +20,13 @@ class Tally:
         self.accepted = self.accepted or [0] * self.k
 
     def add(self, run: int) -> None:
-        """Count one draft of which `run` tokens were accepted."""
+        """Count one draft with `run` accepted tokens."""
         self.drafts += 1
         for position in range(run):
             self.accepted[position] += 1
 
     def summary(self) -> dict:
-        """Rates: of each position given that the one before was accepted, and of all drafts."""
+        """Acceptance of each position: given the one before it, and as a share of all drafts."""
         reached = [self.drafts, *self.accepted[:-1]]
         return {
             "drafts": self.drafts,
@@ -37,14 +37,14 @@ class Tally:
 
 
 class KeyValues:
-    """Keys and values [1, H, T, K] of one attention layer, with what attention asks of a cache."""
+    """Keys and values [1, H, T, K] of one attention layer, with the methods attention calls."""
 
     def __init__(self) -> None:
         self.keys, self.values = torch.empty(0), torch.empty(0)
         self.length = 0
 
     def update(self, keys: Tensor, values: Tensor, _layer: int) -> tuple[Tensor, Tensor]:
-        """Append, and return everything so far."""
+        """Append keys and values; return all of them."""
         if self.length:
             keys = torch.cat([self.keys, keys], dim=2)
             values = torch.cat([self.values, values], dim=2)
@@ -52,7 +52,7 @@ class KeyValues:
         return keys, values
 
     def crop(self, length: int) -> None:
-        """Forget what lies beyond the verified tokens."""
+        """Drop everything after the first `length` tokens."""
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
         self.length = length
 
@@ -87,9 +87,9 @@ class Drafter:
 
 
 def replay(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, prompt: int, tally: Tally) -> None:
-    """Serve one finished greedy sequence again, speculatively: ids [L], hidden [L, D].
+    """Draft along one finished greedy sequence: ids [L], hidden [L, D].
 
-    The trunk's choice after any accepted prefix is the sequence itself.
+    After any accepted prefix the trunk would choose the sequence's own next token.
     """
     drafter, known = Drafter(model), prompt + 1
     while known + tally.k <= len(ids):
@@ -103,14 +103,14 @@ def replay(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, prompt: int, tally
 
 
 def until_end(ids: Tensor, prompt: int, end: int) -> Tensor:
-    """The sequence up to its first end token after the prompt; generate pads beyond it."""
+    """The sequence up to its first end token after the prompt; the rest is padding."""
     ends = (ids[prompt:] == end).nonzero()
     return ids[: prompt + int(ends[0]) + 1] if len(ends) else ids
 
 
 @torch.inference_mode()
 def measure(model: TinyQwen3Next, prompts: Tensor, new_tokens: int, tally: Tally) -> list[Tensor]:
-    """Add the drafts made while the trunk continues prompts [B, T] greedily; what it wrote."""
+    """Tally drafts while the trunk continues prompts [B, T] greedily; returns its text."""
     whole = model.trunk.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),

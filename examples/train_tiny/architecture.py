@@ -1,4 +1,4 @@
-"""Qwen3-Next in miniature: transformers' own trunk, and an MTP head of transformers' own parts."""
+"""A very small Qwen3-Next: transformers' trunk, and an MTP head made of transformers' layers."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ FULL_ATTENTION_INTERVAL = 4
 
 
 def tiny_config() -> Qwen3NextConfig:
-    """The released model's head dims and rules at a width of 256 and four layers."""
+    """The released model's head dims and rules, with a width of 256 and four layers."""
     return Qwen3NextConfig(
         architectures=["Qwen3NextForCausalLM"],
         vocab_size=VOCAB_SIZE,
@@ -82,7 +82,7 @@ class MTP(nn.Module):
 
 
 class TinyQwen3Next(nn.Module):
-    """Trunk and MTP head side by side, as the checkpoint holds them."""
+    """Trunk and MTP head, as in the checkpoint."""
 
     def __init__(self, config: Qwen3NextConfig):
         super().__init__()

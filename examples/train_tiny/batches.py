@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from .corpus import Document
 
 LONG_EVERY = 8  # one micro-batch in eight holds a single long window instead of several short ones
-LOOK_AHEAD = 4  # the trunk needs one token more than it reads, MTP at depth 3 three more
+LOOK_AHEAD = 4  # the trunk needs one token after those it reads, MTP at depth 3 three more
 
 
 def encode(tokenizer: Tokenizer, docs: list[Document]) -> list[np.ndarray]:
@@ -21,7 +21,7 @@ def encode(tokenizer: Tokenizer, docs: list[Document]) -> list[np.ndarray]:
 def windows(
     docs: list[np.ndarray], rows: int, length: int, rng: np.random.Generator
 ) -> Iterator[torch.Tensor]:
-    """Endless micro-batches of rows*length tokens, each window cut from shuffled documents."""
+    """Endless micro-batches of rows*length tokens; windows are cut from shuffled documents."""
     size = rows * length
     while True:
         stream = np.concatenate([docs[i] for i in rng.permutation(len(docs))])

@@ -1,4 +1,4 @@
-"""Write the model card from what was measured; no number in it is typed by hand: see --help."""
+"""Write the model card from measured files, so that no number is typed by hand: see --help."""
 
 import json
 import statistics
@@ -31,7 +31,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def shape_table(config: dict) -> str:
-    """The sizes that decide which kernels run."""
+    """The model's sizes."""
     types = config["layer_types"]
     sizes = config | {
         "linear": types.count("linear_attention"),
@@ -42,7 +42,7 @@ def shape_table(config: dict) -> str:
 
 
 def perplexity_table(perplexity: dict) -> str:
-    """One row a kind of text."""
+    """A row for each kind of text."""
     rows = [
         [kind, f"{p['tokens']:,}", f"{p['perplexity']:.2f}", f"{p['bits_per_byte']:.3f}"]
         for kind, p in perplexity.items()
@@ -51,7 +51,7 @@ def perplexity_table(perplexity: dict) -> str:
 
 
 def acceptance_table(acceptance: dict) -> str:
-    """Rates by position and what they are worth."""
+    """Acceptance by position, and tokens a step."""
     rows = []
     for task, label in TASKS.items():
         a = acceptance[task]
@@ -62,18 +62,18 @@ def acceptance_table(acceptance: dict) -> str:
 
 
 def largest_share(layers: list[list[float]]) -> float:
-    """The busiest expert's share, the mean over layers."""
+    """The busiest expert's share, averaged over layers."""
     return statistics.mean(max(shares) for shares in layers)
 
 
 def apart(experts: dict) -> float:
-    """Total variation between the expert shares of source text and chat, the mean over layers."""
+    """Total variation between expert shares of source text and chat, averaged over layers."""
     pairs = zip(experts["source"], experts["chat"], strict=True)
     return statistics.mean(sum(abs(a - b) for a, b in zip(s, c, strict=True)) / 2 for s, c in pairs)
 
 
 def ablation_table(ablations: dict) -> str:
-    """One row a variant."""
+    """A row for each variant."""
     rows = [
         [
             name,
@@ -90,7 +90,7 @@ def ablation_table(ablations: dict) -> str:
 
 
 def sample_list(samples: list[dict]) -> str:
-    """Greedy answers to held-out questions, as they came."""
+    """Greedy answers to held-out questions, unselected."""
     quote = "> **{question}**\n>\n> ```text\n{answer}\n> ```\n"
     parts = []
     for s in samples:
@@ -100,7 +100,7 @@ def sample_list(samples: list[dict]) -> str:
 
 
 def run_figures(log: list[dict], setup: dict) -> dict:
-    """What the log says of the run as a whole."""
+    """Totals and speed of the whole run, from the log."""
     seconds = [b["seconds"] - a["seconds"] for a, b in pairwise(log)]
     batch, last = log[0]["tokens"], log[-1]
     return {
@@ -115,7 +115,7 @@ def run_figures(log: list[dict], setup: dict) -> dict:
 
 
 def card(folder: Path) -> str:
-    """The whole text."""
+    """The whole card."""
     names = ("config", "measured", "ablations", "train_setup")
     config, m, ablations, setup = (json.loads((folder / f"{n}.json").read_text()) for n in names)
     acceptance, short, log = m["acceptance"], ablations["recipe"], read_log(folder)
@@ -134,7 +134,7 @@ def card(folder: Path) -> str:
         depths=setup["mtp_depths"],
         mtp_weight=setup["mtp_weight"],
         deep_every=setup["deep_every"],
-        note=setup.get("note", ""),  # what to know of a run, written by hand
+        note=setup.get("note", ""),  # a remark about the run, written by hand
         rate=setup["learning_rate"],
         decay=setup["weight_decay"],
         clip=setup["clip"],

@@ -11,8 +11,8 @@ from pydoc_data import topics
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 HELD_OUT_PERCENT = 4
-# Tests and installed packages are not the library; build data names the machine that built it; the
-# character maps are tables, and `topics` is read through its dictionary instead.
+# Left out: tests and installed packages; build data, which names the machine that built Python;
+# character maps, which are tables; `topics`, which is read as a dictionary instead.
 SKIPPED_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 SKIPPED_NAMES = ("_sysconfigdata*", "topics.py", "cp*.py", "mac_*.py", "iso8859*.py", "koi8*.py")
 QUESTIONS = (
@@ -46,7 +46,7 @@ def chat(question: str, answer: str) -> str:
 
 
 def source_files() -> Iterator[tuple[str, str]]:
-    """Every module of the standard library: its path below the library, and its text."""
+    """Every module of the standard library: its relative path and its text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -73,7 +73,7 @@ def documented(tree: ast.Module, module: str) -> Iterator[tuple[str, str, str, s
 
 
 def conversations(path: str, text: str) -> Iterator[str]:
-    """The file's docstrings as questions and answers; the name decides the question's form."""
+    """The file's docstrings as questions and answers; a hash of the name picks the question."""
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     try:
         tree = ast.parse(text)

@@ -24,7 +24,7 @@ DRAFT = 3  # tokens a draft proposes
 
 
 def held_out_windows(tokenizer: Tokenizer, docs: list[Document], limit: int) -> torch.Tensor:
-    """Windows [N, WINDOW+1] over the documents in a shuffled order, at most `limit` tokens."""
+    """Windows [N, WINDOW+1] over the shuffled documents, at most `limit` tokens."""
     order = np.random.default_rng(0).permutation(len(docs))
     stream = np.concatenate(encode(tokenizer, [docs[i] for i in order]))
     count = min((len(stream) - 1) // WINDOW, limit // WINDOW)
@@ -53,7 +53,7 @@ def perplexity(model: TinyQwen3Next, windows: torch.Tensor, tokenizer: Tokenizer
 def expert_shares(model: TinyQwen3Next, tap: RouterTap, windows: torch.Tensor) -> list[list[float]]:
     """Each layer's share of routed tokens per expert; the MTP layer, at depth 1, comes last."""
     counts: list[torch.Tensor] = []
-    tap.logits.clear()  # what other measurements left behind
+    tap.logits.clear()  # left by other measurements
     for ids in windows.split(8):
         model.drafts(ids, model.hidden(ids[:, :-1]), depths=1)
         logits = tap.take()
@@ -70,7 +70,7 @@ def norm_weights(model: TinyQwen3Next) -> dict[str, float]:
 
 
 def text_acceptance(model: TinyQwen3Next, windows: torch.Tensor) -> dict:
-    """One draft after each true prefix: of four greedy tokens MTP drafts the last three."""
+    """One draft after each true prefix: MTP drafts the last three of four greedy tokens."""
     tally = Tally(DRAFT)
     for length in (64, 192, 320, 448):
         for ids in windows.split(16):
@@ -95,13 +95,13 @@ def chat_generation(model: TinyQwen3Next, prompts: list[torch.Tensor]) -> dict:
 
 
 def distinct_4_grams(written: list[torch.Tensor]) -> float:
-    """Share of 4-grams new to their text, averaged: low where greedy text repeats itself."""
+    """Share of 4-grams new to their text, averaged; low if greedy text repeats itself."""
     grams = [ids.unfold(0, 4, 1) for ids in written if len(ids) >= 4]
     return sum(len(g.unique(dim=0)) / len(g) for g in grams) / max(1, len(grams))
 
 
 def chat_prompts(tokenizer: Tokenizer, docs: list[Document], count: int) -> list[torch.Tensor]:
-    """Held-out questions, each up to where the assistant begins to answer."""
+    """Held-out questions, each up to the beginning of the answer."""
     marker = f"{IM_START}assistant\n"
     chats = [d.text.split(marker)[0] + marker for d in docs if d.kind == "chat"]
     picked = np.random.default_rng(0).permutation(len(chats))[:count]
@@ -162,8 +162,9 @@ def main(
 ) -> None:
     """Held-out perplexity, expert use, norm weights and MTP acceptance, into measured.json.
 
-    All in fp32 from the shipped bf16 weights. Acceptance is a server's: MTP drafts three tokens
-    from its key-value cache of verified tokens, and a token counts when the greedy trunk agrees.
+    All in fp32, from the shipped bf16 weights. Acceptance is measured as in a server: MTP drafts
+    three tokens from its key-value cache of verified tokens, and a token counts if the greedy trunk
+    agrees.
     """
     torch.set_num_threads(threads)
     measured = report(checkpoint, tokens, prompts)

@@ -1,4 +1,4 @@
-"""From the training model to the released checkpoint's layout, and back."""
+"""Convert the training model to the released checkpoint's layout, and back."""
 
 import json
 import os
@@ -15,7 +15,7 @@ WEIGHTS = "model.safetensors"
 
 
 def released_tensors(model: TinyQwen3Next) -> dict[str, Tensor]:
-    """The checkpoint as Qwen3-Next-80B-A3B names and shapes it, in bf16."""
+    """The checkpoint in bf16, with names and shapes as in Qwen3-Next-80B-A3B."""
     named = dict(model.trunk.state_dict())
     named |= {f"mtp.{name}": tensor for name, tensor in model.mtp.state_dict().items()}
     return {
@@ -26,7 +26,7 @@ def released_tensors(model: TinyQwen3Next) -> dict[str, Tensor]:
 
 
 def split_experts(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One tensor per expert and projection; any other tensor as it is."""
+    """One tensor per expert and projection; other tensors unchanged."""
     prefix, found, kind = name.rpartition("mlp.experts.")
     if not found:
         yield name, value
@@ -42,7 +42,7 @@ def split_experts(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def fused_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's `mtp.*` as the MTP module holds them, experts fused again."""
+    """The checkpoint's `mtp.*` tensors as the MTP module names them, with experts fused."""
     mtp = {n.removeprefix("mtp."): t for n, t in tensors.items() if n.startswith("mtp.")}
     experts = "layers.0.mlp.experts."
     out = {n: t for n, t in mtp.items() if not n.startswith(experts)}
@@ -57,7 +57,7 @@ def fused_mtp(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(model: TinyQwen3Next, out: Path) -> None:
-    """Write weights and configs; the weights replace an older snapshot in one move."""
+    """Write weights and configs; the weights replace an older snapshot atomically."""
     partial = out / f".{WEIGHTS}.partial"
     save_file(released_tensors(model), partial, metadata={"format": "pt"})
     partial.chmod(0o644)
@@ -74,7 +74,7 @@ def export(model: TinyQwen3Next, out: Path) -> None:
 
 
 def load(folder: Path) -> TinyQwen3Next:
-    """The checkpoint in fp32, trunk through transformers, MTP beside it; every tensor must fit."""
+    """Load the checkpoint in fp32; every tensor must match. transformers loads the trunk."""
     model = TinyQwen3Next(tiny_config())
     trunk = type(model.trunk).from_pretrained(folder, dtype=torch.float32)
     model.trunk.load_state_dict(trunk.state_dict())

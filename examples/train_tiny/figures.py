@@ -1,4 +1,4 @@
-"""Draw the model card's pictures from what was measured: see --help."""
+"""Draw the model card's pictures from measured files: see --help."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ TASKS = {
     "generated_text": "along generated text",
     "generated_chat": "along generated answers",
 }
-SMOOTH = 10  # steps that one point of the loss curve averages
+SMOOTH = 10  # steps averaged in a point of the loss curve
 
 
 def read_log(folder: Path) -> list[dict]:
-    """train_log.jsonl, one record a step."""
+    """train_log.jsonl: a record for each step."""
     return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
@@ -31,7 +31,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def draw_losses(axes: plt.Axes, log: list[dict]) -> None:
-    """Every cross entropy over tokens seen."""
+    """Every cross entropy against tokens seen."""
     tokens = [record["tokens"] / 1e6 for record in log]
     for key, label in LOSSES.items():
         axes.plot(tokens, smoothed([record[key] for record in log]), label=label, linewidth=1.2)
@@ -51,7 +51,7 @@ def draw_acceptance(axes: plt.Axes, acceptance: dict) -> None:
 
 
 def draw_experts(axes: plt.Axes, ablations: dict) -> None:
-    """Experts sorted by load, the mean over layers, on held-out source text."""
+    """Experts sorted by load, averaged over layers, on held-out source text."""
     for name in ("recipe", "micro-batch balance", "no balance loss"):
         layers = [sorted(shares, reverse=True) for shares in ablations[name]["experts"]["source"]]
         mean = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
@@ -63,7 +63,7 @@ def draw_experts(axes: plt.Axes, ablations: dict) -> None:
 
 
 def draw_norms(axes: plt.Axes, log: list[dict], ablations: dict) -> None:
-    """The largest zero-centred norm weight in the main run, and both ablations' last value."""
+    """The largest zero-centred norm weight in the main run, and the final one of two ablations."""
     records = [record for record in log if "norms" in record]
     steps = [record["step"] for record in records]
     axes.plot(steps, [max(r["norms"].values()) for r in records], label="main run (with decay)")

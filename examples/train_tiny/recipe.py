@@ -1,4 +1,4 @@
-"""The training recipe, one function or class for each of its parts, with its source."""
+"""The training recipe: a function or class for each part, with its source."""
 
 import math
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from .architecture import TinyQwen3Next
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the recipe; the three switches are what the ablations turn off."""
+    """Every number of the recipe; the ablations change the last three."""
 
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    warmup: float = 0.04  # as a part of the whole run, like the decay
+    warmup: float = 0.04  # share of the whole run, like decay
     decay: float = 0.3
     clip: float = 1.0
     mtp_weight: float = 0.3
     mtp_depths: int = 3
     deep_every: int = (
-        2  # depths beyond the first on every second micro-batch: they cost as much as the trunk
+        2  # depths above 1 on every second micro-batch: they cost as much as the trunk
     )
     balance_weight: float = 0.01
     global_balance: bool = True
@@ -35,7 +35,7 @@ class Recipe:
 
 
 def normalise_router_rows(model: nn.Module) -> None:
-    """Give every expert's router row the same norm, so that none is favoured at the start.
+    """Give every expert's router row the same norm, so that no expert is favoured at the start.
 
     Source: Qwen3-Next's announcement, on initialising the MoE router.
     """
@@ -58,18 +58,19 @@ class RouterTap:
         self.logits.append(outputs[0])
 
     def take(self) -> list[Tensor]:
-        """One [T, E] a layer of what ran since the last call; all depths of MTP are one layer."""
+        """Logits since the last call, one [T, E] per layer; all MTP depths count as one layer."""
         trunk, mtp = self.logits[: self.layers], self.logits[self.layers :]
         self.logits.clear()
         return [*trunk, torch.cat(mtp)]
 
 
 class Balance:
-    """Load-balancing loss E·Σ_e f_e·p_e whose f counts the whole global batch.
+    """Load-balancing loss E·Σ_e f_e·p_e in which f counts the whole global batch.
 
     f_e is the share of the step's tokens routed to expert e so far, summed over its micro-batches;
-    p_e the mean probability in this one. With `across=False` f is the micro-batch's own, the usual
-    loss. Source: Qiu et al., "Demons in the Detail" (2025), section 3, with its buffer of counts.
+    p_e is the mean probability in this one. With `across=False` f counts the micro-batch only, the
+    usual loss. Source: Qiu et al., "Demons in the Detail" (2025), section 3 and its buffer of
+    counts.
     """
 
     def __init__(self, across: bool):
@@ -77,11 +78,11 @@ class Balance:
         self.counts: list[Tensor] = []
 
     def reset(self) -> None:
-        """Forget the counts: a new step begins."""
+        """Clear the counts at the beginning of a step."""
         self.counts = []
 
     def loss(self, logits: list[Tensor], top_k: int) -> Tensor:
-        """Mean over the layers, for one micro-batch; logits are one [T, E] a layer."""
+        """Mean over the layers for one micro-batch; logits has one [T, E] per layer."""
         counts = [expert_counts(x, top_k) for x in logits]
         if self.across:
             if self.counts:
@@ -92,7 +93,7 @@ class Balance:
 
 
 def expert_counts(logits: Tensor, top_k: int) -> Tensor:
-    """Tokens that each expert gets: [T, E] → [E]."""
+    """Number of tokens routed to each expert: [T, E] → [E]."""
     chosen = logits.detach().topk(top_k, dim=-1).indices
     return torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).float()
 
@@ -123,10 +124,10 @@ def mtp_losses(
 
 
 def decay_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: matrices and zero-centred norm weights decay, per-head gate scalars do not.
+    """AdamW's groups: matrices and zero-centred norm weights decay; per-head gate scalars do not.
 
     Source: Qwen3-Next's announcement, on zero-centred RMSNorm with weight decay on its weights.
-    The gated norm of the linear layers is not zero-centred: decay would pull its scale to nothing.
+    The gated norm of the linear layers is not zero-centred: decay would pull its scale to zero.
     """
     norms = Qwen3NextRMSNorm if recipe.norm_decay else ()
     decayed, kept = [], []

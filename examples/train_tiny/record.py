@@ -1,4 +1,4 @@
-"""Record how many drafts are right at every token, to simulate draft lengths with: see --help."""
+"""Record how many drafts are right at each token, for simulating draft lengths: see --help."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from .export import load
 
 @torch.inference_mode()
 def runs(model: TinyQwen3Next, ids: Tensor, prompt: int, k: int) -> str:
-    """Before each token of ids [L] after the prompt: right drafts of k, as digits."""
+    """For each token of ids [L] after the prompt, how many of k drafts are right, as a digit."""
     hidden = model.hidden(ids[None])[0]
     drafter, digits = Drafter(model), ""
     for known in range(prompt, len(ids)):
@@ -31,7 +31,7 @@ def runs(model: TinyQwen3Next, ids: Tensor, prompt: int, k: int) -> str:
 
 @torch.inference_mode()
 def continued(model: TinyQwen3Next, prompt: Tensor, tokens: int) -> Tensor:
-    """prompt [T] and what the trunk adds greedily, up to its end token."""
+    """prompt [T] and its greedy continuation by the trunk, up to the end token."""
     whole = model.trunk.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt[None]),
@@ -43,12 +43,14 @@ def continued(model: TinyQwen3Next, prompt: Tensor, tokens: int) -> Tensor:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder that train.py wrote.")],
-    out: Annotated[Path, typer.Option(help="JSON file: for each kind of text, digits by request.")],
-    requests: Annotated[int, typer.Option(help="Of each kind.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Of a request, at most.")] = 240,
+    out: Annotated[
+        Path, typer.Option(help="JSON file to write: digits of each request, by kind of text.")
+    ],
+    requests: Annotated[int, typer.Option(help="Requests of each kind.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a request.")] = 240,
     draft: Annotated[int, typer.Option(help="Tokens that a draft proposes.")] = 4,
 ) -> None:
-    """How many drafts are right at every token of held-out texts, and of texts the model writes.
+    """Count right drafts at each token of held-out texts, and of texts that the model writes.
 
     All in fp32 from the shipped bf16 weights, as evaluate.py measures acceptance.
     """

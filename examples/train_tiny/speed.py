@@ -1,4 +1,4 @@
-"""What makes training quick on a CPU, without touching the arithmetic's definition."""
+"""Make training fast on a CPU without changing what is computed."""
 
 import ctypes
 
@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def make_fast(model: TinyQwen3Next, compiled: bool) -> None:
-    """Prepare process and model, before the first step."""
+    """Prepare process and model before the first step."""
     torch.set_flush_denormal(True)  # decays underflow, and denormals halve the speed
     keep_freed_memory()
     full_precision_delta_rule()

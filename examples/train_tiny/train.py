@@ -1,4 +1,4 @@
-"""Train a Qwen3-Next in miniature, MTP included, on the standard library: see --help."""
+"""Train a very small Qwen3-Next with MTP on the standard library: see --help."""
 
 import json
 import time
@@ -37,7 +37,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     def losses(self, ids: torch.Tensor, depths: int) -> dict[str, torch.Tensor]:
-        """Every term for one micro-batch, MTP to the given depth: ids [B, T+LOOK_AHEAD]."""
+        """All loss terms of one micro-batch, MTP up to `depths`: ids [B, T+LOOK_AHEAD]."""
         model, recipe = self.model, self.recipe
         T = ids.shape[1] - LOOK_AHEAD
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -50,7 +50,7 @@ class Trainer:
         return {"total": total, "lm": lm, **named, "balance": balance}
 
     def step(self, micro_batches: list[torch.Tensor], progress: float) -> dict[str, float]:
-        """One optimiser step over all micro-batches; the mean of every loss."""
+        """One optimiser step over all micro-batches; returns the mean of each loss."""
         rate = r.learning_rate(progress, self.recipe)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -69,7 +69,7 @@ class Trainer:
         return means | {"lr": rate, "grad_norm": norm.item()}
 
     def norm_weights(self) -> dict[str, float]:
-        """The largest |weight| of each zero-centred norm: what decay on norms keeps small."""
+        """The largest |weight| of each zero-centred norm, which weight decay keeps small."""
         modules = self.model.named_modules()
         norms = {n: m for n, m in modules if isinstance(m, r.Qwen3NextRMSNorm)}
         return {n: m.weight.abs().max().item() for n, m in norms.items()}
@@ -95,7 +95,7 @@ def run(
     accumulate: int,
     snapshot_minutes: float,
 ) -> None:
-    """The loop: steps, a log line for each, a snapshot now and then."""
+    """The training loop: a log line for each step, a snapshot every few minutes."""
     start = snapshot = time.monotonic()
     tokens = 0
     with progress_bar() as bar, (out / "train_log.jsonl").open("w") as log:
@@ -121,7 +121,7 @@ def run(
 
 
 def prepare_corpus(out: Path, percent: int) -> list[np.ndarray]:
-    """Training documents as token ids; the tokenizer learnt from them is saved on the way."""
+    """Learn and save the tokenizer; returns the training documents as token ids."""
     training, _ = split(documents())
     training = training[:: max(1, 100 // percent)]
     tokenizer = train_tokenizer(d.text for d in training)
@@ -132,23 +132,25 @@ def prepare_corpus(out: Path, percent: int) -> list[np.ndarray]:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoint, tokenizer and log.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1000,
-    minutes: Annotated[float, typer.Option(help="Stop by then; the schedule adapts.")] = 90,
+    minutes: Annotated[float, typer.Option(help="Stop after this time; the schedule adapts.")] = 90,
     rows: Annotated[int, typer.Option(help="Windows in a micro-batch.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens in a window; every 8th is a long one.")] = 512,
     accumulate: Annotated[int, typer.Option(help="Micro-batches in a step.")] = 4,
     snapshot_minutes: Annotated[float, typer.Option(help="Export a snapshot this often.")] = 5,
-    compiled: Annotated[bool, typer.Option(help="torch.compile: 1.4x, after two minutes.")] = True,
+    compiled: Annotated[
+        bool, typer.Option(help="torch.compile: 1.4 times as fast, after two minutes.")
+    ] = True,
     global_balance: Annotated[bool, typer.Option(help="Balance over the global batch.")] = True,
     balance_weight: Annotated[float, typer.Option(help="Weight of the balance loss.")] = 0.01,
     norm_decay: Annotated[bool, typer.Option(help="Weight decay on zero-centred norms.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    corpus_percent: Annotated[int, typer.Option(help="Part of the corpus to use.")] = 100,
+    corpus_percent: Annotated[int, typer.Option(help="Percentage of the corpus to use.")] = 100,
 ) -> None:
     """Train a 9-million-parameter Qwen3-Next with an MTP layer on a CPU.
 
-    The corpus is the Python standard library of the interpreter that runs this: nothing is
-    downloaded. The result is an ordinary checkpoint folder for transformers, vLLM and SGLang.
+    The corpus is the standard library of the Python that runs this; nothing is downloaded. The
+    result is an ordinary checkpoint folder for transformers, vLLM and SGLang.
 
     A first look: python -m examples.train_tiny.train --steps 20 --no-compiled --out /tmp/tiny
 
