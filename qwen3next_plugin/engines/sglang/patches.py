@@ -59,14 +59,15 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
     layers = runner.model_config.hf_config.full_attention_layer_ids
     if on_gpu():
         from qwen3next_plugin.engines.sglang.state.device_steps import (
-            DeviceBackend,
+            DeviceGatedDeltaNetBackend,
             DeviceHybridBackend,
         )
 
-        return DeviceHybridBackend(full_attn_backend, DeviceBackend(runner), layers)
-    from qwen3next_plugin.engines.sglang.state.steps import HybridBackend, LinearBackend
+        backend = DeviceGatedDeltaNetBackend(runner)
+        return DeviceHybridBackend(full_attn_backend, backend, layers)
+    from qwen3next_plugin.engines.sglang.state.steps import GatedDeltaNetBackend, HybridBackend
 
-    return HybridBackend(full_attn_backend, LinearBackend(runner), layers)
+    return HybridBackend(full_attn_backend, GatedDeltaNetBackend(runner), layers)
 
 
 def verify_by_sampling(host: Callable[..., bool], **given: Any) -> bool:

@@ -24,7 +24,7 @@ def backend():
     """On pages of two layers of 8 slots, for 4 requests and 2 drafts each."""
     from sglang.srt.configs.mamba_utils import Mamba2StateDType
 
-    from qwen3next_plugin.engines.sglang.state.device_steps import DeviceBackend
+    from qwen3next_plugin.engines.sglang.state.device_steps import DeviceGatedDeltaNetBackend
     from qwen3next_plugin.engines.sglang.state.pages import PageParams, PagePool, PageShape
 
     layout = PageLayout(
@@ -52,7 +52,7 @@ def backend():
     layers = [SimpleNamespace(is_linear=i in LAYERS, linear_attn=layer(i)) for i in range(3)]
     model = SimpleNamespace(model=SimpleNamespace(layers=layers))
     runner = SimpleNamespace(req_to_token_pool=tables, device="cpu", model=model)
-    return DeviceBackend(runner)
+    return DeviceGatedDeltaNetBackend(runner)
 
 
 def layer(layer_id):
@@ -141,9 +141,9 @@ def test_pages_are_kept_where_the_mask_says_after_the_last_layer(backend):
 
 def test_a_page_from_the_middle_of_a_prompt(backend, monkeypatch):
     """It is that of a prompt which ends there, and the whole prompt's outputs do not change."""
-    from qwen3next_plugin.engines.sglang.state import device_steps as device_backend
+    from qwen3next_plugin.engines.sglang.state import snapshots
 
-    monkeypatch.setattr(device_backend, "mamba_cache_chunk_size", lambda: 8)
+    monkeypatch.setattr(snapshots, "mamba_cache_chunk_size", lambda: 8)
     one, (qkvz, ba) = layer(0), projections(30)
 
     def prompt(n, mask, track):
@@ -188,20 +188,20 @@ def test_tokens_behind_the_rows_are_zero(backend):
 
 def test_a_prompts_graph_is_cut_at_the_layer(backend, monkeypatch):
     """Captured, nothing runs but a stand-in; replayed, the step of that moment."""
-    from qwen3next_plugin.engines.sglang.state import device_steps as device_backend
+    from qwen3next_plugin.engines.sglang.state import device_steps
 
     calls = []
-    monkeypatch.setattr(device_backend, "is_in_prefill_graph_scope", lambda: True)
-    monkeypatch.setattr(device_backend, "is_in_breakable_cuda_graph", lambda: True)
+    monkeypatch.setattr(device_steps, "is_in_prefill_graph_scope", lambda: True)
+    monkeypatch.setattr(device_steps, "is_in_breakable_cuda_graph", lambda: True)
     hybrid = SimpleNamespace(linear_attn_backend=backend)
-    monkeypatch.setattr(device_backend, "get_attn_backend", lambda: calls.append(1) or hybrid)
+    monkeypatch.setattr(device_steps, "get_attn_backend", lambda: calls.append(1) or hybrid)
     given = {"extend_seq_lens_cpu": [3], "mamba_prefill_track_mask_cpu": None}
     backend.init_forward_metadata(batch(ForwardMode.EXTEND, (1,), (3,), **given))
     inputs = projections(3)
     whole = backend.attend(layer_of := layer(0), *inputs)
     assert calls == [1]
     stub = torch.ones_like(whole)
-    device_backend._leave_zeros(layer_of, *inputs, stub)
+    device_steps._write_zeros(layer_of, *inputs, stub)
     assert not stub.any()
 
 

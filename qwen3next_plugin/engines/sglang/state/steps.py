@@ -17,41 +17,18 @@ if TYPE_CHECKING:
     from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
 
 
-class LinearBackend(AttentionBackend):
+class StepBuilder:
     """Builds one Step per engine step from lengths and slots alone.
 
-    SGLang's own backend is told how many draft tokens were accepted, and scatters states by it.
-    Ours needs no count: the page knows where it stands, so roll-back is a matter of context length.
+    SGLang's own backend takes the number of accepted draft tokens, and scatters states by it. Ours
+    needs no count: a page records where it ends, so roll-back is a matter of context length.
     """
 
-    needs_cpu_seq_lens = False
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
 
-    def __init__(self, runner: Any) -> None:
-        super().__init__()
-        self.req_to_token_pool = runner.req_to_token_pool
-        self.pool: PagePool = self.req_to_token_pool.mamba_pool
-        self.views = {layer: self.pool.view(layer) for layer in self.pool.mamba_layer_ids}
-        self.rids: list[str] | None = None
-        self.step: Step  # of the forward pass that is running
-        self.tree: TreeStep | None = None
-
-    def supports_prefill_graph_extend(self) -> bool:
-        """No: a prompt's graph is cut at linear layers."""
-        return False
-
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Build the step that all linear layers share."""
-        self.rids, self.tree = forward_batch.rids, None
-        slot = self.req_to_token_pool.get_mamba_indices(forward_batch.req_pool_indices)
-        spec_info = forward_batch.spec_info
-        if forward_batch.forward_mode.is_target_verify() and spec_info.tree_topk != 1:
-            self.tree = self._tree(forward_batch, slot)
-            self.pool.copy_from(self.tree.source, self.tree.branch)
-            self.step = self.tree.step
-        else:
-            self.step = self._step(forward_batch, slot)
-
-    def _step(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> Step:
+    def build(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> Step:
+        """Build the step of this batch. Shapes: slot [N]."""
         N, seq_lens = forward_batch.batch_size, forward_batch.seq_lens
         if forward_batch.forward_mode.is_target_verify():  # lengths do not count the drafts
             n = forward_batch.spec_info.draft_token_num
@@ -70,7 +47,8 @@ class LinearBackend(AttentionBackend):
             max_query_len=int(query_start_loc.diff().max()),
         )
 
-    def _tree(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> TreeStep:
+    def build_tree(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> TreeStep:
+        """Build the step that verifies this batch's draft trees. Shapes: slot [N]."""
         spec_info = forward_batch.spec_info
         return TreeStep.build(
             next_token=spec_info.retrieve_next_token,
@@ -80,6 +58,41 @@ class LinearBackend(AttentionBackend):
             num_slots=self.pool.pages.shape[1],
             first_branch=self.pool.num_slots,
         )
+
+
+class GatedDeltaNetBackend(AttentionBackend):
+    """Holds the step of the running forward pass, and the pages of all linear layers."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.pool: PagePool = self.req_to_token_pool.mamba_pool
+        self.builder = self.make_builder(runner)
+        self.views = {layer: self.pool.view(layer) for layer in self.pool.mamba_layer_ids}
+        self.rids: list[str] | None = None
+        self.step: Step
+        self.tree: TreeStep | None = None
+
+    def make_builder(self, runner: Any) -> StepBuilder:
+        return StepBuilder(self.pool)
+
+    def supports_prefill_graph_extend(self) -> bool:
+        """No: a prompt's graph is cut at linear layers."""
+        return False
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Build the step that all linear layers share."""
+        self.rids, self.tree = forward_batch.rids, None
+        slot = self.req_to_token_pool.get_mamba_indices(forward_batch.req_pool_indices)
+        spec_info = forward_batch.spec_info
+        if forward_batch.forward_mode.is_target_verify() and spec_info.tree_topk != 1:
+            self.tree = self.builder.build_tree(forward_batch, slot)
+            self.pool.copy_from(self.tree.source, self.tree.branch)
+            self.step = self.tree.step
+        else:
+            self.step = self.builder.build(forward_batch, slot)
 
     def attend(self, layer: "GatedDeltaNet", qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
         """Run a layer's recurrence on this step's rows.
@@ -91,9 +104,20 @@ class LinearBackend(AttentionBackend):
             StateError: a page that cannot serve the step; names request and layer.
         """
         if self.tree is not None:
-            qkvz_of_step, qkvz, ba = qkvz, qkvz[self.tree.token], ba[self.tree.token]
+            return self._attend_tree(self.tree, layer, qkvz, ba)
+        return self._run(layer, qkvz, ba)
+
+    def _attend_tree(
+        self, tree: TreeStep, layer: "GatedDeltaNet", qkvz: torch.Tensor, ba: torch.Tensor
+    ) -> torch.Tensor:
+        of_paths = self._run(layer, qkvz[tree.token], ba[tree.token])
+        out = of_paths.new_zeros(len(qkvz), of_paths.shape[1])
+        out[tree.token] = of_paths  # every path computes the same bits for a shared token
+        return out
+
+    def _run(self, layer: "GatedDeltaNet", qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
         try:
-            out = attend(
+            return attend(
                 qkvz=qkvz,
                 ba=ba,
                 weights=layer.weights,
@@ -102,30 +126,25 @@ class LinearBackend(AttentionBackend):
                 step=self.step,
             )
         except RuntimeError as error:
-            raise self._complaint(layer.prefix, error) from error
-        if self.tree is None:
-            return out
-        of_step = out.new_zeros(len(qkvz_of_step), out.shape[1])
-        of_step[self.tree.token] = out  # shared tokens: the same bits from each of their paths
-        return of_step
+            raise self._state_error(layer.prefix, error) from error
 
-    def _complaint(self, layer: str, error: RuntimeError) -> StateError:
-        complaint = StateError(layer, str(error))
-        if complaint.row is None or self.rids is None or self.tree is not None:
-            return complaint
-        return StateError(f"request {self.rids[complaint.row]}, {layer}", str(error))
+    def _state_error(self, layer: str, error: RuntimeError) -> StateError:
+        state_error = StateError(layer, str(error))
+        if state_error.row is None or self.rids is None or self.tree is not None:
+            return state_error
+        return StateError(f"request {self.rids[state_error.row]}, {layer}", str(error))
 
     def commit(self, last_node: torch.Tensor) -> None:
-        """After verification: of a tree, keep the page on which the accepted path ran."""
+        """After a tree is verified: keep, for each request, the page of the accepted path."""
         if self.tree is not None:
             source, target = self.tree.accepted(last_node.tolist())
             self.pool.copy_from(torch.tensor(source).long(), torch.tensor(target).long())
 
 
 class HybridBackend(HybridLinearAttnBackend):
-    """SGLang's pair of backends; nothing is scattered after a verification."""
+    """SGLang's pair of backends; no states are scattered after a verification."""
 
-    linear_attn_backend: LinearBackend
+    linear_attn_backend: GatedDeltaNetBackend
 
     def update_mamba_state_after_mtp_verify(
         self, last_correct_step_indices: torch.Tensor, *_: Any, **__: Any

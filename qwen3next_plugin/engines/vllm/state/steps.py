@@ -22,8 +22,8 @@ from qwen3next_plugin.model.step import DeviceSteps, Step, build_step
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Builds one Step per engine step from lengths and block tables alone.
 
-    vLLM tells the builders of its own recurrent layers how many draft tokens were accepted. Ours
-    need no count: the page knows where it stands, so roll-back is a matter of context length.
+    The builders of vLLM's own recurrent layers take the number of accepted draft tokens. Ours needs
+    no count: a page records where it ends, so roll-back is a matter of context length.
     """
 
     reorder_batch_threshold: int | None = None
@@ -39,14 +39,14 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         self.cache_config = vllm_config.cache_config
         self.on_device = None
         if device.type != "cpu":
-            # A graph's batch may be a row larger than what is scheduled.
+            # The batch of a CUDA graph may have one row more than vLLM schedules.
             self.on_device = DeviceSteps(vllm_config.scheduler_config.max_num_seqs + 1, device)
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """On a GPU any step: its kernels find their rows there. The reference has to look."""
+        """On a GPU any step can be captured: kernels read the rows there; the reference cannot."""
         if current_platform.is_cpu() or env.kernels() == "reference":
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.ALWAYS
@@ -57,7 +57,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Step:
-        """Build the step of this batch; column 0 of the block table is each row's slot."""
+        """Build the step of this batch. A row's slot is column 0 of its block table."""
         common = common_attn_metadata
         slots = mamba_get_block_table_tensor(
             common.block_table_tensor,
