@@ -453,6 +453,7 @@ def test_doctor_on_a_gpu_that_vllm_should_serve_with_the_plugin(diagnose):
     assert (code, report["Qwen3NextForCausalLM"]["status"]) == (1, "broken")
 
 
+@pytest.mark.slow
 def test_warmup_compiles_for_an_architecture_that_is_not_here(tmp_path, monkeypatch):
     """In a process of its own, where no kernel has been compiled before."""
     model, cache = tmp_path / "model", tmp_path / "cache"

@@ -41,6 +41,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_smoke():
     done = run("-m", "benchmarks.gpu", "--smoke")
     assert done.returncode == 0, done.stderr
@@ -50,6 +51,7 @@ def test_smoke():
         assert {cell.strip() for cell in row.strip("| ").split(" | ")[1:]} == {"not measured"}
 
 
+@pytest.mark.slow
 def test_rows_that_are_split_are_checked_against_unsplit_ones():
     done = run("-c", SMALL_SEGMENTS, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
@@ -57,6 +59,7 @@ def test_rows_that_are_split_are_checked_against_unsplit_ones():
     assert set(compared) == {"TP 2, prefill 9 and 70, unsplit"}
 
 
+@pytest.mark.slow
 def test_a_red_check_prints_no_figure():
     done = run("-c", NO_TOLERANCE, TRITON_INTERPRET="1")
     assert done.returncode == 1

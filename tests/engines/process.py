@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 300
 CPUS = sorted(os.sched_getaffinity(0))
@@ -55,7 +56,7 @@ class Fork(Process):
 
     CONTEXT = multiprocessing.get_context("forkserver")
 
-    def __init__(self, target: Callable[..., None], *arguments: str, env: dict[str, str]) -> None:
+    def __init__(self, target: Callable[..., None], *arguments: Any, env: dict[str, str]) -> None:
         handle, self.log = tempfile.mkstemp(prefix="engine-", suffix=".log")
         os.close(handle)
         self.child = self.CONTEXT.Process(
@@ -81,7 +82,7 @@ class Fork(Process):
         self.child.join(seconds)
 
 
-def _forked(log: str, env: dict[str, str], target: Callable[..., None], *arguments: str) -> None:
+def _forked(log: str, env: dict[str, str], target: Callable[..., None], *arguments: Any) -> None:
     """What a fork does before its `target`: its own group, output and environment."""
     os.setsid()
     with open(log, "a") as file:

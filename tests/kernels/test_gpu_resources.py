@@ -17,6 +17,7 @@ PAGE = (ROOT / "benchmarks" / "gpu" / "resources.md").read_text()
 SERVED = Served(3, 1, torch.bfloat16, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_nothing_spills_and_the_page_is_right(arch, tmp_path):
     done = subprocess.run(

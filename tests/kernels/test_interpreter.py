@@ -45,6 +45,7 @@ AGAINST = "bfloat16 and (as_its_parts or (against and 65))"
 COMPACT = f"triton and (mixed_batch or copies or as_the_recurrence or ({AGAINST}))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 def test_kernels_under_another_triton(version, size):
     """With --long every test of Triton's kernels, without it a selection."""
@@ -55,6 +56,7 @@ def test_kernels_under_another_triton(version, size):
     assert " passed" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 def test_compiled_by_another_triton(version, tmp_path):
     start = "from qwen3next_plugin.cli import app; app()"

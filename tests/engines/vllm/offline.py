@@ -29,6 +29,11 @@ def environment(tp_size: int = 1) -> dict[str, str]:
     }
 
 
+def preload() -> None:
+    """Import vLLM in the process that engines are forked from."""
+    Fork.preload(PRELOADED, environment() | IN_PROCESS)
+
+
 class Offline:
     """`vllm.LLM(model, **flags)` in a child; token ids in, plain values out.
 
@@ -53,7 +58,7 @@ class Offline:
                 command = [python, CHILD, listener.address, *([first] if first else [])]
                 self.process = Process(command, own)
             else:
-                Fork.preload(PRELOADED, environment() | IN_PROCESS)
+                preload()
                 self.process = Fork(child.main, listener.address, env=own)
             self.pipe: Connection = listener.accept()
         defaults = {

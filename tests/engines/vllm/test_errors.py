@@ -3,14 +3,14 @@
 import json
 import os
 import re
-import subprocess
-import sys
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BASE, write_checkpoint
-from engines.vllm.offline import Offline, environment
+from engines.process import START_SECONDS, Fork
+from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Server
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
@@ -179,29 +179,37 @@ LEVELS = ("avx512bf16", "avx512", "avx2")
 OURS, THEIRS = "qwen3next_plugin.engines.vllm.model.trunk", "vllm.model_executor.models.qwen3_next"
 
 
-def run(code: str, **env: str) -> subprocess.CompletedProcess:
+class Ended(NamedTuple):
+    """What a process said, in both of its streams, and how it ended."""
+
+    returncode: int
+    text: str
+
+
+def run(code: str, **env: str) -> Ended:
+    """Run `code` in a process that has imported vLLM, but has loaded none of its plugins."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("QWEN3NEXT_")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment() | clean | env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    preload()
+    process = Fork(exec, code, {}, env=environment() | clean | env)
+    try:
+        process.wait(START_SECONDS)
+        return Ended(process.child.exitcode, process.text())
+    finally:
+        process.stop()
 
 
 def test_registered_once_however_often_plugins_load_and_lazily():
     again = "from qwen3next_plugin import register_vllm as again; again(); again()"
     done = run(f"{PLUGINS}; {again}; {MODULE}; import sys; print('{OURS}' in sys.modules)")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == [OURS, "False"]
+    assert done.returncode == 0, done.text
+    assert done.text.splitlines()[-2:] == [OURS, "False"]
 
 
 def test_disabled_leaves_the_host_untouched():
     code = f"{PLUGINS}; {MODULE}"
     map_entry = "from vllm.model_executor.models.config import MODELS_CONFIG_MAP as M"
     done = run(f"{code}; {map_entry}; print('Qwen3NextForCausalLM' in M)", QWEN3NEXT_DISABLE="1")
-    assert done.stdout.splitlines()[-2:] == [THEIRS, "False"]
+    assert done.text.splitlines()[-2:] == [THEIRS, "False"]
 
 
 def test_a_gpu_is_served_by_the_plugin():
@@ -212,8 +220,8 @@ def test_a_gpu_is_served_by_the_plugin():
     )
     cut = "from vllm.config import CompilationConfig as C; print(C._attention_ops[-1])"
     done = run(f"{gpu}; {PLUGINS}; {MODULE}; {cut}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == [OURS, "vllm::qwen3next_gated_delta_net"]
+    assert done.returncode == 0, done.text
+    assert done.text.splitlines()[-2:] == [OURS, "vllm::qwen3next_gated_delta_net"]
 
 
 def test_platform_without_our_kernels_keeps_the_hosts_model_and_says_so():
@@ -225,9 +233,9 @@ def test_platform_without_our_kernels_keeps_the_hosts_model_and_says_so():
         "M['Qwen3NextForCausalLM'].verify_and_update_config(None)"
     )
     done = run(f"{elsewhere}; {PLUGINS}; {MODULE}; {say}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == THEIRS
-    assert re.search(r"has no kernels for \w+: vLLM 0\.\S+ keeps its own", done.stderr)
+    assert done.returncode == 0, done.text
+    assert THEIRS in done.text.splitlines()
+    assert re.search(r"has no kernels for \w+: vLLM 0\.\S+ keeps its own", done.text)
 
 
 FAULTS = {
@@ -240,9 +248,9 @@ FAULTS = {
 def test_bad_variable_ends_the_process(env, message):
     done = run(f"{PLUGINS}; print('went on')", **env)
     assert done.returncode != 0
-    assert "went on" not in done.stdout
-    assert "qwen3next_plugin cannot be used" in done.stderr
-    assert message in done.stderr
+    assert "went on" not in done.text
+    assert "qwen3next_plugin cannot be used" in done.text
+    assert message in done.text
 
 
 def test_instruction_set_that_the_machine_lacks():
@@ -260,8 +268,8 @@ def test_instruction_set_that_the_machine_lacks():
     else:
         done = run(f"{PLUGINS}; print('went on')", QWEN3NEXT_ISA=lacking[0])
     assert done.returncode != 0
-    assert "went on" not in done.stdout
-    assert "qwen3next_plugin cannot be used" in done.stderr
+    assert "went on" not in done.text
+    assert "qwen3next_plugin cannot be used" in done.text
 
 
 OTHER_VERSION = (
@@ -274,14 +282,14 @@ OTHER_VERSION = (
 def test_host_version_out_of_range_ends_the_process():
     done = run(f"{OTHER_VERSION}{PLUGINS}; print('went on')")
     assert done.returncode != 0
-    assert "went on" not in done.stdout
-    assert "vllm 0.34.0 is outside the range this plugin is tested with; install" in done.stderr
+    assert "went on" not in done.text
+    assert "vllm 0.34.0 is outside the range this plugin is tested with; install" in done.text
 
 
 def test_optional_goes_on_with_the_hosts_own_model():
     done = run(f"{OTHER_VERSION}{PLUGINS}; {MODULE}", QWEN3NEXT_OPTIONAL="1")
-    assert done.stdout.splitlines()[-1] == THEIRS
-    assert "vLLM keeps its own Qwen3-Next" in done.stderr + done.stdout
+    assert done.text.splitlines()[-1] == THEIRS
+    assert "vLLM keeps its own Qwen3-Next" in done.text
 
 
 @pytest.mark.serve
