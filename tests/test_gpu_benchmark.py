@@ -51,7 +51,7 @@ def test_smoke():
         assert {cell.strip() for cell in row.strip("| ").split(" | ")[1:]} == {"not measured"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_that_are_split_are_checked_against_unsplit_ones():
     done = run("-c", SMALL_SEGMENTS, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr

@@ -58,9 +58,12 @@ def test_kernels_under_another_triton(version, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
-def test_compiled_by_another_triton(version, tmp_path):
+def test_compiled_by_another_triton(version, tmp_path, size):
+    """With --long for every architecture."""
     start = "from qwen3next_plugin.cli import app; app()"
     command = ("-c", start, "warmup", "examples/qwen3next-tiny", "--num-speculative-tokens", "2")
-    said = under(version, *command, TRITON_CACHE_DIR=str(tmp_path), COLUMNS="300")
-    assert all(f"{arch}: " in said for arch in ("sm_80", "sm_90", "sm_100", "gfx942"))
+    architectures = size(("sm_90",), ("sm_80", "sm_90", "sm_100", "gfx942"))
+    chosen = size(("--arch", "sm_90"), ())
+    said = under(version, *command, *chosen, TRITON_CACHE_DIR=str(tmp_path), COLUMNS="300")
+    assert all(f"{arch}: " in said for arch in architectures)
     assert f"Triton {version.name} has them" in said
