@@ -158,7 +158,7 @@ def _check_kernels(graphs: Any) -> None:
     """Refuse CUDA graphs that would hold a step's pages, or the reference."""
     prefill = graphs.prefill.backend
     if prefill not in PREFILL_GRAPHS:
-        why = "a prompt's graph is cut at linear layers, whose rows are others each time"
+        why = "a prompt's graph must be cut at linear layers, whose rows change with each step"
         raise refusal("cuda_graph_backend_prefill", prefill, why, f"use {PREFILL_GRAPHS[0]}")
     if env.kernels() == "reference" and {prefill, graphs.decode.backend} != {"disabled"}:
         raise ConfigError(

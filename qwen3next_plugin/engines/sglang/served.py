@@ -3,6 +3,7 @@
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND
+from qwen3next_plugin.model.state import STATE_DTYPES
 
 PAGES = "a state page is kept and copied whole"
 POOL = "state pages stay in one pool"
@@ -10,26 +11,16 @@ RANKS = "this model is spread over the ranks of --tp-size only"
 BATCH = "a step runs one batch"
 OWN = "the plugin brings its own linear attention"
 UNQUANTISED = "there are no quantised kernels for a CPU here"
-LOSSLESS = "a draft is kept where it is what is sampled without drafts"
+LOSSLESS = "a draft is kept only if it is what would be sampled without drafts"
 NO_LORA = "SGLang adapts none of this model's layers"
 LEAVE_OUT = "leave it out"
 Served = dict[str, tuple[tuple[Any, ...], str, str]]
 # Flag → the values that can be served, why no others, and the fix.
 SERVED: Served = {
+    # model and weights
     "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
-    # the state
-    "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
-    "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
-    "enable_int8_mamba_checkpoint": ((False,), PAGES, LEAVE_OUT),
-    "enable_page_major_kv_layout": ((False,), PAGES, LEAVE_OUT),
-    "enable_unified_memory": ((False,), PAGES, LEAVE_OUT),
-    "mamba_ssm_dtype": ((None, "float32", "bfloat16"), "no kernel keeps such a state", LEAVE_OUT),
-    # where caches lie
-    "enable_hierarchical_cache": ((False,), POOL, LEAVE_OUT),
-    "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
-    "enable_lmcache": ((False,), POOL, LEAVE_OUT),
-    "enable_flexkv": ((False,), POOL, LEAVE_OUT),
-    "disaggregation_mode": (("null",), "state pages stay in one process", LEAVE_OUT),
+    "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
+    "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
     # ranks
     "pp_size": ((1,), RANKS, "use --tp-size"),
     "ep_size": ((1,), RANKS, "use --tp-size"),
@@ -39,32 +30,42 @@ SERVED: Served = {
     "attn_cp_size": ((1,), RANKS, "use --tp-size"),
     "dcp_size": ((1,), RANKS, "use --tp-size"),
     "enable_prefill_cp": ((False,), RANKS, "use --tp-size"),
-    # steps
+    # kernels and steps
     "enable_two_batch_overlap": ((False,), BATCH, LEAVE_OUT),
     "enable_pdmux": ((False,), BATCH, LEAVE_OUT),
-    "enable_torch_compile": ((False,), "the model's operators run as they are", LEAVE_OUT),
+    "enable_torch_compile": ((False,), "the model's operators are not compiled", LEAVE_OUT),
     "linear_attn_backend": (("triton",), OWN, LEAVE_OUT),
     "linear_attn_decode_backend": ((None, "triton"), OWN, LEAVE_OUT),
     "linear_attn_prefill_backend": ((None, "triton"), OWN, LEAVE_OUT),
     "linear_attn_verify_backend": ((None, "triton"), OWN, LEAVE_OUT),
-    # weights
-    "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
-    "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
+    # state
+    "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
+    "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
+    "enable_int8_mamba_checkpoint": ((False,), PAGES, LEAVE_OUT),
+    "enable_page_major_kv_layout": ((False,), PAGES, LEAVE_OUT),
+    "enable_unified_memory": ((False,), PAGES, LEAVE_OUT),
+    "mamba_ssm_dtype": ((None, *STATE_DTYPES), "no kernel keeps such a state", LEAVE_OUT),
+    # where state and caches are kept
+    "enable_hierarchical_cache": ((False,), POOL, LEAVE_OUT),
+    "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
+    "enable_lmcache": ((False,), POOL, LEAVE_OUT),
+    "enable_flexkv": ((False,), POOL, LEAVE_OUT),
+    "disaggregation_mode": (("null",), "state pages stay in one process", LEAVE_OUT),
 }
 SERVED_ON_CPU: Served = {
     "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
-    "page_size": ((None, 1), "a CPU's pools are of single tokens", LEAVE_OUT),
-    "cpu_offload_gb": ((0,), "the weights are in this memory already", LEAVE_OUT),
+    "page_size": ((None, 1), "on a CPU a KV page holds one token", LEAVE_OUT),
+    "cpu_offload_gb": ((0,), "the weights are in CPU memory already", LEAVE_OUT),
     "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
 }
 SERVED_ON_GPU: Served = {
     "mamba_radix_cache_strategy": (
         ("auto", "no_buffer", "extra_buffer"),
-        "a slot for the next page is there before it is wanted",
+        "a slot for the next page is reserved before it is needed",
         "use extra_buffer",
     ),
 }
-# The same with drafts.
+# More, with drafts.
 SERVED_WITH_DRAFTS: Served = {
     "speculative_accept_threshold_single": ((1.0,), LOSSLESS, LEAVE_OUT),
     "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
@@ -83,7 +84,7 @@ SERVED_WITH_DRAFTS_ON_CPU: Served = {
     "speculative_use_rejection_sampling": ((False,), LOSSLESS, LEAVE_OUT),
     "speculative_adaptive": (
         (False,),
-        "drafts are as long as they pay already (QWEN3NEXT_DRAFTS=adaptive)",
+        "drafts already have the length that is fastest (QWEN3NEXT_DRAFTS=adaptive)",
         LEAVE_OUT,
     ),
     "speculative_token_map": ((None,), "the drafter's head has all tokens", LEAVE_OUT),

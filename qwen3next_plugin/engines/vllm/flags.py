@@ -100,8 +100,8 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
         value = getattr(vllm_config.speculative_config, name)
         if value != served:
             raise ConfigError(
-                f"{name} = {value}: a draft is the likeliest tokens, and is kept where it is what "
-                f"is sampled without drafts; leave {name} at {served}"
+                f"{name} = {value}: drafts are the likeliest tokens, and one is kept only if it "
+                f"is what would be sampled without drafts; leave {name} at {served}"
             )
 
 
