@@ -63,6 +63,12 @@ class Row:
         """Tokens of earlier steps that the MTP layer reads now."""
         return len(self.fed) - len(self.tokens) if self.fed else 0
 
+    def free_hidden_states(self) -> None:
+        """Drop what no later step reads, so that an idle engine does not keep it in memory."""
+        for tokens in (self.tokens, self.fed):
+            if tokens is not None:
+                tokens.hidden_states = tokens.hidden_states.new_empty(0)
+
 
 class Pending:
     """The pending tokens of each request."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
+from typing import get_args
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,11 +21,12 @@ from checkpoints import BASE, write_checkpoint
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor, warmup
 from qwen3next_plugin.cli.machine import machine
-from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
+from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
 from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
+from qwen3next_plugin.model.state import STATE_DTYPES
 from test_config import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
@@ -271,7 +273,6 @@ def test_plan_of_a_checkpoint_without_mtp(released):
         (("--num-speculative-tokens", 0), "num_speculative_tokens = 0: ask for 1 to 8"),
         (("--num-speculative-tokens", 50), "num_speculative_tokens = 50"),
         (("--max-model-len", 262145), "--max-model-len 262145 is beyond the model's 262144"),
-        (("--state-dtype", "float16"), "--state-dtype = 'float16': the state is kept in one of"),
     ],
 )
 def test_plan_complains_in_one_line(released, options, message):
@@ -485,10 +486,13 @@ def test_warmup_refuses_an_architecture_by_name(released):
     assert "--arch sm_70: use one of sm_80" in done.output
 
 
-def test_warmup_refuses_a_state_dtype_that_no_engine_serves(released):
-    done = run("warmup", released, "--state-dtype", "float16")
-    assert done.exit_code == 1
-    assert "--state-dtype = 'float16': the state is kept in one of float32, bfloat16" in done.output
+@pytest.mark.parametrize("command", ["plan", "warmup"])
+def test_a_state_dtype_that_no_engine_serves_is_refused(released, command):
+    assert get_args(StateDtype) == STATE_DTYPES
+    done = run(command, released, "--state-dtype", "float16")
+    assert done.exit_code == 2
+    for part in ("--state-dtype", "float16", "float32", "bfloat16"):
+        assert part in done.output
 
 
 def test_doctor_when_a_probe_fails(diagnose):

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 from qwen3next_plugin.cli.sizes import DTYPES, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig
 
 GIB = 2**30
 BLOCK_ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
-STATE_FLAG = "--state-dtype"
+StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Flags:
     max_num_seqs: int
     num_speculative_tokens: int  # 0: no drafts
     dtype: str
-    state_dtype: str
+    state_dtype: StateDtype
     prefix_caching: bool
     memory: int
 
@@ -114,13 +115,13 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
     """Bytes of one linear layer's page: S, the window of tokens after it, the conv inputs."""
     import torch
 
-    from qwen3next_plugin.model.state import PageLayout, state_dtype
+    from qwen3next_plugin.model.state import PageLayout
 
     nbytes = PageLayout.from_config(
         config,
         draft_tokens=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
-        state_dtype=state_dtype(flags.state_dtype, setting=STATE_FLAG, flag=STATE_FLAG),
+        state_dtype=getattr(torch, flags.state_dtype),
     ).nbytes()
     S, conv = nbytes.pop("state"), nbytes.pop("conv")
     return {"S": S, "window": sum(nbytes.values()), "conv": conv}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qwen3next_plugin.cli.machine import machine
-from qwen3next_plugin.cli.memory import GIB, Flags, Plan, gib, make_plan
+from qwen3next_plugin.cli.memory import GIB, Flags, Plan, StateDtype, gib, make_plan
 from qwen3next_plugin.cli.sizes import DTYPES, parameters, part_of, tensor_bytes
 from qwen3next_plugin.config import (
     ConfigError,
@@ -37,8 +37,8 @@ def plan(
         typer.Option(help="Activations, KV and weights; auto: the checkpoint's."),
     ] = "auto",
     state_dtype: Annotated[
-        str,
-        typer.Option(help="The recurrent state, float32 or bfloat16: --mamba-ssm-cache-dtype."),
+        StateDtype,
+        typer.Option(help="The recurrent state; as --mamba-ssm-cache-dtype."),
     ] = "float32",
     prefix_caching: Annotated[bool, typer.Option(help="As the engine's own flag.")] = True,
     memory: Annotated[

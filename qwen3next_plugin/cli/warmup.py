@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qwen3next_plugin.cli.memory import STATE_FLAG
+from qwen3next_plugin.cli.memory import StateDtype
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import (
     ConfigError,
@@ -37,8 +37,8 @@ def warmup(
         typer.Option(help="Activations and weights; auto: the checkpoint's."),
     ] = "auto",
     state_dtype: Annotated[
-        str,
-        typer.Option(help="The recurrent state, float32 or bfloat16: --mamba-ssm-cache-dtype."),
+        StateDtype,
+        typer.Option(help="The recurrent state; as --mamba-ssm-cache-dtype."),
     ] = "float32",
 ) -> None:
     """Compile the Triton kernels of a model into Triton's cache; needs no GPU.
@@ -55,13 +55,12 @@ def warmup(
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
     import torch
 
-    from qwen3next_plugin.model import state
     from qwen3next_plugin.model.launches import Launches
 
     launches = Launches(
         config,
         getattr(torch, served_dtype(raw) if dtype == "auto" else dtype),
-        state.state_dtype(state_dtype, setting=STATE_FLAG, flag=STATE_FLAG),
+        getattr(torch, state_dtype),
         num_speculative_tokens or 0,
         torch.device("cpu"),
     )

@@ -50,7 +50,7 @@ class Patch(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement(Entry):
-    """A function; ours is called instead, with the same arguments."""
+    """A function; ours is called instead, with the same arguments and any that follow them."""
 
     parameters: tuple[str, ...]
     function: Callable[..., Any]
@@ -143,6 +143,8 @@ def apply(
 
 def _check_parameters(entry: Function, found: Any, host: Host) -> None:
     parameters = tuple(inspect.signature(found).parameters)
+    if isinstance(entry, Replacement):
+        parameters = parameters[: len(entry.parameters)]
     if parameters != entry.parameters:
         raise PatchError(
             f"{host} has {entry.target}({', '.join(parameters)}); this plugin was written for "

@@ -4,14 +4,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from vllm.config import CacheConfig, LoRAConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_num_speculative_tokens
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.names import SCHEDULER, WORKER, logger
+from qwen3next_plugin.engines.vllm.names import LOGGER, SCHEDULER, WORKER
 from qwen3next_plugin.model.weights import check_files
+
+logger = init_logger(LOGGER)
 
 CPU_BLOCK_SIZE = 128  # tokens: where vLLM starts on a CPU, before it makes room for a page
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")

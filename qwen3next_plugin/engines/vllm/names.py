@@ -1,7 +1,9 @@
 """Names by which vLLM knows the plugin's parts."""
 
-from vllm.config import ModelConfig
-from vllm.logger import init_logger
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 PACKAGE = "qwen3next_plugin.engines.vllm"
 TRUNK, DRAFTER = ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextMTP")  # in vLLM's registry
@@ -10,9 +12,9 @@ OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its proj
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.speculation.scheduler.Scheduler"
 
-logger = init_logger("vllm.qwen3next_plugin")  # vLLM formats the loggers whose name begins so
+LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so
 
 
-def is_ours(model_config: ModelConfig) -> bool:
+def is_ours(model_config: "ModelConfig") -> bool:
     """Whether the plugin serves this model."""
     return model_config.architecture in ARCHITECTURES

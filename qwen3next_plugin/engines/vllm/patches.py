@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -28,9 +29,11 @@ from qwen3next_plugin.engines.patching import (
 )
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.names import OPAQUE_OP, TRUNK, is_ours, logger
+from qwen3next_plugin.engines.vllm.names import LOGGER, OPAQUE_OP, TRUNK, is_ours
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
+
+logger = init_logger(LOGGER)
 
 ALL_VERSIONS = ">=0.32,<0.34"
 

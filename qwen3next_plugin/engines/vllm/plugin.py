@@ -1,19 +1,21 @@
 """Registration with vLLM: what its entry point does in every process, once."""
 
 import functools
+import logging
 from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.vllm.names import (
     ARCHITECTURES,
     BACKEND_NAME,
     DRAFTER,
+    LOGGER,
     PACKAGE,
     TRUNK,
-    logger,
 )
 from qwen3next_plugin.versions import check_host
+
+logger = logging.getLogger(LOGGER)
 
 
 @functools.cache
@@ -49,9 +51,7 @@ def _register() -> None:
         from qwen3next_plugin.kernels import native
 
         native.load()  # fails now if the build is broken or the instruction set is missing
-    groups = patches.WITH_OURS + (() if on_cpu else patches.ON_GPU)
-    patching.check((*groups, *patches.WITH_DRAFTS), patches.host())
-    patches.apply(groups)
+    patches.apply(patches.WITH_OURS + (() if on_cpu else patches.ON_GPU))
     ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model.trunk:Qwen3NextForCausalLM")
     ModelRegistry.register_model(DRAFTER, f"{PACKAGE}.model.mtp:Qwen3NextMTP")
     register_backend(BACKEND_NAME, f"{PACKAGE}.state.steps.GatedDeltaNetBackend", is_mamba=True)

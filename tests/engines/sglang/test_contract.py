@@ -210,6 +210,10 @@ def test_other_hosts_are_read_too():
     assert all(host(HOST, name).has("__init__.py") for name in other_hosts(HOST))
 
 
+def test_there_are_patches_to_compare():
+    assert len(TABLE) > 16
+
+
 @pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.target)
 def test_patches_fit(sources, entry):
     check_entry(sources, entry)

@@ -64,6 +64,7 @@ class Drafter(EagleDraftWorker):
         """Learn from a verification and the drafts before it; choose the lengths of the next."""
         rows = self._rows(batch, result)
         if not rows:
+            self.rows = []
             return
         before = {row.request: row for row in self.rows}
         timed = all(row.request in before for row in rows)  # no step between them read a prompt
@@ -156,13 +157,15 @@ class Drafter(EagleDraftWorker):
         """Run the MTP layer over committed tokens; make the first drafts, unless none follow."""
         draft = batch_result.next_draft_input
         fed = self._feed(self.rows)
-        if not fed:
+        if fed:
+            tokens = [row.fed for row in fed if row.fed is not None]
+            hidden_states = self._forward(batch, tokens)
+            ends = torch.tensor([len(part) for part in tokens]).cumsum(0) - 1  # [N]
+            self._first_drafts(draft, hidden_states[ends])
+        else:
             self._no_drafts(draft, len(self.rows))
-            return
-        tokens = [row.fed for row in fed if row.fed is not None]
-        hidden_states = self._forward(batch, tokens)
-        ends = torch.tensor([len(part) for part in tokens]).cumsum(0) - 1  # [N]
-        self._first_drafts(draft, hidden_states[ends])
+        for row in self.rows:
+            row.free_hidden_states()
 
     def _forward(self, batch: ScheduleBatch, tokens: list[PendingTokens]) -> torch.Tensor:
         """Run the MTP layer over the tokens of each request of the batch; returns [T, D]."""
