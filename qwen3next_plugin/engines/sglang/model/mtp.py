@@ -32,13 +32,13 @@ class MultiTokenPredictor(nn.Module):
         self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        with torch.device("meta"):  # the trunk's is put here
+        with torch.device("meta"):  # replaced by the trunk's
             self.embed_tokens = make_embedding(config)
         self.fc = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
             bias=False,
-            prefix=f"{prefix}.fc",  # which no released checkpoint quantises
+            prefix=f"{prefix}.fc",  # no released checkpoint quantises it
         )
         self.layers = nn.ModuleList(
             [
@@ -101,22 +101,14 @@ class Qwen3NextForCausalLMMTP(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> LogitsProcessorOutput:
-        """The hidden states of all tokens, which a chain drafts from; of a tree the logits too.
+        """Return all tokens' hidden states, which a chain drafts from; for a tree the logits too.
 
-        Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states [T, D].
+        Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states [T, D]
         """
         hidden_states = self.model(input_ids, positions, forward_batch)
         if self.draft_head is not None:
             return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
-
-    def set_embed_and_head(self, embed: nn.Parameter, head: nn.Parameter) -> None:
-        """Share the trunk's embedding; its head comes whole."""
-        self.model.embed_tokens.weight = embed
-
-    def set_lm_head_from_target(self, lm_head: ParallelLMHead | VocabParallelEmbedding) -> None:
-        """Share the trunk's head."""
-        self.lm_head = lm_head
 
     def make_draft_head(self) -> None:
         """Draft from an int8 copy of the head from now on: a chain needs one token, no logits."""
@@ -152,6 +144,16 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         )
         renamed = (("model." + name.removeprefix(PREFIX), tensor) for name, tensor in tensors)
         load(self, renamed)
+
+    # What SGLang asks of a drafter.
+
+    def set_embed_and_head(self, embed: nn.Parameter, head: nn.Parameter) -> None:
+        """Share the trunk's embedding; the head follows as a module."""
+        self.model.embed_tokens.weight = embed
+
+    def set_lm_head_from_target(self, lm_head: ParallelLMHead | VocabParallelEmbedding) -> None:
+        """Share the trunk's head."""
+        self.lm_head = lm_head
 
 
 EntryClass = Qwen3NextForCausalLMMTP

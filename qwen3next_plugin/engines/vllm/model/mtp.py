@@ -33,7 +33,7 @@ class MultiTokenPredictor(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = read_config(vllm_config)
-        # vLLM puts the trunk's embedding here, except where that lies on another pipeline stage.
+        # vLLM puts the trunk's embedding here, unless it is on another pipeline stage.
         self.embed_tokens = (
             PPMissingLayer() if get_pp_group().world_size == 1 else make_embedding(config)
         )
@@ -100,7 +100,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")
         )
-        self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here; both are on the last stage
+        self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here, from the same stage
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         describe_experts(self, self.model.layers)
         self.trunk_names = frozenset(trunk_tensors(self.config))
@@ -144,12 +144,8 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             return self.draft_head(hidden_states)
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
-    def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """Whether vLLM need not read the tensor for the drafter: all that is the trunk's."""
-        return name in self.trunk_names
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load `mtp.*`, strictly, and the embedding where this stage has no trunk's to share."""
+        """Load `mtp.*`, strictly, and the embedding if this stage cannot share the trunk's."""
         expected = mtp_tensors(self.config)
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
@@ -164,3 +160,9 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             for name, tensor in tensors
         )
         return load(self, renamed)
+
+    # What vLLM asks of a drafter.
+
+    def is_unused_checkpoint_weight(self, name: str) -> bool:
+        """Whether vLLM can skip the tensor when it loads the drafter: those of the trunk."""
+        return name in self.trunk_names
