@@ -30,6 +30,7 @@ def backend(op: str, device_type: str) -> str:
     asked = env.kernels()
     if asked == "reference":
         return asked
+    name: str | None
     if device_type == "cpu" and (configs.compiles() or (asked == "triton" and _interprets())):
         name, asked = "triton", "triton"
     else:

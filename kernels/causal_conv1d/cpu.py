@@ -21,9 +21,10 @@ def bundles(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, conv_: Tensor, span: Tensor, *step: Tensor
 ) -> tuple[ConvInputs, Tensor, StatePool, Step]:
     """What `run` took, from the arguments of the torch op."""
+    query_start_loc, slot, context_len = step
     unused, T = span, len(q)
     pool = StatePool(unused, unused, unused, unused, span, conv_)
-    return ConvInputs(q, k, v), weight, pool, Step(*step, num_tokens=T, max_query_len=T)
+    return ConvInputs(q, k, v), weight, pool, Step(query_start_loc, slot, context_len, T, T)
 
 
 @torch.library.register_fake("qwen3next::causal_conv1d")

@@ -20,5 +20,6 @@ def run(x: ConvInputs, weight: Tensor, pool: StatePool, step: Step) -> Tensor:
         for p, t in enumerate(range(row.begin, row.end), start=row.context):
             kept[p % ring] = inputs[t]
             past = [(j, p - 3 + j) for j in range(WIDTH) if p - 3 + j >= 0]
-            out[t] = silu(sum(weight[:, j].float() * kept[at % ring].float() for j, at in past))
+            terms = [weight[:, j].float() * kept[at % ring].float() for j, at in past]
+            out[t] = silu(sum(terms, start=torch.zeros_like(terms[0])))
     return out

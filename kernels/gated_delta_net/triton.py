@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels.gated_delta_net.arguments import (
     Projections,
     check_arguments,
 )
-from qwen3next_plugin.kernels.gated_delta_rule.operands import Norm, inputs, pages
+from qwen3next_plugin.kernels.gated_delta_rule.operands import gated_norm, inputs, pages
 from qwen3next_plugin.kernels.gated_delta_rule.triton import run_layer
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.convolution import convolution
@@ -27,7 +27,7 @@ def run(
     run_layer(
         x=inputs(x.q, x.k, x.v, x.a, x.b, weights.A_log, weights.dt_bias),
         conv=convolution(weights.conv, pool.conv),
-        norm=Norm(x.z, *x.z.stride()[:3], weights.norm, weights.norm_eps),
+        norm=gated_norm(x.z, weights.norm, weights.norm_eps),
         pages=pages(pool),
         step=step_tensors(step, pool.span),
         max_query_len=step.max_query_len,

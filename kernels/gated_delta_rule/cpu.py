@@ -23,9 +23,11 @@ def run(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: Step) -> Ten
 
 def bundles(*arguments: Tensor) -> tuple[RuleInputs, RuleWeights, StatePool, Step]:
     """What `run` took, from the arguments of the torch op."""
-    x, weights, pages = RuleInputs(*arguments[:5]), RuleWeights(*arguments[5:7]), arguments[7:12]
-    pool = StatePool(*pages, conv=pages[0])  # which the rule does not use
-    return x, weights, pool, Step(*arguments[12:], num_tokens=len(x.q), max_query_len=len(x.q))
+    x, weights = RuleInputs(*arguments[:5]), RuleWeights(*arguments[5:7])
+    state, key, u, g, span, query_start_loc, slot, context_len = arguments[7:]
+    unused, T = span, len(x.q)
+    pool = StatePool(state, key, u, g, span, conv=unused)
+    return x, weights, pool, Step(query_start_loc, slot, context_len, T, T)
 
 
 @torch.library.register_fake("qwen3next::gated_delta_rule")

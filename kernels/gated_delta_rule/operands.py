@@ -38,8 +38,12 @@ def inputs(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
 ) -> Inputs:
     """v is [T, H, R, V]."""
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:3], *a.stride()[:2], *b.stride()[:2])
-    return Inputs(q, k, v, a, b, *strides, A_log, dt_bias)
+    return Inputs(
+        q, k, v, a, b,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), v.stride(2),
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        A_log, dt_bias,
+    )  # fmt: skip
 
 
 def no_convolution(x: Inputs) -> Convolution:
@@ -70,6 +74,10 @@ class Norm(NamedTuple):
     z_value: int
     weight: Tensor
     eps: float
+
+
+def gated_norm(z: Tensor, weight: Tensor, eps: float) -> Norm:
+    return Norm(z, z.stride(0), z.stride(1), z.stride(2), weight, eps)
 
 
 def no_norm(x: Inputs) -> Norm:

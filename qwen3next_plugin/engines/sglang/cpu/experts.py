@@ -1,5 +1,7 @@
 """Our experts' kernel in SGLang's MoE, in place of its loop over experts on a CPU."""
 
+from typing import cast
+
 import torch
 from sglang.srt.layers.moe.token_dispatcher import CombineInput, StandardCombineInput
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
@@ -22,8 +24,8 @@ class NativeExperts(UnquantizedFusedMoEMethod):
         return StandardCombineInput(
             hidden_states=fused_moe(
                 x=dispatch_output.hidden_states,
-                w13=layer.w13_weight,
-                w2=layer.w2_weight,
+                w13=cast(torch.Tensor, layer.w13_weight),
+                w2=cast(torch.Tensor, layer.w2_weight),
                 topk_weights=topk.topk_weights.float(),
                 topk_ids=topk.topk_ids.int(),
             )
