@@ -15,12 +15,20 @@ from qwen3next_plugin.kernels import native
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
+@pytest.hookimpl(tryfirst=True)  # before -m and --long select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, slow."""
+    """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, `slow`.
+
+    There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
+    than 65, are marked `long`.
+    """
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
+            T = params.get("T", 65)
+            if T in (63, 200) or (T != 65 and params.get("dtype") == torch.float16):
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(params=("reference", *LEVELS, "triton"))
@@ -39,6 +47,12 @@ def cpu_backend(request, monkeypatch):
 def native_level(request, monkeypatch):
     """Name of the instruction set in force."""
     yield from _in_force(request.param, monkeypatch)
+
+
+@pytest.fixture
+def few(backend, size):
+    """`few(some, all)`: only some in Triton's interpreter, unless --long asks for all."""
+    return lambda some, all: size(some, all) if backend == "triton" else all
 
 
 @pytest.fixture
