@@ -106,7 +106,11 @@ def test_same_bits_beside_other_rows(native_level, request_on):
     assert_same([torch.cat(outs)], [expected[: T - 1]])
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids="S={}".format)
+@pytest.mark.parametrize(
+    "state_dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)],
+    ids="S={}".format,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_decode_and_verify_have_the_same_bits_on_a_gpu(backend, dtype, state_dtype):

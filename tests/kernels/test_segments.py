@@ -39,9 +39,9 @@ def lasting(shape: Shape, dtype: torch.dtype = FP32) -> Layer:
 @pytest.mark.parametrize(
     ("shape", "dtype", "state_dtype"),
     [
-        (ONE, FP32, FP32),
+        pytest.param(ONE, FP32, FP32, marks=pytest.mark.long),
         (Shape(1, 2, 48, 40), BF16, FP32),
-        (Shape(2, 2, 24, 17), FP16, BF16),
+        pytest.param(Shape(2, 2, 24, 17), FP16, BF16, marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from checkpoints import SHIPPED
 from engines.sglang.server import FIXED, NEXTN, Forked
 from engines.traffic import Request, requests, send, source_tokens
 from reference import Ids
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -29,7 +30,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
     "steps-3_no-cache": (3, NO_CACHE, FIXED),
     "adaptive": (3, (), {}),
 }
-ALWAYS = ("steps-2_topk-2", "adaptive")  # the other cases, each a server, are marked `long`
+ALWAYS = ("steps-2_topk-2", "adaptive")  # the other cases, each a server of its own, with --long
 Answers = Sequence[Ids | None]  # None: the client hung up
 
 
@@ -70,11 +71,7 @@ def without_drafts() -> Answers:
     return answers()
 
 
-def with_marks(*cases: str) -> list:
-    return [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.long) for c in cases]
-
-
-@pytest.mark.parametrize("case", with_marks(*CASES))
+@pytest.mark.parametrize("case", long_except(ALWAYS, CASES))
 def test_the_same_tokens_as_without_drafts(without_drafts, case):
     steps, flags, env = CASES[case]
     assert answers(*NEXTN, str(steps), *flags, env=env) == without_drafts

@@ -12,6 +12,7 @@ from checkpoints import SHIPPED
 from engines.traffic import Request, requests, send, source_tokens
 from engines.vllm.server import Server
 from reference import Ids, Reference
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -23,7 +24,7 @@ FLAGS = (
 )  # fmt: skip
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
-ALWAYS = ("k=4", "adaptive")  # the other cases, each a server of its own, are marked `long`
+ALWAYS = ("k=4", "adaptive")  # the other cases, each a server of its own, with --long
 
 
 class Run(NamedTuple):
@@ -68,11 +69,7 @@ def with_drafts(dtype: str, case: str) -> Run:
     return run(dtype, "--speculative-config", drafts, env={"QWEN3NEXT_DRAFTS": schedule})
 
 
-def with_marks(*cases: str) -> list:
-    return [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.long) for c in cases]
-
-
-@pytest.mark.parametrize("case", with_marks(*CASES))
+@pytest.mark.parametrize("case", long_except(ALWAYS, CASES))
 def test_the_same_tokens_as_without_drafts(case):
     """In fp32, where no token hangs on a rounding."""
     assert with_drafts("float32", case).answers == without_drafts("float32").answers
@@ -106,7 +103,7 @@ def margins(reference) -> Margins:
     return Margins(reference(SHIPPED), texts[:20])
 
 
-@pytest.mark.parametrize("case", with_marks("k=3", "adaptive"))
+@pytest.mark.parametrize("case", long_except(ALWAYS, ["k=3", "adaptive"]))
 def test_bf16_differs_at_most_where_two_tokens_are_as_likely(case, margins):
     runs = without_drafts("bfloat16"), with_drafts("bfloat16", case)
     expected, found = (run.answers for run in runs)

@@ -1,0 +1,10 @@
+"""Parameters of a test of which some run every time, the others with --long."""
+
+from collections.abc import Iterable
+
+import pytest
+
+
+def long_except(always: Iterable[str], cases: Iterable[str]) -> list:
+    """The cases, those that are not in `always` marked `long`."""
+    return [c if c in always else pytest.param(c, marks=pytest.mark.long) for c in cases]
