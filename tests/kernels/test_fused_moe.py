@@ -33,7 +33,7 @@ def inputs(T, D, E, I, k, dtype):  # noqa: E741, the field's letter
 def test_against_the_reference(cpu_backend, sizes, dtype):
     arguments = inputs(*sizes, dtype)
     out = op.fused_moe(**arguments)
-    ref = reference.fused_moe(*arguments.values())
+    ref = reference.run(*arguments.values())
     assert out.dtype == dtype
     assert_close("fused_moe", dtype, out, ref)
 
