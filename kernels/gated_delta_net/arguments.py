@@ -52,7 +52,8 @@ def check_arguments(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step
 ) -> None:
     """Check all but the norm's arguments, each once."""
+    (T, H, K), (R, V) = x.q.shape, x.v.shape[2:]
+    check("gated_delta_net", "v", x.v, (T, H, R, V), (x.q.dtype,), x.q.device)
     inputs = rule.RuleInputs(x.q, x.k, x.v.flatten(1, 2), x.a, x.b)
     rule.check_arguments(inputs, rule.RuleWeights(weights.A_log, weights.dt_bias), pool, step)
-    (_, H, K), (_, _, R, V) = x.q.shape, x.v.shape
     check_convolution(x.q, H * (2 * K + R * V), weights.conv, pool)

@@ -37,7 +37,7 @@ class Net:
     def __call__(self, pool: Pool, step: Step, x, z) -> torch.Tensor:
         s, layer = self.shape, self.layer
         v = x["v"].unflatten(-1, (-1, s.V))
-        out = x["q"].new_full((len(x["q"]), s.HV * s.V), torch.nan)
+        out = x["q"].new_full((len(v), v[0].numel()), torch.nan)
         gated_delta_net(
             projections=Projections(x["q"], x["k"], v, z, x["b"], x["a"]),
             weights=GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6),
@@ -84,6 +84,20 @@ def test_refuses_bad_arguments(backend, name):
     else:
         net.norm = net.norm[:-1]
     with pytest.raises(ValueError, match=f"gated_delta_net: {name} has shape"):
+        net(pool, step, x, z)
+
+
+@pytest.mark.parametrize("part", ["stride", "heads"])
+def test_refuses_values_of_other_strides_or_heads(backend, part):
+    net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
+    x, z = net.inputs(2)
+    T, _, R_V = x["v"].shape
+    if part == "stride":
+        x["v"] = x["v"].new_zeros(T, SMALL.H, 2 * R_V)[..., ::2]
+    else:
+        x["v"] = x["v"].new_zeros(T, SMALL.H + 1, R_V)
+        z = z.new_zeros(T, SMALL.H + 1, *z.shape[2:])
+    with pytest.raises(ValueError, match=r": v has shape|last dim of v "):
         net(pool, step, x, z)
 
 
