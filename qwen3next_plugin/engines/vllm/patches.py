@@ -220,6 +220,15 @@ OVERRIDES: tuple[Override, ...] = (
         remove_when="vLLM asks the platform before it chooses",
     ),
     Override(
+        target="vllm.model_executor.layers.vocab_parallel_embedding."
+        "VocabParallelEmbedding.quant_method",
+        file="model/vocabulary.py",
+        reason="on a CPU vLLM keeps a packed copy of the vocabulary's weight and the plain one; an "
+        "embedding needs only the plain one, a head only the packed one",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM keeps only the copy that a layer uses",
+    ),
+    Override(
         target="vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts._get_quant_method",
         parameters=("self", "prefix", "quant_config", "moe_config"),
         file="cpu/experts.py",
