@@ -39,8 +39,9 @@ def main(
     command exits with 1 and prints no figure. Every answer is kept as a JSON record in the output
     folder; `python -m benchmarks.render` writes docs/ from the records of full runs.
 
-    A full run takes more than an hour on two cores and wants an otherwise idle machine. --quick is
-    a smoke test: it leaves out start-up, steps with MTP and SGLang.
+    A full run takes long and needs an otherwise idle machine. --quick is a smoke test: it uses
+    small models and few rounds, and leaves out start-up, steps with MTP, and SGLang. Its figures
+    never reach docs/.
     """
     run = Run(__package__, out, quick)
     report.finish(run, lambda: measure(run), docs=docs)

@@ -33,7 +33,9 @@ Rows = Mapping[str, Mapping[str, Cell]]  # row → column → value
 Out = Annotated[Path, typer.Option(help="Folder for records, logs and generated models.")]
 Quick = Annotated[
     bool,
-    typer.Option("--quick", help="A smoke test of two minutes; not for docs/."),
+    typer.Option(
+        "--quick", help="A smoke test: about two minutes on two idle cores. Never in docs/."
+    ),
 ]
 Docs = Annotated[
     bool, typer.Option(help="Copy the records to benchmarks/measured/ and rewrite docs/ from them.")

@@ -45,7 +45,7 @@ def main(
     the machine hits both. First their log-probabilities are compared: if they differ by more than
     noise, the command exits with 1 and prints no figure.
 
-    A full run writes a 3.7 GB model into the output folder once and takes about half an hour.
+    A full run writes a model of 3.7 GB into the output folder, once.
     """
     run = Run(__package__, out, quick)
     report.finish(run, lambda: measure(run, part), docs=docs)
