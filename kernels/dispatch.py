@@ -50,7 +50,7 @@ def backend(op: str, device_type: str) -> str:
 
 
 def described(device_type: str) -> str:
-    """What runs the ops on such a device, in an engine's words at its start."""
+    """What runs the ops on such a device, for the line that an engine logs at start."""
     if env.kernels() == "reference":
         return "slow reference"
     if BACKEND_OF[device_type] == "triton":
@@ -83,9 +83,9 @@ def load(device_type: str) -> None:
 _LOADED: dict[tuple[str, str, str], Callable] = {}  # by backend, device and op
 
 
-@torch.compiler.assume_constant_result  # traced, the choice is made once: when the graph is made
+@torch.compiler.assume_constant_result  # in a trace the choice is made once, when the graph is made
 def _loaded(op: str, device_type: str) -> tuple[str, str]:
-    """The backend of `op`, with all its ops loaded: a trace sees the table as it first was."""
+    """The backend of `op`. Loads all of its ops at once: a trace sees the table as it is then."""
     name = backend(op, device_type)
     if (name, device_type, op) not in _LOADED:
         for each in OPS:

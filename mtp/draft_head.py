@@ -50,7 +50,10 @@ class DraftHead(nn.Module):
         """The likeliest token for each. Shapes: hidden_states [N, D], returns [N]."""
         if len(self.token_ids):
             local_ids, values = draft_head(
-                x=hidden_states, weight=self.weight, scale=self.scale, rows=self.token_ids
+                x=hidden_states,
+                weight=self.weight,
+                scale=self.scale,
+                token_ids=self.token_ids,
             )
             tokens = local_ids + self.first
         else:  # this rank holds no drafted token

@@ -24,7 +24,7 @@ def cases() -> Iterator[Case]:
         x = torch.randn(batch, HIDDEN).to(DTYPE)
         for rows, name in ((VOCABULARY, "all rows"), (KEPT, f"{KEPT:,} rows")):
             ids = torch.arange(rows, dtype=torch.int32)
-            head = {"weight": int8, "scale": scale, "rows": ids}
+            head = {"weight": int8, "scale": scale, "token_ids": ids}
             yield greedy(f"{name}, batch {batch}", x, head, whole)
         yield greedy(f"{name} on both sides, batch {batch}", x, head, kept)
 

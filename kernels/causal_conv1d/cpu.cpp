@@ -7,12 +7,12 @@ namespace {
 
 constexpr int64_t kWidth = 4;
 constexpr int64_t kHistory = kWidth - 1;
-constexpr int64_t kBlock = 64;  // tokens a tile convolves
-constexpr int64_t kAhead = 8;   // tokens fetched ahead: rows lie pages apart
+constexpr int64_t kBlock = 64;  // tokens of a tile
+constexpr int64_t kAhead = 8;   // tokens ahead that are prefetched, since tokens are far apart
 constexpr int kGroup =
-    kLanes == 16 ? 4 : 2;  // vectors of channels whose taps and past fit in registers
+    kLanes == 16 ? 4 : 2;  // vectors of channels whose taps and past inputs fit in registers
 
-// One contiguous run of channels, all tokens: a head of q, k or v.
+// A head of q, k or v: a contiguous run of channels in each token.
 template <class T>
 struct Segment {
   const T* in;
@@ -26,18 +26,19 @@ struct Conv {
   T* out;           // [T, C]
   int64_t C, ring, page_stride, row_stride;
 
-  // The page's place for the input at an absolute position.
+  // Where the page keeps the input at an absolute position.
   T* kept(const Row& row, int64_t p) const {
     return pages + row.slot * page_stride + p % ring * row_stride;
   }
 
-  // The input at a position before the row, zero before the sequence began.
+  // The input at a position before the row; zero before the start of the sequence.
   f32v history(const Row& row, int64_t p, int64_t channel, int64_t lanes) const {
     return p < 0 ? f32v{} : load(kept(row, p) + channel, lanes);
   }
 
-  // Convolves tokens [first, last) of G vectors of channels in one walk; G = 1 takes the tail. A
-  // short row's inputs go into its page; those of a long one wait until no tile reads the page.
+  // Convolves tokens [first, last) of G vectors of channels; G = 1 also handles the tail. Writes a
+  // short row's inputs to its page. Those of a long row follow in keep_last, since other tiles of
+  // the row still read the page.
   template <int G>
   void convolve(const Row& row, const Segment<T>& s, int64_t i, int64_t tail, int64_t first,
                 int64_t last) const {
@@ -86,7 +87,7 @@ struct Conv {
                 [&](int64_t j, int64_t lanes) { convolve<1>(row, s, i + j, lanes, first, last); });
   }
 
-  // The last inputs of a long row, into its page.
+  // Writes the last inputs of a long row to its page.
   void keep_last(const Row& row, const Segment<T>& s) const {
     for (int64_t t = std::max<int64_t>(row.tokens - kHistory, 0); t < row.tokens; ++t) {
       std::memcpy(kept(row, row.context + t) + s.channel, s.in + (row.begin + t) * s.token_stride,
@@ -122,7 +123,7 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
     int64_t first, last;
   };
   std::vector<Tile> tiles;
-  std::vector<const Row*> long_rows;  // whose page is written once no tile reads it
+  std::vector<const Row*> long_rows;  // their pages are written when no tile reads them any more
   for (const Row& row : rows) {
     const int64_t block = row.is_long ? kBlock : std::max<int64_t>(row.tokens, 1);
     for (int64_t t = 0; t == 0 || t < row.tokens; t += block) {

@@ -1,4 +1,4 @@
-"""The convolution by itself; a layer's own is part of `gated_delta_net`."""
+"""The convolution by itself. In a layer it is part of the kernels of `gated_delta_rule`."""
 
 import triton
 import triton.language as tl
@@ -53,8 +53,8 @@ def _convolve(
 ):  # fmt: skip
     """BT tokens of one head of q, k or v, whose channels begin at `first`.
 
-    Convolves, or keeps the inputs in the page, once no program reads those they replace. Grid
-    (blocks of tokens, then N rows that are looked at for faults, H).
+    The first launch convolves. The second (KEEPS) writes the inputs to the page, when no program
+    reads those that they replace. Grid (blocks of tokens, then N rows to check for faults; H).
     """
     DRAFTS: tl.constexpr = RING - WIDTH
     h, block = tl.program_id(1), tl.program_id(0)

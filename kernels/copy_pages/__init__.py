@@ -12,7 +12,8 @@ WORD = 8  # bytes: a page is a whole number of them
 def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
     """pages_[:, target[i]] = pages_[:, source[i]] where mask[i].
 
-    Entries whose source or target is no slot are left out. No target is a source or another target.
+    Skips entries whose source or target is not a slot. The caller must not use a target twice, nor
+    as a source.
 
     Shapes:
         pages_: [layers, slots, bytes] uint8, a page contiguous and a multiple of 8 bytes

@@ -1,4 +1,4 @@
-"""Page copies in Triton: few programs an entry, since in most steps few entries copy anything."""
+"""Page copies in Triton. Few programs per entry, because most entries copy nothing."""
 
 import torch
 import triton
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels.gpu.configs import config_for
 
-PROGRAMS = 64  # an entry
-WORDS = 1024  # of 8 bytes, that a program copies at a time
+PROGRAMS = 64  # of one entry
+WORDS = 1024  # 8-byte words that a program copies at a time
 
 
 def run(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The token that some rows of an int8 copy of the output head rank first."""
+"""Greedy draft tokens: the best of some tokens by an int8 copy of the output head."""
 
 import torch
 from torch import Tensor
@@ -10,35 +10,37 @@ from qwen3next_plugin.kernels.draft_head.quantise import quantise_rows
 __all__ = ["draft_head", "quantise_rows"]
 
 
-def draft_head(*, x: Tensor, weight: Tensor, scale: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The r among `rows` with the greatest scale_r (weight_r · x), and that value.
+def draft_head(
+    *, x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The token t of `token_ids` with the greatest scale_t (weight_t · x), and that value.
 
-    Of equals the first in `rows`.
+    Of equal values the first in `token_ids` wins.
 
-    x is rounded to integers of the most bits that leave the sums exact in int32 (13 and a sign at
-    D = 2048). The result is the same whatever rows share the batch, however many threads run, and
-    at every instruction set. A row of x that is not finite gives the first of `rows` and NaN.
+    x is rounded to integers with as many bits as keep the sums exact in int32 (13 and a sign at
+    D = 2048). So the result does not depend on the rest of the batch, the number of threads or the
+    instruction set. A row of x that is not finite gives the first of `token_ids` and NaN.
 
     Shapes:
         x: [N, D], any row stride
         weight: [V, D] int8, any row stride; scale: [V] fp32, finite (`quantise_rows`)
-        rows: [R] int32, R ≥ 1, in any order
-        returns r [N] int64, values [N] fp32
+        token_ids: [R] int32, R ≥ 1, in any order
+        returns t [N] int64, values [N] fp32
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
-        RuntimeError: an entry of `rows` that is no row of weight.
+        RuntimeError: an entry of `token_ids` that is no row of weight.
 
     Source: weights in 8 bits by row, arXiv:2208.07339, without its outlier columns.
     """
     op = "draft_head"
     run = dispatch.implementation(op, x.device)
     N, D = x.shape
-    V, R = weight.shape[0], rows.shape[0]
+    V, R = weight.shape[0], token_ids.shape[0]
     check(op, "x", x, (N, D), ACTIVATIONS, x.device)
     check(op, "weight", weight, (V, D), (torch.int8,), x.device)
     check(op, "scale", scale, (V,), FLOAT, x.device)
-    check(op, "rows", rows, (R,), INT, x.device)
+    check(op, "token_ids", token_ids, (R,), INT, x.device)
     if R == 0:
-        raise ValueError(f"{op}: there are no rows to choose from")
-    return run(x, weight, scale, rows)
+        raise ValueError(f"{op}: token_ids is empty")
+    return run(x, weight, scale, token_ids)

@@ -7,23 +7,24 @@
 namespace Q3N_LEVEL {
 namespace {
 
-// A tile of scores is kTileRows of the head by kTileBatch of x, in registers: 16 accumulators, 4
-// weights, 1 of x; below AVX-512 8, 4 and 1, with one more for the products.
+// A tile is kTileRows rows of the head by kTileBatch rows of x. Registers: 16 accumulators, 4 for
+// weights, 1 for x with AVX-512; 8, 4 and 1 below it, and 1 for products.
 constexpr int kTileRows = 4;
 constexpr int kTileBatch = kLanes == 16 ? 4 : 2;
-constexpr int64_t kPairs = 2 * kLanes;    // integers in a vector
-constexpr int64_t kBlockBytes = 1 << 16;  // of weight: a block's tiles find it in the cache
+constexpr int64_t kPairs = 2 * kLanes;  // integers in a vector
+constexpr int64_t kBlockBytes =
+    1 << 16;  // of weights in a block, which all its tiles read from the cache
 
 struct Head {
   const int8_t* weight;
   const float* scales;
-  const int32_t* rows;  // the R that are asked
+  const int32_t* token_ids;  // [R], the rows to score
   int64_t R, D, stride;
-  const int8_t* row(int64_t i) const { return weight + rows[i] * stride; }
-  float scale(int64_t i) const { return scales[rows[i]]; }
+  const int8_t* row(int64_t i) const { return weight + token_ids[i] * stride; }
+  float scale(int64_t i) const { return scales[token_ids[i]]; }
 };
 
-// x in integers, padded with zeros to a width of whole vectors.
+// x as integers, each row padded with zeros to whole vectors.
 struct Batch {
   std::vector<int16_t> integers;
   std::vector<float> step;
@@ -38,8 +39,8 @@ struct Best {
   }
 };
 
-// x in integers of at most `limit`. Returns the step between them: zero for a row of zeros, NaN
-// for one that is not finite, whose integers are zeros too.
+// Rounds a row of x to integers of at most `limit` steps and returns the step. Zero for a row of
+// zeros; NaN, and integers of zero, for a row that is not finite.
 template <class T>
 float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit) {
   f32v largest{}, zero_if_finite{};
@@ -51,7 +52,7 @@ float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit
   float most = 0.0f;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
   const bool finite = sum(zero_if_finite) == 0.0f;
-  if (!finite || most < 1e-30f) {  // below that the step would be a denormal
+  if (!finite || most < 1e-30f) {  // the step of a smaller row would be a denormal
     std::memset(out, 0, width * sizeof *out);
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
@@ -64,7 +65,7 @@ float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit
   return step;
 }
 
-// All of x, in integers small enough for every sum of products with int8 to be exact in int32.
+// x as integers so small that every sum of products with int8 weights is exact in int32.
 Batch quantised(const Tensor& x) {
   const int64_t N = x.size(0), D = x.size(1), stride = x.stride(0), width = round_up(D, kPairs);
   const int64_t exact = std::numeric_limits<int32_t>::max() / (128 * std::max<int64_t>(1, D));
@@ -79,7 +80,7 @@ Batch quantised(const Tensor& x) {
   return batch;
 }
 
-// sums[n][r] = weight_r · x_n, exactly.
+// sums[n][r] = weight_r · x_n, exact.
 template <int kBatch>
 void tile(int32_t (&sums)[kTileBatch][kTileRows], const int8_t* const (&weight)[kTileRows],
           const int16_t* x, int64_t width, int64_t D) {
@@ -102,7 +103,7 @@ void tile(int32_t (&sums)[kTileBatch][kTileRows], const int8_t* const (&weight)[
   });
 }
 
-// The tile of `count` of x, at most kBatch.
+// `tile` for `count` rows of x, at most kBatch.
 template <int kBatch = kTileBatch>
 void tile_of(int64_t count, int32_t (&sums)[kTileBatch][kTileRows],
              const int8_t* const (&weight)[kTileRows], const int16_t* x, int64_t width, int64_t D) {
@@ -112,8 +113,8 @@ void tile_of(int64_t count, int32_t (&sums)[kTileBatch][kTileRows],
   tile<kBatch>(sums, weight, x, width, D);
 }
 
-// The best of the asked rows [begin, end) for each of the batch. Meanwhile as many behind them come
-// into the cache, a part with each pass, so that memory is read while later passes compute.
+// Updates the best of token_ids [begin, end) for each row of x. Each pass over the block also
+// prefetches a part of the next block, so that memory is read while later passes compute.
 void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t begin, int64_t end) {
   const int64_t passes = (batch.N + kTileBatch - 1) / kTileBatch;
   for (int64_t pass = 0; pass < passes; ++pass) {
@@ -136,13 +137,13 @@ void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t beg
   }
 }
 
-std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor rows) {
-  const int64_t N = x.size(0), D = x.size(1), R = rows.size(0);
-  const Head head{read<int8_t>(weight), read<float>(scale), read<int32_t>(rows), R, D,
+std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Tensor token_ids) {
+  const int64_t N = x.size(0), D = x.size(1), R = token_ids.size(0);
+  const Head head{read<int8_t>(weight), read<float>(scale), read<int32_t>(token_ids), R, D,
                   weight.stride(0)};
   for (int64_t i = 0; i < R; ++i) {
-    check(0 <= head.rows[i] && head.rows[i] < weight.size(0), "draft_head: rows[", i,
-          "] = ", head.rows[i], " is not one of ", weight.size(0), " rows");
+    check(0 <= head.token_ids[i] && head.token_ids[i] < weight.size(0), "draft_head: token_ids[", i,
+          "] = ", head.token_ids[i], " is not one of ", weight.size(0), " rows");
   }
   const Batch batch = quantised(x);
 
@@ -160,7 +161,7 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Ten
   for (int64_t n = 0; n < N; ++n) {
     Best found;
     for (int64_t b = 0; b < blocks; ++b) found.meet(best[b * N + n].row, best[b * N + n].score);
-    row[n] = head.rows[found.row];
+    row[n] = head.token_ids[found.row];
     value[n] = found.score * batch.step[n];
   }
   return {best_rows, values};

@@ -1,4 +1,4 @@
-"""The native head as torch sees it."""
+"""The native draft head."""
 
 import torch
 from torch import Tensor
@@ -10,6 +10,6 @@ run = torch.ops.qwen3next.draft_head.default
 
 
 @torch.library.register_fake("qwen3next::draft_head")
-def _(x: Tensor, weight: Tensor, scale: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     N = x.shape[0]
     return x.new_empty(N, dtype=torch.int64), x.new_empty(N, dtype=torch.float32)

@@ -1,10 +1,10 @@
-"""A matrix in int8, one scale a row."""
+"""Quantisation of a matrix to int8, one scale for each row."""
 
 import torch
 from torch import Tensor
 
 LEVELS = 127  # symmetric: -128 is not used
-CHUNK = 1 << 22  # elements at a time: a head in fp32 would be twice the head
+CHUNK = 1 << 22  # elements at a time; the whole head in fp32 would take twice its memory
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,7 +12,7 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: weight [R, D] of any floating dtype, returns [R, D] int8, [R] fp32
 
-    Raises: ValueError where a weight is not finite.
+    Raises: ValueError if a weight is not finite.
     """
     R, D = weight.shape
     out = torch.empty(R, D, dtype=torch.int8, device=weight.device)

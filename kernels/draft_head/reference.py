@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
-CHUNK = 4096  # rows in fp64 at a time
+CHUNK = 4096  # rows of the head in fp64 at a time
 
 
-def run(x: Tensor, weight: Tensor, scale: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def run(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op."""
     D, V = x.shape[1], weight.shape[0]
-    outside = ((rows < 0) | (rows >= V)).nonzero()
+    outside = ((token_ids < 0) | (token_ids >= V)).nonzero()
     if len(outside):
         i = int(outside[0])
-        raise RuntimeError(f"draft_head: rows[{i}] = {int(rows[i])} is not one of {V} rows")
-    weight, scale = weight[rows], scale[rows]
-    limit = min(2**15 - 1, (2**31 - 1) // (128 * max(1, D)))  # no sum leaves int32
+        raise RuntimeError(
+            f"draft_head: token_ids[{i}] = {int(token_ids[i])} is not one of {V} rows"
+        )
+    weight, scale = weight[token_ids], scale[token_ids]
+    limit = min(2**15 - 1, (2**31 - 1) // (128 * max(1, D)))  # no sum overflows int32
     x = x.float()
     finite = x.isfinite().all(-1, keepdim=True)
     largest = x.abs().amax(-1, keepdim=True) if D else x.new_zeros(len(x), 1)
@@ -25,4 +27,4 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, rows: Tensor) -> tuple[Tensor,
     scores = sums.float() * scale
     best = scores.argmax(-1)
     values = scores.gather(-1, best[:, None]) * step
-    return rows[best].long(), torch.where(finite, values, torch.nan).squeeze(-1)
+    return token_ids[best].long(), torch.where(finite, values, torch.nan).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Routed experts: what the top-k experts of each token make of it, weighted and summed."""
+"""Routed experts: the outputs of each token's top-k experts, weighted and summed."""
 
 from torch import Tensor
 
@@ -11,9 +11,8 @@ def fused_moe(
 ) -> Tensor:
     """out = sum_j weight_j W2_e (silu(W1_e x) * W3_e x), e = topk_ids[j].
 
-    Products are summed in fp32, silu(…) * … is rounded to x's dtype between the two products, and
-    the experts of a token are added in the order of their ids: a token's result is the same bits
-    whatever tokens share the batch.
+    Products are summed in fp32; silu(…) * … is rounded to x's dtype. A token's experts are added in
+    the order of their ids, so its bits do not depend on the rest of the batch.
 
     Shapes:
         x: [T, D], any row stride

@@ -7,18 +7,19 @@
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kChunk = 32;  // inner features, or outputs, that one task takes of an expert
-constexpr int64_t kAhead = 16;  // outputs that are read ahead
-constexpr int64_t kBlock = 32;  // tokens whose rows stay in the cache beside a chunk's weights
+constexpr int64_t kChunk = 32;  // inner features of an expert, or outputs, that one task computes
+constexpr int64_t kAhead = 16;  // outputs whose weights are prefetched
+constexpr int64_t kBlock =
+    32;  // tokens whose rows fit in the cache together with a chunk's weights
 
 struct Dims {
   int64_t T, D, E, I, k;
 };
 
-// Tokens by expert: those of e are [first[e], first[e + 1]) of `token` and `slot`, in their order.
+// Tokens sorted by expert: expert e has entries [first[e], first[e + 1]) of `token` and `slot`.
 struct Routes {
-  std::vector<int64_t> first, token, slot;  // slot: of [T * k], where the weight lies
-  std::vector<int64_t> experts;             // that have tokens, ascending
+  std::vector<int64_t> first, token, slot;  // slot: the entry of topk_ids [T * k]
+  std::vector<int64_t> experts;             // experts that have tokens, ascending
 
   Routes(const int32_t* ids, const Dims& d) : first(d.E + 1), token(d.T * d.k), slot(d.T * d.k) {
     for (int64_t i = 0; i < d.T * d.k; ++i) {
@@ -38,8 +39,8 @@ struct Routes {
   }
 };
 
-// Inner features [c, c + kChunk) of an expert's tokens: h = silu(W1 x) * W3 x. Meanwhile the rows
-// that are next, those of expert `ahead` at last, come into the cache.
+// Inner features [c, c + kChunk) of expert e's tokens: h = silu(W1 x) * W3 x. Prefetches the weight
+// rows that follow, at the end those of expert `ahead`.
 template <class T>
 void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes, const Dims& d,
            int64_t e, int64_t ahead, int64_t c) {
@@ -73,7 +74,7 @@ void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes,
   }
 }
 
-// Outputs [c, c + kChunk) of all tokens, expert after expert.
+// Outputs [c, c + kChunk) of all tokens, one expert after the other, in the order of their ids.
 template <class T>
 void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& routes,
            const Dims& d, int64_t c) {
@@ -117,12 +118,12 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   const Routes routes(read<int32_t>(topk_ids), d);
   const float* weights = read<float>(topk_weights);
   Tensor out = torch::stable::new_empty(x, {d.T, d.D});
-  Tensor h = torch::stable::new_empty(x, {d.T * d.k, d.I});  // by expert, as in routes
+  Tensor h = torch::stable::new_empty(x, {d.T * d.k, d.I});  // sorted by expert, as in routes
   const int64_t experts = routes.experts.size();
   const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
   const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;
   with_dtype(x, [&]<class A>(A) {
-    // Chunk by chunk of all experts, so that each thread gets a share of every expert's tokens.
+    // Chunk 0 of all experts, then chunk 1: each thread gets a share of every expert's tokens.
     parallel(inner_chunks * experts, 1, [&](int64_t i) {
       inner(write<A>(h), read<A>(x), x.stride(0), read<A>(w13), routes, d,
             routes.experts[i % experts], routes.experts[(i + 1) % experts], i / experts * kChunk);

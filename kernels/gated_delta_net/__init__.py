@@ -1,4 +1,4 @@
-"""A Gated DeltaNet layer between its projections, as one op: as few launches as a GPU allows."""
+"""A Gated DeltaNet layer between its projections, as one op, so that a GPU needs few launches."""
 
 from torch import Tensor
 

@@ -1,7 +1,4 @@
-"""The layer in Triton: two launches for decode and verify, five with prefill rows.
-
-Seven where a row is split.
-"""
+"""The layer in Triton, in two launches for decode and verify; see gated_delta_rule/triton.py."""
 
 from torch import Tensor
 

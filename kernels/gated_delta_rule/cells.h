@@ -1,5 +1,5 @@
-// The recurrence of one value head, cell by cell of the grid. With S as it stands at the cell's
-// start, G_i the sum of the log decays g from there to token i, and G_ij that from token j to i:
+// The recurrence of one value head, one cell of the grid at a time. S is the state at the cell's
+// start, G_i the sum of the log decays g of tokens up to i, G_ij that of tokens after j up to i:
 //   u_i = beta_i (v_i - exp(G_i) S^T k_i) - sum_{j<i} beta_i exp(G_ij) (k_i . k_j) u_j
 //   o_i = exp(G_i) S^T q_i + sum_{j<=i} exp(G_ij) (q_i . k_j) u_j
 // and, when the cell is complete, S = exp(G_last) S + sum_j k_j (exp(G_last,j) u_j)^T.
@@ -11,9 +11,10 @@
 
 namespace Q3N_LEVEL {
 
-constexpr int64_t kPad = round_up(kGrid + 1, kLanes);  // a value for each token, one for the start
+constexpr int64_t kPad =
+    round_up(kGrid + 1, kLanes);  // one value for each token and one for the start
 
-// The tokens of a cell: the first `known` are in the window, the others, up to `count`, are new.
+// The tokens of a cell. The first `known` are in the page's window, those up to `count` are new.
 struct Cell {
   int64_t known, count;
   const float* key[kGrid];
@@ -32,7 +33,7 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return sum(total);
 }
 
-// Finds the keys, makes those of the new tokens, and multiplies them with each other.
+// Looks up the keys in the window, computes the new ones, and all products of keys and queries.
 template <class T, class S>
 void prepare(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_t start, int64_t h,
              Cell& cell) {
@@ -50,8 +51,8 @@ void prepare(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_t
   }
 }
 
-// exp(G_ij) at [i][j] and exp(G_i) at [i][kGrid], for the new tokens i and the last. Each sum has
-// an own order, from j + 1 to i: a difference of two sums would lose a small one in a large one.
+// exp(G_ij) at [i][j] and exp(G_i) at [i][kGrid], for new tokens i and the last token. Each sum is
+// computed by itself, from j + 1 to i: the difference of two sums would cancel small ones.
 struct Decays {
   alignas(64) float to[kGrid][kPad];
 
@@ -68,28 +69,28 @@ struct Decays {
   }
 };
 
-// One value head's columns [v, v + columns) of a row.
+// Columns [v, v + columns) of one value head of a row.
 template <class T, class S>
 struct Head {
   const Inputs<T>& in;
   const Pages<S>& pages;
   const Row& row;
   int64_t hv, v, columns;
-  const S* state;  // where S stands; null while it is zero
+  const S* state;  // S so far; null while it is zero
   std::unique_ptr<S[]> tentative;
-  Fold pending;  // the last complete cell; before it is complete, w is u
+  Fold pending;  // the last complete cell; until it is complete, w holds u
   int64_t pending_end = 0;
   alignas(64) float product[2 * kGrid][kColumns];
 
-  // Where S goes at the end of the pending cell: tokens that may be rolled back never touch the
-  // page.
+  // Where to write S at the end of the pending cell: to the page if all its tokens are final, else
+  // to a copy.
   S* target() {
     if (pending_end <= row.certain()) return pages.state(row, hv) + v;
     if (!tentative) tentative.reset(new S[in.dims.K * in.dims.V]);
     return tentative.get();
   }
 
-  // One pass over S: folds the pending cell, and multiplies with the rows of x.
+  // One pass over S: folds the pending cell and multiplies S by the rows of x.
   void pass(const float* x, int64_t rows) {
     const int64_t K = in.dims.K, V = in.dims.V;
     std::memset(product, 0, rows * sizeof product[0]);
@@ -103,7 +104,7 @@ struct Head {
     if (to) state = to, pending_end = 0;
   }
 
-  // u and o of the cell's new tokens.
+  // Computes u and o of the cell's new tokens.
   void solve(const Cell& cell, int64_t start, const Decays& decays) {
     const Dims& d = in.dims;
     alignas(64) float with_k[kGrid][kPad], with_q[kGrid][kPad];
@@ -168,7 +169,7 @@ void run_head(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_
   const int64_t columns = std::min(kColumns, in.dims.V - v);
   Head<T, S> head{in,     pages, row, hv, v, columns, row.p0 ? pages.state(row, hv) + v : nullptr,
                   nullptr};
-  Cell cells[2];  // a cell's keys are folded while the next one's are multiplied
+  Cell cells[2];  // one being folded, and the next, whose keys are multiplied in the same pass
   for (int64_t start = row.p0; start < row.end(); start += kGrid) {
     Cell& cell = cells[start / kGrid % 2];
     prepare(in, pages, row, start, hv / in.dims.group(), cell);
@@ -179,7 +180,7 @@ void run_head(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_
 
 template <class T, class S>
 void run_rows(const Inputs<T>& in, const Pages<S>& pages, const std::vector<Row>& rows) {
-  constexpr int64_t kElements = 1 << 15;  // of S, at least, that a thread takes
+  constexpr int64_t kElements = 1 << 15;  // elements of S that a thread takes, at least
   const Dims& d = in.dims;
   const int64_t tiles = (d.V + kColumns - 1) / kColumns, tasks = rows.size() * d.HV * tiles;
   const int64_t elements = d.K * std::min(d.V, kColumns);
@@ -188,7 +189,8 @@ void run_rows(const Inputs<T>& in, const Pages<S>& pages, const std::vector<Row>
   });
 }
 
-// Keys and log decays of the tokens that are not in S, once nothing reads what they replace.
+// Writes keys and log decays of the tokens that are not in S, and the span. Runs last, because the
+// heads still read what these replace.
 template <class T, class S>
 void commit(const Inputs<T>& in, const Pages<S>& pages, const Row& row) {
   const Dims& d = in.dims;

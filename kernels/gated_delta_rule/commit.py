@@ -1,4 +1,4 @@
-"""The end of a layer: the gated norm, and what a page keeps once no program reads the old."""
+"""The last launch of a layer: the gated norm, and page writes that other programs must not see."""
 
 import triton
 import triton.language as tl
@@ -15,10 +15,10 @@ def commit(
     CONVOLVES: tl.constexpr, NORMS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A key head of one token, or a row's span; grid (T + N, H).
+    """One key head of one token, or a row's span; grid (T + N, H).
 
-    out [T, HV, V] from raw [T, HV, V]: the gated norm if NORMS, else raw itself, in place. Zero
-    where a token has no row or its row no page, NaN where its row is bad.
+    Computes out [T, HV, V] from raw [T, HV, V]: the gated norm if NORMS, else raw itself, in place.
+    Zero for a token without a row or whose row has no page, NaN for one of a bad row.
     """
     DRAFTS: tl.constexpr = W - GRID
     C: tl.constexpr = H * (2 * K + R * V)
@@ -30,7 +30,7 @@ def commit(
     else:
         i = tl.minimum(row_of_token(step, tl.program_id(0), N), N - 1)
     page, begin, n, c, _, _, _ = load_row(step, i, T, slots, DRAFTS)
-    fault = tl.load(row_faults + i)  # found before any span was written
+    fault = tl.load(row_faults + i)  # computed before any span was written
     is_long = n > DRAFTS + 1
     certain = tl.where(is_long, c + n, c)
     if is_row:
@@ -71,7 +71,7 @@ def commit(
         g = log_decay(a.to(tl.float32), A_log, dt_bias)
         g_at = pages.g + page * pages.g_slot + p % W * H * R + h * R + r_at
         tl.store(g_at, g, mask=r_in)
-    if CONVOLVES:  # noqa: SIM102 - settled when compiled
+    if CONVOLVES:  # noqa: SIM102 - known at compile time
         if is_long & (p >= c + n - (WIDTH - 1)):
             q_from, k_from = x.q + t * x.q_token + h * x.q_head, x.k + t * x.k_token + h * x.k_head
             q = tl.load(q_from + k_at, mask=k_in, other=0.0)

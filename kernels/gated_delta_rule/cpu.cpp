@@ -46,7 +46,7 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   arguments.expect_pages("g_", g_, {d.W, d.HV}, {fp32});
   arguments.expect_pages("span_", span_, {2}, {ScalarType::Int});
   arguments.expect_step(query_start_loc, slot, context_len);
-  std::vector<Row> short_rows, long_rows;  // apart, so that every thread gets some of each
+  std::vector<Row> short_rows, long_rows;  // separate, so that every thread gets a share of each
   const auto rows = checked_rows(query_start_loc, slot, context_len, span_, d.T, d.W - kGrid);
   for (const Row& row : rows) (row.is_long ? long_rows : short_rows).push_back(row);
   std::vector<float> rate = to_floats(A_log), bias = to_floats(dt_bias);

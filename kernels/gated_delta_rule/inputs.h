@@ -1,4 +1,4 @@
-// The layer's inputs, what the recurrence takes from them, and the pages.
+// Inputs of the recurrence, and access to the state pages.
 #pragma once
 
 #include <vector>
@@ -59,8 +59,8 @@ void gates(const Inputs<T>& in, int64_t token, const float* rate, const float* d
   });
 }
 
-// The state pages, dim 0 of each tensor strided. The window is a ring of W tokens: the one at
-// absolute position p lies at p % W.
+// The state pages; dim 0 of each tensor is the slot. The window is a ring of W tokens: position p
+// is at p % W.
 template <class S>
 struct Pages {
   Dims dims;
@@ -86,8 +86,8 @@ struct Pages {
     span[0] = static_cast<int32_t>(row.certain());
     span[1] = static_cast<int32_t>(row.end());
   }
-  // The first of the row's positions that the page keeps: those before the last grid point
-  // that is certain are in S.
+  // The first of the row's positions that the window keeps. Earlier ones are in S, which is at the
+  // last grid point whose tokens are all final.
   int64_t first_kept(const Row& row) const {
     return std::max(row.context, grid_point(row.certain()));
   }

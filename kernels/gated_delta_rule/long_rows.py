@@ -1,13 +1,13 @@
-"""Prefill: rows whose tokens all stay, in chunks of C positions, on the tensor cores.
+"""Prefill: rows whose tokens are all final, in chunks of C positions, on the tensor cores.
 
-With S as it stands at a chunk's start, G_i the sum of the log decays from there to token i, and
-G_ij that from token j to i, the corrected values of a chunk solve (I + L) u = y:
+S is the state at a chunk's start, G_i the sum of the log decays of tokens up to i, G_ij that of
+tokens after j up to i. The corrected values of a chunk solve (I + L) u = y:
   L_ij = beta_i exp(G_ij) k_i . k_j (j < i)      y_i = beta_i (v_i - exp(G_i) S^T k_i)
   o_i  = exp(G_i) S^T q_i + sum_{j<=i} P_ij u_j   P_ij = exp(G_ij) q_i . k_j
   S    = exp(G_last) S + sum_j k_j (exp(G_last,j) u_j)^T
-Nothing of L, P depends on S: `chunk_matrices` makes all chunks' at once, and the kernels of scan.py
-take S through them. Chunks end at multiples of C: a prompt cut there leaves the same bits as a
-whole one, as long as no part of it is split.
+L and P do not depend on S: `chunk_matrices` computes them for all chunks at once, and the kernels
+in scan.py then take S through the chunks. Chunks end at multiples of C: a prompt that was cut there
+gives the same bits as a whole one, unless one of them is split.
 
 Source: the WY form of Yang et al., arXiv 2406.06484 and 2412.06464.
 """
@@ -29,7 +29,7 @@ def normalised_rows(x, scale):
 
 @triton.jit
 def chunk_tokens(c, begin, n, j, first, C: tl.constexpr, SIZE: tl.constexpr):
-    """Positions [SIZE] from `first` in chunk j of a row, their tokens, and which are the row's."""
+    """SIZE positions of chunk j of a row, their token indices, and the mask of those in the row."""
     p = (c // C + j) * C + first + tl.arange(0, SIZE)
     return p, (begin + p - c).to(tl.int64), (p >= c) & (p < c + n)
 
@@ -41,10 +41,10 @@ def prepare(
     CONVOLVES: tl.constexpr, CHUNK: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """What the chunks are made of; BT tokens of one key head; grid (chunks * CHUNK / BT, H).
+    """Inputs of the chunks: BT tokens of one key head; grid (chunks * CHUNK / BT, H).
 
-    Writes q, k [T, H, K] (normalised), v [T, HV, V] in the activations' dtype, g, beta [T, HV]
-    fp32, and those keys that the page will keep to keys [T, H, K] fp32.
+    Writes q, k [T, H, K] (normalised) and v [T, HV, V] in the activations' dtype, g, beta [T, HV]
+    in fp32, and to keys [T, H, K] fp32 the keys that the page will keep.
     """
     DRAFTS: tl.constexpr = W - GRID
     C: tl.constexpr = H * (2 * K + R * V)
@@ -100,8 +100,9 @@ def prepare(
 def unit_lower_inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + L)^-1 for a strictly lower triangular L [C, C].
 
-    The diagonal blocks D row by row, by substitution; then, with M the blocks below them and
-    N = D M, which is nilpotent, (I + N)^-1 D. Powers of L itself would overflow where keys repeat.
+    Inverts the diagonal blocks, D, by substitution, row by row. With M the blocks below the
+    diagonal and N = D M, which is nilpotent, the inverse is (I + N)^-1 D. Powers of L itself would
+    overflow if keys repeat.
     """
     BLOCKS: tl.constexpr = C // B
     block = tl.arange(0, BLOCKS)
@@ -146,7 +147,7 @@ def chunk_matrices(
     to = (t * H * R + hv)[:, None] * C + at[None, :]
     g_t = tl.load(g + t * H * R + hv, mask=live, other=0.0)
     beta_t = tl.load(beta + t * H * R + hv, mask=live, other=0.0)
-    # Each sum on its own: a difference of two would lose a small one in a large one.
+    # Each sum is computed by itself: the difference of two sums would cancel small ones.
     strictly = at[:, None] > at[None, :]
     decay = tl.exp(tl.cumsum(tl.where(strictly, g_t[:, None], 0.0), 0))
     keys = tl.load(k + from_, mask=inside, other=0.0)

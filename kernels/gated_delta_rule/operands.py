@@ -1,4 +1,4 @@
-"""What the Triton kernels of a linear-attention layer are given, grouped by where it comes from."""
+"""Arguments of the Triton kernels of a linear-attention layer, as bundles with their strides."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from qwen3next_plugin.kernels.pages import StatePool
 
 
 class Inputs(NamedTuple):
-    """The layer's projections; strides in elements, from token to token and from head to head.
+    """The layer's projections, with the strides between tokens and between heads, in elements.
 
     Shapes: q, k [T, H, K], v [T, H, R, V] (v_value: from value head to value head), a, b [T, H, R]
     """
@@ -47,12 +47,12 @@ def inputs(
 
 
 def no_convolution(x: Inputs) -> Convolution:
-    """What a kernel is given that convolves nothing."""
+    """A placeholder for a kernel that does not convolve."""
     return Convolution(x.q, x.q, 0)
 
 
 class Chunks(NamedTuple):
-    """What long rows are scanned as: q and k normalised, g fp32, and the matrices of chunks of C.
+    """Inputs of the scan over chunks of C positions: q and k are normalised, g is fp32.
 
     Shapes: q, k [T, H, K], v [T, HV, V], g [T, HV], inverse, attention [T, HV, C]
     """
@@ -81,12 +81,12 @@ def gated_norm(z: Tensor, weight: Tensor, eps: float) -> Norm:
 
 
 def no_norm(x: Inputs) -> Norm:
-    """What a kernel is given that norms nothing."""
+    """A placeholder for a kernel that does not norm."""
     return Norm(x.v, 0, 0, 0, x.v, 0.0)
 
 
 class Pages(NamedTuple):
-    """State and window of every page, each with the stride from one slot to the next."""
+    """State and window of every page, each with its stride between slots."""
 
     state: Tensor
     key: Tensor

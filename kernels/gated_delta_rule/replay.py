@@ -1,4 +1,4 @@
-"""A head's tile of S, and the window's tokens applied to it."""
+"""Loading a tile of S, and applying the window's tokens to it."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ from qwen3next_plugin.kernels.gpu.rows import GRID
 
 @triton.jit
 def state_at(pages, page, hv, k_at, v_at, K: tl.constexpr, V: tl.constexpr):
-    """Where a tile of S lies, and which of it exists."""
+    """Pointers to a tile of S, and the mask of what exists of it."""
     at = pages.state + page * pages.state_slot + (hv * K + k_at[:, None]) * V + v_at[None, :]
     return at, (k_at < K)[:, None] & (v_at < V)[None, :]
 
 
 @triton.jit
 def rounded(S, p, STATE: tl.constexpr):
-    """S after position p: in the pages' dtype rounded where the next one is a grid point."""
+    """S after position p, rounded to the pages' dtype if p + 1 is a grid point."""
     if tl.float32 == STATE:
         return S
     return tl.where((p + 1) // GRID * GRID == p + 1, S.to(STATE).to(tl.float32), S)
@@ -26,7 +26,7 @@ def replay(
     S, pages, page, first, last, hv, k_at, v_at,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """S after the window's tokens at positions [first, last)."""
+    """Apply the window's tokens at positions [first, last) to S."""
     for p in tl.range(first, last, num_stages=2):
         at = p % W
         key_at = pages.key + page * pages.key_slot + (at * H + hv // R) * K + k_at

@@ -1,12 +1,14 @@
-"""Prefill: S through a row's chunks, one after the other, or segments of a long row at once.
+"""Prefill: take S through a row's chunks one after the other, or a long row's segments in parallel.
 
-A chunk takes S to A S + B, and so does a segment, whatever S it starts from. So a long row is split
-where the position is a multiple of SEGMENT: `segment_transitions` takes all its segments but the
-last through the chunks at once, with nothing for S, which gives B, and without values the identity,
-which gives A; `segment_starts` goes from segment to segment, one product each; and `chunk_scan`
-takes all segments through their chunks once more, from S as it stands there. That is over twice the
-products of one walk through the row, so a row is split only where it is long and walks too few to
-fill the GPU. Which rows are, depends on nothing but their own length and the layer's sizes.
+A chunk maps S to A S + B, and so does a segment of several chunks. A long row is therefore split at
+positions that are multiples of SEGMENT, in three launches:
+  `segment_transitions` scans all segments but the last in parallel, from S = 0 (which gives B) and
+      from S = I without values (which gives A);
+  `segment_starts` goes from segment to segment, one product each, to find S at each start;
+  `chunk_scan` scans all segments in parallel, each from its S.
+That is more than twice the products of a plain scan, so a row is split only if it is long and the
+layer has too few tiles to fill the GPU. The choice depends only on the row's length and the layer's
+sizes, not on the rest of the batch.
 """
 
 import triton
@@ -19,7 +21,7 @@ from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk, stan
 
 @triton.jit
 def segment_chunks(c, n, s, C: tl.constexpr, SEGMENT: tl.constexpr):
-    """Of segment s of a row: the first chunk, the one after the last, and whether the row ends."""
+    """Segment s of a row: its first chunk, its end chunk (exclusive), and whether the row ends."""
     begin = (c // SEGMENT + s) * SEGMENT
     end = begin + tl.minimum(c + n - begin, SEGMENT)
     return tl.maximum(begin, c) // C - c // C, (end - 1) // C - c // C + 1, end == c + n
@@ -27,7 +29,7 @@ def segment_chunks(c, n, s, C: tl.constexpr, SEGMENT: tl.constexpr):
 
 @triton.jit
 def start_at(starts, index, hv, k_at, v_at, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
-    """Where a tile of S lies as a segment finds it."""
+    """Pointers to a tile of S at the start of a segment."""
     return starts + ((index.to(tl.int64) * HV + hv) * K + k_at[:, None]) * V + v_at[None, :]
 
 
@@ -37,10 +39,10 @@ def chunk_step(
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S after those tokens of chunk j that come before `last`.
+    """S after the tokens of chunk j at positions before `last`.
 
-    Beside it the chunk's positions, tokens and which are the row's, its decays from the start, S
-    before it as it was multiplied, and u [C, columns].
+    Also returns the positions, token indices, live mask, decays from the chunk's start, S before
+    the chunk (in the activations' dtype), and u [C, columns].
     """
     DTYPE: tl.constexpr = chunks.k.dtype.element_ty
     at = tl.arange(0, C)
@@ -76,10 +78,10 @@ def segment_transitions(
     C: tl.constexpr, SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """B and A of a segment, BV columns of [B | A] of a value head; grid (tiles * HV, segments).
+    """BV columns of a segment's [B | A] for one value head; grid (tiles * HV, segments).
 
-    Writes transitions [segments, HV, K, tiles * BV] fp32, where A begins with a tile; nothing for
-    a row's last segment.
+    Writes transitions [segments, HV, K, tiles * BV] fp32, in which A starts at a tile boundary.
+    Skips a row's last segment.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV + (K + BV - 1) // BV
     A_FROM: tl.constexpr = (V + BV - 1) // BV * BV
@@ -111,9 +113,9 @@ def segment_starts(
     SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S as each segment of a row finds it, BV columns of a value head; grid (tiles * HV, segments).
+    """S at the start of each segment, BV columns of one value head; grid (tiles * HV, segments).
 
-    Writes starts [segments, HV, K, V] fp32, all of a row's in the program of its first segment.
+    Writes starts [segments, HV, K, V] fp32. The program of a row's first segment writes all of its.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
     A_FROM: tl.constexpr = TILES * BV
@@ -133,7 +135,7 @@ def segment_starts(
     S = replay(S, pages, page, p0, c, hv, k_at, v_at, H, R, K, V, W)
     tl.store(start_at(starts, index, hv, k_at, v_at, H * R, K, V), S, mask=S_in)
     segments = (c + n - 1) // SEGMENT - c // SEGMENT + 1
-    # Where query_start_loc is bad, rows that are not may have more than there is room for.
+    # If query_start_loc is bad, the good rows may have more segments than there is room for.
     segments = tl.minimum(segments, tl.num_programs(1) - index)
     for j in range(0, segments - 1):
         A_at = start_at(transitions, index + j, hv, k_at, A_FROM + k_at, H * R, K, WIDTH)
@@ -151,10 +153,10 @@ def chunk_scan(
     C: tl.constexpr, SPLITS: tl.constexpr, SEGMENT: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of a row that is not split, or of a segment of one that is, of BV columns of a
-    value head; grid (V tiles * HV, N + segments).
+    """All chunks of an unsplit row or of one segment, BV columns of one value head.
 
-    Writes out [T, HV, V], S at the last grid point, and u of the tokens after it.
+    Grid (V tiles * HV, N + segments). Writes out [T, HV, V], S at the row's last grid point, and u
+    of the tokens after it.
     """
     DRAFTS: tl.constexpr = W - GRID
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -169,14 +171,14 @@ def chunk_scan(
     if i >= N:
         return
     page, begin, n, c, start, _, fault = load_row(step, i, T, slots, DRAFTS)
-    # A step that was launched without segments has none, however long its rows are.
+    # A launch without segments splits no row, however long.
     is_split = (n >= SPLIT_FROM) & SPLITS & (tl.num_programs(1) > N)
     if (page < 0) | (fault != 0) | (n <= DRAFTS + 1) | (is_split != is_segment):
         return
     k_at, v_at, at = tl.arange(0, BK), tile * BV + tl.arange(0, BV), tl.arange(0, C)
     k_in, v_in = (k_at < K)[None, :], (v_at < V)[None, :]
     end = c + n
-    last = end // GRID * GRID  # the grid point at which S is left
+    last = end // GRID * GRID  # the grid point at which S is written
     S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
     if is_segment:
         first, to, ends = segment_chunks(c, n, s, C, SEGMENT)

@@ -1,7 +1,7 @@
-"""Decode and verify: one read of S, its write once in GRID tokens, all of a row in one launch.
+"""Decode and verify: a row in one launch that reads S once and writes it once in GRID tokens.
 
-Tokens go through the recurrence one by one, in the order and with the sums of the reference, so
-that a token's bits do not depend on how many came with it.
+Tokens go through the recurrence one by one, with the sums of the reference in the same order, so a
+token's bits do not depend on how many came with it.
 """
 
 import triton
@@ -26,9 +26,9 @@ def short_rows(
 ):  # fmt: skip
     """A tile of V columns of one value head of one row; grid (V tiles * HV, N).
 
-    Writes out [T, HV, V], S, u, the convolution's inputs, and the new keys to keys [T, H, K] fp32:
-    what other programs of this launch still read is left to `commit`. Says to row_faults [N] what
-    is wrong with a row, long ones included.
+    Writes out [T, HV, V], S, u, the convolution's inputs, and the new keys to keys [T, H, K] fp32.
+    `commit` writes what other programs of this launch still read. Writes the fault of every row,
+    long ones included, to row_faults [N].
     """
     DRAFTS: tl.constexpr = W - GRID
     TILES: tl.constexpr = (V + BV - 1) // BV

@@ -1,23 +1,25 @@
-// What is done to S, [K, V]: products with rows, and the fold of a cell. Both run over V in
-// vectors and add up in one order, so that no tiling and no grouping of tokens changes a bit.
+// The two operations on S [K, V]: multiplying it by rows, and folding a cell into it. Both use
+// vectors along V and a fixed order of sums, so that no bit depends on tiles or on how tokens are
+// grouped into rows.
 #pragma once
 
 #include "step.h"
 
 namespace Q3N_LEVEL {
 
-// Register budget: kRows x vectors accumulators, as many operands, 1 broadcast: 32 registers, or
-// 16 below AVX-512.
+// Register budget: kRows x vectors_beside(kRows) accumulators, vectors_beside(kRows) operands and 1
+// broadcast, of 32 registers (16 below AVX-512).
 constexpr int kRows = kLanes == 16 ? 8 : 4;
 constexpr int vectors_beside(int rows) {
   return kLanes == 16 ? (rows > 6 ? 2 : rows > 2 ? 4 : 8) : (rows > 2 ? 2 : 4);
 }
-constexpr int64_t kMaxDim = 256;   // of a key head
-constexpr int64_t kBlock = 32;     // rows of S folded and multiplied while they are near
-constexpr int64_t kColumns = 128;  // of S that one task takes
+constexpr int64_t kMaxDim = 256;  // of a key head
+constexpr int64_t kBlock =
+    32;  // rows of S folded and then multiplied while they are in the nearest cache
+constexpr int64_t kColumns = 128;  // columns of S that one task takes
 
-// Calls f(constant C, v, lanes) over [0, n): C vectors at a time, then single ones, the last
-// masked.
+// Calls f(constant C, v, lanes) over [0, n): C vectors at a time, then single vectors, the last of
+// them masked.
 template <int C, class F>
 void for_columns(int64_t n, F&& f) {
   int64_t v = 0;
@@ -29,7 +31,8 @@ void for_columns(int64_t n, F&& f) {
   }
 }
 
-// A cell on its way into S: S = decay S + sum_j key_j w_j^T, w_j = u_j decayed to the cell's end.
+// A complete cell that is not yet in S: S = decay S + sum_j key_j w_j^T, w_j = u_j decayed to the
+// cell's end.
 struct Fold {
   float decay;
   const float* key[kGrid];  // [K] each
@@ -56,7 +59,7 @@ Q3N_INLINE inline void fold_tile(const Fold& cell, int64_t k, const float* w, co
   each([&](int64_t r, int64_t c) Q3N_INLINE { store(to + r * ld + c * kLanes, s[r][c], lanes); });
 }
 
-// Rows [k, end) of `to` from those of `from`, which may be the same, or null for S = 0.
+// Computes rows [k, end) of `to` from rows of `from`, which may be `to` itself, or null for S = 0.
 template <class S>
 void fold(const Fold& cell, int64_t k, int64_t end, int64_t V, const S* from, S* to, int64_t ld) {
   constexpr int R = 4;
@@ -91,7 +94,7 @@ Q3N_INLINE inline void multiply_tile(const float* x, int64_t k, int64_t end, con
            Q3N_INLINE { store(product + r * kColumns + c * kLanes, p[r][c]); });
 }
 
-// product [rows, V] += x [rows, K] S over rows [k, end) of S; an even number of rows.
+// product [rows, V] += x [rows, K] S over rows [k, end) of S. `rows` is even.
 template <class S>
 void multiply(const float* x, int64_t rows, int64_t k, int64_t end, int64_t V, const S* s,
               int64_t ld, float* product) {

@@ -1,6 +1,6 @@
-"""A linear-attention layer in Triton: two launches for decode and verify, five for prefill.
+"""A linear-attention layer in Triton: which kernels a step launches.
 
-Seven where a row is split.
+Two for decode and verify, five with prefill rows, seven if a row is split.
 """
 
 import torch
@@ -37,7 +37,7 @@ from qwen3next_plugin.kernels.gpu.rows import StepTensors, most_chunks, step_ten
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID, Step
 
-MIN_DOT = 16  # the least that tl.dot multiplies
+MIN_DOT = 16  # smallest dim of tl.dot
 
 
 def run(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: Step) -> Tensor:
@@ -67,10 +67,10 @@ def run_layer(
     max_query_len: int,
     out_: Tensor,
 ) -> None:
-    """Run the layer on its pages; see `gated_delta_net` for what it computes.
+    """Run the layer on its pages; see the public op `gated_delta_net` for what it computes.
 
-    Without a convolution q, k and v are taken as they come; without a norm out_ is the recurrence's
-    own output. No row has more than max_query_len tokens.
+    Without conv, q, k and v are used as they are. Without norm, out_ is the output of the
+    recurrence. No row has more than max_query_len tokens.
 
     Shapes: out_ [T, HV, V] or [T, HV * V], contiguous
     """
@@ -112,7 +112,7 @@ def _chunks(
     sizes: dict[str, int],
     convolves: dict[str, bool],
 ) -> Chunks:
-    """The rows that are longer than a draft can be; their last keys to `keys`."""
+    """Prepare the rows longer than any draft for the scan; writes their last keys to `keys`."""
     (T, HV, V), H, R, K, W = raw.shape, *(sizes[name] for name in "HRKW")
     N, slots, C = len(step.slot), len(step.span), config.chunk
     BK, BV = max(MIN_DOT, next_power_of_2(K)), max(MIN_DOT, next_power_of_2(V))
@@ -125,7 +125,7 @@ def _chunks(
         **sizes, **convolves, CHUNK=C, BT=config.prepare_tokens,
         BK=BK, BV=BV, BR=next_power_of_2(R), **config.prepare.options(),
     )  # fmt: skip
-    precision = config.fp32_precision  # which says nothing where the operands are of 16 bits
+    precision = config.fp32_precision  # has no effect on 16-bit operands
     exact = raw.dtype == torch.float32
     chunk_matrices[chunks, HV](
         q, k, g, beta, step, inverse, attention, T, N, slots,
@@ -145,7 +145,7 @@ def _scan(
     config: Config,
     sizes: dict[str, int],
 ) -> None:
-    """Outputs, S and u of the rows; the longest are split where the layer has few heads."""
+    """Outputs, S and u of the long rows; the longest are split if the layer has few heads."""
     (T, HV, V), K, N, slots = raw.shape, sizes["K"], len(step.slot), len(step.span)
     BK = max(MIN_DOT, next_power_of_2(K))
     BV = max(MIN_DOT, min(config.scan_columns, next_power_of_2(V)))

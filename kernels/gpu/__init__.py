@@ -1,1 +1,1 @@
-"""What the Triton kernels share: rows, gates, faults, and the sizes they are built for."""
+"""Shared by the Triton kernels: rows of a step, gates, faults, launch sizes."""

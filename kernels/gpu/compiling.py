@@ -1,7 +1,6 @@
-"""Launches turned into compilations for an architecture, on a machine that need not have one.
+"""Compile kernels for a GPU architecture on a machine without that GPU.
 
-What is compiled goes into Triton's own cache (TRITON_CACHE_DIR), under the keys by which a GPU of
-that architecture looks for it.
+The results go into Triton's cache (TRITON_CACHE_DIR) under the keys that such a GPU looks up.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ TARGETS = {
 
 
 class _NoDevice:
-    """As much of a Triton driver as a compilation asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -34,7 +33,7 @@ class _NoDevice:
         return TARGETS[self.arch]
 
     def get_current_device(self) -> int:
-        return 1 + list(TARGETS).index(self.arch)  # kernels are kept by device
+        return 1 + list(TARGETS).index(self.arch)  # Triton caches kernels by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -45,9 +44,12 @@ class _NoDevice:
 
 @contextmanager
 def compiling_for(arch: str) -> Iterator[list[CompiledKernel]]:
-    """In here the ops, given tensors on a CPU, compile what they would launch; yields it."""
+    """Within this context ops on CPU tensors compile their kernels and launch nothing.
+
+    Yields the list of kernels compiled so far.
+    """
     compiled: list[CompiledKernel] = []
-    run, active = JITFunction.run, driver._active  # reset_active fails where there is no GPU
+    run, active = JITFunction.run, driver._active  # reset_active fails without a GPU
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled.append(run(self, *args, grid=grid, warmup=True, **options))

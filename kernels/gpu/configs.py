@@ -1,4 +1,4 @@
-"""The sizes that kernels are built for: fixed tables, so that nothing is tuned while serving."""
+"""Tile sizes and launch options by architecture. Fixed tables: nothing is tuned while serving."""
 
 import functools
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from qwen3next_plugin.kernels.step import GRID
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Warps of a program, and how many loads run ahead of a loop."""
+    """Warps of a program, and pipeline stages of its loops' loads."""
 
     num_warps: int
     num_stages: int = 1
 
     def options(self) -> dict[str, int | bool]:
         launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return launch | {"enable_fp_fusion": True}  # Triton is about to change its default
+        return launch | {"enable_fp_fusion": True}  # Triton is changing its default
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Of one architecture; columns are those of S that a program takes."""
+    """The sizes of one architecture. `columns` are those of S in one program."""
 
     processors: int  # multiprocessors or compute units
     short_columns: int = 32
@@ -33,24 +33,25 @@ class Config:
     matrices: Launch = Launch(4)
     scan_columns: int = 32
     scan: Launch = Launch(4, 2)
-    segment: int = 1024  # positions, whole chunks, that are scanned at once where a row is split
-    split_from: int = 4096  # tokens of a row
+    segment: int = 1024  # positions of a segment of a row that is split; a multiple of chunk
+    split_from: int = 4096  # tokens from which on a row is split
     transitions: Launch = Launch(4, 2)
     starts: Launch = Launch(8)
     commit: Launch = Launch(1)
     rowwise: Launch = Launch(4)  # norms and gates
-    inverse_precision: str = "tf32"  # beside activations of 16 bits
-    fp32_precision: str = "tf32x3"  # of all products beside fp32 ones
+    inverse_precision: str = "tf32"  # with 16-bit activations
+    fp32_precision: str = "tf32x3"  # of all products with fp32 activations
 
     def __post_init__(self) -> None:
-        """A row's S is left in its last segment, and no row is split that is shorter than one."""
+        """A row's last segment ends with its S, and no row shorter than a segment is split."""
         assert self.segment % self.chunk == self.segment % GRID == 0
         assert self.split_from >= self.segment
 
     def splits(self, HV: int, K: int, V: int) -> bool:
-        """Whether long rows are split: over twice the work, and half of the processors idle.
+        """Whether to split long rows: only if unsplit ones would leave half the processors idle.
 
-        Of wider keys a segment's product has no room in shared memory.
+        Splitting more than doubles the work. With K > 128 a segment's product does not fit into
+        shared memory.
         """
         return K <= 128 and 2 * -(-V // self.scan_columns) * HV <= self.processors
 
@@ -59,7 +60,7 @@ CONFIGS = {
     "sm_80": Config(108, chunk=32),
     "sm_90": Config(132),
     "sm_100": Config(148),
-    # 64 KiB of shared memory: no room for loads that run ahead of fp32 activations.
+    # 64 KiB of shared memory: too little to pipeline loads of fp32 activations.
     "gfx942": Config(
         304,
         scan=Launch(4, 1),
@@ -75,7 +76,7 @@ _compiled_for: str | None = None  # see `compiling_for`
 
 
 def compile_for(arch: str | None) -> None:
-    """From here on, tensors on a CPU stand for tensors on `arch`; None: no longer."""
+    """Treat CPU tensors as tensors on `arch` from now on; None ends that."""
     global _compiled_for
     _compiled_for = arch
 
@@ -85,9 +86,9 @@ def compiles() -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture whose configuration a device takes.
+    """The architecture whose sizes a device uses.
 
-    Raises: NotImplementedError where there is none.
+    Raises: NotImplementedError if there are none for it.
     """
     if device.type == "cpu":
         return _compiled_for or "sm_90"  # Triton's interpreter takes any

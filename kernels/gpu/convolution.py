@@ -1,4 +1,4 @@
-"""The convolution of width 4 over a row's own inputs and those that its page keeps in a ring."""
+"""The convolution of width 4 over a row's own inputs and the earlier ones in its page's ring."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ WIDTH = tl.constexpr(4)
 
 
 class Convolution(NamedTuple):
-    """Weight [C, 4], and the inputs that the pages keep [slots, ring, C]."""
+    """Weight [C, 4], and the inputs in the pages [slots, ring, C]."""
 
     weight: Tensor
     kept: Tensor
@@ -36,20 +36,20 @@ def taps(conv, channel, mask):
 
 @triton.jit
 def kept_at(conv, page, p, channel, C: tl.constexpr, RING: tl.constexpr):
-    """Where a page keeps the inputs of position p."""
+    """Pointers to the inputs of position p in a page."""
     return conv.kept + page * conv.kept_slot + (p + RING) % RING * C + channel
 
 
 @triton.jit
 def kept_input(conv, page, p, channel, mask, C: tl.constexpr, RING: tl.constexpr):
-    """The inputs at a position before the row; zero before the sequence began."""
+    """The inputs at a position before the row; zero before the start of the sequence."""
     at = kept_at(conv, page, p, channel, C, RING)
     return tl.load(at, mask=mask & (p >= 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def convolved(x0, x1, x2, x3, w, DTYPE: tl.constexpr):
-    """silu of four inputs under their weights, rounded as an activation."""
+    """silu of four inputs times their weights, rounded to the activations' dtype."""
     y = x0 * w[0] + x1 * w[1] + x2 * w[2] + x3 * w[3]
     return silu(y).to(DTYPE).to(tl.float32)
 
@@ -59,7 +59,7 @@ def input_tile(
     x, token, conv, page, p, t, c, live, channel, at, inside,
     BACK: tl.constexpr, C: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """The inputs BACK tokens before each of some: the row's own, or older ones from its page."""
+    """The inputs BACK tokens before each token of a tile, from the row or from its page."""
     own = live & (p - BACK >= c)
     from_ = x + (t - BACK)[:, None] * token + at[None, :]
     y = tl.load(from_, mask=own[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -75,11 +75,10 @@ def convolved_tile(
     x, token, conv, page, p, t, c, live, channel, at, inside,
     CONVOLVES: tl.constexpr, C: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens of one head, [tokens, dims], convolved if that is asked for.
+    """A tile [tokens, dims] of one head, convolved if CONVOLVES.
 
-    x points to the head's first dim, token is the stride between tokens; p are the positions of
-    tokens t of a row whose context is c; inputs [dims] lie at `at` and are the convolution's
-    channels `channel`.
+    x points to the head's first dim; `token` is the stride between tokens. p are the positions of
+    tokens t of a row with context c. `at` are the dims, `channel` their channels.
     """
     y = input_tile(x, token, conv, page, p, t, c, live, channel, at, inside, 0, C, RING)
     if CONVOLVES:

@@ -1,19 +1,19 @@
-"""How a kernel says that a row cannot be: it leaves the page alone, and a record on the device.
+"""Errors found by a kernel: a record on the device that the host reads later.
 
 A launch cannot raise, and waiting for it would stall the engine. So a bad row's output is NaN, its
-page is not touched, and the first fault since the last look is kept in ten integers per device,
-which `check` turns into the error that the native kernels raise at once.
+page is not touched, and the first fault since the last check is recorded in ten integers on the
+device. `check` raises the error that the native kernels raise at once.
 """
 
 import torch
 from torch import Tensor
 
-TOKENS, SLOT, CONTEXT, SHARED, POSITION = 1, 2, 3, 4, 5  # what is wrong
+TOKENS, SLOT, CONTEXT, SHARED, POSITION = 1, 2, 3, 4, 5  # kinds of fault
 _RECORDS: dict[torch.device, Tensor] = {}
 
 
 def record(device: torch.device) -> Tensor:
-    """The device's record [10] int64, all zero while nothing is wrong; one per process."""
+    """The device's record [10] int64, zero while there is no fault; one per process."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if device not in _RECORDS:
@@ -22,7 +22,7 @@ def record(device: torch.device) -> Tensor:
 
 
 def check(device: torch.device) -> None:
-    """Raise what the kernels found since the last check, and forget it. Waits for the device.
+    """Raise the first fault since the last check, and clear it. Waits for the device.
 
     Raises: RuntimeError naming the row.
     """
@@ -34,14 +34,14 @@ def check(device: torch.device) -> None:
 
 
 def checked(out: Tensor) -> Tensor:
-    """`out`; on a CPU, where the interpreter has run the kernels to their end, after `check`."""
+    """Return `out`, on a CPU after `check`: there the interpreter has already run the kernels."""
     if out.device.type == "cpu":
         check(out.device)
     return out
 
 
 class Watch:
-    """Looks at a device's record without waiting: what it saw at one call, the next one tells."""
+    """Reads a device's record without waiting: one call starts a copy, the next raises from it."""
 
     def __init__(self, device: torch.device) -> None:
         self.record = record(device)
@@ -49,9 +49,9 @@ class Watch:
         self.arrived = torch.cuda.Event()
 
     def look(self) -> None:
-        """Raise what an earlier call saw, and look again; once a step.
+        """Raise the fault that an earlier call copied, and start the next copy; once a step.
 
-        Raises: RuntimeError naming the row of a step before.
+        Raises: RuntimeError naming the row of an earlier step.
         """
         if torch.cuda.is_current_stream_capturing() or not self.arrived.query():
             return
@@ -62,7 +62,7 @@ class Watch:
 
 
 def said(values: list[int]) -> str | None:
-    """The complaint that a record's values stand for, or None."""
+    """The error message of a record's values, or None."""
     kind, row, page, begin, n, c, start, end, slots, T = values
     if kind == TOKENS:
         return f"row {row}: query_start_loc {begin} to {begin + n} is not a range of {T} tokens"

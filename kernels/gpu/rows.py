@@ -1,4 +1,4 @@
-"""The rows of a step as a kernel finds them: checked, and looked up by token or by chunk."""
+"""The rows of a step in a kernel: loading, checking, and finding one by token or by chunk."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ GRID = tl.constexpr(_GRID)
 TOKENS, SLOT, CONTEXT = (tl.constexpr(f) for f in (faults.TOKENS, faults.SLOT, faults.CONTEXT))
 SHARED = tl.constexpr(faults.SHARED)
 MAX_INT = tl.constexpr(2**31 - 1)
-LOOK = tl.constexpr(128)  # rows looked at together
+LOOK = tl.constexpr(128)  # rows loaded together
 
 
 class StepTensors(NamedTuple):
@@ -35,7 +35,7 @@ def step_tensors(step: Step, span: Tensor) -> StepTensors:
 def load_row(step, i, T, slots, DRAFTS: tl.constexpr):
     """Row i, or rows i: page (int64), first token, tokens, context length, start, end, fault.
 
-    A kernel works on it only if the page is not negative and the fault is 0.
+    A row may be processed only if its page is not negative and its fault is 0.
     """
     begin = tl.load(step.query_start_loc + i)
     end = tl.load(step.query_start_loc + i + 1)
@@ -56,13 +56,13 @@ def load_row(step, i, T, slots, DRAFTS: tl.constexpr):
 
 @triton.jit
 def stands_at(c, start):
-    """The grid point at which the page's S stands; 0 for a fresh state."""
+    """The grid point that the page's S is at; 0 for a fresh state."""
     return tl.where(c == 0, 0, start // GRID * GRID)
 
 
 @triton.jit
 def row_of_token(step, t, N):
-    """The row that token t belongs to, or N if it comes after all rows."""
+    """The row of token t, or N if the token is after all rows."""
     i = 0
     for first in range(0, N, LOOK):
         at = first + tl.arange(0, LOOK)
@@ -73,7 +73,7 @@ def row_of_token(step, t, N):
 
 @triton.jit
 def rows_of_tokens(step, t, N):
-    """The rows of tokens t [tokens], N for what comes after all rows."""
+    """The rows of tokens t [tokens]; N for tokens after all rows."""
     i = tl.zeros_like(t)
     for first in range(0, N, LOOK):
         at = first + tl.arange(0, LOOK)
@@ -84,10 +84,10 @@ def rows_of_tokens(step, t, N):
 
 @triton.jit
 def row_of_chunk(step, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
-    """The row of the index-th chunk, N if there is none, and which chunk of it.
+    """The row of the index-th chunk of the step, and the chunk's number in it; N if there is none.
 
-    Rows of at least LEAST tokens have chunks, which end where the position is a multiple of C; row
-    and chunk by counting those before. A row that is no range of the T tokens has none.
+    Rows of at least LEAST tokens have chunks, which end at positions that are multiples of C. A row
+    that is not a range of the T tokens has none. Counts the chunks of the rows before it.
     """
     i = 0
     before = 0
@@ -110,13 +110,13 @@ def row_of_chunk(step, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
 
 
 def most_chunks(T: int, N: int, least: int, C: int) -> int:
-    """How many chunks a step's rows of at least so many tokens can have at most."""
+    """Upper bound on the chunks of a step's rows of at least `least` tokens."""
     return T // C + 2 * min(N, T // least)
 
 
 @triton.jit
 def is_shared(step, i, page):
-    """Whether an earlier row has the page, too."""
+    """Whether an earlier row has the same page."""
     shared = 0
     for first in range(0, i, LOOK):
         at = first + tl.arange(0, LOOK)
@@ -127,7 +127,7 @@ def is_shared(step, i, page):
 
 @triton.jit
 def report(record, kind, row, page, begin, n, c, start, end, slots, T):
-    """Keep a fault, unless one is kept already; kind 0 is none."""
+    """Record a fault, unless one is recorded already; kind 0 is no fault."""
     if kind != 0:
         wide = kind.to(tl.int64)
         if tl.atomic_cas(record, tl.zeros_like(wide), wide) == 0:
@@ -144,7 +144,7 @@ def report(record, kind, row, page, begin, n, c, start, end, slots, T):
 
 @triton.jit
 def say_fault(step, record, i, T, slots, DRAFTS: tl.constexpr):
-    """Record what is wrong with row i, if anything is; returns the kind of fault."""
+    """Record the fault of row i, if it has one; returns its kind."""
     page, begin, n, c, start, last, fault = load_row(step, i, T, slots, DRAFTS)
     fault = tl.where((fault == 0) & is_shared(step, i, page), SHARED, fault)
     report(record, fault, i, page, begin, n, c, start, last, slots, T)

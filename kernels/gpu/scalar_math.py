@@ -1,4 +1,4 @@
-"""Functions of one number, in fp32, as the kernels use them."""
+"""Scalar functions in fp32."""
 
 import triton
 import triton.language as tl

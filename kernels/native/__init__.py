@@ -1,4 +1,4 @@
-"""Finds and loads the native kernels, and says which instruction set they use."""
+"""Loads the native kernels and chooses their instruction set."""
 
 import functools
 from pathlib import Path
@@ -45,6 +45,6 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Use the instruction set `name`. Raises: RuntimeError where the machine lacks it."""
+    """Use the instruction set `name`. Raises: RuntimeError if the machine lacks it."""
     load()
     torch.ops.qwen3next.set_isa(name)

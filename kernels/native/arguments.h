@@ -1,4 +1,4 @@
-// What an operator asks of its arguments: the words of kernels/checks.py, without its time.
+// Checks of an op's arguments: as kernels/checks.py, with the same messages, in less time.
 #pragma once
 
 #include <initializer_list>
@@ -38,7 +38,7 @@ std::string listed(const Values& values) {
   return text + ")";
 }
 
-// Throws std::invalid_argument, ValueError in Python, naming the operator and the argument.
+// Throws std::invalid_argument, a ValueError in Python, which names the op and the argument.
 struct Arguments {
   const char* op;
 
@@ -51,7 +51,7 @@ struct Arguments {
     throw std::invalid_argument(message.str());
   }
 
-  // The shape, one of the dtypes, the CPU, and unit stride at the end.
+  // Requires the shape, one of the dtypes, a CPU tensor, and a contiguous last dim.
   void expect(const char* name, const Tensor& t, const std::vector<int64_t>& shape,
               Dtypes dtypes) const {
     const ScalarType dtype = t.scalar_type();
@@ -65,7 +65,7 @@ struct Arguments {
             " is not contiguous: ", listed(strides));
   }
 
-  // Pages: any number of slots, each contiguous; slots may lie apart.
+  // Requires contiguous slots of that shape; any number of them, any distance apart.
   void expect_pages(const char* name, const Tensor& t, Sizes slot, Dtypes dtypes) const {
     std::vector<int64_t> shape{t.dim() > 0 ? t.size(0) : 0};
     shape.insert(shape.end(), slot);

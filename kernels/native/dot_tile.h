@@ -1,5 +1,5 @@
-// Dot products of some rows with some vectors, a tile at a time. Each sum has one order, whatever
-// the tile it stands in.
+// Dot products of rows with vectors, a tile at a time. The order of a sum does not depend on the
+// tile that computes it.
 #pragma once
 
 #include <algorithm>
@@ -8,13 +8,13 @@
 
 namespace Q3N_LEVEL {
 
-// A tile of products is kTileRows rows by kTileTokens vectors x, in registers: 16 accumulators, 4
-// rows, 1 of x; below AVX-512 8, 4 and 1.
+// A tile is kTileRows rows by kTileTokens vectors x. Registers: 16 accumulators, 4 for rows, 1 for
+// x with AVX-512; 8, 4 and 1 below it.
 constexpr int kTileRows = 4;
 constexpr int kTileTokens = kLanes == 16 ? 4 : 2;
 constexpr int kTile = kTileRows * kTileTokens;
 
-// sums[n][r] = row_r . x_n, for N tokens. Meanwhile the rows `next`, if any, come into the cache.
+// sums[n][r] = row_r . x_n, for N tokens. Prefetches the rows `next`, unless that is null.
 template <int N, class T>
 Q3N_INLINE inline void dot_tile_of(const T* const (&row)[kTileRows],
                                    const T* const (&x)[kTileTokens], const T* const* next,
@@ -53,7 +53,7 @@ void dot_tile(int64_t count, const T* const (&row)[kTileRows], const T* const (&
   dot_tile_of<N>(row, x, next, width, sums);
 }
 
-// Calls f(first, count) over [begin, end), a tile's vectors at a time.
+// Calls f(first, count) over [begin, end), at most kTileTokens vectors at a time.
 template <class F>
 void for_tiles(int64_t begin, int64_t end, F&& f) {
   for (int64_t i = begin; i < end; i += kTileTokens) f(i, std::min<int64_t>(kTileTokens, end - i));

@@ -1,4 +1,4 @@
-// Registers the operators with torch and chooses the instruction set that runs them.
+// Registers the ops with torch and chooses the instruction set that runs them.
 #include "ops.h"
 
 #include <atomic>
@@ -25,7 +25,7 @@ extern const Level level;
 
 namespace {
 
-// What this processor can run, lowest first.
+// The instruction sets that this processor has, lowest first.
 std::vector<const Level*> available() {
   std::vector<const Level*> levels{&baseline::level};
 #if defined(__x86_64__)
@@ -49,7 +49,7 @@ int64_t grid() { return baseline::kGrid; }
 
 std::string isa() { return active.load()->name; }
 
-// Comma-separated, lowest first.
+// Names separated by commas, lowest first.
 std::string isa_levels() {
   std::string names;
   for (const Level* level : available())

@@ -1,6 +1,6 @@
-// Vectors of floats at the instruction set this translation unit is compiled for.
-// With the microkernels, the only place with intrinsics. Everything lives in Q3N_LEVEL, one
-// namespace per instruction set, so that no inline function is shared between two of them.
+// Vectors of floats at the instruction set that this file is compiled for. Intrinsics are here and
+// in microkernels only. Everything is in namespace Q3N_LEVEL, one for each instruction set, so that
+// the linker never merges inline functions of two of them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -36,7 +36,7 @@ typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
 typedef int16_t i16v __attribute__((vector_size(4 * kLanes)));  // twice as many lanes
 
-// While it lives, this thread's denormals are zero, as input and as result.
+// Treats denormals as zero on this thread, as inputs and as results, until it is destroyed.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -65,8 +65,8 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 inline f32v splat(float x) { return x - f32v{}; }
 
-// a * b + c, rounded once where the machine can. -ffp-contract=off keeps every other
-// expression as written, so that equal inputs give equal bits wherever a formula is inlined.
+// a * b + c, rounded once if the instruction set has FMA. All other expressions are compiled as
+// written (-ffp-contract=off), so that equal inputs give equal bits wherever a formula is inlined.
 inline f32v fma(f32v a, f32v b, f32v c) {
 #if defined(__AVX512F__)
   return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -169,7 +169,7 @@ inline void store(fp16* p, f32v v) {
 #endif
 }
 
-// The masked tail: the first n lanes, zeros or what is given beyond.
+// The masked tail: the first n lanes from p, `beyond` in the others.
 template <class T>
 inline f32v load(const T* p, int64_t n, T beyond = T{}) {
   if (n == kLanes) return load(p);
@@ -195,8 +195,8 @@ inline void for_vectors(int64_t n, F&& f) {
   if (i < n) f(i, n - i);
 }
 
-// Calls f(0), ..., f(n - 1), each in its own copy where n = N is known: arrays of vectors that f
-// indexes then stay in registers. N = 0: a loop.
+// Calls f(0), ..., f(n - 1). Unrolled if N = n, so that arrays of vectors that f indexes stay in
+// registers; a loop if N = 0.
 template <int N, class F>
 inline __attribute__((always_inline)) void repeat(int64_t n, F&& f) {
   if constexpr (N == 0) {
@@ -208,7 +208,7 @@ inline __attribute__((always_inline)) void repeat(int64_t n, F&& f) {
   }
 }
 
-#define Q3N_INLINE __attribute__((always_inline))  // stands behind a lambda's parameters
+#define Q3N_INLINE __attribute__((always_inline))  // goes after a lambda's parameters
 
 template <int kOffset, int kStep, int... I>
 inline f32v every(f32v a, f32v b, std::integer_sequence<int, I...>) {
@@ -247,7 +247,7 @@ inline f32v exp(f32v x) {
 inline f32v reciprocal(f32v x) {
 #if defined(__AVX512F__)
   const f32v guess = (f32v)_mm512_rcp14_ps((__m512)x);
-  return fma(guess, fma(-x, guess, splat(1.0f)), guess);  // one step of Newton's
+  return fma(guess, fma(-x, guess, splat(1.0f)), guess);  // one Newton step
 #else
   return 1.0f / x;
 #endif
@@ -297,7 +297,7 @@ inline f32v lane_sums(const f32v* v) {
   return sums[0];
 }
 
-// What one step of a dot product takes of each side, and how it is added.
+// One step of a dot product: the operands it loads from each side, and how it adds their products.
 template <class T>
 struct Terms {
   using type = f32v;
@@ -309,7 +309,7 @@ struct Terms {
 
 #if defined(__AVX512BF16__)
 template <>
-struct Terms<bf16> {  // products in pairs
+struct Terms<bf16> {  // adds products in pairs
   using type = __m512bh;
   static constexpr int64_t kCount = 2 * kLanes;
   static __m512bh load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -323,7 +323,7 @@ struct Terms<bf16> {  // products in pairs
 };
 #endif
 
-// Integers below 2^15 in size.
+// Stores integers whose absolute value is below 2^15.
 inline void store(int16_t* p, i32v v) {
   typedef int16_t i16h __attribute__((vector_size(2 * kLanes)));
   const i16h narrow = __builtin_convertvector(v, i16h);
@@ -336,7 +336,7 @@ inline i16v load(const int16_t* p) {
   return v;
 }
 
-// Asks for n bytes, in the second-level cache.
+// Prefetches n bytes into the second-level cache.
 inline void prefetch(const void* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
@@ -366,7 +366,7 @@ inline i16v widen(const int8_t* p, int64_t n) {
   return widen(padded);
 }
 
-// c + the sums of a b over pairs of lanes.
+// c + the sums of a * b over pairs of adjacent lanes.
 inline i32v add_products(i16v a, i16v b, i32v c) {
 #if defined(__AVX512VNNI__)
   return (i32v)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
@@ -377,7 +377,8 @@ inline i32v add_products(i16v a, i16v b, i32v c) {
 #elif defined(__x86_64__)
   return c + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  const i32v a2 = (i32v)a, b2 = (i32v)b;  // two each; << keeps the lower one, >> the upper
+  const i32v a2 = (i32v)a,
+             b2 = (i32v)b;  // two 16-bit integers in each; << keeps the lower, >> the upper
   return c + (a2 << 16 >> 16) * (b2 << 16 >> 16) + (a2 >> 16) * (b2 >> 16);
 #endif
 }

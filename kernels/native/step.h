@@ -1,4 +1,4 @@
-// What one engine step asks of each page, checked before anything is written.
+// The rows of a step that have a page, checked before anything is written.
 #pragma once
 
 #include <limits>
@@ -8,23 +8,23 @@
 
 namespace Q3N_LEVEL {
 
-// L: S is folded where a position is a multiple of it; GRID of kernels/step.py.
+// L: S is folded at positions that are multiples of it; GRID in kernels/step.py.
 constexpr int64_t kGrid = 8;
 
 constexpr int64_t grid_point(int64_t position) { return position / kGrid * kGrid; }
 
 struct Row {
-  int64_t slot, begin, tokens;  // its page, its tokens [begin, begin + tokens)
+  int64_t slot, begin, tokens;  // the page; tokens [begin, begin + tokens)
   int64_t context;              // c: tokens before them
-  int64_t p0;                   // the grid point at which the page's S stands
-  bool is_long;                 // more tokens than can be rolled back: all of them are certain
+  int64_t p0;                   // the grid point that the page's S is at
+  bool is_long;                 // more tokens than can be rolled back: all of them are final
 
   int64_t end() const { return context + tokens; }
   int64_t certain() const { return is_long ? end() : context; }
 };
 
-// The rows that have a page. Raises on an index out of range, and on a context length that
-// the page cannot continue at. T: tokens in the batch, k: the longest draft.
+// The rows that have a page. Throws if an index is out of range, or if a page cannot continue at
+// its row's context length. T: tokens in the batch; k: draft tokens, at most.
 inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor& slot,
                                      const Tensor& context_len, const Tensor& span, int64_t T,
                                      int64_t k) {

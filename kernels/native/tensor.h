@@ -1,4 +1,4 @@
-// Tensors seen by a kernel: dispatch on dtype, raw pointers, loops on torch's thread pool.
+// Access to tensors in a kernel: dispatch on dtype, raw pointers, loops on torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,7 +15,7 @@ namespace Q3N_LEVEL {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws, with the parts as the whole message, unless the condition holds.
+// Throws unless the condition holds; the parts are the whole message.
 template <class... Parts>
 inline void check(bool holds, const Parts&... parts) {
   if (holds) return;
@@ -39,7 +39,7 @@ inline void with_dtype(const Tensor& t, F&& f) {
   }
 }
 
-// Calls f with a value of the parameter's element type: fp32 or that of the activations, T.
+// Calls f with a value of the parameter's element type: fp32, or the activations' type T.
 template <class T, class F>
 inline void with_parameter(const Tensor& parameter, F&& f) {
   if (parameter.scalar_type() == ScalarType::Float) return f(float{});
@@ -62,8 +62,8 @@ inline T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Calls f(i) for i in [0, n), at least `grain` of them a thread. Denormals are zero meanwhile:
-// decays over many tokens are full of them, and each is far slower to compute with.
+// Calls f(i) for i in [0, n), at least `grain` calls on each thread, with denormals flushed to
+// zero: decays over many tokens produce many of them, and arithmetic on a denormal is far slower.
 template <class F>
 inline void parallel(int64_t n, int64_t grain, F&& f) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {

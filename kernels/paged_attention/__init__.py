@@ -24,28 +24,28 @@ def paged_attention(
 ) -> Tensor:
     """out = softmax(scale q K^T) V of each query, over the positions it sees, in fp32.
 
-    Query j of a sequence stands at position seq_len - query_len + j and sees all positions up to
-    its own. With a tree mask it sees all positions before this step's tokens, and those of the
-    step's tokens that its row of the mask names. What it sees is reduced in blocks of 256, in its
-    order: a query's result is the same bits whatever else is in the batch, in whichever chunks
-    its sequence came, on any number of threads, and in a tree or on that path of it alone. A
-    query that sees nothing, and a token of no sequence, is zero.
+    Query j of a sequence is at position seq_len - query_len + j and sees all positions up to its
+    own. With a tree mask it sees all positions before this step's tokens, and the step's tokens
+    that its row of the mask selects. What it sees is reduced in order, in blocks of 256. So a
+    query's bits do not depend on the rest of the batch, on how its sequence was cut into chunks,
+    on the number of threads, or on whether its path is alone or part of a tree. The output is zero
+    for a query that sees nothing and for a token of no sequence.
 
     Shapes (Hq a multiple of Hkv, D at most 256):
         q: [T, Hq, D], any row stride
         key_cache, value_cache: [slots, Hkv, D], q's dtype, any slot stride; they hold the keys and
             values of this step's tokens too
         token_table: [R, M] int32, any row stride: the slot of each position of a sequence
-        table_row: [N] int32 or int64, the row of token_table that a sequence uses
+        table_row: [N] int32 or int64, the row of token_table of each sequence
         query_start_loc: [N + 1] int32
-        seq_lens: [N] int32 or int64, the tokens of a sequence, those of this step included
-        tree_mask: bool or uint8, for each sequence in order query_len x query_len entries
+        seq_lens: [N] int32 or int64, tokens of each sequence, including this step's
+        tree_mask: bool or uint8; for each sequence in order, query_len x query_len entries
         returns [T, Hq, D]
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
         RuntimeError: a range of tokens, a table row, a length, a slot or a number of mask entries
-            that cannot be; names the row. Sequences without tokens in this step are not looked at.
+            out of range; names the row. Sequences without tokens in this step are not checked.
 
     Source: softmax in blocks, arXiv:2205.14135; its merge over splits, arXiv:2311.01282.
     """

@@ -1,7 +1,7 @@
-// One block of positions as a tile of queries sees it, and how the blocks of a query are merged.
-// Of block b a row (a query and head) has m_b = max_i s_i, l_b = sum_i exp(s_i - m_b) and
-// o_b = sum_i exp(s_i - m_b) v_i; these start from nothing in each block and are merged in the
-// order of the blocks, so that no result depends on which blocks one task takes.
+// Attention of a tile of queries to one block of positions, and how blocks are merged. For block b
+// a row (a query and a head) has m_b = max_i s_i, l_b = sum_i exp(s_i - m_b) and
+// o_b = sum_i exp(s_i - m_b) v_i. Each block is computed by itself and blocks are merged in order,
+// so that no result depends on which blocks a task takes.
 #pragma once
 
 #include <limits>
@@ -14,7 +14,7 @@
 namespace Q3N_LEVEL {
 
 constexpr int64_t kBlock = 256;  // positions
-constexpr int64_t kSoon = 16;    // positions that keys are asked for before they are used
+constexpr int64_t kSoon = 16;    // positions ahead for which keys are prefetched
 
 template <class T>
 struct Operands {
@@ -28,7 +28,7 @@ struct Operands {
   int64_t row_size() const { return round_up(D, kColumns) + kLanes; }
 };
 
-// Queries [first, last) of a sequence, and the query heads of `heads` kv heads from kv on. Its rows
+// Queries [first, last) of a sequence, with the query heads of kv heads [kv, kv + heads). Its rows
 // are [query][kv head][query head of the kv head].
 struct Tile {
   const Sequence* sequence;
@@ -37,7 +37,7 @@ struct Tile {
   int64_t queries() const { return last - first; }
 };
 
-// A row of a block, or of those merged so far: o, padded; then m and l.
+// A row of one block, or of the blocks merged so far: o (padded), then m and l.
 struct Partial {
   float* o;
   int64_t padded;
@@ -72,13 +72,13 @@ void write_out(T* out, const Partial& row, int64_t D) {
   for_vectors(D, [&](int64_t i, int64_t lanes) { store(out + i, load(row.o + i) * share, lanes); });
 }
 
-// Where the keys and values of a block lie, in the order in which they are seen.
+// Pointers to the keys and values of a block, in the order in which a query sees them.
 template <class T>
 struct Places {
   const T *key[kBlock], *value[kBlock];
   int64_t count = 0;
 
-  // Those of the block at `start`; the last one stands for what is missing of a whole block.
+  // Finds those of the block at `start`. A block that is not full is filled up with its last one.
   void find(const Operands<T>& in, const Tile& tile, int64_t query, int64_t start) {
     const Sequence& s = *tile.sequence;
     const int64_t kv = tile.kv;
@@ -92,7 +92,7 @@ struct Places {
   }
 };
 
-// One thread's room for a tile.
+// Scratch memory of one thread for a tile.
 template <class T>
 struct Room {
   Places<T> places[2];
@@ -132,8 +132,8 @@ void softmax(float* s, int64_t n, float scale, W* weights, const Partial& row) {
   row.m() = m, row.l() = sum(total);
 }
 
-// The scores of a tile's rows at the places. The values come into the cache meanwhile, and the keys
-// too where they are `cold`.
+// Scores of a tile's rows at the places. Prefetches the values, and the keys too if they are
+// `cold`.
 template <class T>
 void score(const Operands<T>& in, const Tile& tile, const Places<T>& places, bool cold,
            Room<T>& room) {
@@ -166,9 +166,8 @@ void score(const Operands<T>& in, const Tile& tile, const Places<T>& places, boo
   }
 }
 
-// The block at `start` for a tile, all queries of which see a beginning of `places`. rows: the
-// tile's, of which those that see nothing here are left alone. The keys of `ahead`, if any, come
-// into the cache meanwhile.
+// Computes the block at `start` for a tile. Each of its queries sees a prefix of `places`; `rows`
+// of queries that see nothing of it are left alone. Prefetches the keys of `ahead`, unless null.
 template <class T>
 void attend(const Operands<T>& in, const Tile& tile, int64_t start, const Places<T>& places,
             bool cold, const Places<T>* ahead, Room<T>& room, float* rows) {

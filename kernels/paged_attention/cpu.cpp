@@ -7,13 +7,13 @@
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kTileQueryRows = 64;  // queries times heads that share a pass over the keys
-constexpr int64_t kTasksPerThread = 8;  // at least, where the work can be cut so far
+constexpr int64_t kTileQueryRows = 64;  // queries x heads that share a pass over the keys
+constexpr int64_t kTasksPerThread = 8;  // at least, if the work can be split into as many
 
 struct Job : Tile {
-  int64_t seen;       // by that of its queries that sees most
-  int64_t split = 0;  // blocks of a task; 0: one task takes all of them
-  int64_t kept = 0;   // where its blocks' rows are kept, if it is split
+  int64_t seen;       // positions, by the query that sees most
+  int64_t split = 0;  // blocks of a task; 0: one task takes them all
+  int64_t kept = 0;   // offset of its blocks' rows in the scratch memory, if it is split
 
   int64_t blocks() const { return (seen + kBlock - 1) / kBlock; }
   int64_t block_work() const { return queries() * heads; }
@@ -44,8 +44,8 @@ std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& seq
   return jobs;
 }
 
-// Cuts the jobs into tasks, none larger than it need be to keep all threads busy; the largest
-// first. Returns how many floats the rows of the split jobs take.
+// Splits the jobs into tasks small enough to keep all threads busy, sorted by size, largest first.
+// Returns how many floats the rows of the split jobs take.
 template <class T>
 int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& tasks) {
   int64_t work = 0, kept = 0;
@@ -60,7 +60,7 @@ int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& ta
       kept += blocks * job.block_work() * in.share() * in.row_size();
     }
     int64_t b = 0;
-    do {  // also where nothing is seen: the result is zero
+    do {  // also if no position is seen: the result is zero
       const int64_t end = job.split ? std::min(b + job.split, blocks) : blocks;
       tasks.push_back({&job, b, end});
       b = end;
@@ -71,7 +71,7 @@ int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& ta
   return kept;
 }
 
-// Calls f(i, room) for i in [0, n), in that order, each thread the next one when it is free.
+// Calls f(i, room) for i in [0, n). A thread that is free takes the next i.
 template <class F, class MakeRoom>
 void in_turn(int64_t n, MakeRoom&& make_room, F&& f) {
   std::atomic<int64_t> next{0};
@@ -94,8 +94,8 @@ struct Attention {
     return kept + job.kept + block * rows(job) * in.row_size();
   }
 
-  // The rows of one block of a task, into `to`. Where the block before is of the same task, it has
-  // found the places and asked for the keys.
+  // Computes the rows of one block of a task into `to`. The task's previous block, if any, has
+  // found the places and prefetched the keys.
   void block(const Task& task, int64_t b, Room<T>& room, float* to) const {
     const Job& job = *task.job;
     const int64_t start = b * kBlock;
@@ -149,7 +149,7 @@ struct Attention {
     write(job, room.state.get());
   }
 
-  // What is left of a split job when all of its blocks are there.
+  // Merges a split job's blocks, when all of them are done.
   void finish(const Job& job, float* state) const {
     clear_rows(job, state);
     for (int64_t b = 0; b < job.blocks(); ++b) merge_block(job, b, state, kept_rows(job, b));
@@ -157,7 +157,7 @@ struct Attention {
   }
 };
 
-// Zeros where no sequence has tokens: before the first and after the last.
+// Writes zeros for tokens of no sequence: those before the first and after the last.
 template <class T>
 void clear_others(T* out, const std::vector<Sequence>& sequences, int64_t tokens, int64_t width) {
   const int64_t first = sequences.empty() ? tokens : sequences.front().begin;

@@ -1,4 +1,4 @@
-"""The native attention as torch sees it."""
+"""The native attention."""
 
 import torch
 from torch import Tensor

@@ -17,7 +17,7 @@ def run(
     scale: float,
     tree_mask: Tensor | None = None,
 ) -> Tensor:
-    """Shapes as in the public op; computes in fp32, or in q's dtype where that is wider."""
+    """Shapes as in the public op; computes in fp32, or in q's dtype if that is wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     share = q.shape[1] // key_cache.shape[1]  # query heads that share a kv head
     out = q.new_zeros(q.shape)
@@ -46,9 +46,9 @@ def checked(
     seq_lens: Tensor,
     tree_mask: Tensor | None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of each sequence with tokens: its first token, slots [S], and what each sees [n, S] bool.
+    """For each sequence with tokens: its first token, slots [S], what each query sees [n, S] bool.
 
-    Raises: RuntimeError naming the row where an index is out of range.
+    Raises: RuntimeError naming the row if an index is out of range.
     """
     (R, M), masked = token_table.shape, 0
     starts = query_start_loc.tolist()

@@ -1,4 +1,4 @@
-// What a batch asks of the pool of tokens, checked before anything is read.
+// The sequences of a batch, checked before any key or value is read.
 #pragma once
 
 #include <optional>
@@ -8,12 +8,12 @@
 
 namespace Q3N_LEVEL {
 
-// A sequence's part of the step: its tokens [begin, begin + tokens), and those before them. What a
-// query sees, in order, are its positions [0, seen(query)): all of the context, and then those of
-// the step's tokens that its row of the mask names or, without a mask, those up to itself.
+// A sequence in the step: tokens [begin, begin + tokens) of the batch, after `context` earlier
+// ones. A query sees the context, and then the step's tokens that its row of the mask selects
+// (without a mask: those up to itself). What it sees is counted as positions [0, seen(query)).
 struct Sequence {
   int64_t begin, tokens, context;
-  const int32_t* slots;  // of the positions [0, context + tokens)
+  const int32_t* slots;  // of positions [0, context + tokens)
   const uint8_t* mask;   // [tokens, tokens], or null
 
   int64_t seen(int64_t query) const {
@@ -22,7 +22,7 @@ struct Sequence {
     return context + std::count_if(row, row + tokens, [](uint8_t sees) { return sees != 0; });
   }
 
-  // Whether all queries see the same at those of their first `end` positions that they have.
+  // Whether all queries that see a position below `end` see the same token there.
   bool shared(int64_t end) const { return !mask || end <= context; }
 
   // Calls f(slot) for a query's positions [begin, end), in order.
@@ -45,7 +45,7 @@ inline std::vector<int64_t> integers(const Tensor& t) {
 }
 
 inline void check_slots(int64_t i, const int32_t* slots, int64_t n, int64_t num_slots) {
-  uint32_t largest = 0;  // as unsigned, a negative slot is a large one
+  uint32_t largest = 0;  // as unsigned, a negative slot is large
   for (int64_t p = 0; p < n; ++p) largest = std::max(largest, static_cast<uint32_t>(slots[p]));
   if (largest < num_slots) return;
   for (int64_t p = 0; p < n; ++p) {
@@ -54,7 +54,7 @@ inline void check_slots(int64_t i, const int32_t* slots, int64_t n, int64_t num_
   }
 }
 
-// The sequences that have tokens. Raises on an index out of range. T: tokens in the batch.
+// The sequences that have tokens. Throws if an index is out of range. T: tokens in the batch.
 inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const Tensor& table_row,
                                                const Tensor& query_start_loc,
                                                const Tensor& seq_lens,

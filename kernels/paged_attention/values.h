@@ -6,13 +6,13 @@
 namespace Q3N_LEVEL {
 
 constexpr int64_t kMaxDim = 256;
-// Elements of the kv heads that a tile takes together: what lies close in memory is read together.
+// Elements of the kv heads that a tile takes together, because they are contiguous in memory.
 template <class T>
 constexpr int64_t kMaxRow = std::max<int64_t>(kMaxDim, 1024 / sizeof(T));
-constexpr int64_t kColumns = 2 * kLanes;        // of a tile
+constexpr int64_t kColumns = 2 * kLanes;        // columns of a tile
 constexpr int kWeighed = kLanes == 16 ? 8 : 4;  // rows of a tile: 16 accumulators; below AVX-512 8
 
-// Positions that a sum takes at a time, their weights, and their values in kColumns columns.
+// One step of a weighted sum: how many positions it takes, and how it loads weights and values.
 template <class T>
 struct Values {
   using Weight = float;
@@ -32,7 +32,7 @@ struct Values {
 
 #if defined(__AVX512BF16__)
 template <>
-struct Values<bf16> {  // positions in pairs; columns meanwhile as unpacking leaves them
+struct Values<bf16> {  // positions in pairs; columns stay in the order that unpacking gives
   using Weight = bf16;
   using type = __m512bh;
   static constexpr int64_t kCount = 2;
@@ -64,8 +64,7 @@ struct Values<bf16> {  // positions in pairs; columns meanwhile as unpacking lea
 template <class T>
 using Weight = typename Values<T>::Weight;
 
-// Keys that come into the cache while values are weighed: one row of `bytes` every `pace`
-// positions.
+// Keys to prefetch while values are summed: one row of `bytes` every `pace` positions.
 template <class T>
 struct Ahead {
   const T* const* row;
@@ -77,7 +76,7 @@ struct Ahead {
 };
 
 // out[r][0 .. kColumns) = sum_i w[r][i] value_i[c ..], for R rows and the first n values.
-// columns: of a masked tail.
+// columns: fewer than kColumns in a masked tail.
 template <int R, class T, class... Count>
 void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int64_t n, int64_t c,
                 Ahead<T>& ahead, float* out, int64_t out_stride, Count... columns) {

@@ -22,7 +22,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """RoPE(x rsqrt(mean x^2 + eps) (1 + weight)) of every query and key head, in fp32.
 
-    The first rotary_dim dims of a head turn (NeoX pairing: i with i + rotary_dim / 2).
+    Rotates the first rotary_dim dims of a head (NeoX pairing: i with i + rotary_dim / 2).
 
     Shapes (Hq = num_heads, Hkv = num_kv_heads, D = head_dim):
         qkv: [T, 2 * Hq * D + 2 * Hkv * D], any row stride: per query head [query | gate], k, v
@@ -33,7 +33,7 @@ def qk_norm_rope(
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
-        RuntimeError: a position that cos_sin does not have.
+        RuntimeError: a position outside cos_sin.
 
     Source: `Qwen3NextAttention` of transformers.
     """

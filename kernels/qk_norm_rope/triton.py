@@ -24,7 +24,7 @@ def run(
     rotary_dim: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in the public op. A bad position is told by `faults.check`, its heads are NaN."""
+    """Shapes as in the public op. A bad position gives NaN, and `faults.check` raises."""
     T, D = len(qkv), head_dim
     q, k = qkv.new_empty(T * (num_heads + num_kv_heads) * D).split(
         [T * num_heads * D, T * num_kv_heads * D]
@@ -51,9 +51,9 @@ def _qk_norm_rope(
     qkv, row, q_weight, k_weight, cos_sin, cos_sin_row, positions, out, T, record, known, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A head of one token; grid (T, HQ + HKV). To out: q [T, HQ, D], then k [T, HKV, D].
+    """One head of one token; grid (T, HQ + HKV). Writes q [T, HQ, D], then k [T, HKV, D], to out.
 
-    No pointer is chosen by a condition: Triton 3.6 cannot compile that for AMD.
+    Triton 3.6 cannot compile a pointer chosen by a condition for AMD, so offsets are chosen.
     """
     HALF: tl.constexpr = ROTARY // 2
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -62,7 +62,7 @@ def _qk_norm_rope(
     out += tl.where(is_q, t * HQ + h, T.to(tl.int64) * HQ + t * HKV + h - HQ) * D
     at = tl.arange(0, BD)
     inside, turns = at < D, at < ROTARY
-    partner = tl.where(at < HALF, at + HALF, at - HALF)  # the dim it turns with
+    partner = tl.where(at < HALF, at + HALF, at - HALF)  # the dim it is paired with
     position = tl.load(positions + t)
     is_known = (position >= 0) & (position < known)
     y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Zero-centred RMSNorm, with the residual added first where there is one."""
+"""Zero-centred RMSNorm, optionally of x plus a residual."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
 def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None = None) -> Tensor:
     """out = x rsqrt(mean x^2 + eps) (1 + weight), in fp32.
 
-    With a residual: residual_ += x in its own dtype, and the norm is that of residual_.
+    With a residual: residual_ += x in its own dtype, and the norm of residual_ is returned.
 
     Shapes:
         x, residual_: [T, D], any row stride

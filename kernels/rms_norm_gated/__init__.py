@@ -1,4 +1,4 @@
-"""RMSNorm of the linear-attention output, gated."""
+"""Gated RMSNorm of the linear-attention output."""
 
 from torch import Tensor
 

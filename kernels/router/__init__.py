@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with what weight."""
+"""The router: the experts of each token, and their weights."""
 
 from torch import Tensor
 
@@ -10,8 +10,8 @@ def router(*, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor
     """The k experts with the greatest logits and their softmax weights, greatest first, in fp32.
 
     weight_e = exp(logit_e) / sum exp(logit), over all experts or, renormalised, over the k chosen.
-    Of equal logits the lower expert comes first. A row that holds NaN, +inf or nothing but -inf has
-    no softmax: its experts are the first k, its weights NaN.
+    Of equal logits the lower expert comes first. A row with NaN, with +inf or with only -inf has no
+    softmax: its experts are the first k, its weights NaN.
 
     Shapes:
         logits: [T, E], any row stride

@@ -13,7 +13,7 @@ struct Ranked {
   float* values;
   int32_t* experts;
 
-  // Puts an expert in its place among the first `at`; of equals the one that came first leads.
+  // Inserts an expert among the first `at`. Of equal values the earlier expert stays ahead.
   void insert(int64_t at, float value, int64_t expert) {
     for (; at > 0 && value > values[at - 1]; --at) {
       values[at] = values[at - 1], experts[at] = experts[at - 1];
@@ -28,7 +28,7 @@ bool rank(Ranked ranked, const T* logits, int64_t E, int64_t k) {
   bool defined = true;
   for (int64_t e = 0; e < k; ++e) {
     const float value = static_cast<float>(logits[e]);
-    defined &= value < kInf;  // false for NaN, too
+    defined &= value < kInf;  // also false for NaN
     ranked.insert(e, value, e);
   }
   i32v undefined{};

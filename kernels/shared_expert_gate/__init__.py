@@ -1,4 +1,4 @@
-"""The sigmoid gate on the shared expert's output, and the routed experts' added to it."""
+"""The sigmoid gate on the shared expert's output, and the sum with the routed experts' output."""
 
 from torch import Tensor
 
@@ -9,9 +9,9 @@ from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
 def shared_expert_gate(
     *, x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None = None
 ) -> None:
-    """shared_ = sigmoid(x · weight) shared_, plus routed where there is one, in fp32.
+    """shared_ = sigmoid(x · weight) shared_, plus routed if given, in fp32.
 
-    Each sum has one order: a token's result is the same bits whatever tokens share the batch.
+    Sums have a fixed order, so a token's bits do not depend on the rest of the batch.
 
     Shapes:
         x: [T, D], any row stride

@@ -1,4 +1,4 @@
-"""The native gate as torch sees it."""
+"""The native gate."""
 
 import torch
 from torch import Tensor

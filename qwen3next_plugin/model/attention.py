@@ -1,4 +1,4 @@
-"""Gated attention around a host's paged attention: what goes in, and the gate on what comes out."""
+"""Gated attention around a host's paged attention: QK norm and RoPE before it, the gate after."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -39,7 +39,7 @@ def prepare(
     shape: AttentionShape,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Norm and rotate q and k in one pass; v and the gate are views of the projection.
+    """Norm and rotate q and k in one pass; return v and the gate as views of the projection.
 
     Shapes:
         qkv [T, Hq·2·D + 2·Hkv·D], by query head [query | gate], then k, then v

@@ -14,7 +14,7 @@ from qwen3next_plugin.kernels.gated_delta_net import (
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 
-LONG = 64  # tokens of a row, more than any draft has
+LONG = 64  # tokens of a row, more than any draft
 MAX_INT = 2**31 - 1
 
 
@@ -45,9 +45,9 @@ class GatedDeltaNetShape:
 def split_projections(
     qkvz: torch.Tensor, ba: torch.Tensor, shape: GatedDeltaNetShape
 ) -> Projections:
-    """View the checkpoint's grouped projections as q, k, v, z, b, a; nothing is moved.
+    """View the checkpoint's grouped projections as q, k, v, z, b, a, without a copy.
 
-    The checkpoint stores them by key head: [q | k | R values | R gates] and [R b | R a].
+    The checkpoint groups them by key head: [q | k | R values | R gates] and [R b | R a].
 
     Shapes:
         qkvz [T, H·(2K + 2R·V)], ba [T, H·2R]
@@ -75,10 +75,10 @@ def attend(
     "Gated Delta Networks", Yang, Kautz and Hatamizadeh, arXiv:2412.06464.
 
     Shapes:
-        qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V], which is out_ if that is given
+        qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]: out_, if it is given
 
     Raises:
-        RuntimeError: a page that does not stand where the row's context says.
+        RuntimeError: a row's page cannot continue at its context length.
     """
     if out_ is None:
         out_ = qkvz.new_empty(len(qkvz), shape.num_value_heads * shape.value_dim)
@@ -95,9 +95,9 @@ def attend(
 def launch_idle(
     *, weights: GatedDeltaNetWeights, shape: GatedDeltaNetShape, pool_: StatePool
 ) -> None:
-    """Launch every kernel of the layer on a row that owns no page, so that each is compiled.
+    """Launch every kernel of the layer on a row without a page, so that each is compiled.
 
-    Which kernels a step launches follows from how many tokens its rows have at most.
+    max_query_len decides which kernels a step launches: one short step and one long step cover all.
     """
     H, HV, device = shape.num_key_heads, shape.num_value_heads, pool_.span.device
     for T, max_query_len in ((1, 1), (LONG, MAX_INT)):

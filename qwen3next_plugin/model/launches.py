@@ -1,4 +1,4 @@
-"""Every kernel that a model's layers launch, each once: to compile them before they are needed."""
+"""Launch every kernel of a model once, to compile them before they are needed."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from qwen3next_plugin.model.step import NULL_SLOT
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """A rank's share of a model, and the dtypes and draft length that it is served with."""
+    """One rank's share of a model, with the dtypes and draft length that it is served with."""
 
     config: Qwen3NextConfig
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Launches:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Launch each kernel on rows that own no page: nothing is read that matters."""
+        """Launch each kernel on zeros, with rows that have no page."""
         self._linear_attention()
         self._copies()
         self._attention()
@@ -99,7 +99,7 @@ class Launches:
         c, x = self.config, self._empty(1, self.config.hidden_size)
         if not c.num_experts:
             return
-        router(  # a host's own stands in its place where it has one
+        router(  # not used by a host that has its own
             logits=self._empty(1, c.num_experts),
             k=c.num_experts_per_tok,
             renormalise=c.norm_topk_prob,

@@ -1,4 +1,4 @@
-"""The router as a function with the parameters that both hosts give a routing function."""
+"""The router with the signature that both hosts expect of a routing function."""
 
 import torch
 

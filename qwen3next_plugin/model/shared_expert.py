@@ -9,8 +9,8 @@ from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
 class SharedExpertGate(nn.Module):
     """σ(x·w) times the shared expert's output, in place.
 
-    A parameter of its own and no layer of the host: hosts pack the weights of theirs, and leave
-    none that an op could read.
+    A parameter of ours, not a layer of the host: hosts pack the weights of their layers, and the op
+    reads a plain one.
     """
 
     def __init__(self, size: int) -> None:
@@ -20,7 +20,7 @@ class SharedExpertGate(nn.Module):
     def forward(
         self, x: torch.Tensor, shared_: torch.Tensor, routed: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Gate `shared_` by x, and add what the routed experts made of it.
+        """Gate `shared_` by x, and add the routed experts' output.
 
         Shapes:
             x, shared_, routed [T, D], returns shared_

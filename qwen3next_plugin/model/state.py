@@ -1,4 +1,4 @@
-"""The recurrent state: what one page (one layer, one request) holds, and in how many bytes."""
+"""The layout of a state page (one layer, one request), and its size in bytes."""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def state_dtype(name: str, *, setting: str, flag: str) -> torch.dtype:
 
 
 class StateError(RuntimeError):
-    """A step that a layer's pages cannot serve; `row` is the row that the kernel complains of."""
+    """A step that a layer's pages cannot serve; `row` is the row that the kernel's error names."""
 
     def __init__(self, layer: str, complaint: str) -> None:
         super().__init__(f"{layer}: {complaint}")
@@ -35,17 +35,17 @@ class StateError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class PageLayout:
-    """Where everything lies in one self-describing page.
+    """The layout of one self-describing page.
 
-    A page is a flat run of bytes. A verbatim copy of it is always a correct copy, so the host may
-    cache, offload and copy pages without knowing what is inside.
+    A page is a flat run of bytes. A byte-for-byte copy is always correct, so the host may cache,
+    offload and copy pages without knowing the layout.
     """
 
     num_key_heads: int  # H, of this rank
     num_value_heads: int  # HV, of this rank
     key_dim: int  # K
     value_dim: int  # V
-    draft_tokens: int  # k: the most that a step may have to take back
+    draft_tokens: int  # k: at most this many tokens of a step are rolled back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
 

@@ -7,7 +7,7 @@ from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 
 
 class StepError(ValueError):
-    """A step that asks for what cannot be; `row` is the row it is about, if it is about one."""
+    """A step with an index out of range; `row` is the row with the error, if it is in a row."""
 
     def __init__(self, what: str, row: int | None = None) -> None:
         super().__init__(what)
@@ -70,9 +70,9 @@ def _refuse(bad: torch.Tensor, what: str, values: torch.Tensor) -> None:
 
 
 class DeviceSteps:
-    """Builds steps on a GPU, without waiting for it, in tensors that a CUDA graph may keep.
+    """Builds steps on a GPU without waiting for it, in tensors whose address a CUDA graph may keep.
 
-    Both hosts give slot 0 to nobody: rows on it, and rows without tokens, are padding.
+    No host gives slot 0 to a request: rows on it, and rows without tokens, are padding.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
@@ -90,12 +90,12 @@ class DeviceSteps:
         num_tokens: int,
         max_query_len: int,
     ) -> Step:
-        """Build the next step; the one before must have been launched.
+        """Build the next step. It overwrites the previous one, which must have been launched.
 
         Shapes:
             query_start_loc [N+1], seq_lens [N] (committed + this step's tokens), slot [N]
 
-        Raises: RuntimeError: an earlier step had a row that its page could not serve.
+        Raises: RuntimeError: the page of a row could not serve an earlier step.
         """
         if self.watch is not None:
             self.watch.look()

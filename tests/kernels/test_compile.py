@@ -64,7 +64,7 @@ def calls():
         }),
         "draft_head": (draft_head, {
             "x": x4[0, 0], "weight": torch.randint(-127, 128, (9, 24), dtype=torch.int8),
-            "scale": torch.rand(9), "rows": torch.tensor([4, 0, 8], dtype=torch.int32),
+            "scale": torch.rand(9), "token_ids": torch.tensor([4, 0, 8], dtype=torch.int32),
         }),
     }  # fmt: skip
 

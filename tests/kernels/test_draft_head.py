@@ -11,10 +11,11 @@ from qwen3next_plugin.kernels.draft_head import quantise_rows, reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def draft_head(x, weight, scale, rows=None):
-    """The op; all rows unless some are named."""
-    rows = torch.arange(len(weight), dtype=torch.int32) if rows is None else rows
-    return op.draft_head(x=x, weight=weight, scale=scale, rows=rows)
+def draft_head(x, weight, scale, token_ids=None):
+    """The op; over the whole head unless token_ids are given."""
+    if token_ids is None:
+        token_ids = torch.arange(len(weight), dtype=torch.int32)
+    return op.draft_head(x=x, weight=weight, scale=scale, token_ids=token_ids)
 
 
 def head(R, D, dtype=torch.float32):
@@ -187,12 +188,13 @@ def test_refuses(cpu_backend):
         draft_head(x=x, weight=weight, scale=scale.bfloat16())
     with pytest.raises(ValueError, match="not contiguous"):
         draft_head(x=x, weight=weight.t().contiguous().t(), scale=scale)
-    with pytest.raises(ValueError, match="draft_head: there are no rows"):
+    with pytest.raises(ValueError, match="draft_head: token_ids is empty"):
         draft_head(x=x, weight=weight[:0], scale=scale[:0])
-    with pytest.raises(ValueError, match=r"draft_head: rows is torch\.int64"):
-        draft_head(x=x, weight=weight, scale=scale, rows=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"draft_head: token_ids is torch\.int64"):
+        draft_head(x=x, weight=weight, scale=scale, token_ids=torch.tensor([1]))
     for row in (5, -1):
-        with pytest.raises(RuntimeError, match=rf"draft_head: rows\[1\] = {row} is not one of 5"):
+        message = rf"draft_head: token_ids\[1\] = {row} is not one of 5"
+        with pytest.raises(RuntimeError, match=message):
             draft_head(x, weight, scale, torch.tensor([0, row], dtype=torch.int32))
     with pytest.raises(ValueError, match="quantise_rows: row 2"):
         quantise_rows(torch.tensor([[1.0], [2.0], [torch.nan]]))
