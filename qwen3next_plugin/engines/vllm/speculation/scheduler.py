@@ -9,14 +9,17 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler as HostScheduler
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from qwen3next_plugin.engines.vllm.metrics import scheduler_board
-from qwen3next_plugin.engines.vllm.names import logger
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.mtp.metrics import LogLine
+
+logger = init_logger(LOGGER)
 
 
 class Scheduler(HostScheduler):

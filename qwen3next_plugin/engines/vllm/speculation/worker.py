@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.vllm.names import logger
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
+
+logger = init_logger(LOGGER)
 
 FIX = (
     "The state page belongs to another request, or something else wrote to it, so nothing was "
