@@ -96,7 +96,6 @@ def test_a_red_check_prints_and_keeps_nothing(run, capsys):
 
 
 def test_parts_that_a_run_leaves_out_are_named(run, capsys, monkeypatch):
-    monkeypatch.setattr(report.console, "file", None)
     monkeypatch.setattr(parts, "SGLANG_PYTHON", run.out / "missing")
     both = {
         Name.STEPS: parts.Part(lambda run: iter([answer(run)])),
