@@ -1,4 +1,4 @@
-"""The kernels on a real GPU: what the reference computes, and the same in a CUDA graph."""
+"""The kernels on a real GPU: as the reference, and the same bits in a CUDA graph."""
 
 import sys
 from dataclasses import replace
@@ -84,7 +84,7 @@ def test_as_the_reference(monkeypatch, dtype):
 
 
 def test_captured_and_replayed():
-    """A graph of a verify step, replayed on other rows: the same bits as launched."""
+    """A graph of a verify step, replayed on other rows, gives the same bits as a plain launch."""
     net, dtype = Net(torch.bfloat16), torch.bfloat16
     first, verify = Step(((1, 0, 70), (2, 0, 9))), Step(((1, 70, 4), (2, 9, 2)))
     start, drafts = net.inputs(first.T), net.inputs(verify.T)

@@ -1,4 +1,4 @@
-"""On real GPUs: SGLang serves the shipped checkpoint by the plugin, as the CPU's fp32 does."""
+"""On real GPUs: SGLang with the plugin serves the shipped checkpoint as fp32 on the CPU does."""
 
 import pytest
 
@@ -11,7 +11,7 @@ pytest.importorskip("sglang")
 pytestmark = pytest.mark.serve
 
 NO_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")
-# Pages are kept at short intervals, so that answers pass some.
+# Pages are kept at short intervals, so that answers reach several.
 SMALL = ("--dtype", "float32", "--context-length", "1024", "--mamba-track-interval", "64")
 
 

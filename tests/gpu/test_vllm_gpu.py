@@ -1,4 +1,4 @@
-"""On real GPUs: vLLM serves the shipped checkpoint by the plugin, as the CPU's fp32 does."""
+"""On real GPUs: vLLM with the plugin serves the shipped checkpoint as fp32 on the CPU does."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every kernel test runs on every backend: the reference, each instruction set, and Triton's."""
+"""Every kernel test runs on every backend: the reference, each instruction set, and Triton."""
 
 import sys
 from dataclasses import replace
@@ -33,19 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=("reference", *LEVELS, "triton"))
 def backend(request, monkeypatch):
-    """The backend in force: `reference`, `triton`, or a native kernels' instruction set."""
+    """The backend that runs: `reference`, `triton`, or an instruction set of the native kernels."""
     yield from _in_force(request.param, monkeypatch)
 
 
 @pytest.fixture(params=("reference", *LEVELS))
 def cpu_backend(request, monkeypatch):
-    """Of ops that Triton has none of, or of what only a CPU can do: raise before it writes."""
+    """For ops without Triton kernels, and for errors that only a CPU raises before it writes."""
     yield from _in_force(request.param, monkeypatch)
 
 
 @pytest.fixture(params=LEVELS)
 def native_level(request, monkeypatch):
-    """Name of the instruction set in force."""
+    """Name of the instruction set that runs."""
     yield from _in_force(request.param, monkeypatch)
 
 
@@ -57,7 +57,7 @@ def few(backend, size):
 
 @pytest.fixture
 def split_rows(monkeypatch):
-    """Triton's sizes made small: rows of 33 tokens are split, at multiples of 32."""
+    """Small sizes for Triton: rows of 33 tokens or more are split, at multiples of 32."""
     from qwen3next_plugin.kernels.gated_delta_rule import triton
     from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 
@@ -68,7 +68,7 @@ def split_rows(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():
-    """Fixed inputs; memory that torch hands out uninitialised holds NaN."""
+    """Seed the inputs; fill uninitialised memory from torch with NaN."""
     torch.manual_seed(20)
     torch.use_deterministic_algorithms(True)
     yield

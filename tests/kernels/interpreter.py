@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended so that it computes what a GPU computes.
+"""Triton's interpreter, patched so that it computes what a GPU computes.
 
 Stock (3.6 to 3.9), it is silently wrong: bf16 is kept as raw bits, which products and sums take for
 integers; fp32 to bf16 truncates; tf32 products keep all bits; a comparison of scalars is an
@@ -33,7 +33,7 @@ def narrowed(x: np.ndarray) -> np.ndarray:
 
 
 def as_tf32(x: np.ndarray) -> np.ndarray:
-    """fp32 with the 10 bits of mantissa that a tensor core looks at: cut off, not rounded."""
+    """fp32 truncated, not rounded, to the 10 mantissa bits that a tensor core uses."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
@@ -91,7 +91,7 @@ JITTED = ("triton.language", "qwen3next_plugin.kernels")  # where functions to i
 
 @functools.cache
 def mend() -> None:
-    """Mend the interpreter of this process, once, and check that it is."""
+    """Patch the interpreter of this process, once, and check the result."""
     Builder.create_dot = mended_dot(Builder.create_dot)
     Builder.cast_impl = mended_cast(Builder.cast_impl)
     Builder.binary_op = in_fp32(Builder.binary_op, 2)
@@ -103,7 +103,7 @@ def mend() -> None:
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """Our kernels run on the CPU in here, as does what they call of Triton's own library.
+    """Within this context our kernels, and Triton's own functions that they call, run on the CPU.
 
     TRITON_INTERPRET=1 does that, too, but for all that a process and its children import.
     """

@@ -40,7 +40,7 @@ SMALL = Shape(2, 4, 16, 24)
 
 
 class Pool:
-    """Pages whose tensors are interleaved in one buffer, every byte a canary until written."""
+    """Pages whose tensors are interleaved in one buffer whose bytes all start as canaries."""
 
     def __init__(
         self, s: Shape, slots: int, k: int, dtype=torch.float32, state_dtype=torch.float32
@@ -73,7 +73,7 @@ class Pool:
         return StatePool(self.state_, self.key_, self.u_, self.g_, self.span_, self.conv_)
 
     def content(self, slot: int) -> list[Tensor]:
-        """The parts of a page that count."""
+        """The parts of a page that its next reader uses."""
         start, end = self.span_[slot].tolist()
         p0 = start // GRID * GRID
         window = [p % self.W for p in range(p0, end)]
@@ -96,7 +96,7 @@ class Pool:
         return S
 
     def assert_untouched_but(self, slots: list[int]) -> None:
-        """No byte written between the tensors, nor in a slot that is not in `slots`."""
+        """Assert that no byte between the tensors, or in a slot outside `slots`, was written."""
         assert (self.raw[:, self.gaps] == CANARY).all()
         others = [i for i in range(len(self.raw)) if i not in slots]
         assert (self.raw[others] == CANARY).all()

@@ -1,4 +1,4 @@
-"""torch.compile traces every public op whole, and each op's schema and fake say what it does."""
+"""torch.compile traces every public op whole; each op's schema and fake match the op."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which backend runs: never a silent fallback, one thread pool, one instruction set at a time."""
+"""Which backend runs: no silent fallback, one thread pool, one instruction set at a time."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_kernels_on_the_wrong_device(monkeypatch, asked, device, where):
 
 
 def test_an_op_of_a_gpu_is_traced_whole():
-    """Its kernel is the dispatcher's, as the native one is; no GPU is touched."""
+    """On CUDA an op has a kernel in torch's dispatcher, as on a CPU. Needs no GPU."""
     done = python(
         "import torch\n"
         "from qwen3next_plugin.kernels import dispatch\n"

@@ -1,4 +1,4 @@
-"""The int8 head: exact in its integers, close to the head it stands for, blind to its batch."""
+"""The int8 head: exact in integers, close to the full head, independent of the batch."""
 
 import itertools
 
@@ -44,14 +44,14 @@ def test_exactly_the_reference(cpu_backend, N, R, D, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_head(cpu_backend, dtype):
-    """Its value is the full head's for that row, and no row of the full head is far above it."""
+    """Its value is near the full head's for that row, and no other row is far above it."""
     N, R, D = 33, 1021, 200
     full, weight, scale = head(R, D, dtype)
     x = torch.randn(N, D).to(dtype)
     rows, values = draft_head(x=x, weight=weight, scale=scale)
     logits = x.double() @ full.double().T
     chosen = logits.gather(1, rows[:, None]).squeeze(1)
-    # Of each product at most half a step is lost, by chance up or down.
+    # Each product is off by at most half a step, up or down at random.
     noise = x.double().norm(dim=1) * scale.double().max() / 12**0.5
     assert ((values - chosen).abs() < 5 * noise).all()
     assert ((logits.amax(1) - chosen) < 5 * noise).all()
@@ -102,7 +102,7 @@ def test_whatever_rows_share_the_batch(cpu_backend):
 
 
 def test_shards_add_up(cpu_backend):
-    """The greatest of the shards' values, the lowest shard of equals, is the whole head's."""
+    """The greatest of the shards' values (of equals, the lowest shard's) is the whole head's."""
     _, weight, scale = head(900, 64)
     x = torch.randn(17, 64).bfloat16()
     rows, values = draft_head(x=x, weight=weight, scale=scale)
@@ -118,7 +118,7 @@ def test_shards_add_up(cpu_backend):
 
 @pytest.mark.parametrize("row", [0, 2, 5, 258, 3000])
 def test_lowest_row_of_equals(cpu_backend, row):
-    """Also where the equals lie in different blocks of rows."""
+    """Also if the equal values are in different blocks of rows."""
     weight = torch.randint(-50, 50, (3001, 40), dtype=torch.int8)
     weight[[row, 1500, 3000]] = 127
     rows, values = draft_head(x=torch.ones(3, 40), weight=weight, scale=torch.ones(3001))
@@ -147,7 +147,7 @@ def test_largest_integers_do_not_overflow(cpu_backend, D, sign):
 
 
 def test_an_outlier_leaves_the_rest_its_bits(cpu_backend):
-    """One value a hundred times the others': the others still decide."""
+    """With one value a hundred times the others, the others still decide."""
     _, weight, scale = head(400, 512)
     x = torch.randn(9, 512)
     x[:, 100] = 300.0

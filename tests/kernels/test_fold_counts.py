@@ -1,4 +1,4 @@
-"""The kernels write S where, by its own span, a page passes a grid point, and nowhere else."""
+"""The kernels write S exactly when a page's span passes a grid point."""
 
 import random
 

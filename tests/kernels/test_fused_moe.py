@@ -1,4 +1,4 @@
-"""The experts against their equation: any routing, any sizes, the same bits in any batch."""
+"""The experts against their equation, for any routing and size; the same bits in any batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The whole layer as one op: what its three parts compute, in outputs and pages."""
+"""The whole layer as one op: the same outputs and pages as its three parts."""
 
 from dataclasses import replace
 
@@ -16,13 +16,13 @@ from tolerances import assert_close
 OP = "gated_delta_rule"
 DRAFTS = 2
 SHAPES = (SMALL, Shape(1, 2, 32, 48), Shape(2, 2, 24, 17))
-# Fresh prefill, padding, verify after a draft fell, decode, prefill that goes on, empty.
+# Fresh prefill, padding, verify after a rejected draft, decode, continued prefill, empty.
 FIRST = Step(((5, 0, 9), (0, 0, 3), (3, 0, 1)))
 SECOND = Step(((2, 0, 70), (-1, 5, 2), (0, 2, 3), (3, 1, 1), (5, 9, 12), (6, 0, 0)))
 
 
 class Net:
-    """A layer with a norm, and what it is given."""
+    """A layer with a norm, and its inputs."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.shape, self.dtype = shape, dtype
@@ -122,7 +122,7 @@ def test_no_rows(backend):
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 class TestOnTheDevice:
-    """What a launch that cannot raise does about a row that cannot be served."""
+    """A launch cannot raise: what it does about a bad row."""
 
     @pytest.mark.parametrize(
         ("row", "complaint"),
@@ -151,7 +151,7 @@ class TestOnTheDevice:
         assert torch.equal(pool.raw[[0, 1, 3]], before[[0, 1, 3]])
         with pytest.raises(RuntimeError, match=complaint):
             faults.check(out.device)
-        faults.check(out.device)  # told once
+        faults.check(out.device)  # raised once
 
     @pytest.mark.parametrize("starts", [(0, 1, 3), (0, 2, 1), (-1, 1, 2)])
     def test_tokens_out_of_range(self, backend, monkeypatch, starts):
@@ -185,7 +185,7 @@ class TestOnTheDevice:
         assert torch.equal(pool.u_[2, 8], far.u_[2, 8])
 
     def test_one_op_in_two_launches(self, backend, split_rows, monkeypatch):
-        """Decode and verify; a prefill beside them takes three more, two more if it is split."""
+        """Decode and verify take two; prefill rows add three, and two more if a row is split."""
         from qwen3next_plugin.kernels.gated_delta_rule import triton as layer
 
         scan = ("chunk_matrices", "segment_transitions", "segment_starts", "chunk_scan")

@@ -50,7 +50,7 @@ def test_mixed_batch(backend):
     pool = Pool(SMALL, 7, k=2)
     first = layer.recurrence_inputs(10)
     layer.recur(pool, Step(((5, 0, 6), (0, 0, 3), (3, 0, 1))), first)
-    # Fresh prefill, padding, verify after one of three drafts fell, empty, decode, prefill go on.
+    # Fresh prefill, padding, verify after one of three drafts was rejected, empty, decode, prefill.
     step = Step(((2, 0, 70), (-1, 5, 2), (0, 2, 3), (6, 0, 0), (3, 1, 1), (5, 6, 65)))
     x = layer.recurrence_inputs(step.T)
     out = layer.recur(pool, step, x)

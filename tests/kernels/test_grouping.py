@@ -1,4 +1,4 @@
-"""How tokens are grouped into steps leaves no trace: the same bits, in outputs and pages."""
+"""Outputs and pages have the same bits however tokens are grouped into steps."""
 
 import random
 
@@ -19,7 +19,7 @@ class Run:
         self.pool = Pool(layer.shape, 1, k, x["q"].dtype, state_dtype)
 
     def __call__(self, groups) -> tuple[torch.Tensor, ...]:
-        """Each group: how many tokens come, and how many drafts follow them and fall."""
+        """Each group: how many tokens are kept, and how many rejected drafts follow them."""
         outs, at = [], 0
         for n, rejected in groups:
             tokens = concatenated(
@@ -93,7 +93,7 @@ def test_same_bits_with_drafts_longer_than_a_cell(native_level, request_on):
 @pytest.mark.parametrize("state_dtype", [torch.float32], ids="S={}".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_same_bits_beside_other_rows(native_level, request_on):
-    """Whatever else is in the batch."""
+    """A row's bits do not depend on the rest of the batch."""
     alone = request_on()
     expected = alone(in_groups_of(2))[0]
     layer, x = alone.layer, alone.x
@@ -114,7 +114,7 @@ def test_same_bits_beside_other_rows(native_level, request_on):
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_decode_and_verify_have_the_same_bits_on_a_gpu(backend, dtype, state_dtype):
-    """One by one, verified together, or with drafts that fall; a prefill is in bounds only."""
+    """Equal bits one by one, verified together or after rejected drafts; prefill is close."""
     layer = Layer.random(Shape(1, 2, 16, 24), dtype)
     x, drafts = layer.projections(T, dtype), layer.projections(T + DRAFTS, dtype)
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter is mended before a kernel is believed, under every Triton we are for."""
+"""The patched interpreter passes its self-check, under every Triton that we support."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_the_check_finds_what_is_not_mended():
 
 
 def under(version: Path, *command: str, **env: str) -> str:
-    """What a Python says that imports this Triton."""
+    """Output of a Python process that imports this Triton."""
     environment = os.environ | {"PYTHONPATH": str(version)} | env
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT

@@ -1,4 +1,4 @@
-"""Attention over the pool of tokens: its equation, and the same bits however it is asked."""
+"""Attention over the pool of tokens: as its equation, with bits that depend on the query alone."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ def int32(*values: int) -> Tensor:
 
 @dataclass
 class Pool:
-    """Sequences in a pool of slots; what belongs to none is NaN, and slots have gaps."""
+    """Sequences in a pool of slots; slots of no sequence are NaN, and slots have gaps."""
 
     q: list[Tensor]  # [S, Hq, D] of each sequence: the query of every position
     key_cache: Tensor
@@ -69,7 +69,7 @@ def exactly(arguments: dict) -> Tensor:
 
 
 def trees(*counts: int) -> tuple[Tensor, list[list[int]]]:
-    """Flat mask of random trees of so many nodes, and each node's path from the root."""
+    """Flat mask of random trees of these sizes, and each node's path from the root."""
     masks, paths = [], []
     for n in counts:
         of_tree: list[list[int]] = []
@@ -112,7 +112,7 @@ def test_trees_against_the_equation(cpu_backend, mask_dtype, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores(cpu_backend, dtype):
-    """The weights of a block far below the largest score vanish, and nothing overflows."""
+    """Blocks far below the largest score get no weight, and nothing overflows."""
     pool = Pool.random((3 * BLOCK + 7,), HEADS[1], dtype)
     pool.key_cache[pool.token_table[1, : BLOCK // 2].long()] *= 30
     pool.key_cache[pool.token_table[1, 2 * BLOCK + 3].long()] *= 100
@@ -164,7 +164,7 @@ def test_same_bits_on_any_number_of_threads(native_level, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("end", [5, 90, BLOCK, BLOCK + 2, 2 * BLOCK + 9])
 def test_same_bits_in_a_tree(native_level, end, dtype):
-    """A chain's mask is causal; a node of a tree is what its path alone would be."""
+    """The mask of a chain is causal; a tree node has the same bits as its path alone."""
     pool, n = Pool.random((2 * BLOCK + 9, 50), HEADS[0], dtype), 5
     step, other = (0, end - n, end), (1, 44, 50)
     chain = torch.ones(n, n, dtype=torch.bool).tril().flatten()

@@ -1,4 +1,4 @@
-"""A step that asks for what cannot be is refused by both ops, before a byte is written."""
+"""Both ops refuse a step with an index out of range, before a byte is written."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ near = st.one_of(st.integers(-3, 30), st.sampled_from([2**31 - 1, -(2**31)]))
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_continues_only_where_the_page_stands(cpu_backend, op, start, end, c, n):
-    """Whatever the page says: the rule of docs/state.md, or a refusal."""
+    """For any span of a page: the rule of docs/state.md, or an error."""
     layer, pool, step = Layer.random(SMALL), Pool(SMALL, 2, K_DRAFTS), Step(((1, c, n),))
     pool.raw[1] = 0
     pool.span_[1] = int32(start, end)

@@ -13,7 +13,7 @@ SIZES = [(0, 7, 2), (1, 1, 1), (3, 5, 5), (65, 17, 3), (9, 100, 33), (4, 512, 10
 
 
 def logits_of(T, E, dtype):
-    """Logits with gaps between the rows that would win, were they read."""
+    """Logits with gaps between the rows; the gaps hold values that would win if they were read."""
     apart = torch.full((T, E + 3), 1e4, dtype=dtype)
     apart[:, :E] = torch.randn(T, E) * 3
     return apart[:, :E]
@@ -30,7 +30,7 @@ def expected(logits, k, renormalise):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("T", "E", "k"), SIZES)
 def test_against_torch(backend, T, E, k, dtype, renormalise):
-    """Logits of 16 bits are full of ties."""
+    """16-bit logits have many ties."""
     logits = logits_of(T, E, dtype)
     weights, experts = router(logits=logits, k=k, renormalise=renormalise)
     ref_weights, ref_experts = expected(logits, k, renormalise)
@@ -52,7 +52,7 @@ def test_lower_expert_of_equals(backend, E):
 
 @pytest.mark.parametrize("ascending", [False, True])
 def test_sorted_rows(backend, ascending):
-    """Every logit, or none, takes a place from one before it."""
+    """Ascending logits, each of which displaces an earlier one, and descending ones."""
     logits = torch.arange(77.0)[None] * (1 if ascending else -1)
     weights, experts = router(logits=logits, k=4, renormalise=False)
     assert experts.tolist() == [[76, 75, 74, 73] if ascending else [0, 1, 2, 3]]
@@ -61,7 +61,7 @@ def test_sorted_rows(backend, ascending):
 
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_large_and_far_logits(backend, renormalise):
-    """No sum overflows; what is too far below the greatest weighs nothing."""
+    """No sum overflows; logits far below the greatest get weight zero."""
     logits = torch.tensor([[3e38, -3e38, 3e38, 0.0], [-3e38, -3e38, -INF, -INF]])
     weights, experts = router(logits=logits, k=3, renormalise=renormalise)
     assert experts.tolist() == [[0, 2, 3], [0, 1, 2]]
@@ -71,7 +71,7 @@ def test_large_and_far_logits(backend, renormalise):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at", [0, 3, 36])
 def test_rows_without_a_softmax(backend, at, dtype):
-    """Their weights are NaN, their experts some; the rows beside them are as without them."""
+    """Their weights are NaN and their experts valid; other rows are not affected."""
     logits = torch.randn(7, 37).to(dtype)
     alone = router(logits=logits, k=3, renormalise=True)
     bad = logits.clone()

@@ -1,4 +1,4 @@
-"""A long row split along the sequence: what an unsplit one computes, whatever is beside it."""
+"""A long row split into segments: as an unsplit one, whatever other rows are in the batch."""
 
 from dataclasses import replace
 
@@ -15,23 +15,23 @@ OP, DRAFTS = "gated_delta_rule", 2
 ONE = Shape(1, 2, 16, 24)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Rows of 33 tokens are split at multiples of 32. Fresh rows: a last segment shorter than GRID, no
-# split, draft, one that ends with a segment.
+# split, draft, one that ends at a segment's end.
 FIRST = Step(((1, 0, 101), (2, 0, 30), (3, 0, 2), (4, 0, 64)))
-# They go on: inside a segment, padding, after a draft fell, unsplit, empty.
+# They continue: inside a segment, padding, after a rejected draft, unsplit, empty.
 SECOND = Step(((1, 101, 70), (-1, 0, 40), (3, 1, 33), (2, 30, 32), (4, 64, 0)))
 THIRD = Step(((4, 64, 35), (1, 171, 3), (3, 34, 1), (2, 62, 0)))
 STEPS = (FIRST, SECOND, THIRD)
 
 
 def unsplit(monkeypatch, config):
-    """The same sizes for a GPU that is always full."""
+    """The same sizes for a GPU that is full without splitting."""
     from qwen3next_plugin.kernels.gated_delta_rule import triton as layer
 
     monkeypatch.setattr(layer, "config_for", lambda device: replace(config, processors=0))
 
 
 def lasting(shape: Shape, dtype: torch.dtype = FP32) -> Layer:
-    """A layer whose S outlasts segments, so that what enters one counts at its end."""
+    """A layer whose S decays so slowly that S at a segment's start still matters at its end."""
     layer = Layer.random(shape, dtype)
     return replace(layer, dt_bias=layer.dt_bias - 6)
 
@@ -84,7 +84,7 @@ def test_as_the_recurrence(backend, split_rows):
 
 
 def test_a_state_outlasts_many_segments(backend, split_rows):
-    """What each segment's product lost would add up: of 20, TF32 loses more than bf16 may."""
+    """Errors of the segments' products add up: over 20, TF32 would exceed bf16's tolerance."""
     shape, T = Shape(1, 1, 32, 16), 640
     layer, pool = lasting(shape, BF16), Pool(shape, 1, DRAFTS, BF16)
     layer = replace(layer, dt_bias=layer.dt_bias - 4)
@@ -150,7 +150,7 @@ def test_programs_in_any_order(backend, split_rows, monkeypatch):
 
 
 def test_bad_rows_that_would_be_split(backend, split_rows, monkeypatch):
-    """Their pages are left alone, their outputs are NaN, and a row beside them keeps its bits."""
+    """Their pages are not written, their outputs are NaN, and the good row has the same bits."""
     from qwen3next_plugin.kernels.gpu import faults
 
     layer, T = Layer.random(ONE), 70
@@ -171,11 +171,11 @@ def test_bad_rows_that_would_be_split(backend, split_rows, monkeypatch):
 
 
 def test_more_segments_than_there_is_room_for(backend, split_rows, monkeypatch):
-    """Rows that overlap, since others are bad: nothing is written beyond the scratch."""
+    """With bad rows the good ones may overlap: nothing is written beyond the scratch memory."""
     from qwen3next_plugin.kernels.gated_delta_rule import triton as layer_
 
     class Watched:
-        """The kernel, on scratch with canaries behind it."""
+        """The kernel, on scratch memory with canaries after it."""
 
         def __getitem__(self, grid, kernel=layer_.segment_starts):
             def launch(transitions, starts, *operands, **sizes):

@@ -1,4 +1,4 @@
-"""Any sequence of steps on pages equals the plain recurrence over the tokens that survived."""
+"""Any sequence of steps on pages equals the plain recurrence over the tokens that were kept."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ LONG = (5, 8, 17, 33)
 
 @dataclass(frozen=True)
 class Act:
-    """What becomes of one request in one step."""
+    """What happens to one request in one step."""
 
     kept: int  # of the tokens that may be rolled back
     tokens: int | None  # None: it is not in the step
@@ -41,7 +41,7 @@ plans = st.sampled_from((0, 1, 3)).flatmap(
 
 
 class Request:
-    """A request on its page, and beside it the plain recurrence, token by token."""
+    """A request on its page, together with the plain recurrence, token by token."""
 
     def __init__(self, layer: Layer, slot: int):
         self.layer, self.slot = layer, slot
@@ -55,7 +55,7 @@ class Request:
         self.states = [torch.zeros(s.HV, s.K, s.V, dtype=torch.float64)]  # after each token
 
     def prepare(self, act: Act, pool: Pool, free: int) -> int:
-        """Do to the page what the act says; returns the context length to go on at."""
+        """Apply the act to the page; returns the context length to continue at."""
         if act.page == "restarts":
             self.restart()
         elif act.page == "moves":  # what is left behind must not matter
@@ -70,7 +70,7 @@ class Request:
         return c
 
     def expect(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Output of the plain layer for the tokens that come next, fp64."""
+        """Output of the plain layer for the next tokens, fp64."""
         s, c = self.layer.shape, len(self.states) - 1
         self.tokens = concatenated(self.tokens, x)
         past = rows_of(self.tokens, max(0, c - 3), len(self.tokens["q"]))

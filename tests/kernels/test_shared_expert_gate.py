@@ -48,7 +48,7 @@ def test_fp32_weight_beside_bf16(backend):
 
 
 def test_rounded_once(backend):
-    """Not after the gate, nor after the product: by bf16's half a step and no more."""
+    """The only rounding is at the end: the error is at most half a step of bf16."""
     given = inputs(9, 130, torch.bfloat16)
     ref = expected(**given)
     shared_expert_gate(**given)
@@ -56,7 +56,7 @@ def test_rounded_once(backend):
 
 
 def test_open_and_shut(backend):
-    """Gates far from zero are one and zero, and no row's NaN reaches another."""
+    """Gates saturate at one and zero, and a NaN row does not affect another."""
     given = inputs(4, 33, torch.float32, with_routed=False) | {"weight": torch.ones(1, 33)}
     before = given["shared_"].clone()
     for row, value in enumerate((1e4, -1e4, torch.nan, torch.inf)):

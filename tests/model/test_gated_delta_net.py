@@ -83,7 +83,7 @@ def test_ragged_rows_do_not_meet(changes):
     rounds=st.lists(st.integers(1, 3).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))),
 )
 def test_rejected_drafts_leave_no_trace(prompt, rounds):
-    """A draft taken back is a draft never made, to the outputs that follow."""
+    """A rejected draft does not affect the outputs that follow."""
     layer = shared_module()
     ours, x = LinearLayer(layer), tokens(layer, prompt + 3 * len(rounds) + 1)
     kept, at = [ours.step({1: x[:prompt]})[1]], prompt

@@ -10,7 +10,7 @@ from qwen3next_plugin.model.shared_expert import SharedExpertGate
 
 
 def block(**changes):
-    """transformers' block with weights of one size everywhere."""
+    """transformers' block with weights of the same scale everywhere."""
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     config = modeling.Qwen3NextConfig(**(BASE | changes))
     layer = modeling.Qwen3NextSparseMoeBlock(config).eval()

@@ -22,7 +22,7 @@ def layout(**changes) -> PageLayout:
 
 
 def test_bytes_at_the_released_sizes_with_three_drafts():
-    """At the released shapes: S, the window, the position, and the convolution's inputs."""
+    """At the released shapes: S, the window, the span, and the convolution's inputs."""
     nbytes = layout().nbytes()
     assert nbytes["state"] == 2_097_152
     assert nbytes["key"] + nbytes["u"] + nbytes["g"] == (8 + 3) * 24_704

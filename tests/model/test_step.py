@@ -1,4 +1,4 @@
-"""Step: bounded when it is built, and the complaint names the row."""
+"""Building a step checks its indices, and the error names the row."""
 
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ def test_ragged_drafts_beside_a_prefill():
 
 
 def test_padding_rows_and_padding_tokens():
-    """Rows without a page are not checked: what they hold is left over from other steps."""
+    """Rows without a page are not checked: they hold leftovers of other steps."""
     step = build((0, 1, 2, 2), (5, -7, 0), (1, NULL_SLOT, NULL_SLOT), num_tokens=8)
     assert step.slot.tolist() == [1, NULL_SLOT, NULL_SLOT]
 
@@ -78,7 +78,7 @@ def build_on(steps, starts, seq_lens, slot):
 
 
 def test_rows_and_padding():
-    """A prefill, a verified draft, a decode; then rows that a graph's batch is filled up with."""
+    """A prefill, a verified draft and a decode, then the padding rows of a graph's batch."""
     steps = DeviceSteps(9, torch.device("cpu"))
     step = build_on(steps, (0, 70, 73, 74, 74, 74), (70, 12, 31, 0, 9), (3, 5, 1, 0, 4))
     assert step.query_start_loc.tolist() == [0, 70, 73, 74, 74, 74]
@@ -89,7 +89,7 @@ def test_rows_and_padding():
 
 
 def test_rows_of_a_dummy_run_own_no_page():
-    """Hosts capture graphs with all rows on the slot that is nobody's."""
+    """Hosts capture graphs with all rows on slot 0, which no request has."""
     step = build_on(DeviceSteps(5, torch.device("cpu")), (0, 2, 4), (50, 50), (0, 0))
     assert step.slot.tolist() == [NULL_SLOT] * 2
 

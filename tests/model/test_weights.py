@@ -30,7 +30,7 @@ def tensors(**changes) -> list[tuple[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("changes", [{}, *SHAPES.values()], ids=["base", *SHAPES])
 def test_names_and_shapes_are_what_transformers_loads(tmp_path, changes):
-    """transformers finds every tensor it wants among ours, and none it does not know."""
+    """Our tensors are exactly those that transformers expects."""
     from checkpoints import write_checkpoint
     from reference import Reference
 
@@ -165,7 +165,7 @@ def test_damaged_header_is_named(folder):
 
 
 def test_stored_tensors_are_those_of_the_index(tmp_path):
-    """Names and shapes come from the headers; a file beside, which no index lists, is another's."""
+    """Names and shapes come from the headers; a file that the index does not list is ignored."""
     first, second = {"a": torch.zeros(3, 5), "b": torch.zeros(())}, {"c": torch.zeros(2, 0, 7)}
     save_file(first, tmp_path / "model-1.safetensors")
     save_file(second, tmp_path / "model-2.safetensors")
