@@ -31,7 +31,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
 .PHONY: help setup serve test test-long check format bench clean $(ENGINES:%=test-%)
-MAKEFLAGS += --jobs 2 # installing takes one core for each engine
+# Installing keeps one core busy for each engine.
+MAKEFLAGS += --jobs 2
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -91,8 +92,8 @@ else
 	OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve"
 	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve
 endif
-ifndef ENGINE
-test-sglang: | test-vllm # they would compete for the same cores
+ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
+test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores
 endif
 
 test-long: LONG := --long
