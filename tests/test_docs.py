@@ -1,4 +1,4 @@
-"""Links, anchors, files and methods that the pages name exist; docs/ is within its word budget."""
+"""Links, anchors, files and methods that the pages name exist; the pages keep a word budget."""
 
 import re
 from functools import cache
@@ -11,7 +11,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS]
 ENGINES = "qwen3next_plugin/engines"
 ROOTS = [ROOT / root for root in ("", "qwen3next_plugin", f"{ENGINES}/vllm", f"{ENGINES}/sglang")]
-BUDGET = 12_000  # words of docs/
+BUDGET = 12_000  # words of docs/, README and CONTRIBUTING together
 
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -76,4 +76,5 @@ def test_a_page_starts_with_a_command(page):
 
 
 def test_budget_of_words():
-    assert sum(len(page.read_text(encoding="utf-8").split()) for page in DOCS) <= BUDGET
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= BUDGET
