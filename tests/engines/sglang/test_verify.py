@@ -150,3 +150,14 @@ def test_custom_logit_processors_count_where_all_are_greedy(verify):
     drafts = torch.tensor([[0, 9, 9], [0, V - 1, V - 1]])
     predict = verify(logits, info, drafts=drafts)["predict"]
     assert predict.tolist() == [[9, 9, 9], [V - 1, V - 1, V - 1]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_without_any_token_gets_those_of_the_grammar(verify, masked):
+    """As where min_new_tokens forbids the end, and a complete grammar allows nothing else."""
+    logits = torch.randn(2 * D, V)
+    logits[1, 1:] = float("-inf")
+    logits[1, 0] = float("-inf") if not masked else 0
+    allowed = verify(logits, sampling(2), Mask() if masked else None)["target_probs"] > 0
+    assert allowed[:, :, 1:].all()
+    assert allowed[:, :, 0].all() != masked

@@ -24,10 +24,9 @@ def sample_as_plain(
     if batch.forward_mode.is_idle():
         return host(verify_input, batch, logits_output, grammar_mask, **options)
     info, batch = batch.sampling_info, copy(batch)
-    if info.has_custom_logit_processor:
-        grammar_mask = Processors(grammar_mask, info, verify_input.draft_token_num)
+    mask = Mask(grammar_mask, info, verify_input.draft_token_num)
     batch.sampling_info = _with_limits(info)
-    return host(verify_input, batch, logits_output, grammar_mask, **options)
+    return host(verify_input, batch, logits_output, mask, **options)
 
 
 def _with_limits(info: Any) -> Any:
@@ -41,8 +40,8 @@ def _with_limits(info: Any) -> Any:
     return limited
 
 
-class Processors:
-    """The grammar's mask, if any, then the custom processors, in the order of plain decoding."""
+class Mask:
+    """The grammar's mask, if any, then custom processors, in the order of plain decoding."""
 
     def __init__(self, grammar_mask: Any, info: Any, tokens: int) -> None:
         self.grammar_mask, self.info, self.tokens = grammar_mask, info, tokens
@@ -53,4 +52,13 @@ class Processors:
 
         if self.grammar_mask is not None:
             self.grammar_mask.apply(logits)
-        apply_custom_logit_processor(logits, self.info, self.tokens)
+        if self.info.has_custom_logit_processor:
+            apply_custom_logit_processor(logits, self.info, self.tokens)
+        # min_new_tokens forbids the only token that a complete grammar allows, the end. Let the
+        # grammar win: a row without a distribution would end the server.
+        empty = logits.amax(1).isneginf()
+        if empty.any():
+            allowed = torch.zeros_like(logits)
+            if self.grammar_mask is not None:
+                self.grammar_mask.apply(allowed)
+            logits[empty] = allowed[empty]
