@@ -11,7 +11,7 @@ from typing import Any
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Attribute, Entry, Function, Host, Override, Patch
-from qwen3next_plugin.engines.sglang import flags
+from qwen3next_plugin.engines.sglang import flags, requests
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
@@ -217,6 +217,22 @@ WITH_OURS: tuple[Entry, ...] = (
         reason="SGLang chooses the linear-attention backend of built-in models itself",
         versions=VERSIONS,
         remove_when="a registered backend can serve a built-in architecture",
+    ),
+    Patch(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        parameters=("self", "obj", "request"),
+        function=requests.check_request,
+        reason="SGLang accepts requests that end its scheduler or fill its queue for hours",
+        versions=VERSIONS,
+        remove_when="SGLang refuses every request of test_hostile.py",
+    ),
+    Patch(
+        target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+        parameters=("self", "new_accepted_len"),
+        function=requests.limit_regex,
+        reason="a stop_regex that backtracks holds the scheduler for ever",
+        versions=VERSIONS,
+        remove_when="SGLang matches in linear time, or with a time limit",
     ),
 )
 

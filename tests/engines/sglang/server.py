@@ -1,5 +1,6 @@
 """`python -m sglang.launch_server` in a process group of its own, on a free port."""
 
+import json
 import os
 import signal
 import sys
@@ -66,6 +67,11 @@ class Server(server.Server):
             "/generate", input_ids=[list(ids) for ids in prompts], sampling_params=params, **options
         )
         return [Answer.of(answer) for answer in answers]
+
+    def unfinished(self) -> int:
+        """The number of requests that run or wait."""
+        (load,) = json.loads(self.get("/v1/loads"))["loads"]
+        return load["num_running_reqs"] + load["num_waiting_reqs"]
 
     def forget(self) -> None:
         """Empty the radix cache."""

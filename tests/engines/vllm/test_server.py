@@ -21,6 +21,7 @@ from engines.clients import (
     streamed_chat,
     usage_by_limit,
 )
+from engines.hostile import COMPLETIONS, ask, fields, soak
 from engines.vllm.server import Server
 
 pytestmark = pytest.mark.serve
@@ -127,6 +128,26 @@ def test_bad_requests_are_refused_and_harm_nothing(server, sequential):
     with pytest.raises(openai.NotFoundError):
         server.client.completions.create(model="another", prompt="x")
     assert complete(server, PROMPTS[0]) == sequential[PROMPTS[0]]
+
+
+def test_hostile_requests_are_refused_and_harm_nothing(server, sequential):
+    for case, (body, _) in COMPLETIONS.items():
+        status, text = ask(server, "/v1/completions", fields(server, **body))
+        assert status == 400, (case, text)
+    assert complete(server, PROMPTS[0]) == sequential[PROMPTS[0]]
+
+
+@pytest.mark.long
+def test_64_clients_of_all_kinds_do_not_harm_the_server(server, sequential):
+    made = soak(server, sequential, clients=64, seconds=60)
+    assert min(made[kind] for kind in ("honest", "hostile", "malformed", "aborted")) > 10
+    deadline = time.monotonic() + 15
+    while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    metrics = server.metrics()
+    assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
+    assert metrics["vllm:qwen3next_state_pages"] == 0
+    assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
 
 
 def gained(server: Server, prompts: list[str]) -> dict[str, float]:

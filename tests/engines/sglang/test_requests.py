@@ -1,0 +1,147 @@
+"""Which requests are refused, and a time limit for patterns; without a server."""
+
+import re
+import time
+from types import SimpleNamespace as Bag
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from qwen3next_plugin.engines.sglang import requests
+from qwen3next_plugin.engines.sglang.requests import check, check_request, limit_regex
+
+V = 4096
+OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]), vocab_size=V)
+OTHER = Bag(hf_config=Bag(architectures=["LlamaForCausalLM"]), vocab_size=V)
+
+
+def request(**fields):
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if not fields.keys() & {"text", "input_ids"}:
+        fields["text"] = "a"
+    return GenerateReqInput(**fields)
+
+
+ALLOWED = {
+    "bounds": {
+        "input_ids": [0, V - 1],
+        "top_logprobs_num": 1000,
+        "token_ids_logprob": [5] * 1000,
+        "sampling_params": {
+            "n": 128,
+            "top_k": -1,
+            "stop_token_ids": [0, V - 1],
+            "logit_bias": {"5": -1e20},
+            "repetition_penalty": 2,
+            "stop_regex": "\n+(User|Human):",
+        },
+    },
+    "batch": {
+        "input_ids": [[1]] * 4096,
+        "top_logprobs_num": [0, 1000],
+        "token_ids_logprob": [[5], None],
+        "sampling_params": [{"n": 1, "top_k": 2**31 - 1}, {}],
+    },
+    "nothing": {"sampling_params": None},
+    "unset": {"sampling_params": {"n": None, "stop_regex": None, "logit_bias": None}},
+    "pages of text": {"text": "a" * 100_000},
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_allowed(case):
+    check(request(**ALLOWED[case]), V, over_http=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input_ids": [[1]] * 4097}, "the number of prompts is 4097; allowed are 0 to"),
+        ({"text": ["a"] * 33, "sampling_params": {"n": 128}}, "prompts times n is 4224"),
+        ({"sampling_params": [{"n": 2}, {"n": 129}]}, "n is 129; allowed are 1 to 128"),
+    ],
+)
+def test_too_many_answers_over_http(fields, message):
+    """Who calls the engine in Python may ask for as many as they like."""
+    check(request(**fields), V, over_http=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(request(**fields), V, over_http=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_logprobs_num": 1001}, "(top_logprobs_num, logprobs) is 1001; allowed are 0 to 1000"),
+        (
+            {"token_ids_logprob": [1] * 1001},
+            "length of token_ids_logprob is 1001; allowed are 0 to",
+        ),
+        ({"token_ids_logprob": [None, [1] * 1001]}, "length of token_ids_logprob is 1001"),
+        ({"sampling_params": {"repetition_penalty": float("nan")}}, "repetition_penalty is nan"),
+        ({"sampling_params": {"logit_bias": {"5": float("inf")}}}, "logit_bias is inf"),
+        ({"sampling_params": {"top_k": 2**31}}, "top_k is 2147483648; allowed are -1 to"),
+    ],
+)
+def test_refused(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(request(**fields), V, over_http=False)
+
+
+def test_a_small_vocabulary_limits_logprobs():
+    with pytest.raises(ValueError, match="is 101; allowed are 0 to 100"):
+        check(request(top_logprobs_num=101), 100, over_http=False)
+
+
+def test_other_models_are_left_alone():
+    hostile = request(input_ids=[V])
+    given = (Bag(model_config=OTHER), hostile, None)
+    assert check_request(lambda *args: args, *given) == given
+    with pytest.raises(ValueError, match="allowed"):
+        check_request(lambda *args: args, Bag(model_config=OURS), hostile)
+
+
+@pytest.fixture
+def generating(monkeypatch):
+    """A request with a pattern, in the process of a model."""
+    from sglang.srt import runtime_context
+    from sglang.srt.arg_groups import model_override_base
+
+    def make(config, *patterns):
+        monkeypatch.setattr(runtime_context, "get_server_args", lambda: None)
+        monkeypatch.setattr(model_override_base, "model_config_of", lambda args: config)
+        return Bag(sampling_params=Bag(stop_regex_strs=patterns), finished_reason=None)
+
+    return make
+
+
+def search(seconds):
+    def host(req, new_accepted_len):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            re.search("(x+)+y", "x" * 16)
+        return False
+
+    return host
+
+
+def test_a_pattern_that_backtracks_aborts_its_request(generating):
+    request = generating(OURS, "(x+)+y")
+    assert limit_regex(lambda *_: re.search("(x+)+y", "x" * 60), request)
+    reason = request.finished_reason.to_json()
+    assert reason["status_code"] == 400
+    assert "stop_regex ('(x+)+y',) takes longer than 0.25 s to match" in reason["message"]
+    time.sleep(2 * requests.REGEX_SECONDS)  # no alarm is left
+
+
+@pytest.mark.parametrize(
+    ("config", "patterns", "seconds"),
+    [(OURS, ["x"], 0), (OURS, [], 0.3), (OTHER, ["x"], 0.3)],
+    ids=["fast", "no pattern", "another model"],
+)
+def test_no_other_request_is_aborted(generating, config, patterns, seconds):
+    request = generating(config, *patterns)
+    assert not limit_regex(search(seconds), request, 3)
+    assert request.finished_reason is None
+    time.sleep(0.3)
