@@ -137,8 +137,8 @@ def test_a_replacement_is_called_without_the_hosts_function(module):
         (Item(target="a_host.DICT", value="a", **WHY), "DICT as a dict; .* for a list"),
         (Item(target="a_host.LIST", key="a", value=1, **WHY), "LIST as a list; .* for a dict"),
         (
-            Replacement(target="a_host.add", parameters=("a",), function=print, **WHY),
-            r"has a_host.add\(a, b\); this plugin was written for \(a\)",
+            Replacement(target="a_host.add", parameters=("a", "c"), function=print, **WHY),
+            r"has a_host.add\(a, b\); this plugin was written for \(a, c\)",
         ),
     ],
     ids=["attribute", "list", "dict", "function"],

@@ -24,9 +24,10 @@ def sample_as_plain(
     if batch.forward_mode.is_idle():
         return host(verify_input, batch, logits_output, grammar_mask, **options)
     info, batch = batch.sampling_info, copy(batch)
-    mask = Mask(grammar_mask, info, verify_input.draft_token_num)
+    if grammar_mask is not None or info.has_custom_logit_processor or not info.is_all_greedy:
+        grammar_mask = Mask(grammar_mask, info, verify_input.draft_token_num)
     batch.sampling_info = _with_limits(info)
-    return host(verify_input, batch, logits_output, mask, **options)
+    return host(verify_input, batch, logits_output, grammar_mask, **options)
 
 
 def _with_limits(info: Any) -> Any:
