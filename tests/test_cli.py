@@ -398,7 +398,7 @@ def test_doctor_of_a_healthy_machine(diagnose):
 
 
 @pytest.mark.parametrize(
-    ("packages", "subject", "mend"),
+    ("packages", "subject", "fix"),
     [
         (HEALTHY | {"vllm": "0.31.0"}, "vllm", "vllm>=0.32"),
         (HEALTHY | {"transformers": "4.57.0"}, "transformers", "transformers>=5.16"),
@@ -406,17 +406,17 @@ def test_doctor_of_a_healthy_machine(diagnose):
         ({"python": "3.11.7", "vllm": "0.32.0", "torch": "2.13.0"}, "transformers", "install"),
     ],
 )
-def test_doctor_of_wrong_versions(diagnose, packages, subject, mend):
+def test_doctor_of_wrong_versions(diagnose, packages, subject, fix):
     code, report = diagnose(packages)
     assert (code, report[subject]["status"]) == (1, "broken")
-    assert mend in report[subject]["mend"]
+    assert fix in report[subject]["fix"]
 
 
 def test_doctor_when_vllm_keeps_its_own_model(diagnose, monkeypatch):
     native = OURS | {"vllm": {"platform": "cpu", "Qwen3NextForCausalLM": NATIVE}}
     code, report = diagnose(answers=native)
     assert code == 1
-    assert "VLLM_PLUGINS" in report["Qwen3NextForCausalLM"]["mend"]
+    assert "VLLM_PLUGINS" in report["Qwen3NextForCausalLM"]["fix"]
     monkeypatch.setenv("QWEN3NEXT_DISABLE", "1")
     code, report = diagnose(answers=native)
     assert (code, report["Qwen3NextForCausalLM"]["status"]) == (0, "note")
@@ -435,10 +435,10 @@ def test_doctor_of_a_machine_with_sglang(diagnose, monkeypatch):
     answers["sglang"][model] = "sglang.srt.models.qwen3_next"
     code, report = diagnose(SGLANG, answers)
     assert code == 1
-    assert "SGLANG_PLUGINS" in report[model]["mend"]
+    assert "SGLANG_PLUGINS" in report[model]["fix"]
     code, report = diagnose(SGLANG, answers | {"sglang": "no answer in 300 s"})
     assert code == 1
-    assert report["sglang"]["mend"].endswith("to run SGLang without this plugin")
+    assert report["sglang"]["fix"].endswith("to run SGLang without this plugin")
 
 
 def test_doctor_on_a_device_without_kernels(diagnose):
@@ -499,14 +499,14 @@ def test_doctor_when_a_probe_fails(diagnose):
     code, report = diagnose(answers={"kernels": "died of signal 4", "vllm": "no answer in 300 s"})
     assert code == 1
     assert report["cpu"]["found"] == "died of signal 4"
-    assert report["vllm"]["mend"].endswith("to run vLLM without this plugin")
+    assert report["vllm"]["fix"].endswith("to run vLLM without this plugin")
 
 
 def test_doctor_of_a_refused_variable_asks_nothing_more(diagnose, monkeypatch):
     monkeypatch.setenv("QWEN3NEXT_ISA", "amx")
     code, report = diagnose(answers={})
     assert code == 1
-    assert "QWEN3NEXT_ISA='amx'" in report["QWEN3NEXT_*"]["mend"]
+    assert "QWEN3NEXT_ISA='amx'" in report["QWEN3NEXT_*"]["fix"]
 
 
 def test_doctor_prints_table_and_mend(diagnose, monkeypatch):

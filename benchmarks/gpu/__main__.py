@@ -81,7 +81,7 @@ def main(
         os.environ |= {"TRITON_INTERPRET": "1", "QWEN3NEXT_KERNELS": "triton"}
         from tests.kernels import interpreter
 
-        interpreter.mend()
+        interpreter.fix()
     else:
         import torch
 

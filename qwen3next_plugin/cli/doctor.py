@@ -32,7 +32,7 @@ class Finding:
     subject: str
     found: str
     status: Literal["ok", "note", "broken"] = "ok"
-    mend: str = ""
+    fix: str = ""
 
 
 def doctor(
@@ -170,5 +170,5 @@ def _print(findings: list[Finding]) -> None:
     console = Console()
     console.print(table)
     for f in findings:
-        if f.mend:
-            console.print(f"[bold]{f.subject}[/]: {escape(f.mend)}", highlight=False)
+        if f.fix:
+            console.print(f"[bold]{f.subject}[/]: {escape(f.fix)}", highlight=False)

@@ -52,7 +52,7 @@ def in_fp32(method, operands: int):
     A comparison is an int1; stock, it goes by the dtype of what it compares.
     """
 
-    def mended(self, *arguments):
+    def fixed(self, *arguments):
         handles, others = arguments[:operands], arguments[operands:]
         out = method(self, *map(up, handles), *others)
         if out.data.dtype == np.bool_:
@@ -61,10 +61,10 @@ def in_fp32(method, operands: int):
             return TensorHandle(narrowed(out.data), tl.bfloat16)
         return out
 
-    return mended
+    return fixed
 
 
-def mended_cast(method):
+def fixed_cast(method):
     def cast(self, source: TensorHandle, to):
         if source.dtype.scalar == to.scalar or not (is_bf16(source) or to.scalar == tl.bfloat16):
             return method(self, source, to)
@@ -76,7 +76,7 @@ def mended_cast(method):
     return cast
 
 
-def mended_dot(method):
+def fixed_dot(method):
     def dot(self, a, b, d, precision, *others):
         a, b = up(a), up(b)
         if a.dtype.scalar == tl.float32 and str(precision).endswith("TF32"):
@@ -90,10 +90,10 @@ JITTED = ("triton.language", "qwen3next_plugin.kernels")  # where functions to i
 
 
 @functools.cache
-def mend() -> None:
+def fix() -> None:
     """Patch the interpreter of this process, once, and check the result."""
-    Builder.create_dot = mended_dot(Builder.create_dot)
-    Builder.cast_impl = mended_cast(Builder.cast_impl)
+    Builder.create_dot = fixed_dot(Builder.create_dot)
+    Builder.cast_impl = fixed_cast(Builder.cast_impl)
     Builder.binary_op = in_fp32(Builder.binary_op, 2)
     Builder.unary_op = in_fp32(Builder.unary_op, 1)
     Builder.create_fma = in_fp32(Builder.create_fma, 3)
@@ -119,7 +119,7 @@ def interpreting() -> Iterator[None]:
         for module, name, value in compiled:
             setattr(module, name, InterpretedFunction(value.fn))
         try:
-            mend()
+            fix()
             yield
         finally:
             for module, name, value in compiled:

@@ -216,7 +216,7 @@ def test_updates_of_weights_are_refused_and_harm_nothing(server, sequential):
 
 
 def refused(server: Server, path: str, **body: object) -> bool:
-    """Whether the answer is a 400 that names the mend."""
+    """Whether the answer is a 400 that names the fix."""
     with pytest.raises(urllib.error.HTTPError) as raised:
         server.post(path, **body)
     answer = json.load(raised.value)

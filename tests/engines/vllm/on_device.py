@@ -16,7 +16,7 @@ from qwen3next_plugin.engines.vllm.state import steps as backend
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.step import DeviceSteps
 
-interpreter.mend()
+interpreter.fix()
 by_device, build = dispatch.backend, backend.StepBuilder.__init__
 
 

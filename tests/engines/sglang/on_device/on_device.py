@@ -47,7 +47,7 @@ def nothing() -> None:
 
 
 if os.environ.get("TRITON_INTERPRET"):
-    interpreter.mend()
+    interpreter.fix()
     dispatch.backend = native_where_there_is_no_other
 registration._register = register_as_on_a_gpu
 torch.Tensor.pin_memory = lambda self, *_: self  # there is no device to pin for
