@@ -24,6 +24,9 @@ FLAGS = (
 )  # fmt: skip
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
+# Of bf16 answers, how many may differ. AMX products, which vLLM uses where there are any, round a
+# row by how many rows there are (7 of 224 measured); oneDNN's others hardly do (0 of 210).
+DIFFER = 0.05 if torch.cpu._is_amx_tile_supported() else 0.01
 ALWAYS = ("k=4", "adaptive")  # the other cases, each a server of its own, with --long
 
 
@@ -113,7 +116,7 @@ def test_bf16_differs_at_most_where_two_tokens_are_as_likely(case, margins):
         for prompt, one, other in zip(prompts, expected, found, strict=True)
         if one != other
     ]
-    assert len(differ) <= 0.01 * sum(answer is not None for answer in expected)
+    assert len(differ) <= DIFFER * sum(answer is not None for answer in expected)
     for prompt, one, other in differ:
         assert margins.at_first_difference(prompt, one, other) < 2 * margins.noise
 
