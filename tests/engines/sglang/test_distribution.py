@@ -29,8 +29,9 @@ def server(request) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def samples(server) -> torch.Tensor:
     """[SAMPLES, TOKENS] sampled continuations of one prompt."""
-    params = {"temperature": 1, "max_new_tokens": TOKENS, "ignore_eos": True, "n": SAMPLES}
-    answers = server.post("/generate", input_ids=list(PROMPT), sampling_params=params)
+    params = {"temperature": 1, "max_new_tokens": TOKENS, "ignore_eos": True}
+    prompts = [list(PROMPT)] * SAMPLES
+    answers = server.post("/generate", input_ids=prompts, sampling_params=params)
     accepted = sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in answers)
     assert accepted > 0.1 * SAMPLES  # else the test would not see what it is for
     return torch.tensor([answer["output_ids"] for answer in answers])

@@ -106,6 +106,8 @@ def check_unharmed(server: Forked, first: dict[str, str]) -> None:
         time.sleep(0.1)
     assert server.unfinished() == 0
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == first
+    while any(in_use(server)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert in_use(server) == (0, 0)
     assert "leak" not in server.process.text()  # SGLang counts its pools whenever it is idle
 
@@ -160,6 +162,7 @@ def test_who_hangs_up_leaves_nothing(server, first):
     check_unharmed(server, first)
 
 
+@pytest.mark.long  # how soon SGLang drops a queue hangs on what else the machine does
 @pytest.mark.parametrize("many", [{"n": 128}, {"prompt": [[5, 6, 7]] * 200}], ids=["n", "prompts"])
 def test_who_leaves_a_full_queue_leaves_nothing(server, first, many):
     body = fields(server, **{"max_tokens": 2000, "temperature": 1, "ignore_eos": True} | many)
