@@ -13,7 +13,7 @@ pytestmark = pytest.mark.serve
 AGAIN, CLIENTS = 24, 32
 FLAGS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "40",
+    "--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "22",
     "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 4}',
 )  # fmt: skip
 
@@ -49,5 +49,5 @@ def test_thousands_of_requests_leave_no_trace(size):
     assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == 0
     # else the test would not see what it is for
-    assert metrics["vllm:num_preemptions_total"] > size(2, 10)
+    assert metrics["vllm:num_preemptions_total"] > size(0, 10)
     assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
