@@ -1,16 +1,17 @@
 """Pending tokens: committed tokens that the MTP layer has not seen yet.
 
-A request that drafts nothing skips the MTP layer. Its tokens are kept here, and one pass writes
-the layer's KV for all of them when the request drafts again. Skipping therefore costs almost
-nothing and loses no acceptance.
+A request that drafts nothing skips the MTP layer, and so does every prompt. Their tokens are kept
+here, and the MTP layer reads them when the request drafts. Skipping therefore costs almost nothing
+and loses no acceptance.
 """
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 
 import torch
 
 MAX_PENDING = 256  # tokens of one request that an engine lets wait
+MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Row:
     @property
     def caught_up(self) -> int:
         """Tokens of earlier steps that the MTP layer reads now."""
-        return len(self.fed) - len(self.tokens) if self.fed else 0
+        return min(self.fed.end, self.tokens.first) - self.fed.first if self.fed else 0
 
     def free_hidden_states(self) -> None:
         """Drop what no later step reads, so that an idle engine does not keep it in memory."""
@@ -70,42 +71,109 @@ class Row:
                 tokens.hidden_states = tokens.hidden_states.new_empty(0)
 
 
-class Pending:
-    """The pending tokens of each request."""
+@dataclass(slots=True)
+class _Kept:
+    """What is pending of one request."""
 
-    def __init__(self) -> None:
-        self._parts: dict[str, list[PendingTokens]] = {}  # one for each step that was skipped
-        self._counts: dict[str, int] = {}  # tokens of each request, read in every step
+    end: int  # the position that follows
+    slots: list[int] = field(default_factory=list)  # in the store, of consecutive positions
+    lost: bool = False
+
+
+class Pending:
+    """The pending tokens of each request, in one store of a fixed size.
+
+    A request whose tokens do not fit is lost: what was kept of it is dropped, and it can not draft,
+    until it is read again from another position, as after a preemption.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._kept: dict[str, _Kept] = {}
+        self._size, self._used = 0, 0  # slots of the store; how many were ever used
+        self._free: list[int] = []  # slots that were used and are free again
+        self._token_ids = self._hidden_states = torch.empty(0)  # the store
 
     def count(self, request: str) -> int:
         """Number of tokens that are pending."""
-        return self._counts.get(request, 0)
+        kept = self._kept.get(request)
+        return len(kept.slots) if kept else 0
 
-    def put(self, request: str, tokens: PendingTokens) -> None:
-        """Keep a copy for later: engines reuse the tensors."""
-        kept = PendingTokens(tokens.first, tokens.token_ids.clone(), tokens.hidden_states.clone())
-        self._parts[request] = [*self._before(request, tokens.first), kept]
-        self._counts[request] = kept.end - self._parts[request][0].first
+    def lost(self, request: str) -> bool:
+        """Whether tokens of the request are missing, so that it can not draft."""
+        kept = self._kept.get(request)
+        return kept is not None and kept.lost
 
-    def take(self, request: str, tokens: PendingTokens) -> PendingTokens:
-        """Remove and return everything that is pending, followed by `tokens`."""
-        parts = [*self._before(request, tokens.first), tokens]
-        self._parts.pop(request, None)
-        self._counts.pop(request, None)
-        if len(parts) == 1:
-            return tokens
-        return PendingTokens(
-            parts[0].first,
-            torch.cat([part.token_ids for part in parts]),
-            torch.cat([part.hidden_states for part in parts]),
-        )
+    def put(self, rows: Sequence[Row]) -> None:
+        """Keep the tokens of rows that skip the MTP layer, as a copy: engines reuse the tensors."""
+        rows = [row for row in rows if self._reserve(row.request, row.tokens)]
+        if not rows:
+            return
+        slots = [i for row in rows for i in self._kept[row.request].slots[-len(row.tokens) :]]
+        index = torch.tensor(slots)
+        self._token_ids[index] = torch.cat([row.tokens.token_ids for row in rows])
+        self._hidden_states[index] = torch.cat([row.tokens.hidden_states for row in rows])
+
+    def take(self, row: Row, limit: int) -> PendingTokens | None:
+        """What the MTP layer reads now, for a row that drafts; None if its request is lost.
+
+        These are the oldest `limit` of the tokens that are pending and those of the row. The
+        others stay pending; the request can draft as soon as none is.
+        """
+        self._resume(row.request, row.tokens.first)
+        if not (self.count(row.request) or self.lost(row.request)) and len(row.tokens) <= limit:
+            self._kept.pop(row.request, None)
+            return row.tokens
+        self.put([row])
+        kept = self._kept[row.request]
+        if kept.lost:
+            return None
+        first, slots = kept.end - len(kept.slots), kept.slots[:limit]
+        del kept.slots[:limit]
+        self._free += slots
+        if not kept.slots:
+            del self._kept[row.request]
+        index = torch.tensor(slots)
+        return PendingTokens(first, self._token_ids[index], self._hidden_states[index])
 
     def keep_only(self, requests: Set[str]) -> None:
         """Drop all other requests."""
-        for request in self._parts.keys() - requests:
-            del self._parts[request], self._counts[request]
+        for request in self._kept.keys() - requests:
+            self._free += self._kept.pop(request).slots
 
-    def _before(self, request: str, first: int) -> list[PendingTokens]:
-        """What ends right before `first`; nothing where the request resumed elsewhere."""
-        parts = self._parts.get(request, [])
-        return parts if parts and parts[-1].end == first else []
+    def _resume(self, request: str, first: int) -> None:
+        """Drop what is pending if the request does not go on where that ends."""
+        kept = self._kept.get(request)
+        if kept is not None and kept.end != first:
+            self._free += self._kept.pop(request).slots
+
+    def _reserve(self, request: str, tokens: PendingTokens) -> bool:
+        """Add slots for the tokens; returns whether there are any, or else the request is lost."""
+        self._resume(request, tokens.first)
+        kept = self._kept.setdefault(request, _Kept(tokens.first))
+        kept.end = tokens.end
+        if kept.lost:
+            return False
+        missing = len(tokens) - len(self._free)
+        if missing > 0:
+            self._grow(tokens, missing)
+        if len(tokens) > len(self._free):
+            self._free += kept.slots
+            kept.slots, kept.lost = [], True
+            return False
+        kept.slots += self._free[-len(tokens) :]
+        del self._free[-len(tokens) :]
+        return True
+
+    def _grow(self, tokens: PendingTokens, slots: int) -> None:
+        """Free so many slots that were never used, or all there are."""
+        if not self._size:
+            # The system provides the memory as it is touched.
+            of_token = tokens.token_ids[:1].nbytes + tokens.hidden_states[:1].nbytes
+            self._size = self.max_bytes // of_token
+            self._token_ids = tokens.token_ids.new_empty(self._size)
+            shape = (self._size, tokens.hidden_states.shape[1])
+            self._hidden_states = tokens.hidden_states.new_empty(shape)
+        used = min(self._size, self._used + slots)
+        self._free += range(self._used, used)
+        self._used = used

@@ -63,8 +63,8 @@ def test_the_longest_draft_allowed_fits_on_a_board():
     assert len({metric.name for metric in metrics(8)}) == len(metrics(8))
 
 
-def tokens(count: int) -> PendingTokens:
-    return PendingTokens(8, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 1))
+def tokens(count: int, first: int = 8) -> PendingTokens:
+    return PendingTokens(first, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 1))
 
 
 def row(request: str, drafted: int, accepted: int = 0, **given: Any) -> Row:
@@ -153,7 +153,7 @@ def test_the_policy_learns_from_steps_and_drafts_that_read_no_prompt(board):
 def test_the_board_counts_steps_drafts_and_tokens():
     board = Board(3)
     observer = Observer(Recorder(), board)
-    rows = [row("a", 3, accepted=2, fed=tokens(8)), row("b", 0, fed=None)]
+    rows = [row("a", 3, accepted=2, fed=tokens(8, first=3)), row("b", 0, fed=None)]
     observer.observe_step(rows, 1.0)
     observer.observe_draft(rows, passes_seconds=0.25, seconds=0.5)
     prompt = [row("c", 0, continues=False)]

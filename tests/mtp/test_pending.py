@@ -1,10 +1,12 @@
 """Pending tokens: what is kept of requests that skip the MTP layer, and what is given back."""
 
+import pytest
 import torch
 
-from qwen3next_plugin.mtp.pending import Pending, PendingTokens
+from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
 
 D = 3
+BYTES = 8 + 4 * D  # of one token here
 
 
 def tokens(first: int, count: int) -> PendingTokens:
@@ -13,41 +15,114 @@ def tokens(first: int, count: int) -> PendingTokens:
     return PendingTokens(first, positions + 1, positions[:, None].float().expand(-1, D).clone())
 
 
-def same(found: PendingTokens, first: int, count: int) -> bool:
+def row(request: str, first: int, count: int) -> Row:
+    """A step's row with such tokens."""
+    return Row(
+        request=request, index=0, tokens=tokens(first, count), scheduled=count, continues=True
+    )
+
+
+def same(found: PendingTokens | None, first: int, count: int) -> bool:
     wanted = tokens(first, count)
-    same_ids = torch.equal(found.token_ids, wanted.token_ids)
-    return same_ids and torch.equal(found.hidden_states, wanted.hidden_states)
+    return (
+        found is not None
+        and found.first == first
+        and torch.equal(found.token_ids, wanted.token_ids)
+        and torch.equal(found.hidden_states, wanted.hidden_states)
+    )
 
 
 def test_everything_skipped_comes_back_in_order():
     pending = Pending()
     for first, count in ((5, 1), (6, 2), (8, 1)):
-        pending.put("a", tokens(first, count))
+        pending.put([row("a", first, count), row("b", 10 * first, 3)])
     assert pending.count("a") == 4
-    assert same(pending.take("a", tokens(9, 1)), 5, 5)
+    assert same(pending.take(row("a", 9, 1), 100), 5, 5)
     assert pending.count("a") == 0
-    assert same(pending.take("a", tokens(10, 1)), 10, 1)
+    assert same(pending.take(row("a", 10, 1), 100), 10, 1)
+    assert same(pending.take(row("b", 83, 1), 100), 80, 4)
 
 
 def test_what_is_kept_is_a_copy():
-    pending, reused = Pending(), tokens(0, 2)
-    pending.put("a", reused)
-    reused.token_ids.zero_()
-    reused.hidden_states.zero_()
-    assert same(pending.take("a", tokens(2, 1)), 0, 3)
+    pending, reused = Pending(), row("a", 0, 2)
+    pending.put([reused])
+    reused.tokens.token_ids.zero_()
+    reused.tokens.hidden_states.zero_()
+    assert same(pending.take(row("a", 2, 1), 100), 0, 3)
+
+
+def test_a_long_backlog_is_read_in_slices():
+    pending = Pending()
+    pending.put([row("a", 0, 10)])
+    counts = []
+    for first, last in ((10, 4), (11, 8), (12, 12)):
+        assert same(pending.take(row("a", first, 1), 4), last - 4, 4)
+        counts.append(pending.count("a"))
+    assert counts == [7, 4, 1]
+    assert same(pending.take(row("a", 13, 1), 4), 12, 2)
+    assert pending.count("a") == 0
+
+
+def test_a_step_longer_than_a_slice():
+    pending = Pending()
+    assert same(pending.take(row("a", 0, 5), 3), 0, 3)
+    assert pending.count("a") == 2
+    assert same(pending.take(row("a", 5, 1), 3), 3, 3)
 
 
 def test_a_request_that_resumes_elsewhere_starts_afresh():
     pending = Pending()
-    pending.put("a", tokens(5, 2))
-    pending.put("a", tokens(20, 1))
+    pending.put([row("a", 5, 2)])
+    pending.put([row("a", 20, 1)])
     assert pending.count("a") == 1
-    assert same(pending.take("a", tokens(30, 1)), 30, 1)
+    assert same(pending.take(row("a", 30, 1), 100), 30, 1)
 
 
 def test_those_that_are_gone_leave_nothing():
     pending = Pending()
-    pending.put("a", tokens(0, 1))
-    pending.put("b", tokens(0, 3))
+    pending.put([row("a", 0, 1), row("b", 0, 3)])
     pending.keep_only({"b", "c"})
     assert [pending.count(request) for request in "abc"] == [0, 3, 0]
+
+
+@pytest.mark.parametrize("by", ["put", "take"])
+def test_what_does_not_fit_is_lost_alone(by):
+    pending = Pending(max_bytes=6 * BYTES)
+    pending.put([row("a", 0, 3), row("b", 0, 2)])
+    if by == "put":
+        pending.put([row("a", 3, 2)])
+    else:
+        assert pending.take(row("a", 3, 2), 100) is None
+    assert pending.lost("a")
+    assert pending.count("a") == 0
+    pending.put([row("a", 5, 1), row("b", 2, 4)])  # the others have its room
+    assert (pending.count("a"), pending.count("b")) == (0, 6)
+    assert pending.take(row("a", 6, 1), 100) is None
+    assert pending.take(row("b", 6, 1), 100) is None  # no room for a seventh
+    assert pending.lost("b")
+
+
+def test_a_lost_request_drafts_again_where_it_is_read_anew():
+    pending = Pending(max_bytes=2 * BYTES)
+    pending.put([row("a", 0, 3)])
+    assert pending.lost("a")
+    pending.put([row("a", 1, 1)])  # after a preemption, from a cached prefix
+    assert not pending.lost("a")
+    assert same(pending.take(row("a", 2, 1), 100), 1, 2)
+
+
+def test_room_is_used_again():
+    pending = Pending(max_bytes=4 * BYTES)
+    for first in range(0, 40, 4):
+        pending.put([row("a", first, 3)])
+        assert same(pending.take(row("a", first + 3, 1), 100), first, 4)
+    assert not pending.lost("a")
+
+
+@pytest.mark.parametrize(
+    ("fed", "caught_up"), [(tokens(2, 6), 5), (tokens(7, 1), 0), (tokens(2, 3), 3), (None, 0)]
+)
+def test_caught_up_tokens_are_those_of_earlier_steps(fed, caught_up):
+    found = row("a", 7, 1)
+    found.fed = fed
+    assert found.caught_up == caught_up

@@ -108,12 +108,12 @@ class Drafter(EagleDraftWorker):
         """Set what the MTP layer reads now, pending tokens included: for all rows, or for none."""
         self.pending.keep_only({row.request for row in rows})  # no other request continues
         run = any(row.draft or self._must_run(row) for row in rows)
+        if not run:
+            self.pending.put(rows)
+            return []
         for row in rows:
-            if run:
-                row.fed = self.pending.take(row.request, row.tokens)
-            else:
-                self.pending.put(row.request, row.tokens)
-        return [row for row in rows if row.fed is not None]
+            row.fed = self.pending.take(row, MAX_PENDING + len(row.tokens)) or row.tokens
+        return rows
 
     def _must_run(self, row: Row) -> bool:
         """Whether the request must run through the MTP layer even if it drafts nothing."""

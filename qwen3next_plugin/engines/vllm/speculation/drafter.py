@@ -141,11 +141,14 @@ class Drafter(EagleProposer):
 
     def _feed(self, rows: list[Row]) -> list[Row]:
         """Set what the MTP layer reads now, pending tokens included; returns the rows it reads."""
+        skipping = []
         for row in rows:
             if row.draft or self._must_run(row):
-                row.fed = self.pending.take(row.request, row.tokens)
+                row.fed = self.pending.take(row, MAX_PENDING + len(row.tokens))
+                row.draft = row.draft if row.fed else 0
             else:
-                self.pending.put(row.request, row.tokens)
+                skipping.append(row)
+        self.pending.put(skipping)
         return [row for row in rows if row.fed is not None]
 
     def _must_run(self, row: Row) -> bool:
