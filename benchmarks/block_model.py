@@ -2,9 +2,11 @@
 
 The block model has four layers of the released model's shapes and random weights: 3.7 GB, written
 once into out/. Quick runs use the checkpoint of examples/, which every machine loads in seconds.
+Its layers have a file of their own, which the chain model (chain_model.py) shares.
 """
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 from rich.progress import track
 from safetensors.torch import save_file
 
-from benchmarks.report import Run
+from benchmarks.report import Run, console
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.weights import trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
 TINY = Path("examples/qwen3next-tiny")
+LAYERS = "layers.safetensors"
+OWN = ("model.embed_tokens.weight", "lm_head.weight", "mtp.fc.weight")  # not in that file
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],
@@ -71,20 +75,51 @@ def model_of(run: Run) -> tuple[Path, str]:
 
 def block_model(folder: Path) -> Path:
     """Write the block model, with its MTP head, into `folder` unless it is there."""
-    done = folder / "config.json"
-    if done.exists() and json.loads(done.read_text()) == CONFIG:
+    if written(folder, CONFIG):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    config = Qwen3NextConfig.from_hf(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    shapes = trunk_tensors(config) | mtp_tensors(config)
-    tensors = {
-        name: _random(name, shape, generator)
-        for name, shape in track(sorted(shapes.items()), description="writing the block model")
-    }
-    save_file(tensors, folder / "model.safetensors")
-    done.write_text(json.dumps(CONFIG, indent=2))
+    write_layers(folder / LAYERS, CONFIG)
+    save_file(random_tensors(tensors(CONFIG), OWN), folder / "vocabulary.safetensors")
+    finish(folder, CONFIG)
     return folder
+
+
+def written(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a model with this config is complete in `folder`."""
+    done = folder / "config.json"
+    return (folder / LAYERS).exists() and done.exists() and json.loads(done.read_text()) == config
+
+
+def finish(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the config, the last file of a model."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, in the released checkpoint's names."""
+    parsed = Qwen3NextConfig.from_hf(config)
+    return dict(sorted((trunk_tensors(parsed) | mtp_tensors(parsed)).items()))
+
+
+def write_layers(path: Path, config: Mapping[str, Any]) -> None:
+    """Write the random layers, trunk's and MTP's, unless they are there."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shapes = tensors(config)
+    part = path.with_suffix(".part")
+    save_file(random_tensors(shapes, [name for name in shapes if name not in OWN]), part)
+    part.rename(path)
+
+
+def random_tensors(
+    shapes: Mapping[str, tuple[int, ...]], names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Tensors of these names, the same in each call."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: _random(name, shapes[name], generator)
+        for name in track(names, "writing a model", console=console)
+    }
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -12,18 +12,20 @@ A page says which records it shows, and the lines between the two marks are gene
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.report import MEASURED, Record
+from benchmarks.report import MEASURED, Cell, Record
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = re.compile(
     r"(?P<begin><!-- figures: (?P<names>[^>]+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL
 )
+CLIENTS = re.compile(r"(.+), (\d+) clients?")  # a row's case, and how many
 OURS, THEIRS, LINE = "#4c72b0", "#bbbbbb", "#c44e52"
 
 
@@ -32,35 +34,59 @@ def load(name: str) -> Record:
     return Record.load(MEASURED / f"{name}.json")
 
 
+def load_all(pattern: str) -> list[Record]:
+    """A record, or all whose names match `mtp/over_off/*`."""
+    names = (path.relative_to(MEASURED).with_suffix("") for path in MEASURED.rglob("*.json"))
+    matching = sorted(str(name) for name in names if name.match(pattern))
+    return [load(name) for name in matching or [pattern]]
+
+
 def rendered(page: str) -> str:
     """A page with the figures of its records."""
 
     def figures(match: re.Match) -> str:
-        records = [load(name) for name in match["names"].split()]
+        records = [record for name in match["names"].split() for record in load_all(name)]
         return match["begin"] + block(records) + match["end"]
 
     return FIGURES.sub(figures, page)
 
 
 def block(records: list[Record]) -> str:
-    """Tables, and after those of one source a line that names it."""
+    """Tables, and after those with the same sources a line for each source."""
+    tables: dict[str, list[Record]] = {}
+    for record in records:
+        tables.setdefault(record.question, []).append(record)
     parts = []
-    for source, same in groupby(records, key=lambda record: record.source):
+    for _, same in groupby(tables.values(), key=lambda table: {record.source for record in table}):
         group = list(same)
-        parts += [markdown(record) for record in group]
-        cases = dict.fromkeys(record.case for record in group)
-        longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
-        parts.append(f"*{'; '.join(longest)}. {source}*\n")
+        parts += [markdown(table) for table in group]
+        together = [record for table in group for record in table]
+        for source in dict.fromkeys(record.source for record in together):
+            cases = dict.fromkeys(record.case for record in together if record.source == source)
+            longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
+            parts.append(f"*{'; '.join(longest)}. {source}*\n")
     return "\n".join(parts)
 
 
-def markdown(record: Record) -> str:
-    """The record as a table, its question above the names of the rows."""
-    if record.quick:
-        raise ValueError(f"{record.name} is from a quick run: it is not for docs/")
-    head = [record.question, *record.columns]
-    first, *rest = [f"| {' | '.join(line)} |\n" for line in (head, *record.cells())]
+def markdown(table: list[Record]) -> str:
+    """Records of one question as a table, the question above the names of the rows."""
+    if quick := [record.name for record in table if record.quick]:
+        raise ValueError(f"{quick[0]} is from a quick run: it is not for docs/")
+    whole = joined(table)
+    head = [whole.question, *whole.columns]
+    first, *rest = [f"| {' | '.join(line)} |\n" for line in (head, *whole.cells())]
     return "".join([first, "|---" * len(head) + "|\n", *rest])
+
+
+def joined(table: list[Record]) -> Record:
+    """All rows and columns of records of one question."""
+    units: dict[str, str] = {}
+    rows: dict[str, dict[str, Cell]] = {}
+    for record in table:
+        units |= record.units
+        for name, row in record.rows.items():
+            rows.setdefault(name, {}).update(row)
+    return replace(table[0], units=units, rows=rows)
 
 
 def pages() -> dict[Path, str]:
@@ -75,6 +101,7 @@ def write() -> None:
         path.write_text(page)
     speeds_picture(load("engines/steps"), load("engines/prefill"))
     steps_picture(load("mtp/steps"))
+    clients_picture(load_all("mtp/over_off/*/*"))
 
 
 def speeds_picture(*records: Record) -> None:
@@ -109,6 +136,37 @@ def steps_picture(record: Record) -> None:
         axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
         axes.set_ylabel("plain steps")
         axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.15))
+
+
+def clients_picture(records: list[Record]) -> None:
+    """Lines: answers with MTP over those without, by clients; bars are the rounds' range."""
+    styles, colours = {"vLLM": "-", "SGLang": "--"}, dict[str, str]()
+    with chart(DOCS / "mtp-clients.svg", (7.5, 4)) as axes:
+        axes.axhline(1, color="#333333", linewidth=1)
+        for record in records:
+            engine, ranges = record.units
+            points = {m[2]: row for n, row in record.rows.items() if (m := CLIENTS.fullmatch(n))}
+            if not points:
+                continue
+            case = CLIENTS.fullmatch(next(iter(record.rows)))[1]
+            ratios = [row[engine] for row in points.values()]
+            ends = [[float(end) for end in row[ranges].split("–")] for row in points.values()]
+            axes.errorbar(
+                [int(n) for n in points],
+                ratios,
+                [[abs(r - e[i]) for r, e in zip(ratios, ends, strict=True)] for i in (0, 1)],
+                color=colours.setdefault(case, f"C{len(colours)}"),
+                linestyle=styles[engine],
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=f"{engine}, {case}",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 4, 8, 16, 48], ["1", "4", "8", "16", "48"])
+        axes.set_xlabel("clients")
+        axes.set_ylabel("times the speed without MTP")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 @contextmanager

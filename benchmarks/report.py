@@ -144,20 +144,21 @@ def machine() -> dict[str, str]:
 def finish(
     run: Run, measured: Callable[[], Iterable[Record]], *, docs: bool = False, keep: bool = True
 ) -> None:
-    """Measure everything, then print and keep it; exits with 1 and no figure on a red check."""
+    """Print and keep each record as it comes; on a red check exit with 1, without its figure."""
     if keep:
         run.out.mkdir(parents=True, exist_ok=True)
     if run.quick:
         console.print(f"[bold]{QUICK}[/bold]")
+    records = []
     try:
-        records = list(measured())
+        for record in measured():
+            show(record)
+            if keep:
+                record.save(run.records)
+            records.append(record)
     except AssertionError as complaint:
-        print(f"red, so there are no figures: {complaint}", file=sys.stderr)
+        print(f"red, so there is no figure: {complaint}", file=sys.stderr)
         raise SystemExit(1) from complaint
-    for record in records:
-        show(record)
-        if keep:
-            record.save(run.records)
     if run.quick:
         print(f"\n{QUICK}")
     if docs:

@@ -1,6 +1,7 @@
 """The engines' own servers, in process groups of their own."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from benchmarks.worker import SGLANG_PYTHON
 class Server:
     """`vllm serve` on a free port; ends with its context."""
 
+    ENGINE = "vllm"  # what its metrics' names begin with
+
     def __init__(self, model: Path, log: Path, env: Mapping[str, str], *flags: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -35,7 +38,7 @@ class Server:
 
     def command(self) -> list[str]:
         vllm = str(Path(sys.executable).parent / "vllm")
-        return [vllm, "serve", self.model, "--enforce-eager", "--max-model-len", "4096"]
+        return [vllm, "serve", self.model, "--enforce-eager"]
 
     def __enter__(self) -> Self:
         return self
@@ -59,15 +62,20 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=5) as answer:
             return answer.read().decode()
 
-    def samples(self, name: str) -> list[float]:
-        """The values of a Prometheus sample, one for each set of labels."""
-        lines = self.get("/metrics").splitlines()
-        return [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
+    def samples(self, name: str, label: str) -> dict[str, float]:
+        """The values of a Prometheus sample, by a label."""
+        found = {}
+        for line in self.get("/metrics").splitlines():
+            if line.startswith(f"{name}{{") and (value := re.search(f'{label}="([^"]*)"', line)):
+                found[value[1]] = float(line.rsplit(" ", 1)[1])
+        return found
 
 
 class SGLangServer(Server):
     """`sglang.launch_server`."""
 
+    ENGINE = "sglang"
+
     def command(self) -> list[str]:
         launch = [str(SGLANG_PYTHON.absolute()), "-m", "sglang.launch_server"]
-        return [*launch, "--model-path", self.model, "--max-total-tokens", "40000"]
+        return [*launch, "--model-path", self.model]

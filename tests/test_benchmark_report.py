@@ -69,7 +69,7 @@ def test_a_quick_run_says_so_and_leaves_docs_alone(run, capsys, monkeypatch):
 
 def test_a_quick_record_is_not_rendered(run):
     with pytest.raises(ValueError, match="quick"):
-        render.markdown(answer(replace(run, quick=True)))
+        render.markdown([answer(replace(run, quick=True))])
 
 
 def test_a_full_run_is_published(run, monkeypatch):
@@ -81,18 +81,32 @@ def test_a_full_run_is_published(run, monkeypatch):
     assert written
 
 
-def test_a_red_check_prints_and_keeps_nothing(run, capsys):
+def test_a_red_check_ends_a_run_without_its_figure(run, capsys, monkeypatch):
     def red() -> Iterator[Record]:
         yield answer(run)
         raise RedCheckError("plugin and upstream differ")
+        yield replace(answer(run), name="engines/hosts")
 
+    monkeypatch.setattr(render, "write", lambda: pytest.fail("docs/ written"))
     with pytest.raises(SystemExit) as stopped:
         report.finish(run, red, docs=True)
     assert stopped.value.code == 1
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "red, so there are no figures: plugin and upstream differ" in printed.err
-    assert not list(run.out.rglob("*.json"))
+    assert printed.out.count("How long?") == 1
+    assert "red, so there is no figure: plugin and upstream differ" in printed.err
+    assert [path.name for path in run.out.rglob("*.json")] == ["steps.json"]
+
+
+def test_tables_of_one_question_are_joined(run):
+    def of(engine: str, value: float, command: str) -> Record:
+        rows = {"one client": {engine: value}}
+        record = run.record(f"mtp/over_off/{engine}", "How fast?", "a model", {engine: ""}, rows)
+        return replace(record, command=command)
+
+    block = render.block([of("vLLM", 1.5, "first"), of("SGLang", 1.25, "second")])
+    assert "| How fast? | vLLM | SGLang |" in block
+    assert "| one client | 1.50 | 1.25 |" in block
+    assert block.index("`first`") < block.index("`second`")
 
 
 def test_parts_that_a_run_leaves_out_are_named(run, capsys, monkeypatch):

@@ -44,7 +44,7 @@ def start(model: Path, log: Path, side: str) -> tuple[float, float]:
     """Seconds until ready, and by how much the first request is slower than the second."""
     begin = time.perf_counter()
     env = os.environ | {"QWEN3NEXT_DISABLE": str(int(side == "upstream"))}
-    with Server(model, log, env) as server:
+    with Server(model, log, env, "--max-model-len", "4096") as server:
         server.wait()
         seconds = time.perf_counter() - begin
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")

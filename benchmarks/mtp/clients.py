@@ -1,150 +1,258 @@
-"""Tokens per second that clients get from a server with drafts and without, in any engine."""
+"""Clients of a server with MTP and of one without, in either engine, in turn."""
 
-import asyncio
 import itertools
-import random
+import json
+import os
 import statistics
-import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import openai
 from rich.progress import track
 
-from benchmarks.report import Record, RedCheckError, Run, console
-from benchmarks.server import Server
+from benchmarks.chain_model import answer_of
+from benchmarks.mtp.cases import CASES, Case, Model, Name, load_model
+from benchmarks.mtp.load import Answer, Load
+from benchmarks.report import Record, RedCheckError, Rows, Run, console, text
+from benchmarks.server import Server, SGLangServer
+from benchmarks.worker import SGLANG_PYTHON
 
-OFF, ADAPTIVE = "off", "adaptive"
-CLIENTS = (1, 4, 16)
-CHECKED = 40  # answers compared with those without drafts
-SAME = 0.95  # share of them that must be equal: in bf16, near ties may fall either way
-Rates = dict[tuple[int, str], list[float]]  # (clients, policy) → tokens per second of each round
+OFF, MTP = "off", "MTP"
+ROUNDS = 5  # after one that warms up
+CHECKED, SAME = 24, 0.9  # answers of the shipped checkpoint; with AMX, 3 % differ at near ties
+ACCEPTED = {Model.CHAIN: (0.75, 0.85), Model.REJECTED: (0.0, 0.05)}  # share of drafts, checked
+SEEN = 200  # drafts verified at a position whose share is checked
+VLLM_DRAFTS, SGLANG_DRAFTS = 4, 3
+Drafts = dict[str, tuple[float, float]]  # position → drafts verified, drafts accepted
+Rounds = dict[str, list[float]]  # server → what each round measured
+
+
+class Engine(Enum):
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+    @property
+    def title(self) -> str:
+        return {Engine.VLLM: "vLLM", Engine.SGLANG: "SGLang"}[self]
+
+
+def measure(run: Run, engine: Engine | None = None, case: Name | None = None) -> Iterator[Record]:
+    """One case or all of them, of one engine or both; a quick run takes the first of each."""
+    names = list(CASES) if case is None else [case]
+    for chosen in Engine if engine is None else [engine]:
+        if chosen is Engine.SGLANG and not SGLANG_PYTHON.exists():
+            console.print("clients of SGLang: left out, needs `make setup ENGINE=sglang`")
+        elif engine is None and run.quick and chosen is Engine.SGLANG:
+            console.print("clients of SGLang: left out of --quick, ask for them by --engine sglang")
+        else:
+            asked = names[:1] if run.quick else names
+            for model, group in itertools.groupby(asked, key=lambda name: CASES[name].model):
+                yield from of_model(run, chosen, model, list(group))
+
+
+def of_model(run: Run, engine: Engine, model: Model, names: list[Name]) -> Iterator[Record]:
+    """All cases of one model, with the same two servers."""
+    folder, config = load_model(run, model)
+    with running(run, engine, folder) as servers:
+        if model is Model.TINY:
+            compare_texts(servers, config, quick=run.quick)
+        for name in names:
+            of = Pair(run, engine, name, config, servers)
+            yield from of.first_tokens() if name is Name.FIRST_TOKEN else of.rates()
 
 
 @contextmanager
-def running(
-    start: Callable[[str], Server], policies: Sequence[str], *, together: bool
-) -> Iterator[dict[str, Server]]:
-    """A ready server for each policy; all stop at the end.
-
-    The idle ones sleep while another is measured. Starting them together is quicker, and takes
-    more memory at once.
-    """
+def running(run: Run, engine: Engine, model: Path) -> Iterator[dict[str, Load]]:
+    """A ready server without MTP and one with it; the idle one sleeps."""
+    make = {Engine.VLLM: vllm, Engine.SGLANG: sglang}[engine]
     with ExitStack() as stack:
         servers = {}
-        for policy in policies:
-            servers[policy] = stack.enter_context(start(policy))
-            if not together:
-                wait(policy, servers[policy])
-        for policy, server in servers.items():
-            wait(policy, server)
-        yield servers
+        for side in (OFF, MTP):
+            log = run.out / f"clients-{engine.value}-{side.lower()}.log"
+            servers[side] = stack.enter_context(make(model, log, drafts=side == MTP))
+        with console.status(f"starting {engine.title} twice: {model}"):
+            for server in servers.values():
+                server.wait()
+        yield {side: Load(server) for side, server in servers.items()}
 
 
-def wait(policy: str, server: Server) -> None:
-    with console.status(f"starting the server: {policy}"):
-        server.wait()
+def vllm(model: Path, log: Path, *, drafts: bool) -> Server:
+    speculation = {"method": "mtp", "num_speculative_tokens": VLLM_DRAFTS}
+    flags = ["--max-model-len", "16384", "--kv-cache-memory-bytes", str(1 << 30)]
+    flags += ["--speculative-config", json.dumps(speculation)] if drafts else []
+    return Server(model, log, environment(), *flags, "--stream-interval", "8")
 
 
-def compare(run: Run, name: str, case: str, servers: dict[str, Server]) -> Iterator[Record]:
-    """Check the answers, then measure all policies in turn, each round with the same prompts."""
-    clients = (1, 4) if run.quick else CLIENTS
-    rounds, each, tokens = (2, 2, 48) if run.quick else (5, 6, 128)
-    same = check(servers, CHECKED // 5 if run.quick else CHECKED)
-    console.print(
-        f"check: at least {min(same.values()):.0%} of the answers are those without drafts"
-    )
-    rates: Rates = {}
-    turns = list(itertools.product(range(1 + rounds), clients, servers))
-    for round_, count, policy in track(turns, f"{name}: requests", console=console):
-        rate = throughput(servers[policy], count, each, tokens)
-        if round_:  # the first round warms up
-            rates.setdefault((count, policy), []).append(rate)
-    yield run.record(
-        name,
-        "How fast are answers?",
-        case,
-        dict.fromkeys(servers, "tok/s"),
-        {plural(n): {policy: statistics.median(rates[n, policy]) for policy in servers}
-         for n in clients},
-    )  # fmt: skip
-    drafting = [policy for policy in servers if policy != OFF]
-    yield run.record(
-        f"{name}_over_off",
-        "How much faster than without drafts?",
-        f"{case}; medians of the rounds' ratios",
-        dict.fromkeys(drafting, ""),
-        {plural(n): {policy: over_off(rates, n, policy) for policy in drafting} for n in clients},
-    )
+def sglang(model: Path, log: Path, *, drafts: bool) -> Server:
+    nextn = ("--speculative-algo", "NEXTN", "--speculative-num-steps", str(SGLANG_DRAFTS))
+    flags = ["--context-length", "16384", "--max-total-tokens", "40000", "--enable-metrics"]
+    flags += nextn if drafts else ()
+    return SGLangServer(model, log, environment(), *flags, "--stream-interval", "8")
 
 
-def plural(clients: int) -> str:
-    return f"{clients} client{'s'[: clients > 1]}"
+def environment() -> dict[str, str]:
+    """Threads that wait for work sleep: the other server needs the cores."""
+    return os.environ | {"OMP_WAIT_POLICY": "passive", "QWEN3NEXT_DRAFTS": "adaptive"}
 
 
-def over_off(rates: Rates, clients: int, policy: str) -> float:
-    """The median of the rounds' ratios."""
-    pairs = zip(rates[clients, policy], rates[clients, OFF], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+def compare_texts(servers: dict[str, Load], config: dict[str, Any], *, quick: bool) -> None:
+    """Raise unless nearly all answers with MTP are those without."""
+    requests = CASES[Name.CHECKPOINT].requests(config, 1, "check")
+    batch = list(itertools.islice(requests, CHECKED // 3 if quick else CHECKED))
+    with console.status("check of the answers"):
+        off, mtp = (servers[side].texts(batch) for side in (OFF, MTP))
+    same = statistics.fmean(a == b for a, b in zip(off, mtp, strict=True))
+    if same < SAME:
+        raise RedCheckError(f"only {same:.0%} of the answers with MTP are those without")
+    console.print(f"check: {same:.0%} of {len(batch)} answers with MTP are those without")
 
 
-def prompts() -> Iterator[str]:
-    """Beginnings of Python source, over and over."""
-    source = Path(textwrap.__file__).read_text()
-    return itertools.cycle(source[i : i + 300] for i in range(0, len(source) - 300, 171))
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The clients of one case, at both servers."""
+
+    run: Run
+    engine: Engine
+    name: Name
+    config: dict[str, Any]
+    servers: dict[str, Load]
+
+    @property
+    def case(self) -> Case:
+        return CASES[self.name]
+
+    def rates(self) -> Iterator[Record]:
+        """Tokens per second by number of clients."""
+        counts = self.case.clients[:2] if self.run.quick else self.case.clients
+        before = drafts(self.servers[MTP].server)
+        found = self.in_turn({f"{n} client{'s'[: n > 1]}": partial(self.rate, n) for n in counts})
+        self.check_drafts(before)
+        title, said = self.case.title, f"{self.engine.title}, {self.case.said}"
+        yield self.record("mtp/clients", "How fast are answers?", said, "tok/s", medians(found))
+        yield self.record(
+            "mtp/over_off",
+            "How many times as fast are answers with MTP?",
+            self.method,
+            "",
+            self.ratios({f"{title}, {row}": rounds for row, rounds in found.items()}),
+        )
+
+    def first_tokens(self) -> Iterator[Record]:
+        """Milliseconds until the first token by length of the prompt."""
+        lengths = self.case.prompt
+        found = self.in_turn(
+            {f"prompt of {n:,} tokens": partial(self.first_token, n) for n in lengths}
+        )
+        said = f"{self.engine.title}, {self.case.said}"
+        yield self.record(
+            "mtp/clients", "How long until the first token?", said, "ms", medians(found)
+        )
+        yield self.record(
+            "mtp/over_off",
+            "How many times as long is it until the first token with MTP?",
+            self.method,
+            "",
+            self.ratios(found),
+        )
+
+    @property
+    def method(self) -> str:
+        return f"through HTTP, bf16, greedy; medians of {self.rounds} rounds' ratios, and ranges"
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.run.quick else ROUNDS
+
+    def in_turn(self, rows: dict[str, Callable[[Load, str], float]]) -> dict[str, Rounds]:
+        """What each row measures of each server, round by round, without the first round."""
+        found: dict[str, Rounds] = {row: {side: [] for side in self.servers} for row in rows}
+        said = f"{self.engine.title}, {self.name.value}"
+        turns = list(itertools.product(range(1 + self.rounds), rows))
+        for round_, row in track(turns, said, console=console):
+            sides = list(self.servers)[:: -1 if round_ % 2 else 1]
+            pair = {side: rows[row](self.servers[side], f"{row} {round_}") for side in sides}
+            line = (
+                f"{said}, {row}: {pair[OFF]:.4g} → {pair[MTP]:.4g}, × {pair[MTP] / pair[OFF]:.3f}"
+            )
+            console.print(line if round_ else f"{line} (warming up)", highlight=False)
+            for side in pair if round_ else ():
+                found[row][side].append(pair[side])
+        return found
+
+    def rate(self, clients: int, load: Load, seed: str) -> float:
+        """Tokens per second of so many clients, in one turn."""
+        requests = self.case.requests(self.config, clients, seed)
+        whole = self.case.whole and clients == 1
+        seconds = self.case.seconds / (3 if self.run.quick else 1)
+        rate, answers = load.rate(requests, clients, seconds, whole=whole)
+        self.check_texts(answers)
+        return rate
+
+    def first_token(self, length: int, load: Load, seed: str) -> float:
+        """Milliseconds until the first token after a prompt of this length."""
+        case = replace(self.case, prompt=(length, length))
+        seconds, answer = load.first_token(next(case.requests(self.config, 1, seed)))
+        self.check_texts([answer])
+        return 1e3 * seconds
+
+    def check_texts(self, answers: list[Answer]) -> None:
+        """Raise unless all answers, also cut-off ones, are those that the chain model must give."""
+        if self.case.model is Model.TINY:
+            return  # compare_texts has checked
+        for answer in answers:
+            words, request = answer.text.split(), answer.request
+            right = answer_of(self.config, request.prompt, request.tokens)
+            complete = answer.tokens == request.tokens
+            if words != right[: len(right) if complete else len(words)]:
+                raise RedCheckError(f"{self.engine.title}: an answer is not the model's chain")
+
+    def check_drafts(self, before: Drafts) -> None:
+        """Raise unless the share of accepted drafts is what the model is made for."""
+        after = drafts(self.servers[MTP].server)
+        shares = {}
+        for position, (verified, accepted) in sorted(after.items()):
+            seen, right = verified - before[position][0], accepted - before[position][1]
+            if seen >= SEEN:
+                shares[position] = right / seen
+        said = ", ".join(f"{share:.3f}" for share in shares.values()) or "too few to say"
+        console.print(f"check: drafts accepted by position: {said}")
+        least, most = ACCEPTED.get(self.case.model, (0, 1))
+        for position, share in shares.items():
+            if not least <= share <= most:
+                raise RedCheckError(f"{share:.1%} of the drafts at {position} are accepted")
+        if least and not shares:
+            raise RedCheckError("too few drafts to say how many are accepted")
+
+    def ratios(self, found: dict[str, Rounds]) -> Rows:
+        """The median of the rounds' ratios, and their range."""
+        title, rows = self.engine.title, {}
+        for row, rounds in found.items():
+            ratios = [mtp / off for off, mtp in zip(rounds[OFF], rounds[MTP], strict=True)]
+            spread = f"{text(min(ratios))}–{text(max(ratios))}"
+            rows[row] = {title: statistics.median(ratios), f"{title}, rounds": spread}
+        return rows
+
+    def record(self, name: str, question: str, said: str, unit: str, rows: Rows) -> Record:
+        units = dict.fromkeys(next(iter(rows.values())), unit)
+        where = f"{name}/{self.engine.value}/{self.name.value}"
+        return self.run.record(where, question, said, units, rows)
 
 
-def ask(server: Server, batch: Sequence[str], tokens: Sequence[int], clients: int) -> list[str]:
-    """Answers to all prompts, of the given lengths, by so many clients at once."""
-
-    async def all_of_them() -> list[str]:
-        limit = asyncio.Semaphore(clients)
-        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none") as client:
-
-            async def one(prompt: str, length: int) -> str:
-                async with limit:
-                    answer = await client.completions.create(
-                        model=server.model,
-                        prompt=prompt,
-                        max_tokens=length,
-                        temperature=0,
-                        extra_body={"ignore_eos": True},
-                    )
-                return answer.choices[0].text
-
-            return await asyncio.gather(*map(one, batch, tokens))
-
-    return asyncio.run(all_of_them())
-
-
-def check(servers: dict[str, Server], count: int) -> dict[str, float]:
-    """Share of each policy's answers that equal those without drafts; raises if it is too low."""
-    batch = list(itertools.islice(prompts(), count))
-    answers = {
-        policy: ask(server, batch, [48] * count, 1)
-        for policy, server in track(servers.items(), "check of the answers", console=console)
+def medians(found: dict[str, Rounds]) -> Rows:
+    return {
+        row: {side: statistics.median(values) for side, values in rounds.items()}
+        for row, rounds in found.items()
     }
-    same = {
-        policy: statistics.fmean(a == b for a, b in zip(found, answers[OFF], strict=True))
-        for policy, found in answers.items()
-    }
-    for policy, share in same.items():
-        if share < SAME:
-            raise RedCheckError(f"{policy}: only {share:.0%} of the answers are as without drafts")
-    return same
 
 
-def throughput(server: Server, clients: int, each: int, tokens: int) -> float:
-    """Tokens per second when so many clients send `each` prompts one after the other.
-
-    Answers are half to one and a half of `tokens` long. With equal lengths, all answers without
-    drafts would end at once, and prompts would be read together only there.
-    """
-    count, chance = clients * each, random.Random(0)
-    batch = list(itertools.islice(prompts(), count))
-    lengths = [chance.randint(tokens // 2, tokens + tokens // 2) for _ in batch]
-    start = time.perf_counter()
-    ask(server, batch, lengths, clients)
-    return sum(lengths) / (time.perf_counter() - start)
+def drafts(server: Server) -> Drafts:
+    """How many drafts were verified and accepted so far, by position."""
+    verified, accepted = (
+        server.samples(f"{server.ENGINE}:qwen3next_drafts_{what}_total", "position")
+        for what in ("verified", "accepted")
+    )
+    return {position: (verified[position], accepted[position]) for position in verified}

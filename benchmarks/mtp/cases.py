@@ -1,0 +1,119 @@
+"""The clients that MTP is measured with: models, prompts, and lengths of answers."""
+
+import argparse
+import difflib
+import itertools
+import json
+import random
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from benchmarks.block_model import CONFIG, LAYERS, TINY
+from benchmarks.chain_model import chain_model, known
+from benchmarks.mtp.load import Request, staggered
+from benchmarks.report import Run
+
+
+class Name(Enum):
+    """Cases, in the order of records and tables."""
+
+    CHECKPOINT = "checkpoint"
+    LONG = "long"
+    PROMPTS = "prompts"
+    FIRST_TOKEN = "first-token"
+    REJECTED = "rejected"
+
+
+class Model(Enum):
+    """What the servers of a case serve."""
+
+    TINY = "the shipped checkpoint"
+    CHAIN = "the chain model"
+    REJECTED = "the chain model, no draft accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Closed-loop clients of one kind. Lengths are from the shortest to the longest."""
+
+    model: Model
+    prompt: tuple[int, int]  # characters of the shipped checkpoint, else tokens
+    answer: tuple[int, int]  # tokens
+    clients: tuple[int, ...]
+    seconds: float  # of each turn, at least
+    title: str
+    said: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether a turn with one client is of whole answers, because prompts weigh much."""
+        return self.answer[0] < self.answer[1]
+
+    def requests(self, config: dict[str, Any], clients: int, seed: str) -> Iterator[Request]:
+        """Endless requests, all different; the same for the same seed."""
+        chance = random.Random(seed)
+        prompts = self.texts(chance) if self.model is Model.TINY else self.chains(config, chance)
+        found = itertools.starmap(Request, zip(prompts, self.lengths(chance), strict=False))
+        return found if self.whole else staggered(found, clients)
+
+    def lengths(self, chance: random.Random) -> Iterator[int]:
+        """Lengths of answers, in pairs that add up to the same, so that turns are alike."""
+        while True:
+            first = chance.randint(*self.answer)
+            yield from (first, sum(self.answer) - first)
+
+    def texts(self, chance: random.Random) -> Iterator[str]:
+        """Pieces of Python source."""
+        source = "".join(Path(m.__file__).read_text() for m in (argparse, difflib, textwrap))
+        while True:
+            length = chance.randint(*self.prompt)
+            begin = chance.randrange(len(source) - length)
+            yield source[begin : begin + length]
+
+    def chains(self, config: dict[str, Any], chance: random.Random) -> Iterator[list[int]]:
+        """Random tokens that the chain model knows."""
+        while True:
+            yield chance.choices(range(known(config)), k=chance.randint(*self.prompt))
+
+
+CASES = {
+    Name.CHECKPOINT: Case(
+        Model.TINY, (200, 1600), (16, 160), (1, 4, 16, 48), 3,
+        "shipped checkpoint",
+        "shipped checkpoint, prompts of 200 to 1,600 characters, answers of 16 to 160 tokens",
+    ),
+    Name.LONG: Case(
+        Model.CHAIN, (64, 64), (256, 256), (1, 4, 8, 16), 6,
+        "long answers",
+        "block model, 80 % accepted, prompts of 64 tokens, answers of 256",
+    ),
+    Name.PROMPTS: Case(
+        Model.CHAIN, (1000, 1000), (16, 160), (1, 8), 10,
+        "long prompts",
+        "block model, 80 % accepted, prompts of 1,000 tokens, answers of 16 to 160",
+    ),
+    Name.FIRST_TOKEN: Case(
+        Model.CHAIN, (1000, 8000), (16, 16), (1,), 0,
+        "first token",
+        "block model, one client, answers of 16 tokens",
+    ),
+    Name.REJECTED: Case(
+        Model.REJECTED, (64, 64), (256, 256), (1, 8), 6,
+        "long answers, rejected",
+        "block model, 0 % accepted, prompts of 64 tokens, answers of 256",
+    ),
+}  # fmt: skip
+
+
+def load_model(run: Run, model: Model) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model, written if it is not there, and its config."""
+    config = json.loads((TINY / "config.json").read_text()) if run.quick else CONFIG
+    if model is Model.TINY:
+        return TINY, config
+    folder = run.records / "chain-model"
+    layers = (folder if run.quick else run.out / "block-model") / LAYERS
+    return chain_model(folder, layers, config, rejected=model is Model.REJECTED), config

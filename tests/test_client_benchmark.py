@@ -1,0 +1,109 @@
+"""The clients' benchmark: its model does what it says, and its clock counts what it says."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.block_model import TINY
+from benchmarks.chain_model import answer_of, chain_model, known, marked, successors
+from benchmarks.mtp.cases import CASES, Name
+from benchmarks.mtp.load import Request, Window, staggered
+from reference import Reference
+
+CONFIG = json.loads((TINY / "config.json").read_text()) | {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_experts": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory) -> dict[str, Reference]:
+    """Both chain models at a small size, each as one file, because transformers reads one."""
+    folder = tmp_path_factory.mktemp("chain")
+    found = {}
+    for rejected in (False, True):
+        model = chain_model(folder, folder / "layers.safetensors", CONFIG, rejected=rejected)
+        together = {}
+        for file in sorted(model.glob("*.safetensors")):
+            together |= load_file(file)
+            file.unlink()
+        save_file(together, model / "model.safetensors", {"format": "pt"})
+        found[model.name] = Reference(model)
+    return found
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    chance = torch.Generator().manual_seed(length)
+    return tuple(torch.randint(known(CONFIG), (length,), generator=chance).tolist())
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_an_answer_is_a_chain(references, length):
+    greedy = references["accepted"].greedy(prompt(length), 40)
+    assert [str(token) for token in greedy] == answer_of(CONFIG, prompt(length), 40)
+
+
+def test_successors_form_one_cycle():
+    after, seen, token = successors(CONFIG).tolist(), set(), 0
+    while token not in seen:
+        seen.add(token)
+        token = after[token]
+    assert seen == set(range(known(CONFIG)))
+
+
+def test_drafts_are_right_but_after_marked_tokens(references):
+    reference = references["accepted"]
+    reference.accepted(prompt(3), 2, 1)  # makes its MTP head
+    wrong, after = set(marked(CONFIG).tolist()), successors(CONFIG).tolist()
+    for seed in range(1, 60):
+        ids = prompt(seed)
+        drafts = reference._mtp.drafts(ids, reference.hidden(ids[:-1]), 3) if seed > 1 else []
+        for before, draft in itertools.pairwise((ids[-1], *drafts)):
+            assert (draft == after[before]) == (before not in wrong)
+
+
+@pytest.mark.parametrize(("model", "least", "most"), [("accepted", 1.5, 2.4), ("rejected", 0, 0.1)])
+def test_share_of_accepted_drafts(references, model, least, most):
+    made, accepted = references[model].accepted(prompt(5), 120, 3)
+    assert least <= accepted / (made / 3) <= most
+
+
+def counted(clients: int, *, whole: bool, seconds: float = 2) -> Window:
+    """Clients in turn receive 5 tokens every second; every answer has 15."""
+    now = itertools.count()
+    window = Window(clients, seconds, whole, now=lambda: next(now))
+    for turn in range(40):
+        window.arrive(turn % clients, 5, first=turn // clients % 3 == 0)
+    return window
+
+
+def test_the_clock_of_one_client_is_of_whole_answers():
+    window = counted(1, whole=True)
+    assert (window.begin, window.end, window.tokens) == (0, 3, 15)
+
+
+def test_the_clock_starts_when_all_clients_have_a_token():
+    window = counted(4, whole=False)
+    assert (window.begin, window.end, window.tokens) == (3, 5, 10)
+    assert window.rate == 5
+
+
+def test_first_answers_are_staggered():
+    requests = staggered(itertools.repeat(Request("", 256)), 4)
+    assert [next(requests).tokens for _ in range(6)] == [64, 128, 192, 256, 256, 256]
+
+
+@pytest.mark.parametrize("name", Name, ids=lambda name: name.value)
+def test_both_servers_get_the_same_requests(name):
+    case = CASES[name]
+    one, two, other = (case.requests(CONFIG, 4, seed) for seed in ("1", "1", "2"))
+    batch = list(itertools.islice(one, 12))
+    assert batch == list(itertools.islice(two, 12))
+    assert batch != list(itertools.islice(other, 12))
+    for request in batch[4:]:
+        assert case.answer[0] <= request.tokens <= case.answer[1]
+        assert case.prompt[0] <= len(request.prompt) <= case.prompt[1]
