@@ -24,7 +24,6 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.mtp.acceptance import KEEP, KEEP_ALL, Acceptance
 from qwen3next_plugin.mtp.costs import Costs, Table
-from qwen3next_plugin.mtp.pending import MAX_PENDING
 
 MARGIN = 0.02  # gain in tokens per second for which the plan changes
 BUDGET = 0.01  # share of time that trials may cost
@@ -39,8 +38,12 @@ RECENT = 0.05  # weight of the last step in the share of steps that read prompts
 class Policy(Protocol):
     """Chooses draft lengths; the engine reports what each step did and took."""
 
-    def lengths(self, requests: Sequence[str]) -> list[int]:
-        """Draft length of each request of the batch, for the draft that is made now."""
+    def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
+        """Draft length of each request of the batch, for the draft that is made now.
+
+        `pending`: tokens of each request that the MTP layer reads first if the request drafts,
+        besides those of the step that just ended.
+        """
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
         """The step accepted the first `accepted` of the request's `drafted` tokens."""
@@ -64,7 +67,7 @@ class Fixed:
 
     length: int
 
-    def lengths(self, requests: Sequence[str]) -> list[int]:
+    def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         return [self.length] * len(requests)
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
@@ -126,6 +129,11 @@ def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
     return plans
 
 
+def pending_tokens(pending: Sequence[int], plan: Plan) -> int:
+    """How many pending tokens the MTP layer reads first with this plan."""
+    return sum(tokens for tokens, n in zip(pending, plan.lengths, strict=True) if n)
+
+
 class Adaptive:
     """Draft lengths for the most expected tokens per second, from what was observed."""
 
@@ -136,8 +144,7 @@ class Adaptive:
         self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
         self._requests: dict[str, Acceptance] = {}
         self._last: list[int] = []  # lengths
-        self._idle: dict[str, int] = {}  # request of the batch → steps since its last draft
-        self._pending = 0  # about how many pending tokens the current draft takes in first
+        self._pending = 0  # how many pending tokens the current draft takes in first
         self._timed, self._untimed = True, 0.0  # was the last step timed; share that was not
         # The plan, and trials of others. A plan is known by its number of drafting passes; the
         # plan that drafts for one request alone has the number max_draft + 1.
@@ -152,7 +159,7 @@ class Adaptive:
         """Nothing was drafted yet, so the costs of drafts are guesses."""
         return not any(self._tried[1:])
 
-    def lengths(self, requests: Sequence[str]) -> list[int]:
+    def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         """Draft length of each request of the batch, for the draft that is made now."""
         self._step += 1
         if not requests:
@@ -166,10 +173,10 @@ class Adaptive:
         if not plan.passes and not self.uniform:
             # Drafting for all would first take in their pending tokens: offer one request alone.
             plans.append(self._alone(requests, chances, table))
-        catch_up = [table.pending * self._pending_tokens(requests, p) for p in plans]
+        catch_up = [table.pending * pending_tokens(pending, p) for p in plans]
         plan = self._try(plans, plan, catch_up)
-        self._pending = self._pending_tokens(requests, plan)
-        self._note(requests, plan.lengths)
+        self._pending = pending_tokens(pending, plan)
+        self._last = plan.lengths
         return plan.lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
@@ -225,19 +232,6 @@ class Adaptive:
         self._untimed += ((not self._timed) - self._untimed) * RECENT
         self._timed = False
         return self._untimed
-
-    def _pending_tokens(self, requests: Sequence[str], plan: Plan) -> int:
-        """About how many pending tokens the drafter takes in first with this plan."""
-        return sum(self._idle.get(r, 0) for r, n in zip(requests, plan.lengths, strict=True) if n)
-
-    def _note(self, requests: Sequence[str], lengths: list[int]) -> None:
-        """Remember the decision and which requests skip the drafter."""
-        idle = {r: self._idle.get(r, 0) for r in requests}
-        self._idle = {
-            r: 0 if n else min(MAX_PENDING, idle[r] + 1)
-            for r, n in zip(requests, lengths, strict=True)
-        }
-        self._last = lengths
 
     def _alone(
         self, requests: Sequence[str], chances: Sequence[Sequence[float]], table: Table

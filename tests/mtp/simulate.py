@@ -86,7 +86,8 @@ class Request:
     name: str
     runs: Run
     done: int = 0
-    pending: int = 0  # tokens that the drafter has not seen
+    pending: int = 0  # tokens of earlier steps that the drafter has not seen
+    committed: int = 0  # tokens of the step that just ended
     drafted: int = 0
     fresh: bool = True  # its prompt is read in this step
 
@@ -128,7 +129,7 @@ class Server:
             self.policy.observe_verify(r.name, r.drafted, accepted)
         tokens = min(1 + accepted, len(r.runs) - r.done)
         r.done += tokens
-        r.pending += self.trace.prompt if r.fresh else tokens
+        r.committed = self.trace.prompt if r.fresh else tokens
         self.result.tokens += tokens
         if r.done == len(r.runs):
             self.policy.forget(r.name)
@@ -138,11 +139,12 @@ class Server:
         self.active = [r for r in self.active if r.done < len(r.runs)]
         if not self.active:
             return 0.0
-        lengths = self.policy.lengths([r.name for r in self.active])
+        requests, pending = [r.name for r in self.active], [r.pending for r in self.active]
+        lengths = self.policy.lengths(requests, pending)
         self.result.lengths.append(lengths)
         fed, fresh = 0, False
         for r, length in zip(self.active, lengths, strict=True):
-            r.drafted = length
+            r.drafted, r.pending = length, r.pending + r.committed
             if length or r.fresh or r.pending > MAX_PENDING:
                 fed, r.pending = fed + r.pending, 0
             fresh, r.fresh = fresh or r.fresh, False

@@ -19,8 +19,8 @@ SHAPE = Shape(
 
 
 def test_fixed():
-    assert Fixed(2).lengths(["a", "b"]) == [2, 2]
-    assert Fixed(0).lengths([]) == []
+    assert Fixed(2).lengths(["a", "b"], [0, 0]) == [2, 2]
+    assert Fixed(0).lengths([], []) == []
 
 
 @settings(deadline=None)
@@ -29,8 +29,9 @@ def test_lengths_are_within_bounds_and_a_function_of_what_was_observed(data, k):
     one, two = Adaptive(k, Costs(SHAPE)), Adaptive(k, Costs(SHAPE))
     for _ in range(data.draw(st.integers(1, 15))):
         requests = data.draw(st.lists(st.sampled_from("abcdefgh"), unique=True))
-        lengths = one.lengths(requests)
-        assert lengths == two.lengths(requests)
+        pending = data.draw(st.tuples(*[st.integers(0, 2000)] * len(requests)))
+        lengths = one.lengths(requests, pending)
+        assert lengths == two.lengths(requests, pending)
         assert len(lengths) == len(requests)
         assert all(0 <= length <= k for length in lengths)
         seconds = data.draw(st.floats(1e-6, 1e3))
@@ -46,7 +47,7 @@ def test_lengths_are_within_bounds_and_a_function_of_what_was_observed(data, k):
 def test_a_forgotten_request_leaves_nothing():
     policy = Adaptive(3, Costs(SHAPE))
     for i in range(10_000):
-        policy.lengths([f"r{i}"])
+        policy.lengths([f"r{i}"], [0])
         policy.observe_verify(f"r{i}", 3, i % 4)
         policy.forget(f"r{i}")
     assert policy.snapshot()["requests"] == 0
@@ -58,7 +59,7 @@ def test_uniform_lengths_are_one_length(data, k):
     policy = Adaptive(k, Costs(SHAPE), uniform=True)
     for _ in range(data.draw(st.integers(1, 15))):
         requests = data.draw(st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1))
-        lengths = policy.lengths(requests)
+        lengths = policy.lengths(requests, [0] * len(requests))
         assert len(set(lengths)) == 1
         assert 0 <= lengths[0] <= k
         accepted = data.draw(st.integers(0, k))
@@ -72,7 +73,7 @@ def test_uniform_lengths_follow_what_is_accepted():
         policy = Adaptive(3, Costs(SHAPE), uniform=True)
         chosen = []
         for _ in range(400):
-            length = policy.lengths(["a", "b"])[0]
+            length = policy.lengths(["a", "b"], [0, 0])[0]
             chosen.append(length)
             for request in "ab":
                 policy.observe_verify(request, length, length if right else 0)

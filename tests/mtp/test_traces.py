@@ -34,9 +34,9 @@ class Watched(Adaptive):
         self.plans: list[int] = []
         self.trials = 0
 
-    def lengths(self, requests: Sequence[str]) -> list[int]:
+    def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         trying = self._left
-        lengths = super().lengths(requests)
+        lengths = super().lengths(requests, pending)
         if not (trying or self._left):
             self.plans.append(max(lengths, default=0))
         elif not trying:

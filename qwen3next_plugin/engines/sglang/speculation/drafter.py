@@ -97,7 +97,9 @@ class Drafter(EagleDraftWorker):
 
     def _choose_lengths(self, rows: list[Row]) -> None:
         """Set how many tokens each request drafts. All ranks use the first rank's decision."""
-        self.next_steps = max(self.policy.lengths([row.request for row in rows]))
+        requests = [row.request for row in rows]
+        pending = [self.pending.count(request) for request in requests]
+        self.next_steps = max(self.policy.lengths(requests, pending))
         group = get_parallel().tp_group
         if group.world_size > 1:
             self.next_steps = int(group.broadcast(torch.tensor([self.next_steps]), src=0))

@@ -124,7 +124,8 @@ class Drafter(EagleProposer):
         drafting = [row for row in rows if not row.prefilling]
         if not drafting:
             return
-        lengths = self.policy.lengths([row.request for row in drafting])
+        requests = [row.request for row in drafting]
+        lengths = self.policy.lengths(requests, [self.pending.count(r) for r in requests])
         group = get_tp_group()
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
