@@ -219,8 +219,8 @@ def test_estimates_are_near_what_was_measured(server):
 
 
 def test_one_page_a_request_and_layer_while_it_runs(server):
-    stream = server.client.completions.create(
-        model=server.model, prompt=PROMPTS[0], max_tokens=400, temperature=0, stream=True,
+    stream = server.client.completions.create(  # long enough to be still running at the check
+        model=server.model, prompt=PROMPTS[0], max_tokens=2000, temperature=0, stream=True,
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     chunks = iter(stream)
