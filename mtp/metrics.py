@@ -1,13 +1,24 @@
-"""Metrics: what drafting does and costs, written by one process and read by another.
+"""Metrics: what drafting does and costs, the same figures in every engine.
 
-An engine drafts in one process and serves its metrics from another. Both map the same page of
-shared memory, the board, which has one number per sample. Writing is one addition: nothing is
-sent, nothing waits, and a reader sees the current value.
+The drafter writes to a board, which has one number per sample. Writing is one addition: nothing is
+sent, and nothing waits. vLLM serves its metrics from another process, so there the board is a page
+of shared memory. In SGLang the scheduler copies the board after each step.
+
+What is counted does not depend on the engine:
+
+- Steps, seconds and drafts are those of the first tensor-parallel rank.
+- A step is timed from the end of the drafting before it to its sampled tokens: the scheduler's work
+  between steps included. Steps that read a prompt, and the first after such a step in SGLang, are
+  neither counted nor timed.
+- A row counts in draft_length if it decodes in the step, also where other rows read prompts.
+- A state page is held by a request from its first step to its end or preemption. Pages that only
+  the prefix cache keeps are free.
 """
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -16,7 +27,7 @@ from typing import Any, Literal
 from qwen3next_plugin.mtp.pending import Row
 from qwen3next_plugin.mtp.policy import Policy
 
-PLAIN, VERIFY, DRAFT, PROMPT = "plain", "verify", "draft", "prompt"
+PLAIN, VERIFY, DRAFT, CATCH_UP = "plain", "verify", "draft", "catch_up"
 ESTIMATES_EVERY = 16  # steps: counted, not timed, because they also refresh the policy's costs
 ESTIMATES = {  # metric → key of the policy's snapshot, and the first index that is shown
     "acceptance": ("acceptance", 0),
@@ -48,6 +59,14 @@ def metrics(k: int) -> tuple[Metric, ...]:
             zero_to_k,
         ),
         Metric(
+            "drafts_verified",
+            "counter",
+            "Draft tokens verified, those after a rejected one left out",
+            "position",
+            one_to_k,
+        ),
+        Metric("drafts_accepted", "counter", "Draft tokens accepted", "position", one_to_k),
+        Metric(
             "steps",
             "counter",
             "Steps that read no prompt: plain, or with drafts to verify",
@@ -57,10 +76,10 @@ def metrics(k: int) -> tuple[Metric, ...]:
         Metric(
             "seconds",
             "counter",
-            "Seconds in such steps (plain, verify), in drafting after them (draft), and in running"
-            " the MTP layer over prompts and drafting for them (prompt)",
+            "Seconds in such steps (plain, verify), in drafting after steps (draft), in drafting"
+            " that first reads tokens that the MTP layer had skipped (catch_up)",
             "kind",
-            (PLAIN, VERIFY, DRAFT, PROMPT),
+            (PLAIN, VERIFY, DRAFT, CATCH_UP),
         ),
         Metric(
             "drafts_skipped",
@@ -164,12 +183,20 @@ class Observer:
             self.policy.observe_step(len(rows), tokens, seconds)
         self._requests.update(row.request for row in rows)
         if self.board is not None:
-            for row in decoding:
-                self.board.add("draft_length", value=row.drafted)
+            self._count_drafts(self.board, Counter((r.drafted, r.accepted) for r in decoding))
             if seconds is not None:
                 kind = VERIFY if tokens > len(rows) else PLAIN
                 self.board.add("steps", value=kind)
                 self.board.add("seconds", seconds, kind)
+
+    def _count_drafts(self, board: Board, rows: Mapping[tuple[int, int], int]) -> None:
+        """Count rows by how many tokens they drafted, and how many of these were accepted."""
+        for (drafted, accepted), count in rows.items():
+            board.add("draft_length", count, drafted)
+            for position in range(1, min(accepted + 1, drafted) + 1):
+                board.add("drafts_verified", count, position)
+            for position in range(1, accepted + 1):
+                board.add("drafts_accepted", count, position)
 
     def observe_draft(self, rows: Sequence[Row], *, passes_seconds: float, seconds: float) -> None:
         """Drafting after a step has ended.
@@ -182,9 +209,10 @@ class Observer:
         if passes and not reads_prompt:
             self.policy.observe_draft(len(rows), passes, passes_seconds)
         if self.board is not None:
-            self.board.add("seconds", seconds, PROMPT if reads_prompt else DRAFT)
-            self.board.add("drafts_skipped", len(rows) - len(fed))
-            self.board.add("tokens_caught_up", sum(row.caught_up for row in fed))
+            caught_up = sum(row.caught_up for row in fed)
+            self.board.add("seconds", seconds, CATCH_UP if caught_up or reads_prompt else DRAFT)
+            self.board.add("drafts_skipped", sum(r.continues and r.fed is None for r in rows))
+            self.board.add("tokens_caught_up", caught_up)
             self._refresh_estimates(self.board)
 
     def keep_only(self, requests: Set[str]) -> None:
@@ -230,8 +258,8 @@ class LogLine:
         mean = sum(int(n) * count for n, count in lengths.items()) / drafts
         shares = ", ".join(f"{n}: {count / drafts:.0%}" for n, count in lengths.items() if count)
         yield f"mean draft length {mean:.2f} ({shares})"
-        if total := seconds[PLAIN] + seconds[VERIFY] + seconds[DRAFT]:
-            yield f"{seconds[DRAFT] / total:.0%} of decoding time in drafts"
+        if total := sum(seconds.values()):
+            yield f"{(seconds[DRAFT] + seconds[CATCH_UP]) / total:.0%} of decoding time in drafts"
         if all(new["steps"].values()):
             ratio = seconds[VERIFY] / new["steps"][VERIFY] * new["steps"][PLAIN] / seconds[PLAIN]
             yield f"verify step {ratio:.2f} × plain step"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from qwen3next_plugin.mtp.metrics import (
+    CATCH_UP,
     DRAFT,
     PLAIN,
-    PROMPT,
     VERIFY,
     Board,
     LogLine,
@@ -40,7 +40,7 @@ def test_another_process_writes_and_this_one_reads(tmp_path):
     board = create(path, 3)
     board.add("seconds", 1.0, DRAFT)
     subprocess.run([sys.executable, "-c", WRITER, path], check=True)
-    assert board.read("seconds") == {PLAIN: 0, VERIFY: 0, DRAFT: 1.5, PROMPT: 0}
+    assert board.read("seconds") == {PLAIN: 0, VERIFY: 0, DRAFT: 1.5, CATCH_UP: 0}
     assert board.read("acceptance") == {"1": 0.9, "2": 0.8, "3": 0.7}
     path.unlink()
     board.add("drafts_skipped", 2)  # a board outlives its file
@@ -84,9 +84,9 @@ def test_line_of_what_is_new():
     board = Board(3)
     observer = Observer(Fixed(3), board)
     line = LogLine(board)
-    prompt = [row("a", 3, continues=False)]
+    prompt = [row("a", 3, continues=False, fed=None)]
     observer.observe_step(prompt, 9.0)
-    observer.observe_draft(prompt, passes_seconds=9.0, seconds=9.0)
+    observer.observe_draft(prompt, passes_seconds=0.0, seconds=0.0)
     assert line.text() is None  # nothing was decoded
     drafted(observer, [0, 0], seconds=1.0, drafting=0.0)
     drafted(observer, [1, 3], seconds=1.5, drafting=0.5)
@@ -156,14 +156,25 @@ def test_the_board_counts_steps_drafts_and_tokens():
     rows = [row("a", 3, accepted=2, fed=tokens(8, first=3)), row("b", 0, fed=None)]
     observer.observe_step(rows, 1.0)
     observer.observe_draft(rows, passes_seconds=0.25, seconds=0.5)
-    prompt = [row("c", 0, continues=False)]
+    prompt = [row("c", 6, continues=False, fed=None)]  # neither a draft nor one skipped
     observer.observe_step(prompt, 2.0)
-    observer.observe_draft(prompt, passes_seconds=0.25, seconds=4.0)
+    observer.observe_draft(prompt, passes_seconds=0.0, seconds=0.25)
     assert board.read("draft_length") == {"0": 1, "1": 0, "2": 0, "3": 1}
+    assert board.read("drafts_verified") == {"1": 1, "2": 1, "3": 1}  # the third was rejected
+    assert board.read("drafts_accepted") == {"1": 1, "2": 1, "3": 0}
     assert board.read("steps") == {PLAIN: 0, VERIFY: 1}
-    assert board.read("seconds") == {PLAIN: 0, VERIFY: 1.0, DRAFT: 0.5, PROMPT: 4.0}
+    assert board.read("seconds") == {PLAIN: 0, VERIFY: 1.0, DRAFT: 0.25, CATCH_UP: 0.5}
     assert board.read("drafts_skipped") == {"": 1}
     assert board.read("tokens_caught_up") == {"": 5}
+
+
+def test_drafts_after_a_rejected_one_are_not_verified():
+    board = Board(3)
+    observer = Observer(Recorder(), board)
+    accepted = [(3, 0), (3, 3), (2, 1), (2, 2), (1, 0), (0, 0), (3, 0)]
+    observer.observe_step([row(str(i), *each) for i, each in enumerate(accepted)], 1.0)
+    assert board.read("drafts_verified") == {"1": 6, "2": 3, "3": 1}
+    assert board.read("drafts_accepted") == {"1": 3, "2": 2, "3": 1}
 
 
 def test_estimates_are_not_asked_for_in_every_step():
@@ -184,8 +195,8 @@ def test_every_metric_is_in_the_docs():
     rows = {
         name.strip("` "): (kind.strip(), label.strip("` "))
         for line in page.splitlines()
-        if line.startswith("| `vllm:qwen3next_")
+        if line.startswith("| `qwen3next_")
         for _, name, kind, label, *_ in [line.split("|")]
     }
-    ours = {f"vllm:qwen3next_{m.name}": (m.kind, m.label.replace("le", "")) for m in metrics(4)}
+    ours = {f"qwen3next_{m.name}": (m.kind, m.label.replace("le", "")) for m in metrics(4)}
     assert rows == ours

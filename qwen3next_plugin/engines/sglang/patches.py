@@ -88,6 +88,18 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     return Worker
 
 
+def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
+    """Report metrics of MTP where our worker drafts."""
+    from qwen3next_plugin.engines.sglang.metrics import MetricsReporter
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+
+    host(scheduler)
+    if isinstance(scheduler.draft_worker, Worker):
+        # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
+        scheduler.metrics_reporter.__class__ = MetricsReporter
+        scheduler.metrics_reporter.begin(scheduler.draft_worker.draft_worker.observer.board)
+
+
 def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
     """Refuse what cannot be served, fill in a default, and log what serves.
 
@@ -269,6 +281,14 @@ ON_CPU: tuple[Entry, ...] = (
         reason="drafts have the length that pays",
         versions=VERSIONS,
         remove_when="SGLang asks an in-tree platform for its worker",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.init_metrics_reporter",
+        parameters=("self",),
+        function=choose_reporter,
+        reason="SGLang's reporter knows neither draft lengths nor state pages",
+        versions=VERSIONS,
+        remove_when="the reporter's class can be given",
     ),
     Patch(
         target="sglang.srt.speculative.eagle_utils._verify_uses_greedy",

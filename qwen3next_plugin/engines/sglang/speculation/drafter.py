@@ -25,7 +25,7 @@ from sglang.srt.speculative.eagle_utils import (
 )
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
-from qwen3next_plugin.mtp.metrics import Observer
+from qwen3next_plugin.mtp.metrics import Board, Observer
 from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Row
 from qwen3next_plugin.mtp.policy import Policy, make_policy
 
@@ -43,7 +43,7 @@ class Drafter(EagleDraftWorker):
         """Add what is ours to a draft worker that SGLang has built."""
         config = self.target_worker.model_runner.model.config
         self.policy = make_policy(config, self.speculative_num_steps, uniform=True)
-        self.observer = Observer(self.policy)  # the plugin adds nothing to SGLang's metrics
+        self.observer = Observer(self.policy, Board(self.speculative_num_steps))
         self.pending = Pending()
         self.rows = []
         self.next_steps = self.speculative_num_steps

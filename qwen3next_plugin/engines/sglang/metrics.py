@@ -1,0 +1,109 @@
+"""Metrics of drafting on SGLang's /metrics (with --enable-metrics), and the log line.
+
+SGLang's processes share the metrics of prometheus_client through files, its multiprocess mode. So
+the scheduler's process, in which the drafter runs, has nothing to send: the drafter writes to a
+board (mtp/metrics.py), and after each step the reporter copies what changed to those files.
+"""
+
+from collections.abc import Callable
+from math import isnan, nan
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
+
+from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.mtp.metrics import Board, LogLine, Metric
+
+PREFIX = "sglang:qwen3next_"
+
+
+class MetricsReporter(SchedulerMetricsReporter):
+    """SGLang's reporter with metrics of MTP. `begin` follows its construction."""
+
+    board: Board
+    log_line: LogLine
+    publisher: "MetricsPublisher | None"  # None: SGLang serves no metrics of this rank
+
+    def begin(self, board: Board) -> None:
+        """Report what the drafter writes to `board`."""
+        self.board, self.log_line = board, LogLine(board)
+        served = self.current_scheduler_metrics_enabled
+        self.publisher = MetricsPublisher(board, self.metrics_collector.labels) if served else None
+
+    def log_batch_result_stats(self, batch: Any, result: Any) -> None:
+        """Report as SGLang does after each step, then write metrics and the log line."""
+        super().log_batch_result_stats(batch, result)
+        self.board.set("state_pages", [self.state_pages()])
+        if self.publisher is not None:
+            self.publisher.publish()
+        if batch.forward_mode.is_decode():
+            self._log()
+
+    def state_pages(self) -> int:
+        """State pages that requests hold, by SGLang's accounting; cached pages are free."""
+        pool, cache = self.scheduler.req_to_token_pool, self.scheduler.tree_cache
+        held = pool.mamba_pool.size - pool.mamba_allocator.available_size()
+        if cache.supports_mamba():
+            held -= cache.mamba_evictable_size() + cache.mamba_protected_size()
+        return held * pool.mamba_pool.num_mamba_layers
+
+    def _log(self) -> None:
+        """Log at the interval of SGLang's decode statistics, and only if something was decoded."""
+        due = self.forward_ct_decode % self.decode_log_interval == 0
+        if due and self.is_stats_logging_rank and (text := self.log_line.text()):
+            logger.info(text)
+
+
+class MetricsPublisher:
+    """Copies a board to metrics of prometheus_client."""
+
+    def __init__(self, board: Board, labels: dict[str, Any]) -> None:
+        self.board = board
+        families = {name: family(metric, labels) for name, metric in board.metrics.items()}
+        self.shown: list[float] = []  # the number of each sample, as it was copied last
+        self.show: list[Callable[[float, float], None]] = []
+        for name, value in board.index:
+            metric = board.metrics[name]
+            self.shown.append(nan if metric.kind == "gauge" else 0)
+            self.show.append(sample(families[name], metric, labels, value))
+
+    def publish(self) -> None:
+        """Copy the numbers that changed."""
+        for i, before in enumerate(self.shown):
+            number = self.board.numbers[i]
+            if number != before and not isnan(number):  # NaN: not known yet
+                self.show[i](number, before)
+                self.shown[i] = number
+
+
+def family(metric: Metric, labels: dict[str, Any]) -> Any:
+    """A metric without samples."""
+    # prometheus_client decides by a variable that SGLang sets at start whether to use files.
+    from prometheus_client import Counter, Gauge, Histogram
+
+    name = PREFIX + metric.name
+    if metric.kind == "histogram":
+        return Histogram(name, metric.help, list(labels), buckets=list(map(int, metric.values)))
+    names = [*labels, metric.label] if metric.label else list(labels)
+    if metric.kind == "counter":
+        return Counter(name, metric.help, names)
+    return Gauge(name, metric.help, names, multiprocess_mode="mostrecent")
+
+
+def sample(
+    family: Any, metric: Metric, labels: dict[str, Any], value: str
+) -> Callable[[float, float], None]:
+    """A function that shows a new number of one sample, given the one before it."""
+    if metric.kind == "histogram":
+        histogram = family.labels(**labels)
+
+        def observe(number: float, before: float) -> None:
+            for _ in range(round(number - before)):
+                histogram.observe(int(value))
+
+        return observe
+    labels = labels | {metric.label: value} if metric.label else labels
+    if metric.kind == "counter":
+        counter = family.labels(**labels)
+        return lambda number, before: counter.inc(number - before)
+    return lambda number, _: family.labels(**labels).set(number)  # no sample before the first
