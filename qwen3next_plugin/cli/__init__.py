@@ -1,11 +1,11 @@
-"""The `qwen3next` command: what runs here (`doctor`), what fits (`plan`), kernels (`warmup`)."""
+"""The `qwen3next` command: what runs here, what fits, GPU kernels, what a server does."""
 
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from qwen3next_plugin.cli import doctor, plan, warmup
+from qwen3next_plugin.cli import doctor, plan, warmup, watch
 
 
 class _Commands(TyperGroup):
@@ -53,3 +53,10 @@ app.command(
         " --arch sm_90 --tp 4 --num-speculative-tokens 3[/]."
     ),
 )(warmup.warmup)
+app.command(
+    epilog=(
+        "Example: [bold]qwen3next watch http://localhost:8000[/]. vLLM needs no flag but MTP's own"
+        " --speculative-config, SGLang --enable-metrics with NEXTN. Exit status 1 if the server has"
+        " no such metrics, or goes away."
+    ),
+)(watch.watch)

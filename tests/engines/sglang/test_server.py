@@ -26,6 +26,7 @@ from engines.clients import (
     streamed_chat,
     usage_by_limit,
 )
+from engines.figures import check_drafts, check_log, check_pages, check_shown
 from engines.process import WORKERS
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Server
@@ -247,3 +248,29 @@ def test_metrics_and_log_agree_with_the_answers_on_what_was_accepted(server):
     mean = sum(map(float, lines)) / len(lines)
     assert mean == pytest.approx((steps + accepted) / steps, abs=0.1)
     assert after["sglang:spec_accept_length"] == pytest.approx(float(lines[-1]), abs=0.006)
+
+
+def test_counts_of_drafts_agree_with_the_answers(server):
+    check_drafts(server, "sglang", k=STEPS)
+
+
+def test_one_page_a_request_and_layer_while_it_runs(server):
+    check_pages(server, "sglang")
+
+
+def test_time_is_spent_once(server):
+    began, before = time.monotonic(), server.metrics()
+    complete(server, PROMPTS[0], 400, extra_body={"ignore_eos": True})
+    elapsed, after = time.monotonic() - began, server.metrics()
+    gained = {name: value - before[name] for name, value in after.items() if "qwen3next" in name}
+    assert elapsed / 2 < gained["sglang:qwen3next_seconds_total"] < elapsed
+    steps = gained["sglang:qwen3next_draft_length_count"]
+    assert gained["sglang:qwen3next_steps_total"] == pytest.approx(steps, abs=1)
+
+
+def test_dashboard_and_watch_find_what_they_show(server):
+    check_shown(server, "sglang", k=STEPS)
+
+
+def test_a_line_of_metrics_in_the_log(server):
+    check_log(server)

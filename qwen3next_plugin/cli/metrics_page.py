@@ -1,0 +1,124 @@
+"""The metrics page of a running server, and what each engine calls its figures."""
+
+import http.client
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
+
+TIMEOUT_S = 5
+
+
+class MetricsError(RuntimeError):
+    """There is nothing to watch; says what is missing and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine's names of what it counts itself, and the flags that our metrics need."""
+
+    name: str
+    prefix: str
+    generated: tuple[str, str]  # sample, value of its label `mode`
+    prompt: tuple[str, str]
+    running: str
+    waiting: str
+    fix: str
+
+
+ENGINES = (
+    Engine(
+        name="vLLM",
+        prefix="vllm:",
+        generated=("generation_tokens_total", ""),
+        prompt=("prompt_tokens_total", ""),
+        running="num_requests_running",
+        waiting="num_requests_waiting",
+        fix='start it with --speculative-config \'{"method": "mtp", "num_speculative_tokens": 4}\','
+        " with one API server, on a CPU",
+    ),
+    Engine(
+        name="SGLang",
+        prefix="sglang:",
+        # Its other counts of tokens grow only when a request ends.
+        generated=("realtime_tokens_total", "decode"),
+        prompt=("realtime_tokens_total", "prefill_compute"),
+        running="num_running_reqs",
+        waiting="num_queue_reqs",
+        fix="start it with --enable-metrics --speculative-algo NEXTN --speculative-num-steps 3,"
+        " on a CPU",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The metrics of a server at one moment."""
+
+    engine: Engine
+    samples: list["Sample"]
+    seconds: float
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """The sum of an engine's samples that have these labels; None if there is none."""
+        name = self.engine.prefix + name
+        found = [
+            s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
+        ]
+        return sum(found) if found else None
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """The values of one of our samples by one label."""
+        name, sums = f"{self.engine.prefix}qwen3next_{name}", dict[str, float]()
+        for s in self.samples:
+            if s.name == name:
+                sums[s.labels[label]] = sums.get(s.labels[label], 0) + s.value
+        return sums
+
+    @property
+    def model(self) -> str:
+        return next(s.labels["model_name"] for s in self.samples if "qwen3next_" in s.name)
+
+
+def read(address: str) -> Reading:
+    """Ask a server for its metrics.
+
+    Raises:
+        MetricsError: it cannot be reached, or has no metrics of ours.
+    """
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        raise MetricsError(
+            f"{address} answers {error.code} {error.reason}; SGLang has metrics only with"
+            " --enable-metrics"
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise MetricsError(
+            f"{address} cannot be read ({reason}): is the server up, and is this its address?"
+        ) from error
+    return parse(text, address, time.monotonic())
+
+
+def parse(text: str, address: str, seconds: float) -> Reading:
+    """A reading from a page of metrics; raises MetricsError if ours are not there."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        families = text_string_to_metric_families(text)
+        samples = [sample for family in families for sample in family.samples]
+    except ValueError as error:
+        raise MetricsError(f"{address} is not a page of metrics") from error
+    for engine in ENGINES:
+        if any(s.name.startswith(f"{engine.prefix}qwen3next_") for s in samples):
+            return Reading(engine, samples, seconds)
+    for engine in ENGINES:
+        if any(s.name.startswith(engine.prefix) for s in samples):
+            raise MetricsError(f"{engine.name} has no qwen3next metrics there: {engine.fix}")
+    raise MetricsError(f"{address} has metrics, but not those of vLLM or SGLang")

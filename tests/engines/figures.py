@@ -1,0 +1,109 @@
+"""What any engine's metrics must show of a server of the shipped checkpoint with MTP."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from checkpoints import SHIPPED
+from engines.clients import PROMPTS, complete
+from engines.dashboard import check_dashboard
+from engines.server import Server
+
+CONFIG = json.loads((SHIPPED / "config.json").read_text())
+LINEAR_LAYERS = CONFIG["layer_types"].count("linear_attention")
+QWEN3NEXT = Path(sys.executable).with_name("qwen3next")
+LINE = re.compile(
+    r"MTP: mean draft length \d\.\d\d \(\d: \d+%(, \d: \d+%)*\)"
+    r"(, \d+% of decoding time in drafts)?(, verify step \d+\.\d\d × plain step)?"
+    r", \d+ state pages in use"
+)
+
+
+def check_pages(server: Server, engine: str) -> None:
+    """One page a request and linear layer while it runs, none after it."""
+    name = f"{engine}:qwen3next_state_pages"
+    stream = server.client.completions.create(  # long enough to be still running at the check
+        model=server.model, prompt=PROMPTS[0], max_tokens=2000, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    chunks = iter(stream)
+    for _ in range(10):
+        next(chunks)
+    assert server.metrics()[name] == LINEAR_LAYERS
+    for _ in chunks:
+        pass
+    deadline = time.monotonic() + 5  # SGLang counts just after the last chunk has left
+    while server.metrics()[name] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metrics()[name] == 0
+
+
+def check_drafts(server: Server, engine: str, k: int) -> None:
+    """Counts of drafts agree with each other and with how many tokens were answered."""
+    before = drafts(server, engine)
+    for prompt in PROMPTS:
+        complete(server, prompt, extra_body={"ignore_eos": True})
+    after = drafts(server, engine)
+    lengths, verified, accepted = (
+        {value: after[name][value] - before[name][value] for value in after[name]}
+        for name in before
+    )
+    assert list(lengths) == [*map(str, range(k + 1))]
+    assert list(verified) == list(accepted) == [*map(str, range(1, k + 1))]
+    rows, right = sum(lengths.values()), sum(accepted.values())
+    # The first token of an answer is the prompt's; its last step may accept more than has room.
+    assert 0 <= rows + right - 47 * len(PROMPTS) <= k * len(PROMPTS)
+    assert verified["1"] == rows - lengths["0"] > 0
+    for position in range(1, k):
+        assert accepted[str(position)] >= verified[str(position + 1)]
+    assert all(accepted[position] <= verified[position] for position in verified)
+
+
+def drafts(server: Server, engine: str) -> dict[str, dict[str, float]]:
+    """Rows by draft length, verified and accepted drafts by position."""
+    prefix = f"{engine}:qwen3next"
+    buckets = server.by_label(f"{prefix}_draft_length_bucket", "le")
+    assert list(buckets.values()) == sorted(buckets.values())
+    assert list(buckets)[-1] == "+Inf"
+    bounds = list(buckets)[:-1]
+    counts = [buckets[bound] for bound in bounds]
+    lengths = [now - before for now, before in zip(counts, [0, *counts], strict=False)]
+    assert sum(lengths) == buckets["+Inf"]
+    return {
+        "lengths": dict(zip((bound.removesuffix(".0") for bound in bounds), lengths, strict=True)),
+        "verified": server.by_label(f"{prefix}_drafts_verified_total", "position"),
+        "accepted": server.by_label(f"{prefix}_drafts_accepted_total", "position"),
+    }
+
+
+def check_shown(server: Server, engine: str, k: int) -> None:
+    """The dashboard's queries and `qwen3next watch` find everything that they show."""
+    check_dashboard(engine, server.get("/metrics"))
+    client = threading.Thread(target=complete, args=(server, PROMPTS[0], 400))
+    client.start()
+    done = subprocess.run(
+        [QWEN3NEXT, "watch", server.address], capture_output=True, text=True, timeout=60
+    )
+    client.join()
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    shown = {name: (now, total) for name, now, total in rows}
+    assert all(total.endswith("%") for name, (_, total) in shown.items() if "draft" in name)
+    assert sum(name.startswith("acceptance") for name in shown) == k
+    assert sum(name.startswith("draft length") for name in shown) == k + 1
+    counts = drafts(server, engine)
+    share = 100 * counts["accepted"]["1"] / counts["verified"]["1"]
+    assert abs(int(shown["acceptance draft 1"][1].rstrip("%")) - share) < 5  # shown a bit earlier
+    assert int(shown["tokens a second answers"][0]) > 0
+    assert shown["requests waiting"] == ("0", "")
+
+
+def check_log(server: Server) -> None:
+    """The line on drafts is there, and says what it may say."""
+    lines = re.findall(r"MTP: mean.*", server.process.text())
+    assert lines
+    assert all(LINE.fullmatch(line) for line in lines)
