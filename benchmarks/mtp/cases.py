@@ -82,17 +82,17 @@ class Case:
 
 CASES = {
     Name.CHECKPOINT: Case(
-        Model.TINY, (200, 1600), (16, 160), (1, 4, 16, 48), 3,
+        Model.TINY, (200, 1600), (16, 160), (1, 4, 16, 48), 2,
         "shipped checkpoint",
         "shipped checkpoint, prompts of 200 to 1,600 characters, answers of 16 to 160 tokens",
     ),
     Name.LONG: Case(
-        Model.CHAIN, (64, 64), (256, 256), (1, 4, 8, 16), 6,
+        Model.CHAIN, (64, 64), (256, 256), (1, 4, 8, 16), 4,
         "long answers",
         "block model, 80 % accepted, prompts of 64 tokens, answers of 256",
     ),
     Name.PROMPTS: Case(
-        Model.CHAIN, (1000, 1000), (16, 160), (1, 8), 10,
+        Model.CHAIN, (1000, 1000), (16, 160), (1, 8), 6,
         "long prompts",
         "block model, 80 % accepted, prompts of 1,000 tokens, answers of 16 to 160",
     ),
@@ -102,7 +102,7 @@ CASES = {
         "block model, one client, answers of 16 tokens",
     ),
     Name.REJECTED: Case(
-        Model.REJECTED, (64, 64), (256, 256), (1, 8), 6,
+        Model.REJECTED, (64, 64), (256, 256), (1, 8), 4,
         "long answers, rejected",
         "block model, 0 % accepted, prompts of 64 tokens, answers of 256",
     ),

@@ -22,7 +22,7 @@ from benchmarks.server import Server, SGLangServer
 from benchmarks.worker import SGLANG_PYTHON
 
 OFF, MTP = "off", "MTP"
-ROUNDS = 5  # after one that warms up
+ROUNDS = 5
 CHECKED, SAME = 24, 0.9  # answers of the shipped checkpoint; with AMX, 3 % differ at near ties
 ACCEPTED = {Model.CHAIN: (0.75, 0.85), Model.REJECTED: (0.0, 0.05)}  # share of drafts, checked
 SEEN = 200  # drafts verified at a position whose share is checked
@@ -168,19 +168,21 @@ class Pair:
         return 1 if self.run.quick else ROUNDS
 
     def in_turn(self, rows: dict[str, Callable[[Load, str], float]]) -> dict[str, Rounds]:
-        """What each row measures of each server, round by round, without the first round."""
+        """What each row measures of each server, round by round, after one turn to warm up."""
         found: dict[str, Rounds] = {row: {side: [] for side in self.servers} for row in rows}
         said = f"{self.engine.title}, {self.name.value}"
-        turns = list(itertools.product(range(1 + self.rounds), rows))
+        for load in self.servers.values():
+            rows[[*rows][-1]](load, "warm-up")
+        turns = list(itertools.product(range(self.rounds), rows))
         for round_, row in track(turns, said, console=console):
             sides = list(self.servers)[:: -1 if round_ % 2 else 1]
             pair = {side: rows[row](self.servers[side], f"{row} {round_}") for side in sides}
+            for side, value in pair.items():
+                found[row][side].append(value)
             line = (
                 f"{said}, {row}: {pair[OFF]:.4g} → {pair[MTP]:.4g}, × {pair[MTP] / pair[OFF]:.3f}"
             )
-            console.print(line if round_ else f"{line} (warming up)", highlight=False)
-            for side in pair if round_ else ():
-                found[row][side].append(pair[side])
+            console.print(line, highlight=False)
         return found
 
     def rate(self, clients: int, load: Load, seed: str) -> float:
