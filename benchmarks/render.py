@@ -25,7 +25,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = re.compile(
     r"(?P<begin><!-- figures: (?P<names>[^>]+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL
 )
-CLIENTS = re.compile(r"(.+), (\d+) clients?")  # a row's case, and how many
+CLIENTS = re.compile(r"(.+), (\d+)")  # a row's case, and how many
 OURS, THEIRS, LINE = "#4c72b0", "#bbbbbb", "#c44e52"
 
 
@@ -159,7 +159,7 @@ def clients_picture(records: list[Record]) -> None:
                 linestyle=styles[engine],
                 marker="o",
                 markersize=3,
-                capsize=2,
+                elinewidth=0.8,
                 label=f"{engine}, {case}",
             )
         axes.set_xscale("log", base=2)

@@ -34,19 +34,6 @@ class Engine:
         self._abort()
         return times[3:]
 
-    def rate(self, batch: int, steps: int) -> float:
-        """Tokens per second of `batch` requests over `steps` steps without prefill."""
-        for _ in range(batch):
-            self._add(self._prompt(32), 9 * (steps + 4))
-        for _ in range(3):
-            self.engine.step()
-        start, before = time.perf_counter(), self._generated()
-        for _ in range(steps):
-            self.engine.step()
-        rate = (self._generated() - before) / (time.perf_counter() - start)
-        self._abort()
-        return rate
-
     def prefill(self, tokens: int) -> float:
         """Tokens per second of one fresh prompt of `tokens` tokens."""
         self._add(self._prompt(tokens), 1)
@@ -76,10 +63,6 @@ class Engine:
     def peak_memory(self) -> float:
         """Peak resident memory in GB."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-    def _generated(self) -> int:
-        states = self.engine.output_processor.request_states.values()
-        return sum(state.detokenizer.num_output_tokens() for state in states)
 
     def _prompt(self, tokens: int) -> list[int]:
         return [self.random.randrange(2, self.vocabulary) for _ in range(tokens)]

@@ -129,13 +129,15 @@ class Pair:
         """Tokens per second by number of clients."""
         counts = self.case.clients[:2] if self.run.quick else self.case.clients
         before = drafts(self.servers[MTP].server)
-        found = self.in_turn({f"{n} client{'s'[: n > 1]}": partial(self.rate, n) for n in counts})
+        found = self.in_turn({f"{n}": partial(self.rate, n) for n in counts})
         self.check_drafts(before)
         title, said = self.case.title, f"{self.engine.title}, {self.case.said}"
-        yield self.record("mtp/clients", "How fast are answers?", said, "tok/s", medians(found))
+        yield self.record(
+            "mtp/clients", "How fast are answers, by clients?", said, "tok/s", medians(found)
+        )
         yield self.record(
             "mtp/over_off",
-            "How many times as fast are answers with MTP?",
+            "How many times as fast are answers with MTP, by clients?",
             self.method,
             "",
             self.ratios({f"{title}, {row}": rounds for row, rounds in found.items()}),
@@ -144,9 +146,7 @@ class Pair:
     def first_tokens(self) -> Iterator[Record]:
         """Milliseconds until the first token by length of the prompt."""
         lengths = self.case.prompt
-        found = self.in_turn(
-            {f"prompt of {n:,} tokens": partial(self.first_token, n) for n in lengths}
-        )
+        found = self.in_turn({f"prompt of {n:,}": partial(self.first_token, n) for n in lengths})
         said = f"{self.engine.title}, {self.case.said}"
         yield self.record(
             "mtp/clients", "How long until the first token?", said, "ms", medians(found)

@@ -28,31 +28,24 @@ def measure(run: Run) -> Iterator[Record]:
     rounds, steps = (1, 8) if run.quick else (5, 16)
     drafts = (MEMORY_DRAFTS,) if run.quick else DRAFTS
     verify: Floats = {f"k = {k}, batch {batch}": {} for k in drafts for batch in BATCHES}
-    idle: Floats = {}
     peaks: dict[str, float] = {}
-    with start(run, "plugin", 0, "fixed", dtype="float32") as exact:
+    with start(run, "plugin", 0, dtype="float32") as exact:
         noise = Noise(exact.logprobs())
     for side in SIDES:
-        with start(run, side, 0, "fixed") as plain:
+        with start(run, side, 0) as plain:
             noise.check(f"{side}, plain", plain.logprobs())
             for k in drafts:
-                with start(run, side, k, "fixed") as drafting:
+                with start(run, side, k) as drafting:
                     noise.check(f"{side}, k = {k}", drafting.logprobs())
                     for batch in BATCHES:
                         row = over_plain(side, plain, drafting, batch, rounds, steps)
                         verify[f"k = {k}, batch {batch}"] |= row
                     if k == MEMORY_DRAFTS:
                         peaks[side] = drafting.call("peak_memory")
-            if side == "plugin":
-                with start(run, side, max(DRAFTS), "adaptive") as adaptive:
-                    pair = {"off": plain, "adaptive": adaptive}
-                    for batch in BATCHES:
-                        row = rates(pair, batch, rounds, 40 if run.quick else 150)
-                        idle[f"nothing accepted, batch {batch}"] = row
-    yield from records(run, verify, idle, peaks)
+    yield from records(run, verify, peaks)
 
 
-def records(run: Run, verify: Floats, idle: Floats, peaks: dict[str, float]) -> Iterator[Record]:
+def records(run: Run, verify: Floats, peaks: dict[str, float]) -> Iterator[Record]:
     case = f"vLLM, {model_of(run)[1]}, bf16, eager"
     units = dict(UNITS)
     if run.quick:  # the floors are counted for the block model
@@ -63,13 +56,6 @@ def records(run: Run, verify: Floats, idle: Floats, peaks: dict[str, float]) -> 
                 verify[f"k = {k}, batch {batch}"]["floor"] = BLOCK.over_plain(k, batch)
     yield run.record(
         "mtp/steps", "What does a verify step cost, drafting included?", case, units, verify
-    )
-    yield run.record(
-        "mtp/idle",
-        "What do adaptive drafts cost when none is accepted?",
-        case,
-        {"off": "tok/s", "adaptive": "tok/s", "adaptive / off": ""},
-        idle,
     )
     yield run.record(
         "mtp/memory",
@@ -98,14 +84,14 @@ class Noise:
         self.bound = min(self.bound, FARTHER * distance)
 
 
-def start(run: Run, side: str, k: int, drafts: str, **more: str) -> AbstractContextManager[Worker]:
+def start(run: Run, side: str, k: int, **more: str) -> AbstractContextManager[Worker]:
     """An engine that drafts k tokens, or none; in a context."""
     model, _ = model_of(run)
     mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
     asked = flags(model, quick=run.quick, enforce_eager=True, **mtp, **more)
-    log = run.out / f"mtp-{side}-{k}-{drafts}.log"
-    name = f"{side}, k = {k}, {drafts}"
-    return started(Worker(name, asked, log, plugin=side == "plugin", drafts=drafts))
+    log = run.out / f"mtp-{side}-{k}.log"
+    worker = Worker(f"{side}, k = {k}", asked, log, plugin=side == "plugin", drafts="fixed")
+    return started(worker)
 
 
 def over_plain(
@@ -119,12 +105,3 @@ def over_plain(
         f"{side} step": shortest["drafting"],
         side: shortest["drafting"] / shortest["plain"],
     }
-
-
-def rates(pair: dict[str, Worker], batch: int, rounds: int, steps: int) -> dict[str, float]:
-    """Tokens per second of both, and the median ratio of their rounds, after one to warm up."""
-    alternate(pair, 1, "rate", batch=batch, steps=steps)
-    found = alternate(pair, rounds, "rate", batch=batch, steps=steps)
-    ratios = [on / off for off, on in zip(found["off"], found["adaptive"], strict=True)]
-    row = {name: statistics.median(found[name]) for name in pair}
-    return row | {"adaptive / off": statistics.median(ratios)}
