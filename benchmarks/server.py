@@ -1,5 +1,6 @@
 """The engines' own servers, in process groups of their own."""
 
+import json
 import os
 import re
 import signal
@@ -62,6 +63,10 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=5) as answer:
             return answer.read().decode()
 
+    def settle(self) -> None:
+        """Return when nothing runs any more after clients have left in the middle of answers."""
+        time.sleep(0.3)  # they are noticed at once, and the step under way ends
+
     def samples(self, name: str, label: str) -> dict[str, float]:
         """The values of a Prometheus sample, by a label."""
         found = {}
@@ -79,3 +84,17 @@ class SGLangServer(Server):
     def command(self) -> list[str]:
         launch = [str(SGLANG_PYTHON.absolute()), "-m", "sglang.launch_server"]
         return [*launch, "--model-path", self.model]
+
+    def settle(self) -> None:
+        """End what clients have left: SGLang itself goes on for two seconds."""
+        body = json.dumps({"abort_all": True}).encode()
+        abort = urllib.request.Request(f"{self.url}/abort_request", body)
+        abort.add_header("Content-Type", "application/json")
+        urllib.request.urlopen(abort, timeout=5).close()
+        while self.unfinished():
+            time.sleep(0.05)
+
+    def unfinished(self) -> int:
+        """The number of requests that run or wait."""
+        (load,) = json.loads(self.get("/v1/loads"))["loads"]
+        return load["num_running_reqs"] + load["num_waiting_reqs"]

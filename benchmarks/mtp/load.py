@@ -129,6 +129,7 @@ class Load:
                         await task
 
         asyncio.run(run())
+        self.server.settle()
         return window.rate, answers
 
     def first_token(self, request: Request) -> tuple[float, Answer]:
