@@ -21,7 +21,7 @@ from qwen3next_plugin.engines.sglang.model.config import (
     mamba2_cache_params,
 )
 from qwen3next_plugin.engines.sglang.names import is_ours, logger
-from qwen3next_plugin.engines.sglang.speculation import penalties, sampling, verify
+from qwen3next_plugin.engines.sglang.speculation import penalties, verify
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -70,9 +70,10 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
     return HybridBackend(full_attn_backend, GatedDeltaNetBackend(runner), layers)
 
 
-def verify_by_sampling(host: Callable[..., bool], **given: Any) -> bool:
-    """Whether a verification is greedy: decided by its requests, not by the device."""
-    return host(**given | {"is_cpu": False})
+def keep_products(host: Callable[..., None], runner: Any) -> None:
+    """Leave our model's matrix products as they are."""
+    if not is_ours(runner.model_config):
+        host(runner)
 
 
 def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
@@ -275,6 +276,15 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang has an attention backend that drafts on every CPU",
     ),
     Patch(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
+        parameters=("self",),
+        function=keep_products,
+        reason="seeds need --enable-deterministic-inference, for which SGLang replaces products by "
+        "Triton kernels, and dies without a GPU",
+        versions=VERSIONS,
+        remove_when="SGLang has seeds on a CPU",
+    ),
+    Patch(
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
         parameters=("self", "server_args"),
         function=choose_worker,
@@ -291,38 +301,16 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="the reporter's class can be given",
     ),
     Patch(
-        target="sglang.srt.speculative.eagle_utils._verify_uses_greedy",
-        parameters=("is_all_greedy", "is_cpu", "is_hip", "is_xpu", "use_rejection_sampling"),
-        function=verify_by_sampling,
-        reason="SGLang has no CPU kernels to sample with, and verifies greedily at any temperature",
-        versions=VERSIONS,
-        remove_when="it has",
-    ),
-    Patch(
         target="sglang.srt.speculative.eagle_utils.eagle_sample",
         parameters=(
             *("verify_input", "batch", "logits_output", "grammar_mask", "uno_target_max_top_k"),
             *("watermark_state", "watermark_full_mask"),
         ),
         function=verify.sample_as_plain,
-        reason="SGLang's verification limits top_k, top_p and min_p in another order than its "
-        "plain sampler",
+        reason="SGLang verifies greedily on a CPU, whatever the temperature, and elsewhere samples "
+        "with other limits and other seeds than its plain sampler",
         versions=VERSIONS,
-        remove_when="both agree",
-    ),
-    Attribute(
-        target="sglang.srt.speculative.eagle_utils.top_k_renorm_prob",
-        value=sampling.top_k_renorm_prob,
-        reason="SGLang has no CPU version of this function",
-        versions=VERSIONS,
-        remove_when="it has",
-    ),
-    Attribute(
-        target="sglang.srt.speculative.eagle_utils.tree_speculative_sampling_target_only",
-        value=sampling.tree_speculative_sampling_target_only,
-        reason="SGLang has no CPU version of this function",
-        versions=VERSIONS,
-        remove_when="it has",
+        remove_when="SGLang's verification samples what its plain sampler samples",
     ),
     Patch(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",

@@ -82,6 +82,7 @@ SERVED_WITH_DRAFTS_ON_CPU: Served = {
     ),
     "enable_mixed_chunk": ((False,), "a step reads prompts or verifies drafts", LEAVE_OUT),
     "speculative_use_rejection_sampling": ((False,), LOSSLESS, LEAVE_OUT),
+    "watermark_config": ((None,), "the plain sampler verifies drafts", LEAVE_OUT),
     "speculative_adaptive": (
         (False,),
         "drafts already have the length that is fastest (QWEN3NEXT_DRAFTS=adaptive)",

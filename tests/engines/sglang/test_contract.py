@@ -23,6 +23,7 @@ from engines.contract import (
     pairs,
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
+from qwen3next_plugin.engines.sglang.speculation.verify import OF_REQUEST
 from qwen3next_plugin.model.routing import route
 
 HOST = "sglang"
@@ -316,11 +317,13 @@ def test_prompts_graphs_run_the_body_of_either_model(sources, file):
     assert arguments(definition(definition(model, body), "forward"))[:4] == wanted
 
 
-def test_the_verification_samples_by_names_that_ours_replace(sources):
-    names = sources.names("srt/speculative/eagle_utils.py")
-    ours = ast.parse((ENGINES / HOST / "speculation" / "sampling.py").read_text(encoding="utf-8"))
-    public = {node.name for node in ours.body if isinstance(node, ast.FunctionDef)}
-    assert {name for name in public if not name.startswith("_")} <= names
+def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(sources):
+    """Watermarks are refused with drafts; masks of tokens are not offered with drafts."""
+    info = definition(sources.tree("srt/sampling/sampling_batch_info.py"), "SamplingBatchInfo")
+    fields = [node for node in info.body if isinstance(node, ast.AnnAssign)]
+    tensors = {node.target.id for node in fields if "Tensor" in ast.unparse(node.annotation)}
+    left_out = ("watermark_", "sampling_mask_", "sampling_support_", "rids_", "bootstrap_room_")
+    assert {name for name in tensors if not name.startswith(left_out)} == set(OF_REQUEST)
 
 
 def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):

@@ -1,4 +1,4 @@
-"""SGLang's verification, through our hooks, samples from what its plain sampler samples from."""
+"""SGLang's verification, through our patch, gives what its plain sampler gives step by step."""
 
 from types import SimpleNamespace as Bag
 
@@ -7,99 +7,134 @@ import torch
 
 pytest.importorskip("sglang")
 
-from engines.sglang.test_sampling import plain, some_limits
-from engines.sglang.trees import chain, linked
+from engines.sglang.trees import Tree, chain, linked
 
-V, D = 700, 3  # tokens; nodes of each request's chain
+V, D = 700, 4  # tokens; nodes of each request's draft
+TREE = Tree([-1, 0, 0, 1])
 
 
 @pytest.fixture
-def verify(monkeypatch):
-    """Verify drafts [N, D] and return all that the sampling of a tree is given."""
+def host(monkeypatch):
+    """SGLang's plain sampler, and its verification, in a process without a server."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     from sglang.srt import runtime_context
-    from sglang.srt.layers import dp_attention
+    from sglang.srt.layers import sampler
     from sglang.srt.speculative import eagle_utils
 
+    from qwen3next_plugin.engines.sglang.speculation import verify
+
+    group = Bag(world_size=1, device_group=None)
     flags = Bag(
-        speculative_use_rejection_sampling=False,
-        speculative_accept_threshold_single=1.0,
-        speculative_accept_threshold_acc=1.0,
+        deterministic=Bag(rl_on_policy_target=None, enable_deterministic_inference=True),
+        kernel=Bag(sampling_backend="pytorch"),
+        features=Bag(sampling_mask_max_tokens=0),
     )
-    alone = Bag(tp_group=Bag(world_size=1))
-    seen = {}
-
-    def sample(**given):
-        seen.update(given)
-        given["accept_token_num"].zero_()
-
-    monkeypatch.setattr(eagle_utils, "get_spec", lambda: flags)
-    monkeypatch.setattr(runtime_context, "get_parallel", lambda: alone)
-    monkeypatch.setattr(dp_attention, "is_dp_attention_enabled", lambda: False)
-    monkeypatch.setattr(eagle_utils, "tree_speculative_sampling_target_only", sample)
-
-    def run(logits, info, grammar_mask=None, drafts=None):
-        N = len(logits) // D
-        index, first, sibling = linked([chain(D)] * N)
-        verify_input = Bag(
-            draft_token_num=D,
-            max_tree_depth=D,
-            tree_topk=1,
-            draft_token=torch.zeros(N * D).long() if drafts is None else drafts.flatten(),
-            retrieve_index=index,
-            retrieve_next_token=first,
-            retrieve_next_sibling=sibling,
-        )
-        batch = Bag(
-            device="cpu",
-            forward_mode=Bag(is_idle=lambda: False),
-            seq_lens=torch.full((N,), 9),
-            sampling_info=info,
-        )
-        predict, *_ = eagle_utils.eagle_sample(
-            verify_input, batch, Bag(next_token_logits=logits), grammar_mask
-        )
-        assert batch.sampling_info is info
-        return seen | {"predict": predict.view(N, D)}
-
-    return run
+    for module in (runtime_context, sampler):
+        monkeypatch.setattr(module, "get_parallel", lambda: Bag(tp_group=group))
+    monkeypatch.setattr(sampler, "get_exec", lambda: flags)
+    monkeypatch.setattr(sampler, "is_dp_attention_enabled", lambda: False)
+    monkeypatch.setattr(verify, "_sampler", sampler.Sampler)
+    return Bag(Sampler=sampler.Sampler, eagle_sample=eagle_utils.eagle_sample)
 
 
-def sampling(N, top_ks=None, top_ps=None, min_ps=None, temperature=1.0, **options):
-    """The host's own description of a batch's sampling parameters."""
+def verified(host, tree, logits, info, drafts, seq_lens, grammar_mask=None):
+    """(tokens of each request, the logits after it) of a verification of drafts [N, D]."""
+    N = len(drafts)
+    index, first, sibling = linked([tree] * N)
+    depth = torch.tensor([len(tree.ancestors(node)) for node in range(D)])
+    verify_input = Bag(
+        draft_token_num=D,
+        max_tree_depth=D,
+        tree_topk=max(len(tree.children(node)) for node in range(D)),
+        draft_token=drafts.flatten(),
+        positions=(seq_lens[:, None] + depth).flatten(),
+        retrieve_index=index,
+        retrieve_next_token=first,
+        retrieve_next_sibling=sibling,
+    )
+    batch = Bag(
+        device="cpu",
+        forward_mode=Bag(is_idle=lambda: False),
+        seq_lens=seq_lens,
+        sampling_info=info,
+    )
+    output = Bag(next_token_logits=logits.clone())
+    predict, lens, index = host.eagle_sample(verify_input, batch, output, grammar_mask)
+    assert batch.sampling_info is info
+    kept = [predict[row[:n].long()].tolist() for row, n in zip(index, lens, strict=True)]
+    return kept, output.next_token_logits
+
+
+def sampling(N, **options):
+    """The host's own description of a batch's sampling parameters; a seed for each request."""
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-    return SamplingBatchInfo(
-        temperatures=torch.full((N, 1), temperature),
-        top_ks=torch.full((N,), 1 << 30).int() if top_ks is None else top_ks,
-        top_ps=torch.ones(N) if top_ps is None else top_ps,
-        min_ps=torch.zeros(N) if min_ps is None else min_ps,
-        need_top_k_sampling=top_ks is not None,
-        need_top_p_sampling=top_ps is not None,
-        need_min_p_sampling=min_ps is not None,
-        vocab_size=V,
-        device="cpu",
-        **({"is_all_greedy": False, "is_any_greedy": False} | options),
-    )
+    defaults = {
+        "temperatures": torch.full((N, 1), 0.7),
+        "top_ks": torch.full((N,), 1 << 30).int(),
+        "top_ps": torch.ones(N),
+        "min_ps": torch.zeros(N),
+        "sampling_seed": torch.arange(40, 40 + N),
+        "is_all_greedy": False,
+        "is_any_greedy": False,
+        "need_top_k_sampling": "top_ks" in options,
+        "need_top_p_sampling": "top_ps" in options,
+        "need_min_p_sampling": False,
+        "vocab_size": V,
+        "device": "cpu",
+    }
+    return SamplingBatchInfo(**defaults | options)
 
 
-@pytest.mark.parametrize("given", ["k", "p", "m", "kp", "km", "pm", "kpm", ""])
-def test_distribution_is_that_of_plain_decoding(verify, given):
+def plain(host, logits, info, positions):
+    """What a plain step samples from logits [N, V]."""
+    logits = logits.clone()
+    info.apply_logits_bias(logits)
+    return host.Sampler()(Bag(next_token_logits=logits), info, False, [], [], positions)
+
+
+PARAMETERS = {
+    "temperature": lambda N: {},
+    "greedy": lambda N: {"is_all_greedy": True, "is_any_greedy": True},
+    "top_k and top_p": lambda N: {
+        "top_ks": torch.randint(1, 20, (N,)).int(),
+        "top_ps": torch.rand(N) / 2 + 0.4,
+    },
+    "logit_bias": lambda N: {"logit_bias": 9 * torch.randn(N, V)},
+    "penalties": lambda N: {
+        "acc_additive_penalties": 9 * torch.randn(N, V),
+        "acc_scaling_penalties": torch.rand(N, V) + 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+@pytest.mark.parametrize("tree", [chain(D), TREE], ids=["chain", "tree"])
+def test_tokens_are_those_of_plain_steps_with_the_same_seed(host, tree, case):
+    """Drafts are right up to some node, and wrong from there on."""
     torch.manual_seed(4)
-    N, temperature = 9, 0.7
-    chosen = dict(zip("kpm", some_limits(N), strict=True))
-    names = {"k": "top_ks", "p": "top_ps", "m": "min_ps"}
-    info = sampling(N, temperature=temperature, **{names[key]: chosen[key] for key in given})
-    logits = 3 * torch.randn(N * D, V)
-    probs = (logits / temperature).softmax(-1)
-    got = verify(logits, info)["target_probs"]
-    k, p, m = (x.repeat_interleave(D) for x in (info.top_ks, info.top_ps, info.min_ps))
-    free = (k > V) & (p == 1) & (m == 0)  # beside others, the host rounds some of these away
-    want = torch.where(free[:, None], probs, plain(probs, k, p, m))
-    assert torch.equal(got.flatten(0, 1) > 0, want > 0)
-    assert torch.allclose(got.flatten(0, 1), want, atol=1e-7, rtol=1e-5)
+    N = 9
+    info, logits = sampling(N, **PARAMETERS[case](N)), 3 * torch.randn(N, D, V)
+    seq_lens = torch.randint(5, 900, (N,))
+    wanted, drafts = [[] for _ in range(N)], torch.full((N, D), V - 1)
+    node, depth = torch.zeros(N, dtype=torch.int64), torch.zeros(N, dtype=torch.int64)
+    going_on = torch.ones(N, dtype=torch.bool)
+    while going_on.any():
+        token = plain(host, logits[torch.arange(N), node], info, seq_lens + depth)
+        for i in going_on.nonzero().flatten().tolist():
+            wanted[i].append(int(token[i]))
+            children = tree.children(int(node[i]))
+            if children and (i + int(depth[i])) % 4:  # draft what comes
+                node[i] = children[-1]
+                drafts[i, node[i]] = token[i]
+            else:
+                going_on[i] = False
+        depth += 1
+    found, _ = verified(host, tree, logits.flatten(0, 1), info, drafts, seq_lens)
+    assert found == wanted
+    assert len({len(tokens) for tokens in found}) > 1
 
 
 class Forbid:
@@ -133,10 +168,11 @@ class Mask:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_custom_logit_processors_count_at_every_node(verify, masked):
+def test_custom_logit_processors_count_at_every_node(host, masked):
     N, rows = 4, [1, 3]
-    got = verify(torch.randn(N * D, V), processed(N, rows), Mask() if masked else None)
-    allowed = got["target_probs"] > 0  # [N, D, V]
+    mask, drafts = Mask() if masked else None, torch.zeros(N, D).long()
+    given = torch.randn(N * D, V), processed(N, rows), drafts, torch.full((N,), 9)
+    allowed = verified(host, chain(D), *given, mask)[1].view(N, D, V) > float("-inf")
     for i in range(N):
         first = 10 + i if i in rows else V
         assert not allowed[i, :, first:].any()
@@ -144,20 +180,22 @@ def test_custom_logit_processors_count_at_every_node(verify, masked):
         assert allowed[i, :, 0].all() != masked
 
 
-def test_custom_logit_processors_count_where_all_are_greedy(verify):
-    logits = torch.arange(V).float().expand(2 * D, V).clone()
+def test_custom_logit_processors_count_where_all_are_greedy(host):
+    logits = torch.arange(V).float().expand(2 * D, V)
     info = processed(2, [0], is_all_greedy=True, is_any_greedy=True)
-    drafts = torch.tensor([[0, 9, 9], [0, V - 1, V - 1]])
-    predict = verify(logits, info, drafts=drafts)["predict"]
-    assert predict.tolist() == [[9, 9, 9], [V - 1, V - 1, V - 1]]
+    drafts = torch.tensor([[0, 9, 9, 9], [0, V - 1, V - 1, V - 1]])
+    found, _ = verified(host, chain(D), logits, info, drafts, torch.full((2,), 9))
+    assert found == [[9] * D, [V - 1] * D]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_row_without_any_token_gets_those_of_the_grammar(verify, masked):
+def test_a_row_without_any_token_gets_those_of_the_grammar(host, masked):
     """As where min_new_tokens forbids the end, and a complete grammar allows nothing else."""
     logits = torch.randn(2 * D, V)
     logits[1, 1:] = float("-inf")
     logits[1, 0] = float("-inf") if not masked else 0
-    allowed = verify(logits, sampling(2), Mask() if masked else None)["target_probs"] > 0
-    assert allowed[:, :, 1:].all()
-    assert allowed[:, :, 0].all() != masked
+    mask, drafts = Mask() if masked else None, torch.zeros(2, D).long()
+    given = logits, sampling(2), drafts, torch.full((2,), 9)
+    allowed = verified(host, chain(D), *given, mask)[1] > float("-inf")
+    assert allowed[:, 1:].all()
+    assert allowed[:, 0].all() != masked

@@ -18,6 +18,9 @@ def register_attention_backend() -> None:
     from sglang.srt.layers.attention import attention_registry
 
     choices.add_attention_backend_choices([ATTENTION_BACKEND])
+    # Its kernels give a row the same bits in any batch, and after a cached prefix.
+    choices.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
+    choices.add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     make = attention_registry.ATTENTION_BACKENDS[HOST_BACKEND]
     attention_registry.register_attention_backend(ATTENTION_BACKEND)(make)
 

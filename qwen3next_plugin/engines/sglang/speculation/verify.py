@@ -1,10 +1,27 @@
-"""Verification of drafts by SGLang, from the distributions that plain decoding samples from."""
+"""Verification of drafts by SGLang's plain sampler: drafts change the speed, not the text.
+
+Each node of a draft, chain or tree, has a row of logits for the token after it. The plain sampler
+samples every row with its request's parameters and, if seeds count, with the seed and position of
+the plain step. A draft is accepted while it equals the token sampled in its parent's row; the first
+sampled token that is no draft is the step's last. Therefore every token is a sample of the plain
+sampler, whatever the drafts are. A draft x is accepted with probability p(x), the same rate at
+which rejection sampling accepts it.
+
+SGLang's own verification on a CPU is greedy at every temperature.
+"""
 
 from collections.abc import Callable
 from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
+
+# What SGLang's sampling parameters have for each request: [N] or [N, …].
+OF_REQUEST = (
+    *("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed", "logit_bias"),
+    *("acc_additive_penalties", "acc_scaling_penalties"),
+)
 
 
 def sample_as_plain(
@@ -15,51 +32,84 @@ def sample_as_plain(
     grammar_mask: Any = None,
     **options: Any,
 ) -> Any:
-    """Wrap `eagle_sample`: apply custom logit processors, and all limits at once.
+    """Replace `eagle_sample`; an idle batch is left to it.
 
-    SGLang's function ignores custom processors and min_p, and it applies top_p to what top_k has
-    left, while its plain sampler on a CPU applies both to the full distribution. Remove when
-    verification samples from the same distribution as the plain sampler.
+    Remove when SGLang's verification samples what its plain sampler samples.
     """
     if batch.forward_mode.is_idle():
         return host(verify_input, batch, logits_output, grammar_mask, **options)
-    info, batch = batch.sampling_info, copy(batch)
-    if grammar_mask is not None or info.has_custom_logit_processor or not info.is_all_greedy:
-        grammar_mask = Mask(grammar_mask, info, verify_input.draft_token_num)
-    batch.sampling_info = _with_limits(info)
-    return host(verify_input, batch, logits_output, grammar_mask, **options)
+    from sglang.srt.layers.sampler import apply_custom_logit_processor
+
+    info, nodes = batch.sampling_info, verify_input.draft_token_num
+    logits = logits_output.next_token_logits  # [N · nodes, V]
+    rows = _spread(info, nodes)
+    rows.grammar_mask = grammar_mask
+    rows.apply_logits_bias(logits)
+    if info.has_custom_logit_processor:
+        apply_custom_logit_processor(logits, info, nodes)
+    if grammar_mask is not None or not info.is_all_greedy:
+        _allow_a_token(logits, grammar_mask)
+    return _accept(verify_input, _sample(logits, rows, verify_input.positions))
 
 
-def _with_limits(info: Any) -> Any:
-    """Put [N, 3] of top_k, top_p and min_p into top_ks, for `sampling.top_k_renorm_prob`."""
-    limited = copy(info)
-    limited.need_top_k_sampling = (
-        info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling
+def _spread(info: Any, nodes: int) -> Any:
+    """The parameters as if each row were a request; custom processors are applied already."""
+    rows = copy(info)
+    for name in OF_REQUEST:
+        if (values := getattr(info, name)) is not None:
+            setattr(rows, name, values.repeat_interleave(nodes, dim=0))
+    rows.has_custom_logit_processor = False
+    rows.sampling_mask_batch_indices = None
+    return rows
+
+
+def _allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:
+    """Let the grammar win where it allows only the end, which min_new_tokens forbids.
+
+    A row without a distribution would end the server. Shapes: logits [rows, V], changed in place.
+    """
+    empty = logits.amax(1).isneginf()
+    if empty.any():
+        allowed = torch.zeros_like(logits)
+        if grammar_mask is not None:
+            grammar_mask.apply(allowed)
+        logits[empty] = allowed[empty]
+
+
+def _sample(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> torch.Tensor:
+    """A token of each row, the same on all ranks. Shapes: logits [rows, V], returns [rows]."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.runtime_context import get_parallel
+
+    # The sampler turns logits into probabilities in place; log-probabilities need them later.
+    output = LogitsProcessorOutput(next_token_logits=logits.clone())
+    token_ids = _sampler()(output, rows, False, [], [], positions)
+    group = get_parallel().tp_group
+    return group.broadcast(token_ids, src=0) if group.world_size > 1 else token_ids
+
+
+@cache
+def _sampler() -> Any:
+    from sglang.srt.layers.sampler import create_sampler
+
+    return create_sampler()
+
+
+def _accept(verify_input: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Follow the sampled tokens through the draft; returns what `eagle_sample` returns."""
+    from sglang.srt.speculative.eagle_utils import verify_tree_greedy_func
+
+    candidates = verify_input.draft_token.view(-1, verify_input.draft_token_num)  # [N, nodes]
+    N = len(candidates)
+    predict, accept_index, accepted = verify_tree_greedy_func(
+        predicts=torch.zeros(len(token_ids), dtype=torch.int32),
+        accept_index=torch.full((N, verify_input.max_tree_depth), -1, dtype=torch.int32),
+        accept_token_num=torch.empty(N, dtype=torch.int32),
+        candidates=candidates,
+        retrieve_index=verify_input.retrieve_index,
+        retrieve_next_token=verify_input.retrieve_next_token,
+        retrieve_next_sibling=verify_input.retrieve_next_sibling,
+        target_predict=token_ids.view(N, -1).long(),
+        topk=verify_input.tree_topk,
     )
-    limited.need_top_p_sampling = False
-    limited.top_ks = torch.stack([info.top_ks.double(), info.top_ps, info.min_ps], dim=1)
-    return limited
-
-
-class Mask:
-    """The grammar's mask, if any, then custom processors, in the order of plain decoding."""
-
-    def __init__(self, grammar_mask: Any, info: Any, tokens: int) -> None:
-        self.grammar_mask, self.info, self.tokens = grammar_mask, info, tokens
-
-    def apply(self, logits: torch.Tensor) -> None:
-        """Shapes: logits [N * tokens, V], updated in place."""
-        from sglang.srt.layers.sampler import apply_custom_logit_processor
-
-        if self.grammar_mask is not None:
-            self.grammar_mask.apply(logits)
-        if self.info.has_custom_logit_processor:
-            apply_custom_logit_processor(logits, self.info, self.tokens)
-        # min_new_tokens forbids the only token that a complete grammar allows, the end. Let the
-        # grammar win: a row without a distribution would end the server.
-        empty = logits.amax(1).isneginf()
-        if empty.any():
-            allowed = torch.zeros_like(logits)
-            if self.grammar_mask is not None:
-                self.grammar_mask.apply(allowed)
-            logits[empty] = allowed[empty]
+    return predict, accepted + 1, accept_index
