@@ -29,8 +29,8 @@ def operator(*mutates: str) -> Callable[[Callable], Callable]:
 
 def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(row, column) of every element of rows of these lengths, laid end to end."""
-    rows = torch.arange(lengths.numel(), device=lengths.device)
-    row = rows.repeat_interleave(lengths)
-    starts = lengths.cumsum(0) - lengths
-    column = torch.arange(row.numel(), device=lengths.device) - starts[row]
+    ends = lengths.cumsum(0)
+    element = torch.arange(int(ends[-1]) if len(ends) else 0, device=lengths.device)
+    row = torch.searchsorted(ends, element, right=True)  # repeat_interleave starts all threads
+    column = element - (ends - lengths)[row]
     return row, column
