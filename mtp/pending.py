@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 MAX_PENDING = 256  # tokens of one request that an engine lets wait
+NOTHING = torch.empty(0)
 MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
 
 
@@ -35,6 +36,10 @@ class PendingTokens:
         """The position after the last token's hidden state."""
         return self.first + len(self)
 
+    def head(self, count: int) -> "PendingTokens":
+        """The first `count` of them."""
+        return PendingTokens(self.first, self.token_ids[:count], self.hidden_states[:count])
+
 
 @dataclass(slots=True, kw_only=True)
 class Row:
@@ -46,18 +51,19 @@ class Row:
     scheduled: int  # tokens of the step, rejected drafts included
     continues: bool  # it decoded or verified in the step; False: the step read its prompt
     prefilling: bool = False  # more of its prompt follows, so no token was sampled
+    padded: bool = False  # no drafts of its own: they fill up a step that verifies as many of each
     draft: int = 0  # tokens to draft now
     fed: PendingTokens | None = None  # what the MTP layer reads now; None: it skips the layer
 
     @property
     def drafted(self) -> int:
         """Draft tokens that the step verified."""
-        return self.scheduled - 1
+        return 0 if self.padded else self.scheduled - 1
 
     @property
     def accepted(self) -> int:
         """Draft tokens that the step accepted."""
-        return len(self.tokens) - 1
+        return 0 if self.padded else len(self.tokens) - 1
 
     @property
     def caught_up(self) -> int:
@@ -68,14 +74,14 @@ class Row:
         """Drop what no later step reads, so that an idle engine does not keep it in memory."""
         for tokens in (self.tokens, self.fed):
             if tokens is not None:
-                tokens.hidden_states = tokens.hidden_states.new_empty(0)
+                tokens.hidden_states = NOTHING
 
 
 @dataclass(slots=True)
 class _Kept:
     """What is pending of one request."""
 
-    end: int  # the position that follows
+    end: int = 0  # the position that follows
     slots: list[int] = field(default_factory=list)  # in the store, of consecutive positions
     lost: bool = False
 
@@ -106,13 +112,18 @@ class Pending:
 
     def put(self, rows: Sequence[Row]) -> None:
         """Keep the tokens of rows that skip the MTP layer, as a copy: engines reuse the tensors."""
-        rows = [row for row in rows if self._reserve(row.request, row.tokens)]
-        if not rows:
+        slots: list[int] = []
+        kept: list[PendingTokens] = []
+        for row in rows:
+            if found := self._reserve(row.request, row.tokens):
+                slots += found
+                kept.append(row.tokens)
+        if not kept:
             return
-        slots = [i for row in rows for i in self._kept[row.request].slots[-len(row.tokens) :]]
         index = torch.tensor(slots)
-        self._token_ids[index] = torch.cat([row.tokens.token_ids for row in rows])
-        self._hidden_states[index] = torch.cat([row.tokens.hidden_states for row in rows])
+        # index_copy_ and not [index] = …, which starts all threads for a few rows.
+        self._token_ids.index_copy_(0, index, torch.cat([part.token_ids for part in kept]))
+        self._hidden_states.index_copy_(0, index, torch.cat([part.hidden_states for part in kept]))
 
     def take(self, row: Row, limit: int) -> PendingTokens | None:
         """What the MTP layer reads now, for a row that drafts; None if its request is lost.
@@ -147,23 +158,26 @@ class Pending:
         if kept is not None and kept.end != first:
             self._free += self._kept.pop(request).slots
 
-    def _reserve(self, request: str, tokens: PendingTokens) -> bool:
-        """Add slots for the tokens; returns whether there are any, or else the request is lost."""
+    def _reserve(self, request: str, tokens: PendingTokens) -> list[int]:
+        """The slots of the tokens; none if there are too few, so that the request is lost."""
         self._resume(request, tokens.first)
-        kept = self._kept.setdefault(request, _Kept(tokens.first))
-        kept.end = tokens.end
+        count = len(tokens)
+        kept = self._kept.get(request)
+        if kept is None:
+            kept = self._kept[request] = _Kept()
+        kept.end = tokens.first + count
         if kept.lost:
-            return False
-        missing = len(tokens) - len(self._free)
-        if missing > 0:
-            self._grow(tokens, missing)
-        if len(tokens) > len(self._free):
+            return []
+        if count > len(self._free):
+            self._grow(tokens, count - len(self._free))
+        if count > len(self._free):
             self._free += kept.slots
             kept.slots, kept.lost = [], True
-            return False
-        kept.slots += self._free[-len(tokens) :]
-        del self._free[-len(tokens) :]
-        return True
+            return []
+        slots = self._free[-count:]
+        del self._free[-count:]
+        kept.slots += slots
+        return slots
 
     def _grow(self, tokens: PendingTokens, slots: int) -> None:
         """Free so many slots that were never used, or all there are."""

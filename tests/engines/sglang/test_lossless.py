@@ -1,4 +1,4 @@
-"""Speculation changes no token: off, every number of steps, trees, and adaptive, under load."""
+"""Speculation changes no token: any number of drafts, trees, and changing numbers, under load."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -23,14 +23,17 @@ FLAGS = (
 # A request is retracted every so many steps, besides where memory runs out, which hangs on timing.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 NO_CACHE = ("--disable-radix-cache",)
+# Drafts in some steps only, and no room for the pending tokens of a prompt above 290.
+SWITCHING = {"TEST_DRAFTS": "0,3,1,0,0,2,0,3", "TEST_PENDING": "300000"}
 TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "5")
 CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
     "steps-1": (1, (), FIXED),
     "steps-2_topk-2": (2, TREE, FIXED),
     "steps-3_no-cache": (3, NO_CACHE, FIXED),
     "adaptive": (3, (), {}),
+    "switching": (3, (), SWITCHING),
 }
-ALWAYS = ("steps-2_topk-2", "adaptive")  # the other cases, each a server of its own, with --long
+ALWAYS = ("steps-2_topk-2", "switching")  # the other cases, each a server of its own, with --long
 Answers = Sequence[Ids | None]  # None: the client hung up
 
 

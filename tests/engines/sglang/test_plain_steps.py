@@ -1,0 +1,131 @@
+"""Steps without drafts are the host's own, and answers do not change where steps switch."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from checkpoints import SHIPPED
+from engines.clients import PROMPTS
+from engines.sglang.schema import SCHEMA, TERSE, follow_a_schema
+from engines.sglang.server import NEXTN, Forked
+
+pytestmark = pytest.mark.serve
+
+FLAGS = (
+    "--dtype", "float32", "--max-total-tokens", "8192", "--enable-deterministic-inference", TERSE,
+    "--enable-return-hidden-states", "--enable-metrics",
+)  # fmt: skip
+TOKENS = 40
+
+
+def running(*flags: str, **env: str) -> Iterator[Forked]:
+    server = Forked(SHIPPED, *FLAGS, *flags, env=env).wait()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def off() -> Iterator[Forked]:
+    """Without NEXTN."""
+    yield from running()
+
+
+@pytest.fixture(scope="module")
+def never() -> Iterator[Forked]:
+    """With NEXTN; no step drafts."""
+    yield from running(*NEXTN, "3", TEST_DRAFTS="0")
+
+
+@pytest.fixture(scope="module")
+def switching() -> Iterator[Forked]:
+    """With NEXTN; the number of drafts is another one in each step."""
+    yield from running(*NEXTN, "3", TEST_DRAFTS="0,3,1,0,0,2")
+
+
+def ask(server: Forked, *, params: dict[str, Any] | None = None, **options: Any) -> list[Any]:
+    """The answers to all prompts at once; each has a seed of its own."""
+    params = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True} | (params or {})
+    each = [params | {"sampling_seed": 7 + i} for i in range(len(PROMPTS))]
+    return server.post("/generate", text=PROMPTS, sampling_params=each, **options)
+
+
+def token_ids(answers: list[Any]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]
+
+
+SAMPLED = {
+    "greedy": {},
+    "temperature": {"temperature": 1},
+    "top_p": {"temperature": 1.3, "top_p": 0.8},
+    "top_k": {"temperature": 0.9, "top_k": 20, "top_p": 0.95},
+}
+PENALISED = {
+    "additive": {"frequency_penalty": 0.7, "presence_penalty": 0.4},
+    "repetition": {"repetition_penalty": 1.3, "temperature": 1},
+    "least tokens": {"min_new_tokens": 9, "ignore_eos": False, "stop_token_ids": [*range(1, 999)]},
+    "logit_bias": {"logit_bias": {"5": 4.0, "77": 6.0}, "temperature": 1},
+}
+
+
+@pytest.mark.parametrize("case", SAMPLED)
+def test_a_seed_gives_the_same_text(off, never, switching, case):
+    wanted = token_ids(ask(off, params=SAMPLED[case]))
+    assert token_ids(ask(never, params=SAMPLED[case])) == wanted
+    found = ask(switching, params=SAMPLED[case])
+    assert token_ids(found) == wanted
+    assert sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in found) > 0
+
+
+@pytest.mark.parametrize("case", PENALISED)
+def test_penalties_are_those_without_drafts(off, never, case):
+    wanted = token_ids(ask(off, params=PENALISED[case]))
+    assert token_ids(ask(never, params=PENALISED[case])) == wanted
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logprobs(off, never, switching, temperature):
+    """Of the tokens, of the likeliest and of those that were named."""
+    names = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
+    options = {"return_logprob": True, "top_logprobs_num": 3, "token_ids_logprob": [5, 9]}
+    options["params"] = {"temperature": temperature}
+
+    def rows(server: Forked, name: str) -> list[Any]:
+        """(log-probability, token) of all answers in one list."""
+        found = [answer["meta_info"][name] for answer in ask(server, **options)]
+        flat = [entry for answer in found for entry in answer]
+        return flat if name == names[0] else [pair for entry in flat for pair in entry]
+
+    for name in names:
+        wanted = rows(off, name)
+        for server in (never, switching):
+            found = rows(server, name)
+            assert [pair[1] for pair in found] == [pair[1] for pair in wanted]
+            assert [pair[0] for pair in found] == pytest.approx([p[0] for p in wanted], abs=1e-3)
+
+
+def test_hidden_states(off, never, switching):
+    """One for each token but the last."""
+
+    def rows(server: Forked) -> list[list[float]]:
+        found = ask(server, return_hidden_states=True)
+        parts = [state for answer in found for state in answer["meta_info"]["hidden_states"]]
+        return [row for part in parts for row in (part if isinstance(part[0], list) else [part])]
+
+    wanted = rows(off)
+    for server in (never, switching):
+        found = rows(server)
+        assert len(found) == len(wanted)
+        for row, other in zip(found, wanted, strict=True):
+            assert row == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_answers_follow_a_json_schema(off, never, switching, temperature):
+    params = {"temperature": temperature, "max_new_tokens": 200, "json_schema": json.dumps(SCHEMA)}
+    params["ignore_eos"] = False
+    wanted = token_ids(ask(off, params=params))
+    for server in (never, switching):
+        assert token_ids(ask(server, params=params)) == wanted
+        follow_a_schema(server, temperature)
