@@ -79,7 +79,7 @@ class Reference:
         truth = self.greedy(prompt, tokens)
         hidden = self.hidden(prompt + truth)  # causal: every prefix's is a prefix of it
         made = accepted = 0
-        known = 1  # the prompt's step yields the first token
+        known = min(2, tokens)  # the prompt's step and the one after it have no drafts
         while known < tokens:
             ids = prompt + truth[:known]
             drafts = self._mtp.drafts(ids, hidden[: len(ids) - 1], k)

@@ -132,12 +132,12 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(server, cas
     prompts = [random_prompt(n, seed=4) for n in (5, 64, 130, 300)]
     answers = server.greedy(prompts, 64)
     steps, accepted = (sum(getattr(a, name) for a in answers) for name in ("steps", "accepted"))
-    assert 0 < accepted < case.steps * steps
+    assert 0 < accepted < case.steps * steps  # each answer's first step has none
     expected = [model.accepted(prompt, 64, case.steps) for prompt in prompts]
     made, right = (sum(column) for column in zip(*expected, strict=True))
     # A request's last drafts may be cut short by its token limit, so a few may differ.
     assert accepted == pytest.approx(right, abs=case.steps * len(prompts))
-    assert steps == pytest.approx(made / case.steps, abs=len(prompts))
+    assert steps - len(prompts) == pytest.approx(made / case.steps, abs=len(prompts))
 
 
 @cases("steps")
