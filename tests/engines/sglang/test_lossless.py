@@ -44,11 +44,14 @@ def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
         metrics = server.metrics()
+        steps = server.by_label("sglang:qwen3next_steps_total", "kind")
     finally:
         server.close()
     # else the test would not see what it is for
     assert metrics.get("sglang:num_retracted_requests_total", 0) > 0
     assert (metrics.get("sglang:cached_tokens_total", 0) > 0) == (NO_CACHE[0] not in flags)
+    if "TEST_DRAFTS" in (env or {}):
+        assert min(steps["plain"], steps["verify"]) > 0
     assert sum(answer is not None for answer in found) >= 0.8 * len(found)
     return found
 

@@ -129,3 +129,14 @@ def test_answers_follow_a_json_schema(off, never, switching, temperature):
     for server in (never, switching):
         assert token_ids(ask(server, params=params)) == wanted
         follow_a_schema(server, temperature)
+
+
+def test_steps_are_plain_where_nothing_is_drafted(never, switching):
+    """The tests above have run on both."""
+
+    def steps(server: Forked) -> dict[str, float]:
+        return server.by_label("sglang:qwen3next_steps_total", "kind")
+
+    assert steps(never)["plain"] > 0
+    assert steps(never).get("verify", 0) == 0
+    assert min(steps(switching).values()) > 0
