@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.report import MEASURED, Cell, Record
+from benchmarks.report import MEASURED, ROUNDS, Cell, Record, text
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = re.compile(
@@ -79,13 +79,17 @@ def markdown(table: list[Record]) -> str:
 
 
 def joined(table: list[Record]) -> Record:
-    """All rows and columns of records of one question."""
+    """All rows and columns of records of one question, ranges behind their medians."""
     units: dict[str, str] = {}
     rows: dict[str, dict[str, Cell]] = {}
     for record in table:
-        units |= record.units
+        units |= {name: u for name, u in record.units.items() if not name.endswith(ROUNDS)}
         for name, row in record.rows.items():
-            rows.setdefault(name, {}).update(row)
+            ranges = {column: row.get(column + ROUNDS) for column in row}
+            rows.setdefault(name, {}).update(
+                {column: f"{text(cell)} ({ranges[column]})" if ranges[column] else cell
+                 for column, cell in row.items()}
+            )  # fmt: skip
     return replace(table[0], units=units, rows=rows)
 
 

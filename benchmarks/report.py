@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 MEASURED = Path(__file__).parent / "measured"
+ROUNDS = ", rounds"  # behind the name of a column: the range of its rounds
 WIDE = 400  # columns; no line of a table is broken, so that it can be pasted into a page
 QUICK = "QUICK: few rounds, small models. A smoke test; the figures are not for docs/."
 

@@ -99,13 +99,14 @@ def test_a_red_check_ends_a_run_without_its_figure(run, capsys, monkeypatch):
 
 def test_tables_of_one_question_are_joined(run):
     def of(engine: str, value: float, command: str) -> Record:
-        rows = {"one client": {engine: value}}
-        record = run.record(f"mtp/over_off/{engine}", "How fast?", "a model", {engine: ""}, rows)
+        rows = {"one client": {engine: value, f"{engine}, rounds": "1.20–1.60"}}
+        units = {engine: "", f"{engine}, rounds": ""}
+        record = run.record(f"mtp/over_off/{engine}", "How fast?", "a model", units, rows)
         return replace(record, command=command)
 
     block = render.block([of("vLLM", 1.5, "first"), of("SGLang", 1.25, "second")])
     assert "| How fast? | vLLM | SGLang |" in block
-    assert "| one client | 1.50 | 1.25 |" in block
+    assert "| one client | 1.50 (1.20–1.60) | 1.25 (1.20–1.60) |" in block
     assert block.index("`first`") < block.index("`second`")
 
 

@@ -18,12 +18,12 @@ from rich.progress import track
 from benchmarks.chain_model import answer_of
 from benchmarks.mtp.cases import CASES, Case, Model, Name, load_model
 from benchmarks.mtp.load import Answer, Load
-from benchmarks.report import Record, RedCheckError, Rows, Run, console, text
+from benchmarks.report import ROUNDS, Record, RedCheckError, Rows, Run, console, text
 from benchmarks.server import Server, SGLangServer
 from benchmarks.worker import SGLANG_PYTHON
 
 OFF, MTP = "off", "MTP"
-ROUNDS = 5
+TURNS = 5  # rounds
 CHECKED, SAME = 24, 0.9  # answers of the shipped checkpoint; with AMX, 3 % differ at near ties
 ACCEPTED = {Model.CHAIN: 0.8, Model.REJECTED: 0.0}  # share of drafts, checked
 WITHIN, DEVIATIONS = 0.05, 3.5  # how far it may be from that: so far, or by chance
@@ -155,7 +155,7 @@ class Pair:
         )
         yield self.record(
             "mtp/over_off",
-            "How many times as long is it until the first token with MTP?",
+            "How many times as long until the first token?",
             self.method,
             "",
             self.ratios(found),
@@ -167,7 +167,7 @@ class Pair:
 
     @property
     def rounds(self) -> int:
-        return 1 if self.run.quick else ROUNDS
+        return 1 if self.run.quick else TURNS
 
     def in_turn(self, rows: dict[str, Callable[[Load, str], float]]) -> dict[str, Rounds]:
         """What each row measures of each server, round by round, after one turn to warm up."""
@@ -235,7 +235,7 @@ class Pair:
         for row, rounds in found.items():
             ratios = [mtp / off for off, mtp in zip(rounds[OFF], rounds[MTP], strict=True)]
             spread = f"{text(min(ratios))}–{text(max(ratios))}"
-            rows[row] = {title: statistics.median(ratios), f"{title}, rounds": spread}
+            rows[row] = {title: statistics.median(ratios), title + ROUNDS: spread}
         return rows
 
     def record(self, name: str, question: str, said: str, unit: str, rows: Rows) -> Record:
