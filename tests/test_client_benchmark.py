@@ -72,24 +72,57 @@ def test_share_of_accepted_drafts(references, model, least, most):
     assert least <= accepted / (made / 3) <= most
 
 
-def counted(clients: int, *, whole: bool, seconds: float = 2) -> Window:
-    """Clients in turn receive 5 tokens every second; every answer has 15."""
-    now = itertools.count()
-    window = Window(clients, seconds, whole, now=lambda: next(now))
-    for turn in range(40):
-        window.arrive(turn % clients, 5, first=turn // clients % 3 == 0)
-    return window
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
 
 
-def test_the_clock_of_one_client_is_of_whole_answers():
-    window = counted(1, whole=True)
-    assert (window.begin, window.end, window.tokens) == (0, 3, 15)
+def serve(window: Window, clock: Clock, *, every: float, tokens: int, answer: int) -> None:
+    """Let all clients receive tokens at the same moments, prompts of one such time between."""
+    waiting, chunks = True, 0
+    while not window.closed:
+        clock.seconds += every
+        for client in range(window.clients):
+            window.arrive(client, 1 if waiting else tokens, first=waiting)
+        chunks, waiting = chunks + 1, False
+        if chunks % answer == 0:
+            waiting = True
+            for client in range(window.clients):
+                window.finish(client)
+
+
+@pytest.mark.parametrize("clients", [1, 7])
+@pytest.mark.parametrize("seconds", [3, 3.5, 3.99, 4])
+def test_clients_in_step_are_counted_to_the_end(clients, seconds):
+    clock = Clock()
+    window = Window(clients, seconds, whole=False, now=clock)
+    serve(window, clock, every=0.5, tokens=8, answer=100)
+    assert window.rate == pytest.approx(clients * 8 / 0.5)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 5, 9])
+def test_the_clock_of_one_client_is_of_whole_answers(seconds):
+    clock = Clock()
+    window = Window(1, seconds, whole=True, now=clock)
+    serve(window, clock, every=0.5, tokens=8, answer=4)
+    assert window.rate == pytest.approx((1 + 3 * 8) / (4 * 0.5))
 
 
 def test_the_clock_starts_when_all_clients_have_a_token():
-    window = counted(4, whole=False)
-    assert (window.begin, window.end, window.tokens) == (3, 5, 10)
-    assert window.rate == 5
+    clock = Clock()
+    window = Window(2, 2, whole=False, now=clock)
+    for seconds, client, first in ((0, 0, True), (4, 0, False), (5, 1, True), (9, 0, False)):
+        clock.seconds = seconds
+        window.arrive(client, 10, first=first)
+    assert (window.begin, window.end, window.tokens) == (5, 7, 4)  # of 10 in 4 to 9
+    assert not window.closed
+    window.finish(1)
+    assert window.closed
 
 
 def test_first_answers_are_staggered():

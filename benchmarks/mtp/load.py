@@ -7,6 +7,7 @@ until the last long answer is complete.
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -40,6 +41,9 @@ class Answer:
 class Window:
     """Counts tokens from when all clients have their first one until `seconds` later.
 
+    Tokens that arrive together count as made evenly since the client's last ones: clients in step
+    receive theirs at the same moment, just before the end or just after it.
+
     `whole` waits, after those seconds, for the first token of another answer. With one client the
     time is then that of whole answers, prompts included.
     """
@@ -48,30 +52,44 @@ class Window:
     seconds: float
     whole: bool
     now: Now = time.perf_counter
-    tokens: int = 0
-    begin: float | None = None
-    end: float | None = None
+    tokens: float = 0
+    begin: float = math.inf
+    end: float = math.inf
     served: set[int] = field(default_factory=set)
+    last: dict[int, float] = field(default_factory=dict)  # client → when its last tokens arrived
 
     def arrive(self, client: int, tokens: int, *, first: bool) -> None:
         """A client has received tokens; `first`: they begin an answer."""
-        if self.end is not None:
-            return
         now = self.now()
-        if self.begin is None:
-            self.served.add(client)
-            if len(self.served) == self.clients:
-                self.begin = now
-            return
-        self.tokens += tokens
-        if now - self.begin >= self.seconds and (first or not self.whole):
-            self.end = now
+        since = now if first else self.last[client]
+        self.last[client] = now
+        self.served.add(client)
+        if self.begin < math.inf:
+            if self.whole and first and now >= self.begin + self.seconds:
+                self.end = min(self.end, now)
+            self.tokens += tokens * self.share(since, now)
+        elif len(self.served) == self.clients:
+            self.begin = now
+            self.end = math.inf if self.whole else now + self.seconds
+
+    def share(self, since: float, now: float) -> float:
+        """The part of this time that is within the window."""
+        if since == now:
+            return float(now <= self.end)
+        return max(0.0, min(now, self.end) - max(since, self.begin)) / (now - since)
+
+    def finish(self, client: int) -> None:
+        """A client has its whole answer."""
+        del self.last[client]
+
+    @property
+    def closed(self) -> bool:
+        """Whether every token of the window has arrived."""
+        return min(self.last.values(), default=-math.inf) >= self.end
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
-        assert self.begin is not None
-        assert self.end is not None
         return self.tokens / (self.end - self.begin)
 
 
@@ -115,8 +133,9 @@ class Load:
                     if answer.tokens > before:
                         window.arrive(name, answer.tokens - before, first=not before)
                         before = answer.tokens
-                    if window.end is not None:
+                    if window.closed:
                         return
+                window.finish(name)
 
         async def run() -> None:
             async with self.connected() as client:
