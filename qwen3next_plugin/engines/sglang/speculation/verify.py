@@ -1,11 +1,13 @@
 """Verification of drafts by SGLang's plain sampler: drafts change the speed, not the text.
 
-Each node of a draft, chain or tree, has a row of logits for the token after it. The plain sampler
-samples every row with its request's parameters and, if seeds count, with the seed and position of
-the plain step. A draft is accepted while it equals the token sampled in its parent's row; the first
-sampled token that is no draft is the step's last. Therefore every token is a sample of the plain
-sampler, whatever the drafts are. A draft x is accepted with probability p(x), the same rate at
-which rejection sampling accepts it.
+Each node of a draft, chain or tree, has a row of logits for the token after it. From the root on,
+the plain sampler samples the row with its request's parameters and, if seeds count, with the seed
+and position of the plain step. If a child of the node is the sampled token, that draft is accepted,
+and its row is next; otherwise the token is the step's last. Therefore
+
+- every token is a sample of the plain sampler, whatever the drafts are. A draft x is accepted with
+  probability p(x), the same rate at which rejection sampling accepts it;
+- a token costs as much sampling as without drafts: rows after a rejected draft are not sampled.
 
 SGLang's own verification on a CPU is greedy at every temperature.
 """
@@ -42,22 +44,29 @@ def sample_as_plain(
 
     info, nodes = batch.sampling_info, verify_input.draft_token_num
     logits = logits_output.next_token_logits  # [N · nodes, V]
-    rows = _spread(info, nodes)
-    rows.grammar_mask = grammar_mask
-    rows.apply_logits_bias(logits)
+    of_nodes = _select(info, torch.arange(len(batch.seq_lens)).repeat_interleave(nodes))
+    of_nodes.grammar_mask = grammar_mask
+    of_nodes.apply_logits_bias(logits)
     if info.has_custom_logit_processor:
         apply_custom_logit_processor(logits, info, nodes)
     if grammar_mask is not None or not info.is_all_greedy:
         _allow_a_token(logits, grammar_mask)
-    return _accept(verify_input, _sample(logits, rows, verify_input.positions))
+    positions = verify_input.positions
+    if info.is_all_greedy:
+        likeliest = _sample(logits, of_nodes, positions)
+        return _accept(verify_input, lambda request, row: likeliest[row])
+    return _accept(
+        verify_input,
+        lambda request, row: _sample(logits[row], _select(info, request), positions[row]),
+    )
 
 
-def _spread(info: Any, nodes: int) -> Any:
-    """The parameters as if each row were a request; custom processors are applied already."""
+def _select(info: Any, request: torch.Tensor) -> Any:
+    """The parameters of rows; custom processors are applied already. Shapes: request [rows]."""
     rows = copy(info)
     for name in OF_REQUEST:
         if (values := getattr(info, name)) is not None:
-            setattr(rows, name, values.repeat_interleave(nodes, dim=0))
+            setattr(rows, name, values[request])
     rows.has_custom_logit_processor = False
     rows.sampling_mask_batch_indices = None
     return rows
@@ -77,13 +86,12 @@ def _allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:
 
 
 def _sample(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> torch.Tensor:
-    """A token of each row, the same on all ranks. Shapes: logits [rows, V], returns [rows]."""
+    """A token of each row, the same on all ranks; logits [rows, V] may be changed in place."""
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.runtime_context import get_parallel
 
-    # The sampler turns logits into probabilities in place; log-probabilities need them later.
-    output = LogitsProcessorOutput(next_token_logits=logits.clone())
-    token_ids = _sampler()(output, rows, False, [], [], positions)
+    output = LogitsProcessorOutput(next_token_logits=logits)
+    token_ids = _sampler()(output, rows, False, [], [], positions).long()
     group = get_parallel().tp_group
     return group.broadcast(token_ids, src=0) if group.world_size > 1 else token_ids
 
@@ -95,21 +103,44 @@ def _sampler() -> Any:
     return create_sampler()
 
 
-def _accept(verify_input: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Follow the sampled tokens through the draft; returns what `eagle_sample` returns."""
-    from sglang.srt.speculative.eagle_utils import verify_tree_greedy_func
+def _accept(
+    verify_input: Any, sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Follow sampled tokens through each request's draft; returns what `eagle_sample` returns.
 
-    candidates = verify_input.draft_token.view(-1, verify_input.draft_token_num)  # [N, nodes]
-    N = len(candidates)
-    predict, accept_index, accepted = verify_tree_greedy_func(
-        predicts=torch.zeros(len(token_ids), dtype=torch.int32),
-        accept_index=torch.full((N, verify_input.max_tree_depth), -1, dtype=torch.int32),
-        accept_token_num=torch.empty(N, dtype=torch.int32),
-        candidates=candidates,
-        retrieve_index=verify_input.retrieve_index,
-        retrieve_next_token=verify_input.retrieve_next_token,
-        retrieve_next_sibling=verify_input.retrieve_next_sibling,
-        target_predict=token_ids.view(N, -1).long(),
-        topk=verify_input.tree_topk,
-    )
-    return predict, accepted + 1, accept_index
+    Shapes: sample (requests [M], their rows of logits [M]) → token ids [M]
+    """
+    drafts = verify_input.draft_token.view(-1, verify_input.draft_token_num)  # [N, nodes]
+    N, depth = len(drafts), verify_input.max_tree_depth
+    predict = torch.zeros(drafts.numel(), dtype=torch.int32)
+    accept_index = torch.full((N, depth), -1, dtype=torch.int32)
+    accept_lens = torch.zeros(N, dtype=torch.int32)
+    request, node = torch.arange(N), torch.zeros(N, dtype=torch.int64)  # of drafts that go on
+    for accepted in range(depth):
+        row = verify_input.retrieve_index[request, node]
+        token_ids = sample(request, row)
+        predict[row] = token_ids.int()
+        accept_index[request, accepted] = row.int()
+        accept_lens[request] += 1
+        child = _child(verify_input, drafts, request, node, token_ids)
+        request, node = request[child >= 0], child[child >= 0]
+        if not len(request):
+            break
+    return predict, accept_lens, accept_index
+
+
+def _child(
+    verify_input: Any,
+    drafts: torch.Tensor,
+    request: torch.Tensor,
+    node: torch.Tensor,
+    token_ids: torch.Tensor,
+) -> torch.Tensor:
+    """The child of each request's node that is the token [M]; -1 where there is none."""
+    child = verify_input.retrieve_next_token[request, node]
+    while True:
+        at = child.clamp(min=0)
+        other = (child >= 0) & (drafts[request, at] != token_ids)
+        if not other.any():
+            return child
+        child = torch.where(other, verify_input.retrieve_next_sibling[request, at], child)
