@@ -1,4 +1,4 @@
-"""Which pending tokens the drafter keeps, of prompts and of requests that draft nothing."""
+"""What the drafter keeps of prompts and of requests that draft nothing, and when it drafts."""
 
 from types import SimpleNamespace as Bag
 
@@ -26,16 +26,24 @@ class Request(Bag):
 
 @pytest.fixture
 def drafter(monkeypatch):
-    """A drafter that drafts nothing, with `read` for steps of prompts and `decode` for others."""
+    """A drafter, with `read` for steps of prompts and `decode` for others; it drafts `length`."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     from qwen3next_plugin.engines.sglang.speculation import drafter as module
 
     monkeypatch.setattr(module, "get_parallel", lambda: Bag(tp_group=Bag(world_size=1)))
+    fed = {}  # request → (first position, tokens) of what the MTP layer read last
+
+    def forward(self, batch, rows):
+        fed.clear()
+        fed.update({row.request: (row.fed.first, len(row.fed)) for row in rows})
+        return torch.zeros(sum(row.draft > 0 for row in rows), D)
+
+    monkeypatch.setattr(module.Drafter, "_forward", forward)
     drafter = object.__new__(module.Drafter)
-    drafter.policy = Fixed(0)
-    drafter.observer, drafter.pending, drafter.limit = Observer(drafter.policy), Pending(), 8
+    drafter.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: torch.full((len(h),), 5)))
+    drafter.observer, drafter.pending, drafter.limit = Observer(Fixed(0)), Pending(), 8
     drafter.rows, drafter.next_steps, drafter.drafting = [], 0, set()
     drafter.read, drafter.chunked = {}, None
 
@@ -51,21 +59,24 @@ def drafter(monkeypatch):
         )
         drafter._draft_extend_for_prefill(batch, torch.zeros(N * count, D), torch.zeros(N).long())
 
-    def decode(at, *requests):
+    def decode(at, *requests, length=0):
+        """Verifies what was drafted, and accepts nothing; returns how many drafts that were."""
         N = len(requests)
+        drafter.policy = Fixed(length)
         batch = Bag(reqs=list(requests), seq_lens=torch.full((N,), at))
+        n = 1 + drafter.steps(batch)
         result = Bag(
-            speculative_num_draft_tokens=1,
-            next_token_ids=torch.zeros(N).long(),
+            speculative_num_draft_tokens=n,
+            next_token_ids=torch.zeros(N * n).long(),
             accept_lens=torch.ones(N).int(),
-            logits_output=Bag(hidden_states=torch.zeros(N, D)),
+            logits_output=Bag(hidden_states=torch.zeros(N * n, D)),
             next_draft_input=Bag(bonus_tokens=torch.zeros(N).long()),
         )
         drafter.learn(batch, result, step_seconds=1.0, draft_seconds=0.0)
         drafter._draft_extend_for_decode(batch, result)
-        assert drafter.steps(batch) == 0
+        return n - 1
 
-    return Bag(read=read, decode=decode, count=drafter.pending.count)
+    return Bag(it=drafter, read=read, decode=decode, count=drafter.pending.count, fed=fed)
 
 
 def test_a_prompt_and_what_follows_it_wait(drafter):
@@ -112,3 +123,47 @@ def test_a_request_that_is_read_again_starts_afresh(drafter):
     drafter.decode(5, a)
     drafter.read(2, 4, a)  # retracted; its first two tokens were still cached
     assert drafter.count("a") == 4
+
+
+def test_a_prompt_is_read_after_the_step_that_follows_it(drafter):
+    a = Request("a")
+    drafter.read(0, 5, a)
+    assert drafter.decode(5, a, length=3) == 0
+    assert drafter.fed == {"a": (0, 6)}
+    assert drafter.decode(6, a, length=0) == 3
+    assert drafter.decode(7, a) == 0
+    assert drafter.count("a") == 2
+
+
+def test_a_long_prompt_is_read_in_slices_and_drafts_after_the_last(drafter):
+    a = Request("a")
+    drafter.read(0, 15, a)
+    for at, fed in ((15, (0, 8)), (16, (8, 8)), (17, (16, 2))):
+        assert drafter.decode(at, a, length=3) == 0
+        assert drafter.fed == {"a": fed}
+    assert drafter.decode(18, a, length=3) == 3
+
+
+def test_whoever_has_no_draft_yet_is_padded_and_counts_as_drafting_none(drafter):
+    a, b = Request("a"), Request("b")
+    drafter.it.limit = 4
+    drafter.read(0, 3, a)
+    drafter.decode(3, a, length=3)
+    drafter.read(0, 4, b)
+    for fed, drafted in (({"a": (4, 1), "b": (0, 3)}, 3), ({"a": (5, 1), "b": (3, 3)}, 2)):
+        assert drafter.decode(fed["a"][0], a, b, length=2) == drafted
+        assert [row.drafted for row in drafter.it.rows] == [drafted, 0]
+        assert drafter.fed == fed
+    drafter.decode(6, a, b)
+    assert [row.drafted for row in drafter.it.rows] == [2, 2]
+
+
+def test_a_request_without_room_drafts_nothing(drafter):
+    a, b = Request("a"), Request("b")
+    drafter.it.pending.max_bytes = 6 * (8 + 4 * D)
+    drafter.read(0, 5, a)
+    drafter.read(0, 5, b)
+    drafter.decode(5, a, b, length=3)
+    assert drafter.fed == {"a": (0, 6)}
+    assert drafter.decode(6, a, b, length=3) == 3
+    assert [row.drafted for row in drafter.it.rows] == [3, 0]
