@@ -133,10 +133,8 @@ class Pair:
         before = drafts(self.servers[MTP].server)
         found = self.in_turn({f"{n}": partial(self.rate, n) for n in counts})
         self.check_drafts(before)
-        title, said = self.case.title, f"{self.engine.title}, {self.case.said}"
-        yield self.record(
-            "mtp/clients", "How fast are answers, by clients?", said, "tok/s", medians(found)
-        )
+        title, question = self.case.title, "How fast are answers, by clients?"
+        yield self.record("mtp/clients", question, self.said, "tok/s", medians(found))
         yield self.record(
             "mtp/over_off",
             "How many times as fast are answers with MTP, by clients?",
@@ -149,10 +147,8 @@ class Pair:
         """Milliseconds until the first token by length of the prompt."""
         lengths = self.case.prompt
         found = self.in_turn({f"prompt of {n:,}": partial(self.first_token, n) for n in lengths})
-        said = f"{self.engine.title}, {self.case.said}"
-        yield self.record(
-            "mtp/clients", "How long until the first token?", said, "ms", medians(found)
-        )
+        question = "How long until the first token?"
+        yield self.record("mtp/clients", question, self.said, "ms", medians(found))
         yield self.record(
             "mtp/over_off",
             "How many times as long until the first token?",
@@ -160,6 +156,11 @@ class Pair:
             "",
             self.ratios(found),
         )
+
+    @property
+    def said(self) -> str:
+        said = f"{self.engine.title}, {self.case.said}"
+        return said.replace("block model", "a small model") if self.run.quick else said
 
     @property
     def method(self) -> str:
