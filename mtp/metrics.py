@@ -198,15 +198,18 @@ class Observer:
             for position in range(1, accepted + 1):
                 board.add("drafts_accepted", count, position)
 
-    def observe_draft(self, rows: Sequence[Row], *, passes_seconds: float, seconds: float) -> None:
-        """Drafting after a step has ended.
+    def observe_draft(
+        self, rows: Sequence[Row], *, passes_seconds: float | None, seconds: float
+    ) -> None:
+        """Drafting after a step of these rows has ended.
 
-        `passes_seconds` is the time of the drafting passes, `seconds` the time between the steps.
+        `passes_seconds` is the time of the drafting passes, None if other work was in between;
+        `seconds` is what drafting took in all.
         """
         fed = [row for row in rows if row.fed is not None]
         passes = max((row.draft for row in fed), default=0)
         reads_prompt = not all(row.continues for row in fed)
-        if passes and not reads_prompt:
+        if passes and passes_seconds is not None and not reads_prompt:
             self.policy.observe_draft(len(rows), passes, passes_seconds)
         if self.board is not None:
             caught_up = sum(row.caught_up for row in fed)

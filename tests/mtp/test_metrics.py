@@ -139,6 +139,7 @@ def test_the_policy_learns_from_steps_and_drafts_that_read_no_prompt(board):
     observer.observe_step(mixed, 4.0)
     observer.observe_draft(mixed, passes_seconds=2.0, seconds=2.0)
     observer.observe_step(decoding[:1], None)  # not timed
+    observer.observe_draft(decoding, passes_seconds=None, seconds=1.0)
     observer.observe_step([], 1.0)
     observer.observe_draft([], passes_seconds=1.0, seconds=1.0)
     observer.keep_only({"a", "d"})

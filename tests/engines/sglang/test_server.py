@@ -263,7 +263,7 @@ def test_time_is_spent_once(server):
     complete(server, PROMPTS[0], 400, extra_body={"ignore_eos": True})
     elapsed, after = time.monotonic() - began, server.metrics()
     gained = {name: value - before[name] for name, value in after.items() if "qwen3next" in name}
-    assert elapsed / 2 < gained["sglang:qwen3next_seconds_total"] < elapsed
+    assert 0.7 * elapsed < gained["sglang:qwen3next_seconds_total"] < elapsed
     steps = gained["sglang:qwen3next_draft_length_count"]
     assert gained["sglang:qwen3next_steps_total"] == pytest.approx(steps, abs=1)
 

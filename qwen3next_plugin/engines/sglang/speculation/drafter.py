@@ -70,13 +70,13 @@ class Drafter(EagleDraftWorker):
     ) -> None:
         """Learn from a step and the drafts before it; choose the lengths of the next."""
         rows = self._rows(batch, result)
-        before = {row.request: row for row in self.rows}
+        before = {row.request for row in self.rows}
         timed = all(row.request in before for row in rows)  # no step between them read a prompt
         self.observer.observe_step(rows, step_seconds if timed else None)
-        if timed:
-            drafted = [before[row.request] for row in rows]
+        if self.rows:
+            passes_seconds = draft_seconds if timed else None
             self.observer.observe_draft(
-                drafted, passes_seconds=draft_seconds, seconds=draft_seconds
+                self.rows, passes_seconds=passes_seconds, seconds=draft_seconds
             )
         self.rows = rows
         self._keep_known()

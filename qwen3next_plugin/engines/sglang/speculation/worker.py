@@ -28,7 +28,8 @@ class Worker(EAGLEWorkerV2):
         super().__init__(*args, **kwargs)
         # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
         self._draft_worker.__class__ = Drafter
-        self.entered = self.verified = 0.0  # when the step began, when the trunk's part ended
+        self.left = self.entered = 0.0  # when the last step ended, and this one began
+        self.verified = 0.0  # when the trunk's part ended
         self.first_drafts = 0.0  # seconds from the end of the last step's trunk to the step's end
 
     def init_cuda_graphs(self) -> None:
@@ -49,14 +50,15 @@ class Worker(EAGLEWorkerV2):
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run a step: prompts, or further drafts and a verification, or a plain step."""
         self.entered = time.perf_counter()
-        if batch.forward_mode.is_extend():
-            return super().forward_batch_generation(batch, *args, **kwargs)
-        if self._draft_worker.steps(batch):
+        reads_prompts = batch.forward_mode.is_extend()
+        if reads_prompts or self._draft_worker.steps(batch):
             result = super().forward_batch_generation(batch, *args, **kwargs)
         else:
             result = self._decode(batch)
             self._draft_worker._draft_extend_for_decode(batch, result)
-        self.first_drafts = time.perf_counter() - self.verified
+        self.left = time.perf_counter()
+        if not reads_prompts:
+            self.first_drafts = self.left - self.verified
         return result
 
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
@@ -98,6 +100,7 @@ class Worker(EAGLEWorkerV2):
         self._draft_worker.learn(
             batch,
             result,
-            step_seconds=self.verified - began,
+            # with the scheduler's work since the last step, which each step has
+            step_seconds=self.entered - self.left + self.verified - began,
             draft_seconds=self.first_drafts + began - self.entered,
         )
