@@ -44,9 +44,9 @@ class Host:
     def forget(self) -> None:
         assert self.llm.reset_prefix_cache()
 
-    def inside(self, name: str, *args: Any) -> Any:
+    def inside(self, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         inside = import_module("engines.vllm.inside" if __package__ else "inside")
-        return getattr(inside, name)(self.llm, *args)
+        return getattr(inside, name)(self.llm, *args, **options)
 
 
 def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params: Any) -> Any:

@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending, Row
 from qwen3next_plugin.mtp.policy import Fixed
 
 
@@ -20,29 +21,61 @@ def _core(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core
 
 
-def draft(llm: LLM, k: int) -> None:
-    """From now on draft k tokens for every request, also none, and write the drafts down."""
-    runner = _core(llm).model_executor.driver_worker.worker.model_runner
-    drafter = runner.drafter
+def _drafter(llm: LLM) -> Any:
+    return _core(llm).model_executor.driver_worker.worker.model_runner.drafter
+
+
+def draft(llm: LLM, k: int, *, at_once: bool = False, max_bytes: int = MAX_BYTES) -> None:
+    """From now on draft k tokens for every request, also none, and write the drafts down.
+
+    `at_once`: the MTP layer reads every token in its own step, as beside a KV connector.
+    `max_bytes`: of pending tokens.
+    """
+    drafter = _drafter(llm)
     drafter.policy = drafter.observer.policy = Fixed(k)
+    drafter.must_run, drafter.pending = at_once, Pending(max_bytes)
     if not hasattr(drafter, "drafts"):
-        propose = drafter.propose
+        made, forward = drafter._draft, drafter._forward
 
-        def noting(*args: Any, **kwargs: Any) -> list[list[int]]:
-            drafts = propose(*args, **kwargs)
-            for request, tokens in zip(runner.input_batch.req_ids, drafts, strict=True):
-                drafter.drafts[int(request.split("-")[0])].append(tokens)
-            return drafts
+        def noting(fed: list[Row], table: Any, drafts: list[list[int]]) -> None:
+            made(fed, table, drafts)
+            for row in fed:
+                if drafts[row.index]:
+                    number = int(row.request.split("-")[0])
+                    drafter.drafts[number][row.tokens.end] = drafts[row.index]
 
-        drafter.propose = noting
-    drafter.drafts = defaultdict(list)
+        def counting(token_ids: Any, *args: Any) -> Any:
+            drafter.passes.append(len(token_ids))
+            return forward(token_ids, *args)
+
+        drafter._draft, drafter._forward = noting, counting
+    drafter.drafts, drafter.passes = defaultdict(dict), []
 
 
-def drafts(llm: LLM) -> list[list[list[int]]]:
-    """What was drafted since `draft` or the last call: of each request, in order, each draft."""
-    drafter = _core(llm).model_executor.driver_worker.worker.model_runner.drafter
-    found, drafter.drafts = drafter.drafts, defaultdict(list)
-    return [[tokens for tokens in found[number] if tokens] for number in sorted(found)]
+def drafts(llm: LLM) -> list[dict[int, list[int]]]:
+    """What was drafted since `draft` or the last call: of each request, each draft by position."""
+    drafter = _drafter(llm)
+    found, drafter.drafts = drafter.drafts, defaultdict(dict)
+    return [found[number] for number in sorted(found)]
+
+
+def passes(llm: LLM) -> list[int]:
+    """Tokens of each pass of the MTP layer since `draft` or the last call."""
+    drafter = _drafter(llm)
+    found, drafter.passes = drafter.passes, []
+    return found
+
+
+def poison(llm: LLM) -> None:
+    """Fill the MTP layer's KV with NaN, but for vLLM's null block, while no request runs."""
+    context = _core(llm).vllm_config.compilation_config.static_forward_context
+    for layer in _drafter(llm)._draft_attn_layer_names:
+        context[layer].kv_cache[1:] = float("nan")
+
+
+def board(llm: LLM, name: str) -> dict[str, float]:
+    """A metric of ours by the value of its label."""
+    return _drafter(llm).observer.board.read(name)
 
 
 def decode_broken(

@@ -103,9 +103,9 @@ class Offline:
         """Empty the prefix cache."""
         self._ask("forget")
 
-    def inside(self, name: str, *args: Any) -> Any:
+    def inside(self, name: str, *args: Any, **options: Any) -> Any:
         """Call a function of inside.py where the engine is."""
-        return self._ask("inside", name, *args)
+        return self._ask("inside", name, args, options)
 
     def close(self) -> None:
         self.pipe.close()

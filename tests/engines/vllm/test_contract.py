@@ -32,7 +32,11 @@ OVERRIDDEN = {
             "build": ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
             "get_cudagraph_support": ["cls", "vllm_config", "kv_cache_spec"],
         },
-        "AttentionBackend": {"get_name": [], "get_builder_cls": [], "is_ssm": ["cls"]},
+        "AttentionBackend": {
+            "get_name": [],
+            "get_builder_cls": [],
+            "is_ssm": ["cls"],
+        },
     },
     "model_executor/layers/mamba/abstract.py": {
         "MambaBase": {
@@ -208,7 +212,7 @@ FIELDS = {
     "config/model.py": {"ModelConfig": ["enforce_eager"]},
     "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
     "platforms/interface.py": {"Platform": ["device_type"]},
-    "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls"]},
+    "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls", "max_num_batched_tokens"]},
     "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},
     "config/speculative.py": {
         "SpeculativeConfig": [

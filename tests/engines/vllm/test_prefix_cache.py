@@ -145,10 +145,10 @@ class Drafts(NamedTuple):
 
     engine: Offline
 
-    def of(self, prompt: tuple[int, ...], *, draft: int) -> tuple[Output, list[list[int]]]:
+    def of(self, prompt: tuple[int, ...], *, draft: int) -> tuple[Output, dict[int, list[int]]]:
         self.engine.inside("draft", draft)
         output = self.engine.greedy([prompt], TOKENS)[0]
-        return output, self.engine.inside("drafts")[0]
+        return output, *(self.engine.inside("drafts") or [{}])
 
 
 @pytest.fixture(scope="module")
@@ -158,20 +158,37 @@ def drafts(start) -> Iterator[Drafts]:
     engine.close()
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_hit_on_what_ran_without_drafting_drafts_as_a_cold_run(drafts, seed):
-    """The MTP layer is behind while nothing is drafted, but not in a block that others may hit."""
+def hit_after(
+    drafts: Drafts, seed: int, *, draft: int
+) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """A prompt that hits the block of a request which drafted so much, and the same one cold."""
     drafts.engine.forget()
     first = random_prompt(BLOCK - 26, seed=seed)
-    answer, none = drafts.of(first, draft=0)  # ends soon after it has filled the block
-    assert not none
+    answer, _ = drafts.of(first, draft=draft)  # ends soon after it has filled the block
     longer = first + answer.token_ids[:30] + random_prompt(10, seed=seed)
-    drafts.of(longer, draft=3)  # matches the block up to its end, which leaves a state there
+    drafts.of(longer, draft=draft)  # matches the block up to its end, which leaves a state there
     warm, found = drafts.of(longer, draft=3)
     drafts.engine.forget()
     cold, expected = drafts.of(longer, draft=3)
     assert (warm.cached, cold.cached) == (BLOCK, 0)
+    assert warm.token_ids == cold.token_ids
+    return found, expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hit_on_what_the_mtp_layer_has_read_drafts_as_a_cold_run(drafts, seed):
+    found, expected = hit_after(drafts, seed, draft=3)
     assert found == expected
+    assert len(found) > TOKENS // 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hit_on_what_it_has_not_read_drafts_from_zeros(drafts, seed):
+    """vLLM fills new blocks with zeros, so what an earlier request left there has no effect."""
+    found, _ = hit_after(drafts, seed, draft=0)
+    drafts.engine.inside("poison")
+    again, _ = hit_after(drafts, seed, draft=0)
+    assert again == found
     assert len(found) > TOKENS // 4
 
 

@@ -185,7 +185,7 @@ def test_metrics_agree_with_the_hosts_and_with_each_other(server):
 
 
 def test_draft_lengths_and_skipped_drafts(server):
-    """What is skipped is what has no draft, and is caught up with at most once."""
+    """What is skipped is a prompt or has no draft, and is caught up with at most once."""
     before = server.by_label("vllm:qwen3next_draft_length_bucket", "le")
     gain = gained(server, PROMPTS)
     after = server.by_label("vllm:qwen3next_draft_length_bucket", "le")
@@ -197,7 +197,7 @@ def test_draft_lengths_and_skipped_drafts(server):
         gain[f"vllm:qwen3next_{name}_total"] for name in ("tokens_caught_up", "drafts_skipped")
     )
     # a skipped step commits up to four tokens; the step after it may draft, or skip as well
-    assert 0 <= caught_up <= 4 * skipped
+    assert 0 <= caught_up <= gain["vllm:prompt_tokens_total"] + 4 * skipped
 
 
 def test_estimates_are_near_what_was_measured(server):

@@ -5,7 +5,6 @@ in every step. vLLM still loads the layer and manages its cache.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.mtp.metrics import Observer
-from qwen3next_plugin.mtp.pending import MAX_PENDING, Pending, PendingTokens, Row
+from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
 from qwen3next_plugin.mtp.policy import make_policy
 
 
@@ -33,7 +32,8 @@ class Drafter(EagleProposer):
         self.observer = Observer(self.policy, worker_board(vllm_config))
         self.pending = Pending()
         # A KV connector ships the layer's cache at any time, so no token may be missing from it.
-        self.max_pending = MAX_PENDING if vllm_config.kv_transfer_config is None else 0
+        self.must_run = vllm_config.kv_transfer_config is not None
+        self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens  # of one pass
         self.next_position: dict[str, int] = {}  # of each request that may continue
         self.left = 0.0  # when the last call of propose ended
 
@@ -61,11 +61,9 @@ class Drafter(EagleProposer):
         """
         entered = time.perf_counter()
         self.model.see(target_token_ids)
-        starts = common_attn_metadata.query_start_loc
-        ends = starts[1:] if token_indices_to_sample is None else token_indices_to_sample + 1
         rows = self._rows(
-            starts.tolist(),
-            ends.tolist(),
+            common_attn_metadata.query_start_loc,
+            token_indices_to_sample,
             target_token_ids,
             target_positions,
             target_hidden_states,
@@ -86,29 +84,41 @@ class Drafter(EagleProposer):
 
     def _rows(
         self,
-        starts: Sequence[int],
-        ends: Sequence[int],
+        query_start_loc: torch.Tensor,
+        sampled_after: torch.Tensor | None,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
     ) -> list[Row]:
         """The rows of the step; their tokens are shifted by one, as the MTP layer reads them."""
-        firsts = positions[starts[:-1]].tolist()
+        starts, last = query_start_loc[:-1], sampled_after
+        if last is None:
+            last = query_start_loc[1:] - 1
+        counts, scheduled = (last - starts + 1).tolist(), query_start_loc.diff().tolist()
+        firsts = positions[starts].tolist()
         prefilling = self.runner.discard_request_mask.np[: len(firsts)].tolist()
-        shifted = torch.empty_like(token_ids)  # [T]
-        shifted[:-1] = token_ids[1:]
-        shifted[[end - 1 for end in ends]] = next_token_ids.to(token_ids.dtype)
+        shifted = token_ids.roll(-1)  # [T]
+        shifted[last] = next_token_ids.to(token_ids.dtype)
         rows = []
-        for i, request in enumerate(self.runner.input_batch.req_ids[: len(firsts)]):
-            begin, end, first = starts[i], ends[i], firsts[i]
+        for i, (request, ids, states) in enumerate(
+            zip(
+                self.runner.input_batch.req_ids,
+                shifted.split(scheduled),
+                hidden_states.split(scheduled),
+                strict=False,
+            )
+        ):
+            first, count = firsts[i], counts[i]
             if prefilling[i]:  # vLLM gives the prompt's last token, not the one after the chunk
-                shifted[end - 1] = self.runner.requests[request].get_token_id(first + end - begin)
+                ids[-1] = self.runner.requests[request].get_token_id(first + count)
+            if count < scheduled[i]:  # without the rejected drafts
+                ids, states = ids[:count], states[:count]
             row = Row(
                 request=request,
                 index=i,
-                tokens=PendingTokens(first, shifted[begin:end], hidden_states[begin:end]),
-                scheduled=starts[i + 1] - begin,
+                tokens=PendingTokens(first, ids, states),
+                scheduled=scheduled[i],
                 prefilling=prefilling[i],
                 continues=self.next_position.get(request) == first,
             )
@@ -120,8 +130,11 @@ class Drafter(EagleProposer):
         return rows
 
     def _choose_lengths(self, rows: list[Row], limit: int) -> None:
-        """Set how many tokens each request drafts. All ranks use the first rank's decision."""
-        drafting = [row for row in rows if not row.prefilling]
+        """Set how many tokens each request drafts. All ranks use the first rank's decision.
+
+        None where the step read its prompt: the first token of an answer does not wait for drafts.
+        """
+        drafting = [row for row in rows if row.continues]
         if not drafting:
             return
         requests = [row.request for row in drafting]
@@ -130,7 +143,8 @@ class Drafter(EagleProposer):
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
         for row, length in zip(drafting, lengths, strict=True):
-            row.draft = max(0, min(length, limit, self._room(row)))
+            if length:
+                row.draft = max(0, min(length, limit, self._room(row)))
 
     def _room(self, row: Row) -> int:
         """How many drafts the request can still use; a step yields one token more."""
@@ -141,27 +155,21 @@ class Drafter(EagleProposer):
         return end - row.tokens.end - 2  # the last sampled token, and the one after the drafts
 
     def _feed(self, rows: list[Row]) -> list[Row]:
-        """Set what the MTP layer reads now, pending tokens included; returns the rows it reads."""
-        skipping = []
+        """Set what the MTP layer reads now, pending tokens first; returns the rows it reads.
+
+        A pass reads at most as many tokens as a step. A request drafts once it has caught up.
+        """
+        left, skipping = self.max_tokens, []
         for row in rows:
-            if row.draft or self._must_run(row):
-                row.fed = self.pending.take(row, MAX_PENDING + len(row.tokens))
-                row.draft = row.draft if row.fed else 0
+            if left and (row.draft or self.must_run):
+                row.fed = self.pending.take(row, left)
+                left -= len(row.fed) if row.fed else 0
             else:
                 skipping.append(row)
+            if row.fed is None or row.fed.end < row.tokens.end:
+                row.draft = 0
         self.pending.put(skipping)
         return [row for row in rows if row.fed is not None]
-
-    def _must_run(self, row: Row) -> bool:
-        """Whether the request must run through the MTP layer even if it drafts nothing.
-
-        vLLM lets other requests use a block as soon as it is full, and parts of a block that a
-        prompt fills: what is missing in the layer's cache there would be missing for all of them.
-        """
-        if row.prefilling or not row.continues:
-            return True
-        fills_block = row.tokens.end // self.block_size > row.tokens.first // self.block_size
-        return fills_block or self.pending.count(row.request) + len(row.tokens) > self.max_pending
 
     def _draft(self, fed: list[Row], block_table: torch.Tensor, drafts: list[list[int]]) -> None:
         """Run the MTP layer over what the rows feed it, then over its own drafts."""

@@ -1,0 +1,110 @@
+"""The MTP layer reads a prompt when drafts follow, and then drafts as if it had read it at once."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from checkpoints import SHIPPED
+from engines.checks import Output
+from engines.traffic import source_tokens
+from engines.vllm.offline import Offline
+
+pytestmark = pytest.mark.serve
+
+K, CHUNK, TOKENS = 3, 96, 40
+TEXT = source_tokens()
+SHORT = [tuple(TEXT[start : start + n]) for start, n in ((0, 20), (300, 61), (700, 90))]
+LONG = [tuple(TEXT[start : start + n]) for start, n in ((900, 97), (100, 230), (500, 400))]
+
+
+class Run(NamedTuple):
+    outputs: list[Output]
+    drafts: list[dict[int, list[int]]]  # of each request, by position
+    passes: list[int]  # tokens of each pass of the MTP layer
+    caught_up: float  # tokens
+
+
+class Drafter(NamedTuple):
+    """An engine whose drafter is told how much to draft."""
+
+    engine: Offline
+
+    def run(
+        self, prompts: list[tuple[int, ...]], k: int, tokens: int = TOKENS, **how: object
+    ) -> Run:
+        self.engine.forget()
+        self.engine.inside("draft", k, **how)
+        before = self.caught_up()
+        outputs = self.engine.greedy(prompts, tokens)
+        return Run(
+            outputs,
+            self.engine.inside("drafts"),
+            self.engine.inside("passes"),
+            self.caught_up() - before,
+        )
+
+    def caught_up(self) -> float:
+        return self.engine.inside("board", "tokens_caught_up")[""]
+
+
+@pytest.fixture(scope="module")
+def drafter() -> Iterator[Drafter]:
+    engine = Offline(
+        SHIPPED,
+        dtype="float32",
+        max_model_len=512,
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=8,
+        speculative_config={"method": "mtp", "num_speculative_tokens": K},
+    )
+    yield Drafter(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("prompts", [SHORT, LONG], ids=["short", "chunks"])
+def test_without_drafts_the_layer_reads_nothing(drafter, prompts):
+    run = drafter.run(prompts, 0, tokens=16)
+    assert run.passes == [] == run.drafts
+    assert run.caught_up == 0
+    assert [o.token_ids for o in run.outputs] == [
+        o.token_ids for o in drafter.run(prompts, K, tokens=16).outputs
+    ]
+
+
+@pytest.mark.parametrize("prompt", SHORT, ids=len)
+def test_a_prompt_is_read_after_the_first_step_that_decodes(drafter, prompt):
+    run = drafter.run([prompt], K)
+    assert run.passes[0] == len(prompt) + 1  # and the first token, which that step has read
+    assert run.caught_up == len(prompt)
+    assert min(run.drafts[0]) == len(prompt) + 1
+    assert drafter.run([prompt], K, tokens=1).passes == []
+
+
+@pytest.mark.parametrize("prompt", LONG, ids=len)
+def test_a_pass_reads_as_much_as_a_step_may(drafter, prompt):
+    run = drafter.run([prompt], K)
+    slices = (len(prompt) + 1) // CHUNK
+    assert run.passes[:slices] == [CHUNK] * slices
+    assert max(run.passes) == CHUNK
+    assert len(prompt) + slices <= min(run.drafts[0])  # none before it has caught up
+
+
+@pytest.mark.parametrize("prompts", [SHORT, LONG, SHORT + LONG], ids=["short", "chunks", "mixed"])
+def test_drafts_as_if_prompts_were_read_at_once(drafter, prompts):
+    later, at_once = drafter.run(prompts, K), drafter.run(prompts, K, at_once=True)
+    assert later.outputs == at_once.outputs
+    assert at_once.caught_up == 0
+    for found, expected in zip(later.drafts, at_once.drafts, strict=True):
+        both = found.keys() & expected.keys()
+        assert len(both) > TOKENS // 8
+        assert {at: found[at] for at in both} == {at: expected[at] for at in both}
+
+
+def test_a_prompt_that_can_not_be_kept_is_answered_without_drafts(drafter):
+    short, long = SHORT[0], LONG[2]
+    lost = drafter.run([short, long], K, max_bytes=2**16)
+    kept = drafter.run([short, long], K)
+    assert lost.outputs == kept.outputs
+    assert [max(drafts, default=0) > len(short) for drafts in kept.drafts] == [True, True]
+    assert lost.drafts == [drafter.run([short], K).drafts[0]]
