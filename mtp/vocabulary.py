@@ -36,6 +36,8 @@ class DraftVocabulary:
     def see(self, token_ids: torch.Tensor) -> bool:
         """Add tokens [T] of a step, as many as there are places; returns whether `ids` changed."""
         places = len(self.ids) - self.first_place
+        if not places:  # it has every token
+            return False
         new = token_ids[~self._known[token_ids]].unique()[:places]
         if not len(new):
             return False

@@ -268,7 +268,7 @@ ATTRIBUTES = {
 KEPT = {
     "v1/worker/gpu/model_states/interface.py": {"ModelState": ["max_num_reqs"]},
     "v1/core/sched/scheduler.py": {
-        "Scheduler": ["log_stats", "kv_cache_manager", "kv_cache_config"]
+        "Scheduler": ["log_stats", "running", "kv_cache_manager", "kv_cache_config"]
     },
     "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},
     "v1/core/kv_cache_coordinator.py": {"KVCacheCoordinator": ["single_type_managers"]},

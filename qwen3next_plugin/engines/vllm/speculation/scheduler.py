@@ -21,6 +21,8 @@ from qwen3next_plugin.mtp.metrics import LogLine
 
 logger = init_logger(LOGGER)
 
+COUNT_EVERY = 0.1  # seconds between counts of state pages: each looks at every block of a request
+
 
 class Scheduler(HostScheduler):
     """Schedules as vLLM does, with metrics of MTP."""
@@ -29,7 +31,7 @@ class Scheduler(HostScheduler):
         super().__init__(vllm_config, *args, **kwargs)  # whatever the host passes
         self.board = scheduler_board(vllm_config)
         self.log_line = LogLine(self.board)
-        self.logged = time.monotonic()
+        self.logged = self.counted = time.monotonic()
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -37,9 +39,16 @@ class Scheduler(HostScheduler):
         """Update as vLLM does, then write metrics and the log line if statistics are on."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self.log_stats:
-            self.board.set("state_pages", [self.state_pages()])
-            self._log()
+            now = time.monotonic()
+            self._count(now)
+            self._log(now)
         return outputs
+
+    def _count(self, now: float) -> None:
+        """Count the state pages now and then, and when nothing runs any more."""
+        if now - self.counted >= COUNT_EVERY or not self.running:
+            self.counted = now
+            self.board.set("state_pages", [self.state_pages()])
 
     def state_pages(self) -> int:
         """State pages that requests hold, by vLLM's accounting; cached pages are free."""
@@ -52,9 +61,8 @@ class Scheduler(HostScheduler):
             for blocks in manager.req_to_blocks.values()
         )
 
-    def _log(self) -> None:
+    def _log(self, now: float) -> None:
         """Log at the interval of vLLM's statistics, and only if something was decoded."""
-        now = time.monotonic()
         if now - self.logged >= envs.VLLM_LOG_STATS_INTERVAL:
             self.logged = now
             if text := self.log_line.text():
