@@ -36,6 +36,7 @@ OVERRIDDEN = {
             "get_name": [],
             "get_builder_cls": [],
             "is_ssm": ["cls"],
+            "supports_device_cpu_query_lens_mismatch": ["cls"],
         },
     },
     "model_executor/layers/mamba/abstract.py": {

@@ -91,3 +91,12 @@ class GatedDeltaNetBackend(AttentionBackend):
     @classmethod
     def is_ssm(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Whether drafts may be trimmed on the device: no length of a row is read on the host.
+
+        vLLM's adaptive verification needs this. It gives the host the number of tokens, and the
+        longest row before trimming; both hold for the trimmed batch.
+        """
+        return True
