@@ -7,6 +7,7 @@ in every step. vLLM still loads the layer and manages its cache.
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
@@ -92,24 +93,19 @@ class Drafter(EagleProposer):
         next_token_ids: torch.Tensor,
     ) -> list[Row]:
         """The rows of the step; their tokens are shifted by one, as the MTP layer reads them."""
-        starts, last = query_start_loc[:-1], sampled_after
-        if last is None:
-            last = query_start_loc[1:] - 1
-        counts, scheduled = (last - starts + 1).tolist(), query_start_loc.diff().tolist()
-        firsts = positions[starts].tolist()
+        starts = query_start_loc.numpy()
+        ends = starts[1:] if sampled_after is None else sampled_after.numpy() + 1
+        scheduled, counts = np.diff(starts).tolist(), (ends - starts[:-1]).tolist()
+        firsts = positions.numpy()[starts[:-1]].tolist()
         prefilling = self.runner.discard_request_mask.np[: len(firsts)].tolist()
-        shifted = token_ids.roll(-1)  # [T]
-        shifted[last] = next_token_ids.to(token_ids.dtype)
+        shifted = next_token_ids.to(token_ids.dtype)  # [T]
+        if len(shifted) < len(token_ids):  # not one token a row
+            shifted, sampled = token_ids.roll(-1), shifted
+            shifted[torch.from_numpy(ends - 1)] = sampled
+        parts = zip(shifted.split(scheduled), hidden_states.split(scheduled), strict=True)
         rows = []
-        for i, (request, ids, states) in enumerate(
-            zip(
-                self.runner.input_batch.req_ids,
-                shifted.split(scheduled),
-                hidden_states.split(scheduled),
-                strict=False,
-            )
-        ):
-            first, count = firsts[i], counts[i]
+        for i, (ids, states) in enumerate(parts):
+            request, first, count = self.runner.input_batch.req_ids[i], firsts[i], counts[i]
             if prefilling[i]:  # vLLM gives the prompt's last token, not the one after the chunk
                 ids[-1] = self.runner.requests[request].get_token_id(first + count)
             if count < scheduled[i]:  # without the rejected drafts
