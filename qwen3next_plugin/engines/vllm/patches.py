@@ -196,6 +196,14 @@ OVERRIDES: tuple[Override, ...] = (
         remove_when="vLLM lets a model bring its drafter",
     ),
     Override(
+        target="vllm.v1.worker.gpu_model_runner.GPUModelRunner._calc_spec_decode_metadata",
+        parameters=("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
+        file="speculation/worker.py",
+        reason="vLLM prepares seven tensors for verification in steps without drafts too",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM prepares nothing where nothing was drafted",
+    ),
+    Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.effective_drafter_max_model_len",
         file="speculation/worker.py",
         reason="vLLM drafts zeros for all requests when one is near its maximum length; our "

@@ -55,6 +55,23 @@ OVERRIDDEN = {
         },
     },
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
+    "v1/spec_decode/llm_base_proposer.py": {
+        "SpecDecodeBaseProposer": {
+            "prepare_next_token_ids_padded": [
+                "self",
+                "sampled_token_ids",
+                "requests",
+                "gpu_input_batch",
+                "discard_request_mask",
+            ],
+            "prepare_inputs_padded": [
+                "self",
+                "common_attn_metadata",
+                "spec_decode_metadata",
+                "valid_sampled_tokens_count",
+            ],
+        }
+    },
     "model_executor/layers/fused_moe/routed_experts.py": {
         "RoutedExperts": {"_get_quant_method": ["self", "prefix", "quant_config", "moe_config"]},
     },

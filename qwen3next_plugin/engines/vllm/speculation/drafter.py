@@ -15,6 +15,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
@@ -83,6 +84,37 @@ class Drafter(EagleProposer):
         )
         return drafts
 
+    def prepare_next_token_ids_padded(
+        self,
+        sampled_token_ids: torch.Tensor,
+        requests: Any,
+        gpu_input_batch: Any,
+        discard_request_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As vLLM, which looks at each request; in a step without drafts each has one token.
+
+        That of an unfinished prompt means nothing; `_rows` looks for the one that follows.
+        """
+        if sampled_token_ids.shape[1] == 1:
+            next_token_ids = sampled_token_ids[:, 0].int()
+            return next_token_ids, torch.ones_like(next_token_ids)
+        return super().prepare_next_token_ids_padded(
+            sampled_token_ids, requests, gpu_input_batch, discard_request_mask
+        )
+
+    def prepare_inputs_padded(
+        self,
+        common_attn_metadata: CommonAttentionMetadata,
+        spec_decode_metadata: SpecDecodeMetadata,
+        valid_sampled_tokens_count: torch.Tensor,
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor | None]:
+        """As vLLM, with nothing to prepare in a step without drafts."""
+        if not any(spec_decode_metadata.num_draft_tokens):
+            return common_attn_metadata, None, None
+        return super().prepare_inputs_padded(
+            common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
+        )
+
     def _rows(
         self,
         query_start_loc: torch.Tensor,
@@ -102,10 +134,11 @@ class Drafter(EagleProposer):
         if len(shifted) < len(token_ids):  # not one token a row
             shifted, sampled = token_ids.roll(-1), shifted
             shifted[torch.from_numpy(ends - 1)] = sampled
+        requests = self.runner.input_batch.req_ids
         parts = zip(shifted.split(scheduled), hidden_states.split(scheduled), strict=True)
         rows = []
         for i, (ids, states) in enumerate(parts):
-            request, first, count = self.runner.input_batch.req_ids[i], firsts[i], counts[i]
+            request, first, count = requests[i], firsts[i], counts[i]
             if prefilling[i]:  # vLLM gives the prompt's last token, not the one after the chunk
                 ids[-1] = self.runner.requests[request].get_token_id(first + count)
             if count < scheduled[i]:  # without the rejected drafts

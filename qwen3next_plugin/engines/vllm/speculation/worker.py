@@ -4,12 +4,15 @@ vLLM has a setting for the class (`--worker-cls`); flags.py chooses this one. It
 its own runner only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.config import ConfigError
@@ -42,6 +45,7 @@ class Worker(CPUWorker):
             _add_missing_processors(runner.input_batch.logitsprocs, runner)
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
+                runner._calc_spec_decode_metadata = _brief(runner._calc_spec_decode_metadata)
                 # Near the longest context vLLM skips drafting for the whole batch. Our drafter
                 # drafts less for that one request instead.
                 runner.effective_drafter_max_model_len += runner.num_spec_tokens
@@ -59,6 +63,22 @@ class Worker(CPUWorker):
         """Sample, without random draws for unfinished prompts."""
         with _without_generators_of_prompts(self.model_runner):
             return super().sample_tokens(grammar_output)
+
+
+def _brief(host: Callable[..., SpecDecodeMetadata]) -> Callable[..., SpecDecodeMetadata]:
+    """vLLM's method, with no more than is read in a step without drafts: its logits' places."""
+    none = torch.empty(0, dtype=torch.int32)
+
+    def metadata(
+        num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        if num_draft_tokens.any():
+            return host(num_draft_tokens, cu_num_scheduled_tokens)
+        ends = torch.from_numpy(cu_num_scheduled_tokens - 1)
+        zeros = [0] * len(ends)
+        return SpecDecodeMetadata(none, zeros, none, none, none, none, logits_indices=ends)
+
+    return metadata
 
 
 def _naming_its_request(
