@@ -83,7 +83,7 @@ def drafts(server: Server, engine: str) -> dict[str, dict[str, float]]:
 def check_shown(server: Server, engine: str, k: int) -> None:
     """The dashboard's queries and `qwen3next watch` find everything that they show."""
     check_dashboard(engine, server.get("/metrics"))
-    client = threading.Thread(target=complete, args=(server, PROMPTS[0], 400))
+    client = threading.Thread(target=complete, args=(server, PROMPTS[0], 2000))
     client.start()
     done = subprocess.run(
         [QWEN3NEXT, "watch", server.address], capture_output=True, text=True, timeout=60
