@@ -5,6 +5,7 @@ So drafts change no token: with and without them, an answer is transformers' own
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +32,11 @@ class Case(NamedTuple):
     @property
     def chain(self) -> bool:
         return self.steps > 0 and "--speculative-eagle-topk" not in self.flags
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return int(self.flags[-1]) if "--chunked-prefill-size" in self.flags else 2048
 
     @property
     def uncached(self) -> bool:
@@ -132,12 +138,14 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(server, cas
     prompts = [random_prompt(n, seed=4) for n in (5, 64, 130, 300)]
     answers = server.greedy(prompts, 64)
     steps, accepted = (sum(getattr(a, name) for a in answers) for name in ("steps", "accepted"))
-    assert 0 < accepted < case.steps * steps  # each answer's first step has none
+    assert 0 < accepted < case.steps * steps
     expected = [model.accepted(prompt, 64, case.steps) for prompt in prompts]
     made, right = (sum(column) for column in zip(*expected, strict=True))
     # A request's last drafts may be cut short by its token limit, so a few may differ.
     assert accepted == pytest.approx(right, abs=case.steps * len(prompts))
-    assert steps - len(prompts) == pytest.approx(made / case.steps, abs=len(prompts))
+    # The MTP layer reads the prompts one after the other, in slices; till then nothing is drafted.
+    until = [-(-tokens // case.chunk) for tokens in accumulate(map(len, prompts))]
+    assert 0 <= steps - made / case.steps <= len(prompts) + sum(until)
 
 
 @cases("steps")
