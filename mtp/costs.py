@@ -24,8 +24,9 @@ CHANCE = 4  # longest run of timings on one side of the median that is taken for
 FAR, SURPRISES = 1.5, 5  # so many timings in a row that are off by FAR are not chance
 HORIZON = 500  # a timing is dropped after so many newer ones
 WINDOW = 64  # most timings kept of one point
-PRIOR = 0.05  # weight of the shape in the fit, in timings
+PRIOR = 0.2  # weight of the shape in the fit, in timings
 SHAPED = 10.0  # weight of the fit against nearby timings
+COLD, SLOWER = 64, 1.2  # so many first drafts count as at most so many times slower than expected
 REFRESH = 8  # timings between two fits
 
 Point = tuple[float, float]
@@ -158,13 +159,13 @@ class Model:
         ]
         return level
 
-    def seconds(self, batch: int, x: float) -> float:
+    def seconds(self, batch: float, x: float) -> float:
         return self.fitted(batch, x) * self.bend(batch, x)
 
     def fitted(self, batch: float, x: float) -> float:
         return sum(w * t for w, t in zip(self.weights, self.terms(batch, x), strict=True))
 
-    def bend(self, batch: int, x: float) -> float:
+    def bend(self, batch: float, x: float) -> float:
         """Mean timed/fitted of nearby points, weighted by timings and nearness; 1 far away."""
         octave = log2(batch)
         total = weight = SHAPED
@@ -245,7 +246,7 @@ class Costs:
         self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
         self.level = 1.0  # how slow the machine is now, relative to its timings
         self._run = 0  # timings in a row above the median, below it if negative
-        self._pending = 0.0  # seconds of a pending token
+        self._pending, self._catch_ups = 0.0, 0  # seconds of a pending token, and how often timed
         self._fitted = -1  # number of timings at the last fit
         self._tables: dict[tuple[int, int], Table] = {}
 
@@ -265,7 +266,11 @@ class Costs:
         """Drafting passes, the first over `tokens` pending tokens too, took `seconds`."""
         usual = self._drafts.seconds(batch, passes)
         extra = max(0.0, seconds / self.level - usual) / tokens
-        self._pending = (self._pending + extra) / 2 if self._pending else extra
+        known, self._catch_ups = self._pending or extra, self._catch_ups + 1
+        # The first may be cold: they count for less if they are longer than what is known.
+        cold = self._catch_ups < COLD // 4
+        weight = (1 / 2 if extra < known else 1 / 8) if cold else 1 / 4
+        self._pending = known + (extra - known) * weight
 
     def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
         """Add a timing at the machine's usual speed; well-known points give today's speed."""
@@ -277,6 +282,8 @@ class Costs:
             change = model.surprised(point, seconds) or change
             self.level *= change
             seconds /= change
+        elif model is self._drafts and self._steps.count and model.count < COLD:
+            seconds = min(seconds, SLOWER * model.seconds(2 ** point[0], point[1]))
         model.observe(point, seconds)
 
     def table(self, batch: int, max_draft: int) -> Table:

@@ -8,6 +8,8 @@ optimum.
 
 - Acceptance p comes from acceptance.py, seconds from costs.py.
 - The plan changes only for one that promises MARGIN more, so that noise does not move it.
+- A request that skipped the MTP layer catches up before it drafts, and so does one whose prompt was
+  just read. That cost is spread over the tokens that the request is expected to still produce.
 - Other plans are tried now and then, for at most BUDGET of the time, and less often while trials
   change nothing.
 - Decisions depend only on what was observed: no clock, no random numbers.
@@ -33,6 +35,9 @@ LEAST = 0.12  # least price of a trial, in steps, even if it promises to lose le
 HELD = 30  # a plan kept for so many steps gets one more trial before another replaces it
 PATIENCE = 1  # how often the budget is halved while trials change nothing
 RECENT = 0.05  # weight of the last step in the share of steps that read prompts
+ANSWER = 128.0  # mean tokens of an answer, until answers have ended
+LEAST_WORTH = 0.001  # of a draft: the order of drafts stays where none is worth its cost
+ANSWERS = 20  # how many answers the mean remembers
 
 
 class Policy(Protocol):
@@ -143,6 +148,8 @@ class Adaptive:
         self._step = 0
         self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
         self._requests: dict[str, Acceptance] = {}
+        self._tokens = Counter[str]()  # that each request has produced
+        self._answer = ANSWER  # mean tokens of an answer
         self._last: list[int] = []  # lengths
         self._pending = 0  # how many pending tokens the current draft takes in first
         self._timed, self._untimed = True, 0.0  # was the last step timed; share that was not
@@ -166,6 +173,11 @@ class Adaptive:
             return []
         chances = self._chances(requests)
         table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
+        price_of_pending = table.pending * len(requests) / table.step[0]  # tokens of all requests
+        chances = [
+            self._worth(row, price_of_pending * tokens) if tokens else row
+            for row, tokens in zip(chances, pending, strict=True)
+        ]
         plans = self._plans(chances, table)
         plan = self._settle(plans)
         if self._untried:  # a first trial with all requests observes the most
@@ -180,6 +192,7 @@ class Adaptive:
         return plan.lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
+        self._tokens[request] += 1 + accepted
         if drafted:
             if request not in self._requests:
                 self._requests[request] = Acceptance(self.max_draft, KEEP, least=0.0)
@@ -198,6 +211,8 @@ class Adaptive:
 
     def forget(self, request: str) -> None:
         self._requests.pop(request, None)
+        if tokens := self._tokens.pop(request, 0):
+            self._answer += (tokens - self._answer) / ANSWERS
 
     def snapshot(self) -> dict[str, Any]:
         """Lengths of the last step, acceptance by position, seconds by number of drafts."""
@@ -209,7 +224,7 @@ class Adaptive:
             "step_seconds": table.step[::batch],
             "draft_seconds": table.draft,
             "on_trial": self._left > 0,
-            "requests": len(self._requests),
+            "requests": len(self._tokens),
         }
 
     def _chances(self, requests: Sequence[str]) -> list[list[float]]:
@@ -220,6 +235,15 @@ class Adaptive:
         return [
             list(accumulate(a.towards(everyone, self._step), mul)) if a else newcomer for a in known
         ]
+
+    def _worth(self, chances: list[float], lost: float) -> list[float]:
+        """The chances less the tokens `lost` by catching up, spread over the rest of the answer.
+
+        Answers are taken as geometrically long, so what is left is always the mean.
+        """
+        gain = sum(chances)
+        share = 1 - lost / self._answer * (1 + gain) / gain
+        return [a * max(LEAST_WORTH, share) for a in chances]
 
     def _plans(self, chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
         """The plans to choose from, with 0, 1, … k drafting passes."""

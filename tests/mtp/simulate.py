@@ -2,8 +2,8 @@
 
 Acceptance is fixed in advance: `runs[t]` is how many drafts are right after t tokens of a request,
 so every policy serves the same requests. The result counts true costs; policies observe noisy ones.
-Like the drafter of vLLM it reports no step in which a prompt is read, lets requests that
-skip the drafter have at most MAX_PENDING pending tokens, and feeds it all of them.
+Like the engines it reports no step in which a prompt is read, and drafts for no request in that
+step: the prompt is pending, and the drafter reads it when the request first drafts.
 """
 
 import random
@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from qwen3next_plugin.mtp.pending import MAX_PENDING
 from qwen3next_plugin.mtp.policy import Policy
 
 Run = Sequence[int]
+
+COLD = 3.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Trace:
     prompt: int = 100  # tokens
     noise: float = 0.2
     outliers: float = 0.03
+    cold: int = 0  # first timings of drafts that are observed COLD times too long
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Server:
         self.trace, self.policy, self.rng = trace, policy, random.Random(seed)
         self.waiting = [Request(f"r{i}", runs) for i, runs in enumerate(trace.runs)][::-1]
         self.active: list[Request] = []
-        self.result = Result()
+        self.result, self.drafts = Result(), 0
 
     def run(self) -> Result:
         while self.waiting or self.active:
@@ -125,7 +127,7 @@ class Server:
 
     def verify(self, r: Request) -> None:
         accepted = min(r.drafted, r.runs[r.done])
-        if r.drafted:
+        if not r.fresh:
             self.policy.observe_verify(r.name, r.drafted, accepted)
         tokens = min(1 + accepted, len(r.runs) - r.done)
         r.done += tokens
@@ -137,22 +139,25 @@ class Server:
     def draft(self, truth: Truth) -> float:
         """The drafter's part."""
         self.active = [r for r in self.active if r.done < len(r.runs)]
-        if not self.active:
+        asked = [r for r in self.active if not r.fresh]
+        for r in self.active:
+            if r.fresh:
+                r.fresh, r.pending = False, r.committed
+        if not asked:
             return 0.0
-        requests, pending = [r.name for r in self.active], [r.pending for r in self.active]
-        lengths = self.policy.lengths(requests, pending)
+        lengths = self.policy.lengths([r.name for r in asked], [r.pending for r in asked])
         self.result.lengths.append(lengths)
-        fed, fresh = 0, False
-        for r, length in zip(self.active, lengths, strict=True):
+        fed = 0
+        for r, length in zip(asked, lengths, strict=True):
             r.drafted, r.pending = length, r.pending + r.committed
-            if length or r.fresh or r.pending > MAX_PENDING:
+            if length:
                 fed, r.pending = fed + r.pending, 0
-            fresh, r.fresh = fresh or r.fresh, False
         if not fed:
             return 0.0
         seconds = truth.draft(fed, lengths)
-        if any(lengths) and not fresh:
-            self.policy.observe_draft(len(self.active), max(lengths), self.timed(seconds))
+        cold = COLD if self.drafts < self.trace.cold else 1.0
+        self.drafts += 1
+        self.policy.observe_draft(len(asked), max(lengths), self.timed(seconds) * cold)
         return seconds
 
     def timed(self, seconds: float) -> float:

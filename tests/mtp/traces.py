@@ -123,6 +123,7 @@ class Case:
     tokens: tuple[int, int] = (150, 600)  # of a request
     noise: float = 0.2
     outliers: float = 0.03
+    cold: int = 0  # first timings of drafts that are three times too long
 
     def trace(self, batch: int, seed: int = 0) -> Trace:
         """`batch` concurrent requests; 0: a number that changes, from 1 to 16."""
@@ -138,6 +139,7 @@ class Case:
             crowd(batch, total),
             noise=self.noise,
             outliers=self.outliers,
+            cold=self.cold,
         )
 
     def _run(self, rng: random.Random, number: int, tokens: int, begun: float) -> Run:
@@ -175,6 +177,9 @@ CASES = {
     ),
     "short requests": Case(GPU, steady(HIGH), GPU_SHAPE, tokens=(5, 25)),
     "short requests, low acceptance": Case(BLOCK, steady(LOW), BLOCK_SHAPE, tokens=(5, 25)),
+    "cold start, high acceptance": Case(BLOCK, steady(HIGH), BLOCK_SHAPE, cold=40),
+    "cold start, middling acceptance": Case(BLOCK, steady(MIDDLE), BLOCK_SHAPE, cold=40),
+    "cold start, GPU": Case(GPU, steady(MIDDLE), GPU_SHAPE, cold=40),
     "drafts believed dear": Case(GPU, steady(HIGH), wrong(GPU_SHAPE, 10)),
     "drafts believed cheap": Case(BLOCK, steady(LOW), wrong(BLOCK_SHAPE, 0.1)),
 }
