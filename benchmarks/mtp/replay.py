@@ -1,0 +1,233 @@
+"""Replay policies on recorded timings and acceptance: see --help.
+
+The clock is a position in the recording. A step takes the next timing of its cell after the clock,
+so noise and slow phases come when they came, in all cells at once. The recorder went through all
+cells; a policy that stays in one moves through the recording as many times faster.
+"""
+
+import itertools
+import json
+import statistics
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
+from rich.progress import track
+
+from benchmarks import report
+from benchmarks.block_model import CONFIG, TINY
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.mtp.costs import Costs, Shape, Table
+from qwen3next_plugin.mtp.policy import Adaptive, Fixed, Policy, best_plans
+
+RECORDED = Path(__file__).parent / "recorded"
+AGAIN = 0.1  # share of a recording, its cold start, that is left out when it starts again
+EARLY = 100  # steps
+COLD = 40  # first timings of drafts that a colder start makes COLDER times too long
+COLDER = 3.0
+PROMPT = 100  # tokens of each prompt, all pending when a request starts
+TOKENS = 1500  # of each request of a batch that is served, about
+
+Cell = tuple[float, float]  # drafting passes (0: a step), draft tokens per request in halves
+Timings = Mapping[Cell, list[tuple[int, float]]]  # (position, seconds)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What record.py wrote."""
+
+    name: str
+    engine: str
+    batch: int
+    k: int
+    runs: list[str]  # of each request, how many drafts were right in each step, as digits
+    pending: float  # seconds of a pending token
+    timings: Timings
+    length: int
+
+    @property
+    def uniform(self) -> bool:
+        return self.engine == "sglang"
+
+    @property
+    def stride(self) -> int:
+        """Steps of the recording for each step in one cell."""
+        return sum(passes == 0 for passes, _ in self.timings)
+
+    @property
+    def shape(self) -> Shape:
+        tiny = json.loads((TINY / "config.json").read_text())
+        config = tiny if TINY.name in self.name else CONFIG
+        return Shape.from_config(Qwen3NextConfig.from_hf(config))
+
+    def after(self, clock: float, passes: int, drafts: float) -> float:
+        """The next timing of the nearest cell."""
+        cells = [cell for cell in self.timings if cell[0] == passes]
+        timings = self.timings[min(cells, key=lambda cell: abs(cell[1] - drafts))]
+        return timings[min(bisect_right(timings, (clock, 1e9)), len(timings) - 1)][1]
+
+    def usual(self, passes: int, drafts: float) -> float:
+        """The cell's median."""
+        return statistics.median(seconds for _, seconds in self.timings[passes, drafts])
+
+
+def load(path: Path) -> Recording:
+    found = json.loads(path.read_text())
+    batch, timings = found["batch"], defaultdict[Cell, list[tuple[int, float]]](list)
+    steps = ((at, 0, tokens - batch, us) for at, tokens, us in found["steps"])
+    for at, passes, drafts, us in itertools.chain(steps, found["drafts"]):
+        timings[passes, round(2 * drafts / batch) / 2].append((at, us / 1e6))
+    return Recording(
+        path.stem,
+        found["engine"],
+        batch,
+        found["k"],
+        found["runs"],
+        found["pending"] / 1e6,
+        dict(timings),
+        found["steps"][-1][0],
+    )
+
+
+@dataclass(slots=True)
+class Request:
+    """A request that produces as many tokens as the recorded one."""
+
+    name: str
+    run: str
+    tokens: int  # still to produce
+    pending: int = PROMPT  # tokens that the MTP layer has not read
+    steps: int = 0
+    drafted: int = 0
+
+
+@dataclass
+class Result:
+    """Tokens and seconds up to each step."""
+
+    marks: list[tuple[int, float]] = field(default_factory=list)
+
+    def rate(self, steps: int = 0) -> float:
+        """Tokens per second, of so many steps or of all."""
+        tokens, seconds = self.marks[min(steps, len(self.marks)) - 1]
+        return tokens / seconds
+
+
+class Replay:
+    """Serves as many requests at a time as were recorded, one after the other."""
+
+    def __init__(self, recording: Recording, policy: Policy, cold: int = 0) -> None:
+        self.recording, self.policy, self.cold = recording, policy, cold
+        self.runs, self.names = itertools.cycle(recording.runs), itertools.count()
+        self.active = [self.request() for _ in range(recording.batch)]
+        self.clock, self.tokens, self.seconds = 0.0, 0, 0.0
+
+    def request(self) -> Request:
+        run = next(self.runs)
+        return Request(f"r{next(self.names)}", run, sum(int(digit) + 1 for digit in run))
+
+    def run(self) -> Result:
+        result = Result()
+        while self.tokens < TOKENS * self.recording.batch:
+            self.step()
+            self.draft()
+            result.marks.append((self.tokens, self.seconds))
+        return result
+
+    def step(self) -> None:
+        """Verify, and begin another request where one ends; no prompt takes time."""
+        self.clock += self.recording.stride
+        if self.clock >= self.recording.length:
+            self.clock = AGAIN * self.recording.length
+        B, drafts = len(self.active), sum(r.drafted for r in self.active)
+        seconds = self.recording.after(self.clock, 0, drafts / B)
+        for i, r in enumerate(self.active):
+            accepted = min(r.drafted, int(r.run[r.steps % len(r.run)]))
+            self.policy.observe_verify(r.name, r.drafted, accepted)
+            tokens = min(r.tokens, 1 + accepted)
+            r.tokens, r.steps, r.pending = r.tokens - tokens, r.steps + 1, r.pending + tokens
+            self.tokens += tokens
+            if not r.tokens:
+                self.policy.forget(r.name)
+                self.active[i] = self.request()
+        self.policy.observe_step(B, B + drafts, seconds)
+        self.seconds += seconds
+
+    def draft(self) -> None:
+        requests = [r.name for r in self.active]
+        lengths = self.policy.lengths(requests, [r.pending for r in self.active])
+        B, fed = len(lengths), 0
+        for r, length in zip(self.active, lengths, strict=True):
+            r.drafted = length
+            if length:
+                fed, r.pending = fed + r.pending, 0
+        if not any(lengths):
+            return
+        seconds = self.recording.after(self.clock, max(lengths), sum(lengths) / B)
+        seconds += self.recording.pending * max(0, fed - 2 * B)
+        if self.cold:
+            self.cold, seconds = self.cold - 1, seconds * COLDER
+        self.seconds += seconds
+        self.policy.observe_draft(B, max(lengths), seconds)
+
+
+def adaptive(recording: Recording) -> Adaptive:
+    return Adaptive(recording.k, Costs(recording.shape), uniform=recording.uniform)
+
+
+def shares(recording: Recording, policy: Policy, cold: int = 0) -> tuple[float, float]:
+    """Tokens per second, relative to the best fixed length: of all steps, and of the first."""
+    fixed = [Replay(recording, Fixed(k), cold).run() for k in range(recording.k + 1)]
+    result = Replay(recording, policy, cold).run()
+    all_, early = (
+        result.rate(steps) / max(other.rate(steps) for other in fixed) for steps in (0, EARLY)
+    )
+    return all_, early
+
+
+def ragged_gain(recording: Recording) -> float:
+    """What lengths of their own would gain where half of the requests accept all and half none."""
+    B, k = recording.batch, recording.k
+    chances = [[float(i % 2)] * k for i in range(B)]
+    whole = [recording.usual(0, n) for n in range(k + 1)]
+    steps = [
+        whole[n // B] + (whole[min(k, n // B + 1)] - whole[n // B]) * (n % B) / B
+        for n in range(B * k + 1)
+    ]
+    drafts = [0.0, *(recording.usual(n, n) for n in range(1, k + 1))]
+    ragged = max(plan.rate for plan in best_plans(chances, Table(steps, drafts, 0.0, 0.0)))
+    mean = [[0.5] * k]
+    one_length = best_plans(mean, Table(steps[::B], drafts, 0.0, 0.0))
+    uniform = max(B * plan.rate for plan in one_length)
+    return ragged / uniform - 1
+
+
+COLUMNS = ("all", "first 100", "cold, all", "cold, first 100", "own lengths")
+
+
+def main() -> None:
+    """Replay the adaptive policy on each recording, and print what it reaches.
+
+    All figures are relative to the best fixed draft length in hindsight, of all steps and of the
+    first 100; cold: the first 40 drafts take three times as long. SGLang drafts one length for all
+    requests of a step; own lengths: what lengths of their own would gain where half of the
+    requests accept all drafts and half accept none.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for path in track(sorted(RECORDED.glob("*.json")), console=report.console):
+        recording = load(path)
+        warm, cold = (shares(recording, adaptive(recording), n) for n in (0, COLD))
+        rows[path.stem] = dict(zip(COLUMNS, (*warm, *cold), strict=False))
+        if recording.uniform:
+            rows[path.stem]["own lengths"] = ragged_gain(recording)
+    run = report.Run(__spec__.name, report.OUT, quick=False)
+    question = "How close are adaptive drafts to the best fixed length?"
+    case = "replayed recordings; relative to the best fixed length"
+    report.show(run.record("mtp/replay", question, case, dict.fromkeys(COLUMNS, ""), rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

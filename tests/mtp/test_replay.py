@@ -1,0 +1,63 @@
+"""The recorder and the replay: what is kept of events, and policies on a recording made here."""
+
+import json
+import random
+
+import pytest
+
+from benchmarks.mtp import record
+from benchmarks.mtp.replay import COLD, adaptive, load, ragged_gain, shares
+
+K = 3
+
+
+def recording(tmp_path, engine: str, batch: int, *, right: int):
+    """Steps and drafts in ms, with noise, of a machine where each draft token costs a little."""
+    chance = random.Random(0)
+    steps, drafts = [], []
+    for at in range(600):
+        passes = at % (K + 1)
+        noise = chance.uniform(0.8, 1.2) * (3 if chance.random() < 0.03 else 1)
+        steps.append([at, batch * (1 + passes), round(1e4 * noise * (1 + 0.1 * passes))])
+        if passes:
+            drafts.append([at, passes, batch * passes, round(2e3 * noise * passes)])
+    found = {"engine": engine, "batch": batch, "k": K, "steps": steps, "drafts": drafts}
+    path = tmp_path / "qwen3next-tiny-made.json"
+    path.write_text(json.dumps(found | {"pending": 20.0, "runs": [str(right) * 60] * 3}))
+    return load(path)
+
+
+@pytest.mark.parametrize("cold", [0, COLD])
+@pytest.mark.parametrize("right", [0, 1, K])
+@pytest.mark.parametrize(("engine", "batch"), [("vllm", 1), ("vllm", 4), ("sglang", 4)])
+def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, engine, batch, right, cold):
+    made = recording(tmp_path, engine, batch, right=right)
+    whole, early = shares(made, adaptive(made), cold)
+    assert whole >= 0.93
+    assert early >= 0.85
+
+
+def test_own_lengths_gain_where_requests_differ(tmp_path):
+    assert ragged_gain(recording(tmp_path, "sglang", 4, right=K)) > 0
+
+
+def test_the_recorder_writes_what_is_kept(tmp_path, monkeypatch):
+    events = tmp_path / "events"
+    events.touch()
+    monkeypatch.setenv(record.EVENTS, str(events))
+    monkeypatch.setenv(record.STEPS, "50")
+    recorder = record.Recorder(K, uniform=False)
+    lengths = [0, 0]
+    for _ in range(80):
+        for request, drafted in zip("ab", lengths, strict=True):
+            recorder.observe_verify(request, drafted, drafted // 2)
+        recorder.observe_step(2, 2 + sum(lengths), 0.01)
+        if any(lengths):
+            recorder.observe_draft(2, max(lengths), 0.002)
+        lengths = recorder.lengths(["a", "b"], [0, 0])
+        assert all(0 <= length <= K for length in lengths)
+    kept = record.kept(events, batch=2, k=K, steps=50)
+    assert {tokens for _, tokens, _ in kept["steps"]} >= {2, 2 + 2 * K}
+    assert {passes for _, passes, _, _ in kept["drafts"]} == {1, 2, K}
+    assert set("".join(kept["runs"])) == {str(K // 2)}
+    assert len(kept["runs"]) == 2
