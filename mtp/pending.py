@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-MAX_PENDING = 256  # tokens of one request that an engine lets wait
 NOTHING = torch.empty(0)
 MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
 
