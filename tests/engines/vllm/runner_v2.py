@@ -70,20 +70,24 @@ class Request:
 
 
 class Row(NamedTuple):
-    """What a request does in a step: `length` tokens computed, the first `kept` committed."""
+    """What a request does in a step: `length` tokens computed, the first `kept` committed.
+
+    The scheduler gave it room for `scheduled`, of which the device may have trimmed drafts.
+    """
 
     request: Request
     length: int
     kept: int
     sampled: int
+    scheduled: int = 0
 
 
 def chunk(request: Request, length: int, last: bool = False) -> Row:
     return Row(request, length, length, int(last))
 
 
-def verify(request: Request, drafts: int, sampled: int) -> Row:
-    return Row(request, drafts + 1, sampled, sampled)
+def verify(request: Request, drafts: int, sampled: int, trimmed: int = 0) -> Row:
+    return Row(request, drafts + 1, sampled, sampled, drafts + 1 + trimmed)
 
 
 class World:
@@ -141,7 +145,7 @@ class World:
     def step(self, *rows: Row, masked: Sequence[int] = ()) -> None:
         """One engine step. Where rows are masked, the host holds them back (pipeline stages)."""
         for row in rows:
-            self.allocate(row.request, row.request.computed + row.length)
+            self.allocate(row.request, row.request.computed + max(row.length, row.scheduled))
         mapping = torch.tensor([row.request.index for row in rows], dtype=torch.int32)
         lengths = torch.tensor([0] + [row.length for row in rows], dtype=torch.int32)
         batch = SimpleNamespace(

@@ -77,6 +77,18 @@ def test_shorter_draft_takes_a_page_back(world):
     world.step(verify(request, W - 1, W))
 
 
+@pytest.mark.parametrize("trimmed", range(W))
+@pytest.mark.parametrize("before", range(B - W, B + 1))
+def test_drafts_that_the_device_trimmed(world, before, trimmed):
+    """Adaptive verification: the blocks are those of the whole draft, the tokens are fewer."""
+    request = world.admit(0)
+    world.step(chunk(request, before, last=True))
+    for _ in range(3):
+        drafts = W - 1 - trimmed
+        world.step(verify(request, drafts, drafts + 1, trimmed))
+        world.step(verify(request, drafts, 1, trimmed))
+
+
 def test_chunks_end_at_boundaries_and_skip_blocks(world):
     request = world.admit(3)
     for length in (3, B - 3, 3 * B, B, 2 * B + 5):
