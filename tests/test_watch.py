@@ -120,7 +120,14 @@ def test_a_terminal_gets_a_table_until_it_is_interrupted():
     terminal, child = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
     with serving(*pages("vllm")) as url:
-        process = subprocess.Popen([*COMMAND, url], stdout=child, stderr=child, env=environment)
+        process = subprocess.Popen(
+            [*COMMAND, url],
+            stdout=child,
+            stderr=child,
+            env=environment,
+            # a shell starts what runs in the background with SIGINT ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         os.close(child)
         text = ""
         while text.count("since start") < 3:  # drawn anew every second
