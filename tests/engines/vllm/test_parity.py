@@ -1,6 +1,7 @@
 """Served by vLLM in fp32, the model computes what transformers computes, under every flag."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -95,7 +96,10 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, nam
         for what in ("accepted_tokens", "drafts")
     )
     expected = [model.accepted(prompt, 64, k) for prompt in prompts]
-    expected_steps, expected_accepted = (sum(column) for column in zip(*expected, strict=True))
+    made, right = (sum(column) for column in zip(*expected, strict=True))
+    # The MTP layer reads the prompts one after the other, in slices; till then nothing is drafted.
+    chunk = ENGINES[name].get("max_num_batched_tokens", 2048)
+    until = sum(-(-tokens // chunk) for tokens in accumulate(map(len, prompts)))
     # A request's last drafts may be cut short by its token limit, so a few may differ.
-    assert accepted == pytest.approx(expected_accepted, abs=k * len(prompts))
-    assert steps == pytest.approx(expected_steps / k, abs=len(prompts))
+    assert -k * len(prompts) - until <= accepted - right <= k * len(prompts)
+    assert -len(prompts) - until <= steps - made / k <= len(prompts)
