@@ -80,10 +80,10 @@ $(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
 test-vllm: $(TRITONS)
 
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
-# there are cores. Engines want memory too, so there are four at most. Files run in the order of
-# tests/conftest.py: pytest-xdist's own, by the number of tests, has the longest file last.
+# there are cores. Engines want memory too, so there are four at most, and their files run in the
+# order of tests/conftest.py: pytest-xdist's own, by the number of tests, has the longest last.
 PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
-PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses logical --dist loadfile
 
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
@@ -91,7 +91,7 @@ ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
 	OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve"
-	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve
+	$(PYTEST) -v $(PARALLEL) --no-loadscope-reorder --maxprocesses 4 -m serve
 endif
 ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
 test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores
