@@ -105,7 +105,8 @@ def write() -> None:
         path.write_text(page)
     speeds_picture(load("engines/steps"), load("engines/prefill"))
     steps_picture(load("mtp/steps"))
-    clients_picture(load_all("mtp/over_off/*/*"))
+    if (MEASURED / "mtp" / "over_off").exists():
+        clients_picture(load_all("mtp/over_off/*/*"))
 
 
 def speeds_picture(*records: Record) -> None:
