@@ -26,7 +26,7 @@ HORIZON = 500  # a timing is dropped after so many newer ones
 WINDOW = 64  # most timings kept of one point
 PRIOR = 0.2  # weight of the shape in the fit, in timings
 SHAPED = 10.0  # weight of the fit against nearby timings
-COLD, SLOWER = 64, 1.2  # so many first drafts count as at most so many times slower than expected
+COLD, SLOWER = 64, 1.2  # the first 64 drafts count as at most 1.2 times slower than expected
 REFRESH = 8  # timings between two fits
 
 Point = tuple[float, float]

@@ -31,7 +31,7 @@ Request = tuple[list[int], int]  # prompt, and number of tokens of the answer
 
 
 class Recorder:
-    """A policy that drafts random lengths, then the longest, and writes down what it is told."""
+    """A policy that drafts random lengths, then the longest, and writes down every call."""
 
     def __init__(self, max_draft: int, *, uniform: bool) -> None:
         self.max_draft, self.uniform = max_draft, uniform

@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """An engine whose drafter is told how much to draft."""
+    """An engine whose tests set how much is drafted."""
 
     engine: Offline
 

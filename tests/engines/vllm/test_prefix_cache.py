@@ -141,7 +141,7 @@ def test_drafting_costs_a_hit_one_unit_at_most(chats, off, on):
 
 
 class Drafts(NamedTuple):
-    """An engine whose drafter is told how much to draft."""
+    """An engine whose tests set how much is drafted."""
 
     engine: Offline
 
