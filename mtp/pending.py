@@ -5,7 +5,7 @@ here, and the MTP layer reads them when the request drafts. Skipping therefore c
 and loses no acceptance.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -109,20 +109,59 @@ class Pending:
         kept = self._kept.get(request)
         return kept is not None and kept.lost
 
+    def feed(self, rows: Sequence[Row], limit: int, *, every: bool = False) -> list[Row]:
+        """Set what the MTP layer reads now, pending tokens first; returns the rows it reads.
+
+        These are the rows that draft, or all with `every`, and at most `limit` tokens. A request
+        drafts once it has caught up.
+        """
+        skipping = []
+        for row in rows:
+            if limit and (row.draft or every):
+                row.fed = self.take(row, limit)
+                limit -= len(row.fed) if row.fed else 0
+            else:
+                skipping.append(row)
+            if row.fed is None or row.fed.end < row.tokens.end:
+                row.draft = 0
+        self.put(skipping)
+        return [row for row in rows if row.fed is not None]
+
     def put(self, rows: Sequence[Row]) -> None:
-        """Keep the tokens of rows that skip the MTP layer, as a copy: engines reuse the tensors."""
+        """Keep the tokens of rows that skip the MTP layer."""
         slots: list[int] = []
         kept: list[PendingTokens] = []
         for row in rows:
-            if found := self._reserve(row.request, row.tokens):
+            self._make_store(row.tokens.token_ids, row.tokens.hidden_states)
+            if found := self._reserve(row.request, row.tokens.first, len(row.tokens)):
                 slots += found
                 kept.append(row.tokens)
-        if not kept:
-            return
-        index = torch.tensor(slots)
-        # index_copy_ and not [index] = …, which starts all threads for a few rows.
-        self._token_ids.index_copy_(0, index, torch.cat([part.token_ids for part in kept]))
-        self._hidden_states.index_copy_(0, index, torch.cat([part.hidden_states for part in kept]))
+        if kept:
+            token_ids = torch.cat([part.token_ids for part in kept])
+            self._write(slots, token_ids, torch.cat([part.hidden_states for part in kept]))
+
+    def put_steps(
+        self,
+        requests: Iterable[str],
+        firsts: Iterable[int],
+        token_ids: Sequence[torch.Tensor],
+        hidden_states: Sequence[torch.Tensor],
+    ) -> None:
+        """Keep the tokens of n steps that had one token of each request.
+
+        Shapes: requests, firsts [N] of the first step; token_ids n × [N], hidden_states n × [N, D]
+        """
+        n, slots, kept = len(token_ids), [], []
+        self._make_store(token_ids[0], hidden_states[0])
+        for i, (request, first) in enumerate(zip(requests, firsts, strict=True)):
+            if found := self._reserve(request, first, n):
+                slots.append(found)
+                kept.append(i)
+        if len(kept) < len(token_ids[0]):
+            token_ids, hidden_states = ([t[kept] for t in x] for x in (token_ids, hidden_states))
+        if kept:
+            in_order = [slot for step in zip(*slots, strict=True) for slot in step]
+            self._write(in_order, torch.cat(list(token_ids)), torch.cat(list(hidden_states)))
 
     def take(self, row: Row, limit: int) -> PendingTokens | None:
         """What the MTP layer reads now, for a row that drafts; None if its request is lost.
@@ -157,18 +196,17 @@ class Pending:
         if kept is not None and kept.end != first:
             self._free += self._kept.pop(request).slots
 
-    def _reserve(self, request: str, tokens: PendingTokens) -> list[int]:
-        """The slots of the tokens; none if there are too few, so that the request is lost."""
-        self._resume(request, tokens.first)
-        count = len(tokens)
+    def _reserve(self, request: str, first: int, count: int) -> list[int]:
+        """Slots of tokens from `first` on; none if there are too few, so that it is lost."""
+        self._resume(request, first)
         kept = self._kept.get(request)
         if kept is None:
             kept = self._kept[request] = _Kept()
-        kept.end = tokens.first + count
+        kept.end = first + count
         if kept.lost:
             return []
         if count > len(self._free):
-            self._grow(tokens, count - len(self._free))
+            self._grow(count - len(self._free))
         if count > len(self._free):
             self._free += kept.slots
             kept.slots, kept.lost = [], True
@@ -178,15 +216,22 @@ class Pending:
         kept.slots += slots
         return slots
 
-    def _grow(self, tokens: PendingTokens, slots: int) -> None:
-        """Free so many slots that were never used, or all there are."""
+    def _write(self, slots: list[int], token_ids: torch.Tensor, states: torch.Tensor) -> None:
+        """Copy tokens into the store: engines reuse the tensors."""
+        index = torch.tensor(slots)
+        # index_copy_ and not [index] = …, which starts all threads for a few rows.
+        self._token_ids.index_copy_(0, index, token_ids)
+        self._hidden_states.index_copy_(0, index, states)
+
+    def _make_store(self, token_ids: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Make the store for tokens like these. The system provides memory as it is touched."""
         if not self._size:
-            # The system provides the memory as it is touched.
-            of_token = tokens.token_ids[:1].nbytes + tokens.hidden_states[:1].nbytes
-            self._size = self.max_bytes // of_token
-            self._token_ids = tokens.token_ids.new_empty(self._size)
-            shape = (self._size, tokens.hidden_states.shape[1])
-            self._hidden_states = tokens.hidden_states.new_empty(shape)
+            self._size = self.max_bytes // (token_ids[:1].nbytes + hidden_states[:1].nbytes)
+            self._token_ids = token_ids.new_empty(self._size)
+            self._hidden_states = hidden_states.new_empty(self._size, hidden_states.shape[1])
+
+    def _grow(self, slots: int) -> None:
+        """Free so many slots that were never used, or all there are."""
         used = min(self._size, self._used + slots)
         self._free += range(self._used, used)
         self._used = used

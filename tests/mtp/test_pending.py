@@ -32,6 +32,13 @@ def same(found: PendingTokens | None, first: int, count: int) -> bool:
     )
 
 
+def steps(firsts: dict[str, int], count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Token ids and hidden states of steps that have one token of each request."""
+    parts = [[tokens(first + n, 1) for first in firsts.values()] for n in range(count)]
+    ids = [torch.cat([part.token_ids for part in step]) for step in parts]
+    return ids, [torch.cat([part.hidden_states for part in step]) for step in parts]
+
+
 def test_everything_skipped_comes_back_in_order():
     pending = Pending()
     for first, count in ((5, 1), (6, 2), (8, 1)):
@@ -126,3 +133,34 @@ def test_caught_up_tokens_are_those_of_earlier_steps(fed, caught_up):
     found = row("a", 7, 1)
     found.fed = fed
     assert found.caught_up == caught_up
+
+
+def test_steps_are_kept_together_as_one_by_one():
+    pending, firsts = Pending(), {"a": 5, "b": 70}
+    pending.put([row("b", 68, 2)])
+    pending.put_steps(firsts.keys(), firsts.values(), *steps(firsts, 3))
+    assert same(pending.take(row("a", 8, 1), 100), 5, 4)
+    assert same(pending.take(row("b", 73, 1), 100), 68, 6)
+
+
+def test_steps_without_room_lose_their_request_only():
+    pending = Pending(max_bytes=7 * BYTES)
+    pending.put([row("b", 0, 4)])
+    pending.put_steps("ab", (9, 4), *steps({"a": 9, "b": 4}, 2))
+    assert pending.lost("b")
+    assert same(pending.take(row("a", 11, 1), 100), 9, 3)
+
+
+def test_what_drafts_is_fed_up_to_a_limit():
+    pending = Pending()
+    pending.put([row("a", 0, 3), row("b", 0, 2)])
+    rows = [row("a", 3, 1), row("b", 2, 1), row("c", 0, 1)]
+    for each in rows[:2]:
+        each.draft = 2
+    assert pending.feed(rows, 6) == rows[:2]
+    assert same(rows[0].fed, 0, 4)
+    assert same(rows[1].fed, 0, 2)
+    assert [each.draft for each in rows] == [2, 0, 0]  # b has not caught up
+    assert [pending.count(each) for each in "abc"] == [0, 1, 1]
+    assert pending.feed([row("b", 3, 1), row("c", 1, 1)], 9, every=True) != []
+    assert [pending.count(each) for each in "abc"] == [0, 0, 0]

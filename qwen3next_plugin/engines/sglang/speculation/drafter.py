@@ -122,20 +122,6 @@ class Drafter(EagleDraftWorker):
         for row, length in zip(rows, lengths, strict=True):
             row.draft = length
 
-    def _feed(self, rows: list[Row]) -> list[Row]:
-        """Set what the MTP layer reads now, pending tokens first; returns the rows it reads."""
-        limit, skipping = self.limit, []
-        for row in rows:
-            if row.draft and limit:
-                row.fed = self.pending.take(row, limit)
-                limit -= len(row.fed or ())
-            else:
-                skipping.append(row)
-            if row.fed is None or self.pending.count(row.request):
-                row.draft = 0
-        self.pending.put(skipping)
-        return [row for row in rows if row.fed is not None]
-
     def _draft_extend_for_prefill(
         self,
         batch: ScheduleBatch,
@@ -173,7 +159,7 @@ class Drafter(EagleDraftWorker):
     ) -> None:
         """Run the MTP layer for the requests that draft; make their first drafts."""
         hidden_states = batch_result.logits_output.hidden_states[:0]
-        if fed := self._feed(self.rows):
+        if fed := self.pending.feed(self.rows, self.limit):
             hidden_states = self._forward(batch, fed)
         drafting = [row for row in fed if row.draft]
         batch_result.next_draft_input = self._drafts(

@@ -74,7 +74,8 @@ class Drafter(EagleProposer):
         self.observer.observe_step(rows, entered - self.left)
         self._choose_lengths(rows, num_speculative_tokens)
         drafts: list[list[int]] = [[] for _ in rows]
-        fed = self._feed(rows)
+        # A pass reads at most as many tokens as a step.
+        fed = self.pending.feed(rows, self.max_tokens, every=self.must_run)
         began = time.perf_counter()
         if fed:
             self._draft(fed, common_attn_metadata.block_table_tensor, drafts)
@@ -182,23 +183,6 @@ class Drafter(EagleProposer):
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
         return end - row.tokens.end - 2  # the last sampled token, and the one after the drafts
-
-    def _feed(self, rows: list[Row]) -> list[Row]:
-        """Set what the MTP layer reads now, pending tokens first; returns the rows it reads.
-
-        A pass reads at most as many tokens as a step. A request drafts once it has caught up.
-        """
-        left, skipping = self.max_tokens, []
-        for row in rows:
-            if left and (row.draft or self.must_run):
-                row.fed = self.pending.take(row, left)
-                left -= len(row.fed) if row.fed else 0
-            else:
-                skipping.append(row)
-            if row.fed is None or row.fed.end < row.tokens.end:
-                row.draft = 0
-        self.pending.put(skipping)
-        return [row for row in rows if row.fed is not None]
 
     def _draft(self, fed: list[Row], block_table: torch.Tensor, drafts: list[list[int]]) -> None:
         """Run the MTP layer over what the rows feed it, then over its own drafts."""
