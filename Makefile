@@ -53,10 +53,15 @@ $(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
 	.venv-$*/bin/python $(INSTALL) -r requirements/dev.txt
 	touch $@
 
-# Editable: Python from the checkout, the native extension rebuilt when its sources change.
+# Editable: Python from the checkout, the native extension rebuilt when its sources change. It is
+# compiled in the first environment only, because any torch since 2.11 loads it.
+INSTALLED := lib/python*/site-packages/qwen3next_plugin/kernels/_ops.so
+OPS = $(if $(filter-out $(THE_ENGINE),$*),$$(echo $(CURDIR)/.venv-$(THE_ENGINE)/$(INSTALLED)))
 $(EACH_VENV:%=%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
-	.venv-$*/bin/python $(INSTALL) --no-build-isolation -C build-dir=build/$* -e .
+	.venv-$*/bin/python $(INSTALL) --no-build-isolation -C build-dir=build/$* \
+	  -C cmake.define.OPS=$(OPS) -e .
 	touch $@
+$(filter-out .venv-$(THE_ENGINE)/.plugin,$(EACH_VENV:%=%/.plugin)): .venv-$(THE_ENGINE)/.plugin
 
 setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## hosts, plugin and tools, in .venv-vllm and .venv-sglang
 
@@ -80,10 +85,10 @@ $(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
 test-vllm: $(TRITONS)
 
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
-# there are cores. Engines want memory too, so there are four at most, and their files run in the
-# order of tests/conftest.py: pytest-xdist's own, by the number of tests, has the longest last.
+# there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
+# has the longest last. Engines want memory too, so there are four at most.
 PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
-PARALLEL := --numprocesses logical --dist loadfile
+PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
@@ -91,7 +96,7 @@ ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
 	OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve"
-	$(PYTEST) -v $(PARALLEL) --no-loadscope-reorder --maxprocesses 4 -m serve
+	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve
 endif
 ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
 test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores
