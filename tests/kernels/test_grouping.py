@@ -27,8 +27,8 @@ class Run:
             )
             outs.append(self.layer.run(self.pool, Step(((0, at, n + rejected),)), tokens)[:n])
             at += n
-        assert at == T
-        self.layer.run(self.pool, Step(((0, T, 0),)), rows_of(self.x, 0, 0))  # folds what is due
+        assert at == len(self.x["q"])
+        self.layer.run(self.pool, Step(((0, at, 0),)), rows_of(self.x, 0, 0))  # folds what is due
         return torch.cat(outs), *self.pool.content(0)
 
 
@@ -44,8 +44,8 @@ def request_on(request, dtype, state_dtype):
     return lambda k=DRAFTS: Run(layer, x, drafts, state_dtype, k)
 
 
-def in_groups_of(n: int) -> list[tuple[int, int]]:
-    return [(n, 0)] * (T // n) + [(T % n, 0)] * (T % n > 0)
+def in_groups_of(n: int, tokens: int = T) -> list[tuple[int, int]]:
+    return [(n, 0)] * (tokens // n) + [(tokens % n, 0)] * (tokens % n > 0)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids="S={}".format)
@@ -113,16 +113,16 @@ def test_same_bits_beside_other_rows(native_level, request_on):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_decode_and_verify_have_the_same_bits_on_a_gpu(backend, dtype, state_dtype):
+def test_decode_and_verify_have_the_same_bits_on_a_gpu(backend, dtype, state_dtype, size):
     """Equal bits one by one, verified together or after rejected drafts; prefill is close."""
-    layer = Layer.random(Shape(1, 2, 16, 24), dtype)
-    x, drafts = layer.projections(T, dtype), layer.projections(T + DRAFTS, dtype)
+    layer, tokens = Layer.random(Shape(1, 2, 16, 24), dtype), size(2 * GRID + 7, T)
+    x, drafts = layer.projections(tokens, dtype), layer.projections(tokens + DRAFTS, dtype)
 
     def run(groups):
         return Run(layer, x, drafts, state_dtype)(groups)
 
-    one_by_one = run(in_groups_of(1))
-    assert_same(run(in_groups_of(3)), one_by_one)
+    one_by_one = run(in_groups_of(1, tokens))
+    assert_same(run(in_groups_of(3, tokens)), one_by_one)
     mixed = [(1, DRAFTS), (2, 1), (4, 0), (3, 1), (1, 0)]
-    groups = mixed * (T // 11) + [(1, 2)] * (T % 11)
+    groups = mixed * (tokens // 11) + [(1, 2)] * (tokens % 11)
     assert_same(run(groups), one_by_one)
