@@ -15,8 +15,16 @@ from reference import Reference
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
 collect_ignore = [f"engines/{engine}" for engine in MISSING]
 
-# Files of two minutes and more start first, so that none is left over when all others are done.
-LONGEST = ("test_lossless", "test_sampling", "test_examples", "test_distribution", "test_on_device")
+# Files of half a minute and more start first, the longest before the others, so that none is left
+# over when all others are done: first those that start engines, then the others.
+LONGEST = (
+    "test_lossless", "test_sampling", "test_examples", "test_parity", "test_server",
+    "test_on_device", "test_distribution", "test_prefix_cache", "test_plain_steps",
+    "test_sampling_params", "test_soak", "test_pressure", "test_errors", "test_ranks",
+    "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
+    "test_kernel_package", "test_traces", "test_gpu_resources", "test_gpu_benchmark", "test_cli",
+    "test_gated_delta_rule", "test_qk_norm_rope", "test_sequences", "test_grouping", "test_twins",
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -35,7 +43,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first; without --long, tests marked `long` are deselected."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    order = {stem: place for place, stem in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if config.getoption("long"):
         return
     left_out = [item for item in items if item.get_closest_marker("long")]
