@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300
+TESTS = str(Path(__file__).parents[1])
 CPUS = sorted(os.sched_getaffinity(0))
 # Those of an engine: where tests run side by side, each pytest worker's has its own.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -34,6 +35,10 @@ class Process:
         """Everything the child has written."""
         return Path(self.log).read_text(errors="replace")
 
+    def code(self) -> int | None:
+        """The exit code of the child; None: it runs."""
+        return self.child.poll()
+
     def wait(self, seconds: float) -> None:
         """Wait for the child to end, at most so long."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -51,7 +56,7 @@ class Process:
 class Fork(Process):
     """The same, forked from a process that has already imported the host.
 
-    Importing vLLM takes more than half of the time that an engine takes to start.
+    Importing a host takes more than half of the time that an engine takes to start.
     """
 
     CONTEXT = multiprocessing.get_context("forkserver")
@@ -69,14 +74,18 @@ class Fork(Process):
         """Start the server, with `modules` imported in the environment `env`."""
         cls.CONTEXT.set_forkserver_preload(modules)
         before = dict(os.environ)
-        # Its resource tracker outlives forks, and would report what those that are stopped leave.
-        quiet = {"PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker"}
-        os.environ.update(env | quiet)
+        # Its resource tracker outlives forks, and would report what those that are stopped leave;
+        # hosts warn of what a machine without a GPU lacks.
+        quiet = {"PYTHONWARNINGS": "ignore::UserWarning"}
+        os.environ.update(env | quiet | {"PYTHONPATH": TESTS})
         try:
             forkserver.ensure_running()
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+    def code(self) -> int | None:
+        return self.child.exitcode
 
     def wait(self, seconds: float) -> None:
         self.child.join(seconds)

@@ -26,8 +26,12 @@ class Server(ABC):
         self.model = str(model)
         self.address = f"http://{self.host}:{self.port}"
         self.began = time.monotonic()
-        self.process = Process(self.command(*flags), self.environment() | (env or {}))
+        self.process = self.start(self.environment() | (env or {}), *flags)
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+    def start(self, env: dict[str, str], *flags: str) -> Process:
+        """The process of the server."""
+        return Process(self.command(*flags), env)
 
     @abstractmethod
     def command(self, *flags: str) -> list[str]:
@@ -41,7 +45,7 @@ class Server(ABC):
         """Return when it is healthy; raise with its log when it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if self.process.child.poll() is not None or self.healthy():
+            if self.process.code() is not None or self.healthy():
                 break
             time.sleep(0.5)
         if not self.healthy():
@@ -54,7 +58,8 @@ class Server(ABC):
     def refusal(self) -> str:
         """The log of a server that ends by itself, in failure."""
         try:
-            assert self.process.child.wait(START_SECONDS) != 0
+            self.process.wait(START_SECONDS)
+            assert self.process.code(), "it goes on, or ended well"
             return self.process.text()
         finally:
             self.close()

@@ -9,24 +9,50 @@ import itertools
 import multiprocessing
 import os
 import runpy
+import sys
 from collections.abc import Sequence
 
-from qwen3next_plugin.mtp import pending, policy
+
+def scripted(turns: str) -> type:
+    """A policy by which every request drafts as many tokens as it is the step's turn."""
+    from qwen3next_plugin.mtp import policy
+
+    lengths_in_turn = itertools.cycle(map(int, turns.split(",")))
+
+    class Scripted(policy.Fixed):
+        def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
+            return [min(next(lengths_in_turn), self.length)] * len(requests)
+
+    return Scripted
 
 
-class Scripted(policy.Fixed):
-    """Every request drafts as many tokens as it is the step's turn."""
+def main(*flags: str) -> None:
+    """Serve, in this process and in forks of it."""
+    from qwen3next_plugin.mtp import pending, policy
 
-    turns = itertools.cycle(map(int, os.environ.get("TEST_DRAFTS", "0").split(",")))
+    if turns := os.environ.get("TEST_DRAFTS"):
+        chosen = scripted(turns)
+        policy.make_policy = lambda config, max_draft, uniform: chosen(max_draft)
+    if size := os.environ.get("TEST_PENDING"):
+        pending.Pending.__init__.__defaults__ = (int(size),)
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda *method, **options: None  # SGLang asks for "spawn"
+    sys.argv[1:] = flags
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
-    def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
-        return [min(next(self.turns), self.length)] * len(requests)
+
+def forked(*flags: str) -> None:
+    """The same in a process that has imported SGLang in another environment."""
+    from engines.sglang import loaded
+
+    os.environ.update(loaded.ENVIRONMENT)
+    from sglang.srt.environ import envs
+    from sglang.srt.managers import scheduler
+
+    scheduler.TEST_RETRACT = envs.SGLANG_TEST_RETRACT.get()  # read when it was imported
+    scheduler.TEST_RETRACT_INTERVAL = envs.SGLANG_TEST_RETRACT_INTERVAL.get()
+    main(*flags)
 
 
-if "TEST_DRAFTS" in os.environ:
-    policy.make_policy = lambda config, max_draft, uniform: Scripted(max_draft)
-if "TEST_PENDING" in os.environ:
-    pending.Pending.__init__.__defaults__ = (int(os.environ["TEST_PENDING"]),)
-multiprocessing.set_start_method("fork")
-multiprocessing.set_start_method = lambda *method, **options: None  # SGLang asks for "spawn"
-runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
-from engines.sglang.server import NEXTN, Forked, Server
+from engines.sglang.server import NEXTN, Forking
 from reference import Reference
 
 pytestmark = pytest.mark.serve
@@ -45,7 +45,7 @@ def test_as_transformers(checkpoint, reference, flags, cached):
     that pass one; then texts that go on from the last page that was kept. SGLang counts from where
     a chunk begins in a prompt, and from 0 in an answer."""
     prompts = [random_prompt(n, seed=12) for n in (3, 58, 64, 160, 200)]
-    server = Forked(checkpoint, *SMALL, *SNAPSHOTS, *flags, env=ON_DEVICE).wait()
+    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *flags, env=ON_DEVICE).wait()
     try:
         check_greedy(reference, prompts, cold := server.greedy(prompts, 40))
         turns = [
@@ -62,7 +62,7 @@ def test_as_transformers(checkpoint, reference, flags, cached):
 
 def test_the_triton_kernels_as_transformers(checkpoint, reference):
     prompts = [random_prompt(n, seed=12) for n in (3, 66)]
-    server = Server(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
+    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
     try:
         check_greedy(reference, prompts, server.greedy(prompts, 5, return_logprob=True))
     finally:
