@@ -14,7 +14,8 @@ from engines.vllm import child
 CHILD = str(Path(__file__).with_name("child.py"))
 # One process, and one thread in it: at these sizes threads only cost time. A server has OWN_CPUS.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-PRELOADED = ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]  # all of these before any engine
+# All of these before any engine or server.
+PRELOADED = ["vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker"]
 
 
 def environment(tp_size: int = 1) -> dict[str, str]:

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from engines import server
-from engines.vllm.offline import environment
+from engines.process import Fork, Process
+from engines.vllm.offline import environment, preload
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
@@ -20,3 +21,20 @@ class Server(server.Server):
 
     def environment(self) -> dict[str, str]:
         return environment()
+
+
+class Forked(Server):
+    """The same, forked from a process that has vLLM loaded; so is its engine's process from it."""
+
+    def start(self, env: dict[str, str], *flags: str) -> Process:
+        preload()
+        fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+        return Fork(serve, *self.command(*flags), env=env | fork)
+
+
+def serve(*command: str) -> None:
+    """What the script `vllm` does."""
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv[:] = command
+    main()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import BASE, write_checkpoint
 from engines.process import START_SECONDS, Fork
 from engines.vllm.offline import Offline, environment, preload
-from engines.vllm.server import Server
+from engines.vllm.server import Forked, Server
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -152,7 +152,7 @@ def test_drafts_of_a_checkpoint_without_a_drafter_end_the_server(tmp_path):
     flags = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
     speculative = json.dumps(drafts(2)["speculative_config"])
     model = damaged(tmp_path, "no drafter")
-    log = Server(model, *flags, "--speculative-config", speculative).refusal()
+    log = Forked(model, *flags, "--speculative-config", speculative).refusal()
     assert "the checkpoint has no mtp.* tensors" in log
     assert "serve without --speculative-config" in log
 

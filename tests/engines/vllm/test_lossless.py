@@ -1,7 +1,7 @@
 """Speculation changes no token: off, every draft length, and adaptive, under load."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ import torch
 
 from checkpoints import SHIPPED
 from engines.traffic import Request, requests, send, source_tokens
-from engines.vllm.server import Server
+from engines.vllm.server import Forked
 from reference import Ids, Reference
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
-CLIENTS, LOADED, ALONE = 16, 210, 12
+CLIENTS, ALONE = 16, 12
 # Prompts in chunks, and memory for a third of the clients.
 FLAGS = (
     "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
@@ -37,9 +37,10 @@ class Run(NamedTuple):
     preempted: float  # requests
 
 
-def run(dtype: str, *flags: str, env: dict[str, str] | None = None) -> Run:
-    batch = traffic()
-    server = Server(SHIPPED, "--dtype", dtype, *FLAGS, *flags, env=env).wait()
+def run(
+    batch: Sequence[Request], dtype: str, *flags: str, env: dict[str, str] | None = None
+) -> Run:
+    server = Forked(SHIPPED, "--dtype", dtype, *FLAGS, *flags, env=env).wait()
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
         metrics = server.metrics()
@@ -49,31 +50,36 @@ def run(dtype: str, *flags: str, env: dict[str, str] | None = None) -> Run:
     assert metrics["vllm:prefix_cache_hits_total"] > 0
     if flags:
         assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
-    assert sum(answer is not None for answer in found) >= 200
+    assert sum(answer is not None for answer in found) >= 0.75 * len(found)
     return Run(found, metrics["vllm:num_preemptions_total"])
 
 
-@cache
-def traffic() -> Sequence[Request]:
+@pytest.fixture(scope="module")
+def traffic(size) -> Sequence[Request]:
     """Two that are alike come first: the second finds the prefix of the first in the cache."""
     alike = Request(tuple(source_tokens()[:850]), 8)  # two blocks and more in fp32 and in bf16
-    return [alike, alike, *requests(LOADED + 38, seed=8, abort_share=0.15, tokens=32)]
+    return [alike, alike, *requests(size(150, 248), seed=8, abort_share=0.15, tokens=32)]
 
 
-@cache
-def without_drafts(dtype: str) -> Run:
-    return run(dtype)
+@pytest.fixture(scope="module")
+def without_drafts(traffic) -> Callable[[str], Run]:
+    return cache(lambda dtype: run(traffic, dtype))
 
 
-@cache
-def with_drafts(dtype: str, case: str) -> Run:
-    k, schedule = CASES[case]
-    drafts = json.dumps({"method": "mtp", "num_speculative_tokens": k})
-    return run(dtype, "--speculative-config", drafts, env={"QWEN3NEXT_DRAFTS": schedule})
+@pytest.fixture(scope="module")
+def with_drafts(traffic) -> Callable[[str, str], Run]:
+    @cache
+    def with_drafts(dtype: str, case: str) -> Run:
+        k, schedule = CASES[case]
+        drafts = json.dumps({"method": "mtp", "num_speculative_tokens": k})
+        env = {"QWEN3NEXT_DRAFTS": schedule}
+        return run(traffic, dtype, "--speculative-config", drafts, env=env)
+
+    return with_drafts
 
 
 @pytest.mark.parametrize("case", long_except(ALWAYS, CASES))
-def test_the_same_tokens_as_without_drafts(case):
+def test_the_same_tokens_as_without_drafts(without_drafts, with_drafts, case):
     """In fp32, where no token hangs on a rounding."""
     assert with_drafts("float32", case).answers == without_drafts("float32").answers
 
@@ -101,16 +107,18 @@ class Margins:
 
 
 @pytest.fixture(scope="module")
-def margins(reference) -> Margins:
-    texts = [request.prompt for request in traffic() if len(request.prompt) > 100]
+def margins(reference, traffic) -> Margins:
+    texts = [request.prompt for request in traffic if len(request.prompt) > 100]
     return Margins(reference(SHIPPED), texts[:20])
 
 
 @pytest.mark.parametrize("case", long_except(ALWAYS, ["k=3", "adaptive"]))
-def test_bf16_differs_at_most_where_two_tokens_are_as_likely(case, margins):
+def test_bf16_differs_at_most_where_two_tokens_are_as_likely(
+    without_drafts, with_drafts, traffic, margins, case
+):
     runs = without_drafts("bfloat16"), with_drafts("bfloat16", case)
     expected, found = (run.answers for run in runs)
-    prompts = [request.prompt for request in (*traffic()[:ALONE], *traffic())]
+    prompts = [request.prompt for request in (*traffic[:ALONE], *traffic)]
     differ = [
         (prompt, one, other)
         for prompt, one, other in zip(prompts, expected, found, strict=True)
@@ -121,10 +129,10 @@ def test_bf16_differs_at_most_where_two_tokens_are_as_likely(case, margins):
         assert margins.at_first_difference(prompt, one, other) < 2 * margins.noise
 
 
-def test_a_token_that_is_clearly_another_is_no_noise(margins):
+def test_a_token_that_is_clearly_another_is_no_noise(margins, traffic):
     """Of tokens that the model is sure of, none could pass for a rounding."""
     assert 0 < margins.noise < 0.2
-    request = next(request for request in traffic() if len(request.prompt) > 100)
+    request = next(request for request in traffic if len(request.prompt) > 100)
     answer = margins.exact.greedy(request.prompt, 24)
     sure = margins.exact.logprobs(request.prompt + answer)[len(request.prompt) - 1 : -1]
     top = sure.topk(2).values  # [24, 2]
@@ -133,7 +141,7 @@ def test_a_token_that_is_clearly_another_is_no_noise(margins):
     assert margins.at_first_difference(request.prompt, answer, wrong) > 2 * margins.noise
 
 
-def test_requests_were_preempted():
+def test_requests_were_preempted(without_drafts, with_drafts):
     """Else the runs would not show what they are for; how many is a matter of clients' timing."""
     drafting = [("float32", "k=4"), ("float32", "adaptive"), ("bfloat16", "adaptive")]
     assert sum(without_drafts(dtype).preempted for dtype in ("float32", "bfloat16")) > 0

@@ -14,16 +14,16 @@ from reference import Reference
 pytestmark = pytest.mark.serve
 
 ON_DEVICE = {"QWEN3NEXT_KERNELS": "triton", "TRITON_INTERPRET": "1", "QWEN3NEXT_DRAFTS": "fixed"}
-SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_batched_tokens": 48, "max_num_seqs": 4}
+SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 4}
 DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 TOKENS = 5
 
 
 @pytest.mark.parametrize("drafts", [{}, DRAFTS], ids=["plain", "mtp-2"])
-def test_as_transformers(tmp_path, drafts):
+def test_as_transformers(tmp_path, drafts, size):
     checkpoint = write_checkpoint(tmp_path, num_hidden_layers=4)
     reference = Reference(checkpoint)
-    prompts = [random_prompt(n, seed=12) for n in (3, 21, 70)]
+    prompts = [random_prompt(n, seed=12) for n in size((3, 12, 40), (3, 21, 70))]
     engine = Offline(checkpoint, env=ON_DEVICE, first="on_device", **SMALL, **drafts)
     try:
         check_greedy(reference, prompts, engine.greedy(prompts, TOKENS, logprobs=0))

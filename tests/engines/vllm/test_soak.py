@@ -6,7 +6,7 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.traffic import requests, send
-from engines.vllm.server import Server
+from engines.vllm.server import Forked
 
 pytestmark = pytest.mark.serve
 
@@ -18,7 +18,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def idle(server: Server) -> dict[str, float]:
+def idle(server: Forked) -> dict[str, float]:
     """The metrics of a server that has nothing left to do, within half a minute."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
@@ -34,7 +34,7 @@ def test_thousands_of_requests_leave_no_trace(size):
     batch = requests(size(400, 2000), seed=4, abort_share=0.3, tokens=16, longest=400)
     kept = [i for i, request in enumerate(batch) if request.hang_up is None]
     again = [batch[i] for i in kept[:AGAIN]]
-    server = Server(SHIPPED, *FLAGS, env={"QWEN3NEXT_DRAFTS": "adaptive"}).wait()
+    server = Forked(SHIPPED, *FLAGS, env={"QWEN3NEXT_DRAFTS": "adaptive"}).wait()
     try:
         before = send(server, again, 1)
         found = send(server, batch, CLIENTS)
