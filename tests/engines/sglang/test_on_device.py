@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
-from engines.sglang.server import NEXTN, Forking
+from engines.sglang.server import NEXTN, Forking, Server
 from reference import Reference
 
 pytestmark = pytest.mark.serve
@@ -62,7 +62,7 @@ def test_as_transformers(checkpoint, reference, flags, cached):
 
 def test_the_triton_kernels_as_transformers(checkpoint, reference):
     prompts = [random_prompt(n, seed=12) for n in (3, 66)]
-    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
+    server = Server(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
     try:
         check_greedy(reference, prompts, server.greedy(prompts, 5, return_logprob=True))
     finally:
