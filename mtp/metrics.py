@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from qwen3next_plugin.mtp.pending import Row
@@ -166,7 +167,7 @@ class Observer:
     def __init__(self, policy: Policy, board: Board | None = None) -> None:
         self.policy, self.board = policy, board
         self._requests: set[str] = set()  # that the policy may remember
-        self._drafts = 0
+        self._steps_left = 0  # until the estimates are refreshed
         if board is not None:
             for name in ESTIMATES:  # not known yet
                 board.set(name, [nan] * len(board.metrics[name].values))
@@ -188,6 +189,26 @@ class Observer:
                 kind = VERIFY if tokens > len(rows) else PLAIN
                 self.board.add("steps", value=kind)
                 self.board.add("seconds", seconds, kind)
+
+    def observe_plain(self, requests: Sequence[str], steps: int, seconds: Sequence[float]) -> None:
+        """Steps without drafts of these requests have ended; `seconds` of those that were timed."""
+        batch = len(requests)
+        for _ in range(steps):
+            for request in requests:
+                self.policy.observe_verify(request, 0, 0)
+        if seconds:
+            self.policy.observe_step(batch, batch, median(seconds))
+        self._requests.update(requests)
+        if self.board is not None:
+            self.board.add("draft_length", steps * batch, 0)
+            self.board.add("steps", len(seconds), PLAIN)
+            self.board.add("seconds", sum(seconds), PLAIN)
+            self._refresh_estimates(self.board, steps)
+
+    def observe_skipped(self, times: int) -> None:
+        """So many times a decoding request skipped the MTP layer."""
+        if self.board is not None:
+            self.board.add("drafts_skipped", times)
 
     def _count_drafts(self, board: Board, rows: Mapping[tuple[int, int], int]) -> None:
         """Count rows by how many tokens they drafted, and how many of these were accepted."""
@@ -216,7 +237,7 @@ class Observer:
             self.board.add("seconds", seconds, CATCH_UP if caught_up or reads_prompt else DRAFT)
             self.board.add("drafts_skipped", sum(r.continues and r.fed is None for r in rows))
             self.board.add("tokens_caught_up", caught_up)
-            self._refresh_estimates(self.board)
+            self._refresh_estimates(self.board, 1)
 
     def keep_only(self, requests: Set[str]) -> None:
         """Make the policy forget all other requests."""
@@ -224,10 +245,11 @@ class Observer:
             self.policy.forget(request)
         self._requests &= requests
 
-    def _refresh_estimates(self, board: Board) -> None:
-        self._drafts += 1
-        if self._drafts % ESTIMATES_EVERY != 1:
+    def _refresh_estimates(self, board: Board, steps: int) -> None:
+        self._steps_left -= steps
+        if self._steps_left >= 0:
             return
+        self._steps_left = ESTIMATES_EVERY - 1
         known = self.policy.snapshot()
         for name, (key, first) in ESTIMATES.items():
             if key in known:

@@ -145,7 +145,7 @@ class Adaptive:
     def __init__(self, max_draft: int, costs: Costs, *, uniform: bool = False) -> None:
         """`uniform`: give all requests of a step one length, for engines that need that."""
         self.max_draft, self.costs, self.uniform = max_draft, costs, uniform
-        self._step = 0
+        self._step, self._verified = 0, 0  # steps; requests observed since lengths were chosen
         self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
         self._requests: dict[str, Acceptance] = {}
         self._tokens = Counter[str]()  # that each request has produced
@@ -168,11 +168,13 @@ class Adaptive:
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         """Draft length of each request of the batch, for the draft that is made now."""
-        self._step += 1
         if not requests:
             return []
+        # An engine that drafts nothing may ask only now and then.
+        steps = max(1, round(self._verified / len(requests)))
+        self._step, self._verified = self._step + steps, 0
         chances = self._chances(requests)
-        table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts())
+        table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts(steps))
         price_of_pending = table.pending * len(requests) / table.step[0]  # tokens of all requests
         chances = [
             self._worth(row, price_of_pending * tokens) if tokens else row
@@ -186,12 +188,13 @@ class Adaptive:
             # Drafting for all would first take in their pending tokens: offer one request alone.
             plans.append(self._alone(requests, chances, table))
         catch_up = [table.pending * pending_tokens(pending, p) for p in plans]
-        plan = self._try(plans, plan, catch_up)
+        plan = self._try(plans, plan, catch_up, steps)
         self._pending = pending_tokens(pending, plan)
         self._last = plan.lengths
         return plan.lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
+        self._verified += 1
         self._tokens[request] += 1 + accepted
         if drafted:
             if request not in self._requests:
@@ -251,9 +254,9 @@ class Adaptive:
             return best_plans(chances, table)
         return [price([n] * len(chances), chances, table) for n in range(self.max_draft + 1)]
 
-    def _prompts(self) -> float:
+    def _prompts(self, steps: int) -> float:
         """Share of recent steps that read prompts: those that no engine timed."""
-        self._untimed += ((not self._timed) - self._untimed) * RECENT
+        self._untimed += ((not self._timed) - self._untimed) * (1 - (1 - RECENT) ** steps)
         self._timed = False
         return self._untimed
 
@@ -275,13 +278,13 @@ class Adaptive:
         best, kept = max(plans, key=lambda plan: plan.rate), plans[self._passes]
         return best if best.rate > kept.rate * (1 + MARGIN) else kept
 
-    def _try(self, plans: list[Plan], plan: Plan, catch_up: list[float]) -> Plan:
+    def _try(self, plans: list[Plan], plan: Plan, catch_up: list[float], steps: int) -> Plan:
         """The plan, or another one if a trial of it is due and within the budget."""
         if plan.passes != self._passes:
             self._change(plan)
-        self._held += 1
+        self._held += steps
         self._tried[plan.passes] = self._step
-        self._credit += BUDGET if plan.passes else BUDGET / 2**self._halvings
+        self._credit += steps * (BUDGET if plan.passes else BUDGET / 2**self._halvings)
         if not self._left:
             loss = self._losses(plans, plan, catch_up)
             due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)

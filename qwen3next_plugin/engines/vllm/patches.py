@@ -204,6 +204,15 @@ OVERRIDES: tuple[Override, ...] = (
         remove_when="vLLM prepares nothing where nothing was drafted",
     ),
     Override(
+        target="vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states_after_model_execute",
+        parameters=("self", "output_token_ids", "scheduler_output"),
+        file="speculation/worker.py",
+        reason="vLLM counts accepted drafts, and looks for state pages to copy, in steps without "
+        "drafts too",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM does neither where nothing was drafted",
+    ),
+    Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.effective_drafter_max_model_len",
         file="speculation/worker.py",
         reason="vLLM drafts zeros for all requests when one is near its maximum length; our "

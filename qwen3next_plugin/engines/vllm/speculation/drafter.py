@@ -21,6 +21,7 @@ from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
+from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
 from qwen3next_plugin.mtp.policy import make_policy
 
 
@@ -37,6 +38,8 @@ class Drafter(EagleProposer):
         self.must_run = vllm_config.kv_transfer_config is not None
         self.max_tokens = vllm_config.scheduler_config.max_num_batched_tokens  # of one pass
         self.next_position: dict[str, int] = {}  # of each request that may continue
+        self.plain: PlainSteps | None = None  # if the next step may be one of them
+        self.idle = 0  # steps in a row for which nothing was drafted
         self.left = 0.0  # when the last call of propose ended
 
     def propose(
@@ -62,27 +65,40 @@ class Drafter(EagleProposer):
             (None: the last token of each row)
         """
         entered = time.perf_counter()
-        self.model.see(target_token_ids)
-        rows = self._rows(
-            common_attn_metadata.query_start_loc,
-            token_indices_to_sample,
-            target_token_ids,
-            target_positions,
-            target_hidden_states,
-            next_token_ids,
-        )
-        self.observer.observe_step(rows, entered - self.left)
-        self._choose_lengths(rows, num_speculative_tokens)
-        drafts: list[list[int]] = [[] for _ in rows]
-        # A pass reads at most as many tokens as a step.
-        fed = self.pending.feed(rows, self.max_tokens, every=self.must_run)
-        began = time.perf_counter()
-        if fed:
-            self._draft(fed, common_attn_metadata.block_table_tensor, drafts)
-        self.left = time.perf_counter()
-        self.observer.observe_draft(
-            rows, passes_seconds=self.left - began, seconds=self.left - entered
-        )
+        requests, table = self.runner.input_batch.req_ids, common_attn_metadata.block_table_tensor
+        if (
+            self.plain is not None
+            and len(target_token_ids) == len(requests)
+            and self.plain.continued_by(requests, target_positions.tolist())
+        ):
+            self.idle += 1
+            token_ids = next_token_ids.to(target_token_ids.dtype)
+            self.plain.add(token_ids, target_hidden_states, entered - self.left)
+            rows = self._look(self.plain) if len(self.plain) >= wait_after(self.idle) else []
+        else:
+            self._keep_plain()
+            self.model.see(target_token_ids)
+            rows = self._rows(
+                common_attn_metadata.query_start_loc,
+                token_indices_to_sample,
+                target_token_ids,
+                target_positions,
+                target_hidden_states,
+                next_token_ids,
+            )
+            self.observer.observe_step(rows, entered - self.left)
+            self._choose_lengths(rows)
+        drafts: list[list[int]] = [[] for _ in requests]
+        began = self.left = time.perf_counter()
+        if rows:
+            self._limit_drafts(rows, num_speculative_tokens)
+            # A pass reads at most as many tokens as a step.
+            if fed := self.pending.feed(rows, self.max_tokens, every=self.must_run):
+                self._draft(fed, table, drafts)
+            self.left = time.perf_counter()
+            self.observer.observe_draft(
+                rows, passes_seconds=self.left - began, seconds=self.left - entered
+            )
         return drafts
 
     def prepare_next_token_ids_padded(
@@ -134,7 +150,7 @@ class Drafter(EagleProposer):
         shifted = next_token_ids.to(token_ids.dtype)  # [T]
         if len(shifted) < len(token_ids):  # not one token a row
             shifted, sampled = token_ids.roll(-1), shifted
-            shifted[torch.from_numpy(ends - 1)] = sampled
+            shifted.index_copy_(0, torch.from_numpy(ends - 1).long(), sampled)
         requests = self.runner.input_batch.req_ids
         parts = zip(shifted.split(scheduled), hidden_states.split(scheduled), strict=True)
         rows = []
@@ -156,25 +172,69 @@ class Drafter(EagleProposer):
         known = self.runner.requests.keys()  # those that wait after a preemption included
         self.observer.keep_only(known)
         self.pending.keep_only(known)
-        self.next_position = {row.request: row.tokens.end for row in rows if not row.prefilling}
         return rows
 
-    def _choose_lengths(self, rows: list[Row], limit: int) -> None:
-        """Set how many tokens each request drafts. All ranks use the first rank's decision.
+    def _look(self, plain: PlainSteps) -> list[Row]:
+        """Learn from plain steps and choose lengths; the rows of the last if they draft."""
+        self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
+        plain.seconds.clear()
+        lengths = self._lengths(plain.requests, more=len(plain) - 1)
+        rows = plain.take_last() if any(lengths) else []
+        for row, length in zip(rows, lengths, strict=bool(rows)):
+            row.draft = length
+        self._keep_plain()
+        if rows:
+            self._go_on_after(rows)
+        return rows
+
+    def _keep_plain(self) -> None:
+        """Keep the plain steps so far for the MTP layer, without choosing lengths."""
+        if self.plain is not None and len(self.plain):
+            plain = self.plain
+            if plain.seconds:
+                self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
+            self.observer.observe_skipped(len(plain) * len(plain.requests))
+            self.model.see(torch.cat(plain.token_ids))
+            plain.keep(self.pending)
+            self.next_position = dict(zip(plain.requests, plain.firsts, strict=True))
+
+    def _choose_lengths(self, rows: list[Row]) -> None:
+        """Set how many tokens each request drafts.
 
         None where the step read its prompt: the first token of an answer does not wait for drafts.
         """
         drafting = [row for row in rows if row.continues]
-        if not drafting:
-            return
-        requests = [row.request for row in drafting]
-        lengths = self.policy.lengths(requests, [self.pending.count(r) for r in requests])
+        for row, length in zip(drafting, self._lengths([r.request for r in drafting]), strict=True):
+            row.draft = length
+        self._go_on_after(rows)
+
+    def _lengths(self, requests: list[str], *, more: int = 0) -> list[int]:
+        """Lengths by the policy. All ranks use the first rank's decision.
+
+        `more`: tokens of each request that will be pending, besides those that are.
+        """
+        if not requests:
+            return []
+        lengths = self.policy.lengths(requests, [self.pending.count(r) + more for r in requests])
         group = get_tp_group()
         if group.world_size > 1:
             lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
-        for row, length in zip(drafting, lengths, strict=True):
-            if length:
-                row.draft = max(0, min(length, limit, self._room(row)))
+        return lengths
+
+    def _go_on_after(self, rows: list[Row]) -> None:
+        """Note where requests go on. Expect plain steps next if none of these rows drafts."""
+        self.plain = None
+        self.next_position = {row.request: row.tokens.end for row in rows if not row.prefilling}
+        if any(row.draft for row in rows):
+            self.idle = 0
+        elif not self.must_run and not any(row.prefilling for row in rows):
+            ends = [row.tokens.end for row in rows]
+            self.plain = PlainSteps([row.request for row in rows], ends)
+
+    def _limit_drafts(self, rows: list[Row], limit: int) -> None:
+        for row in rows:
+            if row.draft:
+                row.draft = max(0, min(row.draft, limit, self._room(row)))
 
     def _room(self, row: Row) -> int:
         """How many drafts the request can still use; a step yields one token more."""
@@ -227,7 +287,8 @@ class Drafter(EagleProposer):
         """Run the MTP layer over `counts` tokens of each row; returns [T, D]."""
         query_start_loc = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         seq_lens = (positions[query_start_loc[1:] - 1] + 1).to(torch.int32)
-        row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        # Not repeat_interleave, which starts all threads.
+        row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
         block = block_table[row, positions // self.block_size].long()
         slot_mapping = block * self.block_size + positions % self.block_size
         _, metadata = self.build_per_group_and_layer_attn_metadata(

@@ -46,6 +46,7 @@ class Worker(CPUWorker):
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
                 runner._calc_spec_decode_metadata = _brief(runner._calc_spec_decode_metadata)
+                runner._update_states_after_model_execute = _one_token_each(runner)
                 # Near the longest context vLLM skips drafting for the whole batch. Our drafter
                 # drafts less for that one request instead.
                 runner.effective_drafter_max_model_len += runner.num_spec_tokens
@@ -58,6 +59,11 @@ class Worker(CPUWorker):
             return super().execute_model(scheduler_output)
         except (StateError, StepError) as error:
             raise _naming_its_request(error, self.model_runner.input_batch.req_ids) from error
+
+    def take_draft_token_ids(self) -> Any:
+        """The drafts; None if there are none, as requests have none until they get some."""
+        drafts = self.model_runner._draft_token_ids
+        return super().take_draft_token_ids() if drafts is None or any(map(len, drafts)) else None
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, without random draws for unfinished prompts."""
@@ -79,6 +85,23 @@ def _brief(host: Callable[..., SpecDecodeMetadata]) -> Callable[..., SpecDecodeM
         return SpecDecodeMetadata(none, zeros, none, none, none, none, logits_indices=ends)
 
     return metadata
+
+
+def _one_token_each(runner: Any) -> Callable[..., None]:
+    """vLLM's method, with no more than what changes in a step without drafts: accepted counts.
+
+    Its prefix cache then finds each full block where it is, and copies none.
+    """
+    host = runner._update_states_after_model_execute
+
+    def update(output_token_ids: torch.Tensor, scheduler_output: Any) -> None:
+        if (count := len(output_token_ids)) < output_token_ids.numel():
+            host(output_token_ids, scheduler_output)
+            return
+        runner.num_accepted_tokens.np[:count] = 1
+        runner.input_batch.num_accepted_tokens_cpu[:count] = 1
+
+    return update
 
 
 def _naming_its_request(
