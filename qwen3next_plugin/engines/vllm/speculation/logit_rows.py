@@ -39,8 +39,7 @@ class LogitRows:
     @cached_property
     def request(self) -> torch.Tensor:
         """The request of each row: [T]."""
-        request = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return request.to(self.device)
+        return torch.tensor([i for i, _ in self.positions], device=self.device)
 
     @cached_property
     def positions(self) -> list[tuple[int, int]]:
