@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.block_model import TINY
 from benchmarks.chain_model import answer_of, chain_model, known, marked, successors
 from benchmarks.mtp.cases import CASES, Name
-from benchmarks.mtp.load import Request, Window, staggered
+from benchmarks.mtp.load import Choices, Request, Window, staggered
 from reference import Reference
 
 CONFIG = json.loads((TINY / "config.json").read_text()) | {
@@ -140,3 +141,15 @@ def test_both_servers_get_the_same_requests(name):
     for request in batch[4:]:
         assert case.answer[0] <= request.tokens <= case.answer[1]
         assert case.prompt[0] <= len(request.prompt) <= case.prompt[1]
+
+
+def test_answers_may_differ_only_from_a_near_tie_on():
+    off = Choices(["a", "b", "c"], [{"a": -0.1, "x": -3.0}, {"b": -0.7, "y": -0.75}, {"c": -1.0}])
+
+    def gap(*tokens: str) -> float:
+        return off.gap_to(Choices([*tokens], []))
+
+    assert gap("a", "b", "c") == 0
+    assert gap("a", "y", "z") == pytest.approx(0.05)
+    assert gap("x", "b", "c") == pytest.approx(2.9)
+    assert gap("a", "z", "c") == gap("a", "b") == math.inf

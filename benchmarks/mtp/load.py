@@ -37,6 +37,24 @@ class Answer:
     tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The tokens of a greedy answer, and log-probabilities of the two likeliest at each."""
+
+    tokens: list[str]
+    likeliest: list[dict[str, float]]
+
+    def gap_to(self, other: "Choices") -> float:
+        """How much likelier the first token is that `other` has not; 0 if it has all of them.
+
+        It is infinite for an answer that goes on with neither of the two likeliest tokens.
+        """
+        for token, found, likeliest in zip(self.tokens, other.tokens, self.likeliest, strict=False):
+            if token != found:
+                return likeliest[token] - likeliest.get(found, -math.inf)
+        return 0.0 if len(self.tokens) == len(other.tokens) else math.inf
+
+
 @dataclass
 class Window:
     """Counts tokens from when all clients have their first one until `seconds` later.
@@ -166,9 +184,27 @@ class Load:
 
         return asyncio.run(run())
 
-    def texts(self, requests: Sequence[Request]) -> list[str]:
-        """The texts of all answers, one after the other."""
-        return [self.first_token(request)[1].text for request in requests]
+    def choices(self, requests: Sequence[Request]) -> list[Choices]:
+        """The answers to all requests, one after the other."""
+
+        async def run() -> list[Choices]:
+            async with self.connected() as client:
+                return [await self.choice(client, request) for request in requests]
+
+        return asyncio.run(run())
+
+    async def choice(self, client: openai.AsyncOpenAI, request: Request) -> Choices:
+        answer = await client.completions.create(
+            model=self.server.model,
+            prompt=request.prompt,
+            max_tokens=request.tokens,
+            temperature=0,
+            logprobs=2,
+            extra_body={"ignore_eos": True},
+        )
+        found = answer.choices[0].logprobs
+        assert found is not None
+        return Choices(found.tokens or [], found.top_logprobs or [])
 
     def connected(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
