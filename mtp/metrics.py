@@ -2,7 +2,7 @@
 
 The drafter writes to a board, which has one number per sample. Writing is one addition: nothing is
 sent, and nothing waits. vLLM serves its metrics from another process, so there the board is a page
-of shared memory. In SGLang the scheduler copies the board after each step.
+of shared memory. In SGLang the scheduler copies the board every few steps.
 
 What is counted does not depend on the engine:
 

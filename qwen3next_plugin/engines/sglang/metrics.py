@@ -2,7 +2,8 @@
 
 SGLang's processes share the metrics of prometheus_client through files, its multiprocess mode. So
 the scheduler's process, in which the drafter runs, has nothing to send: the drafter writes to a
-board (mtp/metrics.py), and after each step the reporter copies what changed to those files.
+board (mtp/metrics.py), and the reporter copies what changed to those files, as often as the drafter
+looks at steps and whenever a request has ended.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
 from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
 from qwen3next_plugin.mtp.metrics import Board, LogLine, Metric
 
 PREFIX = "sglang:qwen3next_"
@@ -20,24 +22,38 @@ PREFIX = "sglang:qwen3next_"
 class MetricsReporter(SchedulerMetricsReporter):
     """SGLang's reporter with metrics of MTP. `begin` follows its construction."""
 
+    drafter: Drafter
     board: Board
     log_line: LogLine
     publisher: "MetricsPublisher | None"  # None: SGLang serves no metrics of this rank
 
-    def begin(self, board: Board) -> None:
+    def begin(self, drafter: Drafter, board: Board) -> None:
         """Report what the drafter writes to `board`."""
-        self.board, self.log_line = board, LogLine(board)
+        self.drafter, self.board, self.log_line = drafter, board, LogLine(board)
         served = self.current_scheduler_metrics_enabled
         self.publisher = MetricsPublisher(board, self.metrics_collector.labels) if served else None
 
     def log_batch_result_stats(self, batch: Any, result: Any) -> None:
         """Report as SGLang does after each step, then write metrics and the log line."""
         super().log_batch_result_stats(batch, result)
-        self.board.set("state_pages", [self.state_pages()])
-        if self.publisher is not None:
-            self.publisher.publish()
+        if any(request.finished() for request in batch.reqs):
+            self.drafter.keep()
+        if not self.drafter.plain:  # all steps are on the board
+            self.board.set("state_pages", [self.state_pages()])
+            if self.publisher is not None:
+                self.publisher.publish()
         if batch.forward_mode.is_decode():
             self._log()
+
+    def report_decode_stats(
+        self, can_run_cuda_graph: bool, running_batch: Any = None, num_generated_tokens: int = 0
+    ) -> None:
+        """Report as SGLang does; a step without drafts is a verification of none."""
+        if running_batch.spec_algorithm.is_none():
+            self.update_spec_metrics(
+                len(running_batch.reqs), 0, num_accept_tokens=num_generated_tokens
+            )
+        super().report_decode_stats(can_run_cuda_graph, running_batch, num_generated_tokens)
 
     def state_pages(self) -> int:
         """State pages that requests hold, by SGLang's accounting; cached pages are free."""
@@ -98,8 +114,10 @@ def sample(
         histogram = family.labels(**labels)
 
         def observe(number: float, before: float) -> None:
-            for _ in range(round(number - before)):
-                histogram.observe(int(value))
+            """`Histogram.observe`, so many times at once: there is one observation a token."""
+            times = number - before
+            histogram._sum.inc(times * int(value))
+            histogram._buckets[metric.values.index(value)].inc(times)
 
         return observe
     labels = labels | {metric.label: value} if metric.label else labels

@@ -98,7 +98,17 @@ def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
     if isinstance(scheduler.draft_worker, Worker):
         # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
         scheduler.metrics_reporter.__class__ = MetricsReporter
-        scheduler.metrics_reporter.begin(scheduler.draft_worker.draft_worker.observer.board)
+        drafter = scheduler.draft_worker.draft_worker
+        scheduler.metrics_reporter.begin(drafter, drafter.observer.board)
+
+
+def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
+    """Let our worker say whether the next decode step has drafts to verify."""
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+
+    if isinstance(scheduler.draft_worker, Worker):
+        scheduler.draft_worker.choose_step(batch)
+    return host(scheduler, batch)
 
 
 def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
@@ -293,6 +303,15 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang asks an in-tree platform for its worker",
     ),
     Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.update_running_batch",
+        parameters=("self", "batch"),
+        function=choose_step,
+        reason="a step without drafts must cost what it costs without NEXTN; SGLang prepares every "
+        "step for drafts",
+        versions=VERSIONS,
+        remove_when="SGLang runs steps without drafts as without NEXTN",
+    ),
+    Patch(
         target="sglang.srt.managers.scheduler.Scheduler.init_metrics_reporter",
         parameters=("self",),
         function=choose_reporter,
@@ -352,7 +371,7 @@ OVERRIDES: tuple[Override, ...] = (
     ),
     Override(
         target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
-        file="speculation/drafter.py",
+        file="speculation/chains.py",
         parameters=("self", "forward_batch"),
         reason="drafts come from the int8 head",
         versions=VERSIONS,

@@ -11,7 +11,7 @@ from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending
 from qwen3next_plugin.mtp.policy import Fixed
 
-D = 2
+D, EVERY = 2, 8
 
 
 class Request(Bag):
@@ -41,10 +41,12 @@ def drafter(monkeypatch):
         return torch.zeros(sum(row.draft > 0 for row in rows), D)
 
     monkeypatch.setattr(module.Drafter, "_forward", forward)
+    monkeypatch.setattr(module, "EVERY", EVERY)
     drafter = object.__new__(module.Drafter)
     drafter.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: torch.full((len(h),), 5)))
     drafter.observer, drafter.pending, drafter.limit = Observer(Fixed(0)), Pending(), 8
-    drafter.rows, drafter.next_steps, drafter.drafting = [], 0, set()
+    drafter.rows, drafter.plain, drafter.wait, drafter.decoded = [], None, 0, set()
+    drafter.next_steps, drafter.drafting = 0, set()
     drafter.read, drafter.chunked = {}, None
 
     def read(first, count, *requests, chunked=None):
@@ -59,21 +61,29 @@ def drafter(monkeypatch):
         )
         drafter._draft_extend_for_prefill(batch, torch.zeros(N * count, D), torch.zeros(N).long())
 
-    def decode(at, *requests, length=0):
-        """Verifies what was drafted, and accepts nothing; returns how many drafts that were."""
-        N = len(requests)
+    def decode(at, *requests, length=0, same=None):
+        """Verifies what was drafted, and accepts nothing; returns how many drafts that were.
+
+        `same`: the list of requests of the last step, where the batch is the same.
+        """
+        N = len(same or requests)
         drafter.policy = Fixed(length)
-        batch = Bag(reqs=list(requests), seq_lens=torch.full((N,), at))
-        n = 1 + drafter.steps(batch)
+        batch = Bag(reqs=same or list(requests), seq_lens=torch.full((N,), at))
+        n = 1 + drafter.next_steps if drafter.has_drafts(batch) else 1
         result = Bag(
             speculative_num_draft_tokens=n,
-            next_token_ids=torch.zeros(N * n).long(),
+            next_token_ids=torch.zeros(N * n).int(),
             accept_lens=torch.ones(N).int(),
             logits_output=Bag(hidden_states=torch.zeros(N * n, D)),
             next_draft_input=Bag(bonus_tokens=torch.zeros(N).long()),
         )
-        drafter.learn(batch, result, step_seconds=1.0, draft_seconds=0.0)
-        drafter._draft_extend_for_decode(batch, result)
+        seconds = {"step_seconds": 1.0, "draft_seconds": 0.0}
+        if n > 1:
+            drafter.learn(batch, result, **seconds)
+            drafter._draft_extend_for_decode(batch, result)
+        else:
+            batch.seq_lens += 1  # as SGLang prepares a plain step
+            drafter.learn_plain(batch, result, **seconds)
         return n - 1
 
     return Bag(it=drafter, read=read, decode=decode, count=drafter.pending.count, fed=fed)
@@ -167,3 +177,81 @@ def test_a_request_without_room_drafts_nothing(drafter):
     assert drafter.fed == {"a": (0, 6)}
     assert drafter.decode(6, a, b, length=3) == 3
     assert [row.drafted for row in drafter.it.rows] == [3, 0]
+
+
+def test_plain_steps_of_the_same_batch_are_looked_at_every_few_steps(drafter):
+    a, b = Request("a"), Request("b")
+    drafter.read(0, 5, a, b)
+    both, at = [a, b], 5
+    for kept in (6, *[6] * (EVERY - 1), 6 + EVERY, *[6 + EVERY] * 2):
+        drafter.decode(at, same=both)
+        at += 1
+        assert [drafter.count(rid) for rid in "ab"] == [kept] * 2
+    drafter.it.keep()
+    assert [drafter.count(rid) for rid in "ab"] == [8 + EVERY] * 2
+    drafter.it.limit = 100
+    for _ in range(EVERY - 2):
+        drafter.decode(at, same=both, length=3)
+        at += 1
+    assert drafter.fed == dict.fromkeys("ab", (0, 6 + 2 * EVERY))
+    assert drafter.decode(at, same=both) == 3
+
+
+def test_plain_steps_are_kept_before_a_prompt_is_read(drafter):
+    a, b = Request("a"), Request("b")
+    drafter.read(0, 5, a)
+    alone = [a]
+    for at in (5, 6, 7):
+        drafter.decode(at, same=alone)
+    drafter.read(0, 5, b)
+    assert drafter.count("a") == 8
+    drafter.decode(8, same=alone)  # b has more chunks
+    drafter.read(5, 2, b)
+    assert [drafter.count(rid) for rid in "ab"] == [9, 7]
+
+
+def test_a_step_after_a_prompt_is_not_timed(drafter):
+    seconds = []
+    drafter.it.observer.policy = Bag(
+        observe_verify=lambda *_: None,
+        observe_step=lambda batch, tokens, timed: seconds.append((batch, tokens, timed)),
+        forget=lambda _: None,
+    )
+    a, b = Request("a"), Request("b")
+    drafter.read(0, 5, a)
+    drafter.decode(5, a)
+    assert not seconds
+    drafter.decode(6, a)
+    drafter.read(0, 5, b)
+    drafter.decode(7, a, b)
+    assert seconds == [(1, 1, 1.0)]
+    drafter.decode(8, b)
+    assert seconds == [(1, 1, 1.0)] * 2
+
+
+def test_a_step_without_drafts_is_prepared_as_without_nextn(drafter):
+    """What a verification left is gone: slots that it reserved, penalties that it adds."""
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+
+    worker, freed = object.__new__(Worker), []
+    worker._draft_worker, worker.speculative_algorithm = drafter.it, SpeculativeAlgorithm.EAGLE
+    a, b = Request("a"), Request("b")
+    a.kv = Bag(kv_committed_len=7, kv_allocated_len=15)
+    b.kv = Bag(kv_committed_len=9, kv_allocated_len=9)
+    batch = Bag(
+        reqs=[a, b],
+        sampling_info=Bag(acc_additive_penalties=1, acc_scaling_penalties=1),
+        tree_cache=Bag(free_kv_row=lambda kv, ranges: freed.append((kv, ranges))),
+    )
+    drafter.it.drafting = {"b"}
+    worker.choose_step(batch)
+    assert batch.spec_algorithm.is_eagle()
+    assert not freed
+    drafter.it.drafting = set()
+    worker.choose_step(batch)
+    assert batch.spec_algorithm.is_none()
+    assert freed == [(a.kv, [(7, 15)])]
+    assert a.kv.kv_allocated_len == 7
+    assert batch.sampling_info == Bag(acc_additive_penalties=None, acc_scaling_penalties=None)

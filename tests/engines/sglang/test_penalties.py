@@ -61,7 +61,7 @@ class Batch:
 
     def __init__(self, reqs, drafts=True):
         self.reqs, self.device = list(reqs), "cpu"
-        self.spec_algorithm = Bag(is_none=lambda: not drafts)
+        self.spec_info = Bag() if drafts else None
         orchestrator = BatchedPenalizerOrchestrator(V, self, PENALIZERS)
         self.sampling_info = Bag(penalizer_orchestrator=orchestrator)
 

@@ -16,7 +16,7 @@ def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
     SGLang counts only the last token of each request, also when a verification commits several.
     Remove when it counts them all.
     """
-    if batch.spec_algorithm.is_none():
+    if batch.spec_info is None:  # without NEXTN
         host(batch)
         return
     uncounted = [_uncounted(request) for request in batch.reqs]

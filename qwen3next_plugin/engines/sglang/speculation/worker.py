@@ -3,18 +3,18 @@
 SGLang's own adaptive policy compares average accepted lengths with thresholds and does not know
 what a step costs. Ours is the policy that vLLM's side has (mtp/policy.py). Here all requests of a
 step draft the same number of tokens, because SGLang verifies the same number for each. A step in
-which no request has a draft is SGLang's own decode step, as without NEXTN.
+which no request has a draft is SGLang's own decode step: for SGLang its batch has no drafts, so it
+prepares, runs and finishes the step as without NEXTN.
 """
 
 import time
 from typing import Any
 
-import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
-from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
 
@@ -37,6 +37,20 @@ class Worker(EAGLEWorkerV2):
         super().init_cuda_graphs()
         self._draft_worker.begin()
 
+    def choose_step(self, batch: ScheduleBatch) -> None:
+        """Before a decode step is prepared: verify drafts if there are any, else decode plainly."""
+        if self._draft_worker.has_drafts(batch):
+            batch.spec_algorithm = self.speculative_algorithm
+            return
+        batch.spec_algorithm = SpeculativeAlgorithm.NONE
+        info = batch.sampling_info  # SGLang leaves there what only steps with drafts add
+        info.acc_additive_penalties = info.acc_scaling_penalties = None
+        for request in batch.reqs:
+            kv = request.kv
+            if kv.kv_allocated_len > kv.kv_committed_len:  # slots that a verification reserved
+                batch.tree_cache.free_kv_row(kv, [(kv.kv_committed_len, kv.kv_allocated_len)])
+                kv.kv_allocated_len = kv.kv_committed_len
+
     def activate_step_by_batch(self, batch_size: int) -> None:
         """Draft as many tokens in this step as were chosen after the last one."""
         steps = self._draft_worker.next_steps
@@ -51,11 +65,10 @@ class Worker(EAGLEWorkerV2):
         """Run a step: prompts, or further drafts and a verification, or a plain step."""
         self.entered = time.perf_counter()
         reads_prompts = batch.forward_mode.is_extend()
-        if reads_prompts or self._draft_worker.steps(batch):
+        if reads_prompts or not batch.spec_algorithm.is_none():
             result = super().forward_batch_generation(batch, *args, **kwargs)
         else:
             result = self._decode(batch)
-            self._draft_worker._draft_extend_for_decode(batch, result)
         self.left = time.perf_counter()
         if not reads_prompts:
             self.first_drafts = self.left - self.verified
@@ -65,42 +78,30 @@ class Worker(EAGLEWorkerV2):
         """Verify the drafts."""
         began = time.perf_counter()
         result = super().verify(batch, *args, **kwargs)
-        self._learn(batch, result, began)
+        self._draft_worker.learn(batch, result, **self._seconds(began))
         return result
 
     def _decode(self, batch: ScheduleBatch) -> GenerationBatchResult:
-        """Run the step that SGLang would run without NEXTN, its plain sampler included.
-
-        The result has the form of a verification without drafts. Changes the batch, which SGLang
-        restores after the step.
-        """
+        """Run the model as SGLang does without NEXTN, its plain sampler included."""
         began = time.perf_counter()
-        seq_lens = batch.seq_lens
-        table = self.req_to_token_pool.req_to_token
-        batch.input_ids = batch.spec_info.bonus_tokens.long()
-        batch.out_cache_loc = table[batch.req_pool_indices, seq_lens].long()
-        batch.seq_lens, batch.seq_lens_cpu = seq_lens + 1, batch.seq_lens_cpu + 1
-        batch.seq_lens_sum = batch.spec_info = None
+        drafts = batch.spec_info
+        batch.input_ids, batch.spec_info = drafts.bonus_tokens.long(), None
         result = self.target_worker.forward_batch_generation(
             batch, capture_hidden_mode=CaptureHiddenMode.FULL
         )
-        result.accept_lens = torch.ones_like(seq_lens, dtype=torch.int32)
-        result.new_seq_lens, batch.seq_lens = batch.seq_lens, seq_lens
-        result.speculative_num_draft_tokens = 1
-        result.next_draft_input = EagleDraftInput(bonus_tokens=result.next_token_ids)
-        if batch.return_logprob:  # one row for each token, as of a verification
-            output = result.logits_output
-            output.next_token_logprobs = output.next_token_logprobs[:, None]
-        self._learn(batch, result, began)
+        drafts.bonus_tokens = result.next_token_ids
+        for request in batch.reqs:  # SGLang's statistics: a verification of no drafts
+            request.spec_verify_ct += 1
+            request.update_spec_correct_drafts_histogram(0)
+        more = self._draft_worker.learn_plain(batch, result, **self._seconds(began))
+        batch.spec_info = more or drafts
         return result
 
-    def _learn(self, batch: ScheduleBatch, result: GenerationBatchResult, began: float) -> None:
-        """Let the drafter learn from a step of which the trunk's part has just ended."""
+    def _seconds(self, began: float) -> dict[str, float]:
+        """The seconds of a step, of which the trunk's part has just ended, and of its drafts."""
         self.verified = time.perf_counter()
-        self._draft_worker.learn(
-            batch,
-            result,
+        return {
             # with the scheduler's work since the last step, which each step has
-            step_seconds=self.entered - self.left + self.verified - began,
-            draft_seconds=self.first_drafts + began - self.entered,
-        )
+            "step_seconds": self.entered - self.left + self.verified - began,
+            "draft_seconds": self.first_drafts + began - self.entered,
+        }
