@@ -7,10 +7,10 @@ running mean that forgets old observations, because acceptance changes with the 
 from collections.abc import Iterator, Sequence
 
 PRIOR = 0.8  # acceptance before anything was observed
-KEEP, KEEP_ALL = 0.95, 0.98  # weight that older observations keep: of one request, of all requests
+KEEP, KEEP_ALL = 0.95, 0.998  # weight that older observations keep: of one request, of all requests
 FADE = 0.98  # weight that observations keep in a step that adds none
 CHAIN = 5.0  # weight, in observations, of the estimate of the position before
-PULL = 8.0  # weight, in observations, of all requests in the estimate of one request
+PULL = 16.0  # weight, in observations, of all requests in the estimate of one request
 
 
 class Acceptance:

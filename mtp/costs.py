@@ -1,35 +1,35 @@
 """Costs: seconds of a step and of a draft, first from the model's shape, then from timings.
 
-    step  = w1 + w2·tokens + w3·experts(tokens)         experts(n) = E·(1 − (1 − k/E)^n)
-    draft = w4·first pass + w5·(passes − 1)·pass        pass = 1 + tokens + experts, as shaped
+    seconds = level · shape · correction
 
-The weights are fitted to timings. All are positive, so that the sum extrapolates. Near points that
-were timed, the fit is bent towards the timings. Each point counts with the median of its last
-timings.
+The shape gives proportions. A correction belongs to a cell: steps or drafts at one batch size and
+number of drafts a request. It is learned from the cell's timings; a cell without timings takes the
+corrections of its neighbours. The level is how slow the machine is at present. Timings are divided
+by it, so that a slow minute does not make the cells that are timed in it look slow.
+
+Timings are sometimes several times too long, never too short. So what counts is the lower quartile
+of the last ones.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import log2
 from typing import Self
 
 from qwen3next_plugin.config import Qwen3NextConfig
 
 DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
-FLOP_PER_BYTE = 10.0  # of a CPU; decides what tokens cost until steps are timed
-DRIFT = 1.01  # factor on the machine's level for a timing above the median
-CHANCE = 4  # longest run of timings on one side of the median that is taken for chance
-FAR, SURPRISES = 1.5, 5  # so many timings in a row that are off by FAR are not chance
-HORIZON = 500  # a timing is dropped after so many newer ones
-WINDOW = 64  # most timings kept of one point
-PRIOR = 0.2  # weight of the shape in the fit, in timings
-SHAPED = 10.0  # weight of the fit against nearby timings
-COLD, SLOWER = 64, 1.2  # the first 64 drafts count as at most 1.2 times slower than expected
-REFRESH = 8  # timings between two fits
+FLOP_PER_BYTE = 30.0  # of a CPU with AMX; decides what tokens cost until steps are timed
+WINDOW = 24  # timings that a cell remembers
+RECENT = 17  # timings that give the level; an odd number of a few trials
+KNOWN = 8  # timings after which a cell's next ones count for the level
+COLD, SLOWER = 64, 1.3  # the first 64 drafts count as at most 1.3 times slower than expected
+NEW, FAR = 4, 1.5  # the first 4 timings of a cell count as at most 1.5 times slower than expected
+REFRESH = 4  # steps timed before tables are made anew
+CATCH_UPS = 5  # what pending tokens cost is the least of so many timings
 
-Point = tuple[float, float]
+Cell = tuple[float, float]  # log2 of the batch size and drafts a request, both to halves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,142 +78,55 @@ class Shape:
             return 0.0
         return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
 
-    def step_terms(self, batch: float, drafts: float) -> tuple[float, ...]:
-        """Terms of a step with `drafts` draft tokens per request."""
+    def step_cost(self, batch: float, drafts: float) -> float:
+        """A step with `drafts` draft tokens per request."""
         tokens = batch * (1 + drafts)
-        return self.step, self.token * tokens, self.step_expert * self.experts_touched(tokens)
+        return self.step + self.token * tokens + self.step_expert * self.experts_touched(tokens)
 
-    def draft_terms(self, batch: float, passes: float) -> tuple[float, ...]:
-        """Terms of the first pass, which also reads the committed tokens, and of the others."""
-        return self._pass_cost(2 * batch), (passes - 1) * self._pass_cost(batch)
+    def draft_cost(self, batch: float, passes: float) -> float:
+        """The first pass, which also reads the committed tokens, and the others."""
+        return self._pass_cost(2 * batch) + (passes - 1) * self._pass_cost(batch)
 
     def _pass_cost(self, tokens: float) -> float:
         experts = self.draft_expert * self.experts_touched(tokens)
         return self.draft + self.draft_token * tokens + experts
 
 
-class Model:
-    """Seconds at (batch, x): a weighted sum of terms, bent towards nearby timings."""
+class Corrections:
+    """What timings say about a cost of the shape, as factors by cell."""
 
-    def __init__(self, terms: Callable[[float, float], tuple[float, ...]]) -> None:
-        self.terms = terms
-        self.count = 0
-        self.weights = [1.0] * len(terms(1, 1))
-        self._timings: dict[Point, deque[tuple[int, float]]] = {}
-        self._medians: dict[Point, tuple[float, int]] = {}  # seconds, number of timings
-        self._bends: list[tuple[Point, float, int]] = []  # seconds/fitted, number of timings
-        self._far_off: dict[Point, list[float]] = {}  # timed/usual, in a row
+    def __init__(self, shape: Callable[[float, float], float]) -> None:
+        """`shape`: the cost at (batch, drafts a request), in any unit."""
+        self.shape = shape
+        self._timings: dict[Cell, deque[float]] = {}
+        self._corrections: dict[Cell, float] = {}
 
-    def at_point(self, batch: int, x: float, seconds: float) -> tuple[Point, float]:
-        """The nearest point of a grid (half octaves of batch, halves of x); the seconds there."""
-        point = octave, x_ = round(2 * log2(batch)) / 2, round(2 * x) / 2
-        return point, seconds * self.fitted(2**octave, x_) / self.fitted(batch, x)
+    def observe(self, batch: int, x: float, seconds: float, level: float) -> float | None:
+        """Learn from a timing. Returns the level that it shows, if the cell is well known."""
+        cell = round(2 * log2(batch)) / 2, round(2 * x) / 2
+        factor = seconds / self.shape(batch, x)
+        timings = self._timings.setdefault(cell, deque(maxlen=WINDOW))
+        if len(timings) < NEW and self._corrections:
+            factor = min(factor, FAR * level * self.at(batch, x))
+        shown = factor / self._corrections[cell] if len(timings) >= KNOWN else None
+        timings.append(factor / level)
+        self._corrections[cell] = lower_quartile(timings)
+        return shown
 
-    def observe(self, point: Point, seconds: float) -> None:
-        self.count += 1
-        timings = self._timings.setdefault(point, deque(maxlen=WINDOW))
-        timings.append((self.count, seconds))
-        while timings[0][0] <= self.count - HORIZON:
-            timings.popleft()
-        self._medians[point] = median(s for _, s in timings), len(timings)
-
-    def surprised(self, point: Point, seconds: float) -> float | None:
-        """Timed/usual where the last SURPRISES timings at a well-known point are off by FAR."""
-        usual = self.usual(point)
-        if usual is None or 1 / FAR <= seconds / usual <= FAR:
-            self._far_off.pop(point, None)
-            return None
-        ratios = self._far_off.setdefault(point, [])
-        ratios.append(seconds / usual)
-        if len(ratios) < SURPRISES:
-            return None
-        return median(self._far_off.pop(point))
-
-    def usual(self, point: Point) -> float | None:
-        """The median at a well-known point: one with many timings."""
-        seconds, timings = self._medians.get(point, (0.0, 0))
-        return seconds if timings >= WINDOW // 2 else None
-
-    def fit(self, level: float) -> float:
-        """Fit by least squares of relative errors, pulled towards one common weight.
-
-        Returns: that common weight, which is `level` where nothing was timed.
-        """
-        points = [
-            (self.terms(2**octave, x), seconds, n)
-            for (octave, x), (seconds, n) in self._medians.items()
-        ]
-        if points:
-            timings = sum(n for _, _, n in points)
-            level = sum(n * s / sum(terms) for terms, s, n in points) / timings
-        size = range(len(self.weights))
-        gram = [[sum(n * t[f] * t[g] / (s * s) for t, s, n in points) for g in size] for f in size]
-        goal = [sum(n * t[f] / s for t, s, n in points) for f in size]
-        for f in size:
-            gram[f][f] += PRIOR / level**2
-            goal[f] += PRIOR / level
-        self.weights = solve(gram, goal, at_least=level / 1000)
-        self._bends = [
-            (point, seconds / self.fitted(2 ** point[0], point[1]), n)
-            for point, (seconds, n) in self._medians.items()
-        ]
-        return level
-
-    def seconds(self, batch: float, x: float) -> float:
-        return self.fitted(batch, x) * self.bend(batch, x)
-
-    def fitted(self, batch: float, x: float) -> float:
-        return sum(w * t for w, t in zip(self.weights, self.terms(batch, x), strict=True))
-
-    def bend(self, batch: float, x: float) -> float:
-        """Mean timed/fitted of nearby points, weighted by timings and nearness; 1 far away."""
-        octave = log2(batch)
-        total = weight = SHAPED
-        for (o, y), ratio, timings in self._bends:
-            nearness = timings / (1 + 10 * ((o - octave) ** 2 + (y - x) ** 2)) ** 2
-            total += nearness * ratio
+    def at(self, batch: float, x: float, untimed: float = 1.0) -> float:
+        """The mean of cells nearby, weighted by nearness and timings; or `untimed`."""
+        octave, total, weight = log2(batch), 0.0, 0.0
+        for cell, correction in self._corrections.items():
+            distance = (cell[0] - octave) ** 2 + (cell[1] - x) ** 2
+            nearness = len(self._timings[cell]) / (1 + 10 * distance) ** 2
+            total += nearness * correction
             weight += nearness
-        return total / weight
+        return total / weight if weight else untimed
 
 
-def solve(gram: list[list[float]], goal: list[float], at_least: float) -> list[float]:
-    """Solve gram·w = goal, gram positive definite, with every weight `at_least` so large."""
-    free, w = list(range(len(goal))), [at_least] * len(goal)
-    while free:
-        rest = [g for g in range(len(w)) if g not in free]
-        rows = [
-            [*(gram[f][g] for g in free), goal[f] - sum(gram[f][g] * w[g] for g in rest)]
-            for f in free
-        ]
-        found = eliminated(rows)
-        if min(found) >= at_least:
-            for f, weight in zip(free, found, strict=True):
-                w[f] = weight
-            break
-        free.pop(found.index(min(found)))
-    return w
-
-
-def eliminated(rows: list[list[float]]) -> list[float]:
-    """Solve a positive definite system; the last number of a row is its right side."""
-    n = len(rows)
-    least = [1e-12 * row[i] for i, row in enumerate(rows)]  # pivot where rounding leaves none
-    for i in range(n):
-        rows[i][i] = max(rows[i][i], least[i])
-        for j in range(i + 1, n):
-            factor = rows[j][i] / rows[i][i]
-            rows[j] = [b - factor * a for a, b in zip(rows[i], rows[j], strict=True)]
-    found = [0.0] * n
-    for i in reversed(range(n)):
-        rest = sum(rows[i][j] * found[j] for j in range(i + 1, n))
-        found[i] = (rows[i][n] - rest) / rows[i][i]
-    return found
-
-
-def median(values: Iterable[float]) -> float:
-    """The lower median: a timing is sometimes several times too long, never too short."""
+def lower_quartile(values: Iterable[float]) -> float:
     ordered = sorted(values)
-    return ordered[(len(ordered) - 1) // 2]
+    return ordered[len(ordered) // 4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +156,13 @@ class Costs:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._steps, self._drafts = Model(shape.step_terms), Model(shape.draft_terms)
-        self.level = 1.0  # how slow the machine is now, relative to its timings
-        self._run = 0  # timings in a row above the median, below it if negative
-        self._pending, self._catch_ups = 0.0, 0  # seconds of a pending token, and how often timed
-        self._fitted = -1  # number of timings at the last fit
+        self._steps, self._drafts = Corrections(shape.step_cost), Corrections(shape.draft_cost)
+        self.level = 0.0  # seconds for each unit of the shape; 0 until a step was timed
+        self._levels = deque[float](maxlen=RECENT)
+        self._cold = COLD  # drafts that may still be cold
+        self._catch_ups = deque[float](maxlen=CATCH_UPS)  # cost of a pending token, each time
         self._tables: dict[tuple[int, int], Table] = {}
+        self._age = 0  # of these tables, in steps timed
 
     @classmethod
     def from_config(cls, config: Qwen3NextConfig) -> Self:
@@ -256,56 +170,62 @@ class Costs:
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         """A step of `batch` requests and `tokens` tokens, without prefill, took `seconds`."""
-        self._observe(self._steps, batch, tokens / batch - 1, seconds)
+        self._age += 1
+        if self._age == REFRESH:
+            self._age = 0
+            self._tables.clear()
+        drafts = tokens / batch - 1
+        self.level = self.level or seconds / self.shape.step_cost(batch, drafts)
+        if shown := self._steps.observe(batch, drafts, seconds, self.level):
+            self._levels.append(shown)
+            self.level = lower_quartile(self._levels)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
         """After a step of `batch` requests, `passes` drafting passes took `seconds`."""
-        self._observe(self._drafts, batch, passes, seconds)
+        if not self.level:
+            return
+        if self._cold:
+            self._cold -= 1
+            expected = self.level * self._draft_cost(batch, passes)
+            seconds = min(seconds, SLOWER * expected)
+        self._drafts.observe(batch, passes, seconds, self.level)
 
     def observe_catching_up(self, batch: int, passes: int, tokens: int, seconds: float) -> None:
         """Drafting passes, the first over `tokens` pending tokens too, took `seconds`."""
-        usual = self._drafts.seconds(batch, passes)
-        extra = max(0.0, seconds / self.level - usual) / tokens
-        known, self._catch_ups = self._pending or extra, self._catch_ups + 1
-        # The first may be cold: they count for less if they are longer than what is known.
-        cold = self._catch_ups < COLD // 4
-        weight = (1 / 2 if extra < known else 1 / 8) if cold else 1 / 4
-        self._pending = known + (extra - known) * weight
-
-    def _observe(self, model: Model, batch: int, x: float, seconds: float) -> None:
-        """Add a timing at the machine's usual speed; well-known points give today's speed."""
-        point, seconds = model.at_point(batch, x, seconds / self.level)
-        if model is self._steps and (usual := model.usual(point)):
-            side = 1 if seconds > usual else -1
-            self._run = self._run + side if self._run * side > 0 else side
-            change = DRIFT ** (side * max(1, abs(self._run) - CHANCE))
-            change = model.surprised(point, seconds) or change
-            self.level *= change
-            seconds /= change
-        elif model is self._drafts and self._steps.count and model.count < COLD:
-            seconds = min(seconds, SLOWER * model.seconds(2 ** point[0], point[1]))
-        model.observe(point, seconds)
+        if self.level:
+            extra = seconds / self.level - self._draft_cost(batch, passes)
+            self._catch_ups.append(max(0.0, extra) / tokens)
 
     def table(self, batch: int, max_draft: int) -> Table:
-        """Costs of a batch with up to `max_draft` tokens each; at most REFRESH timings old."""
-        timings = self._steps.count + self._drafts.count
-        if self._fitted < 0 or timings - self._fitted >= min(REFRESH, 1 + self._fitted // 4):
-            self._fitted = timings
-            self._drafts.fit(self._steps.fit(1.0))
-            self._tables.clear()
+        """Costs of a batch with up to `max_draft` tokens each, as of a few steps ago."""
         if (batch, max_draft) not in self._tables:
-            self._tables[batch, max_draft] = Table(
-                list(self._step_seconds(batch, max_draft)),
-                [0.0, *(self._drafts.seconds(batch, x) for x in range(1, max_draft + 1))],
-                self._steps.weights[1] * self.shape.token,
-                self._pending,
-            )
+            self._tables[batch, max_draft] = self._make_table(batch, max_draft)
         return self._tables[batch, max_draft]
 
-    def _step_seconds(self, batch: int, max_draft: int) -> Iterator[float]:
-        """Seconds of 0, 1, 2, … draft tokens; bends are interpolated between full rounds."""
-        bends = [self._steps.bend(batch, x) for x in range(max_draft + 1)]
-        for x, (low, high) in enumerate(pairwise([*bends, bends[-1]])):
-            for i in range(batch if x < max_draft else 1):
-                bend = low + (high - low) * i / batch
-                yield self._steps.fitted(batch, x + i / batch) * bend
+    def _make_table(self, batch: int, max_draft: int) -> Table:
+        level = self.level or 1.0
+        corrections = [self._steps.at(batch, x) for x in range(max_draft + 1)]
+        step = []
+        for n in range(batch * max_draft + 1):
+            x, rest = divmod(n, batch)
+            low, high = corrections[x], corrections[min(x + 1, max_draft)]
+            correction = low + (high - low) * rest / batch
+            step.append(level * correction * self.shape.step_cost(batch, n / batch))
+        draft = [level * self._draft_cost(batch, passes) for passes in range(1, max_draft + 1)]
+        return Table(
+            step=step,
+            draft=[0.0, *draft],
+            token=level * corrections[0] * self.shape.token,
+            pending=level * self._pending,
+        )
+
+    def _draft_cost(self, batch: int, passes: int) -> float:
+        """In units of the shape. Until drafts were timed, steps tell how wrong the shape is."""
+        untimed = self._steps.at(batch, 0)
+        return self.shape.draft_cost(batch, passes) * self._drafts.at(batch, passes, untimed)
+
+    @property
+    def _pending(self) -> float:
+        """Cost of a pending token; less than timed until it was timed often."""
+        timed = len(self._catch_ups)
+        return min(self._catch_ups, default=0.0) * timed / CATCH_UPS

@@ -27,7 +27,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.mtp.acceptance import KEEP, KEEP_ALL, Acceptance
 from qwen3next_plugin.mtp.costs import Costs, Table
 
-MARGIN = 0.02  # gain in tokens per second for which the plan changes
+MARGIN = 0.03  # gain in tokens per second for which the plan changes
 BUDGET = 0.01  # share of time that trials may cost
 CREDIT = 1.0  # what trials may cost at the start, in steps
 TRIAL = 3  # steps of a trial: the first also pays for the pending tokens of requests

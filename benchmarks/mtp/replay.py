@@ -1,8 +1,9 @@
 """Replay policies on recorded timings and acceptance: see --help.
 
-The clock is a position in the recording. A step takes the next timing of its cell after the clock,
-so noise and slow phases come when they came, in all cells at once. The recorder went through all
-cells; a policy that stays in one moves through the recording as many times faster.
+The clock is a position in the recording. A policy observes the next timing of a cell after the
+clock, so noise and slow phases come when they came, in all cells at once. The recorder went through
+all cells; a policy that stays in one moves through the recording as many times faster. What counts
+is the cell's median: one timing of 20 steps' length must not decide which policy is better.
 """
 
 import itertools
@@ -10,8 +11,9 @@ import json
 import statistics
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import typer
@@ -30,6 +32,7 @@ COLD = 40  # first timings of drafts that a colder start makes COLDER times too 
 COLDER = 3.0
 PROMPT = 100  # tokens of each prompt, all pending when a request starts
 TOKENS = 1500  # of each request of a batch that is served, about
+STARTS = 6  # replays of a recording, each from another request and another position
 
 Cell = tuple[float, float]  # drafting passes (0: a step), draft tokens per request in halves
 Timings = Mapping[Cell, list[tuple[int, float]]]  # (position, seconds)
@@ -39,8 +42,8 @@ Timings = Mapping[Cell, list[tuple[int, float]]]  # (position, seconds)
 class Recording:
     """What record.py wrote."""
 
-    name: str
     engine: str
+    model: str
     batch: int
     k: int
     runs: list[str]  # of each request, how many drafts were right in each step, as digits
@@ -60,18 +63,27 @@ class Recording:
     @property
     def shape(self) -> Shape:
         tiny = json.loads((TINY / "config.json").read_text())
-        config = tiny if TINY.name in self.name else CONFIG
+        config = tiny if self.model == TINY.name else CONFIG
         return Shape.from_config(Qwen3NextConfig.from_hf(config))
 
-    def after(self, clock: float, passes: int, drafts: float) -> float:
-        """The next timing of the nearest cell."""
+    def after(self, clock: float, passes: int, drafts: float) -> tuple[float, float]:
+        """The next timing of the nearest cell, and the cell's median."""
         cells = [cell for cell in self.timings if cell[0] == passes]
-        timings = self.timings[min(cells, key=lambda cell: abs(cell[1] - drafts))]
-        return timings[min(bisect_right(timings, (clock, 1e9)), len(timings) - 1)][1]
+        cell = min(cells, key=lambda cell: abs(cell[1] - drafts))
+        timings = self.timings[cell]
+        timing = timings[min(bisect_right(timings, (clock, 1e9)), len(timings) - 1)][1]
+        return timing, self.medians[cell]
+
+    @cached_property
+    def medians(self) -> dict[Cell, float]:
+        return {
+            cell: statistics.median(seconds for _, seconds in timings)
+            for cell, timings in self.timings.items()
+        }
 
     def usual(self, passes: int, drafts: float) -> float:
         """The cell's median."""
-        return statistics.median(seconds for _, seconds in self.timings[passes, drafts])
+        return self.medians[passes, drafts]
 
 
 def load(path: Path) -> Recording:
@@ -81,8 +93,8 @@ def load(path: Path) -> Recording:
     for at, passes, drafts, us in itertools.chain(steps, found["drafts"]):
         timings[passes, round(2 * drafts / batch) / 2].append((at, us / 1e6))
     return Recording(
-        path.stem,
         found["engine"],
+        found["model"],
         batch,
         found["k"],
         found["runs"],
@@ -110,20 +122,18 @@ class Result:
 
     marks: list[tuple[int, float]] = field(default_factory=list)
 
-    def rate(self, steps: int = 0) -> float:
-        """Tokens per second, of so many steps or of all."""
-        tokens, seconds = self.marks[min(steps, len(self.marks)) - 1]
-        return tokens / seconds
-
 
 class Replay:
     """Serves as many requests at a time as were recorded, one after the other."""
 
-    def __init__(self, recording: Recording, policy: Policy, cold: int = 0) -> None:
+    def __init__(self, recording: Recording, policy: Policy, cold: int = 0, start: int = 0) -> None:
+        """`start` of STARTS: where in the recording it begins; 0 is where the engine started."""
         self.recording, self.policy, self.cold = recording, policy, cold
         self.runs, self.names = itertools.cycle(recording.runs), itertools.count()
+        for _ in range(start * len(recording.runs) // STARTS):
+            next(self.runs)
         self.active = [self.request() for _ in range(recording.batch)]
-        self.clock, self.tokens, self.seconds = 0.0, 0, 0.0
+        self.clock, self.tokens, self.seconds = start / STARTS * recording.length, 0, 0.0
 
     def request(self) -> Request:
         run = next(self.runs)
@@ -143,7 +153,7 @@ class Replay:
         if self.clock >= self.recording.length:
             self.clock = AGAIN * self.recording.length
         B, drafts = len(self.active), sum(r.drafted for r in self.active)
-        seconds = self.recording.after(self.clock, 0, drafts / B)
+        timing, seconds = self.recording.after(self.clock, 0, drafts / B)
         for i, r in enumerate(self.active):
             accepted = min(r.drafted, int(r.run[r.steps % len(r.run)]))
             self.policy.observe_verify(r.name, r.drafted, accepted)
@@ -153,7 +163,7 @@ class Replay:
             if not r.tokens:
                 self.policy.forget(r.name)
                 self.active[i] = self.request()
-        self.policy.observe_step(B, B + drafts, seconds)
+        self.policy.observe_step(B, B + drafts, timing)
         self.seconds += seconds
 
     def draft(self) -> None:
@@ -166,26 +176,38 @@ class Replay:
                 fed, r.pending = fed + r.pending, 0
         if not any(lengths):
             return
-        seconds = self.recording.after(self.clock, max(lengths), sum(lengths) / B)
-        seconds += self.recording.pending * max(0, fed - 2 * B)
+        timing, seconds = self.recording.after(self.clock, max(lengths), sum(lengths) / B)
+        catch_up = self.recording.pending * max(0, fed - 2 * B)
+        self.seconds += seconds + catch_up
+        timing += catch_up
         if self.cold:
-            self.cold, seconds = self.cold - 1, seconds * COLDER
-        self.seconds += seconds
-        self.policy.observe_draft(B, max(lengths), seconds)
+            self.cold, timing = self.cold - 1, timing * COLDER
+        self.policy.observe_draft(B, max(lengths), timing)
 
 
 def adaptive(recording: Recording) -> Adaptive:
     return Adaptive(recording.k, Costs(recording.shape), uniform=recording.uniform)
 
 
-def shares(recording: Recording, policy: Policy, cold: int = 0) -> tuple[float, float]:
+def rates(recording: Recording, make: Callable[[], Policy], cold: int) -> tuple[float, float]:
+    """Tokens per second over all starts: of all steps, and of the first."""
+    results = [Replay(recording, make(), cold, start).run() for start in range(STARTS)]
+    return together(r.marks[-1] for r in results), together(r.marks[:EARLY][-1] for r in results)
+
+
+def together(marks: Iterable[tuple[int, float]]) -> float:
+    """Tokens per second."""
+    tokens, seconds = zip(*marks, strict=True)
+    return sum(tokens) / sum(seconds)
+
+
+def shares(
+    recording: Recording, make: Callable[[Recording], Policy], cold: int = 0
+) -> tuple[float, float]:
     """Tokens per second, relative to the best fixed length: of all steps, and of the first."""
-    fixed = [Replay(recording, Fixed(k), cold).run() for k in range(recording.k + 1)]
-    result = Replay(recording, policy, cold).run()
-    all_, early = (
-        result.rate(steps) / max(other.rate(steps) for other in fixed) for steps in (0, EARLY)
-    )
-    return all_, early
+    fixed = [rates(recording, lambda k=k: Fixed(k), cold) for k in range(recording.k + 1)]
+    found = rates(recording, lambda: make(recording), cold)
+    return found[0] / max(all_ for all_, _ in fixed), found[1] / max(early for _, early in fixed)
 
 
 def ragged_gain(recording: Recording) -> float:
@@ -219,7 +241,7 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     for path in track(sorted(RECORDED.glob("*.json")), console=report.console):
         recording = load(path)
-        warm, cold = (shares(recording, adaptive(recording), n) for n in (0, COLD))
+        warm, cold = (shares(recording, adaptive, n) for n in (0, COLD))
         rows[path.stem] = dict(zip(COLUMNS, (*warm, *cold), strict=False))
         if recording.uniform:
             rows[path.stem]["own lengths"] = ragged_gain(recording)

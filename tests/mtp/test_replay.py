@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from benchmarks.block_model import TINY
 from benchmarks.mtp import record
-from benchmarks.mtp.replay import COLD, adaptive, load, ragged_gain, shares
+from benchmarks.mtp.replay import COLD, RECORDED, adaptive, load, ragged_gain, shares
 
 K = 3
 
@@ -21,8 +22,15 @@ def recording(tmp_path, engine: str, batch: int, *, right: int):
         steps.append([at, batch * (1 + passes), round(1e4 * noise * (1 + 0.1 * passes))])
         if passes:
             drafts.append([at, passes, batch * passes, round(2e3 * noise * passes)])
-    found = {"engine": engine, "batch": batch, "k": K, "steps": steps, "drafts": drafts}
-    path = tmp_path / "qwen3next-tiny-made.json"
+    found = {
+        "engine": engine,
+        "model": TINY.name,
+        "batch": batch,
+        "k": K,
+        "steps": steps,
+        "drafts": drafts,
+    }
+    path = tmp_path / "made.json"
     path.write_text(json.dumps(found | {"pending": 20.0, "runs": [str(right) * 60] * 3}))
     return load(path)
 
@@ -32,9 +40,30 @@ def recording(tmp_path, engine: str, batch: int, *, right: int):
 @pytest.mark.parametrize(("engine", "batch"), [("vllm", 1), ("vllm", 4), ("sglang", 4)])
 def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, engine, batch, right, cold):
     made = recording(tmp_path, engine, batch, right=right)
-    whole, early = shares(made, adaptive(made), cold)
-    assert whole >= 0.93
-    assert early >= 0.85
+    whole, early = shares(made, adaptive, cold)
+    assert whole >= 0.92
+    assert early >= 0.8
+
+
+def test_recordings_are_there():
+    names = {path.stem for path in RECORDED.glob("*.json")}
+    models = {"tiny": (1, 4, 16), "block": (1, 4)}
+    assert names == {
+        f"{engine}-{model}-{batch}"
+        for engine in ("vllm", "sglang")
+        for model, batches in models.items()
+        for batch in batches
+    }
+
+
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("*.json")), ids=lambda path: path.stem)
+def test_adaptive_on_a_recording(path):
+    """From the first request on, and if the first 40 drafts take three times as long."""
+    whole, early = shares(load(path), adaptive)
+    assert whole >= 0.92
+    assert early >= 0.9
+    cold, _ = shares(load(path), adaptive, COLD)
+    assert cold >= 0.7
 
 
 def test_own_lengths_gain_where_requests_differ(tmp_path):
