@@ -370,10 +370,10 @@ OVERRIDES: tuple[Override, ...] = (
         remove_when="SGLang drafts by a length that pays",
     ),
     Override(
-        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
+        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft",
         file="speculation/chains.py",
-        parameters=("self", "forward_batch"),
-        reason="drafts come from the int8 head",
+        parameters=("self", "batch", "with_topology"),
+        reason="drafts come from the int8 head, and SGLang's runner costs as much as a small layer",
         versions=VERSIONS,
         remove_when="SGLang drafts by a length that pays",
     ),

@@ -73,13 +73,12 @@ OVERRIDDEN = {
         "EagleDraftWorker": {
             "_draft_extend_for_prefill": ["self", "batch", "target_hidden_states"],
             "_draft_extend_for_decode": ["self", "batch"],
-            "draft_forward": ["self", "forward_batch"],
+            "draft": ["self", "batch", "with_topology"],
         },
     },
 }
 # What our code calls, with the arguments it passes by name or counts on by position.
 CALLED = {
-    "srt/speculative/base_spec_worker.py": {"_rebuild_topk1_chain_buffers": ["self"]},
     "srt/arg_groups/overrides.py": {
         "declare_resolution": ["server_args", "source"],
         "record_foreign_defaults": ["server_args", "source", "resolve"],

@@ -1,82 +1,62 @@
 """Chains: the passes of the MTP layer over a batch, and the drafts that they make."""
 
-from copy import copy
-from typing import Any
+from itertools import accumulate
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-)
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftInput
-from sglang.srt.speculative.eagle_utils import per_step_draft_out_cache_loc
+from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
+from qwen3next_plugin.engines.sglang.speculation.passes import chain, run_layer
 from qwen3next_plugin.mtp.pending import Row
 
 
 class Chains(EagleDraftWorker):
     """SGLang's draft worker with our chains."""
 
-    def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> torch.Tensor:
-        """Run the MTP layer over what it reads of rows; returns [drafting, D], the last of each."""
-        batch = copy(batch)
-        batch.sampling_info = copy(batch.sampling_info)
-        batch.spec_algorithm = self.speculative_algorithm
-        tokens = [row.fed for row in fed if row.fed is not None]
-        firsts, counts = [part.first for part in tokens], [len(part) for part in tokens]
-        batch.reqs = [batch.reqs[row.index] for row in fed]
-        batch.req_pool_indices = batch.req_pool_indices[[row.index for row in fed]]
-        table = self.req_to_token_pool.req_to_token
-        slots = [
-            table[request, part.first : part.end]
-            for request, part in zip(batch.req_pool_indices.tolist(), tokens, strict=True)
-        ]
-        batch.input_ids = torch.cat([part.token_ids for part in tokens])
-        batch.out_cache_loc = torch.cat(slots).long()
-        batch.spec_info = EagleDraftExtendInput(
-            hidden_states=torch.cat([part.hidden_states for part in tokens]), num_tokens_per_req=1
-        )
-        batch.prefix_lens, batch.extend_lens = firsts, counts
-        batch.extend_num_tokens = sum(counts)
-        batch.seq_lens = batch.seq_lens_cpu = torch.tensor([part.end for part in tokens])
-        batch.seq_lens_sum = None
-        batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
-        forward_batch = ForwardBatch.init_new(
-            batch,
-            self.draft_runner,
-            capture_hidden_mode=CaptureHiddenMode.FULL,
-            return_hidden_states_before_norm=False,
-        )
-        self.draft_runner.model.see(batch.input_ids)
-        hidden_states = self.draft_runner.forward(forward_batch).logits_output.hidden_states
-        ends = torch.tensor(counts).cumsum(0) - 1  # [fed]
-        return hidden_states[ends[[row.draft > 0 for row in fed]]]
+    next_steps: int  # drafts of each request in the next step
+    drafting: set[str]  # requests whose first draft is made
 
-    def draft_forward(self, forward_batch: ForwardBatch) -> tuple[Any, ...]:
-        """Extend each request's first draft to a chain; returns what SGLang's method returns."""
-        spec_info: EagleDraftInput = forward_batch.spec_info
-        steps, N = self.speculative_num_steps, forward_batch.batch_size
-        slots = per_step_draft_out_cache_loc(forward_batch.out_cache_loc, N, 1, steps)
-        tokens = [spec_info.topk_index]  # [N, 1] each
-        for i in range(steps - 1):
-            forward_batch.input_ids = tokens[-1].flatten()
-            forward_batch.out_cache_loc = slots[i]
-            backend = self.draft_attn_backend.attn_backends[i]
-            with forward_context(ForwardContext(attn_backend=backend), forward_batch=forward_batch):
-                output = self.draft_runner.forward(forward_batch).logits_output
-            spec_info.hidden_states = output.hidden_states
-            tokens.append(self.draft_runner.model.get_top_tokens(output.hidden_states)[:, None])
-            forward_batch.positions.add_(1)
-        return (
-            self._topk1_parents_prealloc[:N],
-            self._topk1_score_indices_prealloc[:N],
-            torch.cat(tokens, dim=1),
-            None,
+    def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> torch.Tensor:
+        """Run the MTP layer over what it reads; the last of each row that drafts [drafting, D]."""
+        tokens = [row.fed for row in fed if row.fed is not None]
+        counts = [len(part) for part in tokens]
+        token_ids = torch.cat([part.token_ids for part in tokens])
+        self.draft_runner.model.see(token_ids)
+        hidden_states = run_layer(
+            self.draft_runner,
+            requests=batch.req_pool_indices[[row.index for row in fed]],
+            firsts=[part.first for part in tokens],
+            counts=counts,
+            token_ids=token_ids,
+            hidden_states=torch.cat([part.hidden_states for part in tokens]),
         )
+        ends = [end - 1 for end in accumulate(counts)]
+        return hidden_states[[end for end, row in zip(ends, fed, strict=True) if row.draft]]
+
+    def draft(self, batch: ScheduleBatch, *, with_topology: bool = False) -> EagleVerifyInput:
+        """Extend the first drafts to chains; requests without one get any tokens."""
+        spec_info: EagleDraftInput = batch.spec_info
+        drafting = [i for i, request in enumerate(batch.reqs) if request.rid in self.drafting]
+        index = torch.tensor(drafting)
+        requests, seq_lens = batch.req_pool_indices[index], batch.seq_lens[index].tolist()
+        hidden_states = spec_info.hidden_states[index]
+        drafts = [spec_info.topk_index[index, 0]]  # [drafting] each
+        for i in range(self.next_steps - 1):
+            hidden_states = run_layer(
+                self.draft_runner,
+                requests=requests,
+                firsts=[length + i for length in seq_lens],
+                counts=[1] * len(drafting),
+                token_ids=drafts[-1],
+                hidden_states=hidden_states,
+            )
+            drafts.append(self.draft_runner.model.get_top_tokens(hidden_states))
+        tokens = torch.zeros(len(batch.reqs), 1 + len(drafts), dtype=torch.int64)
+        tokens[:, 0] = spec_info.bonus_tokens
+        # index_copy_ and not [index] = …, which starts all threads for a few rows.
+        tokens[:, 1:].index_copy_(0, index, torch.stack(drafts, dim=1))
+        return chain(tokens, batch.seq_lens)
 
     def _drafts(
         self, bonus_tokens: torch.Tensor, drafting: list[Row], hidden_states: torch.Tensor
@@ -95,7 +75,8 @@ class Chains(EagleDraftWorker):
             num_tokens_for_logprob_per_req=1,
         )
         if drafting:
-            index = [row.index for row in drafting]
-            draft.topk_index[index, 0] = self.draft_runner.model.get_top_tokens(hidden_states)
-            draft.hidden_states[index] = hidden_states
+            index = torch.tensor([row.index for row in drafting])
+            tokens = self.draft_runner.model.get_top_tokens(hidden_states)
+            draft.topk_index.index_copy_(0, index, tokens[:, None])
+            draft.hidden_states.index_copy_(0, index, hidden_states)
         return draft

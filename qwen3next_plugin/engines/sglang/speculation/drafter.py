@@ -36,8 +36,6 @@ class Drafter(Chains):
     plain: PlainSteps | None  # those that it has not looked at
     wait: int  # plain steps until it looks at them
     decoded: set[str]  # requests of the last step that decoded
-    next_steps: int  # drafts of each request in the next step
-    drafting: set[str]  # requests whose first draft is made
     read: dict[str, Req]  # those whose prompts were read since the last step
     chunked: Req | None  # the one of them whose prompt goes on
 

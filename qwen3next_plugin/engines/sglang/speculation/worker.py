@@ -53,13 +53,8 @@ class Worker(EAGLEWorkerV2):
 
     def activate_step_by_batch(self, batch_size: int) -> None:
         """Draft as many tokens in this step as were chosen after the last one."""
-        steps = self._draft_worker.next_steps
-        if steps == self.speculative_num_steps:
-            return
-        for worker in (self, self._draft_worker):
-            worker.speculative_num_steps = steps
-            worker.speculative_num_draft_tokens = steps + 1
-        self._draft_worker._rebuild_topk1_chain_buffers()
+        self.speculative_num_steps = self._draft_worker.next_steps
+        self.speculative_num_draft_tokens = self._draft_worker.next_steps + 1
 
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run a step: prompts, or further drafts and a verification, or a plain step."""

@@ -1,0 +1,79 @@
+"""Passes of the MTP layer: SGLang's layer and attention, without its runner around them.
+
+The runner prepares a pass for graphs, padding and data parallelism, which chains on a CPU do not
+have; on a small model that takes as long as the layer.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_model
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+
+
+def run_layer(
+    runner: Any,
+    *,
+    requests: torch.Tensor,
+    firsts: Sequence[int],
+    counts: Sequence[int],
+    token_ids: torch.Tensor,
+    hidden_states: torch.Tensor,
+) -> torch.Tensor:
+    """Run the MTP layer over `counts` tokens of each request from position `firsts` on.
+
+    Shapes:
+        requests [N] in the table of KV slots, token_ids [T], hidden_states [T, D], returns [T, D]
+    """
+    backend, model = runner.attn_backend, runner.model
+    ends = [first + count for first, count in zip(firsts, counts, strict=True)]
+    positions = torch.tensor([at for span in zip(firsts, ends, strict=True) for at in range(*span)])
+    row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])  # [T]
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.DRAFT_EXTEND_V2,
+        batch_size=len(counts),
+        input_ids=token_ids,
+        positions=positions,
+        req_pool_indices=requests,
+        seq_lens=torch.tensor(ends),
+        seq_lens_sum=sum(ends),
+        out_cache_loc=backend.req_to_token_pool.req_to_token[requests[row], positions].long(),
+        extend_seq_lens=torch.tensor(counts, dtype=torch.int32),
+        extend_start_loc=torch.tensor([0, *accumulate(counts[:-1])], dtype=torch.int32),
+        spec_info=EagleDraftExtendInput(hidden_states=hidden_states),
+    )
+    with (
+        get_model().override(shared_experts=model.shared_experts_config),
+        forward_context(ForwardContext(attn_backend=backend), forward_batch=batch),
+    ):
+        backend.init_forward_metadata(batch)
+        return model(token_ids, positions, batch).hidden_states
+
+
+def chain(tokens: torch.Tensor, seq_lens: torch.Tensor) -> EagleVerifyInput:
+    """What SGLang verifies: each request's last token and its drafts.
+
+    Shapes: tokens [N, n], seq_lens [N] before them
+    """
+    N, n = tokens.shape
+    child = torch.arange(1, n + 1)  # [n]
+    child[-1] = -1
+    return EagleVerifyInput(
+        draft_token=tokens.flatten(),
+        custom_mask=torch.empty(0, dtype=torch.bool),  # a chain is causal
+        positions=(seq_lens[:, None] + torch.arange(n)).flatten(),
+        retrieve_index=torch.arange(N * n).view(N, n),
+        retrieve_next_token=child.repeat(N, 1),
+        retrieve_next_sibling=torch.full((N, n), -1),
+        retrieve_cum_len=None,
+        spec_steps=n - 1,
+        topk=1,
+        draft_token_num=n,
+        capture_hidden_mode=None,
+        seq_lens_sum=None,
+        seq_lens_cpu=None,
+    )
