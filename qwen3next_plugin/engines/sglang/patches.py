@@ -76,6 +76,15 @@ def keep_products(host: Callable[..., None], runner: Any) -> None:
         host(runner)
 
 
+def commit_trees(
+    host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Commit states after trees only: a page takes back a chain's rejected drafts by itself."""
+    ours = is_ours(target_worker.model_runner.model_config)
+    if not (ours and batch.spec_info.tree_topk == 1):
+        host(target_worker, batch, *args, **kwargs)
+
+
 def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
     """Use our worker for chains of drafts from the checkpoint's MTP head."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
@@ -330,6 +339,17 @@ ON_CPU: tuple[Entry, ...] = (
         "with other limits and other seeds than its plain sampler",
         versions=VERSIONS,
         remove_when="SGLang's verification samples what its plain sampler samples",
+    ),
+    Patch(
+        target="sglang.srt.speculative.spec_utils.commit_mamba_states_after_verify",
+        parameters=(
+            *("target_worker", "batch", "accept_lens", "accept_index", "draft_token_num"),
+            "prepared_step_indices",
+        ),
+        function=commit_trees,
+        reason="SGLang works out which states of a chain to keep; pages need no choice",
+        versions=VERSIONS,
+        remove_when="SGLang asks the backend whether there is something to commit",
     ),
     Patch(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",

@@ -23,7 +23,7 @@ from engines.contract import (
     pairs,
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
-from qwen3next_plugin.engines.sglang.speculation.verify import OF_REQUEST
+from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST
 from qwen3next_plugin.model.routing import route
 
 HOST = "sglang"
@@ -322,7 +322,7 @@ def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(
     fields = [node for node in info.body if isinstance(node, ast.AnnAssign)]
     tensors = {node.target.id for node in fields if "Tensor" in ast.unparse(node.annotation)}
     left_out = ("watermark_", "sampling_mask_", "sampling_support_", "rids_", "bootstrap_room_")
-    assert {name for name in tensors if not name.startswith(left_out)} == set(OF_REQUEST)
+    assert {name for name in tensors if not name.startswith(left_out)} == {*OF_LOGITS, *OF_REQUEST}
 
 
 def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):

@@ -12,18 +12,17 @@ and its row is next; otherwise the token is the step's last. Therefore
 SGLang's own verification on a CPU is greedy at every temperature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache
 from typing import Any
 
 import torch
 
-# What SGLang's sampling parameters have for each request: [N] or [N, …].
-OF_REQUEST = (
-    *("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed", "logit_bias"),
-    *("acc_additive_penalties", "acc_scaling_penalties"),
-)
+# What SGLang's sampling parameters have for each request, [N] or [N, …]: what changes logits,
+# and what their samples depend on.
+OF_LOGITS = ("logit_bias", "acc_additive_penalties", "acc_scaling_penalties")
+OF_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 
 
 def sample_as_plain(
@@ -44,7 +43,7 @@ def sample_as_plain(
 
     info, nodes = batch.sampling_info, verify_input.draft_token_num
     logits = logits_output.next_token_logits  # [N · nodes, V]
-    of_nodes = _select(info, torch.arange(len(batch.seq_lens)).repeat_interleave(nodes))
+    of_nodes = _select(info, torch.arange(len(logits)) // nodes, OF_LOGITS)
     of_nodes.grammar_mask = grammar_mask
     of_nodes.apply_logits_bias(logits)
     if info.has_custom_logit_processor:
@@ -54,17 +53,20 @@ def sample_as_plain(
     positions = verify_input.positions
     if info.is_all_greedy:
         likeliest = _sample(logits, of_nodes, positions)
-        return _accept(verify_input, lambda request, row: likeliest[row])
-    return _accept(
-        verify_input,
-        lambda request, row: _sample(logits[row], _select(info, request), positions[row]),
-    )
+        return _accept(verify_input, lambda _, rows: [likeliest[row] for row in rows])
+
+    def sample(requests: list[int], rows: list[int]) -> list[int]:
+        row = torch.tensor(rows)
+        params = _select(info, torch.tensor(requests), OF_REQUEST)
+        return _sample(logits[row], params, positions[row])
+
+    return _accept(verify_input, sample)
 
 
-def _select(info: Any, request: torch.Tensor) -> Any:
-    """The parameters of rows; custom processors are applied already. Shapes: request [rows]."""
+def _select(info: Any, request: torch.Tensor, names: Sequence[str]) -> Any:
+    """These parameters of rows; custom processors are applied already. Shapes: request [rows]."""
     rows = copy(info)
-    for name in OF_REQUEST:
+    for name in names:
         if (values := getattr(info, name)) is not None:
             setattr(rows, name, values[request])
     rows.has_custom_logit_processor = False
@@ -85,7 +87,7 @@ def _allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:
         logits[empty] = allowed[empty]
 
 
-def _sample(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> torch.Tensor:
+def _sample(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> list[int]:
     """A token of each row, the same on all ranks; logits [rows, V] may be changed in place."""
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.runtime_context import get_parallel
@@ -93,7 +95,7 @@ def _sample(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> torch.T
     output = LogitsProcessorOutput(next_token_logits=logits)
     token_ids = _sampler()(output, rows, False, [], [], positions).long()
     group = get_parallel().tp_group
-    return group.broadcast(token_ids, src=0) if group.world_size > 1 else token_ids
+    return (group.broadcast(token_ids, src=0) if group.world_size > 1 else token_ids).tolist()
 
 
 @cache
@@ -104,43 +106,36 @@ def _sampler() -> Any:
 
 
 def _accept(
-    verify_input: Any, sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    verify_input: Any, sample: Callable[[list[int], list[int]], list[int]]
 ) -> tuple[torch.Tensor, ...]:
     """Follow sampled tokens through each request's draft; returns what `eagle_sample` returns.
 
-    Shapes: sample (requests [M], their rows of logits [M]) → token ids [M]
+    sample: requests, and for each its row of logits → token ids
     """
-    drafts = verify_input.draft_token.view(-1, verify_input.draft_token_num)  # [N, nodes]
-    N, depth = len(drafts), verify_input.max_tree_depth
-    predict = torch.zeros(drafts.numel(), dtype=torch.int32)
-    accept_index = torch.full((N, depth), -1, dtype=torch.int32)
-    accept_lens = torch.zeros(N, dtype=torch.int32)
-    request, node = torch.arange(N), torch.zeros(N, dtype=torch.int64)  # of drafts that go on
+    N, depth = len(verify_input.retrieve_index), verify_input.max_tree_depth
+    # Lists, because each of a dozen operators on tensors this small takes longer than the walk.
+    drafts = verify_input.draft_token.view(N, -1).tolist()
+    rows = verify_input.retrieve_index.tolist()
+    child = verify_input.retrieve_next_token.tolist()
+    sibling = verify_input.retrieve_next_sibling.tolist()
+    predict = [0] * verify_input.draft_token.numel()
+    accept_index = [[-1] * depth for _ in range(N)]
+    accept_lens = [0] * N
+    going_on = [(request, 0) for request in range(N)]  # and the node that it has reached
     for accepted in range(depth):
-        row = verify_input.retrieve_index[request, node]
-        token_ids = sample(request, row)
-        predict[row] = token_ids.int()
-        accept_index[request, accepted] = row.int()
-        accept_lens[request] += 1
-        child = _child(verify_input, drafts, request, node, token_ids)
-        request, node = request[child >= 0], child[child >= 0]
-        if not len(request):
+        at = [rows[request][node] for request, node in going_on]
+        token_ids = sample([request for request, _ in going_on], at)
+        reached, going_on = going_on, []
+        for (request, node), row, token in zip(reached, at, token_ids, strict=True):
+            predict[row] = token
+            accept_index[request][accepted] = row
+            accept_lens[request] += 1
+            node = child[request][node]
+            while node >= 0 and drafts[request][node] != token:
+                node = sibling[request][node]
+            if node >= 0:
+                going_on.append((request, node))
+        if not going_on:
             break
-    return predict, accept_lens, accept_index
-
-
-def _child(
-    verify_input: Any,
-    drafts: torch.Tensor,
-    request: torch.Tensor,
-    node: torch.Tensor,
-    token_ids: torch.Tensor,
-) -> torch.Tensor:
-    """The child of each request's node that is the token [M]; -1 where there is none."""
-    child = verify_input.retrieve_next_token[request, node]
-    while True:
-        at = child.clamp(min=0)
-        other = (child >= 0) & (drafts[request, at] != token_ids)
-        if not other.any():
-            return child
-        child = torch.where(other, verify_input.retrieve_next_sibling[request, at], child)
+    found = (predict, accept_lens, accept_index)
+    return tuple(torch.tensor(values, dtype=torch.int32) for values in found)
