@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.layouts import our_name
 from qwen3next_plugin.model.weights import CheckpointError, decoder_layer_tensors
 
 PREFIX = "mtp."
@@ -26,7 +27,7 @@ def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def require_mtp(
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, torch.Tensor]], config: Qwen3NextConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all tensors unchanged, and refuse a checkpoint without any `mtp.*` tensor.
 
@@ -35,7 +36,7 @@ def require_mtp(
     """
     found = False
     for name, tensor in weights:
-        found = found or name.startswith(PREFIX)
+        found = found or (our_name(name, config) or "").startswith(PREFIX)
         yield name, tensor
     if not found:
         raise CheckpointError(

@@ -1,14 +1,31 @@
-"""Qwen3NextConfig: every size derived from a model's config, and every error about one."""
+"""Qwen3NextConfig: every size of a model of the family, and every error about a config.
+
+The family: Qwen3-Next, and Qwen3.5, 3.6 and 3.8, whose configs share one class in transformers.
+"""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard
 
+Layout = Literal["grouped", "flat"]  # of a checkpoint; model/weights.py describes both
 LAYER_TYPES = ("linear_attention", "full_attention")
-MODEL_TYPES = ("qwen3_next", "qwen3_next_mtp")  # vLLM renames the drafter's copy
+# Of each model_type: the layout of its checkpoints, and whether its layers have experts. Those that
+# end in `_mtp` are vLLM's copies for the drafter, whose experts are known by their number only.
+MODEL_TYPES: Mapping[str, tuple[Layout, bool | None]] = {
+    "qwen3_next": ("grouped", True),
+    "qwen3_next_mtp": ("grouped", True),
+    "qwen3_5": ("flat", False),
+    "qwen3_5_text": ("flat", False),
+    "qwen3_5_moe": ("flat", True),
+    "qwen3_5_moe_text": ("flat", True),
+    "qwen3_5_mtp": ("flat", None),
+}
+OLD_SPELLINGS = ("full_attention_interval", "partial_rotary_factor", "rope_scaling", "rope_theta")
+# The only value that is served of a field which other models of the kind have.
+SERVED = {"attn_output_gate": True, "mtp_use_dedicated_embeddings": False}
 CONV_WIDTH = 4
 MAX_SPECULATIVE_TOKENS = 8
 MAX_HEAD_DIM = 256  # of linear attention
@@ -22,6 +39,7 @@ class ConfigError(ValueError):
 class Qwen3NextConfig:
     """One model on `tp_size` ranks, checked at construction; fields are named as in config.json."""
 
+    layout: Layout = "grouped"
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -41,7 +59,7 @@ class Qwen3NextConfig:
     linear_value_head_dim: int
     linear_conv_kernel_dim: int
     # feed-forward: the sizes of a kind of layer that the model lacks are 0
-    num_experts: int
+    num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
@@ -71,10 +89,10 @@ class Qwen3NextConfig:
         Raises:
             ConfigError: the fix names `override_flag`, the engine's flag that overrides values.
         """
-        raw = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-        if (model_type := raw.get("model_type")) not in MODEL_TYPES:
-            raise _complaint("model_type", model_type, "this plugin serves 'qwen3_next' only")
+        given = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
+        raw = _text_config(given, override_flag)
         values: dict[str, Any] = {"tp_size": tp_size, "pp_size": pp_size}
+        values["layout"] = MODEL_TYPES[_model_type(raw)][0]
         values["layer_types"] = _layer_types(raw)
         values["mlp_only_layers"] = tuple(_list(raw, "mlp_only_layers") or ())
         values["rope_parameters"] = _rope_parameters(raw, override_flag)
@@ -120,6 +138,11 @@ class Qwen3NextConfig:
     @property
     def rope_theta(self) -> float:
         return float(self.rope_parameters["rope_theta"])
+
+    @property
+    def mrope_section(self) -> tuple[int, ...]:
+        """Frequencies that turn by time, height and width, interleaved; () where all turn alike."""
+        return tuple(self.rope_parameters.get("mrope_section") or ())
 
     @property
     def rotary_dim(self) -> int:
@@ -229,6 +252,65 @@ def _complaint(name: str, found: object, fix: str) -> ConfigError:
 
 def _missing(name: str) -> ConfigError:
     return ConfigError(f"{name} is missing from the config; copy it from the model's release")
+
+
+def _text_config(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
+    """The text model's fields, which a model with a vision tower has nested.
+
+    Where both levels have a field they must agree, but for tied embeddings, which transformers
+    writes at both levels and reads at either.
+    """
+    nested = given.get("text_config")
+    if nested is None:
+        raw = dict(given)
+    elif not isinstance(nested, Mapping):
+        raise _complaint("text_config", nested, "must be an object, or absent")
+    else:
+        raw = {"model_type": given.get("model_type")} | dict(nested)
+        _check_nesting(given, raw, override_flag)
+        if given.get("tie_word_embeddings"):
+            raw["tie_word_embeddings"] = given["tie_word_embeddings"]
+    for level in (raw, given):
+        if raw.get("num_nextn_predict_layers") is None:
+            raw["num_nextn_predict_layers"] = level.get("mtp_num_hidden_layers")
+    return raw
+
+
+def _check_nesting(given: Mapping[str, Any], raw: Mapping[str, Any], override_flag: str) -> None:
+    outer, inner = given.get("model_type"), raw["model_type"]
+    if outer != "qwen3_5_mtp" and inner not in (outer, f"{outer}_text"):
+        raise _complaint(
+            "text_config.model_type", inner, f"model_type is {outer!r}; use one layout"
+        )
+    names = {f.name for f in fields(Qwen3NextConfig)} | set(OLD_SPELLINGS)
+    names -= {"tie_word_embeddings"}
+    for name in sorted(names & given.keys()):
+        if given[name] is not None and given[name] != raw.get(name):
+            path = {"text_config": {name: given[name]}}
+            fix = f"{override_flag} '{json.dumps(path)}'".lstrip()
+            raise _complaint(
+                name,
+                given[name],
+                f"text_config says {raw.get(name)!r}, and that is what counts; write {fix}",
+            )
+
+
+def _model_type(raw: Mapping[str, Any]) -> str:
+    """The model_type, if this plugin serves it, and if it is the one that has these experts."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        served = ", ".join(sorted(name for name in MODEL_TYPES if not name.endswith("_mtp")))
+        raise _complaint("model_type", model_type, f"this plugin serves {served} only")
+    for name, value in SERVED.items():
+        if raw.get(name, value) != value:
+            raise _complaint(name, raw[name], f"the model is computed with {value} only")
+    has_experts, num_experts = MODEL_TYPES[model_type][1], raw.get("num_experts")
+    if has_experts and num_experts is None:
+        raise _missing("num_experts")
+    if has_experts is False and num_experts:
+        fix = f"{model_type!r} has dense layers only; with experts it is 'qwen3_5_moe_text'"
+        raise _complaint("num_experts", num_experts, fix)
+    return model_type
 
 
 def _list(raw: Mapping[str, Any], name: str) -> list[Any] | None:
@@ -359,6 +441,8 @@ def _check_rope(c: Qwen3NextConfig) -> None:
     if c.rotary_dim % 2 or not c.rotary_dim:
         fix = f"head_dim {c.head_dim} x partial_rotary_factor {partial} must be even, at least 2"
         raise _complaint("rotary_dim", c.rotary_dim, fix)
+    if (section := rope.get("mrope_section")) is not None:
+        _check_mrope(section, rope.get("mrope_interleaved"), c.rotary_dim // 2)
     if rope.get("rope_type") not in ("default", "yarn"):
         raise _complaint("rope_type", rope.get("rope_type"), "use 'default' or 'yarn'")
     if rope["rope_type"] == "yarn":
@@ -366,6 +450,15 @@ def _check_rope(c: Qwen3NextConfig) -> None:
             raise _complaint("rope_parameters.factor", factor, "YaRN needs one of at least 1")
         name = "original_max_position_embeddings"
         _check_count(f"rope_parameters.{name}", rope.get(name))
+
+
+def _check_mrope(section: object, interleaved: object, frequencies: int) -> None:
+    sizes = section if isinstance(section, list | tuple) and len(section) == 3 else ()
+    if not all(type(n) is int and n >= 0 for n in sizes) or sum(sizes) != frequencies:
+        fix = f"must be three sizes that add up to rotary_dim / 2 = {frequencies}"
+        raise _complaint("mrope_section", section, fix)
+    if interleaved is not True:
+        raise _complaint("mrope_interleaved", interleaved, "must be true")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

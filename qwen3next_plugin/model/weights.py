@@ -1,4 +1,4 @@
-"""The tensors of a Qwen3-Next checkpoint: names and shapes, and checks while they are read."""
+"""The tensors of a checkpoint: names and shapes, and checks while they are read."""
 
 import ctypes
 import functools
@@ -12,6 +12,13 @@ import torch
 from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.layouts import (
+    CheckpointError,
+    Shapes,
+    group_projections,
+    in_projections,
+    our_names,
+)
 
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 
@@ -32,10 +39,6 @@ STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
 }
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; names the tensor or the file, and the fix."""
-
-
 def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int) -> torch.Tensor:
     """One rank's share of a weight whose rows are `parts`, such as q, k and v, one after another.
 
@@ -43,9 +46,6 @@ def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: in
         weight [sum(parts), ...], returns [sum(parts)/size, ...]
     """
     return torch.cat([part.chunk(size)[rank] for part in weight.split(parts)])
-
-
-Shapes = set[tuple[str, tuple[int, ...]]]
 
 
 def trunk_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
@@ -73,9 +73,7 @@ def _norms(config: Qwen3NextConfig) -> Shapes:
 
 def _linear_attention(config: Qwen3NextConfig) -> Shapes:
     D, HV = config.hidden_size, config.linear_num_value_heads
-    return {
-        ("linear_attn.in_proj_qkvz.weight", (config.in_proj_qkvz_size, D)),
-        ("linear_attn.in_proj_ba.weight", (config.in_proj_ba_size, D)),
+    return in_projections(config) | {
         ("linear_attn.conv1d.weight", (config.conv_dim, 1, config.linear_conv_kernel_dim)),
         ("linear_attn.A_log", (HV,)),
         ("linear_attn.dt_bias", (HV,)),
@@ -118,6 +116,26 @@ def _swiglu(prefix: str, D: int, intermediate: int) -> Shapes:
         (f"{prefix}up_proj.weight", (intermediate, D)),
         (f"{prefix}down_proj.weight", (D, intermediate)),
     }
+
+
+def parameters(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: Qwen3NextConfig,
+    *,
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    quantised: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a checkpoint's tensors by the names and in the order of rows of our parameters.
+
+    Whatever the checkpoint's layout: it is converted here, once, and nothing else knows of it.
+
+    Raises:
+        CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
+    """
+    named = our_names(weights, config)
+    tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
+    return group_projections(tensors, config)
 
 
 def checked(

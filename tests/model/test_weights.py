@@ -107,10 +107,11 @@ def test_trunk_and_drafter_share_no_name():
 
 
 def test_checkpoint_without_mtp_is_told_apart():
+    config = Qwen3NextConfig.from_hf(BASE)
     with_mtp = random_tensors(BASE).items()
-    assert len(list(require_mtp(with_mtp))) == len(with_mtp)
+    assert len(list(require_mtp(with_mtp, config))) == len(with_mtp)
     with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors .* serve without"):
-        list(require_mtp(random_tensors(BASE, mtp=False).items()))
+        list(require_mtp(random_tensors(BASE, mtp=False).items(), config))
 
 
 # layouts -----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from qwen3next_plugin.engines.sglang.names import (
 )
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
-from qwen3next_plugin.model.weights import check_files, checked, stored_tensors, trunk_tensors
+from qwen3next_plugin.model.weights import check_files, parameters, stored_tensors, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
 
 PREFILL_GRAPHS = ("breakable", "disabled")
@@ -148,10 +148,12 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     check_files(folder)
     trunk, mtp = trunk_tensors(config), mtp_tensors(config)
     stored = stored_tensors(folder)
-    deque(checked(stored, expected=trunk, ignored=mtp, quantised=quantised), maxlen=0)
+    deque(parameters(stored, config, expected=trunk, ignored=mtp, quantised=quantised), maxlen=0)
     if server_args.speculative_algorithm:
-        stored = require_mtp(stored_tensors(folder))
-        deque(checked(stored, expected=mtp, ignored=trunk, quantised=quantised), maxlen=0)
+        stored = require_mtp(stored_tensors(folder), config)
+        deque(
+            parameters(stored, config, expected=mtp, ignored=trunk, quantised=quantised), maxlen=0
+        )
 
 
 def _check_kernels(graphs: Any) -> None:

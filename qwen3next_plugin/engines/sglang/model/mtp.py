@@ -19,7 +19,7 @@ from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MOD
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import checked, trunk_tensors
+from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import fuse
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
@@ -136,8 +136,9 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load `mtp.*`, strictly."""
-        tensors = checked(
-            require_mtp(weights),
+        tensors = parameters(
+            require_mtp(weights, self.config),
+            self.config,
             expected=mtp_tensors(self.config),
             ignored=self.trunk_names,
             quantised=self.quantised,

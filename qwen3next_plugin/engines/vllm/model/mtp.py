@@ -18,7 +18,7 @@ from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM, make_decoder_layer
 from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import checked, trunk_tensors
+from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import fuse
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
@@ -149,8 +149,9 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         expected = mtp_tensors(self.config)
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
-        tensors = checked(
-            require_mtp(weights),
+        tensors = parameters(
+            require_mtp(weights, self.config),
+            self.config,
             expected=expected,
             ignored=self.trunk_names,
             quantised=self.quantised,

@@ -43,7 +43,7 @@ from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import checked, trunk_tensors
+from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
 
@@ -171,8 +171,9 @@ class Qwen3NextForCausalLM(
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
-        tensors = checked(
+        tensors = parameters(
             weights,
+            self.config,
             expected=trunk_tensors(self.config),
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,

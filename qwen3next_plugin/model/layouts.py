@@ -1,0 +1,145 @@
+"""The two layouts of the family's checkpoints, and their conversion to that of our parameters.
+
+Our parameters, and the kernels that read what they project to, are laid out as Qwen3-Next's
+checkpoints are: [q | k | values | gates] of one key head after the other, so that a rank's share
+is one run of rows. Qwen3.5 and later have all of q, then all of k, and so on, in four tensors. The
+rows are the same, so the same weights in both layouts give the same parameters, bit for bit.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
+
+Shapes = set[tuple[str, tuple[int, ...]]]
+Tensors = Iterable[tuple[str, torch.Tensor]]
+
+# Names of a checkpoint that begin so → how ours begin; None: a vision tower, which is the host's.
+PREFIXES: Mapping[Layout, Mapping[str, str | None]] = {
+    "grouped": {},
+    "flat": {
+        "model.language_model.": "model.",
+        "model.mtp.": "mtp.",
+        "model.visual.": None,
+        "visual.": None,
+    },
+}
+FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
+
+
+FIX = "Use a checkpoint that leaves linear_attn.in_proj_* unquantised"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be served; names the tensor or the file, and the fix."""
+
+
+def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Our two input projections: the flat layout's tensors in each, and the rows of their parts.
+
+    Each key head has an equal share of every part's rows.
+    """
+    key, value, HV = config.key_dim, config.value_dim, config.linear_num_value_heads
+    return {
+        "qkvz": {"qkv": (key, key, value), "z": (value,)},
+        "ba": {"b": (HV,), "a": (HV,)},
+    }
+
+
+def in_projections(config: Qwen3NextConfig) -> Shapes:
+    """Name within the layer and shape of a linear layer's input projections in the checkpoint."""
+    shapes = set()
+    for ours, tensors in projections(config).items():
+        rows = {name: sum(parts) for name, parts in tensors.items()}
+        if config.layout == "grouped":
+            rows = {ours: sum(rows.values())}
+        shapes |= {
+            (f"linear_attn.in_proj_{name}.weight", (n, config.hidden_size))
+            for name, n in rows.items()
+        }
+    return shapes
+
+
+def our_name(name: str, config: Qwen3NextConfig) -> str | None:
+    """A tensor's name without the checkpoint's prefix; None if it is the vision tower's."""
+    for prefix, ours in PREFIXES[config.layout].items():
+        if name.startswith(prefix):
+            return None if ours is None else ours + name.removeprefix(prefix)
+    return name
+
+
+def our_names(weights: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rename the tensors, leave the vision tower out, and split experts that are in one tensor."""
+    for original, tensor in weights:
+        if (name := our_name(original, config)) is None:
+            continue
+        if config.layout == "flat" and (fused := FUSED_EXPERTS.match(name)):
+            yield from _split_experts(original, fused[1], fused[2], tensor, config)
+        else:
+            yield name, tensor
+
+
+def _split_experts(
+    original: str, experts: str, kind: str, tensor: torch.Tensor, config: Qwen3NextConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of each expert's matrices, from [E, 2I, D] (gate, then up) or [E, D, I]."""
+    E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    shape = (E, 2 * width, D) if kind == "gate_up_proj" else (E, D, width)
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"tensor {original} has shape {tuple(tensor.shape)}, the config asks for {shape}: "
+            f"config.json and the safetensors files do not belong together"
+        )
+    names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    for e, expert in enumerate(tensor):
+        for name, part in zip(names, expert.chunk(len(names)), strict=True):
+            yield f"{experts}.{e}.{name}.weight", part
+
+
+def group_projections(
+    tensors: Tensors, config: Qwen3NextConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Join the flat layout's projections to ours, each as soon as its last tensor is there.
+
+    Raises:
+        CheckpointError: a quantised tensor that cannot be joined, or has nothing to be joined with.
+    """
+    flat = {
+        tensor: (ours, parts) for ours, parts in projections(config).items() for tensor in parts
+    }
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors:
+        if (found := FLAT_PROJECTION.match(name)) is None:
+            yield name, tensor
+            continue
+        prefix, kind, suffix = found.groups()
+        ours, parts = flat[kind]
+        joined = f"{prefix}_{ours}.{suffix}"
+        group = waiting.setdefault(joined, {})
+        group[kind] = _by_head(name, tensor, parts[kind], config.linear_num_key_heads)
+        if len(group) == len(parts):
+            yield joined, torch.cat([group[kind] for kind in parts], dim=1).flatten(0, 1)
+            del waiting[joined]
+    if waiting:
+        raise CheckpointError(f"{min(waiting)} cannot be joined: some of its parts lack it. {FIX}")
+
+
+def _by_head(name: str, tensor: torch.Tensor, parts: Sequence[int], heads: int) -> torch.Tensor:
+    """One row for each head, with its share of every part.
+
+    A quantised tensor may have one row for several of the weight's: a scale of a block.
+
+    Shapes:
+        tensor [sum(parts)/n, ...] for any n, returns [heads, sum(parts)/n/heads, ...]
+    """
+    rows = len(tensor) if tensor.ndim else 0
+    n = sum(parts) // rows if rows else 0
+    if n * rows != sum(parts) or any(part % (n * heads) for part in parts):
+        raise CheckpointError(
+            f"{name} {tuple(tensor.shape)} cannot be split among {heads} key heads. {FIX}"
+        )
+    split = tensor.split([part // n for part in parts])
+    return torch.cat([part.unflatten(0, (heads, -1)) for part in split], dim=1)
