@@ -7,10 +7,12 @@ A page says which records it shows, and the lines between the two marks are gene
 
     <!-- figures: engines/steps engines/prefill -->
     <!-- end of figures -->
+
+Between <!-- sizes --> and <!-- end of sizes --> is the table of benchmarks/sizes.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -19,12 +21,15 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import sizes
 from benchmarks.report import MEASURED, ROUNDS, Cell, Record, text
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = re.compile(
     r"(?P<begin><!-- figures: (?P<names>[^>]+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL
 )
+SIZES = re.compile(r"(?<=<!-- sizes -->\n).*?(?=<!-- end of sizes -->)", re.DOTALL)
+MARK = re.compile(r"<!-- (figures:|sizes)")
 CLIENTS = re.compile(r"(.+), (\d+)")  # a row's case, and how many
 OURS, THEIRS, LINE = "#4c72b0", "#bbbbbb", "#c44e52"
 
@@ -42,13 +47,14 @@ def load_all(pattern: str) -> list[Record]:
 
 
 def rendered(page: str) -> str:
-    """A page with the figures of its records."""
+    """A page with the figures of its records, and with the table of sizes if it shows that."""
 
     def figures(match: re.Match) -> str:
         records = [record for name in match["names"].split() for record in load_all(name)]
         return match["begin"] + block(records) + match["end"]
 
-    return FIGURES.sub(figures, page)
+    page = FIGURES.sub(figures, page)
+    return SIZES.sub(lambda _: table(*sizes.table()), page)
 
 
 def block(records: list[Record]) -> str:
@@ -57,10 +63,10 @@ def block(records: list[Record]) -> str:
     for record in records:
         tables.setdefault(record.question, []).append(record)
     parts = []
-    for _, same in groupby(tables.values(), key=lambda table: {record.source for record in table}):
+    for _, same in groupby(tables.values(), key=lambda records: {r.source for r in records}):
         group = list(same)
-        parts += [markdown(table) for table in group]
-        together = [record for table in group for record in table]
+        parts += [markdown(records) for records in group]
+        together = [record for records in group for record in records]
         for source in dict.fromkeys(record.source for record in together):
             cases = dict.fromkeys(record.case for record in together if record.source == source)
             longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
@@ -68,13 +74,17 @@ def block(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
-def markdown(table: list[Record]) -> str:
+def markdown(same: list[Record]) -> str:
     """Records of one question as a table, the question above the names of the rows."""
-    if quick := [record.name for record in table if record.quick]:
+    if quick := [record.name for record in same if record.quick]:
         raise ValueError(f"{quick[0]} is from a quick run: it is not for docs/")
-    whole = joined(table)
-    head = [whole.question, *whole.columns]
-    first, *rest = [f"| {' | '.join(line)} |\n" for line in (head, *whole.cells())]
+    whole = joined(same)
+    return table([whole.question, *whole.columns], whole.cells())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    first, *rest = [f"| {' | '.join(line)} |\n" for line in (head, *rows)]
     return "".join([first, "|---" * len(head) + "|\n", *rest])
 
 
@@ -94,9 +104,9 @@ def joined(table: list[Record]) -> Record:
 
 
 def pages() -> dict[Path, str]:
-    """Every page that shows records, as it should be."""
+    """Every page that has generated lines, as it should be."""
     found = {path: path.read_text() for path in sorted(DOCS.glob("*.md"))}
-    return {path: rendered(page) for path, page in found.items() if FIGURES.search(page)}
+    return {path: rendered(page) for path, page in found.items() if MARK.search(page)}
 
 
 def write() -> None:

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from typer.testing import CliRunner
 
+from benchmarks.sizes import CONFIGS as RELEASED_CONFIGS
 from checkpoints import BASE, write_checkpoint
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor, warmup
+from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
 from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.model.state import STATE_DTYPES
@@ -70,7 +72,7 @@ def test_parameters_of_the_80b_are_the_published_ones():
 
 
 def test_page_at_the_real_shapes():
-    plan = make_plan(CONFIG, sizes(drafts=True), flags(num_speculative_tokens=3))
+    plan = make_plan(Blocks, CONFIG, sizes(drafts=True), flags(num_speculative_tokens=3))
     window_token = 4 * (16 * 128 + 32 * 128 + 32)  # k, u, g in fp32
     assert plan.state_page["S"] == 2_097_152
     assert plan.state_page["window"] == (8 + 3) * window_token + 8 == 271_744 + 8
@@ -83,16 +85,17 @@ def test_page_at_the_real_shapes():
 def test_window_costs_no_larger_block():
     """A draft lengthens the window of a page, not its states: the block stays what it was."""
     blocks = {
-        k: make_plan(CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens for k in (0, 3, 6)
+        k: make_plan(Blocks, CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens
+        for k in (0, 3, 6)
     }
     assert blocks == {0: 1280, 3: 1280, 6: 1280}
 
 
 def test_groups_of_layers():
-    plain = make_plan(CONFIG, {}, flags(prefix_caching=False))
+    plain = make_plan(Blocks, CONFIG, {}, flags(prefix_caching=False))
     assert (plain.state_blocks, plain.kv_blocks_each) == (3, 1)  # 36 and 12 layers, by twelves
-    assert make_plan(CONFIG, {}, flags()).state_blocks == 6
-    drafting = make_plan(CONFIG, {}, flags(num_speculative_tokens=1))
+    assert make_plan(Blocks, CONFIG, {}, flags()).state_blocks == 6
+    drafting = make_plan(Blocks, CONFIG, {}, flags(num_speculative_tokens=1))
     assert drafting.block_bytes == 13 * 1280 * 2048  # 36 of 39 places used
     assert drafting.state_blocks == 6
 
@@ -100,15 +103,20 @@ def test_groups_of_layers():
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("length", [1, 1280, 1281, 262144])
-def test_blocks_are_the_ones_vllm_counts(length, drafts, prefix_caching):
+@pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.5-2B", "Qwen3.6-27B"])
+def test_blocks_are_the_ones_vllm_counts(model, length, drafts, prefix_caching):
     """The same layers as vLLM's own specs, grouped and counted by vLLM."""
+    config = Qwen3NextConfig.from_hf(read_config(RELEASED_CONFIGS / model))
     torch = pytest.importorskip("torch")
     interface = pytest.importorskip("vllm.v1.kv_cache_interface")
     utils = pytest.importorskip("vllm.v1.core.kv_cache_utils")
     asked = {"max_model_len": length, "prefix_caching": prefix_caching}
-    plan = make_plan(CONFIG, {}, flags(num_speculative_tokens=drafts, **asked))
+    plan = make_plan(Blocks, config, {}, flags(num_speculative_tokens=drafts, **asked))
     attention = interface.FullAttentionSpec(
-        block_size=plan.block_tokens, num_kv_heads=2, head_size=256, dtype=torch.bfloat16
+        block_size=plan.block_tokens,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=config.head_dim,
+        dtype=torch.bfloat16,
     )
     state = interface.MambaSpec(
         block_size=plan.block_tokens,
@@ -117,7 +125,7 @@ def test_blocks_are_the_ones_vllm_counts(length, drafts, prefix_caching):
         page_size_padded=attention.page_size_bytes,
         mamba_cache_mode="align" if prefix_caching else "none",
     )
-    kinds = CONFIG.layer_types + ("full_attention",) * bool(drafts)
+    kinds = config.layer_types + ("full_attention",) * bool(drafts)
     specs = {str(i): state if "linear" in kind else attention for i, kind in enumerate(kinds)}
     groups = utils._get_kv_cache_groups_uniform_page_size(specs)
     engine = MagicMock()
@@ -135,7 +143,7 @@ def test_blocks_are_the_ones_vllm_counts(length, drafts, prefix_caching):
 
 
 def test_no_drafts_no_drafter():
-    plan = make_plan(CONFIG, sizes(drafts=False), flags())
+    plan = make_plan(Blocks, CONFIG, sizes(drafts=False), flags())
     assert plan.weights["MTP"] == 0
     assert "draft head" not in plan.weights
     assert plan.kv_bytes_per_token == 12 * 2048
@@ -147,7 +155,7 @@ def test_ranks_hold_the_whole_model(tp_size):
     whole, rank = rank_bytes(COUNTS, CONFIG), rank_bytes(COUNTS, config)
     for part in PARTS:  # more than a share: routers, norms and some KV heads are held by all
         assert whole[part] <= tp_size * rank[part] <= 2 * whole[part]
-    page = make_plan(config, {}, flags()).state_page
+    page = make_plan(Blocks, config, {}, flags()).state_page
     assert tp_size * page["S"] == 2_097_152
 
 
@@ -156,7 +164,7 @@ def test_ranks_hold_the_whole_model(tp_size):
 def test_more_memory_never_serves_fewer(memory, more, length):
     def plan(gib):
         weights = {"model.embed_tokens.weight": 150 * GIB}
-        return make_plan(CONFIG, weights, flags(memory=gib * GIB, max_model_len=length))
+        return make_plan(Blocks, CONFIG, weights, flags(memory=gib * GIB, max_model_len=length))
 
     less, enough = plan(memory), plan(memory + more)
     assert 0 <= less.concurrency <= enough.concurrency <= 64
@@ -181,13 +189,13 @@ def test_more_memory_never_serves_fewer(memory, more, length):
     ],
 )
 def test_what_bounds(changes, bound):
-    assert re.match(bound, make_plan(CONFIG, sizes(drafts=False), flags(**changes)).bound)
+    assert re.match(bound, make_plan(Blocks, CONFIG, sizes(drafts=False), flags(**changes)).bound)
 
 
 def test_length_to_lower_to_fits():
     def plan(length):
         changes = {"memory": 149 * GIB, "max_model_len": length}
-        return make_plan(CONFIG, sizes(drafts=False), flags(**changes))
+        return make_plan(Blocks, CONFIG, sizes(drafts=False), flags(**changes))
 
     advised = int(re.search(r"lower it to (\d+) tokens", plan(262144).bound)[1])
     assert plan(advised).concurrency == 1

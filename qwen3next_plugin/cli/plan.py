@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.cli.memory import GIB, Flags, Plan, StateDtype, gib, make_plan
+from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.cli.sizes import DTYPES, parameters, part_of, tensor_bytes
 from qwen3next_plugin.config import (
     ConfigError,
@@ -18,9 +20,14 @@ from qwen3next_plugin.config import (
     read_config,
 )
 
+ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
+
 
 def plan(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder; config.json is enough.")],
+    engine: Annotated[
+        Literal["vllm", "sglang"], typer.Option(help="Whose memory layout; on a CPU.")
+    ] = "vllm",
     max_model_len: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a request; by default the model's maximum."),
@@ -64,7 +71,8 @@ def plan(
         memory=int(memory * GIB) if memory is not None else machine().memory_bytes // tp,
     )
     sizes, source = tensor_bytes(model, config, flags.dtype)
-    result = make_plan(config, _loaded(sizes, drafts=bool(num_speculative_tokens)), flags)
+    loaded = _loaded(sizes, drafts=bool(num_speculative_tokens))
+    result = make_plan(ENGINES[engine], config, loaded, flags)
     counts = parameters(config)
     mtp = sum(n for name, n in counts.items() if part_of(name) == "MTP")
     facts = {
@@ -94,7 +102,9 @@ def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
 
 def served_dtype(raw: Mapping[str, Any]) -> str:
     """The dtype that a config says the checkpoint is served in."""
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    text = raw.get("text_config") or {}
+    named = (level.get(key) for level in (text, raw) for key in ("dtype", "torch_dtype"))
+    dtype = str(next(filter(None, named), "bfloat16"))
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: give --dtype {', '.join(DTYPES)}")
     return dtype
@@ -103,8 +113,8 @@ def served_dtype(raw: Mapping[str, Any]) -> str:
 def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
     if drafts and not any(part_of(name) == "MTP" for name in sizes):
         raise ConfigError(
-            "the checkpoint has no mtp.* tensors: leave --num-speculative-tokens out, or fetch a"
-            " checkpoint that kept its MTP layer"
+            "the checkpoint has no MTP layer (no mtp.* tensors, or mtp_num_hidden_layers is 0):"
+            " leave --num-speculative-tokens out, or fetch a checkpoint that kept it"
         )
     return {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
 
@@ -113,7 +123,8 @@ def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
 
 
 def _as_dict(p: Plan) -> dict[str, Any]:
-    derived = ("blocks", "blocks_per_request", "state_bytes_per_slot", "concurrency", "bound")
+    kind = type(p)
+    derived = [name for name in dir(kind) if isinstance(getattr(kind, name), property)]
     return asdict(p) | {name: getattr(p, name) for name in derived}
 
 
@@ -143,13 +154,8 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
     row("[bold]state of a slot[/]", p.state_bytes_per_slot, f"{p.linear_layers} linear layers")
     row("[bold]KV of a token[/]", p.kv_bytes_per_token, "attention layers, drafter too")
     table.add_section()
-    row("block", p.block_bytes, f"{p.block_tokens} tokens, or one state page a layer")
-    row(
-        f"[bold]request of {p.flags.max_model_len:,} tokens[/]",
-        p.blocks_per_request * p.block_bytes,
-        f"{p.blocks_per_request} blocks, {p.state_blocks} of them state",
-    )
-    row("memory", p.flags.memory, f"{p.blocks} blocks next to the weights")
+    for what, nbytes, note in p.rows():
+        row(what, nbytes, note)
     console = Console()
     console.print(table)
     console.print(

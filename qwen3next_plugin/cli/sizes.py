@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 
 INDEX = "model.safetensors.index.json"
-PARTS = ("embeddings and norms", "linear attention", "attention", "experts", "MTP")
+PARTS = ("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP")
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
 
@@ -46,21 +46,27 @@ def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
 
 
 def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dict[str, int], str]:
-    """Bytes of every tensor as served in `dtype`, and where the numbers come from.
+    """Bytes of every tensor but a vision tower's, and where the numbers come from.
 
     From the safetensors files; without them from the index's total (a checkpoint not downloaded
     yet); without that from the config alone. Raises ConfigError and CheckpointError.
     """
+    from qwen3next_plugin.model.layouts import our_name
+
     index = _read_index(folder / INDEX)
     names = index["weight_map"].keys() if index else set()
     stored = _stored_tensors(folder)
     if stored and names <= stored.keys():
-        sizes = {name: _served_bytes(*tensor, DTYPES[dtype]) for name, tensor in stored.items()}
+        sizes = {
+            ours: _served_bytes(*tensor, DTYPES[dtype])
+            for name, tensor in stored.items()
+            if (ours := our_name(name, config))
+        }
         return sizes, "safetensors files"
     sizes = {name: count * DTYPES[dtype] for name, count in parameters(config).items()}
     if not index:
         return sizes, "config.json"
-    if not any(name.startswith("mtp.") for name in names):
+    if not any(part_of(our_name(name, config) or "") == "MTP" for name in names):
         sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
     return _scaled(sizes, index["metadata"]["total_size"], dtype), INDEX
 
@@ -70,7 +76,9 @@ def parameters(config: Qwen3NextConfig) -> dict[str, int]:
     from qwen3next_plugin.model.weights import trunk_tensors
     from qwen3next_plugin.mtp.weights import mtp_tensors
 
-    shapes = trunk_tensors(config) | mtp_tensors(config)
+    shapes = trunk_tensors(config)
+    if config.num_nextn_predict_layers:
+        shapes |= mtp_tensors(config)
     return {name: prod(shape) for name, shape in shapes.items()}
 
 

@@ -1,0 +1,59 @@
+"""How SGLang lays out state and KV: a pool of slots beside a pool of tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qwen3next_plugin.cli.memory import Plan, Row
+
+ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
+STATE_TO_KV = 0.9  # --mamba-full-memory-ratio's default
+SLOTS_PER_REQUEST = 3  # with the radix cache, in its no_buffer strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pools(Plan):
+    """One slot of each pool is padding."""
+
+    @property
+    def slot_bytes(self) -> int:
+        page = sum(self.state_page.values())
+        return self.linear_layers * -(-page // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def slots_per_request(self) -> int:
+        return SLOTS_PER_REQUEST if self.flags.prefix_caching else 1
+
+    @property
+    def slots(self) -> int:
+        """By a fixed share of the memory; without the radix cache, one for each request."""
+        if not self.flags.prefix_caching:
+            return self.flags.max_num_seqs
+        share = self.spare * STATE_TO_KV / (1 + STATE_TO_KV)
+        return max(0, int((share - self.slot_bytes) // self.slot_bytes))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose KV fits next to the weights and slots."""
+        spare = self.spare - (self.slots + 1) * self.slot_bytes
+        return max(0, spare // self.kv_bytes_per_token)
+
+    @property
+    def fits(self) -> int:
+        return min(self.slots // self.slots_per_request, self.tokens // self.flags.max_model_len)
+
+    def shortage(self) -> str:
+        if self.slots < self.slots_per_request or not self.tokens:
+            return "memory: no request of any length fits next to the weights"
+        return (
+            f"--max-model-len: one request needs {self.flags.max_model_len} tokens and"
+            f" {self.tokens} fit; lower it to {self.tokens} tokens"
+        )
+
+    def rows(self) -> Iterator[Row]:
+        yield (
+            "slots",
+            (self.slots + 1) * self.slot_bytes,
+            f"{self.slots}, {self.slots_per_request} a request",
+        )
+        yield "tokens", self.tokens * self.kv_bytes_per_token, f"{self.tokens:,}"
+        yield "memory", self.flags.memory, f"{self.spare / 2**30:.2f} GiB next to the weights"
