@@ -1,5 +1,6 @@
 """What the model computes, by transformers' own modules: log-probabilities, greedy text, drafts."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +28,14 @@ class Reference:
     """A checkpoint's trunk through transformers, and its MTP head of transformers' own parts."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        from transformers import Qwen3NextForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.folder = folder
-        self.trunk, info = Qwen3NextForCausalLM.from_pretrained(
+        self.trunk, info = AutoModelForCausalLM.from_pretrained(  # a wrapper's text model alone
             folder, dtype=dtype, output_loading_info=True
         )
         assert not info["missing_keys"], info
-        assert not {k for k in info["unexpected_keys"] if not k.startswith("mtp.")}, info
+        assert all(k.startswith(("mtp.", "model.visual.")) for k in info["unexpected_keys"]), info
         self.trunk.eval()
         self._hidden: dict[Ids, torch.Tensor] = {}
         self._greedy: dict[tuple[Ids, int], Ids] = {}
@@ -95,22 +96,23 @@ class MTPReference(nn.Module):
     """The MTP head: fc over [embedding; hidden], one full-attention layer, a norm, the lm_head."""
 
     def __init__(self, reference: Reference) -> None:
-        from transformers.models.qwen3_next import modeling_qwen3_next as modeling
-
         super().__init__()
         self.reference = reference
         trunk, config = reference.trunk, reference.trunk.config
+        model = type(trunk).__name__.removesuffix("ForCausalLM")
+        modeling = sys.modules[type(trunk).__module__]
+        norm = getattr(modeling, f"{model}RMSNorm")
         D, eps = config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(2 * D, D, bias=False)
-        self.pre_fc_norm_embedding = modeling.Qwen3NextRMSNorm(D, eps)
-        self.pre_fc_norm_hidden = modeling.Qwen3NextRMSNorm(D, eps)
-        self.norm = modeling.Qwen3NextRMSNorm(D, eps)
+        self.pre_fc_norm_embedding = norm(D, eps)
+        self.pre_fc_norm_hidden = norm(D, eps)
+        self.norm = norm(D, eps)
         index = next(
             i
             for i, kind in enumerate(config.layer_types)
-            if kind == "full_attention" and i not in config.mlp_only_layers
+            if kind == "full_attention" and i not in getattr(config, "mlp_only_layers", ())
         )
-        self.layers = nn.ModuleList([modeling.Qwen3NextDecoderLayer(config, index)])
+        self.layers = nn.ModuleList([getattr(modeling, f"{model}DecoderLayer")(config, index)])
         self.load_state_dict(fused_mtp(reference.folder))
         self.trunk_embed, self.head = trunk.model.embed_tokens, trunk.lm_head
 
@@ -147,8 +149,10 @@ def fused_mtp(folder: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "model.safetensors")
     mtp = {n.removeprefix("mtp."): t for n, t in tensors.items() if n.startswith("mtp.")}
     prefix = "layers.0.mlp.experts."
-    fused = {name: t for name, t in mtp.items() if not name.startswith(prefix)}
     count = sum(n.startswith(prefix) and n.endswith("down_proj.weight") for n in mtp)
+    if not count:  # a dense layer, or experts that are one tensor already
+        return mtp
+    fused = {name: t for name, t in mtp.items() if not name.startswith(prefix)}
 
     def stack(kind: str) -> torch.Tensor:
         return torch.stack([mtp[f"{prefix}{e}.{kind}.weight"] for e in range(count)])
