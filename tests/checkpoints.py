@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -147,12 +147,15 @@ def _draw(
     return normal / math.sqrt(shape[-1])
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of VOCAB entries, with a chat template, as Hugging Face reads them."""
+def write_tokenizer(folder: Path, *, extra: Sequence[str] = ()) -> None:
+    """A byte-level BPE of VOCAB entries, with a chat template, as Hugging Face reads them.
+
+    `extra` are further special tokens, from id 3 on.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         min_frequency=1,

@@ -1,5 +1,6 @@
 """Gated attention around a host's paged attention: QK norm and RoPE before it, the gate after."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -64,6 +65,28 @@ def prepare(
         eps=eps,
     )
     return q, k, v, gate
+
+
+def mrope_table(
+    cos_sin: torch.Tensor, positions: torch.Tensor, sections: Sequence[int]
+) -> torch.Tensor:
+    """The rotation of each token by interleaved multimodal RoPE.
+
+    A token has a position in time, height and width. Pair i turns by the height's if i = 1 mod 3
+    and by the width's if i = 2 mod 3, as far as the sections reach, and by the time's otherwise.
+
+    Shapes:
+        cos_sin [positions, rotary_dim], positions [3, T], sections 3 numbers of pairs
+        returns [T, rotary_dim], for positions 0 to T-1
+
+    Source: `Qwen3_5TextRotaryEmbedding` of transformers.
+    """
+    pairs = torch.arange(cos_sin.shape[1] // 2, device=cos_sin.device)
+    axis = torch.zeros_like(pairs)
+    for i in (1, 2):
+        axis[i : 3 * sections[i] : 3] = i
+    rows = cos_sin[positions]  # [3, T, rotary_dim]
+    return rows[axis.repeat(2), :, torch.arange(cos_sin.shape[1])].t().contiguous()
 
 
 def apply_gate(attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoints import BASE, SHAPES
-from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
+from qwen3next_plugin.model.attention import AttentionShape, apply_gate, mrope_table, prepare
 
 CONFIGS = {"base": {}, **SHAPES}
 
@@ -81,3 +81,22 @@ def test_value_and_gate_are_views_and_the_projection_is_kept():
     storage = qkv.untyped_storage().data_ptr()
     assert {x.untyped_storage().data_ptr() for x in (v, gate)} == {storage}
     assert torch.equal(qkv, before)
+
+
+@pytest.mark.parametrize("sections", [[11, 11, 10], [3, 2, 3], [1, 0, 0]], ids=str)
+def test_three_axes_turn_as_in_transformers(sections):
+    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    pairs, T = sum(sections), 19
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    rope |= {"mrope_section": sections, "mrope_interleaved": True}
+    config = modeling.Qwen3_5TextConfig(head_dim=4 * pairs, rope_parameters=rope)
+    rotary = modeling.Qwen3_5TextRotaryEmbedding(config)
+    positions = torch.randint(0, 40, (3, T), generator=torch.Generator().manual_seed(5))
+    cos, sin = (x[0] for x in rotary(torch.zeros(1), positions[:, None]))
+
+    frequencies = torch.arange(40)[:, None] * rotary.inv_freq
+    cos_sin = torch.cat([frequencies.cos(), frequencies.sin()], dim=-1)
+    expected = torch.cat([cos[:, :pairs], sin[:, :pairs]], dim=-1)
+    torch.testing.assert_close(mrope_table(cos_sin, positions, sections), expected)
+    alike = positions[:1].expand(3, -1)
+    assert torch.equal(mrope_table(cos_sin, alike, sections), cos_sin[positions[0]])

@@ -55,6 +55,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         NotImplementedError: names a GPU's architecture that has no kernels.
     """
     check_flags(server_args, on_cpu=on_cpu)
+    _check_heads(model_config)
     _check_files(server_args, model_config, on_cpu=on_cpu)
     if on_cpu:
         _check_cpu(server_args, server_args._raw_input, model_config)
@@ -127,6 +128,16 @@ def refusal(name: str, value: Any, why: str, fix: str) -> ConfigError:
 def flag(name: str, value: Any) -> str:
     """A flag as one writes it."""
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
+def _check_heads(model_config: Any) -> None:
+    """Refuse a head that SGLang puts on Qwen3.5 in place of the output head."""
+    for head in ("decision_config", "joint_head_config", "pointer_head"):
+        if getattr(model_config, head, None) is not None:
+            raise ConfigError(
+                f"{head}: this checkpoint answers by a head of its own, which the plugin has not; "
+                f"set QWEN3NEXT_DISABLE=1 to serve it with SGLang's own model"
+            )
 
 
 def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:

@@ -4,8 +4,13 @@ import logging
 from typing import Any
 
 PACKAGE = "qwen3next_plugin.engines.sglang"
-TRUNK, DRAFTER = ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
-MODEL_TYPE = "qwen3_next"
+WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+ARCHITECTURES = (
+    *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *WRAPPERS),
+    *("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP"),  # drafters
+)
+QWEN3_NEXT, DENSE = "qwen3_next", "qwen3_5_text"
+MODEL_TYPES = (QWEN3_NEXT, DENSE, "qwen3_5_moe_text")  # of text models
 ATTENTION_BACKEND = "qwen3next_cpu"
 HOST_BACKEND = "intel_amx"  # SGLang's choice on a CPU with AMX
 TORCH_BACKEND = "torch_native"  # SGLang's choice on any other CPU; it cannot draft

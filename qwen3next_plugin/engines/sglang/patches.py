@@ -8,6 +8,8 @@ registration. OVERRIDES are changes that our own subclasses make to objects of t
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sglang.srt.server_args import ServerArgs
+
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Attribute, Entry, Function, Host, Override, Patch
@@ -20,7 +22,7 @@ from qwen3next_plugin.engines.sglang.model.config import (
     layers_block_type,
     mamba2_cache_params,
 )
-from qwen3next_plugin.engines.sglang.names import is_ours, logger
+from qwen3next_plugin.engines.sglang.names import WRAPPERS, is_ours, logger
 from qwen3next_plugin.engines.sglang.speculation import penalties, verify
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
@@ -56,7 +58,7 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
         return host(runner, full_attn_backend)
     if runner.is_draft_worker:  # one layer of full attention
         return full_attn_backend
-    layers = runner.model_config.hf_config.full_attention_layer_ids
+    layers = runner.model_config.hf_text_config.full_attention_layer_ids
     if on_gpu():
         from qwen3next_plugin.engines.sglang.state.device_steps import (
             DeviceGatedDeltaNetBackend,
@@ -201,9 +203,10 @@ WITH_OURS: tuple[Entry, ...] = (
             *("mlp_only_layers", "layer_types", "kwargs"),
         ),
         function=keep_config,
-        reason="SGLang drops layer_types and rope_parameters of a newer config.json",
+        reason="SGLang drops layer_types and rope_parameters of a newer config.json, and has 512 "
+        "experts in a dense Qwen3.5",
         versions=VERSIONS,
-        remove_when="SGLang reads both",
+        remove_when="SGLang reads all three",
     ),
     Attribute(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.layers_block_type",
@@ -219,6 +222,13 @@ WITH_OURS: tuple[Entry, ...] = (
         reason="SGLang's pools hold k + 1 states a request; ours hold one page",
         versions=VERSIONS,
         remove_when="a config can give its own cache parameters",
+    ),
+    Attribute(
+        target="sglang.srt.server_args.ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES",
+        value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS),
+        reason="--language-model-only serves a vision-language model without its tower",
+        versions=VERSIONS,
+        remove_when="SGLang has the flag for Qwen3.5",
     ),
     Patch(
         target="sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool._init_mamba_pool",

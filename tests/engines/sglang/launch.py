@@ -14,14 +14,19 @@ from collections.abc import Sequence
 
 
 def scripted(turns: str) -> type:
-    """A policy by which every request drafts as many tokens as it is the step's turn."""
+    """Every request drafts as many tokens as it is the step's turn; other ranks disagree."""
     from qwen3next_plugin.mtp import policy
 
     lengths_in_turn = itertools.cycle(map(int, turns.split(",")))
 
     class Scripted(policy.Fixed):
         def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
-            return [min(next(lengths_in_turn), self.length)] * len(requests)
+            from sglang.srt.runtime_context import get_parallel
+
+            length = min(next(lengths_in_turn), self.length)
+            if get_parallel().tp_rank:
+                length = self.length - length
+            return [length] * len(requests)
 
     return Scripted
 

@@ -10,10 +10,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BASE, write_checkpoint
-from qwen3next_plugin.config import ConfigError
+from family import FAMILY
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.cpu import memory
-from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts
+from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts, read_config
+from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
 from qwen3next_plugin.model.weights import CheckpointError
 
 pytest.importorskip("sglang")
@@ -429,16 +431,27 @@ def test_other_models_keep_the_hosts_class(complete):
 
     theirs, _ = ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])
     assert theirs.__module__ == "sglang.srt.models.llama"
-    for name in ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP"):
+    for name in ARCHITECTURES:
         ours, _ = ModelRegistry.resolve_model_cls([name])
         assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.model.")
 
 
 def test_other_models_keep_their_config(complete):
-    """Qwen3.5's, in SGLang, is built on Qwen3-Next's."""
+    """Others, in SGLang, are built on the family's."""
+    from sglang.srt.configs.interns2_mobius import InternS2MobiusTextConfig
     from sglang.srt.configs.qwen3_5 import Qwen3_5TextConfig
 
     assert Qwen3_5TextConfig().partial_rotary_factor == 0.25
+    assert InternS2MobiusTextConfig().num_experts == 512
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_familys_config_is_read_as_it_is_written(complete, tmp_path, name):
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    folder = FAMILY[name].write(tmp_path)
+    written = Qwen3NextConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    assert read_config(get_config(str(folder), trust_remote_code=False), 1) == written
 
 
 def test_what_a_gpu_serves_passes(complete, checkpoint):

@@ -9,7 +9,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
+from qwen3next_plugin.model.attention import AttentionShape, apply_gate, mrope_table, prepare
 from qwen3next_plugin.model.norm import RMSNorm
 
 
@@ -43,12 +43,18 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self.sections = config.mrope_section  # of a table that all axes share
+        of_table = {
+            name: value
+            for name, value in config.rope_parameters.items()
+            if not name.startswith("mrope_")
+        }
         self.rotary_emb = get_rope(
             config.head_dim,
             rotary_dim=config.head_dim,
             max_position=config.max_position_embeddings,
             base=config.rope_theta,
-            rope_scaling=dict(config.rope_parameters),
+            rope_scaling=of_table,
             partial_rotary_factor=config.rope_parameters["partial_rotary_factor"],
         )
         self.attn = RadixAttention(
@@ -66,13 +72,17 @@ class GatedAttention(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
-        """Shapes: positions [T], hidden_states [T, D], returns [T, D]."""
+        """Shapes: positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
+        cos_sin = self.rotary_emb.cos_sin_cache
+        if positions.dim() == 2:
+            cos_sin = mrope_table(cos_sin, positions, self.sections)
+            positions = torch.arange(len(cos_sin), device=cos_sin.device)
         q, k, v, gate = prepare(
             qkv=qkv,
             q_weight=self.q_norm.weight,
             k_weight=self.k_norm.weight,
-            cos_sin=self.rotary_emb.cos_sin_cache,
+            cos_sin=cos_sin,
             positions=positions,
             shape=self.shape,
             eps=self.eps,

@@ -1,26 +1,30 @@
-"""SGLang's configuration class of Qwen3-Next, where it drops or misreads a newer config.json."""
+"""SGLang's configuration class of the family, where it drops or misreads a newer config.json."""
 
 from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
-from qwen3next_plugin.engines.sglang.names import MODEL_TYPE
+from qwen3next_plugin.engines.sglang.names import DENSE, MODEL_TYPES, QWEN3_NEXT, is_ours
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
+SIZES_OF_EXPERTS = (
+    *("num_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+)
 
 host_layers_block_type = HostConfig.layers_block_type.fget
 host_mamba2_cache_params = HostConfig.mamba2_cache_params.fget
 
 
 def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any) -> None:
-    """Keep `layer_types` and `rope_parameters`, which SGLang drops.
+    """Keep `layer_types` and `rope_parameters`, which SGLang drops; a dense model has no experts.
 
     SGLang wants `full_attention_interval`, which transformers 5 no longer writes, and assumes a
     rope theta of 10,000 where the top level has none. `rope_parameters` is set afterwards because
     transformers checks YaRN's against `max_position_embeddings`, which SGLang sets too late.
     """
-    if config.model_type != MODEL_TYPE:  # SGLang's Qwen3.5 is built on this class
+    if config.model_type not in MODEL_TYPES:  # other models are built on this class
         host(config, *args, **given)
         return
     host(config, *args, **{name: given[name] for name in given if name != "rope_parameters"})
@@ -28,8 +32,13 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     config.rope_parameters = dict(rope)
     for name in ("rope_theta", "partial_rotary_factor"):
-        if name not in given:  # SGLang's default, which a model is not trained with
-            setattr(config, name, rope.get(name))
+        if name in rope and name not in given:
+            setattr(config, name, rope[name])
+        elif name not in given and config.model_type == QWEN3_NEXT:
+            setattr(config, name, None)  # SGLang's default is not what a model is trained with
+    if config.model_type == DENSE:
+        for name in SIZES_OF_EXPERTS:  # SGLang's defaults are an MoE model's
+            setattr(config, name, 0)
 
 
 def _at_interval(config: Any) -> list[str]:
@@ -42,14 +51,18 @@ def _at_interval(config: Any) -> list[str]:
 
 def layers_block_type(config: Any) -> list[str]:
     """The kind of each layer, by SGLang's names."""
-    if config.model_type != MODEL_TYPE:
+    if config.model_type not in MODEL_TYPES:
         return host_layers_block_type(config)
     return [LAYER_NAMES[layer_type] for layer_type in config.layer_types]
 
 
 def mamba2_cache_params(config: Any) -> Any:
     """What SGLang computes its pools' sizes from: our pages, for our model."""
-    if config.model_type != MODEL_TYPE:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_server_args
+
+    # Other models, too, have a text model of these types.
+    if config.model_type not in MODEL_TYPES or not is_ours(model_config_of(get_server_args())):
         return host_mamba2_cache_params(config)
     from qwen3next_plugin.engines.sglang.state.pages import page_params
 

@@ -1,4 +1,4 @@
-"""Qwen3NextForCausalLMMTP: the drafter that ships in the checkpoint."""
+"""The drafter that ships in the checkpoint of every model of the family."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -66,6 +66,8 @@ class MultiTokenPredictor(nn.Module):
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """Shapes: input_ids, positions [T], the batch's hidden states [T, D], returns [T, D]."""
+        if forward_batch.mrope_positions is not None:
+            positions = forward_batch.mrope_positions
         hidden_states = fuse(
             embeds=self.embed_tokens(input_ids),
             hidden_states=forward_batch.spec_info.hidden_states,
@@ -78,7 +80,7 @@ class MultiTokenPredictor(nn.Module):
 
 
 class Qwen3NextForCausalLMMTP(nn.Module):
-    """The drafter as SGLang's registry knows it; replaces the built-in model of that name."""
+    """Qwen3-Next's as SGLang's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
@@ -95,6 +97,9 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.logits_processor = make_logits_processor(config)
         use_packing(self.model)
         self.draft_head: DraftHead | None = None
+        # Of a wrapper; SGLang numbers the tokens of images by content, beyond the vocabulary.
+        wrapped = config.get_text_config() is not config
+        self.image_token_id = config.image_token_id if wrapped else None
         self.trunk_names = frozenset(trunk_tensors(self.config))
 
     @torch.no_grad()
@@ -105,7 +110,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
         Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states [T, D]
         """
-        hidden_states = self.model(input_ids, positions, forward_batch)
+        hidden_states = self.model(self._known(input_ids), positions, forward_batch)
         if self.draft_head is not None:
             return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
@@ -127,12 +132,18 @@ class Qwen3NextForCausalLMMTP(nn.Module):
     def see(self, token_ids: torch.Tensor) -> None:
         """Let the draft vocabulary follow these tokens. Shapes: token_ids [T]."""
         if self.draft_head is not None:
-            self.draft_head.see(token_ids)
+            self.draft_head.see(self._known(token_ids))
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The likeliest tokens, by the draft head. Shapes: hidden_states [N, D], returns [N]."""
         assert self.draft_head is not None
         return self.draft_head(hidden_states)
+
+    def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The tokens, those of images by the model's id. Its embedding costs drafts, no tokens."""
+        if self.image_token_id is None:
+            return token_ids
+        return token_ids.masked_fill(token_ids >= self.config.vocab_size, self.image_token_id)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load `mtp.*`, strictly."""
@@ -157,4 +168,8 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.lm_head = lm_head
 
 
-EntryClass = Qwen3NextForCausalLMMTP
+class Qwen3_5ForCausalLMMTP(Qwen3NextForCausalLMMTP):  # noqa: N801 (SGLang's name)
+    """That of Qwen3.5 and later models, dense or with experts."""
+
+
+EntryClass = [Qwen3NextForCausalLMMTP, Qwen3_5ForCausalLMMTP]

@@ -1,4 +1,4 @@
-"""Qwen3NextForCausalLM: the trunk, from SGLang's parallel layers and ours."""
+"""The trunk of every text model of the family, from SGLang's parallel layers and ours."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -77,18 +77,21 @@ class Qwen3NextModel(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         forward_batch: ForwardBatch,
-        inputs_embeds: torch.Tensor | None = None,
+        input_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Shapes: input_ids, positions [T], returns [T, D]."""
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        """Shapes: input_ids [T], positions [T], or with images [3, T], returns [T, D]."""
+        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual, forward_batch)
         return self.norm(hidden_states, residual)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
 
 class Qwen3NextForCausalLM(nn.Module):
-    """The trunk as SGLang's registry knows it; replaces the built-in model of that name."""
+    """Qwen3-Next as SGLang's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
@@ -139,4 +142,12 @@ class Qwen3NextForCausalLM(nn.Module):
         return self.model.embed_tokens.weight, self.lm_head.weight
 
 
-EntryClass = Qwen3NextForCausalLM
+class Qwen3_5ForCausalLM(Qwen3NextForCausalLM):  # noqa: N801 (SGLang's name)
+    """A dense Qwen3.5, or a later one, as a text model."""
+
+
+class Qwen3_5MoeForCausalLM(Qwen3NextForCausalLM):  # noqa: N801
+    """The same with experts."""
+
+
+EntryClass = [Qwen3NextForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM]

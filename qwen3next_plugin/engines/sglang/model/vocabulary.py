@@ -29,4 +29,5 @@ def make_lm_head(
 
 def make_logits_processor(hf_config: Any) -> LogitsProcessor:
     """SGLang's; on a CPU the one that multiplies by a packed head."""
-    return PackedLogitsProcessor(hf_config) if without_gpu() else LogitsProcessor(hf_config)
+    text = hf_config.get_text_config()  # of a wrapper; a text model's own
+    return PackedLogitsProcessor(text) if without_gpu() else LogitsProcessor(text)

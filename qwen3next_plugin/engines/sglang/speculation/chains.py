@@ -30,6 +30,7 @@ class Chains(EagleDraftWorker):
             counts=counts,
             token_ids=token_ids,
             hidden_states=torch.cat([part.hidden_states for part in tokens]),
+            images=[batch.reqs[row.index].multimodal_inputs for row in fed],
         )
         ends = [end - 1 for end in accumulate(counts)]
         return hidden_states[[end for end, row in zip(ends, fed, strict=True) if row.draft]]
@@ -40,6 +41,7 @@ class Chains(EagleDraftWorker):
         drafting = [i for i, request in enumerate(batch.reqs) if request.rid in self.drafting]
         index = torch.tensor(drafting)
         requests, seq_lens = batch.req_pool_indices[index], batch.seq_lens[index].tolist()
+        images = [batch.reqs[i].multimodal_inputs for i in drafting]
         hidden_states = spec_info.hidden_states[index]
         drafts = [spec_info.topk_index[index, 0]]  # [drafting] each
         for i in range(self.next_steps - 1):
@@ -50,6 +52,7 @@ class Chains(EagleDraftWorker):
                 counts=[1] * len(drafting),
                 token_ids=drafts[-1],
                 hidden_states=hidden_states,
+                images=images,
             )
             drafts.append(self.draft_runner.model.get_top_tokens(hidden_states))
         tokens = torch.zeros(len(batch.reqs), 1 + len(drafts), dtype=torch.int64)

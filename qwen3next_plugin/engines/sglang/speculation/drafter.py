@@ -51,6 +51,8 @@ class Drafter(Chains):
         self.next_steps, self.drafting = 0, set()
         self.read, self.chunked = {}, None
         self.draft_runner.model.make_draft_head()
+        # SGLang's positions of images need as many tokens of one request as of another.
+        self.draft_runner.model_config.model_is_mrope = False
 
     def has_drafts(self, batch: ScheduleBatch) -> bool:
         """Whether a request of the batch has a draft to verify."""

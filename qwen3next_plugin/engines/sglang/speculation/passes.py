@@ -14,6 +14,8 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.runtime_context import get_model
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
 
+from qwen3next_plugin.engines.sglang.speculation.images import mrope_positions
+
 
 def run_layer(
     runner: Any,
@@ -23,11 +25,13 @@ def run_layer(
     counts: Sequence[int],
     token_ids: torch.Tensor,
     hidden_states: torch.Tensor,
+    images: Sequence[Any],
 ) -> torch.Tensor:
     """Run the MTP layer over `counts` tokens of each request from position `firsts` on.
 
     Shapes:
-        requests [N] in the table of KV slots, token_ids [T], hidden_states [T, D], returns [T, D]
+        requests [N] in the table of KV slots, token_ids [T], hidden_states [T, D], images [N] of
+        requests or None, returns [T, D]
     """
     backend, model = runner.attn_backend, runner.model
     ends = [first + count for first, count in zip(firsts, counts, strict=True)]
@@ -45,6 +49,7 @@ def run_layer(
         extend_seq_lens=torch.tensor(counts, dtype=torch.int32),
         extend_start_loc=torch.tensor([0, *accumulate(counts[:-1])], dtype=torch.int32),
         spec_info=EagleDraftExtendInput(hidden_states=hidden_states),
+        mrope_positions=mrope_positions(images, positions, counts),
     )
     with (
         get_model().override(shared_experts=model.shared_experts_config),

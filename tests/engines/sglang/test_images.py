@@ -1,0 +1,133 @@
+"""SGLang's vision tower around our text model: answers about images are transformers'."""
+
+import urllib.error
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.checks import TOLERANCE
+from engines.sglang.server import FIXED, NEXTN, Answer, Forked
+from family import FAMILY
+from vision import PLACE, VisionReference, as_url, random_image, write_vision_checkpoint
+
+pytestmark = pytest.mark.serve
+
+TOKENS = 24
+DENSE, MOE = (name for name, member in FAMILY.items() if member.wrapped)
+SMALL = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-mamba-cache-size", "40")
+NODES = ("--speculative-num-draft-tokens", "5")
+# Images that are no square, so that height and width differ; two in one prompt; text only.
+PROMPTS = {
+    "one": (f"def describe({PLACE}):", [(160, 64)]),
+    "at-the-start": (f"{PLACE} import os", [(64, 96)]),
+    "two": (f"first {PLACE} then {PLACE} and text after it", [(96, 64), (64, 160)]),
+    "text": ("import os\n\n\ndef walk(top):", []),
+}
+text, sizes = PROMPTS["two"]
+PROMPTS["two-and-more"] = (f"{text}<|im_end|>import os", sizes)  # begins with the same tokens
+
+
+def images_of(name: str) -> list:
+    return [random_image(*size, seed=i) for i, size in enumerate(PROMPTS[name][1])]
+
+
+def ask(server: Forked, names: list[str]) -> list[Answer]:
+    """The answers to prompts, all asked at once."""
+    answers = server.post(
+        "/generate",
+        text=[PROMPTS[name][0] for name in names],
+        image_data=[[as_url(image) for image in images_of(name)] or None for name in names],
+        sampling_params={"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+        return_logprob=True,
+    )
+    return [Answer.of(answer) for answer in answers]
+
+
+def check(expected, name: str, answer: Answer) -> None:
+    token_ids, logprobs = expected[name]
+    assert answer.token_ids == token_ids, name
+    assert (torch.tensor(answer.logprobs) - logprobs).abs().max() < TOLERANCE, name
+
+
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
+    "plain": (DENSE, (), {}),
+    "switching": (DENSE, (*NEXTN, "3"), {"TEST_DRAFTS": "0,3,1,2"}),
+    # Chunks that end within an image.
+    "steps-3_chunks-of-9": (MOE, (*NEXTN, "3", "--chunked-prefill-size", "9"), FIXED),
+    "topk-2": (MOE, (*NEXTN, "2", "--speculative-eagle-topk", "2", *NODES), FIXED),
+    "no-tower": (MOE, (*NEXTN, "3", "--language-model-only"), FIXED),
+}
+Expected = dict[str, tuple[tuple[int, ...], torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Callable[[str], tuple[Path, Expected]]:
+    """A checkpoint of the family, and transformers' answers; each computed once."""
+
+    @cache
+    def make(member: str) -> tuple[Path, Expected]:
+        folder = write_vision_checkpoint(tmp_path_factory.mktemp("vision"), member=member)
+        reference = VisionReference(folder)
+        return folder, {
+            name: reference.greedy(text, images_of(name) or None, TOKENS)
+            for name, (text, _) in PROMPTS.items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(case, served) -> Iterator[Forked]:
+    member, flags, env = CASES[case]
+    server = Forked(served(member)[0], *SMALL, *flags, env=env).wait()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def expected(case, served) -> Expected:
+    return served(CASES[case][0])[1]
+
+
+with_a_tower = pytest.mark.parametrize(
+    "case", [name for name in CASES if name != "no-tower"], indirect=True, scope="module"
+)
+
+
+@with_a_tower
+def test_answers_about_images_are_transformers(server, expected):
+    for name in PROMPTS:
+        check(expected, name, ask(server, [name])[0])
+    for name, answer in zip(PROMPTS, ask(server, list(PROMPTS)), strict=True):
+        check(expected, name, answer)
+
+
+@with_a_tower
+def test_drafts_follow_images_too(server, case):
+    accepted = {name: ask(server, [name])[0].accepted for name in PROMPTS}
+    assert all((n > 0) == (case != "plain") for n in accepted.values()), accepted
+
+
+@with_a_tower
+def test_an_image_is_found_in_the_cache(server, expected):
+    server.forget()
+    (cold,), (warm,) = ask(server, ["two"]), ask(server, ["two-and-more"])
+    assert cold.cached == 0 < warm.cached
+    check(expected, "two", cold)
+    check(expected, "two-and-more", warm)
+
+
+@pytest.mark.parametrize("case", ["no-tower"], indirect=True, scope="module")
+def test_without_the_tower_an_image_is_refused(server, expected):
+    check(expected, "text", ask(server, ["text"])[0])
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        ask(server, ["one"])
+    check(expected, "text", ask(server, ["text"])[0])

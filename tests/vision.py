@@ -1,0 +1,79 @@
+"""A random vision-language checkpoint, and what transformers makes of a prompt with an image."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from checkpoints import write_checkpoint, write_tokenizer
+from examples.qwen3_5_layout import IMAGE_TOKENS, VISION, rewrite
+from family import FAMILY
+from reference import quietly
+
+PLACE = "<|vision_start|><|image_pad|><|vision_end|>"  # of an image in a text
+SIZES = {
+    "patch_size": VISION["patch_size"],
+    "temporal_patch_size": VISION["temporal_patch_size"],
+    "merge_size": VISION["spatial_merge_size"],
+    "size": {"shortest_edge": 32 * 32, "longest_edge": 256 * 256},  # pixels
+}
+
+
+def write_vision_checkpoint(folder: Path, *, member: str) -> Path:
+    """A wrapped checkpoint of the family with what processors need; returns its folder."""
+    plain = write_checkpoint(folder / "qwen3-next", **FAMILY[member].changes)
+    write_tokenizer(plain, extra=list(IMAGE_TOKENS.values()))
+    out = rewrite(plain, folder / "wrapped", wrapped=True, fused=FAMILY[member].fused)
+    processors = {
+        "preprocessor": {"image_processor_type": "Qwen2VLImageProcessor"},
+        "video_preprocessor": {"video_processor_type": "Qwen3VLVideoProcessor"},
+    }
+    for name, kind in processors.items():
+        raw = kind | {"processor_class": "Qwen3VLProcessor"} | SIZES
+        (out / f"{name}_config.json").write_text(json.dumps(raw))
+    return out
+
+
+def random_image(width: int, height: int, *, seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(pixels.numpy())
+
+
+def as_url(image: Image.Image) -> str:
+    """The image as a data URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class VisionReference:
+    """transformers' fp32 model of such a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @quietly()
+    def greedy(
+        self, text: str, images: list[Image.Image], tokens: int
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        """The greedy answer, and the log-probability of each of its tokens."""
+        inputs = self.processor(text=[text], images=images, return_tensors="pt")
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids = output.sequences[0, -tokens:]
+        logprobs = torch.cat(output.logits).float().log_softmax(-1)
+        return tuple(ids.tolist()), logprobs.gather(1, ids[:, None])[:, 0]
