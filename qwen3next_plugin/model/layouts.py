@@ -51,7 +51,7 @@ def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]
 
 def in_projections(config: Qwen3NextConfig) -> Shapes:
     """Name within the layer and shape of a linear layer's input projections in the checkpoint."""
-    shapes = set()
+    shapes: Shapes = set()
     for ours, tensors in projections(config).items():
         rows = {name: sum(parts) for name, parts in tensors.items()}
         if config.layout == "grouped":
