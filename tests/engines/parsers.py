@@ -1,0 +1,157 @@
+"""Tool calls and thinking, as a server's parsers find them in answers that a grammar writes.
+
+The shipped checkpoint calls no tools. A grammar makes it write calls as Qwen3-Coder (`qwen3_coder`)
+and Qwen3 (`hermes`) do; thinking ends where its budget does.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoints import SHIPPED
+from engines.clients import chat
+from engines.figures import drafts
+from engines.server import Server
+
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # tokens, as in Qwen's vocabulary
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}"
+    "{%- if enable_thinking is false -%}{{- '\\n</think>\\n\\n' -}}{%- endif -%}{%- endif -%}"
+)
+A, B = "[1-9][0-9]{2,5}", "[a-z]{3,12}"
+CALLS = {  # of one tool, in each parser's format
+    "qwen3_coder": "<tool_call>\n<function=repeat>\n<parameter=times>\n{A}\n</parameter>\n"
+    "<parameter=word>\n{B}\n</parameter>\n</function>\n</tool_call>",
+    "hermes": '<tool_call>\n\\{{"name": "repeat", "arguments": \\{{"times": {A}, "word": "{B}"'
+    "\\}}\\}}\n</tool_call>",
+}
+REPEAT = {
+    "type": "function",
+    "function": {
+        "name": "repeat",
+        "parameters": {
+            "type": "object",
+            "properties": {"times": {"type": "integer"}, "word": {"type": "string"}},
+            "required": ["times", "word"],
+        },
+    },
+}
+MESSAGES = [{"role": "user", "content": "Repeat a word."}]
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+class Said(NamedTuple):
+    """An answer in a chat, as its client gets it."""
+
+    thinking: str
+    content: str
+    calls: list[tuple[str, str]]
+    finish_reason: str
+
+
+def checkpoint(folder: Path) -> Path:
+    """The shipped checkpoint, with Qwen's chat: the vocabulary's last four tokens are the marks."""
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.png", "chat_template.jinja"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
+    model["merges"] = model["merges"][: -len(MARKS)]
+    size = len(model["vocab"]) - len(MARKS)
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size}
+    plain = added[0] | {"special": False}
+    added += [plain | {"id": size + i, "content": mark} for i, mark in enumerate(MARKS)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": TEMPLATE})
+    )
+    return folder
+
+
+def check_tool_calls(server: Server, engine: str, parser: str, grammar: dict[str, Any]) -> None:
+    """One and two calls: found whole and in a stream, while drafts are accepted.
+
+    Args:
+        grammar: the engine's way to ask for a regular expression, but for that.
+    """
+    call = CALLS[parser].format(A=A, B=B)
+    for count in (1, 2):
+        asked = NO_THINKING | _held("\n".join([call] * count), grammar)
+        before = _accepted(server, engine)
+        said = ask(server, tools=[REPEAT], tool_choice="auto", extra_body=asked)
+        assert [name for name, _ in said.calls] == ["repeat"] * count, said
+        for _, arguments in said.calls:
+            found = json.loads(arguments)
+            assert found.keys() == {"times", "word"}
+            assert re.fullmatch(A, str(found["times"])), found
+            assert re.fullmatch(B, found["word"]), found
+        assert said.finish_reason == "tool_calls"
+        assert not said.content.strip()
+        again = ask(server, stream=True, tools=[REPEAT], tool_choice="auto", extra_body=asked)
+        assert [(name, json.loads(text)) for name, text in again.calls] == [
+            (name, json.loads(text)) for name, text in said.calls
+        ]
+        assert again.finish_reason == "tool_calls"
+        assert _accepted(server, engine) > before
+
+
+def check_thinking(server: Server, engine: str, grammar: dict[str, Any], budget: dict) -> None:
+    """What is thought and what is said are apart, whole and in a stream; a budget ends thinking."""
+    asked = _held(B, grammar) | budget
+    before = _accepted(server, engine)
+    said = ask(server, extra_body=asked)
+    assert said.thinking.strip()
+    assert not any(mark in said.thinking + said.content for mark in MARKS)
+    assert re.fullmatch(B, said.content.strip()), said
+    again = ask(server, stream=True, extra_body=asked)
+    assert (again.thinking.strip(), again.content.strip()) == (
+        said.thinking.strip(),
+        said.content.strip(),
+    )
+    assert _accepted(server, engine) > before
+    plain = ask(server, extra_body=_held(B, grammar) | NO_THINKING)
+    assert not plain.thinking
+    assert re.fullmatch(B, plain.content.strip())
+
+
+def ask(server: Server, *, stream: bool = False, **options: Any) -> Said:
+    """A greedy answer in a chat, all at once or put together from its chunks."""
+    if not stream:
+        choice = chat(server, MESSAGES, 300, **options).choices[0]
+        calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or ()]
+        return Said(
+            _thinking(choice.message), choice.message.content or "", calls, choice.finish_reason
+        )
+    thinking, content, reason, parts = "", "", "", dict[int, tuple[str, str]]()
+    for chunk in chat(server, MESSAGES, 300, stream=True, **options):
+        for choice in chunk.choices:
+            thinking += _thinking(choice.delta)
+            content += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+            for c in choice.delta.tool_calls or ():
+                name, text = parts.get(c.index, ("", ""))
+                parts[c.index] = (
+                    name + (c.function.name or ""),
+                    text + (c.function.arguments or ""),
+                )
+    return Said(thinking, content, list(parts.values()), reason)
+
+
+def _thinking(message: Any) -> str:
+    """vLLM calls it `reasoning`, SGLang `reasoning_content`."""
+    names = ("reasoning", "reasoning_content")
+    return next((text for name in names if (text := getattr(message, name, None))), "")
+
+
+def _held(regex: str, grammar: dict[str, Any]) -> dict[str, Any]:
+    (name,) = grammar
+    inner = grammar[name]
+    return {name: inner | {"regex": regex} if isinstance(inner, dict) else regex}
+
+
+def _accepted(server: Server, engine: str) -> float:
+    return sum(drafts(server, engine)["accepted"].values())
