@@ -40,7 +40,6 @@ RELEASED = {
 }
 COLUMNS = (
     "model",
-    "parameters, B",
     "weights, GiB",
     "state, MiB",
     "KV, MiB",
@@ -56,13 +55,11 @@ def table() -> tuple[list[str], list[list[str]]]:
 
 def _row(folder: Path) -> list[str]:
     config = Qwen3NextConfig.from_hf(read_config(folder))
-    counts = parameters(config)
-    loaded = {name: n * DTYPES[FLAGS.dtype] for name, n in counts.items()}
+    loaded = {name: n * DTYPES[FLAGS.dtype] for name, n in parameters(config).items()}
     weights = sum(make_plan(Blocks, config, loaded, FLAGS).weights.values())
     flags = replace(FLAGS, memory=weights + ROOM)
     vllm, sglang = (make_plan(engine, config, loaded, flags) for engine in (Blocks, Pools))
     cells = (
-        sum(counts.values()) / 1e9,
         weights / GIB,
         vllm.state_bytes_per_slot / MIB,
         1024 * vllm.kv_bytes_per_token / MIB,

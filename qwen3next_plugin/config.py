@@ -243,6 +243,21 @@ def check_num_speculative_tokens(k: int, name: str = "num_speculative_tokens") -
         raise _complaint(name, k, fix)
 
 
+def check_num_draft_layers(config: Qwen3NextConfig, flag: str) -> None:
+    """Raise ConfigError if drafts are asked for, by `flag`, of a model without an MTP layer."""
+    if not config.num_nextn_predict_layers:
+        raise _complaint("mtp_num_hidden_layers", 0, f"there is nothing to draft with; drop {flag}")
+
+
+def check_kind(folder: Path, override_flag: str) -> None:
+    """Refuse a checkpoint whose config.json, as it was written, mixes two kinds of models.
+
+    A host's config class keeps only what belongs to its kind. Raises ConfigError.
+    """
+    if (folder / "config.json").is_file():
+        _model_type(_text_config(read_config(folder), override_flag))
+
+
 # reading ----------------------------------------------------------------------------------------
 
 

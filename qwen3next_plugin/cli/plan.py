@@ -16,6 +16,7 @@ from qwen3next_plugin.cli.sizes import DTYPES, parameters, part_of, tensor_bytes
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
+    check_num_draft_layers,
     check_num_speculative_tokens,
     read_config,
 )
@@ -57,10 +58,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
     """Print how much memory a model needs, and how many requests fit next to its weights."""
-    if num_speculative_tokens is not None:
-        check_num_speculative_tokens(num_speculative_tokens)
     raw = read_config(model)
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
+    if num_speculative_tokens is not None:
+        check_num_speculative_tokens(num_speculative_tokens)
+        check_num_draft_layers(config, "--num-speculative-tokens")
     flags = Flags(
         max_model_len=_max_model_len(config, max_model_len),
         max_num_seqs=max_num_seqs,
@@ -113,8 +115,8 @@ def served_dtype(raw: Mapping[str, Any]) -> str:
 def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
     if drafts and not any(part_of(name) == "MTP" for name in sizes):
         raise ConfigError(
-            "the checkpoint has no MTP layer (no mtp.* tensors, or mtp_num_hidden_layers is 0):"
-            " leave --num-speculative-tokens out, or fetch a checkpoint that kept it"
+            "the checkpoint has no mtp.* tensors: leave --num-speculative-tokens out, or fetch a"
+            " checkpoint that kept its MTP layer"
         )
     return {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
 

@@ -31,6 +31,7 @@ FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
 
 
 FIX = "Use a checkpoint that leaves linear_attn.in_proj_* unquantised"
+MIXED = "config.json and the safetensors files do not belong together; take both from one release"
 
 
 class CheckpointError(ValueError):
@@ -91,7 +92,7 @@ def _split_experts(
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
             f"tensor {original} has shape {tuple(tensor.shape)}, the config asks for {shape}: "
-            f"config.json and the safetensors files do not belong together"
+            f"{MIXED}"
         )
     names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     for e, expert in enumerate(tensor):

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.layouts import (
+    MIXED,
     CheckpointError,
     Shapes,
     group_projections,
@@ -165,12 +166,12 @@ def checked(
         if weight not in expected:
             raise CheckpointError(
                 f"unexpected tensor {name} {tuple(tensor.shape)}: the config has no place for it; "
-                f"config.json and the safetensors files do not belong together"
+                f"{MIXED}"
             )
         if not quantised and tuple(tensor.shape) != expected[name]:
             raise CheckpointError(
                 f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
-                f"{expected[name]}: config.json and the safetensors files do not belong together"
+                f"{expected[name]}: {MIXED}"
             )
         seen.add(weight)
         yield name, tensor

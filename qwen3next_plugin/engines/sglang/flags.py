@@ -1,5 +1,6 @@
 """SGLang's flags: every refusal and every default, before a process starts."""
 
+import json
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
+    check_kind,
+    check_num_draft_layers,
     check_num_speculative_tokens,
 )
 from qwen3next_plugin.engines.sglang.cpu import memory
@@ -152,8 +155,12 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
             "quantization_config: there are no quantised kernels for a CPU here; serve the "
             "released checkpoint, Qwen/Qwen3-Next-80B-A3B-Instruct, or another in bfloat16"
         )
-    config = read_config(hf_config, server_args.tp_size)
     folder = Path(server_args.model_path)
+    if not json.loads(server_args.json_model_override_args):
+        check_kind(folder, "--json-model-override-args")
+    config = read_config(hf_config, server_args.tp_size)
+    if server_args.speculative_algorithm:
+        check_num_draft_layers(config, "--speculative-algorithm")
     if not folder.is_dir() or server_args.load_format == "dummy":
         return
     check_files(folder)

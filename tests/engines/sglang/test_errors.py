@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BASE, write_checkpoint
+from engines import mixed
 from family import FAMILY
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.sglang import served
@@ -389,6 +390,33 @@ def test_drafts_of_a_checkpoint_without_a_drafter(complete, tmp_path):
     model = write_checkpoint(tmp_path, mtp=False)
     complete(model)
     with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors .*--speculative-algorithm"):
+        complete(model, **NEXTN)
+
+
+# two models of the family in one checkpoint -----------------------------------------------------
+
+
+@pytest.mark.parametrize("case", mixed.CONFIGS)
+def test_config_of_two_models(complete, tmp_path, case):
+    fault = mixed.CONFIGS[case]
+    with pytest.raises(ConfigError, match=fault.message):
+        complete(fault.write(tmp_path))
+
+
+@pytest.mark.parametrize("case", mixed.TENSORS)
+def test_tensors_of_another_model(complete, tmp_path, case):
+    fault = mixed.TENSORS[case]
+    with pytest.raises(CheckpointError, match=fault.message):
+        complete(fault.write(tmp_path))
+
+
+@pytest.mark.parametrize("case", mixed.WITHOUT_MTP)
+def test_drafts_of_a_config_without_a_drafter(complete, tmp_path, case):
+    model = mixed.without_mtp(tmp_path, *mixed.WITHOUT_MTP[case])
+    complete(model)
+    with pytest.raises(
+        ConfigError, match=r"mtp_num_hidden_layers = 0: .* drop --speculative-algorithm"
+    ):
         complete(model, **NEXTN)
 
 
