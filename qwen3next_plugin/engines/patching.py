@@ -75,7 +75,8 @@ class Item(Entry):
 class Override(Entry):
     """An internal of the host that the plugin changes on its own objects, in `file`.
 
-    A private method that a subclass overrides, or an attribute of an instance. Nothing is applied:
+    A private method that a subclass overrides, an attribute of an instance, or a class in a module
+    while one of its objects is built. Nothing is applied:
     the row completes the table, and the contract test compares it with the host's source.
     """
 

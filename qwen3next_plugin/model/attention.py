@@ -86,7 +86,8 @@ def mrope_table(
     for i in (1, 2):
         axis[i : 3 * sections[i] : 3] = i
     rows = cos_sin[positions]  # [3, T, rotary_dim]
-    return rows[axis.repeat(2), :, torch.arange(cos_sin.shape[1])].t().contiguous()
+    columns = torch.arange(cos_sin.shape[1], device=cos_sin.device)
+    return rows[axis.repeat(2), :, columns].t().contiguous()
 
 
 def apply_gate(attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -174,6 +174,8 @@ def check_entry(sources: Sources, entry: Entry) -> None:
         assert signature(definition(owner, name)) == list(parameters)
     elif isinstance(entry, Patch | Replacement):
         assert signature(definition(owner, name)) == []
+    elif isinstance(entry, Override) and isinstance(owner, ast.Module):
+        assert name in sources.names(file)
     elif isinstance(entry, Override):
         fields = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}
         assert name in fields | kept(owner)

@@ -8,7 +8,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_num_speculative_tokens
+from qwen3next_plugin.config import (
+    ConfigError,
+    Qwen3NextConfig,
+    check_num_speculative_tokens,
+)
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.names import LOGGER, SCHEDULER, WORKER
@@ -30,7 +34,7 @@ def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
     """The model's config under these flags; raises ConfigError where it cannot be served."""
     parallel_config = vllm_config.parallel_config
     return Qwen3NextConfig.from_hf(
-        vllm_config.model_config.hf_text_config,
+        vllm_config.model_config.hf_config,
         tp_size=parallel_config.tensor_parallel_size,
         pp_size=parallel_config.pipeline_parallel_size,
         override_flag="--hf-overrides",
@@ -45,6 +49,8 @@ def check(vllm_config: VllmConfig) -> None:
     """
     config = read_config(vllm_config)
     check_files(Path(vllm_config.model_config.model))
+    _check_images(vllm_config)
+    _check_lora(config, vllm_config.lora_config)
     _check_kernels(vllm_config)
     if vllm_config.speculative_config is not None:
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
@@ -55,13 +61,34 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 def complete(vllm_config: VllmConfig) -> None:
-    """Fill in what no flag says, on a CPU: block size, LoRA's targets, worker and scheduler."""
+    """Fill in what no flag says; on a CPU: block size, LoRA's targets, worker and scheduler."""
+    _align_positions(vllm_config)
     if not current_platform.is_cpu():
         return
     _keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
     _choose_metrics(vllm_config)
+
+
+def _check_images(vllm_config: VllmConfig) -> None:
+    """Refuse to read images: that answers about them are right is not tested yet."""
+    multimodal_config = vllm_config.model_config.multimodal_config
+    if multimodal_config is not None and not multimodal_config.language_model_only:
+        raise ConfigError(
+            "the plugin reads no images: add --language-model-only to serve text, or set "
+            "QWEN3NEXT_DISABLE=1 to serve images with vLLM's own model"
+        )
+
+
+def _check_lora(config: Qwen3NextConfig, lora_config: LoRAConfig | None) -> None:
+    """Refuse adapters of flat projections, whose rows no loader of adapters regroups."""
+    if lora_config is not None and config.layout == "flat":
+        raise ConfigError(
+            "enable_lora: adapters of in_proj_qkv, in_proj_z, in_proj_b and in_proj_a would be "
+            "added to other rows than theirs; merge the adapter into the checkpoint, or set "
+            "QWEN3NEXT_DISABLE=1 to serve it with vLLM's own model"
+        )
 
 
 def _check_kernels(vllm_config: VllmConfig) -> None:
@@ -123,6 +150,17 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
             f"leave --worker-cls out"
         )
+
+
+def _align_positions(vllm_config: VllmConfig) -> None:
+    """Give the drafter of a text model positions on one axis, as vLLM gives the trunk."""
+    speculative_config = vllm_config.speculative_config
+    if speculative_config is None or vllm_config.model_config.uses_mrope:
+        return
+    draft_config = speculative_config.draft_model_config
+    for config in (draft_config.hf_config, draft_config.hf_text_config):
+        for name in ("mrope_section", "mrope_interleaved"):
+            (config.rope_parameters or {}).pop(name, None)
 
 
 def _keep_block_size(cache_config: CacheConfig) -> None:

@@ -1,12 +1,27 @@
 """Names by which vLLM knows the plugin's parts."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 PACKAGE = "qwen3next_plugin.engines.vllm"
-TRUNK, DRAFTER = ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextMTP")  # in vLLM's registry
+# In vLLM's registry: the text models, those that have a vision tower around one, and the drafters.
+TEXT_MODELS: Mapping[str, str] = {
+    "Qwen3NextForCausalLM": f"{PACKAGE}.model.trunk:Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM": f"{PACKAGE}.model.trunk:Qwen35ForCausalLM",
+    "Qwen3_5MoeForCausalLM": f"{PACKAGE}.model.trunk:Qwen35ForCausalLM",
+}
+WRAPPERS: Mapping[str, str] = {
+    name: f"{PACKAGE}.model.wrapped:{name}"
+    for name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+}
+DRAFTERS: Mapping[str, str] = dict.fromkeys(
+    ("Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP"), f"{PACKAGE}.model.mtp:Qwen3NextMTP"
+)
+TRUNKS = {**TEXT_MODELS, **WRAPPERS}
+MODELS = {**TRUNKS, **DRAFTERS}
 BACKEND_NAME = "QWEN3NEXT_GDN"  # the linear-attention backend
 OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
@@ -17,4 +32,4 @@ LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins s
 
 def is_ours(model_config: "ModelConfig") -> bool:
     """Whether the plugin serves this model."""
-    return model_config.architecture in ARCHITECTURES
+    return model_config.architecture in MODELS

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 
@@ -29,7 +29,7 @@ from qwen3next_plugin.engines.patching import (
 )
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.names import LOGGER, OPAQUE_OP, TRUNK, is_ours
+from qwen3next_plugin.engines.vllm.names import LOGGER, OPAQUE_OP, TRUNKS, is_ours
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -66,7 +66,7 @@ class SayNoKernels(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Log it."""
         logger.info_once(
-            "qwen3next_plugin %s has no kernels for %s: vLLM %s keeps its own Qwen3-Next",
+            "qwen3next_plugin %s has no kernels for %s: vLLM %s keeps its own model",
             __version__,
             current_platform.device_name,
             check_host("vllm"),
@@ -83,26 +83,45 @@ def allow_min_p_and_logit_bias(
     host(params, speculative_config)
 
 
-WITH_OURS: tuple[Entry, ...] = (
+def after_hosts(architecture: str, ours: type[VerifyAndUpdateConfig]) -> type[Any]:
+    """`ours`, which vLLM calls for this model, after what vLLM itself has there, if anything."""
+    host = MODELS_CONFIG_MAP.get(architecture)
+    if host is None:
+        return ours
+
+    class Both(VerifyAndUpdateConfig):
+        """Called while vLLM completes the configuration of a model that it has an entry for."""
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            host.verify_and_update_config(vllm_config)
+            ours.verify_and_update_config(vllm_config)
+
+    return Both
+
+
+WITH_OURS: tuple[Entry, ...] = tuple(
     Item(
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
-        key=TRUNK,
-        value=CheckFlags,
+        key=architecture,
+        value=after_hosts(architecture, CheckFlags),
         reason="flags must be checked before a worker starts; vLLM has no entry point for it",
         versions=ALL_VERSIONS,
         remove_when="a plugin's model class can check the configuration",
-    ),
+    )
+    for architecture in TRUNKS
 )
 
-ELSEWHERE: tuple[Entry, ...] = (
+ELSEWHERE: tuple[Entry, ...] = tuple(
     Item(
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
-        key=TRUNK,
-        value=SayNoKernels,
+        key=architecture,
+        value=after_hosts(architecture, SayNoKernels),
         reason="the log must say that vLLM's own model serves",
         versions=ALL_VERSIONS,
         remove_when="there are kernels for every platform",
-    ),
+    )
+    for architecture in TRUNKS
 )
 
 ON_GPU: tuple[Entry, ...] = (
@@ -173,6 +192,16 @@ OVERRIDES: tuple[Override, ...] = (
         versions=ALL_VERSIONS,
         remove_when="vLLM's rejection sampler draws what its plain sampler draws (`compat`)",
     ),
+    *(
+        Override(
+            target=f"vllm.model_executor.models.qwen3_5.{text_model}",
+            file="model/wrapped.py",
+            reason="vLLM's model with a vision tower has no other way to another text model",
+            versions=ALL_VERSIONS,
+            remove_when="it takes the text model's class from vLLM's registry",
+        )
+        for text_model in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+    ),
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
         file="speculation/worker.py",
@@ -228,6 +257,13 @@ OVERRIDES: tuple[Override, ...] = (
         "where no block ends, and pages be cached for the wrong prefix",
         versions=ALL_VERSIONS,
         remove_when="vLLM leaves the block size alone then (`compat`)",
+    ),
+    Override(
+        target="vllm.config.speculative.SpeculativeConfig.draft_model_config",
+        file="flags.py",
+        reason="vLLM takes the axes of images off a text model's positions, not off its drafter's",
+        versions=ALL_VERSIONS,
+        remove_when="the drafter's configuration is completed as the trunk's is",
     ),
     Override(
         target="vllm.config.vllm.VllmConfig.lora_config",

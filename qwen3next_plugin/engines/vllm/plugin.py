@@ -6,12 +6,10 @@ from typing import Any
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.names import (
-    ARCHITECTURES,
     BACKEND_NAME,
-    DRAFTER,
     LOGGER,
+    MODELS,
     PACKAGE,
-    TRUNK,
 )
 from qwen3next_plugin.versions import check_host
 
@@ -32,7 +30,7 @@ def register() -> None:
     except Exception as error:
         if not env.optional():
             raise SystemExit(f"qwen3next_plugin cannot be used: {error}") from error
-        logger.exception("qwen3next_plugin is not used; vLLM keeps its own Qwen3-Next")
+        logger.exception("qwen3next_plugin is not used; vLLM keeps its own models")
 
 
 def _register() -> None:
@@ -52,8 +50,8 @@ def _register() -> None:
 
         native.load()  # fails now if the build is broken or the instruction set is missing
     patches.apply(patches.WITH_OURS + (() if on_cpu else patches.ON_GPU))
-    ModelRegistry.register_model(TRUNK, f"{PACKAGE}.model.trunk:Qwen3NextForCausalLM")
-    ModelRegistry.register_model(DRAFTER, f"{PACKAGE}.model.mtp:Qwen3NextMTP")
+    for architecture, model in MODELS.items():
+        ModelRegistry.register_model(architecture, model)
     register_backend(BACKEND_NAME, f"{PACKAGE}.state.steps.GatedDeltaNetBackend", is_mamba=True)
 
 
@@ -64,7 +62,7 @@ def registered() -> dict[str, str]:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    modules = {name: _module(ModelRegistry.models[name]) for name in ARCHITECTURES}
+    modules = {name: _module(ModelRegistry.models[name]) for name in MODELS}
     return {"platform": current_platform.device_type} | modules
 
 

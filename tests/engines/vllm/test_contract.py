@@ -4,6 +4,7 @@ import ast
 import inspect
 
 import pytest
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from engines.contract import (
     VARIABLE,
@@ -19,7 +20,8 @@ from engines.contract import (
     other_hosts,
     pairs,
 )
-from qwen3next_plugin.engines.vllm.patches import TABLE
+from qwen3next_plugin.engines.vllm.names import MODELS, TRUNKS
+from qwen3next_plugin.engines.vllm.patches import TABLE, after_hosts
 from qwen3next_plugin.model.routing import route
 
 HOST = "vllm"
@@ -388,13 +390,32 @@ def test_entry_point_groups_are_read(sources):
     assert "vllm.logits_processors" in processors
 
 
-@pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3NextMTP"])
+@pytest.mark.parametrize("name", MODELS)
 def test_architecture_names_are_the_hosts(sources, name):
     assert name in sources.names("model_executor/models/registry.py")
 
 
-def test_config_map_has_no_entry_of_the_hosts_own(sources):
-    """Ours would hide it."""
+def test_entries_of_the_hosts_own_config_map_are_called_first(sources):
+    """Ours would hide them. They are for Qwen3.5 only, and touch the positions and S's dtype."""
     tree = sources.tree("model_executor/models/config.py")
-    entries = definition(tree, "MODELS_CONFIG_MAP").value.keys
-    assert "Qwen3NextForCausalLM" not in {key.value for key in entries}
+    entries = definition(tree, "MODELS_CONFIG_MAP").value
+    theirs = {key.value: value.id for key, value in zip(entries.keys, entries.values, strict=True)}
+    assert {name: theirs[name] for name in TRUNKS if name in theirs} == {
+        "Qwen3_5ForCausalLM": "Qwen3_5ForCausalLMConfig",
+        "Qwen3_5MoeForCausalLM": "Qwen3_5ForCausalLMConfig",
+        "Qwen3_5ForConditionalGeneration": "Qwen3_5ForConditionalGenerationConfig",
+        "Qwen3_5MoeForConditionalGeneration": "Qwen3_5ForConditionalGenerationConfig",
+    }
+    called = []
+    for name in ("Host", "Ours"):
+        check = staticmethod(lambda vllm_config, name=name: called.append((name, vllm_config)))
+        called.append(type(name, (), {"verify_and_update_config": check}))
+    host, ours = called
+    called.clear()
+    MODELS_CONFIG_MAP["a model"] = host
+    try:
+        after_hosts("a model", ours).verify_and_update_config("flags")
+    finally:
+        del MODELS_CONFIG_MAP["a model"]
+    assert called == [("Host", "flags"), ("Ours", "flags")]
+    assert after_hosts("another model", ours) is ours

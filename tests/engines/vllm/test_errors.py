@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from checkpoints import BASE, write_checkpoint
 from engines.process import START_SECONDS, Fork
 from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked, Server
+from family import FAMILY
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -96,6 +98,46 @@ def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner
             check(config)
     else:
         check(config)
+
+
+TEXT_ONLY = {"language_model_only": True}
+FAMILY_ERRORS = {
+    "images": ({}, {"language_model_only": False}, "reads no images: add --language-model-only"),
+    "lora": ({}, {"enable_lora": True}, "enable_lora: adapters of in_proj_qkv"),
+    "layer-types": (
+        {"layer_types": ["sliding_attention"] * 7},
+        {},
+        "disagrees with layer_types .*sliding",
+    ),
+    "override-outside": (
+        {},
+        {"hf_overrides": {"rope_theta": 5e6}},
+        "rope_parameters = .*: text_config says",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory):
+    """A checkpoint of Qwen3.5 with a vision tower."""
+    return FAMILY["dense_HV=3H_wrapped_7-layers"].write(tmp_path_factory.mktemp("wrapped"))
+
+
+@pytest.mark.parametrize("case", FAMILY_ERRORS)
+def test_of_qwen3_5_is_refused_by_name(complete, wrapped, tmp_path, case):
+    changes, flags, message = FAMILY_ERRORS[case]
+    shutil.copytree(wrapped, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((wrapped / "config.json").read_text())
+    raw["text_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(Exception, match=message):
+        complete(tmp_path, **TEXT_ONLY | flags)
+
+
+@pytest.mark.parametrize("flags", [{}, drafts(2)], ids=str)
+def test_qwen3_5_passes(complete, wrapped, flags):
+    config = complete(wrapped, **TEXT_ONLY, **flags)
+    assert config.model_config.architecture == "Qwen3_5ForConditionalGeneration"
 
 
 @pytest.mark.parametrize("field", ["linear_num_key_heads", "moe_intermediate_size"])

@@ -8,7 +8,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
+from qwen3next_plugin.model.attention import AttentionShape, apply_gate, mrope_table, prepare
 from qwen3next_plugin.model.norm import RMSNorm
 
 
@@ -36,10 +36,15 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.rotary_emb = get_rope(
+        self.sections = config.mrope_section
+        self.rotary_emb = get_rope(  # one table, which the axes of an image's positions share
             head_size=config.head_dim,
             max_position=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
+            rope_parameters={
+                name: value
+                for name, value in config.rope_parameters.items()
+                if not name.startswith("mrope_")
+            },
         )
         self.attn = Attention(
             self.shape.num_heads,
@@ -54,13 +59,17 @@ class GatedAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shapes: positions [T], hidden_states [T, D], returns [T, D]."""
+        """Shapes: positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
+        cos_sin = self.rotary_emb.cos_sin_cache
+        if positions.ndim == 2:
+            cos_sin = mrope_table(cos_sin, positions, self.sections)
+            positions = torch.arange(positions.shape[1], device=positions.device)
         q, k, v, gate = prepare(
             qkv=qkv,
             q_weight=self.q_norm.weight,
             k_weight=self.k_norm.weight,
-            cos_sin=self.rotary_emb.cos_sin_cache,
+            cos_sin=cos_sin,
             positions=positions,
             shape=self.shape,
             eps=self.eps,

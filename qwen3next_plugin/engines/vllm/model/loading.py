@@ -15,6 +15,11 @@ PACKED_MODULES = {
     "in_proj_qkvz": ["in_proj_qkvz"],
     "in_proj_ba": ["in_proj_ba"],
 }
+FLAT_MODULES = PACKED_MODULES | {
+    "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
+    "in_proj_ba": ["in_proj_b", "in_proj_a"],
+}
+LANGUAGE_MODEL = WeightsMapper(orig_to_new_prefix={"model.language_model.": "model."})
 STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3NextMTP: the drafter that ships in the checkpoint, driven by vLLM's propose loop."""
+"""The drafter that ships in the checkpoint, driven by vLLM's propose loop."""
 
 from collections.abc import Iterable
 
@@ -17,6 +17,7 @@ from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM, make_decoder_layer
 from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
+from qwen3next_plugin.model.layouts import our_name
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
@@ -26,7 +27,9 @@ from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@support_torch_compile
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}
+)
 class MultiTokenPredictor(nn.Module):
     """fc over [embedding; hidden state], one full-attention decoder layer, a norm."""
 
@@ -72,7 +75,7 @@ class MultiTokenPredictor(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         spec_step_idx: int = 0,
     ) -> torch.Tensor:
-        """Shapes: input_ids, positions [T], hidden_states [T, D], returns [T, D]."""
+        """Shapes: input_ids [T], positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states = fuse(
             embeds=embeds,
@@ -95,15 +98,16 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = read_config(vllm_config)
+        self.config = vllm_config.model_config.hf_config  # vLLM sets fields of it
+        self.sizes = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")
         )
         self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here, from the same stage
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.logits_processor = LogitsProcessor(self.sizes.vocab_size)
         describe_experts(self, self.model.layers)
-        self.trunk_names = frozenset(trunk_tensors(self.config))
+        self.trunk_names = frozenset(trunk_tensors(self.sizes))
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             self.trunk_names -= {EMBEDDING}
 
@@ -119,7 +123,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         inputs_embeds: torch.Tensor | None = None,
         spec_step_idx: int = 0,
     ) -> torch.Tensor:
-        """Shapes: input_ids, positions [T], hidden_states [T, D], returns [T, D]."""
+        """Shapes: input_ids [T], positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         return self.model(input_ids, positions, hidden_states, inputs_embeds, spec_step_idx)
 
     def compute_logits(
@@ -146,12 +150,12 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load `mtp.*`, strictly, and the embedding if this stage cannot share the trunk's."""
-        expected = mtp_tensors(self.config)
+        expected = mtp_tensors(self.sizes)
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
-            expected[EMBEDDING] = trunk_tensors(self.config)[EMBEDDING]
+            expected[EMBEDDING] = trunk_tensors(self.sizes)[EMBEDDING]
         tensors = parameters(
-            require_mtp(weights, self.config),
-            self.config,
+            require_mtp(weights, self.sizes),
+            self.sizes,
             expected=expected,
             ignored=self.trunk_names,
             quantised=self.quantised,
@@ -166,4 +170,5 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Whether vLLM can skip the tensor when it loads the drafter: those of the trunk."""
-        return name in self.trunk_names
+        name = our_name(name, self.sizes) or ""
+        return not name.startswith(PREFIX) and (name != EMBEDDING or EMBEDDING in self.trunk_names)

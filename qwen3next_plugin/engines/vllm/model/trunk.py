@@ -1,4 +1,4 @@
-"""Qwen3NextForCausalLM: the trunk, from vLLM's parallel layers and ours."""
+"""The text models of the family: the trunk, from vLLM's parallel layers and ours."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -35,7 +35,12 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
-from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
+from qwen3next_plugin.engines.vllm.model.loading import (
+    FLAT_MODULES,
+    LANGUAGE_MODEL,
+    PACKED_MODULES,
+    load,
+)
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.patches import provide_page_copies
@@ -69,7 +74,15 @@ def make_decoder_layer(
     return DecoderLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp)
 
 
-@support_torch_compile
+# Positions are [T], or [3, T] of a model that reads images.
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": 0,
+        "positions": -1,
+        "intermediate_tensors": 0,
+        "inputs_embeds": 0,
+    }
+)
 class Qwen3NextModel(nn.Module):
     """Embedding, this stage's layers, and the final norm on the last stage."""
 
@@ -111,7 +124,11 @@ class Qwen3NextModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        """Run this stage. Shapes: input_ids, positions [T], returns [T, D] on the last stage."""
+        """Run this stage.
+
+        Shapes:
+            input_ids [T], positions [T] or [3, T], returns [T, D] on the last stage
+        """
         if intermediate_tensors is None:
             hidden_states = (
                 self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -209,3 +226,10 @@ class Qwen3NextForCausalLM(
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
         for experts in self.moe_layers:
             experts.update_expert_map()
+
+
+class Qwen35ForCausalLM(Qwen3NextForCausalLM):
+    """Qwen3.5 and later, dense or with experts, without a vision tower."""
+
+    packed_modules_mapping = FLAT_MODULES
+    hf_to_vllm_mapper = LANGUAGE_MODEL  # of the names in a quantisation config

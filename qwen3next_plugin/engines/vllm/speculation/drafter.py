@@ -65,6 +65,8 @@ class Drafter(EagleProposer):
             (None: the last token of each row)
         """
         entered = time.perf_counter()
+        if target_positions.ndim == 2:  # of a text, whose three axes are alike
+            target_positions = target_positions[0]
         requests, table = self.runner.input_batch.req_ids, common_attn_metadata.block_table_tensor
         if (
             self.plain is not None
@@ -315,6 +317,6 @@ class Drafter(EagleProposer):
             return self.model(
                 # The dtype that vLLM compiled the layer for: it drops the guards against others.
                 input_ids=token_ids.to(self.input_ids.dtype),
-                positions=positions,
+                positions=positions.expand(3, -1) if self.uses_mrope else positions,
                 hidden_states=hidden_states,
             )

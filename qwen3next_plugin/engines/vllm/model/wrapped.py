@@ -1,0 +1,79 @@
+"""vLLM's models with a vision tower, with our text model inside."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models import qwen3_5 as host
+from vllm.model_executor.models.utils import AutoWeightsLoader
+
+from qwen3next_plugin.engines.vllm.model.moe import describe_experts
+from qwen3next_plugin.engines.vllm.model.trunk import Qwen35ForCausalLM
+from qwen3next_plugin.model.layouts import our_name
+
+
+@contextmanager
+def _our_text_model(name: str) -> Iterator[None]:
+    """vLLM's wrapper builds the text model that has this name in its module: ours, meanwhile."""
+    theirs = getattr(host, name)
+    setattr(host, name, Qwen35ForCausalLM)
+    try:
+        yield
+    finally:
+        setattr(host, name, theirs)
+
+
+class OurTextModel:
+    """What a wrapper does by our text model instead of vLLM's."""
+
+    language_model: Qwen35ForCausalLM
+    get_mamba_state_shape_from_config = Qwen35ForCausalLM.get_mamba_state_shape_from_config
+    get_mamba_state_dtype_from_config = Qwen35ForCausalLM.get_mamba_state_dtype_from_config
+    get_mamba_state_copy_func = Qwen35ForCausalLM.get_mamba_state_copy_func
+    get_model_state_cls = staticmethod(Qwen35ForCausalLM.get_model_state_cls)
+    packed_modules_mapping = Qwen35ForCausalLM.packed_modules_mapping
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the text model strictly, and the vision tower as vLLM does."""
+        tower: list[tuple[str, torch.Tensor]] = []
+
+        def text() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if our_name(name, self.language_model.config) is None:
+                    tower.append((name, tensor))
+                else:
+                    yield name, tensor
+
+        loaded = {f"language_model.{name}" for name in self.language_model.load_weights(text())}
+        loader = AutoWeightsLoader(self)
+        return loaded | loader.load_weights(tower, mapper=self.hf_to_vllm_mapper)
+
+
+class Qwen3_5ForConditionalGeneration(  # noqa: N801, vLLM's drafter knows it by this name
+    OurTextModel, host.Qwen3_5ForConditionalGeneration
+):
+    """Dense."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
+        with _our_text_model("Qwen3_5ForCausalLM"):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+class Qwen3_5MoeForConditionalGeneration(  # noqa: N801, as above
+    OurTextModel, host.Qwen3_5MoeForConditionalGeneration
+):
+    """With experts."""
+
+    moe_layers: list[Any]
+    update_physical_experts_metadata = Qwen35ForCausalLM.update_physical_experts_metadata
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
+        with _our_text_model("Qwen3_5MoeForCausalLM"):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def set_moe_parameters(self) -> None:
+        """Called by vLLM once the text model is built."""
+        describe_experts(self, self.language_model.model.layers)
