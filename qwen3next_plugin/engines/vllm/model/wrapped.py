@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen3_5 as host
-from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen35ForCausalLM
@@ -29,6 +29,7 @@ class OurTextModel:
     """What a wrapper does by our text model instead of vLLM's."""
 
     language_model: Qwen35ForCausalLM
+    hf_to_vllm_mapper: WeightsMapper  # of the wrapper
     get_mamba_state_shape_from_config = Qwen35ForCausalLM.get_mamba_state_shape_from_config
     get_mamba_state_dtype_from_config = Qwen35ForCausalLM.get_mamba_state_dtype_from_config
     get_mamba_state_copy_func = Qwen35ForCausalLM.get_mamba_state_copy_func
