@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[1]
 MODELING = "models/qwen3_next/modeling_qwen3_next.py"
 CONFIGURATION = "models/qwen3_next/configuration_qwen3_next.py"
 # Where names are defined that `transformers` itself loads lazily.
-LAZY = (CONFIGURATION, MODELING, "models/auto/tokenization_auto.py")
+LAZY = (
+    CONFIGURATION,
+    MODELING,
+    *(f"models/auto/{kind}_auto.py" for kind in ("modeling", "processing", "tokenization")),
+)
 # What tests call, with the arguments that they pass.
 CALLED = {
     "Qwen3NextRMSNorm": {"__init__": ["self", "dim", "eps"]},
