@@ -179,7 +179,7 @@ def hit_after(
 def test_a_hit_on_what_the_mtp_layer_has_read_drafts_as_a_cold_run(drafts, seed):
     found, expected = hit_after(drafts, seed, draft=3)
     assert found == expected
-    assert len(found) > TOKENS // 4
+    assert len(found) >= TOKENS // 4  # a step makes at most four tokens
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -189,7 +189,7 @@ def test_a_hit_on_what_it_has_not_read_drafts_from_zeros(drafts, seed):
     drafts.engine.inside("poison")
     again, _ = hit_after(drafts, seed, draft=0)
     assert again == found
-    assert len(found) > TOKENS // 4
+    assert len(found) >= TOKENS // 4  # a step makes at most four tokens
 
 
 def test_drafts_beside_a_request_at_the_end_of_its_context(drafts):
