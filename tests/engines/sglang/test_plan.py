@@ -54,7 +54,8 @@ def test_pools_are_the_ones_sglang_makes(monkeypatch, model, drafts, cached):
         hybrid_kda_config=None,
         fused_entry_bytes=lambda _: None,
         spec_algorithm=Bag(is_none=lambda: not drafts),
-        model_config=Bag(context_len=flags.max_model_len),
+        # Not ours: SGLang's own function, also where a test before has applied our patches.
+        model_config=Bag(context_len=flags.max_model_len, hf_config=Bag(architectures=[])),
     )
     configurator._calculate_mamba_ratio = lambda: host.KVCacheConfigurator._calculate_mamba_ratio(
         configurator
