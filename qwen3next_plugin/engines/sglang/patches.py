@@ -81,9 +81,9 @@ def keep_products(host: Callable[..., None], runner: Any) -> None:
 def commit_trees(
     host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Commit states after trees only: a page takes back a chain's rejected drafts by itself."""
+    """Commit states of trees, and snapshots: a page takes back a chain's rejected drafts itself."""
     ours = is_ours(target_worker.model_runner.model_config)
-    if not (ours and batch.spec_info.tree_topk == 1):
+    if not (ours and batch.spec_info.tree_topk == 1 and batch.mamba_track_indices is None):
         host(target_worker, batch, *args, **kwargs)
 
 
