@@ -43,10 +43,14 @@ class PlainSteps:
         n = len(self)
         return self.requests == requests and [first + n for first in self.firsts] == positions
 
-    def add(self, token_ids: torch.Tensor, hidden_states: torch.Tensor, seconds: float) -> None:
+    def add(
+        self, token_ids: torch.Tensor, hidden_states: torch.Tensor, seconds: float | None
+    ) -> None:
+        """`seconds`: None if the step was not timed."""
         self.token_ids.append(token_ids)
         self.hidden_states.append(hidden_states)
-        self.seconds.append(seconds)
+        if seconds is not None:
+            self.seconds.append(seconds)
 
     def take_last(self) -> list[Row]:
         """Remove the last step; its rows."""

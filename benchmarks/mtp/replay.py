@@ -81,10 +81,6 @@ class Recording:
             for cell, timings in self.timings.items()
         }
 
-    def usual(self, passes: int, drafts: float) -> float:
-        """The cell's median."""
-        return self.medians[passes, drafts]
-
 
 def load(path: Path) -> Recording:
     found = json.loads(path.read_text())
@@ -214,12 +210,12 @@ def ragged_gain(recording: Recording) -> float:
     """What lengths of their own would gain where half of the requests accept all and half none."""
     B, k = recording.batch, recording.k
     chances = [[float(i % 2)] * k for i in range(B)]
-    whole = [recording.usual(0, n) for n in range(k + 1)]
+    whole = [recording.medians[0, n] for n in range(k + 1)]
     steps = [
         whole[n // B] + (whole[min(k, n // B + 1)] - whole[n // B]) * (n % B) / B
         for n in range(B * k + 1)
     ]
-    drafts = [0.0, *(recording.usual(n, n) for n in range(1, k + 1))]
+    drafts = [0.0, *(recording.medians[n, n] for n in range(1, k + 1))]
     ragged = max(plan.rate for plan in best_plans(chances, Table(steps, drafts, 0.0, 0.0)))
     mean = [[0.5] * k]
     one_length = best_plans(mean, Table(steps[::B], drafts, 0.0, 0.0))

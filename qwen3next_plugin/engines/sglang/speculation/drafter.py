@@ -17,12 +17,10 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
 
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
-from qwen3next_plugin.engines.sglang.speculation.plain_steps import PlainSteps
 from qwen3next_plugin.mtp.metrics import Board, Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
+from qwen3next_plugin.mtp.plain_steps import EVERY, PlainSteps
 from qwen3next_plugin.mtp.policy import Policy, make_policy
-
-EVERY = 8  # plain steps after which the drafter looks at them, as long as it drafts nothing
 
 
 class Drafter(Chains):
@@ -34,6 +32,7 @@ class Drafter(Chains):
     limit: int  # tokens that one pass of the MTP layer reads
     rows: list[Row]  # of the last step, if the drafter has looked at it
     plain: PlainSteps | None  # those that it has not looked at
+    plain_reqs: list[Req]  # of these steps
     wait: int  # plain steps until it looks at them
     decoded: set[str]  # requests of the last step that decoded
     read: dict[str, Req]  # those whose prompts were read since the last step
@@ -47,7 +46,8 @@ class Drafter(Chains):
         self.pending = Pending()
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens
         self.limit = chunk if chunk > 0 else whole
-        self.rows, self.plain, self.wait, self.decoded = [], None, 0, set()
+        self.rows, self.plain, self.plain_reqs = [], None, []
+        self.wait, self.decoded = 0, set()
         self.next_steps, self.drafting = 0, set()
         self.read, self.chunked = {}, None
         self.draft_runner.model.make_draft_head()
@@ -91,44 +91,38 @@ class Drafter(Chains):
         batch has changed.
         """
         timed = True
-        if self.plain is None or self.plain.reqs is not batch.reqs or self.rows:
+        same = self.plain is not None and self.plain_reqs is batch.reqs
+        if not same or self.rows:
             timed = self._end_drafts(batch, draft_seconds)
-            if self.plain is None or self.plain.reqs is not batch.reqs:
-                self.keep()
-                self.plain, self.wait = PlainSteps(batch.reqs, batch.seq_lens - 1), 0
-        self.plain.token_ids.append(result.next_token_ids.long())
-        self.plain.hidden_states.append(result.logits_output.hidden_states)
-        if timed:
-            self.plain.seconds.append(step_seconds)
+        if self.plain is None or not same:
+            self.keep()
+            requests = [request.rid for request in batch.reqs]
+            self.plain = PlainSteps(requests, (batch.seq_lens - 1).tolist())
+            self.plain_reqs, self.wait = batch.reqs, 0
+        self.plain.add(
+            result.next_token_ids.long(),
+            result.logits_output.hidden_states,
+            step_seconds if timed else None,
+        )
         self.wait -= 1
         return self._look(batch, self.plain) if self.wait <= 0 else None
 
     def _look(self, batch: ScheduleBatch, plain: PlainSteps) -> EagleDraftInput | None:
         """Learn from the plain steps so far, the last of which has just ended; draft if it pays."""
-        requests = [request.rid for request in plain.reqs]
-        self.observer.observe_plain(requests, len(plain), plain.seconds)
+        self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
         plain.seconds.clear()
-        lengths = self._choose_lengths(requests, more=len(plain) - 1)
+        lengths = self._choose_lengths(plain.requests, more=len(plain) - 1)
         self.wait = EVERY
         if not any(lengths):
             self.keep()
             return None
-        token_ids, hidden_states = plain.token_ids.pop(), plain.hidden_states.pop()
+        token_ids = plain.token_ids[-1]
+        rows = plain.take_last()
         self.keep()
-        plain.first += 1
-        self.rows = [
-            Row(
-                request=request,
-                index=i,
-                tokens=PendingTokens(first, token_ids[i : i + 1], hidden_states[i : i + 1]),
-                scheduled=1,
-                continues=True,
-                draft=length,
-            )
-            for i, (request, first, length) in enumerate(
-                zip(requests, (batch.seq_lens - 1).tolist(), lengths, strict=True)
-            )
-        ]
+        for row, length in zip(rows, lengths, strict=True):
+            row.draft = length
+        self.rows = rows
+        plain.firsts = [first + 1 for first in plain.firsts]
         drafts = self._first_drafts(batch, token_ids)
         if not self.drafting:
             self.wait = 1  # it has not caught up yet, and goes on after the next step
@@ -137,14 +131,10 @@ class Drafter(Chains):
     def keep(self) -> None:
         """Keep the plain steps so far for the MTP layer, without choosing lengths."""
         if plain := self.plain:
-            requests = [request.rid for request in plain.reqs]
             if plain.seconds:
-                self.observer.observe_plain(requests, len(plain), plain.seconds)
-            self.observer.observe_skipped(len(plain) * len(requests))
-            self.pending.put_steps(
-                requests, plain.first.tolist(), plain.token_ids, plain.hidden_states
-            )
-            plain.clear()
+                self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
+            self.observer.observe_skipped(len(plain) * len(plain.requests))
+            plain.keep(self.pending)
 
     def _end_drafts(self, batch: ScheduleBatch, seconds: float) -> bool:
         """Report drafting before this step; whether no step since the last read its prompts."""
