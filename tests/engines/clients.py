@@ -50,8 +50,7 @@ def at_once(server: Server, prompts: Sequence[str]) -> list[str]:
         return answer.choices[0].text
 
     async def everybody() -> list[str]:
-        url = f"{server.address}/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(**server.openai_options()) as client:
             return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
 
     return asyncio.run(everybody())

@@ -83,12 +83,21 @@ def drafts(server: Server, engine: str) -> dict[str, dict[str, float]]:
 def check_shown(server: Server, engine: str, k: int) -> None:
     """The dashboard's queries and `qwen3next watch` find everything that they show."""
     check_dashboard(engine, server.get("/metrics"))
-    client = threading.Thread(target=complete, args=(server, PROMPTS[0], 2000))
+    watched = threading.Event()
+
+    def ask() -> None:
+        while not watched.is_set():
+            complete(server, PROMPTS[0], 200)
+
+    client = threading.Thread(target=ask)
     client.start()
-    done = subprocess.run(
-        [QWEN3NEXT, "watch", server.address], capture_output=True, text=True, timeout=60
-    )
-    client.join()
+    try:
+        done = subprocess.run(
+            [QWEN3NEXT, "watch", server.address], capture_output=True, text=True, timeout=60
+        )
+    finally:
+        watched.set()
+        client.join()
     assert done.returncode == 0, done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     shown = {name: (now, total) for name, now, total in rows}

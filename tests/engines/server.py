@@ -14,6 +14,8 @@ import openai
 
 from engines.process import START_SECONDS, Process, free_port
 
+TIMEOUT_S = 600  # of a request, the connection included
+
 
 class Server(ABC):
     """A server of `model` in a process of its own, on a free port; `client` is a client of it."""
@@ -27,7 +29,12 @@ class Server(ABC):
         self.address = f"http://{self.host}:{self.port}"
         self.began = time.monotonic()
         self.process = self.start(self.environment() | (env or {}), *flags)
-        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+        self.client = openai.OpenAI(**self.openai_options())
+
+    def openai_options(self) -> dict[str, Any]:
+        """What a client of the server is made with. It waits as long as a busy machine needs."""
+        url = f"{self.address}/v1"
+        return {"base_url": url, "api_key": "none", "max_retries": 0, "timeout": TIMEOUT_S}
 
     def start(self, env: dict[str, str], *flags: str) -> Process:
         """The process of the server."""
@@ -65,7 +72,7 @@ class Server(ABC):
             self.close()
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
             return answer.read().decode()
 
     def post(self, path: str, **body: Any) -> Any:

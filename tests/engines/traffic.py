@@ -78,8 +78,7 @@ def send(server: Server, batch: Sequence[Request], clients: int) -> list[tuple[i
     async def all_of_them() -> list[tuple[int, ...] | None]:
         queue: Iterator[tuple[int, Request]] = iter(enumerate(batch))
         answers: list[tuple[int, ...] | None] = [None] * len(batch)
-        url = f"{server.address}/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(**server.openai_options()) as client:
 
             async def work() -> None:
                 for i, request in queue:
