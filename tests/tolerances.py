@@ -10,6 +10,7 @@ OPS = (
     "causal_conv1d",
     "fused_moe",
     "gated_delta_rule",
+    "linear",
     "output_gate",
     "paged_attention",
     "qk_norm_rope",

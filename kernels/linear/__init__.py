@@ -1,0 +1,48 @@
+"""A linear layer whose weight is quantised and packed."""
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, check
+from qwen3next_plugin.kernels.linear.packing import pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels.linear.weight import (
+    Weight,
+    check_weight,
+    concatenate,
+    stack,
+    unpack,
+)
+
+__all__ = [
+    "Weight",
+    "concatenate",
+    "linear",
+    "pack_fp8",
+    "pack_int4",
+    "pack_int8",
+    "stack",
+    "unpack",
+]
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """out = x Wᵀ, with W = scale (values − zero).
+
+    The bits of a row of out depend on that row of x and on the weight alone. A row with an element
+    that is not finite gives NaN.
+
+    int8 and int4: each group of a row of x is rounded to 15 bits and a sign, times a power of two
+    (fp32: 28 bits). A bf16 element is exact unless it is below 1/128 of its group's largest. The
+    products of a group are summed in int32, exactly; groups are added in fp32, in order. So the
+    result is also the same at every instruction set.
+    fp8: values are exact in bf16. Products are summed in fp32, in a fixed order.
+
+    Shapes: x [M, K], any row stride; weight [N, K]; returns [M, N] of x's dtype
+
+    Raises: ValueError for an argument's shape, stride, device or dtype.
+    """
+    op = "linear"
+    run = dispatch.implementation(op, x.device)
+    check_weight(op, "weight", weight, 2, x.device)
+    check(op, "x", x, (x.shape[0], weight.shape[1]), ACTIVATIONS, x.device)
+    return run(x, weight)

@@ -1,0 +1,10 @@
+"""The layer as its equation, in fp32."""
+
+from torch import Tensor
+
+from qwen3next_plugin.kernels.linear.weight import Weight, unpack
+
+
+def run(x: Tensor, weight: Weight) -> Tensor:
+    """Shapes as in the public op."""
+    return (x.float() @ unpack(weight).T).to(x.dtype)

@@ -1,0 +1,152 @@
+"""A quantised matrix as the kernels read it: 16 rows interleaved, in tiles."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TILE = 16  # rows of a tile: the fp32 lanes of AVX-512
+BLOCK = 128  # the last dim is padded to a multiple of it
+Format = Literal["int8", "int4", "fp8"]
+LINE = {"int8": torch.int16, "int4": torch.int32, "fp8": torch.int32}  # a row's part of a line
+SYMMETRIC = 8  # the zero point of int4 without zero points
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """W = scale (values − zero), packed by `pack_int8`, `pack_int4` or `pack_fp8`.
+
+    Shapes, of one matrix [N, K]; of experts all have a leading dim E:
+        packed: [⌈N/16⌉, bytes] uint8. A byte holds an int8 or e4m3, or two int4; columns are in
+            pairs: within a tile [K/2, 16, 2] bytes (int8), or [K/8, 16, 2] words of 16 bits, whose
+            nibbles, lowest first, are 2 columns apart (int4); [K/4, 16, 2] words of 16 bits, whose
+            bytes are 2 columns apart (fp8)
+        scale: [⌈N/16⌉, groups, 16] fp32, bf16 or fp16; one group if `group` is 0
+        zero: the same shape, uint8, or None: 8 for int4, 0 for the others
+    """
+
+    format: Format
+    shape: tuple[int, ...]  # (N, K), or (E, N, K)
+    group: int  # columns that share a scale: 32, 64 or 128; 0: the whole row
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(t.nbytes for t in (self.packed, self.scale, self.zero) if t is not None)
+
+    def expert(self, e: int) -> "Weight":
+        """The matrix of one expert, as views."""
+        return self._with(self.shape[1:], lambda t: t[e])
+
+    def _with(self, shape: tuple[int, ...], f: Callable[[Tensor], Tensor]) -> "Weight":
+        zero = None if self.zero is None else f(self.zero)
+        return replace(self, shape=shape, packed=f(self.packed), scale=f(self.scale), zero=zero)
+
+
+def unpack(weight: Weight) -> Tensor:
+    """W in fp32. Shapes: [N, K], or [E, N, K]"""
+    *_, N, K = weight.shape
+    values = _values(weight)  # [..., tiles, columns, 16]
+    columns, groups = values.shape[-2], weight.scale.shape[-2]
+    scale, zero = weight.scale.float(), SYMMETRIC if weight.format == "int4" else 0
+    if weight.zero is not None:
+        zero = weight.zero.float().repeat_interleave(weight.group or columns, -2)[..., :columns, :]
+    scale = scale.repeat_interleave(columns if groups == 1 else weight.group, -2)
+    w = (values - zero) * scale[..., :columns, :]
+    return w.transpose(-1, -2).flatten(-3, -2)[..., :N, :K]
+
+
+def _values(weight: Weight) -> Tensor:
+    """The values as fp32 [..., tiles, columns, 16]; columns includes the padding."""
+    packed = weight.packed
+    if weight.format == "int8":
+        values = packed.view(torch.int8).float().unflatten(-1, (-1, TILE, 2))
+        return values.transpose(-1, -2).flatten(-3, -2)
+    words = packed.view(torch.int16).int().unflatten(-1, (-1, 1, TILE, 2))
+    if weight.format == "int4":
+        words = (words >> torch.arange(0, 16, 4).view(4, 1, 1)) & 15  # [..., chunks, 4, 16, 2]
+        return words.float().transpose(-1, -2).flatten(-4, -2)
+    words = (words >> torch.tensor([0, 8]).view(2, 1, 1)) & 255
+    values = words.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return values.transpose(-1, -2).flatten(-4, -2)
+
+
+def check_weight(op: str, name: str, weight: Weight, dims: int, device: torch.device) -> None:
+    """Raise ValueError unless the parts have the shapes that format, shape and group ask for."""
+    if len(weight.shape) != dims:
+        raise ValueError(f"{op}: {name} has shape {weight.shape}, not {dims} dims")
+    *lead, N, K = weight.shape
+    padded = -(-K // (weight.group or BLOCK)) * (weight.group or BLOCK)
+    tiles, line = -(-N // TILE), TILE * padded // (2 if weight.format == "int4" else 1)
+    entries = (*lead, tiles, K and -(-K // (weight.group or K)), TILE)
+    for part, shape in (("packed", (*lead, tiles, line)), ("scale", entries), ("zero", entries)):
+        tensor = getattr(weight, part)
+        if tensor is None:
+            continue
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name}.{part} has shape {tuple(tensor.shape)}, strides {tensor.stride()},"
+                f" not {shape} without gaps"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name}.{part} is on {tensor.device}, not on {device}")
+
+
+def concatenate(weights: Sequence[Weight]) -> Weight:
+    """The rows of several matrices [N, K] in one, also where N is no multiple of 16.
+
+    Raises: ValueError unless format, group, columns and kinds of scale and zero point agree.
+    """
+    first = _alike("concatenate", weights)
+    N, K = sum(w.shape[0] for w in weights), first.shape[1]
+
+    def joined(name: str) -> Tensor:
+        line = LINE[first.format] if name == "packed" else None
+        rows = torch.cat([_rows(getattr(w, name), w.shape[0], line) for w in weights])
+        return _tiles(rows, line)
+
+    zero = None if first.zero is None else joined("zero")
+    return replace(first, shape=(N, K), packed=joined("packed"), scale=joined("scale"), zero=zero)
+
+
+def stack(weights: Sequence[Weight]) -> Weight:
+    """Matrices [N, K] as experts [E, N, K]. Raises: ValueError unless they are alike."""
+    first = _alike("stack", weights)
+    if any(w.shape != first.shape for w in weights):
+        raise ValueError(f"stack: shapes differ: {sorted({w.shape for w in weights})}")
+    zero = None if first.zero is None else torch.stack([w.zero for w in weights])
+    packed, scale = (
+        torch.stack([getattr(w, name) for w in weights]) for name in ("packed", "scale")
+    )
+    return replace(first, shape=(len(weights), *first.shape), packed=packed, scale=scale, zero=zero)
+
+
+def _alike(op: str, weights: Sequence[Weight]) -> Weight:
+    def kind(w: Weight) -> tuple:
+        return w.format, w.group, len(w.shape), w.shape[-1], w.scale.dtype, w.zero is not None
+
+    for i, w in enumerate(weights):
+        if kind(w) != kind(weights[0]):
+            raise ValueError(
+                f"{op}: format, group, dims, columns, dtype of scales, has zero points: {kind(w)}"
+                f" of matrix {i}, {kind(weights[0])} of the first"
+            )
+    return weights[0]
+
+
+def _rows(tiles: Tensor, N: int, line: torch.dtype | None) -> Tensor:
+    """[tiles, ...] as rows [N, ...]; with entries of such a dtype, unless that is None."""
+    lines = tiles if line is None else tiles.view(line)
+    return lines.reshape(len(tiles), -1, TILE).transpose(1, 2).flatten(0, 1)[:N]
+
+
+def _tiles(rows: Tensor, line: torch.dtype | None) -> Tensor:
+    """The inverse of `_rows`, padded with zeros to whole tiles."""
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % TILE))
+    lines = padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()  # [tiles, lines, 16]
+    return lines if line is None else lines.flatten(1).view(torch.uint8)
