@@ -1,0 +1,149 @@
+"""What a config must satisfy to be served, and the error that names field, value and fix."""
+
+import math
+from dataclasses import fields
+from typing import TYPE_CHECKING, TypeGuard
+
+if TYPE_CHECKING:
+    from qwen3next_plugin.config import Qwen3NextConfig
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+CONV_WIDTH = 4
+MAX_HEAD_DIM = 256  # of linear attention
+_MAY_BE_ZERO = (  # _check_feed_forward checks them where the model has such layers
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "intermediate_size",
+    "num_nextn_predict_layers",
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be served; the text names the field, its value and the fix."""
+
+
+def complaint(name: str, found: object, fix: str) -> ConfigError:
+    """The error about one field: its value, and what to write instead."""
+    return ConfigError(f"{name} = {found!r}: {fix}")
+
+
+def missing(name: str) -> ConfigError:
+    """The error about a field that has no default."""
+    return ConfigError(f"{name} is missing from the config; copy it from the model's release")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least `least`."""
+    if type(value) is not int or value < least:
+        raise complaint(name, value, f"must be a whole number of at least {least}")
+
+
+def check(config: "Qwen3NextConfig") -> None:
+    """Raise ConfigError unless the kernels and the engines can run this model on these ranks."""
+    _check_numbers(config)
+    _check_layers(config)
+    _check_attention(config)
+    _check_feed_forward(config)
+    _check_ranks(config)
+
+
+def _check_numbers(c: "Qwen3NextConfig") -> None:
+    for f in fields(c):
+        if f.type is int:
+            check_count(f.name, getattr(c, f.name), least=int(f.name not in _MAY_BE_ZERO))
+        elif f.type is bool and not isinstance(value := getattr(c, f.name), bool):
+            raise complaint(f.name, value, "must be true or false")
+    if not _is_number(c.rms_norm_eps) or not 0 < c.rms_norm_eps < 1:
+        raise complaint("rms_norm_eps", c.rms_norm_eps, "must be between 0 and 1 (1e-06)")
+    if c.hidden_act != "silu":
+        raise complaint("hidden_act", c.hidden_act, "the kernels compute 'silu' only")
+
+
+def _check_layers(c: "Qwen3NextConfig") -> None:
+    if unknown := sorted({str(t) for t in c.layer_types if t not in LAYER_TYPES}):
+        raise complaint("layer_types", unknown, f"use {' and '.join(LAYER_TYPES)} only")
+    if len(c.layer_types) != c.num_hidden_layers:
+        fix = f"num_hidden_layers is {c.num_hidden_layers}; override both together"
+        raise complaint("len(layer_types)", len(c.layer_types), fix)
+    for i in c.mlp_only_layers:
+        if type(i) is not int or not 0 <= i < c.num_hidden_layers:
+            raise complaint("mlp_only_layers", i, f"layers are 0 to {c.num_hidden_layers - 1}")
+
+
+def _check_attention(c: "Qwen3NextConfig") -> None:
+    if c.num_attention_heads % c.num_key_value_heads:
+        fix = f"must be a multiple of num_key_value_heads = {c.num_key_value_heads}"
+        raise complaint("num_attention_heads", c.num_attention_heads, fix)
+    if c.linear_num_value_heads % c.linear_num_key_heads:
+        fix = f"must be a multiple of linear_num_key_heads = {c.linear_num_key_heads}"
+        raise complaint("linear_num_value_heads", c.linear_num_value_heads, fix)
+    for name in ("linear_key_head_dim", "linear_value_head_dim"):
+        if (dim := getattr(c, name)) % 16 or dim > MAX_HEAD_DIM:
+            fix = f"no kernel has it; must be a multiple of 16, at most {MAX_HEAD_DIM}"
+            raise complaint(name, dim, fix)
+    if c.linear_conv_kernel_dim != CONV_WIDTH:
+        fix = f"the convolution kernels are of width {CONV_WIDTH} only"
+        raise complaint("linear_conv_kernel_dim", c.linear_conv_kernel_dim, fix)
+    if c.head_dim % 2:
+        raise complaint("head_dim", c.head_dim, "no kernel has it; must be even")
+    _check_rope(c)
+
+
+def _check_rope(c: "Qwen3NextConfig") -> None:
+    rope = c.rope_parameters
+    partial, theta = rope.get("partial_rotary_factor"), rope.get("rope_theta")
+    if not _is_number(partial) or not 0 < partial <= 1:
+        raise complaint("partial_rotary_factor", partial, "must be in (0, 1] (released: 0.25)")
+    if not _is_number(theta) or theta <= 0:
+        raise complaint("rope_theta", theta, "must be positive (released: 10000000)")
+    if c.rotary_dim % 2 or not c.rotary_dim:
+        fix = f"head_dim {c.head_dim} x partial_rotary_factor {partial} must be even, at least 2"
+        raise complaint("rotary_dim", c.rotary_dim, fix)
+    if (section := rope.get("mrope_section")) is not None:
+        _check_mrope(section, rope.get("mrope_interleaved"), c.rotary_dim // 2)
+    if rope.get("rope_type") not in ("default", "yarn"):
+        raise complaint("rope_type", rope.get("rope_type"), "use 'default' or 'yarn'")
+    if rope["rope_type"] == "yarn":
+        if not _is_number(factor := rope.get("factor")) or factor < 1:
+            raise complaint("rope_parameters.factor", factor, "YaRN needs one of at least 1")
+        name = "original_max_position_embeddings"
+        check_count(f"rope_parameters.{name}", rope.get(name))
+
+
+def _check_mrope(section: object, interleaved: object, frequencies: int) -> None:
+    sizes = section if isinstance(section, list | tuple) and len(section) == 3 else ()
+    if not all(type(n) is int and n >= 0 for n in sizes) or sum(sizes) != frequencies:
+        fix = f"must be three sizes that add up to rotary_dim / 2 = {frequencies}"
+        raise complaint("mrope_section", section, fix)
+    if interleaved is not True:
+        raise complaint("mrope_interleaved", interleaved, "must be true")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_feed_forward(c: "Qwen3NextConfig") -> None:
+    if c.num_moe_layers < c.num_hidden_layers:
+        check_count("intermediate_size", c.intermediate_size)
+    if c.num_experts:
+        check_count("moe_intermediate_size", c.moe_intermediate_size)
+        check_count("num_experts_per_tok", c.num_experts_per_tok)
+        if c.num_experts_per_tok > c.num_experts:
+            fix = f"cannot exceed num_experts = {c.num_experts}"
+            raise complaint("num_experts_per_tok", c.num_experts_per_tok, fix)
+
+
+def _check_ranks(c: "Qwen3NextConfig") -> None:
+    names = ("linear_num_key_heads", "linear_num_value_heads", "num_attention_heads")
+    for name in names:
+        if getattr(c, name) % c.tp_size:
+            raise complaint("tp_size", c.tp_size, f"does not divide {name} = {getattr(c, name)}")
+    if c.num_key_value_heads % c.tp_size and c.tp_size % c.num_key_value_heads:
+        fix = f"neither divides nor is a multiple of num_key_value_heads = {c.num_key_value_heads}"
+        raise complaint("tp_size", c.tp_size, fix)
+    if c.pp_size > c.num_hidden_layers:
+        fix = f"more stages than num_hidden_layers = {c.num_hidden_layers}"
+        raise complaint("pp_size", c.pp_size, fix)

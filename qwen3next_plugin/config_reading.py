@@ -1,0 +1,164 @@
+"""Every spelling of a config: nested or flat, old or new names, one form read from all of them."""
+
+import json
+from collections.abc import Mapping, Set
+from typing import Any, Literal
+
+from qwen3next_plugin.config_checks import (
+    LAYER_TYPES,
+    ConfigError,
+    check_count,
+    complaint,
+    missing,
+)
+
+Layout = Literal["grouped", "flat"]  # of a checkpoint; model/weights.py describes both
+# Of each model_type: the layout of its checkpoints, and whether its layers have experts. Those that
+# end in `_mtp` are vLLM's copies for the drafter, whose experts are known by their number only.
+MODEL_TYPES: Mapping[str, tuple[Layout, bool | None]] = {
+    "qwen3_next": ("grouped", True),
+    "qwen3_next_mtp": ("grouped", True),
+    "qwen3_5": ("flat", False),
+    "qwen3_5_text": ("flat", False),
+    "qwen3_5_moe": ("flat", True),
+    "qwen3_5_moe_text": ("flat", True),
+    "qwen3_5_mtp": ("flat", None),
+}
+OLD_SPELLINGS = ("full_attention_interval", "partial_rotary_factor", "rope_scaling", "rope_theta")
+# The only value that is served of a field which other models of the kind have.
+SERVED = {"attn_output_gate": True, "mtp_use_dedicated_embeddings": False}
+
+
+def read(given: Mapping[str, Any], names: Set[str], override_flag: str) -> dict[str, Any]:
+    """The fields `names` of the description, as far as the config gives them; raises ConfigError.
+
+    The fix in an error names `override_flag`, the engine's flag that overrides values.
+    """
+    raw = _text_config(given, names, override_flag)
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    values["layout"] = MODEL_TYPES[_model_type(raw)][0]
+    values["layer_types"] = _layer_types(raw)
+    values["mlp_only_layers"] = tuple(_list(raw, "mlp_only_layers") or ())
+    values["rope_parameters"] = _rope_parameters(raw, override_flag)
+    return values
+
+
+def check_kind(given: Mapping[str, Any], names: Set[str], override_flag: str) -> None:
+    """Raise ConfigError if a config mixes two kinds of models."""
+    _model_type(_text_config(given, names, override_flag))
+
+
+def _text_config(given: Mapping[str, Any], names: Set[str], override_flag: str) -> dict[str, Any]:
+    """The text model's fields, which a model with a vision tower has nested.
+
+    Where both levels have one of the fields `names` they must agree, but for tied embeddings,
+    which transformers writes at both levels and reads at either.
+    """
+    nested = given.get("text_config")
+    if nested is None:
+        raw = dict(given)
+    elif not isinstance(nested, Mapping):
+        raise complaint("text_config", nested, "must be an object, or absent")
+    else:
+        raw = {"model_type": given.get("model_type")} | dict(nested)
+        _check_nesting(given, raw, names, override_flag)
+        if given.get("tie_word_embeddings"):
+            raw["tie_word_embeddings"] = given["tie_word_embeddings"]
+    for level in (raw, given):
+        if raw.get("num_nextn_predict_layers") is None:
+            raw["num_nextn_predict_layers"] = level.get("mtp_num_hidden_layers")
+    return raw
+
+
+def _check_nesting(
+    given: Mapping[str, Any], raw: Mapping[str, Any], names: Set[str], override_flag: str
+) -> None:
+    outer, inner = given.get("model_type"), raw["model_type"]
+    if outer != "qwen3_5_mtp" and inner not in (outer, f"{outer}_text"):
+        raise complaint("text_config.model_type", inner, f"model_type is {outer!r}; use one layout")
+    both = (names | set(OLD_SPELLINGS)) - {"tie_word_embeddings"}
+    for name in sorted(both & given.keys()):
+        if given[name] is not None and given[name] != raw.get(name):
+            path = {"text_config": {name: given[name]}}
+            fix = f"{override_flag} '{json.dumps(path)}'".lstrip()
+            raise complaint(
+                name,
+                given[name],
+                f"text_config says {raw.get(name)!r}, and that is what counts; write {fix}",
+            )
+
+
+def _model_type(raw: Mapping[str, Any]) -> str:
+    """The model_type, if this plugin serves it, and if it is the one that has these experts."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        served = ", ".join(sorted(name for name in MODEL_TYPES if not name.endswith("_mtp")))
+        raise complaint("model_type", model_type, f"this plugin serves {served} only")
+    for name, value in SERVED.items():
+        if raw.get(name, value) != value:
+            raise complaint(name, raw[name], f"the model is computed with {value} only")
+    has_experts, num_experts = MODEL_TYPES[model_type][1], raw.get("num_experts")
+    if has_experts and num_experts is None:
+        raise missing("num_experts")
+    if has_experts is False and num_experts:
+        fix = f"{model_type!r} has dense layers only; with experts it is 'qwen3_5_moe_text'"
+        raise complaint("num_experts", num_experts, fix)
+    return model_type
+
+
+def _list(raw: Mapping[str, Any], name: str) -> list[Any] | None:
+    if (value := raw.get(name)) is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise complaint(name, value, "must be a list, or absent")
+    return list(value)
+
+
+def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """From `layer_types` or `full_attention_interval`; if both are given, they must agree."""
+    given, interval = _list(raw, "layer_types"), raw.get("full_attention_interval")
+    if given is None and interval is None:
+        raise ConfigError("layer_types and full_attention_interval are missing: write either one")
+    if interval is None:
+        return tuple(given or ())
+    layers = raw.get("num_hidden_layers")
+    check_count("num_hidden_layers", layers)
+    check_count("full_attention_interval", interval)
+    derived = tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers or 0))
+    if given is not None and tuple(given) != derived:
+        fix = f"it disagrees with layer_types {given!r}; remove the wrong one"
+        raise complaint("full_attention_interval", interval, fix)
+    return derived
+
+
+def _rope_parameters(raw: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
+    """`rope_parameters`, or the older `rope_scaling`, completed from the top-level fields."""
+    source = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    if not isinstance(given := raw.get(source) or {}, Mapping):
+        raise complaint(source, given, "must be an object, or absent")
+    rope = dict(given)
+    legacy = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or legacy or "default"
+    for name in ("rope_theta", "partial_rotary_factor"):
+        inner, outer = rope.get(name), raw.get(name)
+        if inner is None and outer is None:
+            raise _lost_rope(name, rope, override_flag) if given else missing(name)
+        if None not in (inner, outer) and inner != outer:
+            fix = f"{source} says {inner!r}, and that is what counts; override {source} in full"
+            raise complaint(name, outer, fix)
+        rope[name] = outer if inner is None else inner
+    if rope["rope_type"] == "yarn":
+        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    return rope
+
+
+def _lost_rope(name: str, rope: Mapping[str, Any], override_flag: str) -> ConfigError:
+    """The error after an override replaced the whole dict: shows what to write instead."""
+    released = {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
+    full = released | {key: value for key, value in rope.items() if value is not None}
+    fix = f"{override_flag} '{json.dumps({'rope_parameters': full})}'".lstrip()
+    return ConfigError(
+        f"rope_parameters has lost {name}: overriding rope_scaling or rope_parameters replaces all"
+        f" of it. Write it in full, with the checkpoint's own values (shown: the released"
+        f" models'): {fix}"
+    )
