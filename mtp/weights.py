@@ -1,12 +1,21 @@
 """Weights: names and shapes of the MTP tensors in a checkpoint, and a check that they exist."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.layouts import our_name
-from qwen3next_plugin.model.weights import CheckpointError, decoder_layer_tensors
+from qwen3next_plugin.model.weights import (
+    CheckpointError,
+    check_files,
+    decoder_layer_tensors,
+    parameters,
+    stored_tensors,
+    trunk_tensors,
+)
 
 PREFIX = "mtp."
 
@@ -44,3 +53,25 @@ def require_mtp(
             "transformers drops them): serve without --speculative-config (SGLang: "
             "--speculative-algorithm), or use the released checkpoint"
         )
+
+
+def check_stored(folder: Path, config: Qwen3NextConfig, *, quantised: bool, with_mtp: bool) -> None:
+    """Check a local checkpoint by its files' headers, before anything is loaded.
+
+    Args:
+        quantised: see `checked`.
+        with_mtp: check the MTP tensors too, which are ignored otherwise.
+
+    Raises:
+        CheckpointError: a damaged file, or a tensor missing, unexpected or of another shape.
+    """
+    check_files(folder)
+    trunk, mtp = trunk_tensors(config), mtp_tensors(config)
+    parts = [(stored_tensors(folder), trunk, mtp)]
+    if with_mtp:
+        parts.append((require_mtp(stored_tensors(folder), config), mtp, trunk))
+    for stored, expected, ignored in parts:
+        tensors = parameters(
+            stored, config, expected=expected, ignored=ignored, quantised=quantised
+        )
+        deque(tensors, maxlen=0)

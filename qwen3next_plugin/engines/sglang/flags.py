@@ -1,7 +1,6 @@
 """SGLang's flags: every refusal and every default, before a process starts."""
 
 import json
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ from qwen3next_plugin.engines.sglang.names import (
 )
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
-from qwen3next_plugin.model.weights import check_files, parameters, stored_tensors, trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
+from qwen3next_plugin.mtp.weights import check_stored
 
 PREFILL_GRAPHS = ("breakable", "disabled")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
@@ -163,15 +161,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         check_num_draft_layers(config, "--speculative-algorithm")
     if not folder.is_dir() or server_args.load_format == "dummy":
         return
-    check_files(folder)
-    trunk, mtp = trunk_tensors(config), mtp_tensors(config)
-    stored = stored_tensors(folder)
-    deque(parameters(stored, config, expected=trunk, ignored=mtp, quantised=quantised), maxlen=0)
-    if server_args.speculative_algorithm:
-        stored = require_mtp(stored_tensors(folder), config)
-        deque(
-            parameters(stored, config, expected=mtp, ignored=trunk, quantised=quantised), maxlen=0
-        )
+    with_mtp = bool(server_args.speculative_algorithm)
+    check_stored(folder, config, quantised=quantised, with_mtp=with_mtp)
 
 
 def _check_kernels(graphs: Any) -> None:

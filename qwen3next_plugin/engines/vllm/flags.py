@@ -3,7 +3,7 @@
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from vllm.config import CacheConfig, LoRAConfig, VllmConfig
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -11,17 +11,21 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
+    check_kind,
+    check_num_draft_layers,
     check_num_speculative_tokens,
 )
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.names import LOGGER, SCHEDULER, WORKER
-from qwen3next_plugin.model.weights import check_files
+from qwen3next_plugin.mtp.weights import check_stored
 
 logger = init_logger(LOGGER)
 
 CPU_BLOCK_SIZE = 128  # tokens: where vLLM starts on a CPU, before it makes room for a page
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+OVERRIDE_FLAG = "--hf-overrides"
+READ_HERE = ("auto", "safetensors")  # of --load-format
 # The one way in which drafts are made and verified; another would be ignored.
 SERVED_WITH_DRAFTS = {
     "draft_sample_method": "greedy",
@@ -37,7 +41,7 @@ def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
         vllm_config.model_config.hf_config,
         tp_size=parallel_config.tensor_parallel_size,
         pp_size=parallel_config.pipeline_parallel_size,
-        override_flag="--hf-overrides",
+        override_flag=OVERRIDE_FLAG,
     )
 
 
@@ -47,8 +51,7 @@ def check(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError, CheckpointError: names what is wrong and the fix.
     """
-    config = read_config(vllm_config)
-    check_files(Path(vllm_config.model_config.model))
+    config = _check_files(vllm_config)
     _check_images(vllm_config)
     _check_lora(config, vllm_config.lora_config)
     _check_kernels(vllm_config)
@@ -60,6 +63,12 @@ def check(vllm_config: VllmConfig) -> None:
         _check_cpu(config, vllm_config)
 
 
+def check_drafter(model_config: ModelConfig) -> None:
+    """Refuse drafts of a model without an MTP layer, before vLLM divides by their number."""
+    config = Qwen3NextConfig.from_hf(model_config.hf_config, override_flag=OVERRIDE_FLAG)
+    check_num_draft_layers(config, "--speculative-config")
+
+
 def complete(vllm_config: VllmConfig) -> None:
     """Fill in what no flag says; on a CPU: block size, LoRA's targets, worker and scheduler."""
     _align_positions(vllm_config)
@@ -69,6 +78,26 @@ def complete(vllm_config: VllmConfig) -> None:
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
     _choose_metrics(vllm_config)
+
+
+def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
+    """Refuse a config, and a local checkpoint with a tensor missing or of another shape.
+
+    A checkpoint of a hub, or of a format that only vLLM reads, is checked as it loads.
+    """
+    model_config = vllm_config.model_config
+    folder = Path(model_config.model)
+    if not model_config.hf_overrides:
+        check_kind(folder, OVERRIDE_FLAG)
+    config = read_config(vllm_config)
+    if folder.is_dir() and vllm_config.load_config.load_format in READ_HERE:
+        check_stored(
+            folder,
+            config,
+            quantised=vllm_config.quant_config is not None,
+            with_mtp=vllm_config.speculative_config is not None,
+        )
+    return config
 
 
 def _check_images(vllm_config: VllmConfig) -> None:

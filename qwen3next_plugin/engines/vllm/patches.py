@@ -10,7 +10,7 @@ from copy import copy
 from functools import cache
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -29,7 +29,7 @@ from qwen3next_plugin.engines.patching import (
 )
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.names import LOGGER, OPAQUE_OP, TRUNKS, is_ours
+from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -57,6 +57,15 @@ class CheckFlags(VerifyAndUpdateConfig):
             current_platform.is_cpu() or vllm_config.use_v2_model_runner
         ):
             apply(WITH_DRAFTS)
+
+
+class CheckDrafter(VerifyAndUpdateConfig):
+    """Called while vLLM completes the configuration of our drafter, before that of the model."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Refuse drafts that cannot be made."""
+        flags.check_drafter(model_config)
 
 
 class SayNoKernels(VerifyAndUpdateConfig):
@@ -97,6 +106,11 @@ def after_hosts(architecture: str, ours: type[VerifyAndUpdateConfig]) -> type[An
             host.verify_and_update_config(vllm_config)
             ours.verify_and_update_config(vllm_config)
 
+        @staticmethod
+        def verify_and_update_model_config(model_config: ModelConfig) -> None:
+            host.verify_and_update_model_config(model_config)
+            ours.verify_and_update_model_config(model_config)
+
     return Both
 
 
@@ -104,12 +118,15 @@ WITH_OURS: tuple[Entry, ...] = tuple(
     Item(
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
         key=architecture,
-        value=after_hosts(architecture, CheckFlags),
+        value=after_hosts(architecture, check),
         reason="flags must be checked before a worker starts; vLLM has no entry point for it",
         versions=ALL_VERSIONS,
         remove_when="a plugin's model class can check the configuration",
     )
-    for architecture in TRUNKS
+    for architecture, check in (
+        *((trunk, CheckFlags) for trunk in TRUNKS),
+        *((drafter, CheckDrafter) for drafter in DRAFTERS),
+    )
 )
 
 ELSEWHERE: tuple[Entry, ...] = tuple(

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BASE, write_checkpoint
+from engines import mixed
 from engines.process import START_SECONDS, Fork
 from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked, Server
@@ -138,6 +139,28 @@ def test_of_qwen3_5_is_refused_by_name(complete, wrapped, tmp_path, case):
 def test_qwen3_5_passes(complete, wrapped, flags):
     config = complete(wrapped, **TEXT_ONLY, **flags)
     assert config.model_config.architecture == "Qwen3_5ForConditionalGeneration"
+
+
+@pytest.mark.parametrize("case", mixed.CONFIGS)
+def test_config_of_two_models(complete, tmp_path, case):
+    fault = mixed.CONFIGS[case]
+    with pytest.raises(Exception, match=fault.message):
+        complete(fault.write(tmp_path), **TEXT_ONLY)
+
+
+@pytest.mark.parametrize("case", mixed.TENSORS)
+def test_tensors_of_another_model(complete, tmp_path, case):
+    fault = mixed.TENSORS[case]
+    with pytest.raises(Exception, match=fault.message):
+        complete(fault.write(tmp_path), **TEXT_ONLY)
+
+
+@pytest.mark.parametrize("case", mixed.WITHOUT_MTP)
+def test_drafts_of_a_config_without_a_drafter(complete, tmp_path, case):
+    model = mixed.without_mtp(tmp_path, *mixed.WITHOUT_MTP[case])
+    complete(model, **TEXT_ONLY)
+    with pytest.raises(Exception, match=r"mtp_num_hidden_layers = 0: .* drop --speculative-config"):
+        complete(model, **TEXT_ONLY, **drafts(2))
 
 
 @pytest.mark.parametrize("field", ["linear_num_key_heads", "moe_intermediate_size"])
