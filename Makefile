@@ -84,6 +84,15 @@ $(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
 	touch $@
 test-vllm: $(TRITONS)
 
+# What the tests compare with is computed under later transformers, too, than the hosts allow.
+TRANSFORMERS := $(patsubst %,.transformers/%/.installed,5.20.2 5.24.0)
+$(TRANSFORMERS): .transformers/%/.installed: | .venv-vllm/bin/python
+	.venv-vllm/bin/python $(INSTALL) --target .transformers/$* transformers==$*
+	touch $@
+ifneq ($(filter test-long,$(MAKECMDGOALS)),)
+test-vllm: $(TRANSFORMERS)
+endif
+
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
 # has the longest last. Engines want memory too, so there are four at most.
@@ -126,4 +135,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .triton)
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .triton .transformers)

@@ -10,7 +10,7 @@ from packaging.version import Version
 TESTED: Mapping[str, SpecifierSet] = {
     "python": SpecifierSet(">=3.11"),
     "torch": SpecifierSet(">=2.11"),
-    "transformers": SpecifierSet(">=5.16,<5.21"),
+    "transformers": SpecifierSet(">=5.16,<5.25"),
     "triton": SpecifierSet(">=3.6,<3.10"),
     "vllm": SpecifierSet(">=0.32,<0.34"),
     "sglang": SpecifierSet("==0.5.23"),

@@ -1,16 +1,27 @@
-"""transformers has what the config reader and the tests use; its sources are read, not imported."""
+"""Every transformers has what the config reader and the tests use, and computes the same.
+
+Its sources are read, not imported, but for the tests marked `long`.
+"""
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
+import reference_report
+from checkpoints import SHAPES, write_checkpoint
 from engines.contract import Sources, arguments, definition, host, in_order, other_hosts
+from family import FAMILY
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.versions import TESTED
 
 ROOT = Path(__file__).parents[1]
+OTHERS = [path.parent for path in sorted(ROOT.glob(".transformers/*/.installed"))]
 MODELING = "models/qwen3_next/modeling_qwen3_next.py"
 CONFIGURATION = "models/qwen3_next/configuration_qwen3_next.py"
 # Where names are defined that `transformers` itself loads lazily.
@@ -50,7 +61,9 @@ CALLED = {
 }
 
 
-@pytest.fixture(scope="module", params=["installed", *other_hosts("transformers")])
+@pytest.fixture(
+    scope="module", params=["installed", *map(str, OTHERS), *other_hosts("transformers")]
+)
 def sources(request) -> Sources:
     pytest.importorskip("transformers")
     return host("transformers", request.param)
@@ -92,3 +105,35 @@ def test_its_config_has_every_field_that_ours_requires(sources):
     owner = definition(sources.tree(CONFIGURATION), "Qwen3NextConfig")
     theirs = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}
     assert {f.name for f in fields(Qwen3NextConfig) if f.default is MISSING} <= theirs
+
+
+@pytest.mark.long
+def test_other_transformers_are_there():
+    assert OTHERS, "make test-long installs them"
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> tuple[list[str], dict[str, dict]]:
+    """Checkpoints of every kind, and what the installed transformers makes of them."""
+    folder = tmp_path_factory.mktemp("kinds")
+    paths = [write_checkpoint(folder / name, **changes) for name, changes in SHAPES.items()]
+    paths += [member.write(folder / name) for name, member in FAMILY.items()]
+    names = list(map(str, paths))
+    return names, reference_report.report(names)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", OTHERS, ids=lambda path: path.name)
+def test_another_transformers_computes_the_same(version, reports):
+    """Configs as we read them, log-probabilities, greedy text and accepted drafts."""
+    names, installed = reports
+    environment = os.environ | {"PYTHONPATH": str(version)}
+    command = [sys.executable, reference_report.__file__, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    other = json.loads(done.stdout.splitlines()[-1])
+    assert other.pop("version") == version.name != installed["version"]
+    for name, said in other.items():
+        here = installed[name]
+        assert said.pop("logprobs") == pytest.approx(here["logprobs"], abs=1e-4)
+        assert said == {key: here[key] for key in said}

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import zipfile
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
@@ -24,33 +25,32 @@ def other_hosts(package: str) -> list[str]:
 
 
 class Sources:
-    """The Python files of one host, in a folder or in a wheel."""
+    """The Python files of one host: in a wheel, or in a folder that holds packages."""
 
     def __init__(self, package: str, path: Path) -> None:
         self.package = package
         self.archive = zipfile.ZipFile(path) if path.suffix == ".whl" else None
-        self.folder = path
+        self.files = frozenset(self.archive.namelist()) if self.archive else None
+        self.path = path
         self.trees: dict[str, ast.Module] = {}
 
     @property
     def version(self) -> Version:
         if self.archive:
-            return Version(self.folder.name.split("-")[1])
-        return versions.check_host(self.package)
+            return Version(self.path.name.split("-")[1])
+        names = versions.DISTRIBUTIONS.get(self.package, (self.package,))
+        found = [d.version for name in names for d in distributions(name=name, path=[self.path])]
+        return Version(found[0])
 
     def has(self, name: str) -> bool:
-        if self.archive:
-            return f"{self.package}/{name}" in self.archive.namelist()
-        return (self.folder / name).is_file()
+        name = f"{self.package}/{name}"
+        return name in self.files if self.files else (self.path / name).is_file()
 
     def tree(self, name: str) -> ast.Module:
         if name not in self.trees:
             assert self.has(name), f"{self.package}/{name} is gone"
-            data = (
-                self.archive.read(f"{self.package}/{name}")
-                if self.archive
-                else (self.folder / name).read_bytes()
-            )
+            path = f"{self.package}/{name}"
+            data = self.archive.read(path) if self.archive else (self.path / path).read_bytes()
             self.trees[name] = ast.parse(data)
         return self.trees[name]
 
@@ -88,10 +88,10 @@ class Sources:
 
 @cache
 def host(package: str, name: str) -> Sources:
-    """The installed host, or the one of a wheel."""
+    """The installed host, or the one of a wheel or folder."""
     if name == "installed":
         spec = importlib.util.find_spec(package)
-        return Sources(package, Path(spec.submodule_search_locations[0]))
+        return Sources(package, Path(spec.submodule_search_locations[0]).parent)
     return Sources(package, Path(name))
 
 
