@@ -165,7 +165,12 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse pipeline stages, and a worker that is not ours."""
+    """Refuse runner V2, pipeline stages, and a worker that is not ours."""
+    if vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     if config.pp_size > 1:
         raise ConfigError(
             f"pipeline_parallel_size = {config.pp_size}: vLLM's CPU runner cannot run pipeline "

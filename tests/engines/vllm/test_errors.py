@@ -93,12 +93,20 @@ def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner
     config = complete(checkpoint, **flags)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr("qwen3next_plugin.engines.vllm.cpu.page_copy.needed", lambda: False)
+    monkeypatch.setattr("qwen3next_plugin.engines.vllm.flags._check_cpu", lambda *_: None)
     check = CheckFlags.verify_and_update_config
     if refused:
         with pytest.raises(ConfigError, match=r"V1 copies .*VLLM_USE_V2_MODEL_RUNNER=1"):
             check(config)
     else:
         check(config)
+
+
+def test_runner_v2_is_refused_on_a_cpu(monkeypatch, complete, checkpoint):
+    """vLLM 0.33 chooses it where its CPU build finds triton-cpu."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(Exception, match=r"V2 on a CPU: .* VLLM_USE_V2_MODEL_RUNNER=0"):
+        complete(checkpoint)
 
 
 TEXT_ONLY = {"language_model_only": True}

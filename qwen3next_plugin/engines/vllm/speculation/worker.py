@@ -15,7 +15,6 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
@@ -36,8 +35,6 @@ class Worker(CPUWorker):
 
     def init_device(self) -> None:
         """Build the runner and add what is ours, before anything is loaded."""
-        if self.use_v2_model_runner:
-            raise ConfigError("no model runner V2 on a CPU: set VLLM_USE_V2_MODEL_RUNNER=0")
         super().init_device()
         runner = self.model_runner
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
