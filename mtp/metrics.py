@@ -15,10 +15,11 @@ What is counted does not depend on the engine:
   the prefix cache keeps are free.
 """
 
+import logging
 import mmap
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 from qwen3next_plugin.mtp.pending import Row
 from qwen3next_plugin.mtp.policy import Policy
+from qwen3next_plugin.mtp.watch import Watch
 
 PLAIN, VERIFY, DRAFT, CATCH_UP = "plain", "verify", "draft", "catch_up"
 ESTIMATES_EVERY = 16  # steps: counted, not timed, because they also refresh the policy's costs
@@ -164,8 +166,13 @@ def attach(path: Path, k: int) -> Board | None:
 class Observer:
     """Reports every step and every draft to the policy and, if there is one, to the board."""
 
-    def __init__(self, policy: Policy, board: Board | None = None) -> None:
-        self.policy, self.board = policy, board
+    def __init__(
+        self,
+        policy: Policy,
+        board: Board | None = None,
+        report: Callable[[str], None] = logging.getLogger(__name__).error,
+    ) -> None:
+        self.policy, self.board, self._watch = policy, board, Watch(report)
         self._requests: set[str] = set()  # that the policy may remember
         self._steps_left = 0  # until the estimates are refreshed
         if board is not None:
@@ -180,6 +187,7 @@ class Observer:
             seconds = None  # a prompt was read, so the time is not that of decoding
         for row in decoding:
             self.policy.observe_verify(row.request, row.drafted, row.accepted)
+            self._watch.see(row.drafted, row.accepted)
         if seconds is not None:
             self.policy.observe_step(len(rows), tokens, seconds)
         self._requests.update(row.request for row in rows)

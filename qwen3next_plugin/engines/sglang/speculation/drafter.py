@@ -16,6 +16,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
 
+from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
 from qwen3next_plugin.mtp.metrics import Board, Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
@@ -42,7 +43,7 @@ class Drafter(Chains):
         """Add what is ours to a draft worker that SGLang has built."""
         config = self.target_worker.model_runner.model.config
         self.policy = make_policy(config, self.speculative_num_steps, uniform=True)
-        self.observer = Observer(self.policy, Board(self.speculative_num_steps))
+        self.observer = Observer(self.policy, Board(self.speculative_num_steps), logger.error)
         self.pending = Pending()
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens
         self.limit = chunk if chunk > 0 else whole

@@ -12,6 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
@@ -19,10 +20,13 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
 from qwen3next_plugin.mtp.policy import make_policy
+
+logger = init_logger(LOGGER)
 
 
 class Drafter(EagleProposer):
@@ -32,7 +36,7 @@ class Drafter(EagleProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self.policy = make_policy(read_config(vllm_config), self.num_speculative_tokens)
-        self.observer = Observer(self.policy, worker_board(vllm_config))
+        self.observer = Observer(self.policy, worker_board(vllm_config), logger.error)
         self.pending = Pending()
         # A KV connector ships the layer's cache at any time, so no token may be missing from it.
         self.must_run = vllm_config.kv_transfer_config is not None
