@@ -1,17 +1,23 @@
 """Weights: names and shapes of the MTP tensors in a checkpoint, and a check that they exist."""
 
+import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.formats import Formats
 from qwen3next_plugin.model.layouts import our_name
 from qwen3next_plugin.model.weights import (
     CheckpointError,
     check_files,
     decoder_layer_tensors,
+    formats_of,
     parameters,
     stored_tensors,
     trunk_tensors,
@@ -55,11 +61,39 @@ def require_mtp(
         )
 
 
-def check_stored(folder: Path, config: Qwen3NextConfig, *, quantised: bool, with_mtp: bool) -> None:
+def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] | None) -> Formats:
+    """The formats of the trunk's and the MTP layer's modules, by the files' headers; cached.
+
+    Args:
+        hf_config: the host's, of transformers.
+        quantization: its quantization_config.
+
+    Raises:
+        CheckpointError: a module that is quantised in no way that is known.
+    """
+    raw = hf_config.to_json_string(use_diff=False)
+    return _read_formats(folder, raw, json.dumps(quantization, default=str), env.quantise())
+
+
+@cache
+def _read_formats(folder: Path, hf_config: str, quantization: str, asked: str | None) -> Formats:
+    config = Qwen3NextConfig.from_hf(json.loads(hf_config))
+    shapes = trunk_tensors(config) | mtp_tensors(config)
+    return formats_of(folder, config, shapes, json.loads(quantization), asked=asked)
+
+
+def check_stored(
+    folder: Path,
+    config: Qwen3NextConfig,
+    *,
+    quantised: bool,
+    formats: Formats | None,
+    with_mtp: bool,
+) -> None:
     """Check a local checkpoint by its files' headers, before anything is loaded.
 
     Args:
-        quantised: see `checked`.
+        quantised, formats: see `parameters`.
         with_mtp: check the MTP tensors too, which are ignored otherwise.
 
     Raises:
@@ -72,6 +106,11 @@ def check_stored(folder: Path, config: Qwen3NextConfig, *, quantised: bool, with
         parts.append((require_mtp(stored_tensors(folder), config), mtp, trunk))
     for stored, expected, ignored in parts:
         tensors = parameters(
-            stored, config, expected=expected, ignored=ignored, quantised=quantised
+            stored,
+            config,
+            expected=expected,
+            ignored=ignored,
+            quantised=quantised,
+            formats=formats,
         )
         deque(tensors, maxlen=0)

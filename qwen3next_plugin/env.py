@@ -38,6 +38,11 @@ VARIABLES: Mapping[str, Variable] = {
         "adaptive",
         "draft lengths with MTP: whatever is fastest, up to num_speculative_tokens, or always that",
     ),
+    "QWEN3NEXT_QUANTISE": Variable(
+        ("int8", "int4"),
+        None,
+        "on a CPU, quantise a checkpoint in 16 or 32 bits as it loads; unset: serve it as it is",
+    ),
     "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the engine untouched"),
     "QWEN3NEXT_OPTIONAL": Variable(
         ("0", "1"),
@@ -60,6 +65,11 @@ def isa() -> str | None:
 def drafts() -> str:
     """How long drafts are: `adaptive` or `fixed`."""
     return _read("QWEN3NEXT_DRAFTS") or "adaptive"
+
+
+def quantise() -> str | None:
+    """The format that weights are quantised to as they load, or None."""
+    return _read("QWEN3NEXT_QUANTISE")
 
 
 def disabled() -> bool:

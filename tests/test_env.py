@@ -37,6 +37,7 @@ def test_every_allowed_value_is_read(monkeypatch, name, value):
         "QWEN3NEXT_KERNELS": env.kernels,
         "QWEN3NEXT_ISA": env.isa,
         "QWEN3NEXT_DRAFTS": env.drafts,
+        "QWEN3NEXT_QUANTISE": env.quantise,
         "QWEN3NEXT_DISABLE": env.disabled,
         "QWEN3NEXT_OPTIONAL": env.optional,
     }[name]()

@@ -50,9 +50,10 @@ def pack_int4(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> Weig
 
 
 def pack_fp8(values: Tensor, scale: Tensor) -> Weight:
-    """FP8 e4m3, one scale for each block of 128 × 128, or for each row.
+    """FP8 e4m3, one scale for each block of 128 × 128, for each 128 of a row, or for each row.
 
-    Shapes: values [..., N, K] float8_e4m3fn; scale [..., ⌈N/128⌉, ⌈K/128⌉] or [..., N, 1]
+    Shapes: values [..., N, K] float8_e4m3fn; scale [..., ⌈N/128⌉, ⌈K/128⌉], [..., N, ⌈K/128⌉] or
+        [..., N, 1]
 
     Raises: as `pack_int8`; ValueError for a NaN.
     """
@@ -65,11 +66,12 @@ def pack_fp8(values: Tensor, scale: Tensor) -> Weight:
         raise ValueError(f"{op}: values has NaN")
     if scale.shape == blocks:
         scale, group = scale.repeat_interleave(BLOCK, -2)[..., :N, :], BLOCK
-    elif scale.shape == (*lead, N, 1):
-        group = 0
+    elif scale.shape in ((*lead, N, blocks[-1]), (*lead, N, 1)):
+        group = BLOCK if scale.shape[-1] > 1 else 0
     else:
         raise ValueError(
-            f"{op}: scale has shape {tuple(scale.shape)}, not {blocks} or {(*lead, N, 1)}"
+            f"{op}: scale has shape {tuple(scale.shape)}, not {blocks}, {(*lead, N, blocks[-1])} or"
+            f" {(*lead, N, 1)}"
         )
     quads = _columns_in(codes, group).unflatten(
         -1, (-1, 2, 2)

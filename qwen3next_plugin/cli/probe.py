@@ -22,6 +22,7 @@ def kernels() -> dict[str, str]:
     if env.kernels() == "reference":
         return {"cpu": "reference, correct and slow: QWEN3NEXT_KERNELS=reference"}
     found = {"cpu": f"native, {native.isa()}; this processor runs {', '.join(native.levels())}"}
+    found["cpu, quantised"] = _formats()
     if torch.cuda.is_available():
         import triton
 
@@ -31,6 +32,23 @@ def kernels() -> dict[str, str]:
         rms_norm(x=x, weight=torch.zeros_like(x[0]), eps=1e-6)
         found["cuda"] = f"Triton {triton.__version__}, for {architecture(x.device)}"
     return found
+
+
+def _formats() -> str:
+    """Multiply by a weight of each format once; their names."""
+    import torch
+
+    from qwen3next_plugin.kernels.linear import linear, pack_fp8, pack_int4, pack_int8
+
+    values, scale = torch.ones(16, 128), torch.ones(16, 1)
+    weights = {
+        "FP8": pack_fp8(values.to(torch.float8_e4m3fn), scale),
+        "int8": pack_int8(values.to(torch.int8), scale),
+        "int4": pack_int4(values.to(torch.uint8), scale),
+    }
+    for weight in weights.values():
+        linear(values, weight)
+    return ", ".join(weights)
 
 
 def vllm() -> dict[str, str]:

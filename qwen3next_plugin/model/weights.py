@@ -1,32 +1,48 @@
 """The tensors of a checkpoint: names and shapes, and checks while they are read."""
 
-import ctypes
 import functools
 import json
-import mmap
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.formats import EXPERT, Formats, read_formats
 from qwen3next_plugin.model.layouts import (
+    FLAT_PROJECTION,
     MIXED,
     CheckpointError,
     Shapes,
     group_projections,
     in_projections,
     our_names,
+    projections,
 )
-
-MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
+from qwen3next_plugin.model.mapped import give_back
+from qwen3next_plugin.model.quantising import quantising
 
 # Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
 QUANTISATION_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight")
 
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
+
+STORED_DTYPES = {  # by their names in safetensors files
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 # A checkpoint's projection → the stacked projection that holds it, and as which part.
 STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
@@ -126,17 +142,68 @@ def parameters(
     expected: Mapping[str, tuple[int, ...]],
     ignored: Iterable[str] = (),
     quantised: bool = False,
+    formats: Formats | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's tensors by the names and in the order of rows of our parameters.
 
     Whatever the checkpoint's layout: it is converted here, once, and nothing else knows of it.
 
+    Args:
+        quantised: a host's kernels take the tensors as the checkpoint has them.
+        formats: ours take them, by rows.
+
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
     """
     named = our_names(weights, config)
+    if formats is not None:
+        named, expected = formats.rows(named, ignored), formats.expected(expected)
+        quantised = False  # any more
     tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
     return group_projections(tensors, config)
+
+
+def formats_of(
+    folder: Path,
+    config: Qwen3NextConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    quantization: Mapping[str, Any] | None,
+    *,
+    asked: str | None,
+) -> Formats:
+    """The formats of a checkpoint's modules.
+
+    Args:
+        shapes: of its weights.
+        quantization: quantization_config of its config.json.
+        asked: by QWEN3NEXT_QUANTISE.
+
+    Raises:
+        CheckpointError: names a module that cannot be served as it is quantised, and the fix.
+    """
+    of_ours = functools.partial(holder, config=config)
+    if asked is None:
+        stored = our_names(stored_tensors(folder), config)
+        return read_formats(stored, shapes, of_ours, quantization)
+    if quantization is not None:
+        raise CheckpointError(
+            f"QWEN3NEXT_QUANTISE={asked}: the checkpoint is quantised already, by its "
+            f"quantization_config; unset the variable"
+        )
+    return quantising(asked, shapes, of_ours)
+
+
+def holder(module: str, config: Qwen3NextConfig) -> str:
+    """The name of our module that holds a module of the checkpoint."""
+    if expert := EXPERT.match(module):
+        return expert[1]
+    if flat := FLAT_PROJECTION.match(f"{module}.weight"):
+        whole = next(whole for whole, parts in projections(config).items() if flat[2] in parts)
+        return f"{flat[1]}_{whole}"
+    for part, (whole, _) in STACKED_PROJECTIONS.items():
+        if module.endswith(part):
+            return module.removesuffix(part) + whole
+    return module
 
 
 def checked(
@@ -198,28 +265,6 @@ def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:
         )
 
 
-def give_back(tensor: torch.Tensor) -> None:
-    """Let the system reclaim a tensor's memory after it was read, if it is a mapped file.
-
-    A checkpoint is mapped into memory: without this, every page that was copied from it stays
-    resident, and loading peaks at twice the size of the weights. It is only a hint: data that is
-    still needed stays or is read again, in any kind of memory. With a GPU it does nothing: memory
-    is not short there, and the ranks of a machine read the same pages.
-    """
-    on_gpu = torch.accelerator.is_available()
-    if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 def check_files(folder: Path) -> None:
     """Refuse a folder with a cut-short safetensors file before anything is allocated.
 
@@ -246,7 +291,9 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it iterates no other way)
-                yield name, torch.empty(file.get_slice(name).get_shape(), device="meta")
+                header = file.get_slice(name)
+                dtype = STORED_DTYPES.get(header.get_dtype(), torch.float32)
+                yield name, torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
 
 def _promised_size(path: Path, size: int) -> int | str:

@@ -26,7 +26,7 @@ from qwen3next_plugin.engines.sglang.names import (
 )
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
-from qwen3next_plugin.mtp.weights import check_stored
+from qwen3next_plugin.mtp.weights import check_stored, read_formats
 
 PREFILL_GRAPHS = ("breakable", "disabled")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
@@ -48,6 +48,15 @@ def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
     )
 
 
+def quantisation(hf_config: Any) -> dict[str, Any] | None:
+    """What config.json says of how the checkpoint is quantised."""
+    for config in (hf_config, hf_config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if found := getattr(config, name, None):
+                return found
+    return None
+
+
 def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     """Refuse a model, its files or flags that cannot be served.
 
@@ -56,6 +65,10 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         NotImplementedError: names a GPU's architecture that has no kernels.
     """
     check_flags(server_args, on_cpu=on_cpu)
+    if not on_cpu and (asked := env.quantise()):
+        raise ConfigError(
+            f"QWEN3NEXT_QUANTISE={asked}: weights are quantised at load on a CPU alone; unset it"
+        )
     _check_heads(model_config)
     _check_files(server_args, model_config, on_cpu=on_cpu)
     if on_cpu:
@@ -147,12 +160,7 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     A checkpoint of a hub is checked as it loads.
     """
     hf_config = model_config.hf_config
-    quantised = bool(getattr(hf_config, "quantization_config", None))
-    if quantised and on_cpu:
-        raise ConfigError(
-            "quantization_config: there are no quantised kernels for a CPU here; serve the "
-            "released checkpoint, Qwen/Qwen3-Next-80B-A3B-Instruct, or another in bfloat16"
-        )
+    quantised = quantisation(hf_config) is not None
     folder = Path(server_args.model_path)
     if not json.loads(server_args.json_model_override_args):
         check_kind(folder, "--json-model-override-args")
@@ -161,8 +169,13 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         check_num_draft_layers(config, "--speculative-algorithm")
     if not folder.is_dir() or server_args.load_format == "dummy":
         return
+    formats = None
+    if on_cpu and (quantised or env.quantise()):
+        formats = read_formats(folder, hf_config, quantisation(hf_config))
+        if note := formats.described():
+            logger.info("qwen3next_plugin: %s", note)
     with_mtp = bool(server_args.speculative_algorithm)
-    check_stored(folder, config, quantised=quantised, with_mtp=with_mtp)
+    check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
 
 
 def _check_kernels(graphs: Any) -> None:

@@ -6,11 +6,12 @@ registration. OVERRIDES are changes that our own subclasses make to objects of t
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.server_args import ServerArgs
 
-from qwen3next_plugin import __version__
+from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Attribute, Entry, Function, Host, Override, Patch
 from qwen3next_plugin.engines.sglang import flags, requests
@@ -72,10 +73,20 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
     return HybridBackend(full_attn_backend, GatedDeltaNetBackend(runner), layers)
 
 
-def keep_products(host: Callable[..., None], runner: Any) -> None:
-    """Leave our model's matrix products as they are."""
+def skip_for_ours(host: Callable[..., None], runner: Any) -> None:
+    """Leave our model as it is."""
     if not is_ours(runner.model_config):
         host(runner)
+
+
+def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
+    """Use our kernels for a quantised checkpoint of our models."""
+    from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation
+
+    quantised = flags.quantisation(model_config.hf_config) is not None or env.quantise()
+    if not is_ours(model_config) or not quantised:
+        return host(model_config, load_config)
+    return Quantisation(Path(model_config.model_path), model_config.hf_config)
 
 
 def commit_trees(
@@ -280,6 +291,24 @@ WITH_OURS: tuple[Entry, ...] = (
 
 ON_CPU: tuple[Entry, ...] = (
     Patch(
+        target="sglang.srt.model_loader.loader._get_quantization_config",
+        parameters=("model_config", "load_config"),
+        function=choose_quantisation,
+        reason="SGLang's kernels for quantised weights run on GPUs, or with AMX at best; and it "
+        "reads formats from config.json, which does not name all that is left out",
+        versions=VERSIONS,
+        remove_when="SGLang lets a plugin bring a quantisation for a model",
+    ),
+    Patch(
+        target="sglang.srt.model_executor.model_runner.ModelRunner."
+        "check_quantized_moe_compatibility",
+        parameters=("self",),
+        function=skip_for_ours,
+        reason="SGLang refuses experts that its blocks of FP8 do not divide; ours need not",
+        versions=VERSIONS,
+        remove_when="SGLang asks the quantisation whether it can split experts so",
+    ),
+    Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
         function=memory.modest_pools,
@@ -307,7 +336,7 @@ ON_CPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
         parameters=("self",),
-        function=keep_products,
+        function=skip_for_ours,
         reason="seeds need --enable-deterministic-inference, for which SGLang replaces products by "
         "Triton kernels, and dies without a GPU",
         versions=VERSIONS,

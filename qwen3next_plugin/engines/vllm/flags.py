@@ -17,6 +17,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
+from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, quantisation
 from qwen3next_plugin.engines.vllm.names import LOGGER, SCHEDULER, WORKER
 from qwen3next_plugin.mtp.weights import check_stored
 
@@ -55,6 +56,7 @@ def check(vllm_config: VllmConfig) -> None:
     _check_images(vllm_config)
     _check_lora(config, vllm_config.lora_config)
     _check_kernels(vllm_config)
+    _check_quantisation(vllm_config)
     if vllm_config.speculative_config is not None:
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
         _check_state(vllm_config)
@@ -95,6 +97,7 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
             folder,
             config,
             quantised=vllm_config.quant_config is not None,
+            formats=formats(quantisation(vllm_config)),
             with_mtp=vllm_config.speculative_config is not None,
         )
     return config
@@ -127,6 +130,22 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
             "QWEN3NEXT_KERNELS=reference: vLLM would compile the reference into its graphs, and "
             "reuse these in later starts with other kernels; add --enforce-eager"
         )
+
+
+def _check_quantisation(vllm_config: VllmConfig) -> None:
+    """Refuse LoRA on quantised projections, and QWEN3NEXT_QUANTISE on a GPU."""
+    if (asked := env.quantise()) and not current_platform.is_cpu():
+        raise ConfigError(
+            f"QWEN3NEXT_QUANTISE={asked}: weights are quantised at load on a CPU alone; unset it"
+        )
+    found = formats(quantisation(vllm_config))
+    if found is not None and vllm_config.lora_config is not None:
+        raise ConfigError(
+            "enable_lora: adapters of quantised projections are not served on a CPU; serve the "
+            "checkpoint in bfloat16, or merge the adapter before it is quantised"
+        )
+    if found is not None and (note := found.described()):
+        logger.info_once("qwen3next_plugin: %s", note)
 
 
 def _check_state(vllm_config: VllmConfig) -> None:

@@ -24,6 +24,7 @@ TRUNKS = {**TEXT_MODELS, **WRAPPERS}
 MODELS = {**TRUNKS, **DRAFTERS}
 BACKEND_NAME = "QWEN3NEXT_GDN"  # the linear-attention backend
 OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
+QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.speculation.scheduler.Scheduler"
 

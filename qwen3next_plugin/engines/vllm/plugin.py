@@ -49,6 +49,8 @@ def _register() -> None:
         from qwen3next_plugin.kernels import native
 
         native.load()  # fails now if the build is broken or the instruction set is missing
+    if on_cpu:
+        import qwen3next_plugin.engines.vllm.cpu.quantisation  # noqa: F401, registers itself
     patches.apply(patches.WITH_OURS + (() if on_cpu else patches.ON_GPU))
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)

@@ -57,6 +57,32 @@ OVERRIDDEN = {
             "copy_from": ["self", "src_indices", "dst_indices"],
         },
     },
+    "srt/layers/quantization/base_config.py": {
+        "QuantizationConfig": {
+            "get_quant_method": ["self", "layer", "prefix"],
+            "from_config": ["cls", "config"],
+            "get_name": ["self"],
+            "get_supported_act_dtypes": ["self"],
+            "get_min_capability": ["cls"],
+            "get_config_filenames": [],
+            "get_scaled_act_names": ["self"],
+        },
+        "LinearMethodBase": {
+            "create_weights": [
+                *("self", "layer", "input_size_per_partition", "output_partition_sizes"),
+                *("input_size", "output_size", "params_dtype"),
+            ],
+            "apply": ["self", "layer", "x", "bias"],
+        },
+        "FusedMoEMethodBase": {
+            "create_weights": [
+                *("self", "layer", "num_experts", "hidden_size"),
+                *("intermediate_size_per_partition", "params_dtype"),
+            ],
+            "create_moe_runner": ["self", "layer", "moe_runner_config"],
+            "apply": ["self", "layer", "dispatch_output"],
+        },
+    },
     "srt/layers/quantization/unquant.py": {
         "UnquantizedFusedMoEMethod": {"forward_cpu": ["self", "layer", "dispatch_output"]},
     },

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import BASE, write_checkpoint
 from engines import mixed
 from family import FAMILY
+from quantised import write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.cpu import memory
@@ -338,7 +339,7 @@ def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, lef
             {"rope_scaling": YARN, "rope_theta": None},
             "rope_parameters has lost rope_theta: .* --json-model-override-args '{",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: there are no"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: .* no tensor"),
     ],
     ids=str,
 )
@@ -347,6 +348,17 @@ def test_config_that_cannot_be_served(complete, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(BASE | change))
     with pytest.raises(ConfigError, match=message):
         complete(model)
+
+
+def test_quantised_checkpoint(complete, tmp_path):
+    quantised, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
+    complete(quantised)
+    path = quantised / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["mtp.layers.0.self_attn.o_proj.weight_scale_inv"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"^mtp\.layers\.0\.self_attn\.o_proj: .*is missing"):
+        complete(quantised)
 
 
 def test_truncated_file(complete, tmp_path):

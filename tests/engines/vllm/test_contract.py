@@ -92,6 +92,40 @@ OVERRIDDEN = {
             ],
         },
     },
+    "model_executor/layers/quantization/base_config.py": {
+        "QuantizationConfig": {
+            "get_quant_method": ["self", "layer", "prefix"],
+            "override_quantization_method": ["cls", "hf_quant_cfg", "user_quant", "hf_config"],
+            "from_config": ["cls", "config"],
+            "maybe_update_config": ["self", "model_name", "hf_config", "revision"],
+            "get_name": ["self"],
+            "get_supported_act_dtypes": ["self"],
+            "get_min_capability": ["cls"],
+            "get_config_filenames": [],
+        },
+    },
+    "model_executor/layers/linear.py": {
+        "LinearMethodBase": {
+            "create_weights": [
+                *("self", "layer", "input_size_per_partition", "output_partition_sizes"),
+                *("input_size", "output_size", "params_dtype"),
+            ],
+            "apply": ["self", "layer", "x", "bias"],
+        },
+    },
+    "model_executor/layers/fused_moe/fused_moe_method_base.py": {
+        "FusedMoEMethodBase": {
+            "create_weights": [
+                *("self", "layer", "num_experts", "hidden_size"),
+                *("intermediate_size_per_partition", "params_dtype"),
+            ],
+            "get_fused_moe_quant_config": ["self", "layer"],
+            "apply": [
+                *("self", "layer", "x", "topk_weights", "topk_ids"),
+                *("shared_experts", "shared_experts_input"),
+            ],
+        },
+    },
     "v1/core/sched/scheduler.py": {
         "Scheduler": {
             "__init__": ["self", "vllm_config"],

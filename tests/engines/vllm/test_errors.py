@@ -15,6 +15,7 @@ from engines.process import START_SECONDS, Fork
 from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked, Server
 from family import FAMILY
+from quantised import write_quantised
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -177,6 +178,18 @@ def test_config_with_a_damaged_field(complete, tmp_path, field):
     (tmp_path / "config.json").write_text(json.dumps(BASE | {field: 0}))
     with pytest.raises(Exception, match=f"{field} = 0: must be a whole number of at least 1"):
         complete(model)
+
+
+def test_quantised_checkpoint(complete, tmp_path):
+    """Whatever config.json calls it, it is ours; the drafter's modules are checked, too."""
+    quantised, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
+    assert complete(quantised, **drafts(2)).quant_config.get_name() == "qwen3next"
+    path = quantised / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["mtp.layers.0.self_attn.o_proj.weight_scale_inv"]
+    save_file(tensors, path)
+    with pytest.raises(Exception, match=r"mtp\.layers\.0\.self_attn\.o_proj: .*is missing; down"):
+        complete(quantised)
 
 
 def test_truncated_file(complete, tmp_path):

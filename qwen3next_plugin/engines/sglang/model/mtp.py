@@ -14,6 +14,7 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.packing import drop_plain_head, use_packing
+from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation, formats
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
@@ -38,7 +39,9 @@ class MultiTokenPredictor(nn.Module):
             2 * config.hidden_size,
             config.hidden_size,
             bias=False,
-            prefix=f"{prefix}.fc",  # no released checkpoint quantises it
+            # Others go by config.json, which does not say that released checkpoints leave it.
+            quant_config=quant_config if isinstance(quant_config, Quantisation) else None,
+            prefix=f"{prefix}.fc",
         )
         self.layers = nn.ModuleList(
             [
@@ -92,6 +95,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         super().__init__()
         self.config = read_config(config, get_parallel().tp_size)
         self.quantised = quant_config is not None
+        self.formats = formats(quant_config)
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)
@@ -153,6 +157,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
             expected=mtp_tensors(self.config),
             ignored=self.trunk_names,
             quantised=self.quantised,
+            formats=self.formats,
         )
         renamed = (("model." + name.removeprefix(PREFIX), tensor) for name, tensor in tensors)
         load(self, renamed)

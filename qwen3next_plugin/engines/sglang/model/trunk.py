@@ -12,6 +12,7 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
+from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.attention import GatedAttention
 from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
@@ -103,6 +104,7 @@ class Qwen3NextForCausalLM(nn.Module):
         super().__init__()
         self.config = read_config(config, get_parallel().tp_size)
         self.quantised = quant_config is not None
+        self.formats = formats(quant_config)
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
@@ -129,6 +131,7 @@ class Qwen3NextForCausalLM(nn.Module):
             expected=trunk_tensors(self.config),
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,
+            formats=self.formats,
         )
         load(self, tensors)
 

@@ -19,6 +19,19 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 
 
+def on_this_rank(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's own index of each expert; the weight of one that it has not is zero.
+
+    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
+    """
+    if expert_map is None:
+        return topk_weights, topk_ids
+    topk_ids = expert_map[topk_ids.long()]
+    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)
+
+
 class NativeExperts(CPUUnquantizedExperts):
     """Replaces vLLM's portable kernel."""
 
@@ -44,10 +57,7 @@ class NativeExperts(CPUUnquantizedExperts):
         expert_map [experts of the model]: this rank's index of each expert, -1 if it has none.
         """
         assert activation == MoEActivation.SILU
-        if expert_map is not None:
-            topk_ids = expert_map[topk_ids.long()]
-            topk_weights = topk_weights.masked_fill(topk_ids < 0, 0)
-            topk_ids = topk_ids.clamp(min=0)
+        topk_weights, topk_ids = on_this_rank(topk_weights, topk_ids, expert_map)
         output.copy_(
             fused_moe(
                 x=hidden_states,

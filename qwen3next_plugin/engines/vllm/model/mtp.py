@@ -12,6 +12,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
+from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
@@ -98,9 +99,11 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        vllm_config = with_quantisation(vllm_config)
         self.config = vllm_config.model_config.hf_config  # vLLM sets fields of it
         self.sizes = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
+        self.formats = formats(vllm_config.quant_config)
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")
         )
@@ -159,6 +162,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             expected=expected,
             ignored=self.trunk_names,
             quantised=self.quantised,
+            formats=self.formats,
         )
         renamed = (
             ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)

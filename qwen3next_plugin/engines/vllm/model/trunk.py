@@ -32,6 +32,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
@@ -156,8 +157,10 @@ class Qwen3NextForCausalLM(
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        vllm_config = with_quantisation(vllm_config)
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
+        self.formats = formats(vllm_config.quant_config)
         provide_page_copies()
         dispatch.load(current_platform.device_type)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -194,6 +197,7 @@ class Qwen3NextForCausalLM(
             expected=trunk_tensors(self.config),
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,
+            formats=self.formats,
         )
         return load(self, tensors)
 

@@ -1,0 +1,104 @@
+"""Quantised checkpoints on a CPU, for which vLLM has no kernels: every format by ours.
+
+vLLM asks registered quantisation methods which of them takes a checkpoint; ours takes those of our
+models. Each layer has the format that the checkpoint's files say.
+"""
+
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.quantization import (
+    QuantizationConfig,
+    register_quantization_config,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.platforms import current_platform
+
+from qwen3next_plugin import env
+from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
+from qwen3next_plugin.model.formats import Formats
+from qwen3next_plugin.mtp.weights import read_formats
+
+
+@register_quantization_config(QUANTISATION)
+class Quantisation(QuantizationConfig):
+    """Every quantised checkpoint of our models, on a CPU."""
+
+    def __init__(self, raw: Mapping[str, Any] | None) -> None:
+        super().__init__()
+        self.raw = raw
+        self.folder, self.hf_config = Path(), None
+
+    @property
+    def formats(self) -> Formats:
+        """The formats of the trunk's and the drafter's modules.
+
+        Raises: CheckpointError for a module that is quantised as none of ours.
+        """
+        return read_formats(self.folder, self.hf_config, self.raw)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        # Not at registration, when vLLM has not chosen its layers yet.
+        from qwen3next_plugin.engines.vllm.cpu.packed import method
+
+        return method(layer, self.formats.of(prefix))
+
+    # What vLLM asks of a quantisation.
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        names = getattr(hf_config, "architectures", None) or ()
+        ours = current_platform.is_cpu() and any(name in MODELS for name in names)
+        return QUANTISATION if ours else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Quantisation":
+        return cls(config)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        self.folder, self.hf_config = Path(model_name), hf_config
+
+    def get_name(self) -> str:
+        return QUANTISATION
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+
+def quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
+    """The checkpoint's, or ours where QWEN3NEXT_QUANTISE asks for it."""
+    model_config = vllm_config.model_config
+    if env.quantise() is None or vllm_config.quant_config is not None:
+        return vllm_config.quant_config
+    ours = Quantisation(None)
+    ours.maybe_update_config(model_config.model, model_config.hf_config)
+    return ours
+
+
+def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
+    """The configuration that a model's layers are built by."""
+    found = copy(vllm_config)
+    found.quant_config = quantisation(vllm_config)
+    return found
+
+
+def formats(config: QuantizationConfig | None) -> Formats | None:
+    """What a model loads by; None: vLLM's kernels take the tensors as they are."""
+    return config.formats if isinstance(config, Quantisation) else None

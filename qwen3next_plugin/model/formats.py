@@ -1,0 +1,206 @@
+"""Which format each module of a checkpoint has, read from the headers of its files.
+
+config.json says less: it names what is left out, in ways that differ from tool to tool.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from qwen3next_plugin.model.layouts import CheckpointError
+from qwen3next_plugin.model.mapped import give_back
+from qwen3next_plugin.model.quantised import Format, Module, Scheme, dequantise, scheme
+
+Shapes = Mapping[str, tuple[int, ...]]
+Stream = Iterable[tuple[str, torch.Tensor]]
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Modules whose parameters are never quantised: they are looked up, small, or drafts are made of it.
+PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
+PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
+EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+KINDS = "FP8, int8, GPTQ, AWQ and compressed-tensors' pack-quantized"
+
+
+class Stored(NamedTuple):
+    """A quantised module as the checkpoint has it."""
+
+    module: Module  # without its tensors
+    names: frozenset[str]  # of its tensors
+    scheme: Scheme
+    format: Format
+
+
+class Formats:
+    """The formats of a checkpoint's modules, and of ours, which may hold several of its.
+
+    Ours has a format if all that it holds have it. Otherwise its weights are dequantised as they
+    load: `dequantised` names what was quantised of them.
+    """
+
+    def __init__(
+        self,
+        stored: Mapping[str, Stored],
+        shapes: Shapes,
+        holder: Callable[[str], str],
+        note: str = "",
+    ) -> None:
+        self.stored, self._holder, self._note = stored, holder, note
+        found: dict[str, dict[str, set[Format | None]]] = defaultdict(lambda: defaultdict(set))
+        for name in shapes:
+            module = name.removesuffix(".weight")
+            kept = stored[module].format if module in stored else None
+            found[holder(module)][_tensor(module)].add(kept)
+        self._formats: dict[str, dict[str, Format]] = {}
+        for name, tensors in found.items():
+            alike = {t: only for t, (only, *more) in tensors.items() if only and not more}
+            if len(alike) == len(tensors) and not PLAIN.search(name):
+                self._formats[name] = alike
+        self.dequantised = [name for name in stored if holder(name) not in self._formats]
+
+    def of(self, prefix: str) -> dict[str, Format] | None:
+        """The formats of one of our modules by the tensors that have them, None: it has none.
+
+        Experts have two, `w13` and `w2`; others one, `weight`. A wrapper's prefix is ignored.
+        """
+        name = PREFIXED.search(prefix)
+        return self._formats.get(name[0] if name else prefix)
+
+    def described(self) -> str:
+        """What the log should say; empty: everything is served as it is quantised."""
+        if not self.dequantised:
+            return self._note
+        return (
+            f"{len(self.dequantised)} quantised modules are dequantised as they load, such as "
+            f"{self.dequantised[0]}: they are a router or a head, or what they are stacked with is "
+            f"not quantised alike"
+        )
+
+    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """The tensors of our parameters, in place of those of the checkpoint with these shapes."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            module = name.removesuffix(".weight")
+            if module in self.stored and self._holder(module) in self._formats:
+                tensors = self.stored[module].format.tensors(*shape)
+                found |= {f"{module}.{each}": s for each, (s, _) in tensors.items()}
+            else:
+                found[name] = shape
+        return found
+
+    def rows(
+        self, tensors: Stream, ignored: Iterable[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each module's tensors in our form once its last is there, others as they are.
+
+        Those of modules whose weight is in `ignored` are left out.
+        """
+        waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        ignored = frozenset(ignored)
+        for name, tensor in tensors:
+            module, _, last = name.rpartition(".")
+            stored = self.stored.get(module)
+            if stored is None or last not in stored.names:
+                yield name, tensor
+                continue
+            if f"{module}.weight" in ignored:
+                continue
+            waiting[module][last] = tensor
+            if len(waiting[module]) == len(stored.names):
+                whole = stored.module._replace(tensors=waiting.pop(module))
+                yield from self._in_our_form(stored, whole)
+                for tensor in whole.tensors.values():
+                    give_back(tensor)
+
+    def _in_our_form(self, stored: Stored, module: Module) -> Iterator[tuple[str, torch.Tensor]]:
+        if any(tensor.is_meta for tensor in module.tensors.values()):  # a check of the names alone
+            shapes = stored.format.tensors(module.rows, module.columns).items()
+            found = {n: torch.empty(s, dtype=dtype, device="meta") for n, (s, dtype) in shapes}
+        else:
+            found = stored.scheme.rows(module)
+        if self._holder(module.name) not in self._formats:
+            found = {"weight": dequantise(found, stored.format)}
+        for last, tensor in found.items():
+            yield f"{module.name}.{last}", tensor
+
+
+def read_formats(
+    tensors: Stream,
+    shapes: Shapes,
+    holder: Callable[[str], str],
+    quantization: Mapping[str, Any] | None,
+) -> Formats:
+    """The formats of a checkpoint's modules.
+
+    Args:
+        tensors: those of the checkpoint, without data.
+        shapes: of the weights, were they not quantised.
+        holder: the name of our module that holds the checkpoint's.
+        quantization: quantization_config of config.json, if it has one.
+
+    Raises:
+        CheckpointError: a module whose tensors are no format that is known, or not all there.
+    """
+    shapes = matrices(shapes)
+    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors:
+        module, _, last = name.rpartition(".")
+        if f"{module}.weight" in shapes and last != "bias":
+            found[module][last] = tensor
+    less = 0 if (quantization or {}).get("checkpoint_format") == "gptq_v2" else 1
+    stored = {}
+    for name, parts in found.items():
+        if parts.keys() == {"weight"} and parts["weight"].dtype in PLAIN_DTYPES:
+            continue
+        rows, columns = shapes[f"{name}.weight"]
+        whole = Module(name, rows, columns, parts, less)
+        known = _known(whole)
+        form = known.format(whole)
+        stored[name] = Stored(whole._replace(tensors={}), frozenset(parts), known, form)
+    if not stored:
+        raise CheckpointError(
+            "quantization_config: config.json has one, and no tensor of the files is quantised; "
+            "take both from one release, or remove it from config.json"
+        )
+    return Formats(stored, shapes, holder)
+
+
+def matrices(shapes: Shapes) -> Shapes:
+    """Those of modules that may be quantised."""
+    return {n: s for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+
+
+def _known(module: Module) -> Scheme:
+    known = scheme(module.tensors)
+    names = module.tensors.keys()
+    extra = sorted(names - {*known.needs, *known.may}) if known else []
+    if known is None or extra:
+        tensors = ", ".join(f"{name} {_dtype(module.tensors[name])}" for name in sorted(names))
+        raise module.refuse(
+            f"is quantised in a way that is not known here, with the tensors {tensors}",
+            f"use a checkpoint in one of {KINDS}",
+        )
+    if missing := sorted(set(known.needs) - names):
+        raise module.refuse(
+            f"is quantised, and {', '.join(missing)} is missing",
+            "download the checkpoint again, or check model.safetensors.index.json",
+        )
+    if "weight" in names and module.shape("weight") != (module.rows, module.columns):
+        raise module.refuse(
+            f"weight has shape {module.shape('weight')}, the config asks for "
+            f"{(module.rows, module.columns)}",
+            "take config.json and the safetensors files from one release",
+        )
+    return known
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _tensor(module: str) -> str:
+    expert = EXPERT.match(module)
+    return EXPERT_TENSORS[expert[2]] if expert else "weight"

@@ -1,0 +1,32 @@
+"""Memory of files that are mapped into memory, as checkpoints are."""
+
+import ctypes
+import functools
+import mmap
+import sys
+
+import torch
+
+MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
+
+
+def give_back(tensor: torch.Tensor) -> None:
+    """Let the system reclaim a tensor's memory after it was read, if it is a mapped file.
+
+    A checkpoint is mapped into memory: without this, every page that was copied from it stays
+    resident, and loading peaks at twice the size of the weights. It is only a hint: data that is
+    still needed stays or is read again, in any kind of memory. With a GPU it does nothing: memory
+    is not short there, and the ranks of a machine read the same pages.
+    """
+    on_gpu = torch.accelerator.is_available()
+    if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

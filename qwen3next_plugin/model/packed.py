@@ -1,0 +1,151 @@
+"""Quantised weights as the kernels read them, packed once they are loaded."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels.linear import Weight, linear, pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.model.quantised import Format, nibbles
+
+
+class Packed(nn.Module):
+    """A packed weight [N, K], or of experts [E, N, K]; its tensors are buffers."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.format, self.shape, self.group = weight.format, weight.shape, weight.group
+        for name in ("packed", "scale", "zero"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+
+    @property
+    def weight(self) -> Weight:
+        """The bundle that kernels take."""
+        return Weight(
+            format=self.format,
+            shape=self.shape,
+            group=self.group,
+            packed=self.packed,
+            scale=self.scale,
+            zero=self.zero,
+        )
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Shapes: x [..., K], bias [N], returns [..., N]."""
+        out = linear(x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
+        return out if bias is None else out + bias
+
+
+def pack(tensors: Mapping[str, Tensor], form: Format) -> Packed:
+    """Shapes: those of `Format.tensors(N, K)`, or of experts with a leading E."""
+    if tensors["weight"].dim() == 2:
+        return Packed(_pack(tensors, form))
+    E = len(tensors["weight"])
+    whole: Weight | None = None
+    for e in range(E):  # one by one: packing takes several times the memory of what is packed
+        one = _pack({name: tensor[e] for name, tensor in tensors.items()}, form)
+        if whole is None:
+            whole = Weight(
+                format=one.format,
+                shape=(E, *one.shape),
+                group=one.group,
+                packed=one.packed.new_empty(E, *one.packed.shape),
+                scale=one.scale.new_empty(E, *one.scale.shape),
+                zero=None if one.zero is None else one.zero.new_empty(E, *one.zero.shape),
+            )
+        for name in ("packed", "scale", "zero"):
+            if (tensor := getattr(one, name)) is not None:
+                getattr(whole, name)[e].copy_(tensor)
+    assert whole is not None, "no experts"
+    return Packed(whole)
+
+
+def parameters(form: Format, rows: int, columns: int, *experts: int) -> dict[str, nn.Parameter]:
+    """What a host loads a weight [N, K] into, or [E, N, K] of experts, before it is packed."""
+    return {
+        name: nn.Parameter(torch.empty(*experts, *shape, dtype=dtype), requires_grad=False)
+        for name, (shape, dtype) in form.tensors(rows, columns).items()
+    }
+
+
+def pack_parameters(layer: nn.Module, form: Format, prefix: str = "") -> Packed:
+    """Pack a layer's parameters, and drop them."""
+    tensors = {name: getattr(layer, prefix + name).data for name in form.names}
+    for name in tensors:
+        delattr(layer, prefix + name)
+    return pack(tensors, form)
+
+
+def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:
+    """Refuse ranks that would share a group of columns.
+
+    Raises: ConfigError, naming the module and the fix.
+    """
+    if form.group and columns != of_rank and of_rank % form.group:
+        raise ConfigError(
+            f"{module}: a rank's {of_rank} of {columns} columns are no multiple of {form.group}, "
+            f"which share a scale; use fewer tensor-parallel ranks"
+        )
+
+
+def apply_experts(
+    *, x: Tensor, w13: Weight, w2: Weight, topk_weights: Tensor, topk_ids: Tensor
+) -> Tensor:
+    """The experts' outputs, weighted and summed, expert by expert; as `fused_moe`.
+
+    Shapes: x [T, D], w13 [E, 2I, D], w2 [E, D, I], topk_* [T, k], returns [T, D]
+    """
+    weights = (
+        item
+        for w in (w13, w2)
+        for item in (w.format, list(w.shape), w.group, w.packed, w.scale, w.zero)
+    )
+    return _loop(x, topk_weights, topk_ids, *weights)
+
+
+@torch.library.custom_op("qwen3next_plugin::apply_experts", mutates_args=())
+def _loop(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    format_13: str,
+    shape_13: list[int],
+    group_13: int,
+    packed_13: Tensor,
+    scale_13: Tensor,
+    zero_13: Tensor | None,
+    format_2: str,
+    shape_2: list[int],
+    group_2: int,
+    packed_2: Tensor,
+    scale_2: Tensor,
+    zero_2: Tensor | None,
+) -> Tensor:
+    """An op, because a compiler cannot trace a loop that depends on the routing."""
+    w13 = Weight(format_13, tuple(shape_13), group_13, packed_13, scale_13, zero_13)  # type: ignore[arg-type]
+    w2 = Weight(format_2, tuple(shape_2), group_2, packed_2, scale_2, zero_2)  # type: ignore[arg-type]
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e in topk_ids.unique().tolist():
+        t, j = (topk_ids == e).nonzero(as_tuple=True)
+        gate, up = linear(x[t], w13.expert(e)).float().chunk(2, dim=-1)  # [n, I]
+        h = (silu(gate) * up).to(x.dtype)
+        out.index_add_(0, t, topk_weights[t, j, None] * linear(h, w2.expert(e)).float())
+    return out.to(x.dtype)
+
+
+@_loop.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _pack(tensors: Mapping[str, Tensor], form: Format) -> Weight:
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if form.name == "int4":
+        return pack_int4(nibbles(weight), scale, tensors.get("weight_zero"))
+    return (pack_int8 if form.name == "int8" else pack_fp8)(weight, scale)

@@ -1,0 +1,61 @@
+"""Quantised checkpoints, served by SGLang: what transformers computes with dequantised weights."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from checkpoints import random_prompt, write_checkpoint
+from engines.checks import TOKENS, check_greedy
+from engines.sglang.server import FIXED, NEXTN, Forked, Server
+from quantised import KINDS, MIXED, write_quantised
+from reference import Reference
+from tiers import long_except
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 64, 65, 300)]
+LOGPROBS = {"return_logprob": True, "logprob_start_len": 0}
+SMALL = ("--dtype", "float32", "--max-total-tokens", "8192", "--max-mamba-cache-size", "20")
+AT_LOAD = "int8-rows_at-load"
+CASES: dict[str, tuple[str, int, str]] = {  # kind, drafts, what is left out
+    MIXED: (MIXED, 3, "^$"),
+    AT_LOAD: ("int8-rows", 3, r"in_proj_ba|\.fc"),
+    "mixed_no-drafts": (MIXED, 0, "^$"),
+    "fp8_mtp-in-bf16": ("fp8-blocks", 3, "^mtp"),
+    **{kind: (kind, 3, "^$") for kind in KINDS},
+}
+
+
+class Served(NamedTuple):
+    server: Server
+    model: Reference
+    drafts: int
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Two blocks of columns, the second one not full."""
+    changes = {"hidden_size": 160, "num_hidden_layers": 4}
+    return write_checkpoint(tmp_path_factory.mktemp("plain"), **changes)
+
+
+@pytest.fixture(scope="module", params=long_except((MIXED,), CASES))
+def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
+    kind, drafts, leave_out = CASES[request.param]
+    folder = tmp_path_factory.mktemp("quantised")
+    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
+    flags = (*NEXTN, str(drafts)) if drafts else ()
+    if request.param == AT_LOAD:
+        server = Forked(plain, *SMALL, *flags, env=FIXED | {"QWEN3NEXT_QUANTISE": "int8"})
+    else:
+        server = Forked(quantised, *SMALL, *flags, env=FIXED)
+    server.wait()
+    yield Served(server, reference(twin), drafts)
+    server.close()
+
+
+def test_batch_is_what_transformers_computes(served):
+    answers = served.server.greedy(PROMPTS, TOKENS, **LOGPROBS)
+    check_greedy(served.model, PROMPTS, answers)
+    assert (sum(answer.accepted for answer in answers) > 0) == (served.drafts > 0)

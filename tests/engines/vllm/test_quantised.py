@@ -1,0 +1,83 @@
+"""Quantised checkpoints, served by vLLM: what transformers computes with dequantised weights."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from checkpoints import random_prompt, write_checkpoint
+from engines.checks import TOKENS, check_greedy
+from engines.process import CPUS
+from engines.vllm.checks import LOGPROBS
+from engines.vllm.offline import Offline
+from quantised import KINDS, MIXED, write_quantised
+from reference import Reference
+from tiers import long_except
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 64, 65, 300)]
+FLAGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 257,
+    "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
+}
+AT_LOAD, COMPILED = "int8-rows_at-load", "mixed_compiled"
+CASES: dict[str, tuple[str, str]] = {  # kind, and what is left out
+    MIXED: (MIXED, "^$"),
+    COMPILED: (MIXED, "^$"),
+    AT_LOAD: ("int8-rows", r"in_proj_ba|\.fc"),
+    "fp8_mtp-in-bf16": ("fp8-blocks", "^mtp"),
+    **{kind: (kind, "^$") for kind in KINDS},
+}
+
+
+class Served(NamedTuple):
+    engine: Offline
+    model: Reference
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Two blocks of columns, the second one not full."""
+    changes = {"hidden_size": 160, "num_hidden_layers": 4}
+    return write_checkpoint(tmp_path_factory.mktemp("plain"), **changes)
+
+
+@pytest.fixture(scope="module", params=long_except((MIXED,), CASES))
+def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("quantised")
+    kind, leave_out = CASES[request.param]
+    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
+    if request.param == AT_LOAD:
+        engine = Offline(plain, env={"QWEN3NEXT_QUANTISE": "int8"}, **FLAGS)
+    else:
+        engine = Offline(quantised, enforce_eager=request.param != COMPILED, **FLAGS)
+    yield Served(engine, reference(twin))
+    engine.close()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_with_and_without_drafts(served, drafts):
+    served.engine.forget()
+    served.engine.inside("draft", drafts)
+    before = served.engine.counters()
+    outputs = served.engine.greedy(PROMPTS, TOKENS, **LOGPROBS)
+    check_greedy(served.model, PROMPTS, outputs)
+    name = "vllm:spec_decode_num_accepted_tokens"
+    accepted = served.engine.counters().get(name, 0) - before.get(name, 0)
+    assert (accepted > 0) == (drafts > 0)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+def test_two_ranks(plain, tmp_path, reference):
+    """Few tokens: ranks wait for each other busily, which is slow where they share their cores."""
+    quantised, twin = write_quantised(plain, tmp_path, MIXED)
+    engine = Offline(quantised, tensor_parallel_size=2, **FLAGS)
+    try:
+        outputs = engine.greedy(PROMPTS[:3], 12, **LOGPROBS)
+    finally:
+        engine.close()
+    check_greedy(reference(twin), PROMPTS[:3], outputs)
