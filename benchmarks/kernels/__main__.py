@@ -20,6 +20,7 @@ class Name(Enum):
     CONVOLUTION = "convolution"
     VERIFY_LAYER = "verify-layer"
     DRAFT_HEAD = "draft-head"
+    LINEAR = "linear"
     EXPERTS = "experts"
     ATTENTION = "attention"
 
@@ -29,6 +30,7 @@ QUESTIONS = {
     Name.CONVOLUTION: "How fast is the causal convolution?",
     Name.VERIFY_LAYER: "How fast are both together, without AMX?",
     Name.DRAFT_HEAD: "How fast is the first-ranked token found?",
+    Name.LINEAR: "How fast are packed linear layers?",
     Name.EXPERTS: "How fast are the experts?",
     Name.ATTENTION: "How fast is full attention?",
 }
@@ -42,6 +44,7 @@ def cases_of(name: Name) -> Callable[[], Iterator[Case]]:
         delta_rule,
         draft_head,
         experts,
+        linear,
         verify_layer,
     )
 
@@ -50,6 +53,7 @@ def cases_of(name: Name) -> Callable[[], Iterator[Case]]:
         Name.CONVOLUTION: convolution.cases,
         Name.VERIFY_LAYER: verify_layer.cases,
         Name.DRAFT_HEAD: draft_head.cases,
+        Name.LINEAR: linear.cases,
         Name.EXPERTS: experts.cases,
         Name.ATTENTION: attention.cases,
     }[name]
@@ -78,8 +82,8 @@ def measure_op(run: Run, name: Name) -> Iterator[Record]:
 
 
 def more(run: Run, name: Name, pairs: int) -> Iterator[Record]:
-    """Two ops' memory traffic, besides their times."""
-    from benchmarks.kernels import attention, delta_rule
+    """Three ops' memory traffic, besides their times."""
+    from benchmarks.kernels import attention, delta_rule, linear
 
     if name is Name.DELTA_RULE:
         yield run.record(
@@ -96,6 +100,14 @@ def more(run: Run, name: Name, pairs: int) -> Iterator[Record]:
             f"context of {attention.CONTEXT:,}, {torch.get_num_threads()} threads",
             {"keys and values": "MB", "decode": "µs", "decode / reading them": ""},
             {"decode": attention.over_bandwidth(pairs)},
+        )
+    if name is Name.LINEAR:
+        yield run.record(
+            "kernels/linear_bandwidth",
+            "How fast is a packed layer, compared with a read?",
+            f"M = 1, N = {linear.N:,}, K = {linear.K:,}, {torch.get_num_threads()} threads",
+            {"weight": "MB", "layer": "µs", "layer / reading it": ""},
+            linear.over_bandwidth(pairs),
         )
 
 

@@ -1,6 +1,6 @@
-"""The block model's 64 experts against upstream's portable kernel."""
+"""The block model's 64 experts, in bf16 and packed, against upstream's portable bf16 kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import vllm._custom_ops as upstream
@@ -8,19 +8,33 @@ from torch import Tensor
 
 from benchmarks.kernels.timing import Case
 from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.linear import Weight, pack_fp8, pack_int4, pack_int8, stack, unpack
 
-HIDDEN, DTYPE = 2048, torch.bfloat16
+E, INNER, TOPK, HIDDEN, DTYPE = 64, 512, 10, 2048, torch.bfloat16
+
+Make = Callable[[int, int], Weight]  # rows, columns
 
 
 def cases() -> Iterator[Case]:
-    """Every case; upstream's kernel gets packed weights."""
-    E, inner, k = 64, 512, 10
-    w13 = torch.empty(E, 2 * inner, HIDDEN, dtype=DTYPE).normal_(std=0.02)
-    w2 = torch.empty(E, HIDDEN, inner, dtype=DTYPE).normal_(std=0.02)
-    packed13, packed2 = (upstream.cpu_prepack_moe_weight(w.clone(), "vec") for w in (w13, w2))
+    """Every case; upstream's kernel gets weights of the same values, packed in its way."""
+    w13 = torch.empty(E, 2 * INNER, HIDDEN, dtype=DTYPE).normal_(std=0.02)
+    w2 = torch.empty(E, HIDDEN, INNER, dtype=DTYPE).normal_(std=0.02)
+    yield from of_weights("", w13, w2, w13, w2)
+    del w13, w2
+    makes: dict[str, Make] = {"int8, ": int8, "int4, ": int4, "fp8, ": fp8}
+    for name, make in makes.items():
+        w13 = stack([make(2 * INNER, HIDDEN) for _ in range(E)])
+        w2 = stack([make(HIDDEN, INNER) for _ in range(E)])
+        yield from of_weights(name, w13, w2, unpack(w13).to(DTYPE), unpack(w2).to(DTYPE))
+
+
+def of_weights(
+    kind: str, w13: Tensor | Weight, w2: Tensor | Weight, plain13: Tensor, plain2: Tensor
+) -> Iterator[Case]:
+    packed13, packed2 = (upstream.cpu_prepack_moe_weight(w, "vec") for w in (plain13, plain2))
     for tokens in (1, 8, 32, 1024):
         x = torch.randn(tokens, HIDDEN).to(DTYPE)
-        weights, ids = torch.randn(tokens, E).softmax(-1).topk(k)
+        weights, ids = torch.randn(tokens, E).softmax(-1).topk(TOPK)
         routed = {"topk_weights": weights, "topk_ids": ids.int()}
 
         def plugin(x=x, routed=routed) -> Tensor:
@@ -33,5 +47,20 @@ def cases() -> Iterator[Case]:
             )
             return out
 
-        name = f"{tokens:,} token{'s'[: tokens > 1]}"
+        name = f"{kind}{tokens:,} token{'s'[: tokens > 1]}"
         yield Case(name, plugin, portable, in_quick=tokens < 1024)
+
+
+def int8(rows: int, columns: int) -> Weight:
+    values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+    return pack_int8(values, torch.full((rows, 1), 3e-4))
+
+
+def int4(rows: int, columns: int) -> Weight:
+    values = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    return pack_int4(values, torch.full((rows, columns // 128), 5e-3, dtype=DTYPE))
+
+
+def fp8(rows: int, columns: int) -> Weight:
+    values = (torch.randn(rows, columns) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return pack_fp8(values, torch.full((rows // 128, columns // 128), 2e-4))

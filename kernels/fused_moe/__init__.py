@@ -4,10 +4,16 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, check_contiguous
+from qwen3next_plugin.kernels.linear.weight import TILE, Weight, check_weight
 
 
 def fused_moe(
-    *, x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor
+    *,
+    x: Tensor,
+    w13: Tensor | Weight,
+    w2: Tensor | Weight,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
 ) -> Tensor:
     """out = sum_j weight_j W2_e (silu(W1_e x) * W3_e x), e = topk_ids[j].
 
@@ -16,7 +22,8 @@ def fused_moe(
 
     Shapes:
         x: [T, D], any row stride
-        w13: [E, 2I, D], x's dtype: rows of W1 (gate), then of W3 (up); w2: [E, D, I]
+        w13: [E, 2I, D], x's dtype: rows of W1 (gate), then of W3 (up); w2: [E, D, I]. Or both are
+            packed, in any formats: `linear` says how they are multiplied. I is a multiple of 16.
         topk_weights: [T, k] fp32, topk_ids: [T, k] int32
         returns [T, D]
 
@@ -28,13 +35,35 @@ def fused_moe(
     """
     op = "fused_moe"
     run = dispatch.implementation(op, x.device)
-    (T, D), (E, two_I, _), k = x.shape, w13.shape, topk_ids.shape[1]
+    (T, D), k = x.shape, topk_ids.shape[1]
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
-    check(op, "w13", w13, (E, 2 * (two_I // 2), D), (x.dtype,), x.device)
-    check(op, "w2", w2, (E, D, two_I // 2), (x.dtype,), x.device)
+    if isinstance(w13, Weight) and isinstance(w2, Weight):
+        _check_packed(op, w13, w2, D, x)
+    else:
+        E, two_I, _ = w13.shape
+        for name, w, shape in (
+            ("w13", w13, (E, 2 * (two_I // 2), D)),
+            ("w2", w2, (E, D, two_I // 2)),
+        ):
+            if isinstance(w, Weight):
+                raise ValueError(f"{op}: {name} is packed, the other weight is not")
+            check(op, name, w, shape, (x.dtype,), x.device)
+            check_contiguous(op, name, w)
     check(op, "topk_weights", topk_weights, (T, k), FLOAT, x.device)
     check(op, "topk_ids", topk_ids, (T, k), INT, x.device)
-    for name, tensor in (("w13", w13), ("w2", w2), ("topk_weights", topk_weights)):
-        check_contiguous(op, name, tensor)
+    check_contiguous(op, "topk_weights", topk_weights)
     check_contiguous(op, "topk_ids", topk_ids)
     return run(x, w13, w2, topk_weights, topk_ids)
+
+
+def _check_packed(op: str, w13: Weight, w2: Weight, D: int, x: Tensor) -> None:
+    """Raise unless the shapes are [E, 2I, D] and [E, D, I]."""
+    check_weight(op, "w13", w13, 3, x.device)
+    check_weight(op, "w2", w2, 3, x.device)
+    E, _, I = w2.shape  # noqa: E741, the field's letter
+    if w13.shape != (E, 2 * I, D) or w2.shape != (E, D, I):
+        raise ValueError(
+            f"{op}: w13 has shape {w13.shape}, w2 {w2.shape}, not {(E, 2 * I, D)} and {(E, D, I)}"
+        )
+    if I % TILE:
+        raise ValueError(f"{op}: packed weights have {I} inner features, no multiple of {TILE}")

@@ -2,7 +2,7 @@
 
 #include "dot_tile.h"
 #include "ops.h"
-#include "tensor.h"
+#include "routes.h"
 
 namespace Q3N_LEVEL {
 namespace {
@@ -11,33 +11,6 @@ constexpr int64_t kChunk = 32;  // inner features of an expert, or outputs, that
 constexpr int64_t kAhead = 16;  // outputs whose weights are prefetched
 constexpr int64_t kBlock =
     32;  // tokens whose rows fit in the cache together with a chunk's weights
-
-struct Dims {
-  int64_t T, D, E, I, k;
-};
-
-// Tokens sorted by expert: expert e has entries [first[e], first[e + 1]) of `token` and `slot`.
-struct Routes {
-  std::vector<int64_t> first, token, slot;  // slot: the entry of topk_ids [T * k]
-  std::vector<int64_t> experts;             // experts that have tokens, ascending
-
-  Routes(const int32_t* ids, const Dims& d) : first(d.E + 1), token(d.T * d.k), slot(d.T * d.k) {
-    for (int64_t i = 0; i < d.T * d.k; ++i) {
-      check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.k, ", ", i % d.k,
-            "] = ", ids[i], " is not one of ", d.E, " experts");
-      ++first[ids[i] + 1];
-    }
-    for (int64_t e = 0; e < d.E; ++e) {
-      if (first[e + 1]) experts.push_back(e);
-      first[e + 1] += first[e];
-    }
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t i = 0; i < d.T * d.k; ++i) {
-      const int64_t at = next[ids[i]]++;
-      token[at] = i / d.k, slot[at] = i;
-    }
-  }
-};
 
 // Inner features [c, c + kChunk) of expert e's tokens: h = silu(W1 x) * W3 x. Prefetches the weight
 // rows that follow, at the end those of expert `ahead`.

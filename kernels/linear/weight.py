@@ -10,6 +10,7 @@ from torch import Tensor
 TILE = 16  # rows of a tile: the fp32 lanes of AVX-512
 BLOCK = 128  # the last dim is padded to a multiple of it
 Format = Literal["int8", "int4", "fp8"]
+FORMATS: tuple[Format, ...] = ("int8", "int4", "fp8")  # as in native/formats.h
 LINE = {"int8": torch.int16, "int4": torch.int32, "fp8": torch.int32}  # a row's part of a line
 SYMMETRIC = 8  # the zero point of int4 without zero points
 

@@ -36,28 +36,36 @@ typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
 typedef int16_t i16v __attribute__((vector_size(4 * kLanes)));  // twice as many lanes
 
-// Treats denormals as zero on this thread, as inputs and as results, until it is destroyed.
-class FlushDenormals {
+// Treats denormals as zero on this thread, as inputs and as results, or as numbers, until it is
+// destroyed.
+template <bool kFlush>
+class Denormals {
  public:
 #if defined(__x86_64__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }  // FTZ and DAZ
-  ~FlushDenormals() { _mm_setcsr(before_); }
+  Denormals() : before_(_mm_getcsr()) {
+    constexpr unsigned kBits = 0x8040;  // FTZ and DAZ
+    _mm_setcsr(kFlush ? before_ | kBits : before_ & ~kBits);
+  }
+  ~Denormals() { _mm_setcsr(before_); }
 
  private:
   unsigned before_;
 #elif defined(__aarch64__)
-  FlushDenormals() {
+  Denormals() {
     asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" ::"r"(before_ | uint64_t{1} << 24));
+    constexpr uint64_t kBit = uint64_t{1} << 24;
+    asm volatile("msr fpcr, %0" ::"r"(kFlush ? before_ | kBit : before_ & ~kBit));
   }
-  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+  ~Denormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
 
  private:
   uint64_t before_;
 #else
-  FlushDenormals() {}
+  Denormals() {}
 #endif
 };
+using FlushDenormals = Denormals<true>;
+using KeepDenormals = Denormals<false>;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

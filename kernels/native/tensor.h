@@ -62,14 +62,25 @@ inline T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+template <class Mode, class F>
+inline void parallel_in(int64_t n, int64_t grain, F&& f) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    const Mode guard;
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
 // Calls f(i) for i in [0, n), at least `grain` calls on each thread, with denormals flushed to
 // zero: decays over many tokens produce many of them, and arithmetic on a denormal is far slower.
 template <class F>
 inline void parallel(int64_t n, int64_t grain, F&& f) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    const FlushDenormals guard;
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
+  parallel_in<FlushDenormals>(n, grain, f);
+}
+
+// The same, with denormals as numbers.
+template <class F>
+inline void parallel_with_denormals(int64_t n, int64_t grain, F&& f) {
+  parallel_in<KeepDenormals>(n, grain, f);
 }
 
 }  // namespace Q3N_LEVEL

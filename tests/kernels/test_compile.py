@@ -7,7 +7,10 @@ from state_pages import SMALL, Layer, Pool, Step
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head
+from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+from qwen3next_plugin.kernels.linear import Weight, linear, pack_int4, pack_int8, stack
+from qwen3next_plugin.kernels.linear.cpu import parts
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
@@ -35,7 +38,16 @@ def calls():
         "table_row": torch.tensor([0]), "query_start_loc": torch.tensor([0, 3], dtype=torch.int32),
         "seq_lens": torch.tensor([4]), "scale": 0.2,
     }  # fmt: skip
+    nibbles = torch.randint(0, 16, (32, 32), dtype=torch.uint8)
+    int4 = pack_int4(nibbles, torch.rand(32, 1), nibbles[:, :1])
+    int8 = pack_int8(nibbles[:, :16].view(torch.int8), torch.rand(32, 1))
     return {
+        "linear": (linear, {"x": torch.randn(3, 32), "weight": int4}),
+        "fused_moe_packed": (fused_moe, {
+            "x": torch.randn(2, 32), "w13": stack([int4, int4]), "w2": stack([int8, int8]),
+            "topk_weights": torch.rand(2, 1),
+            "topk_ids": torch.tensor([[1], [0]], dtype=torch.int32),
+        }),
         "causal_conv1d": (causal_conv1d, {
             "q": x["q"], "k": x["k"], "v": x["v"], "weight": layer.weight,
             "pool_": pool.pages(), "step": step.bundle(),
@@ -94,6 +106,11 @@ def test_traced_whole(monkeypatch, name):
 
 def flat(arguments):
     """The arguments under the names that the torch op's schema has for them."""
+    for name, suffix in (("weight", ""), ("w13", "13"), ("w2", "2")):
+        if isinstance(w := arguments.get(name), Weight):
+            fields = (f"{part}{suffix}" for part in ("packed", "scale", "zero", "format", "group"))
+            sizes = {"N": w.shape[-2], "I": w.shape[-1]}  # of linear; of w2, which comes last
+            arguments = {**arguments, **dict(zip(fields, parts(w), strict=True)), **sizes}
     pool, step = arguments.get("pool_"), arguments.get("step")
     if pool is None:
         return arguments

@@ -1,10 +1,14 @@
 """Quantised linear layers: packing, the equation, and bits that no other row changes."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
     concatenate,
     linear,
@@ -49,7 +53,8 @@ def checkpoint(kind, *shape):
     *lead, N, K = shape
     values = torch.randint(0, 256, shape, dtype=torch.uint8)
     groups = -(-K // (group or K))
-    scale = ((torch.rand(*lead, N, groups) + 0.5) * 0.02).to(dtype)
+    unit = 0.002 if format == "fp8" else 0.02
+    scale = ((torch.rand(*lead, N, groups) + 0.5) * unit).to(dtype)
     if format == "fp8":
         values = torch.where((values & 127) == 127, values - 1, values).view(torch.float8_e4m3fn)
         if group:
@@ -96,15 +101,108 @@ def test_rows_of_several_and_experts(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [0, 1, 3, 33])
-@pytest.mark.parametrize(("N", "K"), [(1, 8), (50, 200), (129, 515)])
-def test_against_the_equation(cpu_backend, kind, M, N, K, dtype):
+def test_against_the_equation(cpu_backend, kind, dtype):
+    for N, K in ((1, 8), (50, 200), (129, 515)):
+        K = columns(kind, K)
+        weight, w = packed(kind, N, K)
+        for M in (0, 1, 3, 33):
+            x = (torch.randn(M, K + 3) * torch.randn(K + 3).exp()).to(dtype)[:, :K]
+            out = linear(x, weight)
+            assert out.dtype == dtype
+            assert_close("linear", dtype, out, x.double() @ w.double().T)
+
+
+def in_parts(x, weight):
+    """The layer on rows in passes of other sizes, some of them alone."""
+    bounds = itertools.accumulate((1, 1, 2, 3, 5, 9, 17), initial=0)
+    pairs = itertools.pairwise((*bounds, len(x)))
+    return torch.cat([linear(x[a:b], weight) for a, b in pairs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whatever_rows_share_the_batch(native_level, kind, dtype):
+    """A row has the same bits alone, in any batch, on one thread, and in parts of the weight."""
+    K = columns(kind, 645)
+    parts = [packed(kind, N, K)[0] for N in (16, 40, 9)]
+    weight, x = concatenate(parts), torch.randn(70, K).to(dtype)
+    whole = linear(x, weight)
+    assert torch.equal(in_parts(x, weight), whole)
+    assert torch.equal(torch.cat([linear(x, part) for part in parts], 1), whole)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(linear(x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@given(
+    M=st.integers(1, 300),
+    N=st.integers(1, 70),
+    K=st.integers(1, 700),
+    kind=st.sampled_from([*KINDS]),
+)
+@settings(max_examples=20, deadline=None)
+def test_any_shape_and_split(M, N, K, kind):
     K = columns(kind, K)
     weight, w = packed(kind, N, K)
-    x = (torch.randn(M, K + 3) * torch.randn(K + 3).exp()).to(dtype)[:, :K]
+    x = torch.randn(M, K)
     out = linear(x, weight)
-    assert out.dtype == dtype
-    assert_close("linear", dtype, out, x.double() @ w.double().T)
+    assert_close("linear", torch.float32, out, x.double() @ w.double().T)
+    assert torch.equal(torch.cat([linear(x[: M // 3], weight), linear(x[M // 3 :], weight)]), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [name for name in KINDS if not name.startswith("fp8")])
+def test_integers_have_the_same_bits_at_every_instruction_set(kind, dtype):
+    K = columns(kind, 645)
+    weight, x = packed(kind, 37, K)[0], torch.randn(19, K).to(dtype)
+    before, outs = native.isa(), []
+    try:
+        for level in native.levels():
+            native.set_isa(level)
+            outs.append(linear(x, weight))
+    finally:
+        native.set_isa(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [2.0**-60, 1e-3, 1.0, 2.0**15])
+def test_activations_keep_their_precision(native_level, dtype, scale):
+    """bf16 is exact down to 1/128 of a block's largest; fp16 keeps 15 bits of that, fp32 28."""
+    weight = pack_int8(torch.eye(128, dtype=torch.int8), torch.ones(128, 1))
+    x = ((torch.rand(50, 128) * 126 / 128 + 1 / 127) * scale).to(dtype)
+    x[:, 7] = scale * (1.99 if dtype == torch.float16 else 1)
+    out = linear(x, weight)
+    if dtype == torch.bfloat16:
+        assert torch.equal(out, x)
+    unit = x.double().amax(1, keepdim=True) * 2.0 ** (-27 if dtype == torch.float32 else -15)
+    assert ((out.double() - x.double()).abs() <= unit).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_leaves_the_others(native_level, kind, value):
+    weight, w = packed(kind, 20, columns(kind, 150))
+    x = torch.randn(5, w.shape[1])
+    clean = linear(x, weight)
+    x[2, 140] = value
+    out = linear(x, weight)
+    assert not out[2].isfinite().any()
+    assert torch.equal(out[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+def test_every_value_of_fp8(native_level):
+    """Subnormals and zeros, also where the thread flushes denormals."""
+    codes = torch.tensor([c for c in range(256) if c & 127 != 127], dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn)[:, None]
+    weight = pack_fp8(values, torch.ones(2, 1))
+    torch.set_flush_denormal(True)
+    try:
+        out = linear(torch.ones(1, 1), weight)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(out[0], values[:, 0].float())
 
 
 def test_refuses_what_is_no_weight():

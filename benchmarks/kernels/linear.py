@@ -1,0 +1,78 @@
+"""Packed linear layers against torch's weight-only kernels, and oneDNN's bf16 for FP8."""
+
+import itertools
+import statistics
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.draft_head import packed
+from benchmarks.kernels.timing import Call, Case, seconds
+from qwen3next_plugin.kernels.linear import Weight, linear, pack_fp8, pack_int4, pack_int8, unpack
+
+N, K, DTYPE = 8192, 2048, torch.bfloat16
+LAYERS = 4  # weights that calls walk over
+GROUP = 128
+ROWS = (1, 2, 4, 8, 32, 512)
+
+
+def cases() -> Iterator[Case]:
+    """Every format at every number of rows."""
+    for name, make in (("int8", int8), ("int4", int4), ("fp8", fp8)):
+        weights, theirs = zip(*(make() for _ in range(LAYERS)), strict=True)
+        for M in ROWS:
+            x = torch.randn(M, K).to(DTYPE)
+            plugin, upstream = walk(weights, linear, x), walk(theirs, lambda x, run: run(x), x)
+            yield Case(f"{name}, M = {M}", plugin, upstream, LAYERS, in_quick=M < 32)
+
+
+def walk(weights: tuple, run: Call, x: Tensor) -> Call:
+    """Calls with one weight after the other."""
+    turns = itertools.cycle(weights)
+    return lambda: run(x, next(turns))
+
+
+def int8() -> tuple[Weight, Call]:
+    values = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    scale = (torch.rand(N) * 0.01 + 0.01).to(DTYPE)
+    return pack_int8(values, scale[:, None]), lambda x: torch.ops.aten._weight_int8pack_mm(
+        x, values, scale
+    )
+
+
+def int4() -> tuple[Weight, Call]:
+    values = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    scale = (torch.rand(N, K // GROUP) * 0.01 + 0.01).to(DTYPE)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+    scales = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
+    return pack_int4(values, scale), lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x, theirs, GROUP, scales
+    )
+
+
+def fp8() -> tuple[Weight, Call]:
+    values = (torch.randn(N, K) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    weight = pack_fp8(values, torch.rand(N // 128, K // 128) * 0.01 + 0.01)
+    layer = packed(unpack(weight).to(DTYPE))
+    return weight, lambda x: layer.cpu_linear(x, layer.weight, None)
+
+
+def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
+    """At M = 1, each format's time, and its ratio to reading its bytes as one large read."""
+    large = torch.ones(2**25, dtype=torch.int64)
+    x, found = torch.randn(1, K).to(DTYPE), {}
+    for name, make in (("int8", int8), ("int4", int4), ("fp8", fp8)):
+        weights = tuple(make()[0] for _ in range(2 * LAYERS))
+        call, moved = walk(weights, linear, x), weights[0].nbytes
+        seconds(call, len(weights))
+        ours, ratios = [], []
+        for _ in range(pairs):
+            ours.append(seconds(call, len(weights)))
+            ratios.append(ours[-1] / (seconds(large.sum, 1) * moved / large.nbytes))
+        found[name] = {
+            "weight": moved / 1e6,
+            "layer": statistics.median(ours) * 1e6,
+            "layer / reading it": statistics.median(ratios),
+        }
+    return found

@@ -1,0 +1,37 @@
+// Tokens sorted by the experts that they are routed to.
+#pragma once
+
+#include <vector>
+
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+
+struct Dims {
+  int64_t T, D, E, I, k;
+};
+
+// Expert e has entries [first[e], first[e + 1]) of `token` and `slot`.
+struct Routes {
+  std::vector<int64_t> first, token, slot;  // slot: the entry of topk_ids [T * k]
+  std::vector<int64_t> experts;             // experts that have tokens, ascending
+
+  Routes(const int32_t* ids, const Dims& d) : first(d.E + 1), token(d.T * d.k), slot(d.T * d.k) {
+    for (int64_t i = 0; i < d.T * d.k; ++i) {
+      check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.k, ", ", i % d.k,
+            "] = ", ids[i], " is not one of ", d.E, " experts");
+      ++first[ids[i] + 1];
+    }
+    for (int64_t e = 0; e < d.E; ++e) {
+      if (first[e + 1]) experts.push_back(e);
+      first[e + 1] += first[e];
+    }
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < d.T * d.k; ++i) {
+      const int64_t at = next[ids[i]]++;
+      token[at] = i / d.k, slot[at] = i;
+    }
+  }
+};
+
+}  // namespace Q3N_LEVEL

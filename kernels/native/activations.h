@@ -1,0 +1,111 @@
+// Rows of x in the form that packed weights are multiplied with.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "formats.h"
+
+namespace Q3N_LEVEL {
+
+// A row of x is `terms` rows of words, whose products are added.
+struct Activations {
+  int64_t terms, width, block, blocks;  // width: words in a row, padded with zeros
+  std::vector<int32_t> words;
+  std::vector<float> steps;   // of each block: what a word's unit stands for
+  std::vector<int32_t> sums;  // of each block; integers only
+
+  const int32_t* row(int64_t i) const { return words.data() + i * width; }
+  const float* step(int64_t i) const { return steps.data() + i * blocks; }
+  const int32_t* sum(int64_t i) const { return sums.data() + i * blocks; }
+};
+
+// Powers of two from 2^-126 to 2^127.
+inline float power_of_two(int exponent) {
+  const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Rounds n values (a copy in `x`, padded with zeros to whole vectors) to integers of `bits` bits
+// and a sign, as if the largest of them had that many; leaves in x what was rounded away. Returns
+// the unit, a power of two; NaN, and zeros, if a value is not finite.
+inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bits) {
+  f32v largest{}, zero_if_finite{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const f32v v = load(x + i), size = v < 0.0f ? -v : v;
+    largest = size > largest ? size : largest;
+    zero_if_finite += v - v;
+  }
+  float most = 0.0f;
+  for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
+  *sum = 0;
+  if (!(Q3N_LEVEL::sum(zero_if_finite) == 0.0f)) {
+    std::memset(out, 0, n * sizeof *out);
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  uint32_t field;
+  std::memcpy(&field, &most, sizeof field);
+  const int exponent = std::max(static_cast<int>(field >> 23) - 127, -100);
+  const float unit = power_of_two(exponent + 1 - bits), inverse = power_of_two(bits - 1 - exponent);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
+  i32v total{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const f32v v = load(x + i), rounded = (v * inverse + kRound) - kRound;
+    const i32v integers = __builtin_convertvector(rounded, i32v);
+    store(out + i, integers);
+    store(x + i, v - rounded * unit);
+    total += integers;
+  }
+  for (int i = 0; i < kLanes; ++i) *sum += total[i];
+  return unit;
+}
+
+// Integers for int8 and int4. 15 bits hold a bf16 exactly down to 1/128 of its block's largest;
+// fp32 gets two terms of 14, since rounding may carry.
+template <class T>
+void write_integers(Activations& a, const T* x, int64_t K, int64_t m) {
+  constexpr int kTerms = sizeof(T) == 4 ? 2 : 1, kBits = sizeof(T) == 4 ? 14 : 15;
+  alignas(64) float rest[128];
+  for (int64_t b = 0; b < a.blocks; ++b) {
+    for (int64_t i = 0; i < a.block; i += kLanes) {
+      store(rest + i,
+            load(x + b * a.block + i, std::clamp<int64_t>(K - b * a.block - i, 0, kLanes)));
+    }
+    for (int64_t term = 0; term < kTerms; ++term) {
+      const int64_t row = m * kTerms + term;
+      int16_t* out = reinterpret_cast<int16_t*>(a.words.data() + row * a.width) + b * a.block;
+      a.steps[row * a.blocks + b] =
+          round_block(rest, out, &a.sums[row * a.blocks + b], a.block, kBits);
+    }
+  }
+}
+
+template <class T>
+void write_floats(Activations& a, const T* x, int64_t K, int64_t m) {
+  float* out = reinterpret_cast<float*>(a.words.data() + m * a.width);
+  for_vectors(
+      K, [&](int64_t i, int64_t lanes) { store(out + i, load(x + i, lanes) * kFp8Scale, lanes); });
+}
+
+// x [M, K], rows `stride` apart, for products with such a weight.
+template <class T>
+Activations activations(const T* x, int64_t M, int64_t stride, const Packed& w) {
+  const bool integers = w.format != kFp8;
+  const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
+  Activations a{terms, integers ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
+  a.words.resize(M * terms * a.width);
+  a.steps.resize(M * terms * a.blocks, kFp8Scale);
+  a.sums.resize(M * terms * a.blocks);
+  parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
+    if (integers) {
+      write_integers(a, x + m * stride, w.K, m);
+    } else {
+      write_floats(a, x + m * stride, w.K, m);
+    }
+  });
+  return a;
+}
+
+}  // namespace Q3N_LEVEL

@@ -1,0 +1,157 @@
+// Weights as kernels/linear/weight.py packs them: lines of 64 bytes, each a few columns of 16 rows.
+#pragma once
+
+#include <optional>
+
+#include "tensor.h"
+
+namespace Q3N_LEVEL {
+
+constexpr int kTileWidth = 16;               // rows of a tile
+constexpr int kParts = kTileWidth / kLanes;  // vectors that hold one number of each row
+constexpr int64_t kLine = 64;                // bytes
+typedef uint16_t w16v __attribute__((vector_size(4 * kLanes)));
+
+inline w16v load_words(const uint8_t* p) {
+  w16v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Sums in int32, exact in any order; a word of x is two columns in 16 bits each.
+struct Integers {
+  using Family = Integers;
+  static constexpr bool kDecoded = false;
+  static constexpr bool kExact = true;
+  static constexpr int64_t kLineBytes = kLine;
+  using Value = i16v;
+  using Sum = i32v;
+  static constexpr int64_t kColumns = 2;  // of a word of x
+  static Value spread(int32_t x) { return (i16v)(x + i32v{}); }
+  static Sum add(Value w, Value x, Sum c) { return add_products(w, x, c); }
+  static f32v real(Sum s) { return __builtin_convertvector(s, f32v); }
+};
+
+// Sums in fp32; a word of x is one column.
+struct Floats {
+  using Family = Floats;
+  static constexpr bool kDecoded = false;
+  static constexpr bool kExact = false;
+  static constexpr int64_t kLineBytes = kLine;
+  using Value = f32v;
+  using Sum = f32v;
+  static constexpr int64_t kColumns = 1;
+  static Value spread(int32_t x) { return (f32v)(x + i32v{}); }
+  static Sum add(Value w, Value x, Sum c) { return fma(w, x, c); }
+  static f32v real(Sum s) { return s; }
+};
+
+// Each format has kSteps words of columns in a line; `decode` yields them for one part of the rows.
+struct Int8 : Integers {
+  static constexpr int kSteps = 2;
+  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+    for (int s = 0; s < kSteps; ++s) {
+      out[s] = widen(reinterpret_cast<const int8_t*>(line) + 32 * s + 2 * kLanes * part);
+    }
+  }
+};
+
+struct Int4 : Integers {
+  static constexpr int kSteps = 4;
+  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+    const w16v words = load_words(line + 4 * kLanes * part);
+    out[0] = (i16v)(words & 15);
+    out[1] = (i16v)(words >> 4 & 15);
+    out[2] = (i16v)(words >> 8 & 15);
+    out[3] = (i16v)(words >> 12);
+  }
+};
+
+// e4m3 as fp32 with the exponent's bits where they are: 2^-120 of the value, so denormals count.
+struct Fp8 : Floats {
+  static constexpr int kSteps = 4;
+  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+    const w16v words = load_words(line + 4 * kLanes * part);
+    const auto bf16s = [](w16v w) { return (u32v)((w & 0x8000) | (w >> 4 & 0x07f0)); };
+    const u32v low = bf16s(words << 8), high = bf16s(words);
+    out[0] = (f32v)(low << 16), out[1] = (f32v)(low & 0xffff0000);
+    out[2] = (f32v)(high << 16), out[3] = (f32v)(high & 0xffff0000);
+  }
+};
+
+// Values of a format of this family, decoded.
+template <class F>
+struct Decoded : F {
+  static constexpr bool kDecoded = true;
+  static constexpr int kSteps = 2;
+  static constexpr int64_t kLineBytes = kSteps * kLine;
+  using Value = typename F::Value;
+  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+    for (int s = 0; s < kSteps; ++s) {
+      std::memcpy(out + s, line + s * kLine + 4 * kLanes * part, sizeof *out);
+    }
+  }
+};
+
+template <class F>
+constexpr int64_t kLineColumns = F::kSteps * F::kColumns;
+
+// Fp8's values are 2^-120 of what they stand for, so x is multiplied by 2^60, and sums by 2^60.
+constexpr float kFp8Scale = 0x1p60f;
+
+enum Format : int64_t { kInt8, kInt4, kFp8 };
+
+// A packed weight: [E, N, K], E = 1 if it is one matrix.
+struct Packed {
+  const uint8_t* lines;
+  const void* scales;
+  ScalarType scale_dtype;
+  const uint8_t* zeros;  // or null
+  Format format;
+  int64_t N, K, group, block, blocks, groups, tiles, tile_bytes;
+
+  Packed(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
+         int64_t format, int64_t N, int64_t K, int64_t group)
+      : lines(read<uint8_t>(packed)),
+        scales(scale.const_data_ptr()),
+        scale_dtype(scale.scalar_type()),
+        zeros(zero ? read<uint8_t>(*zero) : nullptr),
+        format(static_cast<Format>(format)),
+        N(N),
+        K(K),
+        group(group),
+        block(group ? group : 128),
+        blocks((K + block - 1) / block),
+        groups(group ? blocks : 1),
+        tiles((N + kTileWidth - 1) / kTileWidth),
+        tile_bytes(blocks * block * kTileWidth / (format == kInt4 ? 2 : 1)) {}
+
+  const uint8_t* tile(int64_t t) const { return lines + t * tile_bytes; }
+  int64_t entry(int64_t t, int64_t g, int64_t part) const {
+    return ((t * groups + g) * kParts + part) * kLanes;
+  }
+  f32v scale(int64_t t, int64_t g, int64_t part) const {
+    const int64_t i = entry(t, g, part);
+    if (scale_dtype == ScalarType::Float) return load(static_cast<const float*>(scales) + i);
+    if (scale_dtype == ScalarType::Half) return load(static_cast<const fp16*>(scales) + i);
+    return load(static_cast<const bf16*>(scales) + i);
+  }
+  // The zero points of a group, or 8 for int4 without, or 0.
+  i32v zero(int64_t t, int64_t g, int64_t part) const {
+    if (!zeros) return (format == kInt4 ? 8 : 0) + i32v{};
+    typedef uint8_t u8v __attribute__((vector_size(kLanes)));
+    u8v z;
+    std::memcpy(&z, zeros + entry(t, groups == 1 ? 0 : g, part), sizeof z);
+    return __builtin_convertvector(z, i32v);
+  }
+
+  // Calls f with a value of the format's type.
+  template <class Call>
+  void with_format(Call&& f) const {
+    if (format == kInt8) return f(Int8{});
+    if (format == kInt4) return f(Int4{});
+    f(Fp8{});
+  }
+};
+
+}  // namespace Q3N_LEVEL
