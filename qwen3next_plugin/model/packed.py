@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.linear import Weight, linear, pack_fp8, pack_int4, pack_int8
@@ -92,56 +91,6 @@ def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:
             f"{module}: a rank's {of_rank} of {columns} columns are no multiple of {form.group}, "
             f"which share a scale; use fewer tensor-parallel ranks"
         )
-
-
-def apply_experts(
-    *, x: Tensor, w13: Weight, w2: Weight, topk_weights: Tensor, topk_ids: Tensor
-) -> Tensor:
-    """The experts' outputs, weighted and summed, expert by expert; as `fused_moe`.
-
-    Shapes: x [T, D], w13 [E, 2I, D], w2 [E, D, I], topk_* [T, k], returns [T, D]
-    """
-    weights = (
-        item
-        for w in (w13, w2)
-        for item in (w.format, list(w.shape), w.group, w.packed, w.scale, w.zero)
-    )
-    return _loop(x, topk_weights, topk_ids, *weights)
-
-
-@torch.library.custom_op("qwen3next_plugin::apply_experts", mutates_args=())
-def _loop(
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    format_13: str,
-    shape_13: list[int],
-    group_13: int,
-    packed_13: Tensor,
-    scale_13: Tensor,
-    zero_13: Tensor | None,
-    format_2: str,
-    shape_2: list[int],
-    group_2: int,
-    packed_2: Tensor,
-    scale_2: Tensor,
-    zero_2: Tensor | None,
-) -> Tensor:
-    """An op, because a compiler cannot trace a loop that depends on the routing."""
-    w13 = Weight(format_13, tuple(shape_13), group_13, packed_13, scale_13, zero_13)  # type: ignore[arg-type]
-    w2 = Weight(format_2, tuple(shape_2), group_2, packed_2, scale_2, zero_2)  # type: ignore[arg-type]
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in topk_ids.unique().tolist():
-        t, j = (topk_ids == e).nonzero(as_tuple=True)
-        gate, up = linear(x[t], w13.expert(e)).float().chunk(2, dim=-1)  # [n, I]
-        h = (silu(gate) * up).to(x.dtype)
-        out.index_add_(0, t, topk_weights[t, j, None] * linear(h, w2.expert(e)).float())
-    return out.to(x.dtype)
-
-
-@_loop.register_fake
-def _(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _pack(tensors: Mapping[str, Tensor], form: Format) -> Weight:

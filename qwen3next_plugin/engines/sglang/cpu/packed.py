@@ -18,8 +18,8 @@ from sglang.srt.utils import set_weight_attrs
 from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
+from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.model.packed import (
-    apply_experts,
     check_split,
     pack_parameters,
     parameters,
@@ -108,7 +108,7 @@ class PackedExperts(FusedMoEMethodBase):
         """Shapes: hidden_states [T, D], returns [T, D]."""
         topk = dispatch_output.topk_output
         return StandardCombineInput(
-            hidden_states=apply_experts(
+            hidden_states=fused_moe(
                 x=dispatch_output.hidden_states,
                 w13=layer.w13_packed.weight,
                 w2=layer.w2_packed.weight,

@@ -13,8 +13,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from qwen3next_plugin.engines.vllm.cpu.experts import on_this_rank
+from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.model.packed import (
-    apply_experts,
     check_split,
     pack_parameters,
     parameters,
@@ -108,7 +108,7 @@ class PackedExperts(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Shapes: x [T, D], topk_* [T, k], returns [T, D]."""
         topk_weights, topk_ids = on_this_rank(topk_weights, topk_ids, layer.expert_map)
-        return apply_experts(
+        return fused_moe(
             x=x,
             w13=layer.w13_packed.weight,
             w2=layer.w2_packed.weight,
