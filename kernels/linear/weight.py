@@ -54,7 +54,8 @@ def unpack(weight: Weight) -> Tensor:
     *_, N, K = weight.shape
     values = _values(weight)  # [..., tiles, columns, 16]
     columns, groups = values.shape[-2], weight.scale.shape[-2]
-    scale, zero = weight.scale.float(), SYMMETRIC if weight.format == "int4" else 0
+    scale = weight.scale.float()
+    zero: Tensor | int = SYMMETRIC if weight.format == "int4" else 0
     if weight.zero is not None:
         zero = weight.zero.float().repeat_interleave(weight.group or columns, -2)[..., :columns, :]
     scale = scale.repeat_interleave(columns if groups == 1 else weight.group, -2)
@@ -120,11 +121,12 @@ def stack(weights: Sequence[Weight]) -> Weight:
     first = _alike("stack", weights)
     if any(w.shape != first.shape for w in weights):
         raise ValueError(f"stack: shapes differ: {sorted({w.shape for w in weights})}")
-    zero = None if first.zero is None else torch.stack([w.zero for w in weights])
-    packed, scale = (
-        torch.stack([getattr(w, name) for w in weights]) for name in ("packed", "scale")
-    )
-    return replace(first, shape=(len(weights), *first.shape), packed=packed, scale=scale, zero=zero)
+    parts = {
+        name: torch.stack([getattr(w, name) for w in weights])
+        for name in ("packed", "scale", "zero")
+        if getattr(first, name) is not None
+    }
+    return replace(first, shape=(len(weights), *first.shape), **parts)
 
 
 def _alike(op: str, weights: Sequence[Weight]) -> Weight:
