@@ -20,6 +20,7 @@ collect_ignore = [f"engines/{engine}" for engine in MISSING]
 LONGEST = (
     "test_lossless", "test_sampling", "test_examples", "test_parity", "test_server",
     "test_on_device", "test_distribution", "test_prefix_cache", "test_plain_steps",
+    "test_quantised",
     "test_sampling_params", "test_soak", "test_pressure", "test_errors", "test_ranks",
     "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
     "test_kernel_package", "test_traces", "test_gpu_resources", "test_gpu_benchmark", "test_cli",

@@ -25,7 +25,10 @@ from qwen3next_plugin.model.mapped import give_back
 from qwen3next_plugin.model.quantising import quantising
 
 # Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
-QUANTISATION_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight")
+QUANTISATION_SUFFIXES = (
+    *("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight"),
+    *("weight_packed", "weight_shape", "weight_zero_point"),
+)
 
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 

@@ -69,9 +69,10 @@ def test_fault_is_named(changes, message):
 
 
 def test_quantised_tensors_stand_for_their_weight():
-    given = [("a.qweight", torch.zeros(1)), ("a.scales", torch.zeros(1)), *tensors(a_weight=None)]
+    parts = [f"a.{last}" for last in ("qweight", "scales", "weight_packed", "weight_zero_point")]
+    given = [*((name, torch.zeros(1)) for name in parts), *tensors(a_weight=None)]
     names = [name for name, _ in checked(given, expected=SHAPES_OF, quantised=True)]
-    assert names == ["a.qweight", "a.scales", "b.weight"]
+    assert names == [*parts, "b.weight"]
     with pytest.raises(CheckpointError, match=r"unexpected tensor a\.qweight"):
         list(checked(given, expected=SHAPES_OF))
     with pytest.raises(CheckpointError, match=r"unexpected tensor a\.foo"):

@@ -6,13 +6,13 @@ registration. OVERRIDES are changes that our own subclasses make to objects of t
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines import patching
+from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.patching import Attribute, Entry, Function, Host, Override, Patch
 from qwen3next_plugin.engines.sglang import flags, requests
 from qwen3next_plugin.engines.sglang.cpu import memory
@@ -86,7 +86,8 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
     quantised = flags.quantisation(model_config.hf_config) is not None or env.quantise()
     if not is_ours(model_config) or not quantised:
         return host(model_config, load_config)
-    return Quantisation(Path(model_config.model_path), model_config.hf_config)
+    folder = local_folder(model_config.model_path, model_config.revision)
+    return Quantisation(folder, model_config.hf_config)
 
 
 def commit_trees(

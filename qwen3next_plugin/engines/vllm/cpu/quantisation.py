@@ -6,7 +6,6 @@ models. Each layer has the format that the checkpoint's files say.
 
 from collections.abc import Mapping
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
 from qwen3next_plugin.model.formats import Formats
 from qwen3next_plugin.mtp.weights import read_formats
@@ -32,7 +32,7 @@ class Quantisation(QuantizationConfig):
     def __init__(self, raw: Mapping[str, Any] | None) -> None:
         super().__init__()
         self.raw = raw
-        self.folder, self.hf_config = Path(), None
+        self.model, self.revision, self.hf_config = "", None, None
 
     @property
     def formats(self) -> Formats:
@@ -40,7 +40,8 @@ class Quantisation(QuantizationConfig):
 
         Raises: CheckpointError for a module that is quantised as none of ours.
         """
-        return read_formats(self.folder, self.hf_config, self.raw)
+        folder = local_folder(self.model, self.revision)
+        return read_formats(folder, self.hf_config, self.raw)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         # Not at registration, when vLLM has not chosen its layers yet.
@@ -65,7 +66,7 @@ class Quantisation(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        self.folder, self.hf_config = Path(model_name), hf_config
+        self.model, self.revision, self.hf_config = model_name, revision, hf_config
 
     def get_name(self) -> str:
         return QUANTISATION
@@ -88,7 +89,7 @@ def quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
     if env.quantise() is None or vllm_config.quant_config is not None:
         return vllm_config.quant_config
     ours = Quantisation(None)
-    ours.maybe_update_config(model_config.model, model_config.hf_config)
+    ours.maybe_update_config(model_config.model, model_config.hf_config, model_config.revision)
     return ours
 
 
