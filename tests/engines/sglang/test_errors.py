@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -346,19 +348,19 @@ def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, lef
 def test_config_that_cannot_be_served(complete, tmp_path, change, message):
     model = write_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(BASE | change))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, CheckpointError), match=message):
         complete(model)
 
 
 def test_quantised_checkpoint(complete, tmp_path):
     quantised, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
     complete(quantised)
-    path = quantised / "model.safetensors"
-    tensors = load_file(path)
+    damaged = Path(shutil.copytree(quantised, tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
     del tensors["mtp.layers.0.self_attn.o_proj.weight_scale_inv"]
-    save_file(tensors, path)
+    save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"^mtp\.layers\.0\.self_attn\.o_proj: .*is missing"):
-        complete(quantised)
+        complete(damaged)
 
 
 def test_truncated_file(complete, tmp_path):

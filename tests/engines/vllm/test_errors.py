@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -184,12 +185,12 @@ def test_quantised_checkpoint(complete, tmp_path):
     """Whatever config.json calls it, it is ours; the drafter's modules are checked, too."""
     quantised, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
     assert complete(quantised, **drafts(2)).quant_config.get_name() == "qwen3next"
-    path = quantised / "model.safetensors"
-    tensors = load_file(path)
+    damaged = Path(shutil.copytree(quantised, tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
     del tensors["mtp.layers.0.self_attn.o_proj.weight_scale_inv"]
-    save_file(tensors, path)
+    save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(Exception, match=r"mtp\.layers\.0\.self_attn\.o_proj: .*is missing; down"):
-        complete(quantised)
+        complete(damaged)
 
 
 def test_truncated_file(complete, tmp_path):
