@@ -49,6 +49,7 @@ class Formats:
         note: str = "",
     ) -> None:
         self.stored, self._holder, self._note = stored, holder, note
+        self.tower: str | None = None  # a quantised tensor of a vision tower, if one has any
         found: dict[str, dict[str, set[Format | None]]] = defaultdict(lambda: defaultdict(set))
         for name in shapes:
             module = name.removesuffix(".weight")
@@ -65,7 +66,14 @@ class Formats:
         """The formats of one of our modules by the tensors that have them, None: it has none.
 
         Experts have two, `w13` and `w2`; others one, `weight`. A wrapper's prefix is ignored.
+
+        Raises: CheckpointError for a module of a quantised vision tower.
         """
+        if self.tower and "visual." in prefix:
+            raise CheckpointError(
+                f"{self.tower}: a quantised vision tower is not served on a CPU; add "
+                f"--language-model-only, or use a checkpoint that leaves the tower unquantised"
+            )
         name = PREFIXED.search(prefix)
         return self._formats.get(name[0] if name else prefix)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.formats import EXPERT, Formats, read_formats
+from qwen3next_plugin.model.formats import EXPERT, PLAIN_DTYPES, Formats, read_formats
 from qwen3next_plugin.model.layouts import (
     FLAT_PROJECTION,
     MIXED,
@@ -18,6 +18,7 @@ from qwen3next_plugin.model.layouts import (
     Shapes,
     group_projections,
     in_projections,
+    our_name,
     our_names,
     projections,
 )
@@ -186,8 +187,17 @@ def formats_of(
     """
     of_ours = functools.partial(holder, config=config)
     if asked is None:
-        stored = our_names(stored_tensors(folder), config)
-        return read_formats(stored, shapes, of_ours, quantization)
+        stored = list(stored_tensors(folder))
+        found = read_formats(our_names(stored, config), shapes, of_ours, quantization)
+        found.tower = next(
+            (
+                name
+                for name, t in stored
+                if t.dtype not in PLAIN_DTYPES and not our_name(name, config)
+            ),
+            None,
+        )
+        return found
     if quantization is not None:
         raise CheckpointError(
             f"QWEN3NEXT_QUANTISE={asked}: the checkpoint is quantised already, by its "
