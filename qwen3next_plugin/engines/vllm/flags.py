@@ -96,7 +96,7 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
         check_stored(
             folder,
             config,
-            quantised=vllm_config.quant_config is not None,
+            quantised=model_config.quantization is not None,
             formats=formats(quantisation(vllm_config)),
             with_mtp=vllm_config.speculative_config is not None,
         )

@@ -84,13 +84,19 @@ class Quantisation(QuantizationConfig):
 
 
 def quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
-    """The checkpoint's, or ours where QWEN3NEXT_QUANTISE asks for it."""
+    """The checkpoint's, or ours where QWEN3NEXT_QUANTISE asks for it.
+
+    vLLM checks flags before it makes the checkpoint's.
+    """
     model_config = vllm_config.model_config
-    if env.quantise() is None or vllm_config.quant_config is not None:
+    if vllm_config.quant_config is not None:
         return vllm_config.quant_config
-    ours = Quantisation(None)
-    ours.maybe_update_config(model_config.model, model_config.hf_config, model_config.revision)
-    return ours
+    ours = model_config.quantization == QUANTISATION
+    if not ours and (model_config.quantization is not None or env.quantise() is None):
+        return None
+    found = Quantisation(model_config.model_arch_config.quantization_config)
+    found.maybe_update_config(model_config.model, model_config.hf_config, model_config.revision)
+    return found
 
 
 def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
