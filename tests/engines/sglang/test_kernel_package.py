@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=child, args=(queue,))
     process.start()
-    print("\\n".join(queue.get(timeout=60)))
+    print("\\n".join(queue.get(timeout=300)))
     process.join()
 """
 
@@ -127,74 +126,3 @@ def test_amx_is_never_claimed(tmp_path):
         "import torch; print(hasattr(torch.ops.sgl_kernel, 'convert_weight_packed'))"
     )
     assert python("-c", code, path=tmp_path).strip() == "False"
-
-
-HOST_MODULES = (
-    "kernels.ops.kvcache.cache_move",
-    "kernels.ops.speculative.cache_locs",
-    "kernels.ops.speculative.eagle",
-    "kernels.ops.speculative.multi_layer_eagle",
-    "kernels.ops.speculative.spec_tree",
-    "srt.mem_cache.allocation",
-    "srt.layers.attention.intel_amx_backend",
-    "srt.layers.attention.linear.gdn_backend",
-    "srt.layers.attention.linear.kda_backend",
-    "srt.layers.attention.linear.kernels.gdn_triton",
-    "srt.models.grok",
-    "srt.models.muse_glimmer",
-    "srt.models.qwen3_5",
-    "srt.models.qwen3_next",
-    "srt.models.qwen3_next_mtp",
-)
-
-
-@pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
-def test_the_host_imports_what_takes_it_at_module_level(tmp_path):
-    code = (
-        "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
-        "from importlib import import_module\n"
-        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide()\n"
-        f"for name in {HOST_MODULES}: import_module('sglang.' + name)\n"
-        "from sglang.srt.utils import is_cpu; from sglang.srt.utils.common import "
-        "_is_intel_amx_backend_available as amx; print(is_cpu(), amx())"
-    )
-    assert python("-c", code, path=tmp_path).split()[-2:] == ["True", "False"]
-
-
-@pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
-def test_the_host_registers_its_fakes_beside_ours(tmp_path):
-    """What its CPU graph does first; torch refuses a second fake for one operator."""
-    code = (
-        "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
-        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide()\n"
-        "from sglang.srt.model_executor import cpu_graph_runner as graph\n"
-        "graph.register_fake_ops(1); graph.register_inductor_fallback_ops()\n"
-        "import torch\n"
-        "op, one = torch.ops.sgl_kernel.decode_attention_cpu, torch.tensor([1])\n"
-        "def step(q, cache, o):\n"
-        "    op(q, cache, cache + 1, 1.0, 1.0, o, None, None, one, q, one[None].int(), one - 1,"
-        " one, 0.5, 0.0, False, 0, None, None)\n"
-        "    return o + 1\n"
-        "def run(step):\n"
-        "    cache = torch.arange(6.0).view(3, 1, 2)\n"
-        "    return step(torch.ones(1, 1, 2), cache, torch.zeros(1, 1, 2)).tolist()\n"
-        "print(run(step), run(torch.compile(step, backend='aot_eager', fullgraph=True)))"
-    )
-    assert python("-c", code, path=tmp_path).splitlines()[-1] == "[[[4.0, 5.0]]] [[[4.0, 5.0]]]"
-
-
-@pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
-def test_the_host_draws_seeded_coins(tmp_path):
-    """Of a request with a seed: the same in every run, other ones at each position."""
-    code = (
-        "import os; os.environ['SGLANG_USE_CPU_ENGINE'] = '1'\n"
-        "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide()\n"
-        "import torch\n"
-        "from sglang.srt.speculative.eagle_utils import _seeded_verify_coins as draw\n"
-        "given = {'sampling_seed': torch.tensor([7] * 3), 'draft_token_num': 4, 'device': 'cpu'}\n"
-        "coins, last = draw(seq_lens=torch.tensor([5, 5, 6]), **given)\n"
-        "drawn = torch.cat([coins, last[:, None]], 1)\n"
-        "print(tuple(drawn.shape), torch.equal(drawn[0], drawn[1]), drawn[1:].unique().numel(),"
-        " bool(((drawn >= 0) & (drawn < 1)).all()))"
-    )
-    assert python("-c", code, path=tmp_path).splitlines()[-1] == "(3, 5) True 10 True"
