@@ -77,10 +77,15 @@ serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sg
 TESTS_vllm   := tests
 TESTS_sglang := tests/engines/sglang
 
-# The kernels for GPUs are tested under each Triton that they are for; 3.9 comes with vLLM.
+# The kernels for GPUs are tested under each Triton that they are for. 3.9 comes with vLLM, one of
+# the others with SGLang: where that is installed, a link to it does.
 TRITONS := $(patsubst %,.triton/%/.installed,3.6.0 3.8.0)
-$(TRITONS): .triton/%/.installed: | .venv-vllm/bin/python
-	.venv-vllm/bin/python $(INSTALL) --target .triton/$* triton==$*
+$(TRITONS): | .venv-vllm/bin/python $(patsubst %,.venv-%/.host,$(filter sglang,$(EACH_ENGINE)))
+$(TRITONS): .triton/%/.installed:
+	rm -rf $(@D) && mkdir -p $(@D)
+	with_sglang=$$(ls -d $(CURDIR)/.venv-sglang/lib/python*/site-packages/triton-$*.dist-info 2>/dev/null); \
+	if [ "$$with_sglang" ]; then ln -s $$with_sglang $${with_sglang%-$*.dist-info} $(@D); \
+	else .venv-vllm/bin/python $(INSTALL) --target $(@D) triton==$*; fi
 	touch $@
 test-vllm: $(TRITONS)
 
@@ -135,4 +140,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .triton .transformers)
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton
