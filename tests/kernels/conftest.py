@@ -20,10 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, `slow`.
 
     There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
-    than 65, are marked `long`.
+    than 65, are marked `long`. So are bits on instruction sets between the lowest and the highest.
     """
+    ends = {native.levels()[0], native.levels()[-1]}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("bits_level") in set(native.levels()) - ends:
+            item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
             T = params.get("T", 65)
@@ -46,6 +49,12 @@ def cpu_backend(request, monkeypatch):
 @pytest.fixture(params=LEVELS)
 def native_level(request, monkeypatch):
     """Name of the instruction set that runs."""
+    yield from _in_force(request.param, monkeypatch)
+
+
+@pytest.fixture(params=LEVELS)
+def bits_level(request, monkeypatch):
+    """The same, where only bits are compared: others say whether an instruction set is right."""
     yield from _in_force(request.param, monkeypatch)
 
 

@@ -39,7 +39,7 @@ def test_against_the_reference(cpu_backend, sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whatever_tokens_share_the_batch(native_level, dtype):
+def test_whatever_tokens_share_the_batch(bits_level, dtype):
     """A token's result is the same bits alone, in any batch, and on one thread."""
     arguments = inputs(90, 72, 6, 34, 3, dtype)
     whole = op.fused_moe(**arguments)

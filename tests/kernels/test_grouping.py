@@ -50,7 +50,7 @@ def in_groups_of(n: int, tokens: int = T) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids="S={}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits(native_level, request_on):
+def test_same_bits(bits_level, request_on):
     one_by_one = request_on()(in_groups_of(1))
     for n in (2, 3, 4):  # verified together, all right
         assert_same(request_on()(in_groups_of(n)), one_by_one)
@@ -66,7 +66,7 @@ def test_same_bits(native_level, request_on):
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids="S={}".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_same_bits_in_random_groups(native_level, request_on):
+def test_same_bits_in_random_groups(bits_level, request_on):
     expected = request_on()([(T, 0)])
     generator = random.Random(7)
     for _ in range(40):
@@ -81,7 +81,7 @@ def test_same_bits_in_random_groups(native_level, request_on):
 
 @pytest.mark.parametrize("state_dtype", [torch.float32], ids="S={}".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_same_bits_with_drafts_longer_than_a_cell(native_level, request_on):
+def test_same_bits_with_drafts_longer_than_a_cell(bits_level, request_on):
     k = 2 * GRID + 1
     run = request_on(k)
     run.drafts = concatenated(run.drafts, run.drafts)
@@ -92,7 +92,7 @@ def test_same_bits_with_drafts_longer_than_a_cell(native_level, request_on):
 
 @pytest.mark.parametrize("state_dtype", [torch.float32], ids="S={}".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_same_bits_beside_other_rows(native_level, request_on):
+def test_same_bits_beside_other_rows(bits_level, request_on):
     """A row's bits do not depend on the rest of the batch."""
     alone = request_on()
     expected = alone(in_groups_of(2))[0]

@@ -8,9 +8,13 @@ from pathlib import Path
 import interpreter
 import pytest
 
+from tiers import long_except
+
 ROOT = Path(__file__).parents[2]
 INSTALLED = sorted((ROOT / ".triton").glob("*/.installed"))  # by `make test`
 VERSIONS = [path.parent for path in INSTALLED]
+# Each compiles the kernels; the others than the oldest run them with --long.
+OLDEST_FIRST = long_except(VERSIONS[:1], VERSIONS)
 
 
 def test_mended():
@@ -47,7 +51,7 @@ COMPACT = f"triton and not 2048 and ({PARTS})"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
+@pytest.mark.parametrize("version", OLDEST_FIRST, ids=lambda path: path.name)
 def test_kernels_under_another_triton(version, size):
     """With --long every test of Triton's kernels, without it a selection."""
     assert version.name in under(version, "-c", "import triton; print(triton.__version__)")

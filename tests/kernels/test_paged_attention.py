@@ -122,7 +122,7 @@ def test_large_scores(cpu_backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_same_bits_in_any_chunks(native_level, heads, dtype):
+def test_same_bits_in_any_chunks(bits_level, heads, dtype):
     pool = Pool.random((2 * BLOCK + 41,), heads, dtype)
     S = len(pool.q[0])
     whole = pool((0, 0, S))
@@ -134,7 +134,7 @@ def test_same_bits_in_any_chunks(native_level, heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_beside_other_rows(native_level, dtype):
+def test_same_bits_beside_other_rows(bits_level, dtype):
     pool = Pool.random((700, 1300, 40), HEADS[0], dtype)
     steps = ((2, 0, 40), (1, 1299, 1300), (0, 690, 700), (2, 39, 40), (0, 100, 260))
     whole, at = pool(*steps), 0
@@ -145,7 +145,7 @@ def test_same_bits_beside_other_rows(native_level, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_on_any_number_of_threads(native_level, dtype):
+def test_same_bits_on_any_number_of_threads(bits_level, dtype):
     """With one thread no sequence is split."""
     pool = Pool.random((9 * BLOCK + 100, 30), HEADS[0], dtype)
     last = len(pool.q[0])
@@ -163,7 +163,7 @@ def test_same_bits_on_any_number_of_threads(native_level, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("end", [5, 90, BLOCK, BLOCK + 2, 2 * BLOCK + 9])
-def test_same_bits_in_a_tree(native_level, end, dtype):
+def test_same_bits_in_a_tree(bits_level, end, dtype):
     """The mask of a chain is causal; a tree node has the same bits as its path alone."""
     pool, n = Pool.random((2 * BLOCK + 9, 50), HEADS[0], dtype), 5
     step, other = (0, end - n, end), (1, 44, 50)
@@ -181,7 +181,7 @@ def test_same_bits_in_a_tree(native_level, end, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_seen_does_not_matter(native_level, dtype):
+def test_what_is_not_seen_does_not_matter(bits_level, dtype):
     """Later tokens of the sequence, and those off a node's path, may hold anything."""
     pool = Pool.random((BLOCK + 30,), HEADS[0], dtype)
     before, n = pool((0, 0, BLOCK + 30)), 4
