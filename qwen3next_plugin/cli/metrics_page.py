@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
-TIMEOUT_S = 5
+TIMEOUT_S = 15  # a busy machine may need some
 
 
 class MetricsError(RuntimeError):

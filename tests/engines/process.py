@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 300
+START_SECONDS = 600
 TESTS = str(Path(__file__).parents[1])
 CPUS = sorted(os.sched_getaffinity(0))
 # Those of an engine: where tests run side by side, each pytest worker's has its own.

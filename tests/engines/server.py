@@ -54,7 +54,7 @@ class Server(ABC):
         while time.monotonic() < deadline:
             if self.process.code() is not None or self.healthy():
                 break
-            time.sleep(0.5)
+            time.sleep(0.1)
         if not self.healthy():
             log = self.process.text()
             self.close()

@@ -78,7 +78,7 @@ class Server(server.Server):
 
     def forget(self) -> None:
         """Empty the radix cache."""
-        self.get("/flush_cache?timeout=20")  # seconds; raises where requests still run
+        self.get("/flush_cache?timeout=50")  # seconds; raises where requests still run
 
 
 class Forking(Server):

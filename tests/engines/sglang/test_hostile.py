@@ -1,19 +1,17 @@
 """No client ends an SGLang server: what would is refused, and who leaves leaves nothing behind."""
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from checkpoints import SHIPPED
-from engines.clients import PROMPTS, complete, hang_up
+from engines.clients import PROMPTS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, LOGPROBS, PROMPT, V, ask, fields, leave, soak
 from engines.sglang.server import FIXED, NEXTN, Forked
 
 pytestmark = pytest.mark.serve
 
-SECONDS = 15  # until what a client has left is gone; SGLang looks for clients every four seconds
 TOP = "top_logprobs_num"
 # What /generate is asked besides a text, and a part of what it then says.
 GENERATE: dict[str, tuple[dict[str, Any], str]] = {
@@ -101,14 +99,9 @@ def in_use(server: Forked) -> tuple[float, float]:
 
 def check_unharmed(server: Forked, first: dict[str, str]) -> None:
     """Soon nothing runs, waits or is in use, and answers are as before."""
-    deadline = time.monotonic() + SECONDS
-    while server.unfinished() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert server.unfinished() == 0
+    assert eventually(lambda: server.unfinished() == 0)  # SGLang looks every four seconds
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == first
-    while any(in_use(server)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert in_use(server) == (0, 0)
+    assert eventually(lambda: in_use(server) == (0, 0))
     assert "leak" not in server.process.text()  # SGLang counts its pools whenever it is idle
 
 
@@ -156,9 +149,11 @@ def test_nothing_of_that_harms_the_server(server, first):
 
 
 def test_who_hangs_up_leaves_nothing(server, first):
+    seen = []
     for prompt in PROMPTS:
         hang_up(server, prompt)
-    assert min(in_use(server)) > 0  # else the check would not see what it is for
+        seen.append(min(in_use(server)))
+    assert max(seen) > 0  # else the check would not see what it is for
     check_unharmed(server, first)
 
 

@@ -8,6 +8,7 @@ import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import openai
 import pytest
@@ -20,6 +21,7 @@ from engines.clients import (
     at_once,
     chat,
     complete,
+    eventually,
     hang_up,
     next_turn,
     streamed,
@@ -182,10 +184,7 @@ def test_16_clients_at_once_get_the_sequential_answers(server, sequential):
 def test_aborted_streams_leave_no_trace(server, sequential):
     for prompt in PROMPTS:
         hang_up(server, prompt)
-    deadline = time.monotonic() + 60
-    while server.unfinished() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert server.unfinished() == 0
+    assert eventually(lambda: server.unfinished() == 0)
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
 
 
@@ -243,11 +242,18 @@ def test_metrics_and_log_agree_with_the_answers_on_what_was_accepted(server):
     # The first token of an answer is the prompt's; its last step may accept more than has room.
     surplus = steps + accepted - 299 * len(prompts)
     assert 0 <= surplus <= STEPS * len(prompts)
-    lines = re.findall(r"accept len: ([\d.]+)", server.process.text()[begun:])
-    assert len(lines) == pytest.approx(steps / INTERVAL, abs=1)
-    mean = sum(map(float, lines)) / len(lines)
-    assert mean == pytest.approx((steps + accepted) / steps, abs=0.1)
-    assert after["sglang:spec_accept_length"] == pytest.approx(float(lines[-1]), abs=0.006)
+
+    def lines() -> list[float]:
+        text = server.process.text()[begun:]
+        return [float(length) for length in re.findall(r"accept len: ([\d.]+)", text)]
+
+    def last_is_shown() -> bool:
+        shown = server.metrics()["sglang:spec_accept_length"]
+        return shown == pytest.approx(lines()[-1], abs=0.006)
+
+    assert eventually(last_is_shown)  # SGLang may log a step after its answer has left
+    assert len(lines()) == pytest.approx(steps / INTERVAL, abs=1)
+    assert mean(lines()) == pytest.approx((steps + accepted) / steps, abs=0.1)
 
 
 def test_counts_of_drafts_agree_with_the_answers(server):
@@ -259,13 +265,17 @@ def test_one_page_a_request_and_layer_while_it_runs(server):
 
 
 def test_time_is_spent_once(server):
-    began, before = time.monotonic(), server.metrics()
-    complete(server, PROMPTS[0], 400, extra_body={"ignore_eos": True})
-    elapsed, after = time.monotonic() - began, server.metrics()
-    gained = {name: value - before[name] for name, value in after.items() if "qwen3next" in name}
-    assert 0.7 * elapsed < gained["sglang:qwen3next_seconds_total"] < elapsed
-    steps = gained["sglang:qwen3next_draft_length_count"]
-    assert gained["sglang:qwen3next_steps_total"] == pytest.approx(steps, abs=1)
+    """Never more than has passed; most of it, unless the machine stalls between steps."""
+    shares = []
+    while not shares or (max(shares) < 0.7 and len(shares) < 5):
+        began, before = time.monotonic(), server.metrics()
+        complete(server, PROMPTS[0], 400, extra_body={"ignore_eos": True})
+        elapsed, after = time.monotonic() - began, server.metrics()
+        gained = {name: n - before[name] for name, n in after.items() if "qwen3next" in name}
+        shares.append(gained["sglang:qwen3next_seconds_total"] / elapsed)
+        steps = gained["sglang:qwen3next_draft_length_count"]
+        assert gained["sglang:qwen3next_steps_total"] == pytest.approx(steps, abs=1)
+    assert max(shares[:-1], default=0) < 0.7 < shares[-1] < 1
 
 
 def test_dashboard_and_watch_find_what_they_show(server):

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from statistics import median
 
 import openai
 import pytest
@@ -13,6 +14,7 @@ from engines.clients import (
     at_once,
     chat,
     complete,
+    eventually,
     hang_up,
     next_turn,
     streamed,
@@ -111,10 +113,7 @@ def test_32_clients_at_once_get_the_sequential_answers(server, sequential):
 def test_aborted_streams_leave_no_trace(server, sequential):
     for prompt in PROMPTS:
         hang_up(server, prompt)
-    deadline = time.monotonic() + 60
-    while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert server.metrics()["vllm:num_requests_running"] == 0
+    assert eventually(lambda: server.metrics()["vllm:num_requests_running"] == 0)
     assert server.healthy()
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
 
@@ -138,33 +137,44 @@ def test_hostile_requests_are_refused_and_harm_nothing(server, sequential):
 def test_64_clients_of_all_kinds_do_not_harm_the_server(server, sequential):
     made = soak(server, sequential, clients=64, seconds=60)
     assert min(made[kind] for kind in ("honest", "hostile", "malformed", "aborted")) > 10
-    deadline = time.monotonic() + 15
-    while server.metrics()["vllm:num_requests_running"] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    metrics = server.metrics()
-    assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
-    assert metrics["vllm:qwen3next_state_pages"] == 0
+    names = ("num_requests_running", "num_requests_waiting", "qwen3next_state_pages")
+    assert eventually(lambda: not any(server.metrics()[f"vllm:{name}"] for name in names))
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
 
 
-def gained(server: Server, prompts: list[str]) -> dict[str, float]:
-    """What each metric gains while the prompts are completed, one after the other."""
-    before = server.metrics()
-    for prompt in prompts:
-        complete(server, prompt, extra_body={"ignore_eos": True})
-    return {name: value - before.get(name, 0) for name, value in server.metrics().items()}
+Gain = dict[str, float]
+
+
+def gained(server: Server, prompts: list[str], enough: Callable[[Gain], bool] = bool) -> Gain:
+    """What each metric gains while the prompts are completed, one after the other.
+
+    Again and again until that is `enough`: how much is drafted depends on how fast steps are.
+    """
+    before, gain = server.metrics(), {}
+
+    def ask() -> bool:
+        for prompt in prompts:
+            complete(server, prompt, extra_body={"ignore_eos": True})
+        gain.update((name, n - before.get(name, 0)) for name, n in server.metrics().items())
+        return enough(gain)
+
+    assert eventually(ask)
+    return gain
+
+
+def accepts(gain: Gain) -> bool:
+    return gain["vllm:spec_decode_num_accepted_tokens_total"] > 0
 
 
 def test_metrics_count_drafts_and_requests(server):
-    gain = gained(server, PROMPTS[:2])
-    assert gain["vllm:request_success_total"] == 2
-    assert gain["vllm:generation_tokens_total"] == 96
-    assert gain["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    gain = gained(server, PROMPTS[:2], accepts)
+    assert gain["vllm:request_success_total"] % 2 == 0
+    assert gain["vllm:generation_tokens_total"] == 48 * gain["vllm:request_success_total"] > 0
 
 
 def test_metrics_agree_with_the_hosts_and_with_each_other(server):
     began = time.monotonic()
-    gain = gained(server, PROMPTS)
+    gain = gained(server, PROMPTS, accepts)
     seconds = time.monotonic() - began
     ours = {
         name.removeprefix("vllm:qwen3next_"): value
@@ -173,21 +183,22 @@ def test_metrics_agree_with_the_hosts_and_with_each_other(server):
     }
     # a draft is a draft, a token a token
     assert ours["draft_length_sum"] == gain["vllm:spec_decode_num_draft_tokens_total"] > 0
-    steps = len(PROMPTS) * 47 - gain["vllm:spec_decode_num_accepted_tokens_total"]
+    answers = gain["vllm:request_success_total"]
+    steps = answers * 47 - gain["vllm:spec_decode_num_accepted_tokens_total"]
     # the last step of an answer may accept more than the answer has room for
-    assert steps <= ours["draft_length_count"] == ours["steps_total"] <= steps + 3 * len(PROMPTS)
+    assert steps <= ours["draft_length_count"] == ours["steps_total"] <= steps + 3 * answers
     # time is spent once
     assert 0 < ours["seconds_total"] < seconds
     kinds = server.by_label("vllm:qwen3next_seconds_total", "kind")
     assert kinds.keys() == {"plain", "verify", "draft", "catch_up"}
     assert all(kinds.values())
-    assert server.metrics()["vllm:qwen3next_state_pages"] == 0
+    assert eventually(lambda: server.metrics()["vllm:qwen3next_state_pages"] == 0)
 
 
 def test_draft_lengths_and_skipped_drafts(server):
     """What is skipped is a prompt or has no draft, and is caught up with at most once."""
     before = server.by_label("vllm:qwen3next_draft_length_bucket", "le")
-    gain = gained(server, PROMPTS)
+    gain = gained(server, PROMPTS, accepts)
     after = server.by_label("vllm:qwen3next_draft_length_bucket", "le")
     assert list(after) == ["0.0", "1.0", "2.0", "3.0", "+Inf"]
     assert list(after.values()) == sorted(after.values())
@@ -201,8 +212,7 @@ def test_draft_lengths_and_skipped_drafts(server):
 
 
 def test_estimates_are_near_what_was_measured(server):
-    for _ in range(3):
-        gain = gained(server, PROMPTS)
+    gains = [gained(server, PROMPTS) for _ in range(3)]
     accepted = server.by_label("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
     drafts = server.metrics()["vllm:spec_decode_num_drafts_total"]
     estimate = server.by_label("vllm:qwen3next_acceptance", "position")
@@ -210,7 +220,10 @@ def test_estimates_are_near_what_was_measured(server):
     assert estimate["1"] == pytest.approx(accepted["0"] / drafts, abs=0.3)  # it forgets; that not
     step = server.by_label("vllm:qwen3next_expected_step_seconds", "drafts")
     assert list(step) == ["0", "1", "2", "3"]
-    mean = gain["vllm:qwen3next_seconds_total"] / gain["vllm:qwen3next_steps_total"]
+    # of three means, so that one may be of a machine that stalled
+    mean = median(
+        gain["vllm:qwen3next_seconds_total"] / gain["vllm:qwen3next_steps_total"] for gain in gains
+    )
     assert mean / 5 < min(step.values()) <= max(step.values()) < 5 * mean
     assert len(server.by_label("vllm:qwen3next_expected_draft_seconds", "drafts")) == 3
 
@@ -222,15 +235,18 @@ def test_counts_of_drafts_agree_with_the_answers(server):
 def test_accepted_drafts_are_the_hosts(server):
     """While nobody hangs up: vLLM does not count the last step of those who did."""
 
-    def accepted() -> list[tuple[float, float]]:
+    def accepted() -> tuple[list[float], list[float]]:
         theirs = server.by_label("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
-        ours = drafts(server, "vllm")["accepted"]
-        return list(zip(ours.values(), theirs.values(), strict=True))
+        return list(drafts(server, "vllm")["accepted"].values()), list(theirs.values())
+
+    def more(new: list[float], old: list[float]) -> list[float]:
+        return [a - b for a, b in zip(new, old, strict=True)]
 
     before = accepted()
-    gained(server, PROMPTS)
-    for (ours, theirs), (ours_before, theirs_before) in zip(accepted(), before, strict=True):
-        assert ours - ours_before == theirs - theirs_before > 0
+    gained(server, PROMPTS, lambda _: all(more(accepted()[0], before[0])))
+    ours, theirs = map(more, accepted(), before)
+    assert ours == theirs
+    assert min(ours) > 0
 
 
 def test_one_page_a_request_and_layer_while_it_runs(server):
@@ -242,7 +258,4 @@ def test_dashboard_and_watch_find_what_they_show(server):
 
 
 def test_a_line_of_metrics_in_the_log(server):
-    complete(server, PROMPTS[0], tokens=200, extra_body={"ignore_eos": True})
-    time.sleep(0.6)
-    complete(server, PROMPTS[0])
     check_log(server)
