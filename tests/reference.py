@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,7 +40,6 @@ class Reference:
         self.trunk.eval()
         self._hidden: dict[Ids, torch.Tensor] = {}
         self._greedy: dict[tuple[Ids, int], Ids] = {}
-        self._mtp: MTPReference | None = None
 
     @quietly()
     def hidden(self, ids: Ids) -> torch.Tensor:
@@ -56,7 +56,13 @@ class Reference:
 
     def prompt_logprobs(self, ids: Ids) -> torch.Tensor:
         """Log-probability [T-1] of each prompt token but the first, given those before it."""
-        return self.logprobs(ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return self.greedy_logprobs(ids)[1]
+
+    def greedy_logprobs(self, ids: Ids) -> tuple[Ids, torch.Tensor]:
+        """The likeliest token [T-1] after each but the last, and `prompt_logprobs`."""
+        logprobs = self.logprobs(ids)[:-1]
+        chosen = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return tuple(logprobs.argmax(-1).tolist()), chosen
 
     @quietly()
     def greedy(self, prompt: Ids, tokens: int) -> Ids:
@@ -73,17 +79,19 @@ class Reference:
             self._greedy[prompt, tokens] = tuple(output[0, len(prompt) :].tolist())
         return self._greedy[prompt, tokens]
 
-    def accepted(self, prompt: Ids, tokens: int, k: int) -> tuple[int, int]:
-        """Drafts made and drafts accepted while `tokens` are decoded greedily, k at a time."""
-        if self._mtp is None:
-            self._mtp = MTPReference(self)
-        truth = self.greedy(prompt, tokens)
+    @cached_property
+    def mtp(self) -> "MTPReference":
+        return MTPReference(self)
+
+    def accepted(self, prompt: Ids, truth: Ids, k: int) -> tuple[int, int]:
+        """Drafts made and accepted while the greedy answer `truth` is decoded, k at a time."""
+        tokens = len(truth)
         hidden = self.hidden(prompt + truth)  # causal: every prefix's is a prefix of it
         made = accepted = 0
         known = min(2, tokens)  # the prompt's step and the one after it have no drafts
         while known < tokens:
             ids = prompt + truth[:known]
-            drafts = self._mtp.drafts(ids, hidden[: len(ids) - 1], k)
+            drafts = self.mtp.drafts(ids, hidden[: len(ids) - 1], k)
             right = 0
             while right < k and known + right < tokens and drafts[right] == truth[known + right]:
                 right += 1

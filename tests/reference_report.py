@@ -23,11 +23,12 @@ def report(folders: list[str]) -> dict[str, Any]:
 def _of(folder: Path) -> dict[str, Any]:
     prompt, reference = random_prompt(PROMPT), Reference(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
+    answer = reference.greedy(prompt, TOKENS)
     return {
         "config": json.loads(json.dumps(asdict(Qwen3NextConfig.from_hf(config)))),
         "logprobs": reference.prompt_logprobs(prompt).tolist(),
-        "greedy": list(reference.greedy(prompt, TOKENS)),
-        "accepted": list(reference.accepted(prompt, TOKENS, DRAFTS)),
+        "greedy": list(answer),
+        "accepted": list(reference.accepted(prompt, answer, DRAFTS)),
     }
 
 

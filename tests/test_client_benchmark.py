@@ -58,18 +58,18 @@ def test_successors_form_one_cycle():
 
 def test_drafts_are_right_but_after_marked_tokens(references):
     reference = references["accepted"]
-    reference.accepted(prompt(3), 2, 1)  # makes its MTP head
     wrong, after = set(marked(CONFIG).tolist()), successors(CONFIG).tolist()
     for seed in range(1, 60):
         ids = prompt(seed)
-        drafts = reference._mtp.drafts(ids, reference.hidden(ids[:-1]), 3) if seed > 1 else []
+        drafts = reference.mtp.drafts(ids, reference.hidden(ids[:-1]), 3) if seed > 1 else []
         for before, draft in itertools.pairwise((ids[-1], *drafts)):
             assert (draft == after[before]) == (before not in wrong)
 
 
 @pytest.mark.parametrize(("model", "least", "most"), [("accepted", 1.5, 2.4), ("rejected", 0, 0.1)])
 def test_share_of_accepted_drafts(references, model, least, most):
-    made, accepted = references[model].accepted(prompt(5), 120, 3)
+    reference = references[model]
+    made, accepted = reference.accepted(prompt(5), reference.greedy(prompt(5), 120), 3)
     assert least <= accepted / (made / 3) <= most
 
 

@@ -27,11 +27,15 @@ class Output:
 
 
 def check_greedy(reference: Reference, prompts: Prompts, outputs: Sequence[Output]) -> None:
-    """Continuations are the reference's, and so is the log-probability of every token."""
+    """Every token is the reference's likeliest after those before it, and has its probability.
+
+    So the continuation is the reference's own greedy one, which one pass over it shows.
+    """
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = len(output.token_ids)
-        assert output.token_ids == reference.greedy(prompt, tokens), f"prompt of {len(prompt)}"
-        whole = reference.prompt_logprobs(prompt + output.token_ids)
+        assert tokens
+        likeliest, whole = reference.greedy_logprobs(prompt + output.token_ids)
+        assert output.token_ids == likeliest[len(prompt) - 1 :], f"prompt of {len(prompt)}"
         _near(output.logprobs, whole[len(prompt) - 1 :], f"{tokens} tokens after {len(prompt)}")
         _near(output.prompt_logprobs, whole[: len(prompt) - 1], f"prompt of {len(prompt)}")
 

@@ -1,6 +1,5 @@
 """Are sampled tokens distributed as the model says? Chi-square tests for both engines."""
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from unittest.mock import patch
@@ -8,8 +7,11 @@ from unittest.mock import patch
 import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from checkpoints import random_prompt
 from reference import Reference, quietly
 
+PROMPT = random_prompt(9, seed=6)  # the samples' one prompt
+TOKENS, SAMPLES = 6, 1200  # of a sample, and of them
 FALSE_ALARM = 1e-5  # of each chi-square; the seeds are fixed, so a green test stays green
 BINS = 20
 
@@ -24,8 +26,20 @@ def after_prompt(
     # These are short, and transformers would fill each up to a chunk of 64.
     short = partial(rule, chunk_size=ids.shape[1])
     with patch.object(modeling_qwen3_next, rule.__name__, short):
-        logits = [model.trunk(part, use_cache=False).logits for part in ids.split(50)]
-    return torch.cat(logits)[:, len(prompt) - 1 :].softmax(-1)
+        run = partial(model.trunk, use_cache=False, logits_to_keep=continuations.shape[1] + 1)
+        return torch.cat([run(part).logits.softmax(-1) for part in ids.split(400)])
+
+
+def check_sampled(model: Reference, samples: torch.Tensor) -> None:
+    """Continuations [N, TOKENS] of PROMPT at temperature 1 are distributed as the model's are."""
+    each = after_prompt(model, PROMPT, samples)[:, :-1]  # [N, TOKENS, vocab], given its prefix
+    assert p_value(*binned(samples[:, 0], each[0, 0])) > FALSE_ALARM, "first token"
+    # The first that a draft can be accepted for, whatever the token before it.
+    second = each[:, 1].double().mean(0)
+    assert p_value(*binned(samples[:, 1], second)) > FALSE_ALARM, "second token"
+    for position in range(TOKENS):
+        given = by_rank(samples[:, position], each[:, position])
+        assert p_value(*given) > FALSE_ALARM, f"position {position}, given those before it"
 
 
 def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
@@ -38,7 +52,7 @@ def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
 def binned(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Observed and expected counts of the tokens expected at least ten times, and of the rest."""
     expected = probabilities * len(tokens)
-    observed = torch.tensor([Counter(tokens.tolist())[i] for i in range(len(expected))])
+    observed = tokens.bincount(minlength=len(expected))
     common = expected >= 10
 
     def with_rest(counts: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Speculation changes no token: any number of drafts, trees, and changing numbers, under load."""
 
 from collections.abc import Sequence
-from functools import cache
 
 import pytest
 
@@ -13,7 +12,7 @@ from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
-CLIENTS, LOADED, ALONE = 16, 120, 8
+CLIENTS, ALONE = 16, 8
 # Prompts in chunks off the pages' grid, and memory for a third of the clients.
 FLAGS = (
     "--dtype", "float32", "--chunked-prefill-size", "67", "--max-running-requests", "16",
@@ -37,9 +36,8 @@ ALWAYS = ("steps-2_topk-2", "switching")  # the other cases, each a server of it
 Answers = Sequence[Ids | None]  # None: the client hung up
 
 
-def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
-    """What the requests of this test get: the first few alone, then all at once."""
-    batch = traffic()
+def answers(batch: Sequence[Request], *flags: str, env: dict[str, str] | None = None) -> Answers:
+    """What the requests get: the first few alone, then all at once."""
     server = Forked(SHIPPED, *FLAGS, *flags, env=RETRACT | (env or {})).wait()
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
@@ -56,8 +54,8 @@ def answers(*flags: str, env: dict[str, str] | None = None) -> Answers:
     return found
 
 
-@cache
-def traffic() -> Sequence[Request]:
+@pytest.fixture(scope="module")
+def traffic(size) -> Sequence[Request]:
     """The second begins like the first, whose end it finds in the cache.
 
     Behind the first few stand some that outgrow the memory together: of an answer that may end
@@ -68,16 +66,16 @@ def traffic() -> Sequence[Request]:
     grow = [
         Request(tuple(ids[10 * i :][:12]), 16 * i + 16, ignore_eos=False) for i in range(CLIENTS)
     ]
-    mixed = requests(LOADED, seed=8, abort_share=0.15, tokens=32)
+    mixed = requests(size(60, 120), seed=8, abort_share=0.15, tokens=32)
     return [*alike, *mixed[:ALONE], *grow, *mixed[ALONE:]]
 
 
 @pytest.fixture(scope="module")
-def without_drafts() -> Answers:
-    return answers()
+def without_drafts(traffic) -> Answers:
+    return answers(traffic)
 
 
 @pytest.mark.parametrize("case", long_except(ALWAYS, CASES))
-def test_the_same_tokens_as_without_drafts(without_drafts, case):
+def test_the_same_tokens_as_without_drafts(traffic, without_drafts, case):
     steps, flags, env = CASES[case]
-    assert answers(*NEXTN, str(steps), *flags, env=env) == without_drafts
+    assert answers(traffic, *NEXTN, str(steps), *flags, env=env) == without_drafts

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from engines.parsers import CALLS, check_thinking, check_tool_calls, checkpoint
-from engines.sglang.server import FIXED, NEXTN, Server
+from engines.sglang.server import FIXED, NEXTN, Forked
 
 pytestmark = pytest.mark.serve
 
@@ -23,8 +23,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=CALLS)
-def server(request, model) -> Iterator[Server]:
-    server = Server(model, *FLAGS, "--tool-call-parser", request.param, env=FIXED).wait()
+def server(request, model) -> Iterator[Forked]:
+    server = Forked(model, *FLAGS, "--tool-call-parser", request.param, env=FIXED).wait()
     server.parser = request.param
     yield server
     server.close()

@@ -14,7 +14,7 @@ from checkpoints import BASE, write_checkpoint
 from engines import mixed
 from engines.process import START_SECONDS, Fork
 from engines.vllm.offline import Offline, environment, preload
-from engines.vllm.server import Forked, Server
+from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
 
@@ -381,5 +381,5 @@ def test_optional_goes_on_with_the_hosts_own_model():
 
 @pytest.mark.serve
 def test_server_ends_with_our_error_at_a_bad_variable(checkpoint):
-    log = Server(checkpoint, env={"QWEN3NEXT_ISA": "sse9"}).refusal()
+    log = Forked(checkpoint, env={"QWEN3NEXT_ISA": "sse9"}).refusal()
     assert "qwen3next_plugin cannot be used: QWEN3NEXT_ISA='sse9' is not allowed" in log

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoints import SHIPPED
-from engines.traffic import Request, requests, send, source_tokens
+from engines.traffic import BLOCKS, Request, requests, send, source_tokens
 from engines.vllm.server import Forked
 from reference import Ids, Reference
 from tiers import long_except
@@ -56,9 +56,17 @@ def run(
 
 @pytest.fixture(scope="module")
 def traffic(size) -> Sequence[Request]:
-    """Two that are alike come first: the second finds the prefix of the first in the cache."""
-    alike = Request(tuple(source_tokens()[:850]), 8)  # two blocks and more in fp32 and in bf16
-    return [alike, alike, *requests(size(150, 248), seed=8, abort_share=0.15, tokens=32)]
+    """Two that are alike come first: the second finds the prefix of the first in the cache.
+
+    Behind the first few stand some that each outgrow a block while others wait for one.
+    """
+    ids = source_tokens()
+    alike = Request(tuple(ids[:850]), 8)  # two blocks and more in fp32 and in bf16
+    grow = [
+        Request(tuple(ids[20 * i :][: block - 8 - i]), 32) for block in BLOCKS for i in range(12)
+    ]
+    mixed = requests(size(96, 248), seed=8, abort_share=0.15, tokens=32)
+    return [alike, alike, *mixed[: ALONE - 2], *grow, *mixed[ALONE - 2 :]]
 
 
 @pytest.fixture(scope="module")

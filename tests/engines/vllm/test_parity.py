@@ -8,7 +8,7 @@ import pytest
 
 from checkpoints import random_prompt
 from engines.checks import LENGTHS, TOKENS, check_greedy
-from engines.vllm.checks import LOGPROBS, check_cache_hits
+from engines.vllm.checks import LOGPROBS, check_cache_hits, check_sampled
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
@@ -89,13 +89,17 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, nam
     k = ENGINES[name]["speculative_config"]["num_speculative_tokens"]
     prompts = [random_prompt(n, seed=4) for n in (5, 64, 130, 300)]
     before = engine.counters()
-    engine.greedy(prompts, 64)
+    answers = engine.greedy(prompts, 64)
     after = engine.counters()
     accepted, steps = (
         after[f"vllm:spec_decode_num_{what}"] - before.get(f"vllm:spec_decode_num_{what}", 0)
         for what in ("accepted_tokens", "drafts")
     )
-    expected = [model.accepted(prompt, 64, k) for prompt in prompts]
+    check_greedy(model, prompts, answers)
+    expected = [
+        model.accepted(prompt, answer.token_ids, k)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     made, right = (sum(column) for column in zip(*expected, strict=True))
     # The MTP layer reads the prompts one after the other, in slices; till then nothing is drafted.
     chunk = ENGINES[name].get("max_num_batched_tokens", 2048)
@@ -103,3 +107,8 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, nam
     # A request's last drafts may be cut short by its token limit, so a few may differ.
     assert -k * len(prompts) - until <= accepted - right <= k * len(prompts)
     assert -len(prompts) - until <= steps - made / k <= len(prompts)
+
+
+@pytest.mark.parametrize("name", ["plain", "mtp-3"], indirect=True, scope="module")
+def test_samples_are_distributed_as_the_model_says(engine, name, model):
+    check_sampled(engine, model, drafts=name != "plain")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from engines.parsers import CALLS, check_thinking, check_tool_calls, checkpoint
-from engines.vllm.server import Server
+from engines.vllm.server import Forked
 
 pytestmark = pytest.mark.serve
 
@@ -23,9 +23,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=CALLS)
-def server(request, model) -> Iterator[Server]:
+def server(request, model) -> Iterator[Forked]:
     flags = (*FLAGS, "--tool-call-parser", request.param)
-    server = Server(model, *flags, env={"QWEN3NEXT_DRAFTS": "fixed"}).wait()
+    server = Forked(model, *flags, env={"QWEN3NEXT_DRAFTS": "fixed"}).wait()
     server.parser = request.param
     yield server
     server.close()

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import Output
 from engines.vllm.offline import Offline
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -37,6 +38,9 @@ CASES = {
     "8-layers_mtp-2_units-of-16_chunks-of-50": Case(8, 2, 16, chunk=50),
     "8-layers_mtp-3_units-of-8_bfloat16": Case(8, 3, 8, "bfloat16"),
 }
+SHARED = "4-layers_mtp-3_units-of-8"  # whose engine other tests use, too
+# The other case, an engine of its own, with --long: the one with chunks has as many layers.
+ALWAYS = [name for name in CASES if name != "8-layers_units-of-8"]
 PAIRS = [("4-layers", "4-layers_mtp-3"), ("4-layers_units-of-8", "4-layers_mtp-3_units-of-8")]
 
 
@@ -73,17 +77,25 @@ def start(tmp_path_factory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def chats(start) -> Any:
+def shared(start) -> Iterator[Offline]:
+    engine = start(CASES[SHARED])
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def chats(start, shared) -> Any:
     """The chats of a case, held once; a page of state per request and layer meanwhile."""
 
     @cache
     def chats(name: str) -> list[Chat]:
-        engine = start(CASES[name])
+        engine = shared if name == SHARED else start(CASES[name])
         try:
             held = [hold(engine, random_prompt(n, seed=1)) for n in LENGTHS]
             pages = engine.inside("pages", [random_prompt(n, seed=6) for n in (100, 250)], 40)
         finally:
-            engine.close()
+            if engine is not shared:
+                engine.close()
         # Beside its own page a request keeps at most the one before, which is for the cache.
         assert pages["held"] == {1, 2}
         assert pages["in_use"] == 0
@@ -114,7 +126,7 @@ def hit(case: Case, tokens: int) -> int:
     return max(0, tokens // unit - 1) * unit if case.k else (tokens - 1) // unit * unit
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
 def test_the_same_prompt_again(chats, name):
     for chat in chats(name):
         assert chat.cold.cached == 0
@@ -123,7 +135,7 @@ def test_the_same_prompt_again(chats, name):
         assert chat.again.logprobs == chat.cold.logprobs, len(chat.prompt)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
 def test_the_second_turn_of_a_chat(chats, name):
     for chat in chats(name):
         assert chat.second_cold.cached == 0
@@ -152,10 +164,8 @@ class Drafts(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def drafts(start) -> Iterator[Drafts]:
-    engine = start(CASES["4-layers_mtp-3_units-of-8"])
-    yield Drafts(engine)
-    engine.close()
+def drafts(shared) -> Drafts:
+    return Drafts(shared)
 
 
 def hit_after(

@@ -1,10 +1,9 @@
 """Thousands of requests, many of which hang up, in too little memory: nothing is left behind."""
 
-import time
-
 import pytest
 
 from checkpoints import SHIPPED
+from engines.clients import eventually
 from engines.traffic import requests, send
 from engines.vllm.server import Forked
 
@@ -19,19 +18,20 @@ FLAGS = (
 
 
 def idle(server: Forked) -> dict[str, float]:
-    """The metrics of a server that has nothing left to do, within half a minute."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    """The metrics of a server that has nothing left to do."""
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+
+    def done() -> bool:
         metrics = server.metrics()
-        if not metrics["vllm:num_requests_running"] + metrics["vllm:num_requests_waiting"]:
-            break
-        time.sleep(0.2)
-    return metrics
+        return not any(metrics[name] for name in names)
+
+    assert eventually(done)
+    return server.metrics()
 
 
 def test_thousands_of_requests_leave_no_trace(size):
     """With --long; a few hundred without."""
-    batch = requests(size(400, 2000), seed=4, abort_share=0.3, tokens=16, longest=400)
+    batch = requests(size(200, 2000), seed=4, abort_share=0.3, tokens=16, longest=400)
     kept = [i for i, request in enumerate(batch) if request.hang_up is None]
     again = [batch[i] for i in kept[:AGAIN]]
     server = Forked(SHIPPED, *FLAGS, env={"QWEN3NEXT_DRAFTS": "adaptive"}).wait()
@@ -46,7 +46,6 @@ def test_thousands_of_requests_leave_no_trace(size):
     assert [found[i] for i in kept[:AGAIN]] == before
     assert after == before
     assert all(found[i] is not None and len(found[i]) == batch[i].tokens for i in kept)
-    assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == 0
     # else the test would not see what it is for
     assert metrics["vllm:num_preemptions_total"] > size(0, 10)
