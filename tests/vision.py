@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,6 +20,8 @@ SIZES = {
     "temporal_patch_size": VISION["temporal_patch_size"],
     "merge_size": VISION["spatial_merge_size"],
     "size": {"shortest_edge": 32 * 32, "longest_edge": 256 * 256},  # pixels
+    "image_mean": [0.5] * 3,  # released files name both; vLLM takes pixels as they are otherwise
+    "image_std": [0.5] * 3,
 }
 
 
@@ -60,13 +63,20 @@ class VisionReference:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     @quietly()
+    def prompt_logprobs(self, text: str, images: list[Image.Image]) -> torch.Tensor:
+        """Log-probabilities of the prompt's tokens but the first, an image's tokens included."""
+        inputs = self._inputs(text, images)
+        with torch.no_grad():
+            logprobs = self.model(**inputs).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+
+    @quietly()
     def greedy(
         self, text: str, images: list[Image.Image], tokens: int
     ) -> tuple[tuple[int, ...], torch.Tensor]:
         """The greedy answer, and the log-probability of each of its tokens."""
-        inputs = self.processor(text=[text], images=images, return_tensors="pt")
         output = self.model.generate(
-            **inputs,
+            **self._inputs(text, images),
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=None,
@@ -77,3 +87,6 @@ class VisionReference:
         ids = output.sequences[0, -tokens:]
         logprobs = torch.cat(output.logits).float().log_softmax(-1)
         return tuple(ids.tolist()), logprobs.gather(1, ids[:, None])[:, 0]
+
+    def _inputs(self, text: str, images: list[Image.Image]) -> Any:
+        return self.processor(text=[text], images=images or None, return_tensors="pt")

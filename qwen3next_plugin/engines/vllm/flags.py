@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vllm.config import CacheConfig, LoRAConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
@@ -53,7 +54,7 @@ def check(vllm_config: VllmConfig) -> None:
         ConfigError, CheckpointError: names what is wrong and the fix.
     """
     config = _check_files(vllm_config)
-    _check_images(vllm_config)
+    _check_tower(vllm_config)
     _check_lora(config, vllm_config.lora_config)
     _check_kernels(vllm_config)
     _check_quantisation(vllm_config)
@@ -103,13 +104,24 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
     return config
 
 
-def _check_images(vllm_config: VllmConfig) -> None:
-    """Refuse to read images: that answers about them are right is not tested yet."""
-    multimodal_config = vllm_config.model_config.multimodal_config
-    if multimodal_config is not None and not multimodal_config.language_model_only:
+def _check_tower(vllm_config: VllmConfig) -> None:
+    """Refuse a vision tower that vLLM would run in another way than it was trained."""
+    model_config = vllm_config.model_config
+    multimodal_config = model_config.multimodal_config
+    if multimodal_config is None or multimodal_config.language_model_only:
+        return
+    vision_config = model_config.hf_config.vision_config
+    if layers := getattr(vision_config, "deepstack_visual_indexes", None):
         raise ConfigError(
-            "the plugin reads no images: add --language-model-only to serve text, or set "
-            "QWEN3NEXT_DISABLE=1 to serve images with vLLM's own model"
+            f"vision_config.deepstack_visual_indexes = {layers}: no model of this family has "
+            f"them; add --language-model-only to serve text"
+        )
+    # By default vLLM normalises pixels in the tower, as the file says; if it says nothing, not.
+    if multimodal_config.mm_device_do_normalize and _load_norm_params(model_config).is_identity:
+        raise ConfigError(
+            "preprocessor_config.json has no image_mean and image_std: vLLM would give the vision "
+            "tower pixels from 0 to 255; add both to the file, or --no-mm-device-do-normalize, so "
+            "that the processor uses its own, or --language-model-only to serve text"
         )
 
 

@@ -72,7 +72,7 @@ def served(tmp_path_factory) -> Callable[[str], tuple[Path, Expected]]:
         folder = write_vision_checkpoint(tmp_path_factory.mktemp("vision"), member=member)
         reference = VisionReference(folder)
         return folder, {
-            name: reference.greedy(text, images_of(name) or None, TOKENS)
+            name: reference.greedy(text, images_of(name), TOKENS)
             for name, (text, _) in PROMPTS.items()
         }
 

@@ -16,14 +16,14 @@ class Host:
         self.llm = LLM(**flags)
 
     def generate(
-        self, prompts: list[tuple[int, ...]], params: list[dict[str, Any]]
+        self, prompts: list[tuple[int, ...] | dict[str, Any]], params: list[dict[str, Any]]
     ) -> list[list[dict[str, Any]]]:
         from vllm.lora.request import LoRARequest
 
         adapter = params[0].pop("adapter", None)
         sampling = [_sampling_params(**own) for own in params]
         requests = self.llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts],
             sampling if len(sampling) > 1 else sampling[0],
             lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
             use_tqdm=False,

@@ -11,6 +11,7 @@ from engines.checks import Output
 from engines.process import CPUS, OWN_CPUS, START_SECONDS, Fork, Process
 from engines.vllm import child
 
+Prompt = tuple[int, ...] | dict[str, Any]  # token ids, or as vLLM takes it
 CHILD = str(Path(__file__).with_name("child.py"))
 # One process, and one thread in it: at these sizes threads only cost time. A server has OWN_CPUS.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
@@ -76,7 +77,7 @@ class Offline:
             raise
 
     def generate(
-        self, prompts: list[tuple[int, ...]], each: Sequence[dict[str, Any]] = ({},), **params: Any
+        self, prompts: list[Prompt], each: Sequence[dict[str, Any]] = ({},), **params: Any
     ) -> list[list[Output]]:
         """Run all prompts in one batch: n outputs each, through the LoRA `adapter` if given.
 
@@ -87,7 +88,7 @@ class Offline:
         answers = self._ask("generate", prompts, params)
         return [[Output(**fields) for fields in answer] for answer in answers]
 
-    def greedy(self, prompts: list[tuple[int, ...]], tokens: int, **params: Any) -> list[Output]:
+    def greedy(self, prompts: list[Prompt], tokens: int, **params: Any) -> list[Output]:
         """Run all prompts in one batch, greedily."""
         outputs = self.generate(prompts, temperature=0.0, max_tokens=tokens, **params)
         return [output for (output,) in outputs]

@@ -204,6 +204,7 @@ CALLED = {
         "get_rope": ["head_size", "max_position", "rope_parameters"],
     },
     "plugins/__init__.py": {"load_general_plugins": []},
+    "model_executor/layers/fusion/mm_input_norm.py": {"_load_norm_params": ["model_config"]},
     "platforms/interface.py": {"is_cuda_alike": ["self"]},
     "v1/worker/mamba_utils.py": {
         "run_fused_precopy": [
@@ -264,6 +265,12 @@ FIELDS = {
     },
     "config/compilation.py": {"CompilationConfig": ["_attention_ops"]},
     "config/model.py": {"ModelConfig": ["enforce_eager"]},
+    "config/multimodal.py": {
+        "MultiModalConfig": ["language_model_only", "mm_device_do_normalize"],
+    },
+    "v1/worker/gpu_input_batch.py": {
+        "CachedRequestState": ["mm_features", "mrope_positions", "mrope_position_delta"],
+    },
     "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
     "platforms/interface.py": {"Platform": ["device_type"]},
     "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls", "max_num_batched_tokens"]},
@@ -312,6 +319,7 @@ ATTRIBUTES = {
         "effective_drafter_max_model_len",
         "num_spec_tokens",
         "max_model_len",
+        "positions",
     ],
     "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
     "v1/spec_decode/llm_base_proposer.py": ["input_ids", "block_size"],

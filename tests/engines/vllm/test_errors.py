@@ -17,6 +17,7 @@ from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
+from vision import write_vision_checkpoint
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -113,7 +114,6 @@ def test_runner_v2_is_refused_on_a_cpu(monkeypatch, complete, checkpoint):
 
 TEXT_ONLY = {"language_model_only": True}
 FAMILY_ERRORS = {
-    "images": ({}, {"language_model_only": False}, "reads no images: add --language-model-only"),
     "lora": ({}, {"enable_lora": True}, "enable_lora: adapters of in_proj_qkv"),
     "layer-types": (
         {"layer_types": ["sliding_attention"] * 7},
@@ -143,6 +143,29 @@ def test_of_qwen3_5_is_refused_by_name(complete, wrapped, tmp_path, case):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(Exception, match=message):
         complete(tmp_path, **TEXT_ONLY | flags)
+
+
+def test_a_tower_with_layers_for_the_text_model_is_refused(complete, wrapped, tmp_path):
+    shutil.copytree(wrapped, tmp_path, dirs_exist_ok=True)
+    raw = json.loads((wrapped / "config.json").read_text())
+    raw["vision_config"]["deepstack_visual_indexes"] = [0]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(Exception, match=r"deepstack_visual_indexes = \[0\]: no model"):
+        complete(tmp_path)
+    complete(tmp_path, **TEXT_ONLY)
+
+
+def test_pixels_that_nobody_would_normalise_are_refused(complete, tmp_path):
+    folder = write_vision_checkpoint(tmp_path, member="dense_HV=3H_wrapped_7-layers")
+    complete(folder)
+    path = folder / "preprocessor_config.json"
+    raw = json.loads(path.read_text())
+    del raw["image_mean"], raw["image_std"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(Exception, match=r"no image_mean and image_std: .*--no-mm-device-do-norm"):
+        complete(folder)
+    complete(folder, mm_device_do_normalize=False)
+    complete(folder, **TEXT_ONLY)
 
 
 @pytest.mark.parametrize("flags", [{}, drafts(2)], ids=str)

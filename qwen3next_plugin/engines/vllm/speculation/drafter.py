@@ -21,6 +21,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.speculation.images import axes_of
+from qwen3next_plugin.mtp.images import Axes, mrope_positions
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
@@ -69,13 +71,13 @@ class Drafter(EagleProposer):
             (None: the last token of each row)
         """
         entered = time.perf_counter()
-        if target_positions.ndim == 2:  # of a text, whose three axes are alike
-            target_positions = target_positions[0]
+        # `target_positions` of a model that reads images are not those in the sequence.
+        positions = self.runner.positions[: len(target_token_ids)]
         requests, table = self.runner.input_batch.req_ids, common_attn_metadata.block_table_tensor
         if (
             self.plain is not None
             and len(target_token_ids) == len(requests)
-            and self.plain.continued_by(requests, target_positions.tolist())
+            and self.plain.continued_by(requests, positions.tolist())
         ):
             self.idle += 1
             token_ids = next_token_ids.to(target_token_ids.dtype)
@@ -88,7 +90,7 @@ class Drafter(EagleProposer):
                 common_attn_metadata.query_start_loc,
                 token_indices_to_sample,
                 target_token_ids,
-                target_positions,
+                positions,
                 target_hidden_states,
                 next_token_ids,
             )
@@ -255,6 +257,7 @@ class Drafter(EagleProposer):
         tokens = [row.fed for row in fed if row.fed is not None]
         counts = [len(part) for part in tokens]
         block_table = block_table[[row.index for row in fed]]
+        axes = [axes_of(self.runner.requests[row.request]) for row in fed]
         positions = torch.cat([torch.arange(part.first, part.end) for part in tokens])
         hidden_states = self._forward(
             torch.cat([part.token_ids for part in tokens]),
@@ -262,6 +265,7 @@ class Drafter(EagleProposer):
             torch.cat([part.hidden_states for part in tokens]),
             counts,
             block_table,
+            axes,
         )
         ends = torch.tensor(counts).cumsum(0) - 1
         hidden_states, positions = hidden_states[ends], positions[ends]  # [fed, D], [fed]
@@ -269,14 +273,14 @@ class Drafter(EagleProposer):
         for depth in range(max(row.draft for row in fed)):
             keep = [i for i, row in enumerate(fed) if row.draft > depth]
             if len(keep) < len(fed):
-                fed = [fed[i] for i in keep]
+                fed, axes = [fed[i] for i in keep], [axes[i] for i in keep]
                 hidden_states, positions = hidden_states[keep], positions[keep]
                 token_ids, block_table = token_ids[keep], block_table[keep]
             if depth > 0:
                 positions = positions + 1
                 ones = [1] * len(fed)
                 hidden_states = self._forward(
-                    token_ids, positions, hidden_states, ones, block_table
+                    token_ids, positions, hidden_states, ones, block_table, axes
                 )
             token_ids = self.model.get_top_tokens(hidden_states)  # [fed]
             for row, token in zip(fed, token_ids.tolist(), strict=True):
@@ -289,6 +293,7 @@ class Drafter(EagleProposer):
         hidden_states: torch.Tensor,
         counts: list[int],
         block_table: torch.Tensor,
+        axes: list[Axes | None],
     ) -> torch.Tensor:
         """Run the MTP layer over `counts` tokens of each row; returns [T, D]."""
         query_start_loc = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -312,15 +317,18 @@ class Drafter(EagleProposer):
                 causal=True,
             )
         )
+        if self.uses_mrope:
+            on_axes = mrope_positions(axes, positions, counts)
+            positions = positions.expand(3, -1) if on_axes is None else on_axes
         with set_forward_context(
             metadata,
             self.vllm_config,
-            num_tokens=len(positions),
+            num_tokens=len(token_ids),
             slot_mapping=dict.fromkeys(metadata, slot_mapping),
         ):
             return self.model(
                 # The dtype that vLLM compiled the layer for: it drops the guards against others.
                 input_ids=token_ids.to(self.input_ids.dtype),
-                positions=positions.expand(3, -1) if self.uses_mrope else positions,
+                positions=positions,
                 hidden_states=hidden_states,
             )
