@@ -2,11 +2,14 @@
 
 The block model has four layers of the released model's shapes and random weights: 3.7 GB, written
 once into out/. Quick runs use the checkpoint of examples/, which every machine loads in seconds.
-Its layers have a file of their own, which the chain model (chain_model.py) shares.
+Its layers have a file of their own, which the chain model (chain_model.py) shares. `four_layers`
+writes the same of another released size, as a text model: 9 to 10 GB.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,18 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from benchmarks.report import Run, console
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.weights import trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
 TINY = Path("examples/qwen3next-tiny")
+RELEASED = Path("examples/configs")
+TEXT_MODELS = {  # model_type → architecture
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
 LAYERS = "layers.safetensors"
+LAYER = re.compile(r"model\.layers\.\d+|[^.]+")  # what a tensor's name begins with
 OWN = ("model.embed_tokens.weight", "lm_head.weight", "mtp.fc.weight")  # not in that file
 
 CONFIG: dict[str, Any] = {
@@ -83,6 +92,30 @@ def block_model(folder: Path) -> Path:
     return folder
 
 
+def four_layers(folder: Path, size: str) -> Path:
+    """Write a released size's text model, cut to four layers, into `folder` unless it is there.
+
+    A file for each layer: the whole would take much of a small machine's memory.
+    """
+    released = read_config(RELEASED / size)["text_config"]
+    layer_types = ["linear_attention"] * 3 + ["full_attention"]
+    config = released | {
+        "architectures": [TEXT_MODELS[released["model_type"]]],
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+    }
+    if (folder / "config.json").exists() and read_config(folder) == config:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = tensors(config)
+    by_file = {name: LAYER.match(name)[0] for name in shapes}
+    files = groupby(sorted(shapes, key=by_file.get), key=by_file.get)
+    for seed, (file, names) in enumerate(files):
+        save_file(random_tensors(shapes, list(names), seed), folder / f"{file}.safetensors")
+    finish(folder, config)
+    return folder
+
+
 def written(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a model with this config is complete in `folder`."""
     done = folder / "config.json"
@@ -112,10 +145,10 @@ def write_layers(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def random_tensors(
-    shapes: Mapping[str, tuple[int, ...]], names: Collection[str]
+    shapes: Mapping[str, tuple[int, ...]], names: Collection[str], seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Tensors of these names, the same in each call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return {
         name: _random(name, shapes[name], generator)
         for name in track(names, "writing a model", console=console)

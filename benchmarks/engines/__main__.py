@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import parts, report
-from benchmarks.engines import hosts, startup, steps
+from benchmarks.engines import family, hosts, startup, steps
 from benchmarks.report import OUT, Docs, Out, Quick, Record, Run
 
 
@@ -15,12 +15,14 @@ class Name(Enum):
     STEPS = "steps"
     STARTUP = "startup"
     HOSTS = "hosts"
+    FAMILY = "family"
 
 
 PARTS = {
     Name.STEPS: parts.Part(steps.measure),
     Name.STARTUP: parts.Part(startup.measure, in_quick=False),
     Name.HOSTS: parts.Part(hosts.measure, in_quick=False, needs_sglang=True),
+    Name.FAMILY: parts.Part(family.measure, in_quick=False),
 }
 
 
@@ -40,12 +42,14 @@ def main(
     steps: vLLM with the plugin and without (upstream): decode steps, prefill, peak memory.
     startup: seconds until `vllm serve` is ready, and what the first request costs on top.
     hosts: vLLM and SGLang, both with the plugin; needs `make setup ENGINE=sglang`.
+    family: the same of four layers of Qwen3.6's sizes, and what drafts cost.
 
     The two sides run in processes of their own and are called in turn, so that a slow minute of
     the machine hits both. First their log-probabilities are compared: if they differ by more than
     noise, the command exits with 1 and prints no figure.
 
-    A full run writes a model of 3.7 GB into the output folder, once.
+    A full run writes models of 3.7 GB and (family) 10 and 9 GB into the output folder, once;
+    family needs 20 GB of memory.
     """
     run = Run(__package__, out, quick)
     report.finish(run, lambda: measure(run, part), docs=docs)

@@ -1,7 +1,7 @@
 """vLLM with the plugin and without: steps, prefill and memory, alternating in one run."""
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,15 @@ def both(run: Run, model: Path, name: str, **more: Any) -> Iterator[dict[str, Wo
 
 def check(workers: Iterable[Worker]) -> float:
     """Mean difference of two workers' log-probabilities; raises if it is more than noise."""
-    left, right = (worker.logprobs() for worker in workers)
+    return mean_difference(*(worker.logprobs() for worker in workers))
+
+
+def mean_difference(
+    left: Sequence[float], right: Sequence[float], bound: float = MAX_LOGPROB_DIFFERENCE
+) -> float:
+    """Mean difference of log-probabilities; raises if it is more than noise."""
     mean = statistics.fmean(abs(a - b) for a, b in zip(left, right, strict=True))
-    if not mean <= MAX_LOGPROB_DIFFERENCE:
+    if not mean <= bound:
         raise RedCheckError(f"prompt log-probabilities differ by {mean:.4f} on average")
     return mean
 

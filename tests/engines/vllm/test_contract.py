@@ -461,3 +461,11 @@ def test_entries_of_the_hosts_own_config_map_are_called_first(sources):
         del MODELS_CONFIG_MAP["a model"]
     assert called == [("Host", "flags"), ("Ours", "flags")]
     assert after_hosts("another model", ours) is ours
+
+
+def test_prompts_are_still_cut_at_blocks(sources):
+    """Our layers leave a page at a chunk's end only, so none may promise one inside (from 0.33)."""
+    base = definition(sources.tree("model_executor/layers/mamba/abstract.py"), "MambaBase")
+    name = "get_prefill_checkpoint_alignment"
+    found = [node for node in base.body if getattr(node, "name", None) == name]
+    assert all(ast.unparse(node.body[-1]) == "return None" for node in found)

@@ -1,0 +1,94 @@
+"""The family's benchmark: its models have the released layers, and each engine is timed in turn."""
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks import block_model
+from benchmarks.engines import family
+from benchmarks.report import RedCheckError, Run
+from qwen3next_plugin.config import read_config
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Released configs with small layers."""
+
+    def read(folder):
+        raw = read_config(folder)
+        if text := raw.get("text_config"):
+            text |= {name: size for name, size in SMALL.items() if name in text}
+        return raw
+
+    monkeypatch.setattr(block_model, "read_config", read)
+
+
+@pytest.mark.parametrize("size", family.SIZES)
+def test_models_are_written_once_and_are_complete(small, tmp_path, size):
+    folder = block_model.four_layers(tmp_path / size, size)
+    config = read_config(folder)
+    assert config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = [item for file in files for item in load_file(file).items()]
+    assert {name: tuple(t.shape) for name, t in tensors} == block_model.tensors(config)
+    names = [name for name, _ in tensors]
+    assert len(names) == len(set(names))
+    first, second = (dict(tensors)[f"model.layers.{i}.linear_attn.out_proj.weight"] for i in (0, 1))
+    assert not first.equal(second)
+    before = files[0].stat().st_mtime_ns
+    block_model.four_layers(folder, size)
+    assert files[0].stat().st_mtime_ns == before
+
+
+class Engine:
+    """Answers as a worker does; each start is slower than the one before."""
+
+    started = 0
+
+    def __init__(self, off: float) -> None:
+        Engine.started += 1
+        self.slower, self.off = Engine.started, off
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def logprobs(self) -> list[float]:
+        return [-1.0 + self.off, -2.0]
+
+    def call(self, name: str, **arguments: int):
+        return [9.0, self.slower * arguments["batch"]] if name == "decode" else 1e3 / self.slower
+
+
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_shortest_times_of_equal_engines(monkeypatch, tmp_path, off):
+    monkeypatch.setattr(Engine, "started", 0)
+    monkeypatch.setattr(family, "models", lambda run: {"a": tmp_path})
+    monkeypatch.setattr(
+        family, "start", lambda run, model, name: Engine(off if name == "plugin" else 0.0)
+    )
+    run = Run("benchmarks.engines", tmp_path, quick=False)
+    if off:
+        with pytest.raises(RedCheckError, match="differ by"):
+            list(family.measure(run))
+        return
+    steps, verify = family.measure(run)
+    assert steps.rows["a: decode, batch 1"] == {
+        "upstream": 1,
+        "plugin": 2,
+        "upstream / plugin": 0.5,
+    }
+    assert steps.rows["a: prompt of 1,024 tokens"]["plugin"] == pytest.approx(2048)
+    assert verify.rows["a: decode, batch 1"]["in plain steps"] == 2.5
+    assert Engine.started == len(family.ORDER)
