@@ -5,7 +5,7 @@ from typing import Self
 
 import torch
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.kernels.gated_delta_net import (
     GatedDeltaNetWeights,
     Projections,
@@ -26,14 +26,16 @@ class GatedDeltaNetShape:
     num_value_heads: int  # HV
     key_dim: int  # K
     value_dim: int  # V
+    layout: Layout = "grouped"  # of the columns of qkvz and ba
 
     @classmethod
-    def from_config(cls, config: Qwen3NextConfig) -> Self:
+    def from_config(cls, config: Qwen3NextConfig, layout: Layout = "grouped") -> Self:
         return cls(
             num_key_heads=config.linear_num_key_heads_per_rank,
             num_value_heads=config.linear_num_value_heads_per_rank,
             key_dim=config.linear_key_head_dim,
             value_dim=config.linear_value_head_dim,
+            layout=layout,
         )
 
     @property
@@ -45,9 +47,10 @@ class GatedDeltaNetShape:
 def split_projections(
     qkvz: torch.Tensor, ba: torch.Tensor, shape: GatedDeltaNetShape
 ) -> Projections:
-    """View the checkpoint's grouped projections as q, k, v, z, b, a, without a copy.
+    """View the projections as q, k, v, z, b, a, without a copy.
 
-    The checkpoint groups them by key head: [q | k | R values | R gates] and [R b | R a].
+    Grouped, each key head has [q | k | R values | R gates] and [R b | R a]. Flat, all heads' q come
+    first, then all heads' k, and so on.
 
     Shapes:
         qkvz [T, H·(2K + 2R·V)], ba [T, H·2R]
@@ -55,6 +58,11 @@ def split_projections(
     """
     H, K, V, R = shape.num_key_heads, shape.key_dim, shape.value_dim, shape.values_per_key
     T = qkvz.shape[0]
+    if shape.layout == "flat":
+        q, k, v, z = qkvz.split([H * K, H * K, H * R * V, H * R * V], dim=-1)
+        b, a = ba.view(T, 2, H, R).unbind(1)
+        heads, values = (T, H, K), (T, H, R, V)
+        return Projections(q.view(heads), k.view(heads), v.view(values), z.view(values), b, a)
     q, k, v, z = qkvz.view(T, H, 2 * K + 2 * R * V).split([K, K, R * V, R * V], dim=-1)
     b, a = ba.view(T, H, 2 * R).split([R, R], dim=-1)
     return Projections(q, k, v.view(T, H, R, V), z.view(T, H, R, V), b, a)

@@ -50,6 +50,12 @@ def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]
     }
 
 
+def output_sizes(config: Qwen3NextConfig, name: str, layout: Layout) -> list[int]:
+    """The rows of our projection `qkvz` or `ba`, of each of its parts where it is flat."""
+    sizes = [rows for parts in projections(config)[name].values() for rows in parts]
+    return sizes if layout == "flat" else [sum(sizes)]
+
+
 def in_projections(config: Qwen3NextConfig) -> Shapes:
     """Name within the layer and shape of a linear layer's input projections in the checkpoint."""
     shapes: Shapes = set()

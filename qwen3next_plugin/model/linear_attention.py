@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
 from qwen3next_plugin.model.weights import shard_rows
 
@@ -17,11 +17,14 @@ class Weight(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """One rank's convolution, decay and norm parameters, each with the loader engines look for."""
+    """One rank's convolution, decay and norm parameters, each with the loader engines look for.
 
-    def __init__(self, config: Qwen3NextConfig, *, rank: int) -> None:
+    `layout` is that of the projections, which the engine adds.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, *, rank: int, layout: Layout = "grouped") -> None:
         super().__init__()
-        self.shape = GatedDeltaNetShape.from_config(config)
+        self.shape = GatedDeltaNetShape.from_config(config, layout)
         self.norm_eps = config.rms_norm_eps
         HV = self.shape.num_value_heads
         self.conv1d = Weight(config.conv_dim_per_rank, 1, config.linear_conv_kernel_dim)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.formats import EXPERT, PLAIN_DTYPES, Formats, read_formats
 from qwen3next_plugin.model.layouts import (
     FLAT_PROJECTION,
@@ -147,10 +147,11 @@ def parameters(
     ignored: Iterable[str] = (),
     quantised: bool = False,
     formats: Formats | None = None,
+    layout: Layout = "grouped",
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's tensors by the names and in the order of rows of our parameters.
 
-    Whatever the checkpoint's layout: it is converted here, once, and nothing else knows of it.
+    A flat checkpoint is converted here, once, unless `layout`, of our parameters, is flat too.
 
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
@@ -164,7 +165,7 @@ def parameters(
         named, expected = formats.rows(named, ignored), formats.expected(expected)
         quantised = False  # any more
     tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
-    return group_projections(tensors, config)
+    return group_projections(tensors, config) if layout == "grouped" else tensors
 
 
 def formats_of(

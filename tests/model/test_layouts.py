@@ -7,6 +7,7 @@ import torch
 
 from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
 from qwen3next_plugin.model.layouts import CheckpointError
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
@@ -81,6 +82,24 @@ def test_both_layouts_give_the_same_bits(heads, prefix, fused):
     found = read(flat, FLAT | changes)
     assert found.keys() == grouped.keys() == read(grouped, BASE | changes).keys()
     assert all(torch.equal(found[name], grouped[name]) for name in grouped)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (2, 4), (1, 3), (2, 8)], ids=str)
+def test_both_layouts_of_projections_are_the_same_views(heads):
+    """Of a flat layer, as it is with LoRA, and of a grouped one."""
+    H, HV = heads
+    config = Qwen3NextConfig.from_hf(
+        FLAT | {"linear_num_key_heads": H, "linear_num_value_heads": HV}
+    )
+    rows = flat_rows(config)
+    qkvz, ba = torch.randn(5, config.in_proj_qkvz_size), torch.randn(5, config.in_proj_ba_size)
+    flat = split_projections(
+        qkvz[:, torch.cat([rows["qkv"], rows["z"]])],
+        ba[:, torch.cat([rows["b"], rows["a"]])],
+        GatedDeltaNetShape.from_config(config, "flat"),
+    )
+    grouped = split_projections(qkvz, ba, GatedDeltaNetShape.from_config(config))
+    assert all(torch.equal(*pair) for pair in zip(flat, grouped, strict=True))
 
 
 def test_order_of_tensors_does_not_matter():

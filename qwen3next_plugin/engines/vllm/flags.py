@@ -25,7 +25,10 @@ from qwen3next_plugin.mtp.weights import check_stored
 logger = init_logger(LOGGER)
 
 CPU_BLOCK_SIZE = 128  # tokens: where vLLM starts on a CPU, before it makes room for a page
-PROJECTIONS = ("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (
+    *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
+)
 OVERRIDE_FLAG = "--hf-overrides"
 READ_HERE = ("auto", "safetensors")  # of --load-format
 # The one way in which drafts are made and verified; another would be ignored.
@@ -55,7 +58,6 @@ def check(vllm_config: VllmConfig) -> None:
     """
     config = _check_files(vllm_config)
     _check_tower(vllm_config)
-    _check_lora(config, vllm_config.lora_config)
     _check_kernels(vllm_config)
     _check_quantisation(vllm_config)
     if vllm_config.speculative_config is not None:
@@ -122,16 +124,6 @@ def _check_tower(vllm_config: VllmConfig) -> None:
             "preprocessor_config.json has no image_mean and image_std: vLLM would give the vision "
             "tower pixels from 0 to 255; add both to the file, or --no-mm-device-do-normalize, so "
             "that the processor uses its own, or --language-model-only to serve text"
-        )
-
-
-def _check_lora(config: Qwen3NextConfig, lora_config: LoRAConfig | None) -> None:
-    """Refuse adapters of flat projections, whose rows no loader of adapters regroups."""
-    if lora_config is not None and config.layout == "flat":
-        raise ConfigError(
-            "enable_lora: adapters of in_proj_qkv, in_proj_z, in_proj_b and in_proj_a would be "
-            "added to other rows than theirs; merge the adapter into the checkpoint, or set "
-            "QWEN3NEXT_DISABLE=1 to serve it with vLLM's own model"
         )
 
 

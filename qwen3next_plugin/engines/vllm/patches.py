@@ -1,7 +1,8 @@
 """Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
 The groups differ in when they are applied: WITH_OURS, ON_GPU and ELSEWHERE at registration, by
-platform; WITH_DRAFTS when our model's flags ask for drafts; PAGE_COPIES when our model is built.
+platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and PAGE_COPIES when our
+model is built.
 OVERRIDES are changes that our own subclasses make to objects of theirs.
 """
 
@@ -29,6 +30,7 @@ from qwen3next_plugin.engines.patching import (
 )
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
+from qwen3next_plugin.engines.vllm.model import adapters
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
@@ -161,6 +163,17 @@ WITH_DRAFTS: tuple[Entry, ...] = (
         "them; our verification applies both",
         versions=ALL_VERSIONS,
         remove_when="vLLM refuses neither (a test marked `compat` says when)",
+    ),
+)
+
+WITH_LORA: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.lora.model_manager.LoRAModelManager._create_merged_loras_inplace",
+        parameters=("self", "lora_model"),
+        function=adapters.refuse_unused,
+        reason="vLLM leaves out what of an adapter fits no module, and serves without it",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM refuses such an adapter (`compat`)",
     ),
 )
 
@@ -326,7 +339,7 @@ OVERRIDES: tuple[Override, ...] = (
 )
 
 TABLE: tuple[Entry, ...] = (
-    *(*WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES),
+    *(*WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *WITH_LORA, *PAGE_COPIES),
     *OVERRIDES,
 )
 
@@ -348,6 +361,11 @@ def provide_page_copies() -> None:
     """Register our page copies where vLLM has none."""
     if page_copy.needed():
         apply(PAGE_COPIES, _register_kernels)
+
+
+def refuse_unused_adapters() -> None:
+    """Let an adapter that is used in part only be an error."""
+    apply(WITH_LORA)
 
 
 def _register_kernels(kernels: Sequence[Function]) -> None:

@@ -14,18 +14,20 @@ class Host:
         from vllm import LLM
 
         self.llm = LLM(**flags)
+        self.adapters: dict[str, int] = {}  # path → number
 
     def generate(
         self, prompts: list[tuple[int, ...] | dict[str, Any]], params: list[dict[str, Any]]
     ) -> list[list[dict[str, Any]]]:
         from vllm.lora.request import LoRARequest
 
-        adapter = params[0].pop("adapter", None)
+        path = params[0].pop("adapter", None)
+        number = self.adapters.setdefault(path, len(self.adapters) + 1) if path else 0
         sampling = [_sampling_params(**own) for own in params]
         requests = self.llm.generate(
             [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts],
             sampling if len(sampling) > 1 else sampling[0],
-            lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
+            lora_request=LoRARequest(path, number, path) if path else None,
             use_tqdm=False,
         )
         return [[_plain(request, output) for output in request.outputs] for request in requests]

@@ -148,7 +148,10 @@ OVERRIDDEN = {
         },
     },
     "model_executor/models/config.py": {
-        "VerifyAndUpdateConfig": {"verify_and_update_config": ["vllm_config"]},
+        "VerifyAndUpdateConfig": {
+            "verify_and_update_config": ["vllm_config"],
+            "verify_and_update_model_config": ["model_config"],
+        },
     },
     "model_executor/models/interfaces.py": {
         "IsHybrid": {
@@ -247,6 +250,9 @@ FIELDS = {
         "VllmConfig": [
             "cache_config",
             "instance_id",
+            "load_config",
+            "lora_config",
+            "quant_config",
             "scheduler_config",
             "speculative_config",
             "use_v2_model_runner",
@@ -264,13 +270,15 @@ FIELDS = {
         ],
     },
     "config/compilation.py": {"CompilationConfig": ["_attention_ops"]},
-    "config/model.py": {"ModelConfig": ["enforce_eager"]},
+    "config/model.py": {"ModelConfig": ["enforce_eager", "hf_overrides"]},
     "config/multimodal.py": {
         "MultiModalConfig": ["language_model_only", "mm_device_do_normalize"],
     },
     "v1/worker/gpu_input_batch.py": {
         "CachedRequestState": ["mm_features", "mrope_positions", "mrope_position_delta"],
     },
+    "config/load.py": {"LoadConfig": ["load_format"]},
+    "config/lora.py": {"LoRAConfig": ["target_modules"]},
     "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
     "platforms/interface.py": {"Platform": ["device_type"]},
     "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls", "max_num_batched_tokens"]},
@@ -332,6 +340,8 @@ KEPT = {
     "v1/core/sched/scheduler.py": {
         "Scheduler": ["log_stats", "running", "kv_cache_manager", "kv_cache_config"]
     },
+    "lora/lora_model.py": {"LoRAModel": ["loras"]},
+    "lora/model_manager.py": {"LoRAModelManager": ["lora_config", "modules"]},
     "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},
     "v1/core/kv_cache_coordinator.py": {"KVCacheCoordinator": ["single_type_managers"]},
     "v1/core/single_type_kv_cache_manager.py": {"SingleTypeKVCacheManager": ["req_to_blocks"]},

@@ -114,7 +114,6 @@ def test_runner_v2_is_refused_on_a_cpu(monkeypatch, complete, checkpoint):
 
 TEXT_ONLY = {"language_model_only": True}
 FAMILY_ERRORS = {
-    "lora": ({}, {"enable_lora": True}, "enable_lora: adapters of in_proj_qkv"),
     "layer-types": (
         {"layer_types": ["sliding_attention"] * 7},
         {},
@@ -168,7 +167,7 @@ def test_pixels_that_nobody_would_normalise_are_refused(complete, tmp_path):
     complete(folder, **TEXT_ONLY)
 
 
-@pytest.mark.parametrize("flags", [{}, drafts(2)], ids=str)
+@pytest.mark.parametrize("flags", [{}, drafts(2), {"enable_lora": True}], ids=str)
 def test_qwen3_5_passes(complete, wrapped, flags):
     config = complete(wrapped, **TEXT_ONLY, **flags)
     assert config.model_config.architecture == "Qwen3_5ForConditionalGeneration"

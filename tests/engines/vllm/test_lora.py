@@ -1,57 +1,65 @@
 """LoRA on the projections: an adapter on the server equals its weights merged in transformers."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
-from checkpoints import random_prompt
+from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
+from engines.vllm.checks import LOGPROBS
+from engines.vllm.lora import make_adapter, write_adapter
 from engines.vllm.offline import Offline
+from family import FAMILY
 from reference import Reference
 
-RANK, ALPHA = 4, 8
-TARGETS = {
-    "linear_attn": ("in_proj_qkvz", "in_proj_ba", "out_proj"),
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
+DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 
 pytestmark = pytest.mark.serve
 
 
-def make_adapter(folder: Path, reference: Reference) -> Path:
-    """Write a random adapter of every projection in PEFT's layout; merge it into `reference`."""
-    generator = torch.Generator().manual_seed(3)
-    tensors = {}
-    for name, module in reference.trunk.named_modules():
-        mixer, _, projection = name.rpartition(".")
-        if projection not in TARGETS.get(mixer.rpartition(".")[2], ()):
-            continue
-        rows, columns = module.weight.shape
-        a = torch.randn(RANK, columns, generator=generator) / columns**0.5
-        b = torch.randn(rows, RANK, generator=generator) * 0.3
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        module.weight.data += ALPHA / RANK * b @ a
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    names = [name for projections in TARGETS.values() for name in projections]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": names}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+class Case(NamedTuple):
+    """A checkpoint, of FAMILY or Qwen3-Next's, its flags, and how an adapter's names begin."""
+
+    member: str | None
+    flags: Mapping[str, Any]
+    prefixes: tuple[str, ...] = ("model.",)  # one after the other
 
 
-def test_adapter_equals_merged_weights(checkpoint: Path, tmp_path: Path) -> None:
-    """Prompt log-probabilities with the adapter are the merged model's; without it, the base's."""
-    plain, merged = Reference(checkpoint), Reference(checkpoint)
-    adapter = make_adapter(tmp_path / "adapter", merged)
-    prompts = [random_prompt(3), random_prompt(65)]
-    engine = Offline(checkpoint, dtype="float32", enable_lora=True, max_model_len=512)
+CASES = {
+    "qwen3-next": Case(None, {}),
+    "qwen3.5-moe-mtp": Case("moe_HV=4H_top-3-of-12_5-layers", DRAFTS),
+    "qwen3.5-dense-wrapped-mtp_compiled": Case(
+        "dense_HV=3H_wrapped_7-layers",
+        DRAFTS | {"language_model_only": True, "enforce_eager": False},
+        prefixes=("model.language_model.", "model."),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_adapter_equals_merged_weights(tmp_path: Path, case: Case) -> None:
+    """Text and log-probabilities with the adapter are the merged model's; without it, the base's.
+
+    Neither hits the other's prefix in the cache. Then, an adapter of a layer that is not there.
+    """
+    folder = tmp_path / "model"
+    model = FAMILY[case.member].write(folder) if case.member else write_checkpoint(folder)
+    plain, merged = Reference(model), Reference(model)
+    adapter = make_adapter(tmp_path / "adapter", merged, case.prefixes)
+    engine = Offline(model, dtype="float32", enable_lora=True, max_model_len=2048, **case.flags)
     try:
+        prompts = [random_prompt(n) for n in (3, 65, engine.cache()["block_size"] + 9)]
         for reference, params in ((merged, {"adapter": str(adapter)}), (plain, {})):
-            outputs = engine.greedy(prompts, 8, logprobs=0, prompt_logprobs=0, **params)
+            outputs = engine.greedy(prompts, 12, **LOGPROBS, **params)
             check_greedy(reference, prompts, outputs)
+            assert not any(output.cached for output in outputs)
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        stray = {name.replace(".layers.0.", ".layers.99."): t for name, t in tensors.items()}
+        other = write_adapter(tmp_path / "other", stray, ["out_proj"])
+        with pytest.raises(AssertionError, match=r"changes \d+ modules that take no adapter here"):
+            engine.greedy(prompts[:1], 1, adapter=str(other))
     finally:
         engine.close()

@@ -1,22 +1,29 @@
 """Gated DeltaNet as a vLLM layer: vLLM's projections and pages around the neutral layer."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.model.loading import projection_layout
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout, page_spec
 from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
+from qwen3next_plugin.model.layouts import output_sizes
 from qwen3next_plugin.model.linear_attention import LinearAttention
 from qwen3next_plugin.model.state import StateError, StatePool
 
@@ -25,32 +32,18 @@ class GatedDeltaNet(LinearAttention, MambaBase):
     """One linear-attention layer. vLLM binds its state pages to it, and finds it by its prefix."""
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__(config, rank=get_tensor_model_parallel_rank())
+        layout = projection_layout(config, vllm_config)
+        super().__init__(config, rank=get_tensor_model_parallel_rank(), layout=layout)
         self.prefix = prefix
         self.layout = page_layout(config, vllm_config)
         self.value_dim = config.value_dim_per_rank
-        quant_config = vllm_config.quant_config
-        # The checkpoint's rows are grouped by key head: a rank's share is one contiguous run.
-        # Merged, with one output each, because vLLM shards a LoRA on it the same way.
-        self.in_proj_qkvz = MergedColumnParallelLinear(
-            config.hidden_size,
-            [config.in_proj_qkvz_size],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj_qkvz",
-        )
-        self.in_proj_ba = MergedColumnParallelLinear(
-            config.hidden_size,
-            [config.in_proj_ba_size],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj_ba",
-        )
+        self.in_proj_qkvz = _in_projection(config, "qkvz", layout, vllm_config, prefix)
+        self.in_proj_ba = _in_projection(config, "ba", layout, vllm_config, prefix)
         self.out_proj = RowParallelLinear(
             config.value_dim,
             config.hidden_size,
             bias=False,
-            quant_config=quant_config,
+            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.out_proj",
         )
         layers = get_current_vllm_config().compilation_config.static_forward_context
@@ -127,6 +120,21 @@ class GatedDeltaNet(LinearAttention, MambaBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
         return page_spec(self.layout, vllm_config)
+
+
+def _in_projection(
+    config: Qwen3NextConfig, name: str, layout: Layout, vllm_config: VllmConfig, prefix: str
+) -> ColumnParallelLinear:
+    """One of the two: grouped, a rank's share is one run of rows; flat, a run of each part."""
+    sizes = output_sizes(config, name, layout)
+    options: dict[str, Any] = {
+        "bias": False,
+        "quant_config": vllm_config.quant_config,
+        "prefix": f"{prefix}.in_proj_{name}",
+    }
+    if layout == "flat":
+        return MergedColumnParallelLinear(config.hidden_size, sizes, **options)
+    return ColumnParallelLinear(config.hidden_size, sizes[0], **options)
 
 
 @eager_break_during_capture

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.weights import STACKED_PROJECTIONS
 
 # A stacked projection's parts, by the names that quantisation configs and adapters use.
@@ -21,8 +23,28 @@ FLAT_MODULES = PACKED_MODULES | {
 }
 LANGUAGE_MODEL = WeightsMapper(orig_to_new_prefix={"model.language_model.": "model."})
 STACKED = WeightsMapper(orig_to_new_stacked=STACKED_PROJECTIONS)
+FLAT_STACKED = STACKED | WeightsMapper(
+    orig_to_new_stacked={
+        ".in_proj_qkv": (".in_proj_qkvz", (0, 1, 2)),
+        ".in_proj_z": (".in_proj_qkvz", 3),
+        ".in_proj_b": (".in_proj_ba", 0),
+        ".in_proj_a": (".in_proj_ba", 1),
+    }
+)
 
 
-def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+def projection_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> Layout:
+    """The layout of linear attention's projections: grouped, but with LoRA that of the checkpoint.
+
+    An adapter of a flat projection has one A for all of its rows: it fits whole parts only.
+    """
+    return "grouped" if vllm_config.lora_config is None else config.layout
+
+
+def load(
+    model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], layout: Layout = "grouped"
+) -> set[str]:
     """Load each tensor into its parameter, or into its part of a stacked one; return the names."""
-    return AutoWeightsLoader(model).load_weights(tensors, mapper=STACKED)
+    return AutoWeightsLoader(model).load_weights(
+        tensors, mapper=FLAT_STACKED if layout == "flat" else STACKED
+    )

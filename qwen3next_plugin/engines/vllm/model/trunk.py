@@ -41,10 +41,11 @@ from qwen3next_plugin.engines.vllm.model.loading import (
     LANGUAGE_MODEL,
     PACKED_MODULES,
     load,
+    projection_layout,
 )
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
-from qwen3next_plugin.engines.vllm.patches import provide_page_copies
+from qwen3next_plugin.engines.vllm.patches import provide_page_copies, refuse_unused_adapters
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
@@ -161,7 +162,10 @@ class Qwen3NextForCausalLM(
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
         self.formats = formats(vllm_config.quant_config)
+        self.layout = projection_layout(self.config, vllm_config)
         provide_page_copies()
+        if vllm_config.lora_config is not None:
+            refuse_unused_adapters()
         dispatch.load(current_platform.device_type)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(
@@ -198,8 +202,9 @@ class Qwen3NextForCausalLM(
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,
             formats=self.formats,
+            layout=self.layout,
         )
-        return load(self, tensors)
+        return load(self, tensors, self.layout)
 
     # What vLLM asks of a hybrid model: the size of its pages, before the model is built.
 

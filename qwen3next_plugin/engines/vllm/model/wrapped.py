@@ -13,6 +13,11 @@ from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen35ForCausalLM
 from qwen3next_plugin.model.layouts import our_name
 
+# An adapter that was trained on the text model alone has no `language_model` in its names.
+ADAPTERS_OF_TEXT = WeightsMapper(
+    orig_to_new_prefix={"model.layers.": "language_model.model.layers."}
+)
+
 
 @contextmanager
 def _our_text_model(name: str) -> Iterator[None]:
@@ -29,7 +34,7 @@ class OurTextModel:
     """What a wrapper does by our text model instead of vLLM's."""
 
     language_model: Qwen35ForCausalLM
-    hf_to_vllm_mapper: WeightsMapper  # of the wrapper
+    hf_to_vllm_mapper = host.Qwen3_5ForConditionalGeneration.hf_to_vllm_mapper | ADAPTERS_OF_TEXT
     get_mamba_state_shape_from_config = Qwen35ForCausalLM.get_mamba_state_shape_from_config
     get_mamba_state_dtype_from_config = Qwen35ForCausalLM.get_mamba_state_dtype_from_config
     get_mamba_state_copy_func = Qwen35ForCausalLM.get_mamba_state_copy_func

@@ -1,0 +1,30 @@
+"""LoRA adapters: what vLLM would leave out of one is an error."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.distributed import get_pp_group
+
+
+def refuse_unused(host: Callable[..., None], manager: Any, adapter: Any) -> None:
+    """Around the packing of an adapter: refuse it if a part of it fits no module.
+
+    vLLM looks at the last part of a module's name only, and leaves out what is then not found.
+
+    Raises:
+        ValueError: naming the module, and those that take adapters.
+    """
+    host(manager, adapter)
+    if get_pp_group().world_size > 1:  # a stage has some of the layers only
+        return
+    experts = ".base_layer"  # the other half of an adapter of fused experts
+    unused = sorted(
+        name for name in adapter.loras if name.removesuffix(experts) not in manager.modules
+    )
+    if unused:
+        taken = manager.lora_config.target_modules
+        taken = taken or {name.rpartition(".")[2] for name in manager.modules}
+        raise ValueError(
+            f"the adapter changes {len(unused)} modules that take no adapter here, the first is "
+            f"{unused[0]}: use one of this model that changes {', '.join(sorted(taken))} only"
+        )
