@@ -5,6 +5,7 @@ import pytest
 from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.vllm.offline import Offline
+from family import FAMILY
 
 pytestmark = pytest.mark.serve
 
@@ -12,13 +13,24 @@ PROMPTS = [random_prompt(n, seed=5) for n in (100, 120, 126, 127, 250, 255, 256,
 TOKENS = 160
 
 
-@pytest.mark.parametrize("k", [0, 2], ids=["plain", "mtp-2"])
-def test_preempted_requests_end_as_undisturbed_ones(checkpoint, reference, k):
-    flags = {"dtype": "float32", "max_model_len": 512, "num_gpu_blocks_override": 40}
+@pytest.fixture(scope="module")
+def qwen3_5(tmp_path_factory):
+    return FAMILY["dense_HV=3H_wrapped_7-layers"].write(tmp_path_factory.mktemp("qwen3.5"))
+
+
+@pytest.mark.parametrize(
+    ("model", "k", "blocks"),
+    [("checkpoint", 0, 40), ("checkpoint", 2, 40), ("qwen3_5", 2, 40)],
+    ids=["plain", "mtp-2", "qwen3.5-mtp-2"],
+)
+def test_preempted_requests_end_as_undisturbed_ones(request, reference, model, k, blocks):
+    model = request.getfixturevalue(model)
+    flags = {"dtype": "float32", "max_model_len": 512, "num_gpu_blocks_override": blocks}
+    flags["language_model_only"] = True
     if k:  # and hits on parts of a block, where a request resumes
         flags["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
         flags["prefix_match_unit"] = 16
-    engine = Offline(checkpoint, **flags)
+    engine = Offline(model, **flags)
     try:
         outputs = engine.greedy(PROMPTS, TOKENS, logprobs=0)
         counters = engine.counters()
@@ -28,4 +40,4 @@ def test_preempted_requests_end_as_undisturbed_ones(checkpoint, reference, k):
             assert counters["vllm:qwen3next_state_pages"] == 0
     finally:
         engine.close()
-    check_greedy(reference(checkpoint), PROMPTS, outputs)
+    check_greedy(reference(model), PROMPTS, outputs)
