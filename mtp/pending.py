@@ -50,19 +50,18 @@ class Row:
     scheduled: int  # tokens of the step, rejected drafts included
     continues: bool  # it decoded or verified in the step; False: the step read its prompt
     prefilling: bool = False  # more of its prompt follows, so no token was sampled
-    padded: bool = False  # no drafts of its own: they fill up a step that verifies as many of each
     draft: int = 0  # tokens to draft now
     fed: PendingTokens | None = None  # what the MTP layer reads now; None: it skips the layer
 
     @property
     def drafted(self) -> int:
         """Draft tokens that the step verified."""
-        return 0 if self.padded else self.scheduled - 1
+        return self.scheduled - 1
 
     @property
     def accepted(self) -> int:
         """Draft tokens that the step accepted."""
-        return 0 if self.padded else len(self.tokens) - 1
+        return len(self.tokens) - 1
 
     @property
     def caught_up(self) -> int:

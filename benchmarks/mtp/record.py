@@ -33,8 +33,8 @@ Request = tuple[list[int], int]  # prompt, and number of tokens of the answer
 class Recorder:
     """A policy that drafts random lengths, then the longest, and writes down every call."""
 
-    def __init__(self, max_draft: int, *, uniform: bool) -> None:
-        self.max_draft, self.uniform = max_draft, uniform
+    def __init__(self, max_draft: int) -> None:
+        self.max_draft = max_draft
         self.random, self.left = random.Random(0), int(os.environ[STEPS])
         self.idle = 0  # steps left of a stretch without drafts
         self.file = os.open(os.environ[EVENTS], os.O_WRONLY | os.O_APPEND)
@@ -55,7 +55,7 @@ class Recorder:
             self.idle -= 1
             return [0] * batch
         longest = self.random.randint(0, self.max_draft)
-        if self.uniform or self.random.random() < 0.5:
+        if self.random.random() < 0.5:
             return [longest] * batch
         return [self.random.randint(0, longest) for _ in range(batch)]
 
@@ -80,9 +80,7 @@ class Recorder:
 
 def use_recorder() -> None:
     """From now on engines of this process get a Recorder, whatever policy they ask for."""
-    policy.make_policy = lambda config, max_draft, *, uniform=False: Recorder(  # type: ignore
-        max_draft, uniform=uniform
-    )
+    policy.make_policy = lambda config, max_draft, *, uniform=False: Recorder(max_draft)  # type: ignore
 
 
 def recording_scheduler(*args: Any, **kwargs: Any) -> Any:

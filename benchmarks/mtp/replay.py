@@ -22,8 +22,8 @@ from rich.progress import track
 from benchmarks import report
 from benchmarks.block_model import CONFIG, TINY
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.mtp.costs import Costs, Shape, Table
-from qwen3next_plugin.mtp.policy import Adaptive, Fixed, Policy, best_plans
+from qwen3next_plugin.mtp.costs import Costs, Shape
+from qwen3next_plugin.mtp.policy import Adaptive, Fixed, Policy
 
 RECORDED = Path(__file__).parent / "recorded"
 AGAIN = 0.1  # share of a recording, its cold start, that is left out when it starts again
@@ -52,10 +52,6 @@ class Recording:
     length: int
 
     @property
-    def uniform(self) -> bool:
-        return self.engine == "sglang"
-
-    @property
     def stride(self) -> int:
         """Steps of the recording for each step in one cell."""
         return sum(passes == 0 for passes, _ in self.timings)
@@ -67,12 +63,19 @@ class Recording:
         return Shape.from_config(Qwen3NextConfig.from_hf(config))
 
     def after(self, clock: float, passes: int, drafts: float) -> tuple[float, float]:
-        """The next timing of the nearest cell, and the cell's median."""
-        cells = [cell for cell in self.timings if cell[0] == passes]
-        cell = min(cells, key=lambda cell: abs(cell[1] - drafts))
+        """The next timing of a cell, and the cell's median; between two cells, of both."""
+        cells = sorted(cell for cell in self.timings if cell[0] == passes)
+        low = max((cell for cell in cells if cell[1] <= drafts), default=cells[0])
+        high = min((cell for cell in cells if cell[1] >= drafts), default=cells[-1])
+        share = (drafts - low[1]) / (high[1] - low[1]) if low < high else 0.0
+        timings = [self._next(clock, cell) for cell in (low, high)]
+        medians = [self.medians[cell] for cell in (low, high)]
+        timing, median = (a + share * (b - a) for a, b in (timings, medians))
+        return timing, median
+
+    def _next(self, clock: float, cell: Cell) -> float:
         timings = self.timings[cell]
-        timing = timings[min(bisect_right(timings, (clock, 1e9)), len(timings) - 1)][1]
-        return timing, self.medians[cell]
+        return timings[min(bisect_right(timings, (clock, 1e9)), len(timings) - 1)][1]
 
     @cached_property
     def medians(self) -> dict[Cell, float]:
@@ -182,7 +185,7 @@ class Replay:
 
 
 def adaptive(recording: Recording) -> Adaptive:
-    return Adaptive(recording.k, Costs(recording.shape), uniform=recording.uniform)
+    return Adaptive(recording.k, Costs(recording.shape))
 
 
 def rates(recording: Recording, make: Callable[[], Policy], cold: int) -> tuple[float, float]:
@@ -206,41 +209,20 @@ def shares(
     return found[0] / max(all_ for all_, _ in fixed), found[1] / max(early for _, early in fixed)
 
 
-def ragged_gain(recording: Recording) -> float:
-    """What lengths of their own would gain where half of the requests accept all and half none."""
-    B, k = recording.batch, recording.k
-    chances = [[float(i % 2)] * k for i in range(B)]
-    whole = [recording.medians[0, n] for n in range(k + 1)]
-    steps = [
-        whole[n // B] + (whole[min(k, n // B + 1)] - whole[n // B]) * (n % B) / B
-        for n in range(B * k + 1)
-    ]
-    drafts = [0.0, *(recording.medians[n, n] for n in range(1, k + 1))]
-    ragged = max(plan.rate for plan in best_plans(chances, Table(steps, drafts, 0.0, 0.0)))
-    mean = [[0.5] * k]
-    one_length = best_plans(mean, Table(steps[::B], drafts, 0.0, 0.0))
-    uniform = max(B * plan.rate for plan in one_length)
-    return ragged / uniform - 1
-
-
-COLUMNS = ("all", "first 100", "cold, all", "cold, first 100", "own lengths")
+COLUMNS = ("all", "first 100", "cold, all", "cold, first 100")
 
 
 def main() -> None:
     """Replay the adaptive policy on each recording, and print what it reaches.
 
     All figures are relative to the best fixed draft length in hindsight, of all steps and of the
-    first 100; cold: the first 40 drafts take three times as long. SGLang drafts one length for all
-    requests of a step; own lengths: what lengths of their own would gain where half of the
-    requests accept all drafts and half accept none.
+    first 100; cold: the first 40 drafts take three times as long.
     """
     rows: dict[str, dict[str, float]] = {}
     for path in track(sorted(RECORDED.glob("*.json")), console=report.console):
         recording = load(path)
         warm, cold = (shares(recording, adaptive, n) for n in (0, COLD))
-        rows[path.stem] = dict(zip(COLUMNS, (*warm, *cold), strict=False))
-        if recording.uniform:
-            rows[path.stem]["own lengths"] = ragged_gain(recording)
+        rows[path.stem] = dict(zip(COLUMNS, (*warm, *cold), strict=True))
     run = report.Run(__spec__.name, report.OUT, quick=False)
     question = "How close are adaptive drafts to the best fixed length?"
     case = "replayed recordings; relative to the best fixed length"

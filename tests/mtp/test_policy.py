@@ -82,3 +82,18 @@ def test_uniform_lengths_follow_what_is_accepted():
                 policy.observe_draft(2, length, 0.2 * length)
         late = chosen[200:]
         assert late.count(wanted) > 0.9 * len(late), late
+
+
+def test_lengths_follow_what_each_request_accepts():
+    """Most drafts are of the request whose drafts are right."""
+    policy, drafted = Adaptive(3, Costs(SHAPE)), {"right": 0, "wrong": 0}
+    for _ in range(400):
+        lengths = policy.lengths(list(drafted), [0, 0])
+        for request, length in zip(drafted, lengths, strict=True):
+            drafted[request] += length
+            policy.observe_verify(request, length, length if request == "right" else 0)
+        policy.observe_step(2, 2 + sum(lengths), 1.0 + 0.1 * sum(lengths))
+        if any(lengths):
+            policy.observe_draft(2, max(lengths), 0.1 * max(lengths))
+    assert drafted["right"] > 400 * 2.4
+    assert drafted["wrong"] < 400

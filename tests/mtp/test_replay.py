@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.block_model import TINY
 from benchmarks.mtp import record
-from benchmarks.mtp.replay import COLD, RECORDED, adaptive, load, ragged_gain, shares
+from benchmarks.mtp.replay import COLD, RECORDED, adaptive, load, shares
 
 K = 3
 
@@ -66,16 +66,12 @@ def test_adaptive_on_a_recording(path):
     assert cold >= 0.7
 
 
-def test_own_lengths_gain_where_requests_differ(tmp_path):
-    assert ragged_gain(recording(tmp_path, "sglang", 4, right=K)) > 0
-
-
 def test_the_recorder_writes_what_is_kept(tmp_path, monkeypatch):
     events = tmp_path / "events"
     events.touch()
     monkeypatch.setenv(record.EVENTS, str(events))
     monkeypatch.setenv(record.STEPS, "50")
-    recorder = record.Recorder(K, uniform=False)
+    recorder = record.Recorder(K)
     lengths = [0, 0]
     for _ in range(80):
         for request, drafted in zip("ab", lengths, strict=True):

@@ -438,6 +438,15 @@ OVERRIDES: tuple[Override, ...] = (
         remove_when="SGLang drafts by a length that pays",
     ),
     Override(
+        target="sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend"
+        "._build_extend_metadata",
+        file="cpu/attention.py",
+        parameters=("self", "forward_batch"),
+        reason="SGLang verifies as many tokens of one request as of another",
+        versions=VERSIONS,
+        remove_when="SGLang's CPU backend reads lengths of their own",
+    ),
+    Override(
         target="sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
         file="cpu/packing.py",
         parameters=("self", "hidden_states", "lm_head", "embedding_bias", "out"),

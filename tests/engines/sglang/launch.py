@@ -1,8 +1,9 @@
 """`python -m sglang.launch_server`, except that the first process forks the others.
 
 SGLang starts each as a new interpreter, which imports SGLang again: that is more than half of the
-time until it serves. TEST_DRAFTS=0,3,1 makes drafts of these lengths in turn, step by step, and
-TEST_PENDING is the size of the store of pending tokens in bytes.
+time until it serves. TEST_DRAFTS=0,3,201 makes drafts of these lengths in turn, step by step: none,
+three, and two, none and one for every first, second and third request. TEST_PENDING is the size of
+the store of pending tokens in bytes.
 """
 
 import itertools
@@ -14,19 +15,20 @@ from collections.abc import Sequence
 
 
 def scripted(turns: str) -> type:
-    """Every request drafts as many tokens as it is the step's turn; other ranks disagree."""
+    """Requests draft as many tokens as it is the step's turn; other ranks disagree."""
     from qwen3next_plugin.mtp import policy
 
-    lengths_in_turn = itertools.cycle(map(int, turns.split(",")))
+    in_turn = itertools.cycle(turns.split(","))
 
     class Scripted(policy.Fixed):
         def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
             from sglang.srt.runtime_context import get_parallel
 
-            length = min(next(lengths_in_turn), self.length)
+            turn = map(int, itertools.cycle(next(in_turn)))
+            lengths = [min(length, self.length) for _, length in zip(requests, turn, strict=False)]
             if get_parallel().tp_rank:
-                length = self.length - length
-            return [length] * len(requests)
+                lengths = [self.length - length for length in lengths]
+            return lengths
 
     return Scripted
 
@@ -37,7 +39,7 @@ def main(*flags: str) -> None:
 
     if turns := os.environ.get("TEST_DRAFTS"):
         chosen = scripted(turns)
-        policy.make_policy = lambda config, max_draft, uniform: chosen(max_draft)
+        policy.make_policy = lambda config, max_draft, uniform=False: chosen(max_draft)
     if size := os.environ.get("TEST_PENDING"):
         pending.Pending.__init__.__defaults__ = (int(size),)
     multiprocessing.set_start_method("fork", force=True)

@@ -92,7 +92,6 @@ OVERRIDDEN = {
     "srt/speculative/eagle_worker_v2.py": {
         "EAGLEWorkerV2": {
             "init_cuda_graphs": ["self"],
-            "activate_step_by_batch": ["self", "batch_size"],
             "forward_batch_generation": ["self", "batch"],
             "verify": ["self", "batch"],
         },
@@ -171,10 +170,12 @@ FIELDS = {
     "srt/mem_cache/kv_cache_configurator.py": {"KVCacheConfigurator": ["model_config"]},
     "srt/speculative/eagle_info.py": {
         "EagleDraftInput": ["hidden_states"],
-        "EagleVerifyInput": ["draft_token_num"],
+        "EagleVerifyInput": [
+            *("draft_token_num", "prepared_out_cache_loc", "prepared_mrope_positions"),
+        ],
     },
     "srt/managers/schedule_batch.py": {
-        "ScheduleBatch": ["device", "reqs", "sampling_info", "spec_algorithm"],
+        "ScheduleBatch": ["device", "reqs", "sampling_info", "spec_algorithm", "has_grammar"],
     },
     "srt/sampling/sampling_batch_info.py": {
         "SamplingBatchInfo": [
@@ -208,12 +209,12 @@ KEPT = {
     },
     "srt/layers/logits_processor.py": {"LogitsProcessor": ["use_fp32_lm_head"]},
     "srt/managers/schedule_batch.py": {
-        "Req": ["output_ids", "retraction_count", "sampling_params"],
+        "Req": ["output_ids", "retraction_count", "return_hidden_states", "sampling_params"],
     },
     "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
     "srt/sampling/penaltylib/orchestrator.py": {"BatchedPenalizerOrchestrator": ["penalizers"]},
     "srt/speculative/eagle_worker_v2.py": {
-        "EAGLEWorkerV2": ["speculative_num_steps", "speculative_num_draft_tokens"],
+        "EAGLEWorkerV2": ["speculative_num_draft_tokens"],
     },
 }
 

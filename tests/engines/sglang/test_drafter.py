@@ -46,7 +46,7 @@ def drafter(monkeypatch):
     drafter.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: torch.full((len(h),), 5)))
     drafter.observer, drafter.pending, drafter.limit = Observer(Fixed(0)), Pending(), 8
     drafter.rows, drafter.plain, drafter.wait, drafter.decoded = [], None, 0, set()
-    drafter.next_steps, drafter.drafting = 0, set()
+    drafter.lengths = {}
     drafter.read, drafter.chunked = {}, None
 
     def read(first, count, *requests, chunked=None):
@@ -62,29 +62,30 @@ def drafter(monkeypatch):
         drafter._draft_extend_for_prefill(batch, torch.zeros(N * count, D), torch.zeros(N).long())
 
     def decode(at, *requests, length=0, same=None):
-        """Verifies what was drafted, and accepts nothing; returns how many drafts that were.
+        """Verifies what was drafted, and accepts nothing; returns the most drafts of a request.
 
         `same`: the list of requests of the last step, where the batch is the same.
         """
         N = len(same or requests)
         drafter.policy = Fixed(length)
         batch = Bag(reqs=same or list(requests), seq_lens=torch.full((N,), at))
-        n = 1 + drafter.next_steps if drafter.has_drafts(batch) else 1
+        widths = [1 + drafter.lengths.get(request.rid, 0) for request in batch.reqs]
+        T = sum(widths)
         result = Bag(
-            speculative_num_draft_tokens=n,
-            next_token_ids=torch.zeros(N * n).int(),
+            next_token_ids=torch.zeros(T).int(),
             accept_lens=torch.ones(N).int(),
-            logits_output=Bag(hidden_states=torch.zeros(N * n, D)),
+            logits_output=Bag(hidden_states=torch.zeros(T, D)),
             next_draft_input=Bag(bonus_tokens=torch.zeros(N).long()),
         )
         seconds = {"step_seconds": 1.0, "draft_seconds": 0.0}
-        if n > 1:
-            drafter.learn(batch, result, **seconds)
+        if T > N:
+            assert drafter.has_drafts(batch)
+            drafter.learn(batch, result, widths, **seconds)
             drafter._draft_extend_for_decode(batch, result)
         else:
             batch.seq_lens += 1  # as SGLang prepares a plain step
             drafter.learn_plain(batch, result, **seconds)
-        return n - 1
+        return max(widths) - 1
 
     return Bag(it=drafter, read=read, decode=decode, count=drafter.pending.count, fed=fed)
 
@@ -154,7 +155,7 @@ def test_a_long_prompt_is_read_in_slices_and_drafts_after_the_last(drafter):
     assert drafter.decode(18, a, length=3) == 3
 
 
-def test_whoever_has_no_draft_yet_is_padded_and_counts_as_drafting_none(drafter):
+def test_whoever_has_no_draft_yet_verifies_one_token(drafter):
     a, b = Request("a"), Request("b")
     drafter.it.limit = 4
     drafter.read(0, 3, a)
@@ -162,7 +163,7 @@ def test_whoever_has_no_draft_yet_is_padded_and_counts_as_drafting_none(drafter)
     drafter.read(0, 4, b)
     for fed, drafted in (({"a": (4, 1), "b": (0, 3)}, 3), ({"a": (5, 1), "b": (3, 3)}, 2)):
         assert drafter.decode(fed["a"][0], a, b, length=2) == drafted
-        assert [row.drafted for row in drafter.it.rows] == [drafted, 0]
+        assert [row.scheduled for row in drafter.it.rows] == [1 + drafted, 1]
         assert drafter.fed == fed
     drafter.decode(6, a, b)
     assert [row.drafted for row in drafter.it.rows] == [2, 2]
@@ -245,16 +246,103 @@ def test_a_step_without_drafts_is_prepared_as_without_nextn(drafter):
         sampling_info=Bag(acc_additive_penalties=1, acc_scaling_penalties=1),
         tree_cache=Bag(free_kv_row=lambda kv, ranges: freed.append((kv, ranges))),
     )
-    drafter.it.drafting = {"b"}
+    drafter.it.lengths = {"b": 2}
     worker.choose_step(batch)
     assert batch.spec_algorithm.is_eagle()
     assert not freed
-    drafter.it.drafting = set()
+    drafter.it.lengths = {}
     worker.choose_step(batch)
     assert batch.spec_algorithm.is_none()
     assert freed == [(a.kv, [(7, 15)])]
     assert a.kv.kv_allocated_len == 7
     assert batch.sampling_info == Bag(acc_additive_penalties=None, acc_scaling_penalties=None)
+
+
+# chains of different lengths --------------------------------------------------------------------
+
+
+@pytest.fixture
+def chains(monkeypatch):
+    """What is drafted for requests of these lengths; the MTP layer counts up from a token."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from qwen3next_plugin.engines.sglang.speculation import chains as module
+
+    passes = []  # (positions, tokens) of each
+
+    def run_layer(runner, *, firsts, token_ids, hidden_states, **_):
+        assert torch.equal(hidden_states, token_ids.float()[:, None])
+        passes.append((firsts, token_ids.tolist()))
+        return hidden_states + 1
+
+    monkeypatch.setattr(module, "run_layer", run_layer)
+    draft_worker = object.__new__(module.Chains)
+    draft_worker.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: h[:, 0].long()))
+
+    def draft(lengths, *, grammar=False):
+        N = len(lengths)
+        draft_worker.lengths = {f"r{i}": n for i, n in enumerate(lengths) if n}
+        table = torch.arange(100 * (N + 1)).int().view(N + 1, 100)
+        draft_worker.req_to_token_pool = Bag(req_to_token=table)
+        bonus = 10 * torch.arange(1, N + 1)
+        batch = Bag(
+            reqs=[Bag(rid=f"r{i}", multimodal_inputs=None) for i in range(N)],
+            seq_lens=torch.arange(N) + 7,
+            req_pool_indices=torch.arange(N, 0, -1),
+            spec_info=Bag(
+                bonus_tokens=bonus,
+                topk_index=bonus[:, None] + 1,
+                hidden_states=bonus[:, None].float() + 1,
+            ),
+            has_grammar=grammar,
+            sampling_info=Bag(has_custom_logit_processor=False),
+        )
+        passes.clear()
+        return draft_worker.draft(batch), passes
+
+    return draft
+
+
+def test_each_request_verifies_its_own_drafts(chains):
+    found, passes = chains([1, 0, 3])
+    assert found.draft_token.tolist() == [10, 11, 20, 30, 31, 32, 33]
+    assert found.positions.tolist() == [7, 8, 8, 9, 10, 11, 12]
+    assert found.prepared_out_cache_loc.tolist() == [307, 308, 208, 109, 110, 111, 112]
+    assert found.query_start_loc.tolist() == [0, 2, 3, 7]
+    assert found.retrieve_index.tolist() == [[0, 1, -1, -1], [2, -1, -1, -1], [3, 4, 5, 6]]
+    assert found.retrieve_next_token.tolist() == [[1, -1, -1, -1], [-1] * 4, [1, 2, 3, -1]]
+    assert passes == [([9], [31]), ([10], [32])]
+
+
+def test_nobody_needs_to_draft(chains):
+    """As where the one that did is retracted."""
+    found, passes = chains([0, 0])
+    assert found.draft_token.tolist() == [10, 20]
+    assert found.draft_token_num == 1
+    assert not passes
+
+
+def test_with_a_grammar_chains_are_filled_up(chains):
+    found, _ = chains([2, 0], grammar=True)
+    assert found.draft_token.tolist() == [10, 11, 12, 20, 0, 0]
+    assert found.positions.tolist() == [7, 8, 9, 8, 9, 10]
+    assert found.retrieve_index.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found.retrieve_next_token.tolist() == [[1, 2, -1], [-1, -1, -1]]
+
+
+def test_the_scheduler_gets_rows_of_one_width(chains):
+    found, _ = chains([1, 0, 2])
+    T = len(found.draft_token)
+    result = Bag(next_token_ids=torch.arange(T), logits_output=Bag(hidden_states=torch.ones(T, D)))
+    found.widen(result, hidden_states=True)
+    rows = result.next_token_ids.view(3, 3)
+    assert [row[:n].tolist() for row, n in zip(rows, found.widths, strict=True)] == [
+        [0, 1],
+        [2],
+        [3, 4, 5],
+    ]
+    assert result.logits_output.hidden_states.shape == (9, D)
 
 
 # images -----------------------------------------------------------------------------------------

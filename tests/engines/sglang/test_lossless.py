@@ -22,8 +22,8 @@ FLAGS = (
 # A request is retracted every so many steps, besides where memory runs out, which hangs on timing.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 NO_CACHE = ("--disable-radix-cache",)
-# Drafts in some steps only, and no room for the pending tokens of a prompt above 290.
-SWITCHING = {"TEST_DRAFTS": "0,3,1,0,0,2,0,3", "TEST_PENDING": "300000"}
+# Drafts in some steps and of some requests only; no room for pending tokens of prompts above 290.
+SWITCHING = {"TEST_DRAFTS": "0,3,021,0,0,2031,30,0,310", "TEST_PENDING": "300000"}
 TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "5")
 CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
     "steps-1": (1, (), FIXED),

@@ -40,8 +40,8 @@ def never() -> Iterator[Forked]:
 
 @pytest.fixture(scope="module")
 def switching() -> Iterator[Forked]:
-    """With NEXTN; the number of drafts is another one in each step."""
-    yield from running(*NEXTN, "3", TEST_DRAFTS="0,3,1,0,0,2")
+    """With NEXTN; the number of drafts is another one in each step, and of each request."""
+    yield from running(*NEXTN, "3", TEST_DRAFTS="0,3,102,0,0,2,0231")
 
 
 def ask(server: Forked, *, params: dict[str, Any] | None = None, **options: Any) -> list[Any]:

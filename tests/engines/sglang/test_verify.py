@@ -137,6 +137,47 @@ def test_tokens_are_those_of_plain_steps_with_the_same_seed(host, tree, case):
     assert len({len(tokens) for tokens in found}) > 1
 
 
+def test_chains_of_different_lengths(host):
+    """Each request's tokens are those that it gets alone."""
+    torch.manual_seed(5)
+    from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
+
+    lengths = [1, 4, 2, 3, 1]
+    N, T = len(lengths), sum(lengths)
+    bias, logits = 9 * torch.randn(N, V), 3 * torch.randn(T, V)
+    drafts, seeds = torch.randint(0, V, (T,)).tolist(), torch.arange(40, 40 + N)
+    starts = [sum(lengths[:i]) for i in range(N)]
+
+    def verified(rows):
+        """The tokens of requests `rows`."""
+        among = torch.tensor([starts[i] + j for i in rows for j in range(lengths[i])])
+        info = sampling(
+            len(rows),
+            logit_bias=bias[torch.tensor(rows)],
+            sampling_seed=seeds[torch.tensor(rows)],
+            temperatures=torch.full((len(rows), 1), 0.7),
+        )
+        chains = RaggedVerifyInput.of(
+            [drafts[starts[i] :][: lengths[i]] for i in rows],
+            table=torch.zeros(N, 99).int(),
+            requests=torch.tensor(rows),
+            firsts=[9 + i for i in rows],
+            images=[None] * len(rows),
+            same_width=False,
+        )
+        batch = Bag(forward_mode=Bag(is_idle=lambda: False), sampling_info=info)
+        output = Bag(next_token_logits=logits[among].clone())
+        predict, lens, index = host.eagle_sample(chains, batch, output)
+        return [predict[row[:n].long()].tolist() for row, n in zip(index, lens, strict=True)]
+
+    for i in range(N):  # drafts that are right, up to some point
+        for j in range(1, lengths[i] - i % 2):
+            drafts[starts[i] + j] = verified([i])[0][j - 1]
+    found = verified(range(N))
+    assert found == [verified([i])[0] for i in range(N)]
+    assert [len(tokens) for tokens in found] == [1, 3, 2, 2, 1]
+
+
 class Forbid:
     """A custom logit processor: the tokens from `custom_params` on are out."""
 

@@ -2,7 +2,7 @@
 
 SGLang's backend plans extend, decode, verification and drafts around two kernels of `sgl_kernel`.
 SGLang chooses it with AMX only, but our versions of the two kernels run on any CPU. Remove when
-SGLang has an attention backend that drafts on every CPU.
+SGLang has an attention backend that drafts on every CPU, chains of different lengths included.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,13 @@ def register_attention_backend() -> None:
     # Its kernels give a row the same bits in any batch, and after a cached prefix.
     choices.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     choices.add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
-    make = attention_registry.ATTENTION_BACKENDS[HOST_BACKEND]
-    attention_registry.register_attention_backend(ATTENTION_BACKEND)(make)
+    attention_registry.register_attention_backend(ATTENTION_BACKEND)(_make)
+
+
+def _make(runner: Any) -> Any:
+    from qwen3next_plugin.engines.sglang.cpu.attention import AttentionBackend
+
+    return AttentionBackend(runner)
 
 
 def create_draft_backend(

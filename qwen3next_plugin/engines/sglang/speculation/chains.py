@@ -1,21 +1,22 @@
 """Chains: the passes of the MTP layer over a batch, and the drafts that they make."""
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.speculative.eagle_info import EagleDraftInput, EagleVerifyInput
+from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
-from qwen3next_plugin.engines.sglang.speculation.passes import chain, run_layer
+from qwen3next_plugin.engines.sglang.speculation.passes import run_layer
+from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.mtp.pending import Row
 
 
 class Chains(EagleDraftWorker):
     """SGLang's draft worker with our chains."""
 
-    next_steps: int  # drafts of each request in the next step
-    drafting: set[str]  # requests whose first draft is made
+    lengths: dict[str, int]  # drafts in the next step, of requests whose first draft is made
 
     def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> torch.Tensor:
         """Run the MTP layer over what it reads; the last of each row that drafts [drafting, D]."""
@@ -35,31 +36,48 @@ class Chains(EagleDraftWorker):
         ends = [end - 1 for end in accumulate(counts)]
         return hidden_states[[end for end, row in zip(ends, fed, strict=True) if row.draft]]
 
-    def draft(self, batch: ScheduleBatch, *, with_topology: bool = False) -> EagleVerifyInput:
-        """Extend the first drafts to chains; requests without one get any tokens."""
+    def draft(self, batch: ScheduleBatch, *, with_topology: bool = False) -> RaggedVerifyInput:
+        """Extend the first drafts to chains; a request without one has its last token alone."""
+        chains = [[token] for token in batch.spec_info.bonus_tokens.tolist()]
+        firsts = batch.seq_lens.tolist()
+        self._extend(batch, chains, firsts)
+        return RaggedVerifyInput.of(
+            chains,
+            table=self.req_to_token_pool.req_to_token,
+            requests=batch.req_pool_indices,
+            firsts=firsts,
+            images=[request.multimodal_inputs for request in batch.reqs],
+            # SGLang's grammars and custom logit processors count tokens so.
+            same_width=batch.has_grammar or batch.sampling_info.has_custom_logit_processor,
+        )
+
+    def _extend(
+        self, batch: ScheduleBatch, chains: Sequence[list[int]], firsts: Sequence[int]
+    ) -> None:
+        """Append to each chain as many drafts as its request makes."""
         spec_info: EagleDraftInput = batch.spec_info
-        drafting = [i for i, request in enumerate(batch.reqs) if request.rid in self.drafting]
-        index = torch.tensor(drafting)
-        requests, seq_lens = batch.req_pool_indices[index], batch.seq_lens[index].tolist()
-        images = [batch.reqs[i].multimodal_inputs for i in drafting]
-        hidden_states = spec_info.hidden_states[index]
-        drafts = [spec_info.topk_index[index, 0]]  # [drafting] each
-        for i in range(self.next_steps - 1):
+        lengths = [self.lengths.get(request.rid, 0) for request in batch.reqs]
+        drafting = [i for i, length in enumerate(lengths) if length]
+        hidden_states = spec_info.hidden_states[torch.tensor(drafting, dtype=torch.int64)]
+        for i in drafting:
+            chains[i].append(int(spec_info.topk_index[i]))
+        for depth in range(1, max(lengths)):
+            going_on = [at for at, i in enumerate(drafting) if lengths[i] > depth]
+            if len(going_on) < len(drafting):
+                drafting = [drafting[at] for at in going_on]
+                hidden_states = hidden_states[torch.tensor(going_on)]
             hidden_states = run_layer(
                 self.draft_runner,
-                requests=requests,
-                firsts=[length + i for length in seq_lens],
+                requests=batch.req_pool_indices[torch.tensor(drafting)],
+                firsts=[firsts[i] + depth - 1 for i in drafting],
                 counts=[1] * len(drafting),
-                token_ids=drafts[-1],
+                token_ids=torch.tensor([chains[i][-1] for i in drafting]),
                 hidden_states=hidden_states,
-                images=images,
+                images=[batch.reqs[i].multimodal_inputs for i in drafting],
             )
-            drafts.append(self.draft_runner.model.get_top_tokens(hidden_states))
-        tokens = torch.zeros(len(batch.reqs), 1 + len(drafts), dtype=torch.int64)
-        tokens[:, 0] = spec_info.bonus_tokens
-        # index_copy_ and not [index] = …, which starts all threads for a few rows.
-        tokens[:, 1:].index_copy_(0, index, torch.stack(drafts, dim=1))
-        return chain(tokens, batch.seq_lens)
+            tokens = self.draft_runner.model.get_top_tokens(hidden_states)
+            for i, token in zip(drafting, tokens.tolist(), strict=True):
+                chains[i].append(token)
 
     def _drafts(
         self, bonus_tokens: torch.Tensor, drafting: list[Row], hidden_states: torch.Tensor

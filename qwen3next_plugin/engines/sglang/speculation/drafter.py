@@ -42,14 +42,14 @@ class Drafter(Chains):
     def begin(self) -> None:
         """Add what is ours to a draft worker that SGLang has built."""
         config = self.target_worker.model_runner.model.config
-        self.policy = make_policy(config, self.speculative_num_steps, uniform=True)
+        self.policy = make_policy(config, self.speculative_num_steps)
         self.observer = Observer(self.policy, Board(self.speculative_num_steps), logger.error)
         self.pending = Pending()
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens
         self.limit = chunk if chunk > 0 else whole
         self.rows, self.plain, self.plain_reqs = [], None, []
         self.wait, self.decoded = 0, set()
-        self.next_steps, self.drafting = 0, set()
+        self.lengths = {}
         self.read, self.chunked = {}, None
         self.draft_runner.model.make_draft_head()
         # SGLang's positions of images need as many tokens of one request as of another.
@@ -57,20 +57,24 @@ class Drafter(Chains):
 
     def has_drafts(self, batch: ScheduleBatch) -> bool:
         """Whether a request of the batch has a draft to verify."""
-        return any(request.rid in self.drafting for request in batch.reqs)
+        return any(request.rid in self.lengths for request in batch.reqs)
 
     def learn(
         self,
         batch: ScheduleBatch,
         result: GenerationBatchResult,
+        widths: Sequence[int],
         *,
         step_seconds: float,
         draft_seconds: float,
     ) -> None:
-        """Learn from a verification and the drafts before it; choose the lengths of the next."""
+        """Learn from a verification of `widths` tokens of each request, and the drafts before it.
+
+        Then choose the lengths of the next.
+        """
         self.keep()
         self.plain = None
-        rows = self._verified_rows(batch, result)
+        rows = self._verified_rows(batch, result, widths)
         timed = self._end_drafts(batch, draft_seconds)
         self.observer.observe_step(rows, step_seconds if timed else None)
         lengths = self._choose_lengths([row.request for row in rows], more=0)
@@ -125,7 +129,7 @@ class Drafter(Chains):
         self.rows = rows
         plain.firsts = [first + 1 for first in plain.firsts]
         drafts = self._first_drafts(batch, token_ids)
-        if not self.drafting:
+        if not self.lengths:
             self.wait = 1  # it has not caught up yet, and goes on after the next step
         return drafts
 
@@ -147,11 +151,12 @@ class Drafter(Chains):
         self.rows = []
         return timed
 
-    def _verified_rows(self, batch: ScheduleBatch, result: GenerationBatchResult) -> list[Row]:
+    def _verified_rows(
+        self, batch: ScheduleBatch, result: GenerationBatchResult, widths: Sequence[int]
+    ) -> list[Row]:
         """The rows of a verification, with their committed tokens as the MTP layer reads them."""
-        n = result.speculative_num_draft_tokens
-        token_ids = result.next_token_ids.long().view(-1, n).unbind()  # [n] each
-        hidden_states = result.logits_output.hidden_states.unflatten(0, (-1, n)).unbind()
+        token_ids = result.next_token_ids.long().split(list(widths))
+        hidden_states = result.logits_output.hidden_states.split(list(widths))
         parts = zip(batch.seq_lens.tolist(), token_ids, hidden_states, strict=True)
         counts = result.accept_lens.tolist()  # without the rejected drafts
         return [
@@ -159,9 +164,8 @@ class Drafter(Chains):
                 request=request.rid,
                 index=i,
                 tokens=PendingTokens(*part).head(count),
-                scheduled=n,
+                scheduled=1 + self.lengths.get(request.rid, 0),
                 continues=True,
-                padded=request.rid not in self.drafting,
             )
             for i, (request, part, count) in enumerate(zip(batch.reqs, parts, counts, strict=True))
         ]
@@ -214,7 +218,7 @@ class Drafter(Chains):
         going_on = {rid: request for rid, request in self.read.items() if not request.finished()}
         self.read = going_on | {request.rid: request for request in batch.reqs}
         self.chunked = batch.chunked_req
-        self.drafting -= self.read.keys()
+        self.lengths = {rid: n for rid, n in self.lengths.items() if rid not in self.read}
         self._keep_known()
         self.pending.put(rows)
         return self._drafts(next_token_ids, [], target_hidden_states[:0])
@@ -233,8 +237,7 @@ class Drafter(Chains):
             hidden_states = self._forward(batch, fed)
         drafting = [row for row in fed if row.draft]
         drafts = self._drafts(bonus_tokens, drafting, hidden_states)
-        self.drafting = {row.request for row in drafting}
-        self.next_steps = max((row.draft for row in drafting), default=0)
+        self.lengths = {row.request: row.draft for row in drafting}
         for row in self.rows:
             row.free_hidden_states()
         return drafts

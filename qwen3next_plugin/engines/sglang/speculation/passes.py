@@ -12,9 +12,22 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_model
-from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleVerifyInput
+from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 
 from qwen3next_plugin.engines.sglang.speculation.images import mrope_positions
+
+
+def locate(
+    table: torch.Tensor, requests: torch.Tensor, firsts: Sequence[int], counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and KV slots of `counts` tokens of each request from position `firsts` on.
+
+    Shapes: table [requests, positions], requests [N] in the table, returns [T] each
+    """
+    spans = zip(firsts, counts, strict=True)
+    positions = torch.tensor([at for first, n in spans for at in range(first, first + n)])
+    row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
+    return positions, table[requests[row], positions].long()
 
 
 def run_layer(
@@ -35,8 +48,7 @@ def run_layer(
     """
     backend, model = runner.attn_backend, runner.model
     ends = [first + count for first, count in zip(firsts, counts, strict=True)]
-    positions = torch.tensor([at for span in zip(firsts, ends, strict=True) for at in range(*span)])
-    row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])  # [T]
+    positions, slots = locate(backend.req_to_token_pool.req_to_token, requests, firsts, counts)
     batch = ForwardBatch(
         forward_mode=ForwardMode.DRAFT_EXTEND_V2,
         batch_size=len(counts),
@@ -45,7 +57,7 @@ def run_layer(
         req_pool_indices=requests,
         seq_lens=torch.tensor(ends),
         seq_lens_sum=sum(ends),
-        out_cache_loc=backend.req_to_token_pool.req_to_token[requests[row], positions].long(),
+        out_cache_loc=slots,
         extend_seq_lens=torch.tensor(counts, dtype=torch.int32),
         extend_start_loc=torch.tensor([0, *accumulate(counts[:-1])], dtype=torch.int32),
         spec_info=EagleDraftExtendInput(hidden_states=hidden_states),
@@ -57,28 +69,3 @@ def run_layer(
     ):
         backend.init_forward_metadata(batch)
         return model(token_ids, positions, batch).hidden_states
-
-
-def chain(tokens: torch.Tensor, seq_lens: torch.Tensor) -> EagleVerifyInput:
-    """What SGLang verifies: each request's last token and its drafts.
-
-    Shapes: tokens [N, n], seq_lens [N] before them
-    """
-    N, n = tokens.shape
-    child = torch.arange(1, n + 1)  # [n]
-    child[-1] = -1
-    return EagleVerifyInput(
-        draft_token=tokens.flatten(),
-        custom_mask=torch.empty(0, dtype=torch.bool),  # a chain is causal
-        positions=(seq_lens[:, None] + torch.arange(n)).flatten(),
-        retrieve_index=torch.arange(N * n).view(N, n),
-        retrieve_next_token=child.repeat(N, 1),
-        retrieve_next_sibling=torch.full((N, n), -1),
-        retrieve_cum_len=None,
-        spec_steps=n - 1,
-        topk=1,
-        draft_token_num=n,
-        capture_hidden_mode=None,
-        seq_lens_sum=None,
-        seq_lens_cpu=None,
-    )

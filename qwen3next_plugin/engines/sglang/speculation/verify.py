@@ -42,8 +42,10 @@ def sample_as_plain(
     from sglang.srt.layers.sampler import apply_custom_logit_processor
 
     info, nodes = batch.sampling_info, verify_input.draft_token_num
-    logits = logits_output.next_token_logits  # [N · nodes, V]
-    of_nodes = _select(info, torch.arange(len(logits)) // nodes, OF_LOGITS)
+    logits = logits_output.next_token_logits  # [T, V]
+    roots = verify_input.retrieve_index[:, 0].contiguous()
+    request = torch.searchsorted(roots, torch.arange(len(logits)), right=True) - 1  # [T]
+    of_nodes = _select(info, request, OF_LOGITS)
     of_nodes.grammar_mask = grammar_mask
     of_nodes.apply_logits_bias(logits)
     if info.has_custom_logit_processor:
@@ -114,11 +116,11 @@ def _accept(
     """
     N, depth = len(verify_input.retrieve_index), verify_input.max_tree_depth
     # Lists, because each of a dozen operators on tensors this small takes longer than the walk.
-    drafts = verify_input.draft_token.view(N, -1).tolist()
+    drafts = verify_input.draft_token.tolist()
     rows = verify_input.retrieve_index.tolist()
     child = verify_input.retrieve_next_token.tolist()
     sibling = verify_input.retrieve_next_sibling.tolist()
-    predict = [0] * verify_input.draft_token.numel()
+    predict = [0] * len(drafts)
     accept_index = [[-1] * depth for _ in range(N)]
     accept_lens = [0] * N
     going_on = [(request, 0) for request in range(N)]  # and the node that it has reached
@@ -131,7 +133,7 @@ def _accept(
             accept_index[request][accepted] = row
             accept_lens[request] += 1
             node = child[request][node]
-            while node >= 0 and drafts[request][node] != token:
+            while node >= 0 and drafts[rows[request][node]] != token:
                 node = sibling[request][node]
             if node >= 0:
                 going_on.append((request, node))

@@ -1,10 +1,9 @@
 """SGLang's worker for NEXTN with our drafter, which drafts as many tokens as pay.
 
 SGLang's own adaptive policy compares average accepted lengths with thresholds and does not know
-what a step costs. Ours is the policy that vLLM's side has (mtp/policy.py). Here all requests of a
-step draft the same number of tokens, because SGLang verifies the same number for each. A step in
-which no request has a draft is SGLang's own decode step: for SGLang its batch has no drafts, so it
-prepares, runs and finishes the step as without NEXTN.
+what a step costs. Ours is the policy that vLLM's side has (mtp/policy.py), with a length for each
+request. A step in which no request has a draft is SGLang's own decode step: for SGLang its batch
+has no drafts, so it prepares, runs and finishes the step as without NEXTN.
 """
 
 import time
@@ -17,6 +16,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
+from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 
 
 class Worker(EAGLEWorkerV2):
@@ -51,11 +51,6 @@ class Worker(EAGLEWorkerV2):
                 batch.tree_cache.free_kv_row(kv, [(kv.kv_committed_len, kv.kv_allocated_len)])
                 kv.kv_allocated_len = kv.kv_committed_len
 
-    def activate_step_by_batch(self, batch_size: int) -> None:
-        """Draft as many tokens in this step as were chosen after the last one."""
-        self.speculative_num_steps = self._draft_worker.next_steps
-        self.speculative_num_draft_tokens = self._draft_worker.next_steps + 1
-
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         """Run a step: prompts, or further drafts and a verification, or a plain step."""
         self.entered = time.perf_counter()
@@ -72,8 +67,11 @@ class Worker(EAGLEWorkerV2):
     def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
         """Verify the drafts."""
         began = time.perf_counter()
+        chains: RaggedVerifyInput = batch.spec_info
+        self.speculative_num_draft_tokens = chains.draft_token_num
         result = super().verify(batch, *args, **kwargs)
-        self._draft_worker.learn(batch, result, **self._seconds(began))
+        self._draft_worker.learn(batch, result, chains.widths, **self._seconds(began))
+        chains.widen(result, hidden_states=any(r.return_hidden_states for r in batch.reqs))
         return result
 
     def _decode(self, batch: ScheduleBatch) -> GenerationBatchResult:

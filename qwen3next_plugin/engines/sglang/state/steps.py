@@ -30,9 +30,9 @@ class StepBuilder:
     def build(self, forward_batch: ForwardBatch, slot: torch.Tensor) -> Step:
         """Build the step of this batch. Shapes: slot [N]."""
         N, seq_lens = forward_batch.batch_size, forward_batch.seq_lens
-        if forward_batch.forward_mode.is_target_verify():  # lengths do not count the drafts
-            n = forward_batch.spec_info.draft_token_num
-            query_start_loc, seq_lens = torch.arange(N + 1) * n, seq_lens + n
+        if forward_batch.forward_mode.is_target_verify():  # lengths do not count the chains
+            query_start_loc = forward_batch.spec_info.query_start_loc
+            seq_lens = seq_lens + query_start_loc.diff()
         elif forward_batch.forward_mode.is_decode_or_idle():
             query_start_loc = torch.arange(N + 1)
         else:
