@@ -4,11 +4,12 @@ While nothing is drafted, choosing draft lengths and keeping tokens would be mos
 So a drafter only collects such steps, and looks at several at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
 
 EVERY = 8  # most steps that are collected
@@ -31,6 +32,9 @@ class PlainSteps:
 
     requests: list[str]
     firsts: list[int]  # position of each request's first token that was not looked at
+    observer: Observer
+    pending: Pending
+    reported: int = 0  # of these steps, to the observer
     token_ids: list[torch.Tensor] = field(default_factory=list)
     hidden_states: list[torch.Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of steps that were timed
@@ -52,9 +56,43 @@ class PlainSteps:
         if seconds is not None:
             self.seconds.append(seconds)
 
-    def take_last(self) -> list[Row]:
+    def look(self, choose: Callable[[list[str], int], list[int]]) -> list[Row]:
+        """Learn from the steps and choose lengths; the rows of the last step if it drafts.
+
+        What is not in these rows is kept for the MTP layer. `choose`: draft length of each request,
+        given how many tokens of each will be pending besides those that are.
+        """
+        self._report()
+        lengths = choose(self.requests, len(self) - 1)
+        rows = self._take_last() if any(lengths) else []
+        for row, length in zip(rows, lengths, strict=bool(rows)):
+            row.draft = length
+        self.keep()
+        if rows:
+            self.firsts = [first + 1 for first in self.firsts]
+        return rows
+
+    def keep(self) -> None:
+        """Keep the steps for the MTP layer without choosing lengths, and go on behind them."""
+        if n := len(self):
+            self._report()
+            self.observer.observe_skipped(n * len(self.requests))
+            self.pending.put_steps(self.requests, self.firsts, self.token_ids, self.hidden_states)
+            self.firsts = [first + n for first in self.firsts]
+            self.token_ids.clear()
+            self.hidden_states.clear()
+        self.reported = 0
+
+    def _report(self) -> None:
+        if new := len(self) - self.reported:
+            self.observer.observe_plain(self.requests, new, self.seconds)
+            self.seconds.clear()
+            self.reported = len(self)
+
+    def _take_last(self) -> list[Row]:
         """Remove the last step; its rows."""
         token_ids, hidden_states = self.token_ids.pop(), self.hidden_states.pop()
+        self.reported -= 1
         parts = zip(self.requests, self.firsts, strict=True)
         return [
             Row(
@@ -68,11 +106,3 @@ class PlainSteps:
             )
             for i, (request, first) in enumerate(parts)
         ]
-
-    def keep(self, pending: Pending) -> None:
-        """Keep the steps for the MTP layer, and go on behind them."""
-        if n := len(self):
-            pending.put_steps(self.requests, self.firsts, self.token_ids, self.hidden_states)
-            self.firsts = [first + n for first in self.firsts]
-            for values in (self.token_ids, self.hidden_states, self.seconds):
-                values.clear()

@@ -77,7 +77,7 @@ class Drafter(Chains):
         rows = self._verified_rows(batch, result, widths)
         timed = self._end_drafts(batch, draft_seconds)
         self.observer.observe_step(rows, step_seconds if timed else None)
-        lengths = self._choose_lengths([row.request for row in rows], more=0)
+        lengths = self._choose_lengths([row.request for row in rows])
         for row, length in zip(rows, lengths, strict=True):
             row.draft = length
         self.rows = rows
@@ -102,7 +102,8 @@ class Drafter(Chains):
         if self.plain is None or not same:
             self.keep()
             requests = [request.rid for request in batch.reqs]
-            self.plain = PlainSteps(requests, (batch.seq_lens - 1).tolist())
+            firsts = (batch.seq_lens - 1).tolist()
+            self.plain = PlainSteps(requests, firsts, self.observer, self.pending)
             self.plain_reqs, self.wait = batch.reqs, 0
         self.plain.add(
             result.next_token_ids.long(),
@@ -114,20 +115,11 @@ class Drafter(Chains):
 
     def _look(self, batch: ScheduleBatch, plain: PlainSteps) -> EagleDraftInput | None:
         """Learn from the plain steps so far, the last of which has just ended; draft if it pays."""
-        self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
-        plain.seconds.clear()
-        lengths = self._choose_lengths(plain.requests, more=len(plain) - 1)
-        self.wait = EVERY
-        if not any(lengths):
-            self.keep()
-            return None
         token_ids = plain.token_ids[-1]
-        rows = plain.take_last()
-        self.keep()
-        for row, length in zip(rows, lengths, strict=True):
-            row.draft = length
-        self.rows = rows
-        plain.firsts = [first + 1 for first in plain.firsts]
+        self.rows = plain.look(self._choose_lengths)
+        self.wait = EVERY
+        if not self.rows:
+            return None
         drafts = self._first_drafts(batch, token_ids)
         if not self.lengths:
             self.wait = 1  # it has not caught up yet, and goes on after the next step
@@ -135,11 +127,8 @@ class Drafter(Chains):
 
     def keep(self) -> None:
         """Keep the plain steps so far for the MTP layer, without choosing lengths."""
-        if plain := self.plain:
-            if plain.seconds:
-                self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
-            self.observer.observe_skipped(len(plain) * len(plain.requests))
-            plain.keep(self.pending)
+        if self.plain is not None:
+            self.plain.keep()
 
     def _end_drafts(self, batch: ScheduleBatch, seconds: float) -> bool:
         """Report drafting before this step; whether no step since the last read its prompts."""
@@ -176,7 +165,7 @@ class Drafter(Chains):
         self.observer.keep_only(known)
         self.pending.keep_only(known)
 
-    def _choose_lengths(self, requests: Sequence[str], *, more: int) -> list[int]:
+    def _choose_lengths(self, requests: Sequence[str], more: int = 0) -> list[int]:
         """How many tokens each request drafts. All ranks use the first rank's decision.
 
         `more`: tokens of each request that will be pending, besides those that are.

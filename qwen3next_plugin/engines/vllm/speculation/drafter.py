@@ -184,27 +184,19 @@ class Drafter(EagleProposer):
 
     def _look(self, plain: PlainSteps) -> list[Row]:
         """Learn from plain steps and choose lengths; the rows of the last if they draft."""
-        self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
-        plain.seconds.clear()
-        lengths = self._lengths(plain.requests, more=len(plain) - 1)
-        rows = plain.take_last() if any(lengths) else []
-        for row, length in zip(rows, lengths, strict=bool(rows)):
-            row.draft = length
-        self._keep_plain()
-        if rows:
+        self.model.see(torch.cat(plain.token_ids))
+        if rows := plain.look(self._lengths):
             self._go_on_after(rows)
+        else:
+            self.next_position = dict(zip(plain.requests, plain.firsts, strict=True))
         return rows
 
     def _keep_plain(self) -> None:
         """Keep the plain steps so far for the MTP layer, without choosing lengths."""
         if self.plain is not None and len(self.plain):
-            plain = self.plain
-            if plain.seconds:
-                self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
-            self.observer.observe_skipped(len(plain) * len(plain.requests))
-            self.model.see(torch.cat(plain.token_ids))
-            plain.keep(self.pending)
-            self.next_position = dict(zip(plain.requests, plain.firsts, strict=True))
+            self.model.see(torch.cat(self.plain.token_ids))
+            self.plain.keep()
+            self.next_position = dict(zip(self.plain.requests, self.plain.firsts, strict=True))
 
     def _choose_lengths(self, rows: list[Row]) -> None:
         """Set how many tokens each request drafts.
@@ -216,7 +208,7 @@ class Drafter(EagleProposer):
             row.draft = length
         self._go_on_after(rows)
 
-    def _lengths(self, requests: list[str], *, more: int = 0) -> list[int]:
+    def _lengths(self, requests: list[str], more: int = 0) -> list[int]:
         """Lengths by the policy. All ranks use the first rank's decision.
 
         `more`: tokens of each request that will be pending, besides those that are.
@@ -237,7 +229,8 @@ class Drafter(EagleProposer):
             self.idle = 0
         elif not self.must_run and not any(row.prefilling for row in rows):
             ends = [row.tokens.end for row in rows]
-            self.plain = PlainSteps([row.request for row in rows], ends)
+            requests = [row.request for row in rows]
+            self.plain = PlainSteps(requests, ends, self.observer, self.pending)
 
     def _limit_drafts(self, rows: list[Row], limit: int) -> None:
         for row in rows:
