@@ -5,163 +5,29 @@ ON_CPU, on a GPU with ON_GPU; ELSEWHERE where SGLang's own model serves. All are
 registration. OVERRIDES are changes that our own subclasses make to objects of theirs.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 from sglang.srt.server_args import ServerArgs
 
-from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines import patching
-from qwen3next_plugin.engines.hub import local_folder
-from qwen3next_plugin.engines.patching import Attribute, Entry, Function, Host, Override, Patch
-from qwen3next_plugin.engines.sglang import flags, requests
+from qwen3next_plugin.engines.patching import Entry, Function, Host
+from qwen3next_plugin.engines.sglang import flags, hooks, requests
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
-from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.model.config import (
     keep_config,
     layers_block_type,
     mamba2_cache_params,
 )
-from qwen3next_plugin.engines.sglang.names import WRAPPERS, is_ours, logger
+from qwen3next_plugin.engines.sglang.names import WRAPPERS
 from qwen3next_plugin.engines.sglang.speculation import penalties, verify
-from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
-VERSIONS = "==0.5.23"
-
-
-def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
-    """Use our pool class for pages."""
-    from qwen3next_plugin.engines.sglang.state.pages import PageParams, PagePool
-
-    if isinstance(kwargs["cache_params"], PageParams):
-        pool.mamba_pool_cls = PagePool
-    host(pool, *args, **kwargs)
-
-
-def skip_snapshots(host: Callable[[], bool]) -> bool:
-    """Whether SGLang reserves no k + 1 states a request: for our model, always."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.runtime_context import get_server_args
-
-    return is_ours(model_config_of(get_server_args())) or host()
-
-
-def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
-    """Leave our model's head counts and widths as they are."""
-    return model_config if is_ours(model_config) else host(model_config, *args)
-
-
-def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
-    """Combine our linear-attention backend with the attention backend that was chosen."""
-    if not is_ours(runner.model_config):
-        return host(runner, full_attn_backend)
-    if runner.is_draft_worker:  # one layer of full attention
-        return full_attn_backend
-    layers = runner.model_config.hf_text_config.full_attention_layer_ids
-    if on_gpu():
-        from qwen3next_plugin.engines.sglang.state.device_steps import (
-            DeviceGatedDeltaNetBackend,
-            DeviceHybridBackend,
-        )
-
-        backend = DeviceGatedDeltaNetBackend(runner)
-        return DeviceHybridBackend(full_attn_backend, backend, layers)
-    from qwen3next_plugin.engines.sglang.state.steps import GatedDeltaNetBackend, HybridBackend
-
-    return HybridBackend(full_attn_backend, GatedDeltaNetBackend(runner), layers)
-
-
-def skip_for_ours(host: Callable[..., None], runner: Any) -> None:
-    """Leave our model as it is."""
-    if not is_ours(runner.model_config):
-        host(runner)
-
-
-def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
-    """Use our kernels for a quantised checkpoint of our models."""
-    from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation
-
-    quantised = flags.quantisation(model_config.hf_config) is not None or env.quantise()
-    if not is_ours(model_config) or not quantised:
-        return host(model_config, load_config)
-    folder = local_folder(model_config.model_path, model_config.revision)
-    return Quantisation(folder, model_config.hf_config)
-
-
-def commit_trees(
-    host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Commit states of trees, and snapshots: a page takes back a chain's rejected drafts itself."""
-    ours = is_ours(target_worker.model_runner.model_config)
-    if not (ours and batch.spec_info.tree_topk == 1 and batch.mamba_track_indices is None):
-        host(target_worker, batch, *args, **kwargs)
-
-
-def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
-    """Use our worker for chains of drafts from the checkpoint's MTP head."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
-
-    given = resolving_view(server_args)
-    chain = algorithm.is_eagle() and given.speculative_eagle_topk == 1
-    if not (chain and is_ours(model_config_of(server_args))):
-        return host(algorithm, server_args)
-    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
-
-    return Worker
-
-
-def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
-    """Report metrics of MTP where our worker drafts."""
-    from qwen3next_plugin.engines.sglang.metrics import MetricsReporter
-    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
-
-    host(scheduler)
-    if isinstance(scheduler.draft_worker, Worker):
-        # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
-        scheduler.metrics_reporter.__class__ = MetricsReporter
-        drafter = scheduler.draft_worker.draft_worker
-        scheduler.metrics_reporter.begin(drafter, drafter.observer.board)
-
-
-def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
-    """Let our worker say whether the next decode step has drafts to verify."""
-    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
-
-    if isinstance(scheduler.draft_worker, Worker):
-        scheduler.draft_worker.choose_step(batch)
-    return host(scheduler, batch)
-
-
-def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
-    """Refuse what cannot be served, fill in a default, and log what serves.
-
-    SGLang calls this once, in the process that starts the others. On a CPU, our platform does it.
-    """
-    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
-
-    host(server_args)
-    if is_ours(model_config := model_config_of(server_args)):
-        flags.check(resolving_view(server_args), model_config, on_cpu=False)
-        flags.complete_on_gpu(server_args)
-        logger.info(
-            "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels",
-            *(__version__, check_host("sglang"), described("cuda")),
-        )
-
-
-def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
-    """Log that SGLang's own model serves on this device."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
-
-    if is_ours(model_config_of(server_args)):
-        logger.info(
-            "qwen3next_plugin %s has no kernels for %s yet: SGLang %s keeps its own Qwen3-Next",
-            *(__version__, resolving_view(server_args).device, check_host("sglang")),
-        )
-    host(server_args)
-
+VERSIONS = "==0.5.23"  # that need these patches
+Patch = partial(patching.Patch, versions=VERSIONS)
+Attribute = partial(patching.Attribute, versions=VERSIONS)
+Override = partial(patching.Override, versions=VERSIONS)
 
 ANYWHERE: tuple[Entry, ...] = (
     Patch(
@@ -170,7 +36,6 @@ ANYWHERE: tuple[Entry, ...] = (
         function=flags.complete_drafts,
         reason="Qwen's own command gives only the steps; SGLang then compares a missing topk with "
         "1 and dies",
-        versions=VERSIONS,
         remove_when="SGLang fills in the rest",
     ),
 )
@@ -179,9 +44,8 @@ ELSEWHERE: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         parameters=("server_args",),
-        function=say_no_kernels,
+        function=hooks.say_no_kernels,
         reason="the log must say that SGLang's own model serves",
-        versions=VERSIONS,
         remove_when="there are kernels for every platform",
     ),
 )
@@ -190,10 +54,9 @@ ON_GPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         parameters=("server_args",),
-        function=check_on_gpu,
+        function=hooks.check_on_gpu,
         reason="flags must be checked before a process starts; SGLang asks its own platforms for "
         "GPUs, and no plugin",
-        versions=VERSIONS,
         remove_when="a plugin can check flags on a GPU",
     ),
 )
@@ -217,7 +80,6 @@ WITH_OURS: tuple[Entry, ...] = (
         function=keep_config,
         reason="SGLang drops layer_types and rope_parameters of a newer config.json, and has 512 "
         "experts in a dense Qwen3.5",
-        versions=VERSIONS,
         remove_when="SGLang reads all three",
     ),
     Attribute(
@@ -225,21 +87,18 @@ WITH_OURS: tuple[Entry, ...] = (
         value=property(layers_block_type),
         reason="SGLang derives layers from full_attention_interval, which transformers 5 does not "
         "write",
-        versions=VERSIONS,
         remove_when="SGLang reads layer_types",
     ),
     Attribute(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.mamba2_cache_params",
         value=property(mamba2_cache_params),
         reason="SGLang's pools hold k + 1 states a request; ours hold one page",
-        versions=VERSIONS,
         remove_when="a config can give its own cache parameters",
     ),
     Attribute(
         target="sglang.srt.server_args.ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES",
         value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS),
         reason="--language-model-only serves a vision-language model without its tower",
-        versions=VERSIONS,
         remove_when="SGLang has the flag for Qwen3.5",
     ),
     Patch(
@@ -251,25 +110,22 @@ WITH_OURS: tuple[Entry, ...] = (
             *("mamba_envelope_layout", "enable_linear_replayssm_spec", "short_conv_layer_ids"),
             *("short_conv_state_shape", "ngram_context_len", "ngram_eos_token_id"),
         ),
-        function=make_page_pool,
+        function=hooks.make_page_pool,
         reason="our pool copies whole pages",
-        versions=VERSIONS,
         remove_when="a config can name its pool's class",
     ),
     Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
         parameters=(),
-        function=skip_snapshots,
+        function=hooks.skip_snapshots,
         reason="SGLang reserves k + 1 states a request; a page takes drafts back by itself",
-        versions=VERSIONS,
         remove_when="a config can say that it needs none",
     ),
     Patch(
         target="sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
         parameters=("runner", "full_attn_backend"),
-        function=wrap_backend,
+        function=hooks.wrap_backend,
         reason="SGLang chooses the linear-attention backend of built-in models itself",
-        versions=VERSIONS,
         remove_when="a registered backend can serve a built-in architecture",
     ),
     Patch(
@@ -277,7 +133,6 @@ WITH_OURS: tuple[Entry, ...] = (
         parameters=("self", "obj", "request"),
         function=requests.check_request,
         reason="SGLang accepts requests that end its scheduler or fill its queue for hours",
-        versions=VERSIONS,
         remove_when="SGLang refuses every request of test_hostile.py",
     ),
     Patch(
@@ -285,7 +140,6 @@ WITH_OURS: tuple[Entry, ...] = (
         parameters=("self", "new_accepted_len"),
         function=requests.limit_regex,
         reason="a stop_regex that backtracks holds the scheduler for ever",
-        versions=VERSIONS,
         remove_when="SGLang matches in linear time, or with a time limit",
     ),
 )
@@ -294,19 +148,17 @@ ON_CPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.model_loader.loader._get_quantization_config",
         parameters=("model_config", "load_config"),
-        function=choose_quantisation,
+        function=hooks.choose_quantisation,
         reason="SGLang's kernels for quantised weights run on GPUs, or with AMX at best; and it "
         "reads formats from config.json, which does not name all that is left out",
-        versions=VERSIONS,
         remove_when="SGLang lets a plugin bring a quantisation for a model",
     ),
     Patch(
         target="sglang.srt.model_executor.model_runner.ModelRunner."
         "check_quantized_moe_compatibility",
         parameters=("self",),
-        function=skip_for_ours,
+        function=hooks.skip_for_ours,
         reason="SGLang refuses experts that its blocks of FP8 do not divide; ours need not",
-        versions=VERSIONS,
         remove_when="SGLang asks the quantisation whether it can split experts so",
     ),
     Patch(
@@ -314,16 +166,14 @@ ON_CPU: tuple[Entry, ...] = (
         parameters=("self", "total_rest_memory"),
         function=memory.modest_pools,
         reason="SGLang's pools take nearly all memory that is free",
-        versions=VERSIONS,
         remove_when="SGLang asks a platform how much memory to use",
     ),
     Patch(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         parameters=("model_config", "load_config", "tp_size"),
-        function=keep_sizes,
+        function=hooks.keep_sizes,
         reason="SGLang pads head counts and widths for its AMX kernels; ours take any, and our "
         "checks compare a checkpoint with its own config",
-        versions=VERSIONS,
         remove_when="SGLang pads for its AMX kernels only",
     ),
     Patch(
@@ -331,41 +181,36 @@ ON_CPU: tuple[Entry, ...] = (
         parameters=("self", "backend_name", "backend_map", "error_template", "stamps_children"),
         function=create_draft_backend,
         reason="our attention backend must draft too; SGLang ties its own to AMX",
-        versions=VERSIONS,
         remove_when="SGLang has an attention backend that drafts on every CPU",
     ),
     Patch(
         target="sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
         parameters=("self",),
-        function=skip_for_ours,
+        function=hooks.skip_for_ours,
         reason="seeds need --enable-deterministic-inference, for which SGLang replaces products by "
         "Triton kernels, and dies without a GPU",
-        versions=VERSIONS,
         remove_when="SGLang has seeds on a CPU",
     ),
     Patch(
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
         parameters=("self", "server_args"),
-        function=choose_worker,
+        function=hooks.choose_worker,
         reason="drafts have the length that pays",
-        versions=VERSIONS,
         remove_when="SGLang asks an in-tree platform for its worker",
     ),
     Patch(
         target="sglang.srt.managers.scheduler.Scheduler.update_running_batch",
         parameters=("self", "batch"),
-        function=choose_step,
+        function=hooks.choose_step,
         reason="a step without drafts must cost what it costs without NEXTN; SGLang prepares every "
         "step for drafts",
-        versions=VERSIONS,
         remove_when="SGLang runs steps without drafts as without NEXTN",
     ),
     Patch(
         target="sglang.srt.managers.scheduler.Scheduler.init_metrics_reporter",
         parameters=("self",),
-        function=choose_reporter,
+        function=hooks.choose_reporter,
         reason="SGLang's reporter knows neither draft lengths nor state pages",
-        versions=VERSIONS,
         remove_when="the reporter's class can be given",
     ),
     Patch(
@@ -377,7 +222,6 @@ ON_CPU: tuple[Entry, ...] = (
         function=verify.sample_as_plain,
         reason="SGLang verifies greedily on a CPU, whatever the temperature, and elsewhere samples "
         "with other limits and other seeds than its plain sampler",
-        versions=VERSIONS,
         remove_when="SGLang's verification samples what its plain sampler samples",
     ),
     Patch(
@@ -386,9 +230,8 @@ ON_CPU: tuple[Entry, ...] = (
             *("target_worker", "batch", "accept_lens", "accept_index", "draft_token_num"),
             "prepared_step_indices",
         ),
-        function=commit_trees,
+        function=hooks.commit_trees,
         reason="SGLang works out which states of a chain to keep; pages need no choice",
-        versions=VERSIONS,
         remove_when="SGLang asks the backend whether there is something to commit",
     ),
     Patch(
@@ -396,18 +239,16 @@ ON_CPU: tuple[Entry, ...] = (
         parameters=("self",),
         function=penalties.count_every_token,
         reason="SGLang counts one token of each request a step; a verification commits several",
-        versions=VERSIONS,
         remove_when="SGLang counts all of them",
     ),
 )
 
-OVERRIDES: tuple[Override, ...] = (
+OVERRIDES: tuple[Entry, ...] = (
     Override(
         target="sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2._draft_worker",
         file="speculation/worker.py",
         reason="SGLang's worker names its draft worker's class in its own constructor; ours "
         "becomes that object's class",
-        versions=VERSIONS,
         remove_when="the class can be given",
     ),
     Override(
@@ -418,7 +259,6 @@ OVERRIDES: tuple[Override, ...] = (
             *("mm_input_embeds", "kv_loc_plan"),
         ),
         reason="SGLang computes logits of the whole vocabulary for each token of a prompt",
-        versions=VERSIONS,
         remove_when="SGLang drafts by a length that pays",
     ),
     Override(
@@ -426,7 +266,6 @@ OVERRIDES: tuple[Override, ...] = (
         file="speculation/drafter.py",
         parameters=("self", "batch", "batch_result", "kv_loc_plan"),
         reason="SGLang runs the MTP layer over rejected tokens too, and where nothing is drafted",
-        versions=VERSIONS,
         remove_when="SGLang drafts by a length that pays",
     ),
     Override(
@@ -434,7 +273,6 @@ OVERRIDES: tuple[Override, ...] = (
         file="speculation/chains.py",
         parameters=("self", "batch", "with_topology"),
         reason="drafts come from the int8 head, and SGLang's runner costs as much as a small layer",
-        versions=VERSIONS,
         remove_when="SGLang drafts by a length that pays",
     ),
     Override(
@@ -443,7 +281,6 @@ OVERRIDES: tuple[Override, ...] = (
         file="cpu/attention.py",
         parameters=("self", "forward_batch"),
         reason="SGLang verifies as many tokens of one request as of another",
-        versions=VERSIONS,
         remove_when="SGLang's CPU backend reads lengths of their own",
     ),
     Override(
@@ -451,14 +288,12 @@ OVERRIDES: tuple[Override, ...] = (
         file="cpu/packing.py",
         parameters=("self", "hidden_states", "lm_head", "embedding_bias", "out"),
         reason="SGLang multiplies by the plain weight, which oneDNN repacks each time",
-        versions=VERSIONS,
         remove_when="SGLang packs a head on any CPU",
     ),
     Override(
         target="sglang.srt.layers.linear.LinearBase.quant_method",
         file="cpu/packing.py",
         reason="SGLang packs projections for AMX only",
-        versions=VERSIONS,
         remove_when="SGLang packs them on any CPU",
     ),
     Override(
@@ -466,7 +301,6 @@ OVERRIDES: tuple[Override, ...] = (
         file="cpu/experts.py",
         parameters=("self", "layer", "dispatch_output"),
         reason="without AMX, SGLang loops over the experts",
-        versions=VERSIONS,
         remove_when="SGLang has fused experts for any CPU",
     ),
 )

@@ -538,7 +538,7 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    from qwen3next_plugin.engines.sglang import patches
+    from qwen3next_plugin.engines.sglang import hooks
     from qwen3next_plugin.engines.sglang.cpu import environment
 
     monkeypatch.setattr(
@@ -551,7 +551,7 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     for model in (llama, checkpoint):
         server_args = ServerArgs(model_path=str(model), device="cuda")
         declare_resolution(server_args, "test", cuda_graph_config=graphs())
-        patches.check_on_gpu(asked.append, server_args)
+        hooks.check_on_gpu(asked.append, server_args)
     assert len(asked) == 2
     ours = [message for message in caplog.messages if message.startswith("qwen3next_plugin")]
     assert len(ours) == 1
@@ -559,11 +559,11 @@ def test_a_gpu_is_checked_and_one_line_says_what_serves(
     whole = {"device": "cuda", "mamba_radix_cache_strategy": "no_buffer"}
     server_args = ServerArgs(model_path=str(checkpoint), **whole)
     declare_resolution(server_args, "test", cuda_graph_config=graphs())
-    patches.check_on_gpu(asked.append, server_args)
+    hooks.check_on_gpu(asked.append, server_args)
     assert resolving_view(server_args).disable_overlap_schedule
     server_args = ServerArgs(model_path=str(checkpoint), device="cuda", pp_size=2)
     with pytest.raises(ConfigError, match=r"--pp-size 2: .*; use --tp-size"):
-        patches.check_on_gpu(asked.append, server_args)
+        hooks.check_on_gpu(asked.append, server_args)
 
 
 def test_another_accelerator_keeps_the_hosts_model_and_one_line_says_so(
@@ -571,7 +571,7 @@ def test_another_accelerator_keeps_the_hosts_model_and_one_line_says_so(
 ):
     from sglang.srt.server_args import ServerArgs
 
-    from qwen3next_plugin.engines.sglang.patches import say_no_kernels
+    from qwen3next_plugin.engines.sglang.hooks import say_no_kernels
 
     caplog.set_level("INFO")
     asked = []

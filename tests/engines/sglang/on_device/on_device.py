@@ -32,9 +32,9 @@ def register_as_on_a_gpu() -> bool:
     environment.use_cpu()
     from sglang.srt.arg_groups import mamba_hook
 
-    from qwen3next_plugin.engines.sglang import patches, served
+    from qwen3next_plugin.engines.sglang import hooks, patches, served
 
-    patches.on_gpu = lambda: True
+    hooks.on_gpu = lambda: True
     patches.ON_CPU = tuple(entry for entry in patches.ON_CPU if entry.target != WORKER)
     strategy = "mamba_radix_cache_strategy"
     served.SERVED_ON_CPU[strategy] = served.SERVED_ON_GPU[strategy]

@@ -1,0 +1,148 @@
+"""Functions that stand in SGLang for its own; patches.py says where and why.
+
+Each is called with SGLang's function first. Modules of SGLang are imported when one is called:
+patches are registered before SGLang has chosen its device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen3next_plugin import __version__, env
+from qwen3next_plugin.engines.hub import local_folder
+from qwen3next_plugin.engines.sglang import flags
+from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
+from qwen3next_plugin.engines.sglang.names import is_ours, logger
+from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.versions import check_host
+
+
+def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
+    """Use our pool class for pages."""
+    from qwen3next_plugin.engines.sglang.state.pages import PageParams, PagePool
+
+    if isinstance(kwargs["cache_params"], PageParams):
+        pool.mamba_pool_cls = PagePool
+    host(pool, *args, **kwargs)
+
+
+def skip_snapshots(host: Callable[[], bool]) -> bool:
+    """Whether SGLang reserves no k + 1 states a request: for our model, always."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_server_args
+
+    return is_ours(model_config_of(get_server_args())) or host()
+
+
+def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
+    """Leave our model's head counts and widths as they are."""
+    return model_config if is_ours(model_config) else host(model_config, *args)
+
+
+def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
+    """Combine our linear-attention backend with the attention backend that was chosen."""
+    if not is_ours(runner.model_config):
+        return host(runner, full_attn_backend)
+    if runner.is_draft_worker:  # one layer of full attention
+        return full_attn_backend
+    layers = runner.model_config.hf_text_config.full_attention_layer_ids
+    if on_gpu():
+        from qwen3next_plugin.engines.sglang.state.device_steps import (
+            DeviceGatedDeltaNetBackend,
+            DeviceHybridBackend,
+        )
+
+        backend = DeviceGatedDeltaNetBackend(runner)
+        return DeviceHybridBackend(full_attn_backend, backend, layers)
+    from qwen3next_plugin.engines.sglang.state.steps import GatedDeltaNetBackend, HybridBackend
+
+    return HybridBackend(full_attn_backend, GatedDeltaNetBackend(runner), layers)
+
+
+def skip_for_ours(host: Callable[..., None], runner: Any) -> None:
+    """Leave our model as it is."""
+    if not is_ours(runner.model_config):
+        host(runner)
+
+
+def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
+    """Use our kernels for a quantised checkpoint of our models."""
+    from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation
+
+    quantised = flags.quantisation(model_config.hf_config) is not None or env.quantise()
+    if not is_ours(model_config) or not quantised:
+        return host(model_config, load_config)
+    folder = local_folder(model_config.model_path, model_config.revision)
+    return Quantisation(folder, model_config.hf_config)
+
+
+def commit_trees(
+    host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Commit states of trees, and snapshots: a page takes back a chain's rejected drafts itself."""
+    ours = is_ours(target_worker.model_runner.model_config)
+    if not (ours and batch.spec_info.tree_topk == 1 and batch.mamba_track_indices is None):
+        host(target_worker, batch, *args, **kwargs)
+
+
+def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
+    """Use our worker for chains of drafts from the checkpoint's MTP head."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    given = resolving_view(server_args)
+    chain = algorithm.is_eagle() and given.speculative_eagle_topk == 1
+    if not (chain and is_ours(model_config_of(server_args))):
+        return host(algorithm, server_args)
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+
+    return Worker
+
+
+def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
+    """Report metrics of MTP where our worker drafts."""
+    from qwen3next_plugin.engines.sglang.metrics import MetricsReporter
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+
+    host(scheduler)
+    if isinstance(scheduler.draft_worker, Worker):
+        # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
+        scheduler.metrics_reporter.__class__ = MetricsReporter
+        drafter = scheduler.draft_worker.draft_worker
+        scheduler.metrics_reporter.begin(drafter, drafter.observer.board)
+
+
+def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
+    """Let our worker say whether the next decode step has drafts to verify."""
+    from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+
+    if isinstance(scheduler.draft_worker, Worker):
+        scheduler.draft_worker.choose_step(batch)
+    return host(scheduler, batch)
+
+
+def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
+    """Refuse what cannot be served, fill in a default, and log what serves.
+
+    SGLang calls this once, in the process that starts the others. On a CPU, our platform does it.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    host(server_args)
+    if is_ours(model_config := model_config_of(server_args)):
+        flags.check(resolving_view(server_args), model_config, on_cpu=False)
+        flags.complete_on_gpu(server_args)
+        logger.info(
+            "qwen3next_plugin %s serves this model on SGLang %s, with %s kernels",
+            *(__version__, check_host("sglang"), described("cuda")),
+        )
+
+
+def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
+    """Log that SGLang's own model serves on this device."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    if is_ours(model_config_of(server_args)):
+        logger.info(
+            "qwen3next_plugin %s has no kernels for %s yet: SGLang %s keeps its own Qwen3-Next",
+            *(__version__, resolving_view(server_args).device, check_host("sglang")),
+        )
+    host(server_args)
