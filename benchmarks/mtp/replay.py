@@ -32,6 +32,7 @@ COLD = 40  # first timings of drafts that a colder start makes COLDER times too 
 COLDER = 3.0
 PROMPT = 100  # tokens of each prompt, all pending when a request starts
 TOKENS = 1500  # of each request of a batch that is served, about
+ELSEWHERE = 7  # steps by which requests begin elsewhere in their runs, one after the other
 STARTS = 6  # replays of a recording, each from another request and another position
 
 Cell = tuple[float, float]  # drafting passes (0: a step), draft tokens per request in halves
@@ -110,7 +111,8 @@ class Request:
     name: str
     run: str
     tokens: int  # still to produce
-    pending: int = PROMPT  # tokens that the MTP layer has not read
+    pending: int = PROMPT  # tokens of earlier steps that the MTP layer has not read
+    committed: int = 0  # tokens of the step that just ended
     steps: int = 0
     drafted: int = 0
 
@@ -135,8 +137,10 @@ class Replay:
         self.clock, self.tokens, self.seconds = start / STARTS * recording.length, 0, 0.0
 
     def request(self) -> Request:
-        run = next(self.runs)
-        return Request(f"r{next(self.names)}", run, sum(int(digit) + 1 for digit in run))
+        """Begins anywhere in a run: else only the longest drafts would end it exactly."""
+        number, run = next(self.names), next(self.runs)
+        tokens = sum(int(digit) + 1 for digit in run)
+        return Request(f"r{number}", run, tokens, steps=number * ELSEWHERE % len(run))
 
     def run(self) -> Result:
         result = Result()
@@ -157,7 +161,7 @@ class Replay:
             accepted = min(r.drafted, int(r.run[r.steps % len(r.run)]))
             self.policy.observe_verify(r.name, r.drafted, accepted)
             tokens = min(r.tokens, 1 + accepted)
-            r.tokens, r.steps, r.pending = r.tokens - tokens, r.steps + 1, r.pending + tokens
+            r.tokens, r.steps, r.committed = r.tokens - tokens, r.steps + 1, tokens
             self.tokens += tokens
             if not r.tokens:
                 self.policy.forget(r.name)
@@ -170,7 +174,7 @@ class Replay:
         lengths = self.policy.lengths(requests, [r.pending for r in self.active])
         B, fed = len(lengths), 0
         for r, length in zip(self.active, lengths, strict=True):
-            r.drafted = length
+            r.drafted, r.pending = length, r.pending + r.committed
             if length:
                 fed, r.pending = fed + r.pending, 0
         if not any(lengths):

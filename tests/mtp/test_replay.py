@@ -41,7 +41,7 @@ def recording(tmp_path, engine: str, batch: int, *, right: int):
 def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, engine, batch, right, cold):
     made = recording(tmp_path, engine, batch, right=right)
     whole, early = shares(made, adaptive, cold)
-    assert whole >= 0.92
+    assert whole >= 0.96
     assert early >= 0.8
 
 
@@ -60,10 +60,10 @@ def test_recordings_are_there():
 def test_adaptive_on_a_recording(path):
     """From the first request on, and if the first 40 drafts take three times as long."""
     whole, early = shares(load(path), adaptive)
-    assert whole >= 0.92
+    assert whole >= 0.96
     assert early >= 0.9
     cold, _ = shares(load(path), adaptive, COLD)
-    assert cold >= 0.7
+    assert cold >= 0.66
 
 
 def test_the_recorder_writes_what_is_kept(tmp_path, monkeypatch):
