@@ -121,12 +121,12 @@ def stack(weights: Sequence[Weight]) -> Weight:
     first = _alike("stack", weights)
     if any(w.shape != first.shape for w in weights):
         raise ValueError(f"stack: shapes differ: {sorted({w.shape for w in weights})}")
-    parts = {
-        name: torch.stack([getattr(w, name) for w in weights])
-        for name in ("packed", "scale", "zero")
-        if getattr(first, name) is not None
-    }
-    return replace(first, shape=(len(weights), *first.shape), **parts)
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(w, name) for w in weights])
+
+    zero, shape = None if first.zero is None else stacked("zero"), (len(weights), *first.shape)
+    return replace(first, shape=shape, packed=stacked("packed"), scale=stacked("scale"), zero=zero)
 
 
 def _alike(op: str, weights: Sequence[Weight]) -> Weight:

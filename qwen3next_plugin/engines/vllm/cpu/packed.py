@@ -39,7 +39,7 @@ class PackedLinear(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -60,7 +60,7 @@ class PackedLinear(LinearMethodBase):
         layer.packed = pack_parameters(layer, self.format)
 
     def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return layer.packed(x, bias)
 

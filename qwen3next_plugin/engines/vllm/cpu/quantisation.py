@@ -32,7 +32,9 @@ class Quantisation(QuantizationConfig):
     def __init__(self, raw: Mapping[str, Any] | None) -> None:
         super().__init__()
         self.raw = raw
-        self.model, self.revision, self.hf_config = "", None, None
+        self.model = ""
+        self.revision: str | None = None
+        self.hf_config: Any = None
 
     @property
     def formats(self) -> Formats:
