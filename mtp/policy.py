@@ -142,9 +142,15 @@ def pending_tokens(pending: Sequence[int], plan: Plan) -> int:
 class Adaptive:
     """Draft lengths for the most expected tokens per second, from what was observed."""
 
-    def __init__(self, max_draft: int, costs: Costs, *, uniform: bool = False) -> None:
-        """`uniform`: give all requests of a step one length, for engines that need that."""
+    def __init__(
+        self, max_draft: int, costs: Costs, *, uniform: bool = False, trial: int = TRIAL
+    ) -> None:
+        """`uniform`: give all requests of a step one length, for engines that need that.
+
+        `trial`: steps of a trial.
+        """
         self.max_draft, self.costs, self.uniform = max_draft, costs, uniform
+        self.trial = trial
         self._step, self._verified = 0, 0  # steps; requests observed since lengths were chosen
         self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
         self._requests: dict[str, Acceptance] = {}
@@ -160,6 +166,11 @@ class Adaptive:
         self._chosen = ""  # the request that drafts in a trial of one request alone
         self._credit, self._halvings = CREDIT, 0  # what trials may cost, in steps
         self._tried = [0] * (max_draft + 2)  # step that last followed each plan
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether a trial goes on."""
+        return self._left > 0
 
     @property
     def _untried(self) -> bool:
@@ -226,7 +237,7 @@ class Adaptive:
             "acceptance": list(self._all.means),
             "step_seconds": table.step[::batch],
             "draft_seconds": table.draft,
-            "on_trial": self._left > 0,
+            "on_trial": self.on_trial,
             "requests": len(self._tokens),
         }
 
@@ -291,7 +302,7 @@ class Adaptive:
             if loss[due] > self._credit:
                 return plan
             self._credit -= loss[due]
-            self._trial, self._left = due, TRIAL
+            self._trial, self._left = due, self.trial
         self._left -= 1
         if not self._left:
             self._halvings = min(PATIENCE, self._halvings + 1)
@@ -301,7 +312,7 @@ class Adaptive:
     def _change(self, plan: Plan) -> None:
         """Change the plan. Something has changed, so trials may pay again."""
         if self._held >= HELD:  # perhaps the whole machine has: time the old plan once more
-            self._trial, self._left = self._passes, TRIAL
+            self._trial, self._left = self._passes, self.trial
         else:
             self._left = 0
         self._passes, self._held, self._halvings = plan.passes, 0, 0
@@ -311,7 +322,7 @@ class Adaptive:
         loss = {}
         for n, other in enumerate(plans):
             if n != plan.passes:
-                tokens = TRIAL * (other.seconds * plan.rate - other.tokens)
+                tokens = self.trial * (other.seconds * plan.rate - other.tokens)
                 loss[n] = max(LEAST, (tokens + catch_up[n] * plan.rate) / plan.tokens)
         if self._untried:  # no drafting pass was timed yet: a guess must not forbid the first
             loss[1] = LEAST

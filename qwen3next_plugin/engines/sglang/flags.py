@@ -209,6 +209,11 @@ def _check_speculation(server_args: Any, algorithm: str) -> None:
         )
     if (steps := server_args.speculative_num_steps) is not None:
         check_num_speculative_tokens(steps, "--speculative-num-steps")
+    if server_args.speculative_adaptive:
+        from sglang.srt.speculative.adaptive_spec_params import resolve_candidate_steps_from_config
+
+        most = max(resolve_candidate_steps_from_config(server_args.speculative_adaptive_config))
+        check_num_speculative_tokens(most, "candidate_steps of --speculative-adaptive-config")
 
 
 def _check_cpu(server_args: Any, given: dict[str, Any], model_config: Any) -> None:

@@ -97,6 +97,16 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     return Worker
 
 
+def choose_policy(host: Callable[..., None], controller: Any, worker: Any, policy: Any) -> None:
+    """Choose the number of drafts by our policy, among those that SGLang's has."""
+    runner = worker.target_worker.model_runner
+    if is_ours(runner.model_config):
+        from qwen3next_plugin.engines.sglang.speculation.one_length import OneLength
+
+        policy = OneLength(runner.model.config, policy.candidate_steps)
+    host(controller, worker, policy)
+
+
 def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
     """Report metrics of MTP where our worker drafts."""
     from qwen3next_plugin.engines.sglang.metrics import MetricsReporter

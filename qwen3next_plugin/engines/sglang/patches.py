@@ -59,6 +59,13 @@ ON_GPU: tuple[Entry, ...] = (
         "GPUs, and no plugin",
         remove_when="a plugin can check flags on a GPU",
     ),
+    Patch(
+        target="sglang.srt.speculative.adaptive_runtime_state.AdaptiveController.__init__",
+        parameters=("self", "worker", "policy"),
+        function=hooks.choose_policy,
+        reason="SGLang's policy does not know what a step costs",
+        remove_when="SGLang asks a plugin for the policy",
+    ),
 )
 
 WITH_OURS: tuple[Entry, ...] = (

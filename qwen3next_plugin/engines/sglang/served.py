@@ -93,11 +93,6 @@ SERVED_WITH_DRAFTS_ON_CPU: Served = {
 }
 SERVED_WITH_DRAFTS_ON_GPU: Served = {
     "speculative_eagle_topk": ((None, 1), "draft trees are verified on a CPU only", "use 1"),
-    "speculative_adaptive": (
-        (False,),
-        "a page has room for the drafts of --speculative-num-steps",
-        LEAVE_OUT,
-    ),
 }
 
 

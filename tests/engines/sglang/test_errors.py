@@ -522,6 +522,22 @@ def test_a_prompts_graph_is_cut_at_our_layers_or_not_made(complete, checkpoint, 
         check_flags(given, on_cpu=False)
 
 
+@pytest.mark.parametrize("most", [3, 9])
+def test_adaptive_steps_have_room_in_a_page(complete, checkpoint, tmp_path, most):
+    config = tmp_path / "adaptive.json"
+    config.write_text(json.dumps({"1": {"candidate_steps": [0, most]}}))
+    flags = {"speculative_adaptive": True, "speculative_adaptive_config": str(config)}
+    resolved = complete(checkpoint, **NEXTN)
+    given = resolved
+    for name, value in (flags | {"cuda_graph_config": graphs()}).items():
+        given = Given(given, name, value)
+    if most <= 8:
+        check_flags(given, on_cpu=False)
+        return
+    with pytest.raises(ConfigError, match=r"candidate_steps .* = 9: ask for 1 to 8"):
+        check_flags(given, on_cpu=False)
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_the_reference_is_in_no_graph(monkeypatch, complete, checkpoint, phase):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")

@@ -4,6 +4,8 @@ Greedy text and log-probabilities are transformers' own, with drafts and without
 a prompt, cached prefixes and mixed batches, however the radix cache keeps its pages.
 """
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,25 @@ def test_as_transformers(checkpoint, reference, flags, cached):
         assert (sum(answer.accepted for answer in warm) > 0) == (NEXTN[1] in flags)
     finally:
         server.close()
+
+
+@pytest.mark.long
+def test_changing_numbers_of_drafts_as_transformers(checkpoint, reference, tmp_path):
+    """Our policy behind --speculative-adaptive: it tries lengths while answers are made."""
+    config = tmp_path / "adaptive.json"
+    config.write_text(json.dumps({"1": {"candidate_steps": [0, 1, 3]}}))
+    adaptive = ("--speculative-adaptive", "--speculative-adaptive-config", str(config))
+    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "3", *adaptive, env=ON_DEVICE).wait()
+    try:
+        prompts = [random_prompt(n, seed=12) for n in (3, 64, 200)]
+        answers = server.greedy(prompts, 100, return_logprob=True)
+        switches = re.findall(
+            r"Switch adaptive runtime state: steps (\d) -> (\d)", server.process.text()
+        )
+    finally:
+        server.close()
+    check_greedy(reference, prompts, answers)
+    assert {new for _, new in switches} >= {"0", "1", "3"}
 
 
 def test_the_triton_kernels_as_transformers(checkpoint, reference):

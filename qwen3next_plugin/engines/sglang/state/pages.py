@@ -16,7 +16,12 @@ from sglang.srt.configs.mamba_utils import (
 from sglang.srt.configs.model_config import _get_and_verify_dtype
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import GB, MambaPool
-from sglang.srt.runtime_context import get_model, get_parallel, get_spec
+from sglang.srt.runtime_context import (
+    get_model,
+    get_parallel,
+    get_spec,
+    max_speculative_num_draft_tokens,
+)
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from qwen3next_plugin.engines.sglang.flags import read_config
@@ -40,7 +45,12 @@ def page_layout(hf_config: Any) -> PageLayout:
 
 def max_drafts() -> int:
     """The most tokens of a row that a roll-back removes: a draft's depth, or 0 without drafts."""
-    return (get_spec().speculative_num_steps or 0) if get_spec().speculative_algorithm else 0
+    spec = get_spec()
+    if not spec.speculative_algorithm:
+        return 0
+    if spec.speculative_adaptive:  # SGLang changes speculative_num_steps
+        return (max_speculative_num_draft_tokens() or 1) - 1
+    return spec.speculative_num_steps or 0
 
 
 @dataclass(frozen=True, slots=True)

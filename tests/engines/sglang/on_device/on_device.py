@@ -38,6 +38,7 @@ def register_as_on_a_gpu() -> bool:
     patches.ON_CPU = tuple(entry for entry in patches.ON_CPU if entry.target != WORKER)
     strategy = "mamba_radix_cache_strategy"
     served.SERVED_ON_CPU[strategy] = served.SERVED_ON_GPU[strategy]
+    del served.SERVED_WITH_DRAFTS_ON_CPU["speculative_adaptive"]
     mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
     return register()
 

@@ -1,0 +1,94 @@
+"""Our policy behind SGLang's --speculative-adaptive, on GPUs: one length for all requests.
+
+There SGLang has graphs for each number of drafts and swaps whole sets of them. It asks for the
+number before each step, and tells afterwards how many drafts were accepted. Its own policy compares
+these with thresholds; ours also knows what steps take.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from sglang.srt.runtime_context import get_parallel
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.mtp.costs import Costs, Shape
+from qwen3next_plugin.mtp.plain_steps import EVERY
+from qwen3next_plugin.mtp.policy import Adaptive
+
+ALL = "all"  # the requests of a batch, of which SGLang tells no names
+ALIKE = 2  # steps with as many drafts after which one is timed: SGLang runs a step ahead
+TRIAL = 6  # steps of a trial: the first two are not timed
+
+
+class WholeSteps(Shape):
+    """Costs of steps with the drafting before them, where only both together are timed."""
+
+    def step_cost(self, batch: float, drafts: float) -> float:
+        drafting = super().draft_cost(batch, drafts) if drafts else 0.0
+        return super().step_cost(batch, drafts) + drafting
+
+    def draft_cost(self, batch: float, passes: float) -> float:
+        return 0.0
+
+
+class OneLength:
+    """What SGLang's AdaptiveController calls a policy."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        candidates: Sequence[int],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`candidates`: the numbers of drafts that there are graphs for."""
+        self.candidate_steps = sorted(candidates)
+        costs = Costs(WholeSteps.from_config(config))
+        self.policy = Adaptive(self.candidate_steps[-1], costs, uniform=True, trial=TRIAL)
+        self.clock, self.began, self.batch_size = clock, 0.0, 0  # of the last step
+        self.graphs: list[int] | None = None  # batch sizes
+        self.steps, self.wait = self.candidate_steps[-1], 0  # steps until another choice
+        self.launched = deque[int]()  # drafts of steps without a result yet
+        self.alike = 0  # steps with so many drafts
+
+    def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
+        self.graphs = cuda_graph_bs
+
+    def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
+        """All: any number of drafts may be best at any batch size."""
+        return self.graphs
+
+    def get_steps_for_batch(self, batch_size: int) -> int:
+        """The number of drafts of the step that begins now."""
+        self._time(batch_size)
+        self.wait -= 1
+        if self.wait <= 0:
+            before = self.steps
+            self.steps, self.wait = self._choose(batch_size)
+            self.alike = self.alike if self.steps == before else 0
+        self.launched.append(self.steps)
+        return self.steps
+
+    def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> None:
+        """Learn what a step accepted. The number of drafts changes only where a step begins."""
+        drafted = self.launched.popleft()
+        for accepted in num_correct_drafts_per_req:
+            self.policy.observe_verify(ALL, drafted, min(accepted, drafted))
+
+    def _choose(self, batch_size: int) -> tuple[int, int]:
+        """The number of drafts and when to choose again; of the first rank on all ranks."""
+        on_trial = self.policy.on_trial
+        length = self.policy.lengths([ALL] * batch_size, [0] * batch_size)[0]
+        steps = [n for n in self.candidate_steps if n <= length][-1:] or self.candidate_steps[:1]
+        wait = 1 if on_trial or self.policy.on_trial else EVERY
+        group = get_parallel().tp_group
+        found: tuple[int, int] = group.broadcast_object((steps[0], wait), src=0)
+        return found
+
+    def _time(self, batch_size: int) -> None:
+        """Time the last step, up to now, if it was like those before it and no prompt followed."""
+        now, batch = self.clock(), self.batch_size
+        self.alike += 1
+        if self.alike >= ALIKE and batch_size <= batch:
+            self.policy.observe_step(batch, batch * (1 + self.steps), now - self.began)
+        self.began, self.batch_size = now, batch_size
