@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.linear import Weight, linear, pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels.linear.weight import TILE
 from qwen3next_plugin.model.quantised import Format, nibbles
 
 
@@ -90,6 +91,19 @@ def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:
         raise ConfigError(
             f"{module}: a rank's {of_rank} of {columns} columns are no multiple of {form.group}, "
             f"which share a scale; use fewer tensor-parallel ranks"
+        )
+
+
+def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
+    """Refuse experts [D, I] that the kernel cannot take, of a rank or of all.
+
+    Raises: ConfigError, naming the module and the fix.
+    """
+    check_split(module, form, inner, of_rank)
+    if of_rank % TILE:
+        raise ConfigError(
+            f"{module}: packed experts have {of_rank} inner features on a rank, no multiple of "
+            f"{TILE}; use fewer tensor-parallel ranks, or a checkpoint that is not quantised"
         )
 
 

@@ -15,7 +15,7 @@ from quantised import KINDS, MIXED, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.model.formats import Formats
 from qwen3next_plugin.model.layouts import CheckpointError
-from qwen3next_plugin.model.packed import check_split
+from qwen3next_plugin.model.packed import check_experts, check_split
 from qwen3next_plugin.model.quantised import Format, dequantise
 from qwen3next_plugin.model.weights import formats_of, holder, parameters, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -162,6 +162,11 @@ def test_ranks_that_would_share_a_scale():
     check_split("m", replace(form, group=0), 256, 64)
     with pytest.raises(ConfigError, match=r"^m: a rank's 64 of 256 columns .* 128, which share"):
         check_split("m", form, 256, 64)
+    check_experts("m", form, 256, 128)
+    with pytest.raises(ConfigError, match=r"^m: a rank's 64 of 256 columns"):
+        check_experts("m", form, 256, 64)
+    with pytest.raises(ConfigError, match=r"^m: packed experts have 24 inner features"):
+        check_experts("m", replace(form, group=0), 48, 24)
 
 
 # quantised as they load --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import nn
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.model.packed import (
+    check_experts,
     check_split,
     pack_parameters,
     parameters,
@@ -88,7 +89,7 @@ class PackedExperts(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         D, width = hidden_size, intermediate_size_per_partition
-        check_split(self.prefix, self.formats["w2"], width * layer.moe_tp_size, width)
+        check_experts(self.prefix, self.formats["w2"], width * layer.moe_tp_size, width)
         for which, (rows, columns) in {"w13": (2 * width, D), "w2": (D, width)}.items():
             form = self.formats[which]
             for name, parameter in parameters(form, rows, columns, num_experts).items():

@@ -15,6 +15,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from qwen3next_plugin.engines.vllm.cpu.experts import on_this_rank
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.model.packed import (
+    check_experts,
     check_split,
     pack_parameters,
     parameters,
@@ -82,7 +83,8 @@ class PackedExperts(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         D, width = hidden_size, intermediate_size_per_partition
-        check_split(layer.layer_name, self.formats["w2"], layer.moe_config.intermediate_size, width)
+        inner = layer.moe_config.intermediate_size
+        check_experts(layer.layer_name, self.formats["w2"], inner, width)
         for which, (rows, columns) in {"w13": (2 * width, D), "w2": (D, width)}.items():
             form = self.formats[which]
             for name, parameter in parameters(form, rows, columns, num_experts).items():
