@@ -343,21 +343,3 @@ def test_the_scheduler_gets_rows_of_one_width(chains):
         [3, 4, 5],
     ]
     assert result.logits_output.hidden_states.shape == (9, D)
-
-
-# images -----------------------------------------------------------------------------------------
-
-
-def test_positions_of_an_image_are_its_prompts_and_then_go_on():
-    from qwen3next_plugin.engines.sglang.speculation.images import mrope_positions
-
-    axes = torch.tensor([[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]])
-    image = Bag(mrope_positions=axes, mrope_position_delta=torch.tensor([[-2]]))
-    positions = torch.cat([torch.arange(3, 8), torch.tensor([9, 10])])
-    found = mrope_positions([image, None], positions, [5, 2])
-    assert found.tolist() == [
-        [1, 1, 3, 4, 5, 9, 10],
-        [2, 2, 3, 4, 5, 9, 10],
-        [1, 2, 3, 4, 5, 9, 10],
-    ]
-    assert mrope_positions([None, None], positions, [5, 2]) is None

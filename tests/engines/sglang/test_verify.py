@@ -162,7 +162,7 @@ def test_chains_of_different_lengths(host):
             table=torch.zeros(N, 99).int(),
             requests=torch.tensor(rows),
             firsts=[9 + i for i in rows],
-            images=[None] * len(rows),
+            axes=[None] * len(rows),
             same_width=False,
         )
         batch = Bag(forward_mode=Bag(is_idle=lambda: False), sampling_info=info)

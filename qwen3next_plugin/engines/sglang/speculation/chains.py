@@ -8,6 +8,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
+from qwen3next_plugin.engines.sglang.speculation.images import axes_of
 from qwen3next_plugin.engines.sglang.speculation.passes import run_layer
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.mtp.pending import Row
@@ -31,7 +32,7 @@ class Chains(EagleDraftWorker):
             counts=counts,
             token_ids=token_ids,
             hidden_states=torch.cat([part.hidden_states for part in tokens]),
-            images=[batch.reqs[row.index].multimodal_inputs for row in fed],
+            axes=[axes_of(batch.reqs[row.index]) for row in fed],
         )
         ends = [end - 1 for end in accumulate(counts)]
         return hidden_states[[end for end, row in zip(ends, fed, strict=True) if row.draft]]
@@ -46,7 +47,7 @@ class Chains(EagleDraftWorker):
             table=self.req_to_token_pool.req_to_token,
             requests=batch.req_pool_indices,
             firsts=firsts,
-            images=[request.multimodal_inputs for request in batch.reqs],
+            axes=[axes_of(request) for request in batch.reqs],
             # SGLang's grammars and custom logit processors count tokens so.
             same_width=batch.has_grammar or batch.sampling_info.has_custom_logit_processor,
         )
@@ -73,7 +74,7 @@ class Chains(EagleDraftWorker):
                 counts=[1] * len(drafting),
                 token_ids=torch.tensor([chains[i][-1] for i in drafting]),
                 hidden_states=hidden_states,
-                images=[batch.reqs[i].multimodal_inputs for i in drafting],
+                axes=[axes_of(batch.reqs[i]) for i in drafting],
             )
             tokens = self.draft_runner.model.get_top_tokens(hidden_states)
             for i, token in zip(drafting, tokens.tolist(), strict=True):

@@ -1,29 +1,13 @@
-"""Positions of images in prompts, which have three axes, for the MTP layer."""
+"""Positions of a request's images, which SGLang keeps with the request."""
 
-from collections.abc import Sequence
-from typing import Any
+from sglang.srt.managers.schedule_batch import Req
 
-import torch
-
-
-def mrope_positions(
-    images: Sequence[Any], positions: torch.Tensor, counts: Sequence[int]
-) -> torch.Tensor | None:
-    """Positions in time, height and width; None where no request has images.
-
-    Shapes: images, counts [N], positions [sum(counts)], returns [3, sum(counts)]
-    """
-    if all(of_request is None for of_request in images):
-        return None
-    parts = zip(images, positions.split(list(counts)), strict=True)
-    return torch.cat([_of_request(*part) for part in parts], dim=1)
+from qwen3next_plugin.mtp.images import Axes
 
 
-def _of_request(images: Any, positions: torch.Tensor) -> torch.Tensor:
+def axes_of(request: Req) -> Axes | None:
+    """Positions of a request with images; None of a text."""
+    images = request.multimodal_inputs
     if images is None:
-        return positions.expand(3, -1)
-    of_prompt = images.mrope_positions.to(positions.device)  # [3, prompt]
-    after = positions + images.mrope_position_delta.flatten().to(positions.device)
-    inside = positions < of_prompt.shape[1]
-    at = positions.clamp(max=of_prompt.shape[1] - 1)
-    return torch.where(inside, of_prompt[:, at], after)
+        return None
+    return Axes(images.mrope_positions, int(images.mrope_position_delta))

@@ -14,7 +14,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.runtime_context import get_model
 from sglang.srt.speculative.eagle_info import EagleDraftExtendInput
 
-from qwen3next_plugin.engines.sglang.speculation.images import mrope_positions
+from qwen3next_plugin.mtp.images import Axes, mrope_positions
 
 
 def locate(
@@ -38,13 +38,13 @@ def run_layer(
     counts: Sequence[int],
     token_ids: torch.Tensor,
     hidden_states: torch.Tensor,
-    images: Sequence[Any],
+    axes: Sequence[Axes | None],
 ) -> torch.Tensor:
     """Run the MTP layer over `counts` tokens of each request from position `firsts` on.
 
     Shapes:
-        requests [N] in the table of KV slots, token_ids [T], hidden_states [T, D], images [N] of
-        requests or None, returns [T, D]
+        requests [N] in the table of KV slots, token_ids [T], hidden_states [T, D], axes [N], of
+        requests with images, returns [T, D]
     """
     backend, model = runner.attn_backend, runner.model
     ends = [first + count for first, count in zip(firsts, counts, strict=True)]
@@ -61,7 +61,7 @@ def run_layer(
         extend_seq_lens=torch.tensor(counts, dtype=torch.int32),
         extend_start_loc=torch.tensor([0, *accumulate(counts[:-1])], dtype=torch.int32),
         spec_info=EagleDraftExtendInput(hidden_states=hidden_states),
-        mrope_positions=mrope_positions(images, positions, counts),
+        mrope_positions=mrope_positions(axes, positions, counts),
     )
     with (
         get_model().override(shared_experts=model.shared_experts_config),

@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-from qwen3next_plugin.engines.sglang.speculation.images import mrope_positions
 from qwen3next_plugin.engines.sglang.speculation.passes import locate
+from qwen3next_plugin.mtp.images import Axes, mrope_positions
 
 FILLER = 0  # a token
 
@@ -40,7 +40,7 @@ class RaggedVerifyInput(EagleVerifyInput):
         table: torch.Tensor,
         requests: torch.Tensor,
         firsts: Sequence[int],
-        images: Sequence[Any],
+        axes: Sequence[Axes | None],
         same_width: bool,
     ) -> Self:
         """The chains of `requests` in SGLang's table of KV slots, each from a position on.
@@ -56,7 +56,7 @@ class RaggedVerifyInput(EagleVerifyInput):
         ]
         starts = [0, *accumulate(widths)]
         positions, slots = locate(table, requests, firsts, widths)
-        axes = mrope_positions(images, positions, widths)
+        in_images = mrope_positions(axes, positions, widths)
         parts = zip(starts, widths, strict=False)
         index = [[start + j if j < width else -1 for j in range(n)] for start, width in parts]
         child = [[j + 1 if j + 1 < len(chain) else -1 for j in range(n)] for chain in chains]
@@ -75,7 +75,7 @@ class RaggedVerifyInput(EagleVerifyInput):
             seq_lens_sum=None,
             seq_lens_cpu=None,
             prepared_out_cache_loc=slots,
-            prepared_mrope_positions=positions.expand(3, -1) if axes is None else axes,
+            prepared_mrope_positions=positions.expand(3, -1) if in_images is None else in_images,
             widths=widths,
             query_start_loc=torch.tensor(starts),
         )
