@@ -94,7 +94,8 @@ class Layer:
 
     def projections(self, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """Random qkvz and ba of T tokens."""
-        H, HV, K, V = (getattr(self.shape, name) for name in self.shape.__slots__)
+        s = self.shape
+        H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
         widths = (2 * (H * K + HV * V), 2 * HV)
         return tuple(torch.randn(T, width, dtype=dtype, device=device) for width in widths)
 
