@@ -19,7 +19,10 @@ DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 TOKENS = 5
 
 
-@pytest.mark.parametrize("drafts", [{}, DRAFTS], ids=["plain", "mtp-2"])
+@pytest.mark.parametrize(
+    "drafts",
+    [pytest.param({}, marks=pytest.mark.long, id="plain"), pytest.param(DRAFTS, id="mtp-2")],
+)
 def test_as_transformers(tmp_path, drafts, size):
     checkpoint = write_checkpoint(tmp_path, num_hidden_layers=4)
     reference = Reference(checkpoint)
