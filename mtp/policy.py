@@ -329,8 +329,8 @@ class Adaptive:
         return loss
 
 
-def make_policy(config: Qwen3NextConfig, max_draft: int, *, uniform: bool = False) -> Policy:
+def make_policy(config: Qwen3NextConfig, max_draft: int) -> Policy:
     """The policy that the environment asks for."""
     if env.drafts() == "fixed":
         return Fixed(max_draft)
-    return Adaptive(max_draft, Costs.from_config(config), uniform=uniform)
+    return Adaptive(max_draft, Costs.from_config(config))

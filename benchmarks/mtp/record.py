@@ -80,7 +80,7 @@ class Recorder:
 
 def use_recorder() -> None:
     """From now on engines of this process get a Recorder, whatever policy they ask for."""
-    policy.make_policy = lambda config, max_draft, *, uniform=False: Recorder(max_draft)  # type: ignore
+    policy.make_policy = lambda config, max_draft: Recorder(max_draft)  # type: ignore
 
 
 def recording_scheduler(*args: Any, **kwargs: Any) -> Any:
