@@ -42,6 +42,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"tests: {tier}", *missing]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m serve`, leave out files without such a test: importing them all takes long."""
+    test = config.option.markexpr == "serve" and collection_path.match("test_*.py")
+    return True if test and "mark.serve" not in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first; without --long, tests marked `long` are deselected."""
     order = {stem: place for place, stem in enumerate(LONGEST)}

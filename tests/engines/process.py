@@ -3,9 +3,11 @@
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -100,6 +102,12 @@ def _forked(log: str, env: dict[str, str], target: Callable[..., None], *argumen
     os.environ.clear()
     os.environ.update(env)
     target(*arguments)
+
+
+def script(path: str, *arguments: str) -> None:
+    """What `python path arguments` does."""
+    sys.argv[:] = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def free_port() -> int:

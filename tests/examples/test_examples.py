@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.process import Fork, script
+from engines.vllm.offline import environment, preload
 from engines.vllm.server import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,18 @@ def run_example(
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def forked_example(name: str, *args: str, **own: str) -> str:
+    """Run an example to its end in a fork of a process that has vLLM loaded; what it printed."""
+    preload()
+    process = Fork(script, str(ROOT / "examples" / name), *args, env=environment() | own)
+    try:
+        process.wait(TIMEOUT_S)
+        assert process.code() == 0, process.text()[-6000:]
+        return process.text()
+    finally:
+        process.stop()
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +98,11 @@ def test_chat_says_where_it_looked_for_a_server():
 
 def test_compare_mtp_shows_equal_texts_and_acceptance():
     fixed = {"QWEN3NEXT_DRAFTS": "fixed"}  # else what is drafted depends on how fast steps are
-    done = run_example("compare_mtp.py", "--max-tokens", "24", **ONE_PROCESS, **fixed)
-    assert "with MTP" in done.stdout
-    assert "up to token" not in done.stdout
-    rates = re.search(r"with MTP\s*│\s*[\d.]+\s*│\s*([\d.]+)\s+([\d.]+)\s*│", done.stdout)
+    where = ("--model", str(ROOT / CHECKPOINT))
+    said = forked_example("compare_mtp.py", *where, "--max-tokens", "24", **ONE_PROCESS, **fixed)
+    assert "with MTP" in said
+    assert "up to token" not in said
+    rates = re.search(r"with MTP\s*│\s*[\d.]+\s*│\s*([\d.]+)\s+([\d.]+)\s*│", said)
     first, second = map(float, rates.groups())
     assert 0 < first <= 1
     assert 0 <= second <= first

@@ -15,8 +15,6 @@ Prompt = tuple[int, ...] | dict[str, Any]  # token ids, or as vLLM takes it
 CHILD = str(Path(__file__).with_name("child.py"))
 # One process, and one thread in it: at these sizes threads only cost time. A server has OWN_CPUS.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-# All of these before any engine or server.
-PRELOADED = ["vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker"]
 
 
 def environment(tp_size: int = 1) -> dict[str, str]:
@@ -33,7 +31,7 @@ def environment(tp_size: int = 1) -> dict[str, str]:
 
 def preload() -> None:
     """Import vLLM in the process that engines are forked from."""
-    Fork.preload(PRELOADED, environment() | IN_PROCESS)
+    Fork.preload(["engines.vllm.loaded"], environment() | IN_PROCESS)
 
 
 class Offline:

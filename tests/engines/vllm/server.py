@@ -24,12 +24,11 @@ class Server(server.Server):
 
 
 class Forked(Server):
-    """The same, forked from a process that has vLLM loaded; so is its engine's process from it."""
+    """The same, and its processes, forked from one that has vLLM loaded."""
 
     def start(self, env: dict[str, str], *flags: str) -> Process:
         preload()
-        fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-        return Fork(serve, *self.command(*flags), env=env | fork)
+        return Fork(serve, *self.command(*flags), env=env)
 
 
 def serve(*command: str) -> None:

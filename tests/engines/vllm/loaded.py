@@ -1,0 +1,30 @@
+"""vLLM, imported once where the engines and servers of tests are forked from.
+
+For a CPU vLLM starts its processes as new interpreters, and looks at every model class in one.
+Each would import vLLM again, which takes most of the time until it serves: here they are forks.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from importlib import import_module
+from multiprocessing.context import BaseContext
+from typing import TypeVar
+
+T = TypeVar("T")
+NAMES = ("vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker")
+for name in NAMES:
+    import_module(name)
+registry = import_module("vllm.model_executor.models.registry")
+context = multiprocessing.get_context
+
+
+def forking(method: str | None = None) -> BaseContext:
+    return context("fork" if method == "spawn" else method)
+
+
+def here(look: Callable[[], T]) -> T:
+    return look()
+
+
+multiprocessing.get_context = forking
+registry._run_in_subprocess = here
