@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from checkpoints import write_checkpoint
-from reference import Reference
+if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
+    from reference import Reference
 
 # Each engine has an environment of its own; what is there for the other one stays out.
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
@@ -69,10 +69,14 @@ def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random checkpoint that most tests serve."""
+    from checkpoints import write_checkpoint
+
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[[Path], Reference]:
+def reference() -> "Callable[[Path], Reference]":
     """transformers' fp32 model of a checkpoint, loaded once."""
+    from reference import Reference
+
     return cache(Reference)

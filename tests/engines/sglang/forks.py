@@ -1,17 +1,16 @@
-"""Code in forks of one process that has imported SGLang, because importing it takes seconds."""
+"""Code in forks of one process that has imported what takes seconds to import."""
 
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 
 TESTS = Path(__file__).parents[2]
-# Besides what the plugin's patches import.
-MODULES = ("srt.model_executor.cpu_graph_runner", "srt.speculative.eagle_utils")
 
 
 class Ended(NamedTuple):
@@ -23,12 +22,12 @@ class Ended(NamedTuple):
 
 
 class Forks:
-    """A process that has imported SGLang, but loaded no plugin; code runs in forks of it."""
+    """A process that has imported `modules`; code runs in forks of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         ours = ("QWEN3NEXT_", "SGLANG_")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-        command = [sys.executable, "-m", "engines.sglang.forks"]
+        command = [sys.executable, "-m", "engines.sglang.forks", *modules]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = clean | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, env=env, cwd=TESTS, **pipes)
@@ -43,27 +42,11 @@ class Forks:
             self.process.kill()
 
 
-def prepare() -> None:
-    """Import what SGLang imports before its plugins load, and their patches' targets."""
-    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-    from importlib import import_module
-
-    from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide
-
-    provide()
-    import_module("qwen3next_plugin.engines.sglang.patches")
-    for name in MODULES:
-        import_module(f"sglang.{name}")
-
-
 def fork(code: str, env: dict[str, str], *streams: IO) -> None:
-    """What a fork does; SGLang then looks for its platform anew."""
-    from sglang.srt import platforms
-
+    """What a fork does."""
     for number, stream in enumerate(streams, 1):
         os.dup2(stream.fileno(), number)
     os.environ.update(env)
-    platforms._current_platform = None
     exec(code, {"__name__": "__main__"})
 
 
@@ -77,13 +60,14 @@ def ended(code: str, env: dict[str, str]) -> Ended:
         return Ended(process.exitcode, *texts)
 
 
-def main() -> None:
+def main(*modules: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # imports may print
-    prepare()
+    for module in modules:
+        import_module(module)
     for line in sys.stdin:
         print(json.dumps(ended(*json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

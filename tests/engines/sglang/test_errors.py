@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -468,14 +469,22 @@ def test_drafts_of_other_models_are_not_completed(complete, llama, checkpoint):
     assert len(seen) == 2
 
 
-def test_other_models_keep_the_hosts_class(complete):
-    from sglang.srt.models.registry import ModelRegistry
+def test_other_models_keep_the_hosts_class(complete, monkeypatch):
+    """SGLang imports all its models to find one; here it has one."""
+    from sglang.srt import models
+    from sglang.srt.models.registry import ModelRegistry, import_model_classes
 
+    others = (module.name for module in pkgutil.iter_modules(models.__path__))
+    monkeypatch.setenv("SGLANG_DISABLED_MODEL_ARCHS", ",".join({*others} - {"llama"}))
+    monkeypatch.setattr(ModelRegistry, "models", ModelRegistry.models.copy())
+    monkeypatch.setattr(ModelRegistry, "_default_models_loaded", False)
+    import_model_classes.cache_clear()
     theirs, _ = ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])
     assert theirs.__module__ == "sglang.srt.models.llama"
     for name in ARCHITECTURES:
         ours, _ = ModelRegistry.resolve_model_cls([name])
         assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.model.")
+    import_model_classes.cache_clear()
 
 
 def test_other_models_keep_their_config(complete):

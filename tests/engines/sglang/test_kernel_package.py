@@ -1,14 +1,14 @@
 """Which `sgl_kernel` is imported: a genuine one where it imports, the stand-in else."""
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
+from engines.sglang.forks import Forks
 from qwen3next_plugin.engines.sglang.cpu.kernel_package import FOLDER
 
 SAY = """
@@ -43,17 +43,25 @@ if __name__ == "__main__":
 """
 
 
-def python(*arguments: str, path: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
-        cwd=path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """A process that has imported torch, but no `sgl_kernel`."""
+    forks = Forks("torch")
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def python(forks, tmp_path) -> Callable[[str], str]:
+    """Runs code that finds the packages of `tmp_path` first; returns what it prints."""
+
+    def run(code: str) -> str:
+        here = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path.insert(0, os.getcwd())"
+        done = forks.run(f"{here}\n{code}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def package(folder: Path, text: str, **modules: str) -> Path:
@@ -70,9 +78,9 @@ def installed() -> bool:
     return PathFinder.find_spec("sgl_kernel", elsewhere) is not None
 
 
-def test_a_genuine_one_that_imports_is_left_alone(tmp_path):
-    path = package(tmp_path, "__version__ = '9.8'")
-    said = json.loads(python("-c", SAY, path=path))
+def test_a_genuine_one_that_imports_is_left_alone(tmp_path, python):
+    package(tmp_path, "__version__ = '9.8'")
+    said = json.loads(python(SAY))
     assert (said["genuine"], said["version"], said["added"]) == (True, "9.8", [])
     assert said["file"] == str(tmp_path / "sgl_kernel" / "__init__.py")
     assert "genuine, version 9.8" in said["said"]
@@ -80,10 +88,10 @@ def test_a_genuine_one_that_imports_is_left_alone(tmp_path):
 
 @pytest.mark.skipif(installed(), reason="a genuine sgl_kernel is installed")
 @pytest.mark.parametrize("namespace", [False, True], ids=["nothing", "folder without __init__"])
-def test_without_one_the_stand_in_comes_last(tmp_path, namespace):
+def test_without_one_the_stand_in_comes_last(tmp_path, python, namespace):
     if namespace:
         (tmp_path / "sgl_kernel").mkdir()
-    said = json.loads(python("-c", SAY, path=tmp_path))
+    said = json.loads(python(SAY))
     assert not said["genuine"]
     assert Path(said["file"]).parts[-3:-1] == ("stand_in", "sgl_kernel")
     assert len(said["added"]) == 1
@@ -100,9 +108,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-def test_one_that_fails_to_import_is_passed_over(tmp_path, failure):
-    path = package(tmp_path, f"import sgl_kernel.genuine\n{failure}", genuine="")
-    said = json.loads(python("-c", SAY, path=path))
+def test_one_that_fails_to_import_is_passed_over(tmp_path, python, failure):
+    package(tmp_path, f"import sgl_kernel.genuine\n{failure}", genuine="")
+    said = json.loads(python(SAY))
     assert not said["genuine"]
     assert Path(said["file"]).parts[-3:-1] == ("stand_in", "sgl_kernel")
     assert (said["place"], said["stale"]) == (0, [])
@@ -110,19 +118,20 @@ def test_one_that_fails_to_import_is_passed_over(tmp_path, failure):
     assert "\n" not in said["reason"]
 
 
-def test_spawned_workers_find_it(tmp_path):
-    path = package(tmp_path, "raise ImportError('no driver')")
+def test_spawned_workers_find_it(tmp_path, python):
+    package(tmp_path, "raise ImportError('no driver')")
     script = tmp_path / "main.py"
     script.write_text(SPAWN)
-    file, said = python(str(script), path=path).splitlines()
+    as_a_script = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    file, said = python(as_a_script).splitlines()
     assert Path(file).parts[-3:-1] == ("stand_in", "sgl_kernel")
     assert "stand-in" in said
 
 
-def test_amx_is_never_claimed(tmp_path):
+def test_amx_is_never_claimed(python):
     """SGLang asks for this operator to tell whether its AMX paths can run."""
     code = (
         "from qwen3next_plugin.engines.sglang.cpu.kernel_package import provide; provide(); "
         "import torch; print(hasattr(torch.ops.sgl_kernel, 'convert_weight_packed'))"
     )
-    assert python("-c", code, path=tmp_path).strip() == "False"
+    assert python(code).strip() == "False"

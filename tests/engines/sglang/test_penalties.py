@@ -1,6 +1,7 @@
 """Penalties count every token of an answer, in whatever numbers steps commit them."""
 
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace as Bag
 
 import pytest
@@ -39,6 +40,13 @@ NEUTRAL = {
     "min_new_tokens": 0,
     "stop_token_ids": None,
 }
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Iterator[None]:
+    """The host compiles one of its functions, which takes longer than all tests here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class Request(Bag):

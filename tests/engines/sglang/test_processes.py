@@ -35,7 +35,7 @@ STATE = (
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[..., Ended]]:
     """Runs code in a process of SGLang whose plugins are not loaded yet."""
-    forks = Forks()
+    forks = Forks("engines.sglang.unplugged")
     yield forks.run
     forks.close()
 

@@ -12,10 +12,11 @@ TESTS = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
-def test_equal_to_the_host():
+def test_equal_to_the_host(size):
     """In a process of its own: the interpreter is chosen when the kernels are imported."""
+    seeds = size(5, 20)
     done = subprocess.run(
-        [sys.executable, "-m", "engines.sglang.twins"],
+        [sys.executable, "-m", "engines.sglang.twins", str(seeds)],
         env=os.environ | {"TRITON_INTERPRET": "1", "SGLANG_USE_CPU_ENGINE": "0"},
         cwd=TESTS,
         capture_output=True,
@@ -23,4 +24,4 @@ def test_equal_to_the_host():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1:] == ["compared 200"], done.stdout
+    assert done.stdout.splitlines()[-1:] == [f"compared {10 * seeds}"], done.stdout
