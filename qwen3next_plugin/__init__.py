@@ -17,6 +17,13 @@ def register_sglang() -> None:
     register()
 
 
+def register_transformers() -> None:
+    """Let transformers' `AutoModelForCausalLM` keep the MTP head and draft with it. Idempotent."""
+    from qwen3next_plugin.engines.transformers.plugin import register
+
+    register()
+
+
 def sglang_platform() -> str | None:
     """Entry point `sglang.srt.platforms`: where there is no GPU, the class that sets defaults."""
     from qwen3next_plugin.engines.sglang.plugin import activate

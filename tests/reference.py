@@ -108,7 +108,7 @@ class MTPReference(nn.Module):
         self.reference = reference
         trunk, config = reference.trunk, reference.trunk.config
         model = type(trunk).__name__.removesuffix("ForCausalLM")
-        modeling = sys.modules[type(trunk).__module__]
+        modeling = sys.modules[type(trunk.model).__module__]  # the plugin's class may be registered
         norm = getattr(modeling, f"{model}RMSNorm")
         D, eps = config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(2 * D, D, bias=False)

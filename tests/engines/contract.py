@@ -177,8 +177,10 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     elif isinstance(entry, Override) and isinstance(owner, ast.Module):
         assert name in sources.names(file)
     elif isinstance(entry, Override):
-        fields = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}
-        assert name in fields | kept(owner)
+        annotated = [node for node in owner.body if isinstance(node, ast.AnnAssign)]
+        assigned = [node for node in owner.body if isinstance(node, ast.Assign)]
+        targets = [*(node.target for node in annotated), *(node.targets[0] for node in assigned)]
+        assert name in {target.id for target in targets} | kept(owner)
     elif isinstance(entry, Item):
         value = definition(owner, name).value
         assert isinstance(value, ast.List if entry.key is None else ast.Dict)

@@ -1,0 +1,114 @@
+"""What `generate(use_mtp=True)` takes, and what it refuses, by name and with the fix."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qwen3next_plugin.engines.transformers.names import MOST_DRAFTS
+from qwen3next_plugin.model.layouts import CheckpointError
+
+# Arguments and settings that do not go with drafts → what to do.
+REFUSED: Mapping[str, str] = {
+    "assistant_model": "the MTP head drafts already; leave assistant_model out",
+    "prompt_lookup_num_tokens": "the MTP head drafts already; leave prompt_lookup_num_tokens out",
+    "assistant_early_exit": "the MTP head drafts already; leave assistant_early_exit out",
+    "assistant_ensemble_weight": "it changes the text; leave assistant_ensemble_weight out",
+    "custom_generate": "it brings a decoding loop of its own; leave custom_generate out",
+    "past_key_values": "it cannot go back to an earlier token; leave past_key_values out",
+    "cache": "it cannot go back to an earlier token; leave cache out",
+    "cache_implementation": "the plugin brings its own cache; leave cache_implementation out",
+    "inputs_embeds": "the MTP head reads token ids; pass input_ids",
+    "prefill_chunk_size": "a prompt is read at once; leave prefill_chunk_size out",
+    "penalty_alpha": "contrastive search is not supported; leave penalty_alpha out",
+    "dola_layers": "DoLa is not supported; leave dola_layers out",
+    "output_attentions": "steps hold drafts, too; leave output_attentions out",
+    "output_hidden_states": "steps hold drafts, too; leave output_hidden_states out",
+    "synced_gpus": "ranks would draft differently; leave synced_gpus out",
+}
+TAKEN = {  # arguments for the model; the host's cache is left empty
+    *("position_ids", "attention_mask", "past_key_values", "cache", "use_cache", "logits_to_keep"),
+    *("tokenizer", "assistant_tokenizer"),
+}
+BATCHED = {  # processors with a state, or a function that must not see unfinished rows
+    "PrefixConstrainedLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+}
+MASKED = ("sdpa", "eager")  # the attentions that take a mask of their own for each row
+
+
+class RequestError(ValueError):
+    """An argument of `generate` that does not go with `use_mtp=True`; names it, and the fix."""
+
+
+def given(name: str, arguments: Mapping[str, Any], configs: Sequence[Any]) -> Any:
+    """A setting: the argument, or what the first of the configs says that says something."""
+    found = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> None:
+    """Refuse what drafts do not go with, before anything is computed.
+
+    Raises:
+        CheckpointError: there is no MTP head.
+        RequestError: an argument or a setting, with the fix.
+    """
+    if model.mtp is None:
+        raise CheckpointError(
+            "use_mtp=True: this checkpoint has no mtp.* tensors (a save through transformers "
+            "without the plugin drops them); leave use_mtp out, or load the released checkpoint"
+        )
+    for name, fix in REFUSED.items():
+        value = given(name, arguments, configs)
+        if value is not None and value is not False:
+            raise RequestError(f"use_mtp=True with {name}: {fix}")
+    if (beams := given("num_beams", arguments, configs) or 1) > 1:
+        raise RequestError(
+            f"use_mtp=True with num_beams={beams}: beam search does not draft; use 1"
+        )
+    if given("use_cache", arguments, configs) is False:
+        raise RequestError("use_mtp=True with use_cache=False: drafts need the cache; leave it out")
+    drafts = given("num_assistant_tokens", arguments, configs)
+    if drafts is not None and not 1 <= drafts <= MOST_DRAFTS:
+        raise RequestError(
+            f"num_assistant_tokens={drafts}: the MTP head drafts 1 to {MOST_DRAFTS} tokens"
+        )
+    attention = model.config._attn_implementation
+    if attention not in MASKED:
+        raise RequestError(
+            f"use_mtp=True with attn_implementation={attention!r}: rows of a batch need a mask "
+            f"each; load the model with one of {', '.join(MASKED)}"
+        )
+
+
+def prompt(
+    input_ids: Tensor, processors: Sequence[Any], arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The positions and the attention mask of prompts, checked.
+
+    Shapes: input_ids [B, T], returns [B, T] twice
+
+    Raises: RequestError: prompts that cannot be continued, processors that need a whole batch, or
+        an argument for the model that is none of TAKEN.
+    """
+    for name in arguments.keys() - TAKEN:
+        raise RequestError(f"use_mtp=True with {name}: the MTP head does not take it; leave it out")
+    B, T = input_ids.shape
+    if T == 0:
+        raise RequestError("use_mtp=True: an empty prompt has nothing to draft from")
+    attention_mask = arguments.get("attention_mask")
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise RequestError(
+            "use_mtp=True: a prompt ends in padding; use a tokenizer with padding_side='left'"
+        )
+    for processor in processors if B > 1 else ():
+        if (name := type(processor).__name__) in BATCHED:
+            raise RequestError(
+                f"use_mtp=True with {name} and {B} prompts: it needs all rows at the same token; "
+                f"pass one prompt at a time"
+            )
+    positions = arguments["position_ids"]
+    positions = positions[0] if positions.ndim == 3 else positions  # Qwen3.5's axes are equal
+    return positions.expand(B, T), attention_mask

@@ -1,0 +1,152 @@
+"""transformers' causal language models of the family, with the MTP head as a part of them.
+
+They stand in for the host's classes of the same names. Without `use_mtp` they do what those do.
+"""
+
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM as HostQwen35
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
+    Qwen3_5MoeForCausalLM as HostQwen35Moe,
+)
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM as HostQwen3Next
+
+from qwen3next_plugin.engines.transformers import flags
+from qwen3next_plugin.engines.transformers.model.linear_attention import stepping
+from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
+from qwen3next_plugin.engines.transformers.names import DRAFTS, PREFIX
+from qwen3next_plugin.engines.transformers.speculation.verify import Answers
+from qwen3next_plugin.engines.transformers.speculation.worker import Worker
+from qwen3next_plugin.model.layouts import CheckpointError
+
+Base: Any = object  # each class below puts the host's behind it
+
+
+class WithMTP(Base):
+    """What the classes below add to the host's."""
+
+    host: Any  # the host's class
+    mtp: MultiTokenPredictor | None  # None: the checkpoint has no mtp.* tensors
+    _keys_to_ignore_on_load_unexpected = (r"^model.visual.*",)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            if hasattr(layer, "linear_attn"):
+                of_host = layer.linear_attn
+                layer.linear_attn = stepping(of_host.__class__)(config, of_host.layer_idx)
+        self.mtp = MultiTokenPredictor(
+            config, layer=type(self.model.layers[0]), norm=type(self.model.norm)
+        )
+        self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Tensors are converted as those of the host's class."""
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.host._can_set_experts_implementation()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Leave the MTP head out if the checkpoint has none; refuse a part of one.
+
+        Raises: CheckpointError
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        missing = {key for key in loading_info.missing_keys if key.startswith(PREFIX)}
+        if not missing:
+            return
+        head = self.state_dict().keys()
+        if missing != {name for name in head if name.startswith(PREFIX)}:
+            raise CheckpointError(
+                f"{len(missing)} MTP tensors are missing, the first is {min(missing)}: the "
+                f"checkpoint is incomplete; download it again, or check "
+                f"model.safetensors.index.json"
+            )
+        self.mtp = None
+        loading_info.missing_keys -= missing
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's `generate`. With `use_mtp=True` the MTP head drafts, and the text is the same.
+
+        `num_assistant_tokens` (1 to 8; 3) is the number of drafts in a step.
+
+        Raises:
+            CheckpointError: the checkpoint has no MTP head.
+            RequestError: an argument does not go with drafts.
+        """
+        arguments = signature(super().generate).bind_partial(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        configs = [arguments.get("generation_config"), self.generation_config]
+        if flags.given("use_mtp", arguments, configs):
+            flags.check(self, arguments, configs)
+            if flags.given("num_assistant_tokens", arguments, configs) is None:
+                kwargs["num_assistant_tokens"] = DRAFTS
+        return super().generate(*args, **kwargs)
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
+    ) -> None:
+        """The host refuses drafts for every model with a recurrent state; ours can go back."""
+        if not generation_config.use_mtp:
+            super()._validate_generation_mode(
+                generation_mode, generation_config, generation_mode_kwargs
+            )
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What the host's `generate` calls with `use_mtp`; all else it refused before."""
+        positions, attention_mask = flags.prompt(input_ids, logits_processor, model_kwargs)
+        answers = Answers(
+            input_ids,
+            processors=logits_processor,
+            criteria=stopping_criteria,
+            config=generation_config,
+            streamer=streamer,
+        )
+        return Worker(
+            self,
+            answers,
+            positions=positions,
+            attention_mask=attention_mask,
+            drafts=generation_config.num_assistant_tokens,
+        ).run()
+
+
+class Qwen3NextForCausalLM(WithMTP, HostQwen3Next):
+    """Qwen3-Next."""
+
+    host = HostQwen3Next
+
+
+class Qwen3_5ForCausalLM(WithMTP, HostQwen35):  # noqa: N801 - architectures in config.json
+    """The dense text model of Qwen3.5, 3.6 and 3.8."""
+
+    host = HostQwen35
+
+
+class Qwen3_5MoeForCausalLM(WithMTP, HostQwen35Moe):  # noqa: N801
+    """Their text model with experts."""
+
+    host = HostQwen35Moe
+
+
+MODELS = {  # by model_type; a wrapper's text model too
+    "qwen3_next": Qwen3NextForCausalLM,
+    "qwen3_5": Qwen3_5ForCausalLM,
+    "qwen3_5_text": Qwen3_5ForCausalLM,
+    "qwen3_5_moe": Qwen3_5MoeForCausalLM,
+    "qwen3_5_moe_text": Qwen3_5MoeForCausalLM,
+}

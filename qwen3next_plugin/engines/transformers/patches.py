@@ -1,0 +1,63 @@
+"""Everything of transformers that the plugin changes: what, why, for which versions, until when.
+
+Nothing is patched: subclasses of the host's models, which its Auto class loads, override these.
+"""
+
+from qwen3next_plugin.engines.patching import Entry, Override
+
+ALL_VERSIONS = ">=5.16,<5.25"
+TRUNK = "model/trunk.py"
+
+TABLE: tuple[Entry, ...] = (
+    Override(
+        target="transformers.models.auto.modeling_auto.AutoModelForCausalLM._model_mapping",
+        file="plugin.py",
+        reason="`AutoModelForCausalLM.register` takes no text model for the config of a wrapper",
+        versions=ALL_VERSIONS,
+        remove_when="it does",
+    ),
+    Override(
+        target="transformers.modeling_utils.PreTrainedModel.is_custom_code",
+        parameters=("cls",),
+        file=TRUNK,
+        reason="tensors of a class from elsewhere are not converted, so experts would be missing",
+        versions=ALL_VERSIONS,
+        remove_when="a subclass is converted as its base",
+    ),
+    Override(
+        target="transformers.modeling_utils.PreTrainedModel._can_set_experts_implementation",
+        parameters=("cls",),
+        file=TRUNK,
+        reason="it looks for a decorator in the source of the class's module",
+        versions=ALL_VERSIONS,
+        remove_when="it looks at the bases of a class",
+    ),
+    Override(
+        target="transformers.modeling_utils.PreTrainedModel._adjust_missing_and_unexpected_keys",
+        parameters=("self", "loading_info"),
+        file=TRUNK,
+        reason="a checkpoint without mtp.* loads without an MTP head, one with a part is refused",
+        versions=ALL_VERSIONS,
+        remove_when="transformers keeps mtp.* of this family",
+    ),
+    Override(
+        target="transformers.generation.utils.GenerationMixin._validate_generation_mode",
+        parameters=("self", "generation_mode", "generation_config", "generation_mode_kwargs"),
+        file=TRUNK,
+        reason="transformers refuses drafts for every model with a recurrent state",
+        versions=ALL_VERSIONS,
+        remove_when="its recurrent cache can go back to any token of a step",
+    ),
+    Override(
+        target="transformers.generation.utils.GenerationMixin._assisted_decoding",
+        parameters=(
+            *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config"),
+            *("synced_gpus", "streamer", "inputs_tensor", "assistant_model"),
+            *("assistant_tokenizer", "tokenizer", "model_kwargs"),
+        ),
+        file=TRUNK,
+        reason="its loop takes one prompt, and its cache leaves rejected drafts in the state",
+        versions=ALL_VERSIONS,
+        remove_when="its recurrent cache can go back, row by row",
+    ),
+)

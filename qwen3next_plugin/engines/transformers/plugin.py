@@ -1,0 +1,33 @@
+"""Registration with transformers' Auto classes."""
+
+import functools
+
+from qwen3next_plugin import env
+from qwen3next_plugin.versions import check_host
+
+
+@functools.cache
+def register() -> None:
+    """Let `AutoModelForCausalLM` load the family with its MTP head. Idempotent.
+
+    Raises:
+        EnvError, HostVersionError: a QWEN3NEXT_* variable, or transformers' version.
+    """
+    env.check()
+    if env.disabled():
+        return
+    check_host("transformers")
+    if env.kernels() == "cpu":
+        from qwen3next_plugin.kernels import native
+
+        native.load()  # fails now if the build is broken or the instruction set is missing
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    from qwen3next_plugin.engines.transformers.model import trunk
+
+    for model_type, model in trunk.MODELS.items():
+        # Not `AutoModelForCausalLM.register`: it takes no text model for a wrapper's config.
+        AutoModelForCausalLM._model_mapping.register(
+            CONFIG_MAPPING[model_type], model, exist_ok=True
+        )

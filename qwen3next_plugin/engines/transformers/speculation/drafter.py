@@ -1,0 +1,48 @@
+"""Drafts of the MTP layer, which is run once for each draft of a step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.engines.transformers.state.pages import RowCache
+from qwen3next_plugin.engines.transformers.state.steps import Step, Steps
+
+
+class Drafter:
+    """Runs the MTP layer behind the trunk, on the trunk's steps and then on its own drafts."""
+
+    def __init__(self, model: Any, steps: Steps, cache: RowCache) -> None:
+        self.model, self.steps, self.cache = model, steps, cache
+
+    def draft(
+        self, *, tokens: Tensor, hidden: Tensor, step: Step, counts: Tensor, drafts: int
+    ) -> Tensor:
+        """The likeliest drafts behind the tokens that a step kept, which the layer reads first.
+
+        Shapes: tokens [B, n] behind each of the step's; hidden [B, n, D] of the trunk's; counts
+            [B], the step's tokens that are right; returns [B, drafts]
+        """
+        rows = torch.arange(len(tokens), device=tokens.device)
+        hidden = self._run(tokens, hidden, step)[rows, counts - 1][:, None]  # [B, 1, D]
+        starts = (step.columns[rows, counts - 1] + 1).tolist()
+        found = [self._likeliest(hidden)]
+        for i in range(drafts - 1):
+            step = self.steps.build([start + i for start in starts], 1)
+            hidden = self._run(found[-1], hidden, step)
+            found.append(self._likeliest(hidden))
+        return torch.cat(found, dim=1)
+
+    def _run(self, tokens: Tensor, hidden: Tensor, step: Step) -> Tensor:
+        model = self.model
+        embeds = model.model.embed_tokens(tokens)
+        return model.mtp(
+            embeds,
+            hidden.to(embeds.device),
+            rotary=model.model.rotary_emb,
+            step=step,
+            cache=self.cache,
+        )
+
+    def _likeliest(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden).argmax(-1)  # [B, 1]

@@ -1,0 +1,1 @@
+"""The cache that can go back, and the step that reads and writes it."""

@@ -1,0 +1,351 @@
+"""`generate(use_mtp=True)`: the same answers as without, in fewer steps."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qwen3next_plugin
+from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
+from family import FAMILY
+from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
+from qwen3next_plugin.engines.transformers.speculation.worker import Worker
+from reference import Reference, fused_mtp
+from tiers import long_except
+
+TOKENS = 20
+PROMPTS = tuple(random_prompt(length) for length in (9, 14, 1))
+QWEN3_NEXT = ("HV=4H_dense-layers_top-3-of-12", "tied_bias_one-kv-head")
+QWEN3_5 = ("dense_HV=3H_wrapped_7-layers", "moe_HV=2H_wrapped_split_6-layers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    """The plugin's classes, and one thread, which is faster at these sizes."""
+    qwen3next_plugin.register_transformers()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def load() -> Callable[[Path], Any]:
+    """A checkpoint's model in fp32, loaded once."""
+    return cache(lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint of four layers, one of them full attention."""
+    return write_checkpoint(tmp_path_factory.mktemp("small"), num_hidden_layers=4)
+
+
+@pytest.fixture
+def model(load, small) -> Any:
+    return load(small)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """How many tokens of a row the trunk reads, pass by pass."""
+    seen: list[int] = []
+    trunk = Worker._trunk
+
+    def counting(self: Worker, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(tokens.shape[1])
+        return trunk(self, tokens, *rest)
+
+    monkeypatch.setattr(Worker, "_trunk", counting)
+    return seen
+
+
+def left_padded(prompts: tuple[tuple[int, ...], ...], pad: int = 0) -> dict[str, torch.Tensor]:
+    longest = max(map(len, prompts))
+    rows = [(*[pad] * (longest - len(prompt)), *prompt) for prompt in prompts]
+    masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+
+
+def both(model: Any, prompts: tuple[tuple[int, ...], ...], **given: Any) -> tuple[Any, Any]:
+    """What the host's loop answers, and what ours does."""
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0} | given
+    inputs = left_padded(prompts)
+    plain = model.generate(**inputs, **settings)
+    return plain, model.generate(**inputs, **settings, use_mtp=True)
+
+
+def test_all_weights_are_kept(small, tmp_path):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        small, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = fused_mtp(small)
+    found = model.mtp.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (small, tmp_path))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_hosts_snippet_speculates(steps):
+    """As a user writes it; `auto` needs accelerate, the host says."""
+    pytest.importorskip("accelerate")
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype="auto", device_map="auto")
+    inputs = AutoTokenizer.from_pretrained(SHIPPED)("import os\n\n\ndef", return_tensors="pt")
+    answer = model.generate(**inputs, use_mtp=True, max_new_tokens=24, do_sample=False)
+    assert model.dtype == torch.bfloat16
+    assert len(steps) < answer.shape[1] - inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_greedy_text_is_the_same(model, steps, drafts):
+    plain, ours = both(model, PROMPTS[:1], num_assistant_tokens=drafts)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+    assert max(steps[1:]) == drafts + 1
+
+
+def test_the_shipped_checkpoint_answers_the_same(load, steps):
+    model = load(SHIPPED)
+    inputs = AutoTokenizer.from_pretrained(SHIPPED)("import os\n\n\ndef walk", return_tensors="pt")
+    settings = {"max_new_tokens": 48, "do_sample": False}
+    plain = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, use_mtp=True), plain)
+    assert len(steps) < 32
+
+
+@pytest.mark.parametrize("name", long_except(QWEN3_NEXT, SHAPES))
+def test_every_shape_of_qwen3_next(tmp_path, load, steps, name):
+    model = load(write_checkpoint(tmp_path, **SHAPES[name]))
+    plain, ours = both(model, PROMPTS)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+
+
+@pytest.mark.parametrize("name", long_except(QWEN3_5, FAMILY))
+def test_every_layout_of_qwen3_5(tmp_path, load, steps, name):
+    model = load(FAMILY[name].write(tmp_path))
+    plain, ours = both(model, PROMPTS)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_the_plugins_kernels_answer_the_same(model, steps, monkeypatch, kernels):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", kernels)
+    plain, ours = both(model, PROMPTS)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+
+
+def test_the_kernels_read_qwen3_5s_projections(tmp_path, load, monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    plain, ours = both(load(FAMILY[QWEN3_5[0]].write(tmp_path)), PROMPTS)
+    assert torch.equal(ours, plain)
+
+
+def test_drafts_are_those_of_the_mtp_head(model, small, monkeypatch):
+    """Of transformers' own modules, run on the whole text each time."""
+    made: list[torch.Tensor] = []
+    draft = Drafter.draft
+
+    def recording(self: Drafter, **given: Any) -> torch.Tensor:
+        made.append(draft(self, **given))
+        return made[-1]
+
+    monkeypatch.setattr(Drafter, "draft", recording)
+    prompt, reference = PROMPTS[0], Reference(small)
+    _, ours = both(model, (prompt,))
+    text, known = tuple(ours[0].tolist()), len(prompt) + 1
+    hidden = reference.hidden(text)
+    for drafts in made:
+        (found,) = drafts.tolist()
+        assert found == reference.mtp.drafts(text[:known], hidden[: known - 1], len(found))
+        right = [a == b for a, b in zip(found, text[known:], strict=False)]
+        known += (*right, False).index(False) + 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_of_a_batch_answer_as_alone(model, attention):
+    model.set_attn_implementation(attention)
+    try:
+        plain, ours = both(model, PROMPTS)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, plain)
+
+
+def test_a_row_that_ends_is_padded(model):
+    """The end token is one that some row reaches early, another late."""
+    plain, _ = both(model, PROMPTS)
+    width = max(map(len, PROMPTS))
+    end = int(plain[0, width + 5])
+    plain, ours = both(model, PROMPTS, eos_token_id=end, pad_token_id=2)
+    assert torch.equal(ours, plain)
+    assert (plain[0, width + 7 :] == 2).all()
+
+
+def test_stop_strings(load):
+    model, tokenizer = load(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+    inputs = tokenizer(
+        ["import os\n\n\ndef walk(top):\n", "class Stack:\n"], return_tensors="pt", padding=True,
+        padding_side="left",
+    )  # fmt: skip
+    given = {"max_new_tokens": 40, "do_sample": False, "stop_strings": ["e ", "list"]}
+    plain = model.generate(**inputs, **given, tokenizer=tokenizer)
+    ours = model.generate(**inputs, **given, tokenizer=tokenizer, use_mtp=True)
+    assert torch.equal(ours, plain)
+    assert (plain[0, -5:] == tokenizer.pad_token_id).all()  # it stopped at "list"
+
+
+@pytest.mark.parametrize("end", [None, 1])
+def test_own_criteria(model, end):
+    """Without an end token the host goes on with every row until all rows have ended."""
+
+    def after_even(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return (ids[:, -1] % 7 == 0) & (ids[:, -2] % 2 == 0)
+
+    plain, ours = both(model, PROMPTS, stopping_criteria=[after_even], eos_token_id=end)
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "batch"])
+def test_a_streamer_gets_every_token_once_and_in_order(model, prompts):
+    class Streamer:
+        def __init__(self) -> None:
+            self.columns, self.ended = [], 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.columns.append(value.tolist())
+
+        def end(self) -> None:
+            self.ended += 1
+
+    streamers = [Streamer(), Streamer()]
+    inputs = left_padded(prompts)
+    for streamer, use_mtp in zip(streamers, (False, True), strict=True):
+        model.generate(
+            **inputs, streamer=streamer, use_mtp=use_mtp, max_new_tokens=TOKENS, do_sample=False
+        )
+    assert streamers[1].columns == streamers[0].columns
+    assert streamers[1].ended == 1
+
+
+def test_processors_see_the_rows_own_tokens(model):
+    plain, ours = both(
+        model, PROMPTS, repetition_penalty=1.3, no_repeat_ngram_size=3, min_new_tokens=12,
+        eos_token_id=7,
+    )  # fmt: skip
+    assert torch.equal(ours, plain)
+
+
+def test_scores_and_logits_are_those_of_the_plain_loop(model):
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    plain, ours = both(model, PROMPTS[:1], **wanted)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for kind in ("scores", "logits"):
+        torch.testing.assert_close(ours[kind], plain[kind], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_seed_gives_the_same_sample(model, steps, seed):
+    given = {"max_new_tokens": 32, "do_sample": True, "temperature": 0.9, "top_k": 20}
+    inputs = left_padded(PROMPTS[:1])
+    torch.manual_seed(seed)
+    plain = model.generate(**inputs, **given)
+    torch.manual_seed(seed)
+    assert torch.equal(model.generate(**inputs, **given, use_mtp=True), plain)
+    assert len(steps) < 32
+
+
+def test_rows_of_a_batch_sample_the_models_distribution(model):
+    """The first two tokens of many rows; without drafts the second would be as likely."""
+    rows, given = 300, {"max_new_tokens": 3, "do_sample": True, "top_k": 3}
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.tensor([PROMPTS[0]])}
+    found = model.generate(**inputs, **given, use_mtp=True, num_return_sequences=rows)
+    found = found[:, len(PROMPTS[0]) :]
+    chances = _chances(model, PROMPTS[0])
+    for pair, chance in chances.items():
+        count = int((found[:, :2] == torch.tensor(pair)).all(1).sum())
+        assert abs(count - rows * chance) < 4.5 * (rows * chance * (1 - chance) + 1) ** 0.5, pair
+    assert sum(chances.values()) == pytest.approx(1)
+
+
+@torch.no_grad()
+def _chances(model: Any, prompt: tuple[int, ...]) -> dict[tuple[int, int], float]:
+    """The chance of each pair of tokens behind the prompt, among the likeliest three each."""
+
+    def likeliest(ids: tuple[int, ...]) -> list[tuple[int, float]]:
+        logits, tokens = model(torch.tensor([ids])).logits[0, -1].topk(3)
+        return list(zip(tokens.tolist(), logits.softmax(-1).tolist(), strict=True))
+
+    return {
+        (first, second): p * q
+        for first, p in likeliest(prompt)
+        for second, q in likeliest((*prompt, first))
+    }
+
+
+def test_without_use_mtp_the_host_decodes(model, steps):
+    model.generate(**left_padded(PROMPTS), max_new_tokens=4, do_sample=False)
+    assert not steps
+
+
+REFUSALS = {
+    "assistant_model": ({"assistant_model": object()}, "assistant_model: .*leave"),
+    "beams": ({"num_beams": 2}, "num_beams=2: beam search"),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+    "too many drafts": ({"num_assistant_tokens": 9}, "num_assistant_tokens=9: .* 1 to 8"),
+    "no drafts": ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
+    "no cache": ({"use_cache": False}, "use_cache=False"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds: .*input_ids"),
+    "attentions": ({"output_attentions": True}, "output_attentions"),
+    "right padding": (
+        {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])},
+        "padding_side='left'",
+    ),
+    "prefix function": (
+        {"prefix_allowed_tokens_fn": lambda row, ids: [3, 4]},
+        "PrefixConstrained.* one prompt at a time",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_drafts_do_not_go_with_is_refused(model, case):
+    given, message = REFUSALS[case]
+    inputs = {} if "inputs_embeds" in given else {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, **given, use_mtp=True, max_new_tokens=4)
+
+
+def test_a_checkpoint_without_mtp_loads_and_refuses_drafts(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, mtp=False))
+    assert model.mtp is None
+    with pytest.raises(ValueError, match=r"no mtp\.\* tensors .* leave use_mtp out"):
+        model.generate(torch.tensor([[3, 4]]), use_mtp=True)
+
+
+def test_a_part_of_an_mtp_head_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    file = write_checkpoint(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["mtp.norm.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"1 MTP tensors are missing.*mtp\.norm\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
