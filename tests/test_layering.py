@@ -13,6 +13,7 @@ OWN = "qwen3next_plugin"
 PLACES = {"kernels": "kernels", "mtp": "mtp", OWN: ""}  # folder → its package below OWN
 ENGINES = ("vllm", "sglang")
 ENGINE_FOLDERS = {"model", "state", "speculation", "cpu"}
+LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 ENGINE_FILES = {  # of every engine
     *("__init__.py", "names.py", "plugin.py", "flags.py", "patches.py"),
     *("model/trunk.py", "model/mtp.py", "model/linear_attention.py", "model/attention.py"),
@@ -60,7 +61,7 @@ def test_nothing_below_knows_an_engine_or_what_is_above(folder):
     assert not {path: names for path, names in found.items() if names}
 
 
-@pytest.mark.parametrize("host", ENGINES)
+@pytest.mark.parametrize("host", [*ENGINES, LIBRARY])
 def test_only_the_engine_imports_its_host(host):
     inside = ROOT / OWN / "engines" / host
     others = [p for p in sources(OWN) if inside not in p.parents]
@@ -89,6 +90,12 @@ def test_engines_have_the_same_folders_and_files(engine):
     folders = {p.name for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert folders == ENGINE_FOLDERS
     assert not {name for name in ENGINE_FILES if not (folder / name).is_file()}
+
+
+def test_a_library_has_parts_of_the_same_names():
+    folder = ROOT / OWN / "engines" / LIBRARY
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
+    assert files <= ENGINE_FILES | {f"{name}/__init__.py" for name in ENGINE_FOLDERS}
 
 
 def modules() -> dict[str, Path]:

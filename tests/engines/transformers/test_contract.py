@@ -8,8 +8,6 @@ from engines.contract import Sources, check_entry, host, other_hosts
 
 pytest.importorskip("transformers")
 
-from qwen3next_plugin.engines.transformers.patches import TABLE
-
 ROOT = Path(__file__).parents[3]
 OTHERS = [str(path.parent) for path in sorted(ROOT.glob(".transformers/*/.installed"))]
 
@@ -19,6 +17,9 @@ def sources(request) -> Sources:
     return host("transformers", request.param)
 
 
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.target.rpartition(".")[2])
-def test_what_is_overridden_is_there(sources, entry):
-    check_entry(sources, entry)
+def test_what_is_overridden_is_there(sources):
+    from qwen3next_plugin.engines.transformers.patches import TABLE
+
+    assert TABLE
+    for entry in TABLE:
+        check_entry(sources, entry)

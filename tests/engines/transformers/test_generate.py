@@ -1,6 +1,6 @@
 """`generate(use_mtp=True)`: the same answers as without, in fewer steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,8 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import qwen3next_plugin
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
 from family import FAMILY
-from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
-from qwen3next_plugin.engines.transformers.speculation.worker import Worker
 from reference import Reference, fused_mtp
 from tiers import long_except
 
@@ -25,16 +22,6 @@ TOKENS = 20
 PROMPTS = tuple(random_prompt(length) for length in (9, 14, 1))
 QWEN3_NEXT = ("HV=4H_dense-layers_top-3-of-12", "tied_bias_one-kv-head")
 QWEN3_5 = ("dense_HV=3H_wrapped_7-layers", "moe_HV=2H_wrapped_split_6-layers")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> Iterator[None]:
-    """The plugin's classes, and one thread, which is faster at these sizes."""
-    qwen3next_plugin.register_transformers()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +44,8 @@ def model(load, small) -> Any:
 @pytest.fixture
 def steps(monkeypatch) -> list[int]:
     """How many tokens of a row the trunk reads, pass by pass."""
+    from qwen3next_plugin.engines.transformers.speculation.worker import Worker
+
     seen: list[int] = []
     trunk = Worker._trunk
 
@@ -158,6 +147,8 @@ def test_the_kernels_read_qwen3_5s_projections(tmp_path, load, monkeypatch):
 
 def test_drafts_are_those_of_the_mtp_head(model, small, monkeypatch):
     """Of transformers' own modules, run on the whole text each time."""
+    from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
+
     made: list[torch.Tensor] = []
     draft = Drafter.draft
 

@@ -83,17 +83,16 @@ def step(layer: Any, hidden_states: Tensor, page: PageLayer) -> Tensor:
     mixed = silu(conv1d(inputs.to(weight.dtype), weight, layer.conv1d.bias, groups=len(weight)))
     q, k, v = mixed.transpose(1, 2).split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     q, k = (part.reshape(B, n, H, 1, -1).permute(0, 2, 3, 1, 4) for part in (q, k))
-    v, b, a = (part.reshape(B, n, H, R, -1).permute(0, 2, 3, 1, 4) for part in (v, x.b, x.a))
-    decay = -layer.A_log.float().exp() * softplus(
-        a.float()[..., 0].permute(0, 3, 1, 2).flatten(2) + layer.dt_bias
-    )  # [B, n, HV]
+    v, b = (part.reshape(B, n, H, R, -1).permute(0, 2, 3, 1, 4) for part in (v, x.b))
+    A_log, dt_bias = (part.float().view(H, R) for part in (layer.A_log, layer.dt_bias))
+    decay = -A_log.exp() * softplus(x.a.float().view(B, n, H, R) + dt_bias)
     out, page.window = delta_rule(
         q=q,
         k=k,
         v=v.float(),
-        decay=decay.view(B, n, H, R).permute(0, 2, 3, 1).cumsum(-1),
+        decay=decay.permute(0, 2, 3, 1).cumsum(-1),  # [B, H, R, n]
         beta=b.sigmoid().float(),
-        state=page.recurrent_states[0].unflatten(1, (H, R)),
+        state=page.recurrent_states[0].float().unflatten(1, (H, R)),
         inputs=inputs,
     )
     out = out.permute(0, 3, 1, 2, 4).to(hidden_states.dtype)  # [B, n, H, R, V]
@@ -116,13 +115,14 @@ def delta_rule(
     n = k.shape[-2]
     k = normalise(k)
     both = torch.cat([k, normalise(q) * q.shape[-1] ** -0.5], dim=-2)  # [B, H, 1, 2n, K]
-    seen, asked = (decay.exp()[..., None].repeat(1, 1, 1, 2, 1) * (both @ state)).split(n, dim=-2)
+    since = decay.exp()[..., None]
+    seen, asked = (both @ state).split(n, dim=-2)  # [B, H, R, n, V]
     between = (decay[..., :, None] - decay[..., None, :]).tril().exp().tril()  # [B, H, R, n, n]
-    keys, queries = ((both @ k.transpose(-1, -2))[:, :, :, :, :]).split(n, dim=-2)
-    u = beta * (v - seen)
+    keys, queries = (both @ k.transpose(-1, -2)).split(n, dim=-2)  # [B, H, 1, n, n]
+    u = beta * (v - since * seen)
     if n > 1:
         u = torch.linalg.solve_triangular(beta * keys * between, u, upper=False, unitriangular=True)
-    return asked + (queries * between) @ u, Window(k, u, decay, inputs)
+    return since * asked + (queries * between) @ u, Window(k, u, decay, inputs)
 
 
 def normalise(x: Tensor) -> Tensor:
