@@ -66,7 +66,7 @@ def traffic(size) -> Sequence[Request]:
     grow = [
         Request(tuple(ids[10 * i :][:12]), 16 * i + 16, ignore_eos=False) for i in range(CLIENTS)
     ]
-    mixed = requests(size(60, 120), seed=8, abort_share=0.15, tokens=32)
+    mixed = requests(size(36, 120), seed=8, abort_share=0.15, tokens=32)
     return [*alike, *mixed[:ALONE], *grow, *mixed[ALONE:]]
 
 

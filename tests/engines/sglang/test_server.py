@@ -94,6 +94,7 @@ def test_the_same_as_transformers_on_the_standard_librarys_source(server, source
     check_greedy(reference(SHIPPED), source, server.greedy(source, TOKENS, **logprobs))
 
 
+@pytest.mark.long  # with every change both are compared with transformers on this source
 @pytest.mark.skipif(not OTHER.exists(), reason="no .venv-vllm: `make setup ENGINE=vllm` makes it")
 def test_the_same_as_vllm(server, source):
     """Both with drafts: the same tokens, the same log-probabilities."""
