@@ -67,27 +67,31 @@ def prepare(
     return q, k, v, gate
 
 
-def mrope_table(
-    cos_sin: torch.Tensor, positions: torch.Tensor, sections: Sequence[int]
-) -> torch.Tensor:
-    """The rotation of each token by interleaved multimodal RoPE.
+def mrope_axes(rotary_dim: int, sections: Sequence[int]) -> torch.Tensor:
+    """By which of a token's positions (in time, height, width) each rotated dim turns.
 
-    A token has a position in time, height and width. Pair i turns by the height's if i = 1 mod 3
-    and by the width's if i = 2 mod 3, as far as the sections reach, and by the time's otherwise.
+    Pair i turns by the height's if i = 1 mod 3 and by the width's if i = 2 mod 3, as far as the
+    sections reach, and by the time's otherwise.
 
     Shapes:
-        cos_sin [positions, rotary_dim], positions [3, T], sections 3 numbers of pairs
+        sections 3 numbers of pairs, returns [rotary_dim]
+    """
+    axes = torch.zeros(rotary_dim // 2, dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes.repeat(2)
+
+
+def mrope_table(cos_sin: torch.Tensor, positions: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
+    """The rotation of each token by interleaved multimodal RoPE.
+
+    Shapes:
+        cos_sin [positions, rotary_dim], positions [3, T], axes [rotary_dim]
         returns [T, rotary_dim], for positions 0 to T-1
 
     Source: `Qwen3_5TextRotaryEmbedding` of transformers.
     """
-    pairs = torch.arange(cos_sin.shape[1] // 2, device=cos_sin.device)
-    axis = torch.zeros_like(pairs)
-    for i in (1, 2):
-        axis[i : 3 * sections[i] : 3] = i
-    rows = cos_sin[positions]  # [3, T, rotary_dim]
-    columns = torch.arange(cos_sin.shape[1], device=cos_sin.device)
-    return rows[axis.repeat(2), :, columns].t().contiguous()
+    return cos_sin.gather(0, positions[axes].t())
 
 
 def apply_gate(attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from checkpoints import BASE, SHAPES
-from qwen3next_plugin.model.attention import AttentionShape, apply_gate, mrope_table, prepare
+from qwen3next_plugin.model.attention import (
+    AttentionShape,
+    apply_gate,
+    mrope_axes,
+    mrope_table,
+    prepare,
+)
 
 CONFIGS = {"base": {}, **SHAPES}
 
@@ -97,6 +103,9 @@ def test_three_axes_turn_as_in_transformers(sections):
     frequencies = torch.arange(40)[:, None] * rotary.inv_freq
     cos_sin = torch.cat([frequencies.cos(), frequencies.sin()], dim=-1)
     expected = torch.cat([cos[:, :pairs], sin[:, :pairs]], dim=-1)
-    torch.testing.assert_close(mrope_table(cos_sin, positions, sections), expected)
+    axes = mrope_axes(2 * pairs, sections)
+    table = mrope_table(cos_sin, positions, axes)
+    torch.testing.assert_close(table, expected)
+    assert table.is_contiguous()  # as the kernel wants it
     alike = positions[:1].expand(3, -1)
-    assert torch.equal(mrope_table(cos_sin, alike, sections), cos_sin[positions[0]])
+    assert torch.equal(mrope_table(cos_sin, alike, axes), cos_sin[positions[0]])

@@ -9,7 +9,13 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.attention import AttentionShape, apply_gate, mrope_table, prepare
+from qwen3next_plugin.model.attention import (
+    AttentionShape,
+    apply_gate,
+    mrope_axes,
+    mrope_table,
+    prepare,
+)
 from qwen3next_plugin.model.norm import RMSNorm
 
 
@@ -43,8 +49,7 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.sections = config.mrope_section  # of a table that all axes share
-        of_table = {
+        of_table = {  # which the axes of an image's positions share
             name: value
             for name, value in config.rope_parameters.items()
             if not name.startswith("mrope_")
@@ -57,6 +62,9 @@ class GatedAttention(nn.Module):
             rope_scaling=of_table,
             partial_rotary_factor=config.rope_parameters["partial_rotary_factor"],
         )
+        if config.mrope_section:
+            axes = mrope_axes(config.rotary_dim, config.mrope_section)
+            self.register_buffer("mrope_axes", axes, persistent=False)
         self.attn = RadixAttention(
             self.shape.num_heads,
             config.head_dim,
@@ -76,7 +84,7 @@ class GatedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         cos_sin = self.rotary_emb.cos_sin_cache
         if positions.dim() == 2:
-            cos_sin = mrope_table(cos_sin, positions, self.sections)
+            cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
             positions = torch.arange(len(cos_sin), device=cos_sin.device)
         q, k, v, gate = prepare(
             qkv=qkv,

@@ -8,7 +8,13 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.attention import AttentionShape, apply_gate, mrope_table, prepare
+from qwen3next_plugin.model.attention import (
+    AttentionShape,
+    apply_gate,
+    mrope_axes,
+    mrope_table,
+    prepare,
+)
 from qwen3next_plugin.model.norm import RMSNorm
 
 
@@ -36,7 +42,6 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.sections = config.mrope_section
         self.rotary_emb = get_rope(  # one table, which the axes of an image's positions share
             head_size=config.head_dim,
             max_position=config.max_position_embeddings,
@@ -46,6 +51,9 @@ class GatedAttention(nn.Module):
                 if not name.startswith("mrope_")
             },
         )
+        if config.mrope_section:
+            axes = mrope_axes(config.rotary_dim, config.mrope_section)
+            self.register_buffer("mrope_axes", axes, persistent=False)
         self.attn = Attention(
             self.shape.num_heads,
             config.head_dim,
@@ -63,7 +71,7 @@ class GatedAttention(nn.Module):
         qkv, _ = self.qkv_proj(hidden_states)
         cos_sin = self.rotary_emb.cos_sin_cache
         if positions.ndim == 2:
-            cos_sin = mrope_table(cos_sin, positions, self.sections)
+            cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
             positions = torch.arange(positions.shape[1], device=positions.device)
         q, k, v, gate = prepare(
             qkv=qkv,
