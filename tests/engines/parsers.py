@@ -7,13 +7,16 @@ and Qwen3 (`hermes`) do; thinking ends where its budget does.
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import SHIPPED
 from engines.clients import chat
 from engines.figures import drafts
+from engines.schema import SCHEMA, check_schema
 from engines.server import Server
+from family import rewrite
 
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # tokens, as in Qwen's vocabulary
 TEMPLATE = (
@@ -43,6 +46,7 @@ REPEAT = {
 }
 MESSAGES = [{"role": "user", "content": "Repeat a word."}]
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+BUDGETS = (0, 3, 12)  # tokens of thinking
 
 
 class Said(NamedTuple):
@@ -54,8 +58,14 @@ class Said(NamedTuple):
     finish_reason: str
 
 
-def checkpoint(folder: Path) -> Path:
-    """The shipped checkpoint, with Qwen's chat: the vocabulary's last four tokens are the marks."""
+def checkpoint(folder: Path, layout: str) -> Path:
+    """The shipped checkpoint, with Qwen's chat: the vocabulary's last four tokens are the marks.
+
+    Its layout is Qwen3-Next's, or Qwen3.5's as a `text` model or `wrapped` with a vision tower.
+    """
+    if layout != "qwen3-next":
+        plain = checkpoint(folder / "qwen3-next", "qwen3-next")
+        return rewrite(plain, folder / layout, wrapped=layout == "wrapped")
     shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.png", "chat_template.jinja"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     model, added = tokenizer["model"], tokenizer["added_tokens"]
@@ -99,23 +109,48 @@ def check_tool_calls(server: Server, engine: str, parser: str, grammar: dict[str
         assert _accepted(server, engine) > before
 
 
-def check_thinking(server: Server, engine: str, grammar: dict[str, Any], budget: dict) -> None:
-    """What is thought and what is said are apart, whole and in a stream; a budget ends thinking."""
-    asked = _held(B, grammar) | budget
+def check_schema_in_a_chat(server: Server, engine: str) -> None:
+    """An answer follows a JSON schema, whole and in a stream, while drafts are accepted."""
+    asked = {"type": "json_schema", "json_schema": {"name": "sizes", "schema": SCHEMA}}
     before = _accepted(server, engine)
-    said = ask(server, extra_body=asked)
+    said = ask(server, response_format=asked, extra_body=NO_THINKING)
+    check_schema(said.content)
+    assert said.finish_reason == "stop"
+    assert ask(server, stream=True, response_format=asked, extra_body=NO_THINKING) == said
+    assert _accepted(server, engine) > before
+
+
+def check_thinking(
+    server: Server, engine: str, grammar: dict[str, Any], budget: Callable[[int], dict[str, Any]]
+) -> None:
+    """What is thought and what is said are apart, whole and in a stream; a budget ends thinking.
+
+    Args:
+        budget: the engine's way to ask for one of so many tokens.
+    """
+    before = _accepted(server, engine)
+    for tokens in BUDGETS:
+        asked = _held(B, grammar) | budget(tokens)
+        said = ask(server, extra_body=asked)
+        assert not any(mark in said.thinking + said.content for mark in MARKS)
+        assert re.fullmatch(B, said.content.strip()), said
+        again = ask(server, stream=True, extra_body=asked)
+        assert (again.thinking.strip(), again.content.strip()) == (
+            said.thinking.strip(),
+            said.content.strip(),
+        )
+        assert _thought(server, asked) - tokens in (-1, 0, 1)  # a line break may count, or end it
     assert said.thinking.strip()
-    assert not any(mark in said.thinking + said.content for mark in MARKS)
-    assert re.fullmatch(B, said.content.strip()), said
-    again = ask(server, stream=True, extra_body=asked)
-    assert (again.thinking.strip(), again.content.strip()) == (
-        said.thinking.strip(),
-        said.content.strip(),
-    )
     assert _accepted(server, engine) > before
     plain = ask(server, extra_body=_held(B, grammar) | NO_THINKING)
     assert not plain.thinking
     assert re.fullmatch(B, plain.content.strip())
+
+
+def _thought(server: Server, asked: dict[str, Any]) -> int:
+    """The number of tokens before the one that ends thinking."""
+    (choice,) = chat(server, MESSAGES, 300, logprobs=True, extra_body=asked).choices
+    return [entry.token for entry in choice.logprobs.content].index("</think>")
 
 
 def ask(server: Server, *, stream: bool = False, **options: Any) -> Said:

@@ -1,31 +1,43 @@
 """SGLang's parsers of tool calls and thinking, with NEXTN: its server finds what was written."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from tokenizers import Tokenizer
 
-from engines.parsers import CALLS, check_thinking, check_tool_calls, checkpoint
+from engines.parsers import (
+    check_schema_in_a_chat,
+    check_thinking,
+    check_tool_calls,
+    checkpoint,
+)
+from engines.sglang.schema import TERSE
 from engines.sglang.server import FIXED, NEXTN, Forked
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
 FLAGS = (
     *(*NEXTN, "3", "--dtype", "float32", "--max-total-tokens", "8192", "--enable-metrics"),
-    *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor"),
+    *("--reasoning-parser", "qwen3", "--enable-custom-logit-processor", TERSE),
 )
 GRAMMAR = {"regex": ""}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("parsers") / "model")
+CASES = {  # parser, layout, flags
+    "qwen3-next": ("hermes", "qwen3-next", ()),
+    "qwen3.5": ("qwen3_coder", "text", ()),
+    "qwen3.5-wrapped": ("qwen3_coder", "wrapped", ("--language-model-only",)),
+}
 
 
-@pytest.fixture(scope="module", params=CALLS)
-def server(request, model) -> Iterator[Forked]:
-    server = Forked(model, *FLAGS, "--tool-call-parser", request.param, env=FIXED).wait()
-    server.parser = request.param
+@pytest.fixture(scope="module", params=long_except(("qwen3-next", "qwen3.5"), CASES))
+def server(request, tmp_path_factory) -> Iterator[Forked]:
+    parser, layout, flags = CASES[request.param]
+    model = checkpoint(tmp_path_factory.mktemp("parsers") / "model", layout)
+    server = Forked(model, *FLAGS, *flags, "--tool-call-parser", parser, env=FIXED).wait()
+    server.parser = parser
     yield server
     server.close()
 
@@ -51,5 +63,9 @@ def test_tool_calls(server):
     check_tool_calls(server, "sglang", server.parser, GRAMMAR)
 
 
-def test_thinking_and_its_budget(server, model):
-    check_thinking(server, "sglang", GRAMMAR, budget(model, 12))
+def test_thinking_and_its_budget(server):
+    check_thinking(server, "sglang", GRAMMAR, partial(budget, server.folder))
+
+
+def test_a_json_schema(server):
+    check_schema_in_a_chat(server, "sglang")

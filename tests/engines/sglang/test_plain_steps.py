@@ -8,7 +8,8 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS
-from engines.sglang.schema import SCHEMA, TERSE, follow_a_schema
+from engines.schema import SCHEMA
+from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import NEXTN, Forked
 
 pytestmark = pytest.mark.serve

@@ -4,29 +4,38 @@ from collections.abc import Iterator
 
 import pytest
 
-from engines.parsers import CALLS, check_thinking, check_tool_calls, checkpoint
+from engines.parsers import (
+    check_schema_in_a_chat,
+    check_thinking,
+    check_tool_calls,
+    checkpoint,
+)
 from engines.vllm.server import Forked
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
 FLAGS = (
     *("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'),
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
-    *("--reasoning-parser", "qwen3", "--enable-auto-tool-choice"),
+    *("--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--language-model-only"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 GRAMMAR: dict = {"structured_outputs": {}}
+CASES = {  # parser, layout
+    "qwen3-next": ("hermes", "qwen3-next"),
+    "qwen3.5": ("qwen3_coder", "text"),
+    "qwen3.5-wrapped": ("qwen3_coder", "wrapped"),
+}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("parsers") / "model")
-
-
-@pytest.fixture(scope="module", params=CALLS)
-def server(request, model) -> Iterator[Forked]:
-    flags = (*FLAGS, "--tool-call-parser", request.param)
+@pytest.fixture(scope="module", params=long_except(("qwen3-next", "qwen3.5-wrapped"), CASES))
+def server(request, tmp_path_factory) -> Iterator[Forked]:
+    parser, layout = CASES[request.param]
+    model = checkpoint(tmp_path_factory.mktemp("parsers") / "model", layout)
+    flags = (*FLAGS, "--tool-call-parser", parser)
     server = Forked(model, *flags, env={"QWEN3NEXT_DRAFTS": "fixed"}).wait()
-    server.parser = request.param
+    server.parser = parser
     yield server
     server.close()
 
@@ -36,4 +45,8 @@ def test_tool_calls(server):
 
 
 def test_thinking_and_its_budget(server):
-    check_thinking(server, "vllm", GRAMMAR, {"thinking_token_budget": 12})
+    check_thinking(server, "vllm", GRAMMAR, lambda tokens: {"thinking_token_budget": tokens})
+
+
+def test_a_json_schema(server):
+    check_schema_in_a_chat(server, "vllm")
