@@ -3,7 +3,7 @@
 The block model has four layers of the released model's shapes and random weights: 3.7 GB, written
 once into out/. Quick runs use the checkpoint of examples/, which every machine loads in seconds.
 Its layers have a file of their own, which the chain model (chain_model.py) shares. `four_layers`
-writes the same of another released size, as a text model: 9 to 10 GB.
+writes the same of another released size, as a text model: 4 to 8 GB.
 """
 
 import json
@@ -95,7 +95,8 @@ def block_model(folder: Path) -> Path:
 def four_layers(folder: Path, size: str) -> Path:
     """Write a released size's text model, cut to four layers, into `folder` unless it is there.
 
-    A file for each layer: the whole would take much of a small machine's memory.
+    The vocabulary is cut by as much, so that the head keeps its share of a step. A file for each
+    layer: the whole would take much of a small machine's memory.
     """
     released = read_config(RELEASED / size)["text_config"]
     layer_types = ["linear_attention"] * 3 + ["full_attention"]
@@ -103,6 +104,7 @@ def four_layers(folder: Path, size: str) -> Path:
         "architectures": [TEXT_MODELS[released["model_type"]]],
         "num_hidden_layers": len(layer_types),
         "layer_types": layer_types,
+        "vocab_size": released["vocab_size"] * len(layer_types) // released["num_hidden_layers"],
     }
     if (folder / "config.json").exists() and read_config(folder) == config:
         return folder

@@ -48,8 +48,8 @@ def main(
     the machine hits both. First their log-probabilities are compared: if they differ by more than
     noise, the command exits with 1 and prints no figure.
 
-    A full run writes models of 3.7 GB and (family) 10 and 9 GB into the output folder, once;
-    family needs 20 GB of memory.
+    A full run writes models of 3.7 GB and (family) 8 and 4 GB into the output folder, once;
+    family needs 18 GB of memory.
     """
     run = Run(__package__, out, quick)
     report.finish(run, lambda: measure(run, part), docs=docs)

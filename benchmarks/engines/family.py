@@ -1,31 +1,30 @@
-"""Four layers of Qwen3.6's sizes: vLLM with the plugin and without, one engine at a time.
+"""Four layers of Qwen3.6's sizes: vLLM with the plugin and without, called in turn.
 
-Two engines of such a model do not fit into 24 GB, so they do not alternate call by call: they start
-in turn, twice, and each is measured as soon as it is ready.
+The vocabulary is cut as the layers are: the head has its released share of a step, and two engines
+fit into 24 GB.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.block_model import TINY, four_layers
 from benchmarks.engines.steps import SIDES, flags, mean_difference
 from benchmarks.report import Record, Run, console
-from benchmarks.worker import Worker, started
+from benchmarks.worker import Worker, alternate, started
 
 SIZES = ("Qwen3.6-35B-A3B", "Qwen3.6-27B")
-STEPS, PROMPTS = 24, 3
+ROUNDS, STEPS = 5, 16
 BATCHES = (1, 8)
 PROMPT = 1024
 DRAFTS = 3
-ORDER = (*SIDES, *SIDES, "drafting")  # as engines start; the last: the plugin with drafts
 
 # Mean, nats. With eight of 256 random experts, near ties decide which: at a smaller size the plugin
 # was 0.14 from its fp32, upstream 0.13, and 0.13 from each other. Another model is 1 away.
 MAX_DIFFERENCE = 0.2
 
-Times = dict[str, float]  # what was timed → shortest, ms
+Times = dict[str, dict[str, float]]  # what was timed → engine → shortest, ms
 
 
 def measure(run: Run) -> Iterator[Record]:
@@ -33,14 +32,12 @@ def measure(run: Run) -> Iterator[Record]:
     steps: dict[str, dict[str, float]] = {}
     verify: dict[str, dict[str, float]] = {}
     for size, model in models(run).items():
-        times = alternate(run, size, model)
-        for what, plugin in times["plugin"].items():
-            upstream = times["upstream"][what]
-            row = {"upstream": upstream, "plugin": plugin, "upstream / plugin": upstream / plugin}
-            steps[f"{size}: {what}"] = row
-        for what, step in times["drafting"].items():
-            row = {"plugin": step, "in plain steps": step / times["plugin"][what]}
-            verify[f"{size}: {what}"] = row
+        for what, row in timed(run, size, model, SIDES).items():
+            ratio = row["upstream"] / row["plugin"]
+            steps[f"{size}: {what}"] = row | {"upstream / plugin": ratio}
+        for what, row in timed(run, size, model, ("plugin", "drafting")).items():
+            ratio = row["drafting"] / row["plugin"]
+            verify[f"{size}: {what}"] = {"plugin": row["drafting"], "in plain steps": ratio}
     case = "vLLM, four layers of the released shapes, random weights, bf16, eager"
     yield run.record(
         "engines/family",
@@ -65,20 +62,26 @@ def models(run: Run) -> dict[str, Path]:
     return {size: four_layers(run.out / size, size) for size in SIZES}
 
 
-def alternate(run: Run, size: str, model: Path) -> dict[str, Times]:
-    """Shortest times of each engine, started in turn; raises if they compute different results."""
-    found: dict[str, Times] = {}
-    exact: list[float] = []
-    for name in ORDER:
-        with start(run, model, name) as engine:
-            logprobs = engine.logprobs()
-            exact = exact or logprobs
-            difference = mean_difference(exact, logprobs, MAX_DIFFERENCE)
-            console.print(f"{size}, {name}: log-probabilities differ by {difference:.4f}")
-            new = timed(engine, prefill=name in SIDES)
-        old = found.get(name, new)
-        found[name] = {what: min(old[what], new[what]) for what in new}
-    return found
+def timed(run: Run, size: str, model: Path, names: tuple[str, str]) -> Times:
+    """Shortest times of two engines; raises if they compute different results."""
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(start(run, model, name)) for name in names}
+        difference = mean_difference(
+            *(engine.logprobs() for engine in engines.values()), MAX_DIFFERENCE
+        )
+        console.print(f"{size}, {' and '.join(names)}: differ by {difference:.4f}")
+        times: Times = {}
+        for batch in BATCHES:
+            found = alternate(engines, ROUNDS, "decode", batch=batch, steps=STEPS)
+            times[f"decode, batch {batch}"] = {
+                name: min(min(steps) for steps in rounds) for name, rounds in found.items()
+            }
+        if "drafting" not in names:
+            found = alternate(engines, ROUNDS, "prefill", tokens=PROMPT)
+            times[f"prompt of {PROMPT:,} tokens"] = {
+                name: 1e3 * PROMPT / max(rates) for name, rates in found.items()
+            }
+    return times
 
 
 def start(run: Run, model: Path, name: str) -> AbstractContextManager[Worker]:
@@ -89,15 +92,3 @@ def start(run: Run, model: Path, name: str) -> AbstractContextManager[Worker]:
     asked = flags(model, quick=run.quick, enforce_eager=True) | more
     log = run.out / f"family-{model.name}-{name}.log"
     return started(Worker(name, asked, log, plugin=name != "upstream", drafts="fixed"))
-
-
-def timed(engine: Worker, *, prefill: bool) -> Times:
-    """Milliseconds of an engine's shortest steps and its fastest prompt."""
-    times = {
-        f"decode, batch {batch}": min(engine.call("decode", batch=batch, steps=STEPS))
-        for batch in BATCHES
-    }
-    if prefill:
-        rates = [engine.call("prefill", tokens=PROMPT) for _ in range(PROMPTS)]
-        times[f"prompt of {PROMPT:,} tokens"] = 1e3 * PROMPT / max(rates)
-    return times
