@@ -125,7 +125,7 @@ CALLED = {
     "srt/layers/attention/attention_registry.py": {"register_attention_backend": ["name"]},
     "srt/configs/mamba_utils.py": {"mamba2_state_dtype": ["config"]},
     "srt/layers/sampler.py": {
-        "apply_custom_logit_processor": ["logits", "sampling_batch_info", "num_tokens_in_batch"],
+        "apply_custom_logit_processor": ["logits", "sampling_batch_info"],
     },
     "srt/sampling/penaltylib/orchestrator.py": {"cumulate_output_tokens": ["self", "output_ids"]},
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
@@ -181,7 +181,9 @@ FIELDS = {
         "SamplingBatchInfo": [
             *("top_ks", "top_ps", "min_ps", "need_top_k_sampling", "need_top_p_sampling"),
             *("need_min_p_sampling", "has_custom_logit_processor", "penalizer_orchestrator"),
+            *("temperatures", "custom_params", "custom_logit_processor"),
         ],
+        "ProcessorEntry": ["processor", "rows", "indices"],
     },
     "srt/sampling/sampling_params.py": {
         "SamplingParams": [

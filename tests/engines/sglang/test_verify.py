@@ -1,5 +1,6 @@
 """SGLang's verification, through our patch, gives what its plain sampler gives step by step."""
 
+from array import array
 from types import SimpleNamespace as Bag
 
 import pytest
@@ -187,11 +188,25 @@ class Forbid:
         return logits
 
 
-def processed(N, rows, **options):
+class Recall:
+    """Another: the token that follows from all of an answer's tokens, by their order too."""
+
+    def __call__(self, logits, custom_params):
+        for row, params in zip(logits, custom_params, strict=True):
+            row[:] = float("-inf")
+            row[self.after(params["__req__"].output_ids)] = 0
+        return logits
+
+    @staticmethod
+    def after(tokens):
+        return sum(place * token for place, token in enumerate(tokens, 1)) % V
+
+
+def processed(N, rows, processor=None, params=None, **options):
     from sglang.srt.sampling.sampling_batch_info import ProcessorEntry
 
-    params = [{"first": 10 + i} for i in range(N)]
-    entry = ProcessorEntry(processor=Forbid(), rows=rows, indices=torch.tensor(rows))
+    params = params or [{"first": 10 + i} for i in range(N)]
+    entry = ProcessorEntry(processor=processor or Forbid(), rows=rows, indices=torch.tensor(rows))
     return sampling(
         N,
         has_custom_logit_processor=True,
@@ -227,6 +242,22 @@ def test_custom_logit_processors_count_where_all_are_greedy(host):
     drafts = torch.tensor([[0, 9, 9, 9], [0, V - 1, V - 1, V - 1]])
     found, _ = verified(host, chain(D), logits, info, drafts, torch.full((2,), 9))
     assert found == [[9] * D, [V - 1] * D]
+
+
+@pytest.mark.parametrize("tree", [chain(D), TREE], ids=["chain", "tree"])
+def test_custom_logit_processors_see_the_drafts_before_a_node(host, tree):
+    answers = [array("q", [5, 6, 7]), array("q", [8])]
+    params = [{"__req__": Bag(output_ids=answer)} for answer in answers]
+    info = processed(2, [0, 1], Recall(), params, is_all_greedy=True, is_any_greedy=True)
+    drafts = torch.randint(0, V, (2, D), generator=torch.Generator().manual_seed(1))
+    given = torch.randn(2 * D, V), info, drafts, torch.full((2,), 9)
+    found = verified(host, tree, *given)[1].argmax(1).view(2, D)
+    for i, answer in enumerate(answers):
+        for node in range(D):
+            path = sorted(tree.ancestors(node))
+            expected = Recall.after([*answer, *drafts[i, path].tolist()])
+            assert found[i, node] == expected, (i, node)
+    assert [list(answer) for answer in answers] == [[5, 6, 7], [8]]
 
 
 @pytest.mark.parametrize("masked", [False, True])

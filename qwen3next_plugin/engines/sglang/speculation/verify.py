@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.engines.sglang.speculation.custom_processors import apply_custom_processors
+
 # What SGLang's sampling parameters have for each request, [N] or [N, …]: what changes logits,
 # and what their samples depend on.
 OF_LOGITS = ("logit_bias", "acc_additive_penalties", "acc_scaling_penalties")
@@ -39,9 +41,7 @@ def sample_as_plain(
     """
     if batch.forward_mode.is_idle():
         return host(verify_input, batch, logits_output, grammar_mask, **options)
-    from sglang.srt.layers.sampler import apply_custom_logit_processor
-
-    info, nodes = batch.sampling_info, verify_input.draft_token_num
+    info = batch.sampling_info
     logits = logits_output.next_token_logits  # [T, V]
     roots = verify_input.retrieve_index[:, 0].contiguous()
     request = torch.searchsorted(roots, torch.arange(len(logits)), right=True) - 1  # [T]
@@ -49,7 +49,7 @@ def sample_as_plain(
     of_nodes.grammar_mask = grammar_mask
     of_nodes.apply_logits_bias(logits)
     if info.has_custom_logit_processor:
-        apply_custom_logit_processor(logits, info, nodes)
+        apply_custom_processors(logits, info, request, verify_input)
     if grammar_mask is not None or not info.is_all_greedy:
         _allow_a_token(logits, grammar_mask)
     positions = verify_input.positions
