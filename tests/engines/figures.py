@@ -24,7 +24,7 @@ LINE = re.compile(
 
 
 def check_pages(server: Server, engine: str) -> None:
-    """One page a request and linear layer while it runs, none after it."""
+    """One page a request and linear layer while it runs, none after it or its client has gone."""
     name = f"{engine}:qwen3next_state_pages"
     stream = server.client.completions.create(  # long enough to be still running at the check
         model=server.model, prompt=PROMPTS[0], max_tokens=2000, temperature=0, stream=True,
@@ -34,9 +34,10 @@ def check_pages(server: Server, engine: str) -> None:
     for _ in range(10):
         next(chunks)
     assert server.metrics()[name] == LINEAR_LAYERS
-    for _ in chunks:
-        pass
-    # SGLang counts just after the last chunk has left.
+    stream.close()
+    assert eventually(lambda: server.metrics()[name] == 0)
+    complete(server, PROMPTS[0])
+    # SGLang counts just after the last token has left.
     assert eventually(lambda: server.metrics()[name] == 0)
 
 

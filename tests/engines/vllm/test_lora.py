@@ -14,6 +14,7 @@ from engines.vllm.lora import make_adapter, write_adapter
 from engines.vllm.offline import Offline
 from family import FAMILY
 from reference import Reference
+from tiers import long_except
 
 DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 
@@ -28,24 +29,27 @@ class Case(NamedTuple):
     prefixes: tuple[str, ...] = ("model.",)  # one after the other
 
 
+WRAPPED = Case(
+    "dense_HV=3H_wrapped_7-layers",
+    DRAFTS | {"language_model_only": True},
+    prefixes=("model.language_model.", "model."),
+)
+COMPILED = "qwen3.5-dense-wrapped-mtp_compiled"  # with --long
 CASES = {
     "qwen3-next": Case(None, {}),
     "qwen3.5-moe-mtp": Case("moe_HV=4H_top-3-of-12_5-layers", DRAFTS),
-    "qwen3.5-dense-wrapped-mtp_compiled": Case(
-        "dense_HV=3H_wrapped_7-layers",
-        DRAFTS | {"language_model_only": True, "enforce_eager": False},
-        prefixes=("model.language_model.", "model."),
-    ),
+    "qwen3.5-dense-wrapped-mtp": WRAPPED,
+    COMPILED: WRAPPED._replace(flags=WRAPPED.flags | {"enforce_eager": False}),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_adapter_equals_merged_weights(tmp_path: Path, case: Case) -> None:
+@pytest.mark.parametrize("name", long_except(CASES.keys() - {COMPILED}, CASES))
+def test_adapter_equals_merged_weights(tmp_path: Path, name: str) -> None:
     """Text and log-probabilities with the adapter are the merged model's; without it, the base's.
 
     Neither hits the other's prefix in the cache. Then, an adapter of a layer that is not there.
     """
-    folder = tmp_path / "model"
+    case, folder = CASES[name], tmp_path / "model"
     model = FAMILY[case.member].write(folder) if case.member else write_checkpoint(folder)
     plain, merged = Reference(model), Reference(model)
     adapter = make_adapter(tmp_path / "adapter", merged, case.prefixes)

@@ -63,9 +63,11 @@ def traffic(size) -> Sequence[Request]:
     ids = source_tokens()
     alike = Request(tuple(ids[:850]), 8)  # two blocks and more in fp32 and in bf16
     grow = [
-        Request(tuple(ids[20 * i :][: block - 8 - i]), 32) for block in BLOCKS for i in range(12)
+        Request(tuple(ids[20 * i :][: block - 8 - i]), 32)
+        for block in BLOCKS
+        for i in range(size(8, 12))
     ]
-    mixed = requests(size(96, 248), seed=8, abort_share=0.15, tokens=32)
+    mixed = requests(size(48, 248), seed=8, abort_share=0.15, tokens=32)
     return [alike, alike, *mixed[: ALONE - 2], *grow, *mixed[ALONE - 2 :]]
 
 

@@ -24,7 +24,9 @@ TOKENS = 5
     [pytest.param({}, marks=pytest.mark.long, id="plain"), pytest.param(DRAFTS, id="mtp-2")],
 )
 def test_as_transformers(tmp_path, drafts, size):
-    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=4)
+    layers = size(2, 4)  # the last of them with attention
+    shape = {"num_hidden_layers": layers, "full_attention_interval": layers}
+    checkpoint = write_checkpoint(tmp_path, **shape)
     reference = Reference(checkpoint)
     prompts = [random_prompt(n, seed=12) for n in size((3, 12, 40), (3, 21, 70))]
     engine = Offline(checkpoint, env=ON_DEVICE, first="on_device", **SMALL, **drafts)

@@ -20,8 +20,11 @@ def qwen3_5(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("model", "k", "blocks"),
-    [("checkpoint", 0, 40), ("checkpoint", 2, 40), ("qwen3_5", 2, 40)],
-    ids=["plain", "mtp-2", "qwen3.5-mtp-2"],
+    [
+        pytest.param("checkpoint", 0, 40, id="plain"),
+        pytest.param("checkpoint", 2, 40, id="mtp-2", marks=pytest.mark.long),
+        pytest.param("qwen3_5", 2, 40, id="qwen3.5-mtp-2"),
+    ],
 )
 def test_preempted_requests_end_as_undisturbed_ones(request, reference, model, k, blocks):
     model = request.getfixturevalue(model)

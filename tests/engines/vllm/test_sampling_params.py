@@ -14,6 +14,7 @@ from checkpoints import SHIPPED
 from engines.checks import Output
 from engines.traffic import source_tokens
 from engines.vllm.offline import Offline
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -135,7 +136,7 @@ def without_drafts() -> dict[str, list[Output]]:
     return run()[0]
 
 
-@pytest.fixture(scope="module", params=DRAFTS)
+@pytest.fixture(scope="module", params=long_except(("fixed",), DRAFTS))
 def with_drafts(request) -> dict[str, list[Output]]:
     drafts = {"method": "mtp", "num_speculative_tokens": DRAFTS[request.param]}
     outputs, counters = run(speculative_config=drafts, env={"QWEN3NEXT_DRAFTS": request.param})

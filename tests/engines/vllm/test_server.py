@@ -212,7 +212,7 @@ def test_draft_lengths_and_skipped_drafts(server):
 
 
 def test_estimates_are_near_what_was_measured(server):
-    gains = [gained(server, PROMPTS) for _ in range(3)]
+    gains = [gained(server, PROMPTS[:3]) for _ in range(3)]
     accepted = server.by_label("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
     drafts = server.metrics()["vllm:spec_decode_num_drafts_total"]
     estimate = server.by_label("vllm:qwen3next_acceptance", "position")

@@ -46,6 +46,7 @@ def test_parity_on_the_standard_librarys_source(engine, reference):
     assert accepted > 0.4 * drafted  # 315 of 614 were
 
 
+@pytest.mark.long  # test_parity has it with random weights
 def test_samples_are_distributed_as_the_model_says(engine, reference):
     check_sampled(engine, reference(SHIPPED), drafts=True)
 
