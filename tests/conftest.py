@@ -18,7 +18,7 @@ collect_ignore = [f"engines/{engine}" for engine in MISSING]
 # Files of half a minute and more start first, the longest before the others, so that none is left
 # over when all others are done: first those that start engines, then the others.
 LONGEST = (
-    "test_server", "test_lossless", "test_parity", "test_examples",
+    "test_lossless", "test_parity", "test_server", "test_examples",
     "test_on_device", "test_distribution", "test_prefix_cache", "test_plain_steps",
     "test_family", "test_quantised", "test_soak", "test_parsers",
     "test_sampling_params", "test_shapes", "test_ranks", "test_pressure", "test_errors",

@@ -24,11 +24,14 @@ class Server(server.Server):
 
 
 class Forked(Server):
-    """The same, and its processes, forked from one that has vLLM loaded."""
+    """The same, forked from a process that has vLLM loaded, and so is its engine's process.
+
+    That has the worker in it: one in another process, as Server's, takes time at every step.
+    """
 
     def start(self, env: dict[str, str], *flags: str) -> Process:
         preload()
-        return Fork(serve, *self.command(*flags), env=env)
+        return Fork(serve, *self.command(*flags), env=env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
 
 
 def serve(*command: str) -> None:
