@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.qwen3_next import Qwen3NextForCausalLM
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
@@ -135,6 +136,12 @@ def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, An
 def backends(llm: LLM) -> set[tuple[str, str]]:
     """Which backend has run which op of ours, for ops that have been loaded."""
     return {(op, backend) for backend, _, op in dispatch._LOADED}
+
+
+def concurrency(llm: LLM) -> float:
+    """Requests of the maximum length that run at once, as vLLM counts them."""
+    config = _core(llm).scheduler.kv_cache_config
+    return get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, config)
 
 
 def state_bytes(llm: LLM) -> tuple[int, int]:
