@@ -1,15 +1,37 @@
-"""Every transformers has what our classes override, as they override it; read, not imported."""
+"""Every transformers has what our classes override and read; its sources are not imported."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
-from engines.contract import Sources, check_entry, host, other_hosts
+from engines.contract import Sources, check_entry, definition, host, kept, other_hosts, pairs
 
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[3]
 OTHERS = [str(path.parent) for path in sorted(ROOT.glob(".transformers/*/.installed"))]
+MODELS = {
+    "models/qwen3_next/modeling_qwen3_next.py": ("Qwen3Next", "Qwen3NextModel"),
+    "models/qwen3_5/modeling_qwen3_5.py": ("Qwen3_5", "Qwen3_5TextModel"),
+    "models/qwen3_5_moe/modeling_qwen3_5_moe.py": ("Qwen3_5Moe", "Qwen3_5MoeTextModel"),
+}
+# What our step reads of a linear layer, besides its input projections.
+LAYER = {
+    *("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "key_dim", "value_dim"),
+    *("conv_kernel_size", "conv1d", "A_log", "dt_bias", "norm", "layer_norm_epsilon", "out_proj"),
+    "layer_idx",
+}
+PROJECTIONS = {
+    "Qwen3Next": {"in_proj_qkvz", "in_proj_ba"},
+    "Qwen3_5": {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+    "Qwen3_5Moe": {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
+}
+CACHES = {
+    "LinearAttentionCacheLayerMixin": {"conv_states", "recurrent_states"},
+    "CacheLayerMixin": {"keys", "values", "is_initialized"},
+    "Cache": {"layers"},
+}
 
 
 @pytest.fixture(scope="module", params=["installed", *OTHERS, *other_hosts("transformers")])
@@ -23,3 +45,20 @@ def test_what_is_overridden_is_there(sources):
     assert TABLE
     for entry in TABLE:
         check_entry(sources, entry)
+
+
+@pytest.mark.parametrize("file", MODELS)
+def test_a_model_has_what_ours_reads(sources, file):
+    name, model = MODELS[file]
+    layer = definition(sources.tree(file), f"{name}GatedDeltaNet")
+    assert LAYER | PROJECTIONS[name] <= kept(layer)
+    assert {"layers", "norm", "rotary_emb", "embed_tokens"} <= kept(
+        definition(sources.tree(file), model)
+    )
+    # A mask of our own for each kind of layer.
+    assert "attention_mask), dict)" in ast.unparse(definition(sources.tree(file), model))
+
+
+@pytest.mark.parametrize(("owner", "name"), pairs(CACHES))
+def test_a_cache_keeps_what_ours_reads(sources, owner, name):
+    assert name in kept(definition(sources.tree("cache_utils.py"), owner))

@@ -1,5 +1,6 @@
 """`generate(use_mtp=True)`: the same answers as without, in fewer steps."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -288,6 +289,19 @@ def _chances(model: Any, prompt: tuple[int, ...]) -> dict[tuple[int, int], float
         for first, p in likeliest(prompt)
         for second, q in likeliest((*prompt, first))
     }
+
+
+def test_the_example_shows_the_same_text_twice(capsys):
+    from examples.transformers_mtp import main
+
+    prompt = "import os\n"
+    main([prompt], model=str(SHIPPED), draft_tokens=2, max_tokens=12, dtype="float32")
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\w+): [\d.]+ tokens per second$", printed, re.MULTILINE) == [
+        "plain",
+        "use_mtp",
+    ]
+    assert f"--- {prompt!r}" in printed
 
 
 def test_without_use_mtp_the_host_decodes(model, steps):
