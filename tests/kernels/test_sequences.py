@@ -131,10 +131,10 @@ def check(plan, seed: int) -> None:
 
 def test_any_sequence_of_steps(backend, size):
     """Most sequences run on the highest instruction set, the fewest in Triton's interpreter."""
-    examples = {native.levels()[-1]: size(200, 900), "triton": size(4, 12)}
+    examples = {native.levels()[-1]: size(120, 900), "triton": size(3, 12)}
 
     @settings(
-        max_examples=examples.get(backend, size(25, 75)),
+        max_examples=examples.get(backend, size(15, 75)),
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
