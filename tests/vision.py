@@ -1,11 +1,13 @@
-"""A random vision-language checkpoint, and what transformers makes of a prompt with an image."""
+"""A random vision-language checkpoint, and what transformers makes of images and videos."""
 
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -15,6 +17,16 @@ from family import FAMILY
 from reference import quietly
 
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"  # of an image in a text
+VIDEO_PLACE = PLACE.replace("image", "video")
+TEMPLATE = (  # of a chat, as Qwen's: a message is a text, or a list of parts
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"
+    "{%- if m.content is string -%}{{- m.content -}}{%- else -%}{%- for part in m.content -%}"
+    f"{{%- if part.type == 'text' -%}}{{{{- part.text -}}}}"
+    f"{{%- elif part.type == 'image' -%}}{{{{- '{PLACE}' -}}}}"
+    f"{{%- elif part.type == 'video' -%}}{{{{- '{VIDEO_PLACE}' -}}}}{{%- endif -%}}"
+    "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
 SIZES = {
     "patch_size": VISION["patch_size"],
     "temporal_patch_size": VISION["temporal_patch_size"],
@@ -37,6 +49,8 @@ def write_vision_checkpoint(folder: Path, *, member: str) -> Path:
     for name, kind in processors.items():
         raw = kind | {"processor_class": "Qwen3VLProcessor"} | SIZES
         (out / f"{name}_config.json").write_text(json.dumps(raw))
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
     return out
 
 
@@ -44,6 +58,17 @@ def random_image(width: int, height: int, *, seed: int = 0) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
     return Image.fromarray(pixels.numpy())
+
+
+def random_video(frames: int, width: int, height: int) -> np.ndarray:
+    """Two frames a second. Shapes: returns [frames, height, width, 3]"""
+    return np.stack([np.asarray(random_image(width, height, seed=i)) for i in range(frames)])
+
+
+def about(video: np.ndarray) -> dict[str, Any]:
+    """A video's metadata, as processors take it."""
+    F = len(video)
+    return {"fps": 2.0, "duration": F / 2, "total_num_frames": F, "frames_indices": [*range(F)]}
 
 
 def as_url(image: Image.Image) -> str:
@@ -54,13 +79,13 @@ def as_url(image: Image.Image) -> str:
 
 
 class VisionReference:
-    """transformers' fp32 model of such a checkpoint."""
+    """transformers' model of such a checkpoint, fp32 by default."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
 
     @quietly()
     def prompt_logprobs(self, text: str, images: list[Image.Image]) -> torch.Tensor:
@@ -72,11 +97,11 @@ class VisionReference:
 
     @quietly()
     def greedy(
-        self, text: str, images: list[Image.Image], tokens: int
+        self, text: str, images: list[Image.Image], tokens: int, videos: Sequence[np.ndarray] = ()
     ) -> tuple[tuple[int, ...], torch.Tensor]:
         """The greedy answer, and the log-probability of each of its tokens."""
         output = self.model.generate(
-            **self._inputs(text, images),
+            **self._inputs(text, images, videos),
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=None,
@@ -88,5 +113,14 @@ class VisionReference:
         logprobs = torch.cat(output.logits).float().log_softmax(-1)
         return tuple(ids.tolist()), logprobs.gather(1, ids[:, None])[:, 0]
 
-    def _inputs(self, text: str, images: list[Image.Image]) -> Any:
-        return self.processor(text=[text], images=images or None, return_tensors="pt")
+    def _inputs(
+        self, text: str, images: list[Image.Image], videos: Sequence[np.ndarray] = ()
+    ) -> Any:
+        return self.processor(
+            text=[text],
+            images=images or None,
+            videos=[*videos] or None,
+            video_metadata=[about(video) for video in videos] or None,
+            do_sample_frames=False,
+            return_tensors="pt",
+        )

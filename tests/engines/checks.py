@@ -50,19 +50,23 @@ def check_distance(
     folder: Path, dtype: torch.dtype, prompts: Prompts, found: Sequence[Sequence[float]]
 ) -> None:
     """Log-probabilities of prompts are no farther from fp32 than transformers' own in `dtype`."""
-    exact, theirs = Reference(folder), Reference(folder, dtype)
+    exact, theirs = (
+        [model.prompt_logprobs(prompt) for prompt in prompts]
+        for model in (Reference(folder), Reference(folder, dtype))
+    )
+    check_no_farther(found, theirs, exact)
 
-    def distances(logprobs) -> torch.Tensor:
-        """|Δ| to fp32, of every token of all prompts."""
-        return torch.cat(
-            [
-                (torch.as_tensor(each) - exact.prompt_logprobs(prompt)).abs()
-                for prompt, each in zip(prompts, logprobs, strict=True)
-            ]
-        )
 
-    ours = distances(found)
-    other = distances([theirs.prompt_logprobs(prompt) for prompt in prompts])
+def check_no_farther(
+    found: Sequence[Sequence[float]], theirs: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
+) -> None:
+    """Our log-probabilities of each prompt's tokens are no farther from exact ones than theirs."""
+
+    def distances(logprobs: Sequence[Sequence[float] | torch.Tensor]) -> torch.Tensor:
+        pairs = zip(logprobs, exact, strict=True)
+        return torch.cat([(torch.as_tensor(each) - right).abs() for each, right in pairs])
+
+    ours, other = distances(found), distances(theirs)
     # A router that picks another expert makes a few tokens differ much, now here and now there:
     # the mean is compared token by token against its own spread, the median plainly.
     excess = ours - other

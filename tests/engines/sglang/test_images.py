@@ -4,11 +4,13 @@ import urllib.error
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from engines.checks import TOLERANCE
+from engines.images import check_an_image_in_a_chat
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
 from vision import PLACE, VisionReference, as_url, random_image, write_vision_checkpoint
@@ -63,18 +65,27 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
 Expected = dict[str, tuple[tuple[int, ...], torch.Tensor]]
 
 
+class Model(NamedTuple):
+    """A checkpoint of the family, and transformers' answers to each prompt."""
+
+    folder: Path
+    reference: VisionReference
+    expected: Expected
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Callable[[str], tuple[Path, Expected]]:
-    """A checkpoint of the family, and transformers' answers; each computed once."""
+def model(tmp_path_factory) -> Callable[[str], Model]:
+    """A checkpoint of the family; each is written once."""
 
     @cache
-    def make(member: str) -> tuple[Path, Expected]:
+    def make(member: str) -> Model:
         folder = write_vision_checkpoint(tmp_path_factory.mktemp("vision"), member=member)
         reference = VisionReference(folder)
-        return folder, {
+        expected = {
             name: reference.greedy(text, images_of(name), TOKENS)
             for name, (text, _) in PROMPTS.items()
         }
+        return Model(folder, reference, expected)
 
     return make
 
@@ -85,16 +96,16 @@ def case(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(case, served) -> Iterator[Forked]:
+def server(case, model) -> Iterator[Forked]:
     member, flags, env = CASES[case]
-    server = Forked(served(member)[0], *SMALL, *flags, env=env).wait()
+    server = Forked(model(member).folder, *SMALL, *flags, env=env).wait()
     yield server
     server.close()
 
 
 @pytest.fixture(scope="module")
-def expected(case, served) -> Expected:
-    return served(CASES[case][0])[1]
+def expected(case, model) -> Expected:
+    return model(CASES[case][0]).expected
 
 
 with_a_tower = pytest.mark.parametrize(
@@ -123,6 +134,11 @@ def test_an_image_is_found_in_the_cache(server, expected):
     assert cold.cached == 0 < warm.cached
     check(expected, "two", cold)
     check(expected, "two-and-more", warm)
+
+
+@with_a_tower
+def test_an_image_in_a_chat(server, case, model):
+    check_an_image_in_a_chat(server, model(CASES[case][0]).reference)
 
 
 @pytest.mark.parametrize("case", ["no-tower"], indirect=True, scope="module")

@@ -1,16 +1,30 @@
 """vLLM's vision tower around our text model: answers about images are transformers'."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from engines.checks import TOLERANCE, Output
+from engines.checks import TOLERANCE, Output, check_no_farther
+from engines.images import check_a_video_in_a_chat, check_an_image_in_a_chat
+from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
+from engines.vllm.server import Forked
 from family import FAMILY
-from vision import PLACE, VisionReference, random_image, write_vision_checkpoint
+from tiers import long_except
+from vision import (
+    PLACE,
+    VIDEO_PLACE,
+    VisionReference,
+    about,
+    random_image,
+    random_video,
+    write_vision_checkpoint,
+)
 
 pytestmark = pytest.mark.serve
 
@@ -43,6 +57,14 @@ class Expected(NamedTuple):
     prompt_logprobs: torch.Tensor
 
 
+class Model(NamedTuple):
+    """A checkpoint, and transformers' answers to each prompt."""
+
+    folder: Path
+    reference: VisionReference
+    expected: dict[str, Expected]
+
+
 class Served(NamedTuple):
     engine: Offline
     expected: dict[str, Expected]
@@ -68,18 +90,36 @@ def check(expected: dict[str, Expected], name: str, answer: Output) -> None:
         assert not found or (torch.tensor(found) - wanted).abs().max() < TOLERANCE, name
 
 
-@pytest.fixture(scope="module", params=[DENSE, MOE])
-def served(request, tmp_path_factory) -> Iterator[Served]:
-    """An engine, the second with chunks that end within an image."""
-    folder = write_vision_checkpoint(tmp_path_factory.mktemp("vision"), member=request.param)
-    reference = VisionReference(folder)
-    expected = {}
-    for name, (text, _) in PROMPTS.items():
-        images = images_of(name)
-        answer = reference.greedy(text, images, TOKENS)
-        expected[name] = Expected(*answer, reference.prompt_logprobs(text, images))
-    chunks = {"max_num_batched_tokens": 157} if request.param == MOE else {}
-    engine = Offline(folder, **FLAGS, **chunks)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Callable[[str], Model]:
+    """A checkpoint of the family; each is written once."""
+
+    @cache
+    def make(member: str) -> Model:
+        folder = write_vision_checkpoint(tmp_path_factory.mktemp("vision"), member=member)
+        reference = VisionReference(folder)
+        expected = {}
+        for name, (text, _) in PROMPTS.items():
+            images = images_of(name)
+            answer = reference.greedy(text, images, TOKENS)
+            expected[name] = Expected(*answer, reference.prompt_logprobs(text, images))
+        return Model(folder, reference, expected)
+
+    return make
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": (DENSE, {}),
+    "moe_chunks-of-157": (MOE, {"max_num_batched_tokens": 157}),  # which end within an image
+    "moe_compiled": (MOE, {"enforce_eager": False}),
+}
+
+
+@pytest.fixture(scope="module", params=long_except(("dense", "moe_chunks-of-157"), CASES))
+def served(request, model) -> Iterator[Served]:
+    member, flags = CASES[request.param]
+    folder, _, expected = model(member)
+    engine = Offline(folder, **FLAGS, **flags)
     yield Served(engine, expected)
     engine.close()
 
@@ -110,3 +150,79 @@ def test_an_image_is_found_in_the_cache(served):
     assert cold.cached == 0 < warm.cached
     check(served.expected, "long", cold)
     check(served.expected, "long-and-more", warm)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@pytest.mark.parametrize("member", [DENSE, MOE])
+def test_two_ranks(model, member):
+    folder, _, expected = model(member)
+    fixed = {"QWEN3NEXT_DRAFTS": "fixed"}
+    engine = Offline(folder, env=fixed, tensor_parallel_size=2, **FLAGS)
+    try:
+        answers = ask(engine, list(PROMPTS))
+        accepted = engine.counters()["vllm:spec_decode_num_accepted_tokens"]
+    finally:
+        engine.close()
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        check(expected, prompt, answer)
+    assert accepted > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("member", [DENSE, MOE])
+def test_bf16_is_as_near_as_transformers(model, member):
+    folder, _, expected = model(member)
+    engine = Offline(folder, **FLAGS | {"dtype": "bfloat16"})
+    try:
+        answers = ask(engine, list(PROMPTS))
+    finally:
+        engine.close()
+    theirs = VisionReference(folder, torch.bfloat16)
+    check_no_farther(
+        [answer.prompt_logprobs for answer in answers],
+        [theirs.prompt_logprobs(PROMPTS[name][0], images_of(name)) for name in PROMPTS],
+        [expected[name].prompt_logprobs for name in PROMPTS],
+    )
+
+
+@pytest.mark.long
+def test_videos(model):
+    """Several in a batch; drafts follow a video's positions, too."""
+    folder, reference, _ = model(DENSE)
+    videos = [random_video(frames, 96, 64) for frames in (2, 4, 6)]
+    text = f"def describe({VIDEO_PLACE}):"
+    engine = Offline(folder, env={"QWEN3NEXT_DRAFTS": "fixed"}, **FLAGS)
+    try:
+        answers = engine.greedy(
+            [{"prompt": text, "multi_modal_data": {"video": [(v, _metadata(v))]}} for v in videos],
+            TOKENS,
+            logprobs=0,
+        )
+        accepted = engine.counters()["vllm:spec_decode_num_accepted_tokens"]
+    finally:
+        engine.close()
+    for video, answer in zip(videos, answers, strict=True):
+        token_ids, logprobs = reference.greedy(text, [], TOKENS, [video])
+        assert answer.token_ids == token_ids
+        assert (torch.tensor(answer.logprobs) - logprobs).abs().max() < TOLERANCE
+    assert accepted > 0
+
+
+def _metadata(video: Any) -> dict[str, Any]:
+    return about(video) | {"video_backend": "opencv", "do_sample_frames": False}
+
+
+@pytest.mark.long
+def test_images_and_videos_in_chats(model):
+    folder, reference, _ = model(DENSE)
+    flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
+    more = ("--media-io-kwargs", '{"video": {"fps": 2}}')  # of a video that is a list of frames
+    drafts = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}')
+    server = Forked(folder, *flags, *more, *drafts, env={"QWEN3NEXT_DRAFTS": "fixed"}).wait()
+    try:
+        check_an_image_in_a_chat(server, reference)
+        check_a_video_in_a_chat(server, reference)
+        assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    finally:
+        server.close()
