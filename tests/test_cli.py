@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from typing import get_args
@@ -460,28 +457,6 @@ def test_doctor_on_a_gpu_that_vllm_should_serve_with_the_plugin(diagnose):
     native = OURS | {"vllm": {"platform": "cuda", "Qwen3NextForCausalLM": NATIVE}}
     code, report = diagnose(answers=native)
     assert (code, report["Qwen3NextForCausalLM"]["status"]) == (1, "broken")
-
-
-@pytest.mark.slow
-def test_warmup_compiles_for_an_architecture_that_is_not_here(tmp_path, monkeypatch):
-    """In a process of its own, where no kernel has been compiled before."""
-    model, cache = tmp_path / "model", tmp_path / "cache"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(RELEASED_80B))
-    start = "from qwen3next_plugin.cli import app; app()"
-    command = [sys.executable, "-c", start, "warmup", str(model)]
-    command += ["--arch", "gfx942", "--tp", "4", "--num-speculative-tokens", "3"]
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "COLUMNS": "300"}
-    once = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert once.returncode == 0, once.stderr
-    names = "_copy_pages, _output_gate, _qk_norm_rope, _rms_norm, _router, _shared_expert_gate, "
-    assert f"gfx942: {names}" in once.stdout
-    binaries = {path: path.stat().st_mtime_ns for path in cache.rglob("*.hsaco")}
-    compiled = {path.stem for path in binaries}
-    assert {"short_rows", "segment_starts", "chunk_scan", "commit"} <= compiled
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert binaries == {path: path.stat().st_mtime_ns for path in cache.rglob("*.hsaco")}
 
 
 def test_warmup_knows_every_architecture_that_has_a_configuration():
