@@ -81,7 +81,10 @@ def test_changing_numbers_of_drafts_as_transformers(checkpoint, reference, tmp_p
     assert {new for _, new in switches} >= {"0", "1", "3"}
 
 
-def test_the_triton_kernels_as_transformers(checkpoint, reference):
+def test_the_triton_kernels_as_transformers(tmp_path):
+    """One layer of each kind: the interpreter is slow."""
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2, full_attention_interval=2)
+    reference = Reference(checkpoint)
     prompts = [random_prompt(n, seed=12) for n in (3, 66)]
     server = Server(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
     try:
