@@ -9,9 +9,10 @@ pytest.importorskip("sglang")
 
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending
+from qwen3next_plugin.mtp.plain_steps import EVERY
 from qwen3next_plugin.mtp.policy import Fixed
 
-D, EVERY = 2, 8
+D = 2
 
 
 class Request(Bag):
@@ -41,11 +42,11 @@ def drafter(monkeypatch):
         return torch.zeros(sum(row.draft > 0 for row in rows), D)
 
     monkeypatch.setattr(module.Drafter, "_forward", forward)
-    monkeypatch.setattr(module, "EVERY", EVERY)
     drafter = object.__new__(module.Drafter)
     drafter.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: torch.full((len(h),), 5)))
     drafter.observer, drafter.pending, drafter.limit = Observer(Fixed(0)), Pending(), 8
-    drafter.rows, drafter.plain, drafter.wait, drafter.decoded = [], None, 0, set()
+    drafter.rows, drafter.plain, drafter.decoded = [], None, set()
+    drafter.wait = drafter.idle = 0
     drafter.lengths = {}
     drafter.read, drafter.chunked = {}, None
 
@@ -180,9 +181,10 @@ def test_a_request_without_room_drafts_nothing(drafter):
     assert [row.drafted for row in drafter.it.rows] == [3, 0]
 
 
-def test_plain_steps_of_the_same_batch_are_looked_at_every_few_steps(drafter):
+def test_plain_steps_are_looked_at_every_few_steps(drafter):
     a, b = Request("a"), Request("b")
     drafter.read(0, 5, a, b)
+    drafter.it.idle = 4 * EVERY  # nothing was drafted for long
     both, at = [a, b], 5
     for kept in (6, *[6] * (EVERY - 1), 6 + EVERY, *[6 + EVERY] * 2):
         drafter.decode(at, same=both)
@@ -198,15 +200,32 @@ def test_plain_steps_of_the_same_batch_are_looked_at_every_few_steps(drafter):
     assert drafter.decode(at, same=both) == 3
 
 
+def test_where_nothing_is_drafted_a_new_batch_is_not_looked_at_sooner(drafter):
+    a, b = Request("a"), Request("b")
+    drafter.read(0, 3, a)
+    drafter.it.idle = 4 * EVERY
+    drafter.decode(3, a)  # which looks
+    drafter.read(0, 3, b)
+    for at in range(4, 3 + EVERY):
+        assert drafter.decode(at, a, b, length=2) == 0
+        assert not drafter.fed
+    drafter.it.limit = 100
+    drafter.decode(3 + EVERY, a, b, length=2)
+    assert sorted(drafter.fed) == ["a", "b"]
+    assert drafter.decode(4 + EVERY, a, b) == 2
+    assert drafter.decode(5 + EVERY, b, length=2) == 0  # after drafts: at once
+    assert sorted(drafter.fed) == ["b"]
+
+
 def test_plain_steps_are_kept_before_a_prompt_is_read(drafter):
     a, b = Request("a"), Request("b")
     drafter.read(0, 5, a)
     alone = [a]
     for at in (5, 6, 7):
         drafter.decode(at, same=alone)
-    drafter.read(0, 5, b)
+    drafter.read(0, 5, b, chunked=b)
     assert drafter.count("a") == 8
-    drafter.decode(8, same=alone)  # b has more chunks
+    drafter.decode(8, same=alone)
     drafter.read(5, 2, b)
     assert [drafter.count(rid) for rid in "ab"] == [9, 7]
 

@@ -20,7 +20,7 @@ from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
 from qwen3next_plugin.mtp.metrics import Board, Observer
 from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
-from qwen3next_plugin.mtp.plain_steps import EVERY, PlainSteps
+from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
 from qwen3next_plugin.mtp.policy import Policy, make_policy
 
 
@@ -34,7 +34,8 @@ class Drafter(Chains):
     rows: list[Row]  # of the last step, if the drafter has looked at it
     plain: PlainSteps | None  # those that it has not looked at
     plain_reqs: list[Req]  # of these steps
-    wait: int  # plain steps until it looks at them
+    wait: int  # plain steps until it looks at them, whether the batch changes or not
+    idle: int  # plain steps since the last draft
     decoded: set[str]  # requests of the last step that decoded
     read: dict[str, Req]  # those whose prompts were read since the last step
     chunked: Req | None  # the one of them whose prompt goes on
@@ -48,7 +49,7 @@ class Drafter(Chains):
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens
         self.limit = chunk if chunk > 0 else whole
         self.rows, self.plain, self.plain_reqs = [], None, []
-        self.wait, self.decoded = 0, set()
+        self.wait, self.idle, self.decoded = 0, 0, set()
         self.lengths = {}
         self.read, self.chunked = {}, None
         self.draft_runner.model.make_draft_head()
@@ -73,7 +74,7 @@ class Drafter(Chains):
         Then choose the lengths of the next.
         """
         self.keep()
-        self.plain = None
+        self.plain, self.wait, self.idle = None, 0, 0
         rows = self._verified_rows(batch, result, widths)
         timed = self._end_drafts(batch, draft_seconds)
         self.observer.observe_step(rows, step_seconds if timed else None)
@@ -92,8 +93,8 @@ class Drafter(Chains):
     ) -> EagleDraftInput | None:
         """Learn from a step without drafts; the first drafts, if it is time for some.
 
-        Most of these steps are only kept. The drafter looks at them every few steps, and when the
-        batch has changed.
+        Most of these steps are only kept. The drafter looks at them every few steps: where many
+        requests come and go, to do so at each change would take longer than drafts gain.
         """
         timed = True
         same = self.plain is not None and self.plain_reqs is batch.reqs
@@ -104,22 +105,23 @@ class Drafter(Chains):
             requests = [request.rid for request in batch.reqs]
             firsts = (batch.seq_lens - 1).tolist()
             self.plain = PlainSteps(requests, firsts, self.observer, self.pending)
-            self.plain_reqs, self.wait = batch.reqs, 0
+            self.plain_reqs = batch.reqs
         self.plain.add(
             result.next_token_ids.long(),
             result.logits_output.hidden_states,
             step_seconds if timed else None,
         )
-        self.wait -= 1
+        self.wait, self.idle = self.wait - 1, self.idle + 1
         return self._look(batch, self.plain) if self.wait <= 0 else None
 
     def _look(self, batch: ScheduleBatch, plain: PlainSteps) -> EagleDraftInput | None:
         """Learn from the plain steps so far, the last of which has just ended; draft if it pays."""
         token_ids = plain.token_ids[-1]
         self.rows = plain.look(self._choose_lengths)
-        self.wait = EVERY
+        self.wait = wait_after(self.idle)
         if not self.rows:
             return None
+        self.idle = 0
         drafts = self._first_drafts(batch, token_ids)
         if not self.lengths:
             self.wait = 1  # it has not caught up yet, and goes on after the next step
