@@ -12,7 +12,7 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
-from engines.sglang.server import NEXTN, Forking, Server
+from engines.sglang.server import NEXTN, Forking
 from reference import Reference
 
 pytestmark = pytest.mark.serve
@@ -86,7 +86,7 @@ def test_the_triton_kernels_as_transformers(tmp_path):
     checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2, full_attention_interval=2)
     reference = Reference(checkpoint)
     prompts = [random_prompt(n, seed=12) for n in (3, 66)]
-    server = Server(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
+    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
     try:
         check_greedy(reference, prompts, server.greedy(prompts, 5, return_logprob=True))
     finally:
