@@ -27,7 +27,8 @@ KNOWN = 8  # timings after which a cell's next ones count for the level
 COLD, SLOWER = 64, 1.3  # the first 64 drafts count as at most 1.3 times slower than expected
 NEW, FAR = 4, 1.5  # the first 4 timings of a cell count as at most 1.5 times slower than expected
 REFRESH = 4  # steps timed before tables are made anew
-CATCH_UPS = 5  # what pending tokens cost is the least of so many timings
+CATCH_UPS = 5  # what pending tokens cost is the least of so many timings,
+FEW = 8  # of at least so many pending tokens a request: fewer cost less than a draft varies
 
 Cell = tuple[float, float]  # log2 of the batch size and drafts a request, both to halves
 
@@ -192,7 +193,7 @@ class Costs:
 
     def observe_catching_up(self, batch: int, passes: int, tokens: int, seconds: float) -> None:
         """Drafting passes, the first over `tokens` pending tokens too, took `seconds`."""
-        if self.level:
+        if self.level and tokens >= FEW * batch:
             extra = seconds / self.level - self._draft_cost(batch, passes)
             self._catch_ups.append(max(0.0, extra) / tokens)
 

@@ -1,5 +1,6 @@
 """Policies: lengths within bounds, determinism, memory, and one length for all requests."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,3 +98,15 @@ def test_lengths_follow_what_each_request_accepts():
             policy.observe_draft(2, max(lengths), 0.1 * max(lengths))
     assert drafted["right"] > 400 * 2.4
     assert drafted["wrong"] < 400
+
+
+def test_timings_of_few_pending_tokens_say_nothing_of_their_cost():
+    costs = Costs(SHAPE)
+    costs.observe_step(8, 8, 1e-3)
+    draft = costs.table(8, 3).draft[1]
+    for _ in range(5):
+        costs.observe_catching_up(8, 1, 2000, draft + 2000 * 1e-6)
+        costs.observe_catching_up(8, 1, 9, 0.9 * draft)
+    for _ in range(4):  # tables are made anew
+        costs.observe_step(8, 8, 1e-3)
+    assert costs.table(8, 3).pending == pytest.approx(1e-6)
