@@ -29,7 +29,7 @@ VARIABLES: Mapping[str, Variable] = {
         " or the slow PyTorch reference",
     ),
     "QWEN3NEXT_ISA": Variable(
-        ("baseline", "avx2", "avx512", "avx512bf16"),
+        ("baseline", "avx2", "avx512", "avx512bf16", "amx"),
         None,
         "highest instruction set that the CPU kernels use; unset: the processor's highest",
     ),

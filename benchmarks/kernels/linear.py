@@ -1,4 +1,4 @@
-"""Packed linear layers against torch's weight-only kernels, and oneDNN's bf16 for FP8."""
+"""Packed linear layers against torch's weight-only kernels; bf16 and FP8 against oneDNN's bf16."""
 
 import itertools
 import statistics
@@ -9,7 +9,15 @@ from torch import Tensor
 
 from benchmarks.kernels.draft_head import packed
 from benchmarks.kernels.timing import Call, Case, seconds
-from qwen3next_plugin.kernels.linear import Weight, linear, pack_fp8, pack_int4, pack_int8, unpack
+from qwen3next_plugin.kernels.linear import (
+    Weight,
+    linear,
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    unpack,
+)
 
 N, K, DTYPE = 8192, 2048, torch.bfloat16
 LAYERS = 4  # weights that calls walk over
@@ -19,7 +27,7 @@ ROWS = (1, 2, 4, 8, 32, 512)
 
 def cases() -> Iterator[Case]:
     """Every format at every number of rows."""
-    for name, make in (("int8", int8), ("int4", int4), ("fp8", fp8)):
+    for name, make in MAKES.items():
         weights, theirs = zip(*(make() for _ in range(LAYERS)), strict=True)
         for M in ROWS:
             x = torch.randn(M, K).to(DTYPE)
@@ -31,6 +39,12 @@ def walk(weights: tuple, run: Call, x: Tensor) -> Call:
     """Calls with one weight after the other."""
     turns = itertools.cycle(weights)
     return lambda: run(x, next(turns))
+
+
+def bf16() -> tuple[Weight, Call]:
+    values = torch.randn(N, K).to(DTYPE)
+    layer = packed(values.clone())
+    return pack_bf16(values), lambda x: layer.cpu_linear(x, layer.weight, None)
 
 
 def int8() -> tuple[Weight, Call]:
@@ -58,11 +72,14 @@ def fp8() -> tuple[Weight, Call]:
     return weight, lambda x: layer.cpu_linear(x, layer.weight, None)
 
 
+MAKES = {"bf16": bf16, "int8": int8, "int4": int4, "fp8": fp8}
+
+
 def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
     """At M = 1, each format's time, and its ratio to reading its bytes as one large read."""
     large = torch.ones(2**25, dtype=torch.int64)
     x, found = torch.randn(1, K).to(DTYPE), {}
-    for name, make in (("int8", int8), ("int4", int4), ("fp8", fp8)):
+    for name, make in MAKES.items():
         weights = tuple(make()[0] for _ in range(2 * LAYERS))
         call, moved = walk(weights, linear, x), weights[0].nbytes
         seconds(call, len(weights))

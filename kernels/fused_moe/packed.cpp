@@ -1,5 +1,7 @@
+#include <numeric>
+
+#include "amx.h"
 #include "ops.h"
-#include "panel.h"
 #include "routes.h"
 
 namespace Q3N_LEVEL {
@@ -7,15 +9,38 @@ namespace {
 
 constexpr int64_t kRun = 128;  // inner features, or outputs, of an expert that one task computes
 
-// Rows of the activations for entries [begin, end), whose tokens are `token`.
-std::vector<int64_t> rows_of(const int64_t* token, int64_t begin, int64_t end, int64_t terms) {
-  std::vector<int64_t> rows;
-  for (int64_t i = begin; i < end; ++i) {
-    for (int64_t term = 0; term < terms; ++term) {
-      rows.push_back((token ? token[i] : i) * terms + term);
+// Calls f(terms, multiply), where multiply(totals, tiles, begin, count) writes the products of
+// entries of the routes, `terms` rows for each: entry i has row row[i] of x [M, K].
+template <class T, class F>
+void with_products(const T* x, int64_t M, int64_t stride, const std::vector<int64_t>& row,
+                   [[maybe_unused]] const Routes& routes, const Packed& w, F&& f) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (by_tiles(w)) {
+      TileRows rows(row.size(), w);
+      parallel(routes.experts.size(), 1, [&](int64_t i) {
+        const int64_t e = routes.experts[i], begin = routes.first[e];
+        const int64_t count = routes.first[e + 1] - begin;
+        for (int64_t n = 0; n < count; ++n) {
+          rows.set(begin, count, n, x + row[begin + n] * stride, w.K);
+        }
+      });
+      return f(1, [&](float* totals, const Tiles& tiles, int64_t begin, int64_t count) {
+        multiply(totals, w, tiles, rows, begin, count);
+      });
     }
   }
-  return rows;
+#endif
+  const Activations a = activations(x, M, stride, w);
+  std::vector<int64_t> rows;
+  for (int64_t m : row) {
+    for (int64_t term = 0; term < a.terms; ++term) rows.push_back(m * a.terms + term);
+  }
+  w.with_format([&]<class Format>(Format) {
+    f(a.terms, [&](float* totals, const Tiles& tiles, int64_t begin, int64_t count) {
+      multiply<Format>(totals, w, tiles, a, rows.data() + begin * a.terms, count * a.terms);
+    });
+  });
 }
 
 // The sum of the terms of row i of `totals`, of the panel's columns from `column` on.
@@ -29,26 +54,24 @@ f32v whole(const float* totals, int64_t i, int64_t terms, int64_t column) {
 
 // h = silu(W1 x) * W3 x of inner features [c, c + kRun) of expert e's tokens. Gate and up are the
 // tiles of one panel, or of two where a panel has one tile.
-template <class F, class T>
-void inner(T* h, const Packed& w13, const Activations& a, const Routes& routes, const Dims& d,
-           int64_t e, int64_t c) {
+template <class T, class Multiply>
+void inner(T* h, const Packed& w13, int64_t terms, const Multiply& multiply, const Routes& routes,
+           const Dims& d, int64_t e, int64_t c) {
   const int64_t begin = routes.first[e], count = routes.first[e + 1] - begin;
-  const auto rows = rows_of(routes.token.data(), begin, begin + count, a.terms);
-  const int64_t up_tiles = d.I / kTileWidth, size = rows.size() * kPanelWidth;
+  const int64_t up_tiles = d.I / kTileWidth, size = count * terms * kPanelWidth;
   std::vector<float> totals(2 * size);
   for (int64_t i = c; i < std::min(c + kRun, d.I); i += kTileWidth) {
     const int64_t gate_tile = e * w13.tiles + i / kTileWidth;
     const float *gate = totals.data(), *up = gate + (kPanelTiles == 1 ? size : kTileWidth);
     if constexpr (kPanelTiles == 1) {
-      multiply<F>(totals.data(), w13, {gate_tile}, a, rows.data(), rows.size());
-      multiply<F>(totals.data() + size, w13, {gate_tile + up_tiles}, a, rows.data(), rows.size());
+      multiply(totals.data(), {gate_tile}, begin, count);
+      multiply(totals.data() + size, {gate_tile + up_tiles}, begin, count);
     } else {
-      multiply<F>(totals.data(), w13, {gate_tile, gate_tile + up_tiles}, a, rows.data(),
-                  rows.size());
+      multiply(totals.data(), {gate_tile, gate_tile + up_tiles}, begin, count);
     }
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t lane = 0; lane < kTileWidth; lane += kLanes) {
-        const f32v g = whole(gate, n, a.terms, lane), u = whole(up, n, a.terms, lane);
+        const f32v g = whole(gate, n, terms, lane), u = whole(up, n, terms, lane);
         store(h + (begin + n) * d.I + i + lane, silu(g) * u);
       }
     }
@@ -56,27 +79,26 @@ void inner(T* h, const Packed& w13, const Activations& a, const Routes& routes, 
 }
 
 // Outputs [c, c + kRun) of all tokens, one expert after the other, in the order of their ids.
-template <class F, class T>
-void outer(T* out, const Packed& w2, const Activations& a, const float* weights,
+template <class T, class Multiply>
+void outer(T* out, const Packed& w2, int64_t terms, const Multiply& multiply, const float* weights,
            const Routes& routes, const Dims& d, int64_t c) {
   std::vector<float> sums(d.T * kRun);
   const int64_t end = std::min(c + kRun, w2.tiles * kTileWidth);
   for (int64_t e : routes.experts) {
     const int64_t begin = routes.first[e], last = routes.first[e + 1];
-    const auto rows = rows_of(nullptr, begin, last, a.terms);
-    std::vector<float> totals(rows.size() * kPanelWidth);
+    std::vector<float> totals((last - begin) * terms * kPanelWidth);
     for (int64_t i = c; i < end; i += kPanelWidth) {
       Tiles tiles;
       for (int p = 0; p < kPanelTiles; ++p) {
         tiles[p] = e * w2.tiles + std::min(i / kTileWidth + p, w2.tiles - 1);
       }
-      multiply<F>(totals.data(), w2, tiles, a, rows.data(), rows.size());
+      multiply(totals.data(), tiles, begin, last - begin);
       for (int64_t n = begin; n < last; ++n) {
         const f32v weight = splat(weights[routes.slot[n]]);
         float* sum = sums.data() + routes.token[n] * kRun + i - c;
         for (int64_t lane = 0; lane < kPanelWidth; lane += kLanes) {
           store(sum + lane,
-                load(sum + lane) + weight * whole(totals.data(), n - begin, a.terms, lane));
+                load(sum + lane) + weight * whole(totals.data(), n - begin, terms, lane));
         }
       }
     }
@@ -100,20 +122,24 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
   Tensor out = torch::stable::new_empty(x, {d.T, d.D});
   Tensor h = torch::stable::new_empty(x, {d.T * d.k, d.I});  // sorted by expert, as in routes
   const int64_t experts = routes.experts.size();
+  std::vector<int64_t> entries(d.T * d.k);
+  std::iota(entries.begin(), entries.end(), 0);
   with_dtype(x, [&]<class T>(T) {
-    const Activations xs = activations(read<T>(x), d.T, x.stride(0), w13);
-    w13.with_format([&]<class F>(F) {
-      // Run 0 of all experts, then run 1: each thread gets a share of every expert's tokens.
-      parallel_with_denormals((d.I + kRun - 1) / kRun * experts, 1, [&](int64_t i) {
-        inner<F>(write<T>(h), w13, xs, routes, d, routes.experts[i % experts], i / experts * kRun);
-      });
-    });
-    const Activations hs = activations(read<T>(h), d.T * d.k, d.I, w2);
-    w2.with_format([&]<class F>(F) {
-      parallel_with_denormals((d.D + kRun - 1) / kRun, 1, [&](int64_t i) {
-        outer<F>(write<T>(out), w2, hs, weights, routes, d, i * kRun);
-      });
-    });
+    with_products(read<T>(x), d.T, x.stride(0), routes.token, routes, w13,
+                  [&](int64_t terms, const auto& multiply) {
+                    // Run 0 of all experts, then run 1: each thread gets a share of every expert's
+                    // tokens.
+                    parallel_with_denormals((d.I + kRun - 1) / kRun * experts, 1, [&](int64_t i) {
+                      inner(write<T>(h), w13, terms, multiply, routes, d,
+                            routes.experts[i % experts], i / experts * kRun);
+                    });
+                  });
+    with_products(read<T>(h), d.T * d.k, d.I, entries, routes, w2,
+                  [&](int64_t terms, const auto& multiply) {
+                    parallel_with_denormals((d.D + kRun - 1) / kRun, 1, [&](int64_t i) {
+                      outer(write<T>(out), w2, terms, multiply, weights, routes, d, i * kRun);
+                    });
+                  });
   });
   return out;
 }

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check
-from qwen3next_plugin.kernels.linear.packing import pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels.linear.packing import pack_bf16, pack_fp8, pack_int4, pack_int8
 from qwen3next_plugin.kernels.linear.weight import (
     Weight,
     check_weight,
@@ -17,6 +17,7 @@ __all__ = [
     "Weight",
     "concatenate",
     "linear",
+    "pack_bf16",
     "pack_fp8",
     "pack_int4",
     "pack_int8",

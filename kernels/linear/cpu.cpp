@@ -1,50 +1,87 @@
 #include <numeric>
 
+#include "amx.h"
 #include "ops.h"
-#include "panel.h"
 
 namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kRows = 256;  // of x that one task multiplies a panel with
 
-// out [M, N], rows [begin, end) and the columns of a panel.
-template <class F, class T>
-void panel(T* out, const Packed& w, const Activations& a, const std::vector<int64_t>& rows,
-           int64_t first_tile, int64_t begin, int64_t end) {
+// The panel from this tile on; the last tile again beyond the end.
+Tiles panel_tiles(const Packed& w, int64_t first_tile) {
   Tiles tiles;
   for (int p = 0; p < kPanelTiles; ++p) tiles[p] = std::min(first_tile + p, w.tiles - 1);
-  std::vector<float> totals((end - begin) * a.terms * kPanelWidth);
-  multiply<F>(totals.data(), w, tiles, a, rows.data() + begin * a.terms, (end - begin) * a.terms);
+  return tiles;
+}
+
+// out [M, N], rows [begin, end) and the columns of a panel, from `terms` totals for each row.
+template <class T>
+void write_panel(T* out, const Packed& w, const float* totals, int64_t terms, int64_t first_tile,
+                 int64_t begin, int64_t end) {
   const int64_t column = first_tile * kTileWidth, width = std::min(kPanelWidth, w.N - column);
   for (int64_t m = begin; m < end; ++m) {
-    const float* total = totals.data() + (m - begin) * a.terms * kPanelWidth;
+    const float* total = totals + (m - begin) * terms * kPanelWidth;
     for_vectors(width, [&](int64_t i, int64_t lanes) {
       f32v sum = load(total + i);
-      for (int64_t term = 1; term < a.terms; ++term) sum += load(total + term * kPanelWidth + i);
+      for (int64_t term = 1; term < terms; ++term) sum += load(total + term * kPanelWidth + i);
       store(out + m * w.N + column + i, sum, lanes);
     });
   }
 }
+
+// Calls f(first tile of a panel, begin, end) for the panels and at most kRows rows.
+template <class F>
+void for_panels(const Packed& w, int64_t M, F&& f) {
+  const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
+  parallel_with_denormals(panels * ((M + kRows - 1) / kRows), 1, [&](int64_t i) {
+    const int64_t begin = i / panels * kRows;
+    f(i % panels * kPanelTiles, begin, std::min(begin + kRows, M));
+  });
+}
+
+template <class T>
+void multiply_rows(T* out, const T* x, int64_t M, int64_t stride, const Packed& w) {
+  const Activations a = activations(x, M, stride, w);
+  std::vector<int64_t> rows(M * a.terms);
+  std::iota(rows.begin(), rows.end(), 0);
+  w.with_format([&]<class F>(F) {
+    for_panels(w, M, [&](int64_t tile, int64_t begin, int64_t end) {
+      std::vector<float> totals((end - begin) * a.terms * kPanelWidth);
+      multiply<F>(totals.data(), w, panel_tiles(w, tile), a, rows.data() + begin * a.terms,
+                  (end - begin) * a.terms);
+      write_panel(out, w, totals.data(), a.terms, tile, begin, end);
+    });
+  });
+}
+
+#if defined(__AMX_BF16__)
+void multiply_tiles(bf16* out, const bf16* x, int64_t M, int64_t stride, const Packed& w) {
+  TileRows rows(M, w);
+  parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) { rows.set(0, M, m, x + m * stride, w.K); });
+  for_panels(w, M, [&](int64_t tile, int64_t begin, int64_t end) {
+    thread_local std::vector<float> totals;
+    totals.resize(kRows * kPanelWidth);
+    multiply(totals.data(), w, panel_tiles(w, tile), rows, begin, end - begin);
+    write_panel(out, w, totals.data(), 1, tile, begin, end);
+  });
+}
+#endif
 
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t format,
               int64_t group, int64_t N) {
   const int64_t M = x.size(0), K = x.size(1);
   const Packed w(packed, scale, zero, format, N, K, group);
   Tensor out = torch::stable::new_empty(x, {M, N});
-  const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
-  const int64_t parts = (M + kRows - 1) / kRows;
   with_dtype(x, [&]<class T>(T) {
-    const Activations a = activations(read<T>(x), M, x.stride(0), w);
-    std::vector<int64_t> rows(M * a.terms);
-    std::iota(rows.begin(), rows.end(), 0);
-    w.with_format([&]<class F>(F) {
-      parallel_with_denormals(panels * parts, 1, [&](int64_t i) {
-        const int64_t begin = i / panels * kRows;
-        panel<F>(write<T>(out), w, a, rows, i % panels * kPanelTiles, begin,
-                 std::min(begin + kRows, M));
-      });
-    });
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (by_tiles(w)) {
+        return multiply_tiles(write<T>(out), read<T>(x), M, x.stride(0), w);
+      }
+    }
+#endif
+    multiply_rows(write<T>(out), read<T>(x), M, x.stride(0), w);
   });
   return out;
 }

@@ -80,6 +80,19 @@ def pack_fp8(values: Tensor, scale: Tensor) -> Weight:
     return _weight("fp8", values, group, lines, scale, None)
 
 
+def pack_bf16(values: Tensor) -> Weight:
+    """The matrix itself.
+
+    Shapes: values [..., N, K] bf16. One leading dim is of experts.
+
+    Raises: ValueError for a dtype or a shape.
+    """
+    _check_values("pack_bf16", values, torch.bfloat16)
+    pairs = _columns_in(values, 0).unflatten(-1, (-1, 2))  # [..., tiles, 16, K / 2, 2]
+    none = values.new_empty(*values.shape[:-1], 0)
+    return _weight("bf16", values, 0, pairs.transpose(-3, -2), none, None)
+
+
 def _check_values(op: str, values: Tensor, dtype: torch.dtype) -> None:
     if values.dtype != dtype or values.dim() not in (2, 3):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A quantised matrix as the kernels read it: 16 rows interleaved, in tiles."""
+"""A matrix as the kernels read it: 16 rows interleaved, in tiles."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,22 +9,24 @@ from torch import Tensor
 
 TILE = 16  # rows of a tile: the fp32 lanes of AVX-512
 BLOCK = 128  # the last dim is padded to a multiple of it
-Format = Literal["int8", "int4", "fp8"]
-FORMATS: tuple[Format, ...] = ("int8", "int4", "fp8")  # as in native/formats.h
-LINE = {"int8": torch.int16, "int4": torch.int32, "fp8": torch.int32}  # a row's part of a line
+Format = Literal["int8", "int4", "fp8", "bf16"]
+FORMATS: tuple[Format, ...] = ("int8", "int4", "fp8", "bf16")  # as in native/formats.h
+# A row's part of a line.
+LINE = {"int8": torch.int16, "int4": torch.int32, "fp8": torch.int32, "bf16": torch.int32}
+BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16}  # of a value
 SYMMETRIC = 8  # the zero point of int4 without zero points
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """W = scale (values − zero), packed by `pack_int8`, `pack_int4` or `pack_fp8`.
+    """W = scale (values − zero), packed by a `pack_…`; in bf16 W itself, without scales.
 
     Shapes, of one matrix [N, K]; of experts all have a leading dim E:
         packed: [⌈N/16⌉, bytes] uint8. A byte holds an int8 or e4m3, or two int4; columns are in
             pairs: within a tile [K/2, 16, 2] bytes (int8), or [K/8, 16, 2] words of 16 bits, whose
             nibbles, lowest first, are 2 columns apart (int4); [K/4, 16, 2] words of 16 bits, whose
-            bytes are 2 columns apart (fp8)
-        scale: [⌈N/16⌉, groups, 16] fp32, bf16 or fp16; one group if `group` is 0
+            bytes are 2 columns apart (fp8); [K/2, 16, 2] bf16
+        scale: [⌈N/16⌉, groups, 16] fp32, bf16 or fp16; one group if `group` is 0, none of bf16
         zero: the same shape, uint8, or None: 8 for int4, 0 for the others
     """
 
@@ -53,6 +55,8 @@ def unpack(weight: Weight) -> Tensor:
     """W in fp32. Shapes: [N, K], or [E, N, K]"""
     *_, N, K = weight.shape
     values = _values(weight)  # [..., tiles, columns, 16]
+    if weight.format == "bf16":
+        return values.transpose(-1, -2).flatten(-3, -2)[..., :N, :K]
     columns, groups = values.shape[-2], weight.scale.shape[-2]
     scale = weight.scale.float()
     zero: Tensor | int = SYMMETRIC if weight.format == "int4" else 0
@@ -66,8 +70,9 @@ def unpack(weight: Weight) -> Tensor:
 def _values(weight: Weight) -> Tensor:
     """The values as fp32 [..., tiles, columns, 16]; columns includes the padding."""
     packed = weight.packed
-    if weight.format == "int8":
-        values = packed.view(torch.int8).float().unflatten(-1, (-1, TILE, 2))
+    if weight.format in ("int8", "bf16"):
+        dtype = torch.int8 if weight.format == "int8" else torch.bfloat16
+        values = packed.view(dtype).float().unflatten(-1, (-1, TILE, 2))
         return values.transpose(-1, -2).flatten(-3, -2)
     words = packed.view(torch.int16).int().unflatten(-1, (-1, 1, TILE, 2))
     if weight.format == "int4":
@@ -84,8 +89,9 @@ def check_weight(op: str, name: str, weight: Weight, dims: int, device: torch.de
         raise ValueError(f"{op}: {name} has shape {weight.shape}, not {dims} dims")
     *lead, N, K = weight.shape
     padded = -(-K // (weight.group or BLOCK)) * (weight.group or BLOCK)
-    tiles, line = -(-N // TILE), TILE * padded // (2 if weight.format == "int4" else 1)
-    entries = (*lead, tiles, K and -(-K // (weight.group or K)), TILE)
+    tiles, line = -(-N // TILE), TILE * padded * BITS[weight.format] // 8
+    groups = 0 if weight.format == "bf16" or not K else -(-K // (weight.group or K))
+    entries = (*lead, tiles, groups, TILE)
     for part, shape in (("packed", (*lead, tiles, line)), ("scale", entries), ("zero", entries)):
         tensor = getattr(weight, part)
         if tensor is None:
@@ -145,7 +151,8 @@ def _alike(op: str, weights: Sequence[Weight]) -> Weight:
 def _rows(tiles: Tensor, N: int, line: torch.dtype | None) -> Tensor:
     """[tiles, ...] as rows [N, ...]; with entries of such a dtype, unless that is None."""
     lines = tiles if line is None else tiles.view(line)
-    return lines.reshape(len(tiles), -1, TILE).transpose(1, 2).flatten(0, 1)[:N]
+    entries = lines[0].numel() // TILE if len(lines) else 0
+    return lines.reshape(len(tiles), entries, TILE).transpose(1, 2).flatten(0, 1)[:N]
 
 
 def _tiles(rows: Tensor, line: torch.dtype | None) -> Tensor:

@@ -83,26 +83,27 @@ void write_integers(Activations& a, const T* x, int64_t K, int64_t m) {
 }
 
 template <class T>
-void write_floats(Activations& a, const T* x, int64_t K, int64_t m) {
+void write_floats(Activations& a, const T* x, int64_t K, int64_t m, float scale) {
   float* out = reinterpret_cast<float*>(a.words.data() + m * a.width);
-  for_vectors(
-      K, [&](int64_t i, int64_t lanes) { store(out + i, load(x + i, lanes) * kFp8Scale, lanes); });
+  for_vectors(K,
+              [&](int64_t i, int64_t lanes) { store(out + i, load(x + i, lanes) * scale, lanes); });
 }
 
 // x [M, K], rows `stride` apart, for products with such a weight.
 template <class T>
 Activations activations(const T* x, int64_t M, int64_t stride, const Packed& w) {
-  const bool integers = w.format != kFp8;
+  const bool integers = is_integer(w.format);
+  const float scale = w.format == kFp8 ? kFp8Scale : 1.0f;  // of floats
   const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
   Activations a{terms, integers ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
   a.words.resize(M * terms * a.width);
-  a.steps.resize(M * terms * a.blocks, kFp8Scale);
+  a.steps.resize(M * terms * a.blocks, scale);
   a.sums.resize(M * terms * a.blocks);
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {
       write_integers(a, x + m * stride, w.K, m);
     } else {
-      write_floats(a, x + m * stride, w.K, m);
+      write_floats(a, x + m * stride, w.K, m, scale);
     }
   });
   return a;

@@ -79,6 +79,15 @@ struct Fp8 : Floats {
   }
 };
 
+// Weights in bf16: even columns are the lower halves of words, odd ones the upper.
+struct Bf16 : Floats {
+  static constexpr int kSteps = 2;
+  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+    const u32v words = (u32v)load_words(line + 4 * kLanes * part);
+    out[0] = (f32v)(words << 16), out[1] = (f32v)(words & 0xffff0000);
+  }
+};
+
 // Values of a format of this family, decoded.
 template <class F>
 struct Decoded : F {
@@ -99,7 +108,9 @@ constexpr int64_t kLineColumns = F::kSteps * F::kColumns;
 // Fp8's values are 2^-120 of what they stand for, so x is multiplied by 2^60, and sums by 2^60.
 constexpr float kFp8Scale = 0x1p60f;
 
-enum Format : int64_t { kInt8, kInt4, kFp8 };
+enum Format : int64_t { kInt8, kInt4, kFp8, kBf16 };
+
+constexpr bool is_integer(Format format) { return format == kInt8 || format == kInt4; }
 
 // A packed weight: [E, N, K], E = 1 if it is one matrix.
 struct Packed {
@@ -124,7 +135,8 @@ struct Packed {
         blocks((K + block - 1) / block),
         groups(group ? blocks : 1),
         tiles((N + kTileWidth - 1) / kTileWidth),
-        tile_bytes(blocks * block * kTileWidth / (format == kInt4 ? 2 : 1)) {}
+        tile_bytes(blocks * block * kTileWidth * (format == kBf16 ? 2 : 1) /
+                   (format == kInt4 ? 2 : 1)) {}
 
   const uint8_t* tile(int64_t t) const { return lines + t * tile_bytes; }
   int64_t entry(int64_t t, int64_t g, int64_t part) const {
@@ -150,7 +162,8 @@ struct Packed {
   void with_format(Call&& f) const {
     if (format == kInt8) return f(Int8{});
     if (format == kInt4) return f(Int4{});
-    f(Fp8{});
+    if (format == kFp8) return f(Fp8{});
+    f(Bf16{});
   }
 };
 

@@ -1,6 +1,11 @@
 // Registers the ops with torch and chooses the instruction set that runs them.
 #include "ops.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -21,9 +26,32 @@ extern const Level level;
 namespace avx512bf16 {
 extern const Level level;
 }
+namespace amx {  // compiled are only the ops that use its tiles
+void linear_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void fused_moe_packed_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+const Level level = [] {
+  Level level = avx512bf16::level;
+  level.name = "amx";
+  level.linear_op = &linear_op;
+  level.fused_moe_packed_op = &fused_moe_packed_op;
+  return level;
+}();
+}  // namespace amx
 #endif
 
 namespace {
+
+#if defined(__x86_64__)
+// Whether this process may use AMX's tiles; the system wants to be asked.
+bool tiles_allowed() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // The instruction sets that this processor has, lowest first.
 std::vector<const Level*> available() {
@@ -35,8 +63,10 @@ std::vector<const Level*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       levels.push_back(&avx512::level);
-      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
         levels.push_back(&avx512bf16::level);
+        if (__builtin_cpu_supports("amx-bf16") && tiles_allowed()) levels.push_back(&amx::level);
+      }
     }
   }
 #endif

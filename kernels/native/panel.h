@@ -142,7 +142,7 @@ void multiply(float* totals, const Packed& w, const Tiles& tiles, const Activati
       add_rows<Decoded<typename F::Family>>(totals, w, tiles, lines, a, rows, count, first, last);
     }
   }
-  if (w.group) return;
+  if (w.group || w.format == kBf16) return;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t v = 0; v < kPanelTiles * kParts; ++v) {
       float* to = totals + i * kPanelWidth + v * kLanes;

@@ -12,7 +12,7 @@ import torch
 
 from qwen3next_plugin.kernels import native
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and --long select

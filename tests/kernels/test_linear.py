@@ -1,4 +1,4 @@
-"""Quantised linear layers: packing, the equation, and bits that no other row changes."""
+"""Packed linear layers: packing, the equation, and bits that no other row changes."""
 
 import itertools
 from dataclasses import replace
@@ -12,6 +12,7 @@ from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
     concatenate,
     linear,
+    pack_bf16,
     pack_fp8,
     pack_int4,
     pack_int8,
@@ -32,8 +33,9 @@ KINDS = {
     "int4-group-128-zero": ("int4", 128, torch.float32, True),
     "fp8-rows-bf16": ("fp8", 0, torch.bfloat16, False),
     "fp8-blocks": ("fp8", 128, torch.float32, False),
+    "bf16": ("bf16", 0, torch.float32, False),
 }
-PACK = {"int8": pack_int8, "int4": pack_int4, "fp8": pack_fp8}
+PACK = {"int8": pack_int8, "int4": pack_int4, "fp8": pack_fp8, "bf16": pack_bf16}
 
 
 @pytest.fixture(params=KINDS)
@@ -44,12 +46,15 @@ def kind(request):
 def columns(kind, K):
     """K, or the next multiple of the group where that must divide it."""
     format, group, *_ = KINDS[kind]
-    return K if format == "fp8" else -(-K // (group or 1)) * (group or 1)
+    return K if format in ("fp8", "bf16") else -(-K // (group or 1)) * (group or 1)
 
 
 def checkpoint(kind, *shape):
     """Tensors as a checkpoint has them; the matrix that they mean."""
     format, group, dtype, zeros = KINDS[kind]
+    if format == "bf16":
+        values = torch.randn(shape).bfloat16()
+        return {"values": values}, values.float()
     *lead, N, K = shape
     values = torch.randint(0, 256, shape, dtype=torch.uint8)
     groups = -(-K // (group or K))
@@ -153,7 +158,7 @@ def test_any_shape_and_split(M, N, K, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [name for name in KINDS if not name.startswith("fp8")])
+@pytest.mark.parametrize("kind", [name for name in KINDS if name.startswith("int")])
 def test_integers_have_the_same_bits_at_every_instruction_set(kind, dtype):
     K = columns(kind, 645)
     weight, x = packed(kind, 37, K)[0], torch.randn(19, K).to(dtype)
@@ -192,17 +197,18 @@ def test_a_row_that_is_not_finite_leaves_the_others(native_level, kind, value):
     assert torch.equal(out[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-def test_every_value_of_fp8(native_level):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_value_of_fp8(native_level, dtype):
     """Subnormals and zeros, also where the thread flushes denormals."""
     codes = torch.tensor([c for c in range(256) if c & 127 != 127], dtype=torch.uint8)
     values = codes.view(torch.float8_e4m3fn)[:, None]
     weight = pack_fp8(values, torch.ones(2, 1))
     torch.set_flush_denormal(True)
     try:
-        out = linear(torch.ones(1, 1), weight)
+        out = linear(torch.ones(1, 1, dtype=dtype), weight)
     finally:
         torch.set_flush_denormal(False)
-    assert torch.equal(out[0], values[:, 0].float())
+    assert torch.equal(out[0], values[:, 0].to(dtype))
 
 
 def test_refuses_what_is_no_weight():
@@ -219,6 +225,7 @@ def test_refuses_what_is_no_weight():
         (pack_int4, (nibbles, scale, nibbles[:, :2]), "zero is .*4, 2"),
         (pack_fp8, ((nibbles + 127).view(torch.float8_e4m3fn), scale), "values has NaN"),
         (pack_fp8, (nibbles.view(torch.float8_e4m3fn), scale), "scale has shape"),
+        (pack_bf16, (scale,), r"values is torch\.float32"),
     ):
         with pytest.raises(ValueError, match=rf"{pack.__name__}: .*{complaint}"):
             pack(*arguments)

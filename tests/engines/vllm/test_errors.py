@@ -284,7 +284,7 @@ def test_installed_logits_processors_are_not_left_out(monkeypatch, tmp_path, com
 
 PLUGINS = "from vllm.plugins import load_general_plugins as load; load()"
 MODULE = "from vllm import ModelRegistry as R; print(R.models['Qwen3NextForCausalLM'].module_name)"
-LEVELS = ("avx512bf16", "avx512", "avx2")
+LEVELS = ("amx", "avx512bf16", "avx512", "avx2")
 OURS, THEIRS = "qwen3next_plugin.engines.vllm.model.trunk", "vllm.model_executor.models.qwen3_next"
 
 

@@ -1,0 +1,189 @@
+// Products of weights in bf16, or FP8, with rows of x in bf16, by AMX. An output has one sum, of
+// pairs of columns in turn, whatever the rows beside it.
+#pragma once
+
+#include <memory>
+
+#include "panel.h"
+
+#if defined(__AMX_BF16__)
+
+namespace Q3N_LEVEL {
+
+constexpr int64_t kHeight = 16;       // rows of x in a tile, at most
+constexpr int64_t kStepColumns = 32;  // that an instruction multiplies
+constexpr int64_t kPairHeight = 2 * kHeight;
+
+// Rows of x in bf16, gathered in runs. A run is cut into tiles; a tile has all its rows of the
+// first 32 columns, then those of the next.
+class TileRows {
+ public:
+  TileRows(int64_t rows, const Packed& w)
+      : steps(w.blocks * w.block / kStepColumns),
+        lines_(std::make_unique_for_overwrite<Line[]>(rows * steps)) {}
+
+  // Copies a row [K]: row i of the run of `count` rows that starts at row `begin`.
+  void set(int64_t begin, int64_t count, int64_t i, const bf16* x, int64_t K) {
+    const int64_t first = i / kHeight * kHeight, height = std::min(count - first, kHeight);
+    Line* line = lines_.get() + (begin + first) * steps + i - first;
+    for (int64_t k = 0; k < steps * kStepColumns; k += kStepColumns, line += height) {
+      const int64_t n = std::clamp<int64_t>(K - k, 0, kStepColumns);
+      std::memcpy(line->x, x + k, n * sizeof *x);
+      std::memset(line->x + n, 0, (kStepColumns - n) * sizeof *x);
+    }
+  }
+
+  // The tile that starts with this row.
+  const uint8_t* tile(int64_t row) const {
+    return reinterpret_cast<const uint8_t*>(lines_.get() + row * steps);
+  }
+
+  const int64_t steps;
+
+ private:
+  struct alignas(kLine) Line {
+    uint16_t x[kStepColumns];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+
+constexpr int64_t kChunkSteps = kChunkColumns / kStepColumns;
+constexpr int64_t kTileBytes = kHeight * kLine;  // of a step's columns of the weight
+
+// Tiles 0 to 3 are sums: of two tiles of x, 4 and 5, with two of the weight, 6 and 7.
+inline void configure(int64_t height0, int64_t height1) {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  const int64_t rows[] = {height0, height0, height1, height1, height0, height1, kHeight, kHeight};
+  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.bytes[i] = rows[i] ? kLine : 0;
+  asm volatile("" ::"r"(&config) : "memory");  // _tile_loadconfig says that it reads 8 bytes
+  _tile_loadconfig(&config);
+}
+
+// sums [height0 + height1, kPanelWidth] += the products of `steps` steps, or = if they are first.
+template <bool kTwo>
+void add_steps(float* sums, const uint8_t* const (&w)[kPanelTiles], const uint8_t* x0,
+               const uint8_t* x1, int64_t height0, int64_t height1, int64_t steps, bool first) {
+  constexpr int64_t kRow = kPanelWidth * sizeof(float);
+  float* const lower = sums + kHeight * kPanelWidth;
+  // Macros, each a statement.
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, sums, kRow);
+    _tile_loadd(1, sums + kTileWidth, kRow);
+    if constexpr (kTwo) {
+      _tile_loadd(2, lower, kRow);
+      _tile_loadd(3, lower + kTileWidth, kRow);
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, x0 + s * height0 * kLine, kLine);
+    _tile_loadd(6, w[0] + s * kTileBytes, kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w[1] + s * kTileBytes, kLine);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_loadd(5, x1 + s * height1 * kLine, kLine);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kTileWidth, kRow);
+  if constexpr (kTwo) {
+    _tile_stored(2, lower, kRow);
+    _tile_stored(3, lower + kTileWidth, kRow);
+  }
+}
+
+// Decodes lines of e4m3: two lines of bf16 each.
+inline void decode_fp8(uint8_t* out, const uint8_t* line, int64_t lines) {
+  // The eight values without an exponent, m 2^-9; the others' exponents are 120 larger.
+  alignas(64) constexpr uint16_t kSmall[32] = {0,      0x3b00, 0x3b80, 0x3bc0,
+                                               0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  const __m512i small = _mm512_load_si512(kSmall), bias = _mm512_set1_epi16(120 << 7);
+  const auto bf16s = [&](__m512i w) Q3N_INLINE {  // whose upper bytes are the values
+    const __m512i rest = _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi16(0x07f0));
+    const __mmask32 is_small = _mm512_cmplt_epu16_mask(rest, _mm512_set1_epi16(1 << 7));
+    const __m512i size = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(rest, bias), is_small,
+                                                       _mm512_srli_epi16(rest, 4), small);
+    return _mm512_or_si512(size, _mm512_and_si512(w, _mm512_set1_epi16(-0x8000)));
+  };
+  for (int64_t l = 0; l < lines; ++l) {
+    const __m512i words = _mm512_loadu_si512(line + l * kLine);
+    _mm512_storeu_si512(out + 2 * l * kLine, bf16s(_mm512_slli_epi16(words, 8)));
+    _mm512_storeu_si512(out + (2 * l + 1) * kLine, bf16s(words));
+  }
+}
+
+// totals [height, kPanelWidth] += sums, times the scales of a block.
+inline void add_scaled(float* totals, const float* sums, int64_t height, const Packed& w,
+                       const Tiles& tiles, int64_t block) {
+  const f32v scale[] = {w.scale(tiles[0], block, 0), w.scale(tiles[1], block, 0)};
+  for (int64_t i = 0; i < height * kPanelTiles; ++i) {
+    float* to = totals + i * kTileWidth;
+    store(to, fma(load(sums + i * kTileWidth), scale[i % kPanelTiles], load(to)));
+  }
+}
+
+// Whether a weight is multiplied by tiles.
+inline bool by_tiles(const Packed& w) { return w.format == kBf16 || w.format == kFp8; }
+
+// totals [count, kPanelWidth] = the panel's products with a run of x's rows. FP8 is decoded to bf16
+// chunk by chunk; each block's sum is multiplied by its scale.
+inline void multiply(float* totals, const Packed& w, const Tiles& tiles, const TileRows& x,
+                     int64_t begin, int64_t count) {
+  static_assert(kPanelTiles == 2 && kParts == 1);
+  const bool coded = w.format == kFp8;
+  const int64_t chunk = coded || count > kPairHeight ? kChunkSteps : x.steps;
+  const int64_t block = w.group ? w.group / kStepColumns : chunk;  // steps that are summed at once
+  alignas(64) thread_local uint8_t decoded[kPanelTiles][kChunkSteps * kTileBytes];
+  alignas(64) float sums[kPairHeight * kPanelWidth];
+  if (w.group) std::memset(totals, 0, count * kPanelWidth * sizeof *totals);
+  int64_t configured[2] = {};
+  for (int64_t s = 0; s < x.steps; s += chunk) {
+    const int64_t last = std::min(s + chunk, x.steps);
+    const uint8_t* lines[kPanelTiles];
+    for (int p = 0; p < kPanelTiles; ++p) {
+      lines[p] = w.tile(tiles[p]) + s * kTileBytes / (coded ? 2 : 1);
+      if (coded) decode_fp8(decoded[p], lines[p], (last - s) * kHeight / 2), lines[p] = decoded[p];
+    }
+    for (int64_t i = 0; i < count; i += kPairHeight) {
+      const int64_t height0 = std::min(kHeight, count - i);
+      const int64_t height1 = std::clamp<int64_t>(count - i - kHeight, 0, kHeight);
+      if (configured[0] != height0 || configured[1] != height1) {
+        configure(configured[0] = height0, configured[1] = height1);
+      }
+      const auto add = height1 ? add_steps<true> : add_steps<false>;
+      for (int64_t b = s; b < last; b += block) {
+        const uint8_t* const w2[] = {lines[0] + (b - s) * kTileBytes,
+                                     lines[1] + (b - s) * kTileBytes};
+        const uint8_t* x0 = x.tile(begin + i) + b * height0 * kLine;
+        const uint8_t* x1 = x.tile(begin + i + height0) + b * height1 * kLine;
+        float* to = totals + i * kPanelWidth;
+        add(w.group ? sums : to, w2, x0, x1, height0, height1, std::min(block, last - b),
+            w.group || b == 0);
+        if (w.group) add_scaled(to, sums, height0 + height1, w, tiles, b / block);
+      }
+    }
+  }
+  _tile_release();
+  if (w.group || !coded) return;
+  for (int64_t i = 0; i < count * kPanelTiles; ++i) {
+    float* to = totals + i * kTileWidth;
+    store(to, load(to) * w.scale(tiles[i % kPanelTiles], 0, 0));
+  }
+}
+
+}  // namespace Q3N_LEVEL
+
+#endif
