@@ -43,6 +43,11 @@ VARIABLES: Mapping[str, Variable] = {
         None,
         "on a CPU, quantise a checkpoint in 16 or 32 bits as it loads; unset: serve it as it is",
     ),
+    "QWEN3NEXT_BATCH_INVARIANT": Variable(
+        ("0", "1"),
+        "0",
+        "1: on a CPU, a token's bits do not depend on batch, chunks or drafts; bfloat16 only",
+    ),
     "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the engine untouched"),
     "QWEN3NEXT_OPTIONAL": Variable(
         ("0", "1"),
@@ -70,6 +75,11 @@ def drafts() -> str:
 def quantise() -> str | None:
     """The format that weights are quantised to as they load, or None."""
     return _read("QWEN3NEXT_QUANTISE")
+
+
+def batch_invariant() -> bool:
+    """Whether a token's bits must not depend on its batch."""
+    return _read("QWEN3NEXT_BATCH_INVARIANT") == "1"
 
 
 def disabled() -> bool:

@@ -1,14 +1,23 @@
-"""Quantised weights as the kernels read them, packed once they are loaded."""
+"""Weights as the kernels read them, packed once they are loaded."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.kernels.linear import Weight, linear, pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.linear import (
+    Weight,
+    linear,
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+)
 from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.quantised import Format, nibbles
+from qwen3next_plugin.model.quantised import BF16, Format, nibbles
 
 
 class Packed(nn.Module):
@@ -40,6 +49,23 @@ class Packed(nn.Module):
         """Shapes: x [..., K], bias [N], returns [..., N]."""
         out = linear(x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
         return out if bias is None else out + bias
+
+
+def packs_plain() -> bool:
+    """Whether weights in bf16 are packed for our kernels.
+
+    They are where the processor has AMX, with which these are the fastest, and where a token's bits
+    must not depend on its batch. The choice is the machine's, not QWEN3NEXT_ISA's: vLLM keeps
+    compiled graphs, which have it in them.
+    """
+    return env.kernels() != "reference" and (env.batch_invariant() or "amx" in native.levels())
+
+
+def pack_plain(layer: nn.Module) -> Packed:
+    """Pack a layer's weight in bf16, and leave an empty one, which hosts look at."""
+    packed = pack_parameters(layer, BF16)
+    layer.weight = nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)
+    return packed
 
 
 def pack(tensors: Mapping[str, Tensor], form: Format) -> Packed:
@@ -108,7 +134,10 @@ def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
 
 
 def _pack(tensors: Mapping[str, Tensor], form: Format) -> Weight:
-    weight, scale = tensors["weight"], tensors["weight_scale"]
+    weight = tensors["weight"]
+    if form.name == "bf16":
+        return pack_bf16(weight)
+    scale = tensors["weight_scale"]
     if form.name == "int4":
         return pack_int4(nibbles(weight), scale, tensors.get("weight_zero"))
     return (pack_int8 if form.name == "int8" else pack_fp8)(weight, scale)

@@ -16,7 +16,12 @@ from qwen3next_plugin.model.layouts import CheckpointError
 
 FP8_BLOCK = 128  # rows and columns that share a scale in the FP8 checkpoints of Qwen
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble in which AWQ keeps each of eight rows
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "bf16": torch.bfloat16,
+}
 Tensors = Mapping[str, Tensor]
 
 
@@ -24,7 +29,8 @@ Tensors = Mapping[str, Tensor]
 class Format:
     """How the rows of a weight [N, K] are stored.
 
-    name: `fp8` (e4m3), `int8`, or `int4`: two columns a byte, the lower nibble first.
+    name: `fp8` (e4m3), `int8`, or `int4`: two columns a byte, the lower nibble first; or `bf16`,
+        without scales.
     group: columns that share a scale, of fp8 the last group maybe fewer; 0: the row has one scale.
     zeros: int4 has a zero point beside each scale; without, the zero is 8.
     """
@@ -37,22 +43,26 @@ class Format:
     @property
     def names(self) -> tuple[str, ...]:
         """Of a module's tensors."""
+        if self.name == "bf16":
+            return ("weight",)
         return ("weight", "weight_scale") + (("weight_zero",) if self.zeros else ())
 
     def tensors(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         """Name, shape and dtype of a module's tensors."""
         groups = self.groups(columns)
-        found = {
+        every = {
             "weight": ((rows, columns // 2 if self.name == "int4" else columns), DTYPES[self.name]),
             "weight_scale": ((rows, groups), self.scale),
+            "weight_zero": ((rows, groups), torch.uint8),
         }
-        if self.zeros:
-            found["weight_zero"] = ((rows, groups), torch.uint8)
-        return found
+        return {name: every[name] for name in self.names}
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return -(-columns // (self.group or columns))
+
+
+BF16 = Format("bf16", 0, torch.bfloat16)  # of weights that are not quantised
 
 
 class Module(NamedTuple):

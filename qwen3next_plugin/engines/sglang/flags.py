@@ -69,6 +69,8 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         raise ConfigError(
             f"QWEN3NEXT_QUANTISE={asked}: weights are quantised at load on a CPU alone; unset it"
         )
+    if env.batch_invariant():
+        _check_invariance(model_config, on_cpu=on_cpu)
     _check_heads(model_config)
     _check_files(server_args, model_config, on_cpu=on_cpu)
     if on_cpu:
@@ -142,6 +144,27 @@ def refusal(name: str, value: Any, why: str, fix: str) -> ConfigError:
 def flag(name: str, value: Any) -> str:
     """A flag as one writes it."""
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
+def _check_invariance(model_config: Any, *, on_cpu: bool) -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
+    from sglang.srt.utils import cpu_has_amx_support
+
+    variable = "QWEN3NEXT_BATCH_INVARIANT=1"
+    if not on_cpu:
+        raise ConfigError(f"{variable}: only CPU kernels promise it; unset it")
+    if model_config.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{variable}: in {model_config.dtype}, projections are oneDNN's, which depend on the "
+            f"batch; add --dtype bfloat16"
+        )
+    if env.kernels() == "reference":
+        raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
+    if cpu_has_amx_support():
+        raise ConfigError(
+            f"{variable}: SGLang's own AMX kernels, which depend on the batch, are installed; "
+            f"uninstall sgl-kernel"
+        )
 
 
 def _check_heads(model_config: Any) -> None:

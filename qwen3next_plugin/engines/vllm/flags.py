@@ -59,6 +59,7 @@ def check(vllm_config: VllmConfig) -> None:
     config = _check_files(vllm_config)
     _check_tower(vllm_config)
     _check_kernels(vllm_config)
+    _check_invariance()
     _check_quantisation(vllm_config)
     if vllm_config.speculative_config is not None:
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
@@ -133,6 +134,15 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             "QWEN3NEXT_KERNELS=reference: vLLM would compile the reference into its graphs, and "
             "reuse these in later starts with other kernels; add --enforce-eager"
+        )
+
+
+def _check_invariance() -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT: vLLM's attention reads long contexts in other cuts."""
+    if env.batch_invariant():
+        raise ConfigError(
+            "QWEN3NEXT_BATCH_INVARIANT=1: beyond 512 tokens, vLLM's attention has other bits if a "
+            "prompt is cut into other chunks; serve with SGLang, or unset it"
         )
 
 

@@ -69,6 +69,12 @@ def complete(environment):
 # flags ------------------------------------------------------------------------------------------
 
 
+def test_batch_invariance_in_another_dtype(monkeypatch, checkpoint, complete):
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    with pytest.raises(ConfigError, match=r"BATCH_INVARIANT=1: in torch\.float32, .* --dtype bfl"):
+        complete(checkpoint, **FP32)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -280,6 +280,12 @@ def test_installed_logits_processors_are_not_left_out(monkeypatch, tmp_path, com
         complete(checkpoint, **drafts(2))
 
 
+def test_batch_invariance_is_not_promised(monkeypatch, complete, checkpoint):
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    with pytest.raises(Exception, match=r"QWEN3NEXT_BATCH_INVARIANT=1: .* serve with SGLang"):
+        complete(checkpoint)
+
+
 # registration ------------------------------------------------------------------------------------
 
 PLUGINS = "from vllm.plugins import load_general_plugins as load; load()"

@@ -1,6 +1,6 @@
-"""Our experts' kernel in SGLang's MoE, in place of its loop over experts on a CPU."""
+"""Our experts' kernels in SGLang's MoE, in place of its loop over experts on a CPU."""
 
-from typing import cast
+from typing import Any
 
 import torch
 from sglang.srt.layers.moe.token_dispatcher import CombineInput, StandardCombineInput
@@ -8,11 +8,27 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.utils import use_intel_amx_backend
 
+from qwen3next_plugin.engines.sglang.cpu.packing import are_packed
 from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.linear import Weight
+from qwen3next_plugin.kernels.linear.weight import TILE
+from qwen3next_plugin.model.packed import pack_parameters
+from qwen3next_plugin.model.quantised import BF16
 
 
 class NativeExperts(UnquantizedFusedMoEMethod):
     """SGLang's unquantised experts; its AMX kernel is kept where weights were packed for it."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if hasattr(layer, "w2_packed"):  # SGLang may call this twice
+            return
+        super().process_weights_after_loading(layer)
+        w2 = layer.w2_weight
+        if use_intel_amx_backend(layer) or w2.shape[-1] % TILE:
+            return
+        if are_packed(w2.dtype):
+            for which in ("w13", "w2"):
+                setattr(layer, f"{which}_packed", pack_parameters(layer, BF16, f"{which}_"))
 
     def forward_cpu(
         self, layer: torch.nn.Module, dispatch_output: StandardDispatchOutput
@@ -21,14 +37,20 @@ class NativeExperts(UnquantizedFusedMoEMethod):
         if use_intel_amx_backend(layer):
             return super().forward_cpu(layer, dispatch_output)
         topk = dispatch_output.topk_output
+        w13, w2 = (_weight(layer, which) for which in ("w13", "w2"))
         return StandardCombineInput(
             hidden_states=fused_moe(
                 x=dispatch_output.hidden_states,
-                w13=cast(torch.Tensor, layer.w13_weight),
-                w2=cast(torch.Tensor, layer.w2_weight),
+                w13=w13,
+                w2=w2,
                 topk_weights=topk.topk_weights.float(),
                 topk_ids=topk.topk_ids.int(),
             )
         )
 
     forward_native = forward_cpu  # the name that SGLang calls without AMX
+
+
+def _weight(layer: Any, which: str) -> torch.Tensor | Weight:
+    packed = getattr(layer, f"{which}_packed", None)
+    return getattr(layer, f"{which}_weight") if packed is None else packed.weight

@@ -1,11 +1,11 @@
-"""Projections and head packed in oneDNN's layout on a CPU, because SGLang packs for AMX only.
+"""Projections and head packed for our kernel or oneDNN on a CPU; SGLang packs for AMX only.
 
 oneDNN repacks a plain bf16 weight at each product, which takes up to half of a decode step's time.
 Here weights are packed once, at load, and the plain copy is dropped. fp32 weights, and what SGLang
 packed for AMX, stay as they are.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
@@ -17,18 +17,39 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
+from qwen3next_plugin.kernels.linear import pack_bf16
+from qwen3next_plugin.model.packed import Packed, packs_plain
 
 ROWS = 1  # the layout is chosen for one row; measured, it is as fast for more rows
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
+class Product(Protocol):
+    """A packed weight [N, K]."""
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Shapes: x [T, K], bias [N], returns [T, N]."""
+
+
+class OneDnn(nn.Module):
+    """A weight in oneDNN's layout."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Shapes: as of `Product`."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+
+
+def are_packed(dtype: torch.dtype) -> bool:
+    """Whether our kernels take weights of this dtype."""
+    return dtype == torch.bfloat16 and packs_plain()
+
+
+def pack(weight: torch.Tensor) -> Product:
     """Shapes: weight [N, K] bf16."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-
-
-def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Shapes: x [T, K], returns [T, N]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return Packed(pack_bf16(weight)) if are_packed(weight.dtype) else OneDnn(weight)
 
 
 def _pack_once(layer: Any) -> bool:
@@ -56,7 +77,7 @@ class PackedLinear(UnquantizedLinearMethod):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if layer.packed is None:
             return super().apply(layer, x, bias)
-        return linear(x, layer.packed, bias)
+        return layer.packed(x, bias)
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
@@ -81,7 +102,7 @@ class PackedLogitsProcessor(LogitsProcessor):
         """Shapes: hidden_states [N, D], returns [N, vocab of this rank, padded]."""
         if (packed := getattr(lm_head, "packed", None)) is None:
             return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, out=out)
-        return linear(hidden_states, packed, None)
+        return packed(hidden_states)
 
 
 def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:

@@ -15,21 +15,13 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.platforms import current_platform
 
+from qwen3next_plugin.engines.vllm.cpu.packed import PackedExperts, on_this_rank
 from qwen3next_plugin.kernels.fused_moe import fused_moe
-
-
-def on_this_rank(
-    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank's own index of each expert; the weight of one that it has not is zero.
-
-    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
-    """
-    if expert_map is None:
-        return topk_weights, topk_ids
-    topk_ids = expert_map[topk_ids.long()]
-    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)
+from qwen3next_plugin.kernels.linear.weight import TILE
+from qwen3next_plugin.model.packed import packs_plain
+from qwen3next_plugin.model.quantised import BF16
 
 
 class NativeExperts(CPUUnquantizedExperts):
@@ -70,15 +62,26 @@ class NativeExperts(CPUUnquantizedExperts):
 
 
 class Experts(RoutedExperts):
-    """vLLM's container of the experts' weights, with our kernel instead of the portable one."""
+    """vLLM's container of the experts' weights, with our kernels."""
 
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
         method = super()._get_quant_method(prefix, quant_config, moe_config)
-        portable = isinstance(method, UnquantizedFusedMoEMethod) and (
-            method.experts_cls is CPUUnquantizedExperts
-        )
-        if portable:
+        if not current_platform.is_cpu() or not isinstance(method, UnquantizedFusedMoEMethod):
+            return method
+        if self._are_packed(moe_config):
+            return PackedExperts(moe_config, {"w13": BF16, "w2": BF16})
+        if method.experts_cls is CPUUnquantizedExperts:
             method.experts_cls = NativeExperts
         return method
+
+    @staticmethod
+    def _are_packed(moe_config: FusedMoEConfig) -> bool:
+        """Whether our kernel of packed experts takes them. vLLM balances unpacked ones only."""
+        return (
+            packs_plain()
+            and moe_config.in_dtype == torch.bfloat16
+            and moe_config.intermediate_size_per_partition % TILE == 0
+            and not moe_config.moe_parallel_config.enable_eplb
+        )

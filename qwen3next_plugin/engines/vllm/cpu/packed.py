@@ -1,4 +1,4 @@
-"""Quantised layers on a CPU: vLLM loads and shards their rows, our kernels multiply."""
+"""Packed layers on a CPU: vLLM loads and shards their rows, our kernels multiply."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,6 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from qwen3next_plugin.engines.vllm.cpu.experts import on_this_rank
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.model.packed import (
     check_experts,
@@ -30,6 +29,19 @@ def method(layer: nn.Module, found: Mapping[str, Format] | None) -> QuantizeMeth
     if isinstance(layer, LinearBase):
         return PackedLinear(found["weight"]) if found else UnquantizedLinearMethod()
     return None
+
+
+def on_this_rank(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's own index of each expert; the weight of one that it has not is zero.
+
+    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
+    """
+    if expert_map is None:
+        return topk_weights, topk_ids
+    topk_ids = expert_map[topk_ids.long()]
+    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)
 
 
 class PackedLinear(LinearMethodBase):

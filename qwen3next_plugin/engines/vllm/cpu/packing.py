@@ -1,4 +1,4 @@
-"""Packing of the vocabulary layers on a CPU, without the second copies that vLLM keeps.
+"""Packing on a CPU: of projections and head for our kernel, and without second copies.
 
 vLLM packs a matrix-product copy of each vocabulary layer's weight and keeps the plain weight too.
 An embedding is only looked up and needs no packed copy; a head is only multiplied and needs no
@@ -8,13 +8,44 @@ is packed and these methods change nothing.
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms import current_platform
 
+from qwen3next_plugin.kernels.linear import pack_bf16
+from qwen3next_plugin.model.packed import Packed, pack_plain, packs_plain
+
 if TYPE_CHECKING:
     from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead
+
+
+def _packs(layer: nn.Module) -> bool:
+    """Whether our kernel multiplies by the layer's weight, and not vLLM's."""
+    ours = current_platform.is_cpu() and packs_plain()
+    return ours and layer.weight.dtype == torch.bfloat16
+
+
+class PackedProjection(UnquantizedLinearMethod):
+    """vLLM's unquantised projection, with our product."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.packed = pack_plain(layer)
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return layer.packed(x, bias)
+
+
+def use_packing(model: nn.Module) -> None:
+    """Make vLLM pack a model's unquantised projections for our kernel, where that is chosen."""
+    for layer in model.modules():
+        plain = type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod
+        if plain and _packs(layer):
+            layer.quant_method = PackedProjection()
 
 
 class PlainEmbedding(UnquantizedEmbeddingMethod):
@@ -35,4 +66,14 @@ class PackedHead(UnquantizedEmbeddingMethod):
             return
         if self.drafts:
             layer.make_draft_head()
+        if _packs(layer):
+            layer.packed = Packed(pack_bf16(layer.weight.data)) if self.tied else pack_plain(layer)
+            return
         dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+
+    def apply(
+        self, layer: "LMHead", x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if layer.packed is None:
+            return super().apply(layer, x, bias)
+        return layer.packed(x, bias)

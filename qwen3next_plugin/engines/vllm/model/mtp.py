@@ -12,6 +12,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
+from qwen3next_plugin.engines.vllm.cpu.packing import use_packing
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
@@ -110,6 +111,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here, from the same stage
         self.logits_processor = LogitsProcessor(self.sizes.vocab_size)
         describe_experts(self, self.model.layers)
+        use_packing(self)
         self.trunk_names = frozenset(trunk_tensors(self.sizes))
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             self.trunk_names -= {EMBEDDING}

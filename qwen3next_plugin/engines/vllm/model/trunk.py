@@ -32,6 +32,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.cpu.packing import use_packing
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
@@ -174,6 +175,7 @@ class Qwen3NextForCausalLM(
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         describe_experts(self, self.model.layers)
+        use_packing(self)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""

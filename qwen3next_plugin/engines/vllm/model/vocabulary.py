@@ -26,6 +26,7 @@ class LMHead(ParallelLMHead):
             prefix=prefix,
         )
         self.draft_head: DraftHead | None = None
+        self.packed: nn.Module | None = None  # for our kernel
 
     def make_draft_head(self) -> None:
         """Copy the plain weight, which must still be there, to int8."""
