@@ -1,6 +1,5 @@
 """Every example runs as its README says: as a script, on the shipped checkpoint."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,27 +9,21 @@ from pathlib import Path
 import pytest
 
 from engines.process import Fork, script
-from engines.vllm.offline import environment, preload
+from engines.vllm.offline import IN_PROCESS, environment, preload
 from engines.vllm.server import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "examples/qwen3next-tiny"
-ENVIRONMENT = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}"}
-# No worker to start, and no second thread to wait for where other programs run: half the time.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 600
 
 pytestmark = pytest.mark.serve
 
 
-def run_example(
-    name: str, *args: str, stdin: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run_example(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run an example to its end, and fail with what it printed if it fails."""
     done = subprocess.run(
         [sys.executable, f"examples/{name}", *args],
         cwd=ROOT,
-        env=ENVIRONMENT | environment,
         input=stdin,
         capture_output=True,
         text=True,
@@ -43,7 +36,9 @@ def run_example(
 def forked_example(name: str, *args: str, **own: str) -> str:
     """Run an example to its end in a fork of a process that has vLLM loaded; what it printed."""
     preload()
-    process = Fork(script, str(ROOT / "examples" / name), *args, env=environment() | own)
+    where = ("--model", str(ROOT / CHECKPOINT))
+    env = environment() | IN_PROCESS | own
+    process = Fork(script, str(ROOT / "examples" / name), *where, *args, env=env)
     try:
         process.wait(TIMEOUT_S)
         assert process.code() == 0, process.text()[-6000:]
@@ -70,14 +65,12 @@ def test_help_teaches(name):
 
 
 def test_offline_continues_the_prompts_it_is_given():
-    done = run_example(
-        "offline.py", "--max-tokens", "16", "import os\n", "def add(a, b):\n", **ONE_PROCESS
-    )
-    assert "--- 'import os\\n'" in done.stdout
-    assert "--- 'def add(a, b):\\n'" in done.stdout
-    tokens = int(re.search(r"(\d+) tokens in [\d.]+ s", done.stdout)[1])
+    said = forked_example("offline.py", "--max-tokens", "16", "import os\n", "def add(a, b):\n")
+    assert "--- 'import os\\n'" in said
+    assert "--- 'def add(a, b):\\n'" in said
+    tokens = int(re.search(r"(\d+) tokens in [\d.]+ s", said)[1])
     assert 2 <= tokens <= 32
-    assert "qwen3next_plugin" in done.stdout + done.stderr  # the log line: it is in use
+    assert "qwen3next_plugin" in said  # the log line: it is in use
 
 
 def test_chat_holds_a_conversation(base_url):
@@ -98,8 +91,7 @@ def test_chat_says_where_it_looked_for_a_server():
 
 def test_compare_mtp_shows_equal_texts_and_acceptance():
     fixed = {"QWEN3NEXT_DRAFTS": "fixed"}  # else what is drafted depends on how fast steps are
-    where = ("--model", str(ROOT / CHECKPOINT))
-    said = forked_example("compare_mtp.py", *where, "--max-tokens", "24", **ONE_PROCESS, **fixed)
+    said = forked_example("compare_mtp.py", "--max-tokens", "24", **fixed)
     assert "with MTP" in said
     assert "up to token" not in said
     rates = re.search(r"with MTP\s*│\s*[\d.]+\s*│\s*([\d.]+)\s+([\d.]+)\s*│", said)
