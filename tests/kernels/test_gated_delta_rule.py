@@ -111,10 +111,7 @@ def test_extreme_gates(backend, T):
     assert_close(OP, torch.float32, out, layer.recurrence(x)[0])
 
 
-@pytest.mark.parametrize(
-    "name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"]
-)
-def test_agrees_with_transformers(backend, name):
+def test_agrees_with_transformers(backend):
     shape, T = Shape(2, 4, 64, 32), 100
     layer, pool = Layer.random(shape), Pool(shape, 1, 0)
     x = layer.recurrence_inputs(T)
@@ -122,12 +119,13 @@ def test_agrees_with_transformers(backend, name):
     a, b = x["a"].flatten(1), x["b"].flatten(1)
     g = -layer.A_log.exp() * torch.nn.functional.softplus(a + layer.dt_bias)
     q, k = (x[name].repeat_interleave(2, dim=1) for name in "qk")
-    expected, S = getattr(theirs, name)(
-        q[None], k[None], x["v"][None], g=g[None], beta=b.sigmoid()[None],
-        output_final_state=True, use_qk_l2norm_in_kernel=True,
-    )  # fmt: skip
-    assert_close(OP, torch.float32, out, expected[0])
-    assert_state_close(pool, 0, S[0])
+    for rule in (theirs.torch_chunk_gated_delta_rule, theirs.torch_recurrent_gated_delta_rule):
+        expected, S = rule(
+            q[None], k[None], x["v"][None], g=g[None], beta=b.sigmoid()[None],
+            output_final_state=True, use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        assert_close(OP, torch.float32, out, expected[0])
+        assert_state_close(pool, 0, S[0])
 
 
 @pytest.mark.parametrize(
