@@ -13,6 +13,7 @@ import torch
 from qwen3next_plugin.kernels import native
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+OF_AMX = ("test_linear", "test_packed_moe")  # other ops are those of avx512bf16
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and --long select
@@ -20,12 +21,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, `slow`.
 
     There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
-    than 65, are marked `long`. So are bits on instruction sets between the lowest and the highest.
+    than 65, are marked `long`. So are bits on instruction sets between the lowest and the highest,
+    and AMX for ops that do not use it.
     """
-    ends = {native.levels()[0], native.levels()[-1]}
+    levels = [level for level in native.levels() if level != "amx"]
+    ends = {levels[0], levels[-1]}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("bits_level") in set(native.levels()) - ends:
+        if params.get("bits_level") in set(levels) - ends:
+            item.add_marker(pytest.mark.long)
+        if "amx" in params.values() and item.path.stem not in OF_AMX:
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
