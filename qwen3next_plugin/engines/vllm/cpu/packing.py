@@ -6,7 +6,7 @@ plain one. With a vocabulary of 151,936 and 2048 dims that saves 1.2 GB. On othe
 is packed and these methods change nothing.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,12 +31,10 @@ def _packs(layer: nn.Module) -> bool:
 class PackedProjection(UnquantizedLinearMethod):
     """vLLM's unquantised projection, with our product."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         layer.packed = pack_plain(layer)
 
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.packed(x, bias)
 
 
