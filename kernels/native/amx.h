@@ -48,7 +48,9 @@ class TileRows {
 };
 
 constexpr int64_t kChunkSteps = kChunkColumns / kStepColumns;
+constexpr int64_t kFewSteps = 4;                 // of FP8, decoded at a time for few rows: a group
 constexpr int64_t kTileBytes = kHeight * kLine;  // of a step's columns of the weight
+constexpr int64_t kAhead = 2048;                 // bytes by which FP8 is read before it is decoded
 
 // Tiles 0 to 3 are sums: of two tiles of x, 4 and 5, with two of the weight, 6 and 7.
 inline void configure(int64_t height0, int64_t height1) {
@@ -105,23 +107,41 @@ void add_steps(float* sums, const uint8_t* const (&w)[kPanelTiles], const uint8_
   }
 }
 
+// The bytes of the 128 sizes of e4m3 in bf16. Eight have no exponent and are m 2^-9; the others'
+// exponents are 120 larger.
+struct Fp8Sizes {
+  alignas(64) uint8_t upper[128] = {}, lower[128] = {};
+
+  constexpr Fp8Sizes() {
+    for (int size = 1; size < 128; ++size) {
+      const int exponent = size >> 3, m = size & 7, top = m >= 4 ? 2 : m >= 2 ? 1 : 0;
+      const int bits =
+          exponent ? (exponent + 120) << 7 | m << 4 : (118 + top) << 7 | (m << (7 - top) & 0x7f);
+      upper[size] = bits >> 8, lower[size] = bits & 0xff;
+    }
+  }
+};
+
 // Decodes lines of e4m3: two lines of bf16 each.
 inline void decode_fp8(uint8_t* out, const uint8_t* line, int64_t lines) {
-  // The eight values without an exponent, m 2^-9; the others' exponents are 120 larger.
-  alignas(64) constexpr uint16_t kSmall[32] = {0,      0x3b00, 0x3b80, 0x3bc0,
-                                               0x3c00, 0x3c20, 0x3c40, 0x3c60};
-  const __m512i small = _mm512_load_si512(kSmall), bias = _mm512_set1_epi16(120 << 7);
-  const auto bf16s = [&](__m512i w) Q3N_INLINE {  // whose upper bytes are the values
-    const __m512i rest = _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi16(0x07f0));
-    const __mmask32 is_small = _mm512_cmplt_epu16_mask(rest, _mm512_set1_epi16(1 << 7));
-    const __m512i size = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(rest, bias), is_small,
-                                                       _mm512_srli_epi16(rest, 4), small);
-    return _mm512_or_si512(size, _mm512_and_si512(w, _mm512_set1_epi16(-0x8000)));
-  };
+  constexpr int kOr = 0xf8;  // a | b & c
+  static constexpr Fp8Sizes kSizes;
+  const __m512i upper0 = _mm512_load_si512(kSizes.upper);
+  const __m512i upper1 = _mm512_load_si512(kSizes.upper + 64);
+  const __m512i lower0 = _mm512_load_si512(kSizes.lower);
+  const __m512i lower1 = _mm512_load_si512(kSizes.lower + 64);
+  const __m512i sign = _mm512_set1_epi8(-0x80);
+  const __m512i low = _mm512_set1_epi16(0x00ff), high = _mm512_set1_epi16(-0x0100);
   for (int64_t l = 0; l < lines; ++l) {
-    const __m512i words = _mm512_loadu_si512(line + l * kLine);
-    _mm512_storeu_si512(out + 2 * l * kLine, bf16s(_mm512_slli_epi16(words, 8)));
-    _mm512_storeu_si512(out + (2 * l + 1) * kLine, bf16s(words));
+    const __m512i values = _mm512_loadu_si512(line + l * kLine);
+    _mm_prefetch(line + l * kLine + kAhead, _MM_HINT_T0);
+    const __m512i sizes = _mm512_permutex2var_epi8(upper0, values, upper1);
+    const __m512i upper = _mm512_ternarylogic_epi32(sizes, values, sign, kOr);
+    const __m512i lower = _mm512_permutex2var_epi8(lower0, values, lower1);
+    const __m512i first = _mm512_slli_epi16(upper, 8), second = _mm512_srli_epi16(lower, 8);
+    _mm512_store_si512(out + 2 * l * kLine, _mm512_ternarylogic_epi32(first, lower, low, kOr));
+    _mm512_store_si512(out + (2 * l + 1) * kLine,
+                       _mm512_ternarylogic_epi32(second, upper, high, kOr));
   }
 }
 
@@ -144,7 +164,8 @@ inline void multiply(float* totals, const Packed& w, const Tiles& tiles, const T
                      int64_t begin, int64_t count) {
   static_assert(kPanelTiles == 2 && kParts == 1);
   const bool coded = w.format == kFp8;
-  const int64_t chunk = coded || count > kPairHeight ? kChunkSteps : x.steps;
+  const bool once = count <= kPairHeight;  // each step of the weight is read once
+  const int64_t chunk = !once ? kChunkSteps : coded ? kFewSteps : x.steps;
   const int64_t block = w.group ? w.group / kStepColumns : chunk;  // steps that are summed at once
   alignas(64) thread_local uint8_t decoded[kPanelTiles][kChunkSteps * kTileBytes];
   alignas(64) float sums[kPairHeight * kPanelWidth];
