@@ -486,10 +486,10 @@ def test_doctor_when_a_probe_fails(diagnose):
 
 
 def test_doctor_of_a_refused_variable_asks_nothing_more(diagnose, monkeypatch):
-    monkeypatch.setenv("QWEN3NEXT_ISA", "amx")
+    monkeypatch.setenv("QWEN3NEXT_ISA", "mmx")
     code, report = diagnose(answers={})
     assert code == 1
-    assert "QWEN3NEXT_ISA='amx'" in report["QWEN3NEXT_*"]["fix"]
+    assert "QWEN3NEXT_ISA='mmx'" in report["QWEN3NEXT_*"]["fix"]
 
 
 def test_doctor_prints_table_and_mend(diagnose, monkeypatch):

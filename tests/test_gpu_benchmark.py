@@ -41,7 +41,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke():
     done = run("-m", "benchmarks.gpu", "--smoke")
     assert done.returncode == 0, done.stderr
