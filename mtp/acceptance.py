@@ -1,56 +1,70 @@
 """Acceptance: how likely each draft position is accepted, learned from verifications.
 
-p_j is the chance that draft j is accepted, given that drafts 1 to j-1 were. Every estimate is a
-running mean that forgets old observations, because acceptance changes with the text.
+p_j is the chance that draft j is accepted, given that drafts 1 to j-1 were. Acceptance changes with
+the text, so old observations count less.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-PRIOR = 0.8  # acceptance before anything was observed
-KEEP, KEEP_ALL = 0.95, 0.998  # weight that older observations keep: of one request, of all requests
-FADE = 0.98  # weight that observations keep in a step that adds none
-CHAIN = 5.0  # weight, in observations, of the estimate of the position before
-PULL = 16.0  # weight, in observations, of all requests in the estimate of one request
+PRIOR, PRIOR_WEIGHT = 0.8, 5.0  # acceptance before anything was observed, as so many observations
+KEEP, KEEP_ALL = 0.95, 0.998  # weight that observations keep at the next: of one request, of all
+FADE = 0.98  # weight that a request's observations keep in a step without drafts
+PULL = 16.0  # most weight, in observations, of all requests in the estimate of one
 
 
 class Acceptance:
-    """Acceptance of draft 1, 2, …, as one running mean for each position.
+    """How often draft 1, 2, … was observed and accepted, old observations counting less."""
 
-    The weight of a mean is the number of observations that it still counts. A step that observes
-    the position multiplies the weight by `keep` and adds one; a step that does not multiplies it
-    by FADE.
+    def __init__(self, max_draft: int, keep: float = KEEP) -> None:
+        self.keep = keep
+        self.seen, self.accepted = [0.0] * max_draft, [0.0] * max_draft
+        self.tokens, self.idle = 0, 0  # produced in all; steps since the last draft
+        self.right: bool | None = None  # whether the last first draft was
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """Count the first `accepted` of `drafted` as accepted and the next one as rejected."""
+        self.tokens += 1 + accepted
+        if not drafted:
+            self.idle += 1
+            return
+        keep, self.idle, self.right = self.keep * FADE**self.idle, 0, accepted > 0
+        for j in range(min(drafted, accepted + 1)):
+            self.seen[j] = keep * self.seen[j] + 1
+            self.accepted[j] = keep * self.accepted[j] + (j < accepted)
+
+    def along(self) -> list[float]:
+        """p_1, p_2, …, each as if a few more observations had shown the one before."""
+        before, estimates = PRIOR, []
+        for accepted, seen in zip(self.accepted, self.seen, strict=True):
+            before = (accepted + PRIOR_WEIGHT * before) / (seen + PRIOR_WEIGHT)
+            estimates.append(before)
+        return estimates
+
+    def chances(self, others: Sequence[float], pull: float) -> list[float]:
+        """p_1, p_1 p_2, …, as if `pull` more observations had shown the p_j of `others`."""
+        fade, chance, chances = FADE**self.idle, 1.0, []
+        for accepted, seen, p in zip(self.accepted, self.seen, others, strict=True):
+            chance *= (fade * accepted + pull * p) / (fade * seen + pull)
+            chances.append(chance)
+        return chances
+
+
+class Likeness:
+    """How alike requests are, from the first drafts of consecutive steps of a request.
+
+    Where requests are alike, one draft says nothing about the next, and two of them differ with
+    chance 2 p (1 - p). Where requests are apart, fewer do: the correlation is what is missing.
     """
 
-    def __init__(self, max_draft: int, keep: float, least: float) -> None:
-        """`least`: the lowest weight that an observation is averaged with."""
-        self.keep, self.least = keep, least
-        self.means = [PRIOR] * max_draft
-        self._weights = [least] * max_draft
-        self._seen = [0] * max_draft  # step of the last observation
+    def __init__(self) -> None:
+        self.right, self.differ = PRIOR, 2 * PRIOR * (1 - PRIOR)
 
-    def observe(self, drafted: int, accepted: int, now: int) -> None:
-        """Count the first `accepted` of `drafted` as accepted and the next one as rejected."""
-        for j in range(min(drafted, accepted + 1)):
-            weight = self.weight(j, now)
-            if now != self._seen[j]:
-                weight = max(self.least, self.keep * weight)
-            self.means[j] += ((j < accepted) - self.means[j]) / (weight + 1)
-            self._weights[j], self._seen[j] = weight + 1, now
+    def observe(self, before: bool, right: bool) -> None:
+        self.right += (right - self.right) * (1 - KEEP_ALL)
+        self.differ += ((right != before) - self.differ) * (1 - KEEP_ALL)
 
-    def weight(self, j: int, now: int) -> float:
-        """Observations that the mean of position `j` still counts in step `now`."""
-        idle = now - self._seen[j] - 1
-        return self._weights[j] * FADE**idle if idle > 0 else self._weights[j]
-
-    def estimates(self, now: int) -> Iterator[float]:
-        """The mean of each position, weighted with the estimate of the position before."""
-        before = self.means[0]
-        for j, mean in enumerate(self.means):
-            before = mean + (before - mean) * CHAIN / (self.weight(j, now) + CHAIN)
-            yield before
-
-    def towards(self, others: Sequence[float], now: int) -> Iterator[float]:
-        """The mean of each position, weighted with `others`, the estimates of all requests."""
-        for j, (mean, other) in enumerate(zip(self.means, others, strict=True)):
-            weight = self.weight(j, now)
-            yield other + (mean - other) * weight / (weight + PULL)
+    @property
+    def pull(self) -> float:
+        """Weight of all requests in the estimate of one: that of a beta prior, at least 1."""
+        correlation = 1 - self.differ / (2 * self.right * (1 - self.right) + 1e-9)
+        return max(1.0, 1 / max(correlation, 1 / (1 + PULL)) - 1)

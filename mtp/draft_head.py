@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
-from qwen3next_plugin.mtp.costs import DRAFTED
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
+
+DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
 
 
 class Ranks(Protocol):

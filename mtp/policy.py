@@ -7,40 +7,32 @@ drafting passes the best n draft tokens are the n likeliest ones, so trying ever
 optimum.
 
 - Acceptance p comes from acceptance.py, seconds from costs.py.
-- The plan changes only for one that promises MARGIN more, so that noise does not move it.
 - A request that skipped the MTP layer catches up before it drafts, and so does one whose prompt was
   just read. That cost is spread over the tokens that the request is expected to still produce.
-- Other plans are tried now and then, for at most BUDGET of the time, and less often while trials
-  change nothing.
+  One that has caught up counts as if it had a mean one ahead: the next in its place will.
+- The plan changes only for one that promises MARGIN more.
+- Other plans are tried now and then, the better ones more often, for about BUDGET of the tokens.
 - Decisions depend only on what was observed: no clock, no random numbers.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
-from typing import Any, Protocol
+from itertools import accumulate, chain
+from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.mtp.acceptance import KEEP, KEEP_ALL, Acceptance
+from qwen3next_plugin.mtp.acceptance import KEEP_ALL, Acceptance, Likeness
 from qwen3next_plugin.mtp.costs import Costs, Table
 
-MARGIN = 0.03  # gain in tokens per second for which the plan changes
-BUDGET = 0.01  # share of time that trials may cost
-CREDIT = 1.0  # what trials may cost at the start, in steps
+MARGIN = 0.02  # gain in tokens per second for which the plan changes, so that noise does not
+BUDGET = 0.004  # share of tokens that trials may cost, by the costs that are believed
 TRIAL = 3  # steps of a trial: the first also pays for the pending tokens of requests
-LEAST = 0.12  # least price of a trial, in steps, even if it promises to lose less
-HELD = 30  # a plan kept for so many steps gets one more trial before another replaces it
-PATIENCE = 1  # how often the budget is halved while trials change nothing
-RECENT = 0.05  # weight of the last step in the share of steps that read prompts
-ANSWER = 128.0  # mean tokens of an answer, until answers have ended
-LEAST_WORTH = 0.001  # of a draft: the order of drafts stays where none is worth its cost
+ANSWER = 128.0  # tokens of an answer, until some have ended
 ANSWERS = 20  # how many answers the mean remembers
+LEAST_WORTH = 0.001  # of a draft: the order of drafts stays where none is worth its cost
 
 
-class Policy(Protocol):
+class Policy:
     """Chooses draft lengths; the engine reports what each step did and took."""
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
@@ -49,6 +41,7 @@ class Policy(Protocol):
         `pending`: tokens of each request that the MTP layer reads first if the request drafts,
         besides those of the step that just ended.
         """
+        raise NotImplementedError
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
         """The step accepted the first `accepted` of the request's `drafted` tokens."""
@@ -63,32 +56,18 @@ class Policy(Protocol):
         """The request has finished."""
 
     def snapshot(self) -> dict[str, Any]:
-        """The policy's estimates and last decision, for metrics."""
+        """The policy's estimates, for metrics."""
+        return {}
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Policy):
     """Every request drafts `length` tokens."""
 
     length: int
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         return [self.length] * len(requests)
-
-    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
-        pass
-
-    def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
-        pass
-
-    def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        pass
-
-    def forget(self, request: str) -> None:
-        pass
-
-    def snapshot(self) -> dict[str, Any]:
-        return {"lengths": {self.length: 1}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,238 +78,161 @@ class Plan:
     tokens: float
     seconds: float
 
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def passes(self) -> int:
-        return max(self.lengths, default=0)
-
-
-def price(lengths: list[int], chances: Sequence[Sequence[float]], table: Table) -> Plan:
-    """The plan with these lengths; chances [B][k] that the first j drafts are all accepted."""
-    tokens = len(lengths) + sum(sum(row[:n]) for row, n in zip(chances, lengths, strict=True))
-    seconds = table.step[sum(lengths)] + table.draft[max(lengths, default=0)]
-    return Plan(lengths, tokens, seconds)
-
 
 def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
-    """The best plan with 0, 1, … k drafting passes; chances [B][k] fall along a row."""
+    """The best plan with 0, 1, … k drafting passes.
+
+    chances [B][k]: that the first j drafts are all accepted; they fall along a row.
+    """
     B, k = len(chances), len(table.draft) - 1
-    plans = [price([0] * B, chances, table)]
-    likeliest = sorted((-a, j, i) for i, row in enumerate(chances) for j, a in enumerate(row, 1))
+    plans = [Plan([0] * B, B, table.step[0])]
+    flat = list(chain.from_iterable(chances))
+    likeliest = sorted(range(B * k), key=flat.__getitem__, reverse=True)
     for passes in range(1, k + 1):
-        drafts = [draft for draft in likeliest if draft[1] <= passes]
-        tokens = list(accumulate((-a for a, _, _ in drafts), initial=float(B)))
-        least = next(n for n, (_, j, _) in enumerate(drafts, 1) if j == passes)
+        drafts = [draft for draft in likeliest if draft % k < passes]
+        tokens = list(accumulate((flat[draft] for draft in drafts), initial=float(B)))
+        least = next(n for n, draft in enumerate(drafts, 1) if draft % k == passes - 1)
         fixed = table.draft[passes]
         rates = [t / (s + fixed) for t, s in zip(tokens[least:], table.step[least:], strict=False)]
         n = least + rates.index(max(rates))
         lengths = [0] * B
-        for _, _, i in drafts[:n]:
-            lengths[i] += 1
+        for draft in drafts[:n]:
+            lengths[draft // k] += 1
         plans.append(Plan(lengths, tokens[n], table.step[n] + fixed))
     return plans
 
 
-def pending_tokens(pending: Sequence[int], plan: Plan) -> int:
-    """How many pending tokens the MTP layer reads first with this plan."""
-    return sum(tokens for tokens, n in zip(pending, plan.lengths, strict=True) if n)
+class Trials:
+    """Follows the best plan, and now and then another one, for what it may show.
 
+    A plan is tried when it would be the best if it were better than it seems, by a little for each
+    step since it was last followed. So the worse a plan seems, the less often it is tried.
+    """
 
-class Adaptive:
-    """Draft lengths for the most expected tokens per second, from what was observed."""
-
-    def __init__(
-        self, max_draft: int, costs: Costs, *, uniform: bool = False, trial: int = TRIAL
-    ) -> None:
-        """`uniform`: give all requests of a step one length, for engines that need that.
-
-        `trial`: steps of a trial.
-        """
-        self.max_draft, self.costs, self.uniform = max_draft, costs, uniform
-        self.trial = trial
-        self._step, self._verified = 0, 0  # steps; requests observed since lengths were chosen
-        self._all = Acceptance(max_draft, KEEP_ALL, least=5.0)
-        self._requests: dict[str, Acceptance] = {}
-        self._tokens = Counter[str]()  # that each request has produced
-        self._answer = ANSWER  # mean tokens of an answer
-        self._last: list[int] = []  # lengths
-        self._pending = 0  # how many pending tokens the current draft takes in first
-        self._timed, self._untimed = True, 0.0  # was the last step timed; share that was not
-        # The plan, and trials of others. A plan is known by its number of drafting passes; the
-        # plan that drafts for one request alone has the number max_draft + 1.
-        self._passes, self._held = 0, 0  # current plan, and steps since it was chosen
-        self._trial, self._left = 0, 0  # plan on trial, and steps left of the trial
-        self._chosen = ""  # the request that drafts in a trial of one request alone
-        self._credit, self._halvings = CREDIT, 0  # what trials may cost, in steps
-        self._tried = [0] * (max_draft + 2)  # step that last followed each plan
+    def __init__(self, max_draft: int, steps: int) -> None:
+        self.steps = steps  # of a trial
+        self.hope = BUDGET / TRIAL / max_draft  # how much better a plan may have become in a step
+        self.now = 0.0  # steps
+        self.followed = [0.0] * (max_draft + 1)  # when the plan with n passes was last followed
+        self.plan = 0  # passes of the plan that is followed but for trials
+        self.trial, self.left = 0, 0  # passes of the plan that is tried, if not that; steps left
 
     @property
     def on_trial(self) -> bool:
-        """Whether a trial goes on."""
-        return self._left > 0
+        return self.trial != self.plan
 
-    @property
-    def _untried(self) -> bool:
-        """Nothing was drafted yet, so the costs of drafts are guesses."""
-        return not any(self._tried[1:])
+    def choose(self, plans: Sequence[Plan], catch_up: Sequence[float]) -> int:
+        """Which of the plans with 0, 1, … passes. `catch_up`: seconds that each costs once."""
+        rates = [plan.tokens / plan.seconds for plan in plans]
+        best = max(rates)
+        if best > (1 + MARGIN) * rates[self.plan]:
+            self.plan = rates.index(best)
+        self.followed[self.plan] = self.now
+        if self.left:
+            self.left -= 1
+        else:
+            hopes = [
+                plan.tokens / (plan.seconds + once / self.steps) * (1 + self.hope * (self.now - at))
+                for plan, once, at in zip(plans, catch_up, self.followed, strict=True)
+            ]
+            hopes[self.plan] = (1 + MARGIN) * rates[self.plan]
+            self.trial = hopes.index(max(hopes))
+            self.left = self.steps - 1 if self.on_trial else 0
+        self.followed[self.trial] = self.now
+        return self.trial
+
+
+class Adaptive(Policy):
+    """Draft lengths for the most expected tokens per second, from what was observed."""
+
+    def __init__(
+        self,
+        max_draft: int,
+        costs: Costs,
+        plans: Callable[[Sequence[Sequence[float]], Table], list[Plan]] = best_plans,
+        trial: int = TRIAL,
+    ) -> None:
+        """`plans`: those with 0, 1, … passes to choose from; `trial`: steps of a trial."""
+        self.max_draft, self.costs, self.plans = max_draft, costs, plans
+        self.trials = Trials(max_draft, trial)
+        self._all, self._likeness = Acceptance(max_draft, KEEP_ALL), Likeness()
+        self._new = Acceptance(max_draft)  # what is known of a request without steps
+        self._requests: dict[str, Acceptance] = {}
+        self._answer = ANSWER  # mean tokens of an answer
+        self._batch = self._drafting = 1  # requests of the last step, and those that draft
+        self._pending = 0  # tokens that they read first
+        self._catch_up = 0.0  # mean tokens that a request reads before its first drafts
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         """Draft length of each request of the batch, for the draft that is made now."""
         if not requests:
             return []
-        # An engine that drafts nothing may ask only now and then.
-        steps = max(1, round(self._verified / len(requests)))
-        self._step, self._verified = self._step + steps, 0
-        chances = self._chances(requests)
-        table = self.costs.table(len(requests), self.max_draft).among_prompts(self._prompts(steps))
-        price_of_pending = table.pending * len(requests) / table.step[0]  # tokens of all requests
-        chances = [
-            self._worth(row, price_of_pending * tokens) if tokens else row
-            for row, tokens in zip(chances, pending, strict=True)
-        ]
-        plans = self._plans(chances, table)
-        plan = self._settle(plans)
-        if self._untried:  # a first trial with all requests observes the most
-            plans[1] = price([1] * len(requests), chances, table)
-        if not plan.passes and not self.uniform:
-            # Drafting for all would first take in their pending tokens: offer one request alone.
-            plans.append(self._alone(requests, chances, table))
-        catch_up = [table.pending * pending_tokens(pending, p) for p in plans]
-        plan = self._try(plans, plan, catch_up, steps)
-        self._pending = pending_tokens(pending, plan)
-        self._last = plan.lengths
-        return plan.lengths
+        B = self._batch = len(requests)
+        table = self.costs.table(B, self.max_draft)
+        plans = self.plans(self._chances(requests, pending, table), table)
+        fed = [sum(t for t, n in zip(pending, p.lengths, strict=True) if n) for p in plans]
+        chosen = self.trials.choose(plans, [table.pending * tokens for tokens in fed])
+        self._pending, lengths = fed[chosen], plans[chosen].lengths
+        self._drafting = max(1, B - lengths.count(0))
+        for request, tokens, n in zip(requests, pending, lengths, strict=True):
+            if n and self._requests.get(request, self._new).right is None:
+                self._catch_up += (tokens - self._catch_up) / ANSWERS
+        return lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
-        self._verified += 1
-        self._tokens[request] += 1 + accepted
+        self.trials.now += 1 / self._batch
+        if request not in self._requests:
+            self._requests[request] = Acceptance(self.max_draft)
+        known = self._requests[request]
         if drafted:
-            if request not in self._requests:
-                self._requests[request] = Acceptance(self.max_draft, KEEP, least=0.0)
-            for acceptance in (self._requests[request], self._all):
-                acceptance.observe(drafted, accepted, self._step)
+            self._all.observe(drafted, accepted)
+            if known.right is not None:
+                self._likeness.observe(known.right, accepted > 0)
+        known.observe(drafted, accepted)
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
-        self._timed = True
         self.costs.observe_step(batch, tokens, seconds)
 
     def observe_draft(self, batch: int, passes: int, seconds: float) -> None:
-        if self._pending > batch:  # more than drafts usually take in
-            self.costs.observe_catching_up(batch, passes, self._pending, seconds)
-        else:
-            self.costs.observe_draft(batch, passes, seconds)
+        self.costs.observe_draft(self._drafting, passes, self._pending, seconds)
 
     def forget(self, request: str) -> None:
-        self._requests.pop(request, None)
-        if tokens := self._tokens.pop(request, 0):
-            self._answer += (tokens - self._answer) / ANSWERS
+        if known := self._requests.pop(request, None):
+            self._answer += (known.tokens - self._answer) / ANSWERS
 
     def snapshot(self) -> dict[str, Any]:
-        """Lengths of the last step, acceptance by position, seconds by number of drafts."""
-        batch = max(1, len(self._last))
-        table = self.costs.table(batch, self.max_draft)
+        """Acceptance by position, seconds by number of drafts."""
+        table = self.costs.table(self._batch, self.max_draft)
         return {
-            "lengths": dict(sorted(Counter(self._last).items())),
-            "acceptance": list(self._all.means),
-            "step_seconds": table.step[::batch],
+            "acceptance": self._all.along(),
+            "step_seconds": table.step[:: self._batch],
             "draft_seconds": table.draft,
-            "on_trial": self.on_trial,
-            "requests": len(self._tokens),
+            "requests": len(self._requests),
         }
 
-    def _chances(self, requests: Sequence[str]) -> list[list[float]]:
-        """a_ij: the chance that the first j drafts of request i are all accepted."""
-        everyone = list(self._all.estimates(self._step))
-        newcomer = list(accumulate(everyone, mul))
-        known = (self._requests.get(request) for request in requests)
-        return [
-            list(accumulate(a.towards(everyone, self._step), mul)) if a else newcomer for a in known
-        ]
+    def _chances(
+        self, requests: Sequence[str], pending: Sequence[int], table: Table
+    ) -> list[list[float]]:
+        """a_ij: the chance that the first j drafts of request i are all accepted.
 
-    def _worth(self, chances: list[float], lost: float) -> list[float]:
-        """The chances less the tokens `lost` by catching up, spread over the rest of the answer.
-
-        Answers are taken as geometrically long, so what is left is always the mean.
+        Less the tokens lost while the MTP layer reads pending ones, at least as many as before
+        most first drafts, spread over the rest of the answer. Answers are taken as geometrically
+        long, so what is left is always the mean.
         """
-        gain = sum(chances)
-        share = 1 - lost / self._answer * (1 + gain) / gain
-        return [a * max(LEAST_WORTH, share) for a in chances]
-
-    def _plans(self, chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
-        """The plans to choose from, with 0, 1, … k drafting passes."""
-        if not self.uniform:
-            return best_plans(chances, table)
-        return [price([n] * len(chances), chances, table) for n in range(self.max_draft + 1)]
-
-    def _prompts(self, steps: int) -> float:
-        """Share of recent steps that read prompts: those that no engine timed."""
-        self._untimed += ((not self._timed) - self._untimed) * (1 - (1 - RECENT) ** steps)
-        self._timed = False
-        return self._untimed
-
-    def _alone(
-        self, requests: Sequence[str], chances: Sequence[Sequence[float]], table: Table
-    ) -> Plan:
-        """One draft for the least observed request; a trial keeps to one request."""
-        if not self._left or self._chosen not in requests:
-            self._chosen = min(reversed(requests), key=self._observations)
-        return price([int(r == self._chosen) for r in requests], chances, table)
-
-    def _observations(self, request: str) -> float:
-        """Observations behind the estimate of a request's first draft."""
-        acceptance = self._requests.get(request)
-        return acceptance.weight(0, self._step) if acceptance else 0.0
-
-    def _settle(self, plans: list[Plan]) -> Plan:
-        """The best plan if it is better by MARGIN, else the one with as many passes as before."""
-        best, kept = max(plans, key=lambda plan: plan.rate), plans[self._passes]
-        return best if best.rate > kept.rate * (1 + MARGIN) else kept
-
-    def _try(self, plans: list[Plan], plan: Plan, catch_up: list[float], steps: int) -> Plan:
-        """The plan, or another one if a trial of it is due and within the budget."""
-        if plan.passes != self._passes:
-            self._change(plan)
-        self._held += steps
-        self._tried[plan.passes] = self._step
-        self._credit += steps * (BUDGET if plan.passes else BUDGET / 2**self._halvings)
-        if not self._left:
-            loss = self._losses(plans, plan, catch_up)
-            due = max(loss, key=lambda n: (self._step - self._tried[n]) / loss[n] ** 2)
-            if loss[due] > self._credit:
-                return plan
-            self._credit -= loss[due]
-            self._trial, self._left = due, self.trial
-        self._left -= 1
-        if not self._left:
-            self._halvings = min(PATIENCE, self._halvings + 1)
-        self._tried[self._trial] = self._step
-        return plans[self._trial]
-
-    def _change(self, plan: Plan) -> None:
-        """Change the plan. Something has changed, so trials may pay again."""
-        if self._held >= HELD:  # perhaps the whole machine has: time the old plan once more
-            self._trial, self._left = self._passes, self.trial
-        else:
-            self._left = 0
-        self._passes, self._held, self._halvings = plan.passes, 0, 0
-
-    def _losses(self, plans: list[Plan], plan: Plan, catch_up: list[float]) -> dict[int, float]:
-        """What a trial of each other plan is expected to lose, in steps of `plan`."""
-        loss = {}
-        for n, other in enumerate(plans):
-            if n != plan.passes:
-                tokens = self.trial * (other.seconds * plan.rate - other.tokens)
-                loss[n] = max(LEAST, (tokens + catch_up[n] * plan.rate) / plan.tokens)
-        if self._untried:  # no drafting pass was timed yet: a guess must not forbid the first
-            loss[1] = LEAST
-        return loss
+        everyone, pull = self._all.along(), self._likeness.pull
+        lost = table.pending * len(requests) / table.step[0] / self._answer  # for each token
+        rows = []
+        for request, tokens in zip(requests, pending, strict=True):
+            row = self._requests.get(request, self._new).chances(everyone, pull)
+            if ahead := max(tokens, self._catch_up):
+                worth = max(LEAST_WORTH, 1 - lost * ahead * (1 + 1 / sum(row)))
+                row = [a * worth for a in row]
+            rows.append(row)
+        return rows
 
 
-def make_policy(config: Qwen3NextConfig, max_draft: int) -> Policy:
+def make_policy(max_draft: int) -> Policy:
     """The policy that the environment asks for."""
     if env.drafts() == "fixed":
         return Fixed(max_draft)
-    return Adaptive(max_draft, Costs.from_config(config))
+    return Adaptive(max_draft, Costs())

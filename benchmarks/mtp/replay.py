@@ -20,9 +20,7 @@ import typer
 from rich.progress import track
 
 from benchmarks import report
-from benchmarks.block_model import CONFIG, TINY
-from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.mtp.costs import Costs, Shape
+from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.policy import Adaptive, Fixed, Policy
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -56,12 +54,6 @@ class Recording:
     def stride(self) -> int:
         """Steps of the recording for each step in one cell."""
         return sum(passes == 0 for passes, _ in self.timings)
-
-    @property
-    def shape(self) -> Shape:
-        tiny = json.loads((TINY / "config.json").read_text())
-        config = tiny if self.model == TINY.name else CONFIG
-        return Shape.from_config(Qwen3NextConfig.from_hf(config))
 
     def after(self, clock: float, passes: int, drafts: float) -> tuple[float, float]:
         """The next timing of a cell, and the cell's median; between two cells, of both."""
@@ -189,7 +181,7 @@ class Replay:
 
 
 def adaptive(recording: Recording) -> Adaptive:
-    return Adaptive(recording.k, Costs(recording.shape))
+    return Adaptive(recording.k, Costs())
 
 
 def rates(recording: Recording, make: Callable[[], Policy], cold: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from benchmarks.mtp.replay import COLD, RECORDED, adaptive, load, shares
 K = 3
 
 
-def recording(tmp_path, engine: str, batch: int, *, right: int):
+def recording(tmp_path, batch: int, *, right: int):
     """Steps and drafts in ms, with noise, of a machine where each draft token costs a little."""
     chance = random.Random(0)
     steps, drafts = [], []
@@ -23,7 +24,7 @@ def recording(tmp_path, engine: str, batch: int, *, right: int):
         if passes:
             drafts.append([at, passes, batch * passes, round(2e3 * noise * passes)])
     found = {
-        "engine": engine,
+        "engine": "vllm",
         "model": TINY.name,
         "batch": batch,
         "k": K,
@@ -37,11 +38,11 @@ def recording(tmp_path, engine: str, batch: int, *, right: int):
 
 @pytest.mark.parametrize("cold", [0, COLD])
 @pytest.mark.parametrize("right", [0, 1, K])
-@pytest.mark.parametrize(("engine", "batch"), [("vllm", 1), ("vllm", 4), ("sglang", 4)])
-def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, engine, batch, right, cold):
-    made = recording(tmp_path, engine, batch, right=right)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, batch, right, cold):
+    made = recording(tmp_path, batch, right=right)
     whole, early = shares(made, adaptive, cold)
-    assert whole >= (0.8 if cold else 0.95)
+    assert whole >= (0.9 if cold else 0.95)
     assert early >= 0.8
 
 
@@ -60,10 +61,18 @@ def test_recordings_are_there():
 def test_adaptive_on_a_recording(path):
     """From the first request on, and if the first 40 drafts take three times as long."""
     whole, early = shares(load(path), adaptive)
-    assert whole >= 0.96
+    assert whole >= 0.97
     assert early >= 0.9
     cold, _ = shares(load(path), adaptive, COLD)
-    assert cold >= 0.68
+    assert cold >= 0.95
+
+
+@pytest.mark.parametrize("name", ["sglang-block-4", "vllm-tiny-4"])
+def test_mixed_traffic_gains_from_own_lengths(name):
+    """Of one request every draft is right, of the next none."""
+    recording = load(RECORDED / f"{name}.json")
+    mixed = replace(recording, runs=[right * 120 for right in (str(recording.k), "0") * 3])
+    assert shares(mixed, adaptive)[0] >= 1.01
 
 
 def test_the_recorder_writes_what_is_kept(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""The policy is within 5 % of the best fixed length on most traces, within 1.5 % if that is none.
+"""The policy is within 5 % of the best fixed length on most traces, within 3 % if drafts never pay.
 
-On simulated traces with costs far from the model's shape, or with timings far from the costs, it
-may lose more: WORSE says how much. test_replay.py has the same for recordings of real engines.
+On simulated traces with costs far from the first guess it may lose more: WORSE says how much.
+test_replay.py has the same for recordings of real engines.
 """
 
 from collections.abc import Sequence
@@ -11,25 +11,21 @@ import pytest
 from mtp.simulate import Result, Trace, Truth, serve
 from mtp.traces import (
     BLOCK,
-    BLOCK_SHAPE,
     CASES,
     DEAR,
     GPU,
-    GPU_SHAPE,
     Case,
     K,
     replayed,
     steady,
 )
-from qwen3next_plugin.mtp.costs import Costs, Shape
-from qwen3next_plugin.mtp.policy import BUDGET, LEAST, Adaptive, Fixed
+from qwen3next_plugin.mtp.costs import Costs
+from qwen3next_plugin.mtp.policy import MARGIN, TRIAL, Adaptive, Fixed
 
 ENOUGH = 0.95
 WORSE = {
-    "cheap drafts": 0.92,
-    "cold start, middling acceptance": 0.87,
-    "dear drafts": 0.93,
-    "noise": 0.93,
+    "dear drafts": 0.92,
+    "dearer drafts than guessed": 0.92,
 }
 CROWDS = {1: "1", 4: "4", 16: "16", 0: "changing"}
 crowds = pytest.mark.parametrize("batch", CROWDS, ids=CROWDS.values())
@@ -41,16 +37,16 @@ class Watched(Adaptive):
 
     def __init__(self, max_draft: int, costs: Costs) -> None:
         super().__init__(max_draft, costs)
-        self.plans: list[int] = []
-        self.trials = 0
+        self.settled: list[int] = []
+        self.tried = 0
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
-        trying = self._left
+        trying = self.trials.on_trial
         lengths = super().lengths(requests, pending)
-        if not (trying or self._left):
-            self.plans.append(max(lengths, default=0))
+        if not self.trials.on_trial:
+            self.settled.append(self.trials.plan)
         elif not trying:
-            self.trials += 1
+            self.tried += 1
         return lengths
 
 
@@ -58,36 +54,34 @@ def best_fixed(trace: Trace) -> float:
     return max(serve(trace, Fixed(k)).rate for k in range(K + 1))
 
 
-def adaptive(trace: Trace, shape: Shape) -> Result:
-    return serve(trace, Adaptive(K, Costs(shape)))
+def adaptive(trace: Trace) -> Result:
+    return serve(trace, Adaptive(K, Costs()))
 
 
 @crowds
 @pytest.mark.parametrize("name", CASES)
 def test_close_to_the_best_fixed_length(name, batch):
     trace, enough = CASES[name].trace(batch), WORSE.get(name, ENOUGH)
-    assert adaptive(trace, CASES[name].shape).rate >= enough * best_fixed(trace)
+    assert adaptive(trace).rate >= enough * best_fixed(trace)
 
 
 @pytest.mark.parametrize("batch", [4, 16])
 def test_requests_of_two_kinds_gain_from_their_own_lengths(batch):
     case = CASES["two kinds"]
     trace = case.trace(batch)
-    result = adaptive(trace, case.shape)
+    result = adaptive(trace)
     assert result.rate > best_fixed(trace)
     assert any(len(set(lengths)) > 1 for lengths in result.lengths)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["text", "written", "chat", "all"])
-@pytest.mark.parametrize(
-    ("machine", "shape"), [(BLOCK, BLOCK_SHAPE), (GPU, GPU_SHAPE)], ids=["block", "gpu"]
-)
-def test_recorded_texts(kind, machine, shape, batch):
+@pytest.mark.parametrize("machine", [BLOCK, GPU], ids=["block", "gpu"])
+def test_recorded_texts(kind, machine, batch):
     trace = replayed(kind, machine, batch)
     # Answers of 12 tokens to prompts of 100: each request gains from drafts if the others draft.
     enough = 0.9 if kind == "chat" else 0.94
-    assert adaptive(trace, shape).rate >= enough * best_fixed(trace)
+    assert adaptive(trace).rate >= enough * best_fixed(trace)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -97,7 +91,7 @@ def test_short_answers_to_long_prompts_draft_nothing_and_long_ones_do(batch):
     for tokens in (16, 1600):
         runs = [[K] * tokens for _ in range(20_000 // tokens)]
         trace = Trace(runs, lambda _: BLOCK, lambda _: batch, prompt=3000)
-        result = adaptive(trace, BLOCK_SHAPE)
+        result = adaptive(trace)
         assert result.rate >= ENOUGH * best_fixed(trace)
         late = result.lengths[len(result.lengths) // 2 :]
         drafting[tokens] = sum(map(sum, late)) / sum(map(len, late))
@@ -108,17 +102,17 @@ def test_short_answers_to_long_prompts_draft_nothing_and_long_ones_do(batch):
 @crowds
 def test_where_drafts_never_pay_a_drafter_costs_little(batch):
     """Compared with a server without a drafter; trials and pending tokens are included."""
-    trace = Case(GPU, steady(NEVER), GPU_SHAPE).trace(batch)
+    trace = Case(GPU, steady(NEVER)).trace(batch)
     without = serve(trace, Fixed(0))
     rate = without.tokens / (without.seconds - without.drafting)
-    assert adaptive(trace, GPU_SHAPE).rate >= 0.985 * rate
+    assert adaptive(trace).rate >= 0.985 * rate
 
 
 @crowds
 @pytest.mark.parametrize("machine", [BLOCK, DEAR], ids=["block", "dear"])
-def test_where_drafts_never_pay_trials_cost_less_than_one_percent(machine, batch):
-    trace = Case(machine, steady(NEVER), BLOCK_SHAPE).trace(batch)
-    assert adaptive(trace, BLOCK_SHAPE).rate >= 0.985 * serve(trace, Fixed(0)).rate
+def test_where_drafts_never_pay_trials_cost_little(machine, batch):
+    trace = Case(machine, steady(NEVER)).trace(batch)
+    assert adaptive(trace).rate >= 0.97 * serve(trace, Fixed(0)).rate
 
 
 def break_even(machine: Truth, batch: int) -> float:
@@ -131,8 +125,9 @@ def break_even(machine: Truth, batch: int) -> float:
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_no_oscillation_at_the_threshold(batch):
     chance = min(1.0, break_even(GPU, batch))
-    policy = Watched(1, Costs(GPU_SHAPE))
-    serve(Case(GPU, steady((chance,)), GPU_SHAPE).trace(batch), policy)
-    changes = sum(a != b for a, b in zip(policy.plans[1:], policy.plans, strict=False))
-    assert changes <= 20 * len(policy.plans) / 1000 + 5
-    assert policy.trials <= (1 + BUDGET * policy._step) / LEAST
+    policy = Watched(1, Costs())
+    serve(Case(GPU, steady((chance,))).trace(batch), policy)
+    changes = sum(a != b for a, b in zip(policy.settled[1:], policy.settled, strict=False))
+    assert changes <= 20 * len(policy.settled) / 1000 + 5
+    steps = len(policy.settled) + policy.tried * TRIAL
+    assert policy.tried <= steps / (TRIAL + MARGIN / policy.trials.hope) + 1

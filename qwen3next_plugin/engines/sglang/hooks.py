@@ -103,7 +103,7 @@ def choose_policy(host: Callable[..., None], controller: Any, worker: Any, polic
     if is_ours(runner.model_config):
         from qwen3next_plugin.engines.sglang.speculation.one_length import OneLength
 
-        policy = OneLength(runner.model.config, policy.candidate_steps)
+        policy = OneLength(policy.candidate_steps)
     host(controller, worker, policy)
 
 

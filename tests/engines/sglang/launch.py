@@ -38,8 +38,7 @@ def main(*flags: str) -> None:
     from qwen3next_plugin.mtp import pending, policy
 
     if turns := os.environ.get("TEST_DRAFTS"):
-        chosen = scripted(turns)
-        policy.make_policy = lambda config, max_draft: chosen(max_draft)
+        policy.make_policy = scripted(turns)
     if size := os.environ.get("TEST_PENDING"):
         pending.Pending.__init__.__defaults__ = (int(size),)
     multiprocessing.set_start_method("fork", force=True)

@@ -8,9 +8,6 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from checkpoints import SHIPPED
-from qwen3next_plugin.config import Qwen3NextConfig, read_config
-
 CANDIDATES = [0, 1, 3]
 
 
@@ -21,10 +18,9 @@ class Machine:
         """`right`: the chance that a draft is; `token`: what each costs, in plain steps."""
         from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 
-        config = Qwen3NextConfig.from_hf(read_config(SHIPPED))
         self.right, self.token, self.now = right, token, 0.0
         self.speculative_num_steps = CANDIDATES[-1]
-        self.policy = one_length.OneLength(config, CANDIDATES, clock=lambda: self.now)
+        self.policy = one_length.OneLength(CANDIDATES, clock=lambda: self.now)
         self.controller = AdaptiveController(self, self.policy)
         self.controller.init_states([1, 8])
         self.random, self.unseen, self.chosen = random.Random(1), deque(), []

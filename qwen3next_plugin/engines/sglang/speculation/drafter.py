@@ -42,8 +42,7 @@ class Drafter(Chains):
 
     def begin(self) -> None:
         """Add what is ours to a draft worker that SGLang has built."""
-        config = self.target_worker.model_runner.model.config
-        self.policy = make_policy(config, self.speculative_num_steps)
+        self.policy = make_policy(self.speculative_num_steps)
         self.observer = Observer(self.policy, Board(self.speculative_num_steps), logger.error)
         self.pending = Pending()
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens

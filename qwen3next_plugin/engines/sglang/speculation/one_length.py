@@ -8,28 +8,33 @@ these with thresholds; ours also knows what steps take.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from sglang.srt.runtime_context import get_parallel
 
-from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.mtp.costs import Costs, Shape
+from qwen3next_plugin.mtp.costs import Costs, Table, guess_draft, guess_step
 from qwen3next_plugin.mtp.plain_steps import EVERY
-from qwen3next_plugin.mtp.policy import Adaptive
+from qwen3next_plugin.mtp.policy import Adaptive, Plan
 
-ALL = "all"  # the requests of a batch, of which SGLang tells no names
 ALIKE = 2  # steps with as many drafts after which one is timed: SGLang runs a step ahead
 TRIAL = 6  # steps of a trial: the first two are not timed
 
 
-class WholeSteps(Shape):
-    """Costs of steps with the drafting before them, where only both together are timed."""
+def guess_whole(drafts: float) -> float:
+    """A step with the drafting before it: only both together are timed."""
+    return guess_step(drafts) + (guess_draft(drafts) if drafts else 0.0)
 
-    def step_cost(self, batch: float, drafts: float) -> float:
-        drafting = super().draft_cost(batch, drafts) if drafts else 0.0
-        return super().step_cost(batch, drafts) + drafting
 
-    def draft_cost(self, batch: float, passes: float) -> float:
-        return 0.0
+def alike(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
+    """The plans with 0, 1, … drafts for each request."""
+    B = len(chances)
+    tokens = accumulate(map(sum, zip(*chances, strict=True)), initial=float(B))
+    return [Plan([n] * B, all_, table.step[n * B]) for n, all_ in enumerate(tokens)]
+
+
+def names(batch: int) -> list[str]:
+    """Names of a batch's requests: SGLang tells none, so the place in the batch must do."""
+    return [str(i) for i in range(batch)]
 
 
 class OneLength:
@@ -37,14 +42,13 @@ class OneLength:
 
     def __init__(
         self,
-        config: Qwen3NextConfig,
         candidates: Sequence[int],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`candidates`: the numbers of drafts that there are graphs for."""
         self.candidate_steps = sorted(candidates)
-        costs = Costs(WholeSteps.from_config(config))
-        self.policy = Adaptive(self.candidate_steps[-1], costs, uniform=True, trial=TRIAL)
+        costs = Costs(guess_whole)
+        self.policy = Adaptive(self.candidate_steps[-1], costs, plans=alike, trial=TRIAL)
         self.clock, self.began, self.batch_size = clock, 0.0, 0  # of the last step
         self.graphs: list[int] | None = None  # batch sizes
         self.steps, self.wait = self.candidate_steps[-1], 0  # steps until another choice
@@ -72,15 +76,14 @@ class OneLength:
     def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> None:
         """Learn what a step accepted. The number of drafts changes only where a step begins."""
         drafted = self.launched.popleft()
-        for accepted in num_correct_drafts_per_req:
-            self.policy.observe_verify(ALL, drafted, min(accepted, drafted))
+        for name, accepted in zip(names(batch_size), num_correct_drafts_per_req, strict=False):
+            self.policy.observe_verify(name, drafted, min(accepted, drafted))
 
     def _choose(self, batch_size: int) -> tuple[int, int]:
         """The number of drafts and when to choose again; of the first rank on all ranks."""
-        on_trial = self.policy.on_trial
-        length = self.policy.lengths([ALL] * batch_size, [0] * batch_size)[0]
+        length = self.policy.lengths(names(batch_size), [0] * batch_size)[0]
         steps = [n for n in self.candidate_steps if n <= length][-1:] or self.candidate_steps[:1]
-        wait = 1 if on_trial or self.policy.on_trial else EVERY
+        wait = 1 if self.policy.trials.on_trial else EVERY
         group = get_parallel().tp_group
         found: tuple[int, int] = group.broadcast_object((steps[0], wait), src=0)
         return found

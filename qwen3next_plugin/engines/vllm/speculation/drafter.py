@@ -18,7 +18,6 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.images import axes_of
@@ -37,7 +36,7 @@ class Drafter(EagleProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self.policy = make_policy(read_config(vllm_config), self.num_speculative_tokens)
+        self.policy = make_policy(self.num_speculative_tokens)
         self.observer = Observer(self.policy, worker_board(vllm_config), logger.error)
         self.pending = Pending()
         # A KV connector ships the layer's cache at any time, so no token may be missing from it.
