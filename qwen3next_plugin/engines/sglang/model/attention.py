@@ -22,6 +22,8 @@ from qwen3next_plugin.model.norm import RMSNorm
 class GatedAttention(nn.Module):
     """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
 
+    mrope_axes: torch.Tensor  # of models that read images
+
     def __init__(
         self,
         config: Qwen3NextConfig,
