@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 START_SECONDS = 600
@@ -111,7 +112,13 @@ def script(path: str, *arguments: str) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine's that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine's that nobody listens on.
+
+    None of those that the kernel gives to outgoing connections: one of them, a client's that waits
+    for the server for instance, could have taken it before the server listens.
+    """
+    while True:
+        port = SystemRandom().randrange(15_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
