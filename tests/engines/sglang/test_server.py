@@ -71,6 +71,7 @@ def source() -> list[tuple[int, ...]]:
     return [tuple(ids[:length]) for length in LENGTHS]
 
 
+@pytest.mark.long  # it depends on how fast the machine is
 def test_ready_in_time(server):
     """Or a second one is, where something else kept the cores from the first."""
     if server.start_seconds >= READY_SECONDS:
