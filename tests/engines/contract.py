@@ -193,5 +193,5 @@ def check_entry(sources: Sources, entry: Entry) -> None:
 
 
 def pairs(table: dict) -> list[tuple[str, str]]:
-    """(path, name) of every entry of a table path → names."""
-    return [(path, name) for path, names in table.items() for name in names]
+    """(path, name) of every entry of a table path → names, in the same order in every process."""
+    return [(path, name) for path, names in table.items() for name in sorted(names)]
