@@ -21,7 +21,9 @@ ARGS  ?=
 # of PyTorch's CPU index, as in `make serve TORCH_INDEX=<address>`.
 TORCH_INDEX ?=
 PIP_ARGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-# --no-compile: most of the modules are never imported, so bytecode is written at the first import.
+# --no-compile: most of the modules are never imported, so bytecode is written at the first import,
+# whatever the environment says: an engine has thousands of modules, and each process imports them.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --no-compile --no-deps $(PIP_ARGS)
 
 # On the CPU vLLM keeps a core to itself unless told otherwise.
