@@ -9,7 +9,7 @@ must pass before any kernel is believed; test_interpreter.py runs it.
 import functools
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -124,6 +124,14 @@ def interpreting() -> Iterator[None]:
         finally:
             for module, name, value in compiled:
                 setattr(module, name, value)
+
+
+_FOR_EVER = ExitStack()
+
+
+def interpret() -> None:
+    """The same from now on, in this process and in its forks."""
+    _FOR_EVER.enter_context(interpreting())
 
 
 def _everything(x, y, sums, products, below, N: tl.constexpr):

@@ -1,9 +1,9 @@
-"""`python -m sglang.launch_server`, except that the first process forks the others.
+"""`python -m sglang.launch_server` in a fork of a process that has SGLang loaded, and by forks.
 
-SGLang starts each as a new interpreter, which imports SGLang again: that is more than half of the
+SGLang starts each process as a new interpreter, which imports SGLang again: that is most of the
 time until it serves. TEST_DRAFTS=0,3,201 makes drafts of these lengths in turn, step by step: none,
 three, and two, none and one for every first, second and third request. TEST_PENDING is the size of
-the store of pending tokens in bytes.
+the store of pending tokens in bytes. With TEST_ON_DEVICE=1 it runs as on a GPU: see on_device.py.
 """
 
 import itertools
@@ -33,32 +33,30 @@ def scripted(turns: str) -> type:
     return Scripted
 
 
-def main(*flags: str) -> None:
-    """Serve, in this process and in forks of it."""
+def forked(*flags: str) -> None:
+    """Serve, in this fork and in forks of it."""
+    from engines.sglang import loaded
+
+    os.environ.update(loaded.ENVIRONMENT)
+    import torch
+    from sglang.srt.environ import envs
+    from sglang.srt.managers import scheduler
+
     from qwen3next_plugin.mtp import pending, policy
 
+    scheduler.TEST_RETRACT = envs.SGLANG_TEST_RETRACT.get()  # read when it was imported
+    scheduler.TEST_RETRACT_INTERVAL = envs.SGLANG_TEST_RETRACT_INTERVAL.get()
+    # Sampling with seeds, for one, is compiled at its first call, which takes seconds.
+    torch.compiler.set_stance("force_eager")
     if turns := os.environ.get("TEST_DRAFTS"):
         policy.make_policy = scripted(turns)
     if size := os.environ.get("TEST_PENDING"):
         pending.Pending.__init__.__defaults__ = (int(size),)
+    if os.environ.get("TEST_ON_DEVICE"):
+        from engines.sglang import on_device
+
+        on_device.switch()
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *method, **options: None  # SGLang asks for "spawn"
     sys.argv[1:] = flags
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
-
-
-def forked(*flags: str) -> None:
-    """The same in a process that has imported SGLang in another environment."""
-    from engines.sglang import loaded
-
-    os.environ.update(loaded.ENVIRONMENT)
-    from sglang.srt.environ import envs
-    from sglang.srt.managers import scheduler
-
-    scheduler.TEST_RETRACT = envs.SGLANG_TEST_RETRACT.get()  # read when it was imported
-    scheduler.TEST_RETRACT_INTERVAL = envs.SGLANG_TEST_RETRACT_INTERVAL.get()
-    main(*flags)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -47,12 +47,11 @@ def _logprobs(entries: Sequence[tuple[float, int, str | None]]) -> tuple[float, 
 class Server(server.Server):
     """A real SGLang server."""
 
-    LAUNCH: Sequence[str] = ("-m", "sglang.launch_server")
     HEALTH = "/ready"
     END = signal.SIGKILL  # for SIGTERM it looks every five seconds only
 
     def command(self, *flags: str) -> list[str]:
-        return [sys.executable, *self.LAUNCH, *self.arguments(*flags)]
+        return [sys.executable, "-m", "sglang.launch_server", *self.arguments(*flags)]
 
     def arguments(self, *flags: str) -> list[str]:
         return ["--model-path", self.model, "--host", self.host, "--port", str(self.port), *flags]
@@ -81,21 +80,12 @@ class Server(server.Server):
         self.get("/flush_cache?timeout=50")  # seconds; raises where requests still run
 
 
-class Forking(Server):
-    """A server whose processes are forks of the first: it starts in half the time.
+class Forked(Server):
+    """A server whose processes are forks, the first of one that has SGLang loaded: see launch.py.
 
     It serves without having asked itself anything, for which it would wait a second.
     """
 
-    LAUNCH = ("-P", launch.__file__)  # -P: this folder is not imported
-
-    def arguments(self, *flags: str) -> list[str]:
-        return super().arguments("--skip-server-warmup", *flags)
-
-
-class Forked(Forking):
-    """A server whose first process is a fork, too: it starts in a third of the time."""
-
     def start(self, env: dict[str, str], *flags: str) -> Process:
         Fork.preload(["engines.sglang.loaded"], self.environment())
-        return Fork(launch.forked, *self.arguments(*flags), env=env)
+        return Fork(launch.forked, *self.arguments("--skip-server-warmup", *flags), env=env)

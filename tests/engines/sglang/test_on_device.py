@@ -6,20 +6,18 @@ a prompt, cached prefixes and mixed batches, however the radix cache keeps its p
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
-from engines.sglang.server import NEXTN, Forking
+from engines.sglang.server import NEXTN, Forked
 from reference import Reference
 
 pytestmark = pytest.mark.serve
 
-PLUGIN = Path(__file__).parent / "on_device"
-ON_DEVICE = {"PYTHONPATH": str(PLUGIN)}
-IN_TRITON = ON_DEVICE | {"QWEN3NEXT_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+ON_DEVICE = {"TEST_ON_DEVICE": "1"}
+IN_TRITON = ON_DEVICE | {"QWEN3NEXT_KERNELS": "triton"}
 SMALL = ("--dtype", "float32", "--max-total-tokens", "4096", "--max-mamba-cache-size", "40")
 SNAPSHOTS = ("--mamba-radix-cache-strategy", "extra_buffer", "--mamba-track-interval", "64")
 
@@ -47,7 +45,7 @@ def test_as_transformers(checkpoint, reference, flags, cached):
     that pass one; then texts that go on from the last page that was kept. SGLang counts from where
     a chunk begins in a prompt, and from 0 in an answer."""
     prompts = [random_prompt(n, seed=12) for n in (3, 58, 64, 160, 200)]
-    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *flags, env=ON_DEVICE).wait()
+    server = Forked(checkpoint, *SMALL, *SNAPSHOTS, *flags, env=ON_DEVICE).wait()
     try:
         check_greedy(reference, prompts, cold := server.greedy(prompts, 40))
         turns = [
@@ -68,7 +66,7 @@ def test_changing_numbers_of_drafts_as_transformers(checkpoint, reference, tmp_p
     config = tmp_path / "adaptive.json"
     config.write_text(json.dumps({"1": {"candidate_steps": [0, 1, 3]}}))
     adaptive = ("--speculative-adaptive", "--speculative-adaptive-config", str(config))
-    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "3", *adaptive, env=ON_DEVICE).wait()
+    server = Forked(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "3", *adaptive, env=ON_DEVICE).wait()
     try:
         prompts = [random_prompt(n, seed=12) for n in (3, 64, 200)]
         answers = server.greedy(prompts, 100, return_logprob=True)
@@ -86,7 +84,7 @@ def test_the_triton_kernels_as_transformers(tmp_path):
     checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2, full_attention_interval=2)
     reference = Reference(checkpoint)
     prompts = [random_prompt(n, seed=12) for n in (3, 66)]
-    server = Forking(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
+    server = Forked(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()
     try:
         check_greedy(reference, prompts, server.greedy(prompts, 5, return_logprob=True))
     finally:

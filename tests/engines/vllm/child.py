@@ -11,8 +11,11 @@ class Host:
     """What a parent may call."""
 
     def start(self, flags: dict[str, Any]) -> None:
+        import torch
         from vllm import LLM
 
+        if flags["enforce_eager"]:
+            torch.compiler.set_stance("force_eager")  # see loaded.py
         self.llm = LLM(**flags)
         self.adapters: dict[str, int] = {}  # path → number
 

@@ -2,8 +2,13 @@
 
 For a CPU vLLM starts its processes as new interpreters, and looks at every model class in one.
 Each would import vLLM again, which takes most of the time until it serves: here they are forks.
+
+With --enforce-eager vLLM still compiles a few functions of its own at their first call, such as the
+one that counts ranks for log-probabilities. That takes seconds in every engine, so forks call them
+as they are; those of test_server.py and of compiled engines are compiled.
 """
 
+import gc
 import multiprocessing
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +16,11 @@ from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 T = TypeVar("T")
-NAMES = ("vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker")
+NAMES = (
+    *("vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker"),
+    *("vllm.v1.core.sched.scheduler", "vllm.compilation.backends", "compressed_tensors"),
+)
+gc.disable()  # for nothing is garbage yet
 for name in NAMES:
     import_module(name)
 registry = import_module("vllm.model_executor.models.registry")
@@ -28,3 +37,5 @@ def here(look: Callable[[], T]) -> T:
 
 multiprocessing.get_context = forking
 registry._run_in_subprocess = here
+gc.freeze()  # else each fork looks through all of that whenever vLLM collects garbage
+gc.enable()

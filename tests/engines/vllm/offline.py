@@ -37,8 +37,8 @@ def preload() -> None:
 class Offline:
     """`vllm.LLM(model, **flags)` in a child; token ids in, plain values out.
 
-    `first` names a module in this folder that the child imports before all else. With it, or with
-    another `python`, the child is a new interpreter; otherwise a fork of one that has vLLM loaded.
+    The child is a fork of a process that has vLLM loaded, with another `python` a new interpreter.
+    `first` names a module in this folder that a fork imports before all else.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Offline:
         with Listener(family="AF_UNIX") as listener:
             listener._listener._socket.settimeout(START_SECONDS)
             own = environment(tp_size) | IN_PROCESS | (env or {})
-            if first or python != sys.executable:
-                command = [python, CHILD, listener.address, *([first] if first else [])]
-                self.process = Process(command, own)
+            if python != sys.executable:
+                self.process = Process([python, CHILD, listener.address], own)
             else:
                 preload()
-                self.process = Fork(child.main, listener.address, env=own)
+                modules = [f"engines.vllm.{first}"] if first else []
+                self.process = Fork(child.main, listener.address, *modules, env=own)
             self.pipe: Connection = listener.accept()
         defaults = {
             "model": str(model),
@@ -67,6 +67,7 @@ class Offline:
             "enforce_eager": True,
             "seed": 0,
             "disable_log_stats": False,
+            "kv_cache_memory_bytes": 1 << 28,  # it is filled with zeros
         }
         try:
             self._ask("start", defaults | flags)

@@ -1,4 +1,4 @@
-"""Imported first by a child: its engine runs on a CPU as the plugin runs on a GPU.
+"""Imported first by a fork: its engine runs on a CPU as the plugin runs on a GPU.
 
 The Triton kernels, in Triton's interpreter, and steps that are built without a look at them. What
 has no Triton kernel, because a GPU's engine brings its own, stays native.
@@ -16,7 +16,7 @@ from qwen3next_plugin.engines.vllm.state import steps as backend
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.step import DeviceSteps
 
-interpreter.fix()
+interpreter.interpret()
 by_device, build = dispatch.backend, backend.StepBuilder.__init__
 
 

@@ -36,7 +36,10 @@ class Forked(Server):
 
 def serve(*command: str) -> None:
     """What the script `vllm` does."""
+    import torch
     from vllm.entrypoints.cli.main import main
 
+    if "--enforce-eager" in command:
+        torch.compiler.set_stance("force_eager")  # see loaded.py
     sys.argv[:] = command
     main()

@@ -45,6 +45,7 @@ def concurrency(model: Path, env: dict[str, str], drafts: dict[str, Any] | None)
         dtype="bfloat16",
         mamba_ssm_cache_dtype="float32",  # ours; upstream's default is bfloat16
         max_model_len=4096,
+        kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=False,  # upstream ends with it, see above
         speculative_config=drafts,
     )

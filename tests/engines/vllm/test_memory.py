@@ -23,6 +23,7 @@ FLAGS = {
     "dtype": "bfloat16",
     "mamba_ssm_cache_dtype": "float32",  # for vLLM's own model too, whose default is bfloat16
     "max_model_len": 4096,
+    "kv_cache_memory_bytes": 1 << 30,
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
 }
 

@@ -13,7 +13,7 @@ from reference import Reference
 
 pytestmark = pytest.mark.serve
 
-ON_DEVICE = {"QWEN3NEXT_KERNELS": "triton", "TRITON_INTERPRET": "1", "QWEN3NEXT_DRAFTS": "fixed"}
+ON_DEVICE = {"QWEN3NEXT_KERNELS": "triton", "QWEN3NEXT_DRAFTS": "fixed"}
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 4}
 DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 TOKENS = 5
