@@ -65,12 +65,25 @@ inline void configure(int64_t height0, int64_t height1) {
   _tile_loadconfig(&config);
 }
 
-// sums [height0 + height1, kPanelWidth] += the products of `steps` steps, or = if they are first.
+// Where the rows of a tile of x are: its first line, and bytes to the next step and the next row.
+struct TileLines {
+  const void* first;
+  int64_t step, row;
+
+  const void* at(int64_t s) const { return static_cast<const uint8_t*>(first) + s * step; }
+  TileLines below(int64_t rows) const {
+    return {static_cast<const uint8_t*>(first) + rows * row, step, row};
+  }
+};
+
+// sums [height0 + height1, kPanelWidth], rows `stride` floats apart, += the products of `steps`
+// steps, or = if they are first. kTwo: whether height1 is not zero.
 template <bool kTwo>
-void add_steps(float* sums, const uint8_t* const (&w)[kPanelTiles], const uint8_t* x0,
-               const uint8_t* x1, int64_t height0, int64_t height1, int64_t steps, bool first) {
-  constexpr int64_t kRow = kPanelWidth * sizeof(float);
-  float* const lower = sums + kHeight * kPanelWidth;
+void add_steps(float* sums, int64_t stride, const std::array<const uint8_t*, kPanelTiles>& w,
+               const TileLines& x0, const TileLines& x1, int64_t steps, bool first) {
+  const int64_t row = stride * sizeof(float);
+  float* const lower = sums + kHeight * stride;
+  asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
   // Macros, each a statement.
   if (first) {
     _tile_zero(0);
@@ -80,30 +93,30 @@ void add_steps(float* sums, const uint8_t* const (&w)[kPanelTiles], const uint8_
       _tile_zero(3);
     }
   } else {
-    _tile_loadd(0, sums, kRow);
-    _tile_loadd(1, sums + kTileWidth, kRow);
+    _tile_loadd(0, sums, row);
+    _tile_loadd(1, sums + kTileWidth, row);
     if constexpr (kTwo) {
-      _tile_loadd(2, lower, kRow);
-      _tile_loadd(3, lower + kTileWidth, kRow);
+      _tile_loadd(2, lower, row);
+      _tile_loadd(3, lower + kTileWidth, row);
     }
   }
   for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(4, x0 + s * height0 * kLine, kLine);
+    _tile_loadd(4, x0.at(s), x0.row);
     _tile_loadd(6, w[0] + s * kTileBytes, kLine);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w[1] + s * kTileBytes, kLine);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (kTwo) {
-      _tile_loadd(5, x1 + s * height1 * kLine, kLine);
+      _tile_loadd(5, x1.at(s), x1.row);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, kRow);
-  _tile_stored(1, sums + kTileWidth, kRow);
+  _tile_stored(0, sums, row);
+  _tile_stored(1, sums + kTileWidth, row);
   if constexpr (kTwo) {
-    _tile_stored(2, lower, kRow);
-    _tile_stored(3, lower + kTileWidth, kRow);
+    _tile_stored(2, lower, row);
+    _tile_stored(3, lower + kTileWidth, row);
   }
 }
 
@@ -186,13 +199,13 @@ inline void multiply(float* totals, const Packed& w, const Tiles& tiles, const T
       }
       const auto add = height1 ? add_steps<true> : add_steps<false>;
       for (int64_t b = s; b < last; b += block) {
-        const uint8_t* const w2[] = {lines[0] + (b - s) * kTileBytes,
-                                     lines[1] + (b - s) * kTileBytes};
-        const uint8_t* x0 = x.tile(begin + i) + b * height0 * kLine;
-        const uint8_t* x1 = x.tile(begin + i + height0) + b * height1 * kLine;
+        const int64_t step0 = height0 * kLine, step1 = height1 * kLine;
+        const TileLines x0{x.tile(begin + i) + b * step0, step0, kLine};
+        const TileLines x1{x.tile(begin + i + height0) + b * step1, step1, kLine};
         float* to = totals + i * kPanelWidth;
-        add(w.group ? sums : to, w2, x0, x1, height0, height1, std::min(block, last - b),
-            w.group || b == 0);
+        add(w.group ? sums : to, kPanelWidth,
+            {lines[0] + (b - s) * kTileBytes, lines[1] + (b - s) * kTileBytes}, x0, x1,
+            std::min(block, last - b), w.group || b == 0);
         if (w.group) add_scaled(to, sums, height0 + height1, w, tiles, b / block);
       }
     }

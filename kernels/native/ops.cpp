@@ -29,11 +29,13 @@ extern const Level level;
 namespace amx {  // compiled are only the ops that use its tiles
 void linear_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void fused_moe_packed_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void paged_attention_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 const Level level = [] {
   Level level = avx512bf16::level;
   level.name = "amx";
   level.linear_op = &linear_op;
   level.fused_moe_packed_op = &fused_moe_packed_op;
+  level.paged_attention_op = &paged_attention_op;
   return level;
 }();
 }  // namespace amx

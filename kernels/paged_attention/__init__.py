@@ -33,9 +33,11 @@ def paged_attention(
 
     Shapes (Hq a multiple of Hkv, D at most 256):
         q: [T, Hq, D], any row stride
-        key_cache, value_cache: [slots, Hkv, D], q's dtype, any slot stride; they hold the keys and
-            values of this step's tokens too
-        token_table: [R, M] int32, any row stride: the slot of each position of a sequence
+        key_cache, value_cache: q's dtype; they hold the keys and values of this step's tokens too
+            [slots, Hkv, D], any slot stride, or
+            [pages, P, Hkv, D], any strides but the last: pages of P positions
+        token_table: [R, M] int32, any row stride: the slot of each position of a sequence, or the
+            page of each P positions
         table_row: [N] int32 or int64, the row of token_table of each sequence
         query_start_loc: [N + 1] int32
         seq_lens: [N] int32 or int64, tokens of each sequence, including this step's
@@ -51,14 +53,19 @@ def paged_attention(
     """
     op = "paged_attention"
     run = dispatch.implementation(op, q.device)
-    (_, Hq, D), (_, Hkv, _), N = q.shape, key_cache.shape, table_row.numel()
-    if not 0 < D <= MAX_DIM or not Hkv or Hq % Hkv:
+    (_, Hq, D), Hkv, N = q.shape, key_cache.shape[-2], table_row.numel()
+    if not 0 < D <= MAX_DIM or not key_cache.shape[1] * Hkv or Hq % Hkv:
         raise ValueError(f"{op}: cannot serve {Hq} query heads of {D} dims with {Hkv} kv heads")
     check_page(op, "q", q, (Hq, D), ACTIVATIONS, q.device)
-    check_page(op, "key_cache", key_cache, (Hkv, D), (q.dtype,), q.device)
-    check_page(op, "value_cache", value_cache, (Hkv, D), (q.dtype,), q.device)
-    if len(key_cache) != len(value_cache):
-        raise ValueError(f"{op}: {len(key_cache)} slots of keys, {len(value_cache)} of values")
+    if key_cache.ndim == 4:
+        shape = (*key_cache.shape[:2], Hkv, D)
+        check(op, "key_cache", key_cache, shape, (q.dtype,), q.device)
+        check(op, "value_cache", value_cache, shape, (q.dtype,), q.device)
+    else:
+        check_page(op, "key_cache", key_cache, (Hkv, D), (q.dtype,), q.device)
+        check_page(op, "value_cache", value_cache, (Hkv, D), (q.dtype,), q.device)
+        if len(key_cache) != len(value_cache):
+            raise ValueError(f"{op}: {len(key_cache)} slots of keys, {len(value_cache)} of values")
     R, M = len(token_table), token_table.shape[-1]
     check(op, "token_table", token_table, (R, M), INT, q.device)
     check(op, "table_row", table_row, (N,), INDEX, q.device)

@@ -1,193 +1,120 @@
-// Attention of a tile of queries to one block of positions, and how blocks are merged. For block b
-// a row (a query and a head) has m_b = max_i s_i, l_b = sum_i exp(s_i - m_b) and
-// o_b = sum_i exp(s_i - m_b) v_i. Each block is computed by itself and blocks are merged in order,
-// so that no result depends on which blocks a task takes.
+// Attention of a tile of queries to one block of positions, in vectors.
 #pragma once
 
-#include <limits>
-#include <memory>
-
 #include "dot_tile.h"
-#include "sequences.h"
-#include "values.h"
+#include "rows.h"
 
 namespace Q3N_LEVEL {
 
-constexpr int64_t kBlock = 256;  // positions
-constexpr int64_t kSoon = 16;    // positions ahead for which keys are prefetched
-
+// Computes rows of one tile after another, in scratch memory of its own.
 template <class T>
-struct Operands {
-  const T *q, *key, *value;
-  int64_t q_stride, key_stride, value_stride;
-  int64_t Hq, Hkv, D;
-  float scale;
+class BlockAttention {
+ public:
+  static constexpr int64_t kMostRows = 64;  // that share a pass over the keys
 
-  int64_t share() const { return Hq / Hkv; }  // query heads of a kv head
-  int64_t together() const { return std::clamp<int64_t>(kMaxRow<T> / D, 1, Hkv); }  // kv heads
-  int64_t row_size() const { return round_up(D, kColumns) + kLanes; }
-};
-
-// Queries [first, last) of a sequence, with the query heads of kv heads [kv, kv + heads). Its rows
-// are [query][kv head][query head of the kv head].
-struct Tile {
-  const Sequence* sequence;
-  int64_t kv, heads, first, last;
-
-  int64_t queries() const { return last - first; }
-};
-
-// A row of one block, or of the blocks merged so far: o (padded), then m and l.
-struct Partial {
-  float* o;
-  int64_t padded;
-
-  float& m() const { return o[padded]; }
-  float& l() const { return o[padded + 1]; }
-};
-
-template <class T>
-Partial row_of(const Operands<T>& in, float* rows, int64_t i) {
-  return {rows + i * in.row_size(), in.row_size() - kLanes};
-}
-
-inline void clear(const Partial& row) {
-  std::fill(row.o, row.o + row.padded, 0.0f);
-  row.m() = -std::numeric_limits<float>::infinity(), row.l() = 0.0f;
-}
-
-inline void merge(const Partial& into, const Partial& block) {
-  const float m = std::max(into.m(), block.m());
-  const f32v old = exp(splat(into.m() - m)), fresh = exp(splat(block.m() - m));
-  for (int64_t i = 0; i < into.padded; i += kLanes) {
-    store(into.o + i, fma(load(block.o + i), fresh, load(into.o + i) * old));
+  // How many kv heads a tile takes together, because they are contiguous in memory.
+  static int64_t together(const Operands<T>& in) {
+    const bool contiguous = in.key.head == in.D && in.value.head == in.D;
+    return contiguous ? std::clamp<int64_t>(kMaxRow<T> / in.D, 1, in.Hkv) : 1;
   }
-  into.l() = into.l() * old[0] + block.l() * fresh[0];
-  into.m() = m;
-}
 
-template <class T>
-void write_out(T* out, const Partial& row, int64_t D) {
-  const f32v share = splat(row.l() == 0.0f ? 0.0f : 1.0f / row.l());
-  for_vectors(D, [&](int64_t i, int64_t lanes) { store(out + i, load(row.o + i) * share, lanes); });
-}
+  // For tiles of at most so many rows.
+  BlockAttention(const Operands<T>& in, int64_t rows)
+      : in_(in),
+        queries_(new const T*[rows]),
+        scores_(new float[rows * kBlock]),
+        weights_(new Weight<T>[kWeighed * kBlock]) {}
 
-// Pointers to the keys and values of a block, in the order in which a query sees them.
-template <class T>
-struct Places {
-  const T *key[kBlock], *value[kBlock];
-  int64_t count = 0;
-
-  // Finds those of the block at `start`. A block that is not full is filled up with its last one.
-  void find(const Operands<T>& in, const Tile& tile, int64_t query, int64_t start) {
-    const Sequence& s = *tile.sequence;
-    const int64_t kv = tile.kv;
-    count = 0;
-    s.for_slots(query, start, std::min(start + kBlock, s.seen(query)), [&](int64_t slot) {
-      key[count] = in.key + slot * in.key_stride + kv * in.D;
-      value[count++] = in.value + slot * in.value_stride + kv * in.D;
-    });
-    if (count) std::fill(key + count, key + kBlock, key[count - 1]);
-    if (count) std::fill(value + count, value + kBlock, value[count - 1]);
-  }
-};
-
-// Scratch memory of one thread for a tile.
-template <class T>
-struct Room {
-  Places<T> places[2];
-  std::unique_ptr<const T*[]> queries;
-  std::unique_ptr<float[]> scores;
-  std::unique_ptr<Weight<T>[]> weights;
-  std::unique_ptr<float[]> block, state;  // rows: of one block, and merged so far
-
-  Room(const Operands<T>& in, int64_t height)
-      : queries(new const T*[height]),
-        scores(new float[height * kBlock]),
-        weights(new Weight<T>[in.share() * kBlock]),
-        block(new float[height * in.row_size()]),
-        state(new float[height * in.row_size()]) {}
-};
-
-// weights = exp(scale s - m), zero beyond n; sets m and l.
-template <class W>
-void softmax(float* s, int64_t n, float scale, W* weights, const Partial& row) {
-  const float lowest = -std::numeric_limits<float>::infinity();
-  const int64_t padded = round_up(n, kLanes);
-  std::fill(s + n, s + padded, lowest);
-  f32v high = splat(lowest);
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const f32v x = load(s + i) * scale;
-    high = x > high ? x : high;
-    store(s + i, x);
-  }
-  float m = high[0];
-  for (int64_t i = 1; i < kLanes; ++i) m = std::max(m, high[i]);
-  f32v total{};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const f32v p = exp(load(s + i) - m);
-    total += p;
-    store(weights + i, p);
-  }
-  row.m() = m, row.l() = sum(total);
-}
-
-// Scores of a tile's rows at the places. Prefetches the values, and the keys too if they are
-// `cold`.
-template <class T>
-void score(const Operands<T>& in, const Tile& tile, const Places<T>& places, bool cold,
-           Room<T>& room) {
-  const int64_t share = in.share(), width = tile.heads * share;
-  for (int64_t i = 0; i < tile.queries() * width; ++i) {
-    const int64_t token = tile.sequence->begin + tile.first + i / width;
-    room.queries[i] = in.q + token * in.q_stride + (tile.kv * share + i % width) * in.D;
-  }
-  for (int64_t j = 0; j < places.count; j += kTileRows) {
-    for (int64_t r = j + kSoon; cold && r < std::min(j + kSoon + kTileRows, kBlock); ++r) {
-      prefetch(places.key[r], tile.heads * in.D * sizeof(T));
-    }
+  // Takes the queries of a tile.
+  void take(const Tile& tile) {
+    const T** to = queries_.get();
     for (int64_t h = 0; h < tile.heads; ++h) {
-      const T *key[kTileRows], *value[kTileRows];
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        key[r] = places.key[j + r] + h * in.D, value[r] = places.value[j + r] + h * in.D;
+      for (int64_t i = tile.first; i < tile.last; ++i) {
+        const T* q = in_.q + (tile.sequence->begin + i) * in_.q_stride;
+        for (int64_t r = 0; r < in_.share(); ++r)
+          *to++ = q + ((tile.kv + h) * in_.share() + r) * in_.D;
       }
-      for (int64_t i = h * share; i < tile.queries() * width; i += width) {
-        for_tiles(i, i + share, [&](int64_t row, int64_t n) {
+    }
+  }
+
+  // Computes `rows` for the block at `start`, for a part of the tile taken: its rows begin at row
+  // `begin` of the tile. Each of its queries sees a prefix of `places`; rows of queries that see
+  // nothing of it are left alone. Prefetches the values, the keys too if they are `cold`, and the
+  // keys of `ahead` unless it is null.
+  void run(const Tile& part, int64_t begin, int64_t start, const Places<T>& places, bool cold,
+           const Places<T>* ahead, float* rows) {
+    const int64_t columns = part.heads * ((in_.D + kColumns - 1) / kColumns);
+    Ahead<T> keys{ahead ? ahead->key : nullptr, ahead ? ahead->count : 0, round_up(columns, 2),
+                  bytes(part)};
+    int64_t first = part.first;
+    while (first < part.last && !places.seen(*part.sequence, first, start)) ++first;
+    score(part, begin, first, places, cold);
+    for (int64_t h = 0; h < part.heads; ++h) {
+      weigh_rows_of(part, h, first, start, places, keys, rows);
+    }
+  }
+
+  // out = o / l.
+  static void write(T* out, const Partial& row, int64_t D) {
+    const f32v share = row.share();
+    for_vectors(D, [&](int64_t i, int64_t n) { store(out + i, load(row.o + i) * share, n); });
+  }
+
+ private:
+  int64_t bytes(const Tile& part) const { return part.heads * in_.D * sizeof(T); }
+
+  // Scores of the rows of queries from `first` on.
+  void score(const Tile& part, int64_t begin, int64_t first, const Places<T>& places, bool cold) {
+    const int64_t height = part.queries() * in_.share();  // rows of a kv head
+    const int64_t skipped = (first - part.first) * in_.share();
+    for (int64_t j = 0; j < places.count; j += kTileRows) {
+      for (int64_t r = j + kSoon; cold && r < std::min(j + kSoon + kTileRows, kBlock); ++r) {
+        prefetch(places.key[r], bytes(part));
+      }
+      for (int64_t h = 0; h < part.heads; ++h) {
+        const T *key[kTileRows], *value[kTileRows];
+        for (int64_t r = 0; r < kTileRows; ++r) {
+          key[r] = places.key[j + r] + h * in_.D, value[r] = places.value[j + r] + h * in_.D;
+        }
+        const int64_t from = h * height + skipped;
+        for_tiles(from, (h + 1) * height, [&](int64_t row, int64_t n) {
           const T* x[kTileTokens];
-          std::copy_n(&room.queries[row], n, x);
+          std::copy_n(&queries_[begin + row], n, x);
           float sums[kTileTokens][kTileRows];
-          dot_tile(n, key, x, row == h * share ? value : nullptr, in.D, sums);
+          dot_tile(n, key, x, row == from ? value : nullptr, in_.D, sums);
           for (int64_t k = 0; k < n; ++k) {
-            std::memcpy(&room.scores[(row + k) * kBlock + j], sums[k], sizeof sums[k]);
+            std::memcpy(&scores_[(row + k) * kBlock + j], sums[k], sizeof sums[k]);
           }
         });
       }
     }
   }
-}
 
-// Computes the block at `start` for a tile. Each of its queries sees a prefix of `places`; `rows`
-// of queries that see nothing of it are left alone. Prefetches the keys of `ahead`, unless null.
-template <class T>
-void attend(const Operands<T>& in, const Tile& tile, int64_t start, const Places<T>& places,
-            bool cold, const Places<T>* ahead, Room<T>& room, float* rows) {
-  const int64_t share = in.share(), bytes = tile.heads * in.D * sizeof(T);
-  const int64_t columns = tile.heads * ((in.D + kColumns - 1) / kColumns);
-  Ahead<T> keys{ahead ? ahead->key : nullptr, ahead ? ahead->count : 0, round_up(columns, 2),
-                bytes};
-  score(in, tile, places, cold, room);
-  for (int64_t i = tile.first; i < tile.last; ++i) {
-    const int64_t n = std::min(places.count, tile.sequence->seen(i) - start);
-    for (int64_t h = 0; n > 0 && h < tile.heads; ++h) {
-      const int64_t first = ((i - tile.first) * tile.heads + h) * share;
-      for (int64_t r = 0; r < share; ++r) {
-        softmax(&room.scores[(first + r) * kBlock], n, in.scale, &room.weights[r * kBlock],
-                row_of(in, rows, first + r));
+  // Weighted sums of a kv head's rows, some rows that see equally many positions at a time.
+  void weigh_rows_of(const Tile& part, int64_t h, int64_t first, int64_t start,
+                     const Places<T>& places, Ahead<T>& keys, float* rows) {
+    const int64_t share = in_.share(), height = part.queries() * share;
+    const auto seen = [&](int64_t i) {
+      return places.seen(*part.sequence, part.first + i / share, start);
+    };
+    int64_t count;
+    for (int64_t i = (first - part.first) * share; i < height; i += count) {
+      const int64_t n = seen(i), row = h * height + i;
+      count = 1;
+      while (count < kWeighed && i + count < height && seen(i + count) == n) ++count;
+      for (int64_t r = 0; r < count; ++r) {
+        softmax(&scores_[(row + r) * kBlock], n, in_.scale, &weights_[r * kBlock],
+                row_of(in_, rows, row + r));
       }
-      weigh<T>(room.weights.get(), kBlock, share, places.value, n, h * in.D, in.D, keys,
-               row_of(in, rows, first).o, in.row_size());
+      weigh<T>(weights_.get(), kBlock, count, places.value, n, h * in_.D, in_.D, keys,
+               row_of(in_, rows, row).o, in_.row_size());
     }
   }
-}
+
+  const Operands<T>& in_;
+  std::unique_ptr<const T*[]> queries_;
+  std::unique_ptr<float[]> scores_;
+  std::unique_ptr<Weight<T>[]> weights_;
+};
 
 }  // namespace Q3N_LEVEL

@@ -1,14 +1,14 @@
 #include <atomic>
 #include <vector>
 
-#include "block.h"
 #include "ops.h"
+#include "tiles.h"
 
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kTileQueryRows = 64;  // queries x heads that share a pass over the keys
-constexpr int64_t kTasksPerThread = 8;  // at least, if the work can be split into as many
+constexpr int64_t kFewRows = 64;        // queries x heads that one pass over the keys is worth
+constexpr int64_t kTasksPerThread = 8;  // about, if the work can be split into as many
 
 struct Job : Tile {
   int64_t seen;       // positions, by the query that sees most
@@ -26,10 +26,19 @@ struct Task {
   int64_t work() const { return (end - begin) * job->block_work(); }
 };
 
+// Queries of a job: fewer than a tile takes if threads would be idle.
+template <class T>
+int64_t height_of(const Operands<T>& in, const std::vector<Sequence>& sequences) {
+  int64_t rows = 0;
+  for (const Sequence& s : sequences) rows += s.tokens * in.Hq;
+  const int64_t tasks = torch::stable::get_num_threads() * kTasksPerThread;
+  const int64_t most = std::clamp(rows / tasks, kFewRows, BlockAttention<T>::kMostRows);
+  return std::max<int64_t>(1, most / (BlockAttention<T>::together(in) * in.share()));
+}
+
 template <class T>
 std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& sequences) {
-  const int64_t together = in.together();
-  const int64_t height = std::max<int64_t>(1, kTileQueryRows / (together * in.share()));
+  const int64_t together = BlockAttention<T>::together(in), height = height_of(in, sequences);
   std::vector<Job> jobs;
   for (const Sequence& s : sequences) {
     for (int64_t first = 0; first < s.tokens; first += height) {
@@ -44,18 +53,18 @@ std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& seq
   return jobs;
 }
 
-// Splits the jobs into tasks small enough to keep all threads busy, sorted by size, largest first.
+// Splits jobs that would leave threads idle into tasks, and sorts all tasks by size, largest first.
 // Returns how many floats the rows of the split jobs take.
 template <class T>
 int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& tasks) {
   int64_t work = 0, kept = 0;
   for (const Job& job : jobs) work += job.blocks() * job.block_work();
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = 1 + work / (threads * kTasksPerThread);
+  const int64_t part = 1 + work / (threads * kTasksPerThread);
   for (Job& job : jobs) {
     const int64_t blocks = job.blocks();
-    if (threads > 1 && blocks * job.block_work() > most) {
-      job.split = std::max<int64_t>(1, most / job.block_work());
+    if (threads > 1 && blocks * job.block_work() > 2 * part) {
+      job.split = std::max<int64_t>(1, part / job.block_work());
       job.kept = kept;
       kept += blocks * job.block_work() * in.share() * in.row_size();
     }
@@ -81,14 +90,29 @@ void in_turn(int64_t n, MakeRoom&& make_room, F&& f) {
   });
 }
 
+// Scratch memory of one thread, for jobs of at most so many rows.
+template <class T>
+struct Room {
+  Places<T> places[2];
+  BlockAttention<T> attention;
+  std::unique_ptr<float[]> block, state;  // rows: of one block, and merged so far
+
+  Room(const Operands<T>& in, int64_t rows)
+      : attention(in, rows),
+        block(new float[rows * in.row_size()]),
+        state(new float[rows * in.row_size()]) {}
+};
+
 template <class T>
 struct Attention {
   const Operands<T>& in;
   T* out;
   float* kept;  // rows of the blocks of split jobs
 
-  int64_t width(const Job& job) const { return job.heads * in.share(); }  // rows of a query
-  int64_t rows(const Job& job) const { return job.queries() * width(job); }
+  int64_t rows(const Job& job) const { return job.block_work() * in.share(); }
+  int64_t query_of(const Job& job, int64_t row) const {
+    return job.first + row / in.share() % job.queries();
+  }
 
   float* kept_rows(const Job& job, int64_t block) const {
     return kept + job.kept + block * rows(job) * in.row_size();
@@ -99,26 +123,28 @@ struct Attention {
   void block(const Task& task, int64_t b, Room<T>& room, float* to) const {
     const Job& job = *task.job;
     const int64_t start = b * kBlock;
-    if (!job.sequence->shared(start + kBlock)) {
-      for (int64_t i = job.first; i < job.last; ++i) {
-        const Tile one{job.sequence, job.kv, job.heads, i, i + 1};
-        room.places[0].find(in, one, i, start);
-        attend<T>(in, one, start, room.places[0], false, nullptr, room,
-                  to + (i - job.first) * width(job) * in.row_size());
-      }
-      return;
-    }
+    if (!job.sequence->shared(start + kBlock)) return block_by_query(job, start, room, to);
     Places<T>&now = room.places[b % 2], &next = room.places[(b + 1) % 2];
     const bool cold = b == task.begin, more = b + 1 < task.end;
     if (cold) now.find(in, job, job.last - 1, start);
     if (more) next.find(in, job, job.last - 1, start + kBlock);
-    attend<T>(in, job, start, now, cold, more ? &next : nullptr, room, to);
+    room.attention.run(job, 0, start, now, cold, more ? &next : nullptr, to);
+  }
+
+  // The same where each query sees positions of its own.
+  void block_by_query(const Job& job, int64_t start, Room<T>& room, float* to) const {
+    for (int64_t row = 0; row < rows(job); row += in.share()) {
+      const int64_t query = query_of(job, row), kv = job.kv + row / in.share() / job.queries();
+      const Tile one{job.sequence, kv, 1, query, query + 1};
+      room.places[0].find(in, one, query, start);
+      room.attention.run(one, row, start, room.places[0], false, nullptr, to + row * in.row_size());
+    }
   }
 
   // Merges a block's rows into those of the blocks before it.
   void merge_block(const Job& job, int64_t b, float* state, float* block) const {
     for (int64_t i = 0; i < rows(job); ++i) {
-      if (job.sequence->seen(job.first + i / width(job)) <= b * kBlock) continue;
+      if (job.sequence->seen(query_of(job, i)) <= b * kBlock) continue;
       merge(row_of(in, state, i), row_of(in, block, i));
     }
   }
@@ -129,14 +155,16 @@ struct Attention {
 
   void write(const Job& job, float* state) const {
     for (int64_t i = 0; i < rows(job); ++i) {
-      const int64_t token = job.sequence->begin + job.first + i / width(job);
-      const int64_t head = job.kv * in.share() + i % width(job);
-      write_out(out + (token * in.Hq + head) * in.D, row_of(in, state, i), in.D);
+      const int64_t token = job.sequence->begin + query_of(job, i);
+      const int64_t kv = job.kv + i / in.share() / job.queries();
+      const int64_t head = kv * in.share() + i % in.share();
+      BlockAttention<T>::write(out + (token * in.Hq + head) * in.D, row_of(in, state, i), in.D);
     }
   }
 
   void run(const Task& task, Room<T>& room) const {
     const Job& job = *task.job;
+    room.attention.take(job);
     if (job.split) {
       for (int64_t b = task.begin; b < task.end; ++b) block(task, b, room, kept_rows(job, b));
       return;
@@ -167,22 +195,28 @@ void clear_others(T* out, const std::vector<Sequence>& sequences, int64_t tokens
   std::fill(out + last * width, out + tokens * width, T(0.0f));
 }
 
+// A cache [slots, Hkv, D] or [pages, positions of a page, Hkv, D].
+template <class T>
+Cache<T> cache_of(const Tensor& t) {
+  const int64_t n = t.dim();
+  return {read<T>(t), t.stride(0), t.stride(n - 3), t.stride(n - 2)};
+}
+
 Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table,
                        Tensor table_row, Tensor query_start_loc, Tensor seq_lens, double scale,
                        std::optional<Tensor> tree_mask) {
-  const int64_t T = q.size(0), Hq = q.size(1), D = q.size(2), Hkv = key_cache.size(1);
-  const std::vector<Sequence> sequences = checked_sequences(
-      token_table, table_row, query_start_loc, seq_lens, tree_mask, T, key_cache.size(0));
+  const int64_t T = q.size(0), Hq = q.size(1), D = q.size(2), n = key_cache.dim();
+  const Paging paging{key_cache.size(0), n == 4 ? key_cache.size(1) : 1};
+  const std::vector<Sequence> sequences =
+      checked_sequences(token_table, table_row, query_start_loc, seq_lens, tree_mask, T, paging);
   Tensor out = torch::stable::new_empty(q, {T, Hq, D});
   with_dtype(q, [&]<class A>(A) {
     const Operands<A> in{read<A>(q),
-                         read<A>(key_cache),
-                         read<A>(value_cache),
                          q.stride(0),
-                         key_cache.stride(0),
-                         value_cache.stride(0),
+                         cache_of<A>(key_cache),
+                         cache_of<A>(value_cache),
                          Hq,
-                         Hkv,
+                         key_cache.size(n - 2),
                          D,
                          static_cast<float>(scale)};
     clear_others(write<A>(out), sequences, T, Hq * D);

@@ -19,13 +19,16 @@ def run(
 ) -> Tensor:
     """Shapes as in the public op; computes in fp32, or in q's dtype if that is wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    share = q.shape[1] // key_cache.shape[1]  # query heads that share a kv head
+    share = q.shape[1] // key_cache.shape[-2]  # query heads that share a kv head
     out = q.new_zeros(q.shape)
+    P = key_cache.shape[1] if key_cache.ndim == 4 else 1  # positions of a page
     sequences = list(
         checked(
-            len(q), len(key_cache), token_table, table_row, query_start_loc, seq_lens, tree_mask
+            len(q), len(key_cache), P, token_table, table_row, query_start_loc, seq_lens, tree_mask
         )
     )
+    if key_cache.ndim == 4:
+        key_cache, value_cache = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
     for begin, slots, sees in sequences:
         for j, seen in enumerate(sees):
             if not seen.any():
@@ -39,7 +42,8 @@ def run(
 
 def checked(
     T: int,
-    num_slots: int,
+    num_pages: int,
+    P: int,
     token_table: Tensor,
     table_row: Tensor,
     query_start_loc: Tensor,
@@ -63,17 +67,19 @@ def checked(
         n = end - begin
         if not 0 <= row < R:
             raise RuntimeError(f"row {i}: table_row {row} is not one of {R} rows")
-        if not n <= S <= M:
+        if not n <= S <= M * P:
             raise RuntimeError(
-                f"row {i}: seq_lens {S} is not between its {n} tokens and {M} positions"
+                f"row {i}: seq_lens {S} is not between its {n} tokens and {M * P} positions"
             )
-        slots = token_table[row, :S].long()
-        outside = ((slots < 0) | (slots >= num_slots)).nonzero()
+        pages = token_table[row, : -(-S // P)].long()
+        outside = ((pages < 0) | (pages >= num_pages)).nonzero()
         if len(outside):
-            p = int(outside[0])
+            p, what = int(outside[0]), "slot" if P == 1 else "page"
             raise RuntimeError(
-                f"row {i}: position {p} is in slot {int(slots[p])}, not one of {num_slots} slots"
+                f"row {i}: position {p * P} is in {what} {int(pages[p])}, not one of {num_pages}"
+                f" {what}s"
             )
+        slots = (pages[:, None] * P + torch.arange(P, device=pages.device)).flatten()[:S]
         sees = torch.ones(n, S, dtype=torch.bool, device=slots.device).tril(S - n)
         if tree_mask is not None:
             if masked + n * n > len(tree_mask):

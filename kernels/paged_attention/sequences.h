@@ -13,8 +13,9 @@ namespace Q3N_LEVEL {
 // (without a mask: those up to itself). What it sees is counted as positions [0, seen(query)).
 struct Sequence {
   int64_t begin, tokens, context;
-  const int32_t* slots;  // of positions [0, context + tokens)
-  const uint8_t* mask;   // [tokens, tokens], or null
+  const int32_t* pages;  // of positions [0, context + tokens), `page` of them in each
+  int64_t page;
+  const uint8_t* mask;  // [tokens, tokens], or null
 
   int64_t seen(int64_t query) const {
     if (!mask) return context + query + 1;
@@ -25,15 +26,21 @@ struct Sequence {
   // Whether all queries that see a position below `end` see the same token there.
   bool shared(int64_t end) const { return !mask || end <= context; }
 
-  // Calls f(slot) for a query's positions [begin, end), in order.
+  // Calls f(page, place in it) for a query's positions [begin, end), in order.
   template <class F>
-  void for_slots(int64_t query, int64_t begin, int64_t end, F&& f) const {
+  void for_places(int64_t query, int64_t begin, int64_t end, F&& f) const {
     const int64_t plain = mask ? std::min(end, context) : end;
-    for (int64_t i = begin; i < plain; ++i) f(slots[i]);
+    int64_t p = begin / page, within = begin % page;
+    for (int64_t i = begin; i < plain; ++i) {
+      f(pages[p], within);
+      if (++within == page) ++p, within = 0;
+    }
     if (plain == end) return;
     int64_t at = context;
     for (int64_t j = 0; j < tokens && at < end; ++j) {
-      if (mask[query * tokens + j] && at++ >= begin) f(slots[context + j]);
+      if (mask[query * tokens + j] && at++ >= begin) {
+        f(pages[(context + j) / page], (context + j) % page);
+      }
     }
   }
 };
@@ -44,23 +51,32 @@ inline std::vector<int64_t> integers(const Tensor& t) {
   return {read<int64_t>(t), read<int64_t>(t) + n};
 }
 
-inline void check_slots(int64_t i, const int32_t* slots, int64_t n, int64_t num_slots) {
-  uint32_t largest = 0;  // as unsigned, a negative slot is large
-  for (int64_t p = 0; p < n; ++p) largest = std::max(largest, static_cast<uint32_t>(slots[p]));
-  if (largest < num_slots) return;
-  for (int64_t p = 0; p < n; ++p) {
-    check(0 <= slots[p] && slots[p] < num_slots, "row ", i, ": position ", p, " is in slot ",
-          slots[p], ", not one of ", num_slots, " slots");
+// The cache's pages, and positions in each; with one, a page is a slot.
+struct Paging {
+  int64_t pages, page;
+
+  int64_t of(int64_t positions) const { return (positions + page - 1) / page; }
+
+  // Throws unless the pages of row i's S positions exist.
+  void check_row(int64_t i, const int32_t* row, int64_t S) const {
+    uint32_t most = 0;  // as unsigned, a negative page is large
+    for (int64_t p = 0; p < of(S); ++p) most = std::max(most, static_cast<uint32_t>(row[p]));
+    if (most < pages) return;
+    const char* what = page == 1 ? "slot" : "page";
+    for (int64_t p = 0; p < of(S); ++p) {
+      check(0 <= row[p] && row[p] < pages, "row ", i, ": position ", p * page, " is in ", what, " ",
+            row[p], ", not one of ", pages, " ", what, "s");
+    }
   }
-}
+};
 
 // The sequences that have tokens. Throws if an index is out of range. T: tokens in the batch.
 inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const Tensor& table_row,
                                                const Tensor& query_start_loc,
                                                const Tensor& seq_lens,
                                                const std::optional<Tensor>& tree_mask, int64_t T,
-                                               int64_t num_slots) {
-  const int64_t R = token_table.size(0), M = token_table.size(1);
+                                               const Paging& paging) {
+  const int64_t R = token_table.size(0), M = token_table.size(1) * paging.page;
   const int32_t *table = read<int32_t>(token_table), *starts = read<int32_t>(query_start_loc);
   const uint8_t* mask =
       tree_mask ? static_cast<const uint8_t*>(tree_mask->const_data_ptr()) : nullptr;
@@ -77,11 +93,11 @@ inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const 
           " rows");
     check(n <= S && S <= M, "row ", i, ": seq_lens ", S, " is not between its ", n, " tokens and ",
           M, " positions");
-    const int32_t* slots = table + rows[i] * token_table.stride(0);
-    check_slots(i, slots, S, num_slots);
+    const int32_t* pages = table + rows[i] * token_table.stride(0);
+    paging.check_row(i, pages, S);
     check(!mask || masked + n * n <= entries, "row ", i, ": its ", n, " x ", n,
           " entries end beyond the ", entries, " of tree_mask");
-    sequences.push_back({begin, n, S - n, slots, mask ? mask + masked : nullptr});
+    sequences.push_back({begin, n, S - n, pages, paging.page, mask ? mask + masked : nullptr});
     if (mask) masked += n * n;
   }
   check(masked == entries, "tree_mask has ", entries, " entries, the rows ", masked);

@@ -13,7 +13,8 @@ import torch
 from qwen3next_plugin.kernels import native
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
-OF_AMX = ("test_linear", "test_packed_moe")  # other ops are those of avx512bf16
+# Other ops, and other dtypes, are those of avx512bf16.
+OF_AMX = ("test_linear", "test_packed_moe", "test_paged_attention")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and --long select
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
     than 65, are marked `long`. So are bits on instruction sets between the lowest and the highest,
-    and AMX for ops that do not use it.
+    and AMX for ops and dtypes that do not use it.
     """
     levels = [level for level in native.levels() if level != "amx"]
     ends = {levels[0], levels[-1]}
@@ -30,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("bits_level") in set(levels) - ends:
             item.add_marker(pytest.mark.long)
-        if "amx" in params.values() and item.path.stem not in OF_AMX:
+        bf16 = params.get("dtype", torch.bfloat16) == torch.bfloat16
+        uses_amx = bf16 and item.path.stem in OF_AMX
+        if "amx" in params.values() and not uses_amx:
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)

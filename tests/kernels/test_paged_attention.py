@@ -58,6 +58,22 @@ class Pool:
             "tree_mask": tree_mask,
         }
 
+    def paged(self, P: int) -> dict:
+        """The same in pages of P positions: the heads before the positions, keys beside values."""
+        _, Hkv, D = self.key_cache.shape
+        counts = [-(-len(q) // P) for q in self.q]
+        cache = self.key_cache.new_full((sum(counts) + 3, Hkv, P, 2 * D), torch.nan)
+        table = torch.full((len(self.token_table), max(counts) + 1), NOWHERE, dtype=torch.int32)
+        pages = torch.randperm(len(cache))[: sum(counts)].split(counts)
+        for i, part in enumerate(pages, 1):
+            table[i, : len(part)] = part
+            slots = self.token_table[i, : len(self.q[i - 1])].long()
+            both = torch.cat([self.key_cache[slots], self.value_cache[slots]], -1)
+            rest = both.new_full((len(part) * P - len(slots), Hkv, 2 * D), torch.nan)
+            cache[part] = torch.cat([both, rest]).view(-1, P, Hkv, 2 * D).transpose(1, 2)
+        key_cache, value_cache = cache.transpose(1, 2).split(D, -1)
+        return {"key_cache": key_cache, "value_cache": value_cache, "token_table": table}
+
     def __call__(self, *steps, **given) -> Tensor:
         return paged_attention(**self.arguments(*steps, **given))
 
@@ -108,6 +124,18 @@ def test_trees_against_the_equation(cpu_backend, mask_dtype, dtype):
     steps = ((0, 12, 20), (1, BLOCK - 7, BLOCK + 5), (2, 2 * BLOCK - 1, 2 * BLOCK))
     arguments = pool.arguments(*steps, tree_mask=mask.to(mask_dtype))
     assert_close("paged_attention", dtype, paged_attention(**arguments), exactly(arguments))
+
+
+@pytest.mark.parametrize("heads", [HEADS[1], HEADS[3]], ids=str)
+def test_pages_of_positions(cpu_backend, heads):
+    pool = Pool.random((BLOCK + 1, 600, 77, 7), heads, torch.bfloat16)
+    steps = ((0, BLOCK, BLOCK + 1), (1, 570, 600), (2, 0, 77), (3, 6, 7))
+    arguments = pool.arguments(*steps)
+    for mask in (None, trees(1, 30, 77, 1)[0]):
+        expected = paged_attention(**arguments | {"tree_mask": mask})
+        for P in (1, 7, 32, 300):
+            out = paged_attention(**arguments | {"tree_mask": mask} | pool.paged(P))
+            assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -251,6 +279,15 @@ def test_refuses_what_is_no_slot(cpu_backend, slot):
         pool((0, 4, 7), (1, 7, 9))
 
 
+@pytest.mark.parametrize("page", [-1, 7])
+def test_refuses_what_is_no_page(cpu_backend, page):
+    pool = Pool.random((7, 9), HEADS[1], torch.float32)
+    arguments = pool.arguments((0, 4, 7), (1, 7, 9)) | pool.paged(6)
+    arguments["token_table"][2, 1] = page
+    with pytest.raises(RuntimeError, match=f"row 1: position 6 is in page {page}, not one of 7"):
+        paged_attention(**arguments)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "complaint"),
     [
@@ -259,6 +296,7 @@ def test_refuses_what_is_no_slot(cpu_backend, slot):
         ("q", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "slot of q is not"),
         ("q", lambda x: torch.zeros(5, 4, 257), "cannot serve 4 query heads of 257 dims"),
         ("key_cache", lambda x: x[:, :, :39], "key_cache has shape"),
+        ("key_cache", lambda x: x[:, None], "value_cache has shape"),
         ("key_cache", lambda x: x[:24], "24 slots of keys, 25 of values"),
         ("value_cache", lambda x: x.bfloat16(), r"value_cache is torch\.bfloat16"),
         ("token_table", lambda x: x.long(), r"token_table is torch\.int64"),
