@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from qwen3next_plugin import config_checks, config_reading
+from qwen3next_plugin import config_checks, config_reading, config_rope
 from qwen3next_plugin.config_checks import ConfigError, complaint, missing
 from qwen3next_plugin.config_reading import Layout
 
@@ -80,6 +80,7 @@ class Qwen3NextConfig:
 
     def __post_init__(self) -> None:
         config_checks.check(self)
+        config_rope.check(self)
 
     # layers
     @property
@@ -105,10 +106,6 @@ class Qwen3NextConfig:
 
     # full attention
     @property
-    def rope_theta(self) -> float:
-        return float(self.rope_parameters["rope_theta"])
-
-    @property
     def mrope_section(self) -> tuple[int, ...]:
         """Frequencies that turn by time, height and width, interleaved; () where all turn alike."""
         return tuple(self.rope_parameters.get("mrope_section") or ())
@@ -116,6 +113,11 @@ class Qwen3NextConfig:
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+
+    @property
+    def max_length(self) -> int:
+        """Positions that RoPE covers: with YaRN, the original ones times its factor."""
+        return config_rope.length(self.rope_parameters, self.max_position_embeddings)
 
     @property
     def attention_dim(self) -> int:
@@ -223,9 +225,10 @@ def check_num_draft_layers(config: Qwen3NextConfig, flag: str) -> None:
 
 
 def check_kind(folder: Path, override_flag: str) -> None:
-    """Refuse a checkpoint whose config.json, as it was written, mixes two kinds of models.
+    """Refuse a config.json that mixes two kinds of models, or lacks a part of RoPE.
 
-    A host's config class keeps only what belongs to its kind. Raises ConfigError.
+    It is read as it was written: a host's config class keeps only what belongs to its kind, and
+    fills in a RoPE that no model was trained with. Raises ConfigError.
     """
     if (folder / "config.json").is_file():
         config_reading.check_kind(read_config(folder), _names(), override_flag)

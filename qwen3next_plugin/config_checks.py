@@ -55,7 +55,7 @@ def _check_numbers(c: "Qwen3NextConfig") -> None:
             check_count(f.name, getattr(c, f.name), least=int(f.name not in _MAY_BE_ZERO))
         elif f.type is bool and not isinstance(value := getattr(c, f.name), bool):
             raise complaint(f.name, value, "must be true or false")
-    if not _is_number(c.rms_norm_eps) or not 0 < c.rms_norm_eps < 1:
+    if not is_number(c.rms_norm_eps) or not 0 < c.rms_norm_eps < 1:
         raise complaint("rms_norm_eps", c.rms_norm_eps, "must be between 0 and 1 (1e-06)")
     if c.hidden_act != "silu":
         raise complaint("hidden_act", c.hidden_act, "the kernels compute 'silu' only")
@@ -88,40 +88,10 @@ def _check_attention(c: "Qwen3NextConfig") -> None:
         raise complaint("linear_conv_kernel_dim", c.linear_conv_kernel_dim, fix)
     if c.head_dim % 2:
         raise complaint("head_dim", c.head_dim, "no kernel has it; must be even")
-    _check_rope(c)
 
 
-def _check_rope(c: "Qwen3NextConfig") -> None:
-    rope = c.rope_parameters
-    partial, theta = rope.get("partial_rotary_factor"), rope.get("rope_theta")
-    if not _is_number(partial) or not 0 < partial <= 1:
-        raise complaint("partial_rotary_factor", partial, "must be in (0, 1] (released: 0.25)")
-    if not _is_number(theta) or theta <= 0:
-        raise complaint("rope_theta", theta, "must be positive (released: 10000000)")
-    if c.rotary_dim % 2 or not c.rotary_dim:
-        fix = f"head_dim {c.head_dim} x partial_rotary_factor {partial} must be even, at least 2"
-        raise complaint("rotary_dim", c.rotary_dim, fix)
-    if (section := rope.get("mrope_section")) is not None:
-        _check_mrope(section, rope.get("mrope_interleaved"), c.rotary_dim // 2)
-    if rope.get("rope_type") not in ("default", "yarn"):
-        raise complaint("rope_type", rope.get("rope_type"), "use 'default' or 'yarn'")
-    if rope["rope_type"] == "yarn":
-        if not _is_number(factor := rope.get("factor")) or factor < 1:
-            raise complaint("rope_parameters.factor", factor, "YaRN needs one of at least 1")
-        name = "original_max_position_embeddings"
-        check_count(f"rope_parameters.{name}", rope.get(name))
-
-
-def _check_mrope(section: object, interleaved: object, frequencies: int) -> None:
-    sizes = section if isinstance(section, list | tuple) and len(section) == 3 else ()
-    if not all(type(n) is int and n >= 0 for n in sizes) or sum(sizes) != frequencies:
-        fix = f"must be three sizes that add up to rotary_dim / 2 = {frequencies}"
-        raise complaint("mrope_section", section, fix)
-    if interleaved is not True:
-        raise complaint("mrope_interleaved", interleaved, "must be true")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number, finite, and not a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

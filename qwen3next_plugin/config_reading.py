@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Set
 from typing import Any, Literal
 
+from qwen3next_plugin import config_rope
 from qwen3next_plugin.config_checks import (
     LAYER_TYPES,
     ConfigError,
@@ -39,13 +40,15 @@ def read(given: Mapping[str, Any], names: Set[str], override_flag: str) -> dict[
     values["layout"] = MODEL_TYPES[_model_type(raw)][0]
     values["layer_types"] = _layer_types(raw)
     values["mlp_only_layers"] = tuple(_list(raw, "mlp_only_layers") or ())
-    values["rope_parameters"] = _rope_parameters(raw, override_flag)
+    values["rope_parameters"] = config_rope.read(raw, override_flag)
     return values
 
 
 def check_kind(given: Mapping[str, Any], names: Set[str], override_flag: str) -> None:
-    """Raise ConfigError if a config mixes two kinds of models."""
-    _model_type(_text_config(given, names, override_flag))
+    """Raise ConfigError if a config mixes two kinds of models, or lacks a part of RoPE."""
+    raw = _text_config(given, names, override_flag)
+    _model_type(raw)
+    config_rope.read(raw, override_flag)
 
 
 def _text_config(given: Mapping[str, Any], names: Set[str], override_flag: str) -> dict[str, Any]:
@@ -129,36 +132,3 @@ def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
         fix = f"it disagrees with layer_types {given!r}; remove the wrong one"
         raise complaint("full_attention_interval", interval, fix)
     return derived
-
-
-def _rope_parameters(raw: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
-    """`rope_parameters`, or the older `rope_scaling`, completed from the top-level fields."""
-    source = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    if not isinstance(given := raw.get(source) or {}, Mapping):
-        raise complaint(source, given, "must be an object, or absent")
-    rope = dict(given)
-    legacy = rope.pop("type", None)
-    rope["rope_type"] = rope.get("rope_type") or legacy or "default"
-    for name in ("rope_theta", "partial_rotary_factor"):
-        inner, outer = rope.get(name), raw.get(name)
-        if inner is None and outer is None:
-            raise _lost_rope(name, rope, override_flag) if given else missing(name)
-        if None not in (inner, outer) and inner != outer:
-            fix = f"{source} says {inner!r}, and that is what counts; override {source} in full"
-            raise complaint(name, outer, fix)
-        rope[name] = outer if inner is None else inner
-    if rope["rope_type"] == "yarn":
-        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    return rope
-
-
-def _lost_rope(name: str, rope: Mapping[str, Any], override_flag: str) -> ConfigError:
-    """The error after an override replaced the whole dict: shows what to write instead."""
-    released = {"rope_theta": 10_000_000, "partial_rotary_factor": 0.25}
-    full = released | {key: value for key, value in rope.items() if value is not None}
-    fix = f"{override_flag} '{json.dumps({'rope_parameters': full})}'".lstrip()
-    return ConfigError(
-        f"rope_parameters has lost {name}: overriding rope_scaling or rope_parameters replaces all"
-        f" of it. Write it in full, with the checkpoint's own values (shown: the released"
-        f" models'): {fix}"
-    )

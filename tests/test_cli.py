@@ -227,6 +227,18 @@ def test_plan_as_json_says_the_same(released):
     assert plan["flags"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.6-35B-A3B"])
+def test_plan_of_a_longer_context(model):
+    yarn = '{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":262144}'
+    options = (RELEASED_CONFIGS / model, "--memory", 400, "--rope-scaling", yarn, "--json")
+    plan = json.loads(run("plan", *options, "--context", 1_010_000).stdout)
+    assert plan["flags"]["max_model_len"] == 1_010_000
+    blocks = plan["blocks_per_request"] - plan["state_blocks"]
+    kv = plan["kv_bytes_per_token"] * 1_010_000
+    assert blocks * plan["block_bytes"] == pytest.approx(kv, rel=0.01)
+    assert json.loads(run("plan", *options).stdout)["flags"]["max_model_len"] == 4 * 262_144
+
+
 def test_plan_that_does_not_fit_exits_with_1(released):
     result = run("plan", released, "--memory", 80)
     assert result.exit_code == 1
@@ -278,6 +290,11 @@ def test_plan_of_a_checkpoint_without_mtp(released):
         (("--num-speculative-tokens", 0), "num_speculative_tokens = 0: ask for 1 to 8"),
         (("--num-speculative-tokens", 50), "num_speculative_tokens = 50"),
         (("--max-model-len", 262145), "--max-model-len 262145 is beyond the model's 262144"),
+        (
+            ("--rope-scaling", '{"rope_type": "yarn", "factor": 0.5}'),
+            "rope_parameters.factor = 0.5",
+        ),
+        (("--rope-scaling", "yarn"), "--rope-scaling yarn: this is no JSON object"),
     ],
 )
 def test_plan_complains_in_one_line(released, options, message):

@@ -67,7 +67,7 @@ def test_sizes_of_the_80b():
     assert (config.key_dim, config.value_dim, config.conv_dim) == (2048, 4096, 8192)
     assert (config.in_proj_qkvz_size, config.in_proj_ba_size) == (12288, 64)
     assert (config.q_proj_size, config.kv_proj_size, config.attention_dim) == (8192, 512, 4096)
-    assert (config.rotary_dim, config.rope_theta) == (64, 1e7)
+    assert (config.rotary_dim, config.max_length) == (64, 262144)
     assert (config.num_linear_layers, config.num_attention_layers) == (36, 12)
     assert [i for i in range(8) if not config.is_linear_layer(i)] == [3, 7]
     assert config.num_moe_layers == 48

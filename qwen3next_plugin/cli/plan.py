@@ -20,6 +20,8 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     read_config,
 )
+from qwen3next_plugin.config_rope import check_length
+from qwen3next_plugin.model import rope
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
 
@@ -31,7 +33,14 @@ def plan(
     ] = "vllm",
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a request; by default the model's maximum."),
+        typer.Option(
+            *("--max-model-len", "--context"),
+            min=1,
+            help="Tokens of a request; by default the model's maximum, with YaRN the extended one.",
+        ),
+    ] = None,
+    rope_scaling: Annotated[
+        str | None, typer.Option(help="YaRN, as JSON; the same as the flag of vllm serve.")
     ] = None,
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Maximum number of concurrent requests.")
@@ -59,6 +68,8 @@ def plan(
 ) -> None:
     """Print how much memory a model needs, and how many requests fit next to its weights."""
     raw = read_config(model)
+    if rope_scaling:
+        raw = _extended(raw, rope.parse(rope_scaling, "--rope-scaling"))
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
@@ -90,16 +101,21 @@ def plan(
         raise typer.Exit(1)
 
 
+def _extended(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with `given` over its RoPE."""
+    text = raw.get("text_config") or raw
+    text = text | {"rope_parameters": rope.merge(text, given, resized=False)}
+    text |= dict.fromkeys(("rope_scaling", *rope.OF_ROPE))  # all in rope_parameters now
+    return raw | {"text_config": text} if raw.get("text_config") else text
+
+
 def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
-    rope, limit = config.rope_parameters, config.max_position_embeddings
-    if rope["rope_type"] == "yarn":
-        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    if asked is not None and asked > limit:
-        raise ConfigError(
-            f"--max-model-len {asked} is beyond the model's {limit} positions; lower it, or extend"
-            " the model with YaRN (a complete rope_parameters in config.json)"
+    if asked is not None:
+        check_length(
+            *(config.rope_parameters, config.max_position_embeddings, asked),
+            *("--max-model-len", "--rope-scaling '%s'"),
         )
-    return asked or limit
+    return asked or config.max_length
 
 
 def served_dtype(raw: Mapping[str, Any]) -> str:
