@@ -88,17 +88,22 @@ Function = Patch | Replacement
 FUNCTIONS = (Patch, Replacement)
 
 
+METHODS = (classmethod, staticmethod)
+
+
 def wrap(functions: Sequence[Function]) -> None:
     """Put each function in place by assignment, for a host that has no registry for it."""
     for entry in functions:
         owner, name = _owner(entry.target)
-        function = entry.function if isinstance(entry, Replacement) else _around(entry, owner, name)
-        setattr(owner, name, function)
+        kind = type(vars(owner).get(name))
+        function = entry.function
+        if isinstance(entry, Patch):
+            original = getattr(owner, name)
+            function = _around(entry, getattr(original, "__func__", original))
+        setattr(owner, name, kind(function) if kind in METHODS else function)
 
 
-def _around(patch: Patch, owner: Any, name: str) -> Callable[..., Any]:
-    original = getattr(owner, name)
-
+def _around(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
         return patch.function(original, *args, **kwargs)
@@ -143,7 +148,7 @@ def apply(
 
 
 def _check_parameters(entry: Function, found: Any, host: Host) -> None:
-    parameters = tuple(inspect.signature(found).parameters)
+    parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
     if isinstance(entry, Replacement):
         parameters = parameters[: len(entry.parameters)]
     if parameters != entry.parameters:

@@ -107,6 +107,21 @@ def definition(tree: ast.AST, name: str) -> ast.AST:
     return found[0]
 
 
+def defining(sources: Sources, file: str, name: str) -> ast.Module:
+    """The tree of the module that defines a name, which `file` may only import."""
+    tree = sources.tree(file)
+    if name in {getattr(node, "name", None) for node in tree.body}:
+        return tree
+    for node in tree.body:
+        names = {alias.asname or alias.name for alias in getattr(node, "names", ())}
+        if isinstance(node, ast.ImportFrom) and names & {name, "*"}:
+            package = [sources.package, *file.split("/")[: -node.level]] if node.level else []
+            module = ".".join([*package, *filter(None, [node.module])])
+            if module.split(".")[0] == sources.package:
+                return defining(sources, sources.file(module), name)
+    return tree
+
+
 def arguments(function: ast.AST) -> list[str]:
     """The names of a function's parameters."""
     args = function.args
@@ -168,6 +183,8 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     owner: ast.AST = sources.tree(file)
     for part in path[inside[-1] :]:
         owner = definition(owner, part)
+    if isinstance(entry, Patch) and isinstance(owner, ast.Module):
+        owner = defining(sources, file, name)
     if isinstance(entry, Override):
         assert name in (ENGINES / sources.package / entry.file).read_text(encoding="utf-8")
     if parameters := getattr(entry, "parameters", None):

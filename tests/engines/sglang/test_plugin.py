@@ -86,6 +86,18 @@ def module(monkeypatch):
         def grow(self, by):
             return by
 
+        @classmethod
+        def make(cls, size):
+            return cls, size
+
+        @staticmethod
+        def twice(size):
+            return 2 * size
+
+    class Special(Thing):
+        pass
+
+    host.Special = Special
     host.Thing, host.add, host.CHOICES, host.LACKED = Thing, lambda a, b: a + b, ("a",), None
     host.LIST, host.DICT = [], {"a": 1}
     monkeypatch.setitem(sys.modules, "a_host", host)
@@ -115,6 +127,29 @@ def test_all_kinds_are_put_in_place(module, put):
     assert (module.add(1, 2), thing.grow(2), thing.size, module.CHOICES) == (6, 4, 5, ("a", "b"))
     assert module.LACKED is double
     assert (module.LIST, module.DICT) == (["c"], {"a": 2})
+
+
+def test_methods_of_classes_stay_what_they_are(module, put):
+    patching.apply(
+        [
+            Patch(
+                target="a_host.Thing.make",
+                parameters=("cls", "size"),
+                function=lambda host, cls, size: host(cls, size + 1),
+                **WHY,
+            ),
+            Patch(
+                target="a_host.Thing.twice",
+                parameters=("size",),
+                function=lambda host, size: host(size) + 1,
+                **WHY,
+            ),
+        ],
+        HOST,
+        put,
+    )
+    assert module.Special.make(1) == (module.Special, 2)
+    assert (module.Thing.twice(3), module.Thing().twice(3)) == (7, 7)
 
 
 def test_a_replacement_is_called_without_the_hosts_function(module):
