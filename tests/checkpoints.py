@@ -78,6 +78,7 @@ SHAPES: Mapping[str, dict] = {
         "full_attention_interval": 2,
         "head_dim": 64,
         "hidden_size": 96,
+        "max_position_embeddings": 2048,
         "num_hidden_layers": 5,
         "partial_rotary_factor": 0.5,
         "rope_parameters": {

@@ -19,7 +19,8 @@ from qwen3next_plugin.config import (
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, quantisation
-from qwen3next_plugin.engines.vllm.names import LOGGER, SCHEDULER, WORKER
+from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, SCHEDULER, WORKER, serves
+from qwen3next_plugin.model import rope
 from qwen3next_plugin.mtp.weights import check_stored
 
 logger = init_logger(LOGGER)
@@ -29,7 +30,6 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
-OVERRIDE_FLAG = "--hf-overrides"
 READ_HERE = ("auto", "safetensors")  # of --load-format
 # The one way in which drafts are made and verified; another would be ignored.
 SERVED_WITH_DRAFTS = {
@@ -77,7 +77,7 @@ def check_drafter(model_config: ModelConfig) -> None:
 
 def complete(vllm_config: VllmConfig) -> None:
     """Fill in what no flag says; on a CPU: block size, LoRA's targets, worker and scheduler."""
-    _align_positions(vllm_config)
+    _align_drafter(vllm_config)
     if not current_platform.is_cpu():
         return
     _keep_block_size(vllm_config.cache_config)
@@ -113,6 +113,7 @@ def _check_tower(vllm_config: VllmConfig) -> None:
     multimodal_config = model_config.multimodal_config
     if multimodal_config is None or multimodal_config.language_model_only:
         return
+    rope.check_images(model_config.hf_text_config.rope_parameters, "--language-model-only")
     vision_config = model_config.hf_config.vision_config
     if layers := getattr(vision_config, "deepstack_visual_indexes", None):
         raise ConfigError(
@@ -219,15 +220,22 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         )
 
 
-def _align_positions(vllm_config: VllmConfig) -> None:
-    """Give the drafter of a text model positions on one axis, as vLLM gives the trunk."""
-    speculative_config = vllm_config.speculative_config
-    if speculative_config is None or vllm_config.model_config.uses_mrope:
+def _align_drafter(vllm_config: VllmConfig) -> None:
+    """Give the drafter the model's RoPE, from which vLLM keeps overrides, and its longest context.
+
+    Of a text model it has one axis, as vLLM gives the model.
+    """
+    speculative_config, model_config = vllm_config.speculative_config, vllm_config.model_config
+    if speculative_config is None or not serves(speculative_config.draft_model_config.hf_config):
         return
-    draft_config = speculative_config.draft_model_config
-    for config in (draft_config.hf_config, draft_config.hf_text_config):
-        for name in ("mrope_section", "mrope_interleaved"):
-            (config.rope_parameters or {}).pop(name, None)
+    text_config, draft_config = model_config.hf_text_config, speculative_config.draft_model_config
+    left_out = () if model_config.uses_mrope else rope.OF_IMAGES
+    parameters = text_config.rope_parameters.items()
+    drafter = draft_config.hf_text_config
+    rope.put(drafter, {name: value for name, value in parameters if name not in left_out})
+    drafter.max_position_embeddings = text_config.max_position_embeddings
+    if speculative_config.max_model_len is None:
+        draft_config.max_model_len = model_config.max_model_len
 
 
 def _keep_block_size(cache_config: CacheConfig) -> None:

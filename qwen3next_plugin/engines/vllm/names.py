@@ -1,7 +1,7 @@
 """Names by which vLLM knows the plugin's parts."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -27,6 +27,7 @@ OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its proj
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.speculation.scheduler.Scheduler"
+OVERRIDE_FLAG = "--hf-overrides"
 
 LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so
 
@@ -34,3 +35,8 @@ LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins s
 def is_ours(model_config: "ModelConfig") -> bool:
     """Whether the plugin serves this model."""
     return model_config.architecture in MODELS
+
+
+def serves(hf_config: Any) -> bool:
+    """Whether the plugin serves the model of a config that vLLM has only read."""
+    return not MODELS.keys().isdisjoint(hf_config.architectures or ())

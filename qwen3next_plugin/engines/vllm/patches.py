@@ -1,7 +1,7 @@
 """Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
-The groups differ in when they are applied: WITH_OURS, ON_GPU and ELSEWHERE at registration, by
-platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and PAGE_COPIES when our
+The groups differ in when they are applied: ROPE, WITH_OURS, ON_GPU and ELSEWHERE at registration,
+by platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and PAGE_COPIES when our
 model is built.
 OVERRIDES are changes that our own subclasses make to objects of theirs.
 """
@@ -31,6 +31,7 @@ from qwen3next_plugin.engines.patching import (
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import adapters
+from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
@@ -115,6 +116,43 @@ def after_hosts(architecture: str, ours: type[VerifyAndUpdateConfig]) -> type[An
 
     return Both
 
+
+ROPE: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.config.model.ModelConfig._apply_dict_overrides",
+        parameters=("self", "config", "overrides"),
+        function=configuration.merge_overrides,
+        reason="an override of rope_scaling replaces all of RoPE: vLLM serves with another base "
+        "and all dims rotated; and it has no effect where the text model is nested",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM merges it, at either level",
+    ),
+    Patch(
+        target="vllm.config.model.ModelConfig.get_model_arch_config",
+        parameters=("self",),
+        function=configuration.derive_length,
+        reason="vLLM ignores YaRN's factor in the longest context, and then wants "
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM derives the length from YaRN's original one and factor (`compat`)",
+    ),
+    Patch(
+        target="vllm.engine.arg_utils.EngineArgs.add_cli_args",
+        parameters=("parser",),
+        function=configuration.offer_rope_scaling,
+        reason="vLLM has dropped --rope-scaling, which Qwen's model cards name",
+        versions=ALL_VERSIONS,
+        remove_when="the cards name another way",
+    ),
+    Patch(
+        target="vllm.engine.arg_utils.EngineArgs.from_cli_args",
+        parameters=("cls", "args"),
+        function=configuration.take_rope_scaling,
+        reason="as the flag above",
+        versions=ALL_VERSIONS,
+        remove_when="the cards name another way",
+    ),
+)
 
 WITH_OURS: tuple[Entry, ...] = tuple(
     Item(
@@ -339,7 +377,7 @@ OVERRIDES: tuple[Override, ...] = (
 )
 
 TABLE: tuple[Entry, ...] = (
-    *(*WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *WITH_LORA, *PAGE_COPIES),
+    *(*ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *WITH_LORA, *PAGE_COPIES),
     *OVERRIDES,
 )
 

@@ -203,9 +203,6 @@ CALLED = {
         "make_empty_intermediate_tensors_factory": ["keys", "hidden_size"],
     },
     "model_executor/model_loader/weight_utils.py": {"sharded_weight_loader": ["shard_axis"]},
-    "model_executor/layers/rotary_embedding/__init__.py": {
-        "get_rope": ["head_size", "max_position", "rope_parameters"],
-    },
     "plugins/__init__.py": {"load_general_plugins": []},
     "model_executor/layers/fusion/mm_input_norm.py": {"_load_norm_params": ["model_config"]},
     "platforms/interface.py": {"is_cuda_alike": ["self"]},

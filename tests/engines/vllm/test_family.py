@@ -12,6 +12,7 @@ import pytest
 
 from checkpoints import random_prompt
 from engines.checks import TOKENS, Output, check_greedy
+from engines.long_context import YARN, with_yarn
 from engines.vllm.checks import LOGPROBS, check_cache_hits
 from engines.vllm.offline import Offline
 from family import FAMILY
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.serve
 
 # Of which the bits are compared every time: dense in a wrapper, experts in one tensor.
 BOTH_KINDS = ("dense_HV=3H_wrapped_7-layers", "moe_HV=4H_top-3-of-12_5-layers")
+LONG = "moe_HV=2H_wrapped_split_6-layers"  # served with YaRN, beyond the original length
 PROMPTS = [random_prompt(length, seed=21) for length in (1, 3, 64, 65, 300, 1000)]
 FLAGS: dict[str, Any] = {
     "dtype": "float32",
@@ -35,15 +37,18 @@ class Served(NamedTuple):
     engine: Offline
     model: Reference
     as_qwen3_next: Path  # the same weights
+    overrides: dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=FAMILY)
 def served(request, tmp_path_factory, reference) -> Iterator[Served]:
-    member = FAMILY[request.param]
-    plain, folder = member.pair(tmp_path_factory.mktemp("family"), seed=3)
+    member, tmp_path = FAMILY[request.param], tmp_path_factory.mktemp("family")
+    plain, folder = member.pair(tmp_path, seed=3)
     tower = {"language_model_only": True} if member.wrapped else {}
-    engine = Offline(folder, **FLAGS, **tower)
-    yield Served(engine, reference(folder), plain)
+    overrides = {"rope_scaling": YARN} if request.param == LONG else {}
+    engine = Offline(folder, **FLAGS, **tower, hf_overrides=overrides)
+    model = reference(with_yarn(folder, tmp_path / "yarn") if overrides else folder)
+    yield Served(engine, model, plain, overrides)
     engine.close()
 
 
@@ -74,7 +79,7 @@ def test_the_same_weights_as_qwen3_next_give_the_same_bits(served):
         outputs = engine.greedy(PROMPTS, TOKENS, **LOGPROBS)
         return [replace(output, cached=0) for output in outputs], engine.inside("drafts")
 
-    other = Offline(served.as_qwen3_next, **FLAGS)
+    other = Offline(served.as_qwen3_next, **FLAGS, hf_overrides=served.overrides)
     try:
         outputs, drafts = answers(other)
     finally:

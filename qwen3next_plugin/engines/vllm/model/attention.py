@@ -5,7 +5,6 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.attention import (
@@ -16,11 +15,13 @@ from qwen3next_plugin.model.attention import (
     prepare,
 )
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.rotary import rotary_table
 
 
 class GatedAttention(nn.Module):
     """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
 
+    cos_sin: torch.Tensor  # which the axes of an image's positions share
     mrope_axes: torch.Tensor  # of models that read images
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
@@ -44,15 +45,7 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.rotary_emb = get_rope(  # one table, which the axes of an image's positions share
-            head_size=config.head_dim,
-            max_position=config.max_position_embeddings,
-            rope_parameters={
-                name: value
-                for name, value in config.rope_parameters.items()
-                if not name.startswith("mrope_")
-            },
-        )
+        self.register_buffer("cos_sin", rotary_table(config), persistent=False)
         if config.mrope_section:
             axes = mrope_axes(config.rotary_dim, config.mrope_section)
             self.register_buffer("mrope_axes", axes, persistent=False)
@@ -71,7 +64,7 @@ class GatedAttention(nn.Module):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
-        cos_sin = self.rotary_emb.cos_sin_cache
+        cos_sin = self.cos_sin
         if positions.ndim == 2:
             cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
             positions = torch.arange(positions.shape[1], device=positions.device)

@@ -1,0 +1,75 @@
+"""vLLM's configuration of the family: overrides of RoPE, a flag for them, its reach."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import ModelConfig
+
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, serves
+from qwen3next_plugin.model import rope
+
+ROPE_FLAG = "--rope-scaling"
+
+
+def merge_overrides(
+    host: Callable[..., None], model_config: ModelConfig, config: Any, overrides: dict[str, Any]
+) -> None:
+    """Around `_apply_dict_overrides`: an override of RoPE leaves what it does not name."""
+    if not serves(config):
+        host(model_config, config, overrides)
+        return
+    rest, given = rope.split(overrides)
+    host(model_config, config, rest)
+    if given:
+        everything = model_config.hf_overrides
+        levels = (everything, everything.get("text_config") or {})
+        resized = any("max_position_embeddings" in level for level in levels)
+        rope.override(config.get_text_config(), given, resized=resized)
+
+
+def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
+    """Around `get_model_arch_config`: the longest context is what RoPE covers."""
+    if serves(model_config.hf_config):
+        asked, flag = model_config.max_model_len, "--max-model-len"
+        if model_config.runner == "draft":
+            flag = "max_model_len of --speculative-config"
+        rope.extend(
+            model_config.hf_text_config,
+            asked if asked != -1 else None,  # -1: as long as memory allows
+            flag=flag,
+            extend=f"{ROPE_FLAG} '%s'",
+            override_flag=OVERRIDE_FLAG,
+        )
+    return host(model_config)
+
+
+def offer_rope_scaling(host: Callable[..., Any], parser: Any) -> Any:
+    """Around `EngineArgs.add_cli_args`: the flag that Qwen's model cards name."""
+    parser = host(parser)
+    parser.add_argument(
+        ROPE_FLAG,
+        type=_rope_scaling,
+        help=f"RoPE of a longer context, as JSON: '{rope.EXAMPLE}'. What it leaves out is as in "
+        "config.json. The same as rope_scaling in --hf-overrides. From qwen3next_plugin.",
+    )
+    return parser
+
+
+def take_rope_scaling(host: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """Around `EngineArgs.from_cli_args`: make the flag an override of the config."""
+    if given := getattr(args, "rope_scaling", None):
+        overrides = args.hf_overrides or {}
+        if rope.split(overrides)[1] is not None:
+            raise ConfigError(f"{ROPE_FLAG}: {OVERRIDE_FLAG} has RoPE, too; give one of the two")
+        args = argparse.Namespace(**vars(args))
+        args.hf_overrides = overrides | {"rope_scaling": given}
+    return host(cls, args)
+
+
+def _rope_scaling(text: str) -> dict[str, Any]:
+    try:
+        return rope.parse(text, ROPE_FLAG)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,117 @@
+"""Checkpoints of few positions, the ways to ask an engine for YaRN, and what it must then read."""
+
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from checkpoints import write_checkpoint
+from engines.server import Server
+from family import FAMILY
+from qwen3next_plugin.cli import app
+from qwen3next_plugin.config import Qwen3NextConfig, read_config
+
+ORIGINAL = 512
+REACH = 4 * ORIGINAL
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+CASES = (  # the checkpoint's layout, and where YaRN is asked for
+    ("qwen3-next", "file"),
+    ("qwen3-next", "rope_scaling"),
+    ("qwen3-next", "rope_parameters"),
+    ("text", "short"),
+    ("wrapped", "file"),
+    ("wrapped", "rope_scaling"),
+    ("wrapped", "nested"),
+)
+LINEAR_LAYERS = 3  # of `write_small`
+OVERRIDES: Mapping[str, dict[str, Any]] = {
+    "file": {},
+    "rope_scaling": {"rope_scaling": YARN},
+    "rope_parameters": {"rope_parameters": YARN},
+    "short": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "nested": {"text_config": {"rope_parameters": YARN}},
+}
+
+
+def write_layouts(folder: Path) -> dict[str, Path]:
+    """The same weights in each layout, of 512 positions, without YaRN."""
+    member = FAMILY["moe_HV=4H_top-3-of-12_5-layers"]
+    member = member._replace(changes={**member.changes, "max_position_embeddings": ORIGINAL})
+    plain, text = member.pair(folder / "text")
+    wrapped = member._replace(wrapped=True).write(folder / "wrapped")
+    return {"qwen3-next": plain, "text": text, "wrapped": wrapped}
+
+
+def write_small(folder: Path, length: int) -> Path:
+    """A checkpoint of so many positions, with one attention layer of two narrow heads."""
+    few = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return write_checkpoint(folder, max_position_embeddings=length, **few)
+
+
+def with_yarn(folder: Path, out: Path, given: Mapping[str, Any] = YARN) -> Path:
+    """A copy whose config.json has YaRN in the spelling that the layout has; returns it."""
+    shutil.copytree(folder, out)
+    raw = read_config(out)
+    text = raw.get("text_config", raw)
+    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    text[name] = (text[name] or {}) | given
+    (out / "config.json").write_text(json.dumps(raw))
+    return out
+
+
+def ask(folder: Path, way: str, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to serve, and the overrides of its config, that ask for YaRN in this way."""
+    return (with_yarn(folder, tmp_path / "yarn") if way == "file" else folder), OVERRIDES[way]
+
+
+def check_read(hf_config: Any, folder: Path, tmp_path: Path) -> None:
+    """An engine reads of the config what it would of a file that has YaRN."""
+    wanted = Qwen3NextConfig.from_hf(read_config(with_yarn(folder, tmp_path / "wanted")))
+    found = Qwen3NextConfig.from_hf(hf_config)
+    assert _numbers(found) == _numbers(wanted)
+    assert found.max_length == found.max_position_embeddings == REACH
+    if found.mrope_section:
+        assert found.mrope_section == wanted.mrope_section
+
+
+def _numbers(config: Qwen3NextConfig) -> dict[str, Any]:
+    parameters = config.rope_parameters.items()
+    return {name: value for name, value in parameters if not name.startswith("mrope_")}
+
+
+def planned(folder: Path, engine: str, tokens: int, drafts: int) -> dict[str, Any]:
+    """What `qwen3next plan` says of a request of so many tokens, in fp32."""
+    yarn = ("--rope-scaling", json.dumps(YARN | {"original_max_position_embeddings": tokens}))
+    shape = ("--engine", engine, "--context", tokens, "--num-speculative-tokens", drafts)
+    flags = ("--dtype", "float32", "--memory", 8, "--json")
+    done = CliRunner().invoke(app, [*map(str, ("plan", folder, *yarn, *shape, *flags))])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+class Gauge:
+    """Every value that a server's metric has while the block runs."""
+
+    def __init__(self, server: Server, *names: str) -> None:
+        self.server, self.names = server, names
+        self.seen: dict[str, list[float]] = {name: [] for name in names}
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> "Gauge":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _look(self) -> None:
+        while not self.over.wait(0.5):
+            metrics = self.server.metrics()
+            for name in self.names:
+                self.seen[name].append(metrics.get(name, 0.0))
