@@ -78,7 +78,7 @@ class Server(ABC):
     def post(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(self.address + path, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=300) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             return json.load(answer)
 
     def healthy(self) -> bool:

@@ -20,12 +20,14 @@ from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
     DRAFT_ALGORITHMS,
     HOST_BACKEND,
+    OVERRIDE_FLAG,
     TORCH_BACKEND,
     is_ours,
     logger,
 )
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
+from qwen3next_plugin.model import rope
 from qwen3next_plugin.mtp.weights import check_stored, read_formats
 
 PREFILL_GRAPHS = ("breakable", "disabled")
@@ -43,9 +45,7 @@ CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
     """The model's config on this many ranks; raises ConfigError where it cannot be served."""
-    return Qwen3NextConfig.from_hf(
-        hf_config, tp_size=tp_size, override_flag="--json-model-override-args"
-    )
+    return Qwen3NextConfig.from_hf(hf_config, tp_size=tp_size, override_flag=OVERRIDE_FLAG)
 
 
 def quantisation(hf_config: Any) -> dict[str, Any] | None:
@@ -186,8 +186,10 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     quantised = quantisation(hf_config) is not None
     folder = Path(server_args.model_path)
     if not json.loads(server_args.json_model_override_args):
-        check_kind(folder, "--json-model-override-args")
+        check_kind(folder, OVERRIDE_FLAG)
     config = read_config(hf_config, server_args.tp_size)
+    if model_config.is_multimodal:
+        rope.check_images(config.rope_parameters, "--language-model-only")
     if server_args.speculative_algorithm:
         check_num_draft_layers(config, "--speculative-algorithm")
     if not folder.is_dir() or server_args.load_format == "dummy":

@@ -17,6 +17,7 @@ TORCH_BACKEND = "torch_native"  # SGLang's choice on any other CPU; it cannot dr
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 PLATFORM = f"{PACKAGE}.cpu.platform:CpuPlatform"
 MODELS = f"{PACKAGE}.model"  # the package in which SGLang looks for model classes
+OVERRIDE_FLAG = "--json-model-override-args"
 DRAFT_ALGORITHMS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's MTP head
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -24,5 +25,10 @@ logger = logging.getLogger("sglang.qwen3next_plugin")
 
 def is_ours(model_config: Any) -> bool:
     """Whether the plugin serves this model."""
-    architectures = model_config.hf_config.architectures
+    return serves(model_config.hf_config)
+
+
+def serves(hf_config: Any) -> bool:
+    """Whether the plugin serves the model of a config that SGLang has only read."""
+    architectures = hf_config.architectures
     return bool(architectures) and architectures[0] in ARCHITECTURES

@@ -16,9 +16,11 @@ from qwen3next_plugin.engines.sglang import flags, hooks, requests
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.model.config import (
+    derive_length,
     keep_config,
     layers_block_type,
     mamba2_cache_params,
+    merge_overrides,
 )
 from qwen3next_plugin.engines.sglang.names import WRAPPERS
 from qwen3next_plugin.engines.sglang.speculation import penalties, verify
@@ -88,6 +90,25 @@ WITH_OURS: tuple[Entry, ...] = (
         reason="SGLang drops layer_types and rope_parameters of a newer config.json, and has 512 "
         "experts in a dense Qwen3.5",
         remove_when="SGLang reads all three",
+    ),
+    Patch(
+        target="sglang.srt.configs.model_config.get_config",
+        parameters=(
+            *("model", "trust_remote_code", "revision", "model_override_args"),
+            *("model_config_parser", "kwargs"),
+        ),
+        function=merge_overrides,
+        reason="an override of a nested text model's RoPE replaces all of it, and one of "
+        "rope_scaling has no effect there",
+        remove_when="SGLang merges it, at either level",
+    ),
+    Patch(
+        target="sglang.srt.configs.model_config.ModelConfig._derive_context_length",
+        parameters=("self", "context_length"),
+        function=derive_length,
+        reason="SGLang ignores YaRN's factor in the longest context, and then wants "
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN",
+        remove_when="SGLang derives the length from YaRN's original one and factor (`compat`)",
     ),
     Attribute(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.layers_block_type",

@@ -129,12 +129,6 @@ CALLED = {
     },
     "srt/sampling/penaltylib/orchestrator.py": {"cumulate_output_tokens": ["self", "output_ids"]},
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
-    "srt/layers/rotary_embedding/factory.py": {
-        "get_rope": [
-            *("head_size", "rotary_dim", "max_position", "base", "rope_scaling"),
-            "partial_rotary_factor",
-        ],
-    },
 }
 # Constructors of layers: arguments passed by name.
 BUILT = {

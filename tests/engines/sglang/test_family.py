@@ -1,5 +1,6 @@
 """Qwen3.5 and later, served by SGLang in fp32: transformers' numbers, with and without drafts."""
 
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import pytest
 
 from checkpoints import SHIPPED, random_prompt
 from engines.checks import TOKENS, check_greedy
+from engines.long_context import YARN, with_yarn
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from engines.traffic import source_tokens
 from family import FAMILY, rewrite
@@ -18,6 +20,7 @@ PROMPTS = [random_prompt(length) for length in (1, 2, 3, 4, 63, 64, 65, 1000)]
 LOGPROBS = {"return_logprob": True, "logprob_start_len": 0}
 SMALL = ("--dtype", "float32", "--max-total-tokens", "16384", "--max-mamba-cache-size", "40")
 TEXT_ONLY = ("--language-model-only",)
+LONG = ("--json-model-override-args", json.dumps({"rope_scaling": YARN}))
 
 
 class Case(NamedTuple):
@@ -32,7 +35,7 @@ CASES = {
     DENSE_1: Case(1, ("--chunked-prefill-size", "67")),
     DENSE_3: Case(2, TEXT_ONLY),
     MOE_4: Case(3, ("--chunked-prefill-size", "257")),
-    MOE_2: Case(4, TEXT_ONLY),
+    MOE_2: Case(4, (*TEXT_ONLY, *LONG, "--context-length", "2048")),
 }
 
 
@@ -51,7 +54,10 @@ def server(case, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def model(server, reference) -> Reference:
+def model(server, case, reference, tmp_path_factory) -> Reference:
+    """With YaRN, prompts go beyond the original length."""
+    if set(LONG) <= set(CASES[case].flags):
+        return reference(with_yarn(server.folder, tmp_path_factory.mktemp("yarn") / "file"))
     return reference(server.folder)
 
 

@@ -4,7 +4,6 @@ import torch
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import nn
 
@@ -17,11 +16,13 @@ from qwen3next_plugin.model.attention import (
     prepare,
 )
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.rotary import rotary_table
 
 
 class GatedAttention(nn.Module):
     """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
 
+    cos_sin: torch.Tensor  # which the axes of an image's positions share
     mrope_axes: torch.Tensor  # of models that read images
 
     def __init__(
@@ -51,19 +52,7 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        of_table = {  # which the axes of an image's positions share
-            name: value
-            for name, value in config.rope_parameters.items()
-            if not name.startswith("mrope_")
-        }
-        self.rotary_emb = get_rope(
-            config.head_dim,
-            rotary_dim=config.head_dim,
-            max_position=config.max_position_embeddings,
-            base=config.rope_theta,
-            rope_scaling=of_table,
-            partial_rotary_factor=config.rope_parameters["partial_rotary_factor"],
-        )
+        self.register_buffer("cos_sin", rotary_table(config), persistent=False)
         if config.mrope_section:
             axes = mrope_axes(config.rotary_dim, config.mrope_section)
             self.register_buffer("mrope_axes", axes, persistent=False)
@@ -84,7 +73,7 @@ class GatedAttention(nn.Module):
     ) -> torch.Tensor:
         """Shapes: positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
-        cos_sin = self.rotary_emb.cos_sin_cache
+        cos_sin = self.cos_sin
         if positions.dim() == 2:
             cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
             positions = torch.arange(len(cos_sin), device=cos_sin.device)

@@ -1,11 +1,20 @@
-"""SGLang's configuration class of the family, where it drops or misreads a newer config.json."""
+"""SGLang's configuration of the family: what its class drops, overrides of RoPE, its reach."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
-from qwen3next_plugin.engines.sglang.names import DENSE, MODEL_TYPES, QWEN3_NEXT, is_ours
+from qwen3next_plugin.engines.sglang.names import (
+    DENSE,
+    MODEL_TYPES,
+    OVERRIDE_FLAG,
+    QWEN3_NEXT,
+    is_ours,
+    serves,
+)
+from qwen3next_plugin.model import rope
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
 SIZES_OF_EXPERTS = (
@@ -29,16 +38,51 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
         return
     host(config, *args, **{name: given[name] for name in given if name != "rope_parameters"})
     config.layer_types = given.get("layer_types") or _at_interval(config)
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    config.rope_parameters = dict(rope)
+    parameters = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    config.rope_parameters = dict(parameters)
     for name in ("rope_theta", "partial_rotary_factor"):
-        if name in rope and name not in given:
-            setattr(config, name, rope[name])
+        if name in parameters and name not in given:
+            setattr(config, name, parameters[name])
         elif name not in given and config.model_type == QWEN3_NEXT:
             setattr(config, name, None)  # SGLang's default is not what a model is trained with
     if config.model_type == DENSE:
         for name in SIZES_OF_EXPERTS:  # SGLang's defaults are an MoE model's
             setattr(config, name, 0)
+
+
+def merge_overrides(
+    host: Callable[..., Any],
+    model: str,
+    *args: Any,
+    model_override_args: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Around `get_config`: an override of RoPE leaves what it does not name, at either level."""
+    everything = model_override_args or {}
+    rest, given = rope.split(everything)
+    config = host(model, *args, model_override_args=rest, **kwargs)
+    if not given:
+        return config
+    if not serves(config):
+        return host(model, *args, model_override_args=everything, **kwargs)
+    config = deepcopy(config)  # SGLang caches it
+    levels = (everything, everything.get("text_config") or {})
+    resized = any("max_position_embeddings" in level for level in levels)
+    rope.override(config.get_text_config(), given, resized=resized)
+    return config
+
+
+def derive_length(host: Callable[..., None], model_config: Any, context_length: int | None) -> None:
+    """Around `_derive_context_length`: the longest context is what RoPE covers."""
+    if is_ours(model_config):
+        rope.extend(
+            model_config.hf_text_config,
+            context_length,
+            flag="--context-length",
+            extend=OVERRIDE_FLAG + " '{\"rope_scaling\": %s}'",
+            override_flag=OVERRIDE_FLAG,
+        )
+    host(model_config, context_length)
 
 
 def _at_interval(config: Any) -> list[str]:
