@@ -49,15 +49,20 @@ def forked_example(name: str, *args: str, **own: str) -> str:
 
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
-    """A server on the shipped checkpoint, with MTP as `make serve` has it."""
+    """A server on the shipped checkpoint, with MTP as `make serve` has it, and YaRN.
+
+    As if it had been trained on 1,024 positions.
+    """
     drafts = '{"method": "qwen3_next_mtp", "num_speculative_tokens": 2}'
-    small = ("--enforce-eager", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 30))
-    server = Forked(ROOT / CHECKPOINT, *small, "--speculative-config", drafts).wait()
+    yarn = '{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":1024}'
+    long = ("--rope-scaling", yarn, "--max-model-len", "4096")
+    small = ("--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
+    server = Forked(ROOT / CHECKPOINT, *long, *small, "--speculative-config", drafts).wait()
     yield f"{server.address}/v1"
     server.close()
 
 
-@pytest.mark.parametrize("name", ["offline.py", "chat.py", "compare_mtp.py"])
+@pytest.mark.parametrize("name", ["offline.py", "chat.py", "compare_mtp.py", "long_context.py"])
 def test_help_teaches(name):
     text = run_example(name, "--help").stdout
     assert "Usage" in text
@@ -79,6 +84,13 @@ def test_chat_holds_a_conversation(base_url):
     answers = done.stdout.split("you> ")[1:]
     assert len(answers) == 3  # two turns, and the prompt at which the input ended
     assert all(answer.strip() for answer in answers[:2])
+
+
+def test_long_context_reads_beyond_the_original_length(base_url):
+    said = run_example("long_context.py", "--base-url", base_url, "--tokens", "3000").stdout
+    lengths = [int(n) for n in re.findall(r"found +at \d+% of (\d+) tokens", said)]
+    assert len(lengths) == 3
+    assert all(2500 < length < 3500 for length in lengths)
 
 
 def test_chat_says_where_it_looked_for_a_server():
