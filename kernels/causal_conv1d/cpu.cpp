@@ -19,11 +19,12 @@ struct Segment {
   int64_t token_stride, channel, channels;
 };
 
-template <class T, class W>
+template <class T>
 struct Conv {
-  const W* weight;  // [C, 4]
-  T* pages;         // [slots, ring, C]
-  T* out;           // [T, C]
+  const void* weight;  // [C, 4], fp32 or of type T
+  bool fp32_weight;
+  T* pages;  // [slots, ring, C]
+  T* out;    // [T, C]
   int64_t C, ring, page_stride, row_stride;
 
   // Where the page keeps the input at an absolute position.
@@ -34,6 +35,17 @@ struct Conv {
   // The input at a position before the row; zero before the start of the sequence.
   f32v history(const Row& row, int64_t p, int64_t channel, int64_t lanes) const {
     return p < 0 ? f32v{} : load(kept(row, p) + channel, lanes);
+  }
+
+  // The taps of `lanes` channels from weights [C, 4].
+  template <class W>
+  static void load_taps(const W* weights, int64_t channel, int64_t lanes, f32v (&taps)[kWidth]) {
+    f32v interleaved[kWidth];
+    for (int64_t j = 0; j < kWidth; ++j) {
+      const int64_t left = std::clamp<int64_t>(kWidth * lanes - j * kLanes, 0, kLanes);
+      interleaved[j] = load(weights + kWidth * channel + j * kLanes, left);
+    }
+    deinterleave(interleaved, taps);
   }
 
   // Convolves tokens [first, last) of G vectors of channels; G = 1 also handles the tail. Writes a
@@ -47,12 +59,11 @@ struct Conv {
     const T* in = s.in + row.begin * s.token_stride + i;
     repeat<G>(G, [&](int64_t g) Q3N_INLINE {
       const int64_t channel = s.channel + i + g * kLanes;
-      f32v interleaved[kWidth];
-      for (int64_t j = 0; j < kWidth; ++j) {
-        const int64_t left = std::clamp<int64_t>(kWidth * lanes - j * kLanes, 0, kLanes);
-        interleaved[j] = load(weight + kWidth * channel + j * kLanes, left);
+      if (fp32_weight) {
+        load_taps(static_cast<const float*>(weight), channel, lanes, taps[g]);
+      } else {
+        load_taps(static_cast<const T*>(weight), channel, lanes, taps[g]);
       }
-      deinterleave(interleaved, taps[g]);
       for (int64_t j = 0; j < kHistory; ++j) {
         const int64_t t = first - kHistory + j;
         x[g][j] = t < 0 ? history(row, row.context + t, channel, lanes)
@@ -132,9 +143,15 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
     if (row.is_long) long_rows.push_back(&row);
   }
   Tensor out = torch::stable::new_empty(q, {T, C});
-  with_dtypes(q, weight, [&]<class A, class WT>(A, WT) {
-    const Conv<A, WT> conv{read<WT>(weight), write<A>(conv_), write<A>(out), C, ring,
-                           conv_.stride(0),  conv_.stride(1)};
+  with_activations(q, [&]<class A>(A) {
+    const Conv<A> conv{weight.const_data_ptr(),
+                       weight.scalar_type() == ScalarType::Float,
+                       write<A>(conv_),
+                       write<A>(out),
+                       C,
+                       ring,
+                       conv_.stride(0),
+                       conv_.stride(1)};
     const auto segment = [&](int64_t i) -> Segment<A> {
       const int64_t part = i / H, h = i % H;
       if (part == 0) return {read<A>(q) + h * q.stride(1), q.stride(0), h * K, K};
@@ -160,4 +177,4 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(causal_conv1d)
+Q3N_OP_OF_ACTIVATIONS(causal_conv1d)

@@ -95,7 +95,7 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   const int64_t experts = routes.experts.size();
   const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
   const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;
-  with_dtype(x, [&]<class A>(A) {
+  with_activations(x, [&]<class A>(A) {
     // Chunk 0 of all experts, then chunk 1: each thread gets a share of every expert's tokens.
     parallel(inner_chunks * experts, 1, [&](int64_t i) {
       inner(write<A>(h), read<A>(x), x.stride(0), read<A>(w13), routes, d,
@@ -111,4 +111,4 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(fused_moe)
+Q3N_OP_OF_ACTIVATIONS(fused_moe)

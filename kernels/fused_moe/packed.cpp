@@ -1,47 +1,13 @@
 #include <numeric>
 
-#include "amx.h"
 #include "ops.h"
+#include "products.h"
 #include "routes.h"
 
 namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 128;  // inner features, or outputs, of an expert that one task computes
-
-// Calls f(terms, multiply), where multiply(totals, tiles, begin, count) writes the products of
-// entries of the routes, `terms` rows for each: entry i has row row[i] of x [M, K].
-template <class T, class F>
-void with_products(const T* x, int64_t M, int64_t stride, const std::vector<int64_t>& row,
-                   [[maybe_unused]] const Routes& routes, const Packed& w, F&& f) {
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (by_tiles(w)) {
-      TileRows rows(row.size(), w);
-      parallel(routes.experts.size(), 1, [&](int64_t i) {
-        const int64_t e = routes.experts[i], begin = routes.first[e];
-        const int64_t count = routes.first[e + 1] - begin;
-        for (int64_t n = 0; n < count; ++n) {
-          rows.set(begin, count, n, x + row[begin + n] * stride, w.K);
-        }
-      });
-      return f(1, [&](float* totals, const Tiles& tiles, int64_t begin, int64_t count) {
-        multiply(totals, w, tiles, rows, begin, count);
-      });
-    }
-  }
-#endif
-  const Activations a = activations(x, M, stride, w);
-  std::vector<int64_t> rows;
-  for (int64_t m : row) {
-    for (int64_t term = 0; term < a.terms; ++term) rows.push_back(m * a.terms + term);
-  }
-  w.with_format([&]<class Format>(Format) {
-    f(a.terms, [&](float* totals, const Tiles& tiles, int64_t begin, int64_t count) {
-      multiply<Format>(totals, w, tiles, a, rows.data() + begin * a.terms, count * a.terms);
-    });
-  });
-}
 
 // The sum of the terms of row i of `totals`, of the panel's columns from `column` on.
 f32v whole(const float* totals, int64_t i, int64_t terms, int64_t column) {
@@ -54,20 +20,21 @@ f32v whole(const float* totals, int64_t i, int64_t terms, int64_t column) {
 
 // h = silu(W1 x) * W3 x of inner features [c, c + kRun) of expert e's tokens. Gate and up are the
 // tiles of one panel, or of two where a panel has one tile.
-template <class T, class Multiply>
-void inner(T* h, const Packed& w13, int64_t terms, const Multiply& multiply, const Routes& routes,
-           const Dims& d, int64_t e, int64_t c) {
+template <class T>
+void inner(T* h, const Packed& w13, const Products& products, const Routes& routes, const Dims& d,
+           int64_t e, int64_t c) {
   const int64_t begin = routes.first[e], count = routes.first[e + 1] - begin;
-  const int64_t up_tiles = d.I / kTileWidth, size = count * terms * kPanelWidth;
+  const int64_t terms = products.terms, size = count * terms * kPanelWidth;
+  const int64_t up_tiles = d.I / kTileWidth;
   std::vector<float> totals(2 * size);
   for (int64_t i = c; i < std::min(c + kRun, d.I); i += kTileWidth) {
     const int64_t gate_tile = e * w13.tiles + i / kTileWidth;
     const float *gate = totals.data(), *up = gate + (kPanelTiles == 1 ? size : kTileWidth);
-    if constexpr (kPanelTiles == 1) {
-      multiply(totals.data(), {gate_tile}, begin, count);
-      multiply(totals.data() + size, {gate_tile + up_tiles}, begin, count);
-    } else {
-      multiply(totals.data(), {gate_tile, gate_tile + up_tiles}, begin, count);
+    Tiles tiles{gate_tile};
+    if (kPanelTiles > 1) tiles.back() = gate_tile + up_tiles;
+    products.multiply(totals.data(), tiles, begin, count);
+    if (kPanelTiles == 1) {
+      products.multiply(totals.data() + size, Tiles{gate_tile + up_tiles}, begin, count);
     }
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t lane = 0; lane < kTileWidth; lane += kLanes) {
@@ -79,9 +46,10 @@ void inner(T* h, const Packed& w13, int64_t terms, const Multiply& multiply, con
 }
 
 // Outputs [c, c + kRun) of all tokens, one expert after the other, in the order of their ids.
-template <class T, class Multiply>
-void outer(T* out, const Packed& w2, int64_t terms, const Multiply& multiply, const float* weights,
+template <class T>
+void outer(T* out, const Packed& w2, const Products& products, const float* weights,
            const Routes& routes, const Dims& d, int64_t c) {
+  const int64_t terms = products.terms;
   std::vector<float> sums(d.T * kRun);
   const int64_t end = std::min(c + kRun, w2.tiles * kTileWidth);
   for (int64_t e : routes.experts) {
@@ -92,7 +60,7 @@ void outer(T* out, const Packed& w2, int64_t terms, const Multiply& multiply, co
       for (int p = 0; p < kPanelTiles; ++p) {
         tiles[p] = e * w2.tiles + std::min(i / kTileWidth + p, w2.tiles - 1);
       }
-      multiply(totals.data(), tiles, begin, last - begin);
+      products.multiply(totals.data(), tiles, begin, last - begin);
       for (int64_t n = begin; n < last; ++n) {
         const f32v weight = splat(weights[routes.slot[n]]);
         float* sum = sums.data() + routes.token[n] * kRun + i - c;
@@ -125,21 +93,15 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
   std::vector<int64_t> entries(d.T * d.k);
   std::iota(entries.begin(), entries.end(), 0);
   with_dtype(x, [&]<class T>(T) {
-    with_products(read<T>(x), d.T, x.stride(0), routes.token, routes, w13,
-                  [&](int64_t terms, const auto& multiply) {
-                    // Run 0 of all experts, then run 1: each thread gets a share of every expert's
-                    // tokens.
-                    parallel_with_denormals((d.I + kRun - 1) / kRun * experts, 1, [&](int64_t i) {
-                      inner(write<T>(h), w13, terms, multiply, routes, d,
-                            routes.experts[i % experts], i / experts * kRun);
-                    });
-                  });
-    with_products(read<T>(h), d.T * d.k, d.I, entries, routes, w2,
-                  [&](int64_t terms, const auto& multiply) {
-                    parallel_with_denormals((d.D + kRun - 1) / kRun, 1, [&](int64_t i) {
-                      outer(write<T>(out), w2, terms, multiply, weights, routes, d, i * kRun);
-                    });
-                  });
+    const Products in(w13, read<T>(x), d.T, x.stride(0), routes.token, routes.first);
+    // Run 0 of all experts, then run 1: each thread gets a share of every expert's tokens.
+    parallel_with_denormals((d.I + kRun - 1) / kRun * experts, 1, [&](int64_t i) {
+      inner(write<T>(h), w13, in, routes, d, routes.experts[i % experts], i / experts * kRun);
+    });
+    const Products of_h(w2, read<T>(h), d.T * d.k, d.I, entries, routes.first);
+    parallel_with_denormals((d.D + kRun - 1) / kRun, 1, [&](int64_t i) {
+      outer(write<T>(out), w2, of_h, weights, routes, d, i * kRun);
+    });
   });
   return out;
 }

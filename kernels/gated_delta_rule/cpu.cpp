@@ -53,7 +53,7 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   std::vector<float> g(d.T * d.HV), beta(d.T * d.HV);
   for (float& x : rate) x = -std::exp(x);
   Tensor out = torch::stable::new_empty(v, {d.T, d.HV, d.V});
-  with_dtype(q, [&]<class T>(T) {
+  with_activations(q, [&]<class T>(T) {
     const Inputs<T> in{d,
                        read<T>(q),
                        read<T>(k),
@@ -98,4 +98,4 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(gated_delta_rule)
+Q3N_OP_OF_ACTIVATIONS(gated_delta_rule)

@@ -59,9 +59,12 @@ Q3N_INLINE inline void fold_tile(const Fold& cell, int64_t k, const float* w, co
   each([&](int64_t r, int64_t c) Q3N_INLINE { store(to + r * ld + c * kLanes, s[r][c], lanes); });
 }
 
+// Not inlined, as `multiply`: they are large, and callers are compiled for each dtype of inputs.
+//
 // Computes rows [k, end) of `to` from rows of `from`, which may be `to` itself, or null for S = 0.
 template <class S>
-void fold(const Fold& cell, int64_t k, int64_t end, int64_t V, const S* from, S* to, int64_t ld) {
+[[gnu::noinline]] void fold(const Fold& cell, int64_t k, int64_t end, int64_t V, const S* from,
+                            S* to, int64_t ld) {
   constexpr int R = 4;
   const auto rows = [&]<int N>(std::integral_constant<int, N>) {
     for_columns<vectors_beside(R)>(
@@ -96,8 +99,8 @@ Q3N_INLINE inline void multiply_tile(const float* x, int64_t k, int64_t end, con
 
 // product [rows, V] += x [rows, K] S over rows [k, end) of S. `rows` is even.
 template <class S>
-void multiply(const float* x, int64_t rows, int64_t k, int64_t end, int64_t V, const S* s,
-              int64_t ld, float* product) {
+[[gnu::noinline]] void multiply(const float* x, int64_t rows, int64_t k, int64_t end, int64_t V,
+                                const S* s, int64_t ld, float* product) {
   const auto some = [&]<int R>(std::integral_constant<int, R>) {
     for_columns<vectors_beside(R)>(
         V, [&]<int C>(std::integral_constant<int, C>, int64_t v, int64_t lanes) {

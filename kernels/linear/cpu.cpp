@@ -1,7 +1,7 @@
 #include <numeric>
 
-#include "amx.h"
 #include "ops.h"
+#include "products.h"
 
 namespace Q3N_LEVEL {
 namespace {
@@ -42,47 +42,23 @@ void for_panels(const Packed& w, int64_t M, F&& f) {
 
 template <class T>
 void multiply_rows(T* out, const T* x, int64_t M, int64_t stride, const Packed& w) {
-  const Activations a = activations(x, M, stride, w);
-  std::vector<int64_t> rows(M * a.terms);
+  std::vector<int64_t> rows(M);
   std::iota(rows.begin(), rows.end(), 0);
-  w.with_format([&]<class F>(F) {
-    for_panels(w, M, [&](int64_t tile, int64_t begin, int64_t end) {
-      std::vector<float> totals((end - begin) * a.terms * kPanelWidth);
-      multiply<F>(totals.data(), w, panel_tiles(w, tile), a, rows.data() + begin * a.terms,
-                  (end - begin) * a.terms);
-      write_panel(out, w, totals.data(), a.terms, tile, begin, end);
-    });
-  });
-}
-
-#if defined(__AMX_BF16__)
-void multiply_tiles(bf16* out, const bf16* x, int64_t M, int64_t stride, const Packed& w) {
-  TileRows rows(M, w);
-  parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) { rows.set(0, M, m, x + m * stride, w.K); });
+  const Products products(w, x, M, stride, rows, {0, M});
   for_panels(w, M, [&](int64_t tile, int64_t begin, int64_t end) {
     thread_local std::vector<float> totals;
-    totals.resize(kRows * kPanelWidth);
-    multiply(totals.data(), w, panel_tiles(w, tile), rows, begin, end - begin);
-    write_panel(out, w, totals.data(), 1, tile, begin, end);
+    totals.resize(kRows * products.terms * kPanelWidth);
+    products.multiply(totals.data(), panel_tiles(w, tile), begin, end - begin);
+    write_panel(out, w, totals.data(), products.terms, tile, begin, end);
   });
 }
-#endif
 
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t format,
               int64_t group, int64_t N) {
   const int64_t M = x.size(0), K = x.size(1);
   const Packed w(packed, scale, zero, format, N, K, group);
   Tensor out = torch::stable::new_empty(x, {M, N});
-  with_dtype(x, [&]<class T>(T) {
-#if defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (by_tiles(w)) {
-        return multiply_tiles(write<T>(out), read<T>(x), M, x.stride(0), w);
-      }
-    }
-#endif
-    multiply_rows(write<T>(out), read<T>(x), M, x.stride(0), w);
-  });
+  with_dtype(x, [&]<class T>(T) { multiply_rows(write<T>(out), read<T>(x), M, x.stride(0), w); });
   return out;
 }
 

@@ -1,12 +1,15 @@
 // Products of weights in bf16, or FP8, with rows of x in bf16, by AMX. An output has one sum, of
-// pairs of columns in turn, whatever the rows beside it.
+// pairs of columns in turn, whatever the rows beside it. These functions alone use instructions
+// beyond those of avx512bf16, and say so by a target attribute.
 #pragma once
 
 #include <memory>
 
+#include "ops.h"
 #include "panel.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
+#define Q3N_TILES __attribute__((target("amx-tile,amx-bf16,avx512vbmi")))
 
 namespace Q3N_LEVEL {
 
@@ -53,7 +56,7 @@ constexpr int64_t kTileBytes = kHeight * kLine;  // of a step's columns of the w
 constexpr int64_t kAhead = 2048;                 // bytes by which FP8 is read before it is decoded
 
 // Tiles 0 to 3 are sums: of two tiles of x, 4 and 5, with two of the weight, 6 and 7.
-inline void configure(int64_t height0, int64_t height1) {
+Q3N_TILES inline void configure(int64_t height0, int64_t height1) {
   struct alignas(64) Config {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -79,8 +82,9 @@ struct TileLines {
 // sums [height0 + height1, kPanelWidth], rows `stride` floats apart, += the products of `steps`
 // steps, or = if they are first. kTwo: whether height1 is not zero.
 template <bool kTwo>
-void add_steps(float* sums, int64_t stride, const std::array<const uint8_t*, kPanelTiles>& w,
-               const TileLines& x0, const TileLines& x1, int64_t steps, bool first) {
+Q3N_TILES void add_steps(float* sums, int64_t stride,
+                         const std::array<const uint8_t*, kPanelTiles>& w, const TileLines& x0,
+                         const TileLines& x1, int64_t steps, bool first) {
   const int64_t row = stride * sizeof(float);
   float* const lower = sums + kHeight * stride;
   asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
@@ -136,7 +140,7 @@ struct Fp8Sizes {
 };
 
 // Decodes lines of e4m3: two lines of bf16 each.
-inline void decode_fp8(uint8_t* out, const uint8_t* line, int64_t lines) {
+Q3N_TILES inline void decode_fp8(uint8_t* out, const uint8_t* line, int64_t lines) {
   constexpr int kOr = 0xf8;  // a | b & c
   static constexpr Fp8Sizes kSizes;
   const __m512i upper0 = _mm512_load_si512(kSizes.upper);
@@ -169,12 +173,14 @@ inline void add_scaled(float* totals, const float* sums, int64_t height, const P
 }
 
 // Whether a weight is multiplied by tiles.
-inline bool by_tiles(const Packed& w) { return w.format == kBf16 || w.format == kFp8; }
+inline bool by_tiles(const Packed& w) {
+  return native::use_tiles && (w.format == kBf16 || w.format == kFp8);
+}
 
 // totals [count, kPanelWidth] = the panel's products with a run of x's rows. FP8 is decoded to bf16
 // chunk by chunk; each block's sum is multiplied by its scale.
-inline void multiply(float* totals, const Packed& w, const Tiles& tiles, const TileRows& x,
-                     int64_t begin, int64_t count) {
+Q3N_TILES inline void multiply(float* totals, const Packed& w, const Tiles& tiles,
+                               const TileRows& x, int64_t begin, int64_t count) {
   static_assert(kPanelTiles == 2 && kParts == 1);
   const bool coded = w.format == kFp8;
   const bool once = count <= kPairHeight;  // each step of the weight is read once

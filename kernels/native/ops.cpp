@@ -26,15 +26,11 @@ extern const Level level;
 namespace avx512bf16 {
 extern const Level level;
 }
-namespace amx {  // compiled are only the ops that use its tiles
-void linear_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
-void fused_moe_packed_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+namespace amx {  // compiled is only the op whose schedule tiles change
 void paged_attention_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 const Level level = [] {
   Level level = avx512bf16::level;
   level.name = "amx";
-  level.linear_op = &linear_op;
-  level.fused_moe_packed_op = &fused_moe_packed_op;
   level.paged_attention_op = &paged_attention_op;
   return level;
 }();
@@ -79,6 +75,14 @@ std::vector<const Level*> available() {
 
 std::atomic<const Level*> active{available().back()};
 
+bool has_tiles(const Level* level) { return level->name == std::string("amx"); }
+
+}  // namespace
+
+std::atomic<bool> native::use_tiles{has_tiles(active)};
+
+namespace {
+
 int64_t grid() { return baseline::kGrid; }
 
 std::string isa() { return active.load()->name; }
@@ -95,6 +99,7 @@ void set_isa(std::string name) {
   for (const Level* level : available()) {
     if (name == level->name) {
       active = level;
+      native::use_tiles = has_tiles(level);
       return;
     }
   }

@@ -39,6 +39,17 @@ inline void with_dtype(const Tensor& t, F&& f) {
   }
 }
 
+// The same for activations, where other dtypes run at the level below: see Q3N_OP_OF_ACTIVATIONS.
+template <class F>
+inline void with_activations(const Tensor& x, F&& f) {
+#if defined(__AVX512BF16__)
+  check(x.scalar_type() == ScalarType::BFloat16, "unsupported dtype");
+  f(bf16{});
+#else
+  with_dtype(x, f);
+#endif
+}
+
 // Calls f with a value of the parameter's element type: fp32, or the activations' type T.
 template <class T, class F>
 inline void with_parameter(const Tensor& parameter, F&& f) {
@@ -49,7 +60,8 @@ inline void with_parameter(const Tensor& parameter, F&& f) {
 // Calls f with a value of x's element type and one of the weight's.
 template <class F>
 inline void with_dtypes(const Tensor& x, const Tensor& weight, F&& f) {
-  with_dtype(x, [&]<class T>(T value) { with_parameter<T>(weight, [&](auto w) { f(value, w); }); });
+  with_activations(
+      x, [&]<class T>(T value) { with_parameter<T>(weight, [&](auto w) { f(value, w); }); });
 }
 
 template <class T>

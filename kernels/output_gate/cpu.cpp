@@ -7,7 +7,7 @@ namespace {
 void output_gate(Tensor x_, Tensor gate) {
   const int64_t T = x_.size(0), H = x_.size(1), D = x_.size(2);
   const int64_t token_stride = gate.stride(0), head_stride = gate.stride(1);
-  with_dtype(x_, [&]<class A>(A) {
+  with_activations(x_, [&]<class A>(A) {
     A* xs = write<A>(x_);
     const A* gates = read<A>(gate);
     parallel(T * H, 1 + 16384 / (D + 1), [&](int64_t i) {
@@ -23,4 +23,4 @@ void output_gate(Tensor x_, Tensor gate) {
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(output_gate)
+Q3N_OP_OF_ACTIVATIONS(output_gate)

@@ -210,7 +210,7 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
   const std::vector<Sequence> sequences =
       checked_sequences(token_table, table_row, query_start_loc, seq_lens, tree_mask, T, paging);
   Tensor out = torch::stable::new_empty(q, {T, Hq, D});
-  with_dtype(q, [&]<class A>(A) {
+  with_activations(q, [&]<class A>(A) {
     const Operands<A> in{read<A>(q),
                          q.stride(0),
                          cache_of<A>(key_cache),
@@ -238,4 +238,4 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(paged_attention)
+Q3N_OP_OF_ACTIVATIONS(paged_attention)

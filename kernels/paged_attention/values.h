@@ -110,12 +110,16 @@ void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int
   });
 }
 
-template <class T, int R = kWeighed, class... Args>
-void weigh_rows(int64_t rows, Args&&... args) {
+// weigh_tile for `rows` rows, at most R, of whole tiles.
+template <class T, int R = kWeighed>
+void weigh_rows(int64_t rows, const Weight<T>* w, int64_t w_stride, const T* const* value,
+                int64_t n, int64_t c, Ahead<T>& ahead, float* out, int64_t out_stride) {
   if constexpr (R > 1) {
-    if (rows < R) return weigh_rows<T, R - 1>(rows, args...);
+    if (rows < R) {
+      return weigh_rows<T, R - 1>(rows, w, w_stride, value, n, c, ahead, out, out_stride);
+    }
   }
-  weigh_tile<R, T>(args...);
+  weigh_tile<R, T>(w, w_stride, value, n, c, ahead, out, out_stride);
 }
 
 // out[r] = sum_i w[r][i] value_i[first .. first + D), padded to kColumns.
@@ -124,15 +128,15 @@ void weigh(const Weight<T>* w, int64_t w_stride, int64_t rows, const T* const* v
            int64_t first, int64_t D, Ahead<T>& ahead, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += kWeighed) {
     const int64_t count = std::min<int64_t>(kWeighed, rows - r);
-    for (int64_t c = 0; c < D; c += kColumns) {
-      const Weight<T>* weights = w + r * w_stride;
-      float* to = out + r * out_stride + c;
-      if (c + kColumns <= D) {
-        weigh_rows<T>(count, weights, w_stride, value, n, first + c, ahead, to, out_stride);
-      } else {
-        weigh_rows<T>(count, weights, w_stride, value, n, first + c, ahead, to, out_stride, D - c);
-      }
+    for (int64_t c = 0; c + kColumns <= D; c += kColumns) {
+      weigh_rows<T>(count, w + r * w_stride, w_stride, value, n, first + c, ahead,
+                    out + r * out_stride + c, out_stride);
     }
+  }
+  const int64_t whole = D / kColumns * kColumns;
+  for (int64_t r = 0; whole < D && r < rows; ++r) {  // row by row: few models have such heads
+    weigh_tile<1, T>(w + r * w_stride, w_stride, value, n, first + whole, ahead,
+                     out + r * out_stride + whole, out_stride, D - whole);
   }
 }
 

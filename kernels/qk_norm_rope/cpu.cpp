@@ -64,4 +64,4 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(qk_norm_rope)
+Q3N_OP_OF_ACTIVATIONS(qk_norm_rope)

@@ -45,4 +45,4 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> resid
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(rms_norm)
+Q3N_OP_OF_ACTIVATIONS(rms_norm)

@@ -33,4 +33,4 @@ Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(rms_norm_gated)
+Q3N_OP_OF_ACTIVATIONS(rms_norm_gated)

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   const int64_t T = logits.size(0), E = logits.size(1), stride = logits.stride(0);
   Tensor weights = torch::stable::new_empty(logits, {T, k}, ScalarType::Float);
   Tensor experts = torch::stable::new_empty(logits, {T, k}, ScalarType::Int);
-  with_dtype(logits, [&]<class A>(A) {
+  with_activations(logits, [&]<class A>(A) {
     const A* rows = read<A>(logits);
     float* weight = write<float>(weights);
     int32_t* expert = write<int32_t>(experts);
@@ -94,4 +94,4 @@ std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(router)
+Q3N_OP_OF_ACTIVATIONS(router)

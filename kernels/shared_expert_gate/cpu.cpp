@@ -41,4 +41,4 @@ void shared_expert_gate(Tensor x, Tensor weight, Tensor shared_, std::optional<T
 }  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP(shared_expert_gate)
+Q3N_OP_OF_ACTIVATIONS(shared_expert_gate)

@@ -1,0 +1,50 @@
+// Compiled once for all ops on packed weights: there are many kinds of panels.
+#include "products.h"
+
+#include "panel.h"
+
+namespace Q3N_LEVEL {
+
+template <class T>
+Products::Products(const Packed& w, const T* x, int64_t M, int64_t stride,
+                   const std::vector<int64_t>& entries,
+                   [[maybe_unused]] const std::vector<int64_t>& runs)
+    : w_(w) {
+#if defined(Q3N_TILES)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (by_tiles(w)) {
+      tile_rows_.emplace(entries.size(), w);
+      parallel(entries.size(), 1 + 16384 / (w.K + 1), [&](int64_t i) {
+        const auto end = std::upper_bound(runs.begin(), runs.end(), i);
+        tile_rows_->set(end[-1], *end - end[-1], i - end[-1], x + entries[i] * stride, w.K);
+      });
+      return;
+    }
+  }
+#endif
+  activations_ = activations(x, M, stride, w);
+  terms = activations_.terms;
+  rows_.reserve(entries.size() * terms);
+  for (int64_t m : entries) {
+    for (int64_t term = 0; term < terms; ++term) rows_.push_back(m * terms + term);
+  }
+}
+
+template Products::Products(const Packed&, const float*, int64_t, int64_t,
+                            const std::vector<int64_t>&, const std::vector<int64_t>&);
+template Products::Products(const Packed&, const bf16*, int64_t, int64_t,
+                            const std::vector<int64_t>&, const std::vector<int64_t>&);
+template Products::Products(const Packed&, const fp16*, int64_t, int64_t,
+                            const std::vector<int64_t>&, const std::vector<int64_t>&);
+
+void Products::multiply(float* totals, const Tiles& tiles, int64_t begin, int64_t count) const {
+#if defined(Q3N_TILES)
+  if (tile_rows_) return Q3N_LEVEL::multiply(totals, w_, tiles, *tile_rows_, begin, count);
+#endif
+  const int64_t* rows = rows_.data() + begin * terms;
+  w_.with_format([&]<class F>(F) {
+    Q3N_LEVEL::multiply<F>(totals, w_, tiles, activations_, rows, count * terms);
+  });
+}
+
+}  // namespace Q3N_LEVEL

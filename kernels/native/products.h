@@ -1,0 +1,33 @@
+// Rows of x prepared for products with a packed weight, and those products, a panel at a time.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "amx.h"
+
+namespace Q3N_LEVEL {
+
+// Entry i is row entries[i] of x. Entries are multiplied in runs: run r is [runs[r], runs[r + 1]).
+class Products {
+ public:
+  // x [M, K], rows `stride` apart.
+  template <class T>
+  Products(const Packed& w, const T* x, int64_t M, int64_t stride,
+           const std::vector<int64_t>& entries, const std::vector<int64_t>& runs);
+
+  // totals [count, terms, kPanelWidth] = the products of the tiles with entries of one run.
+  void multiply(float* totals, const Tiles& tiles, int64_t begin, int64_t count) const;
+
+  int64_t terms = 1;  // of each entry, to be added
+
+ private:
+  const Packed& w_;
+  Activations activations_;
+  std::vector<int64_t> rows_;  // of the activations
+#if defined(Q3N_TILES)
+  std::optional<TileRows> tile_rows_;  // in place of them
+#endif
+};
+
+}  // namespace Q3N_LEVEL
