@@ -1,20 +1,21 @@
 """Which backend runs: no silent fallback, one thread pool, one instruction set at a time."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from forks import Ended, Forks
 from qwen3next_plugin.kernels import dispatch, native
 from qwen3next_plugin.kernels.rms_norm import rms_norm
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def python() -> Iterator[Callable[..., Ended]]:
+    """Runs code in a process that has imported an op, which loads no library yet."""
+    forks = Forks("qwen3next_plugin.kernels.rms_norm")
+    yield forks.run
+    forks.close()
 
 
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
@@ -47,7 +48,7 @@ def test_kernels_on_the_wrong_device(monkeypatch, asked, device, where):
         dispatch.backend("rms_norm", device)
 
 
-def test_an_op_of_a_gpu_is_traced_whole():
+def test_an_op_of_a_gpu_is_traced_whole(python):
     """On CUDA an op has a kernel in torch's dispatcher, as on a CPU. Needs no GPU."""
     done = python(
         "import torch\n"
@@ -64,7 +65,7 @@ def test_an_op_of_a_gpu_is_traced_whole():
 
 
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
-def test_library_that_was_not_built(asked):
+def test_library_that_was_not_built(python, asked):
     done = python(
         "import torch\n"
         "from qwen3next_plugin.kernels import native\n"
@@ -78,7 +79,7 @@ def test_library_that_was_not_built(asked):
     assert "QWEN3NEXT_KERNELS=reference" in done.stderr
 
 
-def test_reference_needs_no_library():
+def test_reference_needs_no_library(python):
     done = python(
         "import torch\n"
         "from qwen3next_plugin.kernels import native\n"
@@ -90,16 +91,14 @@ def test_reference_needs_no_library():
     assert done.returncode == 0, done.stderr
 
 
-def test_highest_level_by_default():
+def test_highest_level_by_default(python):
     code = "from qwen3next_plugin.kernels import native; print(native.isa(), *native.levels())"
-    env = {name: value for name, value in os.environ.items() if name != "QWEN3NEXT_ISA"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    chosen, *levels = done.stdout.split()
+    chosen, *levels = python(code).stdout.split()
     assert levels[0] == "baseline"
     assert chosen == levels[-1]
 
 
-def test_level_by_variable():
+def test_level_by_variable(python):
     code = "from qwen3next_plugin.kernels import native; print(native.isa())"
     assert python(code, QWEN3NEXT_ISA="baseline").stdout.strip() == "baseline"
 
@@ -111,7 +110,7 @@ def test_level_the_machine_lacks():
     assert native.isa() == before
 
 
-def test_one_openmp_runtime():
+def test_one_openmp_runtime(python):
     done = python(
         "import torch\n"
         "from qwen3next_plugin.kernels.rms_norm import rms_norm\n"

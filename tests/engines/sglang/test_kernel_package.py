@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.sglang.forks import Forks
+from forks import Forks
 from qwen3next_plugin.engines.sglang.cpu.kernel_package import FOLDER
 
 SAY = """

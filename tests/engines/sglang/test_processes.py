@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from engines.sglang.forks import Ended, Forks
+from forks import Ended, Forks
 
 PLUGINS = "from sglang.srt.plugins import load_plugins; load_plugins()"
 RENAMED = (

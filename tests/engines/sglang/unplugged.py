@@ -1,4 +1,4 @@
-"""SGLang as it is before its plugins load, with their patches' targets; see forks.py."""
+"""SGLang as it is before its plugins load, with their patches' targets; see tests/forks.py."""
 
 import os
 from importlib import import_module

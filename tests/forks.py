@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 
-TESTS = Path(__file__).parents[2]
+TESTS = Path(__file__).parent
 
 
 class Ended(NamedTuple):
@@ -27,7 +27,7 @@ class Forks:
     def __init__(self, *modules: str) -> None:
         ours = ("QWEN3NEXT_", "SGLANG_")
         clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-        command = [sys.executable, "-m", "engines.sglang.forks", *modules]
+        command = [sys.executable, "-m", "forks", *modules]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         env = clean | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, env=env, cwd=TESTS, **pipes)
