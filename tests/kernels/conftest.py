@@ -13,8 +13,12 @@ import torch
 from qwen3next_plugin.kernels import native
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
-# Other ops, and other dtypes, are those of avx512bf16.
 OF_AMX = ("test_linear", "test_packed_moe", "test_paged_attention")
+
+
+def by_tiles(kind: str = "bf16", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
+    """Whether AMX multiplies such weights, where there are any, and activations."""
+    return kind.startswith(("bf16", "fp8")) and dtype == torch.bfloat16
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and --long select
@@ -23,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
     than 65, are marked `long`. So are bits on instruction sets between the lowest and the highest,
-    and AMX for ops and dtypes that do not use it.
+    and AMX where tiles are not used: there the code of avx512bf16 runs.
     """
     levels = [level for level in native.levels() if level != "amx"]
     ends = {levels[0], levels[-1]}
@@ -31,9 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("bits_level") in set(levels) - ends:
             item.add_marker(pytest.mark.long)
-        bf16 = params.get("dtype", torch.bfloat16) == torch.bfloat16
-        uses_amx = bf16 and item.path.stem in OF_AMX
-        if "amx" in params.values() and not uses_amx:
+        if "amx" in params.values() and not (item.path.stem in OF_AMX and by_tiles(**params)):
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
