@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.interpreter import InterpreterBuilder as Builder
 from triton.runtime.jit import JITFunction
@@ -86,12 +87,28 @@ def fixed_dot(method):
     return dot
 
 
+def only_where_needed(patch_language):
+    """Stock, every call of a device function goes through triton.language to patch it once more."""
+
+    @functools.cache
+    def languages(function) -> list:
+        return [each for each in function.__globals__.values() if each is tl or each is tl.core]
+
+    def patch(function):
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):
+            return patch_language(function)
+        return stock._LangPatchScope()  # with nothing to restore
+
+    return patch
+
+
 JITTED = ("triton.language", "qwen3next_plugin.kernels")  # where functions to interpret are
 
 
 @functools.cache
 def fix() -> None:
     """Patch the interpreter of this process, once, and check the result."""
+    stock._patch_lang = only_where_needed(stock._patch_lang)
     Builder.create_dot = fixed_dot(Builder.create_dot)
     Builder.cast_impl = fixed_cast(Builder.cast_impl)
     Builder.binary_op = in_fp32(Builder.binary_op, 2)
