@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import track
 console = Console(stderr=True)
 VLLM = "benchmarks.engines.vllm_worker"
 SGLANG = "benchmarks.engines.sglang_worker"
+FIXED = {"QWEN3NEXT_DRAFTS": "fixed"}  # as many drafts in each step
 SGLANG_PYTHON = Path(".venv-sglang/bin/python")
 
 
@@ -41,7 +42,7 @@ def vocabulary(model: str) -> int:
 
 
 class Worker:
-    """A process with one engine; `plugin` switches the plugin on or off in it."""
+    """A process with one engine; `plugin` switches the plugin on or off in it, `env` sets it up."""
 
     def __init__(
         self,
@@ -50,11 +51,10 @@ class Worker:
         log: Path,
         *,
         plugin: bool = True,
-        drafts: str = "adaptive",
+        env: Mapping[str, str] | None = None,
         module: str = VLLM,
     ) -> None:
         self.name = name
-        env = os.environ | {"QWEN3NEXT_DISABLE": str(int(not plugin)), "QWEN3NEXT_DRAFTS": drafts}
         python = SGLANG_PYTHON if module == SGLANG else Path(sys.executable)
         self.log = log.open("w")
         process = self.process = subprocess.Popen(
@@ -62,7 +62,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=env,
+            env=os.environ | {"QWEN3NEXT_DISABLE": str(int(not plugin))} | dict(env or {}),
             text=True,
         )
         assert process.stdin is not None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import parts, report
-from benchmarks.engines import family, hosts, startup, steps
+from benchmarks.engines import family, hosts, quantised, startup, steps
 from benchmarks.report import OUT, Docs, Out, Quick, Record, Run
 
 
@@ -16,6 +16,7 @@ class Name(Enum):
     STARTUP = "startup"
     HOSTS = "hosts"
     FAMILY = "family"
+    QUANTISED = "quantised"
 
 
 PARTS = {
@@ -23,6 +24,7 @@ PARTS = {
     Name.STARTUP: parts.Part(startup.measure, in_quick=False),
     Name.HOSTS: parts.Part(hosts.measure, in_quick=False, needs_sglang=True),
     Name.FAMILY: parts.Part(family.measure, in_quick=False),
+    Name.QUANTISED: parts.Part(quantised.measure, in_quick=False),
 }
 
 
@@ -43,6 +45,7 @@ def main(
     startup: seconds until `vllm serve` is ready, and what the first request costs on top.
     hosts: vLLM and SGLang, both with the plugin; needs `make setup ENGINE=sglang`.
     family: the same of four layers of Qwen3.6's sizes, and what drafts cost.
+    quantised: upstream in bf16, the plugin in bf16, int8 and int4.
 
     The two sides run in processes of their own and are called in turn, so that a slow minute of
     the machine hits both. First their log-probabilities are compared: if they differ by more than

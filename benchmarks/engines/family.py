@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.block_model import TINY, four_layers
 from benchmarks.engines.steps import SIDES, flags, mean_difference
 from benchmarks.report import Record, Run, console
-from benchmarks.worker import Worker, alternate, started
+from benchmarks.worker import FIXED, Worker, alternate, started
 
 SIZES = ("Qwen3.6-35B-A3B", "Qwen3.6-27B")
 ROUNDS, STEPS = 5, 16
@@ -91,4 +91,4 @@ def start(run: Run, model: Path, name: str) -> AbstractContextManager[Worker]:
         more["speculative_config"] = {"method": "mtp", "num_speculative_tokens": DRAFTS}
     asked = flags(model, quick=run.quick, enforce_eager=True) | more
     log = run.out / f"family-{model.name}-{name}.log"
-    return started(Worker(name, asked, log, plugin=name != "upstream", drafts="fixed"))
+    return started(Worker(name, asked, log, plugin=name != "upstream", env=FIXED))

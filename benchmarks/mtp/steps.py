@@ -9,7 +9,7 @@ from benchmarks.block_model import model_of
 from benchmarks.engines.steps import SIDES, flags
 from benchmarks.mtp.floors import BLOCK
 from benchmarks.report import Record, RedCheckError, Run, console
-from benchmarks.worker import Worker, alternate, started
+from benchmarks.worker import FIXED, Worker, alternate, started
 
 Floats = dict[str, dict[str, float]]
 
@@ -90,7 +90,7 @@ def start(run: Run, side: str, k: int, **more: str) -> AbstractContextManager[Wo
     mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
     asked = flags(model, quick=run.quick, enforce_eager=True, **mtp, **more)
     log = run.out / f"mtp-{side}-{k}.log"
-    worker = Worker(f"{side}, k = {k}", asked, log, plugin=side == "plugin", drafts="fixed")
+    worker = Worker(f"{side}, k = {k}", asked, log, plugin=side == "plugin", env=FIXED)
     return started(worker)
 
 
