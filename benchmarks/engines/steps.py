@@ -11,7 +11,9 @@ from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.worker import Worker, alternate, started
 
 SIDES = ("upstream", "plugin")
-MAX_LOGPROB_DIFFERENCE = 0.08  # mean, nats: two bf16 evaluations of one random model
+# Mean, nats: two bf16 evaluations of one random model. On a Xeon with AMX upstream was 0.088 from
+# the plugin's fp32, the plugin's bf16 0.083, and 0.082 from each other.
+MAX_LOGPROB_DIFFERENCE = 0.1
 STEP_UNITS = {f"{side}, {which}": "ms" for side in SIDES for which in ("shortest", "median")}
 
 
