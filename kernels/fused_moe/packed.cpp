@@ -32,9 +32,10 @@ void inner(T* h, const Packed& w13, const Products& products, const Routes& rout
     const float *gate = totals.data(), *up = gate + (kPanelTiles == 1 ? size : kTileWidth);
     Tiles tiles{gate_tile};
     if (kPanelTiles > 1) tiles.back() = gate_tile + up_tiles;
-    products.multiply(totals.data(), tiles, begin, count);
+    products.multiply(totals.data(), {&tiles, 1}, begin, count);
     if (kPanelTiles == 1) {
-      products.multiply(totals.data() + size, Tiles{gate_tile + up_tiles}, begin, count);
+      tiles[0] += up_tiles;
+      products.multiply(totals.data() + size, {&tiles, 1}, begin, count);
     }
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t lane = 0; lane < kTileWidth; lane += kLanes) {
@@ -60,7 +61,7 @@ void outer(T* out, const Packed& w2, const Products& products, const float* weig
       for (int p = 0; p < kPanelTiles; ++p) {
         tiles[p] = e * w2.tiles + std::min(i / kTileWidth + p, w2.tiles - 1);
       }
-      products.multiply(totals.data(), tiles, begin, last - begin);
+      products.multiply(totals.data(), {&tiles, 1}, begin, last - begin);
       for (int64_t n = begin; n < last; ++n) {
         const f32v weight = splat(weights[routes.slot[n]]);
         float* sum = sums.data() + routes.token[n] * kRun + i - c;

@@ -6,7 +6,7 @@
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kRows = 256;  // of x that one task multiplies a panel with
+constexpr int64_t kTasks = 4;  // of each thread, at least, where there are as many panels
 
 // The panel from this tile on; the last tile again beyond the end.
 Tiles panel_tiles(const Packed& w, int64_t first_tile) {
@@ -30,26 +30,32 @@ void write_panel(T* out, const Packed& w, const float* totals, int64_t terms, in
   }
 }
 
-// Calls f(first tile of a panel, begin, end) for the panels and at most kRows rows.
-template <class F>
-void for_panels(const Packed& w, int64_t M, F&& f) {
-  const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
-  parallel_with_denormals(panels * ((M + kRows - 1) / kRows), 1, [&](int64_t i) {
-    const int64_t begin = i / panels * kRows;
-    f(i % panels * kPanelTiles, begin, std::min(begin + kRows, M));
-  });
-}
-
+// A task multiplies a group of panels, as large as leaves each thread kTasks tasks.
 template <class T>
 void multiply_rows(T* out, const T* x, int64_t M, int64_t stride, const Packed& w) {
   std::vector<int64_t> rows(M);
   std::iota(rows.begin(), rows.end(), 0);
   const Products products(w, x, M, stride, rows, {0, M});
-  for_panels(w, M, [&](int64_t tile, int64_t begin, int64_t end) {
+  const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
+  const int64_t runs = (M + products.best_rows - 1) / products.best_rows;
+  const int64_t share = panels * runs / (torch::stable::get_num_threads() * kTasks);
+  const int64_t group = std::clamp<int64_t>(share, 1, products.group);
+  const int64_t groups = (panels + group - 1) / group;
+  parallel_with_denormals(groups * runs, 1, [&](int64_t i) {
+    const int64_t first = i % groups * group, last = std::min(first + group, panels);
+    const int64_t begin = i / groups * products.best_rows;
+    const int64_t end = std::min(begin + products.best_rows, M);
+    const int64_t size = (end - begin) * products.terms * kPanelWidth;
+    thread_local std::vector<Tiles> tiles;
+    tiles.clear();
+    for (int64_t q = first; q < last; ++q) tiles.push_back(panel_tiles(w, q * kPanelTiles));
     thread_local std::vector<float> totals;
-    totals.resize(kRows * products.terms * kPanelWidth);
-    products.multiply(totals.data(), panel_tiles(w, tile), begin, end - begin);
-    write_panel(out, w, totals.data(), products.terms, tile, begin, end);
+    totals.resize(group * size);
+    products.multiply(totals.data(), tiles, begin, end - begin);
+    for (int64_t q = first; q < last; ++q) {
+      write_panel(out, w, totals.data() + (q - first) * size, products.terms, q * kPanelTiles,
+                  begin, end);
+    }
   });
 }
 

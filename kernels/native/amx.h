@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 
 #include "ops.h"
 #include "panel.h"
@@ -80,8 +81,9 @@ struct TileLines {
 };
 
 // sums [height0 + height1, kPanelWidth], rows `stride` floats apart, += the products of `steps`
-// steps, or = if they are first. kTwo: whether height1 is not zero.
-template <bool kTwo>
+// steps, or = if they are first. kTwo: whether height1 is not zero. kStream: x passes through the
+// first-level cache, where a chunk of the weight stays for many rows.
+template <bool kTwo, bool kStream = false>
 Q3N_TILES void add_steps(float* sums, int64_t stride,
                          const std::array<const uint8_t*, kPanelTiles>& w, const TileLines& x0,
                          const TileLines& x1, int64_t steps, bool first) {
@@ -105,13 +107,21 @@ Q3N_TILES void add_steps(float* sums, int64_t stride,
     }
   }
   for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(4, x0.at(s), x0.row);
+    if constexpr (kStream) {
+      _tile_stream_loadd(4, x0.at(s), x0.row);
+    } else {
+      _tile_loadd(4, x0.at(s), x0.row);
+    }
     _tile_loadd(6, w[0] + s * kTileBytes, kLine);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w[1] + s * kTileBytes, kLine);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (kTwo) {
-      _tile_loadd(5, x1.at(s), x1.row);
+      if constexpr (kStream) {
+        _tile_stream_loadd(5, x1.at(s), x1.row);
+      } else {
+        _tile_loadd(5, x1.at(s), x1.row);
+      }
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -177,50 +187,72 @@ inline bool by_tiles(const Packed& w) {
   return native::use_tiles && (w.format == kBf16 || w.format == kFp8);
 }
 
-// totals [count, kPanelWidth] = the panel's products with a run of x's rows. FP8 is decoded to bf16
-// chunk by chunk; each block's sum is multiplied by its scale.
-Q3N_TILES inline void multiply(float* totals, const Packed& w, const Tiles& tiles,
+// A run of x's rows, and the steps that are summed at once.
+struct TileRun {
+  const TileRows& x;
+  int64_t begin, count, block;
+};
+
+// totals [count, kPanelWidth] += the products of steps [s, last), whose lines of the weight these
+// are, or = if s is 0. Sums of blocks that have scales are multiplied by them and always added.
+Q3N_TILES inline void add_chunk(float* totals, const Packed& w, const Tiles& tiles,
+                                const uint8_t* const (&lines)[kPanelTiles], const TileRun& run,
+                                int64_t s, int64_t last) {
+  alignas(64) float sums[kPairHeight * kPanelWidth];
+  const bool many = run.count > kPairHeight;
+  int64_t configured[2] = {};
+  for (int64_t i = 0; i < run.count; i += kPairHeight) {
+    const int64_t height0 = std::min(kHeight, run.count - i);
+    const int64_t height1 = std::clamp<int64_t>(run.count - i - kHeight, 0, kHeight);
+    if (configured[0] != height0 || configured[1] != height1) {
+      configure(configured[0] = height0, configured[1] = height1);
+    }
+    const auto add = !height1 ? add_steps<false> : many ? add_steps<true, true> : add_steps<true>;
+    const int64_t step0 = height0 * kLine, step1 = height1 * kLine;
+    float* to = totals + i * kPanelWidth;
+    for (int64_t b = s; b < last; b += run.block) {
+      const TileLines x0{run.x.tile(run.begin + i) + b * step0, step0, kLine};
+      const TileLines x1{run.x.tile(run.begin + i + height0) + b * step1, step1, kLine};
+      add(w.group ? sums : to, kPanelWidth,
+          {lines[0] + (b - s) * kTileBytes, lines[1] + (b - s) * kTileBytes}, x0, x1,
+          std::min(run.block, last - b), w.group || b == 0);
+      if (w.group) add_scaled(to, sums, height0 + height1, w, tiles, b / run.block);
+    }
+  }
+}
+
+// totals [panels, count, kPanelWidth] = the panels' products with a run of x's rows. Of many rows,
+// all panels take a chunk of columns before any takes the next one, so that x's stays in the
+// second-level cache. FP8 is decoded to bf16 chunk by chunk.
+Q3N_TILES inline void multiply(float* totals, const Packed& w, std::span<const Tiles> panels,
                                const TileRows& x, int64_t begin, int64_t count) {
   static_assert(kPanelTiles == 2 && kParts == 1);
   const bool coded = w.format == kFp8;
   const bool once = count <= kPairHeight;  // each step of the weight is read once
   const int64_t chunk = !once ? kChunkSteps : coded ? kFewSteps : x.steps;
-  const int64_t block = w.group ? w.group / kStepColumns : chunk;  // steps that are summed at once
+  const TileRun run{x, begin, count, w.group ? w.group / kStepColumns : chunk};
+  const int64_t size = count * kPanelWidth;
   alignas(64) thread_local uint8_t decoded[kPanelTiles][kChunkSteps * kTileBytes];
-  alignas(64) float sums[kPairHeight * kPanelWidth];
-  if (w.group) std::memset(totals, 0, count * kPanelWidth * sizeof *totals);
-  int64_t configured[2] = {};
+  if (w.group) std::memset(totals, 0, panels.size() * size * sizeof *totals);
   for (int64_t s = 0; s < x.steps; s += chunk) {
     const int64_t last = std::min(s + chunk, x.steps);
-    const uint8_t* lines[kPanelTiles];
-    for (int p = 0; p < kPanelTiles; ++p) {
-      lines[p] = w.tile(tiles[p]) + s * kTileBytes / (coded ? 2 : 1);
-      if (coded) decode_fp8(decoded[p], lines[p], (last - s) * kHeight / 2), lines[p] = decoded[p];
-    }
-    for (int64_t i = 0; i < count; i += kPairHeight) {
-      const int64_t height0 = std::min(kHeight, count - i);
-      const int64_t height1 = std::clamp<int64_t>(count - i - kHeight, 0, kHeight);
-      if (configured[0] != height0 || configured[1] != height1) {
-        configure(configured[0] = height0, configured[1] = height1);
+    for (size_t q = 0; q < panels.size(); ++q) {
+      const uint8_t* lines[kPanelTiles];
+      for (int p = 0; p < kPanelTiles; ++p) {
+        lines[p] = w.tile(panels[q][p]) + s * kTileBytes / (coded ? 2 : 1);
+        if (coded)
+          decode_fp8(decoded[p], lines[p], (last - s) * kHeight / 2), lines[p] = decoded[p];
       }
-      const auto add = height1 ? add_steps<true> : add_steps<false>;
-      for (int64_t b = s; b < last; b += block) {
-        const int64_t step0 = height0 * kLine, step1 = height1 * kLine;
-        const TileLines x0{x.tile(begin + i) + b * step0, step0, kLine};
-        const TileLines x1{x.tile(begin + i + height0) + b * step1, step1, kLine};
-        float* to = totals + i * kPanelWidth;
-        add(w.group ? sums : to, kPanelWidth,
-            {lines[0] + (b - s) * kTileBytes, lines[1] + (b - s) * kTileBytes}, x0, x1,
-            std::min(block, last - b), w.group || b == 0);
-        if (w.group) add_scaled(to, sums, height0 + height1, w, tiles, b / block);
-      }
+      add_chunk(totals + q * size, w, panels[q], lines, run, s, last);
     }
   }
   _tile_release();
   if (w.group || !coded) return;
-  for (int64_t i = 0; i < count * kPanelTiles; ++i) {
-    float* to = totals + i * kTileWidth;
-    store(to, load(to) * w.scale(tiles[i % kPanelTiles], 0, 0));
+  for (size_t q = 0; q < panels.size(); ++q) {
+    for (int64_t i = 0; i < count * kPanelTiles; ++i) {
+      float* to = totals + q * size + i * kTileWidth;
+      store(to, load(to) * w.scale(panels[q][i % kPanelTiles], 0, 0));
+    }
   }
 }
 

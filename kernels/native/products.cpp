@@ -14,6 +14,7 @@ Products::Products(const Packed& w, const T* x, int64_t M, int64_t stride,
   if constexpr (std::is_same_v<T, bf16>) {
     if (by_tiles(w)) {
       tile_rows_.emplace(entries.size(), w);
+      best_rows = 512, group = M > kPairHeight ? 16 : 1;
       parallel(entries.size(), 1 + 16384 / (w.K + 1), [&](int64_t i) {
         const auto end = std::upper_bound(runs.begin(), runs.end(), i);
         tile_rows_->set(end[-1], *end - end[-1], i - end[-1], x + entries[i] * stride, w.K);
@@ -37,13 +38,17 @@ template Products::Products(const Packed&, const bf16*, int64_t, int64_t,
 template Products::Products(const Packed&, const fp16*, int64_t, int64_t,
                             const std::vector<int64_t>&, const std::vector<int64_t>&);
 
-void Products::multiply(float* totals, const Tiles& tiles, int64_t begin, int64_t count) const {
+void Products::multiply(float* totals, std::span<const Tiles> panels, int64_t begin,
+                        int64_t count) const {
 #if defined(Q3N_TILES)
-  if (tile_rows_) return Q3N_LEVEL::multiply(totals, w_, tiles, *tile_rows_, begin, count);
+  if (tile_rows_) return Q3N_LEVEL::multiply(totals, w_, panels, *tile_rows_, begin, count);
 #endif
   const int64_t* rows = rows_.data() + begin * terms;
   w_.with_format([&]<class F>(F) {
-    Q3N_LEVEL::multiply<F>(totals, w_, tiles, activations_, rows, count * terms);
+    for (size_t q = 0; q < panels.size(); ++q) {
+      Q3N_LEVEL::multiply<F>(totals + q * count * terms * kPanelWidth, w_, panels[q], activations_,
+                             rows, count * terms);
+    }
   });
 }
 

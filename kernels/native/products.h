@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "amx.h"
@@ -16,10 +17,11 @@ class Products {
   Products(const Packed& w, const T* x, int64_t M, int64_t stride,
            const std::vector<int64_t>& entries, const std::vector<int64_t>& runs);
 
-  // totals [count, terms, kPanelWidth] = the products of the tiles with entries of one run.
-  void multiply(float* totals, const Tiles& tiles, int64_t begin, int64_t count) const;
+  // totals [panels, count, terms, kPanelWidth] = the panels' products with entries of one run.
+  void multiply(float* totals, std::span<const Tiles> panels, int64_t begin, int64_t count) const;
 
-  int64_t terms = 1;  // of each entry, to be added
+  int64_t terms = 1;                   // of each entry, to be added
+  int64_t best_rows = 256, group = 1;  // entries and panels that are best multiplied at once
 
  private:
   const Packed& w_;

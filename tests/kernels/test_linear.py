@@ -105,6 +105,15 @@ def test_rows_of_several_and_experts(kind):
     assert torch.equal(unpack(experts.expert(1)), matrices[1])
 
 
+def test_many_rows_have_the_bits_of_few(kind):
+    """More rows and panels than one task takes."""
+    weight, _ = packed(kind, 300, columns(kind, 1100))
+    x = torch.randn(1100, weight.shape[1]).bfloat16()
+    whole = linear(x, weight)
+    for begin, end in ((0, 1), (500, 530), (1000, 1100)):
+        assert torch.equal(linear(x[begin:end], weight), whole[begin:end])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_equation(cpu_backend, kind, dtype):
     for N, K in ((1, 8), (50, 200), (129, 515)):
