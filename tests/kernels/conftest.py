@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
-            T = params.get("T", 65)
+            T = params.get("T")
             if T in (63, 200) or (T != 65 and params.get("dtype") == torch.float16):
                 item.add_marker(pytest.mark.long)
 

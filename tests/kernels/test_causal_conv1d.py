@@ -38,7 +38,7 @@ def test_split_anywhere(backend, few, shape):
     layer = Layer.random(shape)
     x = layer.projections(T)
     whole = layer.convolved(x)
-    for cut in few((3, 70), (1, 2, 3, 4, 70)):
+    for cut in few([(3, 70)[SHAPES.index(shape) % 2]], (1, 2, 3, 4, 70)):
         pool = Pool(shape, 2, k)
         convolve(layer, pool, Step(((1, 0, cut),)), rows_of(x, 0, cut))
         pool.span_[1] = int32(cut, cut)

@@ -37,7 +37,7 @@ def test_split_anywhere(backend, few, shape):
     T, layer = 75, Layer.random(shape)
     x = layer.recurrence_inputs(T)
     ref, S = layer.recurrence(x)
-    for cut in few((3, 64), (1, 2, 3, 64, 74)):
+    for cut in few([(3, 64)[SHAPES.index(shape) % 2]], (1, 2, 3, 64, 74)):
         pool = Pool(shape, 2, 2)
         layer.recur(pool, Step(((1, 0, cut),)), rows_of(x, 0, cut))
         out = layer.recur(pool, Step(((1, cut, T - cut),)), rows_of(x, cut, T))
@@ -89,7 +89,7 @@ def test_bf16_state(backend, T):
 
 
 def test_512_decode_steps(backend, few):
-    steps, shape = few(128, 512), Shape(1, 1, 16, 24) if backend == "triton" else SMALL
+    steps, shape = few(64, 512), Shape(1, 1, 16, 24) if backend == "triton" else SMALL
     layer, pool = Layer.random(shape), Pool(shape, 1, 0)
     x = layer.recurrence_inputs(steps)
     ref, S = layer.recurrence(x)
