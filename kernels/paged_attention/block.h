@@ -6,17 +6,21 @@
 
 namespace Q3N_LEVEL {
 
+// How many kv heads are worth reading together, because they are contiguous in memory.
+template <class T>
+int64_t heads_together(const Operands<T>& in) {
+  const bool contiguous = in.key.head == in.D && in.value.head == in.D;
+  return contiguous ? std::clamp<int64_t>(kMaxRow<T> / in.D, 1, in.Hkv) : 1;
+}
+
 // Computes rows of one tile after another, in scratch memory of its own.
 template <class T>
 class BlockAttention {
  public:
   static constexpr int64_t kMostRows = 64;  // that share a pass over the keys
 
-  // How many kv heads a tile takes together, because they are contiguous in memory.
-  static int64_t together(const Operands<T>& in) {
-    const bool contiguous = in.key.head == in.D && in.value.head == in.D;
-    return contiguous ? std::clamp<int64_t>(kMaxRow<T> / in.D, 1, in.Hkv) : 1;
-  }
+  // How many kv heads a tile of so many queries takes.
+  static int64_t together(const Operands<T>& in, int64_t) { return heads_together(in); }
 
   // For tiles of at most so many rows.
   BlockAttention(const Operands<T>& in, int64_t rows)

@@ -26,21 +26,22 @@ struct Task {
   int64_t work() const { return (end - begin) * job->block_work(); }
 };
 
-// Queries of a job: fewer than a tile takes if threads would be idle.
+// Rows of a job: fewer than a tile takes if threads would be idle.
 template <class T>
-int64_t height_of(const Operands<T>& in, const std::vector<Sequence>& sequences) {
+int64_t rows_of_job(const Operands<T>& in, const std::vector<Sequence>& sequences) {
   int64_t rows = 0;
   for (const Sequence& s : sequences) rows += s.tokens * in.Hq;
   const int64_t tasks = torch::stable::get_num_threads() * kTasksPerThread;
-  const int64_t most = std::clamp(rows / tasks, kFewRows, BlockAttention<T>::kMostRows);
-  return std::max<int64_t>(1, most / (BlockAttention<T>::together(in) * in.share()));
+  return std::clamp(rows / tasks, kFewRows, BlockAttention<T>::kMostRows);
 }
 
 template <class T>
 std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& sequences) {
-  const int64_t together = BlockAttention<T>::together(in), height = height_of(in, sequences);
+  const int64_t rows = rows_of_job(in, sequences);
   std::vector<Job> jobs;
   for (const Sequence& s : sequences) {
+    const int64_t together = BlockAttention<T>::together(in, s.tokens);
+    const int64_t height = std::max<int64_t>(1, rows / (together * in.share()));
     for (int64_t first = 0; first < s.tokens; first += height) {
       const int64_t last = std::min(first + height, s.tokens);
       int64_t seen = 0;
