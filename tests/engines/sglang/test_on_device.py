@@ -19,6 +19,15 @@ pytestmark = pytest.mark.serve
 ON_DEVICE = {"TEST_ON_DEVICE": "1"}
 IN_TRITON = ON_DEVICE | {"QWEN3NEXT_KERNELS": "triton"}
 SMALL = ("--dtype", "float32", "--max-total-tokens", "4096", "--max-mamba-cache-size", "40")
+# A layer of each kind, and few heads: the interpreter is slow, and runs a program for each head.
+ONE_OF_EACH = {
+    "num_hidden_layers": 2,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SNAPSHOTS = ("--mamba-radix-cache-strategy", "extra_buffer", "--mamba-track-interval", "64")
 
 
@@ -80,8 +89,7 @@ def test_changing_numbers_of_drafts_as_transformers(checkpoint, reference, tmp_p
 
 
 def test_the_triton_kernels_as_transformers(tmp_path):
-    """One layer of each kind: the interpreter is slow."""
-    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2, full_attention_interval=2)
+    checkpoint = write_checkpoint(tmp_path, **ONE_OF_EACH)
     reference = Reference(checkpoint)
     prompts = [random_prompt(n, seed=12) for n in (3, 66)]
     server = Forked(checkpoint, *SMALL, *SNAPSHOTS, *NEXTN, "2", env=IN_TRITON).wait()

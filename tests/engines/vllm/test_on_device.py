@@ -17,6 +17,13 @@ ON_DEVICE = {"QWEN3NEXT_KERNELS": "triton", "QWEN3NEXT_DRAFTS": "fixed"}
 SMALL = {"dtype": "float32", "max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 4}
 DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 TOKENS = 5
+# The interpreter is slow, and runs a program for each head.
+HEADS = {
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +32,7 @@ TOKENS = 5
 )
 def test_as_transformers(tmp_path, drafts, size):
     layers = size(2, 4)  # the last of them with attention
-    shape = {"num_hidden_layers": layers, "full_attention_interval": layers}
+    shape = HEADS | {"num_hidden_layers": layers, "full_attention_interval": layers}
     checkpoint = write_checkpoint(tmp_path, **shape)
     reference = Reference(checkpoint)
     prompts = [random_prompt(n, seed=12) for n in size((3, 12, 40), (3, 21, 70))]
