@@ -15,13 +15,13 @@ if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
 collect_ignore = [f"engines/{engine}" for engine in MISSING]
 
-# Files of half a minute and more start first, the longest before the others, so that none is left
-# over when all others are done: first those that start engines, then the others.
+# The longest files start first, so that none is left over when all others are done: first those
+# that start engines, then the others.
 LONGEST = (
-    "test_lossless", "test_parity", "test_server", "test_examples",
-    "test_on_device", "test_distribution", "test_prefix_cache", "test_plain_steps",
-    "test_family", "test_quantised", "test_soak", "test_parsers",
-    "test_sampling_params", "test_shapes", "test_ranks", "test_pressure", "test_errors",
+    "test_parity", "test_server", "test_lossless", "test_distribution",
+    "test_parsers", "test_family", "test_prefix_cache", "test_on_device",
+    "test_examples", "test_plain_steps", "test_quantised", "test_images", "test_ranks",
+    "test_bits", "test_soak", "test_lora", "test_sampling_params", "test_shapes", "test_pressure",
     "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
     "test_kernel_package", "test_traces", "test_gpu_resources", "test_gpu_benchmark", "test_cli",
     "test_gated_delta_rule", "test_qk_norm_rope", "test_sequences", "test_grouping", "test_twins",
