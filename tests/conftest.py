@@ -22,6 +22,7 @@ LONGEST = (
     "test_parsers", "test_family", "test_prefix_cache", "test_on_device",
     "test_examples", "test_plain_steps", "test_quantised", "test_images", "test_ranks",
     "test_bits", "test_soak", "test_lora", "test_sampling_params", "test_shapes", "test_pressure",
+    "test_errors",
     "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
     "test_kernel_package", "test_traces", "test_gpu_resources", "test_gpu_benchmark", "test_cli",
     "test_gated_delta_rule", "test_qk_norm_rope", "test_sequences", "test_grouping", "test_twins",
