@@ -44,9 +44,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m serve`, leave out files without such a test: importing them all takes long."""
-    test = config.option.markexpr == "serve" and collection_path.match("test_*.py")
-    return True if test and "mark.serve" not in collection_path.read_text() else None
+    """Leave out files without a test that `-m` asks for: importing them all takes long."""
+    asked = config.option.markexpr
+    if asked not in ("serve", "not serve") or not collection_path.match("test_*.py"):
+        return None
+    lines = [line for line in collection_path.read_text().splitlines() if "mark.serve" in line]
+    of_all = any(line.startswith("pytestmark = ") for line in lines)
+    return True if (of_all if asked == "not serve" else not lines) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
