@@ -47,8 +47,8 @@ def write_layouts(folder: Path) -> dict[str, Path]:
 
 
 def write_small(folder: Path, length: int) -> Path:
-    """A checkpoint of so many positions, with one attention layer of two narrow heads."""
-    few = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    """A checkpoint of so many positions, with one attention layer of one narrow head."""
+    few = {"num_hidden_layers": 4, "num_attention_heads": 1, "num_key_value_heads": 1}
     return write_checkpoint(folder, max_position_embeddings=length, **few)
 
 

@@ -191,7 +191,7 @@ def test_32k_tokens_are_transformers(tmp_path, reference):
 @pytest.mark.serve
 @pytest.mark.long
 def test_the_longest_native_prompt_over_http(tmp_path, reference):
-    """One page in each linear layer, KV as planned, and what transformers computes."""
+    """Two pages in each linear layer at most, KV as planned, and what transformers computes."""
     tokens, answer, pages = 262_144, 8, "vllm:qwen3next_state_pages"
     folder, usage = write_small(tmp_path / "model", tokens), "vllm:kv_cache_usage_perc"
     yarn = YARN | {"original_max_position_embeddings": tokens}
@@ -208,7 +208,7 @@ def test_the_longest_native_prompt_over_http(tmp_path, reference):
             ).choices  # fmt: skip
     finally:
         server.close()
-    assert set(gauge.seen[pages]) <= {0, LINEAR_LAYERS}
+    assert set(gauge.seen[pages]) <= {0, LINEAR_LAYERS, 2 * LINEAR_LAYERS}
     plan = planned(folder, "vllm", tokens, DRAFTS["num_speculative_tokens"])
     used = max(gauge.seen[usage]) * (int(blocks) - 1)  # less the null block
     assert used == pytest.approx(plan["blocks_per_request"], rel=0.02)
