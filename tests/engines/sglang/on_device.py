@@ -13,7 +13,7 @@ from sglang.srt.arg_groups import mamba_hook
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines.sglang import hooks, served
+from qwen3next_plugin.engines.sglang import hooks, patches, served
 from qwen3next_plugin.kernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
@@ -31,6 +31,7 @@ def switch() -> None:
     """Serve so from now on; the plugin has been registered for a CPU, and has served nothing."""
     hooks.on_gpu = lambda: True
     SpeculativeAlgorithm.create_worker = SpeculativeAlgorithm.create_worker.__wrapped__
+    patches.apply([entry for entry in patches.ON_GPU if "AdaptiveController" in entry.target])
     strategy = "mamba_radix_cache_strategy"
     served.SERVED_ON_CPU[strategy] = served.SERVED_ON_GPU[strategy]
     del served.SERVED_WITH_DRAFTS_ON_CPU["speculative_adaptive"]
