@@ -132,7 +132,7 @@ def check_length(
 ) -> None:
     """Refuse a context of `asked` tokens, by `flag`, that RoPE does not cover.
 
-    `extend` is how the engine is told of YaRN: a flag, with %s where YaRN's JSON goes.
+    `extend`: the flag that turns YaRN on, with %s where its JSON goes.
     """
     reach = length(rope, max_position_embeddings)
     if asked <= reach:

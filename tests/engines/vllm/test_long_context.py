@@ -168,7 +168,7 @@ def test_vllm_still_ignores_the_factor(layouts, tmp_path):
 @pytest.mark.serve
 @pytest.mark.long
 def test_32k_tokens_are_transformers(tmp_path, reference):
-    """With and without drafts, by the override that has to reach the drafter."""
+    """With and without drafts, by an override, which must reach the drafter, too."""
     model, prompt = write_small(tmp_path / "model", 8192), random_prompt(32_700)
     yarn = YARN | {"original_max_position_embeddings": 8192}
     engine = Offline(
