@@ -1,4 +1,4 @@
-// Rows of x prepared for products with a packed weight, and those products, a panel at a time.
+// Rows of x prepared for products with a packed weight, and those products, a few panels at a time.
 #pragma once
 
 #include <optional>

@@ -77,8 +77,13 @@ def merge(raw: Mapping[str, Any], given: Mapping[str, Any], *, resized: bool) ->
     return rope | new
 
 
-def override(text_config: Any, given: Mapping[str, Any], *, resized: bool) -> None:
-    """Merge an override into a host's text config, in place."""
+def override(text_config: Any, given: Mapping[str, Any], everything: Mapping[str, Any]) -> None:
+    """Merge what overrides say of RoPE, `given`, into a host's text config, in place.
+
+    `everything`: all overrides of this config, those of the text model nested.
+    """
+    levels = (everything, everything.get("text_config") or {})
+    resized = any("max_position_embeddings" in level for level in levels)
     put(text_config, merge(_fields(text_config), given, resized=resized))
 
 

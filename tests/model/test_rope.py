@@ -69,7 +69,7 @@ def test_the_original_length_is_not_taken_from_an_overridden_one():
 
 def test_the_top_level_follows():
     config = Bag(**OLD)
-    rope.override(config, YARN | {"rope_theta": 5e6}, resized=False)
+    rope.override(config, YARN | {"rope_theta": 5e6}, {})
     assert config.rope_theta == config.rope_parameters["rope_theta"] == 5e6
 
 

@@ -66,9 +66,7 @@ def merge_overrides(
     if not serves(config):
         return host(model, *args, model_override_args=everything, **kwargs)
     config = deepcopy(config)  # SGLang caches it
-    levels = (everything, everything.get("text_config") or {})
-    resized = any("max_position_embeddings" in level for level in levels)
-    rope.override(config.get_text_config(), given, resized=resized)
+    rope.override(config.get_text_config(), given, everything)
     return config
 
 

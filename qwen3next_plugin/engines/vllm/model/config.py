@@ -23,10 +23,7 @@ def merge_overrides(
     rest, given = rope.split(overrides)
     host(model_config, config, rest)
     if given:
-        everything = model_config.hf_overrides
-        levels = (everything, everything.get("text_config") or {})
-        resized = any("max_position_embeddings" in level for level in levels)
-        rope.override(config.get_text_config(), given, resized=resized)
+        rope.override(config.get_text_config(), given, model_config.hf_overrides)
 
 
 def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
