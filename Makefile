@@ -103,8 +103,12 @@ endif
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
 # has the longest last. Engines want memory too, so there are four at most.
-PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
+PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(RERUN) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
+
+# A virtual machine may stand still for minutes: a test that ran out of time is run once more, and
+# the summary shows where it stood.
+RERUN := --reruns 1 --only-rerun 'Timeout(Error|Expired)'
 
 test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin

@@ -64,6 +64,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where tests stood that ran out of time, and were run once more (see the Makefile)."""
+    for report in terminalreporter.stats.get("rerun", ()):
+        terminalreporter.section(f"out of time: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
+
+
 @pytest.fixture(scope="session")
 def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
     """`size(small, long)`: how much of a test to run, `long` with --long."""

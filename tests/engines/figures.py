@@ -1,8 +1,9 @@
 """What any engine's metrics must show of a server of the shipped checkpoint with MTP."""
 
 import json
+import os
 import re
-import subprocess
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from pathlib import Path
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete, eventually
 from engines.dashboard import check_dashboard
+from engines.process import Process
 from engines.server import Server
 
 CONFIG = json.loads((SHIPPED / "config.json").read_text())
 LINEAR_LAYERS = CONFIG["layer_types"].count("linear_attention")
-QWEN3NEXT = Path(sys.executable).with_name("qwen3next")
+QWEN3NEXT = str(Path(sys.executable).with_name("qwen3next"))
 LINE = re.compile(
     r"MTP: mean draft length \d\.\d\d \(\d: \d+%(, \d: \d+%)*\)"
     r"(, \d+% of decoding time in drafts)?(, verify step \d+\.\d\d × plain step)?"
@@ -87,6 +89,22 @@ def drafts(server: Server, engine: str) -> dict[str, dict[str, float]]:
     }
 
 
+def watch(address: str) -> dict[str, tuple[str, str]]:
+    """What `qwen3next watch` prints into a pipe: now and since the start, by name."""
+    child = Process([QWEN3NEXT, "watch", address], {**os.environ, "PYTHONFAULTHANDLER": "1"})
+    try:
+        child.wait(300)
+        if child.code() is None:
+            os.kill(child.child.pid, signal.SIGABRT)  # it prints where it stands, then ends
+            child.wait(60)
+            raise TimeoutError(f"it does not end:\n{child.text()}")
+        assert child.code() == 0, child.text()
+        rows = [line.split("\t") for line in child.text().splitlines()]
+    finally:
+        child.stop()
+    return {name: (now, total) for name, now, total in rows}
+
+
 def check_shown(server: Server, engine: str, k: int) -> None:
     """The dashboard's queries and `qwen3next watch` find everything that they show."""
     check_dashboard(engine, server.get("/metrics"))
@@ -99,15 +117,10 @@ def check_shown(server: Server, engine: str, k: int) -> None:
     client = threading.Thread(target=ask)
     client.start()
     try:
-        done = subprocess.run(
-            [QWEN3NEXT, "watch", server.address], capture_output=True, text=True, timeout=300
-        )
+        shown = watch(server.address)
     finally:
         watched.set()
         client.join()
-    assert done.returncode == 0, done.stderr
-    rows = [line.split("\t") for line in done.stdout.splitlines()]
-    shown = {name: (now, total) for name, now, total in rows}
     assert all(total.endswith("%") for name, (_, total) in shown.items() if "draft" in name)
     assert sum(name.startswith("acceptance") for name in shown) == k
     assert sum(name.startswith("draft length") for name in shown) == k + 1
