@@ -126,14 +126,15 @@ test-long: LONG := --long
 test-long: test ## the same at full size, and the tests marked `long`; ENGINE=sglang: SGLang's only
 
 # mypy reads the package as it is installed, with kernels/ and mtp/ inside it.
-TYPES := build/types
+TYPES := $(CURDIR)/build/types
 check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
 	rm -rf $(TYPES) && mkdir -p $(TYPES)/qwen3next_plugin
 	ln -s $(CURDIR)/qwen3next_plugin/* $(CURDIR)/kernels $(CURDIR)/mtp $(TYPES)/qwen3next_plugin
-	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p qwen3next_plugin
+	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	  --cache-dir $(TYPES).cache -p qwen3next_plugin
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(PARALLEL) \
 	  -m "not (serve or slow)" $(ARGS)
 
