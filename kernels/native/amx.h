@@ -1,6 +1,6 @@
 // Products of weights in bf16, or FP8, with rows of x in bf16, by AMX. An output has one sum, of
-// pairs of columns in turn, whatever the rows beside it. These functions alone use instructions
-// beyond those of avx512bf16, and say so by a target attribute.
+// pairs of columns in turn, whatever the rows beside it. These functions, and those for integers,
+// alone use instructions beyond those of avx512bf16, and say so by a target attribute.
 #pragma once
 
 #include <memory>
@@ -10,7 +10,7 @@
 #include "panel.h"
 
 #if defined(__AVX512BF16__)
-#define Q3N_TILES __attribute__((target("amx-tile,amx-bf16,avx512vbmi")))
+#define Q3N_TILES __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512vbmi")))
 
 namespace Q3N_LEVEL {
 
@@ -18,38 +18,46 @@ constexpr int64_t kHeight = 16;       // rows of x in a tile, at most
 constexpr int64_t kStepColumns = 32;  // that an instruction multiplies
 constexpr int64_t kPairHeight = 2 * kHeight;
 
-// Rows of x in bf16, gathered in runs. A run is cut into tiles; a tile has all its rows of the
-// first 32 columns, then those of the next.
+// Rows of x, gathered in runs and cut in steps, each of `width` bytes of a row. A run is cut into
+// tiles; a tile has all its rows of the first step, then those of the next.
 class TileRows {
  public:
-  TileRows(int64_t rows, const Packed& w)
-      : steps(w.blocks * w.block / kStepColumns),
-        lines_(std::make_unique_for_overwrite<Line[]>(rows * steps)) {}
+  TileRows(int64_t rows, int64_t steps, int64_t width)
+      : steps(steps),
+        width(width),
+        lines_(std::make_unique_for_overwrite<Line[]>(rows * steps * width / kLine)) {}
 
-  // Copies a row [K]: row i of the run of `count` rows that starts at row `begin`.
-  void set(int64_t begin, int64_t count, int64_t i, const bf16* x, int64_t K) {
+  // Where row i of the run of `count` rows that starts at row `begin` is, in the first step; the
+  // next step's part is `stride` bytes on.
+  struct Row {
+    uint8_t* bytes;
+    int64_t stride;
+  };
+  Row row(int64_t begin, int64_t count, int64_t i) {
     const int64_t first = i / kHeight * kHeight, height = std::min(count - first, kHeight);
-    Line* line = lines_.get() + (begin + first) * steps + i - first;
-    for (int64_t k = 0; k < steps * kStepColumns; k += kStepColumns, line += height) {
-      const int64_t n = std::clamp<int64_t>(K - k, 0, kStepColumns);
-      std::memcpy(line->x, x + k, n * sizeof *x);
-      std::memset(line->x + n, 0, (kStepColumns - n) * sizeof *x);
-    }
+    return {lines_.get()->bytes + ((begin + first) * steps + i - first) * width, height * width};
   }
 
   // The tile that starts with this row.
-  const uint8_t* tile(int64_t row) const {
-    return reinterpret_cast<const uint8_t*>(lines_.get() + row * steps);
-  }
+  const uint8_t* tile(int64_t row) const { return lines_.get()->bytes + row * steps * width; }
 
-  const int64_t steps;
+  const int64_t steps, width;
 
  private:
   struct alignas(kLine) Line {
-    uint16_t x[kStepColumns];
+    uint8_t bytes[kLine];
   };
   std::unique_ptr<Line[]> lines_;
 };
+
+// Copies a row [K] in bf16, `steps` steps, to such a place.
+inline void set_floats(TileRows::Row to, int64_t steps, const bf16* x, int64_t K) {
+  for (int64_t s = 0; s < steps; ++s, x += kStepColumns, K -= kStepColumns, to.bytes += to.stride) {
+    const int64_t n = std::clamp<int64_t>(K, 0, kStepColumns) * sizeof *x;
+    std::memcpy(to.bytes, x, n);
+    std::memset(to.bytes + n, 0, kLine - n);
+  }
+}
 
 constexpr int64_t kChunkSteps = kChunkColumns / kStepColumns;
 constexpr int64_t kFewSteps = 4;                 // of FP8, decoded at a time for few rows: a group
@@ -182,9 +190,14 @@ inline void add_scaled(float* totals, const float* sums, int64_t height, const P
   }
 }
 
-// Whether a weight is multiplied by tiles.
-inline bool by_tiles(const Packed& w) {
-  return native::use_tiles && (w.format == kBf16 || w.format == kFp8);
+// totals [panels, count, kPanelWidth] *= the scales of rows of the weight.
+inline void multiply_by_scales(float* totals, const Packed& w, std::span<const Tiles> panels,
+                               int64_t count) {
+  for (const Tiles& tiles : panels) {
+    for (int64_t i = 0; i < count * kPanelTiles; ++i, totals += kTileWidth) {
+      store(totals, load(totals) * w.scale(tiles[i % kPanelTiles], 0, 0));
+    }
+  }
 }
 
 // A run of x's rows, and the steps that are summed at once.
@@ -247,13 +260,7 @@ Q3N_TILES inline void multiply(float* totals, const Packed& w, std::span<const T
     }
   }
   _tile_release();
-  if (w.group || !coded) return;
-  for (size_t q = 0; q < panels.size(); ++q) {
-    for (int64_t i = 0; i < count * kPanelTiles; ++i) {
-      float* to = totals + q * size + i * kTileWidth;
-      store(to, load(to) * w.scale(panels[q][i % kPanelTiles], 0, 0));
-    }
-  }
+  if (coded && !w.group) multiply_by_scales(totals, w, panels, count);
 }
 
 }  // namespace Q3N_LEVEL

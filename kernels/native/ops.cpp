@@ -63,8 +63,8 @@ std::vector<const Level*> available() {
       levels.push_back(&avx512::level);
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
         levels.push_back(&avx512bf16::level);
-        if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512vbmi") &&
-            tiles_allowed())
+        if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+            __builtin_cpu_supports("avx512vbmi") && tiles_allowed())
           levels.push_back(&amx::level);
       }
     }

@@ -12,12 +12,13 @@ Products::Products(const Packed& w, const T* x, int64_t M, int64_t stride,
     : w_(w) {
 #if defined(Q3N_TILES)
   if constexpr (std::is_same_v<T, bf16>) {
-    if (by_tiles(w)) {
-      tile_rows_.emplace(entries.size(), w);
+    if (native::use_tiles && !is_integer(w.format)) {
+      tile_rows_.emplace(entries.size(), w.blocks * w.block / kStepColumns, kLine);
       best_rows = 512, group = M > kPairHeight ? 16 : 1;
       parallel(entries.size(), 1 + 16384 / (w.K + 1), [&](int64_t i) {
         const auto end = std::upper_bound(runs.begin(), runs.end(), i);
-        tile_rows_->set(end[-1], *end - end[-1], i - end[-1], x + entries[i] * stride, w.K);
+        const auto row = tile_rows_->row(end[-1], *end - end[-1], i - end[-1]);
+        set_floats(row, tile_rows_->steps, x + entries[i] * stride, w.K);
       });
       return;
     }
@@ -29,6 +30,18 @@ Products::Products(const Packed& w, const T* x, int64_t M, int64_t stride,
   for (int64_t m : entries) {
     for (int64_t term = 0; term < terms; ++term) rows_.push_back(m * terms + term);
   }
+#if defined(Q3N_TILES)
+  int64_t most = 0;  // rows of a run
+  std::vector<int64_t> row_runs{0};
+  for (size_t r = 1; r < runs.size(); ++r) {
+    most = std::max(most, (runs[r] - runs[r - 1]) * terms);
+    row_runs.push_back(runs[r] * terms);
+  }
+  if (by_byte_tiles(w, most)) {
+    byte_rows_.emplace(w, activations_, rows_, row_runs);
+    best_rows = 512, group = most > kPairHeight ? 16 : 1;
+  }
+#endif
 }
 
 template Products::Products(const Packed&, const float*, int64_t, int64_t,
@@ -42,6 +55,11 @@ void Products::multiply(float* totals, std::span<const Tiles> panels, int64_t be
                         int64_t count) const {
 #if defined(Q3N_TILES)
   if (tile_rows_) return Q3N_LEVEL::multiply(totals, w_, panels, *tile_rows_, begin, count);
+#endif
+#if defined(Q3N_TILES)
+  if (byte_rows_ && by_byte_tiles(w_, count * terms)) {
+    return Q3N_LEVEL::multiply(totals, w_, panels, *byte_rows_, begin * terms, count * terms);
+  }
 #endif
   const int64_t* rows = rows_.data() + begin * terms;
   w_.with_format([&]<class F>(F) {

@@ -5,7 +5,7 @@
 #include <span>
 #include <vector>
 
-#include "amx.h"
+#include "amx_integers.h"
 
 namespace Q3N_LEVEL {
 
@@ -29,6 +29,7 @@ class Products {
   std::vector<int64_t> rows_;  // of the activations
 #if defined(Q3N_TILES)
   std::optional<TileRows> tile_rows_;  // in place of them
+  std::optional<ByteRows> byte_rows_;  // for runs of many rows
 #endif
 };
 

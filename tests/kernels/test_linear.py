@@ -181,6 +181,15 @@ def test_integers_have_the_same_bits_at_every_instruction_set(kind, dtype):
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_the_largest_integers(native_level, rows):
+    """Of bf16 with all mantissa bits, and of the smallest weights: no sum overflows."""
+    weight = pack_int8(torch.full((40, 256), -128, dtype=torch.int8), torch.ones(40, 1))
+    x = torch.full((rows, 256), 255 / 128, dtype=torch.bfloat16)
+    x[:, ::3] *= -1
+    assert torch.equal(linear(x, weight), (x.float() @ unpack(weight).T).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [2.0**-60, 1e-3, 1.0, 2.0**15])
 def test_activations_keep_their_precision(native_level, dtype, scale):
