@@ -61,6 +61,23 @@ def packs_plain() -> bool:
     return env.kernels() != "reference" and (env.batch_invariant() or "amx" in native.levels())
 
 
+def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels.
+
+    Raises: ConfigError, naming what is in the way and the fix.
+    """
+    variable = "QWEN3NEXT_BATCH_INVARIANT=1"
+    if not on_cpu:
+        raise ConfigError(f"{variable}: only CPU kernels promise it; unset it")
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{variable}: in {dtype}, projections are oneDNN's, which depend on the batch; add "
+            f"--dtype bfloat16"
+        )
+    if env.kernels() == "reference":
+        raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
+
+
 def pack_plain(layer: nn.Module) -> Packed:
     """Pack a layer's weight in bf16, and leave an empty one, which hosts look at."""
     packed = pack_parameters(layer, BF16)

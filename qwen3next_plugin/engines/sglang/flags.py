@@ -28,6 +28,7 @@ from qwen3next_plugin.engines.sglang.names import (
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import rope
+from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored, read_formats
 
 PREFILL_GRAPHS = ("breakable", "disabled")
@@ -150,20 +151,11 @@ def _check_invariance(model_config: Any, *, on_cpu: bool) -> None:
     """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
     from sglang.srt.utils import cpu_has_amx_support
 
-    variable = "QWEN3NEXT_BATCH_INVARIANT=1"
-    if not on_cpu:
-        raise ConfigError(f"{variable}: only CPU kernels promise it; unset it")
-    if model_config.dtype != torch.bfloat16:
-        raise ConfigError(
-            f"{variable}: in {model_config.dtype}, projections are oneDNN's, which depend on the "
-            f"batch; add --dtype bfloat16"
-        )
-    if env.kernels() == "reference":
-        raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
+    check_invariance(model_config.dtype, on_cpu=on_cpu)
     if cpu_has_amx_support():
         raise ConfigError(
-            f"{variable}: SGLang's own AMX kernels, which depend on the batch, are installed; "
-            f"uninstall sgl-kernel"
+            "QWEN3NEXT_BATCH_INVARIANT=1: SGLang's own AMX kernels, which depend on the batch, are "
+            "installed; uninstall sgl-kernel"
         )
 
 

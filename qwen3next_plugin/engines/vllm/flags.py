@@ -21,6 +21,7 @@ from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, quantisation
 from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, SCHEDULER, WORKER, serves
 from qwen3next_plugin.model import rope
+from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored
 
 logger = init_logger(LOGGER)
@@ -59,7 +60,8 @@ def check(vllm_config: VllmConfig) -> None:
     config = _check_files(vllm_config)
     _check_tower(vllm_config)
     _check_kernels(vllm_config)
-    _check_invariance()
+    if env.batch_invariant():
+        _check_invariance(vllm_config)
     _check_quantisation(vllm_config)
     if vllm_config.speculative_config is not None:
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
@@ -83,6 +85,7 @@ def complete(vllm_config: VllmConfig) -> None:
     _keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
+    _keep_graphs_apart(vllm_config)
     _choose_metrics(vllm_config)
 
 
@@ -138,12 +141,19 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_invariance() -> None:
-    """Refuse QWEN3NEXT_BATCH_INVARIANT: vLLM's attention reads long contexts in other cuts."""
-    if env.batch_invariant():
+def _check_invariance(vllm_config: VllmConfig) -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
+    check_invariance(vllm_config.model_config.dtype, on_cpu=current_platform.is_cpu())
+    if vllm_config.lora_config is not None:
         raise ConfigError(
-            "QWEN3NEXT_BATCH_INVARIANT=1: beyond 512 tokens, vLLM's attention has other bits if a "
-            "prompt is cut into other chunks; serve with SGLang, or unset it"
+            "QWEN3NEXT_BATCH_INVARIANT=1: the products of adapters depend on the batch; leave out "
+            "--enable-lora"
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "bfloat16"):
+        raise ConfigError(
+            f"QWEN3NEXT_BATCH_INVARIANT=1: our attention reads keys and values in bfloat16, not in "
+            f"{cache_dtype}; leave out --kv-cache-dtype"
         )
 
 
@@ -250,6 +260,13 @@ def _limit_lora(lora_config: LoRAConfig | None) -> None:
     if lora_config is not None and lora_config.target_modules is None:
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
+
+
+def _keep_graphs_apart(vllm_config: VllmConfig) -> None:
+    """Tell vLLM's cache of compiled graphs which of our variables changed the layers in them."""
+    asked = {"quantise": env.quantise(), "batch_invariant": env.batch_invariant()}
+    if any(asked.values()):
+        vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": asked}
 
 
 def _choose_metrics(vllm_config: VllmConfig) -> None:

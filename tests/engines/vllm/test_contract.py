@@ -41,6 +41,18 @@ OVERRIDDEN = {
             "supports_device_cpu_query_lens_mismatch": ["cls"],
         },
     },
+    "v1/attention/backends/cpu_attn.py": {
+        "CPUAttentionBackend": {"get_impl_cls": []},
+        "CPUAttentionBackendImpl": {
+            "do_kv_cache_update": [
+                *("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+            ],
+            "forward": [
+                *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+                *("output_scale", "output_block_scale"),
+            ],
+        },
+    },
     "model_executor/layers/mamba/abstract.py": {
         "MambaBase": {
             "get_state_shape": ["self"],

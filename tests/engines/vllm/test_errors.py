@@ -45,6 +45,21 @@ def test_what_can_be_served_passes(complete, checkpoint, flags):
     assert config.model_config.architecture == "Qwen3NextForCausalLM"
 
 
+def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
+    """vLLM finds graphs of an earlier start by this hash; ours differ by what is packed."""
+
+    def hashed(**variables: str) -> str:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            return complete(checkpoint, dtype="bfloat16").compute_hash()
+
+    quantised = [hashed(QWEN3NEXT_QUANTISE=form) for form in ("int8", "int4")]
+    hashes = [hashed(), hashed(QWEN3NEXT_BATCH_INVARIANT="1"), *quantised]
+    assert len(set(hashes)) == 4
+    assert hashed() == hashes[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -276,10 +291,20 @@ def test_installed_logits_processors_are_not_left_out(monkeypatch, tmp_path, com
         complete(checkpoint, **drafts(2))
 
 
-def test_batch_invariance_is_not_promised(monkeypatch, complete, checkpoint):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, r"in torch\.float32, .* --dtype bfloat16"),
+        ({"enable_lora": True}, r"adapters .* leave out --enable-lora"),
+        ({"kv_cache_dtype": "fp8"}, r"in bfloat16, not in fp8; leave out --kv-cache-dtype"),
+    ],
+    ids=str,
+)
+def test_what_is_not_invariant(monkeypatch, complete, checkpoint, flags, message):
     monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
-    with pytest.raises(Exception, match=r"QWEN3NEXT_BATCH_INVARIANT=1: .* serve with SGLang"):
-        complete(checkpoint)
+    dtype = {"dtype": "bfloat16"} if flags else {}
+    with pytest.raises(Exception, match=rf"QWEN3NEXT_BATCH_INVARIANT=1: .*{message}"):
+        complete(checkpoint, **dtype, **flags)
 
 
 # registration ------------------------------------------------------------------------------------
