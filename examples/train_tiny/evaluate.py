@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from .acceptance import Tally, measure
 from .architecture import TinyQwen3Next
 from .batches import encode
+from .call_tools import rates
 from .corpus import IM_START, Document, documents, split
 from .export import load
 from .recipe import Qwen3NextRMSNorm, RouterTap, expert_counts
@@ -124,7 +125,7 @@ def samples(model: TinyQwen3Next, tokenizer: Tokenizer, prompts: list[torch.Tens
     return out
 
 
-def report(folder: Path, tokens: int, prompts: int) -> dict:
+def report(folder: Path, tokens: int, prompts: int, dialogues: int) -> dict:
     """Every measurement of one checkpoint."""
     model, tokenizer = load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     tap = RouterTap(model)
@@ -150,6 +151,7 @@ def report(folder: Path, tokens: int, prompts: int) -> dict:
             "generated_text": text_generation(model, everything[:prompts]),
             "generated_chat": chat_generation(model, questions),
         },
+        "tools": rates(folder, dialogues),
         "samples": samples(model, tokenizer, questions[:3]),
     }
 
@@ -158,16 +160,17 @@ def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder that train.py wrote.")],
     tokens: Annotated[int, typer.Option(help="Held-out tokens of each kind to score.")] = 32_768,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to measure acceptance on.")] = 64,
+    dialogues: Annotated[int, typer.Option(help="Dialogues that need a tool.")] = 100,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Held-out perplexity, expert use, norm weights and MTP acceptance, into measured.json.
+    """Perplexity, expert use, norm weights, MTP acceptance and tool calls, into measured.json.
 
     All in fp32, from the shipped bf16 weights. Acceptance is measured as in a server: MTP drafts
     three tokens from its key-value cache of verified tokens, and a token counts if the greedy trunk
     agrees.
     """
     torch.set_num_threads(threads)
-    measured = report(checkpoint, tokens, prompts)
+    measured = report(checkpoint, tokens, prompts, dialogues)
     (checkpoint / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 

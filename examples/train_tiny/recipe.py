@@ -14,6 +14,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 
 from .architecture import TinyQwen3Next
 
+NOT_LEARNT = -1
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -105,9 +107,19 @@ def balance_term(counts: Tensor, logits: Tensor, top_k: int) -> Tensor:
 
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of the shared head: hidden [B, T, D], head [E, D], targets [B, T]."""
-    logits = linear(hidden, head).float()
-    return cross_entropy(logits.flatten(0, 1), targets.flatten())
+    """Cross entropy of the shared head: hidden [B, T, D], head [E, D], targets [B, T].
+
+    The mean over the tokens that are learnt; a negative target is a token that is only read.
+    """
+    logits = linear(hidden, head).float().flatten(0, 1)
+    targets = targets.clamp(min=NOT_LEARNT).flatten()
+    total = cross_entropy(logits, targets, ignore_index=NOT_LEARNT, reduction="sum")
+    return total / (targets != NOT_LEARNT).sum().clamp(min=1)
+
+
+def read(ids: Tensor) -> Tensor:
+    """The tokens themselves, where batches.py marks those that are only read as ~id."""
+    return torch.where(ids < 0, ~ids, ids)
 
 
 def mtp_losses(
@@ -119,7 +131,7 @@ def mtp_losses(
     training, consistent with inference) and DeepSeek-V3, section 2.2.
     """
     T, head = hidden.shape[1], model.trunk.lm_head.weight
-    drafts = model.drafts(ids, hidden, depths)
+    drafts = model.drafts(read(ids), hidden, depths)
     return [loss(h, head, ids[:, d + 1 : d + 1 + T]) for d, h in enumerate(drafts, start=1)]
 
 

@@ -10,25 +10,33 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from .architecture import TinyQwen3Next
 
+GROUP_ROWS = 128  # an expert's rows are a multiple of this
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
+@torch.compiler.disable  # its shapes depend on the data
 def bf16_experts(self: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """transformers' grouped experts with products in bf16: tokens sorted by expert, one GEMM each.
+    """transformers' grouped experts with products in bf16: tokens sorted by expert, padded groups.
+
+    A group has as many rows as the largest, rounded up: with a shape of its own in each step, a
+    product is compiled anew, which takes far longer than to compute it.
 
     Shapes: x [T, D], chosen and weights [T, top_k] → [T, D].
     """
-    top_k, x_dtype = chosen.shape[-1], x.dtype
-    order = chosen.flatten().argsort(stable=True)
-    experts = torch.arange(self.num_experts)[:, None]
-    counts = (chosen.flatten() == experts).sum(1)  # [E]; bincount would break the compiled graph
-    ends = counts.cumsum(0).to(torch.int32)
+    top_k, experts = chosen.shape[-1], chosen.flatten()
+    order = experts.argsort(stable=True)
+    counts = torch.bincount(experts, minlength=self.num_experts)  # [E]
+    rows = -(-int(counts.max()) // GROUP_ROWS) * GROUP_ROWS
+    starts = torch.arange(self.num_experts) * rows - (counts.cumsum(0) - counts)
+    place = torch.arange(len(order)) + starts[experts[order]]  # of each sorted token in its group
+    padded = x.new_zeros(self.num_experts * rows, x.shape[1], dtype=torch.bfloat16)
+    padded = padded.index_copy(0, place, x.bfloat16()[order // top_k])
+    groups = padded.view(self.num_experts, rows, -1)  # [E, rows, D]
     up, down = (w.bfloat16().transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
-    h = torch.ops.transformers.grouped_mm_fallback(x.bfloat16()[order // top_k], up, ends)
-    gate, value = h.chunk(2, dim=-1)  # [T*top_k, I]
-    h = torch.ops.transformers.grouped_mm_fallback(silu(gate) * value, down, ends)
+    gate, value = (groups @ up).chunk(2, dim=-1)  # [E, rows, I]
+    h = ((silu(gate) * value) @ down).flatten(0, 1)[place]  # [T*top_k, D]
     h = h[order.argsort()].view(*chosen.shape, -1)  # [T, top_k, D]
-    return (h * weights[..., None]).sum(1).to(x_dtype)
+    return (h * weights[..., None]).sum(1).to(x.dtype)
 
 
 def full_precision_delta_rule() -> None:

@@ -14,11 +14,16 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+MARKS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+CHAT_TEMPLATE, CODER_TEMPLATE = (
+    Path(__file__).with_name(f"{name}_template.jinja").read_text() for name in ("chat", "coder")
 )
 
 
@@ -40,13 +45,27 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return with_marks(tokenizer)
+
+
+def with_marks(tokenizer: Tokenizer) -> Tokenizer:
+    """The marks of thinking and tool calls as tokens, in place of the last entries learnt."""
+    data = json.loads(tokenizer.to_str())
+    if any(token["content"] == MARKS[0] for token in data["added_tokens"]):
+        return tokenizer
+    kept = VOCAB_SIZE - len(MARKS)
+    data["model"]["merges"] = data["model"]["merges"][: -len(MARKS)]
+    data["model"]["vocab"] = {token: i for token, i in data["model"]["vocab"].items() if i < kept}
+    plain = data["added_tokens"][0] | {"special": False}  # part of the text, as in Qwen's tokenizer
+    data["added_tokens"] += [plain | {"id": kept + i, "content": m} for i, m in enumerate(MARKS)]
+    return Tokenizer.from_str(json.dumps(data))
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Write tokenizer.json, its config and the chat template as Hugging Face reads them."""
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (out / "coder_template.jinja").write_text(CODER_TEMPLATE)  # for a server's --chat-template
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 32768,

@@ -1,8 +1,9 @@
 """Train a very small Qwen3-Next with MTP on the standard library: see --help."""
 
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -11,24 +12,25 @@ import numpy as np
 import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 
 from . import recipe as r
 from .architecture import TinyQwen3Next, tiny_config
-from .batches import LOOK_AHEAD, encode, windows
+from .batches import LOOK_AHEAD, dialogue_windows, encode, mixed, windows
 from .corpus import documents, split
-from .export import export
+from .export import export, load
 from .speed import make_fast
-from .tokenizer import save_tokenizer, train_tokenizer
+from .tokenizer import MARKS, save_tokenizer, train_tokenizer, with_marks
+from .tools import dialogues
 
 
 class Trainer:
     """The model, its optimiser and one step of the recipe."""
 
-    def __init__(self, recipe: r.Recipe, compiled: bool, seed: int):
+    def __init__(self, recipe: r.Recipe, compiled: bool, seed: int, start: Path | None = None):
         torch.manual_seed(seed)
         self.recipe = recipe
-        self.model = TinyQwen3Next(tiny_config()).train()
-        r.normalise_router_rows(self.model)
+        self.model = (continued(start) if start else fresh()).train()
         self.tap = r.RouterTap(self.model)
         self.balance = r.Balance(recipe.global_balance)
         make_fast(self.model, compiled)
@@ -41,7 +43,7 @@ class Trainer:
         model, recipe = self.model, self.recipe
         T = ids.shape[1] - LOOK_AHEAD
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.hidden(ids[:, :T])
+            hidden = model.hidden(r.read(ids[:, :T]))
             lm = self.head_loss(hidden, model.trunk.lm_head.weight, ids[:, 1 : T + 1])
             mtp = r.mtp_losses(model, ids, hidden, depths, self.head_loss)
         balance = self.balance.loss(self.tap.take(), model.config.num_experts_per_tok)
@@ -75,6 +77,23 @@ class Trainer:
         return {n: m.weight.abs().max().item() for n, m in norms.items()}
 
 
+def fresh() -> TinyQwen3Next:
+    """Random weights."""
+    model = TinyQwen3Next(tiny_config())
+    r.normalise_router_rows(model)
+    return model
+
+
+def continued(start: Path) -> TinyQwen3Next:
+    """The weights of a checkpoint; the rows of marks that its tokenizer lacks are drawn anew."""
+    model = load(start)
+    if Tokenizer.from_file(str(start / "tokenizer.json")).token_to_id(MARKS[0]) is None:
+        for weight in (model.trunk.model.embed_tokens.weight, model.trunk.lm_head.weight):
+            old, rows = weight.data[: -len(MARKS)], weight.data[-len(MARKS) :]
+            rows.copy_(old.mean(0) + old.std(0) * torch.randn_like(rows))
+    return model
+
+
 def progress_bar() -> Progress:
     """Loss, tokens a second and time left."""
     return Progress(
@@ -94,11 +113,12 @@ def run(
     minutes: float,
     accumulate: int,
     snapshot_minutes: float,
+    stage: str = "train",
 ) -> None:
     """The training loop: a log line for each step, a snapshot every few minutes."""
     start = snapshot = time.monotonic()
     tokens = 0
-    with progress_bar() as bar, (out / "train_log.jsonl").open("w") as log:
+    with progress_bar() as bar, (out / f"{stage}_log.jsonl").open("w") as log:
         task = bar.add_task("train", total=steps, loss=float("nan"), speed=0.0)
         for step in range(steps):
             progress = max(step / steps, (time.monotonic() - start) / (60 * minutes))
@@ -120,13 +140,21 @@ def run(
     export(trainer.model, out)
 
 
-def prepare_corpus(out: Path, percent: int) -> list[np.ndarray]:
-    """Learn and save the tokenizer; returns the training documents as token ids."""
-    training, _ = split(documents())
-    training = training[:: max(1, 100 // percent)]
-    tokenizer = train_tokenizer(d.text for d in training)
+def keep_records(start: Path, out: Path) -> None:
+    """Copy the log and setup of the run that made the checkpoint, for its card."""
+    for name in ("train_log.jsonl", "train_setup.json"):
+        if (start / name).exists() and not out.samefile(start):
+            shutil.copy(start / name, out)
+
+
+def prepare_tokenizer(out: Path, texts: Iterable[str], start: Path | None) -> Tokenizer:
+    """Learn the tokenizer, or take that of a checkpoint; save it."""
+    if start:
+        tokenizer = with_marks(Tokenizer.from_file(str(start / "tokenizer.json")))
+    else:
+        tokenizer = train_tokenizer(texts)
     save_tokenizer(tokenizer, out)
-    return encode(tokenizer, training)
+    return tokenizer
 
 
 def main(
@@ -144,6 +172,13 @@ def main(
     balance_weight: Annotated[float, typer.Option(help="Weight of the balance loss.")] = 0.01,
     norm_decay: Annotated[bool, typer.Option(help="Weight decay on zero-centred norms.")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-3,
+    start: Annotated[
+        Path | None, typer.Option(help="Continue from this checkpoint, with a new optimiser.")
+    ] = None,
+    tools: Annotated[
+        float, typer.Option(help="Share of the micro-batches that are dialogues with tools.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     corpus_percent: Annotated[int, typer.Option(help="Percentage of the corpus to use.")] = 100,
 ) -> None:
@@ -156,6 +191,9 @@ def main(
 
     The shipped one: python -m examples.train_tiny.train --out examples/qwen3next-tiny
 
+    Then dialogues that call tools: --start examples/qwen3next-tiny --tools 0.5 --accumulate 2
+    --learning-rate 0.0015 --out agent
+
     total loss = lm + 0.3·mean(mtp at depths 1–3) + balance_weight·balance. Each part of the recipe
     is a function in recipe.py; turn parts off with the switches below and compare.
     """
@@ -163,23 +201,32 @@ def main(
     torch.set_num_threads(threads)
     recipe = replace(
         r.Recipe(),
+        learning_rate=learning_rate,
         global_balance=global_balance,
         balance_weight=balance_weight,
         norm_decay=norm_decay,
     )
-    docs = prepare_corpus(out, corpus_percent)
+    training = split(documents())[0][:: max(1, 100 // corpus_percent)]
+    tokenizer = prepare_tokenizer(out, (d.text for d in training), start)
+    docs = encode(tokenizer, training)
     sizes = {"documents": len(docs), "tokens": sum(map(len, docs))}
     batch = {"rows": rows, "length": length, "accumulate": accumulate, "threads": threads}
-    setup = asdict(recipe) | {"data": sizes} | batch
-    (out / "train_setup.json").write_text(json.dumps(setup, indent=2) + "\n")
+    setup = asdict(recipe) | {"data": sizes, "tools": tools} | batch
+    stage = "continued" if start else "train"
+    (out / f"{stage}_setup.json").write_text(json.dumps(setup, indent=2) + "\n")
+    if start:
+        keep_records(start, out)
+    rng = np.random.default_rng(seed)
+    talks = dialogue_windows(tokenizer, dialogues(seed), rows * length)
     run(
-        Trainer(recipe, compiled, seed),
-        windows(docs, rows, length, np.random.default_rng(seed)),
+        Trainer(recipe, compiled, seed, start),
+        mixed(windows(docs, rows, length, rng), talks, tools, rng),
         out,
         steps=steps,
         minutes=minutes,
         accumulate=accumulate,
         snapshot_minutes=snapshot_minutes,
+        stage=stage,
     )
 
 
