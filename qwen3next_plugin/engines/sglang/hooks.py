@@ -75,6 +75,16 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
     return Quantisation(folder, model_config.hf_config)
 
 
+def make_adapters(host: Callable[[Any], None], runner: Any) -> None:
+    """Use our manager of LoRA adapters for our model."""
+    if not is_ours(runner.model_config):
+        host(runner)
+        return
+    from qwen3next_plugin.engines.sglang.model.adapters import Adapters
+
+    runner.lora_manager = Adapters(runner)
+
+
 def commit_trees(
     host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> None:

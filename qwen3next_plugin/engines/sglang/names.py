@@ -14,6 +14,7 @@ MODEL_TYPES = (QWEN3_NEXT, DENSE, "qwen3_5_moe_text")  # of text models
 ATTENTION_BACKEND = "qwen3next_cpu"
 HOST_BACKEND = "intel_amx"  # SGLang's choice on a CPU with AMX
 TORCH_BACKEND = "torch_native"  # SGLang's choice on any other CPU; it cannot draft
+LORA_BACKEND = "torch_native"  # SGLang's only one without Triton kernels; ours calls none of it
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 PLATFORM = f"{PACKAGE}.cpu.platform:CpuPlatform"
 MODELS = f"{PACKAGE}.model"  # the package in which SGLang looks for model classes

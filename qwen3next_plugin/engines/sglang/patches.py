@@ -190,6 +190,14 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang asks the quantisation whether it can split experts so",
     ),
     Patch(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager",
+        parameters=("self",),
+        function=hooks.make_adapters,
+        reason="SGLang's layers with adapters pin memory, which fails without a GPU, and have no "
+        "place for adapters of in_proj_qkv, z, b and a",
+        remove_when="SGLang serves adapters of Qwen3.5 on a CPU",
+    ),
+    Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
         function=memory.modest_pools,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND
+from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, LORA_BACKEND
 from qwen3next_plugin.model.state import STATE_DTYPES
 
 PAGES = "a state page is kept and copied whole"
@@ -12,15 +12,14 @@ BATCH = "a step runs one batch"
 OWN = "the plugin brings its own linear attention"
 UNQUANTISED = "there are no quantised kernels for a CPU here"
 LOSSLESS = "a draft is kept only if it is what would be sampled without drafts"
-NO_LORA = "SGLang adapts none of this model's layers"
+NO_LORA = "SGLang has no place for adapters of linear attention, and ours are for CPUs"
 LEAVE_OUT = "leave it out"
+LORA_DEFAULT = "csgmv"  # SGLang's --lora-backend where none is given
 Served = dict[str, tuple[tuple[Any, ...], str, str]]
 # Flag → the values that can be served, why no others, and the fix.
 SERVED: Served = {
     # model and weights
     "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
-    "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
-    "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
     # ranks
     "pp_size": ((1,), RANKS, "use --tp-size"),
     "ep_size": ((1,), RANKS, "use --tp-size"),
@@ -57,8 +56,16 @@ SERVED_ON_CPU: Served = {
     "page_size": ((None, 1), "on a CPU a KV page holds one token", LEAVE_OUT),
     "cpu_offload_gb": ((0,), "the weights are in CPU memory already", LEAVE_OUT),
     "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
+    "lora_backend": ((LORA_DEFAULT, LORA_BACKEND), "it does not run on a CPU", LEAVE_OUT),
+    "enable_lora_overlap_loading": (
+        (None, False),
+        "on a CPU adapters are used where they are",
+        LEAVE_OUT,
+    ),
 }
 SERVED_ON_GPU: Served = {
+    "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
+    "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
     "mamba_radix_cache_strategy": (
         ("auto", "no_buffer", "extra_buffer"),
         "a slot for the next page is reserved before it is needed",

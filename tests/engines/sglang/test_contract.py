@@ -89,6 +89,19 @@ OVERRIDDEN = {
     "srt/platforms/interface.py": {
         "SRTPlatform": {"apply_server_args_defaults": ["self", "server_args"]},
     },
+    "srt/lora/lora_manager.py": {
+        "LoRAManager": {
+            "init_state": ["self", "max_lora_rank", "target_modules", "lora_paths"],
+            "load_lora_weights": ["self", "lora_ref"],
+            "load_lora_weights_from_tensors": ["self", "lora_ref", "tensors"],
+            "fetch_new_loras": ["self", "new_loras"],
+            "prepare_lora_batch": ["self", "forward_batch"],
+            "reset_lora_batch": ["self"],
+        },
+    },
+    "srt/lora/mem_pool.py": {
+        "LoRAMemoryPool": {"can_support": ["self", "config"], "remove_lora": ["self", "uid"]},
+    },
     "srt/speculative/eagle_worker_v2.py": {
         "EAGLEWorkerV2": {
             "init_cuda_graphs": ["self"],
@@ -124,14 +137,21 @@ CALLED = {
     },
     "srt/layers/attention/attention_registry.py": {"register_attention_backend": ["name"]},
     "srt/configs/mamba_utils.py": {"mamba2_state_dtype": ["config"]},
+    "srt/lora/utils.py": {"generate_sequence_lengths": ["forward_batch", "device"]},
     "srt/layers/sampler.py": {
         "apply_custom_logit_processor": ["logits", "sampling_batch_info"],
     },
     "srt/sampling/penaltylib/orchestrator.py": {"cumulate_output_tokens": ["self", "output_ids"]},
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
 }
-# Constructors of layers: arguments passed by name.
+# Constructors of layers, and of a manager: arguments passed by name.
 BUILT = {
+    "srt/lora/lora_manager.py": {
+        "LoRAManager": [
+            *("base_model", "base_hf_config", "max_loras_per_batch", "load_config", "dtype"),
+            *("server_args", "lora_backend", "max_lora_rank", "target_modules", "lora_paths"),
+        ],
+    },
     "srt/layers/linear.py": {
         "ReplicatedLinear": ["bias", "quant_config", "prefix"],
         "ColumnParallelLinear": ["bias", "quant_config", "prefix"],
@@ -194,12 +214,14 @@ FIELDS = {
             *("req_pool_indices", "rids", "positions", "out_cache_loc"),
             *("extend_seq_lens_cpu", "extend_prefix_lens_cpu"),
             *("mamba_track_mask", "mamba_track_indices"),
-            *("mamba_prefill_track_mask_cpu", "mamba_track_seqlens_cpu"),
+            *("mamba_prefill_track_mask_cpu", "mamba_track_seqlens_cpu", "lora_ids"),
         ],
     },
 }
 # What a host's class keeps on itself, and ours reads.
 KEPT = {
+    "srt/lora/lora_config.py": {"LoRAConfig": ["hf_config", "r"]},
+    "srt/lora/lora_manager.py": {"LoRAManager": ["configs", "loras", "max_loras_per_batch"]},
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
         "HybridLinearAttnBackend": ["linear_attn_backend"],
     },

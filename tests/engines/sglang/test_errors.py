@@ -117,14 +117,17 @@ REFUSED = {
     "attn_cp_size": 2,
     "dcp_size": 2,
     "quantization": "fp8",
-    "enable_lora": True,
-    "lora_paths": ["adapter"],
+    "lora_backend": "triton",
     "linear_attn_backend": "flashinfer",
     "linear_attn_decode_backend": "flashinfer",
     "linear_attn_prefill_backend": "flashinfer",
     "linear_attn_verify_backend": "flashinfer",
 }
-REFUSED_ON_GPU = {"mamba_radix_cache_strategy": "extra_buffer_lazy", "speculative_eagle_topk": 2}
+REFUSED_ON_GPU = {
+    "mamba_radix_cache_strategy": "extra_buffer_lazy",
+    "speculative_eagle_topk": 2,
+    "lora_paths": ["adapter"],
+}
 REFUSED_WITH_DRAFTS = {
     "speculative_draft_model_quantization": "fp8",
     "speculative_draft_kv_cache_dtype": "fp8_e4m3",

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
+from engines.lora import make_adapter, write_adapter
 from engines.vllm.checks import LOGPROBS
-from engines.vllm.lora import make_adapter, write_adapter
 from engines.vllm.offline import Offline
 from family import FAMILY
 from reference import Reference

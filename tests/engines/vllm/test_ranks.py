@@ -4,9 +4,9 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
+from engines.lora import make_adapter
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
-from engines.vllm.lora import make_adapter
 from engines.vllm.offline import Offline
 from family import FAMILY
 from reference import Reference
