@@ -25,9 +25,10 @@ FLAGS = (
 GRAMMAR = {"regex": ""}
 
 
+STRICT = ("--enable-strict-thinking",)
 CASES = {  # parser, layout, flags
     "qwen3-next": ("hermes", "qwen3-next", ()),
-    "qwen3.5": ("qwen3_coder", "text", ()),
+    "qwen3.5": ("qwen3_coder", "text", STRICT),
     "qwen3.5-wrapped": ("qwen3_coder", "wrapped", ("--language-model-only",)),
 }
 
@@ -37,13 +38,18 @@ def server(request, tmp_path_factory) -> Iterator[Forked]:
     parser, layout, flags = CASES[request.param]
     model = checkpoint(tmp_path_factory.mktemp("parsers") / "model", layout)
     server = Forked(model, *FLAGS, *flags, "--tool-call-parser", parser, env=FIXED).wait()
-    server.parser = parser
+    server.parser, server.strict = parser, flags == STRICT
     yield server
     server.close()
 
 
+def strict_budget(tokens: int) -> dict:
+    """A thinking budget where --enable-strict-thinking finds the vocabulary's ids by itself."""
+    return {"custom_params": {"thinking_budget": tokens}}
+
+
 def budget(model, tokens: int) -> dict:
-    """A thinking budget as SGLang has it, with this vocabulary's ids."""
+    """A thinking budget by a custom logit processor, with this vocabulary's ids."""
     from sglang.srt.sampling.custom_logit_processor import Qwen3ThinkingBudgetLogitProcessor
 
     token = Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id
@@ -64,7 +70,8 @@ def test_tool_calls(server):
 
 
 def test_thinking_and_its_budget(server):
-    check_thinking(server, "sglang", GRAMMAR, partial(budget, server.folder))
+    asked = strict_budget if server.strict else partial(budget, server.folder)
+    check_thinking(server, "sglang", GRAMMAR, asked)
 
 
 def test_a_json_schema(server):
