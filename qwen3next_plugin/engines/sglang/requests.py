@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.names import is_ours
@@ -20,6 +21,8 @@ MAX_INT32 = 2**31 - 1  # SGLang's dtype for top_k
 MIN_REPETITION_PENALTY, MAX_BIAS = 1e-6, 1e20
 REGEX_SECONDS = 0.25  # for one step of one request; a sane pattern takes microseconds
 
+VIDEO_DECODERS = ("torchcodec", "decord")  # packages with which SGLang reads videos
+
 # Fields as /generate names them, and as OpenAI's API does.
 PROMPT = "prompt (input_ids, text)"
 TOP_LOGPROBS = "top_logprobs (top_logprobs_num, logprobs)"
@@ -31,6 +34,8 @@ def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any
 
     if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
         check(obj, manager.model_config.vocab_size, over_http=request is not None)
+        if request is not None and manager.model_config.is_multimodal:
+            check_videos(obj.video_data)
     return host(manager, obj, request)
 
 
@@ -53,6 +58,19 @@ def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
         _check_range("the length of token_ids_logprob", len(ids or ()), 0, MAX_LOGPROBS)
     for each in params:
         _check_sampling(each, vocab_size)
+
+
+def check_videos(video_data: Any) -> None:
+    """Check that what reads an encoded video is installed; without, SGLang answers with a 500.
+
+    Raises:
+        ValueError: names what to install.
+    """
+    if any(_each(video_data)) and not any(map(find_spec, VIDEO_DECODERS)):
+        names = " or ".join(VIDEO_DECODERS)
+        raise ValueError(
+            f"video: nothing is installed that reads one; install {names} where the server runs"
+        )
 
 
 def _each(value: Any) -> list[Any]:

@@ -1,18 +1,22 @@
 """SGLang's vision tower around our text model: answers about images are transformers'."""
 
+import base64
 import urllib.error
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import openai
 import pytest
 import torch
 
 from engines.checks import TOLERANCE
-from engines.images import check_an_image_in_a_chat
+from engines.images import ask_about, check_an_image_in_a_chat
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
+from qwen3next_plugin.engines.sglang.requests import VIDEO_DECODERS
 from vision import PLACE, VisionReference, as_url, random_image, write_vision_checkpoint
 
 pytestmark = pytest.mark.serve
@@ -139,6 +143,14 @@ def test_an_image_is_found_in_the_cache(server, expected):
 @with_a_tower
 def test_an_image_in_a_chat(server, case, model):
     check_an_image_in_a_chat(server, model(CASES[case][0]).reference)
+
+
+@pytest.mark.parametrize("case", ["plain"], indirect=True, scope="module")
+@pytest.mark.skipif(any(map(find_spec, VIDEO_DECODERS)), reason="something reads videos here")
+def test_a_video_that_nothing_reads_is_refused(server):
+    url = "data:video/mp4;base64," + base64.b64encode(b"a video").decode()
+    with pytest.raises(openai.BadRequestError, match="install torchcodec or decord"):
+        ask_about(server, {"type": "video_url", "video_url": {"url": url}})
 
 
 @pytest.mark.parametrize("case", ["no-tower"], indirect=True, scope="module")

@@ -12,7 +12,7 @@ from qwen3next_plugin.engines.sglang import requests
 from qwen3next_plugin.engines.sglang.requests import check, check_request, limit_regex
 
 V = 4096
-OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]), vocab_size=V)
+OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]), vocab_size=V, is_multimodal=False)
 OTHER = Bag(hf_config=Bag(architectures=["LlamaForCausalLM"]), vocab_size=V)
 
 
