@@ -43,8 +43,7 @@ class Case:
     model: Model
     prompt: tuple[int, int]  # characters of the shipped checkpoint, else tokens
     answer: tuple[int, int]  # tokens
-    clients: tuple[int, ...]
-    seconds: float  # of each turn, at least
+    clients: dict[int, float]  # number of clients → seconds of each of their turns, at least
     title: str
     said: str
 
@@ -80,29 +79,31 @@ class Case:
             yield chance.choices(range(known(config)), k=chance.randint(*self.prompt))
 
 
+# A turn is long enough for some 200 steps of the shipped checkpoint, some 100 of the block model:
+# draft lengths settle within 100 steps, and each client ends an answer or two.
 CASES = {
     Name.CHECKPOINT: Case(
-        Model.TINY, (200, 1600), (16, 160), (1, 4, 16, 48), 2,
+        Model.TINY, (200, 1600), (16, 160), {1: 3, 4: 4, 16: 8, 48: 16},
         "shipped checkpoint",
         "shipped checkpoint, prompts of 200 to 1,600 characters, answers of 16 to 160 tokens",
     ),
     Name.LONG: Case(
-        Model.CHAIN, (64, 64), (256, 256), (1, 4, 8, 16), 4,
+        Model.CHAIN, (64, 64), (256, 256), {1: 6, 4: 7, 8: 9, 16: 12},
         "long answers",
         "block model, 80 % accepted, prompts of 64 tokens, answers of 256",
     ),
     Name.PROMPTS: Case(
-        Model.CHAIN, (1000, 1000), (16, 160), (1, 8), 6,
+        Model.CHAIN, (1000, 1000), (16, 160), {1: 8, 8: 12},
         "long prompts",
         "block model, 80 % accepted, prompts of 1,000 tokens, answers of 16 to 160",
     ),
     Name.FIRST_TOKEN: Case(
-        Model.CHAIN, (1000, 8000), (16, 16), (1,), 0,
+        Model.CHAIN, (1000, 8000), (16, 16), {1: 0},
         "first token",
         "block model, one client, answers of 16 tokens",
     ),
     Name.REJECTED: Case(
-        Model.REJECTED, (64, 64), (256, 256), (1, 8), 4,
+        Model.REJECTED, (64, 64), (256, 256), {1: 6, 8: 9},
         "long answers, rejected",
         "block model, 0 % accepted, prompts of 64 tokens, answers of 256",
     ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.progress import track
 
@@ -24,6 +24,7 @@ from benchmarks.worker import SGLANG_PYTHON
 
 OFF, MTP = "off", "MTP"
 TURNS = 5  # rounds
+QUICKER = 5  # how much shorter turns of a quick run are
 CHECKED = 24  # answers of the shipped checkpoint
 TIED = 0.125  # log-probabilities that bf16 may swap: one step of a logit between 16 and 32
 ACCEPTED = {Model.CHAIN: 0.8, Model.REJECTED: 0.0}  # share of drafts, checked
@@ -53,6 +54,8 @@ def measure(run: Run, engine: Engine | None = None, case: Name | None = None) ->
             console.print("clients of SGLang: left out of --quick, ask for them by --engine sglang")
         else:
             asked = names[:1] if run.quick else names
+            turns = sum(Turns.of(CASES[name], quick=run.quick).whole for name in asked)
+            console.print(f"clients of {chosen.title}: {turns / 60:.0f} minutes of turns at least")
             for model, group in itertools.groupby(asked, key=lambda name: CASES[name].model):
                 yield from of_model(run, chosen, model, list(group))
 
@@ -119,6 +122,25 @@ def compare_answers(servers: dict[str, Load], config: dict[str, Any], *, quick: 
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """Rounds of turns; in each round every number of clients has one at either server."""
+
+    rounds: int
+    seconds: dict[int, float]  # of a turn, by number of clients
+
+    @classmethod
+    def of(cls, case: Case, *, quick: bool) -> Self:
+        if not quick:
+            return cls(TURNS, case.clients)
+        return cls(1, {n: seconds / QUICKER for n, seconds in [*case.clients.items()][:2]})
+
+    @property
+    def whole(self) -> float:
+        """Seconds of all turns, those that warm up included."""
+        return 2 * (1 + self.rounds) * sum(self.seconds.values())
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """The clients of one case, at both servers."""
 
@@ -134,9 +156,8 @@ class Pair:
 
     def rates(self) -> Iterator[Record]:
         """Tokens per second by number of clients."""
-        counts = self.case.clients[:2] if self.run.quick else self.case.clients
         before = drafts(self.servers[MTP].server)
-        found = self.in_turn({f"{n}": partial(self.rate, n) for n in counts})
+        found = self.in_turn({f"{n}": partial(self.rate, n) for n in self.turns.seconds})
         self.check_drafts(before)
         title, question = self.case.title, "How fast are answers, by clients?"
         yield self.record("mtp/clients", question, self.said, "tok/s", medians(found))
@@ -169,19 +190,20 @@ class Pair:
 
     @property
     def method(self) -> str:
-        return f"through HTTP, bf16, greedy; medians of {self.rounds} rounds' ratios, and ranges"
+        rounds = self.turns.rounds
+        return f"through HTTP, bf16, greedy; medians of {rounds} rounds' ratios, and ranges"
 
     @property
-    def rounds(self) -> int:
-        return 1 if self.run.quick else TURNS
+    def turns(self) -> Turns:
+        return Turns.of(self.case, quick=self.run.quick)
 
     def in_turn(self, rows: dict[str, Callable[[Load, str], float]]) -> dict[str, Rounds]:
-        """What each row measures of each server, round by round, after one turn to warm up."""
+        """What each row measures of each server, by round, after a turn of each to warm up."""
         found: dict[str, Rounds] = {row: {side: [] for side in self.servers} for row in rows}
         said = f"{self.engine.title}, {self.name.value}"
-        for load in self.servers.values():
-            rows[[*rows][-1]](load, "warm-up")
-        turns = list(itertools.product(range(self.rounds), rows))
+        for row, load in itertools.product(rows, self.servers.values()):
+            rows[row](load, "warm-up")
+        turns = list(itertools.product(range(self.turns.rounds), rows))
         for round_, row in track(turns, said, console=console):
             sides = list(self.servers)[:: -1 if round_ % 2 else 1]
             pair = {side: rows[row](self.servers[side], f"{row} {round_}") for side in sides}
@@ -197,7 +219,7 @@ class Pair:
         """Tokens per second of so many clients, in one turn."""
         requests = self.case.requests(self.config, clients, seed)
         whole = self.case.whole and clients == 1
-        seconds = self.case.seconds / (3 if self.run.quick else 1)
+        seconds = self.turns.seconds[clients]
         rate, answers = load.rate(requests, clients, seconds, whole=whole)
         self.check_texts(answers)
         return rate
