@@ -1,35 +1,30 @@
 """Policy: how many tokens each request drafts, for the most expected tokens per second.
 
 With draft lengths l_i, a step of B requests yields Σ_i (1 + a_i1 + … + a_i,l_i) tokens on average,
-where a_ij = p_i1 ⋯ p_ij and p_ij is the chance that draft j of request i is accepted, given those
-before it. The step takes step(B, B + Σ l_i) + draft(B, max l_i) seconds. For a fixed number of
-drafting passes the best n draft tokens are the n likeliest ones, so trying every n finds the
-optimum.
-
-- Acceptance p comes from acceptance.py, seconds from costs.py.
-- A request that skipped the MTP layer catches up before it drafts, and so does one whose prompt was
-  just read. That cost is spread over the tokens that the request is expected to still produce.
-  One that has caught up counts as if it had a mean one ahead: the next in its place will.
-- The plan changes only for one that promises MARGIN more.
-- Other plans are tried now and then, the better ones more often, for about BUDGET of the tokens.
-- Decisions depend only on what was observed: no clock, no random numbers.
+where a_ij is the chance that the first j drafts of request i are all accepted (acceptance.py). It
+takes step(B, B + Σ l_i) + draft(B, max l_i) seconds (costs.py). For a fixed number of drafting
+passes the best n draft tokens are the n likeliest ones, so trying every n finds the optimum.
+Decisions depend only on what was observed: no clock, no random numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from operator import mul
 from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.mtp.acceptance import KEEP_ALL, Acceptance, Likeness
+from qwen3next_plugin.mtp.acceptance import KEEP_ALL, Acceptance
 from qwen3next_plugin.mtp.costs import Costs, Table
 
+PRIOR, PRIOR_WEIGHT = 0.8, 5.0  # acceptance before anything was observed, as so many observations
+PULL = 16.0  # weight of all requests' acceptance in the estimate of one, in observations
 MARGIN = 0.02  # gain in tokens per second for which the plan changes, so that noise does not
 BUDGET = 0.004  # share of tokens that trials may cost, by the costs that are believed
 TRIAL = 3  # steps of a trial: the first also pays for the pending tokens of requests
-ANSWER = 128.0  # tokens of an answer, until some have ended
-ANSWERS = 20  # how many answers the mean remembers
-LEAST_WORTH = 0.001  # of a draft: the order of drafts stays where none is worth its cost
+ANSWER, ANSWERS = 128.0, 20  # tokens of a mean answer, at first; answers that the mean remembers
+
+Chances = Sequence[Sequence[float]]  # a_ij, by request and number of drafts
 
 
 class Policy:
@@ -56,7 +51,7 @@ class Policy:
         """The request has finished."""
 
     def snapshot(self) -> dict[str, Any]:
-        """The policy's estimates, for metrics."""
+        """Estimates, for metrics: acceptance by position, seconds by number of drafts."""
         return {}
 
 
@@ -79,11 +74,8 @@ class Plan:
     seconds: float
 
 
-def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
-    """The best plan with 0, 1, … k drafting passes.
-
-    chances [B][k]: that the first j drafts are all accepted; they fall along a row.
-    """
+def best_plans(chances: Chances, table: Table) -> list[Plan]:
+    """The best plan with 0, 1, … k drafting passes."""
     B, k = len(chances), len(table.draft) - 1
     plans = [Plan([0] * B, B, table.step[0])]
     flat = list(chain.from_iterable(chances))
@@ -93,8 +85,7 @@ def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
         tokens = list(accumulate((flat[draft] for draft in drafts), initial=float(B)))
         least = next(n for n, draft in enumerate(drafts, 1) if draft % k == passes - 1)
         fixed = table.draft[passes]
-        rates = [t / (s + fixed) for t, s in zip(tokens[least:], table.step[least:], strict=False)]
-        n = least + rates.index(max(rates))
+        n = max(range(least, len(tokens)), key=lambda n: tokens[n] / (table.step[n] + fixed))
         lengths = [0] * B
         for draft in drafts[:n]:
             lengths[draft // k] += 1
@@ -102,93 +93,52 @@ def best_plans(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
     return plans
 
 
-class Trials:
-    """Follows the best plan, and now and then another one, for what it may show.
+class Adaptive(Policy):
+    """Draft lengths for the most expected tokens per second, from what was observed.
 
-    A plan is tried when it would be the best if it were better than it seems, by a little for each
-    step since it was last followed. So the worse a plan seems, the less often it is tried.
+    It follows the best plan, and tries another one when that would be the best if it were better
+    than it seems, by a little for each step since it was last followed. So the worse a plan seems,
+    the less often it is tried.
     """
 
-    def __init__(self, max_draft: int, steps: int) -> None:
-        self.steps = steps  # of a trial
-        self.hope = BUDGET / TRIAL / max_draft  # how much better a plan may have become in a step
-        self.now = 0.0  # steps
-        self.followed = [0.0] * (max_draft + 1)  # when the plan with n passes was last followed
-        self.plan = 0  # passes of the plan that is followed but for trials
-        self.trial, self.left = 0, 0  # passes of the plan that is tried, if not that; steps left
+    plans = staticmethod(best_plans)  # those with 0, 1, … passes to choose from
+    trial_steps = TRIAL
 
-    @property
-    def on_trial(self) -> bool:
-        return self.trial != self.plan
-
-    def choose(self, plans: Sequence[Plan], catch_up: Sequence[float]) -> int:
-        """Which of the plans with 0, 1, … passes. `catch_up`: seconds that each costs once."""
-        rates = [plan.tokens / plan.seconds for plan in plans]
-        best = max(rates)
-        if best > (1 + MARGIN) * rates[self.plan]:
-            self.plan = rates.index(best)
-        self.followed[self.plan] = self.now
-        if self.left:
-            self.left -= 1
-        else:
-            hopes = [
-                plan.tokens / (plan.seconds + once / self.steps) * (1 + self.hope * (self.now - at))
-                for plan, once, at in zip(plans, catch_up, self.followed, strict=True)
-            ]
-            hopes[self.plan] = (1 + MARGIN) * rates[self.plan]
-            self.trial = hopes.index(max(hopes))
-            self.left = self.steps - 1 if self.on_trial else 0
-        self.followed[self.trial] = self.now
-        return self.trial
-
-
-class Adaptive(Policy):
-    """Draft lengths for the most expected tokens per second, from what was observed."""
-
-    def __init__(
-        self,
-        max_draft: int,
-        costs: Costs,
-        plans: Callable[[Sequence[Sequence[float]], Table], list[Plan]] = best_plans,
-        trial: int = TRIAL,
-    ) -> None:
-        """`plans`: those with 0, 1, … passes to choose from; `trial`: steps of a trial."""
-        self.max_draft, self.costs, self.plans = max_draft, costs, plans
-        self.trials = Trials(max_draft, trial)
-        self._all, self._likeness = Acceptance(max_draft, KEEP_ALL), Likeness()
-        self._new = Acceptance(max_draft)  # what is known of a request without steps
+    def __init__(self, max_draft: int, costs: Costs) -> None:
+        self.max_draft, self.costs = max_draft, costs
+        self.hope = BUDGET / TRIAL / max_draft  # how much better a plan may become in a step
+        self.steps = 0.0
+        self.plan = 0  # drafting passes of the plan that is followed but for trials
+        self.trial, self.left = 0, 0  # of the plan that is tried, if not that; steps left
+        self._followed = [0.0] * (max_draft + 1)  # when the plan with n passes was last followed
+        self._all, self._new = Acceptance(max_draft, KEEP_ALL), Acceptance(max_draft)
+        self._prior = [PRIOR] * max_draft
         self._requests: dict[str, Acceptance] = {}
         self._answer = ANSWER  # mean tokens of an answer
-        self._batch = self._drafting = 1  # requests of the last step, and those that draft
-        self._pending = 0  # tokens that they read first
         self._catch_up = 0.0  # mean tokens that a request reads before its first drafts
+        self._batch, self._drafting, self._pending = 1, 1, 0  # requests, drafting, tokens they read
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
-        """Draft length of each request of the batch, for the draft that is made now."""
         if not requests:
             return []
         B = self._batch = len(requests)
+        known = [self._requests.get(request, self._new) for request in requests]
         table = self.costs.table(B, self.max_draft)
-        plans = self.plans(self._chances(requests, pending, table), table)
+        plans = self.plans(self._chances(known, pending, table), table)
         fed = [sum(t for t, n in zip(pending, p.lengths, strict=True) if n) for p in plans]
-        chosen = self.trials.choose(plans, [table.pending * tokens for tokens in fed])
+        chosen = self._choose(plans, [table.pending * tokens for tokens in fed])
         self._pending, lengths = fed[chosen], plans[chosen].lengths
         self._drafting = max(1, B - lengths.count(0))
-        for request, tokens, n in zip(requests, pending, lengths, strict=True):
-            if n and self._requests.get(request, self._new).right is None:
+        for one, tokens, n in zip(known, pending, lengths, strict=True):
+            if n and not one.seen[0]:
                 self._catch_up += (tokens - self._catch_up) / ANSWERS
         return lengths
 
     def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
-        self.trials.now += 1 / self._batch
-        if request not in self._requests:
-            self._requests[request] = Acceptance(self.max_draft)
-        known = self._requests[request]
+        self.steps += 1 / self._batch
+        self._requests.setdefault(request, Acceptance(self.max_draft)).observe(drafted, accepted)
         if drafted:
             self._all.observe(drafted, accepted)
-            if known.right is not None:
-                self._likeness.observe(known.right, accepted > 0)
-        known.observe(drafted, accepted)
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         self.costs.observe_step(batch, tokens, seconds)
@@ -201,38 +151,47 @@ class Adaptive(Policy):
             self._answer += (known.tokens - self._answer) / ANSWERS
 
     def snapshot(self) -> dict[str, Any]:
-        """Acceptance by position, seconds by number of drafts."""
         table = self.costs.table(self._batch, self.max_draft)
         return {
-            "acceptance": self._all.along(),
+            "acceptance": self._all.chances(self._prior, PRIOR_WEIGHT),
             "step_seconds": table.step[:: self._batch],
             "draft_seconds": table.draft,
-            "requests": len(self._requests),
         }
 
-    def _chances(
-        self, requests: Sequence[str], pending: Sequence[int], table: Table
-    ) -> list[list[float]]:
-        """a_ij: the chance that the first j drafts of request i are all accepted.
+    def _choose(self, plans: Sequence[Plan], catch_up: Sequence[float]) -> int:
+        """The passes of the plan to follow now. `catch_up`: seconds that each costs once."""
+        rates = [plan.tokens / plan.seconds for plan in plans]
+        if max(rates) > (1 + MARGIN) * rates[self.plan]:
+            self.plan = rates.index(max(rates))
+        self._followed[self.plan] = self.steps
+        self.left -= 1
+        if self.left <= 0:
+            hopes = []
+            for plan, once, at in zip(plans, catch_up, self._followed, strict=True):
+                rate = plan.tokens / (plan.seconds + once / self.trial_steps)
+                hopes.append(rate * (1 + self.hope * (self.steps - at)))
+            hopes[self.plan] = (1 + MARGIN) * rates[self.plan]
+            self.trial = hopes.index(max(hopes))
+            self.left = self.trial_steps if self.trial != self.plan else 0
+        self._followed[self.trial] = self.steps
+        return self.trial
 
-        Less the tokens lost while the MTP layer reads pending ones, at least as many as before
-        most first drafts, spread over the rest of the answer. Answers are taken as geometrically
-        long, so what is left is always the mean.
+    def _chances(self, known: list[Acceptance], pending: Sequence[int], table: Table) -> Chances:
+        """The a_ij of each request, less what its pending tokens cost.
+
+        The tokens lost while the MTP layer reads them are spread over a mean answer. A request that
+        has none counts as if it had a mean number before first drafts: the next in its place will.
         """
-        everyone, pull = self._all.along(), self._likeness.pull
-        lost = table.pending * len(requests) / table.step[0] / self._answer  # for each token
+        everyone = self._all.chances(self._prior, PRIOR_WEIGHT)
+        lost = table.pending * len(known) / table.step[0] / self._answer  # for each token
         rows = []
-        for request, tokens in zip(requests, pending, strict=True):
-            row = self._requests.get(request, self._new).chances(everyone, pull)
-            if ahead := max(tokens, self._catch_up):
-                worth = max(LEAST_WORTH, 1 - lost * ahead * (1 + 1 / sum(row)))
-                row = [a * worth for a in row]
-            rows.append(row)
+        for one, tokens in zip(known, pending, strict=True):
+            row = list(accumulate(one.chances(everyone, PULL), mul))
+            worth = 1 - lost * max(tokens, self._catch_up) * (1 + 1 / sum(row))
+            rows.append([a * max(0.0, worth) for a in row])
         return rows
 
 
 def make_policy(max_draft: int) -> Policy:
     """The policy that the environment asks for."""
-    if env.drafts() == "fixed":
-        return Fixed(max_draft)
-    return Adaptive(max_draft, Costs())
+    return Fixed(max_draft) if env.drafts() == "fixed" else Adaptive(max_draft, Costs())

@@ -14,7 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.mtp.costs import Costs, Table, guess_draft, guess_step
 from qwen3next_plugin.mtp.plain_steps import EVERY
-from qwen3next_plugin.mtp.policy import Adaptive, Plan
+from qwen3next_plugin.mtp.policy import Adaptive, Chances, Plan
 
 ALIKE = 2  # steps with as many drafts after which one is timed: SGLang runs a step ahead
 TRIAL = 6  # steps of a trial: the first two are not timed
@@ -25,11 +25,16 @@ def guess_whole(drafts: float) -> float:
     return guess_step(drafts) + (guess_draft(drafts) if drafts else 0.0)
 
 
-def alike(chances: Sequence[Sequence[float]], table: Table) -> list[Plan]:
-    """The plans with 0, 1, … drafts for each request."""
-    B = len(chances)
-    tokens = accumulate(map(sum, zip(*chances, strict=True)), initial=float(B))
-    return [Plan([n] * B, all_, table.step[n * B]) for n, all_ in enumerate(tokens)]
+class Alike(Adaptive):
+    """As many drafts for each request."""
+
+    trial_steps = TRIAL
+
+    @staticmethod
+    def plans(chances: Chances, table: Table) -> list[Plan]:
+        B = len(chances)
+        tokens = accumulate(map(sum, zip(*chances, strict=True)), initial=float(B))
+        return [Plan([n] * B, all_, table.step[n * B]) for n, all_ in enumerate(tokens)]
 
 
 def names(batch: int) -> list[str]:
@@ -47,8 +52,7 @@ class OneLength:
     ) -> None:
         """`candidates`: the numbers of drafts that there are graphs for."""
         self.candidate_steps = sorted(candidates)
-        costs = Costs(guess_whole)
-        self.policy = Adaptive(self.candidate_steps[-1], costs, plans=alike, trial=TRIAL)
+        self.policy = Alike(self.candidate_steps[-1], Costs(guess_whole))
         self.clock, self.began, self.batch_size = clock, 0.0, 0  # of the last step
         self.graphs: list[int] | None = None  # batch sizes
         self.steps, self.wait = self.candidate_steps[-1], 0  # steps until another choice
@@ -83,7 +87,8 @@ class OneLength:
         """The number of drafts and when to choose again; of the first rank on all ranks."""
         length = self.policy.lengths(names(batch_size), [0] * batch_size)[0]
         steps = [n for n in self.candidate_steps if n <= length][-1:] or self.candidate_steps[:1]
-        wait = 1 if self.policy.trials.on_trial else EVERY
+        on_trial = self.policy.trial != self.policy.plan
+        wait = 1 if on_trial else EVERY
         group = get_parallel().tp_group
         found: tuple[int, int] = group.broadcast_object((steps[0], wait), src=0)
         return found
