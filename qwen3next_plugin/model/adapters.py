@@ -5,12 +5,15 @@ ours, in its own order of rows, and each may have an adapter of its own rank. Th
 has one A with the rows of all, and one B with the columns of all, zero where they do not belong.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.layouts import FLAT_PROJECTION, group_projections, our_name
@@ -67,6 +70,38 @@ def read(
             parts = {module: adapted.get(module) for module in modules}
             found[ours] = _joined(parts, shapes, settings, config)
     return found
+
+
+def check_stored(folder: Path, config: Qwen3NextConfig) -> None:
+    """Refuse a folder's adapter by its file's header.
+
+    Raises:
+        AdapterError: as `read` and `stored`.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise AdapterError(f"{path} is not there; name the folder that PEFT has saved")
+    read(stored(folder, headers=True), json.loads(path.read_text(encoding="utf-8")), config)
+
+
+def stored(folder: Path, *, headers: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a folder's adapter; `headers`: without their data.
+
+    Raises:
+        AdapterError: there is no safetensors file.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise AdapterError(
+            f"{path} is not there, and other kinds of files are not read: loading them runs code; "
+            f"save the adapter with PEFT's save_pretrained(..., safe_serialization=True)"
+        )
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it iterates no other way)
+            if headers:
+                yield name, torch.empty(file.get_slice(name).get_shape(), device="meta")
+            else:
+                yield name, file.get_tensor(name)
 
 
 def _shapes(config: Qwen3NextConfig) -> Shapes:

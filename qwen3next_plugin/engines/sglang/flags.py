@@ -1,7 +1,7 @@
 """SGLang's flags: every refusal and every default, before a process starts."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from qwen3next_plugin.engines.sglang.names import (
 )
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
-from qwen3next_plugin.model import rope
+from qwen3next_plugin.model import adapters, rope
 from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored, read_formats
 
@@ -184,6 +184,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         rope.check_images(config.rope_parameters, "--language-model-only")
     if server_args.speculative_algorithm:
         check_num_draft_layers(config, "--speculative-algorithm")
+    for adapter in _adapters(server_args.lora_paths):
+        _check_adapter(adapter, config)
     if not folder.is_dir() or server_args.load_format == "dummy":
         return
     formats = None
@@ -193,6 +195,25 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
             logger.info("qwen3next_plugin: %s", note)
     with_mtp = bool(server_args.speculative_algorithm)
     check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
+
+
+def _adapters(lora_paths: Any) -> Iterator[Path]:
+    """The folders that --lora-paths names; one of a hub is checked as it loads."""
+    given = lora_paths.values() if isinstance(lora_paths, dict) else lora_paths or ()
+    for one in given:
+        if isinstance(one, dict):
+            path = one["lora_path"]
+        else:
+            path = one.partition("=")[2] or one if isinstance(one, str) else one.lora_path
+        if Path(path).is_dir():
+            yield Path(path)
+
+
+def _check_adapter(folder: Path, config: Qwen3NextConfig) -> None:
+    try:
+        adapters.check_stored(folder, config)
+    except adapters.AdapterError as error:
+        raise ConfigError(f"--lora-paths {folder}: {error}") from error
 
 
 def _check_kernels(graphs: Any) -> None:

@@ -6,14 +6,12 @@ runs as without adapters, packed or quantised, and a hook adds what the adapters
 add to its output.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -34,7 +32,7 @@ from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang.cpu.packing import pack
 from qwen3next_plugin.engines.sglang.names import LORA_BACKEND
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
-from qwen3next_plugin.model.adapters import AdapterError, LowRank, read
+from qwen3next_plugin.model.adapters import LowRank, read, stored
 
 # How SGLang splits an adapter among ranks, by the layer's class.
 SPLIT = {
@@ -82,7 +80,7 @@ class Adapters(LoRAManager):
     def load_lora_weights(self, lora_ref: LoRARef) -> None:
         """Load an adapter's file; SGLang answers with what this raises."""
         folder = local_folder(lora_ref.lora_path, None)
-        self._load(lora_ref, _stored(folder))
+        self._load(lora_ref, stored(folder))
 
     def load_lora_weights_from_tensors(
         self, lora_ref: LoRARef, tensors: dict[str, torch.Tensor]
@@ -172,15 +170,3 @@ def _product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     if weight.dtype == torch.bfloat16:
         return pack(weight)
     return partial(nn.functional.linear, weight=weight)
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise AdapterError(
-            f"{path} is not there: adapters are read from safetensors files, which unpickle "
-            f"nothing; save it with PEFT's save_pretrained(..., safe_serialization=True)"
-        )
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it iterates no other way)
-            yield name, file.get_tensor(name)
