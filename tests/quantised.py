@@ -37,8 +37,12 @@ def write_quantised(
     kind: str,
     *,
     leave_out: str = "^$",
+    head: bool = False,
 ) -> tuple[Path, Path]:
     """Quantise a checkpoint, but for modules that match; returns its folder and the twin's.
+
+    Args:
+        head: quantise the output head, too.
 
     In the kind `mixed` modules differ, those alike that an engine stacks.
     """
@@ -49,7 +53,8 @@ def write_quantised(
     kinds = cycle(MIX)
     mix = defaultdict[str, str](lambda: next(kinds))
     for name, tensor in tensors.items():
-        if QUANTISED.match(name) and tensor.ndim == 2 and not re.search(leave_out, name):
+        chosen = QUANTISED.match(name) or (head and name == "lm_head.weight")
+        if chosen and tensor.ndim == 2 and not re.search(leave_out, name):
             module = name.removesuffix(".weight")
             own = mix[STACKED.sub("", module)] if kind == MIXED else kind
             parts, plainly[name] = KINDS[own].quantise(tensor.float())
@@ -63,6 +68,16 @@ def write_quantised(
     raw = json.loads(path.read_text()) | {"quantization_config": dict(config)}
     path.write_text(json.dumps(raw))
     return quantised, twin
+
+
+def round_to_int8(folder: Path) -> None:
+    """Round a checkpoint's weights so that QWEN3NEXT_QUANTISE=int8 changes none of them."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if (QUANTISED.match(name) or name == "lm_head.weight") and tensor.ndim == 2:
+            tensors[name] = int8_by_row(tensor.float())[1].to(tensor.dtype)
+    save_file(tensors, file)
 
 
 def in_blocks(scale_dtype: torch.dtype, name: str = "weight_scale_inv") -> Callable:

@@ -227,6 +227,25 @@ def test_plan_as_json_says_the_same(released):
     assert plan["flags"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.5-4B"])
+def test_plan_counts_what_is_quantised_at_load(monkeypatch, model):
+    def weights():
+        options = (RELEASED_CONFIGS / model, "--memory", 200, "--max-model-len", 32768, "--json")
+        return json.loads(run("plan", *options).stdout)["weights"]
+
+    plain = weights()
+    monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
+    int8 = weights()
+    for part in ("attention", "experts and MLPs"):  # scales and routers are small
+        assert int8[part] == pytest.approx(plain[part] / 2, rel=0.01)
+    config = json.loads((RELEASED_CONFIGS / model / "config.json").read_text())
+    config = config.get("text_config", config)
+    head = config["vocab_size"] * (config["hidden_size"] + 4)
+    instead = 0 if config.get("tie_word_embeddings") else 2 * head - 8 * config["vocab_size"]
+    part = "embeddings and norms"
+    assert int8[part] == plain[part] + head - instead
+
+
 @pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.6-35B-A3B"])
 def test_plan_of_a_longer_context(model):
     yarn = '{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":262144}'

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import ceil, prod
 from pathlib import Path
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 
 INDEX = "model.safetensors.index.json"
@@ -49,13 +50,24 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     """Bytes of every tensor but a vision tower's, and where the numbers come from.
 
     From the safetensors files; without them from the index's total (a checkpoint not downloaded
-    yet); without that from the config alone. Raises ConfigError and CheckpointError.
+    yet); without that from the config alone. QWEN3NEXT_QUANTISE counts as in the engines. Raises
+    ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.layouts import our_name
+    from qwen3next_plugin.model.quantising import quantised_bytes
 
     index = _read_index(folder / INDEX)
     names = index["weight_map"].keys() if index else set()
     stored = _stored_tensors(folder)
+    sizes = {name: count * DTYPES[dtype] for name, count in parameters(config).items()}
+    if (stored or index) and not any(
+        part_of(our_name(name, config) or "") == "MTP" for name in {*names, *stored}
+    ):
+        sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
+    if asked := env.quantise():
+        found = quantised_bytes(asked, _shapes(config)).items()
+        sizes |= {name: n for name, n in found if name in sizes or part_of(name) != "MTP"}
+        return sizes, f"config.json, quantised to {asked}"
     if stored and names <= stored.keys():
         sizes = {
             ours: _served_bytes(*tensor, DTYPES[dtype])
@@ -63,23 +75,22 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
             if (ours := our_name(name, config))
         }
         return sizes, "safetensors files"
-    sizes = {name: count * DTYPES[dtype] for name, count in parameters(config).items()}
     if not index:
         return sizes, "config.json"
-    if not any(part_of(our_name(name, config) or "") == "MTP" for name in names):
-        sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
     return _scaled(sizes, index["metadata"]["total_size"], dtype), INDEX
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:
     """Number of parameters of every tensor of the model."""
+    return {name: prod(shape) for name, shape in _shapes(config).items()}
+
+
+def _shapes(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
     from qwen3next_plugin.model.weights import trunk_tensors
     from qwen3next_plugin.mtp.weights import mtp_tensors
 
-    shapes = trunk_tensors(config)
-    if config.num_nextn_predict_layers:
-        shapes |= mtp_tensors(config)
-    return {name: prod(shape) for name, shape in shapes.items()}
+    mtp = mtp_tensors(config) if config.num_nextn_predict_layers else {}
+    return trunk_tensors(config) | mtp
 
 
 def _read_index(file: Path) -> dict | None:

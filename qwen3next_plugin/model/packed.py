@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.draft_head import quantise_rows
 from qwen3next_plugin.kernels.linear import (
     Weight,
     linear,
@@ -83,6 +84,28 @@ def pack_plain(layer: nn.Module) -> Packed:
     packed = pack_parameters(layer, BF16)
     layer.weight = nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)
     return packed
+
+
+def drop_plain(layer: nn.Module) -> None:
+    """Leave an empty weight, which hosts look at, in place of one that is packed."""
+    assert isinstance(layer.weight, Tensor)
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
+def packs_head(dtype: torch.dtype) -> bool:
+    """Whether an output head of this dtype is packed for our kernels, by `pack_head`."""
+    return env.quantise() is not None or (dtype == torch.bfloat16 and packs_plain())
+
+
+def pack_head(weight: Tensor) -> Packed:
+    """Pack an output head, in int8 where QWEN3NEXT_QUANTISE asks for int8 or int4.
+
+    Shapes: weight [N, K], which stays as it is.
+    """
+    if env.quantise() is None:
+        return Packed(pack_bf16(weight))
+    values, scale = quantise_rows(weight)
+    return Packed(pack_int8(values, scale[:, None]))
 
 
 def pack(tensors: Mapping[str, Tensor], form: Format) -> Packed:

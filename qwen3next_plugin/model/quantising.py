@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,36 +15,53 @@ from qwen3next_plugin.model.quantised import Format, Module, Scheme
 
 # Few rows that decide much: gates and decays of linear attention, the MTP layer's input.
 KEPT = re.compile(r"(in_proj_(ba|b|a)|\.fc)$")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD_FORMAT = Format("int8", 0, torch.float32)  # as `packed.pack_head` packs
 SMALLEST = 1e-8  # a scale: of rows that are all zeros
 
 
 def quantising(name: str, shapes: Shapes, holder: Callable[[str], str]) -> Formats:
     """The formats of a plain checkpoint's modules if it is quantised to `int8` or `int4`.
 
+    The output head has none: it loads as it is, and `packed.pack_head` quantises it to int8.
+
     Args: as of `read_formats`.
     """
-    stored, found = {}, matrices(shapes)
-    for weight, (rows, columns) in found.items():
+    stored = {}
+    for weight, (rows, columns) in matrices(shapes).items():
         module = weight.removesuffix(".weight")
         chosen = _scheme(name, columns)
         if chosen and not PLAIN.search(module) and not KEPT.search(module):
             whole = Module(module, rows, columns, {})
             stored[module] = Stored(whole, frozenset(("weight",)), *chosen)
-    return Formats(stored, shapes, holder, _saving(name, stored.values(), len(found)))
+    return Formats(stored, shapes, holder, _saving(name, shapes))
 
 
-def _saving(name: str, quantised: Collection[Stored], matrices: int) -> str:
+def quantised_bytes(name: str, shapes: Shapes) -> dict[str, int]:
+    """Bytes of each weight that is quantised to `int8` or `int4`; a tied head is a copy."""
+    found = {HEAD: _bytes(HEAD_FORMAT, *shapes[EMBEDDING])}
+    for weight, (rows, columns) in matrices(shapes).items():
+        module = weight.removesuffix(".weight")
+        chosen = _scheme(name, columns)
+        if chosen and not PLAIN.search(module) and not KEPT.search(module):
+            found[weight] = _bytes(chosen[1], rows, columns)
+    return found
+
+
+def _bytes(form: Format, rows: int, columns: int) -> int:
+    parts = form.tensors(rows, columns).values()
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+def _saving(name: str, shapes: Shapes) -> str:
     """The line that an engine logs."""
-    before = after = 0
-    for stored in quantised:
-        rows, columns = stored.module.rows, stored.module.columns
-        before += 2 * rows * columns
-        for shape, dtype in stored.format.tensors(rows, columns).values():
-            after += shape[0] * shape[1] * dtype.itemsize
+    found, all_of_them = quantised_bytes(name, shapes), {HEAD: (), **matrices(shapes)}
+    before, after = sum(2 * prod(shapes.get(w, (0,))) for w in found), sum(found.values())
+    head = "" if HEAD in shapes else ", a copy of the embeddings"
     return (
-        f"QWEN3NEXT_QUANTISE={name}: {len(quantised)} of {matrices} matrices take "
-        f"{after / 2**30:.2f} GiB, in bfloat16 {before / 2**30:.2f}; embeddings, the output head, "
-        f"routers, in_proj_ba and mtp.fc stay as they are"
+        f"QWEN3NEXT_QUANTISE={name}: {len(found)} of {len(all_of_them)} matrices take "
+        f"{after / 2**30:.2f} GiB, in bfloat16 {before / 2**30:.2f}; the output head is int8{head};"
+        f" embeddings, routers, in_proj_ba and mtp.fc stay as they are"
     )
 
 

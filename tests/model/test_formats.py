@@ -13,10 +13,12 @@ from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
 from quantised import KINDS, MIXED, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.formats import Formats
 from qwen3next_plugin.model.layouts import CheckpointError
-from qwen3next_plugin.model.packed import check_experts, check_split
+from qwen3next_plugin.model.packed import check_experts, check_split, pack_head, packs_head
 from qwen3next_plugin.model.quantised import Format, dequantise
+from qwen3next_plugin.model.quantising import quantised_bytes
 from qwen3next_plugin.model.weights import formats_of, holder, parameters, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
 
@@ -175,6 +177,8 @@ def test_ranks_that_would_share_a_scale():
 @pytest.mark.parametrize(("name", "steps"), [("int8", 0.51), ("int4", 1.05)])
 def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
     formats, found = load(plain, name)
+    config = Qwen3NextConfig.from_hf(json.loads((plain / "config.json").read_text()))
+    sizes = quantised_bytes(name, trunk_tensors(config) | mtp_tensors(config))
     stored = load_file(plain / "model.safetensors")
     for module, kept in formats.stored.items():
         form = kept.format
@@ -182,9 +186,30 @@ def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
         weight, scale = stored.pop(f"{module}.weight"), tensors["weight_scale"].float().abs()
         most = scale.repeat_interleave(form.group or weight.shape[1], dim=1)
         assert ((dequantise(tensors, form) - weight).abs() <= steps * most).all(), module
+        assert sizes.pop(f"{module}.weight") == sum(t.nbytes for t in tensors.values())
+    assert [*sizes] == ["lm_head.weight"]
     assert {name: t.shape for name, t in found.items()} == {n: t.shape for n, t in stored.items()}
     assert "model.layers.0.linear_attn.in_proj_ba.weight" in found
-    assert f"QWEN3NEXT_QUANTISE={name}: {len(formats.stored)} of " in formats.described()
+    said = formats.described()
+    assert f"QWEN3NEXT_QUANTISE={name}: {len(formats.stored) + 1} of " in said
+    assert "the output head is int8; embeddings, routers," in said
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_output_head_is_int8(monkeypatch, name):
+    weight = torch.randn(50, 160).bfloat16()
+    plain = pack_head(weight) if packs_head(torch.bfloat16) else None
+    assert plain is None or plain.format == "bf16"
+    assert not packs_head(torch.float32)
+    monkeypatch.setenv("QWEN3NEXT_QUANTISE", name)
+    assert packs_head(torch.float32)
+    head = pack_head(weight)
+    assert head.format == "int8"
+    shapes = {"model.embed_tokens.weight": (50, 160)}
+    assert quantised_bytes(name, shapes) == {"lm_head.weight": 50 * 160 + 50 * 4}
+    step = weight.float().abs().amax(1) / 127
+    error = (unpack(head.weight) - weight.float()).abs().amax(1)
+    assert (error <= 0.51 * step).all()
 
 
 def test_what_is_quantised_is_not_quantised_again(plain):

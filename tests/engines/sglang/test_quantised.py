@@ -44,9 +44,10 @@ def plain(tmp_path_factory):
 def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
     kind, drafts, leave_out = CASES[request.param]
     folder = tmp_path_factory.mktemp("quantised")
-    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
+    at_load = request.param == AT_LOAD
+    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out, head=at_load)
     flags = (*NEXTN, str(drafts)) if drafts else ()
-    if request.param == AT_LOAD:
+    if at_load:
         server = Forked(plain, *SMALL, *flags, env=FIXED | {"QWEN3NEXT_QUANTISE": "int8"})
     else:
         server = Forked(quantised, *SMALL, *flags, env=FIXED)

@@ -49,8 +49,9 @@ def plain(tmp_path_factory):
 def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("quantised")
     kind, leave_out = CASES[request.param]
-    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
-    if request.param == AT_LOAD:
+    at_load = request.param == AT_LOAD
+    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out, head=at_load)
+    if at_load:
         engine = Offline(plain, env={"QWEN3NEXT_QUANTISE": "int8"}, **FLAGS)
     else:
         engine = Offline(quantised, enforce_eager=request.param != COMPILED, **FLAGS)

@@ -13,12 +13,14 @@ from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
 )
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.runtime_context import get_server_args
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.kernels.linear import pack_bf16
-from qwen3next_plugin.model.packed import Packed, packs_plain
+from qwen3next_plugin.model.packed import Packed, drop_plain, pack_head, packs_head, packs_plain
 
 ROWS = 1  # the layout is chosen for one row; measured, it is as fast for more rows
 
@@ -52,18 +54,10 @@ def pack(weight: torch.Tensor) -> Product:
     return Packed(pack_bf16(weight)) if are_packed(weight.dtype) else OneDnn(weight)
 
 
-def _pack_once(layer: Any) -> bool:
-    """Pack a layer unless it is packed; whether it was packed now. SGLang may call this twice."""
-    weight = layer.weight
-    plain = weight.device.type == "cpu" and not use_intel_amx_backend(layer)
-    if layer.packed is not None or not plain or weight.dtype != torch.bfloat16:
-        return False
-    layer.packed = pack(weight.data)
-    return True
-
-
-def _drop(layer: Any) -> None:
-    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is not packed yet. SGLang may pack twice."""
+    on_cpu = layer.weight.device.type == "cpu"
+    return layer.packed is None and on_cpu and not use_intel_amx_backend(layer)
 
 
 class PackedLinear(UnquantizedLinearMethod):
@@ -71,8 +65,9 @@ class PackedLinear(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        if _pack_once(layer):
-            _drop(layer)
+        if _is_plain(layer) and layer.weight.dtype == torch.bfloat16:
+            layer.packed = pack(layer.weight.data)
+            drop_plain(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if layer.packed is None:
@@ -81,11 +76,20 @@ class PackedLinear(UnquantizedLinearMethod):
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
-    """SGLang's unquantised head; `drop_plain_head` drops the plain copy."""
+    """SGLang's unquantised head; with drafts, `drop_plain_head` drops the plain copy."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        _pack_once(layer)
+        if not _is_plain(layer):
+            return
+        weight = layer.weight.data
+        if packs_head(weight.dtype):
+            layer.packed = pack_head(weight)
+        elif weight.dtype == torch.bfloat16:
+            layer.packed = OneDnn(weight)
+        tied = not isinstance(layer, ParallelLMHead)  # to the embedding, and the same module
+        if layer.packed is not None and not tied and not get_server_args().speculative_algorithm:
+            drop_plain(layer)
 
 
 class PackedLogitsProcessor(LogitsProcessor):
@@ -122,6 +126,6 @@ def _use(method: PackedLinear | PackedHead, layer: Any) -> None:
 
 
 def drop_plain_head(head: Any) -> None:
-    """Drop the plain head: nothing is looked up in it, and drafts have their own head."""
+    """Drop the plain head, of which drafts have their own copy now."""
     if getattr(head, "packed", None) is not None:
-        _drop(head)
+        drop_plain(head)

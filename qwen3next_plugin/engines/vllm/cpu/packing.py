@@ -15,8 +15,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms import current_platform
 
-from qwen3next_plugin.kernels.linear import pack_bf16
-from qwen3next_plugin.model.packed import Packed, pack_plain, packs_plain
+from qwen3next_plugin.model.packed import drop_plain, pack_head, pack_plain, packs_head, packs_plain
 
 if TYPE_CHECKING:
     from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead
@@ -64,8 +63,10 @@ class PackedHead(UnquantizedEmbeddingMethod):
             return
         if self.drafts:
             layer.make_draft_head()
-        if _packs(layer):
-            layer.packed = Packed(pack_bf16(layer.weight.data)) if self.tied else pack_plain(layer)
+        if packs_head(layer.weight.dtype):
+            layer.packed = pack_head(layer.weight.data)
+            if not self.tied:
+                drop_plain(layer)
             return
         dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
 
