@@ -14,6 +14,7 @@ from PIL import Image
 from checkpoints import write_checkpoint, write_tokenizer
 from examples.qwen3_5_layout import IMAGE_TOKENS, VISION, rewrite
 from family import FAMILY
+from quantised import round_to_int8
 from reference import quietly
 
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"  # of an image in a text
@@ -37,9 +38,15 @@ SIZES = {
 }
 
 
-def write_vision_checkpoint(folder: Path, *, member: str) -> Path:
-    """A wrapped checkpoint of the family with what processors need; returns its folder."""
+def write_vision_checkpoint(folder: Path, *, member: str, rounded: bool = False) -> Path:
+    """A wrapped checkpoint of the family with what processors need; returns its folder.
+
+    Args:
+        rounded: see `round_to_int8`.
+    """
     plain = write_checkpoint(folder / "qwen3-next", **FAMILY[member].changes)
+    if rounded:
+        round_to_int8(plain)
     write_tokenizer(plain, extra=list(IMAGE_TOKENS.values()))
     out = rewrite(plain, folder / "wrapped", wrapped=True, fused=FAMILY[member].fused)
     processors = {

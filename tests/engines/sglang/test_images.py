@@ -159,3 +159,18 @@ def test_without_the_tower_an_image_is_refused(server, expected):
     with pytest.raises(urllib.error.HTTPError, match="400"):
         ask(server, ["one"])
     check(expected, "text", ask(server, ["text"])[0])
+
+
+@pytest.mark.long
+def test_quantised_as_it_loads(tmp_path):
+    folder = write_vision_checkpoint(tmp_path, member=MOE, rounded=True)
+    reference = VisionReference(folder)
+    env = FIXED | {"QWEN3NEXT_QUANTISE": "int8"}
+    server = Forked(folder, *SMALL, *NEXTN, "3", env=env).wait()
+    try:
+        for name in ("one", "text"):
+            text, _ = PROMPTS[name]
+            expected = {name: reference.greedy(text, images_of(name), TOKENS)}
+            check(expected, name, ask(server, [name])[0])
+    finally:
+        server.close()

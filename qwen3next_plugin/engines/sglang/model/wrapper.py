@@ -14,6 +14,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
+from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
@@ -48,6 +49,7 @@ class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):  # noqa:
             )
         self.config = sizes
         self.quantised = quant_config is not None
+        self.formats = formats(quant_config)
         self.lm_head = make_lm_head(sizes, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
         in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
@@ -81,6 +83,7 @@ class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):  # noqa:
             expected=trunk_tensors(self.config),
             ignored=mtp_tensors(self.config),
             quantised=self.quantised,
+            formats=self.formats,
         )
         load(self, tensors)
 
