@@ -71,6 +71,23 @@ def test_methods_of_the_architecture_exist():
     assert not [f"{owner}.{name}" for owner, name in methods if not exists(owner, name)]
 
 
+def test_parts_and_switches_of_the_training_page_exist():
+    page, folder = ROOT / "docs" / "training.md", ROOT / "examples" / "train_tiny"
+    recipe, train = (
+        (folder / f"{name}.py").read_text(encoding="utf-8") for name in ("recipe", "train")
+    )
+    words = OURS.findall(prose(page))
+    parts = {word for word in words if word.isidentifier()}
+    defined = re.findall(r"^(?:class|def) (\w+)", recipe, re.MULTILINE)
+    assert len(parts) > 5
+    assert parts <= set(defined)
+    switches = [word.split()[0] for word in words if word.startswith("--")]
+    assert len(switches) == 3
+    for switch in switches:
+        option = switch.removeprefix("--").removeprefix("no-").replace("-", "_")
+        assert f"    {option}: Annotated[" in train
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_a_page_starts_with_a_command(page):
     assert page.read_text(encoding="utf-8").split("\n\n")[1].startswith("```")
