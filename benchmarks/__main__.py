@@ -33,7 +33,8 @@ def main(
       python -m benchmarks.engines   steps, prefill, memory, start-up; vLLM and SGLang
       python -m benchmarks.kernels   the CPU kernels against upstream's operators
       python -m benchmarks.mtp       verify steps, and clients with drafts and without
-      python -m benchmarks.gpu       the Triton kernels; needs a GPU
+      python -m benchmarks.gpu       the Triton kernels; needs a GPU (not run here)
+      python -m benchmarks.claim     Qwen3-Next against Qwen3-32B, in blocks (not run here)
 
     Plugin and upstream are called in turn, and both must compute the same: on a red check the
     command exits with 1 and prints no figure. Every answer is kept as a JSON record in the output

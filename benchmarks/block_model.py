@@ -28,6 +28,7 @@ TEXT_MODELS = {  # model_type → architecture
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
 }
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 LAYERS = "layers.safetensors"
 LAYER = re.compile(r"model\.layers\.\d+|[^.]+")  # what a tensor's name begins with
 OWN = ("model.embed_tokens.weight", "lm_head.weight", "mtp.fc.weight")  # not in that file
@@ -106,14 +107,25 @@ def four_layers(folder: Path, size: str) -> Path:
         "layer_types": layer_types,
         "vocab_size": released["vocab_size"] * len(layer_types) // released["num_hidden_layers"],
     }
-    if (folder / "config.json").exists() and read_config(folder) == config:
+    return by_layer(folder, config, tensors(config))
+
+
+def by_layer(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Path:
+    """Write a random model of these tensors, a file for each layer that is not there yet."""
+    done = folder / "config.json"
+    if done.exists() and json.loads(done.read_text()) == config:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = tensors(config)
-    by_file = {name: LAYER.match(name)[0] for name in shapes}
+    by_file = {name: f"layers-{LAYER.match(name)[0]}.safetensors" for name in shapes}
     files = groupby(sorted(shapes, key=by_file.get), key=by_file.get)
     for seed, (file, names) in enumerate(files):
-        save_file(random_tensors(shapes, list(names), seed), folder / f"{file}.safetensors")
+        if not (path := folder / file).exists():
+            part = path.with_suffix(".part")
+            save_file(random_tensors(shapes, list(names), seed), part)
+            part.rename(path)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": by_file}  # transformers wants it
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     finish(folder, config)
     return folder
 
@@ -147,7 +159,7 @@ def write_layers(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def random_tensors(
-    shapes: Mapping[str, tuple[int, ...]], names: Collection[str], seed: int = 0
+    shapes: Shapes, names: Collection[str], seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Tensors of these names, the same in each call."""
     generator = torch.Generator().manual_seed(seed)

@@ -31,6 +31,8 @@ FIGURES = re.compile(
 SIZES = re.compile(r"(?<=<!-- sizes -->\n).*?(?=<!-- end of sizes -->)", re.DOTALL)
 MARK = re.compile(r"<!-- (figures:|sizes)")
 CLIENTS = re.compile(r"(.+), (\d+)")  # a row's case, and how many
+CONTEXT = re.compile(r"(prefill|decode), ([\d,]+)")  # a row of claim/factors
+PICTURES = {"claim/factors": "![by context](claim.svg)\n\n"}  # above the tables
 OURS, THEIRS, LINE = "#4c72b0", "#bbbbbb", "#c44e52"
 
 
@@ -40,10 +42,10 @@ def load(name: str) -> Record:
 
 
 def load_all(pattern: str) -> list[Record]:
-    """A record, or all whose names match `mtp/over_off/*`."""
+    """A record, or all whose names match `mtp/over_off/*`, of which there may be none."""
     names = (path.relative_to(MEASURED).with_suffix("") for path in MEASURED.rglob("*.json"))
     matching = sorted(str(name) for name in names if name.match(pattern))
-    return [load(name) for name in matching or [pattern]]
+    return [load(name) for name in (matching if "*" in pattern else [pattern])]
 
 
 def rendered(page: str) -> str:
@@ -51,7 +53,8 @@ def rendered(page: str) -> str:
 
     def figures(match: re.Match) -> str:
         records = [record for name in match["names"].split() for record in load_all(name)]
-        return match["begin"] + block(records) + match["end"]
+        shown = [PICTURES[record.name] for record in records if record.name in PICTURES]
+        return "".join([match["begin"], *shown, block(records), match["end"]])
 
     page = FIGURES.sub(figures, page)
     return SIZES.sub(lambda _: table(*sizes.table()), page)
@@ -115,6 +118,8 @@ def write() -> None:
         path.write_text(page)
     speeds_picture(load("engines/steps"), load("engines/prefill"))
     steps_picture(load("mtp/steps"))
+    if (MEASURED / "claim" / "factors.json").exists():
+        claim_picture(load("claim/factors"))
     if (MEASURED / "mtp" / "over_off").exists():
         clients_picture(load_all("mtp/over_off/*/*"))
 
@@ -182,6 +187,24 @@ def clients_picture(records: list[Record]) -> None:
         axes.set_xlabel("clients")
         axes.set_ylabel("times the speed without MTP")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def claim_picture(record: Record) -> None:
+    """Lines: how many times as fast Qwen3-Next is, by context; crosses: what is published."""
+    rows = {m.groups(): row for name, row in record.rows.items() if (m := CONTEXT.fullmatch(name))}
+    with chart(DOCS / "claim.svg", (6.5, 3.6)) as axes:
+        axes.axhline(1, color="#333333", linewidth=1)
+        for what, colour in (("prefill", OURS), ("decode", LINE)):
+            points = {n: row for (name, n), row in rows.items() if name == what}
+            times = [row["times"] for row in points.values()]
+            axes.plot(list(points), times, "o-", color=colour, label=what)
+            said = {n: row["published"] for n, row in points.items() if row["published"]}
+            times = [float(cell.split()[-1]) for cell in said.values()]  # "over 10" is drawn at 10
+            axes.plot(list(said), times, "x", color=colour, label=f"{what}, published")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel("times Qwen3-32B's speed")
+        axes.legend(frameon=False)
 
 
 @contextmanager

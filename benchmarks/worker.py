@@ -6,9 +6,10 @@ line: {"call": "decode", "batch": 8, "steps": 16} in, {"result": [...]} out.
 
 import json
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from rich.progress import track
 
 console = Console(stderr=True)
 VLLM = "benchmarks.engines.vllm_worker"
+VLLM_LAYERS = "benchmarks.engines.layer_worker"
 SGLANG = "benchmarks.engines.sglang_worker"
 FIXED = {"QWEN3NEXT_DRAFTS": "fixed"}  # as many drafts in each step
+PROMPTS = (3, 65, 200)  # lengths of the prompts that are compared
 SGLANG_PYTHON = Path(".venv-sglang/bin/python")
 
 
@@ -39,6 +42,12 @@ def serve(start: Callable[..., Any]) -> Any:
 def vocabulary(model: str) -> int:
     """How many tokens random prompts are drawn from."""
     return json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+
+
+def prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
+    """Random prompts, the same in every engine."""
+    shared = random.Random(1)
+    return [[shared.randrange(2, vocabulary) for _ in range(n)] for n in lengths]
 
 
 class Worker:
@@ -84,7 +93,7 @@ class Worker:
 
     def logprobs(self) -> list[float]:
         """Log-probabilities of the prompts that all workers share."""
-        return [x for prompt in self.call("logprobs", lengths=[3, 65, 200]) for x in prompt]
+        return [x for prompt in self.call("logprobs", lengths=PROMPTS) for x in prompt]
 
     def stop(self) -> None:
         """End the process."""

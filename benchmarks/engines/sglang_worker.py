@@ -10,7 +10,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.worker import serve, vocabulary
+from benchmarks.worker import prompts, serve, vocabulary
 
 
 class Engine:
@@ -54,10 +54,9 @@ class Engine:
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
         """Log-probability of each prompt token but the first; the same prompts in every engine."""
-        shared = random.Random(1)
-        prompts = [[shared.randrange(2, self.vocabulary) for _ in range(n)] for n in lengths]
+        shared = prompts(lengths, self.vocabulary)
         outputs = self.engine.generate(
-            input_ids=prompts,
+            input_ids=shared,
             sampling_params={"temperature": 0, "max_new_tokens": 1},
             return_logprob=True,
             logprob_start_len=0,

@@ -10,7 +10,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
 
 from vllm import LLM, SamplingParams
 
-from benchmarks.worker import serve, vocabulary
+from benchmarks.worker import prompts, serve, vocabulary
 
 
 class Engine:
@@ -44,10 +44,9 @@ class Engine:
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
         """Log-probability of each prompt token but the first; the same prompts in every engine."""
-        shared = random.Random(1)
-        prompts = [[shared.randrange(2, self.vocabulary) for _ in range(n)] for n in lengths]
+        shared = prompts(lengths, self.vocabulary)
         outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [{"prompt_token_ids": prompt} for prompt in shared],
             SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
         )
@@ -57,7 +56,7 @@ class Engine:
                 for token, entry in zip(prompt, output.prompt_logprobs, strict=True)
                 if entry
             ]
-            for prompt, output in zip(prompts, outputs, strict=True)
+            for prompt, output in zip(shared, outputs, strict=True)
         ]
 
     def peak_memory(self) -> float:

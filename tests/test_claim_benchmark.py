@@ -1,0 +1,137 @@
+"""The claim's benchmark: its models have the released layers, times are scaled, checks are red."""
+
+import re
+from contextlib import nullcontext
+
+import pytest
+from safetensors.torch import load_file
+
+from benchmarks import claim, claim_models, render
+from benchmarks.claim_models import BLOCK, DENSE, FULL, LINEAR, NEXT, SMALL
+from benchmarks.report import RedCheckError, Run
+from benchmarks.worker import PROMPTS, prompts
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run("benchmarks.claim", tmp_path, quick=True)
+
+
+@pytest.mark.parametrize("model", [DENSE, NEXT])
+def test_models_are_complete_and_what_transformers_loads(run, model):
+    one, two = (claim_models.written(run, model, blocks, SMALL) for blocks in (1, 2))
+    wanted = claim_models.tensors(model, claim_models.config_of(model, 2, SMALL))
+    files = [load_file(file) for file in two.glob("*.safetensors")]
+    assert {name: tuple(t.shape) for file in files for name, t in file.items()} == wanted
+    links = [file for file in two.glob("*.safetensors") if file.is_symlink()]
+    assert {file.name for file in links} == {file.name for file in one.glob("*.safetensors")}
+    logprobs = claim.reference(one)
+    assert len(logprobs) == sum(PROMPTS) - len(PROMPTS)
+    assert max(logprobs) < 0
+    assert len(set(logprobs)) > 200  # not those of an even distribution
+
+
+def test_counted_from_the_configs():
+    rows = claim.counted()
+    dense, sparse = rows[DENSE], rows[NEXT]
+    assert dense["parameters"] == dense["used"] == pytest.approx(32.76, abs=0.01)
+    assert sparse["parameters"] == pytest.approx(79.67, abs=0.01)
+    assert sparse["used"] == pytest.approx(3.87, abs=0.01)
+    assert sparse["share in the layers"] == pytest.approx(4.1, abs=0.05)
+
+
+class Engine:
+    """Answers as a worker does: a layer's time grows with its context, linear layers' does not."""
+
+    def __init__(self, model: str, added: float) -> None:
+        self.model, self.added, self.layers = model, added, 0
+
+    def logprobs(self) -> list[float]:
+        assert self.layers == len(BLOCK[self.model])
+        return [-1.0, -2.0]
+
+    def call(self, name: str, **arguments: int):
+        return getattr(self, name)(**arguments)
+
+    def use(self, layers: int) -> None:
+        self.layers = layers
+
+    def context(self, tokens: int, skipped: int, steps: int, batch: int):
+        chunks = tokens // claim.CHUNK
+        read = [self.times(i + 1) for i in range(chunks)][skipped:]
+        return [read, [self.times(chunks) for _ in range(steps)]]
+
+    def times(self, context: int) -> dict[str, float]:
+        of_kind = {FULL: 10.0 * context, LINEAR: 2.0}
+        beside = self.added if self.layers > len(BLOCK[self.model]) else 1.0
+        return {kind: beside * of_kind[kind] for kind in BLOCK[self.model]} | {"rest": 1.0}
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Measures with engines whose second block takes so many times as long, or other results."""
+
+    def measure(added: float = 1.0, logprob: float = -1.0):
+        def start(run, model, folder, lengths):
+            return nullcontext(Engine(model, added))
+
+        monkeypatch.setattr(claim, "start", start)
+        monkeypatch.setattr(claim, "reference", lambda folder: [logprob, -2.0])
+        monkeypatch.setattr(claim_models, "available_memory", lambda: 10**12)
+        monkeypatch.setattr(claim_models, "written", lambda run, model, blocks, changes: blocks)
+        return list(claim.measure(Run("benchmarks.claim", tmp_path, quick=False)))
+
+    return measure
+
+
+def test_layer_times_are_scaled(measured):
+    speed, layers, _ = measured()
+    assert "512 experts" in speed.case
+    dense, sparse = 64 * 10 * 64 + 1, 36 * 2 + 12 * 10 * 64 + 1  # milliseconds, at 131,072
+    row = speed.rows["decode, 131,072"]
+    assert row[DENSE] == pytest.approx(1e3 / dense)
+    assert row["times"] == pytest.approx(dense / sparse)
+    row = speed.rows["prefill, 131,072"]  # of which 48 steps are interpolated
+    assert row[DENSE] == pytest.approx(1e3 * 131072 / sum(64 * 10 * i + 1 for i in range(1, 65)))
+    assert speed.rows["decode, 4,096, batch 8"][DENSE] == pytest.approx(8e3 / (64 * 10 * 2 + 1))
+    assert layers.rows[f"{NEXT}: full attention layer"]["decode at 131,072"] == 640
+
+
+def test_the_page_gets_tables_and_picture(measured, monkeypatch, tmp_path):
+    """From a full run, whose records need not be there yet."""
+    monkeypatch.setattr(render, "MEASURED", tmp_path / "measured")
+    monkeypatch.setattr(render, "DOCS", tmp_path)
+    for record in measured():
+        record.save(render.MEASURED)
+    page = render.rendered("<!-- figures: claim/factor* -->\n<!-- end of figures -->\n")
+    assert "| prefill, 4,096 |" in page
+    assert len(page.split()) < 150  # what docs/ has left
+    render.claim_picture(render.load("claim/factors"))
+    (picture,) = re.findall(r"\]\((.+)\)", page)
+    assert "decode, published" in (tmp_path / picture).read_text()
+
+
+@pytest.mark.parametrize("logprob", [0.0, float("nan")])
+def test_other_results_are_red(measured, logprob):
+    with pytest.raises(RedCheckError, match="differ by"):
+        measured(logprob=logprob)
+
+
+@pytest.mark.parametrize("added", [0.5, 1.5])
+def test_a_layer_that_takes_another_time_in_two_blocks_is_red(measured, added):
+    with pytest.raises(RedCheckError, match="read: full_attention takes"):
+        measured(added=added)
+
+
+def test_experts_that_memory_has_room_for(run, monkeypatch, tmp_path):
+    full = Run("benchmarks.claim", tmp_path, quick=False)
+    for free, experts in ((24e9, 512), (16e9, 256)):
+        monkeypatch.setattr(claim_models, "available_memory", lambda free=free: free)
+        assert claim_models.changes_of(full, None) == {"num_experts": experts}
+    monkeypatch.setattr(claim_models, "available_memory", lambda: 4e9)
+    with pytest.raises(RedCheckError, match="too few for 64 experts"):
+        claim_models.changes_of(full, None)
+
+
+def test_prompts_are_the_same_everywhere():
+    assert prompts((3,), 100) == [prompts(PROMPTS, 100)[0]]
