@@ -115,6 +115,23 @@ def test_a_cached_prefix_is_its_adapters_own(served):
         check_greedy(model, [turn], [answer])
 
 
+def test_a_model_names_its_adapter(served):
+    """As OpenAI's clients do; the texts differ as the adapters do."""
+    texts = []
+    for suffix, name in (("", None), (":all", "all"), (":some", "some")):
+        (answer,) = served.server.greedy([PROMPTS[1]], TOKENS, lora_path=name)
+        asked = served.server.client.completions.create(
+            model=served.server.model + suffix,
+            prompt=list(PROMPTS[1]),
+            max_tokens=TOKENS,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert asked.choices[0].text == answer.text
+        texts.append(answer.text)
+    assert len(set(texts)) == len(texts)
+
+
 def test_adapters_are_loaded_and_unloaded_while_it_serves(served, tmp_path):
     """One whose parts do not all fit is refused by name, and the server goes on."""
     tensors = load_file(served.adapter / "adapter_model.safetensors")
@@ -128,6 +145,26 @@ def test_adapters_are_loaded_and_unloaded_while_it_serves(served, tmp_path):
     server.post("/load_lora_adapter", lora_name="again", lora_path=str(served.adapter))
     (answer,) = server.greedy(PROMPTS[:1], TOKENS, lora_path="again", **LOGPROBS)
     check_greedy(served.models["all"], PROMPTS[:1], [answer])
+
+
+@pytest.mark.long
+def test_a_server_that_begins_without_adapters(tmp_path):
+    """It takes one of the ranks that --max-lora-rank allows."""
+    model = write_checkpoint(tmp_path / "model")
+    merged, unused = Reference(model), Reference(model)
+    path = str(make_adapter(tmp_path / "all", merged))
+    wide = str(make_adapter(tmp_path / "wide", unused, rank=9))
+    flags = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all")
+    server = Forked(model, *SMALL, *flags).wait()
+    try:
+        server.post("/load_lora_adapter", lora_name="all", lora_path=path)
+        (answer,) = server.greedy(PROMPTS[1:2], TOKENS, lora_path="all", **LOGPROBS)
+        check_greedy(merged, PROMPTS[1:2], [answer])
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            server.post("/load_lora_adapter", lora_name="wide", lora_path=wide)
+        assert "--max-lora-rank" in refused.value.read().decode()
+    finally:
+        server.close()
 
 
 @pytest.mark.long
