@@ -100,6 +100,16 @@ ifneq ($(filter test-long,$(MAKECMDGOALS)),)
 test-vllm: $(TRANSFORMERS)
 endif
 
+# Qwen-Agent, which its tests run as a client, wants other packages than the engines do.
+QWEN_AGENT := .qwen-agent/.installed
+$(QWEN_AGENT): requirements/qwen-agent.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python $(INSTALL) -r $<
+	touch $@
+ifneq ($(filter test-long,$(MAKECMDGOALS)),)
+$(ENGINES:%=test-%): $(QWEN_AGENT)
+endif
+
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
 # has the longest last. Engines want memory too, so there are four at most.
@@ -147,4 +157,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton .qwen-agent

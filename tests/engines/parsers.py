@@ -90,7 +90,7 @@ def check_tool_calls(server: Server, engine: str, parser: str, grammar: dict[str
     """
     call = CALLS[parser].format(A=A, B=B)
     for count in (1, 2):
-        asked = NO_THINKING | _held("\n".join([call] * count), grammar)
+        asked = NO_THINKING | held("\n".join([call] * count), grammar)
         before = _accepted(server, engine)
         said = ask(server, tools=[REPEAT], tool_choice="auto", extra_body=asked)
         assert [name for name, _ in said.calls] == ["repeat"] * count, said
@@ -130,7 +130,7 @@ def check_thinking(
     """
     before = _accepted(server, engine)
     for tokens in BUDGETS:
-        asked = _held(B, grammar) | budget(tokens)
+        asked = held(B, grammar) | budget(tokens)
         said = ask(server, extra_body=asked)
         assert not any(mark in said.thinking + said.content for mark in MARKS)
         assert re.fullmatch(B, said.content.strip()), said
@@ -142,7 +142,7 @@ def check_thinking(
         assert _thought(server, asked) - tokens in (-1, 0, 1)  # a line break may count, or end it
     assert said.thinking.strip()
     assert _accepted(server, engine) > before
-    plain = ask(server, extra_body=_held(B, grammar) | NO_THINKING)
+    plain = ask(server, extra_body=held(B, grammar) | NO_THINKING)
     assert not plain.thinking
     assert re.fullmatch(B, plain.content.strip())
 
@@ -182,7 +182,8 @@ def _thinking(message: Any) -> str:
     return next((text for name in names if (text := getattr(message, name, None))), "")
 
 
-def _held(regex: str, grammar: dict[str, Any]) -> dict[str, Any]:
+def held(regex: str, grammar: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request that hold its answer to a regular expression."""
     (name,) = grammar
     inner = grammar[name]
     return {name: inner | {"regex": regex} if isinstance(inner, dict) else regex}

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from tokenizers import Tokenizer
 
+from engines.agents import check_qwen_agent, needs_qwen_agent
 from engines.parsers import (
     check_schema_in_a_chat,
     check_thinking,
@@ -76,3 +77,9 @@ def test_thinking_and_its_budget(server):
 
 def test_a_json_schema(server):
     check_schema_in_a_chat(server, "sglang")
+
+
+@pytest.mark.long
+@needs_qwen_agent
+def test_qwen_agent(server):
+    check_qwen_agent(server, server.parser, GRAMMAR)
