@@ -83,11 +83,13 @@ def _numbers(config: Qwen3NextConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters if not name.startswith("mrope_")}
 
 
-def planned(folder: Path, engine: str, tokens: int, drafts: int) -> dict[str, Any]:
-    """What `qwen3next plan` says of a request of so many tokens, in fp32."""
+def planned(
+    folder: Path, engine: str, tokens: int, drafts: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    """What `qwen3next plan` says of a request of so many tokens."""
     yarn = ("--rope-scaling", json.dumps(YARN | {"original_max_position_embeddings": tokens}))
     shape = ("--engine", engine, "--context", tokens, "--num-speculative-tokens", drafts)
-    flags = ("--dtype", "float32", "--memory", 8, "--json")
+    flags = ("--dtype", dtype, "--memory", 8, "--json")
     done = CliRunner().invoke(app, [*map(str, ("plan", folder, *yarn, *shape, *flags))])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
