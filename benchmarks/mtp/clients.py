@@ -55,7 +55,7 @@ def measure(run: Run, engine: Engine | None = None, case: Name | None = None) ->
         else:
             asked = names[:1] if run.quick else names
             turns = sum(Turns.of(CASES[name], quick=run.quick).whole for name in asked)
-            console.print(f"clients of {chosen.title}: {turns / 60:.0f} minutes of turns at least")
+            console.print(f"clients of {chosen.title}: turns of {turns:.0f} s in all, at least")
             for model, group in itertools.groupby(asked, key=lambda name: CASES[name].model):
                 yield from of_model(run, chosen, model, list(group))
 

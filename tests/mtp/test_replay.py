@@ -62,9 +62,9 @@ def test_adaptive_on_a_recording(path):
     """From the first request on, and if the first 40 drafts take three times as long."""
     whole, early = shares(load(path), adaptive)
     assert whole >= 0.97
-    assert early >= 0.9
+    assert early >= 0.94
     cold, _ = shares(load(path), adaptive, COLD)
-    assert cold >= 0.95
+    assert cold >= 0.97
 
 
 @pytest.mark.parametrize("name", ["sglang-block-4", "vllm-tiny-4"])
