@@ -3,13 +3,14 @@
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from typer.testing import CliRunner
 
-from checkpoints import write_checkpoint
+from checkpoints import random_prompt, write_checkpoint
 from engines.server import Server
 from family import FAMILY
 from qwen3next_plugin.cli import app
@@ -28,6 +29,7 @@ CASES = (  # the checkpoint's layout, and where YaRN is asked for
     ("wrapped", "nested"),
 )
 LINEAR_LAYERS = 3  # of `write_small`
+DEPTHS, NEEDLE = (0.1, 0.5, 0.9), 64  # where a prompt has the tokens of its end, and how many
 OVERRIDES: Mapping[str, dict[str, Any]] = {
     "file": {},
     "rope_scaling": {"rope_scaling": YARN},
@@ -93,6 +95,23 @@ def planned(
     done = CliRunner().invoke(app, [*map(str, ("plan", folder, *yarn, *shape, *flags))])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
+
+
+def needle_prompt(length: int) -> tuple[int, ...]:
+    """Random tokens, the last ones of which are at three depths, too."""
+    prompt = list(random_prompt(length))
+    for depth in DEPTHS:
+        at = int(depth * length)
+        prompt[at : at + NEEDLE] = prompt[-NEEDLE:]
+    return tuple(prompt)
+
+
+def at_needles(logprobs: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """Those of a prompt's log-probabilities [T-1] at its needles and its end [4, NEEDLE]."""
+    whole = torch.as_tensor(logprobs)
+    length = len(whole) + 1
+    starts = [*(int(depth * length) for depth in DEPTHS), length - NEEDLE]
+    return torch.stack([whole[start - 1 : start - 1 + NEEDLE] for start in starts])
 
 
 class Gauge:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -18,7 +19,9 @@ from engines.long_context import (
     YARN,
     Gauge,
     ask,
+    at_needles,
     check_read,
+    needle_prompt,
     planned,
     with_yarn,
     write_layouts,
@@ -191,20 +194,24 @@ def test_32k_tokens_are_transformers(tmp_path, reference):
 @pytest.mark.serve
 @pytest.mark.long
 def test_the_longest_native_prompt_over_http(tmp_path, reference):
-    """Two pages in each linear layer at most, KV as planned, and what transformers computes."""
+    """Two pages in each linear layer at most, KV as planned, and what transformers computes.
+
+    Also of tokens that stand at three depths and again at the end.
+    """
     tokens, answer, pages = 262_144, 8, "vllm:qwen3next_state_pages"
     folder, usage = write_small(tmp_path / "model", tokens), "vllm:kv_cache_usage_perc"
     yarn = YARN | {"original_max_position_embeddings": tokens}
     flags = ("--rope-scaling", json.dumps(yarn), "--max-model-len", str(tokens + 64))
     small = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
     server = Forked(folder, *flags, *small, "--speculative-config", json.dumps(DRAFTS)).wait()
-    prompt = random_prompt(tokens)
+    prompt = needle_prompt(tokens)
+    asked = {"return_token_ids": True, "ignore_eos": True, "prompt_logprobs": 0}
     try:
         (blocks,) = server.by_label("vllm:cache_config_info", "num_gpu_blocks")
         with Gauge(server, pages, usage) as gauge:
             (choice,) = server.client.completions.create(
                 model=server.model, prompt=list(prompt), max_tokens=answer, temperature=0,
-                logprobs=1, extra_body={"return_token_ids": True, "ignore_eos": True},
+                logprobs=1, extra_body=asked,
             ).choices  # fmt: skip
     finally:
         server.close()
@@ -218,3 +225,6 @@ def test_the_longest_native_prompt_over_http(tmp_path, reference):
     )
     assert tuple(choice.token_ids) == likeliest[-answer:]
     assert choice.logprobs.token_logprobs == pytest.approx(logprobs[-answer:].tolist(), abs=1e-3)
+    entries = zip(prompt[1:], choice.prompt_logprobs[1:], strict=True)
+    found = at_needles([entry[str(token)]["logprob"] for token, entry in entries])
+    torch.testing.assert_close(found, at_needles(logprobs[:-answer]), atol=1e-3, rtol=0)
