@@ -1,4 +1,4 @@
-"""Memory of files that are mapped into memory, as checkpoints are."""
+"""Memory that is given back to the system: of mapped files, as checkpoints are, and of malloc."""
 
 import ctypes
 import functools
@@ -25,6 +25,16 @@ def give_back(tensor: torch.Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+
+
+def give_back_freed() -> None:
+    """Let the system reclaim what was freed and malloc keeps.
+
+    A freed tensor leaves a gap that one of the same size, aligned, does not fit in. Packing all
+    weights, one after another, would leave a fifth to a third of their size as such gaps.
+    """
+    if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):  # of glibc
+        _libc().malloc_trim(ctypes.c_size_t(0))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from qwen3next_plugin.kernels.linear import (
     pack_int8,
 )
 from qwen3next_plugin.kernels.linear.weight import TILE
+from qwen3next_plugin.model.mapped import give_back_freed
 from qwen3next_plugin.model.quantised import BF16, Format, nibbles
 
 
@@ -90,6 +91,7 @@ def drop_plain(layer: nn.Module) -> None:
     """Leave an empty weight, which hosts look at, in place of one that is packed."""
     assert isinstance(layer.weight, Tensor)
     layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    give_back_freed()
 
 
 def packs_head(dtype: torch.dtype) -> bool:
@@ -145,7 +147,10 @@ def pack_parameters(layer: nn.Module, form: Format, prefix: str = "") -> Packed:
     tensors = {name: getattr(layer, prefix + name).data for name in form.names}
     for name in tensors:
         delattr(layer, prefix + name)
-    return pack(tensors, form)
+    packed = pack(tensors, form)
+    tensors.clear()
+    give_back_freed()
+    return packed
 
 
 def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:

@@ -1,5 +1,6 @@
 """What tests ask inside an engine's process: `Offline.inside(name, …)` calls one with its LLM."""
 
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -160,3 +161,8 @@ def state_bytes(llm: LLM) -> tuple[int, int]:
     )
     upstream = replace(MambaBase.get_kv_cache_spec(layer, config), page_size_padded=None)
     return specs[0].max_memory_usage_bytes(config), upstream.max_memory_usage_bytes(config)
+
+
+def load_memory(llm: LLM) -> dict[str, int]:
+    """Bytes of the weights, and the peak of loading them; of a fork that load_memory.py began."""
+    return sys.modules["engines.vllm.load_memory"].found
