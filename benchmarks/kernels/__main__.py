@@ -28,7 +28,7 @@ class Name(Enum):
 QUESTIONS = {
     Name.DELTA_RULE: "How fast is the gated delta rule?",
     Name.CONVOLUTION: "How fast is the causal convolution?",
-    Name.VERIFY_LAYER: "How fast are both together, without AMX?",
+    Name.VERIFY_LAYER: "How fast are rule and convolution together, without AMX?",
     Name.DRAFT_HEAD: "How fast is the first-ranked token found?",
     Name.LINEAR: "How fast are packed linear layers?",
     Name.EXPERTS: "How fast are the experts?",
