@@ -1,4 +1,4 @@
-"""vLLM in its own process, each decoder layer timed; a long context costs little to reach.
+"""Time each decoder layer of vLLM, in a process of its own, at contexts that need not be read.
 
 A context can be `skipped`: its tokens pass the attention layers by, and the keys and values there
 are random. What comes after takes as long as behind a context that was read. Linear layers read all

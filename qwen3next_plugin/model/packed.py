@@ -19,7 +19,7 @@ from qwen3next_plugin.kernels.linear import (
 )
 from qwen3next_plugin.kernels.linear.weight import TILE
 from qwen3next_plugin.model.mapped import give_back_freed
-from qwen3next_plugin.model.quantised import BF16, Format, nibbles
+from qwen3next_plugin.model.quantised import Format, nibbles
 
 
 class Packed(nn.Module):
@@ -81,9 +81,10 @@ def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
 
 
 def pack_plain(layer: nn.Module) -> Packed:
-    """Pack a layer's weight in bf16, and leave an empty one, which hosts look at."""
-    packed = pack_parameters(layer, BF16)
-    layer.weight = nn.Parameter(torch.empty(0, dtype=torch.bfloat16), requires_grad=False)
+    """Pack a layer's weight [N, K] in bf16, and drop the plain one."""
+    assert isinstance(layer.weight, Tensor)
+    packed = Packed(pack_bf16(layer.weight.data))
+    drop_plain(layer)
     return packed
 
 
