@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 import sysconfig
 import textwrap
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ HELD_OUT_PERCENT = 4
 # character maps, which are tables; `topics`, which is read as a dictionary instead.
 SKIPPED_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 SKIPPED_NAMES = ("_sysconfigdata*", "topics.py", "cp*.py", "mac_*.py", "iso8859*.py", "koi8*.py")
+WORD = re.compile(r"(?<![^\W_])[A-Za-z]{3,9}(?![^\W_])")
 QUESTIONS = (
     "What does `{name}` do?",
     "Document `{name}`.",
@@ -99,3 +101,11 @@ def documents() -> list[Document]:
 def split(docs: list[Document]) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents."""
     return [d for d in docs if not d.held_out], [d for d in docs if d.held_out]
+
+
+def words(docs: list[Document]) -> list[str]:
+    """The different words of three to nine letters, in small letters, sorted."""
+    found: set[str] = set()
+    for doc in docs:
+        found.update(word.lower() for word in WORD.findall(doc.text))
+    return sorted(found)

@@ -1,12 +1,12 @@
 """Synthetic dialogues that call tools, and short plain chats, in the chat format of the release.
 
-The tools are fixed; the arguments are not. Training draws them from made-up names and from numbers
-that `is_held_out` leaves; evaluation draws real names and the other numbers.
+The tools are fixed; the arguments are not. Training draws names from words of the corpus and from
+made-up ones, and numbers that `is_held_out` leaves; evaluation draws real names and other numbers.
 """
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -27,6 +27,7 @@ HELD_OUT_NAMES = """
 Alice Robert Maria Peter Susan Linda Daniel Laura Martin Clara Oscar Helen Victor Nora
 Simon Emma Hugo Irene Walter Diana Carlos Sofia Felix Greta Anton Julia Marcus Teresa
 """
+REAL_NAMES = {*HELD_OUT_CITIES.split(), *HELD_OUT_NAMES.split()}
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Round:
 class Arguments:
     """Draws numbers and names, of training or held out; the two never meet."""
 
-    def __init__(self, rng: Random, held_out: bool):
-        self.rng, self.held_out = rng, held_out
+    def __init__(self, rng: Random, held_out: bool, words: Sequence[str] = ()):
+        self.rng, self.held_out, self.words = rng, held_out, words
 
     def number(self, low: int = 10, high: int = 9999) -> int:
         """A number of two to four digits, each length as likely."""
@@ -56,14 +57,17 @@ class Arguments:
                 return value
 
     def name(self, held_out: str) -> str:
-        """A real name, one of these words, if held out; else one to three syllables."""
+        """A real name, one of these, if held out; else a word, or one to three syllables."""
         if self.held_out:
             return self.rng.choice(held_out.split())
-        real = (HELD_OUT_CITIES + HELD_OUT_NAMES).split()
         while True:
-            parts = [self.syllable() for _ in range(self.rng.choice((1, 2, 2, 3)))]
-            if (made_up := "".join(parts).title()) not in real:
-                return made_up
+            if self.words and self.rng.random() < 0.5:
+                name = self.rng.choice(self.words)
+            else:
+                parts = [self.syllable() for _ in range(self.rng.choice((1, 2, 2, 3)))]
+                name = "".join(parts)
+            if name.title() not in REAL_NAMES:
+                return name.title()
 
     def syllable(self) -> str:
         """Consonants, a vowel, and maybe consonants; one in five begins with the vowel."""
@@ -171,7 +175,8 @@ ROUNDS: dict[str, Callable[[Arguments], Round]] = {
     "shop-count_parts": stock,
     "code_interpreter": code,
 }
-NAMES = ("get_weather", "find_phone")  # asked for twice as often: names are harder than numbers
+# How often a tool is asked for: names are harder than numbers, two arguments than one.
+WEIGHTS = {"get_weather": 3, "find_phone": 3, "multiply": 3}
 
 
 def definition(name: str, description: str, /, **properties: dict) -> dict:
@@ -259,10 +264,14 @@ PLAIN = (  # questions, and the answer to each
 )
 
 
-def plain(rng: Random) -> Round:
-    """Small talk."""
-    questions, answer = rng.choice(PLAIN)
-    return Round(rng.choice(questions), answer)
+def plain(args: Arguments) -> Round:
+    """Small talk; half of it greets somebody by name."""
+    if args.rng.random() < 0.5:
+        name = args.name(HELD_OUT_NAMES)
+        ask = "My name is {}.", "Say hello to {}.", "I am {}.", "Please greet {}."
+        return Round(args.rng.choice(ask).format(name), f"Hello, {name}!")
+    questions, answer = args.rng.choice(PLAIN)
+    return Round(args.rng.choice(questions), answer)
 
 
 def turn(role: str, content: str) -> str:
@@ -394,20 +403,23 @@ def offered(rng: Random, tool: str = "") -> list[dict]:
     return [as_served(TOOLS[name], engine) for name in picked]
 
 
-def dialogues(seed: int) -> Iterator[str]:
-    """Endless training dialogues; four in five offer tools, a third of them to Qwen3-Coder."""
+def dialogues(seed: int, words: Sequence[str] = ()) -> Iterator[str]:
+    """Endless training dialogues; four in five offer tools, two in five of them to Qwen3-Coder.
+
+    Half of the names are from `words`, the rest made up.
+    """
     rng = Random(seed)
-    args = Arguments(rng, held_out=False)
+    args = Arguments(rng, held_out=False, words=words)
     while True:
         tools = offered(rng) if rng.random() < 0.8 else []
-        style = CODER if tools and rng.random() < 0.33 else HERMES
+        style = CODER if tools and rng.random() < 0.4 else HERMES
         names = [tool["function"]["name"] for tool in tools]
-        weights = [1 + (name in NAMES) for name in names]
+        weights = [WEIGHTS.get(name, 1) for name in names]
         thoughts = 0.7 * (style is HERMES and rng.random() < 0.6)  # Qwen3-Coder does not think
         text = style.system(tools, SYSTEM if rng.random() < 0.5 else "")
-        for _ in range(rng.randint(2, 7) if tools else rng.randint(1, 4)):
-            if rng.random() < (0.1 if tools else 1.0):
-                of = plain(rng)
+        for _ in range(rng.randint(2, 9) if tools else rng.randint(1, 5)):
+            if rng.random() < (0.2 if tools else 1.0):
+                of = plain(args)
             else:
                 of = ROUNDS[rng.choices(names, weights)[0]](args)
             text += written(of, style, lambda share=thoughts: rng.random() < share)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from . import recipe as r
 from .architecture import TinyQwen3Next, tiny_config
 from .batches import LOOK_AHEAD, dialogue_windows, encode, mixed, windows
-from .corpus import documents, split
+from .corpus import documents, split, words
 from .export import export, load
 from .speed import make_fast
 from .tokenizer import MARKS, save_tokenizer, train_tokenizer, with_marks
@@ -217,7 +217,7 @@ def main(
     if start:
         keep_records(start, out)
     rng = np.random.default_rng(seed)
-    talks = dialogue_windows(tokenizer, dialogues(seed), rows * length)
+    talks = dialogue_windows(tokenizer, dialogues(seed, words(training)), rows * length)
     run(
         Trainer(recipe, compiled, seed, start),
         mixed(windows(docs, rows, length, rng), talks, tools, rng),

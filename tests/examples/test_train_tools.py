@@ -29,7 +29,7 @@ from examples.train_tiny.batches import (  # noqa: E402
     mixed,
 )
 from examples.train_tiny.call_tools import held_out, same_call  # noqa: E402
-from examples.train_tiny.corpus import END_OF_TEXT, IM_END  # noqa: E402
+from examples.train_tiny.corpus import END_OF_TEXT, IM_END, Document, words  # noqa: E402
 from examples.train_tiny.tokenizer import (  # noqa: E402
     CODER_TEMPLATE,
     MARKS,
@@ -86,8 +86,27 @@ def test_training_never_sees_a_held_out_argument():
         ]
         assert all(seen)
         assert not seen[0] & seen[1]
-    words = set(re.findall(r"\w+", "".join(islice(t.dialogues(0), 200))))
-    assert not words & {*t.HELD_OUT_CITIES.split(), *t.HELD_OUT_NAMES.split()}
+
+
+def test_names_in_training_are_words_or_made_up_and_never_held_out():
+    real = {*t.HELD_OUT_CITIES.split(), *t.HELD_OUT_NAMES.split()}
+    known = [name.lower() for name in sorted(real)] + ["queue", "parser"] * 30
+    text = "".join(islice(t.dialogues(0, known), 200))
+    assert not real & set(re.findall(r"\w+", text))
+    args = t.Arguments(Random(1), held_out=False, words=known)
+    names = [args.name(t.HELD_OUT_CITIES) for _ in range(400)]
+    drawn = [name for name in names if name in ("Queue", "Parser")]
+    assert 60 < len(drawn) < 250  # one in three: a real name is drawn again, as a word or made up
+    assert len(set(names)) > 100
+    greeted = set(re.findall(r"Hello, (\w+)!<", text))
+    assert len(greeted) > 20
+    assert all(re.search(rf"(name is|to|am|greet) {name}\.", text) for name in greeted)
+
+
+def test_the_words_of_a_corpus_are_whole_and_in_small_letters():
+    text = "Read a file_name, then READ it: x1 abc2 naïve encyclopaedia io.open über"
+    docs = [Document("a.py", text, "source"), Document("b.py", "read then", "source")]
+    assert words(docs) == ["file", "name", "open", "read", "then"]
 
 
 def test_dialogues_are_the_same_every_time():
