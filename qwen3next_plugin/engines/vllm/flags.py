@@ -3,7 +3,8 @@
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from vllm.config import CacheConfig, LoRAConfig, ModelConfig, VllmConfig
+from vllm import envs
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
@@ -19,7 +20,14 @@ from qwen3next_plugin.config import (
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, quantisation
-from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, SCHEDULER, WORKER, serves
+from qwen3next_plugin.engines.vllm.names import (
+    EXECUTOR,
+    LOGGER,
+    OVERRIDE_FLAG,
+    SCHEDULER,
+    WORKER,
+    serves,
+)
 from qwen3next_plugin.model import rope
 from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored
@@ -85,6 +93,7 @@ def complete(vllm_config: VllmConfig) -> None:
     _keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
+    _call_worker_once(vllm_config.parallel_config)
     _keep_graphs_apart(vllm_config)
     _choose_metrics(vllm_config)
 
@@ -260,6 +269,15 @@ def _limit_lora(lora_config: LoRAConfig | None) -> None:
     if lora_config is not None and lora_config.target_modules is None:
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
+
+
+def _call_worker_once(parallel_config: ParallelConfig) -> None:
+    """Use our executor where vLLM would use its own for worker processes."""
+    # vLLM makes "uni" to "mp" later, if its engine has a process of its own.
+    alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
+    backend = parallel_config.distributed_executor_backend
+    if backend in alike and parallel_config.data_parallel_size == 1:
+        parallel_config.distributed_executor_backend = EXECUTOR
 
 
 def _keep_graphs_apart(vllm_config: VllmConfig) -> None:

@@ -27,6 +27,7 @@ OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its proj
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.speculation.scheduler.Scheduler"
+EXECUTOR = f"{PACKAGE}.executor.Executor"
 OVERRIDE_FLAG = "--hf-overrides"
 
 LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so

@@ -1,7 +1,8 @@
 """What tests ask inside an engine's process: `Offline.inside(name, …)` calls one with its LLM."""
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending, Row
-from qwen3next_plugin.mtp.policy import Fixed
+from qwen3next_plugin.mtp.policy import Policy
 
 
 def _core(llm: LLM) -> Any:
@@ -27,14 +28,59 @@ def _drafter(llm: LLM) -> Any:
     return _core(llm).model_executor.driver_worker.worker.model_runner.drafter
 
 
-def draft(llm: LLM, k: int, *, at_once: bool = False, max_bytes: int = MAX_BYTES) -> None:
+def count_calls(llm: LLM) -> None:
+    """From now on count the calls of the worker processes and the steps of the engine."""
+    core = _core(llm)
+    executor, schedule = core.model_executor, core.scheduler.schedule
+    host, counts = executor.collective_rpc, Counter()
+
+    def calling(method: str, *args: Any, **options: Any) -> Any:
+        counts[method] += 1
+        return host(method, *args, **options)
+
+    def scheduling(*args: Any) -> Any:
+        scheduled = schedule(*args)
+        counts["steps"] += scheduled.total_num_scheduled_tokens > 0
+        return scheduled
+
+    executor.collective_rpc, core.scheduler.schedule = calling, scheduling
+    executor.counts = counts
+
+
+def calls(llm: LLM) -> dict[str, int]:
+    """The calls since `count_calls`, by method, and the steps that scheduled a token."""
+    return dict(_core(llm).model_executor.counts)
+
+
+class Later(Policy):
+    """Drafts nothing the first `times` that lengths are chosen, then k tokens for every request."""
+
+    def __init__(self, k: int, times: int) -> None:
+        self.k, self.times, self.asked = k, times, 0
+
+    def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
+        self.asked += 1
+        return [self.k if self.asked > self.times else 0] * len(requests)
+
+
+def draft(
+    llm: LLM,
+    k: int,
+    *,
+    at_once: bool = False,
+    max_bytes: int = MAX_BYTES,
+    after: int = 0,
+    idle: int = 0,
+) -> None:
     """From now on draft k tokens for every request, also none, and write the drafts down.
 
     `at_once`: the MTP layer reads every token in its own step, as beside a KV connector.
-    `max_bytes`: of pending tokens.
+    `max_bytes`: of pending tokens. `after`: lengths were chosen so many times.
+    `idle`: steps without drafts before this.
     """
     drafter = _drafter(llm)
-    drafter.policy = drafter.observer.policy = Fixed(k)
+    drafter.policy = drafter.observer.policy = Later(k, after)
+    drafter.idle, drafter.wait = idle, 0
     drafter.must_run, drafter.pending = at_once, Pending(max_bytes)
     if not hasattr(drafter, "drafts"):
         made, forward = drafter._draft, drafter._forward
@@ -52,13 +98,20 @@ def draft(llm: LLM, k: int, *, at_once: bool = False, max_bytes: int = MAX_BYTES
 
         drafter._draft, drafter._forward = noting, counting
     drafter.drafts, drafter.passes = defaultdict(dict), []
+    drafter.first = llm.request_counter.counter
+
+
+def asked(llm: LLM) -> int:
+    """How often lengths were chosen since `draft`."""
+    return _drafter(llm).policy.asked
 
 
 def drafts(llm: LLM) -> list[dict[int, list[int]]]:
     """What was drafted since `draft` or the last call: of each request, each draft by position."""
     drafter = _drafter(llm)
     found, drafter.drafts = drafter.drafts, defaultdict(dict)
-    return [found[number] for number in sorted(found)]
+    first, drafter.first = drafter.first, llm.request_counter.counter
+    return [found.get(number, {}) for number in range(first, drafter.first)]
 
 
 def passes(llm: LLM) -> list[int]:

@@ -69,6 +69,13 @@ OVERRIDDEN = {
         },
     },
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
+    "v1/executor/multiproc_executor.py": {
+        "MultiprocExecutor": {
+            "execute_model": ["self", "scheduler_output", "non_block"],
+            "sample_tokens": ["self", "grammar_output", "non_block"],
+            "take_draft_token_ids": ["self"],
+        },
+    },
     "v1/spec_decode/llm_base_proposer.py": {
         "SpecDecodeBaseProposer": {
             "prepare_next_token_ids_padded": [
@@ -218,6 +225,11 @@ CALLED = {
     "plugins/__init__.py": {"load_general_plugins": []},
     "model_executor/layers/fusion/mm_input_norm.py": {"_load_norm_params": ["model_config"]},
     "platforms/interface.py": {"is_cuda_alike": ["self"]},
+    "v1/executor/multiproc_executor.py": {
+        "collective_rpc": [
+            *("self", "method", "timeout", "args", "kwargs", "non_block", "unique_reply_rank"),
+        ],
+    },
     "v1/worker/mamba_utils.py": {
         "run_fused_precopy": [
             "self",
@@ -254,7 +266,14 @@ FIELDS = {
         ],
         "KVCacheGroupSpec": ["layer_names", "kv_cache_spec"],
     },
-    "v1/worker/mamba_utils.py": {"MambaSpecDecodeGPUContext": ["block_size"]},
+    "v1/worker/mamba_utils.py": {
+        "MambaSpecDecodeGPUContext": ["block_size"],
+        "MambaBuffers": ["preprocess"],
+        "MambaCopyBuffers": ["mamba_spec"],
+    },
+    "v1/core/sched/output.py": {
+        "SchedulerOutput": ["has_structured_output_requests", "total_num_scheduled_tokens"],
+    },
     "config/vllm.py": {
         "VllmConfig": [
             "cache_config",
@@ -288,7 +307,7 @@ FIELDS = {
     },
     "config/load.py": {"LoadConfig": ["load_format"]},
     "config/lora.py": {"LoRAConfig": ["target_modules"]},
-    "config/parallel.py": {"ParallelConfig": ["worker_cls"]},
+    "config/parallel.py": {"ParallelConfig": ["distributed_executor_backend", "worker_cls"]},
     "platforms/interface.py": {"Platform": ["device_type"]},
     "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls", "max_num_batched_tokens"]},
     "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},
@@ -349,6 +368,8 @@ KEPT = {
     "v1/core/sched/scheduler.py": {
         "Scheduler": ["log_stats", "running", "kv_cache_manager", "kv_cache_config"]
     },
+    "v1/executor/abstract.py": {"Executor": ["kv_output_aggregator", "ec_output_aggregator"]},
+    "v1/executor/multiproc_executor.py": {"MultiprocExecutor": ["output_rank"]},
     "lora/lora_model.py": {"LoRAModel": ["loras"]},
     "lora/model_manager.py": {"LoRAModelManager": ["lora_config", "modules"]},
     "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from qwen3next_plugin.engines.vllm.executor import Step
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
@@ -61,6 +63,17 @@ class Worker(CPUWorker):
         """The drafts; None if there are none, as requests have none until they get some."""
         drafts = self.model_runner._draft_token_ids
         return super().take_draft_token_ids() if drafts is None or any(map(len, drafts)) else None
+
+    def run_step(self, scheduler_output: SchedulerOutput) -> Step:
+        """Run the model and sample, for our executor."""
+        output = self.execute_model(scheduler_output)
+        return self.sample_and_draft(None) if output is None else (output, None)
+
+    def sample_and_draft(self, grammar_output: GrammarOutput | None) -> Step:
+        """The sampled tokens and the drafts after them, for our executor."""
+        output = self.sample_tokens(grammar_output)
+        drafts = self.take_draft_token_ids() if self.model_runner.num_spec_tokens else None
+        return output, drafts
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, without random draws for unfinished prompts."""

@@ -1,0 +1,70 @@
+"""vLLM's executor of worker processes, with one call a step.
+
+vLLM calls its worker to run the model, again to sample, and with MTP a third time to fetch drafts,
+also where there are none. Each call wakes one process and then the other, which for a small model
+is a large part of a step. vLLM has a setting for the class (`--distributed-executor-backend`).
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+from vllm import envs
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+Step = tuple[ModelRunnerOutput, DraftTokenIds | None]  # of a worker: sampled tokens, next drafts
+
+
+class Executor(MultiprocExecutor):
+    """Runs a step, samples and takes drafts in one call; two if grammars are made meanwhile."""
+
+    drafts: DraftTokenIds | None = None  # of the last step
+
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
+        """Run the model, and also sample if nothing has to be known for that."""
+        if (
+            scheduler_output.has_structured_output_requests
+            or not scheduler_output.total_num_scheduled_tokens
+            or self._has_connector()
+        ):
+            return super().execute_model(scheduler_output, non_block)
+        output = Output(self, self._call("run_step", scheduler_output))
+        return output if non_block else output.result()
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
+        """Sample, and take the drafts."""
+        if self._has_connector():
+            return super().sample_tokens(grammar_output, non_block)
+        output = Output(self, self._call("sample_and_draft", grammar_output))
+        return output if non_block else output.result()
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """The drafts, which have come with the sampled tokens."""
+        return super().take_draft_token_ids() if self._has_connector() else self.drafts
+
+    def _has_connector(self) -> bool:
+        """Whether vLLM joins the outputs of all ranks."""
+        return self.kv_output_aggregator is not None or self.ec_output_aggregator is not None
+
+    def _call(self, method: str, argument: Any) -> "Future[Step]":
+        return self.collective_rpc(
+            method,
+            args=(argument,),
+            non_block=True,
+            unique_reply_rank=self.output_rank,
+            timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+        )
+
+
+class Output(Future[ModelRunnerOutput]):
+    """The sampled tokens of a step; the executor gets the drafts when these are asked for."""
+
+    def __init__(self, executor: Executor, step: "Future[Step]") -> None:
+        super().__init__()
+        self.executor, self.step = executor, step
+
+    def result(self, timeout: float | None = None) -> ModelRunnerOutput:
+        """Wait for the step."""
+        output, self.executor.drafts = self.step.result(timeout)
+        return output
