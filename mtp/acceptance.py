@@ -19,12 +19,12 @@ class Acceptance:
         self.seen, self.accepted = [0.0] * max_draft, [0.0] * max_draft
         self.tokens = 0  # produced in all
 
-    def observe(self, drafted: int, accepted: int) -> None:
+    def observe(self, drafted: int, accepted: int, steps: int = 1) -> None:
         """Count the first `accepted` of `drafted` as accepted and the next one as rejected."""
-        self.tokens += 1 + accepted
-        if not drafted:
-            self.seen = [FADE * n for n in self.seen]
-            self.accepted = [FADE * n for n in self.accepted]
+        self.tokens += steps * (1 + accepted)
+        if not drafted and self.seen[0]:
+            self.seen = [FADE**steps * n for n in self.seen]
+            self.accepted = [FADE**steps * n for n in self.accepted]
         for j in range(min(drafted, accepted + 1)):
             self.seen[j] = self.keep * self.seen[j] + 1
             self.accepted[j] = self.keep * self.accepted[j] + (j < accepted)

@@ -201,9 +201,8 @@ class Observer:
     def observe_plain(self, requests: Sequence[str], steps: int, seconds: Sequence[float]) -> None:
         """Steps without drafts of these requests have ended; `seconds` of those that were timed."""
         batch = len(requests)
-        for _ in range(steps):
-            for request in requests:
-                self.policy.observe_verify(request, 0, 0)
+        for request in requests:
+            self.policy.observe_verify(request, 0, 0, steps)
         if seconds:
             self.policy.observe_step(batch, batch, median(seconds))
         self._requests.update(requests)

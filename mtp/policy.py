@@ -38,8 +38,8 @@ class Policy:
         """
         raise NotImplementedError
 
-    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
-        """The step accepted the first `accepted` of the request's `drafted` tokens."""
+    def observe_verify(self, request: str, drafted: int, accepted: int, steps: int = 1) -> None:
+        """The step, or each of `steps`, accepted the first `accepted` of `drafted` tokens."""
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         """A step of `batch` requests and `tokens` tokens, without prefill, took `seconds`."""
@@ -134,9 +134,10 @@ class Adaptive(Policy):
                 self._catch_up += (tokens - self._catch_up) / ANSWERS
         return lengths
 
-    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
-        self.steps += 1 / self._batch
-        self._requests.setdefault(request, Acceptance(self.max_draft)).observe(drafted, accepted)
+    def observe_verify(self, request: str, drafted: int, accepted: int, steps: int = 1) -> None:
+        self.steps += steps / self._batch
+        known = self._requests.setdefault(request, Acceptance(self.max_draft))
+        known.observe(drafted, accepted, steps)
         if drafted:
             self._all.observe(drafted, accepted)
 

@@ -59,8 +59,9 @@ class Recorder(policy.Policy):
             return [longest] * batch
         return [self.random.randint(0, longest) for _ in range(batch)]
 
-    def observe_verify(self, request: str, drafted: int, accepted: int) -> None:
-        self._write("verify", request, drafted, accepted)
+    def observe_verify(self, request: str, drafted: int, accepted: int, steps: int = 1) -> None:
+        for _ in range(steps):
+            self._write("verify", request, drafted, accepted)
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         self._write("step", batch, tokens, round(1e6 * seconds))

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3next_plugin.mtp.acceptance import Acceptance
 from qwen3next_plugin.mtp.costs import COLD, Costs
 from qwen3next_plugin.mtp.policy import Adaptive, Fixed
 
@@ -65,6 +66,19 @@ def test_a_request_may_draft_nothing_for_long():
     for _ in range(100_000):
         policy.observe_verify("a", 0, 0)
     assert 0 <= policy.lengths(["a"], [0])[0] <= 3
+
+
+@pytest.mark.parametrize("seen", [0, 3])
+def test_steps_without_drafts_may_be_counted_at_once(seen):
+    each, at_once = Acceptance(3), Acceptance(3)
+    for one in (each, at_once):
+        one.observe(seen, seen // 2)
+    for _ in range(7):
+        each.observe(0, 0)
+    at_once.observe(0, 0, steps=7)
+    assert at_once.tokens == each.tokens
+    assert at_once.seen == pytest.approx(each.seen)
+    assert at_once.accepted == pytest.approx(each.accepted)
 
 
 def test_timings_of_few_pending_tokens_say_nothing_of_their_cost():

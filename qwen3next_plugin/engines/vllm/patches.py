@@ -304,10 +304,9 @@ OVERRIDES: tuple[Override, ...] = (
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states_after_model_execute",
         parameters=("self", "output_token_ids", "scheduler_output"),
         file="speculation/worker.py",
-        reason="vLLM counts accepted drafts, and looks for state pages to copy, in steps without "
-        "drafts too",
+        reason="vLLM counts accepted drafts, and looks for state pages to copy, in every step",
         versions=ALL_VERSIONS,
-        remove_when="vLLM does neither where nothing was drafted",
+        remove_when="vLLM does neither where nothing was drafted and no block is filled",
     ),
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.effective_drafter_max_model_len",

@@ -30,13 +30,13 @@ class Drafter(NamedTuple):
 
     engine: Offline
 
-    def run(
-        self, prompts: list[tuple[int, ...]], k: int, tokens: int = TOKENS, **how: object
-    ) -> Run:
+    def run(self, prompts: list[tuple[int, ...]], k: int, *tokens: int, **how: object) -> Run:
+        """`tokens`: of all answers, or of each."""
         self.engine.forget()
         self.engine.inside("draft", k, **how)
         before = self.caught_up()
-        outputs = self.engine.greedy(prompts, tokens)
+        each = [{"max_tokens": n} for n in tokens or (TOKENS,)]
+        outputs = [one for (one,) in self.engine.generate(prompts, each, temperature=0.0)]
         return Run(
             outputs,
             self.engine.inside("drafts"),
@@ -64,11 +64,12 @@ def drafter() -> Iterator[Drafter]:
 
 @pytest.mark.parametrize("prompts", [SHORT, LONG], ids=["short", "chunks"])
 def test_without_drafts_the_layer_reads_nothing(drafter, prompts):
-    run = drafter.run(prompts, 0, tokens=16)
-    assert run.passes == [] == run.drafts
+    run = drafter.run(prompts, 0, 16)
+    assert run.passes == []
+    assert not any(run.drafts)
     assert run.caught_up == 0
     assert [o.token_ids for o in run.outputs] == [
-        o.token_ids for o in drafter.run(prompts, K, tokens=16).outputs
+        o.token_ids for o in drafter.run(prompts, K, 16).outputs
     ]
 
 
@@ -78,7 +79,7 @@ def test_a_prompt_is_read_after_the_first_step_that_decodes(drafter, prompt):
     assert run.passes[0] == len(prompt) + 1  # and the first token, which that step has read
     assert run.caught_up == len(prompt)
     assert min(run.drafts[0]) == len(prompt) + 1
-    assert drafter.run([prompt], K, tokens=1).passes == []
+    assert drafter.run([prompt], K, 1).passes == []
 
 
 @pytest.mark.parametrize("prompt", LONG, ids=len)
@@ -107,4 +108,22 @@ def test_a_prompt_that_can_not_be_kept_is_answered_without_drafts(drafter):
     kept = drafter.run([short, long], K)
     assert lost.outputs == kept.outputs
     assert [max(drafts, default=0) > len(short) for drafts in kept.drafts] == [True, True]
-    assert lost.drafts == [drafter.run([short], K).drafts[0]]
+    assert lost.drafts == [drafter.run([short], K).drafts[0], {}]
+
+
+def test_drafts_after_steps_without_while_requests_come_and_go(drafter):
+    """Few of those steps choose lengths."""
+    prompts, tokens = 2 * (SHORT + LONG), [5, 40, 9, 34, 14, 40, 7, 23, 31, 40, 12, 40]
+    plain = drafter.run(prompts, 0, *tokens, idle=100)
+    asked = drafter.engine.inside("asked")
+    later = drafter.run(prompts, K, *tokens, after=3, idle=100)
+    at_once = drafter.run(prompts, K, *tokens, at_once=True)
+    assert plain.outputs == later.outputs == at_once.outputs
+    assert 0 < asked < max(tokens) // 2  # times, in more steps than the longest answer has
+    both = [
+        (found[at], expected[at])
+        for found, expected in zip(later.drafts, at_once.drafts, strict=True)
+        for at in found.keys() & expected.keys()
+    ]
+    assert len(both) > TOKENS // 8
+    assert all(found == expected for found, expected in both)

@@ -20,10 +20,12 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.speculation.finished import FinishedStep
 from qwen3next_plugin.engines.vllm.speculation.images import axes_of
+from qwen3next_plugin.engines.vllm.speculation.verify import NO_TOKEN
 from qwen3next_plugin.mtp.images import Axes, mrope_positions
 from qwen3next_plugin.mtp.metrics import Observer
-from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
+from qwen3next_plugin.mtp.pending import Pending, Row
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
 from qwen3next_plugin.mtp.policy import make_policy
 
@@ -45,6 +47,7 @@ class Drafter(EagleProposer):
         self.next_position: dict[str, int] = {}  # of each request that may continue
         self.plain: PlainSteps | None = None  # if the next step may be one of them
         self.idle = 0  # steps in a row for which nothing was drafted
+        self.wait = 0  # more of them until lengths are chosen, also if requests come and go
         self.left = 0.0  # when the last call of propose ended
 
     def propose(
@@ -73,19 +76,19 @@ class Drafter(EagleProposer):
         # `target_positions` of a model that reads images are not those in the sequence.
         positions = self.runner.positions[: len(target_token_ids)]
         requests, table = self.runner.input_batch.req_ids, common_attn_metadata.block_table_tensor
+        seconds = entered - self.left
         if (
             self.plain is not None
             and len(target_token_ids) == len(requests)
             and self.plain.continued_by(requests, positions.tolist())
         ):
-            self.idle += 1
             token_ids = next_token_ids.to(target_token_ids.dtype)
-            self.plain.add(token_ids, target_hidden_states, entered - self.left)
-            rows = self._look(self.plain) if len(self.plain) >= wait_after(self.idle) else []
+            self.idle += 1
+            self.plain.add(token_ids, target_hidden_states, seconds)
+            rows = self._look(self.plain) if self._is_time() else []
         else:
             self._keep_plain()
-            self.model.see(target_token_ids)
-            rows = self._rows(
+            step = self._finished(
                 common_attn_metadata.query_start_loc,
                 token_indices_to_sample,
                 target_token_ids,
@@ -93,8 +96,11 @@ class Drafter(EagleProposer):
                 target_hidden_states,
                 next_token_ids,
             )
-            self.observer.observe_step(rows, entered - self.left)
-            self._choose_lengths(rows)
+            if token_indices_to_sample is None and not self.must_run and not self._is_time():
+                rows = []
+                self._skip(step, target_token_ids, seconds)
+            else:
+                rows = self._look_at(step, target_token_ids, seconds)
         drafts: list[list[int]] = [[] for _ in requests]
         began = self.left = time.perf_counter()
         if rows:
@@ -115,16 +121,16 @@ class Drafter(EagleProposer):
         gpu_input_batch: Any,
         discard_request_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As vLLM, which looks at each request; in a step without drafts each has one token.
+        """Each request's last token, and how many it has. Shapes: sampled_token_ids [N, k + 1].
 
-        That of an unfinished prompt means nothing; `_rows` looks for the one that follows.
+        vLLM also looks for the token after an unfinished prompt. That is done in `_finished`;
+        here it has any token.
         """
         if sampled_token_ids.shape[1] == 1:
-            next_token_ids = sampled_token_ids[:, 0].int()
+            next_token_ids = sampled_token_ids[:, 0]
             return next_token_ids, torch.ones_like(next_token_ids)
-        return super().prepare_next_token_ids_padded(
-            sampled_token_ids, requests, gpu_input_batch, discard_request_mask
-        )
+        counts = (sampled_token_ids != NO_TOKEN).sum(1)
+        return sampled_token_ids.gather(1, counts[:, None] - 1)[:, 0], counts
 
     def prepare_inputs_padded(
         self,
@@ -132,14 +138,18 @@ class Drafter(EagleProposer):
         spec_decode_metadata: SpecDecodeMetadata,
         valid_sampled_tokens_count: torch.Tensor,
     ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor | None]:
-        """As vLLM, with nothing to prepare in a step without drafts."""
-        if not any(spec_decode_metadata.num_draft_tokens):
-            return common_attn_metadata, None, None
-        return super().prepare_inputs_padded(
-            common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
-        )
+        """The index of the token after which each request's last one was sampled.
 
-    def _rows(
+        Nothing else changes: `_forward` makes its own metadata.
+        """
+        drafts = spec_decode_metadata.num_draft_tokens
+        if not any(drafts):
+            return common_attn_metadata, None, None
+        rejected = torch.tensor(drafts) + 1 - valid_sampled_tokens_count
+        sampled_after = common_attn_metadata.query_start_loc[1:] - 1 - rejected
+        return common_attn_metadata, sampled_after, None
+
+    def _finished(
         self,
         query_start_loc: torch.Tensor,
         sampled_after: torch.Tensor | None,
@@ -147,38 +157,76 @@ class Drafter(EagleProposer):
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         next_token_ids: torch.Tensor,
-    ) -> list[Row]:
-        """The rows of the step; their tokens are shifted by one, as the MTP layer reads them."""
-        starts = query_start_loc.numpy()
-        ends = starts[1:] if sampled_after is None else sampled_after.numpy() + 1
-        scheduled, counts = np.diff(starts).tolist(), (ends - starts[:-1]).tolist()
-        firsts = positions.numpy()[starts[:-1]].tolist()
+    ) -> FinishedStep:
+        """The step; its tokens are shifted by one, as the MTP layer reads them."""
+        known = self.runner.requests.keys()  # those that wait after a preemption included
+        self.observer.keep_only(known)
+        self.pending.keep_only(known)
+        bounds = query_start_loc.numpy()
+        ends = bounds[1:] if sampled_after is None else sampled_after.numpy() + 1
+        firsts = positions.numpy()[bounds[:-1]].tolist()
+        requests = list(self.runner.input_batch.req_ids)
         prefilling = self.runner.discard_request_mask.np[: len(firsts)].tolist()
         shifted = next_token_ids.to(token_ids.dtype)  # [T]
         if len(shifted) < len(token_ids):  # not one token a row
             shifted, sampled = token_ids.roll(-1), shifted
             shifted.index_copy_(0, torch.from_numpy(ends - 1).long(), sampled)
-        requests = self.runner.input_batch.req_ids
-        parts = zip(shifted.split(scheduled), hidden_states.split(scheduled), strict=True)
-        rows = []
-        for i, (ids, states) in enumerate(parts):
-            request, first, count = requests[i], firsts[i], counts[i]
-            if prefilling[i]:  # vLLM gives the prompt's last token, not the one after the chunk
-                ids[-1] = self.runner.requests[request].get_token_id(first + count)
-            if count < scheduled[i]:  # without the rejected drafts
-                ids, states = ids[:count], states[:count]
-            row = Row(
-                request=request,
-                index=i,
-                tokens=PendingTokens(first, ids, states),
-                scheduled=scheduled[i],
-                prefilling=prefilling[i],
-                continues=self.next_position.get(request) == first,
+        step = FinishedStep(
+            requests=requests,
+            starts=bounds[:-1].tolist(),
+            firsts=firsts,
+            scheduled=np.diff(bounds).tolist(),
+            counts=(ends - bounds[:-1]).tolist(),
+            prefilling=prefilling,
+            continues=[
+                self.next_position.get(request) == first
+                for request, first in zip(requests, firsts, strict=True)
+            ],
+            token_ids=shifted,
+            hidden_states=hidden_states,
+        )
+        for i in (i for i, more in enumerate(prefilling) if more):
+            # vLLM gives the prompt's last token, not the one after the chunk
+            after = self.runner.requests[requests[i]].get_token_id(step.ends[i])
+            shifted[step.starts[i] + step.counts[i] - 1] = after
+        return step
+
+    def _is_time(self) -> bool:
+        """Count a step without drafts; whether lengths are chosen after it."""
+        self.wait -= 1
+        return self.wait <= 0
+
+    def _skip(self, step: FinishedStep, token_ids: torch.Tensor, seconds: float) -> None:
+        """Keep a step without drafts for the MTP layer. Shapes: token_ids [T] of the step."""
+        if all(step.continues):
+            self.plain = self._plain_from(step.requests, step.firsts)
+            self.plain.add(step.token_ids, step.hidden_states, seconds)
+            return
+        self.model.see(token_ids)
+        self.pending.put([step.row(i) for i, one in enumerate(step.continues) if not one])
+        if decoding := [i for i, continues in enumerate(step.continues) if continues]:
+            requests = [step.requests[i] for i in decoding]
+            self.observer.observe_plain(requests, 1, ())
+            self.observer.observe_skipped(len(requests))
+            at = torch.tensor([step.starts[i] for i in decoding])
+            self.pending.put_steps(
+                requests,
+                [step.firsts[i] for i in decoding],
+                [step.token_ids[at]],
+                [step.hidden_states[at]],
             )
-            rows.append(row)
-        known = self.runner.requests.keys()  # those that wait after a preemption included
-        self.observer.keep_only(known)
-        self.pending.keep_only(known)
+        self._go_on(step.requests, step.ends, step.prefilling)
+
+    def _look_at(self, step: FinishedStep, token_ids: torch.Tensor, seconds: float) -> list[Row]:
+        """Learn from a step and choose lengths; its rows. Shapes: token_ids [T] of the step."""
+        self.model.see(token_ids)
+        rows = [step.row(i) for i in range(len(step))]
+        self.observer.observe_step(rows, seconds)
+        # None where the step read its prompt: an answer's first token does not wait for drafts.
+        drafting = [row for row in rows if row.continues]
+        for row, length in zip(drafting, self._lengths([r.request for r in drafting]), strict=True):
+            row.draft = length
+        self._go_on_after(rows)
         return rows
 
     def _look(self, plain: PlainSteps) -> list[Row]:
@@ -187,6 +235,7 @@ class Drafter(EagleProposer):
         if rows := plain.look(self._lengths):
             self._go_on_after(rows)
         else:
+            self.wait = wait_after(self.idle)
             self.next_position = dict(zip(plain.requests, plain.firsts, strict=True))
         return rows
 
@@ -196,16 +245,6 @@ class Drafter(EagleProposer):
             self.model.see(torch.cat(self.plain.token_ids))
             self.plain.keep()
             self.next_position = dict(zip(self.plain.requests, self.plain.firsts, strict=True))
-
-    def _choose_lengths(self, rows: list[Row]) -> None:
-        """Set how many tokens each request drafts.
-
-        None where the step read its prompt: the first token of an answer does not wait for drafts.
-        """
-        drafting = [row for row in rows if row.continues]
-        for row, length in zip(drafting, self._lengths([r.request for r in drafting]), strict=True):
-            row.draft = length
-        self._go_on_after(rows)
 
     def _lengths(self, requests: list[str], more: int = 0) -> list[int]:
         """Lengths by the policy. All ranks use the first rank's decision.
@@ -221,15 +260,23 @@ class Drafter(EagleProposer):
         return lengths
 
     def _go_on_after(self, rows: list[Row]) -> None:
-        """Note where requests go on. Expect plain steps next if none of these rows drafts."""
-        self.plain = None
-        self.next_position = {row.request: row.tokens.end for row in rows if not row.prefilling}
+        """Note where requests go on, and when to choose lengths again."""
+        requests, ends = [row.request for row in rows], [row.tokens.end for row in rows]
+        self._go_on(requests, ends, [row.prefilling for row in rows])
         if any(row.draft for row in rows):
-            self.idle = 0
-        elif not self.must_run and not any(row.prefilling for row in rows):
-            ends = [row.tokens.end for row in rows]
-            requests = [row.request for row in rows]
-            self.plain = PlainSteps(requests, ends, self.observer, self.pending)
+            self.idle, self.plain = 0, None
+        self.wait = wait_after(self.idle)
+
+    def _go_on(self, requests: list[str], ends: list[int], prefilling: list[bool]) -> None:
+        """Note where requests go on. Expect plain steps next if all of them decode."""
+        going_on = zip(requests, ends, prefilling, strict=True)
+        self.next_position = {request: end for request, end, more in going_on if not more}
+        self.plain = None
+        if not self.must_run and not any(prefilling):
+            self.plain = self._plain_from(requests, ends)
+
+    def _plain_from(self, requests: list[str], firsts: list[int]) -> PlainSteps:
+        return PlainSteps(requests, firsts, self.observer, self.pending)
 
     def _limit_drafts(self, rows: list[Row], limit: int) -> None:
         for row in rows:

@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from qwen3next_plugin.engines.vllm.executor import Step
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
-from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
+from qwen3next_plugin.engines.vllm.speculation.verify import NO_TOKEN, CoupledSampler
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -45,7 +45,7 @@ class Worker(CPUWorker):
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
                 runner._calc_spec_decode_metadata = _brief(runner._calc_spec_decode_metadata)
-                runner._update_states_after_model_execute = _one_token_each(runner)
+                runner._update_states_after_model_execute = _count_accepted(runner)
                 # Near the longest context vLLM skips drafting for the whole batch. Our drafter
                 # drafts less for that one request instead.
                 runner.effective_drafter_max_model_len += runner.num_spec_tokens
@@ -97,21 +97,33 @@ def _brief(host: Callable[..., SpecDecodeMetadata]) -> Callable[..., SpecDecodeM
     return metadata
 
 
-def _one_token_each(runner: Any) -> Callable[..., None]:
-    """vLLM's method, with no more than what changes in a step without drafts: accepted counts.
+def _count_accepted(runner: Any) -> Callable[..., None]:
+    """vLLM's method, with no more than accepted counts in a step whose drafts fill no block.
 
-    Its prefix cache then finds each full block where it is, and copies none.
+    Without drafts vLLM's prefix cache finds each full block where it is, and copies none.
     """
     host = runner._update_states_after_model_execute
 
     def update(output_token_ids: torch.Tensor, scheduler_output: Any) -> None:
-        if (count := len(output_token_ids)) < output_token_ids.numel():
+        count, width = output_token_ids.shape
+        if width > 1 and _may_fill_a_block(runner, count):
             host(output_token_ids, scheduler_output)
             return
-        runner.num_accepted_tokens.np[:count] = 1
-        runner.input_batch.num_accepted_tokens_cpu[:count] = 1
+        accepted = 1 if width == 1 else (output_token_ids != NO_TOKEN).sum(1).numpy()
+        runner.num_accepted_tokens.np[:count] = accepted
+        runner.input_batch.num_accepted_tokens_cpu[:count] = accepted
 
     return update
+
+
+def _may_fill_a_block(runner: Any, count: int) -> bool:
+    """Whether a request may have filled a block whose state the prefix cache keeps."""
+    if runner.cache_config.mamba_cache_mode != "align":
+        return False
+    block_size = runner._get_mamba_bufs().preprocess.mamba_spec.block_size
+    computed = runner.input_batch.num_computed_tokens_cpu[:count]
+    end = computed + runner.num_scheduled_tokens.np[:count]
+    return bool((computed // block_size != end // block_size).any())
 
 
 def _naming_its_request(
