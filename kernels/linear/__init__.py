@@ -32,9 +32,10 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     The bits of a row of out depend on that row of x and on the weight alone. A row with an element
     that is not finite gives no finite number.
 
-    int8 and int4: each group of a row of x is rounded to 15 bits and a sign, times a power of two
-    (fp32: 28 bits). A bf16 element is exact unless it is below 1/128 of its group's largest. The
-    products of a group are summed in int32, exactly; groups are added in fp32, in order. So the
+    int8 and int4: each block of a row of x is rounded to 15 bits and a sign, times a power of two
+    (fp32: 28 bits). A block is a group; of int8 without groups 512 columns, or as many as divide
+    the row, of int4 128. A bf16 element is exact unless it is below 1/128 of its block's largest.
+    The products of a block are summed in int32, exactly; blocks are added in fp32, in order. So the
     result is also the same at every instruction set.
     fp8: values are decoded exactly. Products are summed in fp32, in a fixed order.
 

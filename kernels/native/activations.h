@@ -67,7 +67,7 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
 template <class T>
 void write_integers(Activations& a, const T* x, int64_t K, int64_t m) {
   constexpr int kTerms = sizeof(T) == 4 ? 2 : 1, kBits = sizeof(T) == 4 ? 14 : 15;
-  alignas(64) float rest[128];
+  alignas(64) float rest[kLargestBlock];
   for (int64_t b = 0; b < a.blocks; ++b) {
     for (int64_t i = 0; i < a.block; i += kLanes) {
       store(rest + i,

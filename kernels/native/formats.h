@@ -1,6 +1,7 @@
 // Weights as kernels/linear/weight.py packs them: lines of 64 bytes, each a few columns of 16 rows.
 #pragma once
 
+#include <numeric>
 #include <optional>
 
 #include "tensor.h"
@@ -112,6 +113,15 @@ enum Format : int64_t { kInt8, kInt4, kFp8, kBf16 };
 
 constexpr bool is_integer(Format format) { return format == kInt8 || format == kInt4; }
 
+constexpr int64_t kLargestBlock = 512;  // of int8 by 16 bits, whose sums int32 holds
+
+// Columns that are summed before a scale, or fp32, comes in: a group; of a row that has one scale
+// 128, or as many as divide the padded row where that leaves a sum of integers exact.
+inline int64_t block_of(Format format, int64_t K, int64_t group, bool has_zeros) {
+  if (group) return group;
+  return format == kInt8 && !has_zeros ? std::gcd(round_up(K, 128), kLargestBlock) : 128;
+}
+
 // A packed weight: [E, N, K], E = 1 if it is one matrix.
 struct Packed {
   const uint8_t* lines;
@@ -131,7 +141,7 @@ struct Packed {
         N(N),
         K(K),
         group(group),
-        block(group ? group : 128),
+        block(block_of(this->format, K, group, zeros)),
         blocks((K + block - 1) / block),
         groups(group ? blocks : 1),
         tiles((N + kTileWidth - 1) / kTileWidth),

@@ -169,25 +169,26 @@ def test_any_shape_and_split(M, N, K, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [name for name in KINDS if name.startswith("int")])
 def test_integers_have_the_same_bits_at_every_instruction_set(kind, dtype):
-    K = columns(kind, 645)
-    weight, x = packed(kind, 37, K)[0], torch.randn(19, K).to(dtype)
-    before, outs = native.isa(), []
-    try:
-        for level in native.levels():
-            native.set_isa(level)
-            outs.append(linear(x, weight))
-    finally:
-        native.set_isa(before)
-    assert all(torch.equal(out, outs[0]) for out in outs)
+    before = native.isa()
+    for K in (columns(kind, 645), 1024):  # blocks of 256 and 512 where scales are by row
+        weight, x, outs = packed(kind, 37, K)[0], torch.randn(19, K).to(dtype), []
+        try:
+            for level in native.levels():
+                native.set_isa(level)
+                outs.append(linear(x, weight))
+        finally:
+            native.set_isa(before)
+        assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 20])
-def test_the_largest_integers(native_level, rows):
-    """Of bf16 with all mantissa bits, and of the smallest weights: no sum overflows."""
-    weight = pack_int8(torch.full((40, 256), -128, dtype=torch.int8), torch.ones(40, 1))
-    x = torch.full((rows, 256), 255 / 128, dtype=torch.bfloat16)
-    x[:, ::3] *= -1
-    assert torch.equal(linear(x, weight), (x.float() @ unpack(weight).T).bfloat16())
+def test_the_largest_integers(native_level, rows, dtype):
+    """All mantissa bits, and the smallest weights: no sum of a block overflows."""
+    weight = pack_int8(torch.full((40, 1024), -128, dtype=torch.int8), torch.full((40, 1), 2**-7))
+    x = torch.full((rows, 1024), 2 - torch.finfo(dtype).eps, dtype=dtype)
+    x[:, 512::3] *= -1
+    assert torch.equal(linear(x, weight), (x.float() @ unpack(weight).T).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
