@@ -1,3 +1,4 @@
+#include <array>
 #include <numeric>
 
 #include "ops.h"
@@ -7,7 +8,7 @@
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kRun = 128;  // inner features, or outputs, of an expert that one task computes
+constexpr int64_t kRun = 128;  // inner features, or outputs, of an expert: multiples are tasks
 
 // The sum of the terms of row i of `totals`, of the panel's columns from `column` on.
 f32v whole(const float* totals, int64_t i, int64_t terms, int64_t column) {
@@ -18,24 +19,26 @@ f32v whole(const float* totals, int64_t i, int64_t terms, int64_t column) {
   return sum;
 }
 
-// h = silu(W1 x) * W3 x of inner features [c, c + kRun) of expert e's tokens. Gate and up are the
-// tiles of one panel, or of two where a panel has one tile.
+// h = silu(W1 x) * W3 x of inner features [c, end) of expert e's tokens. Gate and up are the tiles
+// of one panel, or of two where a panel has one tile.
 template <class T>
-void inner(T* h, const Packed& w13, const Products& products, const Routes& routes, const Dims& d,
-           int64_t e, int64_t c) {
+void inner(T* h, const Packed& w13, const Products<T>& products, const Routes& routes,
+           const Dims& d, int64_t e, int64_t c, int64_t end) {
   const int64_t begin = routes.first[e], count = routes.first[e + 1] - begin;
   const int64_t terms = products.terms, size = count * terms * kPanelWidth;
   const int64_t up_tiles = d.I / kTileWidth;
+  const std::span tokens(routes.token.data() + begin, count);
+  const Gathered x = products.gather(tokens, std::array{int64_t{0}, count});
   std::vector<float> totals(2 * size);
-  for (int64_t i = c; i < std::min(c + kRun, d.I); i += kTileWidth) {
+  for (int64_t i = c; i < end; i += kTileWidth) {
     const int64_t gate_tile = e * w13.tiles + i / kTileWidth;
     const float *gate = totals.data(), *up = gate + (kPanelTiles == 1 ? size : kTileWidth);
     Tiles tiles{gate_tile};
     if (kPanelTiles > 1) tiles.back() = gate_tile + up_tiles;
-    products.multiply(totals.data(), {&tiles, 1}, begin, count);
+    products.multiply(totals.data(), {&tiles, 1}, x, 0, count);
     if (kPanelTiles == 1) {
       tiles[0] += up_tiles;
-      products.multiply(totals.data() + size, {&tiles, 1}, begin, count);
+      products.multiply(totals.data() + size, {&tiles, 1}, x, 0, count);
     }
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t lane = 0; lane < kTileWidth; lane += kLanes) {
@@ -48,8 +51,8 @@ void inner(T* h, const Packed& w13, const Products& products, const Routes& rout
 
 // Outputs [c, c + kRun) of all tokens, one expert after the other, in the order of their ids.
 template <class T>
-void outer(T* out, const Packed& w2, const Products& products, const float* weights,
-           const Routes& routes, const Dims& d, int64_t c) {
+void outer(T* out, const Packed& w2, const Products<T>& products, const Gathered& h,
+           const float* weights, const Routes& routes, const Dims& d, int64_t c) {
   const int64_t terms = products.terms;
   std::vector<float> sums(d.T * kRun);
   const int64_t end = std::min(c + kRun, w2.tiles * kTileWidth);
@@ -61,7 +64,7 @@ void outer(T* out, const Packed& w2, const Products& products, const float* weig
       for (int p = 0; p < kPanelTiles; ++p) {
         tiles[p] = e * w2.tiles + std::min(i / kTileWidth + p, w2.tiles - 1);
       }
-      products.multiply(totals.data(), {&tiles, 1}, begin, last - begin);
+      products.multiply(totals.data(), {&tiles, 1}, h, begin, last - begin);
       for (int64_t n = begin; n < last; ++n) {
         const f32v weight = splat(weights[routes.slot[n]]);
         float* sum = sums.data() + routes.token[n] * kRun + i - c;
@@ -94,14 +97,18 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
   std::vector<int64_t> entries(d.T * d.k);
   std::iota(entries.begin(), entries.end(), 0);
   with_dtype(x, [&]<class T>(T) {
-    const Products in(w13, read<T>(x), d.T, x.stride(0), routes.token, routes.first);
-    // Run 0 of all experts, then run 1: each thread gets a share of every expert's tokens.
-    parallel_with_denormals((d.I + kRun - 1) / kRun * experts, 1, [&](int64_t i) {
-      inner(write<T>(h), w13, in, routes, d, routes.experts[i % experts], i / experts * kRun);
+    const Products in(w13, read<T>(x), d.T, x.stride(0));
+    // Each thread gets a share of every expert's features.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t share = round_up((d.I + threads - 1) / threads, kRun);
+    parallel_with_denormals((d.I + share - 1) / share * experts, 1, [&](int64_t i) {
+      const int64_t c = i / experts * share, end = std::min(c + share, d.I);
+      inner(write<T>(h), w13, in, routes, d, routes.experts[i % experts], c, end);
     });
-    const Products of_h(w2, read<T>(h), d.T * d.k, d.I, entries, routes.first);
+    const Products of_h(w2, read<T>(h), d.T * d.k, d.I);
+    const Gathered gathered = of_h.gather(entries, routes.first);
     parallel_with_denormals((d.D + kRun - 1) / kRun, 1, [&](int64_t i) {
-      outer(write<T>(out), w2, of_h, weights, routes, d, i * kRun);
+      outer(write<T>(out), w2, of_h, gathered, weights, routes, d, i * kRun);
     });
   });
   return out;

@@ -1,3 +1,4 @@
+#include <array>
 #include <numeric>
 
 #include "ops.h"
@@ -6,7 +7,8 @@
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kTasks = 4;  // of each thread, at least, where there are as many panels
+constexpr int64_t kTasks = 4;    // of each thread, at least, where there are as many panels
+constexpr int64_t kWritten = 8;  // rows that are written at once: more take too many pages
 
 // The panel from this tile on; the last tile again beyond the end.
 Tiles panel_tiles(const Packed& w, int64_t first_tile) {
@@ -35,7 +37,8 @@ template <class T>
 void multiply_rows(T* out, const T* x, int64_t M, int64_t stride, const Packed& w) {
   std::vector<int64_t> rows(M);
   std::iota(rows.begin(), rows.end(), 0);
-  const Products products(w, x, M, stride, rows, {0, M});
+  const Products products(w, x, M, stride);
+  const Gathered gathered = products.gather(rows, std::array{int64_t{0}, M});
   const int64_t panels = (w.tiles + kPanelTiles - 1) / kPanelTiles;
   const int64_t runs = (M + products.best_rows - 1) / products.best_rows;
   const int64_t share = panels * runs / (torch::stable::get_num_threads() * kTasks);
@@ -51,10 +54,13 @@ void multiply_rows(T* out, const T* x, int64_t M, int64_t stride, const Packed& 
     for (int64_t q = first; q < last; ++q) tiles.push_back(panel_tiles(w, q * kPanelTiles));
     thread_local std::vector<float> totals;
     totals.resize(group * size);
-    products.multiply(totals.data(), tiles, begin, end - begin);
-    for (int64_t q = first; q < last; ++q) {
-      write_panel(out, w, totals.data() + (q - first) * size, products.terms, q * kPanelTiles,
-                  begin, end);
+    products.multiply(totals.data(), tiles, gathered, begin, end - begin);
+    for (int64_t m = begin; m < end; m += kWritten) {
+      for (int64_t q = first; q < last; ++q) {
+        const int64_t row = (m - begin) * products.terms * kPanelWidth;
+        write_panel(out, w, totals.data() + (q - first) * size + row, products.terms,
+                    q * kPanelTiles, m, std::min(m + kWritten, end));
+      }
     }
   });
 }

@@ -6,29 +6,42 @@
 namespace Q3N_LEVEL {
 
 template <class T>
-Products::Products(const Packed& w, const T* x, int64_t M, int64_t stride,
-                   const std::vector<int64_t>& entries,
-                   [[maybe_unused]] const std::vector<int64_t>& runs)
-    : w_(w) {
+Products<T>::Products(const Packed& w, const T* x, int64_t M, int64_t stride)
+    : w_(w), x_(x), stride_(stride) {
+#if defined(Q3N_TILES)
+  floats_by_tiles_ = std::is_same_v<T, bf16> && native::use_tiles && !is_integer(w.format);
+#endif
+  if (!floats_by_tiles_) {
+    activations_ = activations(x, M, stride, w);
+    terms = activations_.terms;
+  }
+#if defined(Q3N_TILES)
+  if (floats_by_tiles_ || by_byte_tiles(w, M * terms)) {
+    best_rows = 512, group = M * terms > kPairHeight ? 16 : 1;
+  }
+#endif
+}
+
+template <class T>
+Gathered Products<T>::gather(std::span<const int64_t> entries,
+                             [[maybe_unused]] std::span<const int64_t> runs) const {
+  Gathered to;
 #if defined(Q3N_TILES)
   if constexpr (std::is_same_v<T, bf16>) {
-    if (native::use_tiles && !is_integer(w.format)) {
-      tile_rows_.emplace(entries.size(), w.blocks * w.block / kStepColumns, kLine);
-      best_rows = 512, group = M > kPairHeight ? 16 : 1;
-      parallel(entries.size(), 1 + 16384 / (w.K + 1), [&](int64_t i) {
+    if (floats_by_tiles_) {
+      auto& tiles = to.tiles.emplace(entries.size(), w_.blocks * w_.block / kStepColumns, kLine);
+      parallel(entries.size(), 1 + 16384 / (w_.K + 1), [&](int64_t i) {
         const auto end = std::upper_bound(runs.begin(), runs.end(), i);
-        const auto row = tile_rows_->row(end[-1], *end - end[-1], i - end[-1]);
-        set_floats(row, tile_rows_->steps, x + entries[i] * stride, w.K);
+        const auto row = tiles.row(end[-1], *end - end[-1], i - end[-1]);
+        set_floats(row, tiles.steps, x_ + entries[i] * stride_, w_.K);
       });
-      return;
+      return to;
     }
   }
 #endif
-  activations_ = activations(x, M, stride, w);
-  terms = activations_.terms;
-  rows_.reserve(entries.size() * terms);
+  to.rows.reserve(entries.size() * terms);
   for (int64_t m : entries) {
-    for (int64_t term = 0; term < terms; ++term) rows_.push_back(m * terms + term);
+    for (int64_t term = 0; term < terms; ++term) to.rows.push_back(m * terms + term);
   }
 #if defined(Q3N_TILES)
   int64_t most = 0;  // rows of a run
@@ -37,31 +50,21 @@ Products::Products(const Packed& w, const T* x, int64_t M, int64_t stride,
     most = std::max(most, (runs[r] - runs[r - 1]) * terms);
     row_runs.push_back(runs[r] * terms);
   }
-  if (by_byte_tiles(w, most)) {
-    byte_rows_.emplace(w, activations_, rows_, row_runs);
-    best_rows = 512, group = most > kPairHeight ? 16 : 1;
-  }
+  if (by_byte_tiles(w_, most)) to.bytes.emplace(w_, activations_, to.rows, row_runs);
 #endif
+  return to;
 }
 
-template Products::Products(const Packed&, const float*, int64_t, int64_t,
-                            const std::vector<int64_t>&, const std::vector<int64_t>&);
-template Products::Products(const Packed&, const bf16*, int64_t, int64_t,
-                            const std::vector<int64_t>&, const std::vector<int64_t>&);
-template Products::Products(const Packed&, const fp16*, int64_t, int64_t,
-                            const std::vector<int64_t>&, const std::vector<int64_t>&);
-
-void Products::multiply(float* totals, std::span<const Tiles> panels, int64_t begin,
-                        int64_t count) const {
+template <class T>
+void Products<T>::multiply(float* totals, std::span<const Tiles> panels, const Gathered& x,
+                           int64_t begin, int64_t count) const {
 #if defined(Q3N_TILES)
-  if (tile_rows_) return Q3N_LEVEL::multiply(totals, w_, panels, *tile_rows_, begin, count);
-#endif
-#if defined(Q3N_TILES)
-  if (byte_rows_ && by_byte_tiles(w_, count * terms)) {
-    return Q3N_LEVEL::multiply(totals, w_, panels, *byte_rows_, begin * terms, count * terms);
+  if (x.tiles) return Q3N_LEVEL::multiply(totals, w_, panels, *x.tiles, begin, count);
+  if (x.bytes && by_byte_tiles(w_, count * terms)) {
+    return Q3N_LEVEL::multiply(totals, w_, panels, *x.bytes, begin * terms, count * terms);
   }
 #endif
-  const int64_t* rows = rows_.data() + begin * terms;
+  const int64_t* rows = x.rows.data() + begin * terms;
   w_.with_format([&]<class F>(F) {
     for (size_t q = 0; q < panels.size(); ++q) {
       Q3N_LEVEL::multiply<F>(totals + q * count * terms * kPanelWidth, w_, panels[q], activations_,
@@ -69,5 +72,9 @@ void Products::multiply(float* totals, std::span<const Tiles> panels, int64_t be
     }
   });
 }
+
+template class Products<float>;
+template class Products<bf16>;
+template class Products<fp16>;
 
 }  // namespace Q3N_LEVEL
