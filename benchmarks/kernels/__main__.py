@@ -82,7 +82,7 @@ def measure_op(run: Run, name: Name) -> Iterator[Record]:
 
 
 def more(run: Run, name: Name, pairs: int) -> Iterator[Record]:
-    """Three ops' memory traffic, besides their times."""
+    """What three ops read, and what one multiplies, besides their times."""
     from benchmarks.kernels import attention, delta_rule, linear
 
     if name is Name.DELTA_RULE:
@@ -106,8 +106,15 @@ def more(run: Run, name: Name, pairs: int) -> Iterator[Record]:
             "kernels/linear_bandwidth",
             "How fast is a packed layer, compared with a read?",
             f"M = 1, N = {linear.N:,}, K = {linear.K:,}, {torch.get_num_threads()} threads",
-            {"weight": "MB", "layer": "µs", "layer / reading it": ""},
+            {"weight": "MB", "layer": "µs", "reading it / layer": ""},
             linear.over_bandwidth(pairs),
+        )
+        yield run.record(
+            "kernels/linear_peak",
+            "How fast is a packed layer, compared with its instruction in registers?",
+            f"M = 512, N = {linear.N:,}, K = {linear.K:,}, {torch.get_num_threads()} threads",
+            {"instruction": "", "layer": "10⁹ multiplications/s", "layer / registers": ""},
+            linear.over_peak(pairs),
         )
 
 

@@ -3,12 +3,15 @@
 import itertools
 import statistics
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.draft_head import packed
+from benchmarks.kernels.peak import peak
 from benchmarks.kernels.timing import Call, Case, seconds
+from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
     Weight,
     linear,
@@ -73,10 +76,18 @@ def fp8() -> tuple[Weight, Call]:
 
 
 MAKES = {"bf16": bf16, "int8": int8, "int4": int4, "fp8": fp8}
+# By level and format: the instruction that multiplies many rows, and how many of its products are
+# one of the layer's. By AMX integers of 16 bits are multiplied as two bytes.
+BY_TILES = {"bf16": ("tdpbf16ps", 1), "int8": ("tdpbssd", 2)}
+BY_VECTORS = {"bf16": ("vfmadd231ps", 1), "int8": ("vpdpwssd", 1)}
+INSTRUCTIONS = {
+    isa: found | {"fp8": found["bf16"], "int4": found["int8"]}
+    for isa, found in {"amx": BY_TILES, "avx512bf16": BY_VECTORS}.items()
+}
 
 
 def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
-    """At M = 1, each format's time, and its ratio to reading its bytes as one large read."""
+    """At M = 1, each format's time, and the share of it that one large read of its bytes takes."""
     large = torch.ones(2**25, dtype=torch.int64)
     x, found = torch.randn(1, K).to(DTYPE), {}
     for name, make in MAKES.items():
@@ -86,10 +97,39 @@ def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
         ours, ratios = [], []
         for _ in range(pairs):
             ours.append(seconds(call, len(weights)))
-            ratios.append(ours[-1] / (seconds(large.sum, 1) * moved / large.nbytes))
+            ratios.append(seconds(large.sum, 1) * moved / large.nbytes / ours[-1])
         found[name] = {
             "weight": moved / 1e6,
             "layer": statistics.median(ours) * 1e6,
-            "layer / reading it": statistics.median(ratios),
+            "reading it / layer": statistics.median(ratios),
         }
     return found
+
+
+def over_peak(pairs: int) -> dict[str, dict[str, float | str]]:
+    """At M = 512, with AMX and without, multiplications a second against those in registers."""
+    x, found, level = torch.randn(max(ROWS), K).to(DTYPE), {}, native.isa()
+    try:
+        for name, make in MAKES.items():
+            call = partial(linear, x, make()[0])
+            for isa, instructions in INSTRUCTIONS.items():
+                if isa in native.levels():
+                    native.set_isa(isa)
+                    found[f"{name}, {isa}"] = share_of_peak(call, *instructions[name], pairs)
+    finally:
+        native.set_isa(level)
+    return found
+
+
+def share_of_peak(call: Call, instruction: str, each: int, pairs: int) -> dict[str, float | str]:
+    """Rates of a layer of max(ROWS) rows and of the instruction alone, in turn."""
+    seconds(call, 1)
+    rates, shares = [], []
+    for _ in range(pairs):
+        rates.append(each * max(ROWS) * N * K / seconds(call, 1))
+        shares.append(rates[-1] / peak(instruction))
+    return {
+        "instruction": instruction,
+        "layer": statistics.median(rates) / 1e9,
+        "layer / registers": statistics.median(shares),
+    }
