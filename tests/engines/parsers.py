@@ -1,31 +1,30 @@
 """Tool calls and thinking, as a server's parsers find them in answers that a grammar writes.
 
-The shipped checkpoint calls no tools. A grammar makes it write calls as Qwen3-Coder (`qwen3_coder`)
-and Qwen3 (`hermes`) do; thinking ends where its budget does.
+A grammar makes the shipped checkpoint write calls of a tool that it does not know, as Qwen3-Coder
+(`qwen3_coder`) and Qwen3 (`hermes`) do; thinking ends where its budget does, or before.
 """
 
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
+
 from checkpoints import SHIPPED
-from engines.clients import chat
+from engines.clients import Messages, chat
 from engines.figures import drafts
 from engines.schema import SCHEMA, check_schema
 from engines.server import Server
 from family import rewrite
 
-MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # tokens, as in Qwen's vocabulary
-TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}"
-    "{%- if enable_thinking is false -%}{{- '\\n</think>\\n\\n' -}}{%- endif -%}{%- endif -%}"
-)
+sys.path.insert(0, str(SHIPPED.parents[1]))  # examples/ is run from the root, not installed
+
+from examples.train_tiny.tokenizer import MARKS, save_tokenizer, with_marks
+
 A, B = "[1-9][0-9]{2,5}", "[a-z]{3,12}"
 CALLS = {  # of one tool, in each parser's format
     "qwen3_coder": "<tool_call>\n<function=repeat>\n<parameter=times>\n{A}\n</parameter>\n"
@@ -44,8 +43,8 @@ REPEAT = {
         },
     },
 }
-MESSAGES = [{"role": "user", "content": "Repeat a word."}]
-NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+MESSAGES: Messages = [{"role": "user", "content": "Repeat a word."}]
+THINKING, NO_THINKING = ({"chat_template_kwargs": {"enable_thinking": x}} for x in (True, False))
 BUDGETS = (0, 3, 12)  # tokens of thinking
 
 
@@ -59,26 +58,15 @@ class Said(NamedTuple):
 
 
 def checkpoint(folder: Path, layout: str) -> Path:
-    """The shipped checkpoint, with Qwen's chat: the vocabulary's last four tokens are the marks.
+    """The shipped checkpoint, with marks of thinking and calls in its tokenizer and template.
 
     Its layout is Qwen3-Next's, or Qwen3.5's as a `text` model or `wrapped` with a vision tower.
     """
     if layout != "qwen3-next":
         plain = checkpoint(folder / "qwen3-next", "qwen3-next")
         return rewrite(plain, folder / layout, wrapped=layout == "wrapped")
-    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.png", "chat_template.jinja"))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    model, added = tokenizer["model"], tokenizer["added_tokens"]
-    model["merges"] = model["merges"][: -len(MARKS)]
-    size = len(model["vocab"]) - len(MARKS)
-    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < size}
-    plain = added[0] | {"special": False}
-    added += [plain | {"id": size + i, "content": mark} for i, mark in enumerate(MARKS)]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": TEMPLATE})
-    )
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.png"))
+    save_tokenizer(with_marks(Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))), folder)
     return folder
 
 
@@ -129,8 +117,10 @@ def check_thinking(
         budget: the engine's way to ask for one of so many tokens.
     """
     before = _accepted(server, engine)
+    whole = _thought(server, THINKING | held(B, grammar))
+    assert whole > BUDGETS[1] + 1, "the model ends its thought before a budget does"
     for tokens in BUDGETS:
-        asked = held(B, grammar) | budget(tokens)
+        asked = THINKING | held(B, grammar) | budget(tokens)
         said = ask(server, extra_body=asked)
         assert not any(mark in said.thinking + said.content for mark in MARKS)
         assert re.fullmatch(B, said.content.strip()), said
@@ -139,7 +129,8 @@ def check_thinking(
             said.thinking.strip(),
             said.content.strip(),
         )
-        assert _thought(server, asked) - tokens in (-1, 0, 1)  # a line break may count, or end it
+        thought = _thought(server, asked)
+        assert thought - min(tokens, whole) in (-1, 0, 1)  # a line break may count, or end it
     assert said.thinking.strip()
     assert _accepted(server, engine) > before
     plain = ask(server, extra_body=held(B, grammar) | NO_THINKING)
@@ -148,21 +139,24 @@ def check_thinking(
 
 
 def _thought(server: Server, asked: dict[str, Any]) -> int:
-    """The number of tokens before the one that ends thinking."""
+    """The number of tokens before the one that ends thinking, or of all."""
     (choice,) = chat(server, MESSAGES, 300, logprobs=True, extra_body=asked).choices
-    return [entry.token for entry in choice.logprobs.content].index("</think>")
+    tokens = [entry.token for entry in choice.logprobs.content]
+    return [*tokens, "</think>"].index("</think>")
 
 
-def ask(server: Server, *, stream: bool = False, **options: Any) -> Said:
+def ask(
+    server: Server, messages: Messages = MESSAGES, *, stream: bool = False, **options: Any
+) -> Said:
     """A greedy answer in a chat, all at once or put together from its chunks."""
     if not stream:
-        choice = chat(server, MESSAGES, 300, **options).choices[0]
+        choice = chat(server, messages, 300, **options).choices[0]
         calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or ()]
         return Said(
             _thinking(choice.message), choice.message.content or "", calls, choice.finish_reason
         )
     thinking, content, reason, parts = "", "", "", dict[int, tuple[str, str]]()
-    for chunk in chat(server, MESSAGES, 300, stream=True, **options):
+    for chunk in chat(server, messages, 300, stream=True, **options):
         for choice in chunk.choices:
             thinking += _thinking(choice.delta)
             content += choice.delta.content or ""
