@@ -1,4 +1,4 @@
-"""Draft head: an int8 copy of the output head that computes only the likelier tokens.
+"""Draft head: int8 rows of the output head, of the likelier tokens only.
 
 A draft needs the likeliest token and no distribution. Verification uses the full head, so an error
 here costs acceptance and never changes the output.
@@ -7,12 +7,14 @@ here costs acceptance and never changes the output.
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
+from qwen3next_plugin.kernels.linear import Weight, take_rows
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
 DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
+ROWS = 1024  # read from the head at a time: at once they take several times their memory
 
 
 class Ranks(Protocol):
@@ -20,43 +22,88 @@ class Ranks(Protocol):
 
     world_size: int
 
-    def all_gather(self, input_: torch.Tensor, dim: int) -> torch.Tensor:
+    def all_gather(self, input_: Tensor, dim: int) -> Tensor:
         """Concatenate each rank's tensor along `dim`."""
 
 
+def int8_rows(head: Tensor | Weight, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a head, and their scales; the same bits from a plain head and a packed one.
+
+    Shapes: head [V, D], in int8 or bf16 if it is packed; rows [R], returns [R, D] int8, [R] fp32
+    """
+    if isinstance(head, Tensor):
+        return quantise_rows(head[rows])
+    values, scale = take_rows(head, rows)
+    return (values, scale.squeeze(1)) if head.format == "int8" else quantise_rows(values)
+
+
 class DraftHead(nn.Module):
-    """One rank's share of the head that drafts are chosen by."""
+    """One rank's share of the head that drafts are chosen by.
+
+    It has the rows of the draft vocabulary, and reads those of new tokens from the output head. Of
+    a head that will not stay as it is, or that has fewer rows, it has a copy.
+    """
 
     def __init__(
-        self, weight: torch.Tensor, *, first: int, end: int, vocab_size: int, ranks: Ranks
+        self,
+        head: Tensor | Weight,
+        *,
+        stays: bool,
+        first: int,
+        end: int,
+        vocab_size: int,
+        ranks: Ranks,
     ) -> None:
-        """Shapes: weight [>= end - first, D] of tokens `first` to `end`, then padding."""
+        """Shapes: head [>= end - first, D] of tokens `first` to `end`, then padding."""
         super().__init__()
         self.first, self.end, self.ranks = first, end, ranks
-        self.weight, self.scale = quantise_rows(weight[: end - first])
         self.vocabulary = DraftVocabulary(vocab_size, DRAFTED)
-        self.token_ids = self._local_ids()
-
-    def _local_ids(self) -> torch.Tensor:
-        """The drafted tokens of this rank, counted from its first token [R] int32."""
+        self.head: Tensor | Weight | None = head if stays and end - first > DRAFTED else None
         ids = self.vocabulary.ids
-        return ids[(ids >= self.first) & (ids < self.end)] - self.first
+        if self.head is None:
+            self.weight, self.scale = int8_rows(head, torch.arange(end - first))
+            self.tokens = torch.arange(first, end)  # of each row of weight
+        else:
+            self.weight = torch.empty(len(ids), head.shape[1], dtype=torch.int8)
+            self.scale, self.tokens = torch.ones(len(ids)), ids
+            self._read(torch.arange(len(ids)))
+        self.drafted = self._drafted()
 
-    def see(self, token_ids: torch.Tensor) -> None:
+    def _here(self, places: Tensor) -> Tensor:
+        """Those of places in the vocabulary whose token is this rank's. Shapes: [R]"""
+        ids = self.vocabulary.ids[places]
+        return places[(ids >= self.first) & (ids < self.end)]
+
+    def _read(self, places: Tensor) -> None:
+        """Read the rows of the tokens at these places in the vocabulary. Shapes: places [R]"""
+        assert self.head is not None
+        for here in self._here(places).split(ROWS):
+            rows = self.vocabulary.ids[here].long() - self.first
+            self.weight[here], self.scale[here] = int8_rows(self.head, rows)
+
+    def _drafted(self) -> Tensor:
+        """The rows of weight that this rank drafts from [R] int32."""
+        here = self._here(torch.arange(len(self.vocabulary.ids)))
+        return here.int() if self.head is not None else self.vocabulary.ids[here] - self.first
+
+    def see(self, token_ids: Tensor) -> None:
         """Let the draft vocabulary follow these tokens. Shapes: token_ids [T]."""
-        if self.vocabulary.see(token_ids):
-            self.token_ids = self._local_ids()
+        if not len(changed := self.vocabulary.see(token_ids)):
+            return
+        if self.head is not None:
+            self._read(changed)
+        self.drafted = self._drafted()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """The likeliest token for each. Shapes: hidden_states [N, D], returns [N]."""
-        if len(self.token_ids):
-            local_ids, values = draft_head(
+        if len(self.drafted):
+            rows, values = draft_head(
                 x=hidden_states,
                 weight=self.weight,
                 scale=self.scale,
-                token_ids=self.token_ids,
+                token_ids=self.drafted,
             )
-            tokens = local_ids + self.first
+            tokens = self.tokens[rows].long()
         else:  # this rank holds no drafted token
             values = hidden_states.new_full((len(hidden_states),), -torch.inf, dtype=torch.float32)
             tokens = torch.zeros(len(hidden_states), dtype=torch.int64)

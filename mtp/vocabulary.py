@@ -33,17 +33,20 @@ class DraftVocabulary:
         self._known[self.ids] = True
         self._next = 0  # the next place to replace, counted from first_place
 
-    def see(self, token_ids: torch.Tensor) -> bool:
-        """Add tokens [T] of a step, as many as there are places; returns whether `ids` changed."""
+    def see(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Add tokens of a step, as many as there are places; returns which of `ids` changed.
+
+        Shapes: token_ids [T], returns [R] int64
+        """
         places = len(self.ids) - self.first_place
         if not places:  # it has every token
-            return False
+            return token_ids.new_empty(0)
         new = token_ids[~self._known[token_ids]].unique()[:places]
         if not len(new):
-            return False
+            return new
         replaced = self.first_place + (self._next + torch.arange(len(new))) % places
         self._known[self.ids[replaced]] = False
         self._known[new] = True
         self.ids[replaced] = new.int()
         self._next = (self._next + len(new)) % places
-        return True
+        return replaced

@@ -10,6 +10,7 @@ from qwen3next_plugin.kernels.linear.weight import (
     check_weight,
     concatenate,
     stack,
+    take_rows,
     unpack,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "pack_int4",
     "pack_int8",
     "stack",
+    "take_rows",
     "unpack",
 ]
 

@@ -67,6 +67,24 @@ def unpack(weight: Weight) -> Tensor:
     return w.transpose(-1, -2).flatten(-3, -2)[..., :N, :K]
 
 
+def take_rows(weight: Weight, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of a matrix as they were packed: values, and their scales.
+
+    Shapes: weight [N, K] int8 or bf16, rows [R], returns [R, K], [R, groups]
+
+    Raises: ValueError for another format.
+    """
+    dtype = {"int8": torch.int8, "bf16": torch.bfloat16}.get(weight.format)
+    if dtype is None or len(weight.shape) != 2:
+        raise ValueError(
+            f"take_rows: weight is {weight.format} {weight.shape}, not int8 or bf16 [N, K]"
+        )
+    tile, lane = rows // TILE, rows % TILE
+    lines = weight.packed.view(LINE[weight.format]).unflatten(1, (-1, TILE))  # [tiles, K / 2, 16]
+    values = lines[tile, :, lane].view(dtype)[:, : weight.shape[1]]
+    return values, weight.scale[tile, :, lane]
+
+
 def _values(weight: Weight) -> Tensor:
     """The values as fp32 [..., tiles, columns, 16]; columns includes the padding."""
     packed = weight.packed

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal, TypeVar
 
+from qwen3next_plugin import env
 from qwen3next_plugin.cli.sizes import DTYPES, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig
 
@@ -97,9 +98,8 @@ def make_plan(
     drafter = config.num_nextn_predict_layers if flags.num_speculative_tokens else 0
     kv_elements = 2 * config.num_key_value_heads_per_rank * config.head_dim
     weights = dict(rank_bytes(sizes, config))
-    if drafter:  # int8, and one scale for each row
-        rows = ceil(config.vocab_size / config.tp_size)
-        weights["draft head"] = rows * (config.hidden_size + 4)
+    if drafter:
+        weights["draft head"] = draft_head_bytes(config)
     return engine(
         weights=weights,
         state_page=state_page(config, flags),
@@ -108,6 +108,20 @@ def make_plan(
         kv_bytes_per_layer=kv_elements * DTYPES[flags.dtype],
         flags=flags,
     )
+
+
+def draft_head_bytes(config: Qwen3NextConfig) -> int:
+    """Bytes of one rank's int8 rows with their scales: at most those of a copy of the head.
+
+    Where the head stays, drafts have the rows of their own vocabulary only. A head in bf16 that is
+    not tied stays where our kernel packs it, which this leaves out.
+    """
+    from qwen3next_plugin.mtp.draft_head import DRAFTED
+
+    rows = ceil(config.vocab_size / config.tp_size)
+    if env.quantise() or config.tie_word_embeddings:
+        rows = min(rows, DRAFTED)
+    return rows * (config.hidden_size + 4)
 
 
 def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:

@@ -14,7 +14,7 @@ VOCAB, SIZE = 4096, 1200
 def test_all_of_a_small_vocabulary(size):
     vocabulary = DraftVocabulary(VOCAB, size)
     assert vocabulary.ids.tolist() == list(range(VOCAB))
-    assert not vocabulary.see(torch.arange(VOCAB))
+    assert not len(vocabulary.see(torch.arange(VOCAB)))
 
 
 def test_first_and_last_until_something_is_seen():
@@ -24,15 +24,15 @@ def test_first_and_last_until_something_is_seen():
 
 def test_only_what_is_new_changes_anything():
     vocabulary = DraftVocabulary(VOCAB, SIZE)
-    assert not vocabulary.see(torch.tensor([0, 5, VOCAB - 1]))
-    assert vocabulary.see(torch.tensor([5, 3000, 3000, 2000]))
-    assert torch.isin(torch.tensor([2000, 3000]), vocabulary.ids).all()
-    assert not vocabulary.see(torch.tensor([2000, 3000]))
+    assert not len(vocabulary.see(torch.tensor([0, 5, VOCAB - 1])))
+    changed = vocabulary.see(torch.tensor([5, 3000, 3000, 2000]))
+    assert sorted(vocabulary.ids[changed].tolist()) == [2000, 3000]
+    assert not len(vocabulary.see(torch.tensor([2000, 3000])))
 
 
 def test_more_at_once_than_there_are_places():
     vocabulary = DraftVocabulary(VOCAB, SIZE)
-    assert vocabulary.see(torch.arange(VOCAB))
+    assert len(vocabulary.see(torch.arange(VOCAB))) == SIZE // 2
     assert len(vocabulary.ids.unique()) == SIZE
 
 
@@ -43,8 +43,11 @@ def test_each_once_and_what_is_new_among_them(steps):
     always = vocabulary.ids[: vocabulary.first_place].clone()
     for tokens in steps:
         new = set(tokens) - set(vocabulary.ids.tolist())
-        assert vocabulary.see(torch.tensor(tokens, dtype=torch.int64)) == bool(new)
+        before = vocabulary.ids.clone()
+        changed = vocabulary.see(torch.tensor(tokens, dtype=torch.int64))
         ids = vocabulary.ids
+        assert changed.sort().values.tolist() == (ids != before).nonzero().squeeze(1).tolist()
+        assert len(changed) == len(new)
         assert len(ids.unique()) == len(ids) == SIZE
         assert torch.equal(ids[: vocabulary.first_place], always)
         assert new <= set(ids.tolist())  # a step's tokens are fewer than the places

@@ -41,6 +41,42 @@ def test_a_second_pass_over_packed_weights_leaves_them(projection):
     assert (got - want).norm() / want.norm() < 8e-3
 
 
+@pytest.mark.parametrize("in_fp32", [False, True])
+@pytest.mark.parametrize("asked", ["none", "invariant", "int8"])
+def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):
+    """Its product is in fp32; only oneDNN, where none of our kernels is chosen, has none such."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+
+    from qwen3next_plugin.engines.sglang.cpu import packing
+    from qwen3next_plugin.model.packed import Packed
+
+    monkeypatch.setattr("qwen3next_plugin.kernels.native.levels", lambda: ["avx2"])
+    monkeypatch.setattr(packing, "get_server_args", lambda: Bag(speculative_algorithm=None))
+    monkeypatch.setattr(packing, "_is_tied", lambda head: False)
+    if asked == "invariant":
+        monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    elif asked == "int8":
+        monkeypatch.setenv("QWEN3NEXT_QUANTISE", asked)
+    weight = torch.randn(48, 33, dtype=torch.bfloat16)
+    head = nn.Module()
+    head.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    head.quant_method = UnquantizedEmbeddingMethod()
+    packing.use_packing(head, head, head_in_fp32=in_fp32)
+    head.quant_method.process_weights_after_loading(head)
+    assert isinstance(head.packed, Packed) == (asked != "none")
+    assert (head.packed is None) == (asked == "none" and in_fp32)
+    if head.packed is None:
+        return
+    assert not head.weight.numel()
+    processor = packing.PackedLogitsProcessor.__new__(packing.PackedLogitsProcessor)
+    processor.use_fp32_lm_head = in_fp32
+    x = torch.randn(5, 33, dtype=torch.bfloat16)
+    logits, want = processor._compute_lm_head(x, head), x.double() @ weight.double().T
+    assert logits.dtype == (torch.float32 if in_fp32 else torch.bfloat16)
+    bound = 1e-2 if asked == "int8" else (1e-6 if in_fp32 else 8e-3)
+    assert (logits - want).norm() / want.norm() < bound
+
+
 @pytest.mark.parametrize("name", ["trunk.Qwen3NextForCausalLM", "mtp.Qwen3NextForCausalLMMTP"])
 def test_every_update_of_weights_is_refused(monkeypatch, name):
     from pkgutil import resolve_name

@@ -19,7 +19,7 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
-from qwen3next_plugin.kernels.linear import pack_bf16
+from qwen3next_plugin.kernels.linear import Weight, pack_bf16
 from qwen3next_plugin.model.packed import Packed, drop_plain, pack_head, packs_head, packs_plain
 
 ROWS = 1  # the layout is chosen for one row; measured, it is as fast for more rows
@@ -76,7 +76,10 @@ class PackedLinear(UnquantizedLinearMethod):
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
-    """SGLang's unquantised head; with drafts, `drop_plain_head` drops the plain copy."""
+    """SGLang's unquantised head; a plain copy that drafts are read from is dropped after that."""
+
+    def __init__(self, *, in_fp32: bool) -> None:
+        self.in_fp32 = in_fp32  # the product, whatever the weight's dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
@@ -85,11 +88,25 @@ class PackedHead(UnquantizedEmbeddingMethod):
         weight = layer.weight.data
         if packs_head(weight.dtype):
             layer.packed = pack_head(weight)
-        elif weight.dtype == torch.bfloat16:
+        elif weight.dtype == torch.bfloat16 and not self.in_fp32:  # oneDNN has no such product
             layer.packed = OneDnn(weight)
-        tied = not isinstance(layer, ParallelLMHead)  # to the embedding, and the same module
-        if layer.packed is not None and not tied and not get_server_args().speculative_algorithm:
+        if layer.packed is None or _is_tied(layer):
+            return
+        if isinstance(layer.packed, Packed) or not get_server_args().speculative_algorithm:
             drop_plain(layer)
+
+
+def _is_tied(head: Any) -> bool:
+    """Whether the head is the embedding, the same module."""
+    return not isinstance(head, ParallelLMHead)
+
+
+def head_for_drafts(head: Any) -> tuple[torch.Tensor | Weight, bool]:
+    """What drafts are read from, and whether it stays; else the plain head is to be dropped."""
+    packed = getattr(head, "packed", None)
+    if isinstance(packed, Packed):
+        return packed.weight, True
+    return head.weight.data, packed is None or _is_tied(head)
 
 
 class PackedLogitsProcessor(LogitsProcessor):
@@ -106,10 +123,12 @@ class PackedLogitsProcessor(LogitsProcessor):
         """Shapes: hidden_states [N, D], returns [N, vocab of this rank, padded]."""
         if (packed := getattr(lm_head, "packed", None)) is None:
             return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, out=out)
-        return packed(hidden_states)
+        return packed(hidden_states.float() if self.use_fp32_lm_head else hidden_states)
 
 
-def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:
+def use_packing(
+    model: nn.Module, head: nn.Module | None = None, *, head_in_fp32: bool = False
+) -> None:
     """On a CPU, make SGLang pack a model's projections and head after loading."""
     if not without_gpu():
         return
@@ -118,14 +137,8 @@ def use_packing(model: nn.Module, head: nn.Module | None = None) -> None:
         if method is UnquantizedLinearMethod:
             _use(PackedLinear(), module)
         elif method is UnquantizedEmbeddingMethod and module is head:
-            _use(PackedHead(), module)
+            _use(PackedHead(in_fp32=head_in_fp32), module)
 
 
 def _use(method: PackedLinear | PackedHead, layer: Any) -> None:
     layer.quant_method, layer.packed = method, None
-
-
-def drop_plain_head(head: Any) -> None:
-    """Drop the plain head, of which drafts have their own copy now."""
-    if getattr(head, "packed", None) is not None:
-        drop_plain(head)

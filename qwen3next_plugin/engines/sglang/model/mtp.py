@@ -13,13 +13,14 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.packing import drop_plain_head, use_packing
+from qwen3next_plugin.engines.sglang.cpu.packing import head_for_drafts, use_packing
 from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation, formats
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.packed import drop_plain
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import fuse
@@ -120,18 +121,20 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def make_draft_head(self) -> None:
-        """Draft from an int8 copy of the head from now on: a chain needs one token, no logits."""
+        """Draft by int8 rows of the head from now on: a chain needs one token, no logits."""
         assert self.lm_head is not None
         shard = self.lm_head.shard_indices
+        head, stays = head_for_drafts(self.lm_head)
         self.draft_head = DraftHead(
-            self.lm_head.weight.data,
+            head,
+            stays=stays,
             first=shard.org_vocab_start_index,
             end=shard.org_vocab_end_index,
             vocab_size=self.config.vocab_size,
             ranks=get_parallel().tp_group,
         )
-        if not self.config.tie_word_embeddings:
-            drop_plain_head(self.lm_head)
+        if not stays:
+            drop_plain(self.lm_head)
 
     def see(self, token_ids: torch.Tensor) -> None:
         """Let the draft vocabulary follow these tokens. Shapes: token_ids [T]."""

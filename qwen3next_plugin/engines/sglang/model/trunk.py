@@ -108,8 +108,7 @@ class Qwen3NextForCausalLM(nn.Module):
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
-        in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
-        use_packing(self, None if in_fp32 else self.lm_head)
+        use_packing(self, self.lm_head, head_in_fp32=self.logits_processor.use_fp32_lm_head)
 
     @torch.no_grad()
     def forward(

@@ -52,9 +52,9 @@ class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):  # noqa:
         self.formats = formats(quant_config)
         self.lm_head = make_lm_head(sizes, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
-        in_fp32 = self.logits_processor.use_fp32_lm_head  # which oneDNN has no product for
+        in_fp32 = self.logits_processor.use_fp32_lm_head
         use_packing(self.model)
-        use_packing(self.lm_head, None if in_fp32 else self.lm_head)
+        use_packing(self.lm_head, self.lm_head, head_in_fp32=in_fp32)
 
     @torch.no_grad()
     def forward(

@@ -61,14 +61,15 @@ class PackedHead(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: "LMHead") -> None:
         if not current_platform.is_cpu():
             return
-        if self.drafts:
-            layer.make_draft_head()
-        if packs_head(layer.weight.dtype):
+        ours = packs_head(layer.weight.dtype)
+        if ours:
             layer.packed = pack_head(layer.weight.data)
-            if not self.tied:
-                drop_plain(layer)
-            return
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+        if self.drafts:
+            layer.make_draft_head(stays=ours or self.tied)
+        if not ours:
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+        elif not self.tied:
+            drop_plain(layer)
 
     def apply(
         self, layer: "LMHead", x: torch.Tensor, bias: torch.Tensor | None = None

@@ -12,11 +12,12 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu.packing import PackedHead, PlainEmbedding
+from qwen3next_plugin.model.packed import Packed
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
 class LMHead(ParallelLMHead):
-    """The output head and, with MTP on a CPU, the int8 copy of it that drafts choose from."""
+    """The output head and, with MTP on a CPU, the int8 rows of it that drafts choose from."""
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(
@@ -26,13 +27,14 @@ class LMHead(ParallelLMHead):
             prefix=prefix,
         )
         self.draft_head: DraftHead | None = None
-        self.packed: nn.Module | None = None  # for our kernel
+        self.packed: Packed | None = None  # for our kernel
 
-    def make_draft_head(self) -> None:
-        """Copy the plain weight, which must still be there, to int8."""
+    def make_draft_head(self, *, stays: bool) -> None:
+        """Draft by int8 rows of the weight: the packed one if there is one, which stays."""
         shard = self.shard_indices
         self.draft_head = DraftHead(
-            self.weight.data,
+            self.weight.data if self.packed is None else self.packed.weight,
+            stays=stays,
             first=shard.org_vocab_start_index,
             end=shard.org_vocab_end_index,
             vocab_size=self.org_vocab_size,
