@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from benchmarks.sizes import CONFIGS as RELEASED_CONFIGS
 from checkpoints import BASE, write_checkpoint
+from quantised import MIXED, write_quantised
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor, warmup
 from qwen3next_plugin.cli.blocks import Blocks
@@ -26,6 +28,10 @@ from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.model.state import STATE_DTYPES
+from qwen3next_plugin.model.weights import formats_of, trunk_tensors
+from qwen3next_plugin.model.weights import parameters as parameters_of
+from qwen3next_plugin.mtp.draft_head import DRAFTED
+from qwen3next_plugin.mtp.weights import mtp_tensors
 from test_config import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
@@ -233,7 +239,11 @@ def test_plan_counts_what_is_quantised_at_load(monkeypatch, model):
         options = (RELEASED_CONFIGS / model, "--memory", 200, "--max-model-len", 32768, "--json")
         return json.loads(run("plan", *options).stdout)["weights"]
 
-    plain = weights()
+    def draft_head():
+        options = (RELEASED_CONFIGS / model, "--num-speculative-tokens", 1, "--memory", 200)
+        return json.loads(run("plan", *options, "--json").stdout)["weights"]["draft head"]
+
+    plain, plain_draft_head = weights(), draft_head()
     monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
     int8 = weights()
     for part in ("attention", "experts and MLPs"):  # scales and routers are small
@@ -244,6 +254,9 @@ def test_plan_counts_what_is_quantised_at_load(monkeypatch, model):
     instead = 0 if config.get("tie_word_embeddings") else 2 * head - 8 * config["vocab_size"]
     part = "embeddings and norms"
     assert int8[part] == plain[part] + head - instead
+    drafted = DRAFTED * (config["hidden_size"] + 4)  # read from the head, which stays
+    assert draft_head() == drafted
+    assert plain_draft_head == (drafted if config.get("tie_word_embeddings") else head)
 
 
 @pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.6-35B-A3B"])
@@ -280,6 +293,36 @@ def test_plan_reads_the_safetensors_files(tmp_path):
     assert sum(plan["weights"].values()) == 4 * counted  # stored and served in float32
     halved = json.loads(run("plan", folder, "--memory", 4, "--dtype", "bfloat16", "--json").stdout)
     assert sum(halved["weights"].values()) == 2 * halved["parameters"]
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq_zeros", MIXED])
+def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
+    """Scales are repeated by row, zero points are bytes, part of a projection is dequantised."""
+    plain = write_checkpoint(tmp_path / "plain", hidden_size=160, num_hidden_layers=4)
+    folder, _ = write_quantised(plain, tmp_path, kind, leave_out=r"layers\.3.*q_proj")
+    options = ("--memory", 4, "--num-speculative-tokens", 2, "--dtype", "float32", "--json")
+    plan = json.loads(run("plan", folder, *options).stdout)
+    plan["weights"].pop("draft head")
+    raw = json.loads((folder / "config.json").read_text())
+    config = Qwen3NextConfig.from_hf(raw)
+    shapes = trunk_tensors(config) | mtp_tensors(config)
+    formats = formats_of(folder, config, shapes, raw["quantization_config"], asked=None)
+    assert formats.dequantised
+    stored = load_file(folder / "model.safetensors").items()
+    loaded = parameters_of(stored, config, expected=shapes, formats=formats)
+    assert sum(plan["weights"].values()) == sum(tensor.nbytes for _, tensor in loaded)
+    assert re.fullmatch(r"safetensors files \(.*plain 0\.\d\d.* GiB\)", plan["weights_from"])
+
+
+def test_plan_names_a_module_that_cannot_be_served(tmp_path):
+    folder, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.linear_attn.out_proj.weight_scale_inv"]
+    save_file(tensors, file)
+    result = run("plan", folder, "--memory", 4)
+    assert result.exit_code == 1
+    assert "model.layers.0.linear_attn.out_proj: is quantised" in result.stderr
 
 
 def test_plan_scales_a_quantised_index(released):

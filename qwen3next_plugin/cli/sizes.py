@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, read_config
 
 INDEX = "model.safetensors.index.json"
 PARTS = ("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP")
@@ -49,9 +51,9 @@ def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
 def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dict[str, int], str]:
     """Bytes of every tensor but a vision tower's, and where the numbers come from.
 
-    From the safetensors files; without them from the index's total (a checkpoint not downloaded
-    yet); without that from the config alone. QWEN3NEXT_QUANTISE counts as in the engines. Raises
-    ConfigError and CheckpointError.
+    From the safetensors files, quantised ones as CPUs serve them; without them from the index's
+    total (a checkpoint not downloaded yet); without that from the config alone. QWEN3NEXT_QUANTISE
+    counts as in the engines. Raises ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.layouts import our_name
     from qwen3next_plugin.model.quantising import quantised_bytes
@@ -69,6 +71,8 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
         sizes |= {name: n for name, n in found if name in sizes or part_of(name) != "MTP"}
         return sizes, f"config.json, quantised to {asked}"
     if stored and names <= stored.keys():
+        if quantization := _quantization(folder):
+            return _quantised(folder, config, sizes, quantization, DTYPES[dtype])
         sizes = {
             ours: _served_bytes(*tensor, DTYPES[dtype])
             for name, tensor in stored.items()
@@ -78,6 +82,38 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     if not index:
         return sizes, "config.json"
     return _scaled(sizes, index["metadata"]["total_size"], dtype), INDEX
+
+
+def _quantization(folder: Path) -> Mapping[str, Any] | None:
+    raw = read_config(folder)
+    text = raw.get("text_config") or {}
+    return raw.get("quantization_config") or text.get("quantization_config")
+
+
+def _quantised(
+    folder: Path,
+    config: Qwen3NextConfig,
+    names: Iterable[str],
+    quantization: Mapping[str, Any],
+    itemsize: int,
+) -> tuple[dict[str, int], str]:
+    """Bytes of the weights of a quantised checkpoint, each in the format that it is served in.
+
+    Raises: CheckpointError for a module that no CPU kernel serves.
+    """
+    from qwen3next_plugin.model.weights import formats_of
+
+    shapes = _shapes(config)
+    formats = formats_of(folder, config, shapes, quantization, asked=None)
+    sizes: dict[str, int] = {}
+    totals: Counter[str] = Counter()
+    for name in names:
+        shape = shapes[name]
+        form = formats.format_of(name.removesuffix(".weight"))
+        sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
+        totals[form.name if form else "plain"] += sizes[name]
+    described = ", ".join(f"{form} {n / 2**30:.2f}" for form, n in totals.items())
+    return sizes, f"safetensors files ({described} GiB)"
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:

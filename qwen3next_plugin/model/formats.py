@@ -22,6 +22,7 @@ PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+OF_OTHERS = ("bias", "k_scale", "v_scale", "output_scale")  # and of the KV cache, beside a weight
 KINDS = "FP8, int8, GPTQ, AWQ and compressed-tensors' pack-quantized"
 
 
@@ -74,8 +75,12 @@ class Formats:
                 f"{self.tower}: a quantised vision tower is not served on a CPU; add "
                 f"--language-model-only, or use a checkpoint that leaves the tower unquantised"
             )
-        name = PREFIXED.search(prefix)
-        return self._formats.get(name[0] if name else prefix)
+        return self._formats.get(without_wrapper(prefix))
+
+    def format_of(self, module: str) -> Format | None:
+        """That in which a module of the checkpoint is served; None: as plain weights."""
+        served = module in self.stored and self._holder(module) in self._formats
+        return self.stored[module].format if served else None
 
     def described(self) -> str:
         """What the log should say; empty: everything is served as it is quantised."""
@@ -92,9 +97,8 @@ class Formats:
         found: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             module = name.removesuffix(".weight")
-            if module in self.stored and self._holder(module) in self._formats:
-                tensors = self.stored[module].format.tensors(*shape)
-                found |= {f"{module}.{each}": s for each, (s, _) in tensors.items()}
+            if form := self.format_of(module):
+                found |= {f"{module}.{each}": s for each, (s, _) in form.tensors(*shape).items()}
             else:
                 found[name] = shape
         return found
@@ -129,7 +133,7 @@ class Formats:
             found = {n: torch.empty(s, dtype=dtype, device="meta") for n, (s, dtype) in shapes}
         else:
             found = stored.scheme.rows(module)
-        if self._holder(module.name) not in self._formats:
+        if self.format_of(module.name) is None:
             found = {"weight": dequantise(found, stored.format)}
         for last, tensor in found.items():
             yield f"{module.name}.{last}", tensor
@@ -174,6 +178,38 @@ def read_formats(
             "take both from one release, or remove it from config.json"
         )
     return Formats(stored, shapes, holder)
+
+
+def without_wrapper(prefix: str) -> str:
+    """A module's name in a text model; wrappers and drafters put more before it."""
+    name = PREFIXED.search(prefix)
+    return name[0] if name else prefix
+
+
+def plain_modules(tensors: Stream, shapes: Shapes, holder: Callable[[str], str]) -> frozenset[str]:
+    """Our modules of which the files have no part quantised, in whatever way.
+
+    Args: as of `read_formats`.
+
+    Raises: CheckpointError for a module of which they have one part quantised and another not.
+    """
+    shapes = matrices(shapes)
+    plain: dict[str, bool] = {}
+    for name, tensor in tensors:
+        module, _, last = name.rpartition(".")
+        if f"{module}.weight" in shapes and last not in OF_OTHERS:
+            whole = last == "weight" and tensor.dtype in PLAIN_DTYPES
+            plain[module] = plain.get(module, True) and whole
+    found: dict[str, dict[bool, str]] = defaultdict(dict)
+    for module, whole in plain.items():
+        found[holder(module)][whole] = module
+    for ours, parts in found.items():
+        if len(parts) > 1:
+            raise CheckpointError(
+                f"{ours}: {parts[False]} is quantised, and {parts[True]} is not; a GPU's kernels "
+                f"take both in one format: use a checkpoint with both quantised, or neither"
+            )
+    return frozenset(ours for ours, parts in found.items() if True in parts)
 
 
 def matrices(shapes: Shapes) -> Shapes:

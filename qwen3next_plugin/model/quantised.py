@@ -6,6 +6,7 @@ rows as its first dimension: stacking, sharding and regrouping move all of them 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,11 @@ class Format:
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return -(-columns // (self.group or columns))
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a module's tensors."""
+        parts = self.tensors(rows, columns).values()
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
 BF16 = Format("bf16", 0, torch.bfloat16)  # of weights that are not quantised

@@ -39,18 +39,13 @@ def quantising(name: str, shapes: Shapes, holder: Callable[[str], str]) -> Forma
 
 def quantised_bytes(name: str, shapes: Shapes) -> dict[str, int]:
     """Bytes of each weight that is quantised to `int8` or `int4`; a tied head is a copy."""
-    found = {HEAD: _bytes(HEAD_FORMAT, *shapes[EMBEDDING])}
+    found = {HEAD: HEAD_FORMAT.nbytes(*shapes[EMBEDDING])}
     for weight, (rows, columns) in matrices(shapes).items():
         module = weight.removesuffix(".weight")
         chosen = _scheme(name, columns)
         if chosen and not PLAIN.search(module) and not KEPT.search(module):
-            found[weight] = _bytes(chosen[1], rows, columns)
+            found[weight] = chosen[1].nbytes(rows, columns)
     return found
-
-
-def _bytes(form: Format, rows: int, columns: int) -> int:
-    parts = form.tensors(rows, columns).values()
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
 def _saving(name: str, shapes: Shapes) -> str:
