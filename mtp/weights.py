@@ -19,6 +19,7 @@ from qwen3next_plugin.model.weights import (
     decoder_layer_tensors,
     formats_of,
     parameters,
+    plain_modules_of,
     stored_tensors,
     trunk_tensors,
 )
@@ -80,6 +81,21 @@ def _read_formats(folder: Path, hf_config: str, quantization: str, asked: str | 
     config = Qwen3NextConfig.from_hf(json.loads(hf_config))
     shapes = trunk_tensors(config) | mtp_tensors(config)
     return formats_of(folder, config, shapes, json.loads(quantization), asked=asked)
+
+
+def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
+    """Modules of the trunk and the MTP layer that the files have unquantised; cached.
+
+    Raises:
+        CheckpointError: a module of which a part is quantised, and another not.
+    """
+    return _read_plain_modules(folder, hf_config.to_json_string(use_diff=False))
+
+
+@cache
+def _read_plain_modules(folder: Path, hf_config: str) -> frozenset[str]:
+    config = Qwen3NextConfig.from_hf(json.loads(hf_config))
+    return plain_modules_of(folder, config, trunk_tensors(config) | mtp_tensors(config))
 
 
 def check_stored(

@@ -10,7 +10,13 @@ import torch
 from safetensors import safe_open
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
-from qwen3next_plugin.model.formats import EXPERT, PLAIN_DTYPES, Formats, read_formats
+from qwen3next_plugin.model.formats import (
+    EXPERT,
+    PLAIN_DTYPES,
+    Formats,
+    plain_modules,
+    read_formats,
+)
 from qwen3next_plugin.model.layouts import (
     FLAT_PROJECTION,
     MIXED,
@@ -205,6 +211,14 @@ def formats_of(
             f"quantization_config; unset the variable"
         )
     return quantising(asked, shapes, of_ours)
+
+
+def plain_modules_of(
+    folder: Path, config: Qwen3NextConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """Our modules that a checkpoint's files have unquantised; raises as `plain_modules`."""
+    of_ours = functools.partial(holder, config=config)
+    return plain_modules(our_names(stored_tensors(folder), config), shapes, of_ours)
 
 
 def holder(module: str, config: Qwen3NextConfig) -> str:

@@ -1,7 +1,7 @@
 """Quantised checkpoints: each tensor's format is read from the files, each fault is named."""
 
 import json
-from collections.abc import Callable
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bad_weights import FAULTS, PLAIN, write_faulty
 from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
 from quantised import KINDS, MIXED, write_quantised
@@ -19,16 +20,19 @@ from qwen3next_plugin.model.layouts import CheckpointError
 from qwen3next_plugin.model.packed import check_experts, check_split, pack_head, packs_head
 from qwen3next_plugin.model.quantised import Format, dequantise
 from qwen3next_plugin.model.quantising import quantised_bytes
-from qwen3next_plugin.model.weights import formats_of, holder, parameters, trunk_tensors
+from qwen3next_plugin.model.weights import (
+    formats_of,
+    holder,
+    parameters,
+    plain_modules_of,
+    trunk_tensors,
+)
 from qwen3next_plugin.mtp.weights import mtp_tensors
-
-# Two blocks of columns, the second one not full.
-CHANGES = {"hidden_size": 160, "num_hidden_layers": 4, "num_experts": 3}
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("plain"), **CHANGES)
+    return write_checkpoint(tmp_path_factory.mktemp("plain"), **PLAIN)
 
 
 def load(folder: Path, asked: str | None = None, **changes):
@@ -103,58 +107,10 @@ def test_what_is_left_out_is_read_from_the_files(plain, tmp_path, leave_out):
         assert {name.rpartition(".")[2] for name in dequantised} == {"k_proj", "v_proj"}
 
 
-Q = "model.layers.3.self_attn.q_proj"
-FAULTS: dict[str, tuple[str, Callable[[dict], object], str]] = {
-    "no scales": ("fp8-blocks", lambda t: t.pop(f"{Q}.weight_scale_inv"), "weight_scale.* is miss"),
-    "no zeros": ("awq", lambda t: t.pop(f"{Q}.qzeros"), "quantised, and qzeros is missing"),
-    "other blocks": (
-        "fp8-blocks",
-        lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(1, 1)}),
-        r"shape \(1, 1\), and blocks of 128 by 128 need \(2, 2\)",
-    ),
-    "group does not divide": (
-        "packed_4-bit",
-        lambda t: t.update({f"{Q}.weight_scale": torch.ones(256, 7)}),
-        r"7 groups in a row of 160 columns, which they do not divide; quantise with a group size",
-    ),
-    "desc_act": (
-        "gptq",
-        lambda t: t.update({f"{Q}.g_idx": t[f"{Q}.g_idx"].flip(0)}),
-        r"g_idx reorders columns \(desc_act",
-    ),
-    "unknown": (
-        "fp8-rows",
-        lambda t: t.update({f"{Q}.weight_scale_2": torch.ones(1)}),
-        r"not known here, with the tensors weight float8_e4m3fn, .*; use a checkpoint in",
-    ),
-    "nvfp4": (
-        "fp8-rows",
-        lambda t: t.update({f"{Q}.weight": torch.zeros(256, 80, dtype=torch.uint8)}),
-        r"not known here, with the tensors weight uint8",
-    ),
-    "3 bits": (
-        "gptq",
-        lambda t: t.update({f"{Q}.qweight": torch.zeros(15, 256, dtype=torch.int32)}),
-        "neither 4 nor 8 bits",
-    ),
-    "8 bits with zeros": (
-        "gptq_8-bit",
-        lambda t: t.update({f"{Q}.qzeros": torch.zeros_like(t[f"{Q}.qzeros"])}),
-        "zero points other than 128; use symmetric",
-    ),
-}
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_named(plain, tmp_path, fault):
-    kind, damage, message = FAULTS[fault]
-    quantised, _ = write_quantised(plain, tmp_path, kind)
-    path = quantised / "model.safetensors"
-    tensors = load_file(path)
-    damage(tensors)
-    save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=f"^{Q}: .*{message}"):
-        load(quantised)
+    with pytest.raises(CheckpointError, match=FAULTS[fault].message):
+        load(write_faulty(plain, tmp_path, fault))
 
 
 def test_ranks_that_would_share_a_scale():
@@ -169,6 +125,60 @@ def test_ranks_that_would_share_a_scale():
         check_experts("m", form, 256, 64)
     with pytest.raises(ConfigError, match=r"^m: packed experts have 24 inner features"):
         check_experts("m", replace(form, group=0), 48, 24)
+
+
+# for an engine's own kernels ----------------------------------------------------------------------
+
+
+def plain_in(folder: Path) -> frozenset[str]:
+    config = Qwen3NextConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    return plain_modules_of(folder, config, trunk_tensors(config) | mtp_tensors(config))
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq", "awq", "packed_4-bit"])
+def test_modules_that_are_not_quantised_are_read_from_the_files(plain, tmp_path, kind):
+    """Whatever config.json names: here neither the MTP layer nor what an engine stacks."""
+    left_out = r"^mtp|in_proj_ba|layers\.1\..*(qkvz|out)|layers\.3\..*[qkv]_proj"
+    quantised, _ = write_quantised(plain, tmp_path, kind, leave_out=left_out)
+    found = plain_in(quantised)
+    assert {"mtp.fc", "mtp.layers.0.mlp.experts", "mtp.layers.0.self_attn.qkv_proj"} <= found
+    assert {f"model.layers.{i}.mlp.gate" for i in range(4)} <= found
+    assert {"model.layers.3.self_attn.qkv_proj", "model.layers.1.linear_attn.out_proj"} <= found
+    assert "model.layers.0.linear_attn.out_proj" not in found
+    assert "model.layers.3.self_attn.o_proj" not in found
+    assert not any(name.startswith("model") and name.endswith("experts") for name in found)
+
+
+def test_a_format_that_only_an_engine_knows(plain, tmp_path):
+    """NVFP4, with scales of the KV cache beside projections that it leaves out."""
+    folder = Path(shutil.copytree(plain, tmp_path / "nvfp4"))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        rows, columns = tensors[name].shape
+        tensors[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+        tensors[f"{name}_scale"] = torch.ones(rows, columns // 16).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_2"] = torch.ones(())
+    tensors["model.layers.3.self_attn.k_proj.k_scale"] = torch.ones(())
+    save_file(tensors, folder / "model.safetensors")
+    found = plain_in(folder)
+    assert "model.layers.3.self_attn.qkv_proj" in found
+    assert not any(name.endswith("experts") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "named"),
+    [
+        (
+            r"layers\.3.*q_proj",
+            r"self_attn\.qkv_proj: .*[kv]_proj is quantised, and .*q_proj is not",
+        ),
+        (r"experts\.1\.down", r"mlp\.experts: .* is quantised, and .*experts\.1\.down_proj is not"),
+    ],
+)
+def test_parts_that_are_not_alike_are_refused_by_name(plain, tmp_path, left_out, named):
+    quantised, _ = write_quantised(plain, tmp_path, "fp8-blocks", leave_out=left_out)
+    with pytest.raises(CheckpointError, match=named):
+        plain_in(quantised)
 
 
 # quantised as they load --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.as_stored import as_stored
 from qwen3next_plugin.versions import check_host
 
 
@@ -73,6 +74,22 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
         return host(model_config, load_config)
     folder = local_folder(model_config.model_path, model_config.revision)
     return Quantisation(folder, model_config.hf_config)
+
+
+def tell_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
+    """Tell SGLang's quantisation of a checkpoint of ours what its files say of each module."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from qwen3next_plugin.mtp.weights import read_plain_modules
+
+    found = host(model_config, load_config)
+    of_files = flags.quantisation(model_config.hf_config) is not None
+    if found is None or not (of_files and is_ours(model_config)):
+        return found
+    folder = local_folder(model_config.model_path, model_config.revision)
+    plain = read_plain_modules(folder, model_config.hf_config)
+    return as_stored(found, plain, LinearBase, UnquantizedLinearMethod)
 
 
 def make_adapters(host: Callable[[Any], None], runner: Any) -> None:

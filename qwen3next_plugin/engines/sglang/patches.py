@@ -68,6 +68,13 @@ ON_GPU: tuple[Entry, ...] = (
         reason="SGLang's policy does not know what a step costs",
         remove_when="SGLang asks a plugin for the policy",
     ),
+    Patch(
+        target="sglang.srt.model_loader.loader._get_quantization_config",
+        parameters=("model_config", "load_config"),
+        function=hooks.tell_quantisation,
+        reason="SGLang reads formats from config.json, which does not name all that is left out",
+        remove_when="SGLang reads formats from the files",
+    ),
 )
 
 WITH_OURS: tuple[Entry, ...] = (

@@ -19,7 +19,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, formats, quantisation
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,
@@ -39,7 +39,6 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
-READ_HERE = ("auto", "safetensors")  # of --load-format
 # The one way in which drafts are made and verified; another would be ignored.
 SERVED_WITH_DRAFTS = {
     "draft_sample_method": "greedy",

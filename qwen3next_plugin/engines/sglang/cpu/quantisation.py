@@ -12,6 +12,7 @@ from torch import nn
 
 from qwen3next_plugin.engines.sglang.flags import quantisation
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
+from qwen3next_plugin.model.as_stored import AS_STORED
 from qwen3next_plugin.model.formats import Formats
 from qwen3next_plugin.mtp.weights import read_formats
 
@@ -50,6 +51,11 @@ class Quantisation(QuantizationConfig):
 
     def get_scaled_act_names(self) -> list[str]:
         return []
+
+
+def goes_by_files(config: QuantizationConfig | None) -> bool:
+    """Whether a quantisation has read a checkpoint's files."""
+    return isinstance(config, Quantisation) or getattr(config, AS_STORED, False)
 
 
 def formats(config: QuantizationConfig | None) -> Formats | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.packing import head_for_drafts, use_packing
-from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation, formats
+from qwen3next_plugin.engines.sglang.cpu.quantisation import formats, goes_by_files
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
@@ -41,7 +41,7 @@ class MultiTokenPredictor(nn.Module):
             config.hidden_size,
             bias=False,
             # Others go by config.json, which does not say that released checkpoints leave it.
-            quant_config=quant_config if isinstance(quant_config, Quantisation) else None,
+            quant_config=quant_config if goes_by_files(quant_config) else None,
             prefix=f"{prefix}.fc",
         )
         self.layers = nn.ModuleList(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import (
     QuantizationConfig,
     register_quantization_config,
@@ -21,8 +22,11 @@ from vllm.platforms import current_platform
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
+from qwen3next_plugin.model.as_stored import as_stored
 from qwen3next_plugin.model.formats import Formats
-from qwen3next_plugin.mtp.weights import read_formats
+from qwen3next_plugin.mtp.weights import read_formats, read_plain_modules
+
+READ_HERE = ("auto", "safetensors")  # of --load-format
 
 
 @register_quantization_config(QUANTISATION)
@@ -103,8 +107,15 @@ def quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
 
 def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
     """The configuration that a model's layers are built by."""
-    found = copy(vllm_config)
+    found, model_config = copy(vllm_config), vllm_config.model_config
     found.quant_config = quantisation(vllm_config)
+    of_files = model_config.model_arch_config.quantization_config is not None
+    read_here = vllm_config.load_config.load_format in READ_HERE
+    if found.quant_config is None or current_platform.is_cpu() or not (of_files and read_here):
+        return found
+    folder = local_folder(model_config.model, model_config.revision)
+    plain = read_plain_modules(folder, model_config.hf_config)
+    found.quant_config = as_stored(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
     return found
 
 

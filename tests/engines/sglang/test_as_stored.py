@@ -1,0 +1,75 @@
+"""On a GPU SGLang's quantisation is told what the checkpoint's files say of each module."""
+
+from types import SimpleNamespace as Bag
+
+import pytest
+from transformers import AutoConfig
+
+from checkpoints import write_checkpoint
+from quantised import write_quantised
+
+pytest.importorskip("sglang")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """FP8, but for the MTP layer and a projection, of which config.json says nothing."""
+    made = tmp_path_factory.mktemp("fp8")
+    plain = write_checkpoint(made / "plain")
+    return write_quantised(plain, made, "fp8-blocks", leave_out=r"^mtp|layers\.0.*qkvz")[0]
+
+
+@pytest.fixture
+def told(monkeypatch, folder):
+    """What our hook makes of SGLang's quantisation; the prefixes that SGLang's was asked for."""
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    from qwen3next_plugin.engines.sglang import hooks
+
+    asked: list[str] = []
+
+    def get_quant_method(self, layer, prefix):
+        asked.append(prefix)
+        return "SGLang's"
+
+    monkeypatch.setattr(Fp8Config, "get_quant_method", get_quant_method)
+    monkeypatch.setattr(hooks, "is_ours", lambda model_config: True)
+    host = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic")
+
+    def make(**changes: object):
+        hf_config = AutoConfig.from_pretrained(folder)
+        for name, value in changes.items():
+            setattr(hf_config, name, value)
+        model_config = Bag(model_path=str(folder), revision=None, hf_config=hf_config)
+        return hooks.tell_quantisation(lambda *_: host, model_config, None)
+
+    return make, host, asked
+
+
+def test_each_module_by_the_files(told):
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from qwen3next_plugin.engines.sglang.cpu.quantisation import formats, goes_by_files
+
+    make, host, asked = told
+    config = make()
+    assert isinstance(config, type(host))
+    assert goes_by_files(config)  # so the MTP layer's input is quantised as the files say
+    assert not goes_by_files(host)
+    assert formats(config) is None
+    projection, experts = LinearBase.__new__(LinearBase), FusedMoE.__new__(FusedMoE)
+    for prefix in ("mtp.fc", "model.language_model.layers.0.linear_attn.in_proj_qkvz"):
+        assert isinstance(config.get_quant_method(projection, prefix), UnquantizedLinearMethod)
+    assert config.get_quant_method(experts, "mtp.layers.0.mlp.experts") is None
+    assert not asked  # SGLang makes an unquantised method where there is none
+    for prefix in ("model.layers.1.linear_attn.in_proj_qkvz", "visual.blocks.0.attn.qkv"):
+        assert config.get_quant_method(projection, prefix) == "SGLang's"
+    assert config.get_quant_method(experts, "model.layers.0.mlp.experts") == "SGLang's"
+    assert len(asked) == 3
+
+
+def test_weights_that_sglang_quantises_itself(told):
+    make, host, _ = told
+    assert make(quantization_config=None) is host

@@ -1,0 +1,78 @@
+"""On a GPU vLLM's quantisation is told what the checkpoint's files say of each module."""
+
+from types import SimpleNamespace as Bag
+
+import pytest
+from transformers import AutoConfig
+
+from checkpoints import write_checkpoint
+from quantised import write_quantised
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+from qwen3next_plugin.engines.vllm.cpu import quantisation
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """FP8, but for the MTP layer and a projection, of which config.json says nothing."""
+    made = tmp_path_factory.mktemp("fp8")
+    plain = write_checkpoint(made / "plain")
+    return write_quantised(plain, made, "fp8-blocks", leave_out=r"^mtp|layers\.0.*qkvz")[0]
+
+
+@pytest.fixture
+def told(monkeypatch, folder):
+    """The quantisation of a model's layers where there is a GPU; how often vLLM's was asked."""
+    asked: list[str] = []
+
+    def get_quant_method(self, layer, prefix):
+        asked.append(prefix)
+        return "vLLM's"
+
+    monkeypatch.setattr(Fp8Config, "get_quant_method", get_quant_method)
+    monkeypatch.setattr(quantisation, "current_platform", Bag(is_cpu=lambda: False))
+    host = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic")
+
+    def make(load_format: str = "auto", of_files: object = "fp8"):
+        model_config = Bag(
+            model=str(folder),
+            revision=None,
+            hf_config=AutoConfig.from_pretrained(folder),
+            quantization="fp8",
+            model_arch_config=Bag(quantization_config=of_files),
+        )
+        load_config = Bag(load_format=load_format)
+        config = Bag(quant_config=host, model_config=model_config, load_config=load_config)
+        found = quantisation.with_quantisation(config)
+        assert config.quant_config is host
+        return found.quant_config
+
+    return make, host, asked
+
+
+def test_each_module_by_the_files(told):
+    make, host, asked = told
+    config = make()
+    assert isinstance(config, Fp8Config)
+    assert config is not host
+    assert quantisation.formats(config) is None
+    projection, experts = LinearBase.__new__(LinearBase), RoutedExperts.__new__(RoutedExperts)
+    for prefix in ("mtp.fc", "language_model.model.layers.0.linear_attn.in_proj_qkvz"):
+        assert isinstance(config.get_quant_method(projection, prefix), UnquantizedLinearMethod)
+    assert config.get_quant_method(experts, "mtp.layers.0.mlp.experts") is None
+    assert not asked  # vLLM makes an unquantised method where there is none
+    for prefix in ("model.layers.1.linear_attn.in_proj_qkvz", "visual.blocks.0.attn.qkv"):
+        assert config.get_quant_method(projection, prefix) == "vLLM's"
+    assert config.get_quant_method(experts, "model.layers.0.mlp.experts") == "vLLM's"
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("case", [{"load_format": "dummy"}, {"of_files": None}], ids=str)
+def test_weights_that_vllm_makes_or_quantises_itself(told, case):
+    make, host, _ = told
+    assert make(**case) is host
