@@ -52,6 +52,7 @@ def test_every_allowed_value_is_read(monkeypatch, name, value):
         ("QWEN3NEXT_KERNELS", "", env.kernels),
         ("QWEN3NEXT_KERNELS", "CPU", env.kernels),
         ("QWEN3NEXT_ISA", "sse2", env.isa),
+        ("QWEN3NEXT_QUANTISE", "int3", env.quantise),
         ("QWEN3NEXT_DISABLE", "true", env.disabled),
         ("QWEN3NEXT_OPTIONAL", "yes", env.optional),
         ("QWEN3NEXT_OPTIONAL", "", env.optional),

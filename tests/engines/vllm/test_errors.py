@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 from safetensors.torch import load_file, save_file
 
+import bad_weights
 from checkpoints import BASE, write_checkpoint
 from engines import mixed
 from engines.process import START_SECONDS, Fork
@@ -224,6 +225,18 @@ def test_quantised_checkpoint(complete, tmp_path):
     save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(Exception, match=r"mtp\.layers\.0\.self_attn\.o_proj: .*is missing; down"):
         complete(damaged)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("plain"), **bad_weights.PLAIN)
+
+
+@pytest.mark.parametrize("fault", bad_weights.BY_HEADERS)
+def test_bad_quantised_weights(complete, plain, tmp_path, fault):
+    folder = bad_weights.write_faulty(plain, tmp_path, fault)
+    with pytest.raises(Exception, match=bad_weights.FAULTS[fault].message):
+        complete(folder)
 
 
 def test_truncated_file(complete, tmp_path):
