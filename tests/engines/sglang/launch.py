@@ -4,14 +4,17 @@ SGLang starts each process as a new interpreter, which imports SGLang again: tha
 time until it serves. TEST_DRAFTS=0,3,201 makes drafts of these lengths in turn, step by step: none,
 three, and two, none and one for every first, second and third request. TEST_PENDING is the size of
 the store of pending tokens in bytes. With TEST_ON_DEVICE=1 it runs as on a GPU: see on_device.py.
+TEST_LOAD_MEMORY names a file for the memory that loading the model takes: see load_memory.py.
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def scripted(turns: str) -> type:
@@ -56,6 +59,15 @@ def forked(*flags: str) -> None:
         from engines.sglang import on_device
 
         on_device.switch()
+    if path := os.environ.get("TEST_LOAD_MEMORY"):
+        from sglang.srt.model_loader.loader import DefaultModelLoader
+
+        from engines.load_memory import measured
+
+        DefaultModelLoader.load_model = measured(
+            DefaultModelLoader.load_model,
+            lambda found: Path(path).write_text(json.dumps(found)),
+        )
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *method, **options: None  # SGLang asks for "spawn"
     sys.argv[1:] = flags

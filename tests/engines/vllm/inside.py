@@ -216,6 +216,7 @@ def state_bytes(llm: LLM) -> tuple[int, int]:
     return specs[0].max_memory_usage_bytes(config), upstream.max_memory_usage_bytes(config)
 
 
-def load_memory(llm: LLM) -> dict[str, int]:
-    """Bytes of the weights, and the peak of loading them; of a fork that load_memory.py began."""
-    return sys.modules["engines.vllm.load_memory"].found
+def load_memory(llm: LLM) -> tuple[int, ...]:
+    """What load_memory.py, with which a fork began, has measured of the model."""
+    (loaded,) = sys.modules["engines.vllm.load_memory"].found
+    return tuple(loaded)

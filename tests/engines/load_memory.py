@@ -1,0 +1,81 @@
+"""The memory that loading a model takes, measured where it is loaded, and what it may take."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from checkpoints import write_checkpoint
+from quantised import write_quantised
+
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+KINDS = ("bf16", "int8", "int4", "fp8-blocks", "packed_4-bit")
+MOST = 1.15  # of the packed weights' bytes
+# 1 GB in bf16; a layer, which is packed beside the others, has 2.5 % of it. A released model's
+# tensors are larger still: of small ones more pages are shared, and stay mapped.
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 40,
+    "num_experts": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+
+
+class Loaded(NamedTuple):
+    """Bytes."""
+
+    peak: int  # of loading, over what there was before
+    weights: int  # as they are served
+
+
+def write_large(folder: Path) -> Path:
+    """A checkpoint in bf16, without an MTP layer."""
+    return write_checkpoint(folder, mtp=False, dtype=torch.bfloat16, **LARGE)
+
+
+def prepared(plain: Path, folder: Path, kind: str) -> tuple[Path, dict[str, str]]:
+    """A checkpoint of this kind, and the environment to serve it in; kind: one of KINDS."""
+    env = {"QWEN3NEXT_BATCH_INVARIANT": "1"}  # which packs bf16, too
+    if kind.startswith("int"):
+        env["QWEN3NEXT_QUANTISE"] = kind
+    elif kind != "bf16":
+        plain = write_quantised(plain, folder, kind)[0]
+    os.sync()  # pages that are not on disk yet cannot be given back
+    return plain, env
+
+
+def check(kind: str, loaded: Loaded, most: float = MOST) -> None:
+    """There is never a second whole copy of the weights."""
+    ratio = loaded.peak / loaded.weights
+    print(f"{kind}: {loaded.weights / 2**20:.0f} MiB of weights, peak {ratio:.3f} of that")
+    assert loaded.weights > 100 << 20
+    assert ratio <= most
+
+
+def measured(
+    load_model: Callable[..., torch.nn.Module], found: Callable[[Loaded], object]
+) -> Callable[..., torch.nn.Module]:
+    """An engine's function that loads a model, which calls `found` with what that took."""
+
+    def load(*args: Any, **options: Any) -> torch.nn.Module:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+        before = _status("VmRSS")
+        model = load_model(*args, **options)
+        tensors = [*model.parameters(), *model.buffers()]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        found(Loaded(_status("VmHWM") - before, sum(sizes.values())))
+        return model
+
+    return load
+
+
+def _status(field: str) -> int:
+    """Bytes that the system counts for this process."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1]) << 10
