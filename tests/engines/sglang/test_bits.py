@@ -1,25 +1,28 @@
-"""In bf16 a token has the same bits alone, in a batch, in chunks, with drafts, from the cache."""
+"""In bf16 a token has the same bits alone, in a batch, in chunks, with drafts, from the cache.
 
-from collections.abc import Sequence
+And after retraction; in each format of the weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from checkpoints import SHIPPED
+from engines.bits import prompts as texts
+from engines.bits import served_in as served_in
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
-from engines.traffic import source_tokens
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
-LENGTHS = (1, 2, 3, 7, 8, 9, 31, 64, 65, 100, 129, 200, 255, 300, 511, 700)
 TOKENS, FIRST = 24, 12
-FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192")
+FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--enable-metrics")
 CHUNKS = ("--chunked-prefill-size", "67")
 LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
-INVARIANT = {"QWEN3NEXT_BATCH_INVARIANT": "1"}
-# Formats of the weights; all but the first with --long.
-ENVS = {"bf16": INVARIANT, "int8": INVARIANT | {"QWEN3NEXT_QUANTISE": "int8"}}
+# A request is retracted every so many steps.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
+Weights = tuple[Path, Mapping[str, str]]
 Bits = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]
 
 
@@ -35,34 +38,33 @@ class Bitwise(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[tuple[int, ...]]:
-    ids = source_tokens()
-    return [tuple(ids[37 * i :][:length]) for i, length in enumerate(LENGTHS)]
-
-
-@pytest.fixture(scope="module", params=long_except(["bf16"], ENVS))
-def env(request) -> dict[str, str]:
-    return ENVS[request.param]
+def prompts(size) -> list[tuple[int, ...]]:
+    return texts(many=size(False, True))
 
 
 @pytest.fixture(scope="module")
-def plain(prompts, env) -> Bitwise:
-    return served(prompts, env)
+def plain(prompts, served_in) -> Bitwise:
+    return served(prompts, served_in, {})
 
 
-def served(prompts: Sequence[tuple[int, ...]], env: dict[str, str], *flags: str) -> Bitwise:
-    server = Forked(SHIPPED, *FLAGS, *flags, env=env).wait()
+def served(
+    prompts: Sequence[tuple[int, ...]], weights: Weights, more: dict[str, str], *flags: str
+) -> Bitwise:
+    model, env = weights
+    server = Forked(model, *FLAGS, *flags, env=env | more).wait()
     try:
         alone = [server.greedy([ids], TOKENS, **LOGPROBS)[0] for ids in prompts]
         together = server.greedy(prompts, TOKENS, **LOGPROBS)
         server.forget()
-        texts = [
+        begun = [
             ids + answer.token_ids
             for ids, answer in zip(prompts, server.greedy(prompts, FIRST), strict=True)
         ]
-        continued = server.greedy(texts, TOKENS - FIRST, return_logprob=True)
+        continued = server.greedy(begun, TOKENS - FIRST, return_logprob=True)
+        retracted = server.metrics().get("sglang:num_retracted_requests_total", 0)
     finally:
         server.close()
+    assert (retracted > 0) == (RETRACT.items() <= more.items())
     assert max(answer.cached for answer in continued) > 0
     return Bitwise(*(list(map(bits, answers)) for answers in (alone, together, continued)))
 
@@ -84,8 +86,9 @@ def test_after_a_cache_hit(plain):
     assert plain.continued == rest(plain.alone)
 
 
-def test_in_chunks_and_with_drafts(prompts, env, plain):
-    found = served(prompts, env | FIXED, *CHUNKS, *NEXTN, "3")
+@pytest.mark.parametrize("drafts", long_except([3], [1, 2, 3]))
+def test_in_chunks_with_drafts_and_retracted(prompts, served_in, plain, drafts):
+    found = served(prompts, served_in, FIXED | RETRACT, *CHUNKS, *NEXTN, str(drafts))
     assert found.alone == plain.alone
     assert found.together == plain.alone
     assert found.continued == rest(plain.alone)

@@ -1,10 +1,12 @@
 """Quantised checkpoints, served by SGLang: what transformers computes with dequantised weights."""
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 
+import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
@@ -60,3 +62,11 @@ def test_batch_is_what_transformers_computes(served):
     answers = served.server.greedy(PROMPTS, TOKENS, **LOGPROBS)
     check_greedy(served.model, PROMPTS, answers)
     assert (sum(answer.accepted for answer in answers) > 0) == (served.drafts > 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", bad_weights.AS_READ)
+def test_what_is_found_as_weights_load_ends_the_server(tmp_path, fault):
+    plain = write_checkpoint(tmp_path / "plain", **bad_weights.PLAIN)
+    folder = bad_weights.write_faulty(plain, tmp_path, fault)
+    assert re.search(bad_weights.FAULTS[fault].message, Forked(folder, *SMALL).refusal())

@@ -1,20 +1,24 @@
-"""In bf16 a token has the same bits alone, in a batch, in other chunks and with drafts."""
+"""In bf16 a token has the same bits alone, in a batch, in other chunks and with drafts.
+
+And from the prefix cache; in each format of the weights.
+"""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from checkpoints import SHIPPED
+from engines.bits import prompts as texts
+from engines.bits import served_in as served_in
 from engines.checks import Output
-from engines.traffic import source_tokens
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 
 pytestmark = pytest.mark.serve
 
-LENGTHS = (1, 2, 3, 7, 8, 9, 31, 64, 65, 100, 129, 200, 255, 300, 511, 700, 1300)
-TOKENS = 24
-FLAGS = {
+LONGEST = 1300
+TOKENS, FIRST = 24, 12
+FLAGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_model_len": 2048,
     "max_num_batched_tokens": 257,
@@ -23,14 +27,14 @@ FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[tuple[int, ...]]:
-    ids = source_tokens()
-    return [tuple(ids[37 * i :][:length]) for i, length in enumerate(LENGTHS)]
+def prompts(size) -> list[tuple[int, ...]]:
+    return texts(many=size(False, True), longest=[LONGEST])
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Offline]:
-    engine = Offline(SHIPPED, env={"QWEN3NEXT_BATCH_INVARIANT": "1"}, **FLAGS)
+def engine(served_in) -> Iterator[Offline]:
+    model, env = served_in
+    engine = Offline(model, env=dict(env), **FLAGS)
     yield engine
     engine.close()
 
@@ -49,3 +53,17 @@ def test_together_and_with_drafts(engine, prompts, alone, drafts):
         assert one.token_ids == other.token_ids
         assert one.logprobs == other.logprobs
         assert one.prompt_logprobs == other.prompt_logprobs
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_after_a_cache_hit(engine, prompts, alone, drafts):
+    """Of two requests the second finds the prompt, and its first tokens, in the prefix cache."""
+    engine.inside("draft", drafts)
+    engine.forget()
+    begun = engine.greedy(prompts, FIRST)
+    continued = [ids + one.token_ids for ids, one in zip(prompts, begun, strict=True)]
+    found = engine.greedy(continued, TOKENS - FIRST, logprobs=0)
+    assert max(one.cached for one in found) > 0
+    for one, other in zip(found, alone, strict=True):
+        assert one.token_ids == other.token_ids[FIRST:]
+        assert one.logprobs == other.logprobs[FIRST:]

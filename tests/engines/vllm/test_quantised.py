@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
 from engines.process import CPUS
@@ -82,3 +83,12 @@ def test_two_ranks(plain, tmp_path, reference):
     finally:
         engine.close()
     check_greedy(reference(twin), PROMPTS[:3], outputs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", bad_weights.AS_READ)
+def test_what_is_found_as_weights_load_ends_the_engine(tmp_path, fault):
+    plain = write_checkpoint(tmp_path / "plain", **bad_weights.PLAIN)
+    folder = bad_weights.write_faulty(plain, tmp_path, fault)
+    with pytest.raises(AssertionError, match=bad_weights.FAULTS[fault].message):
+        Offline(folder, dtype="float32", max_model_len=512)
