@@ -110,6 +110,47 @@ ifneq ($(filter test-long,$(MAKECMDGOALS)),)
 $(ENGINES:%=test-%): $(QWEN_AGENT)
 endif
 
+# Other engines, which benchmarks/peers times, each on a path of its own: zentorch would change
+# vLLM's kernels, and the other two are compiled for this machine.
+#
+# llama.cpp is compiled without AMX: with it, it reads beyond a weight and dies when a batch has two
+# sequences of Qwen3-Next (compare llama.cpp #20824). Remove when it does not.
+LLAMA_CPP_VERSION := 0.3.36
+NO_AMX := $(foreach language,C CXX,-C cmake.define.CMAKE_$(language)_FLAGS=-mno-amx-int8)
+LLAMA_CPP := .peers/llama.cpp/.installed
+$(LLAMA_CPP): | .venv-vllm/.dev
+	rm -rf $(@D)
+	.venv-vllm/bin/python $(INSTALL) --target $(@D) \
+	  -C cmake.define.LLAVA_BUILD=OFF -C cmake.define.GGML_NATIVE=ON $(NO_AMX) \
+	  llama-cpp-python==$(LLAMA_CPP_VERSION) diskcache==5.6.3 gguf==0.19.0
+	echo of llama-cpp-python $(LLAMA_CPP_VERSION) > $@
+
+# It has no releases; IK is the address of its repository, or a folder with a clone.
+IK        ?=
+IK_COMMIT := 8337e4cd3861406fc04e0854b1409cd1b027fbc9
+.peers/ik_llama.cpp/.installed: benchmarks/peers/ik.cpp $(LLAMA_CPP)
+	$(if $(IK),,$(error IK is missing: the address of the repository of ik_llama.cpp))
+	rm -rf $(@D)
+	git clone --quiet --no-checkout $(IK) $(@D)
+	git -C $(@D) sparse-checkout set cmake common ggml include src vendor
+	git -C $(@D) checkout --quiet $(IK_COMMIT)
+	cmake -S $(@D) -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+	  -DGGML_IQK_FA_ALL_QUANTS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	  -DLLAMA_BUILD_SERVER=OFF
+	cmake --build $(@D)/build --target llama --parallel $$(nproc)
+	$(CXX) -std=c++17 -O2 -shared -fPIC -I $(@D)/include -I $(@D)/ggml/include $< \
+	  -L $(@D)/build/src -lllama -L $(@D)/build/ggml/src -lggml \
+	  -Wl,-rpath,'$$ORIGIN/build/src:$$ORIGIN/build/ggml/src' -o $(@D)/libpeer.so
+	echo $(IK_COMMIT) | head -c 9 > $@
+
+# 2.13.0.2's fused experts are wrong for more than one token. Newer: when they are right.
+ZENTORCH := 2.13.0.1
+.peers/zentorch/.installed: | .venv-vllm/.dev
+	rm -rf $(@D)
+	.venv-vllm/bin/python $(INSTALL) --target $(@D) \
+	  zentorch==$(ZENTORCH) deprecated==1.3.1 wrapt==2.5.2
+	echo $(ZENTORCH) > $@
+
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
 # has the longest last. Engines want memory too, so there are four at most.
@@ -157,4 +198,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton .qwen-agent
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton .qwen-agent .peers

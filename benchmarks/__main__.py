@@ -35,6 +35,7 @@ def main(
       python -m benchmarks.mtp       verify steps, and clients with drafts and without
       python -m benchmarks.gpu       the Triton kernels; needs a GPU (not run here)
       python -m benchmarks.claim     Qwen3-Next against Qwen3-32B, in blocks (not run here)
+      python -m benchmarks.peers     against llama.cpp and others, which it says how to build
 
     Plugin and upstream are called in turn, and both must compute the same: on a red check the
     command exits with 1 and prints no figure. Every answer is kept as a JSON record in the output

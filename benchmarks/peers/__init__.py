@@ -1,0 +1,1 @@
+"""The block model in other engines: llama.cpp, ik_llama.cpp, and zentorch's linear operators."""
