@@ -199,11 +199,12 @@ def test_answers_follow_a_json_schema(server, temperature):
 def test_the_least_number_of_tokens_is_counted_in_tokens(server, source, least):
     """An answer may end right behind it, however many tokens a step commits.
 
-    Nearly every token ends it, so that it does.
+    Nearly every token ends it, and the others are the unlikeliest, so that it does.
     """
     vocab_size = json.loads((SHIPPED / "config.json").read_text())["vocab_size"]
     ends = [token for token in range(vocab_size) if token % 64]
-    stop = {"min_new_tokens": least, "stop_token_ids": ends}
+    others = {str(token): -100.0 for token in range(0, vocab_size, 64)}
+    stop = {"min_new_tokens": least, "stop_token_ids": ends, "logit_bias": others}
     params = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": False} | stop
     answer = server.post("/generate", input_ids=list(source[5]), sampling_params=params)
     assert least < answer["meta_info"]["completion_tokens"] <= least + 1 + STEPS
