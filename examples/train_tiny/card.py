@@ -114,13 +114,29 @@ def run_figures(log: list[dict], setup: dict) -> dict:
     }
 
 
+def tools_table(tools: dict) -> str:
+    """A row for each mode."""
+    rows = [
+        [mode, f"{m['dialogues']}", f"{m['called']:.0%}", f"{m['answered']:.0%}"]
+        for mode, m in tools.items()
+    ]
+    return table(["", "dialogues", "right call", "and right answer"], rows)
+
+
 def card(folder: Path) -> str:
     """The whole card."""
-    names = ("config", "measured", "ablations", "train_setup")
-    config, m, ablations, setup = (json.loads((folder / f"{n}.json").read_text()) for n in names)
+    names = ("config", "measured", "ablations", "train_setup", "continued_setup")
+    config, m, ablations, setup, continued = (
+        json.loads((folder / f"{n}.json").read_text()) for n in names
+    )
     acceptance, short, log = m["acceptance"], ablations["recipe"], read_log(folder)
     return TEMPLATE.read_text().format(
         **run_figures(log, setup),
+        **{f"then_{n}": v for n, v in run_figures(read_log(folder, "continued"), setup).items()},
+        then_share=continued["tools"],
+        then_rate=continued["learning_rate"],
+        then_note=continued.get("note", ""),
+        tools=tools_table(m["tools"]),
         parameters=f"{m['parameters']['trunk'] / 1e6:.1f} + {m['parameters']['mtp'] / 1e6:.1f}",
         megabytes=(folder / WEIGHTS).stat().st_size / 1e6,
         cpu=m["cpu_capability"],
@@ -157,7 +173,7 @@ def card(folder: Path) -> str:
 
 
 def main(checkpoint: Annotated[Path, typer.Option(help="The checkpoint's folder.")]) -> None:
-    """Write README.md from config.json, train_*.json*, measured.json and ablations.json."""
+    """Write README.md from the configs, logs and measurements in the checkpoint's folder."""
     (checkpoint / "README.md").write_text(card(checkpoint))
 
 

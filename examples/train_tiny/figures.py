@@ -19,9 +19,9 @@ TASKS = {
 SMOOTH = 10  # steps averaged in a point of the loss curve
 
 
-def read_log(folder: Path) -> list[dict]:
-    """train_log.jsonl: a record for each step."""
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+def read_log(folder: Path, stage: str = "train") -> list[dict]:
+    """A record for each step of the first run, or of the `continued` one."""
+    return [json.loads(line) for line in (folder / f"{stage}_log.jsonl").read_text().splitlines()]
 
 
 def smoothed(values: list[float]) -> list[float]:

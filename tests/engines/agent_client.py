@@ -1,4 +1,4 @@
-"""A client in Qwen-Agent's environment: the example's agent, asked as agents.py says."""
+"""A client in Qwen-Agent's environment: the example's agent answers questions, each in turn."""
 
 import json
 import sys
@@ -10,20 +10,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from agent import agent
 
 
-def main(base_url: str, model: str, asked: str) -> None:
-    """Print the messages of each conversation as a line of JSON.
+def main(base_url: str, model: str, body: str, *questions: str) -> None:
+    """Print the messages that follow each question as a line of JSON.
 
     Args:
-        asked: JSON, for each question the bodies of the requests that follow it.
+        body: JSON, more fields of each request.
     """
     with TemporaryDirectory() as folder:
-        bot = agent(base_url, model, folder, {})
-        for question, bodies in json.loads(asked).items():
-            messages = [{"role": "user", "content": question}]
-            for body in bodies:
-                bot.llm.generate_cfg["extra_body"] = body
-                *_, new = bot.run(messages)
-                messages += new
+        bot = agent(base_url, model, folder, json.loads(body))
+        for question in questions:
+            *_, messages = bot.run([{"role": "user", "content": question}])
             print(json.dumps(messages))
 
 

@@ -6,13 +6,10 @@ A grammar makes the shipped checkpoint write calls of a tool that it does not kn
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from tokenizers import Tokenizer
 
 from checkpoints import SHIPPED
 from engines.clients import Messages, chat
@@ -23,7 +20,7 @@ from family import rewrite
 
 sys.path.insert(0, str(SHIPPED.parents[1]))  # examples/ is run from the root, not installed
 
-from examples.train_tiny.tokenizer import MARKS, save_tokenizer, with_marks
+from examples.train_tiny.tokenizer import MARKS
 
 A, B = "[1-9][0-9]{2,5}", "[a-z]{3,12}"
 CALLS = {  # of one tool, in each parser's format
@@ -58,16 +55,10 @@ class Said(NamedTuple):
 
 
 def checkpoint(folder: Path, layout: str) -> Path:
-    """The shipped checkpoint, with marks of thinking and calls in its tokenizer and template.
-
-    Its layout is Qwen3-Next's, or Qwen3.5's as a `text` model or `wrapped` with a vision tower.
-    """
-    if layout != "qwen3-next":
-        plain = checkpoint(folder / "qwen3-next", "qwen3-next")
-        return rewrite(plain, folder / layout, wrapped=layout == "wrapped")
-    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.png"))
-    save_tokenizer(with_marks(Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))), folder)
-    return folder
+    """The shipped checkpoint; in Qwen3.5's layout, as a `text` model or `wrapped` with a tower."""
+    if layout == "qwen3-next":
+        return SHIPPED
+    return rewrite(SHIPPED, folder, wrapped=layout == "wrapped")
 
 
 def check_tool_calls(server: Server, engine: str, parser: str, grammar: dict[str, Any]) -> None:

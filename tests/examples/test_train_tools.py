@@ -215,3 +215,13 @@ def test_training_continues_from_a_checkpoint_on_dialogues(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size < 20e6
     saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert saved.encode(MARKS[0]).ids == [VOCAB_SIZE - len(MARKS)]
+
+
+@pytest.mark.parametrize("mode", ["plain", "thinking", "coder"])
+def test_the_shipped_checkpoint_calls_tools(mode):
+    """What evaluate.py measured of it, and its card says."""
+    measured = json.loads((SHIPPED / "measured.json").read_text())["tools"][mode]
+    assert measured["dialogues"] >= 100
+    assert measured["called"] >= measured["answered"] >= 0.9
+    row = f"| {mode} | {measured['dialogues']} | {measured['called']:.0%} |"
+    assert row in (SHIPPED / "README.md").read_text()

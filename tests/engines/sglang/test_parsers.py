@@ -81,5 +81,7 @@ def test_a_json_schema(server):
 
 @pytest.mark.long
 @needs_qwen_agent
-def test_qwen_agent(server):
-    check_qwen_agent(server, server.parser, GRAMMAR)
+@pytest.mark.parametrize("thinking", [False, True], ids=["plain", "thinking"])
+@pytest.mark.parametrize("server", ["qwen3-next"], indirect=True)
+def test_qwen_agent(server, thinking):
+    check_qwen_agent(server, thinking)

@@ -8,6 +8,7 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS
+from engines.dialogues import PARSERS, check_dialogues, dialogues
 from engines.schema import SCHEMA
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import NEXTN, Forked
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.serve
 
 FLAGS = (
     "--dtype", "float32", "--max-total-tokens", "8192", "--enable-deterministic-inference", TERSE,
-    "--enable-return-hidden-states", "--enable-metrics",
+    "--enable-return-hidden-states", "--enable-metrics", *PARSERS["sglang"],
 )  # fmt: skip
 TOKENS = 40
 
@@ -130,6 +131,14 @@ def test_answers_follow_a_json_schema(off, never, switching, temperature):
     for server in (never, switching):
         assert token_ids(ask(server, params=params)) == wanted
         follow_a_schema(server, temperature)
+
+
+def test_dialogues_with_tools_are_right_and_the_same(off, switching, size):
+    """Calls, thoughts and answers, whole and in a stream."""
+    held, streamed = (dialogues(off, size(3, 36), stream=stream) for stream in (False, True))
+    check_dialogues(held, streamed)
+    for stream in (False, True):
+        assert dialogues(switching, len(held), stream=stream) == held
 
 
 def test_steps_are_plain_where_nothing_is_drafted(never, switching):

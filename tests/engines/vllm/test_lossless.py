@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoints import SHIPPED
+from engines.dialogues import PARSERS, Dialogue, check_dialogues, dialogues
 from engines.traffic import BLOCKS, Request, requests, send, source_tokens
 from engines.vllm.server import Forked
 from reference import Ids, Reference
@@ -17,10 +18,11 @@ from tiers import long_except
 pytestmark = pytest.mark.serve
 
 CLIENTS, ALONE = 16, 12
+TALKS = {"float32": 3, "bfloat16": 0}  # dialogues with tools
 # Prompts in chunks, and memory for a third of the clients.
 FLAGS = (
     "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "20",
+    "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "20", *PARSERS["vllm"],
 )  # fmt: skip
 CASES = {"k=1": (1, "fixed"), "k=2": (2, "fixed"), "k=3": (3, "fixed"), "k=4": (4, "fixed")}
 CASES["adaptive"] = (4, "adaptive")
@@ -35,15 +37,21 @@ class Run(NamedTuple):
 
     answers: Sequence[Ids | None]  # None: the client hung up
     preempted: float  # requests
+    said: Sequence[Sequence[Dialogue]]  # in dialogues with tools, whole and in a stream
 
 
 def run(
-    batch: Sequence[Request], dtype: str, *flags: str, env: dict[str, str] | None = None
+    batch: Sequence[Request],
+    dtype: str,
+    *flags: str,
+    talks: int = 0,
+    env: dict[str, str] | None = None,
 ) -> Run:
     server = Forked(SHIPPED, "--dtype", dtype, *FLAGS, *flags, env=env).wait()
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
         metrics = server.metrics()
+        said = [dialogues(server, talks, stream=stream) for stream in (False, True)]
     finally:
         server.close()
     # else the test would not see what it is for
@@ -51,7 +59,7 @@ def run(
     if flags:
         assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
     assert sum(answer is not None for answer in found) >= 0.75 * len(found)
-    return Run(found, metrics["vllm:num_preemptions_total"])
+    return Run(found, metrics["vllm:num_preemptions_total"], said)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def traffic(size) -> Sequence[Request]:
 
 @pytest.fixture(scope="module")
 def without_drafts(traffic) -> Callable[[str], Run]:
-    return cache(lambda dtype: run(traffic, dtype))
+    return cache(lambda dtype: run(traffic, dtype, talks=TALKS[dtype]))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,8 @@ def with_drafts(traffic) -> Callable[[str, str], Run]:
         k, schedule = CASES[case]
         drafts = json.dumps({"method": "mtp", "num_speculative_tokens": k})
         env = {"QWEN3NEXT_DRAFTS": schedule}
-        return run(traffic, dtype, "--speculative-config", drafts, env=env)
+        talks = TALKS[dtype] if case == ALWAYS[0] else 0
+        return run(traffic, dtype, "--speculative-config", drafts, talks=talks, env=env)
 
     return with_drafts
 
@@ -92,6 +101,13 @@ def with_drafts(traffic) -> Callable[[str, str], Run]:
 def test_the_same_tokens_as_without_drafts(without_drafts, with_drafts, case):
     """In fp32, where no token hangs on a rounding."""
     assert with_drafts("float32", case).answers == without_drafts("float32").answers
+
+
+def test_dialogues_with_tools_are_right_and_the_same(without_drafts, with_drafts):
+    """Calls, thoughts and answers, by MTP and without it."""
+    held, streamed = without_drafts("float32").said
+    check_dialogues(held, streamed)
+    assert with_drafts("float32", ALWAYS[0]).said == [held, held]
 
 
 # bf16: a token may hang on a rounding, but on nothing else --------------------------------------
