@@ -187,7 +187,7 @@ class Observer:
             seconds = None  # a prompt was read, so the time is not that of decoding
         for row in decoding:
             self.policy.observe_verify(row.request, row.drafted, row.accepted)
-            self._watch.see(row.drafted, row.accepted)
+            self._watch.see(row.request, row.drafted, row.accepted)
         if seconds is not None:
             self.policy.observe_step(len(rows), tokens, seconds)
         self._requests.update(row.request for row in rows)

@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qwen3next_plugin.config import Qwen3NextConfig
@@ -103,6 +104,18 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     (folder / "generation_config.json").write_text('{"do_sample": false}')
     write_tokenizer(folder)
+    return folder
+
+
+def write_scrambled(folder: Path, *, seed: int = 0) -> Path:
+    """The shipped checkpoint with the rows of its MTP matrices in random order."""
+    shutil.copytree(SHIPPED, folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in tensors.items():
+        if name.startswith("mtp.") and tensor.ndim == 2:
+            tensors[name] = tensor[torch.randperm(len(tensor), generator=generator)]
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

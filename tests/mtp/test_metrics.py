@@ -103,22 +103,6 @@ def test_line_of_what_is_new():
     )
 
 
-@pytest.mark.parametrize(("accepted", "reports"), [(0, 1), (4, 1), (5, 0), (150, 0)])
-def test_drafts_that_are_nearly_never_accepted_are_reported_once(accepted, reports):
-    said: list[str] = []
-    observer = Observer(Fixed(3), None, said.append)
-    right = [2] * accepted + [0] * (199 - accepted)
-    rows = [row("a", 3, n) for n in right]
-    plain = [row("b", 0)] * 300
-    observer.observe_step([*rows, *plain], 1.0)
-    assert not said  # 199 drafts, and rows that drafted nothing
-    observer.observe_step(rows[-1:] * 300, 1.0)
-    assert len(said) == reports
-    if reports:
-        assert f"MTP: {accepted} of the first 200 drafts" in said[0]
-        assert "Likely the checkpoint's mtp.* weights are lost" in said[0]
-
-
 class Recorder(Fixed):
     """A policy that writes down what it is given."""
 

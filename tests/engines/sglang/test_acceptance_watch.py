@@ -1,0 +1,30 @@
+"""SGLang's log says so if the MTP weights are broken, though adaptive lengths soon draft nothing."""
+
+import pytest
+
+from checkpoints import SHIPPED, random_prompt, write_scrambled
+from engines.sglang.server import NEXTN, Forked
+
+pytestmark = [pytest.mark.serve, pytest.mark.long]
+
+# Hard for the shipped checkpoint too: no text at all.
+PROMPTS = [random_prompt(1 + i % 5, seed=i) for i in range(192)]
+FLAGS = (
+    "--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "192",
+    "--max-mamba-cache-size", "200", *NEXTN, "3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["scrambled", "healthy"])
+def test_broken_weights_are_reported(tmp_path, weights):
+    model = write_scrambled(tmp_path / "model") if weights == "scrambled" else SHIPPED
+    server = Forked(model, *FLAGS).wait()
+    try:
+        steps = sum(one.steps for _ in range(2) for one in server.greedy(PROMPTS, 6))
+        log = server.process.text().splitlines()
+    finally:
+        server.close()
+    assert steps >= 150
+    said = [line for line in log if "drafts were accepted" in line]
+    assert len(said) == (weights == "scrambled")
+    assert all("mtp.* weights are lost" in line for line in said)
