@@ -65,7 +65,8 @@ class DraftHead(nn.Module):
             self.tokens = torch.arange(first, end)  # of each row of weight
         else:
             self.weight = torch.empty(len(ids), head.shape[1], dtype=torch.int8)
-            self.scale, self.tokens = torch.ones(len(ids)), ids
+            self.scale = torch.ones(len(ids), dtype=torch.float32)
+            self.tokens = ids
             self._read(torch.arange(len(ids)))
         self.drafted = self._drafted()
 

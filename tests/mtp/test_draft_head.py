@@ -45,7 +45,15 @@ def held(kind: str, plain: torch.Tensor):
 
 
 def make(head, first=0, end=VOCAB, ranks=1, stays=True) -> DraftHead:
-    return DraftHead(head, stays=stays, first=first, end=end, vocab_size=VOCAB, ranks=Ranks(ranks))
+    """A draft head made while the engine's dtype is torch's default, as it is during a load."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return DraftHead(
+            head, stays=stays, first=first, end=end, vocab_size=VOCAB, ranks=Ranks(ranks)
+        )
+    finally:
+        torch.set_default_dtype(before)
 
 
 def steps() -> list[torch.Tensor]:
