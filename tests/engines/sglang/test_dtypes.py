@@ -10,6 +10,7 @@ import torch
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_distance
 from engines.sglang.server import NEXTN, Forked
+from qwen3next_plugin.mtp.draft_head import DRAFTED
 
 pytestmark = pytest.mark.serve
 
@@ -23,7 +24,8 @@ FP32_HEAD = "--enable-fp32-lm-head"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("bfloat16"), dtype=torch.bfloat16)
+    folder = tmp_path_factory.mktemp("bfloat16")  # more tokens than a draft chooses from
+    return write_checkpoint(folder, dtype=torch.bfloat16, vocab_size=DRAFTED + 500)
 
 
 @contextmanager

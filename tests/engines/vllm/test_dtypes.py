@@ -6,6 +6,7 @@ import torch
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_distance
 from engines.vllm.offline import Offline
+from qwen3next_plugin.mtp.draft_head import DRAFTED
 
 pytestmark = pytest.mark.serve
 
@@ -16,7 +17,8 @@ PROMPTS = [random_prompt(n, seed=seed) for seed in (10, 11, 12) for n in (7, 65,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_farther_from_fp32_than_transformers(tmp_path, dtype):
     name = str(dtype).removeprefix("torch.")
-    checkpoint = write_checkpoint(tmp_path, dtype=dtype)
+    # More tokens than a draft chooses from, as released models have.
+    checkpoint = write_checkpoint(tmp_path, dtype=dtype, vocab_size=DRAFTED + 500)
     drafts = {"method": "mtp", "num_speculative_tokens": 2}
     engine = Offline(checkpoint, dtype=name, max_model_len=2048, speculative_config=drafts)
     try:
