@@ -1,4 +1,4 @@
-"""SGLang's log says so if the MTP weights are broken, though adaptive lengths soon draft nothing."""
+"""SGLang's log says so if MTP weights are broken, though adaptive lengths soon draft nothing."""
 
 import pytest
 
