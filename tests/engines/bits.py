@@ -7,13 +7,15 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.traffic import source_tokens
+from quantised import write_quantised
 from tiers import long_except
 
 INVARIANT = {"QWEN3NEXT_BATCH_INVARIANT": "1"}
 LENGTHS = (1, 2, 3, 7, 8, 9, 31, 64, 65, 100, 129, 200, 255, 300, 511, 700)
 MORE = 84  # prompts with --long
-# Of the weights; the others with --long.
-FORMATS = long_except(["bf16"], ["bf16", "int8", "int4"])
+# Of the weights: as shipped, quantised at load, or in the checkpoint; the others with --long.
+AT_LOAD, IN_FILES = ("int8", "int4"), ("fp8-blocks", "gptq", "packed_4-bit")
+FORMATS = long_except(["bf16"], ["bf16", *AT_LOAD, *IN_FILES])
 
 
 def prompts(*, many: bool, longest: Sequence[int] = ()) -> list[tuple[int, ...]]:
@@ -24,7 +26,11 @@ def prompts(*, many: bool, longest: Sequence[int] = ()) -> list[tuple[int, ...]]
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def served_in(request) -> tuple[Path, Mapping[str, str]]:
+def served_in(request, tmp_path_factory) -> tuple[Path, Mapping[str, str]]:
     """The shipped checkpoint, and the environment to serve it in, of each format in turn."""
-    quantise = {} if request.param == "bf16" else {"QWEN3NEXT_QUANTISE": request.param}
+    if request.param in IN_FILES:
+        folder = tmp_path_factory.mktemp(request.param)
+        quantised, _ = write_quantised(SHIPPED, folder, request.param)
+        return quantised, INVARIANT
+    quantise = {"QWEN3NEXT_QUANTISE": request.param} if request.param in AT_LOAD else {}
     return SHIPPED, INVARIANT | quantise

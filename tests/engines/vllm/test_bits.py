@@ -1,6 +1,6 @@
 """In bf16 a token has the same bits alone, in a batch, in other chunks and with drafts.
 
-And from the prefix cache; in each format of the weights.
+And from the prefix cache, and after preemption; in each format of the weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,10 @@ FLAGS: dict[str, Any] = {
     "max_num_batched_tokens": 257,
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
 }
+
+# Where memory is for about four requests of a block each: all of these need a second one.
+BLOCK, BLOCKS = 384, 14
+PRESSED = range(BLOCK - 14, BLOCK, 2)
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +71,29 @@ def test_after_a_cache_hit(engine, prompts, alone, drafts):
     for one, other in zip(found, alone, strict=True):
         assert one.token_ids == other.token_ids[FIRST:]
         assert one.logprobs == other.logprobs[FIRST:]
+
+
+def test_after_preemption(engine, served_in):
+    engine.inside("draft", 0)
+    engine.forget()
+    prompts = texts(many=False, longest=PRESSED)[-len(PRESSED) :]
+    alone = [engine.greedy([ids], TOKENS, logprobs=0)[0] for ids in prompts]
+    model, env = served_in
+    pressed = Offline(
+        model, env=dict(env), num_gpu_blocks_override=BLOCKS, **FLAGS | {"max_model_len": 1024}
+    )
+    try:
+        assert pressed.cache()["block_size"] == BLOCK
+        before = 0.0
+        for drafts in (0, 3):
+            pressed.inside("draft", drafts)
+            pressed.forget()
+            found = pressed.greedy(prompts, TOKENS, logprobs=0)
+            after = pressed.counters()["vllm:num_preemptions"]
+            assert after > before
+            before = after
+            for one, other in zip(found, alone, strict=True):
+                assert one.token_ids == other.token_ids
+                assert one.logprobs == other.logprobs
+    finally:
+        pressed.close()
