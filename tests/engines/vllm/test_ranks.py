@@ -1,8 +1,10 @@
-"""Two tensor-parallel ranks compute what one does."""
+"""Two tensor-parallel ranks compute what one does; in bf16 they give the same bits in any batch."""
 
 import pytest
 
-from checkpoints import random_prompt, write_checkpoint
+from checkpoints import SHIPPED, random_prompt, write_checkpoint
+from engines.bits import INVARIANT
+from engines.bits import prompts as texts
 from engines.checks import check_greedy
 from engines.lora import make_adapter
 from engines.process import CPUS
@@ -46,3 +48,29 @@ def test_two_ranks_with_drafts_and_an_adapter(tmp_path, member):
     check_greedy(plain, PROMPTS, without)
     check_greedy(merged, PROMPTS, adapted)
     assert counters["vllm:qwen3next_steps"] > 0  # the first rank's, from another process
+
+
+@pytest.mark.long
+def test_two_ranks_give_the_same_bits_again_in_a_batch_and_with_drafts():
+    prompts = texts(many=False)[::3]
+    found = []
+    for more in ({}, {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}):
+        engine = Offline(
+            SHIPPED,
+            env=INVARIANT | {"QWEN3NEXT_DRAFTS": "fixed"},
+            dtype="bfloat16",
+            max_model_len=1024,
+            max_num_batched_tokens=257,
+            tensor_parallel_size=2,
+            **more,
+        )
+        try:
+            found.append([engine.greedy([ids], 8, **LOGPROBS)[0] for ids in prompts])
+            engine.forget()
+            found.append(engine.greedy(prompts, 8, **LOGPROBS))
+            drafted = engine.counters().get("vllm:spec_decode_num_draft_tokens", 0)
+        finally:
+            engine.close()
+        assert (drafted > 0) == bool(more)
+    bits = [[(o.token_ids, o.logprobs, o.prompt_logprobs) for o in run] for run in found]
+    assert bits[1:] == bits[:1] * 3
