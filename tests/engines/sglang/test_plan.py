@@ -3,19 +3,22 @@
 from types import SimpleNamespace as Bag
 
 import pytest
-from sglang.srt.mem_cache import kv_cache_configurator as host
 
 from benchmarks.sizes import CONFIGS
 from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
 from qwen3next_plugin.cli.pools import ALIGNMENT, Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
-from qwen3next_plugin.engines.sglang.state import pages
 
 
 @pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.5-0.8B", "Qwen3.6-27B"])
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("cached", [True, False], ids=["radix", "no-radix"])
 def test_pools_are_the_ones_sglang_makes(monkeypatch, model, drafts, cached):
+    # Imported here: SGLang's list of quantisations is made for the device known by then.
+    from sglang.srt.mem_cache import kv_cache_configurator as host
+
+    from qwen3next_plugin.engines.sglang.state import pages
+
     config = Qwen3NextConfig.from_hf(read_config(CONFIGS / model))
     flags = Flags(
         max_model_len=32768,
