@@ -134,9 +134,10 @@ def machine() -> dict[str, str]:
     flags = next((line for line in lines if line.startswith("flags")), "").split()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0))
     return {
         "processor": next(names, platform.processor()),
-        "cores": f"{len(os.sched_getaffinity(0))} cores",
+        "cores": f"{cores} core{'s' * (cores > 1)}",
         "instruction sets": " ".join(flag for flag in wanted if flag in flags),
         "torch": f"torch {torch.__version__}",
     }
