@@ -14,6 +14,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints import write_checkpoint
+
 # Quantised as the released checkpoints are: neither what is looked up, nor routers, nor the head.
 QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
 # What of a module's name differs among those that an engine stacks.
@@ -29,6 +31,12 @@ class Kind(NamedTuple):
 
     quantise: Callable[[Tensor], Quantised]
     config: Mapping[str, Any]
+
+
+def write_partly_quantised(folder: Path) -> Path:
+    """FP8, but for the MTP layer and a projection, of which config.json says nothing."""
+    plain = write_checkpoint(folder / "plain")
+    return write_quantised(plain, folder, "fp8-blocks", leave_out=r"^mtp|layers\.0.*qkvz")[0]
 
 
 def write_quantised(

@@ -20,7 +20,7 @@ ASKED = 12
 
 
 def check_qwen_agent(server: Server, thinking: bool) -> None:
-    """Questions with numbers that training never saw: the right tool runs, its result is told."""
+    """Numbers that training never saw: the right tool runs, the answer has its result."""
     asked = [of for _, of in held_out(100) if of.tool in TOOLS][:ASKED]
     client = ROOT / "tests" / "engines" / "agent_client.py"
     body = json.dumps(THINKING if thinking else NO_THINKING)

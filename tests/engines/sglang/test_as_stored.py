@@ -5,18 +5,14 @@ from types import SimpleNamespace as Bag
 import pytest
 from transformers import AutoConfig
 
-from checkpoints import write_checkpoint
-from quantised import write_quantised
+from quantised import write_partly_quantised
 
 pytest.importorskip("sglang")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """FP8, but for the MTP layer and a projection, of which config.json says nothing."""
-    made = tmp_path_factory.mktemp("fp8")
-    plain = write_checkpoint(made / "plain")
-    return write_quantised(plain, made, "fp8-blocks", leave_out=r"^mtp|layers\.0.*qkvz")[0]
+    return write_partly_quantised(tmp_path_factory.mktemp("fp8"))
 
 
 @pytest.fixture
