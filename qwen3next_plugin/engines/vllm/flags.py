@@ -19,6 +19,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
+from qwen3next_plugin.engines.vllm.cpu.environment import use_both_cores
 from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, formats, quantisation
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
@@ -85,10 +86,11 @@ def check_drafter(model_config: ModelConfig) -> None:
 
 
 def complete(vllm_config: VllmConfig) -> None:
-    """Fill in what no flag says; on a CPU: block size, LoRA's targets, worker and scheduler."""
+    """Fill in what no flag says; on a CPU: cores, block size, LoRA, worker and scheduler."""
     _align_drafter(vllm_config)
     if not current_platform.is_cpu():
         return
+    use_both_cores()
     _keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
