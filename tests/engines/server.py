@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
+import pytest
 
 from engines.process import START_SECONDS, Process, free_port
 
 TIMEOUT_S = 600  # of a request, the connection included
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = pytest.mark.skipif(
+    not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="no transparent huge pages"
+)
 
 
 class Server(ABC):
@@ -105,6 +111,13 @@ class Server(ABC):
             for line in self.get("/metrics").splitlines()
             if line.startswith(f"{sample}{{")
         }
+
+    def huge_bytes(self) -> int:
+        """Memory of all its processes that is in huge pages."""
+        first = psutil.Process(self.process.child.pid)
+        ids = [process.pid for process in (first, *first.children(recursive=True))]
+        found = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in ids)
+        return sum(int(re.search(r"AnonHugePages:\s*(\d+) kB", text)[1]) << 10 for text in found)
 
     def close(self) -> None:
         self.client.close()

@@ -15,6 +15,7 @@ from qwen3next_plugin.config import (
     check_num_draft_layers,
     check_num_speculative_tokens,
 )
+from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
@@ -82,6 +83,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
 
 def complete_on_cpu(server_args: Any) -> list[str]:
     """Fill in what no flag says; returns that as one would write it on the command line."""
+    use_huge_pages()
     given = server_args._raw_input  # SGLang has filled in its own defaults for a CPU already
     chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}
     for name, value in chosen.items():

@@ -17,6 +17,7 @@ from qwen3next_plugin.config import (
     check_num_draft_layers,
     check_num_speculative_tokens,
 )
+from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.environment import use_both_cores
@@ -86,11 +87,12 @@ def check_drafter(model_config: ModelConfig) -> None:
 
 
 def complete(vllm_config: VllmConfig) -> None:
-    """Fill in what no flag says; on a CPU: cores, block size, LoRA, worker and scheduler."""
+    """Fill in what no flag says; on a CPU: cores, memory, LoRA, worker and scheduler."""
     _align_drafter(vllm_config)
     if not current_platform.is_cpu():
         return
     use_both_cores()
+    use_huge_pages()
     _keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER

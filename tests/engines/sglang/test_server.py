@@ -30,6 +30,7 @@ from engines.clients import (
 )
 from engines.figures import check_drafts, check_log, check_pages, check_shown
 from engines.process import WORKERS
+from engines.server import HUGE_PAGES
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Server
 from engines.vllm.offline import Offline
@@ -116,6 +117,11 @@ def test_the_same_as_vllm(server, source):
         assert one.token_ids == other.token_ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
         assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=TOLERANCE)
+
+
+@HUGE_PAGES
+def test_memory_is_in_huge_pages(server):
+    assert server.huge_bytes()
 
 
 def test_streaming_is_the_same_text(server, sequential):

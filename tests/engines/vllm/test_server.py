@@ -23,6 +23,7 @@ from engines.clients import (
 )
 from engines.figures import check_drafts, check_log, check_pages, check_shown, drafts
 from engines.hostile import COMPLETIONS, ask, fields, soak
+from engines.server import HUGE_PAGES
 from engines.vllm.server import Server
 
 pytestmark = pytest.mark.serve
@@ -53,6 +54,11 @@ def test_healthy_and_listed(server):
 
 def test_repeated_and_served_from_the_cache(server, sequential):
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
+
+
+@HUGE_PAGES
+def test_memory_is_in_huge_pages(server):
+    assert server.huge_bytes()
 
 
 def test_streaming_is_the_same_text(server, sequential):
