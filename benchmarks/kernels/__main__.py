@@ -12,6 +12,7 @@ from rich.progress import track
 from benchmarks import parts, report
 from benchmarks.kernels.timing import PAIRS, QUICK_PAIRS, Case, timed
 from benchmarks.report import OUT, Docs, Out, Quick, Record, Run, console
+from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.kernels import native
 
 
@@ -139,8 +140,9 @@ def main(
     many pages, so that neither side finds its state in the nearest cache.
 
     Each pair of outputs is compared before anything is timed. If one differs, the command exits
-    with 1 and prints no figure. Run it on an idle machine.
+    with 1 and prints no figure. Memory is in huge pages. Run it on an idle machine.
     """
+    use_huge_pages()  # for both sides, as the plugin's servers do
     run = Run(__package__, out, quick)
     report.finish(run, lambda: measure(run, part), docs=docs)
 
