@@ -8,6 +8,7 @@ import sys
 import torch
 
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
+AROUND = 1 << 16  # bytes that Linux maps around one that is read (fault_around_bytes), aligned
 
 
 def give_back(tensor: torch.Tensor) -> None:
@@ -21,7 +22,8 @@ def give_back(tensor: torch.Tensor) -> None:
     on_gpu = torch.accelerator.is_available()
     if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
         return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    # With its first pages come back the last ones of the tensor before it, which was read before.
+    start = tensor.data_ptr() // AROUND * AROUND
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)

@@ -4,14 +4,12 @@ import json
 
 import pytest
 
-from engines.load_memory import KINDS, MOST, ON_LINUX, Loaded, check, prepared, write_large
+from engines.load_memory import KINDS, ON_LINUX, Loaded, check, prepared, write_large
 from engines.sglang.server import Forked
 
 pytestmark = [pytest.mark.serve, pytest.mark.long, ON_LINUX]
 
 FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "1024", "--max-mamba-cache-size", "4")
-
-MORE = {"packed_4-bit": 1.17}  # measured 1.155; under vLLM 1.14
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +24,6 @@ def test_peak_of_loading(plain, tmp_path, kind):
     server = Forked(folder, *FLAGS, env=env | {"TEST_LOAD_MEMORY": str(found)})
     try:
         server.wait()
-        check(kind, Loaded(*json.loads(found.read_text())), MORE.get(kind, MOST))
+        check(kind, Loaded(*json.loads(found.read_text())))
     finally:
         server.close()
