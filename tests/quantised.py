@@ -20,7 +20,9 @@ from checkpoints import write_checkpoint
 QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
 # What of a module's name differs among those that an engine stacks.
 STACKED = re.compile(r"(\.\d+)?\.(gate|up)_proj$|\.\d+(?=\.down_proj$)|[qkv]_proj$|(qkv|[zba])$")
+KEPT_AT_LOAD = re.compile(r"(in_proj_ba|\.fc)\.weight$")  # by QWEN3NEXT_QUANTISE
 MIXED = "mixed"
+AT_LOAD = ("int8", "int4")
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # by nibble
 Quantised = tuple[dict[str, Tensor], Tensor]  # a module's tensors, and the weight that they say
@@ -39,18 +41,23 @@ def write_partly_quantised(folder: Path) -> Path:
     return write_quantised(plain, folder, "fp8-blocks", leave_out=r"^mtp|layers\.0.*qkvz")[0]
 
 
+def quantise(
+    plain: Path, folder: Path, kind: str, *, leave_out: str = "^$"
+) -> tuple[Path, dict[str, str], Path]:
+    """What to serve for a checkpoint in one of KINDS, MIXED or AT_LOAD, and its dequantised twin.
+
+    Returns the folder, the environment and the twin's folder.
+    """
+    if kind in AT_LOAD:
+        return plain, {"QWEN3NEXT_QUANTISE": kind}, write_rounded(plain, folder, kind)
+    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
+    return quantised, {}, twin
+
+
 def write_quantised(
-    plain: Path,
-    folder: Path,
-    kind: str,
-    *,
-    leave_out: str = "^$",
-    head: bool = False,
+    plain: Path, folder: Path, kind: str, *, leave_out: str = "^$"
 ) -> tuple[Path, Path]:
     """Quantise a checkpoint, but for modules that match; returns its folder and the twin's.
-
-    Args:
-        head: quantise the output head, too.
 
     In the kind `mixed` modules differ, those alike that an engine stacks.
     """
@@ -61,8 +68,7 @@ def write_quantised(
     kinds = cycle(MIX)
     mix = defaultdict[str, str](lambda: next(kinds))
     for name, tensor in tensors.items():
-        chosen = QUANTISED.match(name) or (head and name == "lm_head.weight")
-        if chosen and tensor.ndim == 2 and not re.search(leave_out, name):
+        if QUANTISED.match(name) and tensor.ndim == 2 and not re.search(leave_out, name):
             module = name.removesuffix(".weight")
             own = mix[STACKED.sub("", module)] if kind == MIXED else kind
             parts, plainly[name] = KINDS[own].quantise(tensor.float())
@@ -76,6 +82,20 @@ def write_quantised(
     raw = json.loads(path.read_text()) | {"quantization_config": dict(config)}
     path.write_text(json.dumps(raw))
     return quantised, twin
+
+
+def write_rounded(plain: Path, folder: Path, name: str) -> Path:
+    """The twin of a checkpoint that QWEN3NEXT_QUANTISE quantises, to `int8` or `int4`."""
+    twin = shutil.copytree(plain, folder / name)
+    tensors = load_file(plain / "model.safetensors")
+    for each, tensor in tensors.items():
+        if each == "lm_head.weight":
+            tensors[each] = int8_by_row(tensor.float())[1]
+        elif QUANTISED.match(each) and tensor.ndim == 2 and not KEPT_AT_LOAD.search(each):
+            weight = tensor.float()
+            tensors[each] = int8_by_row(weight)[1] if name == "int8" else int4_by_group(weight)
+    save_file(tensors, twin / "model.safetensors")
+    return twin
 
 
 def round_to_int8(folder: Path) -> None:
@@ -121,6 +141,15 @@ def int8_by_row(weight: Tensor) -> Quantised:
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     values = (weight / scale).round().to(torch.int8)
     return {"weight": values, "weight_scale": scale}, values.float() * scale
+
+
+def int4_by_group(weight: Tensor) -> Tensor:
+    """Rounded to nearest, -8 to 7, so scaled that the largest of a group is -8."""
+    K = weight.shape[1]
+    grouped = weight.unflatten(1, (-1, next(g for g in (128, 64, 32) if K % g == 0)))
+    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    scale = (largest / -8).bfloat16().float()
+    return ((grouped / scale).round().clamp(-8, 7) * scale).flatten(1)
 
 
 class Grouped(NamedTuple):

@@ -7,14 +7,14 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.traffic import source_tokens
-from quantised import write_quantised
+from quantised import AT_LOAD, quantise
 from tiers import long_except
 
 INVARIANT = {"QWEN3NEXT_BATCH_INVARIANT": "1"}
 LENGTHS = (1, 2, 3, 7, 8, 9, 31, 64, 65, 100, 129, 200, 255, 300, 511, 700)
 MORE = 84  # prompts with --long
 # Of the weights: as shipped, quantised at load, or in the checkpoint; the others with --long.
-AT_LOAD, IN_FILES = ("int8", "int4"), ("fp8-blocks", "gptq", "packed_4-bit")
+IN_FILES = ("fp8-blocks", "gptq", "awq", "packed_4-bit", "int8-rows")
 FORMATS = long_except(["bf16"], ["bf16", *AT_LOAD, *IN_FILES])
 
 
@@ -28,9 +28,7 @@ def prompts(*, many: bool, longest: Sequence[int] = ()) -> list[tuple[int, ...]]
 @pytest.fixture(scope="module", params=FORMATS)
 def served_in(request, tmp_path_factory) -> tuple[Path, Mapping[str, str]]:
     """The shipped checkpoint, and the environment to serve it in, of each format in turn."""
-    if request.param in IN_FILES:
-        folder = tmp_path_factory.mktemp(request.param)
-        quantised, _ = write_quantised(SHIPPED, folder, request.param)
-        return quantised, INVARIANT
-    quantise = {"QWEN3NEXT_QUANTISE": request.param} if request.param in AT_LOAD else {}
-    return SHIPPED, INVARIANT | quantise
+    if request.param == "bf16":
+        return SHIPPED, INVARIANT
+    folder, env, _ = quantise(SHIPPED, tmp_path_factory.mktemp("quantised"), request.param)
+    return folder, INVARIANT | env

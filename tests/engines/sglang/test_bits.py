@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from engines.bits import LENGTHS
 from engines.bits import prompts as texts
 from engines.bits import served_in as served_in
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
@@ -17,9 +18,12 @@ from tiers import long_except
 pytestmark = pytest.mark.serve
 
 TOKENS, FIRST = 24, 12
+CACHED = 16  # prompts whose pages there is room for at a time
 FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--enable-metrics")
 CHUNKS = ("--chunked-prefill-size", "67")
 LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
+# Of other requests: with drafts a step reads prompts or verifies.
+MIXED = ("--enable-mixed-chunk",)
 # A request is retracted every so many steps.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 Weights = tuple[Path, Mapping[str, str]]
@@ -27,7 +31,7 @@ Bits = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]
 
 
 class Bitwise(NamedTuple):
-    """What a server answers to the prompts: alone, all at once, and in two requests each.
+    """What a server answers: to the first prompts alone, to all at once, and in two requests each.
 
     The second of two requests finds prompt and first tokens in the radix cache.
     """
@@ -44,29 +48,34 @@ def prompts(size) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def plain(prompts, served_in) -> Bitwise:
-    return served(prompts, served_in, {})
+    return served(prompts, served_in, {}, alone=len(prompts))
 
 
 def served(
-    prompts: Sequence[tuple[int, ...]], weights: Weights, more: dict[str, str], *flags: str
+    prompts: Sequence[tuple[int, ...]],
+    weights: Weights,
+    more: dict[str, str],
+    *flags: str,
+    alone: int = len(LENGTHS),
 ) -> Bitwise:
     model, env = weights
     server = Forked(model, *FLAGS, *flags, env=env | more).wait()
     try:
-        alone = [server.greedy([ids], TOKENS, **LOGPROBS)[0] for ids in prompts]
+        found = [server.greedy([ids], TOKENS, **LOGPROBS)[0] for ids in prompts[:alone]]
         together = server.greedy(prompts, TOKENS, **LOGPROBS)
         server.forget()
-        begun = [
-            ids + answer.token_ids
-            for ids, answer in zip(prompts, server.greedy(prompts, FIRST), strict=True)
-        ]
-        continued = server.greedy(begun, TOKENS - FIRST, return_logprob=True)
+        continued: list[Answer] = []
+        for i in range(0, len(prompts), CACHED):
+            some = prompts[i : i + CACHED]
+            answers = server.greedy(some, FIRST)
+            begun = [ids + one.token_ids for ids, one in zip(some, answers, strict=True)]
+            continued += server.greedy(begun, TOKENS - FIRST, return_logprob=True)
         retracted = server.metrics().get("sglang:num_retracted_requests_total", 0)
     finally:
         server.close()
     assert (retracted > 0) == (RETRACT.items() <= more.items())
     assert max(answer.cached for answer in continued) > 0
-    return Bitwise(*(list(map(bits, answers)) for answers in (alone, together, continued)))
+    return Bitwise(*(list(map(bits, answers)) for answers in (found, together, continued)))
 
 
 def bits(answer: Answer) -> Bits:
@@ -86,9 +95,10 @@ def test_after_a_cache_hit(plain):
     assert plain.continued == rest(plain.alone)
 
 
-@pytest.mark.parametrize("drafts", long_except([3], [1, 2, 3]))
+@pytest.mark.parametrize("drafts", long_except([3], [0, 1, 2, 3]))
 def test_in_chunks_with_drafts_and_retracted(prompts, served_in, plain, drafts):
-    found = served(prompts, served_in, FIXED | RETRACT, *CHUNKS, *NEXTN, str(drafts))
-    assert found.alone == plain.alone
+    more = (*NEXTN, str(drafts)) if drafts else MIXED
+    found = served(prompts, served_in, FIXED | RETRACT, *CHUNKS, *more)
+    assert found.alone == plain.alone[: len(found.alone)]
     assert found.together == plain.alone
     assert found.continued == rest(plain.alone)

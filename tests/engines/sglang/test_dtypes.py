@@ -1,4 +1,7 @@
-"""Served in bf16 it is no farther from fp32 than transformers in bf16 is."""
+"""Served in bf16 it is no farther from fp32 than transformers in bf16 is.
+
+Quantised checkpoints than transformers with the dequantised weights.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +11,9 @@ import pytest
 import torch
 
 from checkpoints import random_prompt, write_checkpoint
-from engines.checks import check_distance
+from engines.checks import SERVED_IN_BF16, check_distance
 from engines.sglang.server import NEXTN, Forked
+from quantised import quantise
 from qwen3next_plugin.mtp.draft_head import DRAFTED
 
 pytestmark = pytest.mark.serve
@@ -29,8 +33,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def served(checkpoint: Path, *flags: str) -> Iterator[Forked]:
-    server = Forked(checkpoint, "--dtype", "bfloat16", *NEXTN, "2", *SMALL, *flags).wait()
+def served(checkpoint: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Forked]:
+    flags = ("--dtype", "bfloat16", *NEXTN, "2", *SMALL, *flags)
+    server = Forked(checkpoint, *flags, env=env).wait()
     try:
         yield server
     finally:
@@ -62,7 +67,19 @@ def test_the_head_is_in_fp32_where_that_is_asked_for(server, checkpoint):
 
 
 def test_no_farther_from_fp32_than_transformers(server, checkpoint):
+    check_distance(checkpoint, torch.bfloat16, PROMPTS, prompt_logprobs(server))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", SERVED_IN_BF16)
+def test_quantised_no_farther_from_fp32_than_transformers(tmp_path, kind):
+    plain = write_checkpoint(tmp_path / "plain", dtype=torch.bfloat16, hidden_size=160)
+    folder, env, twin = quantise(plain, tmp_path, kind)
+    with served(folder, env=env) as server:
+        check_distance(twin, torch.bfloat16, PROMPTS, prompt_logprobs(server))
+
+
+def prompt_logprobs(server: Forked) -> list[tuple[float, ...]]:
     answers = server.greedy(PROMPTS, 16, return_logprob=True, logprob_start_len=0)
-    found = [answer.prompt_logprobs for answer in answers]
-    check_distance(checkpoint, torch.bfloat16, PROMPTS, found)
     assert all(len(answer.token_ids) == 16 for answer in answers)
+    return [answer.prompt_logprobs for answer in answers]

@@ -10,7 +10,7 @@ import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
-from quantised import KINDS, MIXED, write_quantised
+from quantised import AT_LOAD, KINDS, MIXED, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -19,13 +19,11 @@ pytestmark = pytest.mark.serve
 PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 64, 65, 300)]
 LOGPROBS = {"return_logprob": True, "logprob_start_len": 0}
 SMALL = ("--dtype", "float32", "--max-total-tokens", "8192", "--max-mamba-cache-size", "20")
-AT_LOAD = "int8-rows_at-load"
 CASES: dict[str, tuple[str, int, str]] = {  # kind, drafts, what is left out
     MIXED: (MIXED, 3, "^$"),
-    AT_LOAD: ("int8-rows", 3, r"in_proj_ba|\.fc"),
     "mixed_no-drafts": (MIXED, 0, "^$"),
     "fp8_mtp-in-bf16": ("fp8-blocks", 3, "^mtp"),
-    **{kind: (kind, 3, "^$") for kind in KINDS},
+    **{kind: (kind, 3, "^$") for kind in (*AT_LOAD, *KINDS)},
 }
 
 
@@ -46,14 +44,9 @@ def plain(tmp_path_factory):
 def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
     kind, drafts, leave_out = CASES[request.param]
     folder = tmp_path_factory.mktemp("quantised")
-    at_load = request.param == AT_LOAD
-    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out, head=at_load)
+    quantised, env, twin = quantise(plain, folder, kind, leave_out=leave_out)
     flags = (*NEXTN, str(drafts)) if drafts else ()
-    if at_load:
-        server = Forked(plain, *SMALL, *flags, env=FIXED | {"QWEN3NEXT_QUANTISE": "int8"})
-    else:
-        server = Forked(quantised, *SMALL, *flags, env=FIXED)
-    server.wait()
+    server = Forked(quantised, *SMALL, *flags, env=FIXED | env).wait()
     yield Served(server, reference(twin), drafts)
     server.close()
 

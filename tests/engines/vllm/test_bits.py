@@ -25,9 +25,11 @@ FLAGS: dict[str, Any] = {
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
 }
 
-# Where memory is for about four requests of a block each: all of these need a second one.
+# Where memory is for about four requests of a block each: all of these need a second one. And
+# other chunks.
 BLOCK, BLOCKS = 384, 14
 PRESSED = range(BLOCK - 14, BLOCK, 2)
+PRESSING = {"max_num_batched_tokens": 131, "max_num_seqs": 16, "max_model_len": 1024}
 
 
 @pytest.fixture(scope="module")
@@ -73,26 +75,29 @@ def test_after_a_cache_hit(engine, prompts, alone, drafts):
         assert one.logprobs == other.logprobs[FIRST:]
 
 
-def test_after_preemption(engine, served_in):
+def test_after_preemption(engine, prompts, alone, served_in, size):
+    """In other chunks, too; with --long also of the other prompts."""
     engine.inside("draft", 0)
     engine.forget()
-    prompts = texts(many=False, longest=PRESSED)[-len(PRESSED) :]
-    alone = [engine.greedy([ids], TOKENS, logprobs=0)[0] for ids in prompts]
+    asked = texts(many=False, longest=PRESSED)[-len(PRESSED) :]
+    expected = [engine.greedy([ids], TOKENS, logprobs=0)[0] for ids in asked]
+    for ids, one in zip(prompts, alone, strict=True):
+        if size(False, True) and len(ids) + TOKENS <= PRESSING["max_model_len"]:
+            asked.append(ids)
+            expected.append(one)
     model, env = served_in
-    pressed = Offline(
-        model, env=dict(env), num_gpu_blocks_override=BLOCKS, **FLAGS | {"max_model_len": 1024}
-    )
+    pressed = Offline(model, env=dict(env), num_gpu_blocks_override=BLOCKS, **FLAGS | PRESSING)
     try:
         assert pressed.cache()["block_size"] == BLOCK
         before = 0.0
-        for drafts in (0, 3):
+        for drafts in size((0, 3), (0, 1, 2, 3)):
             pressed.inside("draft", drafts)
             pressed.forget()
-            found = pressed.greedy(prompts, TOKENS, logprobs=0)
+            found = pressed.greedy(asked, TOKENS, logprobs=0)
             after = pressed.counters()["vllm:num_preemptions"]
             assert after > before
             before = after
-            for one, other in zip(found, alone, strict=True):
+            for one, other in zip(found, expected, strict=True):
                 assert one.token_ids == other.token_ids
                 assert one.logprobs == other.logprobs
     finally:

@@ -11,7 +11,7 @@ from engines.checks import TOKENS, check_greedy
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
-from quantised import KINDS, MIXED, write_quantised
+from quantised import AT_LOAD, KINDS, MIXED, quantise, write_quantised
 from reference import Reference
 from tiers import long_except
 
@@ -24,13 +24,12 @@ FLAGS: dict[str, Any] = {
     "max_num_batched_tokens": 257,
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
 }
-AT_LOAD, COMPILED = "int8-rows_at-load", "mixed_compiled"
+COMPILED = "mixed_compiled"
 CASES: dict[str, tuple[str, str]] = {  # kind, and what is left out
     MIXED: (MIXED, "^$"),
     COMPILED: (MIXED, "^$"),
-    AT_LOAD: ("int8-rows", r"in_proj_ba|\.fc"),
     "fp8_mtp-in-bf16": ("fp8-blocks", "^mtp"),
-    **{kind: (kind, "^$") for kind in KINDS},
+    **{kind: (kind, "^$") for kind in (*AT_LOAD, *KINDS)},
 }
 
 
@@ -50,12 +49,8 @@ def plain(tmp_path_factory):
 def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("quantised")
     kind, leave_out = CASES[request.param]
-    at_load = request.param == AT_LOAD
-    quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out, head=at_load)
-    if at_load:
-        engine = Offline(plain, env={"QWEN3NEXT_QUANTISE": "int8"}, **FLAGS)
-    else:
-        engine = Offline(quantised, enforce_eager=request.param != COMPILED, **FLAGS)
+    quantised, env, twin = quantise(plain, folder, kind, leave_out=leave_out)
+    engine = Offline(quantised, env=env, enforce_eager=request.param != COMPILED, **FLAGS)
     yield Served(engine, reference(twin))
     engine.close()
 
