@@ -23,6 +23,7 @@ class Answer(Output):
 
     steps: int  # verifications
     accepted: int  # drafts
+    kept: tuple[int, ...]  # the verifications of which none, one, two … drafts were accepted
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> "Answer":
@@ -37,6 +38,7 @@ class Answer(Output):
             text=answer["text"],
             steps=meta.get("spec_verify_ct", 0),
             accepted=meta.get("spec_num_correct_drafts", 0),
+            kept=tuple(meta.get("spec_correct_drafts_histogram", ())),
         )
 
 

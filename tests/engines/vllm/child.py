@@ -38,8 +38,11 @@ class Host:
     def counters(self) -> dict[str, float]:
         sums: dict[str, float] = {}
         for metric in self.llm.get_metrics():
-            if hasattr(metric, "value"):
-                sums[metric.name] = sums.get(metric.name, 0.0) + metric.value
+            values = {metric.name: metric.value} if hasattr(metric, "value") else {}
+            if hasattr(metric, "values"):
+                values = {f"{metric.name}[{i}]": value for i, value in enumerate(metric.values)}
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
         return sums
 
     def cache(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Offline:
         return [output for (output,) in outputs]
 
     def counters(self) -> dict[str, float]:
-        """vLLM's Prometheus counters by name, summed over labels."""
+        """vLLM's Prometheus counters by name, summed over labels; `name[0]` is of position 0."""
         return self._ask("counters")
 
     def cache(self) -> dict[str, Any]:

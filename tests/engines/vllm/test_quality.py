@@ -1,54 +1,34 @@
 """What quantised weights of the shipped checkpoint cost: perplexity, and drafts that are kept."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from tokenizers import Tokenizer
 
 from checkpoints import SHIPPED
+from engines.quality import BEGINNING, DRAFTS, TOKENS, Quality, Windows, check
+from engines.quality import kind as kind
+from engines.quality import served_as as served_as
+from engines.quality import windows as windows
 from engines.vllm.offline import Offline
-from examples.train_tiny.corpus import documents, split
-from examples.train_tiny.evaluate import held_out_windows
-from quantised import write_quantised
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
-WINDOWS, BEGINNING, TOKENS = 64, 128, 96
 FLAGS = {
     "dtype": "bfloat16",
     "max_model_len": 1024,
-    "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
+    "speculative_config": {"method": "mtp", "num_speculative_tokens": DRAFTS},
 }
-# Over bf16: perplexity at most, accepted drafts at least. int4 is rounded to nearest, without
-# calibration.
-BOUNDS = {"int8": (1.003, 0.95), "fp8": (1.01, 0.95), "int4": (1.02, 0.88)}
-
-
-class Quality(NamedTuple):
-    perplexity: float
-    accepted: float  # of three drafts a step, along greedy text
-
-
-@pytest.fixture(scope="module")
-def windows() -> Sequence[tuple[int, ...]]:
-    """Held-out text."""
-    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
-    _, held_out = split(documents())
-    return [tuple(ids) for ids in held_out_windows(tokenizer, held_out, WINDOWS * 512).tolist()]
+KEPT = [f"vllm:spec_decode_num_accepted_tokens_per_pos[{i}]" for i in range(DRAFTS)]
 
 
 @pytest.fixture(scope="module")
 def plain(windows) -> Quality:
-    return measured(windows, SHIPPED)
+    return measured(windows, SHIPPED, {})
 
 
-def measured(
-    windows: Sequence[tuple[int, ...]], folder: Path, env: dict[str, str] | None = None
-) -> Quality:
-    engine = Offline(folder, env=(env or {}) | {"QWEN3NEXT_DRAFTS": "fixed"}, **FLAGS)
+def measured(windows: Windows, folder: Path, env: Mapping[str, str]) -> Quality:
+    engine = Offline(folder, env=dict(env) | {"QWEN3NEXT_DRAFTS": "fixed"}, **FLAGS)
     try:
         read = engine.greedy(list(windows), 1, prompt_logprobs=0)
         before = engine.counters()
@@ -56,22 +36,11 @@ def measured(
         after = engine.counters()
     finally:
         engine.close()
-    logprobs = [logprob for output in read for logprob in output.prompt_logprobs]
-    drafted, accepted = (
-        after[name] - before.get(name, 0)
-        for name in (f"vllm:spec_decode_num_{what}_tokens" for what in ("draft", "accepted"))
+    *kept, steps = (
+        after[name] - before.get(name, 0) for name in (*KEPT, "vllm:spec_decode_num_drafts")
     )
-    return Quality(math.exp(-sum(logprobs) / len(logprobs)), accepted / drafted)
+    return Quality.of([output.prompt_logprobs for output in read], kept, steps)
 
 
-@pytest.mark.parametrize("name", BOUNDS)
-def test_perplexity_and_drafts(windows, plain, tmp_path, name):
-    if name == "fp8":
-        found = measured(windows, write_quantised(SHIPPED, tmp_path, "fp8-blocks")[0])
-    else:
-        found = measured(windows, SHIPPED, {"QWEN3NEXT_QUANTISE": name})
-    ratio = found.perplexity / plain.perplexity
-    print(f"{name}: perplexity {ratio:.4f} of {plain.perplexity:.2f}, drafts {found.accepted:.3f}")
-    most, least = BOUNDS[name]
-    assert ratio <= most
-    assert found.accepted >= least * plain.accepted
+def test_perplexity_and_drafts(windows, plain, kind, served_as):
+    check(kind, measured(windows, *served_as), plain)
