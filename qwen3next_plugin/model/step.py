@@ -1,5 +1,6 @@
 """Building a `Step` from an engine's metadata: on a CPU checked, on a GPU without waiting."""
 
+import numpy as np
 import torch
 
 from qwen3next_plugin.kernels.gpu import faults
@@ -34,7 +35,7 @@ def build_step(
     Raises:
         StepError: naming the first row whose slot or lengths are out of range.
     """
-    query_len = query_start_loc.diff()
+    query_len = query_start_loc[1:] - query_start_loc[:-1]
     step = Step(
         query_start_loc=query_start_loc.to(torch.int32),
         slot=slot.to(torch.int32),
@@ -48,25 +49,27 @@ def build_step(
 
 
 def _check(step: Step, query_len: torch.Tensor, num_slots: int) -> None:
-    active = step.slot != NULL_SLOT
-    _refuse(query_len < 0, "a negative query length", query_len)
-    too_long = query_len > step.max_query_len
-    _refuse(too_long, f"more than {step.max_query_len} tokens", query_len)
-    _refuse(active & (step.context_len < 0), "a negative context length", step.context_len)
-    out_of_range = active & ((step.slot < 0) | (step.slot >= num_slots))
-    _refuse(out_of_range, f"a slot outside [0, {num_slots})", step.slot)
-    if step.query_start_loc[0] != 0 or step.query_start_loc[-1] > step.num_tokens:
-        raise StepError(
-            f"rows span tokens {step.query_start_loc[0]} to {step.query_start_loc[-1]} "
-            f"of a step of {step.num_tokens}"
-        )
+    """Look at all rows at once, and at one thing after the other only if one is wrong."""
+    length, context, slot = (x.numpy() for x in (query_len, step.context_len, step.slot))
+    active = slot != NULL_SLOT
+    out_of_range = active & ((slot < 0) | (slot >= num_slots))
+    too_long = length > step.max_query_len
+    if ((length < 0) | too_long | out_of_range | (active & (context < 0))).any():
+        _refuse(length < 0, "a negative query length", length)
+        _refuse(too_long, f"more than {step.max_query_len} tokens", length)
+        _refuse(active & (context < 0), "a negative context length", context)
+        _refuse(out_of_range, f"a slot outside [0, {num_slots})", slot)
+    starts = step.query_start_loc.numpy()
+    first, last = starts[0], starts[-1]
+    if first != 0 or last > step.num_tokens:
+        raise StepError(f"rows span tokens {first} to {last} of a step of {step.num_tokens}")
 
 
-def _refuse(bad: torch.Tensor, what: str, values: torch.Tensor) -> None:
+def _refuse(bad: np.ndarray, what: str, values: np.ndarray) -> None:
     """Raise StepError about the first row that is bad, if one is."""
     if bad.any():
-        row = int(bad.nonzero()[0])
-        raise StepError(f"row {row} has {what}: {int(values[row])}", row)
+        row = int(bad.argmax())
+        raise StepError(f"row {row} has {what}: {values[row]}", row)
 
 
 class DeviceSteps:

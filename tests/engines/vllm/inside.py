@@ -16,6 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.model.packed import Packed
 from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending, Row
 from qwen3next_plugin.mtp.policy import Policy
 
@@ -53,14 +54,19 @@ def calls(llm: LLM) -> dict[str, int]:
 
 
 class Later(Policy):
-    """Drafts nothing the first `times` that lengths are chosen, then k tokens for every request."""
+    """Drafts nothing the first `times` that lengths are chosen, then k tokens for every request.
 
-    def __init__(self, k: int, times: int) -> None:
-        self.k, self.times, self.asked = k, times, 0
+    `ragged`: then up to k tokens, another number for each request of the batch.
+    """
+
+    def __init__(self, k: int, times: int, *, ragged: bool) -> None:
+        self.k, self.times, self.ragged, self.asked = k, times, ragged, 0
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         self.asked += 1
-        return [self.k if self.asked > self.times else 0] * len(requests)
+        if self.asked <= self.times:
+            return [0] * len(requests)
+        return [i % (self.k + 1) if self.ragged else self.k for i in range(len(requests))]
 
 
 def draft(
@@ -68,6 +74,7 @@ def draft(
     k: int,
     *,
     at_once: bool = False,
+    ragged: bool = False,
     max_bytes: int = MAX_BYTES,
     after: int = 0,
     idle: int = 0,
@@ -75,11 +82,12 @@ def draft(
     """From now on draft k tokens for every request, also none, and write the drafts down.
 
     `at_once`: the MTP layer reads every token in its own step, as beside a KV connector.
+    `ragged`: requests draft up to k tokens, each another number.
     `max_bytes`: of pending tokens. `after`: lengths were chosen so many times.
     `idle`: steps without drafts before this.
     """
     drafter = _drafter(llm)
-    drafter.policy = drafter.observer.policy = Later(k, after)
+    drafter.policy = drafter.observer.policy = Later(k, after, ragged=ragged)
     drafter.idle, drafter.wait = idle, 0
     drafter.must_run, drafter.pending = at_once, Pending(max_bytes)
     if not hasattr(drafter, "drafts"):
@@ -214,6 +222,16 @@ def state_bytes(llm: LLM) -> tuple[int, int]:
     )
     upstream = replace(MambaBase.get_kv_cache_spec(layer, config), page_size_padded=None)
     return specs[0].max_memory_usage_bytes(config), upstream.max_memory_usage_bytes(config)
+
+
+def packed(llm: LLM) -> dict[str, set[str]]:
+    """Formats of the weights that our kernels multiply by, of the trunk and of the MTP layer."""
+    runner = _core(llm).model_executor.driver_worker.worker.model_runner
+    models = {"trunk": runner.model, "MTP": runner.drafter.model.model}
+    return {
+        name: {module.format for module in model.modules() if isinstance(module, Packed)}
+        for name, model in models.items()
+    }
 
 
 def load_memory(llm: LLM) -> tuple[int, ...]:

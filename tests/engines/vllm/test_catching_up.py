@@ -102,6 +102,20 @@ def test_drafts_as_if_prompts_were_read_at_once(drafter, prompts):
         assert {at: found[at] for at in both} == {at: expected[at] for at in both}
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_each_request_drafts_its_own_number_of_tokens(drafter, at_once):
+    prompts = SHORT + LONG
+    ragged = drafter.run(prompts, K, ragged=True, at_once=at_once)
+    equal = drafter.run(prompts, K)
+    assert ragged.outputs == equal.outputs
+    lengths = set()
+    for found, expected in zip(ragged.drafts, equal.drafts, strict=True):
+        for at in found.keys() & expected.keys():
+            lengths.add(len(found[at]))
+            assert found[at] == expected[at][: len(found[at])]
+    assert lengths == set(range(1, K + 1))
+
+
 def test_a_prompt_that_can_not_be_kept_is_answered_without_drafts(drafter):
     short, long = SHORT[0], LONG[2]
     lost = drafter.run([short, long], K, max_bytes=2**16)

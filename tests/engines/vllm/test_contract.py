@@ -319,7 +319,11 @@ FIELDS = {
         ],
     },
     "v1/spec_decode/metadata.py": {
-        "SpecDecodeMetadata": ["draft_token_ids", "num_draft_tokens"],
+        "SpecDecodeMetadata": [
+            *("draft_token_ids", "num_draft_tokens", "cu_num_draft_tokens"),
+            *("cu_num_sampled_tokens", "target_logits_indices", "bonus_logits_indices"),
+            "logits_indices",
+        ],
     },
 }
 # What vLLM tells its sampler of each request: the coupled sampler spreads every one of these.

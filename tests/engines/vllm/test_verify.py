@@ -4,9 +4,11 @@ import inspect
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
@@ -19,9 +21,10 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from qwen3next_plugin.engines.vllm.speculation.spread import APPLY
-from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler
+from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler, drafts_and_rows
 
 V = 61
 CPU = torch.device("cpu")
@@ -158,6 +161,28 @@ def test_the_test_has_drafts_kept_and_dropped():
     used = (output.sampled_token_ids >= 0).sum(1)
     assert used.min() == 1
     assert used.max() == 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_and_rows_are_those_that_vllm_finds(seed):
+    """Of requests with drafts, without, and with a prompt before the last token."""
+    noise = np.random.default_rng(seed)
+    drafts = noise.integers(0, 5, 11).astype(np.int32) * (seed > 0)
+    scheduled = drafts + 1 + noise.integers(0, 40, 11) * (noise.random(11) < 0.3)
+    ends = np.cumsum(scheduled).astype(np.int32)
+    input_ids = torch.from_numpy(noise.integers(0, 1000, 600).astype(np.int32))
+    runner = SimpleNamespace(
+        device=CPU,
+        input_ids=SimpleNamespace(gpu=input_ids, np=input_ids.numpy()),
+        arange_np=np.arange(600),
+        _arange_scratch=np.empty(600, np.int64),
+    )
+    runner._get_cumsum_and_arange = partial(GPUModelRunner._get_cumsum_and_arange, runner)
+    expected = GPUModelRunner._calc_spec_decode_metadata(runner, drafts, ends)
+    found = drafts_and_rows(runner)(drafts, ends)
+    for name in ("draft_token_ids", "logits_indices"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+    assert found.num_draft_tokens == expected.num_draft_tokens
 
 
 def test_vllm_parses_what_it_yields():

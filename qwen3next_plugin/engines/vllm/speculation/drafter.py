@@ -11,19 +11,16 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.speculation.chains import Chains
 from qwen3next_plugin.engines.vllm.speculation.finished import FinishedStep
-from qwen3next_plugin.engines.vllm.speculation.images import axes_of
 from qwen3next_plugin.engines.vllm.speculation.verify import NO_TOKEN
-from qwen3next_plugin.mtp.images import Axes, mrope_positions
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending, Row
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
@@ -32,7 +29,7 @@ from qwen3next_plugin.mtp.policy import make_policy
 logger = init_logger(LOGGER)
 
 
-class Drafter(EagleProposer):
+class Drafter(Chains):
     """vLLM's drafter with our loop; one per worker. It also reads the runner's requests."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
@@ -102,16 +99,15 @@ class Drafter(EagleProposer):
             else:
                 rows = self._look_at(step, target_token_ids, seconds)
         drafts: list[list[int]] = [[] for _ in requests]
-        began = self.left = time.perf_counter()
         if rows:
             self._limit_drafts(rows, num_speculative_tokens)
             # A pass reads at most as many tokens as a step.
             if fed := self.pending.feed(rows, self.max_tokens, every=self.must_run):
                 self._draft(fed, table, drafts)
-            self.left = time.perf_counter()
-            self.observer.observe_draft(
-                rows, passes_seconds=self.left - began, seconds=self.left - entered
-            )
+            # Choosing lengths counts: without drafts that is done every few steps.
+            drafting = time.perf_counter() - entered
+            self.observer.observe_draft(rows, passes_seconds=drafting, seconds=drafting)
+        self.left = time.perf_counter()
         return drafts
 
     def prepare_next_token_ids_padded(
@@ -129,8 +125,10 @@ class Drafter(EagleProposer):
         if sampled_token_ids.shape[1] == 1:
             next_token_ids = sampled_token_ids[:, 0]
             return next_token_ids, torch.ones_like(next_token_ids)
-        counts = (sampled_token_ids != NO_TOKEN).sum(1)
-        return sampled_token_ids.gather(1, counts[:, None] - 1)[:, 0], counts
+        rows = sampled_token_ids.tolist()
+        counts = [len(row) - row.count(NO_TOKEN) for row in rows]
+        last = [row[count - 1] for row, count in zip(rows, counts, strict=True)]
+        return torch.tensor(last), torch.tensor(counts)
 
     def prepare_inputs_padded(
         self,
@@ -145,9 +143,9 @@ class Drafter(EagleProposer):
         drafts = spec_decode_metadata.num_draft_tokens
         if not any(drafts):
             return common_attn_metadata, None, None
-        rejected = torch.tensor(drafts) + 1 - valid_sampled_tokens_count
-        sampled_after = common_attn_metadata.query_start_loc[1:] - 1 - rejected
-        return common_attn_metadata, sampled_after, None
+        ends = common_attn_metadata.query_start_loc.numpy()[1:]
+        rejected = np.array(drafts) + 1 - valid_sampled_tokens_count.numpy()
+        return common_attn_metadata, torch.from_numpy(ends - 1 - rejected), None
 
     def _finished(
         self,
@@ -167,10 +165,9 @@ class Drafter(EagleProposer):
         firsts = positions.numpy()[bounds[:-1]].tolist()
         requests = list(self.runner.input_batch.req_ids)
         prefilling = self.runner.discard_request_mask.np[: len(firsts)].tolist()
-        shifted = next_token_ids.to(token_ids.dtype)  # [T]
-        if len(shifted) < len(token_ids):  # not one token a row
-            shifted, sampled = token_ids.roll(-1), shifted
-            shifted.index_copy_(0, torch.from_numpy(ends - 1).long(), sampled)
+        after = np.empty_like(token_ids.numpy())  # the token after each [T]
+        after[:-1] = token_ids.numpy()[1:]
+        after[ends - 1] = next_token_ids.numpy()
         step = FinishedStep(
             requests=requests,
             starts=bounds[:-1].tolist(),
@@ -182,13 +179,13 @@ class Drafter(EagleProposer):
                 self.next_position.get(request) == first
                 for request, first in zip(requests, firsts, strict=True)
             ],
-            token_ids=shifted,
+            token_ids=torch.from_numpy(after),
             hidden_states=hidden_states,
         )
         for i in (i for i, more in enumerate(prefilling) if more):
             # vLLM gives the prompt's last token, not the one after the chunk
-            after = self.runner.requests[requests[i]].get_token_id(step.ends[i])
-            shifted[step.starts[i] + step.counts[i] - 1] = after
+            token = self.runner.requests[requests[i]].get_token_id(step.ends[i])
+            after[step.starts[i] + step.counts[i] - 1] = token
         return step
 
     def _is_time(self) -> bool:
@@ -290,84 +287,3 @@ class Drafter(EagleProposer):
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
         return end - row.tokens.end - 2  # the last sampled token, and the one after the drafts
-
-    def _draft(self, fed: list[Row], block_table: torch.Tensor, drafts: list[list[int]]) -> None:
-        """Run the MTP layer over what the rows feed it, then over its own drafts."""
-        tokens = [row.fed for row in fed if row.fed is not None]
-        counts = [len(part) for part in tokens]
-        block_table = block_table[[row.index for row in fed]]
-        axes = [axes_of(self.runner.requests[row.request]) for row in fed]
-        positions = torch.cat([torch.arange(part.first, part.end) for part in tokens])
-        hidden_states = self._forward(
-            torch.cat([part.token_ids for part in tokens]),
-            positions,
-            torch.cat([part.hidden_states for part in tokens]),
-            counts,
-            block_table,
-            axes,
-        )
-        ends = torch.tensor(counts).cumsum(0) - 1
-        hidden_states, positions = hidden_states[ends], positions[ends]  # [fed, D], [fed]
-        token_ids = torch.zeros(len(fed), dtype=torch.int64)
-        for depth in range(max(row.draft for row in fed)):
-            keep = [i for i, row in enumerate(fed) if row.draft > depth]
-            if len(keep) < len(fed):
-                fed, axes = [fed[i] for i in keep], [axes[i] for i in keep]
-                hidden_states, positions = hidden_states[keep], positions[keep]
-                token_ids, block_table = token_ids[keep], block_table[keep]
-            if depth > 0:
-                positions = positions + 1
-                ones = [1] * len(fed)
-                hidden_states = self._forward(
-                    token_ids, positions, hidden_states, ones, block_table, axes
-                )
-            token_ids = self.model.get_top_tokens(hidden_states)  # [fed]
-            for row, token in zip(fed, token_ids.tolist(), strict=True):
-                drafts[row.index].append(token)
-
-    def _forward(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        counts: list[int],
-        block_table: torch.Tensor,
-        axes: list[Axes | None],
-    ) -> torch.Tensor:
-        """Run the MTP layer over `counts` tokens of each row; returns [T, D]."""
-        query_start_loc = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        seq_lens = (positions[query_start_loc[1:] - 1] + 1).to(torch.int32)
-        # Not repeat_interleave, which starts all threads.
-        row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
-        block = block_table[row, positions // self.block_size].long()
-        slot_mapping = block * self.block_size + positions % self.block_size
-        _, metadata = self.build_per_group_and_layer_attn_metadata(
-            CommonAttentionMetadata(
-                query_start_loc=query_start_loc,
-                query_start_loc_cpu=query_start_loc,
-                seq_lens=seq_lens,
-                seq_lens_cpu_upper_bound=seq_lens,
-                num_reqs=len(counts),
-                num_actual_tokens=len(positions),
-                max_query_len=max(counts),
-                max_seq_len=int(seq_lens.max()),
-                block_table_tensor=block_table,
-                slot_mapping=slot_mapping,
-                causal=True,
-            )
-        )
-        if self.uses_mrope:
-            on_axes = mrope_positions(axes, positions, counts)
-            positions = positions.expand(3, -1) if on_axes is None else on_axes
-        with set_forward_context(
-            metadata,
-            self.vllm_config,
-            num_tokens=len(token_ids),
-            slot_mapping=dict.fromkeys(metadata, slot_mapping),
-        ):
-            return self.model(
-                # The dtype that vLLM compiled the layer for: it drops the guards against others.
-                input_ids=token_ids.to(self.input_ids.dtype),
-                positions=positions,
-                hidden_states=hidden_states,
-            )

@@ -15,9 +15,11 @@ for up to k tokens too long, does not support min_p and logit_bias, and on a CPU
 uninitialised temperatures.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -32,6 +34,35 @@ from qwen3next_plugin.engines.vllm.speculation.thinking_budgets import (
 )
 
 NO_TOKEN = -1  # vLLM's value for a position that yields no token
+
+
+def drafts_and_rows(runner: Any) -> Callable[..., SpecDecodeMetadata]:
+    """In place of vLLM's method: the drafts, and which tokens have a row of logits.
+
+    `CoupledSampler` reads no more than that.
+    """
+    none = torch.empty(0, dtype=torch.int32)
+
+    def metadata(
+        num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        """Shapes: [N] each. A request's rows are its last token and those before it, its drafts."""
+        counts = num_draft_tokens + 1
+        ends = np.cumsum(counts)
+        in_request = np.arange(ends[-1]) - np.repeat(ends - counts, counts)  # [rows]
+        tokens = np.repeat(cu_num_scheduled_tokens - counts, counts) + in_request
+        drafts = runner.input_ids.np[tokens[in_request > 0]]
+        return SpecDecodeMetadata(
+            draft_token_ids=torch.from_numpy(drafts),
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=none,
+            cu_num_sampled_tokens=none,
+            target_logits_indices=none,
+            bonus_logits_indices=none,
+            logits_indices=torch.from_numpy(tokens),
+        )
+
+    return metadata
 
 
 class CoupledSampler:

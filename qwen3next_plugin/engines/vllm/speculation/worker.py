@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
-from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
-from qwen3next_plugin.engines.vllm.speculation.verify import NO_TOKEN, CoupledSampler
+from qwen3next_plugin.engines.vllm.speculation.verify import (
+    NO_TOKEN,
+    CoupledSampler,
+    drafts_and_rows,
+)
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -44,7 +46,7 @@ class Worker(CPUWorker):
             _add_missing_processors(runner.input_batch.logitsprocs, runner)
             if self.parallel_config.data_parallel_size == 1:
                 runner.drafter = Drafter(self.vllm_config, self.device, runner)
-                runner._calc_spec_decode_metadata = _brief(runner._calc_spec_decode_metadata)
+                runner._calc_spec_decode_metadata = drafts_and_rows(runner)
                 runner._update_states_after_model_execute = _count_accepted(runner)
                 # Near the longest context vLLM skips drafting for the whole batch. Our drafter
                 # drafts less for that one request instead.
@@ -81,22 +83,6 @@ class Worker(CPUWorker):
             return super().sample_tokens(grammar_output)
 
 
-def _brief(host: Callable[..., SpecDecodeMetadata]) -> Callable[..., SpecDecodeMetadata]:
-    """vLLM's method, with no more than is read in a step without drafts: its logits' places."""
-    none = torch.empty(0, dtype=torch.int32)
-
-    def metadata(
-        num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
-    ) -> SpecDecodeMetadata:
-        if num_draft_tokens.any():
-            return host(num_draft_tokens, cu_num_scheduled_tokens)
-        ends = torch.from_numpy(cu_num_scheduled_tokens - 1)
-        zeros = [0] * len(ends)
-        return SpecDecodeMetadata(none, zeros, none, none, none, none, logits_indices=ends)
-
-    return metadata
-
-
 def _count_accepted(runner: Any) -> Callable[..., None]:
     """vLLM's method, with no more than accepted counts in a step whose drafts fill no block.
 
@@ -109,7 +95,7 @@ def _count_accepted(runner: Any) -> Callable[..., None]:
         if width > 1 and _may_fill_a_block(runner, count):
             host(output_token_ids, scheduler_output)
             return
-        accepted = 1 if width == 1 else (output_token_ids != NO_TOKEN).sum(1).numpy()
+        accepted = 1 if width == 1 else (output_token_ids.numpy() != NO_TOKEN).sum(1)
         runner.num_accepted_tokens.np[:count] = accepted
         runner.input_batch.num_accepted_tokens_cpu[:count] = accepted
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -57,24 +58,39 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Step:
-        """Build the step of this batch. A row's slot is column 0 of its block table."""
+        """Build the step of this batch."""
         common = common_attn_metadata
-        slots = mamba_get_block_table_tensor(
+        rows: dict[str, Any] = {
+            "query_start_loc": common.query_start_loc,
+            "seq_lens": common.seq_lens,
+            "num_tokens": common.num_actual_tokens,
+            "max_query_len": common.max_query_len,
+        }
+        if self.on_device is not None:
+            return self.on_device.build(**rows, slot=self._slots(common))
+        slot = self._slots_on_cpu(common)
+        return build_step(**rows, slot=slot, num_slots=self.cache_config.num_gpu_blocks)
+
+    def _slots(self, common: CommonAttentionMetadata) -> torch.Tensor:
+        """The page of each row [N]."""
+        table = mamba_get_block_table_tensor(
             common.block_table_tensor,
             common.seq_lens,
             self.kv_cache_spec,
             self.cache_config.mamba_cache_mode,
         )
-        rows: dict[str, Any] = {
-            "query_start_loc": common.query_start_loc,
-            "seq_lens": common.seq_lens,
-            "slot": slots[:, 0],
-            "num_tokens": common.num_actual_tokens,
-            "max_query_len": common.max_query_len,
-        }
-        if self.on_device is not None:
-            return self.on_device.build(**rows)
-        return build_step(**rows, num_slots=self.cache_config.num_gpu_blocks)
+        return table[:, 0]
+
+    def _slots_on_cpu(self, common: CommonAttentionMetadata) -> torch.Tensor:
+        """The same in fewer operators: with vLLM's prefix cache ("align") it is the page of the
+        block that a row's last token is in.
+        """
+        table = common.block_table_tensor.numpy()
+        if self.cache_config.mamba_cache_mode == "none":
+            return torch.from_numpy(table[:, 0])
+        last = np.maximum(common.seq_lens.numpy() - 1, 0)
+        block = last // self.kv_cache_spec.block_size
+        return torch.from_numpy(table[np.arange(len(table)), block])
 
 
 class GatedDeltaNetBackend(AttentionBackend):
