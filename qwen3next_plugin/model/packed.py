@@ -80,10 +80,11 @@ def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
         raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
 
 
-def pack_plain(layer: nn.Module) -> Packed:
-    """Pack a layer's weight [N, K] in bf16, and drop the plain one."""
+def pack_plain(layer: nn.Module, *, as_int8: bool = False) -> Packed:
+    """Pack a layer's weight [N, K] in bf16 or int8, and drop the plain one."""
     assert isinstance(layer.weight, Tensor)
-    packed = Packed(pack_bf16(layer.weight.data))
+    weight = layer.weight.data
+    packed = Packed(_as_int8(weight) if as_int8 else pack_bf16(weight))
     drop_plain(layer)
     return packed
 
@@ -105,20 +106,20 @@ def pack_head(weight: Tensor) -> Packed:
 
     Shapes: weight [N, K], which stays as it is.
     """
-    if env.quantise() is None:
-        return Packed(pack_bf16(weight))
-    values, scale = quantise_rows(weight)
-    return Packed(pack_int8(values, scale[:, None]))
+    return Packed(pack_bf16(weight) if env.quantise() is None else _as_int8(weight))
 
 
-def pack(tensors: Mapping[str, Tensor], form: Format) -> Packed:
-    """Shapes: those of `Format.tensors(N, K)`, or of experts with a leading E."""
+def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) -> Packed:
+    """Pack tensors of a format, those in bf16 as int8 if asked.
+
+    Shapes: those of `Format.tensors(N, K)`, or of experts with a leading E
+    """
     if tensors["weight"].dim() == 2:
-        return Packed(_pack(tensors, form))
+        return Packed(_pack(tensors, form, as_int8))
     E = len(tensors["weight"])
     whole: Weight | None = None
     for e in range(E):  # one by one: packing takes several times the memory of what is packed
-        one = _pack({name: tensor[e] for name, tensor in tensors.items()}, form)
+        one = _pack({name: tensor[e] for name, tensor in tensors.items()}, form, as_int8)
         if whole is None:
             whole = Weight(
                 format=one.format,
@@ -143,12 +144,14 @@ def parameters(form: Format, rows: int, columns: int, *experts: int) -> dict[str
     }
 
 
-def pack_parameters(layer: nn.Module, form: Format, prefix: str = "") -> Packed:
-    """Pack a layer's parameters, and drop them."""
+def pack_parameters(
+    layer: nn.Module, form: Format, prefix: str = "", *, as_int8: bool = False
+) -> Packed:
+    """Pack a layer's parameters, those in bf16 as int8 if asked, and drop them."""
     tensors = {name: getattr(layer, prefix + name).data for name in form.names}
     for name in tensors:
         delattr(layer, prefix + name)
-    packed = pack(tensors, form)
+    packed = pack(tensors, form, as_int8=as_int8)
     tensors.clear()
     give_back_freed()
     return packed
@@ -179,10 +182,15 @@ def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
         )
 
 
-def _pack(tensors: Mapping[str, Tensor], form: Format) -> Weight:
+def _as_int8(weight: Tensor) -> Weight:
+    values, scale = quantise_rows(weight)
+    return pack_int8(values, scale[:, None])
+
+
+def _pack(tensors: Mapping[str, Tensor], form: Format, as_int8: bool) -> Weight:
     weight = tensors["weight"]
     if form.name == "bf16":
-        return pack_bf16(weight)
+        return _as_int8(weight) if as_int8 else pack_bf16(weight)
     scale = tensors["weight_scale"]
     if form.name == "int4":
         return pack_int4(nibbles(weight), scale, tensors.get("weight_zero"))

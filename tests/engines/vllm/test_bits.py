@@ -61,6 +61,13 @@ def test_together_and_with_drafts(engine, prompts, alone, drafts):
         assert one.prompt_logprobs == other.prompt_logprobs
 
 
+def test_drafts_read_no_more_than_the_router_and_the_input_in_bf16(engine):
+    formats = engine.inside("packed")
+    assert formats["MTP"] > {"bf16"}
+    if formats["trunk"] == {"bf16"}:
+        assert formats["MTP"] == {"bf16", "int8"}
+
+
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_after_a_cache_hit(engine, prompts, alone, drafts):
     """Of two requests the second finds the prompt, and its first tokens, in the prefix cache."""

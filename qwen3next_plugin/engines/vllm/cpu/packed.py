@@ -84,6 +84,7 @@ class PackedExperts(FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, found: Mapping[str, Format]) -> None:
         super().__init__(moe)
         self.formats = found
+        self.drafts = False  # a drafter's: what is in bf16 is packed as int8
 
     def create_weights(
         self,
@@ -106,7 +107,8 @@ class PackedExperts(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         for which, form in self.formats.items():
-            setattr(layer, f"{which}_packed", pack_parameters(layer, form, f"{which}_"))
+            packed = pack_parameters(layer, form, f"{which}_", as_int8=self.drafts)
+            setattr(layer, f"{which}_packed", packed)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: our kernel asks vLLM for nothing."""

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.platforms import current_platform
 
+from qwen3next_plugin.engines.vllm.cpu.packed import PackedExperts
 from qwen3next_plugin.model.packed import drop_plain, pack_head, pack_plain, packs_head, packs_plain
 
 if TYPE_CHECKING:
@@ -30,19 +32,31 @@ def _packs(layer: nn.Module) -> bool:
 class PackedProjection(UnquantizedLinearMethod):
     """vLLM's unquantised projection, with our product."""
 
+    def __init__(self, *, as_int8: bool = False) -> None:
+        super().__init__()
+        self.as_int8 = as_int8
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = pack_plain(layer)
+        layer.packed = pack_plain(layer, as_int8=self.as_int8)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.packed(x, bias)
 
 
-def use_packing(model: nn.Module) -> None:
-    """Make vLLM pack a model's unquantised projections for our kernel, where that is chosen."""
+def use_packing(model: nn.Module, drafting: nn.Module | None = None) -> None:
+    """Make vLLM pack a model's unquantised projections for our kernel, where that is chosen.
+
+    Those in `drafting`, but for routers, and its experts become int8: a draft is bound by reading
+    weights, and one that is wrong costs speed alone.
+    """
+    within = set() if drafting is None else set(drafting.modules())
     for layer in model.modules():
-        plain = type(getattr(layer, "quant_method", None)) is UnquantizedLinearMethod
-        if plain and _packs(layer):
-            layer.quant_method = PackedProjection()
+        method = getattr(layer, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod and _packs(layer):
+            as_int8 = layer in within and not isinstance(layer, GateLinear)
+            layer.quant_method = PackedProjection(as_int8=as_int8)
+        elif isinstance(method, PackedExperts):
+            method.drafts = layer in within
 
 
 class PlainEmbedding(UnquantizedEmbeddingMethod):
