@@ -62,10 +62,23 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
   return unit;
 }
 
+#if defined(__AVX512VNNI__)
+// Orders n integers as Bytes takes them: of each eight the upper bytes, then the lower ones.
+inline void split(int16_t* x, int64_t n) {
+  const __m512i places =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const __m512i integers = _mm512_loadu_si512(x + i);
+    _mm512_storeu_si512(x + i, _mm512_shuffle_epi8(integers, places));
+  }
+}
+#endif
+
 // Integers for int8 and int4. 15 bits hold a bf16 exactly down to 1/128 of its block's largest;
 // fp32 gets two terms of 14, since rounding may carry.
 template <class T>
-void write_integers(Activations& a, const T* x, int64_t K, int64_t m) {
+void write_integers(Activations& a, const T* x, int64_t K, int64_t m,
+                    [[maybe_unused]] bool as_bytes) {
   constexpr int kTerms = sizeof(T) == 4 ? 2 : 1, kBits = sizeof(T) == 4 ? 14 : 15;
   alignas(64) float rest[kLargestBlock];
   for (int64_t b = 0; b < a.blocks; ++b) {
@@ -78,6 +91,9 @@ void write_integers(Activations& a, const T* x, int64_t K, int64_t m) {
       int16_t* out = reinterpret_cast<int16_t*>(a.words.data() + row * a.width) + b * a.block;
       a.steps[row * a.blocks + b] =
           round_block(rest, out, &a.sums[row * a.blocks + b], a.block, kBits);
+#if defined(__AVX512VNNI__)
+      if (as_bytes) split(out, a.block);
+#endif
     }
   }
 }
@@ -101,7 +117,7 @@ Activations activations(const T* x, int64_t M, int64_t stride, const Packed& w) 
   a.sums.resize(M * terms * a.blocks);
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {
-      write_integers(a, x + m * stride, w.K, m);
+      write_integers(a, x + m * stride, w.K, m, w.format == kInt4);
     } else {
       write_floats(a, x + m * stride, w.K, m, scale);
     }

@@ -60,7 +60,6 @@ inline void set_floats(TileRows::Row to, int64_t steps, const bf16* x, int64_t K
 }
 
 constexpr int64_t kChunkSteps = kChunkColumns / kStepColumns;
-constexpr int64_t kFewSteps = 4;                 // of FP8, decoded at a time for few rows: a group
 constexpr int64_t kTileBytes = kHeight * kLine;  // of a step's columns of the weight
 constexpr int64_t kAhead = 2048;                 // bytes by which FP8 is read before it is decoded
 
@@ -234,21 +233,82 @@ Q3N_TILES inline void add_chunk(float* totals, const Packed& w, const Tiles& til
   }
 }
 
-// totals [panels, count, kPanelWidth] = the panels' products with a run of x's rows. Of many rows,
-// all panels take a chunk of columns before any takes the next one, so that x's stays in the
-// second-level cache. FP8 is decoded to bf16 chunk by chunk.
-Q3N_TILES inline void multiply(float* totals, const Packed& w, std::span<const Tiles> panels,
-                               const TileRows& x, int64_t begin, int64_t count) {
-  static_assert(kPanelTiles == 2 && kParts == 1);
+// A step of FP8 of both tiles of a panel, decoded.
+using CodedStep = uint8_t[kPanelTiles][kTileBytes];
+
+Q3N_TILES inline void decode_step(CodedStep& out, const Packed& w, const Tiles& tiles, int64_t s) {
+  constexpr int64_t kLines = kTileBytes / 2 / kLine;
+  for (int p = 0; p < kPanelTiles; ++p) {
+    decode_fp8(out[p], w.tile(tiles[p]) + s * kLines * kLine, kLines);
+  }
+}
+
+// Adds the products of a step to tiles 0 to 3.
+template <bool kTwo>
+Q3N_TILES void add_step(const CodedStep& w, const void* x0, const void* x1) {
+  asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
+  _tile_loadd(4, x0, kLine);
+  _tile_loadd(6, w[0], kLine);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, w[1], kLine);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kTwo) {
+    _tile_loadd(5, x1, kLine);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  asm volatile("" ::: "memory");  // nor that the next step is decoded after it
+}
+
+// totals [count, kPanelWidth] = the panel's products with few rows, in FP8. A step is decoded while
+// tiles multiply the one before; the sums of a block are added while the next one is multiplied.
+template <bool kTwo>
+Q3N_TILES void multiply_coded(float* totals, const Packed& w, const Tiles& tiles,
+                              const TileRun& run) {
+  constexpr int64_t kRow = kPanelWidth * sizeof(float);
+  alignas(64) CodedStep decoded[2];
+  alignas(64) float sums[2][kPairHeight * kPanelWidth];
+  const int64_t steps = run.x.steps;
+  const int64_t height0 = std::min(kHeight, run.count), height1 = run.count - height0;
+  const uint8_t *x0 = run.x.tile(run.begin), *x1 = run.x.tile(run.begin + height0);
+  configure(height0, height1);
+  if (steps) decode_step(decoded[0], w, tiles, 0);
+  for (int64_t s = 0; s < steps; ++s, x0 += height0 * kLine, x1 += height1 * kLine) {
+    if (s % run.block == 0) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (kTwo) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    }
+    if (s + 1 < steps) decode_step(decoded[(s + 1) % 2], w, tiles, s + 1);
+    add_step<kTwo>(decoded[s % 2], x0, x1);
+    if ((s + 1) % run.block) continue;
+    const int64_t block = s / run.block;
+    float* const to = w.group ? sums[block % 2] : totals;
+    _tile_stored(0, to, kRow);
+    _tile_stored(1, to + kTileWidth, kRow);
+    if constexpr (kTwo) {
+      _tile_stored(2, to + kHeight * kPanelWidth, kRow);
+      _tile_stored(3, to + kHeight * kPanelWidth + kTileWidth, kRow);
+    }
+    asm volatile("" ::: "memory");
+    if (w.group && block) add_scaled(totals, sums[1 - block % 2], run.count, w, tiles, block - 1);
+  }
+  const int64_t last = w.blocks - 1;
+  if (w.group) add_scaled(totals, sums[last % 2], run.count, w, tiles, last);
+}
+
+// The same of a run of many rows, or of weights that are not coded. All panels take a chunk of
+// columns before any takes the next one, so that x's stays in the second-level cache. FP8 is
+// decoded to bf16 chunk by chunk.
+Q3N_TILES inline void multiply_chunks(float* totals, const Packed& w, std::span<const Tiles> panels,
+                                      const TileRun& run, int64_t chunk) {
   const bool coded = w.format == kFp8;
-  const bool once = count <= kPairHeight;  // each step of the weight is read once
-  const int64_t chunk = !once ? kChunkSteps : coded ? kFewSteps : x.steps;
-  const TileRun run{x, begin, count, w.group ? w.group / kStepColumns : chunk};
-  const int64_t size = count * kPanelWidth;
   alignas(64) thread_local uint8_t decoded[kPanelTiles][kChunkSteps * kTileBytes];
-  if (w.group) std::memset(totals, 0, panels.size() * size * sizeof *totals);
-  for (int64_t s = 0; s < x.steps; s += chunk) {
-    const int64_t last = std::min(s + chunk, x.steps);
+  for (int64_t s = 0; s < run.x.steps; s += chunk) {
+    const int64_t last = std::min(s + chunk, run.x.steps);
     for (size_t q = 0; q < panels.size(); ++q) {
       const uint8_t* lines[kPanelTiles];
       for (int p = 0; p < kPanelTiles; ++p) {
@@ -256,8 +316,25 @@ Q3N_TILES inline void multiply(float* totals, const Packed& w, std::span<const T
         if (coded)
           decode_fp8(decoded[p], lines[p], (last - s) * kHeight / 2), lines[p] = decoded[p];
       }
-      add_chunk(totals + q * size, w, panels[q], lines, run, s, last);
+      add_chunk(totals + q * run.count * kPanelWidth, w, panels[q], lines, run, s, last);
     }
+  }
+}
+
+// totals [panels, count, kPanelWidth] = the panels' products with a run of x's rows.
+Q3N_TILES inline void multiply(float* totals, const Packed& w, std::span<const Tiles> panels,
+                               const TileRows& x, int64_t begin, int64_t count) {
+  static_assert(kPanelTiles == 2 && kParts == 1);
+  const bool coded = w.format == kFp8;
+  const bool once = count <= kPairHeight;  // each step of the weight is read once
+  const int64_t chunk = once ? x.steps : kChunkSteps, size = count * kPanelWidth;
+  const TileRun run{x, begin, count, w.group ? w.group / kStepColumns : chunk};
+  if (w.group) std::memset(totals, 0, panels.size() * size * sizeof *totals);
+  if (coded && once) {
+    const auto multiply = count > kHeight ? multiply_coded<true> : multiply_coded<false>;
+    for (size_t q = 0; q < panels.size(); ++q) multiply(totals + q * size, w, panels[q], run);
+  } else {
+    multiply_chunks(totals, w, panels, run, chunk);
   }
   _tile_release();
   if (coded && !w.group) multiply_by_scales(totals, w, panels, count);

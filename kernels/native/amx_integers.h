@@ -19,11 +19,12 @@ inline bool by_byte_tiles(const Packed& w, int64_t rows) {
 
 inline int64_t byte_columns(const Packed& w) { return std::min(w.block, kByteColumns); }
 
-// The column of x that is multiplied with the weight's column j as decode_bytes leaves it.
-constexpr int column_at(Format format, int j) {
-  constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
-  return format == kInt4 ? j / 8 * 8 + kOrder[j % 8] : j;
+// Where the upper byte of x is that is multiplied with the weight's column j as decode_bytes leaves
+// it, and how far behind it the lower one: see `split`.
+constexpr int upper_at(Format format, int j) {
+  return format == kInt4 ? j / 8 * 16 + j % 8 : 2 * j + 1;
 }
+constexpr int lower_after(Format format) { return format == kInt4 ? 8 : -1; }
 
 // The places of a step's bytes, upper then lower, among `columns` integers.
 template <Format kFormat, int kColumns>
@@ -32,8 +33,8 @@ struct BytePlaces {
 
   constexpr BytePlaces() : upper(), lower() {
     for (int j = 0; j < 64; ++j) {
-      const int column = column_at(kFormat, j % kColumns);
-      upper[j] = 2 * column + (j < kColumns), lower[j] = 2 * column;
+      const int at = upper_at(kFormat, j % kColumns), after = lower_after(kFormat);
+      upper[j] = at + (j < kColumns ? 0 : after), lower[j] = at + after;
     }
   }
 };

@@ -28,9 +28,11 @@ struct Integers {
   using Value = i16v;
   using Sum = i32v;
   static constexpr int64_t kColumns = 2;  // of a word of x
-  static Value spread(int32_t x) { return (i16v)(x + i32v{}); }
+  static constexpr int kWords = 1;        // of x in a step
+  static Value spread(const int32_t* x, int64_t s) { return (i16v)(x[s] + i32v{}); }
   static Sum add(Value w, Value x, Sum c) { return add_products(w, x, c); }
-  static f32v real(Sum s) { return __builtin_convertvector(s, f32v); }
+  using Total = i32v;
+  static Total total(Sum s) { return s; }
 };
 
 // Sums in fp32; a word of x is one column.
@@ -42,12 +44,41 @@ struct Floats {
   using Value = f32v;
   using Sum = f32v;
   static constexpr int64_t kColumns = 1;
-  static Value spread(int32_t x) { return (f32v)(x + i32v{}); }
+  static constexpr int kWords = 1;
+  static Value spread(const int32_t* x, int64_t s) { return (f32v)(x[s] + i32v{}); }
   static Sum add(Value w, Value x, Sum c) { return fma(w, x, c); }
-  static f32v real(Sum s) { return s; }
+  using Total = f32v;
+  static Total total(Sum s) { return s; }
 };
 
-// Each format has kSteps words of columns in a line; `decode` yields them for one part of the rows.
+#if defined(__AVX512VNNI__)
+// Sums in int32 of products of bytes, four columns of a row in each lane: weights of 7 bits without
+// a sign with x's upper bytes, and with its lower ones. `split` says where x has them.
+struct Bytes {
+  using Family = Bytes;
+  static constexpr bool kDecoded = false;
+  static constexpr bool kExact = true;
+  static constexpr int64_t kLineBytes = kLine;
+  using Value = i32v;
+  struct Pair {
+    i32v upper, lower;
+    Pair operator+(Pair other) const { return {upper + other.upper, lower + other.lower}; }
+  };
+  using Sum = Pair;
+  static constexpr int64_t kColumns = 2;
+  static constexpr int kWords = 2;
+  using Total = i32v;
+  static Pair spread(const int32_t* x, int64_t s) { return {x[s] + i32v{}, x[2 + s] + i32v{}}; }
+  static Sum add(Value w, Pair x, Sum c) {
+    return {(i32v)_mm512_dpbusd_epi32((__m512i)c.upper, (__m512i)w, (__m512i)x.upper),
+            (i32v)_mm512_dpbusd_epi32((__m512i)c.lower, (__m512i)x.lower, (__m512i)w)};
+  }
+  static Total total(Sum s) { return (s.upper << 8) + s.lower; }
+};
+#endif
+
+// Each format has kSteps values in a line, each for kWords words of x; `decode` yields those of one
+// part of the rows.
 struct Int8 : Integers {
   static constexpr int kSteps = 2;
   static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
@@ -57,6 +88,16 @@ struct Int8 : Integers {
   }
 };
 
+#if defined(__AVX512VNNI__)
+struct Int4 : Bytes {
+  static constexpr int kSteps = 2;
+  static void decode(const uint8_t* line, int64_t, Value (&out)[kSteps]) {
+    const w16v words = load_words(line);
+    out[0] = (i32v)words & 0x0f0f0f0f;
+    out[1] = (i32v)(words >> 4) & 0x0f0f0f0f;
+  }
+};
+#else
 struct Int4 : Integers {
   static constexpr int kSteps = 4;
   static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
@@ -67,6 +108,7 @@ struct Int4 : Integers {
     out[3] = (i16v)(words >> 12);
   }
 };
+#endif
 
 // e4m3 as fp32 with the exponent's bits where they are: 2^-120 of the value, so denormals count.
 struct Fp8 : Floats {
@@ -104,7 +146,9 @@ struct Decoded : F {
 };
 
 template <class F>
-constexpr int64_t kLineColumns = F::kSteps * F::kColumns;
+constexpr int64_t kLineWords = F::kSteps * F::kWords;
+template <class F>
+constexpr int64_t kLineColumns = kLineWords<F> * F::kColumns;
 
 // Fp8's values are 2^-120 of what they stand for, so x is multiplied by 2^60, and sums by 2^60.
 constexpr float kFp8Scale = 0x1p60f;
@@ -129,6 +173,7 @@ struct Packed {
   ScalarType scale_dtype;
   const uint8_t* zeros;  // or null
   Format format;
+  int32_t offset;  // the zero point without zero points
   int64_t N, K, group, block, blocks, groups, tiles, tile_bytes;
 
   Packed(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
@@ -138,6 +183,7 @@ struct Packed {
         scale_dtype(scale.scalar_type()),
         zeros(zero ? read<uint8_t>(*zero) : nullptr),
         format(static_cast<Format>(format)),
+        offset(format == kInt4 ? 8 : 0),
         N(N),
         K(K),
         group(group),
@@ -158,9 +204,9 @@ struct Packed {
     if (scale_dtype == ScalarType::Half) return load(static_cast<const fp16*>(scales) + i);
     return load(static_cast<const bf16*>(scales) + i);
   }
-  // The zero points of a group, or 8 for int4 without, or 0.
+  // The zero points of a group.
   i32v zero(int64_t t, int64_t g, int64_t part) const {
-    if (!zeros) return (format == kInt4 ? 8 : 0) + i32v{};
+    if (!zeros) return offset + i32v{};
     typedef uint8_t u8v __attribute__((vector_size(kLanes)));
     u8v z;
     std::memcpy(&z, zeros + entry(t, groups == 1 ? 0 : g, part), sizeof z);

@@ -14,7 +14,7 @@ template <class F>
 constexpr int kPassRows = (kLanes == 16  ? 8
                            : kLanes == 8 ? 4
                                          : 2) /
-                          (F::kExact ? 1 : 2);
+                          (F::kExact ? F::kWords : 2);
 constexpr int kPanelTiles = kLanes == 16 ? 2 : 1;
 constexpr int64_t kPanelWidth = kPanelTiles * kTileWidth;
 constexpr int64_t kChunkColumns = 512;  // decoded at a time, for the first-level cache
@@ -30,7 +30,7 @@ constexpr int kChains = F::kExact && T > 2 ? 1 : 2;
 
 // sum[v][t] = the products of `lines` lines with the words of x, v being tile and part.
 template <class F, int T>
-Q3N_INLINE inline void sum_lines(typename F::Sum (&sum)[kPanelTiles * kParts][T],
+Q3N_INLINE inline void sum_lines(typename F::Total (&sum)[kPanelTiles * kParts][T],
                                  const uint8_t* const (&line)[kPanelTiles], int64_t lines,
                                  const int32_t* const (&x)[T]) {
   constexpr int kVectors = kPanelTiles * kParts, kC = kChains<F, T>;
@@ -42,7 +42,7 @@ Q3N_INLINE inline void sum_lines(typename F::Sum (&sum)[kPanelTiles * kParts][T]
     });
     repeat<F::kSteps>(F::kSteps, [&](int64_t s) Q3N_INLINE {
       repeat<T>(T, [&](int64_t t) Q3N_INLINE {
-        const typename F::Value xs = F::spread(x[t][l * F::kSteps + s]);
+        const auto xs = F::spread(x[t] + l * kLineWords<F>, s);
         repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
           chain[v][t][s % kC] = F::add(w[v][s], xs, chain[v][t][s % kC]);
         });
@@ -51,7 +51,7 @@ Q3N_INLINE inline void sum_lines(typename F::Sum (&sum)[kPanelTiles * kParts][T]
   }
   repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
     repeat<T>(T, [&](int64_t t) Q3N_INLINE {
-      sum[v][t] = kC == 1 ? chain[v][t][0] : chain[v][t][0] + chain[v][t][kC - 1];
+      sum[v][t] = F::total(kC == 1 ? chain[v][t][0] : chain[v][t][0] + chain[v][t][kC - 1]);
     });
   });
 }
@@ -70,17 +70,21 @@ void add_blocks(float* const (&total)[T], const Packed& w, const Tiles& tiles,
       line[p] = lines[p] + (b - first) * block_lines * F::kLineBytes;
     const int32_t* x[T];
     for (int t = 0; t < T; ++t) x[t] = a.row(rows[t]) + b * w.block / F::kColumns;
-    typename F::Sum sum[kVectors][T];
+    typename F::Total sum[kVectors][T];
     sum_lines<F, T>(sum, line, block_lines, x);
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const int64_t tile = tiles[v / kParts], part = v % kParts;
       const f32v scale = w.group ? w.scale(tile, b, part) : splat(1.0f);
-      const i32v zero = w.zero(tile, b, part);
+      const i32v zero = w.zeros ? w.zero(tile, b, part) : i32v{};
       repeat<T>(T, [&](int64_t t) Q3N_INLINE {
         auto products = sum[v][t];
-        if constexpr (F::kColumns == 2) products -= zero * (a.sum(rows[t])[b] + i32v{});
+        if constexpr (F::kExact) {
+          const int32_t of_x = a.sum(rows[t])[b];
+          products -= w.zeros ? zero * of_x : w.offset * of_x + i32v{};
+        }
         float* to = total[t] + v * kLanes;
-        const f32v term = F::real(products) * scale * splat(a.step(rows[t])[b]);
+        const f32v term =
+            __builtin_convertvector(products, f32v) * scale * splat(a.step(rows[t])[b]);
         store(to, load(to) + term);
       });
     });
