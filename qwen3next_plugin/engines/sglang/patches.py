@@ -320,11 +320,20 @@ OVERRIDES: tuple[Entry, ...] = (
     ),
     Override(
         target="sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend"
-        "._build_extend_metadata",
+        ".init_forward_metadata",
         file="cpu/attention.py",
         parameters=("self", "forward_batch"),
-        reason="SGLang verifies as many tokens of one request as of another",
+        reason="SGLang verifies as many tokens of one request as of another, and prepares buffers "
+        "that our kernel does not need",
         remove_when="SGLang's CPU backend reads lengths of their own",
+    ),
+    Override(
+        target="sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.forward_extend",
+        file="cpu/attention.py",
+        parameters=("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "sinks"),
+        reason="SGLang's two operators ask for what any model may need, which takes longer than "
+        "to attend where a step is short",
+        remove_when="SGLang lets a CPU backend name its kernel",
     ),
     Override(
         target="sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",

@@ -41,6 +41,13 @@ OVERRIDDEN = {
             "update_verify_buffers_to_fill_after_draft": ["self", "spec_info", "cuda_graph_bs"],
         },
     },
+    "srt/layers/attention/intel_amx_backend.py": {
+        "IntelAMXAttnBackend": {
+            "init_forward_metadata": ["self", "forward_batch"],
+            "forward_extend": ["self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"],
+            "forward_decode": ["self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"],
+        },
+    },
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
         "HybridLinearAttnBackend": {
             "__init__": ["self", "full_attn_backend", "linear_attn_backend", "full_attn_layers"],
@@ -136,6 +143,9 @@ CALLED = {
         "eager_on_graph": ["fn", "capture_stub"],
     },
     "srt/layers/attention/attention_registry.py": {"register_attention_backend": ["name"]},
+    "srt/layers/attention/intel_amx_backend.py": {
+        "_build_extend_metadata": ["self", "forward_batch"],
+    },
     "srt/configs/mamba_utils.py": {"mamba2_state_dtype": ["config"]},
     "srt/lora/utils.py": {"generate_sequence_lengths": ["forward_batch", "device"]},
     "srt/layers/sampler.py": {

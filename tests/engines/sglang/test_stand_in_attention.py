@@ -1,6 +1,7 @@
 """The stand-in's attention operators, as SGLang's CPU attention backend calls them."""
 
 from importlib import import_module
+from types import SimpleNamespace as Bag
 
 import pytest
 import torch
@@ -167,3 +168,22 @@ def test_a_window_wider_than_the_sequences_is_none():
     decode(pool, q, plain, new, new, loc)
     decode(pool, q, windowed, new, new, loc, sliding_window_size=4)
     assert torch.equal(plain, windowed)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("Qwen3NextForCausalLM", "AttentionBackend"),
+        ("Qwen3NextForCausalLMMTP", "AttentionBackend"),
+        ("Qwen3MoeForCausalLM", "IntelAMXAttnBackend"),
+    ],
+)
+def test_other_models_keep_what_checks_their_options(monkeypatch, architecture, name):
+    pytest.importorskip("sglang")
+    from sglang.srt.layers.attention.intel_amx_backend import IntelAMXAttnBackend
+
+    from qwen3next_plugin.engines.sglang.cpu.attention_backend import make_backend
+
+    monkeypatch.setattr(IntelAMXAttnBackend, "__init__", lambda self, runner: None)
+    config = Bag(hf_config=Bag(architectures=[architecture]))
+    assert type(make_backend(Bag(model_config=config))).__name__ == name

@@ -1,14 +1,14 @@
-"""SGLang's CPU attention backend under a second name, for processors without AMX.
+"""An attention backend of our name, for any CPU: SGLang chooses its own with AMX only.
 
-SGLang's backend plans extend, decode, verification and drafts around two kernels of `sgl_kernel`.
-SGLang chooses it with AMX only, but our versions of the two kernels run on any CPU. Remove when
-SGLang has an attention backend that drafts on every CPU, chains of different lengths included.
+Our models get ours (attention.py). Others get SGLang's, around two kernels of `sgl_kernel`, which
+the stand-in has for any CPU. Remove when SGLang has an attention backend that drafts on every CPU,
+chains of different lengths included.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, HOST_BACKEND
+from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, HOST_BACKEND, is_ours
 
 
 def register_attention_backend() -> None:
@@ -20,10 +20,15 @@ def register_attention_backend() -> None:
     # Its kernels give a row the same bits in any batch, and after a cached prefix.
     choices.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     choices.add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
-    attention_registry.register_attention_backend(ATTENTION_BACKEND)(_make)
+    attention_registry.register_attention_backend(ATTENTION_BACKEND)(make_backend)
 
 
-def _make(runner: Any) -> Any:
+def make_backend(runner: Any) -> Any:
+    """The backend of a model; another's may ask for what our kernel does not compute."""
+    if not is_ours(runner.model_config):
+        from sglang.srt.layers.attention.intel_amx_backend import IntelAMXAttnBackend
+
+        return IntelAMXAttnBackend(runner)
     from qwen3next_plugin.engines.sglang.cpu.attention import AttentionBackend
 
     return AttentionBackend(runner)
@@ -37,6 +42,14 @@ def create_draft_backend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Around `DraftBackendFactory._create_backend`: accept our name for drafts too."""
-    backend_map = {**backend_map, ATTENTION_BACKEND: backend_map[HOST_BACKEND]}
+    """Around `DraftBackendFactory._create_backend`: accept our name for drafts too.
+
+    SGLang's own backend drafts trees: it has one part for each depth (`stamps_children`).
+    """
+
+    def make() -> Any:
+        return HOST_BACKEND, make_backend(factory.draft_model_runner)
+
+    trees = kwargs.get("stamps_children")
+    backend_map = {**backend_map, ATTENTION_BACKEND: backend_map[HOST_BACKEND] if trees else make}
     return host(factory, backend_name, backend_map, *args, **kwargs)
