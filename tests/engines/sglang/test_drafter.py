@@ -290,9 +290,10 @@ def chains(monkeypatch):
 
     passes = []  # (positions, tokens) of each
 
-    def run_layer(runner, *, firsts, token_ids, hidden_states, **_):
+    def run_layer(runner, *, positions, slots, requests, token_ids, hidden_states, **_):
         assert torch.equal(hidden_states, token_ids.float()[:, None])
-        passes.append((firsts, token_ids.tolist()))
+        assert torch.equal(slots, 100 * requests + positions)
+        passes.append((positions.tolist(), token_ids.tolist()))
         return hidden_states + 1
 
     monkeypatch.setattr(module, "run_layer", run_layer)

@@ -160,11 +160,10 @@ def test_chains_of_different_lengths(host):
         )
         chains = RaggedVerifyInput.of(
             [drafts[starts[i] :][: lengths[i]] for i in rows],
-            table=torch.zeros(N, 99).int(),
-            requests=torch.tensor(rows),
-            firsts=[9 + i for i in rows],
+            widths=[lengths[i] for i in rows],
+            positions=torch.tensor([9 + i + j for i in rows for j in range(lengths[i])]),
+            slots=torch.zeros(len(among), dtype=torch.int64),
             axes=[None] * len(rows),
-            same_width=False,
         )
         batch = Bag(forward_mode=Bag(is_idle=lambda: False), sampling_info=info)
         output = Bag(next_token_logits=logits[among].clone())

@@ -9,7 +9,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from qwen3next_plugin.engines.sglang.speculation.images import axes_of
-from qwen3next_plugin.engines.sglang.speculation.passes import run_layer
+from qwen3next_plugin.engines.sglang.speculation.passes import locate, run_layer
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.mtp.pending import Row
 
@@ -25,11 +25,15 @@ class Chains(EagleDraftWorker):
         counts = [len(part) for part in tokens]
         token_ids = torch.cat([part.token_ids for part in tokens])
         self.draft_runner.model.see(token_ids)
+        requests = batch.req_pool_indices[[row.index for row in fed]]
+        table = self.req_to_token_pool.req_to_token
+        positions, slots = locate(table, requests, [part.first for part in tokens], counts)
         hidden_states = run_layer(
             self.draft_runner,
-            requests=batch.req_pool_indices[[row.index for row in fed]],
-            firsts=[part.first for part in tokens],
+            requests=requests,
             counts=counts,
+            positions=positions,
+            slots=slots,
             token_ids=token_ids,
             hidden_states=torch.cat([part.hidden_states for part in tokens]),
             axes=[axes_of(batch.reqs[row.index]) for row in fed],
@@ -39,46 +43,63 @@ class Chains(EagleDraftWorker):
 
     def draft(self, batch: ScheduleBatch, *, with_topology: bool = False) -> RaggedVerifyInput:
         """Extend the first drafts to chains; a request without one has its last token alone."""
-        chains = [[token] for token in batch.spec_info.bonus_tokens.tolist()]
-        firsts = batch.seq_lens.tolist()
-        self._extend(batch, chains, firsts)
+        lengths = [self.lengths.get(request.rid, 0) for request in batch.reqs]
+        widths = [1 + length for length in lengths]
+        # SGLang's grammars and custom logit processors count tokens by one width.
+        if batch.has_grammar or batch.sampling_info.has_custom_logit_processor:
+            widths = [max(widths)] * len(widths)
+        table = self.req_to_token_pool.req_to_token
+        places = locate(table, batch.req_pool_indices, batch.seq_lens.tolist(), widths)
         return RaggedVerifyInput.of(
-            chains,
-            table=self.req_to_token_pool.req_to_token,
-            requests=batch.req_pool_indices,
-            firsts=firsts,
+            self._chains(batch, lengths, [0, *accumulate(widths)], *places),
+            widths=widths,
+            positions=places[0],
+            slots=places[1],
             axes=[axes_of(request) for request in batch.reqs],
-            # SGLang's grammars and custom logit processors count tokens so.
-            same_width=batch.has_grammar or batch.sampling_info.has_custom_logit_processor,
         )
 
-    def _extend(
-        self, batch: ScheduleBatch, chains: Sequence[list[int]], firsts: Sequence[int]
-    ) -> None:
-        """Append to each chain as many drafts as its request makes."""
+    def _chains(
+        self,
+        batch: ScheduleBatch,
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> list[list[int]]:
+        """Each request's last token and its drafts, of which the first is made already.
+
+        Shapes: starts [N + 1] of the T tokens of all chains, positions, slots [T]
+        """
         spec_info: EagleDraftInput = batch.spec_info
-        lengths = [self.lengths.get(request.rid, 0) for request in batch.reqs]
+        chains = [[token] for token in spec_info.bonus_tokens.tolist()]
         drafting = [i for i, length in enumerate(lengths) if length]
-        hidden_states = spec_info.hidden_states[torch.tensor(drafting, dtype=torch.int64)]
-        for i in drafting:
-            chains[i].append(int(spec_info.topk_index[i]))
-        for depth in range(1, max(lengths)):
+        index = torch.tensor(drafting, dtype=torch.int64)
+        state = spec_info.topk_index[index, 0], spec_info.hidden_states[index]
+        requests = batch.req_pool_indices[index]
+        for depth in range(1, 1 + max(lengths)):
+            token_ids, hidden_states = state
+            for i, token in zip(drafting, token_ids.tolist(), strict=True):
+                chains[i].append(token)
             going_on = [at for at, i in enumerate(drafting) if lengths[i] > depth]
+            if not going_on:
+                break
             if len(going_on) < len(drafting):
-                drafting = [drafting[at] for at in going_on]
-                hidden_states = hidden_states[torch.tensor(going_on)]
+                drafting, index = [drafting[at] for at in going_on], torch.tensor(going_on)
+                token_ids, hidden_states = token_ids[index], hidden_states[index]
+                requests = requests[index]
+            at = torch.tensor([starts[i] + depth - 1 for i in drafting])
             hidden_states = run_layer(
                 self.draft_runner,
-                requests=batch.req_pool_indices[torch.tensor(drafting)],
-                firsts=[firsts[i] + depth - 1 for i in drafting],
+                requests=requests,
                 counts=[1] * len(drafting),
-                token_ids=torch.tensor([chains[i][-1] for i in drafting]),
+                positions=positions[at],
+                slots=slots[at],
+                token_ids=token_ids,
                 hidden_states=hidden_states,
                 axes=[axes_of(batch.reqs[i]) for i in drafting],
             )
-            tokens = self.draft_runner.model.get_top_tokens(hidden_states)
-            for i, token in zip(drafting, tokens.tolist(), strict=True):
-                chains[i].append(token)
+            state = self.draft_runner.model.get_top_tokens(hidden_states), hidden_states
+        return chains
 
     def _drafts(
         self, bonus_tokens: torch.Tensor, drafting: list[Row], hidden_states: torch.Tensor
@@ -88,17 +109,18 @@ class Chains(EagleDraftWorker):
         Shapes: bonus_tokens [N], hidden_states [drafting, D] after each one's last token
         """
         N, D = len(bonus_tokens), hidden_states.shape[1]
-        draft = EagleDraftInput(
+        token_ids = torch.zeros(0, dtype=torch.int64)
+        if drafting:
+            token_ids = self.draft_runner.model.get_top_tokens(hidden_states)
+        if len(drafting) < N:
+            index = torch.tensor([row.index for row in drafting], dtype=torch.int64)
+            token_ids = token_ids.new_zeros(N).index_copy_(0, index, token_ids)
+            hidden_states = hidden_states.new_zeros(N, D).index_copy_(0, index, hidden_states)
+        return EagleDraftInput(
             bonus_tokens=bonus_tokens,
-            topk_index=torch.zeros(N, 1, dtype=torch.int64),
+            topk_index=token_ids[:, None],
             topk_p=torch.ones(N, 1),
-            hidden_states=hidden_states.new_zeros(N, D),
+            hidden_states=hidden_states,
             num_tokens_per_req=1,
             num_tokens_for_logprob_per_req=1,
         )
-        if drafting:
-            index = torch.tensor([row.index for row in drafting])
-            tokens = self.draft_runner.model.get_top_tokens(hidden_states)
-            draft.topk_index.index_copy_(0, index, tokens[:, None])
-            draft.hidden_states.index_copy_(0, index, hidden_states)
-        return draft

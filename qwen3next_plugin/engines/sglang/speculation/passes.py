@@ -5,7 +5,6 @@ have; on a small model that takes as long as the layer.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,35 +33,38 @@ def run_layer(
     runner: Any,
     *,
     requests: torch.Tensor,
-    firsts: Sequence[int],
     counts: Sequence[int],
+    positions: torch.Tensor,
+    slots: torch.Tensor,
     token_ids: torch.Tensor,
     hidden_states: torch.Tensor,
     axes: Sequence[Axes | None],
 ) -> torch.Tensor:
-    """Run the MTP layer over `counts` tokens of each request from position `firsts` on.
+    """Run the MTP layer over `counts` consecutive tokens of each request.
 
     Shapes:
-        requests [N] in the table of KV slots, token_ids [T], hidden_states [T, D], axes [N], of
-        requests with images, returns [T, D]
+        requests [N] in the table of KV slots; positions, slots, token_ids [T], hidden_states
+        [T, D], axes [N], of requests with images, returns [T, D]
     """
     backend, model = runner.attn_backend, runner.model
-    ends = [first + count for first, count in zip(firsts, counts, strict=True)]
-    positions, slots = locate(backend.req_to_token_pool.req_to_token, requests, firsts, counts)
     batch = ForwardBatch(
-        forward_mode=ForwardMode.DRAFT_EXTEND_V2,
+        forward_mode=ForwardMode.DECODE,
         batch_size=len(counts),
         input_ids=token_ids,
         positions=positions,
         req_pool_indices=requests,
-        seq_lens=torch.tensor(ends),
-        seq_lens_sum=sum(ends),
+        seq_lens=positions + 1,
+        seq_lens_sum=0,  # no backend of ours reads it
         out_cache_loc=slots,
-        extend_seq_lens=torch.tensor(counts, dtype=torch.int32),
-        extend_start_loc=torch.tensor([0, *accumulate(counts[:-1])], dtype=torch.int32),
         spec_info=EagleDraftExtendInput(hidden_states=hidden_states),
         mrope_positions=mrope_positions(axes, positions, counts),
     )
+    if len(token_ids) > len(counts):
+        lengths = torch.tensor(counts)
+        ends = lengths.cumsum(0)
+        batch.forward_mode = ForwardMode.DRAFT_EXTEND_V2
+        batch.seq_lens = batch.seq_lens[ends - 1]
+        batch.extend_seq_lens, batch.extend_start_loc = lengths.int(), (ends - lengths).int()
     with (
         get_model().override(shared_experts=model.shared_experts_config),
         forward_context(ForwardContext(attn_backend=backend), forward_batch=batch),

@@ -43,8 +43,11 @@ def sample_as_plain(
         return host(verify_input, batch, logits_output, grammar_mask, **options)
     info = batch.sampling_info
     logits = logits_output.next_token_logits  # [T, V]
-    roots = verify_input.retrieve_index[:, 0].contiguous()
-    request = torch.searchsorted(roots, torch.arange(len(logits)), right=True) - 1  # [T]
+    changed = any(getattr(info, name) is not None for name in OF_LOGITS)
+    request = torch.empty(0)  # [T]: of each row, if it matters
+    if changed or info.has_custom_logit_processor:
+        roots = verify_input.retrieve_index[:, 0].contiguous()
+        request = torch.searchsorted(roots, torch.arange(len(logits)), right=True) - 1
     of_nodes = _select(info, request, OF_LOGITS)
     of_nodes.grammar_mask = grammar_mask
     of_nodes.apply_logits_bias(logits)

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from sglang.srt.speculative.eagle_info import EagleVerifyInput
 
-from qwen3next_plugin.engines.sglang.speculation.passes import locate
 from qwen3next_plugin.mtp.images import Axes, mrope_positions
 
 FILLER = 0  # a token
@@ -37,35 +36,37 @@ class RaggedVerifyInput(EagleVerifyInput):
         cls,
         chains: Sequence[list[int]],
         *,
-        table: torch.Tensor,
-        requests: torch.Tensor,
-        firsts: Sequence[int],
+        widths: Sequence[int],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
         axes: Sequence[Axes | None],
-        same_width: bool,
     ) -> Self:
-        """The chains of `requests` in SGLang's table of KV slots, each from a position on.
+        """Chains of N requests, filled up to `widths`.
 
-        `same_width`: fill up each chain to the longest, for what in SGLang counts tokens by one
-        width; filler follows no token of its chain, so it is never accepted.
+        Filler follows no token of its chain, so it is never accepted.
+
+        Shapes: positions, slots [T] of all tokens, filler included; axes [N]
         """
-        N, n = len(chains), max(map(len, chains))
-        widths = [n] * N if same_width else [len(chain) for chain in chains]
-        filled = [
-            chain + [FILLER] * (width - len(chain))
-            for chain, width in zip(chains, widths, strict=True)
-        ]
+        N, n = len(chains), max(widths)
         starts = [0, *accumulate(widths)]
-        positions, slots = locate(table, requests, firsts, widths)
+        parts = list(zip(starts, chains, widths, strict=False))
         in_images = mrope_positions(axes, positions, widths)
-        parts = zip(starts, widths, strict=False)
-        index = [[start + j if j < width else -1 for j in range(n)] for start, width in parts]
-        child = [[j + 1 if j + 1 < len(chain) else -1 for j in range(n)] for chain in chains]
         return cls(
-            draft_token=torch.tensor([token for chain in filled for token in chain]),
+            draft_token=torch.tensor(
+                [
+                    token
+                    for _, chain, width in parts
+                    for token in chain + [FILLER] * (width - len(chain))
+                ]
+            ),
             custom_mask=torch.empty(0, dtype=torch.bool),  # a chain is causal
             positions=positions,
-            retrieve_index=torch.tensor(index),
-            retrieve_next_token=torch.tensor(child),
+            retrieve_index=torch.tensor(
+                [[start + j if j < width else -1 for j in range(n)] for start, _, width in parts]
+            ),
+            retrieve_next_token=torch.tensor(
+                [[j + 1 if j + 1 < len(chain) else -1 for j in range(n)] for chain in chains]
+            ),
             retrieve_next_sibling=torch.full((N, n), -1),
             retrieve_cum_len=None,
             spec_steps=n - 1,
@@ -76,7 +77,7 @@ class RaggedVerifyInput(EagleVerifyInput):
             seq_lens_cpu=None,
             prepared_out_cache_loc=slots,
             prepared_mrope_positions=positions.expand(3, -1) if in_images is None else in_images,
-            widths=widths,
+            widths=list(widths),
             query_start_loc=torch.tensor(starts),
         )
 
@@ -85,6 +86,8 @@ class RaggedVerifyInput(EagleVerifyInput):
 
         result: of the verification, changed in place; `hidden_states`: these too
         """
+        if min(self.widths) == self.draft_token_num:
+            return
         index = self.retrieve_index.clamp(min=0).flatten()
         result.next_token_ids = result.next_token_ids[index]
         if hidden_states:
