@@ -19,7 +19,9 @@ class Request(Bag):
     """What the drafter reads of one."""
 
     def __init__(self, rid: str) -> None:
-        super().__init__(rid=rid, ended=False)
+        super().__init__(
+            rid=rid, ended=False, output_ids=[], sampling_params=Bag(max_new_tokens=99)
+        )
 
     def finished(self) -> bool:
         return self.ended
@@ -179,6 +181,18 @@ def test_a_request_without_room_drafts_nothing(drafter):
     assert drafter.fed == {"a": (0, 6)}
     assert drafter.decode(6, a, b, length=3) == 3
     assert [row.drafted for row in drafter.it.rows] == [3, 0]
+
+
+def test_nothing_is_drafted_beyond_the_end_of_an_answer(drafter):
+    ends, goes_on = Request("ends"), Request("goes on")
+    ends.sampling_params.max_new_tokens = 5
+    drafter.it.limit = 100
+    drafter.read(0, 5, ends, goes_on)
+    for at, drafts in ((5, 3), (6, 2), (7, 1), (8, None), (9, None)):
+        drafter.decode(at, ends, goes_on, length=3)
+        ends.output_ids.append(0)
+        assert drafter.it.lengths.get("ends") == drafts
+        assert drafter.it.lengths["goes on"] == 3
 
 
 def test_plain_steps_are_looked_at_every_few_steps(drafter):

@@ -78,8 +78,8 @@ class Drafter(Chains):
         timed = self._end_drafts(batch, draft_seconds)
         self.observer.observe_step(rows, step_seconds if timed else None)
         lengths = self._choose_lengths([row.request for row in rows])
-        for row, length in zip(rows, lengths, strict=True):
-            row.draft = length
+        for row, length, request in zip(rows, lengths, batch.reqs, strict=True):
+            row.draft = min(length, room(request, len(row.tokens)))
         self.rows = rows
 
     def learn_plain(
@@ -116,7 +116,12 @@ class Drafter(Chains):
     def _look(self, batch: ScheduleBatch, plain: PlainSteps) -> EagleDraftInput | None:
         """Learn from the plain steps so far, the last of which has just ended; draft if it pays."""
         token_ids = plain.token_ids[-1]
-        self.rows = plain.look(self._choose_lengths)
+
+        def choose(requests: Sequence[str], more: int) -> list[int]:
+            lengths = self._choose_lengths(requests, more)
+            return [min(n, room(one, 1)) for n, one in zip(lengths, batch.reqs, strict=True)]
+
+        self.rows = plain.look(choose)
         self.wait = wait_after(self.idle)
         if not self.rows:
             return None
@@ -231,3 +236,9 @@ class Drafter(Chains):
         for row in self.rows:
             row.free_hidden_states()
         return drafts
+
+
+def room(request: Req, tokens: int) -> int:
+    """How many drafts a request can use after a step of so many tokens; the next adds its own."""
+    left = request.sampling_params.max_new_tokens - len(request.output_ids) - tokens
+    return max(0, left - 1)
