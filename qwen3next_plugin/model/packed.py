@@ -52,7 +52,10 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Shapes: x [..., K], bias [N], returns [..., N]."""
-        out = linear(x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
+        if x.dim() == 2:  # as in nearly every layer; views take a microsecond each
+            out = linear(x, self.weight)
+        else:
+            out = linear(x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
         return out if bias is None else out + bias
 
 

@@ -138,7 +138,9 @@ CALLED = {
     },
     "srt/layers/moe/topk.py": {
         "bind_runner_backend": ["self", "runner_backend", "routing_method_type"],
+        "build_precomputed_topk_output": ["topk_weights", "topk_ids", "topk_config", "layer_id"],
     },
+    "srt/layers/moe/fused_moe_triton/layer.py": {"run_moe_core": ["self", "dispatch_output"]},
     "srt/model_executor/runner_backend_utils/breakable_cuda_graph/breakable_cuda_graph.py": {
         "eager_on_graph": ["fn", "capture_stub"],
     },

@@ -9,7 +9,8 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.moe.topk import TopK, build_precomputed_topk_output
 from sglang.srt.layers.moe.utils import RoutingMethodType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.runtime_context import get_parallel
@@ -73,6 +74,8 @@ class SparseMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.tp_size = get_parallel().tp_size
+        # SGLang has routers for GPUs and for AMX only.
+        self.is_native = without_gpu() and not cpu_has_amx_support()
         self.gate = ReplicatedLinear(
             config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate"
         )
@@ -80,8 +83,7 @@ class SparseMoE(nn.Module):
             config.num_experts_per_tok,
             layer_id=layer_id,
             renormalize=config.norm_topk_prob,
-            # SGLang has routers for GPUs and for AMX only.
-            custom_routing_function=route if without_gpu() and not cpu_has_amx_support() else None,
+            custom_routing_function=route if self.is_native else None,
         )
         self.experts = FusedMoE(
             num_experts=config.num_experts,
@@ -117,8 +119,29 @@ class SparseMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         router_logits, _ = self.gate(hidden_states)
-        out = self.experts(hidden_states, self.topk(hidden_states, router_logits))
+        run = self._run_native if self.is_native else self._run
+        out = run(hidden_states, router_logits)
         if self.shared_expert is not None:
             shared = self.shared_expert(hidden_states)
             out = self.shared_expert_gate(hidden_states, shared, out)
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)
+
+    def _run(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """Shapes: router_logits [T, E], returns [T, D]."""
+        return self.experts(hidden_states, self.topk(hidden_states, router_logits))
+
+    def _run_native(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """As `_run`, without what SGLang's two layers do for other routers and ranks.
+
+        On a small model that takes longer than to route.
+        """
+        config = self.topk.topk_config
+        chosen = route(
+            hidden_states=hidden_states,
+            gating_output=router_logits,
+            topk=config.top_k,
+            renormalize=config.renormalize,
+        )
+        topk = build_precomputed_topk_output(*chosen, config, self.topk.layer_id)
+        given = StandardDispatchOutput(hidden_states, None, topk)
+        return self.experts.run_moe_core(given).hidden_states
