@@ -19,6 +19,7 @@ constexpr int kPanelTiles = kLanes == 16 ? 2 : 1;
 constexpr int64_t kPanelWidth = kPanelTiles * kTileWidth;
 constexpr int64_t kChunkColumns = 512;  // decoded at a time, for the first-level cache
 constexpr int64_t kDirectPasses = 2;    // more decode once
+constexpr int64_t kLinesAhead = 64;     // that a tile is read before it is multiplied
 
 // The tiles of a panel, by their place in the weight; the same one again beyond the last.
 using Tiles = std::array<int64_t, kPanelTiles>;
@@ -38,7 +39,9 @@ Q3N_INLINE inline void sum_lines(typename F::Total (&sum)[kPanelTiles * kParts][
   for (int64_t l = 0; l < lines; ++l) {
     typename F::Value w[kVectors][F::kSteps];
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
-      F::decode(line[v / kParts] + l * F::kLineBytes, v % kParts, w[v]);
+      const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
+      if (!F::kDecoded && v % kParts == 0) __builtin_prefetch(at + kLinesAhead * kLine);
+      F::decode(at, v % kParts, w[v]);
     });
     repeat<F::kSteps>(F::kSteps, [&](int64_t s) Q3N_INLINE {
       repeat<T>(T, [&](int64_t t) Q3N_INLINE {
