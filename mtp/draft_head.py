@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 from qwen3next_plugin.kernels.linear import Weight, take_rows
-from qwen3next_plugin.model.mapped import use_large_pages
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
 DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
@@ -70,7 +69,6 @@ class DraftHead(nn.Module):
             self.tokens = ids
             self._read(torch.arange(len(ids)))
         self.drafted = self._drafted()
-        use_large_pages(self.weight)
 
     def _here(self, places: Tensor) -> Tensor:
         """Those of places in the vocabulary whose token is this rank's. Shapes: [R]"""

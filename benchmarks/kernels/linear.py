@@ -21,7 +21,6 @@ from qwen3next_plugin.kernels.linear import (
     pack_int8,
     unpack,
 )
-from qwen3next_plugin.model.mapped import use_large_pages
 
 N, K, DTYPE = 8192, 2048, torch.bfloat16
 LAYERS = 4  # weights that calls walk over
@@ -88,17 +87,11 @@ INSTRUCTIONS = {
 
 
 def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
-    """At M = 1, each format's time, and the share of it that one large read of its bytes takes.
-
-    All are in large pages, as weights are that an engine loads.
-    """
+    """At M = 1, each format's time, and the share of it that one large read of its bytes takes."""
     large = torch.ones(2**25, dtype=torch.int64)
-    use_large_pages(large)
     x, found = torch.randn(1, K).to(DTYPE), {}
     for name, make in MAKES.items():
         weights = tuple(make()[0] for _ in range(2 * LAYERS))
-        for weight in weights:
-            use_large_pages(weight.packed)
         call, moved = walk(weights, linear, x), weights[0].nbytes
         seconds(call, len(weights))
         ours, ratios = [], []

@@ -1,19 +1,14 @@
-"""Memory as the system maps it: what is given back to it, and the size of a weight's pages."""
+"""Memory that is given back to the system: of mapped files, as checkpoints are, and of malloc."""
 
 import ctypes
 import functools
 import mmap
 import sys
-from pathlib import Path
 
 import torch
 
-# linux/mman.h. A kernel that does not know an advice refuses it, and nothing changes.
-MADV_HUGEPAGE = 14
-MADV_PAGEOUT = 21  # from 5.4 on
-MADV_COLLAPSE = 25  # from 6.1 on
+MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 AROUND = 1 << 16  # bytes that Linux maps around one that is read (fault_around_bytes), aligned
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def give_back(tensor: torch.Tensor) -> None:
@@ -30,7 +25,8 @@ def give_back(tensor: torch.Tensor) -> None:
     # With its first pages come back the last ones of the tensor before it, which was read before.
     start = tensor.data_ptr() // AROUND * AROUND
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    _advise(start, end, MADV_PAGEOUT)
+    if end > start:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
 def give_back_freed() -> None:
@@ -41,38 +37,6 @@ def give_back_freed() -> None:
     """
     if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):  # of glibc
         _libc().malloc_trim(ctypes.c_size_t(0))
-
-
-def use_large_pages(tensor: torch.Tensor) -> None:
-    """Move a tensor's memory to pages of 2 MB, as far as the system has any.
-
-    A step reads each weight once, and no cache holds them all. In pages of 4 KB, which is what most
-    systems give unless they are asked, the processor waits for addresses as long as for the
-    weights. Values stay as they are, and so does the memory that is taken.
-    """
-    page = _large_page()
-    if not page or tensor.device.type != "cpu":
-        return
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
-        _advise(start, end, advice)
-
-
-@functools.cache
-def _large_page() -> int:
-    """Bytes of a large page; 0 if the system has none, or its owner wants none."""
-    try:
-        never = "[never]" in (LARGE_PAGES / "enabled").read_text()
-        return 0 if never else int((LARGE_PAGES / "hpage_pmd_size").read_text())
-    except OSError:
-        return 0
-
-
-def _advise(start: int, end: int, advice: int) -> None:
-    """Advise the system about the memory between two addresses; what it refuses is left."""
-    if end > start:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 @functools.cache

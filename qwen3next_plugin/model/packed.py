@@ -18,12 +18,12 @@ from qwen3next_plugin.kernels.linear import (
     pack_int8,
 )
 from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.mapped import give_back_freed, use_large_pages
+from qwen3next_plugin.model.mapped import give_back_freed
 from qwen3next_plugin.model.quantised import Format, nibbles
 
 
 class Packed(nn.Module):
-    """A packed weight [N, K], or of experts [E, N, K]; its tensors are buffers, in large pages."""
+    """A packed weight [N, K], or of experts [E, N, K]; its tensors are buffers."""
 
     packed: Tensor
     scale: Tensor
@@ -33,10 +33,7 @@ class Packed(nn.Module):
         super().__init__()
         self.format, self.shape, self.group = weight.format, weight.shape, weight.group
         for name in ("packed", "scale", "zero"):
-            tensor = getattr(weight, name)
-            self.register_buffer(name, tensor, persistent=False)
-            if tensor is not None:
-                use_large_pages(tensor)
+            self.register_buffer(name, getattr(weight, name), persistent=False)
 
     @property
     def weight(self) -> Weight:
@@ -135,7 +132,6 @@ def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) 
                 scale=one.scale.new_empty(E, *one.scale.shape),
                 zero=None if one.zero is None else one.zero.new_empty(E, *one.zero.shape),
             )
-            use_large_pages(whole.packed)  # before it is filled, which any kernel can
         for name in ("packed", "scale", "zero"):
             if (tensor := getattr(one, name)) is not None:
                 getattr(whole, name)[e].copy_(tensor)

@@ -12,7 +12,6 @@ from qwen3next_plugin.engines.sglang.cpu.packing import are_packed
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import Weight
 from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.mapped import use_large_pages
 from qwen3next_plugin.model.packed import pack_parameters
 from qwen3next_plugin.model.quantised import BF16
 
@@ -30,9 +29,6 @@ class NativeExperts(UnquantizedFusedMoEMethod):
         if are_packed(w2.dtype):
             for which in ("w13", "w2"):
                 setattr(layer, f"{which}_packed", pack_parameters(layer, BF16, f"{which}_"))
-        else:
-            for weight in (layer.w13_weight, w2):
-                use_large_pages(weight.data)
 
     def forward_cpu(
         self, layer: torch.nn.Module, dispatch_output: StandardDispatchOutput

@@ -20,7 +20,6 @@ from vllm.platforms import current_platform
 from qwen3next_plugin.engines.vllm.cpu.packed import PackedExperts, on_this_rank
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.mapped import use_large_pages
 from qwen3next_plugin.model.packed import packs_plain
 from qwen3next_plugin.model.quantised import BF16
 
@@ -30,8 +29,6 @@ class NativeExperts(CPUUnquantizedExperts):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack nothing."""
-        for weight in (layer.w13_weight, layer.w2_weight):
-            use_large_pages(weight.data)
 
     def apply(
         self,
