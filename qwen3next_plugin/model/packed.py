@@ -83,11 +83,17 @@ def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
         raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
 
 
+def pack_as_int8(weight: Tensor) -> Weight:
+    """Quantise the rows of a weight [N, K] to int8, and pack them."""
+    values, scale = quantise_rows(weight)
+    return pack_int8(values, scale[:, None])
+
+
 def pack_plain(layer: nn.Module, *, as_int8: bool = False) -> Packed:
     """Pack a layer's weight [N, K] in bf16 or int8, and drop the plain one."""
     assert isinstance(layer.weight, Tensor)
     weight = layer.weight.data
-    packed = Packed(_as_int8(weight) if as_int8 else pack_bf16(weight))
+    packed = Packed(pack_as_int8(weight) if as_int8 else pack_bf16(weight))
     drop_plain(layer)
     return packed
 
@@ -109,7 +115,7 @@ def pack_head(weight: Tensor) -> Packed:
 
     Shapes: weight [N, K], which stays as it is.
     """
-    return Packed(pack_bf16(weight) if env.quantise() is None else _as_int8(weight))
+    return Packed(pack_bf16(weight) if env.quantise() is None else pack_as_int8(weight))
 
 
 def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) -> Packed:
@@ -185,15 +191,10 @@ def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
         )
 
 
-def _as_int8(weight: Tensor) -> Weight:
-    values, scale = quantise_rows(weight)
-    return pack_int8(values, scale[:, None])
-
-
 def _pack(tensors: Mapping[str, Tensor], form: Format, as_int8: bool) -> Weight:
     weight = tensors["weight"]
     if form.name == "bf16":
-        return _as_int8(weight) if as_int8 else pack_bf16(weight)
+        return pack_as_int8(weight) if as_int8 else pack_bf16(weight)
     scale = tensors["weight_scale"]
     if form.name == "int4":
         return pack_int4(nibbles(weight), scale, tensors.get("weight_zero"))

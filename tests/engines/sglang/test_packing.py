@@ -41,6 +41,25 @@ def test_a_second_pass_over_packed_weights_leaves_them(projection):
     assert (got - want).norm() / want.norm() < 8e-3
 
 
+def test_the_mtp_layer_becomes_int8_but_for_its_router_and_its_input(monkeypatch):
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
+
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    model = nn.ModuleDict({"fc": nn.Module(), "layer": nn.ModuleDict()})
+    model["layer"].update({"o_proj": nn.Module(), "gate": nn.Module()})
+    parts = {"fc": model["fc"], **model["layer"]}
+    for part in parts.values():
+        part.weight = nn.Parameter(torch.randn(48, 32).bfloat16(), requires_grad=False)
+        part.quant_method = UnquantizedLinearMethod()
+    use_packing(model, drafting=model["layer"])
+    for part in parts.values():
+        part.quant_method.process_weights_after_loading(part)
+    formats = {name: part.packed.format for name, part in parts.items()}
+    assert formats == {"fc": "bf16", "o_proj": "int8", "gate": "bf16"}
+
+
 @pytest.mark.parametrize("in_fp32", [False, True])
 @pytest.mark.parametrize("asked", ["none", "invariant", "int8"])
 def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):

@@ -19,6 +19,8 @@ from qwen3next_plugin.model.quantised import BF16
 class NativeExperts(UnquantizedFusedMoEMethod):
     """SGLang's unquantised experts; its AMX kernel is kept where weights were packed for it."""
 
+    drafts = False  # a drafter's: weights in bf16 are packed as int8
+
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_packed"):  # SGLang may call this twice
             return
@@ -28,7 +30,8 @@ class NativeExperts(UnquantizedFusedMoEMethod):
             return
         if are_packed(w2.dtype):
             for which in ("w13", "w2"):
-                setattr(layer, f"{which}_packed", pack_parameters(layer, BF16, f"{which}_"))
+                packed = pack_parameters(layer, BF16, f"{which}_", as_int8=self.drafts)
+                setattr(layer, f"{which}_packed", packed)
 
     def forward_cpu(
         self, layer: torch.nn.Module, dispatch_output: StandardDispatchOutput

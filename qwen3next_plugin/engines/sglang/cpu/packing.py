@@ -11,6 +11,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
+    UnquantizedFusedMoEMethod,
     UnquantizedLinearMethod,
 )
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
@@ -20,7 +21,14 @@ from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.kernels.linear import Weight, pack_bf16
-from qwen3next_plugin.model.packed import Packed, drop_plain, pack_head, packs_head, packs_plain
+from qwen3next_plugin.model.packed import (
+    Packed,
+    drop_plain,
+    pack_as_int8,
+    pack_head,
+    packs_head,
+    packs_plain,
+)
 
 ROWS = 1  # the layout is chosen for one row; measured, it is as fast for more rows
 
@@ -49,9 +57,11 @@ def are_packed(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and packs_plain()
 
 
-def pack(weight: torch.Tensor) -> Product:
-    """Shapes: weight [N, K] bf16."""
-    return Packed(pack_bf16(weight)) if are_packed(weight.dtype) else OneDnn(weight)
+def pack(weight: torch.Tensor, *, as_int8: bool = False) -> Product:
+    """For our kernels in bf16, or int8 if asked. Shapes: weight [N, K] bf16."""
+    if not are_packed(weight.dtype):
+        return OneDnn(weight)
+    return Packed(pack_as_int8(weight) if as_int8 else pack_bf16(weight))
 
 
 def _is_plain(layer: Any) -> bool:
@@ -63,10 +73,14 @@ def _is_plain(layer: Any) -> bool:
 class PackedLinear(UnquantizedLinearMethod):
     """SGLang's unquantised projection."""
 
+    def __init__(self, *, as_int8: bool = False) -> None:
+        super().__init__()
+        self.as_int8 = as_int8
+
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
         if _is_plain(layer) and layer.weight.dtype == torch.bfloat16:
-            layer.packed = pack(layer.weight.data)
+            layer.packed = pack(layer.weight.data, as_int8=self.as_int8)
             drop_plain(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -127,17 +141,29 @@ class PackedLogitsProcessor(LogitsProcessor):
 
 
 def use_packing(
-    model: nn.Module, head: nn.Module | None = None, *, head_in_fp32: bool = False
+    model: nn.Module,
+    head: nn.Module | None = None,
+    *,
+    head_in_fp32: bool = False,
+    drafting: nn.Module | None = None,
 ) -> None:
-    """On a CPU, make SGLang pack a model's projections and head after loading."""
+    """On a CPU, make SGLang pack a model's projections and head after loading.
+
+    Projections in `drafting`, but for routers, and its experts become int8 where our kernels take
+    them: a draft is bound by reading weights, and one that is wrong costs speed alone.
+    """
     if not without_gpu():
         return
-    for module in model.modules():
-        method = type(getattr(module, "quant_method", None))
-        if method is UnquantizedLinearMethod:
-            _use(PackedLinear(), module)
-        elif method is UnquantizedEmbeddingMethod and module is head:
+    within = set() if drafting is None else set(drafting.modules())
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod:
+            as_int8 = module in within and not name.endswith(".gate")
+            _use(PackedLinear(as_int8=as_int8), module)
+        elif type(method) is UnquantizedEmbeddingMethod and module is head:
             _use(PackedHead(in_fp32=head_in_fp32), module)
+        elif isinstance(method, UnquantizedFusedMoEMethod):
+            method.drafts = module in within
 
 
 def _use(method: PackedLinear | PackedHead, layer: Any) -> None:

@@ -100,7 +100,7 @@ class Qwen3NextForCausalLMMTP(nn.Module):
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)
-        use_packing(self.model)
+        use_packing(self.model, drafting=self.model.layers)
         self.draft_head: DraftHead | None = None
         # Of a wrapper; SGLang numbers the tokens of images by content, beyond the vocabulary.
         wrapped = config.get_text_config() is not config
