@@ -50,10 +50,11 @@ def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def binned(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observed and expected counts of the tokens expected at least ten times, and of the rest."""
+    """Observed and expected counts of the tokens expected at least five times, and of the rest."""
     expected = probabilities * len(tokens)
     observed = tokens.bincount(minlength=len(expected))
-    common = expected >= 10
+    common = expected >= 5
+    assert common.sum() > 2, "too few samples"
 
     def with_rest(counts: torch.Tensor) -> torch.Tensor:
         return torch.cat([counts[common], counts[~common].sum()[None]]).double()
