@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from qwen3next_plugin.engines.huge_pages import TORCH_SETTING
+
 console = Console(stderr=True)
 VLLM = "benchmarks.engines.vllm_worker"
 VLLM_LAYERS = "benchmarks.engines.layer_worker"
@@ -50,6 +52,14 @@ def prompts(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
     return [[shared.randrange(2, vocabulary) for _ in range(n)] for n in lengths]
 
 
+def _switches(*, plugin: bool) -> dict[str, str]:
+    """Variables of an engine with or without the plugin.
+
+    The plugin sets torch's for the workers of a server; here the engine is in the first process.
+    """
+    return {"QWEN3NEXT_DISABLE": str(int(not plugin))} | ({TORCH_SETTING: "1"} if plugin else {})
+
+
 class Worker:
     """A process with one engine; `plugin` switches the plugin on or off in it, `env` sets it up."""
 
@@ -71,7 +81,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=os.environ | {"QWEN3NEXT_DISABLE": str(int(not plugin))} | dict(env or {}),
+            env=os.environ | _switches(plugin=plugin) | dict(env or {}),
             text=True,
         )
         assert process.stdin is not None
