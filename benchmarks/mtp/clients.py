@@ -5,6 +5,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ ACCEPTED = {Model.CHAIN: 0.8, Model.REJECTED: 0.0}  # share of drafts, checked
 WITHIN, DEVIATIONS = 0.05, 3.5  # how far it may be from that: so far, or by chance
 SEEN = 50  # fewer drafts at a position say nothing
 VLLM_DRAFTS, SGLANG_DRAFTS = 4, 3
+BUSY_WAIT = 1.5  # seconds; vLLM's processes wait for the next request without sleep for 1 of them
 Drafts = dict[str, tuple[float, float]]  # position → drafts verified, drafts accepted
 Rounds = dict[str, list[float]]  # server → what each round measured
 
@@ -227,6 +229,7 @@ class Pair:
     def first_token(self, length: int, load: Load, seed: str) -> float:
         """Milliseconds until the first token after a prompt of this length."""
         case = replace(self.case, prompt=(length, length))
+        time.sleep(BUSY_WAIT)
         seconds, answer = load.first_token(next(case.requests(self.config, 1, seed)))
         self.check_texts([answer])
         return 1e3 * seconds
