@@ -31,6 +31,7 @@ TIED = 0.125  # log-probabilities that bf16 may swap: one step of a logit betwee
 ACCEPTED = {Model.CHAIN: 0.8, Model.REJECTED: 0.0}  # share of drafts, checked
 WITHIN, DEVIATIONS = 0.05, 3.5  # how far it may be from that: so far, or by chance
 SEEN = 50  # fewer drafts at a position say nothing
+PROMPTS = 4  # read in a turn, for the time to the first token
 VLLM_DRAFTS, SGLANG_DRAFTS = 4, 3
 BUSY_WAIT = 1.5  # seconds; vLLM's processes wait for the next request without sleep for 1 of them
 Drafts = dict[str, tuple[float, float]]  # position → drafts verified, drafts accepted
@@ -227,12 +228,13 @@ class Pair:
         return rate
 
     def first_token(self, length: int, load: Load, seed: str) -> float:
-        """Milliseconds until the first token after a prompt of this length."""
+        """Milliseconds until the first token after a prompt of this length: a turn's median."""
         case = replace(self.case, prompt=(length, length))
         time.sleep(BUSY_WAIT)
-        seconds, answer = load.first_token(next(case.requests(self.config, 1, seed)))
-        self.check_texts([answer])
-        return 1e3 * seconds
+        requests = itertools.islice(case.requests(self.config, 1, seed), PROMPTS)
+        found = [load.first_token(request) for request in requests]
+        self.check_texts([answer for _, answer in found])
+        return 1e3 * statistics.median(seconds for seconds, _ in found)
 
     def check_texts(self, answers: list[Answer]) -> None:
         """Raise unless all answers, also cut-off ones, are those that the chain model must give."""
