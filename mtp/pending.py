@@ -7,8 +7,11 @@ and loses no acceptance.
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+
+from qwen3next_plugin.mtp.policy import Policy
 
 NOTHING = torch.empty(0)
 MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
@@ -234,3 +237,27 @@ class Pending:
         used = min(self._size, self._used + slots)
         self._free += range(self._used, used)
         self._used = used
+
+
+class Ranks(Protocol):
+    """The tensor-parallel ranks of a model; both engines' group coordinators fit."""
+
+    world_size: int
+
+    def broadcast(self, input_: torch.Tensor, src: int) -> torch.Tensor:
+        """Give all ranks the tensor of one."""
+
+
+def choose_lengths(
+    policy: Policy, pending: Pending, requests: Sequence[str], more: int, ranks: Ranks
+) -> list[int]:
+    """How many tokens each request drafts, by the first rank's policy; a lost request none.
+
+    `more`: tokens of each request that will be pending, besides those that are.
+    """
+    if not requests:
+        return []
+    lengths = policy.lengths(requests, [pending.count(request) + more for request in requests])
+    if ranks.world_size > 1:
+        lengths = ranks.broadcast(torch.tensor(lengths), src=0).tolist()
+    return [0 if pending.lost(one) else n for one, n in zip(requests, lengths, strict=True)]

@@ -170,6 +170,25 @@ def decode_broken(
         engine.abort_request(names)
 
 
+def stream(llm: LLM, pieces: list[tuple[int, ...]], tokens: int) -> list[int]:
+    """The tokens after each piece of streaming input whose pieces are all there from the start."""
+    core, found = llm.llm_engine.engine_core, []
+    params = SamplingParams(temperature=0.0, max_tokens=tokens)
+    for number, piece in enumerate([*pieces, (0,)]):  # the last one says that there are no more
+        request = llm.llm_engine.input_processor.process_inputs(
+            "0-stream",
+            {"prompt_token_ids": list(piece)},
+            params,
+            supported_tasks=("generate",),
+            resumable=number < len(pieces),
+        )
+        core.add_request(request)
+    while _core(llm).scheduler.has_requests():
+        for output in core.get_output().outputs:
+            found += output.new_token_ids
+    return found
+
+
 def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, Any]:
     """Run the prompts together and count after each step, by the engine's own block tables.
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
+from safetensors.torch import load_file
 
 from checkpoints import SHIPPED
 from engines.checks import Output
@@ -141,3 +142,32 @@ def test_drafts_after_steps_without_while_requests_come_and_go(drafter):
     ]
     assert len(both) > TOKENS // 8
     assert all(found == expected for found, expected in both)
+
+
+def test_streaming_input(drafter):
+    """A prompt that goes on where its answer ended is a prompt, not drafts to verify."""
+    pieces, context, expected = [*SHORT, (7,), LONG[1]], list[int](), list[int]()
+    for piece in pieces:
+        context += piece
+        (output,) = drafter.run([tuple(context)], 0, 8).outputs
+        context += output.token_ids[:-1]  # vLLM drops the last one, which no step has read
+        expected += output.token_ids
+    drafter.engine.inside("draft", K)
+    assert drafter.engine.inside("stream", pieces, 8) == expected
+    assert drafter.caught_up() > 0
+
+
+def test_a_prompt_of_embeddings():
+    """Whose tokens are unknown, longer than a step."""
+    speculation = {"method": "mtp", "num_speculative_tokens": K}
+    flags = {"dtype": "float32", "max_model_len": 512, "max_num_batched_tokens": CHUNK}
+    table = load_file(SHIPPED / "model.safetensors")["model.embed_tokens.weight"].float()
+    prompts = [{"prompt_embeds": table[list(prompt)]} for prompt in (SHORT[0], LONG[1])]
+    answers = []
+    for own in ({}, {"speculative_config": speculation}):
+        engine = Offline(SHIPPED, enable_prompt_embeds=True, **flags, **own)
+        answers.append(
+            [o.token_ids for (o,) in engine.generate(prompts, max_tokens=12, temperature=0.0)]
+        )
+        engine.close()
+    assert answers[0] == answers[1]

@@ -19,7 +19,7 @@ from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
 from qwen3next_plugin.mtp.metrics import Board, Observer
-from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row
+from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row, choose_lengths
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
 from qwen3next_plugin.mtp.policy import Policy, make_policy
 
@@ -77,7 +77,7 @@ class Drafter(Chains):
         rows = self._verified_rows(batch, result, widths)
         timed = self._end_drafts(batch, draft_seconds)
         self.observer.observe_step(rows, step_seconds if timed else None)
-        lengths = self._choose_lengths([row.request for row in rows])
+        lengths = self._lengths([row.request for row in rows])
         for row, length, request in zip(rows, lengths, batch.reqs, strict=True):
             row.draft = min(length, room(request, len(row.tokens)))
         self.rows = rows
@@ -118,7 +118,7 @@ class Drafter(Chains):
         token_ids = plain.token_ids[-1]
 
         def choose(requests: Sequence[str], more: int) -> list[int]:
-            lengths = self._choose_lengths(requests, more)
+            lengths = self._lengths(requests, more)
             return [min(n, room(one, 1)) for n, one in zip(lengths, batch.reqs, strict=True)]
 
         self.rows = plain.look(choose)
@@ -171,19 +171,11 @@ class Drafter(Chains):
         self.observer.keep_only(known)
         self.pending.keep_only(known)
 
-    def _choose_lengths(self, requests: Sequence[str], more: int = 0) -> list[int]:
-        """How many tokens each request drafts. All ranks use the first rank's decision.
-
-        `more`: tokens of each request that will be pending, besides those that are.
-        """
+    def _lengths(self, requests: Sequence[str], more: int = 0) -> list[int]:
         self.read = {rid: request for rid, request in self.read.items() if request is self.chunked}
         self._keep_known()
-        pending = [self.pending.count(request) + more for request in requests]
-        lengths = self.policy.lengths(requests, pending)
-        group = get_parallel().tp_group
-        if group.world_size > 1:
-            lengths = group.broadcast(torch.tensor(lengths), src=0).tolist()
-        return lengths
+        ranks = get_parallel().tp_group
+        return choose_lengths(self.policy, self.pending, requests, more, ranks)
 
     def _draft_extend_for_prefill(
         self,

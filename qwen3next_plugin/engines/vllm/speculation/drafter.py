@@ -5,6 +5,7 @@ in every step. vLLM still loads the layer and manages its cache.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from qwen3next_plugin.engines.vllm.speculation.chains import Chains
 from qwen3next_plugin.engines.vllm.speculation.finished import FinishedStep
 from qwen3next_plugin.engines.vllm.speculation.verify import NO_TOKEN
 from qwen3next_plugin.mtp.metrics import Observer
-from qwen3next_plugin.mtp.pending import Pending, Row
+from qwen3next_plugin.mtp.pending import Pending, Row, choose_lengths
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after
 from qwen3next_plugin.mtp.policy import make_policy
 
@@ -164,6 +165,7 @@ class Drafter(Chains):
         ends = bounds[1:] if sampled_after is None else sampled_after.numpy() + 1
         firsts = positions.numpy()[bounds[:-1]].tolist()
         requests = list(self.runner.input_batch.req_ids)
+        states = [self.runner.requests[request] for request in requests]
         prefilling = self.runner.discard_request_mask.np[: len(firsts)].tolist()
         after = np.empty_like(token_ids.numpy())  # the token after each [T]
         after[:-1] = token_ids.numpy()[1:]
@@ -175,16 +177,16 @@ class Drafter(Chains):
             scheduled=np.diff(bounds).tolist(),
             counts=(ends - bounds[:-1]).tolist(),
             prefilling=prefilling,
-            continues=[
-                self.next_position.get(request) == first
-                for request, first in zip(requests, firsts, strict=True)
+            continues=[  # streaming input adds to a prompt where its answer ended
+                self.next_position.get(request) == first >= state.num_prompt_tokens
+                for request, first, state in zip(requests, firsts, states, strict=True)
             ],
             token_ids=torch.from_numpy(after),
             hidden_states=hidden_states,
         )
         for i in (i for i, more in enumerate(prefilling) if more):
             # vLLM gives the prompt's last token, not the one after the chunk
-            token = self.runner.requests[requests[i]].get_token_id(step.ends[i])
+            token = _token_at(states[i], step.ends[i])
             after[step.starts[i] + step.counts[i] - 1] = token
         return step
 
@@ -243,18 +245,8 @@ class Drafter(Chains):
             self.plain.keep()
             self.next_position = dict(zip(self.plain.requests, self.plain.firsts, strict=True))
 
-    def _lengths(self, requests: list[str], more: int = 0) -> list[int]:
-        """Lengths by the policy. All ranks use the first rank's decision.
-
-        `more`: tokens of each request that will be pending, besides those that are.
-        """
-        if not requests:
-            return []
-        lengths = self.policy.lengths(requests, [self.pending.count(r) + more for r in requests])
-        group = get_tp_group()
-        if group.world_size > 1:
-            lengths = group.broadcast(torch.tensor(lengths, dtype=torch.int64), src=0).tolist()
-        return lengths
+    def _lengths(self, requests: Sequence[str], more: int = 0) -> list[int]:
+        return choose_lengths(self.policy, self.pending, requests, more, get_tp_group())
 
     def _go_on_after(self, rows: list[Row]) -> None:
         """Note where requests go on, and when to choose lengths again."""
@@ -287,3 +279,8 @@ class Drafter(Chains):
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
         return end - row.tokens.end - 2  # the last sampled token, and the one after the drafts
+
+
+def _token_at(state: Any, position: int) -> int:
+    """A token of a request's prompt; any token if its prompt is of embeddings."""
+    return 0 if state.prompt_token_ids is None else state.get_token_id(position)

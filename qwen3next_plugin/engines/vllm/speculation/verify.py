@@ -47,13 +47,15 @@ def drafts_and_rows(runner: Any) -> Callable[..., SpecDecodeMetadata]:
         num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
     ) -> SpecDecodeMetadata:
         """Shapes: [N] each. A request's rows are its last token and those before it, its drafts."""
-        counts = num_draft_tokens + 1
-        ends = np.cumsum(counts)
-        in_request = np.arange(ends[-1]) - np.repeat(ends - counts, counts)  # [rows]
-        tokens = np.repeat(cu_num_scheduled_tokens - counts, counts) + in_request
-        drafts = runner.input_ids.np[tokens[in_request > 0]]
+        tokens, drafts = cu_num_scheduled_tokens - 1, none
+        if num_draft_tokens.any():
+            counts = num_draft_tokens + 1
+            ends = np.cumsum(counts)
+            in_request = np.arange(ends[-1]) - np.repeat(ends - counts, counts)  # [rows]
+            tokens = np.repeat(cu_num_scheduled_tokens - counts, counts) + in_request
+            drafts = torch.from_numpy(runner.input_ids.np[tokens[in_request > 0]])
         return SpecDecodeMetadata(
-            draft_token_ids=torch.from_numpy(drafts),
+            draft_token_ids=drafts,
             num_draft_tokens=num_draft_tokens.tolist(),
             cu_num_draft_tokens=none,
             cu_num_sampled_tokens=none,
