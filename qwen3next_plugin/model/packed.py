@@ -1,6 +1,6 @@
 """Weights as the kernels read them, packed once they are loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,14 @@ class Packed(nn.Module):
         self.format, self.shape, self.group = weight.format, weight.shape, weight.group
         for name in ("packed", "scale", "zero"):
             self.register_buffer(name, getattr(weight, name), persistent=False)
+        self._weight = weight
 
     @property
     def weight(self) -> Weight:
-        """The bundle that kernels take."""
+        """The bundle that kernels take. In a trace it is made of buffers, whose sizes are fixed."""
+        return self._bundle() if torch.compiler.is_compiling() else self._weight
+
+    def _bundle(self) -> Weight:
         return Weight(
             format=self.format,
             shape=self.shape,
@@ -46,6 +50,12 @@ class Packed(nn.Module):
             scale=self.scale,
             zero=self.zero,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        """Change all tensors, as `to` does."""
+        super()._apply(fn, recurse)
+        self._weight = self._bundle()
+        return self
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Shapes: x [..., K], bias [N], returns [..., N]."""
