@@ -61,7 +61,7 @@ def rendered(page: str) -> str:
 
 
 def block(records: list[Record]) -> str:
-    """Tables, and after those with the same sources a line for each source."""
+    """Tables, and after those with the same sources a line for each machine and date."""
     tables: dict[str, list[Record]] = {}
     for record in records:
         tables.setdefault(record.question, []).append(record)
@@ -70,10 +70,12 @@ def block(records: list[Record]) -> str:
         group = list(same)
         parts += [markdown(records) for records in group]
         together = [record for records in group for record in records]
-        for source in dict.fromkeys(record.source for record in together):
-            cases = dict.fromkeys(record.case for record in together if record.source == source)
+        for origin in dict.fromkeys(record.origin for record in together):
+            found = [record for record in together if record.origin == origin]
+            cases = dict.fromkeys(record.case for record in found)
             longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
-            parts.append(f"*{'; '.join(longest)}. {source}*\n")
+            commands = dict.fromkeys(f"`{record.command}`" for record in found)
+            parts.append(f"*{'; '.join(longest)}. {origin}; {', '.join(commands)}*\n")
     return "\n".join(parts)
 
 

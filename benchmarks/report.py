@@ -85,10 +85,14 @@ class Record:
         ]
 
     @property
+    def origin(self) -> str:
+        """Machine and date, in a line."""
+        return f"{', '.join(self.machine.values())}; {self.date}"
+
+    @property
     def source(self) -> str:
         """Machine, date and command, in a line."""
-        kind = "; quick" if self.quick else ""
-        return f"{', '.join(self.machine.values())}; {self.date}; `{self.command}`{kind}"
+        return f"{self.origin}; `{self.command}`{'; quick' if self.quick else ''}"
 
 
 @dataclass(frozen=True, slots=True)
