@@ -8,8 +8,8 @@ What is counted does not depend on the engine:
 
 - Steps, seconds and drafts are those of the first tensor-parallel rank.
 - A step is timed from the end of the drafting before it to its sampled tokens: the scheduler's work
-  between steps included. Steps that read a prompt, and the first after such a step in SGLang, are
-  neither counted nor timed.
+  between steps included. Steps that read a prompt are neither counted nor timed, nor is in SGLang
+  the first step of a request that such a step has added to the batch.
 - A row counts in draft_length if it decodes in the step, also where other rows read prompts.
 - A state page is held by a request from its first step to its end or preemption. Pages that only
   the prefix cache keeps are free.

@@ -59,7 +59,7 @@ class PlainSteps:
     def look(self, choose: Callable[[list[str], int], list[int]]) -> list[Row]:
         """Learn from the steps and choose lengths; the rows of the last step if it drafts.
 
-        What is not in these rows is kept for the MTP layer. `choose`: draft length of each request,
+        The other steps stay pending for the MTP layer. `choose`: draft length of each request,
         given how many tokens of each will be pending besides those that are.
         """
         self._report()

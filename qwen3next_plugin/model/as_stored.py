@@ -1,4 +1,4 @@
-"""On GPUs an engine's quantisation, told module by module what the checkpoint's files say.
+"""On GPUs: an engine's quantisation leaves the modules that the files have unquantised.
 
 config.json names what is left out in ways that differ from tool to tool, and some do not name the
 MTP layer's input, or a projection by the name that an engine stacks it under.

@@ -22,7 +22,7 @@ def give_back(tensor: torch.Tensor) -> None:
     on_gpu = torch.accelerator.is_available()
     if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
         return
-    # With its first pages come back the last ones of the tensor before it, which was read before.
+    # To read its first page maps up to AROUND bytes before it again: the end of the last tensor.
     start = tensor.data_ptr() // AROUND * AROUND
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:

@@ -74,7 +74,7 @@ class GatedAttention(nn.Module):
         """Shapes: positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
         cos_sin = self.cos_sin
-        if positions.dim() == 2:
+        if positions.ndim == 2:
             cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
             positions = torch.arange(len(cos_sin), device=cos_sin.device)
         q, k, v, gate = prepare(

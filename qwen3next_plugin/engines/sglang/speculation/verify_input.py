@@ -84,7 +84,7 @@ class RaggedVerifyInput(EagleVerifyInput):
     def widen(self, result: Any, *, hidden_states: bool) -> None:
         """Give SGLang's scheduler rows of n tokens, of which it reads the accepted ones.
 
-        result: of the verification, changed in place; `hidden_states`: these too
+        result: of the verification, changed in place; `hidden_states`: widen these, too
         """
         if min(self.widths) == self.draft_token_num:
             return

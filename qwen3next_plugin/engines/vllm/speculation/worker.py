@@ -84,7 +84,7 @@ class Worker(CPUWorker):
 
 
 def _count_accepted(runner: Any) -> Callable[..., None]:
-    """vLLM's method, with no more than accepted counts in a step whose drafts fill no block.
+    """vLLM's method; only accepted tokens are counted if no request may have filled a block.
 
     Without drafts vLLM's prefix cache finds each full block where it is, and copies none.
     """
