@@ -16,9 +16,15 @@ LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 OF_AMX = ("test_linear", "test_packed_moe", "test_paged_attention")
 
 
-def by_tiles(kind: str = "bf16", dtype: torch.dtype = torch.bfloat16, **_: object) -> bool:
-    """Whether AMX multiplies such weights, where there are any, and activations."""
-    return kind.startswith(("bf16", "fp8")) and dtype == torch.bfloat16
+def by_tiles(
+    stem: str, kind: str | None = None, dtype: torch.dtype = torch.bfloat16, **_: object
+) -> bool:
+    """Whether AMX multiplies in a test of such a file, with such weights and activations.
+
+    int8 and int4, which tests of weights without a `kind` use, take tiles for every dtype.
+    """
+    integers = stem != "test_paged_attention" and (kind is None or kind.startswith("int"))
+    return stem in OF_AMX and (integers or dtype == torch.bfloat16)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and --long select
@@ -35,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("bits_level") in set(levels) - ends:
             item.add_marker(pytest.mark.long)
-        if "amx" in params.values() and not (item.path.stem in OF_AMX and by_tiles(**params)):
+        if "amx" in params.values() and not by_tiles(item.path.stem, **params):
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
