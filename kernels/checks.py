@@ -33,6 +33,13 @@ def check(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device)
         raise ValueError(f"{op}: the last dim of {name} is not contiguous: {x.stride()}")
 
 
+def sizes(op: str, name: str, x: Tensor, dims: int) -> torch.Size:
+    """The shape of x. Raises: ValueError naming op and argument unless it has so many dims."""
+    if x.dim() != dims:
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, not {dims} dims")
+    return x.shape
+
+
 def check_contiguous(op: str, name: str, x: Tensor) -> None:
     """Raise ValueError unless x is contiguous."""
     if not x.is_contiguous():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import INT, check
+from qwen3next_plugin.kernels.checks import INT, check, sizes
 
 WORD = 8  # bytes: a page is a whole number of them
 
@@ -21,9 +21,10 @@ def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) 
 
     Raises: ValueError: an argument's shape, stride, device or dtype.
     """
-    op, device, N = "copy_pages", pages_.device, len(source)
+    op, device = "copy_pages", pages_.device
     run = dispatch.implementation(op, device)
-    layers, slots, size = pages_.shape
+    layers, slots, size = sizes(op, "pages_", pages_, 3)
+    (N,) = sizes(op, "source", source, 1)
     check(op, "pages_", pages_, (layers, slots, size // WORD * WORD), (torch.uint8,), device)
     check(op, "source", source, (N,), INT, device)
     check(op, "target", target, (N,), (torch.int64,), device)

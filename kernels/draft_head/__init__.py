@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, sizes
 from qwen3next_plugin.kernels.draft_head.quantise import quantise_rows
 
 __all__ = ["draft_head", "quantise_rows"]
@@ -35,8 +35,9 @@ def draft_head(
     """
     op = "draft_head"
     run = dispatch.implementation(op, x.device)
-    N, D = x.shape
-    V, R = weight.shape[0], token_ids.shape[0]
+    N, D = sizes(op, "x", x, 2)
+    V, _ = sizes(op, "weight", weight, 2)
+    (R,) = sizes(op, "token_ids", token_ids, 1)
     check(op, "x", x, (N, D), ACTIVATIONS, x.device)
     check(op, "weight", weight, (V, D), (torch.int8,), x.device)
     check(op, "scale", scale, (V,), FLOAT, x.device)

@@ -3,7 +3,14 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, check_contiguous
+from qwen3next_plugin.kernels.checks import (
+    ACTIVATIONS,
+    FLOAT,
+    INT,
+    check,
+    check_contiguous,
+    sizes,
+)
 from qwen3next_plugin.kernels.linear.weight import TILE, Weight, check_weight
 
 
@@ -35,18 +42,20 @@ def fused_moe(
     """
     op = "fused_moe"
     run = dispatch.implementation(op, x.device)
-    (T, D), k = x.shape, topk_ids.shape[1]
+    T, D = sizes(op, "x", x, 2)
+    _, k = sizes(op, "topk_ids", topk_ids, 2)
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
     if isinstance(w13, Weight) and isinstance(w2, Weight):
         _check_packed(op, w13, w2, D, x)
+    elif isinstance(w13, Weight) or isinstance(w2, Weight):
+        name = "w13" if isinstance(w13, Weight) else "w2"
+        raise ValueError(f"{op}: {name} is packed, the other weight is not")
     else:
-        E, two_I, _ = w13.shape
+        E, two_I, _ = sizes(op, "w13", w13, 3)
         for name, w, shape in (
             ("w13", w13, (E, 2 * (two_I // 2), D)),
             ("w2", w2, (E, D, two_I // 2)),
         ):
-            if isinstance(w, Weight):
-                raise ValueError(f"{op}: {name} is packed, the other weight is not")
             check(op, name, w, shape, (x.dtype,), x.device)
             check_contiguous(op, name, w)
     check(op, "topk_weights", topk_weights, (T, k), FLOAT, x.device)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
 from qwen3next_plugin.kernels.linear.packing import pack_bf16, pack_fp8, pack_int4, pack_int8
 from qwen3next_plugin.kernels.linear.weight import (
     Weight,
@@ -47,6 +47,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     """
     op = "linear"
     run = dispatch.implementation(op, x.device)
+    M, _ = sizes(op, "x", x, 2)
     check_weight(op, "weight", weight, 2, x.device)
-    check(op, "x", x, (x.shape[0], weight.shape[1]), ACTIVATIONS, x.device)
+    check(op, "x", x, (M, weight.shape[1]), ACTIVATIONS, x.device)
     return run(x, weight)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, check_contiguous
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, check_contiguous, sizes
 
 
 def output_gate(*, x_: Tensor, gate: Tensor) -> None:
@@ -19,7 +19,7 @@ def output_gate(*, x_: Tensor, gate: Tensor) -> None:
     """
     op = "output_gate"
     run = dispatch.implementation(op, x_.device)
-    T, H, D = x_.shape
+    T, H, D = sizes(op, "x_", x_, 3)
     check(op, "x_", x_, (T, H, D), ACTIVATIONS, x_.device)
     check_contiguous(op, "x_", x_)
     check(op, "gate", gate, (T, H, D), (x_.dtype,), x_.device)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, INT, check, check_contiguous, check_page
+from qwen3next_plugin.kernels.checks import (
+    ACTIVATIONS,
+    INT,
+    check,
+    check_contiguous,
+    check_page,
+    sizes,
+)
 
 INDEX = (torch.int32, torch.int64)
 MAX_DIM = 256  # kMaxDim of block.h
@@ -53,12 +60,14 @@ def paged_attention(
     """
     op = "paged_attention"
     run = dispatch.implementation(op, q.device)
-    (_, Hq, D), Hkv, N = q.shape, key_cache.shape[-2], table_row.numel()
-    if not 0 < D <= MAX_DIM or not key_cache.shape[1] * Hkv or Hq % Hkv:
+    _, Hq, D = sizes(op, "q", q, 3)
+    cache = sizes(op, "key_cache", key_cache, 4 if key_cache.ndim == 4 else 3)
+    Hkv, N = cache[-2], table_row.numel()
+    if not 0 < D <= MAX_DIM or not cache[1] * Hkv or Hq % Hkv:
         raise ValueError(f"{op}: cannot serve {Hq} query heads of {D} dims with {Hkv} kv heads")
     check_page(op, "q", q, (Hq, D), ACTIVATIONS, q.device)
     if key_cache.ndim == 4:
-        shape = (*key_cache.shape[:2], Hkv, D)
+        shape = (*cache[:2], Hkv, D)
         check(op, "key_cache", key_cache, shape, (q.dtype,), q.device)
         check(op, "value_cache", value_cache, shape, (q.dtype,), q.device)
     else:
@@ -66,7 +75,7 @@ def paged_attention(
         check_page(op, "value_cache", value_cache, (Hkv, D), (q.dtype,), q.device)
         if len(key_cache) != len(value_cache):
             raise ValueError(f"{op}: {len(key_cache)} slots of keys, {len(value_cache)} of values")
-    R, M = len(token_table), token_table.shape[-1]
+    R, M = sizes(op, "token_table", token_table, 2)
     check(op, "token_table", token_table, (R, M), INT, q.device)
     check(op, "table_row", table_row, (N,), INDEX, q.device)
     check(op, "query_start_loc", query_start_loc, (N + 1,), INT, q.device)

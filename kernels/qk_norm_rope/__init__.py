@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
 
 
 def qk_norm_rope(
@@ -39,14 +39,16 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     run = dispatch.implementation(op, qkv.device)
-    T, width = len(qkv), 2 * (num_heads + num_kv_heads) * head_dim
+    T, _ = sizes(op, "qkv", qkv, 2)
+    length, _ = sizes(op, "cos_sin", cos_sin, 2)
+    width = 2 * (num_heads + num_kv_heads) * head_dim
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(f"{op}: cannot rotate {rotary_dim} of {head_dim} dims")
     parameters = (qkv.dtype, *FLOAT)
     check(op, "qkv", qkv, (T, width), ACTIVATIONS, qkv.device)
     check(op, "q_weight", q_weight, (head_dim,), parameters, qkv.device)
     check(op, "k_weight", k_weight, (head_dim,), (q_weight.dtype,), qkv.device)
-    check(op, "cos_sin", cos_sin, (len(cos_sin), rotary_dim), parameters, qkv.device)
+    check(op, "cos_sin", cos_sin, (length, rotary_dim), parameters, qkv.device)
     check(op, "positions", positions, (T,), (torch.int64,), qkv.device)
-    sizes = (num_heads, num_kv_heads, head_dim, rotary_dim)
-    return run(qkv, q_weight, k_weight, cos_sin, positions, *sizes, eps)
+    heads = (num_heads, num_kv_heads, head_dim, rotary_dim)
+    return run(qkv, q_weight, k_weight, cos_sin, positions, *heads, eps)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
 
 
 def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None 
     """
     op = "rms_norm"
     run = dispatch.implementation(op, x.device)
-    T, D = x.shape
+    T, D = sizes(op, "x", x, 2)
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
     check(op, "weight", weight, (D,), (x.dtype, *FLOAT), x.device)
     if residual_ is not None:

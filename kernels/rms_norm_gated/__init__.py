@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
 
 
 def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,7 +20,7 @@ def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tenso
     """
     op = "rms_norm_gated"
     run = dispatch.implementation(op, x.device)
-    T, H, R, V = x.shape
+    T, H, R, V = sizes(op, "x", x, 4)
     check(op, "x", x, (T, H, R, V), ACTIVATIONS, x.device)
     check(op, "z", z, (T, H, R, V), (x.dtype,), x.device)
     check(op, "weight", weight, (V,), (x.dtype, *FLOAT), x.device)

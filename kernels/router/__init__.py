@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
 
 
 def router(*, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def router(*, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor
     """
     op = "router"
     run = dispatch.implementation(op, logits.device)
-    T, E = logits.shape
+    T, E = sizes(op, "logits", logits, 2)
     check(op, "logits", logits, (T, E), ACTIVATIONS, logits.device)
     if not 1 <= k <= E:
         raise ValueError(f"{op}: k = {k} of {E} experts")

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
 
 
 def shared_expert_gate(
@@ -24,7 +24,7 @@ def shared_expert_gate(
     """
     op = "shared_expert_gate"
     run = dispatch.implementation(op, x.device)
-    T, D = x.shape
+    T, D = sizes(op, "x", x, 2)
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
     check(op, "weight", weight, (1, D), (x.dtype, *FLOAT), x.device)
     check(op, "shared_", shared_, (T, D), (x.dtype,), x.device)

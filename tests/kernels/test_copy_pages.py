@@ -36,6 +36,7 @@ def test_nothing_to_copy(backend):
     ("changes", "message"),
     [
         ({"pages_": torch.ones(2, 3, 12, dtype=torch.uint8)}, "pages_ has shape"),
+        ({"pages_": torch.ones(3, 16)}, r"pages_ has shape \(3, 16\), not 3 dims"),
         ({"pages_": torch.ones(2, 3, 16)}, r"pages_ is torch\.float32"),
         ({"mask": torch.ones(1)}, r"mask is torch\.float32"),
         ({"target": torch.ones(2, dtype=torch.int64)}, r"target has shape \(2,\), not \(1,\)"),

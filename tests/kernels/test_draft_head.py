@@ -182,6 +182,13 @@ def test_refuses(cpu_backend):
         draft_head(x=x, weight=weight.float(), scale=scale)
     with pytest.raises(ValueError, match="draft_head: weight has shape"):
         draft_head(x=x, weight=weight[:, :7], scale=scale)
+    with pytest.raises(ValueError, match=r"draft_head: x has shape \(8,\), not 2 dims"):
+        draft_head(x=x[0], weight=weight, scale=scale)
+    with pytest.raises(ValueError, match=r"draft_head: weight has shape \(8,\), not 2 dims"):
+        draft_head(x=x, weight=weight[0], scale=scale)
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"draft_head: token_ids has shape \(1, 1\), not 1 dims"):
+        draft_head(x=x, weight=weight, scale=scale, token_ids=ids)
     with pytest.raises(ValueError, match="draft_head: scale has shape"):
         draft_head(x=x, weight=weight, scale=scale[:4])
     with pytest.raises(ValueError, match=r"draft_head: scale is torch\.bfloat16"):

@@ -73,6 +73,9 @@ def test_refuses(cpu_backend):
     arguments = inputs(4, 8, 3, 6, 2, torch.float32)
     for name, bad, complaint in (
         ("x", arguments["x"].double(), r"x is torch\.float64"),
+        ("x", arguments["x"][0], r"x has shape \(8,\), not 2 dims"),
+        ("w13", arguments["w13"][0], r"w13 has shape \(.*, 8\), not 3 dims"),
+        ("topk_ids", arguments["topk_ids"][0], r"topk_ids has shape \(2,\), not 2 dims"),
         ("w13", arguments["w13"][:, :11], "w13 has shape"),
         ("w13", arguments["w13"].bfloat16(), r"w13 is torch\.bfloat16"),
         ("w2", arguments["w2"][:2], "w2 has shape"),

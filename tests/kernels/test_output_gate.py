@@ -27,4 +27,6 @@ def test_refuses(backend):
         output_gate(x_=x, gate=x.half())
     with pytest.raises(ValueError, match="output_gate: x_ is not contiguous"):
         output_gate(x_=x.transpose(0, 1), gate=x.transpose(0, 1))
+    with pytest.raises(ValueError, match=r"output_gate: x_ has shape \(2, 24\), not 3 dims"):
+        output_gate(x_=x.flatten(1), gate=x)
     assert (x == 1).all()

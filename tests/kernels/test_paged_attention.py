@@ -292,6 +292,8 @@ def test_refuses_what_is_no_page(cpu_backend, page):
     ("name", "change", "complaint"),
     [
         ("q", lambda x: x.double(), r"q is torch\.float64"),
+        ("q", lambda x: x[0], r"q has shape \(4, 40\), not 3 dims"),
+        ("key_cache", lambda x: x[0, 0], r"key_cache has shape \(40,\), not 3 dims"),
         ("q", lambda x: x[:, :3], "cannot serve 3 query heads of 40 dims with 2 kv heads"),
         ("q", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "slot of q is not"),
         ("q", lambda x: torch.zeros(5, 4, 257), "cannot serve 4 query heads of 257 dims"),

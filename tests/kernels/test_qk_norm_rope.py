@@ -61,6 +61,8 @@ def test_against_the_model(backend, few, T, Hq, Hkv, D, rotary_dim, dtype):
         ({"rotary_dim": 9}, ValueError, "cannot rotate 9"),
         ({"num_heads": 3}, ValueError, "qkv has shape"),
         ({"cos_sin": torch.zeros(50, 8)}, ValueError, "cos_sin has shape"),
+        ({"cos_sin": torch.zeros(50)}, ValueError, r"cos_sin has shape \(50,\), not 2 dims"),
+        ({"qkv": torch.zeros(128)}, ValueError, r"qkv has shape \(128,\), not 2 dims"),
     ],
 )
 def test_refuses(backend, change, error, complaint):

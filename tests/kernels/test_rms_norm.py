@@ -45,4 +45,6 @@ def test_refuses(backend):
         rms_norm(x=x, weight=weight[:4], eps=1e-6)
     with pytest.raises(ValueError, match="not contiguous"):
         rms_norm(x=x.t().contiguous().t(), weight=weight, eps=1e-6)
+    with pytest.raises(ValueError, match=r"rms_norm: x has shape \(8,\), not 2 dims"):
+        rms_norm(x=x[0], weight=weight, eps=1e-6)
     assert (residual == 2).all()

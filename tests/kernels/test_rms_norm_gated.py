@@ -39,3 +39,5 @@ def test_refuses(backend):
         rms_norm_gated(
             x=x, z=x.transpose(2, 3).contiguous().transpose(2, 3), weight=weight, eps=1e-6
         )
+    with pytest.raises(ValueError, match=r"rms_norm_gated: x has shape \(2, 4, 8\), not 4 dims"):
+        rms_norm_gated(x=x.flatten(1, 2), z=x, weight=weight, eps=1e-6)

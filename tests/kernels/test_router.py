@@ -102,3 +102,5 @@ def test_refuses(backend):
         router(logits=logits.double(), k=2, renormalise=True)
     with pytest.raises(ValueError, match="router: the last dim of logits is not contiguous"):
         router(logits=logits.t().contiguous().t(), k=2, renormalise=True)
+    with pytest.raises(ValueError, match=r"router: logits has shape \(8,\), not 2 dims"):
+        router(logits=logits[0], k=2, renormalise=True)

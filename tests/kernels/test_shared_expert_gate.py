@@ -91,6 +91,7 @@ def test_refuses(backend):
         ("routed", given["routed"][:, :7], "routed has shape"),
         ("routed", given["routed"].half(), r"routed is torch\.float16"),
         ("x", torch.zeros(8, 3).t(), "the last dim of x is not contiguous"),
+        ("x", torch.zeros(8), r"x has shape \(8,\), not 2 dims"),
     ):
         with pytest.raises(ValueError, match=f"shared_expert_gate: .*{complaint}"):
             shared_expert_gate(**given | {name: bad})
