@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen3next_plugin.kernels.linear.weight import BLOCK, TILE, Format, Weight
+from qwen3next_plugin.kernels.linear.weight import BLOCK, SCALES, TILE, Format, Weight
 
 GROUPS = (32, 64, 128)
-SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pack_int8(values: Tensor, scale: Tensor) -> Weight:

@@ -1,11 +1,14 @@
 """A matrix as the kernels read it: 16 rows interleaved, in tiles."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from qwen3next_plugin.kernels.checks import ACTIVATIONS
 
 TILE = 16  # rows of a tile: the fp32 lanes of AVX-512
 BLOCK = 128  # the last dim is padded to a multiple of it
@@ -14,6 +17,9 @@ FORMATS: tuple[Format, ...] = ("int8", "int4", "fp8", "bf16")  # as in native/fo
 # A row's part of a line.
 LINE = {"int8": torch.int16, "int4": torch.int32, "fp8": torch.int32, "bf16": torch.int32}
 BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16}  # of a value
+SCALES = ACTIVATIONS  # dtypes of the scales
+BYTES = (torch.uint8,)
+Dtypes = tuple[torch.dtype, ...]
 SYMMETRIC = 8  # the zero point of int4 without zero points
 
 
@@ -27,7 +33,7 @@ class Weight:
             nibbles, lowest first, are 2 columns apart (int4); [K/4, 16, 2] words of 16 bits, whose
             bytes are 2 columns apart (fp8); [K/2, 16, 2] bf16
         scale: [⌈N/16⌉, groups, 16] fp32, bf16 or fp16; one group if `group` is 0, none of bf16
-        zero: the same shape, uint8, or None: 8 for int4, 0 for the others
+        zero: of int4, the same shape, uint8, or None: 8. The other formats have none.
     """
 
     format: Format
@@ -102,25 +108,59 @@ def _values(weight: Weight) -> Tensor:
 
 
 def check_weight(op: str, name: str, weight: Weight, dims: int, device: torch.device) -> None:
-    """Raise ValueError unless the parts have the shapes that format, shape and group ask for."""
+    """Raise ValueError unless the parts are those that format, shape and group ask for."""
+    zero = weight.zero
     if len(weight.shape) != dims:
         raise ValueError(f"{op}: {name} has shape {weight.shape}, not {dims} dims")
-    *lead, N, K = weight.shape
-    padded = -(-K // (weight.group or BLOCK)) * (weight.group or BLOCK)
-    tiles, line = -(-N // TILE), TILE * padded * BITS[weight.format] // 8
-    groups = 0 if weight.format == "bf16" or not K else -(-K // (weight.group or K))
-    entries = (*lead, tiles, groups, TILE)
-    for part, shape in (("packed", (*lead, tiles, line)), ("scale", entries), ("zero", entries)):
-        tensor = getattr(weight, part)
-        if tensor is None:
-            continue
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{op}: {name}.{part} has shape {tuple(tensor.shape)}, strides {tensor.stride()},"
-                f" not {shape} without gaps"
-            )
-        if tensor.device != device:
-            raise ValueError(f"{op}: {name}.{part} is on {tensor.device}, not on {device}")
+    if zero is not None and weight.format != "int4":
+        raise ValueError(f"{op}: {name} is {weight.format} with zero points, which only int4 has")
+    lines, entries = _shapes(weight.format, weight.shape, weight.group)
+    if (
+        _fits(weight.packed, lines, BYTES, device)
+        and _fits(weight.scale, entries, SCALES, device)
+        and (zero is None or _fits(zero, entries, BYTES, device))
+    ):
+        return
+    _refuse(f"{op}: {name}.packed", weight.packed, lines, BYTES, device)
+    _refuse(f"{op}: {name}.scale", weight.scale, entries, SCALES, device)
+    if zero is not None:
+        _refuse(f"{op}: {name}.zero", zero, entries, BYTES, device)
+
+
+def _fits(x: Tensor, shape: tuple[int, ...], dtypes: Dtypes, device: torch.device) -> bool:
+    return x.dtype in dtypes and x.shape == shape and x.is_contiguous() and x.device == device
+
+
+def _refuse(
+    name: str, x: Tensor, shape: tuple[int, ...], dtypes: Dtypes, device: torch.device
+) -> None:
+    """Raise ValueError with the reason unless x fits."""
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}, not {', '.join(map(str, dtypes))}")
+    if x.shape != shape or not x.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, strides {x.stride()}, not {shape} without gaps"
+        )
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, not on {device}")
+
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@torch.compiler.assume_constant_result  # of a cache that it traces, torch.compile warns
+def _shapes(format: Format, shape: tuple[int, ...], group: int) -> Shapes:
+    """Those of `packed`, and of `scale` and `zero`; computed once, since every call asks."""
+    return _computed(format, shape, group)
+
+
+@functools.lru_cache
+def _computed(format: Format, shape: tuple[int, ...], group: int) -> Shapes:
+    *lead, N, K = shape
+    padded = -(-K // (group or BLOCK)) * (group or BLOCK)
+    tiles, line = -(-N // TILE), TILE * padded * BITS[format] // 8
+    groups = 0 if format == "bf16" or not K else -(-K // (group or K))
+    return (*lead, tiles, line), (*lead, tiles, groups, TILE)
 
 
 def concatenate(weights: Sequence[Weight]) -> Weight:

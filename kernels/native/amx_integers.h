@@ -13,8 +13,7 @@ constexpr int64_t kByteColumns = 64;  // that an instruction multiplies, at most
 // Whether so many rows are multiplied by tiles.
 inline bool by_byte_tiles(const Packed& w, int64_t rows) {
   constexpr int64_t kFewest = 9;
-  return native::use_tiles && rows >= kFewest &&
-         (w.format == kInt4 || (w.format == kInt8 && !w.zeros));
+  return native::use_tiles && rows >= kFewest && is_integer(w.format);
 }
 
 inline int64_t byte_columns(const Packed& w) { return std::min(w.block, kByteColumns); }

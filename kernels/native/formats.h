@@ -161,9 +161,9 @@ constexpr int64_t kLargestBlock = 512;  // of int8 by 16 bits, whose sums int32 
 
 // Columns that are summed before a scale, or fp32, comes in: a group; of a row that has one scale
 // 128, or as many as divide the padded row where that leaves a sum of integers exact.
-inline int64_t block_of(Format format, int64_t K, int64_t group, bool has_zeros) {
+inline int64_t block_of(Format format, int64_t K, int64_t group) {
   if (group) return group;
-  return format == kInt8 && !has_zeros ? std::gcd(round_up(K, 128), kLargestBlock) : 128;
+  return format == kInt8 ? std::gcd(round_up(K, 128), kLargestBlock) : 128;
 }
 
 // A packed weight: [E, N, K], E = 1 if it is one matrix.
@@ -171,7 +171,7 @@ struct Packed {
   const uint8_t* lines;
   const void* scales;
   ScalarType scale_dtype;
-  const uint8_t* zeros;  // or null
+  const uint8_t* zeros;  // of int4, or null
   Format format;
   int32_t offset;  // the zero point without zero points
   int64_t N, K, group, block, blocks, groups, tiles, tile_bytes;
@@ -187,7 +187,7 @@ struct Packed {
         N(N),
         K(K),
         group(group),
-        block(block_of(this->format, K, group, zeros)),
+        block(block_of(this->format, K, group)),
         blocks((K + block - 1) / block),
         groups(group ? blocks : 1),
         tiles((N + kTileWidth - 1) / kTileWidth),

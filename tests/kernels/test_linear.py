@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
@@ -267,6 +268,33 @@ def test_refuses(cpu_backend):
             replace(weight, packed=weight.packed[:, 1:]),
             "weight.packed has shape",
         ),
+        (torch.zeros(96), weight, r"x has shape \(96,\), not 2 dims"),
     ):
         with pytest.raises(ValueError, match=f"linear: .*{complaint}"):
             linear(x, w)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "change", "complaint"),
+    [
+        ("int8", "scale", Tensor.double, r"weight\.scale is torch\.float64"),
+        ("bf16", "packed", lambda x: x.view(torch.bfloat16), r"weight\.packed is torch\.bfloat16"),
+        ("int4-group-128-zero", "zero", Tensor.int, r"weight\.zero is torch\.int32"),
+        ("int4-group-128-zero", "zero", lambda x: x[:, :0], r"weight\.zero has shape"),
+        ("int4-group-128-zero", "zero", lambda x: x.to("meta"), r"weight\.zero is on meta"),
+    ],
+)
+def test_refuses_a_weight_with_other_parts(cpu_backend, kind, part, change, complaint):
+    """As a module has them after `.double()`, say."""
+    weight, _ = packed(kind, 20, 256)
+    bad = replace(weight, **{part: change(getattr(weight, part))})
+    with pytest.raises(ValueError, match=f"linear: {complaint}"):
+        linear(torch.zeros(2, 256), bad)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8-blocks", "bf16"])
+def test_refuses_zero_points_of_another_format(cpu_backend, kind):
+    weight, _ = packed(kind, 20, 256)
+    bad = replace(weight, zero=torch.zeros(weight.scale.shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=f"linear: weight is {kind[:4].rstrip('-')} with zero poi"):
+        linear(torch.zeros(2, 256), bad)
