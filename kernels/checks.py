@@ -46,9 +46,12 @@ def check_contiguous(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} is not contiguous: strides {x.stride()}")
 
 
-def check_page(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device) -> None:
-    """`check`, and each slot contiguous; slots may lie apart. The number of slots is x's own."""
-    check(op, name, x, (x.shape[0], *shape), dtypes, device)
+def check_page(
+    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device, slots: int | None = None
+) -> None:
+    """`check`, and each slot contiguous; slots may lie apart. None: any number of them."""
+    count = x.shape[:1] if slots is None else (slots,)
+    check(op, name, x, (*count, *shape), dtypes, device)
     strides = x.stride()
     expected = 1
     for i in range(len(shape) - 1, -1, -1):

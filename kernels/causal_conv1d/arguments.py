@@ -12,6 +12,7 @@ from qwen3next_plugin.kernels.checks import (
     check_contiguous,
     check_page,
     check_step,
+    sizes,
 )
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import Step
@@ -30,7 +31,7 @@ class ConvInputs(NamedTuple):
 def check_arguments(x: ConvInputs, weight: Tensor, pool: StatePool, step: Step) -> None:
     """Raise ValueError unless the shapes, dtypes, devices and strides are the public op's."""
     op, (q, k, v) = "causal_conv1d", x
-    (T, H, K), R = q.shape, v.shape[-1]
+    (T, H, K), (_, _, R) = sizes(op, "q", q, 3), sizes(op, "v", v, 3)
     check(op, "q", q, (T, H, K), ACTIVATIONS, q.device)
     check(op, "k", k, (T, H, K), (q.dtype,), q.device)
     check(op, "v", v, (T, H, R), (q.dtype,), q.device)
@@ -41,9 +42,11 @@ def check_arguments(x: ConvInputs, weight: Tensor, pool: StatePool, step: Step) 
 
 def check_convolution(q: Tensor, C: int, weight: Tensor, pool: StatePool) -> None:
     """Check the weight, and the inputs that the pages keep, of C channels."""
-    op, ring = "causal_conv1d", pool.conv.shape[1]
+    op = "causal_conv1d"
+    _, ring, _ = sizes(op, "conv_", pool.conv, 3)
+    slots, _ = sizes(op, "span", pool.span, 2)
     if ring < WIDTH:
         raise ValueError(f"{op}: conv_ holds {ring} inputs, fewer than the {WIDTH} it convolves")
     check(op, "weight", weight, (C, WIDTH), (q.dtype, *FLOAT), q.device)
     check_contiguous(op, "weight", weight)
-    check_page(op, "conv_", pool.conv, (ring, C), (q.dtype,), q.device)
+    check_page(op, "conv_", pool.conv, (ring, C), (q.dtype,), q.device, slots)

@@ -107,17 +107,17 @@ struct Conv {
   }
 };
 
-template <class T>
-void zero_tokens(T* out, int64_t begin, int64_t end, int64_t C) {
-  std::memset(static_cast<void*>(out + begin * C), 0, (end - begin) * C * sizeof(T));
-}
-
 Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
                      Tensor query_start_loc, Tensor slot, Tensor context_len) {
+  const Arguments arguments{"causal_conv1d"};
+  arguments.expect_dims("q", q, 3);
+  arguments.expect_dims("v", v, 3);
+  arguments.expect_dims("conv_", conv_, 3);
+  arguments.expect_dims("span", span, 2);
   const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2);
   const int64_t C = H * (2 * K + R), ring = conv_.size(1), drafts = ring - kWidth;
+  const int64_t slots = span.size(0);
   const ScalarType dtype = q.scalar_type();
-  const Arguments arguments{"causal_conv1d"};
   arguments.require(drafts >= 0, "conv_ holds ", ring, " inputs, fewer than the ", kWidth,
                     " of a convolution");
   arguments.expect("q", q, {T, H, K}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
@@ -125,8 +125,8 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   arguments.expect("v", v, {T, H, R}, {dtype});
   arguments.expect("weight", weight, {C, kWidth}, {dtype, ScalarType::Float});
   arguments.require(weight.is_contiguous(), "weight is not contiguous");
-  arguments.expect_pages("conv_", conv_, {ring, C}, {dtype});
-  arguments.expect_pages("span", span, {2}, {ScalarType::Int});
+  arguments.expect_pages("conv_", conv_, slots, {ring, C}, {dtype});
+  arguments.expect_pages("span", span, slots, {2}, {ScalarType::Int});
   arguments.expect_step(query_start_loc, slot, context_len);
   const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, drafts);
   struct Tile {
@@ -158,12 +158,7 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
       if (part == 1) return {read<A>(k) + h * k.stride(1), k.stride(0), (H + h) * K, K};
       return {read<A>(v) + h * v.stride(1), v.stride(0), 2 * H * K + h * R, R};
     };
-    int64_t covered = 0;
-    for (const Row& row : rows) {
-      zero_tokens(conv.out, covered, row.begin, C);
-      covered = row.begin + row.tokens;
-    }
-    zero_tokens(conv.out, covered, T, C);
+    zero_uncovered(conv.out, rows, T, C);
     parallel(tiles.size() * 3 * H, 8, [&](int64_t i) {
       const Tile& tile = tiles[i / (3 * H)];
       conv.convolve(*tile.row, segment(i % (3 * H)), tile.first, tile.last);

@@ -5,11 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, check_page, check_step
+from qwen3next_plugin.kernels.checks import (
+    ACTIVATIONS,
+    FLOAT,
+    INT,
+    check,
+    check_page,
+    check_step,
+    sizes,
+)
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID, Step
 
 MAX_HEAD_DIM = 256
+STATES = (torch.float32, torch.bfloat16)
 
 
 class RuleInputs(NamedTuple):
@@ -32,7 +41,9 @@ class RuleWeights(NamedTuple):
 def check_arguments(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: Step) -> None:
     """Raise ValueError unless the shapes, dtypes, devices and strides are the public op's."""
     op, q = "gated_delta_rule", x.q
-    (T, H, K), (_, HV, V), W = q.shape, x.v.shape, pool.key.shape[1]
+    (T, H, K), (_, HV, V) = sizes(op, "q", q, 3), sizes(op, "v", x.v, 3)
+    _, W, _, _ = sizes(op, "key_", pool.key, 4)
+    slots, _ = sizes(op, "span_", pool.span, 2)
     if H == 0 or HV % H or K > MAX_HEAD_DIM:
         raise ValueError(f"{op}: cannot serve {H} key heads of dim {K} with {HV} value heads")
     if W < GRID:
@@ -45,9 +56,9 @@ def check_arguments(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: 
     check(op, "b", x.b, (T, H, HV // H), activations, device)
     check(op, "A_log", weights.A_log, (HV,), parameters, device)
     check(op, "dt_bias", weights.dt_bias, (HV,), parameters, device)
-    check_page(op, "state_", pool.state, (HV, K, V), (torch.float32, torch.bfloat16), device)
-    check_page(op, "key_", pool.key, (W, H, K), FLOAT, device)
-    check_page(op, "u_", pool.u, (W, HV, V), FLOAT, device)
-    check_page(op, "g_", pool.g, (W, HV), FLOAT, device)
+    check_page(op, "state_", pool.state, (HV, K, V), STATES, device, slots)
+    check_page(op, "key_", pool.key, (W, H, K), FLOAT, device, slots)
+    check_page(op, "u_", pool.u, (W, HV, V), FLOAT, device, slots)
+    check_page(op, "g_", pool.g, (W, HV), FLOAT, device, slots)
     check_page(op, "span_", pool.span, (2,), INT, device)
     check_step(op, step, device)

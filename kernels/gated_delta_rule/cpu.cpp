@@ -11,25 +11,17 @@ std::vector<float> to_floats(const Tensor& t) {
   return values;
 }
 
-template <class T>
-void zero_uncovered(T* out, const std::vector<Row>& rows, int64_t tokens, int64_t width) {
-  int64_t covered = 0;
-  const auto zero = [&](int64_t end) {
-    std::memset(static_cast<void*>(out + covered * width), 0, (end - covered) * width * sizeof(T));
-  };
-  for (const Row& row : rows) {
-    zero(row.begin);
-    covered = row.begin + row.tokens;
-  }
-  zero(tokens);
-}
-
 Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
                         Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len) {
+  const Arguments arguments{"gated_delta_rule"};
+  arguments.expect_dims("q", q, 3);
+  arguments.expect_dims("v", v, 3);
+  arguments.expect_dims("key_", key_, 4);
+  arguments.expect_dims("span_", span_, 2);
   const Dims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
   const ScalarType dtype = q.scalar_type(), fp32 = ScalarType::Float;
-  const Arguments arguments{"gated_delta_rule"};
+  const int64_t slots = span_.size(0);
   arguments.require(d.H > 0 && d.HV % d.H == 0 && d.K <= kMaxDim, "cannot serve ", d.H,
                     " key heads of dim ", d.K, " with ", d.HV, " value heads");
   arguments.require(d.W >= kGrid, "key_ holds ", d.W, " tokens, fewer than a cell of ", kGrid);
@@ -40,11 +32,11 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   arguments.expect("b", b, {d.T, d.H, d.group()}, {dtype});
   arguments.expect("A_log", A_log, {d.HV}, {dtype, fp32});
   arguments.expect("dt_bias", dt_bias, {d.HV}, {dtype, fp32});
-  arguments.expect_pages("state_", state_, {d.HV, d.K, d.V}, {fp32, ScalarType::BFloat16});
-  arguments.expect_pages("key_", key_, {d.W, d.H, d.K}, {fp32});
-  arguments.expect_pages("u_", u_, {d.W, d.HV, d.V}, {fp32});
-  arguments.expect_pages("g_", g_, {d.W, d.HV}, {fp32});
-  arguments.expect_pages("span_", span_, {2}, {ScalarType::Int});
+  arguments.expect_pages("state_", state_, slots, {d.HV, d.K, d.V}, {fp32, ScalarType::BFloat16});
+  arguments.expect_pages("key_", key_, slots, {d.W, d.H, d.K}, {fp32});
+  arguments.expect_pages("u_", u_, slots, {d.W, d.HV, d.V}, {fp32});
+  arguments.expect_pages("g_", g_, slots, {d.W, d.HV}, {fp32});
+  arguments.expect_pages("span_", span_, slots, {2}, {ScalarType::Int});
   arguments.expect_step(query_start_loc, slot, context_len);
   std::vector<Row> short_rows, long_rows;  // separate, so that every thread gets a share of each
   const auto rows = checked_rows(query_start_loc, slot, context_len, span_, d.T, d.W - kGrid);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <initializer_list>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "tensor.h"
@@ -31,11 +31,20 @@ inline const char* dtype_name(ScalarType dtype) {
 using Sizes = std::initializer_list<int64_t>;
 using Dtypes = std::initializer_list<ScalarType>;
 
+// Values as a message lists them. Nothing is written unless there is a message.
 template <class Values>
-std::string listed(const Values& values) {
-  std::string text;
-  for (int64_t value : values) text += (text.empty() ? "(" : ", ") + std::to_string(value);
-  return text + ")";
+struct Listed {
+  const Values& values;
+  friend std::ostream& operator<<(std::ostream& to, const Listed& list) {
+    const char* before = "(";
+    for (int64_t value : list.values) to << std::exchange(before, ", ") << value;
+    return to << ")";
+  }
+};
+
+template <class Values>
+Listed<Values> listed(const Values& values) {
+  return {values};
 }
 
 // Throws std::invalid_argument, a ValueError in Python, which names the op and the argument.
@@ -65,9 +74,15 @@ struct Arguments {
             " is not contiguous: ", listed(strides));
   }
 
-  // Requires contiguous slots of that shape; any number of them, any distance apart.
-  void expect_pages(const char* name, const Tensor& t, Sizes slot, Dtypes dtypes) const {
-    std::vector<int64_t> shape{t.dim() > 0 ? t.size(0) : 0};
+  // Requires so many dims.
+  void expect_dims(const char* name, const Tensor& t, int64_t dims) const {
+    require(t.dim() == dims, name, " has shape ", listed(t.sizes()), ", not ", dims, " dims");
+  }
+
+  // Requires so many contiguous slots of that shape, any distance apart.
+  void expect_pages(const char* name, const Tensor& t, int64_t slots, Sizes slot,
+                    Dtypes dtypes) const {
+    std::vector<int64_t> shape{slots};
     shape.insert(shape.end(), slot);
     expect(name, t, shape, dtypes);
     int64_t expected = 1;

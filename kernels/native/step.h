@@ -1,6 +1,7 @@
 // The rows of a step that have a page, checked before anything is written.
 #pragma once
 
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -53,6 +54,20 @@ inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor
     rows.push_back({page, begin, n, c, c == 0 ? 0 : grid_point(first), n > k + 1});
   }
   return rows;
+}
+
+// Zeroes the tokens [tokens, width] that no row has.
+template <class T>
+void zero_uncovered(T* out, const std::vector<Row>& rows, int64_t tokens, int64_t width) {
+  int64_t covered = 0;
+  const auto zero = [&](int64_t end) {
+    std::memset(static_cast<void*>(out + covered * width), 0, (end - covered) * width * sizeof(T));
+  };
+  for (const Row& row : rows) {
+    zero(row.begin);
+    covered = row.begin + row.tokens;
+  }
+  zero(tokens);
 }
 
 }  // namespace Q3N_LEVEL

@@ -82,6 +82,8 @@ def test_agrees_with_transformers(backend):
         ({"weight": torch.zeros(4, SMALL.C).t()}, ValueError, "weight"),
         ({"conv_": torch.zeros(2, SMALL.C, 5).transpose(1, 2)}, ValueError, "conv_"),
         ({"conv_": torch.zeros(2, 3, SMALL.C)}, ValueError, "conv_ holds 3 inputs"),
+        ({"conv_": torch.zeros(2, 6)}, ValueError, r"conv_ has shape \(2, 6\), not 3 dims"),
+        ({"v": torch.zeros(3, 96)}, ValueError, r"v has shape \(3, 96\), not 3 dims"),
         ({"slot": torch.zeros(1, dtype=torch.int64)}, ValueError, "slot is torch.int64"),
         ({"q": torch.zeros(3, 2, 16, device="meta")}, (ValueError, NotImplementedError), "meta"),
     ],

@@ -141,6 +141,10 @@ def test_agrees_with_transformers(backend):
         ("key_", torch.zeros(4, 7, 2, 16), ValueError),
         ("span_", torch.zeros(4, 2, dtype=torch.int64), ValueError),
         ("g_", torch.zeros(4, 3, 4), ValueError),
+        ("q", torch.zeros(2, 16), ValueError),
+        ("v", torch.zeros(2, 4, 24, 1), ValueError),
+        ("key_", torch.zeros(4), ValueError),
+        ("span_", torch.zeros((), dtype=torch.int32), ValueError),
     ],
 )
 def test_refuses_bad_arguments(backend, name, bad, error):

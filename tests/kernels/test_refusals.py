@@ -70,6 +70,24 @@ def test_tokens_out_of_range(cpu_backend, op, starts, complaint, monkeypatch):
     pool.assert_untouched_but([])
 
 
+@pytest.mark.parametrize(
+    ("op", "part"),
+    [
+        ("causal_conv1d", "conv"),
+        *(("gated_delta_rule", part) for part in ("state", "key", "u", "g")),
+    ],
+)
+def test_fewer_slots_than_span_has(backend, op, part, monkeypatch):
+    """A slot that `span` has may be beyond the end of another tensor."""
+    layer, pool, step = Layer.random(SMALL), Pool(SMALL, 4, K_DRAFTS), Step(((3, 0, 2),))
+    pages = pool.pages()
+    short = pages._replace(**{part: getattr(pages, part)[:3]})
+    monkeypatch.setattr(pool, "pages", lambda: short)
+    with pytest.raises(ValueError, match=rf"{op}: {part}_ has shape \(3, .*, not \(4, "):
+        run(op, layer, pool, step)
+    pool.assert_untouched_but([])
+
+
 near = st.one_of(st.integers(-3, 30), st.sampled_from([2**31 - 1, -(2**31)]))
 
 
