@@ -43,6 +43,11 @@ FAULTS = {
         lambda t: t.update({f"{Q}.weight_scale_inv": torch.ones(1, 1)}),
         r"shape \(1, 1\), and blocks of 128 by 128 need \(2, 2\)",
     ),
+    "FP8 in groups of 32": Fault(
+        "fp8-rows",
+        lambda t: t.update({f"{Q}.weight_scale": torch.ones(256, 5)}),
+        r"shape \(256, 5\), .* nor of blocks or groups of 128 columns; use a checkpoint with",
+    ),
     "group does not divide": Fault(
         "packed_4-bit",
         lambda t: t.update({f"{Q}.weight_scale": torch.ones(256, 7)}),

@@ -164,8 +164,14 @@ def _scaled_format(module: Module) -> Format:
     kind, dtype = "fp8" if is_fp8 else "int8", module.tensors[name].dtype
     if shape in ((), (1,), (rows,), (rows, 1)):
         return Format(kind, 0, dtype)
-    if is_fp8 and shape == blocks:
+    if is_fp8 and shape in (blocks, (rows, blocks[1])):
         return Format(kind, FP8_BLOCK if blocks[1] > 1 else 0, dtype)
+    if is_fp8:
+        raise module.refuse(
+            f"{name} has shape {shape}, which is no scale of {rows} rows, nor of blocks or groups "
+            f"of {FP8_BLOCK} columns",
+            f"use a checkpoint with a scale of each row, or with groups of {FP8_BLOCK} in FP8",
+        )
     if len(shape) == 2 and shape[0] == rows:
         return Format(kind, module.group(shape[1], name), dtype)
     raise module.refuse(

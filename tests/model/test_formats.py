@@ -17,8 +17,8 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.formats import Formats
 from qwen3next_plugin.model.layouts import CheckpointError
-from qwen3next_plugin.model.packed import check_experts, check_split, pack_head, packs_head
-from qwen3next_plugin.model.quantised import Format, dequantise
+from qwen3next_plugin.model.packed import check_experts, check_split, pack, pack_head, packs_head
+from qwen3next_plugin.model.quantised import Format, Module, dequantise, scheme
 from qwen3next_plugin.model.quantising import quantised_bytes
 from qwen3next_plugin.model.weights import (
     formats_of,
@@ -111,6 +111,18 @@ def test_what_is_left_out_is_read_from_the_files(plain, tmp_path, leave_out):
 def test_fault_is_named(plain, tmp_path, fault):
     with pytest.raises(CheckpointError, match=FAULTS[fault].message):
         load(write_faulty(plain, tmp_path, fault))
+
+
+def test_fp8_in_groups_of_128_columns():
+    """Of which the last one may have fewer."""
+    tensors = {
+        "weight": torch.randn(6, 160).to(torch.float8_e4m3fn),
+        "weight_scale": torch.rand(6, 2),
+    }
+    kind, module = scheme(tensors), Module("m", 6, 160, tensors)
+    form, rows = kind.format(module), kind.rows(module)
+    assert form == Format("fp8", 128, torch.float32)
+    assert torch.equal(unpack(pack(rows, form).weight), dequantise(rows, form))
 
 
 def test_ranks_that_would_share_a_scale():
