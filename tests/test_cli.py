@@ -3,8 +3,10 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
+from pathlib import Path
 from typing import get_args
 from unittest.mock import MagicMock
 
@@ -21,7 +23,7 @@ from quantised import MIXED, write_quantised
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor, warmup
 from qwen3next_plugin.cli.blocks import Blocks
-from qwen3next_plugin.cli.machine import machine
+from qwen3next_plugin.cli.machine import FLAGS, machine
 from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
 from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
@@ -36,6 +38,7 @@ from test_config import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
 COUNTS = parameters(CONFIG)
+OPS = Path(__file__).parents[1] / "kernels/native/ops.cpp"
 
 
 def run(*arguments):
@@ -479,6 +482,16 @@ def test_doctor_of_a_healthy_machine(diagnose):
     assert code == 0
     assert report["Qwen3NextForCausalLM"]["status"] == "ok"
     assert report["triton"]["status"] == report["sglang"]["status"] == "note"
+
+
+def test_doctor_says_which_flags_the_kernels_miss(diagnose, monkeypatch):
+    """Where VBMI is masked, a machine with AMX is at avx512bf16."""
+    found = replace(machine(), flags=tuple(flag for flag in FLAGS if flag != "avx512vbmi"))
+    monkeypatch.setattr(doctor, "machine", lambda: found)
+    assert diagnose()[1]["flags not there"]["found"] == "avx512vbmi"
+    asked = re.findall(r'cpu_supports\("([^"]+)"\)', OPS.read_text())
+    assert asked
+    assert {re.sub("[-_]", "", flag) for flag in asked} <= {flag.replace("_", "") for flag in FLAGS}
 
 
 @pytest.mark.parametrize(

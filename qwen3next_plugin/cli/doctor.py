@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.machine import machine
+from qwen3next_plugin.cli.machine import FLAGS, machine
 from qwen3next_plugin.versions import (
     TESTED,
     HostVersionError,
@@ -85,6 +85,8 @@ def _machine() -> Iterator[Finding]:
     m = machine()
     yield Finding("machine", "processor", f"{m.architecture}, {m.cores} cores")
     yield Finding("machine", "flags", " ".join(m.flags) or "none that the kernels use")
+    if m.flags and (missing := [flag for flag in FLAGS if flag not in m.flags]):
+        yield Finding("machine", "flags not there", " ".join(missing))
     yield Finding("machine", "memory", f"{m.memory_bytes / 2**30:.1f} GiB")
 
 

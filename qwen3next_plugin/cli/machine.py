@@ -5,7 +5,12 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+FLAGS = (  # as /proc/cpuinfo names what kernels/native/ops.cpp asks for
+    "avx2", "fma", "f16c",
+    "avx512f", "avx512bw", "avx512vl", "avx512dq",
+    "avx512_bf16", "avx512_vnni",
+    "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8",
+)  # fmt: skip
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
