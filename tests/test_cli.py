@@ -25,6 +25,7 @@ from qwen3next_plugin.cli import app, doctor, warmup
 from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import FLAGS, machine
 from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
+from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
@@ -206,6 +207,12 @@ def test_length_to_lower_to_fits():
     advised = int(re.search(r"lower it to (\d+) tokens", plan(262144).bound)[1])
     assert plan(advised).concurrency == 1
     assert plan(advised + 1).concurrency == 0
+
+
+def test_pools_of_a_model_without_full_attention():
+    config = replace(CONFIG, layer_types=("linear_attention",) * len(CONFIG.layer_types))
+    plan = make_plan(Pools, config, sizes(drafts=False), flags())
+    assert plan.fits == plan.slots // 3 > 0
 
 
 # plan ---------------------------------------------------------------------------------------------

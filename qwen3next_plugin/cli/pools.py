@@ -35,7 +35,7 @@ class Pools(Plan):
     def tokens(self) -> int:
         """Tokens whose KV fits next to the weights and slots."""
         spare = self.spare - (self.slots + 1) * self.slot_bytes
-        return max(0, spare // self.kv_bytes_per_token)
+        return max(0, spare // max(1, self.kv_bytes_per_token))
 
     @property
     def fits(self) -> int:
