@@ -5,6 +5,7 @@ import sys
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -63,6 +64,18 @@ def test_version_is_one():
     import qwen3next_plugin
 
     assert distribution("qwen3next-plugin").version == qwen3next_plugin.__version__
+
+
+@pytest.mark.skipif(which("nm") is None, reason="no nm, of binutils")
+def test_the_library_exports_nothing_of_ours():
+    """Another library's symbol of the same name would take the place of an exported one."""
+    import qwen3next_plugin.kernels
+
+    (library,) = (f for p in qwen3next_plugin.kernels.__path__ for f in Path(p).glob("_ops.so"))
+    nm = ["nm", "-D", "-C", "--defined-only", library]
+    symbols = subprocess.run(nm, capture_output=True, text=True, check=True).stdout.splitlines()
+    ours = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "native")
+    assert not [line for line in symbols if any(f"{name}::" in line for name in ours)]
 
 
 @pytest.mark.skipif(not list((ROOT / "dist").glob("*.whl")), reason="no wheel in dist/")
