@@ -28,6 +28,7 @@ STEPS = (
     Step(((2, 0, 130), (-1, 5, 2), (0, 2, 4), (3, 1, 1), (5, 900, 40))),
     Step(((2, 130, 70), (5, 940, 4200), (3, 2, 2))),  # the long one is split
 )
+SLOTS = sorted({slot for step in STEPS for slot, _, _ in step.rows if slot >= 0})
 
 
 class Net:
@@ -64,7 +65,11 @@ class Net:
 
 
 def pool_on(device: str, dtype: torch.dtype) -> Pool:
-    pool = Pool(SHAPE, 7, DRAFTS, dtype)
+    return to(Pool(SHAPE, 7, DRAFTS, dtype), device)
+
+
+def to(pool: Pool, device: str) -> Pool:
+    """The pool, its tensors moved."""
     for name in ("conv_", "state_", "key_", "u_", "g_", "span_"):
         setattr(pool, name, getattr(pool, name).to(device))
     return pool
@@ -80,7 +85,13 @@ def test_as_the_reference(monkeypatch, dtype):
     for out, (step, inputs) in zip(outs, steps, strict=True):
         ref = net.run(expected, step, inputs, "cpu", torch.float32)
         assert_close("gated_delta_rule", dtype, out, ref)
-    assert torch.equal(pool.span_.cpu(), expected.span_)
+    to(pool, "cpu")
+    assert torch.equal(pool.span_, expected.span_)
+    for slot in SLOTS:
+        ours, theirs = pool.state_at_end(slot), expected.state_at_end(slot)
+        assert_close("gated_delta_rule", dtype, ours, theirs)
+        for part, ref in zip(pool.content(slot), expected.content(slot), strict=True):
+            assert_close("gated_delta_rule", dtype, part, ref)
 
 
 def test_captured_and_replayed():
