@@ -70,7 +70,7 @@ def _is_plain(layer: Any) -> bool:
     return layer.packed is None and on_cpu and not use_intel_amx_backend(layer)
 
 
-class PackedLinear(UnquantizedLinearMethod):
+class PackedProjection(UnquantizedLinearMethod):
     """SGLang's unquantised projection."""
 
     def __init__(self, *, as_int8: bool = False) -> None:
@@ -159,12 +159,12 @@ def use_packing(
         method = getattr(module, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:
             as_int8 = module in within and not name.endswith(".gate")
-            _use(PackedLinear(as_int8=as_int8), module)
+            _use(PackedProjection(as_int8=as_int8), module)
         elif type(method) is UnquantizedEmbeddingMethod and module is head:
             _use(PackedHead(in_fp32=head_in_fp32), module)
         elif isinstance(method, UnquantizedFusedMoEMethod):
             method.drafts = module in within
 
 
-def _use(method: PackedLinear | PackedHead, layer: Any) -> None:
+def _use(method: PackedProjection | PackedHead, layer: Any) -> None:
     layer.quant_method, layer.packed = method, None
