@@ -12,7 +12,7 @@ from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Entry, Function, Host
-from qwen3next_plugin.engines.sglang import flags, hooks, requests
+from qwen3next_plugin.engines.sglang import flags, hooks, patterns, requests
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.model.config import (
@@ -171,9 +171,19 @@ WITH_OURS: tuple[Entry, ...] = (
         remove_when="SGLang refuses every request of test_hostile.py",
     ),
     Patch(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        parameters=(
+            *("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs"),
+            "token_type_ids",
+        ),
+        function=requests.check_tokenised,
+        reason="SGLang's scheduler trusts types, positions and embeddings that nobody checks",
+        remove_when="SGLang refuses every request of test_hostile.py",
+    ),
+    Patch(
         target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
         parameters=("self", "new_accepted_len"),
-        function=requests.limit_regex,
+        function=patterns.limit_regex,
         reason="a stop_regex that backtracks holds the scheduler for ever",
         remove_when="SGLang matches in linear time, or with a time limit",
     ),

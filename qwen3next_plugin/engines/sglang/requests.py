@@ -4,14 +4,18 @@ SGLang answers a ValueError of its tokenizer manager with a 400. What is not che
 the scheduler, where an error ends the server for every client.
 """
 
-import re
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from importlib.util import find_spec
+from numbers import Real
+from reprlib import repr as shortened
 from typing import Any
 
+import msgspec
+import torch
+
 from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.patterns import check_pattern
 
 MAX_N = 128  # as in OpenAI's API
 MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else as it queues them
@@ -19,7 +23,25 @@ MAX_LOGPROBS = 1000  # per token; each is a Python object in three processes
 MAX_INT32 = 2**31 - 1  # SGLang's dtype for top_k
 # Beyond these, logits overflow fp32 at the lowest temperature, 1e-6.
 MIN_REPETITION_PENALTY, MAX_BIAS = 1e-6, 1e20
-REGEX_SECONDS = 0.25  # for one step of one request; a sane pattern takes microseconds
+
+# Types that SGLang declares otherwise than it uses them.
+TYPES: dict[str, Any] = {
+    "stop_token_ids": set[int | None] | None,
+    "logit_bias": dict[str | int, float] | None,
+}
+# Not compared with their declared type: made by SGLang itself, or checked in another way.
+UNTYPED = frozenset(
+    (
+        *("input_text", "input_ids", "input_embeds", "mm_inputs", "num_items_assigned"),
+        *("sampling_params", "session_params", "positional_embed_overrides", "kv_hints"),
+        *("time_stats", "custom_params", "watermark"),
+    )
+)
+# SamplingParams sets these itself; with `is_normalized` it would check nothing.
+INTERNAL = (
+    *("is_normalized", "stop_strs", "stop_str_max_len"),
+    *("stop_regex_strs", "stop_regex_max_len"),
+)
 
 VIDEO_DECODERS = ("torchcodec", "decord")  # packages with which SGLang reads videos
 
@@ -39,21 +61,40 @@ def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any
     return host(manager, obj, request)
 
 
+def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any) -> Any:
+    """Wrap `_create_tokenized_object`: refuse what its scheduler would not survive of one prompt.
+
+    SGLang declares types for what it sends to the scheduler, and compares no value with them.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    made = host(manager, obj, *args)
+    if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
+        _check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
+        check_positions(made.token_indices_to_pool, made.input_ids)
+        check_embeds(made, manager.model_config.hidden_size)
+    return made
+
+
 def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
     """Check one `GenerateReqInput`, of one prompt or of many.
 
-    The number of answers is limited over HTTP only: whoever calls the engine in Python owns it.
+    Types and the number of answers are checked over HTTP only: whoever calls the engine in Python
+    owns it.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
     prompts, params = _prompts(obj), _each(obj.sampling_params)
     if over_http:
+        _check_given(obj, params)
         _check_answers(len(prompts), [each.get("n") for each in params])
     for prompt in prompts:
         _check_prompt(prompt, vocab_size)
     for number in _each(obj.top_logprobs_num):
         _check_range(TOP_LOGPROBS, number, 0, min(vocab_size, MAX_LOGPROBS))
+    for start in _each(obj.logprob_start_len):
+        _check_range("logprob_start_len", start, -1, MAX_INT32)
     for ids in _lists(obj.token_ids_logprob):
         _check_range("the length of token_ids_logprob", len(ids or ()), 0, MAX_LOGPROBS)
     for each in params:
@@ -71,6 +112,108 @@ def check_videos(video_data: Any) -> None:
         raise ValueError(
             f"video: nothing is installed that reads one; install {names} where the server runs"
         )
+
+
+def check_positions(positions: list[int] | None, prompt: Sequence[int] | None) -> None:
+    """Check where label tokens are scored, of a prompt that one step must read from its start.
+
+    Raises:
+        ValueError: names the position and the prompt's length, or the flags that are missing.
+    """
+    from sglang.srt.runtime_context import get_memory, get_schedule
+
+    if positions is None:
+        return
+    field = "token_indices_to_pool"
+    if not positions:
+        raise ValueError(f"{field} is empty; it needs at least one position")
+    for position in (min(positions), max(positions)):
+        _check_range(field, position, 0, len(prompt or ()) - 1)
+    if not get_memory().disable_radix_cache or get_schedule().chunked_prefill_size != -1:
+        raise ValueError(
+            f"{field} needs a server with --disable-radix-cache --chunked-prefill-size -1: "
+            "its positions count from where a step begins to read the prompt"
+        )
+
+
+def check_embeds(made: Any, hidden_size: int) -> None:
+    """Check embeddings of one prompt: all of them, or of some tokens.
+
+    Raises:
+        ValueError: names the field and the shape that is needed.
+    """
+    from sglang.srt.managers.embed_types import PositionalEmbeds
+
+    if made.input_embeds is not None:
+        try:
+            embeds = torch.tensor(made.input_embeds, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"input_embeds is no [tokens, {hidden_size}] array: {error}") from None
+        _check_rows("input_embeds", embeds, hidden_size)
+        if made.session_params is not None:
+            raise ValueError("input_embeds: a session continues token ids; leave one of both out")
+    if (given := made.positional_embed_overrides) is None:
+        return
+    if not isinstance(given, PositionalEmbeds):
+        raise ValueError(
+            f"positional_embed_overrides is {shortened(given)}; only /v1/score and the engine in "
+            "Python take them, as PositionalEmbeds"
+        )
+    if isinstance(given.embeds, torch.Tensor):
+        _check_rows("positional_embed_overrides", given.embeds, hidden_size)
+
+
+def _check_rows(field: str, rows: torch.Tensor, hidden_size: int) -> None:
+    if rows.ndim != 2 or rows.shape[1] != hidden_size:
+        raise ValueError(
+            f"{field} has shape {list(rows.shape)}; allowed is [tokens, {hidden_size}]"
+        )
+    if not rows.isfinite().all():
+        raise ValueError(f"{field} has a value that is not finite in fp32")
+
+
+def _check_given(obj: Any, params: list[Any]) -> None:
+    """Check types that SGLang's own HTTP routes let through."""
+    from sglang.srt.managers.io_struct import SessionParams
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    _check_type("received_time", obj.received_time, float | None)
+    if obj.lora_id:
+        raise ValueError(f"lora_id is {shortened(obj.lora_id)}; name an adapter in lora_path")
+    if obj.session_params is not None:
+        _check_types("session_params", obj.session_params, SessionParams)
+    for each in params:
+        _check_types("sampling_params", each, SamplingParams)
+        for name in INTERNAL:
+            if name in each:
+                raise ValueError(f"{name} is SGLang's own; leave it out of sampling_params")
+
+
+def _check_types(field: str, values: Any, kind: type[msgspec.Struct]) -> None:
+    """Compare the fields of one of SGLang's structs with their declared types."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{field} is {shortened(values)}; allowed is an object with fields")
+    types = _types(kind)
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{field} has no field {name!r}; allowed are {', '.join(types)}")
+        if value is not None and name not in UNTYPED:
+            _check_type(f"{field}.{name}" if field else name, value, types[name])
+
+
+@cache
+def _types(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {each.name: TYPES.get(each.name, each.type) for each in msgspec.structs.fields(kind)}
+
+
+def _check_type(field: str, value: Any, kind: Any) -> None:
+    """Check without conversion, so that neither `"1"` nor True is an integer; NumPy's 1 is."""
+    from sglang.srt.utils.msgpack_utils import enc_hook
+
+    try:
+        msgspec.convert(msgspec.to_builtins(value, enc_hook=enc_hook), kind)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"{field} is {shortened(value)}: {error}") from None
 
 
 def _each(value: Any) -> list[Any]:
@@ -112,58 +255,10 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
     for bias in (params.get("logit_bias") or {}).values():
         _check_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
     for pattern in _each(params.get("stop_regex")):
-        _check_regex(pattern)
+        check_pattern(pattern)
 
 
 def _check_range(field: str, value: float | None, low: float, high: float) -> None:
-    """NaN is in no range."""
-    if value is not None and not low <= value <= high:
+    """NaN is in no range, and neither is what is no number."""
+    if value is not None and not (isinstance(value, Real) and low <= value <= high):
         raise ValueError(f"{field} is {value}; allowed are {low:.15g} to {high:.15g}")
-
-
-def _check_regex(pattern: str) -> None:
-    from sglang.srt.sampling.sampling_params import MAX_STOP_REGEX_LEN
-
-    if len(pattern) > MAX_STOP_REGEX_LEN:  # SGLang refuses it, and says so
-        return
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"stop_regex {pattern!r} is no regular expression: {error}") from None
-
-
-def limit_regex(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
-    """Wrap `_check_str_based_finish`: abort a request whose stop_regex takes too long to match.
-
-    Time is limited as it matches, because no check of a pattern finds just those that backtrack.
-    """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.managers.schedule_batch import FINISH_ABORT
-    from sglang.srt.runtime_context import get_server_args
-
-    patterns = req.sampling_params.stop_regex_strs
-    if not patterns or not is_ours(model_config_of(get_server_args())):
-        return host(req, new_accepted_len)
-    try:
-        with _time_limit(REGEX_SECONDS):
-            return host(req, new_accepted_len)
-    except TimeoutError:
-        message = f"stop_regex {patterns} takes longer than {REGEX_SECONDS} s to match; simplify it"
-        req.finished_reason = FINISH_ABORT(message, 400, "BadRequestError")
-        return True
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread, also in the middle of `re.search`."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -9,11 +9,13 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from checkpoints import SHAPES, random_prompt, write_checkpoint
-from engines.checks import LENGTHS, TOKENS, check_greedy
+from checkpoints import BASE, SHAPES, random_prompt, write_checkpoint
+from engines.checks import LENGTHS, TOKENS, TOLERANCE, check_greedy
 from engines.clients import eventually
-from engines.sglang.server import FIXED, NEXTN, Forked, Server
+from engines.hostile import ask
+from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
 from reference import Reference
 
 pytestmark = pytest.mark.serve
@@ -138,6 +140,43 @@ def test_one_page_a_request_while_it_runs(server):
     assert eventually(all_seen)
     assert max(held) == len(prompts)
     assert max(pool) == SLOTS
+
+
+@cases("uncached")
+def test_a_prompt_of_embeddings(server, model):
+    """SGLang rounds them to bf16, whatever the model's dtype."""
+    weight = model.trunk.get_input_embeddings().weight.detach()
+    rows = weight[list(random_prompt(70, seed=7))].bfloat16().float()
+    with torch.inference_mode():
+        logprobs = model.trunk(inputs_embeds=rows[None]).logits[0, -1].log_softmax(-1)
+    params = {"temperature": 0, "max_new_tokens": 5}
+    asked = {"input_embeds": rows.tolist(), "sampling_params": params, "return_logprob": True}
+    answer = Answer.of(server.post("/generate", **asked))
+    assert answer.token_ids[0] == logprobs.argmax()
+    assert answer.logprobs[0] == pytest.approx(logprobs.max().item(), abs=TOLERANCE)
+
+
+@cases("uncached")
+def test_hostile_embeddings_are_refused(server, case):
+    """And end no server, as the tests behind this one see."""
+    size = SHAPES[case.shape].get("hidden_size", BASE["hidden_size"])
+    shape = f"allowed is [tokens, {size}]"
+    row = [0.5] * size
+    for embeds, says in (
+        ([row, row[:3]], f"input_embeds is no [tokens, {size}] array: expected sequence"),
+        ([row[:4]], f"input_embeds has shape [1, 4]; {shape}"),
+        ([[1e300, *row[1:]]], "input_embeds has a value that is not finite in fp32"),
+    ):
+        status, text = ask(server, "/generate", {"input_embeds": embeds})
+        assert (status, says in text) == (400, True), text
+    nowhere = {"input_embeds": [row], "session_params": {"id": "a"}}
+    status, text = ask(server, "/generate", nowhere)
+    assert (status, "input_embeds: a session continues token ids" in text) == (400, True), text
+    score = {"query": [5, 6], "items": [[7]], "label_token_ids": [3], "model": server.model}
+    override = {"embed_override_token_id": 6, "query_embed_overrides": [row[:5]]}
+    status, text = ask(server, "/v1/score", score | override)
+    assert (status, f"overrides has shape [1, 5]; {shape}" in text) == (400, True), text
+    assert ask(server, "/v1/score", score | override | {"query_embed_overrides": [row]})[0] == 200
 
 
 @cases("chain")

@@ -2,14 +2,16 @@
 
 import re
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace as Bag
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.engines.sglang import requests
-from qwen3next_plugin.engines.sglang.requests import check, check_request, limit_regex
+from qwen3next_plugin.engines.sglang.patterns import REGEX_SECONDS, limit_regex
+from qwen3next_plugin.engines.sglang.requests import check, check_positions, check_request
 
 V = 4096
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]), vocab_size=V, is_multimodal=False)
@@ -89,6 +91,28 @@ def test_refused(fields, message):
         check(request(**fields), V, over_http=False)
 
 
+@pytest.mark.parametrize(
+    ("no_cache", "chunk", "refused"), [(True, -1, False), (True, 4096, True), (False, -1, True)]
+)
+def test_positions_need_a_prompt_that_one_step_reads(monkeypatch, no_cache, chunk, refused):
+    from sglang.srt import runtime_context
+
+    monkeypatch.setattr(runtime_context, "get_memory", lambda: Bag(disable_radix_cache=no_cache))
+    monkeypatch.setattr(runtime_context, "get_schedule", lambda: Bag(chunked_prefill_size=chunk))
+    needs = pytest.raises(ValueError, match="needs a server with --disable-radix-cache --chunked")
+    with needs if refused else nullcontext():
+        check_positions([0, 4], range(5))
+    with pytest.raises(ValueError, match="token_indices_to_pool is 5; allowed are 0 to 4"):
+        check_positions([0, 5], range(5))
+
+
+def test_types_of_numpy_are_allowed():
+    """The engine in Python is given them."""
+    check(request(logprob_start_len=np.int64(3), top_logprobs_num=np.int32(2)), V, over_http=True)
+    params = {"temperature": np.float32(0.5), "top_k": np.int64(5), "stop_token_ids": [None, 3]}
+    check(request(sampling_params=params), V, over_http=True)
+
+
 def test_a_small_vocabulary_limits_logprobs():
     with pytest.raises(ValueError, match="is 101; allowed are 0 to 100"):
         check(request(top_logprobs_num=101), 100, over_http=False)
@@ -132,7 +156,7 @@ def test_a_pattern_that_backtracks_aborts_its_request(generating):
     reason = request.finished_reason.to_json()
     assert reason["status_code"] == 400
     assert "stop_regex ('(x+)+y',) takes longer than 0.25 s to match" in reason["message"]
-    time.sleep(2 * requests.REGEX_SECONDS)  # no alarm is left
+    time.sleep(2 * REGEX_SECONDS)  # no alarm is left
 
 
 @pytest.mark.parametrize(

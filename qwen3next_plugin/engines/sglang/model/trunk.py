@@ -81,7 +81,10 @@ class Qwen3NextModel(nn.Module):
         input_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Shapes: input_ids [T], positions [T], or with images [3, T], returns [T, D]."""
-        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        if input_embeds is None:
+            hidden_states = self.embed_tokens(input_ids)
+        else:  # a request's own are bf16, whatever the model's dtype
+            hidden_states = input_embeds.to(self.embed_tokens.weight.dtype)
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual, forward_batch)

@@ -1,0 +1,64 @@
+"""stop_regex: the patterns of requests, which SGLang's scheduler matches at each step."""
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qwen3next_plugin.engines.sglang.names import is_ours
+
+REGEX_SECONDS = 0.25  # for one step of one request; a sane pattern takes microseconds
+
+
+def check_pattern(pattern: str) -> None:
+    """Check that a stop_regex compiles.
+
+    Raises:
+        ValueError: names the pattern and what is wrong with it.
+    """
+    from sglang.srt.sampling.sampling_params import MAX_STOP_REGEX_LEN
+
+    if len(pattern) > MAX_STOP_REGEX_LEN:  # SGLang refuses it, and says so
+        return
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"stop_regex {pattern!r} is no regular expression: {error}") from None
+
+
+def limit_regex(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
+    """Wrap `_check_str_based_finish`: abort a request whose stop_regex takes too long to match.
+
+    Time is limited as it matches, because no check of a pattern finds just those that backtrack.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    from sglang.srt.runtime_context import get_server_args
+
+    patterns = req.sampling_params.stop_regex_strs
+    if not patterns or not is_ours(model_config_of(get_server_args())):
+        return host(req, new_accepted_len)
+    try:
+        with _time_limit(REGEX_SECONDS):
+            return host(req, new_accepted_len)
+    except TimeoutError:
+        message = f"stop_regex {patterns} takes longer than {REGEX_SECONDS} s to match; simplify it"
+        req.finished_reason = FINISH_ABORT(message, 400, "BadRequestError")
+        return True
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread, also in the middle of `re.search`."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
