@@ -34,6 +34,18 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     return is_ours(model_config_of(get_server_args())) or host()
 
 
+def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
+    """Let the next turn of a streaming session begin where the state ends.
+
+    SGLang counts the last token of a verification too, which no step has read yet.
+    """
+    record, computed = req.kv, req.kv.kv_committed_len
+    kept = host(sessions, req)
+    if kept:
+        record.kv_committed_len = min(record.kv_committed_len, computed)
+    return kept
+
+
 def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
     """Leave our model's head counts and widths as they are."""
     return model_config if is_ours(model_config) else host(model_config, *args)

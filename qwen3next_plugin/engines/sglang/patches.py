@@ -191,6 +191,13 @@ WITH_OURS: tuple[Entry, ...] = (
 
 ON_CPU: tuple[Entry, ...] = (
     Patch(
+        target="sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
+        parameters=("self", "req"),
+        function=hooks.keep_computed,
+        reason="with drafts SGLang continues a session behind a token that was never computed",
+        remove_when="a session's slot keeps no more than kv_committed_len",
+    ),
+    Patch(
         target="sglang.srt.model_loader.loader._get_quantization_config",
         parameters=("model_config", "load_config"),
         function=hooks.choose_quantisation,

@@ -37,6 +37,7 @@ SERVED: Served = {
     "linear_attn_decode_backend": ((None, "triton"), OWN, LEAVE_OUT),
     "linear_attn_prefill_backend": ((None, "triton"), OWN, LEAVE_OUT),
     "linear_attn_verify_backend": ((None, "triton"), OWN, LEAVE_OUT),
+    "enable_mis": ((False,), "the items of one sequence would share a state", LEAVE_OUT),
     # state
     "enable_linear_replayssm": ((False,), PAGES, LEAVE_OUT),
     "enable_linear_replayssm_spec": ((False,), PAGES, LEAVE_OUT),
@@ -99,6 +100,11 @@ SERVED_WITH_DRAFTS_ON_CPU: Served = {
     "speculative_draft_window_size": ((None,), "the drafter attends to all tokens", LEAVE_OUT),
 }
 SERVED_WITH_DRAFTS_ON_GPU: Served = {
+    "enable_streaming_session": (
+        (False,),
+        "the state may be ahead of the last token when an answer ends",
+        LEAVE_OUT,
+    ),
     "speculative_eagle_topk": ((None, 1), "draft trees are verified on a CPU only", "use 1"),
 }
 

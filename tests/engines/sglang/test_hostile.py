@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from checkpoints import SHIPPED
-from engines.clients import PROMPTS, complete, eventually, hang_up
+from engines.clients import PROMPTS, TOKENS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, LOGPROBS, PROMPT, V, ask, fields, leave, soak
 from engines.sglang.server import FIXED, NEXTN, Forked
 
 pytestmark = pytest.mark.serve
 
-TOP = "top_logprobs_num"
+TOP, POOL = "top_logprobs_num", "token_indices_to_pool"
+SCORE = {"input_ids": [1, 2], "return_logprob": True, "sampling_params": {"max_new_tokens": 0}}
 # What /generate is asked besides a text, and a part of what it then says.
 GENERATE: dict[str, tuple[dict[str, Any], str]] = {
     "token": ({"input_ids": [1, V]}, f"{PROMPT} is {V}; allowed are 0 to {V - 1}"),
@@ -50,6 +51,53 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": [[1]] * 5000},
         "the number of prompts is 5000; allowed are 0 to 4096",
     ),
+    "logprobs from before the prompt": (
+        {"return_logprob": True, "logprob_start_len": -2},
+        "logprob_start_len is -2; allowed are -1 to",
+    ),
+    "a list of starts": (
+        {"return_logprob": True, "logprob_start_len": [0]},
+        "logprob_start_len is [0]: Expected `int`, got `array`",
+    ),
+    "a list of numbers of logprobs": (
+        {"return_logprob": True, TOP: [2]},
+        f"{TOP} is [2]: Expected `int`, got `array`",
+    ),
+    "a list of hidden states": (
+        {"return_hidden_states": [False]},
+        "return_hidden_states is [False]: Expected `bool | str`, got `array`",
+    ),
+    "an adapter by its number": ({"lora_id": "x"}, "lora_id is 'x'; name an adapter in lora_path"),
+    "embeddings that are none": (
+        {"positional_embed_overrides": 1},
+        "positional_embed_overrides is 1; only /v1/score",
+    ),
+    "embeddings of a batch that are none": (
+        {"text": ["a", "b"], "positional_embed_overrides": [1, None]},
+        "positional_embed_overrides is 1; only /v1/score",
+    ),
+    "a session's name": (
+        {"session_params": {"id": [1]}},
+        "session_params.id is [1]: Expected `str | null`, got `array`",
+    ),
+    "a session's field": (
+        {"session_params": {"id": "a", "ID": "b"}},
+        "session_params has no field 'ID'; allowed are id, rid, offset",
+    ),
+    "position behind the prompt": (
+        SCORE | {POOL: [0, 2]},
+        f"{POOL} is 2; allowed are 0 to 1",
+    ),
+    "position before the prompt": (
+        SCORE | {POOL: [-1]},
+        f"{POOL} is -1; allowed are 0 to 1",
+    ),
+    "no position": (SCORE | {POOL: []}, f"{POOL} is empty"),
+    "positions that are lists": (SCORE | {POOL: [[0]]}, f"{POOL} is [[0]]: Expected `int`"),
+    "position, with chunks and a radix cache": (
+        SCORE | {POOL: [1]},
+        f"{POOL} needs a server with --disable-radix-cache --chunked-prefill-size -1",
+    ),
     "top_k": ({"sampling_params": {"top_k": 2**40}}, f"top_k is {2**40}; allowed are -1 to"),
     "bias": (
         {"sampling_params": {"logit_bias": {"5": 1e39}}},
@@ -73,6 +121,41 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
         "takes longer than 0.25 s to match",
     ),
 }
+# What /vertex_generate is asked besides an instance, and a part of what it then says. SGLang
+# compares nothing there with the type that it declares.
+VERTEX: dict[str, tuple[dict[str, Any], str]] = {
+    "checks left out": (
+        {"sampling_params": {"temperature": 0, "top_p": 0.9, "is_normalized": True}},
+        "is_normalized is SGLang's own; leave it out of sampling_params",
+    ),
+    "stop strings": ({"sampling_params": {"stop_strs": [1]}}, "stop_strs is "),
+    "most tokens": (
+        {"sampling_params": {"max_new_tokens": 4.5}},
+        "sampling_params.max_new_tokens is 4.5: Expected `int | null`, got `float`",
+    ),
+    "top_k": (
+        {"sampling_params": {"top_k": "5"}},
+        "top_k is '5': Expected `int`, got `str`",
+    ),
+    "answers": ({"sampling_params": {"n": True}}, "n is True: Expected `int`, got `bool`"),
+    "bias": (
+        {"sampling_params": {"logit_bias": {"5": "x"}}},
+        "logit_bias is {'5': 'x'}: Expected `float`, got `str`",
+    ),
+    "parameters": ({"sampling_params": "x"}, "sampling_params is 'x'; allowed is an object"),
+    "session": ({"session_params": "x"}, "session_params is 'x'; allowed is an object"),
+    "logprobs": (
+        {"return_logprob": True, TOP: 1.5},
+        f"{TOP} is 1.5: Expected `int`, got `float`",
+    ),
+    "start of logprobs": (
+        {"return_logprob": True, "logprob_start_len": "a"},
+        "logprob_start_len is a; allowed are -1 to",
+    ),
+    "name of the request": ({"rid": [5]}, "rid is 5: Expected `str | null`, got `int`"),
+    "name of a session": ({"session_id": [5]}, "session_id is [5]: Expected `str | null`"),
+    "time": ({"received_time": "x"}, "received_time is 'x': Expected `float | null`, got `str`"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +163,8 @@ def server() -> Iterator[Forked]:
     # fp32, so that an answer does not hang on which other requests share a step with it.
     flags = ("--dtype", "float32", "--max-total-tokens", "32768", "--enable-metrics")
     always = ("--decode-log-interval", "1")  # metrics of every step
-    server = Forked(SHIPPED, *NEXTN, "3", *flags, *always, env=FIXED).wait()
+    more = ("--enable-streaming-session",)
+    server = Forked(SHIPPED, *NEXTN, "3", *flags, *always, *more, env=FIXED).wait()
     yield server
     server.close()
 
@@ -134,6 +218,41 @@ def test_a_hostile_generation_is_refused(server, first, case):
     assert status == (200 if body.get("stream") else 400)
     assert '"error"' in text
     assert says in text.replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize("case", VERTEX)
+def test_a_hostile_prediction_is_refused(server, first, case):
+    parameters, says = VERTEX[case]
+    body = {"instances": [{"text": PROMPTS[0]}], "parameters": parameters}
+    status, text = ask(server, "/vertex_generate", body)
+    assert status == 400
+    assert says in text
+
+
+def test_an_honest_prediction_is_answered(server, first):
+    params = {"temperature": 0, "max_new_tokens": TOKENS, "stop": ["zz"], "stop_token_ids": [4]}
+    body = {"instances": [{"text": PROMPTS[0]}], "parameters": {"sampling_params": params}}
+    (answer,) = server.post("/vertex_generate", **body)["predictions"]
+    assert answer["text"] == first[PROMPTS[0]]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_streaming_session_answers_as_one_text_does(server, first, start):
+    """Its next turn begins behind a verification, whose last token no step has read."""
+
+    def ask_for(tokens: int, ids: list[int], **more: Any) -> list[int]:
+        params = {"temperature": 0, "max_new_tokens": tokens, "stop_token_ids": [*range(250, 290)]}
+        return server.post("/generate", input_ids=ids, sampling_params=params, **more)["output_ids"]
+
+    session = server.post("/open_session", capacity_of_str_len=10_000, streaming=True)
+    text: list[int] = []
+    for turn in range(4):
+        asked = [(31 * start + 7 * turn + 5 * i) % 4000 + 3 for i in range(5 + start)]
+        answer = ask_for(12 + 3 * turn, asked, session_params={"id": session})
+        text += asked
+        assert answer == ask_for(12 + 3 * turn, text)
+        text += answer
+    ask(server, "/close_session", {"session_id": session})
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
