@@ -181,6 +181,16 @@ WITH_OURS: tuple[Entry, ...] = (
         remove_when="SGLang refuses every request of test_hostile.py",
     ),
     Patch(
+        target="sglang.srt.session.session_controller.Session.create_req",
+        parameters=(
+            *("self", "req", "tokenizer", "vocab_size", "eos_token_ids", "disagg_mode"),
+            "req_factory",
+        ),
+        function=hooks.replace_in_session,
+        reason="a request that replaces a session's earlier ones ends SGLang's scheduler",
+        remove_when="SGLang serves the sessions of test_hostile.py",
+    ),
+    Patch(
         target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
         parameters=("self", "new_accepted_len"),
         function=patterns.limit_regex,

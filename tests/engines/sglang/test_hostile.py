@@ -255,6 +255,29 @@ def test_a_streaming_session_answers_as_one_text_does(server, first, start):
     ask(server, "/close_session", {"session_id": session})
 
 
+def test_a_request_replaces_earlier_ones_of_its_session(server, first):
+    """All of them, or those that follow one of them, two of which have the same name."""
+    session = server.post("/open_session", capacity_of_str_len=10_000)
+    params = {"temperature": 0, "max_new_tokens": 4}
+
+    def ask_for(name: str, **more: Any) -> int:
+        """The length of its prompt."""
+        place = {"id": session} | more
+        asked = {"text": PROMPTS[0], "rid": name, "sampling_params": params}
+        return server.post("/generate", **asked, session_params=place)["meta_info"]["prompt_tokens"]
+
+    alone = ask_for("a")
+    for after in ("a", "b", "b"):
+        behind = ask_for("b", rid=after)
+    assert behind > ask_for("c", rid="a", replace=True) > alone
+    status, text = ask(
+        server, "/generate", {"text": "a", "session_params": {"id": session, "rid": "b"}}
+    )
+    assert (status, "Invalid request session id" in text) == (400, True)
+    assert ask_for("d", replace=True) == alone
+    ask(server, "/close_session", {"session_id": session})
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_least_tokens_that_a_grammar_lacks_end_the_answer(server, first, temperature):
     """Not the server, where no token is left to sample from."""
