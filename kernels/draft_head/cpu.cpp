@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Ten
   const int64_t block = round_up(1 + kBlockBytes / (D + 1), kTileRows);
   const int64_t blocks = (R + block - 1) / block;
   std::vector<Best> best(blocks * N);
-  parallel(blocks, 1, [&](int64_t b) {
+  parallel(blocks, grain(blocks, R * D, N), [&](int64_t b) {
     best_of_block(best.data() + b * N, head, batch, b * block, std::min(R, (b + 1) * block));
   });
 

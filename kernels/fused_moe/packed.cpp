@@ -101,13 +101,17 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
     // Each thread gets a share of every expert's features.
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t share = round_up((d.I + threads - 1) / threads, kRun);
-    parallel_with_denormals((d.I + share - 1) / share * experts, 1, [&](int64_t i) {
+    const int64_t rows = experts ? d.T * d.k / experts : 0;  // of an expert, about
+    const int64_t shares = (d.I + share - 1) / share * experts, runs = (d.D + kRun - 1) / kRun;
+    const int64_t bytes13 = experts * w13.tiles * w13.tile_bytes;
+    parallel_with_denormals(shares, grain(shares, bytes13, rows), [&](int64_t i) {
       const int64_t c = i / experts * share, end = std::min(c + share, d.I);
       inner(write<T>(h), w13, in, routes, d, routes.experts[i % experts], c, end);
     });
     const Products of_h(w2, read<T>(h), d.T * d.k, d.I);
     const Gathered gathered = of_h.gather(entries, routes.first);
-    parallel_with_denormals((d.D + kRun - 1) / kRun, 1, [&](int64_t i) {
+    const int64_t bytes2 = experts * w2.tiles * w2.tile_bytes;
+    parallel_with_denormals(runs, grain(runs, bytes2, rows), [&](int64_t i) {
       outer(write<T>(out), w2, of_h, gathered, weights, routes, d, i * kRun);
     });
   });

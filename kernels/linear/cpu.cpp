@@ -44,7 +44,8 @@ void multiply_rows(T* out, const T* x, int64_t M, int64_t stride, const Packed& 
   const int64_t share = panels * runs / (torch::stable::get_num_threads() * kTasks);
   const int64_t group = std::clamp<int64_t>(share, 1, products.group);
   const int64_t groups = (panels + group - 1) / group;
-  parallel_with_denormals(groups * runs, 1, [&](int64_t i) {
+  const int64_t tasks = groups * runs, bytes = w.tiles * w.tile_bytes;
+  parallel_with_denormals(tasks, grain(tasks, bytes, M), [&](int64_t i) {
     const int64_t first = i % groups * group, last = std::min(first + group, panels);
     const int64_t begin = i / groups * products.best_rows;
     const int64_t end = std::min(begin + products.best_rows, M);
