@@ -51,6 +51,13 @@ int64_t vpdpwssd(int64_t rounds) {
   return rounds * kVectors * 32;
 }
 
+int64_t vpdpbusd(int64_t rounds) {
+  __m512i x = _mm512_set1_epi8(3);
+  asm volatile("" : "+v"(x));
+  repeat(rounds, [=](__m512 sum) { return (__m512)_mm512_dpbusd_epi32((__m512i)sum, x, x); });
+  return rounds * kVectors * 64;
+}
+
 int64_t tdpbf16ps(int64_t rounds) {
   configure();
   for (int64_t i = 0; i < rounds; ++i) {

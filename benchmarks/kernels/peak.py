@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 SETS = ("avx512bw", "avx512vnni", "amx-tile", "amx-bf16", "amx-int8")
-ROUNDS = {"vfmadd231ps": 2**19, "vpdpwssd": 2**19, "tdpbf16ps": 2**16, "tdpbssd": 2**16}
+VECTORS, TILES = ("vfmadd231ps", "vpdpwssd", "vpdpbusd"), ("tdpbf16ps", "tdpbssd")
+ROUNDS = dict.fromkeys(VECTORS, 2**19) | dict.fromkeys(TILES, 2**16)
 
 
 def peak(instruction: str) -> float:
