@@ -2,9 +2,8 @@
 
     seconds = guess · correction
 
-Guesses are in plain steps. A correction belongs to a cell: steps or drafts of so many requests with
-so many drafts each. It is learned from the cell's timings; a cell without timings takes the
-corrections of its neighbours. Drafts are learned in plain steps of as many requests.
+Guesses are in plain steps. A correction belongs to a cell: so many requests with so many drafts. It
+is learned from the cell's timings; a cell without any takes the corrections of its neighbours.
 
 Timings are sometimes several times too long, never too short. So what counts is the lower quartile
 of the last ones, which also follows a machine that gets slower or faster.
