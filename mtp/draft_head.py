@@ -4,26 +4,16 @@ A draft needs the likeliest token and no distribution. Verification uses the ful
 here costs acceptance and never changes the output.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 from qwen3next_plugin.kernels.linear import Weight, take_rows
+from qwen3next_plugin.mtp.ranks import Ranks
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
 DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
 ROWS = 1024  # read from the head at a time: at once they take several times their memory
-
-
-class Ranks(Protocol):
-    """The tensor-parallel ranks that share a head; both engines' group coordinators fit."""
-
-    world_size: int
-
-    def all_gather(self, input_: Tensor, dim: int) -> Tensor:
-        """Concatenate each rank's tensor along `dim`."""
 
 
 def int8_rows(head: Tensor | Weight, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ and loses no acceptance.
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from qwen3next_plugin.mtp.policy import Policy
+from qwen3next_plugin.mtp.ranks import Ranks
 
 NOTHING = torch.empty(0)
 MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
@@ -237,15 +237,6 @@ class Pending:
         used = min(self._size, self._used + slots)
         self._free += range(self._used, used)
         self._used = used
-
-
-class Ranks(Protocol):
-    """The tensor-parallel ranks of a model; both engines' group coordinators fit."""
-
-    world_size: int
-
-    def broadcast(self, input_: torch.Tensor, src: int) -> torch.Tensor:
-        """Give all ranks the tensor of one."""
 
 
 def choose_lengths(
