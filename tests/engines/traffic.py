@@ -52,6 +52,15 @@ def requests(
     return found
 
 
+def growing(count: int, block: int) -> list[Request]:
+    """`count` requests that each need another block of `block` tokens for their answer.
+
+    Where memory is full when they run side by side, one of them preempts another.
+    """
+    ids = source_tokens()
+    return [Request(tuple(ids[20 * i :][: block - 8 - i]), 32) for i in range(count)]
+
+
 def send(server: Server, batch: Sequence[Request], clients: int) -> list[tuple[int, ...] | None]:
     """The token ids that each request got; None for those that hung up."""
 

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import SHIPPED
 from engines.dialogues import PARSERS, Dialogue, check_dialogues, dialogues
-from engines.traffic import BLOCKS, Request, requests, send, source_tokens
+from engines.traffic import BLOCKS, Request, growing, requests, send, source_tokens
 from engines.vllm.server import Forked
 from reference import Ids, Reference
 from tiers import long_except
@@ -70,11 +70,7 @@ def traffic(size) -> Sequence[Request]:
     """
     ids = source_tokens()
     alike = Request(tuple(ids[:850]), 8)  # two blocks and more in fp32 and in bf16
-    grow = [
-        Request(tuple(ids[20 * i :][: block - 8 - i]), 32)
-        for block in BLOCKS
-        for i in range(size(8, 12))
-    ]
+    grow = [request for block in BLOCKS for request in growing(size(8, 12), block)]
     mixed = requests(size(48, 248), seed=8, abort_share=0.15, tokens=32)
     return [alike, alike, *mixed[: ALONE - 2], *grow, *mixed[ALONE - 2 :]]
 
