@@ -83,7 +83,7 @@ class Case:
 # draft lengths settle within 100 steps, and each client ends an answer or two.
 CASES = {
     Name.CHECKPOINT: Case(
-        Model.TINY, (200, 1600), (16, 160), {1: 3, 4: 4, 16: 8, 48: 16},
+        Model.TINY, (200, 1600), (16, 160), {1: 6, 4: 4, 16: 8, 48: 16},
         "shipped checkpoint",
         "shipped checkpoint, prompts of 200 to 1,600 characters, answers of 16 to 160 tokens",
     ),
