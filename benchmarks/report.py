@@ -113,7 +113,8 @@ class Run:
         on: dict[str, str] | None = None,
     ) -> Record:
         """What was measured, with this run's machine (or another), command and date."""
-        command = " ".join(["python -m", self.package.removesuffix(".__main__"), *sys.argv[1:]])
+        options = [option for option in sys.argv[1:] if option != "--docs"]
+        command = " ".join(["python -m", self.package.removesuffix(".__main__"), *options])
         date = datetime.now(UTC).date().isoformat()
         return Record(name, question, case, units, rows, on or machine(), command, date, self.quick)
 
