@@ -96,15 +96,14 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
   const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;
   with_activations(x, [&]<class A>(A) {
+    const int64_t rows = routes.rows();
+    const int64_t bytes = experts * d.I * d.D * sizeof(A);  // of one of three matrices
     // Chunk 0 of all experts, then chunk 1: each thread gets a share of every expert's tokens.
-    const int64_t rows = experts ? d.T * d.k / experts : 0;  // of an expert, about
-    const int64_t bytes = experts * d.I * d.D * sizeof(A);   // of one of three matrices
-    parallel(inner_chunks * experts, grain(inner_chunks * experts, 2 * bytes, rows),
-             [&](int64_t i) {
-               inner(write<A>(h), read<A>(x), x.stride(0), read<A>(w13), routes, d,
-                     routes.experts[i % experts], routes.experts[(i + 1) % experts],
-                     i / experts * kChunk);
-             });
+    const int64_t tasks = inner_chunks * experts;
+    parallel(tasks, grain(tasks, 2 * bytes, rows), [&](int64_t i) {
+      inner(write<A>(h), read<A>(x), x.stride(0), read<A>(w13), routes, d,
+            routes.experts[i % experts], routes.experts[(i + 1) % experts], i / experts * kChunk);
+    });
     parallel(outer_chunks, grain(outer_chunks, bytes, rows), [&](int64_t i) {
       outer(write<A>(out), read<A>(h), read<A>(w2), weights, routes, d, i * kChunk);
     });

@@ -101,7 +101,7 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
     // Each thread gets a share of every expert's features.
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t share = round_up((d.I + threads - 1) / threads, kRun);
-    const int64_t rows = experts ? d.T * d.k / experts : 0;  // of an expert, about
+    const int64_t rows = routes.rows();
     const int64_t shares = (d.I + share - 1) / share * experts, runs = (d.D + kRun - 1) / kRun;
     const int64_t bytes13 = experts * w13.tiles * w13.tile_bytes;
     parallel_with_denormals(shares, grain(shares, bytes13, rows), [&](int64_t i) {

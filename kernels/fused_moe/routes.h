@@ -32,6 +32,9 @@ struct Routes {
       token[at] = i / d.k, slot[at] = i;
     }
   }
+
+  // Of an expert that has tokens, on average, rounded down.
+  int64_t rows() const { return experts.empty() ? 0 : token.size() / experts.size(); }
 };
 
 }  // namespace Q3N_LEVEL
