@@ -79,8 +79,8 @@ class Case:
             yield chance.choices(range(known(config)), k=chance.randint(*self.prompt))
 
 
-# A turn is long enough for some 200 steps of the shipped checkpoint, some 100 of the block model:
-# draft lengths settle within 100 steps, and each client ends an answer or two.
+# A turn is long enough for over 200 steps of the shipped checkpoint, some 100 of the block model:
+# draft lengths settle within 100 steps. One client's ratios scatter most, so its turns have more.
 CASES = {
     Name.CHECKPOINT: Case(
         Model.TINY, (200, 1600), (16, 160), {1: 6, 4: 4, 16: 8, 48: 16},
