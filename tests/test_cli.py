@@ -35,7 +35,7 @@ from qwen3next_plugin.model.weights import formats_of, trunk_tensors
 from qwen3next_plugin.model.weights import parameters as parameters_of
 from qwen3next_plugin.mtp.draft_head import DRAFTED
 from qwen3next_plugin.mtp.weights import mtp_tensors
-from test_config import RELEASED_80B
+from released import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
 COUNTS = parameters(CONFIG)

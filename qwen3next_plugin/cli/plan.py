@@ -18,10 +18,10 @@ from qwen3next_plugin.config import (
     Qwen3NextConfig,
     check_num_draft_layers,
     check_num_speculative_tokens,
+    host_rope,
     read_config,
+    rope,
 )
-from qwen3next_plugin.config_rope import check_length
-from qwen3next_plugin.model import rope
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
 
@@ -69,7 +69,7 @@ def plan(
     """Print how much memory a model needs, and how many requests fit next to its weights."""
     raw = read_config(model)
     if rope_scaling:
-        raw = _extended(raw, rope.parse(rope_scaling, "--rope-scaling"))
+        raw = _extended(raw, host_rope.parse(rope_scaling, "--rope-scaling"))
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
@@ -104,14 +104,14 @@ def plan(
 def _extended(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The config with `given` over its RoPE."""
     text = raw.get("text_config") or raw
-    text = text | {"rope_parameters": rope.merge(text, given, resized=False)}
+    text = text | {"rope_parameters": host_rope.merge(text, given, resized=False)}
     text |= dict.fromkeys(("rope_scaling", *rope.OF_ROPE))  # all in rope_parameters now
     return raw | {"text_config": text} if raw.get("text_config") else text
 
 
 def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
     if asked is not None:
-        check_length(
+        rope.check_length(
             *(config.rope_parameters, config.max_position_embeddings, asked),
             *("--max-model-len", "--rope-scaling '%s'"),
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.config_rope import ORIGINAL
+from qwen3next_plugin.config.rope import ORIGINAL
 
 
 def rotary_table(config: Qwen3NextConfig) -> torch.Tensor:

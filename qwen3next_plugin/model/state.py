@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.config_checks import CONV_WIDTH
+from qwen3next_plugin.config.checks import CONV_WIDTH
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID
 

@@ -12,7 +12,7 @@ import triton
 
 from benchmarks.gpu.resources import PROCESSORS, Kernel, Served, complaints
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
-from test_config import RELEASED_80B
+from released import RELEASED_80B
 from tiers import long_except
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from qwen3next_plugin.config import (
     check_kind,
     check_num_draft_layers,
     check_num_speculative_tokens,
+    rope,
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.sglang.cpu import memory
@@ -28,7 +29,7 @@ from qwen3next_plugin.engines.sglang.names import (
 )
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
-from qwen3next_plugin.model import adapters, rope
+from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored, read_formats
 

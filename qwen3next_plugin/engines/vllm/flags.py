@@ -16,6 +16,8 @@ from qwen3next_plugin.config import (
     check_kind,
     check_num_draft_layers,
     check_num_speculative_tokens,
+    host_rope,
+    rope,
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.vllm import metrics
@@ -30,7 +32,6 @@ from qwen3next_plugin.engines.vllm.names import (
     WORKER,
     serves,
 )
-from qwen3next_plugin.model import rope
 from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored
 
@@ -254,7 +255,7 @@ def _align_drafter(vllm_config: VllmConfig) -> None:
     left_out = () if model_config.uses_mrope else rope.OF_IMAGES
     parameters = text_config.rope_parameters.items()
     drafter = draft_config.hf_text_config
-    rope.put(drafter, {name: value for name, value in parameters if name not in left_out})
+    host_rope.put(drafter, {name: value for name, value in parameters if name not in left_out})
     drafter.max_position_embeddings = text_config.max_position_embeddings
     if speculative_config.max_model_len is None:
         draft_config.max_model_len = model_config.max_model_len

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang.names import is_ours
 
 SHARE = 4  # use 1/SHARE of the memory that SGLang would use
 LEAST_GIB = 2.0
@@ -21,8 +22,6 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
     Returns GiB for KV, in addition to the state pages that SGLang sets aside.
     """
     from sglang.srt.runtime_context import get_memory, get_schedule, get_server_args
-
-    from qwen3next_plugin.engines.sglang.names import is_ours
 
     if not is_ours(configurator.model_config):
         return host(configurator, total_rest_memory)

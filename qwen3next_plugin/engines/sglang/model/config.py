@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
+from qwen3next_plugin.config import host_rope
 from qwen3next_plugin.engines.sglang.names import (
     DENSE,
     MODEL_TYPES,
@@ -14,7 +15,6 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     serves,
 )
-from qwen3next_plugin.model import rope
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
 SIZES_OF_EXPERTS = (
@@ -59,21 +59,21 @@ def merge_overrides(
 ) -> Any:
     """Around `get_config`: an override of RoPE leaves what it does not name, at either level."""
     everything = model_override_args or {}
-    rest, given = rope.split(everything)
+    rest, given = host_rope.split(everything)
     config = host(model, *args, model_override_args=rest, **kwargs)
     if not given:
         return config
     if not serves(config):
         return host(model, *args, model_override_args=everything, **kwargs)
     config = deepcopy(config)  # SGLang caches it
-    rope.override(config.get_text_config(), given, everything)
+    host_rope.override(config.get_text_config(), given, everything)
     return config
 
 
 def derive_length(host: Callable[..., None], model_config: Any, context_length: int | None) -> None:
     """Around `_derive_context_length`: the longest context is what RoPE covers."""
     if is_ours(model_config):
-        rope.extend(
+        host_rope.extend(
             model_config.hf_text_config,
             context_length,
             flag="--context-length",

@@ -6,9 +6,8 @@ from typing import Any
 
 from vllm.config import ModelConfig
 
-from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.config import ConfigError, host_rope
 from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, serves
-from qwen3next_plugin.model import rope
 
 ROPE_FLAG = "--rope-scaling"
 
@@ -20,10 +19,10 @@ def merge_overrides(
     if not serves(config):
         host(model_config, config, overrides)
         return
-    rest, given = rope.split(overrides)
+    rest, given = host_rope.split(overrides)
     host(model_config, config, rest)
     if given:
-        rope.override(config.get_text_config(), given, model_config.hf_overrides)
+        host_rope.override(config.get_text_config(), given, model_config.hf_overrides)
 
 
 def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
@@ -32,7 +31,7 @@ def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
         asked, flag = model_config.max_model_len, "--max-model-len"
         if model_config.runner == "draft":
             flag = "max_model_len of --speculative-config"
-        rope.extend(
+        host_rope.extend(
             model_config.hf_text_config,
             asked if asked != -1 else None,  # -1: as long as memory allows
             flag=flag,
@@ -48,8 +47,8 @@ def offer_rope_scaling(host: Callable[..., Any], parser: Any) -> Any:
     parser.add_argument(
         ROPE_FLAG,
         type=_rope_scaling,
-        help=f"RoPE of a longer context, as JSON: '{rope.EXAMPLE}'. What it leaves out is as in "
-        "config.json. The same as rope_scaling in --hf-overrides. From qwen3next_plugin.",
+        help=f"RoPE of a longer context, as JSON: '{host_rope.EXAMPLE}'. What it leaves out is as "
+        "in config.json. The same as rope_scaling in --hf-overrides. From qwen3next_plugin.",
     )
     return parser
 
@@ -58,7 +57,7 @@ def take_rope_scaling(host: Callable[..., Any], cls: type, args: argparse.Namesp
     """Around `EngineArgs.from_cli_args`: make the flag an override of the config."""
     if given := getattr(args, "rope_scaling", None):
         overrides = args.hf_overrides or {}
-        if rope.split(overrides)[1] is not None:
+        if host_rope.split(overrides)[1] is not None:
             raise ConfigError(f"{ROPE_FLAG}: {OVERRIDE_FLAG} has RoPE, too; give one of the two")
         args = argparse.Namespace(**vars(args))
         args.hf_overrides = overrides | {"rope_scaling": given}
@@ -67,6 +66,6 @@ def take_rope_scaling(host: Callable[..., Any], cls: type, args: argparse.Namesp
 
 def _rope_scaling(text: str) -> dict[str, Any]:
     try:
-        return rope.parse(text, ROPE_FLAG)
+        return host_rope.parse(text, ROPE_FLAG)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

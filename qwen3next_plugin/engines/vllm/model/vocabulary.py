@@ -1,18 +1,26 @@
-"""Embedding and output head, from vLLM's vocabulary layers."""
+"""Embedding and output head, from vLLM's vocabulary layers, without second copies.
 
+On a CPU vLLM packs a matrix-product copy of each vocabulary layer's weight and keeps the plain
+weight too. An embedding is only looked up and needs no packed copy; a head is only multiplied and
+needs no plain one. With a vocabulary of 151,936 and 2048 dims that saves 1.2 GB. On other devices
+nothing is packed.
+"""
+
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.packing import PackedHead, PlainEmbedding
-from qwen3next_plugin.model.packed import Packed
+from qwen3next_plugin.model.packed import Packed, drop_plain, pack_head, packs_head
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
@@ -40,6 +48,40 @@ class LMHead(ParallelLMHead):
             vocab_size=self.org_vocab_size,
             ranks=get_tp_group(),
         )
+
+
+class PlainEmbedding(UnquantizedEmbeddingMethod):
+    """vLLM's unquantised embedding, never packed."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack nothing."""
+
+
+class PackedHead(UnquantizedEmbeddingMethod):
+    """vLLM's unquantised head; the plain weight is kept only if it is the embedding too."""
+
+    def __init__(self, *, tied: bool, drafts: bool) -> None:
+        self.tied, self.drafts = tied, drafts
+
+    def process_weights_after_loading(self, layer: LMHead) -> None:
+        if not current_platform.is_cpu():
+            return
+        ours = packs_head(layer.weight.dtype)
+        if ours:
+            layer.packed = pack_head(layer.weight.data)
+        if self.drafts:
+            layer.make_draft_head(stays=ours or self.tied)
+        if not ours:
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.tied)
+        elif not self.tied:
+            drop_plain(layer)
+
+    def apply(
+        self, layer: LMHead, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if layer.packed is None:
+            return super().apply(layer, x, bias)
+        return layer.packed(x, bias)
 
 
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:

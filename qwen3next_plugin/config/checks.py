@@ -1,13 +1,11 @@
 """What a config must satisfy to be served, and the error that names field, value and fix."""
 
-import math
 from dataclasses import fields
-from typing import TYPE_CHECKING, TypeGuard
 
-if TYPE_CHECKING:
-    from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import rope
+from qwen3next_plugin.config.errors import check_count, complaint, is_number
+from qwen3next_plugin.config.sizes import LAYER_TYPES, Sizes
 
-LAYER_TYPES = ("linear_attention", "full_attention")
 CONV_WIDTH = 4
 MAX_HEAD_DIM = 256  # of linear attention
 _MAY_BE_ZERO = (  # _check_feed_forward checks them where the model has such layers
@@ -20,36 +18,17 @@ _MAY_BE_ZERO = (  # _check_feed_forward checks them where the model has such lay
 )
 
 
-class ConfigError(ValueError):
-    """A config that cannot be served; the text names the field, its value and the fix."""
-
-
-def complaint(name: str, found: object, fix: str) -> ConfigError:
-    """The error about one field: its value, and what to write instead."""
-    return ConfigError(f"{name} = {found!r}: {fix}")
-
-
-def missing(name: str) -> ConfigError:
-    """The error about a field that has no default."""
-    return ConfigError(f"{name} is missing from the config; copy it from the model's release")
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ConfigError unless `value` is a whole number of at least `least`."""
-    if type(value) is not int or value < least:
-        raise complaint(name, value, f"must be a whole number of at least {least}")
-
-
-def check(config: "Qwen3NextConfig") -> None:
+def check(c: Sizes) -> None:
     """Raise ConfigError unless the kernels and the engines can run this model on these ranks."""
-    _check_numbers(config)
-    _check_layers(config)
-    _check_attention(config)
-    _check_feed_forward(config)
-    _check_ranks(config)
+    _check_numbers(c)
+    _check_layers(c)
+    _check_attention(c)
+    _check_feed_forward(c)
+    _check_ranks(c)
+    rope.check(c.rope_parameters, c.head_dim)
 
 
-def _check_numbers(c: "Qwen3NextConfig") -> None:
+def _check_numbers(c: Sizes) -> None:
     for f in fields(c):
         if f.type is int:
             check_count(f.name, getattr(c, f.name), least=int(f.name not in _MAY_BE_ZERO))
@@ -61,7 +40,7 @@ def _check_numbers(c: "Qwen3NextConfig") -> None:
         raise complaint("hidden_act", c.hidden_act, "the kernels compute 'silu' only")
 
 
-def _check_layers(c: "Qwen3NextConfig") -> None:
+def _check_layers(c: Sizes) -> None:
     if unknown := sorted({str(t) for t in c.layer_types if t not in LAYER_TYPES}):
         raise complaint("layer_types", unknown, f"use {' and '.join(LAYER_TYPES)} only")
     if len(c.layer_types) != c.num_hidden_layers:
@@ -72,7 +51,7 @@ def _check_layers(c: "Qwen3NextConfig") -> None:
             raise complaint("mlp_only_layers", i, f"layers are 0 to {c.num_hidden_layers - 1}")
 
 
-def _check_attention(c: "Qwen3NextConfig") -> None:
+def _check_attention(c: Sizes) -> None:
     if c.num_attention_heads % c.num_key_value_heads:
         fix = f"must be a multiple of num_key_value_heads = {c.num_key_value_heads}"
         raise complaint("num_attention_heads", c.num_attention_heads, fix)
@@ -90,12 +69,7 @@ def _check_attention(c: "Qwen3NextConfig") -> None:
         raise complaint("head_dim", c.head_dim, "no kernel has it; must be even")
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number, finite, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_feed_forward(c: "Qwen3NextConfig") -> None:
+def _check_feed_forward(c: Sizes) -> None:
     if c.num_moe_layers < c.num_hidden_layers:
         check_count("intermediate_size", c.intermediate_size)
     if c.num_experts:
@@ -106,7 +80,7 @@ def _check_feed_forward(c: "Qwen3NextConfig") -> None:
             raise complaint("num_experts_per_tok", c.num_experts_per_tok, fix)
 
 
-def _check_ranks(c: "Qwen3NextConfig") -> None:
+def _check_ranks(c: Sizes) -> None:
     names = ("linear_num_key_heads", "linear_num_value_heads", "num_attention_heads")
     for name in names:
         if getattr(c, name) % c.tp_size:

@@ -3,12 +3,9 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qwen3next_plugin.config_checks import ConfigError, check_count, complaint, is_number, missing
-
-if TYPE_CHECKING:
-    from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config.errors import ConfigError, check_count, complaint, is_number, missing
 
 SPELLINGS = ("rope_parameters", "rope_scaling")  # the new one and the old one
 OF_ROPE = ("rope_theta", "partial_rotary_factor")  # also at the config's top level
@@ -69,19 +66,18 @@ def _lost(name: str, rope: Mapping[str, Any], override_flag: str) -> ConfigError
 # checks -------------------------------------------------------------------------------------------
 
 
-def check(c: "Qwen3NextConfig") -> None:
+def check(rope: Mapping[str, Any], head_dim: int) -> None:
     """Raise ConfigError unless positions can be turned so."""
-    rope = c.rope_parameters
     partial, theta = rope.get("partial_rotary_factor"), rope.get("rope_theta")
     if not is_number(partial) or not 0 < partial <= 1:
         raise complaint("partial_rotary_factor", partial, "must be in (0, 1] (released: 0.25)")
     if not is_number(theta) or theta <= 0:
         raise complaint("rope_theta", theta, "must be positive (released: 10000000)")
-    if c.rotary_dim % 2 or not c.rotary_dim:
-        fix = f"head_dim {c.head_dim} x partial_rotary_factor {partial} must be even, at least 2"
-        raise complaint("rotary_dim", c.rotary_dim, fix)
+    if (dims := rotary_dim(rope, head_dim)) % 2 or not dims:
+        fix = f"head_dim {head_dim} x partial_rotary_factor {partial} must be even, at least 2"
+        raise complaint("rotary_dim", dims, fix)
     if (section := rope.get("mrope_section")) is not None:
-        _check_sections(section, rope.get("mrope_interleaved"), c.rotary_dim // 2)
+        _check_sections(section, rope.get("mrope_interleaved"), dims // 2)
     check_type(rope)
 
 
@@ -117,7 +113,22 @@ def _check_sections(section: object, interleaved: object, frequencies: int) -> N
         raise complaint("mrope_interleaved", interleaved, "must be true")
 
 
-# how far it reaches -------------------------------------------------------------------------------
+def check_images(rope: Mapping[str, Any], text_only_flag: str) -> None:
+    """Refuse YaRN for a model that reads images, if the sections of their positions are lost."""
+    if rope["rope_type"] == "yarn" and not rope.get("mrope_section"):
+        raise ConfigError(
+            "rope_parameters has lost mrope_section: images would stand at the wrong positions; "
+            "write mrope_section and mrope_interleaved as the released config.json has them, or "
+            f"add {text_only_flag} to serve text"
+        )
+
+
+# what it covers ----------------------------------------------------------------------------------
+
+
+def rotary_dim(rope: Mapping[str, Any], head_dim: int) -> int:
+    """Dims of a head that are turned."""
+    return int(head_dim * rope["partial_rotary_factor"])
 
 
 def length(rope: Mapping[str, Any], max_position_embeddings: int) -> int:

@@ -1,11 +1,11 @@
-"""RoPE of a model that an engine has read: overrides of it, and how far it reaches."""
+"""RoPE in a host's config: overrides of it, and how far it reaches."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3next_plugin.config_checks import ConfigError, check_count
-from qwen3next_plugin.config_rope import (
+from qwen3next_plugin.config.errors import ConfigError, check_count
+from qwen3next_plugin.config.rope import (
     OF_IMAGES,
     OF_ROPE,
     ORIGINAL,
@@ -116,13 +116,3 @@ def extend(
 def _fields(text_config: Any) -> dict[str, Any]:
     names = (*SPELLINGS, *OF_ROPE, "max_position_embeddings")
     return {name: getattr(text_config, name, None) for name in names}
-
-
-def check_images(rope: Mapping[str, Any], text_only_flag: str) -> None:
-    """Refuse YaRN for a model that reads images, if the sections of their positions are lost."""
-    if rope["rope_type"] == "yarn" and not rope.get("mrope_section"):
-        raise ConfigError(
-            "rope_parameters has lost mrope_section: images would stand at the wrong positions; "
-            "write mrope_section and mrope_interleaved as the released config.json has them, or "
-            f"add {text_only_flag} to serve text"
-        )

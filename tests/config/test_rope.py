@@ -1,11 +1,12 @@
 """RoPE of a config: overrides of it, the positions it covers, and what is refused."""
 
+import json
 from types import SimpleNamespace as Bag
 
 import pytest
 
-from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.model import rope
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, host_rope, rope
+from released import RELEASED_80B, read
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
 OF_ROPE = {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
@@ -24,14 +25,14 @@ NEW = {
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_override_is_found_at_either_level(name, nested):
     given = {"text_config": {name: YARN, "head_dim": 64}} if nested else {name: YARN, "a": {}}
-    rest, found = rope.split(given)
+    rest, found = host_rope.split(given)
     assert found == YARN
     assert rest == ({"text_config": {"head_dim": 64}} if nested else {"a": {}})
     assert (given["text_config"] if nested else given)[name] is YARN  # the argument is untouched
 
 
 def test_no_override():
-    assert rope.split({"text_config": {"head_dim": 64}}) == (
+    assert host_rope.split({"text_config": {"head_dim": 64}}) == (
         {"text_config": {"head_dim": 64}},
         None,
     )
@@ -39,37 +40,37 @@ def test_no_override():
 
 def test_two_overrides_are_refused():
     with pytest.raises(ConfigError, match="rope_scaling and rope_parameters are both overridden"):
-        rope.split({"rope_scaling": YARN, "text_config": {"rope_parameters": YARN}})
+        host_rope.split({"rope_scaling": YARN, "text_config": {"rope_parameters": YARN}})
 
 
 @pytest.mark.parametrize(("raw", "kept"), [(OLD, {}), (NEW, SECTIONS)], ids=["old", "new"])
 @pytest.mark.parametrize("given", [YARN, {"type": "yarn", "factor": 4.0}], ids=["full", "short"])
 def test_what_an_override_leaves_out_stays(raw, kept, given):
-    assert rope.merge(raw, given, resized=False) == YARN | OF_ROPE | kept
+    assert host_rope.merge(raw, given, resized=False) == YARN | OF_ROPE | kept
 
 
 def test_an_override_of_one_number_leaves_the_others_of_yarn():
     raw = NEW | {"rope_parameters": YARN | OF_ROPE | SECTIONS}
-    assert rope.merge(raw, {"factor": 2.0}, resized=False) == raw["rope_parameters"] | {
+    assert host_rope.merge(raw, {"factor": 2.0}, resized=False) == raw["rope_parameters"] | {
         "factor": 2.0
     }
 
 
 def test_an_override_that_ends_yarn_leaves_none_of_it():
     raw = NEW | {"rope_parameters": YARN | OF_ROPE}
-    merged = rope.merge(raw, {"rope_type": "default"}, resized=False)
+    merged = host_rope.merge(raw, {"rope_type": "default"}, resized=False)
     assert merged == OF_ROPE | {"rope_type": "default"}
 
 
 def test_the_original_length_is_not_taken_from_an_overridden_one():
     with pytest.raises(ConfigError, match=r"lost original_max_position_embeddings: .* add it"):
-        rope.merge(OLD, {"rope_type": "yarn", "factor": 4.0}, resized=True)
-    assert rope.merge(OLD, YARN, resized=True)["original_max_position_embeddings"] == 262144
+        host_rope.merge(OLD, {"rope_type": "yarn", "factor": 4.0}, resized=True)
+    assert host_rope.merge(OLD, YARN, resized=True)["original_max_position_embeddings"] == 262144
 
 
 def test_the_top_level_follows():
     config = Bag(**OLD)
-    rope.override(config, YARN | {"rope_theta": 5e6}, {})
+    host_rope.override(config, YARN | {"rope_theta": 5e6}, {})
     assert config.rope_theta == config.rope_parameters["rope_theta"] == 5e6
 
 
@@ -79,7 +80,7 @@ def test_the_top_level_follows():
 def extended(asked=None, **fields):
     config = Bag(**(OLD | {"rope_parameters": None} | fields))
     names = {"flag": "--length", "extend": "--yarn '%s'", "override_flag": "--set"}
-    rope.extend(config, asked, **names)
+    host_rope.extend(config, asked, **names)
     return config
 
 
@@ -105,7 +106,7 @@ def test_length_is_the_original_times_the_factor(fields, length):
 def test_extending_again_changes_nothing():
     config = extended(rope_parameters=YARN | OF_ROPE)
     before = dict(vars(config))
-    rope.extend(config, 1010000, flag="", extend="", override_flag="")
+    host_rope.extend(config, 1010000, flag="", extend="", override_flag="")
     assert vars(config) == before
 
 
@@ -115,8 +116,8 @@ def test_a_length_beyond_shows_what_covers_it():
     with pytest.raises(ConfigError) as raised:
         extended(1_010_000)
     said = str(raised.value).partition("--yarn '")[2].rstrip("'")
-    assert rope.parse(said, "--yarn") == YARN
-    extended(1_010_000, rope_scaling=rope.parse(said, "--yarn"))
+    assert host_rope.parse(said, "--yarn") == YARN
+    extended(1_010_000, rope_scaling=host_rope.parse(said, "--yarn"))
 
 
 @pytest.mark.parametrize(
@@ -163,4 +164,38 @@ def test_images_need_their_sections():
 @pytest.mark.parametrize("text", ["yarn", "[]", "{'factor': 4}"])
 def test_a_flag_that_is_no_object_is_shown_one(text):
     with pytest.raises(ConfigError, match=r"--yarn .*: this is no JSON object; write it as '\{"):
-        rope.parse(text, "--yarn")
+        host_rope.parse(text, "--yarn")
+
+
+def test_yarn_in_the_file_keeps_the_top_level_values():
+    config = read(rope_scaling={"type": "yarn", "factor": 4.0})
+    assert config.rope_parameters == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+
+
+@pytest.mark.parametrize("lost", ["rope_theta", "partial_rotary_factor"])
+def test_yarn_that_lost_a_value_is_told_all_of_it(lost):
+    rope = YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25, lost: None}
+    changes = {"rope_theta": None, "partial_rotary_factor": None, "rope_parameters": rope}
+    with pytest.raises(ConfigError, match=f"rope_parameters has lost {lost}") as raised:
+        Qwen3NextConfig.from_hf(RELEASED_80B | changes, override_flag="--set")
+    fix = json.loads(str(raised.value).partition(": --set '")[2].rstrip("'"))
+    assert fix["rope_parameters"] == YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    assert read(**(changes | fix)).rotary_dim == 64
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_vllm_override_of_a_part_of_rope_is_caught(tmp_path, name):
+    vllm = pytest.importorskip("vllm.transformers_utils.config")
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_80B))
+
+    def under(overrides):
+        return Qwen3NextConfig.from_hf(
+            vllm.get_config(tmp_path, trust_remote_code=False, hf_overrides_kw=overrides)
+        )
+
+    with pytest.raises(ConfigError, match="rope_parameters has lost rope_theta"):
+        under({name: dict(YARN)})
+    whole = YARN | {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    assert under({"rope_parameters": dict(whole)}).rope_parameters == whole
+    with pytest.raises(ConfigError, match=r"rope_theta = 5000000.0: .* override rope_parameters"):
+        under({"rope_theta": 5e6})

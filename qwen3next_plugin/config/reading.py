@@ -1,19 +1,15 @@
-"""Every spelling of a config: nested or flat, old or new names, one form read from all of them."""
+"""Reads config.json in every spelling: nested or flat, old or new names."""
 
 import json
-from collections.abc import Mapping, Set
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
 
-from qwen3next_plugin import config_rope
-from qwen3next_plugin.config_checks import (
-    LAYER_TYPES,
-    ConfigError,
-    check_count,
-    complaint,
-    missing,
-)
+from qwen3next_plugin.config import rope
+from qwen3next_plugin.config.errors import ConfigError, check_count, complaint, missing
+from qwen3next_plugin.config.sizes import LAYER_TYPES, Layout, Sizes
 
-Layout = Literal["grouped", "flat"]  # of a checkpoint; model/weights.py describes both
 # Of each model_type: the layout of its checkpoints, and whether its layers have experts. Those that
 # end in `_mtp` are vLLM's copies for the drafter, whose experts are known by their number only.
 MODEL_TYPES: Mapping[str, tuple[Layout, bool | None]] = {
@@ -25,36 +21,63 @@ MODEL_TYPES: Mapping[str, tuple[Layout, bool | None]] = {
     "qwen3_5_moe_text": ("flat", True),
     "qwen3_5_mtp": ("flat", None),
 }
+NAMES = {f.name for f in fields(Sizes)}
 OLD_SPELLINGS = ("full_attention_interval", "partial_rotary_factor", "rope_scaling", "rope_theta")
 # The only value that is served of a field which other models of the kind have.
 SERVED = {"attn_output_gate": True, "mtp_use_dedicated_embeddings": False}
 
 
-def read(given: Mapping[str, Any], names: Set[str], override_flag: str) -> dict[str, Any]:
-    """The fields `names` of the description, as far as the config gives them; raises ConfigError.
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The dict of a checkpoint folder's config.json; raises ConfigError."""
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        raise ConfigError(f"{path} is not a folder; give a local checkpoint folder, not a hub name")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing; give the folder that holds config.json") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} holds a {type(raw).__name__}, not an object; fetch it again")
+    return raw
+
+
+def read(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
+    """The fields of Sizes, but for the ranks, as far as the config gives them; raises ConfigError.
 
     The fix in an error names `override_flag`, the engine's flag that overrides values.
     """
-    raw = _text_config(given, names, override_flag)
-    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    raw = _text_config(given, override_flag)
+    values = {name: raw[name] for name in NAMES if raw.get(name) is not None}
     values["layout"] = MODEL_TYPES[_model_type(raw)][0]
     values["layer_types"] = _layer_types(raw)
     values["mlp_only_layers"] = tuple(_list(raw, "mlp_only_layers") or ())
-    values["rope_parameters"] = config_rope.read(raw, override_flag)
+    values["rope_parameters"] = rope.read(raw, override_flag)
+    for f in fields(Sizes):
+        if f.default is MISSING and f.name not in values:
+            raise missing(f.name)
     return values
 
 
-def check_kind(given: Mapping[str, Any], names: Set[str], override_flag: str) -> None:
-    """Raise ConfigError if a config mixes two kinds of models, or lacks a part of RoPE."""
-    raw = _text_config(given, names, override_flag)
-    _model_type(raw)
-    config_rope.read(raw, override_flag)
+def check_kind(folder: Path, override_flag: str) -> None:
+    """Refuse a config.json that mixes two kinds of models, or lacks a part of RoPE.
+
+    It is read as it was written: a host's config class keeps only what belongs to its kind, and
+    fills in a RoPE that no model was trained with. Raises ConfigError.
+    """
+    if (folder / "config.json").is_file():
+        raw = _text_config(read_config(folder), override_flag)
+        _model_type(raw)
+        rope.read(raw, override_flag)
 
 
-def _text_config(given: Mapping[str, Any], names: Set[str], override_flag: str) -> dict[str, Any]:
+def _text_config(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
     """The text model's fields, which a model with a vision tower has nested.
 
-    Where both levels have one of the fields `names` they must agree, but for tied embeddings,
+    Where both levels have one of the fields of Sizes they must agree, but for tied embeddings,
     which transformers writes at both levels and reads at either.
     """
     nested = given.get("text_config")
@@ -64,7 +87,7 @@ def _text_config(given: Mapping[str, Any], names: Set[str], override_flag: str) 
         raise complaint("text_config", nested, "must be an object, or absent")
     else:
         raw = {"model_type": given.get("model_type")} | dict(nested)
-        _check_nesting(given, raw, names, override_flag)
+        _check_nesting(given, raw, override_flag)
         if given.get("tie_word_embeddings"):
             raw["tie_word_embeddings"] = given["tie_word_embeddings"]
     for level in (raw, given):
@@ -73,13 +96,11 @@ def _text_config(given: Mapping[str, Any], names: Set[str], override_flag: str) 
     return raw
 
 
-def _check_nesting(
-    given: Mapping[str, Any], raw: Mapping[str, Any], names: Set[str], override_flag: str
-) -> None:
+def _check_nesting(given: Mapping[str, Any], raw: Mapping[str, Any], override_flag: str) -> None:
     outer, inner = given.get("model_type"), raw["model_type"]
     if outer != "qwen3_5_mtp" and inner not in (outer, f"{outer}_text"):
         raise complaint("text_config.model_type", inner, f"model_type is {outer!r}; use one layout")
-    both = (names | set(OLD_SPELLINGS)) - {"tie_word_embeddings"}
+    both = (NAMES | set(OLD_SPELLINGS)) - {"tie_word_embeddings"}
     for name in sorted(both & given.keys()):
         if given[name] is not None and given[name] != raw.get(name):
             path = {"text_config": {name: given[name]}}

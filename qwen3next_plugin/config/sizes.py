@@ -1,24 +1,18 @@
-"""Qwen3NextConfig: every size of a model of the family.
+"""The sizes of a model: the fields of its config, and what follows from them."""
 
-The family: Qwen3-Next, and Qwen3.5, 3.6 and 3.8, whose configs share one class in transformers.
-"""
-
-import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from qwen3next_plugin import config_checks, config_reading, config_rope
-from qwen3next_plugin.config_checks import ConfigError, complaint, missing
-from qwen3next_plugin.config_reading import Layout
+from qwen3next_plugin.config import rope
 
-MAX_SPECULATIVE_TOKENS = 8
+Layout = Literal["grouped", "flat"]  # of a checkpoint; model/checkpoint/layouts.py describes both
+LAYER_TYPES = ("linear_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3NextConfig:
-    """One model on `tp_size` ranks, checked at construction; fields are named as in config.json."""
+class Sizes:
+    """Those of one model on `tp_size` ranks; fields are named as in config.json."""
 
     layout: Layout = "grouped"
     vocab_size: int
@@ -56,32 +50,6 @@ class Qwen3NextConfig:
     tp_size: int = 1
     pp_size: int = 1
 
-    @classmethod
-    def from_hf(
-        cls,
-        hf_config: Any,
-        *,
-        tp_size: int = 1,
-        pp_size: int = 1,
-        override_flag: str = "",
-    ) -> Self:
-        """Read a transformers config or the dict of a config.json.
-
-        Raises:
-            ConfigError: the fix names `override_flag`, the engine's flag that overrides values.
-        """
-        given = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-        values = config_reading.read(given, _names(), override_flag)
-        for f in fields(cls):
-            if f.default is MISSING and f.name not in values:
-                raise missing(f.name)
-        values |= {"tp_size": tp_size, "pp_size": pp_size}
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        config_checks.check(self)
-        config_rope.check(self)
-
     # layers
     @property
     def num_linear_layers(self) -> int:
@@ -112,12 +80,12 @@ class Qwen3NextConfig:
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+        return rope.rotary_dim(self.rope_parameters, self.head_dim)
 
     @property
     def max_length(self) -> int:
         """Positions that RoPE covers: with YaRN, the original ones times its factor."""
-        return config_rope.length(self.rope_parameters, self.max_position_embeddings)
+        return rope.length(self.rope_parameters, self.max_position_embeddings)
 
     @property
     def attention_dim(self) -> int:
@@ -185,50 +153,3 @@ class Qwen3NextConfig:
     @property
     def conv_dim_per_rank(self) -> int:
         return self.conv_dim // self.tp_size
-
-
-def _names() -> set[str]:
-    return {f.name for f in fields(Qwen3NextConfig)}
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The dict of a checkpoint folder's config.json; raises ConfigError."""
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        raise ConfigError(f"{path} is not a folder; give a local checkpoint folder, not a hub name")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; give the folder that holds config.json") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds a {type(raw).__name__}, not an object; fetch it again")
-    return raw
-
-
-def check_num_speculative_tokens(k: int, name: str = "num_speculative_tokens") -> None:
-    """Raise ConfigError unless `k` draft tokens can be served; `name` is the flag in the text."""
-    if type(k) is not int or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
-        fix = f"ask for 1 to {MAX_SPECULATIVE_TOKENS}"
-        if type(k) is int and k <= 0:
-            fix += ", or leave speculation out of the command line to serve without drafts"
-        raise complaint(name, k, fix)
-
-
-def check_num_draft_layers(config: Qwen3NextConfig, flag: str) -> None:
-    """Raise ConfigError if drafts are asked for, by `flag`, of a model without an MTP layer."""
-    if not config.num_nextn_predict_layers:
-        raise complaint("mtp_num_hidden_layers", 0, f"there is nothing to draft with; drop {flag}")
-
-
-def check_kind(folder: Path, override_flag: str) -> None:
-    """Refuse a config.json that mixes two kinds of models, or lacks a part of RoPE.
-
-    It is read as it was written: a host's config class keeps only what belongs to its kind, and
-    fills in a RoPE that no model was trained with. Raises ConfigError.
-    """
-    if (folder / "config.json").is_file():
-        config_reading.check_kind(read_config(folder), _names(), override_flag)
