@@ -1,14 +1,18 @@
-"""Gated attention around a host's paged attention: QK norm and RoPE before it, the gate after."""
+"""Gated attention: projections, QK norm and RoPE, the engine's paged attention, and the gate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
+from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.rotary import rotary_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,66 @@ class AttentionShape:
             head_dim=config.head_dim,
             rotary_dim=config.rotary_dim,
         )
+
+
+class GatedAttention(nn.Module):
+    """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
+
+    cos_sin: torch.Tensor  # which the axes of an image's positions share
+    mrope_axes: torch.Tensor  # of models that read images
+
+    def __init__(
+        self, config: Qwen3NextConfig, layers: HostLayers, prefix: str, *, attn: nn.Module
+    ) -> None:
+        super().__init__()
+        self.shape = AttentionShape.from_config(config)
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = layers.qkv_parallel(
+            config.hidden_size,
+            config.head_dim,
+            2 * config.num_attention_heads,  # a query and a gate each
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = layers.row_parallel(
+            config.attention_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.register_buffer("cos_sin", rotary_table(config), persistent=False)
+        if config.mrope_section:
+            axes = mrope_axes(config.rotary_dim, config.mrope_section)
+            self.register_buffer("mrope_axes", axes, persistent=False)
+        self.attn = attn
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, *batch: Any
+    ) -> torch.Tensor:
+        """Run the layer; `batch` is what the engine's attention needs besides q, k and v, if any.
+
+        Shapes:
+            positions [T] or [3, T], hidden_states [T, D], returns [T, D]
+        """
+        qkv, _ = self.qkv_proj(hidden_states)
+        cos_sin = self.cos_sin
+        if positions.ndim == 2:
+            cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
+            positions = torch.arange(positions.shape[1], device=positions.device)
+        q, k, v, gate = prepare(
+            qkv=qkv,
+            q_weight=self.q_norm.weight,
+            k_weight=self.k_norm.weight,
+            cos_sin=cos_sin,
+            positions=positions,
+            shape=self.shape,
+            eps=self.eps,
+        )
+        output, _ = self.o_proj(apply_gate(self.attn(q, k, v, *batch), gate))
+        return output
 
 
 def prepare(

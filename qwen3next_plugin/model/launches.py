@@ -13,8 +13,8 @@ from qwen3next_plugin.model.gated_delta_net import (
     GatedDeltaNetWeights,
     launch_idle,
 )
+from qwen3next_plugin.model.moe import SharedExpertGate
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.shared_expert import SharedExpertGate
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.model.step import NULL_SLOT
 

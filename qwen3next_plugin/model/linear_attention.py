@@ -1,10 +1,12 @@
-"""The parameters of a Gated DeltaNet layer that are not projections; both engines build on them."""
+"""A Gated DeltaNet layer but for its state, which engines keep in pages of theirs."""
 
 import torch
 from torch import nn
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
+from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.layouts import output_sizes
 from qwen3next_plugin.model.weights import shard_rows
 
 
@@ -17,13 +19,22 @@ class Weight(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """One rank's convolution, decay and norm parameters, each with the loader engines look for.
+    """One rank's projections, convolution, decay and norm; `core` is the engine's.
 
-    `layout` is that of the projections, which the engine adds.
+    A parameter that is not a host's has the loader that both hosts look for.
     """
 
-    def __init__(self, config: Qwen3NextConfig, *, rank: int, layout: Layout = "grouped") -> None:
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        layers: HostLayers,
+        prefix: str,
+        *,
+        rank: int,
+        layout: Layout = "grouped",  # of the projections
+    ) -> None:
         super().__init__()
+        self.prefix = prefix
         self.shape = GatedDeltaNetShape.from_config(config, layout)
         self.norm_eps = config.rms_norm_eps
         HV = self.shape.num_value_heads
@@ -42,6 +53,27 @@ class LinearAttention(nn.Module):
         shard(self.A_log, config.linear_num_value_heads)
         shard(self.dt_bias, config.linear_num_value_heads)
 
+        self.in_proj_qkvz = _in_projection(config, layers, prefix, "qkvz", layout)
+        self.in_proj_ba = _in_projection(config, layers, prefix, "ba", layout)
+        self.out_proj = layers.row_parallel(
+            config.value_dim, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj"
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Shapes: hidden_states [T, D], returns [T, D]."""
+        qkvz, _ = self.in_proj_qkvz(hidden_states)
+        ba, _ = self.in_proj_ba(hidden_states)
+        output, _ = self.out_proj(self.core(qkvz, ba))
+        return output
+
+    def core(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        """What is between the projections, on the step's rows.
+
+        Shapes:
+            qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]
+        """
+        raise NotImplementedError
+
     @property
     def weights(self) -> GatedDeltaNetWeights:
         """The parameters as the kernel takes them."""
@@ -52,3 +84,13 @@ class LinearAttention(nn.Module):
             norm=self.norm.weight,
             norm_eps=self.norm_eps,
         )
+
+
+def _in_projection(
+    config: Qwen3NextConfig, layers: HostLayers, prefix: str, name: str, layout: Layout
+) -> nn.Module:
+    """One of the two. A rank's share: grouped, one run of the weight; flat, a run of each part."""
+    sizes, prefix = output_sizes(config, name, layout), f"{prefix}.in_proj_{name}"
+    if layout == "flat":
+        return layers.merged_column_parallel(config.hidden_size, sizes, bias=False, prefix=prefix)
+    return layers.column_parallel(config.hidden_size, sizes[0], bias=False, prefix=prefix)

@@ -5,8 +5,7 @@ import torch
 
 from checkpoints import BASE
 from qwen3next_plugin.kernels.fused_moe import fused_moe
-from qwen3next_plugin.model.routing import route
-from qwen3next_plugin.model.shared_expert import SharedExpertGate
+from qwen3next_plugin.model.moe import SharedExpertGate, route
 
 
 def block(**changes):

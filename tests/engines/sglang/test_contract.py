@@ -24,7 +24,7 @@ from engines.contract import (
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
 from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST
-from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.moe import route
 
 HOST = "sglang"
 pytestmark = pytest.mark.skipif(

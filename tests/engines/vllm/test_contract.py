@@ -22,7 +22,7 @@ from engines.contract import (
 )
 from qwen3next_plugin.engines.vllm.names import MODELS, TRUNKS
 from qwen3next_plugin.engines.vllm.patches import TABLE, after_hosts
-from qwen3next_plugin.model.routing import route
+from qwen3next_plugin.model.moe import route
 
 HOST = "vllm"
 

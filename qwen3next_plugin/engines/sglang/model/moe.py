@@ -1,13 +1,8 @@
-"""Feed-forward blocks: the dense MLP and the mixture of experts, from SGLang's fused experts."""
+"""The mixture of experts, from SGLang's fused experts."""
 
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
-from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.linear import (
-    MergedColumnParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.moe.topk import TopK, build_precomputed_topk_output
@@ -20,45 +15,8 @@ from torch import nn
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
-from qwen3next_plugin.model.routing import route
-from qwen3next_plugin.model.shared_expert import SharedExpertGate
-
-
-class SwiGLU(nn.Module):
-    """A dense MLP, or the shared expert without its gate."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-        *,
-        reduce_results: bool = True,
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size,
-            [intermediate_size] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.gate_up_proj",
-        )
-        self.down_proj = RowParallelLinear(
-            intermediate_size,
-            hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            reduce_results=reduce_results,
-            prefix=f"{prefix}.down_proj",
-        )
-        self.act_fn = SiluAndMul()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes: x [T, D], returns [T, D]."""
-        gate_up, _ = self.gate_up_proj(x)
-        out, _ = self.down_proj(self.act_fn(gate_up))
-        return out
+from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
 
 
 class SparseMoE(nn.Module):
@@ -111,7 +69,7 @@ class SparseMoE(nn.Module):
         self.shared_expert = SwiGLU(
             config.hidden_size,
             config.shared_expert_intermediate_size,
-            quant_config,
+            host_layers(quant_config),
             f"{prefix}.shared_expert",
             reduce_results=False,  # reduced together with the experts
         )

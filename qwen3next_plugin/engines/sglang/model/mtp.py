@@ -19,24 +19,22 @@ from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
-from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.packed import drop_plain
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
-from qwen3next_plugin.mtp.head import fuse
+from qwen3next_plugin.mtp.head import MTPHead
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
 
 
-class MultiTokenPredictor(nn.Module):
-    """fc over [embedding; hidden state], one full-attention decoder layer, a norm."""
+class MultiTokenPredictor(MTPHead):
+    """The neutral head, from SGLang's parts."""
 
     def __init__(
         self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
-        super().__init__()
         with torch.device("meta"):  # replaced by the trunk's
-            self.embed_tokens = make_embedding(config)
-        self.fc = ReplicatedLinear(
+            embed_tokens = make_embedding(config)
+        fc = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
             bias=False,
@@ -44,43 +42,25 @@ class MultiTokenPredictor(nn.Module):
             quant_config=quant_config if goes_by_files(quant_config) else None,
             prefix=f"{prefix}.fc",
         )
-        self.layers = nn.ModuleList(
-            [
-                make_decoder_layer(
-                    config,
-                    quant_config,
-                    f"{prefix}.layers.0",
-                    layer_id=0,
-                    layer_type="full_attention",
-                    is_moe=config.num_experts > 0,
-                )
-            ]
+        layer = make_decoder_layer(
+            config,
+            quant_config,
+            f"{prefix}.layers.0",
+            layer_id=0,
+            layer_type="full_attention",
+            is_moe=config.num_experts > 0,
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_fc_norm_hidden = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_fc_norm_embedding = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def _fc(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)[0]
+        super().__init__(config, embed_tokens=embed_tokens, fc=fc, layers=[layer])
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        forward_batch: ForwardBatch,
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Shapes: input_ids, positions [T], the batch's hidden states [T, D], returns [T, D]."""
         if forward_batch.mrope_positions is not None:
             positions = forward_batch.mrope_positions
-        hidden_states = fuse(
-            embeds=self.embed_tokens(input_ids),
-            hidden_states=forward_batch.spec_info.hidden_states,
-            norm_embedding=self.pre_fc_norm_embedding,
-            norm_hidden=self.pre_fc_norm_hidden,
-            fc=self._fc,
-        )
-        hidden_states, residual = self.layers[0](positions, hidden_states, None, forward_batch)
-        return self.norm(hidden_states, residual)
+        embeds = self.embed_tokens(input_ids)
+        hidden_states = forward_batch.spec_info.hidden_states
+        return self.predict(positions, embeds, hidden_states, forward_batch)
 
 
 class Qwen3NextForCausalLMMTP(nn.Module):

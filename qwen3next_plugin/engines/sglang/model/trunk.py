@@ -14,16 +14,18 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
 from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
 from qwen3next_plugin.engines.sglang.flags import read_config
-from qwen3next_plugin.engines.sglang.model.attention import GatedAttention
+from qwen3next_plugin.engines.sglang.model.attention import make_attention
+from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
 from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
-from qwen3next_plugin.engines.sglang.model.moe import SparseMoE, SwiGLU
+from qwen3next_plugin.engines.sglang.model.moe import SparseMoE
 from qwen3next_plugin.engines.sglang.model.vocabulary import (
     make_embedding,
     make_lm_head,
     make_logits_processor,
 )
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
+from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -43,12 +45,13 @@ def make_decoder_layer(
     if layer_type == "linear_attention":
         mixer = GatedDeltaNet(config, quant_config, f"{prefix}.linear_attn", layer_id=layer_id)
     else:
-        mixer = GatedAttention(config, quant_config, f"{prefix}.self_attn", layer_id=layer_id)
+        mixer = make_attention(config, quant_config, f"{prefix}.self_attn", layer_id=layer_id)
     mlp: nn.Module
     if is_moe:
         mlp = SparseMoE(config, quant_config, f"{prefix}.mlp", layer_id=layer_id)
     else:
-        mlp = SwiGLU(config.hidden_size, config.intermediate_size, quant_config, f"{prefix}.mlp")
+        layers = host_layers(quant_config)
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size, layers, f"{prefix}.mlp")
     return DecoderLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp)
 
 

@@ -1,83 +1,24 @@
-"""Gated attention as a vLLM layer: vLLM's projections and paged attention, our q, k and gate."""
+"""Gated attention around vLLM's paged attention."""
 
-import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu.attention import attention_backend
-from qwen3next_plugin.model.attention import (
-    AttentionShape,
-    apply_gate,
-    mrope_axes,
-    mrope_table,
-    prepare,
-)
-from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.rotary import rotary_table
+from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
+from qwen3next_plugin.model.attention import GatedAttention
 
 
-class GatedAttention(nn.Module):
-    """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
-
-    cos_sin: torch.Tensor  # which the axes of an image's positions share
-    mrope_axes: torch.Tensor  # of models that read images
-
-    def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        quant_config = vllm_config.quant_config
-        self.shape = AttentionShape.from_config(config)
-        self.eps = config.rms_norm_eps
-        self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            config.head_dim,
-            2 * config.num_attention_heads,  # a query and a gate each
-            config.num_key_value_heads,
-            bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
-        )
-        self.o_proj = RowParallelLinear(
-            config.attention_dim,
-            config.hidden_size,
-            bias=config.attention_bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
-        )
-        self.register_buffer("cos_sin", rotary_table(config), persistent=False)
-        if config.mrope_section:
-            axes = mrope_axes(config.rotary_dim, config.mrope_section)
-            self.register_buffer("mrope_axes", axes, persistent=False)
-        self.attn = Attention(
-            self.shape.num_heads,
-            config.head_dim,
-            config.head_dim**-0.5,
-            num_kv_heads=self.shape.num_kv_heads,
-            cache_config=vllm_config.cache_config,
-            quant_config=quant_config,
-            prefix=f"{prefix}.attn",
-            attn_backend=attention_backend(),
-        )
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shapes: positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        cos_sin = self.cos_sin
-        if positions.ndim == 2:
-            cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)
-            positions = torch.arange(positions.shape[1], device=positions.device)
-        q, k, v, gate = prepare(
-            qkv=qkv,
-            q_weight=self.q_norm.weight,
-            k_weight=self.k_norm.weight,
-            cos_sin=cos_sin,
-            positions=positions,
-            shape=self.shape,
-            eps=self.eps,
-        )
-        output, _ = self.o_proj(apply_gate(self.attn(q, k, v), gate))
-        return output
+def make_attention(config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> GatedAttention:
+    """The neutral layer, from vLLM's parts."""
+    attn = Attention(
+        config.num_attention_heads_per_rank,
+        config.head_dim,
+        config.head_dim**-0.5,
+        num_kv_heads=config.num_key_value_heads_per_rank,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=f"{prefix}.attn",
+        attn_backend=attention_backend(),
+    )
+    return GatedAttention(config, host_layers(vllm_config), prefix, attn=attn)

@@ -1,29 +1,23 @@
-"""Gated DeltaNet as a vLLM layer: vLLM's projections and pages around the neutral layer."""
+"""Gated DeltaNet as a vLLM layer: vLLM's pages around the neutral layer."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    RowParallelLinear,
-)
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import projection_layout
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout, page_spec
 from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
-from qwen3next_plugin.model.layouts import output_sizes
 from qwen3next_plugin.model.linear_attention import LinearAttention
 from qwen3next_plugin.model.state import StateError, StatePool
 
@@ -32,33 +26,25 @@ class GatedDeltaNet(LinearAttention, MambaBase):
     """One linear-attention layer. vLLM binds its state pages to it, and finds it by its prefix."""
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        layout = projection_layout(config, vllm_config)
-        super().__init__(config, rank=get_tensor_model_parallel_rank(), layout=layout)
-        self.prefix = prefix
+        super().__init__(
+            config,
+            host_layers(vllm_config),
+            prefix,
+            rank=get_tensor_model_parallel_rank(),
+            layout=projection_layout(config, vllm_config),
+        )
         self.layout = page_layout(config, vllm_config)
         self.value_dim = config.value_dim_per_rank
-        self.in_proj_qkvz = _in_projection(config, "qkvz", layout, vllm_config, prefix)
-        self.in_proj_ba = _in_projection(config, "ba", layout, vllm_config, prefix)
-        self.out_proj = RowParallelLinear(
-            config.value_dim,
-            config.hidden_size,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.out_proj",
-        )
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"Duplicate layer name: {prefix}")
         layers[prefix] = self
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shapes: hidden_states [T, D], returns [T, D]."""
-        qkvz, _ = self.in_proj_qkvz(hidden_states)
-        ba, _ = self.in_proj_ba(hidden_states)
-        core = qkvz.new_empty(qkvz.shape[0], self.value_dim)
-        torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, core, self.prefix)
-        output, _ = self.out_proj(core)
-        return output
+    def core(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+        """Shapes: qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]."""
+        out = qkvz.new_empty(qkvz.shape[0], self.value_dim)
+        torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, out, self.prefix)
+        return out
 
     def attend(self, qkvz: torch.Tensor, ba: torch.Tensor, out_: torch.Tensor) -> None:
         """Run the recurrence on this step's rows; write zeros where vLLM runs no step.
@@ -120,21 +106,6 @@ class GatedDeltaNet(LinearAttention, MambaBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
         return page_spec(self.layout, vllm_config)
-
-
-def _in_projection(
-    config: Qwen3NextConfig, name: str, layout: Layout, vllm_config: VllmConfig, prefix: str
-) -> ColumnParallelLinear:
-    """One of the two: grouped, a rank's share is one run of rows; flat, a run of each part."""
-    sizes = output_sizes(config, name, layout)
-    options: dict[str, Any] = {
-        "bias": False,
-        "quant_config": vllm_config.quant_config,
-        "prefix": f"{prefix}.in_proj_{name}",
-    }
-    if layout == "flat":
-        return MergedColumnParallelLinear(config.hidden_size, sizes, **options)
-    return ColumnParallelLinear(config.hidden_size, sizes[0], **options)
 
 
 @eager_break_during_capture

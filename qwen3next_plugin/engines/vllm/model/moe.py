@@ -1,4 +1,4 @@
-"""Feed-forward blocks: the dense MLP and the mixture of experts, from vLLM's fused experts."""
+"""The mixture of experts, from vLLM's fused experts."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,61 +9,14 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_ep_group, tensor_model_parallel_all_gather
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
-from vllm.model_executor.layers.linear import (
-    MergedColumnParallelLinear,
-    RowParallelLinear,
-)
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu.experts import Experts
-from qwen3next_plugin.model.routing import route
-from qwen3next_plugin.model.shared_expert import SharedExpertGate
-
-
-class SwiGLU(nn.Module):
-    """A dense MLP, or the shared expert with its own sigmoid gate."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        vllm_config: VllmConfig,
-        prefix: str,
-        *,
-        reduce_results: bool = True,
-        expert_gate: SharedExpertGate | None = None,
-        disable_tp: bool = False,
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size,
-            [intermediate_size] * 2,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.gate_up_proj",
-            disable_tp=disable_tp,
-        )
-        self.down_proj = RowParallelLinear(
-            intermediate_size,
-            hidden_size,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            reduce_results=reduce_results,
-            prefix=f"{prefix}.down_proj",
-            disable_tp=disable_tp,
-        )
-        self.act_fn = SiluAndMul()
-        self.expert_gate = expert_gate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes: x [T, D], returns [T, D]."""
-        gate_up, _ = self.gate_up_proj(x)
-        out, _ = self.down_proj(self.act_fn(gate_up))
-        return out if self.expert_gate is None else self.expert_gate(x, out)
+from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
 
 
 class SparseMoE(nn.Module):
@@ -111,11 +64,10 @@ class SparseMoE(nn.Module):
         self.shared_expert = SwiGLU(
             config.hidden_size,
             config.shared_expert_intermediate_size,
-            vllm_config,
+            host_layers(vllm_config, disable_tp=self.is_sequence_parallel),
             f"{prefix}.shared_expert",
             reduce_results=False,  # reduced together with the experts
             expert_gate=self.shared_expert_gate,
-            disable_tp=self.is_sequence_parallel,
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
@@ -15,15 +14,15 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from qwen3next_plugin.engines.vllm.cpu.packing import use_packing
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
+from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM, make_decoder_layer
 from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
 from qwen3next_plugin.model.layouts import our_name
-from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
-from qwen3next_plugin.mtp.head import fuse
+from qwen3next_plugin.mtp.head import MTPHead
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -32,26 +31,22 @@ EMBEDDING = "model.embed_tokens.weight"
 @support_torch_compile(
     dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}
 )
-class MultiTokenPredictor(nn.Module):
-    """fc over [embedding; hidden state], one full-attention decoder layer, a norm."""
+class MultiTokenPredictor(MTPHead):
+    """The neutral head, from vLLM's parts."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
         config = read_config(vllm_config)
         # vLLM puts the trunk's embedding here, unless it is on another pipeline stage.
-        self.embed_tokens = (
-            PPMissingLayer() if get_pp_group().world_size == 1 else make_embedding(config)
-        )
-        self.fc = ColumnParallelLinear(
+        alone = get_pp_group().world_size == 1
+        embed_tokens = PPMissingLayer() if alone else make_embedding(config)
+        fc = host_layers(vllm_config).column_parallel(
             2 * config.hidden_size,
             config.hidden_size,
-            gather_output=True,
             bias=False,
-            return_bias=False,
-            quant_config=vllm_config.quant_config,
+            gather_output=True,
             prefix=f"{prefix}.fc",
         )
-        self.layers = nn.ModuleList(
+        layers = (
             make_decoder_layer(
                 config,
                 vllm_config,
@@ -61,9 +56,7 @@ class MultiTokenPredictor(nn.Module):
             )
             for i in range(config.num_nextn_predict_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_fc_norm_hidden = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_fc_norm_embedding = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, embed_tokens=embed_tokens, fc=fc, layers=layers)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""
@@ -79,16 +72,8 @@ class MultiTokenPredictor(nn.Module):
     ) -> torch.Tensor:
         """Shapes: input_ids [T], positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
         embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden_states = fuse(
-            embeds=embeds,
-            hidden_states=hidden_states,
-            norm_embedding=self.pre_fc_norm_embedding,
-            norm_hidden=self.pre_fc_norm_hidden,
-            fc=self.fc,
-        )
-        layer = self.layers[spec_step_idx % len(self.layers)]
-        hidden_states, residual = layer(positions, hidden_states, None)
-        return self.norm(hidden_states, residual)
+        layer = spec_step_idx % len(self.layers)
+        return self.predict(positions, embeds, hidden_states, layer=layer)
 
 
 class Qwen3NextMTP(nn.Module, MixtureOfExperts):

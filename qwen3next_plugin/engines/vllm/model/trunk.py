@@ -35,7 +35,8 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu.packing import use_packing
 from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
-from qwen3next_plugin.engines.vllm.model.attention import GatedAttention
+from qwen3next_plugin.engines.vllm.model.attention import make_attention
+from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.vllm.model.loading import (
     FLAT_MODULES,
@@ -44,12 +45,13 @@ from qwen3next_plugin.engines.vllm.model.loading import (
     load,
     projection_layout,
 )
-from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, SwiGLU, describe_experts
+from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.patches import provide_page_copies, refuse_unused_adapters
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
+from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.weights import parameters, trunk_tensors
 from qwen3next_plugin.mtp.weights import mtp_tensors
@@ -68,12 +70,13 @@ def make_decoder_layer(
     if layer_type == "linear_attention":
         mixer = GatedDeltaNet(config, vllm_config, f"{prefix}.linear_attn")
     else:
-        mixer = GatedAttention(config, vllm_config, f"{prefix}.self_attn")
+        mixer = make_attention(config, vllm_config, f"{prefix}.self_attn")
     mlp: nn.Module
     if is_moe:
         mlp = SparseMoE(config, vllm_config, f"{prefix}.mlp")
     else:
-        mlp = SwiGLU(config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp")
+        layers = host_layers(vllm_config)
+        mlp = SwiGLU(config.hidden_size, config.intermediate_size, layers, f"{prefix}.mlp")
     return DecoderLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp)
 
 

@@ -1,0 +1,21 @@
+"""The layers of a host that ours are built of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Build = Callable[..., Any]  # Any: hosts' layers are not typed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLayers:
+    """How an engine builds its layers, all but their sizes, bias and prefix filled in.
+
+    Both engines' classes take the same arguments. A projection returns its output and a bias.
+    """
+
+    column_parallel: Build  # each rank has a part of the output
+    merged_column_parallel: Build  # of each of several outputs
+    qkv_parallel: Build  # whole heads
+    row_parallel: Build  # each rank has a part of the input; the outputs are summed
+    silu_and_mul: Build

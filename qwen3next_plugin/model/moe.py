@@ -1,0 +1,76 @@
+"""Feed-forward blocks: SwiGLU, the shared expert's gate, and the router."""
+
+import torch
+from torch import nn
+
+from qwen3next_plugin.kernels.router import router
+from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
+from qwen3next_plugin.model.host_layers import HostLayers
+
+
+class SharedExpertGate(nn.Module):
+    """σ(x·w) times the shared expert's output, in place.
+
+    A parameter of ours, not a layer of the host: hosts pack the weights of their layers, and the op
+    reads a plain one.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, size), requires_grad=False)
+
+    def forward(
+        self, x: torch.Tensor, shared_: torch.Tensor, routed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Gate `shared_` by x, and add the routed experts' output.
+
+        Shapes:
+            x, shared_, routed [T, D], returns shared_
+        """
+        shared_expert_gate(x=x, weight=self.weight, shared_=shared_, routed=routed)
+        return shared_
+
+
+class SwiGLU(nn.Module):
+    """A dense MLP, or the shared expert, with its own sigmoid gate if that is given."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        layers: HostLayers,
+        prefix: str,
+        *,
+        reduce_results: bool = True,
+        expert_gate: SharedExpertGate | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = layers.merged_column_parallel(
+            hidden_size, [intermediate_size] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = layers.row_parallel(
+            intermediate_size,
+            hidden_size,
+            bias=False,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = layers.silu_and_mul()
+        self.expert_gate = expert_gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        gate_up, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.act_fn(gate_up))
+        return out if self.expert_gate is None else self.expert_gate(x, out)
+
+
+def route(
+    *, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router with the signature that both hosts expect of a routing function.
+
+    Shapes:
+        gating_output [T, E], returns weights [T, k] fp32, experts [T, k] int32
+    """
+    return router(logits=gating_output, k=topk, renormalise=renormalize)
