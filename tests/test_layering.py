@@ -1,4 +1,4 @@
-"""Imports point one way, engines → model, mtp → kernels; the engines' folders are alike."""
+"""Imports point one way, engines → model, mtp → kernels; the engines' parts are alike."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -12,14 +12,14 @@ HOSTS = {"vllm", "sglang", "transformers"}
 OWN = "qwen3next_plugin"
 PLACES = {"kernels": "kernels", "mtp": "mtp", OWN: ""}  # folder → its package below OWN
 ENGINES = ("vllm", "sglang")
-ENGINE_FOLDERS = {"model", "state", "speculation", "cpu"}
+ENGINE_FOLDERS = {"model", "state", "speculation", "cpu", "repairs"}
 OF_BOTH = ("patching", "hub", "huge_pages")
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 ENGINE_FILES = {  # of every engine
     *("__init__.py", "names.py", "plugin.py", "flags.py", "patches.py"),
     *("model/trunk.py", "model/mtp.py", "model/linear_attention.py", "model/attention.py"),
     *("model/moe.py", "state/steps.py", "state/pages.py", "cpu/experts.py"),
-    *("speculation/worker.py", "speculation/drafter.py", "speculation/verify.py"),
+    *("speculation/worker.py", "speculation/drafter.py"),
 }
 ABOVE = {  # folder → what it must not import, of ours
     "kernels": {"engines", "model", "mtp", "versions", "cli", "config"},
@@ -91,6 +91,41 @@ def test_engines_have_the_same_folders_and_files(engine):
     folders = {p.name for p in folder.iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert folders == ENGINE_FOLDERS
     assert not {name for name in ENGINE_FILES if not (folder / name).is_file()}
+
+
+def definitions(path: Path) -> list[str]:
+    """The classes and functions at the top of a file, in order."""
+    kinds = ast.ClassDef | ast.FunctionDef
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return [node.name for node in body if isinstance(node, kinds)]
+
+
+def in_both_engines() -> list[str]:
+    first, second = (ROOT / OWN / "engines" / engine for engine in ENGINES)
+    paths = (path.relative_to(first) for path in sorted(first.rglob("*.py")))
+    return [str(p) for p in paths if (second / p).is_file() and p.name != "__init__.py"]
+
+
+def test_there_are_pairs():
+    assert len(in_both_engines()) > 16
+
+
+@pytest.mark.parametrize("path", in_both_engines())
+def test_a_pair_of_files_defines_the_same_in_the_same_order(path):
+    """Files of one path in both engines share something public; another thing has another path."""
+    first, second = (definitions(ROOT / OWN / "engines" / e / path) for e in ENGINES)
+    shared = [name for name in first if name in second]
+    assert [name for name in shared if not name.startswith("_")]
+    assert shared == [name for name in second if name in first]
+
+
+def test_a_repair_is_needed_to_serve_nothing():
+    """What mends an engine for any model is where a patch, a flag or a worker calls it."""
+    for engine in ENGINES:
+        folder = ROOT / OWN / "engines" / engine
+        for part in ("model", "state", "cpu"):
+            for path in (folder / part).rglob("*.py"):
+                assert not [name for name in imports(path) if ".repairs." in name], path
 
 
 def test_a_library_has_parts_of_the_same_names():

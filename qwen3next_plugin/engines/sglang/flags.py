@@ -150,18 +150,6 @@ def flag(name: str, value: Any) -> str:
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
-def _check_invariance(model_config: Any, *, on_cpu: bool) -> None:
-    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
-    from sglang.srt.utils import cpu_has_amx_support
-
-    check_invariance(model_config.dtype, on_cpu=on_cpu)
-    if cpu_has_amx_support():
-        raise ConfigError(
-            "QWEN3NEXT_BATCH_INVARIANT=1: SGLang's own AMX kernels, which depend on the batch, are "
-            "installed; uninstall sgl-kernel"
-        )
-
-
 def _check_heads(model_config: Any) -> None:
     """Refuse a head that SGLang puts on Qwen3.5 in place of the output head."""
     for head in ("decision_config", "joint_head_config", "pointer_head"):
@@ -230,6 +218,18 @@ def _check_kernels(graphs: Any) -> None:
             "QWEN3NEXT_KERNELS=reference: the reference reads tensors on the host, which a CUDA "
             "graph cannot hold; add --cuda-graph-backend-decode disabled "
             "--cuda-graph-backend-prefill disabled"
+        )
+
+
+def _check_invariance(model_config: Any, *, on_cpu: bool) -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
+    from sglang.srt.utils import cpu_has_amx_support
+
+    check_invariance(model_config.dtype, on_cpu=on_cpu)
+    if cpu_has_amx_support():
+        raise ConfigError(
+            "QWEN3NEXT_BATCH_INVARIANT=1: SGLang's own AMX kernels, which depend on the batch, are "
+            "installed; uninstall sgl-kernel"
         )
 
 

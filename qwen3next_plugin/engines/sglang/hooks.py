@@ -34,42 +34,6 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     return is_ours(model_config_of(get_server_args())) or host()
 
 
-def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
-    """Let the next turn of a streaming session begin where the state ends.
-
-    SGLang counts the last token of a verification too, which no step has read yet.
-    """
-    record, computed = req.kv, req.kv.kv_committed_len
-    kept = host(sessions, req)
-    if kept:
-        record.kv_committed_len = min(record.kv_committed_len, computed)
-    return kept
-
-
-def replace_in_session(
-    host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
-) -> Any:
-    """Drop the requests of a session that a request replaces, before SGLang tries to.
-
-    SGLang changes the dict that it iterates over, and looks up a name twice that two requests had.
-    """
-    asked, nodes = req.session_params, session.req_nodes
-    if asked.replace and not session.streaming:
-        if asked.rid is None:
-            dropped = list(nodes.values())
-        elif kept := nodes.get(asked.rid):
-            dropped, kept.children = kept.children, []
-        else:
-            dropped = []
-        while dropped:
-            node = dropped.pop()
-            node.abort()
-            dropped += node.children
-            if nodes.get(node.req.rid) is node:
-                del nodes[node.req.rid]
-    return host(session, req, *args, **more)
-
-
 def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
     """Leave our model's head counts and widths as they are."""
     return model_config if is_ours(model_config) else host(model_config, *args)

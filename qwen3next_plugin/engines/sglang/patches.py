@@ -1,7 +1,7 @@
 """Everything of SGLang that the plugin changes: what, why, for which versions, and until when.
 
-ANYWHERE is applied on every device; WITH_OURS where our model serves, on a CPU together with
-ON_CPU, on a GPU with ON_GPU; ELSEWHERE where SGLang's own model serves. All are applied at
+ANYWHERE is applied on every device; WITH_OURS and REPAIRS where our model serves, with ON_CPU and
+REPAIRS_ON_CPU, or with ON_GPU; ELSEWHERE where SGLang's own model serves. All are applied at
 registration. OVERRIDES are changes that our own subclasses make to objects of theirs.
 """
 
@@ -12,7 +12,7 @@ from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Entry, Function, Host
-from qwen3next_plugin.engines.sglang import flags, hooks, patterns, requests
+from qwen3next_plugin.engines.sglang import flags, hooks
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.model.config import (
@@ -23,7 +23,8 @@ from qwen3next_plugin.engines.sglang.model.config import (
     merge_overrides,
 )
 from qwen3next_plugin.engines.sglang.names import WRAPPERS
-from qwen3next_plugin.engines.sglang.speculation import penalties, verify
+from qwen3next_plugin.engines.sglang.repairs import patterns, penalties, requests, sessions
+from qwen3next_plugin.engines.sglang.speculation import verify
 from qwen3next_plugin.versions import check_host
 
 VERSIONS = "==0.5.23"  # that need these patches
@@ -163,50 +164,9 @@ WITH_OURS: tuple[Entry, ...] = (
         reason="SGLang chooses the linear-attention backend of built-in models itself",
         remove_when="a registered backend can serve a built-in architecture",
     ),
-    Patch(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
-        parameters=("self", "obj", "request"),
-        function=requests.check_request,
-        reason="SGLang accepts requests that end its scheduler or fill its queue for hours",
-        remove_when="SGLang refuses every request of test_hostile.py",
-    ),
-    Patch(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
-        parameters=(
-            *("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs"),
-            "token_type_ids",
-        ),
-        function=requests.check_tokenised,
-        reason="SGLang's scheduler trusts types, positions and embeddings that nobody checks",
-        remove_when="SGLang refuses every request of test_hostile.py",
-    ),
-    Patch(
-        target="sglang.srt.session.session_controller.Session.create_req",
-        parameters=(
-            *("self", "req", "tokenizer", "vocab_size", "eos_token_ids", "disagg_mode"),
-            "req_factory",
-        ),
-        function=hooks.replace_in_session,
-        reason="a request that replaces a session's earlier ones ends SGLang's scheduler",
-        remove_when="SGLang serves the sessions of test_hostile.py",
-    ),
-    Patch(
-        target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
-        parameters=("self", "new_accepted_len"),
-        function=patterns.limit_regex,
-        reason="a stop_regex that backtracks holds the scheduler for ever",
-        remove_when="SGLang matches in linear time, or with a time limit",
-    ),
 )
 
 ON_CPU: tuple[Entry, ...] = (
-    Patch(
-        target="sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
-        parameters=("self", "req"),
-        function=hooks.keep_computed,
-        reason="with drafts SGLang continues a session behind a token that was never computed",
-        remove_when="a session's slot keeps no more than kv_committed_len",
-    ),
     Patch(
         target="sglang.srt.model_loader.loader._get_quantization_config",
         parameters=("model_config", "load_config"),
@@ -304,6 +264,54 @@ ON_CPU: tuple[Entry, ...] = (
         reason="SGLang works out which states of a chain to keep; pages need no choice",
         remove_when="SGLang asks the backend whether there is something to commit",
     ),
+)
+
+# Of SGLang for any model; each function is in repairs/.
+REPAIRS: tuple[Entry, ...] = (
+    Patch(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        parameters=("self", "obj", "request"),
+        function=requests.check_request,
+        reason="SGLang accepts requests that end its scheduler or fill its queue for hours",
+        remove_when="SGLang refuses every request of test_hostile.py",
+    ),
+    Patch(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        parameters=(
+            *("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs"),
+            "token_type_ids",
+        ),
+        function=requests.check_tokenised,
+        reason="SGLang's scheduler trusts types, positions and embeddings that nobody checks",
+        remove_when="SGLang refuses every request of test_hostile.py",
+    ),
+    Patch(
+        target="sglang.srt.session.session_controller.Session.create_req",
+        parameters=(
+            *("self", "req", "tokenizer", "vocab_size", "eos_token_ids", "disagg_mode"),
+            "req_factory",
+        ),
+        function=sessions.replace_in_session,
+        reason="a request that replaces a session's earlier ones ends SGLang's scheduler",
+        remove_when="SGLang serves the sessions of test_hostile.py",
+    ),
+    Patch(
+        target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+        parameters=("self", "new_accepted_len"),
+        function=patterns.limit_regex,
+        reason="a stop_regex that backtracks holds the scheduler for ever",
+        remove_when="SGLang matches in linear time, or with a time limit",
+    ),
+)
+
+REPAIRS_ON_CPU: tuple[Entry, ...] = (
+    Patch(
+        target="sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
+        parameters=("self", "req"),
+        function=sessions.keep_computed,
+        reason="with drafts SGLang continues a session behind a token that was never computed",
+        remove_when="a session's slot keeps no more than kv_committed_len",
+    ),
     Patch(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
         parameters=("self",),
@@ -386,7 +394,7 @@ OVERRIDES: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*ANYWHERE, *ELSEWHERE, *ON_GPU, *WITH_OURS, *ON_CPU),
-    *OVERRIDES,
+    *(*REPAIRS, *REPAIRS_ON_CPU, *OVERRIDES),
 )
 
 

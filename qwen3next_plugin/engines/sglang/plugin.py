@@ -42,8 +42,8 @@ def _register() -> bool:
     if not (on_cpu or on_gpu()):
         patches.apply((*patches.ANYWHERE, *patches.ELSEWHERE))
         return False
-    device = patches.ON_CPU if on_cpu else patches.ON_GPU
-    patches.apply((*patches.ANYWHERE, *patches.WITH_OURS, *device))
+    device = patches.ON_CPU + patches.REPAIRS_ON_CPU if on_cpu else patches.ON_GPU
+    patches.apply((*patches.ANYWHERE, *patches.WITH_OURS, *patches.REPAIRS, *device))
     if on_cpu:
         from qwen3next_plugin.engines.sglang.cpu.attention_backend import register_attention_backend
 

@@ -4,7 +4,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from vllm import envs
-from vllm.config import CacheConfig, LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
@@ -22,7 +22,7 @@ from qwen3next_plugin.config import (
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.cpu.environment import use_both_cores
+from qwen3next_plugin.engines.vllm.cpu.cores import use_both_cores
 from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, formats, quantisation
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
@@ -32,12 +32,12 @@ from qwen3next_plugin.engines.vllm.names import (
     WORKER,
     serves,
 )
+from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.model.packed import check_invariance
 from qwen3next_plugin.mtp.weights import check_stored
 
 logger = init_logger(LOGGER)
 
-CPU_BLOCK_SIZE = 128  # tokens: where vLLM starts on a CPU, before it makes room for a page
 PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
@@ -94,7 +94,7 @@ def complete(vllm_config: VllmConfig) -> None:
         return
     use_both_cores()
     use_huge_pages()
-    _keep_block_size(vllm_config.cache_config)
+    keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
     _call_worker_once(vllm_config.parallel_config)
@@ -259,13 +259,6 @@ def _align_drafter(vllm_config: VllmConfig) -> None:
     drafter.max_position_embeddings = text_config.max_position_embeddings
     if speculative_config.max_model_len is None:
         draft_config.max_model_len = model_config.max_model_len
-
-
-def _keep_block_size(cache_config: CacheConfig) -> None:
-    """Mark an open block size as the user's, so that vLLM does not reset it (see patches.py)."""
-    if not cache_config.user_specified_block_size:
-        cache_config.block_size = CPU_BLOCK_SIZE
-        cache_config.user_specified_block_size = True
 
 
 def _limit_lora(lora_config: LoRAConfig | None) -> None:

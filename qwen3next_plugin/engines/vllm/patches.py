@@ -3,7 +3,7 @@
 The groups differ in when they are applied: ROPE, WITH_OURS, ON_GPU and ELSEWHERE at registration,
 by platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and PAGE_COPIES when our
 model is built.
-OVERRIDES are changes that our own subclasses make to objects of theirs.
+OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ from qwen3next_plugin.engines.patching import (
 )
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.model import adapters
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
+from qwen3next_plugin.engines.vllm.repairs import adapters
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -204,17 +204,6 @@ WITH_DRAFTS: tuple[Entry, ...] = (
     ),
 )
 
-WITH_LORA: tuple[Entry, ...] = (
-    Patch(
-        target="vllm.lora.model_manager.LoRAModelManager._create_merged_loras_inplace",
-        parameters=("self", "lora_model"),
-        function=adapters.refuse_unused,
-        reason="vLLM leaves out what of an adapter fits no module, and serves without it",
-        versions=ALL_VERSIONS,
-        remove_when="vLLM refuses such an adapter (`compat`)",
-    ),
-)
-
 PAGES = (  # the arguments of both kernels that say where the pages of all layers are
     *("block_table_ptrs_ptr", "block_table_stride_req", "state_base_addrs_ptr"),
     *("state_block_strides_ptr", "state_elem_sizes_ptr", "state_inner_sizes_ptr"),
@@ -278,14 +267,6 @@ OVERRIDES: tuple[Override, ...] = (
         remove_when="vLLM refuses neither (`compat`)",
     ),
     Override(
-        target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
-        file="speculation/worker.py",
-        reason="vLLM samples for unfinished prompts and turns their generator back by an offset, "
-        "which a CPU generator lacks: a seeded prompt in two chunks would end the engine",
-        versions=ALL_VERSIONS,
-        remove_when="vLLM asks a generator for no offset (`compat`)",
-    ),
-    Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter",
         file="speculation/worker.py",
         reason="drafts have the length that pays, request by request",
@@ -315,15 +296,6 @@ OVERRIDES: tuple[Override, ...] = (
         "drafter drafts less for that one",
         versions=ALL_VERSIONS,
         remove_when="vLLM leaves that limit to the drafter",
-    ),
-    Override(
-        target="vllm.config.cache.CacheConfig.user_specified_block_size",
-        file="flags.py",
-        reason="a CPU's engine process completes its configuration again after its workers have "
-        "laid out the cache, and sets an open block size back to 128: prompts' chunks would end "
-        "where no block ends, and pages be cached for the wrong prefix",
-        versions=ALL_VERSIONS,
-        remove_when="vLLM leaves the block size alone then (`compat`)",
     ),
     Override(
         target="vllm.config.speculative.SpeculativeConfig.draft_model_config",
@@ -375,9 +347,41 @@ OVERRIDES: tuple[Override, ...] = (
     ),
 )
 
+# Of vLLM for any model; each change is in repairs/.
+WITH_LORA: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.lora.model_manager.LoRAModelManager._create_merged_loras_inplace",
+        parameters=("self", "lora_model"),
+        function=adapters.refuse_unused,
+        reason="vLLM leaves out what of an adapter fits no module, and serves without it",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM refuses such an adapter (`compat`)",
+    ),
+)
+
+REPAIRS: tuple[Override, ...] = (
+    Override(
+        target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
+        file="repairs/seeded_prompts.py",
+        reason="vLLM samples for unfinished prompts and turns their generator back by an offset, "
+        "which a CPU generator lacks: a seeded prompt in two chunks would end the engine",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM asks a generator for no offset (`compat`)",
+    ),
+    Override(
+        target="vllm.config.cache.CacheConfig.user_specified_block_size",
+        file="repairs/block_size.py",
+        reason="a CPU's engine process completes its configuration again after its workers have "
+        "laid out the cache, and sets an open block size back to 128: prompts' chunks would end "
+        "where no block ends, and pages be cached for the wrong prefix",
+        versions=ALL_VERSIONS,
+        remove_when="vLLM leaves the block size alone then (`compat`)",
+    ),
+)
+
 TABLE: tuple[Entry, ...] = (
-    *(*ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *WITH_LORA, *PAGE_COPIES),
-    *OVERRIDES,
+    *(*ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
+    *(*WITH_LORA, *REPAIRS),
 )
 
 

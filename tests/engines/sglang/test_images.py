@@ -16,7 +16,7 @@ from engines.checks import TOLERANCE
 from engines.images import ask_about, check_an_image_in_a_chat
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
-from qwen3next_plugin.engines.sglang.requests import VIDEO_DECODERS
+from qwen3next_plugin.engines.sglang.repairs.requests import VIDEO_DECODERS
 from vision import PLACE, VisionReference, as_url, random_image, write_vision_checkpoint
 
 pytestmark = pytest.mark.serve

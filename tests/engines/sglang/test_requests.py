@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.engines.sglang.patterns import REGEX_SECONDS, limit_regex
-from qwen3next_plugin.engines.sglang.requests import check, check_positions, check_request
+from qwen3next_plugin.engines.sglang.repairs.patterns import REGEX_SECONDS, limit_regex
+from qwen3next_plugin.engines.sglang.repairs.requests import check, check_positions, check_request
 
 V = 4096
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]), vocab_size=V, is_multimodal=False)

@@ -1,14 +1,24 @@
 """A checkpoint's tensors into SGLang's parameters."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
-from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, CheckpointError, check_scales
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
+from qwen3next_plugin.model.weights import (
+    STACKED_PROJECTIONS,
+    CheckpointError,
+    check_scales,
+    parameters,
+    trunk_tensors,
+)
+from qwen3next_plugin.mtp.weights import mtp_tensors
 
 # A stacked projection's parts, by the names that quantisation configs use.
 PACKED_MODULES = {
@@ -24,15 +34,49 @@ EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.")
 SHARDS = {"gate": ("w13_", "w1"), "up": ("w13_", "w3"), "down": ("w2_", "w2")}
 
 
+class OurModel(nn.Module):
+    """What trunk, drafter and vision-language models have in common: how they load."""
+
+    packed_modules_mapping = PACKED_MODULES
+    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
+    _derived_weight_cache_error = NO_UPDATES
+
+    def _set_config(self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None) -> None:
+        self.config = config
+        self.quantised = quant_config is not None
+        self.formats = formats(quant_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
+        expected, ignored = trunk_tensors(self.config), mtp_tensors(self.config)
+        load(self, self._parameters(weights, expected=expected, ignored=ignored))
+
+    def _parameters(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        expected: Mapping[str, tuple[int, ...]],
+        ignored: Iterable[str],
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        return parameters(
+            weights,
+            self.config,
+            expected=expected,
+            ignored=ignored,
+            quantised=self.quantised,
+            formats=self.formats,
+        )
+
+
 def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load each tensor into its parameter, or into its part of a stacked one."""
-    parameters: dict[str, Any] = dict(model.named_parameters())  # Any: loaders are attributes
+    named: dict[str, Any] = dict(model.named_parameters())  # Any: loaders are attributes
     loaded: set[str] = set()
     for name, tensor in tensors:
         if expert := EXPERT.search(name):
             holder, which = SHARDS[expert[2]]
             name = EXPERT.sub(f".experts.{holder}", name)
-            parameter = _find(parameters, name, loaded)
+            parameter = _find(named, name, loaded)
             parameter.weight_loader(
                 parameter, tensor, name, shard_id=which, expert_id=int(expert[1])
             )
@@ -40,20 +84,20 @@ def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         part = next((key for key in STACKED_PROJECTIONS if f"{key}." in name), None)
         if part is not None:
             whole, shard = STACKED_PROJECTIONS[part]
-            parameter = _find(parameters, name.replace(part, whole), loaded)
+            parameter = _find(named, name.replace(part, whole), loaded)
             parameter.weight_loader(parameter, tensor, shard)
             continue
-        parameter = _find(parameters, name, loaded)
+        parameter = _find(named, name, loaded)
         getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-    check_scales(parameters, loaded)
+    check_scales(named, loaded)
 
 
-def _find(parameters: Mapping[str, Any], name: str, loaded: set[str]) -> Any:
+def _find(named: Mapping[str, Any], name: str, loaded: set[str]) -> Any:
     """The parameter of that name; notes it as loaded."""
-    if name not in parameters:
+    if name not in named:
         raise CheckpointError(
             f"tensor {name}: the config's quantization_config leaves this layer unquantised, and "
             f"the checkpoint does not"
         )
     loaded.add(name)
-    return parameters[name]
+    return named[name]

@@ -14,13 +14,13 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.packing import head_for_drafts, use_packing
-from qwen3next_plugin.engines.sglang.cpu.quantisation import formats, goes_by_files
+from qwen3next_plugin.engines.sglang.cpu.quantisation import goes_by_files
 from qwen3next_plugin.engines.sglang.flags import read_config
-from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
+from qwen3next_plugin.engines.sglang.model.loading import OurModel, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.packed import drop_plain
-from qwen3next_plugin.model.weights import parameters, trunk_tensors
+from qwen3next_plugin.model.weights import trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
@@ -63,20 +63,14 @@ class MultiTokenPredictor(MTPHead):
         return self.predict(positions, embeds, hidden_states, forward_batch)
 
 
-class Qwen3NextForCausalLMMTP(nn.Module):
+class Qwen3NextForCausalLMMTP(OurModel):
     """Qwen3-Next's as SGLang's registry knows it; replaces the built-in model of that name."""
-
-    packed_modules_mapping = PACKED_MODULES
-    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
-    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self.config = read_config(config, get_parallel().tp_size)
-        self.quantised = quant_config is not None
-        self.formats = formats(quant_config)
+        self._set_config(read_config(config, get_parallel().tp_size), quant_config)
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)
@@ -134,14 +128,8 @@ class Qwen3NextForCausalLMMTP(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load `mtp.*`, strictly."""
-        tensors = parameters(
-            require_mtp(weights, self.config),
-            self.config,
-            expected=mtp_tensors(self.config),
-            ignored=self.trunk_names,
-            quantised=self.quantised,
-            formats=self.formats,
-        )
+        weights, expected = require_mtp(weights, self.config), mtp_tensors(self.config)
+        tensors = self._parameters(weights, expected=expected, ignored=self.trunk_names)
         renamed = (("model." + name.removeprefix(PREFIX), tensor) for name, tensor in tensors)
         load(self, renamed)
 

@@ -1,6 +1,5 @@
 """The trunk of every text model of the family, from SGLang's parallel layers and ours."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
-from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.attention import make_attention
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
 from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
-from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
+from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.moe import SparseMoE
 from qwen3next_plugin.engines.sglang.model.vocabulary import (
     make_embedding,
@@ -27,8 +25,6 @@ from qwen3next_plugin.engines.sglang.model.vocabulary import (
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import parameters, trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors
 
 
 def make_decoder_layer(
@@ -97,20 +93,14 @@ class Qwen3NextModel(nn.Module):
         return self.embed_tokens
 
 
-class Qwen3NextForCausalLM(nn.Module):
+class Qwen3NextForCausalLM(OurModel):
     """Qwen3-Next as SGLang's registry knows it; replaces the built-in model of that name."""
-
-    packed_modules_mapping = PACKED_MODULES
-    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
-    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self.config = read_config(config, get_parallel().tp_size)
-        self.quantised = quant_config is not None
-        self.formats = formats(quant_config)
+        self._set_config(read_config(config, get_parallel().tp_size), quant_config)
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
@@ -127,18 +117,6 @@ class Qwen3NextForCausalLM(nn.Module):
         """Shapes: input_ids, positions [T]."""
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
-        tensors = parameters(
-            weights,
-            self.config,
-            expected=trunk_tensors(self.config),
-            ignored=mtp_tensors(self.config),
-            quantised=self.quantised,
-            formats=self.formats,
-        )
-        load(self, tensors)
 
     # What SGLang asks of a model.
 

@@ -14,24 +14,21 @@ from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.cpu.packing import use_packing
-from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
 from qwen3next_plugin.engines.sglang.flags import read_config
-from qwen3next_plugin.engines.sglang.model.loading import NO_UPDATES, PACKED_MODULES, load
+from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_lm_head, make_logits_processor
-from qwen3next_plugin.model.weights import CheckpointError, parameters, trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors
+from qwen3next_plugin.model.weights import CheckpointError
 
 VISION = "model.visual."  # prefix of the tower's tensors
 
 
-class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):  # noqa: N801 (SGLang's name)
+class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
+    OurModel, Qwen3VLForConditionalGeneration
+):
     """A dense model. With --language-model-only it has no tower, and SGLang refuses images."""
 
-    packed_modules_mapping = PACKED_MODULES
-    fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
     hf_to_sglang_mapper = None
-    _derived_weight_cache_error = NO_UPDATES
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -47,9 +44,7 @@ class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):  # noqa:
                 f"vision_config.deepstack_visual_indexes = {self.deepstack_visual_indexes}: no "
                 f"model of this family has them; add --language-model-only to serve text"
             )
-        self.config = sizes
-        self.quantised = quant_config is not None
-        self.formats = formats(quant_config)
+        self._set_config(sizes, quant_config)
         self.lm_head = make_lm_head(sizes, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
         in_fp32 = self.logits_processor.use_fp32_lm_head
@@ -77,15 +72,7 @@ class Qwen3_5ForConditionalGeneration(Qwen3VLForConditionalGeneration):  # noqa:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load text model and tower, strictly; the drafter loads `mtp.*`."""
-        tensors = parameters(
-            self._load_tower(weights),
-            self.config,
-            expected=trunk_tensors(self.config),
-            ignored=mtp_tensors(self.config),
-            quantised=self.quantised,
-            formats=self.formats,
-        )
-        load(self, tensors)
+        super().load_weights(self._load_tower(weights))
 
     def _load_tower(
         self, weights: Iterable[tuple[str, torch.Tensor]]

@@ -17,7 +17,7 @@ from qwen3next_plugin.engines.transformers import flags
 from qwen3next_plugin.engines.transformers.model.linear_attention import stepping
 from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
 from qwen3next_plugin.engines.transformers.names import DRAFTS, PREFIX
-from qwen3next_plugin.engines.transformers.speculation.verify import Answers
+from qwen3next_plugin.engines.transformers.speculation.answers import Answers
 from qwen3next_plugin.engines.transformers.speculation.worker import Worker
 from qwen3next_plugin.model.layouts import CheckpointError
 

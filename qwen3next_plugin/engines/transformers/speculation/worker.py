@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.engines.transformers.names import CACHE
+from qwen3next_plugin.engines.transformers.speculation.answers import Answers, Output
 from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
-from qwen3next_plugin.engines.transformers.speculation.verify import Answers, Output
 from qwen3next_plugin.engines.transformers.state.pages import RowCache
 from qwen3next_plugin.engines.transformers.state.steps import Step, Steps
 

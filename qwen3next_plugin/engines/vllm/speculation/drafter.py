@@ -21,7 +21,7 @@ from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.chains import Chains
 from qwen3next_plugin.engines.vllm.speculation.finished import FinishedStep
-from qwen3next_plugin.engines.vllm.speculation.verify import NO_TOKEN
+from qwen3next_plugin.engines.vllm.speculation.sampler import NO_TOKEN
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import Pending, Row, choose_lengths
 from qwen3next_plugin.mtp.plain_steps import PlainSteps, wait_after

@@ -4,8 +4,7 @@ vLLM has a setting for the class (`--worker-cls`); flags.py chooses this one. It
 its own runner only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
-from qwen3next_plugin.engines.vllm.speculation.verify import (
+from qwen3next_plugin.engines.vllm.speculation.sampler import (
     NO_TOKEN,
     CoupledSampler,
     drafts_and_rows,
@@ -79,7 +79,7 @@ class Worker(CPUWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample, without random draws for unfinished prompts."""
-        with _without_generators_of_prompts(self.model_runner):
+        with without_generators_of_prompts(self.model_runner):
             return super().sample_tokens(grammar_output)
 
 
@@ -130,21 +130,3 @@ def _add_missing_processors(processors: Any, runner: Any) -> None:
             (processors.argmax_invariant if invariant else processors.non_argmax_invariant).append(
                 processor
             )
-
-
-@contextmanager
-def _without_generators_of_prompts(runner: Any) -> Iterator[None]:
-    """Take the generators of requests with an unfinished prompt out of the batch.
-
-    vLLM samples for them too, drops the token, and turns the generator back with `set_offset`,
-    which a CPU generator does not have: a seeded prompt of more than one chunk would end the
-    engine (0.32, `_bookkeeping_sync`). Remove when vLLM does not call `set_offset`: a test marked
-    `compat` checks that.
-    """
-    batch = runner.input_batch
-    unfinished = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
-    taken = {i: batch.generators.pop(i) for i in unfinished if i in batch.generators}
-    try:
-        yield
-    finally:
-        batch.generators.update(taken)

@@ -23,8 +23,8 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from qwen3next_plugin.engines.vllm.speculation.sampler import CoupledSampler, drafts_and_rows
 from qwen3next_plugin.engines.vllm.speculation.spread import APPLY
-from qwen3next_plugin.engines.vllm.speculation.verify import CoupledSampler, drafts_and_rows
 
 V = 61
 CPU = torch.device("cpu")
@@ -280,7 +280,7 @@ def test_thinking_budgets_end_where_they_end_without_drafts():
 
 @pytest.mark.compat
 def test_vllms_rejection_sampler_still_draws_otherwise():
-    """When this fails, remove verify.py: a seed gives the plain sampler's token."""
+    """When this fails, remove sampler.py: a seed gives the plain sampler's token."""
     current_platform.register_triton_kernel_overrides()  # as vLLM's workers do
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
     alike = 0

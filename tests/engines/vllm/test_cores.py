@@ -6,7 +6,7 @@ from vllm.utils import cpu_resource_utils
 from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from qwen3next_plugin.engines.vllm.cpu.environment import RESERVED, use_both_cores
+from qwen3next_plugin.engines.vllm.cpu.cores import RESERVED, use_both_cores
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
@@ -30,7 +30,7 @@ def test_cores(
 ) -> None:
     """vLLM's own binding, on machines of other sizes."""
     cpus = [LogicalCPUInfo(cpu, cpu % cores, 0) for cpu in range(cores * threads)]
-    for module in ("qwen3next_plugin.engines.vllm.cpu.environment", cpu_resource_utils.__name__):
+    for module in ("qwen3next_plugin.engines.vllm.cpu.cores", cpu_resource_utils.__name__):
         monkeypatch.setattr(f"{module}.get_allowed_cpu_list", lambda: cpus)
     monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: [0])
     monkeypatch.delenv(BIND, raising=False)

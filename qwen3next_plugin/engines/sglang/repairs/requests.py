@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from qwen3next_plugin.engines.sglang.names import is_ours
-from qwen3next_plugin.engines.sglang.patterns import check_pattern
+from qwen3next_plugin.engines.sglang.repairs.patterns import check_pattern
 
 MAX_N = 128  # as in OpenAI's API
 MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else as it queues them
