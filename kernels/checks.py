@@ -1,8 +1,8 @@
 """Checks of an op's arguments: shape, dtype, device and strides.
 
-A call is checked once, in its public op. The two ops on state pages have too many arguments to
-check in Python in every layer: the native ones are checked in C++ (native/arguments.h), the others
-by `check_arguments` of the op's arguments.py, with the same messages.
+A call is checked once, in its public op. Checking the many arguments of the two ops on state pages
+in Python would cost every layer time: native/arguments.h does it in C++, and `check_arguments` of
+their arguments.py, with the same messages, for the other backends.
 """
 
 import torch
@@ -49,7 +49,7 @@ def check_contiguous(op: str, name: str, x: Tensor) -> None:
 def check_page(
     op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device, slots: int | None = None
 ) -> None:
-    """`check`, and each slot contiguous; slots may lie apart. None: any number of them."""
+    """`check`, and raise unless each slot is contiguous. slots: how many; None: any number."""
     count = x.shape[:1] if slots is None else (slots,)
     check(op, name, x, (*count, *shape), dtypes, device)
     strides = x.stride()

@@ -12,14 +12,14 @@ from qwen3next_plugin.kernels.gpu import configs
 
 
 def _ops_with(module: str) -> tuple[str, ...]:
-    """The ops whose folder has such a file."""
+    """The ops whose folder has this file."""
     folders = map(Path, qwen3next_plugin.kernels.__path__)
     return tuple(sorted(f.parent.name for folder in folders for f in folder.glob(f"*/{module}.py")))
 
 
-OPS = _ops_with("reference")  # read once: an op is a folder with a reference
+OPS = _ops_with("reference")  # an op is a folder with a reference
 NOT_IN_TRITON = tuple(sorted({*OPS} - {*_ops_with("triton")}))  # engines bring theirs on GPUs
-BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # by device; ROCm's devices are cuda to torch, too
+BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # torch calls ROCm's devices cuda
 
 
 def backend(op: str, device_type: str) -> str:
@@ -27,18 +27,18 @@ def backend(op: str, device_type: str) -> str:
 
     Raises: NotImplementedError where no backend runs on the device. Never falls back.
     """
-    asked = env.kernels()
-    if asked == "reference":
-        return asked
+    choice = env.kernels()
+    if choice == "reference":
+        return choice
     name: str | None
-    if device_type == "cpu" and (configs.compiles() or (asked == "triton" and _interprets())):
-        name, asked = "triton", "triton"
+    if device_type == "cpu" and (configs.compiles() or (choice == "triton" and _interprets())):
+        name, choice = "triton", "triton"
     else:
         name = BACKEND_OF.get(device_type)
-    if name is None or asked not in ("auto", name):
-        runs_on = {"cpu": "cpu", "triton": "cuda"}.get(asked, "cpu and cuda")
+    if name is None or choice not in ("auto", name):
+        runs_on = {"cpu": "cpu", "triton": "cuda"}.get(choice, "cpu and cuda")
         raise NotImplementedError(
-            f"{op}: the {'native' if asked == 'cpu' else asked} kernels run on {runs_on}, not on"
+            f"{op}: the {'native' if choice == 'cpu' else choice} kernels run on {runs_on}, not on"
             f" {device_type}; QWEN3NEXT_KERNELS=reference runs anywhere, slowly"
         )
     if name == "triton" and op in NOT_IN_TRITON:
@@ -75,7 +75,7 @@ def implementation(op: str, device: torch.device) -> Callable:
 def load(device_type: str) -> None:
     """Load all ops of such a device, for graphs that an engine keeps from one start to the next.
 
-    A graph that was traced in an earlier process calls the ops and loads none.
+    Such a graph calls the ops without loading them.
     """
     _loaded(OPS[0], device_type)
 
@@ -83,9 +83,9 @@ def load(device_type: str) -> None:
 _LOADED: dict[tuple[str, str, str], Callable] = {}  # by backend, device and op
 
 
-@torch.compiler.assume_constant_result  # in a trace the choice is made once, when the graph is made
+@torch.compiler.assume_constant_result  # chosen when the graph is traced
 def _loaded(op: str, device_type: str) -> tuple[str, str]:
-    """The backend of `op`. Loads all of its ops at once: a trace sees the table as it is then."""
+    """The backend of `op`. Loads all its ops, because a trace reads the table only once."""
     name = backend(op, device_type)
     if (name, device_type, op) not in _LOADED:
         for each in OPS:
@@ -95,9 +95,9 @@ def _loaded(op: str, device_type: str) -> tuple[str, str]:
 
 
 def _function(op: str, name: str, device_type: str) -> Callable:
-    """A backend's `run`. On a GPU Triton's is put behind a torch op, which a trace takes whole.
+    """A backend's `run`. On a GPU Triton's is wrapped in a torch op, which a trace does not enter.
 
-    `copy_pages` and `gated_delta_net` are no torch ops: engines keep them out of their graphs.
+    Not `copy_pages` and `gated_delta_net`: engines keep them out of their graphs.
     """
     folder = f"qwen3next_plugin.kernels.{op}"
     run = importlib.import_module(f"{folder}.{name}").run

@@ -1,10 +1,10 @@
-"""The step that an op runs, and the rows of it that have a page."""
+"""Step: what an engine step tells the ops on state pages. checked_rows: its rows, checked."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-GRID = 8  # L: S is folded at positions that are multiples of it; kGrid of native/step.h
+GRID = 8  # S is folded at positions that are multiples of it; kGrid of native/step.h
 NULL_SLOT = -1  # slot of a padding row: it has no page, and its output is zero
 
 
@@ -12,16 +12,16 @@ NULL_SLOT = -1  # slot of a padding row: it has no page, and its output is zero
 class Step:
     """One engine step, built once and shared by all linear layers.
 
-    A row is a sequence. The context length and the row's page say whether the row prefills, decodes
-    or verifies a draft, and how many tokens of the last draft were accepted.
+    A row is one sequence. Whether it prefills, decodes or verifies a draft, and how many drafts of
+    the step before were accepted, follows from its context length and its page.
 
     Shapes:
         query_start_loc [N+1] int32   row i owns tokens query_start_loc[i] to [i+1]
         slot            [N]   int32   the page of each row, or NULL_SLOT
         context_len     [N]   int32   tokens of the sequence committed before this step; 0: fresh
 
-    max_query_len is an upper bound on the tokens of a row with a page. It is an int, so a kernel
-    launch need not wait for the device to know it.
+    max_query_len is an upper bound on a row's tokens, known on the host: a launch need not wait for
+    the device.
     """
 
     query_start_loc: Tensor
@@ -39,8 +39,8 @@ class Row:
     begin: int
     end: int
     context: int  # tokens before this step's
-    p0: int  # the grid point that the page's S is at
-    long: bool  # more tokens than can be rolled back: all of them are certain
+    p0: int  # the position of the page's S
+    long: bool  # more tokens than a roll-back can undo: all are final
 
     @property
     def span(self) -> tuple[int, int]:
@@ -49,8 +49,8 @@ class Row:
         return (end if self.long else self.context), end
 
 
-def checked_rows(step: Step, span: Tensor, T: int, k: int) -> list[Row]:
-    """The rows that have a page. A row of at most k + 1 tokens is short: it can be rolled back.
+def checked_rows(step: Step, span: Tensor, T: int, num_drafts: int) -> list[Row]:
+    """The rows that have a page. Up to num_drafts + 1 tokens a row can be rolled back.
 
     Raises: RuntimeError naming the row if an index is out of range, or if its page cannot continue
         at its context length.
@@ -73,12 +73,13 @@ def checked_rows(step: Step, span: Tensor, T: int, k: int) -> list[Row]:
             raise RuntimeError(f"row {i}: slot {page} is used by an earlier row")
         taken.add(page)
         first, last = span[page].tolist()
-        stands = 0 <= first <= c <= last <= first + k + 1 and c + end - begin < 2**31
-        if c != 0 and not stands:
+        n = end - begin
+        continues = 0 <= first <= c <= last <= first + num_drafts + 1 and c + n < 2**31
+        if c != 0 and not continues:
             raise RuntimeError(
                 f"row {i}: slot {page} holds start={first} end={last}"
                 f" and cannot continue at context length c={c}"
             )
         p0 = first // GRID * GRID if c else 0
-        rows.append(Row(page, begin, end, c, p0, long=end - begin > k + 1))
+        rows.append(Row(page, begin, end, c, p0, long=n > num_drafts + 1))
     return rows

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution of width 4 with SiLU, over the pages of a batch."""
+"""Causal depthwise convolution of width 4 with SiLU, over the state pages of a batch."""
 
 from torch import Tensor
 

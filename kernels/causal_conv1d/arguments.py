@@ -41,12 +41,14 @@ def check_arguments(x: ConvInputs, weight: Tensor, pool: StatePool, step: Step) 
 
 
 def check_convolution(q: Tensor, C: int, weight: Tensor, pool: StatePool) -> None:
-    """Check the weight, and the inputs that the pages keep, of C channels."""
+    """Check the weight and the pages' convolution inputs, of C channels."""
     op = "causal_conv1d"
     _, ring, _ = sizes(op, "conv_", pool.conv, 3)
     slots, _ = sizes(op, "span", pool.span, 2)
     if ring < WIDTH:
-        raise ValueError(f"{op}: conv_ holds {ring} inputs, fewer than the {WIDTH} it convolves")
+        raise ValueError(
+            f"{op}: conv_ holds {ring} inputs, fewer than the {WIDTH} of a convolution"
+        )
     check(op, "weight", weight, (C, WIDTH), (q.dtype, *FLOAT), q.device)
     check_contiguous(op, "weight", weight)
     check_page(op, "conv_", pool.conv, (ring, C), (q.dtype,), q.device, slots)

@@ -14,7 +14,7 @@ from qwen3next_plugin.kernels.gpu.convolution import (
     convolved_tile,
     kept_at,
 )
-from qwen3next_plugin.kernels.gpu.rows import load_row, rows_of_tokens, say_fault, step_tensors
+from qwen3next_plugin.kernels.gpu.rows import load_row, report_fault, rows_of_tokens, step_tensors
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import Step
 
@@ -53,15 +53,15 @@ def _convolve(
 ):  # fmt: skip
     """BT tokens of one head of q, k or v, whose channels begin at `first`.
 
-    The first launch convolves. The second (KEEPS) writes the inputs to the page, when no program
-    reads those that they replace. Grid (blocks of tokens, then N rows to check for faults; H).
+    The first launch convolves. The second (KEEPS) writes the inputs to the page, where the first
+    still reads the old ones. Grid (blocks of tokens, then N rows to check for faults; H).
     """
     DRAFTS: tl.constexpr = RING - WIDTH
     h, block = tl.program_id(1), tl.program_id(0)
     blocks = (T + BT - 1) // BT
     if block >= blocks:
         if KEEPS & (h == 0):
-            say_fault(step, record, block - blocks, T, slots, DRAFTS)
+            report_fault(step, record, block - blocks, T, slots, DRAFTS)
         return
     t = block * BT + tl.arange(0, BT)
     i = tl.minimum(rows_of_tokens(step, t, N), N - 1)

@@ -6,7 +6,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import INT, check, sizes
 
-WORD = 8  # bytes: a page is a whole number of them
+WORD = 8  # bytes
 
 
 def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:

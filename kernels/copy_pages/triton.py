@@ -19,7 +19,7 @@ def run(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
     layers, slots, size = words.shape
     _copy_pages[len(source), PROGRAMS](
         words, *words.stride()[:2], source, target, mask, layers, slots, size,
-        BLOCK=WORDS, STEP=PROGRAMS, **config_for(pages_.device).rowwise.options(),
+        BLOCK=WORDS, STRIDE=PROGRAMS, **config_for(pages_.device).rowwise.options(),
     )  # fmt: skip
 
 
@@ -29,16 +29,16 @@ def run(pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) -> None:
 )
 def _copy_pages(
     pages, layer_stride, slot_stride, source, target, mask, layers, slots, size,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """A share of entry i's page in every layer; grid (N, STEP)."""
+    """A share of entry i's page in every layer; grid (N, STRIDE)."""
     i = tl.program_id(0)
     from_, to = tl.load(source + i).to(tl.int64), tl.load(target + i).to(tl.int64)
     known = (from_ >= 0) & (from_ < slots) & (to >= 0) & (to < slots)
     if (tl.load(mask + i) == 0) | (known == 0):
         return
     blocks = (size + BLOCK - 1) // BLOCK
-    for j in range(tl.program_id(1), layers * blocks, STEP):
+    for j in range(tl.program_id(1), layers * blocks, STRIDE):
         layer = (j // blocks).to(tl.int64)
         at = (j - j // blocks * blocks) * BLOCK + tl.arange(0, BLOCK)
         page = pages + layer * layer_stride + at

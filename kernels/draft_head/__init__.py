@@ -1,4 +1,4 @@
-"""Greedy draft tokens: the best of some tokens by an int8 copy of the output head."""
+"""Greedy draft tokens, chosen from part of the vocabulary by an int8 copy of the output head."""
 
 import torch
 from torch import Tensor
@@ -19,19 +19,19 @@ def draft_head(
 
     x is rounded to integers with as many bits as keep the sums exact in int32 (13 and a sign at
     D = 2048). So the result does not depend on the rest of the batch, the number of threads or the
-    instruction set. A row of x that is not finite gives the first of `token_ids` and NaN.
+    instruction set. An x that is not finite gives the first of `token_ids` and NaN.
 
     Shapes:
-        x: [N, D], any row stride
-        weight: [V, D] int8, any row stride; scale: [V] fp32, finite (`quantise_rows`)
+        x: [N, D], any stride of dim 0
+        weight: [V, D] int8, any stride of dim 0; scale: [V] fp32, finite (`quantise_rows`)
         token_ids: [R] int32, R ≥ 1, in any order
         returns t [N] int64, values [N] fp32
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
-        RuntimeError: an entry of `token_ids` that is no row of weight.
+        RuntimeError: an entry of `token_ids` outside the vocabulary.
 
-    Source: weights in 8 bits by row, arXiv:2208.07339, without its outlier columns.
+    Source: row-wise 8-bit weights of arXiv:2208.07339, without its outlier columns.
     """
     op = "draft_head"
     run = dispatch.implementation(op, x.device)

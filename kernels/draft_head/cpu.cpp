@@ -7,40 +7,39 @@
 namespace Q3N_LEVEL {
 namespace {
 
-// A tile is kTileRows rows of the head by kTileBatch rows of x. Registers: 16 accumulators, 4 for
-// weights, 1 for x with AVX-512; 8, 4 and 1 below it, and 1 for products.
-constexpr int kTileRows = 4;
+// A register tile is kTileTokens tokens of the vocabulary by kTileBatch vectors x. Registers: 16
+// accumulators, 4 for weights, 1 for x with AVX-512; 8, 4 and 1 below it, and 1 for products.
+constexpr int kTileTokens = 4;
 constexpr int kTileBatch = kLanes == 16 ? 4 : 2;
-constexpr int64_t kPairs = 2 * kLanes;  // integers in a vector
-constexpr int64_t kBlockBytes =
-    1 << 16;  // of weights in a block, which all its tiles read from the cache
+constexpr int64_t kPairs = 2 * kLanes;    // integers in a vector
+constexpr int64_t kBlockBytes = 1 << 16;  // of weights: a block, which all its tiles read from L2
 
 struct Head {
   const int8_t* weight;
   const float* scales;
-  const int32_t* token_ids;  // [R], the rows to score
+  const int32_t* token_ids;  // [R], the tokens to score
   int64_t R, D, stride;
-  const int8_t* row(int64_t i) const { return weight + token_ids[i] * stride; }
+  const int8_t* weights(int64_t i) const { return weight + token_ids[i] * stride; }
   float scale(int64_t i) const { return scales[token_ids[i]]; }
 };
 
-// x as integers, each row padded with zeros to whole vectors.
+// x as integers, padded with zeros to whole vectors.
 struct Batch {
   std::vector<int16_t> integers;
-  std::vector<float> step;
+  std::vector<float> scale;
   int64_t N, width;
 };
 
 struct Best {
-  int64_t row = 0;
+  int64_t index = 0;  // into token_ids
   float score = -std::numeric_limits<float>::infinity();
-  void meet(int64_t r, float s) {
-    if (s > score) row = r, score = s;
+  void update(int64_t i, float s) {
+    if (s > score) index = i, score = s;
   }
 };
 
-// Rounds a row of x to integers of at most `limit` steps and returns the step. Zero for a row of
-// zeros; NaN, and integers of zero, for a row that is not finite.
+// Rounds x [D] to integers of at most `limit` and returns their scale: zero if x is zero; NaN, with
+// integers of zero, if x is not finite.
 template <class T>
 float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit) {
   f32v largest{}, zero_if_finite{};
@@ -52,17 +51,17 @@ float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit
   float most = 0.0f;
   for (int i = 0; i < kLanes; ++i) most = std::max(most, largest[i]);
   const bool finite = sum(zero_if_finite) == 0.0f;
-  if (!finite || most < 1e-30f) {  // the step of a smaller row would be a denormal
+  if (!finite || most < 1e-30f) {  // a smaller scale would be a denormal
     std::memset(out, 0, width * sizeof *out);
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  const float step = most / limit;
+  const float scale = most / limit;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
   for (int64_t i = 0; i < width; i += kLanes) {
-    const f32v v = load(x + i, std::clamp<int64_t>(D - i, 0, kLanes)) / splat(step);
+    const f32v v = load(x + i, std::clamp<int64_t>(D - i, 0, kLanes)) / splat(scale);
     store(out + i, __builtin_convertvector((v + kRound) - kRound, i32v));
   }
-  return step;
+  return scale;
 }
 
 // x as integers so small that every sum of products with int8 weights is exact in int32.
@@ -74,7 +73,8 @@ Batch quantised(const Tensor& x) {
   with_dtype(x, [&]<class T>(T) {
     const T* xs = read<T>(x);
     parallel(N, 1 + 16384 / (D + 1), [&](int64_t n) {
-      batch.step[n] = quantise(batch.integers.data() + n * width, xs + n * stride, D, width, limit);
+      batch.scale[n] =
+          quantise(batch.integers.data() + n * width, xs + n * stride, D, width, limit);
     });
   });
   return batch;
@@ -82,15 +82,16 @@ Batch quantised(const Tensor& x) {
 
 // sums[n][r] = weight_r · x_n, exact.
 template <int kBatch>
-void tile(int32_t (&sums)[kTileBatch][kTileRows], const int8_t* const (&weight)[kTileRows],
+void tile(int32_t (&sums)[kTileBatch][kTileTokens], const int8_t* const (&weight)[kTileTokens],
           const int16_t* x, int64_t width, int64_t D) {
-  i32v total[kBatch][kTileRows] = {};
+  i32v total[kBatch][kTileTokens] = {};
   const auto add = [&](int64_t d, int64_t count) Q3N_INLINE {
-    i16v w[kTileRows];
-    repeat<kTileRows>(kTileRows, [&](int64_t r) Q3N_INLINE { w[r] = widen(weight[r] + d, count); });
+    i16v w[kTileTokens];
+    repeat<kTileTokens>(kTileTokens,
+                        [&](int64_t r) Q3N_INLINE { w[r] = widen(weight[r] + d, count); });
     repeat<kBatch>(kBatch, [&](int64_t n) Q3N_INLINE {
       const i16v xs = load(x + n * width + d);
-      repeat<kTileRows>(kTileRows, [&](int64_t r) Q3N_INLINE {
+      repeat<kTileTokens>(kTileTokens, [&](int64_t r) Q3N_INLINE {
         total[n][r] = add_products(xs, w[r], total[n][r]);
       });
     });
@@ -99,38 +100,40 @@ void tile(int32_t (&sums)[kTileBatch][kTileRows], const int8_t* const (&weight)[
   for (; d + kPairs <= D; d += kPairs) add(d, kPairs);
   if (d < D) add(d, D - d);
   repeat<kBatch>(kBatch, [&](int64_t n) Q3N_INLINE {
-    repeat<kTileRows>(kTileRows, [&](int64_t r) Q3N_INLINE { sums[n][r] = sum(total[n][r]); });
+    repeat<kTileTokens>(kTileTokens, [&](int64_t r) Q3N_INLINE { sums[n][r] = sum(total[n][r]); });
   });
 }
 
-// `tile` for `count` rows of x, at most kBatch.
+// `tile` for `count` vectors x, at most kBatch.
 template <int kBatch = kTileBatch>
-void tile_of(int64_t count, int32_t (&sums)[kTileBatch][kTileRows],
-             const int8_t* const (&weight)[kTileRows], const int16_t* x, int64_t width, int64_t D) {
+void tile_of(int64_t count, int32_t (&sums)[kTileBatch][kTileTokens],
+             const int8_t* const (&weight)[kTileTokens], const int16_t* x, int64_t width,
+             int64_t D) {
   if constexpr (kBatch > 1) {
     if (count < kBatch) return tile_of<kBatch - 1>(count, sums, weight, x, width, D);
   }
   tile<kBatch>(sums, weight, x, width, D);
 }
 
-// Updates the best of token_ids [begin, end) for each row of x. Each pass over the block also
-// prefetches a part of the next block, so that memory is read while later passes compute.
+// Updates each x's best of token_ids [begin, end). Each pass over the block also prefetches a part
+// of the next block.
 void best_of_block(Best* best, const Head& head, const Batch& batch, int64_t begin, int64_t end) {
   const int64_t passes = (batch.N + kTileBatch - 1) / kTileBatch;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = pass * kTileBatch, count = std::min<int64_t>(kTileBatch, batch.N - first);
-    for (int64_t r = begin; r < end; r += kTileRows) {
+    for (int64_t r = begin; r < end; r += kTileTokens) {
       const int64_t ahead = r + end - begin;
-      for (int64_t i = pass * kTileRows / passes; i < (pass + 1) * kTileRows / passes; ++i) {
-        if (ahead + i < head.R) prefetch(head.row(ahead + i), head.D);
+      for (int64_t i = pass * kTileTokens / passes; i < (pass + 1) * kTileTokens / passes; ++i) {
+        if (ahead + i < head.R) prefetch(head.weights(ahead + i), head.D);
       }
-      const int8_t* rows[kTileRows];
-      for (int64_t i = 0; i < kTileRows; ++i) rows[i] = head.row(std::min(r + i, end - 1));
-      int32_t sums[kTileBatch][kTileRows];
-      tile_of(count, sums, rows, batch.integers.data() + first * batch.width, batch.width, head.D);
+      const int8_t* weights[kTileTokens];
+      for (int64_t i = 0; i < kTileTokens; ++i) weights[i] = head.weights(std::min(r + i, end - 1));
+      int32_t sums[kTileBatch][kTileTokens];
+      tile_of(count, sums, weights, batch.integers.data() + first * batch.width, batch.width,
+              head.D);
       for (int64_t n = 0; n < count; ++n) {
-        for (int64_t i = 0; i < std::min<int64_t>(kTileRows, end - r); ++i) {
-          best[first + n].meet(r + i, static_cast<float>(sums[n][i]) * head.scale(r + i));
+        for (int64_t i = 0; i < std::min<int64_t>(kTileTokens, end - r); ++i) {
+          best[first + n].update(r + i, static_cast<float>(sums[n][i]) * head.scale(r + i));
         }
       }
     }
@@ -147,24 +150,24 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Ten
   }
   const Batch batch = quantised(x);
 
-  const int64_t block = round_up(1 + kBlockBytes / (D + 1), kTileRows);
+  const int64_t block = round_up(1 + kBlockBytes / (D + 1), kTileTokens);
   const int64_t blocks = (R + block - 1) / block;
   std::vector<Best> best(blocks * N);
   parallel(blocks, grain(blocks, R * D, N), [&](int64_t b) {
     best_of_block(best.data() + b * N, head, batch, b * block, std::min(R, (b + 1) * block));
   });
 
-  Tensor best_rows = torch::stable::new_empty(x, {N}, ScalarType::Long);
+  Tensor tokens = torch::stable::new_empty(x, {N}, ScalarType::Long);
   Tensor values = torch::stable::new_empty(x, {N}, ScalarType::Float);
-  int64_t* row = write<int64_t>(best_rows);
+  int64_t* token = write<int64_t>(tokens);
   float* value = write<float>(values);
   for (int64_t n = 0; n < N; ++n) {
     Best found;
-    for (int64_t b = 0; b < blocks; ++b) found.meet(best[b * N + n].row, best[b * N + n].score);
-    row[n] = head.token_ids[found.row];
-    value[n] = found.score * batch.step[n];
+    for (int64_t b = 0; b < blocks; ++b) found.update(best[b * N + n].index, best[b * N + n].score);
+    token[n] = head.token_ids[found.index];
+    value[n] = found.score * batch.scale[n];
   }
-  return {best_rows, values};
+  return {tokens, values};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Quantisation of a matrix to int8, one scale for each row."""
+"""Quantisation of a matrix to int8, with one scale per output channel."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ CHUNK = 1 << 22  # elements at a time; the whole head in fp32 would take twice i
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8, scale) with |weight - scale int8| ≤ scale / 2, and scale the row's maximum / 127.
+    """(int8, scale) with |weight - scale int8| ≤ scale / 2, and scale = max |weight| / 127.
 
     Shapes: weight [R, D] of any floating dtype, returns [R, D] int8, [R] fp32
 
@@ -21,9 +21,9 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     for begin in range(0, R, rows):
         x = weight[begin : begin + rows]
         largest = x.abs().amax(-1).float() if D else scale.new_zeros(len(x))
-        step = (largest / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
-        out[begin : begin + rows] = (x / step[:, None]).round_()
-        scale[begin : begin + rows] = step
+        channel = (largest / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
+        out[begin : begin + rows] = (x / channel[:, None]).round_()
+        scale[begin : begin + rows] = channel
     if not scale.isfinite().all():
         row = int((~scale.isfinite()).nonzero()[0])
         raise ValueError(f"quantise_rows: row {row} of the weight is not finite")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-CHUNK = 4096  # rows of the head in fp64 at a time
+CHUNK = 4096  # tokens of the vocabulary at a time, in fp64
 
 
 def run(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,10 +21,10 @@ def run(x: Tensor, weight: Tensor, scale: Tensor, token_ids: Tensor) -> tuple[Te
     finite = x.isfinite().all(-1, keepdim=True)
     largest = x.abs().amax(-1, keepdim=True) if D else x.new_zeros(len(x), 1)
     usable = finite & (largest >= 1e-30)
-    step = torch.where(usable, largest / limit, 1.0)
-    integers = torch.where(usable, (x / step).round(), 0.0).double()
+    unit = torch.where(usable, largest / limit, 1.0)
+    integers = torch.where(usable, (x / unit).round(), 0.0).double()
     sums = torch.cat([integers @ part.double().T for part in weight.split(CHUNK)], 1)  # [N, R]
     scores = sums.float() * scale
     best = scores.argmax(-1)
-    values = scores.gather(-1, best[:, None]) * step
+    values = scores.gather(-1, best[:, None]) * unit
     return token_ids[best].long(), torch.where(finite, values, torch.nan).squeeze(-1)

@@ -28,9 +28,9 @@ def fused_moe(
     the order of their ids, so its bits do not depend on the rest of the batch.
 
     Shapes:
-        x: [T, D], any row stride
-        w13: [E, 2I, D], x's dtype: rows of W1 (gate), then of W3 (up); w2: [E, D, I]. Or both are
-            packed, in any formats: `linear` says how they are multiplied. I is a multiple of 16.
+        x: [T, D], any stride of dim 0
+        w13: [E, 2I, D], x's dtype: W1 (gate), then W3 (up); w2: [E, D, I]. Or both packed, in any
+            formats, with I a multiple of 16: `linear` describes their arithmetic.
         topk_weights: [T, k] fp32, topk_ids: [T, k] int32
         returns [T, D]
 

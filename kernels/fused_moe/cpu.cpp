@@ -9,11 +9,10 @@ namespace {
 
 constexpr int64_t kChunk = 32;  // inner features of an expert, or outputs, that one task computes
 constexpr int64_t kAhead = 16;  // outputs whose weights are prefetched
-constexpr int64_t kBlock =
-    32;  // tokens whose rows fit in the cache together with a chunk's weights
+constexpr int64_t kBlock = 32;  // tokens that fit in the cache together with a chunk's weights
 
-// Inner features [c, c + kChunk) of expert e's tokens: h = silu(W1 x) * W3 x. Prefetches the weight
-// rows that follow, at the end those of expert `ahead`.
+// Inner features [c, c + kChunk) of expert e's tokens: h = silu(W1 x) * W3 x. Prefetches the next
+// features' weights, at the end those of expert `ahead`.
 template <class T>
 void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes, const Dims& d,
            int64_t e, int64_t ahead, int64_t c) {
@@ -70,7 +69,7 @@ void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& 
         float sums[kTileTokens][kTileRows];
         dot_tile(count, row, xs, first == routes.first[e] ? next : nullptr, d.I, sums);
         for (int64_t n = 0; n < count; ++n) {
-          const float weight = weights[routes.slot[first + n]];
+          const float weight = weights[routes.entry[first + n]];
           float* total = totals.data() + routes.token[first + n] * kChunk + i - c;
           for (int64_t r = 0; r < std::min<int64_t>(kTileRows, end - i); ++r) {
             total[r] += weight * sums[n][r];
@@ -91,20 +90,20 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   const Routes routes(read<int32_t>(topk_ids), d);
   const float* weights = read<float>(topk_weights);
   Tensor out = torch::stable::new_empty(x, {d.T, d.D});
-  Tensor h = torch::stable::new_empty(x, {d.T * d.k, d.I});  // sorted by expert, as in routes
+  Tensor h = torch::stable::new_empty(x, {d.T * d.top_k, d.I});  // sorted by expert, as in routes
   const int64_t experts = routes.experts.size();
   const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
   const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;
   with_activations(x, [&]<class A>(A) {
-    const int64_t rows = routes.rows();
+    const int64_t tokens = routes.tokens_per_expert();
     const int64_t bytes = experts * d.I * d.D * sizeof(A);  // of one of three matrices
     // Chunk 0 of all experts, then chunk 1: each thread gets a share of every expert's tokens.
     const int64_t tasks = inner_chunks * experts;
-    parallel(tasks, grain(tasks, 2 * bytes, rows), [&](int64_t i) {
+    parallel(tasks, grain(tasks, 2 * bytes, tokens), [&](int64_t i) {
       inner(write<A>(h), read<A>(x), x.stride(0), read<A>(w13), routes, d,
             routes.experts[i % experts], routes.experts[(i + 1) % experts], i / experts * kChunk);
     });
-    parallel(outer_chunks, grain(outer_chunks, bytes, rows), [&](int64_t i) {
+    parallel(outer_chunks, grain(outer_chunks, bytes, tokens), [&](int64_t i) {
       outer(write<A>(out), read<A>(h), read<A>(w2), weights, routes, d, i * kChunk);
     });
   });

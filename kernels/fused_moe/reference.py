@@ -1,4 +1,4 @@
-"""The experts as their equation, expert by expert, in fp32."""
+"""The experts as their equation, one after the other, in fp32."""
 
 import torch
 from torch import Tensor

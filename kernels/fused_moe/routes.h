@@ -8,17 +8,18 @@
 namespace Q3N_LEVEL {
 
 struct Dims {
-  int64_t T, D, E, I, k;
+  int64_t T, D, E, I, top_k;
 };
 
-// Expert e has entries [first[e], first[e + 1]) of `token` and `slot`.
+// Expert e has the elements [first[e], first[e + 1]) of `token` and `entry`.
 struct Routes {
-  std::vector<int64_t> first, token, slot;  // slot: the entry of topk_ids [T * k]
-  std::vector<int64_t> experts;             // experts that have tokens, ascending
+  std::vector<int64_t> first, token, entry;  // entry: index into topk_ids [T * top_k]
+  std::vector<int64_t> experts;              // experts that have tokens, ascending
 
-  Routes(const int32_t* ids, const Dims& d) : first(d.E + 1), token(d.T * d.k), slot(d.T * d.k) {
-    for (int64_t i = 0; i < d.T * d.k; ++i) {
-      check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.k, ", ", i % d.k,
+  Routes(const int32_t* ids, const Dims& d)
+      : first(d.E + 1), token(d.T * d.top_k), entry(d.T * d.top_k) {
+    for (int64_t i = 0; i < d.T * d.top_k; ++i) {
+      check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.top_k, ", ", i % d.top_k,
             "] = ", ids[i], " is not one of ", d.E, " experts");
       ++first[ids[i] + 1];
     }
@@ -27,14 +28,14 @@ struct Routes {
       first[e + 1] += first[e];
     }
     std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (int64_t i = 0; i < d.T * d.k; ++i) {
+    for (int64_t i = 0; i < d.T * d.top_k; ++i) {
       const int64_t at = next[ids[i]]++;
-      token[at] = i / d.k, slot[at] = i;
+      token[at] = i / d.top_k, entry[at] = i;
     }
   }
 
-  // Of an expert that has tokens, on average, rounded down.
-  int64_t rows() const { return experts.empty() ? 0 : token.size() / experts.size(); }
+  // The mean over experts that have tokens, rounded down.
+  int64_t tokens_per_expert() const { return experts.empty() ? 0 : token.size() / experts.size(); }
 };
 
 }  // namespace Q3N_LEVEL

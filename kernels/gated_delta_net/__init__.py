@@ -26,8 +26,8 @@ def gated_delta_net(
 
     Shapes:
         pool_: all of it is updated
-        out_: [T, HV * V] contiguous, q's dtype. The caller allocates it, so that a CUDA graph finds
-            it at the same address on every replay.
+        out_: [T, HV * V] contiguous, q's dtype. The caller allocates it, because a CUDA graph needs
+            the same address on every replay.
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.

@@ -25,11 +25,11 @@ def gated_delta_rule(
     g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b); q and k are L2-normalised here
     (epsilon 1e-6 inside the root) and q is scaled by K^-1/2.
 
-    S is written, and rounded to its own dtype, at positions that are multiples of GRID; a page
-    keeps the tokens after that position in rings. A row of n <= k + 1 tokens can be rolled back to
-    any of them: S is not advanced past a token that may be rolled back, and span becomes
-    (c, c + n). All tokens of a longer row are final, and span becomes (c + n, c + n). Outputs
-    depend on the tokens only, not on how they were grouped into rows.
+    S is written, and rounded to its own dtype, at positions that are multiples of GRID; a page's
+    rings keep the tokens after that position. A row of n <= num_drafts + 1 tokens can be rolled
+    back to any of them: S does not advance past the row's context length c, and span becomes
+    (c, c + n). All tokens of a longer row are final: span becomes (c + n, c + n). Outputs depend on
+    the tokens only, not on how steps split them into rows.
 
     Shapes:
         q, k: [T, H, K], v: [T, HV, V], a, b: [T, H, HV / H]; any strides but the last; K <= 256

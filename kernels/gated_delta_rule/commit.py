@@ -1,4 +1,4 @@
-"""The last launch of a layer: the gated norm, and page writes that other programs must not see."""
+"""The last launch of a layer: the gated norm, and page writes that no earlier launch may see."""
 
 import triton
 import triton.language as tl

@@ -19,7 +19,7 @@ from qwen3next_plugin.kernels.gpu.convolution import WIDTH, convolved_tile
 from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk
 from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, sigmoid
 
-B = tl.constexpr(16)  # rows of a diagonal block of L
+B = tl.constexpr(16)  # size of a diagonal block of L
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def prepare(
 def unit_lower_inverse(L, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + L)^-1 for a strictly lower triangular L [C, C].
 
-    Inverts the diagonal blocks, D, by substitution, row by row. With M the blocks below the
+    Inverts the diagonal blocks, D, by forward substitution. With M the blocks below the
     diagonal and N = D M, which is nilpotent, the inverse is (I + N)^-1 D. Powers of L itself would
     overflow if keys repeat.
     """

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from qwen3next_plugin.kernels.gated_delta_rule.long_rows import chunk_tokens
 from qwen3next_plugin.kernels.gated_delta_rule.replay import replay, state_at
-from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk, stands_at
+from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_chunk, state_position
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def start_at(starts, index, hv, k_at, v_at, HV: tl.constexpr, K: tl.constexpr, V
 
 
 @triton.jit
-def chunk_step(
+def fold_chunk(
     S, chunks, c, begin, n, last, j, hv, k_at, v_at,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +97,7 @@ def segment_transitions(
     k_at, x_at = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     S = (k_at[:, None] == (x_at - A_FROM)[None, :]).to(tl.float32)
     for j in range(first, to):
-        S = chunk_step(S, chunks, c, begin, n, c + n, j, hv, k_at, x_at, H, R, K, V, C, PRECISION)[
+        S = fold_chunk(S, chunks, c, begin, n, c + n, j, hv, k_at, x_at, H, R, K, V, C, PRECISION)[
             0
         ]
     tl.store(
@@ -129,7 +129,7 @@ def segment_starts(
     if (page < 0) | (fault != 0):
         return
     k_at, v_at = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    p0 = stands_at(c, start)
+    p0 = state_position(c, start)
     S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
     S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
     S = replay(S, pages, page, p0, c, hv, k_at, v_at, H, R, K, V, W)
@@ -185,14 +185,14 @@ def chunk_scan(
         S = tl.load(start_at(starts, index, hv, k_at, v_at, H * R, K, V), mask=S_in, other=0.0)
     else:
         first, to, ends = 0, (end - 1) // C - c // C + 1, end > 0
-        p0 = stands_at(c, start)
+        p0 = state_position(c, start)
         S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
         S = replay(S, pages, page, p0, tl.minimum(c, last), hv, k_at, v_at, H, R, K, V, W)
         if last <= c:
             tl.store(S_at, S.to(pages.state.dtype.element_ty), mask=S_in)
             S = replay(S, pages, page, last, c, hv, k_at, v_at, H, R, K, V, W)
     for j in range(first, to):
-        S, p, t, live, from_start, S_low, u = chunk_step(
+        S, p, t, live, from_start, S_low, u = fold_chunk(
             S, chunks, c, begin, n, last, j, hv, k_at, v_at, H, R, K, V, C, PRECISION
         )
         here = live[:, None]

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qwen3next_plugin.kernels.gated_delta_rule.replay import replay, rounded, state_at
 from qwen3next_plugin.kernels.gpu.convolution import WIDTH, convolved, kept_at, kept_input, taps
-from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, say_fault, stands_at
+from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, report_fault, state_position
 from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, sigmoid
 
 
@@ -39,7 +39,7 @@ def short_rows(
     i = tl.program_id(1)
     page, begin, n, c, start, _, fault = load_row(step, i, T, slots, DRAFTS)
     if tl.program_id(0) == 0:
-        tl.store(row_faults + i, say_fault(step, faults, i, T, slots, DRAFTS))
+        tl.store(row_faults + i, report_fault(step, faults, i, T, slots, DRAFTS))
     if (page < 0) | (fault != 0) | (n > DRAFTS + 1):
         return
     h, r = hv // R, hv % R
@@ -63,7 +63,7 @@ def short_rows(
     A_log = tl.load(x.A_log + hv).to(tl.float32)
     dt_bias = tl.load(x.dt_bias + hv).to(tl.float32)
 
-    p0, base = stands_at(c, start), c // GRID * GRID
+    p0, base = state_position(c, start), c // GRID * GRID
     S_at, S_in = state_at(pages, page, hv, k_at, v_at, K, V)
     S = tl.load(S_at, mask=S_in & (p0 > 0), other=0.0).to(tl.float32)
     S = replay(S, pages, page, p0, base, hv, k_at, v_at, H, R, K, V, W)

@@ -34,7 +34,7 @@ class Config:
     scan_columns: int = 32
     scan: Launch = Launch(4, 2)
     segment: int = 1024  # positions of a segment of a row that is split; a multiple of chunk
-    split_from: int = 4096  # tokens from which on a row is split
+    split_from: int = 4096  # tokens of a row that is split, at least
     transitions: Launch = Launch(4, 2)
     starts: Launch = Launch(8)
     commit: Launch = Launch(1)

@@ -1,4 +1,4 @@
-"""The convolution of width 4 over a row's own inputs and the earlier ones in its page's ring."""
+"""The convolution of width 4 over a row's inputs and the earlier ones in its page."""
 
 from typing import NamedTuple
 

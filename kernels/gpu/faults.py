@@ -1,8 +1,8 @@
-"""Errors found by a kernel: a record on the device that the host reads later.
+"""Errors found by a GPU kernel: a record on the device, which the host reads later.
 
-A launch cannot raise, and waiting for it would stall the engine. So a bad row's output is NaN, its
-page is not touched, and the first fault since the last check is recorded in ten integers on the
-device. `check` raises the error that the native kernels raise at once.
+A kernel cannot raise, and waiting for it would stall the engine. So a bad row's output is NaN, its
+page stays as it was, and the first fault since the last check is recorded on the device. `check`
+raises the same error as the native kernels.
 """
 
 import torch
@@ -27,10 +27,10 @@ def check(device: torch.device) -> None:
     Raises: RuntimeError naming the row.
     """
     kept = record(device)
-    complaint = said(kept.tolist())
-    if complaint:
+    message = message_of(kept.tolist())
+    if message:
         kept.zero_()
-        raise RuntimeError(complaint)
+        raise RuntimeError(message)
 
 
 def checked(out: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ class Watch:
         """
         if torch.cuda.is_current_stream_capturing() or not self.arrived.query():
             return
-        if complaint := said(self.seen.tolist()):
-            raise RuntimeError(complaint)
+        if message := message_of(self.seen.tolist()):
+            raise RuntimeError(message)
         self.seen.copy_(self.record, non_blocking=True)
         self.arrived.record()
 
 
-def said(values: list[int]) -> str | None:
+def message_of(values: list[int]) -> str | None:
     """The error message of a record's values, or None."""
     kind, row, page, begin, n, c, start, end, slots, T = values
     if kind == TOKENS:

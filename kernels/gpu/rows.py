@@ -24,7 +24,7 @@ class StepTensors(NamedTuple):
     slot: Tensor
     context_len: Tensor
     span: Tensor
-    span_slot: int  # from one slot to the next
+    span_slot: int  # the stride between slots
 
 
 def step_tensors(step: Step, span: Tensor) -> StepTensors:
@@ -45,9 +45,9 @@ def load_row(step, i, T, slots, DRAFTS: tl.constexpr):
     start = tl.load(step.span + page * step.span_slot, mask=known, other=0)
     last = tl.load(step.span + page * step.span_slot + 1, mask=known, other=0)
     n = end - begin
-    stands = (start >= 0) & (start <= c) & (c <= last)
-    stands = stands & (last - start <= DRAFTS + 1) & (c.to(tl.int64) + n <= MAX_INT)
-    fault = tl.where(known & (c != 0) & (stands == 0), CONTEXT, 0)
+    continues = (start >= 0) & (start <= c) & (c <= last)
+    continues = continues & (last - start <= DRAFTS + 1) & (c.to(tl.int64) + n <= MAX_INT)
+    fault = tl.where(known & (c != 0) & (continues == 0), CONTEXT, 0)
     fault = tl.where((page != -1) & (known == 0), SLOT, fault)
     in_range = (begin >= 0) & (begin <= end) & (end <= T)
     fault = tl.where(in_range, fault, TOKENS)
@@ -55,8 +55,8 @@ def load_row(step, i, T, slots, DRAFTS: tl.constexpr):
 
 
 @triton.jit
-def stands_at(c, start):
-    """The grid point that the page's S is at; 0 for a fresh state."""
+def state_position(c, start):
+    """The position of the page's S; 0 for a fresh state."""
     return tl.where(c == 0, 0, start // GRID * GRID)
 
 
@@ -126,7 +126,7 @@ def is_shared(step, i, page):
 
 
 @triton.jit
-def report(record, kind, row, page, begin, n, c, start, end, slots, T):
+def record_fault(record, kind, row, page, begin, n, c, start, end, slots, T):
     """Record a fault, unless one is recorded already; kind 0 is no fault."""
     if kind != 0:
         wide = kind.to(tl.int64)
@@ -143,9 +143,9 @@ def report(record, kind, row, page, begin, n, c, start, end, slots, T):
 
 
 @triton.jit
-def say_fault(step, record, i, T, slots, DRAFTS: tl.constexpr):
+def report_fault(step, record, i, T, slots, DRAFTS: tl.constexpr):
     """Record the fault of row i, if it has one; returns its kind."""
     page, begin, n, c, start, last, fault = load_row(step, i, T, slots, DRAFTS)
     fault = tl.where((fault == 0) & is_shared(step, i, page), SHARED, fault)
-    report(record, fault, i, page, begin, n, c, start, last, slots, T)
+    record_fault(record, fault, i, page, begin, n, c, start, last, slots, T)
     return fault

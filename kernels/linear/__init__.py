@@ -1,4 +1,4 @@
-"""A linear layer whose weight is quantised and packed."""
+"""A linear layer with a packed weight: bf16, int8, int4 or FP8."""
 
 from torch import Tensor
 
@@ -31,17 +31,17 @@ __all__ = [
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """out = x Wᵀ, with W = scale (values − zero).
 
-    The bits of a row of out depend on that row of x and on the weight alone. A row with an element
-    that is not finite gives no finite number.
+    A token's bits depend on its x and the weight alone. A token with an element that is not finite
+    gives no finite output.
 
-    int8 and int4: each block of a row of x is rounded to 15 bits and a sign, times a power of two
-    (fp32: 28 bits). A block is a group; of int8 without groups 512 columns, or as many as divide
-    the row, of int4 128. A bf16 element is exact unless it is below 1/128 of its block's largest.
-    The products of a block are summed in int32, exactly; blocks are added in fp32, in order. So the
-    result is also the same at every instruction set.
-    fp8: values are decoded exactly. Products are summed in fp32, in a fixed order.
+    int8 and int4: x is rounded, block by block, to 15 bits and a sign times a power of two (fp32:
+    28 bits). A block is a group of the weight; without groups it has 128 columns (int4), or the
+    largest divisor of the padded K up to 512 (int8). A bf16 element is exact unless it is below
+    1/128 of its block's largest. A block is summed in int32, exactly; blocks are added in fp32, in
+    order. So all instruction sets give the same bits.
+    fp8: values are decoded exactly and products summed in fp32, in a fixed order.
 
-    Shapes: x [M, K], any row stride; weight [N, K]; returns [M, N] of x's dtype
+    Shapes: x [M, K], any stride of dim 0; weight [N, K]; returns [M, N] of x's dtype
 
     Raises: ValueError for an argument's shape, stride, device or dtype.
     """

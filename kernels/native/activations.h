@@ -1,4 +1,4 @@
-// Rows of x in the form that packed weights are multiplied with.
+// A = x, converted for products with a packed weight: int16 or fp32.
 #pragma once
 
 #include <limits>
@@ -8,15 +8,15 @@
 
 namespace Q3N_LEVEL {
 
-// A row of x is `terms` rows of words, whose products are added.
+// A token of x is `terms` terms, each `width` words, whose products with the weight are added.
 struct Activations {
-  int64_t terms, width, block, blocks;  // width: words in a row, padded with zeros
+  int64_t terms, width, block, blocks;  // width: padded with zeros
   std::vector<int32_t> words;
-  std::vector<float> steps;   // of each block: what a word's unit stands for
-  std::vector<int32_t> sums;  // of each block; integers only
+  std::vector<float> scales;  // of each block
+  std::vector<int32_t> sums;  // of each block's integers
 
-  const int32_t* row(int64_t i) const { return words.data() + i * width; }
-  const float* step(int64_t i) const { return steps.data() + i * blocks; }
+  const int32_t* term(int64_t i) const { return words.data() + i * width; }
+  const float* scale(int64_t i) const { return scales.data() + i * blocks; }
   const int32_t* sum(int64_t i) const { return sums.data() + i * blocks; }
 };
 
@@ -28,9 +28,9 @@ inline float power_of_two(int exponent) {
   return x;
 }
 
-// Rounds n values (a copy in `x`, padded with zeros to whole vectors) to integers of `bits` bits
-// and a sign, as if the largest of them had that many; leaves in x what was rounded away. Returns
-// the unit, a power of two; NaN, and zeros, if a value is not finite.
+// Rounds n values (n is a multiple of kLanes) to integers of `bits` bits and a sign, scaled so that
+// the largest fits, and leaves the rounding errors in x. Returns the scale, a power of two. If a
+// value is not finite: NaN, and zeros in `out`.
 inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bits) {
   f32v largest{}, zero_if_finite{};
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -63,7 +63,7 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
 }
 
 #if defined(__AVX512VNNI__)
-// Orders n integers as Bytes takes them: of each eight the upper bytes, then the lower ones.
+// Reorders n integers for Bytes: the upper bytes of eight integers, then their lower bytes.
 inline void split(int16_t* x, int64_t n) {
   const __m512i places =
       _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
@@ -74,8 +74,8 @@ inline void split(int16_t* x, int64_t n) {
 }
 #endif
 
-// Integers for int8 and int4. 15 bits hold a bf16 exactly down to 1/128 of its block's largest;
-// fp32 gets two terms of 14, since rounding may carry.
+// For int8 and int4. 15 bits hold a bf16 exactly if it is at least 1/128 of its block's largest;
+// an fp32 becomes two terms of 14 bits, because rounding may carry.
 template <class T>
 void write_integers(Activations& a, const T* x, int64_t K, int64_t m,
                     [[maybe_unused]] bool as_bytes) {
@@ -86,11 +86,11 @@ void write_integers(Activations& a, const T* x, int64_t K, int64_t m,
       store(rest + i,
             load(x + b * a.block + i, std::clamp<int64_t>(K - b * a.block - i, 0, kLanes)));
     }
-    for (int64_t term = 0; term < kTerms; ++term) {
-      const int64_t row = m * kTerms + term;
-      int16_t* out = reinterpret_cast<int16_t*>(a.words.data() + row * a.width) + b * a.block;
-      a.steps[row * a.blocks + b] =
-          round_block(rest, out, &a.sums[row * a.blocks + b], a.block, kBits);
+    for (int64_t i = 0; i < kTerms; ++i) {
+      const int64_t term = m * kTerms + i;
+      int16_t* out = reinterpret_cast<int16_t*>(a.words.data() + term * a.width) + b * a.block;
+      a.scales[term * a.blocks + b] =
+          round_block(rest, out, &a.sums[term * a.blocks + b], a.block, kBits);
 #if defined(__AVX512VNNI__)
       if (as_bytes) split(out, a.block);
 #endif
@@ -105,15 +105,15 @@ void write_floats(Activations& a, const T* x, int64_t K, int64_t m, float scale)
               [&](int64_t i, int64_t lanes) { store(out + i, load(x + i, lanes) * scale, lanes); });
 }
 
-// x [M, K], rows `stride` apart, for products with such a weight.
+// Converts x [M, K], tokens `stride` apart, for products with w.
 template <class T>
-Activations activations(const T* x, int64_t M, int64_t stride, const Packed& w) {
+Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
   const bool integers = is_integer(w.format);
-  const float scale = w.format == kFp8 ? kFp8Scale : 1.0f;  // of floats
+  const float scale = w.format == kFp8 ? kFp8Scale : 1.0f;
   const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
   Activations a{terms, integers ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
   a.words.resize(M * terms * a.width);
-  a.steps.resize(M * terms * a.blocks, scale);
+  a.scales.resize(M * terms * a.blocks, scale);
   a.sums.resize(M * terms * a.blocks);
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {

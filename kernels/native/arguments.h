@@ -1,4 +1,4 @@
-// Checks of an op's arguments: as kernels/checks.py, with the same messages, in less time.
+// Checks of an op's arguments: those of kernels/checks.py with the same messages, faster.
 #pragma once
 
 #include <initializer_list>
@@ -79,7 +79,7 @@ struct Arguments {
     require(t.dim() == dims, name, " has shape ", listed(t.sizes()), ", not ", dims, " dims");
   }
 
-  // Requires so many contiguous slots of that shape, any distance apart.
+  // Requires `slots` contiguous slots of this shape, at any stride.
   void expect_pages(const char* name, const Tensor& t, int64_t slots, Sizes slot,
                     Dtypes dtypes) const {
     std::vector<int64_t> shape{slots};

@@ -1,5 +1,5 @@
-// Dot products of rows with vectors, a tile at a time. The order of a sum does not depend on the
-// tile that computes it.
+// Dot products of rows of a matrix with vectors x, a register tile at a time. The order of a sum
+// does not depend on the tile.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Weights as kernels/linear/weight.py packs them: lines of 64 bytes, each a few columns of 16 rows.
+// Packed weights, as kernels/linear/weight.py writes them: panels of 16 output channels, stored in
+// lines of 64 bytes, each a few columns of K.
 #pragma once
 
 #include <numeric>
@@ -8,9 +9,9 @@
 
 namespace Q3N_LEVEL {
 
-constexpr int kTileWidth = 16;               // rows of a tile
-constexpr int kParts = kTileWidth / kLanes;  // vectors that hold one number of each row
-constexpr int64_t kLine = 64;                // bytes
+constexpr int kPanelWidth = 16;               // output channels of a panel
+constexpr int kParts = kPanelWidth / kLanes;  // vectors that hold one number of each channel
+constexpr int64_t kLine = 64;                 // bytes
 typedef uint16_t w16v __attribute__((vector_size(4 * kLanes)));
 
 inline w16v load_words(const uint8_t* p) {
@@ -19,16 +20,16 @@ inline w16v load_words(const uint8_t* p) {
   return v;
 }
 
-// Sums in int32, exact in any order; a word of x is two columns in 16 bits each.
+// Sums in int32, exact in any order; a word of x is two columns of 16 bits.
 struct Integers {
   using Family = Integers;
-  static constexpr bool kDecoded = false;
+  static constexpr bool kUnpacked = false;
   static constexpr bool kExact = true;
   static constexpr int64_t kLineBytes = kLine;
   using Value = i16v;
   using Sum = i32v;
   static constexpr int64_t kColumns = 2;  // of a word of x
-  static constexpr int kWords = 1;        // of x in a step
+  static constexpr int kWords = 1;        // of x that one vector of weights takes
   static Value spread(const int32_t* x, int64_t s) { return (i16v)(x[s] + i32v{}); }
   static Sum add(Value w, Value x, Sum c) { return add_products(w, x, c); }
   using Total = i32v;
@@ -38,7 +39,7 @@ struct Integers {
 // Sums in fp32; a word of x is one column.
 struct Floats {
   using Family = Floats;
-  static constexpr bool kDecoded = false;
+  static constexpr bool kUnpacked = false;
   static constexpr bool kExact = false;
   static constexpr int64_t kLineBytes = kLine;
   using Value = f32v;
@@ -52,11 +53,11 @@ struct Floats {
 };
 
 #if defined(__AVX512VNNI__)
-// Sums in int32 of products of bytes, four columns of a row in each lane: weights of 7 bits without
-// a sign with x's upper bytes, and with its lower ones. `split` says where x has them.
+// Sums in int32 of products of bytes, four columns of a channel in each lane: unsigned 7-bit
+// weights with x's upper bytes, and with its lower bytes, ordered by `split`.
 struct Bytes {
   using Family = Bytes;
-  static constexpr bool kDecoded = false;
+  static constexpr bool kUnpacked = false;
   static constexpr bool kExact = true;
   static constexpr int64_t kLineBytes = kLine;
   using Value = i32v;
@@ -77,12 +78,11 @@ struct Bytes {
 };
 #endif
 
-// Each format has kSteps values in a line, each for kWords words of x; `decode` yields those of one
-// part of the rows.
+// A line unpacks to kLineVectors vectors per part of the channels, each for kWords words of x.
 struct Int8 : Integers {
-  static constexpr int kSteps = 2;
-  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
-    for (int s = 0; s < kSteps; ++s) {
+  static constexpr int kLineVectors = 2;
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
+    for (int s = 0; s < kLineVectors; ++s) {
       out[s] = widen(reinterpret_cast<const int8_t*>(line) + 32 * s + 2 * kLanes * part);
     }
   }
@@ -90,8 +90,8 @@ struct Int8 : Integers {
 
 #if defined(__AVX512VNNI__)
 struct Int4 : Bytes {
-  static constexpr int kSteps = 2;
-  static void decode(const uint8_t* line, int64_t, Value (&out)[kSteps]) {
+  static constexpr int kLineVectors = 2;
+  static void unpack(const uint8_t* line, int64_t, Value (&out)[kLineVectors]) {
     const w16v words = load_words(line);
     out[0] = (i32v)words & 0x0f0f0f0f;
     out[1] = (i32v)(words >> 4) & 0x0f0f0f0f;
@@ -99,8 +99,8 @@ struct Int4 : Bytes {
 };
 #else
 struct Int4 : Integers {
-  static constexpr int kSteps = 4;
-  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+  static constexpr int kLineVectors = 4;
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
     const w16v words = load_words(line + 4 * kLanes * part);
     out[0] = (i16v)(words & 15);
     out[1] = (i16v)(words >> 4 & 15);
@@ -110,10 +110,10 @@ struct Int4 : Integers {
 };
 #endif
 
-// e4m3 as fp32 with the exponent's bits where they are: 2^-120 of the value, so denormals count.
+// e4m3 as fp32 without a new exponent bias: 2^-120 of the value. So denormals must not be flushed.
 struct Fp8 : Floats {
-  static constexpr int kSteps = 4;
-  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+  static constexpr int kLineVectors = 4;
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
     const w16v words = load_words(line + 4 * kLanes * part);
     const auto bf16s = [](w16v w) { return (u32v)((w & 0x8000) | (w >> 4 & 0x07f0)); };
     const u32v low = bf16s(words << 8), high = bf16s(words);
@@ -124,60 +124,60 @@ struct Fp8 : Floats {
 
 // Weights in bf16: even columns are the lower halves of words, odd ones the upper.
 struct Bf16 : Floats {
-  static constexpr int kSteps = 2;
-  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
+  static constexpr int kLineVectors = 2;
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
     const u32v words = (u32v)load_words(line + 4 * kLanes * part);
     out[0] = (f32v)(words << 16), out[1] = (f32v)(words & 0xffff0000);
   }
 };
 
-// Values of a format of this family, decoded.
+// Lines that are already unpacked.
 template <class F>
-struct Decoded : F {
-  static constexpr bool kDecoded = true;
-  static constexpr int kSteps = 2;
-  static constexpr int64_t kLineBytes = kSteps * kLine;
+struct Unpacked : F {
+  static constexpr bool kUnpacked = true;
+  static constexpr int kLineVectors = 2;
+  static constexpr int64_t kLineBytes = kLineVectors * kLine;
   using Value = typename F::Value;
-  static void decode(const uint8_t* line, int64_t part, Value (&out)[kSteps]) {
-    for (int s = 0; s < kSteps; ++s) {
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
+    for (int s = 0; s < kLineVectors; ++s) {
       std::memcpy(out + s, line + s * kLine + 4 * kLanes * part, sizeof *out);
     }
   }
 };
 
 template <class F>
-constexpr int64_t kLineWords = F::kSteps * F::kWords;
+constexpr int64_t kLineWords = F::kLineVectors * F::kWords;
 template <class F>
 constexpr int64_t kLineColumns = kLineWords<F> * F::kColumns;
 
-// Fp8's values are 2^-120 of what they stand for, so x is multiplied by 2^60, and sums by 2^60.
+// Fp8's values are too small by 2^-120, so x is multiplied by 2^60, and sums by 2^60.
 constexpr float kFp8Scale = 0x1p60f;
 
 enum Format : int64_t { kInt8, kInt4, kFp8, kBf16 };
 
 constexpr bool is_integer(Format format) { return format == kInt8 || format == kInt4; }
 
-constexpr int64_t kLargestBlock = 512;  // of int8 by 16 bits, whose sums int32 holds
+constexpr int64_t kLargestBlock = 512;  // int8 by int16: a longer sum could overflow int32
 
-// Columns that are summed before a scale, or fp32, comes in: a group; of a row that has one scale
-// 128, or as many as divide the padded row where that leaves a sum of integers exact.
+// Columns that are summed before they are scaled: a group. If a channel has one scale: 128, or, for
+// int8, the largest divisor of the padded K whose integer sum is exact.
 inline int64_t block_of(Format format, int64_t K, int64_t group) {
   if (group) return group;
   return format == kInt8 ? std::gcd(round_up(K, 128), kLargestBlock) : 128;
 }
 
-// A packed weight: [E, N, K], E = 1 if it is one matrix.
-struct Packed {
+// W [N, K], or [E, N, K]: the panels of one expert follow those of another.
+struct PackedWeight {
   const uint8_t* lines;
   const void* scales;
   ScalarType scale_dtype;
   const uint8_t* zeros;  // of int4, or null
   Format format;
-  int32_t offset;  // the zero point without zero points
-  int64_t N, K, group, block, blocks, groups, tiles, tile_bytes;
+  int32_t offset;  // the zero point if `zeros` is null
+  int64_t N, K, group, block, blocks, groups, panels, panel_bytes;
 
-  Packed(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
-         int64_t format, int64_t N, int64_t K, int64_t group)
+  PackedWeight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
+               int64_t format, int64_t N, int64_t K, int64_t group)
       : lines(read<uint8_t>(packed)),
         scales(scale.const_data_ptr()),
         scale_dtype(scale.scalar_type()),
@@ -190,26 +190,26 @@ struct Packed {
         block(block_of(this->format, K, group)),
         blocks((K + block - 1) / block),
         groups(group ? blocks : 1),
-        tiles((N + kTileWidth - 1) / kTileWidth),
-        tile_bytes(blocks * block * kTileWidth * (format == kBf16 ? 2 : 1) /
-                   (format == kInt4 ? 2 : 1)) {}
+        panels((N + kPanelWidth - 1) / kPanelWidth),
+        panel_bytes(blocks * block * kPanelWidth * (format == kBf16 ? 2 : 1) /
+                    (format == kInt4 ? 2 : 1)) {}
 
-  const uint8_t* tile(int64_t t) const { return lines + t * tile_bytes; }
-  int64_t entry(int64_t t, int64_t g, int64_t part) const {
+  const uint8_t* panel(int64_t t) const { return lines + t * panel_bytes; }
+  int64_t index(int64_t t, int64_t g, int64_t part) const {
     return ((t * groups + g) * kParts + part) * kLanes;
   }
   f32v scale(int64_t t, int64_t g, int64_t part) const {
-    const int64_t i = entry(t, g, part);
+    const int64_t i = index(t, g, part);
     if (scale_dtype == ScalarType::Float) return load(static_cast<const float*>(scales) + i);
     if (scale_dtype == ScalarType::Half) return load(static_cast<const fp16*>(scales) + i);
     return load(static_cast<const bf16*>(scales) + i);
   }
-  // The zero points of a group.
+  // The zero points of a group, per channel.
   i32v zero(int64_t t, int64_t g, int64_t part) const {
     if (!zeros) return offset + i32v{};
     typedef uint8_t u8v __attribute__((vector_size(kLanes)));
     u8v z;
-    std::memcpy(&z, zeros + entry(t, groups == 1 ? 0 : g, part), sizeof z);
+    std::memcpy(&z, zeros + index(t, groups == 1 ? 0 : g, part), sizeof z);
     return __builtin_convertvector(z, i32v);
   }
 

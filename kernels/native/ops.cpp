@@ -26,7 +26,7 @@ extern const Level level;
 namespace avx512bf16 {
 extern const Level level;
 }
-namespace amx {  // compiled is only the op whose schedule tiles change
+namespace amx {  // only the op whose tasks change with AMX is compiled for it
 void paged_attention_op(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 const Level level = [] {
   Level level = avx512bf16::level;
@@ -40,8 +40,8 @@ const Level level = [] {
 namespace {
 
 #if defined(__x86_64__)
-// Whether this process may use AMX's tiles; the system wants to be asked.
-bool tiles_allowed() {
+// Asks the system for AMX's tile registers; false if this process may not use them.
+bool request_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -64,7 +64,7 @@ std::vector<const Level*> available() {
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
         levels.push_back(&avx512bf16::level);
         if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
-            __builtin_cpu_supports("avx512vbmi") && tiles_allowed())
+            __builtin_cpu_supports("avx512vbmi") && request_amx())
           levels.push_back(&amx::level);
       }
     }
@@ -75,11 +75,11 @@ std::vector<const Level*> available() {
 
 std::atomic<const Level*> active{available().back()};
 
-bool has_tiles(const Level* level) { return level->name == std::string("amx"); }
+bool has_amx(const Level* level) { return level->name == std::string("amx"); }
 
 }  // namespace
 
-std::atomic<bool> native::use_tiles{has_tiles(active)};
+std::atomic<bool> native::use_amx{has_amx(active)};
 
 namespace {
 
@@ -99,7 +99,7 @@ void set_isa(std::string name) {
   for (const Level* level : available()) {
     if (name == level->name) {
       active = level;
-      native::use_tiles = has_tiles(level);
+      native::use_amx = has_amx(level);
       return;
     }
   }

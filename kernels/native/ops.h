@@ -21,9 +21,10 @@ struct Level {
 #undef OP
 };
 
-// Whether products of packed weights may use AMX's tiles: at level amx they run at avx512bf16.
+// Whether packed weights may be multiplied by AMX. Their code is compiled at level avx512bf16,
+// which level amx uses.
 namespace native {
-extern std::atomic<bool> use_tiles;
+extern std::atomic<bool> use_amx;
 }
 
 namespace Q3N_LEVEL {

@@ -1,4 +1,4 @@
-// The rows of a step that have a page, checked before anything is written.
+// The rows of a step, checked before anything is written.
 #pragma once
 
 #include <cstring>
@@ -15,20 +15,20 @@ constexpr int64_t kGrid = 8;
 constexpr int64_t grid_point(int64_t position) { return position / kGrid * kGrid; }
 
 struct Row {
-  int64_t slot, begin, tokens;  // the page; tokens [begin, begin + tokens)
+  int64_t slot, begin, tokens;  // its state page; tokens [begin, begin + tokens) of the batch
   int64_t context;              // c: tokens before them
-  int64_t p0;                   // the grid point that the page's S is at
-  bool is_long;                 // more tokens than can be rolled back: all of them are final
+  int64_t p0;                   // the position of the page's S
+  bool is_long;                 // more tokens than a roll-back can undo: all are final
 
   int64_t end() const { return context + tokens; }
   int64_t certain() const { return is_long ? end() : context; }
 };
 
 // The rows that have a page. Throws if an index is out of range, or if a page cannot continue at
-// its row's context length. T: tokens in the batch; k: draft tokens, at most.
+// its row's context length. T: tokens in the batch.
 inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor& slot,
                                      const Tensor& context_len, const Tensor& span, int64_t T,
-                                     int64_t k) {
+                                     int64_t num_drafts) {
   const int32_t* starts = read<int32_t>(query_start_loc);
   const int32_t* slots = read<int32_t>(slot);
   const int32_t* context = read<int32_t>(context_len);
@@ -47,11 +47,12 @@ inline std::vector<Row> checked_rows(const Tensor& query_start_loc, const Tensor
     check(!taken[page], "row ", i, ": slot ", page, " is used by an earlier row");
     taken[page] = true;
     const int64_t first = spans[page * stride], last = spans[page * stride + 1], n = end - begin;
-    const bool stands = 0 <= first && first <= c && c <= last && last <= first + k + 1 &&
-                        c + n <= std::numeric_limits<int32_t>::max();
-    check(c == 0 || stands, "row ", i, ": slot ", page, " holds start=", first, " end=", last,
+    const bool continues = 0 <= first && first <= c && c <= last &&
+                           last <= first + num_drafts + 1 &&
+                           c + n <= std::numeric_limits<int32_t>::max();
+    check(c == 0 || continues, "row ", i, ": slot ", page, " holds start=", first, " end=", last,
           " and cannot continue at context length c=", c);
-    rows.push_back({page, begin, n, c, c == 0 ? 0 : grid_point(first), n > k + 1});
+    rows.push_back({page, begin, n, c, c == 0 ? 0 : grid_point(first), n > num_drafts + 1});
   }
   return rows;
 }

@@ -82,12 +82,12 @@ inline void parallel_in(int64_t n, int64_t grain, F&& f) {
   });
 }
 
-// The least calls of a thread, where n calls read so many bytes of weights in all, for so many
-// rows. One thread makes all of them if it reads these bytes from its cache while others would
-// start. Up to kFewRows rows take about as long as one.
-inline int64_t grain(int64_t n, int64_t bytes, int64_t rows) {
-  constexpr int64_t kStart = 1 << 19, kFewRows = 16;
-  return bytes * (1 + (rows - 1) / kFewRows) <= kStart ? n : 1;
+// The grain of n calls that together read so many bytes of weights, for so many tokens: all n if
+// one thread reads them in less time than others take to start. Up to 16 tokens take about as long
+// as one.
+inline int64_t grain(int64_t n, int64_t bytes, int64_t tokens) {
+  constexpr int64_t kStart = 1 << 19, kFewTokens = 16;
+  return bytes * (1 + (tokens - 1) / kFewTokens) <= kStart ? n : 1;
 }
 
 // Calls f(i) for i in [0, n), at least `grain` calls on each thread, with denormals flushed to

@@ -1,4 +1,4 @@
-"""Attention over a pool of tokens: decode, verify (chains and trees) and prefill in one batch."""
+"""Attention over a paged KV cache: decode, verify (chains and trees) and prefill in one batch."""
 
 import torch
 from torch import Tensor
@@ -31,30 +31,29 @@ def paged_attention(
 ) -> Tensor:
     """out = softmax(scale q K^T) V of each query, over the positions it sees, in fp32.
 
-    Query j of a sequence is at position seq_len - query_len + j and sees all positions up to its
-    own. With a tree mask it sees all positions before this step's tokens, and the step's tokens
-    that its row of the mask selects. What it sees is reduced in order, in blocks of 256. So a
-    query's bits do not depend on the rest of the batch, on how its sequence was cut into chunks,
-    on the number of threads, or on whether its path is alone or part of a tree. The output is zero
-    for a query that sees nothing and for a token of no sequence.
+    Query j of a row is at position seq_len - query_len + j and sees all positions up to its own.
+    With a tree mask it sees all positions before this step's tokens, and those of the step's tokens
+    that its line of the mask selects. Blocks of 256 positions are reduced in order. So a query's
+    bits do not depend on the rest of the batch, on chunks, on the number of threads, or on whether
+    its path is alone or part of a tree. The output is zero for a query that sees nothing and for a
+    token of no row.
 
     Shapes (Hq a multiple of Hkv, D at most 256):
-        q: [T, Hq, D], any row stride
+        q: [T, Hq, D], any stride of dim 0
         key_cache, value_cache: q's dtype; they hold the keys and values of this step's tokens too
-            [slots, Hkv, D], any slot stride, or
-            [pages, P, Hkv, D], any strides but the last: pages of P positions
-        token_table: [R, M] int32, any row stride: the slot of each position of a sequence, or the
-            page of each P positions
-        table_row: [N] int32 or int64, the row of token_table of each sequence
+            [pages, Hkv, D], any stride of dim 0: a page has one position; or
+            [pages, P, Hkv, D], any strides but the last: a page has P positions
+        token_table: [R, M] int32, any stride of dim 0: line by line, the pages of a sequence
+        table_row: [N] int32 or int64, the line of token_table of each row
         query_start_loc: [N + 1] int32
-        seq_lens: [N] int32 or int64, tokens of each sequence, including this step's
-        tree_mask: bool or uint8; for each sequence in order, query_len x query_len entries
+        seq_lens: [N] int32 or int64, tokens of each row's sequence, including this step's
+        tree_mask: bool or uint8; for each row in order, query_len x query_len entries
         returns [T, Hq, D]
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
-        RuntimeError: a range of tokens, a table row, a length, a slot or a number of mask entries
-            out of range; names the row. Sequences without tokens in this step are not checked.
+        RuntimeError: a range of tokens, a line of the table, a length, a page or a number of mask
+            entries out of range; names the row. Rows without tokens are not checked.
 
     Source: softmax in blocks, arXiv:2205.14135; its merge over splits, arXiv:2311.01282.
     """
@@ -74,7 +73,7 @@ def paged_attention(
         check_page(op, "key_cache", key_cache, (Hkv, D), (q.dtype,), q.device)
         check_page(op, "value_cache", value_cache, (Hkv, D), (q.dtype,), q.device)
         if len(key_cache) != len(value_cache):
-            raise ValueError(f"{op}: {len(key_cache)} slots of keys, {len(value_cache)} of values")
+            raise ValueError(f"{op}: {len(key_cache)} pages of keys, {len(value_cache)} of values")
     R, M = sizes(op, "token_table", token_table, 2)
     check(op, "token_table", token_table, (R, M), INT, q.device)
     check(op, "table_row", table_row, (N,), INDEX, q.device)

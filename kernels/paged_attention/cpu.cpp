@@ -7,13 +7,13 @@
 namespace Q3N_LEVEL {
 namespace {
 
-constexpr int64_t kFewRows = 64;        // queries x heads that one pass over the keys is worth
+constexpr int64_t kFewPartials = 64;    // queries x heads that justify a pass over the keys
 constexpr int64_t kTasksPerThread = 8;  // about, if the work can be split into as many
 
 struct Job : Tile {
   int64_t seen;       // positions, by the query that sees most
   int64_t split = 0;  // blocks of a task; 0: one task takes them all
-  int64_t kept = 0;   // offset of its blocks' rows in the scratch memory, if it is split
+  int64_t kept = 0;   // offset of its blocks' partials in scratch memory, if it is split
 
   int64_t blocks() const { return (seen + kBlock - 1) / kBlock; }
   int64_t block_work() const { return queries() * heads; }
@@ -26,22 +26,22 @@ struct Task {
   int64_t work() const { return (end - begin) * job->block_work(); }
 };
 
-// Rows of a job: fewer than a tile takes if threads would be idle.
+// Partials of a job: fewer than a tile takes if threads would be idle.
 template <class T>
-int64_t rows_of_job(const Operands<T>& in, const std::vector<Sequence>& sequences) {
-  int64_t rows = 0;
-  for (const Sequence& s : sequences) rows += s.tokens * in.Hq;
+int64_t partials_of_job(const Operands<T>& in, const std::vector<Sequence>& sequences) {
+  int64_t partials = 0;
+  for (const Sequence& s : sequences) partials += s.tokens * in.Hq;
   const int64_t tasks = torch::stable::get_num_threads() * kTasksPerThread;
-  return std::clamp(rows / tasks, kFewRows, BlockAttention<T>::kMostRows);
+  return std::clamp(partials / tasks, kFewPartials, BlockAttention<T>::kMostPartials);
 }
 
 template <class T>
 std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& sequences) {
-  const int64_t rows = rows_of_job(in, sequences);
+  const int64_t partials = partials_of_job(in, sequences);
   std::vector<Job> jobs;
   for (const Sequence& s : sequences) {
     const int64_t together = BlockAttention<T>::together(in, s.tokens);
-    const int64_t height = std::max<int64_t>(1, rows / (together * in.share()));
+    const int64_t height = std::max<int64_t>(1, partials / (together * in.group()));
     for (int64_t first = 0; first < s.tokens; first += height) {
       const int64_t last = std::min(first + height, s.tokens);
       int64_t seen = 0;
@@ -55,7 +55,7 @@ std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& seq
 }
 
 // Splits jobs that would leave threads idle into tasks, and sorts all tasks by size, largest first.
-// Returns how many floats the rows of the split jobs take.
+// Returns how many floats the partials of the split jobs take.
 template <class T>
 int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& tasks) {
   int64_t work = 0, kept = 0;
@@ -67,7 +67,7 @@ int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& ta
     if (threads > 1 && blocks * job.block_work() > 2 * part) {
       job.split = std::max<int64_t>(1, part / job.block_work());
       job.kept = kept;
-      kept += blocks * job.block_work() * in.share() * in.row_size();
+      kept += blocks * job.block_work() * in.group() * in.partial_size();
     }
     int64_t b = 0;
     do {  // also if no position is seen: the result is zero
@@ -81,107 +81,110 @@ int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& ta
   return kept;
 }
 
-// Calls f(i, room) for i in [0, n). A thread that is free takes the next i.
-template <class F, class MakeRoom>
-void in_turn(int64_t n, MakeRoom&& make_room, F&& f) {
+// Calls f(i, scratch) for i in [0, n). A thread that is free takes the next i.
+template <class F, class MakeScratch>
+void parallel_dynamic(int64_t n, MakeScratch&& make_scratch, F&& f) {
   std::atomic<int64_t> next{0};
   parallel(std::min<int64_t>(n, torch::stable::get_num_threads()), 1, [&](int64_t) {
-    auto room = make_room();
-    for (int64_t i = next++; i < n; i = next++) f(i, room);
+    auto scratch = make_scratch();
+    for (int64_t i = next++; i < n; i = next++) f(i, scratch);
   });
 }
 
-// Scratch memory of one thread, for jobs of at most so many rows.
+// Scratch memory of one thread, for jobs of at most so many partials.
 template <class T>
-struct Room {
-  Places<T> places[2];
+struct Scratch {
+  BlockKV<T> kv[2];
   BlockAttention<T> attention;
-  std::unique_ptr<float[]> block, state;  // rows: of one block, and merged so far
+  std::unique_ptr<float[]> block, state;  // partials: of one block, and merged so far
 
-  Room(const Operands<T>& in, int64_t rows)
-      : attention(in, rows),
-        block(new float[rows * in.row_size()]),
-        state(new float[rows * in.row_size()]) {}
+  Scratch(const Operands<T>& in, int64_t partials)
+      : attention(in, partials),
+        block(new float[partials * in.partial_size()]),
+        state(new float[partials * in.partial_size()]) {}
 };
 
 template <class T>
 struct Attention {
   const Operands<T>& in;
   T* out;
-  float* kept;  // rows of the blocks of split jobs
+  float* kept;  // partials of the blocks of split jobs
 
-  int64_t rows(const Job& job) const { return job.block_work() * in.share(); }
-  int64_t query_of(const Job& job, int64_t row) const {
-    return job.first + row / in.share() % job.queries();
+  int64_t partials(const Job& job) const { return job.block_work() * in.group(); }
+  int64_t query_of(const Job& job, int64_t partial) const {
+    return job.first + partial / in.group() % job.queries();
   }
 
-  float* kept_rows(const Job& job, int64_t block) const {
-    return kept + job.kept + block * rows(job) * in.row_size();
+  float* kept_partials(const Job& job, int64_t block) const {
+    return kept + job.kept + block * partials(job) * in.partial_size();
   }
 
-  // Computes the rows of one block of a task into `to`. The task's previous block, if any, has
-  // found the places and prefetched the keys.
-  void block(const Task& task, int64_t b, Room<T>& room, float* to) const {
+  // Computes the partials of one block of a task into `to`. The task's previous block, if any, has
+  // found this block's positions and prefetched the keys.
+  void block(const Task& task, int64_t b, Scratch<T>& scratch, float* to) const {
     const Job& job = *task.job;
     const int64_t start = b * kBlock;
-    if (!job.sequence->shared(start + kBlock)) return block_by_query(job, start, room, to);
-    Places<T>&now = room.places[b % 2], &next = room.places[(b + 1) % 2];
+    if (!job.sequence->shared(start + kBlock)) return block_by_query(job, start, scratch, to);
+    BlockKV<T>&now = scratch.kv[b % 2], &next = scratch.kv[(b + 1) % 2];
     const bool cold = b == task.begin, more = b + 1 < task.end;
     if (cold) now.find(in, job, job.last - 1, start);
     if (more) next.find(in, job, job.last - 1, start + kBlock);
-    room.attention.run(job, 0, start, now, cold, more ? &next : nullptr, to);
+    scratch.attention.run(job, 0, start, now, cold, more ? &next : nullptr, to);
   }
 
   // The same where each query sees positions of its own.
-  void block_by_query(const Job& job, int64_t start, Room<T>& room, float* to) const {
-    for (int64_t row = 0; row < rows(job); row += in.share()) {
-      const int64_t query = query_of(job, row), kv = job.kv + row / in.share() / job.queries();
+  void block_by_query(const Job& job, int64_t start, Scratch<T>& scratch, float* to) const {
+    for (int64_t partial = 0; partial < partials(job); partial += in.group()) {
+      const int64_t query = query_of(job, partial),
+                    kv = job.kv + partial / in.group() / job.queries();
       const Tile one{job.sequence, kv, 1, query, query + 1};
-      room.places[0].find(in, one, query, start);
-      room.attention.run(one, row, start, room.places[0], false, nullptr, to + row * in.row_size());
+      scratch.kv[0].find(in, one, query, start);
+      scratch.attention.run(one, partial, start, scratch.kv[0], false, nullptr,
+                            to + partial * in.partial_size());
     }
   }
 
-  // Merges a block's rows into those of the blocks before it.
+  // Merges a block's partials into those of the blocks before it.
   void merge_block(const Job& job, int64_t b, float* state, float* block) const {
-    for (int64_t i = 0; i < rows(job); ++i) {
+    for (int64_t i = 0; i < partials(job); ++i) {
       if (job.sequence->seen(query_of(job, i)) <= b * kBlock) continue;
-      merge(row_of(in, state, i), row_of(in, block, i));
+      merge(partial_at(in, state, i), partial_at(in, block, i));
     }
   }
 
-  void clear_rows(const Job& job, float* state) const {
-    for (int64_t i = 0; i < rows(job); ++i) clear(row_of(in, state, i));
+  void clear_partials(const Job& job, float* state) const {
+    for (int64_t i = 0; i < partials(job); ++i) clear(partial_at(in, state, i));
   }
 
   void write(const Job& job, float* state) const {
-    for (int64_t i = 0; i < rows(job); ++i) {
+    for (int64_t i = 0; i < partials(job); ++i) {
       const int64_t token = job.sequence->begin + query_of(job, i);
-      const int64_t kv = job.kv + i / in.share() / job.queries();
-      const int64_t head = kv * in.share() + i % in.share();
-      BlockAttention<T>::write(out + (token * in.Hq + head) * in.D, row_of(in, state, i), in.D);
+      const int64_t kv = job.kv + i / in.group() / job.queries();
+      const int64_t head = kv * in.group() + i % in.group();
+      BlockAttention<T>::write(out + (token * in.Hq + head) * in.D, partial_at(in, state, i), in.D);
     }
   }
 
-  void run(const Task& task, Room<T>& room) const {
+  void run(const Task& task, Scratch<T>& scratch) const {
     const Job& job = *task.job;
-    room.attention.take(job);
+    scratch.attention.take(job);
     if (job.split) {
-      for (int64_t b = task.begin; b < task.end; ++b) block(task, b, room, kept_rows(job, b));
+      for (int64_t b = task.begin; b < task.end; ++b)
+        block(task, b, scratch, kept_partials(job, b));
       return;
     }
-    clear_rows(job, room.state.get());
+    clear_partials(job, scratch.state.get());
     for (int64_t b = task.begin; b < task.end; ++b) {
-      block(task, b, room, room.block.get());
-      merge_block(job, b, room.state.get(), room.block.get());
+      block(task, b, scratch, scratch.block.get());
+      merge_block(job, b, scratch.state.get(), scratch.block.get());
     }
-    write(job, room.state.get());
+    write(job, scratch.state.get());
   }
 
   // Merges a split job's blocks, when all of them are done.
   void finish(const Job& job, float* state) const {
-    clear_rows(job, state);
-    for (int64_t b = 0; b < job.blocks(); ++b) merge_block(job, b, state, kept_rows(job, b));
+    clear_partials(job, state);
+    for (int64_t b = 0; b < job.blocks(); ++b) merge_block(job, b, state, kept_partials(job, b));
     write(job, state);
   }
 };
@@ -196,7 +199,7 @@ void clear_others(T* out, const std::vector<Sequence>& sequences, int64_t tokens
   std::fill(out + last * width, out + tokens * width, T(0.0f));
 }
 
-// A cache [slots, Hkv, D] or [pages, positions of a page, Hkv, D].
+// A cache [pages, Hkv, D], with one position in a page, or [pages, positions of a page, Hkv, D].
 template <class T>
 Cache<T> cache_of(const Tensor& t) {
   const int64_t n = t.dim();
@@ -225,13 +228,14 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
     std::vector<Task> tasks;
     const std::unique_ptr<float[]> kept(new float[cut(in, jobs, tasks)]);
     const Attention<A> attention{in, write<A>(out), kept.get()};
-    int64_t height = 0;  // rows of the largest job
-    for (const Job& job : jobs) height = std::max(height, attention.rows(job));
-    const auto room = [&] { return Room<A>(in, height); };
-    in_turn(tasks.size(), room, [&](int64_t i, Room<A>& r) { attention.run(tasks[i], r); });
+    int64_t height = 0;  // partials of the largest job
+    for (const Job& job : jobs) height = std::max(height, attention.partials(job));
+    const auto scratch = [&] { return Scratch<A>(in, height); };
+    parallel_dynamic(tasks.size(), scratch,
+                     [&](int64_t i, Scratch<A>& r) { attention.run(tasks[i], r); });
     std::erase_if(jobs, [](const Job& job) { return !job.split; });
-    in_turn(jobs.size(), room,
-            [&](int64_t i, Room<A>& r) { attention.finish(jobs[i], r.state.get()); });
+    parallel_dynamic(jobs.size(), scratch,
+                     [&](int64_t i, Scratch<A>& r) { attention.finish(jobs[i], r.state.get()); });
   });
   return out;
 }

@@ -19,7 +19,7 @@ def run(
 ) -> Tensor:
     """Shapes as in the public op; computes in fp32, or in q's dtype if that is wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    share = q.shape[1] // key_cache.shape[-2]  # query heads that share a kv head
+    group = q.shape[1] // key_cache.shape[-2]  # query heads of a kv head
     out = q.new_zeros(q.shape)
     P = key_cache.shape[1] if key_cache.ndim == 4 else 1  # positions of a page
     sequences = list(
@@ -29,12 +29,12 @@ def run(
     )
     if key_cache.ndim == 4:
         key_cache, value_cache = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    for begin, slots, sees in sequences:
+    for begin, positions, sees in sequences:
         for j, seen in enumerate(sees):
             if not seen.any():
                 continue
-            k = key_cache[slots[seen]].to(dtype).repeat_interleave(share, 1)  # [n, Hq, D]
-            v = value_cache[slots[seen]].to(dtype).repeat_interleave(share, 1)
+            k = key_cache[positions[seen]].to(dtype).repeat_interleave(group, 1)  # [n, Hq, D]
+            v = value_cache[positions[seen]].to(dtype).repeat_interleave(group, 1)
             scores = scale * torch.einsum("hd,nhd->hn", q[begin + j].to(dtype), k)
             out[begin + j] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v).to(q.dtype)
     return out
@@ -50,13 +50,13 @@ def checked(
     seq_lens: Tensor,
     tree_mask: Tensor | None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each sequence with tokens: its first token, slots [S], what each query sees [n, S] bool.
+    """For each row with tokens: its first token, its positions in the cache [S], the mask [n, S].
 
     Raises: RuntimeError naming the row if an index is out of range.
     """
     (R, M), masked = token_table.shape, 0
     starts = query_start_loc.tolist()
-    for i, (row, S) in enumerate(zip(table_row.tolist(), seq_lens.tolist(), strict=True)):
+    for i, (line, S) in enumerate(zip(table_row.tolist(), seq_lens.tolist(), strict=True)):
         begin, end = starts[i : i + 2]
         if not 0 <= begin <= end <= T:
             raise RuntimeError(
@@ -65,22 +65,22 @@ def checked(
         if begin == end:
             continue
         n = end - begin
-        if not 0 <= row < R:
-            raise RuntimeError(f"row {i}: table_row {row} is not one of {R} rows")
+        if not 0 <= line < R:
+            raise RuntimeError(f"row {i}: table_row {line} is not one of {R} rows")
         if not n <= S <= M * P:
             raise RuntimeError(
                 f"row {i}: seq_lens {S} is not between its {n} tokens and {M * P} positions"
             )
-        pages = token_table[row, : -(-S // P)].long()
+        pages = token_table[line, : -(-S // P)].long()
         outside = ((pages < 0) | (pages >= num_pages)).nonzero()
         if len(outside):
-            p, what = int(outside[0]), "slot" if P == 1 else "page"
+            p = int(outside[0])
             raise RuntimeError(
-                f"row {i}: position {p * P} is in {what} {int(pages[p])}, not one of {num_pages}"
-                f" {what}s"
+                f"row {i}: position {p * P} is in page {int(pages[p])}, not one of {num_pages}"
+                " pages"
             )
-        slots = (pages[:, None] * P + torch.arange(P, device=pages.device)).flatten()[:S]
-        sees = torch.ones(n, S, dtype=torch.bool, device=slots.device).tril(S - n)
+        positions = (pages[:, None] * P + torch.arange(P, device=pages.device)).flatten()[:S]
+        sees = torch.ones(n, S, dtype=torch.bool, device=positions.device).tril(S - n)
         if tree_mask is not None:
             if masked + n * n > len(tree_mask):
                 raise RuntimeError(
@@ -88,6 +88,6 @@ def checked(
                 )
             sees[:, S - n :] = tree_mask[masked : masked + n * n].view(n, n)
             masked += n * n
-        yield begin, slots, sees
+        yield begin, positions, sees
     if tree_mask is not None and masked != len(tree_mask):
         raise RuntimeError(f"tree_mask has {len(tree_mask)} entries, the rows {masked}")

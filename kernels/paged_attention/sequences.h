@@ -8,27 +8,27 @@
 
 namespace Q3N_LEVEL {
 
-// A sequence in the step: tokens [begin, begin + tokens) of the batch, after `context` earlier
-// ones. A query sees the context, and then the step's tokens that its row of the mask selects
-// (without a mask: those up to itself). What it sees is counted as positions [0, seen(query)).
+// A row of the step: tokens [begin, begin + tokens) of the batch, after `context` earlier ones. A
+// query sees the context, and then the row's tokens that its line of the mask selects (without a
+// mask: those up to itself). What it sees is counted as positions [0, seen(query)).
 struct Sequence {
   int64_t begin, tokens, context;
-  const int32_t* pages;  // of positions [0, context + tokens), `page` of them in each
+  const int32_t* pages;  // of positions [0, context + tokens); a page has `page` positions
   int64_t page;
   const uint8_t* mask;  // [tokens, tokens], or null
 
   int64_t seen(int64_t query) const {
     if (!mask) return context + query + 1;
-    const uint8_t* row = mask + query * tokens;
-    return context + std::count_if(row, row + tokens, [](uint8_t sees) { return sees != 0; });
+    const uint8_t* line = mask + query * tokens;
+    return context + std::count_if(line, line + tokens, [](uint8_t sees) { return sees != 0; });
   }
 
   // Whether all queries that see a position below `end` see the same token there.
   bool shared(int64_t end) const { return !mask || end <= context; }
 
-  // Calls f(page, place in it) for a query's positions [begin, end), in order.
+  // Calls f(page, index in it) for a query's positions [begin, end), in order.
   template <class F>
-  void for_places(int64_t query, int64_t begin, int64_t end, F&& f) const {
+  void for_positions(int64_t query, int64_t begin, int64_t end, F&& f) const {
     const int64_t plain = mask ? std::min(end, context) : end;
     int64_t p = begin / page, within = begin % page;
     for (int64_t i = begin; i < plain; ++i) {
@@ -51,21 +51,20 @@ inline std::vector<int64_t> integers(const Tensor& t) {
   return {read<int64_t>(t), read<int64_t>(t) + n};
 }
 
-// The cache's pages, and positions in each; with one, a page is a slot.
+// The KV cache: pages, and positions in each.
 struct Paging {
   int64_t pages, page;
 
   int64_t of(int64_t positions) const { return (positions + page - 1) / page; }
 
   // Throws unless the pages of row i's S positions exist.
-  void check_row(int64_t i, const int32_t* row, int64_t S) const {
+  void check_row(int64_t i, const int32_t* table, int64_t S) const {
     uint32_t most = 0;  // as unsigned, a negative page is large
-    for (int64_t p = 0; p < of(S); ++p) most = std::max(most, static_cast<uint32_t>(row[p]));
+    for (int64_t p = 0; p < of(S); ++p) most = std::max(most, static_cast<uint32_t>(table[p]));
     if (most < pages) return;
-    const char* what = page == 1 ? "slot" : "page";
     for (int64_t p = 0; p < of(S); ++p) {
-      check(0 <= row[p] && row[p] < pages, "row ", i, ": position ", p * page, " is in ", what, " ",
-            row[p], ", not one of ", pages, " ", what, "s");
+      check(0 <= table[p] && table[p] < pages, "row ", i, ": position ", p * page, " is in page ",
+            table[p], ", not one of ", pages, " pages");
     }
   }
 };

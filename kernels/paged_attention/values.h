@@ -1,4 +1,4 @@
-// Weighted sums of values, a tile of rows and columns at a time.
+// Weighted sums of values, a register tile of partials and columns at a time.
 #pragma once
 
 #include "simd.h"
@@ -9,8 +9,9 @@ constexpr int64_t kMaxDim = 256;
 // Elements of the kv heads that a tile takes together, because they are contiguous in memory.
 template <class T>
 constexpr int64_t kMaxRow = std::max<int64_t>(kMaxDim, 1024 / sizeof(T));
-constexpr int64_t kColumns = 2 * kLanes;        // columns of a tile
-constexpr int kWeighed = kLanes == 16 ? 8 : 4;  // rows of a tile: 16 accumulators; below AVX-512 8
+constexpr int64_t kColumns = 2 * kLanes;  // columns of a tile
+constexpr int kWeighed =
+    kLanes == 16 ? 8 : 4;  // partials of a tile: 16 accumulators; below AVX-512 8
 
 // One step of a weighted sum: how many positions it takes, and how it loads weights and values.
 template <class T>
@@ -64,9 +65,9 @@ struct Values<bf16> {  // positions in pairs; columns stay in the order that unp
 template <class T>
 using Weight = typename Values<T>::Weight;
 
-// Keys to prefetch while values are summed: one row of `bytes` every `pace` positions.
+// Keys to prefetch while values are summed: `bytes` of one every `pace` positions.
 template <class T>
-struct Ahead {
+struct Prefetch {
   const T* const* row;
   int64_t left, pace, bytes;
 
@@ -75,11 +76,11 @@ struct Ahead {
   }
 };
 
-// out[r][0 .. kColumns) = sum_i w[r][i] value_i[c ..], for R rows and the first n values.
+// out[r][0 .. kColumns) = sum_i w[r][i] value_i[c ..], for R partials and the first n values.
 // columns: fewer than kColumns in a masked tail.
 template <int R, class T, class... Count>
 void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int64_t n, int64_t c,
-                Ahead<T>& ahead, float* out, int64_t out_stride, Count... columns) {
+                Prefetch<T>& ahead, float* out, int64_t out_stride, Count... columns) {
   using V = Values<T>;
   alignas(64) static const T zeros[kMaxRow<T>] = {};
   f32v total[R][2] = {};
@@ -110,13 +111,13 @@ void weigh_tile(const Weight<T>* w, int64_t w_stride, const T* const* value, int
   });
 }
 
-// weigh_tile for `rows` rows, at most R, of whole tiles.
+// weigh_tile for `count` partials, at most R, of whole tiles.
 template <class T, int R = kWeighed>
-void weigh_rows(int64_t rows, const Weight<T>* w, int64_t w_stride, const T* const* value,
-                int64_t n, int64_t c, Ahead<T>& ahead, float* out, int64_t out_stride) {
+void weigh_tiles(int64_t count, const Weight<T>* w, int64_t w_stride, const T* const* value,
+                 int64_t n, int64_t c, Prefetch<T>& ahead, float* out, int64_t out_stride) {
   if constexpr (R > 1) {
-    if (rows < R) {
-      return weigh_rows<T, R - 1>(rows, w, w_stride, value, n, c, ahead, out, out_stride);
+    if (count < R) {
+      return weigh_tiles<T, R - 1>(count, w, w_stride, value, n, c, ahead, out, out_stride);
     }
   }
   weigh_tile<R, T>(w, w_stride, value, n, c, ahead, out, out_stride);
@@ -124,17 +125,17 @@ void weigh_rows(int64_t rows, const Weight<T>* w, int64_t w_stride, const T* con
 
 // out[r] = sum_i w[r][i] value_i[first .. first + D), padded to kColumns.
 template <class T>
-void weigh(const Weight<T>* w, int64_t w_stride, int64_t rows, const T* const* value, int64_t n,
-           int64_t first, int64_t D, Ahead<T>& ahead, float* out, int64_t out_stride) {
-  for (int64_t r = 0; r < rows; r += kWeighed) {
-    const int64_t count = std::min<int64_t>(kWeighed, rows - r);
+void weigh(const Weight<T>* w, int64_t w_stride, int64_t partials, const T* const* value, int64_t n,
+           int64_t first, int64_t D, Prefetch<T>& ahead, float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < partials; r += kWeighed) {
+    const int64_t count = std::min<int64_t>(kWeighed, partials - r);
     for (int64_t c = 0; c + kColumns <= D; c += kColumns) {
-      weigh_rows<T>(count, w + r * w_stride, w_stride, value, n, first + c, ahead,
-                    out + r * out_stride + c, out_stride);
+      weigh_tiles<T>(count, w + r * w_stride, w_stride, value, n, first + c, ahead,
+                     out + r * out_stride + c, out_stride);
     }
   }
   const int64_t whole = D / kColumns * kColumns;
-  for (int64_t r = 0; whole < D && r < rows; ++r) {  // row by row: few models have such heads
+  for (int64_t r = 0; whole < D && r < partials; ++r) {  // one by one: few models have such heads
     weigh_tile<1, T>(w + r * w_stride, w_stride, value, n, first + whole, ahead,
                      out + r * out_stride + whole, out_stride, D - whole);
   }

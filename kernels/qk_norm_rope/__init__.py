@@ -25,7 +25,7 @@ def qk_norm_rope(
     Rotates the first rotary_dim dims of a head (NeoX pairing: i with i + rotary_dim / 2).
 
     Shapes (Hq = num_heads, Hkv = num_kv_heads, D = head_dim):
-        qkv: [T, 2 * Hq * D + 2 * Hkv * D], any row stride: per query head [query | gate], k, v
+        qkv: [T, 2 * Hq * D + 2 * Hkv * D], any stride of dim 0: per query head [query | gate], k, v
         q_weight, k_weight: [D], fp32 or qkv's dtype
         cos_sin: [positions, rotary_dim], the cosines then the sines, fp32 or qkv's dtype
         positions: [T] int64

@@ -7,7 +7,7 @@ from triton import next_power_of_2
 
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.gpu.configs import config_for
-from qwen3next_plugin.kernels.gpu.rows import report
+from qwen3next_plugin.kernels.gpu.rows import record_fault
 
 POSITION = tl.constexpr(faults.POSITION)
 
@@ -79,4 +79,4 @@ def _qk_norm_rope(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
         kind = tl.where(is_known, 0, POSITION)
-        report(record, kind, t, position, 0, 0, 0, 0, 0, known, 0)
+        record_fault(record, kind, t, position, 0, 0, 0, 0, 0, known, 0)

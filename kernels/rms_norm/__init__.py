@@ -12,7 +12,7 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None 
     With a residual: residual_ += x in its own dtype, and the norm of residual_ is returned.
 
     Shapes:
-        x, residual_: [T, D], any row stride
+        x, residual_: [T, D], any stride of dim 0
         weight: [D], fp32 or x's dtype
         returns [T, D] contiguous
 

@@ -1,4 +1,4 @@
-"""The norm in Triton: a row in registers."""
+"""The norm in Triton: a token in registers."""
 
 import triton
 import triton.language as tl
@@ -24,18 +24,18 @@ def run(x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None) -> Tens
 
 @triton.jit
 def _rms_norm(
-    x, x_row, residual, residual_row, weight, out, eps,
+    x, x_token, residual, residual_token, weight, out, eps,
     ADDS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One row; grid (T)."""
+    """One token; grid (T)."""
     t = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BD)
     inside = at < D
-    y = tl.load(x + t * x_row + at, mask=inside, other=0.0)
+    y = tl.load(x + t * x_token + at, mask=inside, other=0.0)
     if ADDS:
-        before = tl.load(residual + t * residual_row + at, mask=inside, other=0.0)
+        before = tl.load(residual + t * residual_token + at, mask=inside, other=0.0)
         y = (y.to(tl.float32) + before.to(tl.float32)).to(y.dtype)
-        tl.store(residual + t * residual_row + at, y, mask=inside)
+        tl.store(residual + t * residual_token + at, y, mask=inside)
     y = y.to(tl.float32)
     w = 1.0 + tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps) * w

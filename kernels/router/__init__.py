@@ -6,18 +6,18 @@ from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
 
 
-def router(*, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """The k experts with the greatest logits and their softmax weights, greatest first, in fp32.
+def router(*, logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """The top_k experts by logit and their softmax weights, greatest first, in fp32.
 
-    weight_e = exp(logit_e) / sum exp(logit), over all experts or, renormalised, over the k chosen.
-    Of equal logits the lower expert comes first. A row with NaN, with +inf or with only -inf has no
-    softmax: its experts are the first k, its weights NaN.
+    weight_e = exp(logit_e) / sum exp(logit), over all experts or, renormalised, over those
+    chosen. Of equal logits the lower expert comes first. A token with NaN, with +inf or with only
+    -inf has no softmax: its experts are the first top_k, its weights NaN.
 
     Shapes:
-        logits: [T, E], any row stride
-        returns weights [T, k] fp32, experts [T, k] int32
+        logits: [T, E], any stride of dim 0
+        returns weights [T, top_k] fp32, experts [T, top_k] int32
 
-    Raises: ValueError: an argument's shape, stride, device or dtype; k not in [1, E].
+    Raises: ValueError: an argument's shape, stride, device or dtype; top_k not in [1, E].
 
     Source: `Qwen3NextTopKRouter` of transformers.
     """
@@ -25,6 +25,6 @@ def router(*, logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor
     run = dispatch.implementation(op, logits.device)
     T, E = sizes(op, "logits", logits, 2)
     check(op, "logits", logits, (T, E), ACTIVATIONS, logits.device)
-    if not 1 <= k <= E:
-        raise ValueError(f"{op}: k = {k} of {E} experts")
-    return run(logits, k, renormalise)
+    if not 1 <= top_k <= E:
+        raise ValueError(f"{op}: top_k = {top_k} of {E} experts")
+    return run(logits, top_k, renormalise)

@@ -22,7 +22,7 @@ struct Ranked {
   }
 };
 
-// Ranks a row's logits; false if the row has no softmax.
+// Ranks a token's logits; false if they have no softmax.
 template <class T>
 bool rank(Ranked ranked, const T* logits, int64_t E, int64_t k) {
   bool defined = true;
@@ -47,7 +47,7 @@ bool rank(Ranked ranked, const T* logits, int64_t E, int64_t k) {
   return defined && !lane_mask(undefined) && ranked.values[0] > -kInf;
 }
 
-// sum exp(logit - most) over a row.
+// sum exp(logit - most) over a token's logits.
 template <class T>
 float partition(const T* logits, int64_t E, float most) {
   f32v total{};
@@ -81,11 +81,11 @@ std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   Tensor weights = torch::stable::new_empty(logits, {T, k}, ScalarType::Float);
   Tensor experts = torch::stable::new_empty(logits, {T, k}, ScalarType::Int);
   with_activations(logits, [&]<class A>(A) {
-    const A* rows = read<A>(logits);
+    const A* all = read<A>(logits);
     float* weight = write<float>(weights);
     int32_t* expert = write<int32_t>(experts);
     parallel(T, 1 + 16384 / (E + 1), [&](int64_t t) {
-      route(weight + t * k, expert + t * k, rows + t * stride, E, k, renormalise);
+      route(weight + t * k, expert + t * k, all + t * stride, E, k, renormalise);
     });
   });
   return {weights, experts};

@@ -10,7 +10,7 @@ run = torch.ops.qwen3next.router.default
 
 
 @torch.library.register_fake("qwen3next::router")
-def _(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     T = logits.shape[0]
-    weights = logits.new_empty(T, k, dtype=torch.float32)
-    return weights, logits.new_empty(T, k, dtype=torch.int32)
+    weights = logits.new_empty(T, top_k, dtype=torch.float32)
+    return weights, logits.new_empty(T, top_k, dtype=torch.int32)

@@ -11,15 +11,16 @@ from qwen3next_plugin.kernels.gpu.configs import config_for
 INF = tl.constexpr(float("inf"))
 
 
-def run(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+def run(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op."""
     T, E = logits.shape
-    weights = logits.new_empty(T, k, dtype=torch.float32)
-    experts = logits.new_empty(T, k, dtype=torch.int32)
+    weights = logits.new_empty(T, top_k, dtype=torch.float32)
+    experts = logits.new_empty(T, top_k, dtype=torch.int32)
     if T:
         _router[T,](
             logits, logits.stride(0), weights, experts,
-            RENORMALISES=renormalise, K=k, BK=next_power_of_2(k), E=E, BE=next_power_of_2(E),
+            K=top_k, BK=next_power_of_2(top_k), E=E, BE=next_power_of_2(E),
+            RENORMALISES=renormalise,
             **config_for(logits.device).commit.options(),
         )  # fmt: skip
     return weights, experts
@@ -27,14 +28,14 @@ def run(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _router(
-    logits, logits_row, weights, experts,
+    logits, logits_token, weights, experts,
     RENORMALISES: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     E: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """One token; grid (T)."""
     t = tl.program_id(0).to(tl.int64)
     e, rank = tl.arange(0, BE), tl.arange(0, BK)
-    x = tl.load(logits + t * logits_row + e, mask=e < E, other=-INF).to(tl.float32)
+    x = tl.load(logits + t * logits_token + e, mask=e < E, other=-INF).to(tl.float32)
     most = tl.max(x, 0)
     undefined = (tl.sum((x < INF).to(tl.int32), 0) < BE) | (most == -INF)
 

@@ -14,9 +14,9 @@ def shared_expert_gate(
     Sums have a fixed order, so a token's bits do not depend on the rest of the batch.
 
     Shapes:
-        x: [T, D], any row stride
+        x: [T, D], any stride of dim 0
         weight: [1, D], fp32 or x's dtype
-        shared_, routed: [T, D], any row stride; shared_ in place
+        shared_, routed: [T, D], any stride of dim 0; shared_ in place
 
     Raises: ValueError: an argument's shape, stride, device or dtype.
 

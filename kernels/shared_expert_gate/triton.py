@@ -23,17 +23,17 @@ def run(x: Tensor, weight: Tensor, shared_: Tensor, routed: Tensor | None) -> No
 
 @triton.jit
 def _shared_expert_gate(
-    x, x_row, weight, shared, shared_row, routed, routed_row,
+    x, x_token, weight, shared, shared_token, routed, routed_token,
     ADDS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One token; grid (T)."""
     t = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BD)
     inside = at < D
-    y = tl.load(shared + t * shared_row + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(shared + t * shared_token + at, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(x + t * x_row + at, mask=inside, other=0.0).to(tl.float32) * w
+    gate = tl.load(x + t * x_token + at, mask=inside, other=0.0).to(tl.float32) * w
     y *= sigmoid(tl.sum(gate, 0))
     if ADDS:
-        y += tl.load(routed + t * routed_row + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(shared + t * shared_row + at, y.to(shared.dtype.element_ty), mask=inside)
+        y += tl.load(routed + t * routed_token + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(shared + t * shared_token + at, y.to(shared.dtype.element_ty), mask=inside)

@@ -101,7 +101,7 @@ class Launches:
             return
         router(  # not used by a host that has its own
             logits=self._empty(1, c.num_experts),
-            k=c.num_experts_per_tok,
+            top_k=c.num_experts_per_tok,
             renormalise=c.norm_topk_prob,
         )
         if c.shared_expert_intermediate_size:

@@ -258,7 +258,7 @@ def test_tokens_of_no_sequence_are_zero(cpu_backend):
         ({"table_row": int32(-1, 2)}, "row 0: table_row -1 is not one of 4 rows"),
         ({"seq_lens": int32(7, 1)}, "row 1: seq_lens 1 is not between its 2 tokens and 12"),
         ({"seq_lens": int32(13, 9)}, "row 0: seq_lens 13 is not between its 3 tokens and 12"),
-        ({"seq_lens": int32(8, 9)}, f"row 0: position 7 is in slot {NOWHERE}, not one of 25 slots"),
+        ({"seq_lens": int32(8, 9)}, f"row 0: position 7 is in page {NOWHERE}, not one of 25 pages"),
         ({"tree_mask": torch.ones(12).bool()}, "row 1: its 2 x 2 entries end beyond the 12 of"),
         ({"tree_mask": torch.ones(14).bool()}, "tree_mask has 14 entries, the rows 13"),
     ],
@@ -275,7 +275,7 @@ def test_refuses_what_is_no_slot(cpu_backend, slot):
     pool = Pool.random((7, 9), HEADS[1], torch.float32)
     pool.token_table[2, 3] = slot
     pool((0, 4, 7), (1, 2, 3))
-    with pytest.raises(RuntimeError, match=f"row 1: position 3 is in slot {slot}, not one of 25"):
+    with pytest.raises(RuntimeError, match=f"row 1: position 3 is in page {slot}, not one of 25"):
         pool((0, 4, 7), (1, 7, 9))
 
 
@@ -299,7 +299,7 @@ def test_refuses_what_is_no_page(cpu_backend, page):
         ("q", lambda x: torch.zeros(5, 4, 257), "cannot serve 4 query heads of 257 dims"),
         ("key_cache", lambda x: x[:, :, :39], "key_cache has shape"),
         ("key_cache", lambda x: x[:, None], "value_cache has shape"),
-        ("key_cache", lambda x: x[:24], "24 slots of keys, 25 of values"),
+        ("key_cache", lambda x: x[:24], "24 pages of keys, 25 of values"),
         ("value_cache", lambda x: x.bfloat16(), r"value_cache is torch\.bfloat16"),
         ("token_table", lambda x: x.long(), r"token_table is torch\.int64"),
         ("token_table", lambda x: x[0], "token_table has shape"),

@@ -1,5 +1,5 @@
-// What a tile of queries computes: the rows of one block of positions, and how blocks are merged.
-// For block b a row (a query and a head) has m_b = max_i s_i, l_b = sum_i exp(s_i - m_b) and
+// Online softmax: the partial result of a query and a head for one block of positions, and how
+// partials are merged. For block b it is m_b = max_i s_i, l_b = sum_i exp(s_i - m_b) and
 // o_b = sum_i exp(s_i - m_b) v_i. Each block is computed by itself and blocks are merged in order,
 // so that no result depends on which blocks a task takes.
 #pragma once
@@ -34,12 +34,12 @@ struct Operands {
   int64_t Hq, Hkv, D;
   float scale;
 
-  int64_t share() const { return Hq / Hkv; }  // query heads of a kv head
-  int64_t row_size() const { return round_up(D, kColumns) + kLanes; }
+  int64_t group() const { return Hq / Hkv; }  // query heads of a kv head
+  int64_t partial_size() const { return round_up(D, kColumns) + kLanes; }
 };
 
-// Queries [first, last) of a sequence, with the query heads of kv heads [kv, kv + heads). Its rows
-// are [kv head][query][query head of the kv head].
+// Queries [first, last) of a sequence, with the query heads of kv heads [kv, kv + heads). Its
+// partials are [kv head][query][query head of the kv head].
 struct Tile {
   const Sequence* sequence;
   int64_t kv, heads, first, last;
@@ -47,24 +47,24 @@ struct Tile {
   int64_t queries() const { return last - first; }
 };
 
-// A row of one block, or of the blocks merged so far: o (padded), then m and l.
+// Of one block, or of the blocks merged so far: o (padded), then m and l.
 struct Partial {
   float* o;
   int64_t padded;
 
   float& m() const { return o[padded]; }
   float& l() const { return o[padded + 1]; }
-  f32v share() const { return splat(l() == 0.0f ? 0.0f : 1.0f / l()); }
+  f32v inverse() const { return splat(l() == 0.0f ? 0.0f : 1.0f / l()); }
 };
 
 template <class T>
-Partial row_of(const Operands<T>& in, float* rows, int64_t i) {
-  return {rows + i * in.row_size(), in.row_size() - kLanes};
+Partial partial_at(const Operands<T>& in, float* partials, int64_t i) {
+  return {partials + i * in.partial_size(), in.partial_size() - kLanes};
 }
 
-inline void clear(const Partial& row) {
-  std::fill(row.o, row.o + row.padded, 0.0f);
-  row.m() = -std::numeric_limits<float>::infinity(), row.l() = 0.0f;
+inline void clear(const Partial& to) {
+  std::fill(to.o, to.o + to.padded, 0.0f);
+  to.m() = -std::numeric_limits<float>::infinity(), to.l() = 0.0f;
 }
 
 inline void merge(const Partial& into, const Partial& block) {
@@ -79,7 +79,7 @@ inline void merge(const Partial& into, const Partial& block) {
 
 // weights = exp(scale s - m), zero beyond n; sets m and l.
 template <class W>
-void softmax(float* s, int64_t n, float scale, W* weights, const Partial& row) {
+void softmax(float* s, int64_t n, float scale, W* weights, const Partial& to) {
   const float lowest = -std::numeric_limits<float>::infinity();
   const int64_t padded = round_up(n, kLanes);
   std::fill(s + n, s + padded, lowest);
@@ -97,23 +97,24 @@ void softmax(float* s, int64_t n, float scale, W* weights, const Partial& row) {
     total += p;
     store(weights + i, p);
   }
-  row.m() = m, row.l() = sum(total);
+  to.m() = m, to.l() = sum(total);
 }
 
 // Pointers to the keys and values of a block, in the order in which a query sees them.
 template <class T>
-struct Places {
+struct BlockKV {
   const T *key[kBlock], *value[kBlock];
   int64_t count = 0;
 
-  // Finds those of the block at `start`. A block that is not full is filled up with its last one.
+  // Finds those of the block at `start`; the last one is repeated up to a full block.
   void find(const Operands<T>& in, const Tile& tile, int64_t query, int64_t start) {
     const Sequence& s = *tile.sequence;
     const int64_t kv = tile.kv;
     count = 0;
-    s.for_places(query, start, std::min(start + kBlock, s.seen(query)), [&](int64_t p, int64_t i) {
-      key[count] = in.key.at(p, i, kv), value[count++] = in.value.at(p, i, kv);
-    });
+    s.for_positions(query, start, std::min(start + kBlock, s.seen(query)),
+                    [&](int64_t p, int64_t i) {
+                      key[count] = in.key.at(p, i, kv), value[count++] = in.value.at(p, i, kv);
+                    });
     if (count) std::fill(key + count, key + kBlock, key[count - 1]);
     if (count) std::fill(value + count, value + kBlock, value[count - 1]);
   }

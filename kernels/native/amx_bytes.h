@@ -1,0 +1,254 @@
+// The micro-kernel in AMX instructions for int8 and int4 weights: x's int16 are multiplied as upper
+// and lower bytes, each summed exactly in int32. So the bits are those of micro_kernel.h, which few
+// tokens use.
+#pragma once
+
+#include "amx.h"
+
+#if defined(Q3N_AMX)
+
+namespace Q3N_LEVEL {
+
+constexpr int64_t kAmxByteK = 64;  // columns in a tile register, at most
+
+// Whether so many terms are multiplied here.
+inline bool use_amx_bytes(const PackedWeight& w, int64_t terms) {
+  constexpr int64_t kFewest = 9;
+  return native::use_amx && terms >= kFewest && is_integer(w.format);
+}
+
+inline int64_t byte_slice(const PackedWeight& w) { return std::min(w.block, kAmxByteK); }
+
+// The index of the upper byte of x for column j of the weight as unpack_bytes orders it, and the
+// lower byte's distance from it: see `split`.
+constexpr int upper_at(Format format, int j) {
+  return format == kInt4 ? j / 8 * 16 + j % 8 : 2 * j + 1;
+}
+constexpr int lower_after(Format format) { return format == kInt4 ? 8 : -1; }
+
+// The byte order of a slice, upper bytes then lower bytes, of `columns` integers.
+template <Format kFormat, int kColumns>
+struct ByteOrder {
+  alignas(64) uint8_t upper[64], lower[64];
+
+  constexpr ByteOrder() : upper(), lower() {
+    for (int j = 0; j < 64; ++j) {
+      const int at = upper_at(kFormat, j % kColumns), after = lower_after(kFormat);
+      upper[j] = at + (j < kColumns ? 0 : after), lower[j] = at + after;
+    }
+  }
+};
+
+// Packs a term's int16; a slice has `columns` of them.
+template <Format kFormat>
+Q3N_AMX void pack_bytes(AmxPanels::Place to, int64_t slices, int64_t columns,
+                        const int32_t* words) {
+  static constexpr ByteOrder<kFormat, 64> kWide;
+  static constexpr ByteOrder<kFormat, 32> kNarrow;
+  const auto* x = reinterpret_cast<const uint8_t*>(words);
+  const __m512i both = _mm512_load_si512(kNarrow.upper);
+  const __m512i upper = _mm512_load_si512(kWide.upper), lower = _mm512_load_si512(kWide.lower);
+  for (int64_t s = 0; s < slices; ++s, x += 2 * columns, to.bytes += to.stride) {
+    const __m512i first = _mm512_loadu_si512(x);
+    if (columns < kAmxByteK) {
+      _mm512_store_si512(to.bytes, _mm512_permutexvar_epi8(both, first));
+    } else {
+      const __m512i second = _mm512_loadu_si512(x + kLine);
+      _mm512_store_si512(to.bytes, _mm512_permutex2var_epi8(first, upper, second));
+      _mm512_store_si512(to.bytes + kLine, _mm512_permutex2var_epi8(first, lower, second));
+    }
+  }
+}
+
+// Terms of the activations, packed as bytes.
+struct AmxBytePanels {
+  AmxPanels panels;
+  std::vector<float> scales;  // of a panel: block by block, those of all its terms
+
+  AmxBytePanels(const PackedWeight& w, const Activations& a, const std::vector<int64_t>& terms,
+                const std::vector<int64_t>& runs)
+      : panels(terms.size(), w.blocks * w.block / byte_slice(w), 2 * byte_slice(w)),
+        scales(terms.size() * w.blocks) {
+    parallel(terms.size(), 1 + 16384 / (w.K + 1), [&](int64_t i) {
+      const auto end = std::upper_bound(runs.begin(), runs.end(), i);
+      const int64_t begin = end[-1], count = *end - begin, at = i - begin;
+      const int64_t first = at / kAmxRows * kAmxRows, height = std::min(count - first, kAmxRows);
+      const auto set = w.format == kInt4 ? pack_bytes<kInt4> : pack_bytes<kInt8>;
+      set(panels.place(begin, count, at), panels.slices, byte_slice(w), a.term(terms[i]));
+      for (int64_t b = 0; b < w.blocks; ++b) {
+        scales[(begin + first) * w.blocks + b * height + at - first] = a.scale(terms[i])[b];
+      }
+    });
+  }
+};
+
+// Unpacks blocks [first, last) of a panel to lines of four columns, minus zero points.
+Q3N_AMX inline void unpack_bytes(uint8_t* out, const PackedWeight& w, int64_t panel, int64_t first,
+                                 int64_t last) {
+  struct PairOrder {
+    alignas(64) uint16_t words[32];
+    constexpr PairOrder() : words() {
+      for (int i = 0; i < 32; ++i) words[i] = i / 2 + i % 2 * 16;
+    }
+  };
+  static constexpr PairOrder kPairs;
+  const __m512i places = _mm512_load_si512(kPairs.words), nibble = _mm512_set1_epi8(15);
+  const int64_t lines = w.block / (w.format == kInt4 ? 8 : 4);
+  const uint8_t* line = w.panel(panel) + first * lines * kLine;
+  for (int64_t b = first; b < last; ++b) {
+    if (w.format == kInt8) {
+      for (int64_t l = 0; l < lines; ++l, line += kLine, out += kLine) {
+        const __m512i pairs = _mm512_loadu_si512(line);
+        _mm_prefetch(line + kAhead, _MM_HINT_T0);
+        _mm512_store_si512(out, _mm512_permutexvar_epi16(places, pairs));
+      }
+    } else {
+      const __m512i zero = (__m512i)(w.zero(panel, b, 0) * 0x01010101);
+      for (int64_t l = 0; l < lines; ++l, line += kLine, out += 2 * kLine) {
+        const __m512i nibbles = _mm512_loadu_si512(line);
+        _mm_prefetch(line + kAhead, _MM_HINT_T0);
+        const __m512i low = _mm512_and_si512(nibbles, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), nibble);
+        _mm512_store_si512(out, _mm512_sub_epi8(low, zero));
+        _mm512_store_si512(out + kLine, _mm512_sub_epi8(high, zero));
+      }
+    }
+  }
+}
+
+// Tile registers: 0 and 1 sums of x's upper bytes, 2 and 3 of its lower bytes; 4 and 5 x; 6 and 7
+// the weight.
+Q3N_AMX inline void configure_byte_tiles(int64_t height, int64_t columns) {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {kLine, kLine, kLine, kLine, 0, 0, kLine, kLine};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 6; ++i) config.rows[i] = height;
+  config.rows[6] = config.rows[7] = columns / 4;
+  config.bytes[4] = config.bytes[5] = columns;
+  asm volatile("" ::"r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+// A block's sums with a panel of x, and the totals to add them to.
+struct BlockSums {
+  alignas(64) int32_t upper[kAmxRows][kNR], lower[kAmxRows][kNR];
+  float* totals = nullptr;        // [height, kNR]
+  const float* scales = nullptr;  // of x
+  const f32v* weight_scales = nullptr;
+  int64_t height = 0;
+};
+
+// Adds terms [begin, end) to their totals, as add_blocks does.
+template <bool kScaled>
+void add_products(const BlockSums& sums, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < std::min(end, sums.height); ++i) {
+    const f32v scale = splat(sums.scales[i]);
+    for (int p = 0; p < kTilePanels; ++p) {
+      i32v upper, lower;
+      std::memcpy(&upper, sums.upper[i] + p * kPanelWidth, sizeof upper);
+      std::memcpy(&lower, sums.lower[i] + p * kPanelWidth, sizeof lower);
+      f32v product = __builtin_convertvector((upper << 8) + lower, f32v);
+      if constexpr (kScaled) product *= sums.weight_scales[p];
+      float* to = sums.totals + i * kNR + p * kPanelWidth;
+      store(to, load(to) + product * scale);
+    }
+  }
+}
+
+// Multiplies a block. In the meantime the block before is added, some terms after each slice, so
+// that vector and AMX units are both busy.
+template <bool kScaled, bool kStream>
+Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before,
+                                const std::array<const uint8_t*, kTilePanels>& w, const TileView& x,
+                                int64_t columns, int64_t slices) {
+  constexpr int64_t kRow = sizeof *sums.upper;
+  const int64_t share = kAmxRows / slices;
+  asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t s = 0; s < slices; ++s) {
+    const uint8_t* upper = static_cast<const uint8_t*>(x.at(s));
+    if constexpr (kStream) {
+      _tile_stream_loadd(4, upper, x.token);
+    } else {
+      _tile_loadd(4, upper, x.token);
+    }
+    _tile_loadd(6, w[0] + s * columns * kPanelWidth, kLine);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, w[1] + s * columns * kPanelWidth, kLine);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (kStream) {
+      _tile_stream_loadd(5, upper + columns, x.token);
+    } else {
+      _tile_loadd(5, upper + columns, x.token);
+    }
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+    add_products<kScaled>(before, s * share, (s + 1) * share);
+  }
+  _tile_stored(0, sums.upper[0], kRow);
+  _tile_stored(1, sums.upper[0] + kPanelWidth, kRow);
+  _tile_stored(2, sums.lower[0], kRow);
+  _tile_stored(3, sums.lower[0] + kPanelWidth, kRow);
+  asm volatile("" ::: "memory");
+}
+
+// totals [count, kNR] += blocks [first, last) of x times `lines` of the weight.
+template <bool kScaled, bool kStream>
+Q3N_AMX void multiply_byte_chunk(float* totals, const PackedWeight& w, const Panels& panels,
+                                 const std::array<const uint8_t*, kTilePanels>& lines,
+                                 const AmxBytePanels& x, int64_t begin, int64_t count,
+                                 int64_t first, int64_t last) {
+  const int64_t columns = byte_slice(w), slices = w.block / columns;
+  f32v scales[kKC / 32][kTilePanels] = {};
+  for (int64_t b = first; kScaled && b < last; ++b) {
+    for (int p = 0; p < kTilePanels; ++p) scales[b - first][p] = w.scale(panels[p], b, 0);
+  }
+  BlockSums sums[2];
+  int64_t configured = 0, turn = 0;
+  for (int64_t i = 0; i < count; i += kAmxRows) {
+    const int64_t height = std::min(kAmxRows, count - i), slice = height * x.panels.width;
+    if (configured != height) configure_byte_tiles(configured = height, columns);
+    for (int64_t b = first; b < last; ++b, turn = 1 - turn) {
+      const int64_t at = (b - first) * w.block * kPanelWidth;
+      const TileView tile{x.panels.panel(begin + i) + b * slices * slice, slice, x.panels.width};
+      micro_kernel_bytes<kScaled, kStream>(sums[turn], sums[1 - turn],
+                                           {lines[0] + at, lines[1] + at}, tile, columns, slices);
+      sums[turn].totals = totals + i * kNR, sums[turn].height = height;
+      sums[turn].scales = x.scales.data() + (begin + i) * w.blocks + b * height;
+      sums[turn].weight_scales = scales[b - first];
+    }
+  }
+  add_products<kScaled>(sums[1 - turn], 0, kAmxRows);
+}
+
+// totals [tiles, count, kNR] = these tiles of W times terms [begin, begin + count) of one run.
+Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
+                             const AmxBytePanels& x, int64_t begin, int64_t count) {
+  static_assert(kTilePanels == 2 && kParts == 1);
+  const int64_t chunk = kKC / w.block, size = count * kNR;
+  const bool stream = count > kAmxMR;
+  const auto add = w.group
+                       ? stream ? multiply_byte_chunk<true, true> : multiply_byte_chunk<true, false>
+                   : stream ? multiply_byte_chunk<false, true>
+                            : multiply_byte_chunk<false, false>;
+  alignas(64) thread_local uint8_t decoded[kTilePanels][kKC * kPanelWidth];
+  std::memset(totals, 0, tiles.size() * size * sizeof *totals);
+  for (int64_t first = 0; first < w.blocks; first += chunk) {
+    const int64_t last = std::min(first + chunk, w.blocks);
+    for (size_t q = 0; q < tiles.size(); ++q) {
+      for (int p = 0; p < kTilePanels; ++p) unpack_bytes(decoded[p], w, tiles[q][p], first, last);
+      add(totals + q * size, w, tiles[q], {decoded[0], decoded[1]}, x, begin, count, first, last);
+    }
+  }
+  _tile_release();
+  if (!w.group) multiply_by_scales(totals, w, tiles, count);
+}
+
+}  // namespace Q3N_LEVEL
+
+#endif

@@ -1,0 +1,162 @@
+// The micro-kernel in vector instructions: a register tile of kMR terms of A by kNR output
+// channels, and the macro-kernel around it. An output is summed in one order: within a block even
+// and odd columns separately, then block by block. So it depends on neither the tile nor the other
+// tokens.
+#pragma once
+
+#include <array>
+
+#include "activations.h"
+
+namespace Q3N_LEVEL {
+
+// Terms, and panels, of a register tile: accumulators take about half of the registers.
+template <class F>
+constexpr int kMR = (kLanes == 16  ? 8
+                     : kLanes == 8 ? 4
+                                   : 2) /
+                    (F::kExact ? F::kWords : 2);
+constexpr int kTilePanels = kLanes == 16 ? 2 : 1;
+constexpr int64_t kNR = kTilePanels * kPanelWidth;
+constexpr int64_t kKC = 512;         // columns unpacked at a time: they fit in L1
+constexpr int64_t kDirectTiles = 2;  // up to so many tiles of terms unpack lines as they read them
+constexpr int64_t kLinesAhead = 64;  // prefetched
+
+// Indices of a tile's panels; the last one is repeated beyond the end.
+using Panels = std::array<int64_t, kTilePanels>;
+
+// Accumulators per output: even and odd columns separately, to hide the latency of additions. Exact
+// sums have no order, so there several terms hide it.
+template <class F, int T>
+constexpr int kChains = F::kExact && T > 2 ? 1 : 2;
+
+// sum[v][t] = `lines` lines times the words of x; v: vector of the tile's channels, t: term.
+template <class F, int T>
+Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kParts][T],
+                                    const uint8_t* const (&line)[kTilePanels], int64_t lines,
+                                    const int32_t* const (&x)[T]) {
+  constexpr int kVectors = kTilePanels * kParts, kC = kChains<F, T>;
+  typename F::Sum chain[kVectors][T][kC] = {};
+  for (int64_t l = 0; l < lines; ++l) {
+    typename F::Value w[kVectors][F::kLineVectors];
+    repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+      const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
+      if (!F::kUnpacked && v % kParts == 0) __builtin_prefetch(at + kLinesAhead * kLine);
+      F::unpack(at, v % kParts, w[v]);
+    });
+    repeat<F::kLineVectors>(F::kLineVectors, [&](int64_t s) Q3N_INLINE {
+      repeat<T>(T, [&](int64_t t) Q3N_INLINE {
+        const auto xs = F::spread(x[t] + l * kLineWords<F>, s);
+        repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+          chain[v][t][s % kC] = F::add(w[v][s], xs, chain[v][t][s % kC]);
+        });
+      });
+    });
+  }
+  repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+    repeat<T>(T, [&](int64_t t) Q3N_INLINE {
+      sum[v][t] = F::total(kC == 1 ? chain[v][t][0] : chain[v][t][0] + chain[v][t][kC - 1]);
+    });
+  });
+}
+
+// total[t] += blocks [first, last) of a tile times T terms. `lines` start at block `first`.
+template <class F, int T>
+void add_blocks(float* const (&total)[T], const PackedWeight& w, const Panels& panels,
+                const uint8_t* const (&lines)[kTilePanels], const Activations& a,
+                const int64_t (&terms)[T], int64_t first, int64_t last) {
+  constexpr int kVectors = kTilePanels * kParts;
+  const int64_t block_lines = w.block / kLineColumns<F>;
+  for (int64_t b = first; b < last; ++b) {
+    const uint8_t* line[kTilePanels];
+    for (int p = 0; p < kTilePanels; ++p)
+      line[p] = lines[p] + (b - first) * block_lines * F::kLineBytes;
+    const int32_t* x[T];
+    for (int t = 0; t < T; ++t) x[t] = a.term(terms[t]) + b * w.block / F::kColumns;
+    typename F::Total sum[kVectors][T];
+    micro_kernel<F, T>(sum, line, block_lines, x);
+    repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+      const int64_t panel = panels[v / kParts], part = v % kParts;
+      const f32v scale = w.group ? w.scale(panel, b, part) : splat(1.0f);
+      const i32v zero = w.zeros ? w.zero(panel, b, part) : i32v{};
+      repeat<T>(T, [&](int64_t t) Q3N_INLINE {
+        auto products = sum[v][t];
+        if constexpr (F::kExact) {
+          const int32_t of_x = a.sum(terms[t])[b];
+          products -= w.zeros ? zero * of_x : w.offset * of_x + i32v{};
+        }
+        float* to = total[t] + v * kLanes;
+        const f32v scaled =
+            __builtin_convertvector(products, f32v) * scale * splat(a.scale(terms[t])[b]);
+        store(to, load(to) + scaled);
+      });
+    });
+  }
+}
+
+// add_blocks for `count` terms, kMR<F> at a time.
+template <class F, int T = kMR<F>>
+void add_terms(float* totals, const PackedWeight& w, const Panels& panels,
+               const uint8_t* const (&lines)[kTilePanels], const Activations& a,
+               const int64_t* terms, int64_t count, int64_t first, int64_t last) {
+  for (; count >= T; count -= T, terms += T, totals += T * kNR) {
+    float* total[T];
+    int64_t index[T];
+    for (int t = 0; t < T; ++t) total[t] = totals + t * kNR, index[t] = terms[t];
+    add_blocks<F, T>(total, w, panels, lines, a, index, first, last);
+  }
+  if constexpr (T > 1) {
+    constexpr int kFewer = F::kUnpacked ? T / 2 : T - 1;  // one more pass would unpack again
+    if (count) add_terms<F, kFewer>(totals, w, panels, lines, a, terms, count, first, last);
+  }
+}
+
+// Unpacks `lines` lines for Unpacked.
+template <class F>
+void unpack_lines(uint8_t* out, const uint8_t* line, int64_t lines) {
+  for (int64_t l = 0; l < lines; ++l) {
+    for (int64_t part = 0; part < kParts; ++part) {
+      typename F::Value values[F::kLineVectors];
+      F::unpack(line + l * kLine, part, values);
+      for (int s = 0; s < F::kLineVectors; ++s) {
+        std::memcpy(out + (l * F::kLineVectors + s) * kLine + 4 * kLanes * part, values + s,
+                    sizeof *values);
+      }
+    }
+  }
+}
+
+// totals [count, kNR] = a tile times the terms of A with these indices.
+template <class F>
+void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, const Activations& a,
+                  const int64_t* terms, int64_t count) {
+  std::memset(totals, 0, count * kNR * sizeof *totals);
+  const bool direct = count <= kDirectTiles * kMR<F>;
+  const int64_t chunk = direct ? w.blocks : kKC / w.block;
+  alignas(64) thread_local uint8_t unpacked[kTilePanels][kKC / F::kColumns * kLine];
+  for (int64_t first = 0; first < w.blocks; first += chunk) {
+    const int64_t last = std::min(first + chunk, w.blocks);
+    const uint8_t* lines[kTilePanels];
+    for (int p = 0; p < kTilePanels; ++p) {
+      lines[p] = w.panel(panels[p]) + first * (w.block / kLineColumns<F>)*kLine;
+      if (direct) continue;
+      unpack_lines<F>(unpacked[p], lines[p], (last - first) * w.block / kLineColumns<F>);
+      lines[p] = unpacked[p];
+    }
+    if (direct) {
+      add_terms<F>(totals, w, panels, lines, a, terms, count, first, last);
+    } else {
+      add_terms<Unpacked<typename F::Family>>(totals, w, panels, lines, a, terms, count, first,
+                                              last);
+    }
+  }
+  if (w.group || w.format == kBf16) return;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t v = 0; v < kTilePanels * kParts; ++v) {
+      float* to = totals + i * kNR + v * kLanes;
+      store(to, load(to) * w.scale(panels[v / kParts], 0, v % kParts));
+    }
+  }
+}
+
+}  // namespace Q3N_LEVEL
