@@ -73,4 +73,4 @@ def route(
     Shapes:
         gating_output [T, E], returns weights [T, k] fp32, experts [T, k] int32
     """
-    return router(logits=gating_output, k=topk, renormalise=renormalize)
+    return router(logits=gating_output, top_k=topk, renormalise=renormalize)
