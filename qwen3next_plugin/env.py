@@ -58,7 +58,7 @@ VARIABLES: Mapping[str, Variable] = {
 
 
 def kernels() -> str:
-    """The kernel backend asked for: `auto`, `cpu`, `triton` or `reference`."""
+    """The kernel backend to use: `auto`, `cpu`, `triton` or `reference`."""
     return _read("QWEN3NEXT_KERNELS") or "auto"
 
 
@@ -103,7 +103,7 @@ def check() -> None:
 
 
 def in_force() -> dict[str, str]:
-    """The QWEN3NEXT_* variables that are set, by name; their values are not checked."""
+    """The QWEN3NEXT_* variables that are set, unchecked."""
     return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
 
 

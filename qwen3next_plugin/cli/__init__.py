@@ -9,7 +9,7 @@ from qwen3next_plugin.cli import doctor, plan, warmup, watch
 
 
 class _Commands(TyperGroup):
-    """Prints this package's own complaints as one line; any other exception is a bug and shows."""
+    """Prints this package's own errors as one line; any other is a bug and keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -23,7 +23,7 @@ class Blocks(Plan):
 
     @property
     def block_tokens(self) -> int:
-        """The least that make the KV of a layer as large as a state page."""
+        """The smallest number for which a layer's KV is as large as a state page."""
         page = sum(self.state_page.values())
         return ALIGNMENT * ceil(page / (ALIGNMENT * self.kv_bytes_per_layer))
 

@@ -26,7 +26,7 @@ PROBE_TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One row of the report. Only what is broken fails the command."""
+    """One line of the report. Only `broken` makes the command fail."""
 
     section: str
     subject: str
@@ -57,7 +57,7 @@ def examine() -> Iterator[Finding]:
     yield from _machine()
     yield from (environment := list(_environment()))
     if any(f.status == "broken" for f in environment):
-        return  # every check below would fail for the same reason
+        return  # all checks below would fail for the same reason
     yield from _kernels()
     for host in HOSTS:
         if installed(host) is not None:
@@ -139,7 +139,7 @@ def _registration(host: str) -> Iterator[Finding]:
 
 
 def _ask(question: str) -> dict[str, str] | str:
-    """The answer of a probe process, or the reason why it gave none."""
+    """The answer of a probe process, or why it gave none."""
     command = [sys.executable, "-m", "qwen3next_plugin.cli.probe", question]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)

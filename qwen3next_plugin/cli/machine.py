@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-FLAGS = (  # as /proc/cpuinfo names what kernels/native/ops.cpp asks for
+FLAGS = (  # the names in /proc/cpuinfo of what kernels/native/ops.cpp checks
     "avx2", "fma", "f16c",
     "avx512f", "avx512bw", "avx512vl", "avx512dq",
     "avx512_bf16", "avx512_vnni",

@@ -111,10 +111,10 @@ def make_plan(
 
 
 def draft_head_bytes(config: Qwen3NextConfig) -> int:
-    """Bytes of one rank's int8 rows with their scales: at most those of a copy of the head.
+    """Bytes of one rank's int8 draft head with its scales; an upper bound.
 
-    Where the head stays, drafts have the rows of their own vocabulary only. A head in bf16 that is
-    not tied stays where our kernel packs it, which this leaves out.
+    If the trunk's head stays in memory, only the draft vocabulary is copied. This does not count
+    on an untied bf16 head that stays because our kernel packs it.
     """
     from qwen3next_plugin.mtp.draft_head import DRAFTED
 

@@ -1,4 +1,4 @@
-"""The metrics page of a running server, and what each engine calls its figures."""
+"""The metrics page of a running server, and each engine's names of metrics."""
 
 import http.client
 import time
@@ -19,7 +19,7 @@ class MetricsError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine's names of what it counts itself, and the flags that our metrics need."""
+    """An engine's names of its own metrics, and the flags that ours need."""
 
     name: str
     prefix: str
@@ -44,7 +44,7 @@ ENGINES = (
     Engine(
         name="SGLang",
         prefix="sglang:",
-        # Its other counts of tokens grow only when a request ends.
+        # Its other token counters grow only when a request ends.
         generated=("realtime_tokens_total", "decode"),
         prompt=("realtime_tokens_total", "prefill_compute"),
         running="num_running_reqs",

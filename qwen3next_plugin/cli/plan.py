@@ -102,7 +102,7 @@ def plan(
 
 
 def _extended(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with `given` over its RoPE."""
+    """The config with its RoPE overridden by `given`."""
     text = raw.get("text_config") or raw
     text = text | {"rope_parameters": host_rope.merge(text, given, resized=False)}
     text |= dict.fromkeys(("rope_scaling", *rope.OF_ROPE))  # all in rope_parameters now

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qwen3next_plugin.cli.memory import Plan, Row
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
-STATE_TO_KV = 0.9  # --mamba-full-memory-ratio's default
+STATE_TO_KV = 0.9  # the default of --mamba-full-memory-ratio
 SLOTS_PER_REQUEST = 3  # with the radix cache, in its no_buffer strategy
 
 
@@ -25,7 +25,7 @@ class Pools(Plan):
 
     @property
     def slots(self) -> int:
-        """By a fixed share of the memory; without the radix cache, one for each request."""
+        """A fixed share of the memory; without the radix cache, one for each request."""
         if not self.flags.prefix_caching:
             return self.flags.max_num_seqs
         share = self.spare * STATE_TO_KV / (1 + STATE_TO_KV)

@@ -16,7 +16,7 @@ PARTS = ("embeddings and norms", "linear attention", "attention", "experts and M
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
 
-# Every rank holds these whole: norms, the router, the shared expert's gate.
+# Not sharded: norms, the router, the shared expert's gate.
 REPLICATED = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".o_proj.bias")
 # With more ranks than key-value heads, ranks hold copies of these.
 KEY_VALUE = ("k_proj.", "v_proj.")
@@ -51,9 +51,9 @@ def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
 def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dict[str, int], str]:
     """Bytes of every tensor but a vision tower's, and where the numbers come from.
 
-    From the safetensors files, quantised ones as CPUs serve them; without them from the index's
-    total (a checkpoint not downloaded yet); without that from the config alone. QWEN3NEXT_QUANTISE
-    counts as in the engines. Raises ConfigError and CheckpointError.
+    From the safetensors files, in the formats that a CPU serves; else from the index's total (a
+    checkpoint that is not downloaded yet); else from the config alone. Respects
+    QWEN3NEXT_QUANTISE. Raises ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.layouts import our_name
     from qwen3next_plugin.model.quantising import quantised_bytes

@@ -25,9 +25,9 @@ def watch(
 ) -> None:
     """Show what drafting does in a running server, until Ctrl-C.
 
-    Acceptance of each draft position, given that those before it were accepted; how many tokens
-    requests draft in a step; the speed; what runs. "Now" is the last ten seconds. Into a pipe it
-    prints one second as lines of tab-separated values, and ends.
+    Acceptance of each draft position, given that those before it were accepted; tokens drafted
+    per request and step; the speed; what runs. "Now" is the last ten seconds. To a pipe it prints
+    the values of one second, tab-separated, and ends.
     """
     address = url if "://" in url else f"http://{url}"
     address = f"{address.rstrip('/').removesuffix('/metrics')}/metrics"

@@ -1,4 +1,4 @@
-"""RoPE in a host's config: overrides of it, and how far it reaches."""
+"""RoPE of a host's config: overrides, and the longest context."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ EXAMPLE = f'{{"rope_type": "yarn", "factor": 4.0, "{ORIGINAL}": 262144}}'
 
 
 def parse(text: str, flag: str) -> dict[str, Any]:
-    """What a flag says of RoPE; raises ConfigError."""
+    """A flag's RoPE fields; raises ConfigError."""
     try:
         given = json.loads(text)
     except ValueError:
@@ -32,10 +32,10 @@ def parse(text: str, flag: str) -> dict[str, Any]:
 
 
 def split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Overrides of a config without RoPE, and what they say of RoPE, at either level.
+    """Split overrides of a config into those of RoPE, at either level, and the others.
 
     Raises:
-        ConfigError: they say it twice.
+        ConfigError: RoPE is given at both levels.
     """
     rest = dict(overrides)
     levels = [rest]
@@ -54,7 +54,7 @@ def split(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
 
 
 def merge(raw: Mapping[str, Any], given: Mapping[str, Any], *, resized: bool) -> dict[str, Any]:
-    """RoPE of a text config's fields with `given` over it; what `given` leaves out stays.
+    """A text config's RoPE, overridden by the fields in `given`.
 
     `resized`: max_position_embeddings is overridden, too. YaRN's original length must then be
     given, because nothing else says what it was.
@@ -78,9 +78,9 @@ def merge(raw: Mapping[str, Any], given: Mapping[str, Any], *, resized: bool) ->
 
 
 def override(text_config: Any, given: Mapping[str, Any], everything: Mapping[str, Any]) -> None:
-    """Merge what overrides say of RoPE, `given`, into a host's text config, in place.
+    """Merge overrides of RoPE, `given`, into a host's text config, in place.
 
-    `everything`: all overrides of this config, those of the text model nested.
+    `everything`: all overrides of this config, with those of the text model nested.
     """
     levels = (everything, everything.get("text_config") or {})
     resized = any("max_position_embeddings" in level for level in levels)
@@ -98,9 +98,9 @@ def put(text_config: Any, rope: Mapping[str, Any]) -> None:
 def extend(
     text_config: Any, asked: int | None, *, flag: str, extend: str, override_flag: str
 ) -> None:
-    """Let a host's text config reach as far as its RoPE; refuse a longer context, `asked`.
+    """Set a host's longest context to what RoPE covers; refuse a longer one, `asked`.
 
-    Hosts take `max_position_embeddings` for the longest context, and YaRN leaves it as it was.
+    Hosts use `max_position_embeddings`, which YaRN does not change.
     """
     raw = _fields(text_config)
     rope = read(raw, override_flag)

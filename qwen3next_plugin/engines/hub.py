@@ -1,4 +1,4 @@
-"""Checkpoints that are named by a hub's id, for both engines."""
+"""Checkpoints named by a hub's id, for both engines."""
 
 from functools import cache
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @cache
 def local_folder(model: str, revision: str | None) -> Path:
-    """The folder of a checkpoint; one of a hub is downloaded, as the engine does a moment later."""
+    """The folder of a checkpoint; downloads one of a hub, which the engine would do next."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download

@@ -1,8 +1,8 @@
 """Patches of a host: every one is checked against the installed host before any is applied.
 
-An engine's `patches.py` lists in one table everything of its host that the plugin changes. A host
-that changed underneath stops the launch here, with an error that names what does not fit. SGLang's
-hook registry, for one, would log the failure and serve with half a plugin.
+An engine's `patches.py` lists in one table everything of its host that the plugin changes. If the
+host has changed, the launch stops here, with an error that names what does not fit. SGLang's hook
+registry would only log it, and serve with part of the plugin.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from packaging.version import Version
 
 
 class PatchError(RuntimeError):
-    """Something of the host is not what a patch was written for."""
+    """A part of the host is not what a patch was written for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One thing of the host that the plugin changes."""
+    """A change to the host."""
 
     target: str  # dotted name, from the host's package on
     reason: str
-    versions: str  # of the host, that need it
+    versions: str  # of the host that need it
     remove_when: str
 
 
@@ -76,8 +76,8 @@ class Override(Entry):
     """An internal of the host that the plugin changes on its own objects, in `file`.
 
     A private method that a subclass overrides, an attribute of an instance, or a class in a module
-    while one of its objects is built. Nothing is applied:
-    the row completes the table, and the contract test compares it with the host's source.
+    while one of its objects is built. Nothing is applied here: the entry completes the table, and
+    the contract test compares it with the host's source.
     """
 
     file: str  # below the engine's folder
@@ -92,7 +92,7 @@ METHODS = (classmethod, staticmethod)
 
 
 def wrap(functions: Sequence[Function]) -> None:
-    """Put each function in place by assignment, for a host that has no registry for it."""
+    """Put each function in place by assignment, for a host without a registry."""
     for entry in functions:
         owner, name = _owner(entry.target)
         kind = type(vars(owner).get(name))
@@ -128,10 +128,10 @@ def check(entries: Iterable[Entry], host: Host) -> None:
 def apply(
     entries: Sequence[Entry], host: Host, put: Callable[[Sequence[Function]], None] = wrap
 ) -> None:
-    """Check all entries, then set attributes and items and let `put` put the functions in place.
+    """Check all entries, then set attributes and items, and put functions in place by `put`.
 
     Raises:
-        PatchError: a target is not what it was, or `put` left it as it was.
+        PatchError: a target is not as expected, or `put` did not change it.
     """
     check(entries, host)
     for entry in entries:
@@ -159,7 +159,7 @@ def _check_parameters(entry: Function, found: Any, host: Host) -> None:
 
 
 def _check_type(entry: Attribute, found: Any, host: Host) -> None:
-    """A property replaces a property, a tuple a tuple; anything replaces None."""
+    """Only a property may replace a property, and a tuple a tuple; anything may replace None."""
     if found is not None and type(found) is not type(entry.value):
         raise _other_type(entry, found, type(entry.value).__name__, host)
 

@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT saves them: which projections one changes, and by what.
+"""LoRA adapters as PEFT saves them: what they add to each of our projections.
 
-An adapter adds scale · B A to a checkpoint's weight. Several of these weights are one projection of
-ours, in its own order of rows, and each may have an adapter of its own rank. The projection then
-has one A with the rows of all, and one B with the columns of all, zero where they do not belong.
+An adapter adds scale · B A to a checkpoint's weight. One projection of ours joins several of these
+weights, in its own order of output channels, each with an adapter of its own rank. Its A stacks
+theirs; its B has theirs side by side, with zeros elsewhere.
 """
 
 import json
@@ -21,7 +21,7 @@ from qwen3next_plugin.model.weights import holder, trunk_tensors
 
 PEFT = "base_model.model."  # prefix of PEFT's names
 LOW_RANK = re.compile(r"(.*)\.lora_(A|B)\.weight")
-# The projections that take adapters; stacked ones in the order of their rows.
+# The projections that take adapters; stacked ones in the order of their channels.
 LINEAR = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 OTHERS = ("out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROJECTIONS = (*LINEAR, *OTHERS)
@@ -35,7 +35,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What is added to a projection [N, K]: B A, the scale included.
+    """What is added to a projection [N, K]: B A, scaled.
 
     Shapes: a [R, K], b [N, R], of the adapter's dtype
     """
@@ -55,7 +55,7 @@ def read(
         settings: of its adapter_config.json.
 
     Raises:
-        AdapterError: a part of the adapter that would be left out, or has another shape.
+        AdapterError: a part of the adapter that would be ignored, or has another shape.
     """
     if pattern := settings.get("alpha_pattern"):
         raise AdapterError(
@@ -119,7 +119,7 @@ def _kind(module: str) -> str:
 
 
 def _holders(shapes: Shapes, config: Qwen3NextConfig) -> dict[str, list[str]]:
-    """Our projections, and the checkpoint's that are in each."""
+    """Our projections, with the checkpoint's projections in each."""
     found: dict[str, list[str]] = {}
     for module in sorted(shapes, key=lambda module: PROJECTIONS.index(_kind(module))):
         found.setdefault(holder(module, config), []).append(module)
@@ -169,7 +169,7 @@ def _joined(
     settings: Mapping[str, Any],
     config: Qwen3NextConfig,
 ) -> LowRank:
-    """Of the checkpoint's projections that are one of ours."""
+    """The adapter of one of our projections, joined from the checkpoint's projections in it."""
     a = torch.cat([pair[0] for pair in parts.values() if pair is not None])
     rows, start = [], 0
     for module, pair in parts.items():

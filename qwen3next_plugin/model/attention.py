@@ -132,10 +132,10 @@ def prepare(
 
 
 def mrope_axes(rotary_dim: int, sections: Sequence[int]) -> torch.Tensor:
-    """By which of a token's positions (in time, height, width) each rotated dim turns.
+    """Which of a token's positions (time, height, width) rotates each dim.
 
-    Pair i turns by the height's if i = 1 mod 3 and by the width's if i = 2 mod 3, as far as the
-    sections reach, and by the time's otherwise.
+    Pair i uses the height if i = 1 mod 3 and the width if i = 2 mod 3, up to the ends of their
+    sections; otherwise the time.
 
     Shapes:
         sections 3 numbers of pairs, returns [rotary_dim]

@@ -32,7 +32,7 @@ class DecoderLayer(nn.Module):
         residual: torch.Tensor | None,
         *batch: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the layer; `batch` is what the engine's attention needs besides positions, if any.
+        """Run the layer; `batch`: what the engine's attention needs besides positions.
 
         Shapes:
             positions [T], hidden_states and residual [T, D], returns both

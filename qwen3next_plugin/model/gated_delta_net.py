@@ -1,4 +1,4 @@
-"""A Gated DeltaNet layer between its projections: from qkvz and ba to what out_proj takes."""
+"""A Gated DeltaNet layer between its projections: from qkvz and ba to the input of out_proj."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,7 +14,7 @@ from qwen3next_plugin.kernels.gated_delta_net import (
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 
-LONG = 64  # tokens of a row, more than any draft
+LONG = 64  # tokens of a long row
 MAX_INT = 2**31 - 1
 
 

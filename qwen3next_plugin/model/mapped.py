@@ -1,4 +1,4 @@
-"""Memory that is given back to the system: of mapped files, as checkpoints are, and of malloc."""
+"""Gives memory back to the system: that of mapped checkpoint files, and what malloc keeps."""
 
 import ctypes
 import functools
@@ -14,15 +14,15 @@ AROUND = 1 << 16  # bytes that Linux maps around one that is read (fault_around_
 def give_back(tensor: torch.Tensor) -> None:
     """Let the system reclaim a tensor's memory after it was read, if it is a mapped file.
 
-    A checkpoint is mapped into memory: without this, every page that was copied from it stays
-    resident, and loading peaks at twice the size of the weights. It is only a hint: data that is
-    still needed stays or is read again, in any kind of memory. With a GPU it does nothing: memory
-    is not short there, and the ranks of a machine read the same pages.
+    Without this, every page that was copied from a mapped checkpoint stays resident, and loading
+    peaks at twice the size of the weights. It is only a hint: data that is still needed is read
+    again. With a GPU it does nothing, because host memory is not short there, and the ranks of a
+    machine read the same pages.
     """
     on_gpu = torch.accelerator.is_available()
     if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
         return
-    # To read its first page maps up to AROUND bytes before it again: the end of the last tensor.
+    # Reading a first page maps up to AROUND bytes before it again: the end of the last tensor.
     start = tensor.data_ptr() // AROUND * AROUND
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
@@ -30,10 +30,10 @@ def give_back(tensor: torch.Tensor) -> None:
 
 
 def give_back_freed() -> None:
-    """Let the system reclaim what was freed and malloc keeps.
+    """Let the system reclaim freed memory that malloc keeps.
 
-    A freed tensor leaves a gap that one of the same size, aligned, does not fit in. Packing all
-    weights, one after another, would leave a fifth to a third of their size as such gaps.
+    An aligned tensor does not fit into the gap of a freed one of the same size. Packing one weight
+    after another would leave gaps of a fifth to a third of their size.
     """
     if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):  # of glibc
         _libc().malloc_trim(ctypes.c_size_t(0))

@@ -11,8 +11,7 @@ from qwen3next_plugin.model.host_layers import HostLayers
 class SharedExpertGate(nn.Module):
     """σ(x·w) times the shared expert's output, in place.
 
-    A parameter of ours, not a layer of the host: hosts pack the weights of their layers, and the op
-    reads a plain one.
+    Not a layer of the host, because hosts pack their layers' weights and the op reads a plain one.
     """
 
     def __init__(self, size: int) -> None:

@@ -48,11 +48,10 @@ def _table(
 
 
 def frequencies(rope: Mapping[str, Any], rotary_dim: int) -> torch.Tensor:
-    """How far each pair of dims turns from one position to the next.
+    """The rotation of each pair of dims per position.
 
-    YaRN leaves pairs that turn `beta_fast` times or more within the original length as they are,
-    divides the speed of those that turn `beta_slow` times or less by its factor, and blends the
-    others.
+    YaRN keeps pairs that turn at least `beta_fast` times within the original length, divides the
+    frequency of those that turn at most `beta_slow` times by its factor, and blends the others.
 
     Shapes:
         returns [rotary_dim / 2], fp32
@@ -71,7 +70,7 @@ def _blended_pairs(rope: Mapping[str, Any], rotary_dim: int) -> tuple[float, flo
     """The pairs between which YaRN blends."""
 
     def pair(turns: float) -> float:
-        """The pair that turns so often within the original length."""
+        """The pair that makes this many turns within the original length."""
         ratio = math.log(rope[ORIGINAL] / (turns * 2 * math.pi))
         return rotary_dim * ratio / (2 * math.log(rope["rope_theta"]))
 

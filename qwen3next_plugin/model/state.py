@@ -26,7 +26,7 @@ def state_dtype(name: str, *, setting: str, flag: str) -> torch.dtype:
 
 
 class StateError(RuntimeError):
-    """A step that a layer's pages cannot serve; `row` is the row that the kernel's error names."""
+    """A step that a layer's pages cannot continue; `row` is the row in the kernel's error."""
 
     def __init__(self, layer: str, complaint: str) -> None:
         super().__init__(f"{layer}: {complaint}")
@@ -46,7 +46,7 @@ class PageLayout:
     num_value_heads: int  # HV, of this rank
     key_dim: int  # K
     value_dim: int  # V
-    draft_tokens: int  # k: at most this many tokens of a step are rolled back
+    draft_tokens: int  # at most so many tokens of a step are rolled back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
 

@@ -26,8 +26,7 @@ def build_step(
 ) -> Step:
     """Build a step from an engine's metadata; on a CPU, check every index.
 
-    On a GPU the check would wait for the device in every step: there the kernels check what they
-    read.
+    On a GPU that would wait for the device in every step, so the kernels check there.
 
     Shapes:
         query_start_loc [N+1], seq_lens [N] (committed + this step's tokens), slot [N]
@@ -49,7 +48,7 @@ def build_step(
 
 
 def _check(step: Step, query_len: torch.Tensor, num_slots: int) -> None:
-    """Look at all rows at once, and at one thing after the other only if one is wrong."""
+    """Check all rows at once; find the wrong one only if a check fails."""
     length, context, slot = (x.numpy() for x in (query_len, step.context_len, step.slot))
     active = slot != NULL_SLOT
     out_of_range = active & ((slot < 0) | (slot >= num_slots))

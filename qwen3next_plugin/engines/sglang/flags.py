@@ -83,9 +83,9 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
 
 
 def complete_on_cpu(server_args: Any) -> list[str]:
-    """Fill in what no flag says; returns that as one would write it on the command line."""
+    """Fill in defaults; returns them as command-line flags."""
     use_huge_pages()
-    given = server_args._raw_input  # SGLang has filled in its own defaults for a CPU already
+    given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already
     chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}
     for name, value in chosen.items():
         setattr(server_args, name, value)
@@ -96,7 +96,7 @@ def complete_on_cpu(server_args: Any) -> list[str]:
 
 
 def complete_on_gpu(server_args: Any) -> None:
-    """Switch the overlap of steps off where the radix cache would not allow it."""
+    """Turn overlapping steps off if the radix cache does not allow them."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
 
@@ -105,7 +105,7 @@ def complete_on_gpu(server_args: Any) -> None:
 
 
 def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
-    """Around `_handle_eagle_family`: derive what Qwen's own command leaves out from its steps."""
+    """Around `_handle_eagle_family`: derive the flags that Qwen's own command leaves out."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
@@ -151,7 +151,7 @@ def flag(name: str, value: Any) -> str:
 
 
 def _check_heads(model_config: Any) -> None:
-    """Refuse a head that SGLang puts on Qwen3.5 in place of the output head."""
+    """Refuse other heads that SGLang builds for Qwen3.5 instead of the output head."""
     for head in ("decision_config", "joint_head_config", "pointer_head"):
         if getattr(model_config, head, None) is not None:
             raise ConfigError(
@@ -208,7 +208,7 @@ def _check_adapter(folder: Path, config: Qwen3NextConfig) -> None:
 
 
 def _check_kernels(graphs: Any) -> None:
-    """Refuse CUDA graphs that would hold a step's pages, or the reference."""
+    """Refuse CUDA graphs that would capture a step's pages, or the reference kernels."""
     prefill = graphs.prefill.backend
     if prefill not in PREFILL_GRAPHS:
         why = "a prompt's graph must be cut at linear layers, whose rows change with each step"

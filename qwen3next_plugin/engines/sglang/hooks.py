@@ -1,7 +1,7 @@
-"""Functions that stand in SGLang for its own; patches.py says where and why.
+"""Functions that replace SGLang's own; patches.py says where and why.
 
-Each is called with SGLang's function first. Modules of SGLang are imported when one is called:
-patches are registered before SGLang has chosen its device.
+Each gets SGLang's function as its first argument. SGLang's modules are imported inside: patches are
+registered before SGLang has chosen its device.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: A
 
 
 def skip_snapshots(host: Callable[[], bool]) -> bool:
-    """Whether SGLang reserves no k + 1 states a request: for our model, always."""
+    """Whether SGLang skips its states for drafts: always for our model."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.runtime_context import get_server_args
 
@@ -77,7 +77,7 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
 
 
 def tell_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
-    """Tell SGLang's quantisation of a checkpoint of ours what its files say of each module."""
+    """Make SGLang's quantisation skip the modules that the checkpoint's files have unquantised."""
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
@@ -105,7 +105,7 @@ def make_adapters(host: Callable[[Any], None], runner: Any) -> None:
 def commit_trees(
     host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Commit states of trees, and snapshots: a page takes back a chain's rejected drafts itself."""
+    """Commit states of trees, and snapshots; a chain's page can roll back by itself."""
     ours = is_ours(target_worker.model_runner.model_config)
     if not (ours and batch.spec_info.tree_topk == 1 and batch.mamba_track_indices is None):
         host(target_worker, batch, *args, **kwargs)
@@ -125,7 +125,7 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
 
 
 def choose_policy(host: Callable[..., None], controller: Any, worker: Any, policy: Any) -> None:
-    """Choose the number of drafts by our policy, among those that SGLang's has."""
+    """Choose the number of drafts by our policy, among SGLang's candidates."""
     runner = worker.target_worker.model_runner
     if is_ours(runner.model_config):
         from qwen3next_plugin.engines.sglang.speculation.one_length import OneLength
@@ -141,14 +141,14 @@ def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
 
     host(scheduler)
     if isinstance(scheduler.draft_worker, Worker):
-        # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
+        # SGLang creates its own class, which becomes ours; `begin` adds the fields.
         scheduler.metrics_reporter.__class__ = MetricsReporter
         drafter = scheduler.draft_worker.draft_worker
         scheduler.metrics_reporter.begin(drafter, drafter.observer.board)
 
 
 def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
-    """Let our worker say whether the next decode step has drafts to verify."""
+    """Ask our worker whether the next decode step has drafts to verify."""
     from qwen3next_plugin.engines.sglang.speculation.worker import Worker
 
     if isinstance(scheduler.draft_worker, Worker):

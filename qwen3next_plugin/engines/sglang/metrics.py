@@ -109,12 +109,12 @@ def family(metric: Metric, labels: dict[str, Any]) -> Any:
 def sample(
     family: Any, metric: Metric, labels: dict[str, Any], value: str
 ) -> Callable[[float, float], None]:
-    """A function that shows a new number of one sample, given the one before it."""
+    """A function that sets a sample's new value, given the old one."""
     if metric.kind == "histogram":
         histogram = family.labels(**labels)
 
         def observe(number: float, before: float) -> None:
-            """`Histogram.observe`, so many times at once: there is one observation a token."""
+            """`Histogram.observe`, `count` times: calling it for each token would take too long."""
             times = number - before
             histogram._sum.inc(times * int(value))
             histogram._buckets[metric.values.index(value)].inc(times)

@@ -38,7 +38,7 @@ ANYWHERE: tuple[Entry, ...] = (
         parameters=("server_args",),
         function=flags.complete_drafts,
         reason="Qwen's own command gives only the steps; SGLang then compares a missing topk with "
-        "1 and dies",
+        "1 and ends with a TypeError",
         remove_when="SGLang fills in the rest",
     ),
 )
@@ -58,8 +58,8 @@ ON_GPU: tuple[Entry, ...] = (
         target="sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
         parameters=("server_args",),
         function=hooks.check_on_gpu,
-        reason="flags must be checked before a process starts; SGLang asks its own platforms for "
-        "GPUs, and no plugin",
+        reason="flags must be checked before a process starts; on GPUs SGLang asks its own "
+        "platforms, and no plugin",
         remove_when="a plugin can check flags on a GPU",
     ),
     Patch(
@@ -73,7 +73,7 @@ ON_GPU: tuple[Entry, ...] = (
         target="sglang.srt.model_loader.loader._get_quantization_config",
         parameters=("model_config", "load_config"),
         function=hooks.tell_quantisation,
-        reason="SGLang reads formats from config.json, which does not name all that is left out",
+        reason="SGLang reads formats from config.json, which does not name all unquantised modules",
         remove_when="SGLang reads formats from the files",
     ),
 )
@@ -114,7 +114,7 @@ WITH_OURS: tuple[Entry, ...] = (
         target="sglang.srt.configs.model_config.ModelConfig._derive_context_length",
         parameters=("self", "context_length"),
         function=derive_length,
-        reason="SGLang ignores YaRN's factor in the longest context, and then wants "
+        reason="SGLang ignores YaRN's factor in the longest context, and asks for "
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN",
         remove_when="SGLang derives the length from YaRN's original one and factor (`compat`)",
     ),
@@ -128,7 +128,7 @@ WITH_OURS: tuple[Entry, ...] = (
     Attribute(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.mamba2_cache_params",
         value=property(mamba2_cache_params),
-        reason="SGLang's pools hold k + 1 states a request; ours hold one page",
+        reason="SGLang's pools hold a state per draft; ours hold one page per request",
         remove_when="a config can give its own cache parameters",
     ),
     Attribute(
@@ -154,7 +154,7 @@ WITH_OURS: tuple[Entry, ...] = (
         target="sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
         parameters=(),
         function=hooks.skip_snapshots,
-        reason="SGLang reserves k + 1 states a request; a page takes drafts back by itself",
+        reason="SGLang reserves a state per draft; our page can roll back by itself",
         remove_when="a config can say that it needs none",
     ),
     Patch(
@@ -172,7 +172,7 @@ ON_CPU: tuple[Entry, ...] = (
         parameters=("model_config", "load_config"),
         function=hooks.choose_quantisation,
         reason="SGLang's kernels for quantised weights run on GPUs, or with AMX at best; and it "
-        "reads formats from config.json, which does not name all that is left out",
+        "reads formats from config.json, which does not name all unquantised modules",
         remove_when="SGLang lets a plugin bring a quantisation for a model",
     ),
     Patch(
@@ -180,15 +180,15 @@ ON_CPU: tuple[Entry, ...] = (
         "check_quantized_moe_compatibility",
         parameters=("self",),
         function=hooks.skip_for_ours,
-        reason="SGLang refuses experts that its blocks of FP8 do not divide; ours need not",
+        reason="SGLang refuses experts that its FP8 blocks do not divide; our kernels take them",
         remove_when="SGLang asks the quantisation whether it can split experts so",
     ),
     Patch(
         target="sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager",
         parameters=("self",),
         function=hooks.make_adapters,
-        reason="SGLang's layers with adapters pin memory, which fails without a GPU, and have no "
-        "place for adapters of in_proj_qkv, z, b and a",
+        reason="SGLang's layers with adapters pin memory, which fails without a GPU, and do not "
+        "load adapters of in_proj_qkv, z, b and a",
         remove_when="SGLang serves adapters of Qwen3.5 on a CPU",
     ),
     Patch(
@@ -218,14 +218,14 @@ ON_CPU: tuple[Entry, ...] = (
         parameters=("self",),
         function=hooks.skip_for_ours,
         reason="seeds need --enable-deterministic-inference, for which SGLang replaces products by "
-        "Triton kernels, and dies without a GPU",
+        "Triton kernels, and ends without a GPU",
         remove_when="SGLang has seeds on a CPU",
     ),
     Patch(
         target="sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
         parameters=("self", "server_args"),
         function=hooks.choose_worker,
-        reason="drafts have the length that pays",
+        reason="each request needs its own draft length",
         remove_when="SGLang asks an in-tree platform for its worker",
     ),
     Patch(
@@ -261,7 +261,7 @@ ON_CPU: tuple[Entry, ...] = (
             "prepared_step_indices",
         ),
         function=hooks.commit_trees,
-        reason="SGLang works out which states of a chain to keep; pages need no choice",
+        reason="SGLang computes which states of a chain to keep; a page keeps all",
         remove_when="SGLang asks the backend whether there is something to commit",
     ),
 )
@@ -282,7 +282,7 @@ REPAIRS: tuple[Entry, ...] = (
             "token_type_ids",
         ),
         function=requests.check_tokenised,
-        reason="SGLang's scheduler trusts types, positions and embeddings that nobody checks",
+        reason="SGLang's scheduler relies on types, positions and embeddings that are not checked",
         remove_when="SGLang refuses every request of test_hostile.py",
     ),
     Patch(
@@ -299,7 +299,7 @@ REPAIRS: tuple[Entry, ...] = (
         target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
         parameters=("self", "new_accepted_len"),
         function=patterns.limit_regex,
-        reason="a stop_regex that backtracks holds the scheduler for ever",
+        reason="a stop_regex that backtracks blocks the scheduler forever",
         remove_when="SGLang matches in linear time, or with a time limit",
     ),
 )
@@ -309,7 +309,7 @@ REPAIRS_ON_CPU: tuple[Entry, ...] = (
         target="sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
         parameters=("self", "req"),
         function=sessions.keep_computed,
-        reason="with drafts SGLang continues a session behind a token that was never computed",
+        reason="with drafts SGLang continues a session after a token that was never computed",
         remove_when="a session's slot keeps no more than kv_committed_len",
     ),
     Patch(
@@ -325,8 +325,8 @@ OVERRIDES: tuple[Entry, ...] = (
     Override(
         target="sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2._draft_worker",
         file="speculation/worker.py",
-        reason="SGLang's worker names its draft worker's class in its own constructor; ours "
-        "becomes that object's class",
+        reason="SGLang's worker builds its draft worker in its constructor; ours replaces "
+        "that object's class",
         remove_when="the class can be given",
     ),
     Override(
@@ -343,7 +343,7 @@ OVERRIDES: tuple[Entry, ...] = (
         target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode",
         file="speculation/drafter.py",
         parameters=("self", "batch", "batch_result", "kv_loc_plan"),
-        reason="SGLang runs the MTP layer over rejected tokens too, and where nothing is drafted",
+        reason="SGLang runs the MTP layer over rejected tokens too, and even if nothing is drafted",
         remove_when="SGLang drafts by a length that pays",
     ),
     Override(
@@ -358,7 +358,7 @@ OVERRIDES: tuple[Entry, ...] = (
         ".init_forward_metadata",
         file="cpu/attention.py",
         parameters=("self", "forward_batch"),
-        reason="SGLang verifies as many tokens of one request as of another, and prepares buffers "
+        reason="SGLang verifies the same number of tokens for each request, and prepares buffers "
         "that our kernel does not need",
         remove_when="SGLang's CPU backend reads lengths of their own",
     ),
@@ -366,8 +366,8 @@ OVERRIDES: tuple[Entry, ...] = (
         target="sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.forward_extend",
         file="cpu/attention.py",
         parameters=("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "sinks"),
-        reason="SGLang's two operators ask for what any model may need, which takes longer than "
-        "to attend where a step is short",
+        reason="SGLang prepares arguments for any model, which in a short step takes longer than "
+        "the attention",
         remove_when="SGLang lets a CPU backend name its kernel",
     ),
     Override(

@@ -18,8 +18,8 @@ def activate() -> str | None:
 def register() -> bool:
     """Register models, backend and patches; if that fails, stop the process with our error.
 
-    SGLang logs a plugin's exception and serves its built-in model instead, which nobody who
-    installed this plugin wants. So a failure raises SystemExit, unless QWEN3NEXT_OPTIONAL=1.
+    SGLang would log an exception and serve its built-in model. So a failure raises SystemExit,
+    unless QWEN3NEXT_OPTIONAL=1.
     Returns whether our model serves.
     """
     try:
@@ -62,7 +62,7 @@ def _prepare_cpu() -> None:
 
 
 def _check_platform() -> None:
-    """Raise unless our platform is active: SGLang only logs one that it cannot load."""
+    """Raise unless our platform is active: SGLang would only log that it cannot load it."""
     from sglang.srt.platforms import current_platform
 
     kind = type(current_platform)
@@ -74,7 +74,7 @@ def _check_platform() -> None:
 
 
 def _register_models() -> None:
-    """Through the variable for external models, so that SGLang does not import its own."""
+    """By SGLang's variable for external models, so that SGLang does not import its own."""
     if os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS) != MODELS:
         from sglang.srt.models.registry import ModelRegistry
 

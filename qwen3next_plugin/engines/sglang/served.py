@@ -1,4 +1,4 @@
-"""SGLang's flags whose value decides whether the plugin can serve, and the values that it can."""
+"""SGLang's flags of which the plugin serves only some values, and these values."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ NO_LORA = "SGLang has no place for adapters of linear attention, and ours are fo
 LEAVE_OUT = "leave it out"
 LORA_DEFAULT = "csgmv"  # SGLang's --lora-backend where none is given
 Served = dict[str, tuple[tuple[Any, ...], str, str]]
-# Flag → the values that can be served, why no others, and the fix.
+# Flag → the values that are served, why no others, and the fix.
 SERVED: Served = {
     # model and weights
     "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),

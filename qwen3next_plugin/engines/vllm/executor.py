@@ -1,8 +1,8 @@
 """vLLM's executor of worker processes, with one call a step.
 
-vLLM calls its worker to run the model, again to sample, and with MTP a third time to fetch drafts,
-also where there are none. Each call wakes one process and then the other, which for a small model
-is a large part of a step. vLLM has a setting for the class (`--distributed-executor-backend`).
+vLLM calls its worker to run the model, again to sample, and with MTP again to fetch drafts, even if
+there are none. Each call wakes one process and then the other: for a small model, a large part of a
+step. vLLM has a setting for the class (`--distributed-executor-backend`).
 """
 
 from concurrent.futures import Future
@@ -17,12 +17,12 @@ Step = tuple[ModelRunnerOutput, DraftTokenIds | None]  # of a worker: sampled to
 
 
 class Executor(MultiprocExecutor):
-    """Runs a step, samples and takes drafts in one call; two if grammars are made meanwhile."""
+    """Runs a step, samples and fetches drafts in one call; in two with grammars."""
 
     drafts: DraftTokenIds | None = None  # of the last step
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
-        """Run the model, and also sample if nothing has to be known for that."""
+        """Run the model, and sample too, unless sampling needs a grammar's mask."""
         if (
             scheduler_output.has_structured_output_requests
             or not scheduler_output.total_num_scheduled_tokens
@@ -58,7 +58,7 @@ class Executor(MultiprocExecutor):
 
 
 class Output(Future[ModelRunnerOutput]):
-    """The sampled tokens of a step; the executor gets the drafts when these are asked for."""
+    """The sampled tokens of a step; reading them also gives the executor the drafts."""
 
     def __init__(self, executor: Executor, step: "Future[Step]") -> None:
         super().__init__()

@@ -42,7 +42,7 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
-# The one way in which drafts are made and verified; another would be ignored.
+# The only way of drafting and verifying; other values would be ignored.
 SERVED_WITH_DRAFTS = {
     "draft_sample_method": "greedy",
     "rejection_sample_method": "standard",
@@ -124,7 +124,7 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
 
 
 def _check_tower(vllm_config: VllmConfig) -> None:
-    """Refuse a vision tower that vLLM would run in another way than it was trained."""
+    """Refuse a vision tower that vLLM would run differently from its training."""
     model_config = vllm_config.model_config
     multimodal_config = model_config.multimodal_config
     if multimodal_config is None or multimodal_config.language_model_only:
@@ -136,7 +136,7 @@ def _check_tower(vllm_config: VllmConfig) -> None:
             f"vision_config.deepstack_visual_indexes = {layers}: no model of this family has "
             f"them; add --language-model-only to serve text"
         )
-    # By default vLLM normalises pixels in the tower, as the file says; if it says nothing, not.
+    # vLLM normalises pixels in the tower if the file has mean and std, else not at all.
     if multimodal_config.mm_device_do_normalize and _load_norm_params(model_config).is_identity:
         raise ConfigError(
             "preprocessor_config.json has no image_mean and image_std: vLLM would give the vision "
@@ -146,7 +146,7 @@ def _check_tower(vllm_config: VllmConfig) -> None:
 
 
 def _check_kernels(vllm_config: VllmConfig) -> None:
-    """Refuse graphs with the reference in them; vLLM's cache of graphs ignores our variables."""
+    """Refuse graphs of the reference kernels."""
     if env.kernels() == "reference" and not vllm_config.model_config.enforce_eager:
         raise ConfigError(
             "QWEN3NEXT_KERNELS=reference: vLLM would compile the reference into its graphs, and "
@@ -155,7 +155,7 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
 
 
 def _check_invariance(vllm_config: VllmConfig) -> None:
-    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
+    """Refuse QWEN3NEXT_BATCH_INVARIANT unless our kernels compute every product."""
     check_invariance(vllm_config.model_config.dtype, on_cpu=current_platform.is_cpu())
     if vllm_config.lora_config is not None:
         raise ConfigError(
@@ -187,10 +187,10 @@ def _check_quantisation(vllm_config: VllmConfig) -> None:
 
 
 def _check_state(vllm_config: VllmConfig) -> None:
-    """Refuse drafts where vLLM would shift the state pages that its prefix cache copies.
+    """Refuse drafts if vLLM's prefix cache would copy state pages with an offset.
 
-    Runner V2 asks the model how to copy pages. Runner V1 with Triton does not, and takes a page for
-    one of k + 1 states. Remove when no supported vLLM has runner V1.
+    Runner V2 asks the model how to copy pages. Runner V1 with Triton does not, and treats a page as
+    one of several states per request. Remove when no supported vLLM has runner V1.
     """
     if page_copy.needed() or vllm_config.use_v2_model_runner:
         return
@@ -203,7 +203,7 @@ def _check_state(vllm_config: VllmConfig) -> None:
 
 
 def _check_speculation(vllm_config: VllmConfig) -> None:
-    """Refuse logits processors that vLLM would leave out, and other ways to draft and verify."""
+    """Refuse logits processors that vLLM would ignore, and other ways to draft and verify."""
     # vLLM refuses those that a flag names, and silently drops installed ones. Remove when it
     # applies them under speculation.
     if found := [entry.name for entry in entry_points(group="vllm.logits_processors")]:
@@ -244,9 +244,9 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
 
 
 def _align_drafter(vllm_config: VllmConfig) -> None:
-    """Give the drafter the model's RoPE, from which vLLM keeps overrides, and its longest context.
+    """Give the drafter the model's overridden RoPE and its longest context.
 
-    Of a text model it has one axis, as vLLM gives the model.
+    For a text model positions have one axis, as in vLLM's trunk.
     """
     speculative_config, model_config = vllm_config.speculative_config, vllm_config.model_config
     if speculative_config is None or not serves(speculative_config.draft_model_config.hf_config):
@@ -262,7 +262,7 @@ def _align_drafter(vllm_config: VllmConfig) -> None:
 
 
 def _limit_lora(lora_config: LoRAConfig | None) -> None:
-    """Keep adapters off the experts: on a CPU, vLLM has no LoRA kernels for them."""
+    """Exclude the experts from LoRA: on a CPU vLLM has no LoRA kernels for them."""
     if lora_config is not None and lora_config.target_modules is None:
         lora_config.target_modules = list(PROJECTIONS)
         logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
@@ -270,7 +270,7 @@ def _limit_lora(lora_config: LoRAConfig | None) -> None:
 
 def _call_worker_once(parallel_config: ParallelConfig) -> None:
     """Use our executor where vLLM would use its own for worker processes."""
-    # vLLM makes "uni" to "mp" later, if its engine has a process of its own.
+    # vLLM turns "uni" into "mp" later, if its engine runs in its own process.
     alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
     backend = parallel_config.distributed_executor_backend
     if backend in alike and parallel_config.data_parallel_size == 1:
@@ -278,7 +278,7 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
 
 
 def _keep_graphs_apart(vllm_config: VllmConfig) -> None:
-    """Tell vLLM's cache of compiled graphs which of our variables changed the layers in them."""
+    """Add to the key of vLLM's graph cache the variables that change our layers."""
     asked = {"quantise": env.quantise(), "batch_invariant": env.batch_invariant()}
     if any(asked.values()):
         vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": asked}

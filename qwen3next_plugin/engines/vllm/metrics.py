@@ -1,9 +1,8 @@
 """Metrics of drafting in vLLM's Prometheus registry, for GET /metrics and LLM.get_metrics().
 
-vLLM sends its own statistics from worker to API server in dataclasses that have no room for ours,
-and its stat-logger plugins would turn statistics on for every model. So worker and scheduler write
-to a board in shared memory (mtp/metrics.py), and a collector, the registry's own extension point,
-reads it on request.
+vLLM's statistics structures have no room for ours, and its stat-logger plugins would turn
+statistics on for every model. So worker and scheduler write to a board in shared memory
+(mtp/metrics.py), and a collector of the registry reads it on request.
 """
 
 import atexit
@@ -25,7 +24,7 @@ PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows only names that begin with
 
 
 def board_path(vllm_config: VllmConfig) -> Path:
-    """The file of this engine's board; all of its processes agree on the name."""
+    """The file of this engine's board; all of its processes use the same name."""
     return Path(tempfile.gettempdir(), f"qwen3next-metrics-{vllm_config.instance_id}")
 
 
@@ -94,7 +93,7 @@ _installed: MetricsCollector | None = None
 
 
 def install(vllm_config: VllmConfig) -> None:
-    """Serve the metrics of this engine, and of no earlier one."""
+    """Serve this engine's metrics, and drop those of an earlier one."""
     global _installed
     remove()
     _installed = MetricsCollector(vllm_config)

@@ -72,7 +72,7 @@ class CheckDrafter(VerifyAndUpdateConfig):
 
 
 class SayNoKernels(VerifyAndUpdateConfig):
-    """Called there on a platform without our kernels, where vLLM's own model serves."""
+    """Called on a platform without our kernels, where vLLM's own model serves."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -96,7 +96,7 @@ def allow_min_p_and_logit_bias(
 
 
 def after_hosts(architecture: str, ours: type[VerifyAndUpdateConfig]) -> type[Any]:
-    """`ours`, which vLLM calls for this model, after what vLLM itself has there, if anything."""
+    """`ours`, which vLLM calls for this model, after vLLM's own entry, if there is one."""
     host = MODELS_CONFIG_MAP.get(architecture)
     if host is None:
         return ours
@@ -131,7 +131,7 @@ ROPE: tuple[Entry, ...] = (
         target="vllm.config.model.ModelConfig.get_model_arch_config",
         parameters=("self",),
         function=configuration.derive_length,
-        reason="vLLM ignores YaRN's factor in the longest context, and then wants "
+        reason="vLLM ignores YaRN's factor in the longest context, and asks for "
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
         versions=ALL_VERSIONS,
         remove_when="vLLM derives the length from YaRN's original one and factor (`compat`)",
@@ -142,7 +142,7 @@ ROPE: tuple[Entry, ...] = (
         function=configuration.offer_rope_scaling,
         reason="vLLM has dropped --rope-scaling, which Qwen's model cards name",
         versions=ALL_VERSIONS,
-        remove_when="the cards name another way",
+        remove_when="the cards no longer name it",
     ),
     Patch(
         target="vllm.engine.arg_utils.EngineArgs.from_cli_args",
@@ -150,7 +150,7 @@ ROPE: tuple[Entry, ...] = (
         function=configuration.take_rope_scaling,
         reason="as the flag above",
         versions=ALL_VERSIONS,
-        remove_when="the cards name another way",
+        remove_when="the cards no longer name it",
     ),
 )
 
@@ -159,7 +159,7 @@ WITH_OURS: tuple[Entry, ...] = tuple(
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
         key=architecture,
         value=after_hosts(architecture, check),
-        reason="flags must be checked before a worker starts; vLLM has no entry point for it",
+        reason="flags must be checked before a worker starts; vLLM has no extension point for it",
         versions=ALL_VERSIONS,
         remove_when="a plugin's model class can check the configuration",
     )
@@ -185,8 +185,8 @@ ON_GPU: tuple[Entry, ...] = (
     Item(
         target="vllm.config.compilation.CompilationConfig._attention_ops",
         value=OPAQUE_OP,
-        reason="a piecewise CUDA graph must be cut where a step chooses its pages; vLLM has a "
-        "setting that replaces the list and none that adds to it",
+        reason="a piecewise CUDA graph must be cut where a step chooses its pages; vLLM's "
+        "setting replaces the list and cannot add to it",
         versions=ALL_VERSIONS,
         remove_when="an op can declare that graphs are cut at it",
     ),
@@ -220,7 +220,7 @@ PAGE_COPIES: tuple[Entry, ...] = (
         ),
         function=page_copy.precopy,
         reason="prefix caching with drafts copies pages by this Triton kernel, which has no CPU "
-        "version: the engine would die at its first request",
+        "version: the engine would end at its first request",
         versions=ALL_VERSIONS,
         remove_when="vLLM ships a CPU version",
     ),
@@ -253,7 +253,7 @@ OVERRIDES: tuple[Override, ...] = (
         Override(
             target=f"vllm.model_executor.models.qwen3_5.{text_model}",
             file="model/wrapped.py",
-            reason="vLLM's model with a vision tower has no other way to another text model",
+            reason="vLLM's vision-language model offers no other way to replace its text model",
             versions=ALL_VERSIONS,
             remove_when="it takes the text model's class from vLLM's registry",
         )
@@ -269,7 +269,7 @@ OVERRIDES: tuple[Override, ...] = (
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter",
         file="speculation/worker.py",
-        reason="drafts have the length that pays, request by request",
+        reason="each request needs its own draft length",
         versions=ALL_VERSIONS,
         remove_when="vLLM lets a model bring its drafter",
     ),
@@ -300,7 +300,7 @@ OVERRIDES: tuple[Override, ...] = (
     Override(
         target="vllm.config.speculative.SpeculativeConfig.draft_model_config",
         file="flags.py",
-        reason="vLLM takes the axes of images off a text model's positions, not off its drafter's",
+        reason="vLLM removes images' axes from a text model's positions, not from its drafter's",
         versions=ALL_VERSIONS,
         remove_when="the drafter's configuration is completed as the trunk's is",
     ),
@@ -405,12 +405,12 @@ def provide_page_copies() -> None:
 
 
 def refuse_unused_adapters() -> None:
-    """Let an adapter that is used in part only be an error."""
+    """Make an adapter that would be used only in part an error."""
     apply(WITH_LORA)
 
 
 def _register_kernels(kernels: Sequence[Function]) -> None:
-    """Put them in place through vLLM's registry for kernels, which reaches every import of them."""
+    """Register them in vLLM's kernel registry, which replaces them for all importers."""
     from vllm.triton_utils.dispatcher import register_kernels
 
     register_kernels({entry.target: entry.function for entry in kernels})

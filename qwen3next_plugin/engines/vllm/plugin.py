@@ -20,8 +20,8 @@ logger = logging.getLogger(LOGGER)
 def register() -> None:
     """Register models, backend and patches; if that fails, stop the process with our error.
 
-    vLLM logs a plugin's exception and serves its built-in model instead, which nobody who installed
-    this plugin wants. So a failure raises SystemExit, unless QWEN3NEXT_OPTIONAL=1.
+    vLLM would log an exception and serve its built-in model. So a failure raises SystemExit, unless
+    QWEN3NEXT_OPTIONAL=1.
     """
     try:
         env.check()

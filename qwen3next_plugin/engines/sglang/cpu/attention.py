@@ -1,7 +1,7 @@
 """SGLang's CPU attention by our kernel, which takes chains of different lengths.
 
-SGLang's own backend calls one of two operators of `sgl_kernel` in each layer, with what any model
-may ask for. That takes longer than to attend, where a step is short.
+SGLang's own backend calls operators of `sgl_kernel` in each layer, with arguments for any model.
+In a short step that takes longer than the attention itself.
 """
 
 from typing import Any

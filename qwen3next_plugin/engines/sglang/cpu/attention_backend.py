@@ -1,8 +1,8 @@
-"""An attention backend of our name, for any CPU: SGLang chooses its own with AMX only.
+"""Our attention backend for any CPU: SGLang chooses its own with AMX only.
 
-Our models get ours (attention.py). Others get SGLang's, around two kernels of `sgl_kernel`, which
-the stand-in has for any CPU. Remove when SGLang has an attention backend that drafts on every CPU,
-chains of different lengths included.
+Our models get attention.py. Others get SGLang's backend, whose two kernels of `sgl_kernel` the
+stand-in has for any CPU. Remove when SGLang has an attention backend that drafts on every CPU, with
+chains of different lengths.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ def register_attention_backend() -> None:
     from sglang.srt.layers.attention import attention_registry
 
     choices.add_attention_backend_choices([ATTENTION_BACKEND])
-    # Its kernels give a row the same bits in any batch, and after a cached prefix.
+    # A row's bits are the same in any batch, and after a cached prefix.
     choices.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     choices.add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
     attention_registry.register_attention_backend(ATTENTION_BACKEND)(make_backend)
 
 
 def make_backend(runner: Any) -> Any:
-    """The backend of a model; another's may ask for what our kernel does not compute."""
+    """The backend of a model: ours, or SGLang's for models that our kernel does not cover."""
     if not is_ours(runner.model_config):
         from sglang.srt.layers.attention.intel_amx_backend import IntelAMXAttnBackend
 
@@ -44,7 +44,7 @@ def create_draft_backend(
 ) -> Any:
     """Around `DraftBackendFactory._create_backend`: accept our name for drafts too.
 
-    SGLang's own backend drafts trees: it has one part for each depth (`stamps_children`).
+    SGLang's own backend drafts trees, with one child for each depth (`stamps_children`).
     """
 
     def make() -> Any:

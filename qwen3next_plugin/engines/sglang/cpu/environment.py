@@ -1,4 +1,4 @@
-"""Whether SGLang runs on a CPU, and the environment that makes it do so."""
+"""Whether SGLang runs on a CPU, and the environment for it."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 
 
 def without_gpu() -> bool:
-    """Whether SGLang runs on the CPU: it was asked to, or the machine has no accelerator."""
+    """Whether SGLang runs on the CPU: by a flag, or because there is no accelerator."""
     asked = os.environ.get(CPU_ENGINE)
     return asked == "1" if asked is not None else not torch.accelerator.is_available()
 

@@ -17,9 +17,9 @@ from qwen3next_plugin.model.quantised import BF16
 
 
 class NativeExperts(UnquantizedFusedMoEMethod):
-    """SGLang's unquantised experts; its AMX kernel is kept where weights were packed for it."""
+    """SGLang's unquantised experts; SGLang's AMX kernel stays if it has packed the weights."""
 
-    drafts = False  # a drafter's: weights in bf16 are packed as int8
+    drafts = False  # a drafter's: bf16 is packed as int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_packed"):  # SGLang may call this twice

@@ -1,4 +1,4 @@
-"""How much memory state pages and KV may use on a machine that also runs other things."""
+"""The memory for state pages and KV on a machine that also runs other programs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.names import is_ours
 
-SHARE = 4  # use 1/SHARE of the memory that SGLang would use
+SHARE = 4  # of SGLang's memory, 1/SHARE is used
 LEAST_GIB = 2.0
 GIB = 1 << 30
 GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
@@ -31,7 +31,7 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
     branches = _branches(configurator, budget)
     if stated or not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
         return host(configurator, budget - branches)
-    # Pages are one per request, however many would fit; KV gets the rest, within the same bound.
+    # One page per request, even if more would fit; KV gets the rest of the budget.
     return min(budget, host(configurator, total_rest_memory - branches))
 
 

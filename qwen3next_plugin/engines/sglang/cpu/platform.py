@@ -1,4 +1,4 @@
-"""SGLang's platform on a machine without a GPU: its own CPU platform, plus checks and defaults."""
+"""SGLang's platform without a GPU: its own CPU platform, with our checks and defaults."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""stop_regex: the patterns of requests, which SGLang's scheduler matches at each step."""
+"""stop_regex: patterns that SGLang's scheduler matches at each step."""
 
 import re
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3next_plugin.engines.sglang.names import is_ours
 
-REGEX_SECONDS = 0.25  # for one step of one request; a sane pattern takes microseconds
+REGEX_SECONDS = 0.25  # for one step of one request; normal patterns take microseconds
 
 
 def check_pattern(pattern: str) -> None:
@@ -30,7 +30,7 @@ def check_pattern(pattern: str) -> None:
 def limit_regex(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
     """Wrap `_check_str_based_finish`: abort a request whose stop_regex takes too long to match.
 
-    Time is limited as it matches, because no check of a pattern finds just those that backtrack.
+    The time is limited while matching: no check of a pattern finds exactly those that backtrack.
     """
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.managers.schedule_batch import FINISH_ABORT

@@ -18,18 +18,18 @@ from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.repairs.patterns import check_pattern
 
 MAX_N = 128  # as in OpenAI's API
-MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else as it queues them
+MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else while it queues them
 MAX_LOGPROBS = 1000  # per token; each is a Python object in three processes
 MAX_INT32 = 2**31 - 1  # SGLang's dtype for top_k
 # Beyond these, logits overflow fp32 at the lowest temperature, 1e-6.
 MIN_REPETITION_PENALTY, MAX_BIAS = 1e-6, 1e20
 
-# Types that SGLang declares otherwise than it uses them.
+# Fields that SGLang uses with another type than it declares.
 TYPES: dict[str, Any] = {
     "stop_token_ids": set[int | None] | None,
     "logit_bias": dict[str | int, float] | None,
 }
-# Not compared with their declared type: made by SGLang itself, or checked in another way.
+# Not checked by type: made by SGLang itself, or checked elsewhere.
 UNTYPED = frozenset(
     (
         *("input_text", "input_ids", "input_embeds", "mm_inputs", "num_items_assigned"),
@@ -51,7 +51,7 @@ TOP_LOGPROBS = "top_logprobs (top_logprobs_num, logprobs)"
 
 
 def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
-    """Wrap `generate_request`: refuse what its scheduler would not survive."""
+    """Wrap `generate_request`: refuse requests that would end the scheduler."""
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
@@ -62,9 +62,9 @@ def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any
 
 
 def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any) -> Any:
-    """Wrap `_create_tokenized_object`: refuse what its scheduler would not survive of one prompt.
+    """Wrap `_create_tokenized_object`: refuse a prompt that would end the scheduler.
 
-    SGLang declares types for what it sends to the scheduler, and compares no value with them.
+    SGLang declares types of what it sends to the scheduler, and does not check them.
     """
     from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -79,8 +79,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
 def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
     """Check one `GenerateReqInput`, of one prompt or of many.
 
-    Types and the number of answers are checked over HTTP only: whoever calls the engine in Python
-    owns it.
+    Types and the number of answers are checked over HTTP only: a Python caller owns the engine.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -102,7 +101,7 @@ def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
 
 
 def check_videos(video_data: Any) -> None:
-    """Check that what reads an encoded video is installed; without, SGLang answers with a 500.
+    """Check that a video reader is installed; without one SGLang answers with a 500.
 
     Raises:
         ValueError: names what to install.
@@ -115,7 +114,7 @@ def check_videos(video_data: Any) -> None:
 
 
 def check_positions(positions: list[int] | None, prompt: Sequence[int] | None) -> None:
-    """Check where label tokens are scored, of a prompt that one step must read from its start.
+    """Check the positions at which label tokens are scored; one step must read the whole prompt.
 
     Raises:
         ValueError: names the position and the prompt's length, or the flags that are missing.
@@ -259,6 +258,6 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
 
 
 def _check_range(field: str, value: float | None, low: float, high: float) -> None:
-    """NaN is in no range, and neither is what is no number."""
+    """Refuse NaN, and values that are not numbers."""
     if value is not None and not (isinstance(value, Real) and low <= value <= high):
         raise ValueError(f"{field} is {value}; allowed are {low:.15g} to {high:.15g}")

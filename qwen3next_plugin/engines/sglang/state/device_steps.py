@@ -65,7 +65,7 @@ class DeviceStepBuilder(StepBuilder):
 
 
 class DeviceGatedDeltaNetBackend(GatedDeltaNetBackend):
-    """Runs layers without waiting; copies pages where SGLang's radix cache wants snapshots."""
+    """Runs layers without waiting; copies pages for the snapshots of SGLang's radix cache."""
 
     extend_dummy_seqs_capped_by_req_pool = True  # there is room for as many rows as requests
     builder: DeviceStepBuilder
@@ -97,7 +97,7 @@ class DeviceGatedDeltaNetBackend(GatedDeltaNetBackend):
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """A graph's batch: its last `num_padding` rows hold what an earlier batch left there."""
+        """A graph's batch: its last `num_padding` rows are left over from an earlier batch."""
         self._begin(forward_batch, 0 if in_capture else forward_batch.num_padding)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -189,12 +189,12 @@ def _write_zeros(
 def _between_graphs(
     layer: "GatedDeltaNet", qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """A prompt's graph is cut here: its tensors stay the same, its rows do not."""
+    """A prompt's graph is cut here, because its rows change from step to step."""
     get_attn_backend().linear_attn_backend.run(layer, qkvz, ba, out)
 
 
 class DeviceHybridBackend(HybridBackend):
-    """SGLang's pair of backends on a GPU; takes snapshots after a verification."""
+    """SGLang's pair of backends on a GPU, with snapshots after a verification."""
 
     linear_attn_backend: DeviceGatedDeltaNetBackend
 

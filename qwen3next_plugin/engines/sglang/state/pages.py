@@ -1,7 +1,7 @@
 """State pages in SGLang's pool: one opaque page for each request and linear layer, with drafts too.
 
-SGLang stores a convolution window and S as separate tensors, and with drafts k + 1 of each per
-request. Here one page holds both (model/state.py), and every copy of a page is a correct copy.
+SGLang stores a convolution window and S as separate tensors, and one of each per draft token. Here
+one page holds both (model/state.py), and every copy of a page is a correct copy.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class PageParams(BaseLinearStateParams):
 
 
 def page_params(hf_config: Any) -> PageParams:
-    """What SGLang sizes its pools by; replaces `Qwen3NextConfig.mamba2_cache_params`."""
+    """The page sizes that SGLang computes its pools from; replaces `mamba2_cache_params`."""
     layout = page_layout(hf_config)
     return PageParams(
         shape=PageShape(layout),
@@ -138,7 +138,7 @@ class PagePool(MambaPool):
         return self.pages[i : i + 1]
 
     def clear_slots(self, indices: torch.Tensor) -> None:
-        """Nothing to clear: a row with an empty context ignores what its page holds."""
+        """Nothing to clear: a row with an empty context ignores its page's content."""
 
     def copy_from(self, src_indices: torch.Tensor, dst_indices: torch.Tensor) -> None:
         """Copy whole pages. Shapes: both [M]."""

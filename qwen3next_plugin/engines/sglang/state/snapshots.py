@@ -1,7 +1,7 @@
-"""Snapshots on a GPU: copies of pages that SGLang's radix cache keeps of running requests.
+"""Snapshots on a GPU: copies of running requests' pages for SGLang's radix cache.
 
-SGLang keeps them in slots of their own ("extra_buffer"), so that its scheduler can run a step ahead
-of the GPU.
+SGLang keeps them in extra slots ("extra_buffer"), so that its scheduler can run a step ahead of the
+GPU.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Copies:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A step of prompts in two parts: up to the points where pages are wanted, and the rest.
+    """A step of prompts in two parts, head and tail, split where pages are to be copied.
 
     The head is computed, then pages are copied, then the tail is computed.
     """
@@ -48,7 +48,7 @@ class Snapshot:
 
     @classmethod
     def build(cls, step: Step, forward_batch: ForwardBatch) -> "Snapshot":
-        """Split each row of the step in two; a row whose page is not wanted is all head.
+        """Split each row of the step in two; a row whose page is not copied is all head.
 
         SGLang wants the page at a multiple of its chunk size, counted from the row's first token.
         """

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class StepBuilder:
     """Builds one Step per engine step from lengths and slots alone.
 
-    SGLang's own backend takes the number of accepted draft tokens, and scatters states by it. Ours
-    needs no count: a page records where it ends, so roll-back is a matter of context length.
+    SGLang's own backend scatters states by the number of accepted drafts. Ours needs no count: a
+    page records where it ends, so a roll-back needs only the context length.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -79,7 +79,7 @@ class GatedDeltaNetBackend(AttentionBackend):
         return StepBuilder(self.pool)
 
     def supports_prefill_graph_extend(self) -> bool:
-        """No: a prompt's graph is cut at linear layers."""
+        """False: a prompt's graph is cut at linear layers."""
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -135,7 +135,7 @@ class GatedDeltaNetBackend(AttentionBackend):
         return StateError(f"request {self.rids[state_error.row]}, {layer}", str(error))
 
     def commit(self, last_node: torch.Tensor) -> None:
-        """After a tree is verified: keep, for each request, the page of the accepted path."""
+        """After verifying a tree: keep each request's page of the accepted path."""
         if self.tree is not None:
             source, target = self.tree.accepted(last_node.tolist())
             self.pool.copy_from(torch.tensor(source).long(), torch.tensor(target).long())

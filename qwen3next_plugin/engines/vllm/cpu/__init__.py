@@ -1,1 +1,1 @@
-"""What only a machine without a GPU needs."""
+"""For machines without a GPU."""

@@ -1,6 +1,6 @@
-"""vLLM's attention on a CPU by our kernel, for a token's bits that depend on no other request.
+"""vLLM's attention on a CPU by our kernel: a token's bits do not depend on other requests.
 
-vLLM's kernel reads contexts of over 512 tokens in cuts that depend on the batch and on the chunk.
+vLLM's kernel splits contexts of over 512 tokens by batch and chunk.
 Blocks, metadata and planning stay vLLM's. Remove when its kernel is batch-invariant.
 """
 
@@ -72,7 +72,7 @@ class AttentionImpl(CPUAttentionBackendImpl):
 
 
 class AttentionBackend(CPUAttentionBackend):
-    """What vLLM asks for the classes of a layer's attention."""
+    """The classes of our attention, as vLLM looks them up."""
 
     @staticmethod
     def get_impl_cls() -> type[AttentionImpl]:

@@ -8,9 +8,9 @@ RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
 
 def use_both_cores() -> None:
-    """Compute with both cores of a machine that has two, unless the user's environment says more.
+    """Compute with both cores of a two-core machine, unless the user's environment says otherwise.
 
-    vLLM leaves one core to its scheduler, which waits most of the time: here, half of the machine.
+    vLLM reserves one core, half of the machine, for its scheduler, which mostly waits.
     """
     cores = {(cpu.numa_node, cpu.physical_core) for cpu in get_allowed_cpu_list()}
     if len(cores) == 2:

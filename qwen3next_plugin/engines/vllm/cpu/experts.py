@@ -78,7 +78,7 @@ class Experts(RoutedExperts):
 
     @staticmethod
     def _are_packed(moe_config: FusedMoEConfig) -> bool:
-        """Whether our kernel of packed experts takes them. vLLM balances unpacked ones only."""
+        """Whether our packed kernel runs the experts; vLLM can rebalance only unpacked ones."""
         return (
             packs_plain()
             and moe_config.in_dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 
 def needed() -> bool:
-    """Whether ours take the place of vLLM's: on every CPU, also where Triton could run vLLM's."""
+    """Whether ours replace vLLM's: on every CPU, even if Triton could run vLLM's there."""
     return current_platform.is_cpu()
 
 
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 def _rows(count: int, *columns: torch.Tensor) -> Iterator[tuple[int, ...]]:
-    """The first `count` rows, read at once: one by one, each number takes a microsecond."""
+    """The first `count` values, read at once: one by one, each takes a microsecond."""
     return zip(*(column[:count].tolist() for column in columns), strict=True)
 
 

@@ -1,9 +1,8 @@
 """Copies a request's page when it crosses a block boundary, for vLLM's model runner V2.
 
 vLLM's prefix caching ("align" mode) keeps the state of a prefix in the block that ends with it. Its
-own class offsets the copy by the number of accepted draft tokens, into the k + 1 blocks of its
-speculative states. We have one page, which records the context lengths that it can continue at, so
-a verbatim copy is always correct. Therefore:
+own class offsets the copy by the number of accepted drafts, because it has a state per draft. Our
+page records the context lengths at which it can continue, so a verbatim copy is always correct:
 
 - the accepted counts stay at 1: with that value vLLM's copy before a step has no offset;
 - after a step, the page of each row that filled a block is copied into that block.

@@ -1,7 +1,7 @@
 """State pages in vLLM's cache: one opaque page for each request and linear layer, also with drafts.
 
-vLLM stores a convolution window and S as separate tensors, and with drafts k + 1 of each per
-request. Here one page holds both (model/state.py), and every copy of a page is a correct copy.
+vLLM stores a convolution window and S as separate tensors, and one of each per draft token. Here
+one page holds both (model/state.py), and every copy of a page is a correct copy.
 """
 
 import torch

@@ -23,8 +23,8 @@ from qwen3next_plugin.model.step import DeviceSteps, Step, build_step
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Builds one Step per engine step from lengths and block tables alone.
 
-    The builders of vLLM's own recurrent layers take the number of accepted draft tokens. Ours needs
-    no count: a page records where it ends, so roll-back is a matter of context length.
+    The builders of vLLM's own recurrent layers take the number of accepted drafts. Ours needs no
+    count: a page records where it ends, so a roll-back needs only the context length.
     """
 
     reorder_batch_threshold: int | None = None
@@ -47,7 +47,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """On a GPU any step can be captured: kernels read the rows there; the reference cannot."""
+        """On a GPU any step can be captured: kernels read the rows there."""
         if current_platform.is_cpu() or env.kernels() == "reference":
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.ALWAYS
@@ -82,8 +82,8 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         return table[:, 0]
 
     def _slots_on_cpu(self, common: CommonAttentionMetadata) -> torch.Tensor:
-        """The same in fewer operators: with vLLM's prefix cache ("align") it is the page of the
-        block that a row's last token is in.
+        """The same with fewer operators: with vLLM's prefix cache ("align") a row's page is in the
+        block of its last token.
         """
         table = common.block_table_tensor.numpy()
         if self.cache_config.mamba_cache_mode == "none":
@@ -110,9 +110,9 @@ class GatedDeltaNetBackend(AttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """Whether drafts may be trimmed on the device: no length of a row is read on the host.
+        """Whether drafts may be trimmed on the device, as vLLM's adaptive verification does.
 
-        vLLM's adaptive verification needs this. It gives the host the number of tokens, and the
-        longest row before trimming; both hold for the trimmed batch.
+        True: the host reads only the number of tokens and the longest row before trimming, which
+        are bounds of the trimmed batch, too.
         """
         return True

@@ -1,7 +1,7 @@
-"""Stand-in for `sgl_kernel` on a machine without a GPU: what SGLang 0.5.23 uses of it there.
+"""Stand-in for `sgl_kernel` without a GPU: the part that SGLang 0.5.23 uses there.
 
-Nothing here may define the operator `convert_weight_packed`: SGLang recognises a genuine package by
-it, and would then use code for AMX that needs the rest of the package.
+Do not define the operator `convert_weight_packed` here: SGLang takes it for a sign of the genuine
+package, and would then call AMX code that needs the rest of that package.
 """
 
 from sgl_kernel import attention as attention  # registers its operators

@@ -109,7 +109,7 @@ def _attend(
 ) -> None:
     if not seq_lens.numel():
         return
-    # Imported here because SGLang imports this package in every process, most without attention.
+    # Imported late: SGLang imports this package in every process, and most run no attention.
     from qwen3next_plugin.kernels.paged_attention import paged_attention
 
     attended = paged_attention(

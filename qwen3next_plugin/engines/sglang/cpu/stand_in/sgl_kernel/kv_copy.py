@@ -8,8 +8,8 @@ from torch import Tensor
 from sgl_kernel.operators import operator
 
 
-# Declared as writing the pointers, although it writes the memory that they point to: an operator
-# that writes nothing may be dropped from a graph.
+# Declared to write the pointers, because a graph may drop an operator that writes nothing; what it
+# writes is the memory behind them.
 @operator("data_ptrs")
 def copy_all_layer_kv_cache_cpu(
     data_ptrs: Tensor, strides: Tensor, tgt_loc: Tensor, src_loc: Tensor
@@ -36,6 +36,6 @@ def copy_all_layer_kv_cache_cpu(
 
 
 def _rows(address: int, rows: int, row_bytes: int) -> Tensor:
-    """The memory from `address` on as [rows, row_bytes] uint8, only as far as it is used."""
+    """The memory at `address` as [slots, slot_bytes] uint8, up to the last slot used."""
     memory = (ctypes.c_uint8 * (rows * row_bytes)).from_address(address)
     return torch.frombuffer(memory, dtype=torch.uint8).view(rows, row_bytes)

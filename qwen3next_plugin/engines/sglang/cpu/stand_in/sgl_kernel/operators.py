@@ -31,6 +31,6 @@ def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(row, column) of every element of rows of these lengths, laid end to end."""
     ends = lengths.cumsum(0)
     element = torch.arange(int(ends[-1]) if len(ends) else 0, device=lengths.device)
-    row = torch.searchsorted(ends, element, right=True)  # repeat_interleave starts all threads
+    row = torch.searchsorted(ends, element, right=True)  # repeat_interleave would start all threads
     column = element - (ends - lengths)[row]
     return row, column

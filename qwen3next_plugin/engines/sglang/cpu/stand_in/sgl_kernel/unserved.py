@@ -1,4 +1,4 @@
-"""Names that must exist but that the stand-in does not serve: calling one raises."""
+"""Names that must exist; calling one raises, because the stand-in does not implement it."""
 
 from collections.abc import Callable
 from typing import NoReturn
@@ -7,7 +7,7 @@ import torch
 
 from sgl_kernel.operators import LIBRARY, NAMESPACE
 
-# SGLang's modules read these from torch.ops.sgl_kernel when they are imported on a CPU.
+# Read from torch.ops.sgl_kernel when SGLang's modules are imported on a CPU.
 TAKEN_ON_IMPORT = {
     "fused_dual_residual_rmsnorm_cpu": "Grok",
     "fused_gdn_gating_cpu": "SGLang's own Gated DeltaNet",
@@ -70,7 +70,7 @@ GIVEN_A_FAKE = [
 
 
 def refused(name: str, caller: str) -> Callable[..., NoReturn]:
-    """A function of that name that raises, and names its caller and what the stand-in serves."""
+    """A function that raises; the error names it and what the stand-in serves."""
 
     def refuse(*arguments: object, **named: object) -> NoReturn:
         raise NotImplementedError(
