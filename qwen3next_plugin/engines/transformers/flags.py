@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from qwen3next_plugin.engines.transformers.names import MOST_DRAFTS
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import ACTIVATIONS
 from qwen3next_plugin.model.layouts import CheckpointError
 
 # Arguments and settings that do not go with drafts → what to do.
@@ -54,6 +56,7 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
     Raises:
         CheckpointError: there is no MTP head.
         RequestError: an argument or a setting, with the fix.
+        NotImplementedError: no kernels run on the model's device.
     """
     if model.mtp is None:
         raise CheckpointError(
@@ -70,11 +73,16 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
         )
     if given("use_cache", arguments, configs) is False:
         raise RequestError("use_mtp=True with use_cache=False: drafts need the cache; leave it out")
-    drafts = given("num_assistant_tokens", arguments, configs)
-    if drafts is not None and not 1 <= drafts <= MOST_DRAFTS:
+    num_drafts = given("num_assistant_tokens", arguments, configs)
+    if num_drafts is not None and not 1 <= num_drafts <= MOST_DRAFTS:
         raise RequestError(
-            f"num_assistant_tokens={drafts}: the MTP head drafts 1 to {MOST_DRAFTS} tokens"
+            f"num_assistant_tokens={num_drafts}: the MTP head drafts 1 to {MOST_DRAFTS} tokens"
         )
+    if model.dtype not in ACTIVATIONS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ACTIVATIONS)
+        raise RequestError(f"use_mtp=True with {model.dtype}: load the model in one of {names}")
+    for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+        dispatch.backend("gated_delta_net", device)
     attention = model.config._attn_implementation
     if attention not in MASKED:
         raise RequestError(
@@ -85,13 +93,13 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
 
 def prompt(
     input_ids: Tensor, processors: Sequence[Any], arguments: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """The positions and the attention mask of prompts, checked.
+) -> tuple[Tensor, list[int]]:
+    """The positions of prompts, and how many columns of padding are before each; checked.
 
-    Shapes: input_ids [B, T], returns [B, T] twice
+    Shapes: input_ids [B, T], returns positions [B, T]
 
-    Raises: RequestError: prompts that cannot be continued, processors that need a whole batch, or
-        an argument for the model that is none of TAKEN.
+    Raises: RequestError: padding behind a token, an empty prompt, processors that need a whole
+        batch, or an argument for the model that is none of TAKEN.
     """
     for name in arguments.keys() - TAKEN:
         raise RequestError(f"use_mtp=True with {name}: the MTP head does not take it; leave it out")
@@ -99,10 +107,15 @@ def prompt(
     if T == 0:
         raise RequestError("use_mtp=True: an empty prompt has nothing to draft from")
     attention_mask = arguments.get("attention_mask")
-    if attention_mask is not None and not attention_mask[:, -1].all():
-        raise RequestError(
-            "use_mtp=True: a prompt ends in padding; use a tokenizer with padding_side='left'"
-        )
+    padding = [0] * B
+    if attention_mask is not None:
+        is_token = attention_mask.bool()
+        if not is_token[:, -1].all() or (is_token[:, :-1] > is_token[:, 1:]).any():
+            raise RequestError(
+                "use_mtp=True: a prompt has padding behind a token; use a tokenizer with "
+                "padding_side='left'"
+            )
+        padding = (~is_token).sum(1).tolist()
     for processor in processors if B > 1 else ():
         if (name := type(processor).__name__) in BATCHED:
             raise RequestError(
@@ -111,4 +124,4 @@ def prompt(
             )
     positions = arguments["position_ids"]
     positions = positions[0] if positions.ndim == 3 else positions  # Qwen3.5's axes are equal
-    return positions.expand(B, T), attention_mask
+    return positions.expand(B, T), padding

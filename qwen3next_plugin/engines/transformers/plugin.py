@@ -17,7 +17,7 @@ def register() -> None:
     if env.disabled():
         return
     check_host("transformers")
-    if env.kernels() == "cpu":
+    if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
 
         native.load()  # fails now if the build is broken or the instruction set is missing

@@ -16,11 +16,10 @@ MODELS = {
     "models/qwen3_5/modeling_qwen3_5.py": ("Qwen3_5", "Qwen3_5TextModel"),
     "models/qwen3_5_moe/modeling_qwen3_5_moe.py": ("Qwen3_5Moe", "Qwen3_5MoeTextModel"),
 }
-# What our step reads of a linear layer, besides its input projections.
+# What ours reads of a linear layer, besides its input projections.
 LAYER = {
-    *("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "key_dim", "value_dim"),
-    *("conv_kernel_size", "conv1d", "A_log", "dt_bias", "norm", "layer_norm_epsilon", "out_proj"),
-    "layer_idx",
+    *("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "layer_idx"),
+    *("conv1d", "A_log", "dt_bias", "norm", "layer_norm_epsilon", "out_proj"),
 }
 PROJECTIONS = {
     "Qwen3Next": {"in_proj_qkvz", "in_proj_ba"},
@@ -28,7 +27,6 @@ PROJECTIONS = {
     "Qwen3_5Moe": {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"},
 }
 CACHES = {
-    "LinearAttentionCacheLayerMixin": {"conv_states", "recurrent_states"},
     "CacheLayerMixin": {"keys", "values", "is_initialized"},
     "Cache": {"layers"},
 }

@@ -132,18 +132,61 @@ def test_every_layout_of_qwen3_5(tmp_path, load, steps, name):
     assert len(steps) < TOKENS
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
-def test_the_plugins_kernels_answer_the_same(model, steps, monkeypatch, kernels):
-    monkeypatch.setenv("QWEN3NEXT_KERNELS", kernels)
+@pytest.fixture
+def backends(monkeypatch) -> dict[str, None]:
+    """The backends that run ops, each once."""
+    from qwen3next_plugin.kernels import dispatch
+
+    seen: dict[str, None] = {}
+    backend = dispatch.backend
+
+    def recording(op: str, device_type: str) -> str:
+        seen[backend(op, device_type)] = None
+        return backend(op, device_type)
+
+    monkeypatch.setattr(dispatch, "backend", recording)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("asked", "runs"), [(None, "cpu"), ("auto", "cpu"), ("cpu", "cpu"), ("reference", "reference")]
+)
+def test_linear_layers_run_on_the_kernels_asked_for(model, backends, monkeypatch, asked, runs):
+    monkeypatch.delenv("QWEN3NEXT_KERNELS", raising=False)
+    if asked:
+        monkeypatch.setenv("QWEN3NEXT_KERNELS", asked)
     plain, ours = both(model, PROMPTS)
     assert torch.equal(ours, plain)
-    assert len(steps) < TOKENS
+    assert list(backends) == [runs]
 
 
-def test_the_kernels_read_qwen3_5s_projections(tmp_path, load, monkeypatch):
-    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
-    plain, ours = both(load(FAMILY[QWEN3_5[0]].write(tmp_path)), PROMPTS)
+def test_kernels_that_do_not_run_here_are_refused_at_once(model, monkeypatch, steps):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "triton")
+    with pytest.raises(NotImplementedError, match="triton kernels run on cuda, not on cpu"):
+        both(model, PROMPTS)
+    assert not steps
+
+
+def test_padding_before_one_prompt_changes_nothing(model):
+    inputs = left_padded((PROMPTS[0], (1,) * 20))
+    padded = {name: value[:1] for name, value in inputs.items()}
+    given = {"max_new_tokens": TOKENS, "do_sample": False}
+    plain = model.generate(**padded, **given)
+    ours = model.generate(**padded, **given, use_mtp=True)
     assert torch.equal(ours, plain)
+    assert torch.equal(ours[:, 20 - len(PROMPTS[0]) :], both(model, PROMPTS[:1])[1])
+
+
+def test_offloaded_layers_answer_the_same(small, load, tmp_path):
+    """Their weights are loaded from the disk whenever a layer runs."""
+    pytest.importorskip("accelerate")
+    whole = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "mtp")
+    places = dict.fromkeys(whole, "cpu") | {"model.layers": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        small, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    assert torch.equal(both(offloaded, PROMPTS)[1], both(load(small), PROMPTS)[1])
 
 
 def test_drafts_are_those_of_the_mtp_head(model, small, monkeypatch):
@@ -247,9 +290,10 @@ def test_processors_see_the_rows_own_tokens(model):
     assert torch.equal(ours, plain)
 
 
-def test_scores_and_logits_are_those_of_the_plain_loop(model):
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "batch"])
+def test_scores_and_logits_are_those_of_the_plain_loop(model, prompts):
     wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    plain, ours = both(model, PROMPTS[:1], **wanted)
+    plain, ours = both(model, prompts, **wanted)
     assert torch.equal(ours.sequences, plain.sequences)
     for kind in ("scores", "logits"):
         torch.testing.assert_close(ours[kind], plain[kind], rtol=1e-4, atol=1e-4)
@@ -327,6 +371,10 @@ REFUSALS = {
         {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])},
         "padding_side='left'",
     ),
+    "a hole": (
+        {"attention_mask": torch.tensor([[1, 0, 1], [1, 1, 1]])},
+        "padding behind a token",
+    ),
     "prefix function": (
         {"prefix_allowed_tokens_fn": lambda row, ids: [3, 4]},
         "PrefixConstrained.* one prompt at a time",
@@ -340,6 +388,12 @@ def test_what_drafts_do_not_go_with_is_refused(model, case):
     inputs = {} if "inputs_embeds" in given else {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
     with pytest.raises(ValueError, match=message):
         model.generate(**inputs, **given, use_mtp=True, max_new_tokens=4)
+
+
+def test_a_dtype_that_no_kernel_takes_is_refused(small):
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"use_mtp=True with torch\.float64: .* bfloat16, float16"):
+        model.generate(torch.tensor([[3, 4]]), use_mtp=True)
 
 
 def test_a_checkpoint_without_mtp_loads_and_refuses_drafts(tmp_path):

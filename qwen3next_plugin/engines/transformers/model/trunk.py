@@ -14,7 +14,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM as HostQwen3Next
 
 from qwen3next_plugin.engines.transformers import flags
-from qwen3next_plugin.engines.transformers.model.linear_attention import stepping
+from qwen3next_plugin.engines.transformers.model.linear_attention import on_pages
 from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
 from qwen3next_plugin.engines.transformers.names import DRAFTS, PREFIX
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers
@@ -36,7 +36,7 @@ class WithMTP(Base):
         for layer in self.model.layers:
             if hasattr(layer, "linear_attn"):
                 of_host = layer.linear_attn
-                layer.linear_attn = stepping(of_host.__class__)(config, of_host.layer_idx)
+                layer.linear_attn = on_pages(of_host.__class__)(config, of_host.layer_idx)
         self.mtp = MultiTokenPredictor(
             config, layer=type(self.model.layers[0]), norm=type(self.model.norm)
         )
@@ -108,7 +108,7 @@ class WithMTP(Base):
         **model_kwargs: Any,
     ) -> Any:
         """What the host's `generate` calls with `use_mtp`; all else it refused before."""
-        positions, attention_mask = flags.prompt(input_ids, logits_processor, model_kwargs)
+        positions, padding = flags.prompt(input_ids, logits_processor, model_kwargs)
         answers = Answers(
             input_ids,
             processors=logits_processor,
@@ -120,8 +120,8 @@ class WithMTP(Base):
             self,
             answers,
             positions=positions,
-            attention_mask=attention_mask,
-            drafts=generation_config.num_assistant_tokens,
+            padding=padding,
+            num_drafts=generation_config.num_assistant_tokens,
         ).run()
 
 

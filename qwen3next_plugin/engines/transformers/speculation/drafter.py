@@ -16,18 +16,18 @@ class Drafter:
         self.model, self.steps, self.cache = model, steps, cache
 
     def draft(
-        self, *, tokens: Tensor, hidden: Tensor, step: Step, counts: Tensor, drafts: int
+        self, *, tokens: Tensor, hidden: Tensor, step: Step, counts: Tensor, num_drafts: int
     ) -> Tensor:
         """The likeliest drafts behind the tokens that a step kept, which the layer reads first.
 
         Shapes: tokens [B, n] behind each of the step's; hidden [B, n, D] of the trunk's; counts
-            [B], the step's tokens that are right; returns [B, drafts]
+            [B], the step's tokens that are right; returns [B, num_drafts]
         """
         rows = torch.arange(len(tokens), device=tokens.device)
         hidden = self._run(tokens, hidden, step)[rows, counts - 1][:, None]  # [B, 1, D]
         starts = (step.columns[rows, counts - 1] + 1).tolist()
         found = [self._likeliest(hidden)]
-        for i in range(drafts - 1):
+        for i in range(num_drafts - 1):
             step = self.steps.build([start + i for start in starts], 1)
             hidden = self._run(found[-1], hidden, step)
             found.append(self._likeliest(hidden))

@@ -21,23 +21,25 @@ class Worker:
         answers: Answers,
         *,
         positions: Tensor,
-        attention_mask: Tensor | None,
-        drafts: int,
+        padding: list[int],
+        num_drafts: int,
     ) -> None:
-        """Shapes: positions, attention_mask [B, T] of the prompts"""
+        """`padding` is each prompt's number of columns before its first token.
+
+        Shapes: positions [B, T] of the prompts
+        """
         config = model.config
         additive = model.dtype if config._attn_implementation == "eager" else None
-        self.model, self.answers, self.drafts = model, answers, drafts
-        self.padding = attention_mask
-        self.steps = Steps(positions, attention_mask, additive=additive)
-        self.cache = RowCache(config.layer_types, drafts=drafts)
+        self.model, self.answers, self.num_drafts = model, answers, num_drafts
+        self.steps = Steps(positions, padding, additive=additive)
+        self.cache = RowCache(config.layer_types, num_drafts=num_drafts)
         self.drafter = Drafter(model, self.steps, self.cache)
 
     def run(self) -> Output:
         """Answer all prompts."""
         answers = self.answers
         step = self.steps.prompt()
-        hidden = self._trunk(answers.ids[:, : step.end], step, self.padding)
+        hidden = self._trunk(answers.ids[:, : step.end], step)
         counts = torch.full((len(hidden),), step.end, device=hidden.device)
         answers.extend(self.model.lm_head(hidden[:, -1:]), [[]] * len(hidden))
         while not answers.finished:
@@ -47,17 +49,17 @@ class Worker:
             hidden = self._trunk(tokens, step)
             kept = answers.extend(self.model.lm_head(hidden), tokens[:, 1:].tolist())
             counts = torch.tensor(kept, device=hidden.device)
-            self.cache.keep(counts)
+            self.cache.check()
         return answers.result()
 
     def _drafted(self, hidden: Tensor, step: Step, counts: Tensor) -> Tensor:
         """Each row's last token and its drafts. Shapes: hidden [B, n, D]; counts [B]"""
         answers = self.answers
         running = filter(answers.runs, range(len(answers.lengths)))
-        drafts = min(self.drafts, max(map(answers.room, running)) - 1)
+        num_drafts = min(self.num_drafts, max(map(answers.room, running)) - 1)
         last = torch.tensor(answers.lengths, device=answers.ids.device)[:, None] - 1
         tokens = answers.ids.gather(1, last)  # [B, 1]
-        if drafts <= 0:
+        if num_drafts <= 0:
             return tokens
         behind = (step.columns + 1).clamp(max=answers.ids.shape[1] - 1)
         found = self.drafter.draft(
@@ -65,14 +67,14 @@ class Worker:
             hidden=hidden,
             step=step,
             counts=counts,
-            drafts=drafts,
+            num_drafts=num_drafts,
         )
         return torch.cat([tokens, found.to(tokens.device)], dim=1)
 
-    def _trunk(self, tokens: Tensor, step: Step, padding: Tensor | None = None) -> Tensor:
+    def _trunk(self, tokens: Tensor, step: Step) -> Tensor:
         """The trunk's hidden states. Shapes: tokens [B, n], returns [B, n, D]"""
         self.cache.begin(step)
-        masks = {"full_attention": step.attend, "linear_attention": padding}
+        masks = {"full_attention": step.attend, "linear_attention": None}
         outputs = self.model.model(
             input_ids=tokens,
             position_ids=step.positions,
