@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 
 from benchmarks.report import Run, console
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
-from qwen3next_plugin.model.weights import trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 
 TINY = Path("examples/qwen3next-tiny")
 RELEASED = Path("examples/configs")
@@ -144,7 +143,7 @@ def finish(folder: Path, config: Mapping[str, Any]) -> None:
 def tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor, in the released checkpoint's names."""
     parsed = Qwen3NextConfig.from_hf(config)
-    return dict(sorted((trunk_tensors(parsed) | mtp_tensors(parsed)).items()))
+    return dict(sorted(all_tensors(parsed).items()))
 
 
 def write_layers(path: Path, config: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.block_model import RELEASED, Shapes, by_layer
 from benchmarks.report import RedCheckError, Run
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
-from qwen3next_plugin.model.weights import trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import trunk_tensors
 
 DENSE, NEXT = "Qwen3-32B", "Qwen3-Next-80B-A3B"
 LINEAR, FULL = "linear_attention", "full_attention"

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.weights import trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "qwen3next-tiny"
 VOCAB = 512

@@ -30,11 +30,11 @@ from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_b
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
+from qwen3next_plugin.model.checkpoint.quantised import formats_of
+from qwen3next_plugin.model.checkpoint.reading import parameters as parameters_of
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.state import STATE_DTYPES
-from qwen3next_plugin.model.weights import formats_of, trunk_tensors
-from qwen3next_plugin.model.weights import parameters as parameters_of
 from qwen3next_plugin.mtp.draft_head import DRAFTED
-from qwen3next_plugin.mtp.weights import mtp_tensors
 from released import RELEASED_80B
 
 CONFIG = Qwen3NextConfig.from_hf(RELEASED_80B)
@@ -315,8 +315,8 @@ def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
     plan["weights"].pop("draft head")
     raw = json.loads((folder / "config.json").read_text())
     config = Qwen3NextConfig.from_hf(raw)
-    shapes = trunk_tensors(config) | mtp_tensors(config)
-    formats = formats_of(folder, config, shapes, raw["quantization_config"], asked=None)
+    shapes = all_tensors(config)
+    formats = formats_of(folder, config, raw["quantization_config"], asked=None)
     assert formats.dequantised
     stored = load_file(folder / "model.safetensors").items()
     loaded = parameters_of(stored, config, expected=shapes, formats=formats)

@@ -43,7 +43,7 @@ def test_another_package_of_that_name_is_found_from_the_checkout(tmp_path, name)
 
 
 def test_installed_modules_are_importable_under_the_package():
-    modules = "kernels.dispatch", "mtp.weights", "model.step"
+    modules = "kernels.dispatch", "mtp.policy", "model.step"
     code = "; ".join(f"import qwen3next_plugin.{module}" for module in modules)
     assert python(code) == ""
 
@@ -86,6 +86,6 @@ def test_wheel_holds_the_package_and_nothing_at_the_top():
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"qwen3next_plugin"}
     assert "qwen3next_plugin/kernels/_ops.so" in names
-    assert "qwen3next_plugin/mtp/weights.py" in names
+    assert "qwen3next_plugin/mtp/policy.py" in names
     assert "qwen3next_plugin/engines/sglang/cpu/stand_in/sgl_kernel/tree.py" in names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import block_model
 from benchmarks.peers import gguf_model, w8a8_model
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.tensors import trunk_tensors
 from qwen3next_plugin.model.quantising import quantised_bytes
-from qwen3next_plugin.model.weights import trunk_tensors
 
 SMALL = {
     "vocab_size": 320,

@@ -55,7 +55,7 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     checkpoint that is not downloaded yet); else from the config alone. Respects
     QWEN3NEXT_QUANTISE. Raises ConfigError and CheckpointError.
     """
-    from qwen3next_plugin.model.layouts import our_name
+    from qwen3next_plugin.model.checkpoint.layouts import our_name
     from qwen3next_plugin.model.quantising import quantised_bytes
 
     index = _read_index(folder / INDEX)
@@ -101,10 +101,10 @@ def _quantised(
 
     Raises: CheckpointError for a module that no CPU kernel serves.
     """
-    from qwen3next_plugin.model.weights import formats_of
+    from qwen3next_plugin.model.checkpoint.quantised import formats_of
 
     shapes = _shapes(config)
-    formats = formats_of(folder, config, shapes, quantization, asked=None)
+    formats = formats_of(folder, config, quantization, asked=None)
     sizes: dict[str, int] = {}
     totals: Counter[str] = Counter()
     for name in names:
@@ -122,11 +122,9 @@ def parameters(config: Qwen3NextConfig) -> dict[str, int]:
 
 
 def _shapes(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
-    from qwen3next_plugin.model.weights import trunk_tensors
-    from qwen3next_plugin.mtp.weights import mtp_tensors
+    from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 
-    mtp = mtp_tensors(config) if config.num_nextn_predict_layers else {}
-    return trunk_tensors(config) | mtp
+    return all_tensors(config)
 
 
 def _read_index(file: Path) -> dict | None:
@@ -145,7 +143,7 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
     """Stored dtype and number of elements of each tensor in the folder's safetensors files."""
     from safetensors import safe_open
 
-    from qwen3next_plugin.model.weights import check_files
+    from qwen3next_plugin.model.checkpoint.files import check_files
 
     check_files(folder)
     stored = {}

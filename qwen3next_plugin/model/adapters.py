@@ -16,8 +16,13 @@ import torch
 from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.layouts import FLAT_PROJECTION, group_projections, our_name
-from qwen3next_plugin.model.weights import holder, trunk_tensors
+from qwen3next_plugin.model.checkpoint.layouts import (
+    FLAT_PROJECTION,
+    group_projections,
+    holder,
+    our_name,
+)
+from qwen3next_plugin.model.checkpoint.tensors import trunk_tensors
 
 PEFT = "base_model.model."  # prefix of PEFT's names
 LOW_RANK = re.compile(r"(.*)\.lora_(A|B)\.weight")

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen3next_plugin.model.layouts import CheckpointError
-from qwen3next_plugin.model.mapped import give_back
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import EXPERT
+from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.quantised import Format, Module, Scheme, dequantise, scheme
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,7 +20,6 @@ Stream = Iterable[tuple[str, torch.Tensor]]
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Modules whose parameters are never quantised: they are looked up, small, or drafts are made of it.
 PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
-EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
 OF_OTHERS = ("bias", "k_scale", "v_scale", "output_scale")  # and of the KV cache, beside a weight

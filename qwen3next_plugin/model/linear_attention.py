@@ -4,10 +4,9 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.layouts import output_sizes
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
 from qwen3next_plugin.model.host_layers import HostLayers
-from qwen3next_plugin.model.layouts import output_sizes
-from qwen3next_plugin.model.weights import shard_rows
 
 
 class Weight(nn.Module):
@@ -94,3 +93,12 @@ def _in_projection(
     if layout == "flat":
         return layers.merged_column_parallel(config.hidden_size, sizes, bias=False, prefix=prefix)
     return layers.column_parallel(config.hidden_size, sizes[0], bias=False, prefix=prefix)
+
+
+def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int) -> torch.Tensor:
+    """One rank's share of a weight whose rows are `parts`, such as q, k and v, one after another.
+
+    Shapes:
+        weight [sum(parts), ...], returns [sum(parts)/size, ...]
+    """
+    return torch.cat([part.chunk(size)[rank] for part in weight.split(parts)])

@@ -18,7 +18,7 @@ from qwen3next_plugin.kernels.linear import (
     pack_int8,
 )
 from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.mapped import give_back_freed
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 from qwen3next_plugin.model.quantised import Format, nibbles
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.linear.packing import GROUPS
-from qwen3next_plugin.model.layouts import CheckpointError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 FP8_BLOCK = 128  # rows and columns that share a scale in the FP8 checkpoints of Qwen
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble in which AWQ keeps each of eight rows

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.linear.packing import GROUPS
+from qwen3next_plugin.model.checkpoint.errors import MIXED
 from qwen3next_plugin.model.formats import PLAIN, Formats, Shapes, Stored, matrices
-from qwen3next_plugin.model.layouts import MIXED
 from qwen3next_plugin.model.quantised import Format, Module, Scheme
 
 # Few rows that decide much: gates and decays of linear attention, the MTP layer's input.

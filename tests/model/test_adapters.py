@@ -7,7 +7,9 @@ from checkpoints import BASE, random_tensors
 from model.test_layouts import FLAT, flattened
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.adapters import PROJECTIONS, AdapterError, read
-from qwen3next_plugin.model.weights import STACKED_PROJECTIONS, parameters, trunk_tensors
+from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
+from qwen3next_plugin.model.checkpoint.reading import parameters
+from qwen3next_plugin.model.checkpoint.tensors import trunk_tensors
 
 STEM = "base_model.model."
 LAYER = "model.layers.0.linear_attn"

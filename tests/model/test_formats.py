@@ -15,19 +15,15 @@ from examples.qwen3_5_layout import rewrite
 from quantised import KINDS, MIXED, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import unpack
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import holder
+from qwen3next_plugin.model.checkpoint.quantised import formats_of, plain_modules_of
+from qwen3next_plugin.model.checkpoint.reading import parameters
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.formats import Formats
-from qwen3next_plugin.model.layouts import CheckpointError
 from qwen3next_plugin.model.packed import check_experts, check_split, pack, pack_head, packs_head
 from qwen3next_plugin.model.quantised import Format, Module, dequantise, scheme
 from qwen3next_plugin.model.quantising import quantised_bytes
-from qwen3next_plugin.model.weights import (
-    formats_of,
-    holder,
-    parameters,
-    plain_modules_of,
-    trunk_tensors,
-)
-from qwen3next_plugin.mtp.weights import mtp_tensors
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +35,8 @@ def load(folder: Path, asked: str | None = None, **changes):
     """The formats of a checkpoint, its config.json changed, and the tensors of our parameters."""
     raw = json.loads((folder / "config.json").read_text()) | changes
     config = Qwen3NextConfig.from_hf(raw)
-    shapes = trunk_tensors(config) | mtp_tensors(config)
-    formats = formats_of(folder, config, shapes, raw.get("quantization_config"), asked=asked)
+    shapes = all_tensors(config)
+    formats = formats_of(folder, config, raw.get("quantization_config"), asked=asked)
     stored = load_file(folder / "model.safetensors")
     return formats, dict(parameters(stored.items(), config, expected=shapes, formats=formats))
 
@@ -50,7 +46,7 @@ def check(quantised: Path, twin: Path) -> None:
     formats, found = load(quantised)
     raw = json.loads((twin / "config.json").read_text())
     config = Qwen3NextConfig.from_hf(raw)
-    shapes = trunk_tensors(config) | mtp_tensors(config)
+    shapes = all_tensors(config)
     stored = load_file(twin / "model.safetensors")
     for name, weight in parameters(stored.items(), config, expected=shapes):
         module = name.removesuffix(".weight")
@@ -144,7 +140,7 @@ def test_ranks_that_would_share_a_scale():
 
 def plain_in(folder: Path) -> frozenset[str]:
     config = Qwen3NextConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    return plain_modules_of(folder, config, trunk_tensors(config) | mtp_tensors(config))
+    return plain_modules_of(folder, config)
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "gptq", "awq", "packed_4-bit"])
@@ -200,7 +196,7 @@ def test_parts_that_are_not_alike_are_refused_by_name(plain, tmp_path, left_out,
 def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
     formats, found = load(plain, name)
     config = Qwen3NextConfig.from_hf(json.loads((plain / "config.json").read_text()))
-    sizes = quantised_bytes(name, trunk_tensors(config) | mtp_tensors(config))
+    sizes = quantised_bytes(name, all_tensors(config))
     stored = load_file(plain / "model.safetensors")
     for module, kept in formats.stored.items():
         form = kept.format

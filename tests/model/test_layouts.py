@@ -7,10 +7,10 @@ import torch
 
 from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
-from qwen3next_plugin.model.layouts import CheckpointError
-from qwen3next_plugin.model.weights import parameters, trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
 
 FLAT = BASE | {"model_type": "qwen3_5_moe_text"}
 Tensors = dict[str, torch.Tensor]

@@ -30,8 +30,9 @@ from qwen3next_plugin.engines.sglang.names import (
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import adapters
+from qwen3next_plugin.model.checkpoint.quantised import read_formats
+from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.packed import check_invariance
-from qwen3next_plugin.mtp.weights import check_stored, read_formats
 
 PREFILL_GRAPHS = ("breakable", "disabled")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)

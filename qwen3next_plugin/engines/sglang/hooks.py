@@ -81,7 +81,7 @@ def tell_quantisation(host: Callable[..., Any], model_config: Any, load_config: 
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from qwen3next_plugin.mtp.weights import read_plain_modules
+    from qwen3next_plugin.model.checkpoint.quantised import read_plain_modules
 
     found = host(model_config, load_config)
     of_files = flags.quantisation(model_config.hf_config) is not None

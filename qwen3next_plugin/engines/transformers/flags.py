@@ -8,7 +8,7 @@ from torch import Tensor
 from qwen3next_plugin.engines.transformers.names import MOST_DRAFTS
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS
-from qwen3next_plugin.model.layouts import CheckpointError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 # Arguments and settings that do not go with drafts → what to do.
 REFUSED: Mapping[str, str] = {

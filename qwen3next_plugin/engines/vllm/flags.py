@@ -33,8 +33,8 @@ from qwen3next_plugin.engines.vllm.names import (
     serves,
 )
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
+from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.packed import check_invariance
-from qwen3next_plugin.mtp.weights import check_stored
 
 logger = init_logger(LOGGER)
 

@@ -24,7 +24,7 @@ from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts, read_config
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
-from qwen3next_plugin.model.weights import CheckpointError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 pytest.importorskip("sglang")
 

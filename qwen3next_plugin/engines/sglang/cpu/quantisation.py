@@ -13,8 +13,8 @@ from torch import nn
 from qwen3next_plugin.engines.sglang.flags import quantisation
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
 from qwen3next_plugin.model.as_stored import AS_STORED
+from qwen3next_plugin.model.checkpoint.quantised import read_formats
 from qwen3next_plugin.model.formats import Formats
-from qwen3next_plugin.mtp.weights import read_formats
 
 
 class Quantisation(QuantizationConfig):

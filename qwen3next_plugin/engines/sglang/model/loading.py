@@ -11,14 +11,10 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
-from qwen3next_plugin.model.weights import (
-    STACKED_PROJECTIONS,
-    CheckpointError,
-    check_scales,
-    parameters,
-    trunk_tensors,
-)
-from qwen3next_plugin.mtp.weights import mtp_tensors
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
+from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 
 # A stacked projection's parts, by the names that quantisation configs use.
 PACKED_MODULES = {

@@ -19,11 +19,11 @@ from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
+from qwen3next_plugin.model.checkpoint.reading import require_mtp
+from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.packed import drop_plain
-from qwen3next_plugin.model.weights import trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
-from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
 
 
 class MultiTokenPredictor(MTPHead):
@@ -130,7 +130,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         """Load `mtp.*`, strictly."""
         weights, expected = require_mtp(weights, self.config), mtp_tensors(self.config)
         tensors = self._parameters(weights, expected=expected, ignored=self.trunk_names)
-        renamed = (("model." + name.removeprefix(PREFIX), tensor) for name, tensor in tensors)
+        renamed = (("model." + name.removeprefix(MTP), tensor) for name, tensor in tensors)
         load(self, renamed)
 
     # What SGLang asks of a drafter.

@@ -18,7 +18,7 @@ from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_lm_head, make_logits_processor
-from qwen3next_plugin.model.weights import CheckpointError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 VISION = "model.visual."  # prefix of the tower's tensors
 

@@ -19,7 +19,7 @@ from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
 from qwen3next_plugin.engines.transformers.names import DRAFTS, PREFIX
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers
 from qwen3next_plugin.engines.transformers.speculation.worker import Worker
-from qwen3next_plugin.model.layouts import CheckpointError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 Base: Any = object  # each class below puts the host's behind it
 

@@ -23,8 +23,8 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
 from qwen3next_plugin.model.as_stored import as_stored
+from qwen3next_plugin.model.checkpoint.quantised import read_formats, read_plain_modules
 from qwen3next_plugin.model.formats import Formats
-from qwen3next_plugin.mtp.weights import read_formats, read_plain_modules
 
 READ_HERE = ("auto", "safetensors")  # of --load-format
 

@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
-from qwen3next_plugin.model.weights import STACKED_PROJECTIONS
+from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 
 # A stacked projection's parts, by the names that quantisation configs and adapters use.
 PACKED_MODULES = {

@@ -19,11 +19,11 @@ from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM, make_decoder_layer
 from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
-from qwen3next_plugin.model.layouts import our_name
-from qwen3next_plugin.model.weights import parameters, trunk_tensors
+from qwen3next_plugin.model.checkpoint.layouts import our_name
+from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
+from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
-from qwen3next_plugin.mtp.weights import PREFIX, mtp_tensors, require_mtp
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -152,7 +152,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             formats=self.formats,
         )
         renamed = (
-            ("model." + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name, tensor)
+            ("model." + name.removeprefix(MTP) if name.startswith(MTP) else name, tensor)
             for name, tensor in tensors
         )
         return load(self, renamed)
@@ -162,4 +162,4 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Whether vLLM can skip the tensor when it loads the drafter: those of the trunk."""
         name = our_name(name, self.sizes) or ""
-        return not name.startswith(PREFIX) and (name != EMBEDDING or EMBEDDING in self.trunk_names)
+        return not name.startswith(MTP) and (name != EMBEDDING or EMBEDDING in self.trunk_names)

@@ -50,11 +50,11 @@ from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_
 from qwen3next_plugin.engines.vllm.patches import provide_page_copies, refuse_unused_adapters
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.model.checkpoint.reading import parameters
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.weights import parameters, trunk_tensors
-from qwen3next_plugin.mtp.weights import mtp_tensors
 
 
 def make_decoder_layer(

@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen35ForCausalLM
-from qwen3next_plugin.model.layouts import our_name
+from qwen3next_plugin.model.checkpoint.layouts import our_name
 
 # An adapter that was trained on the text model alone has no `language_model` in its names.
 ADAPTERS_OF_TEXT = WeightsMapper(

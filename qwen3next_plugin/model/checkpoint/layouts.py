@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 
 Shapes = set[tuple[str, tuple[int, ...]]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -26,16 +27,20 @@ PREFIXES: Mapping[Layout, Mapping[str, str | None]] = {
         "visual.": None,
     },
 }
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
-
-
+# A checkpoint's projection → the stacked projection that holds it, and as which part.
+STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
+    ".q_proj": (".qkv_proj", "q"),
+    ".k_proj": (".qkv_proj", "k"),
+    ".v_proj": (".qkv_proj", "v"),
+    ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+    ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+    ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
+    ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
+}
 FIX = "Use a checkpoint that leaves linear_attn.in_proj_* unquantised"
-MIXED = "config.json and the safetensors files do not belong together; take both from one release"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be served; names the tensor or the file, and the fix."""
 
 
 def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -70,6 +75,19 @@ def in_projections(config: Qwen3NextConfig) -> Shapes:
     return shapes
 
 
+def holder(module: str, config: Qwen3NextConfig) -> str:
+    """The name of our module that holds a module of the checkpoint."""
+    if expert := EXPERT.match(module):
+        return expert[1]
+    if flat := FLAT_PROJECTION.match(f"{module}.weight"):
+        whole = next(whole for whole, parts in projections(config).items() if flat[2] in parts)
+        return f"{flat[1]}_{whole}"
+    for part, (whole, _) in STACKED_PROJECTIONS.items():
+        if module.endswith(part):
+            return module.removesuffix(part) + whole
+    return module
+
+
 def our_name(name: str, config: Qwen3NextConfig) -> str | None:
     """A tensor's name without the checkpoint's prefix; None if it is the vision tower's."""
     for prefix, ours in PREFIXES[config.layout].items():
@@ -78,9 +96,9 @@ def our_name(name: str, config: Qwen3NextConfig) -> str | None:
     return name
 
 
-def our_names(weights: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def our_names(stored: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Rename the tensors, leave the vision tower out, and split experts that are in one tensor."""
-    for original, tensor in weights:
+    for original, tensor in stored:
         if (name := our_name(original, config)) is None:
             continue
         if config.layout == "flat" and (fused := FUSED_EXPERTS.match(name)):

@@ -8,16 +8,11 @@ from safetensors.torch import save_file
 
 from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.weights import (
-    CheckpointError,
-    check_files,
-    check_scales,
-    checked,
-    shard_rows,
-    stored_tensors,
-    trunk_tensors,
-)
-from qwen3next_plugin.mtp.weights import mtp_tensors, require_mtp
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.files import check_files, stored_tensors
+from qwen3next_plugin.model.checkpoint.reading import check_scales, checked, require_mtp
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.linear_attention import shard_rows
 
 SHAPES_OF = {"a.weight": (2, 3), "b.weight": (4,)}
 

@@ -1,0 +1,1 @@
+"""A checkpoint: its files, its tensors, and what of it is quantised."""

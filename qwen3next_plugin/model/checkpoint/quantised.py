@@ -1,0 +1,94 @@
+"""Which modules of a checkpoint are quantised, and how, by its files' headers."""
+
+import json
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from qwen3next_plugin import env
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model import formats
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.files import stored_tensors
+from qwen3next_plugin.model.checkpoint.layouts import holder, our_name, our_names
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.formats import PLAIN_DTYPES, Formats, plain_modules
+from qwen3next_plugin.model.quantising import quantising
+
+
+def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] | None) -> Formats:
+    """The formats of the trunk's and the MTP layer's modules, by the files' headers; cached.
+
+    Args:
+        hf_config: the host's, of transformers.
+        quantization: its quantization_config.
+
+    Raises:
+        CheckpointError: a module that is quantised in no way that is known.
+    """
+    raw = hf_config.to_json_string(use_diff=False)
+    return _read_formats(folder, raw, json.dumps(quantization, default=str), env.quantise())
+
+
+@cache
+def _read_formats(folder: Path, hf_config: str, quantization: str, asked: str | None) -> Formats:
+    config = Qwen3NextConfig.from_hf(json.loads(hf_config))
+    return formats_of(folder, config, json.loads(quantization), asked=asked)
+
+
+def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
+    """Modules of the trunk and the MTP layer that the files have unquantised; cached.
+
+    Raises:
+        CheckpointError: a module of which a part is quantised, and another not.
+    """
+    return _read_plain_modules(folder, hf_config.to_json_string(use_diff=False))
+
+
+@cache
+def _read_plain_modules(folder: Path, hf_config: str) -> frozenset[str]:
+    return plain_modules_of(folder, Qwen3NextConfig.from_hf(json.loads(hf_config)))
+
+
+def formats_of(
+    folder: Path,
+    config: Qwen3NextConfig,
+    quantization: Mapping[str, Any] | None,
+    *,
+    asked: str | None,
+) -> Formats:
+    """The formats of a checkpoint's modules.
+
+    Args:
+        quantization: quantization_config of its config.json.
+        asked: by QWEN3NEXT_QUANTISE.
+
+    Raises:
+        CheckpointError: names a module that cannot be served as it is quantised, and the fix.
+    """
+    shapes, of_ours = all_tensors(config), partial(holder, config=config)
+    if asked is None:
+        stored = list(stored_tensors(folder))
+        found = formats.read_formats(our_names(stored, config), shapes, of_ours, quantization)
+        found.tower = next(
+            (
+                name
+                for name, t in stored
+                if t.dtype not in PLAIN_DTYPES and not our_name(name, config)
+            ),
+            None,
+        )
+        return found
+    if quantization is not None:
+        raise CheckpointError(
+            f"QWEN3NEXT_QUANTISE={asked}: the checkpoint is quantised already, by its "
+            f"quantization_config; unset the variable"
+        )
+    return quantising(asked, shapes, of_ours)
+
+
+def plain_modules_of(folder: Path, config: Qwen3NextConfig) -> frozenset[str]:
+    """Our modules that a checkpoint's files have unquantised; raises as `plain_modules`."""
+    tensors = our_names(stored_tensors(folder), config)
+    return plain_modules(tensors, all_tensors(config), partial(holder, config=config))

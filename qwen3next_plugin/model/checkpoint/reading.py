@@ -1,0 +1,164 @@
+"""A checkpoint's tensors read as our parameters; what does not belong there is refused."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
+from qwen3next_plugin.model.checkpoint.files import check_files, stored_tensors
+from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
+from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.formats import Formats
+
+# Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
+QUANTISATION_SUFFIXES = (
+    *("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight"),
+    *("weight_packed", "weight_shape", "weight_zero_point"),
+)
+SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
+
+
+def parameters(
+    stored: Iterable[tuple[str, torch.Tensor]],
+    config: Qwen3NextConfig,
+    *,
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    quantised: bool = False,
+    formats: Formats | None = None,
+    layout: Layout = "grouped",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a checkpoint's tensors by the names and in the order of rows of our parameters.
+
+    A flat checkpoint is converted here, once, unless `layout`, of our parameters, is flat too.
+
+    Args:
+        quantised: a host's kernels take the tensors as the checkpoint has them.
+        formats: ours take them, by rows.
+
+    Raises:
+        CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
+    """
+    named = our_names(stored, config)
+    if formats is not None:
+        named, expected = formats.rows(named, ignored), formats.expected(expected)
+        quantised = False  # any more
+    tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
+    return group_projections(tensors, config) if layout == "grouped" else tensors
+
+
+def checked(
+    stored: Iterable[tuple[str, torch.Tensor]],
+    *,
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Iterable[str] = (),
+    quantised: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the expected tensors; refuse one that is unexpected, misshapen or missing.
+
+    Args:
+        stored: the tensors that the host reads from the checkpoint.
+        expected: name to shape of every tensor that must be there.
+        ignored: names that may be there and are skipped: the other model's part of the checkpoint.
+        quantised: check names only, because packed tensors have other shapes, and allow scales.
+
+    Raises:
+        CheckpointError: naming the tensor, and what to do.
+    """
+    ignored, seen = frozenset(ignored), set()
+    for name, tensor in stored:
+        companion = quantised and name.endswith(QUANTISATION_SUFFIXES)
+        weight = name.rsplit(".", 1)[0] + ".weight" if companion else name
+        if weight in ignored:
+            continue
+        if weight not in expected:
+            raise CheckpointError(
+                f"unexpected tensor {name} {tuple(tensor.shape)}: the config has no place for it; "
+                f"{MIXED}"
+            )
+        if not quantised and tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(
+                f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
+                f"{expected[name]}: {MIXED}"
+            )
+        seen.add(weight)
+        yield name, tensor
+        give_back(tensor)
+    if missing := sorted(expected.keys() - seen):
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, the first is {missing[0]}: the checkpoint is "
+            f"incomplete; download it again, or check model.safetensors.index.json"
+        )
+
+
+def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:
+    """Refuse unquantised weights in a layer that is built for quantised ones.
+
+    Raises:
+        CheckpointError: naming a missing scale, and what to do.
+    """
+    scales = {name for name in parameters if name.endswith(SCALES)}
+    if missing := sorted(scales.difference(loaded)):
+        raise CheckpointError(
+            f"{len(missing)} scales are missing, the first is {missing[0]}: the checkpoint has "
+            f"these layers unquantised; name them in modules_to_not_convert of the config's "
+            f"quantization_config"
+        )
+
+
+def require_mtp(
+    stored: Iterable[tuple[str, torch.Tensor]], config: Qwen3NextConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all tensors unchanged, and refuse a checkpoint without any `mtp.*` tensor.
+
+    Raises:
+        CheckpointError: after the last tensor, if none was an MTP tensor.
+    """
+    found = False
+    for name, tensor in stored:
+        found = found or (our_name(name, config) or "").startswith(MTP)
+        yield name, tensor
+    if not found:
+        raise CheckpointError(
+            "MTP was asked for and the checkpoint has no mtp.* tensors (a save through "
+            "transformers drops them): serve without --speculative-config (SGLang: "
+            "--speculative-algorithm), or use the released checkpoint"
+        )
+
+
+def check_stored(
+    folder: Path,
+    config: Qwen3NextConfig,
+    *,
+    quantised: bool,
+    formats: Formats | None,
+    with_mtp: bool,
+) -> None:
+    """Check a local checkpoint by its files' headers, before anything is loaded.
+
+    Args:
+        quantised, formats: see `parameters`.
+        with_mtp: check the MTP tensors too, which are ignored otherwise.
+
+    Raises:
+        CheckpointError: a damaged file, or a tensor missing, unexpected or of another shape.
+    """
+    check_files(folder)
+    trunk, mtp = trunk_tensors(config), mtp_tensors(config)
+    parts = [(stored_tensors(folder), trunk, mtp)]
+    if with_mtp:
+        parts.append((require_mtp(stored_tensors(folder), config), mtp, trunk))
+    for stored, expected, ignored in parts:
+        tensors = parameters(
+            stored,
+            config,
+            expected=expected,
+            ignored=ignored,
+            quantised=quantised,
+            formats=formats,
+        )
+        deque(tensors, maxlen=0)

@@ -1,0 +1,98 @@
+"""Name and shape of every tensor of a checkpoint, were it not quantised."""
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, in_projections
+
+MTP = "mtp."  # the names of the MTP head's tensors begin so
+
+
+def all_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the trunk and the MTP head."""
+    return trunk_tensors(config) | mtp_tensors(config)
+
+
+def trunk_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the trunk, in the released checkpoint's names."""
+    D, vocab = config.hidden_size, config.vocab_size
+    tensors = {"model.embed_tokens.weight": (vocab, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = (vocab, D)
+    for i, layer_type in enumerate(config.layer_types):
+        layer = decoder_layer_tensors(config, layer_type, is_moe=config.is_moe_layer(i))
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer}
+    return tensors
+
+
+def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every MTP tensor. Embedding and lm_head are shared with the trunk."""
+    if not config.num_nextn_predict_layers:
+        return {}
+    D = config.hidden_size
+    tensors = {
+        "mtp.fc.weight": (D, 2 * D),
+        "mtp.pre_fc_norm_embedding.weight": (D,),
+        "mtp.pre_fc_norm_hidden.weight": (D,),
+        "mtp.norm.weight": (D,),
+    }
+    for i in range(config.num_nextn_predict_layers):
+        layer = decoder_layer_tensors(config, "full_attention", is_moe=config.num_experts > 0)
+        tensors |= {f"mtp.layers.{i}.{name}": shape for name, shape in layer}
+    return tensors
+
+
+def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: bool) -> Shapes:
+    """Name within the layer and shape of every tensor of one decoder layer."""
+    mixer = _linear_attention if layer_type == "linear_attention" else _attention
+    return mixer(config) | _mlp(config, is_moe) | _norms(config)
+
+
+def _norms(config: Qwen3NextConfig) -> Shapes:
+    names = ("input_layernorm.weight", "post_attention_layernorm.weight")
+    return {(name, (config.hidden_size,)) for name in names}
+
+
+def _linear_attention(config: Qwen3NextConfig) -> Shapes:
+    D, HV = config.hidden_size, config.linear_num_value_heads
+    return in_projections(config) | {
+        ("linear_attn.conv1d.weight", (config.conv_dim, 1, config.linear_conv_kernel_dim)),
+        ("linear_attn.A_log", (HV,)),
+        ("linear_attn.dt_bias", (HV,)),
+        ("linear_attn.norm.weight", (config.linear_value_head_dim,)),
+        ("linear_attn.out_proj.weight", (D, config.value_dim)),
+    }
+
+
+def _attention(config: Qwen3NextConfig) -> Shapes:
+    D, head_dim = config.hidden_size, config.head_dim
+    rows = {  # the query projection yields query and gate
+        "q_proj": config.q_proj_size,
+        "k_proj": config.kv_proj_size,
+        "v_proj": config.kv_proj_size,
+    }
+    shapes: Shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in rows.items()}
+    shapes.add(("self_attn.o_proj.weight", (D, config.attention_dim)))
+    if config.attention_bias:
+        shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in rows.items()}
+        shapes.add(("self_attn.o_proj.bias", (D,)))
+    return shapes | {(f"self_attn.{name}_norm.weight", (head_dim,)) for name in ("q", "k")}
+
+
+def _mlp(config: Qwen3NextConfig, is_moe: bool) -> Shapes:
+    D = config.hidden_size
+    if not is_moe:
+        return _swiglu("mlp.", D, config.intermediate_size)
+    shapes: Shapes = {("mlp.gate.weight", (config.num_experts, D))}
+    for i in range(config.num_experts):
+        shapes |= _swiglu(f"mlp.experts.{i}.", D, config.moe_intermediate_size)
+    if config.shared_expert_intermediate_size:
+        shapes |= _swiglu("mlp.shared_expert.", D, config.shared_expert_intermediate_size)
+        shapes.add(("mlp.shared_expert_gate.weight", (1, D)))
+    return shapes
+
+
+def _swiglu(prefix: str, D: int, intermediate: int) -> Shapes:
+    return {
+        (f"{prefix}gate_proj.weight", (intermediate, D)),
+        (f"{prefix}up_proj.weight", (intermediate, D)),
+        (f"{prefix}down_proj.weight", (D, intermediate)),
+    }
