@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from checkpoints import BASE, SHAPES
+from model.plain import PLAIN, stacked
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.attention import (
     AttentionShape,
-    apply_gate,
+    GatedAttention,
     mrope_axes,
     mrope_table,
     prepare,
@@ -28,13 +30,22 @@ def modules(changes: dict):
     return config, layer, modeling.Qwen3NextRotaryEmbedding(config)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, D: int) -> torch.Tensor:
+class CausalAttention(torch.nn.Module):
     """What a host does: causal attention, key-value heads shared."""
-    q, k, v = (x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (q, k, v))
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], is_causal=True, enable_gqa=True
-    )
-    return attended[0].transpose(0, 1).flatten(1).contiguous()
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: str
+    ) -> torch.Tensor:
+        assert batch == "batch"
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for x in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1).flatten(1).contiguous()
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -42,31 +53,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, D: int) -> torch.T
 @torch.inference_mode()
 def test_agrees_with_transformers(changes, T):
     config, layer, rotary = modules(changes)
-    D, start = config.head_dim, 5  # rotary tables are read at the positions, not from 0
+    start = 5  # rotary tables are read at the positions, not from 0
     x = torch.randn(T, config.hidden_size, generator=torch.Generator().manual_seed(4))
     positions = torch.arange(start, start + T)
     mask = torch.full((1, 1, T, T), float("-inf")).triu(1)
     expected, _ = layer(x[None], rotary(x, positions[None]), mask)
 
-    frequencies = torch.arange(start + T)[:, None] * rotary.inv_freq
-    qkv = torch.cat([project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj)], dim=-1)
-    q, k, v, gate = prepare(
-        qkv=qkv,
-        q_weight=layer.q_norm.weight,
-        k_weight=layer.k_norm.weight,
-        cos_sin=rotary.attention_scaling
-        * torch.cat([frequencies.cos(), frequencies.sin()], dim=-1),
-        positions=positions,
-        shape=AttentionShape(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=D,
-            rotary_dim=2 * rotary.inv_freq.numel(),
-        ),
-        eps=config.rms_norm_eps,
+    ours = GatedAttention(
+        Qwen3NextConfig.from_hf(config), PLAIN, "", attn=CausalAttention(config.head_dim)
     )
-    found = layer.o_proj(apply_gate(attend(q, k, v, D), gate))
-    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+    ours.load_state_dict(stacked(layer.state_dict(), "qkv_proj", ["q_proj", "k_proj", "v_proj"]))
+    torch.testing.assert_close(ours(positions, x, "batch"), expected[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from checkpoints import BASE
+from model.plain import PLAIN, stacked
 from qwen3next_plugin.kernels.fused_moe import fused_moe
-from qwen3next_plugin.model.moe import SharedExpertGate, route
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
 
 
 def block(**changes):
@@ -50,6 +51,14 @@ def test_agrees_with_transformers(
         topk_weights=weights,
         topk_ids=experts,
     )
-    shared = layer.shared_expert(x)
-    found = gate(x, shared, routed) if summed_by_the_gate else routed + gate(x, shared)
+    shared = SwiGLU(
+        config.hidden_size,
+        config.shared_expert_intermediate_size,
+        PLAIN,
+        "",
+        expert_gate=None if summed_by_the_gate else gate,
+    )
+    state = stacked(layer.shared_expert.state_dict(), "gate_up_proj", ["gate_proj", "up_proj"])
+    shared.load_state_dict(state, strict=summed_by_the_gate)  # the gate has its weight already
+    found = gate(x, shared(x), routed) if summed_by_the_gate else routed + shared(x)
     torch.testing.assert_close(found, layer(x[None])[0], rtol=1e-4, atol=1e-5)

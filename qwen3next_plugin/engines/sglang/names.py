@@ -17,7 +17,7 @@ TORCH_BACKEND = "torch_native"  # SGLang's choice on any other CPU; it cannot dr
 LORA_BACKEND = "torch_native"  # SGLang's only one without Triton kernels; ours calls none of it
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 PLATFORM = f"{PACKAGE}.cpu.platform:CpuPlatform"
-MODELS = f"{PACKAGE}.model"  # the package in which SGLang looks for model classes
+MODEL_PACKAGE = f"{PACKAGE}.model"  # the package in which SGLang looks for model classes
 OVERRIDE_FLAG = "--json-model-override-args"
 DRAFT_ALGORITHMS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's MTP head
 

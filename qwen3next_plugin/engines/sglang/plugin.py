@@ -5,7 +5,7 @@ import os
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu, use_cpu, without_gpu
-from qwen3next_plugin.engines.sglang.names import ARCHITECTURES, MODELS, PLATFORM, logger
+from qwen3next_plugin.engines.sglang.names import ARCHITECTURES, MODEL_PACKAGE, PLATFORM, logger
 from qwen3next_plugin.versions import check_host
 
 
@@ -75,10 +75,10 @@ def _check_platform() -> None:
 
 def _register_models() -> None:
     """By SGLang's variable for external models, so that SGLang does not import its own."""
-    if os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS) != MODELS:
+    if os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODEL_PACKAGE) != MODEL_PACKAGE:
         from sglang.srt.models.registry import ModelRegistry
 
-        ModelRegistry.register(MODELS, overwrite=True, strict=True)
+        ModelRegistry.register(MODEL_PACKAGE, overwrite=True, strict=True)
 
 
 def registered() -> dict[str, str]:

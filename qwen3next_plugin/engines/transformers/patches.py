@@ -3,9 +3,13 @@
 Nothing is patched: subclasses of the host's models, which its Auto class loads, override these.
 """
 
-from qwen3next_plugin.engines.patching import Entry, Override
+from functools import partial
 
-ALL_VERSIONS = ">=5.16,<5.25"
+from qwen3next_plugin.engines import patching
+from qwen3next_plugin.engines.patching import Entry
+
+VERSIONS = ">=5.16,<5.25"  # that need these patches
+Override = partial(patching.Override, versions=VERSIONS)
 TRUNK = "model/trunk.py"
 
 TABLE: tuple[Entry, ...] = (
@@ -13,7 +17,6 @@ TABLE: tuple[Entry, ...] = (
         target="transformers.models.auto.modeling_auto.AutoModelForCausalLM._model_mapping",
         file="plugin.py",
         reason="`AutoModelForCausalLM.register` takes no text model for the config of a wrapper",
-        versions=ALL_VERSIONS,
         remove_when="it does",
     ),
     Override(
@@ -21,7 +24,6 @@ TABLE: tuple[Entry, ...] = (
         parameters=("cls",),
         file=TRUNK,
         reason="tensors of a class from elsewhere are not converted, so experts would be missing",
-        versions=ALL_VERSIONS,
         remove_when="a subclass is converted as its base",
     ),
     Override(
@@ -29,7 +31,6 @@ TABLE: tuple[Entry, ...] = (
         parameters=("cls",),
         file=TRUNK,
         reason="it looks for a decorator in the source of the class's module",
-        versions=ALL_VERSIONS,
         remove_when="it looks at the bases of a class",
     ),
     Override(
@@ -37,7 +38,6 @@ TABLE: tuple[Entry, ...] = (
         parameters=("self", "loading_info"),
         file=TRUNK,
         reason="a checkpoint without mtp.* loads without an MTP head, one with a part is refused",
-        versions=ALL_VERSIONS,
         remove_when="transformers keeps mtp.* of this family",
     ),
     Override(
@@ -45,7 +45,6 @@ TABLE: tuple[Entry, ...] = (
         parameters=("self", "generation_mode", "generation_config", "generation_mode_kwargs"),
         file=TRUNK,
         reason="transformers refuses drafts for every model with a recurrent state",
-        versions=ALL_VERSIONS,
         remove_when="its recurrent cache can go back to any token of a step",
     ),
     Override(
@@ -57,7 +56,6 @@ TABLE: tuple[Entry, ...] = (
         ),
         file=TRUNK,
         reason="its loop takes one prompt, and its cache leaves rejected drafts in the state",
-        versions=ALL_VERSIONS,
         remove_when="its recurrent cache can go back, row by row",
     ),
 )

@@ -10,8 +10,8 @@ PACKAGE = "qwen3next_plugin.engines.vllm"
 # In vLLM's registry: the text models, those that have a vision tower around one, and the drafters.
 TEXT_MODELS: Mapping[str, str] = {
     "Qwen3NextForCausalLM": f"{PACKAGE}.model.trunk:Qwen3NextForCausalLM",
-    "Qwen3_5ForCausalLM": f"{PACKAGE}.model.trunk:Qwen35ForCausalLM",
-    "Qwen3_5MoeForCausalLM": f"{PACKAGE}.model.trunk:Qwen35ForCausalLM",
+    "Qwen3_5ForCausalLM": f"{PACKAGE}.model.trunk:Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM": f"{PACKAGE}.model.trunk:Qwen3_5ForCausalLM",
 }
 WRAPPERS: Mapping[str, str] = {
     name: f"{PACKAGE}.model.wrapped:{name}"

@@ -8,7 +8,7 @@ OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
@@ -19,15 +19,7 @@ from vllm.sampling_params import SamplingParams
 
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines import patching
-from qwen3next_plugin.engines.patching import (
-    Entry,
-    Function,
-    Host,
-    Item,
-    Override,
-    Patch,
-    Replacement,
-)
+from qwen3next_plugin.engines.patching import Entry, Function, Host
 from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
@@ -38,7 +30,11 @@ from qwen3next_plugin.versions import check_host
 
 logger = init_logger(LOGGER)
 
-ALL_VERSIONS = ">=0.32,<0.34"
+VERSIONS = ">=0.32,<0.34"  # that need these patches
+Patch = partial(patching.Patch, versions=VERSIONS)
+Replacement = partial(patching.Replacement, versions=VERSIONS)
+Item = partial(patching.Item, versions=VERSIONS)
+Override = partial(patching.Override, versions=VERSIONS)
 
 
 class CheckFlags(VerifyAndUpdateConfig):
@@ -124,7 +120,6 @@ ROPE: tuple[Entry, ...] = (
         function=configuration.merge_overrides,
         reason="an override of rope_scaling replaces all of RoPE: vLLM serves with another base "
         "and all dims rotated; and it has no effect where the text model is nested",
-        versions=ALL_VERSIONS,
         remove_when="vLLM merges it, at either level",
     ),
     Patch(
@@ -133,7 +128,6 @@ ROPE: tuple[Entry, ...] = (
         function=configuration.derive_length,
         reason="vLLM ignores YaRN's factor in the longest context, and asks for "
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
-        versions=ALL_VERSIONS,
         remove_when="vLLM derives the length from YaRN's original one and factor (`compat`)",
     ),
     Patch(
@@ -141,7 +135,6 @@ ROPE: tuple[Entry, ...] = (
         parameters=("parser",),
         function=configuration.offer_rope_scaling,
         reason="vLLM has dropped --rope-scaling, which Qwen's model cards name",
-        versions=ALL_VERSIONS,
         remove_when="the cards no longer name it",
     ),
     Patch(
@@ -149,7 +142,6 @@ ROPE: tuple[Entry, ...] = (
         parameters=("cls", "args"),
         function=configuration.take_rope_scaling,
         reason="as the flag above",
-        versions=ALL_VERSIONS,
         remove_when="the cards no longer name it",
     ),
 )
@@ -160,7 +152,6 @@ WITH_OURS: tuple[Entry, ...] = tuple(
         key=architecture,
         value=after_hosts(architecture, check),
         reason="flags must be checked before a worker starts; vLLM has no extension point for it",
-        versions=ALL_VERSIONS,
         remove_when="a plugin's model class can check the configuration",
     )
     for architecture, check in (
@@ -175,7 +166,6 @@ ELSEWHERE: tuple[Entry, ...] = tuple(
         key=architecture,
         value=after_hosts(architecture, SayNoKernels),
         reason="the log must say that vLLM's own model serves",
-        versions=ALL_VERSIONS,
         remove_when="there are kernels for every platform",
     )
     for architecture in TRUNKS
@@ -187,7 +177,6 @@ ON_GPU: tuple[Entry, ...] = (
         value=OPAQUE_OP,
         reason="a piecewise CUDA graph must be cut where a step chooses its pages; vLLM's "
         "setting replaces the list and cannot add to it",
-        versions=ALL_VERSIONS,
         remove_when="an op can declare that graphs are cut at it",
     ),
 )
@@ -199,7 +188,6 @@ WITH_DRAFTS: tuple[Entry, ...] = (
         function=allow_min_p_and_logit_bias,
         reason="vLLM's rejection sampler lacks min_p and logit_bias, so vLLM refuses requests with "
         "them; our verification applies both",
-        versions=ALL_VERSIONS,
         remove_when="vLLM refuses neither (a test marked `compat` says when)",
     ),
 )
@@ -221,7 +209,6 @@ PAGE_COPIES: tuple[Entry, ...] = (
         function=page_copy.precopy,
         reason="prefix caching with drafts copies pages by this Triton kernel, which has no CPU "
         "version: the engine would end at its first request",
-        versions=ALL_VERSIONS,
         remove_when="vLLM ships a CPU version",
     ),
     Replacement(
@@ -235,18 +222,16 @@ PAGE_COPIES: tuple[Entry, ...] = (
         ),
         function=page_copy.postprocess,
         reason="as the kernel above",
-        versions=ALL_VERSIONS,
         remove_when="vLLM ships a CPU version",
     ),
 )
 
-OVERRIDES: tuple[Override, ...] = (
+OVERRIDES: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",
         file="speculation/worker.py",
         reason="drafts are verified by the plain sampler, so that a seed gives the same tokens "
         "with and without drafts",
-        versions=ALL_VERSIONS,
         remove_when="vLLM's rejection sampler draws what its plain sampler draws (`compat`)",
     ),
     *(
@@ -254,7 +239,6 @@ OVERRIDES: tuple[Override, ...] = (
             target=f"vllm.model_executor.models.qwen3_5.{text_model}",
             file="model/wrapped.py",
             reason="vLLM's vision-language model offers no other way to replace its text model",
-            versions=ALL_VERSIONS,
             remove_when="it takes the text model's class from vLLM's registry",
         )
         for text_model in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
@@ -263,14 +247,12 @@ OVERRIDES: tuple[Override, ...] = (
         target="vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
         file="speculation/worker.py",
         reason="vLLM leaves its min_p and logit_bias processors out under speculation",
-        versions=ALL_VERSIONS,
         remove_when="vLLM refuses neither (`compat`)",
     ),
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter",
         file="speculation/worker.py",
         reason="each request needs its own draft length",
-        versions=ALL_VERSIONS,
         remove_when="vLLM lets a model bring its drafter",
     ),
     Override(
@@ -278,7 +260,6 @@ OVERRIDES: tuple[Override, ...] = (
         parameters=("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
         file="speculation/worker.py",
         reason="vLLM prepares seven tensors, most for its rejection sampler; ours needs two",
-        versions=ALL_VERSIONS,
         remove_when="vLLM leaves the metadata of drafts to the sampler",
     ),
     Override(
@@ -286,7 +267,6 @@ OVERRIDES: tuple[Override, ...] = (
         parameters=("self", "output_token_ids", "scheduler_output"),
         file="speculation/worker.py",
         reason="vLLM counts accepted drafts, and looks for state pages to copy, in every step",
-        versions=ALL_VERSIONS,
         remove_when="vLLM does neither where nothing was drafted and no block is filled",
     ),
     Override(
@@ -294,21 +274,18 @@ OVERRIDES: tuple[Override, ...] = (
         file="speculation/worker.py",
         reason="vLLM drafts zeros for all requests when one is near its maximum length; our "
         "drafter drafts less for that one",
-        versions=ALL_VERSIONS,
         remove_when="vLLM leaves that limit to the drafter",
     ),
     Override(
         target="vllm.config.speculative.SpeculativeConfig.draft_model_config",
         file="flags.py",
         reason="vLLM removes images' axes from a text model's positions, not from its drafter's",
-        versions=ALL_VERSIONS,
         remove_when="the drafter's configuration is completed as the trunk's is",
     ),
     Override(
         target="vllm.config.vllm.VllmConfig.lora_config",
         file="model/moe.py",
         reason="for a model with LoRA vLLM chooses Triton experts, also on a CPU",
-        versions=ALL_VERSIONS,
         remove_when="vLLM asks the platform before it chooses",
     ),
     Override(
@@ -317,7 +294,6 @@ OVERRIDES: tuple[Override, ...] = (
         file="model/vocabulary.py",
         reason="on a CPU vLLM keeps a packed copy of the vocabulary's weight and the plain one; an "
         "embedding needs only the plain one, a head only the packed one",
-        versions=ALL_VERSIONS,
         remove_when="vLLM keeps only the copy that a layer uses",
     ),
     Override(
@@ -326,7 +302,6 @@ OVERRIDES: tuple[Override, ...] = (
         file="cpu/experts.py",
         reason="vLLM's portable experts convert each weight to fp32, which takes half of a "
         "prefill's time; ours multiply bf16",
-        versions=ALL_VERSIONS,
         remove_when="vLLM's portable experts are as fast",
     ),
     Override(
@@ -334,7 +309,6 @@ OVERRIDES: tuple[Override, ...] = (
         "UnquantizedFusedMoEMethod.experts_cls",
         file="cpu/experts.py",
         reason="as the method above",
-        versions=ALL_VERSIONS,
         remove_when="vLLM's portable experts are as fast",
     ),
     Override(
@@ -342,7 +316,6 @@ OVERRIDES: tuple[Override, ...] = (
         parameters=("self", "idx_mapping", "num_sampled", "num_computed_tokens"),
         file="state/model_state.py",
         reason="vLLM copies states by accepted counts; a page is copied whole",
-        versions=ALL_VERSIONS,
         remove_when="a model can declare that its state is copied whole",
     ),
 )
@@ -354,18 +327,16 @@ WITH_LORA: tuple[Entry, ...] = (
         parameters=("self", "lora_model"),
         function=adapters.refuse_unused,
         reason="vLLM leaves out what of an adapter fits no module, and serves without it",
-        versions=ALL_VERSIONS,
         remove_when="vLLM refuses such an adapter (`compat`)",
     ),
 )
 
-REPAIRS: tuple[Override, ...] = (
+REPAIRS: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
         file="repairs/seeded_prompts.py",
         reason="vLLM samples for unfinished prompts and turns their generator back by an offset, "
         "which a CPU generator lacks: a seeded prompt in two chunks would end the engine",
-        versions=ALL_VERSIONS,
         remove_when="vLLM asks a generator for no offset (`compat`)",
     ),
     Override(
@@ -374,7 +345,6 @@ REPAIRS: tuple[Override, ...] = (
         reason="a CPU's engine process completes its configuration again after its workers have "
         "laid out the cache, and sets an open block size back to 128: prompts' chunks would end "
         "where no block ends, and pages be cached for the wrong prefix",
-        versions=ALL_VERSIONS,
         remove_when="vLLM leaves the block size alone then (`compat`)",
     ),
 )

@@ -45,9 +45,9 @@ class OurModel(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
         expected, ignored = trunk_tensors(self.config), mtp_tensors(self.config)
-        load(self, self._parameters(weights, expected=expected, ignored=ignored))
+        load(self, self._checked(weights, expected=expected, ignored=ignored))
 
-    def _parameters(
+    def _checked(
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         *,

@@ -129,7 +129,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load `mtp.*`, strictly."""
         weights, expected = require_mtp(weights, self.config), mtp_tensors(self.config)
-        tensors = self._parameters(weights, expected=expected, ignored=self.trunk_names)
+        tensors = self._checked(weights, expected=expected, ignored=self.trunk_names)
         renamed = (("model." + name.removeprefix(MTP), tensor) for name, tensor in tensors)
         load(self, renamed)
 

@@ -242,7 +242,7 @@ class Qwen3NextForCausalLM(
             experts.update_expert_map()
 
 
-class Qwen35ForCausalLM(Qwen3NextForCausalLM):
+class Qwen3_5ForCausalLM(Qwen3NextForCausalLM):  # noqa: N801 (vLLM's name)
     """Qwen3.5 and later, dense or with experts, without a vision tower."""
 
     packed_modules_mapping = FLAT_MODULES

@@ -10,7 +10,7 @@ from vllm.model_executor.models import qwen3_5 as host
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
-from qwen3next_plugin.engines.vllm.model.trunk import Qwen35ForCausalLM
+from qwen3next_plugin.engines.vllm.model.trunk import Qwen3_5ForCausalLM
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 
 # An adapter that was trained on the text model alone has no `language_model` in its names.
@@ -23,7 +23,7 @@ ADAPTERS_OF_TEXT = WeightsMapper(
 def _our_text_model(name: str) -> Iterator[None]:
     """vLLM's wrapper builds the text model that has this name in its module: ours, meanwhile."""
     theirs = getattr(host, name)
-    setattr(host, name, Qwen35ForCausalLM)
+    setattr(host, name, Qwen3_5ForCausalLM)
     try:
         yield
     finally:
@@ -33,13 +33,13 @@ def _our_text_model(name: str) -> Iterator[None]:
 class OurTextModel:
     """What a wrapper does by our text model instead of vLLM's."""
 
-    language_model: Qwen35ForCausalLM
+    language_model: Qwen3_5ForCausalLM
     hf_to_vllm_mapper = host.Qwen3_5ForConditionalGeneration.hf_to_vllm_mapper | ADAPTERS_OF_TEXT
-    get_mamba_state_shape_from_config = Qwen35ForCausalLM.get_mamba_state_shape_from_config
-    get_mamba_state_dtype_from_config = Qwen35ForCausalLM.get_mamba_state_dtype_from_config
-    get_mamba_state_copy_func = Qwen35ForCausalLM.get_mamba_state_copy_func
-    get_model_state_cls = staticmethod(Qwen35ForCausalLM.get_model_state_cls)
-    packed_modules_mapping = Qwen35ForCausalLM.packed_modules_mapping
+    get_mamba_state_shape_from_config = Qwen3_5ForCausalLM.get_mamba_state_shape_from_config
+    get_mamba_state_dtype_from_config = Qwen3_5ForCausalLM.get_mamba_state_dtype_from_config
+    get_mamba_state_copy_func = Qwen3_5ForCausalLM.get_mamba_state_copy_func
+    get_model_state_cls = staticmethod(Qwen3_5ForCausalLM.get_model_state_cls)
+    packed_modules_mapping = Qwen3_5ForCausalLM.packed_modules_mapping
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -74,7 +74,7 @@ class Qwen3_5MoeForConditionalGeneration(  # noqa: N801, as above
     """With experts."""
 
     moe_layers: list[Any]
-    update_physical_experts_metadata = Qwen35ForCausalLM.update_physical_experts_metadata
+    update_physical_experts_metadata = Qwen3_5ForCausalLM.update_physical_experts_metadata
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         with _our_text_model("Qwen3_5MoeForCausalLM"):
