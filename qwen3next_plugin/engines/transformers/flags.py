@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen3next_plugin.engines.transformers.names import MOST_DRAFTS
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
+DRAFTS = 3  # num_assistant_tokens, where it is not given
+MOST_DRAFTS = 8
 # Arguments and settings that do not go with drafts → what to do.
 REFUSED: Mapping[str, str] = {
     "assistant_model": "the MTP head drafts already; leave assistant_model out",

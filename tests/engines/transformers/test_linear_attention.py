@@ -61,12 +61,12 @@ def on_pages(layer: Any, texts: list[Tensor], kept: list[list[int]]) -> list[Ten
 
     Shapes: texts [tokens, D] of each row; kept[i][row] of N tokens in step i
     """
-    from qwen3next_plugin.engines.transformers.state.pages import RowCache
-    from qwen3next_plugin.engines.transformers.state.steps import Steps
+    from qwen3next_plugin.engines.transformers.state.cache import RowCache
+    from qwen3next_plugin.engines.transformers.state.steps import StepBuilder
 
     cache = RowCache(["linear_attention"], num_drafts=NUM_DRAFTS)
     positions = torch.arange(WIDTH).expand(len(texts), WIDTH)
-    steps = Steps(positions, PADDING, additive=None)
+    steps = StepBuilder(positions, PADDING, additive=None)
 
     def run(rows: list[Tensor], step: Any) -> Tensor:
         cache.begin(step)

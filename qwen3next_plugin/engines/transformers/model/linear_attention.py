@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
-from qwen3next_plugin.engines.transformers.state.pages import PageLayer, RowCache
+from qwen3next_plugin.engines.transformers.state.cache import PageLayer, RowCache
 from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, attend
 

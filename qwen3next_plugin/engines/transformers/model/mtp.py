@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen3next_plugin.engines.transformers.names import CACHE
-from qwen3next_plugin.engines.transformers.state.pages import RowCache
+from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
 from qwen3next_plugin.engines.transformers.state.steps import Step
 from qwen3next_plugin.mtp.head import fuse
 

@@ -16,10 +16,10 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausa
 from qwen3next_plugin.engines.transformers import flags
 from qwen3next_plugin.engines.transformers.model.linear_attention import on_pages
 from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
-from qwen3next_plugin.engines.transformers.names import DRAFTS, PREFIX
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers
 from qwen3next_plugin.engines.transformers.speculation.worker import Worker
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.tensors import MTP
 
 Base: Any = object  # each class below puts the host's behind it
 
@@ -57,11 +57,11 @@ class WithMTP(Base):
         Raises: CheckpointError
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        missing = {key for key in loading_info.missing_keys if key.startswith(PREFIX)}
+        missing = {key for key in loading_info.missing_keys if key.startswith(MTP)}
         if not missing:
             return
         head = self.state_dict().keys()
-        if missing != {name for name in head if name.startswith(PREFIX)}:
+        if missing != {name for name in head if name.startswith(MTP)}:
             raise CheckpointError(
                 f"{len(missing)} MTP tensors are missing, the first is {min(missing)}: the "
                 f"checkpoint is incomplete; download it again, or check "
@@ -85,7 +85,7 @@ class WithMTP(Base):
         if flags.given("use_mtp", arguments, configs):
             flags.check(self, arguments, configs)
             if flags.given("num_assistant_tokens", arguments, configs) is None:
-                kwargs["num_assistant_tokens"] = DRAFTS
+                kwargs["num_assistant_tokens"] = flags.DRAFTS
         return super().generate(*args, **kwargs)
 
     def _validate_generation_mode(

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.engines.transformers.state.pages import RowCache
-from qwen3next_plugin.engines.transformers.state.steps import Step, Steps
+from qwen3next_plugin.engines.transformers.state.cache import RowCache
+from qwen3next_plugin.engines.transformers.state.steps import Step, StepBuilder
 
 
 class Drafter:
     """Runs the MTP layer behind the trunk, on the trunk's steps and then on its own drafts."""
 
-    def __init__(self, model: Any, steps: Steps, cache: RowCache) -> None:
+    def __init__(self, model: Any, steps: StepBuilder, cache: RowCache) -> None:
         self.model, self.steps, self.cache = model, steps, cache
 
     def draft(

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.engines.transformers.names import CACHE
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers, Output
 from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
-from qwen3next_plugin.engines.transformers.state.pages import RowCache
-from qwen3next_plugin.engines.transformers.state.steps import Step, Steps
+from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
+from qwen3next_plugin.engines.transformers.state.steps import Step, StepBuilder
 
 
 class Worker:
@@ -31,7 +30,7 @@ class Worker:
         config = model.config
         additive = model.dtype if config._attn_implementation == "eager" else None
         self.model, self.answers, self.num_drafts = model, answers, num_drafts
-        self.steps = Steps(positions, padding, additive=additive)
+        self.steps = StepBuilder(positions, padding, additive=additive)
         self.cache = RowCache(config.layer_types, num_drafts=num_drafts)
         self.drafter = Drafter(model, self.steps, self.cache)
 

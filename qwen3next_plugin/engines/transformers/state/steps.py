@@ -37,7 +37,7 @@ class Step:
         )
 
 
-class Steps:
+class StepBuilder:
     """Builds the steps of a batch."""
 
     def __init__(

@@ -7,6 +7,7 @@ begins: keys and values are stored by column, and a state page goes back to the 
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
@@ -16,7 +17,12 @@ from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape
 from qwen3next_plugin.model.state import PageLayout
+from qwen3next_plugin.versions import installed
 
+# The argument of the host's layers and models that is the cache.
+# drop when the minimum is 5.24: it is `cache` from there on
+RENAMED = Version("5.24")
+CACHE = "past_key_values" if (installed("transformers") or RENAMED) < RENAMED else "cache"
 ALIGNMENT = 64  # bytes; a page's size is a multiple
 GROWTH = 256  # columns by which the memory for keys and values grows, at least
 
