@@ -63,10 +63,6 @@ class Sizes:
     def num_moe_layers(self) -> int:
         return sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
 
-    def is_linear_layer(self, i: int) -> bool:
-        """Whether layer `i` of the trunk is linear attention, not full attention."""
-        return self.layer_types[i] == "linear_attention"
-
     def is_moe_layer(self, i: int) -> bool:
         """Whether layer `i` of the trunk routes to experts, not through one dense MLP."""
         sparse = self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
@@ -116,14 +112,6 @@ class Sizes:
         """Channels of the convolution over [q; k; v]."""
         return 2 * self.key_dim + self.value_dim
 
-    @property
-    def in_proj_qkvz_size(self) -> int:
-        return self.conv_dim + self.value_dim
-
-    @property
-    def in_proj_ba_size(self) -> int:
-        return 2 * self.linear_num_value_heads
-
     # one tensor-parallel rank
     @property
     def num_attention_heads_per_rank(self) -> int:
@@ -141,10 +129,6 @@ class Sizes:
     @property
     def linear_num_value_heads_per_rank(self) -> int:
         return self.linear_num_value_heads // self.tp_size
-
-    @property
-    def key_dim_per_rank(self) -> int:
-        return self.key_dim // self.tp_size
 
     @property
     def value_dim_per_rank(self) -> int:

@@ -16,6 +16,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     read_config,
 )
+from qwen3next_plugin.model.layouts import output_sizes
 from released import RELEASED_80B, read
 
 
@@ -27,11 +28,11 @@ def transformers_config(**changes):
 def test_sizes_of_the_80b():
     config = read()
     assert (config.key_dim, config.value_dim, config.conv_dim) == (2048, 4096, 8192)
-    assert (config.in_proj_qkvz_size, config.in_proj_ba_size) == (12288, 64)
+    assert [output_sizes(config, name, "grouped") for name in ("qkvz", "ba")] == [[12288], [64]]
     assert (config.q_proj_size, config.kv_proj_size, config.attention_dim) == (8192, 512, 4096)
     assert (config.rotary_dim, config.max_length) == (64, 262144)
     assert (config.num_linear_layers, config.num_attention_layers) == (36, 12)
-    assert [i for i in range(8) if not config.is_linear_layer(i)] == [3, 7]
+    assert [i for i in range(8) if config.layer_types[i] == "full_attention"] == [3, 7]
     assert config.num_moe_layers == 48
     assert config.num_nextn_predict_layers == 1
 
@@ -42,7 +43,7 @@ def test_sizes_of_one_rank():
     assert config.linear_num_value_heads_per_rank == 8
     assert config.num_attention_heads_per_rank == 4
     assert config.num_key_value_heads_per_rank == 1  # two heads, each on two ranks
-    assert (config.key_dim_per_rank, config.value_dim_per_rank) == (512, 1024)
+    assert (config.conv_dim_per_rank, config.value_dim_per_rank) == (2048, 1024)
     assert config.conv_dim_per_rank == 2048
 
 
@@ -225,8 +226,7 @@ def test_ranks_add_up_to_the_model_or_are_refused(key_heads, groups, tp_size, K,
         return
     config = read(tp_size=tp_size, **changes)
     assert tp_size * config.conv_dim_per_rank == 2 * key_heads * K + key_heads * groups * V
-    assert config.conv_dim_per_rank == 2 * config.key_dim_per_rank + config.value_dim_per_rank
-    assert config.in_proj_qkvz_size == 2 * config.key_dim + 2 * config.value_dim
+    assert sum(output_sizes(config, "qkvz", "flat")) == 2 * config.key_dim + 2 * config.value_dim
 
 
 @settings(deadline=None)

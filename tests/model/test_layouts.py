@@ -8,6 +8,7 @@ import torch
 from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import output_sizes
 from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
@@ -92,7 +93,7 @@ def test_both_layouts_of_projections_are_the_same_views(heads):
         FLAT | {"linear_num_key_heads": H, "linear_num_value_heads": HV}
     )
     rows = flat_rows(config)
-    qkvz, ba = torch.randn(5, config.in_proj_qkvz_size), torch.randn(5, config.in_proj_ba_size)
+    qkvz, ba = (torch.randn(5, *output_sizes(config, name, "grouped")) for name in ("qkvz", "ba"))
     flat = split_projections(
         qkvz[:, torch.cat([rows["qkv"], rows["z"]])],
         ba[:, torch.cat([rows["b"], rows["a"]])],
