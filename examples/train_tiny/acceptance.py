@@ -10,14 +10,14 @@ from .architecture import TinyQwen3Next
 
 @dataclass
 class Tally:
-    """The number of drafts, and of those whose first 1, 2, … k tokens were accepted."""
+    """The number of drafts, and of those whose first 1, 2, … tokens were accepted."""
 
-    k: int
+    num_drafts: int
     drafts: int = 0
     accepted: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.accepted = self.accepted or [0] * self.k
+        self.accepted = self.accepted or [0] * self.num_drafts
 
     def add(self, run: int) -> None:
         """Count one draft with `run` accepted tokens."""
@@ -53,7 +53,10 @@ class KeyValues:
 
     def crop(self, length: int) -> None:
         """Drop everything after the first `length` tokens."""
-        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.keys, self.values = (
+            self.keys[:, :, :length],
+            self.values[:, :, :length],
+        )
         self.length = length
 
 
@@ -74,12 +77,12 @@ class Drafter:
         out = model.mtp(embeds, hidden[None], rope, past_key_values=self.cache, attention_mask=mask)
         return out[0]
 
-    def draft(self, ids: Tensor, hidden: Tensor, k: int) -> list[int]:
-        """k greedy tokens after ids [c], given the trunk's hidden [c-1, D] of all but the last."""
+    def draft(self, ids: Tensor, hidden: Tensor, num_drafts: int) -> list[int]:
+        """Greedy tokens after ids [c], given the trunk's hidden [c-1, D] of all but the last."""
         start, verified = self.cache.length, len(ids) - 1
         h = self._forward(ids[start + 1 :], hidden[start:verified])[-1:]
         tokens = [self.model.trunk.lm_head(h).argmax(-1)]
-        for _ in range(k - 1):
+        for _ in range(num_drafts - 1):
             h = self._forward(tokens[-1], h)
             tokens.append(self.model.trunk.lm_head(h).argmax(-1))
         self.cache.crop(verified)
@@ -92,11 +95,12 @@ def replay(model: TinyQwen3Next, ids: Tensor, hidden: Tensor, prompt: int, tally
     After any accepted prefix the trunk would choose the sequence's own next token.
     """
     drafter, known = Drafter(model), prompt + 1
-    while known + tally.k <= len(ids):
-        tokens = drafter.draft(ids[:known], hidden[: known - 1], tally.k)
-        truth = ids[known : known + tally.k].tolist()
+    while known + tally.num_drafts <= len(ids):
+        tokens = drafter.draft(ids[:known], hidden[: known - 1], tally.num_drafts)
+        truth = ids[known : known + tally.num_drafts].tolist()
         run = next(
-            (n for n, (a, b) in enumerate(zip(tokens, truth, strict=True)) if a != b), tally.k
+            (n for n, (a, b) in enumerate(zip(tokens, truth, strict=True)) if a != b),
+            tally.num_drafts,
         )
         tally.add(run)
         known += run + 1

@@ -17,13 +17,13 @@ from .export import load
 
 
 @torch.inference_mode()
-def runs(model: TinyQwen3Next, ids: Tensor, prompt: int, k: int) -> str:
-    """For each token of ids [L] after the prompt, how many of k drafts are right, as a digit."""
+def runs(model: TinyQwen3Next, ids: Tensor, prompt: int, num_drafts: int) -> str:
+    """For each token of ids [L] after the prompt, how many drafts are right, as a digit."""
     hidden = model.hidden(ids[None])[0]
     drafter, digits = Drafter(model), ""
     for known in range(prompt, len(ids)):
-        tokens = drafter.draft(ids[:known], hidden[: known - 1], k)
-        truth = ids[known : known + k].tolist()
+        tokens = drafter.draft(ids[:known], hidden[: known - 1], num_drafts)
+        truth = ids[known : known + num_drafts].tolist()
         right = [a == b for a, b in zip(tokens, truth, strict=False)]
         digits += str([*right, False].index(False))
     return digits

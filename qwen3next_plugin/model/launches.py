@@ -41,7 +41,7 @@ class Launches:
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def layout(self) -> PageLayout:
+    def page_layout(self) -> PageLayout:
         """A page of a linear layer."""
         return PageLayout.from_config(
             self.config,
@@ -51,7 +51,7 @@ class Launches:
         )
 
     def _linear_attention(self) -> None:
-        layout, empty = self.layout(), self._empty
+        layout, empty = self.page_layout(), self._empty
         HV = layout.num_value_heads
         padded = -(-layout.page_bytes // 256) * 256  # hosts align pages, and kernels rely on it
         launch_idle(

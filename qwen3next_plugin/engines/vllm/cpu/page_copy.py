@@ -19,7 +19,7 @@ def needed() -> bool:
     return current_platform.is_cpu()
 
 
-class Layout(NamedTuple):
+class Addresses(NamedTuple):
     """Where the pages of all layers are: ten arguments that both kernels take in this order."""
 
     block_table_ptrs: torch.Tensor  # address of each cache group's int32 block table
@@ -63,10 +63,10 @@ def precopy(
     **constants: Any,
 ) -> None:
     """Before a step: copy the page of each request that enters a new block into that block."""
-    *layout, _, num_reqs = rest
+    *addresses, _, num_reqs = rest
     for row, (src, dst) in enumerate(_rows(num_reqs, src_col, state_col)):
         if src >= 0 and src != dst:
-            Layout(*layout).copy(row, src, dst)
+            Addresses(*addresses).copy(row, src, dst)
 
 
 def postprocess(
@@ -80,7 +80,7 @@ def postprocess(
     **constants: Any,
 ) -> None:
     """After a step: copy the page of each request that filled a block into that block."""
-    *layout, num_accepted_out, _, num_reqs = rest
+    *addresses, num_accepted_out, _, num_reqs = rest
     rows = _rows(num_reqs, state_col, num_computed, num_scheduled, num_draft, num_accepted)
     for row, (src, computed, scheduled, draft, accepted) in enumerate(rows):
         running = computed + scheduled - draft
@@ -91,4 +91,4 @@ def postprocess(
         if src == dst:
             num_accepted_out[row] = 1
         else:
-            Layout(*layout).copy(row, src, dst)
+            Addresses(*addresses).copy(row, src, dst)

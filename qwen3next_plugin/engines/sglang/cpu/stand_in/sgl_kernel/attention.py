@@ -1,8 +1,8 @@
 """Attention over the paged KV cache, for SGLang's CPU attention backend.
 
-Shapes, everywhere: T new tokens of N requests; q and o [T, Hq, D]; caches [slots, Hkv, D];
-`req_to_token` [R, M] int32, KV slot of each request's tokens; `req_pool_indices` [N], each
-request's row in it; `seq_lens` [N] int64, the new tokens included.
+Shapes, everywhere: T new tokens of N requests; q and o [T, Hq, D]; caches [locations, Hkv, D];
+`req_to_token` [R, M] int32, KV location of each request's tokens; `req_pool_indices` [N], each
+request's line in it; `seq_lens` [N] int64, the new tokens included.
 """
 
 import torch
@@ -33,7 +33,7 @@ def decode_attention_cpu(
     encoder_lens: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    """One new token for each request: store its key and value in slot `loc`, then attend.
+    """One new token for each request: store its key and value at location `loc`, then attend.
 
     Raises: NotImplementedError: an option that Qwen3-Next does not use; see `_check`.
     """

@@ -1,7 +1,7 @@
-"""Writes and reads the table of each request's KV slots.
+"""Writes and reads the table of each request's KV locations.
 
-Shapes, everywhere: N requests; `req_to_token` [R, M] int32, KV slot of each request's tokens;
-`req_pool_indices` [N], each request's row in it; the KV slots of a batch are one flat list.
+Shapes, everywhere: N requests; `req_to_token` [R, M] int32, KV location of each request's tokens;
+`req_pool_indices` [N], each request's line in it; the KV locations of a batch are one flat list.
 """
 
 import torch
@@ -19,7 +19,7 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: Tensor,
     pool_len: int,
 ) -> None:
-    """req_to_token[request, start:end] = its slots in out_cache_loc."""
+    """req_to_token[request, start:end] = its locations in out_cache_loc."""
     row, column = ragged(end_offset - start_offset)
     slots = out_cache_loc[: row.numel()].to(req_to_token.dtype)
     req_to_token[req_pool_indices[row], start_offset[row] + column] = slots
@@ -34,7 +34,7 @@ def assign_extend_cache_locs_cpu(
     out_cache_loc: Tensor,
     pool_len: int,
 ) -> None:
-    """out_cache_loc = the slots of req_to_token[request, start:end]; the rest is unchanged."""
+    """out_cache_loc = the locations of req_to_token[request, start:end]; the rest is unchanged."""
     row, column = ragged(end_offset - start_offset)
     slots = req_to_token[req_pool_indices[row], start_offset[row] + column]
     out_cache_loc[: row.numel()] = slots.to(out_cache_loc.dtype)
@@ -50,7 +50,7 @@ def assign_draft_cache_locs_contiguous_cpu(
     topk: int,
     speculative_num_steps: int,
 ) -> None:
-    """out_cache_loc = each request's first topk * steps slots after its committed tokens."""
+    """out_cache_loc = each request's first topk * steps locations after its committed tokens."""
     drafts = torch.arange(topk * speculative_num_steps, device=seq_lens.device)
     slots = req_to_token[req_pool_indices[:, None], seq_lens[:, None] + drafts].flatten()
     out_cache_loc[: slots.numel()] = slots.to(out_cache_loc.dtype)
@@ -60,7 +60,7 @@ def assign_draft_cache_locs_contiguous_cpu(
 def fill_accept_out_cache_loc_cpu(
     accept_index: Tensor, out_cache_loc: Tensor, accept_out_cache_loc: Tensor
 ) -> None:
-    """The slots of the accepted tokens (accept_index is -1 for the others), in order."""
+    """The locations of the accepted tokens (accept_index is -1 for the others), in order."""
     index = accept_index.flatten()
     slots = out_cache_loc[index[index >= 0]]
     accept_out_cache_loc[: slots.numel()] = slots.to(accept_out_cache_loc.dtype)
@@ -75,10 +75,10 @@ def build_draft_decode_metadata_cpu(
     num_steps: int,
     pool_len: int,
 ) -> Tensor:
-    """A table with one row per candidate: the committed slots, then the candidate's own drafts.
+    """A table with a line per candidate: the committed locations, then its own drafts.
 
-    A request's drafts follow its committed tokens, candidate by candidate, num_steps slots each.
-    The table is as wide as the longest row; the rest of a shorter row is never read.
+    A request's drafts follow its committed tokens, candidate by candidate, num_steps each.
+    The table is as wide as the longest line; the rest of a shorter one is never read.
 
     Shapes: returns [N * topk, max(seq_lens) + num_steps] int32
     """
