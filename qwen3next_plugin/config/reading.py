@@ -63,10 +63,10 @@ def read(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
 
 
 def check_kind(folder: Path, override_flag: str) -> None:
-    """Refuse a config.json that mixes two kinds of models, or lacks a part of RoPE.
+    """Refuse a config.json that mixes two kinds of models, or lacks part of its RoPE.
 
-    It is read as it was written: a host's config class keeps only what belongs to its kind, and
-    fills in a RoPE that no model was trained with. Raises ConfigError.
+    Reads the file itself: a host's config class drops fields of other kinds, and fills in a default
+    RoPE that no model was trained with. Raises ConfigError.
     """
     if (folder / "config.json").is_file():
         raw = _text_config(read_config(folder), override_flag)

@@ -67,7 +67,7 @@ def _lost(name: str, rope: Mapping[str, Any], override_flag: str) -> ConfigError
 
 
 def check(rope: Mapping[str, Any], head_dim: int) -> None:
-    """Raise ConfigError unless positions can be turned so."""
+    """Raise ConfigError unless the rotation can be computed."""
     partial, theta = rope.get("partial_rotary_factor"), rope.get("rope_theta")
     if not is_number(partial) or not 0 < partial <= 1:
         raise complaint("partial_rotary_factor", partial, "must be in (0, 1] (released: 0.25)")
@@ -82,7 +82,7 @@ def check(rope: Mapping[str, Any], head_dim: int) -> None:
 
 
 def check_type(rope: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless RoPE is plain, or YaRN with values that can be computed with."""
+    """Raise ConfigError unless RoPE is plain, or YaRN with valid values."""
     if rope.get("rope_type") not in ("default", "yarn"):
         raise complaint("rope_type", rope.get("rope_type"), "use 'default' or 'yarn'")
     if rope["rope_type"] == "default":

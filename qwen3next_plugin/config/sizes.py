@@ -71,7 +71,7 @@ class Sizes:
     # full attention
     @property
     def mrope_section(self) -> tuple[int, ...]:
-        """Frequencies that turn by time, height and width, interleaved; () where all turn alike."""
+        """Pairs rotated by time, height and width, interleaved; () for text models."""
         return tuple(self.rope_parameters.get("mrope_section") or ())
 
     @property

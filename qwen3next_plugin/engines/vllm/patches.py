@@ -326,7 +326,7 @@ WITH_LORA: tuple[Entry, ...] = (
         target="vllm.lora.model_manager.LoRAModelManager._create_merged_loras_inplace",
         parameters=("self", "lora_model"),
         function=adapters.refuse_unused,
-        reason="vLLM leaves out what of an adapter fits no module, and serves without it",
+        reason="vLLM ignores the parts of an adapter that fit no module",
         remove_when="vLLM refuses such an adapter (`compat`)",
     ),
 )
@@ -335,7 +335,7 @@ REPAIRS: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
         file="repairs/seeded_prompts.py",
-        reason="vLLM samples for unfinished prompts and turns their generator back by an offset, "
+        reason="vLLM samples for unfinished prompts and rewinds their generator by an offset, "
         "which a CPU generator lacks: a seeded prompt in two chunks would end the engine",
         remove_when="vLLM asks a generator for no offset (`compat`)",
     ),
@@ -343,9 +343,9 @@ REPAIRS: tuple[Entry, ...] = (
         target="vllm.config.cache.CacheConfig.user_specified_block_size",
         file="repairs/block_size.py",
         reason="a CPU's engine process completes its configuration again after its workers have "
-        "laid out the cache, and sets an open block size back to 128: prompts' chunks would end "
-        "where no block ends, and pages be cached for the wrong prefix",
-        remove_when="vLLM leaves the block size alone then (`compat`)",
+        "laid out the cache, and resets a default block size to 128: prompts' chunks would end "
+        "inside blocks, and pages be cached for the wrong prefix",
+        remove_when="vLLM no longer resets the block size (`compat`)",
     ),
 )
 

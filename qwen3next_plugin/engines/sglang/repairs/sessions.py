@@ -5,7 +5,7 @@ from typing import Any
 
 
 def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
-    """Let the next turn of a streaming session begin where the state ends.
+    """Begin the next turn of a streaming session where the state ends.
 
     SGLang counts the last token of a verification too, which no step has read yet.
     """
@@ -19,9 +19,9 @@ def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
 def replace_in_session(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
 ) -> Any:
-    """Drop the requests of a session that a request replaces, before SGLang tries to.
+    """Drop a session's requests that a request replaces, before SGLang does.
 
-    SGLang changes the dict that it iterates over, and looks up a name twice that two requests had.
+    SGLang changes a dict while iterating over it, and looks up a shared name twice.
     """
     asked, nodes = req.session_params, session.req_nodes
     if asked.replace and not session.streaming:

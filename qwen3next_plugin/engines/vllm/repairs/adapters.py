@@ -1,4 +1,4 @@
-"""LoRA adapters: what vLLM would leave out of one is an error."""
+"""LoRA adapters: parts that vLLM would ignore are an error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,9 @@ from vllm.distributed import get_pp_group
 
 
 def refuse_unused(host: Callable[..., None], manager: Any, adapter: Any) -> None:
-    """Around the packing of an adapter: refuse it if a part of it fits no module.
+    """Around the packing of an adapter: refuse one of which a part fits no module.
 
-    vLLM looks at the last part of a module's name only, and leaves out what is then not found.
+    vLLM compares only the last part of a module's name, and ignores what it does not find.
 
     Raises:
         ValueError: naming the module, and those that take adapters.

@@ -9,9 +9,9 @@ from typing import Any
 def without_generators_of_prompts(runner: Any) -> Iterator[None]:
     """Take the generators of requests with an unfinished prompt out of the batch.
 
-    vLLM samples for them too, drops the token, and turns the generator back with `set_offset`,
-    which a CPU generator does not have: a seeded prompt of more than one chunk would end the
-    engine (0.32, `_bookkeeping_sync`). Remove when vLLM does not call `set_offset`: a test marked
+    vLLM samples for them too, drops the token, and rewinds the generator with `set_offset`, which a
+    CPU generator does not have: a seeded prompt of more than one chunk would end the engine (0.32,
+    `_bookkeeping_sync`). Remove when vLLM does not call `set_offset`: a test marked
     `compat` checks that.
     """
     batch = runner.input_batch
