@@ -52,7 +52,7 @@ def baseline(work: Work, layer: Layer, S: Tensor) -> Call | None:
         return None
     if work.prefills:
         return _chunked(work, layer)
-    if work.layout.draft_tokens:
+    if work.layout.num_drafts:
         return _verified(work, layer, S)
     return _decoded(layer, S) or _verified(work, layer, S)
 
@@ -118,7 +118,7 @@ def _verified(work: Work, layer: Layer, S: Tensor) -> Call | None:
         )
     except ImportError:
         return None
-    N, n = len(work.lengths), work.layout.draft_tokens + 1
+    N, n = len(work.lengths), work.layout.num_drafts + 1
     states = S.new_zeros(1 + N * n, *S.shape[1:]).transpose(-1, -2).contiguous()
     table = 1 + torch.arange(N * n, dtype=torch.int32, device=S.device).view(N, n)
     accepted = torch.randint(1, n + 1, (N,), dtype=torch.int32, device=S.device)

@@ -26,7 +26,7 @@ def agree(what: str, out: Tensor, ref: Tensor, dtype: torch.dtype) -> None:
 
 def check_layer(name: str, layout: PageLayout, device: torch.device) -> None:
     """Raise AssertionError unless outputs and S agree with the reference."""
-    dtype, drafts = layout.activation_dtype, layout.draft_tokens
+    dtype, drafts = layout.activation_dtype, layout.num_drafts
     exact = replace(layout, activation_dtype=torch.float32, state_dtype=torch.float32)
     ours = Layer(Work(name, layout, PROMPTS), device)
     theirs = Layer(Work(name, exact, PROMPTS), device)

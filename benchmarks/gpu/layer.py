@@ -37,7 +37,7 @@ class Work:
 
     @property
     def prefills(self) -> bool:
-        return max(self.lengths) > self.layout.draft_tokens + 1
+        return max(self.lengths) > self.layout.num_drafts + 1
 
     def is_split(self, config: Config) -> bool:
         """Whether a row is long enough to be split into segments."""
@@ -57,7 +57,7 @@ class Work:
         activations = s.activation_dtype.itemsize * T * (2 * H * K + 3 * HV * V + 2 * HV)
         if self.prefills:
             return activations + N * S
-        advance = 1 + s.draft_tokens / 2
+        advance = 1 + s.num_drafts / 2
         window = T + N * ((GRID - 1) / 2 + advance)
         convolution = s.activation_dtype.itemsize * s.conv_dim * (T + 3 * N)
         entry = 4 * (H * K + HV * V + HV)
@@ -181,7 +181,7 @@ class Turns:
     def advance(self) -> None:
         """Commit one token of each row, and a random part of its draft."""
         if not self.work.prefills:
-            drafts = self.work.layout.draft_tokens
+            drafts = self.work.layout.num_drafts
             self.context_len += 1
             self.context_len += torch.randint(
                 0, drafts + 1, self.context_len.shape, dtype=torch.int32, device=self.device

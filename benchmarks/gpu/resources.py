@@ -34,7 +34,7 @@ HEAD = "kernel | warps | registers | spilled bytes | shared memory | programs | 
 class Served:
     """How a model is served: draft tokens, ranks, dtypes of activations and S."""
 
-    draft_tokens: int
+    num_drafts: int
     ranks: int
     dtype: torch.dtype
     state_dtype: torch.dtype
@@ -107,7 +107,7 @@ def compiled(arch: str, served: Served) -> list[Kernel]:
     model = Qwen3NextConfig.from_hf(RELEASED, tp_size=served.ranks)
     with compiling_for(arch) as launched:
         Launches(
-            model, served.dtype, served.state_dtype, served.draft_tokens, torch.device("cpu")
+            model, served.dtype, served.state_dtype, served.num_drafts, torch.device("cpu")
         ).run()
     once = {kernel.hash: kernel for kernel in launched}.values()
     return sorted(map(taken, once), key=lambda kernel: kernel.name)

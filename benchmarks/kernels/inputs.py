@@ -42,16 +42,16 @@ def parameters() -> tuple[Tensor, Tensor]:
     return torch.empty(HV).uniform_(1, 16).log(), torch.randn(HV).to(DTYPE)
 
 
-def state_pool(draft_tokens: int) -> StatePool:
+def state_pool(num_drafts: int) -> StatePool:
     """The plugin's pages."""
-    window = GRID + draft_tokens
+    window = GRID + num_drafts
     return StatePool(
         state=torch.zeros(PAGES, HV, K, V),
         key=torch.zeros(PAGES, window, H, K),
         u=torch.zeros(PAGES, window, HV, V),
         g=torch.zeros(PAGES, window, HV),
         span=torch.zeros(PAGES, 2, dtype=torch.int32),
-        conv=torch.zeros(PAGES, 4 + draft_tokens, C, dtype=DTYPE),
+        conv=torch.zeros(PAGES, 4 + num_drafts, C, dtype=DTYPE),
     )
 
 

@@ -132,7 +132,7 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
 
     nbytes = PageLayout.from_config(
         config,
-        draft_tokens=flags.num_speculative_tokens,
+        num_drafts=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
         state_dtype=getattr(torch, flags.state_dtype),
     ).nbytes()

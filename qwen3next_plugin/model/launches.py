@@ -26,7 +26,7 @@ class Launches:
     config: Qwen3NextConfig
     dtype: torch.dtype
     state_dtype: torch.dtype
-    draft_tokens: int
+    num_drafts: int
     device: torch.device
 
     @torch.inference_mode()
@@ -45,7 +45,7 @@ class Launches:
         """A page of a linear layer."""
         return PageLayout.from_config(
             self.config,
-            draft_tokens=self.draft_tokens,
+            num_drafts=self.num_drafts,
             activation_dtype=self.dtype,
             state_dtype=self.state_dtype,
         )

@@ -46,7 +46,7 @@ class PageLayout:
     num_value_heads: int  # HV, of this rank
     key_dim: int  # K
     value_dim: int  # V
-    draft_tokens: int  # at most so many tokens of a step are rolled back
+    num_drafts: int  # at most so many tokens of a step are rolled back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
 
@@ -55,7 +55,7 @@ class PageLayout:
         cls,
         config: Qwen3NextConfig,
         *,
-        draft_tokens: int,
+        num_drafts: int,
         activation_dtype: torch.dtype,
         state_dtype: torch.dtype,
     ) -> Self:
@@ -64,7 +64,7 @@ class PageLayout:
             num_value_heads=config.linear_num_value_heads_per_rank,
             key_dim=config.linear_key_head_dim,
             value_dim=config.linear_value_head_dim,
-            draft_tokens=draft_tokens,
+            num_drafts=num_drafts,
             activation_dtype=activation_dtype,
             state_dtype=state_dtype,
         )
@@ -74,8 +74,8 @@ class PageLayout:
             raise ValueError(
                 f"{self.num_value_heads} value heads cannot share {self.num_key_heads} key heads"
             )
-        if self.draft_tokens < 0:
-            raise ValueError(f"a draft cannot have {self.draft_tokens} tokens")
+        if self.num_drafts < 0:
+            raise ValueError(f"a draft cannot have {self.num_drafts} tokens")
 
     @property
     def conv_dim(self) -> int:
@@ -85,14 +85,14 @@ class PageLayout:
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part of a page, in the order they lie in it."""
         H, HV = self.num_key_heads, self.num_value_heads
-        K, V, W = self.key_dim, self.value_dim, GRID + self.draft_tokens
+        K, V, W = self.key_dim, self.value_dim, GRID + self.num_drafts
         return {
             "state": ((HV, K, V), self.state_dtype),
             "key": ((W, H, K), torch.float32),
             "u": ((W, HV, V), torch.float32),
             "g": ((W, HV), torch.float32),
             "span": ((2,), torch.int32),
-            "conv": ((CONV_WIDTH + self.draft_tokens, self.conv_dim), self.activation_dtype),
+            "conv": ((CONV_WIDTH + self.num_drafts, self.conv_dim), self.activation_dtype),
         }
 
     def nbytes(self) -> dict[str, int]:

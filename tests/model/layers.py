@@ -19,7 +19,7 @@ class LinearLayer:
 
     module: torch.nn.Module
     slots: int = 4
-    draft_tokens: int = 2
+    num_drafts: int = 2
     lengths: dict[int, int] = field(default_factory=dict)  # slot → tokens committed
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class LinearLayer:
             num_value_heads=m.num_v_heads,
             key_dim=m.head_k_dim,
             value_dim=m.head_v_dim,
-            draft_tokens=self.draft_tokens,
+            num_drafts=self.num_drafts,
             activation_dtype=dtype,
             state_dtype=torch.float32,
         )

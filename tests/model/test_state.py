@@ -14,7 +14,7 @@ def layout(**changes) -> PageLayout:
         "num_value_heads": 32,
         "key_dim": 128,
         "value_dim": 128,
-        "draft_tokens": 3,
+        "num_drafts": 3,
         "activation_dtype": torch.bfloat16,
         "state_dtype": torch.float32,
     }
@@ -32,8 +32,8 @@ def test_bytes_at_the_released_sizes_with_three_drafts():
 
 
 def test_a_draft_token_costs_little():
-    without = layout(draft_tokens=0).page_bytes
-    per_token = layout(draft_tokens=1).page_bytes - without
+    without = layout(num_drafts=0).page_bytes
+    per_token = layout(num_drafts=1).page_bytes - without
     assert per_token == 16 * 128 * 4 + 32 * 128 * 4 + 32 * 4 + 8192 * 2
     assert per_token < 0.02 * without
 
@@ -76,15 +76,15 @@ def test_a_copy_of_a_page_holds_the_same():
         assert torch.equal(view[0].view(torch.int8), view[1].view(torch.int8))
 
 
-@pytest.mark.parametrize("draft_tokens", range(10))
+@pytest.mark.parametrize("num_drafts", range(10))
 @pytest.mark.parametrize("heads", [(1, 1), (3, 6), (2, 8)], ids=str)
-def test_every_part_is_aligned_to_its_element(draft_tokens, heads):
+def test_every_part_is_aligned_to_its_element(num_drafts, heads):
     page = layout(
         num_key_heads=heads[0],
         num_value_heads=heads[1],
         key_dim=16,
         value_dim=48,
-        draft_tokens=draft_tokens,
+        num_drafts=num_drafts,
     )
     page.view(torch.zeros(2, page.page_bytes, dtype=torch.int8))  # view(dtype) refuses if not
 
@@ -93,7 +93,7 @@ def test_every_part_is_aligned_to_its_element(draft_tokens, heads):
     ("changes", "message"),
     [
         ({"num_value_heads": 24}, "24 value heads cannot share 16 key heads"),
-        ({"draft_tokens": -1}, "a draft cannot have -1 tokens"),
+        ({"num_drafts": -1}, "a draft cannot have -1 tokens"),
     ],
 )
 def test_refuses(changes, message):
@@ -103,4 +103,4 @@ def test_refuses(changes, message):
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        layout().draft_tokens = 2
+        layout().num_drafts = 2

@@ -32,7 +32,7 @@ def backend():
         num_value_heads=HV,
         key_dim=K,
         value_dim=V,
-        draft_tokens=2,
+        num_drafts=2,
         activation_dtype=torch.float32,
         state_dtype=torch.float32,
     )

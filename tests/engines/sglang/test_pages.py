@@ -24,7 +24,7 @@ def test_a_pool_is_as_many_pages_as_it_has_slots():
         num_value_heads=32,
         key_dim=128,
         value_dim=128,
-        draft_tokens=DRAFTS,
+        num_drafts=DRAFTS,
         activation_dtype=torch.bfloat16,
         state_dtype=torch.float32,
     )

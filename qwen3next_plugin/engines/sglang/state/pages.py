@@ -37,7 +37,7 @@ def page_layout(hf_config: Any) -> PageLayout:
     name = str(mamba2_state_dtype(hf_config).temporal).removeprefix("torch.")
     return PageLayout.from_config(
         config,
-        draft_tokens=max_drafts(),
+        num_drafts=max_drafts(),
         activation_dtype=_get_and_verify_dtype(hf_config, get_model().dtype),
         state_dtype=state_dtype(name, setting="mamba_ssm_dtype", flag="--mamba-ssm-dtype"),
     )

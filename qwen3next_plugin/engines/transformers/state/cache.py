@@ -77,7 +77,7 @@ class PageLayer(LinearAttentionLayer):
                 num_value_heads=shape.num_value_heads,
                 key_dim=shape.key_dim,
                 value_dim=shape.value_dim,
-                draft_tokens=self.num_drafts,
+                num_drafts=self.num_drafts,
                 activation_dtype=qkvz.dtype,
                 state_dtype=torch.float32,
             )

@@ -23,7 +23,7 @@ def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
         name = "float32"
     return PageLayout.from_config(
         config,
-        draft_tokens=vllm_config.num_speculative_tokens,
+        num_drafts=vllm_config.num_speculative_tokens,
         activation_dtype=vllm_config.model_config.dtype,
         state_dtype=state_dtype(
             name, setting="mamba_ssm_cache_dtype", flag="--mamba-ssm-cache-dtype"
