@@ -1,4 +1,7 @@
-"""Step: what an engine step tells the ops on state pages. checked_rows: its rows, checked."""
+"""Step: what one engine step tells the ops on state pages; and its rows, checked.
+
+An engine's step builder makes it (engines/*/state/steps.py), and every linear layer reads the same.
+"""
 
 from dataclasses import dataclass
 

@@ -71,6 +71,14 @@ def test_methods_of_the_architecture_exist():
     assert not [f"{owner}.{name}" for owner, name in methods if not exists(owner, name)]
 
 
+def test_the_reading_path_stays_short():
+    page = ROOT / "docs" / "architecture.md"
+    path = re.findall(r"^\d+\. \[[^]]*\]\(([^)]+)\)", prose(page), re.MULTILINE)
+    assert 9 <= len(path) <= 12
+    lengths = {name: len((page.parent / name).read_text("utf-8").splitlines()) for name in path}
+    assert sum(lengths.values()) <= 1_600, lengths
+
+
 def test_parts_and_switches_of_the_training_page_exist():
     page, folder = ROOT / "docs" / "training.md", ROOT / "examples" / "train_tiny"
     recipe, train = (

@@ -1,4 +1,4 @@
-"""One decoder layer: what it computes; an engine builds its mixer and its MLP."""
+"""One decoder layer of the trunk or the MTP head, from a mixer and an MLP that an engine builds."""
 
 from typing import Any
 

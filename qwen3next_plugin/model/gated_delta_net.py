@@ -1,4 +1,7 @@
-"""A Gated DeltaNet layer between its projections: from qkvz and ba to the input of out_proj."""
+"""A Gated DeltaNet layer between its projections: from qkvz and ba to the input of out_proj.
+
+An engine multiplies by the projections, and calls `attend` with the layer's pages and the step.
+"""
 
 from dataclasses import dataclass
 from typing import Self

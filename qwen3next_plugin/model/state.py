@@ -1,4 +1,7 @@
-"""The layout of a state page (one layer, one request), and its size in bytes."""
+"""The layout of a state page (one layer, one request), and its size in bytes.
+
+Engines allocate and copy pages as bytes; kernels see their parts as a `StatePool` (kernels/pages.py).
+"""
 
 import re
 from dataclasses import dataclass

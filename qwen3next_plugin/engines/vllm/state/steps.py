@@ -1,4 +1,7 @@
-"""The linear-attention backend: turns vLLM's per-step metadata into a Step."""
+"""The linear-attention backend: turns vLLM's per-step metadata into a Step.
+
+vLLM's runner calls `StepBuilder.build` once a step, and passes the Step to every linear layer.
+"""
 
 from typing import Any
 
