@@ -1,6 +1,6 @@
 """The gated delta rule as its equation, one row and token at a time, in fp32.
 
-A page holds S at a multiple of 8 and the tokens since then (pages.py), so a row first replays those.
+A page holds S at a multiple of 8 and the tokens since then (pages.py), so a row replays them first.
 The other backends compute the same, faster; tests compare them with this one.
 """
 

@@ -1,6 +1,6 @@
 """The layout of a state page (one layer, one request), and its size in bytes.
 
-Engines allocate and copy pages as bytes; kernels see their parts as a `StatePool` (kernels/pages.py).
+Engines allocate and copy pages as bytes; kernels see a page's parts as a `StatePool`.
 """
 
 import re
