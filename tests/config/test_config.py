@@ -16,7 +16,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     read_config,
 )
-from qwen3next_plugin.model.layouts import output_sizes
+from qwen3next_plugin.model.checkpoint.layouts import output_sizes
 from released import RELEASED_80B, read
 
 
