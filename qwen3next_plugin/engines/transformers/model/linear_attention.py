@@ -20,14 +20,14 @@ def on_pages(host: type[nn.Module]) -> type[nn.Module]:
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, RowCache):
-                    return forward(self, hidden_states, value.layers[self.layer_idx])
+                    return run(self, hidden_states, value.layers[self.layer_idx])
             return super().forward(hidden_states, *args, **kwargs)
 
     return GatedDeltaNet
 
 
 @force_accelerate_hooks(["conv1d", "norm"])  # modules that are not called may be offloaded
-def forward(layer: Any, hidden_states: Tensor, page: PageLayer) -> Tensor:
+def run(layer: Any, hidden_states: Tensor, page: PageLayer) -> Tensor:
     """One step of the host's layer. Shapes: hidden_states [B, n, D], returns the same"""
     x, flat = hidden_states.flatten(0, 1), hasattr(layer, "in_proj_qkv")
     if flat:
@@ -49,6 +49,12 @@ def forward(layer: Any, hidden_states: Tensor, page: PageLayer) -> Tensor:
         norm=layer.norm.weight,
         norm_eps=layer.layer_norm_epsilon,
     )
-    pool, step = page.begin(shape, qkvz)
-    out = attend(qkvz=qkvz, ba=ba, weights=weights, shape=shape, pool_=pool, step=step)
+    out = attend(
+        qkvz=qkvz,
+        ba=ba,
+        weights=weights,
+        shape=shape,
+        pool_=page.pool_for(shape, qkvz),
+        step=page.step.linear_on(qkvz.device),
+    )
     return layer.out_proj(out.view(*hidden_states.shape[:2], -1))

@@ -48,7 +48,6 @@ class Worker:
             hidden = self._trunk(tokens, step)
             kept = answers.extend(self.model.lm_head(hidden), tokens[:, 1:].tolist())
             counts = torch.tensor(kept, device=hidden.device)
-            self.cache.check()
         return answers.result()
 
     def _drafted(self, hidden: Tensor, step: Step, counts: Tensor) -> Tensor:
@@ -81,4 +80,5 @@ class Worker:
             use_cache=True,
             **{CACHE: self.cache},
         )
+        self.cache.check()
         return outputs.last_hidden_state

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from qwen3next_plugin.engines.transformers.state.steps import Step
-from qwen3next_plugin.kernels import step as kernels
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape
@@ -69,8 +68,8 @@ class PageLayer(LinearAttentionLayer):
         self.num_drafts = num_drafts
         self.pool: StatePool | None = None
 
-    def begin(self, shape: GatedDeltaNetShape, qkvz: Tensor) -> tuple[StatePool, kernels.Step]:
-        """The pages of all rows, made in the first step, and the step, on the layer's device."""
+    def pool_for(self, shape: GatedDeltaNetShape, qkvz: Tensor) -> StatePool:
+        """The pages of all rows, made in the first step, where the layer is."""
         if self.pool is None:
             layout = PageLayout(
                 num_key_heads=shape.num_key_heads,
@@ -83,7 +82,7 @@ class PageLayer(LinearAttentionLayer):
             )
             size = (len(self.step.columns), -(-layout.page_bytes // ALIGNMENT) * ALIGNMENT)
             self.pool = layout.view(torch.empty(size, dtype=torch.uint8, device=qkvz.device))
-        return self.pool, self.step.linear_on(qkvz.device)
+        return self.pool
 
 
 class RowCache(Cache):
