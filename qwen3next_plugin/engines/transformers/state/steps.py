@@ -81,8 +81,9 @@ class StepBuilder:
         slots, lengths, contexts = zip(*rows, strict=True)
         starts = list(accumulate(lengths, initial=0))
         values = torch.tensor([*starts, *slots, *contexts], dtype=torch.int32)
-        parts = values.to(self.positions.device).split([len(starts), len(rows), len(rows)])
-        return kernels.Step(*parts, num_tokens=starts[-1], max_query_len=max(lengths))
+        sizes = [len(starts), len(rows), len(rows)]
+        query_start_loc, slot, context_len = values.to(self.positions.device).split(sizes)
+        return kernels.Step(query_start_loc, slot, context_len, starts[-1], max(lengths))
 
     def _attend(self, columns: Tensor, end: int) -> Tensor:
         every = torch.arange(end, device=columns.device)
