@@ -15,6 +15,7 @@ ENGINES = ("vllm", "sglang")
 ENGINE_FOLDERS = {"model", "state", "speculation", "cpu", "repairs"}
 OF_BOTH = ("patching", "hub", "huge_pages")
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
+OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors
 ENGINE_FILES = {  # of every engine
     *("__init__.py", "names.py", "plugin.py", "flags.py", "patches.py"),
     *("model/trunk.py", "model/mtp.py", "model/linear_attention.py", "model/attention.py"),
