@@ -29,6 +29,8 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
     """A dense model. With --language-model-only it has no tower, and SGLang refuses images."""
 
     hf_to_sglang_mapper = None
+    model: Qwen3NextModel
+    visual: Any  # None: text alone
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
