@@ -11,9 +11,10 @@ from checkpoints import random_prompt
 from reference import Reference, quietly
 
 PROMPT = random_prompt(9, seed=6)  # the samples' one prompt
-TOKENS, SAMPLES = 6, 1200  # of a sample, and of them
+TOKENS, SAMPLES = 6, 1200  # of a sample; of them, as many as test_distribution.py needs
 FALSE_ALARM = 1e-5  # of each chi-square; the seeds are fixed, so a green test stays green
 BINS = 20
+LIKELIEST = 3  # tokens that are counted by rank
 
 
 @quietly()
@@ -32,6 +33,7 @@ def after_prompt(
 
 def check_sampled(model: Reference, samples: torch.Tensor) -> None:
     """Continuations [N, TOKENS] of PROMPT at temperature 1 are distributed as the model's are."""
+    assert len(samples) == SAMPLES
     each = after_prompt(model, PROMPT, samples)[:, :-1]  # [N, TOKENS, vocab], given its prefix
     assert p_value(*binned(samples[:, 0], each[0, 0])) > FALSE_ALARM, "first token"
     # The first that a draft can be accepted for, whatever the token before it.
@@ -40,6 +42,8 @@ def check_sampled(model: Reference, samples: torch.Tensor) -> None:
     for position in range(TOKENS):
         given = by_rank(samples[:, position], each[:, position])
         assert p_value(*given) > FALSE_ALARM, f"position {position}, given those before it"
+    pooled = likeliest(samples.flatten(), each.flatten(0, 1))
+    assert p_value(*pooled) > FALSE_ALARM, "the likeliest tokens of all positions"
 
 
 def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
@@ -74,3 +78,19 @@ def by_rank(tokens: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Te
     mass = likelier + jitter * chosen[:, 0]
     observed = (mass * BINS).long().clamp(0, BINS - 1).bincount(minlength=BINS)
     return observed.double(), torch.full((BINS,), len(tokens) / BINS, dtype=torch.float64)
+
+
+def likeliest(
+    tokens: torch.Tensor, probabilities: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of each prefix's likeliest tokens, which are what is drafted, and of all others.
+
+    Shapes: tokens [N], probabilities [N, vocab] of each token's own prefix.
+    """
+    p, ids = probabilities.double().topk(LIKELIEST)
+
+    def with_rest(each: torch.Tensor) -> torch.Tensor:
+        counts = each.sum(0).double()
+        return torch.cat([counts, len(tokens) - counts.sum()[None]])
+
+    return with_rest(tokens[:, None] == ids), with_rest(p)

@@ -1,8 +1,9 @@
-"""The test of sampled tokens can fail."""
+"""The test of sampled tokens can fail, with as many samples as the engines' tests draw."""
 
+import pytest
 import torch
 
-from engines.distribution import FALSE_ALARM, SAMPLES, binned, p_value
+from engines.distribution import FALSE_ALARM, SAMPLES, TOKENS, binned, likeliest, p_value
 
 V = 512
 
@@ -16,3 +17,15 @@ def test_a_bias_is_seen():
     assert p_value(*binned(tokens, p)) > 0.99
     tokens[: SAMPLES // 20] = 0
     assert p_value(*binned(tokens, p)) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_towards_drafts_is_seen(seed, rank):
+    """A twentieth of all tokens are the likeliest one, or the second, whatever was sampled."""
+    generator = torch.Generator().manual_seed(seed)
+    p = (3 * torch.randn(SAMPLES * TOKENS, V, generator=generator)).softmax(-1)
+    tokens = p.multinomial(1, generator=generator)[:, 0]
+    assert p_value(*likeliest(tokens, p)) > FALSE_ALARM
+    tokens[::20] = p[::20].topk(2).indices[:, rank]
+    assert p_value(*likeliest(tokens, p)) < FALSE_ALARM
