@@ -21,8 +21,8 @@ class Output:
     """One finished sequence."""
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of each token, empty where none were asked for
-    prompt_logprobs: tuple[float, ...]  # of each prompt token but the first
+    logprobs: tuple[float, ...] | None  # of each token; None: not asked for
+    prompt_logprobs: tuple[float, ...] | None  # of each prompt token but the first
     cached: int  # prompt tokens that a prefix-cache hit spared
     finish_reason: str
     text: str  # empty without a tokenizer
@@ -42,10 +42,11 @@ def check_greedy(reference: Reference, prompts: Prompts, outputs: Sequence[Outpu
         _near(output.prompt_logprobs, whole[: len(prompt) - 1], f"prompt of {len(prompt)}")
 
 
-def _near(found: Sequence[float], expected: torch.Tensor, what: str) -> None:
-    if found:
+def _near(found: Sequence[float] | None, expected: torch.Tensor, what: str) -> None:
+    if found is not None:
+        assert len(found) == len(expected), what
         error = (torch.tensor(found) - expected).abs()
-        assert error.max() < TOLERANCE, f"{what}: {error.max():.1e} at {int(error.argmax())}"
+        assert (error < TOLERANCE).all(), f"{what}: {error.max():.1e} at {int(error.argmax())}"
 
 
 def check_distance(

@@ -59,6 +59,7 @@ def served_as(kind: str, tmp_path: Path) -> tuple[Path, Mapping[str, str]]:
 def check(kind: str, found: Quality, plain: Quality) -> None:
     """It is as good as BOUNDS say, or better."""
     most, least = BOUNDS[kind]
+    assert min(plain.accepted) > 0
     ratio = found.perplexity / plain.perplexity
     for name, each in (("bf16", plain), (kind, found)):
         by_position = " ".join(f"{share:.3f}" for share in each.accepted)

@@ -26,13 +26,18 @@ class Answer(Output):
     kept: tuple[int, ...]  # the verifications of which none, one, two … drafts were accepted
 
     @classmethod
-    def of(cls, answer: dict[str, Any]) -> "Answer":
-        """From what /generate answers."""
+    def of(cls, answer: dict[str, Any], **asked: Any) -> "Answer":
+        """From what /generate answers to a request with these fields."""
         meta = answer["meta_info"]
+        logprobs = prompt_logprobs = None
+        if asked.get("return_logprob"):
+            logprobs = _logprobs(meta["output_token_logprobs"])
+            if asked.get("logprob_start_len") == 0:
+                prompt_logprobs = _logprobs(meta["input_token_logprobs"][1:])
         return cls(
             token_ids=tuple(answer["output_ids"]),
-            logprobs=_logprobs(meta.get("output_token_logprobs", ())),
-            prompt_logprobs=_logprobs(meta.get("input_token_logprobs", ())[1:]),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             cached=meta["cached_tokens"],
             finish_reason=meta["finish_reason"]["type"],
             text=answer["text"],
@@ -70,7 +75,7 @@ class Server(server.Server):
         answers = self.post(
             "/generate", input_ids=[list(ids) for ids in prompts], sampling_params=params, **options
         )
-        return [Answer.of(answer) for answer in answers]
+        return [Answer.of(answer, **options) for answer in answers]
 
     def unfinished(self) -> int:
         """The number of requests that run or wait."""

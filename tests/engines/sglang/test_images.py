@@ -42,14 +42,13 @@ def images_of(name: str) -> list:
 
 def ask(server: Forked, names: list[str]) -> list[Answer]:
     """The answers to prompts, all asked at once."""
-    answers = server.post(
-        "/generate",
-        text=[PROMPTS[name][0] for name in names],
-        image_data=[[as_url(image) for image in images_of(name)] or None for name in names],
-        sampling_params={"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
-        return_logprob=True,
-    )
-    return [Answer.of(answer) for answer in answers]
+    asked = {
+        "text": [PROMPTS[name][0] for name in names],
+        "image_data": [[as_url(image) for image in images_of(name)] or None for name in names],
+        "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+        "return_logprob": True,
+    }
+    return [Answer.of(answer, **asked) for answer in server.post("/generate", **asked)]
 
 
 def check(expected, name: str, answer: Answer) -> None:

@@ -151,7 +151,7 @@ def test_a_prompt_of_embeddings(server, model):
         logprobs = model.trunk(inputs_embeds=rows[None]).logits[0, -1].log_softmax(-1)
     params = {"temperature": 0, "max_new_tokens": 5}
     asked = {"input_embeds": rows.tolist(), "sampling_params": params, "return_logprob": True}
-    answer = Answer.of(server.post("/generate", **asked))
+    answer = Answer.of(server.post("/generate", **asked), **asked)
     assert answer.token_ids[0] == logprobs.argmax()
     assert answer.logprobs[0] == pytest.approx(logprobs.max().item(), abs=TOLERANCE)
 

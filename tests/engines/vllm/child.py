@@ -33,7 +33,11 @@ class Host:
             lora_request=LoRARequest(path, number, path) if path else None,
             use_tqdm=False,
         )
-        return [[_plain(request, output) for output in request.outputs] for request in requests]
+        each = sampling if len(sampling) > 1 else sampling * len(requests)
+        return [
+            [_plain(request, output, asked) for output in request.outputs]
+            for request, asked in zip(requests, each, strict=True)
+        ]
 
     def counters(self) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -65,13 +69,17 @@ def _sampling_params(structured_outputs: dict[str, Any] | None = None, **params:
     return SamplingParams(structured_outputs=guide, **params)
 
 
-def _plain(request: Any, output: Any) -> dict[str, Any]:
+def _plain(request: Any, output: Any, asked: Any) -> dict[str, Any]:
     """The fields of Output; the class itself is another one in this process."""
-    prompt_logprobs = (request.prompt_logprobs or ())[1:]
+    of_answer = of_prompt = None
+    if asked.logprobs is not None or asked.logprob_token_ids:
+        of_answer = _chosen(output.token_ids, output.logprobs)
+    if asked.prompt_logprobs is not None:
+        of_prompt = _chosen(request.prompt_token_ids[1:], request.prompt_logprobs[1:])
     return {
         "token_ids": tuple(output.token_ids),
-        "logprobs": _chosen(output.token_ids, output.logprobs),
-        "prompt_logprobs": _chosen(request.prompt_token_ids[1:], prompt_logprobs),
+        "logprobs": of_answer,
+        "prompt_logprobs": of_prompt,
         "cached": request.num_cached_tokens or 0,
         "finish_reason": output.finish_reason,
         "text": output.text,
@@ -79,7 +87,7 @@ def _plain(request: Any, output: Any) -> dict[str, Any]:
 
 
 def _chosen(ids: Any, logprobs: Any) -> tuple[float, ...]:
-    return tuple(entry[i].logprob for i, entry in zip(ids, logprobs or (), strict=False))
+    return tuple(entry[i].logprob for i, entry in zip(ids, logprobs, strict=True))
 
 
 def main(address: str, *first: str) -> None:
