@@ -101,7 +101,9 @@ def test_parameters_are_the_published_ones(name):
     config = Qwen3NextConfig.from_hf(read_config(CONFIGS / name))
     total = sum(parameters(config).values())
     if name != "Qwen3.8-2.4T-A95B":
-        vision = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+        pytest.importorskip("transformers")
+        from transformers.models.qwen3_5 import modeling_qwen3_5 as vision
+
         size = TOWERS.get(name, {})
         settings = vision.Qwen3_5VisionConfig(out_hidden_size=config.hidden_size, **size)
         with torch.device("meta"):

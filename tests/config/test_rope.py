@@ -185,12 +185,14 @@ def test_yarn_that_lost_a_value_is_told_all_of_it(lost):
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_vllm_override_of_a_part_of_rope_is_caught(tmp_path, name):
-    vllm = pytest.importorskip("vllm.transformers_utils.config")
+    pytest.importorskip("vllm")
+    from vllm.transformers_utils.config import get_config
+
     (tmp_path / "config.json").write_text(json.dumps(RELEASED_80B))
 
     def under(overrides):
         return Qwen3NextConfig.from_hf(
-            vllm.get_config(tmp_path, trust_remote_code=False, hf_overrides_kw=overrides)
+            get_config(tmp_path, trust_remote_code=False, hf_overrides_kw=overrides)
         )
 
     with pytest.raises(ConfigError, match="rope_parameters has lost rope_theta"):

@@ -18,7 +18,9 @@ CONFIGS = {"base": {}, **SHAPES}
 
 
 def modules(changes: dict):
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
     config = modeling.Qwen3NextConfig(**(BASE | changes))
     config._attn_implementation = "eager"
     layer = modeling.Qwen3NextAttention(config, layer_idx=0).eval()
@@ -88,7 +90,9 @@ def test_value_and_gate_are_views_and_the_projection_is_kept():
 
 @pytest.mark.parametrize("sections", [[11, 11, 10], [3, 2, 3], [1, 0, 0]], ids=str)
 def test_three_axes_turn_as_in_transformers(sections):
-    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
     pairs, T = sum(sections), 19
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     rope |= {"mrope_section": sections, "mrope_interleaved": True}

@@ -11,7 +11,9 @@ from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
 
 def block(**changes):
     """transformers' block with weights of the same scale everywhere."""
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
     config = modeling.Qwen3NextConfig(**(BASE | changes))
     layer = modeling.Qwen3NextSparseMoeBlock(config).eval()
     generator = torch.Generator().manual_seed(3)

@@ -39,7 +39,9 @@ def forgotten():
 
 
 def theirs(config: Qwen3NextConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_next import modeling_qwen3_next as modeling
+
     host = modeling.Qwen3NextConfig(
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
@@ -92,7 +94,9 @@ def test_all_layers_share_one_table_in_the_default_dtype():
 
 
 def test_images_turn_by_their_sections_under_yarn():
-    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
+
     sections = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
     ours = config(max_position_embeddings=2048, rope_parameters=SMALL | sections)
     host = modeling.Qwen3_5TextConfig(

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.worker.utils import clear_layer_kv_caches, copy_kv_cache_blocks_inplace
 
+from qwen3next_plugin.engines.vllm.model import linear_attention
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
 from qwen3next_plugin.model.state import PageLayout, StateError
 from qwen3next_plugin.model.step import build_step
@@ -14,7 +16,6 @@ PREFIX = "model.layers.6.linear_attn"
 
 @pytest.mark.parametrize("span", [(7, 7), (5, 99), (-1, 6), (0, 4)])
 def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
-    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.model.linear_attention")
     layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
     raw = torch.full((2, layout.page_bytes), -1, dtype=torch.int8)
     pool = layout.view(raw)
@@ -55,9 +56,6 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
 
 def test_pages_are_let_go_when_vllm_takes_them_back():
     """It binds a small cache to measure with, and empties `kv_cache` to have its memory back."""
-    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.model.linear_attention")
-    from vllm.v1.worker.utils import clear_layer_kv_caches
-
     layer = object.__new__(linear_attention.GatedDeltaNet)
     torch.nn.Module.__init__(layer)
     layer.layout = PageLayout(1, 2, 16, 24, 2, torch.float32, torch.float32)
@@ -75,7 +73,6 @@ def test_pages_are_let_go_when_vllm_takes_them_back():
 
 def test_a_step_without_this_layer_gives_zeros(monkeypatch):
     """vLLM tunes its kernels with metadata of the attention layers only."""
-    linear_attention = pytest.importorskip("qwen3next_plugin.engines.vllm.model.linear_attention")
     for steps in (None, {}, {"another": object()}):
         context = SimpleNamespace(attn_metadata=steps)
         monkeypatch.setattr(linear_attention, "get_forward_context", lambda c=context: c)
@@ -88,8 +85,7 @@ def test_a_step_without_this_layer_gives_zeros(monkeypatch):
 @pytest.mark.compat
 def test_vllm_copies_a_block_by_its_first_view_only():
     """Fails when vLLM copies all of it: then get_kv_cache_spec may declare the page's own bytes."""
-    utils = pytest.importorskip("vllm.v1.worker.utils")
     raw = torch.arange(4 * 8, dtype=torch.int8).view(2, 2, 8)  # two regions of two blocks
     page, kv = raw[0, :, :5], raw[0]  # a state page and the KV that may lie in its place
-    utils.copy_kv_cache_blocks_inplace([page, kv], 2, [(0, 1)])
+    copy_kv_cache_blocks_inplace([page, kv], 2, [(0, 1)])
     assert raw[0, 1].tolist() == [0, 1, 2, 3, 4, 13, 14, 15]
