@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtp.simulate import serve
+from mtp.traces import CHEAP, LOW, Case, steady
 from qwen3next_plugin.mtp.acceptance import Acceptance
 from qwen3next_plugin.mtp.costs import COLD, Costs
 from qwen3next_plugin.mtp.policy import Adaptive, Fixed
@@ -57,6 +59,15 @@ def test_lengths_follow_what_each_request_accepts():
             policy.observe_draft(2, max(lengths), 0.1 * max(lengths))
     assert drafted["right"] > 400 * 2.4
     assert drafted["wrong"] < 400
+
+
+@pytest.mark.parametrize("chances", [LOW, (0.5, 0.05, 0.05, 0.05)], ids=str)
+def test_acceptance_is_learned(chances):
+    """What all requests accept, far from the 0.8 that is assumed at first."""
+    policy = Adaptive(len(chances), Costs())
+    serve(Case(CHEAP, steady(chances)).trace(4), policy)
+    found = policy.snapshot()["acceptance"]
+    assert found[:2] == pytest.approx(chances[:2], abs=0.1)
 
 
 def test_a_request_may_draft_nothing_for_long():

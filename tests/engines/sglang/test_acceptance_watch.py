@@ -3,6 +3,7 @@
 import pytest
 
 from checkpoints import SHIPPED, random_prompt, write_scrambled
+from engines.figures import drafts
 from engines.sglang.server import NEXTN, Forked
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
@@ -11,7 +12,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.long]
 PROMPTS = [random_prompt(1 + i % 5, seed=i) for i in range(192)]
 FLAGS = (
     "--dtype", "float32", "--max-total-tokens", "8192", "--max-running-requests", "192",
-    "--max-mamba-cache-size", "200", *NEXTN, "3",
+    "--max-mamba-cache-size", "200", "--enable-metrics", *NEXTN, "3",
 )  # fmt: skip
 
 
@@ -21,10 +22,15 @@ def test_broken_weights_are_reported(tmp_path, weights):
     server = Forked(model, *FLAGS).wait()
     try:
         steps = sum(one.steps for _ in range(2) for one in server.greedy(PROMPTS, 6))
+        counts = drafts(server, "sglang")
+        estimate = server.by_label("sglang:qwen3next_acceptance", "position")["1"]
         log = server.process.text().splitlines()
     finally:
         server.close()
     assert steps >= 150
+    share = counts["accepted"]["1"] / counts["verified"]["1"]
+    assert (share > 0.1) == (weights == "healthy")
+    assert estimate == pytest.approx(share, abs=0.1)  # assumed at first: 0.8
     said = [line for line in log if "drafts were accepted" in line]
     assert len(said) == (weights == "scrambled")
     assert all("mtp.* weights are lost" in line for line in said)

@@ -27,11 +27,13 @@ def test_broken_weights_are_reported(tmp_path, weights):
             engine.greedy(PROMPTS, 6)
         verified = engine.inside("board", "drafts_verified")["1"]
         accepted = engine.inside("board", "drafts_accepted")["1"]
+        estimate = engine.inside("board", "acceptance")["1"]
         log = engine.process.text().splitlines()
     finally:
         engine.close()
     assert verified >= 150
     assert (accepted > 0.1 * verified) == (weights == "healthy")
+    assert estimate == pytest.approx(accepted / verified, abs=0.1)  # assumed at first: 0.8
     said = [line for line in log if "drafts were accepted" in line]
     assert len(said) == (weights == "scrambled")
     assert all("ERROR" in line and "mtp.* weights are lost" in line for line in said)

@@ -141,8 +141,8 @@ def test_hostile_requests_are_refused_and_harm_nothing(server, sequential):
 
 @pytest.mark.long
 def test_64_clients_of_all_kinds_do_not_harm_the_server(server, sequential):
-    made = soak(server, sequential, clients=64, seconds=60)
-    assert min(made[kind] for kind in ("honest", "hostile", "malformed", "aborted")) > 10
+    made = soak(server, sequential, clients=64, each=40)
+    assert min(made[kind] for kind in ("honest", "hostile", "malformed", "aborted")) > 100
     names = ("num_requests_running", "num_requests_waiting", "qwen3next_state_pages")
     assert eventually(lambda: not any(server.metrics()[f"vllm:{name}"] for name in names))
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
@@ -219,11 +219,8 @@ def test_draft_lengths_and_skipped_drafts(server):
 
 def test_estimates_are_near_what_was_measured(server):
     gains = [gained(server, PROMPTS[:3]) for _ in range(3)]
-    accepted = server.by_label("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
-    drafts = server.metrics()["vllm:spec_decode_num_drafts_total"]
-    estimate = server.by_label("vllm:qwen3next_acceptance", "position")
-    assert estimate.keys() == {"1", "2", "3"}
-    assert estimate["1"] == pytest.approx(accepted["0"] / drafts, abs=0.3)  # it forgets; that not
+    # what acceptance is: test_acceptance_watch.py, where it is far from what is assumed at first
+    assert server.by_label("vllm:qwen3next_acceptance", "position").keys() == {"1", "2", "3"}
     step = server.by_label("vllm:qwen3next_expected_step_seconds", "drafts")
     assert list(step) == ["0", "1", "2", "3"]
     # of three means, so that one may be of a machine that stalled
