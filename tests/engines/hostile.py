@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import time
 from collections import Counter
 from typing import Any
 
@@ -73,7 +72,7 @@ def ask(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:
     return answer.status_code, answer.text
 
 
-def leave(server: Server, path: str, body: dict[str, Any], seconds: float = 0.5) -> None:
+def leave(server: Server, path: str, body: dict[str, Any], seconds: float) -> None:
     """Ask, and hang up before the answer is there."""
     try:
         httpx.post(server.address + path, json=body, timeout=seconds)
@@ -82,13 +81,12 @@ def leave(server: Server, path: str, body: dict[str, Any], seconds: float = 0.5)
     raise AssertionError("the answer was there before the client left")
 
 
-def soak(server: Server, first: dict[str, str], *, clients: int, seconds: float) -> Counter[str]:
-    """How often malformed, hostile, aborted and honest requests were made, all at the same time.
+def soak(server: Server, first: dict[str, str], *, clients: int, each: int) -> Counter[str]:
+    """How often malformed, hostile, aborted and honest requests were made, `each` by one client.
 
     Honest ones get the text of `first`; the others are refused.
     """
     made: Counter[str] = Counter()
-    end = time.monotonic() + seconds
     url = f"{server.address}/v1/completions"
 
     async def post(http: httpx.AsyncClient, content: bytes | str) -> httpx.Response:
@@ -120,7 +118,7 @@ def soak(server: Server, first: dict[str, str], *, clients: int, seconds: float)
     async def client(seed: int) -> None:
         rng = random.Random(seed)
         async with httpx.AsyncClient(timeout=120) as http:
-            while time.monotonic() < end:
+            for _ in range(each):
                 act = rng.choice((honest, hostile, malformed, aborted))
                 await act(http, rng)
                 made[act.__name__] += 1

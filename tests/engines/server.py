@@ -114,10 +114,16 @@ class Server(ABC):
 
     def huge_bytes(self) -> int:
         """Memory of all its processes that is in huge pages."""
-        first = psutil.Process(self.process.child.pid)
-        ids = [process.pid for process in (first, *first.children(recursive=True))]
-        found = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in ids)
+        found = (Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in self._processes())
         return sum(int(re.search(r"AnonHugePages:\s*(\d+) kB", text)[1]) << 10 for text in found)
+
+    def cpu_seconds(self) -> dict[int, float]:
+        """What each of its processes has computed, by process id."""
+        return {each.pid: sum(each.cpu_times()[:2]) for each in self._processes()}
+
+    def _processes(self) -> list[psutil.Process]:
+        first = psutil.Process(self.process.child.pid)
+        return [first, *first.children(recursive=True)]
 
     def close(self) -> None:
         self.client.close()
