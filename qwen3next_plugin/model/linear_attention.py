@@ -96,7 +96,7 @@ def _in_projection(
 
 
 def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int) -> torch.Tensor:
-    """One rank's share of a weight whose rows are `parts`, such as q, k and v, one after another.
+    """One rank's share of a weight whose channels are `parts`, such as q, k and v.
 
     Shapes:
         weight [sum(parts), ...], returns [sum(parts)/size, ...]

@@ -1,4 +1,4 @@
-"""What `generate(use_mtp=True)` takes, and what it refuses, by name and with the fix."""
+"""The arguments that `generate(use_mtp=True)` takes, and refusals that name argument and fix."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 DRAFTS = 3  # num_assistant_tokens, where it is not given
 MOST_DRAFTS = 8
-# Arguments and settings that do not go with drafts → what to do.
+# Arguments and settings that drafts do not support → the fix.
 REFUSED: Mapping[str, str] = {
     "assistant_model": "the MTP head drafts already; leave assistant_model out",
     "prompt_lookup_num_tokens": "the MTP head drafts already; leave prompt_lookup_num_tokens out",
@@ -42,17 +42,17 @@ MASKED = ("sdpa", "eager")  # the attentions that take a mask of their own for e
 
 
 class RequestError(ValueError):
-    """An argument of `generate` that does not go with `use_mtp=True`; names it, and the fix."""
+    """An argument of `generate` that `use_mtp=True` does not support; names it, and the fix."""
 
 
 def given(name: str, arguments: Mapping[str, Any], configs: Sequence[Any]) -> Any:
-    """A setting: the argument, or what the first of the configs says that says something."""
+    """A setting: the argument, or the first config that has it."""
     found = (arguments.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in found if value is not None), None)
 
 
 def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> None:
-    """Refuse what drafts do not go with, before anything is computed.
+    """Refuse what drafts do not support, before anything is computed.
 
     Raises:
         CheckpointError: there is no MTP head.

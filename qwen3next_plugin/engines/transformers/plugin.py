@@ -27,7 +27,7 @@ def register() -> None:
     from qwen3next_plugin.engines.transformers.model import trunk
 
     for model_type, model in trunk.MODELS.items():
-        # Not `AutoModelForCausalLM.register`: it takes no text model for a wrapper's config.
+        # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config.
         AutoModelForCausalLM._model_mapping.register(
             CONFIG_MAPPING[model_type], model, exist_ok=True
         )

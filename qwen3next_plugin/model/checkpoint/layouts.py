@@ -2,7 +2,7 @@
 
 Our parameters, and the kernels that read what they project to, are laid out as Qwen3-Next's
 checkpoints are: [q | k | values | gates] of one key head after the other, so that a rank's share
-is one run of rows. Qwen3.5 and later have all of q, then all of k, and so on, in four tensors. The
+is one range. Qwen3.5 and later have all of q, then all of k, and so on, in four tensors. The
 rows are the same, so the same weights in both layouts give the same parameters, bit for bit.
 """
 
@@ -127,10 +127,10 @@ def _split_experts(
 def group_projections(
     tensors: Tensors, config: Qwen3NextConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Join the flat layout's projections to ours, each as soon as its last tensor is there.
+    """Join the flat layout's projections, each as soon as its last tensor has arrived.
 
     Raises:
-        CheckpointError: a quantised tensor that cannot be joined, or has nothing to be joined with.
+        CheckpointError: a quantised tensor that cannot be joined, or whose counterpart is missing.
     """
     flat = {
         tensor: (ours, parts) for ours, parts in projections(config).items() for tensor in parts

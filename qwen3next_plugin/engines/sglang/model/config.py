@@ -1,4 +1,4 @@
-"""SGLang's configuration of the family: what its class drops, overrides of RoPE, its reach."""
+"""SGLang's config of the family: fields that its class drops, RoPE, the longest context."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -57,7 +57,7 @@ def merge_overrides(
     model_override_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Around `get_config`: an override of RoPE leaves what it does not name, at either level."""
+    """Around `get_config`: an override of RoPE changes only fields it names, at either level."""
     everything = model_override_args or {}
     rest, given = host_rope.split(everything)
     config = host(model, *args, model_override_args=rest, **kwargs)

@@ -89,9 +89,9 @@ class SparseMoE(nn.Module):
         return self.experts(hidden_states, self.topk(hidden_states, router_logits))
 
     def _run_native(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """As `_run`, without what SGLang's two layers do for other routers and ranks.
+        """As `_run`, without SGLang's code for other routers and ranks.
 
-        On a small model that takes longer than to route.
+        On a small model that code takes longer than routing.
         """
         config = self.topk.topk_config
         chosen = route(

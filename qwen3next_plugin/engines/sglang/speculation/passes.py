@@ -1,7 +1,7 @@
 """Passes of the MTP layer: SGLang's layer and attention, without its runner around them.
 
-The runner prepares a pass for graphs, padding and data parallelism, which chains on a CPU do not
-have; on a small model that takes as long as the layer.
+The runner prepares for graphs, padding and data parallelism, which chains on a CPU do not need; on
+a small model that takes as long as the layer.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from qwen3next_plugin.mtp.images import Axes, mrope_positions
 def locate(
     table: torch.Tensor, requests: torch.Tensor, firsts: Sequence[int], counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and KV slots of `counts` tokens of each request from position `firsts` on.
+    """Positions and KV locations of `counts` tokens of each request from position `firsts` on.
 
     Shapes: table [requests, positions], requests [N] in the table, returns [T] each
     """
@@ -43,7 +43,7 @@ def run_layer(
     """Run the MTP layer over `counts` consecutive tokens of each request.
 
     Shapes:
-        requests [N] in the table of KV slots; positions, slots, token_ids [T], hidden_states
+        requests [N] in the table of KV locations; positions, slots, token_ids [T], hidden_states
         [T, D], axes [N], of requests with images, returns [T, D]
     """
     backend, model = runner.attn_backend, runner.model

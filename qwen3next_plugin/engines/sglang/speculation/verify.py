@@ -69,7 +69,7 @@ def sample_as_plain(
 
 
 def _select(info: Any, request: torch.Tensor, names: Sequence[str]) -> Any:
-    """These parameters of rows; custom processors are applied already. Shapes: request [rows]."""
+    """The rows' parameters; custom processors are applied already. Shapes: request [rows]."""
     rows = copy(info)
     for name in names:
         if (values := getattr(info, name)) is not None:
@@ -80,7 +80,7 @@ def _select(info: Any, request: torch.Tensor, names: Sequence[str]) -> Any:
 
 
 def _allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:
-    """Let the grammar win where it allows only the end, which min_new_tokens forbids.
+    """Allow the end if the grammar allows nothing else, although min_new_tokens forbids it.
 
     A row without a distribution would end the server. Shapes: logits [rows, V], changed in place.
     """
@@ -118,7 +118,7 @@ def _accept(
     sample: requests, and for each its row of logits → token ids
     """
     N, depth = len(verify_input.retrieve_index), verify_input.max_tree_depth
-    # Lists, because each of a dozen operators on tensors this small takes longer than the walk.
+    # Lists: a dozen operators on such small tensors would take longer.
     drafts = verify_input.draft_token.tolist()
     rows = verify_input.retrieve_index.tolist()
     child = verify_input.retrieve_next_token.tolist()

@@ -34,7 +34,7 @@ class MultiTokenPredictor(nn.Module):
         step: Step,
         cache: RowCache,
     ) -> Tensor:
-        """Its hidden states: the head's input, and that of the next draft.
+        """The MTP layer's hidden states: input of the head, and of the next draft.
 
         Shapes: embeds [B, n, D] of the tokens behind the step's; hidden_states [B, n, D] of the
             step's; returns [B, n, D]

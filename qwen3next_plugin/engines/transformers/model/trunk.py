@@ -107,7 +107,7 @@ class WithMTP(Base):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What the host's `generate` calls with `use_mtp`; all else it refused before."""
+        """What the host's `generate` calls with `use_mtp`; other arguments are refused before."""
         positions, padding = flags.prompt(input_ids, logits_processor, model_kwargs)
         answers = Answers(
             input_ids,

@@ -1,4 +1,4 @@
-"""The answers of a batch: the host's rules choose each token, and drafts that equal it stay.
+"""The answers of a batch: the host's rules choose each token; drafts that equal it are kept.
 
 Every token is chosen as the host's plain loop does: its logits processors see the row's tokens so
 far, then the likeliest or a sample of the distribution is taken. A draft is kept while it equals

@@ -1,4 +1,4 @@
-"""vLLM's configuration of the family: overrides of RoPE, a flag for them, its reach."""
+"""vLLM's config of the family: RoPE overrides, a flag for them, the longest context."""
 
 import argparse
 from collections.abc import Callable
@@ -15,7 +15,7 @@ ROPE_FLAG = "--rope-scaling"
 def merge_overrides(
     host: Callable[..., None], model_config: ModelConfig, config: Any, overrides: dict[str, Any]
 ) -> None:
-    """Around `_apply_dict_overrides`: an override of RoPE leaves what it does not name."""
+    """Around `_apply_dict_overrides`: an override of RoPE changes only the fields it names."""
     if not serves(config):
         host(model_config, config, overrides)
         return

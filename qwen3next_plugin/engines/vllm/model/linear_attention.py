@@ -112,10 +112,10 @@ class GatedDeltaNet(LinearAttention, MambaBase):
 def _linear_attention(
     qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: str
 ) -> None:
-    """The layer between its projections, as an op that the compiler does not look into.
+    """The layer between its projections, as an op that is opaque to the compiler.
 
     It writes into a given tensor, out [T, HV·V]: vLLM cuts CUDA graphs at this op, and the next
-    graph reads the address that it read when it was captured.
+    graph reads the same address as when it was captured.
     """
     get_forward_context().no_compile_layers[layer_name].attend(qkvz, ba, out)
 

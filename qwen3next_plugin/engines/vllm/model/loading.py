@@ -36,7 +36,7 @@ FLAT_STACKED = STACKED | WeightsMapper(
 def projection_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> Layout:
     """The layout of linear attention's projections: grouped, but with LoRA that of the checkpoint.
 
-    An adapter of a flat projection has one A for all of its rows: it fits whole parts only.
+    An adapter of a flat projection has one A for all its channels, so it fits whole parts only.
     """
     return "grouped" if vllm_config.lora_config is None else config.layout
 

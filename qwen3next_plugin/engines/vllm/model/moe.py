@@ -73,7 +73,7 @@ class SparseMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
-        # The experts have the gate: they compute the router's logits from the hidden states.
+        # The experts hold the router: they compute its logits from the hidden states.
         out = self.experts(hidden_states=x, router_logits=x)
         if not self.is_sequence_parallel:
             return out

@@ -13,7 +13,7 @@ from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3_5ForCausalLM
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 
-# An adapter that was trained on the text model alone has no `language_model` in its names.
+# An adapter trained on the text model alone has no `language_model` in its names.
 ADAPTERS_OF_TEXT = WeightsMapper(
     orig_to_new_prefix={"model.layers.": "language_model.model.layers."}
 )
@@ -21,7 +21,7 @@ ADAPTERS_OF_TEXT = WeightsMapper(
 
 @contextmanager
 def _our_text_model(name: str) -> Iterator[None]:
-    """vLLM's wrapper builds the text model that has this name in its module: ours, meanwhile."""
+    """Within this context vLLM's wrapper builds our text model, which it finds by this name."""
     theirs = getattr(host, name)
     setattr(host, name, Qwen3_5ForCausalLM)
     try:
@@ -31,7 +31,7 @@ def _our_text_model(name: str) -> Iterator[None]:
 
 
 class OurTextModel:
-    """What a wrapper does by our text model instead of vLLM's."""
+    """What vLLM's vision-language models do with our text model instead of vLLM's."""
 
     language_model: Qwen3_5ForCausalLM
     hf_to_vllm_mapper = host.Qwen3_5ForConditionalGeneration.hf_to_vllm_mapper | ADAPTERS_OF_TEXT

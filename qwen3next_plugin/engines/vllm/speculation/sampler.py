@@ -1,6 +1,6 @@
 """Verification of drafts by vLLM's plain sampler: drafts change the speed, not the text.
 
-A request with k drafts has k + 1 rows of logits (`LogitRows`). The plain sampler samples each row
+A request with n drafts has n + 1 lines of logits (`LogitRows`). The plain sampler samples each row
 as if it were a step of its own: with the request's parameters, with the drafts before it counted
 as output, and with the next draw of the request's generator. A draft is accepted while it equals
 the token sampled in its row; the first sampled token that differs is the step's last. Therefore
@@ -10,9 +10,9 @@ the token sampled in its row; the first sampled token that differs is the step's
 - generators are rewound to where the last token left them, so a seed gives the same text with and
   without drafts, as long as the logits are the same.
 
-vLLM's own RejectionSampler draws other noise, in other amounts. In 0.32 it also applies min_tokens
-for up to k tokens too long, does not support min_p and logit_bias, and on a CPU divides by
-uninitialised temperatures.
+vLLM's own RejectionSampler draws other random numbers. In 0.32 it also applies min_tokens too long,
+by up to a draft, does not support min_p and logit_bias, and on a CPU divides by uninitialised
+temperatures.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,10 +37,7 @@ NO_TOKEN = -1  # vLLM's value for a position that yields no token
 
 
 def drafts_and_rows(runner: Any) -> Callable[..., SpecDecodeMetadata]:
-    """In place of vLLM's method: the drafts, and which tokens have a row of logits.
-
-    `CoupledSampler` reads no more than that.
-    """
+    """Replaces vLLM's method: the drafts, and which tokens have logits, for `CoupledSampler`."""
     none = torch.empty(0, dtype=torch.int32)
 
     def metadata(
@@ -110,7 +107,7 @@ class CoupledSampler:
 
 
 def _padded_logprobs(logprobs: LogprobsTensors | None, rows: LogitRows) -> LogprobsTensors | None:
-    """In the layout of the padded token ids; vLLM drops those of positions without a token."""
+    """Padded as the token ids are; vLLM drops those of positions without a token."""
     if logprobs is None:
         return None
     index = rows.padded().flatten()

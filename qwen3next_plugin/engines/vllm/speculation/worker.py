@@ -84,9 +84,9 @@ class Worker(CPUWorker):
 
 
 def _count_accepted(runner: Any) -> Callable[..., None]:
-    """vLLM's method; only accepted tokens are counted if no request may have filled a block.
+    """vLLM's method, which only counts accepted tokens if no request can have filled a block.
 
-    Without drafts vLLM's prefix cache finds each full block where it is, and copies none.
+    Without drafts vLLM's prefix cache finds each full block in place, and copies nothing.
     """
     host = runner._update_states_after_model_execute
 
