@@ -1,6 +1,6 @@
 """Verification of drafts by vLLM's plain sampler: drafts change the speed, not the text.
 
-A request with n drafts has n + 1 lines of logits (`LogitRows`). The plain sampler samples each row
+A request with n drafts has n + 1 rows of logits (`LogitRows`). The plain sampler samples each row
 as if it were a step of its own: with the request's parameters, with the drafts before it counted
 as output, and with the next draw of the request's generator. A draft is accepted while it equals
 the token sampled in its row; the first sampled token that differs is the step's last. Therefore
