@@ -1,52 +1,120 @@
-"""`python -m benchmarks`, which is `make bench`: engines, kernels and MTP, one after the other."""
+"""`python -m benchmarks`, which is `make bench`: everything that docs/ shows, in one run."""
 
-from collections.abc import Iterator
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import report
-from benchmarks.engines import __main__ as engines
-from benchmarks.kernels import __main__ as kernels
-from benchmarks.mtp import __main__ as mtp
-from benchmarks.report import OUT, Out, Quick, Record, Run
+from benchmarks import render
+from benchmarks.origin import CHANGED, origin
+from benchmarks.parts import PARTS, expected
+from benchmarks.report import MEASURED, RedCheckError, Run, console, load_all, shown
+
+Name = Enum("Name", {name: name for name in PARTS})  # type: ignore[misc] (the parts are a table)
+OUT = Path("out")
 
 
-def measure(run: Run) -> Iterator[Record]:
-    """Every question that this machine can answer; on a GPU, `benchmarks.gpu` has more."""
-    for folder in (kernels, engines, mtp):
-        yield from folder.measure(run)
+def measure(name: str, out: Path, source: dict[str, str], folder: Path) -> None:
+    """Print a part's records and keep them; on a red check exit with 1, without its figure."""
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    try:
+        records = shown(PARTS[name].measure(Run(out, name, source)))
+    except RedCheckError as complaint:
+        print(f"red, so there is no figure: {complaint}", file=sys.stderr)
+        raise SystemExit(1) from complaint
+    for record in records:
+        replace(record, seconds=time.monotonic() - begin).save(folder)
+
+
+def measure_all(out: Path, source: dict[str, str], folder: Path) -> list[str]:
+    """Measure every part that is not in `folder` yet, one after the other. Returns those red."""
+    done = {record.part for record in load_all(folder)}
+    missing = {name: why for name, part in PARTS.items() if (why := part.missing())}
+    minutes = {name: expected()[name] for name in PARTS if name not in {*done, *missing}}
+    for name, why in missing.items():
+        console.print(f"{name}: left out, {why}", highlight=False)
+    for name, n in minutes.items():
+        console.print(f"{name}: {n:.1f} minutes", highlight=False)
+    red, left = [], sum(minutes.values())
+    console.print(f"[bold]{len(minutes)} parts, {left:.0f} minutes in all[/bold]")
+    for i, (name, n) in enumerate(minutes.items(), 1):
+        console.print(f"[bold]{name}[/bold], {i} of {len(minutes)}, {left:.0f} minutes left")
+        left -= n
+        command = [sys.executable, "-m", "benchmarks", "--part", name, "--out", str(out)]
+        if subprocess.run([*command, "--origin", json.dumps(source)]).returncode:
+            red.append(name)
+    return red
+
+
+def begun(folder: Path, source: dict[str, str], *, resume: bool) -> dict[str, str]:
+    """The origin of a fresh run, or of the last one, if it is of this tree and machine."""
+    if source["commit"].endswith(CHANGED):
+        raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
+    started = folder / "origin.txt"
+    if resume:
+        before = json.loads(started.read_text())
+        if before | {"run": ""} != source | {"run": ""}:
+            raise SystemExit("the last run is of another commit, machine or engine: start anew")
+        return before
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started.write_text(json.dumps(source))
+    return source
+
+
+def publish(folder: Path) -> None:
+    """Make a run's records those of docs/, and write docs/."""
+    records = load_all(folder)
+    render.check(records)
+    shutil.rmtree(MEASURED, ignore_errors=True)
+    for record in records:
+        record.save(MEASURED)
+    render.write()
 
 
 def main(
-    out: Out = OUT,
-    quick: Quick = False,
-    docs: Annotated[
-        bool, typer.Option(help="Rewrite the figures of docs/ from this run, unless it is quick.")
-    ] = True,
+    part: Annotated[
+        Name | None, typer.Option(metavar="PART", help="Only this one; docs/ stays as it is.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for records, logs and models.")] = OUT,
+    within: Annotated[str, typer.Option("--origin", hidden=True)] = "",
 ) -> None:
-    """Measure the plugin: engines, kernels, and multi-token prediction.
+    source = json.loads(within) if within else origin(datetime.now(UTC).isoformat("T", "seconds"))
+    if part is not None:
+        if why := PARTS[part.value].missing():
+            raise SystemExit(f"{part.value}: {why}")
+        measure(part.value, out, source, out / ("run" if within else "parts"))
+        return
+    folder = out / "run"
+    source = begun(folder, source, resume=resume)
+    if red := measure_all(out, source, folder):
+        raise SystemExit(f"not measured: {', '.join(red)}. docs/ stays as it is.")
+    publish(folder)
 
-    Each folder also runs alone, and part by part; its --help says what it measures:
 
-    \b
-      python -m benchmarks.engines   steps, prefill, memory, start-up; vLLM and SGLang
-      python -m benchmarks.kernels   the CPU kernels against upstream's operators
-      python -m benchmarks.mtp       verify steps, and clients with drafts and without
-      python -m benchmarks.gpu       the Triton kernels; needs a GPU (not run here)
-      python -m benchmarks.claim     Qwen3-Next against Qwen3-32B, in blocks (not run here)
-      python -m benchmarks.peers     against llama.cpp and others, which it says how to build
+main.__doc__ = """Measure the plugin: all that docs/ shows, on this machine, in one run.
 
-    Plugin and upstream are called in turn, and both must compute the same: on a red check the
-    command exits with 1 and prints no figure. Every answer is kept as a JSON record in the output
-    folder; `python -m benchmarks.render` writes docs/ from the records of full runs.
+The run writes docs/ when every part is measured; a part alone (--part) only prints its figures and
+keeps them in out/parts. It first prints how long each part takes, and needs an otherwise idle
+machine with 24 GB of memory, and 45 GB of disk for models, which it writes once.
 
-    A full run takes long and needs an otherwise idle machine. --quick is a smoke test: it uses
-    small models and few rounds, and leaves out start-up, steps with MTP, and SGLang. Its figures
-    never reach docs/.
-    """
-    run = Run(__package__, out, quick)
-    report.finish(run, lambda: measure(run), docs=docs)
+Plugin and upstream are called in turn, and both must compute the same: on a red check a part exits
+with 1 and prints no figure.
+
+\b
+""" + "\n".join(f"  {name:<20} {part.says}" for name, part in PARTS.items())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The models that engines are timed on.
 
 The block model has four layers of the released model's shapes and random weights: 3.7 GB, written
-once into out/. Quick runs use the checkpoint of examples/, which every machine loads in seconds.
-Its layers have a file of their own, which the chain model (chain_model.py) shares. `four_layers`
-writes the same of another released size, as a text model: 4 to 8 GB.
+once into out/. Its layers have a file of their own, which the chain model (chain_model.py) shares.
+`four_layers` writes the same of another released size, as a text model: 4 to 8 GB.
 """
 
 import json
@@ -17,7 +16,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import save_file
 
-from benchmarks.report import Run, console
+from benchmarks.report import console
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 
@@ -73,13 +72,6 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-
-
-def model_of(run: Run) -> tuple[Path, str]:
-    """The model for a run's engine steps, and its name."""
-    if run.quick:
-        return TINY, "the shipped checkpoint"
-    return block_model(run.out / "block-model"), "the block model"
 
 
 def block_model(folder: Path) -> Path:

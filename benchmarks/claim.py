@@ -1,18 +1,22 @@
-"""`python -m benchmarks.claim`: is Qwen3-Next ten times as fast as Qwen3-32B, as published?"""
+"""Is Qwen3-Next ten times as fast as Qwen3-32B, as published? On one engine and machine.
+
+One block of each model's released shapes runs in vLLM: a layer of Qwen3-32B; a linear and an
+attention layer of Qwen3-Next, with 512 experts or as many as memory has room for. Layers are timed,
+and times scaled to 64 and to 36 + 12 layers, with embedding, head and sampling once. Both are
+compared with transformers, and a layer must take as long in one block as in two.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.progress import track
 
-from benchmarks import claim_models, report
+from benchmarks import claim_models
 from benchmarks.claim_models import BLOCK, DENSE, LAYERS, NEXT
 from benchmarks.engines.steps import mean_difference
-from benchmarks.report import OUT, Docs, Out, Quick, Record, RedCheckError, Run, console
+from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.worker import PROMPTS, VLLM_LAYERS, Worker, prompts, started
 
 Times = Mapping[str, float]  # milliseconds: of a layer of each kind, and of the `rest` of a step
@@ -21,7 +25,6 @@ Context = list[list[Times]]  # of the steps that read a prompt, and of decode st
 MODELS = (DENSE, NEXT)
 CHUNK = 2048  # tokens of a prompt that are read in a step
 LENGTHS = (4096, 32768, 131072)  # of the last only the last chunk is read
-QUICK_LENGTHS = (4096, 8192, 16384)
 ROUNDS, STEPS, BATCH = 3, 16, 8
 # "Qwen3-Next: Towards Ultimate Training & Inference Efficiency", 2025: throughput at a context of
 # 4,096, and beyond 32,768.
@@ -33,18 +36,17 @@ MAX_DIFFERENCE = 0.2
 MAX_DEPTH_ERROR = 0.4
 
 
-def measure(run: Run, experts: int | None = None) -> Iterator[Record]:
-    """Both models scaled, their layers, and what is counted."""
-    changes = claim_models.changes_of(run, experts)
-    lengths = QUICK_LENGTHS if run.quick else LENGTHS
-    sides = {model: timed(run, model, changes, lengths) for model in MODELS}
-    case = f"blocks in vLLM, {changes['num_experts']} experts, random weights, bf16, eager"
+def measure(run: Run) -> Iterator[Record]:
+    """Both models scaled, and their layers."""
+    experts = claim_models.experts_with_room()
+    sides = {model: timed(run, model, {"num_experts": experts}) for model in MODELS}
+    case = f"blocks in vLLM, {experts} experts, random weights, bf16, eager"
     yield run.record(
         "claim/factors",
         "How fast?",
         f"{case}; scaled to {describe()} layers",
         dict.fromkeys(MODELS, "tok/s") | {"times": "", "published": ""},
-        speeds(sides, lengths),
+        speeds(sides),
     )
     yield run.record(
         "claim/layers",
@@ -53,36 +55,27 @@ def measure(run: Run, experts: int | None = None) -> Iterator[Record]:
         {
             f"{what} at {length:,}": "ms"
             for what in (f"{CHUNK:,} tokens", "decode")
-            for length in (lengths[0], lengths[-1])
+            for length in (LENGTHS[0], LENGTHS[-1])
         },
         {name: cells for side in sides.values() for name, cells in side.layers().items()},
     )
-    yield run.record(
-        "claim/parameters",
-        "How many parameters does a token use?",
-        "counted from the released configs, without MTP",
-        {"parameters": "10⁹", "used": "10⁹", "share": "%", "share in the layers": "%"},
-        counted(),
-        on={"machine": "counted"},
-    )
 
 
-def timed(run: Run, model: str, changes: Mapping[str, int], lengths: Sequence[int]) -> "Side":
+def timed(run: Run, model: str, changes: Mapping[str, int]) -> "Side":
     """One model, checked and then timed; alone in memory, of which it takes most."""
     expected = reference(claim_models.written(run, model, 1, changes))
-    with start(run, model, claim_models.written(run, model, 2, changes), lengths) as engine:
+    with start(run, model, claim_models.written(run, model, 2, changes)) as engine:
         use(engine, model, 1)
         difference = mean_difference(engine.logprobs(), expected, MAX_DIFFERENCE)
         console.print(f"check: {model} differs from transformers by {difference:.4f}")
-        shortest_context = at_depths(run, model, engine, lengths[0])
+        found = [at_depths(model, engine)]
         use(engine, model, 1)
-        found = [shortest_context]
-        for length in lengths[1:]:
-            skipped = length // CHUNK - 1 if length == lengths[-1] else 0
+        for length in LENGTHS[1:]:
+            skipped = length // CHUNK - 1 if length == LENGTHS[-1] else 0
             with console.status(f"{model}: {length:,} tokens"):
                 found.append(context(engine, length, skipped))
-        batch = context(engine, lengths[0], 10**6, BATCH)
-    return Side(model, lengths, found, batch)
+        batch = context(engine, LENGTHS[0], 10**6, BATCH)
+    return Side(model, found, batch)
 
 
 def use(engine: Worker, model: str, blocks: int) -> None:
@@ -104,13 +97,11 @@ def reference(folder: Path) -> list[float]:
     return found
 
 
-def start(
-    run: Run, model: str, folder: Path, lengths: Sequence[int]
-) -> AbstractContextManager[Worker]:
+def start(run: Run, model: str, folder: Path) -> AbstractContextManager[Worker]:
     """An engine with room for the longest context, in a context."""
     flags = {
         "model": str(folder),
-        "max_model_len": lengths[-1] + 64,
+        "max_model_len": LENGTHS[-1] + 64,
         "max_num_batched_tokens": CHUNK,
         "max_num_seqs": BATCH,
         "enable_prefix_caching": False,
@@ -131,24 +122,23 @@ def scaled(model: str, times: Times) -> float:
     return sum(n * times[kind] for kind, n in LAYERS[model].items()) + times["rest"]
 
 
-def at_depths(run: Run, model: str, engine: Worker, length: int) -> Context:
+def at_depths(model: str, engine: Worker) -> Context:
     """The shortest times of one block; raises if layers of two take another time.
 
-    It must not be multiplied if it depends on what is beside. A quick run's layers are too short
-    to tell.
+    It must not be multiplied if it depends on what is beside.
     """
     rounds: dict[int, list[Context]] = {1: [], 2: []}
     for _ in track(range(ROUNDS), f"{model}: one block and two in turn", console=console):
         for blocks, found in rounds.items():
             use(engine, model, blocks)
-            found.append(context(engine, length, 0))
+            found.append(context(engine, LENGTHS[0], 0))
     one, two = map(joined, rounds.values())
     for what, first, both in zip(("read", "decode"), one, two, strict=True):
         for kind in BLOCK[model]:
             alone, beside = (sum(times[kind] for times in steps) for steps in (first, both))
             said = f"{model}, {what}: {kind} takes {alone:.2f} ms in one block, {beside:.2f} in two"
             console.print(f"check: {said}")
-            if not run.quick and not abs(beside / alone - 1) <= MAX_DEPTH_ERROR:
+            if not abs(beside / alone - 1) <= MAX_DEPTH_ERROR:
                 raise RedCheckError(said)
     return one
 
@@ -167,14 +157,8 @@ def shortest(steps: Sequence[Times]) -> Times:
 class Side:
     """What was measured of one model."""
 
-    def __init__(
-        self,
-        model: str,
-        lengths: Sequence[int],
-        found: list[Context],
-        batch: Context,
-    ) -> None:
-        self.model, self.lengths = model, lengths
+    def __init__(self, model: str, found: list[Context], batch: Context) -> None:
+        self.model = model
         self.chunks = [read for read, _ in found]
         self.steps = [shortest(decoded) for _, decoded in found]
         self.batch = shortest(batch[1])
@@ -184,10 +168,10 @@ class Side:
         chunks = [scaled(self.model, times) for times in self.chunks[min(i, 1)]]
         if i == 2:
             last = scaled(self.model, self.chunks[2][-1])
-            n = self.lengths[2] // CHUNK - len(chunks)
+            n = LENGTHS[2] // CHUNK - len(chunks)
             grows = (last - chunks[-1]) / n
             chunks += [chunks[-1] + grows * (j + 1) for j in range(n)]
-        return 1e3 * self.lengths[i] / sum(chunks)
+        return 1e3 * LENGTHS[i] / sum(chunks)
 
     def decode(self, i: int) -> float:
         """Tokens per second of one request behind a context."""
@@ -200,7 +184,7 @@ class Side:
     def layers(self) -> dict[str, dict[str, float]]:
         """Milliseconds of the parts, at the shortest and the longest context."""
         columns = {
-            f"{what} at {self.lengths[i]:,}": times[i]
+            f"{what} at {LENGTHS[i]:,}": times[i]
             for what, times in (
                 (f"{CHUNK:,} tokens", [chunks[-1] for chunks in self.chunks]),
                 ("decode", self.steps),
@@ -215,22 +199,20 @@ class Side:
         }
 
 
-def speeds(sides: Mapping[str, Side], lengths: Sequence[int]) -> dict[str, dict[str, float | str]]:
+def speeds(sides: Mapping[str, Side]) -> dict[str, dict[str, float | str]]:
     """Both models and how many times as fast, beside what is published."""
     rows: dict[str, dict[str, float | str]] = {}
 
-    def add(name: str, rates: dict[str, float], published: str) -> None:
+    def add(name: str, rates: dict[str, float], published: str = "") -> None:
         times = rates[NEXT] / rates[DENSE]
         rows[name] = {**rates, "times": times, "published": published}
 
-    for i, length in enumerate(lengths):
-        rates = {model: side.prefill(i) for model, side in sides.items()}
-        add(f"prefill, {length:,}", rates, PUBLISHED["prefill"].get(length, ""))
-    for i, length in enumerate(lengths):
-        rates = {model: side.decode(i) for model, side in sides.items()}
-        add(f"decode, {length:,}", rates, PUBLISHED["decode"].get(length, ""))
+    for what, published in PUBLISHED.items():
+        for i, length in enumerate(LENGTHS):
+            rates = {model: getattr(side, what)(i) for model, side in sides.items()}
+            add(f"{what}, {length:,}", rates, published.get(length, ""))
     rates = {model: side.batched() for model, side in sides.items()}
-    add(f"decode, {lengths[0]:,}, batch {BATCH}", rates, "")
+    add(f"decode, {LENGTHS[0]:,}, batch {BATCH}", rates)
     return rows
 
 
@@ -253,29 +235,3 @@ def counted() -> dict[str, dict[str, float]]:
 def describe() -> str:
     """The numbers of layers that times are scaled to."""
     return " and ".join(str(sum(LAYERS[model].values())) for model in MODELS)
-
-
-Experts = Annotated[
-    int | None,
-    typer.Option(min=10, help="Experts of a layer; by default 512, or what memory has room for."),
-]
-
-
-def main(experts: Experts = None, out: Out = OUT, quick: Quick = False, docs: Docs = False) -> None:
-    """How many times as fast as Qwen3-32B is Qwen3-Next-80B-A3B on one engine and machine?
-
-    One block of each model's released shapes runs in vLLM: a layer of Qwen3-32B; a linear and an
-    attention layer of Qwen3-Next, with 512 experts or as many as memory has room for. Layers are
-    timed, and times scaled to 64 and to 36 + 12 layers, with embedding, head and sampling once.
-
-    First both are compared with transformers, and a layer must take as long in one block as in
-    two: otherwise the command exits with 1 and prints no figure.
-
-    A full run writes models of up to 21 GB into the output folder, once.
-    """
-    run = Run(__spec__.name if __spec__ else "benchmarks.claim", out, quick)
-    report.finish(run, lambda: measure(run, experts), docs=docs)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -39,19 +39,6 @@ QWEN3_32B: dict[str, Any] = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
-SMALL = {  # of a quick run
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
 
 
 def released(model: str) -> dict[str, Any]:
@@ -114,17 +101,13 @@ def active(model: str) -> dict[str, int]:
     return {name: n for name, n in parameters(model).items() if used(name)}
 
 
-def changes_of(run: Run, experts: int | None) -> dict[str, Any]:
-    """What is smaller than released: all in a quick run, else experts, if memory is short."""
-    if run.quick:
-        return SMALL
-    if experts:
-        return {"num_experts": experts}
+def experts_with_room() -> int:
+    """All experts, or as many as memory has room for in two blocks."""
     free = available_memory()
     for experts in (512, 256, 128, 64):
         config = config_of(NEXT, 2, {"num_experts": experts})
         if 2 * sum(map(prod, tensors(NEXT, config).values())) + ROOM <= free:
-            return {"num_experts": experts}
+            return experts
     raise RedCheckError(f"{free / GB:.1f} GB of memory are free, too few for 64 experts")
 
 
@@ -138,7 +121,7 @@ def available_memory() -> int:
 def written(run: Run, model: str, blocks: int, changes: Mapping[str, int]) -> Path:
     """Write a model into the output folder unless it is there; two blocks link to one's files."""
     config = config_of(model, blocks, changes)
-    sizes = "small" if run.quick else f"{changes['num_experts']}" if model == NEXT else "released"
+    sizes = changes["num_experts"] if model == NEXT else "released"
     folder = run.out / "claim" / f"{model}-{sizes}-{blocks}"
     if blocks > 1:
         folder.mkdir(parents=True, exist_ok=True)

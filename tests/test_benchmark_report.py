@@ -1,129 +1,249 @@
-"""Benchmarks report in one format: no figure on a red check, none of a quick run in docs/."""
+"""Benchmarks report in one format: no figure on a red check, none of two runs on docs' pages."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import parts, render, report
-from benchmarks.engines.__main__ import Name
-from benchmarks.report import Record, RedCheckError, Run
+from benchmarks import __main__ as bench
+from benchmarks import headline, parts, pictures, render, report
+from benchmarks.origin import CHANGED, origin
+from benchmarks.report import Record, RedCheckError, Run, load_all
 
-RECORDS = sorted(report.MEASURED.rglob("*.json"))
+SOURCE = {
+    "run": "2026-11-28T12:00:00",
+    "commit": "commit 0123456789",
+    "plugin": "plugin 0.1.0",
+    "engines": "vLLM 0.32.0, SGLang none",
+    "torch": "torch 2.13.0",
+    "processor": "A processor (family 1)",
+    "flags": "avx2",
+    "cores": "2 cores",
+}
+RECORDS = load_all(report.MEASURED)
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run("benchmarks.engines", tmp_path, quick=False)
+    return Run(tmp_path, "engines", SOURCE)
 
 
-def answer(run: Run) -> Record:
+def answer(run: Run, name: str = "engines/quantised") -> Record:
     rows = {"step": {"plugin": 12.345, "baseline": "not measured"}, "other": {"plugin": 1234.5}}
-    units = {"plugin": "ms", "baseline": ""}
-    return run.record("engines/steps", "How long?", "a model", units, rows)
+    return run.record(name, "How long?", "a model", {"plugin": "ms", "baseline": ""}, rows)
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch) -> Path:
+    """A folder of pages and one of records."""
+    for module in (bench, report, render):
+        monkeypatch.setattr(module, "MEASURED", tmp_path / "measured", raising=False)
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(render, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    marks = "<!-- figures: kernels/* engines/* -->\n<!-- end of figures -->\n"
+    (tmp_path / "README.md").write_text("<!-- headline -->\n<!-- end of headline -->\n")
+    (tmp_path / "docs" / "page.md").write_text(marks)
+    return tmp_path / "docs"
 
 
 def test_docs_show_the_records():
-    assert render.pages()
-    for path, page in render.pages().items():
+    pages = render.pages(RECORDS)
+    assert {path.name for path in pages} >= {"README.md", "performance.md", "mtp.md", "claim.md"}
+    for path, page in pages.items():
         assert path.read_text() == page, "run python -m benchmarks.render"
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_records_of_docs_are_full_and_complete(path):
-    record = Record.load(path)
-    assert path == report.MEASURED / f"{record.name}.json"
-    assert not record.quick
-    assert record.machine
-    assert record.date
-    assert record.command.startswith("python -m benchmarks.")
-    for row in record.rows.values():
-        assert set(row) <= set(record.units)
+def test_records_of_docs_are_of_one_run():
+    render.check(RECORDS)
 
 
-def test_a_record_survives_its_file(run):
+def test_records_of_docs_are_complete_and_shown():
+    pages = "".join(render.pages(RECORDS).values())
+    for record in RECORDS:
+        assert (report.MEASURED / f"{record.name}.json").exists()
+        assert record.origin.keys() == SOURCE.keys()
+        assert all(record.origin.values())
+        assert record.date
+        assert record.part in parts.PARTS
+        assert record.seconds > 0
+        assert f"| {record.question} |" in pages
+        for row in record.rows.values():
+            assert set(row) <= set(record.units)
+
+
+def test_the_origin_says_what_was_measured():
+    found = origin("now")
+    assert found.keys() == SOURCE.keys()
+    assert "unknown" not in found["commit"] or not (render.ROOT / ".git").exists()
+    assert "none" not in found["plugin"]
+    assert not found["torch"].startswith("torch none")
+
+
+@pytest.mark.parametrize("field", SOURCE)
+def test_records_of_two_runs_are_not_rendered(run, docs, field):
+    other = replace(run, origin=SOURCE | {field: "another"})
+    with pytest.raises(render.MixedRunsError, match=field):
+        render.pages([answer(run), answer(other, "engines/memory")])
+
+
+def test_records_of_a_changed_tree_are_not_rendered(run, docs):
+    changed = replace(run, origin=SOURCE | {"commit": SOURCE["commit"] + CHANGED})
+    with pytest.raises(render.MixedRunsError, match="changes"):
+        render.pages([answer(changed)])
+
+
+def test_a_record_survives_its_file(run, tmp_path):
     record = answer(run)
-    assert Record.load(record.save(run.records)) == record
+    assert Record.load(record.save(tmp_path)) == record
 
 
-def test_a_run_is_printed_and_kept(run, capsys):
-    report.finish(run, lambda: [answer(run)])
-    printed = capsys.readouterr().out
-    assert "How long?" in printed
-    assert "| step  | 12.3" in printed
-    assert "QUICK" not in printed
-    assert json.loads((run.out / "engines/steps.json").read_text())["quick"] is False
+@pytest.fixture
+def measuring(monkeypatch):
+    """The parts of a run, made of functions, each measured in this process."""
+
+    def use(**measures):
+        made = {name: parts.Part(name, "", 1.0) for name in measures}
+        monkeypatch.setattr(bench, "PARTS", made)
+        monkeypatch.setattr(bench, "expected", lambda: dict.fromkeys(made, 1.0))
+        monkeypatch.setattr(parts.Part, "measure", lambda self, run: measures[self.module](run))
+
+        def child(command: list[str]) -> subprocess.CompletedProcess:
+            asked = dict(zip(command[3::2], command[4::2], strict=True))
+            out, source = Path(asked["--out"]), json.loads(asked["--origin"])
+            try:
+                bench.measure(asked["--part"], out, source, out / "run")
+            except SystemExit:
+                return subprocess.CompletedProcess(command, 1)
+            return subprocess.CompletedProcess(command, 0)
+
+        monkeypatch.setattr(bench.subprocess, "run", child)
+        monkeypatch.setattr(bench, "origin", lambda started: SOURCE)
+
+    return use
 
 
-def test_a_quick_run_says_so_and_leaves_docs_alone(run, capsys, monkeypatch):
-    monkeypatch.setattr(render, "write", lambda: pytest.fail("docs/ written"))
-    monkeypatch.setattr(report, "MEASURED", run.out / "measured")
-    quick = replace(run, quick=True)
-    report.finish(quick, lambda: [answer(quick)], docs=True)
-    assert report.QUICK in capsys.readouterr().out
-    assert json.loads((run.out / "quick/engines/steps.json").read_text())["quick"] is True
-    assert not (run.out / "measured").exists()
+def red(run: Run) -> Iterator[Record]:
+    yield answer(run, "engines/memory")
+    raise RedCheckError("plugin and upstream differ")
 
 
-def test_a_quick_record_is_not_rendered(run):
-    with pytest.raises(ValueError, match="quick"):
-        render.markdown([answer(replace(run, quick=True))])
-
-
-def test_a_full_run_is_published(run, monkeypatch):
-    written: list[Path] = []
-    monkeypatch.setattr(report, "MEASURED", run.out / "measured")
-    monkeypatch.setattr(render, "write", lambda: written.append(run.out))
-    report.finish(run, lambda: [answer(run)], docs=True)
-    assert (run.out / "measured/engines/steps.json").exists()
-    assert written
-
-
-def test_a_red_check_ends_a_run_without_its_figure(run, capsys, monkeypatch):
-    def red() -> Iterator[Record]:
-        yield answer(run)
-        raise RedCheckError("plugin and upstream differ")
-        yield replace(answer(run), name="engines/hosts")
-
-    monkeypatch.setattr(render, "write", lambda: pytest.fail("docs/ written"))
-    with pytest.raises(SystemExit) as stopped:
-        report.finish(run, red, docs=True)
-    assert stopped.value.code == 1
+def test_a_whole_run_writes_docs(docs, tmp_path, measuring, capsys):
+    before = Run(tmp_path, "old", SOURCE | {"run": "before"})
+    answer(before, "mtp/steps").save(tmp_path / "measured")
+    measuring(steps=lambda run: iter([answer(run)]))
+    bench.main(out=tmp_path / "out")
+    assert "| How long? | plugin, ms | baseline |\n" in (docs / "page.md").read_text()
+    (record,) = load_all(tmp_path / "measured")  # nothing is left of the run before
+    assert (record.part, record.origin) == ("steps", SOURCE)
+    assert record.seconds > 0
     printed = capsys.readouterr()
-    assert printed.out.count("How long?") == 1
-    assert "red, so there is no figure: plugin and upstream differ" in printed.err
-    assert [path.name for path in run.out.rglob("*.json")] == ["steps.json"]
+    assert "| step  | 12.3" in printed.out
+    assert "1 parts, 1 minutes in all" in printed.err
+
+
+def test_a_red_check_ends_without_its_figures(docs, tmp_path, measuring, capsys):
+    before = (docs / "page.md").read_text()
+    measuring(good=lambda run: iter([answer(run)]), bad=red)
+    with pytest.raises(SystemExit, match="not measured: bad"):
+        bench.main(out=tmp_path / "out")
+    assert "red, so there is no figure: plugin and upstream differ" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["quantised.json"]
+    assert (docs / "page.md").read_text() == before
+    assert not (tmp_path / "measured").exists()
+
+
+def test_an_interrupted_run_goes_on(docs, tmp_path, measuring, capsys, monkeypatch):
+    measuring(good=lambda run: iter([answer(run)]), bad=red)
+    with pytest.raises(SystemExit):
+        bench.main(out=tmp_path / "out")
+    measuring(good=red, bad=lambda run: iter([answer(run, "engines/memory")]))
+    bench.main(out=tmp_path / "out", resume=True)
+    assert {record.part for record in load_all(tmp_path / "measured")} == {"good", "bad"}
+    monkeypatch.setattr(bench, "origin", lambda started: SOURCE | {"commit": "commit other"})
+    with pytest.raises(SystemExit, match="another commit"):
+        bench.main(out=tmp_path / "out", resume=True)
+
+
+def test_a_changed_tree_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "origin", lambda started: SOURCE | {"commit": f"a{CHANGED}"})
+    with pytest.raises(SystemExit, match="commit them"):
+        bench.main(out=tmp_path)
+
+
+def test_a_part_alone_leaves_docs(docs, tmp_path, measuring):
+    measuring(steps=lambda run: iter([answer(run)]))
+    bench.main(part=SimpleNamespace(value="steps"), out=tmp_path / "out")
+    assert (tmp_path / "out/parts/engines/quantised.json").exists()
+    assert not (tmp_path / "measured").exists()
+
+
+def test_what_a_machine_lacks_is_named(docs, tmp_path, measuring, monkeypatch, capsys):
+    measuring(steps=lambda run: iter([answer(run)]))
+    lacking = parts.Part("peers", "", 1.0, missing=lambda: "needs a compiler")
+    monkeypatch.setattr(bench, "PARTS", bench.PARTS | {"peers": lacking})
+    bench.main(out=tmp_path / "out")
+    assert "peers: left out, needs a compiler" in capsys.readouterr().err
+    for name, part in parts.PARTS.items():
+        assert not part.missing() or name.startswith(("clients-sglang", "peers"))
+
+
+@pytest.mark.slow
+def test_a_run_from_end_to_end(docs, tmp_path, monkeypatch):
+    """The quickest part, really measured, in a process of its own."""
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(bench, "PARTS", {"convolution": parts.PARTS["convolution"]})
+    monkeypatch.setattr(bench, "origin", lambda started: origin(started) | {"commit": "commit a"})
+    bench.main(out=tmp_path / "out")
+    page = (docs / "page.md").read_text()
+    assert "| verify 3 drafts, batch 8 |" in page
+    assert origin("")["processor"] in page
+
+
+def test_pages_without_records_say_so(docs):
+    render.write()
+    assert render.NOT_MEASURED in (docs / "page.md").read_text()
+    assert render.NOT_MEASURED in (docs.parent / "README.md").read_text()
+
+
+def test_the_headline_has_the_worst_row_of_any_table(run, docs):
+    def speeds(name: str, rows: dict[str, float]) -> Record:
+        units = {"upstream / plugin": ""}
+        cells = {row: {"upstream / plugin": ratio} for row, ratio in rows.items()}
+        return run.record(name, name, "a model", units, cells)
+
+    memory = {"resident memory": {"plugin / upstream": 0.75}}
+    records = [
+        speeds("engines/steps", {"decode, batch 1": 1.5, "prompt of 1,024 tokens": 2.0}),
+        speeds("engines/family", {"A: decode, batch 8": 0.9, "A: prompt of 1,024 tokens": 1.2}),
+        run.record("engines/memory", "m", "a model", {"plugin / upstream": ""}, memory),
+    ]
+    said = headline.of(records, "docs/")
+    assert "decode steps 0.900 to 1.50 times as fast and prompts 1.20 to 2.00 times" in said
+    assert "0.750 of the peak memory (A processor, 2 cores, avx2)" in said
+    assert "](docs/performance.svg)" in said
+    pictures.write(docs, records)
+    assert (docs / "performance.svg").exists()
+    pictures.write(docs, records[1:])
+    assert not (docs / "performance.svg").exists()
+    assert not headline.of(records[:1], "")
 
 
 def test_tables_of_one_question_are_joined(run):
-    def of(engine: str, value: float, command: str) -> Record:
+    def of(engine: str, value: float, part: str) -> Record:
         rows = {"one client": {engine: value, f"{engine}, rounds": "1.20–1.60"}}
         units = {engine: "", f"{engine}, rounds": ""}
-        record = run.record(f"mtp/over_off/{engine}", "How fast?", "a model", units, rows)
-        return replace(record, command=command)
+        alone = replace(run, part=part)
+        return alone.record(f"mtp/over_off/{engine}", "How fast?", "a model", units, rows)
 
     block = render.block([of("vLLM", 1.5, "first"), of("SGLang", 1.25, "second")])
     assert "| How fast? | vLLM | SGLang |" in block
     assert "| one client | 1.50 (1.20–1.60) | 1.25 (1.20–1.60) |" in block
-    assert block.index("`first`") < block.index("`second`")
-
-
-def test_parts_that_a_run_leaves_out_are_named(run, capsys, monkeypatch):
-    monkeypatch.setattr(parts, "SGLANG_PYTHON", run.out / "missing")
-    both = {
-        Name.STEPS: parts.Part(lambda run: iter([answer(run)])),
-        Name.STARTUP: parts.Part(lambda run: iter([answer(run)]), in_quick=False),
-        Name.HOSTS: parts.Part(lambda run: iter([answer(run)]), needs_sglang=True),
-    }
-    quick = replace(run, quick=True)
-    assert len(list(parts.measure(run, both))) == 2
-    assert len(list(parts.measure(quick, both))) == 1
-    assert len(list(parts.measure(quick, both, Name.STARTUP))) == 1
-    said = capsys.readouterr().err
-    assert "hosts: left out, needs `make setup ENGINE=sglang`" in said
-    assert "startup: left out of --quick" in said
+    assert block.index("`--part first`") < block.index("`--part second`")
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,30 @@ from contextlib import nullcontext
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import claim, claim_models, render
-from benchmarks.claim_models import BLOCK, DENSE, FULL, LINEAR, NEXT, SMALL
+from benchmarks import claim, claim_models, pictures, render
+from benchmarks.claim_models import BLOCK, DENSE, FULL, LINEAR, NEXT
 from benchmarks.report import RedCheckError, Run
 from benchmarks.worker import PROMPTS, prompts
+
+SMALL = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+PAGE = (render.DOCS / "claim.md").read_text()
 
 
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return Run("benchmarks.claim", tmp_path, quick=True)
+    return Run(tmp_path, "claim", {"run": "now", "commit": "commit a"})
 
 
 @pytest.mark.parametrize("model", [DENSE, NEXT])
@@ -37,7 +52,8 @@ def test_counted_from_the_configs():
     assert dense["parameters"] == dense["used"] == pytest.approx(32.76, abs=0.01)
     assert sparse["parameters"] == pytest.approx(79.67, abs=0.01)
     assert sparse["used"] == pytest.approx(3.87, abs=0.01)
-    assert sparse["share in the layers"] == pytest.approx(4.1, abs=0.05)
+    assert f"{sparse['used']:.1f} of its {sparse['parameters']:.1f} billion parameters" in PAGE
+    assert f"{sparse['share']:.1f} %, and {sparse['share in the layers']:.1f} % of" in PAGE
 
 
 class Engine:
@@ -68,24 +84,24 @@ class Engine:
 
 
 @pytest.fixture
-def measured(monkeypatch, tmp_path):
+def measured(monkeypatch, run):
     """Measures with engines whose second block takes so many times as long, or other results."""
 
     def measure(added: float = 1.0, logprob: float = -1.0):
-        def start(run, model, folder, lengths):
+        def start(run, model, folder):
             return nullcontext(Engine(model, added))
 
         monkeypatch.setattr(claim, "start", start)
         monkeypatch.setattr(claim, "reference", lambda folder: [logprob, -2.0])
         monkeypatch.setattr(claim_models, "available_memory", lambda: 10**12)
         monkeypatch.setattr(claim_models, "written", lambda run, model, blocks, changes: blocks)
-        return list(claim.measure(Run("benchmarks.claim", tmp_path, quick=False)))
+        return list(claim.measure(run))
 
     return measure
 
 
 def test_layer_times_are_scaled(measured):
-    speed, layers, _ = measured()
+    speed, layers = measured()
     assert "512 experts" in speed.case
     dense, sparse = 64 * 10 * 64 + 1, 36 * 2 + 12 * 10 * 64 + 1  # milliseconds, at 131,072
     row = speed.rows["decode, 131,072"]
@@ -97,16 +113,13 @@ def test_layer_times_are_scaled(measured):
     assert layers.rows[f"{NEXT}: full attention layer"]["decode at 131,072"] == 640
 
 
-def test_the_page_gets_tables_and_picture(measured, monkeypatch, tmp_path):
-    """From a full run, whose records need not be there yet."""
-    monkeypatch.setattr(render, "MEASURED", tmp_path / "measured")
-    monkeypatch.setattr(render, "DOCS", tmp_path)
-    for record in measured():
-        record.save(render.MEASURED)
-    page = render.rendered("<!-- figures: claim/factor* -->\n<!-- end of figures -->\n")
+def test_the_page_gets_table_and_picture(measured, tmp_path):
+    records = measured()
+    marks = "<!-- figures: claim/factor* -->\n<!-- end of figures -->\n"
+    page = render.rendered(marks, render.DOCS / "claim.md", records)
     assert "| prefill, 4,096 |" in page
     assert len(page.split()) < 150  # what docs/ has left
-    render.claim_picture(render.load("claim/factors"))
+    pictures.write(tmp_path, records)
     (picture,) = re.findall(r"\]\((.+)\)", page)
     assert "decode, published" in (tmp_path / picture).read_text()
 
@@ -123,14 +136,13 @@ def test_a_layer_that_takes_another_time_in_two_blocks_is_red(measured, added):
         measured(added=added)
 
 
-def test_experts_that_memory_has_room_for(run, monkeypatch, tmp_path):
-    full = Run("benchmarks.claim", tmp_path, quick=False)
+def test_experts_that_memory_has_room_for(monkeypatch):
     for free, experts in ((24e9, 512), (16e9, 256)):
         monkeypatch.setattr(claim_models, "available_memory", lambda free=free: free)
-        assert claim_models.changes_of(full, None) == {"num_experts": experts}
+        assert claim_models.experts_with_room() == experts
     monkeypatch.setattr(claim_models, "available_memory", lambda: 4e9)
     with pytest.raises(RedCheckError, match="too few for 64 experts"):
-        claim_models.changes_of(full, None)
+        claim_models.experts_with_room()
 
 
 def test_prompts_are_the_same_everywhere():

@@ -67,16 +67,17 @@ class Engine:
         return [-1.0 + self.off, -2.0]
 
     def call(self, name: str, **arguments: int):
-        return [9.0, self.slower * arguments["batch"]] if name == "decode" else 1e3 / self.slower
+        return [9.0, self.slower * arguments["batch"]] if name == "decode" else 1e3 * self.slower
 
 
 @pytest.mark.parametrize("off", [0.0, 1.0])
 def test_shortest_times_of_equal_engines(monkeypatch, tmp_path, off):
-    monkeypatch.setattr(family, "models", lambda run: {"a": tmp_path})
+    monkeypatch.setattr(family, "SIZES", ("a",))
+    monkeypatch.setattr(family, "four_layers", lambda folder, size: folder)
     monkeypatch.setattr(
         family, "start", lambda run, model, name: Engine(name, off if name == "plugin" else 0.0)
     )
-    run = Run("benchmarks.engines", tmp_path, quick=False)
+    run = Run(tmp_path, "family", {})
     if off:
         with pytest.raises(RedCheckError, match="differ by"):
             list(family.measure(run))
@@ -87,5 +88,5 @@ def test_shortest_times_of_equal_engines(monkeypatch, tmp_path, off):
         "plugin": 2,
         "upstream / plugin": 0.5,
     }
-    assert steps.rows["a: prompt of 1,024 tokens"]["plugin"] == pytest.approx(2048)
+    assert steps.rows["a: prompt of 1,024 tokens"]["plugin"] == 2e3
     assert verify.rows["a: decode, batch 1"]["in plain steps"] == 1.5

@@ -1,60 +1,43 @@
-"""vLLM on the block model in bf16, and quantised as it loads: steps, prompts, memory."""
+"""vLLM with the plugin on the block model in bf16, and quantised as it loads."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from benchmarks.block_model import model_of
-from benchmarks.engines.steps import MAX_LOGPROB_DIFFERENCE, flags, mean_difference
-from benchmarks.report import Record, Run, console
-from benchmarks.worker import Worker, alternate, started
+from benchmarks.block_model import block_model
+from benchmarks.engines.steps import check, flags, timed
+from benchmarks.report import Record, Run
+from benchmarks.worker import Worker, started
 
-# Mean, nats, from the plugin's bf16. Measured: int8 0.16, int4 0.63; random weights suffer more
-# than trained ones.
-MAX_DIFFERENCE = {"upstream": MAX_LOGPROB_DIFFERENCE, "int8": 0.25, "int4": 0.8}
-SIDES = ("upstream", "plugin", "int8", "int4")
-BATCHES = (1, 8)
-PROMPT = 1024
+# Mean, nats, from bf16. Measured: int8 0.16, int4 0.63; random weights suffer more than trained
+# ones.
+MAX_DIFFERENCE = {"int8": 0.25, "int4": 0.8}
+KINDS = ("bf16", *MAX_DIFFERENCE)
 
 
 def measure(run: Run) -> Iterator[Record]:
-    """Shortest steps and prompts of all rounds, all engines called in turn."""
-    model, name = model_of(run)
-    rounds, steps = (2, 12) if run.quick else (5, 16)
-    asked = flags(model, quick=True, enforce_eager=True)  # four engines in memory at once
-    rows: dict[str, dict[str, float]] = {}
+    """Shortest steps and prompts of all rounds, and memory."""
+    asked = flags(block_model(run.out / "block-model"), enforce_eager=True)
     with ExitStack() as stack:
         engines = {}
-        for side in SIDES:
-            env = {"QWEN3NEXT_QUANTISE": side} if side.startswith("int") else {}
-            log = run.out / f"quantised-{side}.log"
-            worker = Worker(side, asked, log, plugin=side != "upstream", env=env)
-            engines[side] = stack.enter_context(started(worker))
-        logprobs = {side: engine.logprobs() for side, engine in engines.items()}
-        for side, bound in MAX_DIFFERENCE.items():
-            difference = mean_difference(logprobs["plugin"], logprobs[side], bound)
-            console.print(f"check: {side}'s log-probabilities differ by {difference:.4f}")
-        for batch in BATCHES:
-            found = alternate(engines, rounds, "decode", batch=batch, steps=steps)
-            rows[f"decode, batch {batch}"] = {
-                side: min(min(times) for times in rounds) for side, rounds in found.items()
-            }
-        found = alternate(engines, rounds, "prefill", tokens=PROMPT)
-        rows[f"prompt of {PROMPT:,} tokens"] = {
-            side: 1e3 * PROMPT / max(rates) for side, rates in found.items()
-        }
-        peaks = {side: engine.call("peak_memory") for side, engine in engines.items()}
-    case = f"vLLM, {name}, eager; upstream and plugin in bf16"
+        for kind in KINDS:
+            env = {} if kind == "bf16" else {"QWEN3NEXT_QUANTISE": kind}
+            worker = Worker(kind, asked, run.out / f"quantised-{kind}.log", env=env)
+            engines[kind] = stack.enter_context(started(worker))
+        check(engines, MAX_DIFFERENCE, "bf16")
+        times = timed(engines, (1024,))
+        peaks = {kind: engine.call("peak_memory") for kind, engine in engines.items()}
+    case = "vLLM with the plugin, the block model, eager"
     yield run.record(
         "engines/quantised",
-        "How long do steps and prompts take?",
+        "How long do steps and prompts take, quantised?",
         case,
-        dict.fromkeys(SIDES, "ms"),
-        rows,
+        dict.fromkeys(KINDS, "ms"),
+        times,
     )
     yield run.record(
         "engines/quantised_memory",
-        "How much memory do they take at the peak?",
+        "How much memory at the peak, quantised?",
         case,
-        dict.fromkeys(SIDES, "GB"),
+        dict.fromkeys(KINDS, "GB"),
         {"resident memory": peaks},
     )

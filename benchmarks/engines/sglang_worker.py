@@ -1,6 +1,6 @@
 """SGLang in its own process, timed token by token; the same calls as `vllm_worker`.
 
-Run by `benchmarks.engines.hosts` with the Python of SGLang's environment. A step is the time
+Run by `benchmarks.engines.steps` with the Python of SGLang's environment. A step is the time
 between two tokens of one streamed request, so it includes everything that a user waits for.
 """
 
@@ -44,13 +44,13 @@ class Engine:
         return arrivals
 
     def prefill(self, tokens: int) -> float:
-        """Tokens per second of one fresh prompt of `tokens` tokens."""
+        """Milliseconds of one fresh prompt of `tokens` tokens."""
         start = time.perf_counter()
         self.engine.generate(
             input_ids=self._prompt(tokens),
             sampling_params={"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
         )
-        return tokens / (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start)
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
         """Log-probability of each prompt token but the first; the same prompts in every engine."""

@@ -35,12 +35,12 @@ class Engine:
         return times[3:]
 
     def prefill(self, tokens: int) -> float:
-        """Tokens per second of one fresh prompt of `tokens` tokens."""
+        """Milliseconds of one fresh prompt of `tokens` tokens."""
         self._add(self._prompt(tokens), 1)
         start = time.perf_counter()
         while self.engine.has_unfinished_requests():
             self.engine.step()
-        return tokens / (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start)
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
         """Log-probability of each prompt token but the first; the same prompts in every engine."""

@@ -3,13 +3,15 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import report
-from benchmarks.report import OUT, Docs, Out, Quick, Record, RedCheckError, Run
+from benchmarks.origin import commit, version
+from benchmarks.report import Record, RedCheckError, Run, shown
 
 
 def card() -> str:
@@ -26,42 +28,49 @@ def card() -> str:
 def measure(run: Run, *, smoke: bool) -> Iterator[Record]:
     """Steps of one layer, checked and timed; a smoke run checks only, on a CPU."""
     import torch
-    import triton
 
-    from benchmarks.gpu import baselines, cases, timing
+    from benchmarks.gpu import cases, timing
 
     torch.manual_seed(0)
     device = torch.device("cpu" if smoke else "cuda:0")
-    plan = cases.SMOKE if smoke else cases.QUICK if run.quick else cases.RELEASED
+    plan = cases.SMOKE if smoke else cases.RELEASED
     with torch.inference_mode():
         roof = None if smoke else timing.roof(device)
         try:
             rows = cases.rows(plan, device, roof)
-        except RuntimeError as complaint:
+        except (AssertionError, RuntimeError) as complaint:
             raise RedCheckError(str(complaint)) from complaint
     yield run.record(
         "gpu/layer",
         "How fast is one linear-attention layer?",
-        "a rank's share of the released model's layer" if not smoke else "tiny shapes, no times",
+        f"a rank's share of the released model's layer; roof: {roof or cases.NOT_MEASURED}",
         cases.UNITS,
         rows,
-        on={
-            "card": "CPU, Triton's interpreter" if smoke else card(),
-            "torch": f"torch {torch.__version__}",
-            "triton": f"triton {triton.__version__}",
-            "baselines": baselines.versions(),
-            "roof": f"roof: {roof or cases.NOT_MEASURED}",
-        },
     )
+
+
+def origin(*, smoke: bool) -> dict[str, str]:
+    """The tree, versions and the card."""
+    import torch
+    import triton
+
+    from benchmarks.gpu import baselines
+
+    return {
+        "commit": f"commit {commit()}",
+        "plugin": f"plugin {version('qwen3next_plugin')}",
+        "card": "CPU, Triton's interpreter" if smoke else card(),
+        "torch": f"torch {torch.__version__}",
+        "triton": f"triton {triton.__version__}",
+        "baselines": baselines.versions(),
+    }
 
 
 def main(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Check on a CPU, interpreted, tiny shapes; no times.")
     ] = False,
-    out: Out = OUT,
-    quick: Quick = False,
-    docs: Docs = False,
+    out: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("out"),
 ) -> None:
     """How fast are the Triton kernels on this machine's GPU?
 
@@ -87,8 +96,14 @@ def main(
 
         if not torch.cuda.is_available():
             raise SystemExit("no GPU here; --smoke runs without one")
-    run = Run(__package__, out, quick)
-    report.finish(run, lambda: measure(run, smoke=smoke), docs=docs and not smoke, keep=not smoke)
+    run = Run(out, "gpu", origin(smoke=smoke))
+    try:
+        records = shown(measure(run, smoke=smoke))
+    except RedCheckError as complaint:
+        print(f"red, so there is no figure: {complaint}", file=sys.stderr)
+        raise SystemExit(1) from complaint
+    for record in records if not smoke else ():
+        record.save(out / "parts")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -69,13 +69,6 @@ RELEASED = Plan(
         "8 × 1k": (1024,) * 8,
         "8 × 1k and 8k": (*(1024,) * 8, 8192),
     },
-)
-QUICK = replace(
-    RELEASED,
-    ranks=(4,),
-    batches=(1, 64),
-    drafts=(3,),
-    prompts={"4k": (4096,), "8 × 1k": (1024,) * 8},
 )
 SMOKE = Plan(
     heads=(2, 4),

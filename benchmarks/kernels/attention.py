@@ -9,10 +9,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.kernels.inputs import DRAFT, DTYPE, int32
-from benchmarks.kernels.timing import Case, seconds
+from benchmarks.kernels.timing import PAIRS, Case, record, seconds
+from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels.paged_attention import paged_attention
 
 HQ, HKV, D, CONTEXT = 16, 2, 256, 16_384
+
+
+def measure(run: Run) -> Iterator[Record]:
+    """Decode, verify and prefill against torch's; decode against a read."""
+    yield record(run, "attention", "How fast is full attention, compared with torch's?", cases)
+    yield run.record(
+        "kernels/attention_bandwidth",
+        "How fast is attention, compared with a read?",
+        f"context of {CONTEXT:,}",
+        {"keys and values": "MB", "decode": "µs", "decode / reading them": ""},
+        {"decode": over_bandwidth()},
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -51,21 +64,19 @@ def attention(name: str, context: int, queries: int, layers: int = 4) -> Case:
         return out[0].transpose(0, 1)
 
     calls = layers if queries < context else 1
-    return Case(name, plugin, torchs, calls, in_quick=queries <= 1024)
+    return Case(name, plugin, torchs, calls)
 
 
-def over_bandwidth(pairs: int) -> dict[str, float]:
+def over_bandwidth() -> dict[str, float]:
     """A decode step's time, and its ratio to reading its keys and values as one large read."""
     case = attention("", CONTEXT, 1)
     large = torch.ones(2**25, dtype=torch.int64)
     moved, ours, ratios = 2 * CONTEXT * HKV * D * DTYPE.itemsize, [], []
-    for _ in range(pairs):
+    for _ in range(PAIRS):
         ours.append(seconds(case.plugin, case.calls))
-        read = seconds(large.sum, 1) * moved / (large.numel() * large.itemsize)
-        ratios.append(ours[-1] / read)
-    median = statistics.median
+        ratios.append(ours[-1] / (seconds(large.sum, 1) * moved / large.nbytes))
     return {
         "keys and values": moved / 1e6,
-        "decode": median(ours) * 1e6,
-        "decode / reading them": median(ratios),
+        "decode": statistics.median(ours) * 1e6,
+        "decode / reading them": statistics.median(ratios),
     }

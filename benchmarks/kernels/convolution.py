@@ -24,10 +24,15 @@ from benchmarks.kernels.inputs import (
     state_pool,
     step_of,
 )
-from benchmarks.kernels.timing import Case
+from benchmarks.kernels.timing import Case, record
+from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import Step
+
+
+def measure(run: Run) -> Iterator[Record]:
+    yield record(run, "convolution", "How fast is the causal convolution?", cases)
 
 
 def cases() -> Iterator[Case]:
@@ -84,7 +89,7 @@ def long_convolution(name: str, tokens: int) -> Case:
             is_weight_packed=True,
         ).t()  # fmt: skip
 
-    return Case(name, plugin, forward, in_quick=tokens <= 1024)
+    return Case(name, plugin, forward)
 
 
 def convolved(x: dict[str, Tensor], weight: Tensor, pool: StatePool, step: Step) -> Tensor:

@@ -13,7 +13,6 @@ from benchmarks.kernels.inputs import (
     GRID,
     HV,
     PAGES,
-    H,
     K,
     V,
     every_slot,
@@ -25,8 +24,13 @@ from benchmarks.kernels.inputs import (
     step_of,
     turns,
 )
-from benchmarks.kernels.timing import Case
+from benchmarks.kernels.timing import Case, record
+from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
+
+
+def measure(run: Run) -> Iterator[Record]:
+    yield record(run, "delta_rule", "How fast is the gated delta rule?", cases)
 
 
 def cases() -> Iterator[Case]:
@@ -104,16 +108,4 @@ def prefill(name: str, tokens: int) -> Case:
             use_qk_l2norm_in_kernel=True, initial_state_indices=slot,
         )[0]  # fmt: skip
 
-    return Case(name, plugin, chunked, in_quick=tokens <= 1024)
-
-
-def bytes_per_token() -> dict[str, float]:
-    """MB that a decoded token reads and writes of its page: S every token, or once in GRID.
-
-    A token reads the window's entries since S was written (GRID of them when it writes S) and
-    adds its own key, corrected value and decay.
-    """
-    S, entry = 4 * HV * K * V, 4 * (H * K + HV * V + HV)
-    window = S + S / GRID + entry * (sum(range(1, GRID + 1)) / GRID + 1)
-    row = {"S every token": 2 * S / 1e6, "S once in 8": window / 1e6}
-    return row | {"once in 8 / every token": window / (2 * S)}
+    return Case(name, plugin, chunked)

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from benchmarks.kernels.timing import Case
+from benchmarks.kernels.timing import Case, record
+from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
 
 VOCABULARY, HIDDEN, DTYPE = 151_936, 2048, torch.bfloat16
 KEPT = 32_768  # rows of a draft head over part of the vocabulary
+
+
+def measure(run: Run) -> Iterator[Record]:
+    yield record(run, "draft_head", "How fast is the first-ranked token found?", cases)
 
 
 def cases() -> Iterator[Case]:

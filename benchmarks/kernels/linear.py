@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.kernels.draft_head import packed
 from benchmarks.kernels.peak import peak
-from benchmarks.kernels.timing import Call, Case, seconds
+from benchmarks.kernels.timing import PAIRS, Call, Case, record, seconds
+from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
     Weight,
@@ -25,7 +26,27 @@ from qwen3next_plugin.kernels.linear import (
 N, K, DTYPE = 8192, 2048, torch.bfloat16
 LAYERS = 4  # weights that calls walk over
 GROUP = 128
-ROWS = (1, 2, 4, 8, 32, 512)
+ROWS = (1, 8, 512)
+
+
+def measure(run: Run) -> Iterator[Record]:
+    """Every format against torch's, one row against a read, many against an instruction alone."""
+    yield record(run, "linear", "How fast are packed layers?", cases)
+    shape = f"N = {N:,}, K = {K:,}"
+    yield run.record(
+        "kernels/linear_bandwidth",
+        "How fast is a packed layer, compared with a read?",
+        f"M = 1, {shape}",
+        {"weight": "MB", "layer": "µs", "reading it / layer": ""},
+        over_bandwidth(),
+    )
+    yield run.record(
+        "kernels/linear_peak",
+        "How fast is a packed layer, compared with its instruction in registers?",
+        f"M = {max(ROWS)}, {shape}",
+        {"instruction": "", "layer": "10⁹ multiplications/s", "layer / registers": ""},
+        over_peak(),
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -35,7 +56,7 @@ def cases() -> Iterator[Case]:
         for M in ROWS:
             x = torch.randn(M, K).to(DTYPE)
             plugin, upstream = walk(weights, linear, x), walk(theirs, lambda x, run: run(x), x)
-            yield Case(f"{name}, M = {M}", plugin, upstream, LAYERS, in_quick=M < 32)
+            yield Case(f"{name}, M = {M}", plugin, upstream, LAYERS)
 
 
 def walk(weights: tuple, run: Call, x: Tensor) -> Call:
@@ -86,7 +107,7 @@ INSTRUCTIONS = {
 }
 
 
-def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
+def over_bandwidth() -> dict[str, dict[str, float]]:
     """At M = 1, each format's time, and the share of it that one large read of its bytes takes."""
     large = torch.ones(2**25, dtype=torch.int64)
     x, found = torch.randn(1, K).to(DTYPE), {}
@@ -95,7 +116,7 @@ def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
         call, moved = walk(weights, linear, x), weights[0].nbytes
         seconds(call, len(weights))
         ours, ratios = [], []
-        for _ in range(pairs):
+        for _ in range(PAIRS):
             ours.append(seconds(call, len(weights)))
             ratios.append(seconds(large.sum, 1) * moved / large.nbytes / ours[-1])
         found[name] = {
@@ -106,7 +127,7 @@ def over_bandwidth(pairs: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def over_peak(pairs: int) -> dict[str, dict[str, float | str]]:
+def over_peak() -> dict[str, dict[str, float | str]]:
     """At M = 512, with AMX and without, multiplications a second against those in registers."""
     x, found, level = torch.randn(max(ROWS), K).to(DTYPE), {}, native.isa()
     try:
@@ -115,17 +136,17 @@ def over_peak(pairs: int) -> dict[str, dict[str, float | str]]:
             for isa, instructions in INSTRUCTIONS.items():
                 if isa in native.levels():
                     native.set_isa(isa)
-                    found[f"{name}, {isa}"] = share_of_peak(call, *instructions[name], pairs)
+                    found[f"{name}, {isa}"] = share_of_peak(call, *instructions[name])
     finally:
         native.set_isa(level)
     return found
 
 
-def share_of_peak(call: Call, instruction: str, each: int, pairs: int) -> dict[str, float | str]:
+def share_of_peak(call: Call, instruction: str, each: int) -> dict[str, float | str]:
     """Rates of a layer of max(ROWS) rows and of the instruction alone, in turn."""
     seconds(call, 1)
     rates, shares = [], []
-    for _ in range(pairs):
+    for _ in range(PAIRS):
         rates.append(each * max(ROWS) * N * K / seconds(call, 1))
         shares.append(rates[-1] / peak(instruction))
     return {

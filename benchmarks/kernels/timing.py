@@ -2,15 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+from rich.progress import track
 from torch import Tensor
 
-from benchmarks.report import RedCheckError
+from benchmarks.report import Record, RedCheckError, Run, console
+from qwen3next_plugin.engines.huge_pages import use_huge_pages
+from qwen3next_plugin.kernels import native
 
 TOLERANCE = 2e-2  # of upstream and plugin against each other, both bf16
-PAIRS, QUICK_PAIRS = 30, 2
+PAIRS = 16
 
 Call = Callable[[], Tensor]
 
@@ -23,17 +27,33 @@ class Case:
     plugin: Call
     upstream: Call
     calls: int = 1
-    in_quick: bool = True
 
 
-def timed(case: Case, pairs: int) -> dict[str, float]:
+def record(run: Run, name: str, question: str, cases: Callable[[], Iterator[Case]]) -> Record:
+    """Every case of an op; raises RedCheckError on the first red check."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    use_huge_pages()  # for both sides, as the plugin's servers do
+    torch.manual_seed(0)
+    rows = {case.name: timed(case) for case in track(cases(), f"kernels: {name}", console=console)}
+    return run.record(
+        f"kernels/{name}",
+        question,
+        f"released model's shapes, bf16, {native.isa()}",
+        {"upstream": "µs", "plugin": "µs", "upstream / plugin": ""},
+        rows,
+    )
+
+
+def timed(case: Case) -> dict[str, float]:
     """Check while warming up, then time pairs; the ratio is the median of the pairs' ratios."""
     for _ in range(2 * case.calls):  # so that every page has a past
         error = relative_error(case.plugin(), case.upstream())
         if not error <= TOLERANCE:
             raise RedCheckError(f"{case.name}: plugin and upstream differ by {error:.1e}")
     ours, theirs = [], []
-    for _ in range(pairs):
+    for _ in range(PAIRS):
         ours.append(seconds(case.plugin, case.calls))
         theirs.append(seconds(case.upstream, case.calls))
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]

@@ -12,26 +12,24 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.progress import track
 
 from benchmarks.chain_model import answer_of
 from benchmarks.mtp.cases import CASES, Case, Model, Name, load_model
 from benchmarks.mtp.load import Answer, Load
-from benchmarks.report import ROUNDS, Record, RedCheckError, Rows, Run, console, text
+from benchmarks.report import ROUNDS, Record, RedCheckError, Run, console, text
 from benchmarks.server import Server, SGLangServer
-from benchmarks.worker import SGLANG_PYTHON
 
 OFF, MTP = "off", "MTP"
-TURNS = 5  # rounds
-QUICKER = 5  # how much shorter turns of a quick run are
-CHECKED = 24  # answers of the shipped checkpoint
+TURNS = 3  # rounds; in each, every number of clients has a turn at either server
+CHECKED = 16  # answers of the shipped checkpoint
 TIED = 0.125  # log-probabilities that bf16 may swap: one step of a logit between 16 and 32
 ACCEPTED = {Model.CHAIN: 0.8, Model.REJECTED: 0.0}  # share of drafts, checked
 WITHIN, DEVIATIONS = 0.05, 3.5  # how far it may be from that: so far, or by chance
 SEEN = 50  # fewer drafts at a position say nothing
-PROMPTS = 4  # read in a turn, for the time to the first token
+PROMPTS = 2  # read in a turn, for the time to the first token
 VLLM_DRAFTS, SGLANG_DRAFTS = 4, 3
 BUSY_WAIT = 1.5  # seconds; vLLM's processes wait for the next request without sleep for 1 of them
 Drafts = dict[str, tuple[float, float]]  # position → drafts verified, drafts accepted
@@ -47,20 +45,14 @@ class Engine(Enum):
         return {Engine.VLLM: "vLLM", Engine.SGLANG: "SGLang"}[self]
 
 
-def measure(run: Run, engine: Engine | None = None, case: Name | None = None) -> Iterator[Record]:
-    """One case or all of them, of one engine or both; a quick run takes the first of each."""
-    names = list(CASES) if case is None else [case]
-    for chosen in Engine if engine is None else [engine]:
-        if chosen is Engine.SGLANG and not SGLANG_PYTHON.exists():
-            console.print("clients of SGLang: left out, needs `make setup ENGINE=sglang`")
-        elif engine is None and run.quick and chosen is Engine.SGLANG:
-            console.print("clients of SGLang: left out of --quick, ask for them by --engine sglang")
-        else:
-            asked = names[:1] if run.quick else names
-            turns = sum(Turns.of(CASES[name], quick=run.quick).whole for name in asked)
-            console.print(f"clients of {chosen.title}: turns of {turns:.0f} s in all, at least")
-            for model, group in itertools.groupby(asked, key=lambda name: CASES[name].model):
-                yield from of_model(run, chosen, model, list(group))
+def measure(run: Run, engine: str, model: str) -> Iterator[Record]:
+    """All cases of the shipped checkpoint (`tiny`), or of the block model."""
+    is_tiny = model == "tiny"
+    names = [name for name, case in CASES.items() if (case.model is Model.TINY) == is_tiny]
+    seconds = sum(2 * (1 + TURNS) * sum(CASES[name].clients.values()) for name in names)
+    console.print(f"clients: turns of {seconds:.0f} s in all, at least")
+    for kind, group in itertools.groupby(names, key=lambda name: CASES[name].model):
+        yield from of_model(run, Engine(engine), kind, list(group))
 
 
 def of_model(run: Run, engine: Engine, model: Model, names: list[Name]) -> Iterator[Record]:
@@ -68,10 +60,10 @@ def of_model(run: Run, engine: Engine, model: Model, names: list[Name]) -> Itera
     folder, config = load_model(run, model)
     with running(run, engine, folder) as servers:
         if model is Model.TINY:
-            compare_answers(servers, config, quick=run.quick)
+            compare_answers(servers, config)
         for name in names:
             of = Pair(run, engine, name, config, servers)
-            yield from of.first_tokens() if name is Name.FIRST_TOKEN else of.rates()
+            yield of.first_tokens() if name is Name.FIRST_TOKEN else of.rates()
 
 
 @contextmanager
@@ -108,10 +100,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"QWEN3NEXT_DRAFTS": "adaptive"}
 
 
-def compare_answers(servers: dict[str, Load], config: dict[str, Any], *, quick: bool) -> None:
+def compare_answers(servers: dict[str, Load], config: dict[str, Any]) -> None:
     """Raise unless answers with MTP are those without, up to two nearly tied tokens."""
     requests = CASES[Name.CHECKPOINT].requests(config, 1, "check")
-    batch = list(itertools.islice(requests, CHECKED // 3 if quick else CHECKED))
+    batch = list(itertools.islice(requests, CHECKED))
     with console.status("check of the answers"):
         off, mtp = (servers[side].choices(batch) for side in (OFF, MTP))
     gaps = [one.gap_to(other) for one, other in zip(off, mtp, strict=True)]
@@ -122,25 +114,6 @@ def compare_answers(servers: dict[str, Load], config: dict[str, Any], *, quick: 
         f" from where two tokens are at most {max(gaps):.3f} apart",
         highlight=False,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Turns:
-    """Rounds of turns; in each round every number of clients has one at either server."""
-
-    rounds: int
-    seconds: dict[int, float]  # of a turn, by number of clients
-
-    @classmethod
-    def of(cls, case: Case, *, quick: bool) -> Self:
-        if not quick:
-            return cls(TURNS, case.clients)
-        return cls(1, {n: seconds / QUICKER for n, seconds in [*case.clients.items()][:2]})
-
-    @property
-    def whole(self) -> float:
-        """Seconds of all turns, those that warm up included."""
-        return 2 * (1 + self.rounds) * sum(self.seconds.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,48 +130,19 @@ class Pair:
     def case(self) -> Case:
         return CASES[self.name]
 
-    def rates(self) -> Iterator[Record]:
-        """Tokens per second by number of clients."""
+    def rates(self) -> Record:
+        """How many times as many tokens per second there are with MTP, by number of clients."""
         before = drafts(self.servers[MTP].server)
-        found = self.in_turn({f"{n}": partial(self.rate, n) for n in self.turns.seconds})
+        rows = {f"{self.case.title}, {n}": partial(self.rate, n) for n in self.case.clients}
+        found = self.in_turn(rows)
         self.check_drafts(before)
-        title, question = self.case.title, "How fast are answers, by clients?"
-        yield self.record("mtp/clients", question, self.said, "tok/s", medians(found))
-        yield self.record(
-            "mtp/over_off",
-            "How many times as fast are answers with MTP, by clients?",
-            self.method,
-            "",
-            self.ratios({f"{title}, {row}": rounds for row, rounds in found.items()}),
-        )
+        return self.record("How many times as fast are answers with MTP, by clients?", found)
 
-    def first_tokens(self) -> Iterator[Record]:
-        """Milliseconds until the first token by length of the prompt."""
+    def first_tokens(self) -> Record:
+        """How many times as long it takes to the first token, by length of the prompt."""
         lengths = self.case.prompt
         found = self.in_turn({f"prompt of {n:,}": partial(self.first_token, n) for n in lengths})
-        question = "How long until the first token?"
-        yield self.record("mtp/clients", question, self.said, "ms", medians(found))
-        yield self.record(
-            "mtp/over_off",
-            "How many times as long until the first token?",
-            self.method,
-            "",
-            self.ratios(found),
-        )
-
-    @property
-    def said(self) -> str:
-        said = f"{self.engine.title}, {self.case.said}"
-        return said.replace("block model", "a small model") if self.run.quick else said
-
-    @property
-    def method(self) -> str:
-        rounds = self.turns.rounds
-        return f"through HTTP, bf16, greedy; medians of {rounds} rounds' ratios, and ranges"
-
-    @property
-    def turns(self) -> Turns:
-        return Turns.of(self.case, quick=self.run.quick)
+        return self.record("How many times as long until the first token?", found)
 
     def in_turn(self, rows: dict[str, Callable[[Load, str], float]]) -> dict[str, Rounds]:
         """What each row measures of each server, by round, after a turn of each to warm up."""
@@ -206,7 +150,7 @@ class Pair:
         said = f"{self.engine.title}, {self.name.value}"
         for row, load in itertools.product(rows, self.servers.values()):
             rows[row](load, "warm-up")
-        turns = list(itertools.product(range(self.turns.rounds), rows))
+        turns = list(itertools.product(range(TURNS), rows))
         for round_, row in track(turns, said, console=console):
             sides = list(self.servers)[:: -1 if round_ % 2 else 1]
             pair = {side: rows[row](self.servers[side], f"{row} {round_}") for side in sides}
@@ -222,7 +166,7 @@ class Pair:
         """Tokens per second of so many clients, in one turn."""
         requests = self.case.requests(self.config, clients, seed)
         whole = self.case.whole and clients == 1
-        seconds = self.turns.seconds[clients]
+        seconds = self.case.clients[clients]
         rate, answers = load.rate(requests, clients, seconds, whole=whole)
         self.check_texts(answers)
         return rate
@@ -262,26 +206,16 @@ class Pair:
         said = ", ".join(f"{share:.3f}" for share in shares.values()) or "too few to say"
         console.print(f"check: drafts accepted by position: {said}", highlight=False)
 
-    def ratios(self, found: dict[str, Rounds]) -> Rows:
+    def record(self, question: str, found: dict[str, Rounds]) -> Record:
         """The median of the rounds' ratios, and their range."""
         title, rows = self.engine.title, {}
         for row, rounds in found.items():
             ratios = [mtp / off for off, mtp in zip(rounds[OFF], rounds[MTP], strict=True)]
             spread = f"{text(min(ratios))}–{text(max(ratios))}"
             rows[row] = {title: statistics.median(ratios), title + ROUNDS: spread}
-        return rows
-
-    def record(self, name: str, question: str, said: str, unit: str, rows: Rows) -> Record:
-        units = dict.fromkeys(next(iter(rows.values())), unit)
-        where = f"{name}/{self.engine.value}/{self.name.value}"
-        return self.run.record(where, question, said, units, rows)
-
-
-def medians(found: dict[str, Rounds]) -> Rows:
-    return {
-        row: {side: statistics.median(values) for side, values in rounds.items()}
-        for row, rounds in found.items()
-    }
+        case = f"through HTTP, bf16, greedy; medians of {TURNS} rounds' ratios, and ranges"
+        where = f"mtp/over_off/{self.engine.value}/{self.name.value}"
+        return self.run.record(where, question, case, {title: "", title + ROUNDS: ""}, rows)
 
 
 def drafts(server: Server) -> Drafts:

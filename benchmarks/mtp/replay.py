@@ -17,9 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import typer
-from rich.progress import track
 
-from benchmarks import report
 from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.policy import Adaptive, Fixed, Policy
 
@@ -214,15 +212,11 @@ def main() -> None:
     All figures are relative to the best fixed draft length in hindsight, of all steps and of the
     first 100; cold: the first 40 drafts take three times as long.
     """
-    rows: dict[str, dict[str, float]] = {}
-    for path in track(sorted(RECORDED.glob("*.json")), console=report.console):
+    print(", ".join(("recording", *COLUMNS)))
+    for path in sorted(RECORDED.glob("*.json")):
         recording = load(path)
         warm, cold = (shares(recording, adaptive, n) for n in (0, COLD))
-        rows[path.stem] = dict(zip(COLUMNS, (*warm, *cold), strict=True))
-    run = report.Run(__spec__.name, report.OUT, quick=False)
-    question = "How close are adaptive drafts to the best fixed length?"
-    case = "replayed recordings; relative to the best fixed length"
-    report.show(run.record("mtp/replay", question, case, dict.fromkeys(COLUMNS, ""), rows))
+        print(", ".join((path.stem, *(f"{share:.3f}" for share in (*warm, *cold)))))
 
 
 if __name__ == "__main__":

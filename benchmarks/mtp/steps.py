@@ -4,66 +4,61 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
-from benchmarks.block_model import model_of
-from benchmarks.engines.steps import SIDES, flags
+from benchmarks.block_model import block_model
+from benchmarks.engines.steps import BATCHES, SIDES, Times, flags, timed
 from benchmarks.mtp.floors import BLOCK
 from benchmarks.report import Record, RedCheckError, Run, console
-from benchmarks.worker import FIXED, Worker, alternate, started
+from benchmarks.worker import FIXED, Worker, started
 
-Floats = dict[str, dict[str, float]]
-
-BATCHES, DRAFTS = (1, 8), (1, 2, 3)
-MEMORY_DRAFTS = 2  # tokens drafted by the engines whose memory is compared
+DRAFTS = (1, 3)
 FARTHER = 1.25  # times the plain upstream engine's distance from fp32, at most
 UNITS = {
     "upstream step": "ms", "upstream": "plain steps",
     "plugin step": "ms", "plugin": "plain steps",
-    "floor": "plain steps",
+    "bytes, at least": "plain steps", "bytes, expected": "plain steps",
 }  # fmt: skip
 
 
 def measure(run: Run) -> Iterator[Record]:
     """Two engines at a time: a plain one, and one that drafts."""
-    rounds, steps = (1, 8) if run.quick else (5, 16)
-    drafts = (MEMORY_DRAFTS,) if run.quick else DRAFTS
-    verify: Floats = {f"k = {k}, batch {batch}": {} for k in drafts for batch in BATCHES}
+    model = block_model(run.out / "block-model")
+    verify: Times = {
+        f"k = {k}, batch {batch}": {
+            "bytes, at least": BLOCK.over_plain(k, batch),
+            "bytes, expected": BLOCK.expected(k, batch),
+        }
+        for k in DRAFTS
+        for batch in BATCHES
+    }
     peaks: dict[str, float] = {}
-    with start(run, "plugin", 0, dtype="float32") as exact:
+    with start(run, model, "plugin", 0, dtype="float32") as exact:
         noise = Noise(exact.logprobs())
     for side in SIDES:
-        with start(run, side, 0) as plain:
+        with start(run, model, side, 0) as plain:
             noise.check(f"{side}, plain", plain.logprobs())
-            for k in drafts:
-                with start(run, side, k) as drafting:
+            for k in DRAFTS:
+                with start(run, model, side, k) as drafting:
                     noise.check(f"{side}, k = {k}", drafting.logprobs())
-                    for batch in BATCHES:
-                        row = over_plain(side, plain, drafting, batch, rounds, steps)
-                        verify[f"k = {k}, batch {batch}"] |= row
-                    if k == MEMORY_DRAFTS:
-                        peaks[side] = drafting.call("peak_memory")
-    yield from records(run, verify, peaks)
-
-
-def records(run: Run, verify: Floats, peaks: dict[str, float]) -> Iterator[Record]:
-    case = f"vLLM, {model_of(run)[1]}, bf16, eager"
-    units = dict(UNITS)
-    if run.quick:  # the floors are counted for the block model
-        units = {name: unit for name, unit in UNITS.items() if name != "floor"}
-    else:
-        for k in DRAFTS:
-            for batch in BATCHES:
-                verify[f"k = {k}, batch {batch}"]["floor"] = BLOCK.over_plain(k, batch)
+                    found = timed({"plain": plain, "drafting": drafting})
+                    for batch, row in zip(BATCHES, found.values(), strict=True):
+                        verify[f"k = {k}, batch {batch}"] |= {
+                            f"{side} step": row["drafting"],
+                            side: row["drafting"] / row["plain"],
+                        }
+                    peaks[side] = drafting.call("peak_memory")
+    case = "vLLM, the block model, bf16, eager"
     yield run.record(
-        "mtp/steps", "What does a verify step cost, drafting included?", case, units, verify
+        "mtp/steps", "What does a verify step cost, drafting included?", case, UNITS, verify
     )
     yield run.record(
         "mtp/memory",
-        "How much memory at the peak?",
+        "How much memory at the peak, with MTP?",
         case,
         dict.fromkeys(SIDES, "GB") | {"plugin / upstream": ""},
         {
-            f"resident memory, k = {MEMORY_DRAFTS}": peaks
+            f"resident memory, k = {DRAFTS[-1]}": peaks
             | {"plugin / upstream": peaks["plugin"] / peaks["upstream"]}
         },
     )
@@ -84,24 +79,10 @@ class Noise:
         self.bound = min(self.bound, FARTHER * distance)
 
 
-def start(run: Run, side: str, k: int, **more: str) -> AbstractContextManager[Worker]:
+def start(run: Run, model: Path, side: str, k: int, **more: str) -> AbstractContextManager[Worker]:
     """An engine that drafts k tokens, or none; in a context."""
-    model, _ = model_of(run)
     mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
-    asked = flags(model, quick=run.quick, enforce_eager=True, **mtp, **more)
+    asked = flags(model, enforce_eager=True, **mtp, **more)
     log = run.out / f"mtp-{side}-{k}.log"
     worker = Worker(f"{side}, k = {k}", asked, log, plugin=side == "plugin", env=FIXED)
     return started(worker)
-
-
-def over_plain(
-    side: str, plain: Worker, drafting: Worker, batch: int, rounds: int, steps: int
-) -> dict[str, float]:
-    """The shortest step with drafts, drafting included, over the shortest plain one."""
-    pair = {"plain": plain, "drafting": drafting}
-    times = alternate(pair, rounds, "decode", batch=batch, steps=steps)
-    shortest = {name: min(t for round_ in found for t in round_) for name, found in times.items()}
-    return {
-        f"{side} step": shortest["drafting"],
-        side: shortest["drafting"] / shortest["plain"],
-    }

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import random
-import resource
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -133,10 +132,6 @@ class Engine:
             self.library.decode(prompt, range(len(prompt)), [0] * len(prompt))
             found.append([self._logprob(i, token) for i, token in enumerate(prompt[1:])])
         return found
-
-    def peak_memory(self) -> float:
-        """Peak resident memory in GB."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def _logits(self, i: int) -> Logits:
         return np.ctypeslib.as_array(self.library.logits(i), (self.vocabulary,))

@@ -1,4 +1,12 @@
-"""`python -m benchmarks.peers`: the quantised block model in other engines."""
+"""The quantised block model in other engines, each built once, for this machine, into .peers/:
+
+    make .peers/llama.cpp/.installed                compiles for 4 minutes on two cores
+    make .peers/ik_llama.cpp/.installed IK=<where>  10 minutes; IK: its repository, or a clone
+    make .peers/zentorch/.installed
+
+All use as many threads as the machine has cores and are called in turn. A GGUF file has the formats
+of the plugin, tensor by tensor. It writes 9 GB of models into the output folder once.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -6,15 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
-from benchmarks import report
 from benchmarks.block_model import block_model
-from benchmarks.engines.steps import flags, mean_difference
+from benchmarks.engines.steps import flags, mean_difference, timed
 from benchmarks.peers.gguf_model import gguf_model
 from benchmarks.peers.w8a8_model import w8a8_model
-from benchmarks.report import OUT, Docs, Out, Quick, Record, Run, console
-from benchmarks.worker import Worker, alternate, started
+from benchmarks.report import Record, Run, console
+from benchmarks.worker import Worker, started
 
 PEERS = Path(".peers")
 LLAMA = "benchmarks.peers.llama_worker"
@@ -24,7 +29,6 @@ GGUF_OF = {"int8": "Q8_0", "int4": "Q4_0"}
 # bf16 in llama.cpp 0.078; zentorch 0.24, which quantises activations, too.
 WEIGHTS = {"int8": 0.25, "int4": 0.8}
 ACTIVATIONS = {"int8": 0.35}
-BATCHES = (1, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +52,19 @@ THEIRS = {
 
 def measure(run: Run) -> Iterator[Record]:
     """Shortest decode steps of all rounds, all engines of a format called in turn."""
-    peers = present()
+    peers = {name: peer for name, peer in THEIRS.items() if not peer.missing}
     model = block_model(run.out / "block-model")
-    rounds, steps = (2, 8) if run.quick else (5, 16)
-    with started(plugin(run, model, "bf16")) as reference:
-        wanted = reference.logprobs()
+    with started(plugin(run, model, "bf16")) as exact:
+        wanted = exact.logprobs()
     rows = {}
-    for kind in WEIGHTS:
+    for kind, bound in WEIGHTS.items():
         with workers(run, model, kind, peers) as engines:
             for name, engine in engines.items():
-                bound = peers[name].formats[kind] if name in peers else WEIGHTS[kind]
-                difference = mean_difference(wanted, engine.logprobs(), bound)
+                within = peers[name].formats[kind] if name in peers else bound
+                difference = mean_difference(wanted, engine.logprobs(), within)
                 console.print(f"check: {kind}, {name}: {difference:.4f} from bf16")
-            for batch in BATCHES:
-                times = alternate(engines, rounds, "decode", batch=batch, steps=steps)
-                shortest = {name: min(map(min, found)) for name, found in times.items()}
-                rows[f"{kind}, batch {batch}"] = with_ratios(shortest)
+            found = timed(engines)
+            rows |= {f"{kind}, {what}": with_ratios(row) for what, row in found.items()}
     yield run.record(
         "peers/decode",
         "How long do other engines take for a step?",
@@ -73,15 +74,10 @@ def measure(run: Run) -> Iterator[Record]:
     )
 
 
-def present() -> dict[str, Peer]:
-    """The peers that are built; says how to build the others."""
-    for name, peer in THEIRS.items():
-        if peer.missing:
-            console.print(f"{name}: left out, needs `make {peer.installed}`")
-    found = {name: peer for name, peer in THEIRS.items() if not peer.missing}
-    if not found:
-        raise SystemExit("no other engine is built: see --help")
-    return found
+def missing() -> str:
+    """What to build, if none of them is there."""
+    needed = [f"`make {peer.installed}`" for peer in THEIRS.values()]
+    return "" if any(not p.missing for p in THEIRS.values()) else f"needs {' or '.join(needed)}"
 
 
 def versions(peers: Mapping[str, Peer]) -> str:
@@ -92,7 +88,7 @@ def versions(peers: Mapping[str, Peer]) -> str:
 def plugin(run: Run, model: Path, kind: str) -> Worker:
     """vLLM with the plugin."""
     env = {} if kind == "bf16" else {"QWEN3NEXT_QUANTISE": kind}
-    asked = flags(model, quick=True, enforce_eager=True)
+    asked = flags(model, enforce_eager=True)
     return Worker("plugin", asked, run.out / f"peers-{kind}-plugin.log", env=env)
 
 
@@ -118,8 +114,7 @@ def their_worker(run: Run, model: Path, kind: str, name: str) -> Worker:
     folder = THEIRS[name].installed.parent.resolve()
     env = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     if name == "zentorch":
-        asked = flags(w8a8_model(model, run.out / "block-model-w8a8"), quick=True)
-        asked |= {"enforce_eager": True}
+        asked = flags(w8a8_model(model, run.out / "block-model-w8a8"), enforce_eager=True)
         return Worker(name, asked, log, plugin=False, env=env, module=ZENTORCH)
     file = gguf_model(model, run.out / f"block-model-{GGUF_OF[kind]}.gguf", GGUF_OF[kind])
     asked = {"library": name, "model": str(file), "config": str(model)}
@@ -131,30 +126,3 @@ def with_ratios(times: Mapping[str, float]) -> dict[str, float]:
     ratios = {f"{name} / plugin": t / times["plugin"] for name, t in times.items()}
     del ratios["plugin / plugin"]
     return {**times, **ratios}
-
-
-def main(out: Out = OUT, quick: Quick = False, docs: Docs = False) -> None:
-    """How fast is the quantised block model in other engines?
-
-    Decode steps at batch 1 and 8 of vLLM with the plugin (QWEN3NEXT_QUANTISE), of llama.cpp and
-    ik_llama.cpp (Q8_0 and Q4_0), and of vLLM without the plugin, with zentorch's W8A8 kernels.
-    Each is built once, for this machine, into .peers/, which no other command uses:
-
-    \b
-      make .peers/llama.cpp/.installed                compiles for 4 minutes on two cores
-      make .peers/ik_llama.cpp/.installed IK=<where>  10 minutes; IK: its repository, or a clone
-      make .peers/zentorch/.installed
-
-    What is not built is left out. All use as many threads as the machine has cores and are called
-    in turn, each in a process of its own. A GGUF file has the formats of the plugin, tensor by
-    tensor. First each engine's log-probabilities are compared with the plugin's in bf16: if one
-    is further off than its format explains, the command exits with 1 and prints no figure.
-
-    A run takes about six minutes, and writes 9 GB of models into the output folder once.
-    """
-    run = Run(__package__, out, quick)
-    report.finish(run, lambda: measure(run), docs=docs)
-
-
-if __name__ == "__main__":
-    typer.run(main)

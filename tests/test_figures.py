@@ -1,0 +1,38 @@
+"""Figures of pages that no benchmark measures are those of the code or of other tests."""
+
+import torch
+
+from benchmarks.render import DOCS
+from engines.quality import BOUNDS
+from qwen3next_plugin.model.state import PageLayout
+
+STATE, MODELS = ((DOCS / f"{name}.md").read_text() for name in ("state", "models"))
+
+
+def test_bytes_of_a_page():
+    """At the released model's shapes, as the page says, and of vLLM's k + 1 states."""
+    rows: dict[str, list[str]] = {}
+    for k in range(5):
+        layout = PageLayout(16, 32, 128, 128, k, torch.bfloat16, torch.float32)
+        parts = layout.nbytes()
+        window = sum(parts[name] for name in ("key", "u", "g", "span"))
+        states = (k + 1) * (parts["state"] + 2 * (3 + k) * layout.conv_dim)
+        for name, cell in {
+            "window and span": f"{window:,}",
+            "convolution inputs": f"{parts['conv']:,}",
+            "**one page**": f"**{layout.page_bytes:,}**",
+            "k + 1 states, as in vLLM's own model": f"{states:,}",
+            "ratio": f"{layout.page_bytes / states:.2f}",
+        }.items():
+            rows.setdefault(name, []).append(cell)
+    for name, cells in rows.items():
+        assert f"| {name} | {' | '.join(cells)} |" in STATE
+
+
+def test_bounds_of_quantised_weights():
+    names = {"int8": "int8 (`QWEN3", "fp8-blocks": "FP8, 128", "int4": "int4 (`QWEN3"}
+    assert names.keys() == BOUNDS.keys()
+    lines = MODELS.splitlines()
+    for kind, (perplexity, accepted) in BOUNDS.items():
+        (line,) = (line for line in lines if line.startswith(f"| {names[kind]}"))
+        assert line.endswith(f"| {perplexity} | {accepted} |")
