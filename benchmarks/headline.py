@@ -17,12 +17,10 @@ def of(records: Sequence[Record], folder: str) -> str:
     memory = span(list(ratios(records, "resident memory*", LESS)))
     if not memory or not all(times(records, rows) for rows in SPEEDS.values()):
         return ""
-    machine = next(record.origin for record in records)
-    where = f"{machine['processor'].partition(' (')[0]}, {machine['cores']}, {machine['flags']}"
     picture = pictures.links([r for r in records if r.name == "engines/steps"], folder)
     return (
         f"{''.join(picture)}\nAgainst vLLM's own models, in all tables: "
-        f"{' and '.join(speeds)}, with {memory} of the peak memory ({where}).\n"
+        f"{' and '.join(speeds)}, with {memory} of the peak memory. *{records[0].source}*\n"
     )
 
 

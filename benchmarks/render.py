@@ -90,11 +90,11 @@ def block(records: Sequence[Record]) -> str:
     for record in records:
         tables.setdefault(record.question, []).append(record)
     parts = [*pictures.links(records), *map(markdown, tables.values())]
-    for source in dict.fromkeys(record.source for record in records):
+    for place in dict.fromkeys(record.place for record in records):
         cases = dict.fromkeys(record.case for record in records)
         longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
         commands = dict.fromkeys(f"`--part {record.part}`" for record in records)
-        parts.append(f"*{'; '.join(longest)}. {source}; {', '.join(commands)}*\n")
+        parts.append(f"*{'; '.join(longest)}. {place}; {', '.join(commands)}*\n")
     return "\n".join(parts)
 
 

@@ -67,9 +67,15 @@ class Record:
 
     @property
     def source(self) -> str:
-        """What, where and when it was measured, in a line."""
+        """All that is known of what, where and when it was measured, in a line."""
         where = "; ".join(value for key, value in self.origin.items() if key != "run")
         return f"{where}; {self.date}"
+
+    @property
+    def place(self) -> str:
+        """Machine, commit and date, in a line."""
+        where = (self.origin[key] for key in ("processor", "cores", "commit"))
+        return f"{', '.join(where)}; {self.date}"
 
 
 @dataclass(frozen=True, slots=True)
