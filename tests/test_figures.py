@@ -21,7 +21,7 @@ def test_bytes_of_a_page():
             "window and span": f"{window:,}",
             "convolution inputs": f"{parts['conv']:,}",
             "**one page**": f"**{layout.page_bytes:,}**",
-            "k + 1 states, as in vLLM's own model": f"{states:,}",
+            "a state per draft token and one more, as in vLLM's own model": f"{states:,}",
             "ratio": f"{layout.page_bytes / states:.2f}",
         }.items():
             rows.setdefault(name, []).append(cell)
