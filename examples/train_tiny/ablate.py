@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from .corpus import documents, split
 from .evaluate import KINDS, expert_shares, held_out_windows, norm_weights
 from .export import load
+from .kept import keep
 from .recipe import RouterTap
 
 VARIANTS = {
@@ -27,6 +28,7 @@ def train(name: str, out: Path, steps: int) -> Path:
     """Train one variant with train.py; returns its checkpoint folder."""
     folder = out / name.replace(" ", "-")
     size = ["--rows", "1", "--length", "256", "--accumulate", "4", "--no-compiled"]
+    size += ["--log-every", "1"]
     command = [sys.executable, "-m", f"{__package__}.train", "--out", str(folder)]
     subprocess.run([*command, "--steps", str(steps), *size, *VARIANTS[name]], check=True)
     return folder
@@ -66,7 +68,7 @@ def main(
     measured = {}
     for name in VARIANTS:
         measured[name] = measure(train(name, work, steps))
-        (out / "ablations.json").write_text(json.dumps(measured, indent=1) + "\n")
+        keep(out / "ablations.json", measured)
 
 
 if __name__ == "__main__":

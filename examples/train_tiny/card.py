@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -101,17 +100,21 @@ def sample_list(samples: list[dict]) -> str:
 
 def run_figures(log: list[dict], setup: dict) -> dict:
     """Totals and speed of the whole run, from the log."""
-    seconds = [b["seconds"] - a["seconds"] for a, b in pairwise(log)]
-    batch, last = log[0]["tokens"], log[-1]
+    last = log[-1]
     return {
         "tokens": last["tokens"],
         "steps": last["step"],
-        "batch": batch,
+        "batch": last["tokens"] // last["step"],
         "minutes": last["seconds"] / 60,
         "epochs": last["tokens"] / setup["data"]["tokens"],
         "speed": last["tokens"] / last["seconds"],
-        "fast": batch / statistics.quantiles(seconds, n=10)[0],
     }
+
+
+def learning_rates(log: list[dict]) -> float:
+    """The sum over all steps."""
+    steps = [0, *(record["step"] for record in log)]
+    return sum(r["lr"] * (r["step"] - before) for r, before in zip(log, steps, strict=False))
 
 
 def tools_table(tools: dict) -> str:
@@ -160,7 +163,7 @@ def card(folder: Path) -> str:
         distinct_chat=acceptance["generated_chat"]["distinct_4_grams"],
         ablation_steps=short["steps"],
         shrink=setup["learning_rate"] * setup["weight_decay"] * short["steps"],
-        main_shrink=setup["weight_decay"] * sum(record["lr"] for record in log),
+        main_shrink=setup["weight_decay"] * learning_rates(log),
         ablation_batch=short["tokens"] // short["steps"],
         ablations=ablation_table(ablations),
         even=1 / config["num_experts"],

@@ -1,6 +1,5 @@
 """Measure a checkpoint on held-out files and write measured.json: see --help."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from .batches import encode
 from .call_tools import rates
 from .corpus import IM_START, Document, documents, split
 from .export import load
+from .kept import keep
 from .recipe import Qwen3NextRMSNorm, RouterTap, expert_counts
 
 WINDOW = 512
@@ -171,7 +171,7 @@ def main(
     """
     torch.set_num_threads(threads)
     measured = report(checkpoint, tokens, prompts, dialogues)
-    (checkpoint / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    keep(checkpoint / "measured.json", measured)
 
 
 if __name__ == "__main__":

@@ -16,25 +16,18 @@ TASKS = {
     "generated_text": "along generated text",
     "generated_chat": "along generated answers",
 }
-SMOOTH = 10  # steps averaged in a point of the loss curve
 
 
 def read_log(folder: Path, stage: str = "train") -> list[dict]:
-    """A record for each step of the first run, or of the `continued` one."""
+    """Means of some steps each of the first run, or of the `continued` one."""
     return [json.loads(line) for line in (folder / f"{stage}_log.jsonl").read_text().splitlines()]
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Trailing mean over SMOOTH steps."""
-    spans = [values[max(0, n - SMOOTH + 1) : n + 1] for n in range(len(values))]
-    return [sum(span) / len(span) for span in spans]
 
 
 def draw_losses(axes: plt.Axes, log: list[dict]) -> None:
     """Every cross entropy against tokens seen."""
     tokens = [record["tokens"] / 1e6 for record in log]
     for key, label in LOSSES.items():
-        axes.plot(tokens, smoothed([record[key] for record in log]), label=label, linewidth=1.2)
+        axes.plot(tokens, [record[key] for record in log], label=label, linewidth=1.2)
     axes.set(xlabel="tokens seen (millions)", ylabel="cross entropy (nats)", title="Training loss")
     axes.legend(frameon=False)
 
@@ -64,9 +57,9 @@ def draw_experts(axes: plt.Axes, ablations: dict) -> None:
 
 def draw_norms(axes: plt.Axes, log: list[dict], ablations: dict) -> None:
     """The largest zero-centred norm weight in the main run, and the final one of two ablations."""
-    records = [record for record in log if "norms" in record]
+    records = [record for record in log if "norm" in record]
     steps = [record["step"] for record in records]
-    axes.plot(steps, [max(r["norms"].values()) for r in records], label="main run (with decay)")
+    axes.plot(steps, [record["norm"] for record in records], label="main run (with decay)")
     for name, marker in (("recipe", "o"), ("no decay on norms", "x")):
         short = ablations[name]
         label = f"short run: {name}"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from .architecture import TinyQwen3Next, tiny_config
 from .batches import LOOK_AHEAD, dialogue_windows, encode, mixed, windows
 from .corpus import documents, split, words
 from .export import export, load
+from .kept import rounded
 from .speed import make_fast
 from .tokenizer import MARKS, save_tokenizer, train_tokenizer, with_marks
 from .tools import dialogues
@@ -70,11 +72,10 @@ class Trainer:
         means = {name: sum(values) / len(values) for name, values in seen.items()}
         return means | {"lr": rate, "grad_norm": norm.item()}
 
-    def norm_weights(self) -> dict[str, float]:
-        """The largest |weight| of each zero-centred norm, which weight decay keeps small."""
-        modules = self.model.named_modules()
-        norms = {n: m for n, m in modules if isinstance(m, r.Qwen3NextRMSNorm)}
-        return {n: m.weight.abs().max().item() for n, m in norms.items()}
+    def largest_norm_weight(self) -> float:
+        """The largest |weight| of the zero-centred norms, which weight decay keeps small."""
+        norms = (m for m in self.model.modules() if isinstance(m, r.Qwen3NextRMSNorm))
+        return max(m.weight.abs().max().item() for m in norms)
 
 
 def fresh() -> TinyQwen3Next:
@@ -113,11 +114,12 @@ def run(
     minutes: float,
     accumulate: int,
     snapshot_minutes: float,
+    log_every: int,
     stage: str = "train",
 ) -> None:
-    """The training loop: a log line for each step, a snapshot every few minutes."""
+    """The training loop: a log line of some steps' means, a snapshot every few minutes."""
     start = snapshot = time.monotonic()
-    tokens = 0
+    tokens, since = 0, list[dict[str, float]]()
     with progress_bar() as bar, (out / f"{stage}_log.jsonl").open("w") as log:
         task = bar.add_task("train", total=steps, loss=float("nan"), speed=0.0)
         for step in range(steps):
@@ -128,16 +130,24 @@ def run(
             losses = trainer.step(micro_batches, progress)
             tokens += sum(ids.shape[0] * (ids.shape[1] - LOOK_AHEAD) for ids in micro_batches)
             seconds = time.monotonic() - start
-            record = {"step": step + 1, "tokens": tokens, "seconds": seconds, **losses}
-            if step % 25 == 0:
-                record["norms"] = trainer.norm_weights()
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            since.append(losses)
+            if len(since) == log_every or step + 1 == steps:
+                record = {"step": step + 1, "tokens": tokens, "seconds": seconds}
+                record |= means(since) | {"norm": trainer.largest_norm_weight()}
+                log.write(json.dumps(rounded(record)) + "\n")
+                log.flush()
+                since.clear()
             bar.update(task, advance=1, loss=losses["lm"], speed=tokens / seconds)
             if time.monotonic() - snapshot > 60 * snapshot_minutes:
                 export(trainer.model, out)
                 snapshot = time.monotonic()
     export(trainer.model, out)
+
+
+def means(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Of each term, over the steps that have it."""
+    names = dict.fromkeys(name for step in steps for name in step)
+    return {name: statistics.mean(s[name] for s in steps if name in s) for name in names}
 
 
 def keep_records(start: Path, out: Path) -> None:
@@ -179,6 +189,7 @@ def main(
     tools: Annotated[
         float, typer.Option(help="Share of the micro-batches that are dialogues with tools.")
     ] = 0.0,
+    log_every: Annotated[int, typer.Option(help="Steps whose means are a line of the log.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     corpus_percent: Annotated[int, typer.Option(help="Percentage of the corpus to use.")] = 100,
 ) -> None:
@@ -226,6 +237,7 @@ def main(
         minutes=minutes,
         accumulate=accumulate,
         snapshot_minutes=snapshot_minutes,
+        log_every=log_every,
         stage=stage,
     )
 

@@ -204,6 +204,7 @@ def test_a_call_counts_only_whole_and_right(style):
 def test_training_continues_from_a_checkpoint_on_dialogues(tmp_path):
     """Two small steps from the shipped one, on dialogues alone: the loss begins low and falls."""
     size = "--steps 2 --rows 1 --length 512 --accumulate 1 --no-compiled --corpus-percent 1"
+    size += " --log-every 1"
     command = [sys.executable, "-m", "examples.train_tiny.train", "--out", str(tmp_path)]
     options = [*size.split(), "--start", str(SHIPPED), "--tools", "1"]
     subprocess.run([*command, *options], cwd=ROOT, check=True, timeout=600)
