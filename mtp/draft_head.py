@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
-from qwen3next_plugin.kernels.linear import Weight, take_rows
+from qwen3next_plugin.kernels.linear import PackedWeight, take_channels
 from qwen3next_plugin.mtp.ranks import Ranks
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
@@ -16,15 +16,15 @@ DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says w
 ROWS = 1024  # read from the head at a time: at once they take several times their memory
 
 
-def int8_rows(head: Tensor | Weight, rows: Tensor) -> tuple[Tensor, Tensor]:
+def int8_rows(head: Tensor | PackedWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a head, and their scales; the same bits from a plain head and a packed one.
 
     Shapes: head [V, D], in int8 or bf16 if it is packed; rows [R], returns [R, D] int8, [R] fp32
     """
     if isinstance(head, Tensor):
         return quantise_rows(head[rows])
-    values, scale = take_rows(head, rows)
-    return (values, scale.squeeze(1)) if head.format == "int8" else quantise_rows(values)
+    values, scale = take_channels(head, rows)
+    return (values, scale.squeeze(1)) if head.encoding == "int8" else quantise_rows(values)
 
 
 class DraftHead(nn.Module):
@@ -36,7 +36,7 @@ class DraftHead(nn.Module):
 
     def __init__(
         self,
-        head: Tensor | Weight,
+        head: Tensor | PackedWeight,
         *,
         stays: bool,
         first: int,
@@ -48,7 +48,7 @@ class DraftHead(nn.Module):
         super().__init__()
         self.first, self.end, self.ranks = first, end, ranks
         self.vocabulary = DraftVocabulary(vocab_size, DRAFTED)
-        self.head: Tensor | Weight | None = head if stays and end - first > DRAFTED else None
+        self.head: Tensor | PackedWeight | None = head if stays and end - first > DRAFTED else None
         ids = self.vocabulary.ids
         if self.head is None:
             self.weight, self.scale = int8_rows(head, torch.arange(end - first))

@@ -51,7 +51,7 @@ FAULTS = {
     "group does not divide": Fault(
         "packed_4-bit",
         lambda t: t.update({f"{Q}.weight_scale": torch.ones(256, 7)}),
-        r"7 groups in a row of 160 columns, which they do not divide; quantise with a group size",
+        r"7 groups for 160 columns, which they do not divide; quantise with a group size",
     ),
     "desc_act": Fault(
         "gptq",

@@ -29,9 +29,9 @@ from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_b
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
-from qwen3next_plugin.model.checkpoint.quantised import formats_of
 from qwen3next_plugin.model.checkpoint.reading import parameters as parameters_of
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.state import STATE_DTYPES
 from qwen3next_plugin.mtp.draft_head import DRAFTED
 from released import RELEASED_80B

@@ -11,7 +11,7 @@ from benchmarks import block_model
 from benchmarks.peers import gguf_model, w8a8_model
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.tensors import trunk_tensors
-from qwen3next_plugin.model.quantising import quantised_bytes
+from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 
 SMALL = {
     "vocab_size": 320,

@@ -10,7 +10,7 @@ from benchmarks.kernels.timing import Case, record
 from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import (
-    Weight,
+    PackedWeight,
     pack_bf16,
     pack_fp8,
     pack_int4,
@@ -21,7 +21,7 @@ from qwen3next_plugin.kernels.linear import (
 
 E, INNER, TOPK, HIDDEN, DTYPE = 64, 512, 10, 2048, torch.bfloat16
 
-Make = Callable[[int, int], Weight]  # rows, columns
+Make = Callable[[int, int], PackedWeight]  # rows, columns
 
 
 def measure(run: Run) -> Iterator[Record]:
@@ -38,15 +38,15 @@ def cases() -> Iterator[Case]:
     del w13, w2
     makes: dict[str, Make] = {"int8, ": int8, "int4, ": int4, "fp8, ": fp8}
     for name, make in makes.items():
-        w13 = stack([make(2 * INNER, HIDDEN) for _ in range(E)])
-        w2 = stack([make(HIDDEN, INNER) for _ in range(E)])
+        w13 = stack((make(2 * INNER, HIDDEN) for _ in range(E)), E)
+        w2 = stack((make(HIDDEN, INNER) for _ in range(E)), E)
         yield from of_weights(name, w13, w2, unpack(w13).to(DTYPE), unpack(w2).to(DTYPE), isa=isa)
 
 
 def of_weights(
     kind: str,
-    w13: Tensor | Weight,
-    w2: Tensor | Weight,
+    w13: Tensor | PackedWeight,
+    w2: Tensor | PackedWeight,
     plain13: Tensor,
     plain2: Tensor,
     *,
@@ -72,16 +72,16 @@ def of_weights(
         yield Case(name, plugin, theirs)
 
 
-def int8(rows: int, columns: int) -> Weight:
+def int8(rows: int, columns: int) -> PackedWeight:
     values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
     return pack_int8(values, torch.full((rows, 1), 3e-4))
 
 
-def int4(rows: int, columns: int) -> Weight:
+def int4(rows: int, columns: int) -> PackedWeight:
     values = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
     return pack_int4(values, torch.full((rows, columns // 128), 5e-3, dtype=DTYPE))
 
 
-def fp8(rows: int, columns: int) -> Weight:
+def fp8(rows: int, columns: int) -> PackedWeight:
     values = (torch.randn(rows, columns) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     return pack_fp8(values, torch.full((rows // 128, columns // 128), 2e-4))

@@ -14,7 +14,7 @@ from benchmarks.kernels.timing import PAIRS, Call, Case, record, seconds
 from benchmarks.report import Record, Run
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
-    Weight,
+    PackedWeight,
     linear,
     pack_bf16,
     pack_fp8,
@@ -65,13 +65,13 @@ def walk(weights: tuple, run: Call, x: Tensor) -> Call:
     return lambda: run(x, next(turns))
 
 
-def bf16() -> tuple[Weight, Call]:
+def bf16() -> tuple[PackedWeight, Call]:
     values = torch.randn(N, K).to(DTYPE)
     layer = packed(values.clone())
     return pack_bf16(values), lambda x: layer.cpu_linear(x, layer.weight, None)
 
 
-def int8() -> tuple[Weight, Call]:
+def int8() -> tuple[PackedWeight, Call]:
     values = torch.randint(-127, 128, (N, K), dtype=torch.int8)
     scale = (torch.rand(N) * 0.01 + 0.01).to(DTYPE)
     return pack_int8(values, scale[:, None]), lambda x: torch.ops.aten._weight_int8pack_mm(
@@ -79,7 +79,7 @@ def int8() -> tuple[Weight, Call]:
     )
 
 
-def int4() -> tuple[Weight, Call]:
+def int4() -> tuple[PackedWeight, Call]:
     values = torch.randint(0, 16, (N, K), dtype=torch.uint8)
     scale = (torch.rand(N, K // GROUP) * 0.01 + 0.01).to(DTYPE)
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
@@ -89,7 +89,7 @@ def int4() -> tuple[Weight, Call]:
     )
 
 
-def fp8() -> tuple[Weight, Call]:
+def fp8() -> tuple[PackedWeight, Call]:
     values = (torch.randn(N, K) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     weight = pack_fp8(values, torch.rand(N // 128, K // 128) * 0.01 + 0.01)
     layer = packed(unpack(weight).to(DTYPE))

@@ -11,14 +11,14 @@ from qwen3next_plugin.kernels.checks import (
     check_contiguous,
     sizes,
 )
-from qwen3next_plugin.kernels.linear.weight import TILE, Weight, check_weight
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight, check_weight
 
 
 def fused_moe(
     *,
     x: Tensor,
-    w13: Tensor | Weight,
-    w2: Tensor | Weight,
+    w13: Tensor | PackedWeight,
+    w2: Tensor | PackedWeight,
     topk_weights: Tensor,
     topk_ids: Tensor,
 ) -> Tensor:
@@ -45,10 +45,10 @@ def fused_moe(
     T, D = sizes(op, "x", x, 2)
     _, k = sizes(op, "topk_ids", topk_ids, 2)
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
-    if isinstance(w13, Weight) and isinstance(w2, Weight):
+    if isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight):
         _check_packed(op, w13, w2, D, x)
-    elif isinstance(w13, Weight) or isinstance(w2, Weight):
-        name = "w13" if isinstance(w13, Weight) else "w2"
+    elif isinstance(w13, PackedWeight) or isinstance(w2, PackedWeight):
+        name = "w13" if isinstance(w13, PackedWeight) else "w2"
         raise ValueError(f"{op}: {name} is packed, the other weight is not")
     else:
         E, two_I, _ = sizes(op, "w13", w13, 3)
@@ -65,7 +65,7 @@ def fused_moe(
     return run(x, w13, w2, topk_weights, topk_ids)
 
 
-def _check_packed(op: str, w13: Weight, w2: Weight, D: int, x: Tensor) -> None:
+def _check_packed(op: str, w13: PackedWeight, w2: PackedWeight, D: int, x: Tensor) -> None:
     """Raise unless the shapes are [E, 2I, D] and [E, D, I]."""
     check_weight(op, "w13", w13, 3, x.device)
     check_weight(op, "w2", w2, 3, x.device)
@@ -74,5 +74,5 @@ def _check_packed(op: str, w13: Weight, w2: Weight, D: int, x: Tensor) -> None:
         raise ValueError(
             f"{op}: w13 has shape {w13.shape}, w2 {w2.shape}, not {(E, 2 * I, D)} and {(E, D, I)}"
         )
-    if I % TILE:
-        raise ValueError(f"{op}: packed weights have {I} inner features, no multiple of {TILE}")
+    if I % PANEL:
+        raise ValueError(f"{op}: packed weights have {I} inner features, no multiple of {PANEL}")

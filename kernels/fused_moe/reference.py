@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qwen3next_plugin.kernels.linear.weight import Weight, unpack
+from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight, unpack
 
 
 def run(
     x: Tensor,
-    w13: Tensor | Weight,
-    w2: Tensor | Weight,
+    w13: Tensor | PackedWeight,
+    w2: Tensor | PackedWeight,
     topk_weights: Tensor,
     topk_ids: Tensor,
 ) -> Tensor:
     """Shapes as in the public op."""
-    w13 = unpack(w13) if isinstance(w13, Weight) else w13
-    w2 = unpack(w2) if isinstance(w2, Weight) else w2
+    w13 = unpack(w13) if isinstance(w13, PackedWeight) else w13
+    w2 = unpack(w2) if isinstance(w2, PackedWeight) else w2
     E = len(w13)
     outside = ((topk_ids < 0) | (topk_ids >= E)).nonzero()
     if len(outside):

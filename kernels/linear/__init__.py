@@ -4,31 +4,29 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
-from qwen3next_plugin.kernels.linear.packing import pack_bf16, pack_fp8, pack_int4, pack_int8
-from qwen3next_plugin.kernels.linear.weight import (
-    Weight,
+from qwen3next_plugin.kernels.linear.pack import pack_bf16, pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels.linear.packed_weight import (
+    PackedWeight,
     check_weight,
-    concatenate,
     stack,
-    take_rows,
+    take_channels,
     unpack,
 )
 
 __all__ = [
-    "Weight",
-    "concatenate",
+    "PackedWeight",
     "linear",
     "pack_bf16",
     "pack_fp8",
     "pack_int4",
     "pack_int8",
     "stack",
-    "take_rows",
+    "take_channels",
     "unpack",
 ]
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """out = x Wᵀ, with W = scale (values − zero).
 
     A token's bits depend on its x and the weight alone. A token with an element that is not finite

@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import native
-from qwen3next_plugin.kernels.linear.weight import FORMATS, Weight
+from qwen3next_plugin.kernels.linear.packed_weight import ENCODINGS, PackedWeight
 
 native.load()
 
 
-def run(x: Tensor, weight: Weight) -> Tensor:
+def run(x: Tensor, weight: PackedWeight) -> Tensor:
     """Shapes as in the public op."""
     return torch.ops.qwen3next.linear(x, *parts(weight), weight.shape[0])
 
 
-def parts(weight: Weight) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+def parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
     """A weight as the native ops take it."""
-    format = FORMATS.index(weight.format)
-    return weight.packed, weight.scale, weight.zero, format, weight.group
+    encoding = ENCODINGS.index(weight.encoding)
+    return weight.packed, weight.scale, weight.zero, encoding, weight.group
 
 
 @torch.library.register_fake("qwen3next::linear")

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from qwen3next_plugin.kernels.linear.weight import Weight, unpack
+from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight, unpack
 
 
-def run(x: Tensor, weight: Weight) -> Tensor:
+def run(x: Tensor, weight: PackedWeight) -> Tensor:
     """Shapes as in the public op."""
     return (x.float() @ unpack(weight).T).to(x.dtype)

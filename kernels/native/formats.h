@@ -1,4 +1,4 @@
-// Packed weights, as kernels/linear/weight.py writes them: panels of 16 output channels, stored in
+// Packed weights, as kernels/linear/pack.py writes them: panels of 16 output channels, stored in
 // lines of 64 bytes, each a few columns of K.
 #pragma once
 

@@ -56,7 +56,7 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     QWEN3NEXT_QUANTISE. Raises ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.checkpoint.layouts import our_name
-    from qwen3next_plugin.model.quantising import quantised_bytes
+    from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 
     index = _read_index(folder / INDEX)
     names = index["weight_map"].keys() if index else set()
@@ -101,7 +101,7 @@ def _quantised(
 
     Raises: CheckpointError for a module that no CPU kernel serves.
     """
-    from qwen3next_plugin.model.checkpoint.quantised import formats_of
+    from qwen3next_plugin.model.quantisation.files import formats_of
 
     shapes = _shapes(config)
     formats = formats_of(folder, config, quantization, asked=None)
@@ -111,7 +111,7 @@ def _quantised(
         shape = shapes[name]
         form = formats.format_of(name.removesuffix(".weight"))
         sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
-        totals[form.name if form else "plain"] += sizes[name]
+        totals[form.encoding if form else "plain"] += sizes[name]
     described = ", ".join(f"{form} {n / 2**30:.2f}" for form, n in totals.items())
     return sizes, f"safetensors files ({described} GiB)"
 

@@ -9,7 +9,7 @@ from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
-from qwen3next_plugin.kernels.linear import Weight, linear, pack_int4, pack_int8, stack
+from qwen3next_plugin.kernels.linear import PackedWeight, linear, pack_int4, pack_int8, stack
 from qwen3next_plugin.kernels.linear.cpu import parts
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.paged_attention import paged_attention
@@ -44,7 +44,7 @@ def calls():
     return {
         "linear": (linear, {"x": torch.randn(3, 32), "weight": int4}),
         "fused_moe_packed": (fused_moe, {
-            "x": torch.randn(2, 32), "w13": stack([int4, int4]), "w2": stack([int8, int8]),
+            "x": torch.randn(2, 32), "w13": stack([int4, int4], 2), "w2": stack([int8, int8], 2),
             "topk_weights": torch.rand(2, 1),
             "topk_ids": torch.tensor([[1], [0]], dtype=torch.int32),
         }),
@@ -63,7 +63,7 @@ def calls():
         "rms_norm_gated": (rms_norm_gated, {"x": x4, "z": x4 + 1, "weight": w, "eps": 1e-6}),
         "qk_norm_rope": (qk_norm_rope, attention),
         "output_gate": (output_gate, {"x_": x4[0].clone(), "gate": x4[1]}),
-        "router": (router, {"logits": x4[:, 0, 0], "k": 5, "renormalise": True}),
+        "router": (router, {"logits": x4[:, 0, 0], "top_k": 5, "renormalise": True}),
         "shared_expert_gate": (shared_expert_gate, {
             "x": x4[0, 0], "weight": w[None], "shared_": x4[0, 1].clone(),
         }),
@@ -107,7 +107,7 @@ def test_traced_whole(monkeypatch, name):
 def flat(arguments):
     """The arguments under the names that the torch op's schema has for them."""
     for name, suffix in (("weight", ""), ("w13", "13"), ("w2", "2")):
-        if isinstance(w := arguments.get(name), Weight):
+        if isinstance(w := arguments.get(name), PackedWeight):
             fields = (f"{part}{suffix}" for part in ("packed", "scale", "zero", "format", "group"))
             sizes = {"N": w.shape[-2], "I": w.shape[-1]}  # of linear; of w2, which comes last
             arguments = {**arguments, **dict(zip(fields, parts(w), strict=True)), **sizes}

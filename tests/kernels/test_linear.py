@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear import (
-    concatenate,
     linear,
     pack_bf16,
     pack_fp8,
@@ -23,7 +22,7 @@ from qwen3next_plugin.kernels.linear import (
 from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# format, group, dtype of the scales, zero points
+# encoding, group, dtype of the scales, zero points
 KINDS = {
     "int8": ("int8", 0, torch.float32, False),
     "int8-group-64-bf16": ("int8", 64, torch.bfloat16, False),
@@ -46,28 +45,28 @@ def kind(request):
 
 def columns(kind, K):
     """K, or the next multiple of the group where that must divide it."""
-    format, group, *_ = KINDS[kind]
-    return K if format in ("fp8", "bf16") else -(-K // (group or 1)) * (group or 1)
+    encoding, group, *_ = KINDS[kind]
+    return K if encoding in ("fp8", "bf16") else -(-K // (group or 1)) * (group or 1)
 
 
 def checkpoint(kind, *shape):
     """Tensors as a checkpoint has them; the matrix that they mean."""
-    format, group, dtype, zeros = KINDS[kind]
-    if format == "bf16":
+    encoding, group, dtype, zeros = KINDS[kind]
+    if encoding == "bf16":
         values = torch.randn(shape).bfloat16()
         return {"values": values}, values.float()
     *lead, N, K = shape
     values = torch.randint(0, 256, shape, dtype=torch.uint8)
     groups = -(-K // (group or K))
-    unit = 0.002 if format == "fp8" else 0.02
+    unit = 0.002 if encoding == "fp8" else 0.02
     scale = ((torch.rand(*lead, N, groups) + 0.5) * unit).to(dtype)
-    if format == "fp8":
+    if encoding == "fp8":
         values = torch.where((values & 127) == 127, values - 1, values).view(torch.float8_e4m3fn)
         if group:
             scale = scale[..., ::128, :].contiguous()
         wide = scale.repeat_interleave(128, -2)[..., :N, :] if group else scale
         return {"values": values, "scale": scale}, values.float() * widened(wide, group, K)
-    if format == "int8":
+    if encoding == "int8":
         values = values.view(torch.int8)
         return {"values": values, "scale": scale}, values.float() * widened(scale, group, K)
     values = values & 15
@@ -83,9 +82,13 @@ def widened(x, group, K):
     return x.float().repeat_interleave(group or K, -1)[..., :K]
 
 
+def pack(kind, tensors):
+    return PACK[KINDS[kind][0]](**tensors)
+
+
 def packed(kind, *shape):
     tensors, w = checkpoint(kind, *shape)
-    return PACK[KINDS[kind][0]](**tensors), w
+    return pack(kind, tensors), w
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (16, 128), (37, 200), (3, 21, 130)], ids=str)
@@ -96,14 +99,9 @@ def test_unpacks_what_was_packed(kind, shape):
     assert torch.equal(unpack(weight), w)
 
 
-def test_rows_of_several_and_experts(kind):
-    K = columns(kind, 96)
-    parts, matrices = zip(*(packed(kind, N, K) for N in (32, 5, 19, 16)), strict=True)
-    assert torch.equal(unpack(concatenate(parts)), torch.cat(matrices))
-    parts, matrices = zip(*(packed(kind, 21, K) for _ in range(3)), strict=True)
-    experts = stack(parts)
-    assert torch.equal(unpack(experts), torch.stack(matrices))
-    assert torch.equal(unpack(experts.expert(1)), matrices[1])
+def test_experts(kind):
+    parts, matrices = zip(*(packed(kind, 21, columns(kind, 96)) for _ in range(3)), strict=True)
+    assert torch.equal(unpack(stack(iter(parts), 3)), torch.stack(matrices))
 
 
 def test_many_rows_have_the_bits_of_few(kind):
@@ -127,6 +125,11 @@ def test_against_the_equation(cpu_backend, kind, dtype):
             assert_close("linear", dtype, out, x.double() @ w.double().T)
 
 
+def rows(tensors, begin, end):
+    """Those of a weight; a scale of a block of rows belongs to all of them."""
+    return {n: t[begin:end] if len(t) > 1 else t for n, t in tensors.items()}
+
+
 def in_parts(x, weight):
     """The layer on rows in passes of other sizes, some of them alone."""
     bounds = itertools.accumulate((1, 1, 2, 3, 5, 9, 17), initial=0)
@@ -138,8 +141,9 @@ def in_parts(x, weight):
 def test_whatever_rows_share_the_batch(native_level, kind, dtype):
     """A row has the same bits alone, in any batch, on one thread, and in parts of the weight."""
     K = columns(kind, 645)
-    parts = [packed(kind, N, K)[0] for N in (16, 40, 9)]
-    weight, x = concatenate(parts), torch.randn(70, K).to(dtype)
+    tensors, _ = checkpoint(kind, 65, K)
+    weight, x = pack(kind, tensors), torch.randn(70, K).to(dtype)
+    parts = [pack(kind, rows(tensors, *ends)) for ends in ((0, 16), (16, 56), (56, 65))]
     whole = linear(x, weight)
     assert torch.equal(in_parts(x, weight), whole)
     assert torch.equal(torch.cat([linear(x, part) for part in parts], 1), whole)
@@ -237,7 +241,7 @@ def test_refuses_what_is_no_weight():
     for pack, arguments, complaint in (
         (pack_int8, (nibbles, scale), r"values is torch\.uint8"),
         (pack_int8, (values, scale[:3]), "scale has shape"),
-        (pack_int8, (values, scale[:, :2]), "2 scales for a row of 96"),
+        (pack_int8, (values, scale[:, :2]), "2 scales for 96 columns"),
         (pack_int8, (values, scale.double()), r"scale is torch\.float64"),
         (pack_int8, (values, scale / 0), "scale is not finite"),
         (pack_int4, (nibbles + 16, scale), "values has 16; 4 bits"),
@@ -250,10 +254,9 @@ def test_refuses_what_is_no_weight():
         with pytest.raises(ValueError, match=rf"{pack.__name__}: .*{complaint}"):
             pack(*arguments)
     a, b = pack_int8(values, scale), pack_int8(values, scale[:, :1])
-    with pytest.raises(ValueError, match="concatenate: format"):
-        concatenate([a, b])
-    with pytest.raises(ValueError, match="stack: shapes differ"):
-        stack([a, pack_int8(values[:2], scale[:2])])
+    for other in (b, pack_int8(values[:2], scale[:2]), pack_int8(values, scale.half())):
+        with pytest.raises(ValueError, match=r"stack: encoding, group, shape, .* of matrix 1, "):
+            stack([a, other], 2)
 
 
 def test_refuses(cpu_backend):
@@ -262,7 +265,7 @@ def test_refuses(cpu_backend):
         (torch.zeros(2, 96).double(), weight, r"x is torch\.float64"),
         (torch.zeros(2, 95), weight, "x has shape"),
         (torch.zeros(96, 96).T, weight, "not contiguous"),
-        (torch.zeros(2, 96), stack([weight, weight]), "not 2 dims"),
+        (torch.zeros(2, 96), stack([weight, weight], 2), "not 2 dims"),
         (
             torch.zeros(2, 96),
             replace(weight, packed=weight.packed[:, 1:]),
@@ -293,7 +296,7 @@ def test_refuses_a_weight_with_other_parts(cpu_backend, kind, part, change, comp
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8-blocks", "bf16"])
-def test_refuses_zero_points_of_another_format(cpu_backend, kind):
+def test_refuses_zero_points_of_another_encoding(cpu_backend, kind):
     weight, _ = packed(kind, 20, 256)
     bad = replace(weight, zero=torch.zeros(weight.scale.shape, dtype=torch.uint8))
     with pytest.raises(ValueError, match=f"linear: weight is {kind[:4].rstrip('-')} with zero poi"):

@@ -1,10 +1,13 @@
-"""A packed weight is what its buffers hold, wherever they are moved."""
+"""Packed weights are what their buffers hold; layers pack what an engine has loaded."""
 
 import pytest
 import torch
+from torch import nn
 
-from qwen3next_plugin.kernels.linear import linear, pack_bf16, pack_int8
-from qwen3next_plugin.model.packed import Packed
+from qwen3next_plugin.kernels.linear import linear, pack_bf16, pack_int8, unpack
+from qwen3next_plugin.model.quantisation.format import BF16, Format
+from qwen3next_plugin.model.quantisation.layers import ExpertsMethod, LinearMethod, each_layer
+from qwen3next_plugin.model.quantisation.packed import Packed
 
 VALUES = torch.randint(-127, 128, (48, 64), generator=torch.Generator().manual_seed(0))
 WEIGHTS = {
@@ -37,3 +40,67 @@ def test_a_trace_takes_the_buffers(weight):
     inputs = [node for node in graphs[0].graph.nodes if node.op == "placeholder"]
     shapes = [node.meta["example_value"].shape for node in inputs[1:]]
     assert weight.packed.shape in shapes
+
+
+def fill(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Random values in every parameter, as an engine would load them."""
+    for parameter in layer.parameters():
+        is_float, shape = parameter.is_floating_point(), parameter.shape
+        parameter.data.copy_(torch.randn(shape) if is_float else torch.randint(0, 16, shape))
+    return {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("form", "by_column"),
+    [
+        (Format("int8", 0, torch.float32), {"weight"}),
+        (Format("int4", 32, torch.float16, zeros=True), {"weight", "weight_scale", "weight_zero"}),
+    ],
+    ids=str,
+)
+def test_a_projection_is_loaded_in_its_format_and_packed_once(form, by_column):
+    layer, method = nn.Module(), LinearMethod("m", form)
+    method.create_weights(layer, 64, [16, 24], 64, 40, torch.float32, weight_loader=len)
+    loaded = dict(layer.named_parameters())
+    assert {name: tuple(t.shape) for name, t in loaded.items()} == {
+        name: shape for name, (shape, _) in form.tensors(40, 64).items()
+    }
+    assert all(t.weight_loader is len and t.output_dim == 0 for t in loaded.values())
+    assert {name for name, t in loaded.items() if hasattr(t, "input_dim")} == by_column
+    fill(layer)
+    method.process_weights_after_loading(layer)
+    packed = layer.packed
+    method.process_weights_after_loading(layer)
+    assert layer.packed is packed
+    assert not [*layer.named_parameters()]
+    x, bias = torch.randn(3, 64), torch.randn(40)
+    assert torch.equal(method.apply(layer, x, bias), linear(x, packed.weight) + bias)
+
+
+@pytest.mark.parametrize("as_int8", [False, True])
+def test_experts_are_packed_as_asked(as_int8):
+    layer, method = nn.Module(), ExpertsMethod("m", {"w13": BF16, "w2": BF16}, 32)
+    method.create_weights(layer, 3, 48, 32, torch.bfloat16, weight_loader=len)
+    weights = fill(layer)
+    assert {n: t.shape for n, t in weights.items()} == {
+        "w13_weight": (3, 64, 48),
+        "w2_weight": (3, 48, 32),
+    }
+    assert layer.w2_weight.quant_method == "channel"
+    method.as_int8 = as_int8
+    method.process_weights_after_loading(layer)
+    for which in ("w13", "w2"):
+        packed, weight = getattr(layer, f"{which}_packed"), weights[f"{which}_weight"].float()
+        assert packed.encoding == ("int8" if as_int8 else "bf16")
+        step = weight.abs().amax(-1, keepdim=True) / 127 * as_int8
+        assert ((unpack(packed.weight) - weight).abs() <= 0.51 * step).all()
+    out = method.multiply(layer, torch.randn(2, 48), torch.ones(2, 1), torch.tensor([[0], [2]]))
+    assert out.shape == (2, 48)
+
+
+def test_layers_that_draft_become_int8_but_for_routers():
+    model = nn.ModuleDict({"fc": nn.Identity(), "layer": nn.ModuleDict()})
+    model["layer"].update({"o_proj": nn.Identity(), "gate": nn.Identity()})
+    chosen = [layer for layer, as_int8 in each_layer(model, model["layer"]) if as_int8]
+    assert chosen == [model["layer"], model["layer"]["o_proj"]]
+    assert not any(as_int8 for _, as_int8 in each_layer(model, None))

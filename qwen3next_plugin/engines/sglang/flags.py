@@ -30,9 +30,10 @@ from qwen3next_plugin.engines.sglang.names import (
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import adapters
-from qwen3next_plugin.model.checkpoint.quantised import read_formats
 from qwen3next_plugin.model.checkpoint.reading import check_stored
-from qwen3next_plugin.model.packed import check_invariance
+from qwen3next_plugin.model.quantisation.at_load import check_at_load
+from qwen3next_plugin.model.quantisation.files import read_formats
+from qwen3next_plugin.model.quantisation.packed import check_invariance
 
 PREFILL_GRAPHS = ("breakable", "disabled")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
@@ -52,7 +53,7 @@ def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
     return Qwen3NextConfig.from_hf(hf_config, tp_size=tp_size, override_flag=OVERRIDE_FLAG)
 
 
-def quantisation(hf_config: Any) -> dict[str, Any] | None:
+def quantization_config(hf_config: Any) -> dict[str, Any] | None:
     """What config.json says of how the checkpoint is quantised."""
     for config in (hf_config, hf_config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
@@ -69,10 +70,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         NotImplementedError: names a GPU's architecture that has no kernels.
     """
     check_flags(server_args, on_cpu=on_cpu)
-    if not on_cpu and (asked := env.quantise()):
-        raise ConfigError(
-            f"QWEN3NEXT_QUANTISE={asked}: weights are quantised at load on a CPU alone; unset it"
-        )
+    check_at_load(on_cpu=on_cpu)
     if env.batch_invariant():
         _check_invariance(model_config, on_cpu=on_cpu)
     _check_heads(model_config)
@@ -167,7 +165,7 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     A checkpoint of a hub is checked as it loads.
     """
     hf_config = model_config.hf_config
-    quantised = quantisation(hf_config) is not None
+    quantised = quantization_config(hf_config) is not None
     folder = Path(server_args.model_path)
     if not json.loads(server_args.json_model_override_args):
         check_kind(folder, OVERRIDE_FLAG)
@@ -182,7 +180,7 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         return
     formats = None
     if on_cpu and (quantised or env.quantise()):
-        formats = read_formats(folder, hf_config, quantisation(hf_config))
+        formats = read_formats(folder, hf_config, quantization_config(hf_config))
         if note := formats.described():
             logger.info("qwen3next_plugin: %s", note)
     with_mtp = bool(server_args.speculative_algorithm)

@@ -13,7 +13,7 @@ from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.kernels.dispatch import described
-from qwen3next_plugin.model.as_stored import as_stored
+from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
 
 
@@ -69,27 +69,27 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
     """Use our kernels for a quantised checkpoint of our models."""
     from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation
 
-    quantised = flags.quantisation(model_config.hf_config) is not None or env.quantise()
+    quantised = flags.quantization_config(model_config.hf_config) is not None or env.quantise()
     if not is_ours(model_config) or not quantised:
         return host(model_config, load_config)
     folder = local_folder(model_config.model_path, model_config.revision)
     return Quantisation(folder, model_config.hf_config)
 
 
-def tell_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
+def leave_plain_modules(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
     """Make SGLang's quantisation skip the modules that the checkpoint's files have unquantised."""
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from qwen3next_plugin.model.checkpoint.quantised import read_plain_modules
+    from qwen3next_plugin.model.quantisation.files import read_plain_modules
 
     found = host(model_config, load_config)
-    of_files = flags.quantisation(model_config.hf_config) is not None
+    of_files = flags.quantization_config(model_config.hf_config) is not None
     if found is None or not (of_files and is_ours(model_config)):
         return found
     folder = local_folder(model_config.model_path, model_config.revision)
     plain = read_plain_modules(folder, model_config.hf_config)
-    return as_stored(found, plain, LinearBase, UnquantizedLinearMethod)
+    return leave_plain(found, plain, LinearBase, UnquantizedLinearMethod)
 
 
 def make_adapters(host: Callable[[Any], None], runner: Any) -> None:

@@ -72,7 +72,7 @@ ON_GPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.model_loader.loader._get_quantization_config",
         parameters=("model_config", "load_config"),
-        function=hooks.tell_quantisation,
+        function=hooks.leave_plain_modules,
         reason="SGLang reads formats from config.json, which does not name all unquantised modules",
         remove_when="SGLang reads formats from the files",
     ),
@@ -372,14 +372,14 @@ OVERRIDES: tuple[Entry, ...] = (
     ),
     Override(
         target="sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
-        file="cpu/packing.py",
+        file="cpu/packed_layers.py",
         parameters=("self", "hidden_states", "lm_head", "embedding_bias", "out"),
         reason="SGLang multiplies by the plain weight, which oneDNN repacks each time",
         remove_when="SGLang packs a head on any CPU",
     ),
     Override(
         target="sglang.srt.layers.linear.LinearBase.quant_method",
-        file="cpu/packing.py",
+        file="cpu/packed_layers.py",
         reason="SGLang packs projections for AMX only",
         remove_when="SGLang packs them on any CPU",
     ),

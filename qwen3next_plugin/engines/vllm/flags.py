@@ -23,7 +23,7 @@ from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import use_both_cores
-from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, formats, quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, choose_quantisation
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,
@@ -34,7 +34,9 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.model.checkpoint.reading import check_stored
-from qwen3next_plugin.model.packed import check_invariance
+from qwen3next_plugin.model.quantisation.at_load import check_at_load
+from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.quantisation.packed import check_invariance
 
 logger = init_logger(LOGGER)
 
@@ -117,7 +119,7 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
             folder,
             config,
             quantised=model_config.quantization is not None,
-            formats=formats(quantisation(vllm_config)),
+            formats=served_formats(choose_quantisation(vllm_config)),
             with_mtp=vllm_config.speculative_config is not None,
         )
     return config
@@ -172,11 +174,8 @@ def _check_invariance(vllm_config: VllmConfig) -> None:
 
 def _check_quantisation(vllm_config: VllmConfig) -> None:
     """Refuse LoRA on quantised projections, and QWEN3NEXT_QUANTISE on a GPU."""
-    if (asked := env.quantise()) and not current_platform.is_cpu():
-        raise ConfigError(
-            f"QWEN3NEXT_QUANTISE={asked}: weights are quantised at load on a CPU alone; unset it"
-        )
-    found = formats(quantisation(vllm_config))
+    check_at_load(on_cpu=current_platform.is_cpu())
+    found = served_formats(choose_quantisation(vllm_config))
     if found is not None and vllm_config.lora_config is not None:
         raise ConfigError(
             "enable_lora: adapters of quantised projections are not served on a CPU; serve the "

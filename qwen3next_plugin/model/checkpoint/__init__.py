@@ -1,1 +1,1 @@
-"""A checkpoint: its files, its tensors, and what of it is quantised."""
+"""A checkpoint: its files, its tensors, and how they are read."""

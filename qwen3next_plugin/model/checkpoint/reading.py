@@ -12,7 +12,7 @@ from qwen3next_plugin.model.checkpoint.files import check_files, stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.formats import Formats
+from qwen3next_plugin.model.quantisation.modules import Formats
 
 # Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
 QUANTISATION_SUFFIXES = (
@@ -45,7 +45,7 @@ def parameters(
     """
     named = our_names(stored, config)
     if formats is not None:
-        named, expected = formats.rows(named, ignored), formats.expected(expected)
+        named, expected = formats.converted(named, ignored), formats.expected(expected)
         quantised = False  # any more
     tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
     return group_projections(tensors, config) if layout == "grouped" else tensors

@@ -16,7 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.model.packed import Packed
+from qwen3next_plugin.model.quantisation.packed import Packed
 from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending, Row
 from qwen3next_plugin.mtp.policy import Policy
 
@@ -244,11 +244,11 @@ def state_bytes(llm: LLM) -> tuple[int, int]:
 
 
 def packed(llm: LLM) -> dict[str, set[str]]:
-    """Formats of the weights that our kernels multiply by, of the trunk and of the MTP layer."""
+    """Encodings of the weights that our kernels multiply by, of the trunk and of the MTP layer."""
     runner = _core(llm).model_executor.driver_worker.worker.model_runner
     models = {"trunk": runner.model, "MTP": runner.drafter.model.model}
     return {
-        name: {module.format for module in model.modules() if isinstance(module, Packed)}
+        name: {module.encoding for module in model.modules() if isinstance(module, Packed)}
         for name, model in models.items()
     }
 

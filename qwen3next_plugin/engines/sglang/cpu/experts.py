@@ -8,30 +8,27 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.utils import use_intel_amx_backend
 
-from qwen3next_plugin.engines.sglang.cpu.packing import are_packed
 from qwen3next_plugin.kernels.fused_moe import fused_moe
-from qwen3next_plugin.kernels.linear import Weight
-from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.packed import pack_parameters
-from qwen3next_plugin.model.quantised import BF16
+from qwen3next_plugin.kernels.linear import PackedWeight
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS, pack_experts
+from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 
 class NativeExperts(UnquantizedFusedMoEMethod):
     """SGLang's unquantised experts; SGLang's AMX kernel stays if it has packed the weights."""
 
-    drafts = False  # a drafter's: bf16 is packed as int8
+    as_int8 = False  # pack what is in bf16 as int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_packed"):  # SGLang may call this twice
             return
         super().process_weights_after_loading(layer)
         w2 = layer.w2_weight
-        if use_intel_amx_backend(layer) or w2.shape[-1] % TILE:
+        if use_intel_amx_backend(layer) or w2.shape[-1] % PANEL:
             return
-        if are_packed(w2.dtype):
-            for which in ("w13", "w2"):
-                packed = pack_parameters(layer, BF16, f"{which}_", as_int8=self.drafts)
-                setattr(layer, f"{which}_packed", packed)
+        if packs_plain(w2.dtype):
+            pack_experts(layer, BF16_EXPERTS, as_int8=self.as_int8)
 
     def forward_cpu(
         self, layer: torch.nn.Module, dispatch_output: StandardDispatchOutput
@@ -54,6 +51,6 @@ class NativeExperts(UnquantizedFusedMoEMethod):
     forward_native = forward_cpu  # the name that SGLang calls without AMX
 
 
-def _weight(layer: Any, which: str) -> torch.Tensor | Weight:
+def _weight(layer: Any, which: str) -> torch.Tensor | PackedWeight:
     packed = getattr(layer, f"{which}_packed", None)
     return getattr(layer, f"{which}_weight") if packed is None else packed.weight

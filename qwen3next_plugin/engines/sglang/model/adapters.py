@@ -29,7 +29,7 @@ from sglang.srt.runtime_context import get_lora, get_parallel
 from torch import nn
 
 from qwen3next_plugin.engines.hub import local_folder
-from qwen3next_plugin.engines.sglang.cpu.packing import pack
+from qwen3next_plugin.engines.sglang.cpu.packed_layers import make_product
 from qwen3next_plugin.engines.sglang.names import LORA_BACKEND
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.model.adapters import LowRank, read, stored
@@ -168,5 +168,5 @@ def _product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     Shapes: weight [N, K]; the product takes [T, K] and returns [T, N]
     """
     if weight.dtype == torch.bfloat16:
-        return pack(weight)
+        return make_product(weight)
     return partial(nn.functional.linear, weight=weight)

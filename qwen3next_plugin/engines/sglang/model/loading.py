@@ -10,11 +10,11 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.quantisation import formats
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.quantisation.modules import served_formats
 
 # A stacked projection's parts, by the names that quantisation configs use.
 PACKED_MODULES = {
@@ -40,7 +40,7 @@ class OurModel(nn.Module):
     def _set_config(self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None) -> None:
         self.config = config
         self.quantised = quant_config is not None
-        self.formats = formats(quant_config)
+        self.formats = served_formats(quant_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""

@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.packing import head_for_drafts, use_packing
+from qwen3next_plugin.engines.sglang.cpu.packed_layers import head_for_drafts, use_packing
 from qwen3next_plugin.engines.sglang.cpu.quantisation import goes_by_files
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel, load
@@ -21,7 +21,7 @@ from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.checkpoint.reading import require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.packed import drop_plain
+from qwen3next_plugin.model.quantisation.packed import drop_plain
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 

@@ -17,11 +17,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin.engines.vllm.cpu.packed import PackedExperts, on_this_rank
+from qwen3next_plugin.engines.vllm.cpu.packed_layers import PackedExperts, on_this_rank
 from qwen3next_plugin.kernels.fused_moe import fused_moe
-from qwen3next_plugin.kernels.linear.weight import TILE
-from qwen3next_plugin.model.packed import packs_plain
-from qwen3next_plugin.model.quantised import BF16
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS
+from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 
 class NativeExperts(CPUUnquantizedExperts):
@@ -71,7 +71,7 @@ class Experts(RoutedExperts):
         if not current_platform.is_cpu() or not isinstance(method, UnquantizedFusedMoEMethod):
             return method
         if self._are_packed(moe_config):
-            return PackedExperts(moe_config, {"w13": BF16, "w2": BF16})
+            return PackedExperts(moe_config, prefix, BF16_EXPERTS)
         if method.experts_cls is CPUUnquantizedExperts:
             method.experts_cls = NativeExperts
         return method
@@ -80,8 +80,7 @@ class Experts(RoutedExperts):
     def _are_packed(moe_config: FusedMoEConfig) -> bool:
         """Whether our packed kernel runs the experts; vLLM can rebalance only unpacked ones."""
         return (
-            packs_plain()
-            and moe_config.in_dtype == torch.bfloat16
-            and moe_config.intermediate_size_per_partition % TILE == 0
+            packs_plain(moe_config.in_dtype)
+            and moe_config.intermediate_size_per_partition % PANEL == 0
             and not moe_config.moe_parallel_config.enable_eplb
         )

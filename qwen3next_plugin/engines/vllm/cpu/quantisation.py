@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
-import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -22,15 +21,15 @@ from vllm.platforms import current_platform
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
-from qwen3next_plugin.model.as_stored import as_stored
-from qwen3next_plugin.model.checkpoint.quantised import read_formats, read_plain_modules
-from qwen3next_plugin.model.formats import Formats
+from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
+from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
+from qwen3next_plugin.model.quantisation.plain import leave_plain
 
 READ_HERE = ("auto", "safetensors")  # of --load-format
 
 
 @register_quantization_config(QUANTISATION)
-class Quantisation(QuantizationConfig):
+class Quantisation(ByFiles, QuantizationConfig):
     """Every quantised checkpoint of our models, on a CPU."""
 
     def __init__(self, raw: Mapping[str, Any] | None) -> None:
@@ -41,7 +40,7 @@ class Quantisation(QuantizationConfig):
         self.hf_config: Any = None
 
     @property
-    def formats(self) -> Formats:
+    def formats(self) -> Formats:  # type: ignore[override]
         """The formats of the trunk's and the drafter's modules.
 
         Raises: CheckpointError for a module that is quantised as none of ours.
@@ -50,12 +49,12 @@ class Quantisation(QuantizationConfig):
         return read_formats(folder, self.hf_config, self.raw)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        # Not at registration, when vLLM has not chosen its layers yet.
-        from qwen3next_plugin.engines.vllm.cpu.packed import method
+        # vLLM's experts take a second to import, and this file is imported wherever vLLM starts.
+        from qwen3next_plugin.engines.vllm.cpu.packed_layers import method_for
 
-        return method(layer, self.formats.of(prefix))
+        return method_for(layer, prefix, self.formats.of(prefix))
 
-    # What vLLM asks of a quantisation.
+    # What vLLM asks of a quantisation, besides what both engines do.
 
     @classmethod
     def override_quantization_method(
@@ -77,19 +76,8 @@ class Quantisation(QuantizationConfig):
     def get_name(self) -> str:
         return QUANTISATION
 
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
 
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-
-def quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
+def choose_quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
     """The checkpoint's, or ours where QWEN3NEXT_QUANTISE asks for it.
 
     vLLM checks flags before it makes the checkpoint's.
@@ -108,17 +96,12 @@ def quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
 def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
     """The configuration that a model's layers are built by."""
     found, model_config = copy(vllm_config), vllm_config.model_config
-    found.quant_config = quantisation(vllm_config)
+    found.quant_config = choose_quantisation(vllm_config)
     of_files = model_config.model_arch_config.quantization_config is not None
     read_here = vllm_config.load_config.load_format in READ_HERE
     if found.quant_config is None or current_platform.is_cpu() or not (of_files and read_here):
         return found
     folder = local_folder(model_config.model, model_config.revision)
     plain = read_plain_modules(folder, model_config.hf_config)
-    found.quant_config = as_stored(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
+    found.quant_config = leave_plain(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
     return found
-
-
-def formats(config: QuantizationConfig | None) -> Formats | None:
-    """What a model loads by; None: vLLM's kernels take the tensors as they are."""
-    return config.formats if isinstance(config, Quantisation) else None

@@ -11,8 +11,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
-from qwen3next_plugin.engines.vllm.cpu.packing import use_packing
-from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
+from qwen3next_plugin.engines.vllm.cpu.packed_layers import use_packing
+from qwen3next_plugin.engines.vllm.cpu.quantisation import with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
@@ -22,6 +22,7 @@ from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embeddin
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 
@@ -89,7 +90,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.config = vllm_config.model_config.hf_config  # vLLM sets fields of it
         self.sizes = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
-        self.formats = formats(vllm_config.quant_config)
+        self.formats = served_formats(vllm_config.quant_config)
         self.model = MultiTokenPredictor(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")
         )

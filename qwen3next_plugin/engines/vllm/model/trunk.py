@@ -32,8 +32,8 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.packing import use_packing
-from qwen3next_plugin.engines.vllm.cpu.quantisation import formats, with_quantisation
+from qwen3next_plugin.engines.vllm.cpu.packed_layers import use_packing
+from qwen3next_plugin.engines.vllm.cpu.quantisation import with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import make_attention
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
@@ -55,6 +55,7 @@ from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.quantisation.modules import served_formats
 
 
 def make_decoder_layer(
@@ -165,7 +166,7 @@ class Qwen3NextForCausalLM(
         vllm_config = with_quantisation(vllm_config)
         self.config = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
-        self.formats = formats(vllm_config.quant_config)
+        self.formats = served_formats(vllm_config.quant_config)
         self.layout = projection_layout(self.config, vllm_config)
         provide_page_copies()
         if vllm_config.lora_config is not None:

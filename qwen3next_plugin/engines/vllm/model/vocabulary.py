@@ -20,7 +20,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.packed import Packed, drop_plain, pack_head, packs_head
+from qwen3next_plugin.model.quantisation.packed import Packed, drop_plain, pack_head, packs_head
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 

@@ -13,16 +13,16 @@ import torch
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT
 from qwen3next_plugin.model.checkpoint.mapped import give_back
-from qwen3next_plugin.model.quantised import Format, Module, Scheme, dequantise, scheme
+from qwen3next_plugin.model.quantisation.format import Format, dequantise
+from qwen3next_plugin.model.quantisation.schemes import Module, Scheme, scheme
 
 Shapes = Mapping[str, tuple[int, ...]]
 Stream = Iterable[tuple[str, torch.Tensor]]
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Modules whose parameters are never quantised: they are looked up, small, or drafts are made of it.
+# Modules whose parameters are never quantised: embeddings, routers, and the head that drafts read.
 PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
-OF_OTHERS = ("bias", "k_scale", "v_scale", "output_scale")  # and of the KV cache, beside a weight
 KINDS = "FP8, int8, GPTQ, AWQ and compressed-tensors' pack-quantized"
 
 
@@ -38,8 +38,8 @@ class Stored(NamedTuple):
 class Formats:
     """The formats of a checkpoint's modules, and of ours, which may hold several of its.
 
-    Ours has a format if all that it holds have it. Otherwise its weights are dequantised as they
-    load: `dequantised` names what was quantised of them.
+    Ours has a format if all modules that it holds have it. Otherwise these are dequantised as they
+    load: `dequantised` names them.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Formats:
         self.dequantised = [name for name in stored if holder(name) not in self._formats]
 
     def of(self, prefix: str) -> dict[str, Format] | None:
-        """The formats of one of our modules by the tensors that have them, None: it has none.
+        """The formats of one of our modules, by its weights; None: it is not quantised.
 
         Experts have two, `w13` and `w2`; others one, `weight`. A wrapper's prefix is ignored.
 
@@ -78,12 +78,12 @@ class Formats:
         return self._formats.get(without_wrapper(prefix))
 
     def format_of(self, module: str) -> Format | None:
-        """That in which a module of the checkpoint is served; None: as plain weights."""
+        """The format in which a module of the checkpoint is served; None: not quantised."""
         served = module in self.stored and self._holder(module) in self._formats
         return self.stored[module].format if served else None
 
     def described(self) -> str:
-        """What the log should say; empty: everything is served as it is quantised."""
+        """A line for the log; empty if every module is served in its own format."""
         if not self.dequantised:
             return self._note
         return (
@@ -103,10 +103,10 @@ class Formats:
                 found[name] = shape
         return found
 
-    def rows(
+    def converted(
         self, tensors: Stream, ignored: Iterable[str] = ()
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each module's tensors in our form once its last is there, others as they are.
+        """Yield a module's tensors in our format once all of them are read, others as they are.
 
         Those of modules whose weight is in `ignored` are left out.
         """
@@ -123,23 +123,45 @@ class Formats:
             waiting[module][last] = tensor
             if len(waiting[module]) == len(stored.names):
                 whole = stored.module._replace(tensors=waiting.pop(module))
-                yield from self._in_our_form(stored, whole)
+                yield from self._in_our_format(stored, whole)
                 for tensor in whole.tensors.values():
                     give_back(tensor)
 
-    def _in_our_form(self, stored: Stored, module: Module) -> Iterator[tuple[str, torch.Tensor]]:
+    def _in_our_format(self, stored: Stored, module: Module) -> Iterator[tuple[str, torch.Tensor]]:
         if any(tensor.is_meta for tensor in module.tensors.values()):  # a check of the names alone
-            shapes = stored.format.tensors(module.rows, module.columns).items()
+            shapes = stored.format.tensors(module.channels, module.columns).items()
             found = {n: torch.empty(s, dtype=dtype, device="meta") for n, (s, dtype) in shapes}
         else:
-            found = stored.scheme.rows(module)
+            found = stored.scheme.read(module)
         if self.format_of(module.name) is None:
             found = {"weight": dequantise(found, stored.format)}
         for last, tensor in found.items():
             yield f"{module.name}.{last}", tensor
 
 
-def read_formats(
+class ByFiles:
+    """What both engines ask of a quantisation whose formats are those of a checkpoint's files."""
+
+    formats: Formats
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [*PLAIN_DTYPES]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+
+def served_formats(quantisation: object) -> Formats | None:
+    """What a model loads by; None: the engine's kernels take the tensors as they are."""
+    return quantisation.formats if isinstance(quantisation, ByFiles) else None
+
+
+def stored_formats(
     tensors: Stream,
     shapes: Shapes,
     holder: Callable[[str], str],
@@ -167,8 +189,8 @@ def read_formats(
     for name, parts in found.items():
         if parts.keys() == {"weight"} and parts["weight"].dtype in PLAIN_DTYPES:
             continue
-        rows, columns = shapes[f"{name}.weight"]
-        whole = Module(name, rows, columns, parts, less)
+        channels, columns = shapes[f"{name}.weight"]
+        whole = Module(name, channels, columns, parts, less)
         known = _known(whole)
         form = known.format(whole)
         stored[name] = Stored(whole._replace(tensors={}), frozenset(parts), known, form)
@@ -184,32 +206,6 @@ def without_wrapper(prefix: str) -> str:
     """A module's name in a text model; wrappers and drafters put more before it."""
     name = PREFIXED.search(prefix)
     return name[0] if name else prefix
-
-
-def plain_modules(tensors: Stream, shapes: Shapes, holder: Callable[[str], str]) -> frozenset[str]:
-    """Our modules of which the files have no part quantised, in whatever way.
-
-    Args: as of `read_formats`.
-
-    Raises: CheckpointError for a module of which they have one part quantised and another not.
-    """
-    shapes = matrices(shapes)
-    plain: dict[str, bool] = {}
-    for name, tensor in tensors:
-        module, _, last = name.rpartition(".")
-        if f"{module}.weight" in shapes and last not in OF_OTHERS:
-            whole = last == "weight" and tensor.dtype in PLAIN_DTYPES
-            plain[module] = plain.get(module, True) and whole
-    found: dict[str, dict[bool, str]] = defaultdict(dict)
-    for module, whole in plain.items():
-        found[holder(module)][whole] = module
-    for ours, parts in found.items():
-        if len(parts) > 1:
-            raise CheckpointError(
-                f"{ours}: {parts[False]} is quantised, and {parts[True]} is not; a GPU's kernels "
-                f"take both in one format: use a checkpoint with both quantised, or neither"
-            )
-    return frozenset(ours for ours, parts in found.items() if True in parts)
 
 
 def matrices(shapes: Shapes) -> Shapes:
@@ -232,12 +228,8 @@ def _known(module: Module) -> Scheme:
             f"is quantised, and {', '.join(missing)} is missing",
             "download the checkpoint again, or check model.safetensors.index.json",
         )
-    if "weight" in names and module.shape("weight") != (module.rows, module.columns):
-        raise module.refuse(
-            f"weight has shape {module.shape('weight')}, the config asks for "
-            f"{(module.rows, module.columns)}",
-            "take config.json and the safetensors files from one release",
-        )
+    if "weight" in names:
+        module.check_weight()
     return known
 
 

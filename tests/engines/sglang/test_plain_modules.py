@@ -1,4 +1,4 @@
-"""On a GPU SGLang's quantisation is told what the checkpoint's files say of each module."""
+"""On a GPU SGLang's quantisation leaves the modules that the files have unquantised."""
 
 from types import SimpleNamespace as Bag
 
@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def told(monkeypatch, folder):
+def made(monkeypatch, folder):
     """What our hook makes of SGLang's quantisation; the prefixes that SGLang's was asked for."""
     from sglang.srt.layers.quantization.fp8 import Fp8Config
 
@@ -37,24 +37,25 @@ def told(monkeypatch, folder):
         for name, value in changes.items():
             setattr(hf_config, name, value)
         model_config = Bag(model_path=str(folder), revision=None, hf_config=hf_config)
-        return hooks.tell_quantisation(lambda *_: host, model_config, None)
+        return hooks.leave_plain_modules(lambda *_: host, model_config, None)
 
     return make, host, asked
 
 
-def test_each_module_by_the_files(told):
+def test_each_module_by_the_files(made):
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from qwen3next_plugin.engines.sglang.cpu.quantisation import formats, goes_by_files
+    from qwen3next_plugin.engines.sglang.cpu.quantisation import goes_by_files
+    from qwen3next_plugin.model.quantisation.modules import served_formats
 
-    make, host, asked = told
+    make, host, asked = made
     config = make()
     assert isinstance(config, type(host))
     assert goes_by_files(config)  # so the MTP layer's input is quantised as the files say
     assert not goes_by_files(host)
-    assert formats(config) is None
+    assert served_formats(config) is None
     projection, experts = LinearBase.__new__(LinearBase), FusedMoE.__new__(FusedMoE)
     for prefix in ("mtp.fc", "model.language_model.layers.0.linear_attn.in_proj_qkvz"):
         assert isinstance(config.get_quant_method(projection, prefix), UnquantizedLinearMethod)
@@ -66,6 +67,6 @@ def test_each_module_by_the_files(told):
     assert len(asked) == 3
 
 
-def test_weights_that_sglang_quantises_itself(told):
-    make, host, _ = told
+def test_weights_that_sglang_quantises_itself(made):
+    make, host, _ = made
     assert make(quantization_config=None) is host

@@ -1,16 +1,22 @@
-"""Packs values and scales, as checkpoints have them, into a `Weight`."""
+"""Packs values and scales, as checkpoints have them, into a `PackedWeight`."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen3next_plugin.kernels.linear.weight import BLOCK, SCALES, TILE, Format, Weight
+from qwen3next_plugin.kernels.linear.packed_weight import (
+    BLOCK,
+    PANEL,
+    SCALES,
+    Encoding,
+    PackedWeight,
+)
 
 GROUPS = (32, 64, 128)
 
 
-def pack_int8(values: Tensor, scale: Tensor) -> Weight:
-    """Symmetric int8, one scale for each row or group.
+def pack_int8(values: Tensor, scale: Tensor) -> PackedWeight:
+    """Symmetric int8, one scale for each output channel or group.
 
     Shapes: values [..., N, K] int8; scale [..., N, 1] or [..., N, K / group], group 32, 64 or 128.
         One leading dim is of experts.
@@ -20,12 +26,12 @@ def pack_int8(values: Tensor, scale: Tensor) -> Weight:
     """
     _check_values("pack_int8", values, torch.int8)
     group = _group("pack_int8", values, scale)
-    pairs = _columns_in(values, group).unflatten(-1, (-1, 2))  # [..., tiles, 16, K / 2, 2]
+    pairs = _columns_in(values, group).unflatten(-1, (-1, 2))  # [..., panels, 16, K / 2, 2]
     return _weight("int8", values, group, pairs.transpose(-3, -2), scale, None)
 
 
-def pack_int4(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> Weight:
-    """int4, values and zero points 0 to 15, one scale for each row or group.
+def pack_int4(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> PackedWeight:
+    """int4, values and zero points 0 to 15, one scale for each output channel or group.
 
     Shapes: values [..., N, K] uint8; scale, zero [..., N, 1] or [..., N, K / group]. `zero` is
         uint8; None: 8.
@@ -43,13 +49,15 @@ def pack_int4(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> Weig
             f"{op}: zero is {zero.dtype} {tuple(zero.shape)}, not torch.uint8 {tuple(scale.shape)}"
         )
     n = _columns_in(values, group).unflatten(-1, (-1, 2, 2, 2))  # [..., K / 8, words' bytes, 2, 2]
-    octets = n[..., 0, :] | n[..., 1, :] << 4  # [..., tiles, 16, K / 8, byte of a word, column % 2]
-    lines = octets.transpose(-1, -2).movedim(-4, -3)  # [..., tiles, K / 8, 16, 2, bytes]
+    octets = (
+        n[..., 0, :] | n[..., 1, :] << 4
+    )  # [..., panels, 16, K / 8, byte of a word, column % 2]
+    lines = octets.transpose(-1, -2).movedim(-4, -3)  # [..., panels, K / 8, 16, 2, bytes]
     return _weight("int4", values, group, lines, scale, zero)
 
 
-def pack_fp8(values: Tensor, scale: Tensor) -> Weight:
-    """FP8 e4m3, one scale for each block of 128 × 128, for each 128 of a row, or for each row.
+def pack_fp8(values: Tensor, scale: Tensor) -> PackedWeight:
+    """FP8 e4m3, one scale for each block of 128 × 128, group of 128 or output channel.
 
     Shapes: values [..., N, K] float8_e4m3fn; scale [..., ⌈N/128⌉, ⌈K/128⌉], [..., N, ⌈K/128⌉] or
         [..., N, 1]
@@ -75,11 +83,11 @@ def pack_fp8(values: Tensor, scale: Tensor) -> Weight:
     quads = _columns_in(codes, group).unflatten(
         -1, (-1, 2, 2)
     )  # [..., 16, K / 4, byte, column % 2]
-    lines = quads.transpose(-1, -2).movedim(-4, -3)  # [..., tiles, K / 4, 16, 2, bytes]
+    lines = quads.transpose(-1, -2).movedim(-4, -3)  # [..., panels, K / 4, 16, 2, bytes]
     return _weight("fp8", values, group, lines, scale, None)
 
 
-def pack_bf16(values: Tensor) -> Weight:
+def pack_bf16(values: Tensor) -> PackedWeight:
     """The matrix itself.
 
     Shapes: values [..., N, K] bf16. One leading dim is of experts.
@@ -87,7 +95,7 @@ def pack_bf16(values: Tensor) -> Weight:
     Raises: ValueError for a dtype or a shape.
     """
     _check_values("pack_bf16", values, torch.bfloat16)
-    pairs = _columns_in(values, 0).unflatten(-1, (-1, 2))  # [..., tiles, 16, K / 2, 2]
+    pairs = _columns_in(values, 0).unflatten(-1, (-1, 2))  # [..., panels, 16, K / 2, 2]
     none = values.new_empty(*values.shape[:-1], 0)
     return _weight("bf16", values, 0, pairs.transpose(-3, -2), none, None)
 
@@ -100,7 +108,7 @@ def _check_values(op: str, values: Tensor, dtype: torch.dtype) -> None:
 
 
 def _group(op: str, values: Tensor, scale: Tensor) -> int:
-    """Columns that share a scale; 0: the whole row."""
+    """Columns that share a scale; 0: all."""
     *lead, N, K = values.shape
     if scale.shape[:-1] != (*lead, N):
         raise ValueError(
@@ -111,29 +119,34 @@ def _group(op: str, values: Tensor, scale: Tensor) -> int:
         return 0
     if not groups or K % groups or K // groups not in GROUPS:
         raise ValueError(
-            f"{op}: {groups} scales for a row of {K}: not one, nor one for each 32, 64 or 128"
+            f"{op}: {groups} scales for {K} columns: not one, nor one for each 32, 64 or 128"
         )
     return K // groups
 
 
 def _columns_in(values: Tensor, group: int) -> Tensor:
-    """Values padded to whole groups and tiles: [..., tiles, 16, K]."""
+    """Values padded to whole groups and panels: [..., panels, 16, K]."""
     N, K = values.shape[-2:]
-    padded = pad(values, (0, -K % (group or BLOCK), 0, -N % TILE))
-    return padded.unflatten(-2, (-1, TILE))
+    padded = pad(values, (0, -K % (group or BLOCK), 0, -N % PANEL))
+    return padded.unflatten(-2, (-1, PANEL))
 
 
 def _weight(
-    format: Format, values: Tensor, group: int, lines: Tensor, scale: Tensor, zero: Tensor | None
-) -> Weight:
-    op = f"pack_{format}"
+    encoding: Encoding,
+    values: Tensor,
+    group: int,
+    lines: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> PackedWeight:
+    op = f"pack_{encoding}"
     if scale.dtype not in SCALES:
         raise ValueError(f"{op}: scale is {scale.dtype}, not one of {SCALES}")
     if not scale.isfinite().all():
         raise ValueError(f"{op}: scale is not finite")
     lead = values.dim() - 2
-    return Weight(
-        format=format,
+    return PackedWeight(
+        encoding=encoding,
         shape=tuple(values.shape),
         group=group,
         packed=lines.contiguous().view(torch.uint8).flatten(lead + 1),
@@ -143,6 +156,6 @@ def _weight(
 
 
 def _lanes(x: Tensor) -> Tensor:
-    """[..., N, groups] as [..., tiles, groups, 16], padded with zeros."""
-    padded = pad(x, (0, 0, 0, -x.shape[-2] % TILE))
-    return padded.unflatten(-2, (-1, TILE)).transpose(-1, -2).contiguous()
+    """[..., N, groups] as [..., panels, groups, 16], padded with zeros."""
+    padded = pad(x, (0, 0, 0, -x.shape[-2] % PANEL))
+    return padded.unflatten(-2, (-1, PANEL)).transpose(-1, -2).contiguous()

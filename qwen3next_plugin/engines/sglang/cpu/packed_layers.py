@@ -1,14 +1,24 @@
-"""Projections and head packed for our kernel or oneDNN on a CPU; SGLang packs for AMX only.
+"""Layers on a CPU whose weights are packed for our kernels or oneDNN; SGLang packs for AMX only.
 
 oneDNN repacks a plain bf16 weight at each product, which takes up to half of a decode step's time.
 Here weights are packed once, at load, and the plain copy is dropped. fp32 weights, and what SGLang
 packed for AMX, stay as they are.
 """
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher import CombineInput, StandardCombineInput
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.quantization.base_config import (
+    FusedMoEMethodBase,
+    LinearMethodBase,
+    QuantizeMethodBase,
+)
 from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
     UnquantizedFusedMoEMethod,
@@ -20,12 +30,15 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
-from qwen3next_plugin.kernels.linear import Weight, pack_bf16
-from qwen3next_plugin.model.packed import (
+from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
+from qwen3next_plugin.kernels.linear import PackedWeight
+from qwen3next_plugin.model.quantisation.format import Format
+from qwen3next_plugin.model.quantisation.layers import ExpertsMethod, LinearMethod, each_layer
+from qwen3next_plugin.model.quantisation.packed import (
     Packed,
     drop_plain,
-    pack_as_int8,
     pack_head,
+    pack_plain,
     packs_head,
     packs_plain,
 )
@@ -33,11 +46,58 @@ from qwen3next_plugin.model.packed import (
 ROWS = 1  # the layout is chosen for one row; measured, it is as fast for more rows
 
 
-class Product(Protocol):
-    """A packed weight [N, K]."""
+def method_for(
+    layer: nn.Module, prefix: str, found: Mapping[str, Format] | None
+) -> QuantizeMethodBase | None:
+    """How SGLang runs a layer whose weights have these formats; None: it is not quantised."""
+    if isinstance(layer, FusedMoE):
+        inner = layer.intermediate_size_per_partition * layer.moe_tp_size
+        return PackedExperts(prefix, found, inner) if found else NativeExperts()
+    if isinstance(layer, LinearBase):
+        return PackedLinear(prefix, found["weight"]) if found else UnquantizedLinearMethod()
+    return None
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Shapes: x [T, K], bias [N], returns [T, N]."""
+
+def use_packing(
+    model: nn.Module,
+    head: nn.Module | None = None,
+    *,
+    head_in_fp32: bool = False,
+    drafting: nn.Module | None = None,
+) -> None:
+    """On a CPU, make SGLang pack a model's unquantised projections and head after loading."""
+    if not without_gpu():
+        return
+    for layer, as_int8 in each_layer(model, drafting):
+        method = getattr(layer, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod:
+            _use(PackedProjection(as_int8=as_int8), layer)
+        elif type(method) is UnquantizedEmbeddingMethod and layer is head:
+            _use(PackedHead(in_fp32=head_in_fp32), layer)
+        elif isinstance(method, UnquantizedFusedMoEMethod):
+            method.as_int8 = as_int8
+
+
+def _use(method: "PackedProjection | PackedHead", layer: Any) -> None:
+    layer.quant_method, layer.packed = method, None
+
+
+class PackedLinear(LinearMethod, LinearMethodBase):
+    """A projection of a quantised checkpoint."""
+
+
+class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
+    """Experts of a quantised checkpoint."""
+
+    def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
+        """None: our kernel is called directly."""
+
+    def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> CombineInput:
+        """Shapes: hidden_states [T, D], returns [T, D]."""
+        x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        return StandardCombineInput(
+            hidden_states=self.multiply(layer, x, topk.topk_weights, topk.topk_ids)
+        )
 
 
 class OneDnn(nn.Module):
@@ -48,20 +108,13 @@ class OneDnn(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Shapes: as of `Product`."""
+        """Shapes: x [T, K], bias [N], returns [T, N]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
 
-def are_packed(dtype: torch.dtype) -> bool:
-    """Whether our kernels take weights of this dtype."""
-    return dtype == torch.bfloat16 and packs_plain()
-
-
-def pack(weight: torch.Tensor, *, as_int8: bool = False) -> Product:
-    """For our kernels in bf16, or int8 if asked. Shapes: weight [N, K] bf16."""
-    if not are_packed(weight.dtype):
-        return OneDnn(weight)
-    return Packed(pack_as_int8(weight) if as_int8 else pack_bf16(weight))
+def make_product(weight: torch.Tensor, *, as_int8: bool = False) -> Packed | OneDnn:
+    """By our kernels in bf16, or int8 if asked, else by oneDNN. Shapes: weight [N, K] bf16."""
+    return pack_plain(weight, as_int8=as_int8) if packs_plain(weight.dtype) else OneDnn(weight)
 
 
 def _is_plain(layer: Any) -> bool:
@@ -73,14 +126,14 @@ def _is_plain(layer: Any) -> bool:
 class PackedProjection(UnquantizedLinearMethod):
     """SGLang's unquantised projection."""
 
-    def __init__(self, *, as_int8: bool = False) -> None:
+    def __init__(self, *, as_int8: bool) -> None:
         super().__init__()
         self.as_int8 = as_int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
         if _is_plain(layer) and layer.weight.dtype == torch.bfloat16:
-            layer.packed = pack(layer.weight.data, as_int8=self.as_int8)
+            layer.packed = make_product(layer.weight.data, as_int8=self.as_int8)
             drop_plain(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -115,7 +168,7 @@ def _is_tied(head: Any) -> bool:
     return not isinstance(head, ParallelLMHead)
 
 
-def head_for_drafts(head: Any) -> tuple[torch.Tensor | Weight, bool]:
+def head_for_drafts(head: Any) -> tuple[torch.Tensor | PackedWeight, bool]:
     """What drafts are read from, and whether it stays; else the plain head is to be dropped."""
     packed = getattr(head, "packed", None)
     if isinstance(packed, Packed):
@@ -138,33 +191,3 @@ class PackedLogitsProcessor(LogitsProcessor):
         if (packed := getattr(lm_head, "packed", None)) is None:
             return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, out=out)
         return packed(hidden_states.float() if self.use_fp32_lm_head else hidden_states)
-
-
-def use_packing(
-    model: nn.Module,
-    head: nn.Module | None = None,
-    *,
-    head_in_fp32: bool = False,
-    drafting: nn.Module | None = None,
-) -> None:
-    """On a CPU, make SGLang pack a model's projections and head after loading.
-
-    Projections in `drafting`, but for routers, and its experts become int8 where our kernels take
-    them: a draft is bound by reading weights, and one that is wrong costs speed alone.
-    """
-    if not without_gpu():
-        return
-    within = set() if drafting is None else set(drafting.modules())
-    for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        if type(method) is UnquantizedLinearMethod:
-            as_int8 = module in within and not name.endswith(".gate")
-            _use(PackedProjection(as_int8=as_int8), module)
-        elif type(method) is UnquantizedEmbeddingMethod and module is head:
-            _use(PackedHead(in_fp32=head_in_fp32), module)
-        elif isinstance(method, UnquantizedFusedMoEMethod):
-            method.drafts = module in within
-
-
-def _use(method: PackedProjection | PackedHead, layer: Any) -> None:
-    layer.quant_method, layer.packed = method, None

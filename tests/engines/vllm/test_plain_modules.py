@@ -1,4 +1,4 @@
-"""On a GPU vLLM's quantisation is told what the checkpoint's files say of each module."""
+"""On a GPU vLLM's quantisation leaves the modules that the files have unquantised."""
 
 from types import SimpleNamespace as Bag
 
@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 from qwen3next_plugin.engines.vllm.cpu import quantisation
+from qwen3next_plugin.model.quantisation.modules import served_formats
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def told(monkeypatch, folder):
+def made(monkeypatch, folder):
     """The quantisation of a model's layers where there is a GPU; how often vLLM's was asked."""
     asked: list[str] = []
 
@@ -51,12 +52,12 @@ def told(monkeypatch, folder):
     return make, host, asked
 
 
-def test_each_module_by_the_files(told):
-    make, host, asked = told
+def test_each_module_by_the_files(made):
+    make, host, asked = made
     config = make()
     assert isinstance(config, Fp8Config)
     assert config is not host
-    assert quantisation.formats(config) is None
+    assert served_formats(config) is None
     projection, experts = LinearBase.__new__(LinearBase), RoutedExperts.__new__(RoutedExperts)
     for prefix in ("mtp.fc", "language_model.model.layers.0.linear_attn.in_proj_qkvz"):
         assert isinstance(config.get_quant_method(projection, prefix), UnquantizedLinearMethod)
@@ -69,6 +70,6 @@ def test_each_module_by_the_files(told):
 
 
 @pytest.mark.parametrize("case", [{"load_format": "dummy"}, {"of_files": None}], ids=str)
-def test_weights_that_vllm_makes_or_quantises_itself(told, case):
-    make, host, _ = told
+def test_weights_that_vllm_makes_or_quantises_itself(made, case):
+    make, host, _ = made
     assert make(**case) is host

@@ -8,13 +8,13 @@ from typing import Any
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model import formats
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import holder, our_name, our_names
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
-from qwen3next_plugin.model.formats import PLAIN_DTYPES, Formats, plain_modules
-from qwen3next_plugin.model.quantising import quantising
+from qwen3next_plugin.model.quantisation.at_load import formats_at_load
+from qwen3next_plugin.model.quantisation.modules import PLAIN_DTYPES, Formats, stored_formats
+from qwen3next_plugin.model.quantisation.plain import plain_modules
 
 
 def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] | None) -> Formats:
@@ -70,7 +70,7 @@ def formats_of(
     shapes, of_ours = all_tensors(config), partial(holder, config=config)
     if asked is None:
         stored = list(stored_tensors(folder))
-        found = formats.read_formats(our_names(stored, config), shapes, of_ours, quantization)
+        found = stored_formats(our_names(stored, config), shapes, of_ours, quantization)
         found.tower = next(
             (
                 name
@@ -85,7 +85,7 @@ def formats_of(
             f"QWEN3NEXT_QUANTISE={asked}: the checkpoint is quantised already, by its "
             f"quantization_config; unset the variable"
         )
-    return quantising(asked, shapes, of_ours)
+    return formats_at_load(asked, shapes, of_ours)
 
 
 def plain_modules_of(folder: Path, config: Qwen3NextConfig) -> frozenset[str]:

@@ -17,13 +17,15 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import holder
-from qwen3next_plugin.model.checkpoint.quantised import formats_of, plain_modules_of
 from qwen3next_plugin.model.checkpoint.reading import parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
-from qwen3next_plugin.model.formats import Formats
-from qwen3next_plugin.model.packed import check_experts, check_split, pack, pack_head, packs_head
-from qwen3next_plugin.model.quantised import Format, Module, dequantise, scheme
-from qwen3next_plugin.model.quantising import quantised_bytes
+from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
+from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of
+from qwen3next_plugin.model.quantisation.format import Format, dequantise
+from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
+from qwen3next_plugin.model.quantisation.modules import Formats
+from qwen3next_plugin.model.quantisation.packed import pack, pack_head, packs_head
+from qwen3next_plugin.model.quantisation.schemes import Module, scheme
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def form_of(formats: Formats, module: str, config: Qwen3NextConfig) -> Format:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, MIXED])
-def test_rows_are_the_dequantised_weights(plain, tmp_path, kind):
+def test_what_is_loaded_are_the_dequantised_weights(plain, tmp_path, kind):
     quantised, twin = write_quantised(plain, tmp_path, kind)
     formats, _ = load(quantised)
     assert not formats.dequantised
@@ -116,9 +118,9 @@ def test_fp8_in_groups_of_128_columns():
         "weight_scale": torch.rand(6, 2),
     }
     kind, module = scheme(tensors), Module("m", 6, 160, tensors)
-    form, rows = kind.format(module), kind.rows(module)
+    form, tensors = kind.format(module), kind.read(module)
     assert form == Format("fp8", 128, torch.float32)
-    assert torch.equal(unpack(pack(rows, form).weight), dequantise(rows, form))
+    assert torch.equal(unpack(pack(tensors, form).weight), dequantise(tensors, form))
 
 
 def test_ranks_that_would_share_a_scale():
@@ -217,12 +219,12 @@ def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
 def test_the_output_head_is_int8(monkeypatch, name):
     weight = torch.randn(50, 160).bfloat16()
     plain = pack_head(weight) if packs_head(torch.bfloat16) else None
-    assert plain is None or plain.format == "bf16"
+    assert plain is None or plain.encoding == "bf16"
     assert not packs_head(torch.float32)
     monkeypatch.setenv("QWEN3NEXT_QUANTISE", name)
     assert packs_head(torch.float32)
     head = pack_head(weight)
-    assert head.format == "int8"
+    assert head.encoding == "int8"
     shapes = {"model.embed_tokens.weight": (50, 160)}
     assert quantised_bytes(name, shapes) == {"lm_head.weight": 50 * 160 + 50 * 4}
     step = weight.float().abs().amax(1) / 127

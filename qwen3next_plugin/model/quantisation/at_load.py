@@ -1,0 +1,99 @@
+"""Weights of a plain checkpoint, quantised as they load: rounded to nearest."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from math import prod
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin import env
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels.linear.pack import GROUPS
+from qwen3next_plugin.model.quantisation.format import Format, joined
+from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, Stored, matrices
+from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
+
+# Small, and much depends on them: gates and decays of linear attention, the MTP layer's input.
+KEPT = re.compile(r"(in_proj_(ba|b|a)|\.fc)$")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+INT8 = Format("int8", 0, torch.float32)  # also of the head, which `packed.pack_head` quantises
+SMALLEST = 1e-8  # a scale: of weights that are all zeros
+
+
+def check_at_load(*, on_cpu: bool) -> None:
+    """Refuse QWEN3NEXT_QUANTISE on a GPU. Raises: ConfigError."""
+    if not on_cpu and (asked := env.quantise()):
+        raise ConfigError(
+            f"QWEN3NEXT_QUANTISE={asked}: weights are quantised at load on a CPU alone; unset it"
+        )
+
+
+def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> Formats:
+    """The formats of a plain checkpoint's modules if it is quantised to `int8` or `int4`.
+
+    The output head has none: it loads as it is, and `packed.pack_head` quantises it to int8.
+
+    Args: as of `modules.stored_formats`.
+    """
+    stored = {
+        module.name: Stored(module, frozenset(("weight",)), _scheme(form), form)
+        for module, form in _chosen(name, shapes)
+    }
+    return Formats(stored, shapes, holder, _saving(name, shapes))
+
+
+def quantised_bytes(name: str, shapes: Shapes) -> dict[str, int]:
+    """Bytes of each weight that is quantised to `int8` or `int4`; a tied head is a copy."""
+    found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])}
+    for module, form in _chosen(name, shapes):
+        found[f"{module.name}.weight"] = form.nbytes(module.channels, module.columns)
+    return found
+
+
+def _saving(name: str, shapes: Shapes) -> str:
+    """The line that an engine logs."""
+    found, all_of_them = quantised_bytes(name, shapes), {HEAD: (), **matrices(shapes)}
+    before, after = sum(2 * prod(shapes.get(w, (0,))) for w in found), sum(found.values())
+    head = "" if HEAD in shapes else ", a copy of the embeddings"
+    return (
+        f"QWEN3NEXT_QUANTISE={name}: {len(found)} of {len(all_of_them)} matrices take "
+        f"{after / 2**30:.2f} GiB, in bfloat16 {before / 2**30:.2f}; the output head is int8{head};"
+        f" embeddings, routers, in_proj_ba and mtp.fc stay as they are"
+    )
+
+
+def _chosen(name: str, shapes: Shapes) -> Iterator[tuple[Module, Format]]:
+    """The modules that are quantised, and to which format."""
+    for weight, (channels, columns) in matrices(shapes).items():
+        module = weight.removesuffix(".weight")
+        form = INT8 if name == "int8" else _int4(columns)
+        if form and not PLAIN.search(module) and not KEPT.search(module):
+            yield Module(module, channels, columns, {}), form
+
+
+def _int4(columns: int) -> Format | None:
+    """With a scale for the largest group, of 128 at most, that divides the columns, if one does."""
+    groups = (g for g in reversed(GROUPS) if columns % g == 0)
+    return next((Format("int4", group, torch.bfloat16) for group in groups), None)
+
+
+def _scheme(form: Format) -> Scheme:
+    return Scheme(("weight",), (), lambda module: form, functools.partial(_quantised, form=form))
+
+
+def _quantised(module: Module, form: Format) -> dict[str, Tensor]:
+    """Shapes: those of `Format.tensors(N, K)`."""
+    module.check_weight()
+    grouped = module.tensors["weight"].float().unflatten(1, (-1, form.group or module.columns))
+    most = grouped.abs().amax(dim=-1)  # [N, G]
+    if form.encoding == "int8":
+        scale = (most / 127).clamp(min=SMALLEST)
+        values = (grouped / scale[..., None]).round().flatten(1).to(torch.int8)
+    else:  # -8 to 7: the largest is -8 times the scale, or as near as 7 times it
+        signed = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+        scale = torch.where(signed.abs() < SMALLEST, SMALLEST, signed / -8).to(form.scale)
+        values = (grouped / scale[..., None]).round().clamp(-8, 7).add(8).flatten(1)
+        values = joined(values.to(torch.uint8))
+    return {"weight": values, "weight_scale": scale}

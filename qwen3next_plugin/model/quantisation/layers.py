@@ -1,0 +1,168 @@
+"""Layers with packed weights: engines load and shard their parameters, our kernels multiply.
+
+An engine's method of such a layer is one of these classes and the engine's own base class. Both
+engines call `create_weights` with the same arguments.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
+from qwen3next_plugin.model.quantisation.format import BF16, Format
+from qwen3next_plugin.model.quantisation.packed import Packed, pack
+
+BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
+
+
+class LinearMethod:
+    """Of a projection, whose name is `module`, in one format."""
+
+    def __init__(self, module: str, form: Format) -> None:
+        self.module, self.format = module, form
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer parameters, with the attributes that the engine's loader reads."""
+        columns = input_size_per_partition
+        check_split(self.module, self.format, input_size, columns)
+        for name, parameter in _parameters(self.format, sum(output_partition_sizes), columns):
+            by_column = name == "weight" or self.format.group > 0
+            dims = {"output_dim": 0} | ({"input_dim": 1} if by_column else {})
+            _register(layer, name, parameter, dims | extra_weight_attrs)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not hasattr(layer, "packed"):  # SGLang may call this twice
+            layer.packed = _pack_parameters(layer, self.format)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer.packed(x, bias)
+
+
+class ExpertsMethod:
+    """Of experts, in one format each for `w13` and `w2`."""
+
+    as_int8 = False  # pack what is in bf16 as int8
+
+    def __init__(self, module: str, formats: Mapping[str, Format], inner: int) -> None:
+        """Args: inner: features between the experts' two products, on all ranks together."""
+        self.module, self.formats, self.inner = module, formats, inner
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer parameters, with the attributes that the engine's loader reads."""
+        D, width = hidden_size, intermediate_size_per_partition
+        check_experts(self.module, self.formats["w2"], self.inner, width)
+        for which, (channels, columns) in {"w13": (2 * width, D), "w2": (D, width)}.items():
+            form = self.formats[which]
+            by_column = {"quant_method": "group" if form.group else "channel"}
+            for name, parameter in _parameters(form, channels, columns, num_experts):
+                _register(layer, f"{which}_{name}", parameter, extra_weight_attrs | by_column)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not hasattr(layer, "w2_packed"):  # SGLang may call this twice
+            pack_experts(layer, self.formats, as_int8=self.as_int8)
+
+    @staticmethod
+    def multiply(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Shapes: x [T, D], topk_* [T, k], returns [T, D]."""
+        return fused_moe(
+            x=x,
+            w13=layer.w13_packed.weight,
+            w2=layer.w2_packed.weight,
+            topk_weights=topk_weights.float(),
+            topk_ids=topk_ids.int(),
+        )
+
+
+def pack_experts(layer: nn.Module, formats: Mapping[str, Format], *, as_int8: bool) -> None:
+    """Pack a layer's experts, those in bf16 as int8 if asked, and drop their parameters."""
+    for which, form in formats.items():
+        packed = _pack_parameters(layer, form, f"{which}_", as_int8=as_int8)
+        setattr(layer, f"{which}_packed", packed)
+
+
+def each_layer(model: nn.Module, drafting: nn.Module | None) -> Iterator[tuple[Any, bool]]:
+    """Every module of a model, and whether its weights in bf16 are packed as int8.
+
+    Those within `drafting` are, but for routers: a draft is bound by reading weights, and a wrong
+    one costs only speed.
+    """
+    within = set() if drafting is None else set(drafting.modules())
+    for name, module in model.named_modules():
+        yield module, module in within and not name.endswith(".gate")
+
+
+def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:
+    """Refuse ranks that would share a group of columns.
+
+    Raises: ConfigError, naming the module and the fix.
+    """
+    if form.group and columns != of_rank and of_rank % form.group:
+        raise ConfigError(
+            f"{module}: a rank's {of_rank} of {columns} columns are no multiple of {form.group}, "
+            f"which share a scale; use fewer tensor-parallel ranks"
+        )
+
+
+def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
+    """Refuse experts [D, I] that the kernel cannot take, of a rank or of all.
+
+    Raises: ConfigError, naming the module and the fix.
+    """
+    check_split(module, form, inner, of_rank)
+    if of_rank % PANEL:
+        raise ConfigError(
+            f"{module}: packed experts have {of_rank} inner features on a rank, no multiple of "
+            f"{PANEL}; use fewer tensor-parallel ranks, or a checkpoint that is not quantised"
+        )
+
+
+def _parameters(
+    form: Format, channels: int, columns: int, *experts: int
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """What an engine loads a weight [N, K] into, or [E, N, K] of experts, before it is packed."""
+    for name, (shape, dtype) in form.tensors(channels, columns).items():
+        empty = torch.empty(*experts, *shape, dtype=dtype)
+        yield name, nn.Parameter(empty, requires_grad=False)
+
+
+def _register(
+    layer: nn.Module, name: str, parameter: nn.Parameter, attributes: Mapping[str, Any]
+) -> None:
+    for attribute, value in attributes.items():
+        setattr(parameter, attribute, value)
+    layer.register_parameter(name, parameter)
+
+
+def _pack_parameters(
+    layer: nn.Module, form: Format, prefix: str = "", *, as_int8: bool = False
+) -> Packed:
+    """Pack a layer's parameters, and drop them."""
+    tensors = {name: getattr(layer, prefix + name).data for name in form.names}
+    for name in tensors:
+        delattr(layer, prefix + name)
+    packed = pack(tensors, form, as_int8=as_int8)
+    tensors.clear()
+    give_back_freed()
+    return packed

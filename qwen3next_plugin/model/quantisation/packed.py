@@ -1,0 +1,143 @@
+"""Packed weights: which are packed, and the bytes that our kernels read."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qwen3next_plugin import env
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.draft_head import quantise_rows
+from qwen3next_plugin.kernels.linear import (
+    PackedWeight,
+    linear,
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    stack,
+)
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
+from qwen3next_plugin.model.quantisation.format import BF16, Format, nibbles
+
+
+class Packed(nn.Module):
+    """A packed weight [N, K], or of experts [E, N, K]; its tensors are buffers."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.encoding, self.shape, self.group = weight.encoding, weight.shape, weight.group
+        for name in ("packed", "scale", "zero"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        self._weight = weight
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The bundle that kernels take. In a trace it is made of buffers, whose sizes are fixed."""
+        return self._bundle() if torch.compiler.is_compiling() else self._weight
+
+    def _bundle(self) -> PackedWeight:
+        return PackedWeight(
+            encoding=self.encoding,
+            shape=self.shape,
+            group=self.group,
+            packed=self.packed,
+            scale=self.scale,
+            zero=self.zero,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        """Change all tensors, as `to` does."""
+        super()._apply(fn, recurse)
+        self._weight = self._bundle()
+        return self
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Shapes: x [..., K], bias [N], returns [..., N]."""
+        if x.dim() == 2:  # as in nearly every layer; views take a microsecond each
+            out = linear(x, self.weight)
+        else:
+            out = linear(x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
+        return out if bias is None else out + bias
+
+
+def packs_plain(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype, if they are not quantised, are packed for our kernels.
+
+    In bf16 they are where the processor has AMX, with which these are the fastest, and where a
+    token's bits must not depend on its batch. The choice is the machine's, not QWEN3NEXT_ISA's:
+    vLLM keeps compiled graphs, which have it in them.
+    """
+    if dtype != torch.bfloat16 or env.kernels() == "reference":
+        return False
+    return env.batch_invariant() or "amx" in native.levels()
+
+
+def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels.
+
+    Raises: ConfigError, naming what is in the way and the fix.
+    """
+    variable = "QWEN3NEXT_BATCH_INVARIANT=1"
+    if not on_cpu:
+        raise ConfigError(f"{variable}: only CPU kernels promise it; unset it")
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{variable}: in {dtype}, projections are oneDNN's, which depend on the batch; add "
+            f"--dtype bfloat16"
+        )
+    if env.kernels() == "reference":
+        raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
+
+
+def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) -> Packed:
+    """Pack tensors of a format, those in bf16 as int8 if asked.
+
+    Shapes: those of `Format.tensors(N, K)`, or of experts with a leading E
+    """
+    weight = tensors["weight"]
+    if weight.dim() == 2:
+        return Packed(_pack(tensors, form, as_int8))
+    # Experts one by one: packing takes several times the memory of what is packed.
+    each = ({name: tensor[e] for name, tensor in tensors.items()} for e in range(len(weight)))
+    return Packed(stack((_pack(one, form, as_int8) for one in each), len(weight)))
+
+
+def _pack(tensors: Mapping[str, Tensor], form: Format, as_int8: bool) -> PackedWeight:
+    weight = tensors["weight"]
+    if form.encoding == "bf16":
+        if not as_int8:
+            return pack_bf16(weight)
+        values, scale = quantise_rows(weight)
+        return pack_int8(values, scale[:, None])
+    scale = tensors["weight_scale"]
+    if form.encoding == "int4":
+        return pack_int4(nibbles(weight), scale, tensors.get("weight_zero"))
+    return (pack_int8 if form.encoding == "int8" else pack_fp8)(weight, scale)
+
+
+def pack_plain(weight: Tensor, *, as_int8: bool = False) -> Packed:
+    """Pack a weight that is not quantised. Shapes: weight [N, K], which stays as it is."""
+    return pack({"weight": weight}, BF16, as_int8=as_int8)
+
+
+def drop_plain(layer: nn.Module) -> None:
+    """Leave an empty weight, which hosts look at, in place of one that is packed."""
+    assert isinstance(layer.weight, Tensor)
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    give_back_freed()
+
+
+def packs_head(dtype: torch.dtype) -> bool:
+    """Whether an output head of this dtype is packed for our kernels, by `pack_head`."""
+    return env.quantise() is not None or packs_plain(dtype)
+
+
+def pack_head(weight: Tensor) -> Packed:
+    """Pack an output head, in int8 where QWEN3NEXT_QUANTISE asks for int8 or int4."""
+    return pack_plain(weight, as_int8=env.quantise() is not None)
