@@ -14,9 +14,9 @@ SURPRISE = 6.0  # from where a request counts as unlike the others: text alone, 
 class Acceptance:
     """How often draft 1, 2, … was observed and accepted, old observations counting less."""
 
-    def __init__(self, max_draft: int, keep: float = KEEP) -> None:
+    def __init__(self, num_drafts: int, keep: float = KEEP) -> None:
         self.keep = keep
-        self.seen, self.accepted = [0.0] * max_draft, [0.0] * max_draft
+        self.seen, self.accepted = [0.0] * num_drafts, [0.0] * num_drafts
         self.tokens = 0  # produced in all
 
     def observe(self, drafted: int, accepted: int, steps: int = 1) -> None:

@@ -102,12 +102,12 @@ class Costs:
         elif pending >= MANY * requests and not self._cold:
             self._catch_ups.append(max(0.0, cost - expected) / pending)
 
-    def table(self, batch: int, max_draft: int) -> Table:
-        """Costs of a batch with up to `max_draft` tokens each, as of a few steps ago."""
-        if (batch, max_draft) not in self._tables:
-            whole = [self._steps.cost(batch, n) for n in range(max_draft + 1)]
+    def table(self, batch: int, num_drafts: int) -> Table:
+        """Costs of a batch with up to `num_drafts` tokens each, as of a few steps ago."""
+        if (batch, num_drafts) not in self._tables:
+            whole = [self._steps.cost(batch, n) for n in range(num_drafts + 1)]
             step = [a + (b - a) * n / batch for a, b in pairwise(whole) for n in range(batch)]
-            draft = [whole[0] * self._drafts.cost(batch, n) for n in range(1, max_draft + 1)]
+            draft = [whole[0] * self._drafts.cost(batch, n) for n in range(1, num_drafts + 1)]
             pending = whole[0] * min(self._catch_ups)
-            self._tables[batch, max_draft] = Table([*step, whole[-1]], [0.0, *draft], pending)
-        return self._tables[batch, max_draft]
+            self._tables[batch, num_drafts] = Table([*step, whole[-1]], [0.0, *draft], pending)
+        return self._tables[batch, num_drafts]

@@ -26,8 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from qwen3next_plugin.mtp.pending import Row
 from qwen3next_plugin.mtp.policy import Policy
+from qwen3next_plugin.mtp.rows import Row
 from qwen3next_plugin.mtp.watch import Watch
 
 PLAIN, VERIFY, DRAFT, CATCH_UP = "plain", "verify", "draft", "catch_up"
@@ -50,25 +50,25 @@ class Metric:
     values: tuple[str, ...] = ("",)
 
 
-def metrics(k: int) -> tuple[Metric, ...]:
-    """All metrics of an engine that drafts up to k tokens."""
-    zero_to_k, one_to_k = (tuple(map(str, range(n, k + 1))) for n in (0, 1))
+def metrics(num_drafts: int) -> tuple[Metric, ...]:
+    """All metrics of an engine that drafts up to num_drafts tokens."""
+    from_zero, from_one = (tuple(map(str, range(n, num_drafts + 1))) for n in (0, 1))
     return (
         Metric(
             "draft_length",
             "histogram",
             "Draft tokens of each decoding request in each step",
             "le",
-            zero_to_k,
+            from_zero,
         ),
         Metric(
             "drafts_verified",
             "counter",
             "Draft tokens verified, those after a rejected one left out",
             "position",
-            one_to_k,
+            from_one,
         ),
-        Metric("drafts_accepted", "counter", "Draft tokens accepted", "position", one_to_k),
+        Metric("drafts_accepted", "counter", "Draft tokens accepted", "position", from_one),
         Metric(
             "steps",
             "counter",
@@ -96,21 +96,21 @@ def metrics(k: int) -> tuple[Metric, ...]:
             "gauge",
             "Estimate: chance that a draft token is accepted, given those before it",
             "position",
-            one_to_k,
+            from_one,
         ),
         Metric(
             "expected_step_seconds",
             "gauge",
             "Estimate: seconds of a step with so many draft tokens a request, at the current batch",
             "drafts",
-            zero_to_k,
+            from_zero,
         ),
         Metric(
             "expected_draft_seconds",
             "gauge",
             "Estimate: seconds to draft so many tokens, at the current batch",
             "drafts",
-            one_to_k,
+            from_one,
         ),
     )
 
@@ -118,8 +118,8 @@ def metrics(k: int) -> tuple[Metric, ...]:
 class Board:
     """The numbers of all metrics. Each metric has one writing process; any process may read."""
 
-    def __init__(self, k: int, memory: Any = None) -> None:
-        self.metrics = {metric.name: metric for metric in metrics(k)}
+    def __init__(self, num_drafts: int, memory: Any = None) -> None:
+        self.metrics = {metric.name: metric for metric in metrics(num_drafts)}
         samples = [(m.name, value) for m in self.metrics.values() for value in m.values]
         self.index = {sample: i for i, sample in enumerate(samples)}
         self.numbers = memoryview(memory or bytearray(mmap.PAGESIZE)).cast("d")
@@ -138,7 +138,7 @@ class Board:
         return {value: self.numbers[self.index[name, value]] for value in self.metrics[name].values}
 
 
-def create(path: Path, k: int) -> Board:
+def create(path: Path, num_drafts: int) -> Board:
     """A board of zeros in a new file that only this user can read.
 
     Raises: FileExistsError if the file exists.
@@ -146,19 +146,19 @@ def create(path: Path, k: int) -> Board:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.truncate(handle, mmap.PAGESIZE)
-        return Board(k, mmap.mmap(handle, mmap.PAGESIZE))
+        return Board(num_drafts, mmap.mmap(handle, mmap.PAGESIZE))
     finally:
         os.close(handle)
 
 
-def attach(path: Path, k: int) -> Board | None:
+def attach(path: Path, num_drafts: int) -> Board | None:
     """The board in this file, or None if there is no file."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
-        return Board(k, mmap.mmap(handle, mmap.PAGESIZE))
+        return Board(num_drafts, mmap.mmap(handle, mmap.PAGESIZE))
     finally:
         os.close(handle)
 

@@ -10,72 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qwen3next_plugin.mtp.policy import Policy
-from qwen3next_plugin.mtp.ranks import Ranks
+from qwen3next_plugin.mtp.rows import Row, Tokens
 
-NOTHING = torch.empty(0)
 MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
-
-
-@dataclass(slots=True)
-class PendingTokens:
-    """Consecutive committed tokens of one request, as input of the MTP layer.
-
-    Shapes:
-        token_ids [n] of positions first+1 to first+n, hidden_states [n, D] of the trunk at
-        positions first to first+n-1
-    """
-
-    first: int
-    token_ids: torch.Tensor
-    hidden_states: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def end(self) -> int:
-        """The position after the last token's hidden state."""
-        return self.first + len(self)
-
-    def head(self, count: int) -> "PendingTokens":
-        """The first `count` of them."""
-        return PendingTokens(self.first, self.token_ids[:count], self.hidden_states[:count])
-
-
-@dataclass(slots=True, kw_only=True)
-class Row:
-    """A row of the batch: one request in the step that just ended, and in the draft after it."""
-
-    request: str
-    index: int  # in the batch
-    tokens: PendingTokens  # committed by the step
-    scheduled: int  # tokens of the step, rejected drafts included
-    continues: bool  # it decoded or verified in the step; False: the step read its prompt
-    prefilling: bool = False  # more of its prompt follows, so no token was sampled
-    draft: int = 0  # tokens to draft now
-    fed: PendingTokens | None = None  # what the MTP layer reads now; None: it skips the layer
-
-    @property
-    def drafted(self) -> int:
-        """Draft tokens that the step verified."""
-        return self.scheduled - 1
-
-    @property
-    def accepted(self) -> int:
-        """Draft tokens that the step accepted."""
-        return len(self.tokens) - 1
-
-    @property
-    def caught_up(self) -> int:
-        """Tokens of earlier steps that the MTP layer reads now."""
-        return min(self.fed.end, self.tokens.first) - self.fed.first if self.fed else 0
-
-    def free_hidden_states(self) -> None:
-        """Drop what no later step reads, so that an idle engine does not keep it in memory."""
-        for tokens in (self.tokens, self.fed):
-            if tokens is not None:
-                tokens.hidden_states = NOTHING
 
 
 @dataclass(slots=True)
@@ -83,7 +20,7 @@ class _Kept:
     """What is pending of one request."""
 
     end: int = 0  # the position that follows
-    slots: list[int] = field(default_factory=list)  # in the store, of consecutive positions
+    places: list[int] = field(default_factory=list)  # in the store, of consecutive positions
     lost: bool = False
 
 
@@ -97,14 +34,14 @@ class Pending:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self._kept: dict[str, _Kept] = {}
-        self._size, self._used = 0, 0  # slots of the store; how many were ever used
-        self._free: list[int] = []  # slots that were used and are free again
+        self._size, self._used = 0, 0  # places of the store; how many were ever used
+        self._free: list[int] = []  # places that were used and are free again
         self._token_ids = self._hidden_states = torch.empty(0)  # the store
 
     def count(self, request: str) -> int:
         """Number of tokens that are pending."""
         kept = self._kept.get(request)
-        return len(kept.slots) if kept else 0
+        return len(kept.places) if kept else 0
 
     def lost(self, request: str) -> bool:
         """Whether tokens of the request are missing, so that it can not draft."""
@@ -131,16 +68,16 @@ class Pending:
 
     def put(self, rows: Sequence[Row]) -> None:
         """Keep the tokens of rows that skip the MTP layer."""
-        slots: list[int] = []
-        kept: list[PendingTokens] = []
+        places: list[int] = []
+        kept: list[Tokens] = []
         for row in rows:
             self._make_store(row.tokens.token_ids, row.tokens.hidden_states)
             if found := self._reserve(row.request, row.tokens.first, len(row.tokens)):
-                slots += found
+                places += found
                 kept.append(row.tokens)
         if kept:
             token_ids = torch.cat([part.token_ids for part in kept])
-            self._write(slots, token_ids, torch.cat([part.hidden_states for part in kept]))
+            self._write(places, token_ids, torch.cat([part.hidden_states for part in kept]))
 
     def put_steps(
         self,
@@ -153,19 +90,19 @@ class Pending:
 
         Shapes: requests, firsts [N] of the first step; token_ids n × [N], hidden_states n × [N, D]
         """
-        n, slots, kept = len(token_ids), [], []
+        n, places, kept = len(token_ids), [], []
         self._make_store(token_ids[0], hidden_states[0])
         for i, (request, first) in enumerate(zip(requests, firsts, strict=True)):
             if found := self._reserve(request, first, n):
-                slots.append(found)
+                places.append(found)
                 kept.append(i)
         if len(kept) < len(token_ids[0]):
             token_ids, hidden_states = ([t[kept] for t in x] for x in (token_ids, hidden_states))
         if kept:
-            in_order = [slot for step in zip(*slots, strict=True) for slot in step]
+            in_order = [place for step in zip(*places, strict=True) for place in step]
             self._write(in_order, torch.cat(list(token_ids)), torch.cat(list(hidden_states)))
 
-    def take(self, row: Row, limit: int) -> PendingTokens | None:
+    def take(self, row: Row, limit: int) -> Tokens | None:
         """What the MTP layer reads now, for a row that drafts; None if its request is lost.
 
         These are the oldest `limit` of the tokens that are pending and those of the row. The
@@ -179,27 +116,27 @@ class Pending:
         kept = self._kept[row.request]
         if kept.lost:
             return None
-        first, slots = kept.end - len(kept.slots), kept.slots[:limit]
-        del kept.slots[:limit]
-        self._free += slots
-        if not kept.slots:
+        first, places = kept.end - len(kept.places), kept.places[:limit]
+        del kept.places[:limit]
+        self._free += places
+        if not kept.places:
             del self._kept[row.request]
-        index = torch.tensor(slots)
-        return PendingTokens(first, self._token_ids[index], self._hidden_states[index])
+        index = torch.tensor(places)
+        return Tokens(first, self._token_ids[index], self._hidden_states[index])
 
     def keep_only(self, requests: Set[str]) -> None:
         """Drop all other requests."""
         for request in self._kept.keys() - requests:
-            self._free += self._kept.pop(request).slots
+            self._free += self._kept.pop(request).places
 
     def _resume(self, request: str, first: int) -> None:
         """Drop what is pending if the request does not go on where that ends."""
         kept = self._kept.get(request)
         if kept is not None and kept.end != first:
-            self._free += self._kept.pop(request).slots
+            self._free += self._kept.pop(request).places
 
     def _reserve(self, request: str, first: int, count: int) -> list[int]:
-        """Slots of tokens from `first` on; none if there are too few, so that it is lost."""
+        """Places of tokens from `first` on; none if there are too few, so that it is lost."""
         self._resume(request, first)
         kept = self._kept.get(request)
         if kept is None:
@@ -210,17 +147,17 @@ class Pending:
         if count > len(self._free):
             self._grow(count - len(self._free))
         if count > len(self._free):
-            self._free += kept.slots
-            kept.slots, kept.lost = [], True
+            self._free += kept.places
+            kept.places, kept.lost = [], True
             return []
-        slots = self._free[-count:]
+        places = self._free[-count:]
         del self._free[-count:]
-        kept.slots += slots
-        return slots
+        kept.places += places
+        return places
 
-    def _write(self, slots: list[int], token_ids: torch.Tensor, states: torch.Tensor) -> None:
+    def _write(self, places: list[int], token_ids: torch.Tensor, states: torch.Tensor) -> None:
         """Copy tokens into the store: engines reuse the tensors."""
-        index = torch.tensor(slots)
+        index = torch.tensor(places)
         # index_copy_ and not [index] = …, which starts all threads for a few rows.
         self._token_ids.index_copy_(0, index, token_ids)
         self._hidden_states.index_copy_(0, index, states)
@@ -232,23 +169,8 @@ class Pending:
             self._token_ids = token_ids.new_empty(self._size)
             self._hidden_states = hidden_states.new_empty(self._size, hidden_states.shape[1])
 
-    def _grow(self, slots: int) -> None:
-        """Free so many slots that were never used, or all there are."""
-        used = min(self._size, self._used + slots)
+    def _grow(self, places: int) -> None:
+        """Free so many places that were never used, or all there are."""
+        used = min(self._size, self._used + places)
         self._free += range(self._used, used)
         self._used = used
-
-
-def choose_lengths(
-    policy: Policy, pending: Pending, requests: Sequence[str], more: int, ranks: Ranks
-) -> list[int]:
-    """How many tokens each request drafts, by the first rank's policy; a lost request none.
-
-    `more`: tokens of each request that will be pending, besides those that are.
-    """
-    if not requests:
-        return []
-    lengths = policy.lengths(requests, [pending.count(request) + more for request in requests])
-    if ranks.world_size > 1:
-        lengths = ranks.broadcast(torch.tensor(lengths), src=0).tolist()
-    return [0 if pending.lost(one) else n for one, n in zip(requests, lengths, strict=True)]

@@ -75,20 +75,20 @@ class Plan:
 
 
 def best_plans(chances: Chances, table: Table) -> list[Plan]:
-    """The best plan with 0, 1, … k drafting passes."""
-    B, k = len(chances), len(table.draft) - 1
+    """The best plan with 0, 1, 2, … drafting passes."""
+    B, num_drafts = len(chances), len(table.draft) - 1
     plans = [Plan([0] * B, B, table.step[0])]
     flat = list(chain.from_iterable(chances))
-    likeliest = sorted(range(B * k), key=flat.__getitem__, reverse=True)
-    for passes in range(1, k + 1):
-        drafts = [draft for draft in likeliest if draft % k < passes]
+    likeliest = sorted(range(B * num_drafts), key=flat.__getitem__, reverse=True)
+    for passes in range(1, num_drafts + 1):
+        drafts = [draft for draft in likeliest if draft % num_drafts < passes]
         tokens = list(accumulate((flat[draft] for draft in drafts), initial=float(B)))
-        least = next(n for n, draft in enumerate(drafts, 1) if draft % k == passes - 1)
+        least = next(n for n, draft in enumerate(drafts, 1) if draft % num_drafts == passes - 1)
         fixed = table.draft[passes]
         n = max(range(least, len(tokens)), key=lambda n: tokens[n] / (table.step[n] + fixed))
         lengths = [0] * B
         for draft in drafts[:n]:
-            lengths[draft // k] += 1
+            lengths[draft // num_drafts] += 1
         plans.append(Plan(lengths, tokens[n], table.step[n] + fixed))
     return plans
 
@@ -104,15 +104,15 @@ class Adaptive(Policy):
     plans = staticmethod(best_plans)  # those with 0, 1, … passes to choose from
     trial_steps = TRIAL
 
-    def __init__(self, max_draft: int, costs: Costs) -> None:
-        self.max_draft, self.costs = max_draft, costs
-        self.hope = BUDGET / TRIAL / max_draft  # how much better a plan may become in a step
+    def __init__(self, num_drafts: int, costs: Costs) -> None:
+        self.num_drafts, self.costs = num_drafts, costs
+        self.hope = BUDGET / TRIAL / num_drafts  # how much better a plan may become in a step
         self.steps = 0.0
         self.plan = 0  # drafting passes of the plan that is followed but for trials
         self.trial, self.left = 0, 0  # of the plan that is tried, if not that; steps left
-        self._followed = [0.0] * (max_draft + 1)  # when the plan with n passes was last followed
-        self._all, self._new = Acceptance(max_draft, KEEP_ALL), Acceptance(max_draft)
-        self._prior = [PRIOR] * max_draft
+        self._followed = [0.0] * (num_drafts + 1)  # when the plan with n passes was last followed
+        self._all, self._new = Acceptance(num_drafts, KEEP_ALL), Acceptance(num_drafts)
+        self._prior = [PRIOR] * num_drafts
         self._requests: dict[str, Acceptance] = {}
         self._answer = ANSWER  # mean tokens of an answer
         self._catch_up = 0.0  # mean tokens that a request reads before its first drafts
@@ -123,7 +123,7 @@ class Adaptive(Policy):
             return []
         B = self._batch = len(requests)
         known = [self._requests.get(request, self._new) for request in requests]
-        table = self.costs.table(B, self.max_draft)
+        table = self.costs.table(B, self.num_drafts)
         plans = self.plans(self._chances(known, pending, table), table)
         fed = [sum(t for t, n in zip(pending, p.lengths, strict=True) if n) for p in plans]
         chosen = self._choose(plans, [table.pending * tokens for tokens in fed])
@@ -136,7 +136,7 @@ class Adaptive(Policy):
 
     def observe_verify(self, request: str, drafted: int, accepted: int, steps: int = 1) -> None:
         self.steps += steps / self._batch
-        known = self._requests.setdefault(request, Acceptance(self.max_draft))
+        known = self._requests.setdefault(request, Acceptance(self.num_drafts))
         known.observe(drafted, accepted, steps)
         if drafted:
             self._all.observe(drafted, accepted)
@@ -152,7 +152,7 @@ class Adaptive(Policy):
             self._answer += (known.tokens - self._answer) / ANSWERS
 
     def snapshot(self) -> dict[str, Any]:
-        table = self.costs.table(self._batch, self.max_draft)
+        table = self.costs.table(self._batch, self.num_drafts)
         return {
             "acceptance": self._all.chances(self._prior, PRIOR_WEIGHT),
             "step_seconds": table.step[:: self._batch],
@@ -193,6 +193,6 @@ class Adaptive(Policy):
         return rows
 
 
-def make_policy(max_draft: int) -> Policy:
+def make_policy(num_drafts: int) -> Policy:
     """The policy that the environment asks for."""
-    return Fixed(max_draft) if env.drafts() == "fixed" else Adaptive(max_draft, Costs())
+    return Fixed(num_drafts) if env.drafts() == "fixed" else Adaptive(num_drafts, Costs())

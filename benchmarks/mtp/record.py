@@ -33,8 +33,8 @@ Request = tuple[list[int], int]  # prompt, and number of tokens of the answer
 class Recorder(policy.Policy):
     """A policy that drafts random lengths, then the longest, and writes down every call."""
 
-    def __init__(self, max_draft: int) -> None:
-        self.max_draft = max_draft
+    def __init__(self, num_drafts: int) -> None:
+        self.num_drafts = num_drafts
         self.random, self.left = random.Random(0), int(os.environ[STEPS])
         self.idle = 0  # steps left of a stretch without drafts
         self.file = os.open(os.environ[EVENTS], os.O_WRONLY | os.O_APPEND)
@@ -48,13 +48,13 @@ class Recorder(policy.Policy):
     def _choose(self, batch: int) -> list[int]:
         self.left -= 1
         if self.left < 0:
-            return [self.max_draft] * batch
+            return [self.num_drafts] * batch
         if not self.idle and self.random.random() < 1 / IDLE_EVERY:
             self.idle = IDLE
         if self.idle:
             self.idle -= 1
             return [0] * batch
-        longest = self.random.randint(0, self.max_draft)
+        longest = self.random.randint(0, self.num_drafts)
         if self.random.random() < 0.5:
             return [longest] * batch
         return [self.random.randint(0, longest) for _ in range(batch)]

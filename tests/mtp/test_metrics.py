@@ -22,7 +22,7 @@ from qwen3next_plugin.mtp.metrics import (
     create,
     metrics,
 )
-from qwen3next_plugin.mtp.pending import PendingTokens, Row
+from qwen3next_plugin.mtp.rows import Row, Tokens
 from qwen3next_plugin.mtp.policy import Fixed
 
 WRITER = """
@@ -63,8 +63,8 @@ def test_the_longest_draft_allowed_fits_on_a_board():
     assert len({metric.name for metric in metrics(8)}) == len(metrics(8))
 
 
-def tokens(count: int, first: int = 8) -> PendingTokens:
-    return PendingTokens(first, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 1))
+def tokens(count: int, first: int = 8) -> Tokens:
+    return Tokens(first, torch.zeros(count, dtype=torch.int64), torch.zeros(count, 1))
 
 
 def row(request: str, drafted: int, accepted: int = 0, **given: Any) -> Row:

@@ -1,21 +1,19 @@
 """Pending tokens: what is kept of requests that skip the MTP layer, and what is given back."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from qwen3next_plugin.mtp.pending import Pending, PendingTokens, Row, choose_lengths
-from qwen3next_plugin.mtp.policy import Fixed
+from qwen3next_plugin.mtp.pending import Pending
+from qwen3next_plugin.mtp.rows import Row, Tokens
 
 D = 3
 BYTES = 8 + 4 * D  # of one token here
 
 
-def tokens(first: int, count: int) -> PendingTokens:
+def tokens(first: int, count: int) -> Tokens:
     """Pending tokens that differ by position."""
     positions = torch.arange(first, first + count)
-    return PendingTokens(first, positions + 1, positions[:, None].float().expand(-1, D).clone())
+    return Tokens(first, positions + 1, positions[:, None].float().expand(-1, D).clone())
 
 
 def row(request: str, first: int, count: int) -> Row:
@@ -25,7 +23,7 @@ def row(request: str, first: int, count: int) -> Row:
     )
 
 
-def same(found: PendingTokens | None, first: int, count: int) -> bool:
+def same(found: Tokens | None, first: int, count: int) -> bool:
     wanted = tokens(first, count)
     return (
         found is not None
@@ -119,27 +117,6 @@ def test_a_lost_request_drafts_again_where_it_is_read_anew():
     pending.put([row("a", 1, 1)])  # after a preemption, from a cached prefix
     assert not pending.lost("a")
     assert same(pending.take(row("a", 2, 1), 100), 1, 2)
-
-
-class FirstRank:
-    """Of two ranks; it decides for both."""
-
-    world_size = 2
-    decided = torch.tensor([1, 3, 2])
-
-    def broadcast(self, input_: torch.Tensor, src: int) -> torch.Tensor:
-        assert (len(input_), src) == (3, 0)
-        return self.decided
-
-
-def test_what_is_lost_drafts_nothing():
-    """Otherwise lengths would be chosen in each step, and the layer would never read a token."""
-    pending = Pending(max_bytes=3 * BYTES)
-    pending.put([row("a", 0, 3), row("b", 0, 1)])
-    one = SimpleNamespace(world_size=1)
-    assert choose_lengths(Fixed(4), pending, "abc", 1, one) == [4, 0, 4]
-    assert choose_lengths(Fixed(4), pending, "abc", 0, FirstRank()) == [1, 0, 2]
-    assert choose_lengths(Fixed(4), pending, [], 0, FirstRank()) == []
 
 
 def test_room_is_used_again():

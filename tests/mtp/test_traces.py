@@ -32,8 +32,8 @@ NEVER = (0.04, 0.04, 0.04, 0.04)
 class Watched(Adaptive):
     """Also records the drafting passes of each plan, and counts trials."""
 
-    def __init__(self, max_draft: int, costs: Costs) -> None:
-        super().__init__(max_draft, costs)
+    def __init__(self, num_drafts: int, costs: Costs) -> None:
+        super().__init__(num_drafts, costs)
         self.settled: list[int] = []
         self.tried = 0
 

@@ -143,8 +143,8 @@ def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
     if isinstance(scheduler.draft_worker, Worker):
         # SGLang creates its own class, which becomes ours; `begin` adds the fields.
         scheduler.metrics_reporter.__class__ = MetricsReporter
-        drafter = scheduler.draft_worker.draft_worker
-        scheduler.metrics_reporter.begin(drafter, drafter.observer.board)
+        loop = scheduler.draft_worker.drafter.loop
+        scheduler.metrics_reporter.begin(loop, loop.observer.board)
 
 
 def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
 from qwen3next_plugin.engines.sglang.names import logger
-from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
+from qwen3next_plugin.mtp.loop import Loop
 from qwen3next_plugin.mtp.metrics import Board, LogLine, Metric
 
 PREFIX = "sglang:qwen3next_"
@@ -22,14 +22,14 @@ PREFIX = "sglang:qwen3next_"
 class MetricsReporter(SchedulerMetricsReporter):
     """SGLang's reporter with metrics of MTP. `begin` follows its construction."""
 
-    drafter: Drafter
+    loop: Loop
     board: Board
     log_line: LogLine
     publisher: "MetricsPublisher | None"  # None: SGLang serves no metrics of this rank
 
-    def begin(self, drafter: Drafter, board: Board) -> None:
-        """Report what the drafter writes to `board`."""
-        self.drafter, self.board, self.log_line = drafter, board, LogLine(board)
+    def begin(self, loop: Loop, board: Board) -> None:
+        """Report what the loop writes to `board`."""
+        self.loop, self.board, self.log_line = loop, board, LogLine(board)
         served = self.current_scheduler_metrics_enabled
         self.publisher = MetricsPublisher(board, self.metrics_collector.labels) if served else None
 
@@ -37,8 +37,8 @@ class MetricsReporter(SchedulerMetricsReporter):
         """Report as SGLang does after each step, then write metrics and the log line."""
         super().log_batch_result_stats(batch, result)
         if any(request.finished() for request in batch.reqs):
-            self.drafter.keep()
-        if not self.drafter.plain:  # all steps are on the board
+            self.loop.keep()
+        if not self.loop.plain:  # all steps are on the board
             self.board.set("state_pages", [self.state_pages()])
             if self.publisher is not None:
                 self.publisher.publish()

@@ -323,37 +323,6 @@ REPAIRS_ON_CPU: tuple[Entry, ...] = (
 
 OVERRIDES: tuple[Entry, ...] = (
     Override(
-        target="sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2._draft_worker",
-        file="speculation/worker.py",
-        reason="SGLang's worker builds its draft worker in its constructor; ours replaces "
-        "that object's class",
-        remove_when="the class can be given",
-    ),
-    Override(
-        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_prefill",
-        file="speculation/drafter.py",
-        parameters=(
-            *("self", "batch", "target_hidden_states", "next_token_ids"),
-            *("mm_input_embeds", "kv_loc_plan"),
-        ),
-        reason="SGLang computes logits of the whole vocabulary for each token of a prompt",
-        remove_when="SGLang drafts by a length that pays",
-    ),
-    Override(
-        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._draft_extend_for_decode",
-        file="speculation/drafter.py",
-        parameters=("self", "batch", "batch_result", "kv_loc_plan"),
-        reason="SGLang runs the MTP layer over rejected tokens too, and even if nothing is drafted",
-        remove_when="SGLang drafts by a length that pays",
-    ),
-    Override(
-        target="sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft",
-        file="speculation/chains.py",
-        parameters=("self", "batch", "with_topology"),
-        reason="drafts come from the int8 head, and SGLang's runner costs as much as a small layer",
-        remove_when="SGLang drafts by a length that pays",
-    ),
-    Override(
         target="sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend"
         ".init_forward_metadata",
         file="cpu/attention.py",

@@ -30,16 +30,16 @@ def board_path(vllm_config: VllmConfig) -> Path:
 
 def worker_board(vllm_config: VllmConfig) -> Board:
     """The board that this rank writes to. Only the first rank's is read by others."""
-    k = vllm_config.num_speculative_tokens
+    num_drafts = vllm_config.num_speculative_tokens
     if get_tp_group().rank_in_group != 0:
-        return Board(k)
-    return create(board_path(vllm_config), k)
+        return Board(num_drafts)
+    return create(board_path(vllm_config), num_drafts)
 
 
 def scheduler_board(vllm_config: VllmConfig) -> Board:
     """The first rank's board, or a private one if that rank is on another machine."""
-    k = vllm_config.num_speculative_tokens
-    return attach(board_path(vllm_config), k) or Board(k)
+    num_drafts = vllm_config.num_speculative_tokens
+    return attach(board_path(vllm_config), num_drafts) or Board(num_drafts)
 
 
 class MetricsCollector(Collector):
@@ -47,15 +47,15 @@ class MetricsCollector(Collector):
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.path = board_path(vllm_config)
-        self.k = vllm_config.num_speculative_tokens
+        self.num_drafts = vllm_config.num_speculative_tokens
         self.labels = {"model_name": str(vllm_config.model_config.served_model_name), "engine": "0"}
         self.board: Board | None = None
 
     def collect(self) -> Iterator[Family]:
         if self.board is None:
-            self.board = attach(self.path, self.k)
+            self.board = attach(self.path, self.num_drafts)
             self.clear()
-        for metric in metrics(self.k):
+        for metric in metrics(self.num_drafts):
             yield family(metric, self.labels, self.board)
 
     def clear(self) -> None:

@@ -112,13 +112,10 @@ OVERRIDDEN = {
     "srt/speculative/eagle_worker_v2.py": {
         "EAGLEWorkerV2": {
             "init_cuda_graphs": ["self"],
-            "forward_batch_generation": ["self", "batch"],
-            "verify": ["self", "batch"],
-        },
-        "EagleDraftWorker": {
-            "_draft_extend_for_prefill": ["self", "batch", "target_hidden_states"],
-            "_draft_extend_for_decode": ["self", "batch"],
-            "draft": ["self", "batch", "with_topology"],
+            "forward_batch_generation": [
+                *("self", "batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"),
+            ],
+            "verify": ["self", "batch", "grammar_barrier"],
         },
     },
 }
@@ -239,12 +236,18 @@ KEPT = {
     },
     "srt/layers/logits_processor.py": {"LogitsProcessor": ["use_fp32_lm_head"]},
     "srt/managers/schedule_batch.py": {
-        "Req": ["output_ids", "retraction_count", "return_hidden_states", "sampling_params"],
+        "Req": [
+            *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
+            "sampling_params",
+        ],
     },
     "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
     "srt/sampling/penaltylib/orchestrator.py": {"BatchedPenalizerOrchestrator": ["penalizers"]},
     "srt/speculative/eagle_worker_v2.py": {
-        "EAGLEWorkerV2": ["speculative_num_draft_tokens"],
+        "EAGLEWorkerV2": [
+            *("speculative_algorithm", "speculative_num_steps", "speculative_num_draft_tokens"),
+        ],
+        "EagleDraftWorker": ["draft_runner"],
     },
 }
 

@@ -17,8 +17,10 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.quantisation.packed import Packed
-from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending, Row
+from qwen3next_plugin.mtp.metrics import Observer
+from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending
 from qwen3next_plugin.mtp.policy import Policy
+from qwen3next_plugin.mtp.rows import Row
 
 
 def _core(llm: LLM) -> Any:
@@ -87,9 +89,11 @@ def draft(
     `idle`: steps without drafts before this.
     """
     drafter = _drafter(llm)
-    drafter.policy = drafter.observer.policy = Later(k, after, ragged=ragged)
-    drafter.idle, drafter.wait = idle, 0
-    drafter.must_run, drafter.pending = at_once, Pending(max_bytes)
+    observer = Observer(Later(k, after, ragged=ragged), drafter.loop.observer.board)
+    drafter.loop = replace(
+        drafter.loop, observer=observer, must_run=at_once, pending=Pending(max_bytes)
+    )
+    drafter.loop.idle = idle
     if not hasattr(drafter, "drafts"):
         made, forward = drafter._draft, drafter._forward
 
@@ -111,7 +115,7 @@ def draft(
 
 def asked(llm: LLM) -> int:
     """How often lengths were chosen since `draft`."""
-    return _drafter(llm).policy.asked
+    return _drafter(llm).loop.observer.policy.asked
 
 
 def drafts(llm: LLM) -> list[dict[int, list[int]]]:
@@ -138,7 +142,7 @@ def poison(llm: LLM) -> None:
 
 def board(llm: LLM, name: str) -> dict[str, float]:
     """A metric of ours by the value of its label."""
-    return _drafter(llm).observer.board.read(name)
+    return _drafter(llm).loop.observer.board.read(name)
 
 
 def decode_broken(

@@ -2,34 +2,37 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.speculative.eagle_info import EagleDraftInput
-from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 
 from qwen3next_plugin.engines.sglang.speculation.images import axes_of
 from qwen3next_plugin.engines.sglang.speculation.passes import locate, run_layer
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
-from qwen3next_plugin.mtp.pending import Row
+from qwen3next_plugin.mtp.rows import Row
 
 
-class Chains(EagleDraftWorker):
-    """SGLang's draft worker with our chains."""
+class Chains:
+    """The passes of the MTP layer, for SGLang's runner of it."""
 
-    lengths: dict[str, int]  # drafts in the next step, of requests whose first draft is made
+    def __init__(self, runner: Any, req_to_token_pool: Any) -> None:
+        self.runner, self.req_to_token_pool = runner, req_to_token_pool
+        # Drafts in the next step, of requests whose first draft is made.
+        self.lengths: dict[str, int] = {}
 
     def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> torch.Tensor:
         """Run the MTP layer over what it reads; the last of each row that drafts [drafting, D]."""
         tokens = [row.fed for row in fed if row.fed is not None]
         counts = [len(part) for part in tokens]
         token_ids = torch.cat([part.token_ids for part in tokens])
-        self.draft_runner.model.see(token_ids)
+        self.runner.model.see(token_ids)
         requests = batch.req_pool_indices[[row.index for row in fed]]
         table = self.req_to_token_pool.req_to_token
         positions, slots = locate(table, requests, [part.first for part in tokens], counts)
         hidden_states = run_layer(
-            self.draft_runner,
+            self.runner,
             requests=requests,
             counts=counts,
             positions=positions,
@@ -41,7 +44,7 @@ class Chains(EagleDraftWorker):
         ends = [end - 1 for end in accumulate(counts)]
         return hidden_states[[end for end, row in zip(ends, fed, strict=True) if row.draft]]
 
-    def draft(self, batch: ScheduleBatch, *, with_topology: bool = False) -> RaggedVerifyInput:
+    def draft(self, batch: ScheduleBatch) -> RaggedVerifyInput:
         """Extend the first drafts to chains; a request without one has its last token alone."""
         lengths = [self.lengths.get(request.rid, 0) for request in batch.reqs]
         widths = [1 + length for length in lengths]
@@ -89,7 +92,7 @@ class Chains(EagleDraftWorker):
                 requests = requests[index]
             at = torch.tensor([starts[i] + depth - 1 for i in drafting])
             hidden_states = run_layer(
-                self.draft_runner,
+                self.runner,
                 requests=requests,
                 counts=[1] * len(drafting),
                 positions=positions[at],
@@ -98,7 +101,7 @@ class Chains(EagleDraftWorker):
                 hidden_states=hidden_states,
                 axes=[axes_of(batch.reqs[i]) for i in drafting],
             )
-            state = self.draft_runner.model.get_top_tokens(hidden_states), hidden_states
+            state = self.runner.model.get_top_tokens(hidden_states), hidden_states
         return chains
 
     def _drafts(
@@ -111,7 +114,7 @@ class Chains(EagleDraftWorker):
         N, D = len(bonus_tokens), hidden_states.shape[1]
         token_ids = torch.zeros(0, dtype=torch.int64)
         if drafting:
-            token_ids = self.draft_runner.model.get_top_tokens(hidden_states)
+            token_ids = self.runner.model.get_top_tokens(hidden_states)
         if len(drafting) < N:
             index = torch.tensor([row.index for row in drafting], dtype=torch.int64)
             token_ids = token_ids.new_zeros(N).index_copy_(0, index, token_ids)

@@ -13,7 +13,7 @@ from itertools import accumulate
 from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.mtp.costs import Costs, Table, guess_draft, guess_step
-from qwen3next_plugin.mtp.plain_steps import EVERY
+from qwen3next_plugin.mtp.loop import EVERY
 from qwen3next_plugin.mtp.policy import Adaptive, Chances, Plan
 
 ALIKE = 2  # steps with as many drafts after which one is timed: SGLang runs a step ahead

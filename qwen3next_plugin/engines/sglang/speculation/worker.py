@@ -7,8 +7,10 @@ has no drafts, so it prepares, runs and finishes the step as without NEXTN.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
@@ -16,18 +18,15 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from qwen3next_plugin.engines.sglang.speculation.drafter import Drafter
-from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 
 
 class Worker(EAGLEWorkerV2):
     """Serves the model with one chain of drafts for each request."""
 
-    _draft_worker: Drafter
+    drafter: Drafter  # built on SGLang's draft worker, when that is ready
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # SGLang's constructor creates its own class. Ours adds methods, and `begin` adds the rest.
-        self._draft_worker.__class__ = Drafter
         self.left = self.entered = 0.0  # when the last step ended, and this one began
         self.verified = 0.0  # when the trunk's part ended
         self.first_drafts = 0.0  # seconds from the end of the last step's trunk to the step's end
@@ -35,11 +34,13 @@ class Worker(EAGLEWorkerV2):
     def init_cuda_graphs(self) -> None:
         """Add what is ours in the last call before SGLang serves."""
         super().init_cuda_graphs()
-        self._draft_worker.begin()
+        self.drafter = Drafter(
+            self.draft_worker.draft_runner, self.req_to_token_pool, self.speculative_num_steps
+        )
 
     def choose_step(self, batch: ScheduleBatch) -> None:
         """Before a decode step is prepared: verify drafts if there are any, else decode plainly."""
-        if self._draft_worker.has_drafts(batch):
+        if self.drafter.has_drafts(batch):
             batch.spec_algorithm = self.speculative_algorithm
             return
         batch.spec_algorithm = SpeculativeAlgorithm.NONE
@@ -51,12 +52,23 @@ class Worker(EAGLEWorkerV2):
                 batch.tree_cache.free_kv_row(kv, [(kv.kv_committed_len, kv.kv_allocated_len)])
                 kv.kv_allocated_len = kv.kv_committed_len
 
-    def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
-        """Run a step: prompts, or further drafts and a verification, or a plain step."""
+    def forward_batch_generation(
+        self,
+        batch: ScheduleBatch,
+        on_publish: Callable[[torch.Tensor], None] | None = None,
+        grammar_barrier: Any = None,
+        pp_proxy_tensors: Any = None,
+    ) -> GenerationBatchResult:
+        """Run a step: prompts, or further drafts and a verification, or a plain step.
+
+        SGLang's own does this around its draft worker. `on_publish` is told the lengths that the
+        next step begins with.
+        """
         self.entered = time.perf_counter()
-        reads_prompts = batch.forward_mode.is_extend()
-        if reads_prompts or not batch.spec_algorithm.is_none():
-            result = super().forward_batch_generation(batch, *args, **kwargs)
+        if reads_prompts := batch.forward_mode.is_extend():
+            result = self._read_prompts(batch, on_publish)
+        elif not batch.spec_algorithm.is_none():
+            result = self._verify(batch, on_publish, grammar_barrier)
         else:
             result = self._decode(batch)
         self.left = time.perf_counter()
@@ -64,13 +76,30 @@ class Worker(EAGLEWorkerV2):
             self.first_drafts = self.left - self.verified
         return result
 
-    def verify(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> GenerationBatchResult:
-        """Verify the drafts."""
-        began = time.perf_counter()
-        chains: RaggedVerifyInput = batch.spec_info
+    def _read_prompts(self, batch: ScheduleBatch, on_publish: Any) -> GenerationBatchResult:
+        result = self._run_trunk(batch)
+        result.new_seq_lens = batch.seq_lens
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        result.next_draft_input = self.drafter.after_prompts(
+            batch, result.logits_output.hidden_states, result.next_token_ids
+        )
+        return result
+
+    def _verify(
+        self, batch: ScheduleBatch, on_publish: Any, grammar_barrier: Any
+    ) -> GenerationBatchResult:
+        """Draft on from the first drafts, and verify."""
+        chains = batch.spec_info = self.drafter.draft(batch)
         self.speculative_num_draft_tokens = chains.draft_token_num
-        result = super().verify(batch, *args, **kwargs)
-        self._draft_worker.learn(batch, result, chains.widths, **self._seconds(began))
+        began = time.perf_counter()
+        result = self.verify(batch, grammar_barrier=grammar_barrier)
+        seconds = self._seconds(began)
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        result.next_draft_input = self.drafter.after_verification(
+            batch, result, chains.widths, **seconds
+        )
         chains.widen(result, hidden_states=any(r.return_hidden_states for r in batch.reqs))
         return result
 
@@ -79,16 +108,19 @@ class Worker(EAGLEWorkerV2):
         began = time.perf_counter()
         drafts = batch.spec_info
         batch.input_ids, batch.spec_info = drafts.bonus_tokens.long(), None
-        result = self.target_worker.forward_batch_generation(
-            batch, capture_hidden_mode=CaptureHiddenMode.FULL
-        )
+        result = self._run_trunk(batch)
         drafts.bonus_tokens = result.next_token_ids
         for request in batch.reqs:  # SGLang's statistics: a verification of no drafts
             request.spec_verify_ct += 1
             request.update_spec_correct_drafts_histogram(0)
-        more = self._draft_worker.learn_plain(batch, result, **self._seconds(began))
+        more = self.drafter.after_plain_step(batch, result, **self._seconds(began))
         batch.spec_info = more or drafts
         return result
+
+    def _run_trunk(self, batch: ScheduleBatch) -> GenerationBatchResult:
+        return self.target_worker.forward_batch_generation(
+            batch, capture_hidden_mode=CaptureHiddenMode.FULL
+        )
 
     def _seconds(self, began: float) -> dict[str, float]:
         """The seconds of a step, of which the trunk's part has just ended, and of its drafts."""

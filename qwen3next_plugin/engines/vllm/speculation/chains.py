@@ -10,7 +10,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 
 from qwen3next_plugin.engines.vllm.speculation.images import axes_of
 from qwen3next_plugin.mtp.images import Axes, mrope_positions
-from qwen3next_plugin.mtp.pending import Row
+from qwen3next_plugin.mtp.rows import Row
 
 
 class Chains(EagleProposer):
@@ -27,8 +27,10 @@ class Chains(EagleProposer):
         table = block_table.numpy()[[row.index for row in fed]]
         axes = [axes_of(self.runner.requests[row.request]) for row in fed]
         positions = np.concatenate([np.arange(part.first, part.end) for part in tokens])
+        token_ids = torch.cat([part.token_ids for part in tokens])
+        self.model.see(token_ids)
         hidden_states = self._forward(
-            torch.cat([part.token_ids for part in tokens]),
+            token_ids,
             positions,
             torch.cat([part.hidden_states for part in tokens]),
             counts,
@@ -37,7 +39,6 @@ class Chains(EagleProposer):
         )
         ends = np.cumsum(counts) - 1
         hidden_states, positions = hidden_states[ends], positions[ends]  # [fed, D], [fed]
-        token_ids = torch.empty(0)
         for depth in range(fed[0].draft):
             n = sum(row.draft > depth for row in fed)
             if depth > 0:

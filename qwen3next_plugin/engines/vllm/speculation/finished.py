@@ -1,47 +1,61 @@
-"""The step that has just ended, as the MTP layer reads it."""
+"""vLLM's tensors of the step that has just ended, as rows of the MTP layer."""
 
-from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from qwen3next_plugin.mtp.pending import PendingTokens, Row
+from qwen3next_plugin.mtp.loop import Loop
+from qwen3next_plugin.mtp.rows import FinishedStep
 
 
-@dataclass(slots=True, kw_only=True)
-class FinishedStep:
-    """The N rows of a step of T tokens; lists have an element for each row.
+def finished(
+    runner: Any,
+    loop: Loop,
+    *,
+    query_start_loc: torch.Tensor,
+    sampled_after: torch.Tensor | None,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    next_token_ids: torch.Tensor,
+) -> FinishedStep:
+    """The step of N rows and T tokens, rejected drafts included.
 
-    Shapes: token_ids [T], the token after each of the step's; hidden_states [T, D]
+    Shapes:
+        query_start_loc [N + 1], token_ids, positions [T], hidden_states [T, D]; next_token_ids [N],
+        the last sampled tokens; sampled_after [N], the indices of the tokens that they were
+        sampled after (None: the last token of each row)
     """
+    bounds = query_start_loc.numpy()
+    ends = bounds[1:] if sampled_after is None else sampled_after.numpy() + 1
+    firsts = positions.numpy()[bounds[:-1]].tolist()
+    requests = list(runner.input_batch.req_ids)
+    states = [runner.requests[request] for request in requests]
+    prefilling = runner.discard_request_mask.np[: len(firsts)].tolist()
+    after = np.empty_like(token_ids.numpy())  # the token after each [T]
+    after[:-1] = token_ids.numpy()[1:]
+    after[ends - 1] = next_token_ids.numpy()
+    counts = (ends - bounds[:-1]).tolist()
+    for i in (i for i, more in enumerate(prefilling) if more):
+        # vLLM gives the prompt's last token, not the one after the chunk
+        after[ends[i] - 1] = _token_at(states[i], firsts[i] + counts[i])
+    return FinishedStep(
+        requests=requests,
+        starts=bounds[:-1].tolist(),
+        firsts=firsts,
+        scheduled=np.diff(bounds).tolist(),
+        counts=counts,
+        prefilling=prefilling,
+        continues=[  # streaming input adds to a prompt where its answer ended
+            loop.ends.get(request) == first >= state.num_prompt_tokens
+            for request, first, state in zip(requests, firsts, states, strict=True)
+        ],
+        token_ids=torch.from_numpy(after),
+        hidden_states=hidden_states,
+    )
 
-    requests: list[str]
-    starts: list[int]  # among the tokens
-    firsts: list[int]  # position of the first token
-    scheduled: list[int]  # tokens, rejected drafts included
-    counts: list[int]  # tokens without them
-    prefilling: list[bool]  # more of its prompt follows
-    continues: list[bool]  # it decoded or verified; else the step read its prompt
-    token_ids: torch.Tensor
-    hidden_states: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    @property
-    def ends(self) -> list[int]:
-        """The position after each row's last token."""
-        return [first + count for first, count in zip(self.firsts, self.counts, strict=True)]
-
-    def row(self, i: int) -> Row:
-        """Row i, with its committed tokens."""
-        tokens = slice(self.starts[i], self.starts[i] + self.counts[i])
-        return Row(
-            request=self.requests[i],
-            index=i,
-            tokens=PendingTokens(
-                self.firsts[i], self.token_ids[tokens], self.hidden_states[tokens]
-            ),
-            scheduled=self.scheduled[i],
-            prefilling=self.prefilling[i],
-            continues=self.continues[i],
-        )
+def _token_at(state: Any, position: int) -> int:
+    """A token of a request's prompt; any token if its prompt is of embeddings."""
+    return 0 if state.prompt_token_ids is None else state.get_token_id(position)

@@ -1,0 +1,230 @@
+"""The loop of drafting: what an engine does after each step, apart from running the MTP layer.
+
+While nothing is drafted, choosing lengths and keeping tokens would be most of what MTP costs. So
+plain steps, in which each request gets one token, are only collected, and the loop looks at several
+at once. Prompts, and steps for which nothing is drafted, are kept for the MTP layer (pending.py).
+"""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+
+import torch
+
+from qwen3next_plugin.mtp.metrics import Observer
+from qwen3next_plugin.mtp.pending import Pending
+from qwen3next_plugin.mtp.ranks import Ranks
+from qwen3next_plugin.mtp.rows import FinishedStep, Row, Tokens
+
+EVERY = 8  # most steps without drafts between two choices of lengths
+
+
+def wait_after(idle: int) -> int:
+    """Steps until lengths are chosen again, after `idle` steps for which nothing was drafted.
+
+    Few at first: the policy may just try how fast steps are without drafts.
+    """
+    return max(1, min(EVERY, idle // 4))
+
+
+def room(end: int, computed: int) -> int:
+    """How many drafts a request can use that ends at `end` tokens, of which so many are computed.
+
+    The next one is sampled already, and a step yields one token more than it has drafts.
+    """
+    return max(0, end - computed - 2)
+
+
+@dataclass(slots=True)
+class PlainSteps:
+    """Steps of the same requests, each with one token of each, that the loop has not looked at.
+
+    Shapes: token_ids [N] and hidden_states [N, D] of each step
+    """
+
+    requests: list[str]
+    firsts: list[int]  # position of each request's first token that was not looked at
+    token_ids: list[torch.Tensor] = field(default_factory=list)
+    hidden_states: list[torch.Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of steps that were timed
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def take_last(self) -> list[Row]:
+        """Remove the last step; its rows."""
+        token_ids, hidden_states = self.token_ids.pop(), self.hidden_states.pop()
+        return [
+            Row(
+                request=request,
+                index=i,
+                tokens=Tokens(first + len(self), token_ids[i : i + 1], hidden_states[i : i + 1]),
+                scheduled=1,
+                continues=True,
+            )
+            for i, (request, first) in enumerate(zip(self.requests, self.firsts, strict=True))
+        ]
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """The state machine of drafting; one per worker.
+
+    After each step an engine calls `step`, or `plain_step` where that is enough. Both return the
+    rows that the MTP layer reads now (`Row.fed`), each with the number of tokens to draft after
+    that (`Row.draft`). The engine runs the passes, and says with `drafted` what they took.
+    """
+
+    observer: Observer
+    ranks: Ranks  # the first one's lengths count
+    max_tokens: int  # that one pass of the MTP layer reads
+    room: Callable[[str, int], int]  # drafts that a request with so many computed tokens can use
+    must_run: bool = False  # the MTP layer reads every token in its own step
+    pending: Pending = field(default_factory=Pending)
+    ends: dict[str, int] = field(default_factory=dict, init=False)  # of requests that may go on
+    plain: PlainSteps | None = field(default=None, init=False)  # the next step may be one of them
+    rows: list[Row] = field(
+        default_factory=list, init=False
+    )  # that were looked at, until `drafted`
+    idle: int = field(default=0, init=False)  # steps in a row for which nothing was drafted
+    wait: int = field(default=0, init=False)  # such steps until lengths are chosen
+
+    def step(self, step: FinishedStep, known: Set[str], seconds: float | None) -> list[Row]:
+        """A step has ended. Requests that are not `known` have, too; None: it was not timed.
+
+        Lengths are chosen after a verification, and every few steps if nothing is drafted. A
+        request whose prompt was read does not draft yet: its first token does not wait for that.
+        """
+        self.keep()
+        self.plain = None
+        self._forget_others(known)
+        if step.is_plain and not self.must_run:
+            self.plain = PlainSteps(step.requests, step.firsts)
+            return self.plain_step(step.token_ids, step.hidden_states, seconds)
+        if self.must_run or step.verifies or (any(step.continues) and self._is_time()):
+            return self._look_at(step, seconds)
+        self._keep_step(step)
+        return []
+
+    def continued_by(self, requests: Sequence[str], positions: Sequence[int]) -> bool:
+        """Whether `plain_step` is enough for one token of each request, at these positions."""
+        plain = self.plain
+        if plain is None or plain.requests != requests:
+            return False
+        n = len(plain)
+        return [first + n for first in plain.firsts] == positions
+
+    def plain_step(
+        self, token_ids: torch.Tensor, hidden_states: torch.Tensor, seconds: float | None
+    ) -> list[Row]:
+        """Each request of the last plain step has got another token. Shapes: [N], [N, D]."""
+        plain = self.plain
+        assert plain is not None
+        plain.token_ids.append(token_ids)
+        plain.hidden_states.append(hidden_states)
+        if seconds is not None:
+            plain.seconds.append(seconds)
+        return self._look(plain) if self._is_time() else []
+
+    def drafted(self, seconds: float, passes_seconds: float | None) -> None:
+        """Drafting has ended, and took so long; the passes alone, or None if that is not known."""
+        if self.rows:
+            self.observer.observe_draft(self.rows, passes_seconds=passes_seconds, seconds=seconds)
+            self.rows = []
+
+    def keep(self) -> None:
+        """Keep the plain steps so far for the MTP layer, without choosing lengths."""
+        if self.plain is not None and len(self.plain):
+            self._report(self.plain)
+            self._put(self.plain)
+
+    def _is_time(self) -> bool:
+        """Count a step without drafts; whether lengths are chosen after it."""
+        self.idle, self.wait = self.idle + 1, self.wait - 1
+        return self.wait <= 0
+
+    def _look_at(self, step: FinishedStep, seconds: float | None) -> list[Row]:
+        """Learn from a step and choose lengths."""
+        rows = [step.row(i) for i in range(len(step))]
+        self.observer.observe_step(rows, seconds)
+        drafting = [row for row in rows if row.continues]
+        ends = [row.tokens.end for row in drafting]
+        lengths = self._lengths([row.request for row in drafting], ends, more=0)
+        for row, length in zip(drafting, lengths, strict=True):
+            row.draft = length
+        return self._feed(rows)
+
+    def _look(self, plain: PlainSteps) -> list[Row]:
+        """Learn from plain steps and choose lengths. If one is not 0, the last step drafts."""
+        n = len(plain)
+        self._report(plain)
+        ends = [first + n for first in plain.firsts]
+        lengths, rows = self._lengths(plain.requests, ends, more=n - 1), []
+        if any(lengths):
+            rows = plain.take_last()
+            for row, length in zip(rows, lengths, strict=True):
+                row.draft = length
+        self._put(plain)
+        return self._feed(rows)
+
+    def _lengths(self, requests: Sequence[str], ends: Sequence[int], more: int) -> list[int]:
+        """How many tokens each request drafts, by the first rank's policy.
+
+        `more`: tokens of each that will be pending, besides those that are.
+        """
+        if not requests:
+            return []
+        pending = [self.pending.count(request) + more for request in requests]
+        lengths = self.observer.policy.lengths(requests, pending)
+        if self.ranks.world_size > 1:
+            lengths = self.ranks.broadcast(torch.tensor(lengths), src=0).tolist()
+        return [
+            0 if self.pending.lost(request) else min(length, self.room(request, end))
+            for request, end, length in zip(requests, ends, lengths, strict=True)
+        ]
+
+    def _feed(self, rows: list[Row]) -> list[Row]:
+        """Note where requests go on and when lengths are chosen again; the rows to read now."""
+        self._go_on(rows)
+        if any(row.draft for row in rows):
+            self.idle, self.plain = 0, None
+        self.wait, self.rows = wait_after(self.idle), rows
+        return self.pending.feed(rows, self.max_tokens, every=self.must_run)
+
+    def _keep_step(self, step: FinishedStep) -> None:
+        """Keep a step that reads prompts for the MTP layer."""
+        reading = [step.row(i) for i, continues in enumerate(step.continues) if not continues]
+        self.pending.put(reading)
+        self._go_on(reading)
+        if decoding := [i for i, continues in enumerate(step.continues) if continues]:
+            at = torch.tensor([step.starts[i] for i in decoding])
+            self.plain = PlainSteps(
+                [step.requests[i] for i in decoding],
+                [step.firsts[i] for i in decoding],
+                [step.token_ids[at]],
+                [step.hidden_states[at]],
+            )
+            self.keep()
+
+    def _report(self, plain: PlainSteps) -> None:
+        self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
+        plain.seconds.clear()
+
+    def _put(self, plain: PlainSteps) -> None:
+        """Keep plain steps that were reported, and go on behind them."""
+        if n := len(plain):
+            requests = plain.requests
+            self.observer.observe_skipped(n * len(requests))
+            self.pending.put_steps(requests, plain.firsts, plain.token_ids, plain.hidden_states)
+            plain.firsts = [first + n for first in plain.firsts]
+            self.ends.update(zip(requests, plain.firsts, strict=True))
+            plain.token_ids.clear()
+            plain.hidden_states.clear()
+
+    def _go_on(self, rows: Sequence[Row]) -> None:
+        self.ends.update({row.request: row.tokens.end for row in rows if not row.prefilling})
+
+    def _forget_others(self, known: Set[str]) -> None:
+        self.observer.keep_only(known)
+        self.pending.keep_only(known)
+        for request in self.ends.keys() - known:
+            del self.ends[request]
