@@ -1,6 +1,7 @@
 """The loop: what is kept and read, when lengths are chosen, what is observed. See engine.py."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def test_without_drafts_lengths_are_chosen_every_few_steps(pattern):
     steps = (PATTERNS[pattern] * 100)[:100]
     found = choices(engine, steps)
     assert found == due(100)
-    assert max(b - a for a, b in zip(found, found[1:], strict=False)) == EVERY
+    assert max(b - a for a, b in pairwise(found)) == EVERY
     for name in "ab":
         pending = engine.policy.asked[-1].get(name)
         assert pending is None or pending >= 5 + engine.requests[name].steps - EVERY

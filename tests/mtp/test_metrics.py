@@ -22,8 +22,8 @@ from qwen3next_plugin.mtp.metrics import (
     create,
     metrics,
 )
-from qwen3next_plugin.mtp.rows import Row, Tokens
 from qwen3next_plugin.mtp.policy import Fixed
+from qwen3next_plugin.mtp.rows import Row, Tokens
 
 WRITER = """
 import sys

@@ -1,16 +1,12 @@
-"""What the drafter keeps of prompts and of requests that draft nothing, and when it drafts."""
+"""What the drafter makes of SGLang's batches; when it drafts is in tests/mtp/test_loop.py."""
 
 from types import SimpleNamespace as Bag
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("sglang")
-
-from qwen3next_plugin.mtp.metrics import Observer
-from qwen3next_plugin.mtp.pending import Pending
-from qwen3next_plugin.mtp.plain_steps import EVERY
-from qwen3next_plugin.mtp.policy import Fixed
 
 D = 2
 
@@ -18,41 +14,35 @@ D = 2
 class Request(Bag):
     """What the drafter reads of one."""
 
-    def __init__(self, rid: str) -> None:
+    def __init__(self, rid: str, prompt: int = 5) -> None:
         super().__init__(
-            rid=rid, ended=False, output_ids=[], sampling_params=Bag(max_new_tokens=99)
+            rid=rid,
+            ended=False,
+            origin_input_ids=[0] * prompt,
+            output_ids=[],
+            sampling_params=Bag(max_new_tokens=99),
         )
 
     def finished(self) -> bool:
         return self.ended
 
 
-@pytest.fixture
-def drafter(monkeypatch):
-    """A drafter, with `read` for steps of prompts and `decode` for others; it drafts `length`."""
-    from sglang.srt.plugins import load_plugins
+class Steps:
+    """A drafter of up to three tokens, and the steps that SGLang reports to it."""
 
-    load_plugins()
-    from qwen3next_plugin.engines.sglang.speculation import drafter as module
+    def __init__(self, drafter: Any, fed: dict[str, tuple[int, int]]) -> None:
+        self.drafter, self.fed = drafter, fed  # request → first position, tokens, as read last
+        self.loop, self.timed = drafter.loop, list[float]()
+        self.loop.observer.policy = Bag(
+            lengths=lambda requests, pending: [3] * len(requests),
+            observe_verify=lambda *_: None,
+            observe_step=lambda batch, tokens, seconds: self.timed.append(seconds),
+            observe_draft=lambda *_: None,
+            forget=lambda _: None,
+            snapshot=lambda: {},
+        )
 
-    monkeypatch.setattr(module, "get_parallel", lambda: Bag(tp_group=Bag(world_size=1)))
-    fed = {}  # request → (first position, tokens) of what the MTP layer read last
-
-    def forward(self, batch, rows):
-        fed.clear()
-        fed.update({row.request: (row.fed.first, len(row.fed)) for row in rows})
-        return torch.zeros(sum(row.draft > 0 for row in rows), D)
-
-    monkeypatch.setattr(module.Drafter, "_forward", forward)
-    drafter = object.__new__(module.Drafter)
-    drafter.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: torch.full((len(h),), 5)))
-    drafter.observer, drafter.pending, drafter.limit = Observer(Fixed(0)), Pending(), 8
-    drafter.rows, drafter.plain, drafter.decoded = [], None, set()
-    drafter.wait = drafter.idle = 0
-    drafter.lengths = {}
-    drafter.read, drafter.chunked = {}, None
-
-    def read(first, count, *requests, chunked=None):
+    def read(self, first: int, count: int, *requests: Request, chunked: Request | None = None):
         N = len(requests)
         batch = Bag(
             reqs=list(requests),
@@ -62,17 +52,13 @@ def drafter(monkeypatch):
             chunked_req=chunked,
             chunked_req_next_prompt_token=None if chunked is None else 7,
         )
-        drafter._draft_extend_for_prefill(batch, torch.zeros(N * count, D), torch.zeros(N).long())
+        return self.drafter.after_prompts(batch, torch.zeros(N * count, D), torch.zeros(N).long())
 
-    def decode(at, *requests, length=0, same=None):
-        """Verifies what was drafted, and accepts nothing; returns the most drafts of a request.
-
-        `same`: the list of requests of the last step, where the batch is the same.
-        """
-        N = len(same or requests)
-        drafter.policy = Fixed(length)
-        batch = Bag(reqs=same or list(requests), seq_lens=torch.full((N,), at))
-        widths = [1 + drafter.lengths.get(request.rid, 0) for request in batch.reqs]
+    def decode(self, at: int, reqs: list[Request], seconds: float = 1.0) -> dict[str, int]:
+        """Verifies what was drafted, and accepts nothing; the lengths of the first drafts."""
+        drafter, N = self.drafter, len(reqs)
+        batch = Bag(reqs=reqs, seq_lens=torch.full((N,), at))
+        widths = [1 + drafter.lengths.get(request.rid, 0) for request in reqs]
         T = sum(widths)
         result = Bag(
             next_token_ids=torch.zeros(T).int(),
@@ -80,197 +66,183 @@ def drafter(monkeypatch):
             logits_output=Bag(hidden_states=torch.zeros(T, D)),
             next_draft_input=Bag(bonus_tokens=torch.zeros(N).long()),
         )
-        seconds = {"step_seconds": 1.0, "draft_seconds": 0.0}
+        timing = {"step_seconds": seconds, "draft_seconds": 0.0}
         if T > N:
             assert drafter.has_drafts(batch)
-            drafter.learn(batch, result, widths, **seconds)
-            drafter._draft_extend_for_decode(batch, result)
+            drafter.after_verification(batch, result, widths, **timing)
         else:
             batch.seq_lens += 1  # as SGLang prepares a plain step
-            drafter.learn_plain(batch, result, **seconds)
-        return max(widths) - 1
+            drafter.after_plain_step(batch, result, **timing)
+        return drafter.lengths
 
-    return Bag(it=drafter, read=read, decode=decode, count=drafter.pending.count, fed=fed)
+    def pending(self, *names: str) -> list[int]:
+        return [self.loop.pending.count(name) for name in names]
 
 
-def test_a_prompt_and_what_follows_it_wait(drafter):
+@pytest.fixture
+def steps(monkeypatch):
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from qwen3next_plugin.engines.sglang.speculation import drafter as module
+
+    schedule = Bag(chunked_prefill_size=8, max_prefill_tokens=100)
+    monkeypatch.setattr(module, "get_schedule", lambda: schedule)
+    monkeypatch.setattr(module, "get_parallel", lambda: Bag(tp_group=Bag(world_size=1)))
+    fed = {}
+
+    def forward(self, batch, rows):
+        fed.clear()
+        fed.update({row.request: (row.fed.first, len(row.fed)) for row in rows})
+        return torch.zeros(sum(row.draft > 0 for row in rows), D)
+
+    monkeypatch.setattr(module.Drafter, "_forward", forward)
+    model = Bag(get_top_tokens=lambda h: torch.full((len(h),), 5), make_draft_head=lambda: None)
+    return Steps(module.Drafter(Bag(model=model, model_config=Bag()), None, 3), fed)
+
+
+def test_a_prompt_is_read_with_the_step_after_it(steps):
+    a = Request("a")
+    drafts = steps.read(0, 5, a)
+    assert drafts.hidden_states.shape == (1, D)
+    assert steps.pending("a") == [5]
+    assert steps.decode(5, [a]) == {"a": 3}
+    assert steps.fed == {"a": (0, 6)}
+    assert steps.decode(6, [a]) == {"a": 3}
+    assert steps.fed == {"a": (6, 1)}
+
+
+def test_steps_of_the_same_batch_are_collected(steps):
+    """SGLang keeps the list of requests while the batch is the same."""
     a, b = Request("a"), Request("b")
-    drafter.read(0, 5, a, b)
-    drafter.decode(5, a, b)
-    drafter.decode(6, a, b)
-    assert [drafter.count(rid) for rid in "ab"] == [7, 7]
+    steps.read(0, 5, a, b)
+    steps.loop.idle, steps.loop.wait, steps.loop.max_tokens = 100, 4, 100
+    same = [a, b]
+    for at in (5, 6, 7):
+        steps.decode(at, same)
+        assert steps.pending("a", "b") == [5, 5]
+    assert steps.decode(8, same) == {"a": 3, "b": 3}
+    assert steps.fed == dict.fromkeys("ab", (0, 9))
 
 
-def test_what_ended_is_dropped(drafter):
+def test_what_ended_is_dropped(steps):
     a, b = Request("a"), Request("b")
-    drafter.read(0, 5, a, b)
-    drafter.decode(5, a, b)
-    drafter.decode(6, b)
-    assert [drafter.count(rid) for rid in "ab"] == [0, 7]
+    steps.read(0, 5, a, b)
+    steps.loop.wait = 10
+    steps.decode(5, [a, b])
+    steps.decode(6, [b])
+    assert steps.pending("a", "b") == [0, 6]
 
 
-def test_an_unfinished_prompt_outlives_other_steps(drafter):
+def test_an_unfinished_prompt_outlives_other_steps(steps):
     a, b = Request("a"), Request("b")
-    drafter.read(0, 5, b)
-    drafter.read(0, 5, a, chunked=a)
+    steps.loop.wait = 10
+    steps.read(0, 5, b)
+    steps.read(0, 5, a, chunked=a)
     for at in (5, 6):
-        drafter.decode(at, b)
-    assert drafter.count("a") == 5
-    drafter.read(5, 5, a)
-    drafter.decode(7, b)  # it is aborted
-    drafter.decode(8, b)
-    assert drafter.count("a") == 0
+        steps.decode(at, [b])
+    assert steps.pending("a") == [5]
+    steps.read(5, 5, a)
+    assert steps.pending("a") == [10]
+    steps.decode(7, [b])  # it is aborted
+    assert steps.pending("a") == [0]
 
 
-def test_prompts_that_end_at_once_leave_nothing(drafter):
+def test_prompts_that_end_at_once_leave_nothing(steps):
     """As where only their log-probabilities are asked for, so that no step decodes."""
     for rid in "abc":
         request = Request(rid)
-        drafter.read(0, 5, request)
+        steps.read(0, 5, request)
         request.ended = True
-    assert [drafter.count(rid) for rid in "abc"] == [0, 0, 5]
+    assert steps.pending(*"abc") == [0, 0, 5]
 
 
-def test_a_request_that_is_read_again_starts_afresh(drafter):
-    a = Request("a")
-    drafter.read(0, 5, a)
-    drafter.decode(5, a)
-    drafter.read(2, 4, a)  # retracted; its first two tokens were still cached
-    assert drafter.count("a") == 4
-
-
-def test_a_prompt_is_read_after_the_step_that_follows_it(drafter):
-    a = Request("a")
-    drafter.read(0, 5, a)
-    assert drafter.decode(5, a, length=3) == 0
-    assert drafter.fed == {"a": (0, 6)}
-    assert drafter.decode(6, a, length=0) == 3
-    assert drafter.decode(7, a) == 0
-    assert drafter.count("a") == 2
-
-
-def test_a_long_prompt_is_read_in_slices_and_drafts_after_the_last(drafter):
-    a = Request("a")
-    drafter.read(0, 15, a)
-    for at, fed in ((15, (0, 8)), (16, (8, 8)), (17, (16, 2))):
-        assert drafter.decode(at, a, length=3) == 0
-        assert drafter.fed == {"a": fed}
-    assert drafter.decode(18, a, length=3) == 3
-
-
-def test_whoever_has_no_draft_yet_verifies_one_token(drafter):
+def test_a_retracted_request_is_read_anew(steps):
     a, b = Request("a"), Request("b")
-    drafter.it.limit = 4
-    drafter.read(0, 3, a)
-    drafter.decode(3, a, length=3)
-    drafter.read(0, 4, b)
-    for fed, drafted in (({"a": (4, 1), "b": (0, 3)}, 3), ({"a": (5, 1), "b": (3, 3)}, 2)):
-        assert drafter.decode(fed["a"][0], a, b, length=2) == drafted
-        assert [row.scheduled for row in drafter.it.rows] == [1 + drafted, 1]
-        assert drafter.fed == fed
-    drafter.decode(6, a, b)
-    assert [row.drafted for row in drafter.it.rows] == [2, 2]
+    steps.loop.max_tokens = 100
+    steps.read(0, 5, a, b)
+    assert steps.decode(5, [a, b]) == {"a": 3, "b": 3}
+    steps.read(2, 4, a)  # its first two tokens were still cached
+    assert steps.pending("a") == [4]
+    assert steps.drafter.lengths == {"b": 3}
 
 
-def test_a_request_without_room_drafts_nothing(drafter):
-    a, b = Request("a"), Request("b")
-    drafter.it.pending.max_bytes = 6 * (8 + 4 * D)
-    drafter.read(0, 5, a)
-    drafter.read(0, 5, b)
-    drafter.decode(5, a, b, length=3)
-    assert drafter.fed == {"a": (0, 6)}
-    assert drafter.decode(6, a, b, length=3) == 3
-    assert [row.drafted for row in drafter.it.rows] == [3, 0]
-
-
-def test_nothing_is_drafted_beyond_the_end_of_an_answer(drafter):
+def test_nothing_is_drafted_beyond_the_end_of_an_answer(steps):
     ends, goes_on = Request("ends"), Request("goes on")
     ends.sampling_params.max_new_tokens = 5
-    drafter.it.limit = 100
-    drafter.read(0, 5, ends, goes_on)
-    for at, drafts in ((5, 3), (6, 2), (7, 1), (8, None), (9, None)):
-        drafter.decode(at, ends, goes_on, length=3)
-        ends.output_ids.append(0)
-        assert drafter.it.lengths.get("ends") == drafts
-        assert drafter.it.lengths["goes on"] == 3
+    steps.loop.max_tokens = 100
+    steps.read(0, 5, ends, goes_on)
+    for at, drafts in ((5, 2), (6, 1), (7, None), (8, None)):
+        lengths = steps.decode(at, [ends, goes_on])
+        assert (lengths.get("ends"), lengths["goes on"]) == (drafts, 3)
 
 
-def test_plain_steps_are_looked_at_every_few_steps(drafter):
+def test_a_step_after_a_prompt_is_not_timed(steps):
+    """The scheduler still does work for the prompt."""
     a, b = Request("a"), Request("b")
-    drafter.read(0, 5, a, b)
-    drafter.it.idle = 4 * EVERY  # nothing was drafted for long
-    both, at = [a, b], 5
-    for kept in (6, *[6] * (EVERY - 1), 6 + EVERY, *[6 + EVERY] * 2):
-        drafter.decode(at, same=both)
-        at += 1
-        assert [drafter.count(rid) for rid in "ab"] == [kept] * 2
-    drafter.it.keep()
-    assert [drafter.count(rid) for rid in "ab"] == [8 + EVERY] * 2
-    drafter.it.limit = 100
-    for _ in range(EVERY - 2):
-        drafter.decode(at, same=both, length=3)
-        at += 1
-    assert drafter.fed == dict.fromkeys("ab", (0, 6 + 2 * EVERY))
-    assert drafter.decode(at, same=both) == 3
+    steps.read(0, 5, a)
+    steps.decode(5, [a])
+    assert steps.timed == []
+    steps.decode(6, [a], seconds=2.0)
+    steps.read(0, 5, b)
+    steps.decode(7, [a, b])
+    assert steps.timed == [2.0]
+    steps.decode(8, [b], seconds=3.0)
+    assert steps.timed == [2.0, 3.0]
 
 
-def test_where_nothing_is_drafted_a_new_batch_is_not_looked_at_sooner(drafter):
-    a, b = Request("a"), Request("b")
-    drafter.read(0, 3, a)
-    drafter.it.idle = 4 * EVERY
-    drafter.decode(3, a)  # which looks
-    drafter.read(0, 3, b)
-    for at in range(4, 3 + EVERY):
-        assert drafter.decode(at, a, b, length=2) == 0
-        assert not drafter.fed
-    drafter.it.limit = 100
-    drafter.decode(3 + EVERY, a, b, length=2)
-    assert sorted(drafter.fed) == ["a", "b"]
-    assert drafter.decode(4 + EVERY, a, b) == 2
-    assert drafter.decode(5 + EVERY, b, length=2) == 0  # after drafts: at once
-    assert sorted(drafter.fed) == ["b"]
+def test_batches_and_results_are_rows(steps):
+    from qwen3next_plugin.engines.sglang.speculation import finished
 
-
-def test_plain_steps_are_kept_before_a_prompt_is_read(drafter):
-    a, b = Request("a"), Request("b")
-    drafter.read(0, 5, a)
-    alone = [a]
-    for at in (5, 6, 7):
-        drafter.decode(at, same=alone)
-    drafter.read(0, 5, b, chunked=b)
-    assert drafter.count("a") == 8
-    drafter.decode(8, same=alone)
-    drafter.read(5, 2, b)
-    assert [drafter.count(rid) for rid in "ab"] == [9, 7]
-
-
-def test_a_step_after_a_prompt_is_not_timed(drafter):
-    seconds = []
-    drafter.it.observer.policy = Bag(
-        observe_verify=lambda *_: None,
-        observe_step=lambda batch, tokens, timed: seconds.append((batch, tokens, timed)),
-        forget=lambda _: None,
+    a, b, c = (Request(rid) for rid in "abc")
+    batch = Bag(
+        reqs=[a, b],
+        input_ids=torch.tensor([10, 11, 12, 20, 21]),
+        prefix_lens=[4, 0],
+        extend_lens=[3, 2],
+        chunked_req=b,
+        chunked_req_next_prompt_token=22,
     )
-    a, b = Request("a"), Request("b")
-    drafter.read(0, 5, a)
-    drafter.decode(5, a)
-    assert not seconds
-    drafter.decode(6, a)
-    drafter.read(0, 5, b)
-    drafter.decode(7, a, b)
-    assert seconds == [(1, 1, 1.0)]
-    drafter.decode(8, b)
-    assert seconds == [(1, 1, 1.0)] * 2
+    step = finished.read(batch, torch.zeros(5, D), torch.tensor([13, 99]))
+    assert step.token_ids.tolist() == [11, 12, 13, 21, 22]
+    assert [(row.tokens.first, len(row.tokens)) for row in map(step.row, (0, 1))] == [
+        (4, 3),
+        (0, 2),
+    ]
+    assert (step.prefilling, step.continues) == ([False, True], [False, False])
+
+    batch = Bag(reqs=[a, b, c], seq_lens=torch.tensor([7, 2, 30]))
+    result = Bag(  # with a filler token of b
+        next_token_ids=torch.tensor([1, 2, 3, 4, 5, 6]),
+        accept_lens=torch.tensor([2, 1, 1]),
+        logits_output=Bag(hidden_states=torch.arange(6.0)[:, None].expand(-1, D)),
+    )
+    step = finished.verified(batch, result, [3, 2, 1], {"a": 2, "gone": 1})
+    rows = [step.row(i) for i in range(3)]
+    assert [(row.tokens.first, row.tokens.token_ids.tolist()) for row in rows] == [
+        (7, [1, 2]),
+        (2, [4]),
+        (30, [6]),
+    ]
+    assert rows[1].tokens.hidden_states[:, 0].tolist() == [3.0]
+    assert [(row.drafted, row.accepted) for row in rows] == [(2, 1), (0, 0), (0, 0)]
+    assert not step.is_plain
+    result.next_token_ids, result.logits_output.hidden_states = (
+        torch.tensor([1, 2, 3]),
+        torch.zeros(3, D),
+    )
+    step = finished.decoded(batch, result)
+    assert (step.firsts, step.is_plain, step.verifies) == ([6, 1, 29], True, False)
 
 
-def test_a_step_without_drafts_is_prepared_as_without_nextn(drafter):
+def test_a_step_without_drafts_is_prepared_as_without_nextn(steps):
     """What a verification left is gone: slots that it reserved, penalties that it adds."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from qwen3next_plugin.engines.sglang.speculation.worker import Worker
 
     worker, freed = object.__new__(Worker), []
-    worker._draft_worker, worker.speculative_algorithm = drafter.it, SpeculativeAlgorithm.EAGLE
+    worker.drafter, worker.speculative_algorithm = steps.drafter, SpeculativeAlgorithm.EAGLE
     a, b = Request("a"), Request("b")
     a.kv = Bag(kv_committed_len=7, kv_allocated_len=15)
     b.kv = Bag(kv_committed_len=9, kv_allocated_len=9)
@@ -279,11 +251,11 @@ def test_a_step_without_drafts_is_prepared_as_without_nextn(drafter):
         sampling_info=Bag(acc_additive_penalties=1, acc_scaling_penalties=1),
         tree_cache=Bag(free_kv_row=lambda kv, ranges: freed.append((kv, ranges))),
     )
-    drafter.it.lengths = {"b": 2}
+    steps.drafter.lengths = {"b": 2}
     worker.choose_step(batch)
     assert batch.spec_algorithm.is_eagle()
     assert not freed
-    drafter.it.lengths = {}
+    steps.drafter.lengths = {}
     worker.choose_step(batch)
     assert batch.spec_algorithm.is_none()
     assert freed == [(a.kv, [(7, 15)])]
@@ -311,14 +283,13 @@ def chains(monkeypatch):
         return hidden_states + 1
 
     monkeypatch.setattr(module, "run_layer", run_layer)
-    draft_worker = object.__new__(module.Chains)
-    draft_worker.draft_runner = Bag(model=Bag(get_top_tokens=lambda h: h[:, 0].long()))
+    drafter = module.Chains(Bag(model=Bag(get_top_tokens=lambda h: h[:, 0].long())), None)
 
     def draft(lengths, *, grammar=False):
         N = len(lengths)
-        draft_worker.lengths = {f"r{i}": n for i, n in enumerate(lengths) if n}
+        drafter.lengths = {f"r{i}": n for i, n in enumerate(lengths) if n}
         table = torch.arange(100 * (N + 1)).int().view(N + 1, 100)
-        draft_worker.req_to_token_pool = Bag(req_to_token=table)
+        drafter.req_to_token_pool = Bag(req_to_token=table)
         bonus = 10 * torch.arange(1, N + 1)
         batch = Bag(
             reqs=[Bag(rid=f"r{i}", multimodal_inputs=None) for i in range(N)],
@@ -333,7 +304,7 @@ def chains(monkeypatch):
             sampling_info=Bag(has_custom_logit_processor=False),
         )
         passes.clear()
-        return draft_worker.draft(batch), passes
+        return drafter.draft(batch), passes
 
     return draft
 
