@@ -147,46 +147,48 @@ class Loop:
         rows = [step.row(i) for i in range(len(step))]
         self.observer.observe_step(rows, seconds)
         drafting = [row for row in rows if row.continues]
-        ends = [row.tokens.end for row in drafting]
-        lengths = self._lengths([row.request for row in drafting], ends, more=0)
+        lengths = self._lengths([row.request for row in drafting], more=0)
         for row, length in zip(drafting, lengths, strict=True):
             row.draft = length
         return self._feed(rows)
 
     def _look(self, plain: PlainSteps) -> list[Row]:
         """Learn from plain steps and choose lengths. If one is not 0, the last step drafts."""
-        n = len(plain)
         self._report(plain)
-        ends = [first + n for first in plain.firsts]
-        lengths, rows = self._lengths(plain.requests, ends, more=n - 1), []
-        if any(lengths):
-            rows = plain.take_last()
-            for row, length in zip(rows, lengths, strict=True):
-                row.draft = length
+        lengths = self._lengths(plain.requests, more=len(plain) - 1)
+        if not any(lengths):
+            self._put(plain)
+            self.wait = wait_after(self.idle)
+            return []
+        rows = plain.take_last()
+        for row, length in zip(rows, lengths, strict=True):
+            row.draft = length
         self._put(plain)
+        self.plain = None
         return self._feed(rows)
 
-    def _lengths(self, requests: Sequence[str], ends: Sequence[int], more: int) -> list[int]:
+    def _lengths(self, requests: Sequence[str], more: int) -> list[int]:
         """How many tokens each request drafts, by the first rank's policy.
 
         `more`: tokens of each that will be pending, besides those that are.
         """
         if not requests:
             return []
-        pending = [self.pending.count(request) + more for request in requests]
-        lengths = self.observer.policy.lengths(requests, pending)
+        pending = self.pending
+        waiting = [pending.count(request) + more for request in requests]
+        lengths = self.observer.policy.lengths(requests, waiting)
         if self.ranks.world_size > 1:
             lengths = self.ranks.broadcast(torch.tensor(lengths), src=0).tolist()
-        return [
-            0 if self.pending.lost(request) else min(length, self.room(request, end))
-            for request, end, length in zip(requests, ends, lengths, strict=True)
-        ]
+        return [0 if pending.lost(one) else n for one, n in zip(requests, lengths, strict=True)]
 
     def _feed(self, rows: list[Row]) -> list[Row]:
         """Note where requests go on and when lengths are chosen again; the rows to read now."""
-        self._go_on(rows)
+        for row in rows:
+            if row.draft:
+                row.draft = min(row.draft, self.room(row.request, row.tokens.end))
         if any(row.draft for row in rows):
-            self.idle, self.plain = 0, None
+            self.idle = 0
+        self._go_on(rows)
         self.wait, self.rows = wait_after(self.idle), rows
         return self.pending.feed(rows, self.max_tokens, every=self.must_run)
 
