@@ -192,7 +192,7 @@ def test_a_step_after_a_prompt_is_not_timed(steps):
 
 
 def test_batches_and_results_are_rows(steps):
-    from qwen3next_plugin.engines.sglang.speculation import finished
+    from qwen3next_plugin.engines.sglang.speculation import batches
 
     a, b, c = (Request(rid) for rid in "abc")
     batch = Bag(
@@ -203,7 +203,7 @@ def test_batches_and_results_are_rows(steps):
         chunked_req=b,
         chunked_req_next_prompt_token=22,
     )
-    step = finished.read(batch, torch.zeros(5, D), torch.tensor([13, 99]))
+    step = batches.read(batch, torch.zeros(5, D), torch.tensor([13, 99]))
     assert step.token_ids.tolist() == [11, 12, 13, 21, 22]
     assert [(row.tokens.first, len(row.tokens)) for row in map(step.row, (0, 1))] == [
         (4, 3),
@@ -217,7 +217,7 @@ def test_batches_and_results_are_rows(steps):
         accept_lens=torch.tensor([2, 1, 1]),
         logits_output=Bag(hidden_states=torch.arange(6.0)[:, None].expand(-1, D)),
     )
-    step = finished.verified(batch, result, [3, 2, 1], {"a": 2, "gone": 1})
+    step = batches.verified(batch, result, [3, 2, 1], {"a": 2, "gone": 1})
     rows = [step.row(i) for i in range(3)]
     assert [(row.tokens.first, row.tokens.token_ids.tolist()) for row in rows] == [
         (7, [1, 2]),
@@ -231,7 +231,7 @@ def test_batches_and_results_are_rows(steps):
         torch.tensor([1, 2, 3]),
         torch.zeros(3, D),
     )
-    step = finished.decoded(batch, result)
+    step = batches.decoded(batch, result)
     assert (step.firsts, step.is_plain, step.verifies) == ([6, 1, 29], True, False)
 
 

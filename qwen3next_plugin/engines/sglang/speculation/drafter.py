@@ -15,7 +15,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from qwen3next_plugin.engines.sglang.names import logger
-from qwen3next_plugin.engines.sglang.speculation import finished
+from qwen3next_plugin.engines.sglang.speculation import batches
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
 from qwen3next_plugin.mtp.loop import Loop, room
 from qwen3next_plugin.mtp.metrics import Board, Observer
@@ -56,7 +56,7 @@ class Drafter(Chains):
         self.read = going_on | {request.rid: request for request in batch.reqs}
         self.chunked = batch.chunked_req
         self.lengths = {rid: n for rid, n in self.lengths.items() if rid not in self.read}
-        step = finished.read(batch, hidden_states, next_token_ids)
+        step = batches.read(batch, hidden_states, next_token_ids)
         self.loop.step(step, self.decoding.keys() | self.read.keys(), None)
         return self._drafts(next_token_ids, [], hidden_states[:0])
 
@@ -73,7 +73,7 @@ class Drafter(Chains):
 
         `draft_seconds`: what drafting took before it
         """
-        step = finished.verified(batch, result, widths, self.lengths)
+        step = batches.verified(batch, result, widths, self.lengths)
         fed = self._end_step(batch, step, step_seconds, draft_seconds)
         return self._first_drafts(batch, fed, result.next_draft_input.bonus_tokens, result)
 
@@ -91,7 +91,7 @@ class Drafter(Chains):
             hidden_states = result.logits_output.hidden_states
             fed = self.loop.plain_step(token_ids, hidden_states, step_seconds)
         else:
-            step = finished.decoded(batch, result)
+            step = batches.decoded(batch, result)
             fed = self._end_step(batch, step, step_seconds, draft_seconds)
             self.plain_reqs = batch.reqs
         return self._first_drafts(batch, fed, token_ids, result) if fed else None
