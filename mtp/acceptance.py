@@ -6,9 +6,9 @@ the text, so old observations count less.
 
 from collections.abc import Sequence
 
-KEEP, KEEP_ALL = 0.95, 0.998  # weight that observations keep at the next: of one request, of all
+KEEP, KEEP_ALL = 0.95, 0.998  # decay of old observations at each new one: of one request, of all
 FADE = 0.98  # weight that a request's observations keep in a step without drafts
-SURPRISE = 6.0  # from where a request counts as unlike the others: text alone, in runs, makes 4
+SURPRISE = 6.0  # from this value on a request counts as different; ordinary text reaches 4
 
 
 class Acceptance:
@@ -30,10 +30,10 @@ class Acceptance:
             self.accepted[j] = self.keep * self.accepted[j] + (j < accepted)
 
     def chances(self, expected: Sequence[float], weight: float) -> list[float]:
-        """p_1, p_2, …, drawn towards the `expected` ones by `weight` observations, or by fewer."""
+        """p_1, p_2, …, shrunk towards `expected`, which counts as at most `weight` observations."""
         found = []
         for a, n, p in zip(self.accepted, self.seen, expected, strict=True):
-            surprise = (a - n * p) ** 2 / (n * p * (1 - p) + 1)  # about 1 where `expected` is right
+            surprise = (a - n * p) ** 2 / (n * p * (1 - p) + 1)  # about 1 if `expected` is right
             pull = weight / max(1.0, surprise / SURPRISE) ** 2
             found.append((a + pull * p) / (n + pull))
         return found

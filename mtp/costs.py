@@ -5,8 +5,8 @@
 Guesses are in plain steps. A correction belongs to a cell: so many requests with so many drafts. It
 is learned from the cell's timings; a cell without any takes the corrections of its neighbours.
 
-Timings are sometimes several times too long, never too short. So what counts is the lower quartile
-of the last ones, which also follows a machine that gets slower or faster.
+Timings are sometimes several times too long, never too short. So the lower quartile of the last
+ones counts, which also follows a machine that gets slower or faster.
 """
 
 from collections import deque
@@ -16,12 +16,12 @@ from itertools import pairwise
 from math import log2, sqrt
 
 # Guesses in plain steps; recordings of both engines are within a factor of 2 of them.
-TOKEN = 0.2  # what a step costs more with 1 draft token a request; the root of n as much with n
+TOKEN = 0.2  # extra cost of a step with 1 draft token a request; with n tokens, √n times as much
 PASS = 0.2  # a drafting pass; the first costs half as much again
 FEW, FAR = 4, 1.5  # the first 4 timings of a cell count as at most 1.5 times as slow as expected
 WINDOW = 24  # timings that a cell remembers
 COLD, SLOWER = 64, 1.1  # the first 64 drafts count as at most 1.1 times slower than expected
-REFRESH = 4  # steps timed before tables are made anew
+REFRESH = 4  # steps between new tables
 CATCH_UPS, MANY = 5, 8  # a pending token costs the least of 5 timings of 8 or more a request
 
 Guess = Callable[[float], float]  # drafts a request → plain steps
@@ -68,7 +68,7 @@ class Table:
 
     step: list[float]  # with 0, 1, 2, … draft tokens in the batch
     draft: list[float]  # of 0, 1, 2, … drafting passes
-    pending: float  # one pending token that the drafter takes in first
+    pending: float  # one pending token that the drafter reads first
 
 
 class Costs:

@@ -1,4 +1,4 @@
-"""Draft head: int8 rows of the output head, of the likelier tokens only.
+"""Draft head: an int8 copy of the output head for the likelier tokens.
 
 A draft needs the likeliest token and no distribution. Verification uses the full head, so an error
 here costs acceptance and never changes the output.
@@ -13,7 +13,7 @@ from qwen3next_plugin.mtp.ranks import Ranks
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
 DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
-ROWS = 1024  # read from the head at a time: at once they take several times their memory
+ROWS = 1024  # read from the head at a time, to limit memory
 
 
 def int8_rows(head: Tensor | PackedWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,8 +30,8 @@ def int8_rows(head: Tensor | PackedWeight, rows: Tensor) -> tuple[Tensor, Tensor
 class DraftHead(nn.Module):
     """One rank's share of the head that drafts are chosen by.
 
-    It has the rows of the draft vocabulary, and reads those of new tokens from the output head. Of
-    a head that will not stay as it is, or that has fewer rows, it has a copy.
+    It holds the weights of the draft vocabulary, and reads those of new tokens from the output
+    head; it copies a head that will be dropped, or that is smaller than the vocabulary.
     """
 
     def __init__(

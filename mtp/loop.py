@@ -1,8 +1,9 @@
 """The loop of drafting: what an engine does after each step, apart from running the MTP layer.
 
-While nothing is drafted, choosing lengths and keeping tokens would be most of what MTP costs. So
-plain steps, in which each request gets one token, are only collected, and the loop looks at several
-at once. Prompts, and steps for which nothing is drafted, are kept for the MTP layer (pending.py).
+While nothing is drafted, most of MTP's cost would be choosing lengths and keeping tokens. So plain
+steps, in which each request gets one token, are only collected, and processed several at a time.
+Prompts, and steps for which nothing is drafted, are kept for the MTP layer (pending.py). policy.py
+chooses the lengths; an engine's drafter calls this loop and runs the MTP layer.
 """
 
 from collections.abc import Callable, Sequence, Set
@@ -21,28 +22,28 @@ EVERY = 8  # most steps without drafts between two choices of lengths
 def wait_after(idle: int) -> int:
     """Steps until lengths are chosen again, after `idle` steps for which nothing was drafted.
 
-    Few at first: the policy may just try how fast steps are without drafts.
+    Few at first, because the policy may only be trying steps without drafts.
     """
     return max(1, min(EVERY, idle // 4))
 
 
 def room(end: int, computed: int) -> int:
-    """How many drafts a request can use that ends at `end` tokens, of which so many are computed.
+    """How many drafts a request can use that ends at `end` tokens, when `computed` are computed.
 
-    The next one is sampled already, and a step yields one token more than it has drafts.
+    The next token is sampled already, and a step yields one token more than it has drafts.
     """
     return max(0, end - computed - 2)
 
 
 @dataclass(slots=True)
 class PlainSteps:
-    """Steps of the same requests, each with one token of each, that the loop has not looked at.
+    """Steps of the same requests, each with one token of each, that are not processed yet.
 
     Shapes: token_ids [N] and hidden_states [N, D] of each step
     """
 
     requests: list[str]
-    firsts: list[int]  # position of each request's first token that was not looked at
+    firsts: list[int]  # position of each request's first unprocessed token
     token_ids: list[torch.Tensor] = field(default_factory=list)
     hidden_states: list[torch.Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of steps that were timed
@@ -69,30 +70,28 @@ class PlainSteps:
 class Loop:
     """The state machine of drafting; one per worker.
 
-    After each step an engine calls `step`, or `plain_step` where that is enough. Both return the
-    rows that the MTP layer reads now (`Row.fed`), each with the number of tokens to draft after
-    that (`Row.draft`). The engine runs the passes, and says with `drafted` what they took.
+    After each step an engine calls `step`, or `plain_step` if `continued_by`. Both return the rows
+    that the MTP layer reads now (`Row.fed`), each with the number of tokens to draft (`Row.draft`).
+    The engine runs the passes, and reports their time with `drafted`.
     """
 
     observer: Observer
     ranks: Ranks  # the first one's lengths count
-    max_tokens: int  # that one pass of the MTP layer reads
+    max_tokens: int  # of one pass of the MTP layer
     room: Callable[[str, int], int]  # drafts that a request with so many computed tokens can use
     must_run: bool = False  # the MTP layer reads every token in its own step
     pending: Pending = field(default_factory=Pending)
     ends: dict[str, int] = field(default_factory=dict, init=False)  # of requests that may go on
     plain: PlainSteps | None = field(default=None, init=False)  # the next step may be one of them
-    rows: list[Row] = field(
-        default_factory=list, init=False
-    )  # that were looked at, until `drafted`
+    rows: list[Row] = field(default_factory=list, init=False)  # processed, until `drafted`
     idle: int = field(default=0, init=False)  # steps in a row for which nothing was drafted
     wait: int = field(default=0, init=False)  # such steps until lengths are chosen
 
     def step(self, step: FinishedStep, known: Set[str], seconds: float | None) -> list[Row]:
-        """A step has ended. Requests that are not `known` have, too; None: it was not timed.
+        """A step has ended, and so have requests that are not `known`; seconds: None if not timed.
 
         Lengths are chosen after a verification, and every few steps if nothing is drafted. A
-        request whose prompt was read does not draft yet: its first token does not wait for that.
+        request whose prompt was read does not draft yet, so that its first token need not wait.
         """
         self.keep()
         self.plain = None
@@ -126,7 +125,7 @@ class Loop:
         return self._look(plain) if self._is_time() else []
 
     def drafted(self, seconds: float, passes_seconds: float | None) -> None:
-        """Drafting has ended, and took so long; the passes alone, or None if that is not known."""
+        """Drafting has ended; passes_seconds: of the passes alone, None if that is not known."""
         if self.rows:
             self.observer.observe_draft(self.rows, passes_seconds=passes_seconds, seconds=seconds)
             self.rows = []

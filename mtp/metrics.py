@@ -1,15 +1,15 @@
 """Metrics: what drafting does and costs, the same figures in every engine.
 
-The drafter writes to a board, which has one number per sample. Writing is one addition: nothing is
-sent, and nothing waits. vLLM serves its metrics from another process, so there the board is a page
+The drafter writes to a board with one number per sample. A write is one addition: nothing is sent,
+and nothing waits. vLLM serves its metrics from another process, so there the board is a page
 of shared memory. In SGLang the scheduler copies the board every few steps.
 
 What is counted does not depend on the engine:
 
 - Steps, seconds and drafts are those of the first tensor-parallel rank.
 - A step is timed from the end of the drafting before it to its sampled tokens: the scheduler's work
-  between steps included. Steps that read a prompt are neither counted nor timed, nor is in SGLang
-  the first step of a request that such a step has added to the batch.
+  between steps included. Steps that read a prompt are neither counted nor timed; in SGLang, nor is
+  the first step after one.
 - A row counts in draft_length if it decodes in the step, also where other rows read prompts.
 - A state page is held by a request from its first step to its end or preemption. Pages that only
   the prefix cache keeps are free.
@@ -213,7 +213,7 @@ class Observer:
             self._refresh_estimates(self.board, steps)
 
     def observe_skipped(self, times: int) -> None:
-        """So many times a decoding request skipped the MTP layer."""
+        """Decoding requests skipped the MTP layer `count` times."""
         if self.board is not None:
             self.board.add("drafts_skipped", times)
 

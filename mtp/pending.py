@@ -27,8 +27,8 @@ class _Kept:
 class Pending:
     """The pending tokens of each request, in one store of a fixed size.
 
-    A request whose tokens do not fit is lost: what was kept of it is dropped, and it can not draft,
-    until it is read again from another position, as after a preemption.
+    A request whose tokens do not fit is lost: its tokens are dropped, and it cannot draft until it
+    is read again from another position, for example after a preemption.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -130,13 +130,13 @@ class Pending:
             self._free += self._kept.pop(request).places
 
     def _resume(self, request: str, first: int) -> None:
-        """Drop what is pending if the request does not go on where that ends."""
+        """Drop the pending tokens unless the request continues where they end."""
         kept = self._kept.get(request)
         if kept is not None and kept.end != first:
             self._free += self._kept.pop(request).places
 
     def _reserve(self, request: str, first: int, count: int) -> list[int]:
-        """Places of tokens from `first` on; none if there are too few, so that it is lost."""
+        """Places for tokens from `first` on; none if there are too few: the request is lost."""
         self._resume(request, first)
         kept = self._kept.get(request)
         if kept is None:
@@ -170,7 +170,7 @@ class Pending:
             self._hidden_states = hidden_states.new_empty(self._size, hidden_states.shape[1])
 
     def _grow(self, places: int) -> None:
-        """Free so many places that were never used, or all there are."""
+        """Free `places` unused places, or all that are left."""
         used = min(self._size, self._used + places)
         self._free += range(self._used, used)
         self._used = used

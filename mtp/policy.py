@@ -17,10 +17,10 @@ from qwen3next_plugin import env
 from qwen3next_plugin.mtp.acceptance import KEEP_ALL, Acceptance
 from qwen3next_plugin.mtp.costs import Costs, Table
 
-PRIOR, PRIOR_WEIGHT = 0.8, 5.0  # acceptance before anything was observed, as so many observations
-PULL = 16.0  # weight of all requests' acceptance in the estimate of one, in observations
-MARGIN = 0.02  # gain in tokens per second for which the plan changes, so that noise does not
-BUDGET = 0.004  # share of tokens that trials may cost, by the costs that are believed
+PRIOR, PRIOR_WEIGHT = 0.8, 5.0  # prior acceptance, and its weight in observations
+PULL = 16.0  # weight of all requests' acceptance in one request's estimate, in observations
+MARGIN = 0.02  # relative gain that changes the plan, so that noise does not
+BUDGET = 0.004  # share of tokens that trials may cost, by the current estimates
 TRIAL = 3  # steps of a trial: the first also pays for the pending tokens of requests
 ANSWER, ANSWERS = 128.0, 20  # tokens of a mean answer, at first; answers that the mean remembers
 
@@ -96,9 +96,8 @@ def best_plans(chances: Chances, table: Table) -> list[Plan]:
 class Adaptive(Policy):
     """Draft lengths for the most expected tokens per second, from what was observed.
 
-    It follows the best plan, and tries another one when that would be the best if it were better
-    than it seems, by a little for each step since it was last followed. So the worse a plan seems,
-    the less often it is tried.
+    It follows the best plan. A plan's bonus grows with each step since it was last followed;
+    it is tried when the bonus makes it the best. So the worse a plan seems, the rarer its trials.
     """
 
     plans = staticmethod(best_plans)  # those with 0, 1, … passes to choose from
@@ -106,7 +105,7 @@ class Adaptive(Policy):
 
     def __init__(self, num_drafts: int, costs: Costs) -> None:
         self.num_drafts, self.costs = num_drafts, costs
-        self.hope = BUDGET / TRIAL / num_drafts  # how much better a plan may become in a step
+        self.hope = BUDGET / TRIAL / num_drafts  # bonus of a plan per step
         self.steps = 0.0
         self.plan = 0  # drafting passes of the plan that is followed but for trials
         self.trial, self.left = 0, 0  # of the plan that is tried, if not that; steps left
@@ -180,8 +179,8 @@ class Adaptive(Policy):
     def _chances(self, known: list[Acceptance], pending: Sequence[int], table: Table) -> Chances:
         """The a_ij of each request, less what its pending tokens cost.
 
-        The tokens lost while the MTP layer reads them are spread over a mean answer. A request that
-        has none counts as if it had a mean number before first drafts: the next in its place will.
+        The time to read them is spread over a mean answer. A request without pending tokens counts
+        as having a mean number, because the request that replaces it will.
         """
         everyone = self._all.chances(self._prior, PRIOR_WEIGHT)
         lost = table.pending * len(known) / table.step[0] / self._answer  # for each token

@@ -1,9 +1,9 @@
-"""A watch on acceptance: MTP weights that are lost or misread cost speed, and nothing fails."""
+"""A watch on acceptance: lost or misread MTP weights cost speed, and cause no error."""
 
 from collections.abc import Callable
 
-# The first drafts of steps that the watch sees. Adaptive lengths make few of them where drafts are
-# rejected, so it reports as early as it can be sure: after NONE rejected ones, and MORE for each
+# First drafts that the watch sees. Adaptive lengths make few of them if drafts are rejected, so it
+# reports as early as it can be sure: after NONE rejected ones, and MORE for each
 # accepted one. Released checkpoints accept over 0.3; at 0.3 the chance of a report is below 1e-7,
 # at 0.15 below 1e-3 (binomial).
 NONE, MORE, FEW = 48, 38, 4
@@ -21,7 +21,7 @@ class Watch:
         self.ended = False
 
     def see(self, request: str, drafted: int, accepted: int) -> None:
-        """A row drafted so many tokens in a step, of which so many were accepted."""
+        """A row drafted `drafted` tokens in a step, of which `accepted` were accepted."""
         if not drafted or self.ended:
             return
         self.verified += 1

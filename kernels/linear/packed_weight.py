@@ -104,7 +104,7 @@ def _values(weight: PackedWeight) -> Tensor:
 
 
 def check_weight(op: str, name: str, weight: PackedWeight, dims: int, device: torch.device) -> None:
-    """Raise ValueError unless the parts are those that encoding, shape and group ask for."""
+    """Raise ValueError unless the parts fit encoding, shape and group."""
     zero = weight.zero
     if len(weight.shape) != dims:
         raise ValueError(f"{op}: {name} has shape {weight.shape}, not {dims} dims")

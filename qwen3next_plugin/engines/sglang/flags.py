@@ -221,7 +221,7 @@ def _check_kernels(graphs: Any) -> None:
 
 
 def _check_invariance(model_config: Any, *, on_cpu: bool) -> None:
-    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels."""
+    """Refuse QWEN3NEXT_BATCH_INVARIANT unless our kernels compute every product."""
     from sglang.srt.utils import cpu_has_amx_support
 
     check_invariance(model_config.dtype, on_cpu=on_cpu)

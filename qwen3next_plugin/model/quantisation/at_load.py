@@ -15,7 +15,7 @@ from qwen3next_plugin.model.quantisation.format import Format, joined
 from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, Stored, matrices
 from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
 
-# Small, and much depends on them: gates and decays of linear attention, the MTP layer's input.
+# Small and sensitive: gates and decays of linear attention, the MTP layer's input.
 KEPT = re.compile(r"(in_proj_(ba|b|a)|\.fc)$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INT8 = Format("int8", 0, torch.float32)  # also of the head, which `packed.pack_head` quantises
@@ -74,7 +74,7 @@ def _chosen(name: str, shapes: Shapes) -> Iterator[tuple[Module, Format]]:
 
 
 def _int4(columns: int) -> Format | None:
-    """With a scale for the largest group, of 128 at most, that divides the columns, if one does."""
+    """int4 with the largest group, up to 128, that divides the columns; None: there is none."""
     groups = (g for g in reversed(GROUPS) if columns % g == 0)
     return next((Format("int4", group, torch.bfloat16) for group in groups), None)
 

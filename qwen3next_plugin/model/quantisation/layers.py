@@ -105,8 +105,8 @@ def pack_experts(layer: nn.Module, formats: Mapping[str, Format], *, as_int8: bo
 def each_layer(model: nn.Module, drafting: nn.Module | None) -> Iterator[tuple[Any, bool]]:
     """Every module of a model, and whether its weights in bf16 are packed as int8.
 
-    Those within `drafting` are, but for routers: a draft is bound by reading weights, and a wrong
-    one costs only speed.
+    Those in `drafting` are, except routers: drafting is bound by reading weights, and a wrong draft
+    costs only speed.
     """
     within = set() if drafting is None else set(drafting.modules())
     for name, module in model.named_modules():
@@ -141,7 +141,7 @@ def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
 def _parameters(
     form: Format, channels: int, columns: int, *experts: int
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What an engine loads a weight [N, K] into, or [E, N, K] of experts, before it is packed."""
+    """The parameters into which an engine loads a weight [N, K], or experts [E, N, K]."""
     for name, (shape, dtype) in form.tensors(channels, columns).items():
         empty = torch.empty(*experts, *shape, dtype=dtype)
         yield name, nn.Parameter(empty, requires_grad=False)

@@ -1,6 +1,6 @@
 """Which format each module of a checkpoint has, read from the headers of its files.
 
-config.json says less: it names what is left out, in ways that differ from tool to tool.
+config.json is less exact: each tool names the skipped modules in its own way.
 """
 
 import re
@@ -140,7 +140,7 @@ class Formats:
 
 
 class ByFiles:
-    """What both engines ask of a quantisation whose formats are those of a checkpoint's files."""
+    """The part of both engines' quantisations that reads formats from a checkpoint's files."""
 
     formats: Formats
 
@@ -157,7 +157,7 @@ class ByFiles:
 
 
 def served_formats(quantisation: object) -> Formats | None:
-    """What a model loads by; None: the engine's kernels take the tensors as they are."""
+    """The formats that a model loads; None: the engine's kernels take the tensors as they are."""
     return quantisation.formats if isinstance(quantisation, ByFiles) else None
 
 

@@ -69,9 +69,9 @@ class Packed(nn.Module):
 def packs_plain(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype, if they are not quantised, are packed for our kernels.
 
-    In bf16 they are where the processor has AMX, with which these are the fastest, and where a
-    token's bits must not depend on its batch. The choice is the machine's, not QWEN3NEXT_ISA's:
-    vLLM keeps compiled graphs, which have it in them.
+    bf16 weights are, with AMX, where our kernels are the fastest, and if a token's bits must not
+    depend on its batch. The processor decides, not QWEN3NEXT_ISA, because vLLM's cached graphs
+    contain the choice.
     """
     if dtype != torch.bfloat16 or env.kernels() == "reference":
         return False
@@ -79,9 +79,9 @@ def packs_plain(dtype: torch.dtype) -> bool:
 
 
 def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
-    """Refuse QWEN3NEXT_BATCH_INVARIANT where some product is not by our kernels.
+    """Refuse QWEN3NEXT_BATCH_INVARIANT unless our kernels compute every product.
 
-    Raises: ConfigError, naming what is in the way and the fix.
+    Raises: ConfigError, naming the cause and the fix.
     """
     variable = "QWEN3NEXT_BATCH_INVARIANT=1"
     if not on_cpu:
@@ -127,7 +127,7 @@ def pack_plain(weight: Tensor, *, as_int8: bool = False) -> Packed:
 
 
 def drop_plain(layer: nn.Module) -> None:
-    """Leave an empty weight, which hosts look at, in place of one that is packed."""
+    """Replace a packed layer's plain weight by an empty one, which hosts may still read."""
     assert isinstance(layer.weight, Tensor)
     layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
     give_back_freed()

@@ -1,7 +1,7 @@
-"""On GPUs: an engine's quantisation leaves the modules that the files have unquantised.
+"""On GPUs: make an engine's quantisation skip the modules that the files have unquantised.
 
-config.json names what is left out in ways that differ from tool to tool, and some do not name the
-MTP layer's input, or a projection by the name that an engine stacks it under.
+Each tool names skipped modules in config.json in its own way; some do not name the MTP layer's
+input, or use names that the engine does not know for stacked projections.
 """
 
 from collections import defaultdict
@@ -24,11 +24,11 @@ Config = TypeVar("Config")
 
 
 def plain_modules(tensors: Stream, shapes: Shapes, holder: Callable[[str], str]) -> frozenset[str]:
-    """Our modules of which the files have no part quantised, in whatever way.
+    """Our modules that are unquantised in the files.
 
     Args: as of `modules.stored_formats`.
 
-    Raises: CheckpointError for a module of which they have one part quantised and another not.
+    Raises: CheckpointError for a module of which the files have only a part quantised.
     """
     shapes = matrices(shapes)
     plain: dict[str, bool] = {}
@@ -52,7 +52,7 @@ def plain_modules(tensors: Stream, shapes: Shapes, holder: Callable[[str], str])
 def leave_plain(
     config: Config, plain: Collection[str], linear: type[Any], unquantised: Callable[[], Any]
 ) -> Config:
-    """An engine's quantisation, changed so that these modules are not quantised.
+    """An engine's quantisation that skips these modules.
 
     Args:
         linear: the class of an engine's projections.

@@ -143,7 +143,7 @@ class PackedProjection(UnquantizedLinearMethod):
 
 
 class PackedHead(UnquantizedEmbeddingMethod):
-    """SGLang's unquantised head; a plain copy that drafts are read from is dropped after that."""
+    """SGLang's unquantised head; a plain copy is dropped once drafts have been read from it."""
 
     def __init__(self, *, in_fp32: bool) -> None:
         self.in_fp32 = in_fp32  # the product, whatever the weight's dtype
@@ -169,7 +169,7 @@ def _is_tied(head: Any) -> bool:
 
 
 def head_for_drafts(head: Any) -> tuple[torch.Tensor | PackedWeight, bool]:
-    """What drafts are read from, and whether it stays; else the plain head is to be dropped."""
+    """The head that drafts are read from, and whether it stays; if not, drop the plain head."""
     packed = getattr(head, "packed", None)
     if isinstance(packed, Packed):
         return packed.weight, True

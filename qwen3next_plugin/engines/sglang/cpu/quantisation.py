@@ -1,4 +1,4 @@
-"""Quantised checkpoints on a CPU, for which SGLang has kernels for AMX at best: by ours.
+"""Quantised checkpoints on a CPU by our kernels: SGLang's need AMX, if there are any.
 
 Each layer has the format that the checkpoint's files say.
 """

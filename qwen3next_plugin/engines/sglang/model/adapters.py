@@ -1,9 +1,8 @@
 """LoRA adapters on a CPU: SGLang's manager, without its pool and its layers.
 
-SGLang copies adapters into a GPU's buffers of one rank, in layers that pin memory, and leaves out
-what has no place there. On a CPU an adapter's weights are used where they are. Each projection
-runs as without adapters, packed or quantised, and a hook adds what the adapters of the step's rows
-add to its output.
+SGLang copies adapters into GPU buffers, in layers that pin memory, and ignores tensors that do not
+fit. On a CPU an adapter's weights are used where they are: each projection runs as without
+adapters, packed or quantised, and a hook adds the output of the adapters of the step's rows.
 """
 
 from collections.abc import Callable, Iterable
@@ -138,7 +137,7 @@ class Addition:
                 split.slice_lora_b_weights(of_layer, low_rank.b),
             )
         )
-        # Without a reduction of the output, sums of its parts are what is reduced later.
+        # If the output is not reduced here, partial sums are reduced later.
         self.reduced = isinstance(layer, RowParallelLinear) and layer.reduce_results
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,11 +158,11 @@ class _NoPool:
         return self.max_lora_rank is None or config.r <= self.max_lora_rank
 
     def remove_lora(self, uid: str) -> None:
-        """Nothing is left of it."""
+        """Nothing to do."""
 
 
 def _product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """By the kernel that a projection of this dtype has, so that bits depend on no more than its.
+    """The product by the kernel that a projection of this dtype has, so that bits agree.
 
     Shapes: weight [N, K]; the product takes [T, K] and returns [T, N]
     """

@@ -21,7 +21,7 @@ PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-# SGLang's weight updates ask a model for a reason to refuse, and answer with it.
+# The reason with which SGLang refuses weight updates.
 NO_UPDATES = (
     "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; restart the "
     "server with the new checkpoint"

@@ -38,7 +38,7 @@ class MultiTokenPredictor(MTPHead):
             2 * config.hidden_size,
             config.hidden_size,
             bias=False,
-            # Others go by config.json, which does not say that released checkpoints leave it.
+            # Others read config.json, which does not name it although it is unquantised.
             quant_config=quant_config if goes_by_files(quant_config) else None,
             prefix=f"{prefix}.fc",
         )
@@ -76,7 +76,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         self.logits_processor = make_logits_processor(config)
         use_packing(self.model, drafting=self.model.layers)
         self.draft_head: DraftHead | None = None
-        # Of a wrapper; SGLang numbers the tokens of images by content, beyond the vocabulary.
+        # Of a wrapper. SGLang gives image tokens ids by content, beyond the vocabulary.
         wrapped = config.get_text_config() is not config
         self.image_token_id = config.image_token_id if wrapped else None
         self.trunk_names = frozenset(trunk_tensors(self.config))
@@ -95,7 +95,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def make_draft_head(self) -> None:
-        """Draft by int8 rows of the head from now on: a chain needs one token, no logits."""
+        """Draft by an int8 copy of the head from now on: a chain needs one token, no logits."""
         assert self.lm_head is not None
         shard = self.lm_head.shard_indices
         head, stays = head_for_drafts(self.lm_head)
@@ -121,7 +121,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         return self.draft_head(hidden_states)
 
     def _known(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """The tokens, those of images by the model's id. Its embedding costs drafts, no tokens."""
+        """The token ids, with the model's own id for image tokens; that costs drafts, no tokens."""
         if self.image_token_id is None:
             return token_ids
         return token_ids.masked_fill(token_ids >= self.config.vocab_size, self.image_token_id)

@@ -1,8 +1,8 @@
 """Our policy behind SGLang's --speculative-adaptive, on GPUs: one length for all requests.
 
-There SGLang has graphs for each number of drafts and swaps whole sets of them. It asks for the
-number before each step, and tells afterwards how many drafts were accepted. Its own policy compares
-these with thresholds; ours also knows what steps take.
+There SGLang has graphs for each number of drafts. It asks for the number before each step, and
+reports afterwards how many drafts were accepted. Its own policy compares these with thresholds;
+ours also knows what steps cost.
 """
 
 import time
@@ -38,7 +38,7 @@ class Alike(Adaptive):
 
 
 def names(batch: int) -> list[str]:
-    """Names of a batch's requests: SGLang tells none, so the place in the batch must do."""
+    """Names of a batch's requests: their places in the batch, because SGLang gives no ids."""
     return [str(i) for i in range(batch)]
 
 
@@ -63,7 +63,7 @@ class OneLength:
         self.graphs = cuda_graph_bs
 
     def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
-        """All: any number of drafts may be best at any batch size."""
+        """All batch sizes: any number of drafts may be best at each."""
         return self.graphs
 
     def get_steps_for_batch(self, batch_size: int) -> int:
@@ -78,7 +78,7 @@ class OneLength:
         return self.steps
 
     def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> None:
-        """Learn what a step accepted. The number of drafts changes only where a step begins."""
+        """Learn what a step accepted. The number of drafts changes only at the start of a step."""
         drafted = self.launched.popleft()
         for name, accepted in zip(names(batch_size), num_correct_drafts_per_req, strict=False):
             self.policy.observe_verify(name, drafted, min(accepted, drafted))
@@ -94,7 +94,7 @@ class OneLength:
         return found
 
     def _time(self, batch_size: int) -> None:
-        """Time the last step, up to now, if it was like those before it and no prompt followed."""
+        """Time the last step if it was like those before it and no prompt followed."""
         now, batch = self.clock(), self.batch_size
         self.alike += 1
         if self.alike >= ALIKE and batch_size <= batch:

@@ -1,7 +1,7 @@
 """SGLang's worker for NEXTN with our drafter, which drafts as many tokens as pay.
 
-SGLang's own adaptive policy compares average accepted lengths with thresholds and does not know
-what a step costs. Ours is the policy that vLLM's side has (mtp/policy.py), with a length for each
+SGLang's own adaptive policy compares average accepted lengths with thresholds and ignores what a
+step costs. Ours is mtp/policy.py, as under vLLM, with a length for each
 request. A step in which no request has a draft is SGLang's own decode step: for SGLang its batch
 has no drafts, so it prepares, runs and finishes the step as without NEXTN.
 """
@@ -44,7 +44,7 @@ class Worker(EAGLEWorkerV2):
             batch.spec_algorithm = self.speculative_algorithm
             return
         batch.spec_algorithm = SpeculativeAlgorithm.NONE
-        info = batch.sampling_info  # SGLang leaves there what only steps with drafts add
+        info = batch.sampling_info  # left over from steps with drafts
         info.acc_additive_penalties = info.acc_scaling_penalties = None
         for request in batch.reqs:
             kv = request.kv
@@ -126,7 +126,7 @@ class Worker(EAGLEWorkerV2):
         """The seconds of a step, of which the trunk's part has just ended, and of its drafts."""
         self.verified = time.perf_counter()
         return {
-            # with the scheduler's work since the last step, which each step has
+            # includes the scheduler's work since the last step
             "step_seconds": self.entered - self.left + self.verified - began,
             "draft_seconds": self.first_drafts + began - self.entered,
         }

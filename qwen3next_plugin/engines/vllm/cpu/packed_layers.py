@@ -82,7 +82,7 @@ class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
 def on_this_rank(
     topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank's own index of each expert; the weight of one that it has not is zero.
+    """A rank's own index of each expert; an expert that it lacks gets weight zero.
 
     Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
     """

@@ -1,4 +1,4 @@
-"""Quantised checkpoints on a CPU, for which vLLM has no kernels: every format by ours.
+"""Quantised checkpoints on a CPU by our kernels: vLLM has none.
 
 vLLM asks registered quantisation methods which of them takes a checkpoint; ours takes those of our
 models. Each layer has the format that the checkpoint's files say.

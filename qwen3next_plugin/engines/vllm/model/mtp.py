@@ -1,4 +1,4 @@
-"""The drafter that ships in the checkpoint, driven by vLLM's propose loop."""
+"""The MTP layer of the checkpoint, driven by vLLM's propose loop."""
 
 from collections.abc import Iterable
 

@@ -25,7 +25,7 @@ from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
 class LMHead(ParallelLMHead):
-    """The output head and, with MTP on a CPU, the int8 rows of it that drafts choose from."""
+    """The output head and, with MTP on a CPU, the int8 draft head."""
 
     def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class LMHead(ParallelLMHead):
         self.packed: Packed | None = None  # for our kernel
 
     def make_draft_head(self, *, stays: bool) -> None:
-        """Draft by int8 rows of the weight: the packed one if there is one, which stays."""
+        """Draft by an int8 copy of the weight; a packed weight stays, so it is read instead."""
         shard = self.shard_indices
         self.draft_head = DraftHead(
             self.weight.data if self.packed is None else self.packed.weight,
