@@ -1,4 +1,8 @@
-"""The text models of the family: the trunk, from vLLM's parallel layers and ours."""
+"""The text models of the family: the trunk, from vLLM's parallel layers and ours.
+
+vLLM builds one by its registry, fills it by `load_weights`, and each step calls `forward` and
+`compute_logits`.
+"""
 
 from collections.abc import Iterable
 from itertools import islice

@@ -1,7 +1,8 @@
 """Drafter: drafts as many tokens as pay, for each request its own number, down to none.
 
 Replaces the loop of vLLM's EagleProposer, which runs every request through the MTP layer for each
-draft in every step. vLLM still loads the layer and manages its cache. mtp/loop.py decides.
+draft in every step. vLLM still loads the layer and manages its cache, and its runner calls
+`propose` after each step. mtp/loop.py decides.
 """
 
 import time
