@@ -32,7 +32,7 @@ PUBLISHED = {"prefill": {4096: "7", 32768: "over 10"}, "decode": {4096: "4", 327
 
 # Mean, nats, from transformers in bf16. With ten of 512 random experts near ties decide which.
 MAX_DIFFERENCE = 0.2
-# Of a layer's time in two blocks from that in one. In decode caches help one more than two.
+# Of a layer's time in two blocks from that in one. In decode, caches help one block more.
 MAX_DEPTH_ERROR = 0.4
 
 
@@ -123,9 +123,9 @@ def scaled(model: str, times: Times) -> float:
 
 
 def at_depths(model: str, engine: Worker) -> Context:
-    """The shortest times of one block; raises if layers of two take another time.
+    """The shortest times of one block; raises if layers of two blocks take another time.
 
-    It must not be multiplied if it depends on what is beside.
+    A layer's time may be scaled only if it does not depend on the layers around it.
     """
     rounds: dict[int, list[Context]] = {1: [], 2: []}
     for _ in track(range(ROUNDS), f"{model}: one block and two in turn", console=console):

@@ -1,7 +1,7 @@
 """Time each decoder layer of vLLM, in a process of its own, at contexts that need not be read.
 
-A context can be `skipped`: its tokens pass the attention layers by, and the keys and values there
-are random. What comes after takes as long as behind a context that was read. Linear layers read all
+A context can be `skipped`: the attention layers skip its tokens, and their keys and values are
+random. Later tokens take as long as after a context that was read. Linear layers read all
 tokens, because their states hold their position.
 """
 

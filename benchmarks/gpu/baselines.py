@@ -111,7 +111,7 @@ def _decoded(layer: Layer, S: Tensor) -> Call | None:
 
 
 def _verified(work: Work, layer: Layer, S: Tensor) -> Call | None:
-    """k + 1 states a row: one is read, and each token writes its own. State 0 is unused."""
+    """A state per token of a row: one is read, and each token writes its own. State 0 is unused."""
     try:
         from vllm.third_party.flash_linear_attention.ops import (
             fused_sigmoid_gating_delta_rule_update,

@@ -1,4 +1,4 @@
-"""The first-ranked token of an output head: int8 rows, and the bf16 head as upstream packs it."""
+"""The first-ranked token of an output head: in int8, and in bf16 as upstream packs it."""
 
 from collections.abc import Iterator
 from typing import Any
