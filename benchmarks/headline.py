@@ -1,9 +1,8 @@
-"""Two sentences that hold for every row of the last run: the ranges of all its ratios."""
+"""What holds for every row of the last run: the ranges of all its ratios."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 
-from benchmarks import pictures
 from benchmarks.report import Record, text
 
 # What is said of the rows of records, and the column that has its ratio.
@@ -11,15 +10,14 @@ SPEEDS = {"decode steps": "*decode, batch *", "prompts": "*prompt of *"}
 FASTER, LESS = "upstream / plugin", "plugin / upstream"
 
 
-def of(records: Sequence[Record], folder: str) -> str:
-    """Picture and sentence; empty without the records."""
+def of(records: Sequence[Record], picture: str = "") -> str:
+    """The sentence, below a picture; empty without the records."""
     speeds = [f"{what} {times(records, rows)}" for what, rows in SPEEDS.items()]
     memory = span(list(ratios(records, "resident memory*", LESS)))
     if not memory or not all(times(records, rows) for rows in SPEEDS.values()):
         return ""
-    picture = pictures.links([r for r in records if r.name == "engines/steps"], folder)
     return (
-        f"{''.join(picture)}\nAgainst vLLM's own models, in all tables: "
+        f"{picture}Against vLLM's own models, in all tables: "
         f"{' and '.join(speeds)}, with {memory} of the peak memory. *{records[0].source}*\n"
     )
 

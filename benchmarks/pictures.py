@@ -93,9 +93,9 @@ ALL = {
 }
 
 
-def links(records: Sequence[Record], folder: str = "") -> list[str]:
+def links(records: Sequence[Record]) -> list[str]:
     """Links to the pictures of these records."""
-    return [f"![{p.says}]({folder}{name}.svg)\n" for name, p in ALL.items() if p.of(records)]
+    return [f"![{p.says}]({name}.svg)\n" for name, p in ALL.items() if p.of(records)]
 
 
 def write(folder: Path, records: Sequence[Record]) -> None:

@@ -80,8 +80,8 @@ def rendered(page: str, path: Path, records: Sequence[Record]) -> str:
         return "".join([match["begin"], table(*TABLES[match["name"]]()), match["end"]])
 
     page = TABLE.sub(computed, FIGURES.sub(figures, page))
-    folder = "" if path.parent == DOCS else "docs/"
-    return HEADLINE.sub(lambda _: headline.of(records, folder) or NOT_MEASURED, page)
+    picture = "" if path.parent == DOCS else "![upstream and plugin](docs/performance.svg)\n\n"
+    return HEADLINE.sub(lambda _: headline.of(records, picture) or NOT_MEASURED, page)
 
 
 def block(records: Sequence[Record]) -> str:

@@ -221,16 +221,18 @@ def test_the_headline_has_the_worst_row_of_any_table(run, docs):
         speeds("engines/family", {"A: decode, batch 8": 0.9, "A: prompt of 1,024 tokens": 1.2}),
         run.record("engines/memory", "m", "a model", {"plugin / upstream": ""}, memory),
     ]
-    said = headline.of(records, "docs/")
+    said = headline.of(records)
     assert "decode steps 0.900 to 1.50 times as fast and prompts 1.20 to 2.00 times" in said
     assert "0.750 of the peak memory. *commit 0123456789; plugin 0.1.0; vLLM 0.32.0" in said
     assert "; A processor (family 1); avx2; 2 cores; " in said
-    assert "](docs/performance.svg)" in said
+    page = "<!-- headline -->\n<!-- end of headline -->\n"
+    assert said in render.rendered(page, docs / "page.md", records)
+    assert f"](docs/performance.svg)\n\n{said}" in render.rendered(page, docs.parent, records)
     pictures.write(docs, records)
     assert (docs / "performance.svg").exists()
     pictures.write(docs, records[1:])
     assert not (docs / "performance.svg").exists()
-    assert not headline.of(records[:1], "")
+    assert not headline.of(records[:1])
 
 
 def test_tables_of_one_question_are_joined(run):
