@@ -194,7 +194,7 @@ test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, tes
 	  -C build-dir=build/wheel -C cmake.define.OPS=$(OPS) --wheel-dir dist .
 	$(WHEEL)/bin/python $(INSTALL) --force-reinstall dist/*.whl
 	$(WHEEL)/bin/pytest -q tests/test_packaging.py
-	cp -r tests examples benchmarks docs pyproject.toml $(AWAY)
+	cp -r README.md tests examples benchmarks docs pyproject.toml $(AWAY)
 	cd $(AWAY) && OMP_NUM_THREADS=1 $(ON_WHEEL) -q $(PARALLEL) $(or $(ARGS),-m "not serve")
 	$(if $(ARGS),,cd $(AWAY) && $(ON_WHEEL) -v $(PARALLEL) --maxprocesses 4 -m serve)
 
