@@ -59,7 +59,7 @@ def begun(folder: Path, source: dict[str, str], *, resume: bool) -> dict[str, st
         raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
     started = folder / "origin.txt"
     if resume:
-        before = json.loads(started.read_text())
+        before = json.loads(started.read_text()) if started.exists() else {}
         if before | {"run": ""} != source | {"run": ""}:
             raise SystemExit("the last run is of another commit, machine or engine: start anew")
         return before
