@@ -341,14 +341,14 @@ OVERRIDES: tuple[Entry, ...] = (
     ),
     Override(
         target="sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
-        file="cpu/packed_layers.py",
+        file="cpu/quantisation.py",
         parameters=("self", "hidden_states", "lm_head", "embedding_bias", "out"),
         reason="SGLang multiplies by the plain weight, which oneDNN repacks each time",
         remove_when="SGLang packs a head on any CPU",
     ),
     Override(
         target="sglang.srt.layers.linear.LinearBase.quant_method",
-        file="cpu/packed_layers.py",
+        file="cpu/quantisation.py",
         reason="SGLang packs projections for AMX only",
         remove_when="SGLang packs them on any CPU",
     ),

@@ -21,7 +21,7 @@ def projection():
     """A bf16 projection, whose weight stays with the caller, and its method."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from qwen3next_plugin.engines.sglang.cpu.packed_layers import use_packing
+    from qwen3next_plugin.engines.sglang.cpu.quantisation import use_packing
 
     weight = torch.randn(48, 33, dtype=torch.bfloat16)
     layer = nn.Module()
@@ -44,7 +44,7 @@ def test_a_second_pass_over_packed_weights_leaves_them(projection):
 def test_the_mtp_layer_becomes_int8_but_for_its_router_and_its_input(monkeypatch):
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from qwen3next_plugin.engines.sglang.cpu.packed_layers import use_packing
+    from qwen3next_plugin.engines.sglang.cpu.quantisation import use_packing
 
     monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
     model = nn.ModuleDict({"fc": nn.Module(), "layer": nn.ModuleDict()})
@@ -66,12 +66,12 @@ def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):
     """Its product is in fp32; only oneDNN, where none of our kernels is chosen, has none such."""
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 
-    from qwen3next_plugin.engines.sglang.cpu import packed_layers
+    from qwen3next_plugin.engines.sglang.cpu import quantisation
     from qwen3next_plugin.model.quantisation.packed import Packed
 
     monkeypatch.setattr("qwen3next_plugin.kernels.native.levels", lambda: ["avx2"])
-    monkeypatch.setattr(packed_layers, "get_server_args", lambda: Bag(speculative_algorithm=None))
-    monkeypatch.setattr(packed_layers, "_is_tied", lambda head: False)
+    monkeypatch.setattr(quantisation, "get_server_args", lambda: Bag(speculative_algorithm=None))
+    monkeypatch.setattr(quantisation, "_is_tied", lambda head: False)
     if asked == "invariant":
         monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
     elif asked == "int8":
@@ -80,14 +80,14 @@ def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):
     head = nn.Module()
     head.weight = nn.Parameter(weight.clone(), requires_grad=False)
     head.quant_method = UnquantizedEmbeddingMethod()
-    packed_layers.use_packing(head, head, head_in_fp32=in_fp32)
+    quantisation.use_packing(head, head, head_in_fp32=in_fp32)
     head.quant_method.process_weights_after_loading(head)
     assert isinstance(head.packed, Packed) == (asked != "none")
     assert (head.packed is None) == (asked == "none" and in_fp32)
     if head.packed is None:
         return
     assert not head.weight.numel()
-    processor = packed_layers.PackedLogitsProcessor.__new__(packed_layers.PackedLogitsProcessor)
+    processor = quantisation.PackedLogitsProcessor.__new__(quantisation.PackedLogitsProcessor)
     processor.use_fp32_lm_head = in_fp32
     x = torch.randn(5, 33, dtype=torch.bfloat16)
     logits, want = processor._compute_lm_head(x, head), x.double() @ weight.double().T

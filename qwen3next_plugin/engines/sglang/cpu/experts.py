@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe.token_dispatcher import CombineInput, StandardCombineInput
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.utils import use_intel_amx_backend
+from torch import nn
 
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
-from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS, pack_experts
+from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS, ExpertsMethod, pack_experts
 from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 
@@ -31,7 +33,7 @@ class NativeExperts(UnquantizedFusedMoEMethod):
             pack_experts(layer, BF16_EXPERTS, as_int8=self.as_int8)
 
     def forward_cpu(
-        self, layer: torch.nn.Module, dispatch_output: StandardDispatchOutput
+        self, layer: nn.Module, dispatch_output: StandardDispatchOutput
     ) -> CombineInput:
         """Shapes: hidden_states [T, D], w13_weight [E, 2I, D], w2_weight [E, D, I]."""
         if use_intel_amx_backend(layer):
@@ -54,3 +56,17 @@ class NativeExperts(UnquantizedFusedMoEMethod):
 def _weight(layer: Any, which: str) -> torch.Tensor | PackedWeight:
     packed = getattr(layer, f"{which}_packed", None)
     return getattr(layer, f"{which}_weight") if packed is None else packed.weight
+
+
+class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
+    """Experts of a quantised checkpoint."""
+
+    def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
+        """None: our kernel is called directly."""
+
+    def apply(self, layer: Any, dispatch_output: StandardDispatchOutput) -> CombineInput:
+        """Shapes: hidden_states [T, D], returns [T, D]."""
+        x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
+        return StandardCombineInput(
+            hidden_states=self.multiply(layer, x, topk.topk_weights, topk.topk_ids)
+        )

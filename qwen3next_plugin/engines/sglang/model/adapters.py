@@ -28,7 +28,7 @@ from sglang.srt.runtime_context import get_lora, get_parallel
 from torch import nn
 
 from qwen3next_plugin.engines.hub import local_folder
-from qwen3next_plugin.engines.sglang.cpu.packed_layers import make_product
+from qwen3next_plugin.engines.sglang.cpu.quantisation import make_product
 from qwen3next_plugin.engines.sglang.names import LORA_BACKEND
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.model.adapters import LowRank, read, stored

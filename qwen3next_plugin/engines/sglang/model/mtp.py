@@ -13,8 +13,11 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.packed_layers import head_for_drafts, use_packing
-from qwen3next_plugin.engines.sglang.cpu.quantisation import goes_by_files
+from qwen3next_plugin.engines.sglang.cpu.quantisation import (
+    goes_by_files,
+    head_for_drafts,
+    use_packing,
+)
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer

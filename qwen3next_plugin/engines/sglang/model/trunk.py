@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.sglang.cpu.packed_layers import use_packing
+from qwen3next_plugin.engines.sglang.cpu.quantisation import use_packing
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.attention import make_attention
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers

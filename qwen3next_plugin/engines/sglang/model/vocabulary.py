@@ -8,7 +8,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
-from qwen3next_plugin.engines.sglang.cpu.packed_layers import PackedLogitsProcessor
+from qwen3next_plugin.engines.sglang.cpu.quantisation import PackedLogitsProcessor
 
 
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:

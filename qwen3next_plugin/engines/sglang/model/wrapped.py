@@ -13,7 +13,7 @@ from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.sglang.cpu.packed_layers import use_packing
+from qwen3next_plugin.engines.sglang.cpu.quantisation import use_packing
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel

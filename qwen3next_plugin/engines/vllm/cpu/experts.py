@@ -5,6 +5,9 @@ weight to fp32, which takes half of a prefill's time. The router, the shared exp
 of weights stay vLLM's. Our kernel reads the weights as the checkpoint stores them, unpacked.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
@@ -17,10 +20,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin.engines.vllm.cpu.packed_layers import PackedExperts, on_this_rank
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
-from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS
+from qwen3next_plugin.model.quantisation.format import Format
+from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS, ExpertsMethod
 from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 
@@ -61,6 +64,29 @@ class NativeExperts(CPUUnquantizedExperts):
         )
 
 
+class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
+    """Experts, quantised or in bf16."""
+
+    def __init__(self, moe: FusedMoEConfig, module: str, formats: Mapping[str, Format]) -> None:
+        FusedMoEMethodBase.__init__(self, moe)
+        ExpertsMethod.__init__(self, module, formats, moe.intermediate_size)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: our kernel asks vLLM for nothing."""
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Shapes: x [T, D], topk_* [T, k], returns [T, D]."""
+        return self.multiply(layer, x, *on_this_rank(topk_weights, topk_ids, layer.expert_map))
+
+
 class Experts(RoutedExperts):
     """vLLM's container of the experts' weights, with our kernels."""
 
@@ -84,3 +110,16 @@ class Experts(RoutedExperts):
             and moe_config.intermediate_size_per_partition % PANEL == 0
             and not moe_config.moe_parallel_config.enable_eplb
         )
+
+
+def on_this_rank(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's own index of each expert; an expert that it lacks gets weight zero.
+
+    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
+    """
+    if expert_map is None:
+        return topk_weights, topk_ids
+    topk_ids = expert_map[topk_ids.long()]
+    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints on a CPU by our kernels: vLLM has none.
+"""Quantised checkpoints on a CPU by our kernels, because vLLM has none, and packed projections.
 
 vLLM asks registered quantisation methods which of them takes a checkpoint; ours takes those of our
 models. Each layer has the format that the checkpoint's files say.
@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import (
     QuantizationConfig,
     register_quantization_config,
@@ -22,7 +23,9 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
 from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
+from qwen3next_plugin.model.quantisation.layers import ExpertsMethod, LinearMethod, each_layer
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
+from qwen3next_plugin.model.quantisation.packed import drop_plain, pack_plain, packs_plain
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 
 READ_HERE = ("auto", "safetensors")  # of --load-format
@@ -49,10 +52,17 @@ class Quantisation(ByFiles, QuantizationConfig):
         return read_formats(folder, self.hf_config, self.raw)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        # vLLM's experts take a second to import, and this file is imported wherever vLLM starts.
-        from qwen3next_plugin.engines.vllm.cpu.packed_layers import method_for
+        # These take a second to import, and this file is imported wherever vLLM starts.
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-        return method_for(layer, prefix, self.formats.of(prefix))
+        from qwen3next_plugin.engines.vllm.cpu.experts import PackedExperts
+
+        found = self.formats.of(prefix)
+        if isinstance(layer, RoutedExperts):
+            return PackedExperts(layer.moe_config, prefix, found) if found else None
+        if isinstance(layer, LinearBase):
+            return PackedLinear(prefix, found["weight"]) if found else UnquantizedLinearMethod()
+        return None
 
     # What vLLM asks of a quantisation, besides what both engines do.
 
@@ -105,3 +115,33 @@ def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
     plain = read_plain_modules(folder, model_config.hf_config)
     found.quant_config = leave_plain(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
     return found
+
+
+def use_packing(model: nn.Module, drafting: nn.Module | None = None) -> None:
+    """Make vLLM pack a model's unquantised projections for our kernels, where these are chosen."""
+    for layer, as_int8 in each_layer(model, drafting):
+        method = getattr(layer, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod and current_platform.is_cpu():
+            if packs_plain(layer.weight.dtype):
+                layer.quant_method = PackedProjection(as_int8=as_int8)
+        elif isinstance(method, ExpertsMethod):
+            method.as_int8 = as_int8
+
+
+class PackedLinear(LinearMethod, LinearMethodBase):
+    """A projection of a quantised checkpoint."""
+
+
+class PackedProjection(UnquantizedLinearMethod):
+    """vLLM's unquantised projection, with our product."""
+
+    def __init__(self, *, as_int8: bool) -> None:
+        super().__init__()
+        self.as_int8 = as_int8
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
+        drop_plain(layer)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return layer.packed(x, bias)

@@ -11,8 +11,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
-from qwen3next_plugin.engines.vllm.cpu.packed_layers import use_packing
-from qwen3next_plugin.engines.vllm.cpu.quantisation import with_quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import use_packing, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load

@@ -36,8 +36,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.packed_layers import use_packing
-from qwen3next_plugin.engines.vllm.cpu.quantisation import with_quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import use_packing, with_quantisation
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import make_attention
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
