@@ -6,6 +6,7 @@ Prompts, and steps for which nothing is drafted, are kept for the MTP layer (pen
 chooses the lengths; an engine's drafter calls this loop and runs the MTP layer.
 """
 
+import sys
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -76,10 +77,11 @@ class Loop:
     """
 
     observer: Observer
-    ranks: Ranks  # the first one's lengths count
-    max_tokens: int  # of one pass of the MTP layer
     room: Callable[[str, int], int]  # drafts that a request with so many computed tokens can use
+    max_tokens: int = sys.maxsize  # of one pass of the MTP layer
+    ranks: Ranks | None = None  # the first one's lengths count
     must_run: bool = False  # the MTP layer reads every token in its own step
+    after_prompts: bool = False  # requests draft also after the step that read their prompt
     pending: Pending = field(default_factory=Pending)
     ends: dict[str, int] = field(default_factory=dict, init=False)  # of requests that may go on
     plain: PlainSteps | None = field(default=None, init=False)  # the next step may be one of them
@@ -90,8 +92,8 @@ class Loop:
     def step(self, step: FinishedStep, known: Set[str], seconds: float | None) -> list[Row]:
         """A step has ended, and so have requests that are not `known`; seconds: None if not timed.
 
-        Lengths are chosen after a verification, and every few steps if nothing is drafted. A
-        request whose prompt was read does not draft yet, so that its first token need not wait.
+        Lengths are chosen after a verification, and every few steps if nothing is drafted. After
+        the step that read its prompt a request does not draft, so its first token need not wait.
         """
         self.keep()
         self.plain = None
@@ -145,7 +147,8 @@ class Loop:
         """Learn from a step and choose lengths."""
         rows = [step.row(i) for i in range(len(step))]
         self.observer.observe_step(rows, seconds)
-        drafting = [row for row in rows if row.continues]
+        first = self.after_prompts
+        drafting = [row for row in rows if row.continues or (first and not row.prefilling)]
         lengths = self._lengths([row.request for row in drafting], more=0)
         for row, length in zip(drafting, lengths, strict=True):
             row.draft = length
@@ -176,7 +179,7 @@ class Loop:
         pending = self.pending
         waiting = [pending.count(request) + more for request in requests]
         lengths = self.observer.policy.lengths(requests, waiting)
-        if self.ranks.world_size > 1:
+        if self.ranks is not None and self.ranks.world_size > 1:
             lengths = self.ranks.broadcast(torch.tensor(lengths), src=0).tolist()
         return [0 if pending.lost(one) else n for one, n in zip(requests, lengths, strict=True)]
 

@@ -76,6 +76,7 @@ class Engine:
     max_bytes: int = MAX_BYTES
     ranks: Any = field(default_factory=OneRank)
     must_run: bool = False
+    after_prompts: bool = False
     requests: dict[str, Request] = field(default_factory=dict)
     fed: dict[str, tuple[int, int]] = field(default_factory=dict)  # first position, tokens
 
@@ -87,6 +88,7 @@ class Engine:
             max_tokens=self.max_tokens,
             room=lambda request, computed: room(self.requests[request].end, computed),
             must_run=self.must_run,
+            after_prompts=self.after_prompts,
             pending=Pending(self.max_bytes),
         )
 
@@ -120,8 +122,6 @@ class Engine:
         rows = [*decode, *read]
         plain = not read and not any(self.requests[name].drafts for name in rows)
         plain = plain and self.loop.continued_by(rows, [self.requests[n].computed for n in rows])
-        if not plain:
-            self.loop.keep()
         starts, scheduled, counts, firsts = [], [], [], []
         tokens: list[int] = []
         for name in rows:
@@ -136,12 +136,6 @@ class Engine:
                 counts.append(1 + min(accepted, one.drafts))
                 scheduled.append(1 + one.drafts)
             tokens += range(one.computed, one.computed + scheduled[-1])
-        # As vLLM finds out which rows decode.
-        continues = [
-            self.loop.ends.get(name) == first >= self.requests[name].prompt
-            for name, first in zip(rows, firsts, strict=True)
-        ]
-        assert plain or continues == [name in decode for name in rows]
         for name, count in zip(rows, counts, strict=True):
             one = self.requests[name]
             one.computed, one.drafts = one.computed + count, 0
@@ -157,11 +151,15 @@ class Engine:
                 scheduled=scheduled,
                 counts=counts,
                 prefilling=[self.requests[n].computed < self.requests[n].prompt for n in rows],
-                continues=continues,
+                continues=[name in decode for name in rows],
                 token_ids=positions + 1,
                 hidden_states=hidden_states,
             )
             fed = self.loop.step(step, self.requests.keys(), seconds)
+            on = [i for i, more in enumerate(step.prefilling) if not (more or step.is_plain)]
+            assert all(  # vLLM finds out from these which rows decode
+                self.loop.ends[rows[i]] == self.requests[rows[i]].computed for i in on
+            )
         self.fed = {}
         for row in fed:
             self._run(row)

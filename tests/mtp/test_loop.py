@@ -75,6 +75,10 @@ def test_a_request_that_does_not_fit_drafts_nothing():
     assert engine.step(BOTH) == {"a": 3}
     assert engine.fed == {"a": (0, 6)}
     assert engine.step(BOTH) == {"a": 3}
+    del engine.requests["a"]
+    for _ in range(40):
+        assert engine.step("b") == {}
+    assert len(engine.policy.asked) < 2 + 20
 
 
 def test_prompts_in_chunks_beside_steps_that_decode():
@@ -83,6 +87,7 @@ def test_prompts_in_chunks_beside_steps_that_decode():
     for pending in ([6, 4], [7, 8]):
         assert engine.step("a", read="b", chunk=4) == {}
         assert engine.pending("a", "b") == pending
+        assert "b" not in engine.loop.ends  # it may be read on from where an answer ended
     engine.step("a", read="b", chunk=4)
     engine.policy.length = 2
     assert engine.step(BOTH) == {"a": 2, "b": 2}
@@ -172,6 +177,19 @@ def test_beside_a_connector_every_token_is_read_at_once():
         engine.step(BOTH)
         assert engine.fed == {"a": (at, 1), "b": (at + 5, 1)}
     assert engine.pending("a", "b") == [0, 0]
+
+
+def test_drafts_may_follow_prompts_at_once():
+    """As where a whole answer is waited for."""
+    engine = Engine(must_run=True, after_prompts=True, policy=Script(2))
+    engine.begin("a", prompt=7)
+    assert engine.step(read="a", chunk=4) == {}
+    assert engine.step(read="a") == {"a": 2}
+    assert engine.fed == {"a": (4, 3)}
+    assert engine.policy.verified == []
+    assert engine.policy.timed == []
+    engine.step("a", accepted=1)
+    assert engine.policy.verified == [("a", 2, 1, 1)]
 
 
 def test_nothing_is_drafted_beyond_the_end_of_an_answer():

@@ -9,6 +9,10 @@ from qwen3next_plugin.engines.transformers.speculation.answers import Answers, O
 from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
 from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
 from qwen3next_plugin.engines.transformers.state.steps import Step, StepBuilder
+from qwen3next_plugin.mtp.loop import Loop, room
+from qwen3next_plugin.mtp.metrics import Observer
+from qwen3next_plugin.mtp.policy import Fixed
+from qwen3next_plugin.mtp.rows import FinishedStep
 
 
 class Worker:
@@ -29,7 +33,13 @@ class Worker:
         """
         config = model.config
         additive = model.dtype if config._attn_implementation == "eager" else None
-        self.model, self.answers, self.num_drafts = model, answers, num_drafts
+        self.model, self.answers = model, answers
+        self.loop = Loop(
+            observer=Observer(Fixed(num_drafts)),
+            room=lambda _, computed: room(answers.ids.shape[1], computed),
+            must_run=True,  # a pass reads as many tokens of each row
+            after_prompts=True,  # all of an answer is waited for
+        )
         self.steps = StepBuilder(positions, padding, additive=additive)
         self.cache = RowCache(config.layer_types, num_drafts=num_drafts)
         self.drafter = Drafter(model, self.steps, self.cache)
@@ -39,35 +49,52 @@ class Worker:
         answers = self.answers
         step = self.steps.prompt()
         hidden = self._trunk(answers.ids[:, : step.end], step)
-        counts = torch.full((len(hidden),), step.end, device=hidden.device)
+        counts = [step.end] * len(hidden)
         answers.extend(self.model.lm_head(hidden[:, -1:]), [[]] * len(hidden))
         while not answers.finished:
             starts = [length - 1 for length in answers.lengths]
             tokens = self._drafted(hidden, step, counts)  # [B, n]
             step = self.steps.build(starts, tokens.shape[1])
             hidden = self._trunk(tokens, step)
-            kept = answers.extend(self.model.lm_head(hidden), tokens[:, 1:].tolist())
-            counts = torch.tensor(kept, device=hidden.device)
+            counts = answers.extend(self.model.lm_head(hidden), tokens[:, 1:].tolist())
         return answers.result()
 
-    def _drafted(self, hidden: Tensor, step: Step, counts: Tensor) -> Tensor:
+    def _drafted(self, hidden: Tensor, step: Step, counts: list[int]) -> Tensor:
         """Each row's last token and its drafts. Shapes: hidden [B, n, D]; counts [B]"""
-        answers = self.answers
-        running = filter(answers.runs, range(len(answers.lengths)))
-        num_drafts = min(self.num_drafts, max(map(answers.room, running)) - 1)
-        last = torch.tensor(answers.lengths, device=answers.ids.device)[:, None] - 1
-        tokens = answers.ids.gather(1, last)  # [B, 1]
-        if num_drafts <= 0:
+        ids = self.answers.ids
+        last = torch.tensor(self.answers.lengths, device=ids.device)[:, None] - 1
+        tokens = ids.gather(1, last)  # [B, 1]
+        behind = ids.gather(1, (step.columns + 1).clamp(max=ids.shape[1] - 1))
+        num_drafts = self._num_drafts(behind, hidden, step, counts)
+        if not num_drafts:
             return tokens
-        behind = (step.columns + 1).clamp(max=answers.ids.shape[1] - 1)
         found = self.drafter.draft(
-            tokens=answers.ids.gather(1, behind),
+            tokens=behind,
             hidden=hidden,
             step=step,
-            counts=counts,
+            counts=torch.tensor(counts, device=hidden.device),
             num_drafts=num_drafts,
         )
         return torch.cat([tokens, found.to(tokens.device)], dim=1)
+
+    def _num_drafts(self, behind: Tensor, hidden: Tensor, step: Step, counts: list[int]) -> int:
+        """How many tokens to draft now, for the row that can use most of them."""
+        B, n = behind.shape
+        running = [row for row in range(B) if self.answers.runs(row)]
+        requests = [str(row) for row in running]
+        finished = FinishedStep(
+            requests=requests,
+            starts=[row * n for row in running],
+            firsts=step.columns[running, 0].tolist(),
+            scheduled=[n] * len(running),
+            counts=[counts[row] for row in running],
+            prefilling=[False] * len(running),
+            continues=[bool(self.loop.ends)] * len(running),  # the first step reads the prompts
+            token_ids=behind.flatten(),
+            hidden_states=hidden.flatten(0, 1),
+        )
+        fed = self.loop.step(finished, set(requests), None)
+        return max((row.draft for row in fed), default=0)
 
     def _trunk(self, tokens: Tensor, step: Step) -> Tensor:
         """The trunk's hidden states. Shapes: tokens [B, n], returns [B, n, D]"""
