@@ -18,8 +18,9 @@ import reference_report
 from checkpoints import SHAPES, write_checkpoint
 from engines.contract import Sources, arguments, definition, host, in_order, other_hosts
 from family import FAMILY
-from qwen3next_plugin import kernels, mtp
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.mtp import policy
 from qwen3next_plugin.versions import TESTED
 
 ROOT = Path(__file__).parents[1]
@@ -74,9 +75,9 @@ def sources(request) -> Sources:
 def imported() -> list[tuple[str, str]]:
     """(module, symbol) of every import from transformers, here and in the examples."""
     found = set()
-    installed = (*qwen3next_plugin.__path__, *kernels.__path__, *mtp.__path__)
-    for folder in (*installed, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples"):
-        for path in Path(folder).rglob("*.py"):
+    ours = (Path(module.__file__).parent for module in (qwen3next_plugin, dispatch, policy))
+    for folder in {*ours, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples"}:
+        for path in folder.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 module = getattr(node, "module", None) or ""
                 if isinstance(node, ast.ImportFrom) and module.split(".")[0] == "transformers":
