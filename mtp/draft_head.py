@@ -7,24 +7,24 @@ here costs acceptance and never changes the output.
 import torch
 from torch import Tensor, nn
 
-from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
+from qwen3next_plugin.kernels.draft_head import draft_head, quantise_channels
 from qwen3next_plugin.kernels.linear import PackedWeight, take_channels
 from qwen3next_plugin.mtp.ranks import Ranks
 from qwen3next_plugin.mtp.vocabulary import DraftVocabulary
 
 DRAFTED = 32768  # most tokens that a draft chooses from: docs/kernels.md says what they cover
-ROWS = 1024  # read from the head at a time, to limit memory
+CHANNELS = 1024  # read from the head at a time, to limit memory
 
 
-def int8_rows(head: Tensor | PackedWeight, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a head, and their scales; the same bits from a plain head and a packed one.
+def int8_channels(head: Tensor | PackedWeight, channels: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens' weights in int8, and their scales: the same bits from a plain head and a packed one.
 
-    Shapes: head [V, D], in int8 or bf16 if it is packed; rows [R], returns [R, D] int8, [R] fp32
+    Shapes: head [V, D], in int8 or bf16 if packed; channels [R], returns [R, D] int8, [R] fp32
     """
     if isinstance(head, Tensor):
-        return quantise_rows(head[rows])
-    values, scale = take_channels(head, rows)
-    return (values, scale.squeeze(1)) if head.encoding == "int8" else quantise_rows(values)
+        return quantise_channels(head[channels])
+    values, scale = take_channels(head, channels)
+    return (values, scale.squeeze(1)) if head.encoding == "int8" else quantise_channels(values)
 
 
 class DraftHead(nn.Module):
@@ -51,8 +51,8 @@ class DraftHead(nn.Module):
         self.head: Tensor | PackedWeight | None = head if stays and end - first > DRAFTED else None
         ids = self.vocabulary.ids
         if self.head is None:
-            self.weight, self.scale = int8_rows(head, torch.arange(end - first))
-            self.tokens = torch.arange(first, end)  # of each row of weight
+            self.weight, self.scale = int8_channels(head, torch.arange(end - first))
+            self.tokens = torch.arange(first, end)  # of each channel of weight
         else:
             self.weight = torch.empty(len(ids), head.shape[1], dtype=torch.int8)
             self.scale = torch.ones(len(ids), dtype=torch.float32)
@@ -66,14 +66,14 @@ class DraftHead(nn.Module):
         return places[(ids >= self.first) & (ids < self.end)]
 
     def _read(self, places: Tensor) -> None:
-        """Read the rows of the tokens at these places in the vocabulary. Shapes: places [R]"""
+        """Read the weights of the tokens at these places in the vocabulary. Shapes: places [R]"""
         assert self.head is not None
-        for here in self._here(places).split(ROWS):
-            rows = self.vocabulary.ids[here].long() - self.first
-            self.weight[here], self.scale[here] = int8_rows(self.head, rows)
+        for here in self._here(places).split(CHANNELS):
+            channels = self.vocabulary.ids[here].long() - self.first
+            self.weight[here], self.scale[here] = int8_channels(self.head, channels)
 
     def _drafted(self) -> Tensor:
-        """The rows of weight that this rank drafts from [R] int32."""
+        """The channels of weight that this rank drafts from [R] int32."""
         here = self._here(torch.arange(len(self.vocabulary.ids)))
         return here.int() if self.head is not None else self.vocabulary.ids[here] - self.first
 
@@ -88,13 +88,13 @@ class DraftHead(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The likeliest token for each. Shapes: hidden_states [N, D], returns [N]."""
         if len(self.drafted):
-            rows, values = draft_head(
+            channels, values = draft_head(
                 x=hidden_states,
                 weight=self.weight,
                 scale=self.scale,
                 token_ids=self.drafted,
             )
-            tokens = self.tokens[rows].long()
+            tokens = self.tokens[channels].long()
         else:  # this rank holds no drafted token
             values = hidden_states.new_full((len(hidden_states),), -torch.inf, dtype=torch.float32)
             tokens = torch.zeros(len(hidden_states), dtype=torch.int64)

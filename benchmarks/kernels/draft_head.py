@@ -9,7 +9,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from benchmarks.kernels.timing import Case, record
 from benchmarks.report import Record, Run
-from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
+from qwen3next_plugin.kernels.draft_head import draft_head, quantise_channels
 
 VOCABULARY, HIDDEN, DTYPE = 151_936, 2048, torch.bfloat16
 KEPT = 32_768  # rows of a draft head over part of the vocabulary
@@ -23,7 +23,7 @@ def cases() -> Iterator[Case]:
     """Every case. The rows kept are the larger ones: the whole head's first one is among them."""
     weight = torch.empty(VOCABULARY, HIDDEN, dtype=DTYPE).normal_()
     weight[KEPT:] *= 0.5
-    int8, scale = quantise_rows(weight)
+    int8, scale = quantise_channels(weight)
     kept, whole = packed(weight[:KEPT].clone()), packed(weight)
     for batch in (1, 8):
         x = torch.randn(batch, HIDDEN).to(DTYPE)

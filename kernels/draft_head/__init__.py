@@ -5,9 +5,9 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, sizes
-from qwen3next_plugin.kernels.draft_head.quantise import quantise_rows
+from qwen3next_plugin.kernels.draft_head.quantise import quantise_channels
 
-__all__ = ["draft_head", "quantise_rows"]
+__all__ = ["draft_head", "quantise_channels"]
 
 
 def draft_head(
@@ -23,7 +23,7 @@ def draft_head(
 
     Shapes:
         x: [N, D], any stride of dim 0
-        weight: [V, D] int8, any stride of dim 0; scale: [V] fp32, finite (`quantise_rows`)
+        weight: [V, D] int8, any stride of dim 0; scale: [V] fp32, finite (`quantise_channels`)
         token_ids: [R] int32, R ≥ 1, in any order
         returns t [N] int64, values [N] fp32
 

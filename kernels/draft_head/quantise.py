@@ -7,7 +7,7 @@ LEVELS = 127  # symmetric: -128 is not used
 CHUNK = 1 << 22  # elements at a time; the whole head in fp32 would take twice its memory
 
 
-def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(int8, scale) with |weight - scale int8| ≤ scale / 2, and scale = max |weight| / 127.
 
     Shapes: weight [R, D] of any floating dtype, returns [R, D] int8, [R] fp32
@@ -17,14 +17,14 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     R, D = weight.shape
     out = torch.empty(R, D, dtype=torch.int8, device=weight.device)
     scale = torch.empty(R, dtype=torch.float32, device=weight.device)
-    rows = max(1, CHUNK // max(1, D))
-    for begin in range(0, R, rows):
-        x = weight[begin : begin + rows]
+    channels = max(1, CHUNK // max(1, D))
+    for begin in range(0, R, channels):
+        x = weight[begin : begin + channels]
         largest = x.abs().amax(-1).float() if D else scale.new_zeros(len(x))
-        channel = (largest / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
-        out[begin : begin + rows] = (x / channel[:, None]).round_()
-        scale[begin : begin + rows] = channel
+        chunk_scale = (largest / LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
+        out[begin : begin + channels] = (x / chunk_scale[:, None]).round_()
+        scale[begin : begin + channels] = chunk_scale
     if not scale.isfinite().all():
-        row = int((~scale.isfinite()).nonzero()[0])
-        raise ValueError(f"quantise_rows: row {row} of the weight is not finite")
+        channel = int((~scale.isfinite()).nonzero()[0])
+        raise ValueError(f"quantise_channels: output channel {channel} of the weight is not finite")
     return out, scale

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import draft_head as op
-from qwen3next_plugin.kernels.draft_head import quantise_rows, reference
+from qwen3next_plugin.kernels.draft_head import quantise_channels, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,7 +21,7 @@ def draft_head(x, weight, scale, token_ids=None):
 def head(R, D, dtype=torch.float32):
     """A head whose rows differ in size, as int8, with gaps between the rows."""
     weight = (torch.randn(R, D) * torch.rand(R, 1)).to(dtype)
-    quantised, scale = quantise_rows(weight)
+    quantised, scale = quantise_channels(weight)
     apart = torch.full((R, D + 3), 99, dtype=torch.int8)
     apart[:, :D] = quantised
     return weight, apart[:, :D], scale
@@ -64,21 +64,21 @@ def test_quantised_within_half_a_step(dtype):
     weight[5] = 0
     weight[6, 1:] = 0
     kept = weight.clone()
-    quantised, scale = quantise_rows(weight)
+    quantised, scale = quantise_channels(weight)
     assert torch.equal(weight, kept)
     error = (weight.double() - quantised.double() * scale.double()[:, None]).abs()
     assert (error <= scale[:, None].double() * 0.5001).all()
     assert quantised.abs().amax() == 127
     assert torch.equal(quantised[5], torch.zeros(300, dtype=torch.int8))
     assert torch.equal(quantised[6, :1], weight[6, :1].sign().to(torch.int8) * 127)
-    assert quantise_rows(weight[:0])[0].shape == (0, 300)
+    assert quantise_channels(weight[:0])[0].shape == (0, 300)
 
 
 def test_quantises_in_chunks(monkeypatch):
     weight = torch.randn(77, 30).bfloat16()
-    whole = quantise_rows(weight)
+    whole = quantise_channels(weight)
     monkeypatch.setattr("qwen3next_plugin.kernels.draft_head.quantise.CHUNK", 30 * 10)
-    for chunked, expected in zip(quantise_rows(weight), whole, strict=True):
+    for chunked, expected in zip(quantise_channels(weight), whole, strict=True):
         assert torch.equal(chunked, expected)
 
 
@@ -203,5 +203,5 @@ def test_refuses(cpu_backend):
         message = rf"draft_head: token_ids\[1\] = {row} is not one of 5"
         with pytest.raises(RuntimeError, match=message):
             draft_head(x, weight, scale, torch.tensor([0, row], dtype=torch.int32))
-    with pytest.raises(ValueError, match="quantise_rows: row 2"):
-        quantise_rows(torch.tensor([[1.0], [2.0], [torch.nan]]))
+    with pytest.raises(ValueError, match="quantise_channels: output channel 2"):
+        quantise_channels(torch.tensor([[1.0], [2.0], [torch.nan]]))

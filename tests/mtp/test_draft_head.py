@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen3next_plugin.kernels.draft_head import draft_head, quantise_rows
+from qwen3next_plugin.kernels.draft_head import draft_head, quantise_channels
 from qwen3next_plugin.kernels.linear import pack_bf16, pack_int8
 from qwen3next_plugin.mtp import draft_head as module
 from qwen3next_plugin.mtp.draft_head import DraftHead
@@ -39,7 +39,7 @@ def held(kind: str, plain: torch.Tensor):
     if kind == "bf16":
         return pack_bf16(plain)
     if kind == "int8":
-        values, scale = quantise_rows(plain)
+        values, scale = quantise_channels(plain)
         return pack_int8(values, scale[:, None])
     return plain
 
@@ -65,7 +65,7 @@ def steps() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["plain", "bf16", "int8"])
 def test_drafts_are_those_of_a_whole_copy(plain, kind):
-    weight, scale = quantise_rows(plain)
+    weight, scale = quantise_channels(plain)
     head, copy = make(held(kind, plain)), make(plain.clone(), stays=False)
     assert head.weight.shape == (SIZE, D)
     assert copy.weight.shape == (VOCAB, D)

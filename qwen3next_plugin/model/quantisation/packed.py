@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels import native
-from qwen3next_plugin.kernels.draft_head import quantise_rows
+from qwen3next_plugin.kernels.draft_head import quantise_channels
 from qwen3next_plugin.kernels.linear import (
     PackedWeight,
     linear,
@@ -113,7 +113,7 @@ def _pack(tensors: Mapping[str, Tensor], form: Format, as_int8: bool) -> PackedW
     if form.encoding == "bf16":
         if not as_int8:
             return pack_bf16(weight)
-        values, scale = quantise_rows(weight)
+        values, scale = quantise_channels(weight)
         return pack_int8(values, scale[:, None])
     scale = tensors["weight_scale"]
     if form.encoding == "int4":

@@ -236,7 +236,7 @@ def test_batches_and_results_are_rows(steps):
 
 
 def test_a_step_without_drafts_is_prepared_as_without_nextn(steps):
-    """What a verification left is gone: slots that it reserved, penalties that it adds."""
+    """What a verification left is gone: locations that it reserved, penalties that it adds."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from qwen3next_plugin.engines.sglang.speculation.worker import Worker
@@ -276,9 +276,9 @@ def chains(monkeypatch):
 
     passes = []  # (positions, tokens) of each
 
-    def run_layer(runner, *, positions, slots, requests, token_ids, hidden_states, **_):
+    def run_layer(runner, *, positions, locations, requests, token_ids, hidden_states, **_):
         assert torch.equal(hidden_states, token_ids.float()[:, None])
-        assert torch.equal(slots, 100 * requests + positions)
+        assert torch.equal(locations, 100 * requests + positions)
         passes.append((positions.tolist(), token_ids.tolist()))
         return hidden_states + 1
 

@@ -162,7 +162,7 @@ def test_chains_of_different_lengths(host):
             [drafts[starts[i] :][: lengths[i]] for i in rows],
             widths=[lengths[i] for i in rows],
             positions=torch.tensor([9 + i + j for i in rows for j in range(lengths[i])]),
-            slots=torch.zeros(len(among), dtype=torch.int64),
+            locations=torch.zeros(len(among), dtype=torch.int64),
             axes=[None] * len(rows),
         )
         batch = Bag(forward_mode=Bag(is_idle=lambda: False), sampling_info=info)

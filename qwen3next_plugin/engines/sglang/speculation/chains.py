@@ -30,13 +30,13 @@ class Chains:
         self.runner.model.see(token_ids)
         requests = batch.req_pool_indices[[row.index for row in fed]]
         table = self.req_to_token_pool.req_to_token
-        positions, slots = locate(table, requests, [part.first for part in tokens], counts)
+        positions, locations = locate(table, requests, [part.first for part in tokens], counts)
         hidden_states = run_layer(
             self.runner,
             requests=requests,
             counts=counts,
             positions=positions,
-            slots=slots,
+            locations=locations,
             token_ids=token_ids,
             hidden_states=torch.cat([part.hidden_states for part in tokens]),
             axes=[axes_of(batch.reqs[row.index]) for row in fed],
@@ -57,7 +57,7 @@ class Chains:
             self._chains(batch, lengths, [0, *accumulate(widths)], *places),
             widths=widths,
             positions=places[0],
-            slots=places[1],
+            locations=places[1],
             axes=[axes_of(request) for request in batch.reqs],
         )
 
@@ -67,11 +67,11 @@ class Chains:
         lengths: Sequence[int],
         starts: Sequence[int],
         positions: torch.Tensor,
-        slots: torch.Tensor,
+        locations: torch.Tensor,
     ) -> list[list[int]]:
         """Each request's last token and its drafts, of which the first is made already.
 
-        Shapes: starts [N + 1] of the T tokens of all chains, positions, slots [T]
+        Shapes: starts [N + 1] of the T tokens of all chains, positions, locations [T]
         """
         spec_info: EagleDraftInput = batch.spec_info
         chains = [[token] for token in spec_info.bonus_tokens.tolist()]
@@ -96,7 +96,7 @@ class Chains:
                 requests=requests,
                 counts=[1] * len(drafting),
                 positions=positions[at],
-                slots=slots[at],
+                locations=locations[at],
                 token_ids=token_ids,
                 hidden_states=hidden_states,
                 axes=[axes_of(batch.reqs[i]) for i in drafting],

@@ -35,7 +35,7 @@ def run_layer(
     requests: torch.Tensor,
     counts: Sequence[int],
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    locations: torch.Tensor,
     token_ids: torch.Tensor,
     hidden_states: torch.Tensor,
     axes: Sequence[Axes | None],
@@ -43,8 +43,8 @@ def run_layer(
     """Run the MTP layer over `counts` consecutive tokens of each request.
 
     Shapes:
-        requests [N] in the table of KV locations; positions, slots, token_ids [T], hidden_states
-        [T, D], axes [N], of requests with images, returns [T, D]
+        requests [N] in the table of KV locations; positions, locations, token_ids [T],
+        hidden_states [T, D], axes [N], of requests with images, returns [T, D]
     """
     backend, model = runner.attn_backend, runner.model
     batch = ForwardBatch(
@@ -55,7 +55,7 @@ def run_layer(
         req_pool_indices=requests,
         seq_lens=positions + 1,
         seq_lens_sum=0,  # no backend of ours reads it
-        out_cache_loc=slots,
+        out_cache_loc=locations,
         spec_info=EagleDraftExtendInput(hidden_states=hidden_states),
         mrope_positions=mrope_positions(axes, positions, counts),
     )

@@ -38,14 +38,14 @@ class RaggedVerifyInput(EagleVerifyInput):
         *,
         widths: Sequence[int],
         positions: torch.Tensor,
-        slots: torch.Tensor,
+        locations: torch.Tensor,
         axes: Sequence[Axes | None],
     ) -> Self:
         """Chains of N requests, filled up to `widths`.
 
         Filler follows no token of its chain, so it is never accepted.
 
-        Shapes: positions, slots [T] of all tokens, filler included; axes [N]
+        Shapes: positions, locations [T] of all tokens, filler included; axes [N]
         """
         N, n = len(chains), max(widths)
         starts = [0, *accumulate(widths)]
@@ -75,7 +75,7 @@ class RaggedVerifyInput(EagleVerifyInput):
             capture_hidden_mode=None,
             seq_lens_sum=None,
             seq_lens_cpu=None,
-            prepared_out_cache_loc=slots,
+            prepared_out_cache_loc=locations,
             prepared_mrope_positions=positions.expand(3, -1) if in_images is None else in_images,
             widths=list(widths),
             query_start_loc=torch.tensor(starts),

@@ -48,7 +48,7 @@ class Worker(EAGLEWorkerV2):
         info.acc_additive_penalties = info.acc_scaling_penalties = None
         for request in batch.reqs:
             kv = request.kv
-            if kv.kv_allocated_len > kv.kv_committed_len:  # slots that a verification reserved
+            if kv.kv_allocated_len > kv.kv_committed_len:  # that a verification reserved
                 batch.tree_cache.free_kv_row(kv, [(kv.kv_committed_len, kv.kv_allocated_len)])
                 kv.kv_allocated_len = kv.kv_committed_len
 
