@@ -5,6 +5,7 @@ import pytest
 from checkpoints import SHIPPED, random_prompt, write_scrambled
 from engines.figures import drafts
 from engines.sglang.server import NEXTN, Forked
+from qwen3next_plugin.mtp.metrics import ESTIMATES_EVERY
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
@@ -22,6 +23,7 @@ def test_broken_weights_are_reported(tmp_path, weights):
     server = Forked(model, *FLAGS).wait()
     try:
         steps = sum(one.steps for _ in range(2) for one in server.greedy(PROMPTS, 6))
+        server.greedy(PROMPTS[:1], 2 * ESTIMATES_EVERY)
         counts = drafts(server, "sglang")
         estimate = server.by_label("sglang:qwen3next_acceptance", "position")["1"]
         log = server.process.text().splitlines()

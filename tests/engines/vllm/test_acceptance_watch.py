@@ -4,6 +4,7 @@ import pytest
 
 from checkpoints import SHIPPED, random_prompt, write_scrambled
 from engines.vllm.offline import Offline
+from qwen3next_plugin.mtp.metrics import ESTIMATES_EVERY
 
 pytestmark = pytest.mark.serve
 
@@ -25,6 +26,7 @@ def test_broken_weights_are_reported(tmp_path, weights):
     try:
         for _ in range(2):
             engine.greedy(PROMPTS, 6)
+        engine.greedy(PROMPTS[:1], 2 * ESTIMATES_EVERY)
         verified = engine.inside("board", "drafts_verified")["1"]
         accepted = engine.inside("board", "drafts_accepted")["1"]
         estimate = engine.inside("board", "acceptance")["1"]
