@@ -27,7 +27,7 @@ MIXED = ("--enable-mixed-chunk",)
 # A request is retracted every so many steps.
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 Weights = tuple[Path, Mapping[str, str]]
-Bits = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]
+Bits = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...] | None]
 
 
 class Bitwise(NamedTuple):
@@ -88,7 +88,7 @@ def test_alone_or_together(plain):
 
 def rest(answers: Sequence[Bits]) -> list[Bits]:
     """What a continuation should have: the tokens after the first, and their bits."""
-    return [(ids[FIRST:], logprobs[FIRST:], ()) for ids, logprobs, _ in answers]
+    return [(ids[FIRST:], logprobs[FIRST:], None) for ids, logprobs, _ in answers]
 
 
 def test_after_a_cache_hit(plain):

@@ -98,7 +98,9 @@ def use_packing(
         if type(method) is UnquantizedLinearMethod:
             _use(PackedProjection(as_int8=as_int8), layer)
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
-            _use(PackedHead(in_fp32=head_in_fp32), layer)
+            # SGLang has the other product in fp32, for methods whose names it knows.
+            if packs_head(layer.weight.dtype) or not head_in_fp32:
+                _use(PackedHead(), layer)
         elif isinstance(method, UnquantizedFusedMoEMethod):
             method.as_int8 = as_int8
 
@@ -156,9 +158,6 @@ class PackedProjection(UnquantizedLinearMethod):
 class PackedHead(UnquantizedEmbeddingMethod):
     """SGLang's unquantised head; a plain copy is dropped once drafts have been read from it."""
 
-    def __init__(self, *, in_fp32: bool) -> None:
-        self.in_fp32 = in_fp32  # the product, whatever the weight's dtype
-
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
         if not _is_plain(layer):
@@ -166,7 +165,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
         weight = layer.weight.data
         if packs_head(weight.dtype):
             layer.packed = pack_head(weight)
-        elif weight.dtype == torch.bfloat16 and not self.in_fp32:  # oneDNN has no such product
+        elif weight.dtype == torch.bfloat16:
             layer.packed = OneDnn(weight)
         if layer.packed is None or _is_tied(layer):
             return
