@@ -22,9 +22,9 @@ class Worker:
 
     def __init__(self, name: str, flags: dict, log: Path, **options: object) -> None:
         self.name = name
-        side, _, drafts = name.partition(", k = ")
+        side, _, drafts = name.partition(", draft of ")
         self.ms = MS.get(side, 5.0) * (1 + int(drafts or 0))
-        self.differs = side in ("SGLang", "int4", "llama.cpp") or name == "upstream, k = 3"
+        self.differs = side in ("SGLang", "int4", "llama.cpp") or name == "upstream, draft of 3"
 
     def logprobs(self) -> list[float]:
         return [-1.0 - self.off * self.differs, -2.0]
@@ -80,7 +80,7 @@ def test_quantised_weights(run):
 
 def test_verify_steps_in_plain_steps(run):
     found, memory = verify.measure(run)
-    assert found.rows["k = 3, batch 8"] == {
+    assert found.rows["draft of 3, batch 8"] == {
         "bytes, at least": BLOCK.over_plain(3, 8),
         "bytes, expected": BLOCK.expected(3, 8),
         "upstream step": 96,
@@ -88,8 +88,8 @@ def test_verify_steps_in_plain_steps(run):
         "plugin step": 64,
         "plugin": 4,
     }
-    assert set(found.units) == set(found.rows["k = 1, batch 1"])
-    assert memory.rows["resident memory, k = 3"]["plugin / upstream"] == pytest.approx(2 / 3)
+    assert set(found.units) == set(found.rows["draft of 1, batch 1"])
+    assert memory.rows["resident memory, draft of 3"]["plugin / upstream"] == pytest.approx(2 / 3)
 
 
 def test_other_engines(run):

@@ -10,13 +10,13 @@ STATE, MODELS = ((DOCS / f"{name}.md").read_text() for name in ("state", "models
 
 
 def test_bytes_of_a_page():
-    """At the released model's shapes, as the page says, and of vLLM's k + 1 states."""
+    """At the released model's shapes, as the page says, and of vLLM's num_drafts + 1 states."""
     rows: dict[str, list[str]] = {}
-    for k in range(5):
-        layout = PageLayout(16, 32, 128, 128, k, torch.bfloat16, torch.float32)
+    for num_drafts in range(5):
+        layout = PageLayout(16, 32, 128, 128, num_drafts, torch.bfloat16, torch.float32)
         parts = layout.nbytes()
         window = sum(parts[name] for name in ("key", "u", "g", "span"))
-        states = (k + 1) * (parts["state"] + 2 * (3 + k) * layout.conv_dim)
+        states = (num_drafts + 1) * (parts["state"] + 2 * (3 + num_drafts) * layout.conv_dim)
         for name, cell in {
             "window and span": f"{window:,}",
             "convolution inputs": f"{parts['conv']:,}",

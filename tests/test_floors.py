@@ -21,24 +21,25 @@ def test_every_row_is_on_the_page():
 
 @MODELS
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("k", DRAFTS)
-def test_the_least_is_below_any_routing(model, k, batch):
+@pytest.mark.parametrize("num_drafts", DRAFTS)
+def test_the_least_is_below_any_routing(model, num_drafts, batch):
     """Whatever experts a plain step, a verify step and the drafts choose."""
-    least = model.over_plain(k, batch)
-    assert 1 < least < model.expected(k, batch)
+    least = model.over_plain(num_drafts, batch)
+    assert 1 < least < model.expected(num_drafts, batch)
     fewest, most = model.active, min(model.experts, batch * model.active)
     for plain in (fewest, (fewest + most) / 2, most):
-        for verify in (plain, min(model.experts, (k + 1) * plain)):
+        for verify in (plain, min(model.experts, (num_drafts + 1) * plain)):
             for draft in (fewest, most):
-                read = model.reading(verify) + k * model.draft(draft)
+                read = model.reading(verify) + num_drafts * model.draft(draft)
                 assert read / model.reading(plain) >= least - 1e-9
 
 
 def test_no_measured_step_is_below_it():
     for record in load_all(MEASURED):
         for name, row in record.rows.items() if record.name == "mtp/steps" else ():
-            k, batch = (int(word) for word in name.replace(",", "").split() if word.isdigit())
-            assert row["bytes, at least"] == pytest.approx(BLOCK.over_plain(k, batch), abs=0.005)
+            words = name.replace(",", "").split()  # draft of 3, batch 8
+            least = BLOCK.over_plain(*(int(word) for word in words if word.isdigit()))
+            assert row["bytes, at least"] == pytest.approx(least, abs=0.005)
             assert min(row["plugin"], row["upstream"]) >= row["bytes, at least"], name
 
 

@@ -47,7 +47,7 @@ class Plan:
     def works(self, ranks: int) -> Iterator[Work]:
         for drafts in (0, *self.drafts):
             layout = self.layout(ranks, drafts)
-            does = f"verify k = {drafts}" if drafts else "decode"
+            does = f"verify a draft of {drafts}" if drafts else "decode"
             for batch in self.batches:
                 yield Work(f"TP {ranks}, {does}, batch {batch}", layout, (drafts + 1,) * batch)
         for name, lengths in self.prompts.items():
@@ -88,7 +88,7 @@ def rows(plan: Plan, device: torch.device, roof: Roof | None) -> dict[str, dict[
     """
     for ranks in plan.ranks:
         for drafts in (0, *plan.drafts):
-            check_layer(f"TP {ranks}, k = {drafts}", plan.layout(ranks, drafts), device)
+            check_layer(f"TP {ranks}, draft of {drafts}", plan.layout(ranks, drafts), device)
     works = [work for ranks in plan.ranks for work in plan.works(ranks)]
     found = {}
     for work in track(works, "steps of a layer", console=console):

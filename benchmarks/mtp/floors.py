@@ -69,19 +69,19 @@ class Model:
         layer = self.attention + self.expert * (1 + experts) + self.draft_rows * self.D
         return INT8 * layer + BF16 * self.fc + self.router
 
-    def over_plain(self, k: int, batch: int) -> float:
-        """A verify step of k drafts a request and the k passes that draft them, at least.
+    def over_plain(self, num_drafts: int, batch: int) -> float:
+        """A verify step and the passes that draft for it, at least.
 
         A plain step reads the more the less its requests share experts; the least ratio is that to
         the most that it can read.
         """
         plain = self.reading(min(self.experts, batch * self.active))
-        return 1 + k * self.draft(self.active) / plain
+        return 1 + num_drafts * self.draft(self.active) / plain
 
-    def expected(self, k: int, batch: int) -> float:
+    def expected(self, num_drafts: int, batch: int) -> float:
         """The same if every token chooses its experts at random."""
-        drafts = k * self.draft(self.chosen(batch))
-        return (self.step(batch * (k + 1)) + drafts) / self.step(batch)
+        drafts = num_drafts * self.draft(self.chosen(batch))
+        return (self.step(batch * (num_drafts + 1)) + drafts) / self.step(batch)
 
 
 VOCABULARY, DRAFT_ROWS = CONFIG["vocab_size"], 32768
@@ -90,10 +90,10 @@ RELEASED = Model(36, 12, 512, 10, VOCABULARY, DRAFT_ROWS)  # Qwen3-Next-80B-A3B
 
 
 def table() -> dict[str, dict[str, float]]:
-    """Plain steps that a verify step with k drafts costs: at least, and expected."""
+    """Plain steps that a verify step with its drafts costs: at least, and expected."""
     models = {"block model": BLOCK, "48 layers": RELEASED}
     return {
-        f"{name}, batch {batch}, {said}": {f"k = {k}": bytes_of(k, batch) for k in DRAFTS}
+        f"{name}, batch {batch}, {said}": {f"draft of {n}": bytes_of(n, batch) for n in DRAFTS}
         for name, model in models.items()
         for batch in (1, 8)
         for said, bytes_of in (("at least", model.over_plain), ("expected", model.expected))

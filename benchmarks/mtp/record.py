@@ -90,7 +90,7 @@ def recording_scheduler(*args: Any, **kwargs: Any) -> Any:
 
 
 def vllm(
-    model: Path, k: int, batch: int, requests: Iterator[Request], done: Callable[[], bool]
+    model: Path, num_drafts: int, batch: int, requests: Iterator[Request], done: Callable[[], bool]
 ) -> None:
     """`batch` requests at a time until `done`."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -103,7 +103,7 @@ def vllm(
         skip_tokenizer_init=True,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 29,
-        speculative_config={"method": "mtp", "num_speculative_tokens": k},
+        speculative_config={"method": "mtp", "num_speculative_tokens": num_drafts},
     ).llm_engine
     names = itertools.count()
     active = 0
@@ -118,7 +118,7 @@ def vllm(
 
 
 def sglang(
-    model: Path, k: int, batch: int, requests: Iterator[Request], done: Callable[[], bool]
+    model: Path, num_drafts: int, batch: int, requests: Iterator[Request], done: Callable[[], bool]
 ) -> None:
     """`batch` requests at a time until `done`."""
     from sglang.srt.entrypoints.engine import Engine as Host
@@ -135,9 +135,9 @@ def sglang(
         skip_tokenizer_init=True,
         log_level="warning",
         speculative_algorithm="NEXTN",
-        speculative_num_steps=k,
+        speculative_num_steps=num_drafts,
         speculative_eagle_topk=1,
-        speculative_num_draft_tokens=k + 1,
+        speculative_num_draft_tokens=num_drafts + 1,
     )
 
     async def client() -> None:
@@ -166,7 +166,7 @@ def requests_for(model: Path) -> Iterator[Request]:
         yield prompt, chance.randint(*ANSWER)
 
 
-def kept(events: Path, batch: int, k: int, steps: int) -> dict[str, Any]:
+def kept(events: Path, batch: int, num_drafts: int, steps: int) -> dict[str, Any]:
     """What a replay needs of the events.
 
     `steps`: [step, tokens, µs], `drafts`: [step, passes, draft tokens, µs] of full batches, `runs`:
@@ -186,7 +186,7 @@ def kept(events: Path, batch: int, k: int, steps: int) -> dict[str, Any]:
         elif kind == "draft" and values[0] == batch == len(lengths) and step < steps:
             event = [step, values[1], sum(lengths), values[2]]
             (catching_up if fed >= IDLE * batch else drafts).append((fed, event))
-        elif kind == "verify" and step > steps and values[1] == k:
+        elif kind == "verify" and step > steps and values[1] == num_drafts:
             request, _, accepted = values
             runs[request] = runs.get(request, "") + str(accepted)
     usual = {
@@ -207,7 +207,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     model: Annotated[Path, typer.Option(help="Checkpoint.")] = TINY,
     batch: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
-    k: Annotated[int, typer.Option(help="Longest draft.")] = 4,
+    num_drafts: Annotated[int, typer.Option(help="Longest draft.")] = 4,
     steps: Annotated[int, typer.Option(help="Steps with random lengths.")] = 1500,
     longest: Annotated[int, typer.Option(help="Steps with the longest drafts after them.")] = 300,
 ) -> None:
@@ -220,9 +220,11 @@ def main(
         return events.read_bytes().count(b'["lengths"') >= steps + longest
 
     run = {"vllm": vllm, "sglang": sglang}[engine]
-    run(model, k, batch, requests_for(model), done)
-    found = {"engine": engine, "model": model.name, "batch": batch, "k": k}
-    out.write_text(json.dumps(found | kept(events, batch, k, steps), separators=(",", ":")) + "\n")
+    run(model, num_drafts, batch, requests_for(model), done)
+    found = {"engine": engine, "model": model.name, "batch": batch, "num_drafts": num_drafts}
+    out.write_text(
+        json.dumps(found | kept(events, batch, num_drafts, steps), separators=(",", ":")) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Recording:
     engine: str
     model: str
     batch: int
-    k: int
+    num_drafts: int
     runs: list[str]  # of each request, how many drafts were right in each step, as digits
     pending: float  # seconds of a pending token
     timings: Timings
@@ -86,7 +86,7 @@ def load(path: Path) -> Recording:
         found["engine"],
         found["model"],
         batch,
-        found["k"],
+        found["num_drafts"],
         found["runs"],
         found["pending"] / 1e6,
         dict(timings),
@@ -179,7 +179,7 @@ class Replay:
 
 
 def adaptive(recording: Recording) -> Adaptive:
-    return Adaptive(recording.k, Costs())
+    return Adaptive(recording.num_drafts, Costs())
 
 
 def rates(recording: Recording, make: Callable[[], Policy], cold: int) -> tuple[float, float]:
@@ -198,7 +198,8 @@ def shares(
     recording: Recording, make: Callable[[Recording], Policy], cold: int = 0
 ) -> tuple[float, float]:
     """Tokens per second, relative to the best fixed length: of all steps, and of the first."""
-    fixed = [rates(recording, lambda k=k: Fixed(k), cold) for k in range(recording.k + 1)]
+    lengths = range(recording.num_drafts + 1)
+    fixed = [rates(recording, lambda n=n: Fixed(n), cold) for n in lengths]
     found = rates(recording, lambda: make(recording), cold)
     return found[0] / max(all_ for all_, _ in fixed), found[1] / max(early for _, early in fixed)
 

@@ -25,11 +25,11 @@ def measure(run: Run) -> Iterator[Record]:
     """Two engines at a time: a plain one, and one that drafts."""
     model = block_model(run.out / "block-model")
     verify: Times = {
-        f"k = {k}, batch {batch}": {
-            "bytes, at least": BLOCK.over_plain(k, batch),
-            "bytes, expected": BLOCK.expected(k, batch),
+        f"draft of {num_drafts}, batch {batch}": {
+            "bytes, at least": BLOCK.over_plain(num_drafts, batch),
+            "bytes, expected": BLOCK.expected(num_drafts, batch),
         }
-        for k in DRAFTS
+        for num_drafts in DRAFTS
         for batch in BATCHES
     }
     peaks: dict[str, float] = {}
@@ -38,12 +38,12 @@ def measure(run: Run) -> Iterator[Record]:
     for side in SIDES:
         with start(run, model, side, 0) as plain:
             noise.check(f"{side}, plain", plain.logprobs())
-            for k in DRAFTS:
-                with start(run, model, side, k) as drafting:
-                    noise.check(f"{side}, k = {k}", drafting.logprobs())
+            for num_drafts in DRAFTS:
+                with start(run, model, side, num_drafts) as drafting:
+                    noise.check(f"{side}, draft of {num_drafts}", drafting.logprobs())
                     found = timed({"plain": plain, "drafting": drafting})
                     for batch, row in zip(BATCHES, found.values(), strict=True):
-                        verify[f"k = {k}, batch {batch}"] |= {
+                        verify[f"draft of {num_drafts}, batch {batch}"] |= {
                             f"{side} step": row["drafting"],
                             side: row["drafting"] / row["plain"],
                         }
@@ -58,7 +58,7 @@ def measure(run: Run) -> Iterator[Record]:
         case,
         dict.fromkeys(SIDES, "GB") | {"plugin / upstream": ""},
         {
-            f"resident memory, k = {DRAFTS[-1]}": peaks
+            f"resident memory, draft of {DRAFTS[-1]}": peaks
             | {"plugin / upstream": peaks["plugin"] / peaks["upstream"]}
         },
     )
@@ -79,10 +79,16 @@ class Noise:
         self.bound = min(self.bound, FARTHER * distance)
 
 
-def start(run: Run, model: Path, side: str, k: int, **more: str) -> AbstractContextManager[Worker]:
-    """An engine that drafts k tokens, or none; in a context."""
-    mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": k}} if k else {}
+def start(
+    run: Run, model: Path, side: str, num_drafts: int, **more: str
+) -> AbstractContextManager[Worker]:
+    """An engine that drafts so many tokens, or none; in a context."""
+    mtp = {}
+    if num_drafts:
+        mtp = {"speculative_config": {"method": "mtp", "num_speculative_tokens": num_drafts}}
     asked = flags(model, enforce_eager=True, **mtp, **more)
-    log = run.out / f"mtp-{side}-{k}.log"
-    worker = Worker(f"{side}, k = {k}", asked, log, plugin=side == "plugin", env=FIXED)
+    log = run.out / f"mtp-{side}-{num_drafts}.log"
+    worker = Worker(
+        f"{side}, draft of {num_drafts}", asked, log, plugin=side == "plugin", env=FIXED
+    )
     return started(worker)

@@ -55,8 +55,8 @@ def test_the_chance_of_a_false_report(chance, reported):
 class Watched(Adaptive):
     """Adaptive lengths, and a watch on what they verify."""
 
-    def __init__(self, k: int) -> None:
-        super().__init__(k, Costs())
+    def __init__(self, num_drafts: int) -> None:
+        super().__init__(num_drafts, Costs())
         self.said: list[str] = []
         self.watch, self.seen = Watch(self.said.append), 0
 

@@ -26,7 +26,7 @@ class Ranks:
 @pytest.fixture(autouse=True)
 def few_are_drafted(monkeypatch):
     monkeypatch.setattr(module, "DRAFTED", SIZE)
-    monkeypatch.setattr(module, "ROWS", 100)
+    monkeypatch.setattr(module, "CHANNELS", 100)
 
 
 @pytest.fixture

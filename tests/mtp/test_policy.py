@@ -18,15 +18,15 @@ def test_fixed():
 
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 5))
-def test_lengths_are_within_bounds_and_a_function_of_what_was_observed(data, k):
-    one, two = Adaptive(k, Costs()), Adaptive(k, Costs())
+def test_lengths_are_within_bounds_and_a_function_of_what_was_observed(data, num_drafts):
+    one, two = Adaptive(num_drafts, Costs()), Adaptive(num_drafts, Costs())
     for _ in range(data.draw(st.integers(1, 15))):
         requests = data.draw(st.lists(st.sampled_from("abcdefgh"), unique=True))
         pending = data.draw(st.tuples(*[st.integers(0, 2000)] * len(requests)))
         lengths = one.lengths(requests, pending)
         assert lengths == two.lengths(requests, pending)
         assert len(lengths) == len(requests)
-        assert all(0 <= length <= k for length in lengths)
+        assert all(0 <= length <= num_drafts for length in lengths)
         seconds = data.draw(st.floats(1e-6, 1e3))
         for policy in (one, two):
             for request, length in zip(requests, lengths, strict=True):

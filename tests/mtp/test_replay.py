@@ -31,7 +31,7 @@ def recording(tmp_path, batch: int, *, right: int):
         "engine": "vllm",
         "model": TINY.name,
         "batch": batch,
-        "k": K,
+        "num_drafts": K,
         "steps": steps,
         "drafts": drafts,
     }
@@ -83,7 +83,7 @@ def test_the_page_gives_these_bounds():
 def test_mixed_traffic_gains_from_own_lengths(name):
     """Of one request every draft is right, of the next none."""
     recording = load(RECORDED / f"{name}.json")
-    mixed = replace(recording, runs=[right * 120 for right in (str(recording.k), "0") * 3])
+    mixed = replace(recording, runs=[right * 120 for right in (str(recording.num_drafts), "0") * 3])
     assert shares(mixed, adaptive)[0] >= 1.01
 
 
@@ -102,7 +102,7 @@ def test_the_recorder_writes_what_is_kept(tmp_path, monkeypatch):
             recorder.observe_draft(2, max(lengths), 0.002)
         lengths = recorder.lengths(["a", "b"], [0, 0])
         assert all(0 <= length <= K for length in lengths)
-    kept = record.kept(events, batch=2, k=K, steps=50)
+    kept = record.kept(events, batch=2, num_drafts=K, steps=50)
     assert {tokens for _, tokens, _ in kept["steps"]} >= {2, 2 + 2 * K}
     assert {passes for _, passes, _, _ in kept["drafts"]} == {1, 2, K}
     assert set("".join(kept["runs"])) == {str(K // 2)}

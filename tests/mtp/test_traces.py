@@ -52,7 +52,7 @@ class Watched(Adaptive):
 
 
 def best_fixed(trace: Trace) -> float:
-    return max(serve(trace, Fixed(k)).rate for k in range(K + 1))
+    return max(serve(trace, Fixed(num_drafts)).rate for num_drafts in range(K + 1))
 
 
 def adaptive(trace: Trace) -> Result:
