@@ -37,7 +37,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -n
 MAKEFLAGS += --jobs 2
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 $(EACH_VENV:%=%/bin/python):
 	$(PYTHON) -m venv $(@:%/bin/python=%)
@@ -70,7 +70,7 @@ $(filter-out .venv-$(THE_ENGINE)/.plugin,$(ENGINES:%=.venv-%/.plugin)): .venv-$(
 setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## hosts, plugin and tools, in .venv-vllm and .venv-sglang
 
 SERVE_vllm   = $(BIN)/vllm serve $(MODEL) --port $(PORT) \
-  --speculative-config '{"method": "qwen3_next_mtp", "num_speculative_tokens": 2}'
+  --speculative-config '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
 SERVE_sglang = $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --port $(PORT) \
   --speculative-algo NEXTN --speculative-num-steps 3
 
@@ -163,7 +163,7 @@ PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 # the summary shows where it stood.
 RERUN := --reruns 1 --only-rerun 'Timeout(Error|Expired)'
 
-test: $(EACH_ENGINE:%=test-%) ## all tests that this machine can run; ENGINE=sglang: SGLang's only
+test: $(EACH_ENGINE:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
 	$(PYTEST) $(ARGS)
@@ -191,9 +191,9 @@ ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths=$(TESTS_$(THE_E
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
 	rm -rf dist $(AWAY) && mkdir -p $(AWAY)
 	$(WHEEL)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
-	  -C build-dir=build/wheel -C cmake.define.OPS=$(OPS) --wheel-dir dist .
+	  -C build-dir=build/wheel --wheel-dir dist .
 	$(WHEEL)/bin/python $(INSTALL) --force-reinstall dist/*.whl
-	$(WHEEL)/bin/pytest -q tests/test_packaging.py
+	WHEEL=$$(echo dist/*.whl) $(WHEEL)/bin/python -m pytest -q tests/test_packaging.py
 	cp -r README.md tests examples benchmarks docs pyproject.toml $(AWAY)
 	cd $(AWAY) && OMP_NUM_THREADS=1 $(ON_WHEEL) -q $(PARALLEL) $(or $(ARGS),-m "not serve")
 	$(if $(ARGS),,cd $(AWAY) && $(ON_WHEEL) -v $(PARALLEL) --maxprocesses 4 -m serve)
@@ -220,4 +220,5 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
-	rm -rf $(EACH_ENGINE:%=.venv-%) $(EACH_ENGINE:%=.venv-wheel-%) $(if $(ENGINE),build/$(ENGINE),build .transformers) .triton .qwen-agent .peers
+	rm -rf $(EACH_ENGINE:%=.venv-%) $(EACH_ENGINE:%=.venv-wheel-%) \
+	  $(if $(ENGINE),build/$(ENGINE) build/away-$(ENGINE),build dist .triton .transformers .qwen-agent .peers)

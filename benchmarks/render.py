@@ -38,7 +38,7 @@ TABLE = re.compile(
     re.DOTALL,
 )
 HEADLINE = re.compile(r"(?<=<!-- headline -->\n).*?(?=<!-- end of headline -->)", re.DOTALL)
-NOT_MEASURED = "*Not part of the last run of `make bench`.*\n"
+NOT_MEASURED = "*No figures yet: `make bench` measures them.*\n"
 
 
 class MixedRunsError(ValueError):

@@ -58,8 +58,9 @@ def test_nothing_spills_and_the_page_is_right(arch, cache):
     )
     assert done.returncode == 0, done.stderr
     assert f"**{arch}**" in done.stdout
-    if f"Compiled by Triton {triton.__version__}.\n" in PAGE:
-        assert done.stdout.strip() in PAGE
+    if f"Compiled by Triton {triton.__version__}.\n" not in PAGE:
+        pytest.skip("the page is of another Triton: benchmarks.gpu.resources --write")
+    assert done.stdout.strip() in PAGE
 
 
 def test_complaints_name_kernel_and_architecture():
