@@ -185,14 +185,18 @@ class Loop:
 
     def _feed(self, rows: list[Row]) -> list[Row]:
         """Note where requests go on and when lengths are chosen again; the rows to read now."""
-        for row in rows:
-            if row.draft:
-                row.draft = min(row.draft, self.room(row.request, row.tokens.end))
-        if any(row.draft for row in rows):
+        drafting = [row for row in rows if row.draft]
+        if drafting:
             self.idle = 0
+        for row in drafting:
+            row.draft = min(row.draft, self.room(row.request, row.tokens.end))
         self._go_on(rows)
         self.wait, self.rows = wait_after(self.idle), rows
-        return self.pending.feed(rows, self.max_tokens, every=self.must_run)
+        fed = self.pending.feed(rows, self.max_tokens, every=self.must_run)
+        for row in rows:
+            if row.fed is None:  # its tokens are pending
+                row.free_hidden_states()
+        return fed
 
     def _keep_step(self, step: FinishedStep) -> None:
         """Keep a step that reads prompts for the MTP layer."""

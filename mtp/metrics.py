@@ -9,7 +9,7 @@ What is counted does not depend on the engine:
 - Steps, seconds and drafts are those of the first tensor-parallel rank.
 - A step is timed from the end of the drafting before it to its sampled tokens: the scheduler's work
   between steps included. Steps that read a prompt are neither counted nor timed; in SGLang, nor is
-  the first step after one.
+  the first step of a request whose prompt such a step read.
 - A row counts in draft_length if it decodes in the step, also where other rows read prompts.
 - A state page is held by a request from its first step to its end or preemption. Pages that only
   the prefix cache keeps are free.
@@ -213,7 +213,7 @@ class Observer:
             self._refresh_estimates(self.board, steps)
 
     def observe_skipped(self, times: int) -> None:
-        """Decoding requests skipped the MTP layer `count` times."""
+        """Decoding requests skipped the MTP layer so many times."""
         if self.board is not None:
             self.board.add("drafts_skipped", times)
 

@@ -44,7 +44,7 @@ class Pending:
         return len(kept.places) if kept else 0
 
     def lost(self, request: str) -> bool:
-        """Whether tokens of the request are missing, so that it can not draft."""
+        """Whether tokens of the request are missing, so that it cannot draft."""
         kept = self._kept.get(request)
         return kept is not None and kept.lost
 

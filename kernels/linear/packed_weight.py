@@ -162,9 +162,10 @@ def _computed(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
 def stack(weights: Iterable[PackedWeight], num_experts: int) -> PackedWeight:
     """Matrices [N, K] as experts [E, N, K], one by one.
 
-    Raises: ValueError unless they are alike.
+    Raises: ValueError unless they are alike, and as many as `num_experts`.
     """
     whole: dict[str, Tensor] = {}
+    e = -1
     for e, one in enumerate(weights):
         if e == 0:
             first = one
@@ -174,8 +175,10 @@ def stack(weights: Iterable[PackedWeight], num_experts: int) -> PackedWeight:
                 f"stack: encoding, group, shape, dtype of scales, tensors: {_kind(one)} of matrix "
                 f"{e}, {_kind(first)} of the first"
             )
-        for name, tensor in one.tensors.items():
+        for name, tensor in one.tensors.items() if e < num_experts else ():
             whole[name][e].copy_(tensor)
+    if not 0 < e + 1 == num_experts:
+        raise ValueError(f"stack: {e + 1} matrices of {num_experts} experts")
     return replace(
         first,
         shape=(num_experts, *first.shape),

@@ -52,13 +52,13 @@ class Qwen3NextConfig(Sizes):
         checks.check(self)
 
 
-def check_num_speculative_tokens(k: int, name: str = "num_speculative_tokens") -> None:
-    """Raise ConfigError unless `k` draft tokens can be served; `name` is the flag in the text."""
-    if type(k) is not int or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
+def check_num_speculative_tokens(num_drafts: int, name: str = "num_speculative_tokens") -> None:
+    """Raise ConfigError unless so many draft tokens can be served; its text names the flag."""
+    if type(num_drafts) is not int or not 1 <= num_drafts <= MAX_SPECULATIVE_TOKENS:
         fix = f"ask for 1 to {MAX_SPECULATIVE_TOKENS}"
-        if type(k) is int and k <= 0:
+        if type(num_drafts) is int and num_drafts <= 0:
             fix += ", or leave speculation out of the command line to serve without drafts"
-        raise complaint(name, k, fix)
+        raise complaint(name, num_drafts, fix)
 
 
 def check_num_draft_layers(config: Qwen3NextConfig, flag: str) -> None:

@@ -257,6 +257,9 @@ def test_refuses_what_is_no_weight():
     for other in (b, pack_int8(values[:2], scale[:2]), pack_int8(values, scale.half())):
         with pytest.raises(ValueError, match=r"stack: encoding, group, shape, .* of matrix 1, "):
             stack([a, other], 2)
+    for n in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"stack: {n} matrices of 2 experts"):
+            stack([a] * n, 2)
 
 
 def test_refuses(cpu_backend):

@@ -201,6 +201,19 @@ def test_nothing_is_drafted_beyond_the_end_of_an_answer():
         assert (found.get("a", 0), found["b"]) == (drafts, 3)
 
 
+@pytest.mark.parametrize("answers", range(4 * EVERY, 5 * EVERY))
+def test_answers_without_room_for_drafts_delay_no_later_ones(answers):
+    engine = started("a", end=7, policy=Script(3))
+    for _ in range(answers):
+        engine.step("a")
+        engine.requests.clear()
+        engine.begin("a", end=7)
+        engine.step(read="a")
+    engine.begin("b")
+    engine.step(read="b")
+    assert engine.step("b") == {"b": 3}
+
+
 def test_room_leaves_a_token_for_the_step_itself():
     """A step of n drafts ends an answer exactly if it has room for n."""
     for computed in range(20):

@@ -99,7 +99,7 @@ class Drafter(Chains):
     def _end_step(
         self, batch: ScheduleBatch, step: FinishedStep, step_seconds: float, draft_seconds: float
     ) -> list[Row]:
-        """Report a step, and drafting before it; neither is timed after one that read prompts."""
+        """Report a step, and drafting before it; neither is timed if a request is new."""
         requests = {request.rid: request for request in batch.reqs}
         timed = requests.keys() <= self.decoding.keys()
         self.decoding = requests

@@ -77,7 +77,8 @@ class WithMTP(Base):
 
         Raises:
             CheckpointError: the checkpoint has no MTP head.
-            RequestError: an argument does not go with drafts.
+            RequestError: an argument or the model's dtype does not go with drafts.
+            NotImplementedError: no kernels run on the model's device.
         """
         arguments = signature(super().generate).bind_partial(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})

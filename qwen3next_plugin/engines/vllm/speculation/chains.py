@@ -72,9 +72,9 @@ class Chains(EagleProposer):
         starts = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         block = table[np.repeat(np.arange(len(counts)), counts), positions // self.block_size]
-        slots = block.astype(np.int64) * self.block_size + positions % self.block_size
+        locations = block.astype(np.int64) * self.block_size + positions % self.block_size
         ends = positions[starts[1:] - 1] + 1
-        query_start_loc, slot_mapping = torch.from_numpy(starts), torch.from_numpy(slots)
+        query_start_loc, slot_mapping = torch.from_numpy(starts), torch.from_numpy(locations)
         seq_lens = torch.from_numpy(ends.astype(np.int32))
         _, metadata = self.build_per_group_and_layer_attn_metadata(
             CommonAttentionMetadata(

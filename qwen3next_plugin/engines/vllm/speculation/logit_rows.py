@@ -12,8 +12,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 class LogitRows:
     """T rows of logits of N requests, in the requests' order.
 
-    A request with k drafts has k + 1 rows: row j has the logits for the token after its first j
-    drafts.
+    A request has one more than it has draft tokens: number j has the logits for the token after
+    its first j.
     """
 
     drafts: list[list[int]]  # token ids of each request
