@@ -56,7 +56,7 @@ def fill(layer: nn.Module) -> dict[str, torch.Tensor]:
         (Format("int8", 0, torch.float32), {"weight"}),
         (Format("int4", 32, torch.float16, zeros=True), {"weight", "weight_scale", "weight_zero"}),
     ],
-    ids=str,
+    ids=["int8", "int4"],
 )
 def test_a_projection_is_loaded_in_its_format_and_packed_once(form, by_column):
     layer, method = nn.Module(), LinearMethod("m", form)
