@@ -64,7 +64,7 @@ def test_a_red_check_prints_no_figure():
     done = run("-c", NO_TOLERANCE, TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "red, so there is no figure: TP 2, k = 0" in done.stderr
+    assert "red, so there is no figure: TP 2, draft of 0" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
