@@ -133,7 +133,7 @@ def test_a_pair_of_files_defines_the_same_in_the_same_order(path):
 
 
 def test_a_repair_is_needed_to_serve_nothing():
-    """What mends an engine for any model is where a patch, a flag or a worker calls it."""
+    """Only a patch, a flag or a worker calls what fixes an engine for any model."""
     for engine in ENGINES:
         folder = ROOT / OWN / "engines" / engine
         for part in ("model", "state", "cpu"):

@@ -1,1 +1,1 @@
-"""What is mended in SGLang for any model: nothing here is needed to see how ours is served."""
+"""Fixes of SGLang for any model: skip them when you read how ours is served."""

@@ -61,7 +61,7 @@ class Worker(EAGLEWorkerV2):
     ) -> GenerationBatchResult:
         """Run a step: prompts, or further drafts and a verification, or a plain step.
 
-        SGLang's own does this around its draft worker. `on_publish` is told the lengths that the
+        SGLang's own does this around its draft worker. `on_publish` receives the lengths that the
         next step begins with.
         """
         self.entered = time.perf_counter()

@@ -1,1 +1,1 @@
-"""What is mended in vLLM for any model: nothing here is needed to see how ours is served."""
+"""Fixes of vLLM for any model: skip them when you read how ours is served."""
