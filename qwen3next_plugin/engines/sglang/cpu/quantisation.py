@@ -85,7 +85,7 @@ def goes_by_files(config: QuantizationConfig | None) -> bool:
 
 def use_packing(
     model: nn.Module,
-    head: nn.Module | None = None,
+    head: Any = None,  # a module
     *,
     head_in_fp32: bool = False,
     drafting: nn.Module | None = None,
