@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import render
-from benchmarks.origin import CHANGED, origin
+from benchmarks.origin import CHANGED, origin, same_product
 from benchmarks.parts import PARTS, expected
 from benchmarks.report import MEASURED, RedCheckError, Run, console, load_all, shown
 
@@ -54,14 +54,16 @@ def measure_all(out: Path, source: dict[str, str], folder: Path) -> list[str]:
 
 
 def begun(folder: Path, source: dict[str, str], *, resume: bool) -> dict[str, str]:
-    """The origin of a fresh run, or of the last one, if it is of this tree and machine."""
+    """The origin of a fresh run, or of the last one, if it is of this product and machine."""
     if source["commit"].endswith(CHANGED):
         raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
     started = folder / "origin.txt"
     if resume:
         before = json.loads(started.read_text()) if started.exists() else {}
-        if before | {"run": ""} != source | {"run": ""}:
-            raise SystemExit("the last run is of another commit, machine or engine: start anew")
+        own = {"run": "", "commit": ""}
+        here = before | own == source | own
+        if not (here and same_product(before["commit"], source["commit"])):
+            raise SystemExit("the last run is of another product, machine or engine: start anew")
         return before
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -84,7 +86,7 @@ def main(
         str | None, typer.Option(metavar="PART", help="Only this one; docs/ stays as it is.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+        bool, typer.Option("--resume", help="Go on with an interrupted or red run.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for records, logs and models.")] = OUT,
     within: Annotated[str, typer.Option("--origin", hidden=True)] = "",

@@ -11,6 +11,7 @@ from benchmarks.worker import SGLANG_PYTHON
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ("docs", "README.md", "benchmarks/measured")  # what a run itself writes
+PRODUCT = ("qwen3next_plugin", "kernels", "mtp", "CMakeLists.txt", "pyproject.toml", "requirements")
 CHANGED = " and changes"  # behind the commit of a tree that has others
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
@@ -35,6 +36,12 @@ def commit() -> str:
     head = git("rev-parse", "--short=10", "HEAD")
     changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in FIGURES))
     return head + CHANGED if changed else head
+
+
+def same_product(one: str, other: str) -> bool:
+    """Whether two commits, as `origin` names them, differ in nothing that figures are of."""
+    commits = [name.removeprefix("commit ") for name in (one, other)]
+    return one == other or not git("diff", "--name-only", *commits, "--", *PRODUCT)
 
 
 def git(*arguments: str) -> str:

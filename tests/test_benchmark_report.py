@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks import headline, parts, pictures, render, report
+from benchmarks import origin as origins
 from benchmarks.origin import CHANGED, origin
 from benchmarks.report import Record, RedCheckError, Run, load_all
 
@@ -163,9 +164,28 @@ def test_an_interrupted_run_goes_on(docs, tmp_path, measuring, capsys, monkeypat
     measuring(good=red, bad=lambda run: iter([answer(run, "engines/memory")]))
     bench.main(out=tmp_path / "out", resume=True)
     assert {record.part for record in load_all(tmp_path / "measured")} == {"good", "bad"}
-    monkeypatch.setattr(bench, "origin", lambda started: SOURCE | {"commit": "commit other"})
-    with pytest.raises(SystemExit, match="another commit"):
+    monkeypatch.setattr(bench, "origin", lambda started: SOURCE | {"torch": "torch other"})
+    with pytest.raises(SystemExit, match="another product"):
         bench.main(out=tmp_path / "out", resume=True)
+
+
+def test_a_mended_benchmark_measures_the_same_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(origins, "ROOT", tmp_path)
+
+    def committed(file: str) -> str:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(file)
+        origins.git("add", ".")
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        origins.git(*who, "commit", "--no-verify", "-m", file)
+        return f"commit {origins.commit()}"
+
+    origins.git("init")
+    one, two, three = map(committed, ("kernels/a", "benchmarks/a", "kernels/b"))
+    assert len({one, two, three}) == 3
+    assert origins.same_product(one, two)
+    assert not origins.same_product(two, three)
+    assert not origins.same_product(one, "commit other")
 
 
 def test_a_changed_tree_is_not_measured(tmp_path, monkeypatch):
