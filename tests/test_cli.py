@@ -90,8 +90,10 @@ def test_page_at_the_real_shapes():
 def test_window_costs_no_larger_block():
     """A draft lengthens the window of a page, not its states: the block stays what it was."""
     blocks = {
-        k: make_plan(Blocks, CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens
-        for k in (0, 3, 6)
+        num_drafts: make_plan(
+            Blocks, CONFIG, {}, flags(num_speculative_tokens=num_drafts)
+        ).block_tokens
+        for num_drafts in (0, 3, 6)
     }
     assert blocks == {0: 1280, 3: 1280, 6: 1280}
 

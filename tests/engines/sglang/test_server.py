@@ -266,7 +266,7 @@ def test_metrics_and_log_agree_with_the_answers_on_what_was_accepted(server):
 
 
 def test_counts_of_drafts_agree_with_the_answers(server):
-    check_drafts(server, "sglang", k=STEPS)
+    check_drafts(server, "sglang", num_drafts=STEPS)
 
 
 def test_one_page_a_request_and_layer_while_it_runs(server):
@@ -288,7 +288,7 @@ def test_time_is_spent_once(server):
 
 
 def test_dashboard_and_watch_find_what_they_show(server):
-    check_shown(server, "sglang", k=STEPS)
+    check_shown(server, "sglang", num_drafts=STEPS)
 
 
 def test_a_line_of_metrics_in_the_log(server):

@@ -21,8 +21,10 @@ from quantised import write_quantised
 from vision import write_vision_checkpoint
 
 
-def drafts(k: int) -> dict:
-    return {"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": k}}
+def drafts(num_drafts: int) -> dict:
+    return {
+        "speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": num_drafts}
+    }
 
 
 @pytest.fixture
