@@ -6,7 +6,8 @@ statistics on for every model. So worker and scheduler write to a board in share
 """
 
 import atexit
-import tempfile
+import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from math import isnan
 from pathlib import Path
@@ -17,25 +18,41 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.mtp.metrics import Board, Metric, attach, create, metrics
+
+logger = init_logger(LOGGER)
 
 PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows only names that begin with vllm:
 
 
 def board_path(vllm_config: VllmConfig, engine: int) -> Path:
     """The file of a data-parallel engine's board; all of its processes use the same name."""
-    name = f"qwen3next-metrics-{vllm_config.instance_id}-{engine}"
-    return Path(tempfile.gettempdir(), name)
+    # Not tempfile's choice, which each process makes anew when a folder cannot be written.
+    folder = os.environ.get("TMPDIR") or "/tmp"
+    return Path(folder, f"qwen3next-metrics-{vllm_config.instance_id}-{engine}")
 
 
 def worker_board(vllm_config: VllmConfig) -> Board:
-    """The board that this rank writes to. Only the first rank's is read by others."""
+    """The board that this rank writes to. Only the first rank's is read by others.
+
+    Without room for a file it is private, and the log says so.
+    """
     num_drafts = vllm_config.num_speculative_tokens
     if get_tp_group().rank_in_group != 0:
         return Board(num_drafts)
-    engine = vllm_config.parallel_config.data_parallel_index
-    return create(board_path(vllm_config, engine), num_drafts)
+    path = board_path(vllm_config, vllm_config.parallel_config.data_parallel_index)
+    try:
+        return create(path, num_drafts)
+    except OSError as error:
+        logger.warning(
+            "There are no metrics of MTP: %s cannot be written (%s). Free some space there, or set "
+            "TMPDIR to another folder",
+            *(path, error.strerror),
+        )
+        return Board(num_drafts)
 
 
 def scheduler_board(vllm_config: VllmConfig) -> Board:
@@ -60,14 +77,19 @@ class MetricsCollector(Collector):
         for engine, path in self.paths.items():
             if engine not in self.boards and (board := attach(path, self.num_drafts)):
                 self.boards[engine] = board
-                path.unlink(missing_ok=True)
+                _delete(path)
         for metric in metrics(self.num_drafts):
             yield family(metric, self.model, self.boards)
 
     def clear(self) -> None:
         """Delete the files. Processes that have mapped them keep the memory."""
         for path in self.paths.values():
-            path.unlink(missing_ok=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the folder may be one that cannot be written
+        path.unlink()
 
 
 def family(metric: Metric, model: str, boards: Mapping[int, Board]) -> Family:

@@ -1,5 +1,8 @@
 """Metrics of MTP: a board for each engine of a server, read through vLLM's registry."""
 
+import logging
+from types import SimpleNamespace as Bag
+
 import pytest
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import EngineArgs
@@ -44,3 +47,23 @@ def test_each_engine_has_samples_of_its_own(config):
     assert not any(path.exists() for path in paths)
     boards[1].add("steps", 5, "plain")
     assert served("steps_total", kind="plain") == {"0": 3, "1": 9}
+
+
+@pytest.mark.parametrize("kind", ["missing", "no folder"])
+def test_a_folder_that_cannot_be_written_turns_metrics_off(
+    monkeypatch, tmp_path, config, caplog, kind
+):
+    """It ends no server. The log names the folder and the fix."""
+    folder = tmp_path / "folder"
+    if kind == "no folder":
+        folder.touch()
+    monkeypatch.setattr(metrics, "get_tp_group", lambda: Bag(rank_in_group=0))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to caplog
+    monkeypatch.setenv("TMPDIR", str(folder))
+    metrics.install(config)
+    metrics.worker_board(config).add("steps", value="plain")
+    metrics.scheduler_board(config).add("drafts_skipped")
+    assert "no metrics of MTP" in caplog.text
+    assert f"{folder}/qwen3next-metrics-" in caplog.text
+    assert "set TMPDIR to another folder" in caplog.text
+    assert not served("steps_total")
