@@ -32,7 +32,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
-.PHONY: help setup serve test test-long test-wheel check format bench clean $(ENGINES:%=test-%)
+.PHONY: help setup serve test test-long test-wheel wheel check format bench clean $(ENGINES:%=test-%)
 # Installing keeps one core busy for each engine.
 MAKEFLAGS += --jobs 2
 
@@ -180,6 +180,15 @@ test-long: RERUN :=
 test-long: test ## the same at full size, the tests marked `long`, and test-wheel; ENGINE=sglang: SGLang's only
 	$(MAKE) test-wheel
 
+# One wheel for every Python and torch that are served. tests/test_packaging.py checks that its tag
+# is true: it loads with any later glibc and C++ library, too.
+TAG   := py3-none-manylinux_2_28_$(shell uname -m)
+BUILD := -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel \
+  -C wheel.tags=$(TAG) --wheel-dir dist .
+wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed
+	rm -rf dist
+	$(BIN)/python $(BUILD)
+
 # The wheel in an environment of its own, and its tests in a folder without the sources: what
 # `python -m` starts in the checkout imports these. Left out: tests of the sources, and those of
 # other Tritons, which `make test` installs.
@@ -190,8 +199,7 @@ SOURCE := $(addprefix --ignore tests/,test_packaging.py test_layering.py test_do
 ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths=$(TESTS_$(THE_ENGINE)) $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
 	rm -rf dist $(AWAY) && mkdir -p $(AWAY)
-	$(WHEEL)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
-	  -C build-dir=build/wheel --wheel-dir dist .
+	$(WHEEL)/bin/python $(BUILD)
 	$(WHEEL)/bin/python $(INSTALL) --force-reinstall dist/*.whl
 	WHEEL=$$(echo dist/*.whl) $(WHEEL)/bin/python -m pytest -q tests/test_packaging.py
 	cp -r README.md tests examples benchmarks docs pyproject.toml $(AWAY)

@@ -24,6 +24,7 @@ FLAGS = Flags(
     state_dtype="float32",
     prefix_caching=True,
     memory=0,
+    threads=1,
 )
 # Folder of a config → the models of its size.
 RELEASED = {

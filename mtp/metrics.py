@@ -141,21 +141,25 @@ class Board:
 def create(path: Path, num_drafts: int) -> Board:
     """A board of zeros in a new file that only this user can read.
 
-    Raises: FileExistsError if the file exists.
+    Raises: OSError if the file exists, or cannot be written.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.truncate(handle, mmap.PAGESIZE)
+        # Takes the memory now. Of a sparse file, a write ends the process if the disk is full.
+        os.posix_fallocate(handle, 0, mmap.PAGESIZE)
         return Board(num_drafts, mmap.mmap(handle, mmap.PAGESIZE))
+    except OSError:
+        path.unlink()
+        raise
     finally:
         os.close(handle)
 
 
 def attach(path: Path, num_drafts: int) -> Board | None:
-    """The board in this file, or None if there is no file."""
+    """The board in this file, or None if there is no file that this user can open."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except OSError:
         return None
     try:
         return Board(num_drafts, mmap.mmap(handle, mmap.PAGESIZE))

@@ -48,6 +48,11 @@ VARIABLES: Mapping[str, Variable] = {
         "0",
         "1: on a CPU, a token's bits do not depend on batch, chunks or drafts; bfloat16 only",
     ),
+    "QWEN3NEXT_SELF_CHECK": Variable(
+        ("0", "1"),
+        "1",
+        "0 starts without comparing kernels with their references, once for a machine and model",
+    ),
     "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the engine untouched"),
     "QWEN3NEXT_OPTIONAL": Variable(
         ("0", "1"),
@@ -80,6 +85,11 @@ def quantise() -> str | None:
 def batch_invariant() -> bool:
     """Whether a token's bits must not depend on its batch."""
     return _read("QWEN3NEXT_BATCH_INVARIANT") == "1"
+
+
+def self_check() -> bool:
+    """Whether kernels are compared with their references before they serve."""
+    return _read("QWEN3NEXT_SELF_CHECK") != "0"
 
 
 def disabled() -> bool:

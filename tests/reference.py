@@ -83,7 +83,7 @@ class Reference:
     def mtp(self) -> "MTPReference":
         return MTPReference(self)
 
-    def accepted(self, prompt: Ids, truth: Ids, k: int) -> tuple[int, int]:
+    def accepted(self, prompt: Ids, truth: Ids, num_drafts: int) -> tuple[int, int]:
         """Drafts made and accepted while the greedy answer `truth` is decoded, k at a time."""
         tokens = len(truth)
         hidden = self.hidden(prompt + truth)  # causal: every prefix's is a prefix of it
@@ -91,11 +91,15 @@ class Reference:
         known = min(2, tokens)  # the prompt's step and the one after it have no drafts
         while known < tokens:
             ids = prompt + truth[:known]
-            drafts = self.mtp.drafts(ids, hidden[: len(ids) - 1], k)
+            drafts = self.mtp.drafts(ids, hidden[: len(ids) - 1], num_drafts)
             right = 0
-            while right < k and known + right < tokens and drafts[right] == truth[known + right]:
+            while (
+                right < num_drafts
+                and known + right < tokens
+                and drafts[right] == truth[known + right]
+            ):
                 right += 1
-            made, accepted = made + k, accepted + right
+            made, accepted = made + num_drafts, accepted + right
             known += right + 1
         return made, accepted
 
@@ -129,13 +133,13 @@ class MTPReference(nn.Module):
         super().load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
     @quietly()
-    def drafts(self, ids: Ids, hidden: torch.Tensor, k: int) -> list[int]:
+    def drafts(self, ids: Ids, hidden: torch.Tensor, num_drafts: int) -> list[int]:
         """k greedy drafts after `ids`, the head fed with its own output from the second on.
 
         Shapes: hidden [len(ids)-1, D], the trunk's for all but the last token.
         """
         drafts: list[int] = []
-        for _ in range(k):
+        for _ in range(num_drafts):
             tokens = torch.tensor((*ids, *drafts)[1 : len(hidden) + 1])
             out = self(self.trunk_embed(tokens), hidden)
             drafts.append(int(self.head(out[-1]).argmax()))

@@ -29,6 +29,7 @@ from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_b
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
+from qwen3next_plugin.kernels.paged_attention import SCRATCH
 from qwen3next_plugin.model.checkpoint.reading import parameters as parameters_of
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
@@ -53,6 +54,7 @@ def flags(**changes):
         "state_dtype": "float32",
         "prefix_caching": True,
         "memory": 200 * GIB,
+        "threads": 2,
     }
     return Flags(**(defaults | changes))
 
@@ -90,8 +92,10 @@ def test_page_at_the_real_shapes():
 def test_window_costs_no_larger_block():
     """A draft lengthens the window of a page, not its states: the block stays what it was."""
     blocks = {
-        k: make_plan(Blocks, CONFIG, {}, flags(num_speculative_tokens=k)).block_tokens
-        for k in (0, 3, 6)
+        num_drafts: make_plan(
+            Blocks, CONFIG, {}, flags(num_speculative_tokens=num_drafts)
+        ).block_tokens
+        for num_drafts in (0, 3, 6)
     }
     assert blocks == {0: 1280, 3: 1280, 6: 1280}
 
@@ -213,6 +217,16 @@ def test_pools_of_a_model_without_full_attention():
     config = replace(CONFIG, layer_types=("linear_attention",) * len(CONFIG.layer_types))
     plan = make_plan(Pools, config, sizes(drafts=False), flags())
     assert plan.fits == plan.slots // 3 > 0
+
+
+def test_scratch_is_counted_where_our_attention_serves(monkeypatch):
+    weights = sizes(drafts=False)
+    plans = [make_plan(Pools, CONFIG, weights, flags(threads=n)) for n in (2, 64)]
+    assert [plan.scratch for plan in plans] == [2 * SCRATCH, 64 * SCRATCH]
+    assert plans[0].spare - plans[1].spare == 62 * SCRATCH
+    assert make_plan(Blocks, CONFIG, weights, flags()).scratch == 0
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    assert make_plan(Blocks, CONFIG, weights, flags()).scratch == 2 * SCRATCH
 
 
 # plan ---------------------------------------------------------------------------------------------

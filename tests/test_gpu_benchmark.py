@@ -1,7 +1,9 @@
 """The GPU benchmark checks before it prints, on a CPU too, and times as it says."""
 
 import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +17,23 @@ from qwen3next_plugin.kernels.step import GRID
 
 ROOT = Path(__file__).parents[1]
 NO_TOLERANCE = """
+import sys
+from pathlib import Path
 import torch
 from benchmarks.gpu import __main__ as gpu, check
 check.BOUNDS[torch.float32] = 0.0
-gpu.main(smoke=True)
+gpu.main(smoke=True, out=Path(sys.argv[1]))
 """
 SMALL_SEGMENTS = """
+import sys
+from pathlib import Path
 from dataclasses import replace
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 CONFIGS["sm_90"] = replace(CONFIGS["sm_90"], segment=64, split_from=70)
 from benchmarks.gpu import __main__ as gpu, cases
 agree = cases.agree
 cases.agree = lambda what, *others: print(what) or agree(what, *others)
-gpu.main(smoke=True)
+gpu.main(smoke=True, out=Path(sys.argv[1]))
 """
 
 
@@ -42,29 +48,35 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.long
-def test_smoke():
-    done = run("-m", "benchmarks.gpu", "--smoke")
+def test_smoke(tmp_path):
+    done = run("-m", "benchmarks.gpu", "--smoke", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| TP")]
     assert {row.split(",")[1].split()[0] for row in rows} == {"decode", "verify", "prefill"}
     for row in rows:
         assert {cell.strip() for cell in row.strip("| ").split(" | ")[1:]} == {"not measured"}
+    assert rows[0].split(" | ")[0].strip() in (tmp_path / "gpu-report.md").read_text()
 
 
 @pytest.mark.long
-def test_rows_that_are_split_are_checked_against_unsplit_ones():
-    done = run("-c", SMALL_SEGMENTS, TRITON_INTERPRET="1")
+def test_rows_that_are_split_are_checked_against_unsplit_ones(tmp_path):
+    done = run("-c", SMALL_SEGMENTS, str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     compared = [line for line in done.stdout.splitlines() if line.endswith(", unsplit")]
     assert set(compared) == {"TP 2, prefill 9 and 70, unsplit"}
 
 
 @pytest.mark.slow
-def test_a_red_check_prints_no_figure():
-    done = run("-c", NO_TOLERANCE, TRITON_INTERPRET="1")
+def test_a_red_check_prints_no_figure_and_is_reported(tmp_path):
+    done = run("-c", NO_TOLERANCE, str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert done.stdout == ""
     assert "red, so there is no figure: TP 2, draft of 0" in done.stderr
+    report = (tmp_path / "gpu-report.md").read_text()
+    assert "**Red**: TP 2, draft of 0" in report
+    assert "- CPU, Triton's interpreter" in report
+    (machine,) = re.findall(r"```json\n(.*)```", report, re.DOTALL)
+    assert "versions" in {finding["section"] for finding in json.loads(machine)["findings"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

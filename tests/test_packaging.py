@@ -7,6 +7,7 @@ import sys
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
+from platform import machine
 from shutil import which
 
 import pytest
@@ -70,13 +71,18 @@ def test_version_is_one():
     assert distribution("qwen3next-plugin").version == qwen3next_plugin.__version__
 
 
+def library() -> Path:
+    """The native kernels."""
+    import qwen3next_plugin.kernels
+
+    (found,) = (f for p in qwen3next_plugin.kernels.__path__ for f in Path(p).glob("_ops.so"))
+    return found
+
+
 @pytest.mark.skipif(which("nm") is None, reason="no nm, of binutils")
 def test_the_library_exports_nothing_of_ours():
     """Another library's symbol of the same name would take the place of an exported one."""
-    import qwen3next_plugin.kernels
-
-    (library,) = (f for p in qwen3next_plugin.kernels.__path__ for f in Path(p).glob("_ops.so"))
-    nm = ["nm", "-D", "-C", "--defined-only", library]
+    nm = ["nm", "-D", "-C", "--defined-only", library()]
     symbols = subprocess.run(nm, capture_output=True, text=True, check=True).stdout.splitlines()
     ours = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "native")
     assert not [line for line in symbols if any(f"{name}::" in line for name in ours)]
@@ -89,8 +95,23 @@ def test_doctor_knows_every_flag_that_the_kernels_ask_for():
     assert {re.sub("[-_]", "", flag) for flag in asked} <= {flag.replace("_", "") for flag in FLAGS}
 
 
+@pytest.mark.skipif(which("objdump") is None, reason="no objdump, of binutils")
+def test_the_library_loads_where_manylinux_2_28_wheels_do():
+    """It asks for no later symbols than the policy of that name in PEP 600's list has."""
+    objdump = ["objdump", "-T", library()]
+    table = subprocess.run(objdump, capture_output=True, text=True, check=True).stdout
+    asked = {
+        (name, *map(int, number.split(".")))
+        for name, number in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI|GCC)_(\d[\d.]*)", table)
+    }
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8,)}
+    assert {name for name, *_ in asked} >= {"GLIBC", "GLIBCXX"}
+    assert not [one for one in asked if one[1:] > newest[one[0]]]
+
+
 @pytest.mark.skipif("WHEEL" not in os.environ, reason="WHEEL, a path, is not set")
 def test_wheel_holds_the_package_and_nothing_at_the_top():
+    assert f"-py3-none-manylinux_2_28_{machine()}.whl" in os.environ["WHEEL"]
     with zipfile.ZipFile(os.environ["WHEEL"]) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}

@@ -107,6 +107,19 @@ def test_a_table_with_bars(engine):
 
 
 @pytest.mark.parametrize("engine", NAMES)
+def test_a_servers_names_are_shown_as_they_are(engine):
+    """Not as rich's markup, and without what controls a terminal."""
+    text = pages(engine)[1].replace("examples/qwen3next-tiny", "[red]a[/b] :fire:\x1b[2J")
+    text = text.replace('position="1"', 'position="[/]"')
+    reading = parse(text, "", 0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table("http://there:1/metrics", (reading, reading)))
+    shown = console.export_text()
+    assert f"{NAMES[engine]}, [red]a[/b] :fire: [2J, http://there:1" in shown
+    assert "draft [/]" in shown
+
+
+@pytest.mark.parametrize("engine", NAMES)
 def test_a_pipe_gets_one_second_as_lines(engine):
     with serving(*pages(engine)) as url:
         done = subprocess.run([*COMMAND, url], capture_output=True, text=True, timeout=300)
@@ -182,6 +195,27 @@ def test_forms_of_an_address(form):
 def test_what_is_missing_is_said_with_the_fix(text, status, error):
     with serving(f"{text}\n", status=status) as url, pytest.raises(MetricsError, match=error):
         read(f"{url}/metrics")
+
+
+@pytest.fixture
+def proxy(monkeypatch) -> Iterator[None]:
+    """A proxy that finds nothing."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving("", status=404) as url:
+        monkeypatch.setenv("http_proxy", url)
+        yield
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_no_proxy_is_asked_for_this_machine(proxy, host):
+    with serving(*pages("vllm")) as url:
+        assert read(f"{url.replace('127.0.0.1', host)}/metrics").engine.name == "vLLM"
+
+
+def test_a_proxy_is_asked_for_another_machine(proxy):
+    with pytest.raises(MetricsError, match="answers 404"):
+        read("http://there.invalid/metrics")
 
 
 def test_a_server_that_is_not_there():

@@ -4,14 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks.origin import commit, version
-from benchmarks.report import Record, RedCheckError, Run, shown
+from benchmarks.render import markdown
+from benchmarks.report import Record, RedCheckError, Run, console, shown
 
 
 def card() -> str:
@@ -66,6 +67,26 @@ def origin(*, smoke: bool) -> dict[str, str]:
     }
 
 
+def report(path: Path, source: dict[str, str], records: Sequence[Record], red: str) -> None:
+    """Write what others need to know of this run: where, what was found, and the machine."""
+    doctor = [
+        sys.executable,
+        "-c",
+        "from qwen3next_plugin.cli import app; app()",
+        "doctor",
+        "--json",
+    ]
+    machine = subprocess.run(doctor, capture_output=True, text=True)
+    parts = ["# GPU report", "\n".join(f"- {value}" for value in source.values())]
+    parts += [f"**Red**: {red}"] if red else []
+    for record in records:
+        parts += [record.case, markdown([record])]
+    parts += [f"```json\n{machine.stdout or machine.stderr}```"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n")
+    console.print(f"report: {path}, to attach to an issue", highlight=False)
+
+
 def main(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Check on a CPU, interpreted, tiny shapes; no times.")
@@ -84,7 +105,7 @@ def main(
 
     The layer is compared with the reference, and each recurrence with a plain loop, before anything
     is printed. On a red check the command exits with 1 and prints no figure. --smoke runs the same
-    checks without a GPU.
+    checks without a GPU. Either way it ends with a report, gpu-report.md, to attach to an issue.
     """
     if smoke:  # before Triton is imported
         os.environ |= {"TRITON_INTERPRET": "1", "QWEN3NEXT_KERNELS": "triton"}
@@ -97,11 +118,14 @@ def main(
         if not torch.cuda.is_available():
             raise SystemExit("no GPU here; --smoke runs without one")
     run = Run(out, "gpu", origin(smoke=smoke))
+    file = out / "gpu-report.md"
     try:
         records = shown(measure(run, smoke=smoke))
     except RedCheckError as complaint:
         print(f"red, so there is no figure: {complaint}", file=sys.stderr)
+        report(file, run.origin, [], str(complaint))
         raise SystemExit(1) from complaint
+    report(file, run.origin, records, "")
     for record in records if not smoke else ():
         record.save(out / "parts")
 

@@ -15,7 +15,7 @@ constexpr int vectors_beside(int rows) {
 }
 constexpr int64_t kMaxDim = 256;  // of a key head
 constexpr int64_t kBlock =
-    32;  // rows of S folded and then multiplied while they are in the nearest cache
+    32;  // value dims of S folded and then multiplied while they are in the nearest cache
 constexpr int64_t kColumns = 128;  // columns of S that one task takes
 
 // Calls f(constant C, v, lanes) over [0, n): C vectors at a time, then single vectors, the last of

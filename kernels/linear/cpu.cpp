@@ -66,10 +66,10 @@ void multiply(T* out, const T* x, int64_t M, int64_t stride, const PackedWeight&
   });
 }
 
-Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t format,
+Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
               int64_t group, int64_t N) {
   const int64_t M = x.size(0), K = x.size(1);
-  const PackedWeight w(packed, scale, zero, format, N, K, group);
+  const PackedWeight w(packed, scale, zero, encoding, N, K, group);
   Tensor out = torch::stable::new_empty(x, {M, N});
   with_dtype(x, [&]<class T>(T) { multiply(write<T>(out), read<T>(x), M, x.stride(0), w); });
   return out;

@@ -22,6 +22,6 @@ def parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int
 
 @torch.library.register_fake("qwen3next::linear")
 def _(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, format: int, group: int, N: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, encoding: int, group: int, N: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], N)

@@ -108,8 +108,8 @@ void write_floats(Activations& a, const T* x, int64_t K, int64_t m, float scale)
 // Converts x [M, K], tokens `stride` apart, for products with w.
 template <class T>
 Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
-  const bool integers = is_integer(w.format);
-  const float scale = w.format == kFp8 ? kFp8Scale : 1.0f;
+  const bool integers = is_integer(w.encoding);
+  const float scale = w.encoding == kFp8 ? kFp8Scale : 1.0f;
   const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
   Activations a{terms, integers ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
   a.words.resize(M * terms * a.width);
@@ -117,7 +117,7 @@ Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeigh
   a.sums.resize(M * terms * a.blocks);
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {
-      write_integers(a, x + m * stride, w.K, m, w.format == kInt4);
+      write_integers(a, x + m * stride, w.K, m, w.encoding == kInt4);
     } else {
       write_floats(a, x + m * stride, w.K, m, scale);
     }

@@ -309,7 +309,7 @@ Q3N_AMX void macro_kernel_fp8(float* totals, const PackedWeight& w, const Panels
 Q3N_AMX inline void macro_kernel_chunks(float* totals, const PackedWeight& w,
                                         std::span<const Panels> tiles, const Run& run,
                                         int64_t chunk) {
-  const bool fp8 = w.format == kFp8;
+  const bool fp8 = w.encoding == kFp8;
   alignas(64) thread_local uint8_t decoded[kTilePanels][kKCSlices * kTileBytes];
   for (int64_t s = 0; s < run.x.slices; s += chunk) {
     const int64_t last = std::min(s + chunk, run.x.slices);
@@ -328,7 +328,7 @@ Q3N_AMX inline void macro_kernel_chunks(float* totals, const PackedWeight& w,
 Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
                              const AmxPanels& x, int64_t begin, int64_t count) {
   static_assert(kTilePanels == 2 && kParts == 1);
-  const bool fp8 = w.format == kFp8;
+  const bool fp8 = w.encoding == kFp8;
   const bool once = count <= kAmxMR;  // the weight is read once
   const int64_t chunk = once ? x.slices : kKCSlices, size = count * kNR;
   const Run run{x, begin, count, w.group ? w.group / kAmxK : chunk};

@@ -14,37 +14,37 @@ constexpr int64_t kAmxByteK = 64;  // columns in a tile register, at most
 // Whether so many terms are multiplied here.
 inline bool use_amx_bytes(const PackedWeight& w, int64_t terms) {
   constexpr int64_t kFewest = 9;
-  return native::use_amx && terms >= kFewest && is_integer(w.format);
+  return native::use_amx && terms >= kFewest && is_integer(w.encoding);
 }
 
 inline int64_t byte_slice(const PackedWeight& w) { return std::min(w.block, kAmxByteK); }
 
 // The index of the upper byte of x for column j of the weight as unpack_bytes orders it, and the
 // lower byte's distance from it: see `split`.
-constexpr int upper_at(Format format, int j) {
-  return format == kInt4 ? j / 8 * 16 + j % 8 : 2 * j + 1;
+constexpr int upper_at(Encoding encoding, int j) {
+  return encoding == kInt4 ? j / 8 * 16 + j % 8 : 2 * j + 1;
 }
-constexpr int lower_after(Format format) { return format == kInt4 ? 8 : -1; }
+constexpr int lower_after(Encoding encoding) { return encoding == kInt4 ? 8 : -1; }
 
 // The byte order of a slice, upper bytes then lower bytes, of `columns` integers.
-template <Format kFormat, int kColumns>
+template <Encoding kEncoding, int kColumns>
 struct ByteOrder {
   alignas(64) uint8_t upper[64], lower[64];
 
   constexpr ByteOrder() : upper(), lower() {
     for (int j = 0; j < 64; ++j) {
-      const int at = upper_at(kFormat, j % kColumns), after = lower_after(kFormat);
+      const int at = upper_at(kEncoding, j % kColumns), after = lower_after(kEncoding);
       upper[j] = at + (j < kColumns ? 0 : after), lower[j] = at + after;
     }
   }
 };
 
 // Packs a term's int16; a slice has `columns` of them.
-template <Format kFormat>
+template <Encoding kEncoding>
 Q3N_AMX void pack_bytes(AmxPanels::Place to, int64_t slices, int64_t columns,
                         const int32_t* words) {
-  static constexpr ByteOrder<kFormat, 64> kWide;
-  static constexpr ByteOrder<kFormat, 32> kNarrow;
+  static constexpr ByteOrder<kEncoding, 64> kWide;
+  static constexpr ByteOrder<kEncoding, 32> kNarrow;
   const auto* x = reinterpret_cast<const uint8_t*>(words);
   const __m512i both = _mm512_load_si512(kNarrow.upper);
   const __m512i upper = _mm512_load_si512(kWide.upper), lower = _mm512_load_si512(kWide.lower);
@@ -73,7 +73,7 @@ struct AmxBytePanels {
       const auto end = std::upper_bound(runs.begin(), runs.end(), i);
       const int64_t begin = end[-1], count = *end - begin, at = i - begin;
       const int64_t first = at / kAmxRows * kAmxRows, height = std::min(count - first, kAmxRows);
-      const auto set = w.format == kInt4 ? pack_bytes<kInt4> : pack_bytes<kInt8>;
+      const auto set = w.encoding == kInt4 ? pack_bytes<kInt4> : pack_bytes<kInt8>;
       set(panels.place(begin, count, at), panels.slices, byte_slice(w), a.term(terms[i]));
       for (int64_t b = 0; b < w.blocks; ++b) {
         scales[(begin + first) * w.blocks + b * height + at - first] = a.scale(terms[i])[b];
@@ -93,10 +93,10 @@ Q3N_AMX inline void unpack_bytes(uint8_t* out, const PackedWeight& w, int64_t pa
   };
   static constexpr PairOrder kPairs;
   const __m512i places = _mm512_load_si512(kPairs.words), nibble = _mm512_set1_epi8(15);
-  const int64_t lines = w.block / (w.format == kInt4 ? 8 : 4);
+  const int64_t lines = w.block / (w.encoding == kInt4 ? 8 : 4);
   const uint8_t* line = w.panel(panel) + first * lines * kLine;
   for (int64_t b = first; b < last; ++b) {
-    if (w.format == kInt8) {
+    if (w.encoding == kInt8) {
       for (int64_t l = 0; l < lines; ++l, line += kLine, out += kLine) {
         const __m512i pairs = _mm512_loadu_si512(line);
         _mm_prefetch(line + kAhead, _MM_HINT_T0);

@@ -153,17 +153,17 @@ constexpr int64_t kLineColumns = kLineWords<F> * F::kColumns;
 // Fp8's values are too small by 2^-120, so x is multiplied by 2^60, and sums by 2^60.
 constexpr float kFp8Scale = 0x1p60f;
 
-enum Format : int64_t { kInt8, kInt4, kFp8, kBf16 };
+enum Encoding : int64_t { kInt8, kInt4, kFp8, kBf16 };
 
-constexpr bool is_integer(Format format) { return format == kInt8 || format == kInt4; }
+constexpr bool is_integer(Encoding encoding) { return encoding == kInt8 || encoding == kInt4; }
 
 constexpr int64_t kLargestBlock = 512;  // int8 by int16: a longer sum could overflow int32
 
 // Columns that are summed before they are scaled: a group. If a channel has one scale: 128, or, for
 // int8, the largest divisor of the padded K whose integer sum is exact.
-inline int64_t block_of(Format format, int64_t K, int64_t group) {
+inline int64_t block_of(Encoding encoding, int64_t K, int64_t group) {
   if (group) return group;
-  return format == kInt8 ? std::gcd(round_up(K, 128), kLargestBlock) : 128;
+  return encoding == kInt8 ? std::gcd(round_up(K, 128), kLargestBlock) : 128;
 }
 
 // W [N, K], or [E, N, K]: the panels of one expert follow those of another.
@@ -172,27 +172,27 @@ struct PackedWeight {
   const void* scales;
   ScalarType scale_dtype;
   const uint8_t* zeros;  // of int4, or null
-  Format format;
+  Encoding encoding;
   int32_t offset;  // the zero point if `zeros` is null
   int64_t N, K, group, block, blocks, groups, panels, panel_bytes;
 
   PackedWeight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
-               int64_t format, int64_t N, int64_t K, int64_t group)
+               int64_t encoding, int64_t N, int64_t K, int64_t group)
       : lines(read<uint8_t>(packed)),
         scales(scale.const_data_ptr()),
         scale_dtype(scale.scalar_type()),
         zeros(zero ? read<uint8_t>(*zero) : nullptr),
-        format(static_cast<Format>(format)),
-        offset(format == kInt4 ? 8 : 0),
+        encoding(static_cast<Encoding>(encoding)),
+        offset(encoding == kInt4 ? 8 : 0),
         N(N),
         K(K),
         group(group),
-        block(block_of(this->format, K, group)),
+        block(block_of(this->encoding, K, group)),
         blocks((K + block - 1) / block),
         groups(group ? blocks : 1),
         panels((N + kPanelWidth - 1) / kPanelWidth),
-        panel_bytes(blocks * block * kPanelWidth * (format == kBf16 ? 2 : 1) /
-                    (format == kInt4 ? 2 : 1)) {}
+        panel_bytes(blocks * block * kPanelWidth * (encoding == kBf16 ? 2 : 1) /
+                    (encoding == kInt4 ? 2 : 1)) {}
 
   const uint8_t* panel(int64_t t) const { return lines + t * panel_bytes; }
   int64_t index(int64_t t, int64_t g, int64_t part) const {
@@ -213,12 +213,12 @@ struct PackedWeight {
     return __builtin_convertvector(z, i32v);
   }
 
-  // Calls f with a value of the format's type.
+  // Calls f with a value of the encoding's type.
   template <class Call>
   void with_format(Call&& f) const {
-    if (format == kInt8) return f(Int8{});
-    if (format == kInt4) return f(Int4{});
-    if (format == kFp8) return f(Fp8{});
+    if (encoding == kInt8) return f(Int8{});
+    if (encoding == kInt4) return f(Int4{});
+    if (encoding == kFp8) return f(Fp8{});
     f(Bf16{});
   }
 };

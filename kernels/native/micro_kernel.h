@@ -150,7 +150,7 @@ void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, co
                                               last);
     }
   }
-  if (w.group || w.format == kBf16) return;
+  if (w.group || w.encoding == kBf16) return;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t v = 0; v < kTilePanels * kParts; ++v) {
       float* to = totals + i * kNR + v * kLanes;

@@ -13,6 +13,14 @@
 
 #include "step.h"
 
+#if defined(__GLIBC__)
+// Whether the process has one thread, as glibc tells the C++ library's reference counts since 2.32.
+// Without this one, which says no, the library would not load with an older glibc.
+extern "C" {
+char __libc_single_threaded = 0;
+}
+#endif
+
 namespace baseline {
 extern const Level level;
 }

@@ -9,7 +9,7 @@ template <class T>
 PackedGemm<T>::PackedGemm(const PackedWeight& w, const T* x, int64_t M, int64_t stride)
     : w_(w), x_(x), stride_(stride) {
 #if defined(Q3N_AMX)
-  amx_bf16_ = std::is_same_v<T, bf16> && native::use_amx && !is_integer(w.format);
+  amx_bf16_ = std::is_same_v<T, bf16> && native::use_amx && !is_integer(w.encoding);
 #endif
   if (!amx_bf16_) {
     activations_ = activations(x, M, stride, w);

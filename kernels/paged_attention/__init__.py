@@ -15,6 +15,7 @@ from qwen3next_plugin.kernels.checks import (
 
 INDEX = (torch.int32, torch.int64)
 MAX_DIM = 256  # kMaxDim of block.h
+SCRATCH = 4 << 20  # bytes for each thread, at most: kKept of cpu.cpp, and a tile
 
 
 def paged_attention(

@@ -9,11 +9,14 @@ namespace {
 
 constexpr int64_t kFewPartials = 64;    // queries x heads that justify a pass over the keys
 constexpr int64_t kTasksPerThread = 8;  // about, if the work can be split into as many
+// Floats of scratch memory of each thread, for blocks that wait to be merged. Whatever the context,
+// a call takes less than SCRATCH of __init__.py for each thread.
+constexpr int64_t kKept = 1 << 19;
 
 struct Job : Tile {
-  int64_t seen;       // positions, by the query that sees most
-  int64_t split = 0;  // blocks of a task; 0: one task takes them all
-  int64_t kept = 0;   // offset of its blocks' partials in scratch memory, if it is split
+  int64_t seen;        // positions, by the query that sees most
+  bool split = false;  // into tasks of some blocks
+  int64_t kept = 0;    // offset of its partials among those of a block, if it is split
 
   int64_t blocks() const { return (seen + kBlock - 1) / kBlock; }
   int64_t block_work() const { return queries() * heads; }
@@ -54,31 +57,51 @@ std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& seq
   return jobs;
 }
 
-// Splits jobs that would leave threads idle into tasks, and sorts all tasks by size, largest first.
-// Returns how many floats the partials of the split jobs take.
+// How split jobs are computed: a window of blocks, and then the next, so that few blocks wait to be
+// merged.
+struct Cut {
+  int64_t part = 0;    // work of a task, about
+  int64_t window = 0;  // blocks
+  int64_t most = 0;    // blocks of the longest split job
+  int64_t block = 0;   // floats of one block of all split jobs
+};
+
+// Splits jobs that would leave threads idle.
 template <class T>
-int64_t cut(const Operands<T>& in, std::vector<Job>& jobs, std::vector<Task>& tasks) {
-  int64_t work = 0, kept = 0;
+Cut cut(const Operands<T>& in, std::vector<Job>& jobs) {
+  const int64_t threads = torch::stable::get_num_threads(), tasks = threads * kTasksPerThread;
+  int64_t work = 0, split = 0;  // of all jobs; of a block of the split ones
   for (const Job& job : jobs) work += job.blocks() * job.block_work();
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t part = 1 + work / (threads * kTasksPerThread);
+  Cut found{1 + work / tasks};
   for (Job& job : jobs) {
-    const int64_t blocks = job.blocks();
-    if (threads > 1 && blocks * job.block_work() > 2 * part) {
-      job.split = std::max<int64_t>(1, part / job.block_work());
-      job.kept = kept;
-      kept += blocks * job.block_work() * in.group() * in.partial_size();
-    }
-    int64_t b = 0;
-    do {  // also if no position is seen: the result is zero
-      const int64_t end = job.split ? std::min(b + job.split, blocks) : blocks;
-      tasks.push_back({&job, b, end});
-      b = end;
-    } while (b < blocks);
+    job.split = threads > 1 && job.blocks() * job.block_work() > 2 * found.part;
+    if (!job.split) continue;
+    job.kept = found.block;
+    found.block += job.block_work() * in.group() * in.partial_size();
+    found.most = std::max(found.most, job.blocks());
+    split += job.block_work();
+  }
+  if (split) {
+    found.window = std::clamp<int64_t>(threads * kKept / found.block - 1, 1, found.most);
+    found.part = std::min(found.part, 1 + found.window * split / tasks);
+  }
+  return found;
+}
+
+// The tasks of split jobs in the window that begins with block `first`, and, in the first window,
+// of all others; the largest first.
+std::vector<Task> tasks_of(const std::vector<Job>& jobs, const Cut& cut, int64_t first) {
+  std::vector<Task> tasks;
+  for (const Job& job : jobs) {
+    if (!job.split && !first) tasks.push_back({&job, 0, job.blocks()});
+    if (!job.split) continue;
+    const int64_t end = std::min(first + cut.window, job.blocks());
+    const int64_t step = std::max<int64_t>(1, cut.part / job.block_work());
+    for (int64_t b = first; b < end; b += step) tasks.push_back({&job, b, std::min(b + step, end)});
   }
   std::stable_sort(tasks.begin(), tasks.end(),
                    [](const Task& a, const Task& b) { return a.work() > b.work(); });
-  return kept;
+  return tasks;
 }
 
 // Calls f(i, scratch) for i in [0, n). A thread that is free takes the next i.
@@ -108,15 +131,18 @@ template <class T>
 struct Attention {
   const Operands<T>& in;
   T* out;
-  float* kept;  // partials of the blocks of split jobs
+  const Cut& cut;
+  float* kept;        // partials of split jobs: merged so far, then of each block of the window
+  int64_t first = 0;  // block of the window
 
   int64_t partials(const Job& job) const { return job.block_work() * in.group(); }
   int64_t query_of(const Job& job, int64_t partial) const {
     return job.first + partial / in.group() % job.queries();
   }
 
-  float* kept_partials(const Job& job, int64_t block) const {
-    return kept + job.kept + block * partials(job) * in.partial_size();
+  float* merged(const Job& job) const { return kept + job.kept; }
+  float* waiting(const Job& job, int64_t block) const {
+    return merged(job) + (1 + block - first) * cut.block;
   }
 
   // Computes the partials of one block of a task into `to`. The task's previous block, if any, has
@@ -169,8 +195,7 @@ struct Attention {
     const Job& job = *task.job;
     scratch.attention.take(job);
     if (job.split) {
-      for (int64_t b = task.begin; b < task.end; ++b)
-        block(task, b, scratch, kept_partials(job, b));
+      for (int64_t b = task.begin; b < task.end; ++b) block(task, b, scratch, waiting(job, b));
       return;
     }
     clear_partials(job, scratch.state.get());
@@ -181,11 +206,12 @@ struct Attention {
     write(job, scratch.state.get());
   }
 
-  // Merges a split job's blocks, when all of them are done.
-  void finish(const Job& job, float* state) const {
-    clear_partials(job, state);
-    for (int64_t b = 0; b < job.blocks(); ++b) merge_block(job, b, state, kept_partials(job, b));
-    write(job, state);
+  // Merges a split job's blocks of the window, when all of them are done.
+  void merge_window(const Job& job) const {
+    const int64_t end = std::min(first + cut.window, job.blocks());
+    if (!first) clear_partials(job, merged(job));
+    for (int64_t b = first; b < end; ++b) merge_block(job, b, merged(job), waiting(job, b));
+    if (first < end && end == job.blocks()) write(job, merged(job));
   }
 };
 
@@ -225,17 +251,22 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
                          static_cast<float>(scale)};
     clear_others(write<A>(out), sequences, T, Hq * D);
     std::vector<Job> jobs = jobs_of(in, sequences);
-    std::vector<Task> tasks;
-    const std::unique_ptr<float[]> kept(new float[cut(in, jobs, tasks)]);
-    const Attention<A> attention{in, write<A>(out), kept.get()};
+    const Cut split = cut(in, jobs);
+    const std::unique_ptr<float[]> kept(new float[(1 + split.window) * split.block]);
+    Attention<A> attention{in, write<A>(out), split, kept.get()};
     int64_t height = 0;  // partials of the largest job
     for (const Job& job : jobs) height = std::max(height, attention.partials(job));
     const auto scratch = [&] { return Scratch<A>(in, height); };
-    parallel_dynamic(tasks.size(), scratch,
-                     [&](int64_t i, Scratch<A>& r) { attention.run(tasks[i], r); });
-    std::erase_if(jobs, [](const Job& job) { return !job.split; });
-    parallel_dynamic(jobs.size(), scratch,
-                     [&](int64_t i, Scratch<A>& r) { attention.finish(jobs[i], r.state.get()); });
+    do {
+      const std::vector<Task> tasks = tasks_of(jobs, split, attention.first);
+      parallel_dynamic(tasks.size(), scratch,
+                       [&](int64_t i, Scratch<A>& r) { attention.run(tasks[i], r); });
+      const auto none = [] { return 0; };
+      parallel_dynamic(split.window ? jobs.size() : 0, none, [&](int64_t i, int) {
+        if (jobs[i].split) attention.merge_window(jobs[i]);
+      });
+      attention.first += split.window;
+    } while (attention.first < split.most);
   });
   return out;
 }

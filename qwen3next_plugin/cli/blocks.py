@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
+from qwen3next_plugin import env
 from qwen3next_plugin.cli.memory import Plan, Row
 
 ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
@@ -14,6 +15,10 @@ class Blocks(Plan):
     """Every block holds the KV of `block_tokens` tokens, or one state page, for each layer of a
     group.
     """
+
+    @classmethod
+    def attends(cls) -> bool:
+        return env.batch_invariant()
 
     @property
     def group(self) -> int:

@@ -11,6 +11,7 @@ import typer
 
 from qwen3next_plugin import env
 from qwen3next_plugin.cli.machine import FLAGS, machine
+from qwen3next_plugin.verdicts import kept
 from qwen3next_plugin.versions import (
     TESTED,
     HostVersionError,
@@ -59,6 +60,7 @@ def examine() -> Iterator[Finding]:
     if any(f.status == "broken" for f in environment):
         return  # all checks below would fail for the same reason
     yield from _kernels()
+    yield from _self_checks()
     for host in HOSTS:
         if installed(host) is not None:
             yield from _registration(host)
@@ -110,6 +112,19 @@ def _kernels() -> Iterator[Finding]:
     else:
         for device, description in answer.items():
             yield Finding("kernels", device, description)
+
+
+def _self_checks() -> Iterator[Finding]:
+    """What the last start of each kind found when it compared the kernels with their references."""
+    latest = {(v.device, v.kernels): v for v in kept()}
+    if not latest:
+        said = "none yet: an engine makes one when it first loads a model"
+        yield Finding("self-check", "kernels", said)
+    for (device, kernels), verdict in latest.items():
+        agree = "disagree" if verdict.error else "agree"
+        found = f"{kernels} kernels {agree} with their references, checked {verdict.age}"
+        status: Literal["ok", "broken"] = "broken" if verdict.error else "ok"
+        yield Finding("self-check", device, found, status, verdict.error)
 
 
 def _registration(host: str) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ class Flags:
     state_dtype: StateDtype
     prefix_caching: bool
     memory: int
+    threads: int  # of a rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,13 @@ class Plan(ABC):
     linear_layers: int
     attention_layers: int  # the drafter's too
     kv_bytes_per_layer: int  # of one token
+    scratch: int  # of our attention, whatever the context
     flags: Flags
+
+    @classmethod
+    @abstractmethod
+    def attends(cls) -> bool:
+        """Whether our attention serves."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -51,8 +58,8 @@ class Plan(ABC):
 
     @property
     def spare(self) -> int:
-        """Bytes next to the weights."""
-        return max(0, self.flags.memory - sum(self.weights.values()))
+        """Bytes next to the weights and the attention's scratch memory."""
+        return max(0, self.flags.memory - sum(self.weights.values()) - self.scratch)
 
     @property
     @abstractmethod
@@ -95,6 +102,8 @@ def make_plan(
     engine: type[P], config: Qwen3NextConfig, sizes: Mapping[str, int], flags: Flags
 ) -> P:
     """Plan the memory of one rank; `sizes` are the bytes of every tensor that is loaded."""
+    from qwen3next_plugin.kernels.paged_attention import SCRATCH
+
     drafter = config.num_nextn_predict_layers if flags.num_speculative_tokens else 0
     kv_elements = 2 * config.num_key_value_heads_per_rank * config.head_dim
     weights = dict(rank_bytes(sizes, config))
@@ -106,6 +115,7 @@ def make_plan(
         linear_layers=config.num_linear_layers,
         attention_layers=config.num_attention_layers + drafter,
         kv_bytes_per_layer=kv_elements * DTYPES[flags.dtype],
+        scratch=flags.threads * SCRATCH if engine.attends() else 0,
         flags=flags,
     )
 

@@ -1,11 +1,13 @@
 """The metrics page of a running server, and each engine's names of metrics."""
 
 import http.client
+import ipaddress
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
@@ -91,7 +93,9 @@ def read(address: str) -> Reading:
         MetricsError: it cannot be reached, or has no metrics of ours.
     """
     try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
+        proxies = (urllib.request.ProxyHandler({}),) if _is_local(address) else ()
+        opener = urllib.request.build_opener(*proxies)
+        with opener.open(address, timeout=TIMEOUT_S) as answer:
             text = answer.read().decode()
     except urllib.error.HTTPError as error:
         raise MetricsError(
@@ -106,13 +110,23 @@ def read(address: str) -> Reading:
     return parse(text, address, time.monotonic())
 
 
+def _is_local(address: str) -> bool:
+    """Whether an address is this machine's own, which no proxy can reach."""
+    host = urlsplit(address).hostname or ""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return ip.is_loopback or ip.is_unspecified
+
+
 def parse(text: str, address: str, seconds: float) -> Reading:
     """A reading from a page of metrics; raises MetricsError if ours are not there."""
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
         families = text_string_to_metric_families(text)
-        samples = [sample for family in families for sample in family.samples]
+        samples = [_printable(sample) for family in families for sample in family.samples]
     except ValueError as error:
         raise MetricsError(f"{address} is not a page of metrics") from error
     for engine in ENGINES:
@@ -122,3 +136,12 @@ def parse(text: str, address: str, seconds: float) -> Reading:
         if any(s.name.startswith(engine.prefix) for s in samples):
             raise MetricsError(f"{engine.name} has no qwen3next metrics there: {engine.fix}")
     raise MetricsError(f"{address} has metrics, but not those of vLLM or SGLang")
+
+
+def _printable(sample: "Sample") -> "Sample":
+    """The sample without what would control a terminal: the server chose its labels."""
+    labels = {
+        name: "".join(c if c.isprintable() else " " for c in value)
+        for name, value in sample.labels.items()
+    }
+    return sample._replace(labels=labels)

@@ -74,6 +74,7 @@ def plan(
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
         check_num_draft_layers(config, "--num-speculative-tokens")
+    here = machine()
     flags = Flags(
         max_model_len=_max_model_len(config, max_model_len),
         max_num_seqs=max_num_seqs,
@@ -81,7 +82,8 @@ def plan(
         dtype=served_dtype(raw) if dtype == "auto" else dtype,
         state_dtype=state_dtype,
         prefix_caching=prefix_caching,
-        memory=int(memory * GIB) if memory is not None else machine().memory_bytes // tp,
+        memory=int(memory * GIB) if memory is not None else here.memory_bytes // tp,
+        threads=max(1, here.cores // tp),
     )
     sizes, source = tensor_bytes(model, config, flags.dtype)
     loaded = _loaded(sizes, drafts=bool(num_speculative_tokens))
@@ -171,6 +173,8 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
         row(f"state page: {part}", nbytes, "one layer, one slot")
     row("[bold]state of a slot[/]", p.state_bytes_per_slot, f"{p.linear_layers} linear layers")
     row("[bold]KV of a token[/]", p.kv_bytes_per_token, "attention layers, drafter too")
+    if p.scratch:
+        row("attention's scratch", p.scratch, f"{p.flags.threads} threads, any context")
     table.add_section()
     for what, nbytes, note in p.rows():
         row(what, nbytes, note)

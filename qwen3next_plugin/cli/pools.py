@@ -14,6 +14,10 @@ SLOTS_PER_REQUEST = 3  # with the radix cache, in its no_buffer strategy
 class Pools(Plan):
     """One slot of each pool is padding."""
 
+    @classmethod
+    def attends(cls) -> bool:
+        return True
+
     @property
     def slot_bytes(self) -> int:
         page = sum(self.state_page.values())

@@ -57,16 +57,20 @@ def table(address: str, readings: Sequence[Reading]) -> "Table":
     """The report, with bars for shares."""
     from rich.bar import Bar
     from rich.table import Column, Table
+    from rich.text import Text
 
     last = readings[-1]
     right = [Column(name, justify="right") for name in ("now", "since start")]
     report = Table("", "", Column(width=BAR_WIDTH), *right, box=None, title_justify="left")
-    report.title = f"{last.engine.name}, {last.model}, {address.removesuffix('/metrics')}"
+    # The server's names are text, not markup.
+    report.title = Text(
+        f"{last.engine.name}, {last.model}, {address.removesuffix('/metrics')}", "table.title"
+    )
     previous = ""
     for figure in figures(readings):
         bar = "" if figure.share is None else Bar(1, 0, figure.share, width=BAR_WIDTH)
         section = "" if figure.section == previous else figure.section
-        report.add_row(section, figure.label, bar, figure.now, figure.total)
+        report.add_row(section, Text(figure.label), bar, figure.now, figure.total)
         previous = figure.section
     return report
 

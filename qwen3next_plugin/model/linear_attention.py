@@ -44,7 +44,7 @@ class LinearAttention(nn.Module):
 
         def shard(parameter: nn.Parameter, *parts: int) -> None:
             def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
-                param.data.copy_(shard_rows(loaded, parts, rank, config.tp_size))
+                param.data.copy_(shard_channels(loaded, parts, rank, config.tp_size))
 
             parameter.weight_loader = load  # type: ignore[attr-defined]  # both hosts call it
 
@@ -95,7 +95,9 @@ def _in_projection(
     return layers.column_parallel(config.hidden_size, sizes[0], bias=False, prefix=prefix)
 
 
-def shard_rows(weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int) -> torch.Tensor:
+def shard_channels(
+    weight: torch.Tensor, parts: tuple[int, ...], rank: int, size: int
+) -> torch.Tensor:
     """One rank's share of a weight whose channels are `parts`, such as q, k and v.
 
     Shapes:

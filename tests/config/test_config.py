@@ -274,13 +274,13 @@ def test_read_config_of_a_hub_name():
         read_config("Qwen/Qwen3-Next-80B-A3B-Instruct")
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_served_draft_lengths(k):
-    check_num_speculative_tokens(k)
+@pytest.mark.parametrize("num_drafts", [1, 3, 8])
+def test_served_draft_lengths(num_drafts):
+    check_num_speculative_tokens(num_drafts)
 
 
-@pytest.mark.parametrize("k", [0, -1, 9, 50, True, 1.0, "3", None])
+@pytest.mark.parametrize("num_drafts", [0, -1, 9, 50, True, 1.0, "3", None])
 @pytest.mark.parametrize("name", ["num_speculative_tokens", "--another-engines-flag"])
-def test_refused_draft_lengths(k, name):
+def test_refused_draft_lengths(num_drafts, name):
     with pytest.raises(ConfigError, match=rf"^{name} = .*ask for 1 to 8"):
-        check_num_speculative_tokens(k, name)
+        check_num_speculative_tokens(num_drafts, name)

@@ -43,7 +43,7 @@ def check_pages(server: Server, engine: str) -> None:
     assert eventually(lambda: server.metrics()[name] == 0)
 
 
-def check_drafts(server: Server, engine: str, k: int) -> None:
+def check_drafts(server: Server, engine: str, num_drafts: int) -> None:
     """Counts of drafts agree with each other and with how many tokens were answered."""
     before = drafts(server, engine)
     for prompt in PROMPTS:
@@ -61,13 +61,13 @@ def check_drafts(server: Server, engine: str, k: int) -> None:
     # SGLang may count a step after its answer has left.
     assert eventually(lambda: committed() >= 47 * len(PROMPTS))
     lengths, verified, accepted = gained()
-    assert list(lengths) == [*map(str, range(k + 1))]
-    assert list(verified) == list(accepted) == [*map(str, range(1, k + 1))]
+    assert list(lengths) == [*map(str, range(num_drafts + 1))]
+    assert list(verified) == list(accepted) == [*map(str, range(1, num_drafts + 1))]
     rows, right = sum(lengths.values()), sum(accepted.values())
     # The first token of an answer is the prompt's; its last step may accept more than has room.
-    assert 0 <= rows + right - 47 * len(PROMPTS) <= k * len(PROMPTS)
+    assert 0 <= rows + right - 47 * len(PROMPTS) <= num_drafts * len(PROMPTS)
     assert verified["1"] == rows - lengths["0"] > 0
-    for position in range(1, k):
+    for position in range(1, num_drafts):
         assert accepted[str(position)] >= verified[str(position + 1)]
     assert all(accepted[position] <= verified[position] for position in verified)
 
@@ -112,7 +112,7 @@ def watch(address: str) -> dict[str, tuple[str, str]]:
     return {name: (now, total) for name, now, total in rows}
 
 
-def check_shown(server: Server, engine: str, k: int) -> None:
+def check_shown(server: Server, engine: str, num_drafts: int) -> None:
     """The dashboard's queries and `qwen3next watch` find everything that they show."""
     check_dashboard(engine, server.get("/metrics"))
     watched = threading.Event()
@@ -131,8 +131,8 @@ def check_shown(server: Server, engine: str, k: int) -> None:
         watched.set()
         client.join()
     assert all(total.endswith("%") for name, (_, total) in shown.items() if "draft" in name)
-    assert sum(name.startswith("acceptance") for name in shown) == k
-    assert sum(name.startswith("draft length") for name in shown) == k + 1
+    assert sum(name.startswith("acceptance") for name in shown) == num_drafts
+    assert sum(name.startswith("draft length") for name in shown) == num_drafts + 1
     right_now, wrong_now = first_drafts(server, engine)
     share = int(shown["acceptance draft 1"][1].rstrip("%")) / 100  # of a moment between the two
     assert right / (right + wrong_now) - 0.01 < share < right_now / (right_now + wrong) + 0.01

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch
 from checkpoints import write_checkpoint
 from quantised import write_quantised
 
+R = TypeVar("R")
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 KINDS = ("bf16", "int8", "int4", "fp8-blocks", "packed_4-bit")
 MOST = 1.15  # of the packed weights' bytes
@@ -64,15 +65,20 @@ def measured(
     """An engine's function that loads a model, which calls `found` with what that took."""
 
     def load(*args: Any, **options: Any) -> torch.nn.Module:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-        before = _status("VmRSS")
-        model = load_model(*args, **options)
+        model, taken = peak_of(lambda: load_model(*args, **options))
         tensors = [*model.parameters(), *model.buffers()]
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        found(Loaded(_status("VmHWM") - before, sum(sizes.values())))
+        found(Loaded(taken, sum(sizes.values())))
         return model
 
     return load
+
+
+def peak_of(call: Callable[[], R]) -> tuple[R, int]:
+    """What a call returns, and the most memory that it took, over what there was before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = _status("VmRSS")
+    return call(), _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

@@ -43,12 +43,12 @@ class Pool:
     """Pages whose tensors are interleaved in one buffer whose bytes all start as canaries."""
 
     def __init__(
-        self, s: Shape, slots: int, k: int, dtype=torch.float32, state_dtype=torch.float32
+        self, s: Shape, slots: int, num_drafts: int, dtype=torch.float32, state_dtype=torch.float32
     ):
-        self.shape, self.k, self.W = s, k, GRID + k
+        self.shape, self.num_drafts, self.W = s, num_drafts, GRID + num_drafts
         W = self.W
         fields = {
-            "conv_": ((4 + k, s.C), dtype),
+            "conv_": ((4 + num_drafts, s.C), dtype),
             "state_": ((s.HV, s.K, s.V), state_dtype),
             "key_": ((W, s.H, s.K), torch.float32),
             "u_": ((W, s.HV, s.V), torch.float32),
@@ -77,7 +77,7 @@ class Pool:
         start, end = self.span_[slot].tolist()
         p0 = start // GRID * GRID
         window = [p % self.W for p in range(p0, end)]
-        inputs = [p % (4 + self.k) for p in range(max(start - 3, 0), end)]
+        inputs = [p % (4 + self.num_drafts) for p in range(max(start - 3, 0), end)]
         rings = [ring[slot, window] for ring in (self.key_, self.u_, self.g_)]
         S = [self.state_[slot]] if p0 else []
         return [self.span_[slot], self.conv_[slot, inputs], *rings, *S]

@@ -20,26 +20,30 @@ def convolve(layer, pool, step, x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 200])
 def test_fresh_rows(backend, T, dtype):
-    shape, k = SHAPES[T % len(SHAPES)], 2
-    layer, pool, step = Layer.random(shape, dtype), Pool(shape, 3, k, dtype), Step(((1, 0, T),))
+    shape, num_drafts = SHAPES[T % len(SHAPES)], 2
+    layer, pool, step = (
+        Layer.random(shape, dtype),
+        Pool(shape, 3, num_drafts, dtype),
+        Step(((1, 0, T),)),
+    )
     x = layer.projections(T, dtype)
     out = convolve(layer, pool, step, x)
     assert_close("causal_conv1d", dtype, out, layer.convolved(x))
     inputs = torch.cat([x[name].flatten(1) for name in "qkv"], dim=-1)
     for p in range(max(0, T - 3), T):
-        assert torch.equal(pool.conv_[1, p % (4 + k)], inputs[p])
+        assert torch.equal(pool.conv_[1, p % (4 + num_drafts)], inputs[p])
     assert (pool.span_ == -1).all()
     pool.assert_untouched_but([1])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_split_anywhere(backend, few, shape):
-    T, k = 75, 1
+    T, num_drafts = 75, 1
     layer = Layer.random(shape)
     x = layer.projections(T)
     whole = layer.convolved(x)
     for cut in few([(3, 70)[SHAPES.index(shape) % 2]], (1, 2, 3, 4, 70)):
-        pool = Pool(shape, 2, k)
+        pool = Pool(shape, 2, num_drafts)
         convolve(layer, pool, Step(((1, 0, cut),)), rows_of(x, 0, cut))
         pool.span_[1] = int32(cut, cut)
         out = convolve(layer, pool, Step(((1, cut, T - cut),)), rows_of(x, cut, T))
@@ -47,8 +51,8 @@ def test_split_anywhere(backend, few, shape):
 
 
 def test_mixed_batch(backend):
-    layer, k = Layer.random(SMALL), 2
-    pool = Pool(SMALL, 6, k)
+    layer, num_drafts = Layer.random(SMALL), 2
+    pool = Pool(SMALL, 6, num_drafts)
     first = layer.projections(9)
     convolve(layer, pool, Step(((4, 0, 6), (0, 0, 3))), first)
     pool.span_[4], pool.span_[0] = int32(6, 6), int32(0, 3)

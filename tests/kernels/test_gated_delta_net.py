@@ -166,13 +166,13 @@ class TestOnTheDevice:
 
     def test_offsets_beyond_31_bits(self, backend, tmp_path):
         """Pages that lie 2^33 bytes apart, in a sparse file."""
-        net, slots, k = Net(SMALL, torch.bfloat16), 3, DRAFTS
-        pool = Pool(SMALL, slots, k, torch.bfloat16)
+        net, slots, num_drafts = Net(SMALL, torch.bfloat16), 3, DRAFTS
+        pool = Pool(SMALL, slots, num_drafts, torch.bfloat16)
         row, apart = pool.raw.shape[1], 2**33
         file = tmp_path / "pages"
         file.touch()
         raw = torch.from_file(str(file), shared=True, size=2 * apart + row, dtype=torch.uint8)
-        far = Pool(SMALL, slots, k, torch.bfloat16)
+        far = Pool(SMALL, slots, num_drafts, torch.bfloat16)
         for name in ("conv_", "state_", "key_", "u_", "g_", "span_"):
             near = getattr(pool, name)
             begin = near.storage_offset() * near.element_size()

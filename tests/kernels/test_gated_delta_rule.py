@@ -18,13 +18,13 @@ def assert_state_close(pool, slot, S, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 200])
 def test_fresh_rows(backend, T, dtype):
-    shape, k = SHAPES[T % len(SHAPES)], 1
-    layer, pool, step = Layer.random(shape), Pool(shape, 3, k, dtype), Step(((1, 0, T),))
+    shape, num_drafts = SHAPES[T % len(SHAPES)], 1
+    layer, pool, step = Layer.random(shape), Pool(shape, 3, num_drafts, dtype), Step(((1, 0, T),))
     x = layer.recurrence_inputs(T, dtype)
     out = layer.recur(pool, step, x)
     ref, S = layer.recurrence(x)
     assert_close(OP, dtype, out, ref)
-    assert pool.span_[1].tolist() == ([T, T] if k + 1 < T else [0, T])
+    assert pool.span_[1].tolist() == ([T, T] if num_drafts + 1 < T else [0, T])
     assert_state_close(pool, 1, S, dtype)
     layer.recur(pool, Step(((1, T, 0),)), rows_of(x, 0, 0))
     assert pool.span_[1].tolist() == [T, T]
@@ -47,7 +47,7 @@ def test_split_anywhere(backend, few, shape):
 
 def test_mixed_batch(backend):
     layer = Layer.random(SMALL)
-    pool = Pool(SMALL, 7, k=2)
+    pool = Pool(SMALL, 7, num_drafts=2)
     first = layer.recurrence_inputs(10)
     layer.recur(pool, Step(((5, 0, 6), (0, 0, 3), (3, 0, 1))), first)
     # Fresh prefill, padding, verify after one of three drafts was rejected, empty, decode, prefill.

@@ -14,9 +14,9 @@ T, DRAFTS = 5 * GRID + 3, 3
 class Run:
     """One request's tokens through a page, in any groups."""
 
-    def __init__(self, layer, x, drafts, state_dtype, k=DRAFTS):
+    def __init__(self, layer, x, drafts, state_dtype, num_drafts=DRAFTS):
         self.layer, self.x, self.drafts = layer, x, drafts
-        self.pool = Pool(layer.shape, 1, k, x["q"].dtype, state_dtype)
+        self.pool = Pool(layer.shape, 1, num_drafts, x["q"].dtype, state_dtype)
 
     def __call__(self, groups) -> tuple[torch.Tensor, ...]:
         """Each group: how many tokens are kept, and how many rejected drafts follow them."""
@@ -41,7 +41,7 @@ def assert_same(ours, expected):
 def request_on(request, dtype, state_dtype):
     layer = Layer.random(request.param, dtype)
     x, drafts = layer.projections(T, dtype), layer.projections(T + DRAFTS, dtype)
-    return lambda k=DRAFTS: Run(layer, x, drafts, state_dtype, k)
+    return lambda num_drafts=DRAFTS: Run(layer, x, drafts, state_dtype, num_drafts)
 
 
 def in_groups_of(n: int, tokens: int = T) -> list[tuple[int, int]]:
@@ -55,7 +55,7 @@ def test_same_bits(bits_level, request_on):
     for n in (2, 3, 4):  # verified together, all right
         assert_same(request_on()(in_groups_of(n)), one_by_one)
     assert_same(request_on()([(1, DRAFTS)] * T), one_by_one)  # all drafts wrong
-    assert_same(request_on(k=0)(in_groups_of(1))[0], one_by_one[0])  # no room for drafts
+    assert_same(request_on(num_drafts=0)(in_groups_of(1))[0], one_by_one[0])  # no room for drafts
     for n in (5, 7, GRID, GRID + 1, 2 * GRID, 21, T):  # prefill chunks
         assert_same(request_on()(in_groups_of(n)), one_by_one)
     for first in range(T + 1):  # a prompt in two chunks
@@ -82,10 +82,17 @@ def test_same_bits_in_random_groups(bits_level, request_on):
 @pytest.mark.parametrize("state_dtype", [torch.float32], ids="S={}".format)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_same_bits_with_drafts_longer_than_a_cell(bits_level, request_on):
-    k = 2 * GRID + 1
-    run = request_on(k)
+    num_drafts = 2 * GRID + 1
+    run = request_on(num_drafts)
     run.drafts = concatenated(run.drafts, run.drafts)
-    groups = [(5, 0), (1, k), (k + 1, 0), (4, k - 3), (0, k), (2, 0)]
+    groups = [
+        (5, 0),
+        (1, num_drafts),
+        (num_drafts + 1, 0),
+        (4, num_drafts - 3),
+        (0, num_drafts),
+        (2, 0),
+    ]
     groups.append((T - sum(n for n, _ in groups), 0))
     assert_same(run(groups)[0], request_on()([(T, 0)])[0])
 

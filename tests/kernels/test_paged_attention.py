@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.paged_attention import paged_attention, reference
+from engines.load_memory import ON_LINUX, peak_of
+from qwen3next_plugin.kernels.paged_attention import SCRATCH, paged_attention, reference
 from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,21 +173,55 @@ def test_same_bits_beside_other_rows(bits_level, dtype):
         at += n
 
 
+@pytest.fixture
+def threads():
+    """Sets their number."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_on_any_number_of_threads(bits_level, dtype):
+def test_same_bits_on_any_number_of_threads(bits_level, threads, dtype):
     """With one thread no sequence is split."""
     pool = Pool.random((9 * BLOCK + 100, 30), HEADS[0], dtype)
     last = len(pool.q[0])
     steps = ((0, last - 1, last), (0, last - 21, last), (1, 29, 30))
-    before, outs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            outs.append(pool(*steps))
-    finally:
-        torch.set_num_threads(before)
+    outs = []
+    for number in (1, 2, 5):
+        threads(number)
+        outs.append(pool(*steps))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+def again_and_again(S: int, queries: int) -> dict:
+    """A sequence of S positions with the keys and values of few."""
+    pool = Pool.random((3 * BLOCK,), HEADS[0], torch.bfloat16)
+    n = len(pool.q[0])
+    return pool.arguments((0, n - queries, n)) | {
+        "token_table": pool.token_table[:, torch.arange(S) % n],
+        "seq_lens": torch.tensor([S]),
+    }
+
+
+def test_same_bits_in_windows_of_a_long_sequence(bits_level, threads):
+    """Threads that share it merge so many blocks, and then the next."""
+    arguments, outs = again_and_again(300 * BLOCK + 9, 2), []
+    for number in (1, 2, 5):
+        threads(number)
+        outs.append(paged_attention(**arguments))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@ON_LINUX
+def test_scratch_memory_does_not_grow_with_the_context(threads):
+    arguments = again_and_again(1 << 18, 4)
+    threads(2)
+    paged_attention(**again_and_again(BLOCK, 4))  # the threads start
+    _, taken = peak_of(lambda: paged_attention(**arguments))
+    assert taken <= 2 * SCRATCH
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,17 +25,17 @@ class Act:
     page: str = "stays"  # or "moves", or "resumes" from an older copy, or the request "restarts"
 
 
-def acts(k: int) -> st.SearchStrategy[Act]:
-    short = st.integers(0, k + 1)
+def acts(num_drafts: int) -> st.SearchStrategy[Act]:
+    short = st.integers(0, num_drafts + 1)
     tokens = st.one_of(short, short, st.sampled_from(LONG), st.none())
     page = st.sampled_from(("stays",) * 5 + ("moves", "resumes", "restarts"))
-    return st.builds(Act, st.integers(0, k + 1), tokens, page)
+    return st.builds(Act, st.integers(0, num_drafts + 1), tokens, page)
 
 
 plans = st.sampled_from((0, 1, 3)).flatmap(
-    lambda k: st.tuples(
-        st.just(k),
-        st.lists(st.tuples(*[acts(k)] * REQUESTS, st.booleans()), min_size=1, max_size=8),
+    lambda num_drafts: st.tuples(
+        st.just(num_drafts),
+        st.lists(st.tuples(*[acts(num_drafts)] * REQUESTS, st.booleans()), min_size=1, max_size=8),
     )
 )
 
@@ -83,7 +83,7 @@ class Request:
         return outs[0]
 
     def advance(self, pool: Pool, c: int, n: int) -> None:
-        self.start, self.end = (c if n <= pool.k + 1 else c + n), c + n
+        self.start, self.end = (c if n <= pool.num_drafts + 1 else c + n), c + n
         assert pool.span_[self.slot].tolist() == [self.start, self.end]
         page = pool.raw[self.slot].clone()
         self.copies.append((page, self.start, self.end, self.tokens, list(self.states)))
@@ -91,9 +91,9 @@ class Request:
 
 def check(plan, seed: int) -> None:
     torch.manual_seed(seed)
-    k, steps = plan
+    num_drafts, steps = plan
     layer = Layer.random(SHAPES[seed % len(SHAPES)])
-    pool = Pool(layer.shape, REQUESTS + 1, k)
+    pool = Pool(layer.shape, REQUESTS + 1, num_drafts)
     requests = [Request(layer, slot) for slot in range(REQUESTS)]
     outs, refs = [], []
     for *acts_, padded in steps:

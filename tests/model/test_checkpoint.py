@@ -12,7 +12,7 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import check_files, stored_tensors
 from qwen3next_plugin.model.checkpoint.reading import check_scales, checked, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.linear_attention import shard_rows
+from qwen3next_plugin.model.linear_attention import shard_channels
 
 SHAPES_OF = {"a.weight": (2, 3), "b.weight": (4,)}
 
@@ -117,7 +117,7 @@ def test_checkpoint_without_mtp_is_told_apart():
 def test_conv_shards_hold_their_heads_channels(size):
     dims = (6, 6, 12)
     weight = torch.arange(24).view(24, 1, 1).expand(24, 1, 4)
-    shards = [shard_rows(weight, dims, rank, size) for rank in range(size)]
+    shards = [shard_channels(weight, dims, rank, size) for rank in range(size)]
     by_rank = [shard.split([d // size for d in dims]) for shard in shards]  # q, k, v of each rank
     q, k, v = (torch.cat(parts) for parts in zip(*by_rank, strict=True))
     assert torch.equal(torch.cat([q, k, v]), weight)

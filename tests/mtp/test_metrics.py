@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Mapping
+from mmap import PAGESIZE
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,6 +55,38 @@ def test_a_board_is_nobody_elses(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(FileExistsError):
         create(path, 1)
+
+
+# In a namespace of its own: a file system of 64 KB, all of it taken.
+FULL = """
+mount -t tmpfs -o size=64k full "$1" || exit 77
+cat /dev/zero > "$1/all" 2>/dev/null
+exec "$2" -c "$3" "$1/board"
+"""
+ON_FULL_DISK = """
+import sys
+from pathlib import Path
+from qwen3next_plugin.mtp.metrics import create
+path = Path(sys.argv[1])
+try:
+    create(path, 3).add("steps", value="plain")
+except OSError as error:
+    print(error.strerror, path.exists())
+"""
+
+
+def test_a_full_disk_is_an_error_when_the_board_is_made(tmp_path):
+    """Not the end of the process when it is written."""
+    script = ["sh", "-c", FULL, "sh", tmp_path, sys.executable, ON_FULL_DISK]
+    done = subprocess.run(["unshare", "-rm", *script], capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this user may not mount a file system")
+    assert done.stdout == "No space left on device False\n", done
+
+
+def test_a_boards_memory_is_taken_when_it_is_made(tmp_path):
+    create(tmp_path / "board", 3)
+    assert (tmp_path / "board").stat().st_blocks * 512 >= PAGESIZE
 
 
 def test_the_longest_draft_allowed_fits_on_a_board():

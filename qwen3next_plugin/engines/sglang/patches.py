@@ -24,6 +24,7 @@ from qwen3next_plugin.engines.sglang.model.config import (
 )
 from qwen3next_plugin.engines.sglang.names import WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import patterns, penalties, requests, sessions
+from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
 from qwen3next_plugin.versions import check_host
 
@@ -253,6 +254,14 @@ ON_CPU: tuple[Entry, ...] = (
         reason="SGLang verifies greedily on a CPU, whatever the temperature, and elsewhere samples "
         "with other limits and other seeds than its plain sampler",
         remove_when="SGLang's verification samples what its plain sampler samples",
+    ),
+    Patch(
+        target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for_forward",
+        parameters=("self",),
+        function=penalties_of_drafts.keep_penalizers,
+        reason="SGLang hands a verification the penalties of each request's last token, which do "
+        "not count the drafts before a row",
+        remove_when="SGLang's verification counts drafts for penalties and min_new_tokens",
     ),
     Patch(
         target="sglang.srt.speculative.spec_utils.commit_mamba_states_after_verify",

@@ -221,7 +221,7 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse runner V2, pipeline stages, and a worker that is not ours."""
+    """Refuse runner V2, pipeline stages, experts in data-parallel ranks, and another worker."""
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
@@ -233,6 +233,14 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"stages of a hybrid model (it never allocates what passes between them, and "
             f"stages without attention get another KV cache layout); use "
             f"--tensor-parallel-size {config.pp_size}"
+        )
+    data_parallel_size = vllm_config.parallel_config.data_parallel_size
+    if config.num_experts and data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size = {data_parallel_size}: vLLM's CPU ranks cannot exchange the "
+            f"tokens of a mixture of experts (their communicator has no all_gatherv), so the first "
+            f"request would end the server; use --tensor-parallel-size {data_parallel_size}, or "
+            f"{data_parallel_size} servers behind a load balancer"
         )
     worker = vllm_config.parallel_config.worker_cls
     if worker not in ("auto", WORKER):
@@ -286,8 +294,7 @@ def _keep_graphs_apart(vllm_config: VllmConfig) -> None:
 def _choose_metrics(vllm_config: VllmConfig) -> None:
     """Register metrics of our drafter, and our scheduler for them unless a flag names another."""
     metrics.remove()
-    parallel_config = vllm_config.parallel_config
-    if vllm_config.speculative_config is None or parallel_config.data_parallel_size > 1:
+    if vllm_config.speculative_config is None:
         return
     metrics.install(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls is None:

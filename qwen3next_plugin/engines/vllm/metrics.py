@@ -6,8 +6,9 @@ statistics on for every model. So worker and scheduler write to a board in share
 """
 
 import atexit
-import tempfile
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from math import isnan
 from pathlib import Path
 
@@ -17,66 +18,96 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.mtp.metrics import Board, Metric, attach, create, metrics
+
+logger = init_logger(LOGGER)
 
 PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows only names that begin with vllm:
 
 
-def board_path(vllm_config: VllmConfig) -> Path:
-    """The file of this engine's board; all of its processes use the same name."""
-    return Path(tempfile.gettempdir(), f"qwen3next-metrics-{vllm_config.instance_id}")
+def board_path(vllm_config: VllmConfig, engine: int) -> Path:
+    """The file of a data-parallel engine's board; all of its processes use the same name."""
+    # Not tempfile's choice, which each process makes anew when a folder cannot be written.
+    folder = os.environ.get("TMPDIR") or "/tmp"
+    return Path(folder, f"qwen3next-metrics-{vllm_config.instance_id}-{engine}")
 
 
 def worker_board(vllm_config: VllmConfig) -> Board:
-    """The board that this rank writes to. Only the first rank's is read by others."""
+    """The board that this rank writes to. Only the first rank's is read by others.
+
+    Without room for a file it is private, and the log says so.
+    """
     num_drafts = vllm_config.num_speculative_tokens
     if get_tp_group().rank_in_group != 0:
         return Board(num_drafts)
-    return create(board_path(vllm_config), num_drafts)
+    path = board_path(vllm_config, vllm_config.parallel_config.data_parallel_index)
+    try:
+        return create(path, num_drafts)
+    except OSError as error:
+        logger.warning(
+            "There are no metrics of MTP: %s cannot be written (%s). Free some space there, or set "
+            "TMPDIR to another folder",
+            *(path, error.strerror),
+        )
+        return Board(num_drafts)
 
 
 def scheduler_board(vllm_config: VllmConfig) -> Board:
     """The first rank's board, or a private one if that rank is on another machine."""
     num_drafts = vllm_config.num_speculative_tokens
-    return attach(board_path(vllm_config), num_drafts) or Board(num_drafts)
+    engine = vllm_config.parallel_config.data_parallel_index
+    return attach(board_path(vllm_config, engine), num_drafts) or Board(num_drafts)
 
 
 class MetricsCollector(Collector):
-    """Reads the board whenever the registry is read."""
+    """Reads the boards of this server's engines whenever the registry is read."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        self.path = board_path(vllm_config)
+        parallel_config = vllm_config.parallel_config
+        first, count = parallel_config.data_parallel_index, parallel_config.data_parallel_size_local
+        self.paths = {n: board_path(vllm_config, n) for n in range(first, first + count)}
         self.num_drafts = vllm_config.num_speculative_tokens
-        self.labels = {"model_name": str(vllm_config.model_config.served_model_name), "engine": "0"}
-        self.board: Board | None = None
+        self.model = str(vllm_config.model_config.served_model_name)
+        self.boards: dict[int, Board] = {}
 
     def collect(self) -> Iterator[Family]:
-        if self.board is None:
-            self.board = attach(self.path, self.num_drafts)
-            self.clear()
+        for engine, path in self.paths.items():
+            if engine not in self.boards and (board := attach(path, self.num_drafts)):
+                self.boards[engine] = board
+                _delete(path)
         for metric in metrics(self.num_drafts):
-            yield family(metric, self.labels, self.board)
+            yield family(metric, self.model, self.boards)
 
     def clear(self) -> None:
-        """Delete the file. Processes that have mapped it keep the memory."""
-        self.path.unlink(missing_ok=True)
+        """Delete the files. Processes that have mapped them keep the memory."""
+        for path in self.paths.values():
+            _delete(path)
 
 
-def family(metric: Metric, labels: dict[str, str], board: Board | None) -> Family:
-    """A metric with all its samples, or with none if there is no board."""
-    names, own = list(labels), list(labels.values())
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the folder may be one that cannot be written
+        path.unlink()
+
+
+def family(metric: Metric, model: str, boards: Mapping[int, Board]) -> Family:
+    """A metric with all samples of each engine."""
+    names = ["model_name", "engine"]
     if metric.kind == "histogram":
         histogram = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=names)
-        if board:
-            histogram.add_metric(own, *_buckets(board.read(metric.name)))
+        for engine, board in boards.items():
+            histogram.add_metric([model, str(engine)], *_buckets(board.read(metric.name)))
         return histogram
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     names += [metric.label] if metric.label else []
     found = kind(PREFIX + metric.name, metric.help, labels=names)
-    for value, number in board.read(metric.name).items() if board else ():
-        if not isnan(number):  # NaN: not known yet
-            found.add_metric([*own, value] if metric.label else own, number)
+    for engine, board in boards.items():
+        own = [model, str(engine)]
+        for value, number in board.read(metric.name).items():
+            if not isnan(number):  # NaN: not known yet
+                found.add_metric([*own, value] if metric.label else own, number)
     return found
 
 
@@ -93,7 +124,7 @@ _installed: MetricsCollector | None = None
 
 
 def install(vllm_config: VllmConfig) -> None:
-    """Serve this engine's metrics, and drop those of an earlier one."""
+    """Serve these engines' metrics, and drop those of earlier ones."""
     global _installed
     remove()
     _installed = MetricsCollector(vllm_config)
@@ -102,7 +133,7 @@ def install(vllm_config: VllmConfig) -> None:
 
 
 def remove() -> None:
-    """Stop serving the metrics of an earlier engine."""
+    """Stop serving the metrics of earlier engines."""
     global _installed
     if _installed is not None:
         REGISTRY.unregister(_installed)

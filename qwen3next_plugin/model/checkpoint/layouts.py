@@ -3,7 +3,7 @@
 Our parameters, and the kernels that read what they project to, are laid out as Qwen3-Next's
 checkpoints are: [q | k | values | gates] of one key head after the other, so that a rank's share
 is one range. Qwen3.5 and later have all of q, then all of k, and so on, in four tensors. The
-rows are the same, so the same weights in both layouts give the same parameters, bit for bit.
+channels are the same, so the same weights in both layouts give the same parameters, bit for bit.
 """
 
 import re
@@ -44,9 +44,9 @@ FIX = "Use a checkpoint that leaves linear_attn.in_proj_* unquantised"
 
 
 def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Our two input projections: the flat layout's tensors in each, and the rows of their parts.
+    """Our two input projections: the flat layout's tensors in each, and their parts' channels.
 
-    Each key head has an equal share of every part's rows.
+    Each key head has an equal share of every part's channels.
     """
     key, value, HV = config.key_dim, config.value_dim, config.linear_num_value_heads
     return {
@@ -56,8 +56,8 @@ def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]
 
 
 def output_sizes(config: Qwen3NextConfig, name: str, layout: Layout) -> list[int]:
-    """The rows of our projection `qkvz` or `ba`, of each of its parts where it is flat."""
-    sizes = [rows for parts in projections(config)[name].values() for rows in parts]
+    """The channels of our projection `qkvz` or `ba`, of each of its parts where it is flat."""
+    sizes = [channels for parts in projections(config)[name].values() for channels in parts]
     return sizes if layout == "flat" else [sum(sizes)]
 
 
@@ -65,12 +65,12 @@ def in_projections(config: Qwen3NextConfig) -> Shapes:
     """Name within the layer and shape of a linear layer's input projections in the checkpoint."""
     shapes: Shapes = set()
     for ours, tensors in projections(config).items():
-        rows = {name: sum(parts) for name, parts in tensors.items()}
+        channels = {name: sum(parts) for name, parts in tensors.items()}
         if config.layout == "grouped":
-            rows = {ours: sum(rows.values())}
+            channels = {ours: sum(channels.values())}
         shapes |= {
             (f"linear_attn.in_proj_{name}.weight", (n, config.hidden_size))
-            for name, n in rows.items()
+            for name, n in channels.items()
         }
     return shapes
 
@@ -153,16 +153,16 @@ def group_projections(
 
 
 def _by_head(name: str, tensor: torch.Tensor, parts: Sequence[int], heads: int) -> torch.Tensor:
-    """One row for each head, with its share of every part.
+    """One entry for each head, with its share of every part.
 
-    A quantised tensor may have one row for several of the weight's: a scale of a block.
+    A quantised tensor may have one entry for several channels of the weight: a scale of a block.
 
     Shapes:
         tensor [sum(parts)/n, ...] for any n, returns [heads, sum(parts)/n/heads, ...]
     """
-    rows = len(tensor) if tensor.ndim else 0
-    n = sum(parts) // rows if rows else 0
-    if n * rows != sum(parts) or any(part % (n * heads) for part in parts):
+    entries = len(tensor) if tensor.ndim else 0
+    n = sum(parts) // entries if entries else 0
+    if n * entries != sum(parts) or any(part % (n * heads) for part in parts):
         raise CheckpointError(
             f"{name} {tuple(tensor.shape)} cannot be split among {heads} key heads. {FIX}"
         )

@@ -32,13 +32,13 @@ def parameters(
     formats: Formats | None = None,
     layout: Layout = "grouped",
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a checkpoint's tensors by the names and in the order of rows of our parameters.
+    """Yield a checkpoint's tensors by our parameters' names, with channels in their order.
 
     A flat checkpoint is converted here, once, unless `layout`, of our parameters, is flat too.
 
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
-        formats: ours take them, by rows.
+        formats: ours take them, by channels.
 
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.

@@ -64,15 +64,15 @@ def _linear_attention(config: Qwen3NextConfig) -> Shapes:
 
 def _attention(config: Qwen3NextConfig) -> Shapes:
     D, head_dim = config.hidden_size, config.head_dim
-    rows = {  # the query projection yields query and gate
+    channels = {  # the query projection yields query and gate
         "q_proj": config.q_proj_size,
         "k_proj": config.kv_proj_size,
         "v_proj": config.kv_proj_size,
     }
-    shapes: Shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in rows.items()}
+    shapes: Shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in channels.items()}
     shapes.add(("self_attn.o_proj.weight", (D, config.attention_dim)))
     if config.attention_bias:
-        shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in rows.items()}
+        shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in channels.items()}
         shapes.add(("self_attn.o_proj.bias", (D,)))
     return shapes | {(f"self_attn.{name}_norm.weight", (head_dim,)) for name in ("q", "k")}
 

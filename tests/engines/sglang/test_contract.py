@@ -23,7 +23,7 @@ from engines.contract import (
     pairs,
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
-from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST
+from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST, SUMS
 from qwen3next_plugin.model.moe import route
 
 HOST = "sglang"
@@ -150,7 +150,10 @@ CALLED = {
     "srt/layers/sampler.py": {
         "apply_custom_logit_processor": ["logits", "sampling_batch_info"],
     },
-    "srt/sampling/penaltylib/orchestrator.py": {"cumulate_output_tokens": ["self", "output_ids"]},
+    "srt/sampling/penaltylib/orchestrator.py": {
+        "cumulate_output_tokens": ["self", "output_ids"],
+        "filter": ["self", "keep_indices"],
+    },
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
 }
 # Constructors of layers, and of a manager: arguments passed by name.
@@ -382,7 +385,8 @@ def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(
     fields = [node for node in info.body if isinstance(node, ast.AnnAssign)]
     tensors = {node.target.id for node in fields if "Tensor" in ast.unparse(node.annotation)}
     left_out = ("watermark_", "sampling_mask_", "sampling_support_", "rids_", "bootstrap_room_")
-    assert {name for name in tensors if not name.startswith(left_out)} == {*OF_LOGITS, *OF_REQUEST}
+    found = {name for name in tensors if not name.startswith(left_out)}
+    assert found == {*OF_LOGITS, *SUMS, *OF_REQUEST}
 
 
 def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):

@@ -79,17 +79,17 @@ def test_continued_texts_hit_the_cache(server, model):
 
 
 def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(server, case, model):
-    prompts, k = [random_prompt(n, seed=4) for n in (5, 64, 130)], CASES[case].steps
+    prompts, num_drafts = [random_prompt(n, seed=4) for n in (5, 64, 130)], CASES[case].steps
     answers = server.greedy(prompts, 64)
     accepted = sum(answer.accepted for answer in answers)
     check_greedy(model, prompts, answers)
     right = sum(
-        model.accepted(prompt, answer.token_ids, k)[1]
+        model.accepted(prompt, answer.token_ids, num_drafts)[1]
         for prompt, answer in zip(prompts, answers, strict=True)
     )
     assert accepted > 0
     # A request's last drafts may be cut short by its token limit, so a few may differ.
-    assert accepted == pytest.approx(right, abs=k * len(prompts))
+    assert accepted == pytest.approx(right, abs=num_drafts * len(prompts))
 
 
 @pytest.fixture(scope="module")

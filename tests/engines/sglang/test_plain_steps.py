@@ -1,7 +1,8 @@
 """Steps without drafts are the host's own, and answers do not change where steps switch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import pytest
@@ -46,11 +47,17 @@ def switching() -> Iterator[Forked]:
     yield from running(*NEXTN, "3", TEST_DRAFTS="0,3,102,0,0,2,0231")
 
 
-def ask(server: Forked, *, params: dict[str, Any] | None = None, **options: Any) -> list[Any]:
+def ask(
+    server: Forked,
+    *,
+    params: dict[str, Any] | None = None,
+    each: Sequence[dict[str, Any]] = ({},) * len(PROMPTS),
+    **options: Any,
+) -> list[Any]:
     """The answers to all prompts at once; each has a seed of its own."""
     params = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True} | (params or {})
-    each = [params | {"sampling_seed": 7 + i} for i in range(len(PROMPTS))]
-    return server.post("/generate", text=PROMPTS, sampling_params=each, **options)
+    own = [params | one | {"sampling_seed": 7 + i} for i, one in enumerate(each)]
+    return server.post("/generate", text=PROMPTS, sampling_params=own, **options)
 
 
 def token_ids(answers: list[Any]) -> list[list[int]]:
@@ -63,11 +70,17 @@ SAMPLED = {
     "top_p": {"temperature": 1.3, "top_p": 0.8},
     "top_k": {"temperature": 0.9, "top_k": 20, "top_p": 0.95},
 }
+ENDS = {"ignore_eos": False, "stop_token_ids": [*range(1, 999)]}
 PENALISED = {
+    "frequency": {"frequency_penalty": 0.7},
+    "presence": {"presence_penalty": 1.2, "temperature": 1},
     "additive": {"frequency_penalty": 0.7, "presence_penalty": 0.4},
-    "repetition": {"repetition_penalty": 1.3, "temperature": 1},
-    "least tokens": {"min_new_tokens": 9, "ignore_eos": False, "stop_token_ids": [*range(1, 999)]},
+    "repetition": {"repetition_penalty": 1.3},
+    "repetition, sampled": {"repetition_penalty": 1.3, "temperature": 1},
+    "least tokens": {"min_new_tokens": 9} | ENDS,
+    "least tokens, repetition": {"min_new_tokens": 14, "repetition_penalty": 1.1} | ENDS,
     "logit_bias": {"logit_bias": {"5": 4.0, "77": 6.0}, "temperature": 1},
+    "logit_bias, frequency": {"logit_bias": {"5": 9.0, "77": 9.0}, "frequency_penalty": 0.9},
 }
 
 
@@ -81,9 +94,18 @@ def test_a_seed_gives_the_same_text(off, never, switching, case):
 
 
 @pytest.mark.parametrize("case", PENALISED)
-def test_penalties_are_those_without_drafts(off, never, case):
+def test_penalties_are_those_without_drafts(off, never, switching, case):
+    """They count each draft before the token that they change."""
     wanted = token_ids(ask(off, params=PENALISED[case]))
     assert token_ids(ask(never, params=PENALISED[case])) == wanted
+    found = ask(switching, params=PENALISED[case])
+    assert token_ids(found) == wanted
+    assert sum(answer["meta_info"]["spec_num_correct_drafts"] for answer in found) > 0
+
+
+def test_each_request_of_a_batch_has_its_own_penalties(off, switching):
+    each = [PENALISED[case] for case in islice(cycle(PENALISED), len(PROMPTS))]
+    assert token_ids(ask(switching, each=each)) == token_ids(ask(off, each=each))
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -28,6 +28,7 @@ def test_pools_are_the_ones_sglang_makes(monkeypatch, model, drafts, cached):
         state_dtype="float32",
         prefix_caching=cached,
         memory=96 * GIB,
+        threads=16,
     )
     plan = make_plan(Pools, config, {}, flags)
     assert pages.ALIGNMENT == ALIGNMENT

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace as Bag
 
@@ -150,7 +151,14 @@ def test_a_pattern_that_backtracks_aborts_its_request(generating):
     assert limit_regex(lambda *_: re.search("(x+)+y", "x" * 60), request)
     reason = request.finished_reason.to_json()
     assert reason["status_code"] == 400
-    assert "stop_regex ('(x+)+y',) takes longer than 0.25 s to match" in reason["message"]
+    assert "stop_regex ('(x+)+y',) takes over 0.25 s of CPU time" in reason["message"]
+    assert not alarm_is_set()
+
+
+def test_time_that_the_machine_does_not_compute_is_not_counted(generating):
+    request = generating(OURS, "x")
+    assert not limit_regex(lambda *_: time.sleep(3 * patterns.REGEX_SECONDS), request)
+    assert request.finished_reason is None
     assert not alarm_is_set()
 
 

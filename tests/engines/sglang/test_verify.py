@@ -1,5 +1,6 @@
 """SGLang's verification, through our patch, gives what its plain sampler gives step by step."""
 
+import random
 from array import array
 from types import SimpleNamespace as Bag
 
@@ -8,6 +9,8 @@ import torch
 
 pytest.importorskip("sglang")
 
+from engines.sglang.penalised import PARAMS, Batch, Request, alone, check, step
+from engines.sglang.penalised import V as FEW
 from engines.sglang.trees import Tree, chain, linked
 
 V, D = 700, 4  # tokens; nodes of each request's draft
@@ -40,7 +43,7 @@ def host(monkeypatch):
     return Bag(Sampler=sampler.Sampler, eagle_sample=eagle_utils.eagle_sample)
 
 
-def verified(host, tree, logits, info, drafts, seq_lens, grammar_mask=None):
+def verified(host, tree, logits, info, drafts, seq_lens, grammar_mask=None, reqs=()):
     """(tokens of each request, the logits after it) of a verification of drafts [N, D]."""
     N = len(drafts)
     index, first, sibling = linked([tree] * N)
@@ -60,6 +63,7 @@ def verified(host, tree, logits, info, drafts, seq_lens, grammar_mask=None):
         forward_mode=Bag(is_idle=lambda: False),
         seq_lens=seq_lens,
         sampling_info=info,
+        reqs=reqs,
     )
     output = Bag(next_token_logits=logits.clone())
     predict, lens, index = host.eagle_sample(verify_input, batch, output, grammar_mask)
@@ -104,10 +108,6 @@ PARAMETERS = {
         "top_ps": torch.rand(N) / 2 + 0.4,
     },
     "logit_bias": lambda N: {"logit_bias": 9 * torch.randn(N, V)},
-    "penalties": lambda N: {
-        "acc_additive_penalties": 9 * torch.randn(N, V),
-        "acc_scaling_penalties": torch.rand(N, V) + 0.5,
-    },
 }
 
 
@@ -176,6 +176,29 @@ def test_chains_of_different_lengths(host):
     found = verified(range(N))
     assert found == [verified([i])[0] for i in range(N)]
     assert [len(tokens) for tokens in found] == [1, 3, 2, 2, 1]
+
+
+@pytest.mark.parametrize("tree", [chain(D), TREE], ids=["chain", "tree"])
+def test_penalties_count_the_drafts_before_a_node(host, tree):
+    """Bit for bit those of plain steps, of which the host's penalizers see each token."""
+    rng, N = random.Random(6), len(PARAMS)
+    batch = Batch([Request(**params) for params in PARAMS])
+    for _ in range(3):
+        step(batch, rng, 3)
+        batch.count()
+    drafts = torch.tensor([[rng.randrange(FEW) for _ in range(D)] for _ in PARAMS])
+    options = {"is_all_greedy": True, "is_any_greedy": True, "vocab_size": FEW}
+    info = sampling(N, penalizer_orchestrator=batch.penalizers, **options).copy_for_forward()
+    logits, seq_lens = torch.randn(N * D, FEW), torch.full((N,), 9)
+    with torch.compiler.set_stance("force_eager"):
+        found = verified(host, tree, logits, info, drafts, seq_lens, reqs=batch.reqs)[1]
+        for i, request in enumerate(batch.reqs):
+            for node in range(D):
+                path = sorted(tree.ancestors(node))
+                row = logits[i * D + node].clone()[None]
+                alone(request, drafts[i, path].tolist()).penalizers.apply(row)
+                assert torch.equal(found[i * D + node], row[0]), (i, node)
+        check(batch)  # the drafts are not counted for good
 
 
 class Forbid:

@@ -61,19 +61,22 @@ class Later(Policy):
     `ragged`: then up to k tokens, another number for each request of the batch.
     """
 
-    def __init__(self, k: int, times: int, *, ragged: bool) -> None:
-        self.k, self.times, self.ragged, self.asked = k, times, ragged, 0
+    def __init__(self, num_drafts: int, times: int, *, ragged: bool) -> None:
+        self.num_drafts, self.times, self.ragged, self.asked = num_drafts, times, ragged, 0
 
     def lengths(self, requests: Sequence[str], pending: Sequence[int]) -> list[int]:
         self.asked += 1
         if self.asked <= self.times:
             return [0] * len(requests)
-        return [i % (self.k + 1) if self.ragged else self.k for i in range(len(requests))]
+        return [
+            i % (self.num_drafts + 1) if self.ragged else self.num_drafts
+            for i in range(len(requests))
+        ]
 
 
 def draft(
     llm: LLM,
-    k: int,
+    num_drafts: int,
     *,
     at_once: bool = False,
     ragged: bool = False,
@@ -89,7 +92,7 @@ def draft(
     `idle`: steps without drafts before this.
     """
     drafter = _drafter(llm)
-    observer = Observer(Later(k, after, ragged=ragged), drafter.loop.observer.board)
+    observer = Observer(Later(num_drafts, after, ragged=ragged), drafter.loop.observer.board)
     drafter.loop = replace(
         drafter.loop, observer=observer, must_run=at_once, pending=Pending(max_bytes)
     )

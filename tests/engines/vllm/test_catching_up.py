@@ -31,10 +31,12 @@ class Drafter(NamedTuple):
 
     engine: Offline
 
-    def run(self, prompts: list[tuple[int, ...]], k: int, *tokens: int, **how: object) -> Run:
+    def run(
+        self, prompts: list[tuple[int, ...]], num_drafts: int, *tokens: int, **how: object
+    ) -> Run:
         """`tokens`: of all answers, or of each."""
         self.engine.forget()
-        self.engine.inside("draft", k, **how)
+        self.engine.inside("draft", num_drafts, **how)
         before = self.caught_up()
         each = [{"max_tokens": n} for n in tokens or (TOKENS,)]
         outputs = [one for (one,) in self.engine.generate(prompts, each, temperature=0.0)]

@@ -307,7 +307,12 @@ FIELDS = {
     },
     "config/load.py": {"LoadConfig": ["load_format"]},
     "config/lora.py": {"LoRAConfig": ["target_modules"]},
-    "config/parallel.py": {"ParallelConfig": ["distributed_executor_backend", "worker_cls"]},
+    "config/parallel.py": {
+        "ParallelConfig": [
+            *("distributed_executor_backend", "worker_cls", "data_parallel_size"),
+            *("data_parallel_index", "data_parallel_size_local"),
+        ],
+    },
     "platforms/interface.py": {"Platform": ["device_type"]},
     "config/scheduler.py": {"SchedulerConfig": ["scheduler_cls", "max_num_batched_tokens"]},
     "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},

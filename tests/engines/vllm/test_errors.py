@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file, save_file
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
 import bad_weights
 from checkpoints import BASE, write_checkpoint
@@ -21,8 +23,10 @@ from quantised import write_quantised
 from vision import write_vision_checkpoint
 
 
-def drafts(k: int) -> dict:
-    return {"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": k}}
+def drafts(num_drafts: int) -> dict:
+    return {
+        "speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": num_drafts}
+    }
 
 
 @pytest.fixture
@@ -66,6 +70,7 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
     [
         ({"tensor_parallel_size": 3}, "tp_size = 3: does not divide linear_num_key_heads = 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: .* --tensor-parallel-size 2"),
+        ({"data_parallel_size": 2}, "data_parallel_size = 2: .* --tensor-parallel-size 2, or"),
         (drafts(50), "num_speculative_tokens = 50: ask for 1 to 8"),
         ({"hf_overrides": {"linear_value_head_dim": 20}}, "linear_value_head_dim = 20: no kernel"),
         ({"hf_overrides": {"linear_conv_kernel_dim": 3}}, "linear_conv_kernel_dim = 3"),
@@ -179,7 +184,15 @@ def test_pixels_that_nobody_would_normalise_are_refused(complete, tmp_path):
     complete(folder, **TEXT_ONLY)
 
 
-@pytest.mark.parametrize("flags", [{}, drafts(2), {"enable_lora": True}], ids=str)
+@pytest.mark.compat
+def test_vllms_cpu_ranks_cannot_exchange_tokens():
+    """Fails when they can: then data_parallel_size need not be refused with experts."""
+    assert CpuCommunicator.all_gatherv is DeviceCommunicatorBase.all_gatherv
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, drafts(2), {"enable_lora": True}, {"data_parallel_size": 2}], ids=str
+)
 def test_qwen3_5_passes(complete, wrapped, flags):
     config = complete(wrapped, **TEXT_ONLY, **flags)
     assert config.model_config.architecture == "Qwen3_5ForConditionalGeneration"

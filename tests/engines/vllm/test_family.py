@@ -54,15 +54,15 @@ def served(request, tmp_path_factory, reference) -> Iterator[Served]:
 
 def test_any_number_of_drafts_gives_what_transformers_computes(served, size):
     """From none, the plain model, to all that the flags allow."""
-    for k in size((0, 1, 4), range(5)):
+    for num_drafts in size((0, 1, 4), range(5)):
         served.engine.forget()
-        served.engine.inside("draft", k)
+        served.engine.inside("draft", num_drafts)
         before = served.engine.counters()
         outputs = served.engine.greedy(PROMPTS, TOKENS, **LOGPROBS)
         check_greedy(served.model, PROMPTS, outputs)
         after = served.engine.counters()
         name = "vllm:spec_decode_num_accepted_tokens"
-        assert (after.get(name, 0) > before.get(name, 0)) == (k > 0)
+        assert (after.get(name, 0) > before.get(name, 0)) == (num_drafts > 0)
 
 
 def test_prefix_cache_hits(served):

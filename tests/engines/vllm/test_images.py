@@ -124,20 +124,20 @@ def served(request, model) -> Iterator[Served]:
     engine.close()
 
 
-@pytest.mark.parametrize("k", range(5))
-def test_any_number_of_drafts_gives_what_transformers_computes(served, k):
+@pytest.mark.parametrize("num_drafts", range(5))
+def test_any_number_of_drafts_gives_what_transformers_computes(served, num_drafts):
     """From none, the plain model, to all that the flags allow; each prompt alone, then all."""
     engine, name = served.engine, "vllm:spec_decode_num_accepted_tokens"
     engine.forget()
-    engine.inside("draft", k)
+    engine.inside("draft", num_drafts)
     before = engine.counters().get(name, 0)
-    if k == 3:
+    if num_drafts == 3:
         for prompt in PROMPTS:
             check(served.expected, prompt, ask(engine, [prompt])[0])
         engine.forget()
     for prompt, answer in zip(PROMPTS, ask(engine, list(PROMPTS)), strict=True):
         check(served.expected, prompt, answer)
-    assert (engine.counters().get(name, 0) > before) == (k > 0)
+    assert (engine.counters().get(name, 0) > before) == (num_drafts > 0)
 
 
 def test_an_image_is_found_in_the_cache(served):

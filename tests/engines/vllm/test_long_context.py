@@ -182,11 +182,13 @@ def test_32k_tokens_are_transformers(tmp_path, reference):
         speculative_config=DRAFTS,
     )
     try:
-        for k in (0, 2):
+        for num_drafts in (0, 2):
             engine.forget()
-            engine.inside("draft", k)
+            engine.inside("draft", num_drafts)
             outputs = engine.greedy([prompt], 32, **LOGPROBS)
-            check_greedy(reference(with_yarn(model, tmp_path / str(k), yarn)), [prompt], outputs)
+            check_greedy(
+                reference(with_yarn(model, tmp_path / str(num_drafts), yarn)), [prompt], outputs
+            )
     finally:
         engine.close()
 

@@ -84,8 +84,8 @@ def without_drafts(traffic) -> Callable[[str], Run]:
 def with_drafts(traffic) -> Callable[[str, str], Run]:
     @cache
     def with_drafts(dtype: str, case: str) -> Run:
-        k, schedule = CASES[case]
-        drafts = json.dumps({"method": "mtp", "num_speculative_tokens": k})
+        num_drafts, schedule = CASES[case]
+        drafts = json.dumps({"method": "mtp", "num_speculative_tokens": num_drafts})
         env = {"QWEN3NEXT_DRAFTS": schedule}
         talks = TALKS[dtype] if case == ALWAYS[0] else 0
         return run(traffic, dtype, "--speculative-config", drafts, talks=talks, env=env)

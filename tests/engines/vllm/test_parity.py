@@ -16,9 +16,11 @@ pytestmark = pytest.mark.serve
 PROMPTS = [random_prompt(length) for length in LENGTHS]
 
 
-def mtp(k: int) -> dict[str, Any]:
+def mtp(num_drafts: int) -> dict[str, Any]:
     """Flags of speculation with k draft tokens."""
-    return {"speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": k}}
+    return {
+        "speculative_config": {"method": "qwen3_next_mtp", "num_speculative_tokens": num_drafts}
+    }
 
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -86,7 +88,7 @@ def test_shared_prefix_of_other_prompts(engine, model):
 
 @engines_with("speculative_config")
 def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, name, model):
-    k = ENGINES[name]["speculative_config"]["num_speculative_tokens"]
+    num_drafts = ENGINES[name]["speculative_config"]["num_speculative_tokens"]
     prompts = [random_prompt(n, seed=4) for n in (5, 64, 130, 300)]
     before = engine.counters()
     answers = engine.greedy(prompts, 64)
@@ -97,7 +99,7 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, nam
     )
     check_greedy(model, prompts, answers)
     expected = [
-        model.accepted(prompt, answer.token_ids, k)
+        model.accepted(prompt, answer.token_ids, num_drafts)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     made, right = (sum(column) for column in zip(*expected, strict=True))
@@ -105,8 +107,8 @@ def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, nam
     chunk = ENGINES[name].get("max_num_batched_tokens", 2048)
     until = sum(-(-tokens // chunk) for tokens in accumulate(map(len, prompts)))
     # A request's last drafts may be cut short by its token limit, so a few may differ.
-    assert -k * len(prompts) - until <= accepted - right <= k * len(prompts)
-    assert -len(prompts) - until <= steps - made / k <= len(prompts)
+    assert -num_drafts * len(prompts) - until <= accepted - right <= num_drafts * len(prompts)
+    assert -len(prompts) - until <= steps - made / num_drafts <= len(prompts)
 
 
 @pytest.mark.parametrize("name", ["plain", "mtp-3"], indirect=True, scope="module")

@@ -24,7 +24,7 @@ class Case(NamedTuple):
     """An engine; unit: of prefix matching, None by default: a block."""
 
     layers: int
-    k: int
+    num_drafts: int
     unit: int | None = None
     dtype: str = "float32"
     chunk: int | None = None
@@ -66,8 +66,11 @@ def start(tmp_path_factory) -> Any:
 
     def start(case: Case) -> Offline:
         flags: dict[str, Any] = {"dtype": case.dtype, "max_model_len": 512}
-        if case.k:
-            flags["speculative_config"] = {"method": "mtp", "num_speculative_tokens": case.k}
+        if case.num_drafts:
+            flags["speculative_config"] = {
+                "method": "mtp",
+                "num_speculative_tokens": case.num_drafts,
+            }
         if case.unit:
             flags["prefix_match_unit"] = case.unit
         if case.chunk:
@@ -124,7 +127,7 @@ def hit(case: Case, tokens: int) -> int:
     drafter has seen a token that the next prompt may not have.
     """
     unit = case.unit or BLOCK
-    return max(0, tokens // unit - 1) * unit if case.k else (tokens - 1) // unit * unit
+    return max(0, tokens // unit - 1) * unit if case.num_drafts else (tokens - 1) // unit * unit
 
 
 @pytest.mark.parametrize("name", long_except(ALWAYS, CASES))

@@ -19,26 +19,26 @@ def qwen3_5(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("model", "k", "blocks"),
+    ("model", "num_drafts", "blocks"),
     [
         pytest.param("checkpoint", 0, 40, id="plain"),
         pytest.param("checkpoint", 2, 40, id="mtp-2", marks=pytest.mark.long),
         pytest.param("qwen3_5", 2, 40, id="qwen3.5-mtp-2"),
     ],
 )
-def test_preempted_requests_end_as_undisturbed_ones(request, reference, model, k, blocks):
+def test_preempted_requests_end_as_undisturbed_ones(request, reference, model, num_drafts, blocks):
     model = request.getfixturevalue(model)
     flags = {"dtype": "float32", "max_model_len": 512, "num_gpu_blocks_override": blocks}
     flags["language_model_only"] = True
-    if k:  # and hits on parts of a block, where a request resumes
-        flags["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
+    if num_drafts:  # and hits on parts of a block, where a request resumes
+        flags["speculative_config"] = {"method": "mtp", "num_speculative_tokens": num_drafts}
         flags["prefix_match_unit"] = 16
     engine = Offline(model, **flags)
     try:
         outputs = engine.greedy(PROMPTS, TOKENS, logprobs=0)
         counters = engine.counters()
         assert counters["vllm:num_preemptions"] > 0
-        if k:
+        if num_drafts:
             assert counters["vllm:qwen3next_steps"] > 0
             assert counters["vllm:qwen3next_state_pages"] == 0
     finally:

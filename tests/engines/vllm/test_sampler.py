@@ -207,11 +207,11 @@ START, END = [20], [21, 22]  # of thinking, in tokens
 
 
 def thinking(
-    budgets: list[int | None], prompts: list[list[int]], k: int
+    budgets: list[int | None], prompts: list[list[int]], num_drafts: int
 ) -> ThinkingBudgetStateHolder:
     """vLLM's holder, as its input batch makes it."""
     config = SimpleNamespace(reasoning_start_token_ids=START, reasoning_end_token_ids=END)
-    holder = ThinkingBudgetStateHolder(config, 16, k, CPU, False)
+    holder = ThinkingBudgetStateHolder(config, 16, num_drafts, CPU, False)
     params = [SamplingParams(temperature=0.0, thinking_token_budget=b) for b in budgets]
     added = [(i, p, prompts[i], []) for i, p in enumerate(params)]
     holder.sync_batch(BatchUpdate(len(budgets), removed=[], added=added, moved=[]))
@@ -229,7 +229,7 @@ def think(
     N, T, _ = logits.shape
     requests = [make_request(i, temperature=0.0)._replace(output=[]) for i in range(N)]
     prompts = [[1, 2, *START, 4], [*START, 3], [1, 2, 3, *START], [5, 6], [7, *START]]
-    holder = thinking(budgets, prompts, k=4 if draft else 0)
+    holder = thinking(budgets, prompts, num_drafts=4 if draft else 0)
     steps = 0
     while min(len(request.output) for request in requests) < T:
         steps += 1

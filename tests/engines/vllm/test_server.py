@@ -232,7 +232,7 @@ def test_estimates_are_near_what_was_measured(server):
 
 
 def test_counts_of_drafts_agree_with_the_answers(server):
-    check_drafts(server, "vllm", k=3)
+    check_drafts(server, "vllm", num_drafts=3)
 
 
 def test_accepted_drafts_are_the_hosts(server):
@@ -257,7 +257,7 @@ def test_one_page_a_request_and_layer_while_it_runs(server):
 
 
 def test_dashboard_and_watch_find_what_they_show(server):
-    check_shown(server, "vllm", k=3)
+    check_shown(server, "vllm", num_drafts=3)
 
 
 def test_a_line_of_metrics_in_the_log(server):

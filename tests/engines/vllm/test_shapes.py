@@ -10,10 +10,10 @@ from engines.vllm.offline import Offline
 pytestmark = pytest.mark.serve
 
 
-@pytest.mark.parametrize(("shape", "k"), zip(SHAPES, (1, 2, 3, 4), strict=True))
-def test_served_as_transformers_computes_it(tmp_path, reference, shape, k):
-    checkpoint = write_checkpoint(tmp_path, seed=k, **SHAPES[shape])
-    drafts = {"method": "qwen3_next_mtp", "num_speculative_tokens": k}
+@pytest.mark.parametrize(("shape", "num_drafts"), zip(SHAPES, (1, 2, 3, 4), strict=True))
+def test_served_as_transformers_computes_it(tmp_path, reference, shape, num_drafts):
+    checkpoint = write_checkpoint(tmp_path, seed=num_drafts, **SHAPES[shape])
+    drafts = {"method": "qwen3_next_mtp", "num_speculative_tokens": num_drafts}
     engine = Offline(checkpoint, dtype="float32", max_model_len=2048, speculative_config=drafts)
     try:
         prompts = [random_prompt(n, seed=8) for n in (1, 65, 300)]

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.flags import read_config
+from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.engines.sglang.state.pages import page_layout
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.self_check import check_kernels
 
 # A stacked projection's parts, by the names that quantisation configs use.
 PACKED_MODULES = {
@@ -37,8 +41,11 @@ class OurModel(nn.Module):
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
     _derived_weight_cache_error = NO_UPDATES
 
-    def _set_config(self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None) -> None:
-        self.config = config
+    def _set_config(self, hf_config: Any, quant_config: QuantizationConfig | None) -> None:
+        """Read the config, and check that this machine computes what it asks for."""
+        self.config = read_config(hf_config, get_parallel().tp_size)
+        layout = page_layout(hf_config.get_text_config())
+        check_kernels(self.config, layout, torch.get_default_device(), logger.info)
         self.quantised = quant_config is not None
         self.formats = served_formats(quant_config)
 

@@ -18,7 +18,6 @@ from qwen3next_plugin.engines.sglang.cpu.quantisation import (
     head_for_drafts,
     use_packing,
 )
-from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
@@ -73,7 +72,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self._set_config(read_config(config, get_parallel().tp_size), quant_config)
+        self._set_config(config, quant_config)
         self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)

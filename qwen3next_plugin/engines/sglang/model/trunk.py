@@ -6,12 +6,10 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.quantisation import use_packing
-from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.attention import make_attention
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
 from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
@@ -100,7 +98,7 @@ class Qwen3NextForCausalLM(OurModel):
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
-        self._set_config(read_config(config, get_parallel().tp_size), quant_config)
+        self._set_config(config, quant_config)
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)

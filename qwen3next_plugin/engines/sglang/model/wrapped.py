@@ -46,7 +46,7 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
                 f"vision_config.deepstack_visual_indexes = {self.deepstack_visual_indexes}: no "
                 f"model of this family has them; add --language-model-only to serve text"
             )
-        self._set_config(sizes, quant_config)
+        self._set_config(config, quant_config)
         self.lm_head = make_lm_head(sizes, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
         in_fp32 = self.logits_processor.use_fp32_lm_head

@@ -25,9 +25,9 @@ def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
         return
     penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
     for row, (request, token_ids) in enumerate(zip(batch.reqs, uncounted, strict=True)):
-        if token_ids and _is_penalised(request.sampling_params):
+        if token_ids and is_penalised(request.sampling_params):
             for penalizer in penalizers:
-                _count(penalizer, row, torch.tensor(token_ids, device=batch.device))
+                count(penalizer, row, torch.tensor(token_ids, device=batch.device))
 
 
 def _uncounted(request: Any) -> list[int]:
@@ -39,13 +39,13 @@ def _uncounted(request: Any) -> list[int]:
     return list(request.output_ids[counted:])
 
 
-def _is_penalised(params: Any) -> bool:
-    """Skip unpenalised requests: their whole history would be re-counted."""
+def is_penalised(params: Any) -> bool:
+    """Whether tokens must be counted; of other requests the whole history would be re-counted."""
     additive = params.frequency_penalty or params.presence_penalty or params.min_new_tokens
     return bool(additive) or params.repetition_penalty != 1
 
 
-def _count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
+def count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
     """Count tokens of one request, through views of its row. Shapes: token_ids [n]."""
     # Penalizers take one token of every request; a view makes the row a batch of its own.
     whole = {name: value for name, value in vars(penalizer).items() if torch.is_tensor(value)}

@@ -27,11 +27,11 @@ class RequestAt:
 
 
 def apply_custom_processors(
-    logits: torch.Tensor, info: Any, request: torch.Tensor, verify_input: Any
+    logits: torch.Tensor, info: Any, request: torch.Tensor, drafts: Sequence[tuple[int, ...]]
 ) -> None:
     """Change rows of logits in place, each as its plain step would.
 
-    Shapes: logits [T, V], request [T]: each row's index in the batch
+    Shapes: logits [T, V]; request [T], each row's index in the batch; drafts [T], those before it
     """
     from sglang.srt.layers.sampler import apply_custom_logit_processor
 
@@ -39,31 +39,12 @@ def apply_custom_processors(
     rows = copy(info)
     rows.temperatures = info.temperatures[request]  # SGLang counts rows by them
     rows.custom_params = [
-        _at(info.custom_params[i], drafts)
-        for i, drafts in zip(indices, drafts_up_to_rows(verify_input), strict=True)
+        _at(info.custom_params[i], before) for i, before in zip(indices, drafts, strict=True)
     ]
     rows.custom_logit_processor = {
         key: _of_rows(entry, indices) for key, entry in info.custom_logit_processor.items()
     }
     apply_custom_logit_processor(logits, rows)
-
-
-def drafts_up_to_rows(verify_input: Any) -> list[tuple[int, ...]]:
-    """The drafts from the root of its tree to each row; none at a root."""
-    drafts = verify_input.draft_token.tolist()
-    rows = verify_input.retrieve_index.tolist()
-    child = verify_input.retrieve_next_token.tolist()
-    sibling = verify_input.retrieve_next_sibling.tolist()
-    found: list[tuple[int, ...]] = [()] * len(drafts)
-    for request, row in enumerate(rows):
-        nodes = [0]
-        for parent in nodes:  # grows
-            node = child[request][parent]
-            while node >= 0:
-                found[row[node]] = (*found[row[parent]], drafts[row[node]])
-                nodes.append(node)
-                node = sibling[request][node]
-    return found
 
 
 def _at(params: dict[str, Any] | None, drafts: tuple[int, ...]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ and its row is next; otherwise the token is the step's last. Therefore
 
 - every token is a sample of the plain sampler, whatever the drafts are. A draft x is accepted with
   probability p(x), the same rate at which rejection sampling accepts it;
+- what depends on the answer so far, as penalties do, counts the drafts before a row;
 - a token costs as much sampling as without drafts: rows after a rejected draft are not sampled.
 
 SGLang's own verification on a CPU is greedy at every temperature.
@@ -20,10 +21,12 @@ from typing import Any
 import torch
 
 from qwen3next_plugin.engines.sglang.speculation.custom_processors import apply_custom_processors
+from qwen3next_plugin.engines.sglang.speculation.penalties import penalizers_of_rows
 
-# What SGLang's sampling parameters have for each request, [N] or [N, …]: what changes logits,
-# and what their samples depend on.
-OF_LOGITS = ("logit_bias", "acc_additive_penalties", "acc_scaling_penalties")
+# What SGLang's sampling parameters have for each request, [N] or [N, …]: what changes logits, the
+# sums of penalties that do not count drafts, and what samples depend on.
+OF_LOGITS = ("logit_bias",)
+SUMS = ("acc_additive_penalties", "acc_scaling_penalties")
 OF_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 
 
@@ -43,16 +46,23 @@ def sample_as_plain(
         return host(verify_input, batch, logits_output, grammar_mask, **options)
     info = batch.sampling_info
     logits = logits_output.next_token_logits  # [T, V]
-    changed = any(getattr(info, name) is not None for name in OF_LOGITS)
-    request = torch.empty(0)  # [T]: of each row, if it matters
-    if changed or info.has_custom_logit_processor:
+    penalised = info.acc_additive_penalties is not None
+    # Each row's request, and the drafts before the row, [T] each; empty where they do not matter.
+    request, drafts = torch.empty(0), list[tuple[int, ...]]()
+    if penalised or info.logit_bias is not None or info.has_custom_logit_processor:
         roots = verify_input.retrieve_index[:, 0].contiguous()
         request = torch.searchsorted(roots, torch.arange(len(logits)), right=True) - 1
+        drafts = _drafts_before_rows(verify_input)
     of_nodes = _select(info, request, OF_LOGITS)
     of_nodes.grammar_mask = grammar_mask
+    if penalised:
+        vars(of_nodes).update(dict.fromkeys(SUMS))
+        of_nodes.penalizer_orchestrator = penalizers_of_rows(
+            info.penalizers, batch.reqs, request, drafts
+        )
     of_nodes.apply_logits_bias(logits)
     if info.has_custom_logit_processor:
-        apply_custom_processors(logits, info, request, verify_input)
+        apply_custom_processors(logits, info, request, drafts)
     if grammar_mask is not None or not info.is_all_greedy:
         _allow_a_token(logits, grammar_mask)
     positions = verify_input.positions
@@ -77,6 +87,24 @@ def _select(info: Any, request: torch.Tensor, names: Sequence[str]) -> Any:
     rows.has_custom_logit_processor = False
     rows.sampling_mask_batch_indices = None
     return rows
+
+
+def _drafts_before_rows(verify_input: Any) -> list[tuple[int, ...]]:
+    """The drafts from the root of its tree to each row; none at a root."""
+    drafts = verify_input.draft_token.tolist()
+    rows = verify_input.retrieve_index.tolist()
+    child = verify_input.retrieve_next_token.tolist()
+    sibling = verify_input.retrieve_next_sibling.tolist()
+    found: list[tuple[int, ...]] = [()] * len(drafts)
+    for request, row in enumerate(rows):
+        nodes = [0]
+        for parent in nodes:  # grows
+            node = child[request][parent]
+            while node >= 0:
+                found[row[node]] = (*found[row[parent]], drafts[row[node]])
+                nodes.append(node)
+                node = sibling[request][node]
+    return found
 
 
 def _allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFunc,
@@ -50,6 +51,7 @@ from qwen3next_plugin.engines.vllm.model.loading import (
 )
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.patches import provide_page_copies, refuse_unused_adapters
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
@@ -59,6 +61,9 @@ from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.self_check import check_kernels
+
+logger = init_logger(LOGGER)
 
 
 def make_decoder_layer(
@@ -175,6 +180,8 @@ class Qwen3NextForCausalLM(
         if vllm_config.lora_config is not None:
             refuse_unused_adapters()
         dispatch.load(current_platform.device_type)
+        layout = page_layout(self.config, vllm_config)
+        check_kernels(self.config, layout, torch.get_default_device(), logger.info)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(
             self.config, vllm_config, prefix, embedding=self.model.embed_tokens

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
-from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
@@ -24,8 +22,6 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
 )
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
-
-logger = init_logger(LOGGER)
 
 FIX = (
     "The state page belongs to another request, or something else wrote to it, so nothing was "
@@ -44,15 +40,12 @@ class Worker(CPUWorker):
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)
             _add_missing_processors(runner.input_batch.logitsprocs, runner)
-            if self.parallel_config.data_parallel_size == 1:
-                runner.drafter = Drafter(self.vllm_config, self.device, runner)
-                runner._calc_spec_decode_metadata = drafts_and_rows(runner)
-                runner._update_states_after_model_execute = _count_accepted(runner)
-                # Near the longest context vLLM skips drafting for the whole batch. Our drafter
-                # drafts less for that one request instead.
-                runner.effective_drafter_max_model_len += runner.num_spec_tokens
-            else:
-                logger.info("data parallel: drafts of fixed length, by vLLM's own loop")
+            runner.drafter = Drafter(self.vllm_config, self.device, runner)
+            runner._calc_spec_decode_metadata = drafts_and_rows(runner)
+            runner._update_states_after_model_execute = _count_accepted(runner)
+            # Near the longest context vLLM skips drafting for the whole batch. Our drafter drafts
+            # less for that one request instead.
+            runner.effective_drafter_max_model_len += runner.num_spec_tokens
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""
