@@ -1,5 +1,8 @@
 // Registers the ops with torch and chooses the instruction set that runs them.
+#include "portable.h"
+// clang-format off: that comes first
 #include "ops.h"
+// clang-format on
 
 #if defined(__linux__)
 #include <sys/syscall.h>

@@ -262,7 +262,7 @@ def _paged_attention(run: Run, served: Served, draw: Draw) -> Outputs:
     q, rows = draw(sum(lengths), s.num_heads, s.head_dim), draw.tensor([*range(N)])
     table = order[: N * 20].view(N, 20).to(served.device)
     scale = s.head_dim**-0.5
-    out = run(q, keys, values, table, rows, starts, draw.tensor(seq_lens), scale)
+    out = run(q, keys, values, table, rows, starts, draw.tensor(seq_lens), scale, None)
     yield f"{s.num_heads} heads of {s.head_dim}", out
 
 
