@@ -397,6 +397,13 @@ def test_plan_complains_of_a_damaged_index(released, text):
     assert (result.exit_code, INDEX in result.stderr) == (1, True)
 
 
+def test_plan_of_an_index_without_a_total(released):
+    (released / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(COUNTS, "a")}))
+    plan = json.loads(run("plan", released, "--memory", 200, "--json").stdout)
+    assert plan["weights_from"] == "config.json"
+    assert sum(plan["weights"].values()) == sum(sizes(drafts=False).values())
+
+
 def test_plan_complains_of_a_truncated_file(tmp_path):
     folder = write_checkpoint(tmp_path / "model")
     file = folder / "model.safetensors"

@@ -83,13 +83,13 @@ void outer(T* out, const PackedWeight& w2, const PackedGemm<T>& gemm, const Pack
 }
 
 Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional<Tensor> zero13,
-                        int64_t format13, int64_t group13, Tensor packed2, Tensor scale2,
-                        std::optional<Tensor> zero2, int64_t format2, int64_t group2, int64_t I,
+                        int64_t encoding13, int64_t group13, Tensor packed2, Tensor scale2,
+                        std::optional<Tensor> zero2, int64_t encoding2, int64_t group2, int64_t I,
                         Tensor topk_weights, Tensor topk_ids) {
   const Dims d{x.size(0), x.size(1), packed13.size(0), I, topk_ids.size(1)};
   const Routes routes(read<int32_t>(topk_ids), d);
-  const PackedWeight w13(packed13, scale13, zero13, format13, 2 * I, d.D, group13);
-  const PackedWeight w2(packed2, scale2, zero2, format2, d.D, I, group2);
+  const PackedWeight w13(packed13, scale13, zero13, encoding13, 2 * I, d.D, group13);
+  const PackedWeight w2(packed2, scale2, zero2, encoding2, d.D, I, group2);
   const float* weights = read<float>(topk_weights);
   Tensor out = torch::stable::new_empty(x, {d.T, d.D});
   Tensor h = torch::stable::new_empty(x, {d.T * d.top_k, d.I});  // sorted by expert, as in routes

@@ -19,6 +19,7 @@ from qwen3next_plugin.config import (
     check_num_draft_layers,
     check_num_speculative_tokens,
     host_rope,
+    is_of_family,
     read_config,
     rope,
 )
@@ -68,7 +69,7 @@ def plan(
 ) -> None:
     """Print how much memory a model needs, and how many requests fit next to its weights."""
     raw = read_config(model)
-    if rope_scaling:
+    if rope_scaling and is_of_family(raw):
         raw = _extended(raw, host_rope.parse(rope_scaling, "--rope-scaling"))
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
     if num_speculative_tokens is not None:

@@ -1,6 +1,5 @@
 """Bytes of a checkpoint's weights, by part and on one tensor-parallel rank."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, read_config
+from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.model.checkpoint.headers import (
+    INDEX,
+    Header,
+    read_header,
+    read_index,
+    weight_files,
+)
 
-INDEX = "model.safetensors.index.json"
 PARTS = ("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP")
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
@@ -58,9 +63,11 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     from qwen3next_plugin.model.checkpoint.layouts import our_name
     from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 
-    index = _read_index(folder / INDEX)
-    names = index["weight_map"].keys() if index else set()
-    stored = _stored_tensors(folder)
+    index = read_index(folder)
+    names = index.files.keys() if index else set()
+    stored: dict[str, Header] = {}
+    for path in weight_files(folder, index):
+        stored |= read_header(path)
     sizes = {name: count * DTYPES[dtype] for name, count in parameters(config).items()}
     if (stored or index) and not any(
         part_of(our_name(name, config) or "") == "MTP" for name in {*names, *stored}
@@ -74,14 +81,14 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
         if quantization := _quantization(folder):
             return _quantised(folder, config, sizes, quantization, DTYPES[dtype])
         sizes = {
-            ours: _served_bytes(*tensor, DTYPES[dtype])
-            for name, tensor in stored.items()
+            ours: _served_bytes(header, DTYPES[dtype])
+            for name, header in stored.items()
             if (ours := our_name(name, config))
         }
         return sizes, "safetensors files"
-    if not index:
+    if index is None or index.total_size is None:
         return sizes, "config.json"
-    return _scaled(sizes, index["metadata"]["total_size"], dtype), INDEX
+    return _scaled(sizes, index.total_size, dtype), INDEX
 
 
 def _quantization(folder: Path) -> Mapping[str, Any] | None:
@@ -127,42 +134,15 @@ def _shapes(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
     return all_tensors(config)
 
 
-def _read_index(file: Path) -> dict | None:
-    if not file.is_file():
-        return None
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(index["weight_map"], dict) and index["metadata"]["total_size"] > 0:
-            return index
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{file} cannot be read; it is truncated or damaged, fetch it again")
-
-
-def _stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
-    """Stored dtype and number of elements of each tensor in the folder's safetensors files."""
-    from safetensors import safe_open
-
-    from qwen3next_plugin.model.checkpoint.files import check_files
-
-    check_files(folder)
-    stored = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118, not a dict
-                tensor = file.get_slice(name)
-                stored[name] = (tensor.get_dtype(), prod(tensor.get_shape()))
-    return stored
-
-
-def _served_bytes(stored_dtype: str, elements: int, itemsize: int) -> int:
-    if stored_dtype in CAST_ON_LOAD:
+def _served_bytes(stored: Header, itemsize: int) -> int:
+    elements = prod(stored.shape)
+    if stored.dtype in CAST_ON_LOAD:
         return elements * itemsize
-    bits = re.search(r"\d+", stored_dtype)
+    bits = re.search(r"\d+", stored.dtype)
     return ceil(elements * int(bits[0] if bits else 8) / 8)
 
 
-def _scaled(sizes: dict[str, int], total: int, dtype: str) -> dict[str, int]:
+def _scaled(sizes: dict[str, int], total: float, dtype: str) -> dict[str, int]:
     """The config's sizes, spread over a quantised checkpoint's smaller total."""
     elements = sum(sizes.values()) // DTYPES[dtype]
     if total >= 1.9 * elements:  # 16 or 32 bits a parameter: cast on load

@@ -9,7 +9,13 @@ from typing import Any, Self
 
 from qwen3next_plugin.config import checks, reading
 from qwen3next_plugin.config.errors import ConfigError, complaint
-from qwen3next_plugin.config.reading import check_kind, read_config
+from qwen3next_plugin.config.files import (
+    check_before_engine,
+    check_kind,
+    is_of_family,
+    naming_file,
+    read_config,
+)
 from qwen3next_plugin.config.sizes import Layout, Sizes
 
 __all__ = [
@@ -17,9 +23,12 @@ __all__ = [
     "ConfigError",
     "Layout",
     "Qwen3NextConfig",
+    "check_before_engine",
     "check_kind",
     "check_num_draft_layers",
     "check_num_speculative_tokens",
+    "is_of_family",
+    "naming_file",
     "read_config",
 ]
 

@@ -1,21 +1,13 @@
 """What a config must satisfy to be served, and the error that names field, value and fix."""
 
-from dataclasses import fields
-
 from qwen3next_plugin.config import rope
-from qwen3next_plugin.config.errors import check_count, complaint, is_number
+from qwen3next_plugin.config.errors import check_count, complaint
+from qwen3next_plugin.config.fields import OF_SIZES
 from qwen3next_plugin.config.sizes import LAYER_TYPES, Sizes
 
 CONV_WIDTH = 4
 MAX_HEAD_DIM = 256  # of linear attention
-_MAY_BE_ZERO = (  # _check_feed_forward checks them where the model has such layers
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "intermediate_size",
-    "num_nextn_predict_layers",
-)
+MOST_EXPERTS = 2**17  # in all layers; each has three tensors, which are listed by name
 
 
 def check(c: Sizes) -> None:
@@ -29,12 +21,9 @@ def check(c: Sizes) -> None:
 
 
 def _check_numbers(c: Sizes) -> None:
-    for f in fields(c):
-        if f.type is int:
-            check_count(f.name, getattr(c, f.name), least=int(f.name not in _MAY_BE_ZERO))
-        elif f.type is bool and not isinstance(value := getattr(c, f.name), bool):
-            raise complaint(f.name, value, "must be true or false")
-    if not is_number(c.rms_norm_eps) or not 0 < c.rms_norm_eps < 1:
+    for name, check_field in OF_SIZES.items():
+        check_field(name, getattr(c, name))
+    if not 0 < c.rms_norm_eps < 1:
         raise complaint("rms_norm_eps", c.rms_norm_eps, "must be between 0 and 1 (1e-06)")
     if c.hidden_act != "silu":
         raise complaint("hidden_act", c.hidden_act, "the kernels compute 'silu' only")
@@ -46,6 +35,9 @@ def _check_layers(c: Sizes) -> None:
     if len(c.layer_types) != c.num_hidden_layers:
         fix = f"num_hidden_layers is {c.num_hidden_layers}; override both together"
         raise complaint("len(layer_types)", len(c.layer_types), fix)
+    if (dense := len(c.mlp_only_layers)) > c.num_hidden_layers:
+        fix = f"num_hidden_layers is {c.num_hidden_layers}"
+        raise complaint("len(mlp_only_layers)", dense, fix)
     for i in c.mlp_only_layers:
         if type(i) is not int or not 0 <= i < c.num_hidden_layers:
             raise complaint("mlp_only_layers", i, f"layers are 0 to {c.num_hidden_layers - 1}")
@@ -73,6 +65,9 @@ def _check_feed_forward(c: Sizes) -> None:
     if c.num_moe_layers < c.num_hidden_layers:
         check_count("intermediate_size", c.intermediate_size)
     if c.num_experts:
+        if (experts := c.num_moe_layers * c.num_experts) > MOST_EXPERTS:
+            fix = f"{experts} in all layers, and {MOST_EXPERTS} are the most"
+            raise complaint("num_experts", c.num_experts, fix)
         check_count("moe_intermediate_size", c.moe_intermediate_size)
         check_count("num_experts_per_tok", c.num_experts_per_tok)
         if c.num_experts_per_tok > c.num_experts:

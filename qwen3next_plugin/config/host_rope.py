@@ -73,7 +73,7 @@ def merge(raw: Mapping[str, Any], given: Mapping[str, Any], *, resized: bool) ->
                 f"that nothing says what the model was trained with; add it (released models: "
                 f'"{ORIGINAL}": 262144)'
             )
-        new[ORIGINAL] = raw["max_position_embeddings"]
+        new[ORIGINAL] = raw.get("max_position_embeddings")
     return rope | new
 
 

@@ -1,13 +1,13 @@
-"""Reads config.json in every spelling: nested or flat, old or new names."""
+"""Reads a config in every spelling: nested or flat, old or new names."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.config import rope
-from qwen3next_plugin.config.errors import ConfigError, check_count, complaint, missing
+from qwen3next_plugin.config.errors import ConfigError, check_count, complaint, missing, shown
+from qwen3next_plugin.config.fields import check_text_model
 from qwen3next_plugin.config.sizes import LAYER_TYPES, Layout, Sizes
 
 # Of each model_type: the layout of its checkpoints, and whether its layers have experts. Those that
@@ -27,34 +27,18 @@ OLD_SPELLINGS = ("full_attention_interval", "partial_rotary_factor", "rope_scali
 SERVED = {"attn_output_gate": True, "mtp_use_dedicated_embeddings": False}
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The dict of a checkpoint folder's config.json; raises ConfigError."""
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        raise ConfigError(f"{path} is not a folder; give a local checkpoint folder, not a hub name")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; give the folder that holds config.json") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds a {type(raw).__name__}, not an object; fetch it again")
-    return raw
-
-
 def read(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
     """The fields of Sizes, but for the ranks, as far as the config gives them; raises ConfigError.
 
     The fix in an error names `override_flag`, the engine's flag that overrides values.
     """
     raw = _text_config(given, override_flag)
+    model_type = _model_type(raw)
+    check_text_model(raw)
     values = {name: raw[name] for name in NAMES if raw.get(name) is not None}
-    values["layout"] = MODEL_TYPES[_model_type(raw)][0]
+    values["layout"] = MODEL_TYPES[model_type][0]
     values["layer_types"] = _layer_types(raw)
-    values["mlp_only_layers"] = tuple(_list(raw, "mlp_only_layers") or ())
+    values["mlp_only_layers"] = tuple(raw.get("mlp_only_layers") or ())
     values["rope_parameters"] = rope.read(raw, override_flag)
     for f in fields(Sizes):
         if f.default is MISSING and f.name not in values:
@@ -62,16 +46,11 @@ def read(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
     return values
 
 
-def check_kind(folder: Path, override_flag: str) -> None:
-    """Refuse a config.json that mixes two kinds of models, or lacks part of its RoPE.
-
-    Reads the file itself: a host's config class drops fields of other kinds, and fills in a default
-    RoPE that no model was trained with. Raises ConfigError.
-    """
-    if (folder / "config.json").is_file():
-        raw = _text_config(read_config(folder), override_flag)
-        _model_type(raw)
-        rope.read(raw, override_flag)
+def check_kind(given: Mapping[str, Any], override_flag: str) -> None:
+    """Refuse a config that mixes two kinds of models, or lacks part of its RoPE; see `read`."""
+    raw = _text_config(given, override_flag)
+    _model_type(raw)
+    rope.read(raw, override_flag)
 
 
 def _text_config(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
@@ -108,7 +87,7 @@ def _check_nesting(given: Mapping[str, Any], raw: Mapping[str, Any], override_fl
             raise complaint(
                 name,
                 given[name],
-                f"text_config says {raw.get(name)!r}, and that is what counts; write {fix}",
+                f"text_config says {shown(raw.get(name))}, and that is what counts; write {fix}",
             )
 
 
@@ -130,17 +109,9 @@ def _model_type(raw: Mapping[str, Any]) -> str:
     return model_type
 
 
-def _list(raw: Mapping[str, Any], name: str) -> list[Any] | None:
-    if (value := raw.get(name)) is None:
-        return None
-    if not isinstance(value, list | tuple):
-        raise complaint(name, value, "must be a list, or absent")
-    return list(value)
-
-
 def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """From `layer_types` or `full_attention_interval`; if both are given, they must agree."""
-    given, interval = _list(raw, "layer_types"), raw.get("full_attention_interval")
+    given, interval = raw.get("layer_types"), raw.get("full_attention_interval")
     if given is None and interval is None:
         raise ConfigError("layer_types and full_attention_interval are missing: write either one")
     if interval is None:
@@ -150,6 +121,6 @@ def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
     check_count("full_attention_interval", interval)
     derived = tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers or 0))
     if given is not None and tuple(given) != derived:
-        fix = f"it disagrees with layer_types {given!r}; remove the wrong one"
+        fix = f"it disagrees with layer_types {shown(given)}; remove the wrong one"
         raise complaint("full_attention_interval", interval, fix)
     return derived

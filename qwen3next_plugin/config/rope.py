@@ -15,6 +15,7 @@ NUMBERS_OF_YARN = (  # that transformers has defaults for
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 )
 OF_YARN = ("factor", ORIGINAL, *NUMBERS_OF_YARN, "truncate")
+MOST_POSITIONS = 2**24  # engines keep a table with a row for each
 
 
 def read(raw: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
@@ -97,6 +98,9 @@ def check_type(rope: Mapping[str, Any]) -> None:
     if not is_number(factor := rope.get("factor")) or factor < 1:
         raise complaint("rope_parameters.factor", factor, "YaRN needs one of at least 1")
     check_count(f"rope_parameters.{ORIGINAL}", rope.get(ORIGINAL))
+    if factor * rope[ORIGINAL] > MOST_POSITIONS:
+        fix = f"times {ORIGINAL} = {rope[ORIGINAL]} it must be at most {MOST_POSITIONS}"
+        raise complaint("rope_parameters.factor", factor, fix)
     for name in NUMBERS_OF_YARN:
         if (value := rope.get(name)) is not None and (not is_number(value) or value <= 0):
             raise complaint(f"rope_parameters.{name}", value, "must be positive, or absent")

@@ -5,7 +5,6 @@ weights, in its own order of output channels, each with an adapter of its own ra
 theirs; its B has theirs side by side, with zeros elsewhere.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config.errors import is_number, shown
+from qwen3next_plugin.config.json_files import read_object
+from qwen3next_plugin.model.checkpoint.headers import opened, read_header
 from qwen3next_plugin.model.checkpoint.layouts import (
     FLAT_PROJECTION,
     group_projections,
@@ -67,6 +68,11 @@ def read(
             f"adapter_config.json: alpha_pattern {pattern}: one lora_alpha is served for the "
             f"whole adapter; merge the adapter into the checkpoint"
         )
+    if not is_number(alpha := settings.get("lora_alpha")):
+        raise AdapterError(
+            f"adapter_config.json: lora_alpha = {shown(alpha)}: must be a number; save the adapter "
+            f"again"
+        )
     shapes = _shapes(config)
     adapted = _pairs(tensors, shapes, config)
     found: dict[str, LowRank] = {}
@@ -86,14 +92,14 @@ def check_stored(folder: Path, config: Qwen3NextConfig) -> None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise AdapterError(f"{path} is not there; name the folder that PEFT has saved")
-    read(stored(folder, headers=True), json.loads(path.read_text(encoding="utf-8")), config)
+    read(stored(folder, headers=True), read_object(path, AdapterError), config)
 
 
 def stored(folder: Path, *, headers: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a folder's adapter; `headers`: without their data.
 
     Raises:
-        AdapterError: there is no safetensors file.
+        AdapterError: there is no safetensors file, or a damaged one.
     """
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -101,12 +107,14 @@ def stored(folder: Path, *, headers: bool = False) -> Iterator[tuple[str, torch.
             f"{path} is not there, and other kinds of files are not read: loading them runs code; "
             f"save the adapter with PEFT's save_pretrained(..., safe_serialization=True)"
         )
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it iterates no other way)
-            if headers:
-                yield name, torch.empty(file.get_slice(name).get_shape(), device="meta")
-            else:
-                yield name, file.get_tensor(name)
+    found = read_header(path, AdapterError)
+    if headers:
+        for name, header in found.items():
+            yield name, torch.empty(header.shape, device="meta")
+        return
+    with opened(path, "pt", AdapterError) as file:
+        for name in found:
+            yield name, file.get_tensor(name)
 
 
 def _shapes(config: Qwen3NextConfig) -> Shapes:
@@ -159,7 +167,7 @@ def _pairs(
 
 
 def _pair(module: str, halves: Mapping[str, torch.Tensor]) -> Pair:
-    if len(halves) < 2 or len(halves["A"]) != halves["B"].shape[1]:
+    if len(halves) < 2 or not len(halves["A"]) == halves["B"].shape[1] > 0:
         sizes = ", ".join(f"lora_{name} {list(half.shape)}" for name, half in halves.items())
         raise AdapterError(
             f"{module}: lora_A [r, K] and lora_B [N, r] belong together, and the adapter has "

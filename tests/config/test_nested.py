@@ -80,7 +80,7 @@ def test_transformers_config_of_the_family_agrees(tmp_path, name, raw):
     assert Qwen3NextConfig.from_hf(read_config(tmp_path)) == Qwen3NextConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("layers", [0, 1])
 def test_mtp_layers_stand_at_either_level(layers):
     inside = nested(mtp_num_hidden_layers=layers)
     outside = nested({"mtp_num_hidden_layers": layers}, mtp_num_hidden_layers="absent")
@@ -115,7 +115,11 @@ def test_copies_of_vllms_drafter_are_read():
         ({}, {"mtp_use_dedicated_embeddings": True}, "mtp_use_dedicated_embeddings = True"),
         ({}, {"layer_types": ["sliding_attention"] * 40}, "disagrees with layer_types"),
         ({}, {"rope_parameters": ROPE_35 | {"mrope_section": [11, 11, 11]}}, "mrope_section"),
-        ({}, {"rope_parameters": ROPE_35 | {"mrope_section": 32}}, "add up to .* = 32"),
+        (
+            {},
+            {"rope_parameters": ROPE_35 | {"mrope_section": 32}},
+            "mrope_section = 32: must be a list",
+        ),
         ({}, {"rope_parameters": ROPE_35 | {"mrope_interleaved": None}}, "mrope_interleaved"),
     ],
 )

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.files import check_files, stored_tensors
+from qwen3next_plugin.model.checkpoint.files import stored_tensors
+from qwen3next_plugin.model.checkpoint.headers import check_files
 from qwen3next_plugin.model.checkpoint.reading import check_scales, checked, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.linear_attention import shard_channels
@@ -157,7 +158,7 @@ def test_damaged_header_is_named(folder):
     data = bytearray(path.read_bytes())
     data[8:12] = b"\xff\xff\xff\xff"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="no readable header"):
+    with pytest.raises(CheckpointError, match="its header cannot be used"):
         check_files(folder)
 
 

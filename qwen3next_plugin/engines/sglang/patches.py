@@ -16,6 +16,7 @@ from qwen3next_plugin.engines.sglang import flags, hooks
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.model.config import (
+    check_file,
     derive_length,
     keep_config,
     layers_block_type,
@@ -80,6 +81,14 @@ ON_GPU: tuple[Entry, ...] = (
 )
 
 WITH_OURS: tuple[Entry, ...] = (
+    Patch(
+        target="sglang.srt.arg_groups.muse_spark_hook.apply_muse_spark_env_defaults",
+        parameters=("server_args",),
+        function=check_file,
+        reason="the first that reads config.json; a damaged one ends SGLang in errors that name no "
+        "file, or makes it list the layers of any number of them",
+        remove_when="SGLang checks the file's types, and names it",
+    ),
     Patch(
         target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.__init__",
         parameters=(

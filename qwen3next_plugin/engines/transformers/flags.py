@@ -1,12 +1,16 @@
 """The arguments that `generate(use_mtp=True)` takes, and refusals that name argument and fix."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from qwen3next_plugin.config import check_before_engine
+from qwen3next_plugin.config.json_files import read_object
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS
+from qwen3next_plugin.model.checkpoint import headers
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
 DRAFTS = 3  # num_assistant_tokens, where it is not given
@@ -43,6 +47,25 @@ MASKED = ("sdpa", "eager")  # the attentions that take a mask of their own for e
 
 class RequestError(ValueError):
     """An argument of `generate` that `use_mtp=True` does not support; names it, and the fix."""
+
+
+def check_files(model: str | Path | None) -> None:
+    """Refuse a checkpoint with a damaged file; one of a hub is not checked.
+
+    Raises:
+        ConfigError, CheckpointError: name the file and what is wrong.
+    """
+    if model is None or not (folder := Path(model)).is_dir():
+        return
+    check_before_engine(folder)
+    headers.check_files(folder)
+    index = folder / headers.INDEX
+    if index.is_file() and not isinstance(
+        read_object(index, CheckpointError).get("metadata"), dict
+    ):
+        raise CheckpointError(
+            f'{index} has no metadata, which transformers reads; add "metadata": {{}} to it'
+        )
 
 
 def given(name: str, arguments: Mapping[str, Any], configs: Sequence[Any]) -> Any:

@@ -139,12 +139,23 @@ def _check_tower(vllm_config: VllmConfig) -> None:
             f"them; add --language-model-only to serve text"
         )
     # vLLM normalises pixels in the tower if the file has mean and std, else not at all.
-    if multimodal_config.mm_device_do_normalize and _load_norm_params(model_config).is_identity:
+    if multimodal_config.mm_device_do_normalize and _leaves_pixels(model_config):
         raise ConfigError(
             "preprocessor_config.json has no image_mean and image_std: vLLM would give the vision "
             "tower pixels from 0 to 255; add both to the file, or --no-mm-device-do-normalize, so "
             "that the processor uses its own, or --language-model-only to serve text"
         )
+
+
+def _leaves_pixels(model_config: ModelConfig) -> bool:
+    """Whether vLLM would give the tower pixels as they are."""
+    try:
+        return _load_norm_params(model_config).is_identity
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"preprocessor_config.json: vLLM cannot read how pixels are normalised ({error}); "
+            f"fetch the file again, or add --language-model-only to serve text"
+        ) from error
 
 
 def _check_kernels(vllm_config: VllmConfig) -> None:

@@ -1,8 +1,8 @@
 """Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
-The groups differ in when they are applied: ROPE, WITH_OURS, ON_GPU and ELSEWHERE at registration,
-by platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and PAGE_COPIES when our
-model is built.
+The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
+registration, by platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and
+PAGE_COPIES when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -112,6 +112,30 @@ def after_hosts(architecture: str, ours: type[VerifyAndUpdateConfig]) -> type[An
 
     return Both
 
+
+FILES: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.engine.arg_utils.maybe_override_with_speculators",
+        parameters=(
+            *("model", "tokenizer", "trust_remote_code", "revision", "vllm_speculative_config"),
+            *("hf_token", "kwargs"),
+        ),
+        function=configuration.check_file,
+        reason="a damaged config.json ends vLLM in errors that name no file, or makes it list the "
+        "layers of any number of them",
+        remove_when="vLLM checks the file's types, and names it",
+    ),
+    Patch(
+        target="vllm.config.model.get_config",
+        parameters=(
+            *("model", "trust_remote_code", "revision", "code_revision", "config_format"),
+            *("hf_overrides_kw", "hf_overrides_fn", "kwargs"),
+        ),
+        function=configuration.name_file,
+        reason="errors about fields that only vLLM reads name no file",
+        remove_when="vLLM names it",
+    ),
+)
 
 ROPE: tuple[Entry, ...] = (
     Patch(
@@ -350,7 +374,7 @@ REPAIRS: tuple[Entry, ...] = (
 )
 
 TABLE: tuple[Entry, ...] = (
-    *(*ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
+    *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
     *(*WITH_LORA, *REPAIRS),
 )
 

@@ -51,7 +51,9 @@ def _register() -> None:
         native.load()  # fails now if the build is broken or the instruction set is missing
     if on_cpu:
         import qwen3next_plugin.engines.vllm.cpu.quantisation  # noqa: F401, registers itself
-    patches.apply(patches.ROPE + patches.WITH_OURS + (() if on_cpu else patches.ON_GPU))
+    patches.apply(
+        patches.FILES + patches.ROPE + patches.WITH_OURS + (() if on_cpu else patches.ON_GPU)
+    )
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
     register_backend(BACKEND_NAME, f"{PACKAGE}.state.steps.GatedDeltaNetBackend", is_mamba=True)

@@ -7,7 +7,7 @@ channels are the same, so the same weights in both layouts give the same paramet
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -146,10 +146,18 @@ def group_projections(
         group = waiting.setdefault(joined, {})
         group[kind] = _by_head(name, tensor, parts[kind], config.linear_num_key_heads)
         if len(group) == len(parts):
+            if not _fit(group.values()):
+                raise CheckpointError(f"{joined} cannot be joined: its parts differ. {FIX}")
             yield joined, torch.cat([group[kind] for kind in parts], dim=1).flatten(0, 1)
             del waiting[joined]
     if waiting:
         raise CheckpointError(f"{min(waiting)} cannot be joined: some of its parts lack it. {FIX}")
+
+
+def _fit(parts: Collection[torch.Tensor]) -> bool:
+    """Whether torch can join them: in columns, and dtypes; FP8 goes with no other."""
+    columns, dtypes = {part.shape[2:] for part in parts}, {part.dtype for part in parts}
+    return len(columns) == 1 and (len(dtypes) == 1 or all(d.itemsize > 1 for d in dtypes))
 
 
 def _by_head(name: str, tensor: torch.Tensor, parts: Sequence[int], heads: int) -> torch.Tensor:

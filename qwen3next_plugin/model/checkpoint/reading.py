@@ -8,11 +8,11 @@ import torch
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
-from qwen3next_plugin.model.checkpoint.files import check_files, stored_tensors
+from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.quantisation.modules import Formats
+from qwen3next_plugin.model.quantisation.modules import Formats, Shapes, Stream
 
 # Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
 QUANTISATION_SUFFIXES = (
@@ -147,14 +147,14 @@ def check_stored(
     Raises:
         CheckpointError: a damaged file, or a tensor missing, unexpected or of another shape.
     """
-    check_files(folder)
+    stored = list(stored_tensors(folder))
     trunk, mtp = trunk_tensors(config), mtp_tensors(config)
-    parts = [(stored_tensors(folder), trunk, mtp)]
+    parts: list[tuple[Stream, Shapes, Shapes]] = [(stored, trunk, mtp)]
     if with_mtp:
-        parts.append((require_mtp(stored_tensors(folder), config), mtp, trunk))
-    for stored, expected, ignored in parts:
+        parts.append((require_mtp(stored, config), mtp, trunk))
+    for given, expected, ignored in parts:
         tensors = parameters(
-            stored,
+            given,
             config,
             expected=expected,
             ignored=ignored,

@@ -23,6 +23,7 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
+SCALES = ("weight_scale", "weight_scale_inv", "scales")
 KINDS = "FP8, int8, GPTQ, AWQ and compressed-tensors' pack-quantized"
 
 
@@ -230,6 +231,10 @@ def _known(module: Module) -> Scheme:
         )
     if "weight" in names:
         module.check_weight()
+    for name in names & set(SCALES):
+        if module.tensors[name].dtype not in PLAIN_DTYPES:
+            what = f"{name} has the dtype {_dtype(module.tensors[name])}"
+            raise module.refuse(what, "use a checkpoint with scales in floating point")
     return known
 
 

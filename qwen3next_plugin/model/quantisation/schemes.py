@@ -37,6 +37,13 @@ class Module(NamedTuple):
         if (shape := self.shape("weight")) != expected:
             raise self.refuse(f"weight has shape {shape}, the config asks for {expected}", MIXED)
 
+    def check_shape(self, name: str, *served: tuple[int, ...]) -> None:
+        """Refuse a tensor of another shape, if it is there. Raises: CheckpointError."""
+        if name in self.tensors and (found := self.shape(name)) not in served:
+            raise self.refuse(
+                f"{name} has shape {found}, where {served[0]} fits", "download the checkpoint again"
+            )
+
     def group(self, groups: int, scales: str) -> int:
         """Columns that share a scale, from the number of groups; 0: all."""
         if groups == 1:
@@ -135,6 +142,9 @@ def _packed_format(module: Module) -> Format:
             f"{scales} has shape {shape}, which is no scale of {module.channels} output channels",
             "use a checkpoint with a scale of each output channel or group",
         )
+    words = -(-module.channels * bits // 32)
+    module.check_shape("weight_zero_point", (words, shape[1]), shape)
+    module.check_shape("weight_g_idx", (module.columns,))
     zeros = bits == 4 and "weight_zero_point" in module.tensors
     return Format(
         INTEGERS[bits], module.group(shape[1], scales), module.tensors[scales].dtype, zeros
@@ -163,6 +173,8 @@ def _words_format(module: Module) -> Format:
     bits = _bits(
         module, "qweight", (module.columns, module.channels), dim=1 if _is_awq(module) else 0
     )
+    module.check_shape("qzeros", (shape[0], -(-module.channels * bits // 32)))
+    module.check_shape("g_idx", (module.columns,))
     group, dtype = module.group(shape[0], scales), module.tensors[scales].dtype
     return Format(INTEGERS[bits], group, dtype, zeros=bits == 4)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import bad_weights
 from checkpoints import BASE, write_checkpoint
-from engines import mixed
+from engines import damaged, mixed
 from engines.lora import write_adapter
 from family import FAMILY
 from quantised import write_quantised
@@ -451,6 +451,13 @@ def test_drafts_of_a_checkpoint_without_a_drafter(complete, tmp_path):
 
 
 # two models of the family in one checkpoint -----------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*damaged.FILES, *damaged.CONFIGS])
+def test_a_damaged_file_is_named(complete, tmp_path, case):
+    fault = {**damaged.FILES, **damaged.CONFIGS}[case]
+    with pytest.raises((ConfigError, CheckpointError), match=fault.message):
+        complete(fault.write(tmp_path))
 
 
 @pytest.mark.parametrize("case", mixed.CONFIGS)

@@ -15,7 +15,10 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
+from engines import damaged
 from family import FAMILY
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from reference import Reference, fused_mtp
 from tiers import long_except
 
@@ -71,6 +74,26 @@ def both(model: Any, prompts: tuple[tuple[int, ...], ...], **given: Any) -> tupl
     inputs = left_padded(prompts)
     plain = model.generate(**inputs, **settings)
     return plain, model.generate(**inputs, **settings, use_mtp=True)
+
+
+@pytest.mark.parametrize("case", damaged.FILES)
+def test_a_damaged_file_is_named(tmp_path, case):
+    fault = damaged.FILES[case]
+    with pytest.raises((ConfigError, CheckpointError), match=fault.message):
+        AutoModelForCausalLM.from_pretrained(fault.write(tmp_path))
+
+
+def test_two_mtp_layers_are_refused(tmp_path):
+    folder = damaged.CONFIGS["two MTP layers"].write(tmp_path)
+    with pytest.raises(ConfigError, match=r"num_nextn_predict_layers = 2: .* one MTP layer"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_index_needs_metadata_in_transformers(tmp_path):
+    folder = write_checkpoint(tmp_path, num_hidden_layers=4)
+    (folder / damaged.INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r'has no metadata, .* add "metadata": {} to it'):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_all_weights_are_kept(small, tmp_path):

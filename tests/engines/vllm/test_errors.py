@@ -14,6 +14,7 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 
 import bad_weights
 from checkpoints import BASE, write_checkpoint
+from engines import damaged as broken
 from engines import mixed
 from engines.process import START_SECONDS, Fork
 from engines.vllm.offline import Offline, environment, preload
@@ -180,6 +181,10 @@ def test_pixels_that_nobody_would_normalise_are_refused(complete, tmp_path):
     path.write_text(json.dumps(raw))
     with pytest.raises(Exception, match=r"no image_mean and image_std: .*--no-mm-device-do-norm"):
         complete(folder)
+    path.write_text(json.dumps(raw | {"image_mean": 5, "image_std": [1.0]}))
+    with pytest.raises(Exception, match=r"preprocessor_config\.json: vLLM cannot read how pixels"):
+        complete(folder)
+    path.write_text(json.dumps(raw))
     complete(folder, mm_device_do_normalize=False)
     complete(folder, **TEXT_ONLY)
 
@@ -196,6 +201,20 @@ def test_vllms_cpu_ranks_cannot_exchange_tokens():
 def test_qwen3_5_passes(complete, wrapped, flags):
     config = complete(wrapped, **TEXT_ONLY, **flags)
     assert config.model_config.architecture == "Qwen3_5ForConditionalGeneration"
+
+
+@pytest.mark.parametrize("case", [*broken.FILES, *broken.CONFIGS])
+def test_a_damaged_file_is_named(complete, tmp_path, case):
+    fault = {**broken.FILES, **broken.CONFIGS}[case]
+    with pytest.raises(Exception, match=fault.message):
+        complete(fault.write(tmp_path))
+
+
+def test_a_damaged_header_is_named_where_vllm_looks_for_a_dtype(complete, tmp_path):
+    fault = broken.FILES["a header that is a list"]
+    mixed.edited(fault.write(tmp_path), lambda raw: raw.pop("torch_dtype"))
+    with pytest.raises(Exception, match=fault.message):
+        complete(tmp_path)
 
 
 @pytest.mark.parametrize("case", mixed.CONFIGS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
-from qwen3next_plugin.config import host_rope
+from qwen3next_plugin.config import check_before_engine, host_rope, naming_file
 from qwen3next_plugin.engines.sglang.names import (
     DENSE,
     MODEL_TYPES,
@@ -24,6 +24,16 @@ SIZES_OF_EXPERTS = (
 
 host_layers_block_type = HostConfig.layers_block_type.fget
 host_mamba2_cache_params = HostConfig.mamba2_cache_params.fget
+
+
+def check_file(host: Callable[[Any], None], server_args: Any) -> None:
+    """Around the first function that reads a config.json: check it, and name it in errors."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    model = resolving_view(server_args).model_path
+    check_before_engine(model)
+    with naming_file(model, "SGLang", OVERRIDE_FLAG):
+        host(server_args)
 
 
 def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any) -> None:

@@ -13,6 +13,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM as HostQwen3Next
 
+from qwen3next_plugin.config.fields import check_text_model
 from qwen3next_plugin.engines.transformers import flags
 from qwen3next_plugin.engines.transformers.model.linear_attention import on_pages
 from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
@@ -32,6 +33,7 @@ class WithMTP(Base):
     _keys_to_ignore_on_load_unexpected = (r"^model.visual.*",)
 
     def __init__(self, config: Any) -> None:
+        check_text_model(config.to_dict())
         super().__init__(config)
         for layer in self.model.layers:
             if hasattr(layer, "linear_attn"):
@@ -41,6 +43,18 @@ class WithMTP(Base):
             config, layer=type(self.model.layers[0]), norm=type(self.model.norm)
         )
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """The host's, of a folder whose files are whole.
+
+        Raises:
+            ConfigError, CheckpointError: name the file and what is wrong.
+        """
+        flags.check_files(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:

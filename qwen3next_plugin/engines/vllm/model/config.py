@@ -2,14 +2,28 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig
 
-from qwen3next_plugin.config import ConfigError, host_rope
+from qwen3next_plugin.config import ConfigError, check_before_engine, host_rope, naming_file
 from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, serves
+from qwen3next_plugin.model.checkpoint.headers import check_files
 
 ROPE_FLAG = "--rope-scaling"
+
+
+def check_file(host: Callable[..., Any], model: str, *args: Any, **given: Any) -> Any:
+    """Around `maybe_override_with_speculators`, the first that reads a config.json: check it."""
+    check_before_engine(model)
+    return host(model, *args, **given)
+
+
+def name_file(host: Callable[..., Any], model: str, *args: Any, **given: Any) -> Any:
+    """Around `get_config`: an error about a config.json names the file."""
+    with naming_file(model, "vLLM", OVERRIDE_FLAG):
+        return host(model, *args, **given)
 
 
 def merge_overrides(
@@ -28,6 +42,8 @@ def merge_overrides(
 def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
     """Around `get_model_arch_config`: the longest context is what RoPE covers."""
     if serves(model_config.hf_config):
+        if getattr(model_config.hf_text_config, "dtype", None) is None:
+            check_files(Path(model_config.model))  # vLLM then looks for it in headers
         asked, flag = model_config.max_model_len, "--max-model-len"
         if model_config.runner == "draft":
             flag = "max_model_len of --speculative-config"
@@ -38,7 +54,8 @@ def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
             extend=f"{ROPE_FLAG} '%s'",
             override_flag=OVERRIDE_FLAG,
         )
-    return host(model_config)
+    with naming_file(model_config.model, "vLLM", OVERRIDE_FLAG):
+        return host(model_config)
 
 
 def offer_rope_scaling(host: Callable[..., Any], parser: Any) -> Any:
