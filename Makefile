@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3.11
+# The first of these that has venv and headers. The tests run with 3.11, so it comes first.
+PYTHON ?= python3.11 python3.12 python3.13
 
 # vllm or sglang. Each has an environment of its own, .venv-vllm and .venv-sglang, since they want
 # other versions of the same packages. Without it `make serve` is vLLM, `make test` covers both.
@@ -17,17 +18,13 @@ BIN          := .venv-$(THE_ENGINE)/bin
 MODEL ?= examples/qwen3next-tiny
 PORT  ?= 8000
 ARGS  ?=
-# Where pip finds the CPU build of torch, when the default index has only CUDA builds: the address
-# of PyTorch's CPU index, as in `make serve TORCH_INDEX=<address>`.
-TORCH_INDEX ?=
-PIP_ARGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Where pip finds the CPU build of torch, unless its own indexes have one.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # --no-compile: most of the modules are never imported, so bytecode is written at the first import,
 # whatever the environment says: an engine has thousands of modules, and each process imports them.
 unexport PYTHONDONTWRITEBYTECODE
-INSTALL := -m pip install --quiet --no-compile --no-deps $(PIP_ARGS)
+INSTALL := -m pip install --quiet --no-compile --no-deps
 
-# On the CPU vLLM keeps a core to itself unless told otherwise.
-export VLLM_CPU_OMP_THREADS_BIND ?= 0-$(shell echo $$(( $$(nproc) - 1 )))
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
@@ -39,8 +36,9 @@ MAKEFLAGS += --jobs 2
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
+VENV = python=$$(requirements/python.sh $(PYTHON)) && $$python -m venv
 $(EACH_VENV:%=%/bin/python):
-	$(PYTHON) -m venv $(@:%/bin/python=%)
+	$(VENV) $(@:%/bin/python=%)
 
 # The locked hosts. --no-deps: as pip would resolve them, CUDA builds come along that do not import
 # beside the CPU torch. vLLM's alias lets `vllm serve` find its version.
@@ -50,7 +48,8 @@ $(EACH_VENV:%=%/bin/python):
 ALIAS_vllm := ./requirements/vllm-alias
 HOST = $(*:wheel-%=%)
 $(EACH_VENV:%=%/.host): .venv-%/.host: | .venv-%/bin/python
-	.venv-$*/bin/python $(INSTALL) -r requirements/$(HOST)-cpu.txt $(ALIAS_$(HOST))
+	torch=$$(.venv-$*/bin/python requirements/cpu_torch.py requirements/$(HOST)-cpu.txt $(TORCH_INDEX)) && \
+	.venv-$*/bin/python $(INSTALL) $$torch -r requirements/$(HOST)-cpu.txt $(ALIAS_$(HOST))
 	touch $@
 
 $(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
@@ -67,7 +66,7 @@ $(ENGINES:%=.venv-%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
 	touch $@
 $(filter-out .venv-$(THE_ENGINE)/.plugin,$(ENGINES:%=.venv-%/.plugin)): .venv-$(THE_ENGINE)/.plugin
 
-setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## hosts, plugin and tools, in .venv-vllm and .venv-sglang
+setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## engines, plugin and tools, in .venv-vllm and .venv-sglang
 
 SERVE_vllm   = $(BIN)/vllm serve $(MODEL) --port $(PORT) \
   --speculative-config '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
@@ -105,7 +104,7 @@ endif
 # Qwen-Agent, which its tests run as a client, wants other packages than the engines do.
 QWEN_AGENT := .qwen-agent/.installed
 $(QWEN_AGENT): requirements/qwen-agent.txt
-	$(PYTHON) -m venv --clear $(@D)
+	$(VENV) --clear $(@D)
 	$(@D)/bin/python $(INSTALL) -r $<
 	touch $@
 ifneq ($(filter test-long,$(MAKECMDGOALS)),)
@@ -194,7 +193,7 @@ wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler whe
 # other Tritons, which `make test` installs.
 WHEEL  := .venv-wheel-$(THE_ENGINE)
 AWAY   := build/away-$(THE_ENGINE)
-SOURCE := $(addprefix --ignore tests/,test_packaging.py test_layering.py test_docs.py \
+SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layering.py test_docs.py \
   kernels/test_interpreter.py)
 ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths=$(TESTS_$(THE_ENGINE)) $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang

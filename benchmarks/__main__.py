@@ -1,6 +1,7 @@
 """`python -m benchmarks`, which is `make bench`: everything that docs/ shows, in one run."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from benchmarks import render
 from benchmarks.origin import CHANGED, origin, same_product
 from benchmarks.parts import PARTS, expected
 from benchmarks.report import MEASURED, RedCheckError, Run, console, load_all, shown
+from qwen3next_plugin.engines.vllm.cpu.cores import binding
 
 OUT = Path("out")
 
@@ -97,6 +99,8 @@ def main(
             raise typer.BadParameter(f"no part {part}; --help names them")
         if why := PARTS[part].missing():
             raise SystemExit(f"{part}: {why}")
+        for name, value in binding(ranks=1).items():  # upstream would leave a core idle
+            os.environ.setdefault(name, value)
         measure(part, out, source, out / ("run" if within else "parts"))
         return
     folder = out / "run"

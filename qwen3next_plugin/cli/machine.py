@@ -5,6 +5,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3next_plugin.engines.cores import quota
+
 FLAGS = (  # the names in /proc/cpuinfo of what kernels/native/ops.cpp checks
     "avx2", "fma", "f16c",
     "avx512f", "avx512bw", "avx512vl", "avx512dq",
@@ -25,14 +27,14 @@ class Machine:
 
 
 def machine() -> Machine:
-    """Read the machine; a container's memory limit counts if it is lower."""
+    """Read the machine; a container's limits of cores and memory count if they are lower."""
     return Machine(platform.machine(), _cores(), _memory_bytes(), _flags())
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(cores, quota() or cores)
 
 
 def _memory_bytes() -> int:

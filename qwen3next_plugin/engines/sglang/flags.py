@@ -18,6 +18,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.sglang.cpu import memory
+from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
 from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
     DRAFT_ALGORITHMS,
@@ -83,6 +84,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
 
 def complete_on_cpu(server_args: Any) -> list[str]:
     """Fill in defaults; returns them as command-line flags."""
+    bind_cores(server_args.tp_size * server_args.dp_size)
     use_huge_pages()
     given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already
     chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}

@@ -22,7 +22,7 @@ from qwen3next_plugin.config import (
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.cpu.cores import use_both_cores
+from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
 from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, choose_quantisation
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
@@ -94,7 +94,7 @@ def complete(vllm_config: VllmConfig) -> None:
     _align_drafter(vllm_config)
     if not current_platform.is_cpu():
         return
-    use_both_cores()
+    _bind_cores(vllm_config.parallel_config)
     use_huge_pages()
     keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
@@ -277,6 +277,12 @@ def _align_drafter(vllm_config: VllmConfig) -> None:
     drafter.max_position_embeddings = text_config.max_position_embeddings
     if speculative_config.max_model_len is None:
         draft_config.max_model_len = model_config.max_model_len
+
+
+def _bind_cores(parallel_config: ParallelConfig) -> None:
+    """Bind the threads of all ranks; not if other processes, maybe on this machine, hold some."""
+    if parallel_config.data_parallel_size == parallel_config.data_parallel_size_local:
+        bind_cores(parallel_config.data_parallel_size * parallel_config.local_world_size)
 
 
 def _limit_lora(lora_config: LoRAConfig | None) -> None:

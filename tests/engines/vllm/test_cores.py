@@ -1,41 +1,60 @@
-"""The cores that vLLM computes with."""
+"""The cores that vLLM computes with, as its own code reads our binding."""
+
+import os
 
 import pytest
-from vllm.config import VllmConfig
-from vllm.utils import cpu_resource_utils
-from vllm.utils.cpu_resource_utils import LogicalCPUInfo
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from qwen3next_plugin.engines.vllm.cpu.cores import RESERVED, use_both_cores
+from qwen3next_plugin.engines import cores
+from qwen3next_plugin.engines.cores import share
+from qwen3next_plugin.engines.vllm.cpu.cores import BIND, OWN, bind_cores
 
-BIND = "VLLM_CPU_OMP_THREADS_BIND"
+THREADS = "OMP_NUM_THREADS"
 
 
-@pytest.mark.parametrize(
-    ("cores", "threads", "asked", "computing"),
-    [
-        pytest.param(2, 1, None, [0, 1], id="both of two"),
-        pytest.param(2, 2, None, [2, 3], id="both of two, a thread of each"),
-        pytest.param(2, 1, "1", [0], id="as the user says"),
-        pytest.param(1, 1, None, [0], id="the only one"),
-        pytest.param(4, 1, None, [0, 1, 2], id="vLLM leaves one of four"),
-    ],
-)
-def test_cores(
-    cores: int,
-    threads: int,
-    asked: str | None,
-    computing: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """vLLM's own binding, on machines of other sizes."""
-    cpus = [LogicalCPUInfo(cpu, cpu % cores, 0) for cpu in range(cores * threads)]
-    for module in ("qwen3next_plugin.engines.vllm.cpu.cores", cpu_resource_utils.__name__):
-        monkeypatch.setattr(f"{module}.get_allowed_cpu_list", lambda: cpus)
-    monkeypatch.setattr(cpu_resource_utils, "get_visible_memory_node", lambda: [0])
-    monkeypatch.delenv(BIND, raising=False)
-    monkeypatch.setenv(RESERVED, asked or "")
-    if asked is None:
-        monkeypatch.delenv(RESERVED)
-    use_both_cores()
-    assert OMPProcessManager(VllmConfig()).cpu_lists == [computing]
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """The variables are unset, and set back at the end."""
+    for name in (BIND, THREADS, *OWN):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def read(ranks: int) -> OMPProcessManager:
+    """vLLM's view of the environment."""
+    return OMPProcessManager(VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=ranks)))
+
+
+def test_each_rank_has_its_part_also_after_an_engine_of_other_ranks():
+    for ranks in (1, 2, 3, 1):
+        bind_cores(ranks)
+        assert read(ranks).cpu_lists == share(ranks).cpus
+
+
+@pytest.mark.parametrize(("variable", "value"), [(BIND, "1"), *((name, "0") for name in OWN)])
+def test_the_users_environment_wins(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    bind_cores(1)
+    assert os.environ.get(BIND) == (value if variable == BIND else None)
+
+
+@pytest.mark.parametrize("asked", [None, "5"])
+def test_under_a_quota_threads_are_counted_not_bound(asked, tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    if asked is not None:
+        monkeypatch.setenv(THREADS, asked)
+    bind_cores(1)
+    assert read(1).skip_setup
+    assert os.environ[THREADS] == (asked or "1")
+
+
+def test_the_plugin_binds_the_ranks_of_a_flag(checkpoint):
+    flags = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+    config = EngineArgs(str(checkpoint), tensor_parallel_size=2, **flags).create_engine_config()
+    assert OMPProcessManager(config).cpu_lists == share(2).cpus

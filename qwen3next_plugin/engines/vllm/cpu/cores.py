@@ -2,16 +2,35 @@
 
 import os
 
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+from qwen3next_plugin.engines.cores import share
 
-RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+OWN = (  # of vLLM's own choice, which is kept if one of them is set
+    "VLLM_CPU_NUM_OF_RESERVED_CPU",
+    "CPU_VISIBLE_MEMORY_NODES",
+    "VLLM_CPU_SIM_MULTI_NUMA",
+)
+_bound = ""  # by `bind_cores`: the next engine of this process may have other ranks
 
 
-def use_both_cores() -> None:
-    """Compute with both cores of a two-core machine, unless the user's environment says otherwise.
+def binding(ranks: int) -> dict[str, str]:
+    """vLLM's variables for ranks that compute with all of their cores.
 
-    vLLM reserves one core, half of the machine, for its scheduler, which mostly waits.
+    vLLM would refuse more ranks than NUMA nodes, overlook a quota, and keep a core of each rank for
+    its scheduler, which mostly waits.
     """
-    cores = {(cpu.numa_node, cpu.physical_core) for cpu in get_allowed_cpu_list()}
-    if len(cores) == 2:
-        os.environ.setdefault(RESERVED, "0")
+    found = share(ranks)
+    if found.threads is None:
+        return {BIND: str(found)}
+    return {BIND: "nobind", "OMP_NUM_THREADS": str(found.threads)}
+
+
+def bind_cores(ranks: int) -> None:
+    """Bind the threads of workers that start from now on, unless the user's environment does."""
+    global _bound
+    if any(name in os.environ for name in OWN) or os.environ.get(BIND, _bound) != _bound:
+        return
+    variables = binding(ranks)
+    _bound = os.environ[BIND] = variables.pop(BIND)
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

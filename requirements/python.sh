@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Print the first of these Pythons that can make an environment; one error says what the machine
+# lacks. torch compiles C++ that includes Python.h while it serves.
+set -u
+
+lacks() {
+  echo "$1. On Debian and Ubuntu: sudo apt install make g++ python3-venv python3-dev libnuma1" >&2
+  exit 1
+}
+
+${CXX:-c++} -std=c++20 -fsyntax-only -x c++ - 2> /dev/null << 'END' ||
+#include <concepts>
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error older than what the kernels are tested with
+#endif
+END
+  lacks "No C++20 compiler: ${CXX:-c++} is not GCC 12 or newer, nor Clang"
+
+for python in "$@"; do
+  "$python" - 2> /dev/null << 'END' || continue
+import ensurepip, pathlib, sys, sysconfig
+header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+sys.exit(sys.version_info < (3, 11) or not header.is_file())
+END
+  "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
+    lacks "No libnuma.so.1, which vLLM's CPU build loads"
+  echo "$python"
+  exit
+done
+lacks "No Python 3.11 or newer with venv and Python.h: tried $*"

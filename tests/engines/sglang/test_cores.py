@@ -1,0 +1,48 @@
+"""The cores that SGLang computes with, as its own code reads our binding."""
+
+import os
+
+import pytest
+from sglang.srt.utils.numa_utils import init_threads_binding
+
+from qwen3next_plugin.engines import cores
+from qwen3next_plugin.engines.cores import share
+from qwen3next_plugin.engines.sglang.cpu.cores import BIND, THREADS, bind_cores
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """The variables are unset, and set back at the end."""
+    for name in (BIND, THREADS):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_each_rank_has_its_part():
+    ranks = 3  # more than NUMA nodes, which SGLang refuses by default
+    bind_cores(ranks)
+    read = [init_threads_binding(numa_index=rank, world_size=ranks) for rank in range(ranks)]
+    assert read == str(share(ranks)).split("|")
+    assert os.environ[THREADS] == str(len(share(ranks).cpus[0]))
+
+
+def test_one_rank_is_bound_by_sglang():
+    bind_cores(1)
+    assert not {BIND, THREADS} & os.environ.keys()
+
+
+def test_the_users_environment_wins(monkeypatch):
+    monkeypatch.setenv(BIND, "0|0")
+    bind_cores(2)
+    assert os.environ[BIND] == "0|0"
+    assert THREADS not in os.environ
+
+
+def test_under_a_quota_threads_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("0::/\n")
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    bind_cores(1)
+    assert (os.environ.get(BIND), os.environ[THREADS]) == (None, "1")

