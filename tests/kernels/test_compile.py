@@ -108,7 +108,9 @@ def flat(arguments):
     """The arguments under the names that the torch op's schema has for them."""
     for name, suffix in (("weight", ""), ("w13", "13"), ("w2", "2")):
         if isinstance(w := arguments.get(name), PackedWeight):
-            fields = (f"{part}{suffix}" for part in ("packed", "scale", "zero", "encoding", "group"))
+            fields = (
+                f"{part}{suffix}" for part in ("packed", "scale", "zero", "encoding", "group")
+            )
             sizes = {"N": w.shape[-2], "I": w.shape[-1]}  # of linear; of w2, which comes last
             arguments = {**arguments, **dict(zip(fields, parts(w), strict=True)), **sizes}
     pool, step = arguments.get("pool_"), arguments.get("step")
