@@ -1,8 +1,8 @@
 """Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
-registration, by platform; WITH_DRAFTS when our model's flags ask for drafts; WITH_LORA and
-PAGE_COPIES when our model is built.
+registration, by platform; AT_START when our model's flags are complete; WITH_DRAFTS if they ask
+for drafts; WITH_LORA and PAGE_COPIES when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -11,6 +11,7 @@ from copy import copy
 from functools import cache, partial
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -24,7 +25,7 @@ from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
-from qwen3next_plugin.engines.vllm.repairs import adapters
+from qwen3next_plugin.engines.vllm.repairs import adapters, interrupts
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -51,6 +52,8 @@ class CheckFlags(VerifyAndUpdateConfig):
         )
         flags.check(vllm_config)
         flags.complete(vllm_config)
+        if host().version in TRIED:
+            apply(AT_START)
         # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
         if vllm_config.speculative_config is not None and (
             current_platform.is_cpu() or vllm_config.use_v2_model_runner
@@ -355,6 +358,20 @@ WITH_LORA: tuple[Entry, ...] = (
     ),
 )
 
+TRIED = SpecifierSet("==0.32.*")  # with AT_START; vLLM often changes its function
+AT_START: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.v1.engine.utils.wait_for_engine_startup",
+        parameters=(
+            *("handshake_socket", "core_engines", "parallel_config", "coordinated_dp"),
+            *("cache_config", "launch"),
+        ),
+        function=interrupts.end_while_loading,
+        reason="vLLM ignores SIGTERM and Ctrl-C while the engine loads",
+        remove_when="zmq_socket_ctx no longer swallows a KeyboardInterrupt (`compat`)",
+    ),
+)
+
 REPAIRS: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
@@ -375,7 +392,7 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
-    *(*WITH_LORA, *REPAIRS),
+    *(*WITH_LORA, *AT_START, *REPAIRS),
 )
 
 

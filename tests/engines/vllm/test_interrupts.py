@@ -1,0 +1,35 @@
+"""A server that is told to end ends, with all of its processes, also while it loads."""
+
+import os
+import signal
+
+import psutil
+import pytest
+import zmq
+from vllm.utils.network_utils import get_open_zmq_ipc_path, zmq_socket_ctx
+
+from engines.clients import eventually
+from engines.vllm.server import Server
+
+
+@pytest.mark.serve
+def test_sigterm_while_the_engine_loads(checkpoint):
+    server = Server(checkpoint, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+    try:
+        assert eventually(lambda: "(EngineCore pid=" in server.process.text())
+        first = psutil.Process(server.process.child.pid)
+        processes = [first, *first.children(recursive=True)]
+        assert len(processes) > 1
+        os.kill(first.pid, signal.SIGTERM)
+        assert eventually(lambda: server.process.code() is not None), server.process.text()
+        assert "The server was told to end while its engine loaded" in server.process.text()
+        assert not psutil.wait_procs(processes, 20)[1]
+    finally:
+        server.close()
+
+
+@pytest.mark.compat
+def test_vllm_swallows_an_interrupt():
+    """Fails when it does not: then `end_while_loading` can go."""
+    with zmq_socket_ctx(get_open_zmq_ipc_path(), zmq.ROUTER, bind=True):
+        raise KeyboardInterrupt
