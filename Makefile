@@ -181,8 +181,8 @@ test-long: test ## the same at full size, the tests marked `long`, and test-whee
 
 # One wheel for every Python and torch that are served. tests/test_packaging.py checks that its tag
 # is true: it loads with any later glibc and C++ library, too.
-TAG   := py3-none-manylinux_2_28_$(shell uname -m)
-BUILD := -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel \
+TAG   = py3-none-manylinux_2_28_$(shell uname -m)
+BUILD = -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel \
   -C wheel.tags=$(TAG) --wheel-dir dist .
 wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed
 	rm -rf dist
