@@ -5,6 +5,7 @@ A case is called with a backend's `run`, and yields what it computed.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from qwen3next_plugin.model.attention import AttentionShape
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
 from qwen3next_plugin.model.state import PageLayout
 
-Run = Callable[..., object]
+Run = Callable[..., Any]
 Outputs = Iterator[tuple[str, Tensor]]  # what was computed, and the result
 
 PROMPTS = (70, 17, 1, 3)  # tokens of rows; the first has two chunks
@@ -73,9 +74,9 @@ class Draw:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
-def cases(served: Served, backend: str) -> dict[str, Callable[[Run, Served, Draw], Outputs]]:
+def cases(served: Served, backend: str) -> dict[str, "Case"]:
     """The case of each op that this backend runs for the model."""
-    found = {
+    found: dict[str, Case] = {
         "copy_pages": _copy_pages,
         "gated_delta_net": _gated_delta_net,
         "output_gate": _output_gate,
@@ -93,6 +94,9 @@ def cases(served: Served, backend: str) -> dict[str, Callable[[Run, Served, Draw
         if served.layout.num_drafts:
             found["draft_head"] = _draft_head
     return found
+
+
+Case = Callable[[Run, Served, Draw], Outputs]
 
 
 class LinearLayer:
