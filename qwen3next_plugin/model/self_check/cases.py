@@ -74,7 +74,10 @@ class Draw:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
-def cases(served: Served, backend: str) -> dict[str, "Case"]:
+Case = Callable[[Run, Served, Draw], Outputs]
+
+
+def cases(served: Served, backend: str) -> dict[str, Case]:
     """The case of each op that this backend runs for the model."""
     found: dict[str, Case] = {
         "copy_pages": _copy_pages,
@@ -94,9 +97,6 @@ def cases(served: Served, backend: str) -> dict[str, "Case"]:
         if served.layout.num_drafts:
             found["draft_head"] = _draft_head
     return found
-
-
-Case = Callable[[Run, Served, Draw], Outputs]
 
 
 class LinearLayer:

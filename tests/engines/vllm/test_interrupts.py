@@ -1,4 +1,4 @@
-"""A server that is told to end ends, with all of its processes, also while it loads."""
+"""SIGTERM stops a server and all of its processes, also while it loads."""
 
 import os
 import signal
