@@ -179,10 +179,14 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     """A row of an engine's table of patches fits the host's source."""
     assert SpecifierSet(entry.versions).contains(sources.version, prereleases=True)
     *path, name = entry.target.split(".")
-    inside = [n for n in range(1, len(path) + 1) if sources.has("/".join(path[1:n]) + ".py")]
-    file = "/".join(path[1 : inside[-1]]) + ".py"
+    inside, file = [
+        (n, file)
+        for n in range(1, len(path) + 1)
+        for ending in (".py", "/__init__.py")
+        if sources.has(file := "/".join(path[1:n]) + ending)
+    ][-1]
     owner: ast.AST = sources.tree(file)
-    for part in path[inside[-1] :]:
+    for part in path[inside:]:
         owner = definition(owner, part)
     if isinstance(entry, Patch) and isinstance(owner, ast.Module):
         owner = defining(sources, file, name)

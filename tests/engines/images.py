@@ -2,9 +2,13 @@
 
 import base64
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
+import openai
+import pytest
 import torch
 from PIL import Image
 
@@ -15,6 +19,44 @@ from vision import PLACE, VIDEO_PLACE, VisionReference, as_url, random_image, ra
 
 TOKENS = 16
 QUESTION = " import os"
+
+
+def _url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _header_only(width: int, height: int) -> bytes:
+    """A PNG that says how large it is, and has no pixels."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+# None can be read.
+HOSTILE = {
+    "no image": _url(b"no image"),
+    "nothing": _url(b""),
+    "no base64": "data:image/png;base64,$$$",
+    "no scheme": "image",
+    "a file": "file:///etc/passwd",
+    "nobody listens": "http://127.0.0.1:1/image.png",
+    "3,600 million pixels": _url(_header_only(60_000, 60_000)),
+    "no pixels": _url(_header_only(64, 64)),
+    "one pixel wide": as_url(Image.new("RGB", (1, 5000))),
+    "no video": _url(b"no video", "video/mp4"),
+}
+
+
+def check_hostile_images(server: Server, reference: VisionReference) -> None:
+    """Each is refused, and an honest image is then answered as before."""
+    for name, url in HOSTILE.items():
+        kind = "video_url" if name == "no video" else "image_url"
+        with pytest.raises(openai.APIStatusError):
+            ask_about(server, {"type": kind, kind: {"url": url}})
+        check_an_image_in_a_chat(server, reference)
 
 
 def check_an_image_in_a_chat(server: Server, reference: VisionReference) -> None:

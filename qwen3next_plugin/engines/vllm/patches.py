@@ -1,8 +1,8 @@
 """Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
-registration, by platform; AT_START when our model's flags are complete; WITH_DRAFTS if they ask
-for drafts; WITH_LORA and PAGE_COPIES when our model is built.
+registration, by platform; REQUESTS and AT_START when our model's flags are complete; WITH_DRAFTS
+if they ask for drafts; WITH_LORA and PAGE_COPIES when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -25,7 +25,7 @@ from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
-from qwen3next_plugin.engines.vllm.repairs import adapters, interrupts
+from qwen3next_plugin.engines.vllm.repairs import adapters, grammars, interrupts
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -52,6 +52,7 @@ class CheckFlags(VerifyAndUpdateConfig):
         )
         flags.check(vllm_config)
         flags.complete(vllm_config)
+        apply(REQUESTS)
         if host().version in TRIED:
             apply(AT_START)
         # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
@@ -358,6 +359,17 @@ WITH_LORA: tuple[Entry, ...] = (
     ),
 )
 
+REQUESTS: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.v1.structured_output.backend_guidance.validate_guidance_grammar",
+        parameters=("sampling_params", "tokenizer"),
+        function=grammars.refuse_costly,
+        reason="one JSON schema of a hundred bytes takes all memory in llguidance, and the server "
+        "ends; others block it for minutes",
+        remove_when="llguidance, or vLLM, limits what a schema takes (`compat`)",
+    ),
+)
+
 TRIED = SpecifierSet("==0.32.*")  # with AT_START; vLLM often changes its function
 AT_START: tuple[Entry, ...] = (
     Patch(
@@ -373,6 +385,14 @@ AT_START: tuple[Entry, ...] = (
 )
 
 REPAIRS: tuple[Entry, ...] = (
+    Override(
+        target="vllm.v1.structured_output.StructuredOutputManager.grammar_init",
+        parameters=("self", "request"),
+        file="repairs/backends.py",
+        reason="vLLM compiles all grammars by the backend of the first request with one: after a "
+        "schema that is not xgrammar's, others are errors 500. Ours needs our scheduler, so drafts",
+        remove_when="vLLM takes a backend for each request (`compat`)",
+    ),
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",
         file="repairs/seeded_prompts.py",
@@ -392,7 +412,7 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
-    *(*WITH_LORA, *AT_START, *REPAIRS),
+    *(*WITH_LORA, *REQUESTS, *AT_START, *REPAIRS),
 )
 
 

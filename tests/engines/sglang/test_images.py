@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engines.checks import TOLERANCE
-from engines.images import ask_about, check_an_image_in_a_chat
+from engines.images import ask_about, check_an_image_in_a_chat, check_hostile_images
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
 from qwen3next_plugin.engines.sglang.repairs.requests import VIDEO_DECODERS
@@ -142,6 +142,11 @@ def test_an_image_is_found_in_the_cache(server, expected):
 @with_a_tower
 def test_an_image_in_a_chat(server, case, model):
     check_an_image_in_a_chat(server, model(CASES[case][0]).reference)
+
+
+@pytest.mark.parametrize("case", ["plain"], indirect=True, scope="module")
+def test_hostile_images_do_not_harm_the_server(server, case, model):
+    check_hostile_images(server, model(CASES[case][0]).reference)
 
 
 @pytest.mark.parametrize("case", ["plain"], indirect=True, scope="module")

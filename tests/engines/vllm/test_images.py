@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from engines.checks import TOLERANCE, Output, check_no_farther
-from engines.images import check_a_video_in_a_chat, check_an_image_in_a_chat
+from engines.images import (
+    check_a_video_in_a_chat,
+    check_an_image_in_a_chat,
+    check_hostile_images,
+)
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
@@ -222,6 +226,7 @@ def test_images_and_videos_in_chats(model):
     server = Forked(folder, *flags, *more, *drafts, env={"QWEN3NEXT_DRAFTS": "fixed"}).wait()
     try:
         check_an_image_in_a_chat(server, reference)
+        check_hostile_images(server, reference)
         check_a_video_in_a_chat(server, reference)
         assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
     finally:
