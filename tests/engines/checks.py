@@ -70,8 +70,9 @@ def check_no_farther(
         return torch.cat([(torch.as_tensor(each) - right).abs() for each, right in pairs])
 
     ours, other = distances(found), distances(theirs)
-    # A router that picks another expert makes a few tokens differ much, now here and now there:
-    # the mean is compared token by token against its own spread, the median plainly.
+    # A router that picks another expert makes a few tokens differ much, now here and now there. So
+    # three standard errors of each: by how much a token is farther, and how often one is.
     excess = ours - other
-    assert excess.mean() <= 3 * excess.std() / len(excess) ** 0.5
-    assert ours.median() <= 1.05 * other.median()
+    error = len(excess) ** -0.5
+    assert excess.mean() <= 3 * error * excess.std()
+    assert (excess > 0).double().mean() <= 0.5 + 3 * error * 0.5

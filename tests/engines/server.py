@@ -17,6 +17,9 @@ import pytest
 from engines.process import START_SECONDS, Process, free_port
 
 TIMEOUT_S = 600  # of a request, the connection included
+# Seconds that a server leaves an idle connection open, as long as any test lasts: a client that
+# takes one up just as the server closes it would get no answer.
+KEEP_ALIVE = dict.fromkeys(("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "SGLANG_TIMEOUT_KEEP_ALIVE"), "3600")
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE_PAGES = pytest.mark.skipif(
     not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="no transparent huge pages"
@@ -34,7 +37,7 @@ class Server(ABC):
         self.model = str(model)
         self.address = f"http://{self.host}:{self.port}"
         self.began = time.monotonic()
-        self.process = self.start(self.environment() | (env or {}), *flags)
+        self.process = self.start(self.environment() | KEEP_ALIVE | (env or {}), *flags)
         self.client = openai.OpenAI(**self.openai_options())
 
     def openai_options(self) -> dict[str, Any]:
