@@ -70,9 +70,10 @@ def check_no_farther(
         return torch.cat([(torch.as_tensor(each) - right).abs() for each, right in pairs])
 
     ours, other = distances(found), distances(theirs)
-    # A router that picks another expert makes a few tokens differ much, now here and now there. So
-    # three standard errors of each: by how much a token is farther, and how often one is.
+    # Three standard errors of each: how often a token is farther, and by how much. A router that
+    # picks another expert makes a few tokens differ much, and then their neighbours too, now here
+    # and now there: the means of two right models differ by a tenth.
     excess = ours - other
     error = len(excess) ** -0.5
-    assert excess.mean() <= 3 * error * excess.std()
+    assert excess.mean() <= 3 * error * excess.std() + 0.1 * other.mean()
     assert (excess > 0).double().mean() <= 0.5 + 3 * error * 0.5

@@ -6,6 +6,7 @@ step. vLLM has a setting for the class (`--distributed-executor-backend`).
 """
 
 from concurrent.futures import Future
+from multiprocessing.util import Finalize
 from typing import Any
 
 from vllm import envs
@@ -20,6 +21,16 @@ class Executor(MultiprocExecutor):
     """Runs a step, samples and fetches drafts in one call; in two with grammars."""
 
     drafts: DraftTokenIds | None = None  # of the last step
+
+    def _init_executor(self) -> None:
+        """Start the workers; stop them before multiprocessing waits for them.
+
+        If the engine fails once they run (a full disk for compiled graphs), vLLM leaves them to
+        multiprocessing, which sends SIGTERM once and waits for ever: the worker's handler raises
+        SystemExit, which Python drops in the middle of a weak reference's callback.
+        """
+        Finalize(None, self.shutdown, exitpriority=1)
+        super()._init_executor()
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Run the model, and sample too, unless sampling needs a grammar's mask."""

@@ -1,0 +1,43 @@
+"""Faults of the machine: the server serves all the same."""
+
+import pytest
+
+from checkpoints import SHIPPED
+from engines.clients import PROMPTS, complete
+from engines.faults import NEEDS_NAMESPACES, STATES, where
+from engines.sglang.server import NEXTN, Server
+
+pytestmark = [pytest.mark.serve, pytest.mark.long]
+
+FLAGS = (*NEXTN, "3", "--dtype", "float32", "--max-total-tokens", "8192", "--enable-metrics")
+
+
+class Hindered(Server):
+    """A server that finds /tmp in one of STATES."""
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+        super().__init__(SHIPPED, *FLAGS)
+
+    def command(self, *flags: str) -> list[str]:
+        return where("/tmp", self.state, super().command(*flags))
+
+
+@NEEDS_NAMESPACES
+@pytest.mark.parametrize("state", STATES)
+def test_it_serves_without_a_tmp_to_write_to(state):
+    server = Hindered(state).wait()
+    try:
+        assert complete(server, PROMPTS[0])
+    finally:
+        server.close()
+
+
+def test_two_servers_at_once():
+    servers = [Server(SHIPPED, *FLAGS) for _ in range(2)]
+    try:
+        one, other = (server.wait() for server in servers)
+        assert complete(one, PROMPTS[0]) == complete(other, PROMPTS[0])
+    finally:
+        for server in servers:
+            server.close()

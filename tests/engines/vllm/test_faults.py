@@ -1,0 +1,64 @@
+"""Faults of the machine: the server serves, or ends with one line that names the fault."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from checkpoints import SHIPPED
+from engines.clients import PROMPTS, complete
+from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
+from engines.vllm.server import Server
+
+pytestmark = [pytest.mark.serve, pytest.mark.long]
+
+FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4")
+DRAFTS = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}')
+CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+class Hindered(Server):
+    """A server that finds a folder in one of STATES."""
+
+    def __init__(self, folder: Path, state: str, *flags: str, **options: dict[str, str]) -> None:
+        self.hindrance = str(folder), state
+        super().__init__(SHIPPED, *FLAGS, *DRAFTS, *flags, **options)
+
+    def command(self, *flags: str) -> list[str]:
+        return where(*self.hindrance, super().command(*flags))
+
+
+@NEEDS_NAMESPACES
+@pytest.mark.parametrize("state", STATES)
+def test_it_serves_without_a_tmp_to_write_to(state):
+    server = Hindered(Path("/tmp"), state, "--enforce-eager").wait()
+    try:
+        assert complete(server, PROMPTS[0])
+    finally:
+        server.close()
+
+
+@NEEDS_NAMESPACES
+def test_no_room_for_compiled_graphs(tmp_path):
+    env = dict.fromkeys(CACHES, str(tmp_path))
+    check_ends(Hindered(tmp_path, "full", env=env), "No space left on device")
+
+
+def test_a_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        check_ends(Server(SHIPPED, *FLAGS, "--port", port), "Address already in use")
+
+
+def test_two_servers_at_once():
+    """They start at the same time, answer the same, and count their own tokens only."""
+    servers = [Server(SHIPPED, *FLAGS, *DRAFTS, "--enforce-eager") for _ in range(2)]
+    try:
+        one, other = (server.wait() for server in servers)
+        assert complete(one, PROMPTS[0]) == complete(other, PROMPTS[0])
+        complete(other, PROMPTS[1])
+        name = "vllm:generation_tokens_total"
+        assert 2 * one.metrics()[name] == other.metrics()[name] > 0
+    finally:
+        for server in servers:
+            server.close()
