@@ -7,7 +7,7 @@ from engines.figures import drafts
 from engines.sglang.server import NEXTN, Forked
 from qwen3next_plugin.mtp.metrics import ESTIMATES_EVERY
 
-pytestmark = [pytest.mark.serve, pytest.mark.long]
+pytestmark = pytest.mark.serve
 
 # Hard for the shipped checkpoint too: no text at all.
 PROMPTS = [random_prompt(1 + i % 5, seed=i) for i in range(192)]

@@ -165,7 +165,6 @@ def test_without_the_tower_an_image_is_refused(server, expected):
     check(expected, "text", ask(server, ["text"])[0])
 
 
-@pytest.mark.long
 def test_quantised_as_it_loads(tmp_path):
     folder = write_vision_checkpoint(tmp_path, member=MOE, rounded=True)
     reference = VisionReference(folder)

@@ -147,7 +147,6 @@ def test_adapters_are_loaded_and_unloaded_while_it_serves(served, tmp_path):
     check_greedy(served.models["all"], PROMPTS[:1], [answer])
 
 
-@pytest.mark.long
 def test_a_server_that_begins_without_adapters(tmp_path):
     """It takes one of the ranks that --max-lora-rank allows."""
     model = write_checkpoint(tmp_path / "model")
@@ -167,7 +166,6 @@ def test_a_server_that_begins_without_adapters(tmp_path):
         server.close()
 
 
-@pytest.mark.long
 def test_an_adapters_bits_do_not_depend_on_the_batch(tmp_path):
     """In bf16, beside other requests or alone, and in steps with and without drafts."""
     model = FAMILY[MOE_4].write(tmp_path / "model")

@@ -69,7 +69,6 @@ def test_as_transformers(checkpoint, reference, flags, cached):
         server.close()
 
 
-@pytest.mark.long
 def test_changing_numbers_of_drafts_as_transformers(checkpoint, reference, tmp_path):
     """Our policy behind --speculative-adaptive: it changes lengths while answers are made."""
     config = tmp_path / "adaptive.json"

@@ -57,7 +57,6 @@ def test_batch_is_what_transformers_computes(served):
     assert (sum(answer.accepted for answer in answers) > 0) == (served.drafts > 0)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fault", bad_weights.AS_READ)
 def test_what_is_found_as_weights_load_ends_the_server(tmp_path, fault):
     plain = write_checkpoint(tmp_path / "plain", **bad_weights.PLAIN)

@@ -190,7 +190,6 @@ def test_bf16_is_as_near_as_transformers(model, member):
     )
 
 
-@pytest.mark.long
 def test_videos(model):
     """Several in a batch; drafts follow a video's positions, too."""
     folder, reference, _ = model(DENSE)
@@ -217,7 +216,6 @@ def _metadata(video: Any) -> dict[str, Any]:
     return about(video) | {"video_backend": "opencv", "do_sample_frames": False}
 
 
-@pytest.mark.long
 def test_images_and_videos_in_chats(model):
     folder, reference, _ = model(DENSE)
     flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")

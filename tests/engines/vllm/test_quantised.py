@@ -80,7 +80,6 @@ def test_two_ranks(plain, tmp_path, reference):
     check_greedy(reference(twin), PROMPTS[:3], outputs)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fault", bad_weights.AS_READ)
 def test_what_is_found_as_weights_load_ends_the_engine(tmp_path, fault):
     plain = write_checkpoint(tmp_path / "plain", **bad_weights.PLAIN)

@@ -139,7 +139,6 @@ def test_hostile_requests_are_refused_and_harm_nothing(server, sequential):
     assert complete(server, PROMPTS[0]) == sequential[PROMPTS[0]]
 
 
-@pytest.mark.long
 def test_64_clients_of_all_kinds_do_not_harm_the_server(server, sequential):
     made = soak(server, sequential, clients=64, each=40)
     assert min(made[kind] for kind in ("honest", "hostile", "malformed", "aborted")) > 100
