@@ -1,13 +1,15 @@
-"""Faults of the machine: the server serves all the same."""
+"""Faults of the machine: the server serves, or ends with one line that names the fault."""
+
+import socket
 
 import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
-from engines.faults import NEEDS_NAMESPACES, STATES, where
+from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
 from engines.sglang.server import NEXTN, Server
 
-pytestmark = [pytest.mark.serve, pytest.mark.long]
+pytestmark = pytest.mark.serve
 
 FLAGS = (*NEXTN, "3", "--dtype", "float32", "--max-total-tokens", "8192", "--enable-metrics")
 
@@ -23,6 +25,7 @@ class Hindered(Server):
         return where("/tmp", self.state, super().command(*flags))
 
 
+@pytest.mark.long
 @NEEDS_NAMESPACES
 @pytest.mark.parametrize("state", STATES)
 def test_it_serves_without_a_tmp_to_write_to(state):
@@ -33,6 +36,7 @@ def test_it_serves_without_a_tmp_to_write_to(state):
         server.close()
 
 
+@pytest.mark.long
 def test_two_servers_at_once():
     servers = [Server(SHIPPED, *FLAGS) for _ in range(2)]
     try:
@@ -41,3 +45,10 @@ def test_two_servers_at_once():
     finally:
         for server in servers:
             server.close()
+
+
+def test_a_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        says = f"--port {port}: the server cannot listen on 127.0.0.1 (Address already in use)"
+        check_ends(Server(SHIPPED, *FLAGS, "--port", port), says)
