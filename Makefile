@@ -181,11 +181,14 @@ test-long: test ## the same at full size, the tests marked `long`, and test-whee
 
 # One wheel for every Python and torch that are served. tests/test_packaging.py checks that its tag
 # is true: it loads with any later glibc and C++ library, too.
-TAG   = py3-none-manylinux_2_28_$(shell uname -m)
-BUILD = -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel \
-  -C wheel.tags=$(TAG) --wheel-dir dist .
-wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed
-	rm -rf dist
+# ARCH=aarch64 is compiled by a cross compiler (Debian's g++-aarch64-linux-gnu).
+ARCH  = $(shell uname -m)
+CROSS = SYSTEM_NAME=Linux SYSTEM_PROCESSOR=$(ARCH) CXX_COMPILER=$(ARCH)-linux-gnu-g++
+BUILD = -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel-$(ARCH) \
+  -C wheel.tags=py3-none-manylinux_2_28_$(ARCH) --wheel-dir dist . \
+  $(if $(filter-out $(shell uname -m),$(ARCH)),$(CROSS:%=-C cmake.define.CMAKE_%))
+wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed; ARCH=aarch64
+	rm -f dist/*_$(ARCH).whl
 	$(BIN)/python $(BUILD)
 
 # The wheel in an environment of its own, and its tests in a folder without the sources: what
