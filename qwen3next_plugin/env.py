@@ -29,7 +29,7 @@ VARIABLES: Mapping[str, Variable] = {
         " or the slow PyTorch reference",
     ),
     "QWEN3NEXT_ISA": Variable(
-        ("baseline", "avx2", "avx512", "avx512bf16", "amx"),
+        ("baseline", "avx2", "avx512", "avx512bf16", "amx", "dotprod", "i8mm"),
         None,
         "highest instruction set that the CPU kernels use; unset: the processor's highest",
     ),

@@ -88,6 +88,13 @@ def test_what_is_missing_is_named_in_one_line(machine, env, asked, complaint):
     assert all(complaint in line and APT in line for line in ours)
 
 
+def test_what_test_arm_lacks_is_named_in_one_line(machine):
+    done = machine.run(str(ROOT / "tests" / "arm" / "root.sh"), "make", "root")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("No aarch64-linux-gnu-g++. On Debian: apt install arch-test ")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def pip_finds(tmp_path):
     """Run cpu_torch.py where pip's own index, and the other one, list these builds of torch."""

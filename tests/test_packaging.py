@@ -7,14 +7,14 @@ import sys
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
-from platform import machine
 from shutil import which
 
 import pytest
 
-from qwen3next_plugin.cli.machine import FLAGS
+from qwen3next_plugin.cli.machine import ARM_FLAGS, X86_FLAGS
 
 ROOT = Path(__file__).parents[1]
+PROCESSORS = {62: "x86_64", 183: "aarch64"}  # by their numbers in ELF
 
 
 def python(code: str, **env: str) -> str:
@@ -71,8 +71,12 @@ def test_version_is_one():
     assert distribution("qwen3next-plugin").version == qwen3next_plugin.__version__
 
 
-def library() -> Path:
-    """The native kernels."""
+@pytest.fixture
+def library(tmp_path) -> Path:
+    """The native kernels: those of the wheel WHEEL, else the installed ones."""
+    if "WHEEL" in os.environ:
+        with zipfile.ZipFile(os.environ["WHEEL"]) as archive:
+            return Path(archive.extract("qwen3next_plugin/kernels/_ops.so", tmp_path))
     import qwen3next_plugin.kernels
 
     (found,) = (f for p in qwen3next_plugin.kernels.__path__ for f in Path(p).glob("_ops.so"))
@@ -80,11 +84,11 @@ def library() -> Path:
 
 
 @pytest.mark.skipif(which("nm") is None, reason="no nm, of binutils")
-def test_the_library_exports_nothing_of_ours():
+def test_the_library_exports_nothing_of_ours(library):
     """Another library's symbol of the same name would take the place of an exported one."""
-    nm = ["nm", "-D", "-C", "--defined-only", library()]
+    nm = ["nm", "-D", "-C", "--defined-only", library]
     symbols = subprocess.run(nm, capture_output=True, text=True, check=True).stdout.splitlines()
-    ours = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "native")
+    ours = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "dotprod", "i8mm", "native")
     assert not [line for line in symbols if any(f"{name}::" in line for name in ours)]
 
 
@@ -92,13 +96,15 @@ def test_doctor_knows_every_flag_that_the_kernels_ask_for():
     ops = (ROOT / "kernels" / "native" / "ops.cpp").read_text()
     asked = re.findall(r'cpu_supports\("([^"]+)"\)', ops)
     assert asked
-    assert {re.sub("[-_]", "", flag) for flag in asked} <= {flag.replace("_", "") for flag in FLAGS}
+    known = {flag.replace("_", "") for flag in X86_FLAGS}
+    assert {re.sub("[-_]", "", flag) for flag in asked} <= known
+    assert {flag.lower() for flag in re.findall(r"HWCAP2?_(\w+)", ops)} == set(ARM_FLAGS)
 
 
 @pytest.mark.skipif(which("objdump") is None, reason="no objdump, of binutils")
-def test_the_library_loads_where_manylinux_2_28_wheels_do():
+def test_the_library_loads_where_manylinux_2_28_wheels_do(library):
     """It asks for no later symbols than the policy of that name in PEP 600's list has."""
-    objdump = ["objdump", "-T", library()]
+    objdump = ["objdump", "-T", library]
     table = subprocess.run(objdump, capture_output=True, text=True, check=True).stdout
     asked = {
         (name, *map(int, number.split(".")))
@@ -110,8 +116,9 @@ def test_the_library_loads_where_manylinux_2_28_wheels_do():
 
 
 @pytest.mark.skipif("WHEEL" not in os.environ, reason="WHEEL, a path, is not set")
-def test_wheel_holds_the_package_and_nothing_at_the_top():
-    assert f"-py3-none-manylinux_2_28_{machine()}.whl" in os.environ["WHEEL"]
+def test_wheel_holds_the_package_and_nothing_at_the_top(library):
+    architecture = PROCESSORS[int.from_bytes(library.read_bytes()[18:20], "little")]
+    assert f"-py3-none-manylinux_2_28_{architecture}.whl" in os.environ["WHEEL"]
     with zipfile.ZipFile(os.environ["WHEEL"]) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}

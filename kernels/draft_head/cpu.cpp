@@ -1,6 +1,7 @@
 #include <limits>
 #include <vector>
 
+#include "integers.h"
 #include "ops.h"
 #include "tensor.h"
 
@@ -11,7 +12,6 @@ namespace {
 // accumulators, 4 for weights, 1 for x with AVX-512; 8, 4 and 1 below it, and 1 for products.
 constexpr int kTileTokens = 4;
 constexpr int kTileBatch = kLanes == 16 ? 4 : 2;
-constexpr int64_t kPairs = 2 * kLanes;    // integers in a vector
 constexpr int64_t kBlockBytes = 1 << 16;  // of weights: a block, which all its tiles read from L2
 
 struct Head {
@@ -66,7 +66,8 @@ float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit
 
 // x as integers so small that every sum of products with int8 weights is exact in int32.
 Batch quantised(const Tensor& x) {
-  const int64_t N = x.size(0), D = x.size(1), stride = x.stride(0), width = round_up(D, kPairs);
+  const int64_t N = x.size(0), D = x.size(1), stride = x.stride(0),
+                width = round_up(D, IntegerTerms::kCount);
   const int64_t exact = std::numeric_limits<int32_t>::max() / (128 * std::max<int64_t>(1, D));
   const int64_t limit = std::min<int64_t>(std::numeric_limits<int16_t>::max(), exact);
   Batch batch{std::vector<int16_t>(N * width), std::vector<float>(N), N, width};
@@ -84,23 +85,24 @@ Batch quantised(const Tensor& x) {
 template <int kBatch>
 void tile(int32_t (&sums)[kTileBatch][kTileTokens], const int8_t* const (&weight)[kTileTokens],
           const int16_t* x, int64_t width, int64_t D) {
-  i32v total[kBatch][kTileTokens] = {};
+  using V = IntegerTerms;
+  V::Sum total[kBatch][kTileTokens] = {};
   const auto add = [&](int64_t d, int64_t count) Q3N_INLINE {
-    i16v w[kTileTokens];
+    V::Weight w[kTileTokens];
     repeat<kTileTokens>(kTileTokens,
-                        [&](int64_t r) Q3N_INLINE { w[r] = widen(weight[r] + d, count); });
+                        [&](int64_t r) Q3N_INLINE { w[r] = V::weight(weight[r] + d, count); });
     repeat<kBatch>(kBatch, [&](int64_t n) Q3N_INLINE {
-      const i16v xs = load(x + n * width + d);
-      repeat<kTileTokens>(kTileTokens, [&](int64_t r) Q3N_INLINE {
-        total[n][r] = add_products(xs, w[r], total[n][r]);
-      });
+      const V::Vector xs = V::vector(x + n * width + d);
+      repeat<kTileTokens>(
+          kTileTokens, [&](int64_t r) Q3N_INLINE { total[n][r] = V::add(w[r], xs, total[n][r]); });
     });
   };
   int64_t d = 0;
-  for (; d + kPairs <= D; d += kPairs) add(d, kPairs);
+  for (; d + V::kCount <= D; d += V::kCount) add(d, V::kCount);
   if (d < D) add(d, D - d);
   repeat<kBatch>(kBatch, [&](int64_t n) Q3N_INLINE {
-    repeat<kTileTokens>(kTileTokens, [&](int64_t r) Q3N_INLINE { sums[n][r] = sum(total[n][r]); });
+    repeat<kTileTokens>(kTileTokens,
+                        [&](int64_t r) Q3N_INLINE { sums[n][r] = V::total(total[n][r]); });
   });
 }
 

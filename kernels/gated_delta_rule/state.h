@@ -8,10 +8,10 @@
 namespace Q3N_LEVEL {
 
 // Register budget: kRows x vectors_beside(kRows) accumulators, vectors_beside(kRows) operands and 1
-// broadcast, of 32 registers (16 below AVX-512).
-constexpr int kRows = kLanes == 16 ? 8 : 4;
+// broadcast.
+constexpr int kRows = kRegisters == 32 ? 8 : 4;
 constexpr int vectors_beside(int rows) {
-  return kLanes == 16 ? (rows > 6 ? 2 : rows > 2 ? 4 : 8) : (rows > 2 ? 2 : 4);
+  return kRegisters == 32 ? (rows > 6 ? 2 : rows > 2 ? 4 : 8) : (rows > 2 ? 2 : 4);
 }
 constexpr int64_t kMaxDim = 256;  // of a key head
 constexpr int64_t kBlock =

@@ -1,4 +1,4 @@
-// A = x, converted for products with a packed weight: int16 or fp32.
+// A = x, converted for products with a packed weight: int16 or fp32, or bf16 as it is.
 #pragma once
 
 #include <limits>
@@ -13,7 +13,7 @@ struct Activations {
   int64_t terms, width, block, blocks;  // width: padded with zeros
   std::vector<int32_t> words;
   std::vector<float> scales;  // of each block
-  std::vector<int32_t> sums;  // of each block's integers
+  std::vector<int32_t> sums;  // of each block's integers, or lower bytes: see kInt8Offset
 
   const int32_t* term(int64_t i) const { return words.data() + i * width; }
   const float* scale(int64_t i) const { return scales.data() + i * blocks; }
@@ -62,23 +62,32 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
   return unit;
 }
 
-#if defined(__AVX512VNNI__)
-// Reorders n integers for Bytes: the upper bytes of eight integers, then their lower bytes.
-inline void split(int16_t* x, int64_t n) {
+// Reorders n integers for Bytes, eight at a time.
+inline void split([[maybe_unused]] int16_t* x, [[maybe_unused]] int64_t n,
+                  [[maybe_unused]] Encoding encoding) {
+#if defined(__AVX512VNNI__)  // upper bytes, then lower bytes
+  if (encoding != kInt4) return;
   const __m512i places =
       _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
     const __m512i integers = _mm512_loadu_si512(x + i);
     _mm512_storeu_si512(x + i, _mm512_shuffle_epi8(integers, places));
   }
-}
+#elif defined(__ARM_FEATURE_DOTPROD)  // four upper bytes, their lower bytes, and again
+  constexpr uint8_t kInt4Places[] = {1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14};
+  constexpr uint8_t kInt8Places[] = {1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14};
+  const uint8x16_t places = vld1q_u8(encoding == kInt4 ? kInt4Places : kInt8Places);
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(x + i);
+    vst1q_u8(bytes, vqtbl1q_u8(vld1q_u8(bytes), places));
+  }
 #endif
+}
 
 // For int8 and int4. 15 bits hold a bf16 exactly if it is at least 1/128 of its block's largest;
 // an fp32 becomes two terms of 14 bits, because rounding may carry.
 template <class T>
-void write_integers(Activations& a, const T* x, int64_t K, int64_t m,
-                    [[maybe_unused]] bool as_bytes) {
+void write_integers(Activations& a, const T* x, int64_t K, int64_t m, Encoding encoding) {
   constexpr int kTerms = sizeof(T) == 4 ? 2 : 1, kBits = sizeof(T) == 4 ? 14 : 15;
   alignas(64) float rest[kLargestBlock];
   for (int64_t b = 0; b < a.blocks; ++b) {
@@ -91,9 +100,11 @@ void write_integers(Activations& a, const T* x, int64_t K, int64_t m,
       int16_t* out = reinterpret_cast<int16_t*>(a.words.data() + term * a.width) + b * a.block;
       a.scales[term * a.blocks + b] =
           round_block(rest, out, &a.sums[term * a.blocks + b], a.block, kBits);
-#if defined(__AVX512VNNI__)
-      if (as_bytes) split(out, a.block);
-#endif
+      if (kInt8Offset && encoding == kInt8) {
+        int32_t& sum = a.sums[term * a.blocks + b] = 0;
+        for (int64_t c = 0; c < a.block; ++c) sum += out[c] & 255;
+      }
+      split(out, a.block, encoding);
     }
   }
 }
@@ -108,16 +119,18 @@ void write_floats(Activations& a, const T* x, int64_t K, int64_t m, float scale)
 // Converts x [M, K], tokens `stride` apart, for products with w.
 template <class T>
 Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
-  const bool integers = is_integer(w.encoding);
+  const bool integers = is_integer(w.encoding), pairs = kInPairs<T> && w.encoding == kBf16;
   const float scale = w.encoding == kFp8 ? kFp8Scale : 1.0f;
   const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
-  Activations a{terms, integers ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
+  Activations a{terms, integers || pairs ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
   a.words.resize(M * terms * a.width);
   a.scales.resize(M * terms * a.blocks, scale);
   a.sums.resize(M * terms * a.blocks);
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {
-      write_integers(a, x + m * stride, w.K, m, w.encoding == kInt4);
+      write_integers(a, x + m * stride, w.K, m, w.encoding);
+    } else if (kInPairs<T> && pairs) {
+      std::memcpy(a.words.data() + m * a.width, x + m * stride, w.K * sizeof(T));
     } else {
       write_floats(a, x + m * stride, w.K, m, scale);
     }

@@ -9,9 +9,9 @@
 namespace Q3N_LEVEL {
 
 // A tile is kTileRows rows by kTileTokens vectors x. Registers: 16 accumulators, 4 for rows, 1 for
-// x with AVX-512; 8, 4 and 1 below it.
+// x where there are 32; else 8, 4 and 1.
 constexpr int kTileRows = 4;
-constexpr int kTileTokens = kLanes == 16 ? 4 : 2;
+constexpr int kTileTokens = kRegisters == 32 ? 4 : 2;
 constexpr int kTile = kTileRows * kTileTokens;
 
 // sums[n][r] = row_r . x_n, for N tokens. Prefetches the rows `next`, unless that is null.

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 
+#include "integers.h"
 #include "tensor.h"
 
 namespace Q3N_LEVEL {
@@ -12,6 +13,7 @@ namespace Q3N_LEVEL {
 constexpr int kPanelWidth = 16;               // output channels of a panel
 constexpr int kParts = kPanelWidth / kLanes;  // vectors that hold one number of each channel
 constexpr int64_t kLine = 64;                 // bytes
+typedef uint8_t b8v __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t w16v __attribute__((vector_size(4 * kLanes)));
 
 inline w16v load_words(const uint8_t* p) {
@@ -20,26 +22,28 @@ inline w16v load_words(const uint8_t* p) {
   return v;
 }
 
+// Lines of a format are kUnpacked: from `unpack_lines`; or kReady: they need no unpacking.
+
 // Sums in int32, exact in any order; a word of x is two columns of 16 bits.
 struct Integers {
   using Family = Integers;
-  static constexpr bool kUnpacked = false;
+  static constexpr bool kUnpacked = false, kReady = false;
   static constexpr bool kExact = true;
   static constexpr int64_t kLineBytes = kLine;
   using Value = i16v;
-  using Sum = i32v;
+  using Sum = Products;
   static constexpr int64_t kColumns = 2;  // of a word of x
   static constexpr int kWords = 1;        // of x that one vector of weights takes
   static Value spread(const int32_t* x, int64_t s) { return (i16v)(x[s] + i32v{}); }
   static Sum add(Value w, Value x, Sum c) { return add_products(w, x, c); }
   using Total = i32v;
-  static Total total(Sum s) { return s; }
+  static Total total(Sum s) { return pair_sums(s); }
 };
 
 // Sums in fp32; a word of x is one column.
 struct Floats {
   using Family = Floats;
-  static constexpr bool kUnpacked = false;
+  static constexpr bool kUnpacked = false, kReady = false;
   static constexpr bool kExact = false;
   static constexpr int64_t kLineBytes = kLine;
   using Value = f32v;
@@ -52,12 +56,13 @@ struct Floats {
   static Total total(Sum s) { return s; }
 };
 
-#if defined(__AVX512VNNI__)
-// Sums in int32 of products of bytes, four columns of a channel in each lane: unsigned 7-bit
-// weights with x's upper bytes, and with its lower bytes, ordered by `split`.
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
+// Sums in int32 of products of bytes, four columns of a channel in each lane: weights with x's
+// upper bytes, and with its lower bytes, in the order of `split`. Weights are of 7 bits without a
+// sign, or of 8 with one where the instruction set has i8mm.
 struct Bytes {
   using Family = Bytes;
-  static constexpr bool kUnpacked = false;
+  static constexpr bool kUnpacked = false, kReady = false;
   static constexpr bool kExact = true;
   static constexpr int64_t kLineBytes = kLine;
   using Value = i32v;
@@ -69,16 +74,65 @@ struct Bytes {
   static constexpr int64_t kColumns = 2;
   static constexpr int kWords = 2;
   using Total = i32v;
+  static Total total(Sum s) { return (s.upper << 8) + s.lower; }
+#if defined(__AVX512VNNI__)
   static Pair spread(const int32_t* x, int64_t s) { return {x[s] + i32v{}, x[2 + s] + i32v{}}; }
   static Sum add(Value w, Pair x, Sum c) {
     return {(i32v)_mm512_dpbusd_epi32((__m512i)c.upper, (__m512i)w, (__m512i)x.upper),
             (i32v)_mm512_dpbusd_epi32((__m512i)c.lower, (__m512i)x.lower, (__m512i)w)};
   }
-  static Total total(Sum s) { return (s.upper << 8) + s.lower; }
+#else
+  static int8x8_t spread(const int32_t* x, int64_t s) {
+    return vld1_s8(reinterpret_cast<const int8_t*>(x + 2 * s));
+  }
+  static Sum add(Value w, int8x8_t x, Sum c) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return {add_upper(w, x, c.upper),
+            (i32v)vsudotq_lane_s32((int32x4_t)c.lower, (int8x16_t)w, vreinterpret_u8_s8(x), 1)};
+#else
+    return {add_upper(w, x, c.upper), add_lower(w, x, c.lower)};
+#endif
+  }
+  static i32v add_upper(Value w, int8x8_t x, i32v c) {
+    return (i32v)vdotq_lane_s32((int32x4_t)c, (int8x16_t)w, x, 0);
+  }
+  static i32v add_lower(Value w, int8x8_t x, i32v c) {  // without signs
+    return (i32v)vdotq_lane_u32((uint32x4_t)c, (uint8x16_t)w, vreinterpret_u8_s8(x), 1);
+  }
+#endif
 };
 #endif
 
 // A line unpacks to kLineVectors vectors per part of the channels, each for kWords words of x.
+#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+using SignedBytes = Bytes;
+#else
+// Weights have 8 bits and a sign. Those of products with lower bytes are 128 larger, so that they
+// have none.
+struct SignedBytes : Bytes {
+  using Family = SignedBytes;
+  static Sum add(Value w, int8x8_t x, Sum c) {
+    const Value larger = (Value)veorq_u8((uint8x16_t)w, vdupq_n_u8(128));
+    return {add_upper(w, x, c.upper), add_lower(larger, x, c.lower)};
+  }
+};
+#endif
+
+struct Int8 : SignedBytes {
+  static constexpr int kLineVectors = 2;
+  static constexpr int64_t kLineBytes = kLineVectors * kLine;
+  static void unpack(const uint8_t* lines, int64_t part, Value (&out)[kLineVectors]) {
+    for (int s = 0; s < kLineVectors; ++s) {
+      const auto pairs = [&](int64_t i) {  // columns 2 i and 2 i + 1 of 8 channels
+        return vreinterpretq_s16_u8(vld1q_u8(lines + s * kLine + 32 * i + 16 * (part / 2)));
+      };
+      const int16x8_t first = pairs(0), second = pairs(1);
+      out[s] = (i32v)(part % 2 ? vzip2q_s16(first, second) : vzip1q_s16(first, second));
+    }
+  }
+};
+#else
 struct Int8 : Integers {
   static constexpr int kLineVectors = 2;
   static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
@@ -87,14 +141,15 @@ struct Int8 : Integers {
     }
   }
 };
+#endif
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 struct Int4 : Bytes {
   static constexpr int kLineVectors = 2;
-  static void unpack(const uint8_t* line, int64_t, Value (&out)[kLineVectors]) {
-    const w16v words = load_words(line);
-    out[0] = (i32v)words & 0x0f0f0f0f;
-    out[1] = (i32v)(words >> 4) & 0x0f0f0f0f;
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
+    const b8v bytes = (b8v)load_words(line + 4 * kLanes * part);
+    out[0] = (i32v)bytes & 0x0f0f0f0f;
+    out[1] = (i32v)(bytes >> 4);
   }
 };
 #else
@@ -131,6 +186,38 @@ struct Bf16 : Floats {
   }
 };
 
+// Whether x of type T is multiplied with weights in bf16 as it is.
+template <class T>
+constexpr bool kInPairs = false;
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+inline constexpr bool kInPairs<bf16> = true;
+
+// Weights in bf16 times x in bf16: products are added in pairs, a word of x. Takes two lines.
+struct Bf16Pairs {
+  using Family = Bf16Pairs;
+  static constexpr bool kUnpacked = false, kReady = true;
+  static constexpr bool kExact = false;
+  static constexpr int64_t kLineBytes = 2 * kLine;
+  using Value = i32v;
+  using Sum = f32v;
+  static constexpr int64_t kColumns = 2;
+  static constexpr int kWords = 1;
+  static constexpr int kLineVectors = 2;
+  using Total = f32v;
+  static void unpack(const uint8_t* lines, int64_t part, Value (&out)[kLineVectors]) {
+    std::memcpy(out, lines + 4 * kLanes * part, sizeof *out);
+    std::memcpy(out + 1, lines + kLine + 4 * kLanes * part, sizeof *out);
+  }
+  static Value spread(const int32_t* x, int64_t s) { return x[s] + i32v{}; }
+  static Sum add(Value w, Value x, Sum c) {
+    return Terms<bf16>::add(vreinterpretq_bf16_s32((int32x4_t)w),
+                            vreinterpretq_bf16_s32((int32x4_t)x), c);
+  }
+  static Total total(Sum s) { return s; }
+};
+#endif
+
 // Lines that are already unpacked.
 template <class F>
 struct Unpacked : F {
@@ -156,6 +243,12 @@ constexpr float kFp8Scale = 0x1p60f;
 enum Encoding : int64_t { kInt8, kInt4, kFp8, kBf16 };
 
 constexpr bool is_integer(Encoding encoding) { return encoding == kInt8 || encoding == kInt4; }
+
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int32_t kInt8Offset = 128;  // of SignedBytes
+#else
+constexpr int32_t kInt8Offset = 0;
+#endif
 
 constexpr int64_t kLargestBlock = 512;  // int8 by int16: a longer sum could overflow int32
 
@@ -183,7 +276,7 @@ struct PackedWeight {
         scale_dtype(scale.scalar_type()),
         zeros(zero ? read<uint8_t>(*zero) : nullptr),
         encoding(static_cast<Encoding>(encoding)),
-        offset(encoding == kInt4 ? 8 : 0),
+        offset(encoding == kInt4 ? 8 : kInt8Offset),
         N(N),
         K(K),
         group(group),
@@ -213,9 +306,14 @@ struct PackedWeight {
     return __builtin_convertvector(z, i32v);
   }
 
-  // Calls f with a value of the encoding's type.
-  template <class Call>
+  // Calls f with a value of the type of the encoding, and of x.
+  template <class T, class Call>
   void with_format(Call&& f) const {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    if constexpr (kInPairs<T>) {
+      if (encoding == kBf16) return f(Bf16Pairs{});
+    }
+#endif
     if (encoding == kInt8) return f(Int8{});
     if (encoding == kInt4) return f(Int4{});
     if (encoding == kFp8) return f(Fp8{});

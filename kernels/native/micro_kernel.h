@@ -11,11 +11,10 @@
 namespace Q3N_LEVEL {
 
 // Terms, and panels, of a register tile: accumulators take about half of the registers.
+constexpr bool kNeon = kLanes == 4 && kRegisters == 32;
+constexpr int kMostTerms = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
 template <class F>
-constexpr int kMR = (kLanes == 16  ? 8
-                     : kLanes == 8 ? 4
-                                   : 2) /
-                    (F::kExact ? F::kWords : 2);
+constexpr int kMR = kNeon ? kMostTerms : kMostTerms / (F::kExact ? F::kWords : 2);
 constexpr int kTilePanels = kLanes == 16 ? 2 : 1;
 constexpr int64_t kNR = kTilePanels * kPanelWidth;
 constexpr int64_t kKC = 512;         // columns unpacked at a time: they fit in L1
@@ -28,13 +27,52 @@ using Panels = std::array<int64_t, kTilePanels>;
 // Accumulators per output: even and odd columns separately, to hide the latency of additions. Exact
 // sums have no order, so there several terms hide it.
 template <class F, int T>
-constexpr int kChains = F::kExact && T > 2 ? 1 : 2;
+constexpr int kChains = F::kExact && T > (kNeon ? 1 : 2) ? 1 : 2;
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// From four columns of four channels in each of two vectors to eight of two.
+inline void pair_channels(i32v (&w)[2]) {
+  const int32x4_t first = (int32x4_t)w[0], second = (int32x4_t)w[1];
+  w[0] = (i32v)vzip1q_s32(first, second), w[1] = (i32v)vzip2q_s32(first, second);
+}
+
+// micro_kernel for lines of paired channels: one instruction multiplies eight columns of two of
+// them with two terms.
+template <int T>
+Q3N_INLINE inline void paired_kernel(i32v (&sum)[kParts][T], const uint8_t* line, int64_t lines,
+                                     const int32_t* const (&x)[T]) {
+  int32x4_t upper[kParts][2] = {}, lower[kParts][2] = {};
+  for (int64_t l = 0; l < lines; ++l, line += 2 * kLine) {
+    const int32x4_t first = vld1q_s32(x[0] + 4 * l), second = vld1q_s32(x[T - 1] + 4 * l);
+    const int8x16_t x_upper = vreinterpretq_s8_s32(vuzp1q_s32(first, second));
+    const uint8x16_t x_lower = vreinterpretq_u8_s32(vuzp2q_s32(first, second));
+    repeat<kParts>(kParts, [&](int64_t v) Q3N_INLINE {
+      repeat<2>(2, [&](int64_t half) Q3N_INLINE {
+        const int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(line + half * kLine + 4 * kLanes * v));
+        upper[v][half] = vmmlaq_s32(upper[v][half], x_upper, w);
+        lower[v][half] = vusmmlaq_s32(lower[v][half], x_lower, w);
+      });
+    });
+  }
+  repeat<kParts>(kParts, [&](int64_t v) Q3N_INLINE {
+    int64x2_t total[2];  // of two channels: those of a term, those of the other
+    repeat<2>(2, [&](int64_t half) Q3N_INLINE {
+      total[half] = (int64x2_t)vaddq_s32(vshlq_n_s32(upper[v][half], 8), lower[v][half]);
+    });
+    sum[v][0] = (i32v)vzip1q_s64(total[0], total[1]);
+    if constexpr (T == 2) sum[v][1] = (i32v)vzip2q_s64(total[0], total[1]);
+  });
+}
+#endif
 
 // sum[v][t] = `lines` lines times the words of x; v: vector of the tile's channels, t: term.
 template <class F, int T>
 Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kParts][T],
                                     const uint8_t* const (&line)[kTilePanels], int64_t lines,
                                     const int32_t* const (&x)[T]) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  if constexpr (F::kUnpacked && F::kExact) return paired_kernel(sum, line[0], lines, x);
+#endif
   constexpr int kVectors = kTilePanels * kParts, kC = kChains<F, T>;
   typename F::Sum chain[kVectors][T][kC] = {};
   for (int64_t l = 0; l < lines; ++l) {
@@ -117,7 +155,10 @@ void unpack_lines(uint8_t* out, const uint8_t* line, int64_t lines) {
   for (int64_t l = 0; l < lines; ++l) {
     for (int64_t part = 0; part < kParts; ++part) {
       typename F::Value values[F::kLineVectors];
-      F::unpack(line + l * kLine, part, values);
+      F::unpack(line + l * F::kLineBytes, part, values);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+      if constexpr (F::kExact) pair_channels(values);
+#endif
       for (int s = 0; s < F::kLineVectors; ++s) {
         std::memcpy(out + (l * F::kLineVectors + s) * kLine + 4 * kLanes * part, values + s,
                     sizeof *values);
@@ -131,14 +172,14 @@ template <class F>
 void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, const Activations& a,
                   const int64_t* terms, int64_t count) {
   std::memset(totals, 0, count * kNR * sizeof *totals);
-  const bool direct = count <= kDirectTiles * kMR<F>;
+  const bool direct = F::kReady || count <= kDirectTiles * kMR<F>;
   const int64_t chunk = direct ? w.blocks : kKC / w.block;
   alignas(64) thread_local uint8_t unpacked[kTilePanels][kKC / F::kColumns * kLine];
   for (int64_t first = 0; first < w.blocks; first += chunk) {
     const int64_t last = std::min(first + chunk, w.blocks);
     const uint8_t* lines[kTilePanels];
     for (int p = 0; p < kTilePanels; ++p) {
-      lines[p] = w.panel(panels[p]) + first * (w.block / kLineColumns<F>)*kLine;
+      lines[p] = w.panel(panels[p]) + first * (w.block / kLineColumns<F>)*F::kLineBytes;
       if (direct) continue;
       unpack_lines<F>(unpacked[p], lines[p], (last - first) * w.block / kLineColumns<F>);
       lines[p] = unpacked[p];

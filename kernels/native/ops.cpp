@@ -4,9 +4,12 @@
 #include "ops.h"
 // clang-format on
 
-#if defined(__linux__)
+#if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 #include <atomic>
@@ -15,6 +18,13 @@
 #include <vector>
 
 #include "step.h"
+
+#if defined(__GLIBCXX__)
+// What <iostream> calls as of GCC 13, so that std::cout is ready, which nothing here writes to.
+// Without this one the library would not load with an older C++ library.
+extern "C" void ios_base_library_init() asm("_ZSt21ios_base_library_initv");
+void ios_base_library_init() {}
+#endif
 
 #if defined(__GLIBC__)
 // Whether the process has one thread, as glibc tells the C++ library's reference counts since 2.32.
@@ -46,6 +56,13 @@ const Level level = [] {
   return level;
 }();
 }  // namespace amx
+#elif defined(__aarch64__)
+namespace dotprod {
+extern const Level level;
+}
+namespace i8mm {
+extern const Level level;
+}
 #endif
 
 namespace {
@@ -79,6 +96,12 @@ std::vector<const Level*> available() {
           levels.push_back(&amx::level);
       }
     }
+  }
+#elif defined(__aarch64__)
+  constexpr auto kI8mm = HWCAP2_I8MM | HWCAP2_BF16;
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+    levels.push_back(&dotprod::level);
+    if ((getauxval(AT_HWCAP2) & kI8mm) == kI8mm) levels.push_back(&i8mm::level);
   }
 #endif
   return levels;

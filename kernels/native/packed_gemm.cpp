@@ -65,7 +65,7 @@ void PackedGemm<T>::multiply(float* totals, std::span<const Panels> tiles, const
   }
 #endif
   const int64_t* a = x.terms.data() + begin * terms;
-  w_.with_format([&]<class F>(F) {
+  w_.template with_format<T>([&]<class F>(F) {
     for (size_t q = 0; q < tiles.size(); ++q) {
       macro_kernel<F>(totals + q * count * terms * kNR, w_, tiles[q], activations_, a,
                       count * terms);

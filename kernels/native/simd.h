@@ -1,6 +1,6 @@
-// Vectors of floats at the instruction set that this file is compiled for. Intrinsics are here and
-// in microkernels only. Everything is in namespace Q3N_LEVEL, one for each instruction set, so that
-// the linker never merges inline functions of two of them.
+// Vectors of floats at the instruction set that this file is compiled for. Intrinsics are here, in
+// integers.h and in microkernels only. Everything is in namespace Q3N_LEVEL, one for each
+// instruction set, so that the linker never merges inline functions of two of them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -28,6 +28,11 @@ constexpr int kLanes = 16;
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;  // vectors, for the sizes of register tiles
+#else
+constexpr int kRegisters = 16;
 #endif
 
 typedef float f32v __attribute__((vector_size(4 * kLanes)));
@@ -128,6 +133,8 @@ inline f32v load(const bf16* p) {
 #elif defined(__AVX2__)
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#elif defined(__aarch64__)
+  return (f32v)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16);
 #else
   u16v bits;
   std::memcpy(&bits, p, sizeof bits);
@@ -140,6 +147,8 @@ inline f32v load(const fp16* p) {
   return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (f32v)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (f32v)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
 #else
   f32v v;
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
@@ -161,6 +170,8 @@ inline void store(bf16* p, f32v v) {
   const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
 #elif defined(__AVX512F__)
   const __m256i bits = _mm512_cvtepi32_epi16((__m512i)(round_to_bf16(v) >> 16));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const bfloat16x4_t bits = vcvt_bf16_f32((float32x4_t)v);
 #else
   const u16v bits = __builtin_convertvector(round_to_bf16(v) >> 16, u16v);
 #endif
@@ -172,6 +183,8 @@ inline void store(fp16* p, f32v v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
+#elif defined(__aarch64__)
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = fp16(v[i]);
 #endif
@@ -329,76 +342,24 @@ struct Terms<bf16> {  // adds products in pairs
     return (f32v)_mm512_dpbf16_ps((__m512)c, a, b);
   }
 };
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Terms<bf16> {  // adds products in pairs
+  using type = bfloat16x8_t;
+  static constexpr int64_t kCount = 2 * kLanes;
+  static type load(const bf16* p) { return vld1q_bf16(reinterpret_cast<const bfloat16_t*>(p)); }
+  static type load(const bf16* p, int64_t n) {
+    bf16 padded[kCount] = {};
+    std::memcpy(padded, p, n * sizeof *p);
+    return load(padded);
+  }
+  static f32v add(type a, type b, f32v c) { return (f32v)vbfdotq_f32((float32x4_t)c, a, b); }
+};
 #endif
-
-// Stores integers whose absolute value is below 2^15.
-inline void store(int16_t* p, i32v v) {
-  typedef int16_t i16h __attribute__((vector_size(2 * kLanes)));
-  const i16h narrow = __builtin_convertvector(v, i16h);
-  std::memcpy(p, &narrow, sizeof narrow);
-}
-
-inline i16v load(const int16_t* p) {
-  i16v v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // Prefetches n bytes into the second-level cache.
 inline void prefetch(const void* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
-}
-
-// 2 kLanes bytes as 16-bit integers.
-inline i16v widen(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (i16v)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return (i16v)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif defined(__x86_64__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return (i16v)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-#else
-  typedef int8_t i8v __attribute__((vector_size(2 * kLanes)));
-  i8v bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, i16v);
-#endif
-}
-
-// The masked tail: n bytes, zeros beyond.
-inline i16v widen(const int8_t* p, int64_t n) {
-  if (n == 2 * kLanes) return widen(p);
-  int8_t padded[2 * kLanes] = {};
-  std::memcpy(padded, p, n);
-  return widen(padded);
-}
-
-// c + the sums of a * b over pairs of adjacent lanes.
-inline i32v add_products(i16v a, i16v b, i32v c) {
-#if defined(__AVX512VNNI__)
-  return (i32v)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512F__)
-  return c + (i32v)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return c + (i32v)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
-  return c + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  const i32v a2 = (i32v)a,
-             b2 = (i32v)b;  // two 16-bit integers in each; << keeps the lower, >> the upper
-  return c + (a2 << 16 >> 16) * (b2 << 16 >> 16) + (a2 >> 16) * (b2 >> 16);
-#endif
-}
-
-inline int32_t sum(i32v v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)v);
-#else
-  int32_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-#endif
 }
 
 }  // namespace Q3N_LEVEL

@@ -11,7 +11,7 @@ template <class T>
 constexpr int64_t kMaxRow = std::max<int64_t>(kMaxDim, 1024 / sizeof(T));
 constexpr int64_t kColumns = 2 * kLanes;  // columns of a tile
 constexpr int kWeighed =
-    kLanes == 16 ? 8 : 4;  // partials of a tile: 16 accumulators; below AVX-512 8
+    kRegisters == 32 ? 8 : 4;  // partials of a tile: 16 accumulators, or 8 of 16 registers
 
 // One step of a weighted sum: how many positions it takes, and how it loads weights and values.
 template <class T>
@@ -59,6 +59,27 @@ struct Values<bf16> {  // positions in pairs; columns stay in the order that unp
     v[1] = __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29,
                                    30, 31);
   }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Values<bf16> {  // positions in pairs
+  using Weight = bf16;
+  using type = bfloat16x8_t;
+  static constexpr int64_t kCount = 2;
+  template <class... Count>
+  static void load(const bf16* const* rows, int64_t c, type (&v)[2], Count... n) {
+    const uint16x8_t even = vreinterpretq_u16_bf16(Terms<bf16>::load(rows[0] + c, n...));
+    const uint16x8_t odd = vreinterpretq_u16_bf16(Terms<bf16>::load(rows[1] + c, n...));
+    v[0] = vreinterpretq_bf16_u16(vzip1q_u16(even, odd));
+    v[1] = vreinterpretq_bf16_u16(vzip2q_u16(even, odd));
+  }
+  static type weight(const bf16* w) {
+    uint32_t pair;
+    std::memcpy(&pair, w, sizeof pair);
+    return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  }
+  static f32v add(type w, type v, f32v sum) { return Terms<bf16>::add(w, v, sum); }
+  static void in_order(f32v (&)[2]) {}
 };
 #endif
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 from qwen3next_plugin.engines.cores import quota
 
-FLAGS = (  # the names in /proc/cpuinfo of what kernels/native/ops.cpp checks
+# The names in /proc/cpuinfo of what kernels/native/ops.cpp checks.
+X86_FLAGS = (
     "avx2", "fma", "f16c",
     "avx512f", "avx512bw", "avx512vl", "avx512dq",
     "avx512_bf16", "avx512_vnni",
     "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8",
 )  # fmt: skip
+ARM_FLAGS = ("asimddp", "i8mm", "bf16")
+FLAGS = ARM_FLAGS if platform.machine() == "aarch64" else X86_FLAGS
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

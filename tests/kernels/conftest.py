@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from platform import machine
 
 sys.path.insert(0, str(Path(__file__).parent))  # for state_pages, under --import-mode=importlib
 
@@ -12,7 +13,8 @@ import torch
 
 from qwen3next_plugin.kernels import native
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+OF_X86, OF_ARM = ("avx2", "avx512", "avx512bf16", "amx"), ("dotprod", "i8mm")
+LEVELS = ("baseline", *(OF_ARM if machine() == "aarch64" else OF_X86))
 OF_AMX = ("test_linear", "test_packed_moe", "test_paged_attention")
 
 
