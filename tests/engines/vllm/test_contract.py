@@ -71,6 +71,8 @@ OVERRIDDEN = {
     "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
     "v1/executor/multiproc_executor.py": {
         "MultiprocExecutor": {
+            "_init_executor": ["self"],
+            "shutdown": ["self"],
             "execute_model": ["self", "scheduler_output", "non_block"],
             "sample_tokens": ["self", "grammar_output", "non_block"],
             "take_draft_token_ids": ["self"],

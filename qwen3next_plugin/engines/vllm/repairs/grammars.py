@@ -26,12 +26,11 @@ def refuse_costly(host: Callable[..., None], params: Any, tokenizer: Any = None)
         VLLMValidationError: the grammar exceeds a limit.
     """
     from vllm.exceptions import VLLMValidationError
-    from vllm.v1.structured_output import backend_guidance as guidance
+    from vllm.v1.structured_output.backend_guidance import serialize_guidance_grammar
+    from vllm.v1.structured_output.request import get_structured_output_key
 
-    outputs = params.structured_outputs
     try:
-        key = guidance.get_structured_output_key(outputs)
-        grammar = guidance.serialize_guidance_grammar(*key)
+        grammar = serialize_guidance_grammar(*get_structured_output_key(params.structured_outputs))
     except (AttributeError, ValueError, KeyError, TypeError):  # the host says what is wrong
         return host(params, tokenizer)
     if not _is_cheap(grammar):
@@ -42,7 +41,7 @@ def refuse_costly(host: Callable[..., None], params: Any, tokenizer: Any = None)
     return host(params, tokenizer)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # it keeps the grammars, and a client may send large ones
 def _is_cheap(grammar: str) -> bool:
     """Whether llguidance reads it within the limits."""
     command = [sys.executable, "-c", CHECK]
