@@ -78,7 +78,7 @@ def int8(rows: int, columns: int) -> PackedWeight:
 
 
 def int4(rows: int, columns: int) -> PackedWeight:
-    values = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+    values = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
     return pack_int4(values, torch.full((rows, columns // 128), 5e-3, dtype=DTYPE))
 
 

@@ -22,6 +22,7 @@ from qwen3next_plugin.kernels.linear import (
     pack_int8,
     unpack,
 )
+from qwen3next_plugin.model.quantisation.format import joined
 
 N, K, DTYPE = 8192, 2048, torch.bfloat16
 LAYERS = 4  # weights that calls walk over
@@ -84,7 +85,7 @@ def int4() -> tuple[PackedWeight, Call]:
     scale = (torch.rand(N, K // GROUP) * 0.01 + 0.01).to(DTYPE)
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
     scales = torch.stack([scale.T, torch.zeros_like(scale.T)], -1).contiguous()
-    return pack_int4(values, scale), lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
+    return pack_int4(joined(values), scale), lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
         x, theirs, GROUP, scales
     )
 

@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qwen3next_plugin import env
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.linear import reference
 from qwen3next_plugin.kernels.linear.packed_weight import (
+    BITS,
     BLOCK,
+    ENCODINGS,
     PANEL,
     SCALES,
     Encoding,
@@ -25,35 +30,27 @@ def pack_int8(values: Tensor, scale: Tensor) -> PackedWeight:
         finite.
     """
     _check_values("pack_int8", values, torch.int8)
-    group = _group("pack_int8", values, scale)
-    pairs = _columns_in(values, group).unflatten(-1, (-1, 2))  # [..., panels, 16, K / 2, 2]
-    return _weight("int8", values, group, pairs.transpose(-3, -2), scale, None)
+    return _weight("int8", values, _group("pack_int8", values.shape, scale), scale, None)
 
 
 def pack_int4(values: Tensor, scale: Tensor, zero: Tensor | None = None) -> PackedWeight:
     """int4, values and zero points 0 to 15, one scale for each output channel or group.
 
-    Shapes: values [..., N, K] uint8; scale, zero [..., N, 1] or [..., N, K / group]. `zero` is
-        uint8; None: 8.
+    Shapes: values [..., N, K / 2] uint8, two columns a byte, the lower nibble first; scale, zero
+        [..., N, 1] or [..., N, K / group]. `zero` is uint8; None: 8.
 
-    Raises: as `pack_int8`; ValueError for a value or zero point above 15.
+    Raises: as `pack_int8`; ValueError for a zero point above 15.
     """
     op = "pack_int4"
     _check_values(op, values, torch.uint8)
-    group = _group(op, values, scale)
-    for name, x in (("values", values), ("zero", zero)):
-        if x is not None and x.numel() and int(x.max()) > 15:
-            raise ValueError(f"{op}: {name} has {int(x.max())}; 4 bits hold 0 to 15")
+    group = _group(op, _shape("int4", values), scale)
+    if zero is not None and zero.numel() and int(zero.max()) > 15:
+        raise ValueError(f"{op}: zero has {int(zero.max())}; 4 bits hold 0 to 15")
     if zero is not None and (zero.dtype != torch.uint8 or zero.shape != scale.shape):
         raise ValueError(
             f"{op}: zero is {zero.dtype} {tuple(zero.shape)}, not torch.uint8 {tuple(scale.shape)}"
         )
-    n = _columns_in(values, group).unflatten(-1, (-1, 2, 2, 2))  # [..., K / 8, words' bytes, 2, 2]
-    octets = (
-        n[..., 0, :] | n[..., 1, :] << 4
-    )  # [..., panels, 16, K / 8, byte of a word, column % 2]
-    lines = octets.transpose(-1, -2).movedim(-4, -3)  # [..., panels, K / 8, 16, 2, bytes]
-    return _weight("int4", values, group, lines, scale, zero)
+    return _weight("int4", values, group, scale, zero)
 
 
 def pack_fp8(values: Tensor, scale: Tensor) -> PackedWeight:
@@ -68,9 +65,6 @@ def pack_fp8(values: Tensor, scale: Tensor) -> PackedWeight:
     _check_values(op, values, torch.float8_e4m3fn)
     *lead, N, K = values.shape
     blocks = (*lead, -(-N // BLOCK), -(-K // BLOCK))
-    codes = values.view(torch.uint8)
-    if ((codes & 127) == 127).any():
-        raise ValueError(f"{op}: values has NaN")
     if scale.shape == blocks:
         scale, group = scale.repeat_interleave(BLOCK, -2)[..., :N, :], BLOCK
     elif scale.shape in ((*lead, N, blocks[-1]), (*lead, N, 1)):
@@ -80,11 +74,7 @@ def pack_fp8(values: Tensor, scale: Tensor) -> PackedWeight:
             f"{op}: scale has shape {tuple(scale.shape)}, not {blocks}, {(*lead, N, blocks[-1])} or"
             f" {(*lead, N, 1)}"
         )
-    quads = _columns_in(codes, group).unflatten(
-        -1, (-1, 2, 2)
-    )  # [..., 16, K / 4, byte, column % 2]
-    lines = quads.transpose(-1, -2).movedim(-4, -3)  # [..., panels, K / 4, 16, 2, bytes]
-    return _weight("fp8", values, group, lines, scale, None)
+    return _weight("fp8", values, group, scale, None)
 
 
 def pack_bf16(values: Tensor) -> PackedWeight:
@@ -95,9 +85,7 @@ def pack_bf16(values: Tensor) -> PackedWeight:
     Raises: ValueError for a dtype or a shape.
     """
     _check_values("pack_bf16", values, torch.bfloat16)
-    pairs = _columns_in(values, 0).unflatten(-1, (-1, 2))  # [..., panels, 16, K / 2, 2]
-    none = values.new_empty(*values.shape[:-1], 0)
-    return _weight("bf16", values, 0, pairs.transpose(-3, -2), none, None)
+    return _weight("bf16", values, 0, values.new_empty(*values.shape[:-1], 0), None)
 
 
 def _check_values(op: str, values: Tensor, dtype: torch.dtype) -> None:
@@ -107,9 +95,15 @@ def _check_values(op: str, values: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _group(op: str, values: Tensor, scale: Tensor) -> int:
+def _shape(encoding: Encoding, values: Tensor) -> tuple[int, ...]:
+    """(N, K) or (E, N, K) of values as a checkpoint has them."""
+    *lead, width = values.shape
+    return (*lead, 2 * width if encoding == "int4" else width)
+
+
+def _group(op: str, shape: tuple[int, ...], scale: Tensor) -> int:
     """Columns that share a scale; 0: all."""
-    *lead, N, K = values.shape
+    *lead, N, K = shape
     if scale.shape[:-1] != (*lead, N):
         raise ValueError(
             f"{op}: scale has shape {tuple(scale.shape)}, not {(*lead, N, 'groups')} as values"
@@ -124,35 +118,36 @@ def _group(op: str, values: Tensor, scale: Tensor) -> int:
     return K // groups
 
 
-def _columns_in(values: Tensor, group: int) -> Tensor:
-    """Values padded to whole groups and panels: [..., panels, 16, K]."""
-    N, K = values.shape[-2:]
-    padded = pad(values, (0, -K % (group or BLOCK), 0, -N % PANEL))
-    return padded.unflatten(-2, (-1, PANEL))
-
-
 def _weight(
-    encoding: Encoding,
-    values: Tensor,
-    group: int,
-    lines: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
+    encoding: Encoding, values: Tensor, group: int, scale: Tensor, zero: Tensor | None
 ) -> PackedWeight:
-    op = f"pack_{encoding}"
+    op, shape = f"pack_{encoding}", _shape(encoding, values)
     if scale.dtype not in SCALES:
         raise ValueError(f"{op}: scale is {scale.dtype}, not one of {SCALES}")
     if not scale.isfinite().all():
         raise ValueError(f"{op}: scale is not finite")
-    lead = values.dim() - 2
+    width = values.shape[-1] * values.itemsize
+    rows = values.contiguous().flatten().view(torch.uint8).view(*values.shape[:-1], width)
+    padded = shape[-1] + -shape[-1] % (group or BLOCK)
     return PackedWeight(
         encoding=encoding,
-        shape=tuple(values.shape),
+        shape=shape,
         group=group,
-        packed=lines.contiguous().view(torch.uint8).flatten(lead + 1),
+        packed=_panels(rows, encoding, padded * BITS[encoding] // 8),
         scale=_lanes(scale),
         zero=None if zero is None else _lanes(zero),
     )
+
+
+def _panels(rows: Tensor, encoding: Encoding, line: int) -> Tensor:
+    """`PackedWeight.packed`. Shapes: rows [..., N, bytes]; line: bytes of a padded row."""
+    if env.kernels() == "reference" or rows.device.type != "cpu":
+        return reference.panels(rows, encoding, line)
+    native.load()
+    *lead, N, width = rows.shape
+    matrices = rows.view(lead[0] if lead else 1, N, width)
+    packed = torch.ops.qwen3next.pack_panels(matrices, ENCODINGS.index(encoding), line)
+    return packed if lead else packed[0]
 
 
 def _lanes(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def calls():
         "seq_lens": torch.tensor([4]), "scale": 0.2,
     }  # fmt: skip
     nibbles = torch.randint(0, 16, (32, 32), dtype=torch.uint8)
-    int4 = pack_int4(nibbles, torch.rand(32, 1), nibbles[:, :1])
+    int4 = pack_int4(nibbles[:, ::2], torch.rand(32, 1), nibbles[:, :1])
     int8 = pack_int8(nibbles[:, :16].view(torch.int8), torch.rand(32, 1))
     return {
         "linear": (linear, {"x": torch.randn(3, 32), "weight": int4}),

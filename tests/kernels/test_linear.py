@@ -19,6 +19,7 @@ from qwen3next_plugin.kernels.linear import (
     stack,
     unpack,
 )
+from qwen3next_plugin.model.quantisation.format import joined
 from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,9 +45,10 @@ def kind(request):
 
 
 def columns(kind, K):
-    """K, or the next multiple of the group where that must divide it."""
+    """K, or the next multiple of the group where that must divide it, of 2 in int4."""
     encoding, group, *_ = KINDS[kind]
-    return K if encoding in ("fp8", "bf16") else -(-K // (group or 1)) * (group or 1)
+    unit = {"int8": group or 1, "int4": group or 2}.get(encoding, 1)
+    return -(-K // unit) * unit
 
 
 def checkpoint(kind, *shape):
@@ -70,11 +72,12 @@ def checkpoint(kind, *shape):
         values = values.view(torch.int8)
         return {"values": values, "scale": scale}, values.float() * widened(scale, group, K)
     values = values & 15
+    stored = {"values": joined(values), "scale": scale}
     if not zeros:
-        return {"values": values, "scale": scale}, (values.float() - 8) * widened(scale, group, K)
+        return stored, (values.float() - 8) * widened(scale, group, K)
     zero = torch.randint(0, 16, scale.shape, dtype=torch.uint8)
     w = (values.float() - widened(zero, group, K)) * widened(scale, group, K)
-    return {"values": values, "scale": scale, "zero": zero}, w
+    return stored | {"zero": zero}, w
 
 
 def widened(x, group, K):
@@ -97,6 +100,15 @@ def test_unpacks_what_was_packed(kind, shape):
     weight, w = packed(kind, *shape)
     assert weight.shape == shape
     assert torch.equal(unpack(weight), w)
+
+
+def test_native_packing_is_the_reference(native_level, kind, monkeypatch):
+    for shape in ((1, 8), (50, 200), (129, 515), (3, 21, 130), (0, 64)):
+        tensors, _ = checkpoint(kind, *shape[:-1], columns(kind, shape[-1]))
+        monkeypatch.setenv("QWEN3NEXT_KERNELS", "auto")
+        packed = pack(kind, tensors)
+        monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+        assert torch.equal(packed.packed, pack(kind, tensors).packed)
 
 
 def test_experts(kind):
@@ -244,10 +256,9 @@ def test_refuses_what_is_no_weight():
         (pack_int8, (values, scale[:, :2]), "2 scales for 96 columns"),
         (pack_int8, (values, scale.double()), r"scale is torch\.float64"),
         (pack_int8, (values, scale / 0), "scale is not finite"),
-        (pack_int4, (nibbles + 16, scale), "values has 16; 4 bits"),
-        (pack_int4, (nibbles, scale, nibbles[:, :3] + 17), "zero has 17; 4 bits"),
-        (pack_int4, (nibbles, scale, nibbles[:, :2]), "zero is .*4, 2"),
-        (pack_fp8, ((nibbles + 127).view(torch.float8_e4m3fn), scale), "values has NaN"),
+        (pack_int4, (nibbles[:, ::2], scale, nibbles[:, :3] + 17), "zero has 17; 4 bits"),
+        (pack_int4, (nibbles[:, ::2], scale, nibbles[:, :2]), "zero is .*4, 2"),
+        (pack_fp8, ((nibbles + 127).view(torch.float8_e4m3fn), scale[:, :1]), "values has NaN"),
         (pack_fp8, (nibbles.view(torch.float8_e4m3fn), scale), "scale has shape"),
         (pack_bf16, (scale,), r"values is torch\.float32"),
     ):

@@ -11,7 +11,12 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.headers import check_files
-from qwen3next_plugin.model.checkpoint.reading import check_scales, checked, require_mtp
+from qwen3next_plugin.model.checkpoint.reading import (
+    check_scales,
+    checked,
+    parameters,
+    require_mtp,
+)
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.linear_attention import shard_channels
 
@@ -41,6 +46,26 @@ def test_names_of_a_rank_are_the_models():
 def test_passes_what_is_expected_in_order():
     given = tensors()
     assert list(checked(given, expected=SHAPES_OF)) == given
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"), [("grouped", {}), ("flat", {"model_type": "qwen3_5_moe_text"})]
+)
+def test_a_layer_is_loaded_once_all_its_tensors_are(layout, changes):
+    config = Qwen3NextConfig.from_hf(BASE | changes)
+    assert config.layout == layout
+    given, taken, done = random_tensors(BASE | changes), [], {}
+    expected = trunk_tensors(config) | mtp_tensors(config)
+
+    def loaded(layer: str) -> None:
+        done[layer] = [*taken]
+
+    for name, _ in parameters(given.items(), config, expected=expected, loaded=loaded):
+        taken.append(name)
+    layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+    assert sorted(done) == sorted([*layers, "mtp.layers.0"])
+    for layer, before in done.items():
+        assert {name for name in taken if name.startswith(f"{layer}.")} <= {*before}
 
 
 def test_ignored_tensors_may_come_and_are_dropped():

@@ -1,7 +1,8 @@
 """A checkpoint's tensors read as our parameters; what does not belong there is refused."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ QUANTISATION_SUFFIXES = (
     *("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight"),
     *("weight_packed", "weight_shape", "weight_zero_point"),
 )
+LAYER = re.compile(r"(model|mtp)\.layers\.\d+(?=\.)")
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
 
@@ -31,6 +33,7 @@ def parameters(
     quantised: bool = False,
     formats: Formats | None = None,
     layout: Layout = "grouped",
+    loaded: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's tensors by our parameters' names, with channels in their order.
 
@@ -39,6 +42,7 @@ def parameters(
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
         formats: ours take them, by channels.
+        loaded: called with a decoder layer's name when its last tensor is loaded.
 
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
@@ -47,7 +51,11 @@ def parameters(
     if formats is not None:
         named, expected = formats.converted(named, ignored), formats.expected(expected)
         quantised = False  # any more
+    else:
+        named = _read_once(named)
     tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
+    if loaded is not None and not quantised:
+        tensors = _by_layer(tensors, expected, loaded)
     return group_projections(tensors, config) if layout == "grouped" else tensors
 
 
@@ -87,12 +95,34 @@ def checked(
             )
         seen.add(weight)
         yield name, tensor
-        give_back(tensor)
     if missing := sorted(expected.keys() - seen):
         raise CheckpointError(
             f"{len(missing)} tensors are missing, the first is {missing[0]}: the checkpoint is "
             f"incomplete; download it again, or check model.safetensors.index.json"
         )
+
+
+def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors that are copied before the next one is asked for."""
+    for name, tensor in tensors:
+        yield name, tensor
+        give_back(tensor)
+
+
+def _by_layer(
+    tensors: Stream, expected: Iterable[str], loaded: Callable[[str], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors; call `loaded` with each decoder layer of which all expected ones are loaded.
+
+    A tensor is when the next one is asked for.
+    """
+    left = Counter(layer[0] for name in expected if (layer := LAYER.match(name)))
+    for name, tensor in tensors:
+        yield name, tensor
+        if layer := LAYER.match(name):
+            left[layer[0]] -= 1
+            if not left[layer[0]]:
+                loaded(layer[0])
 
 
 def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:

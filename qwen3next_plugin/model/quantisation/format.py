@@ -68,12 +68,12 @@ BF16 = Format("bf16", 0, torch.bfloat16)  # of weights that are not quantised
 
 def nibbles(weight: Tensor) -> Tensor:
     """Shapes: weight [N, K/2] uint8, the lower nibble first, returns [N, K]."""
-    return torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)
+    return torch.stack([weight & 15, weight >> 4], dim=-1).flatten(-2)
 
 
 def joined(values: Tensor) -> Tensor:
     """The inverse of `nibbles`."""
-    return values[:, ::2] | values[:, 1::2] << 4
+    return values[..., ::2] | values[..., 1::2] << 4
 
 
 def dequantise(tensors: Tensors, form: Format) -> Tensor:

@@ -20,7 +20,15 @@ from qwen3next_plugin.model.quantisation.packed import Packed, pack
 BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
 
 
-class LinearMethod:
+class Packing:
+    """A method of a layer whose weights can be packed as soon as they are loaded."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Pack them, unless they are packed: engines call this again after all are loaded."""
+        raise NotImplementedError
+
+
+class LinearMethod(Packing):
     """Of a projection, whose name is `module`, in one format."""
 
     def __init__(self, module: str, form: Format) -> None:
@@ -45,14 +53,14 @@ class LinearMethod:
             _register(layer, name, parameter, dims | extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not hasattr(layer, "packed"):  # SGLang may call this twice
+        if not hasattr(layer, "packed"):
             layer.packed = _pack_parameters(layer, self.format)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.packed(x, bias)
 
 
-class ExpertsMethod:
+class ExpertsMethod(Packing):
     """Of experts, in one format each for `w13` and `w2`."""
 
     as_int8 = False  # pack what is in bf16 as int8
@@ -80,7 +88,7 @@ class ExpertsMethod:
                 _register(layer, f"{which}_{name}", parameter, extra_weight_attrs | by_column)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not hasattr(layer, "w2_packed"):  # SGLang may call this twice
+        if not hasattr(layer, "w2_packed"):
             pack_experts(layer, self.formats, as_int8=self.as_int8)
 
     @staticmethod
@@ -93,6 +101,16 @@ class ExpertsMethod:
             topk_weights=topk_weights.float(),
             topk_ids=topk_ids.int(),
         )
+
+
+def pack_loaded(layer: nn.Module) -> None:
+    """Pack a decoder layer, whose weights are loaded.
+
+    An engine would, once all layers are loaded; both copies of all weights might not fit.
+    """
+    for module in layer.modules():
+        if isinstance(method := getattr(module, "quant_method", None), Packing):
+            method.process_weights_after_loading(module)
 
 
 def pack_experts(layer: nn.Module, formats: Mapping[str, Format], *, as_int8: bool) -> None:

@@ -109,6 +109,7 @@ class Formats:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a module's tensors in our format once all of them are read, others as they are.
 
+        Each is to be copied before the next one is asked for.
         Those of modules whose weight is in `ignored` are left out.
         """
         waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -118,6 +119,7 @@ class Formats:
             stored = self.stored.get(module)
             if stored is None or last not in stored.names:
                 yield name, tensor
+                give_back(tensor)
                 continue
             if f"{module}.weight" in ignored:
                 continue

@@ -19,7 +19,7 @@ from qwen3next_plugin.kernels.linear import (
     stack,
 )
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
-from qwen3next_plugin.model.quantisation.format import BF16, Format, nibbles
+from qwen3next_plugin.model.quantisation.format import BF16, Format
 
 
 class Packed(nn.Module):
@@ -101,24 +101,20 @@ def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) 
     Shapes: those of `Format.tensors(N, K)`, or of experts with a leading E
     """
     weight = tensors["weight"]
-    if weight.dim() == 2:
-        return Packed(_pack(tensors, form, as_int8))
-    # Experts one by one: packing takes several times the memory of what is packed.
-    each = ({name: tensor[e] for name, tensor in tensors.items()} for e in range(len(weight)))
-    return Packed(stack((_pack(one, form, as_int8) for one in each), len(weight)))
-
-
-def _pack(tensors: Mapping[str, Tensor], form: Format, as_int8: bool) -> PackedWeight:
-    weight = tensors["weight"]
     if form.encoding == "bf16":
-        if not as_int8:
-            return pack_bf16(weight)
-        values, scale = quantise_channels(weight)
-        return pack_int8(values, scale[:, None])
+        return Packed(_as_int8(weight) if as_int8 else pack_bf16(weight))
     scale = tensors["weight_scale"]
     if form.encoding == "int4":
-        return pack_int4(nibbles(weight), scale, tensors.get("weight_zero"))
-    return (pack_int8 if form.encoding == "int8" else pack_fp8)(weight, scale)
+        return Packed(pack_int4(weight, scale, tensors.get("weight_zero")))
+    return Packed((pack_int8 if form.encoding == "int8" else pack_fp8)(weight, scale))
+
+
+def _as_int8(weight: Tensor) -> PackedWeight:
+    """Experts one by one: quantising takes several times the memory of what is quantised."""
+    if weight.dim() == 3:
+        return stack(map(_as_int8, weight), len(weight))
+    values, scale = quantise_channels(weight)
+    return pack_int8(values, scale[:, None])
 
 
 def pack_plain(weight: Tensor, *, as_int8: bool = False) -> Packed:

@@ -9,7 +9,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels.linear.pack import GROUPS
 from qwen3next_plugin.kernels.linear.packed_weight import Encoding
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
-from qwen3next_plugin.model.quantisation.format import Format, Tensors, joined, nibbles
+from qwen3next_plugin.model.quantisation.format import Format, Tensors, nibbles
 
 FP8_BLOCK = 128  # output channels and columns that share a scale in the FP8 checkpoints of Qwen
 INTEGERS: Mapping[int, Encoding] = {4: "int4", 8: "int8"}  # by their bits
@@ -158,7 +158,7 @@ def _read_packed(module: Module) -> dict[str, Tensor]:
         zero = _unpacked(zero.T.contiguous(), bits)[:, : module.channels].T
     elif zero is not None:
         zero = (zero.short() + (1 << bits - 1)).to(torch.uint8)
-    values = _unpacked(module.tensors["weight_packed"], bits)[:, : module.columns]
+    values = _rows(module.tensors["weight_packed"])[:, : module.columns * bits // 8]
     return _in_our_format(module, bits, values, scale, zero, "weight_g_idx")
 
 
@@ -184,18 +184,24 @@ def _is_awq(module: Module) -> bool:
 
 
 def _read_words(module: Module) -> dict[str, Tensor]:
-    scale = module.tensors["scales"].T
+    scale, words = module.tensors["scales"].T, module.tensors["qweight"]
     if _is_awq(module):
-        bits = 4
-        weight, zero = (
-            _unpacked(module.tensors[name], bits).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T
-            for name in ("qweight", "qzeros")
-        )
+        bits, weight = 4, _read_awq(words)
+        zero = _unpacked(module.tensors["qzeros"], bits).unflatten(1, (-1, 8))[..., AWQ_ORDER]
+        zero = zero.flatten(1).T
     else:
         bits = _bits(module, "qweight", (module.columns, module.channels), dim=0)
-        weight = _unpacked(module.tensors["qweight"].T, bits)
+        weight = _rows(words.T)
         zero = _unpacked(module.tensors["qzeros"], bits).T + module.less & (1 << bits) - 1
     return _in_our_format(module, bits, weight, scale, zero, "g_idx")
+
+
+def _read_awq(words: Tensor) -> Tensor:
+    """Shapes: words [K, N/8] int32, returns [N, K/2] uint8, the lower nibble first."""
+    even, odd = _rows(words).unflatten(0, (-1, 2)).unbind(1)  # [K/2, N/2]
+    lower, upper = even & 15 | odd << 4, even >> 4 | odd & 0xF0
+    nibbles_of_words = torch.stack([lower, upper], -1).unflatten(1, (-1, 4)).flatten(-2)
+    return nibbles_of_words[..., AWQ_ORDER].flatten(1).T  # [K/2, N/8, 8]
 
 
 def _bits(module: Module, name: str, shape: tuple[int, int], *, dim: int) -> int:
@@ -213,18 +219,21 @@ def _bits(module: Module, name: str, shape: tuple[int, int], *, dim: int) -> int
     )
 
 
+def _rows(words: Tensor) -> Tensor:
+    """Shapes: words [R, W] int32, returns [R, 4 W] uint8, the lowest first."""
+    R, W = words.shape
+    return words.contiguous().flatten().view(torch.uint8).view(R, 4 * W)
+
+
 def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Shapes: words [R, W] int32, returns [R, W·32/bits] uint8, the lowest bits first."""
-    values = words.contiguous().flatten().view(torch.uint8).unflatten(0, (len(words), -1))
-    if bits == 8:
-        return values
-    return nibbles(values)
+    return _rows(words) if bits == 8 else nibbles(_rows(words))
 
 
 def _in_our_format(
     module: Module, bits: int, values: Tensor, scale: Tensor, zero: Tensor | None, order: str
 ) -> dict[str, Tensor]:
-    """Shapes: values [N, K] and zero [N, G] unsigned, scale [N, G]."""
+    """Shapes: values [N, K·bits/8] and zero [N, G] unsigned, scale [N, G]."""
     _check_order(module, order, scale.shape[1])
     found = {"weight": values.contiguous(), "weight_scale": scale.contiguous()}
     if bits == 8:
@@ -233,10 +242,8 @@ def _in_our_format(
                 "8-bit values have zero points other than 128", "use symmetric 8-bit weights"
             )
         found["weight"] = (found["weight"] ^ 128).view(torch.int8)
-        return found
-    if zero is not None:
+    elif zero is not None:
         found["weight_zero"] = zero.contiguous()
-    found["weight"] = joined(found["weight"])
     return found
 
 

@@ -231,7 +231,7 @@ def _linear(run: Run, served: Served, draw: Draw) -> Outputs:
     weights = (
         pack_bf16(values),
         pack_int8(draw.integers(-127, 128, N, K, dtype=torch.int8), scale),
-        pack_int4(draw.integers(0, 16, N, K, dtype=torch.uint8), scale),
+        pack_int4(draw.integers(0, 256, N, K // 2, dtype=torch.uint8), scale),
         pack_fp8(values.to(torch.float8_e4m3fn), scale),
     )
     for M in (1, 20):

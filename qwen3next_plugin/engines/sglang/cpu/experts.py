@@ -13,17 +13,22 @@ from torch import nn
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
-from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS, ExpertsMethod, pack_experts
+from qwen3next_plugin.model.quantisation.layers import (
+    BF16_EXPERTS,
+    ExpertsMethod,
+    Packing,
+    pack_experts,
+)
 from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 
-class NativeExperts(UnquantizedFusedMoEMethod):
+class NativeExperts(Packing, UnquantizedFusedMoEMethod):
     """SGLang's unquantised experts; SGLang's AMX kernel stays if it has packed the weights."""
 
     as_int8 = False  # pack what is in bf16 as int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if hasattr(layer, "w2_packed"):  # SGLang may call this twice
+        if hasattr(layer, "w2_packed") or use_intel_amx_backend(layer):
             return
         super().process_weights_after_loading(layer)
         w2 = layer.w2_weight

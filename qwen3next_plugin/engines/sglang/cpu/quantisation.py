@@ -34,7 +34,7 @@ from qwen3next_plugin.engines.sglang.flags import quantization_config
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.model.quantisation.files import read_formats
-from qwen3next_plugin.model.quantisation.layers import LinearMethod, each_layer
+from qwen3next_plugin.model.quantisation.layers import LinearMethod, Packing, each_layer
 from qwen3next_plugin.model.quantisation.modules import ByFiles
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,
@@ -131,12 +131,12 @@ def make_product(weight: torch.Tensor, *, as_int8: bool = False) -> Packed | One
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is not packed yet. SGLang may pack twice."""
+    """Whether a layer is not packed yet."""
     on_cpu = layer.weight.device.type == "cpu"
     return layer.packed is None and on_cpu and not use_intel_amx_backend(layer)
 
 
-class PackedProjection(UnquantizedLinearMethod):
+class PackedProjection(Packing, UnquantizedLinearMethod):
     """SGLang's unquantised projection."""
 
     def __init__(self, *, as_int8: bool) -> None:

@@ -16,7 +16,8 @@ from qwen3next_plugin.engines.sglang.state.pages import page_layout
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
-from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.quantisation.layers import pack_loaded
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.self_check import check_kernels
 
@@ -68,18 +69,35 @@ class OurModel(nn.Module):
             ignored=ignored,
             quantised=self.quantised,
             formats=self.formats,
+            loaded=self._loaded,
         )
+
+    def _loaded(self, layer: str) -> None:
+        """Pack a decoder layer of the trunk. The drafter's has another name here."""
+        if not layer.startswith(MTP):
+            pack_loaded(self.get_submodule(layer))
 
 
 def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load each tensor into its parameter, or into its part of a stacked one."""
-    named: dict[str, Any] = dict(model.named_parameters())  # Any: loaders are attributes
+    named = {name for name, _ in model.named_parameters()}
     loaded: set[str] = set()
+
+    def find(name: str) -> Any:  # loaders are attributes
+        """The parameter of that name, which is not kept: a packed layer drops it."""
+        if name not in named:
+            raise CheckpointError(
+                f"tensor {name}: the config's quantization_config leaves this layer unquantised, "
+                f"and the checkpoint does not"
+            )
+        loaded.add(name)
+        return model.get_parameter(name)
+
     for name, tensor in tensors:
         if expert := EXPERT.search(name):
             holder, which = SHARDS[expert[2]]
             name = EXPERT.sub(f".experts.{holder}", name)
-            parameter = _find(named, name, loaded)
+            parameter = find(name)
             parameter.weight_loader(
                 parameter, tensor, name, shard_id=which, expert_id=int(expert[1])
             )
@@ -87,20 +105,9 @@ def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         part = next((key for key in STACKED_PROJECTIONS if f"{key}." in name), None)
         if part is not None:
             whole, shard = STACKED_PROJECTIONS[part]
-            parameter = _find(named, name.replace(part, whole), loaded)
+            parameter = find(name.replace(part, whole))
             parameter.weight_loader(parameter, tensor, shard)
             continue
-        parameter = _find(named, name, loaded)
+        parameter = find(name)
         getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
     check_scales(named, loaded)
-
-
-def _find(named: Mapping[str, Any], name: str, loaded: set[str]) -> Any:
-    """The parameter of that name; notes it as loaded."""
-    if name not in named:
-        raise CheckpointError(
-            f"tensor {name}: the config's quantization_config leaves this layer unquantised, and "
-            f"the checkpoint does not"
-        )
-    loaded.add(name)
-    return named[name]

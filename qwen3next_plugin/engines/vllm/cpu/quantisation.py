@@ -23,7 +23,12 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
 from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
-from qwen3next_plugin.model.quantisation.layers import ExpertsMethod, LinearMethod, each_layer
+from qwen3next_plugin.model.quantisation.layers import (
+    ExpertsMethod,
+    LinearMethod,
+    Packing,
+    each_layer,
+)
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
 from qwen3next_plugin.model.quantisation.packed import drop_plain, pack_plain, packs_plain
 from qwen3next_plugin.model.quantisation.plain import leave_plain
@@ -132,7 +137,7 @@ class PackedLinear(LinearMethod, LinearMethodBase):
     """A projection of a quantised checkpoint."""
 
 
-class PackedProjection(UnquantizedLinearMethod):
+class PackedProjection(Packing, UnquantizedLinearMethod):
     """vLLM's unquantised projection, with our product."""
 
     def __init__(self, *, as_int8: bool) -> None:
@@ -140,8 +145,9 @@ class PackedProjection(UnquantizedLinearMethod):
         self.as_int8 = as_int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
-        drop_plain(layer)
+        if not hasattr(layer, "packed"):
+            layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
+            drop_plain(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.packed(x, bias)

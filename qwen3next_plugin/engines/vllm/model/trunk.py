@@ -60,6 +60,7 @@ from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.quantisation.layers import pack_loaded
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.self_check import check_kernels
 
@@ -219,6 +220,7 @@ class Qwen3NextForCausalLM(
             quantised=self.quantised,
             formats=self.formats,
             layout=self.layout,
+            loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
         )
         return load(self, tensors, self.layout)
 
