@@ -43,6 +43,11 @@ VARIABLES: Mapping[str, Variable] = {
         None,
         "on a CPU, quantise a checkpoint in 16 or 32 bits as it loads; unset: serve it as it is",
     ),
+    "QWEN3NEXT_HEAD": Variable(
+        ("auto", "plain"),
+        "auto",
+        "on a CPU, the output head of a quantised model: in int8 like the rest, or as it is stored",
+    ),
     "QWEN3NEXT_BATCH_INVARIANT": Variable(
         ("0", "1"),
         "0",
@@ -80,6 +85,11 @@ def drafts() -> str:
 def quantise() -> str | None:
     """The format that weights are quantised to as they load, or None."""
     return _read("QWEN3NEXT_QUANTISE")
+
+
+def head() -> str:
+    """How the output head of a quantised model is served: `auto` (int8) or `plain`."""
+    return _read("QWEN3NEXT_HEAD") or "auto"
 
 
 def batch_invariant() -> bool:

@@ -51,6 +51,7 @@ def quantise(
     if kind in AT_LOAD:
         return plain, {"QWEN3NEXT_QUANTISE": kind}, write_rounded(plain, folder, kind)
     quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
+    round_head(twin)
     return quantised, {}, twin
 
 
@@ -96,6 +97,15 @@ def write_rounded(plain: Path, folder: Path, name: str) -> Path:
             tensors[each] = int8_by_row(weight)[1] if name == "int8" else int4_by_group(weight)
     save_file(tensors, twin / "model.safetensors")
     return twin
+
+
+def round_head(folder: Path) -> None:
+    """Round a checkpoint's output head to int8, in which that of a quantised one is served."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if (head := tensors.get("lm_head.weight")) is not None:
+        tensors["lm_head.weight"] = int8_by_row(head.float())[1]
+        save_file(tensors, file)
 
 
 def round_to_int8(folder: Path) -> None:

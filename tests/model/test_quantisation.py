@@ -24,7 +24,7 @@ from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
 from qwen3next_plugin.model.quantisation.modules import Formats
-from qwen3next_plugin.model.quantisation.packed import pack, pack_head, packs_head
+from qwen3next_plugin.model.quantisation.packed import head_as_int8, pack, pack_plain
 from qwen3next_plugin.model.quantisation.schemes import Module, scheme
 
 
@@ -216,20 +216,21 @@ def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_the_output_head_is_int8(monkeypatch, name):
-    weight = torch.randn(50, 160).bfloat16()
-    plain = pack_head(weight) if packs_head(torch.bfloat16) else None
-    assert plain is None or plain.encoding == "bf16"
-    assert not packs_head(torch.float32)
-    monkeypatch.setenv("QWEN3NEXT_QUANTISE", name)
-    assert packs_head(torch.float32)
-    head = pack_head(weight)
+def test_the_output_head_is_int8(plain, monkeypatch, name):
+    assert not head_as_int8(None)
+    assert head_as_int8(load(plain, name)[0])
+    head = pack_plain(weight := torch.randn(50, 160).bfloat16(), as_int8=True)
     assert head.encoding == "int8"
     shapes = {"model.embed_tokens.weight": (50, 160)}
     assert quantised_bytes(name, shapes) == {"lm_head.weight": 50 * 160 + 50 * 4}
     step = weight.float().abs().amax(1) / 127
     error = (unpack(head.weight) - weight.float()).abs().amax(1)
     assert (error <= 0.51 * step).all()
+    monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
+    formats = load(plain, name)[0]
+    assert not head_as_int8(formats)
+    assert quantised_bytes(name, shapes) == {}
+    assert "; output head, embeddings," in formats.described()
 
 
 def test_what_is_quantised_is_not_quantised_again(plain):

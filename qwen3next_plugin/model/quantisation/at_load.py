@@ -18,7 +18,7 @@ from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
 # Small and sensitive: gates and decays of linear attention, the MTP layer's input.
 KEPT = re.compile(r"(in_proj_(ba|b|a)|\.fc)$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-INT8 = Format("int8", 0, torch.float32)  # also of the head, which `packed.pack_head` quantises
+INT8 = Format("int8", 0, torch.float32)  # also of the head
 SMALLEST = 1e-8  # a scale: of weights that are all zeros
 
 
@@ -33,7 +33,7 @@ def check_at_load(*, on_cpu: bool) -> None:
 def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> Formats:
     """The formats of a plain checkpoint's modules if it is quantised to `int8` or `int4`.
 
-    The output head has none: it loads as it is, and `packed.pack_head` quantises it to int8.
+    The output head has none: it loads as it is, and is packed as int8 (`packed.head_as_int8`).
 
     Args: as of `modules.stored_formats`.
     """
@@ -46,7 +46,7 @@ def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> 
 
 def quantised_bytes(name: str, shapes: Shapes) -> dict[str, int]:
     """Bytes of each weight that is quantised to `int8` or `int4`; a tied head is a copy."""
-    found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])}
+    found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])} if env.head() == "auto" else {}
     for module, form in _chosen(name, shapes):
         found[f"{module.name}.weight"] = form.nbytes(module.channels, module.columns)
     return found
@@ -56,11 +56,12 @@ def _saving(name: str, shapes: Shapes) -> str:
     """The line that an engine logs."""
     found, all_of_them = quantised_bytes(name, shapes), {HEAD: (), **matrices(shapes)}
     before, after = sum(2 * prod(shapes.get(w, (0,))) for w in found), sum(found.values())
-    head = "" if HEAD in shapes else ", a copy of the embeddings"
+    copied = "" if HEAD in shapes else ", a copy of the embeddings"
+    head = f"the output head is int8{copied}; " if HEAD in found else "output head, "
     return (
         f"QWEN3NEXT_QUANTISE={name}: {len(found)} of {len(all_of_them)} matrices take "
-        f"{after / 2**30:.2f} GiB, in bfloat16 {before / 2**30:.2f}; the output head is int8{head};"
-        f" embeddings, routers, in_proj_ba and mtp.fc stay as they are"
+        f"{after / 2**30:.2f} GiB, in bfloat16 {before / 2**30:.2f}; {head}"
+        f"embeddings, routers, in_proj_ba and mtp.fc stay as they are"
     )
 
 

@@ -21,11 +21,10 @@ BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
 
 
 class Packing:
-    """A method of a layer whose weights can be packed as soon as they are loaded."""
+    """Marks a method that packs a layer's weights, also before the engine asks for it.
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack them, unless they are packed: engines call this again after all are loaded."""
-        raise NotImplementedError
+    Its `process_weights_after_loading` leaves packed weights as they are.
+    """
 
 
 class LinearMethod(Packing):
@@ -108,9 +107,10 @@ def pack_loaded(layer: nn.Module) -> None:
 
     An engine would, once all layers are loaded; both copies of all weights might not fit.
     """
+    module: Any
     for module in layer.modules():
-        if isinstance(method := getattr(module, "quant_method", None), Packing):
-            method.process_weights_after_loading(module)
+        if isinstance(getattr(module, "quant_method", None), Packing):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def pack_experts(layer: nn.Module, formats: Mapping[str, Format], *, as_int8: bool) -> None:

@@ -20,6 +20,7 @@ from qwen3next_plugin.kernels.linear import (
 )
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 from qwen3next_plugin.model.quantisation.format import BF16, Format
+from qwen3next_plugin.model.quantisation.modules import Formats
 
 
 class Packed(nn.Module):
@@ -129,11 +130,11 @@ def drop_plain(layer: nn.Module) -> None:
     give_back_freed()
 
 
-def packs_head(dtype: torch.dtype) -> bool:
-    """Whether an output head of this dtype is packed for our kernels, by `pack_head`."""
-    return env.quantise() is not None or packs_plain(dtype)
+def head_as_int8(formats: Formats | None) -> bool:
+    """Whether an output head is packed as int8: where other weights have 4 or 8 bits."""
+    return formats is not None and env.head() == "auto"
 
 
-def pack_head(weight: Tensor) -> Packed:
-    """Pack an output head, in int8 where QWEN3NEXT_QUANTISE asks for int8 or int4."""
-    return pack_plain(weight, as_int8=env.quantise() is not None)
+def packs_head(dtype: torch.dtype, *, as_int8: bool) -> bool:
+    """Whether an output head of this dtype is packed for our kernels."""
+    return as_int8 or packs_plain(dtype)

@@ -15,7 +15,7 @@ from engines.lora import make_adapter, write_adapter
 from engines.process import CPUS
 from engines.sglang.server import NEXTN, Forked
 from family import FAMILY
-from quantised import MIXED, write_quantised
+from quantised import MIXED, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -80,7 +80,7 @@ def served(request, tmp_path_factory) -> Iterator[Served]:
     model = FAMILY[case.member].write(model) if case.member else write_checkpoint(model)
     read = model
     if case.quantised:
-        model, read = write_quantised(model, folder, MIXED)
+        model, _, read = quantise(model, folder, MIXED)
     models = {name: Reference(read) for name in (None, "all", "some")}
     whole = make_adapter(folder / "all", models["all"], case.prefixes)
     some = make_adapter(

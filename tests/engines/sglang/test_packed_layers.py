@@ -74,13 +74,11 @@ def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):
     monkeypatch.setattr(quantisation, "_is_tied", lambda head: False)
     if asked == "invariant":
         monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
-    elif asked == "int8":
-        monkeypatch.setenv("QWEN3NEXT_QUANTISE", asked)
     weight = torch.randn(48, 33, dtype=torch.bfloat16)
     head = nn.Module()
     head.weight = nn.Parameter(weight.clone(), requires_grad=False)
     head.quant_method = UnquantizedEmbeddingMethod()
-    quantisation.use_packing(head, head, head_in_fp32=in_fp32)
+    quantisation.use_packing(head, head, head_in_fp32=in_fp32, head_in_int8=asked == "int8")
     head.quant_method.process_weights_after_loading(head)
     packed = getattr(head, "packed", None)
     assert isinstance(packed, Packed) == (asked != "none")

@@ -11,7 +11,7 @@ from engines.checks import TOKENS, check_greedy
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
-from quantised import AT_LOAD, KINDS, MIXED, quantise, write_quantised
+from quantised import AT_LOAD, KINDS, MIXED, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -71,7 +71,7 @@ def test_with_and_without_drafts(served, drafts):
 @pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
 def test_two_ranks(plain, tmp_path, reference):
     """Few tokens: ranks wait for each other busily, which is slow where they share their cores."""
-    quantised, twin = write_quantised(plain, tmp_path, MIXED)
+    quantised, _, twin = quantise(plain, tmp_path, MIXED)
     engine = Offline(quantised, tensor_parallel_size=2, **FLAGS)
     try:
         outputs = engine.greedy(PROMPTS[:3], 12, **LOGPROBS)

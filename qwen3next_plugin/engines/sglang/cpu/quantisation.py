@@ -39,7 +39,6 @@ from qwen3next_plugin.model.quantisation.modules import ByFiles
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,
     drop_plain,
-    pack_head,
     pack_plain,
     packs_head,
     packs_plain,
@@ -88,6 +87,7 @@ def use_packing(
     head: Any = None,  # a module
     *,
     head_in_fp32: bool = False,
+    head_in_int8: bool = False,
     drafting: nn.Module | None = None,
 ) -> None:
     """On a CPU, make SGLang pack a model's unquantised projections and head after loading."""
@@ -99,8 +99,9 @@ def use_packing(
             _use(PackedProjection(as_int8=as_int8), layer)
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
             # SGLang has the other product in fp32, for methods whose names it knows.
-            if packs_head(layer.weight.dtype) or not head_in_fp32:
-                _use(PackedHead(), layer)
+            ours = packs_head(layer.weight.dtype, as_int8=head_in_int8)
+            if ours or not head_in_fp32:
+                _use(PackedHead(as_int8=head_in_int8), layer)
         elif isinstance(method, UnquantizedFusedMoEMethod):
             method.as_int8 = as_int8
 
@@ -158,13 +159,17 @@ class PackedProjection(Packing, UnquantizedLinearMethod):
 class PackedHead(UnquantizedEmbeddingMethod):
     """SGLang's unquantised head; a plain copy is dropped once drafts have been read from it."""
 
+    def __init__(self, *, as_int8: bool) -> None:
+        super().__init__()
+        self.as_int8 = as_int8
+
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
         if not _is_plain(layer):
             return
         weight = layer.weight.data
-        if packs_head(weight.dtype):
-            layer.packed = pack_head(weight)
+        if packs_head(weight.dtype, as_int8=self.as_int8):
+            layer.packed = pack_plain(weight, as_int8=self.as_int8)
         elif weight.dtype == torch.bfloat16:
             layer.packed = OneDnn(weight)
         if layer.packed is None or _is_tied(layer):

@@ -23,6 +23,7 @@ from qwen3next_plugin.engines.sglang.model.vocabulary import (
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.quantisation.packed import head_as_int8
 
 
 def make_decoder_layer(
@@ -102,7 +103,12 @@ class Qwen3NextForCausalLM(OurModel):
         self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
         self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
-        use_packing(self, self.lm_head, head_in_fp32=self.logits_processor.use_fp32_lm_head)
+        use_packing(
+            self,
+            self.lm_head,
+            head_in_fp32=self.logits_processor.use_fp32_lm_head,
+            head_in_int8=head_as_int8(self.formats),
+        )
 
     @torch.no_grad()
     def forward(

@@ -20,7 +20,14 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.quantisation.packed import Packed, drop_plain, pack_head, packs_head
+from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.quantisation.packed import (
+    Packed,
+    drop_plain,
+    head_as_int8,
+    pack_plain,
+    packs_head,
+)
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
@@ -60,15 +67,15 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
 class PackedHead(UnquantizedEmbeddingMethod):
     """vLLM's unquantised head; the plain weight is kept only if it is the embedding too."""
 
-    def __init__(self, *, tied: bool, drafts: bool) -> None:
-        self.tied, self.drafts = tied, drafts
+    def __init__(self, *, tied: bool, drafts: bool, as_int8: bool) -> None:
+        self.tied, self.drafts, self.as_int8 = tied, drafts, as_int8
 
     def process_weights_after_loading(self, layer: LMHead) -> None:
         if not current_platform.is_cpu():
             return
-        ours = packs_head(layer.weight.dtype)
+        ours = packs_head(layer.weight.dtype, as_int8=self.as_int8)
         if ours:
-            layer.packed = pack_head(layer.weight.data)
+            layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
         if self.drafts:
             layer.make_draft_head(stays=ours or self.tied)
         if not ours:
@@ -105,5 +112,6 @@ def make_lm_head(
         head.quant_method = PackedHead(
             tied=config.tie_word_embeddings,
             drafts=vllm_config.speculative_config is not None,
+            as_int8=head_as_int8(served_formats(vllm_config.quant_config)),
         )
     return head.tie_weights(embedding) if config.tie_word_embeddings else head
