@@ -57,11 +57,14 @@ class SwiGLU(nn.Module):
         self.act_fn = layers.silu_and_mul()
         self.expert_gate = expert_gate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes: x [T, D], returns [T, D]."""
+    def forward(self, x: torch.Tensor, routed: torch.Tensor | None = None) -> torch.Tensor:
+        """With a gate, the routed experts' output is added.
+
+        Shapes: x, routed [T, D], returns [T, D]
+        """
         gate_up, _ = self.gate_up_proj(x)
         out, _ = self.down_proj(self.act_fn(gate_up))
-        return out if self.expert_gate is None else self.expert_gate(x, out)
+        return out if self.expert_gate is None else self.expert_gate(x, out, routed)
 
 
 def route(

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_ep_group, tensor_model_parallel_all_gather
+from vllm.distributed import (
+    get_ep_group,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.experts import Experts
+from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
+from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
 
 
@@ -27,6 +32,10 @@ class SparseMoE(nn.Module):
         parallel_config = vllm_config.parallel_config
         # With tensor, data and expert parallelism at once, a rank routes its share of the tokens.
         self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
+        # No rank has tokens of its own.
+        self.is_alone = not self.is_sequence_parallel and parallel_config.data_parallel_size == 1
+        self.num_ranks = parallel_config.tensor_parallel_size
+        self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.n_routed_experts = config.num_experts
         self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
         self.n_physical_experts = config.num_experts + self.n_redundant_experts
@@ -72,12 +81,29 @@ class SparseMoE(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
+        routed = self.experts.routed_experts
+        if self.is_alone and isinstance(method := routed.quant_method, PackedExperts):
+            return self._run(hidden_states, routed, method)
         x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
         # The experts hold the router: they compute its logits from the hidden states.
         out = self.experts(hidden_states=x, router_logits=x)
         if not self.is_sequence_parallel:
             return out
         return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
+
+    def _run(self, x: torch.Tensor, routed: Any, method: PackedExperts) -> torch.Tensor:
+        """As `self.experts`, without vLLM's code for other kernels and ranks.
+
+        Shapes: x [T, D], returns [T, D]
+        """
+        logits, _ = self.gate(x)
+        topk_weights, topk_ids = router(
+            logits=logits, top_k=self.top_k, renormalise=self.renormalise
+        )
+        out = method.apply(routed, x, topk_weights, topk_ids, None, None)
+        if self.shared_expert is not None:
+            out = self.shared_expert(x, out)
+        return out if self.num_ranks == 1 else tensor_model_parallel_all_reduce(out)
 
 
 def describe_experts(model: Any, layers: Iterable[Any]) -> None:
