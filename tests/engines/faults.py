@@ -1,14 +1,20 @@
-"""Faults of the machine, made for one server: a folder that is full or cannot be written."""
+"""Faults of the machine, made for one server: a full or read-only folder, too little memory."""
 
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
+from benchmarks.sizes import CONFIGS
 from engines.clients import eventually
 from engines.process import START_SECONDS
 from engines.server import Server
+from qwen3next_plugin.engines.cgroups import folders
+from qwen3next_plugin.engines.memory import LIMITS
 
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
 NEEDS_NAMESPACES = pytest.mark.skipif(
@@ -20,11 +26,38 @@ STATES = {
     "full": "mount -t tmpfs -o size=256k none {0} && {{ cat /dev/zero > {0}/fill 2>&-; true; }}",
     "read-only": "mount -t tmpfs -o ro none {0}",
 }
+# Of weights that are never written; it reads a config alone.
+TOO_LARGE = (CONFIGS / "Qwen3.8-2.4T-A95B", "--load-format", "dummy", "--skip-tokenizer-init")
+TOO_LITTLE = "on this machine, of which this process may use 3.0 GiB: serve a quantised checkpoint"
 
 
 def where(folder: str, state: str, command: list[str]) -> list[str]:
     """The command, run where the folder is in that state; nobody else sees it so."""
     return [*NAMESPACE, "bash", "-c", f'{STATES[state].format(folder)} && exec "$@"', "-", *command]
+
+
+@contextmanager
+def cgroup() -> Iterator[Path]:
+    """A cgroup with 3 GiB of memory; skips the test where none can be made."""
+    limits = [f / name for f in folders("memory") for name in LIMITS if (f / name).is_file()]
+    if not limits:
+        pytest.skip("no cgroup limits memory here")
+    made = limits[-1].parent / f"qwen3next-{os.getpid()}"
+    try:
+        made.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        (made / limits[-1].name).write_text(f"{3 << 30}")
+        yield made
+    finally:
+        assert eventually(lambda: not (made / "cgroup.procs").read_text())
+        made.rmdir()
+
+
+def inside(made: Path, command: list[str]) -> list[str]:
+    """The command, run in a cgroup."""
+    return ["bash", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(made), *command]
 
 
 def check_ends(server: Server, says: str) -> None:

@@ -1,12 +1,22 @@
 """Faults of the machine: the server serves, or ends with one line that names the fault."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
-from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
+from engines.faults import (
+    NEEDS_NAMESPACES,
+    STATES,
+    TOO_LARGE,
+    TOO_LITTLE,
+    cgroup,
+    check_ends,
+    inside,
+    where,
+)
 from engines.sglang.server import NEXTN, Server
 
 pytestmark = pytest.mark.serve
@@ -23,6 +33,17 @@ class Hindered(Server):
 
     def command(self, *flags: str) -> list[str]:
         return where("/tmp", self.state, super().command(*flags))
+
+
+class Confined(Server):
+    """A server in a cgroup."""
+
+    def __init__(self, made: Path, model: Path, *flags: str) -> None:
+        self.cgroup = made
+        super().__init__(model, *flags)
+
+    def command(self, *flags: str) -> list[str]:
+        return inside(self.cgroup, super().command(*flags))
 
 
 @pytest.mark.long
@@ -45,6 +66,12 @@ def test_two_servers_at_once():
     finally:
         for server in servers:
             server.close()
+
+
+@pytest.mark.long
+def test_weights_that_memory_cannot_hold():
+    with cgroup() as made:
+        check_ends(Confined(made, *TOO_LARGE), TOO_LITTLE)
 
 
 def test_a_port_in_use():

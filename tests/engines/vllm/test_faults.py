@@ -7,7 +7,16 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
-from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
+from engines.faults import (
+    NEEDS_NAMESPACES,
+    STATES,
+    TOO_LARGE,
+    TOO_LITTLE,
+    cgroup,
+    check_ends,
+    inside,
+    where,
+)
 from engines.vllm.server import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
@@ -28,6 +37,17 @@ class Hindered(Server):
         return where(*self.hindrance, super().command(*flags))
 
 
+class Confined(Server):
+    """A server in a cgroup."""
+
+    def __init__(self, made: Path, model: Path, *flags: str) -> None:
+        self.cgroup = made
+        super().__init__(model, *flags)
+
+    def command(self, *flags: str) -> list[str]:
+        return inside(self.cgroup, super().command(*flags))
+
+
 @NEEDS_NAMESPACES
 @pytest.mark.parametrize("state", STATES)
 def test_it_serves_without_a_tmp_to_write_to(state):
@@ -42,6 +62,11 @@ def test_it_serves_without_a_tmp_to_write_to(state):
 def test_no_room_for_compiled_graphs(tmp_path):
     env = dict.fromkeys(CACHES, str(tmp_path))
     check_ends(Hindered(tmp_path, "full", env=env), "No space left on device")
+
+
+def test_weights_that_memory_cannot_hold():
+    with cgroup() as made:
+        check_ends(Confined(made, *TOO_LARGE, "--language-model-only"), TOO_LITTLE)
 
 
 def test_a_port_in_use():
