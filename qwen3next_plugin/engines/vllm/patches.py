@@ -11,7 +11,6 @@ from copy import copy
 from functools import cache, partial
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -53,8 +52,7 @@ class CheckFlags(VerifyAndUpdateConfig):
         flags.check(vllm_config)
         flags.complete(vllm_config)
         apply(REQUESTS)
-        if host().version in TRIED:
-            apply(AT_START)
+        apply(AT_START)
         # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
         if vllm_config.speculative_config is not None and (
             current_platform.is_cpu() or vllm_config.use_v2_model_runner
@@ -370,7 +368,6 @@ REQUESTS: tuple[Entry, ...] = (
     ),
 )
 
-TRIED = SpecifierSet("==0.32.*")  # with AT_START; vLLM often changes its function
 AT_START: tuple[Entry, ...] = (
     Patch(
         target="vllm.v1.engine.utils.wait_for_engine_startup",
