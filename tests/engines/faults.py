@@ -25,6 +25,7 @@ NEEDS_NAMESPACES = pytest.mark.skipif(
 STATES = {
     "full": "mount -t tmpfs -o size=256k none {0} && {{ cat /dev/zero > {0}/fill 2>&-; true; }}",
     "read-only": "mount -t tmpfs -o ro none {0}",
+    "nearly full": "mount -t tmpfs -o size=256k none {0}",
 }
 # Of weights that are never written; it reads a config alone.
 TOO_LARGE = (CONFIGS / "Qwen3.8-2.4T-A95B", "--load-format", "dummy", "--skip-tokenizer-init")
@@ -63,14 +64,19 @@ def inside(made: Path, command: list[str]) -> list[str]:
 def check_ends(server: Server, says: str) -> None:
     """It ends by itself, in failure and with this in its log, and leaves nothing."""
     try:
-        server.process.wait(START_SECONDS)
-        log = server.process.text()
-        assert server.process.code(), log[-4000:]
-        assert says in log
-        assert "leaked" not in log  # shared memory, as Python's resource tracker says
-        assert eventually(lambda: not _group(server.process.child.pid))
+        # Shared memory, as Python's resource tracker says.
+        assert "leaked" not in _log_of_failure(server, says)
     finally:
         server.close()
+
+
+def _log_of_failure(server: Server, says: str) -> str:
+    server.process.wait(START_SECONDS)
+    log = server.process.text()
+    assert server.process.code(), log[-4000:]
+    assert says in log, log[-4000:]
+    assert eventually(lambda: not _group(server.process.child.pid))
+    return log
 
 
 def _group(leader: int) -> list[int]:

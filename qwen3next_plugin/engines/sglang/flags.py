@@ -29,6 +29,7 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     logger,
 )
+from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
@@ -75,6 +76,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     """
     check_flags(server_args, on_cpu=on_cpu)
     check_port(server_args)
+    check_room(server_args)
     check_at_load(on_cpu=on_cpu)
     if env.batch_invariant():
         _check_invariance(model_config, on_cpu=on_cpu)
