@@ -1,16 +1,18 @@
 """Faults of the machine, made for one server: a full or read-only folder, too little memory."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
 from benchmarks.sizes import CONFIGS
-from engines.clients import eventually
+from engines.clients import complete, eventually
 from engines.process import START_SECONDS
 from engines.server import Server
 from qwen3next_plugin.engines.cgroups import folders
@@ -30,6 +32,8 @@ STATES = {
 # Of weights that are never written; it reads a config alone.
 TOO_LARGE = (CONFIGS / "Qwen3.8-2.4T-A95B", "--load-format", "dummy", "--skip-tokenizer-init")
 TOO_LITTLE = "on this machine, of which this process may use 3.0 GiB: serve a quantised checkpoint"
+
+NO_MEMORY = re.compile(r"can't allocate memory|MemoryError|bad_alloc")  # torch, Python, C++
 
 
 def where(folder: str, state: str, command: list[str]) -> list[str]:
@@ -64,17 +68,34 @@ def inside(made: Path, command: list[str]) -> list[str]:
 def check_ends(server: Server, says: str) -> None:
     """It ends by itself, in failure and with this in its log, and leaves nothing."""
     try:
-        # Shared memory, as Python's resource tracker says.
-        assert "leaked" not in _log_of_failure(server, says)
+        log = _log_of_failure(server)
+        assert says in log, log[-4000:]
+        assert "leaked" not in log  # shared memory, as Python's resource tracker says
     finally:
         server.close()
 
 
-def _log_of_failure(server: Server, says: str) -> str:
+def check_ends_without_memory(server: Server) -> None:
+    """A server whose worker gets no more memory ends, in failure and with that in its log.
+
+    Shared memory may be left to Python's resource tracker, which frees it.
+    """
+    try:
+        _, *others = server.processes()
+        worker = max(others, key=lambda each: each.memory_info().rss)
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms,) * 2)
+        with pytest.raises(openai.APIError):
+            complete(server, "word " * 6000)
+        log = _log_of_failure(server)
+        assert NO_MEMORY.search(log), log[-4000:]
+    finally:
+        server.close()
+
+
+def _log_of_failure(server: Server) -> str:
     server.process.wait(START_SECONDS)
     log = server.process.text()
     assert server.process.code(), log[-4000:]
-    assert says in log, log[-4000:]
     assert eventually(lambda: not _group(server.process.child.pid))
     return log
 

@@ -13,6 +13,7 @@ from engines.faults import (
     TOO_LITTLE,
     cgroup,
     check_ends,
+    check_ends_without_memory,
     inside,
     where,
 )
@@ -71,6 +72,12 @@ def test_two_servers_at_once():
 def test_weights_that_memory_cannot_hold():
     with cgroup() as made:
         check_ends(Confined(made, *TOO_LARGE), TOO_LITTLE)
+
+
+@pytest.mark.long
+def test_memory_that_runs_out_while_it_serves():
+    flags = ("--max-total-tokens", "16384", "--context-length", "8192")
+    check_ends_without_memory(Server(SHIPPED, *NEXTN, "3", *flags).wait())
 
 
 @NEEDS_NAMESPACES

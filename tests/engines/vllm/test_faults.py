@@ -13,6 +13,7 @@ from engines.faults import (
     TOO_LITTLE,
     cgroup,
     check_ends,
+    check_ends_without_memory,
     inside,
     where,
 )
@@ -66,6 +67,11 @@ def test_no_room_for_compiled_graphs(tmp_path):
 def test_weights_that_memory_cannot_hold():
     with cgroup() as made:
         check_ends(Confined(made, *TOO_LARGE, "--language-model-only"), TOO_LITTLE)
+
+
+def test_memory_that_runs_out_while_it_serves():
+    flags = ("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager")
+    check_ends_without_memory(Server(SHIPPED, *flags, *DRAFTS).wait())
 
 
 def test_a_port_in_use():
