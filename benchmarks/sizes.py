@@ -10,8 +10,8 @@ from benchmarks.report import text
 from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
 from qwen3next_plugin.cli.pools import Pools
-from qwen3next_plugin.cli.sizes import DTYPES, parameters
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, parameters
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 MIB = 2**20

@@ -92,3 +92,34 @@ def reference() -> "Callable[[Path], Reference]":
     from reference import Reference
 
     return cache(Reference)
+
+
+@pytest.fixture
+def grant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
+    """Make up cgroups: what /proc/self/cgroup says, and files by path."""
+    from qwen3next_plugin.engines import cgroups
+
+    def write(own: str, files: dict[str, str]) -> None:
+        (tmp_path / "own").write_text(own)
+        for path, text in files.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(text)
+        monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
+        monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+
+    return write
+
+
+@pytest.fixture
+def grant_memory(
+    grant: Callable[[str, dict[str, str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Make up a cgroup of so many bytes, on a machine with so much swap."""
+    from qwen3next_plugin.engines import memory
+
+    def write(nbytes: int, swap: int = 0) -> None:
+        grant("0::/\n", {"memory.max": f"{nbytes}\n"})
+        (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nSwapTotal: {swap >> 10:10} kB\n")
+        monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+
+    return write

@@ -25,12 +25,12 @@ from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import FLAGS, machine
 from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
 from qwen3next_plugin.cli.pools import Pools
-from qwen3next_plugin.cli.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.kernels.paged_attention import SCRATCH
 from qwen3next_plugin.model.checkpoint.reading import parameters as parameters_of
+from qwen3next_plugin.model.checkpoint.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.state import STATE_DTYPES

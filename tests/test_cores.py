@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qwen3next_plugin.cli.machine import machine
-from qwen3next_plugin.engines import cores
+from qwen3next_plugin.engines import cgroups, cores
 from qwen3next_plugin.engines.cores import quota, share
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -28,22 +28,7 @@ def made_up(tmp_path, monkeypatch):
         mask = set(range(total * threads)) if allowed is None else allowed
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: mask)
         monkeypatch.setattr(cores, "CPUS", tmp_path / "cpus")
-        monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "none")
-
-    return write
-
-
-@pytest.fixture
-def grant(tmp_path, monkeypatch):
-    """Make up cgroups: what /proc/self/cgroup says, and files by path."""
-
-    def write(own: str, files: dict[str, str]) -> None:
-        (tmp_path / "own").write_text(own)
-        for path, text in files.items():
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_text(text)
-        monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-        monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "own")
+        monkeypatch.setattr(cgroups, "OWN", tmp_path / "none")
 
     return write
 

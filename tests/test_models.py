@@ -13,9 +13,9 @@ from qwen3next_plugin.cli import app
 from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.memory import make_plan
 from qwen3next_plugin.cli.pools import Pools
-from qwen3next_plugin.cli.sizes import INDEX, parameters
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.layouts import in_projections
+from qwen3next_plugin.model.checkpoint.sizes import INDEX, parameters
 from test_cli import flags
 
 # Parameters of a release's files, which hold an MTP layer and, but for the last, a vision tower.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3next_plugin.engines.cores import quota
+from qwen3next_plugin.engines.memory import memory_bytes
 
 # The names in /proc/cpuinfo of what kernels/native/ops.cpp checks.
 X86_FLAGS = (
@@ -16,7 +17,6 @@ X86_FLAGS = (
 )  # fmt: skip
 ARM_FLAGS = ("asimddp", "i8mm", "bf16")
 FLAGS = ARM_FLAGS if platform.machine() == "aarch64" else X86_FLAGS
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +31,13 @@ class Machine:
 
 def machine() -> Machine:
     """Read the machine; a container's limits of cores and memory count if they are lower."""
-    return Machine(platform.machine(), _cores(), _memory_bytes(), _flags())
+    return Machine(platform.machine(), _cores(), memory_bytes(), _flags())
 
 
 def _cores() -> int:
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return min(cores, quota() or cores)
-
-
-def _memory_bytes() -> int:
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in map(Path, CGROUP_LIMITS):
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
 
 
 def _flags() -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from math import ceil
 from typing import Literal, TypeVar
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.sizes import DTYPES, rank_bytes
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes
 
 GIB = 2**30
 StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py

@@ -12,7 +12,6 @@ from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.cli.memory import GIB, Flags, Plan, StateDtype, gib, make_plan
 from qwen3next_plugin.cli.pools import Pools
-from qwen3next_plugin.cli.sizes import DTYPES, parameters, part_of, tensor_bytes
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -23,6 +22,7 @@ from qwen3next_plugin.config import (
     read_config,
     rope,
 )
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, parameters, part_of, tensor_bytes
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
 

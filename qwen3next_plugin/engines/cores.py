@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from qwen3next_plugin.engines import cgroups
+
 CPUS = Path("/sys/devices/system/cpu")
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
 LIMITS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))  # of cgroups 2, and of 1
 
 
@@ -39,7 +39,7 @@ def share(ranks: int) -> Share:
 
 def quota() -> int | None:
     """Cores whose time cgroups grant this process, rounded down but at least 1; None: no limit."""
-    granted = [cores for folder in _cgroups() for cores in _granted(folder)]
+    granted = [cores for folder in cgroups.folders("cpu") for cores in _granted(folder)]
     return max(1, int(min(granted))) if granted else None
 
 
@@ -65,16 +65,6 @@ def _groups(ranks: int, nodes: list[list[int]]) -> list[list[int]]:
         [cores[i % len(cores)] for i in range(rank * size, (rank + 1) * size)]
         for rank in range(ranks)
     ]
-
-
-def _cgroups() -> Iterator[Path]:
-    """The folders of this process's cgroups that may limit CPU time, with those above."""
-    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if not controllers or "cpu" in controllers.split(","):
-            top = CGROUPS / ("cpu" if controllers else "")
-            parts = Path(path).parts[1:]  # in a container maybe the host's; its own is at the top
-            yield from (top.joinpath(*parts[:n]) for n in range(len(parts) + 1))
 
 
 def _granted(folder: Path) -> Iterator[float]:

@@ -1,14 +1,22 @@
-"""Faults of the machine, made for one server: a folder that is full or cannot be written."""
+"""Faults of the machine, made for one server: a full or read-only folder, too little memory."""
 
 import os
+import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
-from engines.clients import eventually
+from benchmarks.sizes import CONFIGS
+from engines.clients import complete, eventually
 from engines.process import START_SECONDS
 from engines.server import Server
+from qwen3next_plugin.engines.cgroups import folders
+from qwen3next_plugin.engines.memory import LIMITS
 
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
 NEEDS_NAMESPACES = pytest.mark.skipif(
@@ -19,7 +27,13 @@ NEEDS_NAMESPACES = pytest.mark.skipif(
 STATES = {
     "full": "mount -t tmpfs -o size=256k none {0} && {{ cat /dev/zero > {0}/fill 2>&-; true; }}",
     "read-only": "mount -t tmpfs -o ro none {0}",
+    "nearly full": "mount -t tmpfs -o size=256k none {0}",
 }
+# Of weights that are never written; it reads a config alone.
+TOO_LARGE = (CONFIGS / "Qwen3.8-2.4T-A95B", "--load-format", "dummy", "--skip-tokenizer-init")
+TOO_LITTLE = "on this machine, of which this process may use 3.0 GiB: serve a quantised checkpoint"
+
+NO_MEMORY = re.compile(r"can't allocate memory|MemoryError|bad_alloc")  # torch, Python, C++
 
 
 def where(folder: str, state: str, command: list[str]) -> list[str]:
@@ -27,17 +41,63 @@ def where(folder: str, state: str, command: list[str]) -> list[str]:
     return [*NAMESPACE, "bash", "-c", f'{STATES[state].format(folder)} && exec "$@"', "-", *command]
 
 
+@contextmanager
+def cgroup() -> Iterator[Path]:
+    """A cgroup with 3 GiB of memory; skips the test where none can be made."""
+    limits = [f / name for f in folders("memory") for name in LIMITS if (f / name).is_file()]
+    if not limits:
+        pytest.skip("no cgroup limits memory here")
+    made = limits[-1].parent / f"qwen3next-{os.getpid()}"
+    try:
+        made.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        (made / limits[-1].name).write_text(f"{3 << 30}")
+        yield made
+    finally:
+        assert eventually(lambda: not (made / "cgroup.procs").read_text())
+        made.rmdir()
+
+
+def inside(made: Path, command: list[str]) -> list[str]:
+    """The command, run in a cgroup."""
+    return ["bash", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(made), *command]
+
+
 def check_ends(server: Server, says: str) -> None:
     """It ends by itself, in failure and with this in its log, and leaves nothing."""
     try:
-        server.process.wait(START_SECONDS)
-        log = server.process.text()
-        assert server.process.code(), log[-4000:]
-        assert says in log
+        log = _log_of_failure(server)
+        assert says in log, log[-4000:]
         assert "leaked" not in log  # shared memory, as Python's resource tracker says
-        assert eventually(lambda: not _group(server.process.child.pid))
     finally:
         server.close()
+
+
+def check_ends_without_memory(server: Server) -> None:
+    """A server whose worker gets no more memory ends, in failure and with that in its log.
+
+    Shared memory may be left to Python's resource tracker, which frees it.
+    """
+    try:
+        _, *others = server.processes()
+        worker = max(others, key=lambda each: each.memory_info().rss)
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms,) * 2)
+        with pytest.raises(openai.APIError):
+            complete(server, "word " * 6000)
+        log = _log_of_failure(server)
+        assert NO_MEMORY.search(log), log[-4000:]
+    finally:
+        server.close()
+
+
+def _log_of_failure(server: Server) -> str:
+    server.process.wait(START_SECONDS)
+    log = server.process.text()
+    assert server.process.code(), log[-4000:]
+    assert eventually(lambda: not _group(server.process.child.pid))
+    return log
 
 
 def _group(leader: int) -> list[int]:

@@ -117,14 +117,15 @@ class Server(ABC):
 
     def huge_bytes(self) -> int:
         """Memory of all its processes that is in huge pages."""
-        found = (Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in self._processes())
+        found = (Path(f"/proc/{each.pid}/smaps_rollup").read_text() for each in self.processes())
         return sum(int(re.search(r"AnonHugePages:\s*(\d+) kB", text)[1]) << 10 for text in found)
 
     def cpu_seconds(self) -> dict[int, float]:
         """What each of its processes has computed, by process id."""
-        return {each.pid: sum(each.cpu_times()[:2]) for each in self._processes()}
+        return {each.pid: sum(each.cpu_times()[:2]) for each in self.processes()}
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """The first one, and those that it started."""
         first = psutil.Process(self.process.child.pid)
         return [first, *first.children(recursive=True)]
 

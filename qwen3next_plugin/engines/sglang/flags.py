@@ -17,6 +17,7 @@ from qwen3next_plugin.config import (
     rope,
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
+from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
 from qwen3next_plugin.engines.sglang.names import (
@@ -28,11 +29,13 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     logger,
 )
+from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.reading import check_stored
+from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
 from qwen3next_plugin.model.quantisation.files import read_formats
 from qwen3next_plugin.model.quantisation.packed import check_invariance
@@ -73,6 +76,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     """
     check_flags(server_args, on_cpu=on_cpu)
     check_port(server_args)
+    check_room(server_args)
     check_at_load(on_cpu=on_cpu)
     if env.batch_invariant():
         _check_invariance(model_config, on_cpu=on_cpu)
@@ -180,15 +184,18 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         check_num_draft_layers(config, "--speculative-algorithm")
     for adapter in _adapters(server_args.lora_paths):
         _check_adapter(adapter, config)
-    if not folder.is_dir() or server_args.load_format == "dummy":
-        return
     formats = None
-    if on_cpu and (quantised or env.quantise()):
-        formats = read_formats(folder, hf_config, quantization_config(hf_config))
-        if note := formats.described():
-            logger.info("qwen3next_plugin: %s", note)
-    with_mtp = bool(server_args.speculative_algorithm)
-    check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
+    if folder.is_dir() and server_args.load_format != "dummy":
+        if on_cpu and (quantised or env.quantise()):
+            formats = read_formats(folder, hf_config, quantization_config(hf_config))
+            if note := formats.described():
+                logger.info("qwen3next_plugin: %s", note)
+        with_mtp = bool(server_args.speculative_algorithm)
+        check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
+    if on_cpu and not server_args.use_ray and (formats is not None or not quantised):
+        sizes = served_bytes(config, model_config.dtype.itemsize, formats)
+        local = server_args.dp_size * server_args.tp_size // server_args.nnodes
+        check_weights(sizes, config, local)
 
 
 def _adapters(lora_paths: Any) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from qwen3next_plugin.config import (
     rope,
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
+from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -34,6 +35,7 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.model.checkpoint.reading import check_stored
+from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import check_invariance
@@ -81,6 +83,7 @@ def check(vllm_config: VllmConfig) -> None:
         _check_speculation(vllm_config)
     if current_platform.is_cpu():
         _check_cpu(config, vllm_config)
+        _check_memory(config, vllm_config)
 
 
 def check_drafter(model_config: ModelConfig) -> None:
@@ -259,6 +262,18 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
             f"leave --worker-cls out"
         )
+
+
+def _check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
+    """Refuse weights that memory cannot hold, if it is known which ranks run on this machine."""
+    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
+    local = parallel_config.data_parallel_size_local
+    if not local or parallel_config.distributed_executor_backend not in ("mp", "uni", EXECUTOR):
+        return
+    formats = served_formats(choose_quantisation(vllm_config))
+    if model_config.quantization is None or formats is not None:
+        sizes = served_bytes(config, model_config.dtype.itemsize, formats)
+        check_weights(sizes, config, local * parallel_config.local_world_size)
 
 
 def _align_drafter(vllm_config: VllmConfig) -> None:

@@ -1,17 +1,17 @@
 """Everything of vLLM that the plugin changes: what, why, for which versions, and until when.
 
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
-registration, by platform; REQUESTS and AT_START when our model's flags are complete; WITH_DRAFTS
-if they ask for drafts; WITH_LORA and PAGE_COPIES when our model is built.
+registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
+WITH_DRAFTS if they ask for drafts; WITH_LORA and PAGE_COPIES when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache, partial
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
@@ -25,7 +25,7 @@ from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
-from qwen3next_plugin.engines.vllm.repairs import adapters, grammars, interrupts
+from qwen3next_plugin.engines.vllm.repairs import adapters, exit_code, grammars, interrupts
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -53,8 +53,9 @@ class CheckFlags(VerifyAndUpdateConfig):
         flags.check(vllm_config)
         flags.complete(vllm_config)
         apply(REQUESTS)
-        if host().version in TRIED:
-            apply(AT_START)
+        apply(AT_START)
+        if SERVER in sys.modules:  # else this is another program, which needs no server
+            apply(IN_SERVER)
         # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
         if vllm_config.speculative_config is not None and (
             current_platform.is_cpu() or vllm_config.use_v2_model_runner
@@ -370,7 +371,6 @@ REQUESTS: tuple[Entry, ...] = (
     ),
 )
 
-TRIED = SpecifierSet("==0.32.*")  # with AT_START; vLLM often changes its function
 AT_START: tuple[Entry, ...] = (
     Patch(
         target="vllm.v1.engine.utils.wait_for_engine_startup",
@@ -381,6 +381,19 @@ AT_START: tuple[Entry, ...] = (
         function=interrupts.end_while_loading,
         reason="vLLM ignores SIGTERM and Ctrl-C while the engine loads",
         remove_when="zmq_socket_ctx no longer swallows a KeyboardInterrupt (`compat`)",
+    ),
+)
+
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
+IN_SERVER: tuple[Entry, ...] = (
+    Patch(
+        target=f"{SERVER}.build_and_serve",
+        parameters=(
+            *("engine_client", "listen_address", "sock", "args", "peer_loads", "uvicorn_kwargs"),
+        ),
+        function=exit_code.fail_with_the_engine,
+        reason="a server whose engine has ended exits with 0 (vllm #48966)",
+        remove_when="vLLM exits with another code",
     ),
 )
 
@@ -412,7 +425,7 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
-    *(*WITH_LORA, *REQUESTS, *AT_START, *REPAIRS),
+    *(*WITH_LORA, *REQUESTS, *AT_START, *IN_SERVER, *REPAIRS),
 )
 
 

@@ -5,7 +5,6 @@ import os
 import pytest
 from sglang.srt.utils.numa_utils import init_threads_binding
 
-from qwen3next_plugin.engines import cores
 from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.sglang.cpu.cores import BIND, THREADS, bind_cores
 
@@ -38,11 +37,8 @@ def test_the_users_environment_wins(monkeypatch):
     assert THREADS not in os.environ
 
 
-def test_under_a_quota_threads_are_counted(tmp_path, monkeypatch):
-    (tmp_path / "own").write_text("0::/\n")
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "own")
+def test_under_a_quota_threads_are_counted(grant, monkeypatch):
+    grant("0::/\n", {"cpu.max": "100000 100000\n"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     bind_cores(1)
     assert (os.environ.get(BIND), os.environ[THREADS]) == (None, "1")

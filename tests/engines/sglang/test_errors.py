@@ -383,6 +383,17 @@ def test_config_that_cannot_be_served(complete, tmp_path, change, message):
         complete(model)
 
 
+def test_weights_that_memory_cannot_hold(complete, grant_memory, tmp_path):
+    """Half of what they take in fp32 is enough for the same in 4 bits."""
+    plain = write_checkpoint(tmp_path / "plain")
+    quantised, _ = write_quantised(plain, tmp_path, "packed_4-bit")
+    grant_memory((plain / "model.safetensors").stat().st_size // 2)
+    for flags in (FP32, FP32 | NEXTN, FP32 | {"load_format": "dummy"}, FP32 | {"tp_size": 2}):
+        complete(quantised, **flags)
+        with pytest.raises(ConfigError, match=r"^the weights take 0\.0 GiB on this machine"):
+            complete(plain, **flags)
+
+
 def test_quantised_checkpoint(complete, tmp_path):
     quantised, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
     complete(quantised)

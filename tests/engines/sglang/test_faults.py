@@ -1,12 +1,22 @@
 """Faults of the machine: the server serves, or ends with one line that names the fault."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
-from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
+from engines.faults import (
+    NEEDS_NAMESPACES,
+    TOO_LARGE,
+    TOO_LITTLE,
+    cgroup,
+    check_ends,
+    check_ends_without_memory,
+    inside,
+    where,
+)
 from engines.sglang.server import NEXTN, Server
 
 pytestmark = pytest.mark.serve
@@ -25,9 +35,20 @@ class Hindered(Server):
         return where("/tmp", self.state, super().command(*flags))
 
 
+class Confined(Server):
+    """A server in a cgroup."""
+
+    def __init__(self, made: Path, model: Path, *flags: str) -> None:
+        self.cgroup = made
+        super().__init__(model, *flags)
+
+    def command(self, *flags: str) -> list[str]:
+        return inside(self.cgroup, super().command(*flags))
+
+
 @pytest.mark.long
 @NEEDS_NAMESPACES
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", ["full", "read-only"])
 def test_it_serves_without_a_tmp_to_write_to(state):
     server = Hindered(state).wait()
     try:
@@ -45,6 +66,23 @@ def test_two_servers_at_once():
     finally:
         for server in servers:
             server.close()
+
+
+@pytest.mark.long
+def test_weights_that_memory_cannot_hold():
+    with cgroup() as made:
+        check_ends(Confined(made, *TOO_LARGE), TOO_LITTLE)
+
+
+@pytest.mark.long
+def test_memory_that_runs_out_while_it_serves():
+    flags = ("--max-total-tokens", "16384", "--context-length", "8192")
+    check_ends_without_memory(Server(SHIPPED, *NEXTN, "3", *flags).wait())
+
+
+@NEEDS_NAMESPACES
+def test_no_room_for_metrics():
+    check_ends(Hindered("nearly full"), "--enable-metrics: /tmp has 256 KiB left")
 
 
 def test_a_port_in_use():

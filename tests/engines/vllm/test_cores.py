@@ -7,7 +7,6 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from qwen3next_plugin.engines import cores
 from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.vllm.cpu.cores import BIND, OWN, bind_cores
 
@@ -41,11 +40,8 @@ def test_the_users_environment_wins(variable, value, monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [None, "5"])
-def test_under_a_quota_threads_are_counted_not_bound(asked, tmp_path, monkeypatch):
-    (tmp_path / "own").write_text("0::/\n")
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cores, "OWN_CGROUPS", tmp_path / "own")
+def test_under_a_quota_threads_are_counted_not_bound(asked, grant, monkeypatch):
+    grant("0::/\n", {"cpu.max": "100000 100000\n"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     if asked is not None:
         monkeypatch.setenv(THREADS, asked)

@@ -247,6 +247,17 @@ def test_config_with_a_damaged_field(complete, tmp_path, field):
         complete(model)
 
 
+def test_weights_that_memory_cannot_hold(complete, grant_memory, tmp_path):
+    """Half of what they take in fp32 is enough for the same in 4 bits."""
+    plain = write_checkpoint(tmp_path / "plain")
+    quantised, _ = write_quantised(plain, tmp_path, "packed_4-bit")
+    grant_memory((plain / "model.safetensors").stat().st_size // 2)
+    for flags in ({}, drafts(2), {"load_format": "dummy"}, {"tensor_parallel_size": 2}):
+        complete(quantised, **flags)
+        with pytest.raises(Exception, match=r"the weights take 0\.0 GiB on this machine"):
+            complete(plain, **flags)
+
+
 def test_quantised_checkpoint(complete, tmp_path):
     """Whatever config.json calls it, it is ours; the drafter's modules are checked, too."""
     quantised, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")

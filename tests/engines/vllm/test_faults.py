@@ -7,7 +7,16 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
-from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
+from engines.faults import (
+    NEEDS_NAMESPACES,
+    TOO_LARGE,
+    TOO_LITTLE,
+    cgroup,
+    check_ends,
+    check_ends_without_memory,
+    inside,
+    where,
+)
 from engines.vllm.server import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
@@ -28,8 +37,19 @@ class Hindered(Server):
         return where(*self.hindrance, super().command(*flags))
 
 
+class Confined(Server):
+    """A server in a cgroup."""
+
+    def __init__(self, made: Path, model: Path, *flags: str) -> None:
+        self.cgroup = made
+        super().__init__(model, *flags)
+
+    def command(self, *flags: str) -> list[str]:
+        return inside(self.cgroup, super().command(*flags))
+
+
 @NEEDS_NAMESPACES
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", ["full", "read-only"])
 def test_it_serves_without_a_tmp_to_write_to(state):
     server = Hindered(Path("/tmp"), state, "--enforce-eager").wait()
     try:
@@ -42,6 +62,16 @@ def test_it_serves_without_a_tmp_to_write_to(state):
 def test_no_room_for_compiled_graphs(tmp_path):
     env = dict.fromkeys(CACHES, str(tmp_path))
     check_ends(Hindered(tmp_path, "full", env=env), "No space left on device")
+
+
+def test_weights_that_memory_cannot_hold():
+    with cgroup() as made:
+        check_ends(Confined(made, *TOO_LARGE, "--language-model-only"), TOO_LITTLE)
+
+
+def test_memory_that_runs_out_while_it_serves():
+    flags = ("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager")
+    check_ends_without_memory(Server(SHIPPED, *flags, *DRAFTS).wait())
 
 
 def test_a_port_in_use():

@@ -17,12 +17,31 @@ def test_sigterm_while_the_engine_loads(checkpoint):
     server = Server(checkpoint, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
     try:
         assert eventually(lambda: "(EngineCore pid=" in server.process.text())
-        first = psutil.Process(server.process.child.pid)
-        processes = [first, *first.children(recursive=True)]
+        processes = server.processes()
         assert len(processes) > 1
-        os.kill(first.pid, signal.SIGTERM)
+        os.kill(processes[0].pid, signal.SIGTERM)
         assert eventually(lambda: server.process.code() is not None), server.process.text()
         assert "The server was told to end while its engine loaded" in server.process.text()
+        assert not psutil.wait_procs(processes, 20)[1]
+    finally:
+        server.close()
+
+
+@pytest.mark.serve
+def test_sigterm_while_a_request_runs(checkpoint):
+    """It ends well: an engine that is told to end does not make its server fail."""
+    flags = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
+    server = Server(checkpoint, *flags).wait()
+    try:
+        processes = server.processes()
+        endless = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+        stream = server.client.completions.create(
+            model=server.model, prompt=[1, 2, 3], stream=True, **endless
+        )
+        next(iter(stream))
+        os.kill(processes[0].pid, signal.SIGTERM)
+        assert eventually(lambda: server.process.code() is not None), server.process.text()
+        assert server.process.code() == 0, server.process.text()
         assert not psutil.wait_procs(processes, 20)[1]
     finally:
         server.close()

@@ -2,10 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
@@ -16,6 +16,9 @@ from qwen3next_plugin.model.checkpoint.headers import (
     read_index,
     weight_files,
 )
+
+if TYPE_CHECKING:
+    from qwen3next_plugin.model.quantisation.modules import Formats
 
 PARTS = ("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP")
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -61,21 +64,18 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     QWEN3NEXT_QUANTISE. Raises ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.checkpoint.layouts import our_name
-    from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 
     index = read_index(folder)
     names = index.files.keys() if index else set()
     stored: dict[str, Header] = {}
     for path in weight_files(folder, index):
         stored |= read_header(path)
-    sizes = {name: count * DTYPES[dtype] for name, count in parameters(config).items()}
+    sizes = served_bytes(config, DTYPES[dtype])
     if (stored or index) and not any(
         part_of(our_name(name, config) or "") == "MTP" for name in {*names, *stored}
     ):
         sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
     if asked := env.quantise():
-        found = quantised_bytes(asked, _shapes(config)).items()
-        sizes |= {name: n for name, n in found if name in sizes or part_of(name) != "MTP"}
         return sizes, f"config.json, quantised to {asked}"
     if stored and names <= stored.keys():
         if quantization := _quantization(folder):
@@ -100,7 +100,7 @@ def _quantization(folder: Path) -> Mapping[str, Any] | None:
 def _quantised(
     folder: Path,
     config: Qwen3NextConfig,
-    names: Iterable[str],
+    names: Container[str],
     quantization: Mapping[str, Any],
     itemsize: int,
 ) -> tuple[dict[str, int], str]:
@@ -110,17 +110,27 @@ def _quantised(
     """
     from qwen3next_plugin.model.quantisation.files import formats_of
 
-    shapes = _shapes(config)
     formats = formats_of(folder, config, quantization, asked=None)
-    sizes: dict[str, int] = {}
+    sizes = {n: b for n, b in served_bytes(config, itemsize, formats).items() if n in names}
     totals: Counter[str] = Counter()
-    for name in names:
-        shape = shapes[name]
+    for name, nbytes in sizes.items():
         form = formats.format_of(name.removesuffix(".weight"))
-        sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
-        totals[form.encoding if form else "plain"] += sizes[name]
+        totals[form.encoding if form else "plain"] += nbytes
     described = ", ".join(f"{form} {n / 2**30:.2f}" for form, n in totals.items())
     return sizes, f"safetensors files ({described} GiB)"
+
+
+def served_bytes(
+    config: Qwen3NextConfig, itemsize: int, formats: "Formats | None" = None
+) -> dict[str, int]:
+    """Bytes of every weight in its format, or as QWEN3NEXT_QUANTISE asks; without one, plain."""
+    from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
+
+    shapes, sizes = _shapes(config), {}
+    for name, shape in shapes.items():
+        form = formats.format_of(name.removesuffix(".weight")) if formats else None
+        sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
+    return sizes | quantised_bytes(asked, shapes) if (asked := env.quantise()) else sizes
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:

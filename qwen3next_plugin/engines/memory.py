@@ -1,0 +1,48 @@
+"""The memory that this process may use, and the refusal of weights that it cannot hold."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines import cgroups
+from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes
+
+LIMITS = ("memory.max", "memory.limit_in_bytes")  # of cgroups 2, and of 1
+MEMINFO = Path("/proc/meminfo")
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or what a cgroup grants of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in (folder / name for folder in cgroups.folders("memory") for name in LIMITS):
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int) -> None:
+    """Refuse a model whose weights alone are larger than memory and swap together.
+
+    Args:
+        sizes: bytes of every weight. The MTP layer's are left out: these may be packed smaller.
+        ranks: those on this machine.
+
+    Raises:
+        ConfigError: what is needed, what there is, and the ways out.
+    """
+    trunk = {name: nbytes for name, nbytes in sizes.items() if part_of(name) != "MTP"}
+    needed, there = ranks * sum(rank_bytes(trunk, config).values()), memory_bytes()
+    if needed > there + _swap_bytes():
+        raise ConfigError(
+            f"the weights take {needed / 2**30:.1f} GiB on this machine, of which this process may "
+            f"use {there / 2**30:.1f} GiB: serve a quantised checkpoint, or a plain one with "
+            f"QWEN3NEXT_QUANTISE=int4, or put tensor-parallel ranks on other machines; "
+            f"`qwen3next plan MODEL` shows what a model takes"
+        )
+
+
+def _swap_bytes() -> int:
+    found = re.search(r"^SwapTotal:\s*(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0

@@ -1,0 +1,27 @@
+"""The exit code of a server whose engine has ended."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+
+async def fail_with_the_engine(
+    host: Callable[..., Coroutine[Any, Any, Any]], engine_client: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around `build_and_serve`: a server that ends because its engine has, ends in failure.
+
+    vLLM would exit with 0, and whatever restarts servers that fail would leave it ended.
+    """
+    stop, told = engine_client.shutdown, False
+
+    def shutdown(*args: Any, **kwargs: Any) -> None:
+        """By SIGTERM or Ctrl-C, while requests are served."""
+        nonlocal told
+        told = True
+        stop(*args, **kwargs)
+
+    engine_client.shutdown = shutdown
+    ended = await host(engine_client, *args, **kwargs)
+    if engine_client.errored and not told:
+        ended.close()  # a coroutine, with nothing left to do
+        raise SystemExit("The engine has ended, and so does the server; the log above says why")
+    return ended

@@ -1,0 +1,65 @@
+"""The memory that a process may use, and the weights that are refused because of it."""
+
+import os
+
+import pytest
+
+from checkpoints import BASE
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.memory import check_weights, memory_bytes
+from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, served_bytes
+
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "granted"),
+    [
+        pytest.param("0::/\n", {"memory.max": "1048576\n"}, MIB, id="a container's"),
+        pytest.param("0::/a/b\n", {"a/memory.max": "1048576\n"}, MIB, id="of the cgroup above"),
+        pytest.param(
+            "0::/a\n",
+            {"a/memory.max": "2097152\n", "memory.max": "1048576\n"},
+            MIB,
+            id="the least",
+        ),
+        pytest.param("0::/\n", {"memory.max": "max\n"}, MACHINE, id="no limit"),
+        pytest.param("0::/\n", {}, MACHINE, id="no file"),
+        pytest.param(
+            "4:memory:/a\n3:cpu:/\n0::/\n",
+            {"memory/a/memory.limit_in_bytes": "1048576\n"},
+            MIB,
+            id="cgroups 1",
+        ),
+        pytest.param(
+            "4:memory:/\n",
+            {"memory/memory.limit_in_bytes": f"{2**63 - 4096}\n"},
+            MACHINE,
+            id="cgroups 1, no limit",
+        ),
+    ],
+)
+def test_limits(grant, own, files, granted):
+    grant(own, files)
+    assert memory_bytes() == granted
+
+
+@pytest.mark.parametrize("quantise", [None, "int8", "int4"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_fit_or_are_refused(monkeypatch, grant_memory, ranks, quantise):
+    """By a byte. Both ranks hold what is not divided, and swap counts."""
+    if quantise:
+        monkeypatch.setenv("QWEN3NEXT_QUANTISE", quantise)
+    config = Qwen3NextConfig.from_hf(BASE, tp_size=ranks)
+    sizes = served_bytes(config, 2)
+    trunk = {name: nbytes for name, nbytes in sizes.items() if part_of(name) != "MTP"}
+    needed = ranks * sum(rank_bytes(trunk, config).values())
+    assert sum(trunk.values()) <= needed < sum(trunk.values()) * 1.1
+    for nbytes, swap in ((needed, 0), (needed - 1024, 1024)):
+        grant_memory(nbytes, swap)
+        check_weights(sizes, config, ranks)
+    grant_memory(needed - 1)
+    with pytest.raises(ConfigError, match=r"0\.0 GiB: .* quantised .* QWEN3NEXT_QUANTISE=int4"):
+        check_weights(sizes, config, ranks)
+    check_weights(sizes, config, 0)  # none of the ranks is on this machine
