@@ -321,7 +321,10 @@ def test_plan_reads_the_safetensors_files(tmp_path):
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "gptq_zeros", MIXED])
 def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
-    """Scales are repeated by row, zero points are bytes, part of a projection is dequantised."""
+    """Scales are repeated by row, zero points are bytes, part of a projection is dequantised.
+
+    The output head is int8, with a scale for each row.
+    """
     plain = write_checkpoint(tmp_path / "plain", hidden_size=160, num_hidden_layers=4)
     folder, _ = write_quantised(plain, tmp_path, kind, leave_out=r"layers\.3.*q_proj")
     options = ("--memory", 4, "--num-speculative-tokens", 2, "--dtype", "float32", "--json")
@@ -333,8 +336,10 @@ def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
     formats = formats_of(folder, config, raw["quantization_config"], asked=None)
     assert formats.dequantised
     stored = load_file(folder / "model.safetensors").items()
-    loaded = parameters_of(stored, config, expected=shapes, formats=formats)
-    assert sum(plan["weights"].values()) == sum(tensor.nbytes for _, tensor in loaded)
+    loaded = dict(parameters_of(stored, config, expected=shapes, formats=formats))
+    head = loaded.pop("lm_head.weight")
+    served = sum(tensor.nbytes for tensor in loaded.values()) + head.numel() + 4 * len(head)
+    assert sum(plan["weights"].values()) == served
     assert re.fullmatch(r"safetensors files \(.*plain 0\.\d\d.* GiB\)", plan["weights_from"])
 
 

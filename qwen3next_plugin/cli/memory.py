@@ -124,7 +124,7 @@ def draft_head_bytes(config: Qwen3NextConfig) -> int:
     """Bytes of one rank's int8 draft head with its scales; an upper bound.
 
     If the trunk's head stays in memory, only the draft vocabulary is copied. This does not count
-    on an untied bf16 head that stays because our kernel packs it.
+    on an untied head that stays because our kernel packs it, in bf16 or of a quantised checkpoint.
     """
     from qwen3next_plugin.mtp.draft_head import DRAFTED
 

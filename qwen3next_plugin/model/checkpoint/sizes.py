@@ -108,10 +108,12 @@ def _quantised(
 
     Raises: CheckpointError for a module that no CPU kernel serves.
     """
+    from qwen3next_plugin.model.quantisation.at_load import HEAD
     from qwen3next_plugin.model.quantisation.files import formats_of
 
     formats = formats_of(folder, config, quantization, asked=None)
-    sizes = {n: b for n, b in served_bytes(config, itemsize, formats).items() if n in names}
+    served = served_bytes(config, itemsize, formats).items()
+    sizes = {n: b for n, b in served if n in names or n == HEAD}
     totals: Counter[str] = Counter()
     for name, nbytes in sizes.items():
         form = formats.format_of(name.removesuffix(".weight"))
@@ -124,12 +126,14 @@ def served_bytes(
     config: Qwen3NextConfig, itemsize: int, formats: "Formats | None" = None
 ) -> dict[str, int]:
     """Bytes of every weight in its format, or as QWEN3NEXT_QUANTISE asks; without one, plain."""
-    from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
+    from qwen3next_plugin.model.quantisation.at_load import head_bytes, quantised_bytes
 
     shapes, sizes = _shapes(config), {}
     for name, shape in shapes.items():
         form = formats.format_of(name.removesuffix(".weight")) if formats else None
         sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
+    if formats:
+        sizes |= head_bytes(shapes)
     return sizes | quantised_bytes(asked, shapes) if (asked := env.quantise()) else sizes
 
 

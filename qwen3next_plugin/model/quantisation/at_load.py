@@ -44,9 +44,14 @@ def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> 
     return Formats(stored, shapes, holder, _saving(name, shapes))
 
 
+def head_bytes(shapes: Shapes) -> dict[str, int]:
+    """Bytes of the output head where weights are quantised; a tied head is a copy."""
+    return {HEAD: INT8.nbytes(*shapes[EMBEDDING])} if env.head() == "auto" else {}
+
+
 def quantised_bytes(name: str, shapes: Shapes) -> dict[str, int]:
-    """Bytes of each weight that is quantised to `int8` or `int4`; a tied head is a copy."""
-    found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])} if env.head() == "auto" else {}
+    """Bytes of each weight that is quantised to `int8` or `int4`."""
+    found = head_bytes(shapes)
     for module, form in _chosen(name, shapes):
         found[f"{module.name}.weight"] = form.nbytes(module.channels, module.columns)
     return found
