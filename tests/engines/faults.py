@@ -1,13 +1,15 @@
-"""Faults of the machine, made for one server: a folder that is full or cannot be written."""
+"""Faults of the machine, made for one server: a folder that is full or read-only, no network."""
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
 from engines.clients import eventually
-from engines.process import START_SECONDS
+from engines.process import START_SECONDS, TESTS
 from engines.server import Server
 
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
@@ -24,7 +26,25 @@ STATES = {
 
 def where(folder: str, state: str, command: list[str]) -> list[str]:
     """The command, run where the folder is in that state; nobody else sees it so."""
-    return [*NAMESPACE, "bash", "-c", f'{STATES[state].format(folder)} && exec "$@"', "-", *command]
+    return [*NAMESPACE, *_after(STATES[state].format(folder), command)]
+
+
+def check_cut_off(home: Path, module: str) -> None:
+    """`answers` of this module returns where only the loopback is up and HOME is read-only."""
+    setup = f"PATH=$PATH:/usr/sbin ip link set lo up && {STATES['read-only'].format(home)}"
+    code = f"import {module} as module; module.answers()"
+    env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    done = subprocess.run(
+        [*NAMESPACE, "--net", *_after(setup, [sys.executable, "-c", code])],
+        env=env | {"HOME": str(home), "PYTHONPATH": TESTS},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _after(setup: str, command: list[str]) -> list[str]:
+    return ["bash", "-c", f'{setup} && exec "$@"', "-", *command]
 
 
 def check_ends(server: Server, says: str) -> None:

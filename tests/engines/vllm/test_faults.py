@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
-from engines.faults import NEEDS_NAMESPACES, STATES, check_ends, where
+from engines.faults import NEEDS_NAMESPACES, STATES, check_cut_off, check_ends, where
 from engines.vllm.server import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
@@ -36,6 +36,20 @@ def test_it_serves_without_a_tmp_to_write_to(state):
         assert complete(server, PROMPTS[0])
     finally:
         server.close()
+
+
+def answers() -> None:
+    server = Server(SHIPPED, *FLAGS, *DRAFTS).wait()
+    try:
+        assert complete(server, PROMPTS[0])
+    finally:
+        server.close()
+
+
+@NEEDS_NAMESPACES
+def test_it_serves_offline_with_a_read_only_home(tmp_path):
+    """Compiled, as `make serve` does."""
+    check_cut_off(tmp_path, "engines.vllm.test_faults")
 
 
 @NEEDS_NAMESPACES
