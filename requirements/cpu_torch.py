@@ -3,7 +3,7 @@
 On x86-64 the default index has CUDA builds, which do not import without CUDA's libraries. A CPU
 build is marked `+cpu`: there is one in pip's own indexes and links, or in the given index.
 
-    python requirements/cpu_torch.py requirements/vllm-cpu.txt https://index.example/cpu
+    python requirements/cpu_torch.py requirements/torch.txt https://index.example/cpu
 """
 
 import platform

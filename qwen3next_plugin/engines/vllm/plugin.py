@@ -40,7 +40,9 @@ def _register() -> None:
 
     check_host("vllm")
     from qwen3next_plugin.engines.vllm import patches
+    from qwen3next_plugin.engines.vllm.repairs import caches
 
+    caches.provide_folder()
     on_cpu = current_platform.is_cpu()
     if not (on_cpu or current_platform.is_cuda_alike()):
         patches.apply(patches.ELSEWHERE)

@@ -9,9 +9,11 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
 from engines.faults import (
     NEEDS_NAMESPACES,
+    STATES,
     TOO_LARGE,
     TOO_LITTLE,
     cgroup,
+    check_cut_off,
     check_ends,
     check_ends_without_memory,
     inside,
@@ -55,6 +57,20 @@ def test_it_serves_without_a_tmp_to_write_to(state):
         assert complete(server, PROMPTS[0])
     finally:
         server.close()
+
+
+def answers() -> None:
+    server = Server(SHIPPED, *FLAGS).wait()
+    try:
+        assert complete(server, PROMPTS[0])
+    finally:
+        server.close()
+
+
+@pytest.mark.long
+@NEEDS_NAMESPACES
+def test_it_serves_offline_with_a_read_only_home(tmp_path):
+    check_cut_off(tmp_path, "engines.sglang.test_faults")
 
 
 @pytest.mark.long
