@@ -9,7 +9,6 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
 from engines.faults import (
     NEEDS_NAMESPACES,
-    STATES,
     TOO_LARGE,
     TOO_LITTLE,
     cgroup,
