@@ -57,9 +57,9 @@ class Server(ABC):
     def environment(self) -> dict[str, str]:
         """What the process finds in its environment."""
 
-    def wait(self) -> "Server":
+    def wait(self, seconds: float = START_SECONDS) -> "Server":
         """Return when it is healthy; raise with its log when it ends or takes too long."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.code() is not None or self.healthy():
                 break

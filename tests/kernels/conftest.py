@@ -34,14 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, `slow`.
 
     There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
-    than 65, are marked `long`. So are bits on instruction sets between the lowest and the highest,
-    and AMX where tiles are not used: there the code of avx512bf16 runs.
+    than 65, are marked `long`. So are bits on x86's instruction sets between the lowest and the
+    highest, and AMX where tiles are not used: there the code of avx512bf16 runs.
     """
     levels = [level for level in native.levels() if level != "amx"]
-    ends = {levels[0], levels[-1]}
+    between = set(levels[1:-1]).intersection(OF_X86)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("bits_level") in set(levels) - ends:
+        if params.get("bits_level") in between:
             item.add_marker(pytest.mark.long)
         if "amx" in params.values() and not by_tiles(item.path.stem, **params):
             item.add_marker(pytest.mark.long)
