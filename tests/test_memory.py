@@ -60,6 +60,6 @@ def test_weights_fit_or_are_refused(monkeypatch, grant_memory, ranks, quantise):
         grant_memory(nbytes, swap)
         check_weights(sizes, config, ranks)
     grant_memory(needed - 1)
-    with pytest.raises(ConfigError, match=r"0\.0 GiB: .* quantised .* QWEN3NEXT_QUANTISE=int4"):
+    with pytest.raises(ConfigError, match=r"0\.0 GiB: .* fewer bits .*QWEN3NEXT_QUANTISE=int4"):
         check_weights(sizes, config, ranks)
     check_weights(sizes, config, 0)  # none of the ranks is on this machine

@@ -37,8 +37,8 @@ def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int)
     if needed > there + _swap_bytes():
         raise ConfigError(
             f"the weights take {needed / 2**30:.1f} GiB on this machine, of which this process may "
-            f"use {there / 2**30:.1f} GiB: serve a quantised checkpoint, or a plain one with "
-            f"QWEN3NEXT_QUANTISE=int4, or put tensor-parallel ranks on other machines; "
+            f"use {there / 2**30:.1f} GiB: serve a smaller model or one in fewer bits (a plain one "
+            f"with QWEN3NEXT_QUANTISE=int4), or put tensor-parallel ranks on other machines; "
             f"`qwen3next plan MODEL` shows what a model takes"
         )
 

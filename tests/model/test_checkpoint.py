@@ -1,6 +1,7 @@
 """Checkpoint names, layouts and files: every tensor is accounted for, every fault is named."""
 
 import json
+from collections import deque
 
 import pytest
 import torch
@@ -63,9 +64,14 @@ def test_a_layer_is_loaded_once_all_its_tensors_are(layout, changes):
     for name, _ in parameters(given.items(), config, expected=expected, loaded=loaded):
         taken.append(name)
     layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-    assert sorted(done) == sorted([*layers, "mtp.layers.0"])
+    assert sorted(done) == sorted(layers)
     for layer, before in done.items():
         assert {name for name in taken if name.startswith(f"{layer}.")} <= {*before}
+    twice = [*given.items(), ("model.layers.0.input_layernorm.weight", torch.zeros(64))]
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.input_layernorm\.weight is in two files"
+    ):
+        deque(parameters(twice, config, expected=expected, loaded=loaded), maxlen=0)
 
 
 def test_ignored_tensors_may_come_and_are_dropped():

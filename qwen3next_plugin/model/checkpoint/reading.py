@@ -1,7 +1,7 @@
 """A checkpoint's tensors read as our parameters; what does not belong there is refused."""
 
 import re
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +20,7 @@ QUANTISATION_SUFFIXES = (
     *("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight"),
     *("weight_packed", "weight_shape", "weight_zero_point"),
 )
-LAYER = re.compile(r"(model|mtp)\.layers\.\d+(?=\.)")
+LAYER = re.compile(r"model\.layers\.\d+(?=\.)")
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
 
@@ -42,7 +42,7 @@ def parameters(
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
         formats: ours take them, by channels.
-        loaded: called with a decoder layer's name when its last tensor is loaded.
+        loaded: called with the name of a trunk's layer when its last tensor is loaded.
 
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
@@ -115,12 +115,20 @@ def _by_layer(
     """Yield tensors; call `loaded` with each decoder layer of which all expected ones are loaded.
 
     A tensor is when the next one is asked for.
+
+    Raises: CheckpointError for a tensor that comes twice: its layer may be packed by then.
     """
-    left = Counter(layer[0] for name in expected if (layer := LAYER.match(name)))
-    for name, tensor in tensors:
-        yield name, tensor
+    left: dict[str, set[str]] = defaultdict(set)
+    for name in expected:
         if layer := LAYER.match(name):
-            left[layer[0]] -= 1
+            left[layer[0]].add(name)
+    for name, tensor in tensors:
+        layer = LAYER.match(name)
+        if layer and name not in left[layer[0]]:
+            raise CheckpointError(f"tensor {name} is in two files: {MIXED}")
+        yield name, tensor
+        if layer:
+            left[layer[0]].remove(name)
             if not left[layer[0]]:
                 loaded(layer[0])
 

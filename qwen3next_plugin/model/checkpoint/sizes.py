@@ -61,7 +61,7 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
 
     From the safetensors files, in the formats that a CPU serves; else from the index's total (a
     checkpoint that is not downloaded yet); else from the config alone. Respects
-    QWEN3NEXT_QUANTISE. Raises ConfigError and CheckpointError.
+    QWEN3NEXT_QUANTISE and QWEN3NEXT_HEAD. Raises ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.checkpoint.layouts import our_name
 
@@ -117,7 +117,8 @@ def _quantised(
     totals: Counter[str] = Counter()
     for name, nbytes in sizes.items():
         form = formats.format_of(name.removesuffix(".weight"))
-        totals[form.encoding if form else "plain"] += nbytes
+        in_int8 = name == HEAD and env.head() == "auto"
+        totals[form.encoding if form else "int8" if in_int8 else "plain"] += nbytes
     described = ", ".join(f"{form} {n / 2**30:.2f}" for form, n in totals.items())
     return sizes, f"safetensors files ({described} GiB)"
 
@@ -134,7 +135,9 @@ def served_bytes(
         sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
     if formats:
         sizes |= head_bytes(shapes)
-    return sizes | quantised_bytes(asked, shapes) if (asked := env.quantise()) else sizes
+    if asked := env.quantise():
+        sizes |= quantised_bytes(asked, shapes)
+    return sizes
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:

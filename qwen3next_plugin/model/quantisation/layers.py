@@ -52,7 +52,7 @@ class LinearMethod(Packing):
             _register(layer, name, parameter, dims | extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not hasattr(layer, "packed"):
+        if hasattr(layer, "weight"):
             layer.packed = _pack_parameters(layer, self.format)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,7 +87,7 @@ class ExpertsMethod(Packing):
                 _register(layer, f"{which}_{name}", parameter, extra_weight_attrs | by_column)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not hasattr(layer, "w2_packed"):
+        if hasattr(layer, "w2_weight"):
             pack_experts(layer, self.formats, as_int8=self.as_int8)
 
     @staticmethod

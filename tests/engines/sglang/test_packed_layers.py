@@ -61,9 +61,12 @@ def test_the_mtp_layer_becomes_int8_but_for_its_router_and_its_input(monkeypatch
 
 
 @pytest.mark.parametrize("in_fp32", [False, True])
-@pytest.mark.parametrize("asked", ["none", "invariant", "int8"])
+@pytest.mark.parametrize("asked", ["none", "invariant", "int8", "checkpoint"])
 def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):
-    """Its product is in fp32; only oneDNN, where none of our kernels is chosen, has none such."""
+    """Its product is in fp32; only oneDNN, where none of our kernels is chosen, has none such.
+
+    A quantised checkpoint's head, which is int8 otherwise, then stays as it is stored.
+    """
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 
     from qwen3next_plugin.engines.sglang.cpu import quantisation
@@ -74,15 +77,20 @@ def test_a_head_in_fp32_is_packed_too(monkeypatch, asked, in_fp32):
     monkeypatch.setattr(quantisation, "_is_tied", lambda head: False)
     if asked == "invariant":
         monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    elif asked == "int8":
+        monkeypatch.setenv("QWEN3NEXT_QUANTISE", asked)
     weight = torch.randn(48, 33, dtype=torch.bfloat16)
     head = nn.Module()
     head.weight = nn.Parameter(weight.clone(), requires_grad=False)
     head.quant_method = UnquantizedEmbeddingMethod()
-    quantisation.use_packing(head, head, head_in_fp32=in_fp32, head_in_int8=asked == "int8")
+    quantisation.use_packing(
+        head, head, head_in_fp32=in_fp32, head_in_int8=asked in ("int8", "checkpoint")
+    )
     head.quant_method.process_weights_after_loading(head)
     packed = getattr(head, "packed", None)
-    assert isinstance(packed, Packed) == (asked != "none")
-    assert (packed is None) == (asked == "none" and in_fp32)
+    ours = asked in ("invariant", "int8") or (asked == "checkpoint" and not in_fp32)
+    assert isinstance(packed, Packed) == ours
+    assert (packed is None) == (not ours and in_fp32)
     assert packed is None or not head.weight.numel()
     processor = quantisation.PackedLogitsProcessor.__new__(quantisation.PackedLogitsProcessor)
     processor.use_fp32_lm_head = in_fp32

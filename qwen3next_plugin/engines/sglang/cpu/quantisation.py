@@ -28,6 +28,7 @@ from sglang.srt.runtime_context import get_server_args
 from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
+from qwen3next_plugin import env
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts, PackedExperts
 from qwen3next_plugin.engines.sglang.flags import quantization_config
@@ -99,9 +100,10 @@ def use_packing(
             _use(PackedProjection(as_int8=as_int8), layer)
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
             # SGLang has the other product in fp32, for methods whose names it knows.
-            ours = packs_head(layer.weight.dtype, as_int8=head_in_int8)
-            if ours or not head_in_fp32:
-                _use(PackedHead(as_int8=head_in_int8), layer)
+            # A head in fp32 is asked for its precision.
+            as_int8 = head_in_int8 and not (head_in_fp32 and env.quantise() is None)
+            if packs_head(layer.weight.dtype, as_int8=as_int8) or not head_in_fp32:
+                _use(PackedHead(as_int8=as_int8), layer)
         elif isinstance(method, UnquantizedFusedMoEMethod):
             method.as_int8 = as_int8
 
@@ -145,6 +147,8 @@ class PackedProjection(Packing, UnquantizedLinearMethod):
         self.as_int8 = as_int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if not _is_plain(layer):
+            return
         super().process_weights_after_loading(layer)
         if _is_plain(layer) and layer.weight.dtype == torch.bfloat16:
             layer.packed = make_product(layer.weight.data, as_int8=self.as_int8)

@@ -16,7 +16,7 @@ from qwen3next_plugin.engines.sglang.state.pages import page_layout
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
-from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.layers import pack_loaded
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.self_check import check_kernels
@@ -69,13 +69,8 @@ class OurModel(nn.Module):
             ignored=ignored,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=self._loaded,
+            loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
         )
-
-    def _loaded(self, layer: str) -> None:
-        """Pack a decoder layer of the trunk. The drafter's has another name here."""
-        if not layer.startswith(MTP):
-            pack_loaded(self.get_submodule(layer))
 
 
 def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

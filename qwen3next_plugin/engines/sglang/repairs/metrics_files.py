@@ -18,7 +18,11 @@ def check_room(server_args: Any) -> None:
         ConfigError: names the folder.
     """
     folder = os.environ.get(FOLDER) or tempfile.gettempdir()
-    if server_args.enable_metrics and (free := shutil.disk_usage(folder).free) < ROOM:
+    if not server_args.enable_metrics:
+        return
+    if not os.path.isdir(folder):
+        raise ConfigError(f"--enable-metrics: {FOLDER}={folder} is no folder; make it, or unset it")
+    if (free := shutil.disk_usage(folder).free) < ROOM:
         raise ConfigError(
             f"--enable-metrics: {folder} has {free >> 10} KiB left, and SGLang's processes would "
             f"end when they write their metrics there; free {ROOM >> 20} MiB, or set {FOLDER} to a "

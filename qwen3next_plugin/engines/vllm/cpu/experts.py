@@ -1,8 +1,7 @@
-"""Our experts' kernel in vLLM's MoE, in place of vLLM's portable CPU kernel.
+"""Our experts' kernels in vLLM's MoE: of packed weights, and in place of vLLM's portable kernel.
 
-vLLM's AMX kernel is kept on processors with AMX. Elsewhere vLLM's portable kernel converts every
-weight to fp32, which takes half of a prefill's time. The router, the shared expert and the loading
-of weights stay vLLM's. Our kernel reads the weights as the checkpoint stores them, unpacked.
+vLLM's portable kernel converts every weight to fp32, which takes half of a prefill's time. Where
+weights are not packed, ours reads them as the checkpoint stores them. vLLM loads both.
 """
 
 from collections.abc import Mapping

@@ -145,7 +145,7 @@ class PackedProjection(Packing, UnquantizedLinearMethod):
         self.as_int8 = as_int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if not hasattr(layer, "packed"):
+        if layer.weight.numel():  # also where vLLM has loaded it again
             layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
             drop_plain(layer)
 

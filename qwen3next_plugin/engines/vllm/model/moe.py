@@ -32,9 +32,6 @@ class SparseMoE(nn.Module):
         parallel_config = vllm_config.parallel_config
         # With tensor, data and expert parallelism at once, a rank routes its share of the tokens.
         self.is_sequence_parallel = parallel_config.use_sequence_parallel_moe
-        # No rank has tokens of its own.
-        self.is_alone = not self.is_sequence_parallel and parallel_config.data_parallel_size == 1
-        self.num_ranks = parallel_config.tensor_parallel_size
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.n_routed_experts = config.num_experts
         self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
@@ -82,7 +79,7 @@ class SparseMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         routed = self.experts.routed_experts
-        if self.is_alone and isinstance(method := routed.quant_method, PackedExperts):
+        if isinstance(method := routed.quant_method, PackedExperts):
             return self._run(hidden_states, routed, method)
         x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
         # The experts hold the router: they compute its logits from the hidden states.
@@ -92,7 +89,7 @@ class SparseMoE(nn.Module):
         return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
 
     def _run(self, x: torch.Tensor, routed: Any, method: PackedExperts) -> torch.Tensor:
-        """As `self.experts`, without vLLM's code for other kernels and ranks.
+        """As `self.experts`, without vLLM's code for other kernels and ranks with own tokens.
 
         Shapes: x [T, D], returns [T, D]
         """
@@ -103,7 +100,7 @@ class SparseMoE(nn.Module):
         out = method.apply(routed, x, topk_weights, topk_ids, None, None)
         if self.shared_expert is not None:
             out = self.shared_expert(x, out)
-        return out if self.num_ranks == 1 else tensor_model_parallel_all_reduce(out)
+        return tensor_model_parallel_all_reduce(out)
 
 
 def describe_experts(model: Any, layers: Iterable[Any]) -> None:
