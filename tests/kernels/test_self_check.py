@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from platform import machine
 
 import pytest
 import torch
@@ -213,6 +214,7 @@ def test_deviation_sees_one_wrong_vector():
     assert deviation(torch.full((1, 4), 1e-3), torch.zeros(1, 4)) > 0
 
 
+@pytest.mark.skipif(machine() == "aarch64", reason="measured on x86-64 only")
 def test_the_released_sizes_take_little_processor_time():
     """Measured: 0.5 s on an EPYC, where it takes 0.3 s of two cores."""
     config = Qwen3NextConfig.from_hf(RELEASED_80B)
