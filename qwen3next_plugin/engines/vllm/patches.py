@@ -392,8 +392,9 @@ IN_SERVER: tuple[Entry, ...] = (
             *("engine_client", "listen_address", "sock", "args", "peer_loads", "uvicorn_kwargs"),
         ),
         function=exit_code.fail_with_the_engine,
-        reason="a server whose engine has ended exits with 0 (vllm #48966)",
-        remove_when="vLLM exits with another code",
+        reason="a server whose engine has ended exits with 0 (vllm #48966); after SIGTERM it may "
+        "wait for ever for a stream to end",
+        remove_when="vLLM exits with another code, and gives connections a time to close",
     ),
 )
 

@@ -1,7 +1,9 @@
-"""The exit code of a server whose engine has ended."""
+"""A server whose engine has ended: its exit code, and that it ends."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+LEFT = 3  # seconds for connections to close, when no engine is left to answer
 
 
 async def fail_with_the_engine(
@@ -9,8 +11,10 @@ async def fail_with_the_engine(
 ) -> Any:
     """Around `build_and_serve`: a server that ends because its engine has, ends in failure.
 
-    vLLM would exit with 0, and whatever restarts servers that fail would leave it ended.
+    vLLM would exit with 0, and whatever restarts servers that fail would leave it ended. It would
+    also wait for a client that streams, now and then for ever: the end of the stream may get lost.
     """
+    kwargs.setdefault("timeout_graceful_shutdown", LEFT)  # uvicorn's
     stop, told = engine_client.shutdown, False
 
     def shutdown(*args: Any, **kwargs: Any) -> None:
