@@ -103,28 +103,42 @@ def four_layers(folder: Path, size: str) -> Path:
 
 def by_layer(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Path:
     """Write a random model of these tensors, a file for each layer that is not there yet."""
-    done = folder / "config.json"
-    if done.exists() and json.loads(done.read_text()) == config:
+    if finished(folder, config):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     by_file = {name: f"layers-{LAYER.match(name)[0]}.safetensors" for name in shapes}
     files = groupby(sorted(shapes, key=by_file.get), key=by_file.get)
     for seed, (file, names) in enumerate(files):
         if not (path := folder / file).exists():
-            part = path.with_suffix(".part")
-            save_file(random_tensors(shapes, list(names), seed), part)
-            part.rename(path)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": by_file}  # transformers wants it
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            save_whole(random_tensors(shapes, list(names), seed), path)
+    write_index(folder, by_file)
     finish(folder, config)
     return folder
 
 
 def written(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a model with this config is complete in `folder`."""
+    return (folder / LAYERS).exists() and finished(folder, config)
+
+
+def finished(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the last file of a model with this config is there."""
     done = folder / "config.json"
-    return (folder / LAYERS).exists() and done.exists() and json.loads(done.read_text()) == config
+    return done.exists() and json.loads(done.read_text()) == config
+
+
+def save_whole(made: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a file, which is not there before it is complete."""
+    part = path.with_suffix(".part")
+    save_file(made, part)
+    part.rename(path)
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Write the index of a model in several files, which transformers wants."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def finish(folder: Path, config: Mapping[str, Any]) -> None:
@@ -144,9 +158,7 @@ def write_layers(path: Path, config: Mapping[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     shapes = tensors(config)
-    part = path.with_suffix(".part")
-    save_file(random_tensors(shapes, [name for name in shapes if name not in OWN]), part)
-    part.rename(path)
+    save_whole(random_tensors(shapes, [name for name in shapes if name not in OWN]), path)
 
 
 def random_tensors(

@@ -5,7 +5,6 @@ text is known and four drafts in five are right, as in chain_model.py. It is wri
 for each layer: Qwen3.6-35B-A3B in 4 bits takes 20 GB.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.block_model import (
@@ -22,8 +20,11 @@ from benchmarks.block_model import (
     RELEASED,
     TEXT_MODELS,
     finish,
+    finished,
     random_tensors,
+    save_whole,
     tensors,
+    write_index,
 )
 from benchmarks.chain_model import EMBEDDING, FC, made_fc, made_vocabulary, write_tokenizer
 from benchmarks.report import console
@@ -48,8 +49,7 @@ def full_model(folder: Path, size: str, kind: str, layers: int | None = None) ->
     Args: layers: only the first of them.
     """
     config = full_config(size, kind, layers)
-    done = folder / "config.json"
-    if done.exists() and json.loads(done.read_text()) == config:
+    if finished(folder, config):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     shapes = tensors(config)
@@ -67,12 +67,9 @@ def full_model(folder: Path, size: str, kind: str, layers: int | None = None) ->
         else:
             made = _layer({name: shapes[name] for name in names}, KINDS[kind], seed)
         file = folder / f"{part}.safetensors"
-        save_file(made, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+        save_whole(made, file)
         weight_map |= dict.fromkeys(made, file.name)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(folder, weight_map)
     write_tokenizer(folder, config["vocab_size"])
     finish(folder, config)
     return folder
