@@ -19,7 +19,8 @@ constexpr int kTilePanels = kLanes == 16 ? 2 : 1;
 constexpr int64_t kNR = kTilePanels * kPanelWidth;
 constexpr int64_t kKC = 512;         // columns unpacked at a time: they fit in L1
 constexpr int64_t kDirectTiles = 2;  // up to so many tiles of terms unpack lines as they read them
-constexpr int64_t kLinesAhead = 64;  // prefetched
+// Prefetched: into L2 far ahead, because a core waits for more lines there than it can in L1.
+constexpr int64_t kLinesAhead = 64, kLinesAheadInL1 = 8;
 
 // Indices of a tile's panels; the last one is repeated beyond the end.
 using Panels = std::array<int64_t, kTilePanels>;
@@ -79,7 +80,10 @@ Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kPart
     typename F::Value w[kVectors][F::kLineVectors];
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
-      if (!F::kUnpacked && v % kParts == 0) __builtin_prefetch(at + kLinesAhead * kLine);
+      if (!F::kUnpacked && v % kParts == 0) {
+        __builtin_prefetch(at + kLinesAhead * kLine, 0, 2);
+        __builtin_prefetch(at + kLinesAheadInL1 * kLine);
+      }
       F::unpack(at, v % kParts, w[v]);
     });
     repeat<F::kLineVectors>(F::kLineVectors, [&](int64_t s) Q3N_INLINE {
