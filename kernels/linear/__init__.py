@@ -1,5 +1,6 @@
 """A linear layer with a packed weight: bf16, int8, int4 or FP8."""
 
+import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """out = x Wᵀ, with W = scale (values − zero).
 
     A token's bits depend on its x and the weight alone. A token with an element that is not finite
@@ -39,7 +40,10 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     order. So all instruction sets give the same bits.
     fp8: values are decoded exactly and products summed in fp32, in a fixed order.
 
-    Shapes: x [M, K], any stride of dim 0; weight [N, K]; returns [M, N] of x's dtype
+    Args:
+        out_dtype: x's, or fp32: the sums, which other dtypes round; None: x's.
+
+    Shapes: x [M, K], any stride of dim 0; weight [N, K]; returns [M, N]
 
     Raises: ValueError for an argument's shape, stride, device or dtype.
     """
@@ -48,4 +52,6 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     M, _ = sizes(op, "x", x, 2)
     check_weight(op, "weight", weight, 2, x.device)
     check(op, "x", x, (M, weight.shape[1]), ACTIVATIONS, x.device)
-    return run(x, weight)
+    if out_dtype not in (None, x.dtype, torch.float32):
+        raise ValueError(f"{op}: out_dtype is {out_dtype}, not {x.dtype} or torch.float32")
+    return run(x, weight, out_dtype or x.dtype)

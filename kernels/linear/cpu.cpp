@@ -18,8 +18,8 @@ Panels tile_panels(const PackedWeight& w, int64_t first_panel) {
 }
 
 // Writes a tile's columns of out [M, N] for tokens [begin, end): each output sums `terms` totals.
-template <class T>
-void write_tile(T* out, const PackedWeight& w, const float* totals, int64_t terms,
+template <class Out>
+void write_tile(Out* out, const PackedWeight& w, const float* totals, int64_t terms,
                 int64_t first_panel, int64_t begin, int64_t end) {
   const int64_t column = first_panel * kPanelWidth, width = std::min(kNR, w.N - column);
   for (int64_t m = begin; m < end; ++m) {
@@ -33,8 +33,8 @@ void write_tile(T* out, const PackedWeight& w, const float* totals, int64_t term
 }
 
 // A task multiplies up to nc tiles of columns; fewer, if threads would get fewer than kTasks tasks.
-template <class T>
-void multiply(T* out, const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
+template <class T, class Out>
+void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
   std::vector<int64_t> tokens(M);
   std::iota(tokens.begin(), tokens.end(), 0);
   const PackedGemm gemm(w, x, M, stride);
@@ -67,11 +67,15 @@ void multiply(T* out, const T* x, int64_t M, int64_t stride, const PackedWeight&
 }
 
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
-              int64_t group, int64_t N) {
+              int64_t group, int64_t N, bool fp32) {
   const int64_t M = x.size(0), K = x.size(1);
   const PackedWeight w(packed, scale, zero, encoding, N, K, group);
-  Tensor out = torch::stable::new_empty(x, {M, N});
-  with_dtype(x, [&]<class T>(T) { multiply(write<T>(out), read<T>(x), M, x.stride(0), w); });
+  const ScalarType dtype = fp32 ? ScalarType::Float : x.scalar_type();
+  Tensor out = torch::stable::new_empty(x, {M, N}, dtype);
+  with_dtype(x, [&]<class T>(T) {
+    if (fp32) return multiply(write<float>(out), read<T>(x), M, x.stride(0), w);
+    multiply(write<T>(out), read<T>(x), M, x.stride(0), w);
+  });
   return out;
 }
 

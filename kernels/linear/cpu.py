@@ -9,9 +9,10 @@ from qwen3next_plugin.kernels.linear.packed_weight import ENCODINGS, PackedWeigh
 native.load()
 
 
-def run(x: Tensor, weight: PackedWeight) -> Tensor:
+def run(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     """Shapes as in the public op."""
-    return torch.ops.qwen3next.linear(x, *parts(weight), weight.shape[0])
+    fp32 = out_dtype == torch.float32
+    return torch.ops.qwen3next.linear(x, *parts(weight), weight.shape[0], fp32)
 
 
 def parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
@@ -22,6 +23,13 @@ def parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int
 
 @torch.library.register_fake("qwen3next::linear")
 def _(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, encoding: int, group: int, N: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    encoding: int,
+    group: int,
+    N: int,
+    fp32: bool,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], N)
+    return x.new_empty(x.shape[0], N, dtype=torch.float32 if fp32 else x.dtype)

@@ -7,9 +7,9 @@ from torch.nn.functional import pad
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL, Encoding, PackedWeight, unpack
 
 
-def run(x: Tensor, weight: PackedWeight) -> Tensor:
+def run(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     """Shapes as in the public op."""
-    return (x.float() @ unpack(weight).T).to(x.dtype)
+    return (x.float() @ unpack(weight).T).to(out_dtype)
 
 
 def panels(rows: Tensor, encoding: Encoding, line: int) -> Tensor:

@@ -134,7 +134,10 @@ def test_against_the_equation(cpu_backend, kind, dtype):
             x = (torch.randn(M, K + 3) * torch.randn(K + 3).exp()).to(dtype)[:, :K]
             out = linear(x, weight)
             assert out.dtype == dtype
-            assert_close("linear", dtype, out, x.double() @ w.double().T)
+            exact = x.double() @ w.double().T
+            assert_close("linear", dtype, out, exact)
+            in_fp32 = linear(x, weight, out_dtype=torch.float32)
+            assert torch.equal(in_fp32.to(dtype), out)  # the same sums, not rounded
 
 
 def rows(tensors, begin, end):
@@ -307,6 +310,12 @@ def test_refuses_a_weight_with_other_parts(cpu_backend, kind, part, change, comp
     bad = replace(weight, **{part: change(getattr(weight, part))})
     with pytest.raises(ValueError, match=f"linear: {complaint}"):
         linear(torch.zeros(2, 256), bad)
+
+
+def test_refuses_another_dtype_of_the_result():
+    weight, _ = packed("int8", 20, 128)
+    with pytest.raises(ValueError, match=r"linear: out_dtype is torch\.float16, not torch\.bfl"):
+        linear(torch.zeros(2, 128).bfloat16(), weight, out_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8-blocks", "bf16"])

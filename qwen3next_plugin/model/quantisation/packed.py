@@ -58,12 +58,15 @@ class Packed(nn.Module):
         self._weight = self._bundle()
         return self
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Shapes: x [..., K], bias [N], returns [..., N]."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Shapes: x [..., K], bias [N], returns [..., N] of x's dtype, or fp32 if asked."""
         if x.dim() == 2:  # as in nearly every layer; views take a microsecond each
-            out = linear(x, self.weight)
+            out = linear(x, self.weight, out_dtype=out_dtype)
         else:
-            out = linear(x.reshape(-1, x.shape[-1]), self.weight).unflatten(0, x.shape[:-1])
+            flat = linear(x.reshape(-1, x.shape[-1]), self.weight, out_dtype=out_dtype)
+            out = flat.unflatten(0, x.shape[:-1])
         return out if bias is None else out + bias
 
 

@@ -237,7 +237,7 @@ def _linear(run: Run, served: Served, draw: Draw) -> Outputs:
     for M in (1, 20):
         x = draw(M, K)
         for weight in weights:
-            yield f"{M} tokens, {weight.encoding}", run(x, weight)
+            yield f"{M} tokens, {weight.encoding}", run(x, weight, x.dtype)
 
 
 def _fused_moe(run: Run, served: Served, draw: Draw) -> Outputs:

@@ -209,4 +209,7 @@ class PackedLogitsProcessor(LogitsProcessor):
         """Shapes: hidden_states [N, D], returns [N, vocab of this rank, padded]."""
         if (packed := getattr(lm_head, "packed", None)) is None:
             return super()._compute_lm_head(hidden_states, lm_head, embedding_bias, out=out)
-        return packed(hidden_states.float() if self.use_fp32_lm_head else hidden_states)
+        if not isinstance(packed, Packed):
+            return packed(hidden_states)
+        x = hidden_states.float() if self.use_fp32_lm_head else hidden_states
+        return packed(x, out_dtype=torch.float32)

@@ -88,7 +88,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
     ) -> torch.Tensor:
         if layer.packed is None:
             return super().apply(layer, x, bias)
-        return layer.packed(x, bias)
+        return layer.packed(x, bias, out_dtype=torch.float32)
 
 
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:
