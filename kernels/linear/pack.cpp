@@ -45,6 +45,8 @@ void interleave(uint8_t* out, const uint8_t* rows, int64_t stride, int64_t line,
     case kInt8:
       return interleave<uint16_t>(out, rows, stride, line, [](uint16_t x) { return x; });
     case kInt4:
+    case kNvfp4:
+    case kMxfp4:
       return interleave<uint32_t>(out, rows, stride, line, by_parity);
     case kFp8:
       return interleave<uint32_t>(out, rows, stride, line, bytes_by_parity);

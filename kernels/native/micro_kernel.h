@@ -191,11 +191,11 @@ void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, co
                                               last);
     }
   }
-  if (w.group || w.encoding == kBf16) return;
+  if (!w.ends_with_scale()) return;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t v = 0; v < kTilePanels * kParts; ++v) {
       float* to = totals + i * kNR + v * kLanes;
-      store(to, load(to) * w.scale(panels[v / kParts], 0, v % kParts));
+      store(to, load(to) * w.last_scale(panels[v / kParts], v % kParts));
     }
   }
 }
