@@ -1,5 +1,6 @@
 """Packs values and scales, as checkpoints have them, into a `PackedWeight`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
 )
 
 GROUPS = (32, 64, 128)
+LARGEST: Mapping[Encoding, int] = {"nvfp4": 126, "mxfp4": 254}  # codes of positive, finite scales
 
 
 def pack_int8(values: Tensor, scale: Tensor) -> PackedWeight:
@@ -123,9 +125,10 @@ def _fp4(encoding: Encoding, values: Tensor, scale: Tensor) -> PackedWeight:
             f"{op}: scale is {scale.dtype} {tuple(scale.shape)}, not {dtype} of each {group} of "
             f"{K} columns"
         )
-    if scale.float().isnan().any():
-        raise ValueError(f"{op}: scale is not finite")
-    return _packed(encoding, values, group, scale.view(torch.uint8), None)
+    codes = scale.view(torch.uint8)
+    if codes.numel() and int(codes.max()) > LARGEST[encoding]:
+        raise ValueError(f"{op}: scale is negative, or not finite")
+    return _packed(encoding, values, group, codes, None)
 
 
 def pack_bf16(values: Tensor) -> PackedWeight:

@@ -311,7 +311,7 @@ struct PackedWeight {
         scale_dtype(scale.scalar_type()),
         zeros(zero ? read<uint8_t>(*zero) : nullptr),
         encoding(static_cast<Encoding>(encoding)),
-        offset(encoding == kInt4               ? 8
+        offset(encoding == kInt4        ? 8
                : is_fp4(this->encoding) ? kFp4Offset
                                         : kInt8Offset),
         N(N),
@@ -338,8 +338,8 @@ struct PackedWeight {
   }
   // From e4m3 (NVFP4), or powers of two of which the smallest is a denormal (MXFP4).
   f32v scale_of_fp4(const uint8_t* codes) const {
-    const u32v code = (u32v)widen_codes(codes);
-    if (encoding == kNvfp4) return (f32v)((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
+    const u32v code = (u32v)widen(codes);
+    if (encoding == kNvfp4) return (f32v)(code << 20) * 0x1p120f;  // positive
     const u32v bits = code << 23;
     return (f32v)(code == 0 ? (u32v)(0x00400000 + i32v{}) : bits);
   }
@@ -353,13 +353,7 @@ struct PackedWeight {
   // The zero points of a group, per channel.
   i32v zero(int64_t t, int64_t g, int64_t part) const {
     if (!zeros) return offset + i32v{};
-    return widen_codes(zeros + index(t, groups == 1 ? 0 : g, part));
-  }
-  static i32v widen_codes(const uint8_t* codes) {
-    typedef uint8_t u8v __attribute__((vector_size(kLanes)));
-    u8v narrow;
-    std::memcpy(&narrow, codes, sizeof narrow);
-    return __builtin_convertvector(narrow, i32v);
+    return widen(zeros + index(t, groups == 1 ? 0 : g, part));
   }
 
   // Calls f with a value of the type of the encoding, and of x.

@@ -310,7 +310,7 @@ def test_refuses_what_is_no_weight():
         (pack_nvfp4, (nibbles, scale, scale[:, :1]), r"scale is torch\.float32"),
         (pack_nvfp4, (nibbles, e4m3, scale), r"channel_scale is torch\.float32 \(4, 3\)"),
         (pack_nvfp4, (nibbles, e4m3, scale[:, :1] / 0), "channel_scale is not finite"),
-        (pack_nvfp4, (nibbles, nan, scale[:, :1]), "scale is not finite"),
+        (pack_nvfp4, (nibbles, nan, scale[:, :1]), "scale is negative, or not finite"),
         (pack_mxfp4, (nibbles, e4m3), r"scale is torch\.float8_e4m3fn"),
     ):
         with pytest.raises(ValueError, match=rf"{pack.__name__}: .*{complaint}"):

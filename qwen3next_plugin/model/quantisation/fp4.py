@@ -2,7 +2,8 @@
 
 Two e2m1 a byte, the lower nibble first. NVFP4 has an e4m3 scale for each 16 columns and a scale of
 the whole module, by which modelopt and Quark multiply and compressed-tensors divides. MXFP4, of the
-last two, has an e8m0 scale for each 32 columns. Scales of 4-bit activations are not used: ours stay as they are.
+last two, has an e8m0 scale for each 32 columns. Scales of 4-bit activations are not used, because
+activations stay as they are.
 """
 
 from typing import Literal

@@ -27,9 +27,7 @@ def name_file(host: Callable[..., Any], model: str, *args: Any, **given: Any) ->
         return host(model, *args, **given)
 
 
-def keep_kv_dtype(
-    host: Callable[..., str], kv_cache_dtype: str, model_config: ModelConfig
-) -> str:
+def keep_kv_dtype(host: Callable[..., str], kv_cache_dtype: str, model_config: ModelConfig) -> str:
     """Around `resolve_kv_cache_dtype_string`: on a CPU only the flag asks for FP8."""
     if current_platform.is_cpu() and serves(model_config.hf_config):
         return kv_cache_dtype
