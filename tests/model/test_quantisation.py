@@ -126,6 +126,17 @@ def test_fp8_in_groups_of_128_columns():
     assert torch.equal(unpack(pack(tensors, form).weight), dequantise(tensors, form))
 
 
+def test_mxfp4_with_scales_of_their_own_dtype(plain, tmp_path):
+    """Not bytes, as released checkpoints have them."""
+    quantised, twin = write_quantised(plain, tmp_path, "mxfp4")
+    tensors = load_file(quantised / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            tensors[name] = tensor.view(torch.float8_e8m0fnu)
+    save_file(tensors, quantised / "model.safetensors")
+    check(quantised, twin)
+
+
 def test_ranks_that_would_share_a_scale():
     form = Format("int4", 128, torch.float16)
     check_split("m", form, 256, 128)
