@@ -33,7 +33,7 @@ from qwen3next_plugin.kernels.linear import linear as multiply
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
 GROUP = 128  # columns of a scale
 # Bits of a quantised weight, its scales included; zero points where the tool always writes them.
-BITS = {"int4": 4 + 16 / GROUP, "int8": 8, "fp8": 8 + 32 / GROUP, "bf16": 16}
+BITS = {"int4": 4 + 16 / GROUP, "int8": 8, "fp8": 8 + 32 / GROUP, "nvfp4": 4.5, "bf16": 16}
 BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)
 EMBEDDING, HEAD, _ = OWN
 LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")

@@ -160,6 +160,16 @@ def _fp8(N: int, K: int, generator: torch.Generator) -> Parts:
     return {"weight": values.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
 
 
+def _nvfp4(N: int, K: int, generator: torch.Generator) -> Parts:
+    scale = torch.empty(N, K // 16).uniform_(0.8, 1.2, generator=generator) * 256
+    return {
+        "weight": _bytes((N, K // 2), generator),
+        "weight_scale": scale.to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(STD / 256 / 2.93),  # the root of the mean square of e2m1
+        "input_scale": torch.ones(()),
+    }
+
+
 def _compressed(form: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     return {
@@ -184,5 +194,8 @@ KINDS = {
     ),
     "gptq": Kind(_gptq, {"quant_method": "gptq", "desc_act": False, "sym": True, **_OF_TOOLS}),
     "awq": Kind(_awq, {"quant_method": "awq", "zero_point": True, "version": "gemm", **_OF_TOOLS}),
+    "nvfp4": Kind(
+        _nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": []}
+    ),
     "bf16": Kind(lambda N, K, generator: {}, {}),
 }

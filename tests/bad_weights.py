@@ -64,10 +64,31 @@ FAULTS = {
         lambda t: t.update({f"{Q}.weight_scale_2": torch.ones(1)}),
         r"not known here, with the tensors weight float8_e4m3fn, .*; use a checkpoint in",
     ),
-    "nvfp4": Fault(
-        "fp8-rows",
-        lambda t: t.update({f"{Q}.weight": torch.zeros(256, 80, dtype=torch.uint8)}),
-        r"not known here, with the tensors weight uint8",
+    "NVFP4 without its scale": Fault(
+        "nvfp4",
+        lambda t: t.pop(f"{Q}.weight_scale_2"),
+        "quantised, and weight_scale_2 is missing; download",
+    ),
+    "NVFP4 with a scale that is not finite": Fault(
+        "nvfp4_compressed",
+        lambda t: t.update({f"{Q}.weight_global_scale": torch.zeros(1)}),
+        "the scale of the whole module is inf; download",
+        by_headers=False,
+    ),
+    "MXFP4 with scales of blocks": Fault(
+        "mxfp4",
+        lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"][:8]}),
+        r"weight_scale has shape \(8, 5\), which is no scale of each 32 of 160 columns of 256",
+    ),
+    "MXFP4 with scales in fp32": Fault(
+        "mxfp4_compressed",
+        lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"].float()}),
+        "weight_scale has the dtype float32; use a checkpoint with scales in uint8 or float8_e8m0",
+    ),
+    "NVFP4 with zero points": Fault(
+        "nvfp4_compressed",
+        lambda t: t.update({f"{Q}.weight_zero_point": torch.zeros(256, 10, dtype=torch.uint8)}),
+        "not known here, with the tensors input_global_scale float32, .*, weight_zero_point uint8",
     ),
     "3 bits": Fault(
         "gptq",

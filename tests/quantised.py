@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +34,7 @@ class Kind(NamedTuple):
 
     quantise: Callable[[Tensor], Quantised]
     config: Mapping[str, Any]
+    kv_scales: bool = False  # there are some of an FP8 KV cache
 
 
 def write_partly_quantised(folder: Path) -> Path:
@@ -73,6 +75,8 @@ def write_quantised(
             module = name.removesuffix(".weight")
             own = mix[STACKED.sub("", module)] if kind == MIXED else kind
             parts, plainly[name] = KINDS[own].quantise(tensor.float())
+            if KINDS[own].kv_scales and (kept := re.search(r"self_attn\.([kv])_proj$", module)):
+                parts[f"{kept[1]}_scale"] = torch.full((), 0.7)
             saved |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
         else:
             saved[name] = plainly[name] = tensor
@@ -243,6 +247,48 @@ def packed(bits: int, group: int, *, zeros: bool = False) -> Callable:
     return quantise
 
 
+def nvfp4(*, divides: bool) -> Callable:
+    """By compressed-tensors' own packing; names and the module's scale are its own, or modelopt's.
+
+    Scales reach down to the smallest of e4m3.
+    """
+
+    def quantise(weight: Tensor) -> Quantised:
+        whole = weight.abs().amax() / (6 * LARGEST)
+        divisor = (1 / whole).reshape(1)
+        whole = 1 / divisor if divides else whole
+        scale = weight.unflatten(1, (-1, 16)).abs().amax(-1) / (6 * whole)
+        scale[:, -1] /= LARGEST
+        scale = scale.clamp(min=2**-9).to(E4M3)
+        values, plain = e2m1(weight, scale.float() * whole)
+        if divides:
+            more = {"weight_global_scale": divisor, "input_global_scale": torch.ones(1)}
+            return {"weight_packed": values, "weight_scale": scale} | more, plain
+        more = {"weight_scale_2": whole, "input_scale": torch.tensor(0.01)}
+        return {"weight": values, "weight_scale": scale} | more, plain
+
+    return quantise
+
+
+def mxfp4(values_name: str) -> Callable:
+    """Powers of two by which the largest of a group is at most 6."""
+
+    def quantise(weight: Tensor) -> Quantised:
+        largest = weight.unflatten(1, (-1, 32)).abs().amax(-1)
+        exponent = (largest / 6).log2().ceil().clamp(min=-126)
+        values, plain = e2m1(weight, exponent.exp2())
+        return {values_name: values, "weight_scale": (exponent + 127).to(torch.uint8)}, plain
+
+    return quantise
+
+
+def e2m1(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Two values a byte, and what they say. Shapes: weight [N, K], scale [N, groups]"""
+    by_weight = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+    values = pack_fp4_to_uint8(weight / by_weight)
+    return values, unpack_fp4_from_uint8(values, *weight.shape, dtype=torch.float32) * by_weight
+
+
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     """A config of compressed-tensors."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
@@ -260,6 +306,25 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
+MODELOPT = {
+    "quant_method": "modelopt",
+    "quant_algo": "NVFP4",
+    "group_size": 16,
+    "ignore": ["lm_head", "mtp*"],
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "producer": {"name": "modelopt", "version": "0.37.0"},
+}
+OF_QUARK = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+QUARK = {
+    "quant_method": "quark",
+    "global_quant_config": {
+        "weight": OF_QUARK | {"is_dynamic": False},
+        "input_tensors": OF_QUARK | {"is_dynamic": True},
+    },
+    "exclude": ["lm_head"],
+    "export": {"kv_cache_group": [], "weight_format": "real_quantized"},
+}
 KINDS: Mapping[str, Kind] = {
     "fp8-blocks": Kind(in_blocks(torch.float32), FP8),
     "fp8-blocks_bf16-scales": Kind(in_blocks(torch.bfloat16), FP8),
@@ -282,6 +347,16 @@ KINDS: Mapping[str, Kind] = {
     "packed_8-bit": Kind(packed(8, 0), compressed("pack-quantized", **INT8)),
     "packed_8-bit_groups": Kind(
         packed(8, 32), compressed("pack-quantized", **INT4 | {"num_bits": 8})
+    ),
+    "nvfp4": Kind(nvfp4(divides=False), MODELOPT, kv_scales=True),
+    "nvfp4_compressed": Kind(
+        nvfp4(divides=True),
+        compressed("nvfp4-pack-quantized", **FLOAT4, strategy="tensor_group", group_size=16),
+    ),
+    "mxfp4": Kind(mxfp4("weight"), QUARK),
+    "mxfp4_compressed": Kind(
+        mxfp4("weight_packed"),
+        compressed("mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32),
     ),
 }
 # Those that one config.json allows beside one another.

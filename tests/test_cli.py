@@ -319,7 +319,7 @@ def test_plan_reads_the_safetensors_files(tmp_path):
     assert sum(halved["weights"].values()) == 2 * halved["parameters"]
 
 
-@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq_zeros", MIXED])
+@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq_zeros", "nvfp4", MIXED])
 def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
     """Scales are repeated by row, zero points are bytes, part of a projection is dequantised.
 

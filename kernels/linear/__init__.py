@@ -1,11 +1,18 @@
-"""A linear layer with a packed weight: bf16, int8, int4 or FP8."""
+"""A linear layer with a packed weight: bf16, int8, int4, FP8 or FP4."""
 
 import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
-from qwen3next_plugin.kernels.linear.pack import pack_bf16, pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels.linear.pack import (
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    pack_mxfp4,
+    pack_nvfp4,
+)
 from qwen3next_plugin.kernels.linear.packed_weight import (
     PackedWeight,
     check_weight,
@@ -21,6 +28,8 @@ __all__ = [
     "pack_fp8",
     "pack_int4",
     "pack_int8",
+    "pack_mxfp4",
+    "pack_nvfp4",
     "stack",
     "take_channels",
     "unpack",
@@ -33,7 +42,7 @@ def linear(x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype | None = N
     A token's bits depend on its x and the weight alone. A token with an element that is not finite
     gives no finite output.
 
-    int8 and int4: x is rounded, block by block, to 15 bits and a sign times a power of two (fp32:
+    int8, int4, FP4: x is rounded, block by block, to 15 bits and a sign times a power of two (fp32:
     28 bits). A block is a group of the weight; without groups it has 128 columns (int4), or the
     largest divisor of the padded K up to 512 (int8). A bf16 element is exact unless it is below
     1/128 of its block's largest. A block is summed in int32, exactly; blocks are added in fp32, in

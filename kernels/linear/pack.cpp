@@ -28,7 +28,8 @@ uint32_t bytes_by_parity(uint32_t x) {
 
 // Writes 16 rows, `stride` bytes apart and `line` bytes long, as lines of one unit of each row.
 template <class Unit, class Ordered>
-void interleave(uint8_t* out, const uint8_t* rows, int64_t stride, int64_t line, Ordered&& ordered) {
+void interleave(uint8_t* out, const uint8_t* rows, int64_t stride, int64_t line,
+                Ordered&& ordered) {
   for (int64_t at = 0; at < line; at += sizeof(Unit)) {
     Unit units[kPanelWidth];
     for (int64_t r = 0; r < kPanelWidth; ++r) {
@@ -45,6 +46,8 @@ void interleave(uint8_t* out, const uint8_t* rows, int64_t stride, int64_t line,
     case kInt8:
       return interleave<uint16_t>(out, rows, stride, line, [](uint16_t x) { return x; });
     case kInt4:
+    case kNvfp4:
+    case kMxfp4:
       return interleave<uint32_t>(out, rows, stride, line, by_parity);
     case kFp8:
       return interleave<uint32_t>(out, rows, stride, line, bytes_by_parity);
@@ -67,7 +70,8 @@ Tensor pack_panels(Tensor rows, int64_t encoding, int64_t line) {
   const uint8_t* in = read<uint8_t>(rows);
   std::atomic<bool> bad{false};
   parallel(E * panels, 1 + kTask / (kPanelWidth * line + 1), [&](int64_t i) {
-    const int64_t first = i % panels * kPanelWidth, count = std::min<int64_t>(N - first, kPanelWidth);
+    const int64_t first = i % panels * kPanelWidth,
+                  count = std::min<int64_t>(N - first, kPanelWidth);
     const uint8_t* from = in + (i / panels * N + first) * bytes;
     if (Encoding(encoding) == kFp8 && has_nan(from, count * bytes)) bad = true;
     int64_t stride = bytes;

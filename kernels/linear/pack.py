@@ -1,5 +1,8 @@
 """Packs values and scales, as checkpoints have them, into a `PackedWeight`."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -11,6 +14,8 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
     BITS,
     BLOCK,
     ENCODINGS,
+    FP4_GROUPS,
+    FP4_SCALES,
     PANEL,
     SCALES,
     Encoding,
@@ -18,6 +23,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
 )
 
 GROUPS = (32, 64, 128)
+LARGEST: Mapping[Encoding, int] = {"nvfp4": 126, "mxfp4": 254}  # codes of positive, finite scales
 
 
 def pack_int8(values: Tensor, scale: Tensor) -> PackedWeight:
@@ -77,6 +83,54 @@ def pack_fp8(values: Tensor, scale: Tensor) -> PackedWeight:
     return _weight("fp8", values, group, scale, None)
 
 
+def pack_nvfp4(values: Tensor, scale: Tensor, channel_scale: Tensor) -> PackedWeight:
+    """FP4 e2m1, an e4m3 scale for each 16 columns, times an fp32 scale for each output channel.
+
+    Shapes: values [..., N, K / 2] uint8, two columns a byte, the lower nibble first; scale
+        [..., N, K / 16] float8_e4m3fn; channel_scale [..., N, 1] fp32
+
+    Raises: as `pack_int8`.
+    """
+    op = "pack_nvfp4"
+    weight = _fp4("nvfp4", values, scale)
+    expected = (*scale.shape[:-1], 1)
+    if channel_scale.dtype != torch.float32 or channel_scale.shape != expected:
+        raise ValueError(
+            f"{op}: channel_scale is {channel_scale.dtype} {tuple(channel_scale.shape)}, not "
+            f"torch.float32 {expected}"
+        )
+    if not channel_scale.isfinite().all():
+        raise ValueError(f"{op}: channel_scale is not finite")
+    of_channels = _lanes(channel_scale).view(torch.uint8).unflatten(-1, (-1, PANEL))
+    return replace(weight, scale=torch.cat([of_channels.flatten(-3, -2), weight.scale], -2))
+
+
+def pack_mxfp4(values: Tensor, scale: Tensor) -> PackedWeight:
+    """FP4 e2m1, a power of two as the scale of each 32 columns.
+
+    Shapes: values [..., N, K / 2] uint8, two columns a byte, the lower nibble first; scale
+        [..., N, K / 32] float8_e8m0fnu
+
+    Raises: as `pack_int8`.
+    """
+    return _fp4("mxfp4", values, scale)
+
+
+def _fp4(encoding: Encoding, values: Tensor, scale: Tensor) -> PackedWeight:
+    op, group, dtype = f"pack_{encoding}", FP4_GROUPS[encoding], FP4_SCALES[encoding]
+    _check_values(op, values, torch.uint8)
+    *lead, K = _shape(encoding, values)
+    if scale.dtype != dtype or scale.shape != (*lead, K // group) or K % group:
+        raise ValueError(
+            f"{op}: scale is {scale.dtype} {tuple(scale.shape)}, not {dtype} of each {group} of "
+            f"{K} columns"
+        )
+    codes = scale.view(torch.uint8)
+    if codes.numel() and int(codes.max()) > LARGEST[encoding]:
+        raise ValueError(f"{op}: scale is negative, or not finite")
+    return _packed(encoding, values, group, codes, None)
+
+
 def pack_bf16(values: Tensor) -> PackedWeight:
     """The matrix itself.
 
@@ -98,7 +152,7 @@ def _check_values(op: str, values: Tensor, dtype: torch.dtype) -> None:
 def _shape(encoding: Encoding, values: Tensor) -> tuple[int, ...]:
     """(N, K) or (E, N, K) of values as a checkpoint has them."""
     *lead, width = values.shape
-    return (*lead, 2 * width if encoding == "int4" else width)
+    return (*lead, 2 * width if BITS[encoding] == 4 else width)
 
 
 def _group(op: str, shape: tuple[int, ...], scale: Tensor) -> int:
@@ -121,11 +175,18 @@ def _group(op: str, shape: tuple[int, ...], scale: Tensor) -> int:
 def _weight(
     encoding: Encoding, values: Tensor, group: int, scale: Tensor, zero: Tensor | None
 ) -> PackedWeight:
-    op, shape = f"pack_{encoding}", _shape(encoding, values)
+    op = f"pack_{encoding}"
     if scale.dtype not in SCALES:
         raise ValueError(f"{op}: scale is {scale.dtype}, not one of {SCALES}")
     if not scale.isfinite().all():
         raise ValueError(f"{op}: scale is not finite")
+    return _packed(encoding, values, group, scale, zero)
+
+
+def _packed(
+    encoding: Encoding, values: Tensor, group: int, scale: Tensor, zero: Tensor | None
+) -> PackedWeight:
+    shape = _shape(encoding, values)
     width = values.shape[-1] * values.itemsize
     rows = values.contiguous().flatten().view(torch.uint8).view(*values.shape[:-1], width)
     padded = shape[-1] + -shape[-1] % (group or BLOCK)

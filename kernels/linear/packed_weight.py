@@ -1,7 +1,7 @@
 """A matrix as the kernels read it: in panels of 16 output channels, interleaved."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,10 +12,18 @@ from qwen3next_plugin.kernels.checks import ACTIVATIONS
 
 PANEL = 16  # output channels of a panel: the fp32 lanes of AVX-512
 BLOCK = 128  # the last dim is padded to a multiple of it
-Encoding = Literal["int8", "int4", "fp8", "bf16"]  # of a value
-ENCODINGS: tuple[Encoding, ...] = ("int8", "int4", "fp8", "bf16")  # as in native/formats.h
-BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16}  # of a value
-SCALES = ACTIVATIONS  # dtypes of the scales
+Encoding = Literal["int8", "int4", "fp8", "bf16", "nvfp4", "mxfp4"]  # of a value
+# As in native/formats.h.
+ENCODINGS: tuple[Encoding, ...] = ("int8", "int4", "fp8", "bf16", "nvfp4", "mxfp4")
+BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16, "nvfp4": 4, "mxfp4": 4}  # of a value
+SCALES = ACTIVATIONS  # dtypes of the scales, but of FP4
+FP4_GROUPS: Mapping[Encoding, int] = {"nvfp4": 16, "mxfp4": 32}  # columns that share a scale
+FP4_SCALES: Mapping[Encoding, torch.dtype] = {
+    "nvfp4": torch.float8_e4m3fn,
+    "mxfp4": torch.float8_e8m0fnu,
+}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; those of codes 8 to 15 are negative
+BEFORE = 4  # of NVFP4: the bytes of an fp32 scale for each channel, as groups before the others
 BYTES = (torch.uint8,)
 Dtypes = tuple[torch.dtype, ...]
 SYMMETRIC = 8  # the zero point of int4 without zero points
@@ -26,17 +34,18 @@ class PackedWeight:
     """W = scale (values − zero), packed by a `pack_…`; in bf16 W itself, without scales.
 
     Shapes, of one matrix [N, K]; of experts all have a leading dim E:
-        packed: [⌈N/16⌉, bytes] uint8. A byte holds an int8 or e4m3, or two int4; columns are in
-            pairs: within a panel [K/2, 16, 2] bytes (int8), or [K/8, 16, 2] words of 16 bits, whose
-            nibbles, lowest first, are 2 columns apart (int4); [K/4, 16, 2] words of 16 bits, whose
-            bytes are 2 columns apart (fp8); [K/2, 16, 2] bf16
-        scale: [⌈N/16⌉, groups, 16] fp32, bf16 or fp16; one group if `group` is 0, none of bf16
+        packed: [⌈N/16⌉, bytes] uint8. A byte holds an int8 or e4m3, or two int4 or e2m1 (FP4);
+            columns are in pairs: within a panel [K/2, 16, 2] bytes (int8), or [K/8, 16, 2] words of
+            16 bits, whose nibbles, lowest first, are 2 columns apart (int4, FP4); [K/4, 16, 2]
+            words of 16 bits, whose bytes are 2 columns apart (fp8); [K/2, 16, 2] bf16
+        scale: [⌈N/16⌉, groups, 16] fp32, bf16 or fp16; one group if `group` is 0, none of bf16.
+            FP4: uint8, e8m0 (MXFP4) or e4m3 (NVFP4), there after 64 bytes with the channels' fp32
         zero: of int4, the same shape, uint8, or None: 8. The other encodings have none.
     """
 
     encoding: Encoding
     shape: tuple[int, ...]  # (N, K), or (E, N, K)
-    group: int  # columns that share a scale: 32, 64 or 128; 0: all of them
+    group: int  # columns that share a scale: 16, 32, 64 or 128; 0: all of them
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -59,14 +68,27 @@ def unpack(weight: PackedWeight) -> Tensor:
     values = _values(weight)  # [..., panels, columns, 16]
     if weight.encoding == "bf16":
         return values.transpose(-1, -2).flatten(-3, -2)[..., :N, :K]
-    columns, groups = values.shape[-2], weight.scale.shape[-2]
-    scale = weight.scale.float()
+    scale = _scales(weight)
+    columns, groups = values.shape[-2], scale.shape[-2]
     zero: Tensor | int = SYMMETRIC if weight.encoding == "int4" else 0
     if weight.zero is not None:
         zero = weight.zero.float().repeat_interleave(weight.group or columns, -2)[..., :columns, :]
     scale = scale.repeat_interleave(columns if groups == 1 else weight.group, -2)
     w = (values - zero) * scale[..., :columns, :]
     return w.transpose(-1, -2).flatten(-3, -2)[..., :N, :K]
+
+
+def _scales(weight: PackedWeight) -> Tensor:
+    """In fp32. Shapes: [..., panels, groups, 16]"""
+    scale = weight.scale
+    if weight.encoding not in FP4_SCALES:
+        return scale.float()
+    before = BEFORE if weight.encoding == "nvfp4" else 0
+    of_groups = scale[..., before:, :].view(FP4_SCALES[weight.encoding]).float()
+    if not before:
+        return of_groups
+    of_channels = scale[..., :before, :].flatten(-2).view(torch.float32).unflatten(-1, (1, PANEL))
+    return of_groups * of_channels
 
 
 def take_channels(weight: PackedWeight, channels: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,12 +117,19 @@ def _values(weight: PackedWeight) -> Tensor:
         values = packed.view(dtype).float().unflatten(-1, (-1, PANEL, 2))
         return values.transpose(-1, -2).flatten(-3, -2)
     words = packed.view(torch.int16).int().unflatten(-1, (-1, 1, PANEL, 2))
-    if weight.encoding == "int4":
+    if BITS[weight.encoding] == 4:
         words = (words >> torch.arange(0, 16, 4).view(4, 1, 1)) & 15  # [..., chunks, 4, 16, 2]
-        return words.float().transpose(-1, -2).flatten(-4, -2)
+        values = words.float() if weight.encoding == "int4" else decode_e2m1(words)
+        return values.transpose(-1, -2).flatten(-4, -2)
     words = (words >> torch.tensor([0, 8]).view(2, 1, 1)) & 255
     values = words.to(torch.uint8).view(torch.float8_e4m3fn).float()
     return values.transpose(-1, -2).flatten(-4, -2)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Codes from 0 to 15 as fp32."""
+    positive = torch.tensor(E2M1)
+    return torch.cat([positive, -positive])[codes.long()]
 
 
 def check_weight(op: str, name: str, weight: PackedWeight, dims: int, device: torch.device) -> None:
@@ -111,14 +140,15 @@ def check_weight(op: str, name: str, weight: PackedWeight, dims: int, device: to
     if zero is not None and weight.encoding != "int4":
         raise ValueError(f"{op}: {name} is {weight.encoding} with zero points, which only int4 has")
     lines, entries = _shapes(weight.encoding, weight.shape, weight.group)
+    scales = BYTES if weight.encoding in FP4_SCALES else SCALES
     if (
         _fits(weight.packed, lines, BYTES, device)
-        and _fits(weight.scale, entries, SCALES, device)
+        and _fits(weight.scale, entries, scales, device)
         and (zero is None or _fits(zero, entries, BYTES, device))
     ):
         return
     _refuse(f"{op}: {name}.packed", weight.packed, lines, BYTES, device)
-    _refuse(f"{op}: {name}.scale", weight.scale, entries, SCALES, device)
+    _refuse(f"{op}: {name}.scale", weight.scale, entries, scales, device)
     if zero is not None:
         _refuse(f"{op}: {name}.zero", zero, entries, BYTES, device)
 
@@ -156,6 +186,7 @@ def _computed(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
     padded = -(-K // (group or BLOCK)) * (group or BLOCK)
     panels, line = -(-N // PANEL), PANEL * padded * BITS[encoding] // 8
     groups = 0 if encoding == "bf16" or not K else -(-K // (group or K))
+    groups += BEFORE if encoding == "nvfp4" else 0
     return (*lead, panels, line), (*lead, panels, groups, PANEL)
 
 

@@ -62,21 +62,21 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
   return unit;
 }
 
-// Reorders n integers for Bytes, eight at a time.
+// Reorders n integers (n is a multiple of kLanes) for Bytes, eight at a time.
 inline void split([[maybe_unused]] int16_t* x, [[maybe_unused]] int64_t n,
                   [[maybe_unused]] Encoding encoding) {
 #if defined(__AVX512VNNI__)  // upper bytes, then lower bytes
-  if (encoding != kInt4) return;
-  const __m512i places =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    const __m512i integers = _mm512_loadu_si512(x + i);
-    _mm512_storeu_si512(x + i, _mm512_shuffle_epi8(integers, places));
+  if (!in_nibbles(encoding)) return;
+  const __m256i places = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    auto* integers = reinterpret_cast<__m256i*>(x + i);
+    _mm256_storeu_si256(integers, _mm256_shuffle_epi8(_mm256_loadu_si256(integers), places));
   }
 #elif defined(__ARM_FEATURE_DOTPROD)  // four upper bytes, their lower bytes, and again
   constexpr uint8_t kInt4Places[] = {1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14};
   constexpr uint8_t kInt8Places[] = {1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14};
-  const uint8x16_t places = vld1q_u8(encoding == kInt4 ? kInt4Places : kInt8Places);
+  const uint8x16_t places = vld1q_u8(in_nibbles(encoding) ? kInt4Places : kInt8Places);
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
     uint8_t* bytes = reinterpret_cast<uint8_t*>(x + i);
     vst1q_u8(bytes, vqtbl1q_u8(vld1q_u8(bytes), places));
@@ -84,11 +84,12 @@ inline void split([[maybe_unused]] int16_t* x, [[maybe_unused]] int64_t n,
 #endif
 }
 
-// For int8 and int4. 15 bits hold a bf16 exactly if it is at least 1/128 of its block's largest;
+// For integers. 15 bits hold a bf16 exactly if it is at least 1/128 of its block's largest;
 // an fp32 becomes two terms of 14 bits, because rounding may carry.
 template <class T>
 void write_integers(Activations& a, const T* x, int64_t K, int64_t m, Encoding encoding) {
   constexpr int kTerms = sizeof(T) == 4 ? 2 : 1, kBits = sizeof(T) == 4 ? 14 : 15;
+  const float unit = is_fp4(encoding) ? 0.5f : 1.0f;  // weights are doubled
   alignas(64) float rest[kLargestBlock];
   for (int64_t b = 0; b < a.blocks; ++b) {
     for (int64_t i = 0; i < a.block; i += kLanes) {
@@ -99,7 +100,7 @@ void write_integers(Activations& a, const T* x, int64_t K, int64_t m, Encoding e
       const int64_t term = m * kTerms + i;
       int16_t* out = reinterpret_cast<int16_t*>(a.words.data() + term * a.width) + b * a.block;
       a.scales[term * a.blocks + b] =
-          round_block(rest, out, &a.sums[term * a.blocks + b], a.block, kBits);
+          round_block(rest, out, &a.sums[term * a.blocks + b], a.block, kBits) * unit;
       if (kInt8Offset && encoding == kInt8) {
         int32_t& sum = a.sums[term * a.blocks + b] = 0;
         for (int64_t c = 0; c < a.block; ++c) sum += out[c] & 255;

@@ -11,10 +11,10 @@ namespace Q3N_LEVEL {
 
 constexpr int64_t kAmxByteK = 64;  // columns in a tile register, at most
 
-// Whether so many terms are multiplied here.
+// Whether so many terms are multiplied here. FP4's groups would fill a quarter or half of a tile.
 inline bool use_amx_bytes(const PackedWeight& w, int64_t terms) {
   constexpr int64_t kFewest = 9;
-  return native::use_amx && terms >= kFewest && is_integer(w.encoding);
+  return native::use_amx && terms >= kFewest && is_integer(w.encoding) && !is_fp4(w.encoding);
 }
 
 inline int64_t byte_slice(const PackedWeight& w) { return std::min(w.block, kAmxByteK); }

@@ -165,6 +165,37 @@ struct Int4 : Integers {
 };
 #endif
 
+// Codes 0 to 15 of e2m1, one in a byte, as twice their value plus kFp4Offset: 0 to 24.
+constexpr int32_t kFp4Offset = 12;
+inline b8v doubled_e2m1(b8v codes) {
+#if defined(__AVX512BW__) || defined(__AVX2__) || defined(__aarch64__)
+  constexpr uint8_t kValues[] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+#endif
+#if defined(__AVX512BW__)
+  const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kValues));
+  return (b8v)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)codes);
+#elif defined(__AVX2__)
+  const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kValues));
+  return (b8v)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)codes);
+#elif defined(__aarch64__)
+  return (b8v)vqtbl1q_u8(vld1q_u8(kValues), (uint8x16_t)codes);
+#else
+  const b8v size = codes & 7, beyond = (b8v)(size > 4) & (size - 4);
+  const b8v doubled = size + beyond + ((b8v)(size == 7) & 2), negative = (b8v)(codes > 7);
+  return ((doubled ^ negative) - negative) + kFp4Offset;
+#endif
+}
+
+struct Fp4 : Int4 {
+  static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
+    Int4::unpack(line, part, out);
+    for (Value& codes : out) {
+      codes = (Value)doubled_e2m1((b8v)codes);
+      if constexpr (std::is_same_v<Family, Integers>) codes &= 255;
+    }
+  }
+};
+
 // e4m3 as fp32 without a new exponent bias: 2^-120 of the value. So denormals must not be flushed.
 struct Fp8 : Floats {
   static constexpr int kLineVectors = 4;
@@ -240,9 +271,12 @@ constexpr int64_t kLineColumns = kLineWords<F> * F::kColumns;
 // Fp8's values are too small by 2^-120, so x is multiplied by 2^60, and sums by 2^60.
 constexpr float kFp8Scale = 0x1p60f;
 
-enum Encoding : int64_t { kInt8, kInt4, kFp8, kBf16 };
+enum Encoding : int64_t { kInt8, kInt4, kFp8, kBf16, kNvfp4, kMxfp4 };
 
-constexpr bool is_integer(Encoding encoding) { return encoding == kInt8 || encoding == kInt4; }
+constexpr bool is_fp4(Encoding encoding) { return encoding == kNvfp4 || encoding == kMxfp4; }
+constexpr bool in_nibbles(Encoding encoding) { return encoding == kInt4 || is_fp4(encoding); }
+// Whether x is converted to integers, and sums are exact.
+constexpr bool is_integer(Encoding encoding) { return encoding == kInt8 || in_nibbles(encoding); }
 
 #if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
 constexpr int32_t kInt8Offset = 128;  // of SignedBytes
@@ -268,6 +302,7 @@ struct PackedWeight {
   Encoding encoding;
   int32_t offset;  // the zero point if `zeros` is null
   int64_t N, K, group, block, blocks, groups, panels, panel_bytes;
+  int64_t before;  // rows of 16 entries before a panel's scales: of NVFP4, the channels' fp32
 
   PackedWeight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
                int64_t encoding, int64_t N, int64_t K, int64_t group)
@@ -276,7 +311,9 @@ struct PackedWeight {
         scale_dtype(scale.scalar_type()),
         zeros(zero ? read<uint8_t>(*zero) : nullptr),
         encoding(static_cast<Encoding>(encoding)),
-        offset(encoding == kInt4 ? 8 : kInt8Offset),
+        offset(encoding == kInt4        ? 8
+               : is_fp4(this->encoding) ? kFp4Offset
+                                        : kInt8Offset),
         N(N),
         K(K),
         group(group),
@@ -285,25 +322,38 @@ struct PackedWeight {
         groups(group ? blocks : 1),
         panels((N + kPanelWidth - 1) / kPanelWidth),
         panel_bytes(blocks * block * kPanelWidth * (encoding == kBf16 ? 2 : 1) /
-                    (encoding == kInt4 ? 2 : 1)) {}
+                    (in_nibbles(this->encoding) ? 2 : 1)),
+        before(encoding == kNvfp4 ? sizeof(float) : 0) {}
 
   const uint8_t* panel(int64_t t) const { return lines + t * panel_bytes; }
   int64_t index(int64_t t, int64_t g, int64_t part) const {
-    return ((t * groups + g) * kParts + part) * kLanes;
+    return ((t * (before + groups) + before + g) * kParts + part) * kLanes;
   }
   f32v scale(int64_t t, int64_t g, int64_t part) const {
     const int64_t i = index(t, g, part);
+    if (is_fp4(encoding)) return scale_of_fp4(static_cast<const uint8_t*>(scales) + i);
     if (scale_dtype == ScalarType::Float) return load(static_cast<const float*>(scales) + i);
     if (scale_dtype == ScalarType::Half) return load(static_cast<const fp16*>(scales) + i);
     return load(static_cast<const bf16*>(scales) + i);
   }
+  // From e4m3 (NVFP4), or powers of two of which the smallest is a denormal (MXFP4).
+  f32v scale_of_fp4(const uint8_t* codes) const {
+    const u32v code = (u32v)widen(codes);
+    if (encoding == kNvfp4) return (f32v)(code << 20) * 0x1p120f;  // positive
+    const u32v bits = code << 23;
+    return (f32v)(code == 0 ? (u32v)(0x00400000 + i32v{}) : bits);
+  }
+  // Whether totals are multiplied by a scale of each channel, and that scale.
+  bool ends_with_scale() const { return encoding == kNvfp4 || (!group && encoding != kBf16); }
+  f32v last_scale(int64_t t, int64_t part) const {
+    if (encoding != kNvfp4) return scale(t, 0, part);
+    const auto* panel = static_cast<const uint8_t*>(scales) + index(t, -before, 0);
+    return load(reinterpret_cast<const float*>(panel) + part * kLanes);
+  }
   // The zero points of a group, per channel.
   i32v zero(int64_t t, int64_t g, int64_t part) const {
     if (!zeros) return offset + i32v{};
-    typedef uint8_t u8v __attribute__((vector_size(kLanes)));
-    u8v z;
-    std::memcpy(&z, zeros + index(t, groups == 1 ? 0 : g, part), sizeof z);
-    return __builtin_convertvector(z, i32v);
+    return widen(zeros + index(t, groups == 1 ? 0 : g, part));
   }
 
   // Calls f with a value of the type of the encoding, and of x.
@@ -316,6 +366,7 @@ struct PackedWeight {
 #endif
     if (encoding == kInt8) return f(Int8{});
     if (encoding == kInt4) return f(Int4{});
+    if (is_fp4(encoding)) return f(Fp4{});
     if (encoding == kFp8) return f(Fp8{});
     f(Bf16{});
   }

@@ -37,6 +37,24 @@ inline i16v widen(const int8_t* p) {
 #endif
 }
 
+// kLanes bytes without a sign as 32-bit integers; of other vectors gcc converts each alone.
+inline i32v widen(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (i32v)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (i32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return (i32v)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
+#else
+  typedef uint8_t u8v __attribute__((vector_size(kLanes)));
+  u8v bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, i32v);
+#endif
+}
+
 // The masked tail: n bytes, zeros beyond.
 inline i16v widen(const int8_t* p, int64_t n) {
   if (n == 2 * kLanes) return widen(p);

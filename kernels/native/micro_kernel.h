@@ -19,8 +19,13 @@ constexpr int kTilePanels = kLanes == 16 ? 2 : 1;
 constexpr int64_t kNR = kTilePanels * kPanelWidth;
 constexpr int64_t kKC = 512;         // columns unpacked at a time: they fit in L1
 constexpr int64_t kDirectTiles = 2;  // up to so many tiles of terms unpack lines as they read them
-// Prefetched: into L2 far ahead, because a core waits for more lines there than it can in L1.
-constexpr int64_t kLinesAhead = 64, kLinesAheadInL1 = 8;
+
+// Prefetches into L2 far ahead, where a core can wait for more lines than in L1, and into L1 near.
+inline void prefetch_after(const uint8_t* line) {
+  constexpr int64_t kLinesAhead = 64, kLinesAheadInL1 = 8;
+  __builtin_prefetch(line + kLinesAhead * kLine, 0, 2);
+  __builtin_prefetch(line + kLinesAheadInL1 * kLine);
+}
 
 // Indices of a tile's panels; the last one is repeated beyond the end.
 using Panels = std::array<int64_t, kTilePanels>;
@@ -66,6 +71,45 @@ Q3N_INLINE inline void paired_kernel(i32v (&sum)[kParts][T], const uint8_t* line
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+// micro_kernel for a block of kLines lines, few enough for registers: the sums with x's upper bytes
+// are where those with its lower bytes begin.
+template <class F, int T, int kLines>
+Q3N_INLINE inline void short_kernel(i32v (&sum)[kTilePanels * kParts][T],
+                                    const uint8_t* const (&line)[kTilePanels],
+                                    const int32_t* const (&x)[T]) {
+  constexpr int kVectors = kTilePanels * kParts, kOfLine = F::kLineVectors;
+  i32v w[kVectors][kLines][kOfLine];
+  repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+    repeat<kLines>(kLines, [&](int64_t l) Q3N_INLINE {
+      const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
+      if (!F::kUnpacked && v % kParts == 0) prefetch_after(at);
+      F::unpack(at, v % kParts, w[v][l]);
+    });
+  });
+  const auto add = [&](int64_t lower, auto&& product) Q3N_INLINE {
+    repeat<kLines * kOfLine>(kLines * kOfLine, [&](int64_t i) Q3N_INLINE {
+      const int64_t l = i / kOfLine, s = i % kOfLine;
+      repeat<T>(T, [&](int64_t t) Q3N_INLINE {
+        const __m512i xs = (__m512i)(x[t][l * kLineWords<F> + lower + s] + i32v{});
+        repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+          sum[v][t] = (i32v)product((__m512i)sum[v][t], (__m512i)w[v][l][s], xs);
+        });
+      });
+    });
+  };
+  const auto each = [&](auto&& f) Q3N_INLINE {
+    repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
+      repeat<T>(T, [&](int64_t t) Q3N_INLINE { sum[v][t] = f(sum[v][t]); });
+    });
+  };
+  each([](i32v) Q3N_INLINE { return i32v{}; });
+  add(0, [](__m512i c, __m512i w, __m512i x) Q3N_INLINE { return _mm512_dpbusd_epi32(c, w, x); });
+  each([](i32v upper) Q3N_INLINE { return upper << 8; });
+  add(2, [](__m512i c, __m512i w, __m512i x) Q3N_INLINE { return _mm512_dpbusd_epi32(c, x, w); });
+}
+#endif
+
 // sum[v][t] = `lines` lines times the words of x; v: vector of the tile's channels, t: term.
 template <class F, int T>
 Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kParts][T],
@@ -80,10 +124,7 @@ Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kPart
     typename F::Value w[kVectors][F::kLineVectors];
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
-      if (!F::kUnpacked && v % kParts == 0) {
-        __builtin_prefetch(at + kLinesAhead * kLine, 0, 2);
-        __builtin_prefetch(at + kLinesAheadInL1 * kLine);
-      }
+      if (!F::kUnpacked && v % kParts == 0) prefetch_after(at);
       F::unpack(at, v % kParts, w[v]);
     });
     repeat<F::kLineVectors>(F::kLineVectors, [&](int64_t s) Q3N_INLINE {
@@ -102,21 +143,33 @@ Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kPart
   });
 }
 
-// total[t] += blocks [first, last) of a tile times T terms. `lines` start at block `first`.
-template <class F, int T>
-void add_blocks(float* const (&total)[T], const PackedWeight& w, const Panels& panels,
-                const uint8_t* const (&lines)[kTilePanels], const Activations& a,
-                const int64_t (&terms)[T], int64_t first, int64_t last) {
+// total[t] += blocks [first, last) of a tile times T terms. `lines` start at block `first`. A block
+// has kShort lines, or any number if that is 0.
+template <class F, int T, int kShort>
+void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const Panels& panels,
+                   const uint8_t* const (&lines)[kTilePanels], const Activations& a,
+                   const int64_t (&terms)[T], int64_t first, int64_t last) {
   constexpr int kVectors = kTilePanels * kParts;
-  const int64_t block_lines = w.block / kLineColumns<F>;
+  // Copies, which gcc can keep in registers: stores to totals might change what references name.
+  const PackedWeight w = weight;
+  const int64_t block_lines = w.block / kLineColumns<F>, block_words = w.block / F::kColumns;
+  const uint8_t* line[kTilePanels];
+  for (int p = 0; p < kTilePanels; ++p) line[p] = lines[p];
+  const int32_t *x[T], *sums[T];
+  const float* scales[T];
+  float* to[T];
+  for (int t = 0; t < T; ++t) {
+    x[t] = a.term(terms[t]) + first * block_words, to[t] = total[t];
+    sums[t] = a.sum(terms[t]), scales[t] = a.scale(terms[t]);
+  }
   for (int64_t b = first; b < last; ++b) {
-    const uint8_t* line[kTilePanels];
-    for (int p = 0; p < kTilePanels; ++p)
-      line[p] = lines[p] + (b - first) * block_lines * F::kLineBytes;
-    const int32_t* x[T];
-    for (int t = 0; t < T; ++t) x[t] = a.term(terms[t]) + b * w.block / F::kColumns;
     typename F::Total sum[kVectors][T];
-    micro_kernel<F, T>(sum, line, block_lines, x);
+#if defined(__AVX512VNNI__)
+    if constexpr (kShort > 0) {
+      short_kernel<F, T, kShort>(sum, line, x);
+    } else  // NOLINT
+#endif
+      micro_kernel<F, T>(sum, line, block_lines, x);
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const int64_t panel = panels[v / kParts], part = v % kParts;
       const f32v scale = w.group ? w.scale(panel, b, part) : splat(1.0f);
@@ -124,16 +177,31 @@ void add_blocks(float* const (&total)[T], const PackedWeight& w, const Panels& p
       repeat<T>(T, [&](int64_t t) Q3N_INLINE {
         auto products = sum[v][t];
         if constexpr (F::kExact) {
-          const int32_t of_x = a.sum(terms[t])[b];
+          const int32_t of_x = sums[t][b];
           products -= w.zeros ? zero * of_x : w.offset * of_x + i32v{};
         }
-        float* to = total[t] + v * kLanes;
-        const f32v scaled =
-            __builtin_convertvector(products, f32v) * scale * splat(a.scale(terms[t])[b]);
-        store(to, load(to) + scaled);
+        float* const at = to[t] + v * kLanes;
+        const f32v scaled = __builtin_convertvector(products, f32v) * scale * splat(scales[t][b]);
+        store(at, load(at) + scaled);
       });
     });
+    for (int p = 0; p < kTilePanels; ++p) line[p] += block_lines * F::kLineBytes;
+    for (int t = 0; t < T; ++t) x[t] += block_words;
   }
+}
+
+template <class F, int T>
+void add_blocks(float* const (&total)[T], const PackedWeight& w, const Panels& panels,
+                const uint8_t* const (&lines)[kTilePanels], const Activations& a,
+                const int64_t (&terms)[T], int64_t first, int64_t last) {
+  auto* add = add_blocks_of<F, T, 0>;
+#if defined(__AVX512VNNI__)
+  if constexpr (std::is_same_v<typename F::Family, Bytes>) {
+    if (w.block == 2 * kLineColumns<F>) add = add_blocks_of<F, T, 2>;
+    if (w.block == 4 * kLineColumns<F>) add = add_blocks_of<F, T, 4>;
+  }
+#endif
+  add(total, w, panels, lines, a, terms, first, last);
 }
 
 // add_blocks for `count` terms, kMR<F> at a time.
@@ -195,11 +263,11 @@ void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, co
                                               last);
     }
   }
-  if (w.group || w.encoding == kBf16) return;
+  if (!w.ends_with_scale()) return;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t v = 0; v < kTilePanels * kParts; ++v) {
       float* to = totals + i * kNR + v * kLanes;
-      store(to, load(to) * w.scale(panels[v / kParts], 0, v % kParts));
+      store(to, load(to) * w.last_scale(panels[v / kParts], v % kParts));
     }
   }
 }

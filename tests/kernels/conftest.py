@@ -26,6 +26,8 @@ def by_tiles(
     int8 and int4, which tests of weights without a `kind` use, take tiles for every dtype.
     """
     integers = stem != "test_paged_attention" and (kind is None or kind.startswith("int"))
+    if kind in ("nvfp4", "mxfp4"):
+        return False
     return stem in OF_AMX and (integers or dtype == torch.bfloat16)
 
 

@@ -16,6 +16,8 @@ from qwen3next_plugin.kernels.linear import (
     pack_fp8,
     pack_int4,
     pack_int8,
+    pack_mxfp4,
+    pack_nvfp4,
     stack,
     unpack,
 )
@@ -35,8 +37,18 @@ KINDS = {
     "fp8-rows-bf16": ("fp8", 0, torch.bfloat16, False),
     "fp8-blocks": ("fp8", 128, torch.float32, False),
     "bf16": ("bf16", 0, torch.float32, False),
+    "nvfp4": ("nvfp4", 16, torch.float8_e4m3fn, False),
+    "mxfp4": ("mxfp4", 32, torch.float8_e8m0fnu, False),
 }
-PACK = {"int8": pack_int8, "int4": pack_int4, "fp8": pack_fp8, "bf16": pack_bf16}
+PACK = {
+    "int8": pack_int8,
+    "int4": pack_int4,
+    "fp8": pack_fp8,
+    "bf16": pack_bf16,
+    "nvfp4": pack_nvfp4,
+    "mxfp4": pack_mxfp4,
+}
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]  # by code
 
 
 @pytest.fixture(params=KINDS)
@@ -47,7 +59,7 @@ def kind(request):
 def columns(kind, K):
     """K, or the next multiple of the group where that must divide it, of 2 in int4."""
     encoding, group, *_ = KINDS[kind]
-    unit = {"int8": group or 1, "int4": group or 2}.get(encoding, 1)
+    unit = {"int8": group or 1, "int4": group or 2, "nvfp4": 16, "mxfp4": 32}.get(encoding, 1)
     return -(-K // unit) * unit
 
 
@@ -60,6 +72,8 @@ def checkpoint(kind, *shape):
     *lead, N, K = shape
     values = torch.randint(0, 256, shape, dtype=torch.uint8)
     groups = -(-K // (group or K))
+    if encoding.endswith("fp4"):
+        return fp4_checkpoint(encoding, values & 15, (*lead, N, groups))
     unit = 0.002 if encoding == "fp8" else 0.02
     scale = ((torch.rand(*lead, N, groups) + 0.5) * unit).to(dtype)
     if encoding == "fp8":
@@ -78,6 +92,19 @@ def checkpoint(kind, *shape):
     zero = torch.randint(0, 16, scale.shape, dtype=torch.uint8)
     w = (values.float() - widened(zero, group, K)) * widened(scale, group, K)
     return stored | {"zero": zero}, w
+
+
+def fp4_checkpoint(encoding, codes, shape):
+    """Scales are within a factor of 128, and on both sides of the smallest normal one of e4m3."""
+    stored = {"values": joined(codes)}
+    values = torch.tensor(E2M1)[codes.long()]
+    if encoding == "mxfp4":
+        scale = torch.randint(119, 124, shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        return stored | {"scale": scale}, values * widened(scale, 32, values.shape[-1])
+    scale = torch.randint(1, 40, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    whole = torch.rand(*shape[:-1], 1) + 0.5
+    w = values * widened(scale.float() * whole, 16, values.shape[-1])
+    return stored | {"scale": scale, "channel_scale": whole}, w
 
 
 def widened(x, group, K):
@@ -187,7 +214,7 @@ def test_any_shape_and_split(M, N, K, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [name for name in KINDS if name.startswith("int")])
+@pytest.mark.parametrize("kind", [name for name in KINDS if name[:3] not in ("fp8", "bf1")])
 def test_integers_have_the_same_bits_at_every_instruction_set(kind, dtype):
     before = native.isa()
     for K in (columns(kind, 645), 1024):  # blocks of 256 and 512 where scales are by row
@@ -250,9 +277,27 @@ def test_every_value_of_fp8(native_level, dtype):
     assert torch.equal(out[0], values[:, 0].to(dtype))
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_every_value_and_scale_of_fp4(native_level, kind):
+    """Also where the thread flushes denormals; the largest powers of two would overflow."""
+    encoding, group, dtype, _ = KINDS[kind]
+    scale = torch.arange(127 if kind == "nvfp4" else 200, dtype=torch.uint8).view(dtype)[:, None]
+    codes = torch.arange(group, dtype=torch.uint8).expand(len(scale), -1) & 15
+    whole = {"channel_scale": torch.full((len(scale), 1), -3.0)} if kind == "nvfp4" else {}
+    weight = PACK[encoding](joined(codes), scale, **whole)
+    torch.set_flush_denormal(True)
+    try:
+        out = linear(torch.eye(group), weight)
+    finally:
+        torch.set_flush_denormal(False)
+    expected = torch.tensor(E2M1)[codes.long()] * scale.float()
+    assert torch.equal(out, expected.T * (-3.0 if whole else 1))
+
+
 def test_refuses_what_is_no_weight():
     values, scale = torch.zeros(4, 96, dtype=torch.int8), torch.ones(4, 3)
     nibbles = values.view(torch.uint8)
+    e4m3, nan = (torch.full((4, 12), x).to(torch.float8_e4m3fn) for x in (1.0, torch.nan))
     for pack, arguments, complaint in (
         (pack_int8, (nibbles, scale), r"values is torch\.uint8"),
         (pack_int8, (values, scale[:3]), "scale has shape"),
@@ -264,6 +309,12 @@ def test_refuses_what_is_no_weight():
         (pack_fp8, ((nibbles + 127).view(torch.float8_e4m3fn), scale[:, :1]), "values has NaN"),
         (pack_fp8, (nibbles.view(torch.float8_e4m3fn), scale), "scale has shape"),
         (pack_bf16, (scale,), r"values is torch\.float32"),
+        (pack_nvfp4, (nibbles, e4m3[:, :11], scale[:, :1]), "scale is .*4, 11.* of each 16 of 192"),
+        (pack_nvfp4, (nibbles, scale, scale[:, :1]), r"scale is torch\.float32"),
+        (pack_nvfp4, (nibbles, e4m3, scale), r"channel_scale is torch\.float32 \(4, 3\)"),
+        (pack_nvfp4, (nibbles, e4m3, scale[:, :1] / 0), "channel_scale is not finite"),
+        (pack_nvfp4, (nibbles, nan, scale[:, :1]), "scale is negative, or not finite"),
+        (pack_mxfp4, (nibbles, e4m3), r"scale is torch\.float8_e4m3fn"),
     ):
         with pytest.raises(ValueError, match=rf"{pack.__name__}: .*{complaint}"):
             pack(*arguments)

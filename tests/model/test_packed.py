@@ -55,8 +55,10 @@ def fill(layer: nn.Module) -> dict[str, torch.Tensor]:
     [
         (Format("int8", 0, torch.float32), {"weight"}),
         (Format("int4", 32, torch.float16, zeros=True), {"weight", "weight_scale", "weight_zero"}),
+        (Format("nvfp4", 16, torch.float8_e4m3fn), {"weight", "weight_scale"}),
+        (Format("mxfp4", 32, torch.float8_e8m0fnu), {"weight", "weight_scale"}),
     ],
-    ids=["int8", "int4"],
+    ids=["int8", "int4", "nvfp4", "mxfp4"],
 )
 def test_a_projection_is_loaded_in_its_format_and_packed_once(form, by_column):
     layer, method = nn.Module(), LinearMethod("m", form)
@@ -96,6 +98,18 @@ def test_experts_are_packed_as_asked(as_int8):
         assert ((unpack(packed.weight) - weight).abs() <= 0.51 * step).all()
     out = method.multiply(layer, torch.randn(2, 48), torch.ones(2, 1), torch.tensor([[0], [2]]))
     assert out.shape == (2, 48)
+
+
+def test_experts_have_scales_by_group_and_by_channel():
+    form = Format("nvfp4", 16, torch.float8_e4m3fn)
+    layer, method = nn.Module(), ExpertsMethod("m", {"w13": form, "w2": form}, 32)
+    method.create_weights(layer, 3, 48, 32, torch.bfloat16, weight_loader=len)
+    fill(layer)
+    assert layer.w2_weight_scale.quant_method == "group"
+    assert layer.w2_weight_channel_scale.quant_method == "channel"
+    assert layer.w13_weight_channel_scale.shape == (3, 64, 1)
+    method.process_weights_after_loading(layer)
+    assert layer.w13_packed.shape == (3, 64, 48)
 
 
 def test_layers_that_draft_become_int8_but_for_routers():

@@ -21,11 +21,12 @@ from qwen3next_plugin.model.checkpoint.reading import parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of
-from qwen3next_plugin.model.quantisation.format import Format, dequantise
+from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
 from qwen3next_plugin.model.quantisation.modules import Formats
 from qwen3next_plugin.model.quantisation.packed import head_as_int8, pack, pack_plain
-from qwen3next_plugin.model.quantisation.schemes import Module, scheme
+from qwen3next_plugin.model.quantisation.scheme import Module
+from qwen3next_plugin.model.quantisation.schemes import scheme
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def check(quantised: Path, twin: Path) -> None:
         if f"{module}.weight_scale" in found:
             tensors = {
                 part: found[f"{module}.{part}"]
-                for part in ("weight", "weight_scale", "weight_zero")
+                for part in ("weight", "weight_scale", "weight_zero", CHANNEL_SCALE)
                 if f"{module}.{part}" in found
             }
             got = dequantise(tensors, form_of(formats, module, config))
@@ -84,10 +85,11 @@ def test_what_is_loaded_are_the_dequantised_weights(plain, tmp_path, kind):
     check(quantised, twin)
 
 
-def test_flat_projections_and_split_experts(plain, tmp_path):
+@pytest.mark.parametrize("kind", ["fp8-blocks", "nvfp4", "mxfp4"])
+def test_flat_projections_and_split_experts(plain, tmp_path, kind):
     """Qwen3.5's layout, whose projections are regrouped by head."""
     flat = rewrite(plain, tmp_path / "flat", wrapped=True, fused=False)
-    quantised, twin = write_quantised(flat, tmp_path, "fp8-blocks")
+    quantised, twin = write_quantised(flat, tmp_path, kind)
     check(quantised, twin)
     assert not load(quantised)[0].dequantised
 
@@ -95,9 +97,10 @@ def test_flat_projections_and_split_experts(plain, tmp_path):
 @pytest.mark.parametrize(
     "leave_out", [r"q_proj", r"^mtp\.", r"in_proj|experts\.1\.down", "layers.0"]
 )
-def test_what_is_left_out_is_read_from_the_files(plain, tmp_path, leave_out):
+@pytest.mark.parametrize("kind", ["gptq_zeros", "nvfp4_compressed"])
+def test_what_is_left_out_is_read_from_the_files(plain, tmp_path, kind, leave_out):
     """A module of ours of which a part is not quantised is dequantised as it loads."""
-    quantised, twin = write_quantised(plain, tmp_path, "gptq_zeros", leave_out=leave_out)
+    quantised, twin = write_quantised(plain, tmp_path, kind, leave_out=leave_out)
     check(quantised, twin)
     dequantised = load(quantised)[0].dequantised
     assert bool(dequantised) == (leave_out not in (r"^mtp\.", "layers.0"))
@@ -121,6 +124,17 @@ def test_fp8_in_groups_of_128_columns():
     form, tensors = kind.format(module), kind.read(module)
     assert form == Format("fp8", 128, torch.float32)
     assert torch.equal(unpack(pack(tensors, form).weight), dequantise(tensors, form))
+
+
+def test_mxfp4_with_scales_of_their_own_dtype(plain, tmp_path):
+    """Not bytes, as released checkpoints have them."""
+    quantised, twin = write_quantised(plain, tmp_path, "mxfp4")
+    tensors = load_file(quantised / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            tensors[name] = tensor.view(torch.float8_e8m0fnu)
+    save_file(tensors, quantised / "model.safetensors")
+    check(quantised, twin)
 
 
 def test_ranks_that_would_share_a_scale():
@@ -159,8 +173,8 @@ def test_modules_that_are_not_quantised_are_read_from_the_files(plain, tmp_path,
     assert not any(name.startswith("model") and name.endswith("experts") for name in found)
 
 
-def test_a_format_that_only_an_engine_knows(plain, tmp_path):
-    """NVFP4, with scales of the KV cache beside projections that it leaves out."""
+def test_scales_of_the_kv_cache_quantise_no_projection(plain, tmp_path):
+    """NVFP4 experts alone, as released."""
     folder = Path(shutil.copytree(plain, tmp_path / "nvfp4"))
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if ".mlp.experts." in name]:

@@ -140,6 +140,14 @@ FILES: tuple[Entry, ...] = (
         reason="errors about fields that only vLLM reads name no file",
         remove_when="vLLM names it",
     ),
+    Patch(
+        target="vllm.engine.arg_utils.resolve_kv_cache_dtype_string",
+        parameters=("kv_cache_dtype", "model_config"),
+        function=configuration.keep_kv_dtype,
+        reason="on a CPU, vLLM rounds keys and values to FP8 where a config.json of modelopt says "
+        "so, and reads no scales",
+        remove_when="vLLM reads them on a CPU",
+    ),
 )
 
 ROPE: tuple[Entry, ...] = (

@@ -13,7 +13,7 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.linear.pack import GROUPS
 from qwen3next_plugin.model.quantisation.format import Format, joined
 from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, Stored, matrices
-from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
+from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 
 # Small and sensitive: gates and decays of linear attention, the MTP layer's input.
 KEPT = re.compile(r"(in_proj_(ba|b|a)|\.fc)$")

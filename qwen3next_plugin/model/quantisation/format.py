@@ -11,14 +11,17 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.linear.packed_weight import Encoding
+from qwen3next_plugin.kernels.linear.packed_weight import BITS, Encoding, decode_e2m1
 
 DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
     "int4": torch.uint8,
     "bf16": torch.bfloat16,
+    "nvfp4": torch.uint8,
+    "mxfp4": torch.uint8,
 }
+CHANNEL_SCALE = "weight_channel_scale"
 Tensors = Mapping[str, Tensor]
 
 
@@ -26,8 +29,8 @@ Tensors = Mapping[str, Tensor]
 class Format:
     """How a weight [N, K] is stored.
 
-    encoding: `fp8` (e4m3), `int8`, or `int4`: two columns a byte, the lower nibble first; or
-        `bf16`, without scales.
+    encoding: `fp8` (e4m3); `int8`; `int4`, `nvfp4` or `mxfp4`: two columns a byte, the lower
+        nibble first; or `bf16`, without scales. nvfp4 has a scale of each channel, too.
     group: columns that share a scale, of fp8 the last group maybe fewer; 0: all of them.
     zeros: int4 has a zero point beside each scale; without, the zero is 8.
     """
@@ -42,18 +45,26 @@ class Format:
         """Of a module's tensors."""
         if self.encoding == "bf16":
             return ("weight",)
-        return ("weight", "weight_scale") + (("weight_zero",) if self.zeros else ())
+        more = ("weight_zero",) if self.zeros else ()
+        if self.encoding == "nvfp4":
+            more = (CHANNEL_SCALE,)
+        return ("weight", "weight_scale", *more)
+
+    def by_column(self, name: str) -> bool:
+        """Whether the second dim of a tensor goes along the columns."""
+        return name == "weight" or (self.group > 0 and name != CHANNEL_SCALE)
 
     def tensors(
         self, channels: int, columns: int
     ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
         """Name, shape and dtype of a module's tensors."""
         groups = -(-columns // (self.group or columns))
-        width = columns // 2 if self.encoding == "int4" else columns
+        width = columns // 2 if BITS[self.encoding] == 4 else columns
         every = {
             "weight": ((channels, width), DTYPES[self.encoding]),
             "weight_scale": ((channels, groups), self.scale),
             "weight_zero": ((channels, groups), torch.uint8),
+            CHANNEL_SCALE: ((channels, 1), torch.float32),
         }
         return {name: every[name] for name in self.names}
 
@@ -79,8 +90,12 @@ def joined(values: Tensor) -> Tensor:
 def dequantise(tensors: Tensors, form: Format) -> Tensor:
     """Shapes: those of `Format.tensors(N, K)`, returns [N, K] fp32."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
-    if form.encoding == "int4":
+    if BITS[form.encoding] == 4:
         weight = nibbles(weight)
+    if form.encoding in ("nvfp4", "mxfp4"):
+        weight = decode_e2m1(weight)
+    if CHANNEL_SCALE in tensors:
+        scale = scale.float() * tensors[CHANNEL_SCALE]
     K = weight.shape[1]
 
     def by_column(each: Tensor) -> Tensor:

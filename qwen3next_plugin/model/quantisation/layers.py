@@ -47,8 +47,8 @@ class LinearMethod(Packing):
         columns = input_size_per_partition
         check_split(self.module, self.format, input_size, columns)
         for name, parameter in _parameters(self.format, sum(output_partition_sizes), columns):
-            by_column = name == "weight" or self.format.group > 0
-            dims = {"output_dim": 0} | ({"input_dim": 1} if by_column else {})
+            by_column = {"input_dim": 1} if self.format.by_column(name) else {}
+            dims = {"output_dim": 0} | by_column
             _register(layer, name, parameter, dims | extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -82,9 +82,10 @@ class ExpertsMethod(Packing):
         check_experts(self.module, self.formats["w2"], self.inner, width)
         for which, (channels, columns) in {"w13": (2 * width, D), "w2": (D, width)}.items():
             form = self.formats[which]
-            by_column = {"quant_method": "group" if form.group else "channel"}
             for name, parameter in _parameters(form, channels, columns, num_experts):
-                _register(layer, f"{which}_{name}", parameter, extra_weight_attrs | by_column)
+                by_group = form.group and form.by_column(name)
+                scales = {"quant_method": "group" if by_group else "channel"}
+                _register(layer, f"{which}_{name}", parameter, extra_weight_attrs | scales)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_weight"):

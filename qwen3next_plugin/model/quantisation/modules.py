@@ -14,7 +14,8 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
-from qwen3next_plugin.model.quantisation.schemes import Module, Scheme, scheme
+from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
+from qwen3next_plugin.model.quantisation.schemes import scheme
 
 Shapes = Mapping[str, tuple[int, ...]]
 Stream = Iterable[tuple[str, torch.Tensor]]
@@ -24,7 +25,9 @@ PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
-KINDS = "FP8, int8, GPTQ, AWQ and compressed-tensors' pack-quantized"
+KINDS = "FP8, int8, GPTQ, AWQ, compressed-tensors' pack-quantized, NVFP4 and MXFP4"
+KV_SCALES = ("k_scale", "v_scale", "output_scale")  # of an FP8 KV cache
+NO_PART = ("bias", *KV_SCALES)  # of a weight, beside it
 
 
 class Stored(NamedTuple):
@@ -110,12 +113,15 @@ class Formats:
         """Yield a module's tensors in our format once all of them are read, others as they are.
 
         Each is to be copied before the next one is asked for.
-        Those of modules whose weight is in `ignored` are left out.
+        Those of modules whose weight is in `ignored` are left out, and scales of the KV cache,
+        which is in 16 or 32 bits on a CPU.
         """
         waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         ignored = frozenset(ignored)
         for name, tensor in tensors:
             module, _, last = name.rpartition(".")
+            if last in KV_SCALES:
+                continue
             stored = self.stored.get(module)
             if stored is None or last not in stored.names:
                 yield name, tensor
@@ -185,7 +191,7 @@ def stored_formats(
     found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors:
         module, _, last = name.rpartition(".")
-        if f"{module}.weight" in shapes and last != "bias":
+        if f"{module}.weight" in shapes and last not in NO_PART:
             found[module][last] = tensor
     less = 0 if (quantization or {}).get("checkpoint_format") == "gptq_v2" else 1
     stored = {}
@@ -231,17 +237,22 @@ def _known(module: Module) -> Scheme:
             f"is quantised, and {', '.join(missing)} is missing",
             "download the checkpoint again, or check model.safetensors.index.json",
         )
-    if "weight" in names:
+    if "weight" in names and module.tensors["weight"].dtype != torch.uint8:
         module.check_weight()
     for name in names & set(SCALES):
-        if module.tensors[name].dtype not in PLAIN_DTYPES:
+        if module.tensors[name].dtype not in known.scales:
             what = f"{name} has the dtype {_dtype(module.tensors[name])}"
-            raise module.refuse(what, "use a checkpoint with scales in floating point")
+            fitting = " or ".join(map(_name, known.scales))
+            raise module.refuse(what, f"use a checkpoint with scales in {fitting}")
     return known
 
 
 def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _name(tensor.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensor(module: str) -> str:

@@ -16,10 +16,12 @@ from qwen3next_plugin.kernels.linear import (
     pack_fp8,
     pack_int4,
     pack_int8,
+    pack_mxfp4,
+    pack_nvfp4,
     stack,
 )
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
-from qwen3next_plugin.model.quantisation.format import BF16, Format
+from qwen3next_plugin.model.quantisation.format import BF16, CHANNEL_SCALE, Format
 from qwen3next_plugin.model.quantisation.modules import Formats
 
 
@@ -110,6 +112,10 @@ def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) 
     scale = tensors["weight_scale"]
     if form.encoding == "int4":
         return Packed(pack_int4(weight, scale, tensors.get("weight_zero")))
+    if form.encoding == "nvfp4":
+        return Packed(pack_nvfp4(weight, scale, tensors[CHANNEL_SCALE]))
+    if form.encoding == "mxfp4":
+        return Packed(pack_mxfp4(weight, scale))
     return Packed((pack_int8 if form.encoding == "int8" else pack_fp8)(weight, scale))
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.quantisation.modules import (
+    NO_PART,
     PLAIN_DTYPES,
     Shapes,
     Stream,
@@ -18,7 +19,6 @@ from qwen3next_plugin.model.quantisation.modules import (
     without_wrapper,
 )
 
-NO_PART = ("bias", "k_scale", "v_scale", "output_scale")  # of a weight: the last are the KV cache's
 LEAVES_PLAIN = "qwen3next_leaves_plain"  # an attribute of what `leave_plain` returns
 Config = TypeVar("Config")
 

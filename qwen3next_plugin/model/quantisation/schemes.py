@@ -1,74 +1,18 @@
-"""How checkpoints store a quantised module: FP8, int8, GPTQ, AWQ, compressed-tensors."""
+"""How checkpoints store a quantised module: FP8, int8, GPTQ, AWQ, compressed-tensors; FP4."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.linear.pack import GROUPS
 from qwen3next_plugin.kernels.linear.packed_weight import Encoding
-from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
+from qwen3next_plugin.model.quantisation import fp4
 from qwen3next_plugin.model.quantisation.format import Format, Tensors, nibbles
+from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 
 FP8_BLOCK = 128  # output channels and columns that share a scale in the FP8 checkpoints of Qwen
 INTEGERS: Mapping[int, Encoding] = {4: "int4", 8: "int8"}  # by their bits
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble in which AWQ keeps each of eight output channels
-
-
-class Module(NamedTuple):
-    """A quantised module of a checkpoint: its weight [N, K] and its tensors by their last name."""
-
-    name: str
-    channels: int
-    columns: int
-    tensors: Tensors
-    less: int = 1  # GPTQ stores zero points less this; 0 in its second version
-
-    def refuse(self, what: str, fix: str) -> CheckpointError:
-        return CheckpointError(f"{self.name}: {what}; {fix}")
-
-    def shape(self, tensor: str) -> tuple[int, ...]:
-        return tuple(self.tensors[tensor].shape)
-
-    def check_weight(self) -> None:
-        """Refuse values of another shape than the config's. Raises: CheckpointError."""
-        expected = (self.channels, self.columns)
-        if (shape := self.shape("weight")) != expected:
-            raise self.refuse(f"weight has shape {shape}, the config asks for {expected}", MIXED)
-
-    def check_shape(self, name: str, *served: tuple[int, ...]) -> None:
-        """Refuse a tensor of another shape, if it is there. Raises: CheckpointError."""
-        if name in self.tensors and (found := self.shape(name)) not in served:
-            raise self.refuse(
-                f"{name} has shape {found}, where {served[0]} fits", "download the checkpoint again"
-            )
-
-    def group(self, groups: int, scales: str) -> int:
-        """Columns that share a scale, from the number of groups; 0: all."""
-        if groups == 1:
-            return 0
-        if groups < 1 or self.columns % groups:
-            raise self.refuse(
-                f"{scales} {self.shape(scales)} has {groups} groups for {self.columns} columns, "
-                f"which they do not divide",
-                "quantise with a group size that divides the columns",
-            )
-        if (group := self.columns // groups) not in GROUPS:
-            raise self.refuse(
-                f"{scales} {self.shape(scales)} has a scale for each {group} columns",
-                f"quantise with groups of {', '.join(map(str, GROUPS))} columns or all of them",
-            )
-        return group
-
-
-class Scheme(NamedTuple):
-    """The tensors of a module that is quantised in one way, and how to read them."""
-
-    needs: tuple[str, ...]
-    may: tuple[str, ...]
-    format: Callable[[Module], Format]  # by headers alone
-    read: Callable[[Module], dict[str, Tensor]]  # in that format
 
 
 # FP8, and int8 that is not packed ----------------------------------------------------------------
@@ -285,6 +229,8 @@ IN_BLOCKS = Scheme(("weight", "weight_scale_inv"), ("input_scale",), _block_form
 def scheme(tensors: Tensors) -> Scheme | None:
     """That of a module with these tensors, by names and dtypes; None: unknown."""
     for name, tensor in tensors.items():
+        if (name, tensor.dtype) in fp4.VALUES:
+            return fp4.scheme(tensors)
         if found := SCHEMES.get((name, tensor.dtype)):
             is_fp8 = tensor.dtype == torch.float8_e4m3fn
             return IN_BLOCKS if is_fp8 and "weight_scale_inv" in tensors else found

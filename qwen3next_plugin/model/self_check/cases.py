@@ -14,7 +14,14 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.draft_head import quantise_channels
 from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights
 from qwen3next_plugin.kernels.gpu.configs import config_for
-from qwen3next_plugin.kernels.linear import pack_bf16, pack_fp8, pack_int4, pack_int8
+from qwen3next_plugin.kernels.linear import (
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    pack_mxfp4,
+    pack_nvfp4,
+)
 from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 from qwen3next_plugin.model.attention import AttentionShape
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
@@ -233,6 +240,15 @@ def _linear(run: Run, served: Served, draw: Draw) -> Outputs:
         pack_int8(draw.integers(-127, 128, N, K, dtype=torch.int8), scale),
         pack_int4(draw.integers(0, 256, N, K // 2, dtype=torch.uint8), scale),
         pack_fp8(values.to(torch.float8_e4m3fn), scale),
+        pack_nvfp4(
+            draw.integers(0, 256, N, K // 2, dtype=torch.uint8),
+            draw(N, K // 16, dtype=torch.float32).abs().to(torch.float8_e4m3fn),
+            scale[:, :1],
+        ),
+        pack_mxfp4(
+            draw.integers(0, 256, N, K // 2, dtype=torch.uint8),
+            draw.integers(120, 125, N, K // 32, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        ),
     )
     for M in (1, 20):
         x = draw(M, K)

@@ -40,8 +40,8 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Two blocks of columns, the second one not full."""
-    changes = {"hidden_size": 160, "num_hidden_layers": 4}
+    """Two blocks of columns, the second one not full; experts whose groups two ranks can share."""
+    changes = {"hidden_size": 160, "num_hidden_layers": 4, "moe_intermediate_size": 64}
     return write_checkpoint(tmp_path_factory.mktemp("plain"), **changes)
 
 
@@ -69,9 +69,10 @@ def test_with_and_without_drafts(served, drafts):
 
 @pytest.mark.long
 @pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
-def test_two_ranks(plain, tmp_path, reference):
+@pytest.mark.parametrize("kind", [MIXED, "nvfp4"])
+def test_two_ranks(plain, tmp_path, reference, kind):
     """Few tokens: ranks wait for each other busily, which is slow where they share their cores."""
-    quantised, _, twin = quantise(plain, tmp_path, MIXED)
+    quantised, _, twin = quantise(plain, tmp_path, kind)
     engine = Offline(quantised, tensor_parallel_size=2, **FLAGS)
     try:
         outputs = engine.greedy(PROMPTS[:3], 12, **LOGPROBS)

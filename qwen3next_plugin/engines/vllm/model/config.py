@@ -1,4 +1,4 @@
-"""vLLM's config of the family: RoPE overrides, a flag for them, the longest context."""
+"""vLLM's config of the family: RoPE overrides, a flag for them, the longest context, KV's dtype."""
 
 import argparse
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig
+from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, check_before_engine, host_rope, naming_file
 from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, serves
@@ -24,6 +25,13 @@ def name_file(host: Callable[..., Any], model: str, *args: Any, **given: Any) ->
     """Around `get_config`: an error about a config.json names the file."""
     with naming_file(model, "vLLM", OVERRIDE_FLAG):
         return host(model, *args, **given)
+
+
+def keep_kv_dtype(host: Callable[..., str], kv_cache_dtype: str, model_config: ModelConfig) -> str:
+    """Around `resolve_kv_cache_dtype_string`: on a CPU only the flag asks for FP8."""
+    if current_platform.is_cpu() and serves(model_config.hf_config):
+        return kv_cache_dtype
+    return host(kv_cache_dtype, model_config)
 
 
 def merge_overrides(
