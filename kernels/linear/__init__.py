@@ -4,6 +4,7 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
+from qwen3next_plugin.kernels.linear.cut import cut
 from qwen3next_plugin.kernels.linear.pack import pack_bf16, pack_fp8, pack_int4, pack_int8
 from qwen3next_plugin.kernels.linear.packed_weight import (
     PackedWeight,
@@ -15,6 +16,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
 
 __all__ = [
     "PackedWeight",
+    "cut",
     "linear",
     "pack_bf16",
     "pack_fp8",

@@ -147,11 +147,12 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 @torch.compiler.assume_constant_result  # of a cache that it traces, torch.compile warns
 def _shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
     """Those of `packed`, and of `scale` and `zero`; computed once, since every call asks."""
-    return _computed(encoding, shape, group)
+    return packed_shapes(encoding, shape, group)
 
 
 @functools.lru_cache
-def _computed(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
+def packed_shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
+    """Those of `packed`, and of `scale` and `zero`, of a weight [N, K] or [E, N, K]."""
     *lead, N, K = shape
     padded = -(-K // (group or BLOCK)) * (group or BLOCK)
     panels, line = -(-N // PANEL), PANEL * padded * BITS[encoding] // 8
