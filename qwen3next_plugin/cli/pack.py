@@ -29,6 +29,7 @@ def pack(
 
     from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
+    torch.set_num_threads(1)  # of an operation: they are small, and each core packs an expert
     planned = plan_packing(model, quantise, getattr(torch, dtype))
     if note := planned.source.formats.described():
         typer.echo(note)

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -230,12 +231,17 @@ class Source:
         }
 
     def packed(self, name: str, form: Format) -> PackedWeight:
-        """A weight of ours; experts one by one."""
+        """A weight of ours; of experts, each core packs one at a time."""
         whole = self.wholes[name]
-        each = len(whole.modules) // (whole.shape[0] if len(whole.shape) == 3 else 1)
+        if len(whole.shape) == 2:
+            return self._packed(whole.modules, form)
+        experts = whole.shape[0]
+        each = len(whole.modules) // experts
         modules = [whole.modules[i : i + each] for i in range(0, len(whole.modules), each)]
-        ones = (self._packed(part, form) for part in modules)
-        return stack(ones, len(modules)) if len(whole.shape) == 3 else next(ones)
+        with ThreadPoolExecutor(
+            len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            return stack(pool.map(lambda one: self._packed(one, form), modules), experts)
 
     def copy(self, name: str, write: Callable[[str, Tensor], None]) -> None:
         """Write a tensor as it is in the files, or the dequantised weight of a module."""
