@@ -48,6 +48,12 @@ VARIABLES: Mapping[str, Variable] = {
         "auto",
         "on a CPU, the output head of a quantised model: in int8 like the rest, or as it is stored",
     ),
+    "QWEN3NEXT_MMAP": Variable(
+        ("0", "1"),
+        "0",
+        "1: on a CPU, what `qwen3next pack` wrote stays in its files, which servers share and Linux"
+        " pages",
+    ),
     "QWEN3NEXT_BATCH_INVARIANT": Variable(
         ("0", "1"),
         "0",
@@ -90,6 +96,11 @@ def quantise() -> str | None:
 def head() -> str:
     """How the output head of a quantised model is served: `auto` (int8) or `plain`."""
     return _read("QWEN3NEXT_HEAD") or "auto"
+
+
+def mmap() -> bool:
+    """Whether the weights of a packed checkpoint stay in its mapped files."""
+    return _read("QWEN3NEXT_MMAP") == "1"
 
 
 def batch_invariant() -> bool:

@@ -16,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import write_checkpoint
+from qwen3next_plugin.cli.plan import served_dtype
+from qwen3next_plugin.config import read_config
+from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
 # Quantised as the released checkpoints are: neither what is looked up, nor routers, nor the head.
 QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
@@ -55,6 +58,13 @@ def quantise(
     quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
     round_head(twin)
     return quantised, {}, twin
+
+
+def pack_checkpoint(folder: Path, out: Path, asked: str | None = None) -> Path:
+    """Pack a checkpoint as `qwen3next pack` does; returns the folder that is written."""
+    dtype = getattr(torch, served_dtype(read_config(folder)))
+    write_packed(plan_packing(folder, asked, dtype), out)
+    return out
 
 
 def write_quantised(

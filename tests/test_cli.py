@@ -635,3 +635,41 @@ def test_doctor_here():
         pytest.skip("the plugin is not installed")
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.stdout
+
+
+# pack: what it writes is in model/test_in_panels.py ----------------------------------------------
+
+
+def test_pack_and_plan_what_it_wrote(tmp_path):
+    plain, out = write_checkpoint(tmp_path / "plain", num_hidden_layers=4), tmp_path / "out"
+    refused = run("pack", plain, out)
+    assert refused.exit_code == 1
+    assert "is not quantised; add --quantise int8 or --quantise int4" in refused.output
+    assert "Traceback" not in refused.output
+    result = run("pack", plain, out, "--quantise", "int4")
+    assert result.exit_code == 0
+    assert "QWEN3NEXT_QUANTISE=int4: " in result.stdout
+    assert result.stdout.splitlines()[-1].endswith(f"vllm serve {out}")
+    options = ("--max-model-len", 1024, "--num-speculative-tokens", 2, "--json")
+    planned = json.loads(run("plan", out, *options).stdout)
+    assert planned["weights_from"].startswith("safetensors files (")
+    quantised = CliRunner(env={"QWEN3NEXT_QUANTISE": "int4"}).invoke(
+        app, ["plan", str(plain), *map(str, options)]
+    )
+    expected = json.loads(quantised.stdout)["weights"]
+    del expected["draft head"], planned["weights"]["draft head"]
+    assert planned["weights"] == expected
+
+
+def test_pack_explains_itself():
+    said = " ".join(run("pack", "--help").stdout.split())
+    for word in ("MODEL", "OUT", "--quantise", "QWEN3NEXT_MMAP=1", "sglang serve", "the same bits"):
+        assert word in said
+
+
+def test_pack_where_nothing_can_be_written(tmp_path):
+    plain = write_checkpoint(tmp_path / "plain", num_hidden_layers=4)
+    (tmp_path / "file").touch()
+    result = run("pack", plain, tmp_path / "file" / "out", "--quantise", "int8")
+    assert result.exit_code == 1
+    assert "cannot be written: " in result.output

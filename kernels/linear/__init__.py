@@ -5,6 +5,7 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
+from qwen3next_plugin.kernels.linear.cut import cut
 from qwen3next_plugin.kernels.linear.pack import (
     pack_bf16,
     pack_fp8,
@@ -23,6 +24,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
 
 __all__ = [
     "PackedWeight",
+    "cut",
     "linear",
     "pack_bf16",
     "pack_fp8",

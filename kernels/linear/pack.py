@@ -172,6 +172,11 @@ def _group(op: str, shape: tuple[int, ...], scale: Tensor) -> int:
     return K // groups
 
 
+def one_group(encoding: Encoding, columns: int) -> int:
+    """`PackedWeight.group` of a weight that has one scale for each output channel."""
+    return columns if encoding in ("int8", "int4") and columns in GROUPS else 0
+
+
 def _weight(
     encoding: Encoding, values: Tensor, group: int, scale: Tensor, zero: Tensor | None
 ) -> PackedWeight:

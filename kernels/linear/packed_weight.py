@@ -140,7 +140,7 @@ def check_weight(op: str, name: str, weight: PackedWeight, dims: int, device: to
     if zero is not None and weight.encoding != "int4":
         raise ValueError(f"{op}: {name} is {weight.encoding} with zero points, which only int4 has")
     lines, entries = _shapes(weight.encoding, weight.shape, weight.group)
-    scales = BYTES if weight.encoding in FP4_SCALES else SCALES
+    scales = scale_dtypes(weight.encoding)
     if (
         _fits(weight.packed, lines, BYTES, device)
         and _fits(weight.scale, entries, scales, device)
@@ -171,17 +171,23 @@ def _refuse(
         raise ValueError(f"{name} is on {x.device}, not on {device}")
 
 
+def scale_dtypes(encoding: Encoding) -> Dtypes:
+    """Those that `PackedWeight.scale` may have."""
+    return BYTES if encoding in FP4_SCALES else SCALES
+
+
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @torch.compiler.assume_constant_result  # of a cache that it traces, torch.compile warns
 def _shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
     """Those of `packed`, and of `scale` and `zero`; computed once, since every call asks."""
-    return _computed(encoding, shape, group)
+    return packed_shapes(encoding, shape, group)
 
 
 @functools.lru_cache
-def _computed(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
+def packed_shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
+    """Those of `packed`, and of `scale` and `zero`, of a weight [N, K] or [E, N, K]."""
     *lead, N, K = shape
     padded = -(-K // (group or BLOCK)) * (group or BLOCK)
     panels, line = -(-N // PANEL), PANEL * padded * BITS[encoding] // 8

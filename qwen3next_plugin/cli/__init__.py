@@ -1,11 +1,11 @@
-"""The `qwen3next` command: what runs here, what fits, GPU kernels, what a server does."""
+"""The `qwen3next` command: what runs here, what fits, packing, GPU kernels, a server's drafts."""
 
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from qwen3next_plugin.cli import doctor, plan, warmup, watch
+from qwen3next_plugin.cli import doctor, pack, plan, warmup, watch
 
 
 class _Commands(TyperGroup):
@@ -47,6 +47,13 @@ app.command(
         " Exit status 1 if no request fits."
     ),
 )(plan.plan)
+app.command(
+    epilog=(
+        "Example: [bold]qwen3next pack ./Qwen3.6-35B-A3B ./packed --quantise int4[/], then"
+        " [bold]vllm serve ./packed[/] or [bold]sglang serve --model-path ./packed[/]. With"
+        " QWEN3NEXT_MMAP=1 the weights stay in the files, which servers share and Linux pages."
+    ),
+)(pack.pack)
 app.command(
     epilog=(
         "Example: [bold]TRITON_CACHE_DIR=cache qwen3next warmup ./Qwen3-Next-80B-A3B-Instruct"

@@ -13,6 +13,7 @@ from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
 
@@ -74,6 +75,12 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
         return host(model_config, load_config)
     folder = local_folder(model_config.model_path, model_config.revision)
     return Quantisation(folder, model_config.hf_config)
+
+
+def accept_packed(host: Callable[[Any], None], model_config: Any) -> None:
+    """Skip a check by config.json of our model's packed checkpoint."""
+    if not (is_ours(model_config) and is_packed(flags.quantization_config(model_config.hf_config))):
+        host(model_config)
 
 
 def leave_plain_modules(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:

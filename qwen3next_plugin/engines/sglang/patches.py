@@ -186,6 +186,13 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang lets a plugin bring a quantisation for a model",
     ),
     Patch(
+        target="sglang.srt.configs.model_config.ModelConfig._verify_quantization",
+        parameters=("self",),
+        function=hooks.accept_packed,
+        reason="SGLang refuses the quant_method of checkpoints that `qwen3next pack` wrote",
+        remove_when="SGLang lets a plugin bring a quantisation for a model",
+    ),
+    Patch(
         target="sglang.srt.model_executor.model_runner.ModelRunner."
         "check_quantized_moe_compatibility",
         parameters=("self",),

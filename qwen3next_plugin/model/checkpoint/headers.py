@@ -1,5 +1,6 @@
 """What a checkpoint's files say of its tensors: the index, and the headers of safetensors files."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,14 @@ class Header(NamedTuple):
 
     dtype: str  # by its name in safetensors files
     shape: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a file."""
+
+    path: Path
+    offset: int
+    header: Header
 
 
 class Index(NamedTuple):
@@ -108,6 +117,19 @@ def read_header(path: Path, error: type[ValueError] = CheckpointError) -> dict[s
                 )
             found[name] = Header(tensor.get_dtype(), shape)
     return found
+
+
+def read_places(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
+    """A safetensors file's metadata, and where its tensors are; raises as `opened`."""
+    headers = read_header(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    metadata = entries.pop("__metadata__", None) or {}
+    return metadata, {
+        name: Place(path, 8 + size + entry["data_offsets"][0], headers[name])
+        for name, entry in entries.items()
+    }
 
 
 def check_files(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
@@ -34,6 +35,7 @@ def parameters(
     formats: Formats | None = None,
     layout: Layout = "grouped",
     loaded: Callable[[str], None] | None = None,
+    attach: Callable[[str, PackedWeight], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's tensors by our parameters' names, with channels in their order.
 
@@ -43,6 +45,7 @@ def parameters(
         quantised: a host's kernels take the tensors as the checkpoint has them.
         formats: ours take them, by channels.
         loaded: called with the name of a trunk's layer when its last tensor is loaded.
+        attach: takes a weight, by our name, that the files have packed, in place of its tensors.
 
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
@@ -56,6 +59,8 @@ def parameters(
     tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
     if loaded is not None and not quantised:
         tensors = _by_layer(tensors, expected, loaded)
+    if attach is not None and formats is not None:
+        tensors = formats.attached(tensors, attach)
     return group_projections(tensors, config) if layout == "grouped" else tensors
 
 

@@ -126,15 +126,23 @@ def _quantised(
 def served_bytes(
     config: Qwen3NextConfig, itemsize: int, formats: "Formats | None" = None
 ) -> dict[str, int]:
-    """Bytes of every weight in its format, or as QWEN3NEXT_QUANTISE asks; without one, plain."""
-    from qwen3next_plugin.model.quantisation.at_load import head_bytes, quantised_bytes
+    """Bytes of every weight in its format, or as QWEN3NEXT_QUANTISE asks; without one, plain.
+
+    Weights that stay in mapped files need no memory.
+    """
+    from qwen3next_plugin.model.quantisation.at_load import HEAD, head_bytes, quantised_bytes
+    from qwen3next_plugin.model.quantisation.format import InPanels
 
     shapes, sizes = _shapes(config), {}
     for name, shape in shapes.items():
         form = formats.format_of(name.removesuffix(".weight")) if formats else None
         sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
+        if env.mmap() and isinstance(form, InPanels):
+            sizes[name] = 0
     if formats:
         sizes |= head_bytes(shapes)
+    if formats and formats.has_head and env.mmap():
+        sizes[HEAD] = 0
     if asked := env.quantise():
         sizes |= quantised_bytes(asked, shapes)
     return sizes

@@ -13,6 +13,7 @@ from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import holder, our_name, our_names
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import formats_at_load
+from qwen3next_plugin.model.quantisation.in_panels import formats_in_panels, is_packed
 from qwen3next_plugin.model.quantisation.modules import PLAIN_DTYPES, Formats, stored_formats
 from qwen3next_plugin.model.quantisation.plain import plain_modules
 
@@ -68,6 +69,8 @@ def formats_of(
         CheckpointError: names a module that cannot be served as it is quantised, and the fix.
     """
     shapes, of_ours = all_tensors(config), partial(holder, config=config)
+    if asked is None and is_packed(quantization):
+        return formats_in_panels(folder, config, quantization or {})
     if asked is None:
         stored = list(stored_tensors(folder))
         found = stored_formats(our_names(stored, config), shapes, of_ours, quantization)

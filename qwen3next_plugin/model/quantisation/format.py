@@ -74,6 +74,23 @@ class Format:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
+@dataclass(frozen=True, slots=True)
+class InPanels(Format):
+    """Of a weight that the files have packed: no parameters are made for it.
+
+    shape: (N, K), or (E, N, K) of experts.
+    parts: output channels of what is stacked in it; a rank has a share of each.
+    """
+
+    shape: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """Of the tensors in the files, those of `PackedWeight`."""
+        return ("packed", "scale") + (("zero",) if self.zeros else ())
+
+
 BF16 = Format("bf16", 0, torch.bfloat16)  # of weights that are not quantised
 
 

@@ -4,20 +4,36 @@ An engine's method of such a layer is one of these classes and the engine's own 
 engines call `create_weights` with the same arguments.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
-from qwen3next_plugin.model.quantisation.format import BF16, Format
+from qwen3next_plugin.model.quantisation.format import BF16, Format, InPanels
+from qwen3next_plugin.model.quantisation.modules import without_wrapper
 from qwen3next_plugin.model.quantisation.packed import Packed, pack
+from qwen3next_plugin.model.quantisation.stacked import HEAD
 
 BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
+
+
+class Ranks(NamedTuple):
+    """This tensor-parallel rank, and how many there are."""
+
+    rank: int
+    size: int
+
+    def share(self, total: int, of_rank: int) -> tuple[int, int]:
+        """This rank's run of `of_rank`; several ranks have the same where there are fewer runs."""
+        start = self.rank * (total // of_rank) // self.size * of_rank
+        return start, start + of_rank
 
 
 class Packing:
@@ -27,11 +43,23 @@ class Packing:
     """
 
 
-class LinearMethod(Packing):
+class Attaching(ABC):
+    """Marks a method that takes weights which the files have packed, and may lack parameters."""
+
+    module: str  # our name of the layer
+
+    @abstractmethod
+    def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
+        """Give the layer its rank's part of the weight of this name."""
+
+
+class LinearMethod(Packing, Attaching):
     """Of a projection, whose name is `module`, in one format."""
 
     def __init__(self, module: str, form: Format) -> None:
         self.module, self.format = module, form
+        self.channels: list[int] = []  # of a rank, by part
+        self.columns = 0
 
     def create_weights(
         self,
@@ -46,10 +74,23 @@ class LinearMethod(Packing):
         """Give the layer parameters, with the attributes that the engine's loader reads."""
         columns = input_size_per_partition
         check_split(self.module, self.format, input_size, columns)
+        self.channels, self.columns = output_partition_sizes, columns
+        if isinstance(self.format, InPanels):
+            return
         for name, parameter in _parameters(self.format, sum(output_partition_sizes), columns):
             by_column = {"input_dim": 1} if self.format.by_column(name) else {}
             dims = {"output_dim": 0} | by_column
             _register(layer, name, parameter, dims | extra_weight_attrs)
+
+    def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
+        assert isinstance(self.format, InPanels)
+        channels, before = [], 0
+        for part, of_rank in zip(self.format.parts, self.channels, strict=True):
+            start, stop = ranks.share(part, of_rank)
+            channels.append((before + start, before + stop))
+            before += part
+        columns = ranks.share(weight.shape[-1], self.columns)
+        layer.packed = Packed(cut(weight, channels, columns))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "weight"):
@@ -59,7 +100,7 @@ class LinearMethod(Packing):
         return layer.packed(x, bias)
 
 
-class ExpertsMethod(Packing):
+class ExpertsMethod(Packing, Attaching):
     """Of experts, in one format each for `w13` and `w2`."""
 
     as_int8 = False  # pack what is in bf16 as int8
@@ -67,6 +108,7 @@ class ExpertsMethod(Packing):
     def __init__(self, module: str, formats: Mapping[str, Format], inner: int) -> None:
         """Args: inner: features between the experts' two products, on all ranks together."""
         self.module, self.formats, self.inner = module, formats, inner
+        self.width = inner  # those of a rank
 
     def create_weights(
         self,
@@ -80,12 +122,25 @@ class ExpertsMethod(Packing):
         """Give the layer parameters, with the attributes that the engine's loader reads."""
         D, width = hidden_size, intermediate_size_per_partition
         check_experts(self.module, self.formats["w2"], self.inner, width)
+        self.width = width
         for which, (channels, columns) in {"w13": (2 * width, D), "w2": (D, width)}.items():
             form = self.formats[which]
+            if isinstance(form, InPanels):
+                check_all_experts(self.module, form, num_experts)
+                continue
             for name, parameter in _parameters(form, channels, columns, num_experts):
                 by_group = form.group and form.by_column(name)
                 scales = {"quant_method": "group" if by_group else "channel"}
                 _register(layer, f"{which}_{name}", parameter, extra_weight_attrs | scales)
+
+    def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
+        start, stop = ranks.share(self.inner, self.width)
+        _, N, K = weight.shape
+        if which := name.endswith(".w13"):
+            part = cut(weight, [(start, stop), (self.inner + start, self.inner + stop)], (0, K))
+        else:
+            part = cut(weight, [(0, N)], (start, stop))
+        setattr(layer, "w13_packed" if which else "w2_packed", Packed(part))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_weight"):
@@ -101,6 +156,31 @@ class ExpertsMethod(Packing):
             topk_weights=topk_weights.float(),
             topk_ids=topk_ids.int(),
         )
+
+
+class HeadMethod(Attaching):
+    """Of the output head, whose channels an engine pads, and divides among ranks."""
+
+    module = HEAD
+
+    def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
+        first = layer.shard_indices.org_vocab_start_index
+        channels = (first, first + layer.num_embeddings_per_partition)
+        layer.packed = Packed(cut(weight, [channels], (0, weight.shape[-1])))
+
+
+def attacher(model: nn.Module, ranks: Ranks) -> Callable[[str, PackedWeight], None]:
+    """Gives packed weights, by their names, to the layers of a model."""
+    layers: dict[str, Any] = {}
+    for layer in model.modules():
+        if isinstance(method := getattr(layer, "quant_method", None), Attaching):
+            layers[without_wrapper(method.module)] = layer
+
+    def attach(name: str, weight: PackedWeight) -> None:
+        layer = layers.get(name) or layers[name.rpartition(".")[0]]  # of experts
+        layer.quant_method.attach(layer, name, weight, ranks)
+
+    return attach
 
 
 def pack_loaded(layer: nn.Module) -> None:
@@ -154,6 +234,15 @@ def check_experts(module: str, form: Format, inner: int, of_rank: int) -> None:
         raise ConfigError(
             f"{module}: packed experts have {of_rank} inner features on a rank, no multiple of "
             f"{PANEL}; use fewer tensor-parallel ranks, or a checkpoint that is not quantised"
+        )
+
+
+def check_all_experts(module: str, form: InPanels, of_rank: int) -> None:
+    """Refuse ranks that would have some of the experts. Raises: ConfigError with the fix."""
+    if of_rank != form.shape[0]:
+        raise ConfigError(
+            f"{module}: {of_rank} of {form.shape[0]} experts on a rank; the experts of a packed "
+            f"checkpoint stay together: serve it without expert parallelism"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT
 from qwen3next_plugin.model.checkpoint.mapped import give_back
@@ -45,6 +46,8 @@ class Formats:
     Ours has a format if all modules that it holds have it. Otherwise these are dequantised as they
     load: `dequantised` names them.
     """
+
+    has_head = False  # packed in the files
 
     def __init__(
         self,
@@ -135,6 +138,15 @@ class Formats:
                 yield from self._in_our_format(stored, whole)
                 for tensor in whole.tensors.values():
                     give_back(tensor)
+
+    def attached(
+        self, tensors: Stream, attach: Callable[[str, PackedWeight], None]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors, but for those of weights that the files have packed: `attach` gets these.
+
+        Each is attached, by its name, when its last tensor has come.
+        """
+        yield from tensors
 
     def _in_our_format(self, stored: Stored, module: Module) -> Iterator[tuple[str, torch.Tensor]]:
         if any(tensor.is_meta for tensor in module.tensors.values()):  # a check of the names alone

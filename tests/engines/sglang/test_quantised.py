@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +11,7 @@ import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
-from quantised import AT_LOAD, KINDS, MIXED, quantise
+from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -31,6 +32,8 @@ class Served(NamedTuple):
     server: Server
     model: Reference
     drafts: int
+    folder: Path
+    env: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +43,17 @@ def plain(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("plain"), **changes)
 
 
+def drafting(drafts: int) -> tuple[str, ...]:
+    return (*NEXTN, str(drafts)) if drafts else ()
+
+
 @pytest.fixture(scope="module", params=long_except((MIXED,), CASES))
 def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
     kind, drafts, leave_out = CASES[request.param]
     folder = tmp_path_factory.mktemp("quantised")
     quantised, env, twin = quantise(plain, folder, kind, leave_out=leave_out)
-    flags = (*NEXTN, str(drafts)) if drafts else ()
-    server = Forked(quantised, *SMALL, *flags, env=FIXED | env).wait()
-    yield Served(server, reference(twin), drafts)
+    server = Forked(quantised, *SMALL, *drafting(drafts), env=FIXED | env).wait()
+    yield Served(server, reference(twin), drafts, quantised, env)
     server.close()
 
 
@@ -55,6 +61,23 @@ def test_batch_is_what_transformers_computes(served):
     answers = served.server.greedy(PROMPTS, TOKENS, **LOGPROBS)
     check_greedy(served.model, PROMPTS, answers)
     assert (sum(answer.accepted for answer in answers) > 0) == (served.drafts > 0)
+
+
+@pytest.mark.parametrize("mmap", long_except("1", "01"))
+def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
+    out = pack_checkpoint(served.folder, tmp_path / "out", served.env.get("QWEN3NEXT_QUANTISE"))
+    env = FIXED | {"QWEN3NEXT_MMAP": mmap}
+    server = Forked(out, *SMALL, *drafting(served.drafts), env=env).wait()
+    try:
+        for prompt in PROMPTS:  # alone: a batch may be divided in other ways
+            found = []
+            for each in (server, served.server):
+                each.forget()
+                found += each.greedy([prompt], TOKENS, **LOGPROBS)
+            packed, source = ((o.token_ids, o.logprobs, o.prompt_logprobs) for o in found)
+            assert packed == source
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("fault", bad_weights.AS_READ)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
 from engines import damaged
 from family import FAMILY
+from quantised import pack_checkpoint
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from reference import Reference, fused_mtp
@@ -94,6 +95,13 @@ def test_an_index_needs_metadata_in_transformers(tmp_path):
     (folder / damaged.INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}')
     with pytest.raises(CheckpointError, match=r'has no metadata, .* add "metadata": {} to it'):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_packed_checkpoint_is_refused(tmp_path):
+    plain = write_checkpoint(tmp_path / "plain", num_hidden_layers=4)
+    out = pack_checkpoint(plain, tmp_path / "out", "int8")
+    with pytest.raises(CheckpointError, match=r"out is packed for vLLM and SGLang on a CPU; load"):
+        AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_all_weights_are_kept(small, tmp_path):

@@ -1,6 +1,7 @@
 """Quantised checkpoints, served by vLLM: what transformers computes with dequantised weights."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from engines.checks import TOKENS, check_greedy
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
-from quantised import AT_LOAD, KINDS, MIXED, quantise
+from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -36,6 +37,8 @@ CASES: dict[str, tuple[str, str]] = {  # kind, and what is left out
 class Served(NamedTuple):
     engine: Offline
     model: Reference
+    folder: Path
+    env: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def served(request, plain, tmp_path_factory, reference) -> Iterator[Served]:
     kind, leave_out = CASES[request.param]
     quantised, env, twin = quantise(plain, folder, kind, leave_out=leave_out)
     engine = Offline(quantised, env=env, enforce_eager=request.param != COMPILED, **FLAGS)
-    yield Served(engine, reference(twin))
+    yield Served(engine, reference(twin), quantised, env)
     engine.close()
 
 
@@ -65,6 +68,38 @@ def test_with_and_without_drafts(served, drafts):
     name = "vllm:spec_decode_num_accepted_tokens"
     accepted = served.engine.counters().get(name, 0) - before.get(name, 0)
     assert (accepted > 0) == (drafts > 0)
+
+
+def answers(engine: Offline, tokens: int = TOKENS) -> list[tuple]:
+    outputs = engine.greedy(PROMPTS, tokens, **LOGPROBS)
+    return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in outputs]
+
+
+@pytest.mark.parametrize("mmap", long_except("1", "01"))
+def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
+    out = pack_checkpoint(served.folder, tmp_path / "out", served.env.get("QWEN3NEXT_QUANTISE"))
+    engine = Offline(out, env={"QWEN3NEXT_MMAP": mmap}, **FLAGS)
+    try:
+        for drafts in (0, 3):
+            for each in (engine, served.engine):
+                each.inside("draft", drafts)
+                each.forget()
+            assert answers(engine) == answers(served.engine)
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+def test_two_ranks_of_a_packed_one(plain, tmp_path, reference):
+    """Groups of columns, which ranks divide; few tokens, as below."""
+    quantised, _, twin = quantise(plain, tmp_path, "packed_4-bit_zeros")
+    out = pack_checkpoint(quantised, tmp_path / "out")
+    engine = Offline(out, tensor_parallel_size=2, **FLAGS)
+    try:
+        outputs = engine.greedy(PROMPTS[:3], 12, **LOGPROBS)
+    finally:
+        engine.close()
+    check_greedy(reference(twin), PROMPTS[:3], outputs)
 
 
 @pytest.mark.long

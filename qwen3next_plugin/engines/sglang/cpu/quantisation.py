@@ -35,7 +35,12 @@ from qwen3next_plugin.engines.sglang.flags import quantization_config
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.model.quantisation.files import read_formats
-from qwen3next_plugin.model.quantisation.layers import LinearMethod, Packing, each_layer
+from qwen3next_plugin.model.quantisation.layers import (
+    HeadMethod,
+    LinearMethod,
+    Packing,
+    each_layer,
+)
 from qwen3next_plugin.model.quantisation.modules import ByFiles
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,
@@ -89,9 +94,13 @@ def use_packing(
     *,
     head_in_fp32: bool = False,
     head_in_int8: bool = False,
+    head_in_files: bool = False,
     drafting: nn.Module | None = None,
 ) -> None:
-    """On a CPU, make SGLang pack a model's unquantised projections and head after loading."""
+    """On a CPU, make SGLang pack a model's unquantised projections and head after loading.
+
+    Args: head_in_files: the files have it packed.
+    """
     if not without_gpu():
         return
     for layer, as_int8 in each_layer(model, drafting):
@@ -101,7 +110,8 @@ def use_packing(
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
             # SGLang has the other product in fp32, for methods whose names it knows.
             # A head in fp32 is asked for its precision.
-            as_int8 = head_in_int8 and not (head_in_fp32 and env.quantise() is None)
+            kept = head_in_fp32 and env.quantise() is None and not head_in_files
+            as_int8 = head_in_int8 and not kept
             if packs_head(layer.weight.dtype, as_int8=as_int8) or not head_in_fp32:
                 _use(PackedHead(as_int8=as_int8), layer)
         elif isinstance(method, UnquantizedFusedMoEMethod):
@@ -160,7 +170,7 @@ class PackedProjection(Packing, UnquantizedLinearMethod):
         return layer.packed(x, bias)
 
 
-class PackedHead(UnquantizedEmbeddingMethod):
+class PackedHead(HeadMethod, UnquantizedEmbeddingMethod):
     """SGLang's unquantised head; a plain copy is dropped once drafts have been read from it."""
 
     def __init__(self, *, as_int8: bool) -> None:
@@ -169,13 +179,12 @@ class PackedHead(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
-        if not _is_plain(layer):
-            return
-        weight = layer.weight.data
-        if packs_head(weight.dtype, as_int8=self.as_int8):
-            layer.packed = pack_plain(weight, as_int8=self.as_int8)
-        elif weight.dtype == torch.bfloat16:
-            layer.packed = OneDnn(weight)
+        if _is_plain(layer):
+            weight = layer.weight.data
+            if packs_head(weight.dtype, as_int8=self.as_int8):
+                layer.packed = pack_plain(weight, as_int8=self.as_int8)
+            elif weight.dtype == torch.bfloat16:
+                layer.packed = OneDnn(weight)
         if layer.packed is None or _is_tied(layer):
             return
         if isinstance(layer.packed, Packed) or not get_server_args().speculative_algorithm:

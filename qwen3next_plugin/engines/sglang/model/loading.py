@@ -17,7 +17,7 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.quantisation.layers import pack_loaded
+from qwen3next_plugin.model.quantisation.layers import Ranks, attacher, pack_loaded
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.self_check import check_kernels
 
@@ -70,6 +70,7 @@ class OurModel(nn.Module):
             quantised=self.quantised,
             formats=self.formats,
             loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
+            attach=attacher(self, Ranks(get_parallel().tp_rank, get_parallel().tp_size)),
         )
 
 

@@ -108,6 +108,7 @@ class Qwen3NextForCausalLM(OurModel):
             self.lm_head,
             head_in_fp32=self.logits_processor.use_fp32_lm_head,
             head_in_int8=head_as_int8(self.formats),
+            head_in_files=self.formats is not None and self.formats.has_head,
         )
 
     @torch.no_grad()

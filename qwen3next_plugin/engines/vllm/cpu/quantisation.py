@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import (
     QuantizationConfig,
@@ -27,6 +31,7 @@ from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
     Packing,
+    Ranks,
     each_layer,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
@@ -120,6 +125,11 @@ def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
     plain = read_plain_modules(folder, model_config.hf_config)
     found.quant_config = leave_plain(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
     return found
+
+
+def own_rank() -> Ranks:
+    """This process among the tensor-parallel ranks."""
+    return Ranks(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
 
 
 def use_packing(model: nn.Module, drafting: nn.Module | None = None) -> None:

@@ -11,7 +11,11 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
-from qwen3next_plugin.engines.vllm.cpu.quantisation import use_packing, with_quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import (
+    own_rank,
+    use_packing,
+    with_quantisation,
+)
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import PACKED_MODULES, load
@@ -21,6 +25,7 @@ from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embeddin
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
@@ -150,6 +155,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             ignored=self.trunk_names,
             quantised=self.quantised,
             formats=self.formats,
+            attach=attacher(self, own_rank()),
         )
         renamed = (
             ("model." + name.removeprefix(MTP) if name.startswith(MTP) else name, tensor)

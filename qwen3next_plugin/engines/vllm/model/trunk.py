@@ -37,7 +37,11 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.quantisation import use_packing, with_quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import (
+    own_rank,
+    use_packing,
+    with_quantisation,
+)
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.model.attention import make_attention
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
@@ -60,7 +64,7 @@ from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.quantisation.layers import pack_loaded
+from qwen3next_plugin.model.quantisation.layers import attacher, pack_loaded
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.self_check import check_kernels
 
@@ -221,6 +225,7 @@ class Qwen3NextForCausalLM(
             formats=self.formats,
             layout=self.layout,
             loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
+            attach=attacher(self, own_rank()),
         )
         return load(self, tensors, self.layout)
 

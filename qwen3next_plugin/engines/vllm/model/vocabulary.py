@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.quantisation.layers import HeadMethod
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,
@@ -64,7 +65,7 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
         """Pack nothing."""
 
 
-class PackedHead(UnquantizedEmbeddingMethod):
+class PackedHead(HeadMethod, UnquantizedEmbeddingMethod):
     """vLLM's unquantised head; the plain weight is kept only if it is the embedding too."""
 
     def __init__(self, *, tied: bool, drafts: bool, as_int8: bool) -> None:
@@ -74,7 +75,7 @@ class PackedHead(UnquantizedEmbeddingMethod):
         if not current_platform.is_cpu():
             return
         ours = packs_head(layer.weight.dtype, as_int8=self.as_int8)
-        if ours:
+        if ours and layer.packed is None:
             layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
         if self.drafts:
             layer.make_draft_head(stays=ours or self.tied)

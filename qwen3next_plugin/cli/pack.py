@@ -1,0 +1,55 @@
+"""`qwen3next pack`: a checkpoint in the kernels' own layout, which loads as fast as it is read."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qwen3next_plugin.cli.memory import gib
+from qwen3next_plugin.cli.plan import served_dtype
+from qwen3next_plugin.config import ConfigError, read_config
+
+
+def pack(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: a new or an empty one.")],
+    quantise: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Of a plain checkpoint; a quantised one keeps its formats."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as the CPU kernels read it: an engine that serves it packs nothing.
+
+    It gives the same bits as MODEL (with --quantise, as MODEL with QWEN3NEXT_QUANTISE), on any CPU
+    and any number of tensor-parallel ranks. It takes the memory of one weight, and as much disk as
+    the server takes memory for its weights. OUT appears when it is whole.
+    """
+    dtype = served_dtype(read_config(model))
+    import torch
+
+    from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
+
+    torch.set_num_threads(1)  # of an operation: they are small, and each core packs an expert
+    planned = plan_packing(model, quantise, getattr(torch, dtype))
+    if note := planned.source.formats.described():
+        typer.echo(note)
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        *(TextColumn("packing"), BarColumn(), DownloadColumn(binary_units=True)),
+        *(TransferSpeedColumn(), TimeRemainingColumn()),
+    )
+    try:
+        with Progress(*columns, transient=True) as progress:
+            task = progress.add_task("", total=planned.nbytes)
+            write_packed(planned, out, lambda count: progress.advance(task, count))
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}") from error
+    typer.echo(f"{out}: {gib(planned.nbytes)}. Serve it like any checkpoint: vllm serve {out}")

@@ -1,0 +1,216 @@
+"""Checkpoints in the kernels' own layout, as `qwen3next pack` writes them: loading is reading.
+
+Format 1:
+
+- config.json is the source's, with this quantization_config: quant_method is `qwen3next`;
+  format_version 1; source the SHA-256 of the source's config.json and of its weight files' names,
+  sizes and headers; quantised what `--quantise` asked for, or null.
+- Safetensors files and their index. A weight of ours that is packed has the tensors `packed`,
+  `scale` and, of int4 with zero points, `zero` of `kernels/linear/packed_weight.py`, in their
+  shapes and dtypes, under the name of our module: `model.layers.0.linear_attn.in_proj_qkvz.packed`;
+  of experts `…mlp.experts.w13` (gate, then up) and `.w2`; the output head's is `lm_head`, also if
+  it is tied to the embeddings. All other tensors are the source's, under its names; where only a
+  part of a module of ours was quantised, its modules are dequantised, in fp32, under our names.
+- A file's metadata has each of its packed weights: encoding, columns that share a scale (0: all of
+  them) and shape, as in `int4 128 12288 2048`.
+- A file's header is padded to 4096 bytes, and `packed` tensors come first: each of them begins at a
+  multiple of 64 bytes, every other tensor of a packed weight at one of its own values.
+
+Nothing depends on an instruction set, an engine or the number of ranks.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from qwen3next_plugin import env
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.kernels.linear.pack import GROUPS, one_group
+from qwen3next_plugin.kernels.linear.packed_weight import (
+    FP4_GROUPS,
+    Encoding,
+    PackedWeight,
+    packed_shapes,
+    scale_dtypes,
+)
+from qwen3next_plugin.model.checkpoint.contents import mapped, read
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
+from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
+from qwen3next_plugin.model.checkpoint.layouts import holder
+from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.quantisation.format import InPanels
+from qwen3next_plugin.model.quantisation.modules import Formats, Shapes, Stored, Stream
+from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
+from qwen3next_plugin.model.quantisation.stacked import HEAD, Stacked, stacked_weights
+
+METHOD, VERSION = "qwen3next", 1
+EMBEDDING = "model.embed_tokens.weight"
+AGAIN = "pack it again, by `qwen3next pack MODEL OUT`"
+
+
+def _no_scheme(module: Module) -> Any:
+    raise AssertionError(module.name)
+
+
+NO_SCHEME = Scheme((), (), _no_scheme, _no_scheme)
+
+
+def is_packed(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json's quantization_config is of a checkpoint in our layout."""
+    return (quantization or {}).get("quant_method") == METHOD
+
+
+def formats_in_panels(
+    folder: Path, config: Qwen3NextConfig, quantization: Mapping[str, Any]
+) -> "FormatsInPanels":
+    """The formats of a packed checkpoint, by its files' headers.
+
+    Raises:
+        CheckpointError: of another version, or files that do not fit config.json.
+    """
+    if (version := quantization.get("format_version")) != VERSION:
+        raise CheckpointError(
+            f"{folder}: packed in format {version!r}, and this release reads {VERSION}: {AGAIN}"
+        )
+    wholes = stacked_weights(config)
+    weights: dict[str, InPanels] = {}
+    places: dict[str, Place] = {}
+    for path in weight_files(folder, read_index(folder)):
+        metadata, tensors = read_places(path)
+        for name, said in metadata.items():
+            if name == "format":
+                continue
+            weights[name] = _format(path, name, said, wholes.get(name), tensors)
+            places |= {
+                f"{name}.{part}": tensors[f"{name}.{part}"] for part in weights[name].packed_names
+            }
+    if not weights:
+        raise CheckpointError(f"{folder}: no packed weight is in its files: {AGAIN}")
+    if HEAD in weights and env.head() == "plain":
+        raise ConfigError(
+            f"QWEN3NEXT_HEAD=plain: the head of {folder} is packed in int8; unset the variable, or "
+            f"pack the checkpoint again with it"
+        )
+    return FormatsInPanels(weights, wholes, places, config)
+
+
+class FormatsInPanels(Formats):
+    """The formats of a packed checkpoint's modules, and its tensors."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, InPanels],
+        wholes: Mapping[str, Stacked],
+        places: Mapping[str, Place],
+        config: Qwen3NextConfig,
+    ) -> None:
+        shapes = all_tensors(config)
+        stored = {}
+        for name, form in weights.items():
+            for module in wholes[name].modules if name != HEAD else ():
+                channels, columns = shapes[f"{module}.weight"]
+                whole = Module(module, channels, columns, {})
+                stored[module] = Stored(whole, frozenset(), NO_SCHEME, form)
+        super().__init__(stored, shapes, partial(holder, config=config))
+        self.weights, self._wholes, self._places = weights, wholes, places
+        self.has_head = HEAD in weights
+
+    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}
+        here = set(self._of(shapes))
+        if HEAD in here:
+            found.pop(f"{HEAD}.weight", None)
+        for name in here:
+            for part in self.weights[name].packed_names:
+                found[f"{name}.{part}"] = self._places[f"{name}.{part}"].header.shape
+        return found
+
+    def converted(
+        self, tensors: Stream, ignored: Iterable[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors: those of packed weights from their files, whatever the engine has read."""
+        left_out = set(self._of(frozenset(ignored)))
+        load = mapped if env.mmap() else read
+        for name, tensor in tensors:
+            if (place := self._places.get(name)) is None:
+                yield name, tensor
+                give_back(tensor)
+            elif name.rpartition(".")[0] not in left_out:
+                yield name, tensor if tensor.is_meta else load(place)
+
+    def attached(
+        self, tensors: Stream, attach: Callable[[str, PackedWeight], None]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, tensor in tensors:
+            if name not in self._places:
+                yield name, tensor
+                continue
+            weight, _, part = name.rpartition(".")
+            waiting[weight][part] = tensor
+            del tensor
+            form = self.weights[weight]
+            if len(waiting[weight]) == len(form.packed_names):
+                parts = waiting.pop(weight)
+                whole = PackedWeight(
+                    encoding=form.encoding,
+                    shape=form.shape,
+                    group=form.group or one_group(form.encoding, form.shape[-1]),
+                    packed=parts["packed"],
+                    scale=parts["scale"],
+                    zero=parts.get("zero"),
+                )
+                attach(weight, whole)
+
+    def _of(self, names: Iterable[str]) -> Iterator[str]:
+        """The packed weights that hold modules of which the weight is among `names`."""
+        names = frozenset(names)
+        for name in self.weights:
+            first = self._wholes[name].modules[0]
+            if (EMBEDDING if name == HEAD else f"{first}.weight") in names:
+                yield name
+
+
+def _format(
+    path: Path, name: str, said: str, whole: Stacked | None, tensors: Mapping[str, Place]
+) -> InPanels:
+    """The format of a packed weight; raises CheckpointError unless its tensors fit."""
+    encoding, _, rest = said.partition(" ")
+    numbers = rest.split()
+    known = encoding in get_args(Encoding) and all(number.isdecimal() for number in numbers)
+    group, *sizes = map(int, numbers) if known and numbers else (-1,)
+    fits = group in (0, *GROUPS, *FP4_GROUPS.values())
+    if not fits or whole is None or tuple(sizes) != whole.shape:
+        wanted = whole.shape if whole else "no such weight"
+        raise CheckpointError(
+            f"{path.name}: {name} is {said!r}, the config asks for {wanted}: config.json and the "
+            f"files do not belong together, or are damaged; {AGAIN}"
+        )
+    encoding = cast(Encoding, encoding)
+    shared = group or one_group(encoding, whole.shape[-1])
+    lines, entries = packed_shapes(encoding, whole.shape, shared)
+    zeros = f"{name}.zero" in tensors
+    parts = {"packed": (lines, (torch.uint8,)), "scale": (entries, scale_dtypes(encoding))}
+    parts |= {"zero": (entries, (torch.uint8,))} if zeros else {}
+    for part, (shape, dtypes) in parts.items():
+        place = tensors.get(f"{name}.{part}")
+        if place is None or not _fits(place, shape, dtypes):
+            found = f"{place.header.dtype} {place.header.shape}" if place else "missing"
+            raise CheckpointError(
+                f"{path.name}: {name}.{part} is {found}, where {shape} fits: it is damaged; {AGAIN}"
+            )
+    scale = STORED_DTYPES[tensors[f"{name}.scale"].header.dtype]
+    return InPanels(encoding, group, scale, zeros, whole.shape, whole.parts)
+
+
+def _fits(place: Place, shape: tuple[int, ...], dtypes: Iterable[torch.dtype]) -> bool:
+    dtype = STORED_DTYPES.get(place.header.dtype)
+    if dtype is None or dtype not in dtypes or place.offset % dtype.itemsize:
+        return False
+    return place.header.shape == shape
