@@ -144,6 +144,13 @@ def test_fault_is_named(changes, message):
         read(flat, FLAT)
 
 
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj_packed", "down_proj_weight_scale"])
+def test_quantised_experts_in_one_tensor_are_refused(part):
+    """As llm-compressor 0.12.0 wrote them, say."""
+    with pytest.raises(CheckpointError, match=rf"{EXPERTS}\.{part}: experts that are quantised in"):
+        read({f"{EXPERTS}.{part}": torch.zeros(8, 64, 32, dtype=torch.uint8)}, FLAT)
+
+
 def test_tensors_of_the_other_layout_are_refused():
     with pytest.raises(CheckpointError, match=r"unexpected tensor .*in_proj_"):
         read(random_tensors(BASE), FLAT)

@@ -43,10 +43,10 @@ def test_a_trace_takes_the_buffers(weight):
 
 
 def fill(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Random values in every parameter, as an engine would load them."""
+    """Random values in every parameter, as an engine would load them; scales are positive."""
     for parameter in layer.parameters():
         is_float, shape = parameter.is_floating_point(), parameter.shape
-        parameter.data.copy_(torch.randn(shape) if is_float else torch.randint(0, 16, shape))
+        parameter.data.copy_(torch.rand(shape) if is_float else torch.randint(0, 16, shape))
     return {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
 
 

@@ -28,7 +28,7 @@ PREFIXES: Mapping[Layout, Mapping[str, str | None]] = {
     },
 }
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
-FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
+FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_\w*(packed|scale)\w*)?$")
 FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
 # A checkpoint's projection → the stacked projection that holds it, and as which part.
 STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
@@ -102,6 +102,11 @@ def our_names(stored: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, t
         if (name := our_name(original, config)) is None:
             continue
         if config.layout == "flat" and (fused := FUSED_EXPERTS.match(name)):
+            if fused[3] or tensor.dtype.itemsize == 1:
+                raise CheckpointError(
+                    f"tensor {original}: experts that are quantised in one tensor are not served; "
+                    f"use a checkpoint with tensors of each expert"
+                )
             yield from _split_experts(original, fused[1], fused[2], tensor, config)
         else:
             yield name, tensor
