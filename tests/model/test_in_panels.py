@@ -1,6 +1,7 @@
 """Packed checkpoints: what is written is what loading the source makes, and damage is named."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,9 +141,10 @@ def test_flat_layouts_and_drafters_in_bf16(tmp_path, wrapped, fused):
     assert tower <= stored(out).keys()
 
 
-def test_what_an_engine_stacks_and_is_quantised_in_part_stays_dequantised(plain, tmp_path):
+@pytest.mark.parametrize("kind", ["gptq_zeros", "fp8-blocks"])
+def test_what_an_engine_stacks_and_is_quantised_in_part_is_dequantised(plain, tmp_path, kind):
     quantised, twin = write_quantised(
-        plain, tmp_path, "gptq_zeros", leave_out=r"q_proj|in_proj_z|experts\.1\.down"
+        plain, tmp_path, kind, leave_out=r"q_proj|in_proj_z|experts\.1\.down"
     )
     out = pack_checkpoint(quantised, tmp_path / "out")
     _, formats = opened(out)
@@ -215,7 +217,8 @@ def test_plan_counts_what_is_in_memory(packed, monkeypatch):
     assert sizes == of_source
     assert source.startswith("safetensors files (")
     monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
-    mapped, _ = tensor_bytes(packed, config, "float32")
+    mapped, source = tensor_bytes(packed, config, "float32")
+    assert re.fullmatch(r"safetensors files \(plain .*, mapped 0\.00 GiB\)", source)
     assert mapped["lm_head.weight"] == mapped["model.layers.0.mlp.experts.0.up_proj.weight"] == 0
     assert mapped["model.embed_tokens.weight"] == sizes["model.embed_tokens.weight"]
 

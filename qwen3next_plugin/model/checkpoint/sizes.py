@@ -119,6 +119,9 @@ def _quantised(
         form = formats.format_of(name.removesuffix(".weight"))
         in_int8 = name == HEAD and env.head() == "auto"
         totals[form.encoding if form else "int8" if in_int8 else "plain"] += nbytes
+    if env.mmap():
+        totals = +totals  # without what stays in the files
+        totals["mapped"] = formats.nbytes_in_panels
     described = ", ".join(f"{form} {n / 2**30:.2f}" for form, n in totals.items())
     return sizes, f"safetensors files ({described} GiB)"
 

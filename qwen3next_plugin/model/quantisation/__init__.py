@@ -4,4 +4,6 @@ In the order of the data: `schemes`, how files store a module; `format`, how our
 `modules`, the format of each module; `at_load`, that by QWEN3NEXT_QUANTISE; `plain`, modules of a
 GPU that have none; `files`, all of these from a folder. Then `packed`, the bytes that kernels read,
 and `layers`, what engines load and pack.
+
+`stacked`, `in_panels`: what is packed in files, and their format; `source`, `writing`: making them.
 """

@@ -44,6 +44,7 @@ from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_pl
 from qwen3next_plugin.model.checkpoint.layouts import holder
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
 from qwen3next_plugin.model.quantisation.modules import Formats, Shapes, Stored, Stream
 from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
@@ -120,6 +121,7 @@ class FormatsInPanels(Formats):
         super().__init__(stored, shapes, partial(holder, config=config))
         self.weights, self._wholes, self._places = weights, wholes, places
         self.has_head = HEAD in weights
+        self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
 
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}

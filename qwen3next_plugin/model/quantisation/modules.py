@@ -48,6 +48,7 @@ class Formats:
     """
 
     has_head = False  # packed in the files
+    nbytes_in_panels = 0  # of all that the files have packed
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import pytest
 import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
+from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
 from reference import Reference
@@ -78,6 +79,20 @@ def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
             assert packed == source
     finally:
         server.close()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+def test_two_ranks_of_a_packed_one(plain, tmp_path, reference):
+    """Groups of columns, which ranks divide; few tokens: ranks that share a core are slow."""
+    quantised, _, twin = quantise(plain, tmp_path, "packed_4-bit_zeros")
+    out = pack_checkpoint(quantised, tmp_path / "out")
+    server = Forked(out, "--tp-size", "2", *SMALL, *drafting(3), env=FIXED).wait()
+    try:
+        answers = server.greedy(PROMPTS[:3], 12, **LOGPROBS)
+    finally:
+        server.close()
+    check_greedy(reference(twin), PROMPTS[:3], answers)
 
 
 @pytest.mark.parametrize("fault", bad_weights.AS_READ)
