@@ -18,6 +18,8 @@ from torch import Tensor
 from checkpoints import write_checkpoint
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import read_config
+from qwen3next_plugin.model.quantisation import rounding
+from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
 # Quantised as the released checkpoints are: neither what is looked up, nor routers, nor the head.
@@ -25,6 +27,7 @@ QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
 # What of a module's name differs among those that an engine stacks.
 STACKED = re.compile(r"(\.\d+)?\.(gate|up)_proj$|\.\d+(?=\.down_proj$)|[qkv]_proj$|(qkv|[zba])$")
 KEPT_AT_LOAD = re.compile(r"(in_proj_ba|\.fc)\.weight$")  # by QWEN3NEXT_QUANTISE
+INT8_AT_LOAD = re.compile(r"\.self_attn\.")  # also by QWEN3NEXT_QUANTISE=int4
 MIXED = "mixed"
 AT_LOAD = ("int8", "int4")
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
@@ -108,7 +111,8 @@ def write_rounded(plain: Path, folder: Path, name: str) -> Path:
             tensors[each] = int8_by_row(tensor.float())[1]
         elif QUANTISED.match(each) and tensor.ndim == 2 and not KEPT_AT_LOAD.search(each):
             weight = tensor.float()
-            tensors[each] = int8_by_row(weight)[1] if name == "int8" else int4_by_group(weight)
+            in_int8 = name == "int8" or INT8_AT_LOAD.search(each)
+            tensors[each] = int8_by_row(weight)[1] if in_int8 else int4_by_group(weight)
     save_file(tensors, twin / "model.safetensors")
     return twin
 
@@ -168,12 +172,10 @@ def int8_by_row(weight: Tensor) -> Quantised:
 
 
 def int4_by_group(weight: Tensor) -> Tensor:
-    """Rounded to nearest, -8 to 7, so scaled that the largest of a group is -8."""
+    """As QWEN3NEXT_QUANTISE=int4 rounds it; tests/model/test_rounding.py says how well."""
     K = weight.shape[1]
-    grouped = weight.unflatten(1, (-1, next(g for g in (128, 64, 32) if K % g == 0)))
-    largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
-    scale = (largest / -8).bfloat16().float()
-    return ((grouped / scale).round().clamp(-8, 7) * scale).flatten(1)
+    form = Format("int4", next(g for g in (128, 64, 32) if K % g == 0), torch.bfloat16)
+    return dequantise(rounding.quantise(weight, form), form)
 
 
 class Grouped(NamedTuple):

@@ -283,6 +283,42 @@ def test_plan_counts_what_is_quantised_at_load(monkeypatch, model):
     assert plain_draft_head == (drafted if config.get("tie_word_embeddings") else head)
 
 
+def test_plan_says_which_formats_fit(monkeypatch):
+    options = (RELEASED_CONFIGS / "Qwen3.6-35B-A3B", "--memory", 24, "--max-model-len", 32768)
+    result = run("plan", *options)
+    assert result.exit_code == 1
+    assert re.search(r"as stored +│ +64\.\d\d GiB │ +0 ", result.output)
+    assert re.search(r"QWEN3NEXT_QUANTISE=int8 +│ +3[23]\.\d\d GiB │ +0 ", result.output)
+    assert re.search(r"QWEN3NEXT_QUANTISE=int4 +│ +17\.\d\d GiB │ +[1-9]", result.output)
+    by_flag = run("plan", *options, "--quantise", "int4", "--json")
+    assert by_flag.exit_code == 0
+    plan = json.loads(by_flag.stdout)
+    assert plan["formats"]["QWEN3NEXT_QUANTISE=int4"] == {
+        "weights": sum(plan["weights"].values()),
+        "concurrency": plan["concurrency"],
+    }
+    assert plan["formats"]["as stored"]["concurrency"] == 0
+    monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int4")
+    assert json.loads(run("plan", *options, "--json").stdout) == plan
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_plan_counts_at_load_what_loading_makes(tmp_path, name):
+    """With the MTP layer, and the output head in int8, from which drafts are chosen."""
+    folder = write_checkpoint(tmp_path / "plain", hidden_size=160, num_hidden_layers=4)
+    options = ("--memory", 4, "--num-speculative-tokens", 2, "--dtype", "float32", "--json")
+    plan = json.loads(run("plan", folder, *options, "--quantise", name).stdout)
+    plan["weights"].pop("draft head")
+    config = Qwen3NextConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    shapes = all_tensors(config)
+    formats = formats_of(folder, config, None, asked=name)
+    stored = load_file(folder / "model.safetensors").items()
+    loaded = dict(parameters_of(stored, config, expected=shapes, formats=formats))
+    head = loaded.pop("lm_head.weight")
+    served = sum(tensor.nbytes for tensor in loaded.values()) + head.numel() + 4 * len(head)
+    assert sum(plan["weights"].values()) == served
+
+
 @pytest.mark.parametrize("model", ["Qwen3-Next-80B-A3B", "Qwen3.6-35B-A3B"])
 def test_plan_of_a_longer_context(model):
     yarn = '{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":262144}'
@@ -340,6 +376,7 @@ def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
     head = loaded.pop("lm_head.weight")
     served = sum(tensor.nbytes for tensor in loaded.values()) + head.numel() + 4 * len(head)
     assert sum(plan["weights"].values()) == served
+    assert plan["formats"].keys() == {"as stored"}
     assert re.fullmatch(r"safetensors files \(.*plain 0\.\d\d.* GiB\)", plan["weights_from"])
 
 

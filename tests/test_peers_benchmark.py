@@ -28,6 +28,7 @@ SMALL = {
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 16,
 }
+IN_INT8 = {"output", "attn_q", "attn_k", "attn_v", "attn_output"}  # of a file in 4 bits
 PLAIN = {  # of a quantised GGUF file: BF16, or F32
     *("token_embd", "output_norm", "attn_norm", "post_attention_norm"),
     *("attn_q_norm", "attn_k_norm", "ssm_conv1d", "ssm_norm", "ssm_ba", "ssm_a", "ssm_dt"),
@@ -64,7 +65,7 @@ def test_a_gguf_file_has_every_tensor_of_the_trunk(checkpoint):
     for name, (tensor, chosen) in formats.items():
         part = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
         assert (chosen in ("BF16", "F32")) == (part in PLAIN), name
-        assert (chosen == "Q8_0") == (name == "output.weight")
+        assert (chosen == "Q8_0") == (part in IN_INT8), name
         assert tensor.dim() == 1 + (part not in PLAIN or tensor.dim() == 2) + ("exps" in part)
 
 

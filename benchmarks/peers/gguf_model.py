@@ -1,7 +1,7 @@
 """The block model as a GGUF file, as llama.cpp and ik_llama.cpp read it.
 
-Formats are those of QWEN3NEXT_QUANTISE, tensor by tensor: Q8_0 for int8, Q4_0 for int4 with a head
-in Q8_0; embedding and `in_proj_ba` in BF16, vectors and routers in F32.
+Formats are those of QWEN3NEXT_QUANTISE, tensor by tensor: Q8_0 for int8; Q4_0 for int4, with head
+and full attention in Q8_0; embedding and `in_proj_ba` in BF16, vectors and routers in F32.
 """
 
 import json
@@ -42,7 +42,12 @@ LINEAR = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
-KEPT = {"token_embd.weight": "BF16", "output.weight": "Q8_0", "ssm_ba.weight": "BF16"}
+KEPT = {
+    "token_embd.weight": "BF16",
+    "ssm_ba.weight": "BF16",
+    "output.weight": "Q8_0",
+    **{f"attn_{part}.weight": "Q8_0" for part in ("q", "k", "v", "output")},
+}
 FLOATS = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "ssm_a", "ssm_dt.bias")
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal, TypeVar
 
-from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes
 
@@ -86,7 +85,7 @@ class Plan(ABC):
         if (weights := sum(self.weights.values())) >= flags.memory:
             return (
                 f"the weights: {gib(weights)} do not fit in {gib(flags.memory)}; use more ranks"
-                " (--tp), a quantised checkpoint, or more memory (--memory)"
+                " (--tp), fewer bits, or more memory (--memory)"
             )
         if not fits:
             return self.shortage()
@@ -108,7 +107,7 @@ def make_plan(
     kv_elements = 2 * config.num_key_value_heads_per_rank * config.head_dim
     weights = dict(rank_bytes(sizes, config))
     if drafter:
-        weights["draft head"] = draft_head_bytes(config)
+        weights["draft head"] = draft_head_bytes(config, sizes)
     return engine(
         weights=weights,
         state_page=state_page(config, flags),
@@ -120,16 +119,18 @@ def make_plan(
     )
 
 
-def draft_head_bytes(config: Qwen3NextConfig) -> int:
+def draft_head_bytes(config: Qwen3NextConfig, sizes: Mapping[str, int]) -> int:
     """Bytes of one rank's int8 draft head with its scales; an upper bound.
 
-    If the trunk's head stays in memory, only the draft vocabulary is copied. This does not count
-    on an untied head that stays because our kernel packs it, in bf16 or of a quantised checkpoint.
+    If the trunk's head stays in memory, as one in int8 does, only the draft vocabulary is copied.
+    This does not count on a head that stays because our kernel packs it in bf16.
     """
+    from qwen3next_plugin.model.quantisation.at_load import HEAD, INT8
     from qwen3next_plugin.mtp.draft_head import DRAFTED
 
     rows = ceil(config.vocab_size / config.tp_size)
-    if env.quantise() or config.tie_word_embeddings:
+    in_int8 = sizes.get(HEAD) == INT8.nbytes(config.vocab_size, config.hidden_size)
+    if in_int8 or config.tie_word_embeddings:
         rows = min(rows, DRAFTED)
     return rows * (config.hidden_size + 4)
 

@@ -1,13 +1,14 @@
 """`qwen3next plan`: memory of a model, a context length and a draft length, and what fits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from qwen3next_plugin import env
 from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.cli.memory import GIB, Flags, Plan, StateDtype, gib, make_plan
@@ -22,9 +23,16 @@ from qwen3next_plugin.config import (
     read_config,
     rope,
 )
-from qwen3next_plugin.model.checkpoint.sizes import DTYPES, parameters, part_of, tensor_bytes
+from qwen3next_plugin.model.checkpoint.sizes import (
+    DTYPES,
+    parameters,
+    part_of,
+    quantization_of,
+    tensor_bytes,
+)
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
+AT_LOAD = ("int8", "int4")
 
 
 def plan(
@@ -54,6 +62,10 @@ def plan(
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Activations, KV and weights; auto: the checkpoint's."),
     ] = "auto",
+    quantise: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(help="As QWEN3NEXT_QUANTISE, which is the default."),
+    ] = None,
     state_dtype: Annotated[
         StateDtype,
         typer.Option(help="The recurrent state; as --mamba-ssm-cache-dtype."),
@@ -86,9 +98,8 @@ def plan(
         memory=int(memory * GIB) if memory is not None else here.memory_bytes // tp,
         threads=max(1, here.cores // tp),
     )
-    sizes, source = tensor_bytes(model, config, flags.dtype)
-    loaded = _loaded(sizes, drafts=bool(num_speculative_tokens))
-    result = make_plan(ENGINES[engine], config, loaded, flags)
+    formats = dict(_formats(model, engine, config, flags))
+    result, source = _planned(model, engine, config, flags, quantise or env.quantise())
     counts = parameters(config)
     mtp = sum(n for name, n in counts.items() if part_of(name) == "MTP")
     facts = {
@@ -97,11 +108,31 @@ def plan(
         "parameters_mtp": mtp,
     }
     if as_json:
-        typer.echo(json.dumps(facts | _as_dict(result), indent=2))
+        summary = {name: _summary(each) for name, each in formats.items()}
+        typer.echo(json.dumps(facts | _as_dict(result) | {"formats": summary}, indent=2))
     else:
         _print(model, config, result, facts)
+        _print_formats(formats)
     if not result.concurrency:
         raise typer.Exit(1)
+
+
+def _planned(
+    model: Path, engine: str, config: Qwen3NextConfig, flags: Flags, asked: str | None
+) -> tuple[Blocks | Pools, str]:
+    """The plan, and where the weights' bytes come from."""
+    sizes, source = tensor_bytes(model, config, flags.dtype, asked)
+    loaded = _loaded(sizes, drafts=bool(flags.num_speculative_tokens))
+    return make_plan(ENGINES[engine], config, loaded, flags), source
+
+
+def _formats(
+    model: Path, engine: str, config: Qwen3NextConfig, flags: Flags
+) -> Iterator[tuple[str, Blocks | Pools]]:
+    """The plan in each format that the checkpoint can be served in."""
+    for quantise in (None,) if quantization_of(model) else (None, *AT_LOAD):
+        name = f"QWEN3NEXT_QUANTISE={quantise}" if quantise else "as stored"
+        yield name, _planned(model, engine, config, flags, quantise)[0]
 
 
 def _extended(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +178,23 @@ def _as_dict(p: Plan) -> dict[str, Any]:
     kind = type(p)
     derived = [name for name in dir(kind) if isinstance(getattr(kind, name), property)]
     return asdict(p) | {name: getattr(p, name) for name in derived}
+
+
+def _summary(p: Plan) -> dict[str, int]:
+    return {"weights": sum(p.weights.values()), "concurrency": p.concurrency}
+
+
+def _print_formats(formats: Mapping[str, Plan]) -> None:
+    """Which formats fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("format", title="what fits")
+    table.add_column("weights", justify="right")
+    table.add_column("requests at once", justify="right")
+    for name, each in formats.items():
+        table.add_row(name, gib(sum(each.weights.values())), str(each.concurrency))
+    Console().print(table)
 
 
 def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, Any]) -> None:

@@ -208,14 +208,16 @@ def test_parts_that_are_not_alike_are_refused_by_name(plain, tmp_path, left_out,
 # quantised as they load --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "steps"), [("int8", 0.51), ("int4", 1.05)])
-def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
+@pytest.mark.parametrize(("name", "steps"), [("int8", 0.51), ("int4", 4)])
+def test_plain_weights_are_rounded(plain, name, steps):
+    """int4 clips the largest."""
     formats, found = load(plain, name)
     config = Qwen3NextConfig.from_hf(json.loads((plain / "config.json").read_text()))
     sizes = quantised_bytes(name, all_tensors(config))
     stored = load_file(plain / "model.safetensors")
     for module, kept in formats.stored.items():
         form = kept.format
+        assert form.encoding == ("int8" if ".self_attn." in module else name)
         tensors = {last: found.pop(f"{module}.{last}") for last in form.names}
         weight, scale = stored.pop(f"{module}.weight"), tensors["weight_scale"].float().abs()
         most = scale.repeat_interleave(form.group or weight.shape[1], dim=1)
@@ -227,6 +229,7 @@ def test_plain_weights_are_rounded_to_the_nearest(plain, name, steps):
     said = formats.described()
     assert f"QWEN3NEXT_QUANTISE={name}: {len(formats.stored) + 1} of " in said
     assert "the output head is int8; embeddings, routers," in said
+    assert ("full attention's projections are int8" in said) == (name == "int4")
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

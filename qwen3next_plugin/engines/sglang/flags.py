@@ -193,7 +193,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         with_mtp = bool(server_args.speculative_algorithm)
         check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
     if on_cpu and not server_args.use_ray and (formats is not None or not quantised):
-        sizes = served_bytes(config, model_config.dtype.itemsize, formats)
+        itemsize = model_config.dtype.itemsize
+        sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
         local = server_args.dp_size * server_args.tp_size // server_args.nnodes
         check_weights(sizes, config, local)
 

@@ -272,7 +272,8 @@ def _check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
         return
     formats = served_formats(choose_quantisation(vllm_config))
     if model_config.quantization is None or formats is not None:
-        sizes = served_bytes(config, model_config.dtype.itemsize, formats)
+        itemsize = model_config.dtype.itemsize
+        sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
         check_weights(sizes, config, local * parallel_config.local_world_size)
 
 

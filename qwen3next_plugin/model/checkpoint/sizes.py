@@ -56,12 +56,14 @@ def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
     return config.tp_size
 
 
-def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dict[str, int], str]:
+def tensor_bytes(
+    folder: Path, config: Qwen3NextConfig, dtype: str, asked: str | None
+) -> tuple[dict[str, int], str]:
     """Bytes of every tensor but a vision tower's, and where the numbers come from.
 
     From the safetensors files, in the formats that a CPU serves; else from the index's total (a
-    checkpoint that is not downloaded yet); else from the config alone. Respects
-    QWEN3NEXT_QUANTISE and QWEN3NEXT_HEAD. Raises ConfigError and CheckpointError.
+    checkpoint that is not downloaded yet); else from the config alone. `asked` is what
+    QWEN3NEXT_QUANTISE would say. Respects QWEN3NEXT_HEAD. Raises ConfigError and CheckpointError.
     """
     from qwen3next_plugin.model.checkpoint.layouts import our_name
 
@@ -70,15 +72,15 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     stored: dict[str, Header] = {}
     for path in weight_files(folder, index):
         stored |= read_header(path)
-    sizes = served_bytes(config, DTYPES[dtype])
+    sizes = served_bytes(config, DTYPES[dtype], asked=asked)
     if (stored or index) and not any(
         part_of(our_name(name, config) or "") == "MTP" for name in {*names, *stored}
     ):
         sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
-    if asked := env.quantise():
+    if asked:
         return sizes, f"config.json, quantised to {asked}"
     if stored and names <= stored.keys():
-        if quantization := _quantization(folder):
+        if quantization := quantization_of(folder):
             return _quantised(folder, config, sizes, quantization, DTYPES[dtype])
         sizes = {
             ours: _served_bytes(header, DTYPES[dtype])
@@ -91,7 +93,8 @@ def tensor_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> tuple[dic
     return _scaled(sizes, index.total_size, dtype), INDEX
 
 
-def _quantization(folder: Path) -> Mapping[str, Any] | None:
+def quantization_of(folder: Path) -> Mapping[str, Any] | None:
+    """The quantization_config of a checkpoint, if it has one."""
     raw = read_config(folder)
     text = raw.get("text_config") or {}
     return raw.get("quantization_config") or text.get("quantization_config")
@@ -112,7 +115,7 @@ def _quantised(
     from qwen3next_plugin.model.quantisation.files import formats_of
 
     formats = formats_of(folder, config, quantization, asked=None)
-    served = served_bytes(config, itemsize, formats).items()
+    served = served_bytes(config, itemsize, formats, asked=None).items()
     sizes = {n: b for n, b in served if n in names or n == HEAD}
     totals: Counter[str] = Counter()
     for name, nbytes in sizes.items():
@@ -127,9 +130,13 @@ def _quantised(
 
 
 def served_bytes(
-    config: Qwen3NextConfig, itemsize: int, formats: "Formats | None" = None
+    config: Qwen3NextConfig,
+    itemsize: int,
+    formats: "Formats | None" = None,
+    *,
+    asked: str | None,
 ) -> dict[str, int]:
-    """Bytes of every weight in its format, or as QWEN3NEXT_QUANTISE asks; without one, plain.
+    """Bytes of every weight in its format, or quantised at load as asked; without one, plain.
 
     Weights that stay in mapped files need no memory.
     """
@@ -146,7 +153,7 @@ def served_bytes(
         sizes |= head_bytes(shapes)
     if formats and formats.has_head and env.mmap():
         sizes[HEAD] = 0
-    if asked := env.quantise():
+    if asked:
         sizes |= quantised_bytes(asked, shapes)
     return sizes
 
