@@ -174,6 +174,8 @@ def _group(op: str, shape: tuple[int, ...], scale: Tensor) -> int:
 
 def one_group(encoding: Encoding, columns: int) -> int:
     """`PackedWeight.group` of a weight that has one scale for each output channel."""
+    if encoding in FP4_GROUPS:
+        return FP4_GROUPS[encoding]
     return columns if encoding in ("int8", "int4") and columns in GROUPS else 0
 
 

@@ -212,12 +212,12 @@ def test_mapped_weights_are_the_file(packed, monkeypatch):
 
 def test_plan_counts_what_is_in_memory(packed, monkeypatch):
     config, _ = opened(packed)
-    sizes, source = tensor_bytes(packed, config, "float32")
-    of_source, _ = tensor_bytes(packed.parent / "quantised", config, "float32")
+    sizes, source = tensor_bytes(packed, config, "float32", asked=None)
+    of_source, _ = tensor_bytes(packed.parent / "quantised", config, "float32", asked=None)
     assert sizes == of_source
     assert source.startswith("safetensors files (")
     monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
-    mapped, source = tensor_bytes(packed, config, "float32")
+    mapped, source = tensor_bytes(packed, config, "float32", asked=None)
     assert re.fullmatch(r"safetensors files \(plain .*, mapped 0\.00 GiB\)", source)
     assert mapped["lm_head.weight"] == mapped["model.layers.0.mlp.experts.0.up_proj.weight"] == 0
     assert mapped["model.embed_tokens.weight"] == sizes["model.embed_tokens.weight"]

@@ -26,6 +26,7 @@ from qwen3next_plugin.model.checkpoint.writing import DTYPES, Planned
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
+from qwen3next_plugin.model.quantisation.modules import KV_SCALES
 from qwen3next_plugin.model.quantisation.packed import head_as_int8, pack
 from qwen3next_plugin.model.quantisation.stacked import HEAD, stacked_weights
 
@@ -182,6 +183,8 @@ class Source:
             for ours in ours_of.get(name) or [name]:
                 module, _, last = ours.rpartition(".")
                 parts = stored[module].names if module in stored else ("weight",)
+                if last in KV_SCALES:
+                    continue
                 if last not in parts:
                     found[name] = header
                 elif module in gone:
