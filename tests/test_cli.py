@@ -355,6 +355,14 @@ def test_plan_reads_the_safetensors_files(tmp_path):
     assert sum(halved["weights"].values()) == 2 * halved["parameters"]
 
 
+def test_plan_quantises_no_quantised_checkpoint(tmp_path):
+    folder, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
+    result = run("plan", folder, "--quantise", "int4")
+    assert result.exit_code == 1
+    assert "--quantise int4:" in result.stderr
+    assert "is quantised already; leave it out" in result.stderr
+
+
 @pytest.mark.parametrize("kind", ["fp8-blocks", "gptq_zeros", "nvfp4", MIXED])
 def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
     """Scales are repeated by row, zero points are bytes, part of a projection is dequantised.

@@ -129,7 +129,8 @@ def draft_head_bytes(config: Qwen3NextConfig, sizes: Mapping[str, int]) -> int:
     from qwen3next_plugin.mtp.draft_head import DRAFTED
 
     rows = ceil(config.vocab_size / config.tp_size)
-    in_int8 = sizes.get(HEAD) == INT8.nbytes(config.vocab_size, config.hidden_size)
+    # 0: it stays in a mapped file
+    in_int8 = sizes.get(HEAD) in (0, INT8.nbytes(config.vocab_size, config.hidden_size))
     if in_int8 or config.tie_word_embeddings:
         rows = min(rows, DRAFTED)
     return rows * (config.hidden_size + 4)

@@ -22,14 +22,14 @@ def pack(
 
     It gives the same bits as MODEL (with --quantise, as MODEL with QWEN3NEXT_QUANTISE), on any CPU
     and any number of tensor-parallel ranks. It takes the memory of one weight, and as much disk as
-    the server takes memory for its weights. OUT appears when it is whole.
+    the server takes memory for its weights. OUT is there once it is complete.
     """
     dtype = served_dtype(read_config(model))
     import torch
 
     from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
-    torch.set_num_threads(1)  # of an operation: they are small, and each core packs an expert
+    torch.set_num_threads(1)  # of an op; experts are packed side by side
     planned = plan_packing(model, quantise, getattr(torch, dtype))
     if note := planned.source.formats.described():
         typer.echo(note)

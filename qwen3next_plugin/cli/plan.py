@@ -98,6 +98,8 @@ def plan(
         memory=int(memory * GIB) if memory is not None else here.memory_bytes // tp,
         threads=max(1, here.cores // tp),
     )
+    if quantise and quantization_of(model):
+        raise ConfigError(f"--quantise {quantise}: {model} is quantised already; leave it out")
     formats = dict(_formats(model, engine, config, flags))
     result, source = _planned(model, engine, config, flags, quantise or env.quantise())
     counts = parameters(config)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
@@ -26,7 +26,8 @@ from qwen3next_plugin.model.checkpoint.sizes import tensor_bytes
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation import writing
 from qwen3next_plugin.model.quantisation.files import formats_of
-from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels
+from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels, check_in_panels
+from qwen3next_plugin.model.quantisation.layers import LinearMethod, Ranks
 from qwen3next_plugin.model.quantisation.stacked import stacked_weights
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
@@ -223,7 +224,49 @@ def test_plan_counts_what_is_in_memory(packed, monkeypatch):
     assert mapped["model.embed_tokens.weight"] == sizes["model.embed_tokens.weight"]
 
 
+def test_a_rank_holds_nothing_but_its_part(packed):
+    _, formats = opened(packed)
+    weight, form = load(packed)[0][QKVZ], formats.weights[QKVZ]
+    method = LinearMethod(QKVZ, form)
+    method.channels, method.columns = [part // 2 for part in form.parts], weight.shape[-1]
+    layer = nn.Module()
+    method.attach(layer, QKVZ, weight, Ranks(1, 2))
+    part = layer.packed.weight
+    assert part.shape == (weight.shape[0] // 2, weight.shape[1])
+    for tensor in part.tensors.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    with pytest.raises(CheckpointError, match="is loaded once: restart the server"):
+        method.attach(layer, QKVZ, weight, Ranks(1, 2))
+
+
 # refused ------------------------------------------------------------------------------------------
+
+
+def test_where_it_cannot_be_served(packed, monkeypatch):
+    _, formats = opened(packed)
+    check_in_panels(formats, on_cpu=True, tp_size=2)
+    check_in_panels(None, on_cpu=False, tp_size=1)
+    with pytest.raises(ConfigError, match="packed for CPUs; serve what it was packed from"):
+        check_in_panels(formats, on_cpu=False, tp_size=1)
+    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
+    check_in_panels(formats, on_cpu=True, tp_size=1)
+    with pytest.raises(ConfigError, match="MMAP=1: only a checkpoint that `qwen3next pack` wrote"):
+        check_in_panels(None, on_cpu=True, tp_size=1)
+    with pytest.raises(ConfigError, match="MMAP=1: tensor-parallel ranks would copy"):
+        check_in_panels(formats, on_cpu=True, tp_size=2)
+
+
+def test_a_bad_value_is_named(packed, tmp_path):
+    folder = shutil.copytree(packed.parent / "quantised", tmp_path / "bad")
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [n for n in tensors if n.endswith(("weight_scale", "weight_scale_inv"))][:1]:
+            tensors[name] = torch.full_like(tensors[name].float(), torch.nan)
+            save_file(tensors, path)
+            with pytest.raises(CheckpointError, match=r"_proj.*: pack_\w+: .*; download it again"):
+                pack_checkpoint(folder, tmp_path / "out")
+            return
+    raise AssertionError("no scale was found")
 
 
 def test_what_cannot_be_packed_is_refused(plain, tmp_path, packed):

@@ -38,6 +38,7 @@ from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
 from qwen3next_plugin.model.quantisation.files import read_formats
+from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
 from qwen3next_plugin.model.quantisation.packed import check_invariance
 
 PREFILL_GRAPHS = ("breakable", "disabled")
@@ -192,6 +193,7 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
                 logger.info("qwen3next_plugin: %s", note)
         with_mtp = bool(server_args.speculative_algorithm)
         check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
+        check_in_panels(formats, on_cpu=on_cpu, tp_size=server_args.tp_size)
     if on_cpu and not server_args.use_ray and (formats is not None or not quantised):
         itemsize = model_config.dtype.itemsize
         sizes = served_bytes(config, itemsize, formats, asked=env.quantise())

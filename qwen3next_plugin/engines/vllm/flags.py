@@ -37,6 +37,7 @@ from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
+from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import check_invariance
 
@@ -188,8 +189,11 @@ def _check_invariance(vllm_config: VllmConfig) -> None:
 
 def _check_quantisation(vllm_config: VllmConfig) -> None:
     """Refuse LoRA on quantised projections, and QWEN3NEXT_QUANTISE on a GPU."""
-    check_at_load(on_cpu=current_platform.is_cpu())
+    on_cpu = current_platform.is_cpu()
+    check_at_load(on_cpu=on_cpu)
     found = served_formats(choose_quantisation(vllm_config))
+    tp_size = vllm_config.parallel_config.tensor_parallel_size
+    check_in_panels(found, on_cpu=on_cpu, tp_size=tp_size)
     if found is not None and vllm_config.lora_config is not None:
         raise ConfigError(
             "enable_lora: adapters of quantised projections are not served on a CPU; serve the "

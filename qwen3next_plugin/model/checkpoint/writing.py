@@ -54,9 +54,11 @@ def written(path: Path, planned: Planned, wrote: Wrote) -> Iterator[Callable[[st
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
+    left = dict(planned.tensors)
+
     def write(name: str, tensor: Tensor) -> None:
         found = Header(DTYPES[tensor.dtype], tuple(tensor.shape))
-        assert found == planned.tensors[name], f"{name}: {found}, not {planned.tensors[name]}"
+        assert found == left.pop(name), f"{name}: {found}, not {planned.tensors[name]}"
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -67,5 +69,6 @@ def written(path: Path, planned: Planned, wrote: Wrote) -> Iterator[Callable[[st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         yield write
+        assert not left, f"{path.name}: not written: {', '.join(left)}"
         file.flush()
         os.fsync(file.fileno())

@@ -67,6 +67,26 @@ def is_packed(quantization: Mapping[str, Any] | None) -> bool:
     return (quantization or {}).get("quant_method") == METHOD
 
 
+def check_in_panels(formats: Formats | None, *, on_cpu: bool, tp_size: int) -> None:
+    """Refuse a packed checkpoint on a GPU, and QWEN3NEXT_MMAP where it would not hold.
+
+    Raises: ConfigError, naming the cause and the fix.
+    """
+    packed = isinstance(formats, FormatsInPanels)
+    if packed and not on_cpu:
+        raise ConfigError("the checkpoint is packed for CPUs; serve what it was packed from")
+    if env.mmap() and not packed:
+        raise ConfigError(
+            "QWEN3NEXT_MMAP=1: only a checkpoint that `qwen3next pack` wrote stays in its files; "
+            "pack this one, or unset it"
+        )
+    if env.mmap() and tp_size > 1:
+        raise ConfigError(
+            "QWEN3NEXT_MMAP=1: tensor-parallel ranks would copy their parts of the files; unset "
+            "it, or serve on one rank"
+        )
+
+
 def formats_in_panels(
     folder: Path, config: Qwen3NextConfig, quantization: Mapping[str, Any]
 ) -> "FormatsInPanels":

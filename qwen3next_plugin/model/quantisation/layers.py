@@ -6,15 +6,18 @@ engines call `create_weights` with the same arguments.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 from qwen3next_plugin.model.quantisation.format import BF16, Format, InPanels
 from qwen3next_plugin.model.quantisation.modules import without_wrapper
@@ -90,7 +93,7 @@ class LinearMethod(Packing, Attaching):
             channels.append((before + start, before + stop))
             before += part
         columns = ranks.share(weight.shape[-1], self.columns)
-        layer.packed = Packed(cut(weight, channels, columns))
+        _hold(layer, "packed", cut(weight, channels, columns))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "weight"):
@@ -140,7 +143,7 @@ class ExpertsMethod(Packing, Attaching):
             part = cut(weight, [(start, stop), (self.inner + start, self.inner + stop)], (0, K))
         else:
             part = cut(weight, [(0, N)], (start, stop))
-        setattr(layer, "w13_packed" if which else "w2_packed", Packed(part))
+        _hold(layer, "w13_packed" if which else "w2_packed", part)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_weight"):
@@ -166,7 +169,24 @@ class HeadMethod(Attaching):
     def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
         first = layer.shard_indices.org_vocab_start_index
         channels = (first, first + layer.num_embeddings_per_partition)
-        layer.packed = Packed(cut(weight, [channels], (0, weight.shape[-1])))
+        _hold(layer, "packed", cut(weight, [channels], (0, weight.shape[-1])))
+
+
+def _hold(layer: Any, name: str, part: PackedWeight) -> None:
+    """Give a layer a rank's part of a weight; what it shares with more than itself is copied.
+
+    Raises: CheckpointError if the layer has one already.
+    """
+    if getattr(layer, name, None) is not None:
+        raise CheckpointError("a packed checkpoint is loaded once: restart the server")
+    if not env.mmap():
+        own = {n: t if _is_whole(t) else t.clone() for n, t in part.tensors.items()}
+        part = replace(part, **own)
+    setattr(layer, name, Packed(part))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def attacher(model: nn.Module, ranks: Ranks) -> Callable[[str, PackedWeight], None]:

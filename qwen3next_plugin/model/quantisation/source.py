@@ -18,6 +18,7 @@ from torch import Tensor
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import PackedWeight, stack
 from qwen3next_plugin.kernels.linear.packed_weight import BLOCK, PANEL, packed_shapes
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.headers import Header, read_header, read_index, weight_files
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT, group_projections, our_names
@@ -151,7 +152,10 @@ class Source:
         tensors = self._converted(modules)
         if form == BF16:
             tensors = {"weight": tensors["weight"].to(self.dtype)}
-        return pack(tensors, form, as_int8=True).weight
+        try:
+            return pack(tensors, form, as_int8=True).weight
+        except ValueError as error:
+            raise CheckpointError(f"{modules[0]}: {error}; download it again") from error
 
     def _stored(self, modules: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of modules as they are in the files, mapped."""

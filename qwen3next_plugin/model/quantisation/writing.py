@@ -88,6 +88,8 @@ def _check_out(plan: Plan, out: Path) -> Path:
         raise ConfigError(f"{out} is the checkpoint itself; give another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there and not an empty folder; give a new one, or remove it")
+    if out.is_mount():
+        raise ConfigError(f"{out} is where a disk is mounted; give a new folder in it")
     partial = out.resolve().with_name(f"{out.resolve().name}.partial")
     if partial.exists():
         raise ConfigError(
