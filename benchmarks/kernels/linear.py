@@ -22,7 +22,7 @@ from qwen3next_plugin.kernels.linear import (
     pack_int8,
     unpack,
 )
-from qwen3next_plugin.model.quantisation.format import joined
+from qwen3next_plugin.kernels.linear.packed_weight import joined
 
 N, K, DTYPE = 8192, 2048, torch.bfloat16
 LAYERS = 4  # weights that calls walk over

@@ -21,6 +21,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
     take_channels,
     unpack,
 )
+from qwen3next_plugin.kernels.linear.quantise import quantise_int4
 
 __all__ = [
     "PackedWeight",
@@ -32,6 +33,7 @@ __all__ = [
     "pack_int8",
     "pack_mxfp4",
     "pack_nvfp4",
+    "quantise_int4",
     "stack",
     "take_channels",
     "unpack",

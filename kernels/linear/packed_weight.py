@@ -126,6 +126,11 @@ def _values(weight: PackedWeight) -> Tensor:
     return values.transpose(-1, -2).flatten(-4, -2)
 
 
+def joined(values: Tensor) -> Tensor:
+    """Values of 4 bits [..., K], two a byte, the lower nibble first: [..., K / 2]."""
+    return values[..., ::2] | values[..., 1::2] << 4
+
+
 def decode_e2m1(codes: Tensor) -> Tensor:
     """Codes from 0 to 15 as fp32."""
     positive = torch.tensor(E2M1)

@@ -1,10 +1,21 @@
-"""The layer as its equation, in fp32, and its weight's layout."""
+"""The layer as its equation, in fp32, its weight's layout, and rounding to int4."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qwen3next_plugin.kernels.linear.packed_weight import PANEL, Encoding, PackedWeight, unpack
+from qwen3next_plugin.kernels.linear.packed_weight import (
+    PANEL,
+    Encoding,
+    PackedWeight,
+    joined,
+    unpack,
+)
+
+SMALLEST = 1e-8  # a scale: of weights that are all zeros
+# What scales of int4 reach, over the largest weight of a group. Reaching it alone leaves 12 % more
+# squared error on the shipped checkpoint; 23 instead of these four would leave 1.3 % less.
+REACHES = (0.97, 0.89, 0.81, 0.73)
 
 
 def run(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
@@ -34,3 +45,36 @@ def panels(rows: Tensor, encoding: Encoding, line: int) -> Tensor:
         units = pairs.movedim(-4, -3)  # [..., panels, 16, K / 8, column % 2, bytes, 2]
         units = (units[..., 0] | units[..., 1] << 4).flatten(-2)
     return units.transpose(-3, -2).flatten(-3)  # [..., panels, K / columns of a unit, 16, bytes]
+
+
+def quantise_int4(weight: Tensor, group: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Shapes as in the public op."""
+    grouped = weight.float().unflatten(1, (-1, group))
+    scale = _scale(grouped).to(scale_dtype)
+    steps = _steps(grouped, scale.float().reciprocal())
+    return joined(steps.add_(8).flatten(1).to(torch.uint8)), scale
+
+
+def _scale(grouped: Tensor) -> Tensor:
+    """The scales of int4 with the least squared error.
+
+    Shapes: grouped [N, G, group], returns [N, G]
+    """
+    low, high = grouped.aminmax(dim=-1)
+    largest = torch.where(high > -low, high, low)  # of which -8 times the scale is nearest
+    largest = torch.where(largest.abs() < SMALLEST, SMALLEST, largest)
+    best, scale = torch.zeros_like(largest), largest / -8
+    for reach in REACHES:
+        steps = _steps(grouped, -8 / reach / largest)
+        along = (grouped * steps).sum(-1)
+        square = steps.square_().sum(-1)
+        saved = along.square() / square
+        better = saved > best
+        best = torch.where(better, saved, best)
+        scale = torch.where(better, along / square, scale)
+    return scale
+
+
+def _steps(grouped: Tensor, inverse: Tensor) -> Tensor:
+    """Weights in steps of their scale, -8 to 7. Shapes: grouped [N, G, group], inverse [N, G]"""
+    return (grouped * inverse[..., None]).round_().clamp_(-8, 7)

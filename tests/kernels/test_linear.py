@@ -21,7 +21,7 @@ from qwen3next_plugin.kernels.linear import (
     stack,
     unpack,
 )
-from qwen3next_plugin.model.quantisation.format import joined
+from qwen3next_plugin.kernels.linear.packed_weight import joined
 from tolerances import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -99,11 +99,6 @@ def nibbles(weight: Tensor) -> Tensor:
     return torch.stack([weight & 15, weight >> 4], dim=-1).flatten(-2)
 
 
-def joined(values: Tensor) -> Tensor:
-    """The inverse of `nibbles`."""
-    return values[..., ::2] | values[..., 1::2] << 4
-
-
 def dequantise(tensors: Tensors, form: Format) -> Tensor:
     """Shapes: those of `Format.tensors(N, K)`, returns [N, K] fp32."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
