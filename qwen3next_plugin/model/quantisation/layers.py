@@ -180,13 +180,14 @@ def _hold(layer: Any, name: str, part: PackedWeight) -> None:
     if getattr(layer, name, None) is not None:
         raise CheckpointError("a packed checkpoint is loaded once: restart the server")
     if not env.mmap():
-        own = {n: t if _is_whole(t) else t.clone() for n, t in part.tensors.items()}
-        part = replace(part, **own)
+        zero = None if part.zero is None else _own(part.zero)
+        part = replace(part, packed=_own(part.packed), scale=_own(part.scale), zero=zero)
     setattr(layer, name, Packed(part))
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.nbytes
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a part of another one."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def attacher(model: nn.Module, ranks: Ranks) -> Callable[[str, PackedWeight], None]:
