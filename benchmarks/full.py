@@ -1,7 +1,7 @@
 """`python -m benchmarks.full`: a released size with all its layers, from start to drafts.
 
 Four layers hide what a user of forty meets: the start, packing, what happens between kernels. It
-needs a quiet machine, 24 GB of memory and 20 GB of disk for Qwen3.6-35B-A3B in 4 bits.
+needs a quiet machine, 24 GB of memory and 40 GB of disk for Qwen3.6-35B-A3B in 4 bits.
 """
 
 import math
@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.progress import Progress
 
 from benchmarks.block_model import OWN, tensors
 from benchmarks.chain_model import answer_of, known
@@ -29,6 +31,7 @@ from benchmarks.report import Record, RedCheckError, Rows, Run, console, shown
 from benchmarks.worker import Worker, started
 from qwen3next_plugin.engines.vllm.cpu.cores import binding
 from qwen3next_plugin.kernels.linear import linear as multiply
+from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
 GROUP = 128  # columns of a scale
@@ -103,23 +106,23 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     answers: dict[str, dict[int, float]] = {}
     rows: dict[str, dict[str, float]] = {}
     starts: dict[str, dict[str, float]] = {}
-    for side, more in (("plain", {}), ("drafts", {"speculative_config": MTP})):
-        log = run.out / f"full-{side}.log"
-        asked = flags(model, max_model_len=10000, enforce_eager=True, **more)
-        begin = time.perf_counter()
-        with started(Worker(side, asked, log)) as engine:
-            starts[side] = {"until ready": time.perf_counter() - begin, **loading(log)}
-            starts[side]["peak, GB"] = engine.call("peak_memory")
-            if side == "plain":
-                rows = steps(engine, config, kind)
-            answers[side] = {batch: rate(engine, config, batch) for batch in BATCHES}
+    with ready(run, "plain", model, starts) as engine:
+        rows = steps(engine, config, kind)
+        answers["plain"] = {batch: rate(engine, config, batch) for batch in BATCHES}
+    units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
+    question = "How near is a step to this machine's limits?"
+    yield run.record("full/steps", question, case, units, rows)
+    with ready(run, "drafts", model, starts, speculative_config=MTP) as engine:
+        answers["drafts"] = {batch: rate(engine, config, batch) for batch in BATCHES}
+    if kind != "bf16":
+        packed = pack(model)
+        for side, mapped in (("packed", "0"), ("packed, mapped", "1")):
+            with ready(run, side, packed, starts, env={"QWEN3NEXT_MMAP": mapped}):
+                pass
     yield run.record(
         "full/start", "How long until a model is ready?", case,
         {"until ready": "s", "loading": "s", "peak, GB": ""}, starts,
     )  # fmt: skip
-    units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
-    question = "How near is a step to this machine's limits?"
-    yield run.record("full/steps", question, case, units, rows)
     yield run.record(
         "full/drafts",
         "What do drafts give, four in five of them right?",
@@ -127,6 +130,37 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
         {"plain": "tokens a second", "drafts": "tokens a second", "drafts / plain": ""},
         ratios(answers),
     )
+
+
+@contextmanager
+def ready(
+    run: Run,
+    side: str,
+    model: Path,
+    starts: dict[str, dict[str, float]],
+    env: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Iterator[Worker]:
+    """A started engine; adds its start to `starts`."""
+    log = run.out / f"full-{side.replace(', ', '-')}.log"
+    asked = flags(model, max_model_len=10000, enforce_eager=True, **more)
+    begin = time.perf_counter()
+    with started(Worker(side, asked, log, env=env)) as engine:
+        starts[side] = {"until ready": time.perf_counter() - begin, **loading(log)}
+        starts[side]["peak, GB"] = engine.call("peak_memory")
+        console.print(f"{side}: ready after {starts[side]['until ready']:.0f} s")
+        yield engine
+
+
+def pack(model: Path) -> Path:
+    """The model as `qwen3next pack` writes it, beside it; once."""
+    out = model.with_name(f"{model.name}-packed")
+    if not out.exists():
+        plan = plan_packing(model, None, torch.bfloat16)
+        with Progress(*Progress.get_default_columns(), console=console) as progress:
+            task = progress.add_task("packing", total=plan.nbytes)
+            write_packed(plan, out, lambda count: progress.advance(task, count))
+    return out
 
 
 def rate(engine: Worker, config: Mapping[str, Any], batch: int) -> float:

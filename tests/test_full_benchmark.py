@@ -70,6 +70,15 @@ def test_models_are_what_engines_load(small, tmp_path, kind):
     assert (folder / "config.json").stat().st_mtime_ns == before
 
 
+def test_a_model_is_packed_once(small, tmp_path):
+    folder = full_model.full_model(tmp_path / "int4", SIZE, "int4", 4)
+    packed = full.pack(folder)
+    written = (packed / "config.json").stat().st_mtime_ns
+    assert read_config(packed)["quantization_config"]["quant_method"] == "qwen3next"
+    assert full.pack(folder) == packed
+    assert (packed / "config.json").stat().st_mtime_ns == written
+
+
 def test_a_step_reads_the_experts_that_its_tokens_choose(small):
     config = full_model.full_config(SIZE, "int4", 4)
     one, two = (full.step_bytes(config, "int4", n) for n in (1, 2))
