@@ -51,5 +51,5 @@ def pack(
             task = progress.add_task("", total=planned.nbytes)
             write_packed(planned, out, lambda count: progress.advance(task, count))
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from error
+        raise ConfigError(f"packing into {out} failed: {error}") from error
     typer.echo(f"{out}: {gib(planned.nbytes)}. Serve it like any checkpoint: vllm serve {out}")

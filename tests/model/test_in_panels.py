@@ -219,6 +219,8 @@ def test_plan_counts_what_is_in_memory(packed, monkeypatch):
     assert source.startswith("safetensors files (")
     monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
     mapped, source = tensor_bytes(packed, config, "float32", asked=None)
+    panels = [t for n, t in stored(packed).items() if n.endswith((".packed", ".scale", ".zero"))]
+    assert opened(packed)[1].nbytes_in_panels == sum(t.nbytes for t in panels) > 0
     assert re.fullmatch(r"safetensors files \(plain .*, mapped 0\.00 GiB\)", source)
     assert mapped["lm_head.weight"] == mapped["model.layers.0.mlp.experts.0.up_proj.weight"] == 0
     assert mapped["model.embed_tokens.weight"] == sizes["model.embed_tokens.weight"]

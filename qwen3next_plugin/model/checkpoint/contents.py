@@ -61,7 +61,7 @@ def _size(place: Place) -> tuple[torch.dtype, int]:
 
 
 def _on_all_cores() -> None:
-    """Run on every core of this process: a thread inherits that of the one that starts it."""
+    """Run on every core of this process: a new thread inherits those of its parent."""
     cores: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile

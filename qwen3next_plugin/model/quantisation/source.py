@@ -19,7 +19,7 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import PackedWeight, stack
 from qwen3next_plugin.kernels.linear.packed_weight import BLOCK, PANEL, packed_shapes
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.files import stored_tensors
+from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES, stored_tensors
 from qwen3next_plugin.model.checkpoint.headers import Header, read_header, read_index, weight_files
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT, group_projections, our_names
 from qwen3next_plugin.model.checkpoint.mapped import give_back
@@ -233,7 +233,7 @@ def _file(name: str) -> str:
 
 
 def _width(header: Header) -> int:
-    return next(dtype for dtype, name in DTYPES.items() if name == header.dtype).itemsize
+    return STORED_DTYPES[header.dtype].itemsize
 
 
 def _natural(name: str) -> list[int | str]:
