@@ -5,8 +5,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines import cgroups
+from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes
 
 LIMITS = ("memory.max", "memory.limit_in_bytes")  # of cgroups 2, and of 1
@@ -20,6 +22,14 @@ def memory_bytes() -> int:
         if file.is_file() and (text := file.read_text().strip()).isdigit():
             limits.append(int(text))
     return min(limits)
+
+
+def mapped_bytes(folder: str) -> int:
+    """Bytes of the files in which weights stay by QWEN3NEXT_MMAP: no engine counts their pages."""
+    path = Path(folder)
+    if not env.mmap():
+        return 0
+    return sum(file.stat().st_size for file in weight_files(path, read_index(path)))
 
 
 def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int) -> None:

@@ -20,7 +20,7 @@ from qwen3next_plugin.config import (
     rope,
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
-from qwen3next_plugin.engines.memory import check_weights
+from qwen3next_plugin.engines.memory import check_weights, mapped_bytes, memory_bytes
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -42,6 +42,7 @@ from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import check_invariance
 
 logger = init_logger(LOGGER)
+LEAST_KV = 2 << 30  # bytes of the KV cache beside mapped weights; as much is left to all else
 
 PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
@@ -100,12 +101,23 @@ def complete(vllm_config: VllmConfig) -> None:
         return
     _bind_cores(vllm_config.parallel_config)
     use_huge_pages()
+    _leave_room(vllm_config)
     keep_block_size(vllm_config.cache_config)
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
     _call_worker_once(vllm_config.parallel_config)
     _keep_graphs_apart(vllm_config)
     _choose_metrics(vllm_config)
+
+
+def _leave_room(vllm_config: VllmConfig) -> None:
+    """Size the KV cache beside mapped weights, which vLLM would not count as used memory."""
+    cache_config = vllm_config.cache_config
+    if (mapped := mapped_bytes(vllm_config.model_config.model)) and (
+        cache_config.kv_cache_memory_bytes is None
+    ):
+        granted = int(cache_config.gpu_memory_utilization * memory_bytes())
+        cache_config.kv_cache_memory_bytes = max(LEAST_KV, granted - mapped - LEAST_KV)
 
 
 def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:

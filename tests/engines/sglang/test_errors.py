@@ -307,7 +307,7 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     from sglang.srt import runtime_context as context
 
     given = dict.fromkeys(memory.GIVEN) | flags
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path="", **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
     monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
@@ -322,6 +322,24 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     assert seen == [asked]
     other = Bag(model_config=Bag(hf_config=Bag(architectures=None)))
     assert memory.modest_pools(host, other, free) == free - 1.0
+
+
+def test_pools_leave_room_for_mapped_weights(monkeypatch, tmp_path):
+    from types import SimpleNamespace as Bag
+
+    from sglang.srt import runtime_context as context
+
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(16 << 30)  # takes no disk
+    given = dict.fromkeys(memory.GIVEN)
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path=tmp_path, **given))
+    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
+    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
+    model = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
+    for mapped, budget in (("0", 10.0), ("1", 6.0)):
+        monkeypatch.setenv("QWEN3NEXT_MMAP", mapped)
+        assert memory.modest_pools(lambda _, total: total, model, 40.0) == budget
 
 
 @pytest.mark.parametrize(
@@ -344,7 +362,7 @@ def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, lef
 
     given = dict.fromkeys(memory.GIVEN) | flags
     tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path="", **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
     monkeypatch.setattr(context, "get_spec", lambda: tree)

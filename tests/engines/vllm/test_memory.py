@@ -1,5 +1,7 @@
 """What state costs: one page a request and linear layer under speculation, all given back."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from checkpoints import random_prompt, write_checkpoint
@@ -43,3 +45,24 @@ def test_one_page_each_where_upstream_takes_four_states(released):
         engine.close()
     assert pages == {"held": {1}, "running": 16, "in_use": 0}
     assert ours <= 0.3 * upstream
+
+
+def test_the_kv_cache_leaves_room_for_mapped_weights(monkeypatch, tmp_path):
+    from qwen3next_plugin.engines.vllm import flags
+
+    monkeypatch.setattr(flags, "memory_bytes", lambda: 32 << 30)
+    file = tmp_path / "model.safetensors"
+
+    def kv_cache(gib: int, asked: int | None = None) -> int | None:
+        with file.open("wb") as opened:
+            opened.truncate(gib << 30)  # takes no disk
+        cache = SimpleNamespace(gpu_memory_utilization=0.75, kv_cache_memory_bytes=asked)
+        model = SimpleNamespace(model=str(tmp_path))
+        flags._leave_room(SimpleNamespace(cache_config=cache, model_config=model))
+        return cache.kv_cache_memory_bytes
+
+    assert kv_cache(16) is None  # vLLM counts weights in memory itself
+    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
+    assert kv_cache(16) == 6 << 30  # of 24, 2 for all else
+    assert kv_cache(30) == 2 << 30
+    assert kv_cache(16, asked=5) == 5

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.memory import mapped_bytes
 from qwen3next_plugin.engines.sglang.names import is_ours
 
 SHARE = 4  # of SGLang's memory, 1/SHARE is used
@@ -27,7 +28,8 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
         return host(configurator, total_rest_memory)
     budget, stated = total_rest_memory, given(get_server_args())
     if not stated:
-        budget = min(total_rest_memory, max(LEAST_GIB, total_rest_memory / SHARE))
+        beside = total_rest_memory - mapped_bytes(get_server_args().model_path) / GIB
+        budget = min(total_rest_memory, max(LEAST_GIB, beside / SHARE))
     branches = _branches(configurator, budget)
     if stated or not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
         return host(configurator, budget - branches)
