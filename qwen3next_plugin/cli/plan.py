@@ -1,7 +1,7 @@
 """`qwen3next plan`: memory of a model, a context length and a draft length, and what fits."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +32,7 @@ from qwen3next_plugin.model.checkpoint.sizes import (
 )
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
-AT_LOAD = ("int8", "int4")
+AT_LOAD = env.VARIABLES["QWEN3NEXT_QUANTISE"].allowed
 
 
 def plan(
@@ -100,8 +100,11 @@ def plan(
     )
     if quantise and quantization_of(model):
         raise ConfigError(f"--quantise {quantise}: {model} is quantised already; leave it out")
-    formats = dict(_formats(model, engine, config, flags))
-    result, source = _planned(model, engine, config, flags, quantise or env.quantise())
+    known = (None,) if quantization_of(model) else (None, *AT_LOAD)
+    formats = {each: _planned(model, engine, config, flags, each) for each in known}
+    asked = quantise or env.quantise()
+    result, source = formats.get(asked) or _planned(model, engine, config, flags, asked)
+    named = {f"QWEN3NEXT_QUANTISE={f}" if f else "as stored": p for f, (p, _) in formats.items()}
     counts = parameters(config)
     mtp = sum(n for name, n in counts.items() if part_of(name) == "MTP")
     facts = {
@@ -110,11 +113,11 @@ def plan(
         "parameters_mtp": mtp,
     }
     if as_json:
-        summary = {name: _summary(each) for name, each in formats.items()}
+        summary = {name: _summary(each) for name, each in named.items()}
         typer.echo(json.dumps(facts | _as_dict(result) | {"formats": summary}, indent=2))
     else:
         _print(model, config, result, facts)
-        _print_formats(formats)
+        _print_formats(named)
     if not result.concurrency:
         raise typer.Exit(1)
 
@@ -126,15 +129,6 @@ def _planned(
     sizes, source = tensor_bytes(model, config, flags.dtype, asked)
     loaded = _loaded(sizes, drafts=bool(flags.num_speculative_tokens))
     return make_plan(ENGINES[engine], config, loaded, flags), source
-
-
-def _formats(
-    model: Path, engine: str, config: Qwen3NextConfig, flags: Flags
-) -> Iterator[tuple[str, Blocks | Pools]]:
-    """The plan in each format that the checkpoint can be served in."""
-    for quantise in (None,) if quantization_of(model) else (None, *AT_LOAD):
-        name = f"QWEN3NEXT_QUANTISE={quantise}" if quantise else "as stored"
-        yield name, _planned(model, engine, config, flags, quantise)[0]
 
 
 def _extended(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen3next_plugin.config import check_before_engine, read_config
+from qwen3next_plugin.config import check_before_engine
 from qwen3next_plugin.config.json_files import read_object
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS
 from qwen3next_plugin.model.checkpoint import headers
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 
 DRAFTS = 3  # num_assistant_tokens, where it is not given
@@ -59,8 +60,7 @@ def check_files(model: str | Path | None) -> None:
     if model is None or not (folder := Path(model)).is_dir():
         return
     check_before_engine(folder)
-    there = (folder / "config.json").is_file()
-    if there and is_packed(read_config(folder).get("quantization_config")):
+    if (folder / "config.json").is_file() and is_packed(quantization_of(folder)):
         raise CheckpointError(
             f"{folder} is packed for vLLM and SGLang on a CPU; load the checkpoint that "
             f"`qwen3next pack` read"
