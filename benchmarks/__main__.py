@@ -16,7 +16,7 @@ import typer
 from benchmarks import render
 from benchmarks.origin import CHANGED, origin, same_product
 from benchmarks.parts import PARTS, expected
-from benchmarks.report import MEASURED, RedCheckError, Run, console, load_all, shown
+from benchmarks.report import FULL, MEASURED, RedCheckError, Run, console, load_all, shown
 from qwen3next_plugin.engines.vllm.cpu.cores import binding
 
 OUT = Path("out")
@@ -77,7 +77,9 @@ def publish(folder: Path) -> None:
     """Make a run's records those of docs/, and write docs/."""
     records = load_all(folder)
     render.check(records)
-    shutil.rmtree(MEASURED, ignore_errors=True)
+    for old in MEASURED.glob("*"):
+        if old.name != FULL:
+            shutil.rmtree(old)
     for record in records:
         record.save(MEASURED)
     render.write()

@@ -22,7 +22,7 @@ import typer
 from benchmarks import headline, pictures, sizes
 from benchmarks.mtp import floors
 from benchmarks.origin import CHANGED
-from benchmarks.report import MEASURED, ROUNDS, Cell, Record, load_all, text
+from benchmarks.report import FULL, MEASURED, ROUNDS, Cell, Record, load_all, text
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -46,11 +46,16 @@ class MixedRunsError(ValueError):
 
 
 def check(records: Sequence[Record]) -> None:
-    """Raise MixedRunsError unless all records are of one run of one tree on one machine."""
+    """Raise MixedRunsError unless all records are of one run of one tree on one machine.
+
+    Those of `benchmarks.full` are of a run of their own.
+    """
+    first: dict[bool, Record] = {}
     for record in records:
-        different = [k for k, value in record.origin.items() if value != records[0].origin.get(k)]
-        if different or record.origin.keys() != records[0].origin.keys():
-            both = f"{records[0].name} and {record.name}"
+        other = first.setdefault(record.part == FULL, record)
+        different = [k for k, value in record.origin.items() if value != other.origin.get(k)]
+        if different or record.origin.keys() != other.origin.keys():
+            both = f"{other.name} and {record.name}"
             raise MixedRunsError(f"{both} differ in {', '.join(different) or 'fields'}")
         if record.origin["commit"].endswith(CHANGED):
             raise MixedRunsError(f"{record.name} is of a commit and changes")
@@ -93,9 +98,13 @@ def block(records: Sequence[Record]) -> str:
     for place in dict.fromkeys(record.place for record in records):
         cases = dict.fromkeys(record.case for record in records)
         longest = [a for a in cases if not any(b.startswith(a) for b in cases if b != a)]
-        commands = dict.fromkeys(f"`--part {record.part}`" for record in records)
+        commands = dict.fromkeys(f"`{command(record.part)}`" for record in records)
         parts.append(f"*{'; '.join(longest)}. {place}; {', '.join(commands)}*\n")
     return "\n".join(parts)
+
+
+def command(part: str) -> str:
+    return "python -m benchmarks.full" if part == FULL else f"--part {part}"
 
 
 def markdown(same: Sequence[Record]) -> str:
@@ -140,7 +149,7 @@ def main(
 ) -> None:
     """Write the figures of README.md and docs/ from the records in benchmarks/measured/.
 
-    Records come from one whole run, `make bench`; others are refused.
+    Records come from one whole run, `make bench`, and one of `benchmarks.full`; others are refused.
     """
     if not only_check:
         write()

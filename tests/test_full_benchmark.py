@@ -2,16 +2,21 @@
 
 import json
 import re
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from benchmarks import full, full_model
 from benchmarks.chain_model import answer_of
-from benchmarks.report import RedCheckError
+from benchmarks.full import limits, measure, model
+from benchmarks.peers import gguf_model
+from benchmarks.report import RedCheckError, Run
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.reading import parameters
-from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
 
 SIZE = "Qwen3.6-35B-A3B"
@@ -39,12 +44,12 @@ def small(monkeypatch):
         raw["text_config"] |= SMALL
         return raw
 
-    monkeypatch.setattr(full_model, "read_config", read)
+    monkeypatch.setattr(model, "read_config", read)
 
 
-@pytest.mark.parametrize("kind", full_model.KINDS)
+@pytest.mark.parametrize("kind", model.KINDS)
 def test_models_are_what_engines_load(small, tmp_path, kind):
-    folder = full_model.full_model(tmp_path / kind, SIZE, kind, 4)
+    folder = model.full_model(tmp_path / kind, SIZE, kind, 4)
     raw = json.loads((folder / "config.json").read_text())
     config = Qwen3NextConfig.from_hf(raw)
     assert config.num_hidden_layers == 4
@@ -60,32 +65,32 @@ def test_models_are_what_engines_load(small, tmp_path, kind):
     assert not any(name.startswith(("mtp.", "lm_head", "model.embed")) for name in quantised)
     left_out = re.compile(r"mtp\.|model\.embed|.*channel_scale$")  # the last: as large as a bias
     sizes = {name: t.nbytes for name, t in found.items() if not left_out.match(name)}
-    counted = full.step_bytes(raw, kind, 10**6)
+    counted = limits.step_bytes(raw, kind, 10**6)
     head = found["lm_head.weight"]
     if kind != "bf16":
         sizes["lm_head.weight"] = head.numel()
     assert counted == pytest.approx(sum(sizes.values()), rel=0.01)
     before = (folder / "config.json").stat().st_mtime_ns
-    full_model.full_model(folder, SIZE, kind, 4)
+    model.full_model(folder, SIZE, kind, 4)
     assert (folder / "config.json").stat().st_mtime_ns == before
 
 
 def test_a_model_is_packed_once(small, tmp_path):
-    folder = full_model.full_model(tmp_path / "int4", SIZE, "int4", 4)
-    packed = full.pack(folder)
+    folder = model.full_model(tmp_path / "int4", SIZE, "int4", 4)
+    packed = measure.pack(folder)
     written = (packed / "config.json").stat().st_mtime_ns
     assert read_config(packed)["quantization_config"]["quant_method"] == "qwen3next"
-    assert full.pack(folder) == packed
+    assert measure.pack(folder) == packed
     assert (packed / "config.json").stat().st_mtime_ns == written
 
 
 def test_a_step_reads_the_experts_that_its_tokens_choose(small):
-    config = full_model.full_config(SIZE, "int4", 4)
-    one, two = (full.step_bytes(config, "int4", n) for n in (1, 2))
-    experts = 4 * 4 * 3 * 256 * 128 * full.BITS["int4"] / 8
+    config = model.full_config(SIZE, "int4", 4)
+    one, two = (limits.step_bytes(config, "int4", n) for n in (1, 2))
+    experts = 4 * 4 * 3 * 256 * 128 * limits.BITS["int4"] / 8
     assert two - one == pytest.approx(experts / 4)  # of 4 experts, 2 and then 3
-    dense = full.products(config | {"num_experts_per_tok": 4})
-    assert dense - full.products(config) == pytest.approx(4 * 2 * 3 * 256 * 128)
+    dense = limits.products(config | {"num_experts_per_tok": 4})
+    assert dense - limits.products(config) == pytest.approx(4 * 2 * 3 * 256 * 128)
 
 
 class Engine:
@@ -99,15 +104,68 @@ class Engine:
     def call(self, name, prompts, tokens):
         self.calls += 1
         answers = [[int(w) for w in answer_of(self.config, p, tokens)] for p in prompts]
-        if self.calls == full.ROUNDS:
+        if self.calls == measure.ROUNDS:
             answers[0][-1] += 1
         return 5.0, answers
 
 
 def test_no_figure_of_wrong_answers(small):
-    engine = Engine(full_model.full_config(SIZE, "int4", 4))
+    engine = Engine(model.full_config(SIZE, "int4", 4))
     with pytest.raises(RedCheckError, match="an answer of 2 requests is wrong"):
-        full.rate(engine, engine.config, 2)
-    assert full.rate(engine, engine.config, 2) == 5.0
-    answers = {"plain": {1: 2.0, 4: 4.0}, "drafts": {1: 3.0, 4: 4.0}}
-    assert [row["drafts / plain"] for row in full.ratios(answers).values()] == [1.5, 1.0]
+        measure.rate(engine, engine.config, 2)
+    assert measure.rate(engine, engine.config, 2) == 5.0
+
+
+def test_the_shorter_time_of_two_turns_is_kept():
+    rows = {"step": {"time": 2.0, "limit": 1.0}}
+    measure.shortest(rows, {"step": {"time": 3.0, "limit": 2.0}, "prompt": {"time": 5.0}})
+    assert rows == {"step": {"time": 2.0, "limit": 1.0}, "prompt": {"time": 5.0}}
+    rates = {1: 2.0}
+    measure.fastest(rates, {1: 3.0, 4: 1.0})
+    assert rates == {1: 3.0, 4: 1.0}
+
+
+def test_other_engines_stand_beside_the_plugin(tmp_path, monkeypatch):
+    (tmp_path / "installed").write_text("1.0\n")
+    peer = replace(measure.THEIRS["llama.cpp"], installed=tmp_path / "installed")
+    monkeypatch.setitem(measure.THEIRS, "llama.cpp", peer)
+    theirs = {"llama.cpp": {"decode, batch 1": {"time": 6.0}}}
+    ours = {"decode, batch 1": {"time": 3.0}, "decode, batch 4": {"time": 4.0}}
+    record = measure.compared(Run(tmp_path, "full", {}), "case", ours, theirs)
+    assert record.case == "case; llama.cpp 1.0"
+    row = {"plugin": 3.0, "llama.cpp": 6.0, "llama.cpp / plugin": 2.0}
+    assert record.rows == {"decode, batch 1": row}
+
+
+def test_a_gguf_file_has_the_same_weights(small, tmp_path):
+    """Also those of the flat layout, where b and a stand apart, and of every block of 4 bits."""
+    folder = model.full_model(tmp_path / "int4", SIZE, "int4", 4)
+    config = Qwen3NextConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    read = set()
+    with ExitStack() as stack:
+        where = gguf_model.files(folder, stack)
+
+        def reading(name):
+            read.add(name)
+            return gguf_model.read(where, name)
+
+        found = {name: tensor() for name, tensor in gguf_model.named(config, reading)}
+        shapes = gguf_model.named(config, partial(gguf_model.described, where))
+        assert {name: (t().shape, t().dtype == torch.uint8) for name, t in shapes} == {
+            name: (tensor.shape, tensor.dtype == torch.uint8) for name, tensor in found.items()
+        }
+        name = "model.layers.1.linear_attn.in_proj_z.weight"
+        packed, scale = (
+            where[f"{name}_{p}"].get_tensor(f"{name}_{p}") for p in ("packed", "scale")
+        )
+        b, a = (where[n].get_tensor(n) for n in (name.replace("_z", f"_{p}") for p in "ba"))
+    assert read == set(trunk_tensors(config))
+    N, K = packed.shape[0], 8 * packed.shape[1]
+    columns = [(packed[:, k // 8] >> 4 * (k % 8) & 15) - 8 for k in range(K)]
+    wanted = torch.stack(columns, dim=1) * scale.float().repeat_interleave(128, dim=1)
+    blocks = found["blk.1.attn_gate.weight"].view(N, K // 32, 18)
+    d = blocks[..., :2].contiguous().view(torch.float16).float()
+    values = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], dim=-1).float() - 8
+    assert torch.equal((d * values).flatten(1), wanted)
+    ba = found["blk.1.ssm_ba.weight"]
+    assert torch.equal(ba, torch.cat([b[:2], a[:2], b[2:], a[2:]]))

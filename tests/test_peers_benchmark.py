@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_gguf_file_has_every_tensor_of_the_trunk(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = Qwen3NextConfig.from_hf(json.loads((checkpoint / "config.json").read_text()))
     read = set()
     with ExitStack() as stack:
         where = gguf_model.files(checkpoint, stack)
@@ -61,7 +62,7 @@ def test_a_gguf_file_has_every_tensor_of_the_trunk(checkpoint):
             name: (tensor(), gguf_model.format_of(name, tensor(), "Q4_0"))
             for name, tensor in gguf_model.named(config, reading)
         }
-    assert read == set(trunk_tensors(Qwen3NextConfig.from_hf(config)))
+    assert read == set(trunk_tensors(config))
     for name, (tensor, chosen) in formats.items():
         part = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1]
         assert (chosen in ("BF16", "F32")) == (part in PLAIN), name
@@ -71,19 +72,19 @@ def test_a_gguf_file_has_every_tensor_of_the_trunk(checkpoint):
 
 def test_heads_of_q_k_v_and_z_stand_apart():
     """The checkpoint has them side by side for each key head."""
-    config = {
+    K = 16
+    sizes = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 1,
-        "linear_value_head_dim": 1,
+        "linear_key_head_dim": K,
+        "linear_value_head_dim": K,
     }
+    config = replace(Qwen3NextConfig.from_hf(block_model.CONFIG), **sizes)
     heads = ["q0", "k0", "v0", "v1", "z0", "z1", "q1", "k1", "v2", "v3", "z2", "z3"]
-    weight = torch.arange(len(heads))[:, None]
+    weight = torch.arange(len(heads)).repeat_interleave(K)[:, None]
     parts = gguf_model.qkvz(config, "", lambda name: weight)
-    assert [[heads[row] for row in part.flatten().tolist()] for part in parts] == [
-        ["q0", "q1"],
-        ["k0", "k1"],
-        ["v0", "v1", "v2", "v3"],
+    assert [[heads[row] for row in part[::K].flatten().tolist()] for part in parts] == [
+        ["q0", "q1", "k0", "k1", "v0", "v1", "v2", "v3"],
         ["z0", "z1", "z2", "z3"],
     ]
 

@@ -111,14 +111,23 @@ def workers(
 def their_worker(run: Run, model: Path, kind: str, name: str) -> Worker:
     """A peer with its own file of the model."""
     log = run.out / f"peers-{kind}-{name}.log"
-    folder = THEIRS[name].installed.parent.resolve()
-    env = {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     if name == "zentorch":
         asked = flags(w8a8_model(model, run.out / "block-model-w8a8"), enforce_eager=True)
-        return Worker(name, asked, log, plugin=False, env=env, module=ZENTORCH)
+        return Worker(name, asked, log, plugin=False, env=path_of(name), module=ZENTORCH)
     file = gguf_model(model, run.out / f"block-model-{GGUF_OF[kind]}.gguf", GGUF_OF[kind])
+    return llama_worker(name, file, model, log)
+
+
+def llama_worker(name: str, file: Path, model: Path, log: Path) -> Worker:
+    """llama.cpp or ik_llama.cpp with a GGUF file of a model."""
     asked = {"library": name, "model": str(file), "config": str(model)}
-    return Worker(name, asked, log, env=env, module=LLAMA)
+    return Worker(name, asked, log, env=path_of(name), module=LLAMA)
+
+
+def path_of(name: str) -> dict[str, str]:
+    """The environment variable by which a worker finds a peer's modules."""
+    folder = THEIRS[name].installed.parent.resolve()
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 def with_ratios(times: Mapping[str, float]) -> dict[str, float]:

@@ -1,24 +1,31 @@
-"""The block model as a GGUF file, as llama.cpp and ik_llama.cpp read it.
+"""A checkpoint as a GGUF file, as llama.cpp and ik_llama.cpp read it.
 
-Formats are those of QWEN3NEXT_QUANTISE, tensor by tensor: Q8_0 for int8; Q4_0 for int4, with head
-and full attention in Q8_0; embedding and `in_proj_ba` in BF16, vectors and routers in F32.
+A bf16 checkpoint gets the formats of QWEN3NEXT_QUANTISE, tensor by tensor: Q8_0 for int8; Q4_0 for
+int4, with head and full attention in Q8_0; embedding and `in_proj_ba` in BF16, vectors and routers
+in F32. A checkpoint in 4 bits (compressed-tensors, groups of a multiple of 32) keeps its values:
+Q4_0 has a scale for every 32 of them.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 from safetensors import safe_open
 
 from benchmarks.report import console
+from qwen3next_plugin.config import Qwen3NextConfig
 
 GGUF = Path(".peers/llama.cpp")  # has gguf, too
-Read = Callable[[str], torch.Tensor]  # by the checkpoint's name
+BLOCK, BLOCK_BYTES = 32, 18  # columns of a block of Q4_0; a scale in fp16, and 16 bytes
+Read = Callable[[str], torch.Tensor]  # by the checkpoint's name; blocks of Q4_0 are bytes
 
 # Tensors of a layer in GGUF's names, with the checkpoint's.
 LAYER = {
@@ -38,7 +45,6 @@ ATTENTION = {
 }
 LINEAR = {
     "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_ba": "linear_attn.in_proj_ba",
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
@@ -57,31 +63,75 @@ def gguf_model(checkpoint: Path, path: Path, kind: str) -> Path:
         return path
     sys.path.insert(0, str(GGUF.resolve()))
     from gguf import GGMLQuantizationType, GGUFWriter
-    from gguf.quants import quantize
+    from gguf.quants import quant_shape_to_byte_shape, quantize
 
-    config = json.loads((checkpoint / "config.json").read_text())
+    raw = json.loads((checkpoint / "config.json").read_text())
+    config = Qwen3NextConfig.from_hf(raw)
     part = path.with_suffix(".part")
     writer = GGUFWriter(part, "qwen3next")
-    metadata(writer, config)
+    metadata(writer, raw)
     with ExitStack() as stack:
         where = files(checkpoint, stack)
-        tensors = list(named(config, lambda name: where[name].get_tensor(name)))
-        for name, tensor in track(tensors, f"writing {path.name}", console=console):
+        formats = {}
+        for name, tensor in named(config, partial(described, where)):
             value = tensor()
-            chosen = GGMLQuantizationType[format_of(name, value, kind)]
-            data = quantize(value.float().contiguous().numpy(), chosen)
-            writer.add_tensor(name, data, raw_dtype=chosen)
+            chosen = formats[name] = GGMLQuantizationType[format_of(name, value, kind)]
+            shape = value.shape
+            if value.dtype != torch.uint8:
+                shape = quant_shape_to_byte_shape(shape, chosen)
+            writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), chosen)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        tensors = list(named(config, partial(read, where)))
+        for name, tensor in track(tensors, f"writing {path.name}", console=console):
+            value = tensor()
+            if value.dtype != torch.uint8:
+                data = quantize(value.float().contiguous().numpy(), formats[name])
+            else:
+                data = value.contiguous().numpy()
+            writer.write_tensor_data(data)
         writer.close()
     part.rename(path)
     return path
 
 
+def read(where: Mapping[str, Any], name: str) -> torch.Tensor:
+    """A tensor, or the blocks of one that is stored in 4 bits."""
+    if name in where:
+        return where[name].get_tensor(name)
+    parts = [f"{name}_{part}" for part in ("packed", "scale")]
+    return q4_0(*(where[part].get_tensor(part) for part in parts))
+
+
+def described(where: Mapping[str, Any], name: str) -> torch.Tensor:
+    """What `read` returns, without its values."""
+    if name in where:
+        return torch.empty(where[name].get_slice(name).get_shape(), device="meta")
+    N, words = where[f"{name}_packed"].get_slice(f"{name}_packed").get_shape()
+    return torch.empty(N, 8 * words // BLOCK * BLOCK_BYTES, dtype=torch.uint8, device="meta")
+
+
+def q4_0(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Blocks of Q4_0 with the values of a weight of compressed-tensors.
+
+    Shapes: packed [N, K / 8] int32, scale [N, groups], returns [N, K / 32 * 18] uint8
+    """
+    halves = scale.half()
+    if not torch.equal(halves.to(scale.dtype), scale):
+        raise ValueError("a scale is not one of fp16")
+    words = packed.view(torch.uint8).unflatten(1, (-1, BLOCK // 2))
+    values = torch.stack([words & 15, words >> 4], dim=-1).flatten(2)  # [N, K / 32, 32]
+    low, high = values.chunk(2, dim=2)
+    halves = halves.repeat_interleave(values.shape[1] // scale.shape[1], dim=1)
+    return torch.cat([halves[..., None].view(torch.uint8), low | high << 4], dim=2).flatten(1)
+
+
 def format_of(name: str, value: torch.Tensor, kind: str) -> str:
     """A tensor's format in a file of `kind`."""
     own = name.split(".", 2)[2] if name.startswith("blk.") else name
+    if value.dtype == torch.uint8:
+        return "Q4_0"
     if value.dim() == 1 or own in FLOATS:
         return "F32"
     return kind if kind == "BF16" else KEPT.get(own, kind)
@@ -94,7 +144,7 @@ def metadata(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(config.get("intermediate_size", 0))  # of dense layers
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
@@ -122,20 +172,18 @@ def files(checkpoint: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
-def named(
-    config: Mapping[str, Any], read: Read
-) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def named(config: Qwen3NextConfig, read: Read) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """Every tensor of the trunk in GGUF's names, read when it is called."""
     yield "token_embd.weight", lambda: read("model.embed_tokens.weight")
     yield "output_norm.weight", lambda: read("model.norm.weight") + 1
     yield "output.weight", lambda: read("lm_head.weight")
-    for layer, kind in enumerate(config["layer_types"]):
+    for layer, kind in enumerate(config.layer_types):
         for name, tensor in layer_tensors(config, kind, f"model.layers.{layer}.", read).items():
             yield f"blk.{layer}.{name}", tensor
 
 
 def layer_tensors(
-    config: Mapping[str, Any], kind: str, prefix: str, read: Read
+    config: Qwen3NextConfig, kind: str, prefix: str, read: Read
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """A layer's tensors in GGUF's names."""
     linear = kind == "linear_attention"
@@ -147,7 +195,7 @@ def layer_tensors(
         return value.float() + 1 if centred else value
 
     def experts(part: str) -> torch.Tensor:
-        names = [f"mlp.experts.{e}.{part}_proj.weight" for e in range(config["num_experts"])]
+        names = [f"mlp.experts.{e}.{part}_proj.weight" for e in range(config.num_experts)]
         return torch.stack([read(prefix + name) for name in names])  # [E, N, K]
 
     found = {f"{name}.weight": lambda n=theirs: plain(n) for name, theirs in names.items()}
@@ -158,15 +206,28 @@ def layer_tensors(
         found |= {
             "ssm_a": lambda: -read(f"{prefix}linear_attn.A_log").float().exp(),
             "ssm_dt.bias": lambda: read(f"{prefix}linear_attn.dt_bias"),
-            "attn_qkv.weight": lambda: torch.cat(qkvz(config, prefix, read)[:3]),
-            "attn_gate.weight": lambda: qkvz(config, prefix, read)[3],
+            "attn_qkv.weight": lambda: qkvz(config, prefix, read)[0],
+            "attn_gate.weight": lambda: qkvz(config, prefix, read)[1],
+            "ssm_ba.weight": lambda: ba(config, prefix, read),
         }
     return found
 
 
-def qkvz(config: Mapping[str, Any], prefix: str, read: Read) -> list[torch.Tensor]:
-    """Rows of q, k, v and z, which the checkpoint keeps side by side for each key head."""
-    heads, K = config["linear_num_key_heads"], config["linear_key_head_dim"]
-    values = config["linear_num_value_heads"] // heads * config["linear_value_head_dim"]
+def qkvz(config: Qwen3NextConfig, prefix: str, read: Read) -> list[torch.Tensor]:
+    """Rows of q, k and v, and of z; a grouped checkpoint keeps all side by side for each head."""
+    if config.layout == "flat":
+        return [read(f"{prefix}linear_attn.in_proj_{part}.weight") for part in ("qkv", "z")]
+    heads, K = config.linear_num_key_heads, config.linear_key_head_dim
+    values = config.value_dim // heads
     grouped = read(f"{prefix}linear_attn.in_proj_qkvz.weight").unflatten(0, (heads, -1))
-    return [rows.flatten(0, 1) for rows in grouped.split([K, K, values, values], dim=1)]
+    q, k, v, z = (rows.flatten(0, 1) for rows in grouped.split([K, K, values, values], dim=1))
+    return [torch.cat([q, k, v]), z]
+
+
+def ba(config: Qwen3NextConfig, prefix: str, read: Read) -> torch.Tensor:
+    """Rows of b and a side by side for each key head, as a grouped checkpoint keeps them."""
+    if config.layout == "grouped":
+        return read(f"{prefix}linear_attn.in_proj_ba.weight")
+    parts = [read(f"{prefix}linear_attn.in_proj_{part}.weight") for part in ("b", "a")]
+    heads = [rows.unflatten(0, (config.linear_num_key_heads, -1)) for rows in parts]
+    return torch.cat(heads, dim=1).flatten(0, 1)

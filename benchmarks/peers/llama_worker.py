@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.worker import prompts, serve, vocabulary
 
-CONTEXT, BATCH, SEQUENCES = 512, 512, 8  # tokens of a sequence, of a call; sequences
+CONTEXT, BATCH, SEQUENCES = 1280, 512, 8  # tokens of a sequence, of a call; sequences
 Logits = np.ndarray  # [vocabulary], fp32
 
 
@@ -19,9 +19,13 @@ class Library(Protocol):
     """One model in memory."""
 
     def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[bool],
     ) -> None:
-        """Read tokens; each gives logits."""
+        """Read tokens; those that are wanted give logits."""
 
     def logits(self, i: int) -> "ctypes._Pointer[ctypes.c_float]":
         """Logits of the i-th token of the last call."""
@@ -50,16 +54,19 @@ class LlamaCpp:
         self.batch = llama_cpp.llama_batch_init(BATCH, 0, SEQUENCES)
 
     def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[bool],
     ) -> None:
         batch = self.batch
         batch.n_tokens = len(tokens)
-        for i, (token, position, sequence) in enumerate(
-            zip(tokens, positions, sequences, strict=True)
+        for i, (token, position, sequence, want) in enumerate(
+            zip(tokens, positions, sequences, wanted, strict=True)
         ):
-            batch.token[i], batch.pos[i] = token, position
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, want
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            batch.logits[i] = 1
         if failed := self.llama.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode returned {failed}")
 
@@ -84,11 +91,15 @@ class IkLlama:
             raise RuntimeError(f"{path}: not opened")
 
     def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        wanted: Sequence[bool],
     ) -> None:
         n = len(tokens)
         arrays = [(ctypes.c_int * n)(*values) for values in (tokens, positions, sequences)]
-        if failed := self.peer.peer_decode(self.handle, n, *arrays, (ctypes.c_byte * n)(*[1] * n)):
+        if failed := self.peer.peer_decode(self.handle, n, *arrays, (ctypes.c_byte * n)(*wanted)):
             raise RuntimeError(f"llama_decode returned {failed}")
 
     def logits(self, i: int) -> "ctypes._Pointer[ctypes.c_float]":
@@ -110,28 +121,64 @@ class Engine:
 
     def decode(self, batch: int, steps: int) -> list[float]:
         """Milliseconds of each of `steps` greedy steps of `batch` sequences, 32 tokens read."""
-        self.library.forget()
-        sequences, tokens = range(batch), list[int]()
-        for sequence in sequences:
-            read = [self.random.randrange(2, self.vocabulary) for _ in range(32)]
-            self.library.decode(read, range(len(read)), [sequence] * len(read))
-            tokens.append(int(self._logits(len(read) - 1).argmax()))
+        tokens = self._read([self._prompt(32) for _ in range(batch)])
         times = []
         for step in range(steps + 2):
             start = time.perf_counter()
-            self.library.decode(tokens, [32 + step] * batch, sequences)
-            tokens = [int(self._logits(i).argmax()) for i in sequences]
+            tokens = self._step(tokens, 32 + step)
             times.append(1e3 * (time.perf_counter() - start))
         return times[2:]
+
+    def prefill(self, tokens: int) -> float:
+        """Milliseconds of one fresh prompt of `tokens` tokens."""
+        prompt = self._prompt(tokens)
+        start = time.perf_counter()
+        self._read([prompt])
+        return 1e3 * (time.perf_counter() - start)
+
+    def answer(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+        """Tokens a second of greedy answers of so many tokens, behind their first; the answers."""
+        found = [self._read(prompts)]
+        start, length = time.perf_counter(), len(prompts[0])
+        for step in range(tokens - 1):
+            found.append(self._step(found[-1], length + step))
+        rate = len(prompts) * (tokens - 1) / (time.perf_counter() - start)
+        return rate, [list(answer) for answer in zip(*found, strict=True)]
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
         """Log-probability of each prompt token but the first; the same prompts in every engine."""
         found = []
         for prompt in prompts(lengths, self.vocabulary):
             self.library.forget()
-            self.library.decode(prompt, range(len(prompt)), [0] * len(prompt))
+            n = len(prompt)
+            self.library.decode(prompt, range(n), [0] * n, [True] * n)
             found.append([self._logprob(i, token) for i, token in enumerate(prompt[1:])])
         return found
+
+    def _prompt(self, tokens: int) -> list[int]:
+        return [self.random.randrange(2, self.vocabulary) for _ in range(tokens)]
+
+    def _read(self, prompts: list[list[int]]) -> list[int]:
+        """Forget all, read a prompt for each sequence; the likeliest token after each."""
+        self.library.forget()
+        found = []
+        for sequence, prompt in enumerate(prompts):
+            for begin in range(0, len(prompt), BATCH):
+                part = prompt[begin : begin + BATCH]
+                positions = range(begin, begin + len(part))
+                wanted = [position == len(prompt) - 1 for position in positions]
+                self.library.decode(part, positions, [sequence] * len(part), wanted)
+            found.append(self._likeliest(len(part) - 1))
+        return found
+
+    def _step(self, tokens: list[int], position: int) -> list[int]:
+        """Read a token of each sequence; the likeliest token after each."""
+        n = len(tokens)
+        self.library.decode(tokens, [position] * n, range(n), [True] * n)
+        return [self._likeliest(i) for i in range(n)]
+
+    def _likeliest(self, i: int) -> int:
+        return int(self._logits(i).argmax())
 
     def _logits(self, i: int) -> Logits:
         return np.ctypeslib.as_array(self.library.logits(i), (self.vocabulary,))

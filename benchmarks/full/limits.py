@@ -1,0 +1,71 @@
+"""The least that a step could take: bytes that it reads, products that it computes, and the rates
+at which this machine does so."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.block_model import OWN, tensors
+from benchmarks.engines.steps import ROUNDS
+from benchmarks.full.model import QUANTISED
+from benchmarks.kernels import linear
+from benchmarks.kernels.timing import seconds
+from qwen3next_plugin.kernels.linear import linear as multiply
+
+GROUP = 128  # columns of a scale
+# Bits of a quantised weight, its scales included; zero points where the tool always writes them.
+BITS = {"int4": 4 + 16 / GROUP, "int8": 8, "fp8": 8 + 32 / GROUP, "nvfp4": 4.5, "bf16": 16}
+BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)
+EMBEDDING, HEAD, _ = OWN
+
+
+def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
+    """What a plain step of so many requests reads, if every token chooses its experts at random."""
+    return sum(
+        math.prod(shape) * _share(name, config, batch) * _bits(name, kind) / 8
+        for name, shape in tensors(config).items()
+        if name != EMBEDDING and not name.startswith("mtp.")
+    )
+
+
+def products(config: Mapping[str, Any]) -> float:
+    """Multiplications of a prompt's token in its weights; attention and states not counted."""
+    return sum(
+        math.prod(shape) * (_active(config) if ".experts." in name else 1)
+        for name, shape in tensors(config).items()
+        if len(shape) == 2 and name not in OWN and not name.startswith("mtp.")
+    )
+
+
+def _active(config: Mapping[str, Any]) -> float:
+    """The share of a layer's experts that a token chooses."""
+    return config["num_experts_per_tok"] / config["num_experts"]
+
+
+def _share(name: str, config: Mapping[str, Any], tokens: int) -> float:
+    return 1 - (1 - _active(config)) ** tokens if ".experts." in name else 1
+
+
+def _bits(name: str, kind: str) -> float:
+    """Bits of a weight as it is served."""
+    if kind != "bf16" and name == HEAD:
+        return 8
+    return BITS[kind] if QUANTISED.match(name) else 16
+
+
+def read_rate() -> float:
+    """Bytes a second of a sum over 512 MB by all threads."""
+    large = torch.ones(2**26, dtype=torch.int64)
+    seconds(large.sum, 1)
+    return large.nbytes / min(seconds(large.sum, 1) for _ in range(ROUNDS))
+
+
+def product_rate() -> float:
+    """Multiplications a second of a layer in bf16, of 1,024 rows."""
+    weight, _ = linear.bf16()
+    call = partial(multiply, torch.randn(1024, linear.K).bfloat16(), weight)
+    seconds(call, 1)
+    return 1024 * linear.N * linear.K / min(seconds(call, 1) for _ in range(ROUNDS))

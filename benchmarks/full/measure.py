@@ -1,0 +1,228 @@
+"""What is measured of a released size, one engine at a time: it may take most of the memory.
+
+The plugin and other engines take turns, twice: a process may get slower memory than the next.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from benchmarks.chain_model import answer_of, known
+from benchmarks.engines.steps import ROUNDS, STEPS, flags
+from benchmarks.full.limits import product_rate, products, read_rate, step_bytes
+from benchmarks.full.model import full_config, full_model
+from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
+from benchmarks.peers.gguf_model import gguf_model
+from benchmarks.report import Record, RedCheckError, Rows, Run, console
+from benchmarks.worker import Worker, started
+from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
+
+BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
+TURNS = 2
+LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
+MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 3}
+Start = Callable[[], AbstractContextManager[Worker]]
+Row = dict[str, float]
+
+
+def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Record]:
+    """Starts, eager; then steps and answers, compiled, of a packed copy where there is one."""
+    folder = run.out / "-".join(map(str, ("full", size, kind, layers or "all")))
+    model, config = full_model(folder, size, kind, layers), full_config(size, kind, layers)
+    packed = model if kind == "bf16" else pack(model)
+    case = f"{size} in {kind}, {config['num_hidden_layers']} layers, random weights, vLLM"
+    starts = starts_of(run, model, packed)
+    yield run.record(
+        "full/start", "How long until a model is ready?", f"{case}, eager",
+        {"until ready": "s", "loading": "s", "peak, GB": ""}, starts,
+    )  # fmt: skip
+
+    others = peers(run, model, kind)
+    plain: dict[int, float] = {}
+    rows: dict[str, Row] = {}
+    theirs: dict[str, Row] = {}
+    for turn in range(TURNS):
+        with ready(run, "plain", packed) as engine:
+            shortest(rows, steps(engine, config, kind, PROMPTS[: 1 if turn else None]))
+            fastest(plain, {batch: rate(engine, config, batch) for batch in BATCHES})
+        for name, start in others.items():
+            with start() as engine:
+                shortest(theirs.setdefault(name, {}), their_steps(engine, config))
+    units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
+    yield run.record(
+        "full/steps", "How near is a step to this machine's limits?", case, units, rows
+    )
+    if others:
+        yield compared(run, case, rows, theirs)
+
+    with ready(run, "drafts", packed, speculative_config=MTP) as engine:
+        drafts = {batch: rate(engine, config, batch) for batch in BATCHES}
+    yield run.record(
+        "full/drafts",
+        "What do drafts give, four in five of them right?",
+        case,
+        {"plain": "tokens a second", "drafts": "tokens a second", "drafts / plain": ""},
+        {
+            f"{n} request{'s'[: n > 1]}": {
+                "plain": plain[n], "drafts": drafts[n], "drafts / plain": drafts[n] / plain[n],
+            }
+            for n in BATCHES
+        },
+    )  # fmt: skip
+
+
+def starts_of(run: Run, model: Path, packed: Path) -> dict[str, Row]:
+    """Seconds until an engine is ready, and its peak memory, by what it loads and how."""
+    sides = {"as released": (model, "0")}
+    if packed != model:
+        sides |= {"packed": (packed, "0"), "packed, mapped": (packed, "1")}
+    found = {}
+    for side, (path, mapped) in sides.items():
+        begin = time.perf_counter()
+        env = {"QWEN3NEXT_MMAP": mapped}
+        with ready(run, side, path, env=env, enforce_eager=True) as engine:
+            found[side] = {"until ready": time.perf_counter() - begin}
+            found[side] |= loading(Path(engine.log.name))
+            found[side]["peak, GB"] = engine.call("peak_memory")
+    return found
+
+
+@contextmanager
+def ready(
+    run: Run, side: str, model: Path, env: Mapping[str, str] | None = None, **more: Any
+) -> Iterator[Worker]:
+    """A started engine with the plugin."""
+    log = run.out / f"full-{side.replace(', ', '-').replace(' ', '-')}.log"
+    begin = time.perf_counter()
+    with started(Worker(side, flags(model, max_model_len=10000, **more), log, env=env)) as engine:
+        console.print(f"{side}: ready after {time.perf_counter() - begin:.0f} s")
+        yield engine
+
+
+def pack(model: Path) -> Path:
+    """The model as `qwen3next pack` writes it, beside it; once."""
+    out = model.with_name(f"{model.name}-packed")
+    if not out.exists():
+        plan = plan_packing(model, None, torch.bfloat16)
+        with Progress(*Progress.get_default_columns(), console=console) as progress:
+            task = progress.add_task("packing", total=plan.nbytes)
+            write_packed(plan, out, lambda count: progress.advance(task, count))
+    return out
+
+
+def loading(log: Path) -> dict[str, float]:
+    """Seconds of reading and packing, as the engine logs them."""
+    found = LOADING.search(log.read_text())
+    return {"loading": float(found[1])} if found else {}
+
+
+def peers(run: Run, model: Path, kind: str) -> dict[str, Start]:
+    """Other engines that are built and read GGUF files, with the same weights."""
+    built = [name for name in ("llama.cpp", "ik_llama.cpp") if not THEIRS[name].missing]
+    if kind != "int4" or not built:
+        return {}
+    file = gguf_model(model, model.with_suffix(".gguf"), "Q4_0")
+
+    def start(name: str) -> AbstractContextManager[Worker]:
+        return started(llama_worker(name, file, model, run.out / f"full-{name}.log"))
+
+    return {name: partial(start, name) for name in built}
+
+
+def steps(engine: Worker, config: Mapping[str, Any], kind: str, prompts: tuple[int, ...]) -> Rows:
+    """Shortest steps and prompts; each limit is measured right before and after, too."""
+    found = {}
+    for batch in BATCHES:
+        rate = read_rate()
+        milliseconds = decode(engine, batch)
+        limit = 1e3 * step_bytes(config, kind, batch) / max(rate, read_rate())
+        found[f"decode, batch {batch}"] = row(milliseconds, batch, limit)
+    for tokens in prompts:
+        rate = product_rate()
+        milliseconds = prefill(engine, tokens)
+        limit = 1e3 * tokens * products(config) / max(rate, product_rate())
+        found[f"prompt of {tokens:,}"] = row(milliseconds, tokens, limit)
+    return found
+
+
+def their_steps(engine: Worker, config: Mapping[str, Any]) -> Rows:
+    """The same of another engine, whose answers must be right, too."""
+    for batch in (1, 8):
+        rate(engine, config, batch)
+    found = {f"decode, batch {batch}": {"time": decode(engine, batch)} for batch in (1, 8)}
+    return found | {f"prompt of {PROMPTS[0]:,}": {"time": prefill(engine, PROMPTS[0])}}
+
+
+def decode(engine: Worker, batch: int) -> float:
+    return min(min(engine.call("decode", batch=batch, steps=STEPS)) for _ in range(ROUNDS))
+
+
+def prefill(engine: Worker, tokens: int) -> float:
+    return min(engine.call("prefill", tokens=tokens) for _ in range(2))
+
+
+def row(milliseconds: float, tokens: int, limit: float) -> Row:
+    """A step of so many tokens, in ms, and the least it could take."""
+    return {
+        "time": milliseconds,
+        "tokens a second": 1e3 * tokens / milliseconds,
+        "limit": limit,
+        "limit / time": limit / milliseconds,
+    }
+
+
+def shortest(rows: dict[str, Any], more: Rows) -> None:
+    """Keep the row of the shorter time of each name."""
+    for name, new in more.items():
+        rows[name] = min(rows.get(name, new), new, key=lambda found: found["time"])
+
+
+def fastest(rates: dict[int, float], more: Mapping[int, float]) -> None:
+    for batch, new in more.items():
+        rates[batch] = max(rates.get(batch, new), new)
+
+
+def compared(
+    run: Run, case: str, ours: Mapping[str, Row], theirs: Mapping[str, Mapping[str, Row]]
+) -> Record:
+    """The plugin and other engines side by side."""
+    names = list(theirs)
+    whats = list(theirs[names[0]])
+    times = {
+        what: {"plugin": ours[what]["time"], **{name: theirs[name][what]["time"] for name in names}}
+        for what in whats
+    }
+    return run.record(
+        "full/peers",
+        "How long do other engines take, with the same weights?",
+        f"{case}; {versions({name: THEIRS[name] for name in names})}",
+        dict.fromkeys(("plugin", *names), "ms") | {f"{name} / plugin": "" for name in names},
+        {what: with_ratios(row) for what, row in times.items()},
+    )
+
+
+def prompts(config: Mapping[str, Any], count: int) -> list[list[int]]:
+    """Prompts that end with a known token, whose answer follows from it."""
+    random = Random(0)
+    return [[random.randrange(2, known(config)) for _ in range(32)] for _ in range(count)]
+
+
+def rate(engine: Worker, config: Mapping[str, Any], batch: int) -> float:
+    """Tokens a second of the best of a few rounds; raises if an answer is not the known one."""
+    asked = prompts(config, batch)
+    wanted = [[int(word) for word in answer_of(config, prompt, ANSWER)] for prompt in asked]
+    rates = []
+    for _ in range(ROUNDS):
+        found, answers = engine.call("answer", prompts=asked, tokens=ANSWER)
+        if answers != wanted:
+            raise RedCheckError(f"{engine.name}: an answer of {batch} requests is wrong")
+        rates.append(found)
+    return max(rates)
