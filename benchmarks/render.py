@@ -20,7 +20,6 @@ from typing import Annotated
 import typer
 
 from benchmarks import headline, pictures, sizes
-from benchmarks.mtp import floors
 from benchmarks.origin import CHANGED
 from benchmarks.report import FULL, MEASURED, ROUNDS, Cell, Record, load_all, text
 
@@ -29,10 +28,7 @@ DOCS = ROOT / "docs"
 FIGURES = re.compile(
     r"(?P<begin><!-- figures: (?P<names>[^>]+) -->\n).*?(?P<end><!-- end of figures -->)", re.DOTALL
 )
-TABLES: dict[str, Callable[[], tuple[list[str], list[list[str]]]]] = {
-    "sizes": sizes.table,
-    "floors": floors.cells,
-}
+TABLES: dict[str, Callable[[], tuple[list[str], list[list[str]]]]] = {"sizes": sizes.table}
 TABLE = re.compile(
     rf"(?P<begin><!-- (?P<name>{'|'.join(TABLES)}) -->\n).*?(?P<end><!-- end of (?P=name) -->)",
     re.DOTALL,

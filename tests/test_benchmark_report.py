@@ -69,7 +69,7 @@ def test_records_of_docs_are_complete_and_shown():
         assert record.origin.keys() == SOURCE.keys()
         assert all(record.origin.values())
         assert record.date
-        assert record.part in parts.PARTS
+        assert record.part in {*parts.PARTS, report.FULL}
         assert record.seconds > 0
         assert f"| {record.question} |" in pages
         for row in record.rows.values():
@@ -89,6 +89,16 @@ def test_records_of_two_runs_are_not_rendered(run, docs, field):
     other = replace(run, origin=SOURCE | {field: "another"})
     with pytest.raises(render.MixedRunsError, match=field):
         render.pages([answer(run), answer(other, "engines/memory")])
+
+
+def test_the_full_size_has_a_run_of_its_own(run, docs):
+    (docs / "page.md").write_text("<!-- figures: full/* -->\n<!-- end of figures -->\n")
+    other = replace(run, origin=SOURCE | {"run": "another"}, part=report.FULL)
+    full = answer(other, "full/steps")
+    page = render.pages([answer(run), full])[docs / "page.md"]
+    assert "`python -m benchmarks.full`" in page
+    with pytest.raises(render.MixedRunsError, match="run"):
+        render.pages([full, answer(replace(other, origin=SOURCE), "full/start")])
 
 
 def test_records_of_a_changed_tree_are_not_rendered(run, docs):
@@ -135,10 +145,13 @@ def red(run: Run) -> Iterator[Record]:
 def test_a_whole_run_writes_docs(docs, tmp_path, measuring, capsys):
     before = Run(tmp_path, "old", SOURCE | {"run": "before"})
     answer(before, "mtp/steps").save(tmp_path / "measured")
+    apart = answer(replace(before, part=report.FULL), "full/steps")
+    apart.save(tmp_path / "measured")
     measuring(steps=lambda run: iter([answer(run)]))
     bench.main(out=tmp_path / "out")
     assert "| How long? | plugin, ms | baseline |\n" in (docs / "page.md").read_text()
-    (record,) = load_all(tmp_path / "measured")  # nothing is left of the run before
+    record, full = load_all(tmp_path / "measured")  # nothing else is left of the run before
+    assert full == apart
     assert (record.part, record.origin) == ("steps", SOURCE)
     assert record.seconds > 0
     printed = capsys.readouterr()

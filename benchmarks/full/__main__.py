@@ -6,6 +6,8 @@ needs a quiet machine, 24 GB of memory and, for Qwen3.6-35B-A3B in 4 bits, 65 GB
 """
 
 import os
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -40,8 +42,9 @@ def main(
     if publish and run.origin["commit"].endswith(CHANGED):
         raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
     folder = MEASURED if publish else out / "parts"
+    begin = time.monotonic()
     for record in shown(measure(run, size, kind, layers)):
-        record.save(folder)
+        replace(record, seconds=time.monotonic() - begin).save(folder)
     if publish:
         render.write()
     console.print(f"kept in {folder / FULL}")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from benchmarks.block_model import CONFIG
 
 BF16, INT8 = 2, 1
-DRAFTS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -86,24 +85,3 @@ class Model:
 
 VOCABULARY, DRAFT_ROWS = CONFIG["vocab_size"], 32768
 BLOCK = Model(3, 1, CONFIG["num_experts"], CONFIG["num_experts_per_tok"], VOCABULARY, DRAFT_ROWS)
-RELEASED = Model(36, 12, 512, 10, VOCABULARY, DRAFT_ROWS)  # Qwen3-Next-80B-A3B
-
-
-def table() -> dict[str, dict[str, float]]:
-    """Plain steps that a verify step with its drafts costs: at least, and expected."""
-    models = {"block model": BLOCK, "48 layers": RELEASED}
-    return {
-        f"{name}, batch {batch}, {said}": {f"draft of {n}": bytes_of(n, batch) for n in DRAFTS}
-        for name, model in models.items()
-        for batch in (1, 8)
-        for said, bytes_of in (("at least", model.over_plain), ("expected", model.expected))
-    }
-
-
-def cells() -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the page's table."""
-    rows = [[name, *(f"{cell:.2f}" for cell in row.values())] for name, row in table().items()]
-    return [
-        "a verify step and its drafts, in bytes of a plain step",
-        *next(iter(table().values())),
-    ], rows
