@@ -294,6 +294,10 @@ def test_the_line_is_silent_on_memory_that_a_flag_decides(complete, checkpoint, 
         (40.0, False, {}, 10.0, 9.0),
         (6.0, False, {}, 2.0, 1.0),
         (1.5, False, {}, 1.5, 0.5),
+        (1.0, False, {}, 1.25, 0.25),  # half of what is free beyond --mem-fraction-static
+        (-4.0, False, {}, 1.25, 0.25),
+        (-4.0, False, {"mem_fraction_static": 0.5}, -4.0, -5.0),
+        (-4.0, True, {}, 1.25, 0.25),
         (40.0, False, {"max_total_tokens": 4096}, 40.0, 39.0),
         (40.0, False, {"mem_fraction_static": 0.5}, 40.0, 39.0),
         (40.0, True, {}, 40.0, 10.0),  # one page a request: only KV is held to a part
@@ -307,6 +311,7 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     from sglang.srt import runtime_context as context
 
     given = dict.fromkeys(memory.GIVEN) | flags
+    monkeypatch.setattr(memory, "free_gib", lambda configurator: 2.5 if free < 2 else free + 2)
     monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path="", **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
@@ -332,6 +337,7 @@ def test_pools_leave_room_for_mapped_weights(monkeypatch, tmp_path):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(16 << 30)  # takes no disk
     given = dict.fromkeys(memory.GIVEN)
+    monkeypatch.setattr(memory, "free_gib", lambda configurator: 40.0)
     monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path=tmp_path, **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
@@ -362,6 +368,7 @@ def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, lef
 
     given = dict.fromkeys(memory.GIVEN) | flags
     tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
+    monkeypatch.setattr(memory, "free_gib", lambda configurator: free)
     monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path="", **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))

@@ -20,6 +20,9 @@ IN_WORDS = (
 def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:
     """Around `_handle_max_mamba_cache`: use part of the free memory, unless flags say how much.
 
+    Beside large weights this also uses half of what the default of --mem-fraction-static leaves
+    free, because such a model would not start.
+
     Returns GiB for KV, in addition to the state pages that SGLang sets aside.
     """
     from sglang.srt.runtime_context import get_memory, get_schedule, get_server_args
@@ -29,12 +32,28 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
     budget, stated = total_rest_memory, given(get_server_args())
     if not stated:
         beside = total_rest_memory - mapped_bytes(get_server_args().model_path) / GIB
-        budget = min(total_rest_memory, max(LEAST_GIB, beside / SHARE))
+        room = max(total_rest_memory, free_gib(configurator) / 2)
+        budget = min(room, max(LEAST_GIB, beside / SHARE))
+        total_rest_memory = max(total_rest_memory, budget)
     branches = _branches(configurator, budget)
     if stated or not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
         return host(configurator, budget - branches)
     # One page per request, even if more would fit; KV gets the rest of the budget.
     return min(budget, host(configurator, total_rest_memory - branches))
+
+
+def free_gib(configurator: Any) -> float:
+    """Free memory of the machine, the least of all ranks: as SGLang measures it here."""
+    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.utils import get_available_gpu_memory
+
+    parallel = get_parallel()
+    return get_available_gpu_memory(
+        configurator.device,
+        configurator.gpu_id,
+        distributed=parallel.launch_world_size > 1,
+        cpu_group=parallel.world_group.cpu_group,
+    )
 
 
 def _branches(configurator: Any, budget: float) -> float:
