@@ -26,6 +26,7 @@ from qwen3next_plugin.cli.machine import FLAGS, machine
 from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
 from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.engines.memory import LEAST_POOLS
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.kernels.paged_attention import SCRATCH
@@ -70,6 +71,12 @@ def released(tmp_path):
 
 
 # arithmetic ---------------------------------------------------------------------------------------
+
+
+def test_mapped_weights_that_take_all_leave_the_least():
+    """As the engines size their pools."""
+    spare = [make_plan(Pools, CONFIG, {}, flags(mapped=n * GIB)).spare for n in (0, 500)]
+    assert spare[0] > spare[1] == LEAST_POOLS
 
 
 def test_parameters_of_the_80b_are_the_published_ones():
@@ -704,6 +711,14 @@ def test_pack_and_plan_what_it_wrote(tmp_path):
     expected = json.loads(quantised.stdout)["weights"]
     del expected["draft head"], planned["weights"]["draft head"]
     assert planned["weights"] == expected
+    in_files = CliRunner(env={"QWEN3NEXT_MMAP": "1"}).invoke(
+        app, ["plan", str(out), *map(str, options), "--memory", "3"]
+    )
+    mapped = json.loads(in_files.stdout)
+    stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert mapped["flags"]["mapped"] == stored
+    beside = 3 * GIB - sum(mapped["weights"].values()) - mapped["scratch"]
+    assert mapped["spare"] == beside - stored
 
 
 def test_pack_explains_itself():

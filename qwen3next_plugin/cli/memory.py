@@ -7,6 +7,7 @@ from math import ceil
 from typing import Literal, TypeVar
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.memory import LEAST_POOLS
 from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes
 
 GIB = 2**30
@@ -26,6 +27,7 @@ class Flags:
     prefix_caching: bool
     memory: int
     threads: int  # of a rank
+    mapped: int = 0  # bytes of weights that stay in files, which Linux pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +59,12 @@ class Plan(ABC):
 
     @property
     def spare(self) -> int:
-        """Bytes next to the weights and the attention's scratch memory."""
-        return max(0, self.flags.memory - sum(self.weights.values()) - self.scratch)
+        """Bytes next to the weights and the attention's scratch memory.
+
+        Mapped weights get what they would take, but for a least.
+        """
+        left = self.flags.memory - sum(self.weights.values()) - self.scratch
+        return max(0, left - self.flags.mapped, min(left, LEAST_POOLS) if self.flags.mapped else 0)
 
     @property
     @abstractmethod

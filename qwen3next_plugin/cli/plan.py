@@ -23,6 +23,7 @@ from qwen3next_plugin.config import (
     read_config,
     rope,
 )
+from qwen3next_plugin.engines.memory import mapped_bytes
 from qwen3next_plugin.model.checkpoint.sizes import (
     DTYPES,
     parameters,
@@ -97,6 +98,7 @@ def plan(
         prefix_caching=prefix_caching,
         memory=int(memory * GIB) if memory is not None else here.memory_bytes // tp,
         threads=max(1, here.cores // tp),
+        mapped=mapped_bytes(str(model)),
     )
     if quantise and quantization_of(model):
         raise ConfigError(f"--quantise {quantise}: {model} is quantised already; leave it out")
@@ -213,6 +215,8 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
         if nbytes:
             row(f"weights: {part}", nbytes)
     row("[bold]weights[/]", sum(p.weights.values()))
+    if p.flags.mapped:
+        row("weights in mapped files", p.flags.mapped, f"{gib(p.flags.mapped)}, paged by Linux")
     table.add_section()
     for part, nbytes in p.state_page.items():
         row(f"state page: {part}", nbytes, "one layer, one slot")

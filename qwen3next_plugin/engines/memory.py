@@ -13,6 +13,7 @@ from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes
 
 LIMITS = ("memory.max", "memory.limit_in_bytes")  # of cgroups 2, and of 1
 MEMINFO = Path("/proc/meminfo")
+LEAST_POOLS = 2 << 30  # bytes for states and KV beside weights that take the rest
 
 
 def memory_bytes() -> int:

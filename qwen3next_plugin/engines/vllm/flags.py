@@ -20,7 +20,7 @@ from qwen3next_plugin.config import (
     rope,
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
-from qwen3next_plugin.engines.memory import check_weights, mapped_bytes, memory_bytes
+from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -42,7 +42,6 @@ from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import check_invariance
 
 logger = init_logger(LOGGER)
-LEAST_KV = 2 << 30  # bytes of the KV cache beside mapped weights; as much is left to all else
 
 PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
@@ -117,7 +116,8 @@ def _leave_room(vllm_config: VllmConfig) -> None:
         cache_config.kv_cache_memory_bytes is None
     ):
         granted = int(cache_config.gpu_memory_utilization * memory_bytes())
-        cache_config.kv_cache_memory_bytes = max(LEAST_KV, granted - mapped - LEAST_KV)
+        left = granted - mapped - LEAST_POOLS  # as much for all else
+        cache_config.kv_cache_memory_bytes = max(LEAST_POOLS, left)
 
 
 def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:

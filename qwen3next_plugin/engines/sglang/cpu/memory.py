@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.memory import mapped_bytes
+from qwen3next_plugin.engines.memory import LEAST_POOLS, mapped_bytes
 from qwen3next_plugin.engines.sglang.names import is_ours
 
 SHARE = 4  # of SGLang's memory, 1/SHARE is used
-LEAST_GIB = 2.0
 GIB = 1 << 30
+LEAST_GIB = LEAST_POOLS / GIB
 GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
 IN_WORDS = (
     f"for states and KV 1/{SHARE} of the memory that is free, at least {LEAST_GIB:g} GiB "
