@@ -1,9 +1,9 @@
-"""What holds for every row of the last run: the ranges of all its ratios."""
+"""What holds for every row of the last run: the ranges of all its ratios; and the full size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 
-from benchmarks.report import Record, text
+from benchmarks.report import FULL, Record, text
 
 # What is said of the rows of records, and the column that has its ratio.
 SPEEDS = {"decode steps": "*decode, batch *", "prompts": "*prompt of *"}
@@ -11,15 +11,32 @@ FASTER, LESS = "upstream / plugin", "plugin / upstream"
 
 
 def of(records: Sequence[Record], picture: str = "") -> str:
-    """The sentence, below a picture; empty without the records."""
+    """The sentences; below a picture with fewer details. Empty without a whole run's records."""
     speeds = [f"{what} {times(records, rows)}" for what, rows in SPEEDS.items()]
     memory = span(list(ratios(records, "resident memory*", LESS)))
     if not memory or not all(times(records, rows) for rows in SPEEDS.values()):
         return ""
+    where = records[0].place if picture else records[0].source
     return (
-        f"{picture}Against vLLM's own models, in all tables: "
-        f"{' and '.join(speeds)}, with {memory} of the peak memory. *{records[0].source}*\n"
+        f"{picture}{full_size({record.name: record for record in records})}"
+        f"Against vLLM's own models, in all tables: {' and '.join(speeds)}, with {memory} of the "
+        f"peak memory. *{where}*\n"
     )
+
+
+def full_size(records: Mapping[str, Record]) -> str:
+    """What a released size takes, and how it compares with other engines."""
+    start, steps = (records.get(f"{FULL}/{name}") for name in ("start", "steps"))
+    if start is None or steps is None:
+        return ""
+    one = steps.rows["decode, batch 1"]["tokens a second"]
+    seconds = min(float(row["until ready"]) for row in start.rows.values())
+    found = [f"ready in {text(seconds)} s", f"{text(one)} tokens a second for one request"]
+    if peers := records.get(f"{FULL}/peers"):
+        names = [name for name in peers.units if f"{name} / plugin" in peers.units]
+        factors = (span([float(r[f"{n} / plugin"]) for r in peers.rows.values()]) for n in names)
+        found += [f"{f} times as fast as {n}" for f, n in zip(factors, names, strict=True)]
+    return f"{start.case}: {', '.join(found)}. *{steps.place}*\n\n"
 
 
 def times(records: Sequence[Record], rows: str) -> str:

@@ -260,12 +260,35 @@ def test_the_headline_has_the_worst_row_of_any_table(run, docs):
     assert "; A processor (family 1); avx2; 2 cores; " in said
     page = "<!-- headline -->\n<!-- end of headline -->\n"
     assert said in render.rendered(page, docs / "page.md", records)
-    assert f"](docs/performance.svg)\n\n{said}" in render.rendered(page, docs.parent, records)
+    shorter = said.replace(f"*{records[0].source}*", f"*{records[0].place}*")
+    assert f"](docs/performance.svg)\n\n{shorter}" in render.rendered(page, docs.parent, records)
+    assert headline.of([*records, *full_size(run)]).endswith(f"*\n\n{said}")
     pictures.write(docs, records)
     assert (docs / "performance.svg").exists()
     pictures.write(docs, records[1:])
     assert not (docs / "performance.svg").exists()
     assert not headline.of(records[:1])
+
+
+def full_size(run: Run) -> list[Record]:
+    """Of one released size, and another engine's."""
+    steps = {"decode, batch 1": {"tokens a second": 12.5}}
+    peers = {n: {"other / plugin": x} for n, x in (("decode, batch 1", 1.8), ("prompt", 2.5))}
+    tables = {
+        "start": {"as released": {"until ready": 99.0}, "packed": {"until ready": 17.0}},
+        "steps": steps,
+        "peers": peers,
+    }
+    units = {"plugin": "ms", "other": "ms", "other / plugin": ""}
+    return [run.record(f"full/{n}", n, "a size", units, rows) for n, rows in tables.items()]
+
+
+def test_the_headline_begins_with_the_full_size(run):
+    said = headline.full_size({record.name: record for record in full_size(run)})
+    assert said.startswith(
+        "a size: ready in 17.0 s, 12.5 tokens a second for one request, "
+        "1.80 to 2.50 times as fast as other. *A processor (family 1), "
+    )
 
 
 def test_tables_of_one_question_are_joined(run):
