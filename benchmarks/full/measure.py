@@ -156,7 +156,7 @@ def steps(engine: Worker, config: Mapping[str, Any], kind: str, prompts: tuple[i
 def their_steps(engine: Worker, config: Mapping[str, Any]) -> Rows:
     """The same of another engine, whose answers must be right, too."""
     for batch in (1, 8):
-        rate(engine, config, batch)
+        rate(engine, config, batch, rounds=1)
     found = {f"decode, batch {batch}": {"time": decode(engine, batch)} for batch in (1, 8)}
     return found | {f"prompt of {PROMPTS[0]:,}": {"time": prefill(engine, PROMPTS[0])}}
 
@@ -215,12 +215,12 @@ def prompts(config: Mapping[str, Any], count: int) -> list[list[int]]:
     return [[random.randrange(2, known(config)) for _ in range(32)] for _ in range(count)]
 
 
-def rate(engine: Worker, config: Mapping[str, Any], batch: int) -> float:
+def rate(engine: Worker, config: Mapping[str, Any], batch: int, rounds: int = ROUNDS) -> float:
     """Tokens a second of the best of a few rounds; raises if an answer is not the known one."""
     asked = prompts(config, batch)
     wanted = [[int(word) for word in answer_of(config, prompt, ANSWER)] for prompt in asked]
     rates = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         found, answers = engine.call("answer", prompts=asked, tokens=ANSWER)
         if answers != wanted:
             raise RedCheckError(f"{engine.name}: an answer of {batch} requests is wrong")
