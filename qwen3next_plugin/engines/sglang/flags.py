@@ -94,7 +94,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
 
 def complete_on_cpu(server_args: Any) -> list[str]:
     """Fill in defaults; returns them as command-line flags."""
-    bind_cores(server_args.tp_size * server_args.dp_size)
+    bind_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
     if server_args.nnodes > 1:
         meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
     use_huge_pages()
