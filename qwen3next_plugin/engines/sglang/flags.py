@@ -18,6 +18,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
+from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
 from qwen3next_plugin.engines.sglang.names import (
@@ -25,11 +26,13 @@ from qwen3next_plugin.engines.sglang.names import (
     DRAFT_ALGORITHMS,
     HOST_BACKEND,
     OVERRIDE_FLAG,
+    OWN_ADDRESS,
     TORCH_BACKEND,
     is_ours,
     logger,
 )
 from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
+from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
@@ -91,7 +94,9 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
 
 def complete_on_cpu(server_args: Any) -> list[str]:
     """Fill in defaults; returns them as command-line flags."""
-    bind_cores(server_args.tp_size * server_args.dp_size)
+    bind_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
+    if server_args.nnodes > 1:
+        meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
     use_huge_pages()
     given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already
     chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}

@@ -24,7 +24,7 @@ from qwen3next_plugin.engines.sglang.model.config import (
     merge_overrides,
 )
 from qwen3next_plugin.engines.sglang.names import WRAPPERS
-from qwen3next_plugin.engines.sglang.repairs import patterns, penalties, requests, sessions
+from qwen3next_plugin.engines.sglang.repairs import nodes, patterns, penalties, requests, sessions
 from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
 from qwen3next_plugin.versions import check_host
@@ -330,6 +330,13 @@ REPAIRS: tuple[Entry, ...] = (
 )
 
 REPAIRS_ON_CPU: tuple[Entry, ...] = (
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.init_model_worker",
+        parameters=("self",),
+        function=nodes.end_with_other_nodes,
+        reason="a node does not notice, or late, that another one has ended",
+        remove_when="SGLang ends all nodes of a server when one ends",
+    ),
     Patch(
         target="sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
         parameters=("self", "req"),

@@ -21,6 +21,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
+from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -29,6 +30,7 @@ from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,
     OVERRIDE_FLAG,
+    OWN_ADDRESS,
     SCHEDULER,
     WORKER,
     serves,
@@ -99,6 +101,8 @@ def complete(vllm_config: VllmConfig) -> None:
     if not current_platform.is_cpu():
         return
     _bind_cores(vllm_config.parallel_config)
+    if vllm_config.parallel_config.nnodes > 1:
+        meet_at("--master-addr", vllm_config.parallel_config.master_addr, OWN_ADDRESS)
     use_huge_pages()
     _leave_room(vllm_config)
     keep_block_size(vllm_config.cache_config)

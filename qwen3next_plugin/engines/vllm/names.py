@@ -29,6 +29,7 @@ WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.speculation.scheduler.Scheduler"
 EXECUTOR = f"{PACKAGE}.executor.Executor"
 OVERRIDE_FLAG = "--hf-overrides"
+OWN_ADDRESS = "VLLM_HOST_IP"  # the variable with this node's address
 
 LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so
 

@@ -25,7 +25,7 @@ from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
-from qwen3next_plugin.engines.vllm.repairs import adapters, exit_code, grammars, interrupts
+from qwen3next_plugin.engines.vllm.repairs import adapters, exit_code, grammars, interrupts, nodes
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -389,6 +389,13 @@ AT_START: tuple[Entry, ...] = (
         function=interrupts.end_while_loading,
         reason="vLLM ignores SIGTERM and Ctrl-C while the engine loads",
         remove_when="zmq_socket_ctx no longer swallows a KeyboardInterrupt (`compat`)",
+    ),
+    Patch(
+        target="vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",
+        parameters=("self", "inline"),
+        function=nodes.fail_with_a_worker,
+        reason="a headless node whose worker has ended exits with 0",
+        remove_when="vLLM exits with another code",
     ),
 )
 

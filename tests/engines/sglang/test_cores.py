@@ -25,6 +25,12 @@ def test_each_rank_has_its_part():
     assert os.environ[THREADS] == str(len(share(ranks).cpus[0]))
 
 
+def test_the_only_rank_of_a_node_has_all_of_them():
+    bind_cores(2, nodes=2)
+    assert init_threads_binding(numa_index=0, world_size=2) == str(share(1))
+    assert os.environ[THREADS] == str(len(share(1).cpus[0]))
+
+
 def test_one_rank_is_bound_by_sglang():
     bind_cores(1)
     assert not {BIND, THREADS} & os.environ.keys()

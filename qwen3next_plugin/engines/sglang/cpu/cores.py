@@ -8,13 +8,13 @@ BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 THREADS = "OMP_NUM_THREADS"
 
 
-def bind_cores(ranks: int) -> None:
-    """Divide the cores among ranks that start from now on, unless the user's environment does.
+def bind_cores(ranks: int, nodes: int = 1) -> None:
+    """Divide a node's cores among the ranks that start on it, unless the environment does.
 
     SGLang would refuse more ranks than NUMA nodes, and overlook a quota. It binds threads only on
     processors with AMX; elsewhere each rank would have as many as the machine has CPUs.
     """
-    found = share(ranks)
+    found = share(ranks // nodes)
     if ranks > 1 and BIND not in os.environ:
         os.environ[BIND] = str(found)
         os.environ.setdefault(THREADS, str(found.threads or len(found.cpus[0])))

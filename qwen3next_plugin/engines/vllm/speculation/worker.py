@@ -13,6 +13,7 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
+from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
@@ -36,6 +37,8 @@ class Worker(CPUWorker):
     def init_device(self) -> None:
         """Build the runner and add what is ours, before anything is loaded."""
         super().init_device()
+        if self.parallel_config.nnodes_within_dp > 1:
+            end_with_other_nodes(self.parallel_config)
         runner = self.model_runner
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)
