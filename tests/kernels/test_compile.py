@@ -7,7 +7,8 @@ from state_pages import SMALL, Layer, Pool, Step
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head
-from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
+from qwen3next_plugin.kernels.fused_moe.cpu import shared_parts
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.linear import PackedWeight, linear, pack_int4, pack_int8, stack
 from qwen3next_plugin.kernels.linear.cpu import parts
@@ -47,6 +48,7 @@ def calls():
             "x": torch.randn(2, 32), "w13": stack([int4, int4], 2), "w2": stack([int8, int8], 2),
             "topk_weights": torch.rand(2, 1),
             "topk_ids": torch.tensor([[1], [0]], dtype=torch.int32),
+            "shared": SharedExpert(int4, int8, torch.rand(1, 32)),
         }),
         "causal_conv1d": (causal_conv1d, {
             "q": x["q"], "k": x["k"], "v": x["v"], "weight": layer.weight,
@@ -113,6 +115,11 @@ def flat(arguments):
             )
             sizes = {"N": w.shape[-2], "I": w.shape[-1]}  # of linear; of w2, which comes last
             arguments = {**arguments, **dict(zip(fields, parts(w), strict=True)), **sizes}
+    if shared := arguments.get("shared"):
+        schema = torch.ops.qwen3next.fused_moe_packed.default._schema
+        names = [argument.name for argument in schema.arguments]
+        last = names[names.index("gate") :]
+        arguments = {**arguments, **dict(zip(last, shared_parts(shared), strict=True))}
     pool, step = arguments.get("pool_"), arguments.get("step")
     if pool is None:
         return arguments
@@ -123,6 +130,7 @@ def flat(arguments):
 @pytest.mark.parametrize("name", calls())
 def test_schema_and_fake(monkeypatch, name):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    dispatch.load("cpu")  # the fakes
     _, arguments = calls()[name]
     native_op = getattr(
         torch.ops.qwen3next, name.removeprefix("add_").removeprefix("tree_")
