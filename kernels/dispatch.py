@@ -19,6 +19,7 @@ def _ops_with(module: str) -> tuple[str, ...]:
 
 OPS = _ops_with("reference")  # an op is a folder with a reference
 NOT_IN_TRITON = tuple(sorted({*OPS} - {*_ops_with("triton")}))  # engines bring theirs on GPUs
+NOT_TRACED = ("copy_pages", "gated_delta_net")  # engines keep them out of their graphs
 BACKEND_OF = {"cpu": "cpu", "cuda": "triton"}  # torch calls ROCm's devices cuda
 
 
@@ -95,17 +96,12 @@ def _loaded(op: str, device_type: str) -> tuple[str, str]:
 
 
 def _function(op: str, name: str, device_type: str) -> Callable:
-    """A backend's `run`. On a GPU Triton's is wrapped in a torch op, which a trace does not enter.
-
-    Not `copy_pages` and `gated_delta_net`: engines keep them out of their graphs.
-    """
+    """A backend's `run`. On a GPU Triton's is a torch op, which a trace does not enter."""
     folder = f"qwen3next_plugin.kernels.{op}"
     run = importlib.import_module(f"{folder}.{name}").run
-    if name != "triton" or device_type == "cpu":
+    if name != "triton" or device_type == "cpu" or op in NOT_TRACED:
         return run
     as_torch_op = importlib.import_module(f"{folder}.cpu")  # its schema and the result's shape
-    if not hasattr(torch.ops.qwen3next, op):
-        return run
     kernel = _on_flat(run, as_torch_op.bundles) if hasattr(as_torch_op, "bundles") else run
     torch.library.register_kernel(f"qwen3next::{op}", device_type)(kernel)
     return as_torch_op.run

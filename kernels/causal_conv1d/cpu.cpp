@@ -107,6 +107,8 @@ struct Conv {
   }
 };
 
+}  // namespace
+
 Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
                      Tensor query_start_loc, Tensor slot, Tensor context_len) {
   const Arguments arguments{"causal_conv1d"};
@@ -169,7 +171,6 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   return out;
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
 Q3N_OP_OF_ACTIVATIONS(causal_conv1d)

@@ -1,4 +1,4 @@
-"""Routed experts: the outputs of each token's top-k experts, weighted and summed."""
+"""Experts: the outputs of each token's top-k experts, and of a shared one, weighted and summed."""
 
 from torch import Tensor
 
@@ -11,7 +11,10 @@ from qwen3next_plugin.kernels.checks import (
     check_contiguous,
     sizes,
 )
-from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight, check_weight
+from qwen3next_plugin.kernels.fused_moe.arguments import SharedExpert, check_packed, check_shared
+from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
+
+__all__ = ["SharedExpert", "fused_moe"]
 
 
 def fused_moe(
@@ -21,24 +24,27 @@ def fused_moe(
     w2: Tensor | PackedWeight,
     topk_weights: Tensor,
     topk_ids: Tensor,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """out = sum_j weight_j W2_e (silu(W1_e x) * W3_e x), e = topk_ids[j].
 
     Products are summed in fp32; silu(…) * … is rounded to x's dtype. A token's experts are added in
-    the order of their ids, so its bits do not depend on the rest of the batch.
+    the order of their ids, the shared one at the end, so its bits do not depend on the rest of the
+    batch.
 
     Shapes:
         x: [T, D], any stride of dim 0
         w13: [E, 2I, D], x's dtype: W1 (gate), then W3 (up); w2: [E, D, I]. Or both packed, in any
             formats, with I a multiple of 16: `linear` describes their arithmetic.
         topk_weights: [T, k] fp32, topk_ids: [T, k] int32
+        shared: only beside packed weights, in any formats, with S a multiple of 16
         returns [T, D]
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
         RuntimeError: an id that is no expert.
 
-    Source: `Qwen3NextSparseMoeBlock` of transformers, without router and shared expert.
+    Source: `Qwen3NextSparseMoeBlock` of transformers, without its router.
     """
     op = "fused_moe"
     run = dispatch.implementation(op, x.device)
@@ -46,7 +52,7 @@ def fused_moe(
     _, k = sizes(op, "topk_ids", topk_ids, 2)
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
     if isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight):
-        _check_packed(op, w13, w2, D, x)
+        check_packed(op, w13, w2, D, x)
     elif isinstance(w13, PackedWeight) or isinstance(w2, PackedWeight):
         name = "w13" if isinstance(w13, PackedWeight) else "w2"
         raise ValueError(f"{op}: {name} is packed, the other weight is not")
@@ -58,21 +64,12 @@ def fused_moe(
         ):
             check(op, name, w, shape, (x.dtype,), x.device)
             check_contiguous(op, name, w)
+    if shared is not None:
+        if not isinstance(w13, PackedWeight):
+            raise ValueError(f"{op}: shared is packed, the other weights are not")
+        check_shared(op, shared, D, x)
     check(op, "topk_weights", topk_weights, (T, k), FLOAT, x.device)
     check(op, "topk_ids", topk_ids, (T, k), INT, x.device)
     check_contiguous(op, "topk_weights", topk_weights)
     check_contiguous(op, "topk_ids", topk_ids)
-    return run(x, w13, w2, topk_weights, topk_ids)
-
-
-def _check_packed(op: str, w13: PackedWeight, w2: PackedWeight, D: int, x: Tensor) -> None:
-    """Raise unless the shapes are [E, 2I, D] and [E, D, I]."""
-    check_weight(op, "w13", w13, 3, x.device)
-    check_weight(op, "w2", w2, 3, x.device)
-    E, _, I = w2.shape  # noqa: E741, the field's letter
-    if w13.shape != (E, 2 * I, D) or w2.shape != (E, D, I):
-        raise ValueError(
-            f"{op}: w13 has shape {w13.shape}, w2 {w2.shape}, not {(E, 2 * I, D)} and {(E, D, I)}"
-        )
-    if I % PANEL:
-        raise ValueError(f"{op}: packed weights have {I} inner features, no multiple of {PANEL}")
+    return run(x, w13, w2, topk_weights, topk_ids, shared)

@@ -1,6 +1,7 @@
 #include <array>
 #include <numeric>
 
+#include "expert_gate.h"
 #include "ops.h"
 #include "packed_gemm.h"
 #include "routes.h"
@@ -9,6 +10,7 @@ namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 128;  // an expert's inner features, or outputs; a task takes a multiple
+constexpr int64_t kSharedRun = 256;  // tokens of the shared expert that are multiplied at once
 
 // Token i's outputs from column `column` of the tile on: the sum over its terms.
 f32v output_of(const float* totals, int64_t i, int64_t terms, int64_t column) {
@@ -19,101 +21,186 @@ f32v output_of(const float* totals, int64_t i, int64_t terms, int64_t column) {
   return sum;
 }
 
-// h = silu(W1 x) * W3 x of inner features [c, end) of expert e's tokens. Gate and up are the panels
-// of one tile, or of two where a tile has one panel.
+// Experts whose weights have the same formats, and the tokens that are routed to them.
 template <class T>
-void inner(T* h, const PackedWeight& w13, const PackedGemm<T>& gemm, const Routes& routes,
-           const Dims& d, int64_t e, int64_t c, int64_t end) {
-  const int64_t begin = routes.first[e], count = routes.first[e + 1] - begin;
-  const int64_t terms = gemm.terms, size = count * terms * kNR;
-  const int64_t up_panels = d.I / kPanelWidth;
-  const std::span tokens(routes.token.data() + begin, count);
-  const PackedA x = gemm.pack_a(tokens, std::array{int64_t{0}, count});
-  std::vector<float> totals(2 * size);
-  for (int64_t i = c; i < end; i += kPanelWidth) {
-    const int64_t gate_panel = e * w13.panels + i / kPanelWidth;
-    const float *gate = totals.data(), *up = gate + (kTilePanels == 1 ? size : kPanelWidth);
-    Panels panels{gate_panel};
-    if (kTilePanels > 1) panels.back() = gate_panel + up_panels;
-    gemm.multiply(totals.data(), {&panels, 1}, x, 0, count);
-    if (kTilePanels == 1) {
-      panels[0] += up_panels;
-      gemm.multiply(totals.data() + size, {&panels, 1}, x, 0, count);
-    }
-    for (int64_t n = 0; n < count; ++n) {
-      for (int64_t lane = 0; lane < kPanelWidth; lane += kLanes) {
-        const f32v g = output_of(gate, n, terms, lane), u = output_of(up, n, terms, lane);
-        store(h + (begin + n) * d.I + i + lane, silu(g) * u);
-      }
-    }
-  }
-}
+class Experts {
+ public:
+  const PackedWeight w13, w2;
+  const Routes routes;
+  const int64_t I;
+  const bool same;  // one weight for every expert of `routes`
 
-// Outputs [c, c + kRun) of all tokens, one expert after the other, in the order of their ids.
-template <class T>
-void outer(T* out, const PackedWeight& w2, const PackedGemm<T>& gemm, const PackedA& h,
-           const float* weights, const Routes& routes, const Dims& d, int64_t c) {
-  const int64_t terms = gemm.terms;
-  std::vector<float> sums(d.T * kRun);
-  const int64_t end = std::min(c + kRun, w2.panels * kPanelWidth);
-  for (int64_t e : routes.experts) {
-    const int64_t begin = routes.first[e], last = routes.first[e + 1];
-    std::vector<float> totals((last - begin) * terms * kNR);
-    for (int64_t i = c; i < end; i += kNR) {
-      Panels panels;
-      for (int p = 0; p < kTilePanels; ++p) {
-        panels[p] = e * w2.panels + std::min(i / kPanelWidth + p, w2.panels - 1);
+  // weights: of each entry of `routes`.
+  Experts(PackedWeight w13, PackedWeight w2, Routes routes, const float* weights, const Tensor& x,
+          int64_t I, bool same)
+      : w13(w13),
+        w2(w2),
+        routes(std::move(routes)),
+        I(I),
+        same(same),
+        weights_(weights),
+        h_(torch::stable::new_empty(x, {static_cast<int64_t>(this->routes.token.size()), I})),
+        in_(this->w13, read<T>(x), x.size(0), x.stride(0)) {}
+
+  // h = silu(W1 x) * W3 x of inner features [c, end) of expert e's tokens. Gate and up are the
+  // panels of one tile, or of two where a tile has one panel.
+  void inner(int64_t e, int64_t c, int64_t end) {
+    const int64_t begin = routes.first[e], count = routes.first[e + 1] - begin;
+    const int64_t terms = in_.terms, size = count * terms * kNR;
+    const int64_t up_panels = I / kPanelWidth;
+    const std::span tokens(routes.token.data() + begin, count);
+    const PackedA x = in_.pack_a(tokens, std::array{int64_t{0}, count});
+    T* h = write<T>(h_) + begin * I;
+    std::vector<float> totals(2 * size);
+    for (int64_t i = c; i < end; i += kPanelWidth) {
+      const int64_t gate_panel = first_panel(w13, e) + i / kPanelWidth;
+      const float *gate = totals.data(), *up = gate + (kTilePanels == 1 ? size : kPanelWidth);
+      Panels panels{gate_panel};
+      if (kTilePanels > 1) panels.back() = gate_panel + up_panels;
+      in_.multiply(totals.data(), {&panels, 1}, x, 0, count);
+      if (kTilePanels == 1) {
+        panels[0] += up_panels;
+        in_.multiply(totals.data() + size, {&panels, 1}, x, 0, count);
       }
-      gemm.multiply(totals.data(), {&panels, 1}, h, begin, last - begin);
-      for (int64_t n = begin; n < last; ++n) {
-        const f32v weight = splat(weights[routes.entry[n]]);
-        float* sum = sums.data() + routes.token[n] * kRun + i - c;
-        for (int64_t lane = 0; lane < kNR; lane += kLanes) {
-          store(sum + lane,
-                load(sum + lane) + weight * output_of(totals.data(), n - begin, terms, lane));
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t lane = 0; lane < kPanelWidth; lane += kLanes) {
+          const f32v g = output_of(gate, n, terms, lane), u = output_of(up, n, terms, lane);
+          store(h + n * I + i + lane, silu(g) * u);
         }
       }
     }
   }
-  for (int64_t t = 0; t < d.T; ++t) {
-    for_vectors(std::min(c + kRun, d.D) - c, [&](int64_t i, int64_t lanes) {
-      store(out + t * d.D + c + i, load(sums.data() + t * kRun + i), lanes);
-    });
+
+  // Between `inner` and `add_outputs`.
+  void pack_h() { second_.emplace(w2, h_, routes.first); }
+
+  // sums [tokens, kRun] += outputs [c, end), one expert after the other, in the order of their ids.
+  void add_outputs(float* sums, int64_t c, int64_t end) const {
+    const int64_t terms = second_->gemm.terms;
+    for (int64_t e : routes.experts) {
+      const int64_t begin = routes.first[e], last = routes.first[e + 1];
+      std::vector<float> totals((last - begin) * terms * kNR);
+      for (int64_t i = c; i < end; i += kNR) {
+        Panels panels;
+        for (int p = 0; p < kTilePanels; ++p) {
+          panels[p] = first_panel(w2, e) + std::min(i / kPanelWidth + p, w2.panels - 1);
+        }
+        second_->gemm.multiply(totals.data(), {&panels, 1}, second_->a, begin, last - begin);
+        for (int64_t n = begin; n < last; ++n) {
+          const f32v weight = splat(weights_[routes.entry[n]]);
+          float* sum = sums + routes.token[n] * kRun + i - c;
+          for (int64_t lane = 0; lane < kNR; lane += kLanes) {
+            store(sum + lane,
+                  load(sum + lane) + weight * output_of(totals.data(), n - begin, terms, lane));
+          }
+        }
+      }
+    }
   }
+
+ private:
+  // The second product's operand.
+  struct Second {
+    const PackedGemm<T> gemm;
+    const PackedA a;
+
+    Second(const PackedWeight& w, const Tensor& h, const std::vector<int64_t>& first)
+        : gemm(w, read<T>(h), h.size(0), h.stride(0)), a(gemm.pack_a(all(h.size(0)), first)) {}
+    static std::vector<int64_t> all(int64_t n) {
+      std::vector<int64_t> indices(n);
+      std::iota(indices.begin(), indices.end(), 0);
+      return indices;
+    }
+  };
+
+  int64_t first_panel(const PackedWeight& w, int64_t e) const { return same ? 0 : e * w.panels; }
+
+  const float* weights_;
+  Tensor h_;  // [tokens of routes, I]
+  const PackedGemm<T> in_;
+  std::optional<Second> second_;
+};
+
+// Both products of the routed experts and, if there is one, of the shared one.
+template <class T>
+void run(Tensor& out, Experts<T>& routed, Experts<T>* shared) {
+  const int64_t threads = torch::stable::get_num_threads(), tokens = out.size(0), D = out.size(1);
+  const int64_t experts = routed.routes.experts.size();
+  const int64_t of_one = shared ? tokens : routed.routes.tokens_per_expert();
+  // Each thread gets a share of every expert's features.
+  const int64_t share = round_up((routed.I + threads - 1) / threads, kRun);
+  const int64_t shares = (routed.I + share - 1) / share * experts;
+  const auto bytes = [&](auto weight) {
+    const auto of = [&](const Experts<T>& e) {
+      return (e.*weight).panels * (e.*weight).panel_bytes;
+    };
+    return experts * of(routed) + (shared ? of(*shared) : 0);
+  };
+  const int64_t bytes13 = bytes(&Experts<T>::w13), bytes2 = bytes(&Experts<T>::w2);
+  parallel_with_denormals(threads, grain(threads, bytes13, of_one), [&](int64_t t) {
+    for (int64_t i = shares * t / threads; i < shares * (t + 1) / threads; ++i) {
+      const int64_t c = i / experts * share;
+      routed.inner(routed.routes.experts[i % experts], c, std::min(c + share, routed.I));
+    }
+    if (!shared) return;
+    const auto first = [&](int64_t thread) {
+      return shared->I / kPanelWidth * thread / threads * kPanelWidth;
+    };
+    for (int64_t e : shared->routes.experts) shared->inner(e, first(t), first(t + 1));
+  });
+  routed.pack_h();
+  if (shared) shared->pack_h();
+  const int64_t runs = (D + kRun - 1) / kRun;
+  parallel_with_denormals(runs, grain(runs, bytes2, of_one), [&](int64_t i) {
+    const int64_t c = i * kRun, end = std::min(c + kRun, routed.w2.panels * kPanelWidth);
+    std::vector<float> sums(tokens * kRun);
+    routed.add_outputs(sums.data(), c, end);
+    if (shared) shared->add_outputs(sums.data(), c, end);
+    T* to = write<T>(out) + c;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for_vectors(std::min(c + kRun, D) - c, [&](int64_t j, int64_t lanes) {
+        store(to + t * D + j, load(sums.data() + t * kRun + j), lanes);
+      });
+    }
+  });
+}
+
+// The shared expert's weight for each token.
+template <class T>
+std::vector<float> gates_of(const Tensor& x, const Tensor& weight) {
+  const int64_t D = x.size(1);
+  std::vector<float> gates(x.size(0));
+  with_parameter<T>(weight, [&]<class W>(W) {
+    parallel(gates.size(), 1 + 16384 / (D + 1), [&](int64_t t) {
+      gates[t] = gate(read<T>(x) + t * x.stride(0), read<W>(weight), D)[0];
+    });
+  });
+  return gates;
 }
 
 Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional<Tensor> zero13,
                         int64_t encoding13, int64_t group13, Tensor packed2, Tensor scale2,
                         std::optional<Tensor> zero2, int64_t encoding2, int64_t group2, int64_t I,
-                        Tensor topk_weights, Tensor topk_ids) {
+                        Tensor topk_weights, Tensor topk_ids, std::optional<Tensor> gate,
+                        std::optional<Tensor> shared13, std::optional<Tensor> shared_scale13,
+                        std::optional<Tensor> shared_zero13, int64_t shared_encoding13,
+                        int64_t shared_group13, std::optional<Tensor> shared2,
+                        std::optional<Tensor> shared_scale2, std::optional<Tensor> shared_zero2,
+                        int64_t shared_encoding2, int64_t shared_group2, int64_t shared_I) {
   const Dims d{x.size(0), x.size(1), packed13.size(0), I, topk_ids.size(1)};
-  const Routes routes(read<int32_t>(topk_ids), d);
-  const PackedWeight w13(packed13, scale13, zero13, encoding13, 2 * I, d.D, group13);
-  const PackedWeight w2(packed2, scale2, zero2, encoding2, d.D, I, group2);
-  const float* weights = read<float>(topk_weights);
   Tensor out = torch::stable::new_empty(x, {d.T, d.D});
-  Tensor h = torch::stable::new_empty(x, {d.T * d.top_k, d.I});  // sorted by expert, as in routes
-  const int64_t experts = routes.experts.size();
-  std::vector<int64_t> pairs(d.T * d.top_k);
-  std::iota(pairs.begin(), pairs.end(), 0);
   with_dtype(x, [&]<class T>(T) {
-    const PackedGemm in(w13, read<T>(x), d.T, x.stride(0));
-    // Each thread gets a share of every expert's features.
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t share = round_up((d.I + threads - 1) / threads, kRun);
-    const int64_t tokens = routes.tokens_per_expert();
-    const int64_t shares = (d.I + share - 1) / share * experts, runs = (d.D + kRun - 1) / kRun;
-    const int64_t bytes13 = experts * w13.panels * w13.panel_bytes;
-    parallel_with_denormals(shares, grain(shares, bytes13, tokens), [&](int64_t i) {
-      const int64_t c = i / experts * share, end = std::min(c + share, d.I);
-      inner(write<T>(h), w13, in, routes, d, routes.experts[i % experts], c, end);
-    });
-    const PackedGemm of_h(w2, read<T>(h), d.T * d.top_k, d.I);
-    const PackedA packed_h = of_h.pack_a(pairs, routes.first);
-    const int64_t bytes2 = experts * w2.panels * w2.panel_bytes;
-    parallel_with_denormals(runs, grain(runs, bytes2, tokens), [&](int64_t i) {
-      outer(write<T>(out), w2, of_h, packed_h, weights, routes, d, i * kRun);
-    });
+    Experts<T> routed({packed13, scale13, zero13, encoding13, 2 * I, d.D, group13},
+                      {packed2, scale2, zero2, encoding2, d.D, I, group2},
+                      {read<int32_t>(topk_ids), d}, read<float>(topk_weights), x, I, false);
+    if (!gate) return run<T>(out, routed, nullptr);
+    const int64_t S = shared_I;
+    const std::vector<float> gates = gates_of<T>(x, *gate);
+    Experts<T> shared(
+        {*shared13, *shared_scale13, shared_zero13, shared_encoding13, 2 * S, d.D, shared_group13},
+        {*shared2, *shared_scale2, shared_zero2, shared_encoding2, d.D, S, shared_group2},
+        Routes::of_all(d.T, kSharedRun), gates.data(), x, S, true);
+    run<T>(out, routed, &shared);
   });
   return out;
 }

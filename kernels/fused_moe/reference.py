@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from qwen3next_plugin.kernels.fused_moe.arguments import SharedExpert
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight, unpack
 
 
@@ -13,6 +14,7 @@ def run(
     w2: Tensor | PackedWeight,
     topk_weights: Tensor,
     topk_ids: Tensor,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """Shapes as in the public op."""
     w13 = unpack(w13) if isinstance(w13, PackedWeight) else w13
@@ -27,7 +29,15 @@ def run(
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e in topk_ids.unique().tolist():
         t, j = (topk_ids == e).nonzero(as_tuple=True)
-        gate, up = (x[t].float() @ w13[e].float().T).chunk(2, dim=-1)  # [n, I]
-        h = (silu(gate) * up).to(x.dtype).float()
-        out.index_add_(0, t, topk_weights[t, j, None] * (h @ w2[e].float().T))
+        out.index_add_(0, t, topk_weights[t, j, None] * _expert(x[t], w13[e], w2[e]))
+    if shared is not None:
+        weight = (x.float() * shared.gate.float()).sum(-1, keepdim=True).sigmoid()  # [T, 1]
+        out += weight * _expert(x, unpack(shared.w13), unpack(shared.w2))
     return out.to(x.dtype)
+
+
+def _expert(x: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """One expert's output, in fp32. Shapes: x [n, D], w13 [2I, D], w2 [D, I], returns [n, D]."""
+    gate, up = (x.float() @ w13.float().T).chunk(2, dim=-1)  # [n, I]
+    h = (silu(gate) * up).to(x.dtype).float()
+    return h @ w2.float().T

@@ -1,6 +1,7 @@
 // Tokens sorted by the experts that they are routed to.
 #pragma once
 
+#include <numeric>
 #include <vector>
 
 #include "tensor.h"
@@ -15,6 +16,8 @@ struct Dims {
 struct Routes {
   std::vector<int64_t> first, token, entry;  // entry: index into topk_ids [T * top_k]
   std::vector<int64_t> experts;              // experts that have tokens, ascending
+
+  Routes() : first(1) {}
 
   Routes(const int32_t* ids, const Dims& d)
       : first(d.E + 1), token(d.T * d.top_k), entry(d.T * d.top_k) {
@@ -32,6 +35,19 @@ struct Routes {
       const int64_t at = next[ids[i]]++;
       token[at] = i / d.top_k, entry[at] = i;
     }
+  }
+
+  // All tokens, each an entry; `run` of them at a time have the same expert.
+  static Routes of_all(int64_t T, int64_t run) {
+    Routes routes;
+    routes.token.resize(T);
+    std::iota(routes.token.begin(), routes.token.end(), 0);
+    routes.entry = routes.token;
+    for (int64_t begin = 0; begin < T; begin += run) {
+      routes.experts.push_back(begin / run);
+      routes.first.push_back(std::min(begin + run, T));
+    }
+    return routes;
   }
 
   // The mean over experts that have tokens, rounded down.

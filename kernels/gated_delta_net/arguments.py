@@ -14,7 +14,8 @@ from qwen3next_plugin.kernels.step import Step
 class Projections(NamedTuple):
     """The output of the layer's two input projections.
 
-    Shapes: q, k [T, H, K]; v, z [T, H, R, V]; b, a [T, H, R]; any strides but the last
+    Shapes: q, k [T, H, K]; v, z [T, H, R, V]; b, a [T, H, R]; any strides but the last, and that of
+        v's heads R
     """
 
     q: Tensor

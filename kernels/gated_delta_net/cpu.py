@@ -1,8 +1,24 @@
-"""The layer on a CPU: its three native ops."""
+"""The native layer, as one op."""
 
-from qwen3next_plugin.kernels.causal_conv1d import cpu as causal_conv1d
-from qwen3next_plugin.kernels.gated_delta_net.parts import in_parts
-from qwen3next_plugin.kernels.gated_delta_rule import cpu as gated_delta_rule
-from qwen3next_plugin.kernels.rms_norm_gated import cpu as rms_norm_gated
+import torch
+from torch import Tensor
 
-run = in_parts(causal_conv1d.run, gated_delta_rule.run, rms_norm_gated.run)
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.gated_delta_net.arguments import GatedDeltaNetWeights, Projections
+from qwen3next_plugin.kernels.pages import StatePool
+from qwen3next_plugin.kernels.step import Step
+
+native.load()
+_op = torch.ops.qwen3next.gated_delta_net.default
+
+
+def run(
+    x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
+) -> None:
+    """Shapes as in the public op."""
+    _op(*x, *weights, *pool, step.query_start_loc, step.slot, step.context_len, out_)
+
+
+@torch.library.register_fake("qwen3next::gated_delta_net")
+def _(*arguments: Tensor | float) -> None:
+    return None

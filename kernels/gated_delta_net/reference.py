@@ -1,8 +1,25 @@
-"""The layer as its three references."""
+"""The layer as its three references, one after the other."""
+
+from torch import Tensor
 
 from qwen3next_plugin.kernels.causal_conv1d import reference as causal_conv1d
-from qwen3next_plugin.kernels.gated_delta_net.parts import in_parts
+from qwen3next_plugin.kernels.causal_conv1d.arguments import ConvInputs
+from qwen3next_plugin.kernels.gated_delta_net.arguments import GatedDeltaNetWeights, Projections
 from qwen3next_plugin.kernels.gated_delta_rule import reference as gated_delta_rule
+from qwen3next_plugin.kernels.gated_delta_rule.arguments import RuleInputs, RuleWeights
+from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.rms_norm_gated import reference as rms_norm_gated
+from qwen3next_plugin.kernels.step import Step
 
-run = in_parts(causal_conv1d.run, gated_delta_rule.run, rms_norm_gated.run)
+
+def run(
+    x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
+) -> None:
+    """Shapes as in the public op."""
+    (T, H, K), (_, _, R, V) = x.q.shape, x.v.shape
+    inputs = ConvInputs(x.q, x.k, x.v.flatten(2))
+    out = causal_conv1d.run(inputs, weights.conv, pool, step)
+    q, k, v = out.split([H * K, H * K, H * R * V], dim=-1)
+    rule = RuleInputs(q.view(T, H, K), k.view(T, H, K), v.view(T, H * R, V), x.a, x.b)
+    out = gated_delta_rule.run(rule, RuleWeights(weights.A_log, weights.dt_bias), pool, step)
+    out_.copy_(rms_norm_gated.run(out.view(x.z.shape), x.z, weights.norm, weights.norm_eps))

@@ -11,6 +11,8 @@ std::vector<float> to_floats(const Tensor& t) {
   return values;
 }
 
+}  // namespace
+
 Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
                         Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len) {
@@ -87,7 +89,6 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   return out;
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
 Q3N_OP_OF_ACTIVATIONS(gated_delta_rule)

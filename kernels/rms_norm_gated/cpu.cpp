@@ -13,10 +13,11 @@ void normalise_gated(T* out, const T* x, const T* z, const W* weight, int64_t V,
   });
 }
 
-Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
+}  // namespace
+
+void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps) {
   const int64_t T = x.size(0), H = x.size(1), R = x.size(2), V = x.size(3);
   const auto xs = x.strides(), zs = z.strides();
-  Tensor out = torch::stable::new_empty(x, {T, H * R * V});
   with_dtypes(x, weight, [&]<class A, class W>(A, W) {
     const A *x0 = read<A>(x), *z0 = read<A>(z);
     const W* w = read<W>(weight);
@@ -27,10 +28,14 @@ Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
                       z0 + t * zs[0] + h * zs[1] + r * zs[2], w, V, static_cast<float>(eps));
     });
   });
+}
+
+Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * x.size(2) * x.size(3)});
+  rms_norm_gated_to(out, x, z, weight, eps);
   return out;
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
 Q3N_OP_OF_ACTIVATIONS(rms_norm_gated)

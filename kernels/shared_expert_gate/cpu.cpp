@@ -1,17 +1,9 @@
+#include "expert_gate.h"
 #include "ops.h"
 #include "tensor.h"
 
 namespace Q3N_LEVEL {
 namespace {
-
-template <class T, class W>
-float dot(const T* x, const W* weight, int64_t D) {
-  f32v total{};
-  for_vectors(D, [&](int64_t i, int64_t lanes) {
-    total = fma(load(x + i, lanes), load(weight + i, lanes), total);
-  });
-  return sum(total);
-}
 
 // shared = gate * shared, plus routed if there is one.
 template <class T>
@@ -32,8 +24,8 @@ void shared_expert_gate(Tensor x, Tensor weight, Tensor shared_, std::optional<T
     A* shared = write<A>(shared_);
     const A* other = routed ? read<A>(*routed) : nullptr;
     parallel(T, 1 + 16384 / (D + 1), [&](int64_t t) {
-      const f32v gate = sigmoid(splat(dot(xs + t * x_stride, w, D)));
-      apply(shared + t * shared_stride, other ? other + t * routed_stride : nullptr, gate, D);
+      apply(shared + t * shared_stride, other ? other + t * routed_stride : nullptr,
+            gate(xs + t * x_stride, w, D), D);
     });
   });
 }

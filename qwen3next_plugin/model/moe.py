@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from qwen3next_plugin.kernels.fused_moe import SharedExpert
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
 from qwen3next_plugin.model.host_layers import HostLayers
@@ -65,6 +67,16 @@ class SwiGLU(nn.Module):
         gate_up, _ = self.gate_up_proj(x)
         out, _ = self.down_proj(self.act_fn(gate_up))
         return out if self.expert_gate is None else self.expert_gate(x, out, routed)
+
+    def packed(self) -> SharedExpert | None:
+        """The weights of a shared expert, for `fused_moe`; None where they are not packed for it.
+
+        A layer with adapters has its packed weight's attributes, but not the weight.
+        """
+        w13, w2 = (each._modules.get("packed") for each in (self.gate_up_proj, self.down_proj))
+        if self.expert_gate is None or w13 is None or w2 is None or w2.shape[-1] % PANEL:
+            return None
+        return SharedExpert(w13.weight, w2.weight, self.expert_gate.weight)
 
 
 def route(

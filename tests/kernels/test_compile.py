@@ -7,7 +7,13 @@ from state_pages import SMALL, Layer, Pool, Step
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.causal_conv1d import causal_conv1d
 from qwen3next_plugin.kernels.draft_head import draft_head
-from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
+from qwen3next_plugin.kernels.fused_moe.cpu import shared_parts
+from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetWeights,
+    Projections,
+    gated_delta_net,
+)
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.linear import PackedWeight, linear, pack_int4, pack_int8, stack
 from qwen3next_plugin.kernels.linear.cpu import parts
@@ -27,6 +33,7 @@ def calls():
     layer, step = Layer.random(SMALL), Step(((1, 0, 5), (0, 0, 2)))
     pool, x = Pool(SMALL, 2, 3), layer.projections(step.T)
     x4, w = torch.randn(3, 2, 2, 24), torch.randn(24)
+    z = torch.randn(step.T, SMALL.H, SMALL.HV // SMALL.H, SMALL.V)
     attention = {
         "qkv": torch.randn(3, 2 * 3 * 24), "q_weight": w, "k_weight": w,
         "cos_sin": torch.randn(9, 10), "positions": torch.tensor([0, 3, 8]),
@@ -47,6 +54,7 @@ def calls():
             "x": torch.randn(2, 32), "w13": stack([int4, int4], 2), "w2": stack([int8, int8], 2),
             "topk_weights": torch.rand(2, 1),
             "topk_ids": torch.tensor([[1], [0]], dtype=torch.int32),
+            "shared": SharedExpert(int4, int8, torch.rand(1, 32)),
         }),
         "causal_conv1d": (causal_conv1d, {
             "q": x["q"], "k": x["k"], "v": x["v"], "weight": layer.weight,
@@ -55,6 +63,15 @@ def calls():
         "gated_delta_rule": (gated_delta_rule, {
             **layer.recurrence_inputs(step.T), "A_log": layer.A_log, "dt_bias": layer.dt_bias,
             "pool_": pool.pages(), "step": step.bundle(),
+        }),
+        "gated_delta_net": (gated_delta_net, {
+            "projections": Projections(
+                x["q"], x["k"], x["v"].unflatten(-1, (-1, SMALL.V)), z, x["b"], x["a"]
+            ),
+            "weights": GatedDeltaNetWeights(
+                layer.weight, layer.A_log, layer.dt_bias, torch.randn(SMALL.V), 1e-6
+            ),
+            "pool_": pool.pages(), "step": step.bundle(), "out_": z.flatten(1).clone(),
         }),
         "rms_norm": (rms_norm, {"x": x4[0, 0], "weight": w, "eps": 1e-6}),
         "add_rms_norm": (rms_norm, {
@@ -113,6 +130,14 @@ def flat(arguments):
             )
             sizes = {"N": w.shape[-2], "I": w.shape[-1]}  # of linear; of w2, which comes last
             arguments = {**arguments, **dict(zip(fields, parts(w), strict=True)), **sizes}
+    if shared := arguments.get("shared"):
+        schema = torch.ops.qwen3next.fused_moe_packed.default._schema
+        names = [argument.name for argument in schema.arguments]
+        last = names[names.index("gate") :]
+        arguments = {**arguments, **dict(zip(last, shared_parts(shared), strict=True))}
+    if weights := arguments.get("weights"):
+        of_layer = weights._asdict() | arguments["projections"]._asdict()
+        arguments = {**arguments, **of_layer, "weight": weights.conv}
     pool, step = arguments.get("pool_"), arguments.get("step")
     if pool is None:
         return arguments
@@ -123,6 +148,7 @@ def flat(arguments):
 @pytest.mark.parametrize("name", calls())
 def test_schema_and_fake(monkeypatch, name):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    dispatch.load("cpu")  # the fakes
     _, arguments = calls()[name]
     native_op = getattr(
         torch.ops.qwen3next, name.removeprefix("add_").removeprefix("tree_")

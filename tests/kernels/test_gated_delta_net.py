@@ -29,18 +29,22 @@ class Net:
         self.layer = Layer.random(shape, dtype)
         self.norm = torch.randn(shape.V).to(dtype)
 
+    @property
+    def weights(self) -> GatedDeltaNetWeights:
+        layer = self.layer
+        return GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6)
+
     def inputs(self, T: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         s = self.shape
         z = torch.randn(T, s.H, s.HV // s.H, s.V + 3).to(self.dtype)[..., : s.V]
         return self.layer.projections(T, self.dtype), z
 
     def __call__(self, pool: Pool, step: Step, x, z) -> torch.Tensor:
-        s, layer = self.shape, self.layer
-        v = x["v"].unflatten(-1, (-1, s.V))
+        v = x["v"].unflatten(-1, (-1, self.shape.V))
         out = x["q"].new_full((len(v), v[0].numel()), torch.nan)
         gated_delta_net(
             projections=Projections(x["q"], x["k"], v, z, x["b"], x["a"]),
-            weights=GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6),
+            weights=self.weights,
             pool_=pool.pages(),
             step=step.bundle(),
             out_=out,
@@ -102,6 +106,21 @@ def test_refuses_values_of_other_strides_or_heads(backend, part):
         net(pool, step, x, z)
 
 
+def test_refuses_value_heads_with_gaps(native_level):
+    shape, step = Shape(1, 2, 32, 48), Step(((0, 0, 2),))
+    net = Net(shape, torch.float32)
+    x, z = net.inputs(2)
+    gaps = torch.zeros(2, 1, 2, 51)[..., :48]
+    with pytest.raises(ValueError, match="gated_delta_net: the heads of v are not contiguous"):
+        gated_delta_net(
+            projections=Projections(x["q"], x["k"], gaps, z, x["b"], x["a"]),
+            weights=net.weights,
+            pool_=Pool(shape, 1, DRAFTS).pages(),
+            step=step.bundle(),
+            out_=torch.empty(2, 2 * 48),
+        )
+
+
 def test_no_rows(backend):
     net, pool = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS)
     x, z = net.inputs(3)
@@ -110,9 +129,7 @@ def test_no_rows(backend):
         projections=Projections(
             x["q"], x["k"], x["v"].unflatten(-1, (-1, SMALL.V)), z, x["b"], x["a"]
         ),
-        weights=GatedDeltaNetWeights(
-            net.layer.weight, net.layer.A_log, net.layer.dt_bias, net.norm, 1e-6
-        ),
+        weights=net.weights,
         pool_=pool.pages(),
         step=Step(()).bundle(max_query_len=0),
         out_=out,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_linear import KINDS, packed
 
-from qwen3next_plugin.kernels.fused_moe import fused_moe, reference
-from qwen3next_plugin.kernels.linear import unpack
+from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe, reference
+from qwen3next_plugin.kernels.linear import stack, unpack
 from tolerances import assert_close
 
-T, D, E, I, k = 33, 256, 5, 128, 3  # noqa: E741, the field's letters
+T, D, E, I, S, k = 33, 256, 5, 128, 176, 3  # noqa: E741, the field's letters
 
 
 @pytest.fixture(params=KINDS)
@@ -28,6 +28,13 @@ def inputs(kind, dtype, T=T):
     return {"x": x, "w13": w13, "w2": w2, "topk_weights": weights, "topk_ids": ids.int()}
 
 
+def shared_expert(kind, dtype, S=S):
+    """One whose second weight has another format."""
+    other = "bf16" if kind == "int8" else "int8"
+    w13, w2 = packed(kind, 2 * S, D)[0], packed(other, D, S)[0]
+    return SharedExpert(w13, w2, torch.randn(1, D).to(dtype) / 8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_the_reference(native_level, kind, dtype):
     for T in (1, 33):
@@ -35,6 +42,29 @@ def test_against_the_reference(native_level, kind, dtype):
         out = fused_moe(**arguments)
         assert out.dtype == dtype
         assert_close("fused_moe", dtype, out, reference.run(**arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shared_expert_against_the_reference(native_level, kind, dtype):
+    for T, of_gate in ((1, torch.float32), (33, dtype), (300, dtype)):  # 300: in two runs
+        arguments = inputs(kind, dtype, T) | {"shared": shared_expert(kind, of_gate)}
+        assert_close("fused_moe", dtype, fused_moe(**arguments), reference.run(**arguments))
+
+
+def test_shared_expert_is_an_expert(cpu_backend):
+    """It adds what an expert of all tokens, whose weight is the gate, adds."""
+    arguments = inputs("int4-fp16", torch.float32)
+    shared = shared_expert("int4-fp16", torch.float32, I)
+    gates = (arguments["x"] @ shared.gate.T).sigmoid()
+    alone = fused_moe(
+        x=arguments["x"],
+        w13=stack([shared.w13], 1),
+        w2=stack([shared.w2], 1),
+        topk_weights=gates,
+        topk_ids=torch.zeros_like(gates, dtype=torch.int32),
+    )
+    both = fused_moe(**arguments, shared=shared)
+    assert_close("fused_moe", torch.float32, both, fused_moe(**arguments) + alone)
 
 
 def test_the_reference_is_that_of_the_unpacked_weights(monkeypatch, kind):
@@ -47,10 +77,10 @@ def test_the_reference_is_that_of_the_unpacked_weights(monkeypatch, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whatever_tokens_share_the_batch(native_level, kind, dtype):
     """A token's result is the same bits alone, in any batch, and on one thread."""
-    arguments = inputs(kind, dtype)
+    arguments = inputs(kind, dtype, 300) | {"shared": shared_expert(kind, dtype)}
     whole = fused_moe(**arguments)
     per_token = ("x", "topk_weights", "topk_ids")
-    for begin, end in ((0, 1), (7, 9), (7, 12), (10, 33)):
+    for begin, end in ((0, 1), (7, 9), (7, 12), (10, 43), (250, 300)):
         part = {name: t[begin:end] for name, t in arguments.items() if name in per_token}
         assert torch.equal(fused_moe(**arguments | part), whole[begin:end])
     threads = torch.get_num_threads()
@@ -62,7 +92,10 @@ def test_whatever_tokens_share_the_batch(native_level, kind, dtype):
 
 
 def test_no_tokens(cpu_backend, kind):
-    assert fused_moe(**inputs(kind, torch.float32, 0)).shape == (0, D)
+    arguments = inputs(kind, torch.float32, 0)
+    assert fused_moe(**arguments).shape == (0, D)
+    shared = shared_expert(kind, torch.float32)
+    assert fused_moe(**arguments, shared=shared).shape == (0, D)
 
 
 def test_refuses(cpu_backend):
@@ -79,6 +112,20 @@ def test_refuses(cpu_backend):
     ):
         with pytest.raises(ValueError, match=f"fused_moe: .*{complaint}"):
             fused_moe(**arguments | bad)
+    shared = shared_expert("int8", torch.bfloat16)
+    plain = {"w13": unpack(w13).bfloat16(), "w2": unpack(w2).bfloat16()}
+    for more, bad, complaint in (
+        (plain, {}, "shared is packed, the other weights are not"),
+        ({}, {"w2": packed("int8", D, I)[0]}, r"shared\.w13 has shape"),
+        ({}, {"w13": odd[0]}, r"shared\.w13 has shape"),
+        ({}, {"w2": w2}, r"shared\.w2 has shape"),
+        ({}, {"gate": shared.gate[0]}, r"shared\.gate has shape"),
+        ({}, {"gate": shared.gate.half()}, r"shared\.gate is torch.float16"),
+        ({}, {"w13": packed("int8", 40, D)[0], "w2": packed("int8", D, 20)[0]},
+         "the shared expert has 20 inner features, no multiple of 16"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"fused_moe: .*{complaint}"):
+            fused_moe(**arguments | more, shared=shared._replace(**bad))
     arguments["topk_ids"][2, 1] = E
     with pytest.raises(RuntimeError, match=rf"topk_ids\[2, 1\] = {E} is not one of {E} experts"):
         fused_moe(**arguments)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 from checkpoints import BASE
 from model.plain import PLAIN, stacked
 from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.linear import pack_bf16, stack
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
+from qwen3next_plugin.model.quantisation.packed import pack_plain
 
 
 def block(**changes):
@@ -64,3 +67,40 @@ def test_agrees_with_transformers(
     shared.load_state_dict(state, strict=summed_by_the_gate)  # the gate has its weight already
     found = gate(x, shared(x), routed) if summed_by_the_gate else routed + shared(x)
     torch.testing.assert_close(found, layer(x[None])[0], rtol=1e-4, atol=1e-5)
+
+
+class Adapted(nn.Module):
+    """A layer with adapters, which passes on the attributes of the layer, as vLLM's does."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_layer, name)
+
+
+@torch.inference_mode()
+def test_a_packed_shared_expert_is_that_of_its_layers():
+    D, S, x = 32, 48, torch.randn(5, 32)
+    shared = SwiGLU(D, S, PLAIN, "", expert_gate=SharedExpertGate(D))
+    for parameter in shared.parameters():
+        parameter.copy_(torch.randn(parameter.shape).bfloat16())
+    assert shared.packed() is None
+    routed = {
+        "w13": stack([pack_bf16(torch.randn(2 * S, D).bfloat16())], 1),
+        "w2": stack([pack_bf16(torch.randn(D, S).bfloat16())], 1),
+        "topk_weights": torch.rand(5, 1),
+        "topk_ids": torch.zeros(5, 1, dtype=torch.int32),
+    }
+    expected = shared(x, fused_moe(x=x, **routed))
+    for layer in (shared.gate_up_proj, shared.down_proj):
+        layer.packed = pack_plain(layer.weight.bfloat16())
+    found = fused_moe(x=x, **routed, shared=shared.packed())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    shared.down_proj = Adapted(shared.down_proj)
+    assert shared.down_proj.packed is not None
+    assert shared.packed() is None

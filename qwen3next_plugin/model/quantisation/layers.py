@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
@@ -150,7 +150,13 @@ class ExpertsMethod(Packing, Attaching):
             pack_experts(layer, self.formats, as_int8=self.as_int8)
 
     @staticmethod
-    def multiply(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    def multiply(
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared: SharedExpert | None = None,
+    ) -> Tensor:
         """Shapes: x [T, D], topk_* [T, k], returns [T, D]."""
         return fused_moe(
             x=x,
@@ -158,6 +164,7 @@ class ExpertsMethod(Packing, Attaching):
             w2=layer.w2_packed.weight,
             topk_weights=topk_weights.float(),
             topk_ids=topk_ids.int(),
+            shared=shared,
         )
 
 

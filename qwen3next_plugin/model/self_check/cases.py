@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.draft_head import quantise_channels
+from qwen3next_plugin.kernels.fused_moe import SharedExpert
 from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights
 from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.kernels.linear import (
@@ -266,11 +267,16 @@ def _fused_moe(run: Run, served: Served, draw: Draw) -> Outputs:
         )
         for w in (w13, w2)
     ]
+    shared = SharedExpert(
+        pack_bf16(draw(2 * I, D, dtype=torch.bfloat16) / D**0.5),
+        pack_bf16(draw(D, I, dtype=torch.bfloat16) / I**0.5),
+        draw(1, D) / D**0.5,
+    )
     for T in (1, 20):
         x, topk_weights = draw(T, D), draw(T, k, dtype=torch.float32).abs()
         topk_ids = draw.integers(0, E, T, k, dtype=torch.int32)
         yield f"{T} tokens", run(x, w13, w2, topk_weights, topk_ids)
-        yield f"{T} tokens, int8", run(x, *packed, topk_weights, topk_ids)
+        yield f"{T} tokens, int8", run(x, *packed, topk_weights, topk_ids, shared)
 
 
 def _paged_attention(run: Run, served: Served, draw: Draw) -> Outputs:

@@ -16,7 +16,9 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
+from qwen3next_plugin.kernels.fused_moe import SharedExpert
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
+from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
 
 
 class SparseMoE(nn.Module):
@@ -72,16 +74,21 @@ class SparseMoE(nn.Module):
             host_layers(quant_config),
             f"{prefix}.shared_expert",
             reduce_results=False,  # reduced together with the experts
+            expert_gate=self.shared_expert_gate,
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         router_logits, _ = self.gate(hidden_states)
-        run = self._run_native if self.is_native else self._run
-        out = run(hidden_states, router_logits)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(hidden_states)
-            out = self.shared_expert_gate(hidden_states, shared, out)
+        packed = self._packed_shared_expert()
+        if packed is not None:
+            chosen = self._route(hidden_states, router_logits)
+            out = ExpertsMethod.multiply(self.experts, hidden_states, *chosen, packed)
+        else:
+            run = self._run_native if self.is_native else self._run
+            out = run(hidden_states, router_logits)
+        if self.shared_expert is not None and packed is None:
+            out = self.shared_expert(hidden_states, out)
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)
 
     def _run(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
@@ -93,13 +100,30 @@ class SparseMoE(nn.Module):
 
         On a small model that code takes longer than routing.
         """
+        chosen = self._route(hidden_states, router_logits)
         config = self.topk.topk_config
-        chosen = route(
+        topk = build_precomputed_topk_output(*chosen, config, self.topk.layer_id)
+        given = StandardDispatchOutput(hidden_states, None, topk)
+        return self.experts.run_moe_core(given).hidden_states
+
+    def _route(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shapes: router_logits [T, E], returns weights and experts [T, k]."""
+        config = self.topk.topk_config
+        return route(
             hidden_states=hidden_states,
             gating_output=router_logits,
             topk=config.top_k,
             renormalize=config.renormalize,
         )
-        topk = build_precomputed_topk_output(*chosen, config, self.topk.layer_id)
-        given = StandardDispatchOutput(hidden_states, None, topk)
-        return self.experts.run_moe_core(given).hidden_states
+
+    def _packed_shared_expert(self) -> SharedExpert | None:
+        """The shared expert, where one op multiplies it and the routed ones."""
+        if (
+            self.shared_expert is None
+            or not self.is_native
+            or not hasattr(self.experts, "w2_packed")
+        ):
+            return None
+        return self.shared_expert.packed()

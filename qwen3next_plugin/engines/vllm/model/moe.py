@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts
+from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts, on_this_rank
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
@@ -41,7 +41,7 @@ class SparseMoE(nn.Module):
         )
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
         self.shared_expert_gate: SharedExpertGate | None = None
-        self.shared_expert: nn.Module | None = None
+        self.shared_expert: SwiGLU | None = None
         if config.shared_expert_intermediate_size:
             self._make_shared_expert(config, vllm_config, prefix)
         with _without_lora(vllm_config):
@@ -94,11 +94,11 @@ class SparseMoE(nn.Module):
         Shapes: x [T, D], returns [T, D]
         """
         logits, _ = self.gate(x)
-        topk_weights, topk_ids = router(
-            logits=logits, top_k=self.top_k, renormalise=self.renormalise
-        )
-        out = method.apply(routed, x, topk_weights, topk_ids, None, None)
-        if self.shared_expert is not None:
+        chosen = router(logits=logits, top_k=self.top_k, renormalise=self.renormalise)
+        chosen = on_this_rank(*chosen, routed.expert_map)
+        shared = None if self.shared_expert is None else self.shared_expert.packed()
+        out = method.multiply(routed, x, *chosen, shared)
+        if self.shared_expert is not None and shared is None:
             out = self.shared_expert(x, out)
         return tensor_model_parallel_all_reduce(out)
 
