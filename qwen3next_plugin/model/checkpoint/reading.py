@@ -9,6 +9,7 @@ import torch
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
+from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
@@ -50,7 +51,7 @@ def parameters(
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
     """
-    named = our_names(stored, config)
+    named = _counted(our_names(stored, config), expected, formats)
     if formats is not None:
         named, expected = formats.converted(named, ignored), formats.expected(expected)
         quantised = False  # any more
@@ -105,6 +106,20 @@ def checked(
             f"{len(missing)} tensors are missing, the first is {missing[0]}: the checkpoint is "
             f"incomplete; download it again, or check model.safetensors.index.json"
         )
+
+
+def _counted(
+    tensors: Stream, expected: Iterable[str], formats: Formats | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors; count those of trunk or MTP layer, whichever is expected, for the bar."""
+    of_mtp = any(name.startswith(MTP) for name in expected)
+    whose = "MTP layer: " if of_mtp else ""
+    progress.doing(whose + (formats.doing if formats else "loading weights"))
+    for name, tensor in tensors:
+        nbytes = tensor.nbytes if name.startswith(MTP) == of_mtp else 0
+        yield name, tensor
+        progress.advance(nbytes)
+    progress.doing(whose + "packing")
 
 
 def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
