@@ -21,8 +21,9 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.quantisation.layers import Ranks, attacher, pack_loaded
+from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.quantisation.packing import pack_loaded
 from qwen3next_plugin.model.self_check import check_kernels
 
 # A stacked projection's parts, by the names that quantisation configs use.
@@ -75,9 +76,14 @@ class OurModel(nn.Module):
             ignored=ignored,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
+            loaded=lambda name: pack_loaded(self, renamed(name)),
             attach=attacher(self, Ranks(get_parallel().tp_rank, get_parallel().tp_size)),
         )
+
+
+def renamed(name: str) -> str:
+    """The name of a module or tensor in our model; the drafter's have the trunk's prefix."""
+    return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name
 
 
 def _stored_bytes(config: Qwen3NextConfig, expected: Iterable[str]) -> int | None:
