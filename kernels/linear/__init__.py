@@ -16,6 +16,7 @@ from qwen3next_plugin.kernels.linear.pack import (
 )
 from qwen3next_plugin.kernels.linear.packed_weight import (
     PackedWeight,
+    Stack,
     check_weight,
     stack,
     take_channels,
@@ -25,6 +26,7 @@ from qwen3next_plugin.kernels.linear.quantise import quantise_int4
 
 __all__ = [
     "PackedWeight",
+    "Stack",
     "cut",
     "linear",
     "pack_bf16",

@@ -206,28 +206,46 @@ def stack(weights: Iterable[PackedWeight], num_experts: int) -> PackedWeight:
 
     Raises: ValueError unless they are alike, and as many as `num_experts`.
     """
-    whole: dict[str, Tensor] = {}
-    e = -1
+    found = Stack(num_experts)
     for e, one in enumerate(weights):
-        if e == 0:
-            first = one
-            whole = {n: t.new_empty(num_experts, *t.shape) for n, t in one.tensors.items()}
-        if _kind(one) != _kind(first):
+        found.put(e, one)
+    return found.whole()
+
+
+class Stack:
+    """Experts [E, N, K], of which each [N, K] is put into its place when it is there."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts, self._put = num_experts, set[int]()
+        self._first: PackedWeight | None = None
+        self._whole: dict[str, Tensor] = {}
+
+    def put(self, e: int, one: PackedWeight) -> None:
+        """Copy expert e. Raises: ValueError unless it is like the first one."""
+        if self._first is None:
+            self._first = one
+            tensors = one.tensors.items()
+            self._whole = {n: t.new_empty(self.num_experts, *t.shape) for n, t in tensors}
+        if _kind(one) != _kind(self._first):
             raise ValueError(
                 f"stack: encoding, group, shape, dtype of scales, tensors: {_kind(one)} of matrix "
-                f"{e}, {_kind(first)} of the first"
+                f"{e}, {_kind(self._first)} of the first"
             )
-        for name, tensor in one.tensors.items() if e < num_experts else ():
-            whole[name][e].copy_(tensor)
-    if not 0 < e + 1 == num_experts:
-        raise ValueError(f"stack: {e + 1} matrices of {num_experts} experts")
-    return replace(
-        first,
-        shape=(num_experts, *first.shape),
-        packed=whole["packed"],
-        scale=whole["scale"],
-        zero=whole.get("zero"),
-    )
+        for name, tensor in one.tensors.items() if e < self.num_experts else ():
+            self._whole[name][e].copy_(tensor)
+        self._put.add(e)
+
+    def whole(self) -> PackedWeight:
+        """All experts. Raises: ValueError unless each is put."""
+        if self._first is None or len(self._put) != self.num_experts:
+            raise ValueError(f"stack: {len(self._put)} matrices of {self.num_experts} experts")
+        return replace(
+            self._first,
+            shape=(self.num_experts, *self._first.shape),
+            packed=self._whole["packed"],
+            scale=self._whole["scale"],
+            zero=self._whole.get("zero"),
+        )
 
 
 def _kind(weight: PackedWeight) -> tuple:

@@ -1,5 +1,6 @@
 """Checkpoints named by a hub's id, for both engines."""
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -13,3 +14,21 @@ def local_folder(model: str, revision: str | None) -> Path:
 
     files = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"])
     return Path(files)
+
+
+def folder_here(model: str, revision: str | None, downloads: str | None) -> Path | None:
+    """The folder of a checkpoint if its files are on this machine; downloads nothing.
+
+    Args: downloads: the folder into which an engine downloads, unless it is the hub's own.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        found = snapshot_download(
+            model, revision=revision, cache_dir=downloads, local_files_only=True
+        )
+        return Path(found)
+    return None

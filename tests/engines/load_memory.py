@@ -29,6 +29,16 @@ LARGE = {
 }
 
 
+# 200 MB of experts in the MTP layer, once that is int8; the trunk has none.
+LARGE_MTP = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "mlp_only_layers": [0, 1, 2, 3],
+    "num_experts": 128,
+    "moe_intermediate_size": 512,
+}
+
+
 class Loaded(NamedTuple):
     """Bytes."""
 
@@ -39,6 +49,11 @@ class Loaded(NamedTuple):
 def write_large(folder: Path) -> Path:
     """A checkpoint in bf16, without an MTP layer."""
     return write_checkpoint(folder, mtp=False, dtype=torch.bfloat16, **LARGE)
+
+
+def write_large_mtp(folder: Path) -> Path:
+    """A checkpoint in bf16, of which most is the MTP layer."""
+    return write_checkpoint(folder, dtype=torch.bfloat16, **LARGE_MTP)
 
 
 def prepared(plain: Path, folder: Path, kind: str) -> tuple[Path, dict[str, str]]:

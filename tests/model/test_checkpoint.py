@@ -52,7 +52,7 @@ def test_passes_what_is_expected_in_order():
 @pytest.mark.parametrize(
     ("layout", "changes"), [("grouped", {}), ("flat", {"model_type": "qwen3_5_moe_text"})]
 )
-def test_a_layer_is_loaded_once_all_its_tensors_are(layout, changes):
+def test_a_layer_or_expert_is_loaded_once_all_its_tensors_are(layout, changes):
     config = Qwen3NextConfig.from_hf(BASE | changes)
     assert config.layout == layout
     given, taken, done = random_tensors(BASE | changes), [], {}
@@ -63,10 +63,11 @@ def test_a_layer_is_loaded_once_all_its_tensors_are(layout, changes):
 
     for name, _ in parameters(given.items(), config, expected=expected, loaded=loaded):
         taken.append(name)
-    layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-    assert sorted(done) == sorted(layers)
-    for layer, before in done.items():
-        assert {name for name in taken if name.startswith(f"{layer}.")} <= {*before}
+    layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)] + ["mtp.layers.0"]
+    experts = [f"{name}.mlp.experts.{i}" for name in layers for i in range(config.num_experts)]
+    assert sorted(done) == sorted(layers + experts)
+    for part, before in done.items():
+        assert {name for name in taken if name.startswith(f"{part}.")} <= {*before}
     twice = [*given.items(), ("model.layers.0.input_layernorm.weight", torch.zeros(64))]
     with pytest.raises(
         CheckpointError, match=r"layers\.0\.input_layernorm\.weight is in two files"

@@ -8,6 +8,7 @@ from qwen3next_plugin.kernels.linear import linear, pack_bf16, pack_int8, unpack
 from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.layers import ExpertsMethod, LinearMethod, each_layer
 from qwen3next_plugin.model.quantisation.packed import Packed
+from qwen3next_plugin.model.quantisation.packing import pack_loaded
 
 VALUES = torch.randint(-127, 128, (48, 64), generator=torch.Generator().manual_seed(0))
 WEIGHTS = {
@@ -98,6 +99,59 @@ def test_experts_are_packed_as_asked(as_int8):
         assert ((unpack(packed.weight) - weight).abs() <= 0.51 * step).all()
     out = method.multiply(layer, torch.randn(2, 48), torch.ones(2, 1), torch.tensor([[0], [2]]))
     assert out.shape == (2, 48)
+
+
+class AllHere(ExpertsMethod):
+    """Of a rank that has every expert."""
+
+    def may_pack(self, layer: nn.Module) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("as_int8", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [
+        BF16,
+        Format("int8", 0, torch.float32),
+        Format("int4", 32, torch.float16, zeros=True),
+        Format("nvfp4", 16, torch.float8_e4m3fn),
+    ],
+    ids=lambda form: form.encoding,
+)
+def test_experts_that_are_packed_one_by_one_are_the_same(form, as_int8):
+    """In any order, each as soon as it is loaded, which gives the memory of its weight back."""
+    found = []
+    for method in (AllHere("m", {"w13": form, "w2": form}, 128), None):
+        method = method or ExpertsMethod("m", {"w13": form, "w2": form}, 128)
+        torch.manual_seed(0)
+        model, layer = nn.ModuleDict({"mlp": nn.Module()}), nn.Module()
+        model["mlp"].experts, layer.quant_method = layer, method
+        method.as_int8 = as_int8
+        method.create_weights(layer, 3, 192, 128, torch.bfloat16, weight_loader=len)
+        fill(layer)
+        if isinstance(method, AllHere):
+            for expert in (2, 0, 1):
+                pack_loaded(nn.ModuleDict({"layer": model}), f"layer.mlp.experts.{expert}")
+                middle = layer.w2_weight[expert].flatten().view(torch.uint8)
+                page = (len(middle) // 2) & ~4095
+                assert len(middle) < 3 * 4096 or not middle[page : page + 64].any()
+        pack_loaded(model, "mlp")
+        assert not [*layer.named_parameters()]
+        found.append([layer.w13_packed.weight, layer.w2_packed.weight])
+    for one, other in zip(*found, strict=True):
+        assert (one.encoding, one.group, one.shape) == (other.encoding, other.group, other.shape)
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(map(torch.equal, one.tensors.values(), other.tensors.values()))
+
+
+def test_an_expert_that_is_missing_is_an_error():
+    layer, method = nn.Module(), AllHere("m", {"w13": BF16, "w2": BF16}, 32)
+    method.create_weights(layer, 3, 48, 32, torch.bfloat16, weight_loader=len)
+    fill(layer)
+    method.pack_expert(layer, 1)
+    with pytest.raises(ValueError, match="1 matrices of 3 experts"):
+        method.process_weights_after_loading(layer)
 
 
 def test_experts_have_scales_by_group_and_by_channel():

@@ -15,6 +15,7 @@ from qwen3next_plugin.engines.patching import Entry, Function, Host
 from qwen3next_plugin.engines.sglang import flags, hooks
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
+from qwen3next_plugin.engines.sglang.cpu.host_bar import HostBar
 from qwen3next_plugin.engines.sglang.model.config import (
     check_file,
     derive_length,
@@ -184,6 +185,13 @@ ON_CPU: tuple[Entry, ...] = (
         reason="SGLang's kernels for quantised weights run on GPUs, or with AMX at best; and it "
         "reads formats from config.json, which does not name all unquantised modules",
         remove_when="SGLang lets a plugin bring a quantisation for a model",
+    ),
+    Attribute(
+        target="sglang.srt.model_loader.weight_utils.tqdm",
+        value=HostBar,
+        reason="SGLang's bar counts files, stands still for minutes in a large one, and would run "
+        "beside ours",
+        remove_when="SGLang has a flag that hides its bar",
     ),
     Patch(
         target="sglang.srt.configs.model_config.ModelConfig._verify_quantization",

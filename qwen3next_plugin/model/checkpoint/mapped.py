@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+MADV_DONTNEED = 4  # linux/mman.h, also the next
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 AROUND = 1 << 16  # bytes that Linux maps around one that is read (fault_around_bytes), aligned
 
@@ -27,6 +28,16 @@ def give_back(tensor: torch.Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+
+
+def drop(tensor: torch.Tensor) -> None:
+    """Give back a tensor's memory, whose values are not read again; others' beside it is kept."""
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def give_back_freed() -> None:

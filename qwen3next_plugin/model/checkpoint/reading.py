@@ -9,6 +9,7 @@ import torch
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
+from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
@@ -21,7 +22,8 @@ QUANTISATION_SUFFIXES = (
     *("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight"),
     *("weight_packed", "weight_shape", "weight_zero_point"),
 )
-LAYER = re.compile(r"model\.layers\.\d+(?=\.)")
+EXPERT = re.compile(r"(model|mtp)\.layers\.\d+\.mlp\.experts\.\d+(?=\.)")
+LAYER = re.compile(r"(model|mtp)\.layers\.\d+(?=\.)")
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
 
@@ -44,13 +46,13 @@ def parameters(
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
         formats: ours take them, by channels.
-        loaded: called with the name of a trunk's layer when its last tensor is loaded.
+        loaded: called with the name of an expert, or of a layer, when its last tensor is loaded.
         attach: takes a weight, by our name, that the files have packed, in place of its tensors.
 
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
     """
-    named = our_names(stored, config)
+    named = _counted(our_names(stored, config), expected, formats)
     if formats is not None:
         named, expected = formats.converted(named, ignored), formats.expected(expected)
         quantised = False  # any more
@@ -107,6 +109,20 @@ def checked(
         )
 
 
+def _counted(
+    tensors: Stream, expected: Iterable[str], formats: Formats | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors; count those of trunk or MTP layer, whichever is expected, for the bar."""
+    of_mtp = any(name.startswith(MTP) for name in expected)
+    whose = "MTP layer: " if of_mtp else ""
+    progress.doing(whose + (formats.doing if formats else "loading weights"))
+    for name, tensor in tensors:
+        nbytes = tensor.nbytes if name.startswith(MTP) == of_mtp else 0
+        yield name, tensor
+        progress.advance(nbytes)
+    progress.doing(whose + "packing")
+
+
 def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors that are copied before the next one is asked for."""
     for name, tensor in tensors:
@@ -117,7 +133,7 @@ def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
 def _by_layer(
     tensors: Stream, expected: Iterable[str], loaded: Callable[[str], None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors; call `loaded` with each decoder layer of which all expected ones are loaded.
+    """Yield tensors; call `loaded` with each expert, and layer, of which all expected are loaded.
 
     A tensor is when the next one is asked for.
 
@@ -125,17 +141,22 @@ def _by_layer(
     """
     left: dict[str, set[str]] = defaultdict(set)
     for name in expected:
-        if layer := LAYER.match(name):
-            left[layer[0]].add(name)
+        for part in _parts(name):
+            left[part].add(name)
     for name, tensor in tensors:
-        layer = LAYER.match(name)
-        if layer and name not in left[layer[0]]:
+        parts = _parts(name)
+        if any(name not in left[part] for part in parts):
             raise CheckpointError(f"tensor {name} is in two files: {MIXED}")
         yield name, tensor
-        if layer:
-            left[layer[0]].remove(name)
-            if not left[layer[0]]:
-                loaded(layer[0])
+        for part in parts:
+            left[part].remove(name)
+            if not left[part]:
+                loaded(part)
+
+
+def _parts(name: str) -> list[str]:
+    """The expert and the layer that have a tensor."""
+    return [found[0] for part in (EXPERT, LAYER) if (found := part.match(name))]
 
 
 def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:

@@ -43,7 +43,9 @@ def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> 
         module.name: Stored(module, frozenset(("weight",)), _scheme(form), form)
         for module, form in _chosen(name, shapes)
     }
-    return Formats(stored, shapes, holder, _saving(name, shapes))
+    found = Formats(stored, shapes, holder, _saving(name, shapes))
+    found.doing = f"quantising to {name}"
+    return found
 
 
 def head_bytes(shapes: Shapes) -> dict[str, int]:

@@ -139,6 +139,7 @@ class FormatsInPanels(Formats):
                 whole = Module(module, channels, columns, {})
                 stored[module] = Stored(whole, frozenset(), NO_SCHEME, form)
         super().__init__(stored, shapes, partial(holder, config=config))
+        self.doing = f"{'mapping' if env.mmap() else 'reading'} packed weights"
         self.weights, self._wholes, self._places = weights, wholes, places
         self.has_head = HEAD in weights
         self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())

@@ -18,13 +18,11 @@ from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
-from qwen3next_plugin.model.quantisation.format import BF16, Format, InPanels
+from qwen3next_plugin.model.quantisation.format import Format, InPanels
 from qwen3next_plugin.model.quantisation.modules import without_wrapper
-from qwen3next_plugin.model.quantisation.packed import Packed, pack
+from qwen3next_plugin.model.quantisation.packed import Packed
+from qwen3next_plugin.model.quantisation.packing import Packing, PackingExperts, pack_parameters
 from qwen3next_plugin.model.quantisation.stacked import HEAD
-
-BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
 
 
 class Ranks(NamedTuple):
@@ -37,13 +35,6 @@ class Ranks(NamedTuple):
         """This rank's run of `of_rank`; several ranks have the same where there are fewer runs."""
         start = self.rank * (total // of_rank) // self.size * of_rank
         return start, start + of_rank
-
-
-class Packing:
-    """Marks a method that packs a layer's weights, also before the engine asks for it.
-
-    Its `process_weights_after_loading` leaves packed weights as they are.
-    """
 
 
 class Attaching(ABC):
@@ -97,16 +88,14 @@ class LinearMethod(Packing, Attaching):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "weight"):
-            layer.packed = _pack_parameters(layer, self.format)
+            layer.packed = pack_parameters(layer, self.format)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.packed(x, bias)
 
 
-class ExpertsMethod(Packing, Attaching):
+class ExpertsMethod(PackingExperts, Attaching):
     """Of experts, in one format each for `w13` and `w2`."""
-
-    as_int8 = False  # pack what is in bf16 as int8
 
     def __init__(self, module: str, formats: Mapping[str, Format], inner: int) -> None:
         """Args: inner: features between the experts' two products, on all ranks together."""
@@ -147,7 +136,7 @@ class ExpertsMethod(Packing, Attaching):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_weight"):
-            pack_experts(layer, self.formats, as_int8=self.as_int8)
+            self.pack_experts(layer)
 
     @staticmethod
     def multiply(
@@ -211,24 +200,6 @@ def attacher(model: nn.Module, ranks: Ranks) -> Callable[[str, PackedWeight], No
     return attach
 
 
-def pack_loaded(layer: nn.Module) -> None:
-    """Pack a decoder layer, whose weights are loaded.
-
-    An engine would, once all layers are loaded; both copies of all weights might not fit.
-    """
-    module: Any
-    for module in layer.modules():
-        if isinstance(getattr(module, "quant_method", None), Packing):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def pack_experts(layer: nn.Module, formats: Mapping[str, Format], *, as_int8: bool) -> None:
-    """Pack a layer's experts, those in bf16 as int8 if asked, and drop their parameters."""
-    for which, form in formats.items():
-        packed = _pack_parameters(layer, form, f"{which}_", as_int8=as_int8)
-        setattr(layer, f"{which}_packed", packed)
-
-
 def each_layer(model: nn.Module, drafting: nn.Module | None) -> Iterator[tuple[Any, bool]]:
     """Every module of a model, and whether its weights in bf16 are packed as int8.
 
@@ -289,16 +260,3 @@ def _register(
     for attribute, value in attributes.items():
         setattr(parameter, attribute, value)
     layer.register_parameter(name, parameter)
-
-
-def _pack_parameters(
-    layer: nn.Module, form: Format, prefix: str = "", *, as_int8: bool = False
-) -> Packed:
-    """Pack a layer's parameters, and drop them."""
-    tensors = {name: getattr(layer, prefix + name).data for name in form.names}
-    for name in tensors:
-        delattr(layer, prefix + name)
-    packed = pack(tensors, form, as_int8=as_int8)
-    tensors.clear()
-    give_back_freed()
-    return packed

@@ -49,6 +49,7 @@ class Formats:
 
     has_head = False  # packed in the files
     nbytes_in_panels = 0  # of all that the files have packed
+    doing = "loading weights"  # what is done to them as they load
 
     def __init__(
         self,

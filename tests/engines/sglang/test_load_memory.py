@@ -1,11 +1,20 @@
 """Loading takes little more memory than the packed weights: there is never a second whole copy."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from engines.load_memory import KINDS, ON_LINUX, Loaded, check, prepared, write_large
-from engines.sglang.server import Forked
+from engines.load_memory import (
+    KINDS,
+    ON_LINUX,
+    Loaded,
+    check,
+    prepared,
+    write_large,
+    write_large_mtp,
+)
+from engines.sglang.server import NEXTN, Forked
 
 pytestmark = [pytest.mark.serve, pytest.mark.long, ON_LINUX]
 
@@ -20,10 +29,20 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_peak_of_loading(plain, tmp_path, kind):
     folder, env = prepared(plain, tmp_path, kind)
-    found = tmp_path / "found.json"
-    server = Forked(folder, *FLAGS, env=env | {"TEST_LOAD_MEMORY": str(found)})
+    check(kind, loaded(folder, tmp_path / "found.json", env))
+
+
+def test_peak_of_loading_an_mtp_layer_in_bf16(tmp_path):
+    """It is packed as int8, expert by expert."""
+    folder, env = prepared(write_large_mtp(tmp_path / "mtp"), tmp_path, "bf16")
+    check("MTP", loaded(folder, tmp_path / "found.json", env, *NEXTN, "2"))
+
+
+def loaded(folder: Path, found: Path, env: dict[str, str], *flags: str) -> Loaded:
+    """What loading the last model of a server took."""
+    server = Forked(folder, *FLAGS, *flags, env=env | {"TEST_LOAD_MEMORY": str(found)})
     try:
         server.wait()
-        check(kind, Loaded(*json.loads(found.read_text())))
+        return Loaded(*json.loads(found.read_text()))
     finally:
         server.close()

@@ -86,6 +86,12 @@ def test_says_what_was_filled_in(server):
     assert f"qwen3next_plugin: {filled_in}, as 3 steps ask for" in server.process.text()
 
 
+def test_one_bar_of_the_trunk_and_one_of_the_mtp_layer(server):
+    log = server.process.text()
+    assert log.count(" GiB of weights in ") == log.count("Load weight end.") == 2
+    assert "loading shards" not in log
+
+
 def test_healthy_and_listed(server):
     assert server.healthy()
     assert [model.id for model in server.client.models.list()] == [server.model]

@@ -261,6 +261,6 @@ def packed(llm: LLM) -> dict[str, set[str]]:
 
 
 def load_memory(llm: LLM) -> tuple[int, ...]:
-    """What load_memory.py, with which a fork began, has measured of the model."""
-    (loaded,) = sys.modules["engines.vllm.load_memory"].found
+    """What load_memory.py, with which a fork began, has measured of the last model."""
+    *_, loaded = sys.modules["engines.vllm.load_memory"].found
     return tuple(loaded)

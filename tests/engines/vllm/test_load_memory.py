@@ -2,7 +2,15 @@
 
 import pytest
 
-from engines.load_memory import KINDS, ON_LINUX, Loaded, check, prepared, write_large
+from engines.load_memory import (
+    KINDS,
+    ON_LINUX,
+    Loaded,
+    check,
+    prepared,
+    write_large,
+    write_large_mtp,
+)
 from engines.vllm.offline import Offline
 
 pytestmark = [pytest.mark.serve, pytest.mark.long, ON_LINUX]
@@ -20,5 +28,17 @@ def test_peak_of_loading(plain, tmp_path, kind):
     engine = Offline(folder, env=env, first="load_memory", **flags)
     try:
         check(kind, Loaded(*engine.inside("load_memory")))
+    finally:
+        engine.close()
+
+
+def test_peak_of_loading_an_mtp_layer_in_bf16(tmp_path):
+    """It is packed as int8, expert by expert."""
+    folder, env = prepared(write_large_mtp(tmp_path / "mtp"), tmp_path, "bf16")
+    drafts = {"method": "qwen3_next_mtp", "num_speculative_tokens": 2}
+    flags = {"dtype": "bfloat16", "max_model_len": 512, "speculative_config": drafts}
+    engine = Offline(folder, env=env, first="load_memory", **flags)
+    try:
+        check("MTP", Loaded(*engine.inside("load_memory")))
     finally:
         engine.close()

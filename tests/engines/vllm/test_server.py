@@ -52,6 +52,13 @@ def test_healthy_and_listed(server):
     assert [model.id for model in server.client.models.list()] == [server.model]
 
 
+def test_one_bar_of_trunk_and_mtp_layer(server):
+    log = server.process.text()
+    assert log.count(" GiB of weights in ") == 1
+    assert "Loading weights took" in log  # as vLLM says, so its loader has run
+    assert "checkpoint shards" not in log
+
+
 def test_repeated_and_served_from_the_cache(server, sequential):
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
 

@@ -7,35 +7,32 @@ from sglang.srt.layers.moe.token_dispatcher import CombineInput, StandardCombine
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-from sglang.srt.utils import use_intel_amx_backend
+from sglang.srt.utils import cpu_has_amx_support, use_intel_amx_backend
 from torch import nn
 
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
-from qwen3next_plugin.model.quantisation.layers import (
-    BF16_EXPERTS,
-    ExpertsMethod,
-    Packing,
-    pack_experts,
-)
+from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
 from qwen3next_plugin.model.quantisation.packed import packs_plain
+from qwen3next_plugin.model.quantisation.packing import BF16_EXPERTS, PackingExperts
 
 
-class NativeExperts(Packing, UnquantizedFusedMoEMethod):
+class NativeExperts(PackingExperts, UnquantizedFusedMoEMethod):
     """SGLang's unquantised experts; SGLang's AMX kernel stays if it has packed the weights."""
 
-    as_int8 = False  # pack what is in bf16 as int8
+    formats = BF16_EXPERTS
+
+    def may_pack(self, layer: Any) -> bool:
+        return not cpu_has_amx_support() and _has_all(layer) and _packs(layer.w2_weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "w2_packed") or use_intel_amx_backend(layer):
             return
-        super().process_weights_after_loading(layer)
-        w2 = layer.w2_weight
-        if use_intel_amx_backend(layer) or w2.shape[-1] % PANEL:
-            return
-        if packs_plain(w2.dtype):
-            pack_experts(layer, BF16_EXPERTS, as_int8=self.as_int8)
+        if self.stacks is None:
+            super().process_weights_after_loading(layer)
+        if not use_intel_amx_backend(layer) and _packs(layer.w2_weight):
+            self.pack_experts(layer)
 
     def forward_cpu(
         self, layer: nn.Module, dispatch_output: StandardDispatchOutput
@@ -58,6 +55,16 @@ class NativeExperts(Packing, UnquantizedFusedMoEMethod):
     forward_native = forward_cpu  # the name that SGLang calls without AMX
 
 
+def _packs(w2: torch.Tensor) -> bool:
+    """Whether our kernels take such experts packed. Shapes: w2 [E, D, I]."""
+    return w2.shape[-1] % PANEL == 0 and packs_plain(w2.dtype)
+
+
+def _has_all(layer: Any) -> bool:
+    """Whether this rank has every expert."""
+    return layer.moe_ep_size == 1
+
+
 def _weight(layer: Any, which: str) -> torch.Tensor | PackedWeight:
     packed = getattr(layer, f"{which}_packed", None)
     return getattr(layer, f"{which}_weight") if packed is None else packed.weight
@@ -65,6 +72,9 @@ def _weight(layer: Any, which: str) -> torch.Tensor | PackedWeight:
 
 class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
     """Experts of a quantised checkpoint."""
+
+    def may_pack(self, layer: Any) -> bool:
+        return _has_all(layer)
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
         """None: our kernel is called directly."""

@@ -10,6 +10,7 @@ from qwen3next_plugin.engines.sglang.cpu.environment import use_cpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.engines.sglang.plugin import register
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.versions import check_host
 
 
@@ -39,3 +40,7 @@ class CpuPlatform(CpuSRTPlatform):
             use_cpu(),
             ", ".join(defaults) or "none",
         )
+
+    def post_load_model(self, model: Any) -> None:
+        """Called once a model's weights are loaded and packed."""
+        progress.end()

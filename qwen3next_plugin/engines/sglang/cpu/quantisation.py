@@ -38,7 +38,6 @@ from qwen3next_plugin.model.quantisation.files import read_formats
 from qwen3next_plugin.model.quantisation.layers import (
     HeadMethod,
     LinearMethod,
-    Packing,
     each_layer,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles
@@ -49,6 +48,7 @@ from qwen3next_plugin.model.quantisation.packed import (
     packs_head,
     packs_plain,
 )
+from qwen3next_plugin.model.quantisation.packing import Packing
 from qwen3next_plugin.model.quantisation.plain import LEAVES_PLAIN
 
 TOKENS = 1  # the layout is chosen for one token; measured, it is as fast for more

@@ -7,18 +7,23 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import nn
 
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.hub import folder_here
+from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.state.pages import page_layout
+from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
-from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.quantisation.layers import Ranks, attacher, pack_loaded
+from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.quantisation.packing import pack_loaded
 from qwen3next_plugin.model.self_check import check_kernels
 
 # A stacked projection's parts, by the names that quantisation configs use.
@@ -62,6 +67,8 @@ class OurModel(nn.Module):
         expected: Mapping[str, tuple[int, ...]],
         ignored: Iterable[str],
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        if without_gpu():  # our platform ends the bar
+            progress.begin(lambda: _stored_bytes(self.config, expected), logger.info)
         return parameters(
             weights,
             self.config,
@@ -69,9 +76,21 @@ class OurModel(nn.Module):
             ignored=ignored,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
+            loaded=lambda name: pack_loaded(self, renamed(name)),
             attach=attacher(self, Ranks(get_parallel().tp_rank, get_parallel().tp_size)),
         )
+
+
+def renamed(name: str) -> str:
+    """The name of a module or tensor in our model; the drafter's have the trunk's prefix."""
+    return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name
+
+
+def _stored_bytes(config: Qwen3NextConfig, expected: Iterable[str]) -> int | None:
+    """Bytes that the bar counts: of the MTP layer if that is expected, else of the trunk."""
+    args, mtp = get_server_args(), any(name.startswith(MTP) for name in expected)
+    folder = folder_here(args.model_path, args.revision, args.download_dir)
+    return progress.stored_bytes(folder, config, trunk=not mtp, mtp=mtp)
 
 
 def load(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

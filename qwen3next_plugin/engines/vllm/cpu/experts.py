@@ -22,8 +22,9 @@ from vllm.platforms import current_platform
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.quantisation.format import Format
-from qwen3next_plugin.model.quantisation.layers import BF16_EXPERTS, ExpertsMethod
+from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
 from qwen3next_plugin.model.quantisation.packed import packs_plain
+from qwen3next_plugin.model.quantisation.packing import BF16_EXPERTS
 
 
 class NativeExperts(CPUUnquantizedExperts):
@@ -69,6 +70,9 @@ class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
     def __init__(self, moe: FusedMoEConfig, module: str, formats: Mapping[str, Format]) -> None:
         FusedMoEMethodBase.__init__(self, moe)
         ExpertsMethod.__init__(self, module, formats, moe.intermediate_size)
+
+    def may_pack(self, layer: RoutedExperts) -> bool:
+        return layer.expert_map is None
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: our kernel asks vLLM for nothing."""

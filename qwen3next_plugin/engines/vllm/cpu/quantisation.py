@@ -30,12 +30,12 @@ from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_m
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
-    Packing,
     Ranks,
     each_layer,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
 from qwen3next_plugin.model.quantisation.packed import drop_plain, pack_plain, packs_plain
+from qwen3next_plugin.model.quantisation.packing import Packing
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 
 READ_HERE = ("auto", "safetensors")  # of --load-format

@@ -1,14 +1,23 @@
 """A checkpoint's tensors into vLLM's parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.engines.hub import folder_here
+from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE
+from qwen3next_plugin.engines.vllm.flags import read_config
+from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
+
+logger = init_logger(LOGGER)
 
 # A stacked projection's parts, by the names that quantisation configs and adapters use.
 PACKED_MODULES = {
@@ -48,3 +57,28 @@ def load(
     return AutoWeightsLoader(model).load_weights(
         tensors, mapper=FLAT_STACKED if layout == "flat" else STACKED
     )
+
+
+@contextmanager
+def one_bar(vllm_config: VllmConfig) -> Iterator[None]:
+    """Within this context a bar for trunk and MTP layer, in place of vLLM's, which count files."""
+    load_config = vllm_config.load_config
+    if not load_config.use_tqdm_on_load or load_config.load_format not in READ_HERE:
+        yield
+        return
+
+    def total() -> int | None:
+        model = vllm_config.model_config
+        folder = folder_here(model.model, model.revision, load_config.download_dir)
+        mtp = vllm_config.speculative_config is not None
+        config = read_config(vllm_config)
+        return progress.stored_bytes(folder, config, trunk=True, mtp=mtp)
+
+    load_config.use_tqdm_on_load = False
+    progress.begin(total, logger.info)
+    try:
+        yield
+        progress.end()
+    finally:
+        progress.stop()
+        load_config.use_tqdm_on_load = True

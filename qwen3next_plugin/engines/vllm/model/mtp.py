@@ -27,6 +27,7 @@ from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.quantisation.packing import pack_loaded
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 
@@ -155,13 +156,10 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             ignored=self.trunk_names,
             quantised=self.quantised,
             formats=self.formats,
+            loaded=lambda name: pack_loaded(self, _renamed(name)),
             attach=attacher(self, own_rank()),
         )
-        renamed = (
-            ("model." + name.removeprefix(MTP) if name.startswith(MTP) else name, tensor)
-            for name, tensor in tensors
-        )
-        return load(self, renamed)
+        return load(self, ((_renamed(name), tensor) for name, tensor in tensors))
 
     # What vLLM asks of a drafter.
 
@@ -169,3 +167,8 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         """Whether vLLM can skip the tensor when it loads the drafter: those of the trunk."""
         name = our_name(name, self.sizes) or ""
         return not name.startswith(MTP) and (name != EMBEDDING or EMBEDDING in self.trunk_names)
+
+
+def _renamed(name: str) -> str:
+    """The name of a module or tensor in our drafter."""
+    return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name

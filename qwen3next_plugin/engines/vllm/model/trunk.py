@@ -64,8 +64,9 @@ from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.quantisation.layers import attacher, pack_loaded
+from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
+from qwen3next_plugin.model.quantisation.packing import pack_loaded
 from qwen3next_plugin.model.self_check import check_kernels
 
 logger = init_logger(LOGGER)
@@ -224,7 +225,7 @@ class Qwen3NextForCausalLM(
             quantised=self.quantised,
             formats=self.formats,
             layout=self.layout,
-            loaded=lambda layer: pack_loaded(self.get_submodule(layer)),
+            loaded=lambda name: pack_loaded(self, name),
             attach=attacher(self, own_rank()),
         )
         return load(self, tensors, self.layout)

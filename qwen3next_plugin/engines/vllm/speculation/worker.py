@@ -14,6 +14,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
+from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
@@ -49,6 +50,11 @@ class Worker(CPUWorker):
             # Near the longest context vLLM skips drafting for the whole batch. Our drafter drafts
             # less for that one request instead.
             runner.effective_drafter_max_model_len += runner.num_spec_tokens
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load trunk and MTP layer, and show how far that is."""
+        with one_bar(self.vllm_config):
+            super().load_model(load_dummy_weights=load_dummy_weights)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""

@@ -1,0 +1,144 @@
+"""How far loading is: one bar on a terminal, a line now and then in a log.
+
+A process loads one model at a time. Where no bar was begun, nothing here has an effect.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from shutil import get_terminal_size
+
+import torch.distributed
+from tqdm import tqdm
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.files import stored_tensors
+from qwen3next_plugin.model.checkpoint.layouts import our_name
+from qwen3next_plugin.model.checkpoint.tensors import MTP
+
+REFRESHED, EVERY = 1.0, 10.0  # seconds between two looks of the bar, and between two lines
+Say = Callable[[str], object]
+Total = Callable[[], int | None]
+
+
+class _Loading:
+    """Counts bytes, and shows them from a thread of its own."""
+
+    def __init__(self, total: Total, say: Say) -> None:
+        self._find_total, self.say = total, say
+        self.what, self._done = "building the model", 0
+        self._total: int | None = None
+        self._began, self._ended = time.monotonic(), threading.Event()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            columns, lines = get_terminal_size()  # of one without a size tqdm would draw nothing
+            self._bar = tqdm(
+                desc=self.what,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                smoothing=0,  # the mean rate: layers differ
+                leave=False,
+                ncols=columns,
+                nrows=lines,
+            )
+        self._thread = threading.Thread(target=self._show, daemon=True)
+        self._thread.start()
+
+    def advance(self, nbytes: int) -> None:
+        if not self._done:  # the files are there by now
+            self._total = self._find_total()
+        self._done += nbytes
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._bar is not None:
+            self._bar.close()
+
+    def said(self) -> str:
+        """What is done."""
+        seconds = time.monotonic() - self._began
+        return f"{self._done / 2**30:.2f} GiB of weights in {seconds:.1f} s"
+
+    def _show(self) -> None:
+        while not self._ended.wait(EVERY if self._bar is None else REFRESHED):
+            if self._bar is None:
+                self.say(self._line())
+                continue
+            self._bar.total, self._bar.n = self._total, self._done
+            self._bar.set_description(self.what)  # draws
+
+    def _line(self) -> str:
+        done, rate = self._done, self._done / (time.monotonic() - self._began)
+        if not done:
+            return self.what
+        of = f" of {self._total / 2**30:.2f}" if self._total else ""
+        left = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
+        return f"{self.what}: {done / 2**30:.2f}{of} GiB, {rate / 2**20:.0f} MiB/s{left}"
+
+
+_loading: _Loading | None = None
+
+
+def begin(total: Total, say: Say) -> None:
+    """Show how far loading is, on the first rank.
+
+    Args:
+        total: the bytes that will be counted, if they are known; called at the first of them.
+        say: takes a line of the log.
+    """
+    global _loading
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        stop()
+        _loading = _Loading(total, say)
+
+
+def shown() -> bool:
+    """Whether there is a bar."""
+    return _loading is not None
+
+
+def doing(what: str) -> None:
+    """Say what is done now."""
+    if _loading is not None:
+        _loading.what = what
+
+
+def advance(nbytes: int) -> None:
+    """Count bytes that are loaded."""
+    if _loading is not None:
+        _loading.advance(nbytes)
+
+
+def end() -> None:
+    """Remove the bar, and leave one line in the log."""
+    if (ended := _loading) is not None:
+        stop()
+        ended.say(f"loaded {ended.said()}")
+
+
+def stop() -> None:
+    """Remove the bar."""
+    global _loading
+    if _loading is not None:
+        _loading.end()
+        _loading = None
+
+
+def stored_bytes(
+    folder: Path | None, config: Qwen3NextConfig, *, trunk: bool, mtp: bool
+) -> int | None:
+    """Bytes of a checkpoint's tensors that are counted: of trunk, MTP layer or both.
+
+    None: it is not known where its files are.
+    """
+    if folder is None:
+        return None
+    found = 0
+    for original, tensor in stored_tensors(folder):
+        if (name := our_name(original, config)) is not None:
+            found += tensor.nbytes * (mtp if name.startswith(MTP) else trunk)
+    return found

@@ -1,0 +1,86 @@
+"""Parameters become packed weights as soon as they are loaded: of a layer, or of one expert.
+
+An engine would pack once all layers are loaded; both copies of all weights might not fit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qwen3next_plugin.kernels.linear import Stack
+from qwen3next_plugin.model.checkpoint.mapped import drop, give_back_freed
+from qwen3next_plugin.model.quantisation.format import BF16, Format
+from qwen3next_plugin.model.quantisation.packed import Packed, pack
+
+BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
+OF_EXPERTS = ".mlp.experts."  # in the name of an expert, between those of its layer and its own
+
+
+class Packing:
+    """Marks a method that packs a layer's weights, also before the engine asks for it.
+
+    Its `process_weights_after_loading` leaves packed weights as they are.
+    """
+
+
+class PackingExperts(Packing):
+    """Marks a method of experts, which may be packed one by one."""
+
+    formats: Mapping[str, Format]
+    as_int8 = False  # pack what is in bf16 as int8
+    stacks: dict[str, Stack] | None = None  # of experts that are packed already
+
+    def may_pack(self, layer: Any) -> bool:
+        """Whether an expert may be packed before the engine asks for all; this rank has all."""
+        raise NotImplementedError
+
+    def pack_expert(self, layer: Any, index: int) -> None:
+        """Pack an expert whose tensors are loaded, and give back the memory of its parameters.
+
+        Not where an engine keeps the tensors until it has the whole layer, as vLLM's reload does.
+        """
+        w2 = getattr(layer, "w2_weight", None)
+        if w2 is None or w2.is_meta or not self.may_pack(layer):
+            return
+        if self.stacks is None:
+            self.stacks = {which: Stack(len(w2)) for which in self.formats}
+        for which, form in self.formats.items():
+            tensors = {name: getattr(layer, f"{which}_{name}").data[index] for name in form.names}
+            self.stacks[which].put(index, pack(tensors, form, as_int8=self.as_int8).weight)
+            drop(tensors["weight"])
+
+    def pack_experts(self, layer: Any) -> None:
+        """Pack all experts, if they are not packed one by one, and drop their parameters."""
+        for which, form in self.formats.items():
+            if self.stacks is None:
+                packed = pack_parameters(layer, form, f"{which}_", as_int8=self.as_int8)
+            else:
+                packed = Packed(self.stacks[which].whole())
+                for name in form.names:
+                    delattr(layer, f"{which}_{name}")
+            setattr(layer, f"{which}_packed", packed)
+        self.stacks = None
+
+
+def pack_loaded(model: nn.Module, name: str) -> None:
+    """Pack a decoder layer of a model, or one expert of it, by name: its tensors are loaded."""
+    within, _, expert = name.partition(OF_EXPERTS)
+    layer: Any
+    for layer in model.get_submodule(within).modules():
+        method = getattr(layer, "quant_method", None)
+        if not expert and isinstance(method, Packing):
+            layer.quant_method.process_weights_after_loading(layer)
+        elif expert and isinstance(method, PackingExperts):
+            method.pack_expert(layer, int(expert))
+
+
+def pack_parameters(layer: Any, form: Format, prefix: str = "", *, as_int8: bool = False) -> Packed:
+    """Pack a layer's parameters, and drop them."""
+    tensors = {name: getattr(layer, prefix + name).data for name in form.names}
+    for name in tensors:
+        delattr(layer, prefix + name)
+    packed = pack(tensors, form, as_int8=as_int8)
+    tensors.clear()
+    give_back_freed()
+    return packed
