@@ -13,8 +13,8 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
-from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
+from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
