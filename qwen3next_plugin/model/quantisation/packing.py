@@ -1,4 +1,4 @@
-"""Parameters become packed weights as soon as they are loaded: of a layer, or of one expert.
+"""Parameters become packed weights as soon as a layer, or one of its experts, is loaded.
 
 An engine would pack once all layers are loaded; both copies of all weights might not fit.
 """
@@ -38,10 +38,12 @@ class PackingExperts(Packing):
     def pack_expert(self, layer: Any, index: int) -> None:
         """Pack an expert whose tensors are loaded, and give back the memory of its parameters.
 
-        Not where an engine keeps the tensors until it has the whole layer, as vLLM's reload does.
+        Only an MTP layer's, of which the copy in bf16 is large beside all else: one by one takes
+        half as long again. Not where an engine keeps the tensors until it has the whole layer, as
+        vLLM's reload does.
         """
         w2 = getattr(layer, "w2_weight", None)
-        if w2 is None or w2.is_meta or not self.may_pack(layer):
+        if not self.as_int8 or w2 is None or w2.is_meta or not self.may_pack(layer):
             return
         if self.stacks is None:
             self.stacks = {which: Stack(len(w2)) for which in self.formats}
