@@ -129,7 +129,7 @@ def peers(run: Run, model: Path, kind: str) -> dict[str, Start]:
     built = [name for name in ("llama.cpp", "ik_llama.cpp") if not THEIRS[name].missing]
     if kind != "int4" or not built:
         return {}
-    file = gguf_model(model, model.with_suffix(".gguf"), "Q4_0")
+    file = gguf_model(model, model.with_name(f"{model.name}.gguf"), "Q4_0")
 
     def start(name: str) -> AbstractContextManager[Worker]:
         return started(llama_worker(name, file, model, run.out / f"full-{name}.log"))
