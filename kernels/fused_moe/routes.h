@@ -40,9 +40,10 @@ struct Routes {
   // All tokens, each an entry; `run` of them at a time have the same expert.
   static Routes of_all(int64_t T, int64_t run) {
     Routes routes;
-    routes.token.resize(T);
-    std::iota(routes.token.begin(), routes.token.end(), 0);
-    routes.entry = routes.token;
+    for (std::vector<int64_t>* each : {&routes.token, &routes.entry}) {
+      each->resize(T);
+      std::iota(each->begin(), each->end(), 0);
+    }
     for (int64_t begin = 0; begin < T; begin += run) {
       routes.experts.push_back(begin / run);
       routes.first.push_back(std::min(begin + run, T));
