@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.chain_model import answer_of, known
-from benchmarks.engines.steps import ROUNDS, STEPS, flags
+from benchmarks.engines.steps import LONG, ROUNDS, STEPS, flags
 from benchmarks.full.limits import product_rate, products, read_rate, step_bytes
 from benchmarks.full.model import full_config, full_model
 from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
@@ -166,7 +166,8 @@ def decode(engine: Worker, batch: int) -> float:
 
 
 def prefill(engine: Worker, tokens: int) -> float:
-    return min(engine.call("prefill", tokens=tokens) for _ in range(2))
+    rounds = 2 if tokens < LONG else 1
+    return min(engine.call("prefill", tokens=tokens) for _ in range(rounds))
 
 
 def row(milliseconds: float, tokens: int, limit: float) -> Row:
