@@ -40,6 +40,11 @@ def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+def name_in_drafter(name: str) -> str:
+    """The name of a tensor or module in a drafter, where the MTP layer has the trunk's prefix."""
+    return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name
+
+
 def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: bool) -> Shapes:
     """Name within the layer and shape of every tensor of one decoder layer."""
     mixer = _linear_attention if layer_type == "linear_attention" else _attention

@@ -20,7 +20,12 @@ from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
-from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import (
+    MTP,
+    mtp_tensors,
+    name_in_drafter,
+    trunk_tensors,
+)
 from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packing import pack_loaded
@@ -76,14 +81,9 @@ class OurModel(nn.Module):
             ignored=ignored,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=lambda name: pack_loaded(self, renamed(name)),
+            loaded=lambda name: pack_loaded(self, name_in_drafter(name)),
             attach=attacher(self, Ranks(get_parallel().tp_rank, get_parallel().tp_size)),
         )
-
-
-def renamed(name: str) -> str:
-    """The name of a module or tensor in our model; the drafter's have the trunk's prefix."""
-    return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name
 
 
 def _stored_bytes(config: Qwen3NextConfig, expected: Iterable[str]) -> int | None:

@@ -18,11 +18,11 @@ from qwen3next_plugin.engines.sglang.cpu.quantisation import (
     head_for_drafts,
     use_packing,
 )
-from qwen3next_plugin.engines.sglang.model.loading import OurModel, load, renamed
+from qwen3next_plugin.engines.sglang.model.loading import OurModel, load
 from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.checkpoint.reading import require_mtp
-from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, name_in_drafter, trunk_tensors
 from qwen3next_plugin.model.quantisation.packed import drop_plain
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
@@ -132,7 +132,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         """Load `mtp.*`, strictly."""
         weights, expected = require_mtp(weights, self.config), mtp_tensors(self.config)
         tensors = self._checked(weights, expected=expected, ignored=self.trunk_names)
-        load(self, ((renamed(name), tensor) for name, tensor in tensors))
+        load(self, ((name_in_drafter(name), tensor) for name, tensor in tensors))
 
     # What SGLang asks of a drafter.
 

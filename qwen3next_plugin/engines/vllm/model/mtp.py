@@ -24,7 +24,12 @@ from qwen3next_plugin.engines.vllm.model.trunk import Qwen3NextForCausalLM, make
 from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embedding
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
-from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import (
+    MTP,
+    mtp_tensors,
+    name_in_drafter,
+    trunk_tensors,
+)
 from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packing import pack_loaded
@@ -156,10 +161,10 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             ignored=self.trunk_names,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=lambda name: pack_loaded(self, _renamed(name)),
+            loaded=lambda name: pack_loaded(self, name_in_drafter(name)),
             attach=attacher(self, own_rank()),
         )
-        return load(self, ((_renamed(name), tensor) for name, tensor in tensors))
+        return load(self, ((name_in_drafter(name), tensor) for name, tensor in tensors))
 
     # What vLLM asks of a drafter.
 
@@ -167,8 +172,3 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         """Whether vLLM can skip the tensor when it loads the drafter: those of the trunk."""
         name = our_name(name, self.sizes) or ""
         return not name.startswith(MTP) and (name != EMBEDDING or EMBEDDING in self.trunk_names)
-
-
-def _renamed(name: str) -> str:
-    """The name of a module or tensor in our drafter."""
-    return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name
