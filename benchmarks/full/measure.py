@@ -52,7 +52,8 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     for turn in range(TURNS):
         with ready(run, "plain", packed) as engine:
             shortest(rows, steps(engine, config, kind, PROMPTS[: 1 if turn else None]))
-            fastest(plain, {batch: rate(engine, config, batch) for batch in BATCHES})
+            found = {n: rate(engine, config, n, rounds=ROUNDS // TURNS) for n in BATCHES}
+            fastest(plain, found)
         for name, start in others.items():
             with start() as engine:
                 shortest(theirs.setdefault(name, {}), their_steps(engine, config))
