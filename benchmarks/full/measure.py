@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.chain_model import answer_of, known
-from benchmarks.engines.steps import LONG, ROUNDS, STEPS, flags
+from benchmarks.engines.steps import LONG, ROUNDS, flags
 from benchmarks.full.limits import product_rate, products, read_rate, step_bytes
 from benchmarks.full.model import full_config, full_model
 from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
@@ -46,14 +46,11 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     )  # fmt: skip
 
     others = peers(run, model, kind)
-    plain: dict[int, float] = {}
     rows: dict[str, Row] = {}
     theirs: dict[str, Row] = {}
     for turn in range(TURNS):
         with ready(run, "plain", packed) as engine:
             shortest(rows, steps(engine, config, kind, PROMPTS[: 1 if turn else None]))
-            found = {n: rate(engine, config, n, rounds=ROUNDS // TURNS) for n in BATCHES}
-            fastest(plain, found)
         for name, start in others.items():
             with start() as engine:
                 shortest(theirs.setdefault(name, {}), their_steps(engine, config))
@@ -65,7 +62,8 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
         yield compared(run, case, rows, theirs)
 
     with ready(run, "drafts", packed, speculative_config=MTP) as engine:
-        drafts = {batch: rate(engine, config, batch) for batch in BATCHES}
+        drafts = {batch: rate(engine, config, batch, ROUNDS) for batch in BATCHES}
+    plain = {batch: rows[decode(batch)]["tokens a second"] for batch in BATCHES}
     yield run.record(
         "full/drafts",
         "What do drafts give, four in five of them right?",
@@ -139,31 +137,33 @@ def peers(run: Run, model: Path, kind: str) -> dict[str, Start]:
 
 
 def steps(engine: Worker, config: Mapping[str, Any], kind: str, prompts: tuple[int, ...]) -> Rows:
-    """Shortest steps and prompts; each limit is measured right before and after, too."""
+    """Steps of answers, and prompts; each limit is measured right before and after, too.
+
+    The answers differ: those to random prompts soon repeat one token, and share its experts.
+    """
     found = {}
     for batch in BATCHES:
-        rate = read_rate()
-        milliseconds = decode(engine, batch)
-        limit = 1e3 * step_bytes(config, kind, batch) / max(rate, read_rate())
-        found[f"decode, batch {batch}"] = row(milliseconds, batch, limit)
+        read = read_rate()
+        milliseconds = 1e3 * batch / rate(engine, config, batch)
+        limit = 1e3 * step_bytes(config, kind, batch) / max(read, read_rate())
+        found[decode(batch)] = row(milliseconds, batch, limit)
     for tokens in prompts:
-        rate = product_rate()
+        computed = product_rate()
         milliseconds = prefill(engine, tokens)
-        limit = 1e3 * tokens * products(config) / max(rate, product_rate())
+        limit = 1e3 * tokens * products(config) / max(computed, product_rate())
         found[f"prompt of {tokens:,}"] = row(milliseconds, tokens, limit)
     return found
 
 
 def their_steps(engine: Worker, config: Mapping[str, Any]) -> Rows:
     """The same of another engine, whose answers must be right, too."""
-    for batch in (1, 8):
-        rate(engine, config, batch, rounds=1)
-    found = {f"decode, batch {batch}": {"time": decode(engine, batch)} for batch in (1, 8)}
+    found = {decode(n): {"time": 1e3 * n / rate(engine, config, n)} for n in (1, 8)}
     return found | {f"prompt of {PROMPTS[0]:,}": {"time": prefill(engine, PROMPTS[0])}}
 
 
-def decode(engine: Worker, batch: int) -> float:
-    return min(min(engine.call("decode", batch=batch, steps=STEPS)) for _ in range(ROUNDS))
+def decode(batch: int) -> str:
+    """The name of a row."""
+    return f"decode, batch {batch}"
 
 
 def prefill(engine: Worker, tokens: int) -> float:
@@ -185,11 +185,6 @@ def shortest(rows: dict[str, Any], more: Rows) -> None:
     """Keep the row of the shorter time of each name."""
     for name, new in more.items():
         rows[name] = min(rows.get(name, new), new, key=lambda found: found["time"])
-
-
-def fastest(rates: dict[int, float], more: Mapping[int, float]) -> None:
-    for batch, new in more.items():
-        rates[batch] = max(rates.get(batch, new), new)
 
 
 def compared(
@@ -217,7 +212,9 @@ def prompts(config: Mapping[str, Any], count: int) -> list[list[int]]:
     return [[random.randrange(2, known(config)) for _ in range(32)] for _ in range(count)]
 
 
-def rate(engine: Worker, config: Mapping[str, Any], batch: int, rounds: int = ROUNDS) -> float:
+def rate(
+    engine: Worker, config: Mapping[str, Any], batch: int, rounds: int = ROUNDS // TURNS
+) -> float:
     """Tokens a second of the best of a few rounds; raises if an answer is not the known one."""
     asked = prompts(config, batch)
     wanted = [[int(word) for word in answer_of(config, prompt, ANSWER)] for prompt in asked]
