@@ -31,12 +31,12 @@ def full_size(records: Mapping[str, Record]) -> str:
         return ""
     one = steps.rows["decode, batch 1"]["tokens a second"]
     seconds = min(float(row["until ready"]) for row in start.rows.values())
-    found = [f"ready in {text(seconds)} s", f"{text(one)} tokens a second for one request"]
+    found = [f"ready in {text(seconds)} s (eager)", f"{text(one)} tokens a second (compiled)"]
     if peers := records.get(f"{FULL}/peers"):
         names = [name for name in peers.units if f"{name} / plugin" in peers.units]
         factors = (span([float(r[f"{n} / plugin"]) for r in peers.rows.values()]) for n in names)
         found += [f"{f} times as fast as {n}" for f, n in zip(factors, names, strict=True)]
-    return f"{start.case}: {', '.join(found)}. *{steps.place}*\n\n"
+    return f"{start.case.rpartition(', ')[0]}: {', '.join(found)}. *{steps.place}*\n\n"
 
 
 def times(records: Sequence[Record], rows: str) -> str:

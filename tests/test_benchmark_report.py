@@ -280,13 +280,13 @@ def full_size(run: Run) -> list[Record]:
         "peers": peers,
     }
     units = {"plugin": "ms", "other": "ms", "other / plugin": ""}
-    return [run.record(f"full/{n}", n, "a size", units, rows) for n, rows in tables.items()]
+    return [run.record(f"full/{n}", n, "a size, how", units, rows) for n, rows in tables.items()]
 
 
 def test_the_headline_begins_with_the_full_size(run):
     said = headline.full_size({record.name: record for record in full_size(run)})
     assert said.startswith(
-        "a size: ready in 17.0 s, 12.5 tokens a second for one request, "
+        "a size: ready in 17.0 s (eager), 12.5 tokens a second (compiled), "
         "1.80 to 2.50 times as fast as other. *A processor (family 1), "
     )
 

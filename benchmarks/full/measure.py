@@ -38,14 +38,14 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     folder = run.out / "-".join(map(str, ("full", size, kind, layers or "all")))
     model, config = full_model(folder, size, kind, layers), full_config(size, kind, layers)
     packed = model if kind == "bf16" else pack(model)
-    case = f"{size} in {kind}, {config['num_hidden_layers']} layers, random weights, vLLM"
+    case = f"{size} in {kind}, {config['num_hidden_layers']} layers, random weights"
     starts = starts_of(run, model, packed)
     yield run.record(
         "full/start", "How long until a model is ready?", f"{case}, eager",
         {"until ready": "s", "loading": "s", "peak, GB": ""}, starts,
     )  # fmt: skip
 
-    others = peers(run, model, kind)
+    others, compiled = peers(run, model, kind), f"{case}, compiled"
     rows: dict[str, Row] = {}
     theirs: dict[str, Row] = {}
     for turn in range(TURNS):
@@ -56,10 +56,10 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
                 shortest(theirs.setdefault(name, {}), their_steps(engine, config))
     units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
     yield run.record(
-        "full/steps", "How near is a step to this machine's limits?", case, units, rows
+        "full/steps", "How near is a step to this machine's limits?", compiled, units, rows
     )
     if others:
-        yield compared(run, case, rows, theirs)
+        yield compared(run, compiled, rows, theirs)
 
     with ready(run, "drafts", packed, speculative_config=MTP) as engine:
         drafts = {batch: rate(engine, config, batch, ROUNDS) for batch in BATCHES}
@@ -67,7 +67,7 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     yield run.record(
         "full/drafts",
         "What do drafts give, four in five of them right?",
-        case,
+        compiled,
         {"plain": "tokens a second", "drafts": "tokens a second", "drafts / plain": ""},
         {
             f"{n} request{'s'[: n > 1]}": {
