@@ -87,8 +87,8 @@ class SparseMoE(nn.Module):
         else:
             run = self._run_native if self.is_native else self._run
             out = run(hidden_states, router_logits)
-        if self.shared_expert is not None and packed is None:
-            out = self.shared_expert(hidden_states, out)
+            if self.shared_expert is not None:
+                out = self.shared_expert(hidden_states, out)
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)
 
     def _run(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
