@@ -10,7 +10,13 @@ namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 128;  // an expert's inner features, or outputs; a task takes a multiple
+constexpr int64_t kSums = 1 << 14;   // outputs, of all tokens, that a task sums at once
 constexpr int64_t kSharedRun = 256;  // tokens of the shared expert that are multiplied at once
+
+// Inner features [begin, end) of an expert.
+struct Features {
+  int64_t expert, begin, end;
+};
 
 // Token i's outputs from column `column` of the tile on: the sum over its terms.
 f32v output_of(const float* totals, int64_t i, int64_t terms, int64_t column) {
@@ -42,26 +48,21 @@ class Experts {
         h_(torch::stable::new_empty(x, {static_cast<int64_t>(this->routes.token.size()), I})),
         in_(this->w13, read<T>(x), x.size(0), x.stride(0)) {}
 
-  // h = silu(W1 x) * W3 x of inner features [c, end) of expert e's tokens. Gate and up are the
-  // panels of one tile, or of two where a tile has one panel.
-  void inner(int64_t e, int64_t c, int64_t end) {
-    const int64_t begin = routes.first[e], count = routes.first[e + 1] - begin;
+  // h = silu(W1 x) * W3 x of these features, for their expert's tokens. `next`: those that this
+  // thread computes then.
+  void inner(const Features& of, const Features& next) {
+    const int64_t begin = routes.first[of.expert], count = routes.first[of.expert + 1] - begin;
     const int64_t terms = in_.terms, size = count * terms * kNR;
-    const int64_t up_panels = I / kPanelWidth;
     const std::span tokens(routes.token.data() + begin, count);
     const PackedA x = in_.pack_a(tokens, std::array{int64_t{0}, count});
     T* h = write<T>(h_) + begin * I;
     std::vector<float> totals(2 * size);
-    for (int64_t i = c; i < end; i += kPanelWidth) {
-      const int64_t gate_panel = first_panel(w13, e) + i / kPanelWidth;
-      const float *gate = totals.data(), *up = gate + (kTilePanels == 1 ? size : kPanelWidth);
-      Panels panels{gate_panel};
-      if (kTilePanels > 1) panels.back() = gate_panel + up_panels;
-      in_.multiply(totals.data(), {&panels, 1}, x, 0, count);
-      if (kTilePanels == 1) {
-        panels[0] += up_panels;
-        in_.multiply(totals.data() + size, {&panels, 1}, x, 0, count);
-      }
+    const float *gate = totals.data(), *up = gate + (kTilePanels == 1 ? size : kPanelWidth);
+    for (int64_t i = of.begin; i < of.end; i += kPanelWidth) {
+      const bool last = i + kPanelWidth == of.end;
+      const auto then =
+          last ? tiles13(next.expert, next.begin) : tiles13(of.expert, i + kPanelWidth);
+      in_.multiply(totals.data(), tiles13(of.expert, i), then[0], x, 0, count);
       for (int64_t n = 0; n < count; ++n) {
         for (int64_t lane = 0; lane < kPanelWidth; lane += kLanes) {
           const f32v g = output_of(gate, n, terms, lane), u = output_of(up, n, terms, lane);
@@ -74,21 +75,21 @@ class Experts {
   // Between `inner` and `add_outputs`.
   void pack_h() { second_.emplace(w2, h_, routes.first); }
 
-  // sums [tokens, kRun] += outputs [c, end), one expert after the other, in the order of their ids.
-  void add_outputs(float* sums, int64_t c, int64_t end) const {
+  // sums [tokens, width] += outputs [c, end), one expert after the other, in the order of their
+  // ids.
+  void add_outputs(float* sums, int64_t width, int64_t c, int64_t end) const {
     const int64_t terms = second_->gemm.terms;
-    for (int64_t e : routes.experts) {
+    std::vector<float> totals;
+    for (size_t j = 0; j < routes.experts.size(); ++j) {
+      const int64_t e = routes.experts[j], next = routes.experts[(j + 1) % routes.experts.size()];
       const int64_t begin = routes.first[e], last = routes.first[e + 1];
-      std::vector<float> totals((last - begin) * terms * kNR);
+      totals.resize((last - begin) * terms * kNR);
       for (int64_t i = c; i < end; i += kNR) {
-        Panels panels;
-        for (int p = 0; p < kTilePanels; ++p) {
-          panels[p] = first_panel(w2, e) + std::min(i / kPanelWidth + p, w2.panels - 1);
-        }
-        second_->gemm.multiply(totals.data(), {&panels, 1}, second_->a, begin, last - begin);
+        const Panels tile = tile2(e, i), then = i + kNR < end ? tile2(e, i + kNR) : tile2(next, c);
+        second_->gemm.multiply(totals.data(), {&tile, 1}, then, second_->a, begin, last - begin);
         for (int64_t n = begin; n < last; ++n) {
           const f32v weight = splat(weights_[routes.entry[n]]);
-          float* sum = sums + routes.token[n] * kRun + i - c;
+          float* sum = sums + routes.token[n] * width + i - c;
           for (int64_t lane = 0; lane < kNR; lane += kLanes) {
             store(sum + lane,
                   load(sum + lane) + weight * output_of(totals.data(), n - begin, terms, lane));
@@ -115,6 +116,23 @@ class Experts {
 
   int64_t first_panel(const PackedWeight& w, int64_t e) const { return same ? 0 : e * w.panels; }
 
+  // Gate and up of inner features from i on: the panels of one tile, or two tiles of one panel.
+  std::array<Panels, 2 / kTilePanels> tiles13(int64_t e, int64_t i) const {
+    std::array<Panels, 2 / kTilePanels> tiles;
+    tiles.front().front() = first_panel(w13, e) + i / kPanelWidth;
+    tiles.back().back() = tiles.front().front() + I / kPanelWidth;
+    return tiles;
+  }
+
+  // Of outputs from i on; beyond the end the last panel is repeated.
+  Panels tile2(int64_t e, int64_t i) const {
+    Panels tile;
+    for (int p = 0; p < kTilePanels; ++p) {
+      tile[p] = first_panel(w2, e) + std::min(i / kPanelWidth + p, w2.panels - 1);
+    }
+    return tile;
+  }
+
   const float* weights_;
   Tensor h_;  // [tokens of routes, I]
   const PackedGemm<T> in_;
@@ -138,28 +156,38 @@ void run(Tensor& out, Experts<T>& routed, Experts<T>* shared) {
   };
   const int64_t bytes13 = bytes(&Experts<T>::w13), bytes2 = bytes(&Experts<T>::w2);
   parallel_with_denormals(threads, grain(threads, bytes13, of_one), [&](int64_t t) {
-    for (int64_t i = shares * t / threads; i < shares * (t + 1) / threads; ++i) {
+    const auto features = [&](int64_t i) -> Features {
       const int64_t c = i / experts * share;
-      routed.inner(routed.routes.experts[i % experts], c, std::min(c + share, routed.I));
+      return {routed.routes.experts[i % experts], c, std::min(c + share, routed.I)};
+    };
+    const int64_t end = shares * (t + 1) / threads;
+    for (int64_t i = shares * t / threads; i < end; ++i) {
+      routed.inner(features(i), features(std::min(i + 1, end - 1)));
     }
     if (!shared) return;
     const auto first = [&](int64_t thread) {
       return shared->I / kPanelWidth * thread / threads * kPanelWidth;
     };
-    for (int64_t e : shared->routes.experts) shared->inner(e, first(t), first(t + 1));
+    for (int64_t e : shared->routes.experts) {
+      const Features of{e, first(t), first(t + 1)};
+      shared->inner(of, of);
+    }
   });
   routed.pack_h();
   if (shared) shared->pack_h();
-  const int64_t runs = (D + kRun - 1) / kRun;
+  // For few tokens a thread reads its share of an expert in one piece.
+  const int64_t most = round_up((D + threads - 1) / threads, kRun);
+  const int64_t run = std::clamp(kSums / (tokens + 1) / kRun * kRun, kRun, most);
+  const int64_t runs = (D + run - 1) / run;
   parallel_with_denormals(runs, grain(runs, bytes2, of_one), [&](int64_t i) {
-    const int64_t c = i * kRun, end = std::min(c + kRun, routed.w2.panels * kPanelWidth);
-    std::vector<float> sums(tokens * kRun);
-    routed.add_outputs(sums.data(), c, end);
-    if (shared) shared->add_outputs(sums.data(), c, end);
+    const int64_t c = i * run, end = std::min(c + run, routed.w2.panels * kPanelWidth);
+    std::vector<float> sums(tokens * run);
+    routed.add_outputs(sums.data(), run, c, end);
+    if (shared) shared->add_outputs(sums.data(), run, c, end);
     T* to = write<T>(out) + c;
     for (int64_t t = 0; t < tokens; ++t) {
-      for_vectors(std::min(c + kRun, D) - c, [&](int64_t j, int64_t lanes) {
-        store(to + t * D + j, load(sums.data() + t * kRun + j), lanes);
+      for_vectors(std::min(c + run, D) - c, [&](int64_t j, int64_t lanes) {
+        store(to + t * D + j, load(sums.data() + t * run + j), lanes);
       });
     }
   });

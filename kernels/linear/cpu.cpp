@@ -55,7 +55,8 @@ void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeigh
     for (int64_t q = first; q < last; ++q) panels.push_back(tile_panels(w, q * kTilePanels));
     thread_local std::vector<float> totals;
     totals.resize(nc * size);
-    gemm.multiply(totals.data(), panels, packed_x, begin, end - begin);
+    const Panels next = tile_panels(w, std::min(last, tiles - 1) * kTilePanels);
+    gemm.multiply(totals.data(), panels, next, packed_x, begin, end - begin);
     for (int64_t m = begin; m < end; m += kWritten) {
       for (int64_t q = first; q < last; ++q) {
         const int64_t token = (m - begin) * gemm.terms * kNR;

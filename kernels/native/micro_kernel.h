@@ -20,15 +20,20 @@ constexpr int64_t kNR = kTilePanels * kPanelWidth;
 constexpr int64_t kKC = 512;         // columns unpacked at a time: they fit in L1
 constexpr int64_t kDirectTiles = 2;  // up to so many tiles of terms unpack lines as they read them
 
-// Prefetches into L2 far ahead, where a core can wait for more lines than in L1, and into L1 near.
-inline void prefetch_after(const uint8_t* line) {
-  constexpr int64_t kLinesAhead = 64, kLinesAheadInL1 = 8;
-  __builtin_prefetch(line + kLinesAhead * kLine, 0, 2);
-  __builtin_prefetch(line + kLinesAheadInL1 * kLine);
-}
+constexpr int64_t kBytesAhead = 4096;  // of a panel that are prefetched into L2
 
 // Indices of a tile's panels; the last one is repeated beyond the end.
 using Panels = std::array<int64_t, kTilePanels>;
+// Where lines of them begin.
+using Lines = std::array<const uint8_t*, kTilePanels>;
+
+// Prefetches into L2 what comes far later, because a core can wait for more lines there than in L1,
+// and into L1 what comes soon.
+inline void prefetch_lines(const uint8_t* soon, const uint8_t* later) {
+  constexpr int64_t kLinesAhead = 8;
+  __builtin_prefetch(soon + kLinesAhead * kLine);
+  __builtin_prefetch(later, 0, 2);
+}
 
 // Accumulators per output: even and odd columns separately, to hide the latency of additions. Exact
 // sums have no order, so there several terms hide it.
@@ -75,15 +80,16 @@ Q3N_INLINE inline void paired_kernel(i32v (&sum)[kParts][T], const uint8_t* line
 // micro_kernel for a block of kLines lines, few enough for registers: the sums with x's upper bytes
 // are where those with its lower bytes begin.
 template <class F, int T, int kLines>
-Q3N_INLINE inline void short_kernel(i32v (&sum)[kTilePanels * kParts][T],
-                                    const uint8_t* const (&line)[kTilePanels],
-                                    const int32_t* const (&x)[T]) {
+Q3N_INLINE inline void short_kernel(i32v (&sum)[kTilePanels * kParts][T], const Lines& line,
+                                    const Lines& later, const int32_t* const (&x)[T]) {
   constexpr int kVectors = kTilePanels * kParts, kOfLine = F::kLineVectors;
   i32v w[kVectors][kLines][kOfLine];
   repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
     repeat<kLines>(kLines, [&](int64_t l) Q3N_INLINE {
       const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
-      if (!F::kUnpacked && v % kParts == 0) prefetch_after(at);
+      if (!F::kUnpacked && v % kParts == 0) {
+        prefetch_lines(at, later[v / kParts] + l * F::kLineBytes);
+      }
       F::unpack(at, v % kParts, w[v][l]);
     });
   });
@@ -113,7 +119,7 @@ Q3N_INLINE inline void short_kernel(i32v (&sum)[kTilePanels * kParts][T],
 // sum[v][t] = `lines` lines times the words of x; v: vector of the tile's channels, t: term.
 template <class F, int T>
 Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kParts][T],
-                                    const uint8_t* const (&line)[kTilePanels], int64_t lines,
+                                    const Lines& line, const Lines& later, int64_t lines,
                                     const int32_t* const (&x)[T]) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   if constexpr (F::kUnpacked && F::kExact) return paired_kernel(sum, line[0], lines, x);
@@ -124,7 +130,9 @@ Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kPart
     typename F::Value w[kVectors][F::kLineVectors];
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
-      if (!F::kUnpacked && v % kParts == 0) prefetch_after(at);
+      if (!F::kUnpacked && v % kParts == 0) {
+        prefetch_lines(at, later[v / kParts] + l * F::kLineBytes);
+      }
       F::unpack(at, v % kParts, w[v]);
     });
     repeat<F::kLineVectors>(F::kLineVectors, [&](int64_t s) Q3N_INLINE {
@@ -147,14 +155,15 @@ Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kPart
 // has kShort lines, or any number if that is 0.
 template <class F, int T, int kShort>
 void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const Panels& panels,
-                   const uint8_t* const (&lines)[kTilePanels], const Activations& a,
+                   const Lines& lines, const Lines& next, const Activations& a,
                    const int64_t (&terms)[T], int64_t first, int64_t last) {
   constexpr int kVectors = kTilePanels * kParts;
   // Copies, which gcc can keep in registers: stores to totals might change what references name.
   const PackedWeight w = weight;
   const int64_t block_lines = w.block / kLineColumns<F>, block_words = w.block / F::kColumns;
-  const uint8_t* line[kTilePanels];
-  for (int p = 0; p < kTilePanels; ++p) line[p] = lines[p];
+  const int64_t block_bytes = block_lines * F::kLineBytes;
+  const int64_t ahead = std::clamp<int64_t>(kBytesAhead / block_bytes, 1, last - first);  // blocks
+  Lines line = lines, later;
   const int32_t *x[T], *sums[T];
   const float* scales[T];
   float* to[T];
@@ -164,12 +173,16 @@ void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const P
   }
   for (int64_t b = first; b < last; ++b) {
     typename F::Total sum[kVectors][T];
+    for (int p = 0; p < kTilePanels; ++p) {
+      const int64_t beyond = b + ahead - last;
+      later[p] = (beyond < 0 ? line[p] + ahead * block_bytes : next[p] + beyond * block_bytes);
+    }
 #if defined(__AVX512VNNI__)
     if constexpr (kShort > 0) {
-      short_kernel<F, T, kShort>(sum, line, x);
+      short_kernel<F, T, kShort>(sum, line, later, x);
     } else  // NOLINT
 #endif
-      micro_kernel<F, T>(sum, line, block_lines, x);
+      micro_kernel<F, T>(sum, line, later, block_lines, x);
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const int64_t panel = panels[v / kParts], part = v % kParts;
       const f32v scale = w.group ? w.scale(panel, b, part) : splat(1.0f);
@@ -185,14 +198,14 @@ void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const P
         store(at, load(at) + scaled);
       });
     });
-    for (int p = 0; p < kTilePanels; ++p) line[p] += block_lines * F::kLineBytes;
+    for (int p = 0; p < kTilePanels; ++p) line[p] += block_bytes;
     for (int t = 0; t < T; ++t) x[t] += block_words;
   }
 }
 
 template <class F, int T>
 void add_blocks(float* const (&total)[T], const PackedWeight& w, const Panels& panels,
-                const uint8_t* const (&lines)[kTilePanels], const Activations& a,
+                const Lines& lines, const Lines& next, const Activations& a,
                 const int64_t (&terms)[T], int64_t first, int64_t last) {
   auto* add = add_blocks_of<F, T, 0>;
 #if defined(__AVX512VNNI__)
@@ -201,23 +214,23 @@ void add_blocks(float* const (&total)[T], const PackedWeight& w, const Panels& p
     if (w.block == 4 * kLineColumns<F>) add = add_blocks_of<F, T, 4>;
   }
 #endif
-  add(total, w, panels, lines, a, terms, first, last);
+  add(total, w, panels, lines, next, a, terms, first, last);
 }
 
 // add_blocks for `count` terms, kMR<F> at a time.
 template <class F, int T = kMR<F>>
-void add_terms(float* totals, const PackedWeight& w, const Panels& panels,
-               const uint8_t* const (&lines)[kTilePanels], const Activations& a,
-               const int64_t* terms, int64_t count, int64_t first, int64_t last) {
+void add_terms(float* totals, const PackedWeight& w, const Panels& panels, const Lines& lines,
+               const Lines& next, const Activations& a, const int64_t* terms, int64_t count,
+               int64_t first, int64_t last) {
   for (; count >= T; count -= T, terms += T, totals += T * kNR) {
     float* total[T];
     int64_t index[T];
     for (int t = 0; t < T; ++t) total[t] = totals + t * kNR, index[t] = terms[t];
-    add_blocks<F, T>(total, w, panels, lines, a, index, first, last);
+    add_blocks<F, T>(total, w, panels, lines, next, a, index, first, last);
   }
   if constexpr (T > 1) {
     constexpr int kFewer = F::kUnpacked ? T / 2 : T - 1;  // one more pass would unpack again
-    if (count) add_terms<F, kFewer>(totals, w, panels, lines, a, terms, count, first, last);
+    if (count) add_terms<F, kFewer>(totals, w, panels, lines, next, a, terms, count, first, last);
   }
 }
 
@@ -241,26 +254,27 @@ void unpack_lines(uint8_t* out, const uint8_t* line, int64_t lines) {
 
 // totals [count, kNR] = a tile times the terms of A with these indices.
 template <class F>
-void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, const Activations& a,
-                  const int64_t* terms, int64_t count) {
+void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, const Panels& then,
+                  const Activations& a, const int64_t* terms, int64_t count) {
   std::memset(totals, 0, count * kNR * sizeof *totals);
   const bool direct = F::kReady || count <= kDirectTiles * kMR<F>;
   const int64_t chunk = direct ? w.blocks : kKC / w.block;
   alignas(64) thread_local uint8_t unpacked[kTilePanels][kKC / F::kColumns * kLine];
   for (int64_t first = 0; first < w.blocks; first += chunk) {
     const int64_t last = std::min(first + chunk, w.blocks);
-    const uint8_t* lines[kTilePanels];
+    Lines lines, next;
     for (int p = 0; p < kTilePanels; ++p) {
+      next[p] = w.panel(then[p]);
       lines[p] = w.panel(panels[p]) + first * (w.block / kLineColumns<F>)*F::kLineBytes;
       if (direct) continue;
       unpack_lines<F>(unpacked[p], lines[p], (last - first) * w.block / kLineColumns<F>);
       lines[p] = unpacked[p];
     }
     if (direct) {
-      add_terms<F>(totals, w, panels, lines, a, terms, count, first, last);
+      add_terms<F>(totals, w, panels, lines, next, a, terms, count, first, last);
     } else {
-      add_terms<Unpacked<typename F::Family>>(totals, w, panels, lines, a, terms, count, first,
-                                              last);
+      add_terms<Unpacked<typename F::Family>>(totals, w, panels, lines, lines, a, terms, count,
+                                              first, last);
     }
   }
   if (!w.ends_with_scale()) return;

@@ -56,8 +56,8 @@ PackedA PackedGemm<T>::pack_a(std::span<const int64_t> tokens,
 }
 
 template <class T>
-void PackedGemm<T>::multiply(float* totals, std::span<const Panels> tiles, const PackedA& x,
-                             int64_t begin, int64_t count) const {
+void PackedGemm<T>::multiply(float* totals, std::span<const Panels> tiles, const Panels& next,
+                             const PackedA& x, int64_t begin, int64_t count) const {
 #if defined(Q3N_AMX)
   if (x.panels) return Q3N_LEVEL::multiply(totals, w_, tiles, *x.panels, begin, count);
   if (x.bytes && use_amx_bytes(w_, count * terms)) {
@@ -67,8 +67,8 @@ void PackedGemm<T>::multiply(float* totals, std::span<const Panels> tiles, const
   const int64_t* a = x.terms.data() + begin * terms;
   w_.template with_format<T>([&]<class F>(F) {
     for (size_t q = 0; q < tiles.size(); ++q) {
-      macro_kernel<F>(totals + q * count * terms * kNR, w_, tiles[q], activations_, a,
-                      count * terms);
+      macro_kernel<F>(totals + q * count * terms * kNR, w_, tiles[q],
+                      q + 1 < tiles.size() ? tiles[q + 1] : next, activations_, a, count * terms);
     }
   });
 }

@@ -29,8 +29,9 @@ class PackedGemm {
   PackedA pack_a(std::span<const int64_t> tokens, std::span<const int64_t> runs) const;
 
   // totals [tiles, count, terms, kNR] = these tiles of W times tokens [begin, begin + count) of x.
-  void multiply(float* totals, std::span<const Panels> tiles, const PackedA& x, int64_t begin,
-                int64_t count) const;
+  // `next`: the tile that this thread multiplies then, whose first lines are prefetched.
+  void multiply(float* totals, std::span<const Panels> tiles, const Panels& next, const PackedA& x,
+                int64_t begin, int64_t count) const;
 
   int64_t terms = 1;         // of a token: the caller adds their totals
   int64_t mc = 256, nc = 1;  // tokens, and tiles, that a task should multiply at once
