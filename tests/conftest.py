@@ -21,7 +21,7 @@ LONGEST = (
     "test_parity", "test_server", "test_lossless", "test_distribution",
     "test_parsers", "test_family", "test_prefix_cache", "test_on_device",
     "test_examples", "test_plain_steps", "test_quantised", "test_images", "test_ranks",
-    "test_nodes",
+    "test_nodes", "test_folder",
     "test_bits", "test_soak", "test_lora", "test_sampling_params", "test_shapes", "test_pressure",
     "test_errors",
     "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",

@@ -14,7 +14,17 @@ OWN = "qwen3next_plugin"
 PLACES = {"kernels": "kernels", "mtp": "mtp", OWN: ""}  # folder → its package below OWN
 ENGINES = ("vllm", "sglang")
 ENGINE_FOLDERS = {"model", "state", "speculation", "cpu", "repairs"}
-OF_BOTH = ("patching", "hub", "huge_pages", "caches", "cores", "cgroups", "memory", "nodes")
+OF_BOTH = (
+    "patching",
+    "hub",
+    "huge_pages",
+    "caches",
+    "cores",
+    "cgroups",
+    "memory",
+    "nodes",
+    "page_files",
+)
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors
 ENGINE_FILES = {  # of every engine

@@ -10,6 +10,7 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 from vllm import envs
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -37,7 +38,7 @@ class Executor(MultiprocExecutor):
         if (
             scheduler_output.has_structured_output_requests
             or not scheduler_output.total_num_scheduled_tokens
-            or self._has_connector()
+            or self.ec_output_aggregator is not None
         ):
             return super().execute_model(scheduler_output, non_block)
         output = Output(self, self._call("run_step", scheduler_output))
@@ -45,18 +46,16 @@ class Executor(MultiprocExecutor):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         """Sample, and take the drafts."""
-        if self._has_connector():
+        if self.ec_output_aggregator is not None:
             return super().sample_tokens(grammar_output, non_block)
         output = Output(self, self._call("sample_and_draft", grammar_output))
         return output if non_block else output.result()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """The drafts, which have come with the sampled tokens."""
-        return super().take_draft_token_ids() if self._has_connector() else self.drafts
-
-    def _has_connector(self) -> bool:
-        """Whether vLLM joins the outputs of all ranks."""
-        return self.kv_output_aggregator is not None or self.ec_output_aggregator is not None
+        if self.ec_output_aggregator is not None:
+            return super().take_draft_token_ids()
+        return self.drafts
 
     def _call(self, method: str, argument: Any) -> "Future[Step]":
         return self.collective_rpc(
@@ -65,7 +64,20 @@ class Executor(MultiprocExecutor):
             non_block=True,
             unique_reply_rank=self.output_rank,
             timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+            kv_output_aggregator=self.kv_output_aggregator and Steps(self.kv_output_aggregator),
         )
+
+
+class Steps:
+    """Joins what a KV connector reports in all ranks, as vLLM does, beside a step's drafts."""
+
+    def __init__(self, host: KVOutputAggregator) -> None:
+        self.host = host
+
+    def aggregate(self, steps: list[Step], output_rank: int) -> Step:
+        """The step of one rank, with all ranks' reports in its output."""
+        output = self.host.aggregate([output for output, _ in steps], output_rank)
+        return output, steps[output_rank][1]
 
 
 class Output(Future[ModelRunnerOutput]):

@@ -349,6 +349,13 @@ OVERRIDES: tuple[Entry, ...] = (
         remove_when="vLLM's portable experts are as fast",
     ),
     Override(
+        target="vllm.v1.kv_offload.cpu.shared_offload_region.SharedOffloadRegion._creator",
+        file="folder.py",
+        reason="vLLM's tiers leave their shared memory behind when a server is killed; ours has no "
+        "name once all have opened it, so a worker has none to remove",
+        remove_when="TieringOffloadingSpec removes the name, as CPUOffloadingSpec does",
+    ),
+    Override(
         target="vllm.v1.worker.gpu.model_states.mamba_hybrid.MambaHybridModelState.postprocess_state",
         parameters=("self", "idx_mapping", "num_sampled", "num_computed_tokens"),
         file="state/model_state.py",

@@ -62,8 +62,47 @@ OVERRIDDEN = {
             "bind_kv_cache": ["self", "kv_cache"],
         },
     },
+    "v1/kv_offload/base.py": {
+        "OffloadingWorker": {
+            "submit_store": ["self", "job_id", "src_spec", "dst_spec"],
+            "submit_load": ["self", "job_id", "src_spec", "dst_spec"],
+            "get_finished": ["self"],
+            "wait": ["self", "job_ids"],
+            "shutdown": ["self"],
+        },
+    },
+    "v1/kv_offload/tiering/spec.py": {
+        "TieringOffloadingSpec": {"__init__": ["self", "config"], "get_manager": ["self"]},
+    },
+    "v1/kv_offload/cpu/spec.py": {
+        "CPUOffloadingSpec": {"get_worker": ["self", "kv_caches"]},
+    },
+    "v1/kv_offload/tiering/base.py": {
+        "SecondaryTierManager": {
+            "__init__": [
+                *("self", "offloading_spec", "primary_kv_view", "tier_type"),
+                "backpressure_detector",
+            ],
+            "lookup": ["self", "key", "req_context"],
+            "submit_store": ["self", "job_metadata"],
+            "submit_load": ["self", "job_metadata"],
+            "get_finished_jobs": ["self"],
+            "on_new_request": ["self", "req_context"],
+            "on_request_finished": ["self", "req_context"],
+            "on_schedule_end": ["self", "context"],
+            "drain_jobs": ["self"],
+            "shutdown": ["self"],
+        },
+    },
+    "v1/kv_offload/tiering/async_lookup.py": {
+        "AsyncLookupManager": {
+            "__init__": ["self", "tier_type"],
+            "batch_lookup": ["self", "keys", "req_context"],
+        },
+    },
     "v1/worker/gpu_worker.py": {
         "Worker": {
+            "reload_weights": ["self"],
             "execute_model": ["self", "scheduler_output"],
             "sample_tokens": ["self", "grammar_output"],
         },
@@ -230,7 +269,25 @@ CALLED = {
     "v1/executor/multiproc_executor.py": {
         "collective_rpc": [
             *("self", "method", "timeout", "args", "kwargs", "non_block", "unique_reply_rank"),
+            "kv_output_aggregator",
         ],
+    },
+    "distributed/kv_transfer/kv_connector/utils.py": {
+        "aggregate": ["self", "outputs", "output_rank"],
+    },
+    "v1/kv_offload/cpu/shared_offload_region.py": {
+        "__init__": [
+            *("self", "engine_id", "num_chunks", "rank", "kv_bytes_per_chunk", "cpu_page_size"),
+        ],
+        "create_next_worker_view": ["self", "tensor_page_size"],
+        "cleanup": ["self"],
+    },
+    "v1/kv_offload/file_mapper.py": {"from_offloading_spec": ["cls", "root_dir"]},
+    "v1/kv_offload/tiering/async_lookup.py": {
+        "mark_miss": ["self", "keys"],
+        "cleanup": ["self", "req_id"],
+        "flush": ["self"],
+        "shutdown": ["self"],
     },
     "v1/worker/mamba_utils.py": {
         "run_fused_precopy": [

@@ -22,6 +22,7 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     CoupledSampler,
     drafts_and_rows,
 )
+from qwen3next_plugin.engines.vllm.state.folder_flags import refuse_other_weights
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -55,6 +56,11 @@ class Worker(CPUWorker):
         """Load trunk and MTP layer, and show how far that is."""
         with one_bar(self.vllm_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Load other weights, unless a folder keeps pages of these."""
+        refuse_other_weights(self.vllm_config)
+        super().reload_weights(*args, **kwargs)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""

@@ -1,0 +1,123 @@
+"""Cached blocks in files of one folder: checked as they are read, the oldest removed at a limit.
+
+Several servers may share the folder. A file appears whole or not at all, and one that is not what
+was written under its name is removed and never used.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from secrets import token_hex
+from stat import S_ISREG
+from time import time
+from typing import NamedTuple
+from zlib import crc32
+
+# How the names of subfolders begin, with the format's number; nothing else here is touched.
+SPACE = "qwen3next-1-"
+PART = ".part"  # the ending of a file that is being written
+PART_SECONDS = 600  # after which nobody writes it any more
+HEADER = struct.Struct("<32sQI")  # digest of the name, bytes of the content, and its checksum
+SHARE = 8  # of the limit: what is written between counts, and what is removed beyond it
+
+
+class File(NamedTuple):
+    """One on disk."""
+
+    used: float  # when it was last read or written
+    nbytes: int
+    path: Path
+
+
+class PageFiles:
+    """Files in subfolders of a folder, of all servers together at most about `limit` bytes.
+
+    Each server counts all files again when it has written an eighth of that.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.part = f".{token_hex(4)}{PART}"
+        for file in self._files():
+            if file.path.suffix == PART and time() - file.used > PART_SECONDS:
+                file.path.unlink(missing_ok=True)  # of a server that was killed
+        self.uncounted = 0  # bytes written since all files were counted
+
+    def holds(self, name: str, nbytes: int) -> bool:
+        """Whether there is a file of this name, with so many bytes of content."""
+        try:
+            return (self.folder / name).stat().st_size == HEADER.size + nbytes
+        except OSError:
+            return False
+
+    def use(self, name: str) -> None:
+        """Make a file, if it is there, the last to be removed."""
+        with suppress(OSError):
+            os.utime(self.folder / name)
+
+    def read(self, name: str, content_: memoryview) -> bool:
+        """Fill `content_` from a file; False, and no such file any more, if it is damaged."""
+        path = self.folder / name
+        header = bytearray(HEADER.size)
+        try:
+            with path.open("rb") as file:
+                found = file.readinto(header) + file.readinto(content_) + len(file.read(1))
+        except OSError:
+            return False
+        if found != HEADER.size + len(content_) or header != _header(name, content_):
+            with suppress(OSError):
+                path.unlink()
+            return False
+        self.use(name)
+        return True
+
+    def write(self, name: str, content: memoryview) -> None:
+        """Write a file, unless it is there; remove the oldest ones beyond the limit.
+
+        Raises:
+            OSError: it cannot be written, for instance because the disk is full.
+        """
+        if self.holds(name, len(content)):
+            self.use(name)
+            return
+        path = self.folder / name
+        part = path.with_name(path.name + self.part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                file.write(_header(name, content))
+                file.write(content)
+            part.replace(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            raise
+        self.uncounted += HEADER.size + len(content)
+        if self.uncounted > self.limit // SHARE:
+            self._remove_oldest()
+
+    def _remove_oldest(self) -> None:
+        """Count all files, and remove the oldest if the next share would be beyond the limit."""
+        files = sorted(self._files())
+        beyond = sum(file.nbytes for file in files) + self.limit // SHARE - self.limit
+        for file in files:
+            if beyond <= 0:
+                break
+            with suppress(OSError):
+                file.path.unlink()
+            beyond -= file.nbytes
+        self.uncounted = 0
+
+    def _files(self) -> Iterator[File]:
+        for path in self.folder.glob(f"{SPACE}*/*/*"):
+            with suppress(OSError):
+                found = path.lstat()
+                if S_ISREG(found.st_mode):
+                    yield File(found.st_mtime, found.st_size, path)
+
+
+def _header(name: str, content: memoryview) -> bytes:
+    return HEADER.pack(sha256(name.encode()).digest(), len(content), crc32(content))

@@ -1,0 +1,129 @@
+"""The folder of a prefix cache: what is refused at load, and what has files of its own."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import write_checkpoint
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC, refuse_other_weights
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+
+MODULE = "qwen3next_plugin.engines.vllm.folder"
+DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
+
+
+@pytest.fixture
+def complete(checkpoint, tmp_path):
+    """vLLM completes its configuration, as it does before it starts a worker."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def run(settings: dict[str, Any] = {}, model: Path = checkpoint, **flags: Any):  # noqa: B006
+        own = {"spec_name": SPEC, "spec_module_path": MODULE}
+        given = own | {"folder": str(tmp_path), "folder_bytes": 1 << 30} | settings
+        transfer = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {k: v for k, v in given.items() if v is not None},
+        }
+        flags = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | flags
+        args = EngineArgs(model=str(model), kv_transfer_config=transfer, **flags)
+        return args.create_engine_config()
+
+    return run
+
+
+def space(config: Any) -> str:
+    (tier,) = config.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+    return tier["space"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        (
+            {"folder": None},
+            {},
+            r"folder = None: no such folder; make it, or change .*--kv-transfer",
+        ),
+        ({"folder": "/nowhere/at/all"}, {}, "folder = '/nowhere/at/all': no such folder"),
+        ({"folder": __file__}, {}, "no such folder"),
+        ({"folder": "/proc"}, {}, r"folder = '/proc' cannot be written \(.*\): grant user \d+"),
+        ({"folder_bytes": None}, {}, "folder_bytes is missing"),
+        ({"folder_bytes": "9 GB"}, {}, "folder_bytes = '9 GB': must be a number of bytes"),
+        ({"cpu_bytes_to_use": -1}, {}, "cpu_bytes_to_use = -1: must be a number of bytes"),
+        ({"folder_gb": 9}, {}, "FolderSpec has no folder_gb; it has .*folder_bytes"),
+        ({"secondary_tiers": []}, {}, "FolderSpec has no secondary_tiers"),
+        ({}, {"enable_prefix_caching": False}, "leave out --no-enable-prefix-caching"),
+        ({}, {"nnodes": 2, "tensor_parallel_size": 2}, "nnodes = 2: .*use one machine"),
+        ({}, {"enable_lora": True}, "enable_lora: .*serve without adapters"),
+        ({}, {"load_format": "dummy"}, "load_format = dummy: .*leave out --load-format"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_kept_is_refused_by_name(complete, settings, flags, message):
+    with pytest.raises(Exception, match=message):
+        complete(settings, **flags)
+
+
+def test_a_configuration_is_completed_again(complete):
+    """vLLM does so in its engine's process."""
+    from qwen3next_plugin.engines.vllm.patches import CheckFlags
+
+    config = complete()
+    before = dict(config.kv_transfer_config.kv_connector_extra_config)
+    CheckFlags.verify_and_update_config(config)
+    assert config.kv_transfer_config.kv_connector_extra_config == before
+    assert space(config).startswith(f"qwen3next-1-{fingerprint(Path(config.model_config.model))}-")
+
+
+def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, complete, checkpoint, tmp_path):
+    own = write_checkpoint(tmp_path / "own")
+    found = [
+        space(complete()),
+        space(complete(dtype="bfloat16")),
+        space(complete(speculative_config=DRAFTS)),
+        space(complete(speculative_config=DRAFTS | {"num_speculative_tokens": 3})),
+        space(complete(tensor_parallel_size=2)),
+        space(complete(hf_overrides={"rms_norm_eps": 1e-5})),
+        space(complete(prefix_caching_hash_algo="sha256_cbor")),
+        space(complete(model=own)),
+    ]
+    monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
+    found.append(space(complete(dtype="bfloat16")))
+    assert len(set(found)) == len(found)
+    monkeypatch.delenv("QWEN3NEXT_QUANTISE")
+    assert found[0] == space(complete(max_model_len=256, max_num_batched_tokens=300))
+
+
+def test_a_fingerprint_follows_the_files(tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    file = model / "model.safetensors"
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    link = tmp_path / "link"
+    link.mkdir()
+    (link / file.name).symlink_to(file)  # as a hub's folder has them
+    assert fingerprint(link) == before
+    data, times = bytearray(file.read_bytes()), file.stat()
+    shutil.copy(model / "config.json", tmp_path)
+    assert fingerprint(model) == before  # other files do not count
+    data[-1] ^= 1
+    file.write_bytes(data)
+    changed = fingerprint(model)
+    assert changed != before
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # with its time put back
+    assert fingerprint(model) not in (before, changed)
+    with pytest.raises(ValueError, match="no safetensors files"):
+        fingerprint(tmp_path)
+
+
+def test_other_weights_are_refused_while_serving(complete, checkpoint):
+    config = complete()
+    with pytest.raises(ConfigError, match=r"reload_weights: .* restart the server"):
+        refuse_other_weights(config)
+    config.kv_transfer_config = None
+    refuse_other_weights(config)
