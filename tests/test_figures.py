@@ -15,11 +15,8 @@ def test_bytes_of_a_page():
     for num_drafts in range(5):
         layout = PageLayout(16, 32, 128, 128, num_drafts, torch.bfloat16, torch.float32)
         parts = layout.nbytes()
-        window = sum(parts[name] for name in ("key", "u", "g", "span"))
         states = (num_drafts + 1) * (parts["state"] + 2 * (3 + num_drafts) * layout.conv_dim)
         for name, cell in {
-            "window and span": f"{window:,}",
-            "convolution inputs": f"{parts['conv']:,}",
             "**one page**": f"**{layout.page_bytes:,}**",
             "a state per draft token and one more, as in vLLM's own model": f"{states:,}",
             "ratio": f"{layout.page_bytes / states:.2f}",

@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -78,7 +79,7 @@ class PageFiles:
         """Write a file, unless it is there; remove the oldest ones beyond the limit.
 
         Raises:
-            OSError: it cannot be written, for instance because the disk is full.
+            OSError: it cannot be written. If the disk is full, the oldest are removed for the next.
         """
         if self.holds(name, len(content)):
             self.use(name)
@@ -91,18 +92,20 @@ class PageFiles:
                 file.write(_header(name, content))
                 file.write(content)
             part.replace(path)
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 part.unlink()
+            if error.errno == ENOSPC:
+                self._remove_oldest(SHARE * len(content))
             raise
         self.uncounted += HEADER.size + len(content)
         if self.uncounted > self.limit // SHARE:
             self._remove_oldest()
 
-    def _remove_oldest(self) -> None:
-        """Count all files, and remove the oldest if the next share would be beyond the limit."""
+    def _remove_oldest(self, room: int = 0) -> None:
+        """Count all files; remove the oldest for `room` bytes, and for a share of the limit."""
         files = sorted(self._files())
-        beyond = sum(file.nbytes for file in files) + self.limit // SHARE - self.limit
+        beyond = max(room, sum(file.nbytes for file in files) + self.limit // SHARE - self.limit)
         for file in files:
             if beyond <= 0:
                 break

@@ -136,26 +136,31 @@ def test_what_a_killed_server_left_half_written_goes_with_time(files, tmp_path):
 
 
 FILL = """
-import errno, sys
+import errno, os, sys
 from pathlib import Path
 from qwen3next_plugin.engines.page_files import SPACE, PageFiles
-folder, content = Path(sys.argv[1]), memoryview(bytes(100_000))
+folder, content = Path(sys.argv[1]), memoryview(bytes(10_000))
 files = PageFiles(folder, 1 << 30)
-try:
-    for i in range(5):
-        files.write(f"{SPACE}a/b/{i}", content)
-except OSError as error:
-    assert error.errno == errno.ENOSPC, error
-kept = sorted(path.name for path in folder.rglob("*") if path.is_file())
-assert kept == [str(n) for n in range(i)] and 0 < i < 4, kept  # and nothing half written
-assert all(files.read(f"{SPACE}a/b/{n}", memoryview(bytearray(100_000))) for n in range(i))
-(folder / f"{SPACE}a/b/0").unlink()
-files.write(f"{SPACE}a/b/9", content)  # there is room again
+for i in range(60):
+    name = f"{SPACE}a/b/{i}"
+    kept = {path.name for path in folder.rglob("*") if path.is_file()}
+    try:
+        files.write(name, content)
+        os.utime(folder / name, (i, i))
+    except OSError as error:
+        assert error.errno == errno.ENOSPC, error
+        break
+assert kept == {str(n) for n in range(i)} and 10 < i < 59, kept
+left = {path.name for path in folder.rglob("*") if path.is_file()}
+assert left == {str(n) for n in range(8, i)}, left  # nothing half written, and eight gave way
+assert all(files.read(f"{SPACE}a/b/{n}", memoryview(bytearray(10_000))) for n in range(8, i))
+for n in range(100, 105):
+    files.write(f"{SPACE}a/b/{n}", content)
 """
 
 
 @NEEDS_NAMESPACES
-def test_a_full_disk_keeps_what_is_whole(tmp_path):
+def test_on_a_full_disk_the_oldest_give_way(tmp_path):
     assert "size=256k" in STATES["nearly full"]
     assert shutil.which("unshare")
     command = where(str(tmp_path), "nearly full", [sys.executable, "-c", FILL, str(tmp_path)])

@@ -65,7 +65,6 @@ class FolderTier(SecondaryTierManager):
         self.readers = ThreadPoolExecutor(2, "folder-read")
         self.writer = ThreadPoolExecutor(1, "folder-write")
         self.running: dict[int, Running] = {}
-        self.failing = False
 
     def name(self, key: OffloadKey) -> str:
         """The file of a block, below the folder."""
@@ -109,15 +108,15 @@ class FolderTier(SecondaryTierManager):
         return self.files.read(self.name(key), content_)
 
     def _write(self, key: OffloadKey, content: memoryview) -> bool:
-        """Write one block. The first of several failures is logged; what is read goes on."""
+        """Write one block. Each kind of failure is logged once; what is read goes on."""
         try:
             self.files.write(self.name(key), content)
         except OSError as error:
-            if not self.failing:
-                logger.warning("qwen3next_plugin: prefixes are not kept for a restart: %s", error)
-            self.failing = True
+            logger.warning_once(
+                "qwen3next_plugin: some prefixes are not kept: %s: %s",
+                *(self.files.folder, error.strerror),
+            )
             return False
-        self.failing = False
         return True
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
