@@ -2,7 +2,8 @@
 
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
-WITH_DRAFTS if they ask for drafts; WITH_LORA and PAGE_COPIES when our model is built.
+IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
+WITH_LORA and PAGE_COPIES when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -25,7 +26,14 @@ from qwen3next_plugin.engines.vllm import flags
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
-from qwen3next_plugin.engines.vllm.repairs import adapters, exit_code, grammars, interrupts, nodes
+from qwen3next_plugin.engines.vllm.repairs import (
+    adapters,
+    exit_code,
+    grammars,
+    interrupts,
+    nodes,
+    reloads,
+)
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -54,6 +62,8 @@ class CheckFlags(VerifyAndUpdateConfig):
         flags.complete(vllm_config)
         apply(REQUESTS)
         apply(AT_START)
+        if current_platform.is_cpu():
+            apply(IN_ENGINE)
         if SERVER in sys.modules:  # else this is another program, which needs no server
             apply(IN_SERVER)
         # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
@@ -406,6 +416,17 @@ AT_START: tuple[Entry, ...] = (
     ),
 )
 
+ENGINE = "vllm.v1.engine.core"
+IN_ENGINE: tuple[Entry, ...] = (
+    Patch(
+        target=f"{ENGINE}.EngineCore.collective_rpc",
+        parameters=("self", "method", "timeout", "args", "kwargs"),
+        function=reloads.forget_old_weights,
+        reason="after reload_weights vLLM would serve cached prefixes of the old weights",
+        remove_when="vLLM resets its caches then",
+    ),
+)
+
 SERVER = "vllm.entrypoints.launchers.api_server.entry"
 IN_SERVER: tuple[Entry, ...] = (
     Patch(
@@ -448,7 +469,7 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
-    *(*WITH_LORA, *REQUESTS, *AT_START, *IN_SERVER, *REPAIRS),
+    *(*WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER, *REPAIRS),
 )
 
 

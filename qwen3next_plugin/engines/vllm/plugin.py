@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 from typing import Any
 
 from qwen3next_plugin import env
@@ -53,6 +54,9 @@ def _register() -> None:
         native.load()  # fails now if the build is broken or the instruction set is missing
     if on_cpu:
         import qwen3next_plugin.engines.vllm.cpu.quantisation  # noqa: F401, registers itself
+
+        if patches.ENGINE in sys.modules:  # this is an engine's own process
+            patches.apply(patches.IN_ENGINE)
     patches.apply(
         patches.FILES + patches.ROPE + patches.WITH_OURS + (() if on_cpu else patches.ON_GPU)
     )

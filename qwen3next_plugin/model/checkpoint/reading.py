@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -204,18 +204,37 @@ def check_stored(
 ) -> None:
     """Check a local checkpoint by its files' headers, before anything is loaded.
 
-    Args:
-        quantised, formats: see `parameters`.
-        with_mtp: check the MTP tensors too, which are ignored otherwise.
+    Args: as of `check_tensors`.
 
     Raises:
         CheckpointError: a damaged file, or a tensor missing, unexpected or of another shape.
     """
     stored = list(stored_tensors(folder))
+    check_tensors(stored, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
+
+
+def check_tensors(
+    stored: Sequence[tuple[str, torch.Tensor]],
+    config: Qwen3NextConfig,
+    *,
+    quantised: bool,
+    formats: Formats | None,
+    with_mtp: bool,
+) -> None:
+    """Check a checkpoint's tensors, of which only name, shape and dtype are read.
+
+    Args:
+        quantised, formats: see `parameters`.
+        with_mtp: check the MTP tensors too, which are ignored otherwise.
+
+    Raises:
+        CheckpointError: a tensor missing, unexpected or of another shape.
+    """
+    headers = [(name, tensor.to("meta")) for name, tensor in stored]
     trunk, mtp = trunk_tensors(config), mtp_tensors(config)
-    parts: list[tuple[Stream, Shapes, Shapes]] = [(stored, trunk, mtp)]
+    parts: list[tuple[Stream, Shapes, Shapes]] = [(headers, trunk, mtp)]
     if with_mtp:
-        parts.append((require_mtp(stored, config), mtp, trunk))
+        parts.append((require_mtp(headers, config), mtp, trunk))
     for given, expected, ignored in parts:
         tensors = parameters(
             given,

@@ -87,6 +87,18 @@ def check_in_panels(formats: Formats | None, *, on_cpu: bool, tp_size: int) -> N
         )
 
 
+def refuse_another(formats: Formats | None) -> None:
+    """Refuse to load a packed checkpoint once more: its layers have no parameters.
+
+    Raises: ConfigError, naming the fix.
+    """
+    if isinstance(formats, FormatsInPanels):
+        raise ConfigError(
+            "a packed checkpoint is loaded once: restart the server, or serve what it was packed "
+            "from, whose weights may change"
+        )
+
+
 def formats_in_panels(
     folder: Path, config: Qwen3NextConfig, quantization: Mapping[str, Any]
 ) -> "FormatsInPanels":

@@ -264,3 +264,8 @@ def load_memory(llm: LLM) -> tuple[int, ...]:
     """What load_memory.py, with which a fork began, has measured of the last model."""
     *_, loaded = sys.modules["engines.vllm.load_memory"].found
     return tuple(loaded)
+
+
+def reload(llm: LLM, folder: str) -> None:
+    """Serve the weights of this folder from now on."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})

@@ -1,6 +1,7 @@
 """The MTP layer of the checkpoint, driven by vLLM's propose loop."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -148,6 +149,18 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         if self.draft_head is not None:
             return self.draft_head(hidden_states)
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within this context the drafter is without what is the trunk's, as when it was built."""
+        embedding, head = self.model.embed_tokens, self.lm_head
+        self.lm_head = PPMissingLayer()
+        if EMBEDDING in self.trunk_names:
+            self.model.embed_tokens = PPMissingLayer()
+        try:
+            yield
+        finally:
+            self.model.embed_tokens, self.lm_head = embedding, head
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load `mtp.*`, strictly, and the embedding if this stage cannot share the trunk's."""

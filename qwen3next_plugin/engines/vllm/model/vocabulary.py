@@ -68,14 +68,15 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
 class PackedHead(HeadMethod, UnquantizedEmbeddingMethod):
     """vLLM's unquantised head; the plain weight is kept only if it is the embedding too."""
 
-    def __init__(self, *, tied: bool, drafts: bool, as_int8: bool) -> None:
-        self.tied, self.drafts, self.as_int8 = tied, drafts, as_int8
+    def __init__(self, *, tied: bool, drafts: bool, as_int8: bool, in_files: bool) -> None:
+        """Args: in_files: the files have it packed."""
+        self.tied, self.drafts, self.as_int8, self.in_files = tied, drafts, as_int8, in_files
 
     def process_weights_after_loading(self, layer: LMHead) -> None:
         if not current_platform.is_cpu():
             return
         ours = packs_head(layer.weight.dtype, as_int8=self.as_int8)
-        if ours and layer.packed is None:
+        if ours and not self.in_files:  # also where vLLM has loaded it again
             layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
         if self.drafts:
             layer.make_draft_head(stays=ours or self.tied)
@@ -110,9 +111,11 @@ def make_lm_head(
         return PPMissingLayer()
     head = LMHead(config, vllm_config, maybe_prefix(prefix, "lm_head"))
     if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+        formats = served_formats(vllm_config.quant_config)
         head.quant_method = PackedHead(
             tied=config.tie_word_embeddings,
             drafts=vllm_config.speculative_config is not None,
-            as_int8=head_as_int8(served_formats(vllm_config.quant_config)),
+            as_int8=head_as_int8(formats),
+            in_files=formats is not None and formats.has_head,
         )
     return head.tie_weights(embedding) if config.tie_word_embeddings else head

@@ -4,16 +4,18 @@ vLLM has a setting for the class (`--worker-cls`); flags.py chooses this one. It
 its own runner only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.vllm.executor import Step
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
+from qwen3next_plugin.engines.vllm.model.reloading import reload
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
@@ -57,10 +59,15 @@ class Worker(CPUWorker):
         with one_bar(self.vllm_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
 
-    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Load other weights, unless a folder keeps pages of these."""
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+    ) -> None:
+        """Replace the weights of trunk and drafter by other ones in a checkpoint's names."""
         refuse_other_weights(self.vllm_config)
-        super().reload_weights(*args, **kwargs)
+        with set_current_vllm_config(self.vllm_config), one_bar(self.vllm_config):
+            reload(self.model_runner, weights_path, weights_iterator)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""

@@ -1,0 +1,26 @@
+"""After a reload nothing of the old weights is served: neither cached prefixes nor running rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen3next_plugin.engines.vllm.names import is_ours
+
+RELOAD = "reload_weights"
+
+
+def forget_old_weights(
+    host: Callable[..., Any],
+    core: Any,
+    method: str | Callable[..., Any],
+    timeout: float | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Around `collective_rpc`: after a reload of our model vLLM's caches are reset.
+
+    Running requests go on, by the new weights: what they have so far is computed again.
+    """
+    results = host(core, method, timeout, args, kwargs)
+    if method == RELOAD and is_ours(core.vllm_config.model_config):
+        core._reset_caches()
+    return results

@@ -1,0 +1,196 @@
+"""Weights that change while serving: as a fresh start with them, and the old ones if refused."""
+
+import json
+import threading
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import random_prompt, write_checkpoint
+from engines.clients import eventually
+from engines.vllm.checks import LOGPROBS
+from engines.vllm.offline import Offline
+from engines.vllm.server import Server
+from quantised import pack_checkpoint
+from tiers import long_except
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 65, 300)]
+DRAFTS = {"method": "mtp", "num_speculative_tokens": 3}
+FLAGS: dict[str, Any] = {"max_model_len": 1024, "speculative_config": DRAFTS}
+TIED = {"tie_word_embeddings": True}
+INVARIANT = {"QWEN3NEXT_BATCH_INVARIANT": "1"}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # dtype, changes, environment
+    "float32": ("float32", {}, {}),
+    "float32_compiled": ("float32", {}, {}),
+    "bfloat16": ("bfloat16", {}, {}),
+    "bfloat16_tied": ("bfloat16", TIED, {}),
+    "packed": ("bfloat16", {}, INVARIANT),
+    "packed_compiled": ("bfloat16", {}, INVARIANT),
+    "packed_tied": ("bfloat16", TIED, INVARIANT),
+    "int8": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int8"}),
+    "int8_tied": ("bfloat16", TIED, {"QWEN3NEXT_QUANTISE": "int8"}),
+    "int4_compiled": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int4"}),
+}
+
+
+def write(folder: Path, seed: int, dtype: str = "float32", **changes: Any) -> Path:
+    changes = {"num_hidden_layers": 4, "moe_intermediate_size": 64} | changes
+    return write_checkpoint(folder, seed=seed, dtype=getattr(torch, dtype), **changes)
+
+
+def answers(engine: Offline) -> tuple[list, list]:
+    """Tokens with their log-probabilities, and every draft, with nothing cached."""
+    engine.inside("draft", 3)
+    outputs = engine.greedy(PROMPTS, 24, **LOGPROBS)
+    return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in outputs], engine.inside("drafts")
+
+
+@pytest.mark.parametrize("case", long_except(("float32", "int8_tied"), CASES))
+def test_trunk_mtp_layer_and_draft_head_are_those_of_a_fresh_start(case, tmp_path):
+    dtype, changes, env = CASES[case]
+    folders = [write(tmp_path / str(seed), seed, dtype, **changes) for seed in (1, 2)]
+    flags = FLAGS | {"dtype": dtype, "enforce_eager": "compiled" not in case}
+    found, fresh = [], []
+    for first in (0, 1):
+        engine = Offline(folders[first], env=env, **flags)
+        try:
+            fresh.append(answers(engine))
+            engine.inside("reload", str(folders[1 - first]))
+            found.insert(0, answers(engine))
+        finally:
+            engine.close()
+    assert fresh[0][0] != fresh[1][0]
+    assert any(fresh[1][1])
+    assert found == fresh
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    return [write(tmp_path_factory.mktemp(f"seed-{seed}"), seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def engine(folders) -> Iterator[Offline]:
+    engine = Offline(folders[0], dtype="float32", **FLAGS)
+    yield engine
+    engine.close()
+
+
+def test_no_prefix_of_the_old_weights_is_served(engine, folders):
+    long = [random_prompt(300, seed=5)]
+    old = engine.greedy(long, 24)
+    assert engine.greedy(long, 24)[0].cached
+    engine.inside("reload", str(folders[1]))
+    new = engine.greedy(long, 24)
+    assert not new[0].cached
+    engine.inside("reload", str(folders[0]))
+    assert engine.greedy(long, 24)[0].token_ids == old[0].token_ids != new[0].token_ids
+
+
+def without_a_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.3.self_attn.q_proj.weight"]
+
+
+def with_another(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(64)
+
+
+def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["mtp.fc.weight"] = torch.zeros(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_tensor, "1 tensors are missing, the first is model.layers.3.self_attn.q_proj"),
+        (with_another, "unexpected tensor model.layers.9.input_layernorm.weight"),
+        (of_another_shape, r"tensor mtp.fc.weight has shape \(64, 64\)"),
+    ],
+)
+def test_a_wrong_checkpoint_leaves_the_old_weights(engine, folders, tmp_path, damage, message):
+    before = answers(engine)
+    tensors = load_file(folders[1] / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(AssertionError, match=message):
+        engine.inside("reload", str(tmp_path))
+    assert answers(engine) == before
+
+
+def test_a_packed_checkpoint_is_not_reloaded(folders, tmp_path):
+    packed = pack_checkpoint(folders[0], tmp_path / "out", "int8")
+    engine = Offline(packed, **FLAGS)
+    try:
+        before = answers(engine)
+        with pytest.raises(AssertionError, match="a packed checkpoint is loaded once"):
+            engine.inside("reload", str(folders[1]))
+        assert answers(engine) == before
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(folders) -> Iterator[Server]:
+    flags = ("--dtype", "float32", "--enforce-eager", "--speculative-config", json.dumps(DRAFTS))
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    server = Server(folders[0], *flags, "--max-model-len", "4096", env=env).wait()
+    yield server
+    server.close()
+
+
+def reload(server: Server, folder: Path) -> None:
+    kwargs = {"weights_path": str(folder)}
+    server.post("/collective_rpc", method="reload_weights", kwargs=kwargs)
+
+
+def continued(server: Server, prompt: list[int], tokens: int) -> list[int]:
+    """The tokens of a greedy continuation."""
+    answer = server.client.completions.create(
+        model=server.model,
+        prompt=prompt,
+        max_tokens=tokens,
+        temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    return answer.choices[0].token_ids
+
+
+def test_a_running_request_goes_on_by_the_new_weights(server, folders):
+    prompt, tokens = list(random_prompt(40, seed=7)), 800
+    old = continued(server, prompt, tokens)
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.extend(continued(server, prompt, tokens)))
+    asking.start()
+    assert eventually(lambda: server.metrics()["vllm:num_requests_running"])
+    reload(server, folders[1])
+    asking.join()
+    same = next(i for i, (a, b) in enumerate(zip(old, found, strict=True)) if a != b)
+    assert same
+    assert continued(server, prompt + found[:same], tokens - same) == found[same:]
+    reload(server, folders[0])
+    assert continued(server, prompt, 100) == old[:100]
+
+
+def test_a_refusal_answers_an_error_and_serving_goes_on(server, tmp_path):
+    prompt = list(random_prompt(20, seed=8))
+    before = continued(server, prompt, 50)
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        reload(server, tmp_path)
+    assert continued(server, prompt, 50) == before
+
+
+def test_asleep_it_keeps_its_weights(server):
+    """vLLM frees no memory on a CPU: it only pauses."""
+    prompt = list(random_prompt(20, seed=9))
+    before = continued(server, prompt, 50)
+    server.post("/sleep?level=1")
+    assert "true" in server.get("/is_sleeping")
+    server.post("/wake_up")
+    assert continued(server, prompt, 50) == before
