@@ -12,7 +12,7 @@ from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Entry, Function, Host
-from qwen3next_plugin.engines.sglang import flags, hooks
+from qwen3next_plugin.engines.sglang import flags, hooks, updates
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.cpu.host_bar import HostBar
@@ -34,6 +34,8 @@ VERSIONS = "==0.5.23"  # that need these patches
 Patch = partial(patching.Patch, versions=VERSIONS)
 Attribute = partial(patching.Attribute, versions=VERSIONS)
 Override = partial(patching.Override, versions=VERSIONS)
+
+UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 ANYWHERE: tuple[Entry, ...] = (
     Patch(
@@ -296,6 +298,14 @@ ON_CPU: tuple[Entry, ...] = (
         function=hooks.commit_trees,
         reason="SGLang computes which states of a chain to keep; a page keeps all",
         remove_when="SGLang asks the backend whether there is something to commit",
+    ),
+    Patch(
+        target=f"{UPDATES}.update_weights_from_disk",
+        parameters=("self", "recv_req"),
+        function=updates.update_from_disk,
+        reason="SGLang loads into parameters, which packing has dropped, and what is wrong shows "
+        "when some weights are replaced",
+        remove_when="SGLang asks the model to check and to load",
     ),
 )
 

@@ -223,7 +223,6 @@ def test_the_least_number_of_tokens_is_counted_in_tokens(server, source, least):
 
 
 def test_updates_of_weights_are_refused_and_harm_nothing(server, sequential):
-    assert refused(server, "/update_weights_from_disk", model_path=server.model)
     assert refused(server, "/update_weights_from_ipc", zmq_handles={})
     assert server.post("/begin_weight_update")["success"]
     assert server.post("/end_weight_update")["success"]

@@ -26,6 +26,7 @@ from qwen3next_plugin.model.checkpoint.tensors import (
     name_in_drafter,
     trunk_tensors,
 )
+from qwen3next_plugin.model.quantisation.blanks import Blanks
 from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packing import pack_loaded
@@ -36,10 +37,10 @@ PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-# The reason with which SGLang refuses weight updates.
+# The reason with which SGLang refuses weight updates that do not go through updates.py.
 NO_UPDATES = (
-    "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; restart the "
-    "server with the new checkpoint"
+    "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; on a CPU use "
+    "/update_weights_from_disk, or restart the server with the new checkpoint"
 )
 EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.")
 SHARDS = {"gate": ("w13_", "w1"), "up": ("w13_", "w3"), "down": ("w2_", "w2")}
@@ -57,6 +58,7 @@ class OurModel(nn.Module):
         self.config = read_config(hf_config, get_parallel().tp_size)
         layout = page_layout(hf_config.get_text_config())
         check_kernels(self.config, layout, torch.get_default_device(), logger.info)
+        self.blanks: Blanks | None = None  # to load it again
         self.quantised = quant_config is not None
         self.formats = served_formats(quant_config)
 
@@ -72,6 +74,8 @@ class OurModel(nn.Module):
         expected: Mapping[str, tuple[int, ...]],
         ignored: Iterable[str],
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.blanks is None:
+            self.blanks = Blanks(self)
         if without_gpu():  # our platform ends the bar
             progress.begin(lambda: _stored_bytes(self.config, expected), logger.info)
         return parameters(

@@ -1,0 +1,83 @@
+"""SGLang's updates of weights, for our model on a CPU: the old weights stay unless all new fit.
+
+Each function replaces a method of SGLang's manager in the scheduler, and answers 400 with what is
+wrong. SGLang's modules are imported inside, as in hooks.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.files import stored_tensors
+
+READ_HERE = ("auto", "safetensors")  # of load_format
+DONE = "Succeeded to update model weights."
+
+
+def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Serve the weights of a folder, MTP layer and draft head included."""
+    if not _ours(manager):
+        return host(manager, request)
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
+
+    from qwen3next_plugin.engines.sglang.model.reloading import stored_weights
+
+    folder, load_format = Path(request.model_path), request.load_format
+    with manager._observe_weight_load("disk"):
+        try:
+            if not folder.is_dir() or load_format not in READ_HERE:
+                raise ConfigError(
+                    f"{folder}, load_format {load_format}: weights are updated from a folder with "
+                    f"safetensors files"
+                )
+            _check(manager, list(stored_tensors(folder)), "all")
+        except (CheckpointError, ConfigError) as error:
+            return UpdateWeightFromDiskReqOutput(success=False, message=str(error))
+        _reload(manager, "all", lambda runner: stored_weights(runner, folder, load_format))
+        for _, runner in manager._select_runners():
+            runner.update_model_fields(
+                runner.model,
+                model_path=str(folder),
+                load_format=load_format,
+                load_config=runner.load_config,
+            )
+        manager.record_weight_version_after_update(request.weight_version)
+        success, message = _flush(manager, request)
+    return UpdateWeightFromDiskReqOutput(success=success, message=message)
+
+
+def _flush(manager: Any, request: Any) -> tuple[bool, str]:
+    """Flush caches as SGLang does, also right after the answer of the last request.
+
+    SGLang removes requests that have ended from its batches only before its next step.
+    """
+    for batch in (manager.scheduler.running_batch, manager.scheduler.last_batch):
+        if batch is not None and all(one.finished() for one in batch.reqs):
+            batch.filter_batch()
+    return manager.flush_cache_after_weight_update(request, True, DONE)
+
+
+def _ours(manager: Any) -> bool:
+    from qwen3next_plugin.engines.sglang.model.loading import OurModel
+
+    return isinstance(manager.tp_worker.model_runner.model, OurModel)
+
+
+def _check(manager: Any, tensors: list[Any], selector: str) -> None:
+    from qwen3next_plugin.engines.sglang.model.reloading import check_reload
+
+    drafts = selector == "all" and manager.draft_worker is not None
+    check_reload(manager.tp_worker.model_runner.model, tensors, with_mtp=drafts)
+
+
+def _reload(manager: Any, selector: str, tensors: Callable[[Any], Any]) -> None:
+    """Load the tensors for each runner into its model, and make the draft head anew."""
+    from qwen3next_plugin.engines.sglang.model.reloading import reload
+
+    for _, runner in manager._select_runners(selector):
+        reload(runner, tensors(runner))
+    for role, runner in manager._select_runners():
+        if role == "draft" and runner.model.draft_head is not None:
+            runner.model.make_draft_head()

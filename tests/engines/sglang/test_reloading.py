@@ -1,0 +1,177 @@
+"""Weights that change while serving: as a fresh start with them, and the old ones if refused."""
+
+import json
+import threading
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import random_prompt, write_checkpoint
+from engines.clients import eventually
+from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
+from quantised import pack_checkpoint
+from tiers import long_except
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 65, 300)]
+LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
+TIED = {"tie_word_embeddings": True}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # dtype, changes, environment
+    "float32": ("float32", {}, {}),
+    "bfloat16": ("bfloat16", {}, {}),
+    "bfloat16_tied": ("bfloat16", TIED, {}),
+    "packed": ("bfloat16", {}, {"QWEN3NEXT_BATCH_INVARIANT": "1"}),
+    "int8": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int8"}),
+    "int8_tied": ("bfloat16", TIED, {"QWEN3NEXT_QUANTISE": "int8"}),
+    "int4": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int4"}),
+}
+
+
+def write(folder: Path, seed: int, dtype: str = "float32", **changes: Any) -> Path:
+    changes = {"num_hidden_layers": 4, "moe_intermediate_size": 64} | changes
+    return write_checkpoint(folder, seed=seed, dtype=getattr(torch, dtype), **changes)
+
+
+def start(folder: Path, dtype: str = "float32", env: dict[str, str] | None = None) -> Server:
+    flags = ("--dtype", dtype, "--context-length", "4096", *NEXTN, "3")
+    return Forked(folder, *flags, env=FIXED | (env or {})).wait()
+
+
+def answers(server: Server) -> list[Answer]:
+    """Tokens, log-probabilities and accepted drafts, one request at a time."""
+    return [answer for prompt in PROMPTS for answer in server.greedy([prompt], 24, **LOGPROBS)]
+
+
+def update(server: Server, folder: Path, **options: Any) -> None:
+    try:
+        server.post("/update_weights_from_disk", model_path=str(folder), **options)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(json.load(error)["message"]) from error
+
+
+def refused(server: Server, path: str, **body: Any) -> str:
+    """The message of a 400."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        server.post(path, **body)
+    assert raised.value.code == 400
+    return json.load(raised.value)["message"]
+
+
+@pytest.mark.parametrize("case", long_except(("float32", "int8_tied"), CASES))
+def test_trunk_mtp_layer_and_draft_head_are_those_of_a_fresh_start(case, tmp_path):
+    dtype, changes, env = CASES[case]
+    folders = [write(tmp_path / str(seed), seed, dtype, **changes) for seed in (1, 2)]
+    found, fresh = [], []
+    for first in (0, 1):
+        server = start(folders[first], dtype, env)
+        try:
+            fresh.append(answers(server))
+            update(server, folders[1 - first])
+            found.insert(0, answers(server))
+        finally:
+            server.close()
+    assert fresh[0] != fresh[1]
+    assert sum(answer.accepted for answer in fresh[1])
+    assert found == fresh
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    return [write(tmp_path_factory.mktemp(f"seed-{seed}"), seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def server(folders) -> Iterator[Server]:
+    server = start(folders[0])
+    yield server
+    server.close()
+
+
+def test_no_prefix_of_the_old_weights_is_served(server, folders):
+    prompt = random_prompt(300, seed=5)
+    turn = (*prompt, *server.greedy([prompt], 24)[0].token_ids, 5, 6, 7)
+    old = server.greedy([turn], 24)[0]
+    assert old.cached
+    update(server, folders[1])
+    new = server.greedy([turn], 24)[0]
+    assert not new.cached
+    update(server, folders[0])
+    assert server.greedy([turn], 24)[0].token_ids == old.token_ids != new.token_ids
+
+
+def without_a_tensor(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.3.self_attn.q_proj.weight"]
+
+
+def with_another(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(64)
+
+
+def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["mtp.fc.weight"] = torch.zeros(64, 64)
+
+
+WRONG = [
+    (without_a_tensor, "1 tensors are missing, the first is model.layers.3.self_attn.q_proj"),
+    (with_another, "unexpected tensor model.layers.9.input_layernorm.weight"),
+    (of_another_shape, "tensor mtp.fc.weight has shape (64, 64)"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), WRONG)
+def test_a_wrong_checkpoint_leaves_the_old_weights(server, folders, tmp_path, damage, message):
+    before = server.greedy(PROMPTS, 24)
+    tensors = load_file(folders[1] / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert message in refused(server, "/update_weights_from_disk", model_path=str(tmp_path))
+    server.forget()
+    assert server.greedy(PROMPTS, 24) == before
+
+
+def test_no_folder_is_refused(server, tmp_path):
+    there = str(tmp_path / "none")
+    assert "from a folder" in refused(server, "/update_weights_from_disk", model_path=there)
+
+
+def test_a_running_request_goes_on_after_a_pause(server, folders):
+    """Retracted, its tokens so far are read again by the new weights."""
+    prompt, tokens = random_prompt(40, seed=7), 800
+    old = server.greedy([prompt], tokens)[0].token_ids
+    server.forget()
+    found: list[int] = []
+
+    def ask() -> None:
+        found.extend(server.greedy([prompt], tokens)[0].token_ids)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert eventually(server.unfinished)
+    server.post("/pause_generation", mode="retract")
+    update(server, folders[1])
+    server.post("/continue_generation")
+    asking.join()
+    same = next(i for i, (a, b) in enumerate(zip(old, found, strict=True)) if a != b)
+    begun = (*prompt, *found[:same])
+    assert list(server.greedy([begun], tokens - same)[0].token_ids) == found[same:]
+    update(server, folders[0])
+    assert server.greedy([prompt], 100)[0].token_ids == old[:100]
+
+
+def test_a_packed_checkpoint_is_not_updated(folders, tmp_path):
+    packed = pack_checkpoint(folders[0], tmp_path / "out", "int8")
+    server = start(packed)
+    try:
+        before = server.greedy(PROMPTS, 24)
+        path = str(folders[1])
+        assert "is loaded once" in refused(server, "/update_weights_from_disk", model_path=path)
+        server.forget()
+        assert server.greedy(PROMPTS, 24) == before
+    finally:
+        server.close()
