@@ -110,3 +110,12 @@ def test_compare_mtp_shows_equal_texts_and_acceptance():
     first, second = map(float, rates.groups())
     assert 0 < first <= 1
     assert 0 <= second <= first
+
+
+def test_roll_outs():
+    text = forked_example("roll_outs.py", "--updates", "1")
+    before, after = (
+        re.findall(rf"--- after {n} updates: .*\n((?:(?!---).*\n)+)", text) for n in (0, 1)
+    )
+    assert len(before) == len(after) == 2
+    assert before != after
