@@ -103,6 +103,7 @@ def complete(vllm_config: VllmConfig) -> None:
     if not current_platform.is_cpu():
         return
     _bind_cores(vllm_config.parallel_config)
+    _serve_apart(vllm_config)
     if vllm_config.parallel_config.nnodes > 1:
         meet_at("--master-addr", vllm_config.parallel_config.master_addr, OWN_ADDRESS)
     use_huge_pages()
@@ -258,7 +259,7 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse runner V2, pipeline stages, experts in data-parallel ranks, and another worker."""
+    """Refuse runner V2, pipeline stages, ranks that share nothing, and another worker."""
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
@@ -271,15 +272,15 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"stages without attention get another KV cache layout); use "
             f"--tensor-parallel-size {config.pp_size}"
         )
-    data_parallel_size = vllm_config.parallel_config.data_parallel_size
-    if config.num_experts and data_parallel_size > 1:
+    parallel_config = vllm_config.parallel_config
+    apart = config.num_experts and not parallel_config.enable_expert_parallel
+    if apart and parallel_config.data_parallel_external_lb:
         raise ConfigError(
-            f"data_parallel_size = {data_parallel_size}: vLLM's CPU ranks cannot exchange the "
-            f"tokens of a mixture of experts (their communicator has no all_gatherv), so the first "
-            f"request would end the server; use --tensor-parallel-size {data_parallel_size}, or "
-            f"{data_parallel_size} servers behind a load balancer"
+            "--data-parallel-rank, or --data-parallel-external-lb: each engine has all experts and "
+            "needs no other; start plain servers without --data-parallel-* flags, or add "
+            "--enable-expert-parallel"
         )
-    worker = vllm_config.parallel_config.worker_cls
+    worker = parallel_config.worker_cls
     if worker not in ("auto", WORKER):
         raise ConfigError(
             f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
@@ -297,6 +298,12 @@ def _check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
     if model_config.quantization is None or formats is not None:
         itemsize = model_config.dtype.itemsize
         sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
+        if parallel_config.enable_expert_parallel:
+            engines = parallel_config.data_parallel_size
+            sizes = {
+                name: nbytes // engines if ".experts." in name else nbytes
+                for name, nbytes in sizes.items()
+            }
         check_weights(sizes, config, local * parallel_config.local_world_size)
 
 
@@ -324,6 +331,17 @@ def _bind_cores(parallel_config: ParallelConfig) -> None:
         bind_cores(parallel_config.data_parallel_size * parallel_config.local_world_size)
 
 
+def _serve_apart(vllm_config: VllmConfig) -> None:
+    """Make data-parallel engines independent, as those of a dense model, unless experts are shared.
+
+    Else vLLM gives each engine a slice of every expert: they exchange tokens in each layer, and an
+    idle one runs whenever another does.
+    """
+    parallel_config = vllm_config.parallel_config
+    if parallel_config.data_parallel_size > 1 and not parallel_config.enable_expert_parallel:
+        vllm_config.model_config.model_arch_config.num_experts = 0
+
+
 def _limit_lora(lora_config: LoRAConfig | None) -> None:
     """Exclude the experts from LoRA: on a CPU vLLM has no LoRA kernels for them."""
     if lora_config is not None and lora_config.target_modules is None:
@@ -335,8 +353,7 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
     """Use our executor where vLLM would use its own for worker processes."""
     # vLLM turns "uni" into "mp" later, if its engine runs in its own process.
     alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
-    backend = parallel_config.distributed_executor_backend
-    if backend in alike and parallel_config.data_parallel_size == 1:
+    if parallel_config.distributed_executor_backend in alike:
         parallel_config.distributed_executor_backend = EXECUTOR
 
 

@@ -8,17 +8,19 @@ statistics on for every model. So worker and scheduler write to a board in share
 import atexit
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import isnan
 from pathlib import Path
+from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.mtp.metrics import Board, Metric, attach, create, metrics
@@ -26,10 +28,13 @@ from qwen3next_plugin.mtp.metrics import Board, Metric, attach, create, metrics
 logger = init_logger(LOGGER)
 
 PREFIX = "vllm:qwen3next_"  # LLM.get_metrics() shows only names that begin with vllm:
+SHARED = "PROMETHEUS_MULTIPROC_DIR"  # vLLM sets it for several API servers
 
 
 def board_path(vllm_config: VllmConfig, engine: int) -> Path:
     """The file of a data-parallel engine's board; all of its processes use the same name."""
+    if shared := os.environ.get(SHARED):  # each API server has an instance_id of its own
+        return Path(shared, f"qwen3next-metrics-{engine}")
     # Not tempfile's choice, which each process makes anew when a folder cannot be written.
     folder = os.environ.get("TMPDIR") or "/tmp"
     return Path(folder, f"qwen3next-metrics-{vllm_config.instance_id}-{engine}")
@@ -44,6 +49,7 @@ def worker_board(vllm_config: VllmConfig) -> Board:
     if get_tp_group().rank_in_group != 0:
         return Board(num_drafts)
     path = board_path(vllm_config, vllm_config.parallel_config.data_parallel_index)
+    _delete(path)  # of an earlier server, in a folder that the user names
     try:
         return create(path, num_drafts)
     except OSError as error:
@@ -77,14 +83,16 @@ class MetricsCollector(Collector):
         for engine, path in self.paths.items():
             if engine not in self.boards and (board := attach(path, self.num_drafts)):
                 self.boards[engine] = board
-                _delete(path)
+                if SHARED not in os.environ:
+                    _delete(path)
         for metric in metrics(self.num_drafts):
             yield family(metric, self.model, self.boards)
 
     def clear(self) -> None:
         """Delete the files. Processes that have mapped them keep the memory."""
-        for path in self.paths.values():
-            _delete(path)
+        if SHARED not in os.environ:
+            for path in self.paths.values():
+                _delete(path)
 
 
 def _delete(path: Path) -> None:
@@ -130,6 +138,21 @@ def install(vllm_config: VllmConfig) -> None:
     _installed = MetricsCollector(vllm_config)
     REGISTRY.register(_installed)
     atexit.register(_installed.clear)
+
+
+def serve_with_ours(host: Callable[[Any], None], app: Any) -> None:
+    """Around `attach_router`, whose page, for several API servers, would be without ours."""
+    if SHARED in os.environ and _installed is not None:
+        app.add_route("/metrics", _page)  # is asked before the host's
+    host(app)
+
+
+def _page(_: Any) -> Any:
+    from fastapi import Response  # not in every worker
+
+    registry = get_prometheus_registry()  # a new one, which reads vLLM's files
+    registry.register(_installed)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def remove() -> None:

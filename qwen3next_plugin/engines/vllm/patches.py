@@ -3,7 +3,7 @@
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
 IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
-WITH_LORA and PAGE_COPIES when our model is built.
+WITH_LORA, PAGE_COPIES and EXCHANGES when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -22,8 +22,8 @@ from vllm.sampling_params import SamplingParams
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Entry, Function, Host
-from qwen3next_plugin.engines.vllm import flags
-from qwen3next_plugin.engines.vllm.cpu import page_copy
+from qwen3next_plugin.engines.vllm import flags, metrics
+from qwen3next_plugin.engines.vllm.cpu import exchange, page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
 from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
 from qwen3next_plugin.engines.vllm.repairs import (
@@ -273,6 +273,25 @@ PAGE_COPIES: tuple[Entry, ...] = (
     ),
 )
 
+COMMUNICATOR = "vllm.distributed.device_communicators.base_device_communicator."
+EXCHANGES: tuple[Entry, ...] = (
+    Replacement(
+        target=f"{COMMUNICATOR}DeviceCommunicatorBase.all_gatherv",
+        parameters=("self", "input_", "dim", "sizes"),
+        function=exchange.gather,
+        reason="data-parallel ranks share experts by this method, which a CPU's communicator lacks:"
+        " the engine would end at its first request",
+        remove_when="vLLM's CPU communicator has it (`compat`)",
+    ),
+    Replacement(
+        target=f"{COMMUNICATOR}DeviceCommunicatorBase.reduce_scatterv",
+        parameters=("self", "input_", "dim", "sizes"),
+        function=exchange.sum_own,
+        reason="as the method above",
+        remove_when="vLLM's CPU communicator has it (`compat`)",
+    ),
+)
+
 OVERRIDES: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",
@@ -289,6 +308,13 @@ OVERRIDES: tuple[Entry, ...] = (
             remove_when="it takes the text model's class from vLLM's registry",
         )
         for text_model in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+    ),
+    Override(
+        target="vllm.config.model_arch.ModelArchitectureConfig.num_experts",
+        file="flags.py",
+        reason="vLLM takes a slice of each expert for each data-parallel engine, even without "
+        "expert parallelism: they would exchange tokens in each layer, and all run when one does",
+        remove_when="vLLM can keep engines of a mixture of experts apart",
     ),
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
@@ -439,6 +465,14 @@ IN_SERVER: tuple[Entry, ...] = (
         "wait for ever for a stream to end",
         remove_when="vLLM exits with another code, and gives connections a time to close",
     ),
+    Patch(
+        target="vllm.entrypoints.serve.instrumentator.metrics.attach_router",
+        parameters=("app",),
+        function=metrics.serve_with_ours,
+        reason="with several API servers, the default under data parallelism, GET /metrics shows "
+        "only what prometheus_client's own metrics write to files",
+        remove_when="vLLM lets a plugin add a collector",
+    ),
 )
 
 REPAIRS: tuple[Entry, ...] = (
@@ -468,8 +502,8 @@ REPAIRS: tuple[Entry, ...] = (
 )
 
 TABLE: tuple[Entry, ...] = (
-    *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *OVERRIDES),
-    *(*WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER, *REPAIRS),
+    *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *EXCHANGES),
+    *(*OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER, *REPAIRS),
 )
 
 
@@ -490,6 +524,12 @@ def provide_page_copies() -> None:
     """Register our page copies where vLLM has none."""
     if page_copy.needed():
         apply(PAGE_COPIES, _register_kernels)
+
+
+def provide_exchanges() -> None:
+    """Let a CPU's ranks exchange the tokens of experts that they share."""
+    if current_platform.is_cpu():
+        apply(EXCHANGES)
 
 
 def refuse_unused_adapters() -> None:

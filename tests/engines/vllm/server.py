@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from engines import server
+from engines.checks import Output
 from engines.process import Fork, Process
 from engines.vllm.offline import environment, preload
 
@@ -32,6 +33,26 @@ class Forked(Server):
     def start(self, env: dict[str, str], *flags: str) -> Process:
         preload()
         return Fork(serve, *self.command(*flags), env=env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+
+
+def greedy(server: Server, prompt: tuple[int, ...], tokens: int) -> Output:
+    """Its greedy continuation of token ids."""
+    (choice,) = server.client.completions.create(
+        model=server.model,
+        prompt=list(prompt),
+        max_tokens=tokens,
+        temperature=0,
+        logprobs=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    ).choices
+    return Output(
+        token_ids=tuple(choice.token_ids),
+        logprobs=tuple(choice.logprobs.token_logprobs),
+        prompt_logprobs=None,
+        cached=0,
+        finish_reason=choice.finish_reason,
+        text=choice.text,
+    )
 
 
 def serve(*command: str) -> None:

@@ -252,8 +252,7 @@ CALLED = {
     "triton_utils/dispatcher.py": {"register_kernels": []},
     "model_executor/layers/fused_moe/layer.py": {
         "FusedMoEFactory": [
-            "custom_routing_function",
-            "is_sequence_parallel",
+            *("dp_size", "custom_routing_function", "is_sequence_parallel"),
             "routed_experts_cls",
         ],
     },
@@ -369,7 +368,8 @@ FIELDS = {
     "config/parallel.py": {
         "ParallelConfig": [
             *("distributed_executor_backend", "worker_cls", "data_parallel_size"),
-            *("data_parallel_index", "data_parallel_size_local"),
+            *("data_parallel_index", "data_parallel_size_local", "data_parallel_external_lb"),
+            *("enable_expert_parallel", "reconfigure_for_independent_dp_rank"),
         ],
     },
     "platforms/interface.py": {"Platform": ["device_type"]},

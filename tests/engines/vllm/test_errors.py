@@ -51,6 +51,14 @@ def test_what_can_be_served_passes(complete, checkpoint, flags):
     assert config.model_config.architecture == "Qwen3NextForCausalLM"
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_engines_are_independent_unless_they_share_experts(complete, checkpoint, shared):
+    """vLLM keeps those of a mixture of experts in step, and those of a dense model apart."""
+    config = complete(checkpoint, data_parallel_size=2, enable_expert_parallel=shared)
+    assert config.model_config.is_moe == shared
+    assert config.parallel_config.is_moe_model == shared
+
+
 def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
     """vLLM finds graphs of an earlier start by this hash; ours differ by what is packed."""
 
@@ -71,7 +79,10 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
     [
         ({"tensor_parallel_size": 3}, "tp_size = 3: does not divide linear_num_key_heads = 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size = 2: .* --tensor-parallel-size 2"),
-        ({"data_parallel_size": 2}, "data_parallel_size = 2: .* --tensor-parallel-size 2, or"),
+        (
+            {"data_parallel_size": 2, "data_parallel_rank": 0},
+            "--data-parallel-rank, .* add --enable-expert-parallel",
+        ),
         (drafts(50), "num_speculative_tokens = 50: ask for 1 to 8"),
         ({"hf_overrides": {"linear_value_head_dim": 20}}, "linear_value_head_dim = 20: no kernel"),
         ({"hf_overrides": {"linear_conv_kernel_dim": 3}}, "linear_conv_kernel_dim = 3"),
@@ -191,7 +202,7 @@ def test_pixels_that_nobody_would_normalise_are_refused(complete, tmp_path):
 
 @pytest.mark.compat
 def test_vllms_cpu_ranks_cannot_exchange_tokens():
-    """Fails when they can: then data_parallel_size need not be refused with experts."""
+    """Fails when they can: then cpu/exchange.py can go."""
     assert CpuCommunicator.all_gatherv is DeviceCommunicatorBase.all_gatherv
 
 

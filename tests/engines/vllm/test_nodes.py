@@ -5,7 +5,7 @@ import json
 import pytest
 
 from checkpoints import SHIPPED
-from engines.checks import Output, check_greedy
+from engines.checks import check_greedy
 from engines.hosts import (
     LOST,
     PORT,
@@ -19,7 +19,7 @@ from engines.hosts import (
 )
 from engines.process import CPUS, Fork, Process
 from engines.vllm.offline import preload
-from engines.vllm.server import Server, serve
+from engines.vllm.server import Server, greedy, serve
 
 pytestmark = [
     pytest.mark.serve,
@@ -48,29 +48,10 @@ class Node(Server):
         return Fork(on, self.where, serve, *self.command(*flags), env=env)
 
 
-def greedy(server: Server, prompt: tuple[int, ...]) -> Output:
-    (choice,) = server.client.completions.create(
-        model=server.model,
-        prompt=list(prompt),
-        max_tokens=TOKENS,
-        temperature=0,
-        logprobs=0,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-    ).choices
-    return Output(
-        token_ids=tuple(choice.token_ids),
-        logprobs=tuple(choice.logprobs.token_logprobs),
-        prompt_logprobs=None,
-        cached=0,
-        finish_reason=choice.finish_reason,
-        text=choice.text,
-    )
-
-
 @pytest.mark.parametrize("lost", LOST)
 def test_two_hosts_answer_as_one_and_end_together(reference, lost):
     with served(Node) as nodes:
-        answers = [greedy(nodes[0], prompt) for prompt in prompts()]
+        answers = [greedy(nodes[0], prompt, TOKENS) for prompt in prompts()]
         check_drafts(nodes[0], "vllm")
         check_they_end(nodes, lost)
     check_greedy(reference(SHIPPED), prompts(), answers)

@@ -1,7 +1,5 @@
 """Two tensor-parallel ranks compute what one does; in bf16 they give the same bits in any batch."""
 
-import json
-
 import pytest
 
 from checkpoints import SHIPPED, random_prompt, write_checkpoint
@@ -12,7 +10,6 @@ from engines.lora import make_adapter
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
-from engines.vllm.server import Server
 from family import FAMILY
 from reference import Reference
 
@@ -77,25 +74,3 @@ def test_two_ranks_give_the_same_bits_again_in_a_batch_and_with_drafts():
         assert (drafted > 0) == bool(more)
     bits = [[(o.token_ids, o.logprobs, o.prompt_logprobs) for o in run] for run in found]
     assert bits[1:] == bits[:1] * 3
-
-
-@pytest.mark.long
-def test_two_data_parallel_ranks_of_a_dense_model_draft(tmp_path):
-    """Each is an engine of its own."""
-    model = FAMILY[MODELS["qwen3.5"]].write(tmp_path)
-    speculative = json.dumps({"method": "mtp", "num_speculative_tokens": 2})
-    flags = (
-        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--language-model-only",
-        "--data-parallel-size", "2", "--api-server-count", "1",
-        "--speculative-config", speculative,
-    )  # fmt: skip
-    binding = "|".join(map(str, CPUS[:2]))
-    server = Server(model, *flags, env={"VLLM_CPU_OMP_THREADS_BIND": binding}).wait()
-    try:
-        asked = {"model": server.model, "prompt": [list(PROMPTS[0])] * 4, "temperature": 0}
-        answers = server.client.completions.create(**asked, max_tokens=10)
-        steps = server.by_label("vllm:qwen3next_steps_total", "engine")
-    finally:
-        server.close()
-    assert len({choice.text for choice in answers.choices}) == 1
-    assert set(steps) == {"0", "1"}

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
-    get_ep_group,
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
@@ -36,9 +35,6 @@ class SparseMoE(nn.Module):
         self.n_routed_experts = config.num_experts
         self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
         self.n_physical_experts = config.num_experts + self.n_redundant_experts
-        self.n_local_physical_experts = (
-            self.n_physical_experts // get_ep_group().device_group.size()
-        )
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
         self.shared_expert_gate: SharedExpertGate | None = None
         self.shared_expert: SwiGLU | None = None
@@ -58,10 +54,14 @@ class SparseMoE(nn.Module):
                 enable_eplb=parallel_config.enable_eplb,
                 num_redundant_experts=self.n_redundant_experts,
                 is_sequence_parallel=self.is_sequence_parallel,
+                dp_size=parallel_config.data_parallel_size,  # 1 for a drafter's
                 # On a GPU, vLLM's own router is one launch or part of the experts' kernel.
                 custom_routing_function=route if current_platform.is_cpu() else None,
                 routed_experts_cls=Experts,
             )
+        self.n_local_physical_experts = self.experts.expert_map_manager.local_num_experts
+        moe_config = self.experts.routed_experts.moe_config
+        self.exchanges = moe_config.dp_size > 1 or moe_config.is_sequence_parallel
 
     def _make_shared_expert(
         self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str
@@ -79,7 +79,7 @@ class SparseMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         routed = self.experts.routed_experts
-        if isinstance(method := routed.quant_method, PackedExperts):
+        if isinstance(method := routed.quant_method, PackedExperts) and not self.exchanges:
             return self._run(hidden_states, routed, method)
         x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
         # The experts hold the router: they compute its logits from the hidden states.

@@ -56,7 +56,11 @@ from qwen3next_plugin.engines.vllm.model.loading import (
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.patches import provide_page_copies, refuse_unused_adapters
+from qwen3next_plugin.engines.vllm.patches import (
+    provide_exchanges,
+    provide_page_copies,
+    refuse_unused_adapters,
+)
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
@@ -183,6 +187,7 @@ class Qwen3NextForCausalLM(
         self.formats = served_formats(vllm_config.quant_config)
         self.layout = projection_layout(self.config, vllm_config)
         provide_page_copies()
+        provide_exchanges()
         if vllm_config.lora_config is not None:
             refuse_unused_adapters()
         dispatch.load(current_platform.device_type)

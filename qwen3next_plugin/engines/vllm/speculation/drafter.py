@@ -6,6 +6,7 @@ draft in every step. vLLM still loads the layer and manages its cache, and its r
 """
 
 import time
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class Drafter(Chains):
     """vLLM's drafter with our loop; one per worker. It also reads the runner's requests."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
-        super().__init__(vllm_config, device, runner)
+        super().__init__(_alone(vllm_config), device, runner)
         self.runner = runner
         policy = make_policy(self.num_speculative_tokens)
         self.loop = Loop(
@@ -137,3 +138,16 @@ class Drafter(Chains):
         ends = common_attn_metadata.query_start_loc.numpy()[1:]
         rejected = np.array(drafts) + 1 - valid_sampled_tokens_count.numpy()
         return common_attn_metadata, torch.from_numpy(ends - 1 - rejected), None
+
+
+def _alone(vllm_config: VllmConfig) -> VllmConfig:
+    """The config of an engine that shares no experts with others.
+
+    So each has the whole MTP layer, and drafts when and as much as it likes.
+    """
+    if vllm_config.parallel_config.data_parallel_size == 1:
+        return vllm_config
+    alone = copy(vllm_config)
+    alone.parallel_config = copy(vllm_config.parallel_config)
+    alone.parallel_config.reconfigure_for_independent_dp_rank()
+    return alone
