@@ -111,14 +111,15 @@ ifneq ($(filter test-long,$(MAKECMDGOALS)),)
 test-vllm: $(TRANSFORMERS)
 endif
 
-# Qwen-Agent, which its tests run as a client, wants other packages than the engines do.
-QWEN_AGENT := .qwen-agent/.installed
-$(QWEN_AGENT): requirements/qwen-agent.txt
+# Qwen-Agent, which its tests run as a client, wants other packages than the engines do, and so does
+# SGLang's router.
+BESIDE := .qwen-agent/.installed .router/.installed
+$(BESIDE): .%/.installed: requirements/%.txt
 	$(VENV) --clear $(@D)
 	$(@D)/bin/python $(LOCKED) $<
 	touch $@
 ifneq ($(filter test-long,$(MAKECMDGOALS)),)
-$(ENGINES:%=test-%): $(QWEN_AGENT)
+$(ENGINES:%=test-%): $(BESIDE)
 endif
 
 # Other engines, which benchmarks/peers times, each on a path of its own: zentorch would change
@@ -288,4 +289,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
 	rm -rf $(EACH_ENGINE:%=.venv-%) $(EACH_ENGINE:%=.venv-wheel-%) \
-	  $(if $(ENGINE),build/$(ENGINE) build/away-$(ENGINE),build dist .triton .transformers .qwen-agent .peers)
+	  $(if $(ENGINE),build/$(ENGINE) build/away-$(ENGINE),build dist .triton .transformers .qwen-agent .router .peers)
