@@ -259,7 +259,7 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse runner V2, pipeline stages, ranks that share nothing, and another worker."""
+    """Refuse runner V2, pipeline stages, Ray, ranks that share nothing, and another worker."""
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
@@ -273,6 +273,13 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"--tensor-parallel-size {config.pp_size}"
         )
     parallel_config = vllm_config.parallel_config
+    if parallel_config.use_ray or parallel_config.data_parallel_backend == "ray":
+        raise ConfigError(
+            "Ray: vLLM's CPU platform names no resource that Ray could place its workers by; start "
+            "the server on each machine with --nnodes 2 --node-rank 0 (then 1 --headless) "
+            "--master-addr ADDRESS, without --distributed-executor-backend and "
+            "--data-parallel-backend"
+        )
     apart = config.num_experts and not parallel_config.enable_expert_parallel
     if apart and parallel_config.data_parallel_external_lb:
         raise ConfigError(

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.platforms.cpu import CpuPlatform
 
 import bad_weights
 from checkpoints import BASE, write_checkpoint
@@ -92,6 +93,27 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
 def test_flags_are_refused_by_name(complete, checkpoint, flags, message):
     with pytest.raises(Exception, match=message):
         complete(checkpoint, **flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+        {"data_parallel_size": 2, "data_parallel_backend": "ray", "data_parallel_size_local": 1},
+    ],
+    ids=str,
+)
+def test_ray_is_refused_where_it_is_installed(monkeypatch, complete, checkpoint, flags):
+    """vLLM would say so only when its workers start; where there is no Ray it asks for it."""
+    monkeypatch.setattr("vllm.v1.executor.ray_utils.ray", object())
+    with pytest.raises(Exception, match=r"Ray: .*--nnodes 2 --node-rank 0"):
+        complete(checkpoint, **flags)
+
+
+@pytest.mark.compat
+def test_vllms_cpu_platform_is_nothing_to_ray():
+    """Fails when Ray can place its workers: then it need not be refused."""
+    assert not CpuPlatform.ray_device_key
 
 
 def test_no_drafts_are_refused(complete, checkpoint):
