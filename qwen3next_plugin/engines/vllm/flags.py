@@ -3,13 +3,14 @@
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import torch
 from vllm import envs
 from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import env
+from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -19,6 +20,7 @@ from qwen3next_plugin.config import (
     host_rope,
     rope,
 )
+from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
 from qwen3next_plugin.engines.nodes import meet_at
@@ -37,6 +39,8 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
+from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
@@ -365,10 +369,19 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
 
 
 def _keep_graphs_apart(vllm_config: VllmConfig) -> None:
-    """Add to the key of vLLM's graph cache the variables that change our layers."""
-    asked = {"quantise": env.quantise(), "batch_invariant": env.batch_invariant()}
-    if any(asked.values()):
-        vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": asked}
+    """Add to the key of vLLM's graphs what else they depend on: they are read without a check."""
+    model, config = vllm_config.model_config, vllm_config.load_config
+    folder = folder_here(model.model, model.revision, config.download_dir)
+    is_read = config.load_format in READ_HERE
+    depends = {
+        "plugin": __version__,
+        "weights": fingerprint(folder) if folder and is_read else None,
+        "quantise": env.quantise(),
+        "batch_invariant": env.batch_invariant(),
+        "kernels": described("cpu"),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+    vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": depends}
 
 
 def _choose_metrics(vllm_config: VllmConfig) -> None:

@@ -3,7 +3,7 @@
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
 IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
-WITH_LORA, PAGE_COPIES and EXCHANGES when our model is built.
+WITH_LORA, PAGE_COPIES, EXCHANGES and GRAPHS when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -30,6 +30,7 @@ from qwen3next_plugin.engines.vllm.repairs import (
     adapters,
     exit_code,
     grammars,
+    graphs,
     interrupts,
     nodes,
     reloads,
@@ -292,6 +293,16 @@ EXCHANGES: tuple[Entry, ...] = (
     ),
 )
 
+GRAPHS: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.compilation.decorators._try_load_aot_compiled_fn",
+        parameters=("model", "aot_compilation_path"),
+        function=graphs.load_graph,
+        reason="on a CPU vLLM cannot read the graphs that it has kept, and compiles at each start",
+        remove_when="vLLM reads them (`compat`)",
+    ),
+)
+
 OVERRIDES: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",
@@ -503,7 +514,7 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *EXCHANGES),
-    *(*OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER, *REPAIRS),
+    *(*GRAPHS, *OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER, *REPAIRS),
 )
 
 
@@ -526,10 +537,11 @@ def provide_page_copies() -> None:
         apply(PAGE_COPIES, _register_kernels)
 
 
-def provide_exchanges() -> None:
-    """Let a CPU's ranks exchange the tokens of experts that they share."""
+def complete_cpu() -> None:
+    """Let a CPU's ranks exchange the tokens of experts that they share, and read kept graphs."""
     if current_platform.is_cpu():
         apply(EXCHANGES)
+        apply(GRAPHS)
 
 
 def refuse_unused_adapters() -> None:

@@ -107,7 +107,9 @@ OVERRIDDEN = {
             "sample_tokens": ["self", "grammar_output"],
         },
     },
-    "v1/worker/cpu_worker.py": {"CPUWorker": {"init_device": ["self"]}},
+    "v1/worker/cpu_worker.py": {
+        "CPUWorker": {"init_device": ["self"], "determine_available_memory": ["self"]}
+    },
     "v1/executor/multiproc_executor.py": {
         "MultiprocExecutor": {
             "_init_executor": ["self"],
@@ -423,6 +425,7 @@ ATTRIBUTES = {
         "effective_drafter_max_model_len",
         "num_spec_tokens",
         "max_model_len",
+        "max_num_tokens",
         "positions",
     ],
     "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],

@@ -57,7 +57,7 @@ from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.patches import (
-    provide_exchanges,
+    complete_cpu,
     provide_page_copies,
     refuse_unused_adapters,
 )
@@ -187,7 +187,7 @@ class Qwen3NextForCausalLM(
         self.formats = served_formats(vllm_config.quant_config)
         self.layout = projection_layout(self.config, vllm_config)
         provide_page_copies()
-        provide_exchanges()
+        complete_cpu()
         if vllm_config.lora_config is not None:
             refuse_unused_adapters()
         dispatch.load(current_platform.device_type)

@@ -4,7 +4,8 @@ vLLM has a setting for the class (`--worker-cls`); flags.py chooses this one. It
 its own runner only.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ FIX = (
     "computed from it. Restart the engine. If it happens again, report this line, and run with "
     "--no-enable-prefix-caching and without a KV connector, because both move pages"
 )
+
+
+WARM_UP = 32  # tokens, enough for compiled loops to be shared by all threads
 
 
 class Worker(CPUWorker):
@@ -68,6 +72,11 @@ class Worker(CPUWorker):
         refuse_other_weights(self.vllm_config)
         with set_current_vllm_config(self.vllm_config), one_bar(self.vllm_config):
             reload(self.model_runner, weights_path, weights_iterator)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the pools; before that, vLLM compiles the model as it first runs it."""
+        with _few_tokens(self.model_runner):
+            return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""
@@ -133,6 +142,17 @@ def _naming_its_request(
     row = error.row
     whose = "a step" if row is None or row >= len(requests) else f"request {requests[row]}"
     return RuntimeError(f"{whose}: {error}. {FIX}")
+
+
+@contextmanager
+def _few_tokens(runner: Any) -> Iterator[None]:
+    """Keep vLLM from warming up with the largest step: graphs serve any number of tokens."""
+    most = runner.max_num_tokens
+    runner.max_num_tokens = min(most, WARM_UP)
+    try:
+        yield
+    finally:
+        runner.max_num_tokens = most
 
 
 def _add_missing_processors(processors: Any, runner: Any) -> None:
