@@ -3,7 +3,6 @@
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import torch
 from vllm import envs
 from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -24,6 +23,7 @@ from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
 from qwen3next_plugin.engines.nodes import meet_at
+from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -41,6 +41,7 @@ from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
@@ -370,18 +371,26 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
 
 def _keep_graphs_apart(vllm_config: VllmConfig) -> None:
     """Add to the key of vLLM's graphs what else they depend on: they are read without a check."""
-    model, config = vllm_config.model_config, vllm_config.load_config
-    folder = folder_here(model.model, model.revision, config.download_dir)
-    is_read = config.load_format in READ_HERE
+    if vllm_config.model_config.enforce_eager:
+        return
     depends = {
         "plugin": __version__,
-        "weights": fingerprint(folder) if folder and is_read else None,
+        "weights": _known_weights(vllm_config),
         "quantise": env.quantise(),
         "batch_invariant": env.batch_invariant(),
         "kernels": described("cpu"),
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor": instructions(),
     }
     vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": depends}
+
+
+def _known_weights(vllm_config: VllmConfig) -> str | None:
+    """The fingerprint of the checkpoint; None before its files are here, or if vLLM reads them."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    folder = folder_here(model.model, model.revision, load.download_dir)
+    if folder is None or load.load_format not in READ_HERE:
+        return None
+    return fingerprint(folder) if weight_files(folder, read_index(folder)) else None
 
 
 def _choose_metrics(vllm_config: VllmConfig) -> None:

@@ -301,6 +301,13 @@ GRAPHS: tuple[Entry, ...] = (
         reason="on a CPU vLLM cannot read the graphs that it has kept, and compiles at each start",
         remove_when="vLLM reads them (`compat`)",
     ),
+    Override(
+        target="vllm.compilation.caching.VllmSerializableFunction.finalize_loading",
+        parameters=("self", "vllm_config"),
+        file="repairs/graphs.py",
+        reason="torch's graphs, which are whole when they are read, get a method of this name",
+        remove_when="the patch above is removed",
+    ),
 )
 
 OVERRIDES: tuple[Entry, ...] = (

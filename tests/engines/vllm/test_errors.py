@@ -67,12 +67,22 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            return complete(checkpoint, dtype="bfloat16").compute_hash()
+            return complete(checkpoint, dtype="bfloat16", enforce_eager=False).compute_hash()
 
     quantised = [hashed(QWEN3NEXT_QUANTISE=form) for form in ("int8", "int4")]
     hashes = [hashed(), hashed(QWEN3NEXT_BATCH_INVARIANT="1"), *quantised]
     assert len(set(hashes)) == 4
     assert hashed() == hashes[0]
+    for file in checkpoint.glob("*.safetensors"):
+        os.utime(file)
+    assert hashed() not in hashes
+
+
+def test_a_checkpoint_that_is_still_to_be_downloaded(monkeypatch, complete, checkpoint, tmp_path):
+    """vLLM has downloaded its config only."""
+    monkeypatch.setattr("qwen3next_plugin.engines.vllm.flags.folder_here", lambda *_: tmp_path)
+    config = complete(checkpoint, enforce_eager=False)
+    assert config.additional_config["qwen3next"]["weights"] is None
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ FINISH = "finalize_loading"
 
 
 def load_graph(host: Callable[..., Any], model: Any, aot_compilation_path: str) -> Any:
-    """Around the function that reads one; where torch compiles without vLLM's passes it is whole.
+    """Around the function that reads a graph from a file.
 
-    vLLM would call a method of its own class, fail, and compile again.
+    It ends with a call of a method that only vLLM's own graphs have. Those of a CPU are torch's:
+    the call would fail, and the model would be compiled again.
     """
     if not hasattr(Graph, FINISH):
         setattr(Graph, FINISH, lambda self, vllm_config: None)

@@ -146,7 +146,10 @@ def _naming_its_request(
 
 @contextmanager
 def _few_tokens(runner: Any) -> Iterator[None]:
-    """Keep vLLM from warming up with the largest step: graphs serve any number of tokens."""
+    """Keep vLLM from warming up with the largest step: graphs serve any number of tokens.
+
+    The pools are sized by the memory still in use then: malloc gives back the large blocks of both.
+    """
     most = runner.max_num_tokens
     runner.max_num_tokens = min(most, WARM_UP)
     try:

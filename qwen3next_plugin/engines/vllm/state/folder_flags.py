@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
 import vllm
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
@@ -15,6 +14,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.page_files import SPACE
+from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE
 from qwen3next_plugin.engines.vllm.names import PACKAGE
 from qwen3next_plugin.engines.vllm.state.pages import page_layout
@@ -140,14 +140,9 @@ def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
         cache_config.prefix_caching_hash_algo,
         (env.quantise(), env.batch_invariant()),
         # KV is laid out as vLLM's attention on this processor reads it; bits are our kernels'.
-        (vllm.__version__, described("cpu"), _instructions()),
+        (vllm.__version__, described("cpu"), instructions()),
     )
     dtype = str(model_config.dtype).removeprefix("torch.")
     weights = fingerprint(local_folder(model_config.model, model_config.revision))
     rest = sha256(repr(others).encode()).hexdigest()[:16]
     return f"{SPACE}{weights}-{dtype}-k{layout.num_drafts}-{rest}"
-
-
-def _instructions() -> list[str]:
-    """The processor's instruction sets; vLLM lays out KV for some of them."""
-    return sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)
