@@ -23,7 +23,7 @@ OF_BOTH = (
     "cgroups",
     "memory",
     "nodes",
-    "page_files",
+    "block_files",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors

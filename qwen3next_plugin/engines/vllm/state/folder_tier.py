@@ -1,4 +1,4 @@
-"""The tier of vLLM's prefix cache whose blocks are files in a folder (engines/page_files.py)."""
+"""The tier of vLLM's prefix cache whose blocks are files in a folder (engines/block_files.py)."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.page_files import PageFiles
+from qwen3next_plugin.engines.block_files import BlockFiles
 from qwen3next_plugin.engines.vllm.names import LOGGER
 
 logger = init_logger(LOGGER)
@@ -59,7 +59,7 @@ class FolderTier(SecondaryTierManager):
                 f"folder_bytes = {folder_bytes}: the shortest prefix that can be found again takes "
                 f"{least} bytes; allow at least as many, better a hundred times as many"
             )
-        self.files = PageFiles(Path(folder), folder_bytes)
+        self.files = BlockFiles(Path(folder), folder_bytes)
         self.space = FileMapper.from_offloading_spec(space, offloading_spec).base_path
         self.lookups = Lookups(tier_type, self.holds)
         self.readers = ThreadPoolExecutor(2, "folder-read")

@@ -33,7 +33,7 @@ class File(NamedTuple):
     path: Path
 
 
-class PageFiles:
+class BlockFiles:
     """Files in subfolders of a folder, of all servers together at most about `limit` bytes.
 
     Each server counts all files again when it has written an eighth of that.

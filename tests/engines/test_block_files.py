@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.faults import NEEDS_NAMESPACES, STATES, where
-from qwen3next_plugin.engines.page_files import HEADER, PART_SECONDS, SPACE, PageFiles
+from qwen3next_plugin.engines.block_files import HEADER, PART_SECONDS, SPACE, BlockFiles
 
 SPACES = f"{SPACE}weights/model", f"{SPACE}other/model"
 SIZE = 1000
@@ -18,25 +18,25 @@ FILE = HEADER.size + SIZE  # bytes
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> PageFiles:
-    return PageFiles(tmp_path, 10 * FILE)
+def files(tmp_path: Path) -> BlockFiles:
+    return BlockFiles(tmp_path, 10 * FILE)
 
 
-def read(files: PageFiles, name: str, nbytes: int = SIZE) -> bytes | None:
+def read(files: BlockFiles, name: str, nbytes: int = SIZE) -> bytes | None:
     content = bytearray(nbytes)
     return bytes(content) if files.read(name, memoryview(content)) else None
 
 
-def names(files: PageFiles) -> list[str]:
+def names(files: BlockFiles) -> list[str]:
     return sorted(path.name for path in files.folder.rglob("*") if path.is_file())
 
 
 def test_what_is_written_is_read_by_another_server_and_after_a_start(files, tmp_path):
     name = f"{SPACES[0]}/a"
-    others = PageFiles(tmp_path, 10 * FILE)
+    others = BlockFiles(tmp_path, 10 * FILE)
     assert read(others, name) is None
     files.write(name, CONTENT)
-    for each in (files, others, PageFiles(tmp_path, 10 * FILE)):
+    for each in (files, others, BlockFiles(tmp_path, 10 * FILE)):
         assert each.holds(name, SIZE)
         assert read(each, name) == CONTENT
     assert names(files) == ["a"]
@@ -99,7 +99,7 @@ def test_a_folder_in_a_files_place_is_a_miss(files):
     assert names(files) == []  # nothing half written
 
 
-def held(files: PageFiles) -> int:
+def held(files: BlockFiles) -> int:
     return sum(path.stat().st_size for path in files.folder.glob(f"{SPACE}*/*/*"))
 
 
@@ -118,7 +118,7 @@ def test_the_least_recently_used_are_removed_of_whatever_weights(files):
 
 
 def test_two_servers_keep_to_the_limit_together(tmp_path):
-    servers = [PageFiles(tmp_path, 64 * FILE) for _ in range(2)]
+    servers = [BlockFiles(tmp_path, 64 * FILE) for _ in range(2)]
     most = 0
     for i in range(300):
         servers[i % 2].write(f"{SPACES[0]}/{i}", CONTENT)
@@ -132,15 +132,15 @@ def test_what_a_killed_server_left_half_written_goes_with_time(files, tmp_path):
     for name, age in (("old.0.part", 2 * PART_SECONDS), ("new.1.part", 0)):
         (folder / name).write_bytes(b"1")
         os.utime(folder / name, (0, (folder / name).stat().st_mtime - age))
-    assert names(PageFiles(tmp_path, files.limit)) == ["new.1.part"]
+    assert names(BlockFiles(tmp_path, files.limit)) == ["new.1.part"]
 
 
 FILL = """
 import errno, os, sys
 from pathlib import Path
-from qwen3next_plugin.engines.page_files import SPACE, PageFiles
+from qwen3next_plugin.engines.block_files import SPACE, BlockFiles
 folder, content = Path(sys.argv[1]), memoryview(bytes(10_000))
-files = PageFiles(folder, 1 << 30)
+files = BlockFiles(folder, 1 << 30)
 for i in range(60):
     name = f"{SPACE}a/b/{i}"
     kept = {path.name for path in folder.rglob("*") if path.is_file()}
