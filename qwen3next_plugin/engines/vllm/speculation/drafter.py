@@ -141,9 +141,9 @@ class Drafter(Chains):
 
 
 def _alone(vllm_config: VllmConfig) -> VllmConfig:
-    """The config of an engine that shares no experts with others.
+    """The config without data parallelism: each engine has all experts of its MTP layer.
 
-    So each has the whole MTP layer, and drafts when and as much as it likes.
+    So it drafts when and as much as it likes.
     """
     if vllm_config.parallel_config.data_parallel_size == 1:
         return vllm_config
