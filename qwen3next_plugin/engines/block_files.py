@@ -44,7 +44,8 @@ class BlockFiles:
         self.part = f".{token_hex(4)}{PART}"
         for file in self._files():
             if file.path.suffix == PART and time() - file.used > PART_SECONDS:
-                file.path.unlink(missing_ok=True)  # of a server that was killed
+                with suppress(OSError):  # it is another user's, or has just been removed
+                    file.path.unlink()  # of a server that was killed
         self.uncounted = 0  # bytes written since all files were counted
 
     def holds(self, name: str, nbytes: int) -> bool:
@@ -120,6 +121,11 @@ class BlockFiles:
                 found = path.lstat()
                 if S_ISREG(found.st_mode):
                     yield File(found.st_mtime, found.st_size, path)
+
+
+def least_limit(count: int, nbytes: int) -> int:
+    """The limit within which the newest `count` files, of `nbytes` of content each, always stay."""
+    return -(-count * (HEADER.size + nbytes) * SHARE // (SHARE - 1))
 
 
 def _header(name: str, content: memoryview) -> bytes:

@@ -6,20 +6,24 @@ from pathlib import Path
 
 
 @cache
-def local_folder(model: str, revision: str | None) -> Path:
-    """The folder of a checkpoint; downloads one of a hub, which the engine would do next."""
+def local_folder(model: str, revision: str | None, downloads: str | None = None) -> Path:
+    """The folder of a checkpoint; downloads one of a hub, which the engine would do next.
+
+    Args: downloads: the folder into which an engine downloads, unless it is the hub's own.
+    """
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    files = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"])
-    return Path(files)
+    wanted = ["*.safetensors", "*.json"]
+    found = snapshot_download(model, revision=revision, cache_dir=downloads, allow_patterns=wanted)
+    return Path(found)
 
 
 def folder_here(model: str, revision: str | None, downloads: str | None) -> Path | None:
     """The folder of a checkpoint if its files are on this machine; downloads nothing.
 
-    Args: downloads: the folder into which an engine downloads, unless it is the hub's own.
+    Args: downloads: as for local_folder.
     """
     if Path(model).is_dir():
         return Path(model)

@@ -28,6 +28,7 @@ NEEDS_NAMESPACES = pytest.mark.skipif(
 STATES = {
     "full": "mount -t tmpfs -o size=256k none {0} && {{ cat /dev/zero > {0}/fill 2>&-; true; }}",
     "read-only": "mount -t tmpfs -o ro none {0}",
+    "read-only, with its files": "mount --bind {0} {0} && mount -o remount,bind,ro {0}",
     "nearly full": "mount -t tmpfs -o size=256k none {0}",
 }
 # Of weights that are never written; it reads a config alone.

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from engines.faults import NEEDS_NAMESPACES, STATES, where
-from qwen3next_plugin.engines.block_files import HEADER, PART_SECONDS, SPACE, BlockFiles
+from qwen3next_plugin.engines.block_files import (
+    HEADER,
+    PART_SECONDS,
+    SPACE,
+    BlockFiles,
+    least_limit,
+)
 
 SPACES = f"{SPACE}weights/model", f"{SPACE}other/model"
 SIZE = 1000
@@ -133,6 +139,31 @@ def test_what_a_killed_server_left_half_written_goes_with_time(files, tmp_path):
         (folder / name).write_bytes(b"1")
         os.utime(folder / name, (0, (folder / name).stat().st_mtime - age))
     assert names(BlockFiles(tmp_path, files.limit)) == ["new.1.part"]
+
+
+@NEEDS_NAMESPACES
+def test_what_cannot_be_removed_stays(tmp_path):
+    """As another user's files: they are no reason not to start."""
+    part = tmp_path / SPACES[0] / "old.0.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"1")
+    os.utime(part, (0, 0))
+    code = f"from pathlib import Path; from {BlockFiles.__module__} import BlockFiles as Files"
+    code += f"; Files(Path({str(tmp_path)!r}), 1000)"
+    command = where(str(tmp_path), "read-only, with its files", [sys.executable, "-c", code])
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert part.exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 15])
+def test_the_least_limit_keeps_the_newest(tmp_path, count):
+    files = BlockFiles(tmp_path, least_limit(count, SIZE))
+    for i in range(40):
+        files.write(f"{SPACES[0]}/{i}", CONTENT)
+        os.utime(tmp_path / SPACES[0] / f"{i}", (i, i))
+        newest = [f"{SPACES[0]}/{n}" for n in range(max(0, i + 1 - count), i + 1)]
+        assert all(files.holds(name, SIZE) for name in newest)
 
 
 FILL = """

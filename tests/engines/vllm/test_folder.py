@@ -1,8 +1,11 @@
 """A prefix cache in a folder: an engine that is killed and started again finds it, bit for bit."""
 
+import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.serve
 BLOCK = 128  # tokens, of the random checkpoint
 PROMPT = random_prompt(5 * BLOCK + 60, seed=21)
 TOKENS = 24
+ENGINES = (f"{os.getpid()}-{i}" for i in count())  # names that no other test run uses
 CASES = {
     "plain": {},
     "mtp-3": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}},
@@ -47,6 +51,7 @@ def connector(folder: Path, **settings: Any) -> dict[str, Any]:
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
+        "engine_id": next(ENGINES),
         "kv_connector_extra_config": own | settings,
     }
 
@@ -100,7 +105,8 @@ def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
 
 
 def names_in_memory() -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob("vllm_offload_*")]
+    """Of the engines that this process has started."""
+    return [path.name for path in Path("/dev/shm").glob(f"vllm_offload_{os.getpid()}-*")]
 
 
 def test_two_engines_share_a_folder_and_other_weights_have_their_own_files(checkpoint, tmp_path):
@@ -169,3 +175,22 @@ def test_a_limit_that_no_prefix_fits_in_is_refused(checkpoint, tmp_path, setting
     ):
         pass
     assert not names_in_memory()
+
+
+@pytest.mark.parametrize("name", ["plain", "mtp-3"])
+def test_the_least_folder_holds_the_last_prompt(checkpoint, tmp_path, name):
+    with (
+        pytest.raises(AssertionError, match="folder_bytes = 5000") as refusal,
+        started(checkpoint, tmp_path, {"folder_bytes": 5000}, **CASES[name]),
+    ):
+        pass
+    (least,) = re.findall(r"at least (\d+) bytes", str(refusal.value))
+    prompts = [random_prompt(2 * BLOCK + 9, seed=seed) for seed in (50, 51)]
+    settings = {"folder_bytes": int(least)}
+    with started(checkpoint, tmp_path, settings, **CASES[name]) as engine:
+        cold = [ask(engine, prompt) for prompt in prompts][-1]
+        assert eventually(settled(tmp_path))
+    with started(checkpoint, tmp_path, settings, **CASES[name]) as engine:
+        found = ask(engine, prompts[-1])
+    assert found.cached >= BLOCK
+    assert (found.token_ids, found.logprobs) == (cold.token_ids, cold.logprobs)

@@ -5,11 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import torch
 
 from checkpoints import write_checkpoint
-from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC, refuse_other_weights
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.state import folder_flags
+from qwen3next_plugin.engines.vllm.state.folder_flags import (
+    SPEC,
+    complete_folder,
+    refuse_other_weights,
+)
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 MODULE = "qwen3next_plugin.engines.vllm.folder"
@@ -41,6 +48,11 @@ def space(config: Any) -> str:
     return tier["space"]
 
 
+def complete_again(config: Any) -> None:
+    del config.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+    complete_folder(config, Qwen3NextConfig.from_hf(config.model_config.hf_config))
+
+
 @pytest.mark.parametrize(
     ("settings", "flags", "message"),
     [
@@ -59,14 +71,26 @@ def space(config: Any) -> str:
         ({"secondary_tiers": []}, {}, "FolderSpec has no secondary_tiers"),
         ({}, {"enable_prefix_caching": False}, "leave out --no-enable-prefix-caching"),
         ({}, {"nnodes": 2, "tensor_parallel_size": 2}, "nnodes = 2: .*use one machine"),
+        (
+            {},
+            {"prefix_caching_hash_algo": "xxhash"},
+            "prefix_caching_hash_algo = xxhash: .*PYTHONHASHSEED",
+        ),
+        ({}, {"prefix_caching_hash_algo": "xxhash_cbor"}, "_algo = xxhash_cbor: .*leave out"),
         ({}, {"enable_lora": True}, "enable_lora: .*serve without adapters"),
         ({}, {"load_format": "dummy"}, "load_format = dummy: .*leave out --load-format"),
     ],
     ids=str,
 )
-def test_what_cannot_be_kept_is_refused_by_name(complete, settings, flags, message):
+def test_what_cannot_be_kept_is_refused_by_name(monkeypatch, complete, settings, flags, message):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     with pytest.raises(Exception, match=message):
         complete(settings, **flags)
+
+
+def test_keys_of_a_seed_that_is_given_can_be_kept(monkeypatch, complete):
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    assert space(complete(prefix_caching_hash_algo="xxhash"))
 
 
 def test_a_configuration_is_completed_again(complete):
@@ -92,11 +116,34 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, complete, che
         space(complete(prefix_caching_hash_algo="sha256_cbor")),
         space(complete(model=own)),
     ]
-    monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
-    found.append(space(complete(dtype="bfloat16")))
+    with monkeypatch.context() as patch:
+        patch.setenv("QWEN3NEXT_QUANTISE", "int8")
+        found.append(space(complete(dtype="bfloat16")))
+    config = complete()
+    for module in (folder_flags, torch, folder_flags.vllm):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "99.1")
+            complete_again(config)
+        found.append(space(config))
     assert len(set(found)) == len(found)
-    monkeypatch.delenv("QWEN3NEXT_QUANTISE")
     assert found[0] == space(complete(max_model_len=256, max_num_batched_tokens=300))
+
+
+def test_a_hubs_weights_are_read_where_the_engine_downloads(
+    monkeypatch, complete, checkpoint, tmp_path
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config, downloads = complete(), tmp_path / "downloads"
+    before = space(config)
+    model = downloads / "models--an--id"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text("0" * 40)
+    (model / "snapshots").mkdir()
+    (model / "snapshots" / ("0" * 40)).symlink_to(checkpoint)
+    config.model_config.model = "an/id"
+    config.load_config.download_dir = str(downloads)
+    complete_again(config)
+    assert space(config) == before
 
 
 def test_a_fingerprint_follows_the_files(tmp_path):

@@ -1,4 +1,4 @@
-"""What FolderSpec's user says, checked, and what follows from it, before a worker starts."""
+"""FolderSpec's settings: checked, and completed for vLLM, before a worker starts."""
 
 import os
 from hashlib import sha256
@@ -6,11 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import torch
 import vllm
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import env
+from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.block_files import SPACE
 from qwen3next_plugin.engines.hub import local_folder
@@ -23,6 +24,7 @@ from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 SPEC, TIER = "FolderSpec", "FolderTier"
 OWN = ("spec_name", "spec_module_path", "folder", "folder_bytes", "cpu_bytes_to_use")
+SEED = "PYTHONHASHSEED"  # of vLLM's keys; has a default for sha256 only
 MEMORY = 1 << 30  # bytes of cpu_bytes_to_use, by default
 FIELD = "kv_connector_extra_config of --kv-transfer-config"
 
@@ -59,6 +61,7 @@ def check_folder(vllm_config: VllmConfig) -> None:
         raise ConfigError(f"folder_bytes is missing in {FIELD}: the most that the folder may hold")
     _check_writable(settings.get("folder"))
     _check_flags(vllm_config)
+    _check_keys(vllm_config.cache_config.prefix_caching_hash_algo)
 
 
 def _check_writable(folder: Any) -> None:
@@ -103,6 +106,16 @@ def _check_flags(vllm_config: VllmConfig) -> None:
         )
 
 
+def _check_keys(algorithm: str) -> None:
+    """Refuse keys that differ from start to start."""
+    if not algorithm.startswith("sha256") and SEED not in os.environ:
+        raise ConfigError(
+            f"prefix_caching_hash_algo = {algorithm}: vLLM seeds it at random, so a start would "
+            f"find no earlier one's files; leave out --prefix-caching-hash-algo, or set {SEED}, "
+            "alike for all servers"
+        )
+
+
 def refuse_other_weights(vllm_config: VllmConfig) -> None:
     """Raise where files of this start's weights would be read for others."""
     if _asked(vllm_config) is not None:
@@ -113,7 +126,7 @@ def refuse_other_weights(vllm_config: VllmConfig) -> None:
 
 
 def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
-    """Say what vLLM's tiers need to know, as their user would."""
+    """Add the settings of vLLM's tiers that follow from FolderSpec's."""
     settings = _asked(vllm_config)
     if settings is None or _is_complete(settings):
         return
@@ -140,9 +153,10 @@ def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
         cache_config.prefix_caching_hash_algo,
         (env.quantise(), env.batch_invariant()),
         # KV is laid out as vLLM's attention on this processor reads it; bits are our kernels'.
-        (vllm.__version__, described("cpu"), instructions()),
+        (__version__, vllm.__version__, str(torch.__version__), described("cpu"), instructions()),
     )
     dtype = str(model_config.dtype).removeprefix("torch.")
-    weights = fingerprint(local_folder(model_config.model, model_config.revision))
+    downloads = vllm_config.load_config.download_dir
+    weights = fingerprint(local_folder(model_config.model, model_config.revision, downloads))
     rest = sha256(repr(others).encode()).hexdigest()[:16]
     return f"{SPACE}{weights}-{dtype}-k{layout.num_drafts}-{rest}"

@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.block_files import BlockFiles
+from qwen3next_plugin.engines.block_files import BlockFiles, least_limit
 from qwen3next_plugin.engines.vllm.names import LOGGER
 
 logger = init_logger(LOGGER)
@@ -53,11 +53,12 @@ class FolderTier(SecondaryTierManager):
     ) -> None:
         """Open the folder; `space` names the subfolder of what may be read here."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        least = len(offloading_spec.config.groups) * self.block_size_bytes
+        blocks = 2 * len(offloading_spec.config.groups)  # with drafts, a hit is one block less
+        least = least_limit(blocks, self.block_size_bytes)
         if folder_bytes < least:
             raise ConfigError(
-                f"folder_bytes = {folder_bytes}: the shortest prefix that can be found again takes "
-                f"{least} bytes; allow at least as many, better a hundred times as many"
+                f"folder_bytes = {folder_bytes}: must hold the shortest prefix that can be found "
+                f"again, so at least {least} bytes; better a hundred times as many"
             )
         self.files = BlockFiles(Path(folder), folder_bytes)
         self.space = FileMapper.from_offloading_spec(space, offloading_spec).base_path
