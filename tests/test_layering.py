@@ -24,6 +24,7 @@ OF_BOTH = (
     "memory",
     "nodes",
     "block_files",
+    "processor",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors
