@@ -27,8 +27,12 @@ class Blanks:
                 layer._modules.pop(name, None)
             for name, blank in blanks.items():
                 present = getattr(layer, name, None)
-                if present is None or present.shape != blank.shape:
+                if not _alike(present, blank):
                     setattr(layer, name, _like(blank, "cpu"))
+
+
+def _alike(present: nn.Parameter | None, blank: nn.Parameter) -> bool:
+    return present is not None and (present.shape, present.dtype) == (blank.shape, blank.dtype)
 
 
 def _like(parameter: nn.Parameter, device: str) -> nn.Parameter:
