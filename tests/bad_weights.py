@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints import write_checkpoint
 from quantised import write_quantised
 
 # Two blocks of columns, the second one not full.
@@ -115,3 +116,10 @@ def write_faulty(plain: Path, folder: Path, fault: str) -> Path:
     damage(tensors)
     save_file(tensors, path)
     return quantised
+
+
+def write_good_and_faulty(folder: Path, fault: str) -> tuple[Path, Path]:
+    """Two checkpoints of PLAIN, quantised alike, the second with a fault."""
+    plain = write_checkpoint(folder / "plain", **PLAIN)
+    good, _ = write_quantised(plain, folder / "good", FAULTS[fault].kind)
+    return good, write_faulty(plain, folder / "bad", fault)

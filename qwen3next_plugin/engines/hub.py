@@ -1,8 +1,10 @@
-"""Checkpoints named by a hub's id, for both engines."""
+"""Where both engines' checkpoints are, and in which formats they are read."""
 
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+READ_HERE = ("auto", "safetensors")  # of an engine's load_format
 
 
 @cache

@@ -1,7 +1,7 @@
 """SGLang's updates of weights, for our model on a CPU: the old weights stay unless all new fit.
 
-Each function replaces a method of SGLang's manager in the scheduler, and answers 400 with what is
-wrong. SGLang's modules are imported inside, as in hooks.py.
+SGLang answers 400 with what is wrong. What fails later, as weights load, ends the scheduler, and so
+the server. SGLang's modules are imported inside, as in hooks.py.
 """
 
 from collections.abc import Callable
@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.engines.agreement import refusal
+from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 
-READ_HERE = ("auto", "safetensors")  # of load_format
 DONE = "Succeeded to update model weights."
 
 
 def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Serve the weights of a folder, MTP layer and draft head included."""
+    """Serve the weights of a folder, MTP layer and draft head included.
+
+    Replaces a method of SGLang's manager in the scheduler.
+    """
     if not _ours(manager):
         return host(manager, request)
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
@@ -26,16 +29,10 @@ def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> An
 
     folder, load_format = Path(request.model_path), request.load_format
     with manager._observe_weight_load("disk"):
-        try:
-            if not folder.is_dir() or load_format not in READ_HERE:
-                raise ConfigError(
-                    f"{folder}, load_format {load_format}: weights are updated from a folder with "
-                    f"safetensors files"
-                )
-            _check(manager, list(stored_tensors(folder)), "all")
-        except (CheckpointError, ConfigError) as error:
-            return UpdateWeightFromDiskReqOutput(success=False, message=str(error))
-        _reload(manager, "all", lambda runner: stored_weights(runner, folder, load_format))
+        refused = refusal(lambda: _check(manager, folder, load_format), manager.tp_cpu_group)
+        if refused:
+            return UpdateWeightFromDiskReqOutput(success=False, message=refused)
+        _reload(manager, lambda runner: stored_weights(runner, folder, load_format))
         for _, runner in manager._select_runners():
             runner.update_model_fields(
                 runner.model,
@@ -65,18 +62,22 @@ def _ours(manager: Any) -> bool:
     return isinstance(manager.tp_worker.model_runner.model, OurModel)
 
 
-def _check(manager: Any, tensors: list[Any], selector: str) -> None:
+def _check(manager: Any, folder: Path, load_format: str) -> None:
     from qwen3next_plugin.engines.sglang.model.reloading import check_reload
 
-    drafts = selector == "all" and manager.draft_worker is not None
-    check_reload(manager.tp_worker.model_runner.model, tensors, with_mtp=drafts)
+    if load_format not in READ_HERE:
+        raise ConfigError(f"load_format = {load_format}: updates read safetensors files")
+    if not folder.is_dir():
+        raise ConfigError(f"model_path = {folder}: no such folder")
+    model, drafts = manager.tp_worker.model_runner.model, manager.draft_worker is not None
+    check_reload(model, stored_tensors(folder), with_mtp=drafts)
 
 
-def _reload(manager: Any, selector: str, tensors: Callable[[Any], Any]) -> None:
+def _reload(manager: Any, tensors: Callable[[Any], Any]) -> None:
     """Load the tensors for each runner into its model, and make the draft head anew."""
     from qwen3next_plugin.engines.sglang.model.reloading import reload
 
-    for _, runner in manager._select_runners(selector):
+    for _, runner in manager._select_runners():
         reload(runner, tensors(runner))
     for role, runner in manager._select_runners():
         if role == "draft" and runner.model.draft_head is not None:

@@ -19,7 +19,7 @@ from qwen3next_plugin.config import (
     host_rope,
     rope,
 )
-from qwen3next_plugin.engines.hub import folder_here
+from qwen3next_plugin.engines.hub import READ_HERE, folder_here
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
 from qwen3next_plugin.engines.nodes import meet_at
@@ -27,7 +27,7 @@ from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
-from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE, choose_quantisation
+from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,

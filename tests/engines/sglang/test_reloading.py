@@ -1,9 +1,11 @@
 """Weights that change while serving: as a fresh start with them, and the old ones if refused."""
 
 import json
+import re
 import threading
 import urllib.error
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bad_weights
 from checkpoints import random_prompt, write_checkpoint
+from engines.checks import check_greedy
 from engines.clients import eventually
+from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
 from quantised import pack_checkpoint
+from reference import Reference
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -137,7 +143,7 @@ def test_a_wrong_checkpoint_leaves_the_old_weights(server, folders, tmp_path, da
 
 def test_no_folder_is_refused(server, tmp_path):
     there = str(tmp_path / "none")
-    assert "from a folder" in refused(server, "/update_weights_from_disk", model_path=there)
+    assert "none: no such folder" in refused(server, "/update_weights_from_disk", model_path=there)
 
 
 def test_a_running_request_goes_on_after_a_pause(server, folders):
@@ -175,3 +181,29 @@ def test_a_packed_checkpoint_is_not_updated(folders, tmp_path):
         assert server.greedy(PROMPTS, 24) == before
     finally:
         server.close()
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+def test_two_ranks_refuse_together_and_update_together(folders, tmp_path):
+    prompts = [random_prompt(n, seed=12) for n in (1, 65)]
+    small = ("--max-total-tokens", "4096", "--max-mamba-cache-size", "20", *NEXTN, "3")
+    server = Forked(folders[0], "--tp-size", "2", "--dtype", "float32", *small).wait()
+    try:
+        said = refused(server, "/update_weights_from_disk", model_path=str(tmp_path))
+        assert re.match(r"rank 0: .* tensors are missing", said)
+        found = server.greedy(prompts, 10, **LOGPROBS)
+        check_greedy(Reference(folders[0]), prompts, found)
+        update(server, folders[1])
+        found = server.greedy(prompts, 10, **LOGPROBS)
+        check_greedy(Reference(folders[1]), prompts, found)
+    finally:
+        server.close()
+
+
+def test_what_is_found_as_weights_load_ends_the_server(tmp_path):
+    fault = "NVFP4 with a scale that is not finite"
+    good, bad = bad_weights.write_good_and_faulty(tmp_path, fault)
+    server = Forked(good, "--dtype", "float32", "--context-length", "512").wait()
+    with suppress(OSError):
+        server.post("/update_weights_from_disk", model_path=str(bad))
+    assert re.search(bad_weights.FAULTS[fault].message, server.refusal())

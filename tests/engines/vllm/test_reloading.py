@@ -1,9 +1,11 @@
 """Weights that change while serving: as a fresh start with them, and the old ones if refused."""
 
 import json
+import re
 import threading
 import urllib.error
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import bad_weights
 from checkpoints import random_prompt, write_checkpoint
+from engines.checks import check_greedy
 from engines.clients import eventually
+from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import Server
 from quantised import pack_checkpoint
+from reference import Reference
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -136,6 +142,21 @@ def test_a_packed_checkpoint_is_not_reloaded(folders, tmp_path):
         engine.close()
 
 
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+def test_two_ranks_refuse_together_and_reload_together(folders, tmp_path):
+    prompts = [random_prompt(n, seed=12) for n in (1, 130)]
+    engine = Offline(folders[0], dtype="float32", tensor_parallel_size=2, **FLAGS)
+    try:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match=r"rank 0: .* tensors are missing"):
+                engine.inside("reload", str(tmp_path))
+        check_greedy(Reference(folders[0]), prompts, engine.greedy(prompts, 10, **LOGPROBS))
+        engine.inside("reload", str(folders[1]))
+        check_greedy(Reference(folders[1]), prompts, engine.greedy(prompts, 10, **LOGPROBS))
+    finally:
+        engine.close()
+
+
 @pytest.fixture(scope="module")
 def server(folders) -> Iterator[Server]:
     flags = ("--dtype", "float32", "--enforce-eager", "--speculative-config", json.dumps(DRAFTS))
@@ -182,7 +203,8 @@ def test_a_refusal_answers_an_error_and_serving_goes_on(server, tmp_path):
     prompt = list(random_prompt(20, seed=8))
     before = continued(server, prompt, 50)
     with pytest.raises(urllib.error.HTTPError, match="500"):
-        reload(server, tmp_path)
+        reload(server, tmp_path / "none")
+    assert "none: no such folder" in server.process.text()
     assert continued(server, prompt, 50) == before
 
 
@@ -194,3 +216,15 @@ def test_asleep_it_keeps_its_weights(server):
     assert "true" in server.get("/is_sleeping")
     server.post("/wake_up")
     assert continued(server, prompt, 50) == before
+
+
+def test_what_is_found_as_weights_load_ends_the_server(tmp_path):
+    fault = "NVFP4 with a scale that is not finite"
+    good, bad = bad_weights.write_good_and_faulty(tmp_path, fault)
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    server = Server(good, "--enforce-eager", "--max-model-len", "512", env=env).wait()
+    with suppress(OSError):
+        reload(server, bad)
+    log = server.refusal()
+    assert "other weights failed to load, so this worker ends" in log
+    assert re.search(bad_weights.FAULTS[fault].message, log)

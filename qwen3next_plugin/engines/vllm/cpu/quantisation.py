@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
-from qwen3next_plugin.engines.hub import local_folder
+from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
 from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
 from qwen3next_plugin.model.quantisation.layers import (
@@ -37,8 +37,6 @@ from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
 from qwen3next_plugin.model.quantisation.packed import drop_plain, pack_plain, packs_plain
 from qwen3next_plugin.model.quantisation.packing import Packing
 from qwen3next_plugin.model.quantisation.plain import leave_plain
-
-READ_HERE = ("auto", "safetensors")  # of --load-format
 
 
 @register_quantization_config(QUANTISATION)

@@ -10,8 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
-from qwen3next_plugin.engines.hub import folder_here
-from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE
+from qwen3next_plugin.engines.hub import READ_HERE, folder_here
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.model.checkpoint import progress

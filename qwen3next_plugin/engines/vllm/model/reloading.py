@@ -10,61 +10,83 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.hub import local_folder
-from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE
+from qwen3next_plugin.engines.agreement import refusal
+from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.state.folder_flags import refuse_other_weights
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
 
+logger = init_logger(LOGGER)
 Tensors = list[tuple[str, torch.Tensor]]
 
 
-def reload(runner: Any, path: str | None, given: Iterable[tuple[str, torch.Tensor]] | None) -> None:
+def reload(
+    runner: Any, path: str | None, given: Iterable[tuple[str, torch.Tensor]] | None
+) -> str | None:
     """Serve the weights that are given, or those of a folder, by default the model's own.
 
+    Returns: why they are refused, by this rank or another one; the old weights stay then.
+
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
-        ConfigError: these flags allow no other weights.
+        SystemExit: loading failed, by which the model is part old and part new.
     """
-    config: VllmConfig = runner.vllm_config
-    drafter = runner.drafter.model if runner.speculative_config is not None else None
     tensors = None if given is None else list(given)
-    trunk = _text_model(runner.get_model())
-    _check(trunk, config, path, tensors, with_mtp=drafter is not None)
-    shared = None
-    if drafter is not None:
-        shared = copy(config)
-        shared.model_config = config.speculative_config.draft_model_config
+    if refused := refusal(lambda: _check(runner, path, tensors), get_tp_group().cpu_group):
+        return refused
+    try:
+        _load(runner, path, tensors)
+    except Exception as error:
+        logger.exception("qwen3next_plugin: other weights failed to load, so this worker ends")
+        raise SystemExit(1) from error
+    return None
+
+
+def _load(runner: Any, path: str | None, tensors: Tensors | None) -> None:
+    config: VllmConfig = runner.vllm_config
     runner.reload_weights(weights_iterator=tensors, weights_path=path)
-    trunk.renew_head()
-    if drafter is not None:
+    _text_model(runner).renew_head()
+    if runner.speculative_config is not None:
+        drafter, shared = runner.drafter.model, copy(config)
+        shared.model_config = config.speculative_config.draft_model_config
         with drafter.alone():
             reload_weights(shared, drafter, tensors, path, is_checkpoint_format=True)
 
 
-def _text_model(model: Any) -> Any:
+def _text_model(runner: Any) -> Any:
+    model = runner.get_model()
     return getattr(model, "language_model", model)
 
 
-def _check(
-    trunk: Any, config: VllmConfig, path: str | None, tensors: Tensors | None, *, with_mtp: bool
-) -> None:
+def _check(runner: Any, path: str | None, tensors: Tensors | None) -> None:
+    """Raise what is wrong with these weights, or with weights that change under these flags."""
+    config: VllmConfig = runner.vllm_config
+    trunk = _text_model(runner)
+    refuse_other_weights(config)
     refuse_another(trunk.formats)
     if config.lora_config is not None:
         raise ConfigError("weights are not reloaded under adapters: serve without --enable-lora")
-    if tensors is None:
-        if (found := config.load_config.load_format) not in READ_HERE:
-            raise ConfigError(f"--load-format {found}: its weights are not reloaded; restart")
-        model = config.model_config
-        folder = Path(path) if path else local_folder(model.model, model.revision)
-        tensors = list(stored_tensors(folder))
     check_tensors(
-        tensors,
+        _headers(config, path) if tensors is None else tensors,
         trunk.config,
         quantised=trunk.quantised,
         formats=trunk.formats,
-        with_mtp=with_mtp,
+        with_mtp=runner.speculative_config is not None,
     )
+
+
+def _headers(config: VllmConfig, path: str | None) -> Tensors:
+    """The tensors of a folder without their data."""
+    if (found := config.load_config.load_format) not in READ_HERE:
+        raise ConfigError(f"--load-format {found}: its weights are not reloaded; restart")
+    model = config.model_config
+    folder = Path(path) if path else local_folder(model.model, model.revision)
+    if not folder.is_dir():
+        raise ConfigError(f"weights_path = {folder}: no such folder")
+    return list(stored_tensors(folder))

@@ -1,8 +1,9 @@
-"""After a reload nothing of the old weights is served: neither cached prefixes nor running rows."""
+"""After a reload nothing of the old weights is served, and a refused one answers an error."""
 
 from collections.abc import Callable
 from typing import Any
 
+from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.names import is_ours
 
 RELOAD = "reload_weights"
@@ -19,8 +20,14 @@ def forget_old_weights(
     """Around `collective_rpc`: after a reload of our model vLLM's caches are reset.
 
     Running requests go on, by the new weights: what they have so far is computed again.
+
+    Raises:
+        ConfigError: the workers refuse. They return why: of what they raise, vLLM would read the
+            first one's, and the others' as answers to its next call.
     """
     results = host(core, method, timeout, args, kwargs)
     if method == RELOAD and is_ours(core.vllm_config.model_config):
+        if results[0] is not None:
+            raise ConfigError(results[0])
         core._reset_caches()
     return results

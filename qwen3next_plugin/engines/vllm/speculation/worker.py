@@ -25,7 +25,6 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     CoupledSampler,
     drafts_and_rows,
 )
-from qwen3next_plugin.engines.vllm.state.folder_flags import refuse_other_weights
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -67,11 +66,10 @@ class Worker(CPUWorker):
         self,
         weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
         weights_path: str | None = None,
-    ) -> None:
-        """Replace the weights of trunk and drafter by other ones in a checkpoint's names."""
-        refuse_other_weights(self.vllm_config)
+    ) -> str | None:
+        """Replace the weights of trunk and drafter by other ones; returns why they are refused."""
         with set_current_vllm_config(self.vllm_config), one_bar(self.vllm_config):
-            reload(self.model_runner, weights_path, weights_iterator)
+            return reload(self.model_runner, weights_path, weights_iterator)
 
     def determine_available_memory(self) -> int:
         """Bytes for the pools; before that, vLLM compiles the model as it first runs it."""

@@ -14,9 +14,8 @@ from vllm.platforms import current_platform
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.block_files import SPACE
-from qwen3next_plugin.engines.hub import local_folder
+from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.processor import instructions
-from qwen3next_plugin.engines.vllm.cpu.quantisation import READ_HERE
 from qwen3next_plugin.engines.vllm.names import PACKAGE
 from qwen3next_plugin.engines.vllm.state.pages import page_layout
 from qwen3next_plugin.kernels.dispatch import described
