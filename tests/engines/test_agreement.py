@@ -15,7 +15,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def ask(rank: int, refusing: dict[int, Exception], meeting: Path, answers: Any) -> None:
-    """What a rank is told, in a process of its own."""
+    """A rank, in a process of its own: asks the others and hands over what it learns."""
 
     def check() -> None:
         if rank in refusing:

@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import __version__, env
+from qwen3next_plugin import env
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -19,11 +19,10 @@ from qwen3next_plugin.config import (
     host_rope,
     rope,
 )
-from qwen3next_plugin.engines.hub import READ_HERE, folder_here
+from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
 from qwen3next_plugin.engines.nodes import meet_at
-from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
@@ -38,10 +37,8 @@ from qwen3next_plugin.engines.vllm.names import (
     serves,
 )
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
+from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
-from qwen3next_plugin.kernels.dispatch import described
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
-from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
@@ -118,7 +115,7 @@ def complete(vllm_config: VllmConfig) -> None:
     vllm_config.parallel_config.worker_cls = WORKER
     complete_folder(vllm_config, read_config(vllm_config))
     _call_worker_once(vllm_config.parallel_config)
-    _keep_graphs_apart(vllm_config)
+    keep_graphs_apart(vllm_config)
     _choose_metrics(vllm_config)
 
 
@@ -367,30 +364,6 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
     alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
     if parallel_config.distributed_executor_backend in alike:
         parallel_config.distributed_executor_backend = EXECUTOR
-
-
-def _keep_graphs_apart(vllm_config: VllmConfig) -> None:
-    """Add to the key of vLLM's graphs what else they depend on: they are read without a check."""
-    if vllm_config.model_config.enforce_eager:
-        return
-    depends = {
-        "plugin": __version__,
-        "weights": _known_weights(vllm_config),
-        "quantise": env.quantise(),
-        "batch_invariant": env.batch_invariant(),
-        "kernels": described("cpu"),
-        "processor": instructions(),
-    }
-    vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": depends}
-
-
-def _known_weights(vllm_config: VllmConfig) -> str | None:
-    """The fingerprint of the checkpoint; None before its files are here, or if vLLM reads them."""
-    model, load = vllm_config.model_config, vllm_config.load_config
-    folder = folder_here(model.model, model.revision, load.download_dir)
-    if folder is None or load.load_format not in READ_HERE:
-        return None
-    return fingerprint(folder) if weight_files(folder, read_index(folder)) else None
 
 
 def _choose_metrics(vllm_config: VllmConfig) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import bad_weights
-from checkpoints import random_prompt, write_checkpoint
+from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
+from engines.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
 from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
 from quantised import pack_checkpoint
@@ -25,23 +24,7 @@ from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
-PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 65, 300)]
 LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
-TIED = {"tie_word_embeddings": True}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # dtype, changes, environment
-    "float32": ("float32", {}, {}),
-    "bfloat16": ("bfloat16", {}, {}),
-    "bfloat16_tied": ("bfloat16", TIED, {}),
-    "packed": ("bfloat16", {}, {"QWEN3NEXT_BATCH_INVARIANT": "1"}),
-    "int8": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int8"}),
-    "int8_tied": ("bfloat16", TIED, {"QWEN3NEXT_QUANTISE": "int8"}),
-    "int4": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int4"}),
-}
-
-
-def write(folder: Path, seed: int, dtype: str = "float32", **changes: Any) -> Path:
-    changes = {"num_hidden_layers": 4, "moe_intermediate_size": 64} | changes
-    return write_checkpoint(folder, seed=seed, dtype=getattr(torch, dtype), **changes)
 
 
 def start(folder: Path, dtype: str = "float32", env: dict[str, str] | None = None) -> Server:
@@ -69,10 +52,10 @@ def refused(server: Server, path: str, **body: Any) -> str:
     return json.load(raised.value)["message"]
 
 
-@pytest.mark.parametrize("case", long_except(("float32", "int8_tied"), CASES))
+@pytest.mark.parametrize("case", long_except(IN_MAKE_TEST, CASES))
 def test_trunk_mtp_layer_and_draft_head_are_those_of_a_fresh_start(case, tmp_path):
-    dtype, changes, env = CASES[case]
-    folders = [write(tmp_path / str(seed), seed, dtype, **changes) for seed in (1, 2)]
+    dtype, _, env = CASES[case]
+    folders = CASES[case].write_two(tmp_path)
     found, fresh = [], []
     for first in (0, 1):
         server = start(folders[first], dtype, env)
@@ -111,32 +94,11 @@ def test_no_prefix_of_the_old_weights_is_served(server, folders):
     assert server.greedy([turn], 24)[0].token_ids == old.token_ids != new.token_ids
 
 
-def without_a_tensor(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.layers.3.self_attn.q_proj.weight"]
-
-
-def with_another(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(64)
-
-
-def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["mtp.fc.weight"] = torch.zeros(64, 64)
-
-
-WRONG = [
-    (without_a_tensor, "1 tensors are missing, the first is model.layers.3.self_attn.q_proj"),
-    (with_another, "unexpected tensor model.layers.9.input_layernorm.weight"),
-    (of_another_shape, "tensor mtp.fc.weight has shape (64, 64)"),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), WRONG)
-def test_a_wrong_checkpoint_leaves_the_old_weights(server, folders, tmp_path, damage, message):
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_checkpoint_leaves_the_old_weights(server, folders, tmp_path, wrong):
     before = server.greedy(PROMPTS, 24)
-    tensors = load_file(folders[1] / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert message in refused(server, "/update_weights_from_disk", model_path=str(tmp_path))
+    path = str(wrong.write(folders[1], tmp_path))
+    assert wrong.message in refused(server, "/update_weights_from_disk", model_path=path)
     server.forget()
     assert server.greedy(PROMPTS, 24) == before
 
@@ -201,9 +163,8 @@ def test_two_ranks_refuse_together_and_update_together(folders, tmp_path):
 
 
 def test_what_is_found_as_weights_load_ends_the_server(tmp_path):
-    fault = "NVFP4 with a scale that is not finite"
-    good, bad = bad_weights.write_good_and_faulty(tmp_path, fault)
+    good, bad = bad_weights.write_good_and_faulty(tmp_path, FAULT)
     server = Forked(good, "--dtype", "float32", "--context-length", "512").wait()
     with suppress(OSError):
         server.post("/update_weights_from_disk", model_path=str(bad))
-    assert re.search(bad_weights.FAULTS[fault].message, server.refusal())
+    assert re.search(bad_weights.FAULTS[FAULT].message, server.refusal())

@@ -80,7 +80,9 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
 
 def test_a_checkpoint_that_is_still_to_be_downloaded(monkeypatch, complete, checkpoint, tmp_path):
     """vLLM has downloaded its config only."""
-    monkeypatch.setattr("qwen3next_plugin.engines.vllm.flags.folder_here", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        "qwen3next_plugin.engines.vllm.repairs.graphs.folder_here", lambda *_: tmp_path
+    )
     config = complete(checkpoint, enforce_eager=False)
     assert config.additional_config["qwen3next"]["weights"] is None
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import bad_weights
-from checkpoints import random_prompt, write_checkpoint
+from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
+from engines.other_weights import CASES as OF_BOTH
+from engines.other_weights import FAULT, IN_MAKE_TEST, INVARIANT, PROMPTS, TIED, WRONG, Case, write
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
@@ -27,28 +27,14 @@ from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
-PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 65, 300)]
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 3}
 FLAGS: dict[str, Any] = {"max_model_len": 1024, "speculative_config": DRAFTS}
-TIED = {"tie_word_embeddings": True}
-INVARIANT = {"QWEN3NEXT_BATCH_INVARIANT": "1"}
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {  # dtype, changes, environment
-    "float32": ("float32", {}, {}),
-    "float32_compiled": ("float32", {}, {}),
-    "bfloat16": ("bfloat16", {}, {}),
-    "bfloat16_tied": ("bfloat16", TIED, {}),
-    "packed": ("bfloat16", {}, INVARIANT),
-    "packed_compiled": ("bfloat16", {}, INVARIANT),
-    "packed_tied": ("bfloat16", TIED, INVARIANT),
-    "int8": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int8"}),
-    "int8_tied": ("bfloat16", TIED, {"QWEN3NEXT_QUANTISE": "int8"}),
-    "int4_compiled": ("bfloat16", {}, {"QWEN3NEXT_QUANTISE": "int4"}),
+CASES = OF_BOTH | {
+    "float32_compiled": OF_BOTH["float32"],
+    "packed_compiled": OF_BOTH["packed"],
+    "packed_tied": Case("bfloat16", TIED, INVARIANT),
+    "int4_compiled": OF_BOTH["int4"],
 }
-
-
-def write(folder: Path, seed: int, dtype: str = "float32", **changes: Any) -> Path:
-    changes = {"num_hidden_layers": 4, "moe_intermediate_size": 64} | changes
-    return write_checkpoint(folder, seed=seed, dtype=getattr(torch, dtype), **changes)
 
 
 def answers(engine: Offline) -> tuple[list, list]:
@@ -58,10 +44,10 @@ def answers(engine: Offline) -> tuple[list, list]:
     return [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in outputs], engine.inside("drafts")
 
 
-@pytest.mark.parametrize("case", long_except(("float32", "int8_tied"), CASES))
+@pytest.mark.parametrize("case", long_except(IN_MAKE_TEST, CASES))
 def test_trunk_mtp_layer_and_draft_head_are_those_of_a_fresh_start(case, tmp_path):
-    dtype, changes, env = CASES[case]
-    folders = [write(tmp_path / str(seed), seed, dtype, **changes) for seed in (1, 2)]
+    dtype, _, env = CASES[case]
+    folders = CASES[case].write_two(tmp_path)
     flags = FLAGS | {"dtype": dtype, "enforce_eager": "compiled" not in case}
     found, fresh = [], []
     for first in (0, 1):
@@ -100,33 +86,11 @@ def test_no_prefix_of_the_old_weights_is_served(engine, folders):
     assert engine.greedy(long, 24)[0].token_ids == old[0].token_ids != new[0].token_ids
 
 
-def without_a_tensor(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.layers.3.self_attn.q_proj.weight"]
-
-
-def with_another(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(64)
-
-
-def of_another_shape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["mtp.fc.weight"] = torch.zeros(64, 64)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without_a_tensor, "1 tensors are missing, the first is model.layers.3.self_attn.q_proj"),
-        (with_another, "unexpected tensor model.layers.9.input_layernorm.weight"),
-        (of_another_shape, r"tensor mtp.fc.weight has shape \(64, 64\)"),
-    ],
-)
-def test_a_wrong_checkpoint_leaves_the_old_weights(engine, folders, tmp_path, damage, message):
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_checkpoint_leaves_the_old_weights(engine, folders, tmp_path, wrong):
     before = answers(engine)
-    tensors = load_file(folders[1] / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(AssertionError, match=message):
-        engine.inside("reload", str(tmp_path))
+    with pytest.raises(AssertionError, match=re.escape(wrong.message)):
+        engine.inside("reload", str(wrong.write(folders[1], tmp_path)))
     assert answers(engine) == before
 
 
@@ -219,12 +183,11 @@ def test_asleep_it_keeps_its_weights(server):
 
 
 def test_what_is_found_as_weights_load_ends_the_server(tmp_path):
-    fault = "NVFP4 with a scale that is not finite"
-    good, bad = bad_weights.write_good_and_faulty(tmp_path, fault)
+    good, bad = bad_weights.write_good_and_faulty(tmp_path, FAULT)
     env = {"VLLM_SERVER_DEV_MODE": "1"}
     server = Server(good, "--enforce-eager", "--max-model-len", "512", env=env).wait()
     with suppress(OSError):
         reload(server, bad)
     log = server.refusal()
     assert "other weights failed to load, so this worker ends" in log
-    assert re.search(bad_weights.FAULTS[fault].message, log)
+    assert re.search(bad_weights.FAULTS[FAULT].message, log)

@@ -4,6 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Graph
+from vllm.config import VllmConfig
+
+from qwen3next_plugin import __version__, env
+from qwen3next_plugin.engines.hub import READ_HERE, folder_here
+from qwen3next_plugin.engines.processor import instructions
+from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 
 FINISH = "finalize_loading"
 
@@ -17,3 +25,27 @@ def load_graph(host: Callable[..., Any], model: Any, aot_compilation_path: str) 
     if not hasattr(Graph, FINISH):
         setattr(Graph, FINISH, lambda self, vllm_config: None)
     return host(model, aot_compilation_path)
+
+
+def keep_graphs_apart(vllm_config: VllmConfig) -> None:
+    """Add to the key of vLLM's graphs what else they depend on: they are read without a check."""
+    if vllm_config.model_config.enforce_eager:
+        return
+    depends = {
+        "plugin": __version__,
+        "weights": _known_weights(vllm_config),
+        "quantise": env.quantise(),
+        "batch_invariant": env.batch_invariant(),
+        "kernels": described("cpu"),
+        "processor": instructions(),
+    }
+    vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": depends}
+
+
+def _known_weights(vllm_config: VllmConfig) -> str | None:
+    """The fingerprint of the checkpoint; None before its files are here, or if vLLM reads them."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    folder = folder_here(model.model, model.revision, load.download_dir)
+    if folder is None or load.load_format not in READ_HERE:
+        return None
+    return fingerprint(folder) if weight_files(folder, read_index(folder)) else None
