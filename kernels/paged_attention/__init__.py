@@ -1,4 +1,7 @@
-"""Attention over a paged KV cache: decode, verify (chains and trees) and prefill in one batch."""
+"""Attention over a paged KV cache: decode, verify (chains and trees) and prefill in one batch.
+
+Full, or sparse: of a selection of blocks.
+"""
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from qwen3next_plugin.kernels.checks import (
     check_page,
     sizes,
 )
+from qwen3next_plugin.kernels.paged_attention.selection import Selection, check_selection
+
+__all__ = ["Selection", "paged_attention"]
 
 INDEX = (torch.int32, torch.int64)
 MAX_DIM = 256  # kMaxDim of block.h
@@ -29,15 +35,16 @@ def paged_attention(
     seq_lens: Tensor,
     scale: float,
     tree_mask: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """out = softmax(scale q K^T) V of each query, over the positions it sees, in fp32.
 
     Query j of a row is at position seq_len - query_len + j and sees all positions up to its own.
     With a tree mask it sees all positions before this step's tokens, and those of the step's tokens
-    that its line of the mask selects. Blocks of 256 positions are reduced in order. So a query's
-    bits do not depend on the rest of the batch, on chunks, on the number of threads, or on whether
-    its path is alone or part of a tree. The output is zero for a query that sees nothing and for a
-    token of no row.
+    that its line of the mask selects; with a selection, those of it. What it sees is reduced in
+    order, 256 positions at a time. So a query's bits do not depend on the rest of the batch, on
+    chunks, on the number of threads, or on whether its path is alone or part of a tree. The output
+    is zero for a query that sees nothing and for a token of no row.
 
     Shapes (Hq a multiple of Hkv, D at most 256):
         q: [T, Hq, D], any stride of dim 0
@@ -49,12 +56,14 @@ def paged_attention(
         query_start_loc: [N + 1] int32
         seq_lens: [N] int32 or int64, tokens of each row's sequence, including this step's
         tree_mask: bool or uint8; for each row in order, query_len x query_len entries
+        selection: of the T queries, as of `select_blocks`; not beside a tree mask
         returns [T, Hq, D]
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
         RuntimeError: a range of tokens, a line of the table, a length, a page or a number of mask
-            entries out of range; names the row. Rows without tokens are not checked.
+            entries out of range, with the row; or a block or a tail, with the token. Rows without
+            tokens are not checked.
 
     Source: softmax in blocks, arXiv:2205.14135; its merge over splits, arXiv:2311.01282.
     """
@@ -84,5 +93,9 @@ def paged_attention(
         flat = (tree_mask.numel(),)
         check(op, "tree_mask", tree_mask, flat, (torch.bool, torch.uint8), q.device)
         check_contiguous(op, "tree_mask", tree_mask)
+    if selection is not None:
+        if tree_mask is not None:
+            raise ValueError(f"{op}: a tree mask beside a selection")
+        check_selection(op, selection, len(q), q.device)
     sequences = (token_table, table_row, query_start_loc, seq_lens)
-    return run(q, key_cache, value_cache, *sequences, scale, tree_mask)
+    return run(q, key_cache, value_cache, *sequences, scale, tree_mask, selection)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qwen3next_plugin.kernels.paged_attention.selection import Selection, selected
+
 
 def run(
     q: Tensor,
@@ -16,6 +18,7 @@ def run(
     seq_lens: Tensor,
     scale: float,
     tree_mask: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """Shapes as in the public op; computes in fp32, or in q's dtype if that is wider."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -30,6 +33,8 @@ def run(
     if key_cache.ndim == 4:
         key_cache, value_cache = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
     for begin, positions, sees in sequences:
+        if selection is not None:
+            sees = selected(sees, selection, begin)
         for j, seen in enumerate(sees):
             if not seen.any():
                 continue

@@ -30,6 +30,10 @@ def served(changes: dict | None = None, *, drafts: int = 2, dtype=torch.float32)
 
 
 NATIVE_OPS = tuple(cases(served(), "cpu"))
+OF_QWEN4_EXP = {
+    *("dilated_conv1d", "hyper_connection", "index_keys", "ngram_embedding", "ple_gate"),
+    "select_blocks",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +62,9 @@ def test_any_shape_agrees(native_level, changes, drafts):
 
 def test_every_op_that_serves_is_compared():
     inside = {"causal_conv1d", "gated_delta_rule", "rms_norm_gated"}  # of gated_delta_net
-    assert {*NATIVE_OPS} == {*dispatch.OPS} - inside
-    assert {*cases(served(), "triton")} == {*dispatch.OPS} - inside - {*dispatch.NOT_IN_TRITON}
+    compared = {*dispatch.OPS} - inside - OF_QWEN4_EXP
+    assert {*NATIVE_OPS} == compared
+    assert {*cases(served(), "triton")} == compared - {*dispatch.NOT_IN_TRITON}
 
 
 def made_wrong(monkeypatch, op: str, spoil) -> None:
