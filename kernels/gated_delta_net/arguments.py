@@ -37,6 +37,7 @@ class GatedDeltaNetWeights(NamedTuple):
     dt_bias: Tensor
     norm: Tensor
     norm_eps: float
+    sigmoid_gate: bool = False  # instead of silu, of the norm
 
 
 def check_norm(x: Projections, weights: GatedDeltaNetWeights, out_: Tensor) -> None:

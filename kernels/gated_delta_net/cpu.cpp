@@ -9,7 +9,8 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
 Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
                         Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
                         Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len);
-void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps);
+void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps,
+                       bool sigmoid_gate);
 
 namespace {
 
@@ -21,8 +22,8 @@ Tensor view(const Tensor& t, int64_t start, std::vector<int64_t> sizes,
 }
 
 void gated_delta_net(Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a, Tensor weight,
-                     Tensor A_log, Tensor dt_bias, Tensor norm, double norm_eps, Tensor state_,
-                     Tensor key_, Tensor u_, Tensor g_, Tensor span_, Tensor conv_,
+                     Tensor A_log, Tensor dt_bias, Tensor norm, double norm_eps, bool sigmoid_gate,
+                     Tensor state_, Tensor key_, Tensor u_, Tensor g_, Tensor span_, Tensor conv_,
                      Tensor query_start_loc, Tensor slot, Tensor context_len, Tensor out_) {
   const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2), V = v.size(3);
   const int64_t C = H * (2 * K + R * V), last = v.stride(3);
@@ -35,7 +36,8 @@ void gated_delta_net(Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a,
       gated_delta_rule(view(in, 0, {T, H, K}, {C, K, 1}), view(in, H * K, {T, H, K}, {C, K, 1}),
                        view(in, 2 * H * K, {T, H * R, V}, {C, V, 1}), a, b, A_log, dt_bias, state_,
                        key_, u_, g_, span_, query_start_loc, slot, context_len);
-  rms_norm_gated_to(out_, view(out, 0, {T, H, R, V}, {H * R * V, R * V, V, 1}), z, norm, norm_eps);
+  rms_norm_gated_to(out_, view(out, 0, {T, H, R, V}, {H * R * V, R * V, V, 1}), z, norm, norm_eps,
+                    sigmoid_gate);
 }
 
 }  // namespace

@@ -22,4 +22,5 @@ def run(
     q, k, v = out.split([H * K, H * K, H * R * V], dim=-1)
     rule = RuleInputs(q.view(T, H, K), k.view(T, H, K), v.view(T, H * R, V), x.a, x.b)
     out = gated_delta_rule.run(rule, RuleWeights(weights.A_log, weights.dt_bias), pool, step)
-    out_.copy_(rms_norm_gated.run(out.view(x.z.shape), x.z, weights.norm, weights.norm_eps))
+    norm = (weights.norm, weights.norm_eps, weights.sigmoid_gate)
+    out_.copy_(rms_norm_gated.run(out.view(x.z.shape), x.z, *norm))

@@ -25,6 +25,7 @@ def run(
         x=inputs(x.q, x.k, x.v, x.a, x.b, weights.A_log, weights.dt_bias),
         conv=convolution(weights.conv, pool.conv),
         norm=gated_norm(x.z, weights.norm, weights.norm_eps),
+        sigmoid_gate=weights.sigmoid_gate,
         pages=pages(pool),
         step=step_tensors(step, pool.span),
         max_query_len=step.max_query_len,

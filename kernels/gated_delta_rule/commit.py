@@ -5,14 +5,14 @@ import triton.language as tl
 
 from qwen3next_plugin.kernels.gpu.convolution import WIDTH, kept_at
 from qwen3next_plugin.kernels.gpu.rows import GRID, load_row, row_of_token
-from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, silu
+from qwen3next_plugin.kernels.gpu.scalar_math import log_decay, sigmoid, silu
 
 
 @triton.jit(do_not_specialize=["T", "N", "slots"])
 def commit(
     x, conv, norm, step, row_faults, pages, keys, raw, out, T, N, slots,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    CONVOLVES: tl.constexpr, NORMS: tl.constexpr,
+    CONVOLVES: tl.constexpr, NORMS: tl.constexpr, SIGMOID: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One key head of one token, or a row's span; grid (T + N, H).
@@ -52,7 +52,8 @@ def commit(
                 z_at = norm.z + t * norm.z_token + h * norm.z_head + r * norm.z_value + v_at
                 z = tl.load(z_at, mask=v_in, other=0.0).to(tl.float32)
                 w = tl.load(norm.weight + v_at, mask=v_in, other=0.0).to(tl.float32)
-                y = y * tl.rsqrt(tl.sum(y * y, 0) / V + norm.eps) * w * silu(z)
+                gate = sigmoid(z) if SIGMOID else silu(z)
+                y = y * tl.rsqrt(tl.sum(y * y, 0) / V + norm.eps) * w * gate
             y = tl.where(runs, y, nothing)
             tl.store(out + at, y.to(out.dtype.element_ty), mask=v_in)
     if not runs:

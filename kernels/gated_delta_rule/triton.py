@@ -62,6 +62,7 @@ def run_layer(
     x: Inputs,
     conv: Convolution | None,
     norm: Norm | None,
+    sigmoid_gate: bool = False,
     pages: Pages,
     step: StepTensors,
     max_query_len: int,
@@ -97,7 +98,7 @@ def run_layer(
         _scan(chunks, pages, step, max_query_len, raw, config, sizes)
     commit[T + N, H](
         x, conv, norm or no_norm(x), step, row_faults, pages, keys, raw, out_, T, N, slots,
-        **sizes, **convolves, NORMS=norm is not None,
+        **sizes, **convolves, NORMS=norm is not None, SIGMOID=sigmoid_gate,
         BK=BK, BV=next_power_of_2(V), BR=next_power_of_2(R), **config.commit.options(),
     )  # fmt: skip
 

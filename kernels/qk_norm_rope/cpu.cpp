@@ -1,28 +1,9 @@
+#include "norm.h"
 #include "ops.h"
 #include "tensor.h"
 
 namespace Q3N_LEVEL {
 namespace {
-
-// out = RoPE(x * rsqrt(mean x^2 + eps) * (1 + weight)); x1, x2 are the halves of the rotated part.
-template <class T, class W, class C>
-void normalise_rotate(T* out, const T* x, const W* weight, const C* cos_sin, int64_t D,
-                      int64_t rotary, float eps) {
-  const f32v scale = splat(1.0f / std::sqrt(sum_of_squares(x, D) / D + eps));
-  const auto normed = [&](int64_t i, int64_t lanes) {
-    return load(x + i, lanes) * scale * (1.0f + load(weight + i, lanes));
-  };
-  const int64_t half = rotary / 2;
-  for_vectors(half, [&](int64_t i, int64_t lanes) {
-    const f32v x1 = normed(i, lanes), x2 = normed(half + i, lanes);
-    const f32v cos = load(cos_sin + i, lanes), sin = load(cos_sin + half + i, lanes);
-    store(out + i, x1 * cos - x2 * sin, lanes);
-    store(out + half + i, x2 * cos + x1 * sin, lanes);
-  });
-  for_vectors(D - rotary, [&](int64_t i, int64_t lanes) {
-    store(out + rotary + i, normed(rotary + i, lanes), lanes);
-  });
-}
 
 std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_weight,
                                         Tensor cos_sin, Tensor positions, int64_t num_heads,

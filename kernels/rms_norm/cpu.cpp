@@ -1,3 +1,4 @@
+#include "norm.h"
 #include "ops.h"
 #include "tensor.h"
 
@@ -9,14 +10,6 @@ template <class T>
 void add_to(T* residual, const T* x, int64_t D) {
   for_vectors(D, [&](int64_t i, int64_t lanes) {
     store(residual + i, load(residual + i, lanes) + load(x + i, lanes), lanes);
-  });
-}
-
-template <class T, class W>
-void normalise(T* out, const T* x, const W* weight, int64_t D, float eps) {
-  const f32v scale = splat(1.0f / std::sqrt(sum_of_squares(x, D) / D + eps));
-  for_vectors(D, [&](int64_t i, int64_t lanes) {
-    store(out + i, load(x + i, lanes) * scale * (1.0f + load(weight + i, lanes)), lanes);
   });
 }
 

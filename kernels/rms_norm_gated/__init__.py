@@ -6,8 +6,12 @@ from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
 
 
-def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """out = x rsqrt(mean x^2 + eps) weight silu(z) over the last dim, in fp32.
+def rms_norm_gated(
+    *, x: Tensor, z: Tensor, weight: Tensor, eps: float, sigmoid_gate: bool = False
+) -> Tensor:
+    """out = x rsqrt(mean x^2 + eps) weight gate(z) over the last dim, in fp32.
+
+    The gate is silu, or the sigmoid.
 
     Shapes:
         x, z: [T, H, R, V], any strides but the last
@@ -16,7 +20,7 @@ def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tenso
 
     Raises: ValueError: an argument's shape, stride, device or dtype.
 
-    Source: `Qwen3NextRMSNormGated` of transformers.
+    Source: `Qwen3NextRMSNormGated` and `Qwen4ExpTextRMSNormGated` of transformers.
     """
     op = "rms_norm_gated"
     run = dispatch.implementation(op, x.device)
@@ -24,4 +28,4 @@ def rms_norm_gated(*, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tenso
     check(op, "x", x, (T, H, R, V), ACTIVATIONS, x.device)
     check(op, "z", z, (T, H, R, V), (x.dtype,), x.device)
     check(op, "weight", weight, (V,), (x.dtype, *FLOAT), x.device)
-    return run(x, z, weight, eps)
+    return run(x, z, weight, eps, sigmoid_gate)

@@ -1,3 +1,4 @@
+#include "norm.h"
 #include "ops.h"
 #include "tensor.h"
 
@@ -5,17 +6,20 @@ namespace Q3N_LEVEL {
 namespace {
 
 template <class T, class W>
-void normalise_gated(T* out, const T* x, const T* z, const W* weight, int64_t V, float eps) {
-  const f32v scale = splat(1.0f / std::sqrt(sum_of_squares(x, V) / V + eps));
+void normalise_gated(T* out, const T* x, const T* z, const W* weight, int64_t V, float eps,
+                     bool sigmoid_gate) {
+  const f32v scale = norm_scale(x, V, eps);
   for_vectors(V, [&](int64_t i, int64_t lanes) {
     const f32v normed = load(x + i, lanes) * scale * load(weight + i, lanes);
-    store(out + i, normed * silu(load(z + i, lanes)), lanes);
+    const f32v gate = load(z + i, lanes);
+    store(out + i, normed * (sigmoid_gate ? sigmoid(gate) : silu(gate)), lanes);
   });
 }
 
 }  // namespace
 
-void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps) {
+void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps,
+                       bool sigmoid_gate) {
   const int64_t T = x.size(0), H = x.size(1), R = x.size(2), V = x.size(3);
   const auto xs = x.strides(), zs = z.strides();
   with_dtypes(x, weight, [&]<class A, class W>(A, W) {
@@ -25,14 +29,15 @@ void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps
     parallel(T * H * R, 1 + 16384 / (V + 1), [&](int64_t i) {
       const int64_t r = i % R, h = i / R % H, t = i / R / H;
       normalise_gated(outs + i * V, x0 + t * xs[0] + h * xs[1] + r * xs[2],
-                      z0 + t * zs[0] + h * zs[1] + r * zs[2], w, V, static_cast<float>(eps));
+                      z0 + t * zs[0] + h * zs[1] + r * zs[2], w, V, static_cast<float>(eps),
+                      sigmoid_gate);
     });
   });
 }
 
-Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps) {
+Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps, bool sigmoid_gate) {
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * x.size(2) * x.size(3)});
-  rms_norm_gated_to(out, x, z, weight, eps);
+  rms_norm_gated_to(out, x, z, weight, eps, sigmoid_gate);
   return out;
 }
 

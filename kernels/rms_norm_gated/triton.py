@@ -6,17 +6,17 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from qwen3next_plugin.kernels.gpu.configs import config_for
-from qwen3next_plugin.kernels.gpu.scalar_math import silu
+from qwen3next_plugin.kernels.gpu.scalar_math import sigmoid, silu
 
 
-def run(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+def run(x: Tensor, z: Tensor, weight: Tensor, eps: float, sigmoid_gate: bool) -> Tensor:
     """Shapes as in the public op."""
     T, H, R, V = x.shape
     out = x.new_empty(T, H * R * V)
     if out.numel():
         _rms_norm_gated[T, H](
             x, *x.stride()[:3], z, *z.stride()[:3], weight, out, eps,
-            H=H, R=R, V=V, BR=next_power_of_2(R), BV=next_power_of_2(V),
+            H=H, R=R, V=V, SIGMOID=sigmoid_gate, BR=next_power_of_2(R), BV=next_power_of_2(V),
             **config_for(x.device).rowwise.options(),
         )  # fmt: skip
     return out
@@ -25,7 +25,8 @@ def run(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
 @triton.jit
 def _rms_norm_gated(
     x, x_token, x_head, x_value, z, z_token, z_head, z_value, weight, out, eps,
-    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, SIGMOID: tl.constexpr,
+    BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The value heads [R, V] of one token and key head; grid (T, H)."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -36,6 +37,7 @@ def _rms_norm_gated(
     y = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(z_at, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + at, mask=at < V, other=0.0).to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, 1) / V + eps)[:, None] * w * silu(gate)
+    y *= tl.rsqrt(tl.sum(y * y, 1) / V + eps)[:, None] * w
+    y *= sigmoid(gate) if SIGMOID else silu(gate)
     to = out + ((t * H + h) * R + r) * V + at
     tl.store(to, y.to(out.dtype.element_ty), mask=inside)

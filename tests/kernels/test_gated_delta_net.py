@@ -24,15 +24,16 @@ SECOND = Step(((2, 0, 70), (-1, 5, 2), (0, 2, 3), (3, 1, 1), (5, 9, 12), (6, 0, 
 class Net:
     """A layer with a norm, and its inputs."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype):
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, shape: Shape, dtype: torch.dtype, *, sigmoid_gate: bool = False):
+        self.shape, self.dtype, self.sigmoid_gate = shape, dtype, sigmoid_gate
         self.layer = Layer.random(shape, dtype)
         self.norm = torch.randn(shape.V).to(dtype)
 
     @property
     def weights(self) -> GatedDeltaNetWeights:
         layer = self.layer
-        return GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, self.norm, 1e-6)
+        norm = (self.norm, 1e-6, self.sigmoid_gate)
+        return GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, *norm)
 
     def inputs(self, T: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         s = self.shape
@@ -58,7 +59,7 @@ class Net:
     ids=str,
 )
 def test_as_its_parts(backend, monkeypatch, shape, dtype):
-    net = Net(shape, dtype)
+    net = Net(shape, dtype, sigmoid_gate=shape == SHAPES[1])
     steps = [(step, *net.inputs(step.T)) for step in (FIRST, SECOND)]
 
     def run() -> tuple[list[torch.Tensor], Pool]:

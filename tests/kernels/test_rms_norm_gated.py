@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextRMSNormGated
 
 from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
 from tolerances import assert_close
@@ -13,14 +13,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", [0, 1, 65])
 @pytest.mark.parametrize(("H", "R", "V"), [(2, 2, 128), (3, 1, 17), (1, 4, 48)])
-def test_against_the_model(backend, T, H, R, V, dtype):
+@pytest.mark.parametrize("gate", ["silu", "sigmoid"])
+def test_against_the_model(backend, T, H, R, V, dtype, gate):
     x = torch.randn(T, H, R, V + 3).to(dtype)[..., :V]
     grouped = torch.full((T, H, 2 * V + R * V), torch.nan, dtype=dtype)
     z = grouped[..., 2 * V :].unflatten(2, (R, V))
     z.copy_(torch.randn(z.shape))
     weight = torch.randn(V).to(dtype)
-    out = rms_norm_gated(x=x, z=z, weight=weight, eps=1e-6)
-    model = Qwen3NextRMSNormGated(V, eps=1e-6)
+    out = rms_norm_gated(x=x, z=z, weight=weight, eps=1e-6, sigmoid_gate=gate == "sigmoid")
+    model = Qwen4ExpTextRMSNormGated(V, eps=1e-6, activation=gate)
     model.weight.data = weight.float()
     assert out.shape == (T, H * R * V)
     assert out.dtype == dtype
