@@ -9,11 +9,14 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 OPS = (
     "causal_conv1d",
+    "dilated_conv1d",
     "fused_moe",
     "gated_delta_rule",
+    "hyper_connection",
     "linear",
     "output_gate",
     "paged_attention",
+    "ple_gate",
     "qk_norm_rope",
     "rms_norm",
     "rms_norm_gated",

@@ -67,6 +67,8 @@ void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeigh
   });
 }
 
+}  // namespace
+
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
               int64_t group, int64_t N, bool fp32) {
   const int64_t M = x.size(0), K = x.size(1);
@@ -80,7 +82,6 @@ Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
   return out;
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
 Q3N_OP(linear)

@@ -1,0 +1,115 @@
+// Hyper-connections with packed weights.
+#include <array>
+#include <numeric>
+
+#include "mixing.h"
+#include "ops.h"
+#include "packed_gemm.h"
+
+namespace Q3N_LEVEL {
+
+Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
+              int64_t group, int64_t N, bool fp32);
+
+namespace {
+
+// mixed [T, D] = mean over the streams of sigmoid(up hidden) x. A task computes kNR features of
+// every stream, for some tokens.
+template <class A>
+class Mixing {
+ public:
+  Mixing(const PackedWeight& up, const Tensor& hidden, const Tensor& x, int64_t hc, int64_t D)
+      : up_(up),
+        gemm_(up, read<A>(hidden), hidden.size(0), hidden.stride(0)),
+        x_(read<A>(x)),
+        T_(hidden.size(0)),
+        hc_(hc),
+        D_(D),
+        hidden_(gemm_.pack_a(all(T_), std::array{int64_t{0}, T_})) {}
+
+  void run(A* mixed) const {
+    const int64_t columns = (D_ + kNR - 1) / kNR, runs = (T_ + kTokens - 1) / kTokens;
+    const int64_t tasks = columns * runs, bytes = up_.panels * up_.panel_bytes;
+    parallel_with_denormals(tasks, grain(tasks, bytes, T_), [&](int64_t i) {
+      const int64_t c = i % columns, begin = i / columns * kTokens;
+      features(mixed, c * kNR, std::min(c + 1, columns - 1) * kNR, begin,
+               std::min(kTokens, T_ - begin));
+    });
+  }
+
+ private:
+  static constexpr int64_t kTokens = 256;  // of a task
+
+  static std::vector<int64_t> all(int64_t n) {
+    std::vector<int64_t> tokens(n);
+    std::iota(tokens.begin(), tokens.end(), 0);
+    return tokens;
+  }
+
+  // The tile of a stream's features from c on; beyond the stream the last panel is repeated.
+  Panels tile(int64_t s, int64_t c) const {
+    Panels panels;
+    for (int p = 0; p < kTilePanels; ++p) {
+      panels[p] = (s * D_ + std::min(c + p * kPanelWidth, D_ - kPanelWidth)) / kPanelWidth;
+    }
+    return panels;
+  }
+
+  // Features from c on of tokens [begin, begin + count); `next`: those of the next task.
+  void features(A* mixed, int64_t c, int64_t next, int64_t begin, int64_t count) const {
+    const int64_t size = count * gemm_.terms * kNR, width = std::min(kNR, D_ - c);
+    thread_local std::vector<Panels> tiles;
+    thread_local std::vector<float> totals, sums;
+    tiles.clear();
+    for (int64_t s = 0; s < hc_; ++s) tiles.push_back(tile(s, c));
+    totals.resize(hc_ * size);
+    sums.assign(count * kNR, 0.0f);
+    gemm_.multiply(totals.data(), tiles, tile(0, next), hidden_, begin, count);
+    for (int64_t s = 0; s < hc_; ++s) {
+      for (int64_t n = 0; n < count; ++n) {
+        float* total = totals.data() + s * size + n * gemm_.terms * kNR;
+        for (int64_t term = 1; term < gemm_.terms; ++term) {
+          for (int64_t i = 0; i < kNR; i += kLanes) {
+            store(total + i, load(total + i) + load(total + term * kNR + i));
+          }
+        }
+        mix(sums.data() + n * kNR, total, x_ + ((begin + n) * hc_ + s) * D_ + c, width);
+      }
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      write_mean(mixed + (begin + n) * D_ + c, sums.data() + n * kNR, width, hc_);
+    }
+  }
+
+  const PackedWeight& up_;
+  const PackedGemm<A> gemm_;
+  const A* x_;
+  const int64_t T_, hc_, D_;
+  const PackedA hidden_;
+};
+
+std::tuple<Tensor, Tensor> hyper_connection_packed(
+    Tensor streams_, std::optional<Tensor> block, std::optional<Tensor> injection, Tensor norm,
+    Tensor down, Tensor down_scale, std::optional<Tensor> down_zero, int64_t down_encoding,
+    int64_t down_group, Tensor up, Tensor up_scale, std::optional<Tensor> up_zero,
+    int64_t up_encoding, int64_t up_group, int64_t L, std::optional<Tensor> inject, double eps) {
+  const int64_t T = streams_.size(0), hc = streams_.size(1), D = streams_.size(2);
+  Tensor mixed = torch::stable::new_empty(streams_, {T, D}), next = mixed;
+  with_dtype(streams_, [&]<class A>(A) {
+    const Streams<A> in(streams_, block, injection);
+    const Tensor x = normalise_streams(in, streams_, norm, static_cast<float>(eps));
+    next = injections(in, x, inject);
+    const Tensor products =
+        linear(x, down, down_scale, down_zero, down_encoding, down_group, L, true);
+    const Tensor hidden = torch::stable::new_empty(streams_, {T, L});
+    activate(write<A>(hidden), read<float>(products), T * L, hc);
+    const PackedWeight weight(up, up_scale, up_zero, up_encoding, hc * D, L, up_group);
+    Mixing<A>(weight, hidden, x, hc, D).run(write<A>(mixed));
+  });
+  return {mixed, next};
+}
+
+}  // namespace
+}  // namespace Q3N_LEVEL
+
+Q3N_OP(hyper_connection_packed)
