@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.checks import ACTIVATIONS
 from qwen3next_plugin.kernels.ngram_embedding.hashing import NgramHash, ngram_hash
 from qwen3next_plugin.kernels.ngram_embedding.table import NgramTable
 from qwen3next_plugin.kernels.step import Step
@@ -44,5 +45,8 @@ def ngram_embedding(
 
     Source: `Qwen4ExpTextNGramEmbedding` of transformers.
     """
-    run = dispatch.implementation("ngram_embedding", token_ids.device)
+    op = "ngram_embedding"
+    run = dispatch.implementation(op, token_ids.device)
+    if out_dtype not in ACTIVATIONS:
+        raise ValueError(f"{op}: out_dtype is {out_dtype}, not one of {ACTIVATIONS}")
     return run(token_ids, table, hashing, tokens_, span, step, out_dtype)

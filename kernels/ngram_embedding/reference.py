@@ -21,7 +21,7 @@ def run(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Shapes as in the public op."""
-    check_arguments(token_ids, table, hashing, tokens_, span, step, out_dtype)
+    check_arguments(token_ids, table, hashing, tokens_, span, step)
     (rows, d), heads, n = table.shape, len(hashing.sizes), len(hashing.multipliers)
     _check_parts(hashing, rows)
     T, ring = len(token_ids), tokens_.shape[1]
