@@ -1,5 +1,15 @@
-"""Not native yet."""
+"""The native op."""
 
-from qwen3next_plugin.kernels.index_keys.reference import run
+import torch
+from torch import Tensor
 
-__all__ = ["run"]
+from qwen3next_plugin.kernels import native
+
+native.load()
+run = torch.ops.qwen3next.index_keys.default
+
+
+@torch.library.register_fake("qwen3next::index_keys")
+def _(qk: Tensor, q_weight: Tensor, *others: Tensor | float) -> Tensor:
+    (T, width), d = qk.shape, q_weight.shape[0]
+    return qk.new_empty(T, width // d - 1, d)

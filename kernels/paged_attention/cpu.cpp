@@ -150,7 +150,9 @@ struct Attention {
   void block(const Task& task, int64_t b, Scratch<T>& scratch, float* to) const {
     const Job& job = *task.job;
     const int64_t start = b * kBlock;
-    if (!job.sequence->shared(start + kBlock)) return block_by_query(job, start, scratch, to);
+    if (job.queries() > 1 && !job.sequence->shared(start + kBlock)) {
+      return block_by_query(job, start, scratch, to);
+    }
     BlockKV<T>&now = scratch.kv[b % 2], &next = scratch.kv[(b + 1) % 2];
     const bool cold = b == task.begin, more = b + 1 < task.end;
     if (cold) now.find(in, job, job.last - 1, start);
@@ -234,11 +236,14 @@ Cache<T> cache_of(const Tensor& t) {
 
 Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor token_table,
                        Tensor table_row, Tensor query_start_loc, Tensor seq_lens, double scale,
-                       std::optional<Tensor> tree_mask) {
+                       std::optional<Tensor> tree_mask, std::optional<Tensor> blocks,
+                       std::optional<Tensor> tail, int64_t block_size) {
   const int64_t T = q.size(0), Hq = q.size(1), D = q.size(2), n = key_cache.dim();
   const Paging paging{key_cache.size(0), n == 4 ? key_cache.size(1) : 1};
-  const std::vector<Sequence> sequences =
+  std::vector<Sequence> sequences =
       checked_sequences(token_table, table_row, query_start_loc, seq_lens, tree_mask, T, paging);
+  std::vector<int32_t> count;  // of each query's blocks
+  if (blocks) take_selection(sequences, *blocks, *tail, block_size, count);
   Tensor out = torch::stable::new_empty(q, {T, Hq, D});
   with_activations(q, [&]<class A>(A) {
     const Operands<A> in{read<A>(q),

@@ -8,27 +8,55 @@
 
 namespace Q3N_LEVEL {
 
+// What each query of a row sees of sparse attention: `count` blocks, then all from `tail` on.
+struct Selected {
+  const int32_t* blocks = nullptr;  // `stride` apart; null: a query sees everything
+  int64_t stride = 0, size = 1;     // positions of a block
+  const int32_t *tail = nullptr, *count = nullptr;
+
+  // Positions of blocks.
+  int64_t in_blocks(int64_t query) const { return count[query] * size; }
+
+  // The i-th position that a query sees.
+  int64_t position(int64_t query, int64_t i) const {
+    const int64_t before = in_blocks(query);
+    if (i >= before) return tail[query] + i - before;
+    return blocks[query * stride + i / size] * size + i % size;
+  }
+};
+
 // A row of the step: tokens [begin, begin + tokens) of the batch, after `context` earlier ones. A
 // query sees the context, and then the row's tokens that its line of the mask selects (without a
-// mask: those up to itself). What it sees is counted as positions [0, seen(query)).
+// mask: those up to itself); or what is selected. What it sees is counted as [0, seen(query)).
 struct Sequence {
   int64_t begin, tokens, context;
   const int32_t* pages;  // of positions [0, context + tokens); a page has `page` positions
   int64_t page;
   const uint8_t* mask;  // [tokens, tokens], or null
+  Selected selected{};
 
   int64_t seen(int64_t query) const {
+    if (selected.blocks) {
+      return selected.in_blocks(query) + context + query + 1 - selected.tail[query];
+    }
     if (!mask) return context + query + 1;
     const uint8_t* line = mask + query * tokens;
     return context + std::count_if(line, line + tokens, [](uint8_t sees) { return sees != 0; });
   }
 
   // Whether all queries that see a position below `end` see the same token there.
-  bool shared(int64_t end) const { return !mask || end <= context; }
+  bool shared(int64_t end) const { return !selected.blocks && (!mask || end <= context); }
 
   // Calls f(page, index in it) for a query's positions [begin, end), in order.
   template <class F>
   void for_positions(int64_t query, int64_t begin, int64_t end, F&& f) const {
+    if (selected.blocks) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t position = selected.position(query, i);
+        f(pages[position / page], position % page);
+      }
+      return;
+    }
     const int64_t plain = mask ? std::min(end, context) : end;
     int64_t p = begin / page, within = begin % page;
     for (int64_t i = begin; i < plain; ++i) {
@@ -101,6 +129,33 @@ inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const 
   }
   check(masked == entries, "tree_mask has ", entries, " entries, the rows ", masked);
   return sequences;
+}
+
+// Gives each sequence its part of a selection [T, blocks] of blocks of `size` positions, unless its
+// queries see everything. `count` [T] is filled. Throws unless a query has what is selected.
+inline void take_selection(std::vector<Sequence>& sequences, const Tensor& blocks,
+                           const Tensor& tail, int64_t size, std::vector<int32_t>& count) {
+  const int64_t most = blocks.size(1), stride = blocks.stride(0);
+  const int32_t *all = read<int32_t>(blocks), *tails = read<int32_t>(tail);
+  count.assign(blocks.size(0), 0);
+  for (Sequence& s : sequences) {
+    bool everything = true;
+    for (int64_t t = s.begin; t < s.begin + s.tokens; ++t) {
+      const int32_t* listed = all + t * stride;
+      int64_t n = 0, after = 0;
+      for (; n < most && listed[n] * size >= after && listed[n] >= 0; ++n) {
+        after = (listed[n] + int64_t{1}) * size;
+      }
+      const int64_t position = s.context + t - s.begin;
+      check((n == most || listed[n] < 0) && after <= tails[t] && tails[t] <= position + 1, "token ",
+            t, ": at position ", position, " it cannot see ", n, " blocks before position ", after,
+            " and all from ", tails[t], " on");
+      count[t] = n;
+      everything &= tails[t] == 0;
+    }
+    if (everything) continue;
+    s.selected = {all + s.begin * stride, stride, size, tails + s.begin, count.data() + s.begin};
+  }
 }
 
 }  // namespace Q3N_LEVEL
