@@ -1,5 +1,3 @@
-#include <array>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,35 +12,34 @@ namespace {
 
 constexpr int64_t kMostTokens = 16;  // of an n-gram
 
+typedef uint8_t u8v __attribute__((vector_size(kLanes)));
+typedef int8_t i8v __attribute__((vector_size(kLanes)));
+
 struct Fp8 {
   uint8_t code;  // e4m3
 };
 
-float value_of(int8_t x) { return x; }
-float value_of(Fp8 x) {
-  static const auto values = [] {
-    std::array<float, 256> of;
-    for (int code = 0; code < 256; ++code) {
-      const int exponent = code >> 3 & 15, mantissa = code & 7;
-      const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : mantissa * 0x1p-9f;
-      of[code] = code & 128 ? -size : size;
-    }
-    of[127] = of[255] = std::numeric_limits<float>::quiet_NaN();
-    return of;
-  }();
-  return values[x.code];
-}
-
 // Stored values in fp32.
 template <class V>
 f32v values(const V* p, int64_t lanes) {
-  if constexpr (std::is_same_v<V, int8_t> || std::is_same_v<V, Fp8>) {
-    f32v v{};
-    for (int64_t i = 0; i < lanes; ++i) v[i] = value_of(p[i]);
-    return v;
-  } else {
-    return load(p, lanes);
-  }
+  return load(p, lanes);
+}
+
+f32v values(const int8_t* p, int64_t lanes) {
+  i8v bytes{};
+  std::memcpy(&bytes, p, lanes);
+  return __builtin_convertvector(bytes, f32v);
+}
+
+// Moves exponent and mantissa to where fp32 has them, and mends the exponent's bias. The smallest
+// are denormals before that.
+f32v values(const Fp8* p, int64_t lanes) {
+  u8v bytes{};
+  std::memcpy(&bytes, p, lanes);
+  const u32v code = __builtin_convertvector(bytes, u32v), rest = code & 127;
+  const f32v size = (f32v)(rest << 20) * 0x1p120f;
+  const u32v bits = rest == 127 ? (u32v)(0x7fc00000 + i32v{}) : (u32v)size;
+  return (f32v)(bits | (code & 128) << 24);
 }
 
 struct Table {
@@ -210,7 +207,7 @@ Tensor ngram_embedding(Tensor token_ids, Tensor addresses, int64_t rows, int64_t
       if (found[i] >= 0) table.template ask<V>(found[i]);
     });
     with_dtype(out, [&]<class A>(A) {
-      parallel(n, 64, [&](int64_t i) {
+      parallel_with_denormals(n, 64, [&](int64_t i) {
         A* to = write<A>(out) + i * d;
         if (found[i] >= 0) return table.template copy<V>(to, found[i]);
         std::memset(static_cast<void*>(to), 0, d * sizeof(A));
