@@ -43,8 +43,9 @@ std::vector<Job> jobs_of(const Operands<T>& in, const std::vector<Sequence>& seq
   const int64_t partials = partials_of_job(in, sequences);
   std::vector<Job> jobs;
   for (const Sequence& s : sequences) {
-    const int64_t together = BlockAttention<T>::together(in, s.tokens);
-    const int64_t height = std::max<int64_t>(1, partials / (together * in.group()));
+    const bool alone = s.selected.blocks;  // each query, since each sees other positions
+    const int64_t together = BlockAttention<T>::together(in, alone ? 1 : s.tokens);
+    const int64_t height = alone ? 1 : std::max<int64_t>(1, partials / (together * in.group()));
     for (int64_t first = 0; first < s.tokens; first += height) {
       const int64_t last = std::min(first + height, s.tokens);
       int64_t seen = 0;
