@@ -54,6 +54,12 @@ VARIABLES: Mapping[str, Variable] = {
         "1: on a CPU, what `qwen3next pack` wrote stays in its files, which servers share and Linux"
         " pages",
     ),
+    "QWEN3NEXT_NGRAM": Variable(
+        ("mapped", "resident"),
+        "mapped",
+        "the table of n-gram embeddings: in the checkpoint's files, of which Linux keeps the pages"
+        " that are read often; or in memory",
+    ),
     "QWEN3NEXT_BATCH_INVARIANT": Variable(
         ("0", "1"),
         "0",
@@ -101,6 +107,11 @@ def head() -> str:
 def mmap() -> bool:
     """Whether the weights of a packed checkpoint stay in its mapped files."""
     return _read("QWEN3NEXT_MMAP") == "1"
+
+
+def ngram() -> str:
+    """Where the table of n-gram embeddings is: `mapped` or `resident`."""
+    return _read("QWEN3NEXT_NGRAM") or "mapped"
 
 
 def batch_invariant() -> bool:

@@ -49,6 +49,10 @@ class Reference:
             self._hidden[ids] = outputs.last_hidden_state[0]
         return self._hidden[ids]
 
+    def fed(self, ids: Ids) -> torch.Tensor:
+        """What the MTP head reads of the trunk [T, …]."""
+        return self.hidden(ids)
+
     @quietly()
     def logprobs(self, ids: Ids) -> torch.Tensor:
         """Log-probabilities [T, vocab] of the token after each position, in fp32."""
@@ -86,7 +90,7 @@ class Reference:
     def accepted(self, prompt: Ids, truth: Ids, num_drafts: int) -> tuple[int, int]:
         """Drafts made and accepted while the greedy answer `truth` is decoded, k at a time."""
         tokens = len(truth)
-        hidden = self.hidden(prompt + truth)  # causal: every prefix's is a prefix of it
+        hidden = self.fed(prompt + truth)  # causal: every prefix's is a prefix of it
         made = accepted = 0
         known = min(2, tokens)  # the prompt's step and the one after it have no drafts
         while known < tokens:

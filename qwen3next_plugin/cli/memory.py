@@ -110,7 +110,12 @@ def make_plan(
     from qwen3next_plugin.kernels.paged_attention import SCRATCH
 
     drafter = config.num_nextn_predict_layers if flags.num_speculative_tokens else 0
-    kv_elements = 2 * config.num_key_value_heads_per_rank * config.head_dim
+    per_head = 2 * config.head_dim
+    if config.indexer_n_heads:
+        from qwen3next_plugin.model.indexed_attention import index_elements
+
+        per_head += index_elements(config)
+    kv_elements = config.num_key_value_heads_per_rank * per_head
     weights = dict(rank_bytes(sizes, config))
     if drafter:
         weights["draft head"] = draft_head_bytes(config, sizes)
@@ -143,7 +148,10 @@ def draft_head_bytes(config: Qwen3NextConfig, sizes: Mapping[str, int]) -> int:
 
 
 def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
-    """Bytes of one linear layer's page: S, the window of tokens after it, the conv inputs."""
+    """Bytes of one linear layer's page: S, the window of tokens after it, the conv inputs.
+
+    Pages are of one size, so each has room for what a layer with n-grams keeps.
+    """
     import torch
 
     from qwen3next_plugin.model.state import PageLayout
@@ -153,9 +161,12 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
         num_drafts=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
         state_dtype=getattr(torch, flags.state_dtype),
+        ngrams=bool(config.ple_layer_ids),
     ).nbytes()
     S, conv = nbytes.pop("state"), nbytes.pop("conv")
-    return {"S": S, "window": sum(nbytes.values()), "conv": conv}
+    ngrams = nbytes.pop("ngram_conv", 0) + nbytes.pop("tokens", 0)
+    page = {"S": S, "window": sum(nbytes.values()), "conv": conv}
+    return page | {"n-grams": ngrams} if ngrams else page
 
 
 def gib(nbytes: int) -> str:

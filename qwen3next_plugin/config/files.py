@@ -15,7 +15,7 @@ BESIDE = (  # that only engines read
     *("generation_config.json", "tokenizer_config.json", "chat_template.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
 )
-ARCHITECTURES = ("Qwen3Next", "Qwen3_5")  # the names of the family's begin so
+ARCHITECTURES = ("Qwen3Next", "Qwen3_5", "Qwen4Exp")  # the names of the family's begin so
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

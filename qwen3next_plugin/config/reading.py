@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from qwen3next_plugin.config import rope
+from qwen3next_plugin.config import qwen4_exp, rope
 from qwen3next_plugin.config.errors import ConfigError, check_count, complaint, missing, shown
 from qwen3next_plugin.config.fields import check_text_model
 from qwen3next_plugin.config.sizes import LAYER_TYPES, Layout, Sizes
@@ -20,8 +20,12 @@ MODEL_TYPES: Mapping[str, tuple[Layout, bool | None]] = {
     "qwen3_5_moe": ("flat", True),
     "qwen3_5_moe_text": ("flat", True),
     "qwen3_5_mtp": ("flat", None),
+    "qwen4_exp": ("flat", True),
+    "qwen4_exp_text": ("flat", True),
+    "qwen4_exp_mtp": ("flat", True),
 }
-NAMES = {f.name for f in fields(Sizes)}
+NAMES = {f.name for f in fields(Sizes)} - set(qwen4_exp.NAMES)
+DRAFTERS = ("qwen3_5_mtp", "qwen4_exp_mtp")  # of which vLLM leaves the text model's as it is
 OLD_SPELLINGS = ("full_attention_interval", "partial_rotary_factor", "rope_scaling", "rope_theta")
 # The only value that is served of a field which other models of the kind have.
 SERVED = {"attn_output_gate": True, "mtp_use_dedicated_embeddings": False}
@@ -40,6 +44,8 @@ def read(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]:
     values["layer_types"] = _layer_types(raw)
     values["mlp_only_layers"] = tuple(raw.get("mlp_only_layers") or ())
     values["rope_parameters"] = rope.read(raw, override_flag)
+    if model_type in qwen4_exp.MODEL_TYPES:
+        values |= qwen4_exp.read(raw)
     for f in fields(Sizes):
         if f.default is MISSING and f.name not in values:
             raise missing(f.name)
@@ -77,7 +83,7 @@ def _text_config(given: Mapping[str, Any], override_flag: str) -> dict[str, Any]
 
 def _check_nesting(given: Mapping[str, Any], raw: Mapping[str, Any], override_flag: str) -> None:
     outer, inner = given.get("model_type"), raw["model_type"]
-    if outer != "qwen3_5_mtp" and inner not in (outer, f"{outer}_text"):
+    if outer not in DRAFTERS and inner not in (outer, f"{outer}_text"):
         raise complaint("text_config.model_type", inner, f"model_type is {outer!r}; use one layout")
     both = (NAMES | set(OLD_SPELLINGS)) - {"tie_word_embeddings"}
     for name in sorted(both & given.keys()):
@@ -112,6 +118,8 @@ def _model_type(raw: Mapping[str, Any]) -> str:
 def _layer_types(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """From `layer_types` or `full_attention_interval`; if both are given, they must agree."""
     given, interval = raw.get("layer_types"), raw.get("full_attention_interval")
+    if given is not None and raw["model_type"] in qwen4_exp.MODEL_TYPES:
+        given = tuple(LAYER_TYPES[1] if t in qwen4_exp.SPARSE else t for t in given)
     if given is None and interval is None:
         raise ConfigError("layer_types and full_attention_interval are missing: write either one")
     if interval is None:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwen3next_plugin.config import rope
+from qwen3next_plugin.config.qwen4_exp import OfQwen4Exp
 
 Layout = Literal["grouped", "flat"]  # of a checkpoint; model/checkpoint/layouts.py describes both
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class Sizes(OfQwen4Exp):
     """Those of one model on `tp_size` ranks; fields are named as in config.json."""
 
     layout: Layout = "grouped"

@@ -18,4 +18,5 @@ class HostLayers:
     merged_column_parallel: Build  # of each of several outputs
     qkv_parallel: Build  # whole heads
     row_parallel: Build  # each rank has a part of the input; the outputs are summed
+    replicated: Build  # each rank has all of it
     silu_and_mul: Build

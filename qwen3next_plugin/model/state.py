@@ -6,7 +6,7 @@ Engines allocate and copy pages as bytes; kernels see a page's parts as a `State
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -37,6 +37,20 @@ class StateError(RuntimeError):
         self.row = int(named[1]) if named else None
 
 
+class NgramPool(NamedTuple):
+    """What a layer's n-gram embedding keeps in its pages; dim 0 is the slot. See docs/state.md.
+
+    Shapes:
+        tokens [slots, n + num_drafts] int32     the last tokens; position p is at p % the length
+        conv   [slots, reach + 1 + num_drafts, hc·D]   what the convolution reads, the same
+        span   [slots, 2] int32                  that of the page, which the delta rule advances
+    """
+
+    tokens: torch.Tensor
+    conv: torch.Tensor
+    span: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class PageLayout:
     """The layout of one self-describing page.
@@ -52,6 +66,9 @@ class PageLayout:
     num_drafts: int  # at most so many tokens of a step are rolled back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
+    # of a layer with n-grams
+    ngram_size: int = 0
+    ngram_conv: tuple[int, int] = (0, 0)  # positions of a draft of none, channels
 
     @classmethod
     def from_config(
@@ -61,7 +78,10 @@ class PageLayout:
         num_drafts: int,
         activation_dtype: torch.dtype,
         state_dtype: torch.dtype,
+        ngrams: bool = False,
     ) -> Self:
+        """Args: ngrams: the layer has an n-gram embedding."""
+        wide = config.hc_count * config.hidden_size
         return cls(
             num_key_heads=config.linear_num_key_heads_per_rank,
             num_value_heads=config.linear_num_value_heads_per_rank,
@@ -70,6 +90,8 @@ class PageLayout:
             num_drafts=num_drafts,
             activation_dtype=activation_dtype,
             state_dtype=state_dtype,
+            ngram_size=config.ngram_size if ngrams else 0,
+            ngram_conv=(config.ple_conv_reach + 1, wide) if ngrams else (0, 0),
         )
 
     def __post_init__(self) -> None:
@@ -89,14 +111,21 @@ class PageLayout:
         """Shape and dtype of each part of a page, in the order they lie in it."""
         H, HV = self.num_key_heads, self.num_value_heads
         K, V, W = self.key_dim, self.value_dim, GRID + self.num_drafts
-        return {
+        parts = {
             "state": ((HV, K, V), self.state_dtype),
             "key": ((W, H, K), torch.float32),
             "u": ((W, HV, V), torch.float32),
             "g": ((W, HV), torch.float32),
             "span": ((2,), torch.int32),
-            "conv": ((CONV_WIDTH + self.num_drafts, self.conv_dim), self.activation_dtype),
         }
+        if self.ngram_size:
+            parts["tokens"] = ((self.ngram_size + self.num_drafts,), torch.int32)
+        conv = (CONV_WIDTH + self.num_drafts, self.conv_dim)
+        parts["conv"] = (conv, self.activation_dtype)
+        if self.ngram_size:
+            positions, channels = self.ngram_conv
+            parts["ngram_conv"] = ((positions + self.num_drafts, channels), self.activation_dtype)
+        return parts
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of each part of a page."""
@@ -115,10 +144,22 @@ class PageLayout:
         Shapes:
             pages [slots, >= page_bytes] uint8 or int8, last dim contiguous
         """
+        views = self._views(pages)
+        return StatePool(**{name: views[name] for name in StatePool._fields})
+
+    def view_ngrams(self, pages: torch.Tensor) -> NgramPool | None:
+        """View what a layer's n-gram embedding keeps, if it has one. Shapes: as of `view`."""
+        if not self.ngram_size:
+            return None
+        views = self._views(pages)
+        return NgramPool(tokens=views["tokens"], conv=views["ngram_conv"], span=views["span"])
+
+    def _views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every part of the pages, by name."""
         views, offset = {}, 0
         nbytes = self.nbytes()
         for name, (shape, dtype) in self.tensors().items():
             part = pages[:, offset : offset + nbytes[name]].view(dtype)  # [slots, prod(shape)]
             views[name] = part.unflatten(1, shape)
             offset += nbytes[name]
-        return StatePool(**views)
+        return views

@@ -34,6 +34,7 @@ PLAIN = HostLayers(
     merged_column_parallel=Projection,
     qkv_parallel=_qkv,
     row_parallel=Projection,
+    replicated=Projection,
     silu_and_mul=SiluAndMul,
 )
 

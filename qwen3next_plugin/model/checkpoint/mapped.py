@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-MADV_DONTNEED = 4  # linux/mman.h, also the next
+MADV_RANDOM = 1  # linux/mman.h, also the next
+MADV_DONTNEED = 4
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 AROUND = 1 << 16  # bytes that Linux maps around one that is read (fault_around_bytes), aligned
 
@@ -28,6 +29,15 @@ def give_back(tensor: torch.Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+
+
+def read_at_random(tensor: torch.Tensor) -> None:
+    """Keep Linux from reading ahead in a mapped file where this tensor is: its rows are apart."""
+    if not sys.platform.startswith("linux") or not tensor.nbytes:
+        return
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    end = tensor.data_ptr() + tensor.nbytes
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_RANDOM)
 
 
 def drop(tensor: torch.Tensor) -> None:

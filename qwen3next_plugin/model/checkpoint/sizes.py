@@ -20,12 +20,23 @@ from qwen3next_plugin.model.checkpoint.headers import (
 if TYPE_CHECKING:
     from qwen3next_plugin.model.quantisation.modules import Formats
 
-PARTS = ("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP")
+PARTS = (
+    *("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP"),
+    *("streams and n-grams", "n-gram table"),
+)
+TABLE = ".ngram_embedding.shard_"
+MARKS = (
+    *((".linear_attn.", 1), (".self_attn.", 2), (".mlp.", 3)),
+    *((TABLE, 6), (".ple.", 5), ("hyper_connection", 5)),
+)
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
 
 # Not sharded: norms, the router, the shared expert's gate.
-REPLICATED = ("norm", ".mlp.gate.", ".shared_expert_gate.", ".o_proj.bias")
+REPLICATED = (
+    *("norm", ".mlp.gate.", ".shared_expert_gate.", ".o_proj.bias"),
+    *("hyper_connection", ".ple.", ".indexer."),
+)
 # With more ranks than key-value heads, ranks hold copies of these.
 KEY_VALUE = ("k_proj.", "v_proj.")
 
@@ -34,7 +45,7 @@ def part_of(name: str) -> str:
     """Which of PARTS a tensor of the checkpoint belongs to."""
     if name.startswith("mtp."):
         return "MTP"
-    for mark, part in ((".linear_attn.", 1), (".self_attn.", 2), (".mlp.", 3)):
+    for mark, part in MARKS:
         if mark in name:
             return PARTS[part]
     return PARTS[0]
@@ -83,7 +94,7 @@ def tensor_bytes(
         if quantization := quantization_of(folder):
             return _quantised(folder, config, sizes, quantization, DTYPES[dtype])
         sizes = {
-            ours: _served_bytes(header, DTYPES[dtype])
+            ours: 0 if _stays(ours) else _served_bytes(header, DTYPES[dtype])
             for name, header in stored.items()
             if (ours := our_name(name, config))
         }
@@ -147,7 +158,7 @@ def served_bytes(
     for name, shape in shapes.items():
         form = formats.format_of(name.removesuffix(".weight")) if formats else None
         sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
-        if env.mmap() and isinstance(form, InPanels):
+        if (env.mmap() and isinstance(form, InPanels)) or _stays(name):
             sizes[name] = 0
     if formats:
         sizes |= head_bytes(shapes)
@@ -156,6 +167,11 @@ def served_bytes(
     if asked:
         sizes |= quantised_bytes(asked, shapes)
     return sizes
+
+
+def _stays(name: str) -> bool:
+    """Whether a tensor stays in its file, whose pages Linux keeps or drops."""
+    return TABLE in name and env.ngram() == "mapped"
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:

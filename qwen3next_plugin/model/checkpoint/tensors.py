@@ -1,7 +1,8 @@
 """Name and shape of every tensor of a checkpoint, were it not quantised."""
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.checkpoint.layouts import Shapes, in_projections
+from qwen3next_plugin.model.checkpoint import qwen4_exp
+from qwen3next_plugin.model.checkpoint.layouts import SHARD, Shapes, in_projections
 
 MTP = "mtp."  # the names of the MTP head's tensors begin so
 
@@ -14,13 +15,27 @@ def all_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
 def trunk_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the trunk, in the released checkpoint's names."""
     D, vocab = config.hidden_size, config.vocab_size
-    tensors = {"model.embed_tokens.weight": (vocab, D), "model.norm.weight": (D,)}
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, D)}
+    tensors |= {f"model.{name}": shape for name, shape in _end(config)}
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = (vocab, D)
     for i, layer_type in enumerate(config.layer_types):
         layer = decoder_layer_tensors(config, layer_type, is_moe=config.is_moe_layer(i))
+        if config.has_ngrams(i):
+            layer |= qwen4_exp.ngrams(config) | qwen4_exp.table(config, i)
         tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer}
     return tensors
+
+
+def loaded_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+    """Those of the trunk that become parameters: all but tables of n-grams, which stay apart."""
+    trunk = trunk_tensors(config).items()
+    return {name: shape for name, shape in trunk if not SHARD.search(name)}
+
+
+def not_loaded_tensors(config: Qwen3NextConfig) -> set[str]:
+    """Those that the trunk leaves out: the MTP head's, and tables."""
+    return all_tensors(config).keys() - loaded_tensors(config).keys()
 
 
 def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
@@ -28,12 +43,10 @@ def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
     if not config.num_nextn_predict_layers:
         return {}
     D = config.hidden_size
-    tensors = {
-        "mtp.fc.weight": (D, 2 * D),
-        "mtp.pre_fc_norm_embedding.weight": (D,),
-        "mtp.pre_fc_norm_hidden.weight": (D,),
-        "mtp.norm.weight": (D,),
-    }
+    fc = qwen4_exp.mtp_input(config) if config.hc_count else {("fc.weight", (D, 2 * D))}
+    hidden = max(1, config.hc_count) * D
+    norms = {("pre_fc_norm_embedding.weight", (D,)), ("pre_fc_norm_hidden.weight", (hidden,))}
+    tensors = {f"mtp.{name}": shape for name, shape in fc | norms | _end(config)}
     for i in range(config.num_nextn_predict_layers):
         layer = decoder_layer_tensors(config, "full_attention", is_moe=config.num_experts > 0)
         tensors |= {f"mtp.layers.{i}.{name}": shape for name, shape in layer}
@@ -48,10 +61,18 @@ def name_in_drafter(name: str) -> str:
 def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: bool) -> Shapes:
     """Name within the layer and shape of every tensor of one decoder layer."""
     mixer = _linear_attention if layer_type == "linear_attention" else _attention
-    return mixer(config) | _mlp(config, is_moe) | _norms(config)
+    return mixer(config) | _mlp(config, is_moe) | _residual(config)
 
 
-def _norms(config: Qwen3NextConfig) -> Shapes:
+def _end(config: Qwen3NextConfig) -> Shapes:
+    """What makes the last layer's residual the hidden state that the head reads."""
+    return qwen4_exp.end(config) if config.hc_count else {("norm.weight", (config.hidden_size,))}
+
+
+def _residual(config: Qwen3NextConfig) -> Shapes:
+    """What a layer has between its parts."""
+    if config.hc_count:
+        return qwen4_exp.connections(config)
     names = ("input_layernorm.weight", "post_attention_layernorm.weight")
     return {(name, (config.hidden_size,)) for name in names}
 
@@ -79,6 +100,8 @@ def _attention(config: Qwen3NextConfig) -> Shapes:
     if config.attention_bias:
         shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in channels.items()}
         shapes.add(("self_attn.o_proj.bias", (D,)))
+    if config.indexer_n_heads:
+        shapes |= qwen4_exp.indexer(config)
     return shapes | {(f"self_attn.{name}_norm.weight", (head_dim,)) for name in ("q", "k")}
 
 

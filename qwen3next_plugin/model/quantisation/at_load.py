@@ -16,8 +16,12 @@ from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, 
 from qwen3next_plugin.model.quantisation.rounding import quantise
 from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 
-# Small and sensitive: gates and decays of linear attention, the MTP layer's input.
-KEPT = re.compile(r"(in_proj_(ba|b|a)|\.fc)$")
+# Small and sensitive: gates and decays of linear attention, the MTP layer's input, what mixes
+# streams and chooses blocks.
+KEPT = re.compile(
+    r"(in_proj_(ba|b|a)|\.fc|\.fc_(embedding|hidden)|\.index_qk_proj"
+    r"|hyper_connection\w*\.\w+|\.ple\.\w+)$"
+)
 # Full attention, in int8 also beside int4: of all projections, 4 bits cost it the most perplexity.
 IN_INT8 = re.compile(r"\.self_attn\.[qkvo]_proj$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

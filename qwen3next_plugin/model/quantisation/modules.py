@@ -22,7 +22,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 Stream = Iterable[tuple[str, torch.Tensor]]
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Modules whose parameters are never quantised: embeddings, routers, and the head that drafts read.
-PLAIN = re.compile(r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate)$")
+PLAIN = re.compile(
+    r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate|hyper_connection\w*\.\w+"
+    r"|\.ngram_embedding\.shard_\d+)$"
+)
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
 SCALES = ("weight_scale", "weight_scale_inv", "scales")

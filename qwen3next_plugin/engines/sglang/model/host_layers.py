@@ -7,6 +7,7 @@ from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -21,5 +22,6 @@ def host_layers(quant_config: QuantizationConfig | None) -> HostLayers:
         merged_column_parallel=partial(MergedColumnParallelLinear, quant_config=quant_config),
         qkv_parallel=partial(QKVParallelLinear, quant_config=quant_config),
         row_parallel=partial(RowParallelLinear, quant_config=quant_config),
+        replicated=partial(ReplicatedLinear, quant_config=quant_config),
         silu_and_mul=SiluAndMul,
     )

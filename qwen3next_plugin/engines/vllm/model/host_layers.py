@@ -8,6 +8,7 @@ from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
 )
 
@@ -22,5 +23,6 @@ def host_layers(vllm_config: VllmConfig, *, disable_tp: bool = False) -> HostLay
         merged_column_parallel=partial(MergedColumnParallelLinear, **options),
         qkv_parallel=partial(QKVParallelLinear, **options),
         row_parallel=partial(RowParallelLinear, **options),
+        replicated=partial(ReplicatedLinear, quant_config=vllm_config.quant_config),
         silu_and_mul=SiluAndMul,
     )

@@ -1,0 +1,130 @@
+"""Per-layer embeddings: what a token's last n-grams add to the streams before a linear layer.
+
+An engine calls `add` with the pages of the linear layer and the step.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qwen3next_plugin import env
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.dilated_conv1d import dilated_conv1d
+from qwen3next_plugin.kernels.ngram_embedding import NgramTable, ngram_embedding
+from qwen3next_plugin.kernels.ple_gate import PLENorms, ple_gate
+from qwen3next_plugin.kernels.step import Step
+from qwen3next_plugin.model.checkpoint import contents
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
+from qwen3next_plugin.model.checkpoint.layouts import our_name
+from qwen3next_plugin.model.checkpoint.mapped import read_at_random
+from qwen3next_plugin.model.checkpoint.qwen4_exp import table_names
+from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.linear_attention import Weight
+from qwen3next_plugin.model.ngrams import hashing
+from qwen3next_plugin.model.state import NgramPool
+
+
+class PerLayerEmbedding(nn.Module):
+    """The n-gram embedding of layer `i`; every rank has all of it."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        layers: HostLayers,
+        prefix: str,
+        *,
+        i: int,
+        table: NgramTable,
+    ) -> None:
+        super().__init__()
+        D, self.hc_count, E = config.hidden_size, config.hc_count, config.ple_embed_dim
+        wide = self.hc_count * D
+        self.eps, self.dilation = config.rms_norm_eps, config.ngram_size
+        self.hashing, self.table = hashing(config, i), table
+        self.key_proj = layers.replicated(E, wide, bias=False, prefix=f"{prefix}.key_proj")
+        self.value_proj = layers.replicated(E, D, bias=False, prefix=f"{prefix}.value_proj")
+        self.norm_key = Weight(wide)
+        self.norm_query = Weight(wide)
+        self.norm_conv = Weight(wide)
+        self.conv1d = Weight(wide, 1, config.ple_conv_kernel_size)
+
+    def add(
+        self,
+        streams_: torch.Tensor,
+        block: torch.Tensor | None,
+        injection: torch.Tensor | None,
+        token_ids: torch.Tensor,
+        *,
+        pool_: NgramPool,
+        step: Step,
+    ) -> None:
+        """Inject the last block's output into the streams, then the n-grams' embeddings.
+
+        Shapes:
+            streams_ [T, hc, D], block [T, D], injection [T, hc], token_ids [T]
+
+        Raises:
+            RuntimeError: a row's page cannot continue at its context length.
+        """
+        embeds = ngram_embedding(
+            token_ids=token_ids,
+            table=self.table,
+            hashing=self.hashing,
+            tokens_=pool_.tokens,
+            span=pool_.span,
+            step=step,
+            out_dtype=streams_.dtype,
+        )
+        keys, _ = self.key_proj(embeds)
+        values, _ = self.value_proj(embeds)
+        norms = PLENorms(self.norm_query.weight, self.norm_key.weight, self.norm_conv.weight)
+        gated, normed = ple_gate(
+            streams_=streams_,
+            keys=keys,
+            values=values,
+            norms=norms,
+            eps=self.eps,
+            block=block,
+            injection=injection,
+        )
+        around = dilated_conv1d(
+            x=normed,
+            weight=self.conv1d.weight.squeeze(1),
+            dilation=self.dilation,
+            conv_=pool_.conv,
+            span=pool_.span,
+            step=step,
+        )
+        streams_ += (gated + around).view(streams_.shape)
+
+
+def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
+    """The table of layer `i` in a checkpoint's files, or in memory if QWEN3NEXT_NGRAM says so.
+
+    Raises:
+        CheckpointError: a part of it is missing.
+    """
+    names, places = table_names(config, i), _places(folder, config)
+    if missing := [name for name in names if name not in places]:
+        raise CheckpointError(
+            f"{folder}: {missing[0]} is missing: the checkpoint is incomplete; download it again"
+        )
+    found = [places[name] for name in names]
+    if env.ngram() == "resident":
+        return NgramTable.of([contents.read(place) for place in found], mapped=False)
+    shards = [contents.mapped(place) for place in found]
+    for shard in shards:
+        read_at_random(shard)
+    return NgramTable.of(shards, mapped=True)
+
+
+def _places(folder: Path, config: Qwen3NextConfig) -> dict[str, Place]:
+    """Where the tensors of a checkpoint are, by our names."""
+    index, found = read_index(folder), {}
+    for path in weight_files(folder, index):
+        for name, place in read_places(path)[1].items():
+            if (ours := our_name(name, config)) is not None:
+                found[ours] = place
+    return found
