@@ -36,6 +36,7 @@ class LinearAttention(nn.Module):
         self.prefix = prefix
         self.shape = GatedDeltaNetShape.from_config(config, layout)
         self.norm_eps = config.rms_norm_eps
+        self.sigmoid_gate = config.output_gate_type == "sigmoid"
         HV = self.shape.num_value_heads
         self.conv1d = Weight(config.conv_dim_per_rank, 1, config.linear_conv_kernel_dim)
         self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
@@ -82,6 +83,7 @@ class LinearAttention(nn.Module):
             dt_bias=self.dt_bias,
             norm=self.norm.weight,
             norm_eps=self.norm_eps,
+            sigmoid_gate=self.sigmoid_gate,
         )
 
 

@@ -27,12 +27,14 @@ from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
+from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,
     OVERRIDE_FLAG,
     OWN_ADDRESS,
     SCHEDULER,
+    STREAMS,
     WORKER,
     serves,
 )
@@ -83,6 +85,7 @@ def check(vllm_config: VllmConfig) -> None:
     if env.batch_invariant():
         _check_invariance(vllm_config)
     _check_quantisation(vllm_config)
+    check_streams(config, vllm_config)
     if vllm_config.speculative_config is not None:
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
         _check_state(vllm_config)
@@ -101,6 +104,8 @@ def check_drafter(model_config: ModelConfig) -> None:
 
 def complete(vllm_config: VllmConfig) -> None:
     """Fill in what no flag says; on a CPU: cores, memory, LoRA, worker and scheduler."""
+    if vllm_config.model_config.architecture in STREAMS:
+        read_texts_only(vllm_config)
     _align_drafter(vllm_config)
     if not current_platform.is_cpu():
         return

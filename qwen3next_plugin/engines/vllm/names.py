@@ -17,11 +17,21 @@ WRAPPERS: Mapping[str, str] = {
     name: f"{PACKAGE}.model.wrapped:{name}"
     for name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 }
-DRAFTERS: Mapping[str, str] = dict.fromkeys(
-    ("Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP"), f"{PACKAGE}.model.mtp:Qwen3NextMTP"
+# Qwen3.8-Flash-Next, which is served by us on a CPU and by vLLM on a GPU. With a vision tower, too,
+# it is a text model.
+STREAMS: Mapping[str, str] = dict.fromkeys(
+    ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
+    f"{PACKAGE}.model.streams:Qwen4ExpForCausalLM",
 )
-TRUNKS = {**TEXT_MODELS, **WRAPPERS}
+DRAFTERS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP"), f"{PACKAGE}.model.mtp:Qwen3NextMTP"
+    ),
+    "Qwen4ExpMTP": f"{PACKAGE}.model.streams_mtp:Qwen4ExpMTP",
+}
+TRUNKS = {**TEXT_MODELS, **WRAPPERS, **STREAMS}
 MODELS = {**TRUNKS, **DRAFTERS}
+ON_CPU = {*STREAMS, "Qwen4ExpMTP"}  # where alone we serve them
 BACKEND_NAME = "QWEN3NEXT_GDN"  # the linear-attention backend
 OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
@@ -34,11 +44,20 @@ OWN_ADDRESS = "VLLM_HOST_IP"  # the variable with this node's address
 LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so
 
 
+def models_here() -> dict[str, str]:
+    """The models that the plugin serves on this platform."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return MODELS
+    return {name: model for name, model in MODELS.items() if name not in ON_CPU}
+
+
 def is_ours(model_config: "ModelConfig") -> bool:
     """Whether the plugin serves this model."""
-    return model_config.architecture in MODELS
+    return model_config.architecture in models_here()
 
 
 def serves(hf_config: Any) -> bool:
     """Whether the plugin serves the model of a config that vLLM has only read."""
-    return not MODELS.keys().isdisjoint(hf_config.architectures or ())
+    return not models_here().keys().isdisjoint(hf_config.architectures or ())

@@ -25,7 +25,14 @@ from qwen3next_plugin.engines.patching import Entry, Function, Host
 from qwen3next_plugin.engines.vllm import flags, metrics
 from qwen3next_plugin.engines.vllm.cpu import exchange, page_copy
 from qwen3next_plugin.engines.vllm.model import config as configuration
-from qwen3next_plugin.engines.vllm.names import DRAFTERS, LOGGER, OPAQUE_OP, TRUNKS, is_ours
+from qwen3next_plugin.engines.vllm.names import (
+    DRAFTERS,
+    LOGGER,
+    OPAQUE_OP,
+    TRUNKS,
+    is_ours,
+    models_here,
+)
 from qwen3next_plugin.engines.vllm.repairs import (
     adapters,
     exit_code,
@@ -206,6 +213,7 @@ WITH_OURS: tuple[Entry, ...] = tuple(
         *((trunk, CheckFlags) for trunk in TRUNKS),
         *((drafter, CheckDrafter) for drafter in DRAFTERS),
     )
+    if architecture in models_here()
 )
 
 ELSEWHERE: tuple[Entry, ...] = tuple(
@@ -217,6 +225,7 @@ ELSEWHERE: tuple[Entry, ...] = tuple(
         remove_when="there are kernels for every platform",
     )
     for architecture in TRUNKS
+    if architecture in models_here()
 )
 
 ON_GPU: tuple[Entry, ...] = (

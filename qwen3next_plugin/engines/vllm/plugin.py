@@ -9,8 +9,8 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.names import (
     BACKEND_NAME,
     LOGGER,
-    MODELS,
     PACKAGE,
+    models_here,
 )
 from qwen3next_plugin.versions import check_host
 
@@ -60,7 +60,7 @@ def _register() -> None:
     patches.apply(
         patches.FILES + patches.ROPE + patches.WITH_OURS + (() if on_cpu else patches.ON_GPU)
     )
-    for architecture, model in MODELS.items():
+    for architecture, model in models_here().items():
         ModelRegistry.register_model(architecture, model)
     register_backend(BACKEND_NAME, f"{PACKAGE}.state.steps.GatedDeltaNetBackend", is_mamba=True)
 
@@ -72,7 +72,7 @@ def registered() -> dict[str, str]:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    modules = {name: _module(ModelRegistry.models[name]) for name in MODELS}
+    modules = {name: _module(ModelRegistry.models[name]) for name in models_here()}
     return {"platform": current_platform.device_type} | modules
 
 

@@ -19,6 +19,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.model.self_check.cases import Draw, Run, Served, cases, run_bad_row
+from qwen3next_plugin.model.self_check.qwen4_exp import qwen4_exp_cases
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.verdicts import Verdict, passed
 
@@ -64,7 +65,7 @@ def check_kernels(
 def compare(served: Served) -> None:
     """Run every case by the backend and by the reference; raises KernelError."""
     backend = dispatch.backend("gated_delta_net", served.device.type)
-    for op, case in cases(served, backend).items():
+    for op, case in (cases(served, backend) | qwen4_exp_cases(served, backend)).items():
         run, reference = dispatch.implementation(op, served.device), _reference(op)
         sizes = "its first input"
         try:

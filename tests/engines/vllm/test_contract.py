@@ -549,7 +549,7 @@ def test_architecture_names_are_the_hosts(sources, name):
 
 
 def test_entries_of_the_hosts_own_config_map_are_called_first(sources):
-    """Ours would hide them. They are for Qwen3.5 only, and touch the positions and S's dtype."""
+    """Ours would hide them. They are for two models, and touch the positions and S's dtype."""
     tree = sources.tree("model_executor/models/config.py")
     entries = definition(tree, "MODELS_CONFIG_MAP").value
     theirs = {key.value: value.id for key, value in zip(entries.keys, entries.values, strict=True)}
@@ -558,6 +558,8 @@ def test_entries_of_the_hosts_own_config_map_are_called_first(sources):
         "Qwen3_5MoeForCausalLM": "Qwen3_5ForCausalLMConfig",
         "Qwen3_5ForConditionalGeneration": "Qwen3_5ForConditionalGenerationConfig",
         "Qwen3_5MoeForConditionalGeneration": "Qwen3_5ForConditionalGenerationConfig",
+        "Qwen4ExpForCausalLM": "Qwen4ExpForCausalLMConfig",
+        "Qwen4ExpForConditionalGeneration": "Qwen4ExpForConditionalGenerationConfig",
     }
     called = []
     for name in ("Host", "Ours"):

@@ -16,16 +16,29 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import projection_layout
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
-from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout, page_spec
+from qwen3next_plugin.engines.vllm.state.pages import (
+    PAGE_DTYPE,
+    largest_page,
+    page_layout,
+    page_spec,
+)
 from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
 from qwen3next_plugin.model.linear_attention import LinearAttention
-from qwen3next_plugin.model.state import StateError, StatePool
+from qwen3next_plugin.model.state import NgramPool, StateError, StatePool
 
 
 class GatedDeltaNet(LinearAttention, MambaBase):
     """One linear-attention layer. vLLM binds its state pages to it, and finds it by its prefix."""
 
-    def __init__(self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        ngrams: bool = False,
+    ) -> None:
+        """Args: ngrams: its pages are also those of an n-gram embedding."""
         super().__init__(
             config,
             host_layers(vllm_config),
@@ -33,7 +46,8 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             rank=get_tensor_model_parallel_rank(),
             layout=projection_layout(config, vllm_config),
         )
-        self.layout = page_layout(config, vllm_config)
+        self.layout = page_layout(config, vllm_config, ngrams=ngrams)
+        self.largest = largest_page(config, vllm_config)
         self.value_dim = config.value_dim_per_rank
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
@@ -85,12 +99,14 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         """Drop the views too: vLLM sets this to free the memory of its pages."""
         self._kv_cache = pages
         self.pool: StatePool | None = None
+        self.ngram_pool: NgramPool | None = None
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages: `kv_cache` [slots, 1, 1, bytes] int8."""
         pages = kv_cache.squeeze(dim=(1, 2))
         self.kv_cache = (pages[:, : self.layout.page_bytes],)  # what vLLM copies
         self.pool = self.layout.view(pages)
+        self.ngram_pool = self.layout.view_ngrams(pages)
         if self.pool.span.device.type != "cpu":  # compile now, not at the first request
             launch_idle(weights=self.weights, shape=self.shape, pool_=self.pool)
 
@@ -105,7 +121,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         return MambaAttentionBackendEnum[BACKEND_NAME]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
-        return page_spec(self.layout, vllm_config)
+        return page_spec(self.largest, vllm_config)
 
 
 @eager_break_during_capture

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,6 +93,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
     """The drafter as vLLM's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
+    predictor_class: type[Any] = MultiTokenPredictor
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
     update_physical_experts_metadata = Qwen3NextForCausalLM.update_physical_experts_metadata
 
@@ -102,7 +104,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.sizes = read_config(vllm_config)
         self.quantised = vllm_config.quant_config is not None
         self.formats = served_formats(vllm_config.quant_config)
-        self.model = MultiTokenPredictor(
+        self.model = self.predictor_class(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp")
         )
         self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here, from the same stage

@@ -61,10 +61,10 @@ from qwen3next_plugin.engines.vllm.patches import (
     provide_page_copies,
     refuse_unused_adapters,
 )
-from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, page_layout
+from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
-from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import loaded_tensors, not_loaded_tensors
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
@@ -175,6 +175,7 @@ class Qwen3NextForCausalLM(
     """The trunk as vLLM's registry knows it; replaces the built-in model of that name."""
 
     packed_modules_mapping = PACKED_MODULES
+    model_class: type[Any] = Qwen3NextModel
     moe_layers: list[Any]
     num_logical_experts: int
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
@@ -191,9 +192,9 @@ class Qwen3NextForCausalLM(
         if vllm_config.lora_config is not None:
             refuse_unused_adapters()
         dispatch.load(current_platform.device_type)
-        layout = page_layout(self.config, vllm_config)
+        layout = largest_page(self.config, vllm_config)
         check_kernels(self.config, layout, torch.get_default_device(), logger.info)
-        self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model = self.model_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(
             self.config, vllm_config, prefix, embedding=self.model.embed_tokens
         )
@@ -225,8 +226,8 @@ class Qwen3NextForCausalLM(
         tensors = parameters(
             weights,
             self.config,
-            expected=trunk_tensors(self.config),
-            ignored=mtp_tensors(self.config),
+            expected=loaded_tensors(self.config),
+            ignored=not_loaded_tensors(self.config),
             quantised=self.quantised,
             formats=self.formats,
             layout=self.layout,
@@ -245,7 +246,7 @@ class Qwen3NextForCausalLM(
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int]]:
-        return ((page_layout(read_config(vllm_config), vllm_config).page_bytes,),)
+        return ((largest_page(read_config(vllm_config), vllm_config).page_bytes,),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype]:

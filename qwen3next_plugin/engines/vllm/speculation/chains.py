@@ -29,7 +29,7 @@ class Chains(EagleProposer):
         positions = np.concatenate([np.arange(part.first, part.end) for part in tokens])
         token_ids = torch.cat([part.token_ids for part in tokens])
         self.model.see(token_ids)
-        hidden_states = self._forward(
+        hidden_states, states = self._forward(
             token_ids,
             positions,
             torch.cat([part.hidden_states for part in tokens]),
@@ -38,14 +38,15 @@ class Chains(EagleProposer):
             axes,
         )
         ends = np.cumsum(counts) - 1
-        hidden_states, positions = hidden_states[ends], positions[ends]  # [fed, D], [fed]
+        hidden_states, states = hidden_states[ends], states[ends]  # [fed, D or hc·D]
+        positions = positions[ends]  # [fed]
         for depth in range(fed[0].draft):
             n = sum(row.draft > depth for row in fed)
             if depth > 0:
-                hidden_states = self._forward(
+                hidden_states, states = self._forward(
                     token_ids[:n],
                     positions[:n] + depth,
-                    hidden_states[:n],
+                    states[:n],
                     [1] * n,
                     table[:n],
                     axes[:n],
@@ -62,12 +63,15 @@ class Chains(EagleProposer):
         counts: Sequence[int],
         table: np.ndarray,
         axes: Sequence[Axes | None],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the MTP layer over `counts` tokens of each row.
 
+        Returns what drafts come from, and what the next pass reads: the same, but for a model whose
+        residual has several streams.
+
         Shapes:
-            token_ids, positions [T], hidden_states [T, D], counts, axes [fed],
-            table [fed, blocks], returns [T, D]
+            token_ids, positions [T], hidden_states [T, D] or [T, hc·D], counts, axes [fed],
+            table [fed, blocks], returns [T, D], and as hidden_states
         """
         starts = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
@@ -101,9 +105,10 @@ class Chains(EagleProposer):
             num_tokens=len(token_ids),
             slot_mapping=dict.fromkeys(metadata, slot_mapping),
         ):
-            return self.model(
+            out = self.model(
                 # The dtype that vLLM compiled the layer for: it drops the guards against others.
                 input_ids=token_ids.to(self.input_ids.dtype),
                 positions=at,
                 hidden_states=hidden_states,
             )
+        return out if isinstance(out, tuple) else (out, out)

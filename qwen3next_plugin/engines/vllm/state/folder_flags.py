@@ -17,7 +17,7 @@ from qwen3next_plugin.engines.block_files import SPACE
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm.names import PACKAGE
-from qwen3next_plugin.engines.vllm.state.pages import page_layout
+from qwen3next_plugin.engines.vllm.state.pages import largest_page
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
@@ -144,7 +144,7 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
 def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
     """The name of the subfolder for these weights, and for all that decides what a page holds."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
-    layout = page_layout(config, vllm_config)
+    layout = largest_page(config, vllm_config)
     others = (
         layout,
         sorted(model_config.hf_config.to_dict().items(), key=str),

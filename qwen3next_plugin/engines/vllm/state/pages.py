@@ -16,8 +16,13 @@ from qwen3next_plugin.model.state import PageLayout, state_dtype
 PAGE_DTYPE = torch.int8  # a page is bytes to vLLM
 
 
-def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
-    """The page of one linear layer on this rank, under these engine flags."""
+def page_layout(
+    config: Qwen3NextConfig, vllm_config: VllmConfig, *, ngrams: bool = False
+) -> PageLayout:
+    """The page of one linear layer on this rank, under these engine flags.
+
+    Args: ngrams: the layer has an n-gram embedding.
+    """
     name = vllm_config.cache_config.mamba_ssm_cache_dtype
     if name == "auto":  # vLLM would use the activations' dtype; the recurrence drifts in bf16
         name = "float32"
@@ -28,11 +33,17 @@ def page_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
         state_dtype=state_dtype(
             name, setting="mamba_ssm_cache_dtype", flag="--mamba-ssm-cache-dtype"
         ),
+        ngrams=ngrams,
     )
 
 
+def largest_page(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
+    """The page of the layers whose page is the largest: vLLM's are of one size."""
+    return page_layout(config, vllm_config, ngrams=bool(config.ple_layer_ids))
+
+
 def page_spec(layout: PageLayout, vllm_config: VllmConfig) -> MambaSpec:
-    """What vLLM sizes its cache by: one page for each request, also with drafts.
+    """What vLLM sizes its cache by: one page of the largest layout for each request.
 
     The page is declared as large as the block that vLLM pads it to. When a prefix hit ends inside
     a block, vLLM 0.32 copies only as many bytes of the block as the first layer in it declares,

@@ -1,0 +1,96 @@
+"""The n-gram embedding of a linear layer, in whose state pages it keeps its own state."""
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.hub import local_folder
+from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
+from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
+from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
+from qwen3next_plugin.model.state import StateError
+
+
+class NgramLayer(PerLayerEmbedding):
+    """The neutral layer; vLLM finds it by its prefix."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        vllm_config: VllmConfig,
+        prefix: str,
+        *,
+        i: int,
+        linear: GatedDeltaNet,
+    ) -> None:
+        model_config = vllm_config.model_config
+        folder = local_folder(model_config.model, model_config.revision)
+        table = open_table(folder, config, i)
+        super().__init__(config, host_layers(vllm_config), prefix, i=i, table=table)
+        self.prefix = prefix
+        self._linear = (linear,)  # a tuple: it is a part of the decoder layer
+        get_current_vllm_config().compilation_config.static_forward_context[prefix] = self
+
+    def forward(
+        self,
+        streams_: torch.Tensor,
+        block: torch.Tensor | None,
+        injection: torch.Tensor | None,
+        token_ids: torch.Tensor,
+    ) -> None:
+        """Shapes: those of `add`."""
+        torch.ops.vllm.qwen3next_ngrams(streams_, block, injection, token_ids, self.prefix)
+
+    def run(
+        self,
+        streams_: torch.Tensor,
+        block: torch.Tensor | None,
+        injection: torch.Tensor | None,
+        token_ids: torch.Tensor,
+    ) -> None:
+        """Run the layer on this step's rows; do nothing where vLLM runs no step.
+
+        Raises:
+            StateError: a page that cannot serve the step; names the layer.
+        """
+        (linear,) = self._linear
+        step = (get_forward_context().attn_metadata or {}).get(linear.prefix)
+        if step is None:  # profiling and tuning: no pages
+            return
+        assert linear.ngram_pool is not None
+        try:
+            self.add(streams_, block, injection, token_ids, pool_=linear.ngram_pool, step=step)
+        except RuntimeError as error:
+            raise StateError(self.prefix, str(error)) from error
+
+
+def _ngrams(
+    streams: torch.Tensor,
+    block: torch.Tensor | None,
+    injection: torch.Tensor | None,
+    token_ids: torch.Tensor,
+    layer_name: str,
+) -> None:
+    """The layer, as an op that is opaque to the compiler."""
+    layer = get_forward_context().no_compile_layers[layer_name]
+    layer.run(streams, block, injection, token_ids)
+
+
+def _ngrams_fake(
+    streams: torch.Tensor,
+    block: torch.Tensor | None,
+    injection: torch.Tensor | None,
+    token_ids: torch.Tensor,
+    layer_name: str,
+) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name="qwen3next_ngrams",
+    op_func=_ngrams,
+    mutates_args=["streams"],
+    fake_impl=_ngrams_fake,
+)

@@ -1,0 +1,154 @@
+"""Qwen4-Exp (Qwen3.8-Flash-Next) under vLLM: in fp32, what transformers computes.
+
+Sparse attention is past its budget of 64 tokens in most prompts.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from checkpoints import random_prompt
+from engines.checks import TOKENS, check_greedy
+from engines.process import CPUS
+from engines.vllm.checks import LOGPROBS, check_cache_hits
+from engines.vllm.offline import Offline
+from qwen4_exp import StreamsReference, write_qwen4_exp
+
+pytestmark = pytest.mark.serve
+
+PROMPTS = [random_prompt(length, seed=31) for length in (1, 2, 3, 63, 64, 65, 300, 1000)]
+FLAGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 257,  # prompts are read in slices
+    "speculative_config": {"method": "mtp", "num_speculative_tokens": 4},
+}
+OTHER_SIZES = {
+    "hc_count": 3,
+    "hidden_size": 96,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_value_head_dim": 48,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 36,
+    "heads_per_ngram": 2,
+    "ngram_size": 4,
+    "indexer_compress_ratio": 8,
+    "indexer_n_heads": 7,
+    "output_gate_type": None,
+    "split_ngram_parts": 3,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_qwen4_exp(tmp_path_factory.mktemp("qwen4_exp"))
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> StreamsReference:
+    return StreamsReference(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder) -> Iterator[Offline]:
+    engine = Offline(folder, env={"QWEN3NEXT_DRAFTS": "fixed"}, **FLAGS)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 4])
+def test_any_number_of_drafts_gives_what_transformers_computes(engine, model, num_drafts):
+    engine.forget()
+    engine.inside("draft", num_drafts)
+    check_greedy(model, PROMPTS, engine.greedy(PROMPTS, TOKENS, **LOGPROBS))
+
+
+def test_each_prompt_alone(engine, model):
+    engine.forget()
+    engine.inside("draft", 0)
+    outputs = [engine.greedy([prompt], TOKENS, **LOGPROBS)[0] for prompt in PROMPTS[::2]]
+    check_greedy(model, PROMPTS[::2], outputs)
+
+
+def test_ends_of_text_end_n_grams(engine, model):
+    """An end of text in the prompt, at a chunk's start, and twice in a row."""
+    end = model.trunk.config.eos_token_id
+    prompts = []
+    for at in ((5,), (254, 255, 256, 257), (0, 1, 3, 5, 299)):
+        ids = list(random_prompt(300, seed=32))
+        for position in at:
+            ids[position] = end
+        prompts.append(tuple(ids))
+    engine.inside("draft", 2)
+    check_greedy(model, prompts, engine.greedy(prompts, TOKENS, **LOGPROBS))
+
+
+def test_prefix_cache_hits(engine, model):
+    engine.inside("draft", 2)
+    block = engine.cache()["block_size"]
+    prompts = [random_prompt(n, seed=33) for n in (2 * block, 2 * block + 1)]
+    check_greedy(model, prompts, check_cache_hits(engine, prompts))
+
+
+def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(engine, model):
+    num_drafts, name = 4, "vllm:spec_decode_num_accepted_tokens"
+    engine.inside("draft", num_drafts)
+    engine.forget()
+    prompt = random_prompt(130, seed=34)
+    before = engine.counters().get(name, 0)
+    (answer,) = engine.greedy([prompt], 64)
+    accepted = engine.counters()[name] - before
+    made, right = model.accepted(prompt, answer.token_ids, num_drafts)
+    assert right > 0.2 * made
+    assert abs(accepted - right) <= num_drafts
+
+
+def test_preempted_requests_end_as_undisturbed_ones(folder, model):
+    flags = FLAGS | {"max_model_len": 512, "num_gpu_blocks_override": 40, "prefix_match_unit": 16}
+    prompts = [random_prompt(n, seed=5) for n in (100, 120, 126, 127, 250, 255, 256, 257)]
+    engine = Offline(folder, **flags)
+    try:
+        outputs = engine.greedy(prompts, 160, logprobs=0)
+        assert engine.counters()["vllm:num_preemptions"] > 0
+    finally:
+        engine.close()
+    check_greedy(model, prompts, outputs)
+
+
+def test_other_sizes_compiled(tmp_path):
+    folder = write_qwen4_exp(tmp_path, seed=1, **OTHER_SIZES)
+    engine = Offline(folder, **FLAGS | {"enforce_eager": False})
+    try:
+        outputs = engine.greedy(PROMPTS, TOKENS, **LOGPROBS)
+    finally:
+        engine.close()
+    check_greedy(StreamsReference(folder), PROMPTS, outputs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_with_a_vision_tower_is_served_for_texts(tmp_path, model, wrapped):
+    """And its table of n-grams in memory; named with and without the flag."""
+    folder = write_qwen4_exp(tmp_path, wrapped=True)
+    engine = Offline(
+        folder, env={"QWEN3NEXT_NGRAM": "resident"}, **FLAGS, language_model_only=wrapped
+    )
+    try:
+        outputs = engine.greedy(PROMPTS[-3:], TOKENS, **LOGPROBS)
+    finally:
+        engine.close()
+    check_greedy(model, PROMPTS[-3:], outputs)
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+def test_two_ranks(folder, model):
+    prompts = [random_prompt(n, seed=12) for n in (1, 130)]
+    engine = Offline(folder, **FLAGS, tensor_parallel_size=2)
+    try:
+        outputs = engine.greedy(prompts, 10, **LOGPROBS)
+    finally:
+        engine.close()
+    check_greedy(model, prompts, outputs)
