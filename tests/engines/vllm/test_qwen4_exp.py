@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints import random_prompt
+from engines.bits import INVARIANT
 from engines.checks import TOKENS, check_greedy
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS, check_cache_hits
@@ -152,3 +153,28 @@ def test_two_ranks(folder, model):
     finally:
         engine.close()
     check_greedy(model, prompts, outputs)
+
+
+def test_in_bf16_a_token_has_the_same_bits_alone_in_a_batch_and_with_drafts(folder):
+    """And from the prefix cache, in slices of other sizes."""
+    found = []
+    for tokens in (257, 67):
+        flags = FLAGS | {"dtype": "bfloat16", "max_num_batched_tokens": tokens}
+        engine = Offline(folder, env=INVARIANT, **flags | {"max_num_seqs": 8})
+        try:
+            for drafts, batch in ((0, False), (0, True), (4, True)):
+                engine.inside("draft", drafts)
+                engine.forget()
+                groups = [PROMPTS] if batch else [[prompt] for prompt in PROMPTS]
+                found += [
+                    [one for group in groups for one in engine.greedy(group, TOKENS, **LOGPROBS)]
+                ]
+            found += [engine.greedy(PROMPTS, TOKENS, logprobs=0)]
+        finally:
+            engine.close()
+    for run in found[1:]:
+        for one, other in zip(run, found[0], strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.logprobs == other.logprobs
+            if one.prompt_logprobs is not None:
+                assert one.prompt_logprobs == other.prompt_logprobs
