@@ -41,6 +41,7 @@ from qwen3next_plugin.engines.vllm.names import (
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
+from qwen3next_plugin.engines.vllm.state.handover import check_handover, complete_handover
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
@@ -94,6 +95,7 @@ def check(vllm_config: VllmConfig) -> None:
         _check_cpu(config, vllm_config)
         _check_memory(config, vllm_config)
     check_folder(vllm_config)
+    check_handover(vllm_config)
 
 
 def check_drafter(model_config: ModelConfig) -> None:
@@ -119,6 +121,7 @@ def complete(vllm_config: VllmConfig) -> None:
     _limit_lora(vllm_config.lora_config)
     vllm_config.parallel_config.worker_cls = WORKER
     complete_folder(vllm_config, read_config(vllm_config))
+    complete_handover(vllm_config, read_config(vllm_config))
     _call_worker_once(vllm_config.parallel_config)
     keep_graphs_apart(vllm_config)
     _choose_metrics(vllm_config)

@@ -3,7 +3,7 @@
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
 IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
-WITH_LORA, PAGE_COPIES, EXCHANGES and GRAPHS when our model is built.
+WITH_LORA, PAGE_COPIES, EXCHANGES, GRAPHS and HANDOVER when our model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -42,6 +42,7 @@ from qwen3next_plugin.engines.vllm.repairs import (
     nodes,
     reloads,
 )
+from qwen3next_plugin.engines.vllm.state import handover
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -319,6 +320,25 @@ GRAPHS: tuple[Entry, ...] = (
     ),
 )
 
+NIXL_WORKER = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker"
+HANDOVER: tuple[Entry, ...] = (
+    Patch(
+        target=f"{NIXL_WORKER}.derive_mamba_conv_split",
+        parameters=("mamba_spec", "local_tp"),
+        function=handover.in_one_part,
+        reason="vLLM's NIXL connector reads only states of its own layers, in parts by heads",
+        remove_when="it reads any other state whole between equal tensor parallel sizes",
+    ),
+    Patch(
+        target=f"{NIXL_WORKER}.compute_nixl_compatibility_hash",
+        parameters=("vllm_config", "attn_backend_name", "transfer_mode"),
+        function=handover.with_what_is_alike,
+        reason="vLLM compares neither draft lengths nor weights nor states' dtypes, and names "
+        "nothing that differs",
+        remove_when="a model can add to what is compared",
+    ),
+)
+
 OVERRIDES: tuple[Entry, ...] = (
     Override(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",
@@ -530,7 +550,8 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *EXCHANGES),
-    *(*GRAPHS, *OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER, *REPAIRS),
+    *(*GRAPHS, *HANDOVER, *OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER),
+    *REPAIRS,
 )
 
 
@@ -558,6 +579,11 @@ def complete_cpu() -> None:
     if current_platform.is_cpu():
         apply(EXCHANGES)
         apply(GRAPHS)
+
+
+def hand_over_pages() -> None:
+    """Let vLLM's NIXL connector copy our pages."""
+    apply(HANDOVER)
 
 
 def refuse_unused_adapters() -> None:

@@ -102,6 +102,7 @@ OVERRIDDEN = {
     },
     "v1/worker/gpu_worker.py": {
         "Worker": {
+            "initialize_from_config": ["self", "kv_cache_config"],
             "reload_weights": ["self"],
             "execute_model": ["self", "scheduler_output"],
             "sample_tokens": ["self", "grammar_output"],
@@ -283,6 +284,12 @@ CALLED = {
         "create_next_worker_view": ["self", "tensor_page_size"],
         "cleanup": ["self"],
     },
+    "distributed/nixl_utils.py": {"is_nixl_available": []},
+    "config/kv_transfer.py": {
+        "has_connector": ["self", "connector_name"],
+        "get_from_extra_config": ["self", "key", "default"],
+        "is_kv_producer": ["self"],
+    },
     "v1/kv_offload/file_mapper.py": {"from_offloading_spec": ["cls", "root_dir"]},
     "v1/kv_offload/tiering/async_lookup.py": {
         "mark_miss": ["self", "keys"],
@@ -358,6 +365,14 @@ FIELDS = {
         ],
     },
     "config/compilation.py": {"CompilationConfig": ["_attention_ops"]},
+    "config/kv_transfer.py": {
+        "KVTransferConfig": ["kv_connector", "kv_connector_extra_config"],
+    },
+    "distributed/kv_transfer/kv_connector/v1/ssm_conv_transfer_utils.py": {
+        "MambaConvSplitInfo": [
+            *("conv_rows", "local_proj_dims", "conv_dtype_size", "ssm_sizes"),
+        ],
+    },
     "config/model.py": {"ModelConfig": ["enforce_eager", "hf_overrides"]},
     "config/multimodal.py": {
         "MultiModalConfig": ["language_model_only", "mm_device_do_normalize"],

@@ -11,12 +11,9 @@ import torch
 
 from checkpoints import write_checkpoint
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.state import folder_flags
-from qwen3next_plugin.engines.vllm.state.folder_flags import (
-    SPEC,
-    complete_folder,
-    refuse_other_weights,
-)
+from qwen3next_plugin.engines.vllm.state import alike
+from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights
+from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC, complete_folder
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 MODULE = "qwen3next_plugin.engines.vllm.folder"
@@ -120,7 +117,7 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, complete, che
         patch.setenv("QWEN3NEXT_QUANTISE", "int8")
         found.append(space(complete(dtype="bfloat16")))
     config = complete()
-    for module in (folder_flags, torch, folder_flags.vllm):
+    for module in (alike, torch, alike.vllm):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "99.1")
             complete_again(config)
@@ -166,6 +163,13 @@ def test_a_fingerprint_follows_the_files(tmp_path):
     assert fingerprint(model) not in (before, changed)
     with pytest.raises(ValueError, match="no safetensors files"):
         fingerprint(tmp_path)
+
+
+def test_copies_have_the_same_fingerprint_without_times(tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    copied = Path(shutil.copytree(model, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert fingerprint(copied) != fingerprint(model)
+    assert fingerprint(copied, of_copies=True) == fingerprint(model, of_copies=True)
 
 
 def test_other_weights_are_refused_while_serving(complete, checkpoint):

@@ -58,9 +58,11 @@ from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.patches import (
     complete_cpu,
+    hand_over_pages,
     provide_page_copies,
     refuse_unused_adapters,
 )
+from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
@@ -189,6 +191,8 @@ class Qwen3NextForCausalLM(
         self.layout = projection_layout(self.config, vllm_config)
         provide_page_copies()
         complete_cpu()
+        if hands_over(vllm_config):
+            hand_over_pages()
         if vllm_config.lora_config is not None:
             refuse_unused_adapters()
         dispatch.load(current_platform.device_type)

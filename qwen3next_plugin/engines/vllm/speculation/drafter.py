@@ -37,6 +37,7 @@ class Drafter(Chains):
         super().__init__(_alone(vllm_config), device, runner)
         self.runner = runner
         policy = make_policy(self.num_speculative_tokens)
+        transfer = vllm_config.kv_transfer_config
         self.loop = Loop(
             observer=Observer(policy, worker_board(vllm_config), logger.error),
             ranks=get_tp_group(),
@@ -44,7 +45,7 @@ class Drafter(Chains):
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             room=self._room,
             # A KV connector ships the layer's cache at any time, so it may miss no token.
-            must_run=vllm_config.kv_transfer_config is not None,
+            must_run=transfer is not None and transfer.is_kv_producer,
         )
         self.most = 0  # drafts of a request that vLLM asks for
         self.left = 0.0  # when the last call of propose ended

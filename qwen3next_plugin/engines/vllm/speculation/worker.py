@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -25,6 +26,7 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     CoupledSampler,
     drafts_and_rows,
 )
+from qwen3next_plugin.engines.vllm.state.handover import beside_computation
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -61,6 +63,11 @@ class Worker(CPUWorker):
         """Load trunk and MTP layer, and show how far that is."""
         with one_bar(self.vllm_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Make the pools, and the KV connector."""
+        with beside_computation(self.vllm_config):
+            super().initialize_from_config(kv_cache_config)
 
     def reload_weights(
         self,

@@ -2,23 +2,20 @@
 
 import os
 from hashlib import sha256
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-import torch
-import vllm
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.block_files import SPACE
-from qwen3next_plugin.engines.hub import READ_HERE, local_folder
-from qwen3next_plugin.engines.processor import instructions
+from qwen3next_plugin.engines.block_files import SPACE, check_settings
 from qwen3next_plugin.engines.vllm.names import PACKAGE
-from qwen3next_plugin.engines.vllm.state.pages import largest_page
-from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.engines.vllm.state.alike import (
+    WITHOUT,
+    alike,
+    check_known_weights,
+    stored_weights,
+)
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 SPEC, TIER = "FolderSpec", "FolderTier"
@@ -52,57 +49,28 @@ def check_folder(vllm_config: VllmConfig) -> None:
         return
     if unknown := sorted(set(settings) - set(OWN)):
         raise ConfigError(f"{FIELD}: {SPEC} has no {', '.join(unknown)}; it has {', '.join(OWN)}")
-    for name in ("folder_bytes", "cpu_bytes_to_use"):
-        value = settings.get(name, MEMORY)
-        if not isinstance(value, int) or value <= 0:
-            raise ConfigError(f"{name} = {value!r}: must be a number of bytes, in {FIELD}")
-    if "folder_bytes" not in settings:
-        raise ConfigError(f"folder_bytes is missing in {FIELD}: the most that the folder may hold")
-    _check_writable(settings.get("folder"))
+    numbers = ("folder_bytes", "cpu_bytes_to_use")
+    check_settings({"cpu_bytes_to_use": MEMORY} | settings, numbers, FIELD)
     _check_flags(vllm_config)
     _check_keys(vllm_config.cache_config.prefix_caching_hash_algo)
 
 
-def _check_writable(folder: Any) -> None:
-    if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise ConfigError(f"folder = {folder!r}: no such folder; make it, or change {FIELD}")
-    try:
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"folder = {folder!r} cannot be written ({error.strerror}): grant user {os.getuid()} "
-            f"that, or name another in {FIELD}"
-        ) from error
-
-
 def _check_flags(vllm_config: VllmConfig) -> None:
     """Refuse flags with which files would be missing, incomplete, or another model's."""
-    load_format = vllm_config.load_config.load_format
     nodes = vllm_config.parallel_config.nnodes
-    without = "or leave out --kv-transfer-config"
     if not current_platform.is_cpu():
         raise ConfigError(f"{SPEC} copies on CPUs only; on a GPU vLLM has TieringOffloadingSpec")
     if not vllm_config.cache_config.enable_prefix_caching:
         raise ConfigError(
             f"{SPEC} keeps the prefix cache, which is off: leave out --no-enable-prefix-caching, "
-            f"{without}"
+            f"{WITHOUT}"
         )
     if nodes > 1:
         raise ConfigError(
             f"nnodes = {nodes}: {SPEC} writes what one machine's ranks have in memory; use one "
-            f"machine, {without}"
+            f"machine, {WITHOUT}"
         )
-    if vllm_config.lora_config is not None:
-        raise ConfigError(
-            f"enable_lora: {SPEC} knows an adapter by its path only, whatever its weights were; "
-            f"serve without adapters, {without}"
-        )
-    if load_format not in READ_HERE:
-        raise ConfigError(
-            f"load_format = {load_format}: {SPEC} knows weights by their safetensors files; leave "
-            f"out --load-format, {without}"
-        )
+    check_known_weights(vllm_config, SPEC)
 
 
 def _check_keys(algorithm: str) -> None:
@@ -112,15 +80,6 @@ def _check_keys(algorithm: str) -> None:
             f"prefix_caching_hash_algo = {algorithm}: vLLM seeds it at random, so a start would "
             f"find no earlier one's files; leave out --prefix-caching-hash-algo, or set {SEED}, "
             "alike for all servers"
-        )
-
-
-def refuse_other_weights(vllm_config: VllmConfig) -> None:
-    """Raise where files of this start's weights would be read for others."""
-    if _asked(vllm_config) is not None:
-        raise ConfigError(
-            f"reload_weights: {SPEC} would serve prefixes of the weights that it started with; "
-            "restart the server, or serve without --kv-transfer-config"
         )
 
 
@@ -143,19 +102,8 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
 
 def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
     """The name of the subfolder for these weights, and for all that decides what a page holds."""
-    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
-    layout = largest_page(config, vllm_config)
-    others = (
-        layout,
-        sorted(model_config.hf_config.to_dict().items(), key=str),
-        cache_config.cache_dtype,
-        cache_config.prefix_caching_hash_algo,
-        (env.quantise(), env.batch_invariant()),
-        # KV is laid out as vLLM's attention on this processor reads it; bits are our kernels'.
-        (__version__, vllm.__version__, str(torch.__version__), described("cpu"), instructions()),
-    )
-    dtype = str(model_config.dtype).removeprefix("torch.")
-    downloads = vllm_config.load_config.download_dir
-    weights = fingerprint(local_folder(model_config.model, model_config.revision, downloads))
+    found = alike(vllm_config, config)
+    weights = fingerprint(stored_weights(vllm_config))
+    others = (found, vllm_config.cache_config.prefix_caching_hash_algo)
     rest = sha256(repr(others).encode()).hexdigest()[:16]
-    return f"{SPACE}{weights}-{dtype}-k{layout.num_drafts}-{rest}"
+    return f"{SPACE}{weights}-{found.dtype}-k{found.layout.num_drafts}-{rest}"

@@ -1,0 +1,80 @@
+"""What servers must have alike to read each other's pages and blocks of KV."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import vllm
+from vllm.config import VllmConfig
+
+from qwen3next_plugin import __version__, env
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.processor import instructions
+from qwen3next_plugin.engines.vllm.state.pages import page_layout
+from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.state import PageLayout
+
+WITHOUT = "or leave out --kv-transfer-config"
+
+
+class Alike(NamedTuple):
+    """All that decides what a page and a block hold, but the weights."""
+
+    layout: PageLayout
+    rest: tuple[Any, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Of activations, by name."""
+        return str(self.layout.activation_dtype).removeprefix("torch.")
+
+
+def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
+    """What a server under these flags has of it."""
+    sizes = vllm_config.model_config.hf_config.to_dict()
+    sizes.pop("_name_or_path", None)
+    rest = (
+        sorted(sizes.items(), key=str),
+        vllm_config.cache_config.cache_dtype,
+        (env.quantise(), env.batch_invariant()),
+        # KV is laid out as vLLM's attention on this processor reads it; bits are our kernels'.
+        (__version__, vllm.__version__, str(torch.__version__), described("cpu"), instructions()),
+    )
+    return Alike(page_layout(config, vllm_config), rest)
+
+
+def stored_weights(vllm_config: VllmConfig) -> Path:
+    """The folder of the checkpoint's files."""
+    model_config = vllm_config.model_config
+    downloads = vllm_config.load_config.download_dir
+    return local_folder(model_config.model, model_config.revision, downloads)
+
+
+def check_known_weights(vllm_config: VllmConfig, reader: str) -> None:
+    """Refuse weights of which `reader` could not tell whose pages they have computed.
+
+    Raises:
+        ConfigError: names the setting and the fix.
+    """
+    load_format = vllm_config.load_config.load_format
+    if vllm_config.lora_config is not None:
+        raise ConfigError(
+            f"enable_lora: {reader} knows an adapter by its path or name only, whatever its "
+            f"weights were; serve without adapters, {WITHOUT}"
+        )
+    if load_format not in READ_HERE:
+        raise ConfigError(
+            f"load_format = {load_format}: {reader} knows weights by their safetensors files; "
+            f"leave out --load-format, {WITHOUT}"
+        )
+
+
+def refuse_other_weights(vllm_config: VllmConfig) -> None:
+    """Raise where pages of this start's weights would be read for others."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None:
+        raise ConfigError(
+            f"reload_weights: {transfer.kv_connector} would serve prefixes of the weights that it "
+            "started with; restart the server, or serve without --kv-transfer-config"
+        )

@@ -1,0 +1,157 @@
+"""Prefill on one server and decode on another: the text of one server, and its pages."""
+
+import re
+import signal
+import time
+import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from checkpoints import random_prompt
+from engines.clients import PROMPTS
+from engines.process import CPUS
+from engines.vllm.apart import DRAFTS, apart, closing, complete, prefill, server, text
+from engines.vllm.server import Server
+
+pytestmark = pytest.mark.serve
+
+needs_two_cores = pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+SEEDED = {"temperature": 0.9, "seed": 7, "top_p": 0.95}
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[Server]]:
+    with closing(server("kv_producer"), server("kv_consumer")) as both:
+        yield both
+
+
+def block_size(server: Server) -> int:
+    (size,) = server.by_label("vllm:cache_config_info", "block_size")
+    return int(size)
+
+
+def handed_over(server: Server) -> float:
+    """Tokens of prompts that another server has computed."""
+    return server.metrics()["vllm:external_prefix_cache_hits_total"]
+
+
+def alone(server: Server, prompt: str | tuple[int, ...], **options) -> str:
+    """What one server answers that finds nothing in its cache."""
+    return text(complete(server, prompt, cache_salt="alone", **options))
+
+
+@pytest.mark.parametrize("options", [{}, SEEDED], ids=["greedy", "seeded"])
+def test_the_text_is_one_servers(servers, options):
+    """Of prompts that end before, at and after a block's end."""
+    block, seed = block_size(servers[0]), len(options)
+    lengths = (1, 2, 3, 9, block - 1, block, block + 1, block + 2, 2 * block + 40)
+    for prompt in [random_prompt(length, seed=40 + seed) for length in lengths]:
+        before = handed_over(servers[1])
+        found = text(apart(*servers, prompt, **options))
+        assert handed_over(servers[1]) - before == max(1, len(prompt) - 1), len(prompt)
+        assert found == alone(servers[1], prompt, **options), len(prompt)
+
+
+def test_many_at_once_with_drafts(servers):
+    before = servers[1].metrics()["vllm:spec_decode_num_accepted_tokens_total"]
+    with ThreadPoolExecutor(len(PROMPTS)) as clients:
+        found = list(clients.map(lambda prompt: text(apart(*servers, prompt)), PROMPTS))
+    after = servers[1].metrics()["vllm:spec_decode_num_accepted_tokens_total"]
+    assert found == [alone(servers[1], prompt) for prompt in PROMPTS]
+    assert after - before > len(PROMPTS)
+
+
+def test_pages_and_blocks_are_copied_byte_for_byte(servers):
+    """Of a prompt whose first part fills its blocks, so that decoding writes to others."""
+    prompt = random_prompt(2 * block_size(servers[0]) + 1, seed=44)
+    where = prefill(servers[0], prompt)
+    numbers = [block for group in where["remote_block_ids"] for block in group]
+    (written,) = servers[0].post("/collective_rpc", method="blocks", args=[numbers])["results"]
+    complete(servers[1], prompt, kv_transfer_params=where)
+    (there,) = servers[1].post("/collective_rpc", method="blocks")["results"]
+    assert len(numbers) > len(where["remote_block_ids"]) > 1  # of attention, and of pages
+    for region, (mine, theirs) in enumerate(zip(written, there, strict=True)):
+        assert set(filter(None, mine)) <= set(theirs), region
+    assert all(any(region) for region in written)
+
+
+def test_a_conversation_goes_on_from_its_own_cache(servers):
+    """The second turn hands over only what the decoding server has not cached."""
+    first = random_prompt(2 * block_size(servers[0]) + 9, seed=45)
+    answer = apart(*servers, first, return_token_ids=True)
+    second = (*first, *answer["choices"][0]["token_ids"], *random_prompt(20, seed=46))
+    before = handed_over(servers[1])
+    found = text(apart(*servers, second))
+    assert 0 < handed_over(servers[1]) - before < len(second) - block_size(servers[0])
+    assert found == alone(servers[1], second)
+
+
+def test_servers_that_wait_leave_the_cores_to_others(servers):
+    """NIXL's thread would keep one busy in each."""
+    apart(*servers, PROMPTS[0])
+    before, began = [sum(each.cpu_seconds().values()) for each in servers], time.monotonic()
+    time.sleep(3)
+    spent = [sum(each.cpu_seconds().values()) - t for each, t in zip(servers, before, strict=True)]
+    assert max(spent) < 0.1 * (time.monotonic() - began)
+
+
+@needs_two_cores
+@pytest.mark.long
+def test_two_ranks_hand_over_to_two():
+    ranks = {"--tensor-parallel-size": "2"}
+    with closing(server("kv_producer", **ranks), server("kv_consumer", **ranks)) as both:
+        for prompt in [random_prompt(length, seed=51) for length in (9, 300)]:
+            assert text(apart(*both, prompt)) == alone(both[1], prompt)
+        assert handed_over(both[1]) == 8 + 299
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+@pytest.mark.long
+def test_a_dead_prefill_server_costs_its_requests_only(policy):
+    """They are errors, or are computed where they are decoded, as vLLM's policy says."""
+    prompt = random_prompt(200, seed=47)
+    first = server("kv_producer", kind=Server)
+    second = server("kv_consumer", kind=Server, kv_load_failure_policy=policy)
+    with closing(first, second):
+        expected = alone(second, prompt)
+        known = [prefill(first, prompt), prefill(first, random_prompt(90, seed=48))]
+        assert text(complete(second, random_prompt(90, seed=48), kv_transfer_params=known[1]))
+        known[1] = prefill(first, prompt)
+        first.process.stop(signal.SIGKILL)
+        for where in known:
+            if policy == "recompute":
+                assert text(complete(second, prompt, kv_transfer_params=where)) == expected
+                continue
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                complete(second, prompt, kv_transfer_params=where)
+            assert refusal.value.code == 500
+        assert alone(second, prompt) == expected
+        assert second.healthy()
+
+
+@pytest.mark.parametrize(
+    ("named", "differs"),
+    [
+        ("num_speculative_tokens", {"drafts": DRAFTS - 1}),
+        ("dtype", {"--dtype": "bfloat16"}),
+        ("page_bytes", {"--mamba-ssm-cache-dtype": "bfloat16"}),
+        pytest.param(
+            *("tensor_parallel_size", {"--tensor-parallel-size": "2"}), marks=needs_two_cores
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.long
+def test_servers_that_are_not_alike_exchange_nothing(named, differs):
+    with closing(server("kv_producer", **differs), server("kv_consumer")) as both:
+        prompt = random_prompt(200, seed=49)
+        with pytest.raises(urllib.error.HTTPError):
+            apart(*both, prompt)
+        assert alone(both[1], prompt)
+        log = both[1].process.text()
+    found = re.search(r"Local: \w+ \((.*?)\), Remote: \w+ \((.*?)\)", log).groups()
+    decoder, prefiller = (dict(fact.split("=") for fact in each.split(", ")) for each in found)
+    assert decoder.keys() == prefiller.keys()
+    assert decoder[named] != prefiller[named]

@@ -1,0 +1,125 @@
+"""Prefill and decode on two servers: what is refused at start, and what both must have alike."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+from vllm.distributed.kv_transfer.kv_connector.v1.ssm_conv_transfer_utils import (
+    derive_mamba_conv_split,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from checkpoints import write_checkpoint
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.state import alike, handover
+from qwen3next_plugin.engines.vllm.state.handover import ALIKE, LAYOUT, complete_handover
+from qwen3next_plugin.engines.vllm.state.pages import page_layout, page_spec
+
+DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
+
+
+@pytest.fixture
+def complete(checkpoint, monkeypatch):
+    """vLLM completes its configuration, as it does before it starts a worker."""
+    monkeypatch.delenv(LAYOUT, raising=False)
+
+    def run(
+        settings: dict[str, Any] = {},  # noqa: B006
+        model: Path = checkpoint,
+        connector: str = "NixlConnector",
+        **flags: Any,
+    ):
+        transfer = {
+            "kv_connector": connector,
+            "kv_role": "kv_consumer",
+            "kv_connector_extra_config": settings,
+        }
+        flags = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | flags
+        args = EngineArgs(model=str(model), kv_transfer_config=transfer, **flags)
+        return args.create_engine_config()
+
+    return run
+
+
+def told(config: Any) -> str:
+    return config.kv_transfer_config.kv_connector_extra_config[ALIKE]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"connector": "NixlPushConnector"}, "NixlPushConnector is not tested .*use NixlConn"),
+        (
+            {
+                "connector": "MultiConnector",
+                "settings": {
+                    "connectors": [{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}]
+                },
+            },
+            "MultiConnector: use NixlConnector alone",
+        ),
+        (
+            {"settings": {"enforce_handshake_compat": False}},
+            "enforce_handshake_compat = False: only True is served",
+        ),
+        ({"settings": {"bidirectional_kv_xfer": True}}, "bidirectional_kv_xfer = True: only Fal"),
+        ({"enable_lora": True}, "enable_lora: NixlConnector .*serve without adapters"),
+        ({"load_format": "dummy"}, "load_format = dummy: NixlConnector .*leave out --load-format"),
+    ],
+    ids=str,
+)
+def test_what_would_give_wrong_text_is_refused_by_name(complete, given, message):
+    with pytest.raises(Exception, match=message):
+        complete(**given)
+
+
+def test_what_is_missing_is_named(complete, monkeypatch):
+    monkeypatch.setattr(handover.nixl_utils, "is_nixl_available", lambda: False)
+    with pytest.raises(Exception, match=r"pip install 'qwen3next-plugin\[nixl\]', or leave out"):
+        complete()
+
+
+def test_servers_are_told_what_they_must_have_alike(monkeypatch, complete, checkpoint, tmp_path):
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy", copy_function=shutil.copyfile))
+    config = complete()
+    assert os.environ[LAYOUT] == "DS"
+    assert told(config) == told(complete(model=copied)) == told(complete(max_model_len=256))
+    assert "dtype=float32, num_speculative_tokens=0, tensor_parallel_size=1, " in told(config)
+    found = [
+        told(config),
+        told(complete(dtype="bfloat16")),
+        told(complete(speculative_config=DRAFTS)),
+        told(complete(tensor_parallel_size=2)),
+        told(complete(hf_overrides={"rms_norm_eps": 1e-5})),
+        told(complete(model=write_checkpoint(tmp_path / "others", seed=9))),
+    ]
+    for module in (alike, torch, alike.vllm):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "99.1")
+            complete_handover(config, Qwen3NextConfig.from_hf(config.model_config.hf_config))
+        found.append(told(config))
+    assert len(set(found)) == len(found)
+
+
+def test_a_page_is_read_whole_and_other_states_as_vllm_does(complete):
+    config = complete(speculative_config=DRAFTS)
+    layout = page_layout(Qwen3NextConfig.from_hf(config.model_config.hf_config), config)
+    spec = page_spec(layout, config)
+    parts = handover.in_one_part(derive_mamba_conv_split, spec, 2)
+    assert parts.local_conv_offsets == parts.remote_conv_offsets(0, 1) == []
+    assert parts.ssm_sizes == (0, spec.page_size_bytes)
+    assert spec.page_size_bytes >= layout.page_bytes
+    theirs = MambaSpec(
+        shapes=((96, 3), (4, 8, 8)),
+        dtypes=(torch.float32, torch.float32),
+        block_size=16,
+        mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+    )
+    split = base_worker.derive_mamba_conv_split
+    assert handover.in_one_part(split, theirs, 1) == split(theirs, 1)
