@@ -41,7 +41,7 @@ from qwen3next_plugin.engines.vllm.names import (
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
-from qwen3next_plugin.engines.vllm.state.handover import check_handover, complete_handover
+from qwen3next_plugin.engines.vllm.state.handover_flags import check_handover, complete_handover
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load

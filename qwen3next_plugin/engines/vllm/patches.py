@@ -337,6 +337,14 @@ HANDOVER: tuple[Entry, ...] = (
         "nothing that differs",
         remove_when="a model can add to what is compared",
     ),
+    Patch(
+        target=f"{NIXL_WORKER}.NixlBaseConnectorWorker._pop_done_transfers",
+        parameters=("self", "transfers"),
+        function=handover.refuse_other_pages,
+        reason="vLLM reads blocks that the other server has freed: a page of another request "
+        "would end this server",
+        remove_when="vLLM fails a request whose blocks were freed before they were read",
+    ),
 )
 
 OVERRIDES: tuple[Entry, ...] = (

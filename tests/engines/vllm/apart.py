@@ -53,15 +53,13 @@ def digest(address: int, nbytes: int) -> str:
     return sha256(content).hexdigest() if any(content) else ""
 
 
-def server(
-    role: str, *, kind: type[Server] = Forked, drafts: int = DRAFTS, **settings: Any
-) -> Server:
+def server(role: str, drafts: int = DRAFTS, **settings: Any) -> Forked:
     """One that has a `role`; `settings` are of --kv-transfer-config, or flags."""
     flags = FLAGS | {name: settings.pop(name) for name in list(settings) if name.startswith("-")}
     transfer = {"kv_connector": "NixlConnector", "kv_role": role} | settings
     ranks = int(flags.get("--tensor-parallel-size", 1))
     speculation = {"method": "mtp", "num_speculative_tokens": drafts}
-    return kind(
+    return Forked(
         SHIPPED,
         *("--enforce-eager", "--enable-prompt-tokens-details"),
         *(word for pair in flags.items() for word in pair),

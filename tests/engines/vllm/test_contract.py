@@ -373,6 +373,10 @@ FIELDS = {
             *("conv_rows", "local_proj_dims", "conv_dtype_size", "ssm_sizes"),
         ],
     },
+    "distributed/kv_transfer/kv_connector/v1/nixl/metadata.py": {
+        "ReqMeta": ["local_block_ids", "remote"],
+        "RemoteMeta": ["num_tokens"],
+    },
     "config/model.py": {"ModelConfig": ["enforce_eager", "hf_overrides"]},
     "config/multimodal.py": {
         "MultiModalConfig": ["language_model_only", "mm_device_do_normalize"],
@@ -456,6 +460,11 @@ KEPT = {
     },
     "v1/executor/abstract.py": {"Executor": ["kv_output_aggregator", "ec_output_aggregator"]},
     "v1/executor/multiproc_executor.py": {"MultiprocExecutor": ["output_rank"]},
+    "distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py": {
+        "NixlBaseConnectorWorker": [
+            *("vllm_config", "kv_cache_config", "device_kv_caches", "_recving_metadata"),
+        ],
+    },
     "lora/lora_model.py": {"LoRAModel": ["loras"]},
     "lora/model_manager.py": {"LoRAModelManager": ["lora_config", "modules"]},
     "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},

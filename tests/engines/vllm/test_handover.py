@@ -6,11 +6,12 @@ import time
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import pytest
 
 from checkpoints import random_prompt
-from engines.clients import PROMPTS
+from engines.clients import PROMPTS, eventually
 from engines.process import CPUS
 from engines.vllm.apart import DRAFTS, apart, closing, complete, prefill, server, text
 from engines.vllm.server import Server
@@ -35,6 +36,13 @@ def block_size(server: Server) -> int:
 def handed_over(server: Server) -> float:
     """Tokens of prompts that another server has computed."""
     return server.metrics()["vllm:external_prefix_cache_hits_total"]
+
+
+def contents(server: Server, blocks: list[int] | None = None) -> list[list[str]]:
+    """Of each region a digest of each block, by default of all."""
+    args = [] if blocks is None else [blocks]
+    (found,) = server.post("/collective_rpc", method="blocks", args=args)["results"]
+    return found
 
 
 def alone(server: Server, prompt: str | tuple[int, ...], **options) -> str:
@@ -68,9 +76,9 @@ def test_pages_and_blocks_are_copied_byte_for_byte(servers):
     prompt = random_prompt(2 * block_size(servers[0]) + 1, seed=44)
     where = prefill(servers[0], prompt)
     numbers = [block for group in where["remote_block_ids"] for block in group]
-    (written,) = servers[0].post("/collective_rpc", method="blocks", args=[numbers])["results"]
+    written = contents(servers[0], numbers)
     complete(servers[1], prompt, kv_transfer_params=where)
-    (there,) = servers[1].post("/collective_rpc", method="blocks")["results"]
+    there = contents(servers[1])
     assert len(numbers) > len(where["remote_block_ids"]) > 1  # of attention, and of pages
     for region, (mine, theirs) in enumerate(zip(written, there, strict=True)):
         assert set(filter(None, mine)) <= set(theirs), region
@@ -112,8 +120,7 @@ def test_two_ranks_hand_over_to_two():
 def test_a_dead_prefill_server_costs_its_requests_only(policy):
     """They are errors, or are computed where they are decoded, as vLLM's policy says."""
     prompt = random_prompt(200, seed=47)
-    first = server("kv_producer", kind=Server)
-    second = server("kv_consumer", kind=Server, kv_load_failure_policy=policy)
+    first, second = server("kv_producer"), server("kv_consumer", kv_load_failure_policy=policy)
     with closing(first, second):
         expected = alone(second, prompt)
         known = [prefill(first, prompt), prefill(first, random_prompt(90, seed=48))]
@@ -129,6 +136,28 @@ def test_a_dead_prefill_server_costs_its_requests_only(policy):
             assert refusal.value.code == 500
         assert alone(second, prompt) == expected
         assert second.healthy()
+
+
+@pytest.mark.long
+def test_blocks_that_are_used_again_before_they_are_read_cost_their_request_only():
+    lease = {"kv_connector_extra_config": {"kv_lease_duration": 6}}
+    with closing(server("kv_producer", **lease), server("kv_consumer")) as both:
+        prompt = random_prompt(300, seed=52)
+        where = prefill(both[0], prompt)
+        pages = [group[0] for group in where["remote_block_ids"][:-1]]
+        before = contents(both[0], pages)
+        others = (random_prompt(300 + i, seed=53) for i in count())
+
+        def used_again() -> bool:
+            complete(both[0], next(others), 4)
+            return contents(both[0], pages) != before
+
+        assert eventually(used_again)
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            complete(both[1], prompt, kv_transfer_params=where)
+        assert refusal.value.code == 500
+        assert "prefill server has used its blocks again" in both[1].process.text()
+        assert text(apart(*both, prompt)) == alone(both[1], prompt)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from checkpoints import write_checkpoint
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.state import alike, handover
-from qwen3next_plugin.engines.vllm.state.handover import ALIKE, LAYOUT, complete_handover
+from qwen3next_plugin.engines.vllm.state import alike, handover, handover_flags
+from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, LAYOUT, complete_handover
 from qwen3next_plugin.engines.vllm.state.pages import page_layout, page_spec
 
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
@@ -80,7 +80,7 @@ def test_what_would_give_wrong_text_is_refused_by_name(complete, given, message)
 
 
 def test_what_is_missing_is_named(complete, monkeypatch):
-    monkeypatch.setattr(handover.nixl_utils, "is_nixl_available", lambda: False)
+    monkeypatch.setattr(handover_flags.nixl_utils, "is_nixl_available", lambda: False)
     with pytest.raises(Exception, match=r"pip install 'qwen3next-plugin\[nixl\]', or leave out"):
         complete()
 

@@ -2,91 +2,37 @@
 
 The connector reads a recurrent state in parts, so that servers may have different numbers of
 tensor parallel ranks. A page is one part, read whole, and only from a server that is alike in all
-that decides what is in it.
+that decides what is in it (handover_flags.py). patches.py puts these functions in place.
 """
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+import torch
+from vllm.config import VllmConfig
 from vllm.distributed import nixl_utils
-from vllm.platforms import current_platform
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
-from qwen3next_plugin.engines.vllm.state.alike import (
-    WITHOUT,
-    alike,
-    check_known_weights,
-    stored_weights,
-)
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+from qwen3next_plugin.engines.vllm.flags import read_config
+from qwen3next_plugin.engines.vllm.names import BACKEND_NAME, LOGGER
+from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, hands_over
+from qwen3next_plugin.engines.vllm.state.pages import page_layout
+from qwen3next_plugin.model.state import PageLayout
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.ssm_conv_transfer_utils import (
         MambaConvSplitInfo,
     )
 
-CONNECTOR = "NixlConnector"
-UNTESTED = ("NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
-SETTINGS = {"enforce_handshake_compat": True, "bidirectional_kv_xfer": False}
-ALIKE = "qwen3next_plugin"  # the setting that tells workers what both servers must have alike
-LAYOUT = "VLLM_SSM_CONV_STATE_LAYOUT"  # vLLM insists on DS; a page has no such part
+logger = init_logger(LOGGER)
+
 WAIT = 100_000  # µs that NIXL's thread waits for data before it looks anyway
-
-
-def hands_over(vllm_config: VllmConfig) -> bool:
-    """Whether this server has one part of each request, and another server the other part."""
-    transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == CONNECTOR
-
-
-def check_handover(vllm_config: VllmConfig) -> None:
-    """Refuse what would give wrong text, and what is not there.
-
-    Raises:
-        ConfigError: names the setting and the fix.
-    """
-    transfer: KVTransferConfig | None = vllm_config.kv_transfer_config
-    if transfer is None:
-        return
-    if found := [name for name in UNTESTED if transfer.has_connector(name)]:
-        raise ConfigError(f"{found[0]} is not tested with this model's pages; use {CONNECTOR}")
-    if transfer.has_connector(CONNECTOR) and not hands_over(vllm_config):
-        raise ConfigError(f"{transfer.kv_connector}: use {CONNECTOR} alone")
-    if not hands_over(vllm_config):
-        return
-    if not current_platform.is_cpu():
-        raise ConfigError(f"{CONNECTOR} hands over this model's pages on CPUs only")
-    if not nixl_utils.is_nixl_available():
-        raise ConfigError(f"{CONNECTOR}: pip install 'qwen3next-plugin[nixl]', {WITHOUT}")
-    for name, served in SETTINGS.items():
-        if (value := transfer.get_from_extra_config(name, served)) != served:
-            raise ConfigError(f"{name} = {value}: only {served} is served; leave it out")
-    check_known_weights(vllm_config, CONNECTOR)
-
-
-def complete_handover(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
-    """Tell the workers what the other server must have alike; vLLM completes repeatedly."""
-    if not hands_over(vllm_config):
-        return
-    os.environ.setdefault(LAYOUT, "DS")
-    found = alike(vllm_config, config)
-    weights = fingerprint(stored_weights(vllm_config), of_copies=True)
-    rest = sha256(repr(found).encode()).hexdigest()[:16]
-    settings = vllm_config.kv_transfer_config.kv_connector_extra_config
-    settings[ALIKE] = (
-        f"weights={weights}, dtype={found.dtype}, "
-        f"num_speculative_tokens={found.layout.num_drafts}, "
-        f"tensor_parallel_size={vllm_config.parallel_config.tensor_parallel_size}, "
-        f"page_bytes={found.layout.page_bytes}, rest={rest}"
-    )
 
 
 def with_what_is_alike(
@@ -116,6 +62,52 @@ def in_one_part(
         conv_dtype_size=1,
         ssm_sizes=(0, mamba_spec.page_size_bytes),
     )
+
+
+def refuse_other_pages(
+    host: Callable[..., tuple[set[str], set[str]]], worker: Any, transfers: dict[str, list[int]]
+) -> tuple[set[str], set[str]]:
+    """Requests whose blocks have been read, and those that failed: also if pages are another's.
+
+    The other server frees blocks that nobody has read in time, and uses them again.
+    """
+    done, failed = host(worker, transfers)
+    for request in done - failed:
+        read = worker._recving_metadata[request]
+        length = read.remote.num_tokens or 0
+        if wrong := _spans_of_others(worker, read.local_block_ids, length):
+            failed.add(request)
+            logger.error(
+                "qwen3next_plugin: request %s fails: pages continue at %s, not at %d, so the "
+                "prefill server has used its blocks again; ask for the answer sooner, or set a "
+                "longer kv_lease_duration there (30 seconds by default)",
+                *(request, wrong, length),
+            )
+    return done, failed
+
+
+def _spans_of_others(
+    worker: Any, blocks: tuple[list[int], ...], length: int
+) -> list[tuple[int, int]]:
+    """Of the pages in these blocks, by cache group, the spans that cannot continue at `length`."""
+    layout = page_layout(read_config(worker.vllm_config), worker.vllm_config)
+    found = (
+        _span(layout, worker.device_kv_caches[name], block * group.kv_cache_spec.page_size_bytes)
+        # No blocks at all: all are cached here.
+        for group, numbers in zip(worker.kv_cache_config.transfer_groups, blocks, strict=False)
+        if isinstance(group.kv_cache_spec, MambaSpec)
+        for name in group.layer_names
+        for block in numbers
+    )
+    most = layout.num_drafts + 1
+    return [(s, e) for s, e in found if not 0 <= s <= length <= e <= s + most]
+
+
+def _span(layout: PageLayout, pages: torch.Tensor, offset: int) -> tuple[int, int]:
+    """Of the page that begins so many bytes into a layer's pages."""
+    page = (ctypes.c_char * layout.page_bytes).from_address(pages.data_ptr() + offset)
+    start, end = layout.view(torch.frombuffer(page, dtype=torch.uint8)[None]).span[0].tolist()
+    return start, end
 
 
 @contextmanager
