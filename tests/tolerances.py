@@ -22,6 +22,7 @@ OPS = (
     "rms_norm_gated",
     "router",
     "shared_expert_gate",
+    "silu_and_mul",
 )
 TOLERANCES = {
     **{(op, FP32): 1e-5 for op in OPS},

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3next_plugin import env
+from qwen3next_plugin.kernels.silu_and_mul import silu_and_mul
+
 Build = Callable[..., Any]  # Any: hosts' layers are not typed
 
 
@@ -20,3 +23,11 @@ class HostLayers:
     row_parallel: Build  # each rank has a part of the input; the outputs are summed
     replicated: Build  # each rank has all of it
     silu_and_mul: Build
+
+
+def activation(of_host: Build) -> Build:
+    """How an engine builds SwiGLU's activation: by our kernel if bits must not depend on it.
+
+    Hosts round it once or twice, as they compile or not.
+    """
+    return (lambda: silu_and_mul) if env.batch_invariant() else of_host

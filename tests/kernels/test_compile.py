@@ -30,6 +30,7 @@ from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.kernels.select_blocks import select_blocks
 from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
+from qwen3next_plugin.kernels.silu_and_mul import silu_and_mul
 
 STEP = ("query_start_loc", "slot", "context_len")
 
@@ -95,6 +96,7 @@ def calls():
         "add_shared_expert_gate": (shared_expert_gate, {
             "x": x4[0, 0], "weight": w[None], "shared_": x4[0, 1].clone(), "routed": x4[1, 0],
         }),
+        "silu_and_mul": (silu_and_mul, {"x": x4[0, 0]}),
         "paged_attention": (paged_attention, {**paged, "q": x4[:, 0]}),
         "tree_paged_attention": (paged_attention, {
             **paged, "q": x4[:, 1], "tree_mask": torch.ones(9).bool(),

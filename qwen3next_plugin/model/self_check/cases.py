@@ -103,6 +103,7 @@ def cases(served: Served, backend: str) -> dict[str, Case]:
             found["shared_expert_gate"] = _shared_expert_gate
     if backend == "cpu":
         found |= {"linear": _linear, "paged_attention": _paged_attention}
+        found["silu_and_mul"] = _silu_and_mul
         if served.config.num_experts:
             found["fused_moe"] = _fused_moe
         if served.layout.num_drafts:
@@ -234,6 +235,10 @@ def _shared_expert_gate(run: Run, served: Served, draw: Draw) -> Outputs:
     )
     run(x, weight, shared, routed)
     yield f"{D} columns", shared
+
+
+def _silu_and_mul(run: Run, served: Served, draw: Draw) -> Outputs:
+    yield "48 columns", run(draw(TOKENS, 96))
 
 
 def _linear(run: Run, served: Served, draw: Draw) -> Outputs:

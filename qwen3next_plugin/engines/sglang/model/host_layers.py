@@ -12,7 +12,7 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
-from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.host_layers import HostLayers, activation
 
 
 def host_layers(quant_config: QuantizationConfig | None) -> HostLayers:
@@ -23,5 +23,5 @@ def host_layers(quant_config: QuantizationConfig | None) -> HostLayers:
         qkv_parallel=partial(QKVParallelLinear, quant_config=quant_config),
         row_parallel=partial(RowParallelLinear, quant_config=quant_config),
         replicated=partial(ReplicatedLinear, quant_config=quant_config),
-        silu_and_mul=SiluAndMul,
+        silu_and_mul=activation(SiluAndMul),
     )

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.host_layers import HostLayers, activation
 
 
 def host_layers(vllm_config: VllmConfig, *, disable_tp: bool = False) -> HostLayers:
@@ -24,5 +24,5 @@ def host_layers(vllm_config: VllmConfig, *, disable_tp: bool = False) -> HostLay
         qkv_parallel=partial(QKVParallelLinear, **options),
         row_parallel=partial(RowParallelLinear, **options),
         replicated=partial(ReplicatedLinear, quant_config=vllm_config.quant_config),
-        silu_and_mul=SiluAndMul,
+        silu_and_mul=activation(SiluAndMul),
     )
