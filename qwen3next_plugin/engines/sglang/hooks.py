@@ -141,6 +141,16 @@ def choose_policy(host: Callable[..., None], controller: Any, worker: Any, polic
     host(controller, worker, policy)
 
 
+def use_log_softmax(host: Callable[[Any], None], sampler: Any) -> None:
+    """Compute a sampled token's log-probability as a prompt token's if bits must not depend on it.
+
+    `enable_deterministic` is SGLang's name for that; the flag of this name changes seeds, too.
+    """
+    host(sampler)
+    if env.batch_invariant():
+        sampler.enable_deterministic = True
+
+
 def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
     """Report metrics of MTP where our worker drafts."""
     from qwen3next_plugin.engines.sglang.metrics import MetricsReporter

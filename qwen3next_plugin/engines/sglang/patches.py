@@ -282,6 +282,14 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang's verification samples what its plain sampler samples",
     ),
     Patch(
+        target="sglang.srt.layers.sampler.Sampler.__init__",
+        parameters=("self",),
+        function=hooks.use_log_softmax,
+        reason="at a temperature SGLang takes logarithms of rounded probabilities; only "
+        "--enable-deterministic-inference, which gives all requests one seed, changes that",
+        remove_when="SGLang takes log_softmax of logits without that flag",
+    ),
+    Patch(
         target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for_forward",
         parameters=("self",),
         function=penalties_of_drafts.keep_penalizers,
@@ -395,6 +403,13 @@ OVERRIDES: tuple[Entry, ...] = (
         parameters=("self", "hidden_states", "lm_head", "embedding_bias", "out"),
         reason="SGLang multiplies by the plain weight, which oneDNN repacks each time",
         remove_when="SGLang packs a head on any CPU",
+    ),
+    Override(
+        target="sglang.srt.layers.logprob_processor.InputLogprobProcessor"
+        ".enable_fast_input_logprobs",
+        file="model/vocabulary.py",
+        reason="SGLang sums a prompt token's probabilities in another order than a sampled one's",
+        remove_when="SGLang's log-probabilities have one order",
     ),
     Override(
         target="sglang.srt.layers.linear.LinearBase.quant_method",

@@ -6,6 +6,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.quantisation import PackedLogitsProcessor
@@ -30,4 +31,9 @@ def make_lm_head(
 def make_logits_processor(hf_config: Any) -> LogitsProcessor:
     """SGLang's; on a CPU the one that multiplies by a packed head."""
     text = hf_config.get_text_config()  # of a wrapper; a text model's own
-    return PackedLogitsProcessor(text) if without_gpu() else LogitsProcessor(text)
+    if not without_gpu():
+        return LogitsProcessor(text)
+    processor = PackedLogitsProcessor(text)
+    if env.batch_invariant():  # a prompt's log-probabilities, too, by PyTorch's own operator
+        processor.input_logprob_processor.enable_fast_input_logprobs = False
+    return processor
