@@ -63,7 +63,7 @@ VARIABLES: Mapping[str, Variable] = {
     "QWEN3NEXT_BATCH_INVARIANT": Variable(
         ("0", "1"),
         "0",
-        "1: on a CPU, a token's bits do not depend on batch, chunks or drafts; bfloat16 only",
+        "1: on a CPU, a token's bits do not depend on batch, chunks, drafts or engine (bfloat16)",
     ),
     "QWEN3NEXT_SELF_CHECK": Variable(
         ("0", "1"),

@@ -32,7 +32,7 @@ class DecoderLayer(nn.Module):
         residual: torch.Tensor | None,
         *batch: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the layer; `batch`: what the engine's attention needs besides positions.
+        """Run the layer; `batch`: what the engine's mixers need besides positions.
 
         Shapes:
             positions [T], hidden_states and residual [T, D], returns both
@@ -43,7 +43,7 @@ class DecoderLayer(nn.Module):
         else:
             hidden_states = self.input_layernorm(hidden_states, residual)
         if self.is_linear:
-            hidden_states = self.linear_attn(hidden_states)
+            hidden_states = self.linear_attn(hidden_states, *batch)
         else:
             hidden_states = self.self_attn(positions, hidden_states, *batch)
         hidden_states = self.post_attention_layernorm(hidden_states, residual)

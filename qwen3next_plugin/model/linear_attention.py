@@ -1,5 +1,7 @@
 """A Gated DeltaNet layer but for its state, which engines keep in pages of theirs."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -59,15 +61,15 @@ class LinearAttention(nn.Module):
             config.value_dim, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj"
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *batch: Any) -> torch.Tensor:
         """Shapes: hidden_states [T, D], returns [T, D]."""
         qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        output, _ = self.out_proj(self.core(qkvz, ba))
+        output, _ = self.out_proj(self.core(qkvz, ba, *batch))
         return output
 
-    def core(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
-        """What is between the projections, on the step's rows.
+    def core(self, qkvz: torch.Tensor, ba: torch.Tensor, *batch: Any) -> torch.Tensor:
+        """What is between the projections, on the step's rows; `batch`: see `DecoderLayer`.
 
         Shapes:
             qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]

@@ -1,13 +1,15 @@
-"""The arguments that `generate(use_mtp=True)` takes, and refusals that name argument and fix."""
+"""The arguments that our loop and our passes take, and refusals that name argument and fix."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwen3next_plugin.config import check_before_engine
 from qwen3next_plugin.config.json_files import read_object
+from qwen3next_plugin.engines.transformers.state.cache import RowCache
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS
 from qwen3next_plugin.model.checkpoint import headers
@@ -15,9 +17,10 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 
+INVARIANT = "QWEN3NEXT_BATCH_INVARIANT=1"
 DRAFTS = 3  # num_assistant_tokens, where it is not given
 MOST_DRAFTS = 8
-# Arguments and settings that drafts do not support → the fix.
+# Arguments and settings that our loop does not support → the fix.
 REFUSED: Mapping[str, str] = {
     "assistant_model": "the MTP head drafts already; leave assistant_model out",
     "prompt_lookup_num_tokens": "the MTP head drafts already; leave prompt_lookup_num_tokens out",
@@ -48,7 +51,7 @@ MASKED = ("sdpa", "eager")  # the attentions that take a mask of their own for e
 
 
 class RequestError(ValueError):
-    """An argument of `generate` that `use_mtp=True` does not support; names it, and the fix."""
+    """An argument that `use_mtp=True` or INVARIANT does not support; names it, and the fix."""
 
 
 def check_files(model: str | Path | None) -> None:
@@ -81,15 +84,64 @@ def given(name: str, arguments: Mapping[str, Any], configs: Sequence[Any]) -> An
     return next((value for value in found if value is not None), None)
 
 
+def check_pass(model: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what a pass with the engines' bits does not support.
+
+    Raises: RequestError: an argument or a setting, with the fix.
+    """
+    if model.training and torch.is_grad_enabled():
+        raise RequestError(
+            f"{INVARIANT}: the engines' kernels have no gradients; call model.eval() or use "
+            f"torch.no_grad()"
+        )
+    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        asked = given.get(name)
+        if asked if asked is not None else getattr(model.config, name, False):
+            raise RequestError(f"{INVARIANT} with {name}: it is not computed; leave it out")
+    for name in ("past_key_values", "cache"):
+        if not isinstance(given.get(name), RowCache | None):
+            raise RequestError(
+                f"{INVARIANT} with {name}: the host's cache cannot hold our state; leave it out, "
+                f"or call generate"
+            )
+
+
+def mask(attention_mask: Any, x: Tensor) -> Tensor:
+    """Which tokens of a batch are none of padding. Shapes: x [B, n, D], returns [B, n] bool
+
+    Raises: RequestError: a mask of another kind.
+    """
+    if attention_mask is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool)
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != x.shape[:2]:
+        raise RequestError(f"{INVARIANT}: attention_mask is one number for each token, or left out")
+    return attention_mask.bool()
+
+
+def one_axis(position_ids: Tensor | None, x: Tensor) -> Tensor | None:
+    """The positions of each token of a text. Shapes: position_ids [B, n] or [axes, B, n]"""
+    if position_ids is None:
+        return None
+    positions = position_ids[0] if position_ids.ndim == 3 else position_ids
+    return positions.expand(x.shape[:2])  # Qwen3.5's axes are equal
+
+
+def asking(drafts: Any) -> str:
+    """What makes `generate` run our loop, as errors name it."""
+    return "use_mtp=True" if drafts else INVARIANT
+
+
 def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> None:
-    """Refuse what drafts do not support, before anything is computed.
+    """Refuse what our loop does not support, before anything is computed.
 
     Raises:
         CheckpointError: there is no MTP head.
         RequestError: an argument or a setting, with the fix.
         NotImplementedError: no kernels run on the model's device.
     """
-    if model.mtp is None:
+    drafts = given("use_mtp", arguments, configs)
+    asked = asking(drafts)
+    if drafts and model.mtp is None:
         raise CheckpointError(
             "use_mtp=True: this checkpoint has no mtp.* tensors (a save through transformers "
             "without the plugin drops them); leave use_mtp out, or load the released checkpoint"
@@ -97,13 +149,11 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
     for name, fix in REFUSED.items():
         value = given(name, arguments, configs)
         if value is not None and value is not False:
-            raise RequestError(f"use_mtp=True with {name}: {fix}")
+            raise RequestError(f"{asked} with {name}: {fix}")
     if (beams := given("num_beams", arguments, configs) or 1) > 1:
-        raise RequestError(
-            f"use_mtp=True with num_beams={beams}: beam search does not draft; use 1"
-        )
+        raise RequestError(f"{asked} with num_beams={beams}: beam search is not supported; use 1")
     if given("use_cache", arguments, configs) is False:
-        raise RequestError("use_mtp=True with use_cache=False: drafts need the cache; leave it out")
+        raise RequestError(f"{asked} with use_cache=False: our loop needs the cache; leave it out")
     num_drafts = given("num_assistant_tokens", arguments, configs)
     if num_drafts is not None and not 1 <= num_drafts <= MOST_DRAFTS:
         raise RequestError(
@@ -111,11 +161,11 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
         )
     if model.dtype not in ACTIVATIONS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ACTIVATIONS)
-        raise RequestError(f"use_mtp=True with {model.dtype}: load the model in one of {names}")
+        raise RequestError(f"{asked} with {model.dtype}: load the model in one of {names}")
     for device in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
         dispatch.backend("gated_delta_net", device)
     attention = model.config._attn_implementation
-    if attention not in MASKED:
+    if drafts and attention not in MASKED:
         raise RequestError(
             f"use_mtp=True with attn_implementation={attention!r}: rows of a batch need a mask "
             f"each; load the model with one of {', '.join(MASKED)}"
@@ -123,7 +173,7 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
 
 
 def prompt(
-    input_ids: Tensor, processors: Sequence[Any], arguments: Mapping[str, Any]
+    input_ids: Tensor, processors: Sequence[Any], arguments: Mapping[str, Any], asked: str
 ) -> tuple[Tensor, list[int]]:
     """The positions of prompts, and how many columns of padding are before each; checked.
 
@@ -133,24 +183,24 @@ def prompt(
         batch, or an argument for the model that is none of TAKEN.
     """
     for name in arguments.keys() - TAKEN:
-        raise RequestError(f"use_mtp=True with {name}: the MTP head does not take it; leave it out")
+        raise RequestError(f"{asked} with {name}: our loop does not take it; leave it out")
     B, T = input_ids.shape
     if T == 0:
-        raise RequestError("use_mtp=True: an empty prompt has nothing to draft from")
+        raise RequestError(f"{asked}: an empty prompt has nothing to draft from")
     attention_mask = arguments.get("attention_mask")
     padding = [0] * B
     if attention_mask is not None:
         is_token = attention_mask.bool()
         if not is_token[:, -1].all() or (is_token[:, :-1] > is_token[:, 1:]).any():
             raise RequestError(
-                "use_mtp=True: a prompt has padding behind a token; use a tokenizer with "
+                f"{asked}: a prompt has padding behind a token; use a tokenizer with "
                 "padding_side='left'"
             )
         padding = (~is_token).sum(1).tolist()
     for processor in processors if B > 1 else ():
         if (name := type(processor).__name__) in BATCHED:
             raise RequestError(
-                f"use_mtp=True with {name} and {B} prompts: it needs all rows at the same token; "
+                f"{asked} with {name} and {B} prompts: it needs all rows at the same token; "
                 f"pass one prompt at a time"
             )
     positions = arguments["position_ids"]

@@ -60,6 +60,16 @@ TABLE: tuple[Entry, ...] = (
         remove_when="its recurrent cache can go back to any token of a step",
     ),
     Override(
+        target="transformers.generation.utils.GenerationMixin._sample",
+        parameters=(
+            *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config"),
+            *("synced_gpus", "streamer", "model_kwargs"),
+        ),
+        file=TRUNK,
+        reason="its cache holds other states than those that have the engines' bits",
+        remove_when="its layers can be given caches of their own",
+    ),
+    Override(
         target="transformers.generation.utils.GenerationMixin._assisted_decoding",
         parameters=(
             *("self", "input_ids", "logits_processor", "stopping_criteria", "generation_config"),

@@ -1,5 +1,7 @@
 """Gated DeltaNet around the pages of SGLang's backend."""
 
+from typing import Any
+
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.model_executor.forward_context import get_attn_backend
@@ -24,6 +26,6 @@ class GatedDeltaNet(LinearAttention):
         super().__init__(config, host_layers(quant_config), prefix, rank=get_parallel().tp_rank)
         self.layer_id = layer_id
 
-    def core(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    def core(self, qkvz: torch.Tensor, ba: torch.Tensor, *batch: Any) -> torch.Tensor:
         """Shapes: qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]."""
         return get_attn_backend().linear_attn_backend.attend(self, qkvz, ba)

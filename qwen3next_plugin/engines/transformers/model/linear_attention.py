@@ -1,4 +1,7 @@
-"""transformers' linear layer on the plugin's kernels and state pages, where `use_mtp` runs it."""
+"""transformers' linear layer on the plugin's kernels and state pages.
+
+With `use_mtp` between its projections; with QWEN3NEXT_BATCH_INVARIANT=1 as the neutral layer.
+"""
 
 from functools import cache
 from typing import Any
@@ -7,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.transformers.model.host_layers import host_layers
 from qwen3next_plugin.engines.transformers.state.cache import PageLayer, RowCache
+from qwen3next_plugin.engines.transformers.state.rows import Rows
 from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, attend
+from qwen3next_plugin.model.linear_attention import LinearAttention
 
 
 @cache
@@ -54,7 +61,30 @@ def run(layer: Any, hidden_states: Tensor, page: PageLayer) -> Tensor:
         ba=ba,
         weights=weights,
         shape=shape,
-        pool_=page.pool_for(shape, qkvz),
+        pool_=page.pool_for(shape, qkvz, len(page.step.columns)),
         step=page.step.linear_on(qkvz.device),
     )
     return layer.out_proj(out.view(*hidden_states.shape[:2], -1))
+
+
+class OnRows(LinearAttention):
+    """The neutral layer, from the host's projections."""
+
+    def __init__(self, config: Qwen3NextConfig, of_host: nn.Module, index: int) -> None:
+        layers = host_layers(of_host)
+        super().__init__(config, layers, "linear_attn", rank=0, layout=config.layout)
+        self.index = index
+
+    def core(self, qkvz: Tensor, ba: Tensor, *batch: Any) -> Tensor:
+        """Shapes: qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]"""
+        rows: Rows = batch[0]
+        cache: RowCache = batch[1]
+        page, N = cache.layers[self.index], len(rows.seq_lens)
+        return attend(
+            qkvz=qkvz,
+            ba=ba,
+            weights=self.weights,
+            shape=self.shape,
+            pool_=page.pool_for(self.shape, qkvz, N),
+            step=rows.step,
+        )

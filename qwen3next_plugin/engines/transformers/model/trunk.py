@@ -1,8 +1,10 @@
 """transformers' causal language models of the family, with the MTP head as a part of them.
 
-They stand in for the host's classes of the same names. Without `use_mtp` they do what those do.
+They stand in for the host's classes of the same names. Without `use_mtp` they do what those do,
+but with QWEN3NEXT_BATCH_INVARIANT=1 as the engines do it.
 """
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -13,8 +15,10 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM as HostQwen3Next
 
+from qwen3next_plugin import env
 from qwen3next_plugin.config.fields import check_text_model
 from qwen3next_plugin.engines.transformers import flags
+from qwen3next_plugin.engines.transformers.model.invariant import use_invariant
 from qwen3next_plugin.engines.transformers.model.linear_attention import on_pages
 from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers
@@ -43,6 +47,8 @@ class WithMTP(Base):
             config, layer=type(self.model.layers[0]), norm=type(self.model.norm)
         )
         self.post_init()
+        if env.batch_invariant():
+            use_invariant(self)
 
     @classmethod
     def from_pretrained(
@@ -97,10 +103,11 @@ class WithMTP(Base):
         arguments = signature(super().generate).bind_partial(*args, **kwargs).arguments
         arguments |= arguments.pop("kwargs", {})
         configs = [arguments.get("generation_config"), self.generation_config]
-        if flags.given("use_mtp", arguments, configs):
+        drafts = flags.given("use_mtp", arguments, configs)
+        if drafts or env.batch_invariant():
             flags.check(self, arguments, configs)
-            if flags.given("num_assistant_tokens", arguments, configs) is None:
-                kwargs["num_assistant_tokens"] = flags.DRAFTS
+        if drafts and flags.given("num_assistant_tokens", arguments, configs) is None:
+            kwargs["num_assistant_tokens"] = flags.DRAFTS
         return super().generate(*args, **kwargs)
 
     def _validate_generation_mode(
@@ -123,20 +130,44 @@ class WithMTP(Base):
         **model_kwargs: Any,
     ) -> Any:
         """What the host's `generate` calls with `use_mtp`; other arguments are refused before."""
-        positions, padding = flags.prompt(input_ids, logits_processor, model_kwargs)
+        rules = (logits_processor, stopping_criteria, generation_config, streamer)
+        return self._answer(
+            input_ids, rules, model_kwargs, num_drafts=generation_config.num_assistant_tokens
+        )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What the host's `generate` calls without drafts: its loop, or ours with our cache."""
+        rules = (logits_processor, stopping_criteria, generation_config, streamer)
+        if env.batch_invariant():
+            return self._answer(input_ids, rules, model_kwargs, num_drafts=0)
+        return super()._sample(input_ids, *rules[:3], synced_gpus, streamer, **model_kwargs)
+
+    def _answer(
+        self,
+        input_ids: Tensor,
+        rules: tuple[Any, Any, Any, Any],
+        model_kwargs: Mapping[str, Any],
+        *,
+        num_drafts: int,
+    ) -> Any:
+        """Our loop. `rules`: processors, criteria, config and streamer of the host's."""
+        processors, criteria, config, streamer = rules
+        asked = flags.asking(num_drafts)
+        positions, padding = flags.prompt(input_ids, processors, model_kwargs, asked)
         answers = Answers(
-            input_ids,
-            processors=logits_processor,
-            criteria=stopping_criteria,
-            config=generation_config,
-            streamer=streamer,
+            input_ids, processors=processors, criteria=criteria, config=config, streamer=streamer
         )
         return Worker(
-            self,
-            answers,
-            positions=positions,
-            padding=padding,
-            num_drafts=generation_config.num_assistant_tokens,
+            self, answers, positions=positions, padding=padding, num_drafts=num_drafts
         ).run()
 
 

@@ -1,4 +1,4 @@
-"""The loop of `generate(use_mtp=True)`: draft, run the trunk on the draft, keep what is right."""
+"""Our loop of `generate`: draft, run the trunk on the draft, keep what is right."""
 
 from typing import Any
 
@@ -34,6 +34,7 @@ class Worker:
         config = model.config
         additive = model.dtype if config._attn_implementation == "eager" else None
         self.model, self.answers = model, answers
+        self.drafts = num_drafts > 0
         self.loop = Loop(
             observer=Observer(Fixed(num_drafts)),
             room=lambda _, computed: room(answers.ids.shape[1], computed),
@@ -65,7 +66,7 @@ class Worker:
         last = torch.tensor(self.answers.lengths, device=ids.device)[:, None] - 1
         tokens = ids.gather(1, last)  # [B, 1]
         behind = ids.gather(1, (step.columns + 1).clamp(max=ids.shape[1] - 1))
-        num_drafts = self._num_drafts(behind, hidden, step, counts)
+        num_drafts = self._num_drafts(behind, hidden, step, counts) if self.drafts else 0
         if not num_drafts:
             return tokens
         found = self.drafter.draft(

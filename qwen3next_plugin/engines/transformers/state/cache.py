@@ -11,8 +11,11 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
+from qwen3next_plugin import env
+from qwen3next_plugin.engines.transformers.state.rows import Rows
 from qwen3next_plugin.engines.transformers.state.steps import Step
 from qwen3next_plugin.kernels.gpu import faults
+from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape
 from qwen3next_plugin.model.state import PageLayout
@@ -58,6 +61,45 @@ class KeyValueLayer(DynamicLayer):
         return stored
 
 
+class SequenceLayer(DynamicLayer):
+    """Keys and values of one attention layer, by row and position, as `paged_attention` reads them.
+
+    Each row is a page. A rejected draft is overwritten.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
+        """Store the step's keys and values; each token reads those up to its own.
+
+        Shapes: q [T, Hq, D], k, v [T, Hkv, D], returns as q
+        """
+        N = len(rows.seq_lens)
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+            self.keys = self.values = k.new_empty(N, 0, *k.shape[1:])
+        self.keys, self.values = self._put(self.keys, k, rows), self._put(self.values, v, rows)
+        number = torch.arange(N, dtype=torch.int32)
+        return paged_attention(
+            q=q,
+            key_cache=self.keys,
+            value_cache=self.values,
+            token_table=number[:, None],
+            table_row=number,
+            query_start_loc=rows.step.query_start_loc,
+            seq_lens=rows.seq_lens,
+            scale=scale,
+        )
+
+    def _put(self, stored: Tensor, new: Tensor, rows: Rows) -> Tensor:
+        """Shapes: stored and returned [N, columns, Hkv, D], new [T, Hkv, D]"""
+        missing = rows.longest - stored.shape[1]
+        if missing > 0:
+            room = max(missing, GROWTH if stored.shape[1] else 0, stored.shape[1] // 4)
+            more = stored.new_empty(len(stored), room, *stored.shape[2:])
+            stored = torch.cat([stored, more], dim=1)
+        stored[rows.row, rows.positions] = new
+        return stored
+
+
 class PageLayer(LinearAttentionLayer):
     """The state pages of one linear layer; a row's slot is its number."""
 
@@ -68,7 +110,7 @@ class PageLayer(LinearAttentionLayer):
         self.num_drafts = num_drafts
         self.pool: StatePool | None = None
 
-    def pool_for(self, shape: GatedDeltaNetShape, qkvz: Tensor) -> StatePool:
+    def pool_for(self, shape: GatedDeltaNetShape, qkvz: Tensor, num_rows: int) -> StatePool:
         """The pages of all rows, made in the first step, where the layer is."""
         if self.pool is None:
             layout = PageLayout(
@@ -80,7 +122,7 @@ class PageLayer(LinearAttentionLayer):
                 activation_dtype=qkvz.dtype,
                 state_dtype=torch.float32,
             )
-            size = (len(self.step.columns), -(-layout.page_bytes // ALIGNMENT) * ALIGNMENT)
+            size = (num_rows, -(-layout.page_bytes // ALIGNMENT) * ALIGNMENT)
             self.pool = layout.view(torch.empty(size, dtype=torch.uint8, device=qkvz.device))
         return self.pool
 
@@ -88,17 +130,21 @@ class PageLayer(LinearAttentionLayer):
 class RowCache(Cache):
     """The cache of a model and its MTP layer, which comes last."""
 
-    layers: list[KeyValueLayer | PageLayer]
+    layers: list[Any]
+    step: Step  # the one that runs
+    trunk: Any = None  # that runs all steps of an answer, where it is not the host's
 
     def __init__(self, layer_types: list[str], *, num_drafts: int) -> None:
+        attention = SequenceLayer if env.batch_invariant() else KeyValueLayer
         layers = [
-            KeyValueLayer() if kind == "full_attention" else PageLayer(num_drafts)
-            for kind in (*layer_types, "full_attention")
+            attention() if kind == "full_attention" else PageLayer(num_drafts)
+            for kind in layer_types
         ]
-        super().__init__(layers=layers)
+        super().__init__(layers=[*layers, KeyValueLayer()])
 
     def begin(self, step: Step) -> None:
         """Say which columns the next pass writes."""
+        self.step = step
         for layer in self.layers:
             layer.step = step
 

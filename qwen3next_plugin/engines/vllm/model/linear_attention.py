@@ -1,6 +1,7 @@
 """Gated DeltaNet as a vLLM layer: vLLM's pages around the neutral layer."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
@@ -54,7 +55,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             raise ValueError(f"Duplicate layer name: {prefix}")
         layers[prefix] = self
 
-    def core(self, qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    def core(self, qkvz: torch.Tensor, ba: torch.Tensor, *batch: Any) -> torch.Tensor:
         """Shapes: qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]."""
         out = qkvz.new_empty(qkvz.shape[0], self.value_dim)
         torch.ops.vllm.qwen3next_gated_delta_net(qkvz, ba, out, self.prefix)

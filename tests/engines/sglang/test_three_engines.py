@@ -1,0 +1,28 @@
+"""In bf16 SGLang has the bits of vLLM and transformers, with and without drafts."""
+
+from typing import Any
+
+import pytest
+
+from engines.bits import INVARIANT
+from engines.recomputed import check_recomputed
+from engines.sglang.server import NEXTN, Forked
+from engines.three import TOKENS
+from engines.three import served as served
+
+pytestmark = pytest.mark.serve
+
+FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--chunked-prefill-size", "257")
+LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_what_transformers_recomputes(served, drafts):
+    folder, prompts = served
+    more = (*NEXTN, str(drafts)) if drafts else ()
+    server = Forked(folder, *FLAGS, *more, env=INVARIANT).wait()
+    try:
+        found = server.greedy(prompts, TOKENS, **LOGPROBS)
+    finally:
+        server.close()
+    check_recomputed(folder, prompts, found)

@@ -1,0 +1,52 @@
+"""In bf16 vLLM, SGLang and transformers have the same bits, with and without drafts.
+
+test_three_engines.py of SGLang compares SGLang with transformers, and here transformers in SGLang's
+environment is compared, too.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.bits import INVARIANT
+from engines.recomputed import ROOT, check_recomputed
+from engines.three import TOKENS
+from engines.three import served as served
+from engines.vllm.checks import LOGPROBS
+from engines.vllm.offline import Offline
+from tiers import long_except
+
+pytestmark = pytest.mark.serve
+
+FLAGS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 257,
+    "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
+}
+OTHER = ROOT / ".venv-sglang" / "bin" / "python"
+
+
+# As servers do, compiled.
+@pytest.fixture(scope="module", params=long_except([False], [False, True]))
+def engine(request, served) -> Iterator[Offline]:
+    engine = Offline(served[0], env=INVARIANT, enforce_eager=request.param, **FLAGS)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_what_transformers_recomputes(engine, served, drafts):
+    folder, prompts = served
+    engine.inside("draft", drafts)
+    check_recomputed(folder, prompts, engine.greedy(prompts, TOKENS, **LOGPROBS))
+
+
+def test_what_transformers_recomputes_elsewhere(engine, served):
+    if not Path(OTHER).is_file():
+        pytest.skip("no SGLang here: `make setup` installs it")
+    folder, prompts = served
+    found = engine.greedy(prompts, TOKENS, **LOGPROBS)
+    check_recomputed(folder, prompts, found, python=str(OTHER))
