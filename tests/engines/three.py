@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,14 +19,20 @@ CHECKPOINTS = ("shipped", *SHAPES, *FAMILY)
 DENSE = "HV=4H_dense-layers_top-3-of-12"
 
 
-@pytest.fixture(scope="module", params=long_except(["shipped", DENSE], CHECKPOINTS))
-def served(request, tmp_path_factory) -> tuple[Path, Sequence[Ids]]:
+class Served(NamedTuple):
     """A checkpoint, and prompts that it has something to say about."""
+
+    folder: Path
+    prompts: Sequence[Ids]
+    wrapped: bool = False  # served without its vision tower
+
+
+@pytest.fixture(scope="module", params=long_except(["shipped", DENSE], CHECKPOINTS))
+def served(request, tmp_path_factory) -> Served:
     if request.param == "shipped":
-        return SHIPPED, texts(many=False)
+        return Served(SHIPPED, texts(many=False))
     folder = tmp_path_factory.mktemp("checkpoint")
-    if request.param in FAMILY:
-        folder = FAMILY[request.param].write(folder)
-    else:
-        write_checkpoint(folder, **SHAPES[request.param])
-    return folder, [random_prompt(length) for length in LENGTHS]
+    prompts = [random_prompt(length) for length in LENGTHS]
+    if member := FAMILY.get(request.param):
+        return Served(member.write(folder), prompts, member.wrapped)
+    return Served(write_checkpoint(folder, **SHAPES[request.param]), prompts)

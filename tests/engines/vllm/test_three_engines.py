@@ -32,21 +32,25 @@ OTHER = ROOT / ".venv-sglang" / "bin" / "python"
 # As servers do, compiled.
 @pytest.fixture(scope="module", params=long_except([False], [False, True]))
 def engine(request, served) -> Iterator[Offline]:
-    engine = Offline(served[0], env=INVARIANT, enforce_eager=request.param, **FLAGS)
+    more = {"language_model_only": True} if served.wrapped else {}
+    engine = Offline(served.folder, env=INVARIANT, enforce_eager=request.param, **FLAGS, **more)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_what_transformers_recomputes(engine, served, drafts):
-    folder, prompts = served
+    folder, prompts, _ = served
     engine.inside("draft", drafts)
-    check_recomputed(folder, prompts, engine.greedy(prompts, TOKENS, **LOGPROBS))
+    found = engine.greedy(prompts, TOKENS, **LOGPROBS)
+    sampled = engine.generate(prompts, temperature=1.0, max_tokens=TOKENS, **LOGPROBS)
+    found += [output for (output,) in sampled]
+    check_recomputed(folder, [*prompts, *prompts], found)
 
 
 def test_what_transformers_recomputes_elsewhere(engine, served):
     if not Path(OTHER).is_file():
         pytest.skip("no SGLang here: `make setup` installs it")
-    folder, prompts = served
+    folder, prompts, _ = served
     found = engine.greedy(prompts, TOKENS, **LOGPROBS)
     check_recomputed(folder, prompts, found, python=str(OTHER))
