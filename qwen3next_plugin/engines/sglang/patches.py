@@ -12,7 +12,7 @@ from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Entry, Function, Host
-from qwen3next_plugin.engines.sglang import flags, hooks, updates
+from qwen3next_plugin.engines.sglang import flags, hooks, staged_updates, updates
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.cpu.host_bar import HostBar
@@ -314,6 +314,22 @@ ON_CPU: tuple[Entry, ...] = (
         reason="SGLang loads into parameters, which packing has dropped, and what is wrong shows "
         "when some weights are replaced",
         remove_when="SGLang asks the model to check and to load",
+    ),
+    *(
+        Patch(
+            target=f"{UPDATES}.{name}",
+            parameters=("self", "recv_req"),
+            function=function,
+            reason="SGLang loads a call's tensors before it has the next call's, into parameters "
+            "which packing has dropped",
+            remove_when="SGLang checks a session's tensors together, and asks the model to load",
+        )
+        for name, function in (
+            ("begin_weight_update", staged_updates.begin),
+            ("update_weights_from_tensor", staged_updates.add_sent),
+            ("update_weights_from_distributed", staged_updates.add_broadcast),
+            ("end_weight_update", staged_updates.end),
+        )
     ),
 )
 

@@ -21,7 +21,7 @@ def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> An
 
     Replaces a method of SGLang's manager in the scheduler.
     """
-    if not _ours(manager):
+    if not ours(manager):
         return host(manager, request)
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
 
@@ -32,7 +32,7 @@ def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> An
         refused = refusal(lambda: _check(manager, folder, load_format), manager.tp_cpu_group)
         if refused:
             return UpdateWeightFromDiskReqOutput(success=False, message=refused)
-        _reload(manager, lambda runner: stored_weights(runner, folder, load_format))
+        replace(manager, lambda runner: stored_weights(runner, folder, load_format))
         for _, runner in manager._select_runners():
             runner.update_model_fields(
                 runner.model,
@@ -41,25 +41,39 @@ def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> An
                 load_config=runner.load_config,
             )
         manager.record_weight_version_after_update(request.weight_version)
-        success, message = _flush(manager, request)
+        success, message = flush(manager, request)
     return UpdateWeightFromDiskReqOutput(success=success, message=message)
 
 
-def _flush(manager: Any, request: Any) -> tuple[bool, str]:
+def ours(manager: Any) -> bool:
+    """Whether our model serves."""
+    from qwen3next_plugin.engines.sglang.model.loading import OurModel
+
+    return isinstance(manager.tp_worker.model_runner.model, OurModel)
+
+
+def replace(manager: Any, tensors: Callable[[Any], Any], selector: str = "all") -> None:
+    """Load the tensors for each selected runner into its model, and make the draft head anew."""
+    from qwen3next_plugin.engines.sglang.model.reloading import reload
+
+    for _, runner in manager._select_runners(selector):
+        reload(runner, tensors(runner))
+    for role, runner in manager._select_runners():
+        if role == "draft" and runner.model.draft_head is not None:
+            runner.model.make_draft_head()
+
+
+def flush(manager: Any, request: Any) -> tuple[bool, str]:
     """Flush caches as SGLang does, also right after the answer of the last request.
 
     SGLang removes requests that have ended from its batches only before its next step.
+
+    Args: request: says by `flush_cache` and `torch_empty_cache` what to flush.
     """
     for batch in (manager.scheduler.running_batch, manager.scheduler.last_batch):
         if batch is not None and all(one.finished() for one in batch.reqs):
             batch.filter_batch()
     return manager.flush_cache_after_weight_update(request, True, DONE)
-
-
-def _ours(manager: Any) -> bool:
-    from qwen3next_plugin.engines.sglang.model.loading import OurModel
-
-    return isinstance(manager.tp_worker.model_runner.model, OurModel)
 
 
 def _check(manager: Any, folder: Path, load_format: str) -> None:
@@ -71,14 +85,3 @@ def _check(manager: Any, folder: Path, load_format: str) -> None:
         raise ConfigError(f"model_path = {folder}: no such folder")
     model, drafts = manager.tp_worker.model_runner.model, manager.draft_worker is not None
     check_reload(model, stored_tensors(folder), with_mtp=drafts)
-
-
-def _reload(manager: Any, tensors: Callable[[Any], Any]) -> None:
-    """Load the tensors for each runner into its model, and make the draft head anew."""
-    from qwen3next_plugin.engines.sglang.model.reloading import reload
-
-    for _, runner in manager._select_runners():
-        reload(runner, tensors(runner))
-    for role, runner in manager._select_runners():
-        if role == "draft" and runner.model.draft_head is not None:
-            runner.model.make_draft_head()

@@ -155,6 +155,17 @@ CALLED = {
         "filter": ["self", "keep_indices"],
     },
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
+    "srt/managers/tp_worker.py": {"deserialize_own_rank": ["self", "serialized_named_tensors"]},
+    "srt/managers/scheduler_components/weight_updater.py": {
+        "_select_runners": ["self", "selector"],
+        "flush_cache_after_weight_update": ["self", "recv_req", "success", "message"],
+        "record_weight_version_after_update": ["self", "weight_version"],
+    },
+    "srt/model_executor/model_runner_components/weight_updater.py": {
+        "receive_weights_from_distributed": [
+            *("self", "names", "dtypes", "shapes", "group_name", "load_format"),
+        ],
+    },
 }
 # Constructors of layers, and of a manager: arguments passed by name.
 BUILT = {
@@ -193,6 +204,17 @@ PASSED = {
 }
 # Fields our code reads.
 FIELDS = {
+    "srt/managers/io_struct.py": {
+        "BeginWeightUpdateReqInput": ["selector"],
+        "UpdateWeightsFromTensorReqInput": [
+            *("serialized_named_tensors", "load_format", "flush_cache", "torch_empty_cache"),
+            *("weight_version", "selector"),
+        ],
+        "UpdateWeightsFromDistributedReqInput": [
+            *("names", "dtypes", "shapes", "group_name", "load_format", "flush_cache"),
+            *("torch_empty_cache", "weight_version", "selector"),
+        ],
+    },
     "srt/mem_cache/kv_cache_configurator.py": {"KVCacheConfigurator": ["model_config"]},
     "srt/speculative/eagle_info.py": {
         "EagleDraftInput": ["hidden_states"],

@@ -1,13 +1,10 @@
 """Weights that change while serving: as a fresh start with them, and the old ones if refused."""
 
-import json
 import re
 import threading
-import urllib.error
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,57 +14,33 @@ from engines.checks import check_greedy
 from engines.clients import eventually
 from engines.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
 from engines.process import CPUS
-from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
+from engines.sglang.server import NEXTN, Forked, Server
+from engines.sglang.updating import LOGPROBS, answers, read, refused, send, start
 from quantised import pack_checkpoint
 from reference import Reference
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
-LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
-
-
-def start(folder: Path, dtype: str = "float32", env: dict[str, str] | None = None) -> Server:
-    flags = ("--dtype", dtype, "--context-length", "4096", *NEXTN, "3")
-    return Forked(folder, *flags, env=FIXED | (env or {})).wait()
-
-
-def answers(server: Server) -> list[Answer]:
-    """Tokens, log-probabilities and accepted drafts, one request at a time."""
-    return [answer for prompt in PROMPTS for answer in server.greedy([prompt], 24, **LOGPROBS)]
-
-
-def update(server: Server, folder: Path, **options: Any) -> None:
-    try:
-        server.post("/update_weights_from_disk", model_path=str(folder), **options)
-    except urllib.error.HTTPError as error:
-        raise AssertionError(json.load(error)["message"]) from error
-
-
-def refused(server: Server, path: str, **body: Any) -> str:
-    """The message of a 400."""
-    with pytest.raises(urllib.error.HTTPError) as raised:
-        server.post(path, **body)
-    assert raised.value.code == 400
-    return json.load(raised.value)["message"]
-
 
 @pytest.mark.parametrize("case", long_except(IN_MAKE_TEST, CASES))
 def test_trunk_mtp_layer_and_draft_head_are_those_of_a_fresh_start(case, tmp_path):
     dtype, _, env = CASES[case]
     folders = CASES[case].write_two(tmp_path)
-    found, fresh = [], []
+    found, fresh, again = [], [], []
     for first in (0, 1):
         server = start(folders[first], dtype, env)
         try:
             fresh.append(answers(server))
-            update(server, folders[1 - first])
+            read(server, folders[1 - first])
             found.insert(0, answers(server))
+            send(server, folders[first])
+            again.append(answers(server))
         finally:
             server.close()
     assert fresh[0] != fresh[1]
     assert sum(answer.accepted for answer in fresh[1])
-    assert found == fresh
+    assert found == again == fresh
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +55,16 @@ def server(folders) -> Iterator[Server]:
     server.close()
 
 
-def test_no_prefix_of_the_old_weights_is_served(server, folders):
+@pytest.mark.parametrize("change", [read, send])
+def test_no_prefix_of_the_old_weights_is_served(server, folders, change):
     prompt = random_prompt(300, seed=5)
     turn = (*prompt, *server.greedy([prompt], 24)[0].token_ids, 5, 6, 7)
     old = server.greedy([turn], 24)[0]
     assert old.cached
-    update(server, folders[1])
+    change(server, folders[1])
     new = server.greedy([turn], 24)[0]
     assert not new.cached
-    update(server, folders[0])
+    change(server, folders[0])
     assert server.greedy([turn], 24)[0].token_ids == old.token_ids != new.token_ids
 
 
@@ -108,7 +82,8 @@ def test_no_folder_is_refused(server, tmp_path):
     assert "none: no such folder" in refused(server, "/update_weights_from_disk", model_path=there)
 
 
-def test_a_running_request_goes_on_after_a_pause(server, folders):
+@pytest.mark.parametrize("change", [read, send])
+def test_a_running_request_goes_on_after_a_pause(server, folders, change):
     """Retracted, its tokens so far are read again by the new weights."""
     prompt, tokens = random_prompt(40, seed=7), 800
     old = server.greedy([prompt], tokens)[0].token_ids
@@ -122,13 +97,13 @@ def test_a_running_request_goes_on_after_a_pause(server, folders):
     asking.start()
     assert eventually(server.unfinished)
     server.post("/pause_generation", mode="retract")
-    update(server, folders[1])
+    change(server, folders[1])
     server.post("/continue_generation")
     asking.join()
     same = next(i for i, (a, b) in enumerate(zip(old, found, strict=True)) if a != b)
     begun = (*prompt, *found[:same])
     assert list(server.greedy([begun], tokens - same)[0].token_ids) == found[same:]
-    update(server, folders[0])
+    change(server, folders[0])
     assert server.greedy([prompt], 100)[0].token_ids == old[:100]
 
 
@@ -139,6 +114,7 @@ def test_a_packed_checkpoint_is_not_updated(folders, tmp_path):
         before = server.greedy(PROMPTS, 24)
         path = str(folders[1])
         assert "is loaded once" in refused(server, "/update_weights_from_disk", model_path=path)
+        assert "is loaded once" in refused(server, "/begin_weight_update")
         server.forget()
         assert server.greedy(PROMPTS, 24) == before
     finally:
@@ -155,9 +131,12 @@ def test_two_ranks_refuse_together_and_update_together(folders, tmp_path):
         assert re.match(r"rank 0: .* tensors are missing", said)
         found = server.greedy(prompts, 10, **LOGPROBS)
         check_greedy(Reference(folders[0]), prompts, found)
-        update(server, folders[1])
+        read(server, folders[1])
         found = server.greedy(prompts, 10, **LOGPROBS)
         check_greedy(Reference(folders[1]), prompts, found)
+        send(server, folders[0], ranks=2)
+        found = server.greedy(prompts, 10, **LOGPROBS)
+        check_greedy(Reference(folders[0]), prompts, found)
     finally:
         server.close()
 

@@ -25,7 +25,23 @@ def check_reload(model: OurModel, tensors: Stream, *, with_mtp: bool) -> None:
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
-        ConfigError: these flags, or this machine, allow no other weights.
+        ConfigError: as `check_allowed`.
+    """
+    check_allowed(model)
+    check_tensors(
+        list(tensors),
+        model.config,
+        quantised=model.quantised,
+        formats=model.formats,
+        with_mtp=with_mtp,
+    )
+
+
+def check_allowed(model: OurModel) -> None:
+    """Refuse any update where these flags, or this machine, allow no other weights.
+
+    Raises:
+        ConfigError: why, and the fix.
     """
     refuse_another(model.formats)
     if get_server_args().enable_lora:
@@ -34,13 +50,6 @@ def check_reload(model: OurModel, tensors: Stream, *, with_mtp: bool) -> None:
         raise ConfigError("weights of a vision tower are not updated: add --language-model-only")
     if any(use_intel_amx_backend(layer) for layer in model.modules()):
         raise ConfigError("weights that SGLang has packed for AMX are not updated: restart")
-    check_tensors(
-        list(tensors),
-        model.config,
-        quantised=model.quantised,
-        formats=model.formats,
-        with_mtp=with_mtp,
-    )
 
 
 def stored_weights(runner: Any, folder: Path, load_format: str) -> Iterator[Any]:
