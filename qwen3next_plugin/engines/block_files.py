@@ -6,16 +6,19 @@ was written under its name is removed and never used.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from errno import ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 from stat import S_ISREG
+from tempfile import TemporaryFile
 from time import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
+
+from qwen3next_plugin.config import ConfigError
 
 # How the names of subfolders begin, with the format's number; nothing else here is touched.
 SPACE = "qwen3next-1-"
@@ -48,12 +51,16 @@ class BlockFiles:
                     file.path.unlink()  # of a server that was killed
         self.uncounted = 0  # bytes written since all files were counted
 
+    def nbytes(self, name: str) -> int:
+        """The bytes of a file's content by its size; -1: there is no such file."""
+        try:
+            return max(-1, (self.folder / name).stat().st_size - HEADER.size)
+        except OSError:
+            return -1
+
     def holds(self, name: str, nbytes: int) -> bool:
         """Whether there is a file of this name, with so many bytes of content."""
-        try:
-            return (self.folder / name).stat().st_size == HEADER.size + nbytes
-        except OSError:
-            return False
+        return self.nbytes(name) == nbytes
 
     def use(self, name: str) -> None:
         """Make a file, if it is there, the last to be removed."""
@@ -121,6 +128,33 @@ class BlockFiles:
                 found = path.lstat()
                 if S_ISREG(found.st_mode):
                     yield File(found.st_mtime, found.st_size, path)
+
+
+def check_settings(settings: Mapping[str, Any], numbers: Sequence[str], where: str) -> None:
+    """Refuse a setting `folder` that cannot be written, and numbers of bytes that are none.
+
+    Args: where: the field that has the settings.
+
+    Raises:
+        ConfigError: names the setting and the fix.
+    """
+    for name in numbers:
+        value = settings.get(name)
+        if value is None:
+            raise ConfigError(f"{name} is missing in {where}: a number of bytes")
+        if not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"{name} = {value!r}: must be a number of bytes, in {where}")
+    folder = settings.get("folder")
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        raise ConfigError(f"folder = {folder!r}: no such folder; make it, or change {where}")
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"folder = {folder!r} cannot be written ({error.strerror}): grant user {os.getuid()} "
+            f"that, or name another in {where}"
+        ) from error
 
 
 def least_limit(count: int, nbytes: int) -> int:

@@ -35,6 +35,7 @@ from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
 from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
+from qwen3next_plugin.engines.sglang.state.folder_flags import check_folder
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.reading import check_stored
@@ -147,6 +148,7 @@ def check_flags(server_args: Any, *, on_cpu: bool) -> None:
     for name, (values, why, fix) in served(drafts=bool(algorithm), on_cpu=on_cpu).items():
         if (value := getattr(server_args, name)) not in values:
             raise refusal(name, value, why, fix)
+    check_folder(server_args, on_cpu=on_cpu)
     if not on_cpu:
         _check_kernels(server_args.cuda_graph_config)
     if algorithm:

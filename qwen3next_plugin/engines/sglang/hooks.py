@@ -118,6 +118,19 @@ def commit_trees(
         host(target_worker, batch, *args, **kwargs)
 
 
+def keep_prefix(
+    host: Callable[..., None], cache: Any, req: Any, *, up_to: int, **kwargs: Any
+) -> None:
+    """Let FolderLinker keep the prefixes of a request that has ended."""
+    host(cache, req, up_to=up_to, **kwargs)
+    if cache.linker is not None and req.finished():
+        from qwen3next_plugin.engines.sglang.state.folder_linker import FolderLinker
+
+        linker = cache.linker.cache_linker
+        if isinstance(linker, FolderLinker):
+            linker.keep(cache, req.last_node)
+
+
 def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
     """Use our worker for chains of drafts from the checkpoint's MTP head."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view

@@ -308,6 +308,14 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang asks the backend whether there is something to commit",
     ),
     Patch(
+        target="sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+        parameters=("self", "req", "up_to", "kwargs"),
+        function=hooks.keep_prefix,
+        reason="SGLang gives a linker the new nodes of a prompt before the MTP layer has read it, "
+        "and no node above them, in which a file of KV may begin",
+        remove_when="SGLang tells a linker when a request has ended, with its whole prefix",
+    ),
+    Patch(
         target=f"{UPDATES}.update_weights_from_disk",
         parameters=("self", "recv_req"),
         function=updates.update_from_disk,

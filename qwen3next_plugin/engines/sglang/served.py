@@ -14,6 +14,7 @@ UNQUANTISED = "there are no quantised kernels for a CPU here"
 LOSSLESS = "a draft is kept only if it is what would be sampled without drafts"
 NO_LORA = "SGLang has no place for adapters of linear attention, and ours are for CPUs"
 LEAVE_OUT = "leave it out"
+FOLDER = "on CPUs FolderLinker keeps prefixes in a folder (docs/fleet.md)"
 LORA_DEFAULT = "csgmv"  # SGLang's --lora-backend where none is given
 Served = dict[str, tuple[tuple[Any, ...], str, str]]
 # Flag → the values that are served, why no others, and the fix.
@@ -46,7 +47,7 @@ SERVED: Served = {
     "enable_unified_memory": ((False,), PAGES, LEAVE_OUT),
     "mamba_ssm_dtype": ((None, *STATE_DTYPES), "no kernel keeps such a state", LEAVE_OUT),
     # where state and caches are kept
-    "enable_hierarchical_cache": ((False,), POOL, LEAVE_OUT),
+    "enable_hierarchical_cache": ((False,), POOL, FOLDER),
     "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
     "enable_lmcache": ((False,), POOL, LEAVE_OUT),
     "enable_flexkv": ((False,), POOL, LEAVE_OUT),

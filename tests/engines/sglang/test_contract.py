@@ -64,6 +64,20 @@ OVERRIDDEN = {
             "copy_from": ["self", "src_indices", "dst_indices"],
         },
     },
+    "srt/mem_cache/unified_cache/unified_cache_linker.py": {
+        "UnifiedCacheLinker": {
+            "lookup": ["self", "rid", "transfers"],
+            "load": ["self", "rid", "transfers"],
+            "start_layer_wise_loading": ["self"],
+            "finish_layer_wise_loading": ["self", "counter_index"],
+            "cancel_queued_load": ["self", "rid"],
+            "offload": ["self", "transfers", "session_id"],
+            "num_completed_offloads": ["self"],
+            "pop_completed_offload": ["self"],
+            "reset": ["self"],
+            "close": ["self"],
+        },
+    },
     "srt/layers/quantization/base_config.py": {
         "QuantizationConfig": {
             "get_quant_method": ["self", "layer", "prefix"],
@@ -155,6 +169,13 @@ CALLED = {
         "filter": ["self", "keep_indices"],
     },
     "srt/configs/model_config.py": {"_get_and_verify_dtype": ["config", "dtype"]},
+    "srt/mem_cache/unified_radix_cache.py": {"path_device_indices": ["self", "node"]},
+    "srt/mem_cache/unified_cache/unified_tree_core_interface.py": {
+        "collect_path_info": ["self", "end_node_ids"],
+        "get_component_device_value": ["self", "node_id", "component_type"],
+        "get_hash_values": ["self", "node_id"],
+        "get_prefix_hash_values": ["self", "node_id"],
+    },
     "srt/managers/tp_worker.py": {"deserialize_own_rank": ["self", "serialized_named_tensors"]},
     "srt/managers/scheduler_components/weight_updater.py": {
         "_select_runners": ["self", "selector"],
@@ -201,6 +222,9 @@ PASSED = {
             "speculative_eagle_topk",
         ],
     },
+    "srt/mem_cache/unified_cache/linker_factory.py": {
+        "linker_cls": ["components", "extra_config", "forward_stream"],
+    },
 }
 # Fields our code reads.
 FIELDS = {
@@ -214,6 +238,16 @@ FIELDS = {
             *("names", "dtypes", "shapes", "group_name", "load_format", "flush_cache"),
             *("torch_empty_cache", "weight_version", "selector"),
         ],
+    },
+    "srt/mem_cache/cache_init_params.py": {
+        "CacheInitParams": [
+            *("req_to_token_pool", "token_to_kv_pool_allocator", "mtp_draft_device_pools"),
+            "sidecar_draft_device_pools",
+        ],
+    },
+    "srt/mem_cache/hicache_storage.py": {"PoolTransfer": ["name", "device_indices", "keys"]},
+    "srt/mem_cache/unified_cache/unified_tree_core_interface.py": {
+        "TreePathNodeInfo": ["node_id", "path_end"],
     },
     "srt/mem_cache/kv_cache_configurator.py": {"KVCacheConfigurator": ["model_config"]},
     "srt/speculative/eagle_info.py": {

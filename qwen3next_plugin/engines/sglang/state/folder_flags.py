@@ -1,0 +1,100 @@
+"""FolderLinker's settings: checked before a worker starts; the subfolder of what may be read."""
+
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from qwen3next_plugin import __version__, env
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.block_files import SPACE, check_settings
+from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.processor import instructions
+from qwen3next_plugin.engines.sglang.names import PACKAGE
+from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+from qwen3next_plugin.versions import check_host
+
+LINKER, MODULE = "FolderLinker", f"{PACKAGE}.state.folder_linker"
+OWN = ("folder", "folder_bytes")
+POLICIES = ("fcfs", "lof", "random", "routing-key")  # that do not ask for prefixes
+FLAG = "--enable-unified-cache-external-linker"
+FIELD = "linker_extra_config of --unified-cache-external-linker-config"
+
+
+def check_folder(server_args: Any, *, on_cpu: bool) -> None:
+    """Refuse other linkers, a folder that cannot be used, and flags that it does not go with.
+
+    Raises:
+        ConfigError: names the setting and the fix.
+    """
+    if not server_args.enable_unified_cache_external_linker:
+        return
+    config = server_args.unified_cache_external_linker_config or {}
+    named = config.get("linker"), config.get("linker_module_path")
+    if server_args.unified_cache_external_linker_backend != "dynamic" or named != (LINKER, MODULE):
+        raise ConfigError(
+            f"{FLAG}: only {LINKER} of {MODULE} keeps state pages: name it in "
+            f"--unified-cache-external-linker-config, with "
+            f"--unified-cache-external-linker-backend dynamic"
+        )
+    if not on_cpu:
+        raise ConfigError(f"{FLAG}: {LINKER} copies on CPUs only; leave it out")
+    settings = config.get("linker_extra_config", {})
+    if unknown := sorted(set(settings) - set(OWN)):
+        raise ConfigError(f"{FIELD}: {LINKER} has no {', '.join(unknown)}; it has {', '.join(OWN)}")
+    check_settings(settings, ("folder_bytes",), FIELD)
+    _check_flags(server_args)
+
+
+def _check_flags(server_args: Any) -> None:
+    """Refuse flags with which files would be another model's, or read again and again."""
+    if server_args.nnodes > 1:
+        raise ConfigError(
+            f"--nnodes {server_args.nnodes}: {LINKER} writes what one machine's ranks have in "
+            f"memory; use one machine, or leave out {FLAG}"
+        )
+    if server_args.enable_lora or server_args.lora_paths:
+        raise ConfigError(
+            f"--enable-lora: {LINKER} knows an adapter by its name only, whatever its weights "
+            f"were; serve without adapters, or leave out {FLAG}"
+        )
+    if server_args.load_format not in READ_HERE:
+        raise ConfigError(
+            f"--load-format {server_args.load_format}: {LINKER} knows weights by their safetensors "
+            f"files; leave it out, or leave out {FLAG}"
+        )
+    if server_args.schedule_policy not in POLICIES:
+        raise ConfigError(
+            f"--schedule-policy {server_args.schedule_policy}: {LINKER} would read the prefixes of "
+            f"all waiting requests in each step; use fcfs, or leave out {FLAG}"
+        )
+
+
+def refuse_other_weights(server_args: Any) -> None:
+    """Raise where files of this start's weights would be read for others."""
+    if server_args.enable_unified_cache_external_linker:
+        raise ConfigError(
+            f"{LINKER} would serve prefixes of the weights that it started with; restart the "
+            f"server, or serve without {FLAG}"
+        )
+
+
+def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
+    """The name of the subfolder for these weights, and for all that decides what a page holds.
+
+    Args: sizes: of what is kept, on this rank.
+    """
+    others = (
+        sizes,
+        sorted(model_config.hf_config.to_dict().items(), key=str),
+        (env.quantise(), env.batch_invariant()),
+        # Bits are those of our kernels on this processor, and of SGLang's.
+        (__version__, str(check_host("sglang")), str(torch.__version__)),
+        (described("cpu"), instructions(), server_args.attention_backend),
+    )
+    model, downloads = server_args.model_path, server_args.download_dir
+    weights = fingerprint(local_folder(model, server_args.revision, downloads))
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    rest = sha256(repr(others).encode()).hexdigest()[:16]
+    return f"{SPACE}{weights}-{dtype}-{rest}"
