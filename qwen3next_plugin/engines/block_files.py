@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from errno import ENOSPC
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
 from stat import S_ISREG
@@ -25,6 +26,7 @@ SPACE = "qwen3next-1-"
 PART = ".part"  # the ending of a file that is being written
 PART_SECONDS = 600  # after which nobody writes it any more
 HEADER = struct.Struct("<32sQI")  # digest of the name, bytes of the content, and its checksum
+CUT, EVERY = "00", 256  # a piece ends after one of so many keys
 SHARE = 8  # of the limit: what is written between counts, and what is removed beyond it
 
 
@@ -155,6 +157,15 @@ def check_settings(settings: Mapping[str, Any], numbers: Sequence[str], where: s
             f"folder = {folder!r} cannot be written ({error.strerror}): grant user {os.getuid()} "
             f"that, or name another in {where}"
         ) from error
+
+
+def pieces(keys: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Where files of a prefix begin and end: at its end, and after keys that begin with CUT.
+
+    A key is a digest of a token and all before it, so prefixes that share tokens share files.
+    """
+    ends = [end for end, key in enumerate(keys[:-1], 1) if key.startswith(CUT)]
+    return pairwise((0, *ends, len(keys)))
 
 
 def least_limit(count: int, nbytes: int) -> int:

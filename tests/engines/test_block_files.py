@@ -4,23 +4,31 @@ import os
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from engines.faults import NEEDS_NAMESPACES, STATES, where
 from qwen3next_plugin.engines.block_files import (
+    CUT,
+    EVERY,
     HEADER,
     PART_SECONDS,
     SPACE,
     BlockFiles,
     least_limit,
+    pieces,
 )
 
 SPACES = f"{SPACE}weights/model", f"{SPACE}other/model"
 SIZE = 1000
 CONTENT = memoryview(bytes(i * 7 % 256 for i in range(SIZE)))
 FILE = HEADER.size + SIZE  # bytes
+# Of tokens with all before them, as an engine names them.
+KEYS = [sha256(str(i).encode()).hexdigest() for i in range(20 * EVERY)]
+CUTS = [i for i, key in enumerate(KEYS, 1) if key.startswith(CUT)]
 
 
 @pytest.fixture
@@ -197,3 +205,22 @@ def test_on_a_full_disk_the_oldest_give_way(tmp_path):
     command = where(str(tmp_path), "nearly full", [sys.executable, "-c", FILL, str(tmp_path)])
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_file_has_as_many_tokens_as_said():
+    assert 0.7 * EVERY < len(KEYS) / len(CUTS) < 1.4 * EVERY
+
+
+@pytest.mark.parametrize("end", [1, EVERY, CUTS[3] - 1, CUTS[3], CUTS[3] + 1, len(KEYS)])
+def test_files_follow_each_other_and_all_but_the_last_are_those_of_a_longer_prefix(end):
+    found = list(pieces(KEYS[:end]))
+    assert (found[0][0], found[-1][1]) == (0, end)
+    assert all(before[1] == after[0] for before, after in pairwise(found))
+    assert found[:-1] == list(pieces(KEYS))[: len(found) - 1]
+
+
+@pytest.mark.parametrize("begin", [1, CUTS[2] - 1, CUTS[2], CUTS[2] + 1])
+def test_what_follows_a_part_ends_where_the_whole_does(begin):
+    """Only the first file may begin before the part."""
+    found = [end + begin for _, end in pieces(KEYS[begin:])]
+    assert found == [end for _, end in pieces(KEYS) if end > begin]

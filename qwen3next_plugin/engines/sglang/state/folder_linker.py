@@ -2,14 +2,12 @@
 
 The radix cache asks a linker for what follows its own longest prefix. SGLang's keys name a token
 with all that precede it. A prefix is one file with its state pages, where a node of the radix tree
-ended, and files of KV, which end there and at the tokens whose keys begin with CUT. So prefixes
-share files, wherever the tree has cut them.
+ended, and files of KV, which prefixes share wherever the tree has cut them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +22,11 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.block_files import BlockFiles, least_limit
+from qwen3next_plugin.engines.block_files import EVERY, BlockFiles, least_limit, pieces
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.state.folder_flags import space
 
 STATE, KV = ".state", ".kv"
-CUT, EVERY = "00", 256  # files of KV end after one of so many tokens
 WAITING = 1 << 30  # bytes of copies that may wait to be written
 
 
@@ -253,12 +250,6 @@ class FolderLinker(UnifiedCacheLinker):
         content = torch.empty(nbytes, dtype=torch.uint8)
         found = self.files.read(f"{self.space}/{name}", _memory(content))
         return content if found else None
-
-
-def pieces(keys: list[str]) -> Iterator[tuple[int, int]]:
-    """Where the files of KV of a prefix begin and end."""
-    ends = [end for end, key in enumerate(keys[:-1], 1) if key.startswith(CUT)]
-    return pairwise((0, *ends, len(keys)))
 
 
 def _of(transfers: list[PoolTransfer], name: PoolName) -> Any:
