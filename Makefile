@@ -107,8 +107,14 @@ TRANSFORMERS := $(patsubst %,.transformers/%/.installed,5.20.2 5.24.0)
 $(TRANSFORMERS): .transformers/%/.installed: | .venv-vllm/bin/python
 	.venv-vllm/bin/python $(INSTALL) --target .transformers/$* transformers==$*
 	touch $@
+
+# Ray, with what it needs beside vLLM; its own list would bring another vLLM.
+.ray/.installed: requirements/ray.txt | .venv-vllm/bin/python
+	rm -rf $(@D)
+	.venv-vllm/bin/python $(LOCKED) $< --target $(@D)
+	touch $@
 ifneq ($(filter test-long,$(MAKECMDGOALS)),)
-test-vllm: $(TRANSFORMERS)
+test-vllm: $(TRANSFORMERS) .ray/.installed
 endif
 
 # Qwen-Agent, which its tests run as a client, wants other packages than the engines do, and so does
@@ -289,4 +295,4 @@ bench: .venv-$(THE_ENGINE)/.plugin ## measure plugin against upstream; refuses t
 
 clean: ## remove what was built and the environments; ENGINE=sglang: SGLang's only
 	rm -rf $(EACH_ENGINE:%=.venv-%) $(EACH_ENGINE:%=.venv-wheel-%) \
-	  $(if $(ENGINE),build/$(ENGINE) build/away-$(ENGINE),build dist .triton .transformers .qwen-agent .router .peers)
+	  $(if $(ENGINE),build/$(ENGINE) build/away-$(ENGINE),build dist .triton .transformers .ray .qwen-agent .router .peers)

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 import qwen3next_plugin
 from qwen3next_plugin import versions
-from qwen3next_plugin.engines.patching import Attribute, Entry, Item, Override, Patch, Replacement
+from qwen3next_plugin.engines.patching import Attribute, Entry, Item, Override, Patch
 
 ENGINES = Path(qwen3next_plugin.__file__).parent / "engines"
 VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
@@ -192,10 +192,8 @@ def check_entry(sources: Sources, entry: Entry) -> None:
         owner = defining(sources, file, name)
     if isinstance(entry, Override):
         assert name in (ENGINES / sources.package / entry.file).read_text(encoding="utf-8")
-    if parameters := getattr(entry, "parameters", None):
+    if (parameters := getattr(entry, "parameters", None)) is not None:
         assert signature(definition(owner, name)) == list(parameters)
-    elif isinstance(entry, Patch | Replacement):
-        assert signature(definition(owner, name)) == []
     elif isinstance(entry, Override) and isinstance(owner, ast.Module):
         assert name in sources.names(file)
     elif isinstance(entry, Override):

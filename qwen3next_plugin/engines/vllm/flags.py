@@ -33,6 +33,7 @@ from qwen3next_plugin.engines.vllm.names import (
     LOGGER,
     OVERRIDE_FLAG,
     OWN_ADDRESS,
+    RAY_EXECUTOR,
     SCHEDULER,
     STREAMS,
     WORKER,
@@ -269,7 +270,7 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse runner V2, pipeline stages, Ray, ranks that share nothing, and another worker."""
+    """Refuse runner V2, pipeline stages, engines in Ray, ranks apart, and other workers."""
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
@@ -283,12 +284,10 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"--tensor-parallel-size {config.pp_size}"
         )
     parallel_config = vllm_config.parallel_config
-    if parallel_config.use_ray or parallel_config.data_parallel_backend == "ray":
+    if parallel_config.data_parallel_backend == "ray":
         raise ConfigError(
-            "Ray: vLLM's CPU platform names no resource that Ray could place its workers by; start "
-            "the server on each machine with --nnodes 2 --node-rank 0 (then 1 --headless) "
-            "--master-addr ADDRESS, without --distributed-executor-backend and "
-            "--data-parallel-backend"
+            "--data-parallel-backend ray: on a CPU Ray places the workers of one engine only; "
+            "leave it out, or start servers behind a router"
         )
     apart = config.num_experts and not parallel_config.enable_expert_parallel
     if apart and parallel_config.data_parallel_external_lb:
@@ -343,8 +342,12 @@ def _align_drafter(vllm_config: VllmConfig) -> None:
 
 
 def _bind_cores(parallel_config: ParallelConfig) -> None:
-    """Bind the threads of all ranks; not if other processes, maybe on this machine, hold some."""
-    if parallel_config.data_parallel_size == parallel_config.data_parallel_size_local:
+    """Bind the threads of all ranks; not if other processes, maybe on this machine, hold some.
+
+    Where Ray has placed them, workers bind their own.
+    """
+    local = parallel_config.data_parallel_size == parallel_config.data_parallel_size_local
+    if local and not parallel_config.use_ray:
         bind_cores(parallel_config.data_parallel_size * parallel_config.local_world_size)
 
 
@@ -372,6 +375,8 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
     alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
     if parallel_config.distributed_executor_backend in alike:
         parallel_config.distributed_executor_backend = EXECUTOR
+    elif parallel_config.distributed_executor_backend == "ray":
+        parallel_config.distributed_executor_backend = RAY_EXECUTOR
 
 
 def _choose_metrics(vllm_config: VllmConfig) -> None:

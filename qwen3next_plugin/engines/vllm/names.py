@@ -38,6 +38,7 @@ QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.speculation.scheduler.Scheduler"
 EXECUTOR = f"{PACKAGE}.executor.Executor"
+RAY_EXECUTOR = f"{PACKAGE}.ray_executor.RayExecutor"
 OVERRIDE_FLAG = "--hf-overrides"
 OWN_ADDRESS = "VLLM_HOST_IP"  # the variable with this node's address
 

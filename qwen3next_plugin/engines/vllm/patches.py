@@ -365,6 +365,26 @@ OVERRIDES: tuple[Entry, ...] = (
         for text_model in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
     ),
     Override(
+        target="vllm.platforms.interface.Platform.ray_device_key",
+        file="ray_executor.py",
+        reason="vLLM asks Ray for devices by it, and has no key for CPUs",
+        remove_when="vLLM's CPU platform has one (`compat`)",
+    ),
+    Override(
+        target="vllm.v1.executor.ray_executor_v2.RayWorkerProc",
+        file="ray_executor.py",
+        reason="a worker asks Ray for its device, shares memory with those of other machines, and "
+        "binds the same cores on each",
+        remove_when="the entry above is removed",
+    ),
+    Override(
+        target="vllm.v1.executor.ray_executor_v2.RayExecutorV2._get_actor_resource_kwargs",
+        parameters=(),
+        file="ray_executor.py",
+        reason="Ray takes no CPU among an actor's custom resources",
+        remove_when="the entries above are removed",
+    ),
+    Override(
         target="vllm.config.model_arch.ModelArchitectureConfig.num_experts",
         file="flags.py",
         reason="vLLM takes a slice of each expert for each data-parallel engine, even without "
