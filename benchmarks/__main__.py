@@ -16,7 +16,7 @@ import typer
 from benchmarks import render
 from benchmarks.origin import CHANGED, origin, same_product
 from benchmarks.parts import PARTS, expected
-from benchmarks.report import FULL, MEASURED, RedCheckError, Run, console, load_all, shown
+from benchmarks.report import MEASURED, OWN_RUNS, RedCheckError, Run, console, load_all, shown
 from qwen3next_plugin.engines.vllm.cpu.cores import binding
 
 OUT = Path("out")
@@ -78,7 +78,7 @@ def publish(folder: Path) -> None:
     records = load_all(folder)
     render.check(records)
     for old in MEASURED.glob("*"):
-        if old.name != FULL:
+        if old.name not in OWN_RUNS:
             shutil.rmtree(old)
     for record in records:
         record.save(MEASURED)

@@ -21,7 +21,7 @@ import typer
 
 from benchmarks import headline, pictures, sizes
 from benchmarks.origin import CHANGED
-from benchmarks.report import FULL, MEASURED, ROUNDS, Cell, Record, load_all, text
+from benchmarks.report import MEASURED, OWN_RUNS, ROUNDS, Cell, Record, load_all, text
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -44,11 +44,11 @@ class MixedRunsError(ValueError):
 def check(records: Sequence[Record]) -> None:
     """Raise MixedRunsError unless all records are of one run of one tree on one machine.
 
-    Those of `benchmarks.full` are of a run of their own.
+    Those of OWN_RUNS are of runs of their own.
     """
-    first: dict[bool, Record] = {}
+    first: dict[str, Record] = {}
     for record in records:
-        other = first.setdefault(record.part == FULL, record)
+        other = first.setdefault(record.part if record.part in OWN_RUNS else "", record)
         different = [k for k, value in record.origin.items() if value != other.origin.get(k)]
         if different or record.origin.keys() != other.origin.keys():
             both = f"{other.name} and {record.name}"
@@ -100,7 +100,7 @@ def block(records: Sequence[Record]) -> str:
 
 
 def command(part: str) -> str:
-    return "python -m benchmarks.full" if part == FULL else f"--part {part}"
+    return f"python -m benchmarks.{part}" if part in OWN_RUNS else f"--part {part}"
 
 
 def markdown(same: Sequence[Record]) -> str:
@@ -145,7 +145,7 @@ def main(
 ) -> None:
     """Write the figures of README.md and docs/ from the records in benchmarks/measured/.
 
-    Records come from one whole run, `make bench`, and one of `benchmarks.full`; others are refused.
+    Records come from one whole run, `make bench`, and one of each of OWN_RUNS; others are refused.
     """
     if not only_check:
         write()

@@ -2,7 +2,7 @@
 
 out/run/<name>.json      of a whole run, under way or done
 out/parts/<name>.json    of a part that was measured alone; never in docs/
-benchmarks/measured/     of the last whole run, and of the last of benchmarks.full: docs/ shows them
+benchmarks/measured/     of the last whole run, and of those of OWN_RUNS: docs/ shows them
 """
 
 import json
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 MEASURED = Path(__file__).parent / "measured"
-FULL = "full"  # the part, and its folder, that has a run of its own
+FULL, FLEET = "full", "fleet"
+OWN_RUNS = (FULL, FLEET)  # parts, and their folders, that have a run of their own
 ROUNDS = ", rounds"  # behind the name of a column: the range of its rounds
 WIDE = 400  # columns; no line of a table is broken, so that it can be pasted into a page
 

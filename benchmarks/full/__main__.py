@@ -5,21 +5,16 @@ needs a quiet machine, 24 GB of memory and, for Qwen3.6-35B-A3B in 4 bits, 65 GB
 50 minutes, half of it for other engines, where `make` has built them (see benchmarks/peers).
 """
 
-import os
-import time
-from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import render
 from benchmarks.full.measure import measure
 from benchmarks.full.model import KINDS
-from benchmarks.origin import CHANGED, origin
-from benchmarks.report import FULL, MEASURED, Run, console, shown
-from qwen3next_plugin.engines.vllm.cpu.cores import binding
+from benchmarks.own_run import measure_alone
+from benchmarks.report import FULL
 
 
 def main(
@@ -37,20 +32,9 @@ def main(
     """
     if kind not in KINDS:
         raise typer.BadParameter(f"no kind {kind}: one of {', '.join(KINDS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(out, FULL, origin(datetime.now(UTC).isoformat("T", "seconds")))
-    if publish and run.origin["commit"].endswith(CHANGED):
-        raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
-    folder = MEASURED if publish else out / "parts"
-    begin = time.monotonic()
-    for record in shown(measure(run, size, kind, layers)):
-        replace(record, seconds=time.monotonic() - begin).save(folder)
-    if publish:
-        render.write()
-    console.print(f"kept in {folder / FULL}")
+    measured = partial(measure, size=size, kind=kind, layers=layers)
+    measure_alone(FULL, out, measured, publish=publish)
 
 
 if __name__ == "__main__":
-    for name, value in binding(ranks=1).items():
-        os.environ.setdefault(name, value)
     typer.run(main)
