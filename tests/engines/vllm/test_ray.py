@@ -1,4 +1,4 @@
-"""A server whose workers Ray places on two hosts: network namespaces, each a node of Ray."""
+"""Ray: workers on two hosts, which are network namespaces, and replicas behind Ray Serve."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from engines.clients import eventually
 from engines.dialogues import ROOT
 from engines.hosts import TOKENS, Host, check_drafts, on, prompts, served
 from engines.process import CPUS, Fork, Process
+from engines.routers import UNIT, opening, turn
 from engines.vllm.server import Server, greedy
 
 RAY = ROOT / ".ray"
@@ -75,3 +76,26 @@ def test_two_hosts_answer_as_one_and_end_together(reference):
         assert eventually(lambda: nodes[0].process.code() is not None)
         assert nodes[0].process.code()
     check_greedy(reference(SHIPPED), prompts(), answers)
+
+
+class Replicas(Server):
+    """The example: two engines behind Ray Serve."""
+
+    HEALTH = "/v1/models"
+
+    def command(self, *flags: str) -> list[str]:
+        script = str(ROOT / "examples" / "ray_serve.py")
+        return [sys.executable, script, self.model, "--port", str(self.port), *flags]
+
+
+def test_ray_serve_sends_turns_to_the_replica_that_has_the_earlier_ones():
+    server = Replicas(SHIPPED, env={"PYTHONPATH": str(RAY)})
+    try:
+        server.wait()
+        talks = [opening(number) for number in range(4)]
+        for talk in talks:
+            read, _ = turn(server.client, server.model, talk)
+            _, cached = turn(server.client, server.model, talk)
+            assert cached > read - 2 * UNIT, talk
+    finally:
+        server.close()
