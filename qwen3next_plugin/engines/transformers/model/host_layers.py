@@ -53,5 +53,6 @@ def host_layers(of_host: nn.Module) -> HostLayers:
         merged_column_parallel=build,
         qkv_parallel=build,
         row_parallel=build,
+        replicated=build,
         silu_and_mul=lambda: silu_and_mul,
     )

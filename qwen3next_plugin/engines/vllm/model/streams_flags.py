@@ -24,6 +24,11 @@ def check_streams(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             "enable_lora: adapters of a model with several streams are not served; leave out "
             "--enable-lora, or merge the adapter"
         )
+    if vllm_config.kv_transfer_config is not None:
+        raise ConfigError(
+            "kv_transfer_config: caches of a model with several streams are not kept in files or "
+            "handed over; leave out --kv-transfer-config"
+        )
     if config.indexer_n_heads and cache_config.cache_dtype not in ("auto", "bfloat16"):
         raise ConfigError(
             f"kv_cache_dtype = {cache_config.cache_dtype}: sparse attention reads keys in the "

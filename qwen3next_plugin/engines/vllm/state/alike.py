@@ -11,7 +11,7 @@ from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.processor import instructions
-from qwen3next_plugin.engines.vllm.state.pages import page_layout
+from qwen3next_plugin.engines.vllm.state.pages import largest_page
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.state import PageLayout
 
@@ -41,7 +41,7 @@ def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
         # KV is laid out as vLLM's attention on this processor reads it; bits are our kernels'.
         (__version__, vllm.__version__, str(torch.__version__), described("cpu"), instructions()),
     )
-    return Alike(page_layout(config, vllm_config), rest)
+    return Alike(largest_page(config, vllm_config), rest)
 
 
 def stored_weights(vllm_config: VllmConfig) -> Path:
