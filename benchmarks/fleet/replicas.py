@@ -17,7 +17,7 @@ from rich.progress import track
 
 from benchmarks.block_model import TINY
 from benchmarks.mtp.cases import CASES, Name
-from benchmarks.report import Record, Run, console
+from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.server import Server
 from qwen3next_plugin.engines.vllm.cpu.cores import BIND
 
@@ -79,7 +79,10 @@ def routed(run: Run, servers: list[Server]) -> Iterator[str]:
         process = subprocess.Popen([*command, "--worker-urls", *urls], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        while process.poll() is None:
+        deadline = time.monotonic() + 120
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RedCheckError(f"the router has not found both servers: see {log.name}")
             with suppress(OSError), urllib.request.urlopen(f"{url}/workers", timeout=5) as answer:
                 if f'"total":{len(servers)}' in answer.read().decode().replace(" ", ""):
                     break
@@ -95,7 +98,7 @@ def talk(url: str, model: str, seed: int) -> float:
     options = {"api_key": "none", "max_retries": 0, "timeout": 600}
 
     def conversation(client: int) -> None:
-        texts = CASES[Name.CHECKPOINT].texts(Random(f"{url} {seed} {client}"))
+        texts = CASES[Name.CHECKPOINT].texts(Random(f"{seed} {client}"))
         messages = []
         with openai.OpenAI(base_url=f"{url}/v1", **options) as asked:
             for text in islice(texts, TURNS):

@@ -25,6 +25,8 @@ from qwen3next_plugin.model.linear_attention import Weight
 from qwen3next_plugin.model.ngrams import hashing
 from qwen3next_plugin.model.state import NgramPool
 
+SERVED = ("BF16", "F16", "F32")  # tables, as safetensors names them
+
 
 class PerLayerEmbedding(nn.Module):
     """The n-gram embedding of layer `i`; every rank has all of it."""
@@ -104,7 +106,7 @@ def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
     """The table of layer `i` in a checkpoint's files, or in memory if QWEN3NEXT_NGRAM says so.
 
     Raises:
-        CheckpointError: a part of it is missing.
+        CheckpointError: a part of it is missing, or of another dtype.
     """
     names, places = table_names(config, i), _places(folder, config)
     if missing := [name for name in names if name not in places]:
@@ -112,6 +114,11 @@ def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
             f"{folder}: {missing[0]} is missing: the checkpoint is incomplete; download it again"
         )
     found = [places[name] for name in names]
+    if (dtype := found[0].header.dtype) not in SERVED:
+        raise CheckpointError(
+            f"{folder}: {names[0]} is {dtype}: tables of n-grams are read in bfloat16, float16 or "
+            f"float32; use the checkpoint of one of these"
+        )
     if env.ngram() == "resident":
         return NgramTable.of([contents.read(place) for place in found], mapped=False)
     shards = [contents.mapped(place) for place in found]

@@ -132,11 +132,12 @@ def _add(manager: Any, request: Any, read: Callable[[], Tensors]) -> str | None:
     session, found = manager._session, []
 
     def check() -> None:
+        tensors = read()  # a broadcast, too, which the trainer waits for
         if request.selector not in ("all", session.selector):
             raise ConfigError(
                 f"selector = {request.selector}: the session began with {session.selector}"
             )
-        found.extend(_copied(read()))
+        found.extend(_copied(tensors))
 
     refused = refusal(check, manager.tp_cpu_group)
     if refused is None:

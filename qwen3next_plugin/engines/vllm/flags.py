@@ -1,5 +1,6 @@
 """vLLM's flags: every refusal and every default, before a worker starts."""
 
+import os
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_b
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
+from qwen3next_plugin.engines.vllm.cpu.cores import BIND, OWN, bind_cores
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
 from qwen3next_plugin.engines.vllm.names import (
@@ -56,6 +57,7 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
+CORES = (BIND, *OWN)  # variables of vLLM's that name them
 # The only way of drafting and verifying; other values would be ignored.
 SERVED_WITH_DRAFTS = {
     "draft_sample_method": "greedy",
@@ -284,6 +286,11 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"--tensor-parallel-size {config.pp_size}"
         )
     parallel_config = vllm_config.parallel_config
+    if _in_ray(parallel_config) and (found := [name for name in CORES if name in os.environ]):
+        raise ConfigError(
+            f"{found[0]} with Ray: a worker computes with all cores that `ray start` had on its "
+            f"machine; unset it, and choose them there by `taskset`"
+        )
     if parallel_config.data_parallel_backend == "ray":
         raise ConfigError(
             "--data-parallel-backend ray: on a CPU Ray places the workers of one engine only; "
@@ -347,8 +354,13 @@ def _bind_cores(parallel_config: ParallelConfig) -> None:
     Where Ray has placed them, workers bind their own.
     """
     local = parallel_config.data_parallel_size == parallel_config.data_parallel_size_local
-    if local and not parallel_config.use_ray:
+    if local and not _in_ray(parallel_config):
         bind_cores(parallel_config.data_parallel_size * parallel_config.local_world_size)
+
+
+def _in_ray(parallel_config: ParallelConfig) -> bool:
+    """Whether Ray places the workers; vLLM completes a configuration repeatedly."""
+    return parallel_config.distributed_executor_backend in ("ray", RAY_EXECUTOR)
 
 
 def _serve_apart(vllm_config: VllmConfig) -> None:

@@ -8,14 +8,18 @@ import os
 from typing import Any
 
 import ray
+import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
+from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.nodes import meet_at
-from qwen3next_plugin.engines.vllm.cpu.cores import BIND, bind_cores
 from qwen3next_plugin.engines.vllm.executor import Executor
-from qwen3next_plugin.engines.vllm.names import OWN_ADDRESS
+from qwen3next_plugin.engines.vllm.names import LOGGER, OWN_ADDRESS
+
+logger = init_logger(LOGGER)
 
 OURS = "QWEN3NEXT_"  # variables, which are the same in all workers
 
@@ -39,11 +43,21 @@ class RayWorker(RayWorkerProc):
 
         Workers share memory if the end of their meeting point's address is the same.
         """
-        if BIND not in (driver_env_vars or {}):
-            bind_cores(len(assigned_physical_gpu_ids or ()))
+        compute_with_share(local_rank, len(assigned_physical_gpu_ids or (0,)))
         meet_at("Ray's address of this machine", ray.util.get_node_ip_address(), OWN_ADDRESS)
         here = f"{distributed_init_method}?node={ray.get_runtime_context().get_node_id()}"
         super().initialize_worker(local_rank, env_vars, here, driver_env_vars)
+
+
+def compute_with_share(rank: int, ranks: int) -> None:
+    """Keep this process on its part of the machine's cores; Ray would give it one thread."""
+    found = share(ranks)
+    cpus = found.cpus[rank]
+    if found.threads is None:
+        os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(found.threads or len(cpus))
+    threads = torch.get_num_threads()
+    logger.info("qwen3next_plugin: rank %d of %d here has %d threads", rank, ranks, threads)
 
 
 class RayExecutor(Executor, RayExecutorV2):

@@ -119,6 +119,13 @@ def test_engines_in_ray_are_refused(monkeypatch, complete, checkpoint):
         )
 
 
+def test_cores_for_rays_workers_are_refused(monkeypatch, complete, checkpoint):
+    monkeypatch.setattr("vllm.v1.executor.ray_utils.ray", object())
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with pytest.raises(Exception, match=r"VLLM_CPU_OMP_THREADS_BIND with Ray: .*taskset"):
+        complete(checkpoint, tensor_parallel_size=2, distributed_executor_backend="ray")
+
+
 @pytest.mark.compat
 def test_vllms_cpu_platform_is_nothing_to_ray():
     """Fails when Ray can place vLLM's own workers: then our executor of actors can go."""

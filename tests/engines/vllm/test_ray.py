@@ -71,6 +71,8 @@ def test_two_hosts_answer_as_one_and_end_together(reference):
     with served(Node) as nodes:
         answers = [greedy(nodes[0], prompt, TOKENS) for prompt in prompts()]
         check_drafts(nodes[0], "vllm")
+        threads = f"rank 0 of 1 here has {len(CPUS)} threads"
+        assert threads in nodes[0].process.text()
         for process in nodes[1].processes():
             process.kill()
         assert eventually(lambda: nodes[0].process.code() is not None)

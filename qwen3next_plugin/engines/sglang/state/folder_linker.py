@@ -169,12 +169,15 @@ class FolderLinker(UnifiedCacheLinker):
         """Write the prefixes that end at a node of the radix tree and at the nodes above it."""
         tree = cache.tree_core
         keys = [*tree.get_prefix_hash_values(node_id), *tree.get_hash_values(node_id)]
-        slots = cache.path_device_indices(node_id)
+        slots, kept = cache.path_device_indices(node_id), set[int]()  # ends of files
         for node in tree.collect_path_info([node_id])[0]:
             page = tree.get_component_device_value(node.node_id, ComponentType.MAMBA)
             if page is None:
                 continue
             for begin, end in pieces(keys[: node.path_end]):
+                if end in kept:
+                    continue
+                kept.add(end)
                 self._write(
                     keys[end - 1] + KV,
                     (end - begin) * self.memory.token_bytes,

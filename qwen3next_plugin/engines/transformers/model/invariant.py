@@ -2,7 +2,8 @@
 
 A token's logits then have the bits that vLLM and SGLang compute with that variable, in any batch
 and with any drafts. The host's modules keep the parameters, as it loads and saves them; what is
-packed of them is kept until one of them changes. There are no gradients.
+packed of them is kept until one of them changes; after writing through `.data`, which nobody can
+see, call `model.eval()`. There are no gradients.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,9 +6,9 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
+from qwen3next_plugin.engines.vllm.state.alike import stored_weights
 from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
 from qwen3next_plugin.model.state import StateError
 
@@ -25,9 +25,7 @@ class NgramLayer(PerLayerEmbedding):
         i: int,
         linear: GatedDeltaNet,
     ) -> None:
-        model_config = vllm_config.model_config
-        folder = local_folder(model_config.model, model_config.revision)
-        table = open_table(folder, config, i)
+        table = open_table(stored_weights(vllm_config), config, i)
         super().__init__(config, host_layers(vllm_config), prefix, i=i, table=table)
         self.prefix = prefix
         self._linear = (linear,)  # a tuple: it is a part of the decoder layer

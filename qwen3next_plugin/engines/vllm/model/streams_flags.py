@@ -29,7 +29,8 @@ def check_streams(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             "kv_transfer_config: caches of a model with several streams are not kept in files or "
             "handed over; leave out --kv-transfer-config"
         )
-    if config.indexer_n_heads and cache_config.cache_dtype not in ("auto", "bfloat16"):
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    if config.indexer_n_heads and cache_config.cache_dtype not in ("auto", dtype):
         raise ConfigError(
             f"kv_cache_dtype = {cache_config.cache_dtype}: sparse attention reads keys in the "
             f"activations' dtype; leave out --kv-cache-dtype"

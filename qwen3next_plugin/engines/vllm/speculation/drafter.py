@@ -23,6 +23,7 @@ from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.chains import Chains
 from qwen3next_plugin.engines.vllm.speculation.finished import finished
 from qwen3next_plugin.engines.vllm.speculation.sampler import NO_TOKEN
+from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.mtp.loop import Loop, room
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.policy import make_policy
@@ -38,6 +39,7 @@ class Drafter(Chains):
         self.runner = runner
         policy = make_policy(self.num_speculative_tokens)
         transfer = vllm_config.kv_transfer_config
+        only_reads = hands_over(vllm_config) and not transfer.is_kv_producer
         self.loop = Loop(
             observer=Observer(policy, worker_board(vllm_config), logger.error),
             ranks=get_tp_group(),
@@ -45,7 +47,7 @@ class Drafter(Chains):
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             room=self._room,
             # A KV connector ships the layer's cache at any time, so it may miss no token.
-            must_run=transfer is not None and transfer.is_kv_producer,
+            must_run=transfer is not None and not only_reads,
         )
         self.most = 0  # drafts of a request that vLLM asks for
         self.left = 0.0  # when the last call of propose ended
