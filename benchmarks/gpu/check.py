@@ -30,8 +30,9 @@ def check_layer(name: str, layout: PageLayout, device: torch.device) -> None:
     exact = replace(layout, activation_dtype=torch.float32, state_dtype=torch.float32)
     ours = Layer(Work(name, layout, PROMPTS), device)
     theirs = Layer(Work(name, exact, PROMPTS), device)
-    *tensors, eps = ours.weights
-    theirs.weights = theirs.weights._make([*(x.float() for x in tensors), eps])
+    theirs.weights = theirs.weights._make(
+        x.float() if isinstance(x, torch.Tensor) else x for x in ours.weights
+    )
     context_len = torch.zeros(len(PROMPTS), dtype=torch.int32, device=device)
     for lengths in (PROMPTS, *[(drafts + 1,) * len(PROMPTS)] * ROUNDS):
         step = step_of(lengths, context_len)
