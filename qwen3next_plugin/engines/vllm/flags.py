@@ -1,6 +1,5 @@
 """vLLM's flags: every refusal and every default, before a worker starts."""
 
-import os
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_b
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.cpu.cores import BIND, OWN, bind_cores
+from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores, chosen
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
 from qwen3next_plugin.engines.vllm.names import (
@@ -57,7 +56,6 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
-CORES = (BIND, *OWN)  # variables of vLLM's that name them
 # The only way of drafting and verifying; other values would be ignored.
 SERVED_WITH_DRAFTS = {
     "draft_sample_method": "greedy",
@@ -286,15 +284,15 @@ def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"--tensor-parallel-size {config.pp_size}"
         )
     parallel_config = vllm_config.parallel_config
-    if _in_ray(parallel_config) and (found := [name for name in CORES if name in os.environ]):
-        raise ConfigError(
-            f"{found[0]} with Ray: a worker computes with all cores that `ray start` had on its "
-            f"machine; unset it, and choose them there by `taskset`"
-        )
     if parallel_config.data_parallel_backend == "ray":
         raise ConfigError(
             "--data-parallel-backend ray: on a CPU Ray places the workers of one engine only; "
             "leave it out, or start servers behind a router"
+        )
+    if _in_ray(parallel_config) and (found := chosen()):
+        raise ConfigError(
+            f"{found} with Ray: a worker computes with all cores that `ray start` had on its "
+            f"machine; unset it, and choose them there by `taskset`"
         )
     apart = config.num_experts and not parallel_config.enable_expert_parallel
     if apart and parallel_config.data_parallel_external_lb:

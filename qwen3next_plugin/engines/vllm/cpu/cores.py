@@ -25,10 +25,18 @@ def binding(ranks: int) -> dict[str, str]:
     return {BIND: "nobind", "OMP_NUM_THREADS": str(found.threads)}
 
 
+def chosen() -> str | None:
+    """The variable by which the user's environment chooses cores; None: none does."""
+    names = [name for name in OWN if name in os.environ]
+    if os.environ.get(BIND, _bound) != _bound:
+        names.append(BIND)
+    return names[0] if names else None
+
+
 def bind_cores(ranks: int) -> None:
     """Bind the threads of workers that start from now on, unless the user's environment does."""
     global _bound
-    if any(name in os.environ for name in OWN) or os.environ.get(BIND, _bound) != _bound:
+    if chosen() is not None:
         return
     variables = binding(ranks)
     _bound = os.environ[BIND] = variables.pop(BIND)
