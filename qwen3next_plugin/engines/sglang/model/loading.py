@@ -40,7 +40,8 @@ PACKED_MODULES = {
 # The reason with which SGLang refuses weight updates that do not go through ours.
 NO_UPDATES = (
     "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; on a CPU use "
-    "/update_weights_from_disk, _from_tensor or _from_distributed, or restart the server"
+    "/update_weights_from_disk, _from_tensor or _from_distributed, or restart the server with the "
+    "new checkpoint"
 )
 EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.")
 SHARDS = {"gate": ("w13_", "w1"), "up": ("w13_", "w3"), "down": ("w2_", "w2")}
