@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from benchmarks.server import Server
 from benchmarks.worker import prompts, vocabulary
 
 ROUNDS = 5
-LOADED = re.compile(r"Model loading took .*? and ([\d.]+) seconds")
+LOADED = re.compile(r"(?:Initializing model|Loading weights) took ([\d.]+) seconds")
 MODELS = {
     "the shipped checkpoint": lambda run: TINY,
     "the block model": lambda run: block_model(run.out / "block-model"),
@@ -34,13 +35,12 @@ def measure(run: Run) -> Iterator[Record]:
             with console.status(f"starting vllm serve: {name}"):
                 server.wait()
             before = answers(server)
-            seconds = min(reload(server) for _ in range(ROUNDS))
+            seconds = statistics.median(reload(server) for _ in range(ROUNDS))
             if answers(server) != before:
                 raise RedCheckError("answers differ after a reload of the same weights")
-        found = LOADED.search(log.read_text())
-        if found is None:
+        load = sum(map(float, LOADED.findall(log.read_text())))
+        if not load:
             raise RedCheckError(f"{log} does not say how long loading took")
-        load = float(found[1])
         rows[name] = {"load": load, "reload": seconds, "reload / load": seconds / load}
     yield run.record(
         "fleet/reload",
