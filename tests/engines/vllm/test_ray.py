@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not RAY.exists(), reason="`make test-long` installs Ray"),
 ]
 
+ALONE = {"RAY_AUTH_MODE": "disabled"}  # else a token in the home decides, on one node
 START = (sys.executable, "-m", "ray.scripts.scripts", "start")
 PORT = "6379"
 NODE = (
@@ -43,7 +44,7 @@ class Node(Server):
         self.where, self.head = hosts[rank], f"{hosts[0].address}:{PORT}"
         self.rank = rank
         path = f"{RAY}:{os.environ.get('PYTHONPATH', '')}"
-        env = {"PYTHONPATH": path, "RAY_ADDRESS": self.head}
+        env = ALONE | {"PYTHONPATH": path, "RAY_ADDRESS": self.head}
         super().__init__(SHIPPED, *FLAGS, env=env)
 
     def start(self, env: dict[str, str], *flags: str) -> Process:
@@ -91,7 +92,7 @@ class Replicas(Server):
 
 
 def test_ray_serve_sends_turns_to_the_replica_that_has_the_earlier_ones():
-    server = Replicas(SHIPPED, env={"PYTHONPATH": str(RAY)})
+    server = Replicas(SHIPPED, env=ALONE | {"PYTHONPATH": str(RAY)})
     try:
         server.wait()
         talks = [opening(number) for number in range(4)]
