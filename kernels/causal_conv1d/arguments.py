@@ -44,11 +44,16 @@ def check_convolution(q: Tensor, C: int, weight: Tensor, pool: StatePool) -> Non
     """Check the weight and the pages' convolution inputs, of C channels."""
     op = "causal_conv1d"
     _, ring, _ = sizes(op, "conv_", pool.conv, 3)
-    slots, _ = sizes(op, "span", pool.span, 2)
     if ring < WIDTH:
         raise ValueError(
             f"{op}: conv_ holds {ring} inputs, fewer than the {WIDTH} of a convolution"
         )
-    check(op, "weight", weight, (C, WIDTH), (q.dtype, *FLOAT), q.device)
+    check_inputs(op, q, C, weight, pool.conv, pool.span)
+
+
+def check_inputs(op: str, x: Tensor, C: int, weight: Tensor, conv: Tensor, span: Tensor) -> None:
+    """Check the weight and the kept inputs of a convolution of C channels of x's dtype."""
+    slots, _ = sizes(op, "span", span, 2)
+    check(op, "weight", weight, (C, WIDTH), (x.dtype, *FLOAT), x.device)
     check_contiguous(op, "weight", weight)
-    check_page(op, "conv_", pool.conv, (ring, C), (q.dtype,), q.device, slots)
+    check_page(op, "conv_", conv, (conv.shape[1], C), (x.dtype,), x.device, slots)

@@ -13,30 +13,17 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   arguments.expect_dims("span", span, 2);
   const int64_t T = q.size(0), H = q.size(1), K = q.size(2), R = v.size(2);
   const int64_t C = H * (2 * K + R), ring = conv_.size(1), drafts = ring - kWidth;
-  const int64_t slots = span.size(0);
   const ScalarType dtype = q.scalar_type();
   arguments.require(drafts >= 0, "conv_ holds ", ring, " inputs, fewer than the ", kWidth,
                     " of a convolution");
   arguments.expect("q", q, {T, H, K}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
   arguments.expect("k", k, {T, H, K}, {dtype});
   arguments.expect("v", v, {T, H, R}, {dtype});
-  arguments.expect("weight", weight, {C, kWidth}, {dtype, ScalarType::Float});
-  arguments.require(weight.is_contiguous(), "weight is not contiguous");
-  arguments.expect_pages("conv_", conv_, slots, {ring, C}, {dtype});
-  arguments.expect_pages("span", span, slots, {2}, {ScalarType::Int});
-  arguments.expect_step(query_start_loc, slot, context_len);
-  const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, drafts);
+  const ConvArguments in{weight, conv_, span, query_start_loc, slot, context_len};
+  const auto rows = in.checked(arguments, q, C, drafts);
   Tensor out = torch::stable::new_empty(q, {T, C});
   with_activations(q, [&]<class A>(A) {
-    const Conv<A> conv{weight.const_data_ptr(),
-                       weight.scalar_type() == ScalarType::Float,
-                       write<A>(conv_),
-                       write<A>(out),
-                       C,
-                       ring,
-                       conv_.stride(0),
-                       conv_.stride(1),
-                       1};
+    const Conv<A> conv(in, out, 1);
     const auto segment = [&](int64_t i) -> Segment<A> {
       const int64_t part = i / H, h = i % H;
       if (part == 0) return {read<A>(q) + h * q.stride(1), q.stride(0), h * K, K};

@@ -2,17 +2,8 @@
 
 from torch import Tensor
 
-from qwen3next_plugin.kernels.causal_conv1d.arguments import WIDTH
-from qwen3next_plugin.kernels.checks import (
-    ACTIVATIONS,
-    FLOAT,
-    INT,
-    check,
-    check_contiguous,
-    check_page,
-    check_step,
-    sizes,
-)
+from qwen3next_plugin.kernels.causal_conv1d.arguments import WIDTH, check_inputs
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, INT, check, check_page, check_step, sizes
 from qwen3next_plugin.kernels.step import Step
 
 
@@ -28,12 +19,9 @@ def check_arguments(
     op = "dilated_conv1d"
     T, C = sizes(op, "x", x, 2)
     _, ring, _ = sizes(op, "conv_", conv_, 3)
-    slots, _ = sizes(op, "span", span, 2)
     if dilation < 1 or ring < reach(dilation):
         raise ValueError(f"{op}: conv_ holds {ring} inputs, too few for dilation {dilation}")
     check(op, "x", x, (T, C), ACTIVATIONS, x.device)
-    check(op, "weight", weight, (C, WIDTH), (x.dtype, *FLOAT), x.device)
-    check_contiguous(op, "weight", weight)
-    check_page(op, "conv_", conv_, (ring, C), (x.dtype,), x.device, slots)
+    check_inputs(op, x, C, weight, conv_, span)
     check_page(op, "span", span, (2,), INT, x.device)
     check_step(op, step, x.device)

@@ -13,29 +13,16 @@ Tensor dilated_conv1d(Tensor x, Tensor weight, int64_t dilation, Tensor conv_, T
   arguments.expect_dims("x", x, 2);
   arguments.expect_dims("conv_", conv_, 3);
   arguments.expect_dims("span", span, 2);
-  const int64_t T = x.size(0), C = x.size(1), ring = conv_.size(1), slots = span.size(0);
+  const int64_t T = x.size(0), C = x.size(1), ring = conv_.size(1);
   const int64_t drafts = ring - kHistory * dilation - 1;
-  const ScalarType dtype = x.scalar_type();
   arguments.require(dilation >= 1 && drafts >= 0, "conv_ holds ", ring,
                     " inputs, too few for dilation ", dilation);
   arguments.expect("x", x, {T, C}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
-  arguments.expect("weight", weight, {C, kWidth}, {dtype, ScalarType::Float});
-  arguments.require(weight.is_contiguous(), "weight is not contiguous");
-  arguments.expect_pages("conv_", conv_, slots, {ring, C}, {dtype});
-  arguments.expect_pages("span", span, slots, {2}, {ScalarType::Int});
-  arguments.expect_step(query_start_loc, slot, context_len);
-  const auto rows = checked_rows(query_start_loc, slot, context_len, span, T, drafts);
+  const ConvArguments in{weight, conv_, span, query_start_loc, slot, context_len};
+  const auto rows = in.checked(arguments, x, C, drafts);
   Tensor out = torch::stable::new_empty(x, {T, C});
   with_activations(x, [&]<class A>(A) {
-    const Conv<A> conv{weight.const_data_ptr(),
-                       weight.scalar_type() == ScalarType::Float,
-                       write<A>(conv_),
-                       write<A>(out),
-                       C,
-                       ring,
-                       conv_.stride(0),
-                       conv_.stride(1),
-                       dilation};
+    const Conv<A> conv(in, out, dilation);
     const auto segment = [&](int64_t i) -> Segment<A> {
       const int64_t first = i * kSegment;
       return {read<A>(x) + first, x.stride(0), first, std::min(kSegment, C - first)};

@@ -1,6 +1,7 @@
 // Causal depthwise convolutions of width 4 over the rings of state pages.
 #pragma once
 
+#include "arguments.h"
 #include "step.h"
 
 namespace Q3N_LEVEL {
@@ -11,6 +12,24 @@ constexpr int64_t kConvBlock = 64;  // tokens of a tile
 constexpr int64_t kAhead = 8;       // tokens ahead that are prefetched, since tokens are far apart
 constexpr int kGroup =
     kLanes == 16 ? 4 : 2;  // vectors of channels whose taps and past inputs fit in registers
+
+// What a convolution of C channels is given beside its input.
+struct ConvArguments {
+  Tensor weight, conv, span, query_start_loc, slot, context_len;
+
+  // The rows of the tokens of x, [T, ...]; throws if an argument does not fit it.
+  std::vector<Row> checked(const Arguments& arguments, const Tensor& x, int64_t C,
+                           int64_t drafts) const {
+    const ScalarType dtype = x.scalar_type();
+    const int64_t slots = span.size(0);
+    arguments.expect("weight", weight, {C, kWidth}, {dtype, ScalarType::Float});
+    arguments.require(weight.is_contiguous(), "weight is not contiguous");
+    arguments.expect_pages("conv_", conv, slots, {conv.size(1), C}, {dtype});
+    arguments.expect_pages("span", span, slots, {2}, {ScalarType::Int});
+    arguments.expect_step(query_start_loc, slot, context_len);
+    return checked_rows(query_start_loc, slot, context_len, span, x.size(0), drafts);
+  }
+};
 
 // A head of q, k or v: a contiguous run of channels in each token.
 template <class T>
@@ -26,6 +45,17 @@ struct Conv {
   T* pages;  // [slots, ring, C]
   T* out;    // [T, C]
   int64_t C, ring, page_stride, row_stride, dilation;
+
+  Conv(const ConvArguments& in, const Tensor& out_, int64_t dilation_)
+      : weight(in.weight.const_data_ptr()),
+        fp32_weight(in.weight.scalar_type() == ScalarType::Float),
+        pages(write<T>(in.conv)),
+        out(write<T>(out_)),
+        C(out_.size(1)),
+        ring(in.conv.size(1)),
+        page_stride(in.conv.stride(0)),
+        row_stride(in.conv.stride(1)),
+        dilation(dilation_) {}
 
   int64_t reach() const { return kHistory * dilation; }
 

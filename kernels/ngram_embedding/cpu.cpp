@@ -31,8 +31,8 @@ f32v values(const int8_t* p, int64_t lanes) {
   return __builtin_convertvector(bytes, f32v);
 }
 
-// Moves exponent and mantissa to where fp32 has them, and mends the exponent's bias. The smallest
-// are denormals before that.
+// Moves exponent and mantissa to where fp32 has them, and corrects the exponent's bias. The
+// smallest are denormals before that.
 f32v values(const Fp8* p, int64_t lanes) {
   u8v bytes{};
   std::memcpy(&bytes, p, lanes);
