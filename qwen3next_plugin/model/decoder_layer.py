@@ -9,12 +9,10 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.norm import RMSNorm
 
 
-class DecoderLayer(nn.Module):
-    """Norm, mixer, norm, MLP. The residual is a separate tensor, updated in place."""
+class Blocks(nn.Module):
+    """The mixer and the MLP of a decoder layer, by their names in checkpoints."""
 
-    def __init__(
-        self, config: Qwen3NextConfig, *, layer_type: str, mixer: nn.Module, mlp: nn.Module
-    ) -> None:
+    def __init__(self, *, layer_type: str, mixer: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.is_linear = layer_type == "linear_attention"
         if self.is_linear:
@@ -22,6 +20,24 @@ class DecoderLayer(nn.Module):
         else:
             self.self_attn = mixer
         self.mlp = mlp
+
+    def mix(self, positions: torch.Tensor, x: torch.Tensor, *batch: Any) -> torch.Tensor:
+        """Run the mixer; `batch`: what the engine's needs besides positions.
+
+        Shapes: positions [T], x [T, D], returns [T, D]
+        """
+        if self.is_linear:
+            return self.linear_attn(x, *batch)
+        return self.self_attn(positions, x, *batch)
+
+
+class DecoderLayer(Blocks):
+    """Norm, mixer, norm, MLP. The residual is a separate tensor, updated in place."""
+
+    def __init__(
+        self, config: Qwen3NextConfig, *, layer_type: str, mixer: nn.Module, mlp: nn.Module
+    ) -> None:
+        super().__init__(layer_type=layer_type, mixer=mixer, mlp=mlp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -32,7 +48,7 @@ class DecoderLayer(nn.Module):
         residual: torch.Tensor | None,
         *batch: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the layer; `batch`: what the engine's mixers need besides positions.
+        """Run the layer; `batch` as in `mix`.
 
         Shapes:
             positions [T], hidden_states and residual [T, D], returns both
@@ -42,9 +58,6 @@ class DecoderLayer(nn.Module):
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states = self.input_layernorm(hidden_states, residual)
-        if self.is_linear:
-            hidden_states = self.linear_attn(hidden_states, *batch)
-        else:
-            hidden_states = self.self_attn(positions, hidden_states, *batch)
+        hidden_states = self.mix(positions, hidden_states, *batch)
         hidden_states = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual

@@ -11,6 +11,7 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, hyper_connection
+from qwen3next_plugin.model.decoder_layer import Blocks
 from qwen3next_plugin.model.linear_attention import Weight
 
 
@@ -49,7 +50,7 @@ class HyperConnection(nn.Module):
         )
 
 
-class StreamsLayer(nn.Module):
+class StreamsLayer(Blocks):
     """One decoder layer, with the n-gram embedding that a linear one may have before it."""
 
     def __init__(
@@ -61,13 +62,7 @@ class StreamsLayer(nn.Module):
         mlp: nn.Module,
         ple: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.is_linear = layer_type == "linear_attention"
-        if self.is_linear:
-            self.linear_attn = mixer
-        else:
-            self.self_attn = mixer
-        self.mlp = mlp
+        super().__init__(layer_type=layer_type, mixer=mixer, mlp=mlp)
         self.ple = ple
         self.attn_hyper_connection = HyperConnection(config)
         self.mlp_hyper_connection = HyperConnection(config)
@@ -81,7 +76,7 @@ class StreamsLayer(nn.Module):
         token_ids: torch.Tensor,
         *batch: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the layer; `batch`: what the engine's attention needs besides positions.
+        """Run the layer; `batch` as in `mix`.
 
         Shapes:
             positions [T] or [3, T], token_ids [T], streams_ [T, hc, D]; block and injection, of the
@@ -91,7 +86,7 @@ class StreamsLayer(nn.Module):
             self.ple(streams_, block, injection, token_ids)
             block = injection = None
         x, injection = self.attn_hyper_connection(streams_, block, injection)
-        block = self.linear_attn(x) if self.is_linear else self.self_attn(positions, x, *batch)
+        block = self.mix(positions, x, *batch)
         x, injection = self.mlp_hyper_connection(streams_, block, injection)
         return self.mlp(x), injection
 
