@@ -3,6 +3,7 @@
 An engine calls `add` with the pages of the linear layer and the step.
 """
 
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -16,7 +17,13 @@ from qwen3next_plugin.kernels.ple_gate import PLENorms, ple_gate
 from qwen3next_plugin.kernels.step import Step
 from qwen3next_plugin.model.checkpoint import contents
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
+from qwen3next_plugin.model.checkpoint.headers import (
+    Index,
+    Place,
+    read_index,
+    read_places,
+    weight_files,
+)
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.mapped import read_at_random
 from qwen3next_plugin.model.checkpoint.qwen4_exp import table_names
@@ -108,7 +115,8 @@ def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
     Raises:
         CheckpointError: a part of it is missing, or of another dtype.
     """
-    names, places = table_names(config, i), _places(folder, config)
+    names = table_names(config, i)
+    places = _places(folder, config, set(names))
     if missing := [name for name in names if name not in places]:
         raise CheckpointError(
             f"{folder}: {missing[0]} is missing: the checkpoint is incomplete; download it again"
@@ -127,11 +135,14 @@ def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
     return NgramTable.of(shards, mapped=True)
 
 
-def _places(folder: Path, config: Qwen3NextConfig) -> dict[str, Place]:
-    """Where the tensors of a checkpoint are, by our names."""
+def _places(folder: Path, config: Qwen3NextConfig, names: Set[str]) -> dict[str, Place]:
+    """Where tensors of a checkpoint are, by our names; of its files, those that have them."""
     index, found = read_index(folder), {}
+    if index is not None:
+        index = Index({t: f for t, f in index.files.items() if our_name(t, config) in names}, None)
     for path in weight_files(folder, index):
         for name, place in read_places(path)[1].items():
-            if (ours := our_name(name, config)) is not None:
+            ours = our_name(name, config)
+            if ours is not None and ours in names:
                 found[ours] = place
     return found
