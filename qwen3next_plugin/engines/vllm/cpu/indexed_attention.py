@@ -10,11 +10,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.model.opaque import register
 from qwen3next_plugin.model.indexed_attention import (
     BlockRule,
     Caches,
@@ -135,24 +136,4 @@ def _indexed_attention(
     layer.attend(q, k, v, index_qk, q_weight, k_weight, cos_sin, positions, out)
 
 
-def _indexed_attention_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    index_qk: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    out: torch.Tensor,
-    layer_name: str,
-) -> None:
-    return None
-
-
-direct_register_custom_op(
-    op_name="qwen3next_indexed_attention",
-    op_func=_indexed_attention,
-    mutates_args=["out"],
-    fake_impl=_indexed_attention_fake,
-)
+register("qwen3next_indexed_attention", _indexed_attention, "out")

@@ -9,13 +9,13 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.loading import projection_layout
+from qwen3next_plugin.engines.vllm.model.opaque import register
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
 from qwen3next_plugin.engines.vllm.state.pages import (
     PAGE_DTYPE,
@@ -137,15 +137,4 @@ def _linear_attention(
     get_forward_context().no_compile_layers[layer_name].attend(qkvz, ba, out)
 
 
-def _linear_attention_fake(
-    qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: str
-) -> None:
-    return None
-
-
-direct_register_custom_op(
-    op_name="qwen3next_gated_delta_net",
-    op_func=_linear_attention,
-    mutates_args=["out"],
-    fake_impl=_linear_attention_fake,
-)
+register("qwen3next_gated_delta_net", _linear_attention, "out")

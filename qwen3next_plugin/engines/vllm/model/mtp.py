@@ -13,6 +13,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu.quantisation import (
     own_rank,
     use_packing,
@@ -41,17 +42,47 @@ from qwen3next_plugin.mtp.head import MTPHead
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@support_torch_compile(
+compiled = support_torch_compile(
     dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}
 )
-class MultiTokenPredictor(MTPHead):
+
+
+class Predictor:
+    """What vLLM calls of a neutral head."""
+
+    embed_tokens: Any
+    layers: Any
+    predict: Any
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Shapes: input_ids [T], returns [T, D]."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        spec_step_idx: int = 0,
+    ) -> Any:
+        """Shapes: input_ids [T], positions [T] or [3, T], the others as of the neutral head."""
+        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        layer = spec_step_idx % len(self.layers)
+        return self.predict(positions, embeds, hidden_states, layer=layer)
+
+
+def make_draft_embedding(config: Qwen3NextConfig) -> nn.Module:
+    """A place: vLLM puts the trunk's embedding there, unless it is on another pipeline stage."""
+    return PPMissingLayer() if get_pp_group().world_size == 1 else make_embedding(config)
+
+
+@compiled
+class MultiTokenPredictor(Predictor, MTPHead):
     """The neutral head, from vLLM's parts."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = read_config(vllm_config)
-        # vLLM puts the trunk's embedding here, unless it is on another pipeline stage.
-        alone = get_pp_group().world_size == 1
-        embed_tokens = PPMissingLayer() if alone else make_embedding(config)
         fc = host_layers(vllm_config).column_parallel(
             2 * config.hidden_size,
             config.hidden_size,
@@ -69,24 +100,7 @@ class MultiTokenPredictor(MTPHead):
             )
             for i in range(config.num_nextn_predict_layers)
         )
-        super().__init__(config, embed_tokens=embed_tokens, fc=fc, layers=layers)
-
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Shapes: input_ids [T], returns [T, D]."""
-        return self.embed_tokens(input_ids)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
-        spec_step_idx: int = 0,
-    ) -> torch.Tensor:
-        """Shapes: input_ids [T], positions [T] or [3, T], hidden_states [T, D], returns [T, D]."""
-        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        layer = spec_step_idx % len(self.layers)
-        return self.predict(positions, embeds, hidden_states, layer=layer)
+        super().__init__(config, embed_tokens=make_draft_embedding(config), fc=fc, layers=layers)
 
 
 class Qwen3NextMTP(nn.Module, MixtureOfExperts):

@@ -3,11 +3,11 @@
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
+from qwen3next_plugin.engines.vllm.model.opaque import register
 from qwen3next_plugin.engines.vllm.state.alike import stored_weights
 from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
 from qwen3next_plugin.model.state import StateError
@@ -76,19 +76,4 @@ def _ngrams(
     layer.run(streams, block, injection, token_ids)
 
 
-def _ngrams_fake(
-    streams: torch.Tensor,
-    block: torch.Tensor | None,
-    injection: torch.Tensor | None,
-    token_ids: torch.Tensor,
-    layer_name: str,
-) -> None:
-    return None
-
-
-direct_register_custom_op(
-    op_name="qwen3next_ngrams",
-    op_func=_ngrams,
-    mutates_args=["streams"],
-    fake_impl=_ngrams_fake,
-)
+register("qwen3next_ngrams", _ngrams, "streams")
