@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints import write_checkpoint
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.sglang.state import folder_flags
+from qwen3next_plugin.engines import alike
 from qwen3next_plugin.engines.sglang.state.folder_flags import (
     LINKER,
     MODULE,
@@ -97,7 +97,7 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, checkpoint, t
     monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
     found.append(named())
     monkeypatch.delenv("QWEN3NEXT_QUANTISE")
-    monkeypatch.setattr(folder_flags, "instructions", lambda: ["another processor"])
+    monkeypatch.setattr(alike, "instructions", lambda: ["another processor"])
     found.append(named())
     assert len(set(found)) == len(found)
     monkeypatch.undo()

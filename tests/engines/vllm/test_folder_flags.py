@@ -8,10 +8,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import vllm
 
 from checkpoints import write_checkpoint
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.state import alike
+from qwen3next_plugin.engines import alike
 from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights
 from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC, complete_folder
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
@@ -117,7 +118,7 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, complete, che
         patch.setenv("QWEN3NEXT_QUANTISE", "int8")
         found.append(space(complete(dtype="bfloat16")))
     config = complete()
-    for module in (alike, torch, alike.vllm):
+    for module in (alike, torch, vllm):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "99.1")
             complete_again(config)

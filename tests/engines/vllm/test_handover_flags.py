@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.ssm_conv_transfer_utils import (
     derive_mamba_conv_split,
@@ -17,7 +18,8 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from checkpoints import write_checkpoint
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.state import alike, handover, handover_flags
+from qwen3next_plugin.engines import alike
+from qwen3next_plugin.engines.vllm.state import handover, handover_flags
 from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, LAYOUT, complete_handover
 from qwen3next_plugin.engines.vllm.state.pages import page_layout, page_spec
 
@@ -99,7 +101,7 @@ def test_servers_are_told_what_they_must_have_alike(monkeypatch, complete, check
         told(complete(hf_overrides={"rms_norm_eps": 1e-5})),
         told(complete(model=write_checkpoint(tmp_path / "others", seed=9))),
     ]
-    for module in (alike, torch, alike.vllm):
+    for module in (alike, torch, vllm):
         with monkeypatch.context() as patch:
             patch.setattr(module, "__version__", "99.1")
             complete_handover(config, Qwen3NextConfig.from_hf(config.model_config.hf_config))

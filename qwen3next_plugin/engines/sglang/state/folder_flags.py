@@ -3,15 +3,11 @@
 from hashlib import sha256
 from typing import Any
 
-import torch
-
-from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.alike import computed_by
 from qwen3next_plugin.engines.block_files import SPACE, check_settings
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
-from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.sglang.names import PACKAGE
-from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.versions import check_host
 
@@ -85,14 +81,8 @@ def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
 
     Args: sizes: of what is kept, on this rank.
     """
-    others = (
-        sizes,
-        sorted(model_config.hf_config.to_dict().items(), key=str),
-        (env.quantise(), env.batch_invariant()),
-        # Bits are those of our kernels on this processor, and of SGLang's.
-        (__version__, str(check_host("sglang")), str(torch.__version__)),
-        (described("cpu"), instructions(), server_args.attention_backend),
-    )
+    host = str(check_host("sglang"))
+    others = sizes, server_args.attention_backend, computed_by(model_config.hf_config, host)
     model, downloads = server_args.model_path, server_args.download_dir
     weights = fingerprint(local_folder(model, server_args.revision, downloads))
     dtype = str(model_config.dtype).removeprefix("torch.")

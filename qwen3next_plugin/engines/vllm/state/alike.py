@@ -3,16 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import vllm
 from vllm.config import VllmConfig
 
-from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.alike import computed_by
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
-from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.engines.vllm.state.pages import largest_page
-from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.state import PageLayout
 
 WITHOUT = "or leave out --kv-transfer-config"
@@ -32,15 +29,9 @@ class Alike(NamedTuple):
 
 def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
     """What a server under these flags has of it."""
-    sizes = vllm_config.model_config.hf_config.to_dict()
-    sizes.pop("_name_or_path", None)
-    rest = (
-        sorted(sizes.items(), key=str),
-        vllm_config.cache_config.cache_dtype,
-        (env.quantise(), env.batch_invariant()),
-        # KV is laid out as vLLM's attention on this processor reads it; bits are our kernels'.
-        (__version__, vllm.__version__, str(torch.__version__), described("cpu"), instructions()),
-    )
+    hf_config = vllm_config.model_config.hf_config
+    # KV is laid out as vLLM's attention on this processor reads it.
+    rest = vllm_config.cache_config.cache_dtype, *computed_by(hf_config, vllm.__version__)
     return Alike(largest_page(config, vllm_config), rest)
 
 

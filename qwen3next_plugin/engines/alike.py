@@ -1,0 +1,23 @@
+"""What decides the bits of an engine's pages and KV, besides weights, dtypes and layouts."""
+
+from typing import Any
+
+import torch
+
+from qwen3next_plugin import __version__, env
+from qwen3next_plugin.engines.processor import instructions
+from qwen3next_plugin.kernels.dispatch import described
+
+
+def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
+    """The model's sizes, our settings, all versions, kernels and the processor.
+
+    Args: host: the engine's version.
+    """
+    fields = hf_config.to_dict().items()
+    return (
+        # A copy of a model is the same one.
+        sorted((field for field in fields if field[0] != "_name_or_path"), key=str),
+        (env.quantise(), env.batch_invariant()),
+        (__version__, host, str(torch.__version__), described("cpu"), instructions()),
+    )
