@@ -6,11 +6,10 @@ was written under its name is removed and never used.
 
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from errno import ENOSPC
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
 from stat import S_ISREG
@@ -159,13 +158,19 @@ def check_settings(settings: Mapping[str, Any], numbers: Sequence[str], where: s
         ) from error
 
 
-def pieces(keys: Sequence[str]) -> Iterator[tuple[int, int]]:
+def pieces(keys: Sequence[str], ends: Collection[int] = ()) -> Iterator[tuple[int, int]]:
     """Where files of a prefix begin and end: at its end, and after keys that begin with CUT.
 
     A key is a digest of a token and all before it, so prefixes that share tokens share files.
+    `ends` are those of shorter prefixes, whose last files are given, too.
     """
-    ends = [end for end, key in enumerate(keys[:-1], 1) if key.startswith(CUT)]
-    return pairwise((0, *ends, len(keys)))
+    begin = 0
+    for end, key in enumerate(keys, 1):
+        is_cut = key.startswith(CUT)
+        if is_cut or end in ends or end == len(keys):
+            yield begin, end
+        if is_cut:
+            begin = end
 
 
 def least_limit(count: int, nbytes: int) -> int:

@@ -219,6 +219,13 @@ def test_files_follow_each_other_and_all_but_the_last_are_those_of_a_longer_pref
     assert found[:-1] == list(pieces(KEYS))[: len(found) - 1]
 
 
+def test_files_of_shorter_prefixes_are_given_once():
+    ends = (1, CUTS[1], CUTS[2] + 1, len(KEYS))
+    apart = {piece for end in ends for piece in pieces(KEYS[:end])}
+    together = list(pieces(KEYS, ends))
+    assert (set(together), len(together)) == (apart, len(apart))
+
+
 @pytest.mark.parametrize("begin", [1, CUTS[2] - 1, CUTS[2], CUTS[2] + 1])
 def test_what_follows_a_part_ends_where_the_whole_does(begin):
     """Only the first file may begin before the part."""

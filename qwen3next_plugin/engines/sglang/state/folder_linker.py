@@ -169,22 +169,23 @@ class FolderLinker(UnifiedCacheLinker):
         """Write the prefixes that end at a node of the radix tree and at the nodes above it."""
         tree = cache.tree_core
         keys = [*tree.get_prefix_hash_values(node_id), *tree.get_hash_values(node_id)]
-        slots, kept = cache.path_device_indices(node_id), set[int]()  # ends of files
-        for node in tree.collect_path_info([node_id])[0]:
-            page = tree.get_component_device_value(node.node_id, ComponentType.MAMBA)
-            if page is None:
-                continue
-            for begin, end in pieces(keys[: node.path_end]):
-                if end in kept:
-                    continue
-                kept.add(end)
-                self._write(
-                    keys[end - 1] + KV,
-                    (end - begin) * self.memory.token_bytes,
-                    partial(self.memory.read_kv, slots[begin:end]),
-                )
+        slots = cache.path_device_indices(node_id)
+        path = tree.collect_path_info([node_id])[0]
+        pages = {
+            node.path_end: page
+            for node in path
+            if (page := tree.get_component_device_value(node.node_id, ComponentType.MAMBA))
+            is not None
+        }
+        for begin, end in pieces(keys[: max(pages, default=0)], pages):
             self._write(
-                keys[node.path_end - 1] + STATE,
+                keys[end - 1] + KV,
+                (end - begin) * self.memory.token_bytes,
+                partial(self.memory.read_kv, slots[begin:end]),
+            )
+        for end, page in pages.items():
+            self._write(
+                keys[end - 1] + STATE,
                 self.memory.page_bytes,
                 partial(self.memory.read_page, page[0]),
             )
