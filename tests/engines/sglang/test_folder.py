@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.clients import eventually
+from engines.folders import damage, files, settled
 from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from engines.sglang.updating import refused
@@ -55,21 +56,6 @@ def ask(server: Forked, prompt: tuple[int, ...] = TURN) -> Answer:
 
 def check_same(found: Answer, cold: Answer) -> None:
     assert (found.token_ids, found.logprobs) == (cold.token_ids, cold.logprobs)
-
-
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def settled(folder: Path) -> Callable[[], bool]:
-    """Whether files have been written, and no more since the last call."""
-    seen: list[list[Path]] = [[]]
-
-    def same() -> bool:
-        before, seen[0] = seen[0], files(folder)
-        return bool(before) and before == seen[0] and not list(folder.rglob("*.part"))
-
-    return same
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -142,17 +128,14 @@ def test_files_that_are_damaged_are_computed_again(checkpoint, tmp_path):
         cold = ask(server)
         ask(server, PROMPT)
         assert eventually(settled(tmp_path))
-    whole = sorted(files(tmp_path))
-    contents = [path.read_bytes() for path in whole]
-    for i, (path, data) in enumerate(zip(whole, contents, strict=True)):
-        short, foreign, zeros = data[:-9], contents[i - 1], bytes(len(data))
-        path.write_bytes([short, foreign, zeros, data[:99] + b"!" + data[100:]][i % 4])
+    damage(tmp_path)
     with started(checkpoint, tmp_path) as server:
         damaged = ask(server)
         ask(server, PROMPT)
         assert eventually(settled(tmp_path))
         log = server.process.text()
-    assert "Traceback" not in log, log
+    # SGLang's own call at start may come before it listens, with a traceback.
+    assert not re.search(r'File ".*/qwen3next_plugin/', log), log
     with started(checkpoint, tmp_path) as server:
         found = ask(server)
     assert (damaged.cached, found.cached) == (0, len(PROMPT))

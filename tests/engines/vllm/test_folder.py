@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import Output
 from engines.clients import eventually
+from engines.folders import damage, settled
 from engines.process import CPUS
 from engines.vllm.offline import Offline
 from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC
@@ -72,21 +73,6 @@ def ask(engine: Offline, prompt: tuple[int, ...] = PROMPT) -> Output:
     return engine.greedy([prompt], TOKENS, logprobs=0)[0]
 
 
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def settled(folder: Path) -> Callable[[], bool]:
-    """Whether files have been written, and no more since the last call."""
-    seen: list[list[Path]] = [[]]
-
-    def same() -> bool:
-        before, seen[0] = seen[0], files(folder)
-        return bool(before) and before == seen[0] and not list(folder.rglob("*.part"))
-
-    return same
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
     if name.startswith("two") and len(CPUS) < 2:
@@ -131,11 +117,7 @@ def test_files_that_are_damaged_are_computed_again(checkpoint, tmp_path):
     with started(checkpoint, tmp_path) as engine:
         cold = ask(engine)
         assert eventually(settled(tmp_path))
-    whole = sorted(files(tmp_path))
-    contents = [path.read_bytes() for path in whole]
-    for i, (path, data) in enumerate(zip(whole, contents, strict=True)):
-        short, foreign, zeros = data[:-9], contents[i - 1], bytes(len(data))
-        path.write_bytes([short, foreign, zeros, data[:99] + b"!" + data[100:]][i % 4])
+    damage(tmp_path)
     found = []
     while not found or (not found[-1].cached and len(found) < 3):  # what is read is removed
         with started(checkpoint, tmp_path) as engine:
