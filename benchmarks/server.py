@@ -18,15 +18,20 @@ from typing import Self
 from benchmarks.worker import SGLANG_PYTHON
 
 
+def free_port() -> int:
+    """One that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Server:
     """`vllm serve` on a free port; ends with its context."""
 
     ENGINE = "vllm"  # what its metrics' names begin with
 
     def __init__(self, model: Path, log: Path, env: Mapping[str, str], *flags: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url, self.model, self.log = f"http://127.0.0.1:{port}", str(model), log
         with log.open("w") as file:
             self.process = subprocess.Popen(

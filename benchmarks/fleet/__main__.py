@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fleet`: restarts, replicas and reloads, with real servers and clients.
+"""`python -m benchmarks.fleet`: prefill apart, restarts, replicas, reloads, with real servers.
 
 It needs a quiet machine of two cores, 24 GB of memory, and 20 minutes.
 """
@@ -9,11 +9,16 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.fleet import folder, reload, replicas
+from benchmarks.fleet import apart, folder, reload, replicas
 from benchmarks.own_run import measure_alone
 from benchmarks.report import FLEET, Record, Run
 
-PARTS = {"folder": folder.measure, "reload": reload.measure, "replicas": replicas.measure}
+PARTS = {
+    "apart": apart.measure,
+    "folder": folder.measure,
+    "reload": reload.measure,
+    "replicas": replicas.measure,
+}
 
 
 def main(
@@ -23,7 +28,7 @@ def main(
     out: Annotated[Path, typer.Option(help="For models, logs and records.")] = Path("out"),
     publish: Annotated[bool, typer.Option("--publish", help="Write the figures of docs/.")] = False,
 ) -> None:
-    """Measure a prefix folder's hits and cost, two replicas behind a router, and reloads."""
+    """Measure prefill apart, a prefix folder, two replicas behind a router, and reloads."""
     if unknown := set(part or ()) - PARTS.keys():
         raise typer.BadParameter(f"no part {', '.join(unknown)}: {', '.join(PARTS)}")
 

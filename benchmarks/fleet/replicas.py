@@ -1,7 +1,6 @@
 """Two servers of one core each behind a router, and one of two cores: conversations of turns."""
 
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -18,7 +17,7 @@ from rich.progress import track
 from benchmarks.block_model import TINY
 from benchmarks.mtp.cases import CASES, Name
 from benchmarks.report import Record, RedCheckError, Run, console
-from benchmarks.server import Server
+from benchmarks.server import Server, free_port
 from qwen3next_plugin.engines.vllm.cpu.cores import BIND
 
 PYTHON = Path(".router/bin/python")
@@ -69,9 +68,7 @@ def replica(run: Run, cores: list[int]) -> Server:
 @contextmanager
 def routed(run: Run, servers: list[Server]) -> Iterator[str]:
     """The address of a router before them, once it has found both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(PYTHON), "-m", "sglang_router.launch_router", "--port", str(port)]
     command += ["--policy", "cache_aware", "--prometheus-port", str(port + 1)]
     with (run.out / "fleet-router.log").open("w") as log:

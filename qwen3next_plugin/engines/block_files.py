@@ -7,6 +7,7 @@ was written under its name is removed and never used.
 import os
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from errno import ENOSPC
 from hashlib import sha256
@@ -129,6 +130,15 @@ class BlockFiles:
                 found = path.lstat()
                 if S_ISREG(found.st_mode):
                     yield File(found.st_mtime, found.st_size, path)
+
+
+def writer() -> ThreadPoolExecutor:
+    """One thread for what nobody waits for: it gives way to all others that want its core."""
+
+    def give_way() -> None:
+        os.setpriority(os.PRIO_PROCESS, 0, 19)  # of this thread alone
+
+    return ThreadPoolExecutor(1, "folder-write", give_way)
 
 
 def check_settings(settings: Mapping[str, Any], numbers: Sequence[str], where: str) -> None:

@@ -6,7 +6,7 @@ ended, and files of KV, which prefixes share wherever the tree has cut them.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.block_files import EVERY, BlockFiles, least_limit, pieces
+from qwen3next_plugin.engines.block_files import EVERY, BlockFiles, least_limit, pieces, writer
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.state.folder_flags import space
 
@@ -105,7 +105,7 @@ class FolderLinker(UnifiedCacheLinker):
         self.staged: Staged | None = None
         self.states: set[str] = set()  # keys whose state pages are in the folder
         self.listed = 0  # when the folder had changed last, as of `states`
-        self.writer = ThreadPoolExecutor(1, "folder-write")
+        self.writer = writer()
         self.writing: dict[str, tuple[Future[None], int]] = {}  # files, their bytes
         self.failed = False
 

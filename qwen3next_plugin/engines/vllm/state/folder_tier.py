@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.block_files import BlockFiles, least_limit
+from qwen3next_plugin.engines.block_files import BlockFiles, least_limit, writer
 from qwen3next_plugin.engines.vllm.names import LOGGER
 
 logger = init_logger(LOGGER)
@@ -64,7 +64,7 @@ class FolderTier(SecondaryTierManager):
         self.space = FileMapper.from_offloading_spec(space, offloading_spec).base_path
         self.lookups = Lookups(tier_type, self.holds)
         self.readers = ThreadPoolExecutor(2, "folder-read")
-        self.writer = ThreadPoolExecutor(1, "folder-write")
+        self.writer = writer()
         self.running: dict[int, Running] = {}
 
     def name(self, key: OffloadKey) -> str:
