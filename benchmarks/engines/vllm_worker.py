@@ -43,11 +43,16 @@ class Engine:
         return 1e3 * (time.perf_counter() - start)
 
     def answer(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        """Tokens a second of greedy answers of so many tokens, behind their first; the answers."""
+        """Tokens a second of greedy answers of so many tokens, behind their first; the answers.
+
+        Raises: RuntimeError if the cache has no room for all requests at once: some would wait.
+        """
         first = self.count + 1
         for prompt in prompts:
             self._add(prompt, tokens)
-        self.engine.step()
+        together = len(self.engine.step())
+        if together < len(prompts):
+            raise RuntimeError(f"only {together} of {len(prompts)} requests fit into the cache")
         start, found = time.perf_counter(), {}
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():

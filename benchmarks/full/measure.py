@@ -101,7 +101,8 @@ def ready(
     """A started engine with the plugin."""
     log = run.out / f"full-{side.replace(', ', '-').replace(' ', '-')}.log"
     begin = time.perf_counter()
-    with started(Worker(side, flags(model, max_model_len=10000, **more), log, env=env)) as engine:
+    asked = flags(model, max_model_len=10000, kv_cache_memory_bytes=1 << 30, **more)
+    with started(Worker(side, asked, log, env=env)) as engine:
         console.print(f"{side}: ready after {time.perf_counter() - begin:.0f} s")
         yield engine
 
