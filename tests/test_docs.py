@@ -11,9 +11,10 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS]
 ENGINES = "qwen3next_plugin/engines"
 ROOTS = [ROOT / root for root in ("", "qwen3next_plugin", f"{ENGINES}/vllm", f"{ENGINES}/sglang")]
-BUDGET = 12_000  # words of docs/
+BUDGET = 10_800  # words of docs/, besides the figures that benchmarks write
 BUDGET_OF_ONE = 1_000  # words of README, and of CONTRIBUTING
 
+FIGURES = re.compile(r"<!-- figures: .*?<!-- end of figures -->", re.DOTALL)
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 OURS = re.compile(r"(?<!\*)`([^`\n]+)`")  # *`…`* is an engine's own
@@ -103,7 +104,8 @@ def test_a_page_starts_with_a_command(page):
 
 def words(page: Path) -> int:
     """What has a letter or a digit: the bars of tables are no words."""
-    return sum(bool(re.search(r"\w", word)) for word in page.read_text(encoding="utf-8").split())
+    written = FIGURES.sub("", page.read_text(encoding="utf-8"))
+    return sum(bool(re.search(r"\w", word)) for word in written.split())
 
 
 def test_budgets_of_words():
