@@ -4,14 +4,14 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gated_delta_net.arguments import (
+    GatedDeltaNetShape,
     GatedDeltaNetWeights,
     Projections,
-    check_norm,
 )
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import Step
 
-__all__ = ["GatedDeltaNetWeights", "Projections", "gated_delta_net"]
+__all__ = ["GatedDeltaNetShape", "GatedDeltaNetWeights", "Projections", "gated_delta_net"]
 
 
 def gated_delta_net(
@@ -26,8 +26,8 @@ def gated_delta_net(
 
     Shapes:
         pool_: all of it is updated
-        out_: [T, HV * V] contiguous, q's dtype. The caller allocates it, because a CUDA graph needs
-            the same address on every replay.
+        out_: [T, HV * V] contiguous, qkvz's dtype. The caller allocates it, because a CUDA graph
+            needs the same address on every replay.
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
@@ -38,5 +38,4 @@ def gated_delta_net(
     Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; transformers' Qwen3-Next.
     """
     run = dispatch.implementation("gated_delta_net", step.slot.device)
-    check_norm(projections, weights, out_)
     run(projections, weights, pool_, step, out_)

@@ -1,22 +1,35 @@
 """What a backend of the layer takes, and the checks of it."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from qwen3next_plugin.kernels.causal_conv1d.arguments import check_convolution
-from qwen3next_plugin.kernels.checks import FLOAT, check, check_contiguous
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, check_contiguous
 from qwen3next_plugin.kernels.gated_delta_rule import arguments as rule
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import Step
 
 
-class Projections(NamedTuple):
-    """The output of the layer's two input projections.
+@dataclass(frozen=True, slots=True)
+class GatedDeltaNetShape:
+    """Head counts and dims of one rank's share of the layer."""
 
-    Shapes: q, k [T, H, K]; v, z [T, H, R, V]; b, a [T, H, R]; any strides but the last, and that of
-        v's heads R
-    """
+    num_key_heads: int  # H
+    num_value_heads: int  # HV
+    key_dim: int  # K
+    value_dim: int  # V
+    layout: Literal["grouped", "flat"] = "grouped"  # of the columns of qkvz and ba
+
+    @property
+    def values_per_key(self) -> int:
+        """R, the value heads that share a key head."""
+        return self.num_value_heads // self.num_key_heads
+
+
+class Heads(NamedTuple):
+    """What the projections hold. Shapes: q, k [T, H, K]; v, z [T, H, R, V]; b, a [T, H, R]"""
 
     q: Tensor
     k: Tensor
@@ -24,6 +37,35 @@ class Projections(NamedTuple):
     z: Tensor
     b: Tensor
     a: Tensor
+
+
+class Projections(NamedTuple):
+    """The output of the layer's two input projections.
+
+    Grouped, each key head has [q | k | R values | R gates] and [R b | R a]. Flat, all heads' q come
+    first, then all heads' k, and so on.
+
+    Shapes: qkvz [T, H·(2K + 2R·V)], ba [T, H·2R]; any strides but the last
+    """
+
+    qkvz: Tensor
+    ba: Tensor
+    shape: GatedDeltaNetShape
+
+    def heads(self) -> Heads:
+        """Views of the parts. The native op makes them itself: an operator each costs it time."""
+        s, T = self.shape, len(self.qkvz)
+        H, K, V, R = s.num_key_heads, s.key_dim, s.value_dim, s.values_per_key
+        if s.layout == "flat":
+            q, k, v, z = self.qkvz.split([H * K, H * K, H * R * V, H * R * V], dim=-1)
+            b, a = self.ba.unflatten(-1, (2, H, R)).unbind(1)
+            q, k = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K))
+        else:
+            width = 2 * K + 2 * R * V
+            q, k, v, z = self.qkvz.unflatten(-1, (H, width)).split([K, K, R * V, R * V], dim=-1)
+            b, a = self.ba.unflatten(-1, (H, 2 * R)).split([R, R], dim=-1)
+        values = (T, H, R, V)
+        return Heads(q, k, v.view(values), z.view(values), b, a)
 
 
 class GatedDeltaNetWeights(NamedTuple):
@@ -40,22 +82,19 @@ class GatedDeltaNetWeights(NamedTuple):
     sigmoid_gate: bool = False  # instead of silu, of the norm
 
 
-def check_norm(x: Projections, weights: GatedDeltaNetWeights, out_: Tensor) -> None:
-    """Check the gated norm's arguments. On a CPU the native ops check all others."""
-    op, q, v = "gated_delta_net", x.q, x.v
-    T, H, R, V = v.shape
-    check(op, "z", x.z, (T, H, R, V), (q.dtype,), q.device)
-    check(op, "norm", weights.norm, (V,), (q.dtype, *FLOAT), q.device)
-    check(op, "out_", out_, (len(q), H * R * V), (q.dtype,), q.device)
-    check_contiguous(op, "out_", out_)
-
-
 def check_arguments(
-    x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step
+    x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
 ) -> None:
-    """Check all but the norm's arguments, each once."""
-    (T, H, K), (R, V) = x.q.shape, x.v.shape[2:]
-    check("gated_delta_net", "v", x.v, (T, H, R, V), (x.q.dtype,), x.q.device)
-    inputs = rule.RuleInputs(x.q, x.k, x.v.flatten(1, 2), x.a, x.b)
+    """Raise ValueError unless the shapes, dtypes, devices and strides are the public op's."""
+    op, s, T = "gated_delta_net", x.shape, len(x.qkvz)
+    H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
+    dtype, device = x.qkvz.dtype, x.qkvz.device
+    check(op, "qkvz", x.qkvz, (T, 2 * (H * K + HV * V)), ACTIVATIONS, device)
+    check(op, "ba", x.ba, (T, 2 * HV), (dtype,), device)
+    check(op, "norm", weights.norm, (V,), (dtype, *FLOAT), device)
+    check(op, "out_", out_, (T, HV * V), (dtype,), device)
+    check_contiguous(op, "out_", out_)
+    q, k, v, _, b, a = x.heads()
+    inputs = rule.RuleInputs(q, k, v.flatten(1, 2), a, b)
     rule.check_arguments(inputs, rule.RuleWeights(weights.A_log, weights.dt_bias), pool, step)
-    check_convolution(x.q, H * (2 * K + R * V), weights.conv, pool)
+    check_convolution(q, 2 * H * K + HV * V, weights.conv, pool)

@@ -16,7 +16,10 @@ def run(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
 ) -> None:
     """Shapes as in the public op."""
-    _op(*x, *weights, *pool, step.query_start_loc, step.slot, step.context_len, out_)
+    s = x.shape
+    sizes = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim, s.layout == "flat"
+    rows = step.query_start_loc, step.slot, step.context_len
+    _op(x.qkvz, x.ba, *sizes, *weights, *pool, *rows, out_)
 
 
 @torch.library.register_fake("qwen3next::gated_delta_net")

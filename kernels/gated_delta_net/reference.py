@@ -4,7 +4,11 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels.causal_conv1d import reference as causal_conv1d
 from qwen3next_plugin.kernels.causal_conv1d.arguments import ConvInputs
-from qwen3next_plugin.kernels.gated_delta_net.arguments import GatedDeltaNetWeights, Projections
+from qwen3next_plugin.kernels.gated_delta_net.arguments import (
+    GatedDeltaNetWeights,
+    Projections,
+    check_arguments,
+)
 from qwen3next_plugin.kernels.gated_delta_rule import reference as gated_delta_rule
 from qwen3next_plugin.kernels.gated_delta_rule.arguments import RuleInputs, RuleWeights
 from qwen3next_plugin.kernels.pages import StatePool
@@ -16,11 +20,13 @@ def run(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
 ) -> None:
     """Shapes as in the public op."""
-    (T, H, K), (_, _, R, V) = x.q.shape, x.v.shape
-    inputs = ConvInputs(x.q, x.k, x.v.flatten(2))
+    check_arguments(x, weights, pool, step, out_)
+    q, k, v, z, b, a = x.heads()
+    (T, H, K), (_, _, R, V) = q.shape, v.shape
+    inputs = ConvInputs(q, k, v.flatten(2))
     out = causal_conv1d.run(inputs, weights.conv, pool, step)
     q, k, v = out.split([H * K, H * K, H * R * V], dim=-1)
-    rule = RuleInputs(q.view(T, H, K), k.view(T, H, K), v.view(T, H * R, V), x.a, x.b)
+    rule = RuleInputs(q.view(T, H, K), k.view(T, H, K), v.view(T, H * R, V), a, b)
     out = gated_delta_rule.run(rule, RuleWeights(weights.A_log, weights.dt_bias), pool, step)
     norm = (weights.norm, weights.norm_eps, weights.sigmoid_gate)
-    out_.copy_(rms_norm_gated.run(out.view(x.z.shape), x.z, *norm))
+    out_.copy_(rms_norm_gated.run(out.view(z.shape), z, *norm))

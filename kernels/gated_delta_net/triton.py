@@ -20,11 +20,12 @@ def run(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
 ) -> None:
     """Shapes as in the public op."""
-    check_arguments(x, weights, pool, step)
+    check_arguments(x, weights, pool, step, out_)
+    q, k, v, z, b, a = x.heads()
     run_layer(
-        x=inputs(x.q, x.k, x.v, x.a, x.b, weights.A_log, weights.dt_bias),
+        x=inputs(q, k, v, a, b, weights.A_log, weights.dt_bias),
         conv=convolution(weights.conv, pool.conv),
-        norm=gated_norm(x.z, weights.norm, weights.norm_eps),
+        norm=gated_norm(z, weights.norm, weights.norm_eps),
         sigmoid_gate=weights.sigmoid_gate,
         pages=pages(pool),
         step=step_tensors(step, pool.span),

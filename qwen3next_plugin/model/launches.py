@@ -9,9 +9,9 @@ from qwen3next_plugin.kernels.copy_pages import copy_pages
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.model.attention import AttentionShape, apply_gate, prepare
 from qwen3next_plugin.model.gated_delta_net import (
-    GatedDeltaNetShape,
     GatedDeltaNetWeights,
     launch_idle,
+    shape_of,
 )
 from qwen3next_plugin.model.moe import SharedExpertGate
 from qwen3next_plugin.model.norm import RMSNorm
@@ -62,7 +62,7 @@ class Launches:
                 norm=empty(layout.value_dim),
                 norm_eps=self.config.rms_norm_eps,
             ),
-            shape=GatedDeltaNetShape.from_config(self.config),
+            shape=shape_of(self.config),
             pool_=layout.view(empty(2, padded, dtype=torch.int8)),
         )
 

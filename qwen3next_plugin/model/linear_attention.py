@@ -7,7 +7,7 @@ from torch import nn
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.layouts import output_sizes
-from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, GatedDeltaNetWeights
+from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetWeights, shape_of
 from qwen3next_plugin.model.host_layers import HostLayers
 
 
@@ -36,7 +36,7 @@ class LinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.prefix = prefix
-        self.shape = GatedDeltaNetShape.from_config(config, layout)
+        self.shape = shape_of(config, layout)
         self.norm_eps = config.rms_norm_eps
         self.sigmoid_gate = config.output_gate_type == "sigmoid"
         HV = self.shape.num_value_heads

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from state_pages import Layer, Pool, Shape, Step
 
 from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetShape,
     GatedDeltaNetWeights,
     Projections,
     gated_delta_net,
@@ -40,10 +41,9 @@ class Net:
         self.norm = torch.randn(SHAPE.V).to(dtype)
 
     def inputs(self, T: int) -> list[torch.Tensor]:
-        """q, k, v, z, b, a of T tokens."""
-        x = self.layer.projections(T, self.dtype)
-        v = x["v"].unflatten(-1, (-1, SHAPE.V))
-        return [x["q"], x["k"], v, torch.randn(v.shape).to(self.dtype), x["b"], x["a"]]
+        """qkvz and ba of T tokens."""
+        widths = SHAPE.C + SHAPE.HV * SHAPE.V, 2 * SHAPE.HV
+        return [torch.randn(T, width).to(self.dtype) for width in widths]
 
     def run(self, pool: Pool, step: Step, inputs: list[torch.Tensor], device: str, dtype=None):
         def there(x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,9 @@ class Net:
         out = q.new_empty(len(q), SHAPE.HV * SHAPE.V)
         weights = (layer.weight, layer.A_log, layer.dt_bias, self.norm)
         gated_delta_net(
-            projections=Projections(*map(there, inputs)),
+            projections=Projections(
+                *map(there, inputs), GatedDeltaNetShape(SHAPE.H, SHAPE.HV, SHAPE.K, SHAPE.V)
+            ),
             weights=GatedDeltaNetWeights(*map(there, weights), 1e-6),
             pool_=pool.pages(),
             step=replace(

@@ -11,6 +11,7 @@ from qwen3next_plugin.kernels.draft_head import draft_head
 from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
 from qwen3next_plugin.kernels.fused_moe.cpu import shared_parts
 from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetShape,
     GatedDeltaNetWeights,
     Projections,
     gated_delta_net,
@@ -40,7 +41,7 @@ def calls():
     layer, step = Layer.random(SMALL), Step(((1, 0, 5), (0, 0, 2)))
     pool, x = Pool(SMALL, 2, 3), layer.projections(step.T)
     x4, w = torch.randn(3, 2, 2, 24), torch.randn(24)
-    z = torch.randn(step.T, SMALL.H, SMALL.HV // SMALL.H, SMALL.V)
+    out = torch.empty(step.T, SMALL.HV * SMALL.V)
     attention = {
         "qkv": torch.randn(3, 2 * 3 * 24), "q_weight": w, "k_weight": w,
         "cos_sin": torch.randn(9, 10), "positions": torch.tensor([0, 3, 8]),
@@ -73,12 +74,14 @@ def calls():
         }),
         "gated_delta_net": (gated_delta_net, {
             "projections": Projections(
-                x["q"], x["k"], x["v"].unflatten(-1, (-1, SMALL.V)), z, x["b"], x["a"]
+                torch.randn(step.T, SMALL.C + SMALL.HV * SMALL.V),
+                torch.randn(step.T, 2 * SMALL.HV),
+                GatedDeltaNetShape(SMALL.H, SMALL.HV, SMALL.K, SMALL.V),
             ),
             "weights": GatedDeltaNetWeights(
                 layer.weight, layer.A_log, layer.dt_bias, torch.randn(SMALL.V), 1e-6
             ),
-            "pool_": pool.pages(), "step": step.bundle(), "out_": z.flatten(1).clone(),
+            "pool_": pool.pages(), "step": step.bundle(), "out_": out,
         }),
         "rms_norm": (rms_norm, {"x": x4[0, 0], "weight": w, "eps": 1e-6}),
         "add_rms_norm": (rms_norm, {
@@ -216,7 +219,9 @@ def flat(arguments):
         stored = {name: getattr(table, name) for name in table.__slots__}
         arguments = {**arguments, **hashing, **stored, **where}
     if weights := arguments.get("weights"):
-        of_layer = weights._asdict() | arguments["projections"]._asdict()
+        projections = arguments["projections"]
+        sizes = {"H": SMALL.H, "HV": SMALL.HV, "K": SMALL.K, "V": SMALL.V, "flat": False}
+        of_layer = weights._asdict() | projections._asdict() | sizes
         arguments = {**arguments, **of_layer, "weight": weights.conv}
     pool, step = arguments.get("pool_"), arguments.get("step")
     if step is None:

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from state_pages import SMALL, Layer, Pool, Shape, Step, int32
+from torch.nn.functional import pad
 
 from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetShape,
     GatedDeltaNetWeights,
     Projections,
     gated_delta_net,
@@ -24,8 +26,11 @@ SECOND = Step(((2, 0, 70), (-1, 5, 2), (0, 2, 3), (3, 1, 1), (5, 9, 12), (6, 0, 
 class Net:
     """A layer with a norm, and its inputs."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, *, sigmoid_gate: bool = False):
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, *, sigmoid_gate: bool = False, layout="grouped"
+    ):
         self.shape, self.dtype, self.sigmoid_gate = shape, dtype, sigmoid_gate
+        self.layout = layout
         self.layer = Layer.random(shape, dtype)
         self.norm = torch.randn(shape.V).to(dtype)
 
@@ -35,22 +40,34 @@ class Net:
         norm = (self.norm, 1e-6, self.sigmoid_gate)
         return GatedDeltaNetWeights(layer.weight, layer.A_log, layer.dt_bias, *norm)
 
-    def inputs(self, T: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def inputs(self, T: int) -> list[torch.Tensor]:
+        """qkvz and ba, in rows that are followed by NaN."""
         s = self.shape
-        z = torch.randn(T, s.H, s.HV // s.H, s.V + 3).to(self.dtype)[..., : s.V]
-        return self.layer.projections(T, self.dtype), z
+        z = torch.randn(T, s.H, s.HV // s.H, s.V).to(self.dtype)
+        x = self.layer.projections(T, self.dtype)
+        found = []
+        for parts in ([x["q"], x["k"], x["v"], z.flatten(2)], [x["b"], x["a"]]):
+            if self.layout == "flat":
+                parts = [part.flatten(1) for part in parts]
+            whole = torch.cat(parts, -1).flatten(1)
+            found.append(pad(whole, (0, 8), value=torch.nan)[:, :-8])
+        return found
 
-    def __call__(self, pool: Pool, step: Step, x, z) -> torch.Tensor:
-        v = x["v"].unflatten(-1, (-1, self.shape.V))
-        out = x["q"].new_full((len(v), v[0].numel()), torch.nan)
+    def __call__(
+        self, pool: Pool, step: Step, qkvz: torch.Tensor, ba: torch.Tensor, out_=None
+    ) -> torch.Tensor:
+        s = self.shape
+        if out_ is None:
+            out_ = qkvz.new_full((len(qkvz), s.HV * s.V), torch.nan)
+        shape = GatedDeltaNetShape(s.H, s.HV, s.K, s.V, self.layout)
         gated_delta_net(
-            projections=Projections(x["q"], x["k"], v, z, x["b"], x["a"]),
+            projections=Projections(qkvz, ba, shape),
             weights=self.weights,
             pool_=pool.pages(),
-            step=step.bundle(),
-            out_=out,
+            step=step.bundle(max_query_len=None if step.rows else 0),
+            out_=out_,
         )
-        return out
+        return out_
 
 
 @pytest.mark.parametrize(
@@ -59,12 +76,13 @@ class Net:
     ids=str,
 )
 def test_as_its_parts(backend, monkeypatch, shape, dtype):
-    net = Net(shape, dtype, sigmoid_gate=shape == SHAPES[1])
+    layout = "flat" if shape == SHAPES[2] else "grouped"
+    net = Net(shape, dtype, sigmoid_gate=shape == SHAPES[1], layout=layout)
     steps = [(step, *net.inputs(step.T)) for step in (FIRST, SECOND)]
 
     def run() -> tuple[list[torch.Tensor], Pool]:
         pool = Pool(shape, 7, DRAFTS, dtype)
-        return [net(pool, step, x, z) for step, x, z in steps], pool
+        return [net(pool, *step) for step in steps], pool
 
     outs, pool = run()
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
@@ -81,61 +99,42 @@ def test_as_its_parts(backend, monkeypatch, shape, dtype):
     pool.assert_untouched_but([0, 2, 3, 5, 6])
 
 
-@pytest.mark.parametrize("name", ["z", "norm"])
+@pytest.mark.parametrize("name", ["qkvz", "ba", "norm", "out_"])
 def test_refuses_bad_arguments(backend, name):
     net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
-    x, z = net.inputs(2)
-    if name == "z":
-        z = z[..., :-1]
-    else:
+    x = dict(zip(("qkvz", "ba"), net.inputs(2), strict=True))
+    if name == "norm":
         net.norm = net.norm[:-1]
-    with pytest.raises(ValueError, match=f"gated_delta_net: {name} has shape"):
-        net(pool, step, x, z)
-
-
-@pytest.mark.parametrize("part", ["stride", "heads"])
-def test_refuses_values_of_other_strides_or_heads(backend, part):
-    net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
-    x, z = net.inputs(2)
-    T, _, R_V = x["v"].shape
-    if part == "stride":
-        x["v"] = x["v"].new_zeros(T, SMALL.H, 2 * R_V)[..., ::2]
+    elif name == "out_":
+        x[name] = torch.empty(2, SMALL.HV * SMALL.V + 1)
     else:
-        x["v"] = x["v"].new_zeros(T, SMALL.H + 1, R_V)
-        z = z.new_zeros(T, SMALL.H + 1, *z.shape[2:])
-    with pytest.raises(ValueError, match=r": v has shape|last dim of v "):
-        net(pool, step, x, z)
+        x[name] = x[name][:, :-1]
+    with pytest.raises(ValueError, match=f"gated_delta_net: {name} has shape"):
+        net(pool, step, **x)
 
 
-def test_refuses_value_heads_with_gaps(native_level):
-    shape, step = Shape(1, 2, 32, 48), Step(((0, 0, 2),))
-    net = Net(shape, torch.float32)
-    x, z = net.inputs(2)
-    gaps = torch.zeros(2, 1, 2, 51)[..., :48]
-    with pytest.raises(ValueError, match="gated_delta_net: the heads of v are not contiguous"):
-        gated_delta_net(
-            projections=Projections(x["q"], x["k"], gaps, z, x["b"], x["a"]),
-            weights=net.weights,
-            pool_=Pool(shape, 1, DRAFTS).pages(),
-            step=step.bundle(),
-            out_=torch.empty(2, 2 * 48),
-        )
+@pytest.mark.parametrize("name", ["qkvz", "ba", "out_"])
+def test_refuses_other_strides(backend, name):
+    net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
+    x = dict(zip(("qkvz", "ba"), net.inputs(2), strict=True))
+    if name == "out_":
+        x[name] = torch.empty(2, SMALL.HV * SMALL.V + 8)[:, :-8]
+    else:
+        x[name] = x[name].repeat_interleave(2, dim=1)[:, ::2]
+    with pytest.raises(ValueError, match=f"gated_delta_net: .*{name} is not contiguous"):
+        net(pool, step, **x)
+
+
+def test_refuses_heads_that_are_not_shared_evenly(native_level):
+    net = Net(Shape(2, 3, 16, 24), torch.float32)
+    pool, step = Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
+    with pytest.raises(ValueError, match="cannot serve 2 key heads with 3 value heads"):
+        net(pool, step, torch.zeros(2, 208), torch.zeros(2, 6))
 
 
 def test_no_rows(backend):
     net, pool = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS)
-    x, z = net.inputs(3)
-    out = torch.full((3, SMALL.HV * SMALL.V), torch.nan)
-    gated_delta_net(
-        projections=Projections(
-            x["q"], x["k"], x["v"].unflatten(-1, (-1, SMALL.V)), z, x["b"], x["a"]
-        ),
-        weights=net.weights,
-        pool_=pool.pages(),
-        step=Step(()).bundle(max_query_len=0),
-        out_=out,
-    )
-    assert (out == 0).all()
+    assert (net(pool, Step(()), *net.inputs(3)) == 0).all()
     pool.assert_untouched_but([])
 
 
@@ -198,8 +197,8 @@ class TestOnTheDevice:
             setattr(far, name, flat.view(near.dtype).unflatten(1, near.shape[1:]))
         steps = [Step(((2, 0, 9), (1, 0, 3))), Step(((2, 9, 2), (1, 2, 1)))]
         for step in steps:
-            x, z = net.inputs(step.T)
-            assert torch.equal(net(pool, step, x, z), net(far, step, x, z))
+            x = net.inputs(step.T)
+            assert torch.equal(net(pool, step, *x), net(far, step, *x))
         assert torch.equal(pool.span_[1:], far.span_[1:])
         assert torch.equal(pool.u_[2, 8], far.u_[2, 8])
 

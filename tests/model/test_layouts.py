@@ -7,11 +7,12 @@ import torch
 
 from checkpoints import BASE, SHAPES, random_tensors
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.gated_delta_net import Projections
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import output_sizes
 from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
+from qwen3next_plugin.model.gated_delta_net import shape_of
 
 FLAT = BASE | {"model_type": "qwen3_5_moe_text"}
 Tensors = dict[str, torch.Tensor]
@@ -94,13 +95,13 @@ def test_both_layouts_of_projections_are_the_same_views(heads):
     )
     rows = flat_rows(config)
     qkvz, ba = (torch.randn(5, *output_sizes(config, name, "grouped")) for name in ("qkvz", "ba"))
-    flat = split_projections(
+    flat = Projections(
         qkvz[:, torch.cat([rows["qkv"], rows["z"]])],
         ba[:, torch.cat([rows["b"], rows["a"]])],
-        GatedDeltaNetShape.from_config(config, "flat"),
+        shape_of(config, "flat"),
     )
-    grouped = split_projections(qkvz, ba, GatedDeltaNetShape.from_config(config))
-    assert all(torch.equal(*pair) for pair in zip(flat, grouped, strict=True))
+    grouped = Projections(qkvz, ba, shape_of(config))
+    assert all(torch.equal(*pair) for pair in zip(flat.heads(), grouped.heads(), strict=True))
 
 
 def test_order_of_tensors_does_not_matter():

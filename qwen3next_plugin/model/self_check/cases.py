@@ -13,7 +13,11 @@ from torch import Tensor
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.draft_head import quantise_channels
 from qwen3next_plugin.kernels.fused_moe import SharedExpert
-from qwen3next_plugin.kernels.gated_delta_net import GatedDeltaNetWeights
+from qwen3next_plugin.kernels.gated_delta_net import (
+    GatedDeltaNetShape,
+    GatedDeltaNetWeights,
+    Projections,
+)
 from qwen3next_plugin.kernels.gpu.configs import config_for
 from qwen3next_plugin.kernels.linear import (
     pack_bf16,
@@ -25,7 +29,6 @@ from qwen3next_plugin.kernels.linear import (
 )
 from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 from qwen3next_plugin.model.attention import AttentionShape
-from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape, split_projections
 from qwen3next_plugin.model.state import PageLayout
 
 Run = Callable[..., Any]
@@ -140,7 +143,7 @@ class LinearLayer:
         qkvz, ba = self.draw(T, 2 * (H * K + HV * V)), self.draw(T, 2 * HV)
         out = qkvz.new_full((T, HV * V), torch.nan)
         self.run(
-            split_projections(qkvz, ba, s),
+            Projections(qkvz, ba, s),
             self.weights,
             self.pool,
             Step(
