@@ -60,7 +60,7 @@ def rank_bytes(sizes: Mapping[str, int], config: Qwen3NextConfig) -> dict[str, i
 
 
 def _ranks_sharing(name: str, config: Qwen3NextConfig) -> int:
-    if any(mark in name for mark in REPLICATED):
+    if config.tp_size == 1 or any(mark in name for mark in REPLICATED):
         return 1
     if any(mark in name for mark in KEY_VALUE):
         return min(config.tp_size, config.num_key_value_heads)
@@ -158,7 +158,7 @@ def served_bytes(
     for name, shape in shapes.items():
         form = formats.format_of(name.removesuffix(".weight")) if formats else None
         sizes[name] = form.nbytes(*shape) if form else prod(shape) * itemsize
-        if (env.mmap() and isinstance(form, InPanels)) or _stays(name):
+        if (isinstance(form, InPanels) and env.mmap()) or _stays(name):
             sizes[name] = 0
     if formats:
         sizes |= head_bytes(shapes)

@@ -88,6 +88,7 @@ def _chosen(name: str, shapes: Shapes) -> Iterator[tuple[Module, Format]]:
             yield Module(module, channels, columns, {}), form
 
 
+@functools.cache
 def _int4(columns: int) -> Format | None:
     """int4 with the largest group, up to 128, that divides the columns; None: there is none."""
     groups = (g for g in reversed(GROUPS) if columns % g == 0)

@@ -6,6 +6,7 @@ sharding and regrouping move all of them alike.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
@@ -70,8 +71,13 @@ class Format:
 
     def nbytes(self, channels: int, columns: int) -> int:
         """Bytes of a module's tensors."""
-        parts = self.tensors(channels, columns).values()
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
+        return _nbytes(self, channels, columns)
+
+
+@cache  # a model has thousands of experts of one size
+def _nbytes(form: Format, channels: int, columns: int) -> int:
+    parts = form.tensors(channels, columns).values()
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in parts)
 
 
 @dataclass(frozen=True, slots=True)
