@@ -30,9 +30,18 @@ class Forked(Server):
     That has the worker in it: one in another process, as Server's, takes time at every step.
     """
 
+    WORKER_APART = "0"
+
     def start(self, env: dict[str, str], *flags: str) -> Process:
         preload()
-        return Fork(serve, *self.command(*flags), env=env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+        apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": self.WORKER_APART}
+        return Fork(serve, *self.command(*flags), env=env | apart)
+
+
+class ForkedTwice(Forked):
+    """The same with the worker in a process of its own, as Server has it: another fork."""
+
+    WORKER_APART = "1"
 
 
 def greedy(server: Server, prompt: tuple[int, ...], tokens: int) -> Output:

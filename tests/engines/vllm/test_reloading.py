@@ -20,7 +20,7 @@ from engines.other_weights import FAULT, IN_MAKE_TEST, INVARIANT, PROMPTS, TIED,
 from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
-from engines.vllm.server import Server
+from engines.vllm.server import ForkedTwice
 from quantised import pack_checkpoint
 from reference import Reference
 from tiers import long_except
@@ -122,20 +122,20 @@ def test_two_ranks_refuse_together_and_reload_together(folders, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def server(folders) -> Iterator[Server]:
+def server(folders) -> Iterator[ForkedTwice]:
     flags = ("--dtype", "float32", "--enforce-eager", "--speculative-config", json.dumps(DRAFTS))
     env = {"VLLM_SERVER_DEV_MODE": "1"}
-    server = Server(folders[0], *flags, "--max-model-len", "4096", env=env).wait()
+    server = ForkedTwice(folders[0], *flags, "--max-model-len", "4096", env=env).wait()
     yield server
     server.close()
 
 
-def reload(server: Server, folder: Path) -> None:
+def reload(server: ForkedTwice, folder: Path) -> None:
     kwargs = {"weights_path": str(folder)}
     server.post("/collective_rpc", method="reload_weights", kwargs=kwargs)
 
 
-def continued(server: Server, prompt: list[int], tokens: int) -> list[int]:
+def continued(server: ForkedTwice, prompt: list[int], tokens: int) -> list[int]:
     """The tokens of a greedy continuation."""
     answer = server.client.completions.create(
         model=server.model,
@@ -185,7 +185,7 @@ def test_asleep_it_keeps_its_weights(server):
 def test_what_is_found_as_weights_load_ends_the_server(tmp_path):
     good, bad = bad_weights.write_good_and_faulty(tmp_path, FAULT)
     env = {"VLLM_SERVER_DEV_MODE": "1"}
-    server = Server(good, "--enforce-eager", "--max-model-len", "512", env=env).wait()
+    server = ForkedTwice(good, "--enforce-eager", "--max-model-len", "512", env=env).wait()
     with suppress(OSError):
         reload(server, bad)
     log = server.refusal()
