@@ -18,10 +18,11 @@ collect_ignore = [f"engines/{engine}" for engine in MISSING]
 # The longest files start first, so that none is left over when all others are done: first those
 # that start engines, then the others.
 LONGEST = (
-    "test_parity", "test_server", "test_lossless", "test_distribution",
-    "test_parsers", "test_family", "test_prefix_cache", "test_on_device",
-    "test_examples", "test_plain_steps", "test_quantised", "test_images", "test_ranks",
-    "test_nodes", "test_folder",
+    "test_parity", "test_server", "test_lossless", "test_three_engines", "test_qwen4_exp",
+    "test_reloading", "test_distribution", "test_parsers", "test_family", "test_prefix_cache",
+    "test_on_device", "test_hostile", "test_handover", "test_graphs", "test_staged_updates",
+    "test_interrupts", "test_examples", "test_plain_steps", "test_quantised", "test_images",
+    "test_ranks", "test_nodes", "test_folder",
     "test_bits", "test_soak", "test_lora", "test_sampling_params", "test_shapes", "test_pressure",
     "test_errors",
     "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
