@@ -9,7 +9,7 @@ import zmq
 from vllm.utils.network_utils import get_open_zmq_ipc_path, zmq_socket_ctx
 
 from engines.clients import eventually
-from engines.vllm.server import Server
+from engines.vllm.server import ForkedTwice, Server
 
 
 @pytest.mark.serve
@@ -31,7 +31,7 @@ def test_sigterm_while_the_engine_loads(checkpoint):
 def test_sigterm_while_a_request_runs(checkpoint):
     """It exits with 0, as without a request: only an engine that fails is a failure."""
     flags = ("--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
-    server = Server(checkpoint, *flags).wait()
+    server = ForkedTwice(checkpoint, *flags).wait()
     try:
         processes = server.processes()
         endless = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
