@@ -22,12 +22,13 @@ LONGEST = (
     "test_reloading", "test_distribution", "test_parsers", "test_family", "test_prefix_cache",
     "test_on_device", "test_hostile", "test_handover", "test_graphs", "test_staged_updates",
     "test_interrupts", "test_examples", "test_plain_steps", "test_quantised", "test_images",
-    "test_ranks", "test_nodes", "test_folder",
-    "test_bits", "test_soak", "test_lora", "test_sampling_params", "test_shapes", "test_pressure",
-    "test_errors",
+    "test_ranks", "test_nodes", "test_folder", "test_bits", "test_soak", "test_lora",
+    "test_sampling_params", "test_shapes", "test_pressure", "test_errors",
     "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
     "test_kernel_package", "test_traces", "test_gpu_resources", "test_gpu_benchmark", "test_cli",
-    "test_gated_delta_rule", "test_qk_norm_rope", "test_sequences", "test_grouping", "test_twins",
+    "test_gated_delta_rule", "test_make", "test_watch", "test_benchmark_report", "test_train_tiny",
+    "test_train_tools", "test_generate", "test_qk_norm_rope", "test_sequences", "test_grouping",
+    "test_twins",
 )  # fmt: skip
 
 T = TypeVar("T")
