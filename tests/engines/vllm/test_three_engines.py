@@ -38,14 +38,16 @@ def engine(request, served) -> Iterator[Offline]:
     engine.close()
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_what_transformers_recomputes(engine, served, drafts):
+def test_what_transformers_recomputes(engine, served):
+    """In one batch: greedy and sampled answers, without drafts and with three."""
     folder, prompts, _ = served
-    engine.inside("draft", drafts)
-    found = engine.greedy(prompts, TOKENS, **LOGPROBS)
-    sampled = engine.generate(prompts, temperature=1.0, max_tokens=TOKENS, **LOGPROBS)
-    found += [output for (output,) in sampled]
-    check_recomputed(folder, [*prompts, *prompts], found)
+    found = []
+    for drafts in (0, 3):
+        engine.inside("draft", drafts)
+        found += engine.greedy(prompts, TOKENS, **LOGPROBS)
+        sampled = engine.generate(prompts, temperature=1.0, max_tokens=TOKENS, **LOGPROBS)
+        found += [output for (output,) in sampled]
+    check_recomputed(folder, [*prompts] * 4, found)
 
 
 def test_what_transformers_recomputes_elsewhere(engine, served):
