@@ -11,7 +11,7 @@ from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
 from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
-from qwen3next_plugin.model.checkpoint.sizes import DTYPES, parameters
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, served_bytes
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 MIB = 2**20
@@ -37,6 +37,7 @@ RELEASED = {
     "Qwen3.6-35B-A3B": "Qwen3.5-35B-A3B, 3.6-35B-A3B",
     "Qwen3.5-122B-A10B": "Qwen3.5-122B-A10B",
     "Qwen3.5-397B-A17B": "Qwen3.5-397B-A17B",
+    "Qwen3.8-Flash-Next": "Qwen3.8-Flash-Next",
     "Qwen3.8-2.4T-A95B": "Qwen3.8-2.4T-A95B",
 }
 COLUMNS = (
@@ -56,7 +57,7 @@ def table() -> tuple[list[str], list[list[str]]]:
 
 def _row(folder: Path) -> list[str]:
     config = Qwen3NextConfig.from_hf(read_config(folder))
-    loaded = {name: n * DTYPES[FLAGS.dtype] for name, n in parameters(config).items()}
+    loaded = served_bytes(config, DTYPES[FLAGS.dtype], asked=None)
     weights = sum(make_plan(Blocks, config, loaded, FLAGS).weights.values())
     flags = replace(FLAGS, memory=weights + ROOM)
     vllm, sglang = (make_plan(engine, config, loaded, flags) for engine in (Blocks, Pools))

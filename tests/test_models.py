@@ -30,6 +30,7 @@ PUBLISHED = {
     "Qwen3.5-397B-A17B": 403_397_928_944,
     "Qwen3.8-2.4T-A95B": 2_446_182_725_504,
 }
+STREAMS = "Qwen3.8-Flash-Next"  # its release has a table of n-grams
 # Towers that are not of transformers' default size: that of 9B and more.
 SMALLER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
 TOWERS = {
@@ -114,13 +115,28 @@ def test_parameters_are_the_published_ones(name):
 
 @pytest.mark.parametrize(("name", "engine"), product(RELEASED, ("vllm", "sglang")))
 def test_each_config_is_planned(name, engine):
+    if engine == "sglang" and name == STREAMS:
+        pytest.skip("SGLang does not serve it")
     asked = ("--num-speculative-tokens", 3, "--max-model-len", 32768, "--max-num-seqs", 4096)
     weights = sum(plan(CONFIGS / name, *asked, "--memory", 1)["weights"].values())
     gib = (weights + ROOM) / 2**30
     found = plan(CONFIGS / name, *asked, "--memory", gib, "--engine", engine)
     assert found["weights_from"] == "config.json"
     assert found["concurrency"] == found["fits"] > 0
-    assert 2 * (found["parameters"] + found["parameters_mtp"]) < weights
+    files = found["ngram_table_in_files"]
+    assert 2 * (found["parameters"] + found["parameters_mtp"]) < weights + files
+
+
+def test_the_table_of_n_grams_is_counted_apart(monkeypatch):
+    """16 heads of about 20 million rows of 160 in bf16: in files, or among the weights."""
+    mapped = plan(CONFIGS / STREAMS, "--memory", 1)
+    table = mapped["ngram_table_in_files"]
+    assert table == pytest.approx(2 * 16 * 20e6 * 160, rel=1e-3)
+    monkeypatch.setenv("QWEN3NEXT_NGRAM", "resident")
+    resident = plan(CONFIGS / STREAMS, "--memory", 1)
+    assert resident["ngram_table_in_files"] == 0
+    both = (sum(each["weights"].values()) for each in (resident, mapped))
+    assert table == int.__sub__(*both)
 
 
 def test_a_wrapped_checkpoint_without_its_tower(tmp_path):

@@ -29,6 +29,7 @@ from qwen3next_plugin.model.checkpoint.sizes import (
     parameters,
     part_of,
     quantization_of,
+    table_bytes,
     tensor_bytes,
 )
 
@@ -115,6 +116,7 @@ def plan(
         "weights_from": source,
         "parameters": sum(counts.values()) - mtp,
         "parameters_mtp": mtp,
+        "ngram_table_in_files": table_bytes(model, config, flags.dtype),
     }
     if as_json:
         summary = {name: _summary(each) for name, each in named.items()}
@@ -219,6 +221,8 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
     row("[bold]weights[/]", sum(p.weights.values()))
     if p.flags.mapped:
         row("weights in mapped files", p.flags.mapped, f"{gib(p.flags.mapped)}, paged by Linux")
+    if table_of := facts["ngram_table_in_files"]:
+        row("n-gram table in files", table_of, f"{gib(table_of)}, paged by Linux")
     table.add_section()
     for part, nbytes in p.state_page.items():
         row(f"state page: {part}", nbytes, "one layer, one slot")

@@ -104,6 +104,20 @@ def tensor_bytes(
     return _scaled(sizes, index.total_size, dtype), INDEX
 
 
+def table_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> int:
+    """Bytes of the n-gram tables that stay in files: as they are stored, else as the config says.
+
+    Raises: CheckpointError.
+    """
+    stored: dict[str, Header] = {}
+    for path in weight_files(folder, read_index(folder)):
+        stored |= read_header(path)
+    found = [header for name, header in stored.items() if _stays(name)]
+    if found:
+        return sum(ceil(prod(h.shape) * _bits(h.dtype) / 8) for h in found)
+    return sum(n * DTYPES[dtype] for name, n in parameters(config).items() if _stays(name))
+
+
 def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     """The quantization_config of a checkpoint, if it has one."""
     raw = read_config(folder)
@@ -189,8 +203,13 @@ def _served_bytes(stored: Header, itemsize: int) -> int:
     elements = prod(stored.shape)
     if stored.dtype in CAST_ON_LOAD:
         return elements * itemsize
-    bits = re.search(r"\d+", stored.dtype)
-    return ceil(elements * int(bits[0] if bits else 8) / 8)
+    return ceil(elements * _bits(stored.dtype) / 8)
+
+
+def _bits(dtype: str) -> int:
+    """Of a value of a dtype, as safetensors names it."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0] if bits else 8)
 
 
 def _scaled(sizes: dict[str, int], total: float, dtype: str) -> dict[str, int]:
