@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from platform import machine
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from checkpoints import BASE, SHAPES
+from examples.qwen4_exp_tiny import CONFIG as QWEN4_EXP
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.self_check import KernelError, check_kernels, compare, deviation
@@ -58,6 +60,14 @@ def test_our_kernels_agree(backend, dtype):
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_any_shape_agrees(native_level, changes, drafts):
     compare(served(changes, drafts=drafts))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drafts", [0, 1, 3, 8])
+def test_kernels_of_qwen4_exp_agree(drafts, dtype):
+    """Also without room for drafts, where a page has only what the next token reads."""
+    of_it = served(drafts=drafts, dtype=dtype)
+    compare(replace(of_it, config=Qwen3NextConfig.from_hf(QWEN4_EXP)))
 
 
 def test_every_op_that_serves_is_compared():

@@ -57,12 +57,12 @@ def _ple_gate(run: Run, served: Served, draw: Draw) -> Outputs:
     yield "and normed", out[1]
 
 
-def _step(draw: Draw, lengths: tuple[int, ...], context: int) -> Step:
+def _step(draw: Draw, lengths: tuple[int, ...], contexts: tuple[int, ...]) -> Step:
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     return Step(
         query_start_loc=draw.tensor(starts),
         slot=draw.tensor([*range(len(lengths))]),
-        context_len=draw.tensor([context] * len(lengths)),
+        context_len=draw.tensor([*contexts]),
         num_tokens=sum(lengths),
         max_query_len=max(lengths),
     )
@@ -72,15 +72,15 @@ def _dilated_conv1d(run: Run, served: Served, draw: Draw) -> Outputs:
     c, drafts = served.config, served.layout.num_drafts
     C, weight = 64, draw(64, 4) / 2
     ring = draw(len(ROWS), c.ple_conv_reach + 1 + drafts, C)
-    span, context = draw.tensor([0] * 2 * len(ROWS)).view(-1, 2), 0
+    span, contexts = draw.tensor([0] * 2 * len(ROWS)).view(-1, 2), (0,) * len(ROWS)
     for lengths in (ROWS, (drafts + 1,) * len(ROWS)):
-        step = _step(draw, lengths, context)
+        step = _step(draw, lengths, contexts)
         yield (
             f"rows of {lengths}",
             run(draw(sum(lengths), C), weight, c.ngram_size, ring, span, step),
         )
-        context = lengths[0]
-        span.fill_(context)
+        contexts = lengths
+        span.copy_(draw.tensor([*contexts])[:, None])
 
 
 def _ngram_embedding(run: Run, served: Served, draw: Draw) -> Outputs:
@@ -94,7 +94,8 @@ def _ngram_embedding(run: Run, served: Served, draw: Draw) -> Outputs:
     span = draw.tensor([0] * 2 * len(ROWS)).view(-1, 2)
     ids = draw.integers(0, c.vocab_size, sum(ROWS), dtype=torch.int64)
     ids[::5] = c.eos_token_id
-    yield f"rows of {ROWS}", run(ids, table, hashes, tokens, span, _step(draw, ROWS, 0), draw.dtype)
+    step = _step(draw, ROWS, (0,) * len(ROWS))
+    yield f"rows of {ROWS}", run(ids, table, hashes, tokens, span, step, draw.dtype)
 
 
 def _index_keys(run: Run, served: Served, draw: Draw) -> Outputs:
