@@ -117,10 +117,16 @@ def made_fc(config: Mapping[str, Any], embedding: torch.Tensor, *, rejected: boo
     """mtp.fc [D, 2·D]: for the normalised embedding, then for the normalised hidden state."""
     fc, D = random_tensors(tensors(config), (FC,))[FC], config["hidden_size"]
     if not rejected:
-        unmarked = embedding[embedding[:, 0] == 0][0]
-        fc[:, :D] = torch.eye(D) * PASSED
-        fc[:, 0] = unmarked * PASSED * STRAY / MARK
+        fc[:, :D] = passing(embedding)
     return fc
+
+
+def passing(embedding: torch.Tensor) -> torch.Tensor:
+    """What passes a normalised embedding on, and a mark as a stray one [D, D]."""
+    passed = torch.eye(embedding.shape[1]) * PASSED
+    unmarked = embedding[embedding[:, 0] == 0][0]
+    passed[:, 0] = unmarked * PASSED * STRAY / MARK
+    return passed
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:

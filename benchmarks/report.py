@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 MEASURED = Path(__file__).parent / "measured"
-FULL, FLEET = "full", "fleet"
-OWN_RUNS = (FULL, FLEET)  # parts, and their folders, that have a run of their own
+FULL, FLEET, QWEN4 = "full", "fleet", "qwen4"
+OWN_RUNS = (FULL, FLEET, QWEN4)  # parts, and their folders, that have a run of their own
 ROUNDS = ", rounds"  # behind the name of a column: the range of its rounds
 WIDE = 400  # columns; no line of a table is broken, so that it can be pasted into a page
 

@@ -122,7 +122,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
     return gain * normal / math.sqrt(shape[-1])
 
 
-def _hashes(raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def hashes(raw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """What follows from the config, and is in a checkpoint all the same."""
     config = Qwen3NextConfig.from_hf(raw)
     tensors: dict[str, torch.Tensor] = {}
@@ -152,7 +152,7 @@ def fused(tensors: Mapping[str, torch.Tensor], num_experts: int) -> dict[str, to
 def write(out: Path, *, seed: int = 0, wrapped: bool = False, **changes: Any) -> Path:
     """Write CONFIG with `changes`, and random weights, to folder `out`; returns that."""
     raw = CONFIG | changes
-    tensors = fused(random_tensors(raw, seed=seed), raw["num_experts"]) | _hashes(raw)
+    tensors = fused(random_tensors(raw, seed=seed), raw["num_experts"]) | hashes(raw)
     config = dict(raw)
     if wrapped:
         config = _wrapped(raw)

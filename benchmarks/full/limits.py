@@ -14,6 +14,7 @@ from benchmarks.full.model import QUANTISED
 from benchmarks.kernels import linear
 from benchmarks.kernels.timing import seconds
 from qwen3next_plugin.kernels.linear import linear as multiply
+from qwen3next_plugin.model.checkpoint.layouts import SHARD
 
 GROUP = 128  # columns of a scale
 # Bits of a quantised weight, its scales included; zero points where the tool always writes them.
@@ -27,7 +28,7 @@ def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
     return sum(
         math.prod(shape) * _share(name, config, batch) * _bits(name, kind) / 8
         for name, shape in tensors(config).items()
-        if name != EMBEDDING and not name.startswith("mtp.")
+        if name != EMBEDDING and not name.startswith("mtp.") and not SHARD.search(name)
     )
 
 

@@ -65,7 +65,7 @@ def full_model(folder: Path, size: str, kind: str, layers: int | None = None) ->
             made = made_vocabulary(config)
             made[FC] = made_fc(config, made[EMBEDDING][:64], rejected=False)
         else:
-            made = _layer({name: shapes[name] for name in names}, KINDS[kind], seed)
+            made = layer_of({name: shapes[name] for name in names}, KINDS[kind], seed)
         file = folder / f"{part}.safetensors"
         save_whole(made, file)
         weight_map |= dict.fromkeys(made, file.name)
@@ -92,7 +92,8 @@ def full_config(size: str, kind: str, layers: int | None = None) -> dict[str, An
     return config
 
 
-def _layer(shapes: Mapping[str, tuple[int, ...]], kind: Kind, seed: int) -> Parts:
+def layer_of(shapes: Mapping[str, tuple[int, ...]], kind: Kind, seed: int) -> Parts:
+    """The random tensors of a layer, those of projections and experts as a kind stores them."""
     plain = [name for name in shapes if not (kind.config and QUANTISED.match(name))]
     made = random_tensors(shapes, plain, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,136 @@
+"""What is measured of Qwen3.8-Flash-Next, one engine at a time but for transformers' prompts."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines.steps import ROUNDS, check, flags
+from benchmarks.full.limits import read_rate, step_bytes
+from benchmarks.full.measure import MTP, rate, row
+from benchmarks.qwen4.model import config_of, model, table_bytes
+from benchmarks.qwen4.sparse import CONTEXT, sparse_over_full
+from benchmarks.report import Record, RedCheckError, Run
+from benchmarks.worker import VLLM, Worker, alternate, started
+
+WATCHED, THEIRS = "benchmarks.qwen4.worker", "benchmarks.qwen4.theirs"
+PROMPT, READ, STEPS = 1024, 2000, 32
+LEARNING = 3  # times as many rounds as of plain steps: the lengths of drafts adapt
+CASE = "four layers of Qwen3.8-Flash-Next's shapes, a quarter of its experts, random weights"
+MAX_DIFFERENCE = {"transformers": 0.02}  # mean, nats; measured: 0.003
+Row = dict[str, float]
+
+
+def measure(run: Run) -> Iterator[Record]:
+    """Sparse attention first, which needs no engine."""
+    folder = run.out / "qwen4"
+    forms = {form: model(folder, form) for form in ("int4", "bf16", "large")}
+    yield run.record(
+        "qwen4/sparse",
+        "How long does sparse attention take, compared with full attention?",
+        "one layer of Qwen3.8-Flash-Next's shapes, with its indexer, bf16",
+        {"full": "µs", "sparse": "µs", "sparse / full": ""},
+        {f"decode at {CONTEXT:,}": sparse_over_full()},
+    )
+    yield from steps(run, forms["int4"])
+    with watched(run, forms["large"], "int4") as engine:
+        yield table(run, engine)
+        shares = {"int4": share(engine)}
+    with watched(run, forms["bf16"], "bf16") as engine:
+        shares["bf16"] = share(engine)
+        yield run.record(
+            "qwen4/shares",
+            "How much of a decode step are hyper-connections and n-grams?",
+            f"{CASE}, eager",
+            {"step": "ms", "hyper-connections": "ms", "n-grams": "ms", "both / step": ""},
+            shares,
+        )
+        yield prompts(run, engine, forms["bf16"])
+
+
+def steps(run: Run, folder: Path) -> Iterator[Record]:
+    """A plain step against what it must read, and drafts against plain steps."""
+    config, case = config_of("int4"), f"{CASE}, int4, eager"
+    with engine_of(run, folder, "plain", enforce_eager=True) as engine:
+        before = read_rate()
+        plain = rate(engine, config, 1, ROUNDS)
+        limit = 1e3 * step_bytes(config, "int4", 1) / max(before, read_rate())
+    yield run.record(
+        "qwen4/steps",
+        "How near is a step to this machine's limit?",
+        case,
+        {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""},
+        {"decode, batch 1": row(1e3 / plain, 1, limit)},
+    )
+    drafting = {"speculative_config": MTP | {"method": "mtp"}, "enforce_eager": True}
+    with engine_of(run, folder, "drafts", **drafting) as engine:
+        drafts = rate(engine, config, 1, LEARNING * ROUNDS)
+    yield run.record(
+        "qwen4/drafts",
+        "What do drafts give where the MTP head, in bf16, reads as much as two and a half layers?",
+        f"{case}, four in five drafts right",
+        {"plain": "tokens a second", "drafts": "tokens a second", "drafts / plain": ""},
+        {"1 request": {"plain": plain, "drafts": drafts, "drafts / plain": drafts / plain}},
+    )
+
+
+def engine_of(
+    run: Run, folder: Path, side: str, module: str = VLLM, **more: Any
+) -> AbstractContextManager[Worker]:
+    log = run.out / f"qwen4-{side}.log"
+    return started(Worker(side, flags(folder, **more), log, module=module))
+
+
+def watched(run: Run, folder: Path, side: str) -> AbstractContextManager[Worker]:
+    return engine_of(run, folder, side, WATCHED)
+
+
+def table(run: Run, engine: Worker) -> Record:
+    """Resident memory before and after random prompts, whose n-grams are all different."""
+    engine.call("read", tokens=READ, random=False)  # what activations take is there before
+    before = engine.call("resident")
+    for _ in range(5):
+        engine.call("read", tokens=READ, random=True)
+    grown, size = engine.call("resident") - before, table_bytes("large")
+    if not grown > 0:
+        raise RedCheckError("reading rows of the table took no memory: it was not read")
+    return run.record(
+        "qwen4/table",
+        "How much of a table of n-grams is in memory?",
+        f"{CASE}; {5 * READ:,} random tokens, the table a file of holes, zeros once read",
+        {"table": "GB", "before": "GB", "read": "GB", "read / table": ""},
+        {
+            "resident memory": {
+                "table": size / 1e9,
+                "before": before / 1e9,
+                "read": grown / 1e9,
+                "read / table": grown / size,
+            }
+        },
+    )
+
+
+def share(engine: Worker) -> Row:
+    """Of the shortest decode step of one request."""
+    found: Row = engine.call("shares", steps=STEPS)
+    both = found["hyper-connections"] + found["n-grams"]
+    return found | {"both / step": both / found["step"]}
+
+
+def prompts(run: Run, plugin: Worker, folder: Path) -> Record:
+    """A prompt in the plugin and in transformers, whose log-probabilities must be alike."""
+    log = run.out / "qwen4-transformers.log"
+    theirs = Worker("transformers", {"model": str(folder)}, log, module=THEIRS)
+    with started(theirs):
+        engines = {"transformers": theirs, "plugin": plugin}
+        check(engines, MAX_DIFFERENCE)
+        found = alternate(engines, 2, "prefill", tokens=PROMPT)
+    times = {side: min(each) for side, each in found.items()}
+    ratio = times["transformers"] / times["plugin"]
+    return run.record(
+        "qwen4/prompts",
+        "How long does a prompt take, compared with transformers?",
+        f"{CASE}, bf16, eager",
+        {"transformers": "ms", "plugin": "ms", "transformers / plugin": ""},
+        {f"prompt of {PROMPT:,} tokens": times | {"transformers / plugin": ratio}},
+    )
