@@ -26,7 +26,8 @@ from qwen3next_plugin.model.quantisation.writing import plan_packing, write_pack
 QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
 # What of a module's name differs among those that an engine stacks.
 STACKED = re.compile(r"(\.\d+)?\.(gate|up)_proj$|\.\d+(?=\.down_proj$)|[qkv]_proj$|(qkv|[zba])$")
-KEPT_AT_LOAD = re.compile(r"(in_proj_ba|\.fc)\.weight$")  # by QWEN3NEXT_QUANTISE
+# By QWEN3NEXT_QUANTISE.
+KEPT_AT_LOAD = re.compile(r"(in_proj_(ba|b|a)|\.fc|\.ple\.\w+|\.index_qk_proj)\.weight$")
 INT8_AT_LOAD = re.compile(r"\.self_attn\.")  # also by QWEN3NEXT_QUANTISE=int4
 MIXED = "mixed"
 AT_LOAD = ("int8", "int4")

@@ -7,7 +7,7 @@ from collections.abc import Set
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
@@ -16,7 +16,7 @@ from qwen3next_plugin.kernels.ngram_embedding import NgramTable, ngram_embedding
 from qwen3next_plugin.kernels.ple_gate import PLENorms, ple_gate
 from qwen3next_plugin.kernels.step import Step
 from qwen3next_plugin.model.checkpoint import contents
-from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.checkpoint.headers import (
     Index,
     Place,
@@ -24,15 +24,16 @@ from qwen3next_plugin.model.checkpoint.headers import (
     read_places,
     weight_files,
 )
-from qwen3next_plugin.model.checkpoint.layouts import our_name
+from qwen3next_plugin.model.checkpoint.layouts import without_prefix
 from qwen3next_plugin.model.checkpoint.mapped import read_at_random
-from qwen3next_plugin.model.checkpoint.qwen4_exp import table_names
+from qwen3next_plugin.model.checkpoint.qwen4_exp import scale_name, table_names
 from qwen3next_plugin.model.host_layers import HostLayers
 from qwen3next_plugin.model.linear_attention import Weight
 from qwen3next_plugin.model.ngrams import hashing
 from qwen3next_plugin.model.state import NgramPool
 
-SERVED = ("BF16", "F16", "F32")  # tables, as safetensors names them
+PLAIN = ("BF16", "F16", "F32")  # as safetensors names them
+FP8 = "F8_E4M3"
 
 
 class PerLayerEmbedding(nn.Module):
@@ -113,36 +114,58 @@ def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
     """The table of layer `i` in a checkpoint's files, or in memory if QWEN3NEXT_NGRAM says so.
 
     Raises:
-        CheckpointError: a part of it is missing, or of another dtype.
+        CheckpointError: a part of it, or its scale, is missing, or of another dtype or shape.
     """
-    names = table_names(config, i)
-    places = _places(folder, config, set(names))
+    names, scale_of = table_names(config, i), scale_name(i)
+    places = _places(folder, config, {*names, scale_of})
     if missing := [name for name in names if name not in places]:
         raise CheckpointError(
             f"{folder}: {missing[0]} is missing: the checkpoint is incomplete; download it again"
         )
     found = [places[name] for name in names]
-    if (dtype := found[0].header.dtype) not in SERVED:
+    if (dtype := found[0].header.dtype) not in (*PLAIN, FP8):
         raise CheckpointError(
-            f"{folder}: {names[0]} is {dtype}: tables of n-grams are read in bfloat16, float16 or "
-            f"float32; use the checkpoint of one of these"
+            f"{folder}: {names[0]} is {dtype}: tables of n-grams are read in bfloat16, float16, "
+            f"float32 or float8_e4m3fn; use the checkpoint of one of these"
         )
+    scale = _scale(places.get(scale_of), f"{folder}: {scale_of}", is_fp8=dtype == FP8)
     if env.ngram() == "resident":
-        return NgramTable.of([contents.read(place) for place in found], mapped=False)
+        return NgramTable.of([contents.read(place) for place in found], scale=scale, mapped=False)
     shards = [contents.mapped(place) for place in found]
     for shard in shards:
         read_at_random(shard)
-    return NgramTable.of(shards, mapped=True)
+    return NgramTable.of(shards, scale=scale, mapped=True)
+
+
+def _scale(place: Place | None, name: str, *, is_fp8: bool) -> Tensor | None:
+    """The one scale of a table in FP8, in fp32. Shapes: returns [1]"""
+    if not is_fp8:
+        if place is None:
+            return None
+        raise CheckpointError(f"{name} is there, and the table is not in FP8: {MIXED}")
+    if place is None:
+        raise CheckpointError(
+            f"{name} is missing, and the table is in FP8: the checkpoint is incomplete; download "
+            f"it again"
+        )
+    dtype, shape = place.header.dtype, tuple(place.header.shape)
+    if dtype not in PLAIN or shape != (1,):
+        raise CheckpointError(f"{name} is {dtype} {shape}, not one number in a float: {MIXED}")
+    scale = contents.read(place).float()
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(f"{name} is {scale.item()}, not a positive number: download it again")
+    return scale
 
 
 def _places(folder: Path, config: Qwen3NextConfig, names: Set[str]) -> dict[str, Place]:
     """Where tensors of a checkpoint are, by our names; of its files, those that have them."""
     index, found = read_index(folder), {}
     if index is not None:
-        index = Index({t: f for t, f in index.files.items() if our_name(t, config) in names}, None)
+        files = {t: f for t, f in index.files.items() if without_prefix(t, config) in names}
+        index = Index(files, None)
     for path in weight_files(folder, index):
         for name, place in read_places(path)[1].items():
-            ours = our_name(name, config)
+            ours = without_prefix(name, config)
             if ours is not None and ours in names:
                 found[ours] = place
     return found

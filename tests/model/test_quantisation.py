@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from bad_weights import FAULTS, PLAIN, write_faulty
 from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
-from quantised import KINDS, MIXED, write_quantised
+from examples.qwen4_exp_tiny import hashes
+from quantised import KINDS, MIXED, pack_checkpoint, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.layouts import holder
-from qwen3next_plugin.model.checkpoint.reading import parameters
+from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, holder
+from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.ple import open_table
 from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of
 from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, dequantise
@@ -27,6 +29,7 @@ from qwen3next_plugin.model.quantisation.modules import Formats
 from qwen3next_plugin.model.quantisation.packed import head_as_int8, pack, pack_plain
 from qwen3next_plugin.model.quantisation.scheme import Module
 from qwen3next_plugin.model.quantisation.schemes import scheme
+from qwen4_exp_quantised import table_in_fp8, write_split
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,8 @@ def check(quantised: Path, twin: Path) -> None:
     stored = load_file(twin / "model.safetensors")
     for name, weight in parameters(stored.items(), config, expected=shapes):
         module = name.removesuffix(".weight")
+        if SHARD.search(name):  # a table, which is read apart
+            continue
         if f"{module}.weight_scale" in found:
             tensors = {
                 part: found[f"{module}.{part}"]
@@ -106,6 +111,47 @@ def test_what_is_left_out_is_read_from_the_files(plain, tmp_path, kind, leave_ou
     assert bool(dequantised) == (leave_out not in (r"^mtp\.", "layers.0"))
     if leave_out == "q_proj":
         assert {name.rpartition(".")[2] for name in dequantised} == {"k_proj", "v_proj"}
+
+
+@pytest.fixture(scope="module")
+def plain_qwen4_exp(tmp_path_factory) -> Path:
+    return write_split(tmp_path_factory.mktemp("qwen4_exp"))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, MIXED])
+def test_qwen4_exp_beside_a_table_in_fp8(plain_qwen4_exp, tmp_path, kind):
+    """Every projection, those of the n-grams, the indexer and the MTP head among them."""
+    quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, kind)
+    table_in_fp8(quantised, twin)
+    formats, found = load(quantised)
+    assert not formats.dequantised
+    for module in ("1.ple.key_proj", "1.ple.value_proj", "3.self_attn.indexer.index_qk_proj"):
+        assert formats.of(f"model.layers.{module}"), module
+    assert formats.of("mtp.layers.0.mlp.experts").keys() == {"w13", "w2"}
+    assert formats.of("model.layers.0.attn_hyper_connection.input_mix_weight_up") is None
+    assert not any(name.endswith(TABLE_SCALE) for name in found)
+    check(quantised, twin)
+    raw = json.loads((quantised / "config.json").read_text())
+    config = Qwen3NextConfig.from_hf(raw)
+    check_stored(quantised, config, quantised=False, formats=formats, with_mtp=True)
+    plain_modules_of(quantised, config)
+
+
+def test_qwen4_exp_packed_keeps_its_table(plain_qwen4_exp, tmp_path):
+    """In FP8, with its scale; and hashes, which only transformers reads, are no vision tower."""
+    quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, "packed_4-bit")
+    table_in_fp8(quantised, twin)
+    raw = json.loads((quantised / "config.json").read_text())
+    stored = load_file(quantised / "model.safetensors") | hashes(raw)
+    save_file(stored, quantised / "model.safetensors")
+    config = Qwen3NextConfig.from_hf(raw)
+    assert formats_of(quantised, config, raw["quantization_config"], asked=None).tower is None
+    out = pack_checkpoint(quantised, tmp_path / "out")
+    for i in (1, 4):
+        packed, before = open_table(out, config, i), open_table(quantised, config, i)
+        assert torch.equal(packed.scale, before.scale)
+        rows = torch.arange(before.shape[0])
+        assert torch.equal(packed.take(rows), before.take(rows))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

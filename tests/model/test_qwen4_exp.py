@@ -1,9 +1,14 @@
 """Qwen4-Exp's parts: the tensors that transformers has, and the table of n-grams in its files."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.kernels.ngram_embedding import ngram_embedding
+from qwen3next_plugin.kernels.step import Step
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import loaded_tensors, trunk_tensors
@@ -11,6 +16,7 @@ from qwen3next_plugin.model.ngrams import hashing
 from qwen3next_plugin.model.ple import open_table
 from qwen3next_plugin.model.state import PageLayout
 from qwen4_exp import write_qwen4_exp
+from qwen4_exp_quantised import table_in_fp8
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +64,6 @@ def test_the_table_is_that_of_transformers(folder, config, theirs, where, monkey
 
 
 def test_a_checkpoint_that_lacks_a_part_is_refused(folder, config, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith(".shard_7.weight"))
     del tensors[name]
@@ -72,9 +76,91 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(folder, config, tmp_path):
             check()
 
 
-def test_what_only_transformers_reads_may_be_there_or_not(folder, config, tmp_path):
-    from safetensors.torch import load_file, save_file
+@pytest.fixture(scope="module")
+def in_fp8(folder, tmp_path_factory):
+    """The checkpoint with tables in FP8, and what they say."""
+    both = [shutil.copytree(folder, tmp_path_factory.mktemp("fp8") / name) for name in "ab"]
+    table_in_fp8(*both)
+    return both
 
+
+@pytest.mark.parametrize("where", ["mapped", "resident"])
+def test_a_table_in_fp8_is_what_it_says(in_fp8, config, where, monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_NGRAM", where)
+    folder, twin = in_fp8
+    check_stored(folder, config, quantised=False, formats=None, with_mtp=True)
+    for i in (1, 4):
+        table, says = open_table(folder, config, i), open_table(twin, config, i)
+        assert (table.dtype, says.dtype) == (torch.float8_e4m3fn, torch.float32)
+        rows = torch.arange(table.shape[0])
+        assert torch.equal(table.take(rows), says.take(rows))
+        found, wanted = (embedded(config, i, each) for each in (table, says))
+        assert torch.equal(found, wanted)
+        assert found.count_nonzero() > 0.9 * found.numel()
+
+
+def embedded(config, i, table) -> torch.Tensor:
+    """The rows for a sequence of random tokens, by the kernel."""
+    T, ring = 300, config.ngram_size + 1
+    generator = torch.Generator().manual_seed(i)
+    step = Step(
+        query_start_loc=torch.tensor([0, T], dtype=torch.int32),
+        slot=torch.tensor([0], dtype=torch.int32),
+        context_len=torch.tensor([0], dtype=torch.int32),
+        num_tokens=T,
+        max_query_len=T,
+    )
+    return ngram_embedding(
+        token_ids=torch.randint(config.vocab_size, (T,), generator=generator),
+        table=table,
+        hashing=hashing(config, i),
+        tokens_=torch.zeros(1, ring, dtype=torch.int32),
+        span=torch.zeros(1, 2, dtype=torch.int32),
+        step=step,
+        out_dtype=torch.float32,
+    )
+
+
+SCALE = "model.layers.1.ple.ple_embedding.ngram_embedding.weight_scale"
+WRONG_SCALES = {
+    "absent": (None, f"{SCALE} is missing, and the table is in FP8"),
+    "of a row each": (torch.ones(2112), rf"{SCALE} is F32 \(2112,\), not one number"),
+    "integer": (torch.ones(1, dtype=torch.int32), rf"{SCALE} is I32 \(1,\)"),
+    "infinite": (torch.full((1,), torch.inf), f"{SCALE} is inf, not a positive number"),
+    "zero": (torch.zeros(1), f"{SCALE} is 0.0, not a positive number"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_SCALES)
+def test_a_wrong_scale_is_refused_by_name(in_fp8, config, tmp_path, fault):
+    scale, message = WRONG_SCALES[fault]
+    tensors = load_file(in_fp8[0] / "model.safetensors")
+    del tensors[SCALE]
+    if scale is not None:
+        tensors[SCALE] = scale
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        open_table(tmp_path, config, 1)
+
+
+def test_a_scale_beside_a_table_that_needs_none_is_refused(folder, config, tmp_path):
+    tensors = load_file(folder / "model.safetensors") | {SCALE: torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{SCALE} is there, and the table is not in FP8"):
+        open_table(tmp_path, config, 1)
+
+
+def test_a_table_in_another_dtype_is_refused(in_fp8, config, tmp_path):
+    tensors = load_file(in_fp8[0] / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensors[name] = tensor.view(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"shard_0.* is I8: tables of n-grams are read"):
+        open_table(tmp_path, config, 1)
+
+
+def test_what_only_transformers_reads_may_be_there_or_not(folder, config, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     stem = "model.layers.1.ple.ple_embedding."
     del tensors[f"{stem}layer_multipliers"]

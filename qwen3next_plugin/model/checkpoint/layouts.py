@@ -31,9 +31,13 @@ EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_\w*(packed|scale)\w*)?$")
 # A part of the table of an n-gram embedding.
 SHARD = re.compile(r"\.ngram_embedding\.shard_(\d+)\.weight$")
-# Of n-gram embeddings, what follows from the config; of the last mixer, what nothing reads.
+# The scale of a table in FP8.
+TABLE_SCALE = "ngram_embedding.weight_scale"
+# Of n-gram embeddings, what follows from the config, and what `model/ple.py` reads; of the last
+# mixer, what nothing reads.
 UNUSED = re.compile(
     r"\.ple_embedding\.(layer_multipliers|ngram_heads_\w+|token_lookup|hashstats_\w+)$"
+    rf"|\.ple_embedding\.{TABLE_SCALE}$"
     r"|^(model|mtp)\.hyper_connection_mixer\.block_inject_weight\.weight$"
 )
 FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
@@ -96,14 +100,17 @@ def holder(module: str, config: Qwen3NextConfig) -> str:
 
 
 def our_name(name: str, config: Qwen3NextConfig) -> str | None:
-    """A tensor's name without the checkpoint's prefix; None if the text model does not read it."""
+    """A tensor's name without the checkpoint's prefix; None if the text model does not load it."""
+    ours = without_prefix(name, config)
+    return None if ours and config.hc_count and UNUSED.search(ours) else ours
+
+
+def without_prefix(name: str, config: Qwen3NextConfig) -> str | None:
+    """A tensor's name without the checkpoint's prefix; None if it is not the text model's."""
     for prefix, ours in PREFIXES[config.layout].items():
         if name.startswith(prefix):
-            if ours is None:
-                return None
-            name = ours + name.removeprefix(prefix)
-            break
-    return None if config.hc_count and UNUSED.search(name) else name
+            return None if ours is None else ours + name.removeprefix(prefix)
+    return name
 
 
 def our_names(stored: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:

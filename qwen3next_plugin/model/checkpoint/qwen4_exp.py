@@ -1,7 +1,7 @@
 """Tensors that only checkpoints of Qwen4-Exp have: streams, n-grams, an indexer."""
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.checkpoint.layouts import Shapes
+from qwen3next_plugin.model.checkpoint.layouts import TABLE_SCALE, Shapes
 from qwen3next_plugin.model.ngrams import shard_rows
 
 TABLE = "ple.ple_embedding.ngram_embedding"
@@ -62,6 +62,11 @@ def table_names(config: Qwen3NextConfig, i: int) -> list[str]:
     """The tensors of that table, in order."""
     shards = range(len([*shard_rows(config, i)]))
     return [f"model.layers.{i}.{TABLE}.shard_{s}.weight" for s in shards]
+
+
+def scale_name(i: int) -> str:
+    """The tensor of that table's scale, if it is in FP8."""
+    return f"model.layers.{i}.ple.ple_embedding.{TABLE_SCALE}"
 
 
 def mtp_input(config: Qwen3NextConfig) -> Shapes:

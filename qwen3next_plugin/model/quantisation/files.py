@@ -10,7 +10,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
-from qwen3next_plugin.model.checkpoint.layouts import holder, our_name, our_names
+from qwen3next_plugin.model.checkpoint.layouts import holder, our_names, without_prefix
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import formats_at_load
 from qwen3next_plugin.model.quantisation.in_panels import formats_in_panels, is_packed
@@ -78,7 +78,7 @@ def formats_of(
             (
                 name
                 for name, t in stored
-                if t.dtype not in PLAIN_DTYPES and not our_name(name, config)
+                if t.dtype not in PLAIN_DTYPES and without_prefix(name, config) is None
             ),
             None,
         )

@@ -12,7 +12,7 @@ import torch
 
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.layouts import EXPERT
+from qwen3next_plugin.model.checkpoint.layouts import EXPERT, SHARD
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
@@ -235,8 +235,12 @@ def without_wrapper(prefix: str) -> str:
 
 
 def matrices(shapes: Shapes) -> Shapes:
-    """Those of modules that may be quantised."""
-    return {n: s for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+    """Those of modules that may be quantised; a table of n-grams is read by itself."""
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and not SHARD.search(name)
+    }
 
 
 def _known(module: Module) -> Scheme:

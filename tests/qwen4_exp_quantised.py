@@ -1,0 +1,58 @@
+"""Quantised checkpoints of Qwen4-Exp, their tables in FP8, and what both say in fp32."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.qwen4_exp_tiny import fused, hashes, write
+from quantised import quantise
+from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, our_names
+
+# Sizes of which a scale's blocks, groups and words are divisors, or not.
+SIZES: dict[str, Any] = {
+    "hidden_size": 160,
+    "ple_embed_dim": 320,
+    "moe_intermediate_size": 64,
+    "linear_num_value_heads": 8,
+}
+LARGEST = 448.0
+WEIGHTS = "model.safetensors"
+
+
+def write_split(folder: Path, **changes: Any) -> Path:
+    """The checkpoint with tensors of each expert, as quantised releases have them."""
+    write(folder, **SIZES | changes)
+    config = Qwen3NextConfig.from_hf(read_config(folder))
+    tensors = our_names(load_file(folder / WEIGHTS).items(), config)
+    save_file({name: tensor.clone() for name, tensor in tensors}, folder / WEIGHTS)
+    return folder
+
+
+def write_kind(plain: Path, folder: Path, kind: str) -> tuple[Path, dict[str, str], Path]:
+    """`quantised.quantise`, with the table in FP8 if the kind is a file's; the twin is fused."""
+    served, env, twin = quantise(plain, folder, kind)
+    if served != plain:
+        table_in_fp8(served, twin)
+    tensors, raw = load_file(twin / WEIGHTS), read_config(twin)
+    save_file(fused(tensors, raw["num_experts"]) | hashes(raw), twin / WEIGHTS)
+    return served, env, twin
+
+
+def table_in_fp8(folder: Path, twin: Path) -> None:
+    """Round a checkpoint's tables to FP8, each with one scale in bf16; and the twin's likewise."""
+    stored, plainly = load_file(folder / WEIGHTS), load_file(twin / WEIGHTS)
+    for stem in sorted({re.sub(r"shard_\d+\.weight$", "", n) for n in stored if SHARD.search(n)}):
+        shards = [name for name in stored if name.startswith(stem)]
+        largest = max(float(stored[name].abs().max()) for name in shards)
+        scale = torch.tensor([largest / LARGEST]).bfloat16()
+        for name in shards:
+            values = (stored[name] / scale.float()).clamp(-LARGEST, LARGEST)
+            stored[name] = values.to(torch.float8_e4m3fn)
+            plainly[name] = stored[name].float() * scale.float()
+        stored[stem.removesuffix("ngram_embedding.") + TABLE_SCALE] = scale
+    save_file(stored, folder / WEIGHTS)
+    save_file(plainly, twin / WEIGHTS)
