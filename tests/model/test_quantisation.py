@@ -137,6 +137,20 @@ def test_qwen4_exp_beside_a_table_in_fp8(plain_qwen4_exp, tmp_path, kind):
     plain_modules_of(quantised, config)
 
 
+@pytest.mark.parametrize("kind", ["fp8-blocks", "nvfp4"])
+def test_qwen4_exp_of_which_only_experts_and_table_are_quantised(plain_qwen4_exp, tmp_path, kind):
+    """As it is released."""
+    others = r"^(?!.*\.experts\.\d)"
+    quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, kind, leave_out=others)
+    table_in_fp8(quantised, twin)
+    check(quantised, twin)
+    formats, _ = load(quantised)
+    assert not formats.dequantised
+    assert {name.rpartition(".")[2] for name in formats.stored} == {
+        *("gate_proj", "up_proj", "down_proj")
+    }
+
+
 def test_qwen4_exp_packed_keeps_its_table(plain_qwen4_exp, tmp_path):
     """In FP8, with its scale; and hashes, which only transformers reads, are no vision tower."""
     quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, "packed_4-bit")
