@@ -11,6 +11,7 @@ from qwen3next_plugin.kernels.ngram_embedding import ngram_embedding
 from qwen3next_plugin.kernels.step import Step
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.reading import check_stored
+from qwen3next_plugin.model.checkpoint.sizes import table_bytes
 from qwen3next_plugin.model.checkpoint.tensors import loaded_tensors, trunk_tensors
 from qwen3next_plugin.model.ngrams import hashing
 from qwen3next_plugin.model.ple import open_table
@@ -89,6 +90,9 @@ def test_a_table_in_fp8_is_what_it_says(in_fp8, config, where, monkeypatch):
     monkeypatch.setenv("QWEN3NEXT_NGRAM", where)
     folder, twin = in_fp8
     check_stored(folder, config, quantised=False, formats=None, with_mtp=True)
+    in_files = [table_bytes(each, config, "bfloat16") for each in (folder, twin)]
+    assert (in_files[0] > 0) == (where == "mapped")
+    assert in_files[1] == 4 * in_files[0]
     for i in (1, 4):
         table, says = open_table(folder, config, i), open_table(twin, config, i)
         assert (table.dtype, says.dtype) == (torch.float8_e4m3fn, torch.float32)
