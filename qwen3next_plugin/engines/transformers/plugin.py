@@ -27,7 +27,6 @@ def register() -> None:
     from qwen3next_plugin.engines.transformers.model import trunk
 
     for model_type, model in trunk.MODELS.items():
-        # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config.
-        AutoModelForCausalLM._model_mapping.register(
-            CONFIG_MAPPING[model_type], model, exist_ok=True
-        )
+        # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config. And
+        # not this mapping's, which before 5.19 takes no class for a config of the host's own.
+        AutoModelForCausalLM._model_mapping._extra_content[CONFIG_MAPPING[model_type]] = model

@@ -60,3 +60,8 @@ def test_a_model_has_what_ours_reads(sources, file):
 @pytest.mark.parametrize(("owner", "name"), pairs(CACHES))
 def test_a_cache_keeps_what_ours_reads(sources, owner, name):
     assert name in kept(definition(sources.tree("cache_utils.py"), owner))
+
+
+def test_classes_are_registered_where_the_host_looks(sources):
+    mapping = definition(sources.tree("models/auto/auto_factory.py"), "_LazyAutoMapping")
+    assert "if key in self._extra_content:" in ast.unparse(mapping)
