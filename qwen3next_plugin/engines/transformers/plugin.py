@@ -24,9 +24,9 @@ def register() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    from qwen3next_plugin.engines.transformers.model import trunk
+    from qwen3next_plugin.engines.transformers.model import streams, trunk
 
-    for model_type, model in trunk.MODELS.items():
+    for model_type, model in (trunk.MODELS | streams.MODELS).items():
         # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config. And
         # not this mapping's, which before 5.19 takes no class for a config of the host's own.
         AutoModelForCausalLM._model_mapping._extra_content[CONFIG_MAPPING[model_type]] = model

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
 from engines import damaged
+from engines.transformers.checks import TOKENS, both, check_drafts, left_padded
 from family import FAMILY
 from quantised import pack_checkpoint
 from qwen3next_plugin.config import ConfigError
@@ -23,7 +24,6 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from reference import Reference, fused_mtp
 from tiers import long_except
 
-TOKENS = 20
 PROMPTS = tuple(random_prompt(length) for length in (9, 14, 1))
 QWEN3_NEXT = ("HV=4H_dense-layers_top-3-of-12", "tied_bias_one-kv-head")
 QWEN3_5 = ("dense_HV=3H_wrapped_7-layers", "moe_HV=2H_wrapped_split_6-layers")
@@ -44,37 +44,6 @@ def small(tmp_path_factory) -> Path:
 @pytest.fixture
 def model(load, small) -> Any:
     return load(small)
-
-
-@pytest.fixture
-def steps(monkeypatch) -> list[int]:
-    """How many tokens of a row the trunk reads, pass by pass."""
-    from qwen3next_plugin.engines.transformers.speculation.worker import Worker
-
-    seen: list[int] = []
-    trunk = Worker._trunk
-
-    def counting(self: Worker, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(tokens.shape[1])
-        return trunk(self, tokens, *rest)
-
-    monkeypatch.setattr(Worker, "_trunk", counting)
-    return seen
-
-
-def left_padded(prompts: tuple[tuple[int, ...], ...], pad: int = 0) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    rows = [(*[pad] * (longest - len(prompt)), *prompt) for prompt in prompts]
-    masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
-
-
-def both(model: Any, prompts: tuple[tuple[int, ...], ...], **given: Any) -> tuple[Any, Any]:
-    """What the host's loop answers, and what ours does."""
-    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0} | given
-    inputs = left_padded(prompts)
-    plain = model.generate(**inputs, **settings)
-    return plain, model.generate(**inputs, **settings, use_mtp=True)
 
 
 @pytest.mark.parametrize("case", damaged.FILES)
@@ -220,27 +189,9 @@ def test_offloaded_layers_answer_the_same(small, load, tmp_path):
     assert torch.equal(both(offloaded, PROMPTS)[1], both(load(small), PROMPTS)[1])
 
 
-def test_drafts_are_those_of_the_mtp_head(model, small, monkeypatch):
-    """Of transformers' own modules, run on the whole text each time."""
-    from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
-
-    made: list[torch.Tensor] = []
-    draft = Drafter.draft
-
-    def recording(self: Drafter, **given: Any) -> torch.Tensor:
-        made.append(draft(self, **given))
-        return made[-1]
-
-    monkeypatch.setattr(Drafter, "draft", recording)
-    prompt, reference = PROMPTS[0], Reference(small)
-    _, ours = both(model, (prompt,))
-    text, known = tuple(ours[0].tolist()), len(prompt) + 1
-    hidden = reference.hidden(text)
-    for drafts in made:
-        (found,) = drafts.tolist()
-        assert found == reference.mtp.drafts(text[:known], hidden[: known - 1], len(found))
-        right = [a == b for a, b in zip(found, text[known:], strict=False)]
-        known += (*right, False).index(False) + 1
+def test_drafts_are_those_of_the_mtp_head(model, small, made):
+    _, ours = both(model, PROMPTS[:1])
+    check_drafts(Reference(small), PROMPTS[0], ours, made)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -55,6 +55,7 @@ def run(layer: Any, hidden_states: Tensor, page: PageLayer) -> Tensor:
         dt_bias=layer.dt_bias,
         norm=layer.norm.weight,
         norm_eps=layer.layer_norm_epsilon,
+        sigmoid_gate=layer.norm.activation == "sigmoid",
     )
     out = attend(
         qkvz=qkvz,

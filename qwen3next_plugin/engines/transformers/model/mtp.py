@@ -33,8 +33,8 @@ class MultiTokenPredictor(nn.Module):
         rotary: nn.Module,
         step: Step,
         cache: RowCache,
-    ) -> Tensor:
-        """The MTP layer's hidden states: input of the head, and of the next draft.
+    ) -> tuple[Tensor, Tensor]:
+        """The MTP layer's hidden states, twice: input of the head, and of the next draft.
 
         Shapes: embeds [B, n, D] of the tokens behind the step's; hidden_states [B, n, D] of the
             step's; returns [B, n, D]
@@ -46,14 +46,15 @@ class MultiTokenPredictor(nn.Module):
             norm_hidden=self.pre_fc_norm_hidden,
             fc=self.fc,
         )
-        cache.begin(step)
+        cache.begin_mtp(step)
         x = self.layers[0](
             x,
             position_embeddings=rotary(x, step.positions),
             attention_mask=step.attend,
             **{CACHE: cache},
         )
-        return self.norm(x)
+        x = self.norm(x)
+        return x, x
 
 
 def layer_config(config: Any) -> Any:

@@ -33,7 +33,7 @@ class WithMTP(Base):
     """What the classes below add to the host's."""
 
     host: Any  # the host's class
-    mtp: MultiTokenPredictor | None  # None: the checkpoint has no mtp.* tensors
+    mtp: Any  # None: the checkpoint has no mtp.* tensors
     _keys_to_ignore_on_load_unexpected = (r"^model.visual.*",)
 
     def __init__(self, config: Any) -> None:
@@ -43,12 +43,20 @@ class WithMTP(Base):
             if hasattr(layer, "linear_attn"):
                 of_host = layer.linear_attn
                 layer.linear_attn = on_pages(of_host.__class__)(config, of_host.layer_idx)
-        self.mtp = MultiTokenPredictor(
-            config, layer=type(self.model.layers[0]), norm=type(self.model.norm)
-        )
+        self.mtp = self._make_mtp(config)
         self.post_init()
         if env.batch_invariant():
             use_invariant(self)
+
+    def _make_mtp(self, config: Any) -> Any:
+        """The MTP head, of the parts that the host's model has."""
+        layer, norm = type(self.model.layers[0]), type(self.model.norm)
+        return MultiTokenPredictor(config, layer=layer, norm=norm)
+
+    def run_trunk(self, **given: Any) -> tuple[Tensor, Tensor]:
+        """What the output head reads of the host's model, and what the MTP head does."""
+        hidden = self.model(**given).last_hidden_state
+        return hidden, hidden
 
     @classmethod
     def from_pretrained(

@@ -16,29 +16,30 @@ class Drafter:
         self.model, self.steps, self.cache = model, steps, cache
 
     def draft(
-        self, *, tokens: Tensor, hidden: Tensor, step: Step, counts: Tensor, num_drafts: int
+        self, *, tokens: Tensor, fed: Tensor, step: Step, counts: Tensor, num_drafts: int
     ) -> Tensor:
         """The likeliest drafts behind the tokens that a step kept, which the layer reads first.
 
-        Shapes: tokens [B, n] behind each of the step's; hidden [B, n, D] of the trunk's; counts
-            [B], the step's tokens that are right; returns [B, num_drafts]
+        Shapes: tokens [B, n] behind each of the step's; fed [B, n, …] what the layer reads of the
+            trunk; counts [B], the step's tokens that are right; returns [B, num_drafts]
         """
         rows = torch.arange(len(tokens), device=tokens.device)
-        hidden = self._run(tokens, hidden, step)[rows, counts - 1][:, None]  # [B, 1, D]
+        found = self._run(tokens, fed, step)
+        hidden, fed = (each[rows, counts - 1][:, None] for each in found)  # [B, 1, …]
         starts = (step.columns[rows, counts - 1] + 1).tolist()
-        found = [self._likeliest(hidden)]
+        drafts = [self._likeliest(hidden)]
         for i in range(num_drafts - 1):
             step = self.steps.build([start + i for start in starts], 1)
-            hidden = self._run(found[-1], hidden, step)
-            found.append(self._likeliest(hidden))
-        return torch.cat(found, dim=1)
+            hidden, fed = self._run(drafts[-1], fed, step)
+            drafts.append(self._likeliest(hidden))
+        return torch.cat(drafts, dim=1)
 
-    def _run(self, tokens: Tensor, hidden: Tensor, step: Step) -> Tensor:
+    def _run(self, tokens: Tensor, fed: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         model = self.model
         embeds = model.model.embed_tokens(tokens)
         return model.mtp(
             embeds,
-            hidden.to(embeds.device),
+            fed.to(embeds.device),
             rotary=model.model.rotary_emb,
             step=step,
             cache=self.cache,

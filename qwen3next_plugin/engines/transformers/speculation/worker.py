@@ -41,7 +41,8 @@ class Worker:
             must_run=True,  # a pass reads as many tokens of each row
             after_prompts=True,  # all of an answer is waited for
         )
-        self.steps = StepBuilder(positions, padding, additive=additive)
+        indexed = "indexed_attention" in config.layer_types
+        self.steps = StepBuilder(positions, padding, additive=additive, indexed=indexed)
         self.cache = RowCache(config.layer_types, num_drafts=num_drafts)
         self.drafter = Drafter(model, self.steps, self.cache)
 
@@ -49,36 +50,36 @@ class Worker:
         """Answer all prompts."""
         answers = self.answers
         step = self.steps.prompt()
-        hidden = self._trunk(answers.ids[:, : step.end], step)
+        hidden, fed = self._trunk(answers.ids[:, : step.end], step)
         counts = [step.end] * len(hidden)
         answers.extend(self.model.lm_head(hidden[:, -1:]), [[]] * len(hidden))
         while not answers.finished:
             starts = [length - 1 for length in answers.lengths]
-            tokens = self._drafted(hidden, step, counts)  # [B, n]
+            tokens = self._drafted(fed, step, counts)  # [B, n]
             step = self.steps.build(starts, tokens.shape[1])
-            hidden = self._trunk(tokens, step)
+            hidden, fed = self._trunk(tokens, step)
             counts = answers.extend(self.model.lm_head(hidden), tokens[:, 1:].tolist())
         return answers.result()
 
-    def _drafted(self, hidden: Tensor, step: Step, counts: list[int]) -> Tensor:
-        """Each row's last token and its drafts. Shapes: hidden [B, n, D]; counts [B]"""
+    def _drafted(self, fed: Tensor, step: Step, counts: list[int]) -> Tensor:
+        """Each row's last token and its drafts. Shapes: fed [B, n, …]; counts [B]"""
         ids = self.answers.ids
         last = torch.tensor(self.answers.lengths, device=ids.device)[:, None] - 1
         tokens = ids.gather(1, last)  # [B, 1]
         behind = ids.gather(1, (step.columns + 1).clamp(max=ids.shape[1] - 1))
-        num_drafts = self._num_drafts(behind, hidden, step, counts) if self.drafts else 0
+        num_drafts = self._num_drafts(behind, fed, step, counts) if self.drafts else 0
         if not num_drafts:
             return tokens
         found = self.drafter.draft(
             tokens=behind,
-            hidden=hidden,
+            fed=fed,
             step=step,
-            counts=torch.tensor(counts, device=hidden.device),
+            counts=torch.tensor(counts, device=fed.device),
             num_drafts=num_drafts,
         )
         return torch.cat([tokens, found.to(tokens.device)], dim=1)
 
-    def _num_drafts(self, behind: Tensor, hidden: Tensor, step: Step, counts: list[int]) -> int:
+    def _num_drafts(self, behind: Tensor, fed: Tensor, step: Step, counts: list[int]) -> int:
         """How many tokens to draft now, for the row that can use most of them."""
         B, n = behind.shape
         running = [row for row in range(B) if self.answers.runs(row)]
@@ -92,21 +93,24 @@ class Worker:
             prefilling=[False] * len(running),
             continues=[bool(self.loop.ends)] * len(running),  # the first step reads the prompts
             token_ids=behind.flatten(),
-            hidden_states=hidden.flatten(0, 1),
+            hidden_states=fed.flatten(0, 1),
         )
-        fed = self.loop.step(finished, set(requests), None)
-        return max((row.draft for row in fed), default=0)
+        rows = self.loop.step(finished, set(requests), None)
+        return max((row.draft for row in rows), default=0)
 
-    def _trunk(self, tokens: Tensor, step: Step) -> Tensor:
-        """The trunk's hidden states. Shapes: tokens [B, n], returns [B, n, D]"""
+    def _trunk(self, tokens: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """What the output head reads of the trunk, and what the MTP layer does.
+
+        Shapes: tokens [B, n], returns [B, n, D] and [B, n, …]
+        """
         self.cache.begin(step)
-        masks = {"full_attention": step.attend, "linear_attention": None}
-        outputs = self.model.model(
+        masks = dict.fromkeys(("full_attention", "indexed_attention"), step.attend)
+        found = self.model.run_trunk(
             input_ids=tokens,
             position_ids=step.positions,
-            attention_mask=masks,
+            attention_mask=masks | {"linear_attention": step.is_token},
             use_cache=True,
             **{CACHE: self.cache},
         )
         self.cache.check()
-        return outputs.last_hidden_state
+        return found

@@ -14,7 +14,8 @@ class Step:
     """n tokens of each row, from its own column on.
 
     A row's tokens have columns from 0, padding included. `end` is behind the last column of any.
-    Shapes: columns, positions [B, n]; attend [B, 1, n, end], or None: everything before
+    Shapes: columns, positions [B, n]; attend [B, 1, n, end], or None: everything before; is_token
+        [B, n], or None: all are; so_far [B, end], the positions of all columns, for an indexer
     """
 
     columns: Tensor
@@ -23,6 +24,13 @@ class Step:
     end: int
     uniform: bool  # all rows have the same columns
     linear: kernels.Step  # as linear layers take it
+    is_token: Tensor | None = None
+    so_far: Tensor | None = None
+
+    @property
+    def so_far_on_axes(self) -> Tensor | None:
+        """`so_far` for each axis of Qwen3.5's positions. Shapes: returns [3, B, end]"""
+        return None if self.so_far is None else self.so_far.expand(3, -1, -1)
 
     def linear_on(self, device: torch.device) -> kernels.Step:
         """`linear` where a layer is: `device_map` may spread them."""
@@ -41,27 +49,44 @@ class StepBuilder:
     """Builds the steps of a batch."""
 
     def __init__(
-        self, positions: Tensor, padding: list[int], *, additive: torch.dtype | None
+        self,
+        positions: Tensor,
+        padding: list[int],
+        *,
+        additive: torch.dtype | None,
+        indexed: bool = False,
     ) -> None:
         """`padding` is each prompt's number of columns before its first token.
 
         `additive`: the dtype of masks that are added to scores; None: they are booleans.
+        `indexed`: attention has an indexer, which always needs a mask and all positions.
 
         Shapes: positions [B, T] of the prompts
         """
         self.positions, self.padding = positions, padding
-        self.additive = additive
+        self.additive, self.indexed = additive, indexed
 
     def prompt(self) -> Step:
         """The prompts themselves."""
         B, T = self.positions.shape
         columns = torch.arange(T, device=self.positions.device).expand(B, T)
-        causal = not any(self.padding) and self.additive is None  # sdpa's own flag says it
+        padded = any(self.padding)
+        causal = not (padded or self.additive or self.indexed)  # sdpa's own flag says it
         attend = None if causal else self._attend(columns, T)
+        is_token = columns >= self._first_columns() if padded else None
         rows = []
         for slot, padding in enumerate(self.padding):
             rows += [(kernels.NULL_SLOT, padding, 0), (slot, T - padding, 0)]
-        return Step(columns, self.positions, attend, T, uniform=True, linear=self._linear(rows))
+        return Step(
+            columns,
+            self.positions,
+            attend,
+            T,
+            uniform=True,
+            linear=self._linear(rows),
+            is_token=is_token,
+            so_far=self._so_far(T),
+        )
 
     def build(self, starts: list[int], n: int) -> Step:
         """n tokens from column starts[b] of row b on, behind its prompt's first token."""
@@ -70,11 +95,23 @@ class StepBuilder:
         first = torch.tensor(starts, device=device)[:, None]
         columns = first + torch.arange(n, device=device)  # [B, n]
         positions = columns + self.positions[:, -1:] - (T - 1)
-        plain = uniform and n == 1 and not any(self.padding)
+        plain = uniform and n == 1 and not any(self.padding) and not self.indexed
         attend = None if plain else self._attend(columns, end)
         contexts = [start - skipped for start, skipped in zip(starts, self.padding, strict=True)]
         rows = [(slot, n, context) for slot, context in enumerate(contexts)]
-        return Step(columns, positions, attend, end, uniform, self._linear(rows))
+        linear, so_far = self._linear(rows), self._so_far(end)
+        return Step(columns, positions, attend, end, uniform, linear, so_far=so_far)
+
+    def _so_far(self, end: int) -> Tensor | None:
+        if not self.indexed:
+            return None
+        T, last = self.positions.shape[1], self.positions[:, -1:]
+        behind = torch.arange(1, end - T + 1, device=last.device)
+        return torch.cat([self.positions, last + behind], dim=1)
+
+    def _first_columns(self) -> Tensor:
+        """Shapes: returns [B, 1]"""
+        return torch.tensor(self.padding, device=self.positions.device)[:, None]
 
     def _linear(self, rows: list[tuple[int, int, int]]) -> kernels.Step:
         """Rows of (slot, tokens, context length), one behind the other."""
@@ -89,7 +126,7 @@ class StepBuilder:
         every = torch.arange(end, device=columns.device)
         attend = every <= columns[..., None]  # [B, n, end]
         if any(self.padding):
-            first = torch.tensor(self.padding, device=columns.device)[:, None, None]
+            first = self._first_columns()[..., None]  # [B, 1, 1]
             itself = every == columns[..., None]  # padding reads itself: no softmax is empty
             attend = attend & (every >= first) | itself
         attend = attend[:, None]

@@ -1,0 +1,47 @@
+"""transformers' Qwen4-Exp (Qwen3.8-Flash-Next) with its MTP head, for texts."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM as HostQwen4Exp
+
+from qwen3next_plugin import env
+from qwen3next_plugin.engines.transformers import flags
+from qwen3next_plugin.engines.transformers.model.streams_mtp import StreamsPredictor
+from qwen3next_plugin.engines.transformers.model.trunk import WithMTP
+
+
+class Qwen4ExpForCausalLM(WithMTP, HostQwen4Exp):
+    """Its text model. The MTP head reads the streams before the trunk's last mixer."""
+
+    host = HostQwen4Exp
+
+    def __init__(self, config: Any) -> None:
+        if env.batch_invariant():
+            raise flags.RequestError(
+                f"{flags.INVARIANT}: transformers does not compute Qwen4-Exp with the engines' "
+                f"bits; unset it, or use vLLM"
+            )
+        super().__init__(config)
+
+    def _make_mtp(self, config: Any) -> StreamsPredictor:
+        return StreamsPredictor(
+            config, layer=type(self.model.layers[0]), mixer=type(self.model.hyper_connection_mixer)
+        )
+
+    def run_trunk(self, **given: Any) -> tuple[Tensor, Tensor]:
+        """Shapes: returns [B, n, D] and [B, n, hc·D]"""
+        seen: list[Tensor] = []
+        mixer = self.model.hyper_connection_mixer
+        hook = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            hidden, _ = super().run_trunk(**given)
+        finally:
+            hook.remove()
+        return hidden, seen[0]
+
+
+MODELS = {  # by model_type; a wrapper's text model too
+    "qwen4_exp": Qwen4ExpForCausalLM,
+    "qwen4_exp_text": Qwen4ExpForCausalLM,
+}

@@ -1,0 +1,108 @@
+"""Qwen4-Exp: `generate(use_mtp=True)` answers as without it.
+
+Sparse attention is past its budget in the longer prompts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM
+
+from checkpoints import random_prompt
+from engines.transformers.checks import TOKENS, both, check_drafts, left_padded
+from qwen4_exp import StreamsReference, write_qwen4_exp
+
+BUDGET = {"indexer_budget": 16}  # tokens that a token reads
+LONG = random_prompt(40, seed=32)
+BATCH = (random_prompt(30, seed=31), random_prompt(1, seed=31), random_prompt(17, seed=31))
+END = 1  # of a text
+OTHER_SIZES = {
+    "hc_count": 3,
+    "hidden_size": 96,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 1,
+    "linear_num_value_heads": 2,
+    "ple_layer_ids": [1, 2],
+    "ple_embed_dim": 36,
+    "heads_per_ngram": 2,
+    "ngram_size": 4,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 8,
+    "output_gate_type": None,
+    "split_ngram_parts": 3,
+    "tie_word_embeddings": True,
+}
+
+
+def load(folder: Path) -> Any:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_qwen4_exp(tmp_path_factory.mktemp("qwen4_exp"), **BUDGET)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Any:
+    return load(folder)
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+def test_greedy_text_is_the_same(model, steps, drafts):
+    plain, ours = both(model, BATCH, num_assistant_tokens=drafts)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+    assert max(steps[1:]) == drafts + 1
+
+
+def test_ends_of_text_end_n_grams(model):
+    """In prompts, and a row that ends while others go on."""
+    prompts = tuple((*LONG[:n], END, *LONG[n : 2 * n], END) for n in (1, 2, 9))
+    plain, _ = both(model, prompts)
+    settings = {"eos_token_id": int(plain[0, -TOKENS + 4]), "pad_token_id": 2}
+    plain, ours = both(model, prompts, **settings, num_assistant_tokens=4)
+    assert torch.equal(ours, plain)
+    assert (plain[0, -TOKENS + 5 :] == 2).all()
+
+
+def test_drafts_are_those_of_the_mtp_head(model, folder, made):
+    model.set_attn_implementation("eager")  # of one prompt: before 5.24, padding makes it NaN
+    try:
+        plain, ours = both(model, (LONG,))
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, plain)
+    check_drafts(StreamsReference(folder), LONG, ours, made)
+
+
+def test_a_seed_gives_the_same_sample(model, steps):
+    given = {"max_new_tokens": TOKENS, "do_sample": True, "temperature": 0.9, "top_k": 20}
+    inputs = left_padded((LONG,))
+    torch.manual_seed(0)
+    plain = model.generate(**inputs, **given)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**inputs, **given, use_mtp=True), plain)
+    assert len(steps) < TOKENS
+
+
+def test_other_sizes_and_a_wrapper(tmp_path, steps):
+    plain, ours = both(load(write_qwen4_exp(tmp_path, wrapped=True, **OTHER_SIZES)), BATCH)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+
+
+def test_the_engines_bits_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=r"QWEN3NEXT_BATCH_INVARIANT=1: .* Qwen4-Exp .* unset it"):
+        load(folder)
