@@ -84,3 +84,9 @@ def test_qwen4_exp_calls_the_cache_as_ours_takes_it(sources, part):
 def test_classes_are_registered_where_the_host_looks(sources):
     mapping = definition(sources.tree("models/auto/auto_factory.py"), "_LazyAutoMapping")
     assert "if key in self._extra_content:" in ast.unparse(mapping)
+
+
+def test_the_kinds_of_models_are_there(sources):
+    from qwen3next_plugin.engines.transformers.model import streams, trunk
+
+    assert (trunk.MODELS | streams.MODELS).keys() <= sources.names("models/auto/auto_mappings.py")

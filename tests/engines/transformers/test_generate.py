@@ -1,5 +1,6 @@
 """`generate(use_mtp=True)`: the same answers as without, in fewer steps."""
 
+import json
 import re
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
 from engines import damaged
@@ -128,6 +129,32 @@ def test_every_shape_of_qwen3_next(tmp_path, load, steps, name):
 def test_every_layout_of_qwen3_5(tmp_path, load, steps, name):
     model = load(FAMILY[name].write(tmp_path))
     plain, ours = both(model, PROMPTS)
+    assert torch.equal(ours, plain)
+    assert len(steps) < TOKENS
+
+
+def test_the_text_model_of_minicpm_v(tmp_path, steps):
+    """As transformers' own class answers, whose tower is not in the file."""
+    folder = FAMILY["dense_HV=3H_wrapped_7-layers"].write(tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    tower = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    raw = {
+        "model_type": "minicpmv4_6",
+        "text_config": raw["text_config"],
+        "vision_config": tower | {"intermediate_size": 32, "image_size": 28},
+        "insert_layer_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    host = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    inputs = left_padded(PROMPTS)
+    plain = host.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+    same, ours = both(model, PROMPTS)
+    assert torch.equal(same, plain)
     assert torch.equal(ours, plain)
     assert len(steps) < TOKENS
 

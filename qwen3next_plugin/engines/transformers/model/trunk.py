@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM as HostQwen35
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeForCausalLM as HostQwen35Moe,
@@ -34,7 +35,7 @@ class WithMTP(Base):
 
     host: Any  # the host's class
     mtp: Any  # None: the checkpoint has no mtp.* tensors
-    _keys_to_ignore_on_load_unexpected = (r"^model.visual.*",)
+    _keys_to_ignore_on_load_unexpected = (r"^model\.(visual|vision_tower|merger)\.",)
 
     def __init__(self, config: Any) -> None:
         check_text_model(config.to_dict())
@@ -68,6 +69,9 @@ class WithMTP(Base):
             ConfigError, CheckpointError: name the file and what is wrong.
         """
         flags.check_files(pretrained_model_name_or_path)
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig):  # of a wrapper that names no class of it
+            kwargs["config"] = config.get_text_config()
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
@@ -203,4 +207,5 @@ MODELS = {  # by model_type; a wrapper's text model too
     "qwen3_5_text": Qwen3_5ForCausalLM,
     "qwen3_5_moe": Qwen3_5MoeForCausalLM,
     "qwen3_5_moe_text": Qwen3_5MoeForCausalLM,
+    "minicpmv4_6": Qwen3_5ForCausalLM,
 }
