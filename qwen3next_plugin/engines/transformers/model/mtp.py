@@ -47,9 +47,12 @@ class MultiTokenPredictor(nn.Module):
             fc=self.fc,
         )
         cache.begin_mtp(step)
+        positions = step.positions
+        if hasattr(rotary, "mrope_section"):  # Qwen3.5's, which has three axes
+            positions = positions.expand(3, -1, -1)
         x = self.layers[0](
             x,
-            position_embeddings=rotary(x, step.positions),
+            position_embeddings=rotary(x, positions),
             attention_mask=step.attend,
             **{CACHE: cache},
         )
