@@ -87,7 +87,7 @@ class Caches(NamedTuple):
     of it is a correct one. What rejected drafts wrote is written again before it is read.
 
     Shapes: key, value [pages, P, Hkv, D], index_key [pages, P, d]
-        block_key [pages, P / block_size, d]
+        block_key [pages, P / block_size, d]; or, of pages of one token, all without the second dim
     """
 
     key: torch.Tensor
@@ -110,6 +110,28 @@ class Caches(NamedTuple):
             pages[:, kv + index : kv + index + block].view(n, -1, index_dims),
         )
 
+    @classmethod
+    def of_tokens(
+        cls, keys: torch.Tensor, values: torch.Tensor, *, heads: int, dims: int, index_dims: int
+    ) -> Self:
+        """Of pages of one token. Its index key is beside its keys, a block's beside its values.
+
+        A block's key is in the page of its last token.
+
+        Shapes: keys, values [pages, elements], the last ones unused
+        """
+        kv = heads * dims
+        index = slice(kv, kv + index_dims)
+        shape = len(keys), heads, dims
+        return cls(
+            keys[:, :kv].view(shape), values[:, :kv].view(shape), keys[:, index], values[:, index]
+        )
+
+
+def dims_of_tokens(config: Qwen3NextConfig) -> int:
+    """Of a key or a value in a page of one token: its own, and its share of an index key's."""
+    return config.head_dim + ceil(config.indexer_head_dim / config.num_key_value_heads_per_rank)
+
 
 def index_elements(config: Qwen3NextConfig) -> int:
     """Of a page, for each token and key-value head: what the indexer keeps of a token."""
@@ -126,6 +148,7 @@ class Tokens(NamedTuple):
 
     slots: torch.Tensor
     token_table: torch.Tensor
+    table_row: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
 
@@ -149,13 +172,15 @@ def attend(
 
     Shapes: q [T, Hq, D], k, v [T, Hkv, D], index_qk [T, (Hi + 1)·d], returns [T, Hq, D]
     """
-    P = caches_.key.shape[1]
-    page, place = tokens.slots // P, tokens.slots % P
-    caches_.key[page, place] = k
-    caches_.value[page, place] = v
+    at: tuple[torch.Tensor, ...] = (tokens.slots,)
+    if caches_.key.dim() == 4:
+        P = caches_.key.shape[1]
+        at = (tokens.slots // P, tokens.slots % P)
+    caches_.key[at] = k
+    caches_.value[at] = v
     rows = {
         "token_table": tokens.token_table,
-        "table_row": torch.arange(len(tokens.seq_lens), dtype=torch.int32),
+        "table_row": tokens.table_row,
         "query_start_loc": tokens.query_start_loc,
         "seq_lens": tokens.seq_lens,
     }

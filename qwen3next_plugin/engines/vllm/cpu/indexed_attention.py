@@ -111,6 +111,7 @@ class IndexedLayer(Attention):
             tokens=Tokens(
                 metadata.slot_mapping[:T],
                 metadata.block_table,
+                torch.arange(len(metadata.seq_lens), dtype=torch.int32),
                 metadata.query_start_loc,
                 metadata.seq_lens,
             ),
