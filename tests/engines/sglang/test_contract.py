@@ -430,7 +430,7 @@ def test_prompts_graphs_run_the_body_of_either_model(sources, file):
     call = "self.layer_model.forward(input_ids, positions, forward_batch, **kwargs)"
     assert call in ast.unparse(definition(runner, "_run_forward"))
     model = ast.parse((ENGINES / HOST / "model" / f"{file}.py").read_text(encoding="utf-8"))
-    body = {"trunk": "Qwen3NextModel", "mtp": "MultiTokenPredictor"}[file]
+    body = {"trunk": "Qwen3NextModel", "mtp": "Predictor"}[file]
     wanted = ["self", "input_ids", "positions", "forward_batch"]
     assert arguments(definition(definition(model, body), "forward"))[:4] == wanted
 

@@ -94,7 +94,7 @@ def steps(monkeypatch):
     def forward(self, batch, rows):
         fed.clear()
         fed.update({row.request: (row.fed.first, len(row.fed)) for row in rows})
-        return torch.zeros(sum(row.draft > 0 for row in rows), D)
+        return (torch.zeros(sum(row.draft > 0 for row in rows), D),) * 2
 
     monkeypatch.setattr(module.Drafter, "_forward", forward)
     model = Bag(get_top_tokens=lambda h: torch.full((len(h),), 5), make_draft_head=lambda: None)
@@ -280,7 +280,7 @@ def chains(monkeypatch):
         assert torch.equal(hidden_states, token_ids.float()[:, None])
         assert torch.equal(locations, 100 * requests + positions)
         passes.append((positions.tolist(), token_ids.tolist()))
-        return hidden_states + 1
+        return hidden_states + 1, hidden_states + 1
 
     monkeypatch.setattr(module, "run_layer", run_layer)
     drafter = module.Chains(Bag(model=Bag(get_top_tokens=lambda h: h[:, 0].long())), None)

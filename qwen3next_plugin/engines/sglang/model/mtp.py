@@ -28,14 +28,35 @@ from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 
 
-class MultiTokenPredictor(MTPHead):
+class Predictor:
+    """How SGLang's batch meets a neutral head."""
+
+    embed_tokens: Any
+    predict: Any
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> Any:
+        """Shapes: input_ids, positions [T], the batch's hidden states as of the neutral head."""
+        if forward_batch.mrope_positions is not None:
+            positions = forward_batch.mrope_positions
+        embeds = self.embed_tokens(input_ids)
+        hidden_states = forward_batch.spec_info.hidden_states
+        return self.predict(positions, embeds, hidden_states, forward_batch)
+
+
+def make_draft_embedding(config: Qwen3NextConfig) -> nn.Module:
+    """A place, to which SGLang brings the trunk's weight."""
+    with torch.device("meta"):
+        return make_embedding(config)
+
+
+class MultiTokenPredictor(Predictor, MTPHead):
     """The neutral head, from SGLang's parts."""
 
     def __init__(
         self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
-        with torch.device("meta"):  # replaced by the trunk's
-            embed_tokens = make_embedding(config)
         fc = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
@@ -52,28 +73,21 @@ class MultiTokenPredictor(MTPHead):
             layer_type="full_attention",
             is_moe=config.num_experts > 0,
         )
+        embed_tokens = make_draft_embedding(config)
         super().__init__(config, embed_tokens=embed_tokens, fc=fc, layers=[layer])
-
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        """Shapes: input_ids, positions [T], the batch's hidden states [T, D], returns [T, D]."""
-        if forward_batch.mrope_positions is not None:
-            positions = forward_batch.mrope_positions
-        embeds = self.embed_tokens(input_ids)
-        hidden_states = forward_batch.spec_info.hidden_states
-        return self.predict(positions, embeds, hidden_states, forward_batch)
 
 
 class Qwen3NextForCausalLMMTP(OurModel):
     """Qwen3-Next's as SGLang's registry knows it; replaces the built-in model of that name."""
+
+    predictor_class: type[Any] = MultiTokenPredictor
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         self._set_config(config, quant_config)
-        self.model = MultiTokenPredictor(self.config, quant_config, prefix=f"{prefix}mtp")
+        self.model = self.predictor_class(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)
         use_packing(self.model, drafting=self.model.layers)
@@ -87,14 +101,26 @@ class Qwen3NextForCausalLMMTP(OurModel):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> LogitsProcessorOutput:
-        """Return all tokens' hidden states, which a chain drafts from; for a tree the logits too.
+        """For draft trees, which SGLang drafts itself: logits, and the hidden states.
 
         Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states [T, D]
         """
-        hidden_states = self.model(self._known(input_ids), positions, forward_batch)
-        if self.draft_head is not None:
-            return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden_states)
+        hidden_states, _ = self.states(input_ids, positions, forward_batch)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    @torch.no_grad()
+    def states(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What drafts come from, and what the next pass reads.
+
+        They are the same, but for a model whose residual has several streams.
+
+        Shapes: input_ids, positions [T], forward_batch.spec_info.hidden_states as returned:
+            [T, D], and [T, D] or [T, hc·D]
+        """
+        out = self.model(self._known(input_ids), positions, forward_batch)
+        return out if isinstance(out, tuple) else (out, out)
 
     def make_draft_head(self) -> None:
         """Draft by an int8 copy of the head from now on: a chain needs one token, no logits."""

@@ -22,8 +22,11 @@ class Chains:
         # Drafts in the next step, of requests whose first draft is made.
         self.lengths: dict[str, int] = {}
 
-    def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> torch.Tensor:
-        """Run the MTP layer over what it reads; the last of each row that drafts [drafting, D]."""
+    def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the MTP layer over what it reads; what `run_layer` returns, of rows that draft.
+
+        Shapes: returns [drafting, D], and [drafting, D] or [drafting, hc·D], of each one's last
+        """
         tokens = [row.fed for row in fed if row.fed is not None]
         counts = [len(part) for part in tokens]
         token_ids = torch.cat([part.token_ids for part in tokens])
@@ -31,7 +34,7 @@ class Chains:
         requests = batch.req_pool_indices[[row.index for row in fed]]
         table = self.req_to_token_pool.req_to_token
         positions, locations = locate(table, requests, [part.first for part in tokens], counts)
-        hidden_states = run_layer(
+        hidden_states, states = run_layer(
             self.runner,
             requests=requests,
             counts=counts,
@@ -42,7 +45,8 @@ class Chains:
             axes=[axes_of(batch.reqs[row.index]) for row in fed],
         )
         ends = [end - 1 for end in accumulate(counts)]
-        return hidden_states[[end for end, row in zip(ends, fed, strict=True) if row.draft]]
+        drafting = [end for end, row in zip(ends, fed, strict=True) if row.draft]
+        return hidden_states[drafting], states[drafting]
 
     def draft(self, batch: ScheduleBatch) -> RaggedVerifyInput:
         """Extend the first drafts to chains; a request without one has its last token alone."""
@@ -77,10 +81,9 @@ class Chains:
         chains = [[token] for token in spec_info.bonus_tokens.tolist()]
         drafting = [i for i, length in enumerate(lengths) if length]
         index = torch.tensor(drafting, dtype=torch.int64)
-        state = spec_info.topk_index[index, 0], spec_info.hidden_states[index]
+        token_ids, states = spec_info.topk_index[index, 0], spec_info.hidden_states[index]
         requests = batch.req_pool_indices[index]
         for depth in range(1, 1 + max(lengths)):
-            token_ids, hidden_states = state
             for i, token in zip(drafting, token_ids.tolist(), strict=True):
                 chains[i].append(token)
             going_on = [at for at, i in enumerate(drafting) if lengths[i] > depth]
@@ -88,42 +91,46 @@ class Chains:
                 break
             if len(going_on) < len(drafting):
                 drafting, index = [drafting[at] for at in going_on], torch.tensor(going_on)
-                token_ids, hidden_states = token_ids[index], hidden_states[index]
+                token_ids, states = token_ids[index], states[index]
                 requests = requests[index]
             at = torch.tensor([starts[i] + depth - 1 for i in drafting])
-            hidden_states = run_layer(
+            hidden_states, states = run_layer(
                 self.runner,
                 requests=requests,
                 counts=[1] * len(drafting),
                 positions=positions[at],
                 locations=locations[at],
                 token_ids=token_ids,
-                hidden_states=hidden_states,
+                hidden_states=states,
                 axes=[axes_of(batch.reqs[i]) for i in drafting],
             )
-            state = self.runner.model.get_top_tokens(hidden_states), hidden_states
+            token_ids = self.runner.model.get_top_tokens(hidden_states)
         return chains
 
     def _drafts(
-        self, bonus_tokens: torch.Tensor, drafting: list[Row], hidden_states: torch.Tensor
+        self,
+        bonus_tokens: torch.Tensor,
+        drafting: list[Row],
+        hidden_states: torch.Tensor,
+        states: torch.Tensor,
     ) -> EagleDraftInput:
         """What SGLang carries to the next step: the first drafts, or zeros where there is none.
 
-        Shapes: bonus_tokens [N], hidden_states [drafting, D] after each one's last token
+        Shapes: bonus_tokens [N]; hidden_states, states as `_forward` returns them
         """
-        N, D = len(bonus_tokens), hidden_states.shape[1]
+        N, D = len(bonus_tokens), states.shape[1]
         token_ids = torch.zeros(0, dtype=torch.int64)
         if drafting:
             token_ids = self.runner.model.get_top_tokens(hidden_states)
         if len(drafting) < N:
             index = torch.tensor([row.index for row in drafting], dtype=torch.int64)
             token_ids = token_ids.new_zeros(N).index_copy_(0, index, token_ids)
-            hidden_states = hidden_states.new_zeros(N, D).index_copy_(0, index, hidden_states)
+            states = states.new_zeros(N, D).index_copy_(0, index, states)
         return EagleDraftInput(
             bonus_tokens=bonus_tokens,
             topk_index=token_ids[:, None],
             topk_p=torch.ones(N, 1),
-            hidden_states=hidden_states,
+            hidden_states=states,
             num_tokens_per_req=1,
             num_tokens_for_logprob_per_req=1,
         )

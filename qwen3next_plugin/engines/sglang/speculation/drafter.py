@@ -58,7 +58,7 @@ class Drafter(Chains):
         self.lengths = {rid: n for rid, n in self.lengths.items() if rid not in self.read}
         step = batches.read(batch, hidden_states, next_token_ids)
         self.loop.step(step, self.decoding.keys() | self.read.keys(), None)
-        return self._drafts(next_token_ids, [], hidden_states[:0])
+        return self._drafts(next_token_ids, [], hidden_states[:0], hidden_states[:0])
 
     def after_verification(
         self,
@@ -121,11 +121,11 @@ class Drafter(Chains):
         result: GenerationBatchResult,
     ) -> EagleDraftInput:
         """Run the MTP layer for what it reads now. Shapes: bonus_tokens [N], each one's last."""
-        hidden_states = result.logits_output.hidden_states[:0]
+        hidden_states = states = result.logits_output.hidden_states[:0]
         if fed:
-            hidden_states = self._forward(batch, fed)
+            hidden_states, states = self._forward(batch, fed)
         drafting = [row for row in fed if row.draft]
-        drafts = self._drafts(bonus_tokens, drafting, hidden_states)
+        drafts = self._drafts(bonus_tokens, drafting, hidden_states, states)
         self.lengths = {row.request: row.draft for row in drafting}
         for row in self.loop.rows:
             row.free_hidden_states()

@@ -39,12 +39,15 @@ def run_layer(
     token_ids: torch.Tensor,
     hidden_states: torch.Tensor,
     axes: Sequence[Axes | None],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the MTP layer over `counts` consecutive tokens of each request.
+
+    Returns what drafts come from, and what the next pass reads.
 
     Shapes:
         requests [N] in the table of KV locations; positions, locations, token_ids [T],
-        hidden_states [T, D], axes [N], of requests with images, returns [T, D]
+        hidden_states [T, D] or [T, hc·D], axes [N], of requests with images; returns [T, D], and
+        as hidden_states
     """
     backend, model = runner.attn_backend, runner.model
     batch = ForwardBatch(
@@ -70,4 +73,5 @@ def run_layer(
         forward_context(ForwardContext(attn_backend=backend), forward_batch=batch),
     ):
         backend.init_forward_metadata(batch)
-        return model(token_ids, positions, batch).hidden_states
+        states: tuple[torch.Tensor, torch.Tensor] = model.states(token_ids, positions, batch)
+        return states
