@@ -21,6 +21,7 @@ from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
+from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams, say_texts_only
 from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
     DRAFT_ALGORITHMS,
@@ -186,6 +187,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     if not json.loads(server_args.json_model_override_args):
         check_kind(folder, OVERRIDE_FLAG)
     config = read_config(hf_config, server_args.tp_size)
+    check_streams(config, server_args, on_cpu=on_cpu)
+    say_texts_only(hf_config)
     if model_config.is_multimodal:
         rope.check_images(config.rope_parameters, "--language-model-only")
     if server_args.speculative_algorithm:

@@ -13,9 +13,13 @@ from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.indexed_attention import dims_of_tokens
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
+
+# SGLang's own pools of what n-gram embeddings keep; ours are parts of the pages.
+NO_NGRAMS = {"short_conv_layer_ids": None, "short_conv_state_shape": None, "ngram_context_len": 0}
 
 
 def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
@@ -24,6 +28,7 @@ def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: A
 
     if isinstance(kwargs["cache_params"], PageParams):
         pool.mamba_pool_cls = PagePool
+        kwargs |= NO_NGRAMS
     host(pool, *args, **kwargs)
 
 
@@ -35,9 +40,14 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     return is_ours(model_config_of(get_server_args())) or host()
 
 
-def keep_sizes(host: Callable[..., Any], model_config: Any, *args: Any) -> Any:
-    """Leave our model's head counts and widths as they are."""
-    return model_config if is_ours(model_config) else host(model_config, *args)
+def keep_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
+    """Leave our model's sizes as they are, but for room for an indexer's keys in rows of KV."""
+    if not is_ours(model_config):
+        return host(model_config, load_config, tp_size)
+    config = flags.read_config(model_config.hf_config, tp_size)
+    if config.indexer_n_heads:
+        model_config.head_dim = model_config.v_head_dim = dims_of_tokens(config)
+    return model_config
 
 
 def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:

@@ -5,11 +5,14 @@ from typing import Any
 
 PACKAGE = "qwen3next_plugin.engines.sglang"
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+# Qwen3.8-Flash-Next, on a CPU: with a vision tower, too, it is a text model.
+STREAMS, STREAMS_DRAFTER = "Qwen4ExpForCausalLM", "Qwen4ExpMTP"
 ARCHITECTURES = (
     *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *WRAPPERS),
     *("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP"),  # drafters
+    *(STREAMS, STREAMS_DRAFTER),
 )
-QWEN3_NEXT, DENSE = "qwen3_next", "qwen3_5_text"
+QWEN3_NEXT, DENSE, STREAMS_TYPE = "qwen3_next", "qwen3_5_text", "qwen4_exp_text"
 MODEL_TYPES = (QWEN3_NEXT, DENSE, "qwen3_5_moe_text")  # of text models
 ATTENTION_BACKEND = "qwen3next_cpu"
 HOST_BACKEND = "intel_amx"  # SGLang's choice on a CPU with AMX

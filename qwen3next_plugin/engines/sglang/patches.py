@@ -8,6 +8,7 @@ registration. OVERRIDES are changes that our own subclasses make to objects of t
 from collections.abc import Sequence
 from functools import partial
 
+from sglang.srt.arg_groups import overrides
 from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.engines import patching
@@ -23,8 +24,10 @@ from qwen3next_plugin.engines.sglang.model.config import (
     layers_block_type,
     mamba2_cache_params,
     merge_overrides,
+    name_drafter,
+    no_profile,
 )
-from qwen3next_plugin.engines.sglang.names import WRAPPERS
+from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import nodes, patterns, penalties, requests, sessions
 from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
@@ -120,8 +123,8 @@ WITH_OURS: tuple[Entry, ...] = (
         ),
         function=merge_overrides,
         reason="an override of a nested text model's RoPE replaces all of it, and one of "
-        "rope_scaling has no effect there",
-        remove_when="SGLang merges it, at either level",
+        "rope_scaling has no effect there; and Qwen4-Exp is a text model on a CPU",
+        remove_when="SGLang merges it, at either level, and lets a plugin change a config",
     ),
     Patch(
         target="sglang.srt.configs.model_config.ModelConfig._derive_context_length",
@@ -230,8 +233,29 @@ ON_CPU: tuple[Entry, ...] = (
         parameters=("model_config", "load_config", "tp_size"),
         function=hooks.keep_sizes,
         reason="SGLang pads head counts and widths for its AMX kernels; ours take any, and our "
-        "checks compare a checkpoint with its own config",
-        remove_when="SGLang pads for its AMX kernels only",
+        "checks compare a checkpoint with its own config. An indexer's keys need room in the pool",
+        remove_when="SGLang pads for its AMX kernels only, and asks a model what a row of KV holds",
+    ),
+    Attribute(
+        target="sglang.srt.arg_groups.overrides._MAMBA_RADIX_CACHE_ARCHS",
+        value=overrides._MAMBA_RADIX_CACHE_ARCHS | {STREAMS},
+        reason="SGLang knows Qwen4-Exp by another name, for which it has code for GPUs",
+        remove_when="SGLang serves Qwen4ExpForCausalLM",
+    ),
+    Patch(
+        target="sglang.srt.configs.model_config.ModelConfig._config_draft_model",
+        parameters=("self",),
+        function=name_drafter,
+        reason="SGLang knows Qwen4-Exp by another name, for which it has code for GPUs",
+        remove_when="SGLang serves Qwen4ExpForCausalLM",
+    ),
+    Patch(
+        target="sglang.srt.layers.attention.qsa.config.parse_qsa_profile",
+        parameters=("config",),
+        function=no_profile,
+        reason="SGLang's pools of sparse attention are of pages of 64 tokens, in bf16, for kernels "
+        "on GPUs",
+        remove_when="SGLang's sparse attention runs on a CPU",
     ),
     Patch(
         target="sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",

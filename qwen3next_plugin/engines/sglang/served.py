@@ -57,6 +57,8 @@ SERVED_ON_CPU: Served = {
     "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
     "page_size": ((None, 1), "on a CPU a KV page holds one token", LEAVE_OUT),
     "cpu_offload_gb": ((0,), "the weights are in CPU memory already", LEAVE_OUT),
+    "ple_offload_embedding": ((None, False), "n-grams are read where their files are", LEAVE_OUT),
+    "qsa_indexer_dtype": (("auto",), "index keys are of the activations' dtype", LEAVE_OUT),
     "quantization": ((None,), UNQUANTISED, "serve the released checkpoint as it is"),
     "lora_backend": ((LORA_DEFAULT, LORA_BACKEND), "it does not run on a CPU", LEAVE_OUT),
     "enable_lora_overlap_loading": (

@@ -58,6 +58,14 @@ OVERRIDDEN = {
         },
         "MambaAttnBackendBase": {"supports_prefill_graph_extend": ["self"]},
     },
+    "srt/layers/logits_processor.py": {
+        "LogitsProcessor": {
+            "forward": [
+                *("self", "input_ids", "hidden_states", "lm_head", "logits_metadata"),
+                "hidden_states_before_norm",
+            ],
+        },
+    },
     "srt/mem_cache/memory_pool.py": {
         "MambaPool": {
             "clear_slots": ["self", "indices"],
@@ -294,6 +302,17 @@ KEPT = {
         "HybridLinearAttnBackend": ["linear_attn_backend"],
     },
     "srt/layers/logits_processor.py": {"LogitsProcessor": ["use_fp32_lm_head"]},
+    "srt/layers/radix_attention.py": {
+        "RadixAttention": [
+            *("tp_q_head_num", "tp_k_head_num", "qk_head_dim", "scaling", "layer_id"),
+        ],
+    },
+    "srt/configs/model_config.py": {
+        "ModelConfig": ["hf_config", "hf_text_config", "is_draft_model", "head_dim", "v_head_dim"],
+    },
+    "srt/configs/qwen4_exp.py": {
+        "Qwen4ExpTextConfig": ["rope_parameters", "rope_scaling", "layer_types", "ple_layer_ids"],
+    },
     "srt/managers/schedule_batch.py": {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
@@ -433,6 +452,25 @@ def test_prompts_graphs_run_the_body_of_either_model(sources, file):
     body = {"trunk": "Qwen3NextModel", "mtp": "Predictor"}[file]
     wanted = ["self", "input_ids", "positions", "forward_batch"]
     assert arguments(definition(definition(model, body), "forward"))[:4] == wanted
+
+
+def test_rows_of_kv_are_as_wide_as_the_models_config_says(sources):
+    """It has room for an indexer's keys, when the model is loaded and before pools are sized."""
+    pools = sources.tree("srt/mem_cache/kv_cache_configurator.py")
+    build = ast.unparse(definition(pools, "_build_hybrid_linear_kv_pool"))
+    assert "head_dim=self.model_config.head_dim" in build
+    sizes = ast.unparse(sources.tree("srt/model_executor/pool_configurator.py"))
+    assert "model_config.head_dim + model_config.v_head_dim" in sizes
+    runner = ast.unparse(sources.tree("srt/model_executor/model_runner.py"))
+    assert "self.model_config = adjust_config_with_unaligned_cpu_tp(" in runner
+
+
+def test_attention_takes_an_index_to_the_backend(sources):
+    """SGLang passes on what it does not know."""
+    layer = sources.tree("srt/layers/radix_attention.py")
+    forward = ast.unparse(definition(definition(layer, "RadixAttention"), "forward"))
+    assert "get_attn_backend().forward(q, k, v, self, forward_batch, save_kv_cache" in forward
+    assert "**kwargs" in forward
 
 
 def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(sources):

@@ -5,6 +5,7 @@ import os
 import pkgutil
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,8 +24,10 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts, read_config
+from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen4_exp import write_qwen4_exp
 
 pytest.importorskip("sglang")
 
@@ -130,6 +133,7 @@ REFUSED = {
     "radix_cache_backend": "other",
     "disaggregation_mode": "prefill",
     "cpu_offload_gb": 4,
+    "qsa_indexer_dtype": "fp8_e4m3",
     "pp_size": 2,
     "ep_size": 2,
     "moe_a2a_backend": "deepep",
@@ -240,6 +244,52 @@ def test_every_flag_of_the_tables_is_refused_by_name(complete, checkpoint, name,
 def test_flags_are_refused_by_name(complete, checkpoint, flags, message):
     with pytest.raises(ConfigError, match=message):
         complete(checkpoint, **flags)
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    return write_qwen4_exp(tmp_path_factory.mktemp("streams"), wrapped=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_paths": ["x=adapter"]}, "--enable-lora: .* several streams .*leave it out"),
+        (NEXTN | {"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2: .*; use 1"),
+        ({"load_format": "dummy"}, "--load-format dummy: the table of n-grams .*; leave it out"),
+        ({"kv_cache_dtype": "bf16"}, "--kv-cache-dtype bf16: .*float32; leave it out"),
+        ({"qsa_indexer_dtype": "fp8_e4m3"}, "--qsa-indexer-dtype fp8_e4m3: .*; leave it out"),
+    ],
+    ids=str,
+)
+def test_flags_are_refused_for_several_streams(complete, streams, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        complete(streams, **FP32, **flags)
+
+
+def test_a_model_with_several_streams_is_served_for_texts(complete, streams, caplog):
+    """By its own kernels, pages and pools: SGLang knows nothing of it."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    with caplog.at_level("INFO"):
+        resolved = complete(streams, **FP32, **NEXTN)
+    assert (resolved.page_size, resolved.attention_backend) == (1, "qwen3next_cpu")
+    assert resolved.uses_mamba_radix_cache
+    config = model_config_of(resolved)
+    assert not config.is_multimodal
+    assert config.hf_config.architectures == ["Qwen4ExpForCausalLM"]
+    named = [line for line in caplog.messages if "served for texts" in line]
+    assert len(named) == 1
+    assert "Qwen4ExpForConditionalGeneration" in named[0]
+    sizes = read_config(config.hf_config, 1)
+    written = Qwen3NextConfig.from_hf(json.loads((streams / "config.json").read_text()))
+    no_dense_layers = {"intermediate_size": 0}
+    assert replace(sizes, **no_dense_layers) == replace(written, **no_dense_layers)
+    with pytest.raises(ConfigError, match="on CPUs only"):
+        check_streams(sizes, resolved, on_cpu=False)
+    linker = "enable_unified_cache_external_linker"
+    with pytest.raises(ConfigError, match=r"linker: .* several streams .*; leave it out"):
+        check_streams(sizes, Given(resolved, linker, True), on_cpu=True)
 
 
 # defaults ---------------------------------------------------------------------------------------

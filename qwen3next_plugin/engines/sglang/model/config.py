@@ -6,17 +6,23 @@ from typing import Any
 
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 
-from qwen3next_plugin.config import check_before_engine, host_rope, naming_file
+from qwen3next_plugin.config import check_before_engine, host_rope, naming_file, rope
+from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.names import (
     DENSE,
     MODEL_TYPES,
     OVERRIDE_FLAG,
     QWEN3_NEXT,
+    STREAMS,
+    STREAMS_DRAFTER,
+    STREAMS_TYPE,
     is_ours,
     serves,
 )
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
+# Fields that Qwen4-Exp's config may have beside its text model's.
+OF_BOTH_LEVELS = ("dtype", "quantization_config", "compression_config", "mtp_num_hidden_layers")
 SIZES_OF_EXPERTS = (
     *("num_experts", "num_experts_per_tok"),
     *("moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -67,10 +73,13 @@ def merge_overrides(
     model_override_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Around `get_config`: an override of RoPE changes only fields it names, at either level."""
+    """Around `get_config`: an override of RoPE changes only fields it names, at either level.
+
+    Of Qwen4-Exp only the text model is read.
+    """
     everything = model_override_args or {}
     rest, given = host_rope.split(everything)
-    config = host(model, *args, model_override_args=rest, **kwargs)
+    config = _for_texts(host(model, *args, model_override_args=rest, **kwargs))
     if not given:
         return config
     if not serves(config):
@@ -78,6 +87,43 @@ def merge_overrides(
     config = deepcopy(config)  # SGLang caches it
     host_rope.override(config.get_text_config(), given, everything)
     return config
+
+
+def _for_texts(config: Any) -> Any:
+    """The config of Qwen4-Exp's text model, on a CPU, by a name for which SGLang has no code."""
+    text = config.get_text_config()
+    if text.model_type != STREAMS_TYPE or not without_gpu():
+        return config
+    outer, text = config, deepcopy(text)
+    if text.layer_types is None:
+        text.layer_types = _at_interval(text)
+    if outer.model_type != STREAMS_TYPE:
+        text.served_for_texts = outer.architectures[0]
+        for name in OF_BOTH_LEVELS:
+            if getattr(text, name, None) is None and hasattr(outer, name):
+                setattr(text, name, getattr(outer, name))
+        text.tie_word_embeddings |= outer.tie_word_embeddings
+    for name in rope.OF_IMAGES:
+        for parameters in (text.rope_parameters, text.rope_scaling):
+            parameters.pop(name, None)
+    text.architectures = [STREAMS]
+    return text
+
+
+def name_drafter(host: Callable[[Any], None], model_config: Any) -> None:
+    """Around `_config_draft_model`: the drafter of Qwen4-Exp's text model."""
+    if not model_config.is_draft_model or model_config.hf_config.architectures[0] != STREAMS:
+        host(model_config)
+        return
+    config = deepcopy(model_config.hf_config)  # SGLang's is also the trunk's
+    config.architectures = [STREAMS_DRAFTER]
+    config.num_nextn_predict_layers = 1
+    model_config.hf_config = model_config.hf_text_config = config
+
+
+def no_profile(host: Callable[[Any], Any], config: Any) -> Any:
+    """Around `parse_qsa_profile`: SGLang's pools and kernels of sparse attention are not ours."""
+    return None if config is not None and serves(config) else host(config)
 
 
 def derive_length(host: Callable[..., None], model_config: Any, context_length: int | None) -> None:
@@ -114,7 +160,8 @@ def mamba2_cache_params(config: Any) -> Any:
     from sglang.srt.runtime_context import get_server_args
 
     # Other models, too, have a text model of these types.
-    if config.model_type not in MODEL_TYPES or not is_ours(model_config_of(get_server_args())):
+    types = (*MODEL_TYPES, STREAMS_TYPE)
+    if config.model_type not in types or not is_ours(model_config_of(get_server_args())):
         return host_mamba2_cache_params(config)
     from qwen3next_plugin.engines.sglang.state.pages import page_params
 

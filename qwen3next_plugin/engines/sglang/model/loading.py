@@ -22,9 +22,9 @@ from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
 from qwen3next_plugin.model.checkpoint.tensors import (
     MTP,
-    mtp_tensors,
+    loaded_tensors,
     name_in_drafter,
-    trunk_tensors,
+    not_loaded_tensors,
 )
 from qwen3next_plugin.model.quantisation.blanks import Blanks
 from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
@@ -65,7 +65,7 @@ class OurModel(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the trunk's share of the checkpoint, strictly; the drafter loads `mtp.*`."""
-        expected, ignored = trunk_tensors(self.config), mtp_tensors(self.config)
+        expected, ignored = loaded_tensors(self.config), not_loaded_tensors(self.config)
         load(self, self._checked(weights, expected=expected, ignored=ignored))
 
     def _checked(

@@ -48,6 +48,8 @@ def check_allowed(model: OurModel) -> None:
     refuse_other_weights(get_server_args())
     if get_server_args().enable_lora:
         raise ConfigError("weights are not updated under adapters: serve without --enable-lora")
+    if model.config.hc_count:
+        raise ConfigError("weights of a model with several streams are not updated: restart")
     if getattr(model, "visual", None) is not None:
         raise ConfigError("weights of a vision tower are not updated: add --language-model-only")
     if any(use_intel_amx_backend(layer) for layer in model.modules()):

@@ -95,12 +95,14 @@ class Qwen3NextModel(nn.Module):
 class Qwen3NextForCausalLM(OurModel):
     """Qwen3-Next as SGLang's registry knows it; replaces the built-in model of that name."""
 
+    model_class: type[Any] = Qwen3NextModel
+
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         self._set_config(config, quant_config)
-        self.model = Qwen3NextModel(self.config, quant_config, prefix=f"{prefix}model")
+        self.model = self.model_class(self.config, quant_config, prefix=f"{prefix}model")
         self.lm_head = make_lm_head(self.config, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
         use_packing(

@@ -26,13 +26,16 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.kernels.copy_pages import copy_pages
-from qwen3next_plugin.model.state import PageLayout, StatePool, state_dtype
+from qwen3next_plugin.model.state import NgramPool, PageLayout, StatePool, state_dtype
 
 ALIGNMENT = 64  # bytes: each page starts at a cache line
 
 
 def page_layout(hf_config: Any) -> PageLayout:
-    """The page of one linear layer on this rank, under the current flags."""
+    """The page of a linear layer on this rank, under the current flags.
+
+    All have room for n-grams if some have them: SGLang's pool has pages of one size.
+    """
     config = read_config(hf_config, get_parallel().tp_size)
     name = str(mamba2_state_dtype(hf_config).temporal).removeprefix("torch.")
     return PageLayout.from_config(
@@ -40,6 +43,7 @@ def page_layout(hf_config: Any) -> PageLayout:
         num_drafts=max_drafts(),
         activation_dtype=_get_and_verify_dtype(hf_config, get_model().dtype),
         state_dtype=state_dtype(name, setting="mamba_ssm_dtype", flag="--mamba-ssm-dtype"),
+        ngrams=bool(config.ple_layer_ids),
     )
 
 
@@ -131,6 +135,10 @@ class PagePool(MambaPool):
     def view(self, layer_id: int) -> StatePool:
         """The pages of one layer as the tensors they hold."""
         return self.layout.view(self.pages_of(layer_id).squeeze(0))
+
+    def view_ngrams(self, layer_id: int) -> NgramPool | None:
+        """What n-gram embeddings keep in the pages of one layer, if the model has them."""
+        return self.layout.view_ngrams(self.pages_of(layer_id).squeeze(0))
 
     def pages_of(self, layer_id: int) -> torch.Tensor:
         """The pages of one layer [1, slots, bytes] uint8."""

@@ -1,0 +1,40 @@
+"""The n-gram embedding of a linear layer, in whose state pages it keeps its own state."""
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.runtime_context import get_server_args
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.hub import local_folder
+from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
+from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
+
+
+class NgramLayer(PerLayerEmbedding):
+    """The neutral layer. SGLang's backend (state/steps.py) has its state pages."""
+
+    def __init__(
+        self,
+        config: Qwen3NextConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        *,
+        layer_id: int,
+    ) -> None:
+        args = get_server_args()
+        folder = local_folder(args.model_path, args.revision, args.download_dir)
+        table = open_table(folder, config, layer_id)
+        super().__init__(config, host_layers(quant_config), prefix, i=layer_id, table=table)
+        self.prefix, self.layer_id = prefix, layer_id
+
+    def forward(
+        self,
+        streams_: torch.Tensor,
+        block: torch.Tensor | None,
+        injection: torch.Tensor | None,
+        token_ids: torch.Tensor,
+    ) -> None:
+        """Shapes: those of `add`."""
+        backend = get_attn_backend().linear_attn_backend
+        backend.add_ngrams(self, streams_, block, injection, token_ids)

@@ -1,0 +1,45 @@
+"""Qwen4-Exp's MTP head, driven by our drafter."""
+
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
+from qwen3next_plugin.engines.sglang.model.mtp import (
+    Predictor,
+    Qwen3NextForCausalLMMTP,
+    make_draft_embedding,
+)
+from qwen3next_plugin.engines.sglang.model.streams import make_streams_layer
+from qwen3next_plugin.mtp.streams_head import StreamsMTPHead
+
+
+class StreamsPredictor(Predictor, StreamsMTPHead):
+    """The neutral head, from SGLang's parts."""
+
+    def __init__(
+        self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        layers, D = host_layers(quant_config), config.hidden_size
+        layer = make_streams_layer(
+            config,
+            quant_config,
+            f"{prefix}.layers.0",
+            layer_id=0,
+            layer_type="full_attention",
+        )
+        super().__init__(
+            config,
+            embed_tokens=make_draft_embedding(config),
+            fc_embedding=layers.replicated(D, D, bias=False, prefix=f"{prefix}.fc_embedding"),
+            fc_hidden=layers.replicated(D, D, bias=False, prefix=f"{prefix}.fc_hidden"),
+            layers=[layer],
+        )
+
+
+class Qwen4ExpMTP(Qwen3NextForCausalLMMTP):
+    """The drafter as SGLang's registry knows it; its predictor returns a pair."""
+
+    predictor_class = StreamsPredictor
+
+
+EntryClass = Qwen4ExpMTP
