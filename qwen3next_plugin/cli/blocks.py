@@ -6,6 +6,7 @@ from math import ceil
 
 from qwen3next_plugin import env
 from qwen3next_plugin.cli.memory import Plan, Row
+from qwen3next_plugin.config import Qwen3NextConfig
 
 ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
 
@@ -19,6 +20,12 @@ class Blocks(Plan):
     @classmethod
     def attends(cls) -> bool:
         return env.batch_invariant()
+
+    @staticmethod
+    def index_elements(config: Qwen3NextConfig) -> int:
+        from qwen3next_plugin.model.indexed_attention import index_elements
+
+        return index_elements(config)
 
     @property
     def group(self) -> int:

@@ -47,6 +47,11 @@ class Plan(ABC):
     def attends(cls) -> bool:
         """Whether our attention serves."""
 
+    @staticmethod
+    @abstractmethod
+    def index_elements(config: Qwen3NextConfig) -> int:
+        """What is kept of a token for an indexer, for each key-value head."""
+
     @property
     def kv_bytes_per_token(self) -> int:
         """In all attention layers, the drafter's too."""
@@ -112,9 +117,7 @@ def make_plan(
     drafter = config.num_nextn_predict_layers if flags.num_speculative_tokens else 0
     per_head = 2 * config.head_dim
     if config.indexer_n_heads:
-        from qwen3next_plugin.model.indexed_attention import index_elements
-
-        per_head += index_elements(config)
+        per_head += engine.index_elements(config)
     kv_elements = config.num_key_value_heads_per_rank * per_head
     weights = dict(rank_bytes(sizes, config))
     if drafter:

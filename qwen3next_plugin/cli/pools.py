@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen3next_plugin.cli.memory import Plan, Row
+from qwen3next_plugin.config import Qwen3NextConfig
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
 STATE_TO_KV = 0.9  # the default of --mamba-full-memory-ratio
@@ -17,6 +18,12 @@ class Pools(Plan):
     @classmethod
     def attends(cls) -> bool:
         return True
+
+    @staticmethod
+    def index_elements(config: Qwen3NextConfig) -> int:
+        from qwen3next_plugin.model.indexed_attention import dims_of_tokens
+
+        return 2 * (dims_of_tokens(config) - config.head_dim)
 
     @property
     def slot_bytes(self) -> int:
