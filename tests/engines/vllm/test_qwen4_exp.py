@@ -1,7 +1,4 @@
-"""Qwen4-Exp (Qwen3.8-Flash-Next) under vLLM: in fp32, what transformers computes.
-
-Sparse attention is past its budget of 64 tokens in most prompts.
-"""
+"""Qwen4-Exp (Qwen3.8-Flash-Next) under vLLM: in fp32, what transformers computes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,35 +9,18 @@ from checkpoints import random_prompt
 from engines.bits import INVARIANT
 from engines.checks import TOKENS, check_greedy
 from engines.process import CPUS
+from engines.streams import OTHER_SIZES, PROMPTS, SLICE, with_ends_of_text
 from engines.vllm.checks import LOGPROBS, check_cache_hits
 from engines.vllm.offline import Offline
 from qwen4_exp import StreamsReference, write_qwen4_exp
 
 pytestmark = pytest.mark.serve
 
-PROMPTS = [random_prompt(length, seed=31) for length in (1, 2, 3, 63, 64, 65, 300, 1000)]
 FLAGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 2048,
-    "max_num_batched_tokens": 257,  # prompts are read in slices
+    "max_num_batched_tokens": SLICE,
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 4},
-}
-OTHER_SIZES = {
-    "hc_count": 3,
-    "hidden_size": 96,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_value_head_dim": 48,
-    "ple_layer_ids": [1],
-    "ple_embed_dim": 36,
-    "heads_per_ngram": 2,
-    "ngram_size": 4,
-    "indexer_compress_ratio": 8,
-    "indexer_n_heads": 7,
-    "output_gate_type": None,
-    "split_ngram_parts": 3,
-    "tie_word_embeddings": True,
 }
 
 
@@ -76,14 +56,7 @@ def test_each_prompt_alone(engine, model):
 
 
 def test_ends_of_text_end_n_grams(engine, model):
-    """An end of text in the prompt, at a chunk's start, and twice in a row."""
-    end = model.trunk.config.eos_token_id
-    prompts = []
-    for at in ((5,), (254, 255, 256, 257), (0, 1, 3, 5, 299)):
-        ids = list(random_prompt(300, seed=32))
-        for position in at:
-            ids[position] = end
-        prompts.append(tuple(ids))
+    prompts = with_ends_of_text(model.trunk.config.eos_token_id)
     engine.inside("draft", 2)
     check_greedy(model, prompts, engine.greedy(prompts, TOKENS, **LOGPROBS))
 
