@@ -149,7 +149,7 @@ WITH_OURS: tuple[Entry, ...] = (
     ),
     Attribute(
         target="sglang.srt.server_args.ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES",
-        value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS),
+        value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS, STREAMS),
         reason="--language-model-only serves a vision-language model without its tower",
         remove_when="SGLang has the flag for Qwen3.5",
     ),

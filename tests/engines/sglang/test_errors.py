@@ -272,7 +272,7 @@ def test_a_model_with_several_streams_is_served_for_texts(complete, streams, cap
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     with caplog.at_level("INFO"):
-        resolved = complete(streams, **FP32, **NEXTN)
+        resolved = complete(streams, **FP32, **NEXTN, language_model_only=True)
     assert (resolved.page_size, resolved.attention_backend) == (1, "qwen3next_cpu")
     assert resolved.uses_mamba_radix_cache
     config = model_config_of(resolved)

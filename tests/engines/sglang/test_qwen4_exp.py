@@ -107,7 +107,7 @@ def test_other_sizes_retracted_and_with_changing_drafts(tmp_path):
 
 @pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
 def test_a_model_with_a_vision_tower_is_served_for_texts_on_two_ranks(tmp_path, model):
-    """And its table of n-grams in memory; without the radix cache SGLang takes embeddings."""
+    """And its table of n-grams in memory. Without the radix cache SGLang takes embeddings."""
     folder = written(tmp_path, wrapped=True)
     env = IN_TURN | {"QWEN3NEXT_NGRAM": "resident"}
     server = Forked(folder, *FP32, "--tp-size", "2", "--disable-radix-cache", env=env).wait()
@@ -116,6 +116,8 @@ def test_a_model_with_a_vision_tower_is_served_for_texts_on_two_ranks(tmp_path, 
         assert server.process.text().count("is served for texts") == 1
         embeds = [[0.0] * 64] * 3
         assert "n-grams are of tokens" in refusal(server, "/generate", input_embeds=embeds)
+        said = refusal(server, "/generate", input_ids=[5], image_data="data:image/png;base64,AA")
+        assert "served for texts" in said
         answers = server.greedy(prompts, 12, **LOGPROBS)
     finally:
         server.close()

@@ -48,3 +48,16 @@ def say_texts_only(hf_config: Any) -> None:
         logger.info(
             "qwen3next_plugin: %s is served for texts; its vision tower is not loaded", named
         )
+
+
+def check_streams_request(obj: Any, hf_config: Any) -> None:
+    """Refuse images where the tower is left out, and embeddings of tokens that have n-grams.
+
+    Raises:
+        ValueError: names the field; SGLang would ignore images.
+    """
+    if getattr(hf_config, "served_for_texts", None) and obj.contains_mm_input():
+        raise ValueError("image_data: this model is served for texts; leave images out")
+    embeds = (obj.input_embeds, obj.positional_embed_overrides)
+    if getattr(hf_config, "ple_layer_ids", None) and embeds != (None, None):
+        raise ValueError("input_embeds: this model's n-grams are of tokens; send token ids")

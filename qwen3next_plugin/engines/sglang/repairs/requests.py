@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
+from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams_request
 from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.repairs.patterns import check_pattern
 
@@ -73,7 +74,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         _check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
         check_positions(made.token_indices_to_pool, made.input_ids)
         check_embeds(made, manager.model_config.hidden_size)
-        check_ngrams(made, manager.model_config.hf_text_config)
+        check_streams_request(obj, manager.model_config.hf_config)
     return made
 
 
@@ -134,13 +135,6 @@ def check_positions(positions: list[int] | None, prompt: Sequence[int] | None) -
             f"{field} needs a server with --disable-radix-cache --chunked-prefill-size -1: "
             "its positions count from where a step begins to read the prompt"
         )
-
-
-def check_ngrams(made: Any, text_config: Any) -> None:
-    """Refuse embeddings in place of tokens whose n-grams the model embeds; raises ValueError."""
-    given = (made.input_embeds, made.positional_embed_overrides)
-    if given != (None, None) and getattr(text_config, "ple_layer_ids", None):
-        raise ValueError("input_embeds: this model's n-grams are of tokens; send token ids")
 
 
 def check_embeds(made: Any, hidden_size: int) -> None:
