@@ -238,6 +238,7 @@ PASSED = {
 FIELDS = {
     "srt/managers/io_struct.py": {
         "BeginWeightUpdateReqInput": ["selector"],
+        "GenerateReqInput": ["contains_mm_input", "input_embeds", "positional_embed_overrides"],
         "UpdateWeightsFromTensorReqInput": [
             *("serialized_named_tensors", "load_format", "flush_cache", "torch_empty_cache"),
             *("weight_version", "selector"),
