@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints import random_prompt
 from examples.qwen4_exp_tiny import fused, hashes, write
 from quantised import quantise
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, our_names
 
+PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 64, 65, 300)]
 # Sizes of which a scale's blocks, groups and words are divisors, or not.
 SIZES: dict[str, Any] = {
     "hidden_size": 160,

@@ -115,8 +115,6 @@ def test_parameters_are_the_published_ones(name):
 
 @pytest.mark.parametrize(("name", "engine"), product(RELEASED, ("vllm", "sglang")))
 def test_each_config_is_planned(name, engine):
-    if engine == "sglang" and name == STREAMS:
-        pytest.skip("SGLang does not serve it")
     asked = ("--num-speculative-tokens", 3, "--max-model-len", 32768, "--max-num-seqs", 4096)
     weights = sum(plan(CONFIGS / name, *asked, "--memory", 1)["weights"].values())
     gib = (weights + ROOM) / 2**30

@@ -2,18 +2,15 @@
 
 import pytest
 
-from checkpoints import random_prompt
 from engines.checks import TOKENS, check_greedy
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from quantised import AT_LOAD, KINDS, MIXED
 from qwen4_exp import StreamsReference
-from qwen4_exp_quantised import write_kind, write_split
+from qwen4_exp_quantised import PROMPTS, write_kind, write_split
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
-
-PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 64, 65, 300)]
 
 
 @pytest.fixture(scope="module")
