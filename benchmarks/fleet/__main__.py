@@ -1,6 +1,6 @@
 """`python -m benchmarks.fleet`: prefill apart, restarts, replicas, reloads, with real servers.
 
-It needs a quiet machine of two cores, 24 GB of memory, and 20 minutes.
+It needs a quiet machine of two cores, 24 GB of memory, and 25 minutes.
 """
 
 from collections.abc import Iterator

@@ -35,6 +35,7 @@ class Layer:
         self.caches = Caches.view(pages, P=PAGE, heads=Hkv, dims=D, index_dims=d, block_size=size)
         self.rows: dict[str, Any] = {
             "token_table": torch.arange(CONTEXT // PAGE, dtype=torch.int32)[None],
+            "table_row": torch.tensor([0], dtype=torch.int32),
             "query_start_loc": torch.tensor([0, 1], dtype=torch.int32),
             "seq_lens": torch.tensor([CONTEXT], dtype=torch.int32),
         }
@@ -59,7 +60,7 @@ class Layer:
         """Attention to all tokens, without an indexer."""
         return paged_attention(
             q=self.q, key_cache=self.caches.key, value_cache=self.caches.value, scale=self.scale,
-            table_row=torch.tensor([0], dtype=torch.int32), **self.rows,
+            **self.rows,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -73,16 +74,15 @@ class Layer:
 
     def _defined(self) -> Tensor:
         """Attention in fp32 to the tokens of the blocks that the reference chooses."""
-        rows = self.rows | {"table_row": torch.tensor([0], dtype=torch.int32)}
         size = self.rule.block_size
         index_q = index_keys(
             qk=self.index_qk, **self.indexer, positions=self.positions,
             block_positions=self.positions - self.positions % size,
             key_cache_=self.caches.index_key, block_cache_=self.caches.block_key,
-            block_size=size, eps=self.rule.eps, **rows,
+            block_size=size, eps=self.rule.eps, **self.rows,
         )  # fmt: skip
         asked = {"q": index_q, "block_cache": self.caches.block_key, "block_size": size}
-        asked |= {"top_k": self.rule.top_k} | rows
+        asked |= {"top_k": self.rule.top_k} | self.rows
         blocks, tail = reference.run(**asked)
         if not torch.equal(select_blocks(**asked)[0], blocks):
             raise RedCheckError("other blocks are selected than the definition's")

@@ -88,6 +88,8 @@ def check_arguments(
     """Raise ValueError unless the shapes, dtypes, devices and strides are the public op's."""
     op, s, T = "gated_delta_net", x.shape, len(x.qkvz)
     H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
+    if H == 0 or HV % H:
+        raise ValueError(f"{op}: cannot serve {H} key heads with {HV} value heads")
     dtype, device = x.qkvz.dtype, x.qkvz.device
     check(op, "qkvz", x.qkvz, (T, 2 * (H * K + HV * V)), ACTIVATIONS, device)
     check(op, "ba", x.ba, (T, 2 * HV), (dtype,), device)

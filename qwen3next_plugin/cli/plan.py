@@ -86,8 +86,6 @@ def plan(
     if rope_scaling and is_of_family(raw):
         raw = _extended(raw, host_rope.parse(rope_scaling, "--rope-scaling"))
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
-    if config.hc_count and engine != "vllm":
-        raise ConfigError(f"--engine {engine}: this model is served under vLLM only")
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
         check_num_draft_layers(config, "--num-speculative-tokens")

@@ -129,7 +129,7 @@ class Caches(NamedTuple):
 
 
 def dims_of_tokens(config: Qwen3NextConfig) -> int:
-    """Of a key or a value in a page of one token: its own, and its share of an index key's."""
+    """The head dim of a row of KV in pages of one token: a head's, and a part of an index key."""
     return config.head_dim + ceil(config.indexer_head_dim / config.num_key_value_heads_per_rank)
 
 

@@ -16,9 +16,9 @@ TABLE: tuple[Entry, ...] = (
     Override(
         target="transformers.models.auto.modeling_auto.AutoModelForCausalLM._model_mapping",
         file="plugin.py",
-        reason="`AutoModelForCausalLM.register` takes no text model for the config of a wrapper; "
-        "before 5.19 neither does this mapping's, for a config of the host's",
-        remove_when="the first does",
+        reason="`AutoModelForCausalLM.register` refuses a text model for a wrapper's config, and "
+        "before 5.19 the mapping's own `register` ignores configs of transformers",
+        remove_when="`AutoModelForCausalLM.register` takes it",
     ),
     Override(
         target="transformers.modeling_utils.PreTrainedModel.from_pretrained",

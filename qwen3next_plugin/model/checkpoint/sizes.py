@@ -109,11 +109,12 @@ def table_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> int:
 
     Raises: CheckpointError.
     """
-    stored: dict[str, Header] = {}
-    for path in weight_files(folder, read_index(folder)):
+    index, stored = read_index(folder), dict[str, Header]()
+    for path in weight_files(folder, index):
         stored |= read_header(path)
     found = [header for name, header in stored.items() if _stays(name)]
-    if found:
+    names = index.files if index is not None else stored
+    if found and all(name in stored for name in filter(_stays, names)):
         return sum(ceil(prod(h.shape) * _bits(h.dtype) / 8) for h in found)
     return sum(n * DTYPES[dtype] for name, n in parameters(config).items() if _stays(name))
 

@@ -13,7 +13,12 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
 from engines import damaged
@@ -21,6 +26,7 @@ from engines.transformers.checks import TOKENS, both, check_drafts, left_padded
 from family import FAMILY
 from quantised import pack_checkpoint
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.transformers.model.trunk import text_config_of
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from reference import Reference, fused_mtp
 from tiers import long_except
@@ -144,6 +150,9 @@ def test_the_text_model_of_minicpm_v(tmp_path, steps):
         "vision_config": tower | {"intermediate_size": 32, "image_size": 28},
         "insert_layer_id": 0,
     }
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": {"bits": 4}}))
+    text = text_config_of(AutoConfig.from_pretrained(folder))
+    assert text.quantization_config == {"bits": 4}  # else weights would be read as they lie
     (folder / "config.json").write_text(json.dumps(raw))
     host = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     model, info = AutoModelForCausalLM.from_pretrained(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints import random_prompt
 from engines.transformers.checks import TOKENS, both, check_drafts, left_padded
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen4_exp import StreamsReference, write_qwen4_exp
 
 BUDGET = {"indexer_budget": 16}  # tokens that a token reads
@@ -100,6 +102,17 @@ def test_other_sizes_and_a_wrapper(tmp_path, steps):
     plain, ours = both(load(write_qwen4_exp(tmp_path, wrapped=True, **OTHER_SIZES)), BATCH)
     assert torch.equal(ours, plain)
     assert len(steps) < TOKENS
+
+
+def test_a_table_in_fp8_is_refused(tmp_path):
+    folder = write_qwen4_exp(tmp_path)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    shard = next(name for name in tensors if "ngram_embedding.shard_" in name)
+    scale = f"{shard.split('shard_')[0]}weight_scale"
+    save_file(tensors | {scale: torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match=r"weight_scale: .* FP8; serve .* under vLLM or"):
+        load(folder)
 
 
 def test_the_engines_bits_are_refused(folder, monkeypatch):

@@ -15,7 +15,8 @@ OTHERS = [path.parent for path in sorted(ROOT.glob(".transformers/*/.installed")
 @pytest.mark.parametrize("version", OTHERS, ids=lambda path: path.name)
 def test_another_transformers_answers_the_same(version):
     tests = [
-        str(Path(__file__).with_name(f"test_{of}.py")) for of in ("linear_attention", "generate")
+        str(Path(__file__).with_name(f"test_{of}.py"))
+        for of in ("linear_attention", "generate", "streams")
     ]
     command = [sys.executable, "-m", "pytest", "-q", *tests]
     environment = os.environ | {"PYTHONPATH": str(version)}

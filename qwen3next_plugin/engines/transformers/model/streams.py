@@ -9,6 +9,8 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.transformers import flags
 from qwen3next_plugin.engines.transformers.model.streams_mtp import StreamsPredictor
 from qwen3next_plugin.engines.transformers.model.trunk import WithMTP
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import TABLE_SCALE
 
 
 class Qwen4ExpForCausalLM(WithMTP, HostQwen4Exp):
@@ -39,6 +41,18 @@ class Qwen4ExpForCausalLM(WithMTP, HostQwen4Exp):
         finally:
             hook.remove()
         return hidden, seen[0]
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Refuse a table in FP8: the host would read its rows without their scale.
+
+        Raises: CheckpointError
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if found := [key for key in loading_info.unexpected_keys if key.endswith(TABLE_SCALE)]:
+            raise CheckpointError(
+                f"{found[0]}: transformers reads no table of n-grams in FP8; serve the checkpoint "
+                f"under vLLM or SGLang"
+            )
 
 
 MODELS = {  # by model_type; a wrapper's text model too

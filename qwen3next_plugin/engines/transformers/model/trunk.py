@@ -30,6 +30,14 @@ from qwen3next_plugin.model.checkpoint.tensors import MTP
 Base: Any = object  # each class below puts the host's behind it
 
 
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A text model's config, with the quantisation that may stand beside it."""
+    text = config.get_text_config()
+    if text is not config and hasattr(config, "quantization_config"):
+        text.quantization_config = config.quantization_config
+    return text
+
+
 class WithMTP(Base):
     """What the classes below add to the host's."""
 
@@ -71,7 +79,7 @@ class WithMTP(Base):
         flags.check_files(pretrained_model_name_or_path)
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig):  # of a wrapper that names no class of it
-            kwargs["config"] = config.get_text_config()
+            kwargs["config"] = text_config_of(config)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
