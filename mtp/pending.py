@@ -12,7 +12,7 @@ import torch
 
 from qwen3next_plugin.mtp.rows import Row, Tokens
 
-MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of the released model
+MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of Qwen3-Next
 
 
 @dataclass(slots=True)

@@ -129,7 +129,7 @@ class Caches(NamedTuple):
 
 
 def dims_of_tokens(config: Qwen3NextConfig) -> int:
-    """The head dim of a row of KV in pages of one token: a head's, and a part of an index key."""
+    """Elements of a KV head in a page of one token: head_dim, plus its part of an index key."""
     return config.head_dim + ceil(config.indexer_head_dim / config.num_key_value_heads_per_rank)
 
 

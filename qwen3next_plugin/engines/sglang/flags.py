@@ -285,9 +285,12 @@ def _check_cpu(server_args: Any, given: dict[str, Any], model_config: Any) -> No
     for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         if given[name] not in ATTENTION_BACKENDS:
             raise refusal(name, given[name], "it does not run on a CPU", LEAVE_OUT)
-        if given[name] in (TORCH_BACKEND, HOST_BACKEND) and server_args.speculative_algorithm:
+        if given[name] in (TORCH_BACKEND, HOST_BACKEND):
             fix = f"use {ATTENTION_BACKEND}, or leave it out"
-            raise refusal(name, given[name], "it does not verify drafts on every CPU", fix)
+            if server_args.speculative_algorithm:
+                raise refusal(name, given[name], "it does not verify drafts on every CPU", fix)
+            if getattr(model_config.hf_config, "indexer_n_heads", None):
+                raise refusal(name, given[name], "it computes no sparse attention", fix)
     value, dtype = server_args.kv_cache_dtype, str(model_config.dtype).removeprefix("torch.")
     if value != "auto" and KV_DTYPES.get(value) != dtype:
         raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)

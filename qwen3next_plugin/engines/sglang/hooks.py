@@ -18,9 +18,6 @@ from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
 
-# SGLang's own pools of what n-gram embeddings keep; ours are parts of the pages.
-NO_NGRAMS = {"short_conv_layer_ids": None, "short_conv_state_shape": None, "ngram_context_len": 0}
-
 
 def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
     """Use our pool class for pages."""
@@ -28,8 +25,12 @@ def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: A
 
     if isinstance(kwargs["cache_params"], PageParams):
         pool.mamba_pool_cls = PagePool
-        kwargs |= NO_NGRAMS
     host(pool, *args, **kwargs)
+
+
+def no_ngram_pools(host: Callable[[Any], dict[str, Any]], configurator: Any) -> dict[str, Any]:
+    """Leave out SGLang's pools of what n-gram embeddings keep: ours are parts of the pages."""
+    return {} if is_ours(configurator.model_config) else host(configurator)
 
 
 def skip_snapshots(host: Callable[[], bool]) -> bool:
@@ -40,8 +41,8 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     return is_ours(model_config_of(get_server_args())) or host()
 
 
-def keep_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
-    """Leave our model's sizes as they are, but for room for an indexer's keys in rows of KV."""
+def set_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
+    """Leave our model's sizes as they are, but for an indexer's keys beside those of attention."""
     if not is_ours(model_config):
         return host(model_config, load_config, tp_size)
     config = flags.read_config(model_config.hf_config, tp_size)

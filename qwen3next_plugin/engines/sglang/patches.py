@@ -167,6 +167,13 @@ WITH_OURS: tuple[Entry, ...] = (
         remove_when="a config can name its pool's class",
     ),
     Patch(
+        target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._get_ple_req_pool_kwargs",
+        parameters=("self",),
+        function=hooks.no_ngram_pools,
+        reason="our pages hold what n-gram embeddings keep, and SGLang takes no list of eos tokens",
+        remove_when="a config can name its pool's class",
+    ),
+    Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
         parameters=(),
         function=hooks.skip_snapshots,
@@ -231,10 +238,10 @@ ON_CPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         parameters=("model_config", "load_config", "tp_size"),
-        function=hooks.keep_sizes,
+        function=hooks.set_sizes,
         reason="SGLang pads head counts and widths for its AMX kernels; ours take any, and our "
         "checks compare a checkpoint with its own config. An indexer's keys need room in the pool",
-        remove_when="SGLang pads for its AMX kernels only, and asks a model what a row of KV holds",
+        remove_when="SGLang pads for its AMX kernels only, and asks a model what KV has room for",
     ),
     Attribute(
         target="sglang.srt.arg_groups.overrides._MAMBA_RADIX_CACHE_ARCHS",

@@ -455,13 +455,15 @@ def test_prompts_graphs_run_the_body_of_either_model(sources, file):
     assert arguments(definition(definition(model, body), "forward"))[:4] == wanted
 
 
-def test_rows_of_kv_are_as_wide_as_the_models_config_says(sources):
-    """It has room for an indexer's keys, when the model is loaded and before pools are sized."""
+def test_kv_locations_are_as_wide_as_the_models_config_says(sources):
+    """Which an indexer's keys widen, when the model is loaded and before pools are sized."""
     pools = sources.tree("srt/mem_cache/kv_cache_configurator.py")
     build = ast.unparse(definition(pools, "_build_hybrid_linear_kv_pool"))
     assert "head_dim=self.model_config.head_dim" in build
-    sizes = ast.unparse(sources.tree("srt/model_executor/pool_configurator.py"))
-    assert "model_config.head_dim + model_config.v_head_dim" in sizes
+    sizes = definition(
+        sources.tree("srt/model_executor/pool_configurator.py"), "_compute_cell_size"
+    )
+    assert "n * (model_config.head_dim + model_config.v_head_dim)" in ast.unparse(sizes)
     runner = ast.unparse(sources.tree("srt/model_executor/model_runner.py"))
     assert "self.model_config = adjust_config_with_unaligned_cpu_tp(" in runner
 
@@ -470,8 +472,12 @@ def test_attention_takes_an_index_to_the_backend(sources):
     """SGLang passes on what it does not know."""
     layer = sources.tree("srt/layers/radix_attention.py")
     forward = ast.unparse(definition(definition(layer, "RadixAttention"), "forward"))
-    assert "get_attn_backend().forward(q, k, v, self, forward_batch, save_kv_cache" in forward
-    assert "**kwargs" in forward
+    passed = "forward_batch, save_kv_cache, **kwargs)"
+    assert f"get_attn_backend().forward(q, k, v, self, {passed}" in forward
+    hybrid = sources.tree("srt/layers/attention/hybrid_linear_attn_backend.py")
+    backend = definition(hybrid, "HybridLinearAttnBackend")
+    for name in ("forward_decode", "forward_extend"):
+        assert f"(q, k, v, layer, {passed}" in ast.unparse(definition(backend, name))
 
 
 def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(sources):

@@ -254,7 +254,9 @@ def streams(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lora_paths": ["x=adapter"]}, "--enable-lora: .* several streams .*leave it out"),
+        ({"lora_paths": ["x=adapter"]}, "--lora-paths: .* several streams .*leave it out"),
+        ({"attention_backend": "torch_native"}, "--attention-backend torch_native: .*; use qwen3n"),
+        ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend torch_native: "),
         (NEXTN | {"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2: .*; use 1"),
         ({"load_format": "dummy"}, "--load-format dummy: the table of n-grams .*; leave it out"),
         ({"kv_cache_dtype": "bf16"}, "--kv-cache-dtype bf16: .*float32; leave it out"),

@@ -1,6 +1,6 @@
-"""Sparse attention over SGLang's KV cache, whose rows have room for the indexer's keys.
+"""Sparse attention over SGLang's KV cache.
 
-A row has one token. So it is shared and freed with them: SGLang knows of no second cache.
+Each KV location also holds index keys, so SGLang shares and frees both together.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Index(NamedTuple):
 
 
 class IndexedLayer(RadixAttention):
-    """The layer that SGLang gives rows to; `forward` takes what the indexer projects, too."""
+    """SGLang's attention layer; its `forward` takes what the indexer projects, too."""
 
     def __init__(
         self,

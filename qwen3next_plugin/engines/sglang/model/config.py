@@ -91,14 +91,16 @@ def merge_overrides(
 
 def _for_texts(config: Any) -> Any:
     """The config of Qwen4-Exp's text model, on a CPU, by a name for which SGLang has no code."""
+    if not without_gpu():
+        return config
     text = config.get_text_config()
-    if text.model_type != STREAMS_TYPE or not without_gpu():
+    if getattr(text, "model_type", None) != STREAMS_TYPE:
         return config
     outer, text = config, deepcopy(text)
     if text.layer_types is None:
         text.layer_types = _at_interval(text)
     if outer.model_type != STREAMS_TYPE:
-        text.served_for_texts = outer.architectures[0]
+        text.served_for_texts = (outer.architectures or [outer.model_type])[0]
         for name in OF_BOTH_LEVELS:
             if getattr(text, name, None) is None and hasattr(outer, name):
                 setattr(text, name, getattr(outer, name))

@@ -29,7 +29,7 @@ from qwen3next_plugin.mtp.head import MTPHead
 
 
 class Predictor:
-    """How SGLang's batch meets a neutral head."""
+    """Calls a neutral head with SGLang's batch."""
 
     embed_tokens: Any
     predict: Any
@@ -46,7 +46,7 @@ class Predictor:
 
 
 def make_draft_embedding(config: Qwen3NextConfig) -> nn.Module:
-    """A place, to which SGLang brings the trunk's weight."""
+    """On the meta device: SGLang sets its weight to the trunk's."""
     with torch.device("meta"):
         return make_embedding(config)
 

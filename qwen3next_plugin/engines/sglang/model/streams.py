@@ -84,9 +84,10 @@ class Qwen4ExpModel(nn.Module):
 
         Shapes: input_ids, positions [T], returns [T, D] and [T, hc·D]
         """
-        block = self.embed_tokens(input_ids)
-        if input_embeds is not None:
-            block = input_embeds.to(block.dtype)
+        if input_embeds is None:
+            block = self.embed_tokens(input_ids)
+        else:
+            block = input_embeds.to(self.embed_tokens.weight.dtype)
         streams_, injection = no_streams(block, self.hc_count), None
         for layer in self.layers:
             block, injection = layer(

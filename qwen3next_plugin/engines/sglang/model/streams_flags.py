@@ -6,6 +6,9 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.sglang.names import logger
 
+MEDIA = "image_data, video_data, audio_data"
+EMBEDS = ("input_embeds", "positional_embed_overrides")
+
 
 def check_streams(config: Qwen3NextConfig, server_args: Any, *, on_cpu: bool) -> None:
     """Refuse what the model with several streams does not support.
@@ -18,12 +21,14 @@ def check_streams(config: Qwen3NextConfig, server_args: Any, *, on_cpu: bool) ->
     if not on_cpu:
         raise ConfigError(
             "Qwen4ExpForCausalLM: the plugin serves a model with several streams on CPUs only; on "
-            "a GPU SGLang serves Qwen4ExpForConditionalGeneration"
+            "a GPU use a checkpoint whose architecture is Qwen4ExpForConditionalGeneration, which "
+            "SGLang serves"
         )
     if server_args.enable_lora or server_args.lora_paths:
+        flag = "--lora-paths" if server_args.lora_paths else "--enable-lora"
         raise ConfigError(
-            "--enable-lora: adapters of a model with several streams are not served; leave it "
-            "out, or merge the adapter"
+            f"{flag}: adapters of a model with several streams are not served; leave it out, or "
+            f"merge the adapter"
         )
     if server_args.enable_unified_cache_external_linker:
         raise ConfigError(
@@ -57,7 +62,7 @@ def check_streams_request(obj: Any, hf_config: Any) -> None:
         ValueError: names the field; SGLang would ignore images.
     """
     if getattr(hf_config, "served_for_texts", None) and obj.contains_mm_input():
-        raise ValueError("image_data: this model is served for texts; leave images out")
-    embeds = (obj.input_embeds, obj.positional_embed_overrides)
-    if getattr(hf_config, "ple_layer_ids", None) and embeds != (None, None):
-        raise ValueError("input_embeds: this model's n-grams are of tokens; send token ids")
+        raise ValueError(f"{MEDIA}: this model is served for texts; leave them out")
+    for name in EMBEDS if getattr(hf_config, "ple_layer_ids", None) else ():
+        if getattr(obj, name) is not None:
+            raise ValueError(f"{name}: this model's n-grams are of tokens; send token ids")
