@@ -1,6 +1,10 @@
-"""The config.json of Qwen3-Next-80B-A3B, as it was released."""
+"""The config.json of Qwen3-Next-80B-A3B, as it was released; other releases' with other sizes."""
 
-from qwen3next_plugin.config import Qwen3NextConfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3next_plugin.config import Qwen3NextConfig, read_config
 
 RELEASED_80B = {
     "model_type": "qwen3_next",
@@ -39,3 +43,14 @@ RELEASED_80B = {
 def read(tp_size=1, pp_size=1, **changes):
     raw = {key: value for key, value in (RELEASED_80B | changes).items() if value != "absent"}
     return Qwen3NextConfig.from_hf(raw, tp_size=tp_size, pp_size=pp_size)
+
+
+def read_with(sizes: Mapping[str, Any]) -> Callable[[Path], dict[str, Any]]:
+    """In place of `read_config`: the folder's, its text model of other sizes."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        raw = read_config(folder)
+        raw["text_config"] |= sizes
+        return raw
+
+    return read

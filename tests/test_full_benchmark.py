@@ -18,6 +18,7 @@ from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.reading import parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
+from released import read_with
 
 SIZE = "Qwen3.6-35B-A3B"
 SMALL = {
@@ -38,13 +39,7 @@ SMALL = {
 @pytest.fixture
 def small(monkeypatch):
     """A released config with small layers."""
-
-    def read(folder):
-        raw = read_config(folder)
-        raw["text_config"] |= SMALL
-        return raw
-
-    monkeypatch.setattr(model, "read_config", read)
+    monkeypatch.setattr(model, "read_config", read_with(SMALL))
 
 
 @pytest.mark.parametrize("kind", model.KINDS)

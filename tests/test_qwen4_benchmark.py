@@ -11,6 +11,7 @@ from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.ple import open_table
 from qwen3next_plugin.model.quantisation.files import formats_of
+from released import read_with
 
 SMALL = {
     "vocab_size": 12 * 512,
@@ -28,13 +29,7 @@ SMALL = {
 @pytest.fixture
 def small(monkeypatch):
     """The released config with small layers and tables."""
-
-    def read(folder):
-        raw = read_config(folder)
-        raw["text_config"] |= SMALL
-        return raw
-
-    monkeypatch.setattr(model, "read_config", read)
+    monkeypatch.setattr(model, "read_config", read_with(SMALL))
     monkeypatch.setattr(model, "EXPERTS", 16)
     monkeypatch.setattr(model, "ROWS", {"int4": 50, "bf16": 50, "large": 500})
 

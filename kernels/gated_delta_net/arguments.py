@@ -82,10 +82,13 @@ class GatedDeltaNetWeights(NamedTuple):
     sigmoid_gate: bool = False  # instead of silu, of the norm
 
 
-def check_arguments(
+def checked_heads(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
-) -> None:
-    """Raise ValueError unless the shapes, dtypes, devices and strides are the public op's."""
+) -> Heads:
+    """What the projections hold.
+
+    Raises: ValueError unless the shapes, dtypes, devices and strides are the public op's.
+    """
     op, s, T = "gated_delta_net", x.shape, len(x.qkvz)
     H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
     if H == 0 or HV % H:
@@ -96,7 +99,8 @@ def check_arguments(
     check(op, "norm", weights.norm, (V,), (dtype, *FLOAT), device)
     check(op, "out_", out_, (T, HV * V), (dtype,), device)
     check_contiguous(op, "out_", out_)
-    q, k, v, _, b, a = x.heads()
-    inputs = rule.RuleInputs(q, k, v.flatten(1, 2), a, b)
+    heads = x.heads()
+    inputs = rule.RuleInputs(heads.q, heads.k, heads.v.flatten(1, 2), heads.a, heads.b)
     rule.check_arguments(inputs, rule.RuleWeights(weights.A_log, weights.dt_bias), pool, step)
-    check_convolution(q, 2 * H * K + HV * V, weights.conv, pool)
+    check_convolution(heads.q, 2 * H * K + HV * V, weights.conv, pool)
+    return heads

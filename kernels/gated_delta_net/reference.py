@@ -7,7 +7,7 @@ from qwen3next_plugin.kernels.causal_conv1d.arguments import ConvInputs
 from qwen3next_plugin.kernels.gated_delta_net.arguments import (
     GatedDeltaNetWeights,
     Projections,
-    check_arguments,
+    checked_heads,
 )
 from qwen3next_plugin.kernels.gated_delta_rule import reference as gated_delta_rule
 from qwen3next_plugin.kernels.gated_delta_rule.arguments import RuleInputs, RuleWeights
@@ -20,8 +20,7 @@ def run(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
 ) -> None:
     """Shapes as in the public op."""
-    check_arguments(x, weights, pool, step, out_)
-    q, k, v, z, b, a = x.heads()
+    q, k, v, z, b, a = checked_heads(x, weights, pool, step, out_)
     (T, H, K), (_, _, R, V) = q.shape, v.shape
     inputs = ConvInputs(q, k, v.flatten(2))
     out = causal_conv1d.run(inputs, weights.conv, pool, step)

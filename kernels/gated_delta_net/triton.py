@@ -5,7 +5,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels.gated_delta_net.arguments import (
     GatedDeltaNetWeights,
     Projections,
-    check_arguments,
+    checked_heads,
 )
 from qwen3next_plugin.kernels.gated_delta_rule.operands import gated_norm, inputs, pages
 from qwen3next_plugin.kernels.gated_delta_rule.triton import run_layer
@@ -20,8 +20,7 @@ def run(
     x: Projections, weights: GatedDeltaNetWeights, pool: StatePool, step: Step, out_: Tensor
 ) -> None:
     """Shapes as in the public op."""
-    check_arguments(x, weights, pool, step, out_)
-    q, k, v, z, b, a = x.heads()
+    q, k, v, z, b, a = checked_heads(x, weights, pool, step, out_)
     run_layer(
         x=inputs(q, k, v, a, b, weights.A_log, weights.dt_bias),
         conv=convolution(weights.conv, pool.conv),

@@ -12,6 +12,7 @@ from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.headers import (
     INDEX,
     Header,
+    Index,
     read_header,
     read_index,
     weight_files,
@@ -78,11 +79,8 @@ def tensor_bytes(
     """
     from qwen3next_plugin.model.checkpoint.layouts import our_name
 
-    index = read_index(folder)
+    index, stored = _headers(folder)
     names = index.files.keys() if index else set()
-    stored: dict[str, Header] = {}
-    for path in weight_files(folder, index):
-        stored |= read_header(path)
     sizes = served_bytes(config, DTYPES[dtype], asked=asked)
     if (stored or index) and not any(
         part_of(our_name(name, config) or "") == "MTP" for name in {*names, *stored}
@@ -109,14 +107,22 @@ def table_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> int:
 
     Raises: CheckpointError.
     """
-    index, stored = read_index(folder), dict[str, Header]()
-    for path in weight_files(folder, index):
-        stored |= read_header(path)
+    if not config.ple_layer_ids:
+        return 0
+    index, stored = _headers(folder)
     found = [header for name, header in stored.items() if _stays(name)]
     names = index.files if index is not None else stored
     if found and all(name in stored for name in filter(_stays, names)):
         return sum(ceil(prod(h.shape) * _bits(h.dtype) / 8) for h in found)
     return sum(n * DTYPES[dtype] for name, n in parameters(config).items() if _stays(name))
+
+
+def _headers(folder: Path) -> tuple[Index | None, dict[str, Header]]:
+    """A checkpoint's index, if it has one, and the headers of the files that are there."""
+    index, stored = read_index(folder), dict[str, Header]()
+    for path in weight_files(folder, index):
+        stored |= read_header(path)
+    return index, stored
 
 
 def quantization_of(folder: Path) -> Mapping[str, Any] | None:

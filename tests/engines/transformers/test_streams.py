@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 from checkpoints import random_prompt
+from engines.streams import OTHER_SIZES
 from engines.transformers.checks import TOKENS, both, check_drafts, left_padded
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen4_exp import StreamsReference, write_qwen4_exp
@@ -23,22 +24,7 @@ BUDGET = {"indexer_budget": 16}  # tokens that a token reads
 LONG = random_prompt(40, seed=32)
 BATCH = (random_prompt(30, seed=31), random_prompt(1, seed=31), random_prompt(17, seed=31))
 END = 1  # of a text
-OTHER_SIZES = {
-    "hc_count": 3,
-    "hidden_size": 96,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 1,
-    "linear_num_value_heads": 2,
-    "ple_layer_ids": [1, 2],
-    "ple_embed_dim": 36,
-    "heads_per_ngram": 2,
-    "ngram_size": 4,
-    "indexer_budget": 16,
-    "indexer_compress_ratio": 8,
-    "output_gate_type": None,
-    "split_ngram_parts": 3,
-    "tie_word_embeddings": True,
-}
+SIZES = OTHER_SIZES | BUDGET | {"ple_layer_ids": [1, 2]}
 
 
 def load(folder: Path) -> Any:
@@ -99,7 +85,7 @@ def test_a_seed_gives_the_same_sample(model, steps):
 
 
 def test_other_sizes_and_a_wrapper(tmp_path, steps):
-    plain, ours = both(load(write_qwen4_exp(tmp_path, wrapped=True, **OTHER_SIZES)), BATCH)
+    plain, ours = both(load(write_qwen4_exp(tmp_path, wrapped=True, **SIZES)), BATCH)
     assert torch.equal(ours, plain)
     assert len(steps) < TOKENS
 
