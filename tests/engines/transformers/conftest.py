@@ -20,6 +20,7 @@ def _registered() -> Iterator[None]:
 
     threads, mapping = torch.get_num_threads(), AutoModelForCausalLM._model_mapping
     before = dict(mapping._extra_content)
+    assert not any("qwen3next_plugin" in model.__module__ for model in before.values()), before
     qwen3next_plugin.register_transformers()
     torch.set_num_threads(1)
     yield

@@ -26,7 +26,6 @@ from engines.transformers.checks import TOKENS, both, check_drafts, left_padded
 from family import FAMILY
 from quantised import pack_checkpoint
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.transformers.model.trunk import text_config_of
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from reference import Reference, fused_mtp
 from tiers import long_except
@@ -141,6 +140,8 @@ def test_every_layout_of_qwen3_5(tmp_path, load, steps, name):
 
 def test_the_text_model_of_minicpm_v(tmp_path, steps):
     """As transformers' own class answers, whose tower is not in the file."""
+    from qwen3next_plugin.engines.transformers.model.trunk import text_config_of
+
     folder = FAMILY["dense_HV=3H_wrapped_7-layers"].write(tmp_path)
     raw = json.loads((folder / "config.json").read_text())
     tower = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
