@@ -18,13 +18,14 @@ from math import log2, sqrt
 # Guesses in plain steps; recordings of both engines are within a factor of 2 of them.
 TOKEN = 0.2  # extra cost of a step with 1 draft token a request; with n tokens, √n times as much
 PASS = 0.2  # a drafting pass; the first costs half as much again
-FEW, FAR = 4, 1.5  # the first 4 timings of a cell count as at most 1.5 times as slow as expected
+FEW, FAR = 4, 1.5  # the first 4 timings of a cell count as at most 1.5 times what others say
 WINDOW = 24  # timings that a cell remembers
 COLD, SLOWER = 64, 1.1  # the first 64 drafts count as at most 1.1 times slower than expected
 REFRESH = 4  # steps between new tables
 CATCH_UPS, MANY = 5, 8  # a pending token costs the least of 5 timings of 8 or more a request
 
 Guess = Callable[[float], float]  # drafts a request → plain steps
+Cell = tuple[float, float]  # log2 requests, drafts a request
 
 
 def guess_step(drafts: float) -> float:
@@ -40,21 +41,23 @@ class Corrections:
 
     def __init__(self, guess: Guess) -> None:
         self.guess = guess
-        self.timings: dict[tuple[float, float], deque[float]] = {}  # cell: log2 requests, drafts
-        self._factors: dict[tuple[float, float], float] = {}
+        self.timings: dict[Cell, deque[float]] = {}
+        self._factors: dict[Cell, float] = {}
 
     def observe(self, requests: int, drafts: float, cost: float) -> None:
         cell = round(2 * log2(requests)) / 2, round(2 * drafts) / 2
         timings = self.timings.setdefault(cell, deque(maxlen=WINDOW))
-        if len(timings) < FEW and self._factors:
-            cost = min(cost, FAR * self.cost(requests, drafts))
+        if len(timings) < FEW and self._factors.keys() - {cell}:
+            cost = min(cost, FAR * self.cost(requests, drafts, without=cell))
         timings.append(cost / self.guess(drafts))
         self._factors[cell] = sorted(timings)[len(timings) // 4]
 
-    def cost(self, requests: int, drafts: float) -> float:
+    def cost(self, requests: int, drafts: float, without: Cell | None = None) -> float:
         """The guess, times the factors of cells, weighted by nearness and number of timings."""
         octave, total, weight = log2(requests), 0.0, 0.0
         for cell, factor in self._factors.items():
+            if cell == without:
+                continue
             distance = (cell[0] - octave) ** 2 + (cell[1] - drafts) ** 2
             nearness = len(self.timings[cell]) / (1 + 10 * distance) ** 2
             total += nearness * factor
