@@ -5,6 +5,7 @@ registered before SGLang has chosen its device.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin import __version__, env
@@ -84,8 +85,7 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
     quantised = flags.quantization_config(model_config.hf_config) is not None or env.quantise()
     if not is_ours(model_config) or not quantised:
         return host(model_config, load_config)
-    folder = local_folder(model_config.model_path, model_config.revision)
-    return Quantisation(folder, model_config.hf_config)
+    return Quantisation(_folder(model_config, load_config), model_config.hf_config)
 
 
 def accept_packed(host: Callable[[Any], None], model_config: Any) -> None:
@@ -105,9 +105,13 @@ def leave_plain_modules(host: Callable[..., Any], model_config: Any, load_config
     of_files = flags.quantization_config(model_config.hf_config) is not None
     if found is None or not (of_files and is_ours(model_config)):
         return found
-    folder = local_folder(model_config.model_path, model_config.revision)
-    plain = read_plain_modules(folder, model_config.hf_config)
+    plain = read_plain_modules(_folder(model_config, load_config), model_config.hf_config)
     return leave_plain(found, plain, LinearBase, UnquantizedLinearMethod)
+
+
+def _folder(model_config: Any, load_config: Any) -> Path:
+    """Where the checkpoint is."""
+    return local_folder(model_config.model_path, model_config.revision, load_config.download_dir)
 
 
 def make_adapters(host: Callable[[Any], None], runner: Any) -> None:

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace as Bag
 
+import huggingface_hub
 import pytest
 from transformers import AutoConfig
 
+from engines.hubs import MODEL, downloaded
 from quantised import write_partly_quantised
 
 pytest.importorskip("sglang")
@@ -32,12 +34,13 @@ def made(monkeypatch, folder):
     monkeypatch.setattr(hooks, "is_ours", lambda model_config: True)
     host = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic")
 
-    def make(**changes: object):
+    def make(model: str = str(folder), download_dir: str | None = None, **changes: object):
         hf_config = AutoConfig.from_pretrained(folder)
         for name, value in changes.items():
             setattr(hf_config, name, value)
-        model_config = Bag(model_path=str(folder), revision=None, hf_config=hf_config)
-        return hooks.leave_plain_modules(lambda *_: host, model_config, None)
+        model_config = Bag(model_path=model, revision=None, hf_config=hf_config)
+        load_config = Bag(download_dir=download_dir)
+        return hooks.leave_plain_modules(lambda *_: host, model_config, load_config)
 
     return make, host, asked
 
@@ -70,3 +73,15 @@ def test_each_module_by_the_files(made):
 def test_weights_that_sglang_quantises_itself(made):
     make, host, _ = made
     assert make(quantization_config=None) is host
+
+
+def test_files_are_read_where_sglang_downloads(made, folder, monkeypatch, tmp_path):
+    from qwen3next_plugin.engines.sglang import hooks
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    make, host, _ = made
+    downloads = downloaded(folder, tmp_path)
+    assert make(MODEL, downloads) is not host
+    hf_config = AutoConfig.from_pretrained(folder)
+    model_config = Bag(model_path=MODEL, revision=None, hf_config=hf_config)
+    assert hooks.choose_quantisation(None, model_config, Bag(download_dir=downloads)).formats

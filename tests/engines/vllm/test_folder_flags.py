@@ -11,6 +11,7 @@ import torch
 import vllm
 
 from checkpoints import write_checkpoint
+from engines.hubs import MODEL, downloaded
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines import alike
 from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights
@@ -131,15 +132,10 @@ def test_a_hubs_weights_are_read_where_the_engine_downloads(
     monkeypatch, complete, checkpoint, tmp_path
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config, downloads = complete(), tmp_path / "downloads"
+    config = complete()
     before = space(config)
-    model = downloads / "models--an--id"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs/main").write_text("0" * 40)
-    (model / "snapshots").mkdir()
-    (model / "snapshots" / ("0" * 40)).symlink_to(checkpoint)
-    config.model_config.model = "an/id"
-    config.load_config.download_dir = str(downloads)
+    config.model_config.model = MODEL
+    config.load_config.download_dir = downloaded(checkpoint, tmp_path)
     complete_again(config)
     assert space(config) == before
 

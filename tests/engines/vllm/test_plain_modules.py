@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace as Bag
 
+import huggingface_hub
 import pytest
 from transformers import AutoConfig
 
+from engines.hubs import MODEL, downloaded
 from quantised import write_partly_quantised
 
 pytest.importorskip("vllm")
@@ -35,15 +37,20 @@ def made(monkeypatch, folder):
     monkeypatch.setattr(quantisation, "current_platform", Bag(is_cpu=lambda: False))
     host = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic")
 
-    def make(load_format: str = "auto", of_files: object = "fp8"):
+    def make(
+        load_format: str = "auto",
+        of_files: object = "fp8",
+        model: str = str(folder),
+        download_dir: str | None = None,
+    ):
         model_config = Bag(
-            model=str(folder),
+            model=model,
             revision=None,
             hf_config=AutoConfig.from_pretrained(folder),
             quantization="fp8",
             model_arch_config=Bag(quantization_config=of_files),
         )
-        load_config = Bag(load_format=load_format)
+        load_config = Bag(load_format=load_format, download_dir=download_dir)
         config = Bag(quant_config=host, model_config=model_config, load_config=load_config)
         found = quantisation.with_quantisation(config)
         assert config.quant_config is host
@@ -73,3 +80,24 @@ def test_each_module_by_the_files(made):
 def test_weights_that_vllm_makes_or_quantises_itself(made, case):
     make, host, _ = made
     assert make(**case) is host
+
+
+def test_files_are_read_where_vllm_downloads(made, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    make, host, _ = made
+    config = make(model=MODEL, download_dir=downloaded(folder, tmp_path))
+    assert config is not host
+    assert config.get_quant_method(LinearBase.__new__(LinearBase), "mtp.fc") != "vLLM's"
+
+
+def test_formats_are_read_where_vllm_downloads(folder, monkeypatch, tmp_path):
+    """Of a quantisation of ours, which vLLM tells no such folder."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hf_config = AutoConfig.from_pretrained(folder)
+    ours = quantisation.Quantisation(hf_config.quantization_config)
+    ours.maybe_update_config(MODEL, hf_config)
+    load_config = Bag(download_dir=downloaded(folder, tmp_path))
+    found = quantisation.choose_quantisation(
+        Bag(quant_config=ours, model_config=Bag(), load_config=load_config)
+    )
+    assert served_formats(found)

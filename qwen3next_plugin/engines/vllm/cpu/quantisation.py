@@ -48,6 +48,7 @@ class Quantisation(ByFiles, QuantizationConfig):
         self.raw = raw
         self.model = ""
         self.revision: str | None = None
+        self.downloads: str | None = None  # the folder into which vLLM downloads, if not the hub's
         self.hf_config: Any = None
 
     @property
@@ -56,7 +57,7 @@ class Quantisation(ByFiles, QuantizationConfig):
 
         Raises: CheckpointError for a module that is quantised as none of ours.
         """
-        folder = local_folder(self.model, self.revision)
+        folder = local_folder(self.model, self.revision, self.downloads)
         return read_formats(folder, self.hf_config, self.raw)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -100,14 +101,15 @@ def choose_quantisation(vllm_config: VllmConfig) -> QuantizationConfig | None:
 
     vLLM checks flags before it makes the checkpoint's.
     """
-    model_config = vllm_config.model_config
-    if vllm_config.quant_config is not None:
-        return vllm_config.quant_config
-    ours = model_config.quantization == QUANTISATION
-    if not ours and (model_config.quantization is not None or env.quantise() is None):
-        return None
-    found = Quantisation(model_config.model_arch_config.quantization_config)
-    found.maybe_update_config(model_config.model, model_config.hf_config, model_config.revision)
+    model_config, found = vllm_config.model_config, vllm_config.quant_config
+    if found is None:
+        ours = model_config.quantization == QUANTISATION
+        if not ours and (model_config.quantization is not None or env.quantise() is None):
+            return None
+        found = Quantisation(model_config.model_arch_config.quantization_config)
+        found.maybe_update_config(model_config.model, model_config.hf_config, model_config.revision)
+    if isinstance(found, Quantisation):
+        found.downloads = vllm_config.load_config.download_dir
     return found
 
 
@@ -119,7 +121,8 @@ def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
     read_here = vllm_config.load_config.load_format in READ_HERE
     if found.quant_config is None or current_platform.is_cpu() or not (of_files and read_here):
         return found
-    folder = local_folder(model_config.model, model_config.revision)
+    downloads = vllm_config.load_config.download_dir
+    folder = local_folder(model_config.model, model_config.revision, downloads)
     plain = read_plain_modules(folder, model_config.hf_config)
     found.quant_config = leave_plain(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
     return found

@@ -16,9 +16,9 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
-from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights
+from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, stored_weights
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
@@ -87,8 +87,7 @@ def _headers(config: VllmConfig, path: str | None) -> Tensors:
     """The tensors of a folder without their data."""
     if (found := config.load_config.load_format) not in READ_HERE:
         raise ConfigError(f"--load-format {found}: its weights are not reloaded; restart")
-    model = config.model_config
-    folder = Path(path) if path else local_folder(model.model, model.revision)
+    folder = Path(path) if path else stored_weights(config)
     if not folder.is_dir():
         raise ConfigError(f"weights_path = {folder}: no such folder")
     return list(stored_tensors(folder))
