@@ -55,24 +55,30 @@ def test_passes_what_is_expected_in_order():
 def test_a_layer_or_expert_is_loaded_once_all_its_tensors_are(layout, changes):
     config = Qwen3NextConfig.from_hf(BASE | changes)
     assert config.layout == layout
-    given, taken, done = random_tensors(BASE | changes), [], {}
+    given, taken, begun, done = random_tensors(BASE | changes), [], {}, {}
     expected = trunk_tensors(config) | mtp_tensors(config)
 
-    def loaded(layer: str) -> None:
-        done[layer] = [*taken]
+    class Told:
+        def begin(self, part: str) -> None:
+            begun[part] = [*taken]
 
-    for name, _ in parameters(given.items(), config, expected=expected, loaded=loaded):
+        def end(self, part: str) -> None:
+            done[part] = [*taken]
+
+    for name, _ in parameters(given.items(), config, expected=expected, parts=Told()):
         taken.append(name)
     layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)] + ["mtp.layers.0"]
     experts = [f"{name}.mlp.experts.{i}" for name in layers for i in range(config.num_experts)]
-    assert sorted(done) == sorted(layers + experts)
+    assert sorted(done) == sorted(begun) == sorted(layers + experts)
+    for part, before in begun.items():
+        assert not any(name.startswith(f"{part}.") for name in before)
     for part, before in done.items():
         assert {name for name in taken if name.startswith(f"{part}.")} <= {*before}
     twice = [*given.items(), ("model.layers.0.input_layernorm.weight", torch.zeros(64))]
     with pytest.raises(
         CheckpointError, match=r"layers\.0\.input_layernorm\.weight is in two files"
     ):
-        deque(parameters(twice, config, expected=expected, loaded=loaded), maxlen=0)
+        deque(parameters(twice, config, expected=expected, parts=Told()), maxlen=0)
 
 
 def test_ignored_tensors_may_come_and_are_dropped():

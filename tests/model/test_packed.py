@@ -8,7 +8,7 @@ from qwen3next_plugin.kernels.linear import linear, pack_bf16, pack_int8, unpack
 from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.layers import ExpertsMethod, LinearMethod, each_layer
 from qwen3next_plugin.model.quantisation.packed import Packed
-from qwen3next_plugin.model.quantisation.packing import pack_loaded
+from qwen3next_plugin.model.quantisation.packing import EXPERTS_WEIGHTS, Packer
 
 VALUES = torch.randint(-127, 128, (48, 64), generator=torch.Generator().manual_seed(0))
 WEIGHTS = {
@@ -131,17 +131,40 @@ def test_experts_that_are_packed_one_by_one_are_the_same(form):
         fill(layer)
         if isinstance(method, AllHere):
             for expert in (2, 0, 1):
-                pack_loaded(nn.ModuleDict({"layer": model}), f"layer.mlp.experts.{expert}")
+                Packer(nn.ModuleDict({"layer": model})).end(f"layer.mlp.experts.{expert}")
                 middle = layer.w2_weight[expert].flatten().view(torch.uint8)
                 page = (len(middle) // 2) & ~4095
                 assert len(middle) < 3 * 4096 or not middle[page : page + 64].any()
-        pack_loaded(model, "mlp")
+        Packer(model).end("mlp")
         assert not [*layer.named_parameters()]
         found.append([layer.w13_packed.weight, layer.w2_packed.weight])
     for one, other in zip(*found, strict=True):
         assert (one.encoding, one.group, one.shape) == (other.encoding, other.group, other.shape)
         assert one.tensors.keys() == other.tensors.keys()
         assert all(map(torch.equal, one.tensors.values(), other.tensors.values()))
+
+
+def test_experts_are_loaded_into_the_memory_of_packed_ones():
+    """Of the same sizes; what was packed of it stays."""
+    form = Format("int4", 32, torch.float16, zeros=True)
+    model, method = nn.ModuleDict(), ExpertsMethod("m", {"w13": form, "w2": form}, 128)
+    for name, columns in {"a": 192, "b": 192, "c": 256}.items():
+        model[name] = nn.Module()
+        model[name].quant_method = method
+        method.create_weights(model[name], 3, columns, 128, torch.bfloat16, weight_loader=len)
+    packer, packed = Packer(model), {}
+    fill(model["a"])
+    before = {name: model["a"].get_parameter(name).data_ptr() for name in EXPERTS_WEIGHTS}
+    packer.end("a")
+    for weight in (model["a"].w13_packed, model["a"].w2_packed):
+        packed |= {each: each.clone() for each in weight.weight.tensors.values()}
+    for name in "bc":
+        packer.begin(name)
+        packer.begin(f"{name}.mlp.experts.0")
+        same = [model[name].get_parameter(each).data_ptr() for each in EXPERTS_WEIGHTS]
+        assert (same == [*before.values()]) == (name == "b")
+        fill(model[name])
+    assert all(torch.equal(each, copy) for each, copy in packed.items())
 
 
 def test_an_expert_that_is_missing_is_an_error():

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -27,6 +28,16 @@ LAYER = re.compile(r"(model|mtp)\.layers\.\d+(?=\.)")
 SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
 
+class Parts(Protocol):
+    """Is told of the layers and experts of a checkpoint as they are loaded, by name."""
+
+    def begin(self, name: str, /) -> None:
+        """The first tensor of it comes."""
+
+    def end(self, name: str, /) -> None:
+        """All tensors of it are loaded."""
+
+
 def parameters(
     stored: Iterable[tuple[str, torch.Tensor]],
     config: Qwen3NextConfig,
@@ -36,7 +47,7 @@ def parameters(
     quantised: bool = False,
     formats: Formats | None = None,
     layout: Layout = "grouped",
-    loaded: Callable[[str], None] | None = None,
+    parts: Parts | None = None,
     attach: Callable[[str, PackedWeight], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's tensors by our parameters' names, with channels in their order.
@@ -46,7 +57,7 @@ def parameters(
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
         formats: ours take them, by channels.
-        loaded: called with the name of an expert, or of a layer, when its last tensor is loaded.
+        parts: told of each layer and expert when its first tensor comes and when all are loaded.
         attach: takes a weight, by our name, that the files have packed, in place of its tensors.
 
     Raises:
@@ -59,8 +70,8 @@ def parameters(
     else:
         named = _read_once(named)
     tensors = checked(named, expected=expected, ignored=ignored, quantised=quantised)
-    if loaded is not None and not quantised:
-        tensors = _by_layer(tensors, expected, loaded)
+    if parts is not None and not quantised:
+        tensors = _by_part(tensors, expected, parts)
     if attach is not None and formats is not None:
         tensors = formats.attached(tensors, attach)
     return group_projections(tensors, config) if layout == "grouped" else tensors
@@ -130,31 +141,36 @@ def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
         give_back(tensor)
 
 
-def _by_layer(
-    tensors: Stream, expected: Iterable[str], loaded: Callable[[str], None]
+def _by_part(
+    tensors: Stream, expected: Iterable[str], parts: Parts
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors; call `loaded` with each expert, and layer, of which all expected are loaded.
+    """Yield tensors; tell `parts` of each expert, and layer, that begins and is loaded.
 
-    A tensor is when the next one is asked for.
+    A tensor is loaded when the next one is asked for.
 
     Raises: CheckpointError for a tensor that comes twice: its layer may be packed by then.
     """
     left: dict[str, set[str]] = defaultdict(set)
     for name in expected:
-        for part in _parts(name):
+        for part in _parts_of(name):
             left[part].add(name)
+    begun = set[str]()
     for name, tensor in tensors:
-        parts = _parts(name)
-        if any(name not in left[part] for part in parts):
+        having = _parts_of(name)
+        if any(name not in left[part] for part in having):
             raise CheckpointError(f"tensor {name} is in two files: {MIXED}")
+        for part in having:
+            if part not in begun:
+                begun.add(part)
+                parts.begin(part)
         yield name, tensor
-        for part in parts:
+        for part in having:
             left[part].remove(name)
             if not left[part]:
-                loaded(part)
+                parts.end(part)
 
 
-def _parts(name: str) -> list[str]:
+def _parts_of(name: str) -> list[str]:
     """The expert and the layer that have a tensor."""
     return [found[0] for part in (EXPERT, LAYER) if (found := part.match(name))]
 

@@ -3,10 +3,11 @@
 An engine would pack once all layers are loaded; both copies of all weights might not fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qwen3next_plugin.kernels.linear import Stack
 from qwen3next_plugin.model.checkpoint.mapped import drop, give_back_freed
@@ -14,6 +15,7 @@ from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.packed import Packed, pack
 
 BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
+EXPERTS_WEIGHTS = ("w13_weight", "w2_weight")
 OF_EXPERTS = ".mlp.experts."  # in the name of an expert, between those of its layer and its own
 
 
@@ -65,16 +67,48 @@ class PackingExperts(Packing):
         self.stacks = None
 
 
-def pack_loaded(model: nn.Module, name: str) -> None:
-    """Pack a decoder layer of a model, or one expert of it, by name: its tensors are loaded."""
-    within, _, expert = name.partition(OF_EXPERTS)
-    layer: Any
-    for layer in model.get_submodule(within).modules():
-        method = getattr(layer, "quant_method", None)
-        if not expert and isinstance(method, Packing):
+class Packer:
+    """Packs a model's decoder layers, and experts of them, as soon as their tensors are loaded.
+
+    Experts are loaded into the memory of those that were packed before them: of new memory each
+    page is a fault, for which Linux may first have to make room.
+    """
+
+    def __init__(
+        self, model: nn.Module, name_in_model: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self.model, self.name_in_model = model, name_in_model
+        self.free: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def begin(self, name: str) -> None:
+        """The first tensor of a layer comes, or of an expert in it, by name in the checkpoint."""
+        if OF_EXPERTS in name:
+            return
+        for layer in self._packing(name, PackingExperts):
+            for parameter in layer.parameters(recurse=False):
+                found = self.free.pop((parameter.shape, parameter.dtype), None)
+                if found is not None:
+                    parameter.data = found
+
+    def end(self, name: str) -> None:
+        """All tensors of a layer, or of an expert, are loaded."""
+        within, _, expert = name.partition(OF_EXPERTS)
+        if expert:
+            for layer in self._packing(within, PackingExperts):
+                layer.quant_method.pack_expert(layer, int(expert))
+            return
+        for layer in self._packing(name, Packing):
+            loaded = {which: getattr(layer, which, None) for which in EXPERTS_WEIGHTS}
             layer.quant_method.process_weights_after_loading(layer)
-        elif expert and isinstance(method, PackingExperts):
-            method.pack_expert(layer, int(expert))
+            for which, weight in loaded.items():
+                if weight is not None and not weight.is_meta and not hasattr(layer, which):
+                    self.free[weight.shape, weight.dtype] = weight.data
+
+    def _packing(self, name: str, kind: type[Packing]) -> Iterator[Any]:
+        """The layers of this kind within a module."""
+        for layer in self.model.get_submodule(self.name_in_model(name)).modules():
+            if isinstance(getattr(layer, "quant_method", None), kind):
+                yield layer
 
 
 def pack_parameters(layer: Any, form: Format, prefix: str = "", *, as_int8: bool = False) -> Packed:

@@ -29,7 +29,7 @@ from qwen3next_plugin.model.checkpoint.tensors import (
 from qwen3next_plugin.model.quantisation.blanks import Blanks
 from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
-from qwen3next_plugin.model.quantisation.packing import pack_loaded
+from qwen3next_plugin.model.quantisation.packing import Packer
 from qwen3next_plugin.model.self_check import check_kernels
 
 # A stacked projection's parts, by the names that quantisation configs use.
@@ -86,7 +86,7 @@ class OurModel(nn.Module):
             ignored=ignored,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=lambda name: pack_loaded(self, name_in_drafter(name)),
+            parts=Packer(self, name_in_drafter),
             attach=attacher(self, Ranks(get_parallel().tp_rank, get_parallel().tp_size)),
         )
 

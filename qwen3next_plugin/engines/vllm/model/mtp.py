@@ -35,7 +35,7 @@ from qwen3next_plugin.model.checkpoint.tensors import (
 )
 from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
-from qwen3next_plugin.model.quantisation.packing import pack_loaded
+from qwen3next_plugin.model.quantisation.packing import Packer
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 
@@ -190,7 +190,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
             ignored=self.trunk_names,
             quantised=self.quantised,
             formats=self.formats,
-            loaded=lambda name: pack_loaded(self, name_in_drafter(name)),
+            parts=Packer(self, name_in_drafter),
             attach=attacher(self, own_rank()),
         )
         return load(self, ((name_in_drafter(name), tensor) for name, tensor in tensors))

@@ -72,7 +72,7 @@ from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
-from qwen3next_plugin.model.quantisation.packing import pack_loaded
+from qwen3next_plugin.model.quantisation.packing import Packer
 from qwen3next_plugin.model.self_check import check_kernels
 
 logger = init_logger(LOGGER)
@@ -235,7 +235,7 @@ class Qwen3NextForCausalLM(
             quantised=self.quantised,
             formats=self.formats,
             layout=self.layout,
-            loaded=lambda name: pack_loaded(self, name),
+            parts=Packer(self),
             attach=attacher(self, own_rank()),
         )
         return load(self, tensors, self.layout)
