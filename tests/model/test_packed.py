@@ -165,6 +165,10 @@ def test_experts_are_loaded_into_the_memory_of_packed_ones():
         assert (same == [*before.values()]) == (name == "b")
         fill(model[name])
     assert all(torch.equal(each, copy) for each, copy in packed.items())
+    packer.end("c")
+    assert packer.free
+    packer.end("b")
+    assert not packer.free  # nobody waits for it
 
 
 def test_an_expert_that_is_missing_is_an_error():

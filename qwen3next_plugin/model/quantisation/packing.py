@@ -103,6 +103,9 @@ class Packer:
             for which, weight in loaded.items():
                 if weight is not None and not weight.is_meta and not hasattr(layer, which):
                     self.free[weight.shape, weight.dtype] = weight.data
+        experts = self._packing("", PackingExperts)
+        if not any(hasattr(layer, which) for layer in experts for which in EXPERTS_WEIGHTS):
+            self.free.clear()  # before what else is loaded
 
     def _packing(self, name: str, kind: type[Packing]) -> Iterator[Any]:
         """The layers of this kind within a module."""
