@@ -112,17 +112,28 @@ def test_no_figure_of_wrong_answers(small):
 
 
 def test_the_shorter_time_of_two_turns_is_kept():
-    rows = {"step": {"time": 2.0, "limit": 1.0}}
-    measure.shortest(rows, {"step": {"time": 3.0, "limit": 2.0}, "prompt": {"time": 5.0}})
-    assert rows == {"step": {"time": 2.0, "limit": 1.0}, "prompt": {"time": 5.0}}
+    times = {"step": 2.0}
+    measure.shortest(times, {"step": 3.0, "prompt": 5.0})
+    assert times == {"step": 2.0, "prompt": 5.0}
+
+
+def test_limits_are_those_of_the_best_rates(monkeypatch):
+    config = model.full_config(SIZE, "int4", 4)
+    found, reads, computes = limits.Limits(config, "int4"), iter((2e9, 5e9, 1e9)), iter((3.0, 4.0))
+    monkeypatch.setattr(limits, "read_rate", lambda: next(reads))
+    monkeypatch.setattr(limits, "product_rate", lambda: next(computes))
+    found.measure()
+    found.measure()
+    assert found.step(4) == pytest.approx(1e3 * limits.step_bytes(config, "int4", 4) / 5e9)
+    assert found.prompt(7) == pytest.approx(1e3 * 7 * limits.products(config) / 4)
 
 
 def test_other_engines_stand_beside_the_plugin(tmp_path, monkeypatch):
     (tmp_path / "installed").write_text("1.0\n")
     peer = replace(measure.THEIRS["llama.cpp"], installed=tmp_path / "installed")
     monkeypatch.setitem(measure.THEIRS, "llama.cpp", peer)
-    theirs = {"llama.cpp": {"decode, batch 1": {"time": 6.0}}}
-    ours = {"decode, batch 1": {"time": 3.0}, "decode, batch 4": {"time": 4.0}}
+    theirs = {"llama.cpp": {"decode, batch 1": 6.0}}
+    ours = {"decode, batch 1": 3.0, "decode, batch 4": 4.0}
     record = measure.compared(Run(tmp_path, "full", {}), "case", ours, theirs)
     assert record.case == "case; llama.cpp 1.0"
     row = {"plugin": 3.0, "llama.cpp": 6.0, "llama.cpp / plugin": 2.0}

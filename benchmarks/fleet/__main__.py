@@ -1,6 +1,6 @@
-"""`python -m benchmarks.fleet`: prefill apart, restarts, replicas, reloads, with real servers.
+"""`python -m benchmarks.fleet`: prefill apart, the same bits, restarts, replicas, reloads.
 
-It needs a quiet machine of two cores, 24 GB of memory, and 25 minutes.
+It needs a quiet machine of two cores, 24 GB of memory, and 30 minutes.
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.fleet import apart, folder, reload, replicas
+from benchmarks.fleet import apart, bits, folder, reload, replicas
 from benchmarks.own_run import measure_alone
 from benchmarks.report import FLEET, Record, Run
 
 PARTS = {
     "apart": apart.measure,
+    "bits": bits.measure,
     "folder": folder.measure,
     "reload": reload.measure,
     "replicas": replicas.measure,
@@ -28,7 +29,7 @@ def main(
     out: Annotated[Path, typer.Option(help="For models, logs and records.")] = Path("out"),
     publish: Annotated[bool, typer.Option("--publish", help="Write the figures of docs/.")] = False,
 ) -> None:
-    """Measure prefill apart, a prefix folder, two replicas behind a router, and reloads."""
+    """Measure prefill apart, the same bits, a prefix folder, replicas behind a router, reloads."""
     if unknown := set(part or ()) - PARTS.keys():
         raise typer.BadParameter(f"no part {', '.join(unknown)}: {', '.join(PARTS)}")
 

@@ -23,6 +23,27 @@ BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)
 EMBEDDING, HEAD, _ = OWN
 
 
+class Limits:
+    """The least milliseconds at a run's best rates: other work on the machine only lowers them."""
+
+    def __init__(self, config: Mapping[str, Any], kind: str) -> None:
+        self._config, self._kind = config, kind
+        self._read = self._product = 0.0
+
+    def measure(self) -> None:
+        """Measure the rates once more."""
+        self._read = max(self._read, read_rate())
+        self._product = max(self._product, product_rate())
+
+    def step(self, batch: int) -> float:
+        """Of a plain step of so many requests."""
+        return 1e3 * step_bytes(self._config, self._kind, batch) / self._read
+
+    def prompt(self, tokens: int) -> float:
+        """Of a prompt of so many tokens."""
+        return 1e3 * tokens * products(self._config) / self._product
+
+
 def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
     """What a plain step of so many requests reads, if every token chooses its experts at random."""
     return sum(

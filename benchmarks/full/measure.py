@@ -5,7 +5,7 @@ The plugin and other engines take turns, twice: a process may get slower memory 
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ from rich.progress import Progress
 
 from benchmarks.chain_model import answer_of, known
 from benchmarks.engines.steps import LONG, ROUNDS, flags
-from benchmarks.full.limits import product_rate, products, read_rate, step_bytes
+from benchmarks.full.limits import Limits
 from benchmarks.full.model import full_config, full_model
 from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
 from benchmarks.peers.gguf_model import gguf_model
-from benchmarks.report import Record, RedCheckError, Rows, Run, console
+from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.worker import Worker, started
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
@@ -31,6 +31,7 @@ LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
 MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 3}
 Start = Callable[[], AbstractContextManager[Worker]]
 Row = dict[str, float]
+Times = dict[str, float]  # what was timed → milliseconds
 
 
 def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Record]:
@@ -46,24 +47,30 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     )  # fmt: skip
 
     others, compiled = peers(run, model, kind), f"{case}, compiled"
-    rows: dict[str, Row] = {}
-    theirs: dict[str, Row] = {}
+    limits = Limits(config, kind)
+    times: Times = {}
+    theirs: dict[str, Times] = {}
     drafts = dict.fromkeys(BATCHES, 0.0)
     for turn in range(TURNS):
         with ready(run, "plain", packed) as engine:
-            shortest(rows, steps(engine, config, kind, PROMPTS[: 1 if turn else None]))
+            limits.measure()
+            shortest(times, steps(engine, config, BATCHES, PROMPTS[: 1 if turn else None]))
+            limits.measure()
         with ready(run, "drafts", packed, speculative_config=MTP) as engine:
             for n in BATCHES:
                 drafts[n] = max(drafts[n], rate(engine, config, n, ROUNDS))
         for name, start in others.items():
             with start() as engine:
-                shortest(theirs.setdefault(name, {}), their_steps(engine, config))
+                shortest(theirs.setdefault(name, {}), steps(engine, config, (1, 8), PROMPTS[:1]))
+    rows = {decode(n): row(times[decode(n)], n, limits.step(n)) for n in BATCHES} | {
+        prompt(n): row(times[prompt(n)], n, limits.prompt(n)) for n in PROMPTS
+    }
     units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
     yield run.record(
         "full/steps", "How near is a step to this machine's limits?", compiled, units, rows
     )
     if others:
-        yield compared(run, compiled, rows, theirs)
+        yield compared(run, compiled, times, theirs)
 
     plain = {batch: rows[decode(batch)]["tokens a second"] for batch in BATCHES}
     yield run.record(
@@ -139,34 +146,25 @@ def peers(run: Run, model: Path, kind: str) -> dict[str, Start]:
     return {name: partial(start, name) for name in built}
 
 
-def steps(engine: Worker, config: Mapping[str, Any], kind: str, prompts: tuple[int, ...]) -> Rows:
-    """Steps of answers, and prompts; each limit is measured right before and after, too.
+def steps(
+    engine: Worker, config: Mapping[str, Any], batches: Sequence[int], prompts: Sequence[int]
+) -> Times:
+    """Steps of answers, and prompts.
 
     The answers differ: those to random prompts soon repeat one token, and share its experts.
     """
-    found = {}
-    for batch in BATCHES:
-        read = read_rate()
-        milliseconds = 1e3 * batch / rate(engine, config, batch)
-        limit = 1e3 * step_bytes(config, kind, batch) / max(read, read_rate())
-        found[decode(batch)] = row(milliseconds, batch, limit)
-    for tokens in prompts:
-        computed = product_rate()
-        milliseconds = prefill(engine, tokens)
-        limit = 1e3 * tokens * products(config) / max(computed, product_rate())
-        found[f"prompt of {tokens:,}"] = row(milliseconds, tokens, limit)
-    return found
-
-
-def their_steps(engine: Worker, config: Mapping[str, Any]) -> Rows:
-    """The same of another engine, whose answers must be right, too."""
-    found = {decode(n): {"time": 1e3 * n / rate(engine, config, n)} for n in (1, 8)}
-    return found | {f"prompt of {PROMPTS[0]:,}": {"time": prefill(engine, PROMPTS[0])}}
+    found = {decode(n): 1e3 * n / rate(engine, config, n) for n in batches}
+    return found | {prompt(n): prefill(engine, n) for n in prompts}
 
 
 def decode(batch: int) -> str:
     """The name of a row."""
     return f"decode, batch {batch}"
+
+
+def prompt(tokens: int) -> str:
+    """The name of a row."""
+    return f"prompt of {tokens:,}"
 
 
 def prefill(engine: Worker, tokens: int) -> float:
@@ -184,20 +182,18 @@ def row(milliseconds: float, tokens: int, limit: float) -> Row:
     }
 
 
-def shortest(rows: dict[str, Any], more: Rows) -> None:
-    """Keep the row of the shorter time of each name."""
+def shortest(times: Times, more: Times) -> None:
+    """Keep the shorter time of each name."""
     for name, new in more.items():
-        rows[name] = min(rows.get(name, new), new, key=lambda found: found["time"])
+        times[name] = min(times.get(name, new), new)
 
 
-def compared(
-    run: Run, case: str, ours: Mapping[str, Row], theirs: Mapping[str, Mapping[str, Row]]
-) -> Record:
+def compared(run: Run, case: str, ours: Times, theirs: Mapping[str, Times]) -> Record:
     """The plugin and other engines side by side."""
     names = list(theirs)
     whats = list(theirs[names[0]])
     times = {
-        what: {"plugin": ours[what]["time"], **{name: theirs[name][what]["time"] for name in names}}
+        what: {"plugin": ours[what], **{name: theirs[name][what] for name in names}}
         for what in whats
     }
     return run.record(
