@@ -11,11 +11,13 @@ namespace Q3N_LEVEL {
 // A token of x is `terms` terms, each `width` words, whose products with the weight are added.
 struct Activations {
   int64_t terms, width, block, blocks;  // width: padded with zeros
+  const int32_t* first;                 // of `words`, or x itself
+  int64_t stride;                       // words between terms
   std::vector<int32_t> words;
   std::vector<float> scales;  // of each block
   std::vector<int32_t> sums;  // of each block's integers, or lower bytes: see kInt8Offset
 
-  const int32_t* term(int64_t i) const { return words.data() + i * width; }
+  const int32_t* term(int64_t i) const { return first + i * stride; }
   const float* scale(int64_t i) const { return scales.data() + i * blocks; }
   const int32_t* sum(int64_t i) const { return sums.data() + i * blocks; }
 };
@@ -123,10 +125,16 @@ Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeigh
   const bool integers = is_integer(w.encoding), pairs = kInPairs<T> && w.encoding == kBf16;
   const float scale = w.encoding == kFp8 ? kFp8Scale : 1.0f;
   const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
-  Activations a{terms, integers || pairs ? columns / 2 : columns, w.block, w.blocks, {}, {}, {}};
-  a.words.resize(M * terms * a.width);
+  const int64_t width = integers || pairs ? columns / 2 : columns;
+  Activations a{terms, width, w.block, w.blocks, nullptr, width, {}, {}, {}};
   a.scales.resize(M * terms * a.blocks, scale);
   a.sums.resize(M * terms * a.blocks);
+  if (pairs && w.K == columns && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0) {
+    a.first = reinterpret_cast<const int32_t*>(x), a.stride = stride / 2;
+    return a;
+  }
+  a.words.resize(M * terms * width);
+  a.first = a.words.data();
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {
       write_integers(a, x + m * stride, w.K, m, w.encoding);

@@ -32,8 +32,9 @@ struct Integers {
   static constexpr int64_t kLineBytes = kLine;
   using Value = i16v;
   using Sum = Products;
-  static constexpr int64_t kColumns = 2;  // of a word of x
-  static constexpr int kWords = 1;        // of x that one vector of weights takes
+  static constexpr int64_t kColumns = 2;   // of a word of x
+  static constexpr int kWords = 1;         // of x that one vector of weights takes
+  static constexpr int kAccumulators = 1;  // of an output in a large register tile
   static Value spread(const int32_t* x, int64_t s) { return (i16v)(x[s] + i32v{}); }
   static Sum add(Value w, Value x, Sum c) { return add_products(w, x, c); }
   using Total = i32v;
@@ -50,6 +51,7 @@ struct Floats {
   using Sum = f32v;
   static constexpr int64_t kColumns = 1;
   static constexpr int kWords = 1;
+  static constexpr int kAccumulators = 2;
   static Value spread(const int32_t* x, int64_t s) { return (f32v)(x[s] + i32v{}); }
   static Sum add(Value w, Value x, Sum c) { return fma(w, x, c); }
   using Total = f32v;
@@ -73,6 +75,7 @@ struct Bytes {
   using Sum = Pair;
   static constexpr int64_t kColumns = 2;
   static constexpr int kWords = 2;
+  static constexpr int kAccumulators = 2;
   using Total = i32v;
   static Total total(Sum s) { return (s.upper << 8) + s.lower; }
 #if defined(__AVX512VNNI__)
@@ -220,7 +223,7 @@ struct Bf16 : Floats {
 // Whether x of type T is multiplied with weights in bf16 as it is.
 template <class T>
 constexpr bool kInPairs = false;
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 template <>
 inline constexpr bool kInPairs<bf16> = true;
 
@@ -235,6 +238,7 @@ struct Bf16Pairs {
   static constexpr int64_t kColumns = 2;
   static constexpr int kWords = 1;
   static constexpr int kLineVectors = 2;
+  static constexpr int kAccumulators = kLanes == 16 ? 1 : 2;
   using Total = f32v;
   static void unpack(const uint8_t* lines, int64_t part, Value (&out)[kLineVectors]) {
     std::memcpy(out, lines + 4 * kLanes * part, sizeof *out);
@@ -242,8 +246,8 @@ struct Bf16Pairs {
   }
   static Value spread(const int32_t* x, int64_t s) { return x[s] + i32v{}; }
   static Sum add(Value w, Value x, Sum c) {
-    return Terms<bf16>::add(vreinterpretq_bf16_s32((int32x4_t)w),
-                            vreinterpretq_bf16_s32((int32x4_t)x), c);
+    using Pairs = Terms<bf16>::type;
+    return Terms<bf16>::add((Pairs)w, (Pairs)x, c);
   }
   static Total total(Sum s) { return s; }
 };
@@ -359,7 +363,7 @@ struct PackedWeight {
   // Calls f with a value of the type of the encoding, and of x.
   template <class T, class Call>
   void with_format(Call&& f) const {
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     if constexpr (kInPairs<T>) {
       if (encoding == kBf16) return f(Bf16Pairs{});
     }

@@ -1,7 +1,7 @@
 // The micro-kernel in vector instructions: a register tile of kMR terms of A by kNR output
 // channels, and the macro-kernel around it. An output is summed in one order: within a block even
-// and odd columns separately, then block by block. So it depends on neither the tile nor the other
-// tokens.
+// and odd columns separately, then block by block; with pairs of bf16, chunk by chunk. So it
+// depends on neither the tile nor the other tokens.
 #pragma once
 
 #include <array>
@@ -14,10 +14,10 @@ namespace Q3N_LEVEL {
 constexpr bool kNeon = kLanes == 4 && kRegisters == 32;
 constexpr int kMostTerms = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
 template <class F>
-constexpr int kMR = kNeon ? kMostTerms : kMostTerms / (F::kExact ? F::kWords : 2);
+constexpr int kMR = kNeon ? kMostTerms : kMostTerms / F::kAccumulators;
 constexpr int kTilePanels = kLanes == 16 ? 2 : 1;
 constexpr int64_t kNR = kTilePanels * kPanelWidth;
-constexpr int64_t kKC = 512;         // columns unpacked at a time: they fit in L1
+constexpr int64_t kKC = 512;         // columns of a chunk: unpacked, a tile's fit in L1
 constexpr int64_t kDirectTiles = 2;  // up to so many tiles of terms unpack lines as they read them
 
 constexpr int64_t kBytesAhead = 4096;  // of a panel that are prefetched into L2
@@ -29,16 +29,19 @@ using Lines = std::array<const uint8_t*, kTilePanels>;
 
 // Prefetches into L2 what comes far later, because a core can wait for more lines there than in L1,
 // and into L1 what comes soon.
-inline void prefetch_lines(const uint8_t* soon, const uint8_t* later) {
+template <class F>
+Q3N_INLINE inline void prefetch_lines(const uint8_t* soon, const uint8_t* later) {
   constexpr int64_t kLinesAhead = 8;
-  __builtin_prefetch(soon + kLinesAhead * kLine);
-  __builtin_prefetch(later, 0, 2);
+  repeat<F::kLineBytes / kLine>(F::kLineBytes / kLine, [&](int64_t l) Q3N_INLINE {
+    __builtin_prefetch(soon + (l + kLinesAhead) * kLine);
+    __builtin_prefetch(later + l * kLine, 0, 2);
+  });
 }
 
 // Accumulators per output: even and odd columns separately, to hide the latency of additions. Exact
 // sums have no order, so there several terms hide it.
 template <class F, int T>
-constexpr int kChains = F::kExact && T > (kNeon ? 1 : 2) ? 1 : 2;
+constexpr int kChains = F::kExact ? (T > (kNeon ? 1 : 2) ? 1 : 2) : F::kAccumulators;
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 // From four columns of four channels in each of two vectors to eight of two.
@@ -88,7 +91,7 @@ Q3N_INLINE inline void short_kernel(i32v (&sum)[kTilePanels * kParts][T], const 
     repeat<kLines>(kLines, [&](int64_t l) Q3N_INLINE {
       const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
       if (!F::kUnpacked && v % kParts == 0) {
-        prefetch_lines(at, later[v / kParts] + l * F::kLineBytes);
+        prefetch_lines<F>(at, later[v / kParts] + l * F::kLineBytes);
       }
       F::unpack(at, v % kParts, w[v][l]);
     });
@@ -131,7 +134,7 @@ Q3N_INLINE inline void micro_kernel(typename F::Total (&sum)[kTilePanels * kPart
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const uint8_t* at = line[v / kParts] + l * F::kLineBytes;
       if (!F::kUnpacked && v % kParts == 0) {
-        prefetch_lines(at, later[v / kParts] + l * F::kLineBytes);
+        prefetch_lines<F>(at, later[v / kParts] + l * F::kLineBytes);
       }
       F::unpack(at, v % kParts, w[v]);
     });
@@ -160,29 +163,30 @@ void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const P
   constexpr int kVectors = kTilePanels * kParts;
   // Copies, which gcc can keep in registers: stores to totals might change what references name.
   const PackedWeight w = weight;
-  const int64_t block_lines = w.block / kLineColumns<F>, block_words = w.block / F::kColumns;
-  const int64_t block_bytes = block_lines * F::kLineBytes;
-  const int64_t ahead = std::clamp<int64_t>(kBytesAhead / block_bytes, 1, last - first);  // blocks
+  const int64_t run = F::kReady ? last - first : 1;  // blocks whose sums need no scales in between
+  const int64_t runs = (last - first) / run, run_lines = run * w.block / kLineColumns<F>;
+  const int64_t run_words = run * w.block / F::kColumns, run_bytes = run_lines * F::kLineBytes;
+  const int64_t ahead = std::clamp<int64_t>(kBytesAhead / run_bytes, 1, runs);
   Lines line = lines, later;
   const int32_t *x[T], *sums[T];
   const float* scales[T];
   float* to[T];
   for (int t = 0; t < T; ++t) {
-    x[t] = a.term(terms[t]) + first * block_words, to[t] = total[t];
+    x[t] = a.term(terms[t]) + first * w.block / F::kColumns, to[t] = total[t];
     sums[t] = a.sum(terms[t]), scales[t] = a.scale(terms[t]);
   }
-  for (int64_t b = first; b < last; ++b) {
+  for (int64_t r = 0; r < runs; ++r) {
+    const int64_t b = first + r * run, beyond = r + ahead - runs;
     typename F::Total sum[kVectors][T];
     for (int p = 0; p < kTilePanels; ++p) {
-      const int64_t beyond = b + ahead - last;
-      later[p] = (beyond < 0 ? line[p] + ahead * block_bytes : next[p] + beyond * block_bytes);
+      later[p] = (beyond < 0 ? line[p] + ahead * run_bytes : next[p] + beyond * run_bytes);
     }
 #if defined(__AVX512VNNI__)
     if constexpr (kShort > 0) {
       short_kernel<F, T, kShort>(sum, line, later, x);
     } else  // NOLINT
 #endif
-      micro_kernel<F, T>(sum, line, later, block_lines, x);
+      micro_kernel<F, T>(sum, line, later, run_lines, x);
     repeat<kVectors>(kVectors, [&](int64_t v) Q3N_INLINE {
       const int64_t panel = panels[v / kParts], part = v % kParts;
       const f32v scale = w.group ? w.scale(panel, b, part) : splat(1.0f);
@@ -198,8 +202,8 @@ void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const P
         store(at, load(at) + scaled);
       });
     });
-    for (int p = 0; p < kTilePanels; ++p) line[p] += block_bytes;
-    for (int t = 0; t < T; ++t) x[t] += block_words;
+    for (int p = 0; p < kTilePanels; ++p) line[p] += run_bytes;
+    for (int t = 0; t < T; ++t) x[t] += run_words;
   }
 }
 
@@ -258,14 +262,17 @@ void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, co
                   const Activations& a, const int64_t* terms, int64_t count) {
   std::memset(totals, 0, count * kNR * sizeof *totals);
   const bool direct = F::kReady || count <= kDirectTiles * kMR<F>;
-  const int64_t chunk = direct ? w.blocks : kKC / w.block;
+  // Also lines that need no unpacking: a chunk stays in L1 for all terms. For few terms, too,
+  // because sums end with a chunk.
+  const int64_t chunk = direct && !F::kReady ? w.blocks : kKC / w.block;
   alignas(64) thread_local uint8_t unpacked[kTilePanels][kKC / F::kColumns * kLine];
+  const int64_t block_bytes = w.block / kLineColumns<F> * F::kLineBytes;
   for (int64_t first = 0; first < w.blocks; first += chunk) {
     const int64_t last = std::min(first + chunk, w.blocks);
     Lines lines, next;
     for (int p = 0; p < kTilePanels; ++p) {
-      next[p] = w.panel(then[p]);
-      lines[p] = w.panel(panels[p]) + first * (w.block / kLineColumns<F>)*F::kLineBytes;
+      lines[p] = w.panel(panels[p]) + first * block_bytes;
+      next[p] = last < w.blocks ? lines[p] + chunk * block_bytes : w.panel(then[p]);
       if (direct) continue;
       unpack_lines<F>(unpacked[p], lines[p], (last - first) * w.block / kLineColumns<F>);
       lines[p] = unpacked[p];

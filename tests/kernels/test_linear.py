@@ -167,6 +167,15 @@ def test_against_the_equation(cpu_backend, kind, dtype):
             assert torch.equal(in_fp32.to(dtype), out)  # the same sums, not rounded
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("first", "stride"), [(0, 512), (0, 514), (1, 514), (0, 513)])
+def test_x_may_lie_anywhere(native_level, kind, dtype, first, stride):
+    """At even and odd addresses, and distances between rows; K needs no padding."""
+    weight, _ = packed(kind, 50, 512)
+    x = torch.randn(9, stride).to(dtype)[:, first : first + 512]
+    assert torch.equal(linear(x, weight), linear(x.clone(), weight))
+
+
 def rows(tensors, begin, end):
     """Those of a weight; a scale of a block of rows belongs to all of them."""
     return {n: t[begin:end] if len(t) > 1 else t for n, t in tensors.items()}

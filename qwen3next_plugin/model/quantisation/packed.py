@@ -75,13 +75,13 @@ class Packed(nn.Module):
 def packs_plain(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype, if they are not quantised, are packed for our kernels.
 
-    bf16 weights are, with AMX, where our kernels are the fastest, and if a token's bits must not
-    depend on its batch. The processor decides, not QWEN3NEXT_ISA, because vLLM's cached graphs
-    contain the choice.
+    bf16 weights are, on an x86 processor with bf16 instructions, where our kernels are the fastest,
+    and if a token's bits must not depend on its batch. The processor decides, not QWEN3NEXT_ISA,
+    because vLLM's cached graphs contain the choice.
     """
     if dtype != torch.bfloat16 or env.kernels() == "reference":
         return False
-    return env.batch_invariant() or "amx" in native.levels()
+    return env.batch_invariant() or "avx512bf16" in native.levels()
 
 
 def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
