@@ -117,15 +117,21 @@ def test_the_shorter_time_of_two_turns_is_kept():
     assert times == {"step": 2.0, "prompt": 5.0}
 
 
-def test_limits_are_those_of_the_best_rates(monkeypatch):
+def test_limits_are_those_of_the_best_rates(small, monkeypatch):
     config = model.full_config(SIZE, "int4", 4)
-    found, reads, computes = limits.Limits(config, "int4"), iter((2e9, 5e9, 1e9)), iter((3.0, 4.0))
+    found, reads, computes = (
+        limits.Limits(config, "int4"),
+        iter((2e9, 5e9, 1e9)),
+        iter((3e12, 4e12)),
+    )
     monkeypatch.setattr(limits, "read_rate", lambda: next(reads))
     monkeypatch.setattr(limits, "product_rate", lambda: next(computes))
     found.measure()
     found.measure()
-    assert found.step(4) == pytest.approx(1e3 * limits.step_bytes(config, "int4", 4) / 5e9)
-    assert found.prompt(7) == pytest.approx(1e3 * 7 * limits.products(config) / 4)
+    assert found.prompt(7) == pytest.approx(1e3 * 7 * limits.products(config) / 4e12)
+    assert found.step(1) == pytest.approx(1e3 * limits.step_bytes(config, "int4", 1) / 5e9)
+    many = 10**6 * (limits.products(config) + 1280 * 256)  # the head
+    assert found.step(10**6) == pytest.approx(1e3 * many / 4e12)
 
 
 def test_other_engines_stand_beside_the_plugin(tmp_path, monkeypatch):

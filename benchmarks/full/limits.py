@@ -36,8 +36,9 @@ class Limits:
         self._product = max(self._product, product_rate())
 
     def step(self, batch: int) -> float:
-        """Of a plain step of so many requests."""
-        return 1e3 * step_bytes(self._config, self._kind, batch) / self._read
+        """Of a plain step of so many requests: it reads and multiplies at the same time."""
+        reading = step_bytes(self._config, self._kind, batch) / self._read
+        return 1e3 * max(reading, batch * products(self._config, head=True) / self._product)
 
     def prompt(self, tokens: int) -> float:
         """Of a prompt of so many tokens."""
@@ -53,13 +54,18 @@ def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
     )
 
 
-def products(config: Mapping[str, Any]) -> float:
-    """Multiplications of a prompt's token in its weights; attention and states not counted."""
-    return sum(
+def products(config: Mapping[str, Any], *, head: bool = False) -> float:
+    """Multiplications of a token in its weights; attention and states not counted.
+
+    `head`: also the output head's, which a prompt's tokens need not.
+    """
+    shapes = tensors(config)
+    layers = sum(
         math.prod(shape) * (_active(config) if ".experts." in name else 1)
-        for name, shape in tensors(config).items()
+        for name, shape in shapes.items()
         if len(shape) == 2 and name not in OWN and not name.startswith("mtp.")
     )
+    return layers + head * math.prod(shapes[HEAD])
 
 
 def _active(config: Mapping[str, Any]) -> float:
