@@ -101,7 +101,7 @@ MAKES = {"bf16": bf16, "int8": int8, "int4": int4, "fp8": fp8}
 # By level and format: the instruction that multiplies many rows, and how many of its products are
 # one of the layer's: 2 where integers of 16 bits are multiplied as two bytes.
 BY_TILES = {"bf16": ("tdpbf16ps", 1), "int8": ("tdpbssd", 2)}
-BY_VECTORS = {"bf16": ("vfmadd231ps", 1), "int8": ("vpdpwssd", 1), "int4": ("vpdpbusd", 2)}
+BY_VECTORS = {"bf16": ("vdpbf16ps", 1), "int8": ("vpdpwssd", 1), "int4": ("vpdpbusd", 2)}
 INSTRUCTIONS = {
     isa: {"fp8": found["bf16"], "int4": found["int8"]} | found
     for isa, found in {"amx": BY_TILES, "avx512bf16": BY_VECTORS}.items()

@@ -37,11 +37,11 @@ void configure() {
 
 extern "C" {
 
-int64_t vfmadd231ps(int64_t rounds) {
-  __m512 x = _mm512_set1_ps(0.5f);
+int64_t vdpbf16ps(int64_t rounds) {
+  __m512i x = _mm512_set1_epi16(0x3f00);  // 0.5
   asm volatile("" : "+v"(x));
-  repeat(rounds, [=](__m512 sum) { return _mm512_fmadd_ps(x, x, sum); });
-  return rounds * kVectors * 16;
+  repeat(rounds, [=](__m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x); });
+  return rounds * kVectors * 32;
 }
 
 int64_t vpdpwssd(int64_t rounds) {

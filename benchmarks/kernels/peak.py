@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-SETS = ("avx512bw", "avx512vnni", "amx-tile", "amx-bf16", "amx-int8")
-VECTORS, TILES = ("vfmadd231ps", "vpdpwssd", "vpdpbusd"), ("tdpbf16ps", "tdpbssd")
+SETS = ("avx512bw", "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16", "amx-int8")
+VECTORS, TILES = ("vdpbf16ps", "vpdpwssd", "vpdpbusd"), ("tdpbf16ps", "tdpbssd")
 ROUNDS = dict.fromkeys(VECTORS, 2**19) | dict.fromkeys(TILES, 2**16)
 
 
@@ -28,7 +28,7 @@ def peak(instruction: str) -> float:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """peak.cpp, compiled; needs AVX-512 and, to call the functions of tiles, AMX in use."""
+    """peak.cpp, compiled; needs AVX-512 BF16 and, to call the functions of tiles, AMX in use."""
     source = Path(__file__).with_suffix(".cpp")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "peak.so"

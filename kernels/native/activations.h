@@ -122,8 +122,8 @@ void write_floats(Activations& a, const T* x, int64_t K, int64_t m, float scale)
 // Converts x [M, K], tokens `stride` apart, for products with w.
 template <class T>
 Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
-  const bool integers = is_integer(w.encoding), pairs = kInPairs<T> && w.encoding == kBf16;
-  const float scale = w.encoding == kFp8 ? kFp8Scale : 1.0f;
+  const bool integers = is_integer(w.encoding), pairs = w.in_pairs<T>();
+  const float scale = w.encoding == kFp8 && !pairs ? kFp8Scale : 1.0f;
   const int64_t terms = integers && sizeof(T) == 4 ? 2 : 1, columns = w.blocks * w.block;
   const int64_t width = integers || pairs ? columns / 2 : columns;
   Activations a{terms, width, w.block, w.blocks, nullptr, width, {}, {}, {}};
@@ -138,7 +138,7 @@ Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeigh
   parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
     if (integers) {
       write_integers(a, x + m * stride, w.K, m, w.encoding);
-    } else if (kInPairs<T> && pairs) {
+    } else if (pairs) {
       std::memcpy(a.words.data() + m * a.width, x + m * stride, w.K * sizeof(T));
     } else {
       write_floats(a, x + m * stride, w.K, m, scale);

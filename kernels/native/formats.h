@@ -220,36 +220,73 @@ struct Bf16 : Floats {
   }
 };
 
-// Whether x of type T is multiplied with weights in bf16 as it is.
+// Whether x of type T is multiplied as it is with weights in bf16, and with those in FP8.
 template <class T>
 constexpr bool kInPairs = false;
+template <class T>
+constexpr bool kFp8InPairs = false;
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 template <>
 inline constexpr bool kInPairs<bf16> = true;
 
-// Weights in bf16 times x in bf16: products are added in pairs, a word of x. Takes two lines.
-struct Bf16Pairs {
-  using Family = Bf16Pairs;
-  static constexpr bool kUnpacked = false, kReady = true;
+// Products of bf16 with bf16, which are added in pairs: a word of x is two columns.
+struct Pairs {
+  using Family = Pairs;
+  static constexpr bool kUnpacked = false, kReady = false;
   static constexpr bool kExact = false;
-  static constexpr int64_t kLineBytes = 2 * kLine;
+  static constexpr int64_t kLineBytes = kLine;
   using Value = i32v;
   using Sum = f32v;
   static constexpr int64_t kColumns = 2;
   static constexpr int kWords = 1;
-  static constexpr int kLineVectors = 2;
   static constexpr int kAccumulators = kLanes == 16 ? 1 : 2;
   using Total = f32v;
+  static Value spread(const int32_t* x, int64_t s) { return x[s] + i32v{}; }
+  static Sum add(Value w, Value x, Sum c) {
+    using Bf16s = Terms<bf16>::type;
+    return Terms<bf16>::add((Bf16s)w, (Bf16s)x, c);
+  }
+  static Total total(Sum s) { return s; }
+};
+
+// Weights in bf16. Takes two lines.
+struct Bf16Pairs : Pairs {
+  static constexpr bool kReady = true;
+  static constexpr int64_t kLineBytes = 2 * kLine;
+  static constexpr int kLineVectors = 2;
   static void unpack(const uint8_t* lines, int64_t part, Value (&out)[kLineVectors]) {
     std::memcpy(out, lines + 4 * kLanes * part, sizeof *out);
     std::memcpy(out + 1, lines + kLine + 4 * kLanes * part, sizeof *out);
   }
-  static Value spread(const int32_t* x, int64_t s) { return x[s] + i32v{}; }
-  static Sum add(Value w, Value x, Sum c) {
-    using Pairs = Terms<bf16>::type;
-    return Terms<bf16>::add((Pairs)w, (Pairs)x, c);
+};
+#endif
+
+#if defined(__AVX512BF16__)
+template <>
+inline constexpr bool kFp8InPairs<bf16> = true;
+
+// Weights in e4m3, unpacked to bf16. Their denormals become normal numbers: the products would
+// flush others.
+struct Fp8Pairs : Pairs {
+  static constexpr int kLineVectors = 2;
+  static void unpack(const uint8_t* line, int64_t, Value (&out)[kLineVectors]) {
+    const __m512i words = _mm512_loadu_si512(line);
+    out[0] = (Value)bf16s(_mm512_slli_epi16(words, 8)), out[1] = (Value)bf16s(words);
   }
-  static Total total(Sum s) { return s; }
+  // Of the upper byte of each word.
+  static __m512i bf16s(__m512i words) {
+    constexpr int16_t kNoExponent = 0x7800, kMagnitude = 0x07f0, kSign = INT16_MIN;
+    constexpr int16_t kBias = (127 - 7) << 7;
+    const __m512i denormals = _mm512_broadcast_i32x4(  // by the mantissa: its multiples of 2^-9
+        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m512i shifted = _mm512_and_si512(_mm512_srli_epi16(words, 4), words16(kMagnitude));
+    const __m512i normal = _mm512_add_epi16(shifted, words16(kBias));
+    const __mmask32 denormal = _mm512_testn_epi16_mask(words, words16(kNoExponent));
+    const __m512i size =
+        _mm512_mask_permutexvar_epi16(normal, denormal, _mm512_srli_epi16(words, 8), denormals);
+    return _mm512_or_si512(size, _mm512_and_si512(words, words16(kSign)));
+  }
+  static __m512i words16(int16_t word) { return _mm512_set1_epi16(word); }
 };
 #endif
 
@@ -360,12 +397,23 @@ struct PackedWeight {
     return widen(zeros + index(t, groups == 1 ? 0 : g, part));
   }
 
+  // Whether x of type T is multiplied as it is.
+  template <class T>
+  bool in_pairs() const {
+    return (kInPairs<T> && encoding == kBf16) || (kFp8InPairs<T> && encoding == kFp8);
+  }
+
   // Calls f with a value of the type of the encoding, and of x.
   template <class T, class Call>
   void with_format(Call&& f) const {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     if constexpr (kInPairs<T>) {
       if (encoding == kBf16) return f(Bf16Pairs{});
+    }
+#endif
+#if defined(__AVX512BF16__)
+    if constexpr (kFp8InPairs<T>) {
+      if (encoding == kFp8) return f(Fp8Pairs{});
     }
 #endif
     if (encoding == kInt8) return f(Int8{});
