@@ -6,10 +6,11 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+import torch
 
 from checkpoints import random_prompt, write_tokenizer
 from engines.bits import INVARIANT
-from engines.checks import TOKENS, check_greedy
+from engines.checks import TOKENS, TOLERANCE, check_greedy
 from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
 from engines.streams import OTHER_SIZES, PROMPTS, SLICE, with_ends_of_text
@@ -77,6 +78,19 @@ def test_continued_texts_hit_the_cache(server, model):
     pairs = zip(warm, starts, strict=True)
     assert all(answer.cached >= len(start) for answer, start in pairs)
     check_greedy(model, turns, warm)
+
+
+def test_answers_of_one_prompt_do_not_write_what_others_read(server, model):
+    """Sampled, each continues a copy of the page where a slice of the prompt ended."""
+    params = {"temperature": 1.0, "max_new_tokens": TOKENS, "ignore_eos": True, "n": 3}
+    for prompt in (random_prompt(n, seed=35) for n in (66, 131, 300)):
+        asked = {"input_ids": list(prompt), "sampling_params": params, "return_logprob": True}
+        answers = [Answer.of(each, **asked) for each in server.post("/generate", **asked)]
+        assert len({answer.token_ids for answer in answers}) == len(answers) == 3
+        for answer in answers:
+            assert answer.cached >= (SLICE if len(prompt) > SLICE else 0)
+            exact = model.prompt_logprobs(prompt + answer.token_ids)[-TOKENS:]
+            assert (torch.tensor(answer.logprobs) - exact).abs().max() < TOLERANCE
 
 
 def test_drafts_are_accepted_as_often_as_the_reference_head_is_right(server, model):
