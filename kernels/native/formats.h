@@ -265,28 +265,36 @@ struct Bf16Pairs : Pairs {
 template <>
 inline constexpr bool kFp8InPairs<bf16> = true;
 
-// Weights in e4m3, unpacked to bf16. Their denormals become normal numbers: the products would
-// flush others.
+// Weights in e4m3, unpacked to bf16. Their denormals, zero too, are rare.
 struct Fp8Pairs : Pairs {
   static constexpr int kLineVectors = 2;
   static void unpack(const uint8_t* line, int64_t, Value (&out)[kLineVectors]) {
-    const __m512i words = _mm512_loadu_si512(line);
-    out[0] = (Value)bf16s(_mm512_slli_epi16(words, 8)), out[1] = (Value)bf16s(words);
+    const __m512i words = _mm512_loadu_si512(line), lower = _mm512_slli_epi16(words, 8);
+    out[0] = normal(_mm512_slli_epi16(words, 4), lower);
+    out[1] = normal(_mm512_srli_epi16(words, 4), words);
+    if (_mm512_testn_epi8_mask(words, _mm512_set1_epi8(0x78))) [[unlikely]] {
+      out[0] = with_denormals(out[0], lower), out[1] = with_denormals(out[1], words);
+    }
   }
-  // Of the upper byte of each word.
-  static __m512i bf16s(__m512i words) {
-    constexpr int16_t kNoExponent = 0x7800, kMagnitude = 0x07f0, kSign = INT16_MIN;
-    constexpr int16_t kBias = (127 - 7) << 7;
-    const __m512i denormals = _mm512_broadcast_i32x4(  // by the mantissa: its multiples of 2^-9
+
+ private:
+  // Exponent and mantissa of e4m3 where bf16 has its own; the sign from the uppermost bit.
+  static Value normal(__m512i shifted, __m512i sign) {
+    const __m512i size = _mm512_and_si512(shifted, _mm512_set1_epi16(0x07f0));
+    const __m512i biased = _mm512_add_epi16(size, _mm512_set1_epi16((127 - 7) << 7));
+    return (Value)_mm512_or_si512(biased, _mm512_and_si512(sign, _mm512_set1_epi16(INT16_MIN)));
+  }
+  // As normal numbers, multiples of 2^-9: products would flush denormals of bf16. The upper byte of
+  // each word of `codes` is e4m3.
+  static Value with_denormals(Value bf16s, __m512i codes) {
+    const __m512i sizes = _mm512_broadcast_i32x4(
         _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    const __m512i shifted = _mm512_and_si512(_mm512_srli_epi16(words, 4), words16(kMagnitude));
-    const __m512i normal = _mm512_add_epi16(shifted, words16(kBias));
-    const __mmask32 denormal = _mm512_testn_epi16_mask(words, words16(kNoExponent));
-    const __m512i size =
-        _mm512_mask_permutexvar_epi16(normal, denormal, _mm512_srli_epi16(words, 8), denormals);
-    return _mm512_or_si512(size, _mm512_and_si512(words, words16(kSign)));
+    const __m512i sign = _mm512_and_si512(codes, _mm512_set1_epi16(INT16_MIN));
+    const __m512i mantissas = _mm512_srli_epi16(codes, 8);
+    const __m512i found = _mm512_or_si512(_mm512_permutexvar_epi16(mantissas, sizes), sign);
+    const __mmask32 denormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x7800));
+    return (Value)_mm512_mask_mov_epi16((__m512i)bf16s, denormal, found);
   }
-  static __m512i words16(int16_t word) { return _mm512_set1_epi16(word); }
 };
 #endif
 
