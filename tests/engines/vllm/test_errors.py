@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -22,6 +23,7 @@ from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
+from qwen3next_plugin.engines.vllm.repairs import graphs
 from vision import write_vision_checkpoint
 
 
@@ -73,6 +75,10 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
     hashes = [hashed(), hashed(QWEN3NEXT_BATCH_INVARIANT="1"), *quantised]
     assert len(set(hashes)) == 4
     assert hashed() == hashes[0]
+    packed = graphs.packs_plain(torch.bfloat16)
+    with monkeypatch.context() as patch:  # another choice of what our kernels multiply
+        patch.setattr(graphs, "packs_plain", lambda dtype: not packed)
+        assert hashed() not in hashes
     for file in checkpoint.glob("*.safetensors"):
         os.utime(file)
     assert hashed() not in hashes

@@ -12,6 +12,7 @@ from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
+from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 FINISH = "finalize_loading"
 
@@ -36,6 +37,7 @@ def keep_graphs_apart(vllm_config: VllmConfig) -> None:
         "weights": _known_weights(vllm_config),
         "quantise": env.quantise(),
         "batch_invariant": env.batch_invariant(),
+        "packed": packs_plain(vllm_config.model_config.dtype),
         "kernels": described("cpu"),
         "processor": instructions(),
     }
