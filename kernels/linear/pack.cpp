@@ -2,8 +2,8 @@
 #include <cstring>
 #include <vector>
 
-#include "formats.h"
 #include "ops.h"
+#include "packed_weight.h"
 #include "tensor.h"
 
 namespace Q3N_LEVEL {

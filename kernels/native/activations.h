@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "formats.h"
+#include "packed_weight.h"
 
 namespace Q3N_LEVEL {
 
