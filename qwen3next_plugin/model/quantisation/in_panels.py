@@ -153,6 +153,7 @@ class FormatsInPanels(Formats):
         super().__init__(stored, shapes, partial(holder, config=config))
         self.doing = f"{'mapping' if env.mmap() else 'reading'} packed weights"
         self.weights, self._wholes, self._places = weights, wholes, places
+        self._ranks = config.tp_size  # each reads whole tensors, and keeps its part
         self.has_head = HEAD in weights
         self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
 
@@ -171,7 +172,7 @@ class FormatsInPanels(Formats):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors: those of packed weights from their files, whatever the engine has read."""
         left_out = set(self._of(frozenset(ignored)))
-        load = mapped if env.mmap() else read
+        load = mapped if env.mmap() else partial(read, shared=self._ranks > 1)
         for name, tensor in tensors:
             if (place := self._places.get(name)) is None:
                 yield name, tensor
