@@ -45,6 +45,9 @@ class Engine:
     def answer(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
         """Tokens a second of greedy answers of so many tokens, behind their first; the answers.
 
+        The rate is that until an answer ends. With drafts answers end apart, and a step of fewer
+        requests takes almost as long: a server would have begun another answer by then.
+
         Raises: RuntimeError if the cache has no room for all requests at once: some would wait.
         """
         first = self.count + 1
@@ -53,11 +56,13 @@ class Engine:
         together = len(self.engine.step())
         if together < len(prompts):
             raise RuntimeError(f"only {together} of {len(prompts)} requests fit into the cache")
-        start, found = time.perf_counter(), {}
+        start, found, rate = time.perf_counter(), {}, 0.0
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 found[int(output.request_id) - first] = [*output.outputs[0].token_ids]
-        rate = len(prompts) * (tokens - 1) / (time.perf_counter() - start)
+            if not rate and max(map(len, found.values())) == tokens:
+                made = sum(len(answer) - 1 for answer in found.values())
+                rate = made / (time.perf_counter() - start)
         return rate, [found[i] for i in range(len(prompts))]
 
     def logprobs(self, lengths: list[int]) -> list[list[float]]:
