@@ -79,7 +79,7 @@ $(filter-out .venv-$(THE_ENGINE)/.plugin,$(ENGINES:%=.venv-%/.plugin)): .venv-$(
 setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## engines, plugin and tools, in .venv-vllm and .venv-sglang
 
 SERVE_vllm   = $(BIN)/vllm serve $(MODEL) --port $(PORT) \
-  --speculative-config '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
+  --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}'
 SERVE_sglang = $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --port $(PORT) \
   --speculative-algo NEXTN --speculative-num-steps 3
 

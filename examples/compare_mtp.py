@@ -67,7 +67,7 @@ def main(
         "enforce_eager": not compiled,
         "disable_log_stats": False,
     }
-    mtp = {"method": "qwen3_next_mtp", "num_speculative_tokens": draft_tokens}
+    mtp = {"method": "mtp", "num_speculative_tokens": draft_tokens}
     without = run(max_tokens, options)
     with_mtp = run(max_tokens, options | {"speculative_config": mtp})
     console = Console()

@@ -54,7 +54,7 @@ def speculation(draft_tokens: int) -> dict | None:
     """vLLM's `speculative_config` with the checkpoint's own MTP head as drafter."""
     if draft_tokens == 0:
         return None
-    return {"method": "qwen3_next_mtp", "num_speculative_tokens": draft_tokens}
+    return {"method": "mtp", "num_speculative_tokens": draft_tokens}
 
 
 if __name__ == "__main__":  # vLLM's workers import this file again

@@ -26,7 +26,7 @@ def main(
 
     llm = LLM(
         model=model,
-        speculative_config={"method": "qwen3_next_mtp", "num_speculative_tokens": 2},
+        speculative_config={"method": "mtp", "num_speculative_tokens": 2},
         max_model_len=2048,
         kv_cache_memory_bytes=1 << 30,
         enforce_eager=True,

@@ -28,7 +28,7 @@ from qwen3next_plugin.model.quantisation.writing import plan_packing, write_pack
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
 TURNS = 2
 LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
-MTP = {"method": "qwen3_next_mtp", "num_speculative_tokens": 3}
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
 Start = Callable[[], AbstractContextManager[Worker]]
 Row = dict[str, float]
 Times = dict[str, float]  # what was timed → milliseconds
