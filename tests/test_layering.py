@@ -21,7 +21,6 @@ OF_BOTH = (
     "huge_pages",
     "caches",
     "cores",
-    "cgroups",
     "memory",
     "nodes",
     "block_files",

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from checkpoints import BASE
+from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.memory import check_weights, memory_bytes
+from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, served_bytes
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

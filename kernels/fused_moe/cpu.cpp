@@ -8,7 +8,7 @@ namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kChunk = 32;  // inner features of an expert, or outputs, that one task computes
-constexpr int64_t kAhead = 16;  // outputs whose weights are prefetched
+constexpr int64_t kOutputsAhead = 16;  // outputs whose weights are prefetched
 constexpr int64_t kBlock = 32;  // tokens that fit in the cache together with a chunk's weights
 
 // Inner features [c, c + kChunk) of expert e's tokens: h = silu(W1 x) * W3 x. Prefetches the next
@@ -56,8 +56,9 @@ void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& 
     const int64_t e = routes.experts[place];
     const int64_t ahead = routes.experts[std::min(place + 1, routes.experts.size() - 1)];
     for (int64_t i = c; i < end; i += kTileRows) {
-      const int64_t soon =
-          i + kAhead < end ? e * d.D + i + kAhead : ahead * d.D + c + (i + kAhead - c) % kChunk;
+      const int64_t soon = i + kOutputsAhead < end
+                               ? e * d.D + i + kOutputsAhead
+                               : ahead * d.D + c + (i + kOutputsAhead - c) % kChunk;
       const T *row[kTileRows], *next[kTileRows];
       for (int64_t r = 0; r < kTileRows; ++r) {
         row[r] = w2 + (e * d.D + std::min(i + r, end - 1)) * d.I;

@@ -1,5 +1,4 @@
 #include <array>
-#include <numeric>
 
 #include "expert_gate.h"
 #include "ops.h"
@@ -106,12 +105,8 @@ class Experts {
     const PackedA a;
 
     Second(const PackedWeight& w, const Tensor& h, const std::vector<int64_t>& first)
-        : gemm(w, read<T>(h), h.size(0), h.stride(0)), a(gemm.pack_a(all(h.size(0)), first)) {}
-    static std::vector<int64_t> all(int64_t n) {
-      std::vector<int64_t> indices(n);
-      std::iota(indices.begin(), indices.end(), 0);
-      return indices;
-    }
+        : gemm(w, read<T>(h), h.size(0), h.stride(0)),
+          a(gemm.pack_a(all_tokens(h.size(0)), first)) {}
   };
 
   int64_t first_panel(const PackedWeight& w, int64_t e) const { return same ? 0 : e * w.panels; }

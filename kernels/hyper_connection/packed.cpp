@@ -1,6 +1,5 @@
 // Hyper-connections with packed weights.
 #include <array>
-#include <numeric>
 
 #include "mixing.h"
 #include "ops.h"
@@ -25,7 +24,7 @@ class Mixing {
         T_(hidden.size(0)),
         hc_(hc),
         D_(D),
-        hidden_(gemm_.pack_a(all(T_), std::array{int64_t{0}, T_})) {}
+        hidden_(gemm_.pack_a(all_tokens(T_), std::array{int64_t{0}, T_})) {}
 
   void run(A* mixed) const {
     const int64_t columns = (D_ + kNR - 1) / kNR, runs = (T_ + kTokens - 1) / kTokens;
@@ -39,12 +38,6 @@ class Mixing {
 
  private:
   static constexpr int64_t kTokens = 256;  // of a task
-
-  static std::vector<int64_t> all(int64_t n) {
-    std::vector<int64_t> tokens(n);
-    std::iota(tokens.begin(), tokens.end(), 0);
-    return tokens;
-  }
 
   // The tile of a stream's features from c on; beyond the stream the last panel is repeated.
   Panels tile(int64_t s, int64_t c) const {

@@ -45,15 +45,15 @@ __all__ = [
 def linear(x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """out = x Wᵀ, with W = scale (values − zero).
 
-    A token's bits depend on its x and the weight alone. A token with an element that is not finite
-    gives no finite output.
+    A token's bits depend on its x and the weight, in bf16 and fp8 also on the instruction set. A
+    token with an element that is not finite gives no finite output.
 
     int8, int4, FP4: x is rounded, block by block, to 15 bits and a sign times a power of two (fp32:
     28 bits). A block is a group of the weight; without groups it has 128 columns (int4), or the
     largest divisor of the padded K up to 512 (int8). A bf16 element is exact unless it is below
     1/128 of its block's largest. A block is summed in int32, exactly; blocks are added in fp32, in
     order. So all instruction sets give the same bits.
-    fp8: values are decoded exactly and products summed in fp32, in a fixed order.
+    bf16, fp8: values are decoded exactly and products summed in fp32, in a fixed order.
 
     Args:
         out_dtype: x's, or fp32: the sums, which other dtypes round; None: x's.

@@ -1,5 +1,4 @@
 #include <array>
-#include <numeric>
 
 #include "ops.h"
 #include "packed_gemm.h"
@@ -35,10 +34,8 @@ void write_tile(Out* out, const PackedWeight& w, const float* totals, int64_t te
 // A task multiplies up to nc tiles of columns; fewer, if threads would get fewer than kTasks tasks.
 template <class T, class Out>
 void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeight& w) {
-  std::vector<int64_t> tokens(M);
-  std::iota(tokens.begin(), tokens.end(), 0);
   const PackedGemm gemm(w, x, M, stride);
-  const PackedA packed_x = gemm.pack_a(tokens, std::array{int64_t{0}, M});
+  const PackedA packed_x = gemm.pack_a(all_tokens(M), std::array{int64_t{0}, M});
   const int64_t tiles = (w.panels + kTilePanels - 1) / kTilePanels;
   const int64_t runs = (M + gemm.mc - 1) / gemm.mc;
   const int64_t share = tiles * runs / (torch::stable::get_num_threads() * kTasks);
@@ -69,6 +66,7 @@ void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeigh
 
 }  // namespace
 
+// hyper_connection/packed.cpp calls it, too.
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
               int64_t group, int64_t N, bool fp32) {
   const int64_t M = x.size(0), K = x.size(1);

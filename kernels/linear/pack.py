@@ -16,13 +16,13 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
     ENCODINGS,
     FP4_GROUPS,
     FP4_SCALES,
+    GROUPS,
     PANEL,
     SCALES,
     Encoding,
     PackedWeight,
 )
 
-GROUPS = (32, 64, 128)
 LARGEST: Mapping[Encoding, int] = {"nvfp4": 126, "mxfp4": 254}  # codes of positive, finite scales
 
 

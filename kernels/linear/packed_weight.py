@@ -17,7 +17,13 @@ Encoding = Literal["int8", "int4", "fp8", "bf16", "nvfp4", "mxfp4"]  # of a valu
 ENCODINGS: tuple[Encoding, ...] = ("int8", "int4", "fp8", "bf16", "nvfp4", "mxfp4")
 BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16, "nvfp4": 4, "mxfp4": 4}  # of a value
 SCALES = ACTIVATIONS  # dtypes of the scales, but of FP4
-FP4_GROUPS: Mapping[Encoding, int] = {"nvfp4": 16, "mxfp4": 32}  # columns that share a scale
+GROUPS = (32, 64, 128)  # columns that may share a scale in int8 and int4
+FP4_GROUPS: Mapping[Encoding, int] = {"nvfp4": 16, "mxfp4": 32}  # that do in FP4
+GROUPS_OF: Mapping[Encoding, tuple[int, ...]] = {  # `PackedWeight.group`
+    **dict.fromkeys(("int8", "int4"), (0, *GROUPS)),
+    **{"fp8": (0, BLOCK), "bf16": (0,)},
+    **{encoding: (group,) for encoding, group in FP4_GROUPS.items()},
+}
 FP4_SCALES: Mapping[Encoding, torch.dtype] = {
     "nvfp4": torch.float8_e4m3fn,
     "mxfp4": torch.float8_e8m0fnu,
@@ -142,6 +148,13 @@ def check_weight(op: str, name: str, weight: PackedWeight, dims: int, device: to
     zero = weight.zero
     if len(weight.shape) != dims:
         raise ValueError(f"{op}: {name} has shape {weight.shape}, not {dims} dims")
+    if not weight.shape[-1]:
+        raise ValueError(f"{op}: {name} has shape {weight.shape}, no columns")
+    if weight.group not in GROUPS_OF[weight.encoding]:
+        raise ValueError(
+            f"{op}: {name} is {weight.encoding} in groups of {weight.group}, not one of "
+            f"{GROUPS_OF[weight.encoding]}"
+        )
     if zero is not None and weight.encoding != "int4":
         raise ValueError(f"{op}: {name} is {weight.encoding} with zero points, which only int4 has")
     lines, entries = _shapes(weight.encoding, weight.shape, weight.group)

@@ -7,8 +7,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
 from qwen3next_plugin.kernels.linear import reference
-from qwen3next_plugin.kernels.linear.pack import GROUPS
-from qwen3next_plugin.kernels.linear.packed_weight import SCALES
+from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, SCALES
 
 
 def quantise_int4(weight: Tensor, group: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ inline void pack_bf16(AmxPanels::Place to, int64_t slices, const bf16* x, int64_
 
 constexpr int64_t kKCSlices = kKC / kAmxK;
 constexpr int64_t kTileBytes = kAmxRows * kLine;  // of a tile register
-constexpr int64_t kAhead = 2048;                  // bytes of FP8 that are prefetched
+constexpr int64_t kLineBytesAhead = 2048;         // from what is read to what is prefetched
 
 // Tile registers: 0 to 3 sums, 4 and 5 two panels of x, 6 and 7 two panels of the weight.
 Q3N_AMX inline void configure_tiles(int64_t height0, int64_t height1) {
@@ -169,7 +169,7 @@ Q3N_AMX inline void decode_fp8(uint8_t* out, const uint8_t* line, int64_t lines)
   const __m512i low = _mm512_set1_epi16(0x00ff), high = _mm512_set1_epi16(-0x0100);
   for (int64_t l = 0; l < lines; ++l) {
     const __m512i values = _mm512_loadu_si512(line + l * kLine);
-    _mm_prefetch(line + l * kLine + kAhead, _MM_HINT_T0);
+    _mm_prefetch(line + l * kLine + kLineBytesAhead, _MM_HINT_T0);
     const __m512i sizes = _mm512_permutex2var_epi8(upper0, values, upper1);
     const __m512i upper = _mm512_ternarylogic_epi32(sizes, values, sign, kOr);
     const __m512i lower = _mm512_permutex2var_epi8(lower0, values, lower1);

@@ -99,14 +99,14 @@ Q3N_AMX inline void unpack_bytes(uint8_t* out, const PackedWeight& w, int64_t pa
     if (w.encoding == kInt8) {
       for (int64_t l = 0; l < lines; ++l, line += kLine, out += kLine) {
         const __m512i pairs = _mm512_loadu_si512(line);
-        _mm_prefetch(line + kAhead, _MM_HINT_T0);
+        _mm_prefetch(line + kLineBytesAhead, _MM_HINT_T0);
         _mm512_store_si512(out, _mm512_permutexvar_epi16(places, pairs));
       }
     } else {
       const __m512i zero = (__m512i)(w.zero(panel, b, 0) * 0x01010101);
       for (int64_t l = 0; l < lines; ++l, line += kLine, out += 2 * kLine) {
         const __m512i nibbles = _mm512_loadu_si512(line);
-        _mm_prefetch(line + kAhead, _MM_HINT_T0);
+        _mm_prefetch(line + kLineBytesAhead, _MM_HINT_T0);
         const __m512i low = _mm512_and_si512(nibbles, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), nibble);
         _mm512_store_si512(out, _mm512_sub_epi8(low, zero));

@@ -8,8 +8,8 @@ namespace Q3N_LEVEL {
 
 constexpr int64_t kWidth = 4;
 constexpr int64_t kHistory = kWidth - 1;
-constexpr int64_t kConvBlock = 64;  // tokens of a tile
-constexpr int64_t kAhead = 8;       // tokens ahead that are prefetched, since tokens are far apart
+constexpr int64_t kConvBlock = 64;   // tokens of a tile
+constexpr int64_t kTokensAhead = 8;  // tokens ahead that are prefetched, since tokens are far apart
 constexpr int kGroup =
     kLanes == 16 ? 4 : 2;  // vectors of channels whose taps and past inputs fit in registers
 
@@ -107,7 +107,8 @@ struct Conv {
       const T* now = in + t * s.token_stride;
       T* keep = row.is_long ? nullptr : kept(row, row.context + t) + s.channel + i;
       repeat<G>(G, [&](int64_t g) Q3N_INLINE {
-        if (t + kAhead < last) __builtin_prefetch(now + kAhead * s.token_stride + g * kLanes);
+        if (t + kTokensAhead < last)
+          __builtin_prefetch(now + kTokensAhead * s.token_stride + g * kLanes);
         f32v(&past)[kWidth] = x[g];
         past[3] = load(now + g * kLanes, lanes);
         if (keep) store(keep + g * kLanes, past[3], lanes);

@@ -10,10 +10,9 @@ constexpr int kPanelWidth = 16;               // output channels of a panel
 constexpr int kParts = kPanelWidth / kLanes;  // vectors that hold one number of each channel
 constexpr int64_t kLine = 64;                 // bytes
 typedef uint8_t b8v __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t w16v __attribute__((vector_size(4 * kLanes)));
 
-inline w16v load_words(const uint8_t* p) {
-  w16v v;
+inline u16v load_words(const uint8_t* p) {
+  u16v v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
@@ -155,7 +154,7 @@ struct Int4 : Bytes {
 struct Int4 : Integers {
   static constexpr int kLineVectors = 4;
   static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
-    const w16v words = load_words(line + 4 * kLanes * part);
+    const u16v words = load_words(line + 4 * kLanes * part);
     out[0] = (i16v)(words & 15);
     out[1] = (i16v)(words >> 4 & 15);
     out[2] = (i16v)(words >> 8 & 15);
@@ -199,8 +198,8 @@ struct Fp4 : Int4 {
 struct Fp8 : Floats {
   static constexpr int kLineVectors = 4;
   static void unpack(const uint8_t* line, int64_t part, Value (&out)[kLineVectors]) {
-    const w16v words = load_words(line + 4 * kLanes * part);
-    const auto bf16s = [](w16v w) { return (u32v)((w & 0x8000) | (w >> 4 & 0x07f0)); };
+    const u16v words = load_words(line + 4 * kLanes * part);
+    const auto bf16s = [](u16v w) { return (u32v)((w & 0x8000) | (w >> 4 & 0x07f0)); };
     const u32v low = bf16s(words << 8), high = bf16s(words);
     out[0] = (f32v)(low << 16), out[1] = (f32v)(low & 0xffff0000);
     out[2] = (f32v)(high << 16), out[3] = (f32v)(high & 0xffff0000);

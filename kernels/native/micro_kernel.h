@@ -262,8 +262,8 @@ void macro_kernel(float* totals, const PackedWeight& w, const Panels& panels, co
                   const Activations& a, const int64_t* terms, int64_t count) {
   std::memset(totals, 0, count * kNR * sizeof *totals);
   const bool direct = F::kReady || count <= kDirectTiles * kMR<F>;
-  // Also lines that need no unpacking: a chunk stays in L1 for all terms. For few terms, too,
-  // because sums end with a chunk.
+  // kReady lines are multiplied chunk by chunk, too, so that a chunk stays in L1 for all terms; few
+  // terms, too, because a sum's order follows from the chunks.
   const int64_t chunk = direct && !F::kReady ? w.blocks : kKC / w.block;
   alignas(64) thread_local uint8_t unpacked[kTilePanels][kKC / F::kColumns * kLine];
   const int64_t block_bytes = w.block / kLineColumns<F> * F::kLineBytes;

@@ -1,6 +1,7 @@
 // C = A W^T with a packed weight, in three steps: convert x, pack A, multiply a few tiles of W.
 #pragma once
 
+#include <numeric>
 #include <optional>
 #include <span>
 #include <vector>
@@ -14,9 +15,15 @@ struct PackedA {
   std::vector<int64_t> terms;  // vector kernels: indices into Activations
 #if defined(Q3N_AMX)
   std::optional<AmxPanels> panels;     // AMX, bf16: instead of terms
-  std::optional<AmxBytePanels> bytes;  // AMX, int8: for runs of many terms
+  std::optional<AmxBytePanels> bytes;  // AMX, int8 and int4: runs of many terms
 #endif
 };
+
+inline std::vector<int64_t> all_tokens(int64_t count) {
+  std::vector<int64_t> tokens(count);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  return tokens;
+}
 
 template <class T>
 class PackedGemm {

@@ -38,8 +38,9 @@ constexpr int kRegisters = 16;
 typedef float f32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
-typedef int16_t i16v __attribute__((vector_size(4 * kLanes)));  // twice as many lanes
+typedef uint16_t u16h __attribute__((vector_size(2 * kLanes)));  // half a register
+typedef uint16_t u16v __attribute__((vector_size(4 * kLanes)));  // twice as many lanes
+typedef int16_t i16v __attribute__((vector_size(4 * kLanes)));
 
 // Treats denormals as zero on this thread, as inputs and as results, or as numbers, until it is
 // destroyed.
@@ -136,7 +137,7 @@ inline f32v load(const bf16* p) {
 #elif defined(__aarch64__)
   return (f32v)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16);
 #else
-  u16v bits;
+  u16h bits;
   std::memcpy(&bits, p, sizeof bits);
   return (f32v)(__builtin_convertvector(bits, u32v) << 16);
 #endif
@@ -173,7 +174,7 @@ inline void store(bf16* p, f32v v) {
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   const bfloat16x4_t bits = vcvt_bf16_f32((float32x4_t)v);
 #else
-  const u16v bits = __builtin_convertvector(round_to_bf16(v) >> 16, u16v);
+  const u16h bits = __builtin_convertvector(round_to_bf16(v) >> 16, u16h);
 #endif
   std::memcpy(p, &bits, sizeof bits);
 }

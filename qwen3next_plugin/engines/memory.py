@@ -1,28 +1,17 @@
-"""The memory that this process may use, and the refusal of weights that it cannot hold."""
+"""The refusal of weights that this process's memory cannot hold."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3next_plugin import env
+from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines import cgroups
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes
 
-LIMITS = ("memory.max", "memory.limit_in_bytes")  # of cgroups 2, and of 1
 MEMINFO = Path("/proc/meminfo")
 LEAST_POOLS = 2 << 30  # bytes for states and KV beside weights that take the rest
-
-
-def memory_bytes() -> int:
-    """The machine's memory, or what a cgroup grants of it."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in (folder / name for folder in cgroups.folders("memory") for name in LIMITS):
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
 
 
 def mapped_bytes(folder: str) -> int:

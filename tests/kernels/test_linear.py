@@ -337,7 +337,8 @@ def test_refuses_what_is_no_weight():
 
 
 def test_refuses(cpu_backend):
-    weight = pack_int8(torch.zeros(4, 96, dtype=torch.int8), torch.ones(4, 3))
+    values = torch.zeros(4, 96, dtype=torch.int8)
+    weight = pack_int8(values, torch.ones(4, 3))
     for x, w, complaint in (
         (torch.zeros(2, 96).double(), weight, r"x is torch\.float64"),
         (torch.zeros(2, 95), weight, "x has shape"),
@@ -349,6 +350,13 @@ def test_refuses(cpu_backend):
             "weight.packed has shape",
         ),
         (torch.zeros(96), weight, r"x has shape \(96,\), not 2 dims"),
+        (torch.zeros(2, 96), replace(weight, group=1024), "weight is int8 in groups of 1024, not"),
+        (torch.zeros(2, 0), pack_bf16(torch.zeros(4, 0).bfloat16()), r"\(4, 0\), no columns"),
+        (
+            torch.zeros(2, 96),
+            replace(pack_bf16(values.bfloat16()), group=128),
+            "weight is bf16 in groups of 128, not",
+        ),
     ):
         with pytest.raises(ValueError, match=f"linear: .*{complaint}"):
             linear(x, w)

@@ -1,7 +1,7 @@
 """Tensors are read from a checkpoint's files byte for byte, through the page cache or past it."""
 
+import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,11 +27,6 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def past_cache(monkeypatch) -> None:
-    monkeypatch.setattr(contents, "_outgrows", lambda folder: True)
-
-
 def place(path: Path, offset: int, *shape: int, dtype: str = "U8") -> Place:
     return Place(path, offset, Header(dtype, shape))
 
@@ -43,75 +38,96 @@ def forget(path: Path) -> None:
 
 
 def is_cached(path: Path, offset: int) -> bool:
-    with path.open("rb", buffering=0) as opened, suppress(BlockingIOError):
-        return os.preadv(opened.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    return False
+    """Skips the test where the system does not say."""
+    with path.open("rb", buffering=0) as opened:
+        try:
+            return os.preadv(opened.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            pytest.skip(f"no read that does not wait: {error}")
 
 
-def check_all(path: Path) -> None:
-    whole = path.read_bytes()
+@pytest.fixture(params=[False, True], ids=["through the page cache", "past it"])
+def past_cache(request) -> bool:
+    return request.param
+
+
+def test_bytes(file, past_cache):
+    whole = file.read_bytes()
     for offset in OFFSETS:
         for size in SIZES:
-            found = contents.read(place(path, offset, size))
+            found = contents.read(place(file, offset, size), past_cache=past_cache)
             assert found.numpy().tobytes() == whole[offset : offset + size], (offset, size)
 
 
-def test_through_the_cache(file):
-    check_all(file)
-
-
-@pytest.mark.usefixtures("past_cache")
-def test_past_the_cache(file):
-    check_all(file)
-
-
-@pytest.mark.usefixtures("past_cache")
-def test_to_the_end_of_a_file(file):
+def test_to_the_end_of_a_file(file, past_cache):
     size = file.stat().st_size
-    assert contents.read(place(file, 64, size - 64)).numpy().tobytes() == file.read_bytes()[64:]
+    found = contents.read(place(file, 64, size - 64), past_cache=past_cache)
+    assert found.numpy().tobytes() == file.read_bytes()[64:]
 
 
-@pytest.mark.usefixtures("past_cache")
 @pytest.mark.parametrize("offset", [BLOCK + 64, BLOCK + 65], ids=["aligned", "between values"])
-def test_values_and_shape(file, offset):
-    found = contents.read(place(file, offset, 3, 5, dtype="BF16"))
+def test_values_and_shape(file, offset, past_cache):
+    found = contents.read(place(file, offset, 3, 5, dtype="BF16"), past_cache=past_cache)
     data = bytearray(file.read_bytes()[offset : offset + 30])
     want = torch.frombuffer(data, dtype=torch.bfloat16).view(3, 5)
-    assert found.view(torch.uint8).equal(want.view(torch.uint8))
+    assert found.view(torch.int16).equal(want.view(torch.int16))
     assert found.dtype is torch.bfloat16
 
 
-def test_kernels_find_it_aligned_as_in_the_file(file):
-    assert contents.read(place(file, BLOCK + 64, PIECE)).data_ptr() % BLOCK == 64
+def test_kernels_find_it_aligned_as_in_the_file(file, past_cache):
+    found = contents.read(place(file, BLOCK + 64, PIECE), past_cache=past_cache)
+    assert found.data_ptr() % BLOCK == 64
 
 
-@pytest.mark.usefixtures("past_cache")
-def test_what_is_kept(file):
-    """The page cache gets nothing of files that do not fit beside their weights; else all."""
-    wanted = place(file, 64, PIECE)
+def test_what_the_page_cache_keeps(file):
+    """Nothing of what is read past it."""
+    wanted, middle = place(file, 64, PIECE), PIECE // 2
     forget(file)
-    if is_cached(file, BLOCK):
+    if is_cached(file, middle):
         pytest.skip("this file system keeps its files in memory")
-    contents.read(wanted, shared=False)
-    assert not is_cached(file, PIECE // 2)
-    contents.read(wanted, shared=True)
-    assert is_cached(file, PIECE // 2)
+    contents.read(wanted, past_cache=True)
+    assert not is_cached(file, middle)
+    contents.read(wanted)
+    assert is_cached(file, middle)
 
 
-def test_what_fits(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.touch()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for size, outgrows in (memory // 4, False), (memory // 4 * 3, True):
-        os.truncate(path, size)  # nothing is written
-        assert contents._outgrows.__wrapped__(tmp_path) is outgrows
+@pytest.mark.parametrize("refused", ["open", "preadv"])
+def test_a_file_system_without_direct_reads(file, monkeypatch, refused):
+    """Some refuse to open a file so, some to read."""
+    real_open, real_read = os.open, os.preadv
+    direct = set()
+
+    def open_(path, flags, *args):
+        if refused == "open" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        found = real_open(path, flags, *args)
+        (direct.add if flags & os.O_DIRECT else direct.discard)(found)
+        return found
+
+    def preadv(file, *args):
+        if file in direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_read(file, *args)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "preadv", preadv)
+    found = contents.read(place(file, 64, PIECE + 1), past_cache=True)
+    assert found.numpy().tobytes() == file.read_bytes()[64 : 64 + PIECE + 1]
 
 
-@pytest.mark.parametrize("past", [False, True], ids=["through the cache", "past it"])
+def test_reads_that_end_early(file, monkeypatch):
+    """Not at the file's end: a file system may do so."""
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda f, into, at: real(f, [into[0][: BLOCK + 100]], at))
+    found = contents.read(place(file, 64, 20 * BLOCK))
+    assert found.numpy().tobytes() == file.read_bytes()[64 : 64 + 20 * BLOCK]
+
+
 @pytest.mark.parametrize("left", [0, 100, BLOCK, PIECE + 100], ids=str)
-def test_a_file_that_was_cut_short(tmp_path, monkeypatch, past, left):
-    monkeypatch.setattr(contents, "_outgrows", lambda folder: past)
+def test_a_file_that_was_cut_short(tmp_path, past_cache, left):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(left))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated, download it"):
-        contents.read(place(path, 64, 2 * PIECE))
+        contents.read(place(path, 64, 2 * PIECE), past_cache=past_cache)

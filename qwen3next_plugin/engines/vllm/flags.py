@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
+from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -21,7 +22,7 @@ from qwen3next_plugin.config import (
 )
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
-from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes, memory_bytes
+from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy

@@ -16,25 +16,25 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
 from qwen3next_plugin.model.checkpoint.headers import Place
 
-BLOCK = 4096  # bytes; reads begin at multiples of it, in the file and in memory, as O_DIRECT asks
+# Direct reads begin and end at multiples of it, in the file and in memory. Whole memory pages,
+# because a page that the disk writes must have nothing else in it when the process forks.
+BLOCK = max(4096, mmap.PAGESIZE)
 PIECE = 16 << 20  # bytes that one thread reads at a time
 THREADS = 4  # the fewest: a disk is faster with several reads under way
 
 
-def read(place: Place, *, shared: bool = False) -> Tensor:
+def read(place: Place, *, past_cache: bool = False) -> Tensor:
     """A tensor in memory, in huge pages if torch has them.
 
-    Copied from a mapped file, each page of 4 KiB is a fault, and resident twice. Files that do not
-    fit into memory beside their weights are read past Linux's page cache (O_DIRECT): it would push
-    out what other programs need, and hold little of them at the next start.
+    Copied from a mapped file, each page of 4 KiB is a fault, and resident twice.
 
-    Args: shared: other processes read the same tensor at the same time, through the page cache.
+    Args: past_cache: leave the page cache to others, if the file system can read past it.
 
     Raises: CheckpointError for a file that is cut short.
     """
     dtype, nbytes = _size(place)
-    before = place.offset % BLOCK  # bytes of the tensor's first block
-    end = before + nbytes
+    before = place.offset % BLOCK  # bytes of the first block that precede the tensor
+    first, end = place.offset - before, before + nbytes
     blocks = torch.empty(end + 2 * BLOCK, dtype=torch.uint8)
     aligned = -blocks.data_ptr() % BLOCK
     view = blocks.numpy().data[aligned:]
@@ -44,11 +44,12 @@ def read(place: Place, *, shared: bool = False) -> Tensor:
         stop = min(start + PIECE, end)
         while start < stop:
             into = view[start : -(-stop // BLOCK) * BLOCK]
-            start += (got := os.preadv(file, [into], place.offset - before + start))
-            if not got or (got % BLOCK and start < stop):
-                raise CheckpointError(f"{place.path} is truncated, download it again")
+            start += (got := os.preadv(file, [into], first + start))
+            if start < stop:
+                if got < BLOCK:
+                    raise CheckpointError(f"{place.path} is truncated, download it again")
+                start -= got % BLOCK
 
-    past_cache = not shared and _outgrows(place.path.parent)
     with _opened(place.path, past_cache=past_cache) as file:
         pieces = range(0, end, PIECE)
         if len(pieces) > 1:
@@ -64,11 +65,8 @@ def read(place: Place, *, shared: bool = False) -> Tensor:
 
 @contextmanager
 def _opened(path: Path, *, past_cache: bool) -> Iterator[int]:
-    """A descriptor to read a file by; past the page cache where the file system can."""
-    file = None
-    if past_cache and hasattr(os, "O_DIRECT"):
-        with suppress(OSError):
-            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    """A descriptor to read a file by."""
+    file = _direct(path) if past_cache else None
     file = os.open(path, os.O_RDONLY) if file is None else file
     try:
         yield file
@@ -76,11 +74,19 @@ def _opened(path: Path, *, past_cache: bool) -> Iterator[int]:
         os.close(file)
 
 
-@cache
-def _outgrows(folder: Path) -> bool:
-    """Whether a checkpoint's files do not fit into memory beside its weights."""
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return 2 * total > os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+def _direct(path: Path) -> int | None:
+    """A descriptor to read past the page cache by; None where the file system cannot."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    with suppress(OSError):
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(file, [mmap.mmap(-1, BLOCK)], 0)  # some refuse only the reads
+        except OSError:
+            os.close(file)
+        else:
+            return file
+    return None
 
 
 def mapped(place: Place) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.kernels.linear.pack import GROUPS
+from qwen3next_plugin.kernels.linear.packed_weight import GROUPS
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, Stored, matrices
 from qwen3next_plugin.model.quantisation.rounding import quantise

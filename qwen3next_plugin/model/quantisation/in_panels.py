@@ -28,10 +28,11 @@ from typing import Any, cast, get_args
 import torch
 
 from qwen3next_plugin import env
+from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.kernels.linear.pack import GROUPS, one_group
+from qwen3next_plugin.kernels.linear.pack import one_group
 from qwen3next_plugin.kernels.linear.packed_weight import (
-    FP4_GROUPS,
+    GROUPS_OF,
     Encoding,
     PackedWeight,
     packed_shapes,
@@ -153,9 +154,12 @@ class FormatsInPanels(Formats):
         super().__init__(stored, shapes, partial(holder, config=config))
         self.doing = f"{'mapping' if env.mmap() else 'reading'} packed weights"
         self.weights, self._wholes, self._places = weights, wholes, places
-        self._ranks = config.tp_size  # each reads whole tensors, and keeps its part
         self.has_head = HEAD in weights
         self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
+        # Beside such weights the page cache keeps little of their files for the next start, and
+        # loses what other programs need. Ranks read the same files at once, through it.
+        outgrown = 2 * self.nbytes_in_panels > memory_bytes()
+        self._past_cache = outgrown and config.tp_size == 1
 
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}
@@ -172,7 +176,7 @@ class FormatsInPanels(Formats):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors: those of packed weights from their files, whatever the engine has read."""
         left_out = set(self._of(frozenset(ignored)))
-        load = mapped if env.mmap() else partial(read, shared=self._ranks > 1)
+        load = mapped if env.mmap() else partial(read, past_cache=self._past_cache)
         for name, tensor in tensors:
             if (place := self._places.get(name)) is None:
                 yield name, tensor
@@ -221,7 +225,7 @@ def _format(
     numbers = rest.split()
     known = encoding in get_args(Encoding) and all(number.isdecimal() for number in numbers)
     group, *sizes = map(int, numbers) if known and numbers else (-1,)
-    fits = group in (0, *GROUPS, *FP4_GROUPS.values())
+    fits = known and group in (0, *GROUPS_OF[cast(Encoding, encoding)])
     if not fits or whole is None or tuple(sizes) != whole.shape:
         wanted = whole.shape if whole else "no such weight"
         raise CheckpointError(

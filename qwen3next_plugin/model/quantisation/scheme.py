@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.linear.pack import GROUPS
-from qwen3next_plugin.kernels.linear.packed_weight import SCALES
+from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, SCALES
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.quantisation.format import Format, Tensors
 
