@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
+$(if $(filter-out 1,$(words $(CURDIR))),$(error the path "$(CURDIR)" has a space, which make and \
+builds of torch extensions cannot take: move this folder))
+
 # The first of these that has venv and headers. The tests run with 3.11, so it comes first.
 PYTHON ?= python3.11 python3.12 python3.13
 

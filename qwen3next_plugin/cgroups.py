@@ -1,12 +1,17 @@
 """This process's cgroups, of version 1 or 2, which limit what it may use of the machine."""
 
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2, and of 1
+USED = ("memory.current", "memory.usage_in_bytes")
+SWAP = "memory.swap.max"
+CACHED = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)  # in memory.stat
 
 
 def folders(controller: str) -> Iterator[Path]:
@@ -21,8 +26,33 @@ def folders(controller: str) -> Iterator[Path]:
 
 def memory_bytes() -> int:
     """The machine's memory, or what a cgroup grants of it."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in (folder / name for folder in folders("memory") for name in LIMITS):
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (_number(folder / name) for folder in folders("memory") for name in LIMITS)
+    return min([machine, *(limit for limit in limits if limit is not None)])
+
+
+def memory_left() -> float:
+    """Bytes that cgroups still grant, with what Linux can drop of files; infinity: no limit."""
+    left = [math.inf]
+    for folder in folders("memory"):
+        limit, used = (
+            next((n for name in names if (n := _number(folder / name)) is not None), None)
+            for names in (LIMITS, USED)
+        )
+        if limit is not None and used is not None:
+            stat = folder / "memory.stat"
+            cached = [int(n) for n in CACHED.findall(stat.read_text())] if stat.is_file() else []
+            left.append(limit - used + max(cached, default=0))
+    return min(left)
+
+
+def swap_limit() -> float:
+    """Bytes of swap that cgroups grant; infinity: no limit."""
+    limits = (_number(folder / SWAP) for folder in folders("memory"))
+    return min((limit for limit in limits if limit is not None), default=math.inf)
+
+
+def _number(path: Path) -> int | None:
+    """What a file says; None if it is not there, or says `max`."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None

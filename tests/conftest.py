@@ -1,5 +1,6 @@
 """Fixtures that every folder of tests may use."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -30,6 +31,9 @@ LONGEST = (
     "test_train_tools", "test_generate", "test_qk_norm_rope", "test_sequences", "test_grouping",
     "test_twins",
 )  # fmt: skip
+
+for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
 
 T = TypeVar("T")
 

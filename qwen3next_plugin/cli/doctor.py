@@ -157,7 +157,13 @@ def _ask(question: str) -> dict[str, str] | str:
     """The answer of a probe process, or why it gave none."""
     command = [sys.executable, "-m", "qwen3next_plugin.cli.probe", question]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PROBE_TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         return f"no answer in {PROBE_TIMEOUT_S} s"
     if done.returncode < 0:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cgroups import memory_bytes
+from qwen3next_plugin.cgroups import memory_bytes, swap_limit
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes
 
@@ -14,12 +15,11 @@ MEMINFO = Path("/proc/meminfo")
 LEAST_POOLS = 2 << 30  # bytes for states and KV beside weights that take the rest
 
 
-def mapped_bytes(folder: str) -> int:
+def mapped_bytes(model: str, revision: str | None = None, downloads: str | None = None) -> int:
     """Bytes of the files in which weights stay by QWEN3NEXT_MMAP: no engine counts their pages."""
-    path = Path(folder)
-    if not env.mmap():
+    if not env.mmap() or (folder := folder_here(model, revision, downloads)) is None:
         return 0
-    return sum(file.stat().st_size for file in weight_files(path, read_index(path)))
+    return sum(file.stat().st_size for file in weight_files(folder, read_index(folder)))
 
 
 def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int) -> None:
@@ -43,6 +43,6 @@ def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int)
         )
 
 
-def _swap_bytes() -> int:
+def _swap_bytes() -> float:
     found = re.search(r"^SwapTotal:\s*(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
-    return int(found[1]) << 10 if found else 0
+    return min(int(found[1]) << 10 if found else 0, swap_limit())

@@ -5,6 +5,7 @@ import secrets
 import selectors
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -12,6 +13,7 @@ from qwen3next_plugin.config.errors import ConfigError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 MEETING_SECONDS = 60.0
+WORD_SECONDS = 5.0  # in which one who has connected says the word
 ALIVE = {  # a node that is cut off, or without power, is lost after 9 s
     socket.TCP_KEEPIDLE: 5,
     socket.TCP_KEEPINTVL: 1,
@@ -85,9 +87,12 @@ def _accept(group: Any, own: str, count: int) -> list[socket.socket]:
         group.broadcast_object((server.getsockname()[:2], word), src=0)
         while len(joined) < count:
             one, _ = server.accept()
-            one.settimeout(MEETING_SECONDS)
-            if one.recv(len(word), socket.MSG_WAITALL) == word:
-                joined.append(one)
+            one.settimeout(WORD_SECONDS)
+            with suppress(OSError):  # of one that resets, or says nothing
+                if one.recv(len(word), socket.MSG_WAITALL) == word:
+                    joined.append(one)
+                    continue
+            one.close()
     return joined
 
 

@@ -71,7 +71,7 @@ class SwiGLU(nn.Module):
     def packed(self) -> SharedExpert | None:
         """The weights of a shared expert, for `fused_moe`; None where they are not packed for it.
 
-        A layer with adapters has its packed weight's attributes, but not the weight.
+        vLLM's layer with adapters has its packed weight's attributes, but not the weight.
         """
         w13, w2 = (each._modules.get("packed") for each in (self.gate_up_proj, self.down_proj))
         if self.expert_gate is None or w13 is None or w2 is None or w2.shape[-1] % PANEL:

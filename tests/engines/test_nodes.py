@@ -2,12 +2,14 @@
 
 import os
 import socket
+import struct
 from queue import SimpleQueue
 from threading import Thread
 
 import pytest
 
 from qwen3next_plugin.config.errors import ConfigError
+from qwen3next_plugin.engines import nodes
 from qwen3next_plugin.engines.nodes import INTERFACE, end_together, meet_at
 
 OWN = "TEST_OWN_ADDRESS"
@@ -54,8 +56,9 @@ def test_a_name_that_nobody_knows():
         meet_at("--master-addr", "nowhere.invalid", OWN)
 
 
-def test_strangers_do_not_count():
-    """Whoever connects without the word is no node, and may leave."""
+def test_strangers_do_not_count(monkeypatch):
+    """Whoever connects without the word is no node, and may leave, reset or say nothing."""
+    monkeypatch.setattr(nodes, "WORD_SECONDS", 0.1)
     said, lost = SimpleQueue(), SimpleQueue()
     options = {"ranks_here": 1, "first_node": True, "own": "127.0.0.1", "lost": lost.put}
     first = Thread(target=end_together, args=(Group(0, 2, said),), kwargs=options)
@@ -63,7 +66,10 @@ def test_strangers_do_not_count():
     where, word = said.get()
     with socket.create_connection(where) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    with socket.create_connection(where) as node:
+    with socket.create_connection(where) as stranger:
+        at_once = struct.pack("ii", 1, 0)
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+    with socket.create_connection(where), socket.create_connection(where) as node:
         node.sendall(word)
         first.join()
         assert lost.empty()

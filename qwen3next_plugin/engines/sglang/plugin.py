@@ -94,5 +94,6 @@ def registered() -> dict[str, str]:
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.platforms import current_platform
 
-    modules = {name: ModelRegistry.models[name].__module__ for name in ARCHITECTURES}
+    known = ModelRegistry.models  # Qwen4-Exp only if this plugin serves
+    modules = {name: known[name].__module__ for name in ARCHITECTURES if name in known}
     return {"platform": current_platform.device_type} | modules

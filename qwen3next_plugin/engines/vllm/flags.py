@@ -131,10 +131,10 @@ def complete(vllm_config: VllmConfig) -> None:
 
 def _leave_room(vllm_config: VllmConfig) -> None:
     """Size the KV cache beside mapped weights, which vLLM would not count as used memory."""
-    cache_config = vllm_config.cache_config
-    if (mapped := mapped_bytes(vllm_config.model_config.model)) and (
-        cache_config.kv_cache_memory_bytes is None
-    ):
+    cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
+    downloads = vllm_config.load_config.download_dir
+    mapped = mapped_bytes(model_config.model, model_config.revision, downloads)
+    if mapped and cache_config.kv_cache_memory_bytes is None:
         granted = int(cache_config.gpu_memory_utilization * memory_bytes())
         left = granted - mapped - LEAST_POOLS  # as much for all else
         cache_config.kv_cache_memory_bytes = max(LEAST_POOLS, left)

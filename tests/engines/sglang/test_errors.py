@@ -33,6 +33,7 @@ pytest.importorskip("sglang")
 
 NEXTN = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
 FP32 = {"dtype": "float32"}  # SGLang's own choice for such a checkpoint is float16
+NOWHERE = {"model_path": "", "revision": None, "download_dir": None}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -364,7 +365,7 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
 
     given = dict.fromkeys(memory.GIVEN) | flags
     monkeypatch.setattr(memory, "free_gib", lambda configurator: 2.5 if free < 2 else free + 2)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path="", **given))
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**NOWHERE, **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
     monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
@@ -381,6 +382,25 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     assert memory.modest_pools(host, other, free) == free - 1.0
 
 
+def test_pools_take_a_part_of_what_a_container_leaves(monkeypatch, grant):
+    """Of 24 GiB, of which 10 are used, 2 of them by files that Linux can drop."""
+    from types import SimpleNamespace as Bag
+
+    from sglang.srt import runtime_context as context
+
+    files = {"memory.max": 24 << 30, "memory.current": 10 << 30}
+    grant("0::/job\n", {f"job/{name}": f"{nbytes}\n" for name, nbytes in files.items()})
+    grant("0::/job\n", {"job/memory.stat": f"anon 1\ninactive_file {2 << 30}\n"})
+    given = dict.fromkeys(memory.GIVEN)
+    monkeypatch.setattr(memory, "free_gib", lambda configurator: 40.0)
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**NOWHERE, **given))
+    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
+    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
+    model = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
+    assert memory.modest_pools(lambda _, total: total, model, 40.0) == 4.0
+
+
 def test_pools_leave_room_for_mapped_weights(monkeypatch, tmp_path):
     from types import SimpleNamespace as Bag
 
@@ -390,7 +410,9 @@ def test_pools_leave_room_for_mapped_weights(monkeypatch, tmp_path):
         file.truncate(16 << 30)  # takes no disk
     given = dict.fromkeys(memory.GIVEN)
     monkeypatch.setattr(memory, "free_gib", lambda configurator: 40.0)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path=tmp_path, **given))
+    monkeypatch.setattr(
+        context, "get_server_args", lambda: Bag(**NOWHERE | {"model_path": str(tmp_path)}, **given)
+    )
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
     monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
@@ -421,7 +443,7 @@ def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, lef
     given = dict.fromkeys(memory.GIVEN) | flags
     tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
     monkeypatch.setattr(memory, "free_gib", lambda configurator: free)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(model_path="", **given))
+    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**NOWHERE, **given))
     monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
     monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
     monkeypatch.setattr(context, "get_spec", lambda: tree)

@@ -60,7 +60,7 @@ CASES = {
         MOE_4, (*DRAFTS, "--tp-size", "2"), {"SGLANG_CPU_OMP_THREADS_BIND": f"{CPUS[0]}|{CPUS[-1]}"}
     ),
 }
-QUICK = {"qwen3-next", "qwen3.5-dense-wrapped-mtp"}
+QUICK = {"qwen3-next-quantised-mtp", "qwen3.5-dense-wrapped-mtp"}
 
 
 class Served(NamedTuple):

@@ -1,5 +1,6 @@
 """The plugin and its `sgl_kernel` in processes of SGLang: what fits, what ends them, what stays."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -77,6 +78,17 @@ def test_disabled_leaves_the_host_untouched(run):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["CpuSRTPlatform 0 None", "set()"]
+
+
+def test_doctor_reads_what_serves_without_the_plugin(run):
+    """SGLang's own models; of Qwen4-Exp it has none by these names."""
+    found = "from qwen3next_plugin.engines.sglang.plugin import registered; print(registered())"
+    done = run(found, QWEN3NEXT_DISABLE="1")
+    assert done.returncode == 0, done.stderr
+    modules = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert modules.pop("platform") == "cpu"
+    assert modules["Qwen3NextForCausalLM"].startswith("sglang.srt.models.")
+    assert not any("qwen3next_plugin" in module for module in modules.values())
 
 
 def test_another_platform_leaves_nothing_behind(run):

@@ -23,7 +23,7 @@ OTHER = Bag(hf_config=Bag(architectures=["LlamaForCausalLM"]), vocab_size=V)
 def request(**fields):
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    if not fields.keys() & {"text", "input_ids"}:
+    if not fields.keys() & {"text", "input_ids", "input_embeds"}:
         fields["text"] = "a"
     return GenerateReqInput(**fields)
 
@@ -64,6 +64,10 @@ def test_allowed(case):
     [
         ({"input_ids": [[1]] * 4097}, "the number of prompts is 4097; allowed are 0 to"),
         ({"text": ["a"] * 33, "sampling_params": {"n": 128}}, "prompts times n is 4224"),
+        (
+            {"input_embeds": [[[0.5, 1.0]]] * 33, "sampling_params": {"n": 128}},
+            "prompts times n is 4224",
+        ),
         ({"sampling_params": [{"n": 2}, {"n": 129}]}, "n is 129; allowed are 1 to 128"),
     ],
 )

@@ -14,7 +14,7 @@ def bind_cores(ranks: int, nodes: int = 1) -> None:
     SGLang would refuse more ranks than NUMA nodes, and overlook a quota. It binds threads only on
     processors with AMX; elsewhere each rank would have as many as the machine has CPUs.
     """
-    found = share(ranks // nodes)
+    found = share(max(1, ranks // nodes))  # SGLang refuses fewer ranks than nodes later
     if ranks > 1 and BIND not in os.environ:
         os.environ[BIND] = str(found)
         os.environ.setdefault(THREADS, str(found.threads or len(found.cpus[0])))

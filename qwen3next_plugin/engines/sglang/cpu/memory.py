@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from qwen3next_plugin.cgroups import memory_left
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.memory import LEAST_POOLS, mapped_bytes
 from qwen3next_plugin.engines.sglang.names import is_ours
@@ -29,9 +30,11 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
 
     if not is_ours(configurator.model_config):
         return host(configurator, total_rest_memory)
-    budget, stated = total_rest_memory, given(get_server_args())
+    args = get_server_args()
+    budget, stated = total_rest_memory, given(args)
     if not stated:
-        beside = total_rest_memory - mapped_bytes(get_server_args().model_path) / GIB
+        mapped = mapped_bytes(args.model_path, args.revision, args.download_dir)
+        beside = min(total_rest_memory, memory_left() / GIB) - mapped / GIB
         room = max(total_rest_memory, free_gib(configurator) / 2)
         budget = min(room, max(LEAST_GIB, beside / SHARE))
         total_rest_memory = max(total_rest_memory, budget)

@@ -119,11 +119,13 @@ class SparseMoE(nn.Module):
         )
 
     def _packed_shared_expert(self) -> SharedExpert | None:
-        """The shared expert, where one op multiplies it and the routed ones."""
-        if (
-            self.shared_expert is None
-            or not self.is_native
-            or not hasattr(self.experts, "w2_packed")
-        ):
+        """The shared expert, where one op multiplies it and the routed ones.
+
+        Not with adapters, which add to what a layer returns (adapters.py).
+        """
+        shared = self.shared_expert
+        if shared is None or not self.is_native or not hasattr(self.experts, "w2_packed"):
             return None
-        return self.shared_expert.packed()
+        if shared.gate_up_proj._forward_hooks or shared.down_proj._forward_hooks:
+            return None
+        return shared.packed()

@@ -48,6 +48,10 @@ def check_allowed(model: OurModel) -> None:
     refuse_other_weights(get_server_args())
     if get_server_args().enable_lora:
         raise ConfigError("weights are not updated under adapters: serve without --enable-lora")
+    if model.blanks is None:  # only `load_weights` makes them
+        raise ConfigError(
+            "weights that no checkpoint gave are not updated: start with --load-format auto"
+        )
     if model.config.hc_count:
         raise ConfigError("weights of a model with several streams are not updated: restart")
     if getattr(model, "visual", None) is not None:

@@ -62,6 +62,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
     def look(*_: Any) -> None:
         if time.thread_time() >= end:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # it may come too late to be disarmed below
             raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, look)

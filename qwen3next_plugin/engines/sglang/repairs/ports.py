@@ -1,5 +1,6 @@
 """A port in use, which SGLang finds after the model is loaded, and then waits for minutes."""
 
+import errno
 import multiprocessing
 import socket
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 from qwen3next_plugin.config.errors import ConfigError
 
+NO_HOST = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN)  # at which to listen
 COMMANDS = ("sglang.launch_server", "sglang")  # `python -m` and the script
 
 
@@ -17,7 +19,7 @@ def check_port(server_args: Any) -> None:
     An Engine, and the processes of either, have the same arguments and listen nowhere.
 
     Raises:
-        ConfigError: names the port.
+        ConfigError: names the flag.
     """
     if not _starts_server() or server_args.node_rank:
         return
@@ -27,11 +29,17 @@ def check_port(server_args: Any) -> None:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
+    except OverflowError as error:  # no port has that number
+        raise _refused("--port", port, host, str(error)) from None
     except OSError as error:
-        raise ConfigError(
-            f"--port {port}: the server cannot listen on {host} ({error.strerror}); "
-            "choose another port"
-        ) from None
+        flag, value = ("--host", host) if error.errno in NO_HOST else ("--port", port)
+        raise _refused(flag, value, host, error.strerror) from None
+
+
+def _refused(flag: str, value: str | int, host: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{flag} {value}: the server cannot listen on {host} ({why}); choose another"
+    )
 
 
 def _starts_server() -> bool:

@@ -89,7 +89,8 @@ def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
     prompts, params = _prompts(obj), _each(obj.sampling_params)
     if over_http:
         _check_given(obj, params)
-        _check_answers(len(prompts), [each.get("n") for each in params])
+        count = len(prompts) or _embedded(obj.input_embeds)
+        _check_answers(count, [each.get("n") for each in params])
     for prompt in prompts:
         _check_prompt(prompt, vocab_size)
     for number in _each(obj.top_logprobs_num):
@@ -230,6 +231,12 @@ def _lists(ids: Any) -> list[Any]:
 def _prompts(obj: Any) -> list[Any]:
     """The prompts, as text or as token ids."""
     return _lists(obj.input_ids) if obj.text is None else _each(obj.text)
+
+
+def _embedded(embeds: Any) -> int:
+    """The number of prompts that are given as embeddings: one, or a list of them."""
+    several = isinstance(embeds, list) and embeds and isinstance(embeds[0], list)
+    return len(embeds) if several and embeds[0] and isinstance(embeds[0][0], list) else 1
 
 
 def _check_answers(prompts: int, ns: Iterable[int | None]) -> None:

@@ -230,6 +230,7 @@ class FolderLinker(UnifiedCacheLinker):
         """Read the files of a prefix, of which `keys` are the tokens that SGLang lacks."""
         if self.staged is not None and self.staged.keys == keys:
             return True  # its request did not fit into the last step
+        self.staged = None
         page = self._read(keys[-1] + STATE, self.memory.page_bytes)
         if page is None:
             return False
