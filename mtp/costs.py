@@ -82,13 +82,13 @@ class Costs:
         self._cold = COLD  # drafts that may still be cold
         self._catch_ups = deque([0.0], maxlen=CATCH_UPS)  # cost of a pending token, each time
         self._tables: dict[tuple[int, int], Table] = {}
-        self._timed = 0  # steps
+        self.timed = 0  # steps
 
     def observe_step(self, batch: int, tokens: int, seconds: float) -> None:
         """A step of `batch` requests and `tokens` tokens, without prefill, took `seconds`."""
         self._steps.observe(batch, tokens / batch - 1, seconds)
-        self._timed += 1
-        if self._timed % REFRESH == 0:
+        self.timed += 1
+        if self.timed % REFRESH == 0:
             self._tables.clear()
 
     def observe_draft(self, requests: int, passes: int, pending: int, seconds: float) -> None:

@@ -83,7 +83,8 @@ class DraftHead(nn.Module):
             return
         if self.head is not None:
             self._read(changed)
-        self.drafted = self._drafted()
+        if self.head is None or self.ranks.world_size > 1:  # else it has all places, always
+            self.drafted = self._drafted()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The likeliest token for each. Shapes: hidden_states [N, D], returns [N]."""

@@ -151,12 +151,11 @@ class Adaptive(Policy):
             self._answer += (known.tokens - self._answer) / ANSWERS
 
     def snapshot(self) -> dict[str, Any]:
-        table = self.costs.table(self._batch, self.num_drafts)
-        return {
-            "acceptance": self._all.chances(self._prior, PRIOR_WEIGHT),
-            "step_seconds": table.step[:: self._batch],
-            "draft_seconds": table.draft,
-        }
+        found: dict[str, Any] = {"acceptance": self._all.chances(self._prior, PRIOR_WEIGHT)}
+        if self.costs.timed:
+            table = self.costs.table(self._batch, self.num_drafts)
+            found |= {"step_seconds": table.step[:: self._batch], "draft_seconds": table.draft}
+        return found
 
     def _choose(self, plans: Sequence[Plan], catch_up: Sequence[float]) -> int:
         """The passes of the plan to follow now. `catch_up`: seconds that each costs once."""

@@ -117,5 +117,7 @@ class Worker(OffloadingWorker):
         """Let go of the shared memory."""
         self.layers.clear()
         if self.region is not None:
+            with suppress(FileNotFoundError):  # after a start that failed before `get_manager`
+                os.unlink(self.region.mmap_path)
             self.region.cleanup()
             self.region = None

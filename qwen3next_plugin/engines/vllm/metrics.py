@@ -79,6 +79,11 @@ class MetricsCollector(Collector):
         self.model = str(vllm_config.model_config.served_model_name)
         self.boards: dict[int, Board] = {}
 
+    def describe(self) -> Iterator[Family]:
+        """The names, for the registry, which would collect: boards may be an earlier server's."""
+        for metric in metrics(self.num_drafts):
+            yield family(metric, self.model, {})
+
     def collect(self) -> Iterator[Family]:
         for engine, path in self.paths.items():
             if engine not in self.boards and (board := attach(path, self.num_drafts)):

@@ -1,4 +1,4 @@
-"""The MTP layer of the checkpoint, driven by vLLM's propose loop."""
+"""The MTP layer of the checkpoint; on a GPU vLLM's own loop drafts with it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -30,7 +30,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 def reload(
     runner: Any, path: str | None, given: Iterable[tuple[str, torch.Tensor]] | None
 ) -> str | None:
-    """Serve the weights that are given, or those of a folder, by default the model's own.
+    """Serve the weights that are given, or those of a folder, by default of the last one.
 
     Returns: why they are refused, by this rank or another one; the old weights stay then.
 

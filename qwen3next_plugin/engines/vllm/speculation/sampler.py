@@ -84,7 +84,7 @@ class CoupledSampler:
         """
         holder = sampling_metadata.thinking_budget_state_holder
         if not any(metadata.num_draft_tokens):
-            if holder is not None:
+            if holder is not None and holder.has_tracked_requests():
                 sampling_metadata = replace(
                     sampling_metadata, thinking_budget_state_holder=without_drafts(holder)
                 )
