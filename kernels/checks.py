@@ -1,8 +1,8 @@
 """Checks of an op's arguments: shape, dtype, device and strides.
 
-A call is checked once, in its public op. Checking the many arguments of the two ops on state pages
-in Python would cost every layer time: native/arguments.h does it in C++, and `check_arguments` of
-their arguments.py, with the same messages, for the other backends.
+A call is checked once, in its public op. Checking the many arguments of an op on state pages in
+Python would cost every layer time: native/arguments.h does it in C++, and the op's arguments.py for
+the other backends.
 """
 
 import torch

@@ -54,7 +54,7 @@ def described(device_type: str) -> str:
     """What runs the ops on such a device, for the line that an engine logs at start."""
     if env.kernels() == "reference":
         return "slow reference"
-    if BACKEND_OF[device_type] == "triton":
+    if backend(OPS[0], device_type) == "triton":
         return "Triton"
     from qwen3next_plugin.kernels import native
 

@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from qwen3next_plugin.kernels.causal_conv1d.arguments import check_convolution
+from qwen3next_plugin.kernels.causal_conv1d.arguments import WIDTH, check_convolution
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, check_contiguous
 from qwen3next_plugin.kernels.gated_delta_rule import arguments as rule
 from qwen3next_plugin.kernels.pages import StatePool
-from qwen3next_plugin.kernels.step import Step
+from qwen3next_plugin.kernels.step import GRID, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,4 +103,7 @@ def checked_heads(
     inputs = rule.RuleInputs(heads.q, heads.k, heads.v.flatten(1, 2), heads.a, heads.b)
     rule.check_arguments(inputs, rule.RuleWeights(weights.A_log, weights.dt_bias), pool, step)
     check_convolution(heads.q, 2 * H * K + HV * V, weights.conv, pool)
+    inputs_back, tokens_back = pool.conv.shape[1] - WIDTH, pool.key.shape[1] - GRID
+    if inputs_back != tokens_back:
+        raise ValueError(f"{op}: conv_ rolls back {inputs_back} tokens, key_ {tokens_back}")
     return heads

@@ -1,5 +1,7 @@
 #include "arguments.h"
+#include "convolution.h"
 #include "ops.h"
+#include "step.h"
 
 namespace Q3N_LEVEL {
 
@@ -38,6 +40,10 @@ void gated_delta_net(Tensor qkvz, Tensor ba, int64_t H, int64_t HV, int64_t K, i
   arguments.expect("out_", out_, {T, HV * V}, {dtype});
   arguments.require(T <= 1 || out_.stride(0) == HV * V, "out_ is not contiguous: strides ",
                     listed(out_.strides()));
+  arguments.expect_dims("conv_", conv_, 3);
+  arguments.expect_dims("key_", key_, 4);
+  arguments.require(conv_.size(1) - kWidth == key_.size(1) - kGrid, "conv_ rolls back ",
+                    conv_.size(1) - kWidth, " tokens, key_ ", key_.size(1) - kGrid);
   // Parts of a token's row, where the first head's begins: of a head, or all heads' one by one.
   const int64_t row = qkvz.stride(0), ba_row = ba.stride(0), all = flat ? H : 1;
   const auto part = [&](int64_t start, int64_t width) {

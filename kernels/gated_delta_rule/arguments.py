@@ -44,7 +44,7 @@ def check_arguments(x: RuleInputs, weights: RuleWeights, pool: StatePool, step: 
     (T, H, K), (_, HV, V) = sizes(op, "q", q, 3), sizes(op, "v", x.v, 3)
     _, W, _, _ = sizes(op, "key_", pool.key, 4)
     slots, _ = sizes(op, "span_", pool.span, 2)
-    if H == 0 or HV % H or K > MAX_HEAD_DIM:
+    if H == 0 or HV % H or not 0 < K <= MAX_HEAD_DIM or not V:
         raise ValueError(f"{op}: cannot serve {H} key heads of dim {K} with {HV} value heads")
     if W < GRID:
         raise ValueError(f"{op}: key_ holds {W} tokens, fewer than a cell of {GRID}")

@@ -24,8 +24,9 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   const Dims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
   const ScalarType dtype = q.scalar_type(), fp32 = ScalarType::Float;
   const int64_t slots = span_.size(0);
-  arguments.require(d.H > 0 && d.HV % d.H == 0 && d.K <= kMaxDim, "cannot serve ", d.H,
-                    " key heads of dim ", d.K, " with ", d.HV, " value heads");
+  arguments.require(d.H > 0 && d.HV % d.H == 0 && 0 < d.K && d.K <= kMaxDim && d.V > 0,
+                    "cannot serve ", d.H, " key heads of dim ", d.K, " with ", d.HV,
+                    " value heads");
   arguments.require(d.W >= kGrid, "key_ holds ", d.W, " tokens, fewer than a cell of ", kGrid);
   arguments.expect("q", q, {d.T, d.H, d.K}, {ScalarType::BFloat16, ScalarType::Half, fp32});
   arguments.expect("k", k, {d.T, d.H, d.K}, {dtype});

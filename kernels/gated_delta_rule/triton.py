@@ -71,7 +71,7 @@ def run_layer(
     """Run the layer on its pages; see the public op `gated_delta_net` for what it computes.
 
     Without conv, q, k and v are used as they are. Without norm, out_ is the output of the
-    recurrence. No row has more than max_query_len tokens.
+    recurrence. No row with a page has more than max_query_len tokens.
 
     Shapes: out_ [T, HV, V] or [T, HV * V], contiguous
     """

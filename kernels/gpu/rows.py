@@ -99,7 +99,7 @@ def row_of_chunk(step, index, N, T, LEAST: tl.constexpr, C: tl.constexpr):
         end = tl.load(step.query_start_loc + at + 1, mask=there, other=0)
         c = tl.maximum(tl.load(step.context_len + at, mask=there, other=0), 0)
         n = end - begin
-        counts = (begin >= 0) & (n >= LEAST) & (end <= T)
+        counts = (begin >= 0) & (begin <= end) & (n >= LEAST) & (end <= T)
         chunks = tl.where(counts, (c % C + n - 1) // C + 1, 0)
         sums = total + tl.cumsum(chunks, 0)
         passed = there & (sums <= index)

@@ -17,7 +17,7 @@ def silu(x):
 @triton.jit
 def softplus(x):
     """log(1 + exp x). For small y = exp x, log(1 + y) · y / ((1 + y) − 1) keeps every digit."""
-    y = tl.exp(tl.minimum(x, 20.0))
+    y = tl.exp(tl.where(x > 20.0, 20.0, x))  # a minimum would drop NaN
     w = 1.0 + y
     small = w == 1.0
     log1p = tl.where(small, y, tl.log(w) * y / tl.where(small, 1.0, w - 1.0))

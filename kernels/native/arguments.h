@@ -1,4 +1,4 @@
-// Checks of an op's arguments: those of kernels/checks.py with the same messages, faster.
+// Checks of an op's arguments: those of kernels/checks.py, faster.
 #pragma once
 
 #include <initializer_list>

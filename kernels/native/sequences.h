@@ -122,10 +122,10 @@ inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const 
           M, " positions");
     const int32_t* pages = table + rows[i] * token_table.stride(0);
     paging.check_row(i, pages, S);
-    check(!mask || masked + n * n <= entries, "row ", i, ": its ", n, " x ", n,
+    check(!tree_mask || masked + n * n <= entries, "row ", i, ": its ", n, " x ", n,
           " entries end beyond the ", entries, " of tree_mask");
     sequences.push_back({begin, n, S - n, pages, paging.page, mask ? mask + masked : nullptr});
-    if (mask) masked += n * n;
+    if (tree_mask) masked += n * n;
   }
   check(masked == entries, "tree_mask has ", entries, " entries, the rows ", masked);
   return sequences;

@@ -45,7 +45,10 @@ class NgramTable:
         if dtype not in STORED or (scale is None) != (dtype not in SCALED):
             raise ValueError(f"an n-gram table is {dtype}, with scale {scale}")
         shapes = ((1,), (rows,))
-        if scale is not None and (scale.dtype != torch.float32 or scale.shape not in shapes):
+        if scale is not None and not (
+            (scale.dtype == torch.float32 and scale.shape in shapes)
+            and (scale.is_contiguous() and scale.device.type == "cpu")
+        ):
             raise ValueError(f"an n-gram table's scale is {scale.dtype} {tuple(scale.shape)}")
         addresses = torch.tensor([shard.data_ptr() for shard in shards])
         return cls((rows, d), dtype, tuple(shards), shard_rows, addresses, scale, mapped)

@@ -72,8 +72,10 @@ def paged_attention(
     _, Hq, D = sizes(op, "q", q, 3)
     cache = sizes(op, "key_cache", key_cache, 4 if key_cache.ndim == 4 else 3)
     Hkv, N = cache[-2], table_row.numel()
-    if not 0 < D <= MAX_DIM or not cache[1] * Hkv or Hq % Hkv:
+    if not 0 < D <= MAX_DIM or not cache[1] * Hkv * Hq or Hq % Hkv:
         raise ValueError(f"{op}: cannot serve {Hq} query heads of {D} dims with {Hkv} kv heads")
+    if not scale > 0:
+        raise ValueError(f"{op}: scale is {scale}, not above 0")
     check_page(op, "q", q, (Hq, D), ACTIVATIONS, q.device)
     if key_cache.ndim == 4:
         shape = (*cache[:2], Hkv, D)

@@ -136,6 +136,20 @@ def test_refuses_heads_that_are_not_shared_evenly(backend):
         net(pool, step, torch.zeros(2, 208), torch.zeros(2, 6))
 
 
+def test_refuses_a_page_that_rolls_back_unequally(backend):
+    """Its convolution would forget inputs of tokens that its rule may roll back."""
+    net, pool, step = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS), Step(((0, 0, 2),))
+    pool.conv_ = pool.conv_[:, 1:]
+    with pytest.raises(ValueError, match=f"conv_ rolls back {DRAFTS - 1} tokens, key_ {DRAFTS}"):
+        net(pool, step, *net.inputs(2))
+
+
+def test_a_decay_that_is_no_number_shows(backend):
+    net, pool = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS)
+    net.layer.dt_bias[:] = torch.nan
+    assert net(pool, Step(((0, 0, 2),)), *net.inputs(2))[1].isnan().all()  # token 0 decays nothing
+
+
 def test_no_rows(backend):
     net, pool = Net(SMALL, torch.float32), Pool(SMALL, 1, DRAFTS)
     assert (net(pool, Step(()), *net.inputs(3)) == 0).all()

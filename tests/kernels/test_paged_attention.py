@@ -1,5 +1,6 @@
 """Attention over the pool of tokens: as its equation, with bits that depend on the query alone."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -295,6 +296,7 @@ def test_tokens_of_no_sequence_are_zero(cpu_backend):
         ({"seq_lens": int32(13, 9)}, "row 0: seq_lens 13 is not between its 3 tokens and 12"),
         ({"seq_lens": int32(8, 9)}, f"row 0: position 7 is in page {NOWHERE}, not one of 25 pages"),
         ({"tree_mask": torch.ones(12).bool()}, "row 1: its 2 x 2 entries end beyond the 12 of"),
+        ({"tree_mask": torch.ones(0).bool()}, "row 0: its 3 x 3 entries end beyond the 0 of"),
         ({"tree_mask": torch.ones(14).bool()}, "tree_mask has 14 entries, the rows 13"),
     ],
 )
@@ -344,6 +346,9 @@ def test_refuses_what_is_no_page(cpu_backend, page):
         ("seq_lens", lambda x: x[:-1], "seq_lens has shape"),
         ("tree_mask", lambda _: torch.ones(13), r"tree_mask is torch\.float32"),
         ("tree_mask", lambda _: torch.ones(1, 13).bool(), "tree_mask has shape"),
+        ("q", lambda x: x[:, :0], "cannot serve 0 query heads"),
+        ("scale", lambda _: 0.0, r"scale is 0\.0, not above 0"),
+        ("scale", lambda _: math.nan, "scale is nan, not above 0"),
     ],
 )
 def test_refuses(cpu_backend, name, change, complaint):

@@ -131,7 +131,7 @@ def _subject(served: Served) -> Mapping[str, str]:
     """All that decides what the kernels compute, by name."""
     return {
         "device": _name(served.device),
-        "kernels": _kernels(served.device),
+        "kernels": dispatch.described(served.device.type),
         "chosen": env.kernels(),
         "plugin": f"{__version__} {_sources()}",
         "torch": torch.__version__,
@@ -144,12 +144,6 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "this processor"
-
-
-def _kernels(device: torch.device) -> str:
-    """Which kernels; on a CPU with their instruction set."""
-    interpreted = dispatch.backend("gated_delta_net", device.type) == "triton"
-    return "Triton" if interpreted else dispatch.described(device.type)
 
 
 def _sources() -> str:
