@@ -26,6 +26,7 @@ OF_BOTH = (
     "block_files",
     "processor",
     "alike",
+    "nixl",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors

@@ -26,13 +26,16 @@ UNIT = 32  # tokens: a hit ends at a multiple of them, one earlier with MTP
 
 
 @contextmanager
-def routed(servers: Sequence[Server]) -> Iterator[openai.OpenAI]:
-    """A client of both, through a router that has found them."""
+def routed(servers: Sequence[Server], *how: str) -> Iterator[openai.OpenAI]:
+    """A client of both, through a router that has found them.
+
+    Args: how: the router's flags that name them, by default as servers of which any one answers.
+    """
     port = str(free_port())
     where = ("--host", "127.0.0.1", "--port", port, "--prometheus-port", str(free_port()))
-    urls = [server.address for server in servers]
+    how = how or ("--worker-urls", *(server.address for server in servers))
     command = [str(PYTHON), "-m", "sglang_router.launch_router", *where, "--policy", "cache_aware"]
-    process = Process([*command, "--worker-urls", *urls], dict(os.environ))
+    process = Process([*command, *how], dict(os.environ))
     address = f"http://127.0.0.1:{port}"
 
     def found() -> bool:

@@ -37,6 +37,7 @@ from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.engines.sglang.state.folder_flags import check_folder
+from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover, hands_over
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.reading import check_stored
@@ -146,10 +147,12 @@ def check_flags(server_args: Any, *, on_cpu: bool) -> None:
         ConfigError: names the flag and the fix.
     """
     algorithm = server_args.speculative_algorithm
-    for name, (values, why, fix) in served(drafts=bool(algorithm), on_cpu=on_cpu).items():
+    tables = served(drafts=bool(algorithm), on_cpu=on_cpu, apart=hands_over(server_args))
+    for name, (values, why, fix) in tables.items():
         if (value := getattr(server_args, name)) not in values:
             raise refusal(name, value, why, fix)
     check_folder(server_args, on_cpu=on_cpu)
+    check_handover(server_args)
     if not on_cpu:
         _check_kernels(server_args.cuda_graph_config)
     if algorithm:

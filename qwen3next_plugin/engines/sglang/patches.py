@@ -31,6 +31,7 @@ from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import nodes, patterns, penalties, requests, sessions
 from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
+from qwen3next_plugin.engines.sglang.state import handover
 from qwen3next_plugin.versions import check_host
 
 VERSIONS = "==0.5.23"  # that need these patches
@@ -39,6 +40,7 @@ Attribute = partial(patching.Attribute, versions=VERSIONS)
 Override = partial(patching.Override, versions=VERSIONS)
 
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+TRANSFERS = "sglang.srt.disaggregation.common.conn"
 
 ANYWHERE: tuple[Entry, ...] = (
     Patch(
@@ -345,6 +347,40 @@ ON_CPU: tuple[Entry, ...] = (
         reason="SGLang gives a linker the new nodes of a prompt before the MTP layer has read it, "
         "and no node above them, in which a file of KV may begin",
         remove_when="SGLang tells a linker when a request has ended, with its whole prefix",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.init_disaggregation",
+        parameters=("self",),
+        function=handover.beside_computation,
+        reason="SGLang's NIXL backend takes the memory of KV and states for a GPU's, and NIXL's "
+        "thread keeps a core busy",
+        remove_when="SGLang registers memory by its device, and NIXL waits for data",
+    ),
+    Patch(
+        target=f"{TRANSFERS}.CommonKVManager.register_to_bootstrap",
+        parameters=("self",),
+        function=handover.with_what_is_alike,
+        reason="SGLang compares neither weights nor states between two servers",
+        remove_when="a model can add to what is compared",
+    ),
+    Patch(
+        target=f"{TRANSFERS}.CommonKVReceiver.init",
+        parameters=("self", "prefill_dp_rank"),
+        function=handover.refuse_others,
+        reason="a page of another size would be written beside its place; where SGLang compares, "
+        "it ends the decode server",
+        remove_when="SGLang fails a request whose prefill server has other states",
+    ),
+    Patch(
+        target="sglang.srt.disaggregation.decode.DecodePreallocQueue._send_kv_metadata",
+        parameters=(
+            *("self", "decode_req", "kv_indices", "page_size", "state_indices"),
+            "metadata_kwargs",
+        ),
+        function=handover.begin_unread_page,
+        reason="SGLang checks a decode server's health with requests whose state it leaves as it "
+        "was; a page says where it continues, which ends the server",
+        remove_when="SGLang's checks have a prefill, or a pool is asked for their states",
     ),
     Patch(
         target=f"{UPDATES}.update_weights_from_disk",

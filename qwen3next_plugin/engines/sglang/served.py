@@ -7,6 +7,7 @@ from qwen3next_plugin.model.state import STATE_DTYPES
 
 PAGES = "a state page is kept and copied whole"
 POOL = "state pages stay in one pool"
+HANDED_OVER = "prompts are handed over whole, from memory to memory"
 RANKS = "this model is spread over the ranks of --tp-size only"
 BATCH = "a step runs one batch"
 OWN = "the plugin brings its own linear attention"
@@ -51,7 +52,6 @@ SERVED: Served = {
     "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
     "enable_lmcache": ((False,), POOL, LEAVE_OUT),
     "enable_flexkv": ((False,), POOL, LEAVE_OUT),
-    "disaggregation_mode": (("null",), "state pages stay in one process", LEAVE_OUT),
 }
 SERVED_ON_CPU: Served = {
     "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
@@ -70,6 +70,7 @@ SERVED_ON_CPU: Served = {
 SERVED_ON_GPU: Served = {
     "enable_lora": ((None, False), NO_LORA, LEAVE_OUT),
     "lora_paths": ((None, [], {}), NO_LORA, LEAVE_OUT),
+    "disaggregation_mode": (("null",), "pages are handed over between CPUs only", LEAVE_OUT),
     "mamba_radix_cache_strategy": (
         ("auto", "no_buffer", "extra_buffer"),
         "a slot for the next page is reserved before it is needed",
@@ -111,11 +112,25 @@ SERVED_WITH_DRAFTS_ON_GPU: Served = {
     "speculative_eagle_topk": ((None, 1), "draft trees are verified on a CPU only", "use 1"),
 }
 
+# More, where another server reads the prompts, or decodes.
+SERVED_APART: Served = {
+    "disaggregation_transfer_backend": (("nixl",), "it does not copy between CPUs", "use nixl"),
+    "disaggregation_enable_kv_checksum": ((False,), "it is computed on a GPU", LEAVE_OUT),
+    "disaggregation_decode_enable_radix_cache": ((False,), HANDED_OVER, LEAVE_OUT),
+    "disaggregation_decode_enable_offload_kvcache": ((False,), POOL, LEAVE_OUT),
+    "disaggregation_decode_host_receive_threshold": ((1.0,), POOL, LEAVE_OUT),
+    "disaggregation_decode_retraction_backup": ((None, "cpu_tensor"), POOL, LEAVE_OUT),
+    "enable_pd_role_switch": ((False,), "a server keeps its part", LEAVE_OUT),
+    "enable_unified_cache_external_linker": ((False,), HANDED_OVER, LEAVE_OUT),
+    "kv_cache_dtype": (("auto",), "KV has the model's dtype in both servers", LEAVE_OUT),
+    "speculative_eagle_topk": ((None, 1), "drafts of a decode server are chains", "use 1"),
+}
 
-def served(*, drafts: bool, on_cpu: bool) -> Served:
+
+def served(*, drafts: bool, on_cpu: bool, apart: bool) -> Served:
     """The tables that apply."""
     tables = SERVED | (SERVED_ON_CPU if on_cpu else SERVED_ON_GPU)
     if drafts:
         tables |= SERVED_WITH_DRAFTS
         tables |= SERVED_WITH_DRAFTS_ON_CPU if on_cpu else SERVED_WITH_DRAFTS_ON_GPU
-    return tables
+    return tables | (SERVED_APART if apart else {})

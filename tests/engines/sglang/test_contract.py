@@ -70,6 +70,7 @@ OVERRIDDEN = {
         "MambaPool": {
             "clear_slots": ["self", "indices"],
             "copy_from": ["self", "src_indices", "dst_indices"],
+            "get_cpu_copy": ["self", "indices"],
         },
     },
     "srt/mem_cache/unified_cache/unified_cache_linker.py": {
@@ -184,6 +185,10 @@ CALLED = {
         "get_hash_values": ["self", "node_id"],
         "get_prefix_hash_values": ["self", "node_id"],
     },
+    "srt/disaggregation/common/conn.py": {
+        "record_failure": ["self", "bootstrap_room", "failure_reason"],
+        "update_status": ["self", "bootstrap_room", "status"],
+    },
     "srt/managers/tp_worker.py": {"deserialize_own_rank": ["self", "serialized_named_tensors"]},
     "srt/managers/scheduler_components/weight_updater.py": {
         "_select_runners": ["self", "selector"],
@@ -236,6 +241,7 @@ PASSED = {
 }
 # Fields our code reads.
 FIELDS = {
+    "srt/disaggregation/common/conn.py": {"PrefillServerInfo": ["kv_layout"]},
     "srt/managers/io_struct.py": {
         "BeginWeightUpdateReqInput": ["selector"],
         "GenerateReqInput": ["contains_mm_input", "input_embeds", "positional_embed_overrides"],
@@ -297,6 +303,10 @@ FIELDS = {
 }
 # What a host's class keeps on itself, and ours reads.
 KEPT = {
+    "srt/disaggregation/common/conn.py": {
+        "CommonKVManager": ["kv_layout", "prefill_info_table"],
+        "CommonKVReceiver": ["kv_mgr", "bootstrap_addr", "bootstrap_room", "conclude_state"],
+    },
     "srt/lora/lora_config.py": {"LoRAConfig": ["hf_config", "r"]},
     "srt/lora/lora_manager.py": {"LoRAManager": ["configs", "loras", "max_loras_per_batch"]},
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
@@ -488,6 +498,25 @@ def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(
     left_out = ("watermark_", "sampling_mask_", "sampling_support_", "rids_", "bootstrap_room_")
     found = {name for name in tensors if not name.startswith(left_out)}
     assert found == {*OF_LOGITS, *SUMS, *OF_REQUEST}
+
+
+def test_nixls_agent_is_looked_up_when_it_is_made(sources):
+    """And SGLang names the memory of KV and states VRAM: nothing else decides where it is."""
+    tree = sources.tree("srt/disaggregation/nixl/conn.py")
+    made = ast.unparse(definition(definition(tree, "NixlKVManager"), "__init__"))
+    assert "from nixl._api import nixl_agent," in made
+    assert "self.agent = nixl_agent(" in made
+    queue = sources.tree("srt/disaggregation/decode.py")
+    assert "= ['VRAM'] * len(draft_kv_data_ptrs)" in ast.unparse(queue)
+
+
+def test_a_prefill_server_registers_and_is_known_by_its_layout(sources):
+    tree = sources.tree("srt/disaggregation/common/conn.py")
+    register = definition(definition(tree, "CommonKVManager"), "register_to_bootstrap")
+    assert "'kv_layout': self.kv_layout" in ast.unparse(register)
+    assert "kv_layout=self.kv_layout" in ast.unparse(definition(tree, "_handle_route_get"))
+    compared = "info.kv_layout is not None and self.kv_layout is not None"
+    assert compared in ast.unparse(definition(tree, "try_ensure_parallel_info"))
 
 
 def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):

@@ -89,6 +89,7 @@ def steps(monkeypatch):
     schedule = Bag(chunked_prefill_size=8, max_prefill_tokens=100)
     monkeypatch.setattr(module, "get_schedule", lambda: schedule)
     monkeypatch.setattr(module, "get_parallel", lambda: Bag(tp_group=Bag(world_size=1)))
+    monkeypatch.setattr(module, "get_disagg", lambda: Bag(disaggregation_mode="null"))
     fed = {}
 
     def forward(self, batch, rows):
@@ -110,6 +111,20 @@ def test_a_prompt_is_read_with_the_step_after_it(steps):
     assert steps.fed == {"a": (0, 6)}
     assert steps.decode(6, [a]) == {"a": 3}
     assert steps.fed == {"a": (6, 1)}
+
+
+def test_a_server_of_prompts_only_reads_them_at_once(steps):
+    """In chunks, with the token that follows each; what another server drafts from is all there."""
+    a, b = Request("a", 10), Request("b")
+    steps.loop.must_run = True
+    steps.read(0, 5, a, chunked=a)
+    assert steps.fed == {"a": (0, 5)}
+    drafts = steps.read(5, 4, a, b)
+    assert steps.fed == {"a": (5, 4), "b": (5, 4)}
+    assert steps.pending("a", "b") == [0, 0]
+    assert (drafts.topk_p.shape, drafts.topk_index.shape) == ((2, 1), (2, 1))
+    assert drafts.hidden_states.shape == (2, D)
+    assert all(not len(row.tokens.hidden_states) for row in steps.loop.rows)
 
 
 def test_steps_of_the_same_batch_are_collected(steps):

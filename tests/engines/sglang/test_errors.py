@@ -93,6 +93,8 @@ def test_batch_invariance_in_another_dtype(monkeypatch, checkpoint, complete):
         {"disable_radix_cache": True},
         {"kv_cache_dtype": "auto", "mamba_ssm_dtype": "bfloat16"},
         {"load_format": "dummy"},
+        NEXTN | {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"},
+        {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"},
     ],
     ids=str,
 )
@@ -132,7 +134,6 @@ REFUSED = {
     "page_size": 16,
     "mamba_ssm_dtype": "float16",
     "radix_cache_backend": "other",
-    "disaggregation_mode": "prefill",
     "cpu_offload_gb": 4,
     "qsa_indexer_dtype": "fp8_e4m3",
     "pp_size": 2,
@@ -153,6 +154,14 @@ REFUSED_ON_GPU = {
     "mamba_radix_cache_strategy": "extra_buffer_lazy",
     "speculative_eagle_topk": 2,
     "lora_paths": ["adapter"],
+    "disaggregation_mode": "prefill",
+}
+REFUSED_APART = {
+    "disaggregation_transfer_backend": "mooncake",
+    "disaggregation_decode_host_receive_threshold": 0.5,
+    "disaggregation_decode_retraction_backup": "host_pool",
+    "kv_cache_dtype": "bf16",
+    "speculative_eagle_topk": 2,
 }
 REFUSED_WITH_DRAFTS = {
     "speculative_draft_model_quantization": "fp8",
@@ -199,6 +208,15 @@ def test_every_flag_of_the_tables_is_refused_by_name(complete, checkpoint, name,
     written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
     assert str(raised.value).startswith(written)
     assert "; " in str(raised.value)
+
+
+@pytest.mark.parametrize("name", served.SERVED_APART)
+def test_every_flag_of_two_servers_is_refused_by_name(complete, checkpoint, name):
+    mode = {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"}
+    value = REFUSED_APART.get(name, True)
+    written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
+    with pytest.raises(ConfigError, match=f"^{written}.*; "):
+        check_flags(Given(complete(checkpoint, **mode), name, value), on_cpu=True)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +280,10 @@ def streams(tmp_path_factory):
         ({"load_format": "dummy"}, "--load-format dummy: the table of n-grams .*; leave it out"),
         ({"kv_cache_dtype": "bf16"}, "--kv-cache-dtype bf16: .*float32; leave it out"),
         ({"qsa_indexer_dtype": "fp8_e4m3"}, "--qsa-indexer-dtype fp8_e4m3: .*; leave it out"),
+        (
+            {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"},
+            "--disaggregation-mode prefill: .* several streams .*; leave it out",
+        ),
     ],
     ids=str,
 )

@@ -14,7 +14,8 @@ from engines.folders import damage, files, settled
 from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from engines.sglang.updating import refused
-from qwen3next_plugin.engines.sglang.state.folder_flags import FLAG, LINKER, MODULE
+from qwen3next_plugin.engines.sglang.state.alike import LINKER_FLAG
+from qwen3next_plugin.engines.sglang.state.folder_flags import LINKER, MODULE
 
 pytestmark = pytest.mark.serve
 
@@ -33,7 +34,7 @@ def flags(folder: Path, folder_bytes: int = 1 << 30) -> tuple[str, ...]:
     settings = {"folder": str(folder), "folder_bytes": folder_bytes}
     linker = {"linker": LINKER, "linker_module_path": MODULE, "linker_extra_config": settings}
     return (
-        *(FLAG, "--unified-cache-external-linker-backend", "dynamic"),
+        *(LINKER_FLAG, "--unified-cache-external-linker-backend", "dynamic"),
         *("--unified-cache-external-linker-config", json.dumps(linker)),
         *("--context-length", "2048", "--max-total-tokens", "8192"),
         *("--max-mamba-cache-size", "40"),

@@ -10,13 +10,8 @@ import pytest
 from checkpoints import write_checkpoint
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines import alike
-from qwen3next_plugin.engines.sglang.state.folder_flags import (
-    LINKER,
-    MODULE,
-    check_folder,
-    refuse_other_weights,
-    space,
-)
+from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
+from qwen3next_plugin.engines.sglang.state.folder_flags import LINKER, MODULE, check_folder, space
 
 
 def given(folder: Path | str, **changes: Any) -> SimpleNamespace:
@@ -39,6 +34,7 @@ def given(folder: Path | str, **changes: Any) -> SimpleNamespace:
         "lora_paths": None,
         "load_format": "auto",
         "schedule_policy": "fcfs",
+        "disaggregation_mode": "null",
     }
     return SimpleNamespace(**(flags | changes))
 

@@ -13,7 +13,12 @@ pytest.importorskip("sglang")
 
 from qwen3next_plugin.engines.sglang.repairs import patterns
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
-from qwen3next_plugin.engines.sglang.repairs.requests import check, check_positions, check_request
+from qwen3next_plugin.engines.sglang.repairs.requests import (
+    check,
+    check_positions,
+    check_request,
+    check_room,
+)
 
 V = 4096
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]), vocab_size=V, is_multimodal=False)
@@ -110,6 +115,14 @@ def test_positions_need_a_prompt_that_one_step_reads(monkeypatch, no_cache, chun
         check_positions([0, 4], range(5))
     with pytest.raises(ValueError, match="token_indices_to_pool is 5; allowed are 0 to 4"):
         check_positions([0, 5], range(5))
+
+
+def test_a_room_is_of_two_servers_or_sglangs_own():
+    for host, room in (("10.0.0.1", 1), ("10.0.0.1", 2**63 - 1), ("2.2.2.2", 0), (None, None)):
+        check_room(host, room)
+    for host, room in (("10.0.0.1", 0), ("10.0.0.1", 2**63), ("2.2.2.2", -1), (None, 0)):
+        with pytest.raises(ValueError, match=f"bootstrap_room is {room}; allowed are"):
+            check_room(host, room)
 
 
 def test_types_of_numpy_are_allowed():

@@ -35,6 +35,11 @@ def check_streams(config: Qwen3NextConfig, server_args: Any, *, on_cpu: bool) ->
             "--enable-unified-cache-external-linker: caches of a model with several streams are "
             "not kept in files; leave it out"
         )
+    if (mode := server_args.disaggregation_mode) != "null":
+        raise ConfigError(
+            f"--disaggregation-mode {mode}: caches of a model with several streams are not handed "
+            f"over; leave it out"
+        )
     if (server_args.speculative_eagle_topk or 1) > 1:
         raise ConfigError(
             f"--speculative-eagle-topk {server_args.speculative_eagle_topk}: a model with several "

@@ -22,6 +22,7 @@ MAX_N = 128  # as in OpenAI's API
 MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else while it queues them
 MAX_LOGPROBS = 1000  # per token; each is a Python object in three processes
 MAX_INT32 = 2**31 - 1  # SGLang's dtype for top_k
+MAX_ROOM = 2**63 - 1  # the most that SGLang's router asks for
 # Beyond these, logits overflow fp32 at the lowest temperature, 1e-6.
 MIN_REPETITION_PENALTY, MAX_BIAS = 1e-6, 1e20
 
@@ -74,6 +75,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         _check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
         check_positions(made.token_indices_to_pool, made.input_ids)
         check_embeds(made, manager.model_config.hidden_size)
+        check_room(made.bootstrap_host, made.bootstrap_room)
         check_streams_request(obj, manager.model_config.hf_config)
     return made
 
@@ -163,6 +165,19 @@ def check_embeds(made: Any, hidden_size: int) -> None:
         )
     if isinstance(given.embeds, torch.Tensor):
         _check_rows("positional_embed_overrides", given.embeds, hidden_size)
+
+
+def check_room(host: str | None, room: int | None) -> None:
+    """Check the number by which a prefill and a decode server know a request.
+
+    0 says that a server has not written yet. SGLang's own requests, of one server, have it.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    _check_range("bootstrap_room", room, 0 if host == FAKE_BOOTSTRAP_HOST else 1, MAX_ROOM)
 
 
 def _check_rows(field: str, rows: torch.Tensor, hidden_size: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.runtime_context import get_disagg, get_parallel, get_schedule
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
 from qwen3next_plugin.engines.sglang.names import logger
@@ -35,6 +35,8 @@ class Drafter(Chains):
             ranks=get_parallel().tp_group,
             max_tokens=chunk if chunk > 0 else whole,
             room=self._room,
+            # What the layer has read is handed over with the prompt, so it may miss no token.
+            must_run=get_disagg().disaggregation_mode == "prefill",
         )
         self.decoding: dict[str, Req] = {}  # requests of the last step that decoded
         self.read: dict[str, Req] = {}  # those whose prompts were read since that step
@@ -51,13 +53,18 @@ class Drafter(Chains):
     def after_prompts(
         self, batch: ScheduleBatch, hidden_states: torch.Tensor, next_token_ids: torch.Tensor
     ) -> EagleDraftInput:
-        """No drafts yet, after T tokens of prompts. Shapes: hidden_states [T, D]."""
+        """No drafts yet, after T tokens of prompts. Shapes: hidden_states [T, D].
+
+        A server of prompts only has the MTP layer read them, else it does before it first drafts.
+        """
         going_on = {rid: request for rid, request in self.read.items() if not request.finished()}
         self.read = going_on | {request.rid: request for request in batch.reqs}
         self.chunked = batch.chunked_req
         self.lengths = {rid: n for rid, n in self.lengths.items() if rid not in self.read}
         step = batches.read(batch, hidden_states, next_token_ids)
-        self.loop.step(step, self.decoding.keys() | self.read.keys(), None)
+        if fed := self.loop.step(step, self.decoding.keys() | self.read.keys(), None):
+            self._forward(batch, fed)
+            self._free()
         return self._drafts(next_token_ids, [], hidden_states[:0], hidden_states[:0])
 
     def after_verification(
@@ -127,6 +134,9 @@ class Drafter(Chains):
         drafting = [row for row in fed if row.draft]
         drafts = self._drafts(bonus_tokens, drafting, hidden_states, states)
         self.lengths = {row.request: row.draft for row in drafting}
+        self._free()
+        return drafts
+
+    def _free(self) -> None:
         for row in self.loop.rows:
             row.free_hidden_states()
-        return drafts

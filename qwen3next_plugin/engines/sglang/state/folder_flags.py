@@ -4,17 +4,19 @@ from hashlib import sha256
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.alike import computed_by
 from qwen3next_plugin.engines.block_files import SPACE, check_settings
-from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.sglang.names import PACKAGE
+from qwen3next_plugin.engines.sglang.state.alike import (
+    LINKER_FLAG,
+    alike,
+    check_known_weights,
+    stored_weights,
+)
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
-from qwen3next_plugin.versions import check_host
 
 LINKER, MODULE = "FolderLinker", f"{PACKAGE}.state.folder_linker"
 OWN = ("folder", "folder_bytes")
 POLICIES = ("fcfs", "lof", "random", "routing-key")  # that do not ask for prefixes
-FLAG = "--enable-unified-cache-external-linker"
 FIELD = "linker_extra_config of --unified-cache-external-linker-config"
 
 
@@ -30,12 +32,12 @@ def check_folder(server_args: Any, *, on_cpu: bool) -> None:
     named = config.get("linker"), config.get("linker_module_path")
     if server_args.unified_cache_external_linker_backend != "dynamic" or named != (LINKER, MODULE):
         raise ConfigError(
-            f"{FLAG}: only {LINKER} of {MODULE} keeps state pages: name it in "
+            f"{LINKER_FLAG}: only {LINKER} of {MODULE} keeps state pages: name it in "
             f"--unified-cache-external-linker-config, with "
             f"--unified-cache-external-linker-backend dynamic"
         )
     if not on_cpu:
-        raise ConfigError(f"{FLAG}: {LINKER} copies on CPUs only; leave it out")
+        raise ConfigError(f"{LINKER_FLAG}: {LINKER} copies on CPUs only; leave it out")
     settings = config.get("linker_extra_config", {})
     if unknown := sorted(set(settings) - set(OWN)):
         raise ConfigError(f"{FIELD}: {LINKER} has no {', '.join(unknown)}; it has {', '.join(OWN)}")
@@ -48,31 +50,13 @@ def _check_flags(server_args: Any) -> None:
     if server_args.nnodes > 1:
         raise ConfigError(
             f"--nnodes {server_args.nnodes}: {LINKER} writes what one machine's ranks have in "
-            f"memory; use one machine, or leave out {FLAG}"
+            f"memory; use one machine, or leave out {LINKER_FLAG}"
         )
-    if server_args.enable_lora or server_args.lora_paths:
-        raise ConfigError(
-            f"--enable-lora: {LINKER} knows an adapter by its name only, whatever its weights "
-            f"were; serve without adapters, or leave out {FLAG}"
-        )
-    if server_args.load_format not in READ_HERE:
-        raise ConfigError(
-            f"--load-format {server_args.load_format}: {LINKER} knows weights by their safetensors "
-            f"files; leave it out, or leave out {FLAG}"
-        )
+    check_known_weights(server_args, LINKER, LINKER_FLAG)
     if server_args.schedule_policy not in POLICIES:
         raise ConfigError(
             f"--schedule-policy {server_args.schedule_policy}: {LINKER} would read the prefixes of "
-            f"all waiting requests in each step; use fcfs, or leave out {FLAG}"
-        )
-
-
-def refuse_other_weights(server_args: Any) -> None:
-    """Raise where files of this start's weights would be read for others."""
-    if server_args.enable_unified_cache_external_linker:
-        raise ConfigError(
-            f"{LINKER} would serve prefixes of the weights that it started with; restart the "
-            f"server, or serve without {FLAG}"
+            f"all waiting requests in each step; use fcfs, or leave out {LINKER_FLAG}"
         )
 
 
@@ -81,10 +65,8 @@ def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
 
     Args: sizes: of what is kept, on this rank.
     """
-    host = str(check_host("sglang"))
-    others = sizes, server_args.attention_backend, computed_by(model_config.hf_config, host)
-    model, downloads = server_args.model_path, server_args.download_dir
-    weights = fingerprint(local_folder(model, server_args.revision, downloads))
+    weights = fingerprint(stored_weights(server_args))
     dtype = str(model_config.dtype).removeprefix("torch.")
+    others = alike(server_args, model_config, *sizes)
     rest = sha256(repr(others).encode()).hexdigest()[:16]
     return f"{SPACE}{weights}-{dtype}-{rest}"

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.vllm.flags import read_config
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME, LOGGER
 from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, hands_over
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     )
 
 logger = init_logger(LOGGER)
-
-WAIT = 100_000  # µs that NIXL's thread waits for data before it looks anyway
 
 
 def with_what_is_alike(
@@ -114,23 +113,15 @@ def _span(layout: PageLayout, pages: torch.Tensor, offset: int) -> tuple[int, in
 def beside_computation(vllm_config: VllmConfig) -> Iterator[None]:
     """While vLLM makes its NIXL connector: leave all cores to those who compute.
 
-    vLLM moves this thread, one of them, to the last core. NIXL's own thread waits 0 µs for data,
-    and again, so it keeps a core busy; it wakes as early if it may wait longer. Remove when vLLM
-    leaves the thread where it is, and NIXL waits.
+    vLLM moves this thread, one of them, to the last core. Remove when it leaves the thread where
+    it is.
     """
     if not hands_over(vllm_config):
         yield
         return
-    bindings = sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind
-    cores, agent = os.sched_getaffinity(0), bindings.nixlAgent
-
-    def waiting(name: str, config: Any) -> Any:
-        config.pthrDelay = WAIT
-        return agent(name, config)
-
-    bindings.nixlAgent = waiting
+    cores = os.sched_getaffinity(0)
     try:
-        yield
+        with waiting(sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind):
+            yield
     finally:
-        bindings.nixlAgent = agent
         os.sched_setaffinity(0, cores)

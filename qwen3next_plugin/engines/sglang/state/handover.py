@@ -1,0 +1,118 @@
+"""Prefill on one server, decode on another: pages through SGLang's NIXL backend, on CPUs.
+
+SGLang's prefill server writes a request's KV and, with the last of it, its pages into the decode
+server's memory. A page is a state of bytes, copied whole, and only between servers that are alike
+in all that decides what is in it. patches.py puts these functions in place; SGLang's modules are
+imported inside, as in hooks.py.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from importlib import import_module
+from typing import Any
+
+from qwen3next_plugin.engines.nixl import waiting
+from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.state.alike import alike, stored_weights
+from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+
+
+def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
+    """Register a prefill server with what it has, where SGLang names the layout of some KV.
+
+    SGLang itself compares layouts only where both servers name one, and ends the decode server.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_server_args
+
+    if is_ours(model_config_of(get_server_args())):
+        manager.kv_layout = what_is_alike()
+    host(manager)
+
+
+def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int) -> None:
+    """Fail a decode server's request unless the server that reads its prompt is alike."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.disaggregation.base import KVPoll
+    from sglang.srt.runtime_context import get_server_args
+
+    manager, room = receiver.kv_mgr, receiver.bootstrap_room
+    registered = manager.prefill_info_table.get(receiver.bootstrap_addr)  # None: it has ended
+    ours = is_ours(model_config_of(get_server_args()))
+    if registered is None or not ours or registered.kv_layout == what_is_alike():
+        host(receiver, prefill_dp_rank)
+        return
+    manager.record_failure(
+        room,
+        f"qwen3next_plugin: the prefill server at {receiver.bootstrap_addr} is not alike; "
+        f"Local: ({what_is_alike()}), Remote: ({registered.kv_layout})",
+    )
+    receiver.conclude_state = KVPoll.Failed
+    manager.update_status(room, KVPoll.Failed)
+
+
+@cache
+def what_is_alike() -> str:
+    """What this rank has of what two servers must have alike, to be read."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+
+    from qwen3next_plugin.engines.sglang.state.pages import page_layout
+
+    server_args = get_server_args()
+    model_config = model_config_of(server_args)
+    layout = page_layout(model_config.hf_text_config)
+    weights = fingerprint(stored_weights(server_args), of_copies=True)
+    dtype = str(layout.activation_dtype).removeprefix("torch.")
+    rest = sha256(repr(alike(server_args, model_config, layout)).encode()).hexdigest()[:16]
+    return (
+        f"weights={weights}, dtype={dtype}, speculative_num_steps={layout.num_drafts}, "
+        f"tp_size={get_parallel().tp_size}, page_bytes={layout.page_bytes}, rest={rest}"
+    )
+
+
+def begin_unread_page(
+    host: Callable[..., None], queue: Any, decoding: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Make the page of a request whose prompt nobody reads; queue: of a decode server.
+
+    By such requests SGLang checks a decode server, at start and when it is asked for its health.
+    """
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    request = decoding.req
+    unread = request.bootstrap_host == FAKE_BOOTSTRAP_HOST
+    if unread and is_ours(queue.scheduler.model_config):
+        pool, kv = queue.req_to_token_pool.mamba_pool, request.kv
+        pool.begin_at(int(kv.mamba_pool_idx), kv.kv_committed_len)
+    host(queue, decoding, *args, **kwargs)
+
+
+def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
+    """Let NIXL copy in this machine's memory, and leave all cores to those who compute.
+
+    Around `init_disaggregation`, which makes NIXL's agent. SGLang calls the memory of KV and of
+    states VRAM, and only that of its messages DRAM.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
+    if not (hands_over(get_server_args()) and is_ours(scheduler.model_config)):
+        host(scheduler)
+        return
+    what_is_alike()  # reads files: not while a request waits
+    api: Any = import_module("nixl._api")
+    agent = api.nixl_agent
+
+    def of_main_memory(name: str, config: Any) -> Any:
+        made = agent(name, config)
+        made.nixl_mems["VRAM"] = made.nixl_mems["DRAM"]
+        return made
+
+    api.nixl_agent = of_main_memory
+    try:
+        with waiting(api.nixlBind):
+            host(scheduler)
+    finally:
+        api.nixl_agent = agent

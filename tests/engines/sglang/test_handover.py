@@ -1,0 +1,188 @@
+"""Prefill on one server and decode on another: the bits of one server, and what may go wrong."""
+
+import re
+import signal
+import time
+import urllib.error
+from collections.abc import Iterator
+
+import pytest
+
+from checkpoints import SHIPPED, random_prompt
+from engines.checks import check_greedy
+from engines.process import CPUS
+from engines.routers import needs_router, opening, routed, turn
+from engines.sglang.apart import (
+    CHUNK,
+    FLAGS,
+    INVARIANT,
+    WITH_DRAFTS,
+    Part,
+    alone,
+    apart,
+    ask,
+    bits,
+    closing,
+    rooms,
+)
+from engines.sglang.server import FIXED, NEXTN, Forked, Server
+from engines.sglang.updating import refused
+from engines.traffic import source_tokens
+
+pytestmark = pytest.mark.serve
+
+needs_two_cores = pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+LENGTHS = (1, 2, 3, 4, 5, 8, 9, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 40)
+TEXTS = [tuple(source_tokens()[start : start + n]) for start, n in ((0, 20), (300, 90), (900, 400))]
+FP32 = ("--dtype", "float32", *WITH_DRAFTS)
+NO_HOST = "2.2.2.2"  # names no prefill server: SGLang's own requests have it
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[Part]]:
+    parts = (Part(mode, *WITH_DRAFTS) for mode in ("prefill", "decode"))
+    with closing(*parts) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Server]:
+    """A server that has both parts."""
+    with closing(Forked(SHIPPED, *FLAGS, *WITH_DRAFTS, env=FIXED | INVARIANT)) as (server,):
+        yield server
+
+
+def test_the_bits_are_one_servers(servers, one):
+    """Of prompts that end in a cell of the state, in a chunk, and at their ends."""
+    for prompt in [random_prompt(length, seed=40) for length in LENGTHS]:
+        assert bits(apart(*servers, [prompt])) == bits(alone(one, [prompt])), len(prompt)
+
+
+def test_many_at_once_with_as_many_good_drafts(servers, one):
+    """The MTP layer has read the prompts where they were read."""
+    prompts = [*TEXTS, *(text[5:] for text in TEXTS)]
+    found, expected = apart(*servers, prompts), alone(one, prompts)
+    assert bits(found) == bits(expected)
+    accepted, of_one = (sum(each.accepted for each in part) for part in (found, expected))
+    assert accepted >= 0.9 * of_one > len(prompts)
+
+
+def test_without_drafts(one):
+    with closing(Part("prefill"), Part("decode")) as both:
+        for prompt in (*TEXTS, random_prompt(9, seed=41)):
+            assert bits(apart(*both, [prompt])) == bits(alone(one, [prompt]))
+
+
+def test_a_conversation_goes_on_from_the_prefill_servers_cache(servers, one):
+    first = random_prompt(CHUNK + 9, seed=42)
+    (answer,) = apart(*servers, [first])
+    second = (*first, *answer.token_ids, *random_prompt(20, seed=43))
+    (found,) = apart(*servers, [second])
+    assert len(first) <= found.cached < len(second)
+    assert bits([found]) == bits(alone(one, [second]))
+
+
+def test_what_sglang_asks_by_itself_is_answered(servers, one):
+    """Requests that no other server has a part of: its warm-up's, and those for its health."""
+    params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    own = {"bootstrap_host": NO_HOST, "bootstrap_room": 0}
+    for server, tokens in zip(servers, (1, 8), strict=True):
+        server.get("/health_generate")
+        answer = server.post("/generate", input_ids=[10, 11, 12, 13], sampling_params=params, **own)
+        assert len(answer["output_ids"]) == tokens
+    assert bits(apart(*servers, TEXTS[:1])) == bits(alone(one, TEXTS[:1]))
+
+
+@pytest.mark.parametrize("room", [0, -1, 2**63])
+def test_rooms_that_would_end_or_block_a_server_are_refused(servers, room):
+    for server in servers:
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            ask(server, TEXTS[:1], **(rooms(servers[0]) | {"bootstrap_room": room}))
+        assert refusal.value.code == 400
+        assert server.healthy()
+
+
+def test_other_weights_are_refused(servers):
+    for server in servers:
+        message = refused(server, "/update_weights_from_disk", model_path=str(SHIPPED))
+        assert "serve without --disaggregation-mode" in message
+
+
+def test_servers_that_wait_leave_the_cores_to_others(servers):
+    """NIXL's thread would keep one busy in each."""
+    apart(*servers, TEXTS[:1])
+    before, began = [sum(each.cpu_seconds().values()) for each in servers], time.monotonic()
+    time.sleep(3)
+    spent = [sum(each.cpu_seconds().values()) - t for each, t in zip(servers, before, strict=True)]
+    assert max(spent) < 0.1 * (time.monotonic() - began)
+
+
+@needs_two_cores
+@pytest.mark.long
+def test_two_ranks_hand_over_to_two(reference):
+    flags = (*FP32, "--tp-size", "2")
+    with closing(Part("prefill", *flags, env={}), Part("decode", *flags, env={})) as both:
+        found = [answer for text in TEXTS for answer in apart(*both, [text])]
+    check_greedy(reference(SHIPPED), TEXTS, found)
+
+
+@pytest.mark.long
+def test_a_request_that_makes_room_for_others_goes_on(servers, one):
+    """The decode server puts pages and KV aside, and back, also in the middle of a draft."""
+    decode = Part("decode", *WITH_DRAFTS, "--enable-metrics", env=INVARIANT | RETRACT)
+    prompts = [*TEXTS, *(text[3:] for text in TEXTS)]
+    with closing(decode) as (second,):
+        assert bits(apart(servers[0], second, prompts, 64)) == bits(alone(one, prompts, 64))
+        assert second.metrics()["sglang:num_retracted_requests_total"] > 0
+
+
+@pytest.mark.long
+def test_a_dead_prefill_server_costs_its_requests_only(servers, one):
+    with closing(Part("prefill", *WITH_DRAFTS), Part("decode", *WITH_DRAFTS)) as (first, second):
+        apart(first, second, TEXTS[:1])
+        where = rooms(first)
+        first.process.stop(signal.SIGKILL)
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            ask(second, TEXTS[:1], **where)
+        assert refusal.value.code == 500
+        assert second.healthy()
+        assert bits(apart(servers[0], second, TEXTS)) == bits(alone(one, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("named", "differs"),
+    [
+        ("speculative_num_steps", (*NEXTN, "2")),
+        ("dtype", ("--dtype", "bfloat16")),
+        ("page_bytes", ("--mamba-ssm-dtype", "bfloat16")),
+        pytest.param("tp_size", ("--tp-size", "2"), marks=needs_two_cores),
+    ],
+    ids=str,
+)
+@pytest.mark.long
+def test_servers_that_are_not_alike_exchange_nothing(named, differs):
+    patience = {"SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "5"}
+    first = Part("prefill", *FP32, *differs, env=patience)
+    with closing(first, Part("decode", *FP32, env={})) as (first, second):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            apart(first, second, TEXTS[:1])
+        assert refusal.value.code == 500
+        log = second.process.text()
+        assert second.healthy()
+    found = re.search(r"Local: \((.*?)\), Remote: \((.*?)\)", log).groups()
+    decoder, prefiller = (dict(fact.split("=") for fact in each.split(", ")) for each in found)
+    assert decoder.keys() == prefiller.keys()
+    assert decoder[named] != prefiller[named]
+
+
+@needs_router
+@pytest.mark.long
+def test_sglangs_router_asks_both(servers):
+    first, second = servers
+    how = ("--prefill", first.address, str(first.bootstrap), "--decode", second.address)
+    with routed(servers, "--pd-disaggregation", *how) as client:
+        talk = opening(0)
+        for _ in range(2):
+            read, _ = turn(client, second.model, talk)
+            assert read

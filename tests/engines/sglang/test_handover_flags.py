@@ -1,0 +1,199 @@
+"""Prefill and decode on two servers: what is refused at start, and what both must have alike."""
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace as Bag
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import write_checkpoint
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines import alike as computed
+from qwen3next_plugin.engines.nixl import WAIT
+from qwen3next_plugin.engines.sglang.state import handover, handover_flags
+from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
+from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover
+from qwen3next_plugin.model.state import PageLayout
+
+pytest.importorskip("sglang")
+
+OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]))
+OTHER = Bag(hf_config=Bag(architectures=["LlamaForCausalLM"]))
+LAYOUT = PageLayout(
+    num_key_heads=2,
+    num_value_heads=4,
+    key_dim=32,
+    value_dim=16,
+    num_drafts=0,
+    activation_dtype=torch.float32,
+    state_dtype=torch.float32,
+)
+
+
+def given(**changes: Any) -> Bag:
+    """What a server is started with."""
+    flags = {
+        "disaggregation_mode": "decode",
+        "enable_unified_cache_external_linker": False,
+        "enable_lora": None,
+        "lora_paths": None,
+        "load_format": "auto",
+    }
+    return Bag(**(flags | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_lora": True}, "--enable-lora: a decode server .*serve without adapters, or leav"),
+        ({"lora_paths": {"a": "b"}}, "--enable-lora: .*leave out --disaggregation-mode"),
+        ({"load_format": "dummy"}, "--load-format dummy: .*leave it out"),
+    ],
+    ids=str,
+)
+def test_what_would_give_wrong_text_is_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_handover(given(**changes))
+    check_handover(given(**changes, disaggregation_mode="null"))
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(handover_flags, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'qwen3next-plugin\[nixl\]', or leave out"):
+        check_handover(given())
+
+
+def test_other_weights_are_refused_while_serving():
+    with pytest.raises(ConfigError, match="serve without --disaggregation-mode"):
+        refuse_other_weights(given())
+    refuse_other_weights(given(disaggregation_mode="null"))
+
+
+@pytest.fixture
+def told(monkeypatch, checkpoint):
+    """What a server says of itself."""
+    from sglang.srt import runtime_context as context
+    from sglang.srt.arg_groups import model_override_base as models
+
+    from qwen3next_plugin.engines.sglang.state import pages
+
+    def run(model: Path = checkpoint, ranks: int = 1, eps: float = 1e-6, **layout: Any) -> str:
+        args = Bag(model_path=str(model), revision=None, download_dir=None, attention_backend="own")
+        hf_config = Bag(to_dict=lambda: {"rms_norm_eps": eps, "_name_or_path": str(model)})
+        config = Bag(hf_config=hf_config, hf_text_config=None)
+        monkeypatch.setattr(context, "get_server_args", lambda: args)
+        monkeypatch.setattr(context, "get_parallel", lambda: Bag(tp_size=ranks))
+        monkeypatch.setattr(models, "model_config_of", lambda _: config)
+        monkeypatch.setattr(pages, "page_layout", lambda _: replace(LAYOUT, **layout))
+        return handover.what_is_alike.__wrapped__()
+
+    return run
+
+
+def test_servers_say_what_they_must_have_alike(monkeypatch, told, checkpoint, tmp_path):
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert told() == told(copied)
+    assert "dtype=float32, speculative_num_steps=0, tp_size=1, page_bytes=" in told()
+    found = [
+        told(),
+        told(activation_dtype=torch.bfloat16),
+        told(state_dtype=torch.bfloat16),
+        told(num_drafts=2),
+        told(ranks=2),
+        told(eps=1e-5),
+        told(write_checkpoint(tmp_path / "others", seed=9)),
+    ]
+    monkeypatch.setattr(computed, "instructions", lambda: ["another processor"])
+    found.append(told())
+    assert len(set(found)) == len(found)
+
+
+@pytest.fixture
+def same(monkeypatch):
+    """A server of a model says "same" of itself."""
+    from sglang.srt import runtime_context as context
+    from sglang.srt.arg_groups import model_override_base as models
+
+    def of(config: Any) -> None:
+        monkeypatch.setattr(context, "get_server_args", given)
+        monkeypatch.setattr(models, "model_config_of", lambda _: config)
+        monkeypatch.setattr(handover, "what_is_alike", lambda: "same")
+
+    return of
+
+
+@pytest.mark.parametrize(("config", "layout"), [(OURS, "same"), (OTHER, None)], ids=["ours", "no"])
+def test_a_prefill_server_registers_with_it(same, config, layout):
+    same(config)
+    manager, seen = Bag(kv_layout=None), []
+    handover.with_what_is_alike(lambda it: seen.append(it.kv_layout), manager)
+    assert seen == [layout]
+
+
+@pytest.mark.parametrize(
+    ("config", "registered", "served"),
+    [
+        (OURS, "same", True),
+        (OURS, "another", False),
+        (OURS, None, False),
+        (OTHER, None, True),
+    ],
+)
+def test_a_request_of_another_server_fails_with_a_reason(same, config, registered, served):
+    from sglang.srt.disaggregation.base import KVPoll
+
+    same(config)
+    reasons, statuses, asked = {}, {}, []
+    manager = Bag(
+        prefill_info_table={"a:1": Bag(kv_layout=registered)},
+        record_failure=reasons.__setitem__,
+        update_status=statuses.__setitem__,
+    )
+    receiver = Bag(kv_mgr=manager, bootstrap_addr="a:1", bootstrap_room=7, conclude_state=None)
+    handover.refuse_others(lambda it, rank: asked.append(rank), receiver, 0)
+    if served:
+        assert (asked, reasons, receiver.conclude_state) == ([0], {}, None)
+        return
+    assert (asked, statuses, receiver.conclude_state) == ([], {7: KVPoll.Failed}, KVPoll.Failed)
+    assert f"at a:1 is not alike; Local: (same), Remote: ({registered})" in reasons[7]
+
+
+def test_nixl_copies_main_memory_and_waits_for_data(same, monkeypatch):
+    """While the scheduler makes its manager of transfers, and no longer."""
+    same(OURS)
+    bindings = Bag(nixlAgent=lambda name, config: config)
+
+    def nixl_agent(name: str, config: Any) -> Bag:
+        made = bindings.nixlAgent(name, config)
+        return Bag(nixl_mems={"DRAM": 0, "VRAM": 1, "FILE": 2}, config=made)
+
+    api, made = Bag(nixl_agent=nixl_agent, nixlBind=bindings), []
+    monkeypatch.setitem(sys.modules, "nixl", Bag(_api=api))
+    monkeypatch.setitem(sys.modules, "nixl._api", api)
+
+    def host(scheduler: Any) -> None:
+        made.append(api.nixl_agent("name", Bag(pthrDelay=0)))
+
+    for config in (OURS, OTHER):
+        handover.beside_computation(host, Bag(model_config=config))
+    ours, other = made
+    assert (ours.nixl_mems, ours.config.pthrDelay) == ({"DRAM": 0, "VRAM": 0, "FILE": 2}, WAIT)
+    assert (other.nixl_mems["VRAM"], other.config.pthrDelay) == (1, 0)
+    assert api.nixl_agent is nixl_agent
+
+
+@pytest.mark.parametrize(("host", "begun"), [("2.2.2.2", [(3, 5)]), ("10.0.0.1", [])])
+def test_a_page_is_made_for_a_prompt_that_nobody_reads(host, begun):
+    seen, sent = [], []
+    pool = Bag(begin_at=lambda *where: seen.append(where))
+    queue = Bag(scheduler=Bag(model_config=OURS), req_to_token_pool=Bag(mamba_pool=pool))
+    kv = Bag(mamba_pool_idx=torch.tensor(3), kv_committed_len=5)
+    decoding = Bag(req=Bag(bootstrap_host=host, kv=kv))
+    handover.begin_unread_page(
+        lambda *args, **kwargs: sent.append((args[2:], kwargs)), queue, decoding, 1, 2, a=3
+    )
+    assert (seen, sent) == (begun, [((1, 2), {"a": 3})])
