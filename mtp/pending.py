@@ -28,7 +28,8 @@ class Pending:
     """The pending tokens of each request, in one store of a fixed size.
 
     A request whose tokens do not fit is lost: its tokens are dropped, and it cannot draft until it
-    is read again from another position, for example after a preemption.
+    is read again from another position, for example after a preemption. So is one whose KV of the
+    MTP layer is gone (`lose`).
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -128,6 +129,12 @@ class Pending:
         """Drop all other requests."""
         for request in self._kept.keys() - requests:
             self._free += self._kept.pop(request).places
+
+    def lose(self, request: str, end: int) -> None:
+        """Mark a request as lost whose next token is at position `end`."""
+        if kept := self._kept.get(request):
+            self._free += kept.places
+        self._kept[request] = _Kept(end=end, lost=True)
 
     def _resume(self, request: str, first: int) -> None:
         """Drop the pending tokens unless the request continues where they end."""

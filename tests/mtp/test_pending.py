@@ -119,6 +119,17 @@ def test_a_lost_request_drafts_again_where_it_is_read_anew():
     assert same(pending.take(row("a", 2, 1), 100), 1, 2)
 
 
+def test_a_request_is_lost_whose_kv_is_gone():
+    pending = Pending()
+    pending.put([row("a", 0, 3)])
+    pending.lose("a", 7)
+    assert (pending.lost("a"), pending.count("a")) == (True, 0)
+    pending.put([row("a", 7, 1)])
+    assert pending.take(row("a", 8, 1), 100) is None
+    pending.put([row("a", 2, 1)])  # it is read anew
+    assert not pending.lost("a")
+
+
 def test_room_is_used_again():
     pending = Pending(max_bytes=4 * BYTES)
     for first in range(0, 40, 4):

@@ -58,6 +58,10 @@ CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
     "sleep_on_idle": (False, True),  # an idle server would keep a core busy polling for work
     "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
 }
+DECODE_DEFAULTS: dict[str, tuple[Any, Any]] = {
+    # SGLang makes pages for up to three times as many requests, for which no memory is set aside.
+    "disaggregation_decode_extra_slots": (None, 0),
+}
 
 
 def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
@@ -102,7 +106,9 @@ def complete_on_cpu(server_args: Any) -> list[str]:
         meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
     use_huge_pages()
     given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already
-    chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}
+    decodes = server_args.disaggregation_mode == "decode"
+    defaults = CPU_DEFAULTS | (DECODE_DEFAULTS if decodes else {})
+    chosen = {name: value for name, (unset, value) in defaults.items() if given[name] == unset}
     for name, value in chosen.items():
         setattr(server_args, name, value)
     words = [flag(name, value) for name, value in chosen.items()]

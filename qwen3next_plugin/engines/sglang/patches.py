@@ -352,9 +352,30 @@ ON_CPU: tuple[Entry, ...] = (
         target="sglang.srt.managers.scheduler.Scheduler.init_disaggregation",
         parameters=("self",),
         function=handover.beside_computation,
-        reason="SGLang's NIXL backend takes the memory of KV and states for a GPU's, and NIXL's "
-        "thread keeps a core busy",
+        reason="SGLang's NIXL backend takes the memory of KV and states for a GPU's, NIXL's thread "
+        "keeps a core busy, and with AMX threads inherit the one core of the thread that computes",
         remove_when="SGLang registers memory by its device, and NIXL waits for data",
+    ),
+    Patch(
+        target=f"{TRANSFERS}.CommonKVManager.try_ensure_parallel_info",
+        parameters=("self", "bootstrap_addr"),
+        function=handover.survive_others,
+        reason="a prefill server of another page size, or of ranks that do not divide ours, ends "
+        "the decode server",
+        remove_when="SGLang fails a request whose prefill server does not match",
+    ),
+    *(
+        Patch(
+            target=f"sglang.srt.disaggregation.{name}.add",
+            parameters=parameters,
+            function=handover.refuse_same_room,
+            reason="two requests of one room end the prefill server, or wait forever",
+            remove_when="SGLang refuses a room that is in use",
+        )
+        for name, parameters in (
+            ("prefill.PrefillBootstrapQueue", ("self", "req", "num_kv_heads")),
+            ("decode.DecodePreallocQueue", ("self", "req", "is_retracted", "is_rebootstrap")),
+        )
     ),
     Patch(
         target=f"{TRANSFERS}.CommonKVManager.register_to_bootstrap",

@@ -8,6 +8,7 @@ from qwen3next_plugin.model.state import STATE_DTYPES
 PAGES = "a state page is kept and copied whole"
 POOL = "state pages stay in one pool"
 HANDED_OVER = "prompts are handed over whole, from memory to memory"
+ONE_ENGINE = "a server that hands requests over is one engine on one machine"
 RANKS = "this model is spread over the ranks of --tp-size only"
 BATCH = "a step runs one batch"
 OWN = "the plugin brings its own linear attention"
@@ -121,6 +122,8 @@ SERVED_APART: Served = {
     "disaggregation_decode_host_receive_threshold": ((1.0,), POOL, LEAVE_OUT),
     "disaggregation_decode_retraction_backup": ((None, "cpu_tensor"), POOL, LEAVE_OUT),
     "enable_pd_role_switch": ((False,), "a server keeps its part", LEAVE_OUT),
+    "dp_size": ((1,), ONE_ENGINE, "start more servers"),
+    "nnodes": ((1,), ONE_ENGINE, LEAVE_OUT),
     "enable_unified_cache_external_linker": ((False,), HANDED_OVER, LEAVE_OUT),
     "kv_cache_dtype": (("auto",), "KV has the model's dtype in both servers", LEAVE_OUT),
     "speculative_eagle_topk": ((None, 1), "drafts of a decode server are chains", "use 1"),

@@ -30,7 +30,7 @@ class Part(Forked):
         own = ("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "nixl")
         if mode == "prefill":
             own = (*own, "--disaggregation-bootstrap-port", str(self.bootstrap))
-        here = {"SGLANG_HOST_IP": "127.0.0.1"}
+        here = {"SGLANG_HOST_IP": "127.0.0.1", "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "30"}
         super().__init__(SHIPPED, *FLAGS, *own, *flags, env=FIXED | here | dict(env))
 
 
@@ -61,7 +61,7 @@ def alone(server: Server, prompts: Prompts, tokens: int = 32) -> list[Answer]:
 
 
 def rooms(first: Part) -> dict[str, Any]:
-    """By which both servers know a request."""
+    """The bootstrap fields of one request."""
     where = {"bootstrap_host": first.host, "bootstrap_port": first.bootstrap}
     return where | {"bootstrap_room": next(ROOMS)}
 

@@ -23,6 +23,7 @@ from engines.contract import (
     pairs,
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
+from qwen3next_plugin.engines.sglang.repairs.requests import MAX_LOGPROBS_APART
 from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST, SUMS
 from qwen3next_plugin.model.moe import route
 
@@ -189,6 +190,7 @@ CALLED = {
         "record_failure": ["self", "bootstrap_room", "failure_reason"],
         "update_status": ["self", "bootstrap_room", "status"],
     },
+    "srt/disaggregation/utils.py": {"prepare_abort": ["req", "error_message", "status_code"]},
     "srt/managers/tp_worker.py": {"deserialize_own_rank": ["self", "serialized_named_tensors"]},
     "srt/managers/scheduler_components/weight_updater.py": {
         "_select_runners": ["self", "selector"],
@@ -307,6 +309,8 @@ KEPT = {
         "CommonKVManager": ["kv_layout", "prefill_info_table"],
         "CommonKVReceiver": ["kv_mgr", "bootstrap_addr", "bootstrap_room", "conclude_state"],
     },
+    "srt/disaggregation/prefill.py": {"PrefillBootstrapQueue": ["scheduler"]},
+    "srt/disaggregation/decode.py": {"DecodePreallocQueue": ["scheduler"]},
     "srt/lora/lora_config.py": {"LoRAConfig": ["hf_config", "r"]},
     "srt/lora/lora_manager.py": {"LoRAManager": ["configs", "loras", "max_loras_per_batch"]},
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
@@ -327,7 +331,7 @@ KEPT = {
     "srt/managers/schedule_batch.py": {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
-            "sampling_params",
+            *("sampling_params", "bootstrap_host", "bootstrap_room"),
         ],
     },
     "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
@@ -421,10 +425,10 @@ def flags() -> set[str]:
     """The flags that our tables name: what is refused, filled in, and asked of memory."""
     from qwen3next_plugin.engines.sglang import served
     from qwen3next_plugin.engines.sglang.cpu import memory
-    from qwen3next_plugin.engines.sglang.flags import CPU_DEFAULTS
+    from qwen3next_plugin.engines.sglang.flags import CPU_DEFAULTS, DECODE_DEFAULTS
 
     tables = [getattr(served, name) for name in vars(served) if name.startswith("SERVED")]
-    return {*chain.from_iterable(tables), *CPU_DEFAULTS, *memory.GIVEN}
+    return {*chain.from_iterable(tables), *CPU_DEFAULTS, *DECODE_DEFAULTS, *memory.GIVEN}
 
 
 @pytest.mark.parametrize("name", sorted(flags()))
@@ -517,6 +521,20 @@ def test_a_prefill_server_registers_and_is_known_by_its_layout(sources):
     assert "kv_layout=self.kv_layout" in ast.unparse(definition(tree, "_handle_route_get"))
     compared = "info.kv_layout is not None and self.kv_layout is not None"
     assert compared in ast.unparse(definition(tree, "try_ensure_parallel_info"))
+
+
+@pytest.mark.parametrize("queue", ["prefill.PrefillBootstrapQueue", "decode.DecodePreallocQueue"])
+def test_a_queue_answers_a_request_that_was_aborted_before_it(sources, queue):
+    file, name = queue.split(".")
+    owner = definition(sources.tree(f"srt/disaggregation/{file}.py"), name)
+    add = ast.unparse(definition(owner, "add"))
+    answered = "self.scheduler.retire_unadmitted_request(req)"
+    assert f"is_unadmitted_reject(req):\n        {answered}" in add
+
+
+def test_so_many_logprobs_of_a_token_are_handed_over(sources):
+    buffers = definition(sources.tree("srt/disaggregation/utils.py"), "MetadataBuffers")
+    assert f"max_top_logprobs_num: int={MAX_LOGPROBS_APART}" in ast.unparse(buffers)
 
 
 def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):

@@ -1,5 +1,6 @@
 """What the drafter makes of SGLang's batches; when it drafts is in tests/mtp/test_loop.py."""
 
+import sys
 from types import SimpleNamespace as Bag
 from typing import Any
 
@@ -20,6 +21,7 @@ class Request(Bag):
             ended=False,
             origin_input_ids=[0] * prompt,
             output_ids=[],
+            retraction_count=0,
             sampling_params=Bag(max_new_tokens=99),
         )
 
@@ -125,6 +127,28 @@ def test_a_server_of_prompts_only_reads_them_at_once(steps):
     assert (drafts.topk_p.shape, drafts.topk_index.shape) == ((2, 1), (2, 1))
     assert drafts.hidden_states.shape == (2, D)
     assert all(not len(row.tokens.hidden_states) for row in steps.loop.rows)
+
+
+def test_a_prefill_server_reads_prompts_of_any_length(steps, monkeypatch):
+    """In one pass, as its trunk does with `--chunked-prefill-size -1`."""
+    from qwen3next_plugin.engines.sglang.speculation import drafter as module
+
+    monkeypatch.setattr(module, "get_disagg", lambda: Bag(disaggregation_mode="prefill"))
+    runner = Bag(model=Bag(make_draft_head=lambda: None), model_config=Bag())
+    loop = module.Drafter(runner, None, 3).loop
+    assert (loop.must_run, loop.max_tokens) == (True, sys.maxsize)
+
+
+def test_a_resumed_request_drafts_no_more(steps):
+    """A decode server puts no KV of the MTP layer aside, and reads no prompt."""
+    a, b = Request("a"), Request("b")
+    steps.drafter.resumes, steps.loop.max_tokens = True, 100
+    assert steps.decode(5, [a, b]) == {"a": 3, "b": 3}
+    a.retraction_count = 1
+    assert steps.decode(6, [b]) == {"b": 3}
+    for at in (7, 8):
+        assert steps.decode(at, [a, b]) == {"b": 3}
+        assert steps.fed == {"b": (at, 1)}
 
 
 def test_steps_of_the_same_batch_are_collected(steps):

@@ -26,6 +26,7 @@ from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts, read_config
 from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
+from qwen3next_plugin.engines.sglang.state import handover_flags
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen4_exp import write_qwen4_exp
 
@@ -51,8 +52,11 @@ LLAMA = {
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """SGLang hands some flags on in environment variables: no later test's server may see them."""
-    with mock.patch.dict(os.environ):
+    """SGLang hands some flags on in environment variables: no later test's server may see them.
+
+    NIXL need not be installed: only a server uses it.
+    """
+    with mock.patch.dict(os.environ), mock.patch.object(handover_flags, "find_spec"):
         yield
 
 
@@ -102,6 +106,14 @@ def test_what_can_be_served_passes(complete, checkpoint, flags):
     resolved = complete(checkpoint, **flags)
     assert resolved.attention_backend == "qwen3next_cpu"
     assert resolved.disable_overlap_schedule
+
+
+def test_a_decode_server_has_pages_for_the_requests_that_run(complete, checkpoint):
+    flags = {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"}
+    flags |= {"max_running_requests": 4}
+    assert complete(checkpoint, **flags).disaggregation_decode_extra_slots == 0
+    flags |= {"disaggregation_decode_extra_slots": 3}
+    assert complete(checkpoint, **flags).disaggregation_decode_extra_slots == 3
 
 
 def test_qwens_own_line_is_completed(complete, checkpoint):
@@ -160,6 +172,8 @@ REFUSED_APART = {
     "disaggregation_transfer_backend": "mooncake",
     "disaggregation_decode_host_receive_threshold": 0.5,
     "disaggregation_decode_retraction_backup": "host_pool",
+    "dp_size": 2,
+    "nnodes": 2,
     "kv_cache_dtype": "bf16",
     "speculative_eagle_topk": 2,
 }

@@ -1,6 +1,8 @@
 """Prefill and decode on two servers: what is refused at start, and what both must have alike."""
 
+import os
 import shutil
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from checkpoints import write_checkpoint
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines import alike as computed
 from qwen3next_plugin.engines.nixl import WAIT
+from qwen3next_plugin.engines.sglang.repairs import ports
 from qwen3next_plugin.engines.sglang.state import handover, handover_flags
 from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover
@@ -49,7 +52,7 @@ def given(**changes: Any) -> Bag:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"enable_lora": True}, "--enable-lora: a decode server .*serve without adapters, or leav"),
+        ({"enable_lora": True}, "--enable-lora: the other server .*serve without adapters, or lea"),
         ({"lora_paths": {"a": "b"}}, "--enable-lora: .*leave out --disaggregation-mode"),
         ({"load_format": "dummy"}, "--load-format dummy: .*leave it out"),
     ],
@@ -67,8 +70,21 @@ def test_what_is_missing_is_named(monkeypatch):
         check_handover(given())
 
 
+def test_a_bootstrap_port_in_use_is_named(monkeypatch):
+    """By another prefill server of this machine: SGLang would only log it."""
+    monkeypatch.setattr(ports, "_starts_server", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        args = Bag(host="127.0.0.1", port=0, node_rank=0, disaggregation_bootstrap_port=port)
+        args.disaggregation_mode = "prefill"
+        with pytest.raises(ConfigError, match=f"--disaggregation-bootstrap-port {port}: the serv"):
+            ports.check_port(args)
+        args.disaggregation_mode = "decode"
+        ports.check_port(args)
+
+
 def test_other_weights_are_refused_while_serving():
-    with pytest.raises(ConfigError, match="serve without --disaggregation-mode"):
+    with pytest.raises(ConfigError, match=r"digest .* serve without --disaggregation-mode"):
         refuse_other_weights(given())
     refuse_other_weights(given(disaggregation_mode="null"))
 
@@ -162,9 +178,66 @@ def test_a_request_of_another_server_fails_with_a_reason(same, config, registere
     assert f"at a:1 is not alike; Local: (same), Remote: ({registered})" in reasons[7]
 
 
-def test_nixl_copies_main_memory_and_waits_for_data(same, monkeypatch):
-    """While the scheduler makes its manager of transfers, and no longer."""
+@pytest.mark.parametrize("error", [RuntimeError("page size"), AssertionError("ranks")], ids=repr)
+def test_a_prefill_server_of_another_configuration_is_not_known(same, caplog, error):
+    """The reason is logged once."""
+
+    def host(manager: Any, address: str) -> bool:
+        raise error
+
     same(OURS)
+    handover._say_once.cache_clear()
+    with caplog.at_level("ERROR"):
+        assert not any(handover.survive_others(host, None, "a:1") for _ in range(2))
+    assert caplog.text.count(f"at a:1 is not alike: {error}") == 1
+    assert handover.survive_others(lambda *_: True, None, "a:1")
+    same(OTHER)
+    with pytest.raises(type(error)):
+        handover.survive_others(host, None, "a:1")
+
+
+class Asked(Bag):
+    """A request, as SGLang's queues have it."""
+
+    def __init__(self, host: str, room: int) -> None:
+        super().__init__(bootstrap_host=host, bootstrap_room=room, finished_reason=None)
+        self.return_logprob = False
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+
+def test_a_room_that_is_in_use_is_refused():
+    queue, added = Bag(scheduler=Bag(model_config=OURS)), []
+
+    def add(request: Asked) -> bool:
+        handover.refuse_same_room(lambda queue, req: added.append(req), queue, request)
+        assert added[-1] is request
+        return not request.finished()
+
+    first, second, third = (Asked("10.0.0.1", 77) for _ in range(3))
+    assert add(first)
+    assert add(first)  # it was retracted
+    assert not add(second)
+    reason = second.finished_reason.to_json()
+    assert reason["status_code"] == 400
+    assert "bootstrap_room 77 is in use" in reason["message"]
+    first.finished_reason = "length"
+    assert add(third)
+    own = Asked("2.2.2.2", 0), Asked("2.2.2.2", 0)
+    assert all(map(add, own))
+
+
+def test_nixl_copies_main_memory_and_waits_for_data(same, monkeypatch):
+    """While the scheduler makes its manager of transfers, and no longer.
+
+    Its threads get the cores of the parent process.
+    """
+    same(OURS)
+    cores = {0: {3}, 17: {3, 4}}
+    monkeypatch.setattr(os, "getppid", lambda: 17)
+    monkeypatch.setattr(os, "sched_getaffinity", cores.__getitem__)
+    monkeypatch.setattr(os, "sched_setaffinity", cores.__setitem__)
     bindings = Bag(nixlAgent=lambda name, config: config)
 
     def nixl_agent(name: str, config: Any) -> Bag:
@@ -176,11 +249,12 @@ def test_nixl_copies_main_memory_and_waits_for_data(same, monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl._api", api)
 
     def host(scheduler: Any) -> None:
-        made.append(api.nixl_agent("name", Bag(pthrDelay=0)))
+        made.append((api.nixl_agent("name", Bag(pthrDelay=0)), cores[0]))
 
     for config in (OURS, OTHER):
         handover.beside_computation(host, Bag(model_config=config))
-    ours, other = made
+    (ours, of_ours), (other, of_other) = made
+    assert (of_ours, of_other, cores[0]) == ({3, 4}, {3}, {3})
     assert (ours.nixl_mems, ours.config.pthrDelay) == ({"DRAM": 0, "VRAM": 0, "FILE": 2}, WAIT)
     assert (other.nixl_mems["VRAM"], other.config.pthrDelay) == (1, 0)
     assert api.nixl_agent is nixl_agent

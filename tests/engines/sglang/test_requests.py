@@ -15,9 +15,10 @@ from qwen3next_plugin.engines.sglang.repairs import patterns
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
 from qwen3next_plugin.engines.sglang.repairs.requests import (
     check,
+    check_apart,
+    check_bootstrap_room,
     check_positions,
     check_request,
-    check_room,
 )
 
 V = 4096
@@ -119,10 +120,36 @@ def test_positions_need_a_prompt_that_one_step_reads(monkeypatch, no_cache, chun
 
 def test_a_room_is_of_two_servers_or_sglangs_own():
     for host, room in (("10.0.0.1", 1), ("10.0.0.1", 2**63 - 1), ("2.2.2.2", 0), (None, None)):
-        check_room(host, room)
+        check_bootstrap_room(host, room)
     for host, room in (("10.0.0.1", 0), ("10.0.0.1", 2**63), ("2.2.2.2", -1), (None, 0)):
-        with pytest.raises(ValueError, match=f"bootstrap_room is {room}; allowed are"):
-            check_room(host, room)
+        message = f"bootstrap_room is {room}; allowed are [01] to {2**63 - 1}$"
+        with pytest.raises(ValueError, match=message):
+            check_bootstrap_room(host, room)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bootstrap_host": None}, "bootstrap_host is None and bootstrap_room 1; a decode server"),
+        ({"bootstrap_host": ""}, "bootstrap_host is '' and bootstrap_room 1; a decode server"),
+        ({"bootstrap_room": None}, "bootstrap_room None; a decode server needs both: ask the"),
+        ({"sampling_params": Bag(n=2)}, "n is 2; allowed are 1 to 1"),
+        ({"top_logprobs_num": 129}, "(top_logprobs_num, logprobs) is 129; allowed are 0 to 128"),
+    ],
+    ids=str,
+)
+def test_what_two_servers_need_of_a_request(monkeypatch, fields, message):
+    from sglang.srt import runtime_context
+
+    disagg = Bag(disaggregation_mode="decode")
+    monkeypatch.setattr(runtime_context, "get_disagg", lambda: disagg)
+    where = {"bootstrap_host": "10.0.0.1", "bootstrap_room": 1}
+    made = where | {"sampling_params": Bag(n=1), "top_logprobs_num": 128}
+    check_apart(Bag(**made))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_apart(Bag(**(made | fields)))
+    disagg.disaggregation_mode = "null"
+    check_apart(Bag(**(made | fields)))
 
 
 def test_types_of_numpy_are_allowed():

@@ -23,16 +23,23 @@ def check_port(server_args: Any) -> None:
     """
     if not _starts_server() or server_args.node_rank:
         return
-    host, port = server_args.host, server_args.port
+    _check_bind(server_args.host, "--port", server_args.port)
+    if server_args.disaggregation_mode == "prefill":  # SGLang only logs that this one is in use
+        port = server_args.disaggregation_bootstrap_port
+        _check_bind(server_args.host, "--disaggregation-bootstrap-port", port)
+
+
+def _check_bind(host: str, name: str, port: int) -> None:
+    """Check one port; name: its flag."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OverflowError as error:  # no port has that number
-        raise _refused("--port", port, host, str(error)) from None
+        raise _refused(name, port, host, str(error)) from None
     except OSError as error:
-        flag, value = ("--host", host) if error.errno in NO_HOST else ("--port", port)
+        flag, value = ("--host", host) if error.errno in NO_HOST else (name, port)
         raise _refused(flag, value, host, error.strerror) from None
 
 

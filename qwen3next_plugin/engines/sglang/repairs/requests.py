@@ -23,6 +23,7 @@ MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else 
 MAX_LOGPROBS = 1000  # per token; each is a Python object in three processes
 MAX_INT32 = 2**31 - 1  # SGLang's dtype for top_k
 MAX_ROOM = 2**63 - 1  # the most that SGLang's router asks for
+MAX_LOGPROBS_APART = 128  # per token that a prefill server hands over
 # Beyond these, logits overflow fp32 at the lowest temperature, 1e-6.
 MIN_REPETITION_PENALTY, MAX_BIAS = 1e-6, 1e20
 
@@ -75,7 +76,8 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         _check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
         check_positions(made.token_indices_to_pool, made.input_ids)
         check_embeds(made, manager.model_config.hidden_size)
-        check_room(made.bootstrap_host, made.bootstrap_room)
+        check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
+        check_apart(made)
         check_streams_request(obj, manager.model_config.hf_config)
     return made
 
@@ -167,7 +169,27 @@ def check_embeds(made: Any, hidden_size: int) -> None:
         _check_rows("positional_embed_overrides", given.embeds, hidden_size)
 
 
-def check_room(host: str | None, room: int | None) -> None:
+def check_apart(made: Any) -> None:
+    """Check one request of which a prefill and a decode server have a part each.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    from sglang.srt.runtime_context import get_disagg
+
+    if (mode := get_disagg().disaggregation_mode) == "null":
+        return
+    if not made.bootstrap_host or made.bootstrap_room is None:
+        raise ValueError(
+            f"bootstrap_host is {made.bootstrap_host!r} and bootstrap_room {made.bootstrap_room}; "
+            f"a {mode} server needs both: ask the router"
+        )
+    # SGLang gives all answers of a prompt the same room.
+    _check_range("n", made.sampling_params.n, 1, 1)
+    _check_range(TOP_LOGPROBS, made.top_logprobs_num, 0, MAX_LOGPROBS_APART)
+
+
+def check_bootstrap_room(host: str | None, room: int | None) -> None:
     """Check the number by which a prefill and a decode server know a request.
 
     0 says that a server has not written yet. SGLang's own requests, of one server, have it.
@@ -284,4 +306,4 @@ def _check_sampling(params: dict[str, Any], vocab_size: int) -> None:
 def _check_range(field: str, value: float | None, low: float, high: float) -> None:
     """Refuse NaN, and values that are not numbers."""
     if value is not None and not (isinstance(value, Real) and low <= value <= high):
-        raise ValueError(f"{field} is {value}; allowed are {low:.15g} to {high:.15g}")
+        raise ValueError(f"{field} is {value}; allowed are {low} to {high}")

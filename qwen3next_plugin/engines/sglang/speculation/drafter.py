@@ -5,6 +5,7 @@ rejected ones too, computes logits of the whole vocabulary for each, and does so
 drafted. SGLang still loads the layer and manages its cache. mtp/loop.py decides.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,14 +31,18 @@ class Drafter(Chains):
         """`runner`: SGLang's of the MTP layer, which is loaded."""
         super().__init__(runner, req_to_token_pool)
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens
+        limit = chunk if chunk > 0 else whole
+        mode = get_disagg().disaggregation_mode
+        # What the layer has read is handed over with the prompt, so it may miss no token.
+        must_run = mode == "prefill"
         self.loop = Loop(
             observer=Observer(make_policy(num_drafts), Board(num_drafts), logger.error),
             ranks=get_parallel().tp_group,
-            max_tokens=chunk if chunk > 0 else whole,
+            max_tokens=sys.maxsize if must_run else limit,
             room=self._room,
-            # What the layer has read is handed over with the prompt, so it may miss no token.
-            must_run=get_disagg().disaggregation_mode == "prefill",
+            must_run=must_run,
         )
+        self.resumes = mode == "decode"  # retracted requests, which elsewhere are read anew
         self.decoding: dict[str, Req] = {}  # requests of the last step that decoded
         self.read: dict[str, Req] = {}  # those whose prompts were read since that step
         self.chunked: Req | None = None  # the one of them whose prompt goes on
@@ -55,7 +60,8 @@ class Drafter(Chains):
     ) -> EagleDraftInput:
         """No drafts yet, after T tokens of prompts. Shapes: hidden_states [T, D].
 
-        A server of prompts only has the MTP layer read them, else it does before it first drafts.
+        On a prefill server the MTP layer reads the prompts now, because their KV is handed over.
+        Elsewhere it reads a prompt when the request first drafts.
         """
         going_on = {rid: request for rid, request in self.read.items() if not request.finished()}
         self.read = going_on | {request.rid: request for request in batch.reqs}
@@ -112,8 +118,18 @@ class Drafter(Chains):
         self.decoding = requests
         self.read = {rid: request for rid, request in self.read.items() if request is self.chunked}
         self.loop.drafted(draft_seconds, draft_seconds if timed else None)
+        if self.resumes:
+            self._lose_retracted(batch, step)
         known = requests.keys() | self.read.keys()  # those that were retracted are read anew
         return self.loop.step(step, known, step_seconds if timed else None)
+
+    def _lose_retracted(self, batch: ScheduleBatch, step: FinishedStep) -> None:
+        """Draft no more for resumed requests: SGLang puts no KV of the MTP layer aside."""
+        rows = zip(batch.reqs, step.firsts, strict=True)
+        if resumed := {request.rid: first for request, first in rows if request.retraction_count}:
+            self.loop.keep()
+            for rid, first in resumed.items():
+                self.loop.pending.lose(rid, first)
 
     def _room(self, request: str, computed: int) -> int:
         of_host = self.decoding[request]

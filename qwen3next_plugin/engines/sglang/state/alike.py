@@ -51,12 +51,10 @@ def check_known_weights(server_args: Any, reader: str, flag: str) -> None:
 def refuse_other_weights(server_args: Any) -> None:
     """Raise where pages of this start's weights would be read for others."""
     if server_args.enable_unified_cache_external_linker:
-        reader, flag = "FolderLinker", LINKER_FLAG
+        why = "FolderLinker would serve prefixes of the weights that it started with"
+        flag = LINKER_FLAG
     elif server_args.disaggregation_mode != "null":
-        reader, flag = "a decode server", MODE_FLAG
+        why, flag = "both servers compare a digest of weights that is computed at start", MODE_FLAG
     else:
         return
-    raise ConfigError(
-        f"{reader} would serve prefixes of the weights that it started with; restart the server, "
-        f"or serve without {flag}"
-    )
+    raise ConfigError(f"{why}; restart the server, or serve without {flag}")

@@ -6,21 +6,26 @@ in all that decides what is in it. patches.py puts these functions in place; SGL
 imported inside, as in hooks.py.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
+from http import HTTPStatus
 from importlib import import_module
 from typing import Any
+from weakref import WeakValueDictionary
 
 from qwen3next_plugin.engines.nixl import waiting
-from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.engines.sglang.state.alike import alike, stored_weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
+_of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its last request
+
 
 def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
-    """Register a prefill server with what it has, where SGLang names the layout of some KV.
+    """Send our digest in SGLang's `kv_layout` field.
 
     SGLang itself compares layouts only where both servers name one, and ends the decode server.
     """
@@ -51,6 +56,45 @@ def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int
     )
     receiver.conclude_state = KVPoll.Failed
     manager.update_status(room, KVPoll.Failed)
+
+
+def survive_others(host: Callable[..., bool], manager: Any, bootstrap_addr: str) -> bool:
+    """Whether SGLang knows the prefill server: not where comparing both raises.
+
+    SGLang then tries a few times more, and fails the requests.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        return host(manager, bootstrap_addr)
+    except (RuntimeError, AssertionError) as error:
+        if not is_ours(model_config_of(get_server_args())):
+            raise
+        _say_once(bootstrap_addr, str(error))
+        return False
+
+
+@cache
+def _say_once(bootstrap_addr: str, why: str) -> None:
+    logger.error("qwen3next_plugin: the prefill server at %s is not alike: %s", bootstrap_addr, why)
+
+
+def refuse_same_room(
+    host: Callable[..., None], queue: Any, req: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Abort a request whose room an unfinished one has; queue: the first of either server."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
+
+    if req.bootstrap_host != FAKE_BOOTSTRAP_HOST and is_ours(queue.scheduler.model_config):
+        room = req.bootstrap_room
+        other = _of_room.get(room, req)
+        if other is req or other.finished():
+            _of_room[room] = req
+        else:  # SGLang's queue then answers it
+            why = f"bootstrap_room {room} is in use by another request; choose another"
+            prepare_abort(req, why, HTTPStatus.BAD_REQUEST)
+    host(queue, req, *args, **kwargs)
 
 
 @cache
@@ -94,7 +138,8 @@ def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
     """Let NIXL copy in this machine's memory, and leave all cores to those who compute.
 
     Around `init_disaggregation`, which makes NIXL's agent. SGLang calls the memory of KV and of
-    states VRAM, and only that of its messages DRAM.
+    states VRAM, and only that of its messages DRAM. On processors with AMX it has bound this thread
+    to one core; new threads get the cores of the parent process, which is not bound.
     """
     from sglang.srt.runtime_context import get_server_args
 
@@ -110,9 +155,12 @@ def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
         made.nixl_mems["VRAM"] = made.nixl_mems["DRAM"]
         return made
 
+    cores = os.sched_getaffinity(0)
     api.nixl_agent = of_main_memory
     try:
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
         with waiting(api.nixlBind):
             host(scheduler)
     finally:
+        os.sched_setaffinity(0, cores)
         api.nixl_agent = agent

@@ -20,7 +20,7 @@ def check_handover(server_args: Any) -> None:
     """
     if not hands_over(server_args):
         return
-    check_known_weights(server_args, "a decode server", MODE_FLAG)
+    check_known_weights(server_args, "the other server", MODE_FLAG)
     if find_spec("nixl") is None:
         raise ConfigError(
             f"{MODE_FLAG} {server_args.disaggregation_mode}: NIXL is missing; pip install "
