@@ -38,7 +38,7 @@ def forget(path: Path) -> None:
 
 
 def is_cached(path: Path, offset: int) -> bool:
-    """Skips the test where the system does not say. It may read what is not cached, from then on."""
+    """Skips the test where the system does not say; may read what is not cached from then on."""
     with path.open("rb", buffering=0) as opened:
         try:
             return os.preadv(opened.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1

@@ -40,7 +40,7 @@ def _check_bind(host: str, name: str, port: int) -> None:
         raise _refused(name, port, host, str(error)) from None
     except OSError as error:
         flag, value = ("--host", host) if error.errno in NO_HOST else (name, port)
-        raise _refused(flag, value, host, error.strerror) from None
+        raise _refused(flag, value, host, error.strerror or str(error)) from None
 
 
 def _refused(flag: str, value: str | int, host: str, why: str) -> ConfigError:
