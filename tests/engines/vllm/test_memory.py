@@ -57,8 +57,10 @@ def test_the_kv_cache_leaves_room_for_mapped_weights(monkeypatch, tmp_path):
         with file.open("wb") as opened:
             opened.truncate(gib << 30)  # takes no disk
         cache = SimpleNamespace(gpu_memory_utilization=0.75, kv_cache_memory_bytes=asked)
-        model = SimpleNamespace(model=str(tmp_path))
-        flags._leave_room(SimpleNamespace(cache_config=cache, model_config=model))
+        model = SimpleNamespace(model=str(tmp_path), revision=None)
+        load = SimpleNamespace(download_dir=None)
+        config = SimpleNamespace(cache_config=cache, model_config=model, load_config=load)
+        flags._leave_room(config)
         return cache.kv_cache_memory_bytes
 
     assert kv_cache(16) is None  # vLLM counts weights in memory itself
