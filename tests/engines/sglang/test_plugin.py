@@ -67,9 +67,11 @@ def test_a_target_that_is_gone_or_changed_is_named(monkeypatch, i):
     assert f"SGLang 9.9.9 has {entry.target}" in str(raised.value)
     assert FIX in str(raised.value)
     monkeypatch.delattr(owner, name)
+    if hasattr(owner, name):  # a base class's, which may fit
+        return
     with pytest.raises(PatchError) as raised:
         patching.check([entry], HOST)
-    assert f"SGLang 9.9.9 has no {entry.target}" in str(raised.value) or name == "__init__"
+    assert f"SGLang 9.9.9 has no {entry.target}" in str(raised.value)
     assert FIX in str(raised.value)
 
 
