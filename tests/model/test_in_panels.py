@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import PackedWeight, unpack
 from qwen3next_plugin.model.checkpoint import contents
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.headers import INDEX, Place, read_places, weight_files
+from qwen3next_plugin.model.checkpoint.headers import INDEX, read_places, weight_files
 from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
 from qwen3next_plugin.model.checkpoint.sizes import tensor_bytes
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
-from qwen3next_plugin.model.quantisation import in_panels, writing
+from qwen3next_plugin.model.quantisation import writing
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels, check_in_panels
 from qwen3next_plugin.model.quantisation.layers import LinearMethod, Ranks
@@ -403,25 +402,6 @@ def test_a_file_that_is_cut_short_while_it_is_read(packed, tmp_path):
         file.truncate(place.offset + 100)
     with pytest.raises(CheckpointError, match="is truncated, download it again"):
         contents.read(place)
-
-
-@pytest.mark.parametrize(("ranks", "memory", "past"), [(1, 2, False), (1, 1, True), (2, 1, False)])
-def test_large_files_are_read_past_the_page_cache(packed, monkeypatch, grant, ranks, memory, past):
-    """Where weights and files do not fit in memory together; not if ranks share what is read."""
-    raw = json.loads((packed / "config.json").read_text())
-    config = Qwen3NextConfig.from_hf(raw, tp_size=ranks)
-    nbytes = opened(packed)[1].nbytes_in_panels
-    grant("0::/\n", {"memory.max": f"{memory * nbytes}\n"})
-    formats = formats_of(packed, config, raw["quantization_config"], asked=None)
-    ways = set()
-
-    def read(place: Place, *, past_cache: bool) -> Tensor:
-        ways.add(past_cache)
-        return contents.read(place, past_cache=past_cache)
-
-    monkeypatch.setattr(in_panels, "read", read)
-    deque(formats.converted(stored(packed).items()), maxlen=0)
-    assert ways == {past}
 
 
 def test_settings_that_do_not_go_with_it(packed, monkeypatch):

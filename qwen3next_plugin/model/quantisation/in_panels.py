@@ -28,7 +28,6 @@ from typing import Any, cast, get_args
 import torch
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.linear.pack import one_group
 from qwen3next_plugin.kernels.linear.packed_weight import (
@@ -156,10 +155,6 @@ class FormatsInPanels(Formats):
         self.weights, self._wholes, self._places = weights, wholes, places
         self.has_head = HEAD in weights
         self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
-        # Beside such weights the page cache keeps little of their files for the next start, and
-        # loses what other programs need. Ranks read the same files at once, through it.
-        outgrown = 2 * self.nbytes_in_panels > memory_bytes()
-        self._past_cache = outgrown and config.tp_size == 1
 
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}
@@ -176,7 +171,7 @@ class FormatsInPanels(Formats):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors: those of packed weights from their files, whatever the engine has read."""
         left_out = set(self._of(frozenset(ignored)))
-        load = mapped if env.mmap() else partial(read, past_cache=self._past_cache)
+        load = mapped if env.mmap() else read
         for name, tensor in tensors:
             if (place := self._places.get(name)) is None:
                 yield name, tensor
