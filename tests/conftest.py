@@ -104,7 +104,7 @@ def reference() -> "Callable[[Path], Reference]":
 @pytest.fixture
 def grant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
     """Make up cgroups: what /proc/self/cgroup says, and files by path."""
-    from qwen3next_plugin import cgroups
+    from qwen3next_plugin.engines import cgroups
 
     def write(own: str, files: dict[str, str]) -> None:
         (tmp_path / "own").write_text(own)

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from qwen3next_plugin import cgroups
 from qwen3next_plugin.cli.machine import machine
-from qwen3next_plugin.engines import cores
+from qwen3next_plugin.engines import cgroups, cores
 from qwen3next_plugin.engines.cores import quota, share
 
 CPUS = sorted(os.sched_getaffinity(0))

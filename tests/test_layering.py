@@ -21,6 +21,7 @@ OF_BOTH = (
     "huge_pages",
     "caches",
     "cores",
+    "cgroups",
     "memory",
     "nodes",
     "block_files",

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from checkpoints import BASE
-from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.cgroups import memory_bytes
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, served_bytes
 

@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3next_plugin.cgroups import memory_bytes
+from qwen3next_plugin.engines.cgroups import memory_bytes
 from qwen3next_plugin.engines.cores import quota
 
 # The names in /proc/cpuinfo of what kernels/native/ops.cpp checks.

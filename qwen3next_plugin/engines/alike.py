@@ -1,5 +1,6 @@
 """What decides the bits of an engine's pages and KV, besides weights, dtypes and layouts."""
 
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -21,3 +22,8 @@ def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
         (env.quantise(), env.batch_invariant()),
         (__version__, host, str(torch.__version__), described("cpu"), instructions()),
     )
+
+
+def digest(found: Any) -> str:
+    """A short name for all of it."""
+    return sha256(repr(found).encode()).hexdigest()[:16]

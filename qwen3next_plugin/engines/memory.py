@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cgroups import memory_bytes, swap_limit
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.cgroups import memory_bytes, swap_limit
 from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes

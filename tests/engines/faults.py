@@ -16,7 +16,7 @@ from benchmarks.sizes import CONFIGS
 from engines.clients import complete, eventually
 from engines.process import START_SECONDS, TESTS
 from engines.server import Server
-from qwen3next_plugin.cgroups import LIMITS, folders
+from qwen3next_plugin.engines.cgroups import LIMITS, folders
 
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
 NEEDS_NAMESPACES = pytest.mark.skipif(

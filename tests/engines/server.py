@@ -7,6 +7,8 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,21 @@ class Server(ABC):
     def close(self) -> None:
         self.client.close()
         self.process.stop(self.END)
+
+
+@contextmanager
+def closing(*servers: Any) -> Iterator[list[Any]]:
+    """All, ready; stopped in the end."""
+    try:
+        yield [each.wait() for each in servers]
+    finally:
+        for each in servers:
+            each.close()
+
+
+def most_cores(servers: Sequence[Server], seconds: float = 3) -> float:
+    """The cores that the busiest of these servers computes with, for so long."""
+    before, began = [sum(each.cpu_seconds().values()) for each in servers], time.monotonic()
+    time.sleep(seconds)
+    spent = [sum(each.cpu_seconds().values()) - t for each, t in zip(servers, before, strict=True)]
+    return max(spent) / (time.monotonic() - began)

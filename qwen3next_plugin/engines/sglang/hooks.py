@@ -12,7 +12,7 @@ from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
-from qwen3next_plugin.engines.sglang.names import is_ours, logger
+from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.indexed_attention import dims_of_tokens
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
@@ -36,10 +36,7 @@ def no_ngram_pools(host: Callable[[Any], dict[str, Any]], configurator: Any) -> 
 
 def skip_snapshots(host: Callable[[], bool]) -> bool:
     """Whether SGLang skips its states for drafts: always for our model."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.runtime_context import get_server_args
-
-    return is_ours(model_config_of(get_server_args())) or host()
+    return serves_ours() or host()
 
 
 def set_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:

@@ -33,6 +33,14 @@ def is_ours(model_config: Any) -> bool:
     return serves(model_config.hf_config)
 
 
+def serves_ours() -> bool:
+    """Whether this process's model is one that the plugin serves."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.runtime_context import get_server_args
+
+    return is_ours(model_config_of(get_server_args()))
+
+
 def serves(hf_config: Any) -> bool:
     """Whether the plugin serves the model of a config that SGLang has only read."""
     architectures = hf_config.architectures

@@ -10,7 +10,6 @@ from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cgroups import memory_bytes
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -20,6 +19,7 @@ from qwen3next_plugin.config import (
     host_rope,
     rope,
 )
+from qwen3next_plugin.engines.cgroups import memory_bytes
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes

@@ -1,8 +1,7 @@
 """A server that reads prompts and one that decodes, and what SGLang's router asks of both."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -32,16 +31,6 @@ class Part(Forked):
             own = (*own, "--disaggregation-bootstrap-port", str(self.bootstrap))
         here = {"SGLANG_HOST_IP": "127.0.0.1", "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "30"}
         super().__init__(SHIPPED, *FLAGS, *own, *flags, env=FIXED | here | dict(env))
-
-
-@contextmanager
-def closing(*servers: Server) -> Iterator[list[Any]]:
-    """All, ready; stopped in the end."""
-    try:
-        yield [each.wait() for each in servers]
-    finally:
-        for each in servers:
-            each.close()
 
 
 def ask(server: Server, prompts: Prompts, tokens: int = 32, **fields: Any) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 import ctypes
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -71,16 +69,6 @@ def server(role: str, drafts: int = DRAFTS, **settings: Any) -> Forked:
             "VLLM_CPU_OMP_THREADS_BIND": environment(ranks)["VLLM_CPU_OMP_THREADS_BIND"],
         },
     )
-
-
-@contextmanager
-def closing(*servers: Server) -> Iterator[list[Server]]:
-    """Both, ready; stopped in the end."""
-    try:
-        yield [each.wait() for each in servers]
-    finally:
-        for each in servers:
-            each.close()
 
 
 def complete(server: Server, prompt: Prompt, tokens: int = 32, **options: Any) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from qwen3next_plugin.cgroups import memory_left
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.cgroups import memory_left
 from qwen3next_plugin.engines.memory import LEAST_POOLS, mapped_bytes
 from qwen3next_plugin.engines.sglang.names import is_ours
 

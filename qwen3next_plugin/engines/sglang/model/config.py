@@ -18,6 +18,7 @@ from qwen3next_plugin.engines.sglang.names import (
     STREAMS_TYPE,
     is_ours,
     serves,
+    serves_ours,
 )
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
@@ -158,12 +159,9 @@ def layers_block_type(config: Any) -> list[str]:
 
 def mamba2_cache_params(config: Any) -> Any:
     """What SGLang computes its pools' sizes from: our pages, for our model."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.runtime_context import get_server_args
-
     # Other models, too, have a text model of these types.
     types = (*MODEL_TYPES, STREAMS_TYPE)
-    if config.model_type not in types or not is_ours(model_config_of(get_server_args())):
+    if config.model_type not in types or not serves_ours():
         return host_mamba2_cache_params(config)
     from qwen3next_plugin.engines.sglang.state.pages import page_params
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.names import serves_ours
 
 # Of CPU time, for one step of one request: normal patterns take microseconds, and a busy machine
 # may stand still for longer.
@@ -36,12 +36,10 @@ def limit_regex(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) 
 
     The time is limited while matching: no check of a pattern finds exactly those that backtrack.
     """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
-    from sglang.srt.runtime_context import get_server_args
 
     patterns = req.sampling_params.stop_regex_strs
-    if not patterns or not is_ours(model_config_of(get_server_args())):
+    if not patterns or not serves_ours():
         return host(req, new_accepted_len)
     try:
         with _time_limit(REGEX_SECONDS):

@@ -1,9 +1,9 @@
 """FolderLinker's settings: checked before a worker starts; the subfolder of what may be read."""
 
-from hashlib import sha256
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.block_files import SPACE, check_settings
 from qwen3next_plugin.engines.sglang.names import PACKAGE
 from qwen3next_plugin.engines.sglang.state.alike import (
@@ -67,6 +67,5 @@ def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
     """
     weights = fingerprint(stored_weights(server_args))
     dtype = str(model_config.dtype).removeprefix("torch.")
-    others = alike(server_args, model_config, *sizes)
-    rest = sha256(repr(others).encode()).hexdigest()[:16]
+    rest = digest(alike(server_args, model_config, *sizes))
     return f"{SPACE}{weights}-{dtype}-{rest}"

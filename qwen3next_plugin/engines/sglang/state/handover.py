@@ -9,14 +9,14 @@ imported inside, as in hooks.py.
 import os
 from collections.abc import Callable
 from functools import cache
-from hashlib import sha256
 from http import HTTPStatus
 from importlib import import_module
 from typing import Any
 from weakref import WeakValueDictionary
 
+from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.nixl import waiting
-from qwen3next_plugin.engines.sglang.names import is_ours, logger
+from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
 from qwen3next_plugin.engines.sglang.state.alike import alike, stored_weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
@@ -29,24 +29,18 @@ def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
 
     SGLang itself compares layouts only where both servers name one, and ends the decode server.
     """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.runtime_context import get_server_args
-
-    if is_ours(model_config_of(get_server_args())):
+    if serves_ours():
         manager.kv_layout = what_is_alike()
     host(manager)
 
 
 def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int) -> None:
     """Fail a decode server's request unless the server that reads its prompt is alike."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.disaggregation.base import KVPoll
-    from sglang.srt.runtime_context import get_server_args
 
     manager, room = receiver.kv_mgr, receiver.bootstrap_room
     registered = manager.prefill_info_table.get(receiver.bootstrap_addr)  # None: it has ended
-    ours = is_ours(model_config_of(get_server_args()))
-    if registered is None or not ours or registered.kv_layout == what_is_alike():
+    if registered is None or not serves_ours() or registered.kv_layout == what_is_alike():
         host(receiver, prefill_dp_rank)
         return
     manager.record_failure(
@@ -63,13 +57,10 @@ def survive_others(host: Callable[..., bool], manager: Any, bootstrap_addr: str)
 
     SGLang then tries a few times more, and fails the requests.
     """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.runtime_context import get_server_args
-
     try:
         return host(manager, bootstrap_addr)
     except (RuntimeError, AssertionError) as error:
-        if not is_ours(model_config_of(get_server_args())):
+        if not serves_ours():
             raise
         _say_once(bootstrap_addr, str(error))
         return False
@@ -110,7 +101,7 @@ def what_is_alike() -> str:
     layout = page_layout(model_config.hf_text_config)
     weights = fingerprint(stored_weights(server_args), of_copies=True)
     dtype = str(layout.activation_dtype).removeprefix("torch.")
-    rest = sha256(repr(alike(server_args, model_config, layout)).encode()).hexdigest()[:16]
+    rest = digest(alike(server_args, model_config, layout))
     return (
         f"weights={weights}, dtype={dtype}, speculative_num_steps={layout.num_drafts}, "
         f"tp_size={get_parallel().tp_size}, page_bytes={layout.page_bytes}, rest={rest}"

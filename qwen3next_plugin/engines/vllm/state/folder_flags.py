@@ -1,13 +1,13 @@
 """FolderSpec's settings: checked, and completed for vLLM, before a worker starts."""
 
 import os
-from hashlib import sha256
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.block_files import SPACE, check_settings
 from qwen3next_plugin.engines.vllm.names import PACKAGE
 from qwen3next_plugin.engines.vllm.state.alike import (
@@ -104,6 +104,5 @@ def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
     """The name of the subfolder for these weights, and for all that decides what a page holds."""
     found = alike(vllm_config, config)
     weights = fingerprint(stored_weights(vllm_config))
-    others = (found, vllm_config.cache_config.prefix_caching_hash_algo)
-    rest = sha256(repr(others).encode()).hexdigest()[:16]
+    rest = digest((found, vllm_config.cache_config.prefix_caching_hash_algo))
     return f"{SPACE}{weights}-{found.dtype}-k{found.layout.num_drafts}-{rest}"

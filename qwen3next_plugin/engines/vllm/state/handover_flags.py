@@ -1,13 +1,13 @@
 """Prefill and decode on two servers: what is refused at start, and what both must have alike."""
 
 import os
-from hashlib import sha256
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed import nixl_utils
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.vllm.state.alike import (
     WITHOUT,
     alike,
@@ -61,11 +61,10 @@ def complete_handover(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
     os.environ.setdefault(LAYOUT, "DS")
     found = alike(vllm_config, config)
     weights = fingerprint(stored_weights(vllm_config), of_copies=True)
-    rest = sha256(repr(found).encode()).hexdigest()[:16]
     settings = vllm_config.kv_transfer_config.kv_connector_extra_config
     settings[ALIKE] = (
         f"weights={weights}, dtype={found.dtype}, "
         f"num_speculative_tokens={found.layout.num_drafts}, "
         f"tensor_parallel_size={vllm_config.parallel_config.tensor_parallel_size}, "
-        f"page_bytes={found.layout.page_bytes}, rest={rest}"
+        f"page_bytes={found.layout.page_bytes}, rest={digest(found)}"
     )
