@@ -21,7 +21,7 @@ Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, 
   arguments.expect("v", v, {T, H, R}, {dtype});
   const ConvArguments in{weight, conv_, span, query_start_loc, slot, context_len};
   const auto rows = in.checked(arguments, q, C, drafts);
-  Tensor out = torch::stable::new_empty(q, {T, C});
+  Tensor out = empty_as(q, {T, C});
   with_activations(q, [&]<class A>(A) {
     const Conv<A> conv(in, out, 1);
     const auto segment = [&](int64_t i) -> Segment<A> {

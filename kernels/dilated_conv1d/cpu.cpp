@@ -20,7 +20,7 @@ Tensor dilated_conv1d(Tensor x, Tensor weight, int64_t dilation, Tensor conv_, T
   arguments.expect("x", x, {T, C}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
   const ConvArguments in{weight, conv_, span, query_start_loc, slot, context_len};
   const auto rows = in.checked(arguments, x, C, drafts);
-  Tensor out = torch::stable::new_empty(x, {T, C});
+  Tensor out = empty_as(x, {T, C});
   with_activations(x, [&]<class A>(A) {
     const Conv<A> conv(in, out, dilation);
     const auto segment = [&](int64_t i) -> Segment<A> {

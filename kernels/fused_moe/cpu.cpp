@@ -90,8 +90,8 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   const Dims d{x.size(0), x.size(1), w13.size(0), w2.size(2), topk_ids.size(1)};
   const Routes routes(read<int32_t>(topk_ids), d);
   const float* weights = read<float>(topk_weights);
-  Tensor out = torch::stable::new_empty(x, {d.T, d.D});
-  Tensor h = torch::stable::new_empty(x, {d.T * d.top_k, d.I});  // sorted by expert, as in routes
+  Tensor out = empty_as(x, {d.T, d.D});
+  Tensor h = empty_as(x, {d.T * d.top_k, d.I});  // sorted by expert, as in routes
   const int64_t experts = routes.experts.size();
   const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
   const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;

@@ -44,7 +44,7 @@ class Experts {
         I(I),
         same(same),
         weights_(weights),
-        h_(torch::stable::new_empty(x, {static_cast<int64_t>(this->routes.token.size()), I})),
+        h_(empty_as(x, {static_cast<int64_t>(this->routes.token.size()), I})),
         in_(this->w13, read<T>(x), x.size(0), x.stride(0)) {}
 
   // h = silu(W1 x) * W3 x of these features, for their expert's tokens. `next`: those that this
@@ -211,7 +211,7 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
                         std::optional<Tensor> shared_scale2, std::optional<Tensor> shared_zero2,
                         int64_t shared_encoding2, int64_t shared_group2, int64_t shared_I) {
   const Dims d{x.size(0), x.size(1), packed13.size(0), I, topk_ids.size(1)};
-  Tensor out = torch::stable::new_empty(x, {d.T, d.D});
+  Tensor out = empty_as(x, {d.T, d.D});
   with_dtype(x, [&]<class T>(T) {
     Experts<T> routed({packed13, scale13, zero13, encoding13, 2 * I, d.D, group13},
                       {packed2, scale2, zero2, encoding2, d.D, I, group2},

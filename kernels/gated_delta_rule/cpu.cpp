@@ -47,7 +47,7 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   std::vector<float> rate = to_floats(A_log), bias = to_floats(dt_bias);
   std::vector<float> g(d.T * d.HV), beta(d.T * d.HV);
   for (float& x : rate) x = -std::exp(x);
-  Tensor out = torch::stable::new_empty(v, {d.T, d.HV, d.V});
+  Tensor out = empty_as(v, {d.T, d.HV, d.V});
   with_activations(q, [&]<class T>(T) {
     const Inputs<T> in{d,
                        read<T>(q),

@@ -48,11 +48,11 @@ std::tuple<Tensor, Tensor> hyper_connection(Tensor streams_, std::optional<Tenso
                                             double eps) {
   const int64_t T = streams_.size(0), hc = streams_.size(1), D = streams_.size(2);
   const int64_t K = hc * D, L = down.size(0);
-  Tensor mixed = torch::stable::new_empty(streams_, {T, D}), next = mixed;
+  Tensor mixed = empty_as(streams_, {T, D}), next = mixed;
   with_activations(streams_, [&]<class A>(A) {
     const Streams<A> in(streams_, block, injection);
     const Tensor x = normalise_streams(in, streams_, norm, static_cast<float>(eps));
-    const Tensor hidden = torch::stable::new_empty(streams_, {T, L});
+    const Tensor hidden = empty_as(streams_, {T, L});
     next = injections(in, x, inject);
     const A *xs = read<A>(x), *hs = read<A>(hidden);
     const int64_t bytes = K * L * sizeof(A);

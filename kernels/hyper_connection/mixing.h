@@ -18,7 +18,7 @@ float dot(const T* x, const W* weight, int64_t n) {
 // x [T, hc * D]: the normalised streams, after the block's output is added to them.
 template <class T>
 Tensor normalise_streams(const Streams<T>& in, const Tensor& like, const Tensor& norm, float eps) {
-  Tensor x = torch::stable::new_empty(like, {in.tokens, in.hc * in.D});
+  Tensor x = empty_as(like, {in.tokens, in.hc * in.D});
   with_parameter<T>(norm, [&]<class W>(W) {
     in.each([&](int64_t t, int64_t s) {
       T* out = write<T>(x) + (t * in.hc + s) * in.D;
@@ -31,7 +31,7 @@ Tensor normalise_streams(const Streams<T>& in, const Tensor& like, const Tensor&
 // injection [T, hc] = 2 sigmoid(inject x / hc); [T, 0] without `inject`.
 template <class T>
 Tensor injections(const Streams<T>& in, const Tensor& x, const std::optional<Tensor>& inject) {
-  Tensor out = torch::stable::new_empty(x, {in.tokens, inject ? in.hc : 0}, ScalarType::Float);
+  Tensor out = empty({in.tokens, inject ? in.hc : 0}, ScalarType::Float);
   if (!inject) return out;
   const int64_t K = in.hc * in.D;
   with_parameter<T>(*inject, [&]<class W>(W) {

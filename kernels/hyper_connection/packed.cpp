@@ -87,14 +87,14 @@ std::tuple<Tensor, Tensor> hyper_connection_packed(
     int64_t down_group, Tensor up, Tensor up_scale, std::optional<Tensor> up_zero,
     int64_t up_encoding, int64_t up_group, int64_t L, std::optional<Tensor> inject, double eps) {
   const int64_t T = streams_.size(0), hc = streams_.size(1), D = streams_.size(2);
-  Tensor mixed = torch::stable::new_empty(streams_, {T, D}), next = mixed;
+  Tensor mixed = empty_as(streams_, {T, D}), next = mixed;
   with_dtype(streams_, [&]<class A>(A) {
     const Streams<A> in(streams_, block, injection);
     const Tensor x = normalise_streams(in, streams_, norm, static_cast<float>(eps));
     next = injections(in, x, inject);
     const Tensor products =
         linear(x, down, down_scale, down_zero, down_encoding, down_group, L, true);
-    const Tensor hidden = torch::stable::new_empty(streams_, {T, L});
+    const Tensor hidden = empty_as(streams_, {T, L});
     activate(write<A>(hidden), read<float>(products), T * L, hc);
     const PackedWeight weight(up, up_scale, up_zero, up_encoding, hc * D, L, up_group);
     Mixing<A>(weight, hidden, x, hc, D).run(write<A>(mixed));

@@ -66,7 +66,7 @@ Tensor index_keys(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos_sin, T
   check_positions("positions", positions, cos_sin.size(0));
   check_positions("block_positions", block_positions, cos_sin.size(0));
   const std::vector<Place> places = places_of(sequences);
-  Tensor q = torch::stable::new_empty(qk, {T, Hi, d});
+  Tensor q = empty_as(qk, {T, Hi, d});
   with_dtypes(qk, q_weight, [&]<class A, class W>(A, W) {
     with_parameter<A>(cos_sin, [&]<class C>(C) {
       const Keys<A> keys(key_cache_), blocks(block_cache_);

@@ -72,7 +72,7 @@ Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
   const int64_t M = x.size(0), K = x.size(1);
   const PackedWeight w(packed, scale, zero, encoding, N, K, group);
   const ScalarType dtype = fp32 ? ScalarType::Float : x.scalar_type();
-  Tensor out = torch::stable::new_empty(x, {M, N}, dtype);
+  Tensor out = empty({M, N}, dtype);
   with_dtype(x, [&]<class T>(T) {
     if (fp32) return multiply(write<float>(out), read<T>(x), M, x.stride(0), w);
     multiply(write<T>(out), read<T>(x), M, x.stride(0), w);

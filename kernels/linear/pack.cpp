@@ -66,7 +66,7 @@ bool has_nan(const uint8_t* codes, int64_t count) {
 Tensor pack_panels(Tensor rows, int64_t encoding, int64_t line) {
   const int64_t E = rows.size(0), N = rows.size(1), bytes = rows.size(2);
   const int64_t panels = (N + kPanelWidth - 1) / kPanelWidth;
-  Tensor out = torch::stable::new_empty(rows, {E, panels, kPanelWidth * line});
+  Tensor out = empty_as(rows, {E, panels, kPanelWidth * line});
   const uint8_t* in = read<uint8_t>(rows);
   std::atomic<bool> bad{false};
   parallel(E * panels, 1 + kTask / (kPanelWidth * line + 1), [&](int64_t i) {

@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "simd.h"
 
@@ -72,6 +74,24 @@ inline const T* read(const Tensor& t) {
 template <class T>
 inline T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// A contiguous tensor without values, on the CPU as all are. torch::stable::new_empty looks its
+// operator up by name and boxes the arguments, which takes longer than many an op on one token.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes.begin()[i];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The same, of another tensor's dtype.
+inline Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty(sizes, like.scalar_type());
 }
 
 template <class Mode, class F>

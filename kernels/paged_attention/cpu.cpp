@@ -245,7 +245,7 @@ Tensor paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor to
       checked_sequences(token_table, table_row, query_start_loc, seq_lens, tree_mask, T, paging);
   std::vector<int32_t> count;  // of each query's blocks
   if (blocks) take_selection(sequences, *blocks, *tail, block_size, count);
-  Tensor out = torch::stable::new_empty(q, {T, Hq, D});
+  Tensor out = empty_as(q, {T, Hq, D});
   with_activations(q, [&]<class A>(A) {
     const Operands<A> in{read<A>(q),
                          q.stride(0),

@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> ple_gate(Tensor streams_, std::optional<Tensor> block
                                     Tensor query_norm, Tensor key_norm, Tensor conv_norm,
                                     double eps) {
   const int64_t T = streams_.size(0), hc = streams_.size(1), D = streams_.size(2);
-  Tensor gated = torch::stable::new_empty(streams_, {T, hc * D});
-  Tensor normed = torch::stable::new_empty(streams_, {T, hc * D});
+  Tensor gated = empty_as(streams_, {T, hc * D});
+  Tensor normed = empty_as(streams_, {T, hc * D});
   with_dtypes(streams_, query_norm, [&]<class A, class W>(A, W) {
     const Streams<A> in(streams_, block, injection);
     const float epsilon = static_cast<float>(eps);

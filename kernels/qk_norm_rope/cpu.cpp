@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
     check(0 <= position[t] && position[t] < max_position, "token ", t, ": position ", position[t],
           " is not one of ", max_position, " in cos_sin");
   }
-  Tensor q = torch::stable::new_empty(qkv, {T, num_heads * D});
-  Tensor k = torch::stable::new_empty(qkv, {T, num_kv_heads * D});
+  Tensor q = empty_as(qkv, {T, num_heads * D});
+  Tensor k = empty_as(qkv, {T, num_kv_heads * D});
   with_dtypes(qkv, q_weight, [&]<class A, class W>(A, W) {
     with_parameter<A>(cos_sin, [&]<class C>(C) {
       const A* rows = read<A>(qkv);

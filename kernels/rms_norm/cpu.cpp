@@ -16,7 +16,7 @@ void add_to(T* residual, const T* x, int64_t D) {
 Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_) {
   const int64_t T = x.size(0), D = x.size(1), stride = x.stride(0);
   const int64_t residual_stride = residual_ ? residual_->stride(0) : 0;
-  Tensor out = torch::stable::new_empty(x, {T, D});
+  Tensor out = empty_as(x, {T, D});
   with_dtypes(x, weight, [&]<class A, class W>(A, W) {
     const A* xs = read<A>(x);
     const W* w = read<W>(weight);

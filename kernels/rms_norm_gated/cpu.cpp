@@ -36,7 +36,7 @@ void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps
 }
 
 Tensor rms_norm_gated(Tensor x, Tensor z, Tensor weight, double eps, bool sigmoid_gate) {
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * x.size(2) * x.size(3)});
+  Tensor out = empty_as(x, {x.size(0), x.size(1) * x.size(2) * x.size(3)});
   rms_norm_gated_to(out, x, z, weight, eps, sigmoid_gate);
   return out;
 }

@@ -78,8 +78,8 @@ void route(float* weights, int32_t* experts, const T* logits, int64_t E, int64_t
 
 std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   const int64_t T = logits.size(0), E = logits.size(1), stride = logits.stride(0);
-  Tensor weights = torch::stable::new_empty(logits, {T, k}, ScalarType::Float);
-  Tensor experts = torch::stable::new_empty(logits, {T, k}, ScalarType::Int);
+  Tensor weights = empty({T, k}, ScalarType::Float);
+  Tensor experts = empty({T, k}, ScalarType::Int);
   with_activations(logits, [&]<class A>(A) {
     const A* all = read<A>(logits);
     float* weight = write<float>(weights);

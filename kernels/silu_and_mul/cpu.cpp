@@ -6,7 +6,7 @@ namespace {
 
 Tensor silu_and_mul(Tensor x) {
   const int64_t T = x.size(0), I = x.size(1) / 2, stride = x.stride(0);
-  Tensor out = torch::stable::new_empty(x, {T, I});
+  Tensor out = empty_as(x, {T, I});
   with_activations(x, [&]<class A>(A) {
     const A* xs = read<A>(x);
     A* outs = write<A>(out);
