@@ -159,8 +159,8 @@ std::tuple<Tensor, Tensor> draft_head(Tensor x, Tensor weight, Tensor scale, Ten
     best_of_block(best.data() + b * N, head, batch, b * block, std::min(R, (b + 1) * block));
   });
 
-  Tensor tokens = empty({N}, ScalarType::Long);
-  Tensor values = empty({N}, ScalarType::Float);
+  Tensor tokens = empty_as(x, {N}, ScalarType::Long);
+  Tensor values = empty_as(x, {N}, ScalarType::Float);
   int64_t* token = write<int64_t>(tokens);
   float* value = write<float>(values);
   for (int64_t n = 0; n < N; ++n) {

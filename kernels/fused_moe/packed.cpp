@@ -201,6 +201,9 @@ std::vector<float> gates_of(const Tensor& x, const Tensor& weight) {
   return gates;
 }
 
+}  // namespace
+
+// sparse_moe calls it, too.
 Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional<Tensor> zero13,
                         int64_t encoding13, int64_t group13, Tensor packed2, Tensor scale2,
                         std::optional<Tensor> zero2, int64_t encoding2, int64_t group2, int64_t I,
@@ -228,7 +231,6 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
   return out;
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
 Q3N_OP(fused_moe_packed)

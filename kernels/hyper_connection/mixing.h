@@ -31,7 +31,7 @@ Tensor normalise_streams(const Streams<T>& in, const Tensor& like, const Tensor&
 // injection [T, hc] = 2 sigmoid(inject x / hc); [T, 0] without `inject`.
 template <class T>
 Tensor injections(const Streams<T>& in, const Tensor& x, const std::optional<Tensor>& inject) {
-  Tensor out = empty({in.tokens, inject ? in.hc : 0}, ScalarType::Float);
+  Tensor out = empty_as(x, {in.tokens, inject ? in.hc : 0}, ScalarType::Float);
   if (!inject) return out;
   const int64_t K = in.hc * in.D;
   with_parameter<T>(*inject, [&]<class W>(W) {

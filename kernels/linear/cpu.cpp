@@ -66,13 +66,13 @@ void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeigh
 
 }  // namespace
 
-// hyper_connection/packed.cpp calls it, too.
+// norm_linear, sparse_moe and hyper_connection call it, too.
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
               int64_t group, int64_t N, bool fp32) {
   const int64_t M = x.size(0), K = x.size(1);
   const PackedWeight w(packed, scale, zero, encoding, N, K, group);
   const ScalarType dtype = fp32 ? ScalarType::Float : x.scalar_type();
-  Tensor out = empty({M, N}, dtype);
+  Tensor out = empty_as(x, {M, N}, dtype);
   with_dtype(x, [&]<class T>(T) {
     if (fp32) return multiply(write<float>(out), read<T>(x), M, x.stride(0), w);
     multiply(write<T>(out), read<T>(x), M, x.stride(0), w);

@@ -94,8 +94,8 @@ void quantise_row(uint8_t* values, S* scales, const T* row, int64_t K, int64_t g
 
 std::tuple<Tensor, Tensor> quantise_int4(Tensor weight, int64_t group, ScalarType scale_dtype) {
   const int64_t N = weight.size(0), K = weight.size(1), groups = K / group;
-  Tensor values = empty({N, K / 2}, ScalarType::Byte);
-  Tensor scale = empty({N, groups}, scale_dtype);
+  Tensor values = empty_as(weight, {N, K / 2}, ScalarType::Byte);
+  Tensor scale = empty_as(weight, {N, groups}, scale_dtype);
   with_dtype(weight, [&]<class T>(T) {
     with_dtype(scale, [&]<class S>(S) {
       const T* rows = read<T>(weight);

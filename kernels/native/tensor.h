@@ -8,7 +8,6 @@
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
-#include <vector>
 
 #include "simd.h"
 
@@ -76,22 +75,18 @@ inline T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A contiguous tensor without values, on the CPU as all are. torch::stable::new_empty looks its
+// A contiguous tensor without values, of x's dtype or another. torch::stable::new_empty looks its
 // operator up by name and boxes the arguments, which takes longer than many an op on one token.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes.begin()[i];
+inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int32_t as_int = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.begin(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      x.get(), sizes.begin(), sizes.size(), &as_int, nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 
-// The same, of another tensor's dtype.
-inline Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return empty(sizes, like.scalar_type());
+inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return empty_as(x, sizes, x.scalar_type());
 }
 
 template <class Mode, class F>

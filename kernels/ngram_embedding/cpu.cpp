@@ -195,7 +195,7 @@ Tensor ngram_embedding(Tensor token_ids, Tensor addresses, int64_t rows, int64_t
   const Table table{
       read<int64_t>(addresses),     shard_rows, d, scale ? read<float>(*scale) : nullptr,
       scale && scale->numel() == 1, mapped};
-  Tensor out = empty({T, hash.heads * d}, out_dtype);
+  Tensor out = empty_as(token_ids, {T, hash.heads * d}, out_dtype);
   std::vector<int64_t> found;
   with_token_ids(token_ids, [&]<class I>(I) {
     const History<I> history{read<I>(token_ids), write<int32_t>(tokens_), ring, tokens_.stride(0)};

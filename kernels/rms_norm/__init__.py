@@ -1,9 +1,29 @@
 """Zero-centred RMSNorm, optionally of x plus a residual."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
+
+
+class Unnormed(NamedTuple):
+    """The arguments of `rms_norm`, for an op that reads its result. Shapes as there."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    residual_: Tensor | None = None
+
+    def normed(self) -> Tensor:
+        """Shapes: returns [T, D]"""
+        return rms_norm(x=self.x, weight=self.weight, eps=self.eps, residual_=self.residual_)
+
+
+def normed(x: Tensor | Unnormed) -> Tensor:
+    """x, or its norm if it waits for one. Shapes: returns [T, D]"""
+    return x.normed() if isinstance(x, Unnormed) else x
 
 
 def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None = None) -> Tensor:
@@ -22,9 +42,14 @@ def rms_norm(*, x: Tensor, weight: Tensor, eps: float, residual_: Tensor | None 
     """
     op = "rms_norm"
     run = dispatch.implementation(op, x.device)
+    check_norm(op, x, weight, residual_)
+    return run(x, weight, eps, residual_)
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, residual_: Tensor | None) -> None:
+    """Raise ValueError unless the shapes, dtypes, devices and strides are those of `rms_norm`."""
     T, D = sizes(op, "x", x, 2)
     check(op, "x", x, (T, D), ACTIVATIONS, x.device)
     check(op, "weight", weight, (D,), (x.dtype, *FLOAT), x.device)
     if residual_ is not None:
         check(op, "residual_", residual_, (T, D), (x.dtype,), x.device)
-    return run(x, weight, eps, residual_)

@@ -13,29 +13,33 @@ void add_to(T* residual, const T* x, int64_t D) {
   });
 }
 
+}  // namespace
+
+// norm_linear and sparse_moe call it, too.
 Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_) {
   const int64_t T = x.size(0), D = x.size(1), stride = x.stride(0);
   const int64_t residual_stride = residual_ ? residual_->stride(0) : 0;
   Tensor out = empty_as(x, {T, D});
-  with_dtypes(x, weight, [&]<class A, class W>(A, W) {
-    const A* xs = read<A>(x);
-    const W* w = read<W>(weight);
-    A* residuals = residual_ ? write<A>(*residual_) : nullptr;
-    A* outs = write<A>(out);
-    parallel(T, 1 + 16384 / (D + 1), [&](int64_t t) {
-      const A* row = xs + t * stride;
-      if (residuals) {
-        A* residual = residuals + t * residual_stride;
-        add_to(residual, row, D);
-        row = residual;
-      }
-      normalise(outs + t * D, row, w, D, static_cast<float>(eps));
+  with_dtype(x, [&]<class A>(A) {
+    with_parameter<A>(weight, [&]<class W>(W) {
+      const A* xs = read<A>(x);
+      const W* w = read<W>(weight);
+      A* residuals = residual_ ? write<A>(*residual_) : nullptr;
+      A* outs = write<A>(out);
+      parallel(T, 1 + 16384 / (D + 1), [&](int64_t t) {
+        const A* row = xs + t * stride;
+        if (residuals) {
+          A* residual = residuals + t * residual_stride;
+          add_to(residual, row, D);
+          row = residual;
+        }
+        normalise(outs + t * D, row, w, D, static_cast<float>(eps));
+      });
     });
   });
   return out;
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP_OF_ACTIVATIONS(rms_norm)
+Q3N_OP(rms_norm)

@@ -76,11 +76,14 @@ void route(float* weights, int32_t* experts, const T* logits, int64_t E, int64_t
   for (int64_t i = 0; i < k; ++i) weights[i] /= total;
 }
 
+}  // namespace
+
+// sparse_moe calls it, too.
 std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   const int64_t T = logits.size(0), E = logits.size(1), stride = logits.stride(0);
-  Tensor weights = empty({T, k}, ScalarType::Float);
-  Tensor experts = empty({T, k}, ScalarType::Int);
-  with_activations(logits, [&]<class A>(A) {
+  Tensor weights = empty_as(logits, {T, k}, ScalarType::Float);
+  Tensor experts = empty_as(logits, {T, k}, ScalarType::Int);
+  with_dtype(logits, [&]<class A>(A) {
     const A* all = read<A>(logits);
     float* weight = write<float>(weights);
     int32_t* expert = write<int32_t>(experts);
@@ -91,7 +94,6 @@ std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   return {weights, experts};
 }
 
-}  // namespace
 }  // namespace Q3N_LEVEL
 
-Q3N_OP_OF_ACTIVATIONS(router)
+Q3N_OP(router)

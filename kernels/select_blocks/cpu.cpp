@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor> select_blocks(Tensor q, Tensor block_cache, Tensor to
   const Paging paging{block_cache.size(0), of_pages ? block_cache.size(1) * block_size : 1};
   const std::vector<Sequence> sequences =
       checked_sequences(token_table, table_row, query_start_loc, seq_lens, std::nullopt, T, paging);
-  Tensor blocks = empty({T, top_k}, ScalarType::Int);
-  Tensor tail = empty({T}, ScalarType::Int);
+  Tensor blocks = empty_as(q, {T, top_k}, ScalarType::Int);
+  Tensor tail = empty_as(q, {T}, ScalarType::Int);
   std::fill_n(write<int32_t>(blocks), T * top_k, -1);
   std::fill_n(write<int32_t>(tail), T, 0);
   with_activations(q, [&]<class A>(A) {

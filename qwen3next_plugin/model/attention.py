@@ -10,8 +10,10 @@ from torch import nn
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
+from qwen3next_plugin.kernels.rms_norm import Unnormed
 from qwen3next_plugin.model.host_layers import HostLayers
 from qwen3next_plugin.model.norm import RMSNorm
+from qwen3next_plugin.model.projection import project
 from qwen3next_plugin.model.rotary import rotary_table
 
 
@@ -69,14 +71,14 @@ class GatedAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, *batch: Any
+        self, positions: torch.Tensor, x: torch.Tensor | Unnormed, *batch: Any
     ) -> torch.Tensor:
         """Run the layer; `batch` is what the engine's attention needs besides q, k and v, if any.
 
         Shapes:
-            positions [T] or [3, T], hidden_states [T, D], returns [T, D]
+            positions [T] or [3, T], x [T, D], returns [T, D]
         """
-        qkv, _ = self.qkv_proj(hidden_states)
+        (qkv,) = project(x, self.qkv_proj)
         cos_sin = self.cos_sin
         if positions.ndim == 2:
             cos_sin = mrope_table(cos_sin, positions, self.mrope_axes)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.rms_norm import Unnormed
 from qwen3next_plugin.model.norm import RMSNorm
 
 
@@ -21,8 +22,8 @@ class Blocks(nn.Module):
             self.self_attn = mixer
         self.mlp = mlp
 
-    def mix(self, positions: torch.Tensor, x: torch.Tensor, *batch: Any) -> torch.Tensor:
-        """Run the mixer; `batch`: what the engine's needs besides positions.
+    def mix(self, positions: torch.Tensor, x: torch.Tensor | Unnormed, *batch: Any) -> torch.Tensor:
+        """Run the mixer on x, or on its norm; `batch`: what the engine's needs besides positions.
 
         Shapes: positions [T], x [T, D], returns [T, D]
         """
@@ -53,11 +54,7 @@ class DecoderLayer(Blocks):
         Shapes:
             positions [T], hidden_states and residual [T, D], returns both
         """
-        if residual is None:  # the first layer: the embeddings are the residual
-            residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
-        else:
-            hidden_states = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.mix(positions, hidden_states, *batch)
-        hidden_states = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        unnormed = self.input_layernorm.before(hidden_states, residual)
+        residual = hidden_states if residual is None else residual  # of the first layer
+        hidden_states = self.mix(positions, unnormed, *batch)
+        return self.mlp(self.post_attention_layernorm.before(hidden_states, residual)), residual

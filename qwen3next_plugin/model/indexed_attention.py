@@ -12,10 +12,12 @@ from torch import nn
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.index_keys import index_keys
 from qwen3next_plugin.kernels.paged_attention import paged_attention
+from qwen3next_plugin.kernels.rms_norm import Unnormed
 from qwen3next_plugin.kernels.select_blocks import select_blocks
 from qwen3next_plugin.model.attention import GatedAttention, apply_gate, prepare
 from qwen3next_plugin.model.host_layers import HostLayers
 from qwen3next_plugin.model.linear_attention import Weight
+from qwen3next_plugin.model.projection import project
 
 
 class Indexer(nn.Module):
@@ -47,10 +49,10 @@ class IndexedAttention(GatedAttention):
         self.indexer = Indexer(config, layers, f"{prefix}.indexer")
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, *batch: Any
+        self, positions: torch.Tensor, x: torch.Tensor | Unnormed, *batch: Any
     ) -> torch.Tensor:
-        """Shapes: positions [T], hidden_states [T, D], returns [T, D]."""
-        qkv, _ = self.qkv_proj(hidden_states)
+        """Shapes: positions [T], x [T, D], returns [T, D]."""
+        qkv, index_qk = project(x, self.qkv_proj, self.indexer.index_qk_proj)
         q, k, v, gate = prepare(
             qkv=qkv,
             q_weight=self.q_norm.weight,
@@ -60,7 +62,6 @@ class IndexedAttention(GatedAttention):
             shape=self.shape,
             eps=self.eps,
         )
-        index_qk, _ = self.indexer.index_qk_proj(hidden_states)
         norms = self.indexer.q_layernorm.weight, self.indexer.k_layernorm.weight
         attended = self.attn(q, k, v, index_qk, *norms, self.cos_sin, positions, *batch)
         output, _ = self.o_proj(apply_gate(attended, gate))

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
+from qwen3next_plugin.kernels.rms_norm import Unnormed
 from qwen3next_plugin.model.checkpoint.layouts import output_sizes
 from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetWeights, shape_of
 from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.projection import project
 
 
 class Weight(nn.Module):
@@ -61,10 +63,9 @@ class LinearAttention(nn.Module):
             config.value_dim, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj"
         )
 
-    def forward(self, hidden_states: torch.Tensor, *batch: Any) -> torch.Tensor:
-        """Shapes: hidden_states [T, D], returns [T, D]."""
-        qkvz, _ = self.in_proj_qkvz(hidden_states)
-        ba, _ = self.in_proj_ba(hidden_states)
+    def forward(self, x: torch.Tensor | Unnormed, *batch: Any) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        qkvz, ba = project(x, self.in_proj_qkvz, self.in_proj_ba)
         output, _ = self.out_proj(self.core(qkvz, ba, *batch))
         return output
 

@@ -1,13 +1,18 @@
 """Feed-forward blocks: SwiGLU, the shared expert's gate, and the router."""
 
+from typing import Any, NamedTuple, Self
+
 import torch
 from torch import nn
 
 from qwen3next_plugin.kernels.fused_moe import SharedExpert
-from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight
+from qwen3next_plugin.kernels.rms_norm import Unnormed
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
+from qwen3next_plugin.kernels.sparse_moe import sparse_moe
 from qwen3next_plugin.model.host_layers import HostLayers
+from qwen3next_plugin.model.projection import packed_weight, project
 
 
 class SharedExpertGate(nn.Module):
@@ -59,24 +64,49 @@ class SwiGLU(nn.Module):
         self.act_fn = layers.silu_and_mul()
         self.expert_gate = expert_gate
 
-    def forward(self, x: torch.Tensor, routed: torch.Tensor | None = None) -> torch.Tensor:
-        """With a gate, the routed experts' output is added.
+    def forward(
+        self, x: torch.Tensor | Unnormed, routed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """With a gate, the routed experts' output is added, and x is normed.
 
         Shapes: x, routed [T, D], returns [T, D]
         """
-        gate_up, _ = self.gate_up_proj(x)
+        (gate_up,) = project(x, self.gate_up_proj)
         out, _ = self.down_proj(self.act_fn(gate_up))
         return out if self.expert_gate is None else self.expert_gate(x, out, routed)
 
     def packed(self) -> SharedExpert | None:
-        """The weights of a shared expert, for `fused_moe`; None where they are not packed for it.
-
-        vLLM's layer with adapters has its packed weight's attributes, but not the weight.
-        """
-        w13, w2 = (each._modules.get("packed") for each in (self.gate_up_proj, self.down_proj))
+        """The weights of a shared expert, for `fused_moe`; None where it cannot take them."""
+        w13, w2 = packed_weight(self.gate_up_proj), packed_weight(self.down_proj)
         if self.expert_gate is None or w13 is None or w2 is None or w2.shape[-1] % PANEL:
             return None
-        return SharedExpert(w13.weight, w2.weight, self.expert_gate.weight)
+        return SharedExpert(w13, w2, self.expert_gate.weight)
+
+
+class PackedMoE(NamedTuple):
+    """The weights of a mixture of experts that one op computes, from router to shared expert."""
+
+    gate: PackedWeight
+    w13: PackedWeight
+    w2: PackedWeight
+    shared: SharedExpert | None
+
+    @classmethod
+    def of(
+        cls, gate: Any, w13: PackedWeight, w2: PackedWeight, shared_expert: SwiGLU | None
+    ) -> Self | None:
+        """Args: gate: the host's router. None unless all that is there is packed."""
+        router_weight = packed_weight(gate)
+        shared = None if shared_expert is None else shared_expert.packed()
+        if router_weight is None or (shared is None) != (shared_expert is None):
+            return None
+        return cls(router_weight, w13, w2, shared)
+
+    def __call__(
+        self, x: torch.Tensor | Unnormed, *, top_k: int, renormalise: bool
+    ) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        return sparse_moe(x, top_k=top_k, renormalise=renormalise, **self._asdict())
 
 
 def route(

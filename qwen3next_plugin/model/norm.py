@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qwen3next_plugin.kernels.rms_norm import rms_norm
+from qwen3next_plugin.kernels.rms_norm import Unnormed
 
 
 class RMSNorm(nn.Module):
@@ -20,4 +20,8 @@ class RMSNorm(nn.Module):
         Shapes:
             x [T, D], residual_ [T, D], returns [T, D]
         """
-        return rms_norm(x=x, weight=self.weight, eps=self.eps, residual_=residual_)
+        return self.before(x, residual_).normed()
+
+    def before(self, x: torch.Tensor, residual_: torch.Tensor | None = None) -> Unnormed:
+        """What `forward` is of, for an op that norms what it reads. Shapes as there."""
+        return Unnormed(x, self.weight, self.eps, residual_)

@@ -19,19 +19,28 @@ from qwen3next_plugin.kernels.gated_delta_net import (
 from qwen3next_plugin.kernels.gated_delta_rule import gated_delta_rule
 from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, hyper_connection
 from qwen3next_plugin.kernels.index_keys import index_keys
-from qwen3next_plugin.kernels.linear import PackedWeight, linear, pack_int4, pack_int8, stack
+from qwen3next_plugin.kernels.linear import (
+    PackedWeight,
+    linear,
+    pack_bf16,
+    pack_int4,
+    pack_int8,
+    stack,
+)
 from qwen3next_plugin.kernels.linear.cpu import parts
 from qwen3next_plugin.kernels.ngram_embedding import NgramHash, NgramTable, ngram_embedding
+from qwen3next_plugin.kernels.norm_linear import norm_linear
 from qwen3next_plugin.kernels.output_gate import output_gate
 from qwen3next_plugin.kernels.paged_attention import Selection, paged_attention
 from qwen3next_plugin.kernels.ple_gate import PLENorms, ple_gate
 from qwen3next_plugin.kernels.qk_norm_rope import qk_norm_rope
-from qwen3next_plugin.kernels.rms_norm import rms_norm
+from qwen3next_plugin.kernels.rms_norm import Unnormed, rms_norm
 from qwen3next_plugin.kernels.rms_norm_gated import rms_norm_gated
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.kernels.select_blocks import select_blocks
 from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
 from qwen3next_plugin.kernels.silu_and_mul import silu_and_mul
+from qwen3next_plugin.kernels.sparse_moe import sparse_moe
 
 STEP = ("query_start_loc", "slot", "context_len")
 
@@ -58,6 +67,16 @@ def calls():
     int8 = pack_int8(nibbles[:, :16].view(torch.int8), torch.rand(32, 1))
     return {
         "linear": (linear, {"x": torch.randn(3, 32), "weight": int4}),
+        "norm_linear": (norm_linear, {
+            "x": Unnormed(torch.randn(3, 32), torch.randn(32), 1e-6, torch.randn(3, 32)),
+            "weight": int4, "other": pack_bf16(torch.randn(7, 32).bfloat16()),
+        }),
+        "sparse_moe": (sparse_moe, {
+            "x": Unnormed(torch.randn(3, 32), torch.randn(32), 1e-6, torch.randn(3, 32)),
+            "gate": pack_bf16(torch.randn(2, 32).bfloat16()), "top_k": 1, "renormalise": True,
+            "w13": stack([int4, int4], 2), "w2": stack([int8, int8], 2),
+            "shared": SharedExpert(int4, int8, torch.rand(1, 32)),
+        }),
         "fused_moe_packed": (fused_moe, {
             "x": torch.randn(2, 32), "w13": stack([int4, int4], 2), "w2": stack([int8, int8], 2),
             "topk_weights": torch.rand(2, 1),
@@ -104,7 +123,7 @@ def calls():
         "tree_paged_attention": (paged_attention, {
             **paged, "q": x4[:, 1], "tree_mask": torch.ones(9).bool(),
         }),
-        "sparse_paged_attention": (paged_attention, {
+        "selected_paged_attention": (paged_attention, {
             **paged, "q": x4[:, 1],
             "selection": Selection(
                 torch.tensor([[0], [-1], [0]], dtype=torch.int32),
@@ -195,12 +214,15 @@ def test_traced_whole(monkeypatch, name):
 
 def flat(arguments):
     """The arguments under the names that the torch op's schema has for them."""
-    for name, suffix in (("weight", ""), ("w13", "13"), ("w2", "2")):
+    if isinstance(x := arguments.get("x"), Unnormed):
+        norm = {"norm": x.weight, "eps": x.eps, "residual_": x.residual_}
+        arguments = {**arguments, "x": x.x, **norm}
+    named = {"gate": "router_{}", "weight": "{}", "other": "{}2", "w13": "{}13", "w2": "{}2"}
+    for name, pattern in named.items():
         if isinstance(w := arguments.get(name), PackedWeight):
-            fields = (
-                f"{part}{suffix}" for part in ("packed", "scale", "zero", "encoding", "group")
-            )
-            sizes = {"N": w.shape[-2], "I": w.shape[-1]}  # of linear; of w2, which comes last
+            fields = map(pattern.format, ("packed", "scale", "zero", "encoding", "group"))
+            of_linear = {"N2": w.shape[0]} if name == "other" else {"N": w.shape[-2]}
+            sizes = of_linear | {"I": w.shape[-1]}  # of w2, which comes last
             arguments = {**arguments, **dict(zip(fields, parts(w), strict=True)), **sizes}
     if shared := arguments.get("shared"):
         schema = torch.ops.qwen3next.fused_moe_packed.default._schema
@@ -252,7 +274,8 @@ def test_schema_and_fake(monkeypatch, name):
     dispatch.load("cpu")  # the fakes
     _, arguments = calls()[name]
     native_op = getattr(
-        torch.ops.qwen3next, name.removeprefix("add_").removeprefix("tree_").removeprefix("sparse_")
+        torch.ops.qwen3next,
+        name.removeprefix("add_").removeprefix("tree_").removeprefix("selected_"),
     ).default
     order = [argument.name for argument in native_op._schema.arguments]
     given = tuple(flat(arguments).get(argument) for argument in order)

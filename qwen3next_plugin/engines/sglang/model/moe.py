@@ -16,8 +16,8 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
-from qwen3next_plugin.kernels.fused_moe import SharedExpert
-from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
+from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
+from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU, route
 from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
 
 
@@ -77,19 +77,36 @@ class SparseMoE(nn.Module):
             expert_gate=self.shared_expert_gate,
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shapes: hidden_states [T, D], returns [T, D]."""
-        router_logits, _ = self.gate(hidden_states)
-        packed = self._packed_shared_expert()
-        if packed is not None:
-            chosen = self._route(hidden_states, router_logits)
-            out = ExpertsMethod.multiply(self.experts, hidden_states, *chosen, packed)
+    def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
+        if hasattr(self.experts, "w2_packed"):
+            out = self._run_packed(x)
         else:
+            hidden_states = normed(x)
+            router_logits, _ = self.gate(hidden_states)
             run = self._run_native if self.is_native else self._run
-            out = run(hidden_states, router_logits)
-            if self.shared_expert is not None:
-                out = self.shared_expert(hidden_states, out)
+            out = self._add_shared(hidden_states, run(hidden_states, router_logits))
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)
+
+    def _run_packed(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
+        """As `_run`, without SGLang's code for other kernels. Shapes: x [T, D], returns [T, D]"""
+        config, experts = self.topk.topk_config, self.experts
+        weights = experts.w13_packed.weight, experts.w2_packed.weight
+        packed = PackedMoE.of(self.gate, *weights, self.shared_expert)
+        if packed is not None:
+            return packed(x, top_k=config.top_k, renormalise=config.renormalize)
+        hidden_states = normed(x)
+        router_logits, _ = self.gate(hidden_states)
+        shared = None if self.shared_expert is None else self.shared_expert.packed()
+        chosen = self._route(hidden_states, router_logits)
+        out = ExpertsMethod.multiply(experts, hidden_states, *chosen, shared)
+        return out if shared is not None else self._add_shared(hidden_states, out)
+
+    def _add_shared(self, hidden_states: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+        """Shapes: both [T, D], returns [T, D]."""
+        if self.shared_expert is None:
+            return routed
+        return self.shared_expert(hidden_states, routed)
 
     def _run(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """Shapes: router_logits [T, E], returns [T, D]."""
@@ -117,15 +134,3 @@ class SparseMoE(nn.Module):
             topk=config.top_k,
             renormalize=config.renormalize,
         )
-
-    def _packed_shared_expert(self) -> SharedExpert | None:
-        """The shared expert, where one op multiplies it and the routed ones.
-
-        Not with adapters, which add to what a layer returns (adapters.py).
-        """
-        shared = self.shared_expert
-        if shared is None or not self.is_native or not hasattr(self.experts, "w2_packed"):
-            return None
-        if shared.gate_up_proj._forward_hooks or shared.down_proj._forward_hooks:
-            return None
-        return shared.packed()

@@ -8,8 +8,9 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.transformers.model.host_layers import Projection, host_layers
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
 from qwen3next_plugin.kernels.router import router
-from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU
+from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU
 from qwen3next_plugin.model.quantisation.packed import pack_plain
 
 
@@ -34,19 +35,16 @@ class SparseMoE(nn.Module):
                 expert_gate=self.shared_expert_gate,
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Unnormed) -> Tensor:
         """Shapes: x [T, D], returns [T, D]"""
+        if self.packs:
+            packed = PackedMoE.of(self.gate, self.w13, self.w2, self.shared_expert)
+            if packed is not None:
+                return packed(x, top_k=self.top_k, renormalise=self.renormalise)
+        x = normed(x)
         logits, _ = self.gate(x)
         topk_weights, topk_ids = router(
             logits=logits, top_k=self.top_k, renormalise=self.renormalise
         )
-        shared = self.shared_expert.packed() if self.shared_expert and self.packs else None
-        out = fused_moe(
-            x=x,
-            w13=self.w13,
-            w2=self.w2,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            shared=shared,
-        )
-        return self.shared_expert(x, out) if self.shared_expert and shared is None else out
+        out = fused_moe(x=x, w13=self.w13, w2=self.w2, topk_weights=topk_weights, topk_ids=topk_ids)
+        return self.shared_expert(x, out) if self.shared_expert else out

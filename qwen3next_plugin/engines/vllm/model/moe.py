@@ -19,8 +19,9 @@ from vllm.platforms import current_platform
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts, on_this_rank
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
+from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
 from qwen3next_plugin.kernels.router import router
-from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
+from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU, route
 
 
 class SparseMoE(nn.Module):
@@ -76,23 +77,31 @@ class SparseMoE(nn.Module):
             expert_gate=self.shared_expert_gate,
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shapes: hidden_states [T, D], returns [T, D]."""
+    def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
+        """Shapes: x [T, D], returns [T, D]."""
         routed = self.experts.routed_experts
         if isinstance(method := routed.quant_method, PackedExperts) and not self.exchanges:
-            return self._run(hidden_states, routed, method)
-        x = sequence_parallel_chunk(hidden_states) if self.is_sequence_parallel else hidden_states
+            return tensor_model_parallel_all_reduce(self._run(x, routed, method))
+        hidden_states = x = normed(x)
+        if self.is_sequence_parallel:
+            x = sequence_parallel_chunk(x)
         # The experts hold the router: they compute its logits from the hidden states.
         out = self.experts(hidden_states=x, router_logits=x)
         if not self.is_sequence_parallel:
             return out
         return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
 
-    def _run(self, x: torch.Tensor, routed: Any, method: PackedExperts) -> torch.Tensor:
+    def _run(self, x: torch.Tensor | Unnormed, routed: Any, method: PackedExperts) -> torch.Tensor:
         """As `self.experts`, without vLLM's code for other kernels and ranks with own tokens.
 
         Shapes: x [T, D], returns [T, D]
         """
+        if routed.expert_map is None:
+            weights = routed.w13_packed.weight, routed.w2_packed.weight
+            packed = PackedMoE.of(self.gate, *weights, self.shared_expert)
+            if packed is not None:
+                return packed(x, top_k=self.top_k, renormalise=self.renormalise)
+        x = normed(x)
         logits, _ = self.gate(x)
         chosen = router(logits=logits, top_k=self.top_k, renormalise=self.renormalise)
         chosen = on_this_rank(*chosen, routed.expert_map)
@@ -100,7 +109,7 @@ class SparseMoE(nn.Module):
         out = method.multiply(routed, x, *chosen, shared)
         if self.shared_expert is not None and shared is None:
             out = self.shared_expert(x, out)
-        return tensor_model_parallel_all_reduce(out)
+        return out
 
 
 def describe_experts(model: Any, layers: Iterable[Any]) -> None:
