@@ -1,6 +1,7 @@
 #include "arguments.h"
 #include "convolution.h"
 #include "ops.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
 

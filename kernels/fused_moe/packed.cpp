@@ -3,6 +3,7 @@
 #include "expert_gate.h"
 #include "ops.h"
 #include "packed_gemm.h"
+#include "parts.h"
 #include "routes.h"
 
 namespace Q3N_LEVEL {
@@ -203,7 +204,6 @@ std::vector<float> gates_of(const Tensor& x, const Tensor& weight) {
 
 }  // namespace
 
-// sparse_moe calls it, too.
 Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional<Tensor> zero13,
                         int64_t encoding13, int64_t group13, Tensor packed2, Tensor scale2,
                         std::optional<Tensor> zero2, int64_t encoding2, int64_t group2, int64_t I,

@@ -1,19 +1,10 @@
 #include "arguments.h"
 #include "convolution.h"
 #include "ops.h"
+#include "parts.h"
 #include "step.h"
 
 namespace Q3N_LEVEL {
-
-// The parts, each of which is an op as well.
-Tensor causal_conv1d(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor conv_, Tensor span,
-                     Tensor query_start_loc, Tensor slot, Tensor context_len);
-Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log,
-                        Tensor dt_bias, Tensor state_, Tensor key_, Tensor u_, Tensor g_,
-                        Tensor span_, Tensor query_start_loc, Tensor slot, Tensor context_len);
-void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps,
-                       bool sigmoid_gate);
-
 namespace {
 
 // Elements of a tensor from `start` on, under other sizes and strides. It must outlive the view.

@@ -1,6 +1,7 @@
 #include "arguments.h"
 #include "cells.h"
 #include "ops.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
 namespace {

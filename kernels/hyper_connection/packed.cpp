@@ -4,12 +4,9 @@
 #include "mixing.h"
 #include "ops.h"
 #include "packed_gemm.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
-
-Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
-              int64_t group, int64_t N, bool fp32);
-
 namespace {
 
 // mixed [T, D] = mean over the streams of sigmoid(up hidden) x. A task computes kNR features of

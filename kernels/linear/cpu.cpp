@@ -2,6 +2,7 @@
 
 #include "ops.h"
 #include "packed_gemm.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
 namespace {
@@ -66,7 +67,6 @@ void multiply(Out* out, const T* x, int64_t M, int64_t stride, const PackedWeigh
 
 }  // namespace
 
-// norm_linear, sparse_moe and hyper_connection call it, too.
 Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
               int64_t group, int64_t N, bool fp32) {
   const int64_t M = x.size(0), K = x.size(1);

@@ -1,13 +1,7 @@
 #include "ops.h"
-#include "tensor.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
-
-// The parts, each of which is an op as well.
-Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_);
-Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
-              int64_t group, int64_t N, bool fp32);
-
 namespace {
 
 // The second product is empty without a second weight.

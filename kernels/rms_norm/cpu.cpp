@@ -1,6 +1,6 @@
 #include "norm.h"
 #include "ops.h"
-#include "tensor.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
 namespace {
@@ -15,7 +15,6 @@ void add_to(T* residual, const T* x, int64_t D) {
 
 }  // namespace
 
-// norm_linear and sparse_moe call it, too.
 Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_) {
   const int64_t T = x.size(0), D = x.size(1), stride = x.stride(0);
   const int64_t residual_stride = residual_ ? residual_->stride(0) : 0;

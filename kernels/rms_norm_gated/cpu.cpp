@@ -1,5 +1,6 @@
 #include "norm.h"
 #include "ops.h"
+#include "parts.h"
 #include "tensor.h"
 
 namespace Q3N_LEVEL {

@@ -1,7 +1,7 @@
 #include <limits>
 
 #include "ops.h"
-#include "tensor.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
 namespace {
@@ -78,7 +78,6 @@ void route(float* weights, int32_t* experts, const T* logits, int64_t E, int64_t
 
 }  // namespace
 
-// sparse_moe calls it, too.
 std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
   const int64_t T = logits.size(0), E = logits.size(1), stride = logits.stride(0);
   Tensor weights = empty_as(logits, {T, k}, ScalarType::Float);

@@ -1,23 +1,7 @@
 #include "ops.h"
-#include "tensor.h"
+#include "parts.h"
 
 namespace Q3N_LEVEL {
-
-// The parts, each of which is an op as well.
-Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> residual_);
-Tensor linear(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero, int64_t encoding,
-              int64_t group, int64_t N, bool fp32);
-std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise);
-Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional<Tensor> zero13,
-                        int64_t encoding13, int64_t group13, Tensor packed2, Tensor scale2,
-                        std::optional<Tensor> zero2, int64_t encoding2, int64_t group2, int64_t I,
-                        Tensor topk_weights, Tensor topk_ids, std::optional<Tensor> gate,
-                        std::optional<Tensor> shared13, std::optional<Tensor> shared_scale13,
-                        std::optional<Tensor> shared_zero13, int64_t shared_encoding13,
-                        int64_t shared_group13, std::optional<Tensor> shared2,
-                        std::optional<Tensor> shared_scale2, std::optional<Tensor> shared_zero2,
-                        int64_t shared_encoding2, int64_t shared_group2, int64_t shared_I);
-
 namespace {
 
 Tensor sparse_moe(Tensor x, std::optional<Tensor> norm, double eps, std::optional<Tensor> residual_,
