@@ -1,4 +1,4 @@
-"""A norm and the linear layers that read it, as one op, because each costs a step time."""
+"""A norm and the linear layers that read it, as one op: every call of an op costs time."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels.rms_norm import Unnormed, check_norm
 def norm_linear(
     x: Unnormed, weight: PackedWeight, other: PackedWeight | None = None
 ) -> tuple[Tensor, ...]:
-    """`rms_norm`, and `linear` of its result by a weight, or by two.
+    """`rms_norm`, and `linear` of its result by a weight, or by two. Updates `x.residual_`.
 
     Shapes: those of `rms_norm` and `linear`; weights [N, D]; returns [T, N] of each
 

@@ -9,7 +9,10 @@ from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
 
 
 class Unnormed(NamedTuple):
-    """The arguments of `rms_norm`, for an op that reads its result. Shapes as there."""
+    """The arguments of `rms_norm`, for an op that reads its result. Shapes as there.
+
+    Norm it exactly once, before anything else writes x: that adds x to `residual_`.
+    """
 
     x: Tensor
     weight: Tensor
@@ -22,7 +25,7 @@ class Unnormed(NamedTuple):
 
 
 def normed(x: Tensor | Unnormed) -> Tensor:
-    """x, or its norm if it waits for one. Shapes: returns [T, D]"""
+    """x, or the norm of an `Unnormed`. Shapes: returns [T, D]"""
     return x.normed() if isinstance(x, Unnormed) else x
 
 

@@ -1,4 +1,4 @@
-"""A norm, the router and the experts as one op, because each costs a step time."""
+"""A norm, the router and the experts as one op: every call of an op costs time."""
 
 from torch import Tensor
 
@@ -19,9 +19,11 @@ def sparse_moe(
     w2: PackedWeight,
     shared: SharedExpert | None = None,
 ) -> Tensor:
-    """`rms_norm`, if x is to be normed; `linear` by the router's weight; `router`; `fused_moe`.
+    """`rms_norm` of an `Unnormed`; `linear` by the router's weight; `router`; `fused_moe`.
 
-    Shapes: those of the four; gate [E, D]; returns [T, D]
+    Updates `x.residual_`.
+
+    Shapes: those of these ops; gate [E, D]; returns [T, D]
 
     Raises: ValueError for an argument's shape, stride, device or dtype.
 

@@ -67,7 +67,7 @@ class SwiGLU(nn.Module):
     def forward(
         self, x: torch.Tensor | Unnormed, routed: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """With a gate, the routed experts' output is added, and x is normed.
+        """With a gate, the routed experts' output is added, and x must be normed already.
 
         Shapes: x, routed [T, D], returns [T, D]
         """
@@ -95,7 +95,10 @@ class PackedMoE(NamedTuple):
     def of(
         cls, gate: Any, w13: PackedWeight, w2: PackedWeight, shared_expert: SwiGLU | None
     ) -> Self | None:
-        """Args: gate: the host's router. None unless all that is there is packed."""
+        """The weights, or None if the router or the shared expert is not packed.
+
+        Args: gate: the host's layer.
+        """
         router_weight = packed_weight(gate)
         shared = None if shared_expert is None else shared_expert.packed()
         if router_weight is None or (shared is None) != (shared_expert is None):

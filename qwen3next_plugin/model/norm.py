@@ -23,5 +23,5 @@ class RMSNorm(nn.Module):
         return self.before(x, residual_).normed()
 
     def before(self, x: torch.Tensor, residual_: torch.Tensor | None = None) -> Unnormed:
-        """What `forward` is of, for an op that norms what it reads. Shapes as there."""
+        """The arguments of `forward`, for an op that norms x itself. Shapes as there."""
         return Unnormed(x, self.weight, self.eps, residual_)

@@ -7,10 +7,11 @@ from torch import Tensor
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.kernels.norm_linear import norm_linear
 from qwen3next_plugin.kernels.rms_norm import Unnormed
+from qwen3next_plugin.model.quantisation.packed import Packed
 
 
 def project(x: Tensor | Unnormed, *layers: Any) -> tuple[Tensor, ...]:
-    """What each of one or two layers returns of x, or of its norm.
+    """What one or two layers return of x, or of its norm, whose residual is updated.
 
     Shapes: x [T, D], returns [T, N] of each
     """
@@ -26,12 +27,12 @@ def project(x: Tensor | Unnormed, *layers: Any) -> tuple[Tensor, ...]:
 
 
 def packed_weight(layer: Any) -> PackedWeight | None:
-    """The weight of an engine's layer that does nothing but multiply by it in our kernel.
+    """The packed weight of a layer that only multiplies by it, else None.
 
-    Not of a layer with adapters: vLLM's has the weight's attributes, but not the weight; SGLang's
-    has a hook that adds them.
+    A layer with a bias or with adapters does more. With adapters vLLM wraps it in a module that
+    passes on its attributes, and SGLang adds a hook to it.
     """
     packed = layer._modules.get("packed")
-    if packed is None or layer._forward_hooks or getattr(layer, "bias", None) is not None:
+    if not isinstance(packed, Packed) or layer._forward_hooks:
         return None
-    return packed.weight
+    return packed.weight if getattr(layer, "bias", None) is None else None

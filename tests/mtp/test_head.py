@@ -6,6 +6,7 @@ from torch import nn
 from checkpoints import BASE
 from model.plain import Projection
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.mtp.head import MTPHead
 
@@ -16,8 +17,15 @@ D, EPS = CONFIG.hidden_size, CONFIG.rms_norm_eps
 class Mixer(nn.Module):
     """Not attention, but something of each of its arguments."""
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
-        return scale * positions[:, None] * x.flip(-1)
+    def forward(
+        self, positions: torch.Tensor, x: torch.Tensor | Unnormed, scale: float
+    ) -> torch.Tensor:
+        return scale * positions[:, None] * normed(x).flip(-1)
+
+
+class MLP(nn.Linear):
+    def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
+        return super().forward(normed(x))
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -27,7 +35,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def test_agrees_with_the_equation():
     torch.manual_seed(5)
-    mlps = [nn.Linear(D, D), nn.Linear(D, D)]
+    mlps = [MLP(D, D), MLP(D, D)]
     layers = [DecoderLayer(CONFIG, layer_type="full_attention", mixer=Mixer(), mlp=m) for m in mlps]
     fc = Projection(2 * D, D, bias=False)
     head = MTPHead(CONFIG, embed_tokens=nn.Embedding(3, D), fc=fc, layers=layers)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import check_greedy
-from engines.lora import make_adapter, write_adapter
+from engines.lora import TARGETS, make_adapter, write_adapter
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from family import FAMILY
@@ -67,3 +68,20 @@ def test_adapter_equals_merged_weights(tmp_path: Path, name: str) -> None:
             engine.greedy(prompts[:1], 1, adapter=str(other))
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("in_proj_ba",), ("q_proj", "up_proj")], ids=str)
+def test_an_adapter_beside_packed_weights(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """In bf16, where weights are packed, each of its parts has its effect."""
+    model = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    plain, merged = Reference(model), Reference(model)
+    adapter = make_adapter(tmp_path / "adapter", merged, targets=targets)
+    prompt = random_prompt(200)
+    engine = Offline(model, dtype="bfloat16", enable_lora=True, max_model_len=2048)
+    try:
+        (output,) = engine.greedy([prompt], 1, adapter=str(adapter), **LOGPROBS)
+    finally:
+        engine.close()
+    before, wanted = plain.prompt_logprobs(prompt), merged.prompt_logprobs(prompt)
+    error = (torch.tensor(output.prompt_logprobs) - wanted).abs().mean()
+    assert error < 0.2 * (wanted - before).abs().mean()

@@ -8,7 +8,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutp
 from sglang.srt.layers.moe.topk import TopK, build_precomputed_topk_output
 from sglang.srt.layers.moe.utils import RoutingMethodType
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_server_args
 from sglang.srt.utils import cpu_has_amx_support
 from torch import nn
 
@@ -36,6 +36,10 @@ class SparseMoE(nn.Module):
         self.tp_size = get_parallel().tp_size
         # SGLang has routers for GPUs and for AMX only.
         self.is_native = without_gpu() and not cpu_has_amx_support()
+        args = get_server_args()
+        self.is_recorded = bool(  # which experts are chosen, by SGLang's code after the router
+            args.enable_return_routed_experts or args.expert_distribution_recorder_mode
+        )
         self.gate = ReplicatedLinear(
             config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate"
         )
@@ -79,7 +83,7 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
         """Shapes: x [T, D], returns [T, D]."""
-        if hasattr(self.experts, "w2_packed"):
+        if hasattr(self.experts, "w2_packed") and not self.is_recorded:
             out = self._run_packed(x)
         else:
             hidden_states = normed(x)
@@ -89,7 +93,10 @@ class SparseMoE(nn.Module):
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)
 
     def _run_packed(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
-        """As `_run`, without SGLang's code for other kernels. Shapes: x [T, D], returns [T, D]"""
+        """Router, experts and shared expert, without SGLang's code between them.
+
+        Shapes: x [T, D], returns [T, D]
+        """
         config, experts = self.topk.topk_config, self.experts
         weights = experts.w13_packed.weight, experts.w2_packed.weight
         packed = PackedMoE.of(self.gate, *weights, self.shared_expert)
