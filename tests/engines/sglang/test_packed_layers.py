@@ -133,3 +133,15 @@ def test_every_update_of_weights_is_refused(monkeypatch, name):
     for success, reason in answers:
         assert not success
         assert reason.endswith("restart the server with the new checkpoint")
+
+
+@pytest.mark.parametrize("levels", [["avx2"], ["avx2", "avx512", "avx512bf16"]], ids=str)
+def test_only_our_product_is_merged_with_others(projection, monkeypatch, levels):
+    """Without bf16 instructions a projection is oneDNN's, under the same name."""
+    from qwen3next_plugin.kernels import native
+    from qwen3next_plugin.model.projection import packed_weight
+
+    monkeypatch.setattr(native, "levels", lambda: levels)
+    layer, _ = projection
+    layer.quant_method.process_weights_after_loading(layer)
+    assert (packed_weight(layer) is None) == (levels == ["avx2"])
