@@ -80,8 +80,8 @@ inline T* write(const Tensor& t) {
 inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int32_t as_int = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-      x.get(), sizes.begin(), sizes.size(), &as_int, nullptr, nullptr, 0, nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), sizes.begin(), sizes.size(), &as_int,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 
