@@ -1,13 +1,13 @@
 """Feed-forward blocks: SwiGLU, the shared expert's gate, and the router."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 from torch import nn
 
-from qwen3next_plugin.kernels.fused_moe import SharedExpert
+from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight
-from qwen3next_plugin.kernels.rms_norm import Unnormed
+from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.kernels.shared_expert_gate import shared_expert_gate
 from qwen3next_plugin.kernels.sparse_moe import sparse_moe
@@ -83,33 +83,55 @@ class SwiGLU(nn.Module):
         return SharedExpert(w13, w2, self.expert_gate.weight)
 
 
-class PackedMoE(NamedTuple):
-    """The weights of a mixture of experts that one op computes, from router to shared expert."""
+def packed_moe(
+    x: torch.Tensor | Unnormed,
+    *,
+    gate: Any,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    shared_expert: SwiGLU | None,
+    top_k: int,
+    renormalise: bool,
+    expert_map: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A mixture of packed experts: one op, if router and shared expert are packed as well.
 
-    gate: PackedWeight
-    w13: PackedWeight
-    w2: PackedWeight
-    shared: SharedExpert | None
+    Args: gate: the router, a layer of the host's; expert_map: where this rank has some experts.
 
-    @classmethod
-    def of(
-        cls, gate: Any, w13: PackedWeight, w2: PackedWeight, shared_expert: SwiGLU | None
-    ) -> Self | None:
-        """The weights, or None if the router or the shared expert is not packed.
+    Shapes: x [T, D], returns [T, D]
+    """
+    router_weight = packed_weight(gate)
+    shared = None if shared_expert is None else shared_expert.packed()
+    whole = expert_map is None and (shared is None) == (shared_expert is None)
+    if router_weight is not None and whole:
+        return sparse_moe(
+            x,
+            gate=router_weight,
+            top_k=top_k,
+            renormalise=renormalise,
+            w13=w13,
+            w2=w2,
+            shared=shared,
+        )
+    x = normed(x)
+    logits, _ = gate(x)
+    chosen = router(logits=logits, top_k=top_k, renormalise=renormalise)
+    weights, ids = on_this_rank(*chosen, expert_map)
+    out = fused_moe(x=x, w13=w13, w2=w2, topk_weights=weights, topk_ids=ids.int(), shared=shared)
+    return out if shared_expert is None or shared is not None else shared_expert(x, out)
 
-        Args: gate: the host's layer.
-        """
-        router_weight = packed_weight(gate)
-        shared = None if shared_expert is None else shared_expert.packed()
-        if router_weight is None or (shared is None) != (shared_expert is None):
-            return None
-        return cls(router_weight, w13, w2, shared)
 
-    def __call__(
-        self, x: torch.Tensor | Unnormed, *, top_k: int, renormalise: bool
-    ) -> torch.Tensor:
-        """Shapes: x [T, D], returns [T, D]."""
-        return sparse_moe(x, top_k=top_k, renormalise=renormalise, **self._asdict())
+def on_this_rank(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's own index of each expert; an expert that it lacks gets weight zero.
+
+    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
+    """
+    if expert_map is None:
+        return topk_weights, topk_ids
+    topk_ids = expert_map[topk_ids.long()]
+    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)
 
 
 def route(

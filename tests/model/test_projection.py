@@ -8,7 +8,9 @@ from model.plain import PLAIN
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import stack
 from qwen3next_plugin.kernels.router import router
-from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU
+from qwen3next_plugin.kernels.sparse_moe import sparse_moe
+from qwen3next_plugin.model import moe
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.projection import packed_weight, project
 from qwen3next_plugin.model.quantisation.packed import Packed, pack_plain
@@ -99,7 +101,6 @@ def test_project(second, monkeypatch):
 def test_the_weight_of_a_layer_that_does_more(name):
     assert isinstance(packed_weight(Layer(9)), type(Layer(9).packed.weight))
     assert packed_weight(NOT_ALONE[name]()) is None
-    assert PackedMoE.of(NOT_ALONE[name](), *experts(), None) is None
 
 
 def experts():
@@ -107,20 +108,50 @@ def experts():
     return w13, stack([pack_plain(torch.randn(D, 16).bfloat16()).weight for _ in range(9)], 9)
 
 
+@pytest.mark.parametrize("gate", [*NOT_ALONE, "packed"])
+@pytest.mark.parametrize("shared", ["packed", "plain", "none"])
 @torch.inference_mode()
-def test_a_packed_mixture_of_experts():
-    """The bits of its parts, with a shared expert that is packed; else it is not made."""
-    (w13, w2), gate, x = experts(), Layer(9), torch.randn(T, D)
-    shared = SwiGLU(D, 48, PLAIN, "", expert_gate=SharedExpertGate(D))
-    assert PackedMoE.of(gate, w13, w2, shared) is None
-    for layer in (shared.gate_up_proj, shared.down_proj):
+def test_a_packed_mixture_of_experts(gate, shared, monkeypatch):
+    """The bits of its parts; one op if the router and the shared expert are packed."""
+    (w13, w2), x = experts(), torch.randn(T, D)
+    router_layer = NOT_ALONE.get(gate, lambda: Layer(9))()
+    of_block = SwiGLU(D, 48, PLAIN, "", expert_gate=SharedExpertGate(D))
+    for layer in (of_block.gate_up_proj, of_block.down_proj):
         layer.packed = pack_plain(torch.randn(layer.weight.shape).bfloat16())
         assert isinstance(layer.packed, Packed)
+    if shared == "plain":
+        of_block.down_proj.packed = None
+    weights, ids = router(logits=router_layer(x)[0], top_k=3, renormalise=True)
+    wanted = fused_moe(
+        x=x, w13=w13, w2=w2, topk_weights=weights, topk_ids=ids,
+        shared=of_block.packed() if shared == "packed" else None,
+    )  # fmt: skip
+    if shared == "plain":
+        wanted = of_block(x, wanted)
+    calls = []
+    monkeypatch.setattr(moe, "sparse_moe", lambda *a, **k: calls.append(a) or sparse_moe(*a, **k))
+    found = packed_moe(
+        x, gate=router_layer, w13=w13, w2=w2, top_k=3, renormalise=True,
+        shared_expert=None if shared == "none" else of_block,
+    )  # fmt: skip
+    assert torch.equal(found, wanted)
+    assert bool(calls) == (gate == "packed" and shared != "plain")
+
+
+def test_a_rank_with_some_experts():
+    """Those that it lacks add nothing, and nothing is merged: ids are the model's."""
+    (w13, w2), gate, x = experts(), Layer(18), torch.randn(T, D)
+    expert_map = torch.full((18,), -1, dtype=torch.int32)
+    expert_map[9:] = torch.arange(9, dtype=torch.int32)
     weights, ids = router(logits=gate(x)[0], top_k=3, renormalise=True)
-    for of_block in (shared, None):
-        packed = PackedMoE.of(gate, w13, w2, of_block)
-        wanted = fused_moe(
-            x=x, w13=w13, w2=w2, topk_weights=weights, topk_ids=ids,
-            shared=None if of_block is None else of_block.packed(),
-        )  # fmt: skip
-        assert torch.equal(packed(x, top_k=3, renormalise=True), wanted)
+    here = ids >= 9
+    wanted = fused_moe(
+        x=x, w13=w13, w2=w2, topk_weights=weights * here, topk_ids=(ids - 9).clamp(min=0).int()
+    )
+    found = packed_moe(
+        x, gate=gate, w13=w13, w2=w2, shared_expert=None, top_k=3, renormalise=True,
+        expert_map=expert_map,
+    )  # fmt: skip
+    torch.testing.assert_close(found, wanted)
+    assert here.any()
+    assert not here.all()

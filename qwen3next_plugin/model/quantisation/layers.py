@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
+from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
@@ -139,13 +139,7 @@ class ExpertsMethod(PackingExperts, Attaching):
             self.pack_experts(layer)
 
     @staticmethod
-    def multiply(
-        layer: Any,
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        shared: SharedExpert | None = None,
-    ) -> Tensor:
+    def multiply(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """Shapes: x [T, D], topk_* [T, k], returns [T, D]."""
         return fused_moe(
             x=x,
@@ -153,7 +147,6 @@ class ExpertsMethod(PackingExperts, Attaching):
             w2=layer.w2_packed.weight,
             topk_weights=topk_weights.float(),
             topk_ids=topk_ids.int(),
-            shared=shared,
         )
 
 

@@ -17,8 +17,7 @@ from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
-from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU, route
-from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe, route
 
 
 class SparseMoE(nn.Module):
@@ -84,36 +83,24 @@ class SparseMoE(nn.Module):
     def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
         """Shapes: x [T, D], returns [T, D]."""
         if hasattr(self.experts, "w2_packed") and not self.is_recorded:
-            out = self._run_packed(x)
+            config = self.topk.topk_config
+            out = packed_moe(
+                x,
+                gate=self.gate,
+                w13=self.experts.w13_packed.weight,
+                w2=self.experts.w2_packed.weight,
+                shared_expert=self.shared_expert,
+                top_k=config.top_k,
+                renormalise=config.renormalize,
+            )
         else:
             hidden_states = normed(x)
             router_logits, _ = self.gate(hidden_states)
             run = self._run_native if self.is_native else self._run
-            out = self._add_shared(hidden_states, run(hidden_states, router_logits))
+            out = run(hidden_states, router_logits)
+            if self.shared_expert is not None:
+                out = self.shared_expert(hidden_states, out)
         return out if self.tp_size == 1 else tensor_model_parallel_all_reduce(out)
-
-    def _run_packed(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
-        """Router, experts and shared expert, without SGLang's code between them.
-
-        Shapes: x [T, D], returns [T, D]
-        """
-        config, experts = self.topk.topk_config, self.experts
-        weights = experts.w13_packed.weight, experts.w2_packed.weight
-        packed = PackedMoE.of(self.gate, *weights, self.shared_expert)
-        if packed is not None:
-            return packed(x, top_k=config.top_k, renormalise=config.renormalize)
-        hidden_states = normed(x)
-        router_logits, _ = self.gate(hidden_states)
-        shared = None if self.shared_expert is None else self.shared_expert.packed()
-        chosen = self._route(hidden_states, router_logits)
-        out = ExpertsMethod.multiply(experts, hidden_states, *chosen, shared)
-        return out if shared is not None else self._add_shared(hidden_states, out)
-
-    def _add_shared(self, hidden_states: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
-        """Shapes: both [T, D], returns [T, D]."""
-        if self.shared_expert is None:
-            return routed
-        return self.shared_expert(hidden_states, routed)
 
     def _run(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         """Shapes: router_logits [T, E], returns [T, D]."""
@@ -124,20 +111,13 @@ class SparseMoE(nn.Module):
 
         On a small model that code takes longer than routing.
         """
-        chosen = self._route(hidden_states, router_logits)
         config = self.topk.topk_config
-        topk = build_precomputed_topk_output(*chosen, config, self.topk.layer_id)
-        given = StandardDispatchOutput(hidden_states, None, topk)
-        return self.experts.run_moe_core(given).hidden_states
-
-    def _route(
-        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shapes: router_logits [T, E], returns weights and experts [T, k]."""
-        config = self.topk.topk_config
-        return route(
+        chosen = route(
             hidden_states=hidden_states,
             gating_output=router_logits,
             topk=config.top_k,
             renormalize=config.renormalize,
         )
+        topk = build_precomputed_topk_output(*chosen, config, self.topk.layer_id)
+        given = StandardDispatchOutput(hidden_states, None, topk)
+        return self.experts.run_moe_core(given).hidden_states

@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
 from qwen3next_plugin.kernels.router import router
-from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe
 from qwen3next_plugin.model.quantisation.packed import pack_plain
 
 
@@ -38,9 +38,15 @@ class SparseMoE(nn.Module):
     def forward(self, x: Tensor | Unnormed) -> Tensor:
         """Shapes: x [T, D], returns [T, D]"""
         if self.packs:
-            packed = PackedMoE.of(self.gate, self.w13, self.w2, self.shared_expert)
-            if packed is not None:
-                return packed(x, top_k=self.top_k, renormalise=self.renormalise)
+            return packed_moe(
+                x,
+                gate=self.gate,
+                w13=self.w13,
+                w2=self.w2,
+                shared_expert=self.shared_expert,
+                top_k=self.top_k,
+                renormalise=self.renormalise,
+            )
         x = normed(x)
         logits, _ = self.gate(x)
         topk_weights, topk_ids = router(

@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.model.moe import on_this_rank
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
 from qwen3next_plugin.model.quantisation.packed import packs_plain
@@ -113,16 +114,3 @@ class Experts(RoutedExperts):
             and moe_config.intermediate_size_per_partition % PANEL == 0
             and not moe_config.moe_parallel_config.enable_eplb
         )
-
-
-def on_this_rank(
-    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank's own index of each expert; an expert that it lacks gets weight zero.
-
-    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
-    """
-    if expert_map is None:
-        return topk_weights, topk_ids
-    topk_ids = expert_map[topk_ids.long()]
-    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)

@@ -17,11 +17,10 @@ from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts, on_this_rank
+from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
-from qwen3next_plugin.kernels.router import router
-from qwen3next_plugin.model.moe import PackedMoE, SharedExpertGate, SwiGLU, route
+from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe, route
 
 
 class SparseMoE(nn.Module):
@@ -80,8 +79,19 @@ class SparseMoE(nn.Module):
     def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
         """Shapes: x [T, D], returns [T, D]."""
         routed = self.experts.routed_experts
-        if isinstance(method := routed.quant_method, PackedExperts) and not self.exchanges:
-            return tensor_model_parallel_all_reduce(self._run(x, routed, method))
+        if isinstance(routed.quant_method, PackedExperts) and not self.exchanges:
+            # Without vLLM's code for other kernels and ranks with own tokens.
+            out = packed_moe(
+                x,
+                gate=self.gate,
+                w13=routed.w13_packed.weight,
+                w2=routed.w2_packed.weight,
+                shared_expert=self.shared_expert,
+                top_k=self.top_k,
+                renormalise=self.renormalise,
+                expert_map=routed.expert_map,
+            )
+            return tensor_model_parallel_all_reduce(out)
         hidden_states = x = normed(x)
         if self.is_sequence_parallel:
             x = sequence_parallel_chunk(x)
@@ -90,26 +100,6 @@ class SparseMoE(nn.Module):
         if not self.is_sequence_parallel:
             return out
         return tensor_model_parallel_all_gather(out, 0)[: len(hidden_states)]
-
-    def _run(self, x: torch.Tensor | Unnormed, routed: Any, method: PackedExperts) -> torch.Tensor:
-        """As `self.experts`, without vLLM's code for other kernels and ranks with own tokens.
-
-        Shapes: x [T, D], returns [T, D]
-        """
-        if routed.expert_map is None:
-            weights = routed.w13_packed.weight, routed.w2_packed.weight
-            packed = PackedMoE.of(self.gate, *weights, self.shared_expert)
-            if packed is not None:
-                return packed(x, top_k=self.top_k, renormalise=self.renormalise)
-        x = normed(x)
-        logits, _ = self.gate(x)
-        chosen = router(logits=logits, top_k=self.top_k, renormalise=self.renormalise)
-        chosen = on_this_rank(*chosen, routed.expert_map)
-        shared = None if self.shared_expert is None else self.shared_expert.packed()
-        out = method.multiply(routed, x, *chosen, shared)
-        if self.shared_expert is not None and shared is None:
-            out = self.shared_expert(x, out)
-        return out
 
 
 def describe_experts(model: Any, layers: Iterable[Any]) -> None:
