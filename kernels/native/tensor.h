@@ -76,7 +76,7 @@ inline T* write(const Tensor& t) {
 }
 
 // A contiguous tensor without values, of x's dtype or another. torch::stable::new_empty looks its
-// operator up by name and boxes the arguments, which takes longer than many an op on one token.
+// operator up by name and boxes the arguments, which takes about a microsecond longer.
 inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int32_t as_int = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
