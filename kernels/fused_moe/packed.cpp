@@ -10,8 +10,9 @@ namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 128;  // an expert's inner features, or outputs; a task takes a multiple
-constexpr int64_t kSums = 1 << 14;   // outputs, of all tokens, that a task sums at once
-constexpr int64_t kSharedRun = 256;  // tokens of the shared expert that are multiplied at once
+constexpr int64_t kTotals = 1 << 14;  // of tiles that are multiplied at once
+constexpr int64_t kSums = 1 << 14;    // outputs, of all tokens, that a task sums at once
+constexpr int64_t kSharedRun = 256;   // tokens of the shared expert that are multiplied at once
 
 // Inner features [begin, end) of an expert.
 struct Features {
@@ -52,21 +53,31 @@ class Experts {
   // thread computes then.
   void inner(const Features& of, const Features& next) {
     const int64_t begin = routes.first[of.expert], count = routes.first[of.expert + 1] - begin;
-    const int64_t terms = in_.terms, size = count * terms * kNR;
+    const int64_t terms = in_.terms, size = count * terms * kNR;  // of a tile
+    const int64_t both = 2 / kTilePanels * size, up = kTilePanels == 1 ? size : kPanelWidth;
     const std::span tokens(routes.token.data() + begin, count);
     const PackedA x = in_.pack_a(tokens, std::array{int64_t{0}, count});
     T* h = write<T>(h_) + begin * I;
-    std::vector<float> totals(2 * size);
-    const float *gate = totals.data(), *up = gate + (kTilePanels == 1 ? size : kPanelWidth);
-    for (int64_t i = of.begin; i < of.end; i += kPanelWidth) {
-      const bool last = i + kPanelWidth == of.end;
+    const int64_t at_once = tiles_at_once(count * terms), width = at_once * kPanelWidth;
+    std::vector<float> totals(at_once * both);
+    std::vector<Panels> tiles;
+    for (int64_t i = of.begin; i < of.end; i += width) {
+      const int64_t last = std::min(i + width, of.end);
+      tiles.clear();
+      for (int64_t j = i; j < last; j += kPanelWidth) {
+        for (const Panels& tile : tiles13(of.expert, j)) tiles.push_back(tile);
+      }
       const auto then =
-          last ? tiles13(next.expert, next.begin) : tiles13(of.expert, i + kPanelWidth);
-      in_.multiply(totals.data(), tiles13(of.expert, i), then[0], x, 0, count);
-      for (int64_t n = 0; n < count; ++n) {
-        for (int64_t lane = 0; lane < kPanelWidth; lane += kLanes) {
-          const f32v g = output_of(gate, n, terms, lane), u = output_of(up, n, terms, lane);
-          store(h + n * I + i + lane, silu(g) * u);
+          last == of.end ? tiles13(next.expert, next.begin) : tiles13(of.expert, last);
+      in_.multiply(totals.data(), tiles, then[0], x, 0, count);
+      const float* gate = totals.data();
+      for (int64_t j = i; j < last; j += kPanelWidth, gate += both) {
+        for (int64_t n = 0; n < count; ++n) {
+          for (int64_t lane = 0; lane < kPanelWidth; lane += kLanes) {
+            const f32v g = output_of(gate, n, terms, lane);
+            const f32v u = output_of(gate + up, n, terms, lane);
+            store(h + n * I + j + lane, silu(g) * u);
+          }
         }
       }
     }
@@ -80,19 +91,27 @@ class Experts {
   void add_outputs(float* sums, int64_t width, int64_t c, int64_t end) const {
     const int64_t terms = second_->gemm.terms;
     std::vector<float> totals;
-    for (size_t j = 0; j < routes.experts.size(); ++j) {
-      const int64_t e = routes.experts[j], next = routes.experts[(j + 1) % routes.experts.size()];
+    std::vector<Panels> tiles;
+    for (size_t r = 0; r < routes.experts.size(); ++r) {
+      const int64_t e = routes.experts[r], next = routes.experts[(r + 1) % routes.experts.size()];
       const int64_t begin = routes.first[e], last = routes.first[e + 1];
-      totals.resize((last - begin) * terms * kNR);
-      for (int64_t i = c; i < end; i += kNR) {
-        const Panels tile = tile2(e, i), then = i + kNR < end ? tile2(e, i + kNR) : tile2(next, c);
-        second_->gemm.multiply(totals.data(), {&tile, 1}, then, second_->a, begin, last - begin);
+      const int64_t count = (last - begin) * terms, columns = tiles_at_once(count) * kNR;
+      for (int64_t i = c; i < end; i += columns) {
+        const int64_t until = std::min(i + columns, end);
+        tiles.clear();
+        for (int64_t j = i; j < until; j += kNR) tiles.push_back(tile2(e, j));
+        totals.resize(tiles.size() * count * kNR);
+        const Panels then = until < end ? tile2(e, until) : tile2(next, c);
+        second_->gemm.multiply(totals.data(), tiles, then, second_->a, begin, last - begin);
         for (int64_t n = begin; n < last; ++n) {
           const f32v weight = splat(weights_[routes.entry[n]]);
-          float* sum = sums + routes.token[n] * width + i - c;
-          for (int64_t lane = 0; lane < kNR; lane += kLanes) {
-            store(sum + lane,
-                  load(sum + lane) + weight * output_of(totals.data(), n - begin, terms, lane));
+          const float* total = totals.data();
+          float* sum = sums + routes.token[n] * width - c;
+          for (int64_t j = i; j < until; j += kNR, total += count * kNR) {
+            for (int64_t lane = 0; lane < kNR; lane += kLanes) {
+              store(sum + j + lane,
+                    load(sum + j + lane) + weight * output_of(total, n - begin, terms, lane));
+            }
           }
         }
       }
@@ -109,6 +128,11 @@ class Experts {
         : gemm(w, read<T>(h), h.size(0), h.stride(0)),
           a(gemm.pack_a(all_tokens(h.size(0)), first)) {}
   };
+
+  // Tiles to multiply at once, so that totals of so many terms stay in the cache.
+  static int64_t tiles_at_once(int64_t terms) {
+    return std::clamp<int64_t>(kTotals / (terms * kNR), 1, 8);
+  }
 
   int64_t first_panel(const PackedWeight& w, int64_t e) const { return same ? 0 : e * w.panels; }
 

@@ -3,6 +3,8 @@
 // tokens use.
 #pragma once
 
+#include <optional>
+
 #include "amx.h"
 
 #if defined(Q3N_AMX)
@@ -82,9 +84,12 @@ struct AmxBytePanels {
   }
 };
 
-// Unpacks blocks [first, last) of a panel to lines of four columns, minus zero points.
-Q3N_AMX inline void unpack_bytes(uint8_t* out, const PackedWeight& w, int64_t panel, int64_t first,
-                                 int64_t last) {
+// Up to kKC columns of a tile's panels, unpacked to lines of four columns minus zero points.
+using ByteChunk = uint8_t[kTilePanels][kKC * kPanelWidth];
+
+// Unpacks `count` lines, each of 8 columns in int4 or 4 in int8. `zero`: of int4.
+Q3N_AMX inline void unpack_bytes(uint8_t* out, const uint8_t* line, int64_t count,
+                                 Encoding encoding, __m512i zero) {
   struct PairOrder {
     alignas(64) uint16_t words[32];
     constexpr PairOrder() : words() {
@@ -93,28 +98,70 @@ Q3N_AMX inline void unpack_bytes(uint8_t* out, const PackedWeight& w, int64_t pa
   };
   static constexpr PairOrder kPairs;
   const __m512i places = _mm512_load_si512(kPairs.words), nibble = _mm512_set1_epi8(15);
-  const int64_t lines = w.block / (w.encoding == kInt4 ? 8 : 4);
-  const uint8_t* line = w.panel(panel) + first * lines * kLine;
-  for (int64_t b = first; b < last; ++b) {
-    if (w.encoding == kInt8) {
-      for (int64_t l = 0; l < lines; ++l, line += kLine, out += kLine) {
-        const __m512i pairs = _mm512_loadu_si512(line);
-        _mm_prefetch(line + kLineBytesAhead, _MM_HINT_T0);
-        _mm512_store_si512(out, _mm512_permutexvar_epi16(places, pairs));
-      }
+  for (const uint8_t* const end = line + count * kLine; line < end; line += kLine) {
+    const __m512i bytes = _mm512_loadu_si512(line);
+    _mm_prefetch(line + kLineBytesAhead, _MM_HINT_T0);
+    if (encoding == kInt8) {
+      _mm512_store_si512(out, _mm512_permutexvar_epi16(places, bytes));
+      out += kLine;
     } else {
-      const __m512i zero = (__m512i)(w.zero(panel, b, 0) * 0x01010101);
-      for (int64_t l = 0; l < lines; ++l, line += kLine, out += 2 * kLine) {
-        const __m512i nibbles = _mm512_loadu_si512(line);
-        _mm_prefetch(line + kLineBytesAhead, _MM_HINT_T0);
-        const __m512i low = _mm512_and_si512(nibbles, nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), nibble);
-        _mm512_store_si512(out, _mm512_sub_epi8(low, zero));
-        _mm512_store_si512(out + kLine, _mm512_sub_epi8(high, zero));
-      }
+      const __m512i low = _mm512_and_si512(bytes, nibble);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+      _mm512_store_si512(out, _mm512_sub_epi8(low, zero));
+      _mm512_store_si512(out + kLine, _mm512_sub_epi8(high, zero));
+      out += 2 * kLine;
     }
   }
 }
+
+// Unpacks blocks [first, last) of a tile's panels, some lines at a time.
+class ByteUnpacking {
+ public:
+  ByteUnpacking(const PackedWeight& w, ByteChunk& out, const Panels& panels, int64_t first,
+                int64_t last)
+      : w_(w), out_(out), panels_(panels), first_(first), last_(last) {
+    start_panel();
+  }
+
+  // The lines of all its blocks.
+  int64_t lines() const { return kTilePanels * (last_ - first_) * of_block_; }
+
+  // Unpacks up to `count` lines more.
+  Q3N_AMX void unpack(int64_t count) {
+    while (count && panel_ < kTilePanels) {
+      const int64_t n = std::min(count, of_block_ - line_);
+      unpack_bytes(to_, from_, n, w_.encoding, zero_);
+      count -= n, line_ += n, from_ += n * kLine;
+      to_ += n * (w_.encoding == kInt4 ? 2 : 1) * kLine;
+      if (line_ < of_block_) continue;
+      line_ = 0;
+      if (++block_ < last_) {
+        set_zero();
+      } else if (++panel_ < kTilePanels) {
+        start_panel();
+      }
+    }
+  }
+
+ private:
+  void start_panel() {
+    block_ = first_;
+    from_ = w_.panel(panels_[panel_]) + first_ * of_block_ * kLine, to_ = out_[panel_];
+    set_zero();
+  }
+  void set_zero() {
+    if (w_.encoding == kInt4) zero_ = (__m512i)(w_.zero(panels_[panel_], block_, 0) * 0x01010101);
+  }
+
+  const PackedWeight& w_;
+  ByteChunk& out_;
+  const Panels panels_;
+  const int64_t first_, last_, of_block_ = w_.block / (w_.encoding == kInt4 ? 8 : 4);
+  int64_t panel_ = 0, block_ = 0, line_ = 0;
+  const uint8_t* from_ = nullptr;
+  uint8_t* to_ = nullptr;
+  __m512i zero_ = {};
+};
 
 // Tile registers: 0 and 1 sums of x's upper bytes, 2 and 3 of its lower bytes; 4 and 5 x; 6 and 7
 // the weight.
@@ -134,61 +181,77 @@ Q3N_AMX inline void configure_byte_tiles(int64_t height, int64_t columns) {
 // A block's sums with a panel of x, and the totals to add them to.
 struct BlockSums {
   alignas(64) int32_t upper[kAmxRows][kNR], lower[kAmxRows][kNR];
+  f32v weight_scales[kTilePanels] = {};
   float* totals = nullptr;        // [height, kNR]
   const float* scales = nullptr;  // of x
-  const f32v* weight_scales = nullptr;
   int64_t height = 0;
 };
 
 // Adds terms [begin, end) to their totals, as add_blocks does.
 template <bool kScaled>
-void add_products(const BlockSums& sums, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < std::min(end, sums.height); ++i) {
-    const f32v scale = splat(sums.scales[i]);
+Q3N_INLINE inline void add_products(const BlockSums& sums, int64_t begin, int64_t end) {
+  // Copies, which stay in registers: stores to totals might change what `sums` holds.
+  const float* scales = sums.scales;
+  const f32v weight_scales[] = {sums.weight_scales[0], sums.weight_scales[1]};
+  float* to = sums.totals + begin * kNR;
+  end = std::min(end, sums.height);
+  for (int64_t i = begin; i < end; ++i, to += kNR) {
+    const f32v scale = splat(scales[i]);
     for (int p = 0; p < kTilePanels; ++p) {
       i32v upper, lower;
       std::memcpy(&upper, sums.upper[i] + p * kPanelWidth, sizeof upper);
       std::memcpy(&lower, sums.lower[i] + p * kPanelWidth, sizeof lower);
       f32v product = __builtin_convertvector((upper << 8) + lower, f32v);
-      if constexpr (kScaled) product *= sums.weight_scales[p];
-      float* to = sums.totals + i * kNR + p * kPanelWidth;
-      store(to, load(to) + product * scale);
+      if constexpr (kScaled) product *= weight_scales[p];
+      store(to + p * kPanelWidth, fma(product, scale, load(to + p * kPanelWidth)));
     }
   }
 }
 
-// Multiplies a block. In the meantime the block before is added, some terms after each slice, so
-// that vector and AMX units are both busy.
+// Loads slice s of x into a register: a literal, and so a macro.
+#define Q3N_LOAD_X(tile, x, s)                  \
+  if constexpr (kStream) {                      \
+    _tile_stream_loadd(tile, x.at(s), x.token); \
+  } else {                                      \
+    _tile_loadd(tile, x.at(s), x.token);        \
+  }
+
+// Multiplies a block. In the meantime the block before is added, some terms after each slice, and
+// `share` lines of the next chunk are unpacked, so that vector and AMX units are both busy.
 template <bool kScaled, bool kStream>
-Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before,
-                                const std::array<const uint8_t*, kTilePanels>& w, const TileView& x,
-                                int64_t columns, int64_t slices) {
+Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before, ByteUnpacking* unpacking,
+                                int64_t share, const std::array<const uint8_t*, kTilePanels>& w,
+                                const TileView& upper, int64_t columns, int64_t slices) {
   constexpr int64_t kRow = sizeof *sums.upper;
-  const int64_t share = kAmxRows / slices;
+  const int64_t terms = kAmxRows / slices;
+  const TileView lower{static_cast<const uint8_t*>(upper.first) + columns, upper.slice,
+                       upper.token};
   asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+  Q3N_LOAD_X(4, upper, 0)
+  _tile_loadd(6, w[0], kLine);
+  _tile_loadd(7, w[1], kLine);
+  Q3N_LOAD_X(5, lower, 0)
   for (int64_t s = 0; s < slices; ++s) {
-    const uint8_t* upper = static_cast<const uint8_t*>(x.at(s));
-    if constexpr (kStream) {
-      _tile_stream_loadd(4, upper, x.token);
-    } else {
-      _tile_loadd(4, upper, x.token);
-    }
-    _tile_loadd(6, w[0] + s * columns * kPanelWidth, kLine);
+    const int64_t next = s + 1, at = next * columns * kPanelWidth;
     _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, w[1] + s * columns * kPanelWidth, kLine);
     _tile_dpbssd(1, 4, 7);
-    if constexpr (kStream) {
-      _tile_stream_loadd(5, upper + columns, x.token);
+    if (next < slices) {  // a register is loaded as soon as it was multiplied
+      Q3N_LOAD_X(4, upper, next)
+      _tile_dpbusd(2, 5, 6);
+      _tile_loadd(6, w[0] + at, kLine);
+      _tile_dpbusd(3, 5, 7);
+      _tile_loadd(7, w[1] + at, kLine);
+      Q3N_LOAD_X(5, lower, next)
     } else {
-      _tile_loadd(5, upper + columns, x.token);
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
     }
-    _tile_dpbusd(2, 5, 6);
-    _tile_dpbusd(3, 5, 7);
-    add_products<kScaled>(before, s * share, (s + 1) * share);
+    add_products<kScaled>(before, s * terms, (s + 1) * terms);
+    if (unpacking) unpacking->unpack(share);
   }
   _tile_stored(0, sums.upper[0], kRow);
   _tile_stored(1, sums.upper[0] + kPanelWidth, kRow);
@@ -197,30 +260,56 @@ Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before,
   asm volatile("" ::: "memory");
 }
 
-// totals [count, kNR] += blocks [first, last) of x times `lines` of the weight.
+#undef Q3N_LOAD_X
+
+// totals [tiles, count, kNR] = these tiles of W times terms [begin, begin + count) of one run:
+// chunk by chunk of K, all tiles for each chunk. While one is multiplied the next is unpacked.
 template <bool kScaled, bool kStream>
-Q3N_AMX void multiply_byte_chunk(float* totals, const PackedWeight& w, const Panels& panels,
-                                 const std::array<const uint8_t*, kTilePanels>& lines,
-                                 const AmxBytePanels& x, int64_t begin, int64_t count,
-                                 int64_t first, int64_t last) {
-  const int64_t columns = byte_slice(w), slices = w.block / columns;
-  f32v scales[kKC / 32][kTilePanels] = {};
-  for (int64_t b = first; kScaled && b < last; ++b) {
-    for (int p = 0; p < kTilePanels; ++p) scales[b - first][p] = w.scale(panels[p], b, 0);
-  }
+Q3N_AMX void multiply_bytes(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
+                            const AmxBytePanels& x, int64_t begin, int64_t count) {
+  const int64_t columns = byte_slice(w), slices = w.block / columns, of_chunk = kKC / w.block;
+  const int64_t steps = (w.blocks + of_chunk - 1) / of_chunk * tiles.size();
+  const int64_t heights = (count + kAmxRows - 1) / kAmxRows;
+  struct Step {
+    const Panels& panels;
+    int64_t first, last;  // blocks
+    float* totals;
+  };
+  const auto step_at = [&](int64_t i) -> Step {
+    const int64_t tile = i % tiles.size(), first = i / tiles.size() * of_chunk;
+    return {tiles[tile], first, std::min(first + of_chunk, w.blocks), totals + tile * count * kNR};
+  };
+  alignas(64) thread_local ByteChunk chunks[2];
+  const auto unpacking = [&](int64_t i) -> ByteUnpacking {
+    const Step step = step_at(i);
+    return {w, chunks[i % 2], step.panels, step.first, step.last};
+  };
+  ByteUnpacking start = unpacking(0);
+  start.unpack(start.lines());
   BlockSums sums[2];
   int64_t configured = 0, turn = 0;
-  for (int64_t i = 0; i < count; i += kAmxRows) {
-    const int64_t height = std::min(kAmxRows, count - i), slice = height * x.panels.width;
-    if (configured != height) configure_byte_tiles(configured = height, columns);
-    for (int64_t b = first; b < last; ++b, turn = 1 - turn) {
-      const int64_t at = (b - first) * w.block * kPanelWidth;
-      const TileView tile{x.panels.panel(begin + i) + b * slices * slice, slice, x.panels.width};
-      micro_kernel_bytes<kScaled, kStream>(sums[turn], sums[1 - turn],
-                                           {lines[0] + at, lines[1] + at}, tile, columns, slices);
-      sums[turn].totals = totals + i * kNR, sums[turn].height = height;
-      sums[turn].scales = x.scales.data() + (begin + i) * w.blocks + b * height;
-      sums[turn].weight_scales = scales[b - first];
+  for (int64_t now = 0; now < steps; ++now) {
+    const ByteChunk& lines = chunks[now % 2];
+    const auto [panels, first, last, to] = step_at(now);
+    const int64_t slices_of_all = heights * (last - first) * slices;
+    std::optional<ByteUnpacking> next;
+    if (now + 1 < steps) next.emplace(unpacking(now + 1));
+    const int64_t share = next ? (next->lines() + slices_of_all - 1) / slices_of_all : 0;
+    for (int64_t i = 0; i < count; i += kAmxRows) {
+      const int64_t height = std::min(kAmxRows, count - i), slice = height * x.panels.width;
+      if (configured != height) configure_byte_tiles(configured = height, columns);
+      for (int64_t b = first; b < last; ++b, turn = 1 - turn) {
+        const int64_t at = (b - first) * w.block * kPanelWidth;
+        const TileView tile{x.panels.panel(begin + i) + b * slices * slice, slice, x.panels.width};
+        micro_kernel_bytes<kScaled, kStream>(sums[turn], sums[1 - turn], next ? &*next : nullptr,
+                                             share, {lines[0] + at, lines[1] + at}, tile, columns,
+                                             slices);
+        sums[turn].totals = to + i * kNR, sums[turn].height = height;
+        sums[turn].scales = x.scales.data() + (begin + i) * w.blocks + b * height;
+        for (int p = 0; kScaled && p < kTilePanels; ++p) {
+          sums[turn].weight_scales[p] = w.scale(panels[p], b, 0);
+        }
+      }
     }
   }
   add_products<kScaled>(sums[1 - turn], 0, kAmxRows);
@@ -230,21 +319,12 @@ Q3N_AMX void multiply_byte_chunk(float* totals, const PackedWeight& w, const Pan
 Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
                              const AmxBytePanels& x, int64_t begin, int64_t count) {
   static_assert(kTilePanels == 2 && kParts == 1);
-  const int64_t chunk = kKC / w.block, size = count * kNR;
   const bool stream = count > kAmxMR;
-  const auto add = w.group
-                       ? stream ? multiply_byte_chunk<true, true> : multiply_byte_chunk<true, false>
-                   : stream ? multiply_byte_chunk<false, true>
-                            : multiply_byte_chunk<false, false>;
-  alignas(64) thread_local uint8_t decoded[kTilePanels][kKC * kPanelWidth];
-  std::memset(totals, 0, tiles.size() * size * sizeof *totals);
-  for (int64_t first = 0; first < w.blocks; first += chunk) {
-    const int64_t last = std::min(first + chunk, w.blocks);
-    for (size_t q = 0; q < tiles.size(); ++q) {
-      for (int p = 0; p < kTilePanels; ++p) unpack_bytes(decoded[p], w, tiles[q][p], first, last);
-      add(totals + q * size, w, tiles[q], {decoded[0], decoded[1]}, x, begin, count, first, last);
-    }
-  }
+  const auto run = w.group  ? stream ? multiply_bytes<true, true> : multiply_bytes<true, false>
+                   : stream ? multiply_bytes<false, true>
+                            : multiply_bytes<false, false>;
+  std::memset(totals, 0, tiles.size() * count * kNR * sizeof *totals);
+  run(totals, w, tiles, x, begin, count);
   _tile_release();
   if (!w.group) multiply_by_scales(totals, w, tiles, count);
 }

@@ -198,8 +198,8 @@ void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const P
           products -= w.zeros ? zero * of_x : w.offset * of_x + i32v{};
         }
         float* const at = to[t] + v * kLanes;
-        const f32v scaled = __builtin_convertvector(products, f32v) * scale * splat(scales[t][b]);
-        store(at, load(at) + scaled);
+        const f32v scaled = __builtin_convertvector(products, f32v) * scale;
+        store(at, fma(scaled, splat(scales[t][b]), load(at)));  // a power of two: exact
       });
     });
     for (int p = 0; p < kTilePanels; ++p) line[p] += run_bytes;
