@@ -10,7 +10,7 @@ namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kRun = 128;  // an expert's inner features, or outputs; a task takes a multiple
-constexpr int64_t kTotals = 1 << 14;  // of tiles that are multiplied at once
+constexpr int64_t kTotals = 1 << 14;  // outputs that are multiplied at once
 constexpr int64_t kSums = 1 << 14;    // outputs, of all tokens, that a task sums at once
 constexpr int64_t kSharedRun = 256;   // tokens of the shared expert that are multiplied at once
 
@@ -106,11 +106,11 @@ class Experts {
         for (int64_t n = begin; n < last; ++n) {
           const f32v weight = splat(weights_[routes.entry[n]]);
           const float* total = totals.data();
-          float* sum = sums + routes.token[n] * width - c;
+          float* sum = sums + routes.token[n] * width;
           for (int64_t j = i; j < until; j += kNR, total += count * kNR) {
             for (int64_t lane = 0; lane < kNR; lane += kLanes) {
-              store(sum + j + lane,
-                    load(sum + j + lane) + weight * output_of(total, n - begin, terms, lane));
+              float* to = sum + j - c + lane;
+              store(to, load(to) + weight * output_of(total, n - begin, terms, lane));
             }
           }
         }

@@ -51,8 +51,9 @@ def linear(x: Tensor, weight: PackedWeight, *, out_dtype: torch.dtype | None = N
     int8, int4, FP4: x is rounded, block by block, to 15 bits and a sign times a power of two (fp32:
     28 bits). A block is a group of the weight; without groups it has 128 columns (int4), or the
     largest divisor of the padded K up to 512 (int8). A bf16 element is exact unless it is below
-    1/128 of its block's largest. A block is summed in int32, exactly; blocks are added in fp32, in
-    order. So all instruction sets give the same bits.
+    1/128 of its block's largest, or of 2^-80. A block is summed in int32, exactly; blocks are added
+    in fp32, in order. So all instruction sets give the same bits, unless a sum leaves fp32's normal
+    range.
     bf16, fp8: values are decoded exactly and products summed in fp32, in a fixed order.
 
     Args:

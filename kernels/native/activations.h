@@ -49,8 +49,8 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
   }
   uint32_t field;
   std::memcpy(&field, &most, sizeof field);
-  // Not so small that the product with a scale of the weight, which FMA leaves unrounded, could be
-  // a denormal.
+  // From 2^-80 on, so that products of this, a sum and a scale of the weight from 2^-32 on are no
+  // denormals: then FMA and two instructions round alike.
   const int exponent = std::max(static_cast<int>(field >> 23) - 127, -80);
   const float unit = power_of_two(exponent + 1 - bits), inverse = power_of_two(bits - 1 - exponent);
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer

@@ -163,8 +163,8 @@ class ByteUnpacking {
   __m512i zero_ = {};
 };
 
-// Tile registers: 0 and 1 sums of x's upper bytes, 2 and 3 of its lower bytes; 4 and 5 x; 6 and 7
-// the weight.
+// Tile registers: 0 and 1 sums of x's upper bytes, 2 and 3 of its lower bytes; 4 and 5 those bytes
+// of x; 6 and 7 the weight.
 Q3N_AMX inline void configure_byte_tiles(int64_t height, int64_t columns) {
   struct alignas(64) Config {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -193,9 +193,10 @@ Q3N_INLINE inline void add_products(const BlockSums& sums, int64_t begin, int64_
   // Copies, which stay in registers: stores to totals might change what `sums` holds.
   const float* scales = sums.scales;
   const f32v weight_scales[] = {sums.weight_scales[0], sums.weight_scales[1]};
-  float* to = sums.totals + begin * kNR;
+  float* const totals = sums.totals;
   end = std::min(end, sums.height);
-  for (int64_t i = begin; i < end; ++i, to += kNR) {
+  for (int64_t i = begin; i < end; ++i) {
+    float* const to = totals + i * kNR;
     const f32v scale = splat(scales[i]);
     for (int p = 0; p < kTilePanels; ++p) {
       i32v upper, lower;
@@ -208,7 +209,7 @@ Q3N_INLINE inline void add_products(const BlockSums& sums, int64_t begin, int64_
   }
 }
 
-// Loads slice s of x into a register: a literal, and so a macro.
+// Loads slice s of x into a register. A macro, because the register's number must be a literal.
 #define Q3N_LOAD_X(tile, x, s)                  \
   if constexpr (kStream) {                      \
     _tile_stream_loadd(tile, x.at(s), x.token); \
@@ -239,7 +240,7 @@ Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before, ByteUn
     const int64_t next = s + 1, at = next * columns * kPanelWidth;
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
-    if (next < slices) {  // a register is loaded as soon as it was multiplied
+    if (next < slices) {  // a register is loaded once it has been multiplied
       Q3N_LOAD_X(4, upper, next)
       _tile_dpbusd(2, 5, 6);
       _tile_loadd(6, w[0] + at, kLine);
@@ -262,11 +263,13 @@ Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before, ByteUn
 
 #undef Q3N_LOAD_X
 
-// totals [tiles, count, kNR] = these tiles of W times terms [begin, begin + count) of one run:
-// chunk by chunk of K, all tiles for each chunk. While one is multiplied the next is unpacked.
+// totals [tiles, count, kNR] += these tiles of W, without scales of whole channels, times terms
+// [begin, begin + count) of one run: chunk by chunk of K, all tiles for each chunk. While one of
+// `chunks` is multiplied, the other is unpacked.
 template <bool kScaled, bool kStream>
 Q3N_AMX void multiply_bytes(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
-                            const AmxBytePanels& x, int64_t begin, int64_t count) {
+                            const AmxBytePanels& x, int64_t begin, int64_t count,
+                            ByteChunk (&chunks)[2]) {
   const int64_t columns = byte_slice(w), slices = w.block / columns, of_chunk = kKC / w.block;
   const int64_t steps = (w.blocks + of_chunk - 1) / of_chunk * tiles.size();
   const int64_t heights = (count + kAmxRows - 1) / kAmxRows;
@@ -279,7 +282,6 @@ Q3N_AMX void multiply_bytes(float* totals, const PackedWeight& w, std::span<cons
     const int64_t tile = i % tiles.size(), first = i / tiles.size() * of_chunk;
     return {tiles[tile], first, std::min(first + of_chunk, w.blocks), totals + tile * count * kNR};
   };
-  alignas(64) thread_local ByteChunk chunks[2];
   const auto unpacking = [&](int64_t i) -> ByteUnpacking {
     const Step step = step_at(i);
     return {w, chunks[i % 2], step.panels, step.first, step.last};
@@ -323,8 +325,9 @@ Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<con
   const auto run = w.group  ? stream ? multiply_bytes<true, true> : multiply_bytes<true, false>
                    : stream ? multiply_bytes<false, true>
                             : multiply_bytes<false, false>;
+  alignas(64) thread_local ByteChunk chunks[2];
   std::memset(totals, 0, tiles.size() * count * kNR * sizeof *totals);
-  run(totals, w, tiles, x, begin, count);
+  run(totals, w, tiles, x, begin, count, chunks);
   _tile_release();
   if (!w.group) multiply_by_scales(totals, w, tiles, count);
 }

@@ -199,7 +199,7 @@ void add_blocks_of(float* const (&total)[T], const PackedWeight& weight, const P
         }
         float* const at = to[t] + v * kLanes;
         const f32v scaled = __builtin_convertvector(products, f32v) * scale;
-        store(at, fma(scaled, splat(scales[t][b]), load(at)));  // a power of two: exact
+        store(at, fma(scaled, splat(scales[t][b]), load(at)));  // x's scale is a power of two
       });
     });
     for (int p = 0; p < kTilePanels; ++p) line[p] += run_bytes;
