@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = {
     "int8": ("int8", 0, torch.float32, False),
     "int8-group-32-bf16": ("int8", 32, torch.bfloat16, False),
+    "int8-group-64-bf16": ("int8", 64, torch.bfloat16, False),
     "int8-group-128": ("int8", 128, torch.float32, False),
     "int4-fp16": ("int4", 0, torch.float16, True),
     "int4-group-32-zero-fp16": ("int4", 32, torch.float16, True),
