@@ -90,11 +90,11 @@ struct TileView {
 
 // sums [height0 + height1, kNR], `stride` floats apart, += `slices` slices of x times those of w;
 // = if they are the first. kTwo: height1 > 0. kStream: loads x past L1, where the weight's chunk
-// stays for all tokens.
+// stays for all tokens. What is `ahead` bytes beyond a line of w is prefetched into L2, unless 0.
 template <bool kTwo, bool kStream = false>
 Q3N_AMX void micro_kernel_bf16(float* sums, int64_t stride,
                                const std::array<const uint8_t*, kTilePanels>& w, const TileView& x0,
-                               const TileView& x1, int64_t slices, bool first) {
+                               const TileView& x1, int64_t slices, bool first, int64_t ahead) {
   const int64_t row = stride * sizeof(float);
   float* const lower = sums + kAmxRows * stride;
   asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
@@ -115,6 +115,9 @@ Q3N_AMX void micro_kernel_bf16(float* sums, int64_t stride,
     }
   }
   for (int64_t s = 0; s < slices; ++s) {
+    for (int64_t l = 0; ahead && l < kTileBytes; l += kLine) {
+      for (const uint8_t* panel : w) __builtin_prefetch(panel + s * kTileBytes + l + ahead, 0, 2);
+    }
     if constexpr (kStream) {
       _tile_stream_loadd(4, x0.at(s), x0.token);
     } else {
@@ -200,10 +203,10 @@ inline void multiply_by_scales(float* totals, const PackedWeight& w, std::span<c
   }
 }
 
-// Tokens of one run of A, and the slices between two scales.
+// Tokens of one run of A, the slices between two scales, and `ahead` as in micro_kernel_bf16.
 struct Run {
   const AmxPanels& x;
-  int64_t begin, count, block;
+  int64_t begin, count, block, ahead;
 };
 
 // totals [count, kNR] += slices [s, last) of x times `lines` of the weight; = if s is 0. With
@@ -230,7 +233,7 @@ Q3N_AMX inline void multiply_chunk(float* totals, const PackedWeight& w, const P
       const TileView x1{run.x.panel(run.begin + i + height0) + b * slice1, slice1, kLine};
       add(w.group ? sums : to, kNR,
           {lines[0] + (b - s) * kTileBytes, lines[1] + (b - s) * kTileBytes}, x0, x1,
-          std::min(run.block, last - b), w.group || b == 0);
+          std::min(run.block, last - b), w.group || b == 0, run.ahead);
       if (w.group) add_scaled(to, sums, height0 + height1, w, panels, b / run.block);
     }
   }
@@ -324,6 +327,14 @@ Q3N_AMX inline void macro_kernel_chunks(float* totals, const PackedWeight& w,
   }
 }
 
+// From a line of a weight that is read once to the line to prefetch: the next tile's, where a small
+// weight's tiles follow each other.
+inline int64_t bytes_ahead(const PackedWeight& w) {
+  constexpr int64_t kNear = 1 << 16;
+  const int64_t tile = kTilePanels * w.panel_bytes;
+  return tile <= kNear ? tile : kBytesAhead;
+}
+
 // totals [tiles, count, kNR] = these tiles of W times tokens [begin, begin + count) of one run.
 Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
                              const AmxPanels& x, int64_t begin, int64_t count) {
@@ -331,7 +342,8 @@ Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<con
   const bool fp8 = w.encoding == kFp8;
   const bool once = count <= kAmxMR;  // the weight is read once
   const int64_t chunk = once ? x.slices : kKCSlices, size = count * kNR;
-  const Run run{x, begin, count, w.group ? w.group / kAmxK : chunk};
+  const int64_t ahead = once && !fp8 ? bytes_ahead(w) : 0;
+  const Run run{x, begin, count, w.group ? w.group / kAmxK : chunk, ahead};
   if (w.group) std::memset(totals, 0, tiles.size() * size * sizeof *totals);
   if (fp8 && once) {
     const auto multiply = count > kAmxRows ? macro_kernel_fp8<true> : macro_kernel_fp8<false>;
