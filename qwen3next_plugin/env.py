@@ -46,7 +46,8 @@ VARIABLES: Mapping[str, Variable] = {
     "QWEN3NEXT_HEAD": Variable(
         ("auto", "plain"),
         "auto",
-        "on a CPU, the output head of a quantised model: in int8 like the rest, or as it is stored",
+        "on a CPU, a quantised model's output head and stream mixers: in int8 like the rest, or as"
+        " stored",
     ),
     "QWEN3NEXT_MMAP": Variable(
         ("0", "1"),
@@ -100,7 +101,7 @@ def quantise() -> str | None:
 
 
 def head() -> str:
-    """How the output head of a quantised model is served: `auto` (int8) or `plain`."""
+    """How output head and stream mixers of a quantised model are served: `auto` (int8), `plain`."""
     return _read("QWEN3NEXT_HEAD") or "auto"
 
 

@@ -24,6 +24,8 @@ from qwen3next_plugin.model.quantisation.writing import plan_packing, write_pack
 
 # Quantised as the released checkpoints are: neither what is looked up, nor routers, nor the head.
 QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
+# Served in int8 if the rest is quantised: the output head and stream mixers.
+ROUNDED = re.compile(r"lm_head\.weight|.*\.input_mix_weight_(down|up)\.weight$")
 # What of a module's name differs among those that an engine stacks.
 STACKED = re.compile(r"(\.\d+)?\.(gate|up)_proj$|\.\d+(?=\.down_proj$)|[qkv]_proj$|(qkv|[zba])$")
 # By QWEN3NEXT_QUANTISE.
@@ -60,7 +62,7 @@ def quantise(
     if kind in AT_LOAD:
         return plain, {"QWEN3NEXT_QUANTISE": kind}, write_rounded(plain, folder, kind)
     quantised, twin = write_quantised(plain, folder, kind, leave_out=leave_out)
-    round_head(twin)
+    round_plain(twin)
     return quantised, {}, twin
 
 
@@ -108,7 +110,7 @@ def write_rounded(plain: Path, folder: Path, name: str) -> Path:
     twin = shutil.copytree(plain, folder / name)
     tensors = load_file(plain / "model.safetensors")
     for each, tensor in tensors.items():
-        if each == "lm_head.weight":
+        if ROUNDED.match(each):
             tensors[each] = int8_by_row(tensor.float())[1]
         elif QUANTISED.match(each) and tensor.ndim == 2 and not KEPT_AT_LOAD.search(each):
             weight = tensor.float()
@@ -118,13 +120,13 @@ def write_rounded(plain: Path, folder: Path, name: str) -> Path:
     return twin
 
 
-def round_head(folder: Path) -> None:
-    """Round a checkpoint's output head to int8, in which that of a quantised one is served."""
+def round_plain(folder: Path) -> None:
+    """Round to int8 what a quantised checkpoint has plain, and is served in int8."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    if (head := tensors.get("lm_head.weight")) is not None:
-        tensors["lm_head.weight"] = int8_by_row(head.float())[1]
-        save_file(tensors, file)
+    for name in filter(ROUNDED.match, tensors):
+        tensors[name] = int8_by_row(tensors[name].float())[1]
+    save_file(tensors, file)
 
 
 def round_to_int8(folder: Path) -> None:
@@ -132,7 +134,7 @@ def round_to_int8(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
-        if (QUANTISED.match(name) or name == "lm_head.weight") and tensor.ndim == 2:
+        if (QUANTISED.match(name) or ROUNDED.match(name)) and tensor.ndim == 2:
             tensors[name] = int8_by_row(tensor.float())[1].to(tensor.dtype)
     save_file(tensors, file)
 

@@ -13,7 +13,8 @@ from quantised import quantise
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, our_names
 
-PROMPTS = [random_prompt(length, seed=31) for length in (1, 3, 64, 65, 300)]
+# With seed 31 a token's experts or blocks are within rounding of others, in NVFP4 under vLLM.
+PROMPTS = [random_prompt(length, seed=32) for length in (1, 3, 64, 65, 300)]
 # Sizes of which a scale's blocks, groups and words are divisors, or not.
 SIZES: dict[str, Any] = {
     "hidden_size": 160,

@@ -15,6 +15,7 @@ from benchmarks.kernels import linear
 from benchmarks.kernels.timing import seconds
 from qwen3next_plugin.kernels.linear import linear as multiply
 from qwen3next_plugin.model.checkpoint.layouts import SHARD
+from qwen3next_plugin.model.quantisation.at_load import MIXING_WEIGHTS
 
 GROUP = 128  # columns of a scale
 # Bits of a quantised weight, its scales included; zero points where the tool always writes them.
@@ -79,7 +80,7 @@ def _share(name: str, config: Mapping[str, Any], tokens: int) -> float:
 
 def _bits(name: str, kind: str) -> float:
     """Bits of a weight as it is served."""
-    if kind != "bf16" and name == HEAD:
+    if kind != "bf16" and (name == HEAD or MIXING_WEIGHTS.search(name)):
         return 8
     return BITS[kind] if QUANTISED.match(name) else 16
 

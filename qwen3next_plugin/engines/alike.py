@@ -19,7 +19,7 @@ def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
     return (
         # A copy of a model is the same one.
         sorted((field for field in fields if field[0] != "_name_or_path"), key=str),
-        (env.quantise(), env.batch_invariant()),
+        (env.quantise(), env.head(), env.batch_invariant()),
         (__version__, host, str(torch.__version__), described("cpu"), instructions()),
     )
 

@@ -11,8 +11,26 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, hyper_connection
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight
 from qwen3next_plugin.model.decoder_layer import Blocks
 from qwen3next_plugin.model.linear_attention import Weight
+from qwen3next_plugin.model.quantisation.packed import Packed
+
+
+class MixingWeight(Weight):
+    """One of a connection's two large weights, which engines pack once it is loaded."""
+
+    quant_method: Any
+
+    def __init__(self, *shape: int, config: Qwen3NextConfig) -> None:
+        super().__init__(*shape)
+        self.may_be_packed = config.hidden_size % PANEL == 0
+        self.packed: Packed | None = None
+
+    @property
+    def value(self) -> torch.Tensor | PackedWeight:
+        """What the kernel takes."""
+        return self.weight if self.packed is None else self.packed.weight
 
 
 class HyperConnection(nn.Module):
@@ -23,8 +41,8 @@ class HyperConnection(nn.Module):
         wide, rank = config.hc_count * config.hidden_size, config.hc_lowrank
         self.eps = config.rms_norm_eps
         self.hc_norm = Weight(wide)
-        self.input_mix_weight_down = Weight(rank, wide)
-        self.input_mix_weight_up = Weight(wide, rank)
+        self.input_mix_weight_down = MixingWeight(rank, wide, config=config)
+        self.input_mix_weight_up = MixingWeight(wide, rank, config=config)
         self.block_inject_weight = Weight(config.hc_count, wide) if injects else None
 
     def forward(
@@ -41,8 +59,8 @@ class HyperConnection(nn.Module):
         inject = self.block_inject_weight
         weights = HyperConnectionWeights(
             norm=self.hc_norm.weight,
-            down=self.input_mix_weight_down.weight,
-            up=self.input_mix_weight_up.weight,
+            down=self.input_mix_weight_down.value,
+            up=self.input_mix_weight_up.value,
             inject=None if inject is None else inject.weight,
         )
         return hyper_connection(

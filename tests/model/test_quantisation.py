@@ -14,7 +14,7 @@ from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
 from examples.qwen4_exp_tiny import hashes
 from quantised import KINDS, MIXED, pack_checkpoint, write_quantised
-from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, holder
@@ -26,10 +26,11 @@ from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_
 from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
 from qwen3next_plugin.model.quantisation.modules import Formats
-from qwen3next_plugin.model.quantisation.packed import head_as_int8, pack, pack_plain
+from qwen3next_plugin.model.quantisation.packed import pack, pack_plain, plain_as_int8
 from qwen3next_plugin.model.quantisation.scheme import Module
 from qwen3next_plugin.model.quantisation.schemes import scheme
 from qwen4_exp_quantised import table_in_fp8, write_split
+from tiers import long_except
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def plain_qwen4_exp(tmp_path_factory) -> Path:
     return write_split(tmp_path_factory.mktemp("qwen4_exp"))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, MIXED])
+@pytest.mark.parametrize("kind", long_except((MIXED,), (*KINDS, MIXED)))
 def test_qwen4_exp_beside_a_table_in_fp8(plain_qwen4_exp, tmp_path, kind):
     """Every projection, those of the n-grams, the indexer and the MTP head among them."""
     quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, kind)
@@ -293,9 +294,28 @@ def test_plain_weights_are_rounded(plain, name, steps):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
+def test_stream_mixers_are_int8(plain_qwen4_exp, monkeypatch, name):
+    """And take the bytes that are planned, with a rank that is padded."""
+    formats, stored = load(plain_qwen4_exp, name)
+    shapes = all_tensors(Qwen3NextConfig.from_hf(read_config(plain_qwen4_exp)))
+    mixers = {n: t for n, t in stored.items() if ".input_mix_weight_" in n}
+    planned = quantised_bytes(name, shapes)
+    assert mixers.keys() < planned.keys()
+    packed = {n: pack_plain(weight, as_int8=True).weight for n, weight in mixers.items()}
+    assert all(planned[n] == weight.nbytes for n, weight in packed.items())
+    assert any(
+        weight.nbytes > weight.shape[0] * (weight.shape[1] + 4) for weight in packed.values()
+    )
+    assert "; the output head is int8; stream mixers are int8; embeddings," in formats.described()
+    monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
+    assert not mixers.keys() & quantised_bytes(name, shapes).keys()
+    assert "; output head, stream mixers, embeddings," in load(plain_qwen4_exp, name)[0].described()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
 def test_the_output_head_is_int8(plain, monkeypatch, name):
-    assert not head_as_int8(None)
-    assert head_as_int8(load(plain, name)[0])
+    assert not plain_as_int8(None)
+    assert plain_as_int8(load(plain, name)[0])
     head = pack_plain(weight := torch.randn(50, 160).bfloat16(), as_int8=True)
     assert head.encoding == "int8"
     shapes = {"model.embed_tokens.weight": (50, 160)}
@@ -305,7 +325,7 @@ def test_the_output_head_is_int8(plain, monkeypatch, name):
     assert (error <= 0.51 * step).all()
     monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
     formats = load(plain, name)[0]
-    assert not head_as_int8(formats)
+    assert not plain_as_int8(formats)
     assert quantised_bytes(name, shapes) == {}
     assert "; output head, embeddings," in formats.described()
 

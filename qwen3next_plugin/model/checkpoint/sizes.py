@@ -143,17 +143,16 @@ def _quantised(
 
     Raises: CheckpointError for a module that no CPU kernel serves.
     """
-    from qwen3next_plugin.model.quantisation.at_load import HEAD
+    from qwen3next_plugin.model.quantisation.at_load import HEAD, plain_bytes
     from qwen3next_plugin.model.quantisation.files import formats_of
 
     formats = formats_of(folder, config, quantization, asked=None)
     served = served_bytes(config, itemsize, formats, asked=None).items()
     sizes = {n: b for n, b in served if n in names or n == HEAD}
-    totals: Counter[str] = Counter()
+    totals, in_int8 = Counter[str](), plain_bytes(_shapes(config))
     for name, nbytes in sizes.items():
         form = formats.format_of(name.removesuffix(".weight"))
-        in_int8 = name == HEAD and env.head() == "auto"
-        totals[form.encoding if form else "int8" if in_int8 else "plain"] += nbytes
+        totals[form.encoding if form else "int8" if name in in_int8 else "plain"] += nbytes
     if env.mmap():
         totals = +totals  # without what stays in the files
         totals["mapped"] = formats.nbytes_in_panels
@@ -172,7 +171,7 @@ def served_bytes(
 
     Weights that stay in mapped files need no memory.
     """
-    from qwen3next_plugin.model.quantisation.at_load import HEAD, head_bytes, quantised_bytes
+    from qwen3next_plugin.model.quantisation.at_load import HEAD, plain_bytes, quantised_bytes
     from qwen3next_plugin.model.quantisation.format import InPanels
 
     shapes, sizes = _shapes(config), {}
@@ -182,7 +181,7 @@ def served_bytes(
         if (isinstance(form, InPanels) and env.mmap()) or _stays(name):
             sizes[name] = 0
     if formats:
-        sizes |= head_bytes(shapes)
+        sizes |= plain_bytes(shapes)
     if formats and formats.has_head and env.mmap():
         sizes[HEAD] = 0
     if asked:

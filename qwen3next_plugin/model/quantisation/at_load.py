@@ -10,14 +10,14 @@ from torch import Tensor
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.kernels.linear.packed_weight import GROUPS
+from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, packed_shapes
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, Stored, matrices
 from qwen3next_plugin.model.quantisation.rounding import quantise
 from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 
-# Small and sensitive: gates and decays of linear attention, the MTP layer's input, what mixes
-# streams and chooses blocks.
+# Small and sensitive: gates and decays of linear attention, the MTP layer's input, n-grams, what
+# injects into streams and chooses blocks. Stream mixers are packed as int8, but not here.
 KEPT = re.compile(
     r"(in_proj_(ba|b|a)|\.fc|\.fc_(embedding|hidden)|\.index_qk_proj"
     r"|hyper_connection\w*\.\w+|\.ple\.\w+)$"
@@ -25,7 +25,8 @@ KEPT = re.compile(
 # Full attention, in int8 also beside int4: of all projections, 4 bits cost it the most perplexity.
 IN_INT8 = re.compile(r"\.self_attn\.[qkvo]_proj$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-INT8 = Format("int8", 0, torch.float32)  # also of the head
+MIXING_WEIGHTS = re.compile(r"hyper_connection\w*\.input_mix_weight_(down|up)\.weight$")
+INT8 = Format("int8", 0, torch.float32)  # also of the head and of stream mixers
 
 
 def check_at_load(*, on_cpu: bool) -> None:
@@ -39,7 +40,8 @@ def check_at_load(*, on_cpu: bool) -> None:
 def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> Formats:
     """The formats of a plain checkpoint's modules if it is quantised to `int8` or `int4`.
 
-    The output head has none: it loads as it is, and is packed as int8 (`packed.head_as_int8`).
+    The output head and stream mixers have none: they load as they are, and are packed as int8
+    (`packed.plain_as_int8`).
 
     Args: as of `modules.stored_formats`.
     """
@@ -52,14 +54,20 @@ def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> 
     return found
 
 
-def head_bytes(shapes: Shapes) -> dict[str, int]:
-    """Bytes of the output head where weights are quantised; a tied head is a copy."""
-    return {HEAD: INT8.nbytes(*shapes[EMBEDDING])} if env.head() == "auto" else {}
+def plain_bytes(shapes: Shapes) -> dict[str, int]:
+    """Bytes of what becomes int8 though it has no format; a tied head is a copy."""
+    if env.head() != "auto":
+        return {}
+    found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])}
+    for name in filter(MIXING_WEIGHTS.search, shapes):
+        lines, scales = packed_shapes("int8", shapes[name], group=0)  # padded: their rank is odd
+        found[name] = prod(lines) + 4 * prod(scales)
+    return found
 
 
 def quantised_bytes(name: str, shapes: Shapes) -> dict[str, int]:
     """Bytes of each weight that is quantised to `int8` or `int4`."""
-    found = head_bytes(shapes)
+    found = plain_bytes(shapes)
     for module, form in _chosen(name, shapes):
         found[f"{module.name}.weight"] = form.nbytes(module.channels, module.columns)
     return found
@@ -70,7 +78,11 @@ def _saving(name: str, shapes: Shapes) -> str:
     found, all_of_them = quantised_bytes(name, shapes), {HEAD: (), **matrices(shapes)}
     before, after = sum(2 * prod(shapes.get(w, (0,))) for w in found), sum(found.values())
     copied = "" if HEAD in shapes else ", a copy of the embeddings"
-    head = f"the output head is int8{copied}; " if HEAD in found else "output head, "
+    mixers = any(map(MIXING_WEIGHTS.search, shapes))
+    if HEAD in found:
+        head = f"the output head is int8{copied}; " + "stream mixers are int8; " * mixers
+    else:
+        head = "output head, " + "stream mixers, " * mixers
     attention = "" if name == "int8" else "full attention's projections are int8; "
     return (
         f"QWEN3NEXT_QUANTISE={name}: {len(found)} of {len(all_of_them)} matrices take "

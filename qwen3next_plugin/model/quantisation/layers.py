@@ -18,9 +18,16 @@ from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.hyper_connection import MixingWeight
 from qwen3next_plugin.model.quantisation.format import Format, InPanels
-from qwen3next_plugin.model.quantisation.modules import without_wrapper
-from qwen3next_plugin.model.quantisation.packed import Packed
+from qwen3next_plugin.model.quantisation.modules import Formats, without_wrapper
+from qwen3next_plugin.model.quantisation.packed import (
+    Packed,
+    drop_plain,
+    pack_plain,
+    packs,
+    plain_as_int8,
+)
 from qwen3next_plugin.model.quantisation.packing import Packing, PackingExperts, pack_parameters
 from qwen3next_plugin.model.quantisation.stacked import HEAD
 
@@ -45,6 +52,19 @@ class Attaching(ABC):
     @abstractmethod
     def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
         """Give the layer its rank's part of the weight of this name."""
+
+
+class PlainMethod(Packing):
+    """Packs a weight that the files have not quantised: in bf16, or as int8 if asked."""
+
+    def __init__(self, *, as_int8: bool) -> None:
+        super().__init__()
+        self.as_int8 = as_int8
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if layer.weight.numel():  # also where an engine has loaded it again
+            layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
+            drop_plain(layer)
 
 
 class LinearMethod(Packing, Attaching):
@@ -202,6 +222,28 @@ def each_layer(model: nn.Module, drafting: nn.Module | None) -> Iterator[tuple[A
     within = set() if drafting is None else set(drafting.modules())
     for name, module in model.named_modules():
         yield module, module in within and not name.endswith(".gate")
+
+
+def pack_mixing_weights(
+    model: nn.Module,
+    formats: Formats | None,
+    method: Callable[..., PlainMethod],
+    *,
+    drafting: bool,
+) -> None:
+    """Have the weights of all hyper-connections packed, where our kernels take them packed.
+
+    As int8 if `plain_as_int8`, and in a model that drafts, for the reason that `each_layer` names;
+    else in bf16.
+
+    Args: method: makes an engine's method. It takes `as_int8`.
+    """
+    as_int8 = plain_as_int8(formats)
+    for module in model.modules():
+        if not isinstance(module, MixingWeight) or not module.may_be_packed:
+            continue
+        if packs(module.weight.dtype, as_int8=as_int8):
+            module.quant_method = method(as_int8=as_int8 or drafting)
 
 
 def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:

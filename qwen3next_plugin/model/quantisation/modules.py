@@ -21,7 +21,7 @@ from qwen3next_plugin.model.quantisation.schemes import scheme
 Shapes = Mapping[str, tuple[int, ...]]
 Stream = Iterable[tuple[str, torch.Tensor]]
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Modules whose parameters are never quantised: embeddings, routers, and the head that drafts read.
+# Modules that have no format: embeddings, routers, and what `packed.plain_as_int8` is about.
 PLAIN = re.compile(
     r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate|hyper_connection\w*\.\w+"
     r"|\.ngram_embedding\.shard_\d+)$"

@@ -139,11 +139,14 @@ def drop_plain(layer: nn.Module) -> None:
     give_back_freed()
 
 
-def head_as_int8(formats: Formats | None) -> bool:
-    """Whether an output head is packed as int8: where other weights have 4 or 8 bits."""
+def plain_as_int8(formats: Formats | None) -> bool:
+    """Whether the output head and stream mixers, which have no format, are packed as int8.
+
+    True if other weights are quantised, unless QWEN3NEXT_HEAD=plain.
+    """
     return formats is not None and env.head() == "auto"
 
 
-def packs_head(dtype: torch.dtype, *, as_int8: bool) -> bool:
-    """Whether an output head of this dtype is packed for our kernels."""
+def packs(dtype: torch.dtype, *, as_int8: bool) -> bool:
+    """Whether a weight of this dtype that has no format is packed for our kernels."""
     return as_int8 or packs_plain(dtype)

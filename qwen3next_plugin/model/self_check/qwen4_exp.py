@@ -1,8 +1,14 @@
 """Small inputs for the kernels that only Qwen4-Exp launches; as those of `cases`."""
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.kernels.draft_head import quantise_channels
 from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights
+from qwen3next_plugin.kernels.linear import PackedWeight, pack_bf16, pack_int8
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.kernels.ngram_embedding import NgramTable
 from qwen3next_plugin.kernels.ple_gate import PLENorms
 from qwen3next_plugin.kernels.step import Step
@@ -33,18 +39,25 @@ def _hyper_connection(run: Run, served: Served, draw: Draw) -> Outputs:
     c, eps = served.config, served.config.rms_norm_eps
     hc, D, rank = c.hc_count, c.hidden_size, c.hc_lowrank
     streams, block, injection = draw(TOKENS, hc, D), draw(TOKENS, D), draw(TOKENS, hc).float()
-    for inject in (draw(hc, hc * D) / D**0.5, None):
-        weights = HyperConnectionWeights(
-            norm=draw(hc * D) / 10,
-            down=draw(rank, hc * D) / D**0.5,
-            up=draw(hc * D, rank) / rank**0.5,
-            inject=inject,
-        )
+    norm, inject = draw(hc * D) / 10, draw(hc, hc * D) / D**0.5
+    down, up = draw(rank, hc * D) / D**0.5, draw(hc * D, rank) / rank**0.5
+    mixing: list[tuple[Any, Any]] = [(down, up)]
+    if D % PANEL == 0:
+        mixing.append((pack_bf16(down.bfloat16()), pack_bf16(up.bfloat16())))
+        mixing.append((_int8(down), _int8(up)))
+    for down, up in mixing:
+        weights = HyperConnectionWeights(norm, down, up, inject)
         mixed, injection = run(streams, weights, eps, block, injection)
         yield f"{hc} streams of {D}", mixed
         yield "the streams", streams
-        if inject is not None:
-            yield "the injection", injection
+        yield "the injection", injection
+    final = HyperConnectionWeights(norm, down, up, None)
+    yield f"{hc} streams of {D}, the last", run(streams, final, eps, block, injection)[0]
+
+
+def _int8(weight: Tensor) -> PackedWeight:
+    values, scale = quantise_channels(weight)
+    return pack_int8(values, scale[:, None])
 
 
 def _ple_gate(run: Run, served: Served, draw: Draw) -> Outputs:

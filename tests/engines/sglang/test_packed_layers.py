@@ -27,7 +27,7 @@ def projection():
     layer = nn.Module()
     layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     layer.quant_method = UnquantizedLinearMethod()
-    use_packing(layer)
+    use_packing(layer, None)
     return layer, weight
 
 
@@ -53,7 +53,7 @@ def test_the_mtp_layer_becomes_int8_but_for_its_router_and_its_input(monkeypatch
     for part in parts.values():
         part.weight = nn.Parameter(torch.randn(48, 32).bfloat16(), requires_grad=False)
         part.quant_method = UnquantizedLinearMethod()
-    use_packing(model, drafting=model["layer"])
+    use_packing(model, None, drafting=model["layer"])
     for part in parts.values():
         part.quant_method.process_weights_after_loading(part)
     encodings = {name: part.packed.encoding for name, part in parts.items()}
@@ -70,6 +70,7 @@ def test_logits_in_fp32(monkeypatch, asked, in_fp32):
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
 
     from qwen3next_plugin.engines.sglang.cpu import quantisation
+    from qwen3next_plugin.model.quantisation.modules import Formats
     from qwen3next_plugin.model.quantisation.packed import Packed
 
     monkeypatch.setattr("qwen3next_plugin.kernels.native.levels", lambda: ["avx2"])
@@ -83,9 +84,8 @@ def test_logits_in_fp32(monkeypatch, asked, in_fp32):
     head = nn.Module()
     head.weight = nn.Parameter(weight.clone(), requires_grad=False)
     head.quant_method = UnquantizedEmbeddingMethod()
-    quantisation.use_packing(
-        head, head, head_in_fp32=in_fp32, head_in_int8=asked in ("int8", "checkpoint")
-    )
+    formats = Formats({}, {}, str) if asked in ("int8", "checkpoint") else None
+    quantisation.use_packing(head, formats, head, head_in_fp32=in_fp32)
     head.quant_method.process_weights_after_loading(head)
     packed = getattr(head, "packed", None)
     ours = asked in ("invariant", "int8") or (asked == "checkpoint" and not in_fp32)

@@ -20,7 +20,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", long_except((MIXED, "int4"), (MIXED, *AT_LOAD, *KINDS)))
 def test_with_and_without_drafts(plain, tmp_path, kind):
-    """Also with tables in FP8, if the files are quantised."""
+    """Also with tables in FP8, if the files are quantised; one compiled."""
     served, env, twin = write_kind(plain, tmp_path, kind)
     engine = Offline(
         served,
@@ -28,6 +28,7 @@ def test_with_and_without_drafts(plain, tmp_path, kind):
         dtype="float32",
         max_model_len=1024,
         max_num_batched_tokens=257,
+        enforce_eager=kind != "int4",
         speculative_config={"method": "mtp", "num_speculative_tokens": 3},
     )
     outputs = []

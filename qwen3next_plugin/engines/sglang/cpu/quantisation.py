@@ -38,15 +38,18 @@ from qwen3next_plugin.model.quantisation.files import read_formats
 from qwen3next_plugin.model.quantisation.layers import (
     HeadMethod,
     LinearMethod,
+    PlainMethod,
     each_layer,
+    pack_mixing_weights,
 )
-from qwen3next_plugin.model.quantisation.modules import ByFiles
+from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,
     drop_plain,
     pack_plain,
-    packs_head,
+    packs,
     packs_plain,
+    plain_as_int8,
 )
 from qwen3next_plugin.model.quantisation.packing import Packing
 from qwen3next_plugin.model.quantisation.plain import LEAVES_PLAIN
@@ -90,19 +93,16 @@ def goes_by_files(config: QuantizationConfig | None) -> bool:
 
 def use_packing(
     model: nn.Module,
+    formats: Formats | None,
     head: Any = None,  # a module
     *,
     head_in_fp32: bool = False,
-    head_in_int8: bool = False,
-    head_in_files: bool = False,
     drafting: nn.Module | None = None,
 ) -> None:
-    """On a CPU, make SGLang pack a model's unquantised projections and head after loading.
-
-    Args: head_in_files: the files have it packed.
-    """
+    """On a CPU, make SGLang pack what is not quantised of a model, head included, after loading."""
     if not without_gpu():
         return
+    pack_mixing_weights(model, formats, PlainMethod, drafting=drafting is not None)
     for layer, as_int8 in each_layer(model, drafting):
         method = getattr(layer, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:
@@ -110,9 +110,10 @@ def use_packing(
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
             # SGLang has the other product in fp32, for methods whose names it knows.
             # A head in fp32 is asked for its precision.
-            kept = head_in_fp32 and env.quantise() is None and not head_in_files
-            as_int8 = head_in_int8 and not kept
-            if packs_head(layer.weight.dtype, as_int8=as_int8) or not head_in_fp32:
+            in_files = formats is not None and formats.has_head
+            kept = head_in_fp32 and env.quantise() is None and not in_files
+            as_int8 = plain_as_int8(formats) and not kept
+            if packs(layer.weight.dtype, as_int8=as_int8) or not head_in_fp32:
                 _use(PackedHead(as_int8=as_int8), layer)
         elif isinstance(method, UnquantizedFusedMoEMethod):
             method.as_int8 = as_int8
@@ -181,7 +182,7 @@ class PackedHead(HeadMethod, UnquantizedEmbeddingMethod):
         super().process_weights_after_loading(layer)
         if _is_plain(layer):
             weight = layer.weight.data
-            if packs_head(weight.dtype, as_int8=self.as_int8):
+            if packs(weight.dtype, as_int8=self.as_int8):
                 layer.packed = pack_plain(weight, as_int8=self.as_int8)
             elif weight.dtype == torch.bfloat16:
                 layer.packed = OneDnn(weight)

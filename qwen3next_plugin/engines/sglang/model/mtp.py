@@ -90,7 +90,7 @@ class Qwen3NextForCausalLMMTP(OurModel):
         self.model = self.predictor_class(self.config, quant_config, prefix=f"{prefix}mtp")
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)
-        use_packing(self.model, drafting=self.model.layers)
+        use_packing(self.model, self.formats, drafting=self.model.layers)
         self.draft_head: DraftHead | None = None
         # Of a wrapper. SGLang gives image tokens ids by content, beyond the vocabulary.
         wrapped = config.get_text_config() is not config

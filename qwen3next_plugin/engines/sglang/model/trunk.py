@@ -23,7 +23,6 @@ from qwen3next_plugin.engines.sglang.model.vocabulary import (
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.quantisation.packed import head_as_int8
 
 
 def make_decoder_layer(
@@ -107,10 +106,9 @@ class Qwen3NextForCausalLM(OurModel):
         self.logits_processor = make_logits_processor(config)
         use_packing(
             self,
+            self.formats,
             self.lm_head,
             head_in_fp32=self.logits_processor.use_fp32_lm_head,
-            head_in_int8=head_as_int8(self.formats),
-            head_in_files=self.formats is not None and self.formats.has_head,
         )
 
     @torch.no_grad()

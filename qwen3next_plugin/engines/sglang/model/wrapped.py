@@ -19,7 +19,6 @@ from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_lm_head, make_logits_processor
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.quantisation.packed import head_as_int8
 
 VISION = "model.visual."  # prefix of the tower's tensors
 
@@ -50,13 +49,12 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
         self._set_config(config, quant_config)
         self.lm_head = make_lm_head(sizes, quant_config, self.model.embed_tokens)
         self.logits_processor = make_logits_processor(config)
-        use_packing(self.model)
+        use_packing(self.model, self.formats)
         use_packing(
             self.lm_head,
+            self.formats,
             self.lm_head,
             head_in_fp32=self.logits_processor.use_fp32_lm_head,
-            head_in_int8=head_as_int8(self.formats),
-            head_in_files=self.formats is not None and self.formats.has_head,
         )
 
     @torch.no_grad()

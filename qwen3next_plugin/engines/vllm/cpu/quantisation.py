@@ -31,12 +31,13 @@ from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_m
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
+    PlainMethod,
     Ranks,
     each_layer,
+    pack_mixing_weights,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
-from qwen3next_plugin.model.quantisation.packed import drop_plain, pack_plain, packs_plain
-from qwen3next_plugin.model.quantisation.packing import Packing
+from qwen3next_plugin.model.quantisation.packed import packs_plain
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 
 
@@ -132,8 +133,12 @@ def own_rank() -> Ranks:
     return Ranks(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
 
 
-def use_packing(model: nn.Module, drafting: nn.Module | None = None) -> None:
-    """Make vLLM pack a model's unquantised projections for our kernels, where these are chosen."""
+def use_packing(
+    model: nn.Module, formats: Formats | None, drafting: nn.Module | None = None
+) -> None:
+    """Make vLLM pack what is not quantised of a model for our kernels, where these are chosen."""
+    if current_platform.is_cpu():
+        pack_mixing_weights(model, formats, PackedProjection, drafting=drafting is not None)
     for layer, as_int8 in each_layer(model, drafting):
         method = getattr(layer, "quant_method", None)
         if type(method) is UnquantizedLinearMethod and current_platform.is_cpu():
@@ -147,17 +152,8 @@ class PackedLinear(LinearMethod, LinearMethodBase):
     """A projection of a quantised checkpoint."""
 
 
-class PackedProjection(Packing, UnquantizedLinearMethod):
+class PackedProjection(PlainMethod, UnquantizedLinearMethod):
     """vLLM's unquantised projection, with our product."""
-
-    def __init__(self, *, as_int8: bool) -> None:
-        super().__init__()
-        self.as_int8 = as_int8
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if layer.weight.numel():  # also where vLLM has loaded it again
-            layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
-            drop_plain(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.packed(x, bias)

@@ -124,7 +124,7 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         self.lm_head = PPMissingLayer()  # vLLM puts the trunk's here, from the same stage
         self.logits_processor = LogitsProcessor(self.sizes.vocab_size)
         describe_experts(self, self.model.layers)
-        use_packing(self, drafting=self.model.layers)
+        use_packing(self, self.formats, drafting=self.model.layers)
         self.trunk_names = frozenset(trunk_tensors(self.sizes))
         if not isinstance(self.model.embed_tokens, PPMissingLayer):
             self.trunk_names -= {EMBEDDING}

@@ -205,7 +205,7 @@ class Qwen3NextForCausalLM(
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         describe_experts(self, self.model.layers)
-        use_packing(self)
+        use_packing(self, self.formats)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""

@@ -25,9 +25,9 @@ from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,
     drop_plain,
-    head_as_int8,
     pack_plain,
-    packs_head,
+    packs,
+    plain_as_int8,
 )
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
@@ -75,7 +75,7 @@ class PackedHead(HeadMethod, UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: LMHead) -> None:
         if not current_platform.is_cpu():
             return
-        ours = packs_head(layer.weight.dtype, as_int8=self.as_int8)
+        ours = packs(layer.weight.dtype, as_int8=self.as_int8)
         if ours and not self.in_files:  # also where vLLM has loaded it again
             layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
         if self.drafts:
@@ -115,7 +115,7 @@ def make_lm_head(
         head.quant_method = PackedHead(
             tied=config.tie_word_embeddings,
             drafts=vllm_config.speculative_config is not None,
-            as_int8=head_as_int8(formats),
+            as_int8=plain_as_int8(formats),
             in_files=formats is not None and formats.has_head,
         )
     return head.tie_weights(embedding) if config.tie_word_embeddings else head

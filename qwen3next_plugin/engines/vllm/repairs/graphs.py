@@ -35,7 +35,7 @@ def keep_graphs_apart(vllm_config: VllmConfig) -> None:
     depends = {
         "plugin": __version__,
         "weights": _known_weights(vllm_config),
-        "quantise": env.quantise(),
+        "quantise": (env.quantise(), env.head()),
         "batch_invariant": env.batch_invariant(),
         "packed": packs_plain(vllm_config.model_config.dtype),
         "kernels": described("cpu"),
