@@ -21,6 +21,7 @@ class StreamsMTPHead(nn.Module):
     def __init__(
         self,
         config: Qwen3NextConfig,
+        prefix: str,
         *,
         embed_tokens: nn.Module,
         fc_embedding: nn.Module,
@@ -35,7 +36,8 @@ class StreamsMTPHead(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.pre_fc_norm_embedding = RMSNorm(D, eps)
         self.pre_fc_norm_hidden = RMSNorm(self.hc_count * D, eps)
-        self.hyper_connection_mixer = HyperConnection(config, injects=False)
+        mixer = f"{prefix}.hyper_connection_mixer"
+        self.hyper_connection_mixer = HyperConnection(config, mixer, injects=False)
 
     def predict(
         self,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import random_prompt
 from examples.qwen4_exp_tiny import fused, hashes, write
-from quantised import quantise
+from quantised import pack_checkpoint, quantise
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, our_names
 
@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
     "moe_intermediate_size": 64,
     "linear_num_value_heads": 8,
 }
+IN_PANELS = "in panels"
 LARGEST = 448.0
 WEIGHTS = "model.safetensors"
 
@@ -36,7 +37,13 @@ def write_split(folder: Path, **changes: Any) -> Path:
 
 
 def write_kind(plain: Path, folder: Path, kind: str) -> tuple[Path, dict[str, str], Path]:
-    """`quantised.quantise`, with the table in FP8 if the kind is a file's; the twin is fused."""
+    """`quantised.quantise`, with the table in FP8 if the kind is a file's; the twin is fused.
+
+    IN_PANELS: one of KINDS, packed as `qwen3next pack` does.
+    """
+    if kind == IN_PANELS:
+        served, env, twin = write_kind(plain, folder, "packed_4-bit")
+        return pack_checkpoint(served, folder / "out"), env, twin
     served, env, twin = quantise(plain, folder, kind)
     if served != plain:
         table_in_fp8(served, twin)

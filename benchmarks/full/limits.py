@@ -15,7 +15,7 @@ from benchmarks.kernels import linear
 from benchmarks.kernels.timing import seconds
 from qwen3next_plugin.kernels.linear import linear as multiply
 from qwen3next_plugin.model.checkpoint.layouts import SHARD
-from qwen3next_plugin.model.quantisation.at_load import MIXING_WEIGHTS
+from qwen3next_plugin.model.quantisation.modules import MIXING_WEIGHTS
 
 GROUP = 128  # columns of a scale
 # Bits of a quantised weight, its scales included; zero points where the tool always writes them.

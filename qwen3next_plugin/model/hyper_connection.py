@@ -22,8 +22,9 @@ class MixingWeight(Weight):
 
     quant_method: Any
 
-    def __init__(self, *shape: int, config: Qwen3NextConfig) -> None:
+    def __init__(self, name: str, *shape: int, config: Qwen3NextConfig) -> None:
         super().__init__(*shape)
+        self.name = name
         self.may_be_packed = config.hidden_size % PANEL == 0
         self.packed: Packed | None = None
 
@@ -36,13 +37,14 @@ class MixingWeight(Weight):
 class HyperConnection(nn.Module):
     """What is before a block, or with `injects=False` after the last one."""
 
-    def __init__(self, config: Qwen3NextConfig, *, injects: bool = True) -> None:
+    def __init__(self, config: Qwen3NextConfig, prefix: str, *, injects: bool = True) -> None:
         super().__init__()
         wide, rank = config.hc_count * config.hidden_size, config.hc_lowrank
         self.eps = config.rms_norm_eps
         self.hc_norm = Weight(wide)
-        self.input_mix_weight_down = MixingWeight(rank, wide, config=config)
-        self.input_mix_weight_up = MixingWeight(wide, rank, config=config)
+        name = f"{prefix}.input_mix_weight"
+        self.input_mix_weight_down = MixingWeight(f"{name}_down", rank, wide, config=config)
+        self.input_mix_weight_up = MixingWeight(f"{name}_up", wide, rank, config=config)
         self.block_inject_weight = Weight(config.hc_count, wide) if injects else None
 
     def forward(
@@ -74,6 +76,7 @@ class StreamsLayer(Blocks):
     def __init__(
         self,
         config: Qwen3NextConfig,
+        prefix: str,
         *,
         layer_type: str,
         mixer: nn.Module,
@@ -82,8 +85,8 @@ class StreamsLayer(Blocks):
     ) -> None:
         super().__init__(layer_type=layer_type, mixer=mixer, mlp=mlp)
         self.ple = ple
-        self.attn_hyper_connection = HyperConnection(config)
-        self.mlp_hyper_connection = HyperConnection(config)
+        self.attn_hyper_connection = HyperConnection(config, f"{prefix}.attn_hyper_connection")
+        self.mlp_hyper_connection = HyperConnection(config, f"{prefix}.mlp_hyper_connection")
 
     def forward(
         self,

@@ -30,6 +30,7 @@ from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels, check
 from qwen3next_plugin.model.quantisation.layers import LinearMethod, Ranks
 from qwen3next_plugin.model.quantisation.stacked import stacked_weights
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
+from qwen4_exp_quantised import write_split
 
 # Two blocks of columns, the second one not full.
 SMALL = {"hidden_size": 160, "num_hidden_layers": 4, "num_experts": 3}
@@ -163,11 +164,24 @@ def test_without_a_drafter(tmp_path):
     assert not [name for name in stored(out) if name.startswith("mtp.")]
 
 
+def test_stream_mixers(tmp_path, monkeypatch):
+    quantised, _, twin = quantise(write_split(tmp_path / "plain"), tmp_path, "packed_4-bit")
+    out = pack_checkpoint(quantised, tmp_path / "out")
+    check(out, twin)
+    check_packed(out)
+    config, formats = opened(out)
+    mixers = {f"{name}.weight" for name in formats.packed_plain - {"lm_head"}}
+    assert mixers == {n for n in all_tensors(config) if ".input_mix_weight_" in n}
+    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
+    sizes, _ = tensor_bytes(out, config, "float32", asked=None)
+    assert not any(sizes[name] for name in mixers)
+
+
 def test_a_head_that_stays_plain(plain, tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
     out = pack_checkpoint(plain, tmp_path / "out", "int8")
     _, formats = opened(out)
-    assert not formats.has_head
+    assert "lm_head" not in formats.packed_plain
     assert torch.equal(load(out)[1]["lm_head.weight"], stored(plain)["lm_head.weight"])
 
 
@@ -310,7 +324,7 @@ def test_an_interrupted_run_leaves_nothing(packed, tmp_path):
     assert not [*tmp_path.iterdir()]
     (tmp_path / "out").mkdir()  # an empty folder may be there
     write_packed(plan, tmp_path / "out")
-    assert opened(tmp_path / "out")[1].has_head
+    assert opened(tmp_path / "out")[1].packed_plain == {"lm_head"}
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -12,7 +12,7 @@ from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
-    PlainMethod,
+    MixingMethod,
     each_layer,
     pack_mixing_weights,
 )
@@ -231,13 +231,13 @@ def test_what_mixes_streams_is_packed_as_the_head_is(monkeypatch, case, encoding
     dtype = torch.float32 if "fp32" in case else torch.bfloat16
     D, hc, T = 40 if "narrow" in case else 48, 2, 3
     config = Bag(hidden_size=D, hc_count=hc, hc_lowrank=24, rms_norm_eps=1e-6)
-    connection = HyperConnection(config).to(dtype)
+    connection = HyperConnection(config, "model.hyper_connection_mixer").to(dtype)
     for parameter in connection.parameters():
         torch.nn.init.normal_(parameter, std=D**-0.5)
     streams, block = torch.randn(T, hc, D).to(dtype), torch.randn(T, D).to(dtype)
     want = connection(streams.clone(), block)
     formats = Formats({}, {}, str) if "quantised" in case else None
-    pack_mixing_weights(connection, formats, PlainMethod, drafting="drafting" in case)
+    pack_mixing_weights(connection, formats, MixingMethod, drafting="drafting" in case)
     matrices = connection.input_mix_weight_down, connection.input_mix_weight_up
     for matrix in matrices:
         if method := getattr(matrix, "quant_method", None):

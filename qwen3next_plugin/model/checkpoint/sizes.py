@@ -171,7 +171,7 @@ def served_bytes(
 
     Weights that stay in mapped files need no memory.
     """
-    from qwen3next_plugin.model.quantisation.at_load import HEAD, plain_bytes, quantised_bytes
+    from qwen3next_plugin.model.quantisation.at_load import plain_bytes, quantised_bytes
     from qwen3next_plugin.model.quantisation.format import InPanels
 
     shapes, sizes = _shapes(config), {}
@@ -182,8 +182,8 @@ def served_bytes(
             sizes[name] = 0
     if formats:
         sizes |= plain_bytes(shapes)
-    if formats and formats.has_head and env.mmap():
-        sizes[HEAD] = 0
+    if formats and env.mmap():
+        sizes |= {f"{name}.weight": 0 for name in formats.packed_plain}
     if asked:
         sizes |= quantised_bytes(asked, shapes)
     return sizes

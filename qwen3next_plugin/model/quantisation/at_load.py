@@ -12,7 +12,14 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, packed_shapes
 from qwen3next_plugin.model.quantisation.format import Format
-from qwen3next_plugin.model.quantisation.modules import PLAIN, Formats, Shapes, Stored, matrices
+from qwen3next_plugin.model.quantisation.modules import (
+    MIXING_WEIGHTS,
+    PLAIN,
+    Formats,
+    Shapes,
+    Stored,
+    matrices,
+)
 from qwen3next_plugin.model.quantisation.rounding import quantise
 from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 
@@ -25,7 +32,6 @@ KEPT = re.compile(
 # Full attention, in int8 also beside int4: of all projections, 4 bits cost it the most perplexity.
 IN_INT8 = re.compile(r"\.self_attn\.[qkvo]_proj$")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-MIXING_WEIGHTS = re.compile(r"hyper_connection\w*\.input_mix_weight_(down|up)\.weight$")
 INT8 = Format("int8", 0, torch.float32)  # also of the head and of stream mixers
 
 

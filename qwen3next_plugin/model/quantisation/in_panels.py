@@ -9,8 +9,9 @@ Format 1:
   `scale` and, of int4 with zero points, `zero` of `kernels/linear/packed_weight.py`, in their
   shapes and dtypes, under the name of our module: `model.layers.0.linear_attn.in_proj_qkvz.packed`;
   of experts `…mlp.experts.w13` (gate, then up) and `.w2`; the output head's is `lm_head`, also if
-  it is tied to the embeddings. All other tensors are the source's, under its names; where only a
-  part of a module of ours was quantised, its modules are dequantised, in fp32, under our names.
+  it is tied to the embeddings; stream mixers keep their names. All other tensors are the source's,
+  under its names; where only a part of a module of ours was quantised, its modules are dequantised,
+  in fp32, under our names.
 - A file's metadata has each of its packed weights: encoding, columns that share a scale (0: all of
   them) and shape, as in `int4 128 12288 2048`.
 - A file's header is padded to 4096 bytes, and `packed` tensors come first: each of them begins at a
@@ -48,7 +49,12 @@ from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
 from qwen3next_plugin.model.quantisation.modules import Formats, Shapes, Stored, Stream
 from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
-from qwen3next_plugin.model.quantisation.stacked import HEAD, Stacked, stacked_weights
+from qwen3next_plugin.model.quantisation.stacked import (
+    HEAD,
+    Stacked,
+    is_plain,
+    stacked_weights,
+)
 
 METHOD, VERSION = "qwen3next", 1
 EMBEDDING = "model.embed_tokens.weight"
@@ -146,21 +152,21 @@ class FormatsInPanels(Formats):
         shapes = all_tensors(config)
         stored = {}
         for name, form in weights.items():
-            for module in wholes[name].modules if name != HEAD else ():
+            for module in () if is_plain(name) else wholes[name].modules:
                 channels, columns = shapes[f"{module}.weight"]
                 whole = Module(module, channels, columns, {})
                 stored[module] = Stored(whole, frozenset(), NO_SCHEME, form)
         super().__init__(stored, shapes, partial(holder, config=config))
         self.doing = f"{'mapping' if env.mmap() else 'reading'} packed weights"
         self.weights, self._wholes, self._places = weights, wholes, places
-        self.has_head = HEAD in weights
+        self.packed_plain = frozenset(filter(is_plain, weights))
         self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
 
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}
         here = set(self._of(shapes))
-        if HEAD in here:
-            found.pop(f"{HEAD}.weight", None)
+        for name in here & self.packed_plain:
+            found.pop(f"{name}.weight", None)
         for name in here:
             for part in self.weights[name].packed_names:
                 found[f"{name}.{part}"] = self._places[f"{name}.{part}"].header.shape

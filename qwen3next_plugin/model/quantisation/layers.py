@@ -67,6 +67,18 @@ class PlainMethod(Packing):
             drop_plain(layer)
 
 
+class MixingMethod(PlainMethod, Attaching):
+    """Of a hyper-connection's large weight, `module`, which the files may have packed."""
+
+    def __init__(self, module: str, *, as_int8: bool) -> None:
+        super().__init__(as_int8=as_int8)
+        self.module = module
+
+    def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
+        _hold(layer, "packed", weight)
+        drop_plain(layer)
+
+
 class LinearMethod(Packing, Attaching):
     """Of a projection, whose name is `module`, in one format."""
 
@@ -227,7 +239,7 @@ def each_layer(model: nn.Module, drafting: nn.Module | None) -> Iterator[tuple[A
 def pack_mixing_weights(
     model: nn.Module,
     formats: Formats | None,
-    method: Callable[..., PlainMethod],
+    method: Callable[..., MixingMethod],
     *,
     drafting: bool,
 ) -> None:
@@ -236,14 +248,14 @@ def pack_mixing_weights(
     As int8 if `plain_as_int8`, and in a model that drafts, for the reason that `each_layer` names;
     else in bf16.
 
-    Args: method: makes an engine's method. It takes `as_int8`.
+    Args: method: makes an engine's, from what MixingMethod takes.
     """
     as_int8 = plain_as_int8(formats)
     for module in model.modules():
         if not isinstance(module, MixingWeight) or not module.may_be_packed:
             continue
         if packs(module.weight.dtype, as_int8=as_int8):
-            module.quant_method = method(as_int8=as_int8 or drafting)
+            module.quant_method = method(module.name, as_int8=as_int8 or drafting)
 
 
 def check_split(module: str, form: Format, columns: int, of_rank: int) -> None:

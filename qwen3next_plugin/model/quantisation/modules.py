@@ -26,6 +26,8 @@ PLAIN = re.compile(
     r"(embed_tokens|lm_head|\.gate|\.shared_expert_gate|hyper_connection\w*\.\w+"
     r"|\.ngram_embedding\.shard_\d+)$"
 )
+# Of these, a hyper-connection's two large weights, the stream mixers.
+MIXING_WEIGHTS = re.compile(r"hyper_connection\w*\.input_mix_weight_(down|up)(\.weight)?$")
 PREFIXED = re.compile(r"(model\.layers|mtp)\..*")
 EXPERT_TENSORS = {"gate_proj": "w13", "up_proj": "w13", "down_proj": "w2"}
 SCALES = ("weight_scale", "weight_scale_inv", "scales")
@@ -50,7 +52,7 @@ class Formats:
     load: `dequantised` names them.
     """
 
-    has_head = False  # packed in the files
+    packed_plain: frozenset[str] = frozenset()  # weights without a format, packed in the files
     nbytes_in_panels = 0  # of all that the files have packed
     doing = "loading weights"  # what is done to them as they load
 

@@ -29,7 +29,7 @@ from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.modules import KV_SCALES
 from qwen3next_plugin.model.quantisation.packed import pack, plain_as_int8
-from qwen3next_plugin.model.quantisation.stacked import HEAD, stacked_weights
+from qwen3next_plugin.model.quantisation.stacked import HEAD, is_plain, stacked_weights
 
 AS_INT8 = re.compile(r"mtp\.layers\..*(_proj|\.experts\.\w+)$")  # of the drafter, if it is in bf16
 FILE = re.compile(r"(?:model\.layers\.\d+|mtp)(?=\.)")  # what is in one file; all else in another
@@ -83,7 +83,7 @@ class Source:
             is_expert = EXPERT.match(whole.modules[0])
             fits = not is_expert or self.config.moe_intermediate_size % PANEL == 0
             module, which = name.rsplit(".", 1) if is_expert else (name, "weight")
-            if name == HEAD:
+            if is_plain(name):
                 if plain_as_int8(self.formats):
                     yield name, BF16
             elif found := self.formats.of(module):

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.layouts import (
     EXPERT,
     FLAT_PROJECTION,
@@ -11,7 +12,12 @@ from qwen3next_plugin.model.checkpoint.layouts import (
     holder,
 )
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
-from qwen3next_plugin.model.quantisation.modules import EXPERT_TENSORS, PLAIN, matrices
+from qwen3next_plugin.model.quantisation.modules import (
+    EXPERT_TENSORS,
+    MIXING_WEIGHTS,
+    PLAIN,
+    matrices,
+)
 
 HEAD = "lm_head"
 ORDER = (*STACKED_PROJECTIONS, "_qkv", "_z", "_b", "_a")  # of modules that are stacked
@@ -34,14 +40,16 @@ class Stacked(NamedTuple):
 def stacked_weights(config: Qwen3NextConfig) -> dict[str, Stacked]:
     """Every weight that may be packed, by the name of our module; of experts `.w13` and `.w2`.
 
-    The output head is one, also where it is tied to the embeddings.
+    The output head is one, also where it is tied to the embeddings, and stream mixers are, if a
+    stream fills panels.
     """
     shapes = matrices(all_tensors(config))
     found: dict[str, list[str]] = defaultdict(list)
     for name in shapes:
         module = name.removesuffix(".weight")
         ours, expert = holder(module, config), EXPERT.match(module)
-        if not PLAIN.search(ours):
+        mixes = MIXING_WEIGHTS.search(module) and config.hidden_size % PANEL == 0
+        if mixes or not PLAIN.search(ours):
             found[f"{ours}.{EXPERT_TENSORS[expert[2]]}" if expert else ours].append(module)
     weights = {}
     for ours, modules in found.items():
@@ -58,6 +66,11 @@ def stacked_weights(config: Qwen3NextConfig) -> dict[str, Stacked]:
     tied = config.tie_word_embeddings
     weights[HEAD] = Stacked(vocabulary, vocabulary[:1], ("model.embed_tokens" if tied else HEAD,))
     return weights
+
+
+def is_plain(name: str) -> bool:
+    """Whether a weight of ours has no format: it is packed if `packed.plain_as_int8`."""
+    return name == HEAD or PLAIN.search(name) is not None
 
 
 def _place(module: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from engines.checks import TOKENS, check_greedy
 from engines.sglang.server import FIXED, NEXTN, Forked
 from quantised import AT_LOAD, KINDS, MIXED
 from qwen4_exp import StreamsReference
-from qwen4_exp_quantised import PROMPTS, write_kind, write_split
+from qwen4_exp_quantised import IN_PANELS, PROMPTS, write_kind, write_split
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -26,7 +26,9 @@ def plain(tmp_path_factory):
     return write_split(tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("kind", long_except((MIXED,), (MIXED, *AT_LOAD, *KINDS)))
+@pytest.mark.parametrize(
+    "kind", long_except((MIXED, IN_PANELS), (MIXED, IN_PANELS, *AT_LOAD, *KINDS))
+)
 def test_with_drafts(plain, tmp_path, kind):
     """Also with tables in FP8, if the files are quantised."""
     served, env, twin = write_kind(plain, tmp_path, kind)

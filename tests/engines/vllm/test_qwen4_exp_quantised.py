@@ -7,7 +7,7 @@ from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from quantised import AT_LOAD, KINDS, MIXED
 from qwen4_exp import StreamsReference
-from qwen4_exp_quantised import PROMPTS, write_kind, write_split
+from qwen4_exp_quantised import IN_PANELS, PROMPTS, write_kind, write_split
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -18,7 +18,9 @@ def plain(tmp_path_factory):
     return write_split(tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("kind", long_except((MIXED, "int4"), (MIXED, *AT_LOAD, *KINDS)))
+@pytest.mark.parametrize(
+    "kind", long_except((MIXED, "int4", IN_PANELS), (MIXED, IN_PANELS, *AT_LOAD, *KINDS))
+)
 def test_with_and_without_drafts(plain, tmp_path, kind):
     """Also with tables in FP8, if the files are quantised; one compiled."""
     served, env, twin = write_kind(plain, tmp_path, kind)

@@ -38,7 +38,7 @@ from qwen3next_plugin.model.quantisation.files import read_formats
 from qwen3next_plugin.model.quantisation.layers import (
     HeadMethod,
     LinearMethod,
-    PlainMethod,
+    MixingMethod,
     each_layer,
     pack_mixing_weights,
 )
@@ -53,6 +53,7 @@ from qwen3next_plugin.model.quantisation.packed import (
 )
 from qwen3next_plugin.model.quantisation.packing import Packing
 from qwen3next_plugin.model.quantisation.plain import LEAVES_PLAIN
+from qwen3next_plugin.model.quantisation.stacked import HEAD
 
 TOKENS = 1  # the layout is chosen for one token; measured, it is as fast for more
 
@@ -102,7 +103,7 @@ def use_packing(
     """On a CPU, make SGLang pack what is not quantised of a model, head included, after loading."""
     if not without_gpu():
         return
-    pack_mixing_weights(model, formats, PlainMethod, drafting=drafting is not None)
+    pack_mixing_weights(model, formats, MixingMethod, drafting=drafting is not None)
     for layer, as_int8 in each_layer(model, drafting):
         method = getattr(layer, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:
@@ -110,7 +111,7 @@ def use_packing(
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
             # SGLang has the other product in fp32, for methods whose names it knows.
             # A head in fp32 is asked for its precision.
-            in_files = formats is not None and formats.has_head
+            in_files = formats is not None and HEAD in formats.packed_plain
             kept = head_in_fp32 and env.quantise() is None and not in_files
             as_int8 = plain_as_int8(formats) and not kept
             if packs(layer.weight.dtype, as_int8=as_int8) or not head_in_fp32:

@@ -53,7 +53,7 @@ def make_streams_layer(
     else:
         name = f"{prefix}.self_attn"
         mixer = make_indexed_attention(config, quant_config, name, layer_id=layer_id)
-    return StreamsLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp, ple=ple)
+    return StreamsLayer(config, prefix, layer_type=layer_type, mixer=mixer, mlp=mlp, ple=ple)
 
 
 class Qwen4ExpModel(nn.Module):
@@ -71,7 +71,8 @@ class Qwen4ExpModel(nn.Module):
             )
             for i, layer_type in enumerate(config.layer_types)
         )
-        self.hyper_connection_mixer = HyperConnection(config, injects=False)
+        mixer = f"{prefix}.hyper_connection_mixer"
+        self.hyper_connection_mixer = HyperConnection(config, mixer, injects=False)
 
     def forward(
         self,

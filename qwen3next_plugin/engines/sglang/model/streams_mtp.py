@@ -29,6 +29,7 @@ class StreamsPredictor(Predictor, StreamsMTPHead):
         )
         super().__init__(
             config,
+            prefix,
             embed_tokens=make_draft_embedding(config),
             fc_embedding=layers.replicated(D, D, bias=False, prefix=f"{prefix}.fc_embedding"),
             fc_hidden=layers.replicated(D, D, bias=False, prefix=f"{prefix}.fc_hidden"),

@@ -31,6 +31,7 @@ from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_m
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
+    MixingMethod,
     PlainMethod,
     Ranks,
     each_layer,
@@ -138,7 +139,7 @@ def use_packing(
 ) -> None:
     """Make vLLM pack what is not quantised of a model for our kernels, where these are chosen."""
     if current_platform.is_cpu():
-        pack_mixing_weights(model, formats, PackedProjection, drafting=drafting is not None)
+        pack_mixing_weights(model, formats, PackedMixing, drafting=drafting is not None)
     for layer, as_int8 in each_layer(model, drafting):
         method = getattr(layer, "quant_method", None)
         if type(method) is UnquantizedLinearMethod and current_platform.is_cpu():
@@ -150,6 +151,10 @@ def use_packing(
 
 class PackedLinear(LinearMethod, LinearMethodBase):
     """A projection of a quantised checkpoint."""
+
+
+class PackedMixing(MixingMethod, UnquantizedLinearMethod):
+    """A hyper-connection's, which vLLM asks to pack as it asks those of its own layers."""
 
 
 class PackedProjection(PlainMethod, UnquantizedLinearMethod):

@@ -44,13 +44,13 @@ def make_streams_layer(
     layer_type = "full_attention" if i is None else config.layer_types[i]
     if layer_type == "full_attention":
         mixer = make_indexed_attention(config, vllm_config, f"{prefix}.self_attn")
-        return StreamsLayer(config, layer_type=layer_type, mixer=mixer, mlp=mlp)
+        return StreamsLayer(config, prefix, layer_type=layer_type, mixer=mixer, mlp=mlp)
     assert i is not None
     ngrams, ple = config.has_ngrams(i), None
     linear = GatedDeltaNet(config, vllm_config, f"{prefix}.linear_attn", ngrams=ngrams)
     if ngrams:
         ple = NgramLayer(config, vllm_config, f"{prefix}.ple", i=i, linear=linear)
-    return StreamsLayer(config, layer_type=layer_type, mixer=linear, mlp=mlp, ple=ple)
+    return StreamsLayer(config, prefix, layer_type=layer_type, mixer=linear, mlp=mlp, ple=ple)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
@@ -73,7 +73,8 @@ class Qwen4ExpModel(nn.Module):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], config.hidden_size
         )
-        self.hyper_connection_mixer = HyperConnection(config, injects=False)
+        mixer = f"{prefix}.hyper_connection_mixer"
+        self.hyper_connection_mixer = HyperConnection(config, mixer, injects=False)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""
