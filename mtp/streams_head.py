@@ -36,8 +36,8 @@ class StreamsMTPHead(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.pre_fc_norm_embedding = RMSNorm(D, eps)
         self.pre_fc_norm_hidden = RMSNorm(self.hc_count * D, eps)
-        mixer = f"{prefix}.hyper_connection_mixer"
-        self.hyper_connection_mixer = HyperConnection(config, mixer, injects=False)
+        name = f"{prefix}.hyper_connection_mixer"
+        self.hyper_connection_mixer = HyperConnection(config, name, injects=False)
 
     def predict(
         self,

@@ -39,11 +39,11 @@ def write_split(folder: Path, **changes: Any) -> Path:
 def write_kind(plain: Path, folder: Path, kind: str) -> tuple[Path, dict[str, str], Path]:
     """`quantised.quantise`, with the table in FP8 if the kind is a file's; the twin is fused.
 
-    IN_PANELS: one of KINDS, packed as `qwen3next pack` does.
+    IN_PANELS: one of KINDS, packed as `qwen3next pack` does, and mapped.
     """
     if kind == IN_PANELS:
         served, env, twin = write_kind(plain, folder, "packed_4-bit")
-        return pack_checkpoint(served, folder / "out"), env, twin
+        return pack_checkpoint(served, folder / "out"), env | {"QWEN3NEXT_MMAP": "1"}, twin
     served, env, twin = quantise(plain, folder, kind)
     if served != plain:
         table_in_fp8(served, twin)

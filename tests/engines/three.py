@@ -16,7 +16,6 @@ TOKENS = 24
 LENGTHS = (1, 2, 9, 64, 65, 129, 300)
 # Experts, dense layers, tied embeddings, biases, YaRN; Qwen3.5's layout.
 CHECKPOINTS = ("shipped", *SHAPES, *FAMILY)
-DENSE = "HV=4H_dense-layers_top-3-of-12"
 
 
 class Served(NamedTuple):
@@ -27,7 +26,7 @@ class Served(NamedTuple):
     wrapped: bool = False  # served without its vision tower
 
 
-@pytest.fixture(scope="module", params=long_except(["shipped", DENSE], CHECKPOINTS))
+@pytest.fixture(scope="module", params=long_except(["shipped"], CHECKPOINTS))
 def served(request, tmp_path_factory) -> Served:
     if request.param == "shipped":
         return Served(SHIPPED, texts(many=False))

@@ -172,16 +172,19 @@ def test_stream_mixers(tmp_path, monkeypatch):
     config, formats = opened(out)
     mixers = {f"{name}.weight" for name in formats.packed_plain - {"lm_head"}}
     assert mixers == {n for n in all_tensors(config) if ".input_mix_weight_" in n}
-    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
     sizes, _ = tensor_bytes(out, config, "float32", asked=None)
+    assert sizes == tensor_bytes(quantised, config, "float32", asked=None)[0]
+    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
+    sizes, source = tensor_bytes(out, config, "float32", asked=None)
     assert not any(sizes[name] for name in mixers)
+    assert "int8" not in source
 
 
 def test_a_head_that_stays_plain(plain, tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
     out = pack_checkpoint(plain, tmp_path / "out", "int8")
     _, formats = opened(out)
-    assert "lm_head" not in formats.packed_plain
+    assert not formats.packed_plain
     assert torch.equal(load(out)[1]["lm_head.weight"], stored(plain)["lm_head.weight"])
 
 
@@ -424,7 +427,5 @@ def test_settings_that_do_not_go_with_it(packed, monkeypatch):
     with pytest.raises(CheckpointError, match=r"QWEN3NEXT_QUANTISE=int8: .* quantised already"):
         formats_of(packed, config, raw["quantization_config"], asked="int8")
     monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
-    with pytest.raises(
-        ConfigError, match=r"QWEN3NEXT_HEAD=plain: the head of .* is packed in int8"
-    ):
+    with pytest.raises(ConfigError, match=r"QWEN3NEXT_HEAD=plain: lm_head of .* is packed in int8"):
         opened(packed)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.kernels.linear import linear, pack_bf16, pack_int8, unpack
-from qwen3next_plugin.model.hyper_connection import HyperConnection
+from qwen3next_plugin.model.hyper_connection import HyperConnection, MixingWeight
 from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
     MixingMethod,
+    Ranks,
     each_layer,
     pack_mixing_weights,
 )
@@ -244,6 +245,15 @@ def test_what_mixes_streams_is_packed_as_the_head_is(monkeypatch, case, encoding
             method.process_weights_after_loading(matrix)
             method.process_weights_after_loading(matrix)
     assert [m.packed and m.packed.encoding for m in matrices] == [encoding] * 2
+    if encoding == "int8":  # as the files may have it
+        down, _ = matrices
+        attached = MixingWeight(down.name, *down.weight.shape, config=config)
+        method = MixingMethod(down.name, as_int8=True)
+        method.attach(attached, down.name, down.packed.weight, Ranks(1, 2))
+        method.process_weights_after_loading(attached)
+        assert torch.equal(attached.value.packed, down.value.packed)
+        assert attached.value.shape == (24, hc * D)
+        assert not attached.weight.numel()
     assert all(bool(m.weight.numel()) == (encoding is None) for m in matrices)
     for got, as_plain in zip(connection(streams, block), want, strict=True):
         assert (got - as_plain).norm() / as_plain.norm() < 0.02

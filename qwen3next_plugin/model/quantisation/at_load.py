@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels.linear.pack import one_group
 from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, packed_shapes
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.modules import (
@@ -66,7 +67,8 @@ def plain_bytes(shapes: Shapes) -> dict[str, int]:
         return {}
     found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])}
     for name in filter(MIXING_WEIGHTS.search, shapes):
-        lines, scales = packed_shapes("int8", shapes[name], group=0)  # padded: their rank is odd
+        group = one_group("int8", shapes[name][-1])
+        lines, scales = packed_shapes("int8", shapes[name], group)  # may be padded
         found[name] = prod(lines) + 4 * prod(scales)
     return found
 

@@ -9,9 +9,8 @@ Format 1:
   `scale` and, of int4 with zero points, `zero` of `kernels/linear/packed_weight.py`, in their
   shapes and dtypes, under the name of our module: `model.layers.0.linear_attn.in_proj_qkvz.packed`;
   of experts `…mlp.experts.w13` (gate, then up) and `.w2`; the output head's is `lm_head`, also if
-  it is tied to the embeddings; stream mixers keep their names. All other tensors are the source's,
-  under its names; where only a part of a module of ours was quantised, its modules are dequantised,
-  in fp32, under our names.
+  it is tied to the embeddings. All other tensors are the source's, under its names; where only a
+  part of a module of ours was quantised, its modules are dequantised, in fp32, under our names.
 - A file's metadata has each of its packed weights: encoding, columns that share a scale (0: all of
   them) and shape, as in `int4 128 12288 2048`.
 - A file's header is padded to 4096 bytes, and `packed` tensors come first: each of them begins at a
@@ -131,10 +130,10 @@ def formats_in_panels(
             }
     if not weights:
         raise CheckpointError(f"{folder}: no packed weight is in its files: {AGAIN}")
-    if HEAD in weights and env.head() == "plain":
+    if env.head() == "plain" and (in_int8 := next(filter(is_plain, weights), None)):
         raise ConfigError(
-            f"QWEN3NEXT_HEAD=plain: the head of {folder} is packed in int8; unset the variable, or "
-            f"pack the checkpoint again with it"
+            f"QWEN3NEXT_HEAD=plain: {in_int8} of {folder} is packed in int8; unset the variable, "
+            f"or pack the checkpoint again with it"
         )
     return FormatsInPanels(weights, wholes, places, config)
 

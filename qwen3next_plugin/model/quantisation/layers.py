@@ -68,14 +68,14 @@ class PlainMethod(Packing):
 
 
 class MixingMethod(PlainMethod, Attaching):
-    """Of a hyper-connection's large weight, `module`, which the files may have packed."""
+    """Of a stream mixer, whose name is `module`; the files may have packed it."""
 
     def __init__(self, module: str, *, as_int8: bool) -> None:
         super().__init__(as_int8=as_int8)
         self.module = module
 
     def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
-        _hold(layer, "packed", weight)
+        _hold(layer, "packed", weight)  # whole: ranks do not divide streams
         drop_plain(layer)
 
 

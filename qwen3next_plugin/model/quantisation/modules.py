@@ -102,8 +102,8 @@ class Formats:
             return self._note
         return (
             f"{len(self.dequantised)} quantised modules are dequantised as they load, such as "
-            f"{self.dequantised[0]}: they are a router or a head, or what they are stacked with is "
-            f"not quantised alike"
+            f"{self.dequantised[0]}: they are a router, a head or a stream mixer, or what they are "
+            f"stacked with is not quantised alike"
         )
 
     def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -40,8 +40,8 @@ class Stacked(NamedTuple):
 def stacked_weights(config: Qwen3NextConfig) -> dict[str, Stacked]:
     """Every weight that may be packed, by the name of our module; of experts `.w13` and `.w2`.
 
-    The output head is one, also where it is tied to the embeddings, and stream mixers are, if a
-    stream fills panels.
+    The output head is one, also where it is tied to the embeddings; so are stream mixers, if a
+    stream is whole panels.
     """
     shapes = matrices(all_tensors(config))
     found: dict[str, list[str]] = defaultdict(list)
@@ -69,8 +69,11 @@ def stacked_weights(config: Qwen3NextConfig) -> dict[str, Stacked]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a weight of ours has no format: it is packed if `packed.plain_as_int8`."""
-    return name == HEAD or PLAIN.search(name) is not None
+    """Whether a weight of ours is the output head or a stream mixer.
+
+    They have no format, and are int8 if `packed.plain_as_int8`.
+    """
+    return name == HEAD or MIXING_WEIGHTS.search(name) is not None
 
 
 def _place(module: str) -> tuple[int, int]:

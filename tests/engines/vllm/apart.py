@@ -64,6 +64,7 @@ def server(role: str, drafts: int = DRAFTS, **settings: Any) -> Forked:
         *("--kv-transfer-config", json.dumps(transfer)),
         *(("--speculative-config", json.dumps(speculation)) if drafts else ()),
         env={
+            "QWEN3NEXT_DRAFTS": "fixed",  # else a busy machine may find that none pay
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": environment(ranks)["VLLM_CPU_OMP_THREADS_BIND"],

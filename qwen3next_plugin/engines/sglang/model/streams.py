@@ -71,8 +71,8 @@ class Qwen4ExpModel(nn.Module):
             )
             for i, layer_type in enumerate(config.layer_types)
         )
-        mixer = f"{prefix}.hyper_connection_mixer"
-        self.hyper_connection_mixer = HyperConnection(config, mixer, injects=False)
+        name = f"{prefix}.hyper_connection_mixer"
+        self.hyper_connection_mixer = HyperConnection(config, name, injects=False)
 
     def forward(
         self,

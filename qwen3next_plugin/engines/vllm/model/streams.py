@@ -73,8 +73,8 @@ class Qwen4ExpModel(nn.Module):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], config.hidden_size
         )
-        mixer = f"{prefix}.hyper_connection_mixer"
-        self.hyper_connection_mixer = HyperConnection(config, mixer, injects=False)
+        name = f"{prefix}.hyper_connection_mixer"
+        self.hyper_connection_mixer = HyperConnection(config, name, injects=False)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shapes: input_ids [T], returns [T, D]."""
