@@ -7,9 +7,10 @@ from qwen3next_plugin.kernels.hyper_connection.arguments import (
     HyperConnectionWeights,
     check_streams,
     check_weights,
+    takes_packed,
 )
 
-__all__ = ["HyperConnectionWeights", "hyper_connection"]
+__all__ = ["HyperConnectionWeights", "hyper_connection", "takes_packed"]
 
 
 def hyper_connection(

@@ -31,6 +31,11 @@ class HyperConnectionWeights(NamedTuple):
     inject: Tensor | None
 
 
+def takes_packed(D: int) -> bool:
+    """Whether the weights may be packed: a stream of D features is whole panels."""
+    return D % PANEL == 0
+
+
 def check_streams(
     op: str, streams_: Tensor, block: Tensor | None, injection: Tensor | None
 ) -> None:
@@ -54,7 +59,7 @@ def check_weights(op: str, weights: HyperConnectionWeights, streams_: Tensor) ->
     check(op, "norm", norm, (hc * D,), parameters, device)
     if isinstance(down, PackedWeight) != isinstance(up, PackedWeight):
         raise ValueError(f"{op}: one of down and up is packed, the other is not")
-    if isinstance(up, PackedWeight) and D % PANEL:
+    if isinstance(up, PackedWeight) and not takes_packed(D):
         raise ValueError(f"{op}: packed weights of {D} features, no multiple of {PANEL}")
     for name, weight, shape in (("down", down, (L, hc * D)), ("up", up, (hc * D, L))):
         if isinstance(weight, PackedWeight):

@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, hyper_connection
-from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight
+from qwen3next_plugin.kernels.hyper_connection import (
+    HyperConnectionWeights,
+    hyper_connection,
+    takes_packed,
+)
+from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.model.decoder_layer import Blocks
 from qwen3next_plugin.model.linear_attention import Weight
 from qwen3next_plugin.model.quantisation.packed import Packed
@@ -25,7 +29,7 @@ class MixingWeight(Weight):
     def __init__(self, name: str, *shape: int, config: Qwen3NextConfig) -> None:
         super().__init__(*shape)
         self.name = name
-        self.may_be_packed = config.hidden_size % PANEL == 0
+        self.may_be_packed = takes_packed(config.hidden_size)
         self.packed: Packed | None = None
 
     @property

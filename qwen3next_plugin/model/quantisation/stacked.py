@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.kernels.linear.packed_weight import PANEL
+from qwen3next_plugin.kernels.hyper_connection import takes_packed
 from qwen3next_plugin.model.checkpoint.layouts import (
     EXPERT,
     FLAT_PROJECTION,
@@ -40,15 +40,15 @@ class Stacked(NamedTuple):
 def stacked_weights(config: Qwen3NextConfig) -> dict[str, Stacked]:
     """Every weight that may be packed, by the name of our module; of experts `.w13` and `.w2`.
 
-    The output head is one, also where it is tied to the embeddings; so are stream mixers, if a
-    stream is whole panels.
+    The output head is one, also where it is tied to the embeddings; so are stream mixers, if
+    their kernel takes them packed.
     """
     shapes = matrices(all_tensors(config))
     found: dict[str, list[str]] = defaultdict(list)
     for name in shapes:
         module = name.removesuffix(".weight")
         ours, expert = holder(module, config), EXPERT.match(module)
-        mixes = MIXING_WEIGHTS.search(module) and config.hidden_size % PANEL == 0
+        mixes = MIXING_WEIGHTS.search(module) and takes_packed(config.hidden_size)
         if mixes or not PLAIN.search(ours):
             found[f"{ours}.{EXPERT_TENSORS[expert[2]]}" if expert else ours].append(module)
     weights = {}

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.draft_head import quantise_channels
-from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights
+from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, takes_packed
 from qwen3next_plugin.kernels.linear import PackedWeight, pack_bf16, pack_int8
-from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.kernels.ngram_embedding import NgramTable
 from qwen3next_plugin.kernels.ple_gate import PLENorms
 from qwen3next_plugin.kernels.step import Step
@@ -39,20 +38,20 @@ def _hyper_connection(run: Run, served: Served, draw: Draw) -> Outputs:
     c, eps = served.config, served.config.rms_norm_eps
     hc, D, rank = c.hc_count, c.hidden_size, c.hc_lowrank
     streams, block, injection = draw(TOKENS, hc, D), draw(TOKENS, D), draw(TOKENS, hc).float()
-    norm, inject = draw(hc * D) / 10, draw(hc, hc * D) / D**0.5
+    norm, gates = draw(hc * D) / 10, draw(hc, hc * D) / D**0.5
     down, up = draw(rank, hc * D) / D**0.5, draw(hc * D, rank) / rank**0.5
     mixing: list[tuple[Any, Any]] = [(down, up)]
-    if D % PANEL == 0:
+    if takes_packed(D):
         mixing.append((pack_bf16(down.bfloat16()), pack_bf16(up.bfloat16())))
         mixing.append((_int8(down), _int8(up)))
-    for down, up in mixing:
-        weights = HyperConnectionWeights(norm, down, up, inject)
-        mixed, injection = run(streams, weights, eps, block, injection)
-        yield f"{hc} streams of {D}", mixed
-        yield "the streams", streams
-        yield "the injection", injection
-    final = HyperConnectionWeights(norm, down, up, None)
-    yield f"{hc} streams of {D}, the last", run(streams, final, eps, block, injection)[0]
+    for weights in mixing:
+        for inject in (gates, None):
+            every = HyperConnectionWeights(norm, *weights, inject)
+            mixed, found = run(streams, every, eps, block, injection)
+            yield f"{hc} streams of {D}", mixed
+            yield "the streams", streams
+            if inject is not None:
+                yield "the injection", found
 
 
 def _int8(weight: Tensor) -> PackedWeight:

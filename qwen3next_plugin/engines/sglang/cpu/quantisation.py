@@ -39,6 +39,7 @@ from qwen3next_plugin.model.quantisation.layers import (
     HeadMethod,
     LinearMethod,
     MixingMethod,
+    PlainMethod,
     each_layer,
     pack_mixing_weights,
 )
@@ -51,7 +52,6 @@ from qwen3next_plugin.model.quantisation.packed import (
     packs_plain,
     plain_as_int8,
 )
-from qwen3next_plugin.model.quantisation.packing import Packing
 from qwen3next_plugin.model.quantisation.plain import LEAVES_PLAIN
 from qwen3next_plugin.model.quantisation.stacked import HEAD
 
@@ -151,17 +151,13 @@ def _is_plain(layer: Any) -> bool:
     return layer.packed is None and on_cpu and not use_intel_amx_backend(layer)
 
 
-class PackedProjection(Packing, UnquantizedLinearMethod):
+class PackedProjection(PlainMethod, UnquantizedLinearMethod):
     """SGLang's unquantised projection."""
-
-    def __init__(self, *, as_int8: bool) -> None:
-        super().__init__()
-        self.as_int8 = as_int8
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if not _is_plain(layer):
             return
-        super().process_weights_after_loading(layer)
+        UnquantizedLinearMethod.process_weights_after_loading(self, layer)
         if _is_plain(layer) and layer.weight.dtype == torch.bfloat16:
             layer.packed = make_product(layer.weight.data, as_int8=self.as_int8)
             drop_plain(layer)
