@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from bad_weights import FAULTS, PLAIN, write_faulty
 from checkpoints import write_checkpoint
@@ -22,7 +23,7 @@ from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.ple import open_table
 from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
-from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of
+from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of, read_formats
 from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
 from qwen3next_plugin.model.quantisation.modules import Formats
@@ -333,6 +334,14 @@ def test_the_output_head_is_int8(plain, monkeypatch, name):
 def test_what_is_quantised_is_not_quantised_again(plain):
     with pytest.raises(CheckpointError, match=r"QWEN3NEXT_QUANTISE=int8: .* quantised already"):
         load(plain, "int8", quantization_config={"quant_method": "fp8"})
+
+
+def test_headers_are_read_once_also_if_vllm_adds_fields(plain, tmp_path):
+    folder, _ = write_quantised(plain, tmp_path, "packed_4-bit")
+    config = AutoConfig.from_pretrained(folder)
+    formats = read_formats(folder, config, config.quantization_config)
+    config.quantization_config["total_num_heads"] = config.num_attention_heads
+    assert read_formats(folder, config, config.quantization_config) is formats
 
 
 def test_config_that_is_not_of_the_files(plain):

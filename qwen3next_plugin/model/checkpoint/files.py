@@ -1,6 +1,7 @@
 """The tensors of a checkpoint's files, without their data."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,5 +33,10 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for path in weight_files(folder, read_index(folder)):
         for name, (stored, shape) in read_header(path).items():
-            dtype = STORED_DTYPES.get(stored, torch.float32)
-            yield name, torch.empty(shape, dtype=dtype, device="meta")
+            yield name, without_data(shape, STORED_DTYPES.get(stored, torch.float32))
+
+
+@cache
+def without_data(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that has a shape and a dtype only; cached, because files have thousands alike."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import holder, our_names, without_prefix
@@ -16,6 +17,8 @@ from qwen3next_plugin.model.quantisation.at_load import formats_at_load
 from qwen3next_plugin.model.quantisation.in_panels import formats_in_panels, is_packed
 from qwen3next_plugin.model.quantisation.modules import PLAIN_DTYPES, Formats, stored_formats
 from qwen3next_plugin.model.quantisation.plain import plain_modules
+
+READ = ("quant_method", "checkpoint_format", "format_version")  # of quantization_config
 
 
 def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] | None) -> Formats:
@@ -28,8 +31,8 @@ def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] |
     Raises:
         CheckpointError: a module that is quantised in no way that is known.
     """
-    raw = hf_config.to_json_string(use_diff=False)
-    return _read_formats(folder, raw, json.dumps(quantization, default=str), env.quantise())
+    read = quantization and {name: quantization.get(name) for name in READ}
+    return _read_formats(folder, _unquantised(hf_config), json.dumps(read), env.quantise())
 
 
 @cache
@@ -44,12 +47,25 @@ def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
     Raises:
         CheckpointError: a module of which a part is quantised, and another not.
     """
-    return _read_plain_modules(folder, hf_config.to_json_string(use_diff=False))
+    return _read_plain_modules(folder, _unquantised(hf_config))
 
 
 @cache
 def _read_plain_modules(folder: Path, hf_config: str) -> frozenset[str]:
     return plain_modules_of(folder, Qwen3NextConfig.from_hf(json.loads(hf_config)))
+
+
+def _unquantised(hf_config: Any) -> str:
+    """A config in JSON, without quantization_config, to which vLLM adds fields as it starts."""
+    return json.dumps(unquantised(json.loads(hf_config.to_json_string(use_diff=False))))
+
+
+def unquantised(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the fields that say how a checkpoint is quantised, at either level."""
+    found = {name: value for name, value in raw.items() if name not in QUANTISATIONS}
+    if text := found.get("text_config"):
+        found["text_config"] = unquantised(text)
+    return found
 
 
 def formats_of(

@@ -12,6 +12,7 @@ import torch
 
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.files import without_data
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT, SHARD
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
@@ -158,7 +159,7 @@ class Formats:
     def _in_our_format(self, stored: Stored, module: Module) -> Iterator[tuple[str, torch.Tensor]]:
         if any(tensor.is_meta for tensor in module.tensors.values()):  # a check of the names alone
             shapes = stored.format.tensors(module.channels, module.columns).items()
-            found = {n: torch.empty(s, dtype=dtype, device="meta") for n, (s, dtype) in shapes}
+            found = {n: without_data(s, dtype) for n, (s, dtype) in shapes}
         else:
             found = stored.scheme.read(module)
         if self.format_of(module.name) is None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.kernels.linear import PackedWeight, stack
 from qwen3next_plugin.kernels.linear.packed_weight import BLOCK, PANEL, packed_shapes
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
@@ -33,7 +34,6 @@ from qwen3next_plugin.model.quantisation.stacked import HEAD, is_plain, stacked_
 
 AS_INT8 = re.compile(r"mtp\.layers\..*(_proj|\.experts\.\w+)$")  # of the drafter, if it is in bf16
 FILE = re.compile(r"(?:model\.layers\.\d+|mtp)(?=\.)")  # what is in one file; all else in another
-QUANTIZATION = ("quantization_config", "compression_config")  # fields of config.json
 FP32 = DTYPES[torch.float32]
 
 
@@ -44,7 +44,7 @@ class Source:
         self, folder: Path, raw: Mapping[str, Any], asked: str | None, dtype: torch.dtype
     ) -> None:
         text = raw.get("text_config") or {}
-        levels = [level.get(name) for level in (raw, text) for name in QUANTIZATION]
+        levels = [level.get(name) for level in (raw, text) for name in QUANTISATIONS]
         quantization = next(filter(None, levels), None)
         _check_asked(folder, quantization, asked)
         self.folder, self.dtype = folder, dtype

@@ -14,9 +14,10 @@ from qwen3next_plugin.model.checkpoint.headers import INDEX
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 from qwen3next_plugin.model.checkpoint.writing import Planned, Wrote, written
+from qwen3next_plugin.model.quantisation.files import unquantised
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.in_panels import METHOD, VERSION
-from qwen3next_plugin.model.quantisation.source import QUANTIZATION, Source
+from qwen3next_plugin.model.quantisation.source import Source
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".msgpack"}
 NOT_COPIED = ("config.json", INDEX, "quantize_config.json", "hf_quant_config.json")
@@ -56,13 +57,8 @@ def plan_packing(folder: Path, asked: str | None, dtype: torch.dtype) -> Plan:
         "source": source.fingerprint(),
         "quantised": asked,
     }
-    text = raw.get("text_config")
-    config = {name: value for name, value in raw.items() if name not in QUANTIZATION}
-    if isinstance(text, dict):
-        config["text_config"] = {n: value for n, value in text.items() if n not in QUANTIZATION}
-    return Plan(
-        source, source.planned(weights), weights, config | {"quantization_config": quantization}
-    )
+    config = unquantised(raw) | {"quantization_config": quantization}
+    return Plan(source, source.planned(weights), weights, config)
 
 
 def write_packed(plan: Plan, out: Path, wrote: Wrote = lambda count: None) -> None:
