@@ -1,7 +1,7 @@
 """`python -m benchmarks.qwen4`: what Qwen3.8-Flash-Next has beyond the family.
 
-It needs a quiet machine of two cores, 24 GB of memory, 12 GB of disk for models, which it writes
-once, and 8 minutes.
+It needs a quiet machine of two cores, 24 GB of memory, 22 GB of disk for models, which it writes
+once, and 10 minutes.
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ def main(
     out: Annotated[Path, typer.Option(help="For models, logs and records.")] = Path("out"),
     publish: Annotated[bool, typer.Option("--publish", help="Write the figures of docs/.")] = False,
 ) -> None:
-    """Measure four layers of the released shapes: steps, prompts, drafts, n-grams, attention.
+    """Measure layers of the released shapes: steps, prompts, drafts, n-grams, attention.
 
-    A quarter of the released experts and a twelfth of the vocabulary; random weights. Answers are
+    A quarter of the released layers, experts and vocabulary; random weights. Answers are
     known by construction, and log-probabilities are compared with transformers' before its times.
     """
     measure_alone(QWEN4, out, measure, publish=publish)

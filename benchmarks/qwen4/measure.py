@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.engines.steps import ROUNDS, check, flags
 from benchmarks.full.limits import read_rate, step_bytes
 from benchmarks.full.measure import MTP, rate, row
-from benchmarks.qwen4.model import config_of, model, table_bytes
+from benchmarks.qwen4.model import LAYERS, config_of, model, table_bytes
 from benchmarks.qwen4.sparse import CONTEXT, sparse_over_full
 from benchmarks.report import Record, RedCheckError, Run
 from benchmarks.worker import VLLM, Worker, alternate, started
@@ -16,7 +16,7 @@ from benchmarks.worker import VLLM, Worker, alternate, started
 WATCHED, THEIRS = "benchmarks.qwen4.worker", "benchmarks.qwen4.theirs"
 PROMPT, READ, STEPS = 1024, 2000, 32
 LEARNING = 8  # answers after which the lengths of drafts have adapted
-CASE = "four layers of Qwen3.8-Flash-Next's shapes, a quarter of its experts, random weights"
+CASE = "Qwen3.8-Flash-Next's shapes, a quarter of its experts, random weights"
 MAX_DIFFERENCE = {"transformers": 0.02}  # mean, nats; measured: 0.003
 Row = dict[str, float]
 
@@ -35,9 +35,9 @@ def measure(run: Run) -> Iterator[Record]:
     yield from steps(run, forms["int4"])
     with watched(run, forms["large"], "int4") as engine:
         yield table(run, engine)
-        shares = {"int4": share(engine)}
+        shares = {f"int4, {LAYERS['large']} layers": share(engine)}
     with watched(run, forms["bf16"], "bf16") as engine:
-        shares["bf16"] = share(engine)
+        shares[f"bf16, {LAYERS['bf16']} layers"] = share(engine)
         yield run.record(
             "qwen4/shares",
             "How much of a decode step are hyper-connections and n-grams?",
@@ -48,9 +48,14 @@ def measure(run: Run) -> Iterator[Record]:
         yield prompts(run, engine, forms["bf16"])
 
 
+def case_of(form: str) -> str:
+    """What is measured in a form."""
+    return f"{LAYERS[form]} layers of {CASE}, {'bf16' if form == 'bf16' else 'int4'}"
+
+
 def steps(run: Run, folder: Path) -> Iterator[Record]:
     """A plain step against what it must read, and drafts against plain steps, in turn."""
-    config, case = config_of("int4"), f"{CASE}, int4, eager"
+    config, case = config_of("int4"), f"{case_of('int4')}, eager"
     eager = {"enforce_eager": True}
     drafting = eager | {"speculative_config": MTP | {"method": "mtp"}}
     with (
@@ -72,8 +77,8 @@ def steps(run: Run, folder: Path) -> Iterator[Record]:
     )
     yield run.record(
         "qwen4/drafts",
-        "What do drafts give where the MTP head, in bf16, reads as much as three layers?",
-        f"{case}, four in five drafts right",
+        "What do drafts give, four in five of them right?",
+        case,
         {"plain": "tokens a second", "drafts": "tokens a second", "drafts / plain": ""},
         {"1 request": found | {"drafts / plain": found["drafts"] / found["plain"]}},
     )
@@ -102,7 +107,7 @@ def table(run: Run, engine: Worker) -> Record:
     return run.record(
         "qwen4/table",
         "How much of a table of n-grams is in memory?",
-        f"{CASE}; {5 * READ:,} random tokens, the table a file of holes, zeros once read",
+        f"{case_of('large')}; {5 * READ:,} random tokens, a table of holes, zeros once read",
         {"table": "GB", "before": "GB", "read": "GB", "read / table": ""},
         {
             "resident memory": {
@@ -135,7 +140,7 @@ def prompts(run: Run, plugin: Worker, folder: Path) -> Record:
     return run.record(
         "qwen4/prompts",
         "How long does a prompt take, compared with transformers?",
-        f"{CASE}, bf16, eager",
+        f"{case_of('bf16')}, eager",
         {"transformers": "ms", "plugin": "ms", "transformers / plugin": ""},
         {f"prompt of {PROMPT:,} tokens": times | {"transformers / plugin": ratio}},
     )

@@ -1,11 +1,12 @@
-"""Four layers of the released shapes: n-grams before the second, sparse attention in the last.
+"""Twelve layers of the released shapes: n-grams before the second, sparse attention in each fourth.
 
-Experts are a quarter of the released ones and the vocabulary is cut as the layers are, so that
-transformers' model, too, fits into 24 GB. Of random weights, with a text that is known and drafts
-of which four in five are right, as in chain_model.py. Written once, in three forms:
+Experts are a quarter of the released ones and the vocabulary is cut as the layers are, so that two
+engines fit into 24 GB. Of random weights, with a text that is known and drafts of which four in
+five are right, as in chain_model.py. Written once, in three forms:
 
-- `int4`: projections and experts in 4 bits, a small table of n-grams. 3 GB
-- `bf16`: the same weights, dequantised, with a layer's experts in one tensor. 6 GB
+- `int4`: projections and experts in 4 bits, a small table of n-grams. 7 GB
+- `bf16`: the same weights of the first four layers, dequantised, with a layer's experts in one
+  tensor: transformers computes no others. 7 GB
 - `large`: as `int4`, with a table of 8 GB of zeros: files with holes, whose pages take as much
   memory as others once they are read.
 """
@@ -40,7 +41,8 @@ from examples.qwen4_exp_tiny import fused, hashes
 from qwen3next_plugin.config import read_config
 from qwen3next_plugin.model.checkpoint.layouts import SHARD
 
-SIZE, LAYERS, EXPERTS = "Qwen3.8-Flash-Next", 4, 128
+SIZE, EXPERTS = "Qwen3.8-Flash-Next", 128
+LAYERS = {"int4": 12, "bf16": 4, "large": 12}
 ROWS = {"int4": 20_000, "bf16": 20_000, "large": 1_562_500}  # of a head's part of the table
 TABLE = "table"
 FC = "mtp.fc_embedding.weight"
@@ -49,11 +51,11 @@ FC = "mtp.fc_embedding.weight"
 def config_of(form: str) -> dict[str, Any]:
     """The config of a form; the last token ends an answer, which no answer has."""
     text = read_config(RELEASED / SIZE)["text_config"]
-    vocabulary = text["vocab_size"] * LAYERS // text["num_hidden_layers"]
+    vocabulary = text["vocab_size"] * LAYERS["int4"] // text["num_hidden_layers"]
     rope = {k: v for k, v in text["rope_parameters"].items() if not k.startswith("mrope")}
     config = text | {
         "architectures": ["Qwen4ExpForCausalLM"],
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": LAYERS[form],
         "num_experts": EXPERTS,
         "vocab_size": vocabulary,
         "eos_token_id": vocabulary - 1,
@@ -120,7 +122,9 @@ def _int4(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _derived(folder: Path, source: Path, form: str) -> Iterator[tuple[str, list[str]]]:
     """The files of another form: linked, or made of the source's."""
-    for path in track(sorted(source.glob("*.safetensors")), f"writing {form}", console=console):
+    files = {_of(name) for name in tensors(config_of(form))}
+    paths = sorted(path for path in source.glob("*.safetensors") if path.stem in files)
+    for path in track(paths, f"writing {form}", console=console):
         mine = folder / path.name
         if form == "large" and path.stem == TABLE:
             yield path.name, _write_zeros(mine)
