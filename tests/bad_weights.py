@@ -96,6 +96,11 @@ FAULTS = {
         lambda t: t.update({f"{Q}.qweight": torch.zeros(15, 256, dtype=torch.int32)}),
         "neither 4 nor 8 bits",
     ),
+    "AWQ in 8 bits": Fault(
+        "awq",
+        lambda t: t.update({f"{Q}.qweight": torch.zeros(160, 64, dtype=torch.int32)}),
+        "is AWQ in 8 bits; use a checkpoint in 4 bits",
+    ),
     "8 bits with zeros": Fault(
         "gptq_8-bit",
         lambda t: t.update({f"{Q}.qzeros": torch.zeros_like(t[f"{Q}.qzeros"])}),

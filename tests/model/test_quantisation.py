@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from bad_weights import FAULTS, PLAIN, write_faulty
+import quantised
+from bad_weights import FAULTS, PLAIN, Q, write_faulty
 from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
 from examples.qwen4_exp_tiny import hashes
-from quantised import KINDS, MIXED, pack_checkpoint, write_quantised
+from quantised import KINDS, MIXED, pack_checkpoint, packed, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
@@ -22,12 +23,19 @@ from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, holder
 from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.ple import open_table
+from qwen3next_plugin.model.quantisation import format as format_module
 from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
-from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of, read_formats
+from qwen3next_plugin.model.quantisation.files import (
+    check_version,
+    formats_of,
+    plain_modules_of,
+    read_formats,
+)
 from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
 from qwen3next_plugin.model.quantisation.modules import Formats
 from qwen3next_plugin.model.quantisation.packed import pack, pack_plain, plain_as_int8
+from qwen3next_plugin.model.quantisation.rounding import quantise
 from qwen3next_plugin.model.quantisation.scheme import Module
 from qwen3next_plugin.model.quantisation.schemes import scheme
 from qwen4_exp_quantised import table_in_fp8, write_split
@@ -342,6 +350,83 @@ def test_headers_are_read_once_also_if_vllm_adds_fields(plain, tmp_path):
     formats = read_formats(folder, config, config.quantization_config)
     config.quantization_config["total_num_heads"] = config.num_attention_heads
     assert read_formats(folder, config, config.quantization_config) is formats
+
+
+def test_a_folder_that_is_written_anew_is_read_anew(plain, tmp_path):
+    found = []
+    for kind in ("fp8-rows", "int8-rows"):
+        folder, _ = write_quantised(plain, tmp_path, kind)
+        config = AutoConfig.from_pretrained(folder)
+        found.append(read_formats(folder, config, config.quantization_config))
+        for each in tmp_path.iterdir():
+            shutil.rmtree(each)
+    assert [formats.format_of(Q).encoding for formats in found] == ["fp8", "int8"]
+
+
+OTHERS = {  # served, other weights with the same names and what is said of them
+    "groups": ("packed_4-bit", "packed_4-bit_wide", "scales of whole channels .* of 32 columns"),
+    "fp8 for int8": ("int8-rows", "fp8-rows", "is in fp8 .* served in int8"),
+    "int8 for fp8": ("fp8-rows", "int8-rows", "is in int8 .* served in fp8"),
+}
+
+
+@pytest.mark.parametrize(("served", "other", "said"), OTHERS.values(), ids=OTHERS)
+def test_other_weights_in_another_format_are_refused_by_headers(
+    plain, tmp_path, monkeypatch, served, other, said
+):
+    wide = KINDS["packed_4-bit"]._replace(quantise=packed(4, 0))
+    monkeypatch.setitem(quantised.KINDS, "packed_4-bit_wide", wide)
+    formats, _ = load(write_quantised(plain, tmp_path / "served", served)[0])
+    folder, _ = write_quantised(plain, tmp_path / "other", other)
+    config = Qwen3NextConfig.from_hf(read_config(folder))
+    with pytest.raises(CheckpointError, match=said):
+        check_stored(folder, config, quantised=False, formats=formats, with_mtp=True)
+
+
+def test_a_shape_that_does_not_fit_is_refused_by_headers_also_where_it_is_quantised_at_load(
+    plain, tmp_path
+):
+    formats, _ = load(plain, "int8")
+    config = Qwen3NextConfig.from_hf(read_config(plain))
+    folder = Path(shutil.copytree(plain, tmp_path / "other"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"][:8].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{Q}: weight has shape \(8, 160\)"):
+        check_stored(folder, config, quantised=False, formats=formats, with_mtp=True)
+
+
+def test_weights_in_gptqs_other_version_are_refused(plain, tmp_path):
+    formats, _ = load(write_quantised(plain, tmp_path / "first", "gptq_zeros")[0])
+    second, _ = write_quantised(plain, tmp_path / "second", "gptq_v2")
+    check_version(tmp_path / "first" / "quantised", formats)
+    check_version(plain, None)
+    with pytest.raises(CheckpointError, match="checkpoint_format is not that of the served"):
+        check_version(second, formats)
+
+
+@pytest.mark.parametrize("names", [("weight",), ("qweight", "qzeros", "scales")])
+def test_a_stored_head_that_is_tied_is_left_out(tmp_path, names):
+    folder = write_checkpoint(tmp_path / "tied", **PLAIN | {"tie_word_embeddings": True})
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {f"lm_head.{name}": torch.zeros(8, 8) for name in names},
+        folder / "model.safetensors",
+    )
+    formats, found = load(folder, "int8")
+    config = Qwen3NextConfig.from_hf(read_config(folder))
+    check_stored(folder, config, quantised=False, formats=formats, with_mtp=True)
+    assert not any(name.startswith("lm_head") for name in found)
+    out = pack_checkpoint(folder, tmp_path / "out", "int8")
+    assert any("lm_head.packed" in load_file(path) for path in out.glob("*.safetensors"))
+
+
+def test_a_head_is_dequantised_in_runs_of_channels(monkeypatch):
+    form = Format("int4", 32, torch.bfloat16)
+    tensors = quantise(torch.randn(7, 64), form)
+    whole = dequantise(tensors, form)
+    monkeypatch.setattr(format_module, "CHUNK", 128)
+    assert torch.equal(dequantise(tensors, form), whole)
 
 
 def test_config_that_is_not_of_the_files(plain):

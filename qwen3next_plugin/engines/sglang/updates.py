@@ -78,10 +78,12 @@ def flush(manager: Any, request: Any) -> tuple[bool, str]:
 
 def _check(manager: Any, folder: Path, load_format: str) -> None:
     from qwen3next_plugin.engines.sglang.model.reloading import check_reload
+    from qwen3next_plugin.model.quantisation.files import check_version
 
     if load_format not in READ_HERE:
         raise ConfigError(f"load_format = {load_format}: updates read safetensors files")
     if not folder.is_dir():
         raise ConfigError(f"model_path = {folder}: no such folder")
     model, drafts = manager.tp_worker.model_runner.model, manager.draft_worker is not None
+    check_version(folder, model.formats)
     check_reload(model, stored_tensors(folder), with_mtp=drafts)

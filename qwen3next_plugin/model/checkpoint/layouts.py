@@ -40,6 +40,8 @@ UNUSED = re.compile(
     rf"|\.ple_embedding\.{TABLE_SCALE}$"
     r"|^(model|mtp)\.hyper_connection_mixer\.block_inject_weight\.weight$"
 )
+# Of an output head, but for what `qwen3next pack` writes.
+TIED_HEAD = re.compile(r"lm_head\.(?!(packed|scale|zero)$)")
 FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
 # A checkpoint's projection → the stacked projection that holds it, and as which part.
 STACKED_PROJECTIONS: Mapping[str, tuple[str, str | int]] = {
@@ -102,7 +104,14 @@ def holder(module: str, config: Qwen3NextConfig) -> str:
 def our_name(name: str, config: Qwen3NextConfig) -> str | None:
     """A tensor's name without the checkpoint's prefix; None if the text model does not load it."""
     ours = without_prefix(name, config)
-    return None if ours and config.hc_count and UNUSED.search(ours) else ours
+    if ours is None or is_tied_head(ours, config):
+        return None
+    return None if config.hc_count and UNUSED.search(ours) else ours
+
+
+def is_tied_head(name: str, config: Qwen3NextConfig) -> bool:
+    """Whether a tensor is of a head that is stored although it is tied: the embeddings are used."""
+    return config.tie_word_embeddings and TIED_HEAD.match(name) is not None
 
 
 def without_prefix(name: str, config: Qwen3NextConfig) -> str | None:

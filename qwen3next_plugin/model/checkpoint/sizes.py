@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.model.checkpoint.headers import (
     INDEX,
     Header,
@@ -128,8 +129,9 @@ def _headers(folder: Path) -> tuple[Index | None, dict[str, Header]]:
 def quantization_of(folder: Path) -> Mapping[str, Any] | None:
     """The quantization_config of a checkpoint, if it has one."""
     raw = read_config(folder)
-    text = raw.get("text_config") or {}
-    return raw.get("quantization_config") or text.get("quantization_config")
+    levels = (raw, raw.get("text_config") or {})
+    found = (level.get(name) for level in levels for name in QUANTISATIONS)
+    return next(filter(None, found), None)
 
 
 def _quantised(

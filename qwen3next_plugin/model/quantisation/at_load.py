@@ -116,7 +116,17 @@ def _int4(columns: int) -> Format | None:
 
 
 def _scheme(form: Format) -> Scheme:
-    return Scheme(("weight",), (), lambda module: form, functools.partial(_read, form=form))
+    return Scheme(
+        ("weight",),
+        (),
+        functools.partial(_checked, form=form),
+        functools.partial(_read, form=form),
+    )
+
+
+def _checked(module: Module, *, form: Format) -> Format:
+    module.check_weight()
+    return form
 
 
 def _read(module: Module, *, form: Format) -> dict[str, Tensor]:

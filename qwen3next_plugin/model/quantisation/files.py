@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,19 @@ from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import holder, our_names, without_prefix
+from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import formats_at_load
 from qwen3next_plugin.model.quantisation.in_panels import formats_in_panels, is_packed
-from qwen3next_plugin.model.quantisation.modules import PLAIN_DTYPES, Formats, stored_formats
+from qwen3next_plugin.model.quantisation.modules import (
+    PLAIN_DTYPES,
+    Formats,
+    less_of,
+    stored_formats,
+)
 from qwen3next_plugin.model.quantisation.plain import plain_modules
 
+FilesState = tuple[tuple[str, int, int], ...]  # of each weight file: name, bytes, time of change
 READ = ("quant_method", "checkpoint_format", "format_version")  # of quantization_config
 
 
@@ -32,13 +39,44 @@ def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] |
         CheckpointError: a module that is quantised in no way that is known.
     """
     read = quantization and {name: quantization.get(name) for name in READ}
-    return _read_formats(folder, _unquantised(hf_config), json.dumps(read), env.quantise())
+    return _read_formats(
+        folder,
+        _unquantised(hf_config),
+        _state_of(folder),
+        json.dumps(read),
+        env.quantise(),
+        env.head(),
+    )
 
 
-@cache
-def _read_formats(folder: Path, hf_config: str, quantization: str, asked: str | None) -> Formats:
+@lru_cache(maxsize=2)
+def _read_formats(
+    folder: Path,
+    hf_config: str,
+    files: FilesState,
+    quantization: str,
+    asked: str | None,
+    head: str,
+) -> Formats:
+    """Args: files: read through `folder`; head: read by what this calls."""
     config = Qwen3NextConfig.from_hf(json.loads(hf_config))
     return formats_of(folder, config, json.loads(quantization), asked=asked)
+
+
+def check_version(folder: Path, formats: Formats | None) -> None:
+    """Refuse other weights in GPTQ's other version: its zero points have the same names and shapes.
+
+    Raises: CheckpointError, naming the folder.
+    """
+    if formats is None or not (folder / "config.json").is_file():
+        return
+    less = less_of(quantization_of(folder))
+    served = (each.module.less for each in formats.stored.values() if "qzeros" in each.names)
+    if any(each != less for each in served):
+        raise CheckpointError(
+            f"{folder}: checkpoint_format is not that of the served weights, and GPTQ's versions "
+            f"have different zero points; use weights of the same version, or restart the server"
+        )
 
 
 def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
@@ -47,12 +85,18 @@ def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
     Raises:
         CheckpointError: a module of which a part is quantised, and another not.
     """
-    return _read_plain_modules(folder, _unquantised(hf_config))
+    return _read_plain_modules(folder, _unquantised(hf_config), _state_of(folder))
 
 
-@cache
-def _read_plain_modules(folder: Path, hf_config: str) -> frozenset[str]:
+@lru_cache(maxsize=2)
+def _read_plain_modules(folder: Path, hf_config: str, files: FilesState) -> frozenset[str]:
     return plain_modules_of(folder, Qwen3NextConfig.from_hf(json.loads(hf_config)))
+
+
+def _state_of(folder: Path) -> FilesState:
+    """Changes whenever a weight file does: a process may serve a folder that was written anew."""
+    stats = ((path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _unquantised(hf_config: Any) -> str:

@@ -23,6 +23,7 @@ DTYPES = {
     "mxfp4": torch.uint8,
 }
 CHANNEL_SCALE = "weight_channel_scale"
+CHUNK = 1 << 20  # values dequantised at once: of a whole head, three times as many would be in use
 Tensors = Mapping[str, Tensor]
 
 
@@ -69,6 +70,12 @@ class Format:
         }
         return {name: every[name] for name in self.names}
 
+    def described(self) -> str:
+        """For an error."""
+        scales = f"scales of {self.group} columns" if self.group else "scales of whole channels"
+        zeros = " and zero points" if self.zeros else ""
+        return f"{self.encoding} with {scales} in {str(self.scale).removeprefix('torch.')}{zeros}"
+
     def nbytes(self, channels: int, columns: int) -> int:
         """Bytes of a module's tensors."""
         return _nbytes(self, channels, columns)
@@ -107,6 +114,17 @@ def nibbles(weight: Tensor) -> Tensor:
 
 def dequantise(tensors: Tensors, form: Format) -> Tensor:
     """Shapes: those of `Format.tensors(N, K)`, returns [N, K] fp32."""
+    N, width = tensors["weight"].shape
+    K = 2 * width if BITS[form.encoding] == 4 else width
+    found = torch.empty(N, K, device=tensors["weight"].device)
+    channels = max(1, CHUNK // K)
+    for begin in range(0, N, channels):
+        part = slice(begin, begin + channels)
+        found[part] = _dequantise({name: each[part] for name, each in tensors.items()}, form)
+    return found
+
+
+def _dequantise(tensors: Tensors, form: Format) -> Tensor:
     weight, scale = tensors["weight"], tensors["weight_scale"]
     if BITS[form.encoding] == 4:
         weight = nibbles(weight)

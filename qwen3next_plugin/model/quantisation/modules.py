@@ -157,7 +157,8 @@ class Formats:
         yield from tensors
 
     def _in_our_format(self, stored: Stored, module: Module) -> Iterator[tuple[str, torch.Tensor]]:
-        if any(tensor.is_meta for tensor in module.tensors.values()):  # a check of the names alone
+        if any(tensor.is_meta for tensor in module.tensors.values()):  # a check by headers alone
+            _check_alike(stored, module)
             shapes = stored.format.tensors(module.channels, module.columns).items()
             found = {n: without_data(s, dtype) for n, (s, dtype) in shapes}
         else:
@@ -213,7 +214,7 @@ def stored_formats(
         module, _, last = name.rpartition(".")
         if f"{module}.weight" in shapes and last not in NO_PART:
             found[module][last] = tensor
-    less = 0 if (quantization or {}).get("checkpoint_format") == "gptq_v2" else 1
+    less = less_of(quantization)
     stored = {}
     for name, parts in found.items():
         if parts.keys() == {"weight"} and parts["weight"].dtype in PLAIN_DTYPES:
@@ -229,6 +230,11 @@ def stored_formats(
             "take both from one release, or remove it from config.json"
         )
     return Formats(stored, shapes, holder)
+
+
+def less_of(quantization: Mapping[str, Any] | None) -> int:
+    """What a checkpoint's GPTQ zero points are stored less, by its quantization_config."""
+    return 0 if (quantization or {}).get("checkpoint_format") == "gptq_v2" else 1
 
 
 def without_wrapper(prefix: str) -> str:
@@ -269,6 +275,21 @@ def _known(module: Module) -> Scheme:
             fitting = " or ".join(map(_name, known.scales))
             raise module.refuse(what, f"use a checkpoint with scales in {fitting}")
     return known
+
+
+def _check_alike(stored: Stored, module: Module) -> None:
+    """Refuse a module that is not stored as the weights that the server began with.
+
+    Raises: CheckpointError, also for tensors that are in no known format.
+    """
+    at_load = stored.names == {"weight"}  # what the files have quantised has scales
+    known = stored.scheme if at_load else _known(module)
+    form = known.format(module)
+    if known != stored.scheme or form != stored.format:
+        raise module.refuse(
+            f"is in {form.described()}, and what is served in {stored.format.described()}",
+            "use weights that are quantised as those, or restart the server",
+        )
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -117,6 +117,8 @@ def _words_format(module: Module) -> Format:
     bits = _bits(
         module, "qweight", (module.columns, module.channels), dim=1 if _is_awq(module) else 0
     )
+    if bits == 8 and _is_awq(module):
+        raise module.refuse("is AWQ in 8 bits", "use a checkpoint in 4 bits, or another format")
     module.check_shape("qzeros", (shape[0], -(-module.channels * bits // 32)))
     module.check_shape("g_idx", (module.columns,))
     group, dtype = module.group(shape[0], scales), module.tensors[scales].dtype

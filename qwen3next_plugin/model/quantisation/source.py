@@ -16,14 +16,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.kernels.linear import PackedWeight, stack
 from qwen3next_plugin.kernels.linear.packed_weight import BLOCK, PANEL, packed_shapes
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES, stored_tensors
 from qwen3next_plugin.model.checkpoint.headers import Header, read_header, read_index, weight_files
-from qwen3next_plugin.model.checkpoint.layouts import EXPERT, group_projections, our_names
+from qwen3next_plugin.model.checkpoint.layouts import (
+    EXPERT,
+    group_projections,
+    is_tied_head,
+    our_names,
+)
 from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.checkpoint.writing import DTYPES, Planned
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.format import BF16, Format
@@ -43,9 +48,7 @@ class Source:
     def __init__(
         self, folder: Path, raw: Mapping[str, Any], asked: str | None, dtype: torch.dtype
     ) -> None:
-        text = raw.get("text_config") or {}
-        levels = [level.get(name) for level in (raw, text) for name in QUANTISATIONS]
-        quantization = next(filter(None, levels), None)
+        quantization = quantization_of(folder)
         _check_asked(folder, quantization, asked)
         self.folder, self.dtype = folder, dtype
         self.config = Qwen3NextConfig.from_hf(raw)
@@ -55,6 +58,7 @@ class Source:
             name: (path, header)
             for path in weight_files(folder, read_index(folder))
             for name, header in read_header(path).items()
+            if not is_tied_head(name, self.config)
         }
         self.originals: dict[str, str] = {}  # our tensor → that of the checkpoint that has it
         for name, tensor in stored_tensors(folder):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import openai
 import pytest
 import torch
+from torch import nn
 
 from engines.checks import TOLERANCE
 from engines.images import ask_about, check_an_image_in_a_chat, check_hostile_images
@@ -177,3 +178,16 @@ def test_quantised_as_it_loads(tmp_path):
             check(expected, name, ask(server, [name])[0])
     finally:
         server.close()
+
+
+def test_a_tower_with_either_prefix_is_loaded():
+    from qwen3next_plugin.engines.sglang.model.wrapped import Qwen3_5ForConditionalGeneration
+
+    model = Qwen3_5ForConditionalGeneration.__new__(Qwen3_5ForConditionalGeneration)
+    nn.Module.__init__(model)
+    model.visual = nn.Linear(2, 3)
+    stored = {"visual.weight": torch.rand(3, 2), "model.visual.bias": torch.rand(3)}
+    text = {"lm_head.weight": torch.rand(1)}
+    assert dict(model._load_tower((stored | text).items())) == text
+    for name, tensor in stored.items():
+        assert torch.equal(model.get_parameter(name.removeprefix("model.")), tensor)

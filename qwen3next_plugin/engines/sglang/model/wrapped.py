@@ -1,5 +1,6 @@
 """Qwen3.5 and later as vision-language models: SGLang's vision tower around our text model."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_lm_head, make_logits_processor
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
-VISION = "model.visual."  # prefix of the tower's tensors
+VISION = re.compile(r"(model\.)?visual\.")  # prefix of the tower's tensors
 
 
 class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
@@ -87,12 +88,12 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
         parameters = {} if self.visual is None else dict(self.visual.named_parameters())
         missing = set(parameters)
         for name, tensor in weights:
-            if not name.startswith(VISION):
+            if not (prefix := VISION.match(name)):
                 yield name, tensor
                 continue
             if self.visual is None:
                 continue
-            inside = name.removeprefix(VISION).replace(".attn.qkv.", ".attn.qkv_proj.")
+            inside = name[prefix.end() :].replace(".attn.qkv.", ".attn.qkv_proj.")
             if inside not in parameters:
                 raise CheckpointError(
                     f"unexpected tensor {name}: vision_config has no place for it; config.json "
@@ -104,7 +105,7 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
         if missing:
             raise CheckpointError(
                 f"{len(missing)} tensors of the vision tower are missing, the first is "
-                f"{VISION}{min(missing)}; add --language-model-only to serve text without it"
+                f"model.visual.{min(missing)}; add --language-model-only to serve text without it"
             )
 
     # What SGLang asks of a model.

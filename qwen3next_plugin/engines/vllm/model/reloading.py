@@ -21,6 +21,7 @@ from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, stored_weights
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
+from qwen3next_plugin.model.quantisation.files import check_version
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
 
 logger = init_logger(LOGGER)
@@ -74,8 +75,12 @@ def _check(runner: Any, path: str | None, tensors: Tensors | None) -> None:
         raise ConfigError("the table of n-grams stays that of the model: restart the server")
     if config.lora_config is not None:
         raise ConfigError("weights are not reloaded under adapters: serve without --enable-lora")
+    if tensors is None:
+        folder = _folder(config, path)
+        check_version(folder, trunk.formats)
+        tensors = list(stored_tensors(folder))
     check_tensors(
-        _headers(config, path) if tensors is None else tensors,
+        tensors,
         trunk.config,
         quantised=trunk.quantised,
         formats=trunk.formats,
@@ -83,11 +88,11 @@ def _check(runner: Any, path: str | None, tensors: Tensors | None) -> None:
     )
 
 
-def _headers(config: VllmConfig, path: str | None) -> Tensors:
-    """The tensors of a folder without their data."""
+def _folder(config: VllmConfig, path: str | None) -> Path:
+    """The weights to load: by default those of the last time."""
     if (found := config.load_config.load_format) not in READ_HERE:
         raise ConfigError(f"--load-format {found}: its weights are not reloaded; restart")
     folder = Path(path) if path else stored_weights(config)
     if not folder.is_dir():
         raise ConfigError(f"weights_path = {folder}: no such folder")
-    return list(stored_tensors(folder))
+    return folder
