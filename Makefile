@@ -21,12 +21,13 @@ BIN          := .venv-$(THE_ENGINE)/bin
 MODEL ?= examples/qwen3next-tiny
 PORT  ?= 8000
 ARGS  ?=
-# Where pip finds the CPU build of torch, unless its own indexes have one.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Where pip finds the CPU build of torch, unless its own indexes have one; also if set to nothing.
+override TORCH_INDEX := $(or $(TORCH_INDEX),https://download.pytorch.org/whl/cpu)
 # --no-compile: most of the modules are never imported, so bytecode is written at the first import,
 # whatever the environment says: an engine has thousands of modules, and each process imports them.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --no-compile --no-deps
+SET     := --config-settings=
 
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 
@@ -74,16 +75,16 @@ lock: | .venv-$(THE_ENGINE)/bin/python ## write requirements/*.txt from requirem
 INSTALLED := lib/python*/site-packages/qwen3next_plugin/kernels/_ops.so
 OPS = $(if $(filter-out $(THE_ENGINE),$*),$$(echo $(CURDIR)/.venv-$(THE_ENGINE)/$(INSTALLED)))
 $(ENGINES:%=.venv-%/.plugin): .venv-%/.plugin: $(NATIVE) .venv-%/.dev
-	.venv-$*/bin/python $(INSTALL) --no-build-isolation -C build-dir=build/$* \
-	  -C cmake.define.OPS=$(OPS) -e .
+	.venv-$*/bin/python $(INSTALL) --no-build-isolation $(SET)build-dir=build/$* \
+	  $(SET)cmake.define.OPS=$(OPS) -e .
 	touch $@
 $(filter-out .venv-$(THE_ENGINE)/.plugin,$(ENGINES:%=.venv-%/.plugin)): .venv-$(THE_ENGINE)/.plugin
 
 setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## engines, plugin and tools, in .venv-vllm and .venv-sglang
 
-SERVE_vllm   = $(BIN)/vllm serve $(MODEL) --port $(PORT) \
+SERVE_vllm   = $(BIN)/vllm serve '$(MODEL)' --max-model-len auto --port $(PORT) \
   --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}'
-SERVE_sglang = $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --port $(PORT) \
+SERVE_sglang = $(BIN)/python -m sglang.launch_server --model-path '$(MODEL)' --port $(PORT) \
   --speculative-algo NEXTN --speculative-num-steps 3
 
 serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sglang: by SGLang; ARGS are the engine's
@@ -137,12 +138,12 @@ endif
 # llama.cpp is compiled without AMX: with it, it reads beyond a weight and dies when a batch has two
 # sequences of Qwen3-Next (compare llama.cpp #20824). Remove when it does not.
 LLAMA_CPP_VERSION := 0.3.36
-NO_AMX := $(foreach language,C CXX,-C cmake.define.CMAKE_$(language)_FLAGS=-mno-amx-int8)
+NO_AMX := $(foreach language,C CXX,$(SET)cmake.define.CMAKE_$(language)_FLAGS=-mno-amx-int8)
 LLAMA_CPP := .peers/llama.cpp/.installed
 $(LLAMA_CPP): | .venv-vllm/.dev
 	rm -rf $(@D)
 	.venv-vllm/bin/python $(INSTALL) --target $(@D) \
-	  -C cmake.define.LLAVA_BUILD=OFF -C cmake.define.GGML_NATIVE=ON $(NO_AMX) \
+	  $(SET)cmake.define.LLAVA_BUILD=OFF $(SET)cmake.define.GGML_NATIVE=ON $(NO_AMX) \
 	  llama-cpp-python==$(LLAMA_CPP_VERSION) diskcache==5.6.3 gguf==0.19.0
 	echo of llama-cpp-python $(LLAMA_CPP_VERSION) > $@
 
@@ -204,9 +205,9 @@ test-long: test ## the same at full size, the tests marked `long`, and test-whee
 # ARCH=aarch64 is compiled by a cross compiler (Debian's g++-aarch64-linux-gnu).
 ARCH  = $(shell uname -m)
 CROSS = SYSTEM_NAME=Linux SYSTEM_PROCESSOR=$(ARCH) CXX_COMPILER=$(ARCH)-linux-gnu-g++
-BUILD = -m pip wheel --quiet --no-build-isolation --no-deps -C build-dir=build/wheel-$(ARCH) \
-  -C wheel.tags=py3-none-manylinux_2_28_$(ARCH) --wheel-dir dist . \
-  $(if $(filter-out $(shell uname -m),$(ARCH)),$(CROSS:%=-C cmake.define.CMAKE_%))
+BUILD = -m pip wheel --quiet --no-build-isolation --no-deps $(SET)build-dir=build/wheel-$(ARCH) \
+  $(SET)wheel.tags=py3-none-manylinux_2_28_$(ARCH) --wheel-dir dist . \
+  $(if $(filter-out $(shell uname -m),$(ARCH)),$(CROSS:%=$(SET)cmake.define.CMAKE_%))
 wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed; ARCH=aarch64
 	rm -f dist/*_$(ARCH).whl
 	$(BIN)/python $(BUILD)

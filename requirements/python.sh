@@ -14,17 +14,17 @@ ${CXX:-c++} -std=c++20 -fsyntax-only -x c++ - 2> /dev/null << 'END' ||
 #error older than what the kernels are tested with
 #endif
 END
-  lacks "No C++20 compiler: ${CXX:-c++} is not GCC 12 or newer, nor Clang"
+  lacks "No C++20 compiler: ${CXX:-c++} is not GCC 12 or newer, nor Clang (another: make CXX=g++-12)"
 
 for python in "$@"; do
   "$python" - 2> /dev/null << 'END' || continue
 import ensurepip, pathlib, sys, sysconfig
 header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
-sys.exit(sys.version_info < (3, 11) or not header.is_file())
+sys.exit(not (3, 11) <= sys.version_info < (3, 14) or not header.is_file())
 END
   "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
     lacks "No libnuma.so.1, which vLLM's CPU build loads"
   echo "$python"
   exit
 done
-lacks "No Python 3.11 or newer with venv and Python.h: tried $*"
+lacks "No Python 3.11, 3.12 or 3.13 with venv and Python.h: tried $* (another: make PYTHON=python3.13)"

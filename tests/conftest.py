@@ -35,7 +35,17 @@ LONGEST = (
 for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
 
+WORKER_BYTES = 2 << 30  # that a worker takes at most, beside engines that it starts
+
 T = TypeVar("T")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """As many as this process may use cores and memory of the machine, which a container limits."""
+    from qwen3next_plugin.engines import cgroups, cores
+
+    usable = (len(os.sched_getaffinity(0)), cores.quota(), cgroups.memory_bytes() // WORKER_BYTES)
+    return max(1, min(n for n in usable if n is not None))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

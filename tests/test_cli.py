@@ -3,9 +3,14 @@
 import copy
 import json
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
+from pathlib import Path
 from typing import get_args
 from unittest.mock import MagicMock
 
@@ -30,6 +35,7 @@ from qwen3next_plugin.engines.memory import LEAST_POOLS
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.kernels.paged_attention import SCRATCH
+from qwen3next_plugin.model.checkpoint import headers
 from qwen3next_plugin.model.checkpoint.reading import parameters as parameters_of
 from qwen3next_plugin.model.checkpoint.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
@@ -362,12 +368,14 @@ def test_plan_reads_the_safetensors_files(tmp_path):
     assert sum(halved["weights"].values()) == 2 * halved["parameters"]
 
 
-def test_plan_quantises_no_quantised_checkpoint(tmp_path):
+def test_plan_quantises_no_quantised_checkpoint(monkeypatch, tmp_path):
     folder, _ = write_quantised(write_checkpoint(tmp_path / "plain"), tmp_path, "fp8-blocks")
+    refused = f"int4: {folder} is quantised already; leave it out"
     result = run("plan", folder, "--quantise", "int4")
-    assert result.exit_code == 1
-    assert "--quantise int4:" in result.stderr
-    assert "is quantised already; leave it out" in result.stderr
+    assert (result.exit_code, result.stderr) == (1, f"qwen3next: --quantise {refused}\n")
+    monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int4")
+    result = run("plan", folder)
+    assert (result.exit_code, result.stderr) == (1, f"qwen3next: QWEN3NEXT_QUANTISE={refused}\n")
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "gptq_zeros", "nvfp4", MIXED])
@@ -468,6 +476,49 @@ def test_plan_complains_of_a_truncated_file(tmp_path):
     result = run("plan", folder)
     assert result.exit_code == 1
     assert "model.safetensors" in result.stderr
+
+
+def test_a_misspelt_variable_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("QWEN3NEXT_QUANTIZE", "int4")
+    for command in (("plan", tmp_path), ("pack", tmp_path, tmp_path / "out"), ("warmup", tmp_path)):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "did you mean QWEN3NEXT_QUANTISE?" in result.stderr
+
+
+def test_a_path_that_the_system_refuses_is_one_line():
+    result = run("plan", "x" * 300)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("qwen3next: [Errno 36] File name too long")
+    assert result.stderr.count("\n") == 1
+
+
+def test_files_that_this_user_may_not_read(monkeypatch, tmp_path):
+    """As root, whom the tests may have, every file can be read."""
+    folder = write_checkpoint(tmp_path / "model")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert "config.json: this user may not read it; change" in run("plan", folder).stderr
+    monkeypatch.setattr(headers, "safe_open", refuse)
+    assert "model.safetensors: this user may not read it" in run("plan", folder).stderr
+
+
+def test_sources_without_kernels_say_where_they_are(tmp_path):
+    """`python -m` finds what is in the current folder first; -S: not what is installed editably."""
+    here = shutil.copytree(Path(versions.__file__).parent, tmp_path / "qwen3next_plugin")
+    site = sysconfig.get_path("purelib")
+    code = (
+        f"import sys; sys.path.append({site!r})\n"
+        "from qwen3next_plugin.versions import check_host\ncheck_host('torch')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert f"ImportError: qwen3next_plugin is imported from {here.parent}, whose" in done.stderr
 
 
 def test_plan_of_a_hub_name():

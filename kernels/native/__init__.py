@@ -15,7 +15,7 @@ LIBRARY = "_ops.so"
 def load() -> None:
     """Load the library and apply QWEN3NEXT_ISA, once.
 
-    Raises: ImportError if it was not built, RuntimeError if the machine lacks the instruction set.
+    Raises: ImportError if it was not built, EnvError if the machine lacks the instruction set.
     """
     # An editable install keeps the library in site-packages and the sources in the checkout.
     folders = [Path(folder) for folder in qwen3next_plugin.kernels.__path__]
@@ -29,6 +29,12 @@ def load() -> None:
         )
     torch.ops.load_library(path)
     if (name := env.isa()) is not None:
+        available = torch.ops.qwen3next.isa_levels().split(",")
+        if name not in available:
+            raise env.EnvError(
+                f"QWEN3NEXT_ISA={name}: this processor runs {', '.join(available)}; use one of "
+                f"these, or unset it"
+            )
         torch.ops.qwen3next.set_isa(name)
 
 

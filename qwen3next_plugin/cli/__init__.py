@@ -1,6 +1,6 @@
 """The `qwen3next` command: what runs here, what fits, packing, GPU kernels, a server's drafts."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -9,7 +9,7 @@ from qwen3next_plugin.cli import doctor, pack, plan, warmup, watch
 
 
 class _Commands(TyperGroup):
-    """Prints this package's own errors as one line; any other is a bug and keeps its traceback."""
+    """Prints this package's errors, and those of files, as one line; others are bugs."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -17,8 +17,16 @@ class _Commands(TyperGroup):
         except (ValueError, RuntimeError) as error:
             if not type(error).__module__.startswith("qwen3next_plugin."):
                 raise
-            typer.secho(f"qwen3next: {error}", fg="red", err=True)
-            raise typer.Exit(1) from error
+            _complain(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _complain(error)
+
+
+def _complain(error: Exception) -> NoReturn:
+    typer.secho(f"qwen3next: {error}", fg="red", err=True)
+    raise typer.Exit(1) from error
 
 
 app = typer.Typer(

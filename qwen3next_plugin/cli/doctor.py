@@ -105,9 +105,8 @@ def _environment() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     answer = _ask("kernels")
     if isinstance(answer, str):
-        fix = (
-            "build and install the plugin again (pip install .), or set QWEN3NEXT_KERNELS=reference"
-        )
+        again = "build and install the plugin again (pip install .), or set "
+        fix = "" if "EnvError" in answer else f"{again}QWEN3NEXT_KERNELS=reference"
         yield Finding("kernels", "cpu", answer, "broken", fix)
     else:
         for device, description in answer.items():
@@ -155,7 +154,8 @@ def _registration(host: str) -> Iterator[Finding]:
 
 def _ask(question: str) -> dict[str, str] | str:
     """The answer of a probe process, or why it gave none."""
-    command = [sys.executable, "-m", "qwen3next_plugin.cli.probe", question]
+    # -P: the current folder may hold the sources, which lack the compiled kernels.
+    command = [sys.executable, "-P", "-m", "qwen3next_plugin.cli.probe", question]
     try:
         done = subprocess.run(
             command,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qwen3next_plugin import env
 from qwen3next_plugin.cli.memory import gib
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import ConfigError, read_config
@@ -24,6 +25,7 @@ def pack(
     and any number of tensor-parallel ranks. It takes the memory of one weight, and as much disk as
     the server takes memory for its weights. OUT is there once it is complete.
     """
+    env.check()
     dtype = served_dtype(read_config(model))
     import torch
 

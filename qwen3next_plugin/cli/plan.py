@@ -82,6 +82,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,
 ) -> None:
     """Print how much memory a model needs, and how many requests fit next to its weights."""
+    env.check()
     raw = read_config(model)
     if rope_scaling and is_of_family(raw):
         raw = _extended(raw, host_rope.parse(rope_scaling, "--rope-scaling"))
@@ -101,11 +102,11 @@ def plan(
         threads=max(1, here.cores // tp),
         mapped=mapped_bytes(str(model)),
     )
-    if quantise and quantization_of(model):
-        raise ConfigError(f"--quantise {quantise}: {model} is quantised already; leave it out")
+    if (asked := quantise or env.quantise()) and quantization_of(model):
+        flag = "--quantise " if quantise else "QWEN3NEXT_QUANTISE="
+        raise ConfigError(f"{flag}{asked}: {model} is quantised already; leave it out")
     known = (None,) if quantization_of(model) else (None, *AT_LOAD)
     formats = {each: _planned(model, engine, config, flags, each) for each in known}
-    asked = quantise or env.quantise()
     result, source = formats.get(asked) or _planned(model, engine, config, flags, asked)
     named = {f"QWEN3NEXT_QUANTISE={f}" if f else "as stored": p for f, (p, _) in formats.items()}
     counts = parameters(config)

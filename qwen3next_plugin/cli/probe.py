@@ -16,14 +16,16 @@ def kernels() -> dict[str, str]:
     from qwen3next_plugin.kernels import native
     from qwen3next_plugin.kernels.rms_norm import rms_norm
 
-    x = torch.ones(1, 16)
-    # ends the process if the kernel uses an instruction that the processor lacks
-    rms_norm(x=x, weight=torch.zeros(16), eps=1e-6)
-    if env.kernels() == "reference":
-        return {"cpu": "reference, correct and slow: QWEN3NEXT_KERNELS=reference"}
-    found = {"cpu": f"native, {native.isa()}; this processor runs {', '.join(native.levels())}"}
-    found["cpu, quantised"] = _formats()
-    if torch.cuda.is_available():
+    x, found, on_gpu = torch.ones(1, 16), {}, torch.cuda.is_available()
+    if env.kernels() != "triton" or not on_gpu:
+        # ends the process if the kernel uses an instruction that the processor lacks
+        rms_norm(x=x, weight=torch.zeros(16), eps=1e-6)
+        if env.kernels() == "reference":
+            return {"cpu": "reference, correct and slow: QWEN3NEXT_KERNELS=reference"}
+        runs = ", ".join(native.levels())
+        found["cpu"] = f"native, {native.isa()}; this processor runs {runs}"
+        found["cpu, quantised"] = _formats()
+    if on_gpu and env.kernels() != "cpu":
         import triton
 
         from qwen3next_plugin.kernels.gpu.configs import architecture

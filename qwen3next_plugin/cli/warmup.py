@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qwen3next_plugin import env
 from qwen3next_plugin.cli.memory import StateDtype
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import (
@@ -46,6 +47,7 @@ def warmup(
     An engine compiles the same kernels when it starts. This command fills images and shared
     caches: set TRITON_CACHE_DIR, run it with the engine's Triton, and ship the folder.
     """
+    env.check()
     if num_speculative_tokens is not None:
         check_num_speculative_tokens(num_speculative_tokens)
     for name in arch or ():

@@ -25,6 +25,8 @@ def read_object(path: Path, error: type[ValueError]) -> dict[str, Any]:
             raise ValueError(f"more than {MOST_VALUES} values")
         found = json.loads(data)
         _check_levels(found)
+    except PermissionError as reason:
+        raise error(f"{path}: this user may not read it; change its owner or mode") from reason
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} cannot be read ({reason}); {again}") from reason
     if not isinstance(found, dict):

@@ -97,6 +97,8 @@ def opened(path: Path, framework: str, error: type[ValueError] = CheckpointError
             f"{path.name} has {path.stat().st_size} bytes and its header cannot be used ({said}): "
             f"{again}"
         ) from reason
+    except PermissionError as reason:
+        raise error(f"{path}: this user may not read it; change its owner or mode") from reason
     except OSError as reason:
         raise error(f"{path} cannot be read ({reason}): {again}") from reason
     with file:
