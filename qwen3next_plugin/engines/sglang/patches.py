@@ -28,7 +28,15 @@ from qwen3next_plugin.engines.sglang.model.config import (
     no_profile,
 )
 from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
-from qwen3next_plugin.engines.sglang.repairs import nodes, patterns, penalties, requests, sessions
+from qwen3next_plugin.engines.sglang.repairs import (
+    aborts,
+    nodes,
+    patterns,
+    penalties,
+    requests,
+    rows,
+    sessions,
+)
 from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
 from qwen3next_plugin.engines.sglang.state import handover
@@ -454,9 +462,25 @@ REPAIRS: tuple[Entry, ...] = (
             *("self", "req", "tokenizer", "vocab_size", "eos_token_ids", "disagg_mode"),
             "req_factory",
         ),
-        function=sessions.replace_in_session,
-        reason="a request that replaces a session's earlier ones ends SGLang's scheduler",
-        remove_when="SGLang serves the sessions of test_hostile.py",
+        function=sessions.continue_in_session,
+        reason="a request that replaces a session's earlier ones ends SGLang's scheduler; drafts "
+        "that were accepted behind a stop token are part of the next turn",
+        remove_when="SGLang serves the sessions of test_hostile.py, and NEXTN changes no turn",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.abort_request",
+        parameters=("self", "recv_req"),
+        function=aborts.abort_one,
+        reason="a client that names its request `a` and leaves would abort others' requests",
+        remove_when="SGLang compares whole names",
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.kv_cache_configurator.get_req_to_token_extra_context_len",
+        parameters=(),
+        function=rows.with_reserve,
+        reason="with draft trees, or 8 drafts, a step reserves more tokens than a request has "
+        "places, which ends the scheduler near the context's end",
+        remove_when="SGLang counts the reserve for pages of one token, too",
     ),
     Patch(
         target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",

@@ -51,6 +51,7 @@ SERVED: Served = {
     # where state and caches are kept
     "enable_hierarchical_cache": ((False,), POOL, FOLDER),
     "radix_cache_backend": ((None,), POOL, LEAVE_OUT),
+    "strip_thinking_cache": ((False,), "it ends SGLang after a retraction", LEAVE_OUT),
     "enable_lmcache": ((False,), POOL, LEAVE_OUT),
     "enable_flexkv": ((False,), POOL, LEAVE_OUT),
 }

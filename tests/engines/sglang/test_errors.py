@@ -146,6 +146,7 @@ REFUSED = {
     "page_size": 16,
     "mamba_ssm_dtype": "float16",
     "radix_cache_backend": "other",
+    "strip_thinking_cache": True,
     "cpu_offload_gb": 4,
     "qsa_indexer_dtype": "fp8_e4m3",
     "pp_size": 2,

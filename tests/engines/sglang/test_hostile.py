@@ -1,8 +1,10 @@
 """No client ends an SGLang server: what would is refused, and who leaves leaves nothing behind."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from checkpoints import SHIPPED
@@ -25,6 +27,12 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "token, streamed": ({"input_ids": [1, V], "stream": True}, f"{PROMPT} is {V}"),
     "no token": ({"input_ids": [[1], []]}, f"{PROMPT} is empty"),
+    "token beside a text": ({"text": "a", "input_ids": [1, V]}, f"{PROMPT} is {V}"),
+    "no token beside a text": ({"text": "a", "input_ids": []}, f"{PROMPT} is empty"),
+    "labels": (
+        {"custom_labels": {"x": "y"}},
+        "custom_labels has 'x'; allowed are the names of the server's --tokenizer-metrics-allowed",
+    ),
     "no text": ({"text": ["a", ""]}, f"{PROMPT} is empty"),
     "logprobs": ({"return_logprob": True, TOP: V + 1}, f"{LOGPROBS} is {V + 1}"),
     "logprobs of the prompt": (
@@ -124,6 +132,7 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
 # What /vertex_generate is asked besides an instance, and a part of what it then says. SGLang
 # compares nothing there with the type that it declares.
 VERTEX: dict[str, tuple[dict[str, Any], str]] = {
+    "labels of another type": ({"custom_labels": {"x": 1}}, "custom_labels is {'x': 1}: Expected"),
     "checks left out": (
         {"sampling_params": {"temperature": 0, "top_p": 0.9, "is_normalized": True}},
         "is_normalized is SGLang's own; leave it out of sampling_params",
@@ -255,6 +264,29 @@ def test_a_streaming_session_answers_as_one_text_does(server, first, start):
     ask(server, "/close_session", {"session_id": session})
 
 
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_a_session_answers_as_one_text_does(server, first, start):
+    """Drafts that were accepted behind a stop token are no part of its next turn."""
+    params = {"temperature": 0, "max_new_tokens": 24, "stop_token_ids": [*range(250, 330)]}
+
+    def ask_for(ids: list[int], **more: Any) -> dict[str, Any]:
+        return server.post("/generate", input_ids=ids, sampling_params=params, **more)
+
+    session = server.post("/open_session", capacity_of_str_len=10_000)
+    text: list[int] = []
+    last = None
+    for turn in range(6):
+        asked = [(31 * start + 7 * turn + 5 * i) % 4000 + 3 for i in range(5 + start)]
+        text += asked
+        answer = ask_for(asked, session_params={"id": session, "rid": last})
+        alone = ask_for(text)
+        assert answer["output_ids"] == alone["output_ids"]
+        assert answer["meta_info"]["prompt_tokens"] == alone["meta_info"]["prompt_tokens"]
+        text += answer["output_ids"]
+        last = answer["meta_info"]["id"]
+    ask(server, "/close_session", {"session_id": session})
+
+
 def test_a_request_replaces_earlier_ones_of_its_session(server, first):
     """All of them, or those that follow one of them, two of which have the same name."""
     session = server.post("/open_session", capacity_of_str_len=10_000)
@@ -284,6 +316,21 @@ def test_least_tokens_that_a_grammar_lacks_end_the_answer(server, first, tempera
     params = {"regex": "a", "min_new_tokens": 6, "temperature": temperature}
     answer = server.post("/generate", text=PROMPTS[0], sampling_params=params)
     assert answer["text"] == "a"
+
+
+def test_who_leaves_ends_no_request_whose_name_begins_alike(server, first):
+    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 1500}
+    asked = {"text": PROMPTS[0], "rid": "job-12", "sampling_params": params}
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(server.post, "/generate", **asked)
+        assert eventually(lambda: server.unfinished() == 1)
+        body = asked | {"rid": "job-1", "stream": True}
+        with httpx.stream("POST", f"{server.address}/generate", json=body) as response:
+            next(response.iter_lines())
+        assert eventually(lambda: server.unfinished() == 1)
+        assert not other.done()
+        assert other.result()["meta_info"]["completion_tokens"] == 1500
+    check_unharmed(server, first)
 
 
 def test_nothing_of_that_harms_the_server(server, first):

@@ -214,9 +214,18 @@ def _check_rows(field: str, rows: torch.Tensor, hidden_size: int) -> None:
 def _check_given(obj: Any, params: list[Any]) -> None:
     """Check types that SGLang's own HTTP routes let through."""
     from sglang.srt.managers.io_struct import SessionParams
+    from sglang.srt.runtime_context import get_observability
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     _check_type("received_time", obj.received_time, float | None)
+    _check_type("custom_labels", obj.custom_labels, dict[str, str] | None)
+    allowed = get_observability().tokenizer_metrics_allowed_custom_labels or ()
+    for name in obj.custom_labels or ():
+        if name not in allowed:
+            raise ValueError(
+                f"custom_labels has {shortened(name)}; allowed are the names of the server's "
+                f"--tokenizer-metrics-allowed-custom-labels: {', '.join(allowed) or 'none'}"
+            )
     if obj.lora_id:
         raise ValueError(f"lora_id is {shortened(obj.lora_id)}; name an adapter in lora_path")
     if obj.session_params is not None:
@@ -266,8 +275,10 @@ def _lists(ids: Any) -> list[Any]:
 
 
 def _prompts(obj: Any) -> list[Any]:
-    """The prompts, as text or as token ids."""
-    return _lists(obj.input_ids) if obj.text is None else _each(obj.text)
+    """The prompts, as text and as token ids; SGLang takes the latter where both are given."""
+    if obj.text is None:
+        return _lists(obj.input_ids)
+    return _each(obj.text) + ([[]] if obj.input_ids == [] else _lists(obj.input_ids))
 
 
 def _embedded(embeds: Any) -> int:

@@ -16,6 +16,20 @@ def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
     return kept
 
 
+def continue_in_session(
+    host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
+) -> Any:
+    """Begin the next turn behind the answer that the client has, then as `replace_in_session`.
+
+    A verification may have accepted drafts behind the token that ended it.
+    """
+    asked = req.session_params
+    before = None if session.streaming else session.req_nodes.get(asked.rid)
+    if before is not None and before.req.finished():
+        before.req.output_ids = before.req.output_ids_through_stop
+    return replace_in_session(host, session, req, *args, **more)
+
+
 def replace_in_session(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
 ) -> Any:

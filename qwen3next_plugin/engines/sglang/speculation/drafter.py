@@ -55,6 +55,11 @@ class Drafter(Chains):
         """Whether a request of the batch has a draft to verify."""
         return any(request.rid in self.lengths for request in batch.reqs)
 
+    def drop(self, batch: ScheduleBatch) -> None:
+        """Forget the drafts of a batch."""
+        for request in batch.reqs:
+            self.lengths.pop(request.rid, None)
+
     def after_prompts(
         self, batch: ScheduleBatch, hidden_states: torch.Tensor, next_token_ids: torch.Tensor
     ) -> EagleDraftInput:

@@ -39,10 +39,16 @@ class Worker(EAGLEWorkerV2):
         )
 
     def choose_step(self, batch: ScheduleBatch) -> None:
-        """Before a decode step is prepared: verify drafts if there are any, else decode plainly."""
+        """Before a decode step is prepared: verify drafts if there are any, else decode plainly.
+
+        Drafts are dropped where the pool has no room for a verification: SGLang would retract
+        requests, and abort the last one, for which a plain step needs a token each.
+        """
         if self.drafter.has_drafts(batch):
             batch.spec_algorithm = self.speculative_algorithm
-            return
+            if batch.check_decode_mem():
+                return
+            self.drafter.drop(batch)
         batch.spec_algorithm = SpeculativeAlgorithm.NONE
         info = batch.sampling_info  # left over from steps with drafts
         info.acc_additive_penalties = info.acc_scaling_penalties = None
