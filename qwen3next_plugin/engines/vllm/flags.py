@@ -89,7 +89,9 @@ def check(vllm_config: VllmConfig) -> None:
         _check_invariance(vllm_config)
     _check_quantisation(vllm_config)
     check_streams(config, vllm_config)
+    _check_policy(vllm_config)
     if vllm_config.speculative_config is not None:
+        _check_method(vllm_config)
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
         _check_state(vllm_config)
         _check_speculation(vllm_config)
@@ -248,6 +250,29 @@ def _check_state(vllm_config: VllmConfig) -> None:
             "speculative decoding with prefix caching: vLLM's model runner V1 copies this model's "
             "state pages wrongly; use runner V2 (VLLM_USE_V2_MODEL_RUNNER=1; vLLM's log says what "
             "keeps it from choosing V2), or --no-enable-prefix-caching, or no --speculative-config"
+        )
+
+
+def _check_method(vllm_config: VllmConfig) -> None:
+    """Refuse other drafters."""
+    if (method := vllm_config.speculative_config.method) != "mtp":
+        raise ConfigError(
+            f"--speculative-config: method {method}: the plugin drafts with the MTP layer alone; "
+            f'use {{"method": "mtp", "num_speculative_tokens": 3}}, or QWEN3NEXT_DISABLE=1'
+        )
+
+
+def _check_policy(vllm_config: VllmConfig) -> None:
+    """Refuse priorities with prefix caching.
+
+    vLLM then preempts requests that the same step has scheduled, and leaves blocks in the cache
+    that nothing has written: another prompt's state would be read. Remove when vLLM evicts them.
+    """
+    priorities = vllm_config.scheduler_config.policy == "priority"
+    if priorities and vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            "--scheduling-policy priority with prefix caching: vLLM may take blocks from the cache "
+            "that were never written; add --no-enable-prefix-caching"
         )
 
 

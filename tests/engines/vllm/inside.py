@@ -177,10 +177,15 @@ def decode_broken(
         engine.abort_request(names)
 
 
-def stream(llm: LLM, pieces: list[tuple[int, ...]], tokens: int) -> list[int]:
-    """The tokens after each piece of streaming input whose pieces are all there from the start."""
+def stream(
+    llm: LLM, pieces: list[tuple[int, ...]], tokens: int, stops: tuple[int, ...] = ()
+) -> list[int]:
+    """The tokens after each piece of streaming input whose pieces are all there from the start.
+
+    `stops`: tokens that end an answer.
+    """
     core, found = llm.llm_engine.engine_core, []
-    params = SamplingParams(temperature=0.0, max_tokens=tokens)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, stop_token_ids=[*stops])
     for number, piece in enumerate([*pieces, (0,)]):  # the last one says that there are no more
         request = llm.llm_engine.input_processor.process_inputs(
             "0-stream",

@@ -159,6 +159,18 @@ def test_streaming_input(drafter):
     assert drafter.caught_up() > 0
 
 
+def test_streaming_input_whose_answers_end_inside_drafts(drafter):
+    pieces = [*SHORT, (7,), LONG[1], (9,), SHORT[1]]
+    whole = [output.token_ids for output in drafter.run(SHORT, 0).outputs]
+    stops = tuple({tokens[at] for tokens in whole for at in (1, 2, 5)})
+    drafter.engine.inside("draft", 0)
+    plain = drafter.engine.inside("stream", pieces, 12, stops)
+    drafter.engine.inside("draft", K)
+    accepted = drafter.engine.inside("board", "drafts_accepted")
+    assert drafter.engine.inside("stream", pieces, 12, stops) == plain
+    assert drafter.engine.inside("board", "drafts_accepted") != accepted
+
+
 def test_a_prompt_of_embeddings():
     """Whose tokens are unknown, longer than a step."""
     speculation = {"method": "mtp", "num_speculative_tokens": K}

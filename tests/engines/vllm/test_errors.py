@@ -151,6 +151,19 @@ def test_the_reference_is_not_compiled(monkeypatch, complete, checkpoint):
         complete(checkpoint, enforce_eager=False)
 
 
+def test_other_drafters_are_refused_by_name(complete, checkpoint):
+    flags = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
+    with pytest.raises(Exception, match="method ngram: the plugin drafts with the MTP layer alone"):
+        complete(checkpoint, **flags)
+
+
+def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):
+    """vLLM would take blocks from the cache that were never written."""
+    with pytest.raises(Exception, match="--scheduling-policy priority with prefix caching"):
+        complete(checkpoint, scheduling_policy="priority", enable_prefix_caching=True)
+    complete(checkpoint, scheduling_policy="priority", enable_prefix_caching=False)
+
+
 @pytest.mark.parametrize(
     ("runner", "flags", "refused"),
     [
@@ -514,6 +527,7 @@ def test_instruction_set_that_the_machine_lacks():
         done = run(code)
     else:
         done = run(f"{PLUGINS}; print('went on')", QWEN3NEXT_ISA=lacking[0])
+        assert f"QWEN3NEXT_ISA={lacking[0]}: this processor runs baseline" in done.text
     assert done.returncode != 0
     assert "went on" not in done.text
     assert "qwen3next_plugin cannot be used" in done.text

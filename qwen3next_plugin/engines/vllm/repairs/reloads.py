@@ -25,8 +25,14 @@ def forget_old_weights(
         ConfigError: the workers refuse. They return why: of what they raise, vLLM would read the
             first one's, and the others' as answers to its next call.
     """
+    ours = method == RELOAD and is_ours(core.vllm_config.model_config)
+    if ours and core.scheduler.num_waiting_for_streaming_input:
+        raise ConfigError(
+            "a session of streaming input waits for its next piece, and holds what the old weights "
+            "computed: end it, then reload"
+        )
     results = host(core, method, timeout, args, kwargs)
-    if method == RELOAD and is_ours(core.vllm_config.model_config):
+    if ours:
         if results[0] is not None:
             raise ConfigError(results[0])
         core._reset_caches()

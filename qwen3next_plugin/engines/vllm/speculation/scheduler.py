@@ -1,7 +1,7 @@
 """vLLM's scheduler, which also counts the state pages in use and logs a line on drafting.
 
 vLLM has a setting for the class (`--scheduler-cls`); flags.py chooses this one with MTP.
-Scheduling itself does not change.
+Scheduling itself changes for streaming input alone.
 """
 
 import time
@@ -14,6 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler as HostScheduler
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from qwen3next_plugin.engines.vllm.metrics import scheduler_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
@@ -45,6 +46,16 @@ class Scheduler(HostScheduler):
             self._count(now)
             self._log(now)
         return outputs
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """Let the next piece of streaming input begin where it does without drafts.
+
+        A step may have accepted drafts behind the token that ended the answer, and the last token
+        of an answer is not read before the next piece.
+        """
+        if request.resumable:
+            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        return super()._handle_stopped_request(request)
 
     def _count(self, now: float) -> None:
         """Count the state pages now and then, and when nothing runs any more."""
