@@ -513,6 +513,13 @@ REPAIRS_ON_CPU: tuple[Entry, ...] = (
         reason="SGLang counts one token of each request a step; a verification commits several",
         remove_when="SGLang counts all of them",
     ),
+    Patch(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+        parameters=("self",),
+        function=penalties.count_what_is_read_again,
+        reason="after a retraction SGLang's penalties forget the answer so far",
+        remove_when="SGLang counts what it reads again",
+    ),
 )
 
 OVERRIDES: tuple[Entry, ...] = (

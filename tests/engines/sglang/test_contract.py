@@ -331,9 +331,13 @@ KEPT = {
     "srt/managers/schedule_batch.py": {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
-            *("sampling_params", "bootstrap_host", "bootstrap_room"),
+            *("sampling_params", "bootstrap_host", "bootstrap_room", "rid", "finished_len"),
         ],
     },
+    "srt/managers/scheduler.py": {
+        "Scheduler": ["chunked_req", "waiting_queue", "grammar_manager"],
+    },
+    "srt/constrained/grammar_manager.py": {"GrammarManager": ["grammar_queue"]},
     "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
     "srt/sampling/penaltylib/orchestrator.py": {"BatchedPenalizerOrchestrator": ["penalizers"]},
     "srt/speculative/eagle_worker_v2.py": {

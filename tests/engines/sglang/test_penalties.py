@@ -9,7 +9,10 @@ import torch
 pytest.importorskip("sglang")
 
 from engines.sglang.penalised import PARAMS, Batch, Request, check, step
-from qwen3next_plugin.engines.sglang.repairs.penalties import count_every_token
+from qwen3next_plugin.engines.sglang.repairs.penalties import (
+    count_every_token,
+    count_what_is_read_again,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,25 @@ def test_a_retraction_makes_the_counts_anew():
     step(again, rng, 1)  # behind its text, read again
     again.count()
     check(again)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_answer_that_is_read_again_counts_before_the_next_token(drafts):
+    rng = random.Random(7)
+    requests = [Request(**params) for params in PARAMS]
+    batch = Batch(requests, drafts=drafts)
+    for _ in range(6):
+        step(batch, rng, 3 if drafts else 1)
+        batch.count()
+    for request in requests:
+        request.retraction_count += 1
+    again = Batch(requests, drafts=drafts)
+    count_what_is_read_again(lambda _: None, again)
+    check(again)
+    for _ in range(3):
+        step(again, rng, 1)
+        again.count()
+        check(again)
 
 
 def test_without_drafts_the_host_counts():

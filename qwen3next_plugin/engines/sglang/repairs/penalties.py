@@ -1,4 +1,4 @@
-"""Penalties and min_new_tokens with drafts: count every token of an answer exactly once."""
+"""Penalties and min_new_tokens: count every token of an answer exactly once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +30,22 @@ def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
                 count(penalizer, row, torch.tensor(token_ids, device=batch.device))
 
 
+def count_what_is_read_again(host: Callable[[Any], None], batch: Any) -> None:
+    """Wrap `ScheduleBatch.prepare_for_extend`: count the answers of requests that were retracted.
+
+    SGLang makes their counts anew, at zero. Remove when it counts what it reads again.
+    """
+    host(batch)
+    penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
+    for row, request in enumerate(batch.reqs):
+        if request.output_ids and is_penalised(request.sampling_params):
+            _counted[request] = request.retraction_count, len(request.output_ids)
+            for penalizer in penalizers:
+                count(penalizer, row, torch.tensor(list(request.output_ids), device=batch.device))
+
+
 def _uncounted(request: Any) -> list[int]:
-    """The request's tokens since the last call; all of them after a retraction reset the counts."""
+    """The request's tokens since they were counted; all of them if the counts were made anew."""
     retractions, counted = _counted.get(request, (0, 0))
     if retractions != request.retraction_count:
         counted = 0

@@ -219,8 +219,8 @@ def _check_given(obj: Any, params: list[Any]) -> None:
 
     _check_type("received_time", obj.received_time, float | None)
     _check_type("custom_labels", obj.custom_labels, dict[str, str] | None)
-    allowed = get_observability().tokenizer_metrics_allowed_custom_labels or ()
     for name in obj.custom_labels or ():
+        allowed = get_observability().tokenizer_metrics_allowed_custom_labels or ()
         if name not in allowed:
             raise ValueError(
                 f"custom_labels has {shortened(name)}; allowed are the names of the server's "
