@@ -131,6 +131,18 @@ def asking(drafts: Any) -> str:
     return "use_mtp=True" if drafts else INVARIANT
 
 
+def refuse_synced(synced_gpus: bool, num_drafts: int) -> None:
+    """Refuse ranks that wait for each other in every step, as transformers' ZeRO-3 and FSDP do.
+
+    Raises: RequestError
+    """
+    if synced_gpus:
+        raise RequestError(
+            f"{asking(num_drafts)} under ZeRO-3 or FSDP: ranks would draft differently, and wait "
+            f"for each other forever; generate on one rank, or without it"
+        )
+
+
 def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> None:
     """Refuse what our loop does not support, before anything is computed.
 

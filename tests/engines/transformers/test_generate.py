@@ -18,7 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
 )
+from transformers.generation import utils
 
 from checkpoints import SHAPES, SHIPPED, random_prompt, write_checkpoint
 from engines import damaged
@@ -277,6 +280,35 @@ def test_own_criteria(model, end):
 
     plain, ours = both(model, PROMPTS, stopping_criteria=[after_even], eos_token_id=end)
     assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("end", [None, 1])
+def test_own_criteria_see_the_scores_of_their_step(model, end):
+    kept = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": end}
+    plain, _ = both(model, PROMPTS, **kept)
+    sure = torch.stack([scores.softmax(-1).amax(-1) for scores in plain.scores])
+    least = sure.quantile(0.1)
+
+    def unsure(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return scores[-1].softmax(-1).amax(-1) < least
+
+    plain, ours = both(model, PROMPTS, stopping_criteria=[unsure], **kept)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert len(ours.scores) == len(plain.scores) < TOKENS
+
+
+def test_a_callers_limit_takes_the_place_of_the_hosts(model):
+    limit = StoppingCriteriaList([MaxLengthCriteria(len(PROMPTS[0]) + TOKENS + 9)])
+    plain, ours = both(model, PROMPTS[:1], stopping_criteria=limit, eos_token_id=None)
+    assert ours.shape[1] == len(PROMPTS[0]) + TOKENS + 9
+    assert torch.equal(ours, plain)
+
+
+def test_ranks_that_wait_for_each_other_are_refused(model, monkeypatch):
+    monkeypatch.setattr(utils, "is_fsdp_managed_module", lambda _: True)
+    monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="use_mtp=True under ZeRO-3 or FSDP"):
+        model.generate(torch.tensor([[3, 4, 5]]), use_mtp=True, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "batch"])

@@ -151,9 +151,9 @@ class WithMTP(Base):
     ) -> Any:
         """What the host's `generate` calls with `use_mtp`; other arguments are refused before."""
         rules = (logits_processor, stopping_criteria, generation_config, streamer)
-        return self._answer(
-            input_ids, rules, model_kwargs, num_drafts=generation_config.num_assistant_tokens
-        )
+        num_drafts = generation_config.num_assistant_tokens
+        flags.refuse_synced(synced_gpus, num_drafts)
+        return self._answer(input_ids, rules, model_kwargs, num_drafts=num_drafts)
 
     def _sample(
         self,
@@ -168,6 +168,7 @@ class WithMTP(Base):
         """What the host's `generate` calls without drafts: its loop, or ours with our cache."""
         rules = (logits_processor, stopping_criteria, generation_config, streamer)
         if env.batch_invariant():
+            flags.refuse_synced(synced_gpus, 0)
             return self._answer(input_ids, rules, model_kwargs, num_drafts=0)
         return super()._sample(input_ids, *rules[:3], synced_gpus, streamer, **model_kwargs)
 

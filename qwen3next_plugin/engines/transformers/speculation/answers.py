@@ -38,13 +38,15 @@ class Answers:
         # Without a criterion that knows the end token, the host goes on with every row to the last.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor
-        self.ids = input_ids.new_full((B, max(config.max_length, T + 1)), 0 if pad is None else pad)
+        most = criteria.max_length or config.max_length  # the host's criterion, or the caller's
+        self.ids = input_ids.new_full((B, max(most, T + 1)), 0 if pad is None else pad)
         self.ids[:, :T] = input_ids
-        self.lengths = [T] * B
+        self.begins, self.lengths = T, [T] * B
         self.ends: list[int | None] = [None] * B
         self.streamed = T
-        self.scores: list[list[Tensor]] = [[] for _ in range(B)]
-        self.logits: list[list[Tensor]] = [[] for _ in range(B)]
+        # [B, V] of each step, zeros behind a row's end
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
 
     @property
     def finished(self) -> bool:
@@ -101,11 +103,15 @@ class Answers:
         scores = torch.empty_like(logits)
         for same, length in self._by_length(rows):
             scores[same] = self.processors(self.ids[:, :length], logits.clone())[same]
-        for row in rows:
-            if self.config.output_scores:
-                self.scores[row].append(scores[row : row + 1])
-            if self.config.output_logits:
-                self.logits[row].append(logits[row : row + 1])
+        for wanted, steps, found in (
+            (self.config.output_scores, self.scores, scores),
+            (self.config.output_logits, self.logits, logits),
+        ):
+            for row in rows if wanted else ():
+                step = self.lengths[row] - self.begins
+                if step == len(steps):
+                    steps.append(torch.zeros_like(found))
+                steps[step][row] = found[row]
         if self.config.do_sample:
             return torch.multinomial(scores[rows].softmax(-1), num_samples=1)[:, 0].tolist()
         return scores[rows].argmax(-1).tolist()
@@ -114,8 +120,8 @@ class Answers:
         for row, token in zip(rows, tokens, strict=True):
             self.ids[row, self.lengths[row]] = token
             self.lengths[row] += 1
-        scores = by_step(self.scores) if self.config.output_scores else None
         for same, length in self._by_length([row for row in rows if self.ends[row] is None]):
+            scores = self._steps(self.scores, length)
             ended = self.criteria(self.ids[:, :length], scores).tolist()
             for row in same:
                 self.ends[row] = length if ended[row] else None
@@ -145,16 +151,11 @@ class Answers:
         if not self.config.return_dict_in_generate:
             return ids
         return GenerateDecoderOnlyOutput(
-            sequences=ids, scores=by_step(self.scores), logits=by_step(self.logits)
+            sequences=ids,
+            scores=self._steps(self.scores, self.longest),
+            logits=self._steps(self.logits, self.longest),
         )
 
-
-def by_step(rows: list[list[Tensor]]) -> tuple[Tensor, ...] | None:
-    """Each row's tensors [1, V] as one [B, V] a step; zeros behind a row's end."""
-    steps = max(map(len, rows))
-    if not steps:
-        return None
-    nothing = torch.zeros_like(rows[0][0])
-    return tuple(
-        torch.cat([row[i] if i < len(row) else nothing for row in rows]) for i in range(steps)
-    )
+    def _steps(self, steps: list[Tensor], length: int) -> tuple[Tensor, ...] | None:
+        """The first of them, up to this length of a row; None: they are not kept."""
+        return tuple(steps[: length - self.begins]) or None
