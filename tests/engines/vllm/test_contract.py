@@ -193,6 +193,7 @@ OVERRIDDEN = {
         "Scheduler": {
             "__init__": ["self", "vllm_config"],
             "update_from_output": ["self", "scheduler_output", "model_runner_output"],
+            "_handle_stopped_request": ["self", "request"],
         },
     },
     "sampling_params.py": {
@@ -456,7 +457,10 @@ ATTRIBUTES = {
 KEPT = {
     "v1/worker/gpu/model_states/interface.py": {"ModelState": ["max_num_reqs"]},
     "v1/core/sched/scheduler.py": {
-        "Scheduler": ["log_stats", "running", "kv_cache_manager", "kv_cache_config"]
+        "Scheduler": [
+            *("log_stats", "running", "kv_cache_manager", "kv_cache_config"),
+            "num_waiting_for_streaming_input",
+        ],
     },
     "v1/executor/abstract.py": {"Executor": ["kv_output_aggregator", "ec_output_aggregator"]},
     "v1/executor/multiproc_executor.py": {"MultiprocExecutor": ["output_rank"]},
