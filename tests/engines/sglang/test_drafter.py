@@ -274,8 +274,12 @@ def test_batches_and_results_are_rows(steps):
     assert (step.firsts, step.is_plain, step.verifies) == ([6, 1, 29], True, False)
 
 
-def test_a_step_without_drafts_is_prepared_as_without_nextn(steps):
-    """What a verification left is gone: locations that it reserved, penalties that it adds."""
+@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+def test_a_step_without_drafts_is_prepared_as_without_nextn(steps, room):
+    """What a verification left is gone: locations that it reserved, penalties that it adds.
+
+    Drafts are dropped where one has no room.
+    """
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from qwen3next_plugin.engines.sglang.speculation.worker import Worker
@@ -289,13 +293,16 @@ def test_a_step_without_drafts_is_prepared_as_without_nextn(steps):
         reqs=[a, b],
         sampling_info=Bag(acc_additive_penalties=1, acc_scaling_penalties=1),
         tree_cache=Bag(free_kv_row=lambda kv, ranges: freed.append((kv, ranges))),
+        check_decode_mem=lambda: room,
     )
-    steps.drafter.lengths = {"b": 2}
+    steps.drafter.lengths = {"b": 2, "of no batch": 3}
     worker.choose_step(batch)
-    assert batch.spec_algorithm.is_eagle()
-    assert not freed
-    steps.drafter.lengths = {}
-    worker.choose_step(batch)
+    assert steps.drafter.lengths.keys() - {"of no batch"} == ({"b"} if room else set())
+    if room:
+        assert batch.spec_algorithm.is_eagle()
+        assert not freed
+        steps.drafter.lengths = {}
+        worker.choose_step(batch)
     assert batch.spec_algorithm.is_none()
     assert freed == [(a.kv, [(7, 15)])]
     assert a.kv.kv_allocated_len == 7
