@@ -29,8 +29,7 @@ def load() -> None:
         )
     torch.ops.load_library(path)
     if (name := env.isa()) is not None:
-        available = torch.ops.qwen3next.isa_levels().split(",")
-        if name not in available:
+        if name not in (available := _levels()):
             raise env.EnvError(
                 f"QWEN3NEXT_ISA={name}: this processor runs {', '.join(available)}; use one of "
                 f"these, or unset it"
@@ -41,6 +40,10 @@ def load() -> None:
 def levels() -> list[str]:
     """The instruction sets this machine can run, lowest first."""
     load()
+    return _levels()
+
+
+def _levels() -> list[str]:
     return torch.ops.qwen3next.isa_levels().split(",")
 
 
