@@ -194,17 +194,17 @@ def scale_dtypes(encoding: Encoding) -> Dtypes:
     return BYTES if encoding in FP4_SCALES else SCALES
 
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+PackedShapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @torch.compiler.assume_constant_result  # of a cache that it traces, torch.compile warns
-def _shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
+def _shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> PackedShapes:
     """Those of `packed`, and of `scale` and `zero`; computed once, since every call asks."""
     return packed_shapes(encoding, shape, group)
 
 
 @functools.lru_cache
-def packed_shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> Shapes:
+def packed_shapes(encoding: Encoding, shape: tuple[int, ...], group: int) -> PackedShapes:
     """Those of `packed`, and of `scale` and `zero`, of a weight [N, K] or [E, N, K]."""
     *lead, N, K = shape
     padded = -(-K // (group or BLOCK)) * (group or BLOCK)

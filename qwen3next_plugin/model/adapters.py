@@ -19,6 +19,7 @@ from qwen3next_plugin.config.json_files import read_object
 from qwen3next_plugin.model.checkpoint.headers import opened, read_header
 from qwen3next_plugin.model.checkpoint.layouts import (
     FLAT_PROJECTION,
+    Shapes,
     group_projections,
     holder,
     our_name,
@@ -31,7 +32,6 @@ LOW_RANK = re.compile(r"(.*)\.lora_(A|B)\.weight")
 LINEAR = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 OTHERS = ("out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROJECTIONS = (*LINEAR, *OTHERS)
-Shapes = Mapping[str, tuple[int, ...]]
 Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A [r, K], lora_B [N, r]
 
 

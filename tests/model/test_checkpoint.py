@@ -1,6 +1,9 @@
 """Checkpoint names, layouts and files: every tensor is accounted for, every fault is named."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import deque
 
 import pytest
@@ -18,9 +21,15 @@ from qwen3next_plugin.model.checkpoint.reading import (
     parameters,
     require_mtp,
 )
-from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors, mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.linear_attention import shard_channels
 
+ORDER = """
+import json, sys
+from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+print(json.dumps([*all_tensors(Qwen3NextConfig.from_hf(json.loads(sys.argv[1])))]))
+"""
 SHAPES_OF = {"a.weight": (2, 3), "b.weight": (4,)}
 
 
@@ -42,6 +51,13 @@ def test_names_and_shapes_are_what_transformers_loads(tmp_path, changes):
 def test_names_of_a_rank_are_the_models():
     config = Qwen3NextConfig.from_hf(BASE, tp_size=2)
     assert trunk_tensors(config) == trunk_tensors(Qwen3NextConfig.from_hf(BASE))
+
+
+def test_tensors_are_in_the_same_order_in_every_process():
+    command = [sys.executable, "-c", ORDER, json.dumps(BASE)]
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [*all_tensors(Qwen3NextConfig.from_hf(BASE))]
 
 
 def test_passes_what_is_expected_in_order():

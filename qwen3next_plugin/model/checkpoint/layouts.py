@@ -14,7 +14,7 @@ import torch
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 
-Shapes = set[tuple[str, tuple[int, ...]]]
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name, in an order that is always the same
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
 # Names of a checkpoint that begin so → how ours begin; None: a vision tower, which is the host's.
@@ -76,13 +76,13 @@ def output_sizes(config: Qwen3NextConfig, name: str, layout: Layout) -> list[int
 
 def in_projections(config: Qwen3NextConfig) -> Shapes:
     """Name within the layer and shape of a linear layer's input projections in the checkpoint."""
-    shapes: Shapes = set()
+    shapes: Shapes = {}
     for ours, tensors in projections(config).items():
         channels = {name: sum(parts) for name, parts in tensors.items()}
         if config.layout == "grouped":
             channels = {ours: sum(channels.values())}
         shapes |= {
-            (f"linear_attn.in_proj_{name}.weight", (n, config.hidden_size))
+            f"linear_attn.in_proj_{name}.weight": (n, config.hidden_size)
             for name, n in channels.items()
         }
     return shapes

@@ -13,10 +13,10 @@ from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
-from qwen3next_plugin.model.checkpoint.layouts import group_projections, our_name, our_names
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, group_projections, our_name, our_names
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.quantisation.modules import Formats, Shapes, Stream
+from qwen3next_plugin.model.quantisation.modules import Formats, Stream
 
 # Tensors that a quantised checkpoint may have in addition to a weight: its scales, zero points.
 QUANTISATION_SUFFIXES = (
@@ -42,7 +42,7 @@ def parameters(
     stored: Iterable[tuple[str, torch.Tensor]],
     config: Qwen3NextConfig,
     *,
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Shapes,
     ignored: Iterable[str] = (),
     quantised: bool = False,
     formats: Formats | None = None,

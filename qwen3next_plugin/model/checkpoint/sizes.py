@@ -20,6 +20,7 @@ from qwen3next_plugin.model.checkpoint.headers import (
 )
 
 if TYPE_CHECKING:
+    from qwen3next_plugin.model.checkpoint.layouts import Shapes
     from qwen3next_plugin.model.quantisation.modules import Formats
 
 PARTS = (
@@ -201,7 +202,7 @@ def parameters(config: Qwen3NextConfig) -> dict[str, int]:
     return {name: prod(shape) for name, shape in _shapes(config).items()}
 
 
-def _shapes(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: Qwen3NextConfig) -> "Shapes":
     from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 
     return all_tensors(config)

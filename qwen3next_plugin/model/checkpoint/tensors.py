@@ -7,27 +7,27 @@ from qwen3next_plugin.model.checkpoint.layouts import SHARD, Shapes, in_projecti
 MTP = "mtp."  # the names of the MTP head's tensors begin so
 
 
-def all_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+def all_tensors(config: Qwen3NextConfig) -> Shapes:
     """Name and shape of every tensor of the trunk and the MTP head."""
     return trunk_tensors(config) | mtp_tensors(config)
 
 
-def trunk_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+def trunk_tensors(config: Qwen3NextConfig) -> Shapes:
     """Name and shape of every tensor of the trunk, in the released checkpoint's names."""
     D, vocab = config.hidden_size, config.vocab_size
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, D)}
-    tensors |= {f"model.{name}": shape for name, shape in _end(config)}
+    tensors: Shapes = {"model.embed_tokens.weight": (vocab, D)}
+    tensors |= {f"model.{name}": shape for name, shape in _end(config).items()}
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = (vocab, D)
     for i, layer_type in enumerate(config.layer_types):
         layer = decoder_layer_tensors(config, layer_type, is_moe=config.is_moe_layer(i))
         if config.has_ngrams(i):
             layer |= qwen4_exp.ngrams(config) | qwen4_exp.table(config, i)
-        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer}
+        tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return tensors
 
 
-def loaded_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+def loaded_tensors(config: Qwen3NextConfig) -> Shapes:
     """Those of the trunk that become parameters: all but tables of n-grams, which stay apart."""
     trunk = trunk_tensors(config).items()
     return {name: shape for name, shape in trunk if not SHARD.search(name)}
@@ -38,18 +38,19 @@ def not_loaded_tensors(config: Qwen3NextConfig) -> set[str]:
     return all_tensors(config).keys() - loaded_tensors(config).keys()
 
 
-def mtp_tensors(config: Qwen3NextConfig) -> dict[str, tuple[int, ...]]:
+def mtp_tensors(config: Qwen3NextConfig) -> Shapes:
     """Name and shape of every MTP tensor. Embedding and lm_head are shared with the trunk."""
     if not config.num_nextn_predict_layers:
         return {}
     D = config.hidden_size
-    fc = qwen4_exp.mtp_input(config) if config.hc_count else {("fc.weight", (D, 2 * D))}
+    fc = qwen4_exp.mtp_input(config) if config.hc_count else {"fc.weight": (D, 2 * D)}
     hidden = max(1, config.hc_count) * D
-    norms = {("pre_fc_norm_embedding.weight", (D,)), ("pre_fc_norm_hidden.weight", (hidden,))}
-    tensors = {f"mtp.{name}": shape for name, shape in fc | norms | _end(config)}
+    norms = {"pre_fc_norm_embedding.weight": (D,), "pre_fc_norm_hidden.weight": (hidden,)}
+    outside = fc | norms | _end(config)
+    tensors = {f"mtp.{name}": shape for name, shape in outside.items()}
     for i in range(config.num_nextn_predict_layers):
         layer = decoder_layer_tensors(config, "full_attention", is_moe=config.num_experts > 0)
-        tensors |= {f"mtp.layers.{i}.{name}": shape for name, shape in layer}
+        tensors |= {f"mtp.layers.{i}.{name}": shape for name, shape in layer.items()}
     return tensors
 
 
@@ -66,7 +67,7 @@ def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: b
 
 def _end(config: Qwen3NextConfig) -> Shapes:
     """What makes the last layer's residual the hidden state that the head reads."""
-    return qwen4_exp.end(config) if config.hc_count else {("norm.weight", (config.hidden_size,))}
+    return qwen4_exp.end(config) if config.hc_count else {"norm.weight": (config.hidden_size,)}
 
 
 def _residual(config: Qwen3NextConfig) -> Shapes:
@@ -74,17 +75,17 @@ def _residual(config: Qwen3NextConfig) -> Shapes:
     if config.hc_count:
         return qwen4_exp.connections(config)
     names = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    return {(name, (config.hidden_size,)) for name in names}
+    return dict.fromkeys(names, (config.hidden_size,))
 
 
 def _linear_attention(config: Qwen3NextConfig) -> Shapes:
     D, HV = config.hidden_size, config.linear_num_value_heads
     return in_projections(config) | {
-        ("linear_attn.conv1d.weight", (config.conv_dim, 1, config.linear_conv_kernel_dim)),
-        ("linear_attn.A_log", (HV,)),
-        ("linear_attn.dt_bias", (HV,)),
-        ("linear_attn.norm.weight", (config.linear_value_head_dim,)),
-        ("linear_attn.out_proj.weight", (D, config.value_dim)),
+        "linear_attn.conv1d.weight": (config.conv_dim, 1, config.linear_conv_kernel_dim),
+        "linear_attn.A_log": (HV,),
+        "linear_attn.dt_bias": (HV,),
+        "linear_attn.norm.weight": (config.linear_value_head_dim,),
+        "linear_attn.out_proj.weight": (D, config.value_dim),
     }
 
 
@@ -95,32 +96,32 @@ def _attention(config: Qwen3NextConfig) -> Shapes:
         "k_proj": config.kv_proj_size,
         "v_proj": config.kv_proj_size,
     }
-    shapes: Shapes = {(f"self_attn.{name}.weight", (n, D)) for name, n in channels.items()}
-    shapes.add(("self_attn.o_proj.weight", (D, config.attention_dim)))
+    shapes: Shapes = {f"self_attn.{name}.weight": (n, D) for name, n in channels.items()}
+    shapes["self_attn.o_proj.weight"] = (D, config.attention_dim)
     if config.attention_bias:
-        shapes |= {(f"self_attn.{name}.bias", (n,)) for name, n in channels.items()}
-        shapes.add(("self_attn.o_proj.bias", (D,)))
+        shapes |= {f"self_attn.{name}.bias": (n,) for name, n in channels.items()}
+        shapes["self_attn.o_proj.bias"] = (D,)
     if config.indexer_n_heads:
         shapes |= qwen4_exp.indexer(config)
-    return shapes | {(f"self_attn.{name}_norm.weight", (head_dim,)) for name in ("q", "k")}
+    return shapes | {f"self_attn.{name}_norm.weight": (head_dim,) for name in ("q", "k")}
 
 
 def _mlp(config: Qwen3NextConfig, is_moe: bool) -> Shapes:
     D = config.hidden_size
     if not is_moe:
         return _swiglu("mlp.", D, config.intermediate_size)
-    shapes: Shapes = {("mlp.gate.weight", (config.num_experts, D))}
+    shapes: Shapes = {"mlp.gate.weight": (config.num_experts, D)}
     for i in range(config.num_experts):
         shapes |= _swiglu(f"mlp.experts.{i}.", D, config.moe_intermediate_size)
     if config.shared_expert_intermediate_size:
         shapes |= _swiglu("mlp.shared_expert.", D, config.shared_expert_intermediate_size)
-        shapes.add(("mlp.shared_expert_gate.weight", (1, D)))
+        shapes["mlp.shared_expert_gate.weight"] = (1, D)
     return shapes
 
 
 def _swiglu(prefix: str, D: int, intermediate: int) -> Shapes:
     return {
-        (f"{prefix}gate_proj.weight", (intermediate, D)),
-        (f"{prefix}up_proj.weight", (intermediate, D)),
-        (f"{prefix}down_proj.weight", (D, intermediate)),
+        f"{prefix}gate_proj.weight": (intermediate, D),
+        f"{prefix}up_proj.weight": (intermediate, D),
+        f"{prefix}down_proj.weight": (D, intermediate),
     }

@@ -12,12 +12,12 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.linear.pack import one_group
 from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, packed_shapes
+from qwen3next_plugin.model.checkpoint.layouts import Shapes
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.modules import (
     MIXING_WEIGHTS,
     PLAIN,
     Formats,
-    Shapes,
     Stored,
     matrices,
 )

@@ -41,12 +41,12 @@ from qwen3next_plugin.model.checkpoint.contents import mapped, read
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
 from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
-from qwen3next_plugin.model.checkpoint.layouts import holder
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, holder
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
-from qwen3next_plugin.model.quantisation.modules import Formats, Shapes, Stored, Stream
+from qwen3next_plugin.model.quantisation.modules import Formats, Stored, Stream
 from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
 from qwen3next_plugin.model.quantisation.stacked import (
     HEAD,
@@ -161,7 +161,7 @@ class FormatsInPanels(Formats):
         self.packed_plain = frozenset(filter(is_plain, weights))
         self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
 
-    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    def expected(self, shapes: Shapes) -> Shapes:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}
         here = set(self._of(shapes))
         for name in here & self.packed_plain:

@@ -13,13 +13,12 @@ import torch
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import without_data
-from qwen3next_plugin.model.checkpoint.layouts import EXPERT, SHARD
+from qwen3next_plugin.model.checkpoint.layouts import EXPERT, SHARD, Shapes
 from qwen3next_plugin.model.checkpoint.mapped import give_back
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 from qwen3next_plugin.model.quantisation.schemes import scheme
 
-Shapes = Mapping[str, tuple[int, ...]]
 Stream = Iterable[tuple[str, torch.Tensor]]
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Modules that have no format: embeddings, routers, and what `packed.plain_as_int8` is about.
@@ -107,9 +106,9 @@ class Formats:
             f"stacked with is not quantised alike"
         )
 
-    def expected(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    def expected(self, shapes: Shapes) -> Shapes:
         """The tensors of our parameters, in place of those of the checkpoint with these shapes."""
-        found: dict[str, tuple[int, ...]] = {}
+        found: Shapes = {}
         for name, shape in shapes.items():
             module = name.removesuffix(".weight")
             if form := self.format_of(module):

@@ -10,10 +10,10 @@ from copy import copy
 from typing import Any, TypeVar
 
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import Shapes
 from qwen3next_plugin.model.quantisation.modules import (
     NO_PART,
     PLAIN_DTYPES,
-    Shapes,
     Stream,
     matrices,
     without_wrapper,

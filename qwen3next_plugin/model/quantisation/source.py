@@ -106,9 +106,9 @@ class Source:
             sizes = " ".join(map(str, (sample.group % shape[-1], *shape)))  # 0: all columns
             packed[_file(name)][name] = f"{sample.encoding} {sizes}"
             panels[_file(name)][f"{name}.packed"] = Header("U8", lines)
-            for part in sample.tensors.keys() - {"packed"}:
-                dtype = DTYPES[sample.tensors[part].dtype]
-                others[_file(name)][f"{name}.{part}"] = Header(dtype, entries)
+            for part, tensor in sample.tensors.items():
+                if part != "packed":
+                    others[_file(name)][f"{name}.{part}"] = Header(DTYPES[tensor.dtype], entries)
         for name, header in self._copied(weights).items():
             others[_file(name)].setdefault(name, header)
         for file in others:  # the widest values first: each begins at one of its own

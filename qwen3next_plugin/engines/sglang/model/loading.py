@@ -1,7 +1,7 @@
 """A checkpoint's tensors into SGLang's parameters."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.state.pages import page_layout
 from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS
+from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS, Shapes
 from qwen3next_plugin.model.checkpoint.reading import check_scales, parameters
 from qwen3next_plugin.model.checkpoint.tensors import (
     MTP,
@@ -72,7 +72,7 @@ class OurModel(nn.Module):
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         *,
-        expected: Mapping[str, tuple[int, ...]],
+        expected: Shapes,
         ignored: Iterable[str],
     ) -> Iterator[tuple[str, torch.Tensor]]:
         if self.blanks is None:
