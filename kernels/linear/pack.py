@@ -18,7 +18,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
     FP4_SCALES,
     GROUPS,
     PANEL,
-    SCALES,
+    SCALE_DTYPES,
     Encoding,
     PackedWeight,
 )
@@ -183,8 +183,8 @@ def _weight(
     encoding: Encoding, values: Tensor, group: int, scale: Tensor, zero: Tensor | None
 ) -> PackedWeight:
     op = f"pack_{encoding}"
-    if scale.dtype not in SCALES:
-        raise ValueError(f"{op}: scale is {scale.dtype}, not one of {SCALES}")
+    if scale.dtype not in SCALE_DTYPES:
+        raise ValueError(f"{op}: scale is {scale.dtype}, not one of {SCALE_DTYPES}")
     if not scale.isfinite().all():
         raise ValueError(f"{op}: scale is not finite")
     return _packed(encoding, values, group, scale, zero)

@@ -16,7 +16,7 @@ Encoding = Literal["int8", "int4", "fp8", "bf16", "nvfp4", "mxfp4"]  # of a valu
 # As in native/formats.h.
 ENCODINGS: tuple[Encoding, ...] = ("int8", "int4", "fp8", "bf16", "nvfp4", "mxfp4")
 BITS = {"int8": 8, "int4": 4, "fp8": 8, "bf16": 16, "nvfp4": 4, "mxfp4": 4}  # of a value
-SCALES = ACTIVATIONS  # dtypes of the scales, but of FP4
+SCALE_DTYPES = ACTIVATIONS  # dtypes of the scales, but of FP4
 GROUPS = (32, 64, 128)  # columns that may share a scale in int8 and int4
 FP4_GROUPS: Mapping[Encoding, int] = {"nvfp4": 16, "mxfp4": 32}  # that do in FP4
 GROUPS_OF: Mapping[Encoding, tuple[int, ...]] = {  # `PackedWeight.group`
@@ -191,7 +191,7 @@ def _refuse(
 
 def scale_dtypes(encoding: Encoding) -> Dtypes:
     """Those that `PackedWeight.scale` may have."""
-    return BYTES if encoding in FP4_SCALES else SCALES
+    return BYTES if encoding in FP4_SCALES else SCALE_DTYPES
 
 
 PackedShapes = tuple[tuple[int, ...], tuple[int, ...]]

@@ -7,7 +7,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.checks import ACTIVATIONS, check, sizes
 from qwen3next_plugin.kernels.linear import reference
-from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, SCALES
+from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, SCALE_DTYPES
 
 
 def quantise_int4(weight: Tensor, group: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,8 @@ def quantise_int4(weight: Tensor, group: int, scale_dtype: torch.dtype) -> tuple
     check(op, "weight", weight, (N, K), ACTIVATIONS, weight.device)
     if group not in GROUPS or K % group:
         raise ValueError(f"{op}: {K} columns in groups of {group}: not whole groups of {GROUPS}")
-    if scale_dtype not in SCALES:
-        raise ValueError(f"{op}: scale_dtype is {scale_dtype}, not one of {SCALES}")
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"{op}: scale_dtype is {scale_dtype}, not one of {SCALE_DTYPES}")
     if env.kernels() == "reference" or weight.device.type != "cpu":
         return reference.quantise_int4(weight, group, scale_dtype)
     native.load()

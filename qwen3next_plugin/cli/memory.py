@@ -139,7 +139,8 @@ def draft_head_bytes(config: Qwen3NextConfig, sizes: Mapping[str, int]) -> int:
     If the trunk's head stays in memory, as one in int8 does, only the draft vocabulary is copied.
     This does not count on a head that stays because our kernel packs it in bf16.
     """
-    from qwen3next_plugin.model.quantisation.at_load import HEAD, INT8
+    from qwen3next_plugin.model.checkpoint.tensors import HEAD
+    from qwen3next_plugin.model.quantisation.at_load import INT8
     from qwen3next_plugin.mtp.draft_head import DRAFTED
 
     rows = ceil(config.vocab_size / config.tp_size)

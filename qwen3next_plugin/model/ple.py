@@ -32,7 +32,7 @@ from qwen3next_plugin.model.linear_attention import Weight
 from qwen3next_plugin.model.ngrams import hashing
 from qwen3next_plugin.model.state import NgramPool
 
-PLAIN = ("BF16", "F16", "F32")  # as safetensors names them
+PLAIN_DTYPES = ("BF16", "F16", "F32")  # as safetensors names them
 FP8 = "F8_E4M3"
 
 
@@ -123,7 +123,7 @@ def open_table(folder: Path, config: Qwen3NextConfig, i: int) -> NgramTable:
             f"{folder}: {missing[0]} is missing: the checkpoint is incomplete; download it again"
         )
     found = [places[name] for name in names]
-    if (dtype := found[0].header.dtype) not in (*PLAIN, FP8):
+    if (dtype := found[0].header.dtype) not in (*PLAIN_DTYPES, FP8):
         raise CheckpointError(
             f"{folder}: {names[0]} is {dtype}: tables of n-grams are read in bfloat16, float16, "
             f"float32 or float8_e4m3fn; use the checkpoint of one of these"
@@ -149,7 +149,7 @@ def _scale(place: Place | None, name: str, *, is_fp8: bool) -> Tensor | None:
             f"it again"
         )
     dtype, shape = place.header.dtype, tuple(place.header.shape)
-    if dtype not in PLAIN or shape != (1,):
+    if dtype not in PLAIN_DTYPES or shape != (1,):
         raise CheckpointError(f"{name} is {dtype} {shape}, not one number in a float: {MIXED}")
     scale = contents.read(place).float()
     if not (scale.isfinite() & (scale > 0)).all():

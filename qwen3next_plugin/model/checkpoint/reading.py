@@ -23,9 +23,9 @@ QUANTISATION_SUFFIXES = (
     *("_scale", "_scale_inv", "_scale_2", "scales", "qzeros", "g_idx", "qweight"),
     *("weight_packed", "weight_shape", "weight_zero_point"),
 )
-EXPERT = re.compile(r"(model|mtp)\.layers\.\d+\.mlp\.experts\.\d+(?=\.)")
+EXPERT_MODULE = re.compile(r"(model|mtp)\.layers\.\d+\.mlp\.experts\.\d+(?=\.)")
 LAYER = re.compile(r"(model|mtp)\.layers\.\d+(?=\.)")
-SCALES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
+SCALE_SUFFIXES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weight_scale_inv")
 
 
 class Parts(Protocol):
@@ -172,7 +172,7 @@ def _by_part(
 
 def _parts_of(name: str) -> list[str]:
     """The expert and the layer that have a tensor."""
-    return [found[0] for part in (EXPERT, LAYER) if (found := part.match(name))]
+    return [found[0] for part in (EXPERT_MODULE, LAYER) if (found := part.match(name))]
 
 
 def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:
@@ -181,7 +181,7 @@ def check_scales(parameters: Iterable[str], loaded: Iterable[str]) -> None:
     Raises:
         CheckpointError: naming a missing scale, and what to do.
     """
-    scales = {name for name in parameters if name.endswith(SCALES)}
+    scales = {name for name in parameters if name.endswith(SCALE_SUFFIXES)}
     if missing := sorted(scales.difference(loaded)):
         raise CheckpointError(
             f"{len(missing)} scales are missing, the first is {missing[0]}: the checkpoint has "

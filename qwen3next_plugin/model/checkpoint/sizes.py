@@ -27,10 +27,10 @@ PARTS = (
     *("embeddings and norms", "linear attention", "attention", "experts and MLPs", "MTP"),
     *("streams and n-grams", "n-gram table"),
 )
-TABLE = ".ngram_embedding.shard_"
+SHARD_MARK = ".ngram_embedding.shard_"
 MARKS = (
     *((".linear_attn.", 1), (".self_attn.", 2), (".mlp.", 3)),
-    *((TABLE, 6), (".ple.", 5), ("hyper_connection", 5)),
+    *((SHARD_MARK, 6), (".ple.", 5), ("hyper_connection", 5)),
 )
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
@@ -146,7 +146,8 @@ def _quantised(
 
     Raises: CheckpointError for a module that no CPU kernel serves.
     """
-    from qwen3next_plugin.model.quantisation.at_load import HEAD, plain_bytes
+    from qwen3next_plugin.model.checkpoint.tensors import HEAD
+    from qwen3next_plugin.model.quantisation.at_load import plain_bytes
     from qwen3next_plugin.model.quantisation.files import formats_of
 
     formats = formats_of(folder, config, quantization, asked=None)
@@ -194,7 +195,7 @@ def served_bytes(
 
 def _stays(name: str) -> bool:
     """Whether a tensor stays in its file, whose pages Linux keeps or drops."""
-    return TABLE in name and env.ngram() == "mapped"
+    return SHARD_MARK in name and env.ngram() == "mapped"
 
 
 def parameters(config: Qwen3NextConfig) -> dict[str, int]:

@@ -5,6 +5,7 @@ from qwen3next_plugin.model.checkpoint import qwen4_exp
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, Shapes, in_projections
 
 MTP = "mtp."  # the names of the MTP head's tensors begin so
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def all_tensors(config: Qwen3NextConfig) -> Shapes:
@@ -15,10 +16,10 @@ def all_tensors(config: Qwen3NextConfig) -> Shapes:
 def trunk_tensors(config: Qwen3NextConfig) -> Shapes:
     """Name and shape of every tensor of the trunk, in the released checkpoint's names."""
     D, vocab = config.hidden_size, config.vocab_size
-    tensors: Shapes = {"model.embed_tokens.weight": (vocab, D)}
+    tensors: Shapes = {EMBEDDING: (vocab, D)}
     tensors |= {f"model.{name}": shape for name, shape in _end(config).items()}
     if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = (vocab, D)
+        tensors[HEAD] = (vocab, D)
     for i, layer_type in enumerate(config.layer_types):
         layer = decoder_layer_tensors(config, layer_type, is_moe=config.is_moe_layer(i))
         if config.has_ngrams(i):
@@ -43,9 +44,9 @@ def mtp_tensors(config: Qwen3NextConfig) -> Shapes:
     if not config.num_nextn_predict_layers:
         return {}
     D = config.hidden_size
-    fc = qwen4_exp.mtp_input(config) if config.hc_count else {"fc.weight": (D, 2 * D)}
+    fc: Shapes = qwen4_exp.mtp_input(config) if config.hc_count else {"fc.weight": (D, 2 * D)}
     hidden = max(1, config.hc_count) * D
-    norms = {"pre_fc_norm_embedding.weight": (D,), "pre_fc_norm_hidden.weight": (hidden,)}
+    norms: Shapes = {"pre_fc_norm_embedding.weight": (D,), "pre_fc_norm_hidden.weight": (hidden,)}
     outside = fc | norms | _end(config)
     tensors = {f"mtp.{name}": shape for name, shape in outside.items()}
     for i in range(config.num_nextn_predict_layers):

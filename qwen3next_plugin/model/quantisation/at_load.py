@@ -13,6 +13,7 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kernels.linear.pack import one_group
 from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, packed_shapes
 from qwen3next_plugin.model.checkpoint.layouts import Shapes
+from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING, HEAD
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.modules import (
     MIXING_WEIGHTS,
@@ -32,7 +33,6 @@ KEPT = re.compile(
 )
 # Full attention, in int8 also beside int4: of all projections, 4 bits cost it the most perplexity.
 IN_INT8 = re.compile(r"\.self_attn\.[qkvo]_proj$")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INT8 = Format("int8", 0, torch.float32)  # also of the head and of stream mixers
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-PACKED, OF_EXPERTS = "packed", ("w13_packed", "w2_packed")  # what packing leaves in their place
+PACKED, PACKED_EXPERTS = "packed", ("w13_packed", "w2_packed")  # what packing leaves in their place
 
 
 class Blanks:
@@ -23,7 +23,7 @@ class Blanks:
         for layer, blanks in self._layers:
             if PACKED in layer._modules:
                 layer.packed = None
-            for name in OF_EXPERTS:
+            for name in PACKED_EXPERTS:
                 layer._modules.pop(name, None)
             for name, blank in blanks.items():
                 present = getattr(layer, name, None)

@@ -43,20 +43,19 @@ from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
 from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, holder
 from qwen3next_plugin.model.checkpoint.mapped import give_back
-from qwen3next_plugin.model.checkpoint.tensors import all_tensors
+from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING, all_tensors
 from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
 from qwen3next_plugin.model.quantisation.modules import Formats, Stored, Stream
 from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
 from qwen3next_plugin.model.quantisation.stacked import (
-    HEAD,
+    HEAD_MODULE,
     Stacked,
     is_plain,
     stacked_weights,
 )
 
 METHOD, VERSION = "qwen3next", 1
-EMBEDDING = "model.embed_tokens.weight"
 AGAIN = "pack it again, by `qwen3next pack MODEL OUT`"
 
 
@@ -213,7 +212,7 @@ class FormatsInPanels(Formats):
         names = frozenset(names)
         for name in self.weights:
             first = self._wholes[name].modules[0]
-            if (EMBEDDING if name == HEAD else f"{first}.weight") in names:
+            if (EMBEDDING if name == HEAD_MODULE else f"{first}.weight") in names:
                 yield name
 
 

@@ -29,7 +29,7 @@ from qwen3next_plugin.model.quantisation.packed import (
     plain_as_int8,
 )
 from qwen3next_plugin.model.quantisation.packing import Packing, PackingExperts, pack_parameters
-from qwen3next_plugin.model.quantisation.stacked import HEAD
+from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE
 
 
 class Ranks(NamedTuple):
@@ -185,7 +185,7 @@ class ExpertsMethod(PackingExperts, Attaching):
 class HeadMethod(Attaching):
     """Of the output head, whose channels an engine pads, and divides among ranks."""
 
-    module = HEAD
+    module = HEAD_MODULE
 
     def attach(self, layer: Any, name: str, weight: PackedWeight, ranks: Ranks) -> None:
         first = layer.shard_indices.org_vocab_start_index

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, SCALES
+from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, SCALE_DTYPES
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.quantisation.format import Format, Tensors
 
@@ -64,4 +64,4 @@ class Scheme(NamedTuple):
     may: tuple[str, ...]
     format: Callable[[Module], Format]  # by headers alone
     read: Callable[[Module], dict[str, Tensor]]  # in that format
-    scales: tuple[torch.dtype, ...] = SCALES  # their dtypes
+    scales: tuple[torch.dtype, ...] = SCALE_DTYPES  # their dtypes

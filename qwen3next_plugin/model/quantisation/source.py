@@ -35,7 +35,7 @@ from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.modules import KV_SCALES
 from qwen3next_plugin.model.quantisation.packed import pack, plain_as_int8
-from qwen3next_plugin.model.quantisation.stacked import HEAD, is_plain, stacked_weights
+from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE, is_plain, stacked_weights
 
 AS_INT8 = re.compile(r"mtp\.layers\..*(_proj|\.experts\.\w+)$")  # of the drafter, if it is in bf16
 FILE = re.compile(r"(?:model\.layers\.\d+|mtp)(?=\.)")  # what is in one file; all else in another
@@ -179,9 +179,10 @@ class Source:
 
     def _copied(self, weights: Mapping[str, Format]) -> dict[str, Header]:
         """The tensors that are not packed, under their names here."""
-        gone = {module for name in weights if name != HEAD for module in self.wholes[name].modules}
-        if HEAD in weights and not self.config.tie_word_embeddings:
-            gone.add(HEAD)
+        packed = (self.wholes[name].modules for name in weights if name != HEAD_MODULE)
+        gone = {module for modules in packed for module in modules}
+        if HEAD_MODULE in weights and not self.config.tie_word_embeddings:
+            gone.add(HEAD_MODULE)
         stored = self.formats.stored
         found: dict[str, Header] = {}
         ours_of = defaultdict(list)

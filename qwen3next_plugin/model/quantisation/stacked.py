@@ -19,7 +19,7 @@ from qwen3next_plugin.model.quantisation.modules import (
     matrices,
 )
 
-HEAD = "lm_head"
+HEAD_MODULE = "lm_head"
 ORDER = (*STACKED_PROJECTIONS, "_qkv", "_z", "_b", "_a")  # of modules that are stacked
 
 
@@ -63,8 +63,8 @@ def stacked_weights(config: Qwen3NextConfig) -> dict[str, Stacked]:
             parts = (sum(parts),)
         weights[ours] = Stacked(shape, parts, tuple(modules))
     vocabulary = (config.vocab_size, config.hidden_size)
-    tied = config.tie_word_embeddings
-    weights[HEAD] = Stacked(vocabulary, vocabulary[:1], ("model.embed_tokens" if tied else HEAD,))
+    head = "model.embed_tokens" if config.tie_word_embeddings else HEAD_MODULE
+    weights[HEAD_MODULE] = Stacked(vocabulary, vocabulary[:1], (head,))
     return weights
 
 
@@ -73,7 +73,7 @@ def is_plain(name: str) -> bool:
 
     They have no format, and are int8 if `packed.plain_as_int8`.
     """
-    return name == HEAD or MIXING_WEIGHTS.search(name) is not None
+    return name == HEAD_MODULE or MIXING_WEIGHTS.search(name) is not None
 
 
 def _place(module: str) -> tuple[int, int]:

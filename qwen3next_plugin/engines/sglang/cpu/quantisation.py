@@ -53,7 +53,7 @@ from qwen3next_plugin.model.quantisation.packed import (
     plain_as_int8,
 )
 from qwen3next_plugin.model.quantisation.plain import LEAVES_PLAIN
-from qwen3next_plugin.model.quantisation.stacked import HEAD
+from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE
 
 TOKENS = 1  # the layout is chosen for one token; measured, it is as fast for more
 
@@ -111,7 +111,7 @@ def use_packing(
         elif type(method) is UnquantizedEmbeddingMethod and layer is head:
             # SGLang has the other product in fp32, for methods whose names it knows.
             # A head in fp32 is asked for its precision.
-            in_files = formats is not None and HEAD in formats.packed_plain
+            in_files = formats is not None and HEAD_MODULE in formats.packed_plain
             kept = head_in_fp32 and env.quantise() is None and not in_files
             as_int8 = plain_as_int8(formats) and not kept
             if packs(layer.weight.dtype, as_int8=as_int8) or not head_in_fp32:

@@ -28,6 +28,7 @@ from qwen3next_plugin.engines.vllm.model.vocabulary import LMHead, make_embeddin
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.reading import parameters, require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import (
+    EMBEDDING,
     MTP,
     mtp_tensors,
     name_in_drafter,
@@ -38,9 +39,6 @@ from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packing import Packer
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
-
-EMBEDDING = "model.embed_tokens.weight"
-
 
 compiled = support_torch_compile(
     dynamic_arg_dims={"input_ids": 0, "positions": -1, "hidden_states": 0, "inputs_embeds": 0}

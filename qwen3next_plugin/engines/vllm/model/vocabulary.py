@@ -29,7 +29,7 @@ from qwen3next_plugin.model.quantisation.packed import (
     packs,
     plain_as_int8,
 )
-from qwen3next_plugin.model.quantisation.stacked import HEAD
+from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE
 from qwen3next_plugin.mtp.draft_head import DraftHead
 
 
@@ -117,6 +117,6 @@ def make_lm_head(
             tied=config.tie_word_embeddings,
             drafts=vllm_config.speculative_config is not None,
             as_int8=plain_as_int8(formats),
-            in_files=formats is not None and HEAD in formats.packed_plain,
+            in_files=formats is not None and HEAD_MODULE in formats.packed_plain,
         )
     return head.tie_weights(embedding) if config.tie_word_embeddings else head
