@@ -9,6 +9,7 @@ compared with transformers, and a layer must take as long in one block as in two
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import track
@@ -20,11 +21,11 @@ from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.worker import PROMPTS, VLLM_LAYERS, Worker, prompts, started
 
 Times = Mapping[str, float]  # milliseconds: of a layer of each kind, and of the `rest` of a step
-Context = list[list[Times]]  # of the steps that read a prompt, and of decode steps after it
 
 MODELS = (DENSE, NEXT)
 CHUNK = 2048  # tokens of a prompt that are read in a step
-LENGTHS = (4096, 32768, 131072)  # of the last only the last chunk is read
+LENGTHS = (4096, 32768, 131072)
+LAST = len(LENGTHS) - 1  # of that length only the last chunk is read
 ROUNDS, STEPS, BATCH = 3, 16, 8
 # "Qwen3-Next: Towards Ultimate Training & Inference Efficiency", 2025: throughput at a context of
 # 4,096, and beyond 32,768.
@@ -34,6 +35,13 @@ PUBLISHED = {"prefill": {4096: "7", 32768: "over 10"}, "decode": {4096: "4", 327
 MAX_DIFFERENCE = 0.2
 # Of a layer's time in two blocks from that in one. In decode, caches help one block more.
 MAX_DEPTH_ERROR = 0.4
+
+
+class Context(NamedTuple):
+    """The times of steps."""
+
+    read: list[Times]  # of those that read a prompt
+    decoded: list[Times]  # of decode steps after it
 
 
 def measure(run: Run) -> Iterator[Record]:
@@ -55,7 +63,7 @@ def measure(run: Run) -> Iterator[Record]:
         {
             f"{what} at {length:,}": "ms"
             for what in (f"{CHUNK:,} tokens", "decode")
-            for length in (LENGTHS[0], LENGTHS[-1])
+            for length in (LENGTHS[0], LENGTHS[LAST])
         },
         {name: cells for side in sides.values() for name, cells in side.layers().items()},
     )
@@ -70,8 +78,8 @@ def timed(run: Run, model: str, changes: Mapping[str, int]) -> "Side":
         console.print(f"check: {model} differs from transformers by {difference:.4f}")
         found = [at_depths(model, engine)]
         use(engine, model, 1)
-        for length in LENGTHS[1:]:
-            skipped = length // CHUNK - 1 if length == LENGTHS[-1] else 0
+        for i, length in enumerate(LENGTHS[1:], start=1):
+            skipped = length // CHUNK - 1 if i == LAST else 0
             with console.status(f"{model}: {length:,} tokens"):
                 found.append(context(engine, length, skipped))
         batch = context(engine, LENGTHS[0], 10**6, BATCH)
@@ -101,7 +109,7 @@ def start(run: Run, model: str, folder: Path) -> AbstractContextManager[Worker]:
     """An engine with room for the longest context, in a context."""
     flags = {
         "model": str(folder),
-        "max_model_len": LENGTHS[-1] + 64,
+        "max_model_len": LENGTHS[LAST] + 64,
         "max_num_batched_tokens": CHUNK,
         "max_num_seqs": BATCH,
         "enable_prefix_caching": False,
@@ -114,7 +122,8 @@ def start(run: Run, model: str, folder: Path) -> AbstractContextManager[Worker]:
 
 def context(engine: Worker, tokens: int, skipped: int, batch: int = 1) -> Context:
     """Steps that read, and decode steps; see `layer_worker`."""
-    return engine.call("context", tokens=tokens, skipped=skipped, steps=STEPS, batch=batch)
+    found = engine.call("context", tokens=tokens, skipped=skipped, steps=STEPS, batch=batch)
+    return Context(*found)
 
 
 def scaled(model: str, times: Times) -> float:
@@ -145,8 +154,9 @@ def at_depths(model: str, engine: Worker) -> Context:
 
 def joined(rounds: Sequence[Context]) -> Context:
     """The shortest times of all rounds: of each chunk, and of the decode steps."""
-    chunks = [shortest(same) for same in zip(*(read for read, _ in rounds), strict=True)]
-    return [chunks, [shortest([times for _, decoded in rounds for times in decoded])]]
+    chunks = [shortest(same) for same in zip(*(each.read for each in rounds), strict=True)]
+    decoded = shortest([times for each in rounds for times in each.decoded])
+    return Context(chunks, [decoded])
 
 
 def shortest(steps: Sequence[Times]) -> Times:
@@ -159,16 +169,17 @@ class Side:
 
     def __init__(self, model: str, found: list[Context], batch: Context) -> None:
         self.model = model
-        self.chunks = [read for read, _ in found]
-        self.steps = [shortest(decoded) for _, decoded in found]
-        self.batch = shortest(batch[1])
+        self.chunks = [each.read for each in found]
+        self.steps = [shortest(each.decoded) for each in found]
+        self.batch = shortest(batch.decoded)
 
     def prefill(self, i: int) -> float:
         """Tokens per second of a prompt; beyond those read whole, chunks grow in even steps."""
-        chunks = [scaled(self.model, times) for times in self.chunks[min(i, 1)]]
-        if i == 2:
-            last = scaled(self.model, self.chunks[2][-1])
-            n = LENGTHS[2] // CHUNK - len(chunks)
+        whole = LAST - 1 if i == LAST else i  # a length that is read whole
+        chunks = [scaled(self.model, times) for times in self.chunks[whole]]
+        if i == LAST:
+            last = scaled(self.model, self.chunks[LAST][-1])
+            n = LENGTHS[LAST] // CHUNK - len(chunks)
             grows = (last - chunks[-1]) / n
             chunks += [chunks[-1] + grows * (j + 1) for j in range(n)]
         return 1e3 * LENGTHS[i] / sum(chunks)
@@ -189,7 +200,7 @@ class Side:
                 (f"{CHUNK:,} tokens", [chunks[-1] for chunks in self.chunks]),
                 ("decode", self.steps),
             )
-            for i in (0, 2)
+            for i in (0, LAST)
         }
         kinds = {kind: f"{kind.replace('_', ' ')} layer" for kind in BLOCK[self.model]}
         kinds["rest"] = "all but layers"

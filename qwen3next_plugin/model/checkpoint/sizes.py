@@ -28,10 +28,14 @@ PARTS = (
     *("streams and n-grams", "n-gram table"),
 )
 SHARD_MARK = ".ngram_embedding.shard_"
-MARKS = (
-    *((".linear_attn.", 1), (".self_attn.", 2), (".mlp.", 3)),
-    *((SHARD_MARK, 6), (".ple.", 5), ("hyper_connection", 5)),
-)
+PART_OF_MARK = {  # what is in a tensor's name → its part; the first one counts
+    ".linear_attn.": "linear attention",
+    ".self_attn.": "attention",
+    ".mlp.": "experts and MLPs",
+    SHARD_MARK: "n-gram table",
+    ".ple.": "streams and n-grams",
+    "hyper_connection": "streams and n-grams",
+}
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CAST_ON_LOAD = ("BF16", "F16", "F32")  # the engine converts these to the dtype it serves in
 
@@ -48,10 +52,8 @@ def part_of(name: str) -> str:
     """Which of PARTS a tensor of the checkpoint belongs to."""
     if name.startswith("mtp."):
         return "MTP"
-    for mark, part in MARKS:
-        if mark in name:
-            return PARTS[part]
-    return PARTS[0]
+    found = (part for mark, part in PART_OF_MARK.items() if mark in name)
+    return next(found, "embeddings and norms")
 
 
 def rank_bytes(sizes: Mapping[str, int], config: Qwen3NextConfig) -> dict[str, int]:
