@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.memory import Plan, Row
+from qwen3next_plugin.cli.memory import Plan, TableRow
 from qwen3next_plugin.config import Qwen3NextConfig
 
 ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
@@ -76,7 +76,7 @@ class Blocks(Plan):
             f" {self.blocks} fit; lower it to {spare * self.block_tokens} tokens"
         )
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TableRow]:
         yield "block", self.block_bytes, f"{self.block_tokens} tokens, or one state page a layer"
         yield (
             f"[bold]request of {self.flags.max_model_len:,} tokens[/]",

@@ -12,7 +12,7 @@ from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes
 
 GIB = 2**30
 StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py
-Row = tuple[str, int, str]  # what, bytes, a note
+TableRow = tuple[str, int, str]  # what, bytes, a note
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Plan(ABC):
         """Why not one request fits, and the fix."""
 
     @abstractmethod
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TableRow]:
         """The engine's units of memory, for a table."""
 
     @property

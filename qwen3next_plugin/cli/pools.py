@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3next_plugin.cli.memory import Plan, Row
+from qwen3next_plugin.cli.memory import Plan, TableRow
 from qwen3next_plugin.config import Qwen3NextConfig
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
@@ -60,7 +60,7 @@ class Pools(Plan):
             f" {self.tokens} fit; lower it to {self.tokens} tokens"
         )
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[TableRow]:
         yield (
             "slots",
             (self.slots + 1) * self.slot_bytes,

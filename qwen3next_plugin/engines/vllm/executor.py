@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-Step = tuple[ModelRunnerOutput, DraftTokenIds | None]  # of a worker: sampled tokens, next drafts
+Sampled = tuple[ModelRunnerOutput, DraftTokenIds | None]  # of a worker: sampled tokens, next drafts
 
 
 class Executor(MultiprocExecutor):
@@ -41,14 +41,14 @@ class Executor(MultiprocExecutor):
             or self.ec_output_aggregator is not None
         ):
             return super().execute_model(scheduler_output, non_block)
-        output = Output(self, self._call("run_step", scheduler_output))
+        output = PendingOutput(self, self._call("run_step", scheduler_output))
         return output if non_block else output.result()
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         """Sample, and take the drafts."""
         if self.ec_output_aggregator is not None:
             return super().sample_tokens(grammar_output, non_block)
-        output = Output(self, self._call("sample_and_draft", grammar_output))
+        output = PendingOutput(self, self._call("sample_and_draft", grammar_output))
         return output if non_block else output.result()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -57,37 +57,38 @@ class Executor(MultiprocExecutor):
             return super().take_draft_token_ids()
         return self.drafts
 
-    def _call(self, method: str, argument: Any) -> "Future[Step]":
+    def _call(self, method: str, argument: Any) -> "Future[Sampled]":
+        host = self.kv_output_aggregator
         return self.collective_rpc(
             method,
             args=(argument,),
             non_block=True,
             unique_reply_rank=self.output_rank,
             timeout=envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
-            kv_output_aggregator=self.kv_output_aggregator and Steps(self.kv_output_aggregator),
+            kv_output_aggregator=host and Aggregator(host),
         )
 
 
-class Steps:
+class Aggregator:
     """Joins what a KV connector reports in all ranks, as vLLM does, beside a step's drafts."""
 
     def __init__(self, host: KVOutputAggregator) -> None:
         self.host = host
 
-    def aggregate(self, steps: list[Step], output_rank: int) -> Step:
-        """The step of one rank, with all ranks' reports in its output."""
-        output = self.host.aggregate([output for output, _ in steps], output_rank)
-        return output, steps[output_rank][1]
+    def aggregate(self, sampled: list[Sampled], output_rank: int) -> Sampled:
+        """What one rank sampled, with all ranks' reports in its output."""
+        output = self.host.aggregate([output for output, _ in sampled], output_rank)
+        return output, sampled[output_rank][1]
 
 
-class Output(Future[ModelRunnerOutput]):
+class PendingOutput(Future[ModelRunnerOutput]):
     """The sampled tokens of a step; reading them also gives the executor the drafts."""
 
-    def __init__(self, executor: Executor, step: "Future[Step]") -> None:
+    def __init__(self, executor: Executor, sampled: "Future[Sampled]") -> None:
         super().__init__()
-        self.executor, self.step = executor, step
+        self.executor, self.sampled = executor, sampled
 
     def result(self, timeout: float | None = None) -> ModelRunnerOutput:
         """Wait for the step."""
-        output, self.executor.drafts = self.step.result(timeout)
+        output, self.executor.drafts = self.sampled.result(timeout)
         return output

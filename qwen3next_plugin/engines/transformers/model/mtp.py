@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
-from qwen3next_plugin.engines.transformers.state.steps import Step
+from qwen3next_plugin.engines.transformers.state.steps import BatchStep
 from qwen3next_plugin.mtp.head import fuse
 
 
@@ -31,7 +31,7 @@ class MultiTokenPredictor(nn.Module):
         hidden_states: Tensor,
         *,
         rotary: nn.Module,
-        step: Step,
+        step: BatchStep,
         cache: RowCache,
     ) -> tuple[Tensor, Tensor]:
         """The MTP layer's hidden states, twice: input of the head, and of the next draft.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
-from qwen3next_plugin.engines.transformers.state.steps import Step
+from qwen3next_plugin.engines.transformers.state.steps import BatchStep
 
 
 class StreamsPredictor(nn.Module):
@@ -29,7 +29,13 @@ class StreamsPredictor(nn.Module):
             part.layer_idx = config.num_hidden_layers  # in the cache, behind the trunk's
 
     def forward(
-        self, embeds: Tensor, streams: Tensor, *, rotary: nn.Module, step: Step, cache: RowCache
+        self,
+        embeds: Tensor,
+        streams: Tensor,
+        *,
+        rotary: nn.Module,
+        step: BatchStep,
+        cache: RowCache,
     ) -> tuple[Tensor, Tensor]:
         """What the output head reads, and the streams for the next draft.
 

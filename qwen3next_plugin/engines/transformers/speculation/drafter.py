@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.engines.transformers.state.cache import RowCache
-from qwen3next_plugin.engines.transformers.state.steps import Step, StepBuilder
+from qwen3next_plugin.engines.transformers.state.steps import BatchStep, StepBuilder
 
 
 class Drafter:
@@ -16,7 +16,7 @@ class Drafter:
         self.model, self.steps, self.cache = model, steps, cache
 
     def draft(
-        self, *, tokens: Tensor, fed: Tensor, step: Step, counts: Tensor, num_drafts: int
+        self, *, tokens: Tensor, fed: Tensor, step: BatchStep, counts: Tensor, num_drafts: int
     ) -> Tensor:
         """The likeliest drafts behind the tokens that a step kept, which the layer reads first.
 
@@ -34,7 +34,7 @@ class Drafter:
             drafts.append(self._likeliest(hidden))
         return torch.cat(drafts, dim=1)
 
-    def _run(self, tokens: Tensor, fed: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def _run(self, tokens: Tensor, fed: Tensor, step: BatchStep) -> tuple[Tensor, Tensor]:
         model = self.model
         embeds = model.model.embed_tokens(tokens)
         return model.mtp(

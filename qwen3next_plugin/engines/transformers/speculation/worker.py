@@ -8,7 +8,7 @@ from torch import Tensor
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers, Output
 from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
 from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
-from qwen3next_plugin.engines.transformers.state.steps import Step, StepBuilder
+from qwen3next_plugin.engines.transformers.state.steps import BatchStep, StepBuilder
 from qwen3next_plugin.mtp.loop import Loop, room
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.policy import Fixed
@@ -61,7 +61,7 @@ class Worker:
             counts = answers.extend(self.model.lm_head(hidden), tokens[:, 1:].tolist())
         return answers.result()
 
-    def _drafted(self, fed: Tensor, step: Step, counts: list[int]) -> Tensor:
+    def _drafted(self, fed: Tensor, step: BatchStep, counts: list[int]) -> Tensor:
         """Each row's last token and its drafts. Shapes: fed [B, n, …]; counts [B]"""
         ids = self.answers.ids
         last = torch.tensor(self.answers.lengths, device=ids.device)[:, None] - 1
@@ -79,7 +79,7 @@ class Worker:
         )
         return torch.cat([tokens, found.to(tokens.device)], dim=1)
 
-    def _num_drafts(self, behind: Tensor, fed: Tensor, step: Step, counts: list[int]) -> int:
+    def _num_drafts(self, behind: Tensor, fed: Tensor, step: BatchStep, counts: list[int]) -> int:
         """How many tokens to draft now, for the row that can use most of them."""
         B, n = behind.shape
         running = [row for row in range(B) if self.answers.runs(row)]
@@ -98,7 +98,7 @@ class Worker:
         rows = self.loop.step(finished, set(requests), None)
         return max((row.draft for row in rows), default=0)
 
-    def _trunk(self, tokens: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def _trunk(self, tokens: Tensor, step: BatchStep) -> tuple[Tensor, Tensor]:
         """What the output head reads of the trunk, and what the MTP layer does.
 
         Shapes: tokens [B, n], returns [B, n, D] and [B, n, …]

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.transformers.state.rows import Rows
-from qwen3next_plugin.engines.transformers.state.steps import Step
+from qwen3next_plugin.engines.transformers.state.steps import BatchStep
 from qwen3next_plugin.kernels.gpu import faults
 from qwen3next_plugin.kernels.paged_attention import paged_attention
 from qwen3next_plugin.kernels.pages import StatePool
@@ -32,10 +32,10 @@ GROWTH = 256  # columns by which the memory for keys and values grows, at least
 class KeyValueLayer(DynamicLayer):
     """Keys and values of one attention layer, by column; a rejected draft is overwritten."""
 
-    step: Step  # the one that runs
+    step: BatchStep  # the one that runs
     index_keys: Tensor | None = None  # of the layer's indexer
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: BatchStep) -> None:
         self.step = step
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
@@ -90,7 +90,7 @@ class SequenceLayer(DynamicLayer):
     Each row is a page. A rejected draft is overwritten.
     """
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: BatchStep) -> None:
         """A pass says where its tokens are."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
@@ -132,7 +132,7 @@ class PageLayer(LinearAttentionLayer):
     And what the layer's n-grams read of earlier tokens: `conv_states` of other indices than 0.
     """
 
-    step: Step  # the one that runs
+    step: BatchStep  # the one that runs
 
     def __init__(self, num_drafts: int) -> None:
         super().__init__(number_of_states=3)
@@ -140,7 +140,7 @@ class PageLayer(LinearAttentionLayer):
         self.pool: StatePool | None = None
         self.recent: dict[int, Tensor] = {}  # what each of `conv_states` goes back in
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: BatchStep) -> None:
         """Drop what rejected drafts of the last step left in `conv_states`."""
         for index, recent in self.recent.items():
             dropped = self.step.columns[:, -1:] + 1 - step.columns[:, :1]  # [B, 1]
@@ -188,7 +188,7 @@ class RowCache(Cache):
     """The cache of a model and its MTP layer, which comes last."""
 
     layers: list[Any]
-    step: Step  # the one that runs
+    step: BatchStep  # the one that runs
     trunk: Any = None  # that runs all steps of an answer, where it is not the host's
 
     def __init__(self, layer_types: list[str], *, num_drafts: int) -> None:
@@ -199,13 +199,13 @@ class RowCache(Cache):
         ]
         super().__init__(layers=[*layers, KeyValueLayer()])
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: BatchStep) -> None:
         """Say which columns the trunk's next pass writes."""
         self.step = step
         for layer in self.layers:
             layer.begin(step)
 
-    def begin_mtp(self, step: Step) -> None:
+    def begin_mtp(self, step: BatchStep) -> None:
         """Say which columns the MTP layer's next pass writes."""
         self.layers[-1].begin(step)
 

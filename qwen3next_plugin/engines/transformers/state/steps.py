@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels import step as kernels
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class BatchStep:
     """n tokens of each row, from its own column on.
 
     A row's tokens have columns from 0, padding included. `end` is behind the last column of any.
@@ -66,7 +66,7 @@ class StepBuilder:
         self.positions, self.padding = positions, padding
         self.additive, self.indexed = additive, indexed
 
-    def prompt(self) -> Step:
+    def prompt(self) -> BatchStep:
         """The prompts themselves."""
         B, T = self.positions.shape
         columns = torch.arange(T, device=self.positions.device).expand(B, T)
@@ -77,7 +77,7 @@ class StepBuilder:
         rows = []
         for slot, padding in enumerate(self.padding):
             rows += [(kernels.NULL_SLOT, padding, 0), (slot, T - padding, 0)]
-        return Step(
+        return BatchStep(
             columns,
             self.positions,
             attend,
@@ -88,7 +88,7 @@ class StepBuilder:
             so_far=self._so_far(T),
         )
 
-    def build(self, starts: list[int], n: int) -> Step:
+    def build(self, starts: list[int], n: int) -> BatchStep:
         """n tokens from column starts[b] of row b on, behind its prompt's first token."""
         T, device = self.positions.shape[1], self.positions.device
         uniform, end = min(starts) == max(starts), max(starts) + n
@@ -100,7 +100,7 @@ class StepBuilder:
         contexts = [start - skipped for start, skipped in zip(starts, self.padding, strict=True)]
         rows = [(slot, n, context) for slot, context in enumerate(contexts)]
         linear, so_far = self._linear(rows), self._so_far(end)
-        return Step(columns, positions, attend, end, uniform, linear, so_far=so_far)
+        return BatchStep(columns, positions, attend, end, uniform, linear, so_far=so_far)
 
     def _so_far(self, end: int) -> Tensor | None:
         if not self.indexed:

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from qwen3next_plugin.engines.vllm.executor import Step
+from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
@@ -95,12 +95,12 @@ class Worker(CPUWorker):
         drafts = self.model_runner._draft_token_ids
         return super().take_draft_token_ids() if drafts is None or any(map(len, drafts)) else None
 
-    def run_step(self, scheduler_output: SchedulerOutput) -> Step:
+    def run_step(self, scheduler_output: SchedulerOutput) -> Sampled:
         """Run the model and sample, for our executor."""
         output = self.execute_model(scheduler_output)
         return self.sample_and_draft(None) if output is None else (output, None)
 
-    def sample_and_draft(self, grammar_output: GrammarOutput | None) -> Step:
+    def sample_and_draft(self, grammar_output: GrammarOutput | None) -> Sampled:
         """The sampled tokens and the drafts after them, for our executor."""
         output = self.sample_tokens(grammar_output)
         drafts = self.take_draft_token_ids() if self.model_runner.num_spec_tokens else None
