@@ -28,7 +28,7 @@ def wait_after(idle: int) -> int:
     return max(1, min(EVERY, idle // 4))
 
 
-def room(end: int, computed: int) -> int:
+def usable_drafts(end: int, computed: int) -> int:
     """How many drafts a request can use that ends at `end` tokens, when `computed` are computed.
 
     The next token is sampled already, and a step yields one token more than it has drafts.
@@ -77,7 +77,7 @@ class Loop:
     """
 
     observer: Observer
-    room: Callable[[str, int], int]  # drafts that a request with so many computed tokens can use
+    usable_drafts: Callable[[str, int], int]  # of a request with so many computed tokens
     max_tokens: int = sys.maxsize  # of one pass of the MTP layer
     ranks: Ranks | None = None  # the first one's lengths count
     must_run: bool = False  # the MTP layer reads every token in its own step
@@ -95,15 +95,15 @@ class Loop:
         Lengths are chosen after a verification, and every few steps if nothing is drafted. After
         the step that read its prompt a request does not draft, so its first token need not wait.
         """
-        self.keep()
+        self.keep_plain()
         self.plain = None
         self._forget_others(known)
         if step.is_plain and not self.must_run:
             self.plain = PlainSteps(step.requests, step.firsts)
             return self.plain_step(step.token_ids, step.hidden_states, seconds)
         if self.must_run or step.verifies or (any(step.continues) and self._is_time()):
-            return self._look_at(step, seconds)
-        self._keep_step(step)
+            return self._choose_after(step, seconds)
+        self._keep_unread(step)
         return []
 
     def continued_by(self, requests: Sequence[str], positions: Sequence[int]) -> bool:
@@ -124,7 +124,7 @@ class Loop:
         plain.hidden_states.append(hidden_states)
         if seconds is not None:
             plain.seconds.append(seconds)
-        return self._look(plain) if self._is_time() else []
+        return self._choose_after_plain(plain) if self._is_time() else []
 
     def drafted(self, seconds: float, passes_seconds: float | None) -> None:
         """Drafting has ended; passes_seconds: of the passes alone, None if that is not known."""
@@ -132,18 +132,18 @@ class Loop:
             self.observer.observe_draft(self.rows, passes_seconds=passes_seconds, seconds=seconds)
             self.rows = []
 
-    def keep(self) -> None:
+    def keep_plain(self) -> None:
         """Keep the plain steps so far for the MTP layer, without choosing lengths."""
         if self.plain is not None and len(self.plain):
             self._report(self.plain)
-            self._put(self.plain)
+            self._make_pending(self.plain)
 
     def _is_time(self) -> bool:
         """Count a step without drafts; whether lengths are chosen after it."""
         self.idle, self.wait = self.idle + 1, self.wait - 1
         return self.wait <= 0
 
-    def _look_at(self, step: FinishedStep, seconds: float | None) -> list[Row]:
+    def _choose_after(self, step: FinishedStep, seconds: float | None) -> list[Row]:
         """Learn from a step and choose lengths."""
         rows = [step.row(i) for i in range(len(step))]
         self.observer.observe_step(rows, seconds)
@@ -154,18 +154,18 @@ class Loop:
             row.draft = length
         return self._feed(rows)
 
-    def _look(self, plain: PlainSteps) -> list[Row]:
+    def _choose_after_plain(self, plain: PlainSteps) -> list[Row]:
         """Learn from plain steps and choose lengths. If one is not 0, the last step drafts."""
         self._report(plain)
         lengths = self._lengths(plain.requests, more=len(plain) - 1)
         if not any(lengths):
-            self._put(plain)
+            self._make_pending(plain)
             self.wait = wait_after(self.idle)
             return []
         rows = plain.take_last()
         for row, length in zip(rows, lengths, strict=True):
             row.draft = length
-        self._put(plain)
+        self._make_pending(plain)
         self.plain = None
         return self._feed(rows)
 
@@ -189,8 +189,8 @@ class Loop:
         if drafting:
             self.idle = 0
         for row in drafting:
-            row.draft = min(row.draft, self.room(row.request, row.tokens.end))
-        self._go_on(rows)
+            row.draft = min(row.draft, self.usable_drafts(row.request, row.tokens.end))
+        self._note_ends(rows)
         self.wait, self.rows = wait_after(self.idle), rows
         fed = self.pending.feed(rows, self.max_tokens, every=self.must_run)
         for row in rows:
@@ -198,11 +198,11 @@ class Loop:
                 row.free_hidden_states()
         return fed
 
-    def _keep_step(self, step: FinishedStep) -> None:
+    def _keep_unread(self, step: FinishedStep) -> None:
         """Keep a step that reads prompts for the MTP layer."""
         reading = [step.row(i) for i, continues in enumerate(step.continues) if not continues]
         self.pending.put(reading)
-        self._go_on(reading)
+        self._note_ends(reading)
         if decoding := [i for i, continues in enumerate(step.continues) if continues]:
             at = torch.tensor([step.starts[i] for i in decoding])
             self.plain = PlainSteps(
@@ -211,13 +211,13 @@ class Loop:
                 [step.token_ids[at]],
                 [step.hidden_states[at]],
             )
-            self.keep()
+            self.keep_plain()
 
     def _report(self, plain: PlainSteps) -> None:
         self.observer.observe_plain(plain.requests, len(plain), plain.seconds)
         plain.seconds.clear()
 
-    def _put(self, plain: PlainSteps) -> None:
+    def _make_pending(self, plain: PlainSteps) -> None:
         """Keep plain steps that were reported, and go on behind them."""
         if n := len(plain):
             requests = plain.requests
@@ -228,7 +228,7 @@ class Loop:
             plain.token_ids.clear()
             plain.hidden_states.clear()
 
-    def _go_on(self, rows: Sequence[Row]) -> None:
+    def _note_ends(self, rows: Sequence[Row]) -> None:
         self.ends.update({row.request: row.tokens.end for row in rows if not row.prefilling})
 
     def _forget_others(self, known: Set[str]) -> None:

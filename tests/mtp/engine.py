@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen3next_plugin.mtp.loop import Loop, room
+from qwen3next_plugin.mtp.loop import Loop, usable_drafts
 from qwen3next_plugin.mtp.metrics import Board, Observer
 from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending
 from qwen3next_plugin.mtp.policy import Policy
@@ -86,7 +86,9 @@ class Engine:
             observer=Observer(self.policy, self.board),
             ranks=self.ranks,
             max_tokens=self.max_tokens,
-            room=lambda request, computed: room(self.requests[request].end, computed),
+            usable_drafts=lambda request, computed: usable_drafts(
+                self.requests[request].end, computed
+            ),
             must_run=self.must_run,
             after_prompts=self.after_prompts,
             pending=Pending(self.max_bytes),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp.engine import BYTES, Engine, K, Lengths, Script
-from qwen3next_plugin.mtp.loop import EVERY, room, wait_after
+from qwen3next_plugin.mtp.loop import EVERY, usable_drafts, wait_after
 
 BOTH = ("a", "b")
 
@@ -214,10 +214,10 @@ def test_answers_without_room_for_drafts_delay_no_later_ones(answers):
     assert engine.step("b") == {"b": 3}
 
 
-def test_room_leaves_a_token_for_the_step_itself():
+def test_usable_drafts_leave_a_token_for_the_step_itself():
     """A step of n drafts ends an answer exactly if it has room for n."""
     for computed in range(20):
-        drafts = room(20, computed)
+        drafts = usable_drafts(20, computed)
         assert computed + 1 + drafts + 1 == 20 or drafts == 0
 
 
@@ -344,7 +344,7 @@ def test_a_step_that_reads_a_prompt_is_not_timed():
     engine.step("a", read="b", seconds=9.0)
     engine.step(BOTH, seconds=None)  # an engine may say so of the one after it
     engine.step(BOTH, seconds=3.0)
-    engine.loop.keep()
+    engine.loop.keep_plain()
     assert engine.policy.timed == [("step", 1, 1, 2.0), ("step", 2, 2, 3.0)]
     assert engine.board.read("steps") == {"plain": 2, "verify": 0}
     assert engine.board.read("seconds")["plain"] == 5.0
@@ -367,8 +367,8 @@ def test_collected_steps_are_observed_once():
     engine.loop.idle, engine.loop.wait = 100, 5
     for _ in range(3):
         engine.step("a")
-    engine.loop.keep()
-    engine.loop.keep()
+    engine.loop.keep_plain()
+    engine.loop.keep_plain()
     assert engine.policy.verified == [("a", 0, 0, 3)]
     assert engine.pending("a") == [8]
     engine.step("a")
@@ -432,7 +432,7 @@ def test_the_layer_reads_each_token_once_and_in_order(data):
             if requests[name].computed >= requests[name].prompt:
                 engine.preempt(name, draw(st.integers(0, requests[name].computed - 1)))
         if draw(st.integers(0, 9)) == 0:
-            engine.loop.keep()
+            engine.loop.keep_plain()
         run = [name for name in requests if draw(st.integers(0, 5))]
         decode = [name for name in run if requests[name].computed >= requests[name].prompt]
         read = [name for name in run if name not in decode]
@@ -448,7 +448,7 @@ def test_the_layer_reads_each_token_once_and_in_order(data):
     if engine.requests:
         decoded += len(ready)
         engine.step(ready, read=[name for name in engine.requests if name not in ready])
-    engine.loop.keep()
+    engine.loop.keep_plain()
     for name, one in engine.requests.items():
         assert engine.pending(name) == [one.computed - one.read]
     assert sum(steps for *_, steps in engine.policy.verified) == decoded

@@ -37,7 +37,7 @@ class MetricsReporter(SchedulerMetricsReporter):
         """Report as SGLang does after each step, then write metrics and the log line."""
         super().log_batch_result_stats(batch, result)
         if any(request.finished() for request in batch.reqs):
-            self.loop.keep()
+            self.loop.keep_plain()
         if not self.loop.plain:  # all steps are on the board
             self.board.set("state_pages", [self.state_pages()])
             if self.publisher is not None:

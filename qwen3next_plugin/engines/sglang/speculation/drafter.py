@@ -18,7 +18,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftInput
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.speculation import batches
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
-from qwen3next_plugin.mtp.loop import Loop, room
+from qwen3next_plugin.mtp.loop import Loop, usable_drafts
 from qwen3next_plugin.mtp.metrics import Board, Observer
 from qwen3next_plugin.mtp.policy import make_policy
 from qwen3next_plugin.mtp.rows import FinishedStep, Row
@@ -39,7 +39,7 @@ class Drafter(Chains):
             observer=Observer(make_policy(num_drafts), Board(num_drafts), logger.error),
             ranks=get_parallel().tp_group,
             max_tokens=sys.maxsize if must_run else limit,
-            room=self._room,
+            usable_drafts=self._usable_drafts,
             must_run=must_run,
         )
         self.resumes = mode == "decode"  # retracted requests, which elsewhere are read anew
@@ -132,14 +132,14 @@ class Drafter(Chains):
         """Draft no more for resumed requests: SGLang puts no KV of the MTP layer aside."""
         rows = zip(batch.reqs, step.firsts, strict=True)
         if resumed := {request.rid: first for request, first in rows if request.retraction_count}:
-            self.loop.keep()
+            self.loop.keep_plain()
             for rid, first in resumed.items():
                 self.loop.pending.lose(rid, first)
 
-    def _room(self, request: str, computed: int) -> int:
+    def _usable_drafts(self, request: str, computed: int) -> int:
         of_host = self.decoding[request]
         end = len(of_host.origin_input_ids) + of_host.sampling_params.max_new_tokens
-        return room(end, computed)
+        return usable_drafts(end, computed)
 
     def _first_drafts(
         self,

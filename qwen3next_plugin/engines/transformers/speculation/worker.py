@@ -9,7 +9,7 @@ from qwen3next_plugin.engines.transformers.speculation.answers import Answers, O
 from qwen3next_plugin.engines.transformers.speculation.drafter import Drafter
 from qwen3next_plugin.engines.transformers.state.cache import CACHE, RowCache
 from qwen3next_plugin.engines.transformers.state.steps import BatchStep, StepBuilder
-from qwen3next_plugin.mtp.loop import Loop, room
+from qwen3next_plugin.mtp.loop import Loop, usable_drafts
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.policy import Fixed
 from qwen3next_plugin.mtp.rows import FinishedStep
@@ -37,7 +37,7 @@ class Worker:
         self.drafts = num_drafts > 0
         self.loop = Loop(
             observer=Observer(Fixed(num_drafts)),
-            room=lambda _, computed: room(answers.ids.shape[1], computed),
+            usable_drafts=lambda _, computed: usable_drafts(answers.ids.shape[1], computed),
             must_run=True,  # a pass reads as many tokens of each row
             after_prompts=True,  # all of an answer is waited for
         )

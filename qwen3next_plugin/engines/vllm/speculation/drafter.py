@@ -24,7 +24,7 @@ from qwen3next_plugin.engines.vllm.speculation.chains import Chains
 from qwen3next_plugin.engines.vllm.speculation.finished import finished
 from qwen3next_plugin.engines.vllm.speculation.sampler import NO_TOKEN
 from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
-from qwen3next_plugin.mtp.loop import Loop, room
+from qwen3next_plugin.mtp.loop import Loop, usable_drafts
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.policy import make_policy
 
@@ -45,7 +45,7 @@ class Drafter(Chains):
             ranks=get_tp_group(),
             # A pass reads at most as many tokens as a step.
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            room=self._room,
+            usable_drafts=self._usable_drafts,
             # A KV connector ships the layer's cache at any time, so it may miss no token.
             must_run=transfer is not None and not only_reads,
         )
@@ -76,7 +76,7 @@ class Drafter(Chains):
             token_ids = next_token_ids.to(target_token_ids.dtype)
             fed = loop.plain_step(token_ids, target_hidden_states, seconds)
         else:
-            loop.keep()  # so that it knows where requests have ended
+            loop.keep_plain()  # so that it knows where requests have ended
             step = finished(
                 self.runner,
                 loop,
@@ -98,12 +98,12 @@ class Drafter(Chains):
         self.left = time.perf_counter()
         return drafts
 
-    def _room(self, request: str, computed: int) -> int:
+    def _usable_drafts(self, request: str, computed: int) -> int:
         state = self.runner.requests[request]
         end = self.runner.max_model_len
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
-        return min(self.most, room(end, computed))
+        return min(self.most, usable_drafts(end, computed))
 
     def prepare_next_token_ids_padded(
         self,
