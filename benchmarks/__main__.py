@@ -5,8 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +12,9 @@ from typing import Annotated
 import typer
 
 from benchmarks import render
-from benchmarks.origin import CHANGED, origin, same_product
+from benchmarks.origin import origin, refuse_changes, same_product
 from benchmarks.parts import PARTS, expected
-from benchmarks.report import MEASURED, OWN_RUNS, RedCheckError, Run, console, load_all, shown
+from benchmarks.report import MEASURED, OWN_RUNS, Run, console, load_all, shown_unless_red
 from qwen3next_plugin.engines.vllm.cpu.cores import binding
 
 OUT = Path("out")
@@ -25,14 +23,9 @@ OUT = Path("out")
 def measure(name: str, out: Path, source: dict[str, str], folder: Path) -> None:
     """Print a part's records and keep them; on a red check exit with 1, without its figure."""
     out.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    try:
-        records = shown(PARTS[name].measure(Run(out, name, source)))
-    except RedCheckError as complaint:
-        print(f"red, so there is no figure: {complaint}", file=sys.stderr)
-        raise SystemExit(1) from complaint
-    for record in records:
-        replace(record, seconds=time.monotonic() - begin).save(folder)
+    run = Run(out, name, source)
+    for record in shown_unless_red(lambda: PARTS[name].measure(run)):
+        record.save(folder)
 
 
 def measure_all(out: Path, source: dict[str, str], folder: Path) -> list[str]:
@@ -57,8 +50,7 @@ def measure_all(out: Path, source: dict[str, str], folder: Path) -> list[str]:
 
 def begun(folder: Path, source: dict[str, str], *, resume: bool) -> dict[str, str]:
     """The origin of a fresh run, or of the last one, if it is of this product and machine."""
-    if source["commit"].endswith(CHANGED):
-        raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
+    refuse_changes(source)
     started = folder / "origin.txt"
     if resume:
         before = json.loads(started.read_text()) if started.exists() else {}

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sysconfig
+from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def commit() -> str:
     head = git("rev-parse", "--short=10", "HEAD")
     changed = git("status", "--porcelain", "--", ".", *(f":!{path}" for path in FIGURES))
     return head + CHANGED if changed else head
+
+
+def refuse_changes(source: Mapping[str, str]) -> None:
+    """Exit if files differ from the commit of an origin."""
+    if source["commit"].endswith(CHANGED):
+        raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
 
 
 def same_product(one: str, other: str) -> bool:

@@ -1,15 +1,13 @@
 """A program with a run of its own, whose records `make bench` leaves as they are."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import render
-from benchmarks.origin import CHANGED, origin
-from benchmarks.report import MEASURED, Record, Run, console, shown
+from benchmarks.origin import origin, refuse_changes
+from benchmarks.report import MEASURED, Record, Run, console, shown_unless_red
 from qwen3next_plugin.engines.vllm.cpu.cores import binding
 
 
@@ -21,12 +19,11 @@ def measure_alone(
         os.environ.setdefault(name, value)
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, part, origin(datetime.now(UTC).isoformat("T", "seconds")))
-    if publish and run.origin["commit"].endswith(CHANGED):
-        raise SystemExit("files differ from the commit: commit them, so that figures name a tree")
+    if publish:
+        refuse_changes(run.origin)
     folder = MEASURED if publish else out / "parts"
-    begin = time.monotonic()
-    for record in shown(measure(run)):
-        replace(record, seconds=time.monotonic() - begin).save(folder)
+    for record in shown_unless_red(lambda: measure(run)):
+        record.save(folder)
     if publish:
         render.write()
     console.print(f"kept in {folder / part}")

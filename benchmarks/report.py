@@ -6,8 +6,10 @@ benchmarks/measured/     of the last whole run, and of those of OWN_RUNS: docs/ 
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -122,3 +124,22 @@ def shown(records: Iterable[Record]) -> list[Record]:
         wide.print(table, markup=False)
         kept.append(record)
     return kept
+
+
+def shown_unless_red(
+    measure: Callable[[], Iterable[Record]],
+    on_red: Callable[[str], object] = lambda complaint: None,
+) -> list[Record]:
+    """Measure, and show the records; on a red check exit with 1, without its figure.
+
+    Records get the seconds that all took. `on_red` takes the complaint.
+    """
+    begin = time.monotonic()
+    try:
+        kept = shown(measure())
+    except RedCheckError as complaint:
+        print(f"red, so there is no figure: {complaint}", file=sys.stderr)
+        on_red(str(complaint))
+        raise SystemExit(1) from complaint
+    seconds = time.monotonic() - begin
+    return [replace(record, seconds=seconds) for record in kept]

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
+from benchmarks.report import console
 from qwen3next_plugin.engines.huge_pages import TORCH_SETTING
 
-console = Console(stderr=True)
 VLLM = "benchmarks.engines.vllm_worker"
 VLLM_LAYERS = "benchmarks.engines.layer_worker"
 SGLANG = "benchmarks.engines.sglang_worker"

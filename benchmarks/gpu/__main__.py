@@ -12,7 +12,7 @@ import typer
 
 from benchmarks.origin import commit, version
 from benchmarks.render import markdown
-from benchmarks.report import Record, RedCheckError, Run, console, shown
+from benchmarks.report import Record, RedCheckError, Run, console, shown_unless_red
 
 
 def card() -> str:
@@ -119,12 +119,10 @@ def main(
             raise SystemExit("no GPU here; --smoke runs without one")
     run = Run(out, "gpu", origin(smoke=smoke))
     file = out / "gpu-report.md"
-    try:
-        records = shown(measure(run, smoke=smoke))
-    except RedCheckError as complaint:
-        print(f"red, so there is no figure: {complaint}", file=sys.stderr)
-        report(file, run.origin, [], str(complaint))
-        raise SystemExit(1) from complaint
+    records = shown_unless_red(
+        lambda: measure(run, smoke=smoke),
+        on_red=lambda complaint: report(file, run.origin, [], complaint),
+    )
     report(file, run.origin, records, "")
     for record in records if not smoke else ():
         record.save(out / "parts")
