@@ -56,9 +56,8 @@ def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> 
         module.name: Stored(module, frozenset(("weight",)), _scheme(form), form)
         for module, form in _chosen(name, shapes)
     }
-    found = Formats(stored, shapes, holder, _saving(name, shapes))
-    found.doing = f"quantising to {name}"
-    return found
+    note, doing = _saving(name, shapes), f"quantising to {name}"
+    return Formats(stored, shapes, holder, note=note, doing=doing)
 
 
 def plain_bytes(shapes: Shapes) -> dict[str, int]:

@@ -133,16 +133,10 @@ def formats_of(
         return formats_in_panels(folder, config, quantization or {})
     if asked is None:
         stored = list(stored_tensors(folder))
-        found = stored_formats(our_names(stored, config), shapes, of_ours, quantization)
-        found.tower = next(
-            (
-                name
-                for name, t in stored
-                if t.dtype not in PLAIN_DTYPES and without_prefix(name, config) is None
-            ),
-            None,
-        )
-        return found
+        quantised = (name for name, t in stored if t.dtype not in PLAIN_DTYPES)
+        of_tower = (name for name in quantised if without_prefix(name, config) is None)
+        tower, ours = next(of_tower, None), our_names(stored, config)
+        return stored_formats(ours, shapes, of_ours, quantization, tower=tower)
     if quantization is not None:
         raise CheckpointError(
             f"QWEN3NEXT_QUANTISE={asked}: the checkpoint is quantised already, by its "

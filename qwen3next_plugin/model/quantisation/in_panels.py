@@ -154,11 +154,15 @@ class FormatsInPanels(Formats):
                 channels, columns = shapes[f"{module}.weight"]
                 whole = Module(module, channels, columns, {})
                 stored[module] = Stored(whole, frozenset(), NO_SCHEME, form)
-        super().__init__(stored, shapes, partial(holder, config=config))
-        self.doing = f"{'mapping' if env.mmap() else 'reading'} packed weights"
+        super().__init__(
+            stored,
+            shapes,
+            partial(holder, config=config),
+            doing=f"{'mapping' if env.mmap() else 'reading'} packed weights",
+            packed_plain=frozenset(filter(is_plain, weights)),
+            nbytes_in_panels=sum(nbytes(place.header) for place in places.values()),
+        )
         self.weights, self._wholes, self._places = weights, wholes, places
-        self.packed_plain = frozenset(filter(is_plain, weights))
-        self.nbytes_in_panels = sum(nbytes(place.header) for place in places.values())
 
     def expected(self, shapes: Shapes) -> Shapes:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}

@@ -52,19 +52,31 @@ class Formats:
     load: `dequantised` names them.
     """
 
-    packed_plain: frozenset[str] = frozenset()  # weights without a format, packed in the files
-    nbytes_in_panels = 0  # of all that the files have packed
-    doing = "loading weights"  # what is done to them as they load
-
     def __init__(
         self,
         stored: Mapping[str, Stored],
         shapes: Shapes,
         holder: Callable[[str], str],
+        *,
         note: str = "",
+        doing: str = "loading weights",
+        tower: str | None = None,
+        packed_plain: frozenset[str] = frozenset(),
+        nbytes_in_panels: int = 0,
     ) -> None:
+        """The formats of these modules.
+
+        Args:
+            stored, shapes, holder: as of `stored_formats`.
+            note: a line for the log.
+            doing: what is done to the weights as they load.
+            tower: a quantised tensor of a vision tower, if one has any.
+            packed_plain: weights without a format that the files have packed.
+            nbytes_in_panels: of all that the files have packed.
+        """
         self.stored, self._holder, self._note = stored, holder, note
-        self.tower: str | None = None  # a quantised tensor of a vision tower, if one has any
+        self.doing, self.tower = doing, tower
+        self.packed_plain, self.nbytes_in_panels = packed_plain, nbytes_in_panels
         found: dict[str, dict[str, set[Format | None]]] = defaultdict(lambda: defaultdict(set))
         for name in shapes:
             module = name.removesuffix(".weight")
@@ -195,6 +207,8 @@ def stored_formats(
     shapes: Shapes,
     holder: Callable[[str], str],
     quantization: Mapping[str, Any] | None,
+    *,
+    tower: str | None = None,
 ) -> Formats:
     """The formats of a checkpoint's modules.
 
@@ -203,6 +217,7 @@ def stored_formats(
         shapes: of the weights, were they not quantised.
         holder: the name of our module that holds the checkpoint's.
         quantization: quantization_config of config.json, if it has one.
+        tower: a quantised tensor of a vision tower, if one has any.
 
     Raises:
         CheckpointError: a module whose tensors are no format that is known, or not all there.
@@ -228,7 +243,7 @@ def stored_formats(
             "quantization_config: config.json has one, and no tensor of the files is quantised; "
             "take both from one release, or remove it from config.json"
         )
-    return Formats(stored, shapes, holder)
+    return Formats(stored, shapes, holder, tower=tower)
 
 
 def less_of(quantization: Mapping[str, Any] | None) -> int:
