@@ -1,12 +1,13 @@
 """A prefix cache in a folder: what a restarted server gains by it, and what others pay for it."""
 
+import itertools
 import json
 import os
 import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.progress import track
@@ -39,12 +40,9 @@ def measure(run: Run) -> Iterator[Record]:
 
 def restart(run: Run, model: Path, folder: Path) -> Record:
     """The first token of prompts that an earlier server has read, and of as many that none has."""
-    known, cold = (
-        [Request(prompt, 1) for prompt in prompts([LONG] * 2 * PROMPTS, vocabulary(str(model)))][
-            i::2
-        ]
-        for i in range(2)
-    )
+    texts = prompts([LONG] * 2 * PROMPTS, vocabulary(str(model)))
+    requests = [Request(prompt, 1) for prompt in texts]
+    known, cold = requests[::2], requests[1::2]
     with served(run, model, folder) as server:
         before = [Load(server).first_token(request)[0] for request in known]
         settle(folder)
@@ -82,7 +80,8 @@ def cost(run: Run, model: Path, folder: Path) -> Record:
                 prompt = chance.choices(range(2, CONFIG["vocab_size"]), k=WRITTEN)
                 load = Load(server)
                 load.first_token(Request(prompt, 1))
-                short = (Request(chance.choices(range(2, 999), k=32), 512) for _ in iter(int, 1))
+                endless = itertools.count()
+                short = (Request(chance.choices(range(2, 999), k=32), 512) for _ in endless)
                 rates[side].append(load.rate(short, CLIENTS, SECONDS, whole=False)[0])
     best = {side: max(found) for side, found in rates.items()}
     return run.record(
@@ -94,20 +93,17 @@ def cost(run: Run, model: Path, folder: Path) -> Record:
     )
 
 
-def served(run: Run, model: Path, folder: Path | None) -> Server:
+@contextmanager
+def served(run: Run, model: Path, folder: Path | None) -> Iterator[Server]:
     """A healthy server; `folder`: of its prefixes."""
     flags = ["--max-model-len", "9000", "--kv-cache-memory-bytes", str(3 << 29)]
     if folder is not None:
         flags += ["--kv-transfer-config", json.dumps(connector(folder))]
     log = run.out / f"fleet-{'with' if folder else 'no'}-folder.log"
-    server = Server(model, log, os.environ, *flags)
-    try:
+    with Server(model, log, os.environ, *flags) as server:
         with console.status("starting vllm serve"):
             server.wait()
-    except BaseException:
-        server.__exit__()
-        raise
-    return server
+        yield server
 
 
 def connector(folder: Path) -> dict[str, object]:

@@ -244,8 +244,9 @@ class Stack:
                 f"stack: encoding, group, shape, dtype of scales, tensors: {_kind(one)} of matrix "
                 f"{e}, {_kind(self._first)} of the first"
             )
-        for name, tensor in one.tensors.items() if e < self.num_experts else ():
-            self._whole[name][e].copy_(tensor)
+        if e < self.num_experts:
+            for name, tensor in one.tensors.items():
+                self._whole[name][e].copy_(tensor)
         self._put.add(e)
 
     def whole(self) -> PackedWeight:

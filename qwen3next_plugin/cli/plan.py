@@ -34,6 +34,15 @@ from qwen3next_plugin.model.checkpoint.sizes import (
 )
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
+# Properties of each plan that --json has beside its fields.
+DERIVED = ("bound", "concurrency", "fits", "kv_bytes_per_token", "spare", "state_bytes_per_slot")
+DERIVED_OF_ENGINE: Mapping[type[Plan], tuple[str, ...]] = {
+    Blocks: (
+        *("group", "block_tokens", "block_bytes", "state_blocks", "kv_blocks_each"),
+        *("blocks", "blocks_per_request"),
+    ),
+    Pools: ("slot_bytes", "slots_per_request", "slots", "tokens"),
+}
 AT_LOAD = env.VARIABLES["QWEN3NEXT_QUANTISE"].allowed
 
 
@@ -176,8 +185,7 @@ def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
 
 
 def _as_dict(p: Plan) -> dict[str, Any]:
-    kind = type(p)
-    derived = [name for name in dir(kind) if isinstance(getattr(kind, name), property)]
+    derived = (*DERIVED, *DERIVED_OF_ENGINE[type(p)])
     return asdict(p) | {name: getattr(p, name) for name in derived}
 
 

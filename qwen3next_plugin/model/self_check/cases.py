@@ -5,6 +5,7 @@ A case is called with a backend's `run`, and yields what it computed.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class LinearLayer:
         """The output of so many tokens in each row. Shapes: returns [T, HV · V]."""
         s, T = self.shape, sum(lengths)
         H, HV, K, V = s.num_key_heads, s.num_value_heads, s.key_dim, s.value_dim
-        starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        starts = [0, *accumulate(lengths)]
         qkvz, ba = self.draw(T, 2 * (H * K + HV * V)), self.draw(T, 2 * HV)
         out = qkvz.new_full((T, HV * V), torch.nan)
         self.run(
@@ -296,7 +297,7 @@ def _paged_attention(run: Run, served: Served, draw: Draw) -> Outputs:
     pages, N = 64, len(lengths)
     keys, values = draw(pages, s.num_kv_heads, s.head_dim), draw(pages, s.num_kv_heads, s.head_dim)
     order = torch.randperm(pages, generator=draw.chance, device="cpu").int()
-    starts = draw.tensor([sum(lengths[:i]) for i in range(N + 1)])
+    starts = draw.tensor([0, *accumulate(lengths)])
     q, rows = draw(sum(lengths), s.num_heads, s.head_dim), draw.tensor([*range(N)])
     table = order[: N * 20].view(N, 20).to(served.device)
     scale = s.head_dim**-0.5

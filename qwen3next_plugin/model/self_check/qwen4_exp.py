@@ -1,5 +1,6 @@
 """Small inputs for the kernels that only Qwen4-Exp launches; as those of `cases`."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def _ple_gate(run: Run, served: Served, draw: Draw) -> Outputs:
 
 
 def _step(draw: Draw, lengths: tuple[int, ...], contexts: tuple[int, ...]) -> Step:
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    starts = [0, *accumulate(lengths)]
     return Step(
         query_start_loc=draw.tensor(starts),
         slot=draw.tensor([*range(len(lengths))]),
@@ -144,7 +145,7 @@ def _sequences(
     draw: Draw, lengths: tuple[int, ...], seq_lens: tuple[int, ...]
 ) -> tuple[torch.Tensor, ...]:
     """Rows of one page each, of four."""
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    starts = [0, *accumulate(lengths)]
     rows = [*range(len(lengths))]
     return (
         draw.tensor([3, 1]).view(2, 1),

@@ -63,10 +63,10 @@ def spread(
 
 def _spread_processors(processors: LogitsProcessors, rows: LogitRows) -> LogitsProcessors:
     """The same processors in the same order, each applied to rows."""
-    spread = LogitsProcessors()
-    spread.argmax_invariant = [RowProcessor(p, rows) for p in processors.argmax_invariant]
-    spread.non_argmax_invariant = [RowProcessor(p, rows) for p in processors.non_argmax_invariant]
-    return spread
+    of_rows = LogitsProcessors()
+    of_rows.argmax_invariant = [RowProcessor(p, rows) for p in processors.argmax_invariant]
+    of_rows.non_argmax_invariant = [RowProcessor(p, rows) for p in processors.non_argmax_invariant]
+    return of_rows
 
 
 class RowProcessor:
@@ -89,9 +89,9 @@ def _min_tokens(
 def _min_p(processor: MinPLogitsProcessor, logits: torch.Tensor, rows: LogitRows) -> torch.Tensor:
     if not processor.min_p_count:
         return logits
-    spread = copy(processor)
-    spread.min_p = processor.min_p[rows.request]  # [T, 1]
-    return spread.apply(logits)
+    of_rows = copy(processor)
+    of_rows.min_p = processor.min_p[rows.request]  # [T, 1]
+    return of_rows.apply(logits)
 
 
 def _logit_bias(
