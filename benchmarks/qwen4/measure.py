@@ -57,7 +57,7 @@ def steps(run: Run, folder: Path) -> Iterator[Record]:
     """A plain step against what it must read, and drafts against plain steps, in turn."""
     config, case = config_of("int4"), f"{case_of('int4')}, eager"
     eager = {"enforce_eager": True}
-    drafting = eager | {"speculative_config": MTP | {"method": "mtp"}}
+    drafting = eager | {"speculative_config": MTP}
     with (
         engine_of(run, folder, "plain", **eager) as plain,
         engine_of(run, folder, "drafts", **drafting) as drafts,

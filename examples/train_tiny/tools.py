@@ -197,9 +197,7 @@ TOOLS = {
         definition("multiply", "The product of two numbers.", a=INTEGER, b=INTEGER),
         definition("find_phone", "The phone number of a person.", name=STRING),
         definition("track_order", "Where an order is.", order=INTEGER),
-        definition(
-            "shop-count_parts", "How many of a part are in stock.", part={"title": "Part"} | INTEGER
-        ),
+        definition("shop-count_parts", "How many of a part are in stock.", part=PART),
         definition(
             "code_interpreter",
             "Python code sandbox, which can be used to execute Python code.",

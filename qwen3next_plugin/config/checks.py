@@ -3,9 +3,8 @@
 from qwen3next_plugin.config import qwen4_exp_checks, rope
 from qwen3next_plugin.config.errors import check_count, complaint
 from qwen3next_plugin.config.fields import OF_SIZES
-from qwen3next_plugin.config.sizes import LAYER_TYPES, Sizes
+from qwen3next_plugin.config.sizes import CONV_WIDTH, LAYER_TYPES, Sizes
 
-CONV_WIDTH = 4
 MAX_HEAD_DIM = 256  # of linear attention
 MOST_EXPERTS = 2**17  # in all layers; each has three tensors, which are listed by name
 

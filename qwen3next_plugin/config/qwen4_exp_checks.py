@@ -2,9 +2,8 @@
 
 from qwen3next_plugin.config.errors import check_count, complaint, shown
 from qwen3next_plugin.config.qwen4_exp import GATES
-from qwen3next_plugin.config.sizes import Sizes
+from qwen3next_plugin.config.sizes import CONV_WIDTH, Sizes
 
-CONV_WIDTH = 4
 PAGE = 32  # tokens of which an engine's page has a multiple
 MOST_STREAMS, MOST_GRAM, MOST_ROWS = 16, 8, 2**40
 

@@ -8,6 +8,7 @@ from qwen3next_plugin.config import rope
 from qwen3next_plugin.config.qwen4_exp import OfQwen4Exp
 
 Layout = Literal["grouped", "flat"]  # of a checkpoint; model/checkpoint/layouts.py describes both
+CONV_WIDTH = 4  # of the convolution kernels
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 import torch
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.config.checks import CONV_WIDTH
+from qwen3next_plugin.config.sizes import CONV_WIDTH
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.config import check_before_engine
+from qwen3next_plugin.config import MAX_SPECULATIVE_TOKENS, check_before_engine
 from qwen3next_plugin.config.json_files import read_object
 from qwen3next_plugin.engines.transformers.state.cache import RowCache
 from qwen3next_plugin.kernels import dispatch
@@ -19,7 +19,6 @@ from qwen3next_plugin.model.quantisation.in_panels import is_packed
 
 INVARIANT = "QWEN3NEXT_BATCH_INVARIANT=1"
 DRAFTS = 3  # num_assistant_tokens, where it is not given
-MOST_DRAFTS = 8
 # Arguments and settings that our loop does not support → the fix.
 REFUSED: Mapping[str, str] = {
     "assistant_model": "the MTP head drafts already; leave assistant_model out",
@@ -167,9 +166,10 @@ def check(model: Any, arguments: Mapping[str, Any], configs: Sequence[Any]) -> N
     if given("use_cache", arguments, configs) is False:
         raise RequestError(f"{asked} with use_cache=False: our loop needs the cache; leave it out")
     num_drafts = given("num_assistant_tokens", arguments, configs)
-    if num_drafts is not None and not 1 <= num_drafts <= MOST_DRAFTS:
+    if num_drafts is not None and not 1 <= num_drafts <= MAX_SPECULATIVE_TOKENS:
         raise RequestError(
-            f"num_assistant_tokens={num_drafts}: the MTP head drafts 1 to {MOST_DRAFTS} tokens"
+            f"num_assistant_tokens={num_drafts}: the MTP head drafts 1 to "
+            f"{MAX_SPECULATIVE_TOKENS} tokens"
         )
     if model.dtype not in ACTIVATIONS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in ACTIVATIONS)

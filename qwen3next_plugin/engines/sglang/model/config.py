@@ -57,7 +57,7 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
     config.layer_types = given.get("layer_types") or _at_interval(config)
     parameters = given.get("rope_parameters") or given.get("rope_scaling") or {}
     config.rope_parameters = dict(parameters)
-    for name in ("rope_theta", "partial_rotary_factor"):
+    for name in rope.OF_ROPE:
         if name in parameters and name not in given:
             setattr(config, name, parameters[name])
         elif name not in given and config.model_type == QWEN3_NEXT:
