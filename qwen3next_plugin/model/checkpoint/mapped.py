@@ -7,10 +7,8 @@ import sys
 
 import torch
 
-MADV_RANDOM = 1  # linux/mman.h, also the next
-MADV_DONTNEED = 4
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
-AROUND = 1 << 16  # bytes that Linux maps around one that is read (fault_around_bytes), aligned
+AROUND = 1 << 16  # Linux's fault_around_bytes: it maps the aligned range around a page it reads
 
 
 def give_back(tensor: torch.Tensor) -> None:
@@ -24,11 +22,10 @@ def give_back(tensor: torch.Tensor) -> None:
     on_gpu = torch.accelerator.is_available()
     if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
         return
-    # Reading a first page maps up to AROUND bytes before it again: the end of the last tensor.
+    # Reading the first page has mapped the end of the tensor before it again, up to AROUND bytes.
     start = tensor.data_ptr() // AROUND * AROUND
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+    _advise(start, end, MADV_PAGEOUT)
 
 
 def read_at_random(tensor: torch.Tensor) -> None:
@@ -36,18 +33,16 @@ def read_at_random(tensor: torch.Tensor) -> None:
     if not sys.platform.startswith("linux") or not tensor.nbytes:
         return
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    end = tensor.data_ptr() + tensor.nbytes
-    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_RANDOM)
+    _advise(start, tensor.data_ptr() + tensor.nbytes, mmap.MADV_RANDOM)
 
 
 def drop(tensor: torch.Tensor) -> None:
-    """Give back a tensor's memory, whose values are not read again; others' beside it is kept."""
+    """Give back the memory of a tensor that is not read again; that of tensors beside it stays."""
     if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+    _advise(start, end, mmap.MADV_DONTNEED)
 
 
 def give_back_freed() -> None:
@@ -58,6 +53,12 @@ def give_back_freed() -> None:
     """
     if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):  # of glibc
         _libc().malloc_trim(ctypes.c_size_t(0))
+
+
+def _advise(start: int, end: int, advice: int) -> None:
+    """Tell Linux how pages from `start` to `end` are used. Its answer is not needed."""
+    if end > start:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 @functools.cache
