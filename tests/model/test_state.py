@@ -1,7 +1,5 @@
 """The state page: its bytes at the released sizes, and its views on raw memory."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -61,19 +59,10 @@ def test_views_tile_the_page(state_dtype, padding):
         assert view.data_ptr() >= raw.data_ptr()
         view[1].view(torch.int8).fill_(value)
     assert (raw[1, : page.page_bytes] != 0).all()
-    counts = raw[1].bincount() if raw.min() >= 0 else None
-    assert counts is not None
+    counts = raw[1].bincount()  # of each view's value
     assert counts[1:].tolist() == list(page.nbytes().values())
     assert not raw[[0, 2]].any()
     assert not raw[:, page.page_bytes :].any()
-
-
-def test_a_copy_of_a_page_holds_the_same():
-    page = layout(num_key_heads=1, num_value_heads=2, key_dim=16, value_dim=16)
-    raw = torch.randint(-128, 127, (2, page.page_bytes), dtype=torch.int8)
-    raw[1] = raw[0]
-    for view in page.view(raw):
-        assert torch.equal(view[0].view(torch.int8), view[1].view(torch.int8))
 
 
 @pytest.mark.parametrize("num_drafts", range(10))
@@ -99,8 +88,3 @@ def test_every_part_is_aligned_to_its_element(num_drafts, heads):
 def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         layout(**changes)
-
-
-def test_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        layout().num_drafts = 2
