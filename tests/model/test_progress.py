@@ -33,7 +33,7 @@ BAR = """
 from qwen3next_plugin.model.checkpoint import progress
 progress.REFRESHED = 0.01
 progress.begin(lambda: 8 << 30, print)
-progress.doing("quantising to int4")
+progress.describe("quantising to int4")
 progress.advance(2 << 30)
 """
 
@@ -49,7 +49,7 @@ def often(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.01)
     monkeypatch.setattr(progress, "REFRESHED", 0.01)
     yield
-    progress.stop()
+    progress.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_every_byte_of_the_files_is_counted_once(plain, tmp_path, often, kind):
         deque(tensors, maxlen=0)
         assert wanted > 1000
         assert progress._loading._done == progress._loading._total == wanted
-        progress.end()
+        progress.finish()
         assert lines[-1].startswith(f"loaded {wanted / 2**30:.2f} GiB of weights in ")
     assert progress.stored_bytes(folder, config, trunk=True, mtp=True) == sum(
         tensor.nbytes for _, tensor in stored(folder)
@@ -106,11 +106,11 @@ def test_a_log_gets_plain_lines(often, monkeypatch):
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     progress.begin(lambda: 8 << 30, (lines := []).append)
     until(lambda: "building the model" in lines)
-    progress.doing("loading weights")
+    progress.describe("loading weights")
     progress.advance(2 << 30)
     until(lambda: any("loading weights: 2.00 of 8.00 GiB, " in line for line in lines))
     assert all(line.endswith(" s left") for line in lines if "of 8.00" in line)
-    progress.end()
+    progress.finish()
     assert lines[-1].startswith("loaded 2.00 GiB of weights in ")
     assert not log.getvalue()
 
@@ -118,12 +118,12 @@ def test_a_log_gets_plain_lines(often, monkeypatch):
 def test_a_terminal_gets_a_bar_that_is_removed(often, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     progress.begin(lambda: 8 << 30, (lines := []).append)
-    progress.doing("loading weights")
+    progress.describe("loading weights")
     progress.advance(2 << 30)
     until(lambda: "\rloading weights:  25%|" in terminal.getvalue())
     assert "2.00G/8.00G [" in terminal.getvalue()
     assert not lines
-    progress.end()
+    progress.finish()
     assert len(lines) == 1
     assert terminal.getvalue().endswith("\r")
     assert "\n" not in terminal.getvalue()
@@ -132,7 +132,7 @@ def test_a_terminal_gets_a_bar_that_is_removed(often, monkeypatch):
 def test_a_terminal_without_a_size_gets_one_too():
     """As containers have it."""
     ours, theirs = pty.openpty()
-    end = "import time; time.sleep(0.5); progress.end()"
+    end = "import time; time.sleep(0.5); progress.finish()"
     child = subprocess.Popen([sys.executable, "-c", BAR + end], stderr=theirs)
     os.close(theirs)
     shown = b""
@@ -147,17 +147,17 @@ def test_a_terminal_without_a_size_gets_one_too():
 def test_a_size_that_is_not_known_is_left_out(often, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     progress.begin(lambda: None, (lines := []).append)
-    progress.doing("loading weights")
+    progress.describe("loading weights")
     progress.advance(1 << 30)
     until(lambda: any(line.startswith("loading weights: 1.00 GiB, ") for line in lines))
 
 
 def test_without_a_bar_nothing_is_shown(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    progress.doing("loading weights")
+    progress.describe("loading weights")
     progress.advance(1)
-    progress.end()
-    assert not progress.shown()
+    progress.finish()
+    assert not progress.is_shown()
     assert not terminal.getvalue()
 
 

@@ -52,14 +52,14 @@ class _Loading:
             self._total = self._find_total()
         self._done += nbytes
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._ended.set()
         self._thread.join()
         if self._bar is not None:
             self._bar.close()
 
-    def said(self) -> str:
-        """What is done."""
+    def summary(self) -> str:
+        """The bytes so far, and the time they took."""
         seconds = time.monotonic() - self._began
         return f"{self._done / 2**30:.2f} GiB of weights in {seconds:.1f} s"
 
@@ -92,17 +92,17 @@ def begin(total: Total, say: Say) -> None:
     """
     global _loading
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        stop()
+        cancel()
         _loading = _Loading(total, say)
 
 
-def shown() -> bool:
+def is_shown() -> bool:
     """Whether there is a bar."""
     return _loading is not None
 
 
-def doing(what: str) -> None:
-    """Say what is done now."""
+def describe(what: str) -> None:
+    """Name what is done now."""
     if _loading is not None:
         _loading.what = what
 
@@ -113,18 +113,18 @@ def advance(nbytes: int) -> None:
         _loading.advance(nbytes)
 
 
-def end() -> None:
+def finish() -> None:
     """Remove the bar, and leave one line in the log."""
-    if (ended := _loading) is not None:
-        stop()
-        ended.say(f"loaded {ended.said()}")
+    if (finished := _loading) is not None:
+        cancel()
+        finished.say(f"loaded {finished.summary()}")
 
 
-def stop() -> None:
-    """Remove the bar."""
+def cancel() -> None:
+    """Remove the bar without a line."""
     global _loading
     if _loading is not None:
-        _loading.end()
+        _loading.close()
         _loading = None
 
 

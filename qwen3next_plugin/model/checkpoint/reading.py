@@ -126,12 +126,12 @@ def _counted(
     """Yield tensors; count those of trunk or MTP layer, whichever is expected, for the bar."""
     of_mtp = any(name.startswith(MTP) for name in expected)
     whose = "MTP layer: " if of_mtp else ""
-    progress.doing(whose + (formats.doing if formats else "loading weights"))
+    progress.describe(whose + (formats.doing if formats else "loading weights"))
     for name, tensor in tensors:
         nbytes = tensor.nbytes if name.startswith(MTP) == of_mtp else 0
         yield name, tensor
         progress.advance(nbytes)
-    progress.doing(whose + "packing")
+    progress.describe(whose + "packing")
 
 
 def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,4 +11,4 @@ class HostBar(tqdm):
     """What SGLang's loaders show files with."""
 
     def __init__(self, *args: Any, disable: bool | None = False, **kwargs: Any) -> None:
-        super().__init__(*args, disable=disable or progress.shown(), **kwargs)
+        super().__init__(*args, disable=disable or progress.is_shown(), **kwargs)

@@ -43,4 +43,4 @@ class CpuPlatform(CpuSRTPlatform):
 
     def post_load_model(self, model: Any) -> None:
         """Called once a model's weights are loaded and packed."""
-        progress.end()
+        progress.finish()

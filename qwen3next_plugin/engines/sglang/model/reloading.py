@@ -74,4 +74,4 @@ def reload(runner: Any, tensors: Stream) -> None:
     model.blanks.restore()
     with set_default_torch_dtype(runner.model_config.dtype):
         DefaultModelLoader.load_weights_and_postprocess(model, tensors, torch.device(runner.device))
-    progress.end()
+    progress.finish()

@@ -77,7 +77,7 @@ def one_bar(vllm_config: VllmConfig) -> Iterator[None]:
     progress.begin(total, logger.info)
     try:
         yield
-        progress.end()
+        progress.finish()
     finally:
-        progress.stop()
+        progress.cancel()
         load_config.use_tqdm_on_load = True
