@@ -6,8 +6,8 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_server_args
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
+from qwen3next_plugin.engines.sglang.state.alike import weights_folder
 from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
 
 
@@ -22,9 +22,7 @@ class NgramLayer(PerLayerEmbedding):
         *,
         layer_id: int,
     ) -> None:
-        args = get_server_args()
-        folder = local_folder(args.model_path, args.revision, args.download_dir)
-        table = open_table(folder, config, layer_id)
+        table = open_table(weights_folder(get_server_args()), config, layer_id)
         super().__init__(config, host_layers(quant_config), prefix, i=layer_id, table=table)
         self.prefix, self.layer_id = prefix, layer_id
 

@@ -22,7 +22,7 @@ def alike(server_args: Any, model_config: Any, *sizes: Any) -> tuple[Any, ...]:
     return sizes, server_args.attention_backend, computed
 
 
-def stored_weights(server_args: Any) -> Path:
+def weights_folder(server_args: Any) -> Path:
     """The folder of the checkpoint's files."""
     model, downloads = server_args.model_path, server_args.download_dir
     return local_folder(model, server_args.revision, downloads)

@@ -10,7 +10,7 @@ from qwen3next_plugin.engines.sglang.state.alike import (
     LINKER_FLAG,
     alike,
     check_known_weights,
-    stored_weights,
+    weights_folder,
 )
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
@@ -65,7 +65,7 @@ def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
 
     Args: sizes: of what is kept, on this rank.
     """
-    weights = fingerprint(stored_weights(server_args))
+    weights = fingerprint(weights_folder(server_args))
     dtype = str(model_config.dtype).removeprefix("torch.")
     rest = digest(alike(server_args, model_config, *sizes))
     return f"{SPACE}{weights}-{dtype}-{rest}"

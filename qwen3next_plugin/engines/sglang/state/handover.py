@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
-from qwen3next_plugin.engines.sglang.state.alike import alike, stored_weights
+from qwen3next_plugin.engines.sglang.state.alike import alike, weights_folder
 from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
@@ -99,7 +99,7 @@ def what_is_alike() -> str:
     server_args = get_server_args()
     model_config = model_config_of(server_args)
     layout = page_layout(model_config.hf_text_config)
-    weights = fingerprint(stored_weights(server_args), of_copies=True)
+    weights = fingerprint(weights_folder(server_args), of_copies=True)
     dtype = str(layout.activation_dtype).removeprefix("torch.")
     rest = digest(alike(server_args, model_config, layout))
     return (

@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
-from qwen3next_plugin.engines.vllm.state.alike import stored_weights
+from qwen3next_plugin.engines.vllm.state.alike import weights_folder
 from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
@@ -124,7 +124,7 @@ def with_quantisation(vllm_config: VllmConfig) -> VllmConfig:
     read_here = vllm_config.load_config.load_format in READ_HERE
     if found.quant_config is None or current_platform.is_cpu() or not (of_files and read_here):
         return found
-    plain = read_plain_modules(stored_weights(vllm_config), model_config.hf_config)
+    plain = read_plain_modules(weights_folder(vllm_config), model_config.hf_config)
     found.quant_config = leave_plain(found.quant_config, plain, LinearBase, UnquantizedLinearMethod)
     return found
 

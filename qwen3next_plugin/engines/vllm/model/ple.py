@@ -8,7 +8,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.vllm.model.opaque import register
-from qwen3next_plugin.engines.vllm.state.alike import stored_weights
+from qwen3next_plugin.engines.vllm.state.alike import weights_folder
 from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
 from qwen3next_plugin.model.state import StateError
 
@@ -25,7 +25,7 @@ class NgramLayer(PerLayerEmbedding):
         i: int,
         linear: GatedDeltaNet,
     ) -> None:
-        table = open_table(stored_weights(vllm_config), config, i)
+        table = open_table(weights_folder(vllm_config), config, i)
         super().__init__(config, host_layers(vllm_config), prefix, i=i, table=table)
         self.prefix = prefix
         self._linear = (linear,)  # a tuple: it is a part of the decoder layer

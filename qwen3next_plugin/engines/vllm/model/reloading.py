@@ -18,7 +18,7 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, stored_weights
+from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, weights_folder
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
 from qwen3next_plugin.model.quantisation.files import check_version
@@ -92,7 +92,7 @@ def _folder(config: VllmConfig, path: str | None) -> Path:
     """The weights to load: by default those of the last time."""
     if (found := config.load_config.load_format) not in READ_HERE:
         raise ConfigError(f"--load-format {found}: its weights are not reloaded; restart")
-    folder = Path(path) if path else stored_weights(config)
+    folder = Path(path) if path else weights_folder(config)
     if not folder.is_dir():
         raise ConfigError(f"weights_path = {folder}: no such folder")
     return folder

@@ -35,7 +35,7 @@ def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
     return Alike(largest_page(config, vllm_config), rest)
 
 
-def stored_weights(vllm_config: VllmConfig) -> Path:
+def weights_folder(vllm_config: VllmConfig) -> Path:
     """The folder of the checkpoint's files."""
     model_config = vllm_config.model_config
     downloads = vllm_config.load_config.download_dir

@@ -14,7 +14,7 @@ from qwen3next_plugin.engines.vllm.state.alike import (
     WITHOUT,
     alike,
     check_known_weights,
-    stored_weights,
+    weights_folder,
 )
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
@@ -103,6 +103,6 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
 def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
     """The name of the subfolder for these weights, and for all that decides what a page holds."""
     found = alike(vllm_config, config)
-    weights = fingerprint(stored_weights(vllm_config))
+    weights = fingerprint(weights_folder(vllm_config))
     rest = digest((found, vllm_config.cache_config.prefix_caching_hash_algo))
     return f"{SPACE}{weights}-{found.dtype}-k{found.layout.num_drafts}-{rest}"

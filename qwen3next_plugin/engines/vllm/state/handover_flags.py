@@ -12,7 +12,7 @@ from qwen3next_plugin.engines.vllm.state.alike import (
     WITHOUT,
     alike,
     check_known_weights,
-    stored_weights,
+    weights_folder,
 )
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
@@ -60,7 +60,7 @@ def complete_handover(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
         return
     os.environ.setdefault(LAYOUT, "DS")
     found = alike(vllm_config, config)
-    weights = fingerprint(stored_weights(vllm_config), of_copies=True)
+    weights = fingerprint(weights_folder(vllm_config), of_copies=True)
     settings = vllm_config.kv_transfer_config.kv_connector_extra_config
     settings[ALIKE] = (
         f"weights={weights}, dtype={found.dtype}, "
