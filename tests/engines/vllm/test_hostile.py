@@ -18,6 +18,7 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, V, ask, fields, leave
 from engines.vllm.server import Forked
+from qwen3next_plugin.engines.vllm.repairs import grammars
 
 D = json.loads((SHIPPED / "config.json").read_text())["hidden_size"]
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -310,6 +311,12 @@ def test_hostile_embeddings_do_not_harm_the_server():
         check_unharmed(server, before)
     finally:
         server.close()
+
+
+def test_a_check_that_does_not_start_is_no_costly_grammar(monkeypatch):
+    monkeypatch.setattr(grammars, "CHECK", "import nowhere")
+    with pytest.raises(RuntimeError, match="No module named 'nowhere'"):
+        grammars._is_cheap("of nobody")
 
 
 @pytest.mark.compat

@@ -7,8 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 SECONDS, GIB = 2, 1  # of CPU time and memory; schemas of real tools take milliseconds
+IMPORTED = "llguidance is imported"  # what the process prints before it checks
 CHECK = f"""
 import resource, sys, llguidance
+print({IMPORTED!r}, flush=True)
 for limit, most in (resource.RLIMIT_CPU, {SECONDS}), (resource.RLIMIT_AS, {GIB} << 30):
     resource.setrlimit(limit, (most, most))
 llguidance.LLMatcher.validate_grammar(sys.stdin.read(), None)
@@ -24,6 +26,7 @@ def refuse_costly(host: Callable[..., None], params: Any, tokenizer: Any = None)
 
     Raises:
         VLLMValidationError: the grammar exceeds a limit.
+        RuntimeError: the process cannot import llguidance.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.structured_output.backend_guidance import serialize_guidance_grammar
@@ -45,4 +48,8 @@ def refuse_costly(host: Callable[..., None], params: Any, tokenizer: Any = None)
 def _is_cheap(grammar: str) -> bool:
     """Whether llguidance reads it within the limits."""
     command = [sys.executable, "-c", CHECK]
-    return subprocess.run(command, input=grammar.encode(), capture_output=True).returncode == 0
+    done = subprocess.run(command, input=grammar.encode(), capture_output=True)
+    if IMPORTED.encode() not in done.stdout:
+        said = done.stderr.decode(errors="replace")
+        raise RuntimeError(f"no grammar can be checked, because llguidance is not imported: {said}")
+    return done.returncode == 0
