@@ -52,7 +52,7 @@ def measure(run: Run) -> Iterator[Record]:
 
 
 def reload(server: Server) -> float:
-    """Seconds of one."""
+    """Seconds of one reload."""
     body = {"method": "reload_weights", "kwargs": {"weights_path": server.model}}
     request = urllib.request.Request(f"{server.url}/collective_rpc", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")

@@ -76,7 +76,10 @@ def full_model(folder: Path, size: str, kind: str, layers: int | None = None) ->
 
 
 def full_config(size: str, kind: str, layers: int | None = None) -> dict[str, Any]:
-    """The config of a size's text model; the last token ends an answer, which no answer has."""
+    """The config of a size's text model.
+
+    `eos_token_id` is the last token, which no answer contains.
+    """
     released = read_config(RELEASED / size)
     text = released.get("text_config", released)
     count = layers or text["num_hidden_layers"]

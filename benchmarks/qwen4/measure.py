@@ -121,7 +121,7 @@ def table(run: Run, engine: Worker) -> Record:
 
 
 def share(engine: Worker) -> Row:
-    """Of the shortest decode step of one request."""
+    """Times of the shortest decode step of one request."""
     found: Row = engine.call("shares", steps=STEPS)
     both = found["hyper-connections"] + found["n-grams"]
     return found | {"both / step": both / found["step"]}

@@ -49,7 +49,7 @@ FC = "mtp.fc_embedding.weight"
 
 
 def config_of(form: str) -> dict[str, Any]:
-    """The config of a form; the last token ends an answer, which no answer has."""
+    """The config of a form; `eos_token_id` is the last token, which no answer contains."""
     text = read_config(RELEASED / SIZE)["text_config"]
     vocabulary = text["vocab_size"] * LAYERS["int4"] // text["num_hidden_layers"]
     rope = {k: v for k, v in text["rope_parameters"].items() if not k.startswith("mrope")}

@@ -66,7 +66,7 @@ class Plan(ABC):
     def spare(self) -> int:
         """Bytes next to the weights and the attention's scratch memory.
 
-        Mapped weights get what they would take, but for a least.
+        Leaves room in the page cache for mapped weights, as long as LEAST_POOLS remain.
         """
         left = self.flags.memory - sum(self.weights.values()) - self.scratch
         return max(0, left - self.flags.mapped, min(left, LEAST_POOLS) if self.flags.mapped else 0)

@@ -1,7 +1,7 @@
 """The type and the bounds of every field of a config that is read.
 
-They are checked first of all: an engine's own reader ends in errors that name no file, and lists
-the layers of a model of 10^12.
+They are checked first of all: an engine's own reader ends in errors that name no file, and would
+build a list of as many layers as the file claims.
 """
 
 from collections.abc import Callable, Mapping

@@ -158,7 +158,7 @@ def _scale(place: Place | None, name: str, *, is_fp8: bool) -> Tensor | None:
 
 
 def _places(folder: Path, config: Qwen3NextConfig, names: Set[str]) -> dict[str, Place]:
-    """Where tensors of a checkpoint are, by our names; of its files, those that have them."""
+    """Where these tensors are, by our names; reads only the files that have them."""
     index, found = read_index(folder), {}
     if index is not None:
         files = {t: f for t, f in index.files.items() if without_prefix(t, config) in names}

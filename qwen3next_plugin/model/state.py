@@ -68,7 +68,7 @@ class PageLayout:
     state_dtype: torch.dtype
     # of a layer with n-grams
     ngram_size: int = 0
-    ngram_conv: tuple[int, int] = (0, 0)  # positions of a draft of none, channels
+    ngram_conv: tuple[int, int] = (0, 0)  # inputs kept without drafts, channels
 
     @classmethod
     def from_config(

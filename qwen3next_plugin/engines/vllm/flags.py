@@ -138,7 +138,7 @@ def _leave_room(vllm_config: VllmConfig) -> None:
     mapped = mapped_bytes(model_config.model, model_config.revision, downloads)
     if mapped and cache_config.kv_cache_memory_bytes is None:
         granted = int(cache_config.gpu_memory_utilization * memory_bytes())
-        left = granted - mapped - LEAST_POOLS  # as much for all else
+        left = granted - mapped - LEAST_POOLS  # LEAST_POOLS stays for everything else
         cache_config.kv_cache_memory_bytes = max(LEAST_POOLS, left)
 
 

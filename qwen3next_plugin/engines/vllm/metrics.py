@@ -80,7 +80,7 @@ class MetricsCollector(Collector):
         self.boards: dict[int, Board] = {}
 
     def describe(self) -> Iterator[Family]:
-        """The names, for the registry, which would collect: boards may be an earlier server's."""
+        """Names only: the registry would call `collect`, and files may be an earlier server's."""
         for metric in metrics(self.num_drafts):
             yield family(metric, self.model, {})
 

@@ -29,7 +29,7 @@ SCALE_SUFFIXES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weigh
 
 
 class Parts(Protocol):
-    """Is told of the layers and experts of a checkpoint as they are loaded, by name."""
+    """Learns, by name, when a layer or expert begins and ends loading."""
 
     def begin(self, name: str, /) -> None:
         """The first tensor of it comes."""
@@ -57,7 +57,7 @@ def parameters(
     Args:
         quantised: a host's kernels take the tensors as the checkpoint has them.
         formats: ours take them, by channels.
-        parts: told of each layer and expert when its first tensor comes and when all are loaded.
+        parts: learns of each layer's and expert's first and last tensor.
         attach: takes a weight, by our name, that the files have packed, in place of its tensors.
 
     Raises:

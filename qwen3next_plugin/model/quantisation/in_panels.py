@@ -72,7 +72,7 @@ def is_packed(quantization: Mapping[str, Any] | None) -> bool:
 
 
 def check_in_panels(formats: Formats | None, *, on_cpu: bool, tp_size: int) -> None:
-    """Refuse a packed checkpoint on a GPU, and QWEN3NEXT_MMAP where it would not hold.
+    """Refuse a packed checkpoint on a GPU, and QWEN3NEXT_MMAP where files cannot stay mapped.
 
     Raises: ConfigError, naming the cause and the fix.
     """

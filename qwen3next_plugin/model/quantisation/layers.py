@@ -127,7 +127,7 @@ class LinearMethod(Packing, Attaching):
 
 
 class ExpertsMethod(PackingExperts, Attaching):
-    """Of experts, in one format each for `w13` and `w2`."""
+    """The method of a layer's experts; `w13` and `w2` have one format each."""
 
     def __init__(self, module: str, formats: Mapping[str, Format], inner: int) -> None:
         """Args: inner: features between the experts' two products, on all ranks together."""
