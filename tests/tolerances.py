@@ -52,7 +52,6 @@ def assert_close(
     if (by or os.environ.get("QWEN3NEXT_KERNELS")) == "triton":
         assert difference.norm() <= bound * ref.double().norm(), f"{op} {dtype}: the whole tensor"
         bound = ON_TENSOR_CORES.get((op, dtype), bound)
-    error, row = (
-        (difference / scale).nan_to_num(0, posinf=math.inf).flatten().max(dim=0)
-    )  # 0 / 0: both are zero
+    relative = (difference / scale).nan_to_num(0, posinf=math.inf)  # 0 / 0: both are zero
+    error, row = relative.flatten().max(dim=0)
     assert error <= bound, f"{op} {dtype}: relative error {error:.2e} > {bound:.0e} in row {row}"

@@ -45,11 +45,8 @@ TABLED = Served(3, 4, torch.bfloat16, torch.float32)
 # Each setting's other value: no drafts, one rank, the other 16-bit dtype, S in 16 bits.
 OTHER = Served(0, 1, torch.float16, torch.bfloat16)
 
-PARTS, REGISTERS, GRAIN = (
-    4,
-    512,
-    8,
-)  # parts of a processor; registers a lane of each; allocated in eights
+# Parts of a processor; registers a lane of each; allocated in eights.
+PARTS, REGISTERS, GRAIN = 4, 512, 8
 TENSOR_COLUMNS = 512  # of tensor memory
 
 

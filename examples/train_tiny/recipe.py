@@ -28,9 +28,8 @@ class Recipe:
     clip: float = 1.0
     mtp_weight: float = 0.3
     mtp_depths: int = 3
-    deep_every: int = (
-        2  # depths above 1 on every second micro-batch: they cost as much as the trunk
-    )
+    # Depths above 1 on every second micro-batch: they cost as much as the trunk.
+    deep_every: int = 2
     balance_weight: float = 0.01
     global_balance: bool = True
     norm_decay: bool = True

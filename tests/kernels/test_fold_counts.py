@@ -24,9 +24,8 @@ def test_s_is_written_once_for_each_grid_point_passed(num_drafts):
         before = pool.state_[0].clone()
         layer.run(pool, Step(((0, c, n),)), layer.projections(n))
         written = not torch.equal(before.view(torch.int32), pool.state_[0].view(torch.int32))
-        start = (
-            c if n <= num_drafts + 1 else c + n
-        )  # a short row may be rolled back to where it begins
+        # A short row may be rolled back to where it begins.
+        start = c if n <= num_drafts + 1 else c + n
         assert pool.span_[0].tolist() == [start, c + n]
         assert written == (start // GRID > stood), (c, n)
         seen.add(written)
