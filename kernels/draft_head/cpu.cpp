@@ -73,7 +73,7 @@ Batch quantised(const Tensor& x) {
   Batch batch{std::vector<int16_t>(N * width), std::vector<float>(N), N, width};
   with_dtype(x, [&]<class T>(T) {
     const T* xs = read<T>(x);
-    parallel(N, 1 + 16384 / (D + 1), [&](int64_t n) {
+    parallel(N, grain_of(D), [&](int64_t n) {
       batch.scale[n] =
           quantise(batch.integers.data() + n * width, xs + n * stride, D, width, limit);
     });

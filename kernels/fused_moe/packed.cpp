@@ -219,7 +219,7 @@ std::vector<float> gates_of(const Tensor& x, const Tensor& weight) {
   const int64_t D = x.size(1);
   std::vector<float> gates(x.size(0));
   with_parameter<T>(weight, [&]<class W>(W) {
-    parallel(gates.size(), 1 + 16384 / (D + 1), [&](int64_t t) {
+    parallel(gates.size(), grain_of(D), [&](int64_t t) {
       gates[t] = gate(read<T>(x) + t * x.stride(0), read<W>(weight), D)[0];
     });
   });

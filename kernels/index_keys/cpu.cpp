@@ -78,7 +78,7 @@ Tensor index_keys(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos_sin, T
       if (static_cast<int64_t>(places.size()) < T) {
         std::memset(static_cast<void*>(write<A>(q)), 0, T * Hi * d * sizeof(A));
       }
-      parallel(places.size(), 1 + 16384 / (qk.size(1) + 1), [&](int64_t i) {
+      parallel(places.size(), grain_of(qk.size(1)), [&](int64_t i) {
         const Place& place = places[i];
         const A* row = read<A>(qk) + place.token * qk.stride(0);
         for (int64_t h = 0; h < Hi; ++h) {
@@ -88,7 +88,7 @@ Tensor index_keys(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos_sin, T
         A* key = keys.at(place.page(), place.position % place.sequence->page);
         std::memcpy(static_cast<void*>(key), row + Hi * d, d * sizeof(A));
       });
-      parallel(places.size(), 1 + 16384 / (d + 1), [&](int64_t i) {
+      parallel(places.size(), grain_of(d), [&](int64_t i) {
         const Place& last = places[i];
         if ((last.position + 1) % block_size) return;
         thread_local std::vector<A> mean;

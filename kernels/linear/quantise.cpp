@@ -7,7 +7,6 @@ namespace Q3N_LEVEL {
 namespace {
 
 constexpr int64_t kLargestGroup = 128;
-constexpr int64_t kTask = 1 << 14;  // weights that a thread rounds, at least
 // As in reference.py.
 constexpr float kSmallest = 1e-8f;
 constexpr double kReaches[] = {0.97, 0.89, 0.81, 0.73};
@@ -99,7 +98,7 @@ std::tuple<Tensor, Tensor> quantise_int4(Tensor weight, int64_t group, ScalarTyp
   with_dtype(weight, [&]<class T>(T) {
     with_dtype(scale, [&]<class S>(S) {
       const T* rows = read<T>(weight);
-      parallel(N, 1 + kTask / (K + 1), [&](int64_t n) {
+      parallel(N, grain_of(K), [&](int64_t n) {
         quantise_row(write<uint8_t>(values) + n * K / 2, write<S>(scale) + n * groups, rows + n * K,
                      K, group);
       });

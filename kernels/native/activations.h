@@ -137,7 +137,7 @@ Activations activations(const T* x, int64_t M, int64_t stride, const PackedWeigh
   }
   a.words.resize(M * terms * width);
   a.first = a.words.data();
-  parallel(M, 1 + 16384 / (w.K + 1), [&](int64_t m) {
+  parallel(M, grain_of(w.K), [&](int64_t m) {
     if (integers) {
       write_integers(a, x + m * stride, w.K, m, w.encoding);
     } else if (pairs) {

@@ -71,7 +71,7 @@ struct AmxBytePanels {
                 const std::vector<int64_t>& runs)
       : panels(terms.size(), w.blocks * w.block / byte_slice(w), 2 * byte_slice(w)),
         scales(terms.size() * w.blocks) {
-    parallel(terms.size(), 1 + 16384 / (w.K + 1), [&](int64_t i) {
+    parallel(terms.size(), grain_of(w.K), [&](int64_t i) {
       const auto end = std::upper_bound(runs.begin(), runs.end(), i);
       const int64_t begin = end[-1], count = *end - begin, at = i - begin;
       const int64_t first = at / kAmxRows * kAmxRows, height = std::min(count - first, kAmxRows);

@@ -30,7 +30,7 @@ PackedA PackedGemm<T>::pack_a(std::span<const int64_t> tokens,
   if constexpr (std::is_same_v<T, bf16>) {
     if (amx_bf16_) {
       auto& panels = to.panels.emplace(tokens.size(), w_.blocks * w_.block / kAmxK, kLine);
-      parallel(tokens.size(), 1 + 16384 / (w_.K + 1), [&](int64_t i) {
+      parallel(tokens.size(), grain_of(w_.K), [&](int64_t i) {
         const auto end = std::upper_bound(runs.begin(), runs.end(), i);
         const auto place = panels.place(end[-1], *end - end[-1], i - end[-1]);
         pack_bf16(place, panels.slices, x_ + tokens[i] * stride_, w_.K);

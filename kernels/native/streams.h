@@ -46,7 +46,7 @@ struct Streams {
   // Calls f(t, s) for every stream of every token.
   template <class F>
   void each(F&& f) const {
-    parallel(tokens * hc, 1 + 16384 / (D + 1), [&](int64_t i) { f(i / hc, i % hc); });
+    parallel(tokens * hc, grain_of(D), [&](int64_t i) { f(i / hc, i % hc); });
   }
 };
 

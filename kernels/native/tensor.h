@@ -105,6 +105,9 @@ inline int64_t grain(int64_t n, int64_t bytes, int64_t tokens) {
   return bytes * (1 + (tokens - 1) / kFewTokens) <= kStart ? n : 1;
 }
 
+// Rows of so many elements that a thread takes at least: about 16,384 elements pay for its start.
+inline int64_t grain_of(int64_t elements) { return 1 + 16384 / (elements + 1); }
+
 // Calls f(i) for i in [0, n), at least `grain` calls on each thread, with denormals flushed to
 // zero: decays over many tokens produce many of them, and arithmetic on a denormal is far slower.
 template <class F>

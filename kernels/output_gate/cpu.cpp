@@ -10,7 +10,7 @@ void output_gate(Tensor x_, Tensor gate) {
   with_activations(x_, [&]<class A>(A) {
     A* xs = write<A>(x_);
     const A* gates = read<A>(gate);
-    parallel(T * H, 1 + 16384 / (D + 1), [&](int64_t i) {
+    parallel(T * H, grain_of(D), [&](int64_t i) {
       A* x = xs + i * D;
       const A* g = gates + i / H * token_stride + i % H * head_stride;
       for_vectors(D, [&](int64_t d, int64_t lanes) {

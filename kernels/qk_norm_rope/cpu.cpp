@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
       const W *qw = read<W>(q_weight), *kw = read<W>(k_weight);
       const C* table = read<C>(cos_sin);
       A *qs = write<A>(q), *ks = write<A>(k);
-      parallel(T * heads, 1 + 16384 / (D + 1), [&](int64_t i) {
+      parallel(T * heads, grain_of(D), [&](int64_t i) {
         const int64_t t = i / heads, h = i % heads, kv = h - num_heads;
         const C* angles = table + position[t] * cos_sin_stride;
         const A* row = rows + t * stride;

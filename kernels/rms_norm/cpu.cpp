@@ -25,7 +25,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, std::optional<Tensor> resid
       const W* w = read<W>(weight);
       A* residuals = residual_ ? write<A>(*residual_) : nullptr;
       A* outs = write<A>(out);
-      parallel(T, 1 + 16384 / (D + 1), [&](int64_t t) {
+      parallel(T, grain_of(D), [&](int64_t t) {
         const A* row = xs + t * stride;
         if (residuals) {
           A* residual = residuals + t * residual_stride;

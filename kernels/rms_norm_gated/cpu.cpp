@@ -27,7 +27,7 @@ void rms_norm_gated_to(Tensor out, Tensor x, Tensor z, Tensor weight, double eps
     const A *x0 = read<A>(x), *z0 = read<A>(z);
     const W* w = read<W>(weight);
     A* outs = write<A>(out);
-    parallel(T * H * R, 1 + 16384 / (V + 1), [&](int64_t i) {
+    parallel(T * H * R, grain_of(V), [&](int64_t i) {
       const int64_t r = i % R, h = i / R % H, t = i / R / H;
       normalise_gated(outs + i * V, x0 + t * xs[0] + h * xs[1] + r * xs[2],
                       z0 + t * zs[0] + h * zs[1] + r * zs[2], w, V, static_cast<float>(eps),

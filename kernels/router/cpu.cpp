@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> router(Tensor logits, int64_t k, bool renormalise) {
     const A* all = read<A>(logits);
     float* weight = write<float>(weights);
     int32_t* expert = write<int32_t>(experts);
-    parallel(T, 1 + 16384 / (E + 1), [&](int64_t t) {
+    parallel(T, grain_of(E), [&](int64_t t) {
       route(weight + t * k, expert + t * k, all + t * stride, E, k, renormalise);
     });
   });

@@ -23,7 +23,7 @@ void shared_expert_gate(Tensor x, Tensor weight, Tensor shared_, std::optional<T
     const W* w = read<W>(weight);
     A* shared = write<A>(shared_);
     const A* other = routed ? read<A>(*routed) : nullptr;
-    parallel(T, 1 + 16384 / (D + 1), [&](int64_t t) {
+    parallel(T, grain_of(D), [&](int64_t t) {
       apply(shared + t * shared_stride, other ? other + t * routed_stride : nullptr,
             gate(xs + t * x_stride, w, D), D);
     });

@@ -10,7 +10,7 @@ Tensor silu_and_mul(Tensor x) {
   with_activations(x, [&]<class A>(A) {
     const A* xs = read<A>(x);
     A* outs = write<A>(out);
-    parallel(T, 1 + 16384 / (I + 1), [&](int64_t t) {
+    parallel(T, grain_of(I), [&](int64_t t) {
       const A *gate = xs + t * stride, *up = gate + I;
       for_vectors(I, [&](int64_t i, int64_t lanes) {
         store(outs + t * I + i, silu(load(gate + i, lanes)) * load(up + i, lanes), lanes);
