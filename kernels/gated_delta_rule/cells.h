@@ -25,14 +25,6 @@ struct Cell {
   int64_t fresh() const { return count - known; }
 };
 
-inline float dot(const float* a, const float* b, int64_t n) {
-  f32v total{};
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    total = fma(load(a + i, lanes), load(b + i, lanes), total);
-  });
-  return sum(total);
-}
-
 // Looks up the keys in the window, computes the new ones, and all products of keys and queries.
 template <class T, class S>
 void prepare(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_t start, int64_t h,

@@ -5,16 +5,6 @@
 
 namespace Q3N_LEVEL {
 
-// x . weight in fp32, in one order.
-template <class T, class W>
-float dot(const T* x, const W* weight, int64_t n) {
-  f32v total{};
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    total = fma(load(x + i, lanes), load(weight + i, lanes), total);
-  });
-  return sum(total);
-}
-
 // x [T, hc * D]: the normalised streams, after the block's output is added to them.
 template <class T>
 Tensor normalise_streams(const Streams<T>& in, const Tensor& like, const Tensor& norm, float eps) {

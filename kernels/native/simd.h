@@ -299,6 +299,16 @@ inline float sum_of_squares(const T* x, int64_t n) {
   return sum(total);
 }
 
+// x . y in fp32, in one order.
+template <class T, class U>
+inline float dot(const T* x, const U* y, int64_t n) {
+  f32v total{};
+  for_vectors(n, [&](int64_t i, int64_t lanes) {
+    total = fma(load(x + i, lanes), load(y + i, lanes), total);
+  });
+  return sum(total);
+}
+
 template <int N>
 inline void add_neighbours(f32v* v) {
   if constexpr (N > 1) {
