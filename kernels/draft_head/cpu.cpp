@@ -56,10 +56,9 @@ float quantise(int16_t* out, const T* x, int64_t D, int64_t width, int64_t limit
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
   const float scale = most / limit;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
   for (int64_t i = 0; i < width; i += kLanes) {
     const f32v v = load(x + i, std::clamp<int64_t>(D - i, 0, kLanes)) / splat(scale);
-    store(out + i, __builtin_convertvector((v + kRound) - kRound, i32v));
+    store(out + i, __builtin_convertvector(nearest_integer(v), i32v));
   }
   return scale;
 }

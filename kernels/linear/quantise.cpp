@@ -25,11 +25,10 @@ float total(f32v (&parts)[kParts]) {
 
 // Weights in steps of their scale, -8 to 7; -8 for NaN.
 f32v steps(f32v w, f32v inverse) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
   f32v q = w * inverse;
   q = q > -8.0f ? q : splat(-8.0f);
   q = q < 7.0f ? q : splat(7.0f);
-  return (q + kRound) - kRound;
+  return nearest_integer(q);
 }
 
 // The weight of which -8 times the scale is nearest, or kSmallest; NaN if one is not finite.

@@ -53,10 +53,9 @@ inline float round_block(float* x, int16_t* out, int32_t* sum, int64_t n, int bi
   // denormals: then FMA and two instructions round alike.
   const int exponent = std::max(static_cast<int>(field >> 23) - 127, -80);
   const float unit = power_of_two(exponent + 1 - bits), inverse = power_of_two(bits - 1 - exponent);
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
   i32v total{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const f32v v = load(x + i), rounded = (v * inverse + kRound) - kRound;
+    const f32v v = load(x + i), rounded = nearest_integer(v * inverse);
     const i32v integers = __builtin_convertvector(rounded, i32v);
     store(out + i, integers);
     store(x + i, v - rounded * unit);

@@ -246,13 +246,18 @@ inline void deinterleave(const f32v (&x)[4], f32v (&taps)[4]) {
   taps[1] = every<0, 2>(odd0, odd1, lanes), taps[3] = every<1, 2>(odd0, odd1, lanes);
 }
 
+// v rounded to integers, ties to even, for |v| below 2^22.
+inline f32v nearest_integer(f32v v) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction
+  return (v + kRound) - kRound;
+}
+
 // exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by Cephes' polynomial: 2 ulp on [-87, 88], zero below,
 // clamped above.
 inline f32v exp(f32v x) {
   const auto underflows = x < -87.0f;
   x = x > 88.0f ? splat(88.0f) : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer
-  const f32v n = (x * 1.44269504f + kRound) - kRound;
+  const f32v n = nearest_integer(x * 1.44269504f);
   const f32v r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   f32v p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
