@@ -1,5 +1,6 @@
 #include "norm.h"
 #include "ops.h"
+#include "positions.h"
 #include "sequences.h"
 
 namespace Q3N_LEVEL {
@@ -32,14 +33,6 @@ std::vector<Place> places_of(const std::vector<Sequence>& sequences) {
   return places;
 }
 
-void check_positions(const char* name, const Tensor& positions, int64_t length) {
-  const int64_t* position = read<int64_t>(positions);
-  for (int64_t t = 0; t < positions.numel(); ++t) {
-    check(0 <= position[t] && position[t] < length, "token ", t, ": ", name, " has ", position[t],
-          ", which is not one of ", length, " in cos_sin");
-  }
-}
-
 // The mean of the keys of the block that ends at a place, rounded. Shapes: mean [d]
 template <class T>
 void average(T* mean, const Keys<T>& keys, const Place& last, int64_t block_size, int64_t d) {
@@ -63,8 +56,8 @@ Tensor index_keys(Tensor qk, Tensor q_weight, Tensor k_weight, Tensor cos_sin, T
   const Paging paging{key_cache_.size(0), key_cache_.dim() == 3 ? key_cache_.size(1) : 1};
   const std::vector<Sequence> sequences =
       checked_sequences(token_table, table_row, query_start_loc, seq_lens, std::nullopt, T, paging);
-  check_positions("positions", positions, cos_sin.size(0));
-  check_positions("block_positions", block_positions, cos_sin.size(0));
+  check_positions("position", positions, cos_sin);
+  check_positions("block position", block_positions, cos_sin);
   const std::vector<Place> places = places_of(sequences);
   Tensor q = empty_as(qk, {T, Hi, d});
   with_dtypes(qk, q_weight, [&]<class A, class W>(A, W) {

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.paged_attention.reference import checked
+from qwen3next_plugin.kernels.qk_norm_rope.reference import check_positions
 
 
 def run(
@@ -24,8 +25,8 @@ def run(
 ) -> Tensor:
     """Shapes as in the public op."""
     T, d = len(qk), len(q_weight)
-    _check_positions("positions", positions, cos_sin)
-    _check_positions("block_positions", block_positions, cos_sin)
+    check_positions("position", positions, cos_sin)
+    check_positions("block position", block_positions, cos_sin)
     P = key_cache_.shape[1] if key_cache_.dim() == 3 else 1
     sequences = (token_table, table_row, query_start_loc, seq_lens)
     rows = list(checked(T, len(key_cache_), P, *sequences, None))
@@ -66,11 +67,3 @@ def block_place(places: Tensor, b: int, block_size: int, P: int) -> tuple[int, .
 def _at(place: Tensor, P: int) -> tuple[int, ...]:
     """The index of a position in the cache of keys."""
     return (int(place),) if P == 1 else divmod(int(place), P)
-
-
-def _check_positions(name: str, positions: Tensor, cos_sin: Tensor) -> None:
-    for t, position in enumerate(positions.tolist()):
-        if not 0 <= position < len(cos_sin):
-            raise RuntimeError(
-                f"token {t}: {name} has {position}, which is not one of {len(cos_sin)} in cos_sin"
-            )

@@ -1,6 +1,6 @@
 #include "norm.h"
 #include "ops.h"
-#include "tensor.h"
+#include "positions.h"
 
 namespace Q3N_LEVEL {
 namespace {
@@ -10,13 +10,9 @@ std::tuple<Tensor, Tensor> qk_norm_rope(Tensor qkv, Tensor q_weight, Tensor k_we
                                         int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
                                         double eps) {
   const int64_t T = qkv.size(0), stride = qkv.stride(0), D = head_dim;
-  const int64_t cos_sin_stride = cos_sin.stride(0), max_position = cos_sin.size(0);
-  const int64_t heads = num_heads + num_kv_heads;
+  const int64_t cos_sin_stride = cos_sin.stride(0), heads = num_heads + num_kv_heads;
   const int64_t* position = read<int64_t>(positions);
-  for (int64_t t = 0; t < T; ++t) {
-    check(0 <= position[t] && position[t] < max_position, "token ", t, ": position ", position[t],
-          " is not one of ", max_position, " in cos_sin");
-  }
+  check_positions("position", positions, cos_sin);
   Tensor q = empty_as(qkv, {T, num_heads * D});
   Tensor k = empty_as(qkv, {T, num_kv_heads * D});
   with_dtypes(qkv, q_weight, [&]<class A, class W>(A, W) {
