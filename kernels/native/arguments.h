@@ -9,25 +9,6 @@
 
 namespace Q3N_LEVEL {
 
-inline const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Double:
-      return "torch.float64";
-    case ScalarType::Int:
-      return "torch.int32";
-    case ScalarType::Long:
-      return "torch.int64";
-    default:
-      return "of another dtype";
-  }
-}
-
 using Sizes = std::initializer_list<int64_t>;
 using Dtypes = std::initializer_list<ScalarType>;
 
@@ -47,17 +28,35 @@ Listed<Values> listed(const Values& values) {
   return {values};
 }
 
+// The same for dtypes.
+struct ListedDtypes {
+  Dtypes dtypes;
+  friend std::ostream& operator<<(std::ostream& to, const ListedDtypes& list) {
+    const char* before = "";
+    for (ScalarType dtype : list.dtypes) to << std::exchange(before, ", ") << dtype_name(dtype);
+    return to;
+  }
+};
+
+inline const char* device_name(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda" : "another device";
+}
+
 // Throws std::invalid_argument, a ValueError in Python, which names the op and the argument.
 struct Arguments {
   const char* op;
 
   template <class... Parts>
-  void require(bool holds, const Parts&... parts) const {
-    if (holds) return;
+  [[noreturn]] void fail(const Parts&... parts) const {
     std::ostringstream message;
     message << op << ": ";
     (message << ... << parts);
     throw std::invalid_argument(message.str());
+  }
+
+  template <class... Parts>
+  void require(bool holds, const Parts&... parts) const {
+    if (!holds) fail(parts...);
   }
 
   // Requires the shape, one of the dtypes, a CPU tensor, and a contiguous last dim.
@@ -65,11 +64,12 @@ struct Arguments {
               Dtypes dtypes) const {
     const ScalarType dtype = t.scalar_type();
     const auto sizes = t.sizes(), strides = t.strides();
-    require(std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end(), name, " is ",
-            dtype_name(dtype), ", which is not taken here");
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) {
+      fail(name, " is ", dtype_name(dtype), " on ", device_name(t), ", not ", ListedDtypes{dtypes});
+    }
     require(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, " has shape ",
             listed(sizes), ", not ", listed(shape));
-    require(t.is_cpu(), name, " is not on the cpu");
+    if (!t.is_cpu()) fail(name, " is on ", device_name(t), ", not on cpu");
     require(sizes.back() <= 1 || strides.back() == 1, "the last dim of ", name,
             " is not contiguous: ", listed(strides));
   }

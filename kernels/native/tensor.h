@@ -25,6 +25,31 @@ inline void check(bool holds, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return "of another dtype";
+  }
+}
+
 // Calls f with a value of the tensor's element type.
 template <class F>
 inline void with_dtype(const Tensor& t, F&& f) {
@@ -36,7 +61,8 @@ inline void with_dtype(const Tensor& t, F&& f) {
     case ScalarType::Half:
       return f(fp16{});
     default:
-      check(false, "unsupported dtype");
+      check(false, "values are ", dtype_name(t.scalar_type()),
+            ": use float32, bfloat16 or float16");
   }
 }
 
@@ -44,7 +70,9 @@ inline void with_dtype(const Tensor& t, F&& f) {
 template <class F>
 inline void with_activations(const Tensor& x, F&& f) {
 #if defined(__AVX512BF16__)
-  check(x.scalar_type() == ScalarType::BFloat16, "unsupported dtype");
+  const ScalarType dtype = x.scalar_type();
+  check(dtype == ScalarType::BFloat16, "activations are ", dtype_name(dtype),
+        ", not torch.bfloat16");
   f(bf16{});
 #else
   with_dtype(x, f);

@@ -112,15 +112,18 @@ def test_without_gaps_it_is_the_other_convolution(bits_level, dtype):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"x": torch.zeros(2, 40, dtype=torch.float64)}, "x is torch.float64"),
+        (
+            {"x": torch.zeros(2, 40, dtype=torch.float64)},
+            "x is torch.float64 on cpu, not torch.bfloat16, torch.float16, torch.float32",
+        ),
         ({"x": torch.zeros(40)}, r"x has shape \(40,?\), not 2 dims"),
         ({"weight": torch.zeros(4, 40).t()}, "weight"),
         ({"weight": torch.zeros(40, 3)}, "weight has shape"),
         ({"dilation": 0}, "too few for dilation 0"),
         ({"dilation": 4}, "conv_ holds 12 inputs, too few for dilation 4"),
         ({"conv_": torch.zeros(1, 12, 40)}, r"conv_ has shape \(1, 12, 40\), not \(2, 12, 40\)"),
-        ({"conv_": torch.zeros(2, 12, 40).bfloat16()}, "conv_ is torch.bfloat16"),
-        ({"span": torch.zeros(2, 2)}, "span is torch.float32"),
+        ({"conv_": torch.zeros(2, 12, 40).bfloat16()}, "conv_ is torch.bfloat16 on cpu, not "),
+        ({"span": torch.zeros(2, 2)}, "span is torch.float32 on cpu, not torch.int32"),
     ],
 )
 def test_refuses_bad_arguments(cpu_backend, change, complaint):

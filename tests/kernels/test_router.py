@@ -104,3 +104,9 @@ def test_refuses(backend):
         router(logits=logits.t().contiguous().t(), top_k=2, renormalise=True)
     with pytest.raises(ValueError, match=r"router: logits has shape \(8,\), not 2 dims"):
         router(logits=logits[0], top_k=2, renormalise=True)
+
+
+def test_the_torch_op_names_a_dtype_that_it_does_not_take(native_level):
+    """A graph calls it without the public op's checks."""
+    with pytest.raises(RuntimeError, match=r"values are torch\.float64: use float32, bfloat16 or"):
+        torch.ops.qwen3next.router(torch.zeros(3, 8).double(), 2, True)
