@@ -13,6 +13,8 @@ from qwen3next_plugin.kernels.step import Step
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT = (torch.float32,)
 INT = (torch.int32,)
+INT64 = (torch.int64,)
+INDEX = (*INT, *INT64)
 
 
 def check(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtypes, device) -> None:
@@ -66,3 +68,20 @@ def check_step(op: str, step: Step, device: torch.device) -> None:
     check(op, "query_start_loc", step.query_start_loc, (N + 1,), INT, device)
     check(op, "slot", step.slot, (N,), INT, device)
     check(op, "context_len", step.context_len, (N,), INT, device)
+
+
+def check_sequences(
+    op: str,
+    token_table: Tensor,
+    table_row: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    device: torch.device,
+) -> None:
+    """Raise ValueError unless these fit the sequences of `paged_attention`."""
+    R, M = sizes(op, "token_table", token_table, 2)
+    N = table_row.numel()
+    check(op, "token_table", token_table, (R, M), INT, device)
+    check(op, "table_row", table_row, (N,), INDEX, device)
+    check(op, "query_start_loc", query_start_loc, (N + 1,), INT, device)
+    check(op, "seq_lens", seq_lens, (N,), INDEX, device)

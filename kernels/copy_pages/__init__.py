@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import INT, check, sizes
+from qwen3next_plugin.kernels.checks import INT, INT64, check, sizes
 
 WORD = 8  # bytes
 
@@ -27,6 +27,6 @@ def copy_pages(*, pages_: Tensor, source: Tensor, target: Tensor, mask: Tensor) 
     (N,) = sizes(op, "source", source, 1)
     check(op, "pages_", pages_, (layers, slots, size // WORD * WORD), (torch.uint8,), device)
     check(op, "source", source, (N,), INT, device)
-    check(op, "target", target, (N,), (torch.int64,), device)
+    check(op, "target", target, (N,), INT64, device)
     check(op, "mask", mask, (N,), (torch.bool,), device)
     run(pages_, source, target, mask)

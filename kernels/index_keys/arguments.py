@@ -1,29 +1,15 @@
 """The checks of the arguments of the two ops on index caches."""
 
-import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT, check, sizes
-
-INDEX = (torch.int32, torch.int64)
-INT64 = (torch.int64,)
-
-
-def check_sequences(
-    op: str,
-    token_table: Tensor,
-    table_row: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    device: torch.device,
-) -> None:
-    """Raise ValueError unless these fit the sequences of `paged_attention`."""
-    R, M = sizes(op, "token_table", token_table, 2)
-    N = table_row.numel()
-    check(op, "token_table", token_table, (R, M), INT, device)
-    check(op, "table_row", table_row, (N,), INDEX, device)
-    check(op, "query_start_loc", query_start_loc, (N + 1,), INT, device)
-    check(op, "seq_lens", seq_lens, (N,), INDEX, device)
+from qwen3next_plugin.kernels.checks import (
+    ACTIVATIONS,
+    FLOAT,
+    INT64,
+    check,
+    check_sequences,
+    sizes,
+)
 
 
 def check_block_cache(op: str, cache: Tensor, d: int, block_size: int, like: Tensor) -> None:

@@ -1,14 +1,11 @@
 """The checks of the op's arguments; cpu.cpp checks the same."""
 
-import torch
 from torch import Tensor
 
-from qwen3next_plugin.kernels.checks import INT, check, check_page, check_step, sizes
+from qwen3next_plugin.kernels.checks import INDEX, INT, INT64, check, check_page, check_step, sizes
 from qwen3next_plugin.kernels.ngram_embedding.hashing import NgramHash
 from qwen3next_plugin.kernels.ngram_embedding.table import NgramTable
 from qwen3next_plugin.kernels.step import Step
-
-INT64 = (torch.int64,)
 
 
 def check_arguments(
@@ -27,7 +24,7 @@ def check_arguments(
         raise ValueError(f"{op}: {heads} heads for n-grams of 2 to {n} tokens")
     if ring < n:
         raise ValueError(f"{op}: tokens_ holds {ring} tokens, fewer than an n-gram of {n}")
-    check(op, "token_ids", token_ids, (token_ids.numel(),), (*INT, *INT64), device)
+    check(op, "token_ids", token_ids, (token_ids.numel(),), INDEX, device)
     check(op, "multipliers", hashing.multipliers, (n,), INT64, device)
     check(op, "sizes", hashing.sizes, (heads,), INT64, device)
     check(op, "offsets", hashing.offsets, (heads,), INT64, device)

@@ -9,18 +9,17 @@ from torch import Tensor
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import (
     ACTIVATIONS,
-    INT,
     check,
     check_contiguous,
     check_page,
+    check_sequences,
     sizes,
 )
 from qwen3next_plugin.kernels.paged_attention.selection import Selection, check_selection
 
 __all__ = ["Selection", "paged_attention"]
 
-INDEX = (torch.int32, torch.int64)
-MAX_DIM = 256  # kMaxDim of block.h
+MAX_DIM = 256  # kMaxDim of values.h
 SCRATCH = 4 << 20  # bytes for each thread, at most: kKept of cpu.cpp, and a tile
 
 
@@ -71,7 +70,7 @@ def paged_attention(
     run = dispatch.implementation(op, q.device)
     _, Hq, D = sizes(op, "q", q, 3)
     cache = sizes(op, "key_cache", key_cache, 4 if key_cache.ndim == 4 else 3)
-    Hkv, N = cache[-2], table_row.numel()
+    Hkv = cache[-2]
     if not 0 < D <= MAX_DIM or not cache[1] * Hkv * Hq or Hq % Hkv:
         raise ValueError(f"{op}: cannot serve {Hq} query heads of {D} dims with {Hkv} kv heads")
     if not scale > 0:
@@ -86,11 +85,8 @@ def paged_attention(
         check_page(op, "value_cache", value_cache, (Hkv, D), (q.dtype,), q.device)
         if len(key_cache) != len(value_cache):
             raise ValueError(f"{op}: {len(key_cache)} pages of keys, {len(value_cache)} of values")
-    R, M = sizes(op, "token_table", token_table, 2)
-    check(op, "token_table", token_table, (R, M), INT, q.device)
-    check(op, "table_row", table_row, (N,), INDEX, q.device)
-    check(op, "query_start_loc", query_start_loc, (N + 1,), INT, q.device)
-    check(op, "seq_lens", seq_lens, (N,), INDEX, q.device)
+    sequences = (token_table, table_row, query_start_loc, seq_lens)
+    check_sequences(op, *sequences, q.device)
     if tree_mask is not None:
         flat = (tree_mask.numel(),)
         check(op, "tree_mask", tree_mask, flat, (torch.bool, torch.uint8), q.device)
@@ -99,5 +95,4 @@ def paged_attention(
         if tree_mask is not None:
             raise ValueError(f"{op}: a tree mask beside a selection")
         check_selection(op, selection, len(q), q.device)
-    sequences = (token_table, table_row, query_start_loc, seq_lens)
     return run(q, key_cache, value_cache, *sequences, scale, tree_mask, selection)

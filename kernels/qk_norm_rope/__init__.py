@@ -1,10 +1,9 @@
 """Zero-centred QK norm and partial rotary embedding of the full-attention layer, in one pass."""
 
-import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, check, sizes
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, FLOAT, INT64, check, sizes
 
 
 def qk_norm_rope(
@@ -49,6 +48,6 @@ def qk_norm_rope(
     check(op, "q_weight", q_weight, (head_dim,), parameters, qkv.device)
     check(op, "k_weight", k_weight, (head_dim,), (q_weight.dtype,), qkv.device)
     check(op, "cos_sin", cos_sin, (length, rotary_dim), parameters, qkv.device)
-    check(op, "positions", positions, (T,), (torch.int64,), qkv.device)
+    check(op, "positions", positions, (T,), INT64, qkv.device)
     heads = (num_heads, num_kv_heads, head_dim, rotary_dim)
     return run(qkv, q_weight, k_weight, cos_sin, positions, *heads, eps)

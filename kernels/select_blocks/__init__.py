@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.checks import ACTIVATIONS, check_page, sizes
-from qwen3next_plugin.kernels.index_keys.arguments import check_block_cache, check_sequences
+from qwen3next_plugin.kernels.checks import ACTIVATIONS, check_page, check_sequences, sizes
+from qwen3next_plugin.kernels.index_keys.arguments import check_block_cache
 from qwen3next_plugin.kernels.paged_attention.selection import Selection
 
 
