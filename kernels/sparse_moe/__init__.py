@@ -12,7 +12,7 @@ from qwen3next_plugin.kernels.rms_norm import Unnormed, check_norm
 def sparse_moe(
     x: Tensor | Unnormed,
     *,
-    gate: PackedWeight,
+    router: PackedWeight,
     top_k: int,
     renormalise: bool,
     w13: PackedWeight,
@@ -23,7 +23,7 @@ def sparse_moe(
 
     Updates `x.residual_`.
 
-    Shapes: those of these ops; gate [E, D]; returns [T, D]
+    Shapes: those of these ops; router [E, D]; returns [T, D]
 
     Raises: ValueError for an argument's shape, stride, device or dtype.
 
@@ -37,12 +37,12 @@ def sparse_moe(
         check_norm(op, x.x, x.weight, x.residual_)
     else:
         check(op, "x", of, (T, D), ACTIVATIONS, of.device)
-    check_weight(op, "gate", gate, 2, of.device)
+    check_weight(op, "router", router, 2, of.device)
     check_packed(op, w13, w2, D, of)
-    if gate.shape != (len(w13.packed), D):
-        raise ValueError(f"{op}: gate has shape {gate.shape}, w13 {w13.shape}")
+    if router.shape != (len(w13.packed), D):
+        raise ValueError(f"{op}: router has shape {router.shape}, w13 {w13.shape}")
     if not 1 <= top_k <= len(w13.packed):
         raise ValueError(f"{op}: top_k = {top_k} of {len(w13.packed)} experts")
     if shared is not None:
         check_shared(op, shared, D, of)
-    return run(x, gate, top_k, renormalise, w13, w2, shared)
+    return run(x, router, top_k, renormalise, w13, w2, shared)

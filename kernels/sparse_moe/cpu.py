@@ -15,7 +15,7 @@ native.load()
 
 def run(
     x: Tensor | Unnormed,
-    gate: PackedWeight,
+    router: PackedWeight,
     top_k: int,
     renormalise: bool,
     w13: PackedWeight,
@@ -24,7 +24,7 @@ def run(
 ) -> Tensor:
     """Shapes as in the public op."""
     of = x if isinstance(x, Unnormed) else (x, None, 0.0, None)
-    chosen, routed = (*parts(gate), top_k, renormalise), (*parts(w13), *parts(w2), w2.shape[-1])
+    chosen, routed = (*parts(router), top_k, renormalise), (*parts(w13), *parts(w2), w2.shape[-1])
     return torch.ops.qwen3next.sparse_moe(*of, *chosen, *routed, *shared_parts(shared))
 
 

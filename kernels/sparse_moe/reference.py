@@ -8,12 +8,12 @@ from qwen3next_plugin.kernels.linear import reference as product
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.kernels.rms_norm import Unnormed
 from qwen3next_plugin.kernels.rms_norm import reference as norm
-from qwen3next_plugin.kernels.router import reference as router
+from qwen3next_plugin.kernels.router import reference as routing
 
 
 def run(
     x: Tensor | Unnormed,
-    gate: PackedWeight,
+    router: PackedWeight,
     top_k: int,
     renormalise: bool,
     w13: PackedWeight,
@@ -22,5 +22,5 @@ def run(
 ) -> Tensor:
     """Shapes as in the public op."""
     x = norm.run(*x) if isinstance(x, Unnormed) else x
-    chosen = router.run(product.run(x, gate, x.dtype), top_k, renormalise)
+    chosen = routing.run(product.run(x, router, x.dtype), top_k, renormalise)
     return experts.run(x, w13, w2, *chosen, shared)

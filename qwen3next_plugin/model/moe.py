@@ -106,7 +106,7 @@ def packed_moe(
     if router_weight is not None and whole:
         return sparse_moe(
             x,
-            gate=router_weight,
+            router=router_weight,
             top_k=top_k,
             renormalise=renormalise,
             w13=w13,

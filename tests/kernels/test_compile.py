@@ -73,7 +73,7 @@ def calls():
         }),
         "sparse_moe": (sparse_moe, {
             "x": Unnormed(torch.randn(3, 32), torch.randn(32), 1e-6, torch.randn(3, 32)),
-            "gate": pack_bf16(torch.randn(2, 32).bfloat16()), "top_k": 1, "renormalise": True,
+            "router": pack_bf16(torch.randn(2, 32).bfloat16()), "top_k": 1, "renormalise": True,
             "w13": stack([int4, int4], 2), "w2": stack([int8, int8], 2),
             "shared": SharedExpert(int4, int8, torch.rand(1, 32)),
         }),

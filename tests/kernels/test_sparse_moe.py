@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def weights(dtype, *, shared=True):
     return {
-        "gate": packed("bf16", E, D)[0],
+        "router": packed("bf16", E, D)[0],
         "w13": packed("int4-fp16", E, 2 * I, D)[0],
         "w2": packed("int8", E, D, I)[0],
         "shared": shared_expert("int4-fp16", dtype) if shared else None,
@@ -33,7 +33,7 @@ def test_as_its_parts(cpu_backend, T, dtype, renormalise, shared):
     for x in (given.x, given):  # a block that reads streams has no norm of its own
         apart, at_once = (again(x), again(x)) if x is given else (x, x)
         read = normed(apart)
-        logits = linear(read, of["gate"])
+        logits = linear(read, of["router"])
         chosen = router(logits=logits, top_k=3, renormalise=renormalise)
         wanted = fused_moe(
             x=read, w13=of["w13"], w2=of["w2"], shared=of["shared"],
@@ -50,7 +50,7 @@ def test_refuses(cpu_backend):
     for changes, complaint in (
         ({"top_k": 0}, "top_k = 0 of 5 experts"),
         ({"top_k": E + 1}, "top_k = 6 of 5 experts"),
-        ({"gate": packed("bf16", E + 1, D)[0]}, r"gate has shape \(6, 256\), w13"),
+        ({"router": packed("bf16", E + 1, D)[0]}, r"router has shape \(6, 256\), w13"),
         ({"w2": of["w13"]}, "w13 has shape"),
         ({"x": given._replace(residual_=before[1:])}, "residual_ has shape"),
         ({"x": given.x.double()}, r"x is torch\.float64"),
