@@ -14,7 +14,7 @@ constexpr int64_t kBlock = 32;  // tokens that fit in the cache together with a 
 // Inner features [c, c + kChunk) of expert e's tokens: h = silu(W1 x) * W3 x. Prefetches the next
 // features' weights, at the end those of expert `ahead`.
 template <class T>
-void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes, const Dims& d,
+void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes, const MoeDims& d,
            int64_t e, int64_t ahead, int64_t c) {
   const int64_t end = std::min(c + kChunk, d.I), last = routes.first[e + 1];
   float gate[kBlock][kChunk], up[kBlock][kChunk];
@@ -49,7 +49,7 @@ void inner(T* h, const T* x, int64_t stride, const T* w13, const Routes& routes,
 // Outputs [c, c + kChunk) of all tokens, one expert after the other, in the order of their ids.
 template <class T>
 void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& routes,
-           const Dims& d, int64_t c) {
+           const MoeDims& d, int64_t c) {
   const int64_t end = std::min(c + kChunk, d.D);
   std::vector<float> totals(d.T * kChunk);
   for (size_t place = 0; place < routes.experts.size(); ++place) {
@@ -87,7 +87,7 @@ void outer(T* out, const T* h, const T* w2, const float* weights, const Routes& 
 }
 
 Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids) {
-  const Dims d{x.size(0), x.size(1), w13.size(0), w2.size(2), topk_ids.size(1)};
+  const MoeDims d{x.size(0), x.size(1), w13.size(0), w2.size(2), topk_ids.size(1)};
   const Routes routes(read<int32_t>(topk_ids), d);
   const float* weights = read<float>(topk_weights);
   Tensor out = empty_as(x, {d.T, d.D});

@@ -237,7 +237,7 @@ Tensor fused_moe_packed(Tensor x, Tensor packed13, Tensor scale13, std::optional
                         int64_t shared_group13, std::optional<Tensor> shared2,
                         std::optional<Tensor> shared_scale2, std::optional<Tensor> shared_zero2,
                         int64_t shared_encoding2, int64_t shared_group2, int64_t shared_I) {
-  const Dims d{x.size(0), x.size(1), packed13.size(0), I, topk_ids.size(1)};
+  const MoeDims d{x.size(0), x.size(1), packed13.size(0), I, topk_ids.size(1)};
   Tensor out = empty_as(x, {d.T, d.D});
   with_dtype(x, [&]<class T>(T) {
     Experts<T> routed({packed13, scale13, zero13, encoding13, 2 * I, d.D, group13},

@@ -8,7 +8,7 @@
 
 namespace Q3N_LEVEL {
 
-struct Dims {
+struct MoeDims {
   int64_t T, D, E, I, top_k;
 };
 
@@ -19,7 +19,7 @@ struct Routes {
 
   Routes() : first(1) {}
 
-  Routes(const int32_t* ids, const Dims& d)
+  Routes(const int32_t* ids, const MoeDims& d)
       : first(d.E + 1), token(d.T * d.top_k), entry(d.T * d.top_k) {
     for (int64_t i = 0; i < d.T * d.top_k; ++i) {
       check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.top_k, ", ", i % d.top_k,

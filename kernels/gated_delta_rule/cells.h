@@ -98,7 +98,7 @@ struct Head {
 
   // Computes u and o of the cell's new tokens.
   void solve(const Cell& cell, int64_t start, const Decays& decays) {
-    const Dims& d = in.dims;
+    const DeltaDims& d = in.dims;
     alignas(64) float with_k[kGrid][kPad], with_q[kGrid][kPad];
     for (int64_t i = cell.known; i < cell.count; ++i) {
       const float beta = in.beta[(row.begin + start + i - row.context) * d.HV + hv];
@@ -173,7 +173,7 @@ void run_head(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_
 template <class T, class S>
 void run_rows(const Inputs<T>& in, const Pages<S>& pages, const std::vector<Row>& rows) {
   constexpr int64_t kElements = 1 << 15;  // elements of S that a thread takes, at least
-  const Dims& d = in.dims;
+  const DeltaDims& d = in.dims;
   const int64_t tiles = (d.V + kColumns - 1) / kColumns, tasks = rows.size() * d.HV * tiles;
   const int64_t elements = d.K * std::min(d.V, kColumns);
   parallel(tasks, std::max<int64_t>(1, kElements / elements), [&](int64_t i) {
@@ -185,7 +185,7 @@ void run_rows(const Inputs<T>& in, const Pages<S>& pages, const std::vector<Row>
 // heads still read what these replace.
 template <class T, class S>
 void commit(const Inputs<T>& in, const Pages<S>& pages, const Row& row) {
-  const Dims& d = in.dims;
+  const DeltaDims& d = in.dims;
   for (int64_t p = pages.first_kept(row); p < row.end(); ++p) {
     const int64_t token = row.begin + p - row.context;
     for (int64_t h = 0; h < d.H; ++h) in.key(token, h, pages.key(row, p, h));

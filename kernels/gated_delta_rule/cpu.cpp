@@ -22,7 +22,7 @@ Tensor gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor
   arguments.expect_dims("v", v, 3);
   arguments.expect_dims("key_", key_, 4);
   arguments.expect_dims("span_", span_, 2);
-  const Dims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
+  const DeltaDims d{q.size(0), q.size(1), v.size(1), q.size(2), v.size(2), key_.size(1)};
   const ScalarType dtype = q.scalar_type(), fp32 = ScalarType::Float;
   const int64_t slots = span_.size(0);
   arguments.require(d.H > 0 && d.HV % d.H == 0 && 0 < d.K && d.K <= kMaxDim && d.V > 0,

@@ -9,14 +9,14 @@ namespace Q3N_LEVEL {
 
 constexpr float kNormEps = 1e-6f;
 
-struct Dims {
+struct DeltaDims {
   int64_t T, H, HV, K, V, W;
   int64_t group() const { return HV / H; }
 };
 
 template <class T>
 struct Inputs {
-  Dims dims;
+  DeltaDims dims;
   const T *q, *k, *v, *a, *b;
   int64_t q_stride[2], k_stride[2], v_stride[2], a_stride[2], b_stride[2];  // of token and head
   T* out;                                                                   // [T, HV, V]
@@ -41,7 +41,7 @@ struct Inputs {
 // g = -exp(A_log) softplus(a + dt_bias), beta = sigmoid(b) of one token. rate [HV]: -exp(A_log).
 template <class T>
 void gates(const Inputs<T>& in, int64_t token, const float* rate, const float* dt_bias) {
-  const Dims& d = in.dims;
+  const DeltaDims& d = in.dims;
   const int64_t R = d.group();
   float *g = in.g + token * d.HV, *beta = in.beta + token * d.HV;
   for (int64_t h = 0; h < d.H; ++h) {
@@ -63,7 +63,7 @@ void gates(const Inputs<T>& in, int64_t token, const float* rate, const float* d
 // is at p % W.
 template <class S>
 struct Pages {
-  Dims dims;
+  DeltaDims dims;
   S* state_base;
   float *key_base, *u_base, *g_base;
   int32_t* span_base;
