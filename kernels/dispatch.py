@@ -31,12 +31,11 @@ def backend(op: str, device_type: str) -> str:
     choice = env.kernels()
     if choice == "reference":
         return choice
-    name: str | None
-    if device_type == "cpu" and (configs.compiles() or (choice == "triton" and _interprets())):
-        name, choice = "triton", "triton"
-    else:
-        name = BACKEND_OF.get(device_type)
-    if name is None or choice not in ("auto", name):
+    triton_on_cpu = device_type == "cpu" and (
+        configs.compiles() or (choice == "triton" and _interprets())
+    )
+    name = "triton" if triton_on_cpu else BACKEND_OF.get(device_type)
+    if name is None or not (triton_on_cpu or choice in ("auto", name)):
         runs_on = {"cpu": "cpu", "triton": "cuda"}.get(choice, "cpu and cuda")
         raise NotImplementedError(
             f"{op}: the {'native' if choice == 'cpu' else choice} kernels run on {runs_on}, not on"
