@@ -11,8 +11,8 @@
 
 namespace Q3N_LEVEL {
 
-constexpr int64_t kPad =
-    round_up(kGrid + 1, kLanes);  // one value for each token and one for the start
+// One value for each token and one for the start.
+constexpr int64_t kPad = round_up(kGrid + 1, kLanes);
 
 // The tokens of a cell. The first `known` are in the page's window, those up to `count` are new.
 struct Cell {

@@ -13,10 +13,10 @@ constexpr int kRows = kRegisters == 32 ? 8 : 4;
 constexpr int vectors_beside(int rows) {
   return kRegisters == 32 ? (rows > 6 ? 2 : rows > 2 ? 4 : 8) : (rows > 2 ? 2 : 4);
 }
-constexpr int64_t kMaxDim = 256;  // of a key head
-constexpr int64_t kBlock =
-    32;  // value dims of S folded and then multiplied while they are in the nearest cache
+constexpr int64_t kMaxDim = 256;   // of a key head
 constexpr int64_t kColumns = 128;  // columns of S that one task takes
+// Rows of S folded and then multiplied while they are in the nearest cache.
+constexpr int64_t kBlock = 32;
 
 // Calls f(constant C, v, lanes) over [0, n): C vectors at a time, then single vectors, the last of
 // them masked.

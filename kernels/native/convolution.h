@@ -10,8 +10,8 @@ constexpr int64_t kWidth = 4;
 constexpr int64_t kHistory = kWidth - 1;
 constexpr int64_t kConvBlock = 64;   // tokens of a tile
 constexpr int64_t kTokensAhead = 8;  // tokens ahead that are prefetched, since tokens are far apart
-constexpr int kGroup =
-    kLanes == 16 ? 4 : 2;  // vectors of channels whose taps and past inputs fit in registers
+// Vectors of channels whose taps and past inputs fit in registers.
+constexpr int kGroup = kLanes == 16 ? 4 : 2;
 
 // What a convolution of C channels is given beside its input.
 struct ConvArguments {

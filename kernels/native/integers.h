@@ -93,8 +93,8 @@ inline i32v add_products(i16v a, i16v b, i32v c) {
 #elif defined(__x86_64__)
   return c + (i32v)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  const i32v a2 = (i32v)a,
-             b2 = (i32v)b;  // two 16-bit integers in each; << keeps the lower, >> the upper
+  // Two 16-bit integers in each lane; << keeps the lower, >> the upper.
+  const i32v a2 = (i32v)a, b2 = (i32v)b;
   return c + (a2 << 16 >> 16) * (b2 << 16 >> 16) + (a2 >> 16) * (b2 >> 16);
 #endif
 }

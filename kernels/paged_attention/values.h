@@ -10,8 +10,8 @@ constexpr int64_t kMaxDim = 256;
 template <class T>
 constexpr int64_t kMaxRow = std::max<int64_t>(kMaxDim, 1024 / sizeof(T));
 constexpr int64_t kColumns = 2 * kLanes;  // columns of a tile
-constexpr int kWeighed =
-    kRegisters == 32 ? 8 : 4;  // partials of a tile: 16 accumulators, or 8 of 16 registers
+// Partials of a tile: 16 accumulators, or 8 of 16 registers.
+constexpr int kWeighed = kRegisters == 32 ? 8 : 4;
 
 // One step of a weighted sum: how many positions it takes, and how it loads weights and values.
 template <class T>
