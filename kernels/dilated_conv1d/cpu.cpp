@@ -14,9 +14,9 @@ Tensor dilated_conv1d(Tensor x, Tensor weight, int64_t dilation, Tensor conv_, T
   arguments.expect_dims("conv_", conv_, 3);
   arguments.expect_dims("span", span, 2);
   const int64_t T = x.size(0), C = x.size(1), ring = conv_.size(1);
-  const int64_t drafts = ring - kHistory * dilation - 1;
-  arguments.require(dilation >= 1 && drafts >= 0, "conv_ holds ", ring,
+  arguments.require(dilation >= 1 && dilation <= (ring - 1) / kHistory, "conv_ holds ", ring,
                     " inputs, too few for dilation ", dilation);
+  const int64_t drafts = ring - kHistory * dilation - 1;
   arguments.expect("x", x, {T, C}, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
   const ConvArguments in{weight, conv_, span, query_start_loc, slot, context_len};
   const auto rows = in.checked(arguments, x, C, drafts);

@@ -8,6 +8,10 @@
 
 namespace Q3N_LEVEL {
 
+// Positions that a selection can name: its `tail` is an int32. A block or a page with more is as
+// good as one with so many, and products of two such sizes do not overflow.
+constexpr int64_t kMostPositions = int64_t{1} << 31;
+
 // What each query of a row sees of sparse attention: `count` blocks, then all from `tail` on.
 struct Selected {
   const int32_t* blocks = nullptr;  // `stride` apart; null: a query sees everything
@@ -131,10 +135,12 @@ inline std::vector<Sequence> checked_sequences(const Tensor& token_table, const 
   return sequences;
 }
 
-// Gives each sequence its part of a selection [T, blocks] of blocks of `size` positions, unless its
-// queries see everything. `count` [T] is filled. Throws unless a query has what is selected.
+// Gives each sequence its part of a selection [T, blocks] of blocks of `block_size` positions,
+// unless its queries see everything. `count` [T] is filled. Throws unless a query has what is
+// selected.
 inline void take_selection(std::vector<Sequence>& sequences, const Tensor& blocks,
-                           const Tensor& tail, int64_t size, std::vector<int32_t>& count) {
+                           const Tensor& tail, int64_t block_size, std::vector<int32_t>& count) {
+  const int64_t size = std::min(block_size, kMostPositions);
   const int64_t most = blocks.size(1), stride = blocks.stride(0);
   const int32_t *all = read<int32_t>(blocks), *tails = read<int32_t>(tail);
   count.assign(blocks.size(0), 0);

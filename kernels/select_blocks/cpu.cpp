@@ -84,6 +84,7 @@ std::vector<std::vector<Group>> waves_of(const Index<T>& in, const std::vector<S
   std::vector<std::vector<Group>> waves;
   int64_t scores = kScores;  // of the last wave
   for (const Sequence& s : sequences) {
+    if (in.complete(s, s.tokens - 1) <= k) continue;
     const int64_t from = std::max<int64_t>(0, (k + 1) * in.block_size - s.context - 1);
     for (int64_t first = from; first < s.tokens; first += kQueries) {
       const int64_t last = std::min(first + kQueries, s.tokens);
@@ -127,7 +128,9 @@ std::tuple<Tensor, Tensor> select_blocks(Tensor q, Tensor block_cache, Tensor to
                                          int64_t block_size, int64_t top_k) {
   const int64_t T = q.size(0);
   const bool of_pages = block_cache.dim() == 3;
-  const Paging paging{block_cache.size(0), of_pages ? block_cache.size(1) * block_size : 1};
+  const auto at_most = [](int64_t n) { return std::min(n, kMostPositions); };
+  const int64_t page = of_pages ? at_most(block_cache.size(1)) * at_most(block_size) : 1;
+  const Paging paging{block_cache.size(0), at_most(page)};
   const std::vector<Sequence> sequences =
       checked_sequences(token_table, table_row, query_start_loc, seq_lens, std::nullopt, T, paging);
   Tensor blocks = empty_as(q, {T, top_k}, ScalarType::Int);

@@ -120,6 +120,7 @@ def test_without_gaps_it_is_the_other_convolution(bits_level, dtype):
         ({"weight": torch.zeros(4, 40).t()}, "weight"),
         ({"weight": torch.zeros(40, 3)}, "weight has shape"),
         ({"dilation": 0}, "too few for dilation 0"),
+        ({"dilation": 2**62}, f"too few for dilation {2**62}"),
         ({"dilation": 4}, "conv_ holds 12 inputs, too few for dilation 4"),
         ({"conv_": torch.zeros(1, 12, 40)}, r"conv_ has shape \(1, 12, 40\), not \(2, 12, 40\)"),
         ({"conv_": torch.zeros(2, 12, 40).bfloat16()}, "conv_ is torch.bfloat16 on cpu, not "),

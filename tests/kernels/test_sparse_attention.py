@@ -281,6 +281,14 @@ def test_refuses_what_cannot_be_selected(cpu_backend, blocks, tail, complaint):
         paged_attention(**pool.arguments((0, 45, 46)), selection=selection)
 
 
+def test_refuses_blocks_of_too_many_positions(cpu_backend):
+    """The end of the second block is more than 64 bits hold."""
+    pool = Pool.random((46,), HEADS[1], torch.float32)
+    selection = Selection(int32(1, -1, -1)[None], int32(40), 2**62)
+    with pytest.raises(RuntimeError, match=r"token 0: .* 1 blocks before position"):
+        paged_attention(**pool.arguments((0, 45, 46)), selection=selection)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -349,3 +357,15 @@ def test_refuses_to_select(cpu_backend, change, error, complaint):
     }  # fmt: skip
     with pytest.raises(error, match=complaint):
         select_blocks(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("P", [1, 16])
+def test_no_block_of_so_many_positions_is_complete(native_level, P):
+    """Four blocks, or the four of a page, have more positions than 64 bits hold."""
+    indexer = Indexer((30,), P=P)
+    blocks, tail, _ = select_blocks(
+        q=torch.zeros(30, 3, 40), block_cache=indexer.block_cache,
+        **indexer.sequences(((0, 0, 30),)), block_size=2**62, top_k=3,
+    )  # fmt: skip
+    assert (blocks == -1).all()
+    assert (tail == 0).all()
