@@ -2,10 +2,15 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 PREFIX = "QWEN3NEXT_"
+# What Kubernetes sets in each pod for a service that is named qwen3next or qwen3next-….
+OF_SERVICE = re.compile(
+    r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)$"
+)
 
 
 class EnvError(ValueError):
@@ -146,8 +151,9 @@ def check() -> None:
 
 
 def in_force() -> dict[str, str]:
-    """The QWEN3NEXT_* variables that are set, unchecked."""
-    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIX)}
+    """The QWEN3NEXT_* variables that are set, unchecked; not those of a Kubernetes service."""
+    ours = (name for name in sorted(os.environ) if name.startswith(PREFIX))
+    return {name: os.environ[name] for name in ours if not OF_SERVICE.search(name)}
 
 
 def _read(name: str) -> str | None:

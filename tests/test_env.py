@@ -72,6 +72,20 @@ def test_bad_value_names_variable_value_and_allowed(monkeypatch, name, value, re
         assert all(allowed in message for allowed in env.VARIABLES[name].allowed)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("QWEN3NEXT_SERVICE_HOST", "QWEN3NEXT_SERVICE_PORT", "QWEN3NEXT_SERVICE_PORT_HTTP"),
+        *("QWEN3NEXT_PORT", "QWEN3NEXT_PORT_8000_TCP", "QWEN3NEXT_PORT_8000_TCP_ADDR"),
+        "QWEN3NEXT_DRAFT_SERVICE_HOST",
+    ],
+)
+def test_variables_of_a_kubernetes_service_are_not_ours(monkeypatch, name):
+    monkeypatch.setenv(name, "tcp://10.0.0.5:8000")
+    env.check()
+    assert not env.in_force()
+
+
 def test_values_are_read_at_call_time(monkeypatch):
     assert env.kernels() == "auto"
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
