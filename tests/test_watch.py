@@ -155,6 +155,18 @@ def test_a_terminal_gets_a_table_until_it_is_interrupted():
     assert "Traceback" not in text
 
 
+def test_a_terminal_without_a_cursor_gets_lines():
+    terminal, child = pty.openpty()
+    with serving(*pages("vllm")) as url:
+        environment = os.environ | {"TERM": "dumb"}
+        done = subprocess.run([*COMMAND, url], stdout=child, env=environment, timeout=300)
+    os.close(child)
+    lines = _read(terminal).splitlines()
+    os.close(terminal)
+    assert done.returncode == 0
+    assert [line.split("\t")[0] for line in lines] == [f.name for f in figures(readings("vllm"))]
+
+
 def _read(terminal: int) -> str:
     try:
         return os.read(terminal, 65536).decode(errors="replace")

@@ -1,7 +1,6 @@
 """`qwen3next watch`: what drafting does in a running server, read from its metrics every second."""
 
 import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,16 @@ def watch(
     """Show what drafting does in a running server, until Ctrl-C.
 
     Acceptance of each draft position, given that those before it were accepted; tokens drafted
-    per request and step; the speed; what runs. "Now" is the last ten seconds. To a pipe it prints
-    the values of one second, tab-separated, and ends.
+    per request and step; the speed; what runs. "Now" is the last ten seconds. To a pipe, or a
+    terminal without a cursor, it prints the values of one second, tab-separated, and ends.
     """
+    from rich.console import Console
+
     address = url if "://" in url else f"http://{url}"
     address = f"{address.rstrip('/').removesuffix('/metrics')}/metrics"
     readings = deque([read(address)], maxlen=WINDOW_S // EVERY_S + 1)
-    if sys.stdout.isatty():
+    console = Console()
+    if console.is_terminal and not console.is_dumb_terminal:
         with contextlib.suppress(KeyboardInterrupt):
             _show(address, readings)
         return
