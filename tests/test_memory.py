@@ -1,12 +1,13 @@
 """The memory that a process may use, and the weights that are refused because of it."""
 
+import math
 import os
 
 import pytest
 
 from checkpoints import BASE
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.cgroups import memory_bytes
+from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, served_bytes
 
@@ -44,6 +45,38 @@ MIB = 1 << 20
 def test_limits(grant, own, files, granted):
     grant(own, files)
     assert memory_bytes() == granted
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        pytest.param("0::/\n", {}, math.inf, id="no limit"),
+        pytest.param("0::/a\n", {"a/memory.max": "max\n"}, math.inf, id="none in words"),
+        pytest.param(
+            "0::/a\n",
+            {
+                "a/memory.max": f"{24 * MIB}\n",
+                "a/memory.current": f"{23 * MIB}\n",
+                "a/memory.stat": f"file {9}\nactive_file {2 * MIB}\ninactive_file {16 * MIB}\n",
+            },
+            19 * MIB,
+            id="files can be dropped",
+        ),
+        pytest.param(
+            "4:memory:/a\n",
+            {
+                "memory/a/memory.limit_in_bytes": f"{24 * MIB}\n",
+                "memory/a/memory.usage_in_bytes": f"{23 * MIB}\n",
+                "memory/a/memory.stat": f"inactive_file {MIB}\ntotal_inactive_file {2 * MIB}\n",
+            },
+            3 * MIB,
+            id="cgroups 1",
+        ),
+    ],
+)
+def test_what_is_left(grant, own, files, left):
+    grant(own, files)
+    assert memory_left() == left
 
 
 @pytest.mark.parametrize("quantise", [None, "int8", "int4"])

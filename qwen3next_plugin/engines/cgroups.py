@@ -11,7 +11,8 @@ OWN = Path("/proc/self/cgroup")
 LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2, and of 1
 USED = ("memory.current", "memory.usage_in_bytes")
 SWAP = "memory.swap.max"
-CACHED = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)  # in memory.stat
+# In memory.stat: pages of files. Version 1 has a cgroup's own, and the total with those below.
+OF_FILES = re.compile(r"^(total_)?(?:in)?active_file (\d+)$", re.MULTILINE)
 
 
 def folders(controller: str) -> Iterator[Path]:
@@ -40,10 +41,14 @@ def memory_left() -> float:
             for names in (LIMITS, USED)
         )
         if limit is not None and used is not None:
-            stat = folder / "memory.stat"
-            cached = [int(n) for n in CACHED.findall(stat.read_text())] if stat.is_file() else []
-            left.append(limit - used + max(cached, default=0))
+            left.append(limit - used + _of_files(folder / "memory.stat"))
     return min(left)
+
+
+def _of_files(stat: Path) -> int:
+    """Bytes of files in memory, which Linux drops when it needs room."""
+    found = OF_FILES.findall(stat.read_text()) if stat.is_file() else []
+    return max(sum(int(n) for whose, n in found if whose == kind) for kind in ("total_", ""))
 
 
 def swap_limit() -> float:

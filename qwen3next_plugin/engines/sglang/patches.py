@@ -239,6 +239,13 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang serves adapters of Qwen3.5 on a CPU",
     ),
     Patch(
+        target="sglang.srt.utils.common.get_free_cpu_memory",
+        parameters=(),
+        function=memory.free_bytes,
+        reason="SGLang knows the topmost cgroup's limit alone, and counts files in memory as used",
+        remove_when="SGLang reads /proc/self/cgroup, and leaves out what memory.stat has of files",
+    ),
+    Patch(
         target="sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
         parameters=("self", "total_rest_memory"),
         function=memory.modest_pools,

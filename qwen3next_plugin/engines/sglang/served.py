@@ -85,6 +85,11 @@ SERVED_WITH_DRAFTS: Served = {
     "speculative_accept_threshold_acc": ((1.0,), LOSSLESS, LEAVE_OUT),
     "enable_multi_layer_eagle": ((False,), "the drafter is one layer", LEAVE_OUT),
     "decoupled_spec_role": (("null",), "drafter and model share embedding and head", LEAVE_OUT),
+    "grammar_backend": (
+        ("xgrammar", "llguidance", "none"),
+        "its grammars cannot take a draft back",
+        "use xgrammar",
+    ),
 }
 SERVED_WITH_DRAFTS_ON_CPU: Served = {
     "speculative_draft_model_quantization": ((None,), UNQUANTISED, LEAVE_OUT),

@@ -3,7 +3,8 @@
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
 IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
-WITH_LORA, PAGE_COPIES, EXCHANGES, GRAPHS and HANDOVER when our model is built.
+IN_WORKER when our worker is made; WITH_LORA, PAGE_COPIES, EXCHANGES, GRAPHS and HANDOVER when our
+model is built.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -35,6 +36,7 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs import (
     adapters,
+    cgroups,
     exit_code,
     grammars,
     graphs,
@@ -528,6 +530,25 @@ IN_ENGINE: tuple[Entry, ...] = (
     ),
 )
 
+RESOURCES = "vllm.utils.cpu_resource_utils"
+CONTAINERS = "vLLM knows the topmost cgroup's limit alone, and counts files in memory as used"
+IN_WORKER: tuple[Entry, ...] = (
+    Patch(
+        target=f"{RESOURCES}.get_cgroup_memory_limit",
+        parameters=(),
+        function=cgroups.limit,
+        reason=CONTAINERS,
+        remove_when="vLLM reads /proc/self/cgroup",
+    ),
+    Patch(
+        target=f"{RESOURCES}.get_cgroup_memory_usage",
+        parameters=(),
+        function=cgroups.usage,
+        reason=CONTAINERS,
+        remove_when="vLLM leaves out what memory.stat has of files",
+    ),
+)
+
 SERVER = "vllm.entrypoints.launchers.api_server.entry"
 IN_SERVER: tuple[Entry, ...] = (
     Patch(
@@ -578,8 +599,8 @@ REPAIRS: tuple[Entry, ...] = (
 
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *EXCHANGES),
-    *(*GRAPHS, *HANDOVER, *OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_SERVER),
-    *REPAIRS,
+    *(*GRAPHS, *HANDOVER, *OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_WORKER),
+    *(*IN_SERVER, *REPAIRS),
 )
 
 

@@ -187,6 +187,7 @@ REFUSED_WITH_DRAFTS = {
     "speculative_token_map": "map.pt",
     "speculative_draft_window_size": 64,
     "decoupled_spec_role": "drafter",
+    "grammar_backend": "outlines",
 }
 
 
@@ -417,6 +418,16 @@ def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, a
     assert seen == [asked]
     other = Bag(model_config=Bag(hf_config=Bag(architectures=None)))
     assert memory.modest_pools(host, other, free) == free - 1.0
+
+
+def test_files_in_memory_are_free(grant):
+    """In a systemd unit of 1 GiB, full of a checkpoint's files."""
+    grant("0::/\n", {})
+    assert memory.free_bytes(lambda: 5) == 5
+    files = {"memory.max": 1 << 30, "memory.current": 1000 << 20}
+    grant("0::/unit\n", {f"unit/{name}": f"{nbytes}\n" for name, nbytes in files.items()})
+    grant("0::/unit\n", {"unit/memory.stat": f"active_file 5\ninactive_file {700 << 20}\n"})
+    assert memory.free_bytes(lambda: 5) == (724 << 20) + 5
 
 
 def test_pools_take_a_part_of_what_a_container_leaves(monkeypatch, grant):

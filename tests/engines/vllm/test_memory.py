@@ -47,6 +47,23 @@ def test_one_page_each_where_upstream_takes_four_states(released):
     assert ours <= 0.3 * upstream
 
 
+def test_files_in_memory_are_free(grant):
+    """In a systemd unit of 1 GiB, full of a checkpoint's files."""
+    from vllm.utils import cpu_resource_utils as resources
+
+    from qwen3next_plugin.engines.vllm import patches
+
+    patches.apply(patches.IN_WORKER)
+    grant("0::/\n", {})
+    assert resources.get_cgroup_memory_limit() is None
+    assert resources.get_cgroup_memory_usage() is None
+    files = {"memory.max": 1 << 30, "memory.current": 1000 << 20}
+    grant("0::/unit\n", {f"unit/{name}": f"{nbytes}\n" for name, nbytes in files.items()})
+    grant("0::/unit\n", {"unit/memory.stat": f"active_file 5\ninactive_file {700 << 20}\n"})
+    node = resources.get_memory_node_info()
+    assert (node.total_memory, node.available_memory) == (1 << 30, (724 << 20) + 5)
+
+
 def test_the_kv_cache_leaves_room_for_mapped_weights(monkeypatch, tmp_path):
     from qwen3next_plugin.engines.vllm import flags
 

@@ -1,7 +1,10 @@
 """The memory for state pages and KV on a machine that also runs other programs."""
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+import psutil
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.cgroups import memory_left
@@ -16,6 +19,12 @@ IN_WORDS = (
     f"for states and KV 1/{SHARE} of the memory that is free, at least {LEAST_GIB:g} GiB "
     "(--mem-fraction-static for more)"
 )
+
+
+def free_bytes(host: Callable[[], int]) -> int:
+    """Around `get_free_cpu_memory`: what this process's cgroups leave, if there is a limit."""
+    left = memory_left()
+    return host() if math.isinf(left) else min(psutil.virtual_memory().available, max(0, int(left)))
 
 
 def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
@@ -18,6 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
+from qwen3next_plugin.engines.vllm.patches import IN_WORKER, apply
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
@@ -42,6 +43,17 @@ WARM_UP = 32  # tokens, enough for compiled loops to be shared by all threads
 
 class Worker(CPUWorker):
     """Serves the model on a CPU, with or without MTP."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = False,
+    ) -> None:
+        apply(IN_WORKER)
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
 
     def init_device(self) -> None:
         """Build the runner and add what is ours, before anything is loaded."""
