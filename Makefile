@@ -208,7 +208,7 @@ CROSS = SYSTEM_NAME=Linux SYSTEM_PROCESSOR=$(ARCH) CXX_COMPILER=$(ARCH)-linux-gn
 BUILD = -m pip wheel --quiet --no-build-isolation --no-deps $(SET)build-dir=build/wheel-$(ARCH) \
   $(SET)wheel.tags=py3-none-manylinux_2_28_$(ARCH) --wheel-dir dist . \
   $(if $(filter-out $(shell uname -m),$(ARCH)),$(CROSS:%=$(SET)cmake.define.CMAKE_%))
-wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which needs no compiler where it is installed; ARCH=aarch64
+wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which is installed without a compiler; ARCH=aarch64
 	rm -f dist/*_$(ARCH).whl
 	$(BIN)/python $(BUILD)
 

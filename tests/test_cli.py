@@ -642,6 +642,26 @@ def test_doctor_of_wrong_versions(diagnose, packages, subject, fix):
     assert fix in report[subject]["fix"]
 
 
+def test_doctor_in_a_slim_image(diagnose, monkeypatch):
+    """Without libnuma and a compiler, and with Docker's shared memory."""
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", missing)
+    monkeypatch.setenv("CXX", "no-such-g++")
+    monkeypatch.setattr(doctor, "MESSAGES_MIB", 1 << 30)
+    code, report = diagnose()
+    fixes = {"libnuma": "libnuma1", "compiler": "--enforce-eager", "/dev/shm": "--shm-size"}
+    assert code == 1
+    for subject, fix in fixes.items():
+        assert (report[subject]["status"], report[subject]["section"]) == (
+            "broken",
+            "vLLM on a CPU",
+        )
+        assert fix in report[subject]["fix"]
+
+
 def test_doctor_when_vllm_keeps_its_own_model(diagnose, monkeypatch):
     native = OURS | {"vllm": {"platform": "cpu", "Qwen3NextForCausalLM": NATIVE}}
     code, report = diagnose(answers=native)

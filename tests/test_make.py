@@ -52,6 +52,24 @@ def machine(tmp_path):
     return Machine()
 
 
+def test_another_system(machine):
+    done = machine.run("bash", "-c", "OSTYPE=darwin24; . requirements/python.sh python3.13")
+    assert done.returncode == 1
+    assert done.stderr == "The engines' CPU builds are for Linux (on Windows: WSL)\n"
+
+
+def test_a_full_disk(machine, tmp_path):
+    """By what Python says of the disk."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "sitecustomize.py").write_text(
+        "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=3.5e9)\n"
+    )
+    machine.add("python3.13", f'PYTHONPATH=../full exec {REAL} "$@"')
+    done = machine.run("requirements/python.sh", "python3.13")
+    assert done.returncode == 1
+    assert "An environment takes 4 GB here (make test: 8), and 3.5 GB are free" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("pythons", "chosen"),
     [

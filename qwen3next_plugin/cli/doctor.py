@@ -1,10 +1,14 @@
 """`qwen3next doctor`: what this machine and its packages can serve, and what is broken."""
 
+import ctypes
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -23,6 +27,8 @@ from qwen3next_plugin.versions import (
 HOSTS = {"vllm": "vLLM", "sglang": "SGLang"}
 SERVED = ("cpu", "cuda")  # platforms; ROCm calls itself cuda
 PROBE_TIMEOUT_S = 300
+SHARED_MEMORY = Path("/dev/shm")
+MESSAGES_MIB = 240  # that vLLM asks of it for the messages of its processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,8 @@ def _registration(host: str) -> Iterator[Finding]:
         yield Finding(section, host, answer, "broken", fix)
         return
     platform = answer.pop("platform")
+    if (host, platform) == ("vllm", "cpu"):
+        yield from _needs_of_vllm()
     for architecture, module in answer.items():
         if module.startswith("qwen3next_plugin."):
             yield Finding(section, architecture, module)
@@ -150,6 +158,26 @@ def _registration(host: str) -> Iterator[Finding]:
                 "name it"
             )
             yield Finding(section, architecture, found, "broken", fix)
+
+
+def _needs_of_vllm() -> Iterator[Finding]:
+    """What vLLM's CPU build needs of the machine, and slim images lack."""
+    section = "vLLM on a CPU"
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        fix = "install it (Debian and Ubuntu: apt install libnuma1)"
+        yield Finding(section, "libnuma", str(error), "broken", fix)
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        fix = "install it (Debian and Ubuntu: apt install g++), or serve with --enforce-eager"
+        yield Finding(section, "compiler", f"no {compiler}", "broken", fix)
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free >> 20
+        fix = "docker run --shm-size 1g; Kubernetes: mount an emptyDir of medium Memory there"
+        status: Literal["ok", "broken"] = "ok" if free >= MESSAGES_MIB else "broken"
+        found = f"{free} MiB free, of {MESSAGES_MIB} that vLLM needs"
+        yield Finding(section, str(SHARED_MEMORY), found, status, "" if status == "ok" else fix)
 
 
 def _ask(question: str) -> dict[str, str] | str:
