@@ -56,6 +56,8 @@ CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
     "mamba_radix_cache_strategy": ("auto", "no_buffer"),
     "disable_overlap_schedule": (False, True),
     "sleep_on_idle": (False, True),  # an idle server would keep a core busy polling for work
+    # SGLang ends a server whose step takes longer: on few cores, one of a long prompt may.
+    "watchdog_timeout": (300, 3600),
     "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
 }
 DECODE_DEFAULTS: dict[str, tuple[Any, Any]] = {
@@ -86,6 +88,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         NotImplementedError: names a GPU's architecture that has no kernels.
     """
     check_flags(server_args, on_cpu=on_cpu)
+    _check_variables(on_cpu=on_cpu)
     check_port(server_args)
     check_room(server_args)
     check_at_load(on_cpu=on_cpu)
@@ -127,17 +130,27 @@ def complete_on_gpu(server_args: Any) -> None:
 
 
 def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
-    """Around `_handle_eagle_family`: derive the flags that Qwen's own command leaves out."""
+    """Around `_handle_eagle_family`: derive the flags that Qwen's own command leaves out.
+
+    Raises:
+        ConfigError: the number of steps is not given, but what depends on it.
+    """
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     given = resolving_view(server_args)
     steps, topk = given.speculative_num_steps, given.speculative_eagle_topk
+    num_tokens = given.speculative_num_draft_tokens
     missing: dict[str, int] = {}
-    if steps is not None and is_ours(model_config_of(server_args)):
+    if (steps, topk, num_tokens) != (None, None, None) and is_ours(model_config_of(server_args)):
+        if steps is None:
+            raise ConfigError(
+                "--speculative-num-steps is missing: add it (3, for instance), or leave out "
+                "--speculative-eagle-topk and --speculative-num-draft-tokens"
+            )
         if topk is None:
             missing["speculative_eagle_topk"] = topk = 1
-        if given.speculative_num_draft_tokens is None:
+        if num_tokens is None:
             missing["speculative_num_draft_tokens"] = steps * topk + 1
     if missing:
         declare_resolution(server_args, "qwen3next_plugin", **missing)
@@ -163,6 +176,16 @@ def check_flags(server_args: Any, *, on_cpu: bool) -> None:
         _check_kernels(server_args.cuda_graph_config)
     if algorithm:
         _check_speculation(server_args, algorithm)
+
+
+def _check_variables(*, on_cpu: bool) -> None:
+    """Refuse SGLang's variables that pass by what is ours."""
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_RUST_SERVER.get():
+        raise ConfigError("SGLANG_RUST_SERVER: no plugin checks its requests; unset it")
+    if on_cpu and envs.SGLANG_ENABLE_METRICS_DEVICE_TIMER.get():
+        raise ConfigError("SGLANG_ENABLE_METRICS_DEVICE_TIMER: it times steps by CUDA; unset it")
 
 
 def refusal(name: str, value: Any, why: str, fix: str) -> ConfigError:

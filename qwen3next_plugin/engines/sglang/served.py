@@ -11,8 +11,15 @@ HANDED_OVER = "prompts are handed over whole, from memory to memory"
 ONE_ENGINE = "a server that hands requests over is one engine on one machine"
 RANKS = "this model is spread over the ranks of --tp-size only"
 BATCH = "a step runs one batch"
+PLACED = "every rank has its part of each expert"
 OWN = "the plugin brings its own linear attention"
 UNQUANTISED = "there are no quantised kernels for a CPU here"
+READ = (  # by the model's own loader
+    *("auto", "safetensors", "pt", "npcache", "mistral", "dummy"),
+    *("fastsafetensors", "instanttensor", "runai_streamer"),
+)
+PACKED = "weights are packed as the model reads them"
+EXPERTS = "the plugin brings its own experts"
 LOSSLESS = "a draft is kept only if it is what would be sampled without drafts"
 NO_LORA = "SGLang has no place for adapters of linear attention, and ours are for CPUs"
 LEAVE_OUT = "leave it out"
@@ -23,6 +30,9 @@ Served = dict[str, tuple[tuple[Any, ...], str, str]]
 SERVED: Served = {
     # model and weights
     "model_impl": (("auto", "sglang"), "the plugin brings its own model", LEAVE_OUT),
+    "is_embedding": ((False,), "the models generate text", LEAVE_OUT),
+    "encoder_only": ((False,), "the text model is part of the plugin's", LEAVE_OUT),
+    "tokenizer_worker_num": ((1,), "SGLang loads no plugin in these processes", LEAVE_OUT),
     # ranks
     "pp_size": ((1,), RANKS, "use --tp-size"),
     "ep_size": ((1,), RANKS, "use --tp-size"),
@@ -36,6 +46,13 @@ SERVED: Served = {
     "enable_two_batch_overlap": ((False,), BATCH, LEAVE_OUT),
     "enable_pdmux": ((False,), BATCH, LEAVE_OUT),
     "enable_torch_compile": ((False,), "the model's operators are not compiled", LEAVE_OUT),
+    "moe_dense_tp_size": ((None,), "every rank computes its part of each layer", LEAVE_OUT),
+    "enable_eplb": ((False,), PLACED, LEAVE_OUT),
+    "init_expert_location": (("trivial",), PLACED, LEAVE_OUT),
+    "ep_num_redundant_experts": ((0,), PLACED, LEAVE_OUT),
+    "ep_dispatch_algorithm": ((None,), PLACED, LEAVE_OUT),
+    "expert_distribution_recorder_mode": ((None,), PLACED, LEAVE_OUT),
+    "expert_balancedness_report_mode": (("off",), PLACED, LEAVE_OUT),
     "linear_attn_backend": (("triton",), OWN, LEAVE_OUT),
     "linear_attn_decode_backend": ((None, "triton"), OWN, LEAVE_OUT),
     "linear_attn_prefill_backend": ((None, "triton"), OWN, LEAVE_OUT),
@@ -56,6 +73,11 @@ SERVED: Served = {
     "enable_flexkv": ((False,), POOL, LEAVE_OUT),
 }
 SERVED_ON_CPU: Served = {
+    "load_format": (READ, PACKED, LEAVE_OUT),
+    "moe_runner_backend": (("auto", "triton"), EXPERTS, LEAVE_OUT),
+    "enable_return_routed_experts": ((False,), "SGLang pins memory by CUDA", LEAVE_OUT),
+    "enable_forward_pass_metrics": ((False,), "SGLang times steps by CUDA", LEAVE_OUT),
+    "enable_layerwise_nvtx_marker": ((False,), "NVTX is CUDA's", LEAVE_OUT),
     "mamba_radix_cache_strategy": (("auto", "no_buffer"), PAGES, "use no_buffer"),
     "page_size": ((None, 1), "on a CPU a KV page holds one token", LEAVE_OUT),
     "cpu_offload_gb": ((0,), "the weights are in CPU memory already", LEAVE_OUT),
@@ -92,6 +114,8 @@ SERVED_WITH_DRAFTS: Served = {
     ),
 }
 SERVED_WITH_DRAFTS_ON_CPU: Served = {
+    "speculative_draft_load_format": ((None, *READ), PACKED, LEAVE_OUT),
+    "speculative_moe_runner_backend": ((None, "auto", "triton"), EXPERTS, LEAVE_OUT),
     "speculative_draft_model_quantization": ((None,), UNQUANTISED, LEAVE_OUT),
     "speculative_draft_kv_cache_dtype": ((None, "auto"), UNQUANTISED, LEAVE_OUT),
     "speculative_draft_attention_backend": (

@@ -116,6 +116,19 @@ def test_a_decode_server_has_pages_for_the_requests_that_run(complete, checkpoin
     assert complete(checkpoint, **flags).disaggregation_decode_extra_slots == 3
 
 
+@pytest.mark.parametrize("name", ["SGLANG_RUST_SERVER", "SGLANG_ENABLE_METRICS_DEVICE_TIMER"])
+def test_variables_that_pass_by_the_plugin(complete, checkpoint, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"^{name}: .*; unset it"):
+        complete(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["speculative_eagle_topk", "speculative_num_draft_tokens"])
+def test_drafts_without_their_number_of_steps(complete, checkpoint, name):
+    with pytest.raises(ConfigError, match=r"--speculative-num-steps is missing: add it"):
+        complete(checkpoint, speculative_algorithm="NEXTN", **{name: 4})
+
+
 def test_qwens_own_line_is_completed(complete, checkpoint):
     resolved = complete(checkpoint, **NEXTN)
     assert (resolved.speculative_eagle_topk, resolved.speculative_num_draft_tokens) == (1, 4)
@@ -142,6 +155,15 @@ def test_adapters_are_checked_by_their_files(complete, checkpoint, tmp_path):
 # A value of each flag that cannot be served on a CPU.
 REFUSED = {
     "model_impl": "transformers",
+    "tokenizer_worker_num": 2,
+    "load_format": "sharded_state",
+    "moe_runner_backend": "flashinfer_cutlass",
+    "moe_dense_tp_size": 1,
+    "init_expert_location": "map.json",
+    "ep_num_redundant_experts": 2,
+    "ep_dispatch_algorithm": "static",
+    "expert_distribution_recorder_mode": "stat",
+    "expert_balancedness_report_mode": "server_log",
     "mamba_radix_cache_strategy": "extra_buffer",
     "page_size": 16,
     "mamba_ssm_dtype": "float16",
@@ -179,6 +201,8 @@ REFUSED_APART = {
     "speculative_eagle_topk": 2,
 }
 REFUSED_WITH_DRAFTS = {
+    "speculative_draft_load_format": "presharded",
+    "speculative_moe_runner_backend": "flashinfer_cutlass",
     "speculative_draft_model_quantization": "fp8",
     "speculative_draft_kv_cache_dtype": "fp8_e4m3",
     "speculative_draft_attention_backend": "triton",
@@ -357,7 +381,8 @@ def test_one_line_says_what_serves_and_what_was_chosen(complete, checkpoint, cap
         r"qwen3next_plugin \S+ serves this model on SGLang 0\.5\.\d+, with \S.* kernels "
         r"\(sgl_kernel: .*\); defaults for a machine without a GPU, where no flag was given: "
         r"--attention-backend qwen3next_cpu, --mamba-radix-cache-strategy no_buffer, "
-        r"--disable-overlap-schedule, --sleep-on-idle, --max-running-requests 48, "
+        r"--disable-overlap-schedule, --sleep-on-idle, --watchdog-timeout 3600, "
+        r"--max-running-requests 48, "
         r"for states and KV 1/4 of ",
         line,
     )
