@@ -1,13 +1,16 @@
 """vLLM's flags: every refusal and every default, before a worker starts."""
 
+from functools import reduce
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from vllm import envs
 from vllm.config import LoRAConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fusion.mm_input_norm import _load_norm_params
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import (
@@ -34,6 +37,7 @@ from qwen3next_plugin.engines.vllm.names import (
     LOGGER,
     OVERRIDE_FLAG,
     OWN_ADDRESS,
+    QUANTISATION,
     RAY_EXECUTOR,
     SCHEDULER,
     STREAMS,
@@ -42,6 +46,7 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart
+from qwen3next_plugin.engines.vllm.served import served
 from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
 from qwen3next_plugin.engines.vllm.state.handover_flags import check_handover, complete_handover
 from qwen3next_plugin.model.checkpoint.reading import check_stored
@@ -57,12 +62,7 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
-# The only way of drafting and verifying; other values would be ignored.
-SERVED_WITH_DRAFTS = {
-    "draft_sample_method": "greedy",
-    "rejection_sample_method": "standard",
-    "disable_padded_drafter_batch": False,  # nothing is padded: rejected tokens are left out
-}
+FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")  # of vLLM's CPU attention
 
 
 def read_config(vllm_config: VllmConfig) -> Qwen3NextConfig:
@@ -82,6 +82,7 @@ def check(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError, CheckpointError: names what is wrong and the fix.
     """
+    _check_flags(vllm_config)
     config = _check_files(vllm_config)
     _check_tower(vllm_config)
     _check_kernels(vllm_config)
@@ -94,7 +95,7 @@ def check(vllm_config: VllmConfig) -> None:
         _check_method(vllm_config)
         check_num_speculative_tokens(vllm_config.num_speculative_tokens)
         _check_state(vllm_config)
-        _check_speculation(vllm_config)
+        _check_processors()
     if current_platform.is_cpu():
         _check_cpu(config, vllm_config)
         _check_memory(config, vllm_config)
@@ -163,6 +164,18 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
     return config
 
 
+def _check_flags(vllm_config: VllmConfig) -> None:
+    """Refuse other values of the flags that served.py lists."""
+    drafts = vllm_config.speculative_config is not None
+    tables = served(drafts=drafts, on_cpu=current_platform.is_cpu())
+    for field, (values, why, fix) in tables.items():
+        *owners, name = field.split(".")
+        owner = reduce(getattr, owners, vllm_config)
+        # A version of vLLM may lack a field.
+        if owner is not None and (value := getattr(owner, name, values[0])) not in values:
+            raise ConfigError(f"{name} = {value}: {why}; {fix}")
+
+
 def _check_tower(vllm_config: VllmConfig) -> None:
     """Refuse a vision tower that vLLM would run differently from its training."""
     model_config = vllm_config.model_config
@@ -208,6 +221,7 @@ def _check_kernels(vllm_config: VllmConfig) -> None:
 def _check_invariance(vllm_config: VllmConfig) -> None:
     """Refuse QWEN3NEXT_BATCH_INVARIANT unless our kernels compute every product."""
     check_invariance(vllm_config.model_config.dtype, on_cpu=current_platform.is_cpu())
+    _check_own_quantisation(vllm_config, "QWEN3NEXT_BATCH_INVARIANT=1")
     if vllm_config.lora_config is not None:
         raise ConfigError(
             "QWEN3NEXT_BATCH_INVARIANT=1: the products of adapters depend on the batch; leave out "
@@ -221,9 +235,17 @@ def _check_invariance(vllm_config: VllmConfig) -> None:
         )
 
 
+def _check_own_quantisation(vllm_config: VllmConfig, setting: str) -> None:
+    """Refuse a setting of ours beside vLLM's way to quantise, with its own kernels."""
+    if (found := vllm_config.model_config.quantization) not in (None, QUANTISATION):
+        raise ConfigError(f"{setting}: vLLM quantises by --quantization {found}; leave one out")
+
+
 def _check_quantisation(vllm_config: VllmConfig) -> None:
     """Refuse LoRA on quantised projections, and QWEN3NEXT_QUANTISE on a GPU."""
     on_cpu = current_platform.is_cpu()
+    if asked := env.quantise():
+        _check_own_quantisation(vllm_config, f"QWEN3NEXT_QUANTISE={asked}")
     check_at_load(on_cpu=on_cpu)
     found = served_formats(choose_quantisation(vllm_config))
     tp_size = vllm_config.parallel_config.tensor_parallel_size
@@ -276,8 +298,8 @@ def _check_policy(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_speculation(vllm_config: VllmConfig) -> None:
-    """Refuse logits processors that vLLM would ignore, and other ways to draft and verify."""
+def _check_processors() -> None:
+    """Refuse logits processors that vLLM would ignore."""
     # vLLM refuses those that a flag names, and silently drops installed ones. Remove when it
     # applies them under speculation.
     if found := [entry.name for entry in entry_points(group="vllm.logits_processors")]:
@@ -286,17 +308,56 @@ def _check_speculation(vllm_config: VllmConfig) -> None:
             "speculative decoding, so drafts would change what is generated; uninstall them, or "
             "serve without --speculative-config"
         )
-    for name, served in SERVED_WITH_DRAFTS.items():
-        value = getattr(vllm_config.speculative_config, name)
-        if value != served:
-            raise ConfigError(
-                f"{name} = {value}: drafts are the likeliest tokens, and one is kept only if it "
-                f"is what would be sampled without drafts; leave {name} at {served}"
-            )
+
+
+def _check_scheduler(scheduler: str | type[Any] | None) -> None:
+    """Refuse a scheduler that would schedule drafts, or streaming input, by vLLM's rules."""
+    if scheduler is None:
+        return
+    ours, given = (
+        resolve_obj_by_qualname(found) if isinstance(found, str) else found
+        for found in (SCHEDULER, scheduler)
+    )
+    if not issubclass(given, ours):
+        raise ConfigError(
+            f"scheduler_cls = {scheduler}: with drafts, make it a subclass of {SCHEDULER}"
+        )
+
+
+def _check_kv_dtype(vllm_config: VllmConfig) -> None:
+    """Refuse KV in a dtype that vLLM's CPU attention would read as another."""
+    given, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
+    own = str(dtype).removeprefix("torch.")
+    if given not in ("auto", own, *FP8_KV):
+        raise ConfigError(
+            f"kv_cache_dtype = {given}: on a CPU it is that of the activations ({own}) or one of "
+            f"{', '.join(FP8_KV)}; leave out --kv-cache-dtype"
+        )
+    if (drafts := vllm_config.speculative_config) is None:
+        return
+    if drafts.kv_cache_dtype not in (None, given):
+        raise ConfigError(
+            f"kv_cache_dtype = {drafts.kv_cache_dtype} of --speculative-config: model and drafter "
+            f"share a cache; leave it out"
+        )
 
 
 def _check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
     """Refuse runner V2, pipeline stages, engines in Ray, ranks apart, and other workers."""
+    if envs.VLLM_BATCH_INVARIANT:
+        raise ConfigError(
+            "VLLM_BATCH_INVARIANT=1: its kernels are for GPUs; unset it, and set "
+            "QWEN3NEXT_BATCH_INVARIANT=1"
+        )
+    _check_kv_dtype(vllm_config)
+    if vllm_config.speculative_config is not None:
+        _check_scheduler(vllm_config.scheduler_config.scheduler_cls)
+    lora_config = vllm_config.lora_config
+    if lora_config is not None and "experts" in (lora_config.target_modules or ()):
+        raise ConfigError(
+            "--lora-target-modules experts: on a CPU there is no LoRA for routed experts; leave "
+            "them out"
+        )
     if vllm_config.use_v2_model_runner:
         raise ConfigError(
             "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "

@@ -36,6 +36,7 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs import (
     adapters,
+    backends,
     cgroups,
     exit_code,
     grammars,
@@ -480,8 +481,8 @@ OVERRIDES: tuple[Entry, ...] = (
 # Of vLLM for any model; each change is in repairs/.
 WITH_LORA: tuple[Entry, ...] = (
     Patch(
-        target="vllm.lora.model_manager.LoRAModelManager._create_merged_loras_inplace",
-        parameters=("self", "lora_model"),
+        target="vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
+        parameters=("self", "lora_request"),
         function=adapters.refuse_unused,
         reason="vLLM ignores the parts of an adapter that fit no module",
         remove_when="vLLM refuses such an adapter (`compat`)",
@@ -528,6 +529,14 @@ IN_ENGINE: tuple[Entry, ...] = (
         reason="after reload_weights vLLM would serve cached prefixes of the old weights",
         remove_when="vLLM resets its caches then",
     ),
+    Patch(
+        target="vllm.v1.structured_output.StructuredOutputManager.grammar_init",
+        parameters=("self", "request"),
+        function=backends.compile_by_request,
+        reason="vLLM compiles all grammars by the backend of the first request with one: after a "
+        "schema that is not xgrammar's, others are errors 500",
+        remove_when="vLLM takes a backend for each request (`compat`)",
+    ),
 )
 
 RESOURCES = "vllm.utils.cpu_resource_utils"
@@ -573,12 +582,12 @@ IN_SERVER: tuple[Entry, ...] = (
 
 REPAIRS: tuple[Entry, ...] = (
     Override(
-        target="vllm.v1.structured_output.StructuredOutputManager.grammar_init",
-        parameters=("self", "request"),
-        file="repairs/backends.py",
-        reason="vLLM compiles all grammars by the backend of the first request with one: after a "
-        "schema that is not xgrammar's, others are errors 500. Ours needs our scheduler, so drafts",
-        remove_when="vLLM takes a backend for each request (`compat`)",
+        target="vllm.v1.sample.sampler.Sampler.gather_specific_token_logprobs",
+        parameters=("self", "logprobs", "logprob_token_ids", "sampled"),
+        file="repairs/logprobs.py",
+        reason="a request for the log-probabilities of chosen tokens replaces the likeliest tokens "
+        "of all other requests of its step",
+        remove_when="vLLM gathers both (`compat`)",
     ),
     Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.generators",

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.qwen3_next import Qwen3NextForCausalLM
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -29,6 +30,15 @@ def _core(llm: LLM) -> Any:
 
 def _drafter(llm: LLM) -> Any:
     return _core(llm).model_executor.driver_worker.worker.model_runner.drafter
+
+
+def replace_adapter(llm: LLM, path: str, number: int) -> str:
+    """Load an adapter in place of that with this number; returns the error."""
+    try:
+        llm.llm_engine.add_lora(LoRARequest(path, number, path, load_inplace=True))
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def count_calls(llm: LLM) -> None:

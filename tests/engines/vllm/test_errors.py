@@ -24,6 +24,7 @@ from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
 from qwen3next_plugin.engines.vllm.repairs import graphs
+from qwen3next_plugin.engines.vllm.speculation.scheduler import Scheduler
 from vision import write_vision_checkpoint
 
 
@@ -154,6 +155,72 @@ def test_the_reference_is_not_compiled(monkeypatch, complete, checkpoint):
 def test_other_drafters_are_refused_by_name(complete, checkpoint):
     flags = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
     with pytest.raises(Exception, match="method ngram: the plugin drafts with the MTP layer alone"):
+        complete(checkpoint, **flags)
+
+
+MTP = drafts(2)["speculative_config"]
+
+
+def with_drafts(**settings: object) -> dict:
+    return {"speculative_config": MTP | settings}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (with_drafts(draft_sample_method="probabilistic"), "draft_sample_method = probabilistic: "),
+        (with_drafts(disable_padded_drafter_batch=True), "disable_padded_drafter_batch = True: "),
+        (with_drafts(kv_cache_dtype="fp8"), "kv_cache_dtype = fp8 of --speculative-config: "),
+        (
+            {"kv_cache_dtype": "bfloat16"},
+            r"kv_cache_dtype = bfloat16: .* \(float32\) or one of fp8",
+        ),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype = int8_per_token_head: "),
+        ({"load_format": "sharded_state"}, "load_format = sharded_state: weights are packed"),
+        ({"kv_offloading_size": 4.0}, r"kv_offloading_size = 4\.0: KV is in this memory already"),
+        (
+            {"enable_expert_parallel": True, "enable_ep_weight_filter": True},
+            "enable_ep_weight_filter = True: the whole checkpoint",
+        ),
+        (
+            drafts(2) | {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
+            "AsyncScheduler: with drafts, make it a subclass of qwen3next_plugin.*Scheduler",
+        ),
+        (
+            {"enable_lora": True, "lora_target_modules": ["o_proj", "experts"]},
+            "--lora-target-modules experts: ",
+        ),
+    ],
+    ids=str,
+)
+def test_flags_of_the_table_are_refused_by_name(complete, checkpoint, flags, message):
+    with pytest.raises(Exception, match=message):
+        complete(checkpoint, **flags)
+
+
+class OwnScheduler(Scheduler):
+    """A subclass of ours, as users may write one."""
+
+
+def test_a_subclass_of_our_scheduler_serves(complete, checkpoint):
+    complete(checkpoint, **drafts(2), scheduler_cls=OwnScheduler)
+    complete(checkpoint, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+
+
+def test_vllms_batch_invariance_is_for_gpus(monkeypatch, complete, checkpoint):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(Exception, match=r"VLLM_BATCH_INVARIANT=1: .* QWEN3NEXT_BATCH_I"):
+        complete(checkpoint)
+
+
+def test_two_ways_to_quantise(monkeypatch, complete, checkpoint):
+    monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
+    flags = {"dtype": "bfloat16", "quantization": "int8_per_channel_weight_only"}
+    with pytest.raises(Exception, match="QWEN3NEXT_QUANTISE=int8: vLLM quantises by --quant"):
+        complete(checkpoint, **flags)
+    monkeypatch.delenv("QWEN3NEXT_QUANTISE")
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    with pytest.raises(Exception, match="QWEN3NEXT_BATCH_INVARIANT=1: vLLM quantises by --quant"):
         complete(checkpoint, **flags)
 
 

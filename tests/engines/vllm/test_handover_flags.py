@@ -57,6 +57,10 @@ def told(config: Any) -> str:
     ("given", "message"),
     [
         ({"connector": "NixlPushConnector"}, "NixlPushConnector is not tested .*use NixlConn"),
+        *(
+            ({"connector": name}, f"{name}: on a CPU .* NixlConnector, and by Off.* FolderSpec")
+            for name in ("DecodeBenchConnector", "SimpleCPUOffloadConnector", "OffloadingConnector")
+        ),
         (
             {
                 "connector": "MultiConnector",

@@ -154,11 +154,13 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
-def start(*flags: str) -> Forked:
+DRAFTS = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}')
+
+
+def start(*flags: str, drafts: tuple[str, ...] = DRAFTS) -> Forked:
     # fp32, so that an answer does not hang on which other requests share a step with it.
     always = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
     batch = ("--max-num-seqs", "16")
-    drafts = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}')
     fixed = {"QWEN3NEXT_DRAFTS": "fixed"}
     return Forked(SHIPPED, *always, *batch, *drafts, *flags, env=fixed).wait()
 
@@ -242,7 +244,8 @@ def test_an_odd_completion_is_answered(server, first, case):
 
 
 @pytest.mark.serve
-def test_schemas_of_several_backends_are_answered():
+@pytest.mark.parametrize("drafts", [DRAFTS, ()], ids=["drafts", "plain"])
+def test_schemas_of_several_backends_are_answered(drafts):
     """Outlines first, by which vLLM would compile, and fail, a choice; then all at once.
 
     On a server of its own: vLLM keeps the backend of the first.
@@ -255,7 +258,7 @@ def test_schemas_of_several_backends_are_answered():
             lambda text: int(text) in range(10, 100, 5),
         ),
     ]
-    server = start()
+    server = start(drafts=drafts)
 
     def answer(of: dict[str, Any]) -> str:
         chat = {"model": server.model, "messages": MESSAGES, "temperature": 0, "max_tokens": 24}
@@ -308,6 +311,11 @@ def test_hostile_embeddings_do_not_harm_the_server():
         for body in ODD_EMBEDDINGS.values():
             status, text = ask(server, "/v1/completions", fields(server, **body))
             assert status == 200, text
+        # In a chat vLLM marks them by a token beyond the vocabulary.
+        content = [{"type": "prompt_embeds", "data": embedded(torch.zeros(5, D))["prompt_embeds"]}]
+        chat = {"model": server.model, "messages": [{"role": "user", "content": content}]}
+        status, text = ask(server, "/v1/chat/completions", chat | {"max_tokens": 16})
+        assert status == 200, text
         check_unharmed(server, before)
     finally:
         server.close()

@@ -6,25 +6,28 @@ from typing import Any
 from vllm.distributed import get_pp_group
 
 
-def refuse_unused(host: Callable[..., None], manager: Any, adapter: Any) -> None:
-    """Around the packing of an adapter: refuse one of which a part fits no module.
+def refuse_unused(host: Callable[..., Any], worker: Any, request: Any) -> Any:
+    """Around the reading of an adapter: refuse one of which a part fits no module.
 
-    vLLM compares only the last part of a module's name, and ignores what it does not find.
+    vLLM compares only the last part of a module's name, and ignores what it does not find. An
+    adapter of that name which is loaded already stays.
 
     Raises:
         ValueError: naming the module, and those that take adapters.
     """
-    host(manager, adapter)
+    adapter, manager = host(worker, request), worker._adapter_manager
     if get_pp_group().world_size > 1:  # a stage has some of the layers only
-        return
+        return adapter
+    known = {
+        *manager.modules,
+        *(name for names in manager.packed_modules.values() for name in names),
+    }
     experts = ".base_layer"  # the other half of an adapter of fused experts
-    unused = sorted(
-        name for name in adapter.loras if name.removesuffix(experts) not in manager.modules
-    )
-    if unused:
+    if unused := sorted(name for name in adapter.loras if name.removesuffix(experts) not in known):
         taken = manager.lora_config.target_modules
         taken = taken or {name.rpartition(".")[2] for name in manager.modules}
         raise ValueError(
             f"the adapter changes {len(unused)} modules that take no adapter here, the first is "
             f"{unused[0]}: use one of this model that changes {', '.join(sorted(taken))} only"
         )
+    return adapter

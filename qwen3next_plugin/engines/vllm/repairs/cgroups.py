@@ -1,7 +1,7 @@
 """What a container or a systemd unit may use, where vLLM asks for it.
 
-vLLM reads the topmost cgroup alone, and counts what Linux keeps of files as used: after a checkpoint
-was read, a container as large as its model seems to be full.
+vLLM reads the topmost cgroup alone, and counts what Linux keeps of files as used: when a checkpoint
+has been read, a container seems to be full.
 """
 
 import math

@@ -100,7 +100,7 @@ class Drafter(Chains):
 
     def _usable_drafts(self, request: str, computed: int) -> int:
         state = self.runner.requests[request]
-        end = self.runner.max_model_len
+        end = min(self.runner.max_model_len, self.draft_model_config.max_model_len)
         if (params := state.sampling_params) is not None and params.max_tokens is not None:
             end = min(end, state.num_prompt_tokens + params.max_tokens)
         return min(self.most, usable_drafts(end, computed))

@@ -40,6 +40,7 @@ def finished(
     for i in (i for i, more in enumerate(prefilling) if more):
         # vLLM gives the prompt's last token, not the one after the chunk
         after[ends[i] - 1] = _token_at(states[i], firsts[i] + counts[i])
+    after[after >= runner.input_batch.vocab_size] = 0  # in place of embeddings: any token
     return FinishedStep(
         requests=requests,
         starts=bounds[:-1].tolist(),

@@ -18,7 +18,6 @@ from vllm.v1.request import Request
 
 from qwen3next_plugin.engines.vllm.metrics import scheduler_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.repairs.backends import compile_by_request
 from qwen3next_plugin.mtp.metrics import LogLine
 
 logger = init_logger(LOGGER)
@@ -31,7 +30,6 @@ class Scheduler(HostScheduler):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # whatever the host passes
-        compile_by_request(self.structured_output_manager)
         self.board = scheduler_board(vllm_config)
         self.log_line = LogLine(self.board)
         self.logged = self.counted = time.monotonic()

@@ -19,6 +19,7 @@ from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
 from qwen3next_plugin.engines.vllm.patches import IN_WORKER, apply
+from qwen3next_plugin.engines.vllm.repairs.logprobs import gather_both
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
@@ -61,15 +62,16 @@ class Worker(CPUWorker):
         if self.parallel_config.nnodes_within_dp > 1:
             end_with_other_nodes(self.parallel_config)
         runner = self.model_runner
+        runner.sampler.gather_specific_token_logprobs = gather_both(runner)
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)
             _add_missing_processors(runner.input_batch.logitsprocs, runner)
             runner.drafter = Drafter(self.vllm_config, self.device, runner)
             runner._calc_spec_decode_metadata = drafts_and_rows(runner)
             runner._update_states_after_model_execute = _count_accepted(runner)
-            # Near the longest context vLLM skips drafting for the whole batch. Our drafter drafts
-            # less for that one request instead.
-            runner.effective_drafter_max_model_len += runner.num_spec_tokens
+            # Near the longest context, or the drafter's, vLLM skips drafting for the whole batch.
+            # Our drafter drafts less for that one request instead.
+            runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load trunk and MTP layer, and show how far that is."""

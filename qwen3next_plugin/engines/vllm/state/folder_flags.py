@@ -18,11 +18,17 @@ from qwen3next_plugin.engines.vllm.state.alike import (
 )
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
-SPEC, TIER = "FolderSpec", "FolderTier"
+KEEPER, SPEC, TIER = "OffloadingConnector", "FolderSpec", "FolderTier"
 OWN = ("spec_name", "spec_module_path", "folder", "folder_bytes", "cpu_bytes_to_use")
 SEED = "PYTHONHASHSEED"  # of vLLM's keys; has a default for sha256 only
 MEMORY = 1 << 30  # bytes of cpu_bytes_to_use, by default
 FIELD = "kv_connector_extra_config of --kv-transfer-config"
+
+
+def in_folder(vllm_config: VllmConfig) -> bool:
+    """Whether the prefix cache is kept in a folder."""
+    asked = _asked(vllm_config) is not None
+    return asked and vllm_config.kv_transfer_config.kv_connector == KEEPER
 
 
 def _asked(vllm_config: VllmConfig) -> dict[str, Any] | None:

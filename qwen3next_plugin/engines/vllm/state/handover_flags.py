@@ -14,6 +14,7 @@ from qwen3next_plugin.engines.vllm.state.alike import (
     check_known_weights,
     weights_folder,
 )
+from qwen3next_plugin.engines.vllm.state.folder_flags import KEEPER, SPEC, in_folder
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 CONNECTOR = "NixlConnector"
@@ -42,6 +43,11 @@ def check_handover(vllm_config: VllmConfig) -> None:
         raise ConfigError(f"{found[0]} is not tested with this model's pages; use {CONNECTOR}")
     if transfer.has_connector(CONNECTOR) and not hands_over(vllm_config):
         raise ConfigError(f"{transfer.kv_connector}: use {CONNECTOR} alone")
+    if current_platform.is_cpu() and not (hands_over(vllm_config) or in_folder(vllm_config)):
+        raise ConfigError(
+            f"{transfer.kv_connector}: on a CPU this model's pages are moved by {CONNECTOR}, and "
+            f"by {KEEPER} with {SPEC}, only; use one of them, {WITHOUT}"
+        )
     if not hands_over(vllm_config):
         return
     if not current_platform.is_cpu():

@@ -1,0 +1,44 @@
+"""vLLM's flags of which the plugin serves only some values, and these values."""
+
+from typing import Any
+
+LOSSLESS = "drafts are the likeliest tokens; one is kept if it would be sampled without drafts"
+READ = (  # by the model's own loader
+    *("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy"),
+    *("fastsafetensors", "instanttensor", "runai_streamer"),
+)
+PACKED = "weights are packed as the model reads them"
+WHOLE = "the whole checkpoint is read, and checked"
+LEAVE_OUT = "leave it out"
+Served = dict[str, tuple[tuple[Any, ...], str, str]]
+# Field of VllmConfig → the values that are served, why no others, and the fix.
+SERVED: Served = {
+    "parallel_config.enable_ep_weight_filter": ((False,), WHOLE, LEAVE_OUT),
+    "model_config.multimodal_config.mm_encoder_only": ((False,), WHOLE, LEAVE_OUT),
+}
+SERVED_ON_CPU: Served = {
+    "load_config.load_format": (READ, PACKED, LEAVE_OUT),
+    "cache_config.kv_offloading_size": ((None,), "KV is in this memory already", LEAVE_OUT),
+    "watermark_config": ((None,), "it is for model runner V2, which has no CPU", LEAVE_OUT),
+}
+# More, with drafts.
+SERVED_WITH_DRAFTS: Served = {
+    "speculative_config.draft_sample_method": (("greedy",), LOSSLESS, LEAVE_OUT),
+    "speculative_config.rejection_sample_method": (("standard",), LOSSLESS, LEAVE_OUT),
+    "speculative_config.disable_padded_drafter_batch": (
+        (False,),
+        "nothing is padded: rejected tokens are left out",
+        LEAVE_OUT,
+    ),
+    "speculative_config.enable_adaptive_verification": (
+        (False,),
+        "vLLM would profile it on state pages that nothing has written",
+        LEAVE_OUT,
+    ),
+}
+
+
+def served(*, drafts: bool, on_cpu: bool) -> Served:
+    """The tables that apply."""
+    tables = SERVED | (SERVED_ON_CPU if on_cpu else {})
+    return tables | (SERVED_WITH_DRAFTS if drafts else {})
