@@ -498,6 +498,14 @@ REQUESTS: tuple[Entry, ...] = (
         "ends; others block it for minutes",
         remove_when="llguidance, or vLLM, limits what a schema takes (`compat`)",
     ),
+    Patch(
+        target="vllm.v1.structured_output.backend_outlines."
+        "validate_structured_output_request_outlines",
+        parameters=("params",),
+        function=grammars.refuse_large,
+        reason="one JSON schema with a long string takes all memory in the engine",
+        remove_when="outlines, or vLLM, limits what an index takes (`compat`)",
+    ),
 )
 
 AT_START: tuple[Entry, ...] = (

@@ -32,7 +32,9 @@ PATTERN = {  # to llguidance, so outlines reads it
     "patternProperties": {"^b$": {"type": "boolean"}},
     "additionalProperties": False,
 }
-# What llguidance has no limit for: memory, time, and the stack.
+OPTIONAL = {f"a{i}": {"type": "boolean"} for i in range(100)}
+# What llguidance has no limit for: memory, time, and the stack. Then outlines: an index, and a
+# regular expression, which has each optional property as often as there are others.
 SCHEMAS: dict[str, dict[str, Any]] = {
     "a thousand million items": {"type": "array", "items": UNKNOWN, "minItems": 10**9},
     "many properties": {
@@ -43,6 +45,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "object",
         "properties": {"a0": UNKNOWN},
         "required": [f"a{i}" for i in range(40_000)],
+    },
+    "a long string": PATTERN | {"properties": {"a": {"type": "string", "maxLength": 5000}}},
+    "optional properties": {
+        **PATTERN,
+        "properties": {f"b{i}": {"type": "object", "properties": OPTIONAL} for i in range(100)},
+        "required": [],
     },
 }
 
@@ -321,10 +329,30 @@ def test_hostile_embeddings_do_not_harm_the_server():
         server.close()
 
 
-def test_a_check_that_does_not_start_is_no_costly_grammar(monkeypatch):
-    monkeypatch.setattr(grammars, "CHECK", "import nowhere")
+def test_a_check_that_does_not_start_is_no_costly_grammar():
     with pytest.raises(RuntimeError, match="No module named 'nowhere'"):
-        grammars._is_cheap("of nobody")
+        grammars._is_cheap("import nowhere", "")
+
+
+def test_indexes_of_honest_schemas_are_small():
+    for of in (PATTERN, PATTERN | {"properties": {"a": {"type": "string", "maxLength": 100}}}):
+        assert grammars._is_cheap(grammars.OUTLINES, f"json:{json.dumps(of)}")
+
+
+def test_outlines_itself_says_what_is_wrong():
+    assert grammars._is_cheap(grammars.OUTLINES, "json:{")
+    assert grammars._is_cheap(grammars.OUTLINES, "regex:(((")
+
+
+@pytest.mark.compat
+def test_outlines_has_no_limit():
+    """Fails when it has one for states: then look whether `refuse_large` can go."""
+    builds = (
+        "import resource, outlines_core as o\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
+        "o.Index('.{30000}', o.Vocabulary(256, {bytes([b]): [b] for b in range(256)}))"
+    )
+    assert subprocess.run([sys.executable, "-c", builds], capture_output=True).returncode
 
 
 @pytest.mark.compat
