@@ -17,7 +17,8 @@ def record(device: torch.device) -> Tensor:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if device not in _RECORDS:
-        _RECORDS[device] = torch.zeros(10, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # else `check` may not clear it
+            _RECORDS[device] = torch.zeros(10, dtype=torch.int64, device=device)
     return _RECORDS[device]
 
 

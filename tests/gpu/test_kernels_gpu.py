@@ -40,6 +40,16 @@ class Net:
         self.dtype, self.layer = dtype, Layer.random(SHAPE, dtype)
         self.norm = torch.randn(SHAPE.V).to(dtype)
 
+    def on_gpu(self) -> None:
+        """Move the weights there, since a graph cannot copy from the CPU's memory."""
+        self.norm, layer = self.norm.cuda(), self.layer
+        self.layer = replace(
+            layer,
+            weight=layer.weight.cuda(),
+            A_log=layer.A_log.cuda(),
+            dt_bias=layer.dt_bias.cuda(),
+        )
+
     def inputs(self, T: int) -> list[torch.Tensor]:
         """qkvz and ba of T tokens."""
         widths = SHAPE.C + SHAPE.HV * SHAPE.V, 2 * SHAPE.HV
@@ -99,6 +109,7 @@ def test_as_the_reference(monkeypatch, dtype):
 def test_captured_and_replayed():
     """A graph of a verify step, replayed on other rows, gives the same bits as a plain launch."""
     net, dtype = Net(torch.bfloat16), torch.bfloat16
+    net.on_gpu()
     first, verify = Step(((1, 0, 70), (2, 0, 9))), Step(((1, 70, 4), (2, 9, 2)))
     start, drafts = net.inputs(first.T), net.inputs(verify.T)
     launched, captured = pool_on("cuda", dtype), pool_on("cuda", dtype)

@@ -228,3 +228,25 @@ def test_after_a_verification_pages_are_kept_where_a_point_was_passed(backend, m
     assert torch.equal(pages[:, 7], pages[:, 5])
     assert not pages[:, 6].any()
     hybrid.update_mamba_state_after_mtp_verify(torch.tensor([2, 0]), None, None, None)
+
+
+@pytest.mark.parametrize("has_axes", [False, True])
+def test_positions_of_images_are_for_models_that_have_them(has_axes):
+    """SGLang's CUDA graphs of drafting bring some, which are zeros if the model has none."""
+    from qwen3next_plugin.engines.sglang.model.mtp import Predictor
+
+    class Head(Predictor):
+        def __init__(self) -> None:
+            self.has_axes = has_axes
+
+        def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+        def predict(self, positions: torch.Tensor, *_: object) -> torch.Tensor:
+            return positions
+
+    positions, of_images = torch.arange(4), torch.zeros(3, 4)
+    spec_info = SimpleNamespace(hidden_states=None)
+    for brought, used in ((of_images, of_images if has_axes else positions), (None, positions)):
+        batch = SimpleNamespace(mrope_positions=brought, spec_info=spec_info)
+        assert Head().forward(torch.arange(4), positions, batch) is used

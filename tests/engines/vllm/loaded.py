@@ -17,12 +17,16 @@ from typing import TypeVar
 
 T = TypeVar("T")
 NAMES = (
-    *("vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.worker.cpu_worker"),
-    *("vllm.v1.core.sched.scheduler", "vllm.compilation.backends", "compressed_tensors"),
+    *("vllm.entrypoints.llm", "vllm.entrypoints.cli.serve", "vllm.v1.core.sched.scheduler"),
+    *("vllm.compilation.backends", "compressed_tensors"),
 )
+CPU_WORKER = "vllm.v1.worker.cpu_worker"  # imported, it makes torch.cuda that of a CPU
 gc.disable()  # for nothing is garbage yet
 for name in NAMES:
     import_module(name)
+on_cpu = import_module("vllm.platforms").current_platform.is_cpu()
+if on_cpu:
+    import_module(CPU_WORKER)
 registry = import_module("vllm.model_executor.models.registry")
 context = multiprocessing.get_context
 
@@ -35,7 +39,8 @@ def here(look: Callable[[], T]) -> T:
     return look()
 
 
-multiprocessing.get_context = forking
+if on_cpu:  # a process that has used CUDA cannot be forked
+    multiprocessing.get_context = forking
 registry._run_in_subprocess = here
 gc.freeze()  # else each fork looks through all of that whenever vLLM collects garbage
 gc.enable()

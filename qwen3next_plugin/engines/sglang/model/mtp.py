@@ -33,12 +33,14 @@ class Predictor:
 
     embed_tokens: Any
     predict: Any
+    has_axes = False  # positions have three, as those of images do
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> Any:
         """Shapes: input_ids, positions [T], the batch's hidden states as of the neutral head."""
-        if forward_batch.mrope_positions is not None:
+        # SGLang's CUDA graphs bring some for every model, and fill them in for images only.
+        if self.has_axes and forward_batch.mrope_positions is not None:
             positions = forward_batch.mrope_positions
         embeds = self.embed_tokens(input_ids)
         hidden_states = forward_batch.spec_info.hidden_states
@@ -88,6 +90,8 @@ class Qwen3NextForCausalLMMTP(OurModel):
         super().__init__()
         self._set_config(config, quant_config)
         self.model = self.predictor_class(self.config, quant_config, prefix=f"{prefix}mtp")
+        texts_only = getattr(config, "language_model_only", False)
+        self.model.has_axes = bool(self.config.mrope_section) and not texts_only
         self.lm_head: ParallelLMHead | VocabParallelEmbedding | None = None  # the trunk's
         self.logits_processor = make_logits_processor(config)
         use_packing(self.model, self.formats, drafting=self.model.layers)
