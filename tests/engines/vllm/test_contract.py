@@ -254,6 +254,7 @@ CALLED = {
         "direct_register_custom_op": ["op_name", "op_func", "mutates_args", "fake_impl"],
     },
     "triton_utils/dispatcher.py": {"register_kernels": []},
+    "v1/sample/sampler.py": {"gather_logprobs": ["logprobs", "num_logprobs", "token_ids"]},
     "model_executor/layers/fused_moe/layer.py": {
         "FusedMoEFactory": [
             *("dp_size", "custom_routing_function", "is_sequence_parallel"),
@@ -352,10 +353,15 @@ FIELDS = {
             "scheduler_config",
             "speculative_config",
             "use_v2_model_runner",
+            "watermark_config",
         ],
+    },
+    "v1/outputs.py": {
+        "LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks"],
     },
     "config/cache.py": {
         "CacheConfig": [
+            *("cache_dtype", "kv_offloading_size"),
             "enable_prefix_caching",
             "mamba_block_size",
             "mamba_page_size_padded",
@@ -380,7 +386,9 @@ FIELDS = {
     },
     "config/model.py": {"ModelConfig": ["enforce_eager", "hf_overrides"]},
     "config/multimodal.py": {
-        "MultiModalConfig": ["language_model_only", "mm_device_do_normalize"],
+        "MultiModalConfig": [
+            *("language_model_only", "mm_device_do_normalize", "mm_encoder_only"),
+        ],
     },
     "v1/worker/gpu_input_batch.py": {
         "CachedRequestState": ["mm_features", "mrope_positions", "mrope_position_delta"],
@@ -392,6 +400,7 @@ FIELDS = {
             *("distributed_executor_backend", "worker_cls", "data_parallel_size"),
             *("data_parallel_index", "data_parallel_size_local", "data_parallel_external_lb"),
             *("enable_expert_parallel", "reconfigure_for_independent_dp_rank"),
+            "enable_ep_weight_filter",
         ],
     },
     "platforms/interface.py": {"Platform": ["device_type"]},
@@ -399,9 +408,8 @@ FIELDS = {
     "v1/core/kv_cache_utils.py": {"KVCacheBlock": ["is_null"]},
     "config/speculative.py": {
         "SpeculativeConfig": [
-            "draft_sample_method",
-            "rejection_sample_method",
-            "target_model_config",
+            *("draft_sample_method", "rejection_sample_method", "disable_padded_drafter_batch"),
+            *("enable_adaptive_verification", "kv_cache_dtype", "target_model_config"),
         ],
     },
     "v1/spec_decode/metadata.py": {
@@ -448,8 +456,8 @@ ATTRIBUTES = {
         "max_num_tokens",
         "positions",
     ],
-    "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs"],
-    "v1/spec_decode/llm_base_proposer.py": ["input_ids", "block_size"],
+    "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs", "vocab_size"],
+    "v1/spec_decode/llm_base_proposer.py": ["input_ids", "block_size", "draft_model_config"],
     "model_executor/layers/fused_moe/unquantized_fused_moe_method.py": ["experts_cls"],
     "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],
 }
@@ -470,7 +478,8 @@ KEPT = {
         ],
     },
     "lora/lora_model.py": {"LoRAModel": ["loras"]},
-    "lora/model_manager.py": {"LoRAModelManager": ["lora_config", "modules"]},
+    "lora/model_manager.py": {"LoRAModelManager": ["lora_config", "modules", "packed_modules"]},
+    "lora/worker_manager.py": {"WorkerLoRAManager": ["_adapter_manager"]},
     "v1/core/kv_cache_manager.py": {"KVCacheManager": ["coordinator"]},
     "v1/core/kv_cache_coordinator.py": {"KVCacheCoordinator": ["single_type_managers"]},
     "v1/core/single_type_kv_cache_manager.py": {"SingleTypeKVCacheManager": ["req_to_blocks"]},
