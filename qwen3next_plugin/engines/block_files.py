@@ -9,7 +9,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
@@ -89,15 +89,16 @@ class BlockFiles:
         """Write a file, unless it is there; remove the oldest ones beyond the limit.
 
         Raises:
-            OSError: it cannot be written. If the disk is full, the oldest are removed for the next.
+            OSError: it cannot be written. If the disk or a quota is full, the oldest are removed
+                for the next.
         """
         if self.holds(name, len(content)):
             self.use(name)
             return
         path = self.folder / name
         part = path.with_name(path.name + self.part)
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 file.write(_header(name, content))
                 file.write(content)
@@ -105,7 +106,7 @@ class BlockFiles:
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            if error.errno == ENOSPC:
+            if error.errno in (ENOSPC, EDQUOT):
                 self._remove_oldest(SHARE * len(content))
             raise
         self.uncounted += HEADER.size + len(content)

@@ -6,6 +6,7 @@ import selectors
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from threading import Thread
 from typing import Any
 
@@ -59,12 +60,27 @@ def _own_address(flag: str, first: str) -> str:
         family, kind, _, _, where = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(where)  # sends nothing
-            return probe.getsockname()[0]
+            own: str = probe.getsockname()[0]
     except OSError as error:
         raise ConfigError(
             f"{flag} {first}: this node has no way to it ({error.strerror}); give the address of "
             f"the first node"
         ) from None
+    if ip_address(own.partition("%")[0]).is_loopback and _is_name(first):
+        raise ConfigError(
+            f"{flag} {first}: this name is a loopback address here, as /etc/hosts has it on "
+            f"Debian, which other nodes cannot reach; give the address of the first node"
+        )
+    return own
+
+
+def _is_name(first: str) -> bool:
+    """Whether it is the name of a machine; `localhost` is an address in words."""
+    try:
+        ip_address(first)
+    except ValueError:
+        return first != "localhost"
+    return False
 
 
 def _interface(address: str) -> str:

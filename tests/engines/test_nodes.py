@@ -56,6 +56,16 @@ def test_a_name_that_nobody_knows():
         meet_at("--master-addr", "nowhere.invalid", OWN)
 
 
+def test_a_name_that_is_a_loopback_address(monkeypatch):
+    """As Debian's /etc/hosts has this machine's: other nodes would connect to themselves."""
+    found = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.1.1", 9))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(ConfigError, match=r"--master-addr node1: .* loopback .* give the address"):
+        meet_at("--master-addr", "node1", OWN)
+    meet_at("--master-addr", "localhost", OWN)
+    assert os.environ[INTERFACE] == "lo"
+
+
 def test_strangers_do_not_count(monkeypatch):
     """Whoever connects without the word is no node, and may leave, reset or say nothing."""
     monkeypatch.setattr(nodes, "WORD_SECONDS", 0.1)

@@ -140,6 +140,8 @@ def keep_prefix(
 
         linker = cache.linker.cache_linker
         if isinstance(linker, FolderLinker):
+            # SGLang drops it when a hit is loaded: not if the prefix came to memory before that.
+            cache.linker.hit_markers.pop(req.rid, None)
             linker.keep(cache, req.last_node)
 
 

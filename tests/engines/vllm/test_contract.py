@@ -310,6 +310,7 @@ CALLED = {
         ],
     },
     "v1/worker/gpu_input_batch.py": {"get_token_id": ["self", "idx"]},
+    "v1/engine/core.py": {"is_scheduler_paused": ["self"]},
     "v1/sample/logits_processor/builtin.py": {
         "apply_with_spec_decode": ["self", "logits", "num_draft_tokens"],
     },

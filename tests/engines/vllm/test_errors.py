@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +25,9 @@ from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
+from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.repairs import graphs
+from qwen3next_plugin.engines.vllm.repairs.reloads import RELOAD, forget_old_weights
 from qwen3next_plugin.engines.vllm.speculation.scheduler import Scheduler
 from vision import write_vision_checkpoint
 
@@ -224,6 +228,35 @@ def test_two_ways_to_quantise(monkeypatch, complete, checkpoint):
         complete(checkpoint, **flags)
 
 
+@pytest.mark.parametrize(
+    ("sessions", "share", "paused", "says"),
+    [
+        (1, False, False, "a session of streaming input waits"),
+        (0, True, False, "POST /pause, reload, then POST /resume"),
+        (0, True, True, ""),
+        (0, False, False, ""),
+    ],
+)
+def test_when_a_reload_has_to_wait(complete, checkpoint, sessions, share, paused, says):
+    """By what vLLM's engine says of itself."""
+    flags = {"data_parallel_size": 2, "enable_expert_parallel": share}
+    core = SimpleNamespace(
+        vllm_config=complete(checkpoint, **flags),
+        scheduler=SimpleNamespace(num_waiting_for_streaming_input=sessions),
+        is_scheduler_paused=lambda: paused,
+        _reset_caches=lambda: None,
+    )
+    called = []
+
+    def host(_, method: str, *__: object) -> list[None]:
+        called.append(method)
+        return [None]
+
+    with pytest.raises(ConfigError, match=says) if says else nullcontext():
+        forget_old_weights(host, core, RELOAD)
+    assert called == ([] if says else [RELOAD])
+
+
 def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):
     """vLLM would take blocks from the cache that were never written."""
     with pytest.raises(Exception, match="--scheduling-policy priority with prefix caching"):
@@ -243,7 +276,6 @@ def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):
 )
 def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner, flags, refused):
     """Where there is Triton, as on every GPU, runner V1 copies pages by accepted counts."""
-    from qwen3next_plugin.config import ConfigError
     from qwen3next_plugin.engines.vllm.patches import CheckFlags
 
     config = complete(checkpoint, **flags)

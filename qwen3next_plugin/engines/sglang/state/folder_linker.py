@@ -107,7 +107,7 @@ class FolderLinker(UnifiedCacheLinker):
         self.listed = 0  # when the folder had changed last, as of `states`
         self.writer = writer()
         self.writing: dict[str, tuple[Future[None], int]] = {}  # files, their bytes
-        self.failed = False
+        self.failures: set[int | None] = set()  # of writes, by errno, that the log names
 
     # What SGLang asks.
 
@@ -116,7 +116,10 @@ class FolderLinker(UnifiedCacheLinker):
         keys = _of(transfers, PoolName.KV).keys
         states = self._list_states()
         ends = (end for end in range(len(keys), 0, -1) if keys[end - 1] in states)
-        return next(([end] for end in ends if self._stage(keys[:end])), [])
+        found = next(([end] for end in ends if self._stage(keys[:end])), [])
+        if not found:
+            self.staged = None  # of an earlier request, which did not load it
+        return found
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         """Put what `lookup` has read into its slots."""
@@ -208,12 +211,12 @@ class FolderLinker(UnifiedCacheLinker):
         try:
             self.files.write(name, _memory(content))
         except OSError as error:
-            if not self.failed:  # the reason is the same for the next ones
+            if error.errno not in self.failures:
                 logger.warning(
                     "qwen3next_plugin: some prefixes are not kept: %s: %s",
                     *(self.files.folder, error.strerror),
                 )
-            self.failed = True
+            self.failures.add(error.errno)
 
     def _list_states(self) -> set[str]:
         folder = self.files.folder / self.space

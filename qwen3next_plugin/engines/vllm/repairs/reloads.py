@@ -22,10 +22,17 @@ def forget_old_weights(
     Running requests go on, by the new weights: what they have so far is computed again.
 
     Raises:
-        ConfigError: the workers refuse. They return why: of what they raise, vLLM would read the
-            first one's, and the others' as answers to its next call.
+        ConfigError: it cannot be done now; or the workers refuse. They return why: of what they
+            raise, vLLM would read the first one's, and the others' as answers to its next call.
     """
     ours = method == RELOAD and is_ours(core.vllm_config.model_config)
+    parallel = core.vllm_config.parallel_config
+    share = parallel.enable_expert_parallel and parallel.data_parallel_size > 1
+    if ours and share and not core.is_scheduler_paused():
+        raise ConfigError(
+            "engines that share experts run steps together, and must all have the same weights in "
+            "each: POST /pause, reload, then POST /resume"
+        )
     if ours and core.scheduler.num_waiting_for_streaming_input:
         raise ConfigError(
             "a session of streaming input waits for its next piece, and holds what the old weights "
