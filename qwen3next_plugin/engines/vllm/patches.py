@@ -41,6 +41,7 @@ from qwen3next_plugin.engines.vllm.repairs import (
     exit_code,
     grammars,
     graphs,
+    images,
     interrupts,
     nodes,
     reloads,
@@ -506,6 +507,13 @@ REQUESTS: tuple[Entry, ...] = (
         reason="one JSON schema with a long string takes all memory in the engine",
         remove_when="outlines, or vLLM, limits what an index takes (`compat`)",
     ),
+    Patch(
+        target="vllm.multimodal.processing.inputs.ProcessorInputs.get_mm_hashes",
+        parameters=("self", "model_id", "hash_algorithm"),
+        function=images.keep_names_apart,
+        reason="a client's name of an image may be the hash of another, in the caches of all",
+        remove_when="vLLM keeps given names and hashes apart",
+    ),
 )
 
 AT_START: tuple[Entry, ...] = (
@@ -536,6 +544,17 @@ IN_ENGINE: tuple[Entry, ...] = (
         function=reloads.forget_old_weights,
         reason="after reload_weights vLLM would serve cached prefixes of the old weights",
         remove_when="vLLM resets its caches then",
+    ),
+    Patch(
+        target="vllm.v1.core.sched.scheduler.Scheduler._make_cached_request_data",
+        parameters=(
+            *("self", "running_reqs", "resumed_reqs", "num_scheduled_tokens"),
+            *("spec_decode_tokens", "req_to_new_blocks"),
+        ),
+        function=images.send_again,
+        reason="a preempted request whose images were in the prefix cache ends the engine: its "
+        "worker never got the pixels",
+        remove_when="vLLM sends them when it resumes a request",
     ),
     Patch(
         target="vllm.v1.structured_output.StructuredOutputManager.grammar_init",

@@ -15,6 +15,11 @@ Served = dict[str, tuple[tuple[Any, ...], str, str]]
 SERVED: Served = {
     "parallel_config.enable_ep_weight_filter": ((False,), WHOLE, LEAVE_OUT),
     "model_config.multimodal_config.mm_encoder_only": ((False,), WHOLE, LEAVE_OUT),
+    "model_config.multimodal_config.video_pruning_rate": (
+        (None, 0.0),
+        "vLLM's towers of Qwen3.5 and later cannot",
+        LEAVE_OUT,
+    ),
 }
 SERVED_ON_CPU: Served = {
     "load_config.load_format": (READ, PACKED, LEAVE_OUT),

@@ -211,6 +211,29 @@ def stream(
     return found
 
 
+def interrupted(llm: LLM, prompt: Any, tokens: int, *, reload_from: str = "") -> list[int]:
+    """A greedy answer to a prompt that loses all it has computed after two steps.
+
+    `reload_from`: because weights are loaded from this folder, else by a preemption. In both cases
+    no embedding of an image is left.
+    """
+    engine, core = llm.llm_engine, _core(llm)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    engine.add_request("interrupted", prompt, params)
+    found, step = [], 0
+    while engine.has_unfinished_requests():
+        if step == 2 and reload_from:
+            reload(llm, reload_from)
+        elif step == 2:
+            assert core.reset_prefix_cache(reset_running_requests=True)
+            core.reset_encoder_cache()
+        for output in engine.step():
+            found = list(output.outputs[0].token_ids)
+        step += 1
+    assert step > 2
+    return found
+
+
 def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, Any]:
     """Run the prompts together and count after each step, by the engine's own block tables.
 

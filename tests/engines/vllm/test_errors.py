@@ -244,7 +244,8 @@ def test_when_a_reload_has_to_wait(complete, checkpoint, sessions, share, paused
         vllm_config=complete(checkpoint, **flags),
         scheduler=SimpleNamespace(num_waiting_for_streaming_input=sessions),
         is_scheduler_paused=lambda: paused,
-        _reset_caches=lambda: None,
+        reset_prefix_cache=lambda **_: True,
+        reset_encoder_cache=lambda: None,
     )
     called = []
 

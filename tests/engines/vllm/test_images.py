@@ -1,12 +1,15 @@
 """vLLM's vision tower around our text model: answers about images are transformers'."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engines.checks import TOLERANCE, Output, check_no_farther
 from engines.images import (
@@ -19,6 +22,7 @@ from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import Forked
 from family import FAMILY
+from qwen3next_plugin.engines.vllm.repairs.images import keep_names_apart
 from tiers import long_except
 from vision import (
     PLACE,
@@ -33,6 +37,7 @@ from vision import (
 pytestmark = pytest.mark.serve
 
 TOKENS = 16
+BIAS = "visual.blocks.0.attn.proj.bias"
 DENSE, MOE = (name for name, member in FAMILY.items() if member.wrapped)
 FLAGS: dict[str, Any] = {
     "dtype": "float32",
@@ -70,6 +75,7 @@ class Model(NamedTuple):
 
 
 class Served(NamedTuple):
+    folder: Path
     engine: Offline
     expected: dict[str, Expected]
 
@@ -78,13 +84,20 @@ def images_of(name: str) -> list:
     return [random_image(*size, seed=i) for i, size in enumerate(PROMPTS[name][1])]
 
 
+def prompt_of(name: str) -> dict[str, Any]:
+    return {"prompt": PROMPTS[name][0], "multi_modal_data": {"image": images_of(name)}}
+
+
 def ask(engine: Offline, names: list[str], **params: Any) -> list[Output]:
     """The answers to prompts, all asked at once."""
-    prompts = [
-        {"prompt": PROMPTS[name][0], "multi_modal_data": {"image": images_of(name)}}
-        for name in names
-    ]
-    return engine.greedy(prompts, TOKENS, **LOGPROBS | params)
+    return engine.greedy([prompt_of(name) for name in names], TOKENS, **LOGPROBS | params)
+
+
+def change(folder: Path, how: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint in one file."""
+    tensors = load_file(folder / "model.safetensors")
+    how(tensors)
+    save_file(tensors, folder / "model.safetensors")
 
 
 def check(expected: dict[str, Expected], name: str, answer: Output) -> None:
@@ -124,7 +137,7 @@ def served(request, model) -> Iterator[Served]:
     member, flags = CASES[request.param]
     folder, _, expected = model(member)
     engine = Offline(folder, **FLAGS, **flags)
-    yield Served(engine, expected)
+    yield Served(folder, engine, expected)
     engine.close()
 
 
@@ -154,6 +167,43 @@ def test_an_image_is_found_in_the_cache(served):
     assert cold.cached == 0 < warm.cached
     check(served.expected, "long", cold)
     check(served.expected, "long-and-more", warm)
+
+
+@pytest.mark.parametrize("by_reload", [False, True], ids=["preempted", "reloaded"])
+def test_an_image_of_the_cache_is_computed_again(served, by_reload):
+    """What a worker never got, because the prefix cache had it."""
+    engine, folder = served.engine, served.folder
+    engine.forget()
+    engine.inside("draft", 4)
+    check(served.expected, "long", ask(engine, ["long"], prompt_logprobs=None)[0])
+    reload_from = str(folder) if by_reload else ""
+    found = engine.inside("interrupted", prompt_of("long"), TOKENS, reload_from=reload_from)
+    assert tuple(found) == served.expected["long"].token_ids
+    check(served.expected, "long", ask(engine, ["long"], prompt_logprobs=None)[0])
+
+
+def test_a_given_name_is_no_hash_of_another_image():
+    given = SimpleNamespace(mm_uuid_items={"image": ["hash of a known image", None]})
+    names = {"image": ["hash of a known image", "hash"], "video": ["hash of a video"]}
+    assert keep_names_apart(lambda *_: names, given, "", "sha256") == {
+        "image": ["given-hash of a known image", "hash"],
+        "video": ["hash of a video"],
+    }
+
+
+def test_another_tower_is_not_loaded(served, tmp_path):
+    wrong = Path(shutil.copytree(served.folder, tmp_path / "wrong"))
+    change(wrong, lambda tensors: tensors.pop(f"model.{BIAS}"))
+    with pytest.raises(AssertionError, match=rf"{BIAS} is missing, .*another vision tower"):
+        served.engine.inside("reload", str(wrong))
+    check(served.expected, "one", ask(served.engine, ["one"])[0])
+
+
+def test_a_tower_in_part_is_refused(model, tmp_path):
+    part = Path(shutil.copytree(model(DENSE).folder, tmp_path / "part"))
+    change(part, lambda tensors: tensors.pop(f"model.{BIAS}"))
+    with pytest.raises(AssertionError, match=rf"1 tensors of the vision tower .* is {BIAS}: "):
+        Offline(part, **FLAGS)
 
 
 @pytest.mark.long

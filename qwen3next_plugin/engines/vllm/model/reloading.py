@@ -17,9 +17,12 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.vllm.model.wrapped import tower_shapes
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, weights_folder
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, without_prefix
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
 from qwen3next_plugin.model.quantisation.files import check_version
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
@@ -86,6 +89,21 @@ def _check(runner: Any, path: str | None, tensors: Tensors | None) -> None:
         formats=trunk.formats,
         with_mtp=runner.speculative_config is not None,
     )
+    if tower := getattr(runner.get_model(), "tower", None):
+        of_tower = [each for each in tensors if without_prefix(each[0], trunk.config) is None]
+        _check_tower(tower, of_tower)
+
+
+def _check_tower(tower: Shapes, given: Tensors) -> None:
+    """Raise unless these are the tensors that a vision tower was loaded from, with their shapes."""
+    found = tower_shapes(given)
+    for name in sorted(tower.keys() | found.keys()):
+        if (shape := found.get(name)) != tower.get(name):
+            raise CheckpointError(
+                f"{name} is {list(shape) if shape else 'missing'}, not "
+                f"{list(tower[name]) if name in tower else 'there'}: the checkpoint has another "
+                f"vision tower"
+            )
 
 
 def _folder(config: VllmConfig, path: str | None) -> Path:

@@ -11,7 +11,10 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3_5ForCausalLM
-from qwen3next_plugin.model.checkpoint.layouts import our_name
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, without_prefix
+
+TOWER = "visual."  # the names of its parameters begin so
 
 # An adapter trained on the text model alone has no `language_model` in its names.
 ADAPTERS_OF_TEXT = WeightsMapper(
@@ -42,20 +45,40 @@ class OurTextModel:
     packed_modules_mapping = Qwen3_5ForCausalLM.packed_modules_mapping
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
 
+    tower: Shapes  # of the tensors that a vision tower was loaded from, if there is one
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the text model strictly, and the vision tower as vLLM does."""
+        """Load text model and vision tower.
+
+        Raises:
+            CheckpointError: names a tensor that is missing. vLLM would serve what memory held.
+        """
         tower: list[tuple[str, torch.Tensor]] = []
 
         def text() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
-                if our_name(name, self.language_model.config) is None:
+                if without_prefix(name, self.language_model.config) is None:
                     tower.append((name, tensor))
                 else:
                     yield name, tensor
 
         loaded = {f"language_model.{name}" for name in self.language_model.load_weights(text())}
         loader = AutoWeightsLoader(self)
-        return loaded | loader.load_weights(tower, mapper=self.hf_to_vllm_mapper)
+        loaded |= loader.load_weights(tower, mapper=self.hf_to_vllm_mapper)
+        wanted = {name for name, _ in self.named_parameters() if name.startswith(TOWER)}
+        if missing := sorted(wanted - loaded):
+            raise CheckpointError(
+                f"{len(missing)} tensors of the vision tower are missing, the first is "
+                f"{missing[0]}: the checkpoint is incomplete; download it again, or add "
+                f"--language-model-only to serve text"
+            )
+        self.tower = tower_shapes(tower) if wanted else {}
+        return loaded
+
+
+def tower_shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shapes:
+    """Of the tensors of a vision tower, by names without `model.`, which some checkpoints have."""
+    return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors}
 
 
 class Qwen3_5ForConditionalGeneration(  # noqa: N801, vLLM's drafter knows it by this name

@@ -42,5 +42,8 @@ def forget_old_weights(
     if ours:
         if results[0] is not None:
             raise ConfigError(results[0])
-        core._reset_caches()
+        # Not the pixels of images: they are the same, and the server knows which are here.
+        if not core.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+            raise RuntimeError("the prefix cache of the old weights could not be reset")
+        core.reset_encoder_cache()
     return results

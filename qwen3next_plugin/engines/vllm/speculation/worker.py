@@ -19,6 +19,7 @@ from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
 from qwen3next_plugin.engines.vllm.patches import IN_WORKER, apply
+from qwen3next_plugin.engines.vllm.repairs.images import take_again
 from qwen3next_plugin.engines.vllm.repairs.logprobs import gather_both
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
@@ -99,6 +100,7 @@ class Worker(CPUWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""
+        take_again(self.model_runner, scheduler_output.scheduled_cached_reqs)
         try:
             return super().execute_model(scheduler_output)
         except (StateError, StepError) as error:

@@ -12,6 +12,7 @@ from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.vllm.state.pages import largest_page
 from qwen3next_plugin.model.state import PageLayout
 
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 WITHOUT = "or leave out --kv-transfer-config"
 
 
@@ -32,7 +33,16 @@ def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
     hf_config = vllm_config.model_config.hf_config
     # KV is laid out as vLLM's attention on this processor reads it.
     rest = vllm_config.cache_config.cache_dtype, *computed_by(hf_config, vllm.__version__)
-    return Alike(largest_page(config, vllm_config), rest)
+    return Alike(largest_page(config, vllm_config), (*rest, *_image_processing(vllm_config)))
+
+
+def _image_processing(vllm_config: VllmConfig) -> list[Any]:
+    """What pixels an image becomes: vLLM names it by its file."""
+    if (multimodal_config := vllm_config.model_config.multimodal_config) is None:
+        return []
+    files = (weights_folder(vllm_config) / name for name in PROCESSORS)
+    texts = [file.read_text() if file.is_file() else "" for file in files]
+    return [*texts, multimodal_config.mm_processor_kwargs]
 
 
 def weights_folder(vllm_config: VllmConfig) -> Path:

@@ -1,0 +1,56 @@
+"""Images of requests that are preempted, and their names in caches."""
+
+from collections.abc import Callable
+from typing import Any
+
+from qwen3next_plugin.engines.vllm.names import is_ours
+
+AGAIN = "mm_features"  # what we add to vLLM's CachedRequestData: request → its images
+
+
+def send_again(
+    host: Callable[..., Any],
+    scheduler: Any,
+    running_reqs: list[Any],
+    resumed_reqs: list[Any],
+    num_scheduled_tokens: dict[str, int],
+    spec_decode_tokens: dict[str, list[int]],
+    req_to_new_blocks: dict[str, Any],
+) -> Any:
+    """Around `_make_cached_request_data`: send the images of requests that are resumed.
+
+    Of a request that begins with a prefix-cache hit, vLLM sends the images within the hit without
+    pixels. After a preemption the hit may be shorter, and an encoder without pixels ends the engine.
+    """
+    found = host(
+        *(scheduler, running_reqs, resumed_reqs),
+        *(num_scheduled_tokens, spec_decode_tokens, req_to_new_blocks),
+    )
+    if is_ours(scheduler.vllm_config.model_config):
+        images = {each.request_id: each.mm_features for each in resumed_reqs if each.mm_features}
+        setattr(found, AGAIN, images)
+    return found
+
+
+def take_again(runner: Any, cached: Any) -> None:
+    """Give the runner's requests the images that `send_again` has added."""
+    for request, images in getattr(cached, AGAIN, {}).items():
+        runner.requests[request].mm_features = images
+
+
+def keep_names_apart(
+    host: Callable[..., dict[str, list[str]]], inputs: Any, model_id: str, hash_algorithm: Any
+) -> dict[str, list[str]]:
+    """Around `get_mm_hashes`: a name that a client gives to an image is no hash of another one.
+
+    Hashes of contents have no secret: under that of a known image, another one would be found in
+    caches by all clients.
+    """
+    given = inputs.mm_uuid_items or {}
+    return {
+        kind: [
+            f"given-{name}" if name == own else name
+            for name, own in zip(names, given.get(kind, [None] * len(names)), strict=True)
+        ]
+        for kind, names in host(inputs, model_id, hash_algorithm).items()
+    }
