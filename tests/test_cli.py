@@ -596,15 +596,20 @@ HEALTHY = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0", "pytho
 
 @pytest.fixture
 def diagnose(monkeypatch):
-    """Run doctor on a made-up machine: (packages, answers of the probes) → (exit code, report)."""
+    """Run doctor on a made-up machine: (packages, answers of the probes) → (exit code, report).
 
-    def run_doctor(packages=HEALTHY, answers=OURS):
+    `slim`: ask this machine for what vLLM needs of it.
+    """
+
+    def run_doctor(packages=HEALTHY, answers=OURS, *, slim=False):
         def installed(name):
             return Version(packages[name]) if name in packages else None
 
         monkeypatch.setattr(versions, "installed", installed)
         monkeypatch.setattr(doctor, "installed", installed)
         monkeypatch.setattr(doctor, "_ask", lambda question: copy.deepcopy(answers[question]))
+        if not slim:
+            monkeypatch.setattr(doctor, "_needs_of_vllm", lambda: iter(()))
         result = run("doctor", "--json")
         report = json.loads(result.stdout)
         assert report["ok"] == (result.exit_code == 0)
@@ -651,7 +656,7 @@ def test_doctor_in_a_slim_image(diagnose, monkeypatch):
     monkeypatch.setattr(doctor.ctypes, "CDLL", missing)
     monkeypatch.setenv("CXX", "no-such-g++")
     monkeypatch.setattr(doctor, "MESSAGES_MIB", 1 << 30)
-    code, report = diagnose()
+    code, report = diagnose(slim=True)
     fixes = {"libnuma": "libnuma1", "compiler": "--enforce-eager", "/dev/shm": "--shm-size"}
     assert code == 1
     for subject, fix in fixes.items():

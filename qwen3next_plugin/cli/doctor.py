@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -168,8 +169,8 @@ def _needs_of_vllm() -> Iterator[Finding]:
     except OSError as error:
         fix = "install it (Debian and Ubuntu: apt install libnuma1)"
         yield Finding(section, "libnuma", str(error), "broken", fix)
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(shlex.split(compiler)[0]) is None:
         fix = "install it (Debian and Ubuntu: apt install g++), or serve with --enforce-eager"
         yield Finding(section, "compiler", f"no {compiler}", "broken", fix)
     if SHARED_MEMORY.is_dir():

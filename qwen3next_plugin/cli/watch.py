@@ -1,6 +1,7 @@
 """`qwen3next watch`: what drafting does in a running server, read from its metrics every second."""
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,7 @@ def watch(
     address = url if "://" in url else f"http://{url}"
     address = f"{address.rstrip('/').removesuffix('/metrics')}/metrics"
     readings = deque([read(address)], maxlen=WINDOW_S // EVERY_S + 1)
-    console = Console()
-    if console.is_terminal and not console.is_dumb_terminal:
+    if sys.stdout.isatty() and not Console().is_dumb_terminal:
         with contextlib.suppress(KeyboardInterrupt):
             _show(address, readings)
         return

@@ -69,7 +69,8 @@ def _own_address(flag: str, first: str) -> str:
     if ip_address(own.partition("%")[0]).is_loopback and _is_name(first):
         raise ConfigError(
             f"{flag} {first}: this name is a loopback address here, as /etc/hosts has it on "
-            f"Debian, which other nodes cannot reach; give the address of the first node"
+            f"Debian, which other nodes cannot reach; give the address of the first node "
+            f"(127.0.0.1 if all are on this machine)"
         )
     return own
 

@@ -1,5 +1,6 @@
 """Blocks in a folder's files: what was written is read, or nothing; the oldest give way."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -213,6 +214,25 @@ def test_on_a_full_disk_the_oldest_give_way(tmp_path):
     command = where(str(tmp_path), "nearly full", [sys.executable, "-c", FILL, str(tmp_path)])
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("where", ["open", "mkdir"])
+def test_a_full_quota_makes_the_oldest_give_way(monkeypatch, tmp_path, where):
+    """Also where a new subfolder does not fit."""
+    files = BlockFiles(tmp_path, 1 << 30)
+    content = memoryview(bytes(10_000))
+    for name in ("a", "b"):
+        files.write(f"{SPACE}x/{name}", content)
+        os.utime(tmp_path / f"{SPACE}x" / name, (ord(name), ord(name)))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, where, full)
+        with pytest.raises(OSError, match="quota"):
+            files.write(f"{SPACE}y/c", content)
+    assert not (tmp_path / f"{SPACE}x" / "a").exists()
 
 
 def test_a_file_has_as_many_tokens_as_said():

@@ -108,7 +108,7 @@ SERVED_WITH_DRAFTS: Served = {
     "enable_multi_layer_eagle": ((False,), "the drafter is one layer", LEAVE_OUT),
     "decoupled_spec_role": (("null",), "drafter and model share embedding and head", LEAVE_OUT),
     "grammar_backend": (
-        ("xgrammar", "llguidance", "none"),
+        (None, "xgrammar", "llguidance", "none"),
         "its grammars cannot take a draft back",
         "use xgrammar",
     ),

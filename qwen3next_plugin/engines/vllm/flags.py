@@ -244,7 +244,7 @@ def _check_own_quantisation(vllm_config: VllmConfig, setting: str) -> None:
 def _check_quantisation(vllm_config: VllmConfig) -> None:
     """Refuse LoRA on quantised projections, and QWEN3NEXT_QUANTISE on a GPU."""
     on_cpu = current_platform.is_cpu()
-    if asked := env.quantise():
+    if on_cpu and (asked := env.quantise()):
         _check_own_quantisation(vllm_config, f"QWEN3NEXT_QUANTISE={asked}")
     check_at_load(on_cpu=on_cpu)
     found = served_formats(choose_quantisation(vllm_config))

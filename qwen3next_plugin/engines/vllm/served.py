@@ -23,6 +23,11 @@ SERVED: Served = {
 }
 SERVED_ON_CPU: Served = {
     "load_config.load_format": (READ, PACKED, LEAVE_OUT),
+    "model_config.multimodal_config.mm_processor_cache_type": (
+        ("lru",),
+        "a step is one call of the worker, past vLLM's cache in shared memory",
+        LEAVE_OUT,
+    ),
     "cache_config.kv_offloading_size": ((None,), "KV is in this memory already", LEAVE_OUT),
     "watermark_config": ((None,), "it is for model runner V2, which has no CPU", LEAVE_OUT),
 }

@@ -122,6 +122,11 @@ def without_prefix(name: str, config: Qwen3NextConfig) -> str | None:
     return name
 
 
+def tower_shapes(tensors: Tensors) -> Shapes:
+    """Of the tensors of a vision tower, by names without `model.`, which some checkpoints have."""
+    return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors}
+
+
 def our_names(stored: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Rename the tensors, leave the vision tower out, and split experts that are in one tensor."""
     for original, tensor in stored:

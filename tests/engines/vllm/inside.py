@@ -219,7 +219,7 @@ def interrupted(llm: LLM, prompt: Any, tokens: int, *, reload_from: str = "") ->
     """
     engine, core = llm.llm_engine, _core(llm)
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    engine.add_request("interrupted", prompt, params)
+    engine.add_request("0-interrupted", prompt, params)
     found, step = [], 0
     while engine.has_unfinished_requests():
         if step == 2 and reload_from:

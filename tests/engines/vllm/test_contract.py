@@ -109,7 +109,14 @@ OVERRIDDEN = {
         },
     },
     "v1/worker/cpu_worker.py": {
-        "CPUWorker": {"init_device": ["self"], "determine_available_memory": ["self"]}
+        "CPUWorker": {
+            "__init__": [
+                *("self", "vllm_config", "local_rank", "rank", "distributed_init_method"),
+                "is_driver_worker",
+            ],
+            "init_device": ["self"],
+            "determine_available_memory": ["self"],
+        }
     },
     "v1/executor/multiproc_executor.py": {
         "MultiprocExecutor": {
@@ -310,7 +317,11 @@ CALLED = {
         ],
     },
     "v1/worker/gpu_input_batch.py": {"get_token_id": ["self", "idx"]},
-    "v1/engine/core.py": {"is_scheduler_paused": ["self"]},
+    "v1/engine/core.py": {
+        "is_scheduler_paused": ["self"],
+        "reset_prefix_cache": ["self", "reset_running_requests", "reset_connector"],
+        "reset_encoder_cache": ["self"],
+    },
     "v1/sample/logits_processor/builtin.py": {
         "apply_with_spec_decode": ["self", "logits", "num_draft_tokens"],
     },
@@ -342,8 +353,12 @@ FIELDS = {
         "MambaCopyBuffers": ["mamba_spec"],
     },
     "v1/core/sched/output.py": {
-        "SchedulerOutput": ["has_structured_output_requests", "total_num_scheduled_tokens"],
+        "SchedulerOutput": [
+            *("has_structured_output_requests", "total_num_scheduled_tokens"),
+            "scheduled_cached_reqs",
+        ],
     },
+    "multimodal/processing/inputs.py": {"ProcessorInputs": ["mm_uuid_items"]},
     "config/vllm.py": {
         "VllmConfig": [
             "cache_config",
@@ -385,10 +400,16 @@ FIELDS = {
         "ReqMeta": ["local_block_ids", "remote"],
         "RemoteMeta": ["num_tokens"],
     },
-    "config/model.py": {"ModelConfig": ["enforce_eager", "hf_overrides"]},
+    "config/model.py": {
+        "ModelConfig": [
+            *("enforce_eager", "hf_overrides", "quantization", "multimodal_config"),
+            "max_model_len",
+        ],
+    },
     "config/multimodal.py": {
         "MultiModalConfig": [
             *("language_model_only", "mm_device_do_normalize", "mm_encoder_only"),
+            *("video_pruning_rate", "mm_processor_kwargs", "mm_processor_cache_type"),
         ],
     },
     "v1/worker/gpu_input_batch.py": {
@@ -457,7 +478,9 @@ ATTRIBUTES = {
         "max_num_tokens",
         "positions",
     ],
-    "v1/worker/gpu_input_batch.py": ["generators", "num_reqs", "logitsprocs", "vocab_size"],
+    "v1/worker/gpu_input_batch.py": [
+        *("generators", "num_reqs", "logitsprocs", "vocab_size", "num_logprobs"),
+    ],
     "v1/spec_decode/llm_base_proposer.py": ["input_ids", "block_size", "draft_model_config"],
     "model_executor/layers/fused_moe/unquantized_fused_moe_method.py": ["experts_cls"],
     "v1/sample/logits_processor/builtin.py": ["min_p", "min_p_count", "biases"],
@@ -467,10 +490,11 @@ KEPT = {
     "v1/worker/gpu/model_states/interface.py": {"ModelState": ["max_num_reqs"]},
     "v1/core/sched/scheduler.py": {
         "Scheduler": [
-            *("log_stats", "running", "kv_cache_manager", "kv_cache_config"),
+            *("log_stats", "running", "kv_cache_manager", "kv_cache_config", "vllm_config"),
             "num_waiting_for_streaming_input",
         ],
     },
+    "v1/request.py": {"Request": ["mm_features", "request_id"]},
     "v1/executor/abstract.py": {"Executor": ["kv_output_aggregator", "ec_output_aggregator"]},
     "v1/executor/multiproc_executor.py": {"MultiprocExecutor": ["output_rank"]},
     "distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py": {

@@ -232,7 +232,7 @@ def test_two_ways_to_quantise(monkeypatch, complete, checkpoint):
     ("sessions", "share", "paused", "says"),
     [
         (1, False, False, "a session of streaming input waits"),
-        (0, True, False, "POST /pause, reload, then POST /resume"),
+        (0, True, False, r"POST /pause\?mode=keep, reload, then POST /resume"),
         (0, True, True, ""),
         (0, False, False, ""),
     ],
@@ -338,6 +338,16 @@ def test_a_tower_with_layers_for_the_text_model_is_refused(complete, wrapped, tm
     with pytest.raises(Exception, match=r"deepstack_visual_indexes = \[0\]: no model"):
         complete(tmp_path)
     complete(tmp_path, **TEXT_ONLY)
+
+
+@pytest.mark.parametrize(
+    "flag", [("video_pruning_rate", 0.5), ("mm_processor_cache_type", "shm")], ids=str
+)
+def test_flags_of_images_are_refused_by_name(complete, tmp_path, flag):
+    name, value = flag
+    folder = write_vision_checkpoint(tmp_path, member="dense_HV=3H_wrapped_7-layers")
+    with pytest.raises(Exception, match=f"{name} = {value}: .*leave it out"):
+        complete(folder, **{name: value})
 
 
 def test_pixels_that_nobody_would_normalise_are_refused(complete, tmp_path):

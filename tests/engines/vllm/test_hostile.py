@@ -350,7 +350,9 @@ def test_outlines_has_no_limit():
     builds = (
         "import resource, outlines_core as o\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
-        "o.Index('.{30000}', o.Vocabulary(256, {bytes([b]): [b] for b in range(256)}))"
+        "tokens = o.Vocabulary(256, {bytes([b]): [b] for b in range(256)})\n"
+        "try: o.Index('.{30000}', tokens)\n"
+        "except ValueError: pass  # a limit"
     )
     assert subprocess.run([sys.executable, "-c", builds], capture_output=True).returncode
 

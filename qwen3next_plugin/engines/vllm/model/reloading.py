@@ -17,12 +17,11 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
-from qwen3next_plugin.engines.vllm.model.wrapped import tower_shapes
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, weights_folder
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
-from qwen3next_plugin.model.checkpoint.layouts import Shapes, without_prefix
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, tower_shapes, without_prefix
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
 from qwen3next_plugin.model.quantisation.files import check_version
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
@@ -98,11 +97,13 @@ def _check_tower(tower: Shapes, given: Tensors) -> None:
     """Raise unless these are the tensors that a vision tower was loaded from, with their shapes."""
     found = tower_shapes(given)
     for name in sorted(tower.keys() | found.keys()):
-        if (shape := found.get(name)) != tower.get(name):
+        if name not in found:
+            raise CheckpointError(f"{name} is missing: download the checkpoint again")
+        if name not in tower or found[name] != tower[name]:
+            served = f"is {list(tower[name])}" if name in tower else "is not there"
             raise CheckpointError(
-                f"{name} is {list(shape) if shape else 'missing'}, not "
-                f"{list(tower[name]) if name in tower else 'there'}: the checkpoint has another "
-                f"vision tower"
+                f"{name} is {list(found[name])}, and in the vision tower that is served {served}: "
+                f"restart the server to serve another one"
             )
 
 

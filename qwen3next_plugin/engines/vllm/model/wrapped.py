@@ -1,6 +1,6 @@
 """vLLM's models with a vision tower, with our text model inside."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3_5ForCausalLM
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.layouts import Shapes, without_prefix
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, tower_shapes, without_prefix
 
 TOWER = "visual."  # the names of its parameters begin so
 
@@ -37,6 +37,7 @@ class OurTextModel:
     """What vLLM's vision-language models do with our text model instead of vLLM's."""
 
     language_model: Qwen3_5ForCausalLM
+    named_parameters: Callable[[], Iterator[tuple[str, torch.nn.Parameter]]]  # nn.Module's
     hf_to_vllm_mapper = host.Qwen3_5ForConditionalGeneration.hf_to_vllm_mapper | ADAPTERS_OF_TEXT
     get_mamba_state_shape_from_config = Qwen3_5ForCausalLM.get_mamba_state_shape_from_config
     get_mamba_state_dtype_from_config = Qwen3_5ForCausalLM.get_mamba_state_dtype_from_config
@@ -74,11 +75,6 @@ class OurTextModel:
             )
         self.tower = tower_shapes(tower) if wanted else {}
         return loaded
-
-
-def tower_shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shapes:
-    """Of the tensors of a vision tower, by names without `model.`, which some checkpoints have."""
-    return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors}
 
 
 class Qwen3_5ForConditionalGeneration(  # noqa: N801, vLLM's drafter knows it by this name

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from subprocess import PIPE
 from typing import Any
 
 SECONDS, GIB = 2, 1  # of CPU time and memory; schemas of real tools take milliseconds
 PATIENCE = 5 * SECONDS  # on a clock, while other processes use the cores
 IMPORTED = "the library is imported"  # what the process prints before it checks
-# An index has 8 bytes for each state and token that may follow; of all bytes, the share that may
-# follow is about that of all tokens. 250,000: the largest vocabulary of a released model.
-TOKENS, ENTRY = 250_000, 8
+# An index has some 16 bytes for each state and token that may follow. The share of ASCII bytes that
+# may follow a state is about that of all tokens, of which nearly none begins within a character.
+# 250,000: the largest vocabulary of a released model.
+TOKENS, ENTRY, ASCII = 250_000, 16, 128
 LIMIT = f"""
 print({IMPORTED!r}, flush=True)
 import resource, sys
@@ -35,7 +37,8 @@ try:
     found = outlines_core.Index(regex, tokens).get_transitions()
 except Exception as error:  # the host says what is wrong
     sys.exit(isinstance(error, MemoryError))
-sys.exit(sum(map(len, found.values())) * {TOKENS * ENTRY // 256} > {GIB} << 30)
+moves = sum(byte < {ASCII} for state in found.values() for byte in state)
+sys.exit(moves * {TOKENS * ENTRY // ASCII} > {GIB} << 30)
 """
 
 
@@ -75,7 +78,10 @@ def refuse_large(host: Callable[..., None], params: Any) -> None:
     if asked is not None and asked.regex:
         _check(OUTLINES, f"regex:{asked.regex}")
     elif asked is not None and asked.json:
-        text = asked.json if isinstance(asked.json, str) else json.dumps(asked.json)
+        try:
+            text = asked.json if isinstance(asked.json, str) else json.dumps(asked.json)
+        except TypeError:  # the host says what is wrong
+            return host(params)
         _check(OUTLINES, f"json:{text}")
     return host(params)
 
@@ -94,11 +100,13 @@ def _check(code: str, text: str) -> None:
 def _is_cheap(code: str, text: str) -> bool:
     """Whether a process that runs the code on the text stays within the limits."""
     command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
     try:
-        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=PATIENCE)
+        out, err = process.communicate(text.encode(), timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return False
-    if IMPORTED.encode() not in done.stdout:
-        said = done.stderr.decode(errors="replace")
+        process.kill()
+        out, err = process.communicate()
+    if IMPORTED.encode() not in out:
+        said = err.decode(errors="replace") or f"no answer in {PATIENCE} s"
         raise RuntimeError(f"structured_outputs cannot be checked: {said}")
-    return done.returncode == 0
+    return process.returncode == 0

@@ -20,7 +20,7 @@ def send_again(
     """Around `_make_cached_request_data`: send the images of requests that are resumed.
 
     Of a request that begins with a prefix-cache hit, vLLM sends the images within the hit without
-    pixels. After a preemption the hit may be shorter, and an encoder without pixels ends the engine.
+    pixels. After a preemption the hit may be shorter; without pixels an encoder ends the engine.
     """
     found = host(
         *(scheduler, running_reqs, resumed_reqs),

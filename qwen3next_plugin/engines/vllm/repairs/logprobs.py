@@ -31,8 +31,8 @@ def gather_both(runner: Any) -> Callable[..., LogprobsTensors | None]:
         width = max(chosen.logprobs.shape[1], likeliest.logprobs.shape[1])
 
         def beside(of_chosen: torch.Tensor, others: torch.Tensor, none: float) -> torch.Tensor:
-            wide = (pad(x, (0, width - x.shape[1]), value=none) for x in (of_chosen, others))
-            return torch.where(rows, *wide)
+            left, right = (pad(x, (0, width - x.shape[1]), value=none) for x in (of_chosen, others))
+            return torch.where(rows, left, right)
 
         return LogprobsTensors(
             beside(chosen.logprob_token_ids, likeliest.logprob_token_ids, 0),

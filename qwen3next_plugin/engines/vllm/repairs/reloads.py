@@ -31,7 +31,7 @@ def forget_old_weights(
     if ours and share and not core.is_scheduler_paused():
         raise ConfigError(
             "engines that share experts run steps together, and must all have the same weights in "
-            "each: POST /pause, reload, then POST /resume"
+            "each: POST /pause?mode=keep, reload, then POST /resume"
         )
     if ours and core.scheduler.num_waiting_for_streaming_input:
         raise ConfigError(

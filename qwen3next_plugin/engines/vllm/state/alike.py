@@ -40,7 +40,8 @@ def _image_processing(vllm_config: VllmConfig) -> list[Any]:
     """What pixels an image becomes: vLLM names it by its file."""
     if (multimodal_config := vllm_config.model_config.multimodal_config) is None:
         return []
-    files = (weights_folder(vllm_config) / name for name in PROCESSORS)
+    folder = weights_folder(vllm_config)
+    files = (folder / name for name in PROCESSORS)
     texts = [file.read_text() if file.is_file() else "" for file in files]
     return [*texts, multimodal_config.mm_processor_kwargs]
 
