@@ -323,7 +323,10 @@ KEPT = {
         ],
     },
     "srt/configs/model_config.py": {
-        "ModelConfig": ["hf_config", "hf_text_config", "is_draft_model", "head_dim", "v_head_dim"],
+        "ModelConfig": [
+            *("hf_config", "hf_text_config", "is_draft_model", "head_dim", "v_head_dim"),
+            "is_multimodal",
+        ],
     },
     "srt/configs/qwen4_exp.py": {
         "Qwen4ExpTextConfig": ["rope_parameters", "rope_scaling", "layer_types", "ple_layer_ids"],
@@ -484,6 +487,14 @@ def test_kv_locations_are_as_wide_as_the_models_config_says(sources):
     assert "n * (model_config.head_dim + model_config.v_head_dim)" in ast.unparse(sizes)
     runner = ast.unparse(sources.tree("srt/model_executor/model_runner.py"))
     assert "self.model_config = adjust_config_with_unaligned_cpu_tp(" in runner
+
+
+def test_embeddings_are_one_argument_of_a_model_that_has_embeddings(sources):
+    runner = sources.tree("srt/model_executor/model_runner.py")
+    build = ast.unparse(definition(runner, "_extend_forward_kwargs"))
+    assert "kwargs['input_embeds'] = forward_batch.input_embeds.bfloat16()" in build
+    assert "embed_layer = self.model.get_input_embeddings()" in build
+    assert "kwargs['input_embeds'][forward_batch.replace_positions] =" in build
 
 
 def test_attention_takes_an_index_to_the_backend(sources):

@@ -1,6 +1,7 @@
 """SGLang's vision tower around our text model: answers about images are transformers'."""
 
 import base64
+import json
 import urllib.error
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from engines.checks import TOLERANCE
+from engines.hostile import ask as ask_raw
 from engines.images import ask_about, check_an_image_in_a_chat, check_hostile_images
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
@@ -164,6 +166,21 @@ def test_without_the_tower_an_image_is_refused(server, expected):
     with pytest.raises(urllib.error.HTTPError, match="400"):
         ask(server, ["one"])
     check(expected, "text", ask(server, ["text"])[0])
+
+
+@pytest.mark.parametrize("case", ["plain", "no-tower"], indirect=True, scope="module")
+def test_embeddings_are_scored_without_a_tower_only(server, case, model):
+    weight = model(CASES[case][0]).reference.model.get_input_embeddings().weight.detach()
+    asked = {"query": [5, 6], "items": [[7]], "label_token_ids": [3, 4], "model": server.model}
+    override = {"embed_override_token_id": 6, "query_embed_overrides": [weight[9].tolist()]}
+    status, text = ask_raw(server, "/v1/score", asked | override)
+    if case == "plain":
+        assert (status, "positional_embed_overrides: a model with a vision" in text) == (400, True)
+    else:
+        assert status == 200, text
+        (found,) = json.loads(text)["scores"]
+        (wanted,) = server.post("/v1/score", **asked | {"query": [5, 9]})["scores"]
+        assert found == pytest.approx(wanted, abs=TOLERANCE)
 
 
 def test_quantised_as_it_loads(tmp_path):

@@ -19,6 +19,7 @@ from qwen3next_plugin.engines.sglang.repairs.requests import (
     check_bootstrap_room,
     check_positions,
     check_request,
+    check_tower,
 )
 
 V = 4096
@@ -116,6 +117,13 @@ def test_positions_need_a_prompt_that_one_step_reads(monkeypatch, no_cache, chun
         check_positions([0, 4], range(5))
     with pytest.raises(ValueError, match="token_indices_to_pool is 5; allowed are 0 to 4"):
         check_positions([0, 5], range(5))
+
+
+def test_a_vision_tower_has_no_place_for_embeddings():
+    check_tower(request())
+    for name in ("input_embeds", "positional_embed_overrides"):
+        with pytest.raises(ValueError, match=f"^{name}: a model with a vision tower takes token"):
+            check_tower(request(**{name: [[0.5]]}))
 
 
 def test_a_room_is_of_two_servers_or_sglangs_own():

@@ -60,11 +60,15 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
 
     @torch.no_grad()
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
     ) -> LogitsProcessorOutput:
-        """Shapes: input_ids, positions [T]."""
+        """Shapes: input_ids, positions [T]; input_embeds [T, D], without a tower only."""
         if self.visual is None:
-            hidden_states = self.model(input_ids, positions, forward_batch)
+            hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         else:
             # A CUDA graph holds one of both, so it has to be the one for images.
             axes = positions.is_cuda or has_images(forward_batch)

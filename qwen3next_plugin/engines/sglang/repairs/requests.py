@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams_request
+from qwen3next_plugin.engines.sglang.model.streams_flags import EMBEDS, check_streams_request
 from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.repairs.patterns import check_pattern
 
@@ -79,6 +79,8 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
         check_apart(made)
         check_streams_request(obj, manager.model_config.hf_config)
+        if manager.model_config.is_multimodal:
+            check_tower(obj)
     return made
 
 
@@ -167,6 +169,20 @@ def check_embeds(made: Any, hidden_size: int) -> None:
         )
     if isinstance(given.embeds, torch.Tensor):
         _check_rows("positional_embed_overrides", given.embeds, hidden_size)
+
+
+def check_tower(obj: Any) -> None:
+    """Check one request of a model with a vision tower, which SGLang gives no embeddings.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name in EMBEDS:
+        if getattr(obj, name) is not None:
+            raise ValueError(
+                f"{name}: a model with a vision tower takes token ids and images; send those, or "
+                "start the server with --language-model-only"
+            )
 
 
 def check_apart(made: Any) -> None:
