@@ -30,6 +30,7 @@ from qwen3next_plugin.engines.sglang.model.config import (
 from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import (
     aborts,
+    logits,
     nodes,
     patterns,
     penalties,
@@ -526,6 +527,15 @@ REPAIRS_ON_CPU: tuple[Entry, ...] = (
         function=penalties.count_what_is_read_again,
         reason="after a retraction SGLang's penalties forget the answer so far",
         remove_when="SGLang counts what it reads again",
+    ),
+    Patch(
+        target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
+        "._apply_post_grammar_logits_transforms",
+        parameters=("self", "logits"),
+        function=logits.keep_a_token,
+        reason="where min_new_tokens forbids all tokens that a grammar allows, or all there are, "
+        "nothing is left to sample from, which ends the scheduler",
+        remove_when="SGLang's min_new_tokens leaves a token",
     ),
 )
 

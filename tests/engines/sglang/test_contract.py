@@ -280,7 +280,7 @@ FIELDS = {
         "SamplingBatchInfo": [
             *("top_ks", "top_ps", "min_ps", "need_top_k_sampling", "need_top_p_sampling"),
             *("need_min_p_sampling", "has_custom_logit_processor", "penalizer_orchestrator"),
-            *("temperatures", "custom_params", "custom_logit_processor"),
+            *("temperatures", "custom_params", "custom_logit_processor", "grammar_mask"),
         ],
         "ProcessorEntry": ["processor", "rows", "indices"],
     },
@@ -517,6 +517,19 @@ def test_a_verification_spreads_every_parameter_that_sampling_has_for_a_request(
     left_out = ("watermark_", "sampling_mask_", "sampling_support_", "rids_", "bootstrap_room_")
     found = {name for name in tensors if not name.startswith(left_out)}
     assert found == {*OF_LOGITS, *SUMS, *OF_REQUEST}
+
+
+def test_a_grammars_mask_is_there_when_logits_change_last(sources):
+    """In plain steps too, with and without an observer; it is dropped behind that."""
+    info = definition(sources.tree("srt/sampling/sampling_batch_info.py"), "SamplingBatchInfo")
+    for name in ("apply_logits_bias", "apply_logits_bias_with_observer"):
+        text = ast.unparse(definition(info, name))
+        last = text.index("self._apply_post_grammar_logits_transforms(logits)")
+        assert text.index("self.grammar_mask.apply(logits)") < last
+    runner = definition(sources.tree("srt/model_executor/model_runner.py"), "_preprocess_logits")
+    text = ast.unparse(runner)
+    dropped = text.index("sampling_info.grammar_mask = None")
+    assert text.index("sampling_info.apply_logits_bias(") < dropped
 
 
 def test_nixls_agent_is_looked_up_when_it_is_made(sources):

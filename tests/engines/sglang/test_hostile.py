@@ -310,12 +310,20 @@ def test_a_request_replaces_earlier_ones_of_its_session(server, first):
     ask(server, "/close_session", {"session_id": session})
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_least_tokens_that_a_grammar_lacks_end_the_answer(server, first, temperature):
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_p": 0.9}], ids=str)
+def test_least_tokens_that_a_grammar_lacks_end_the_answer(server, first, params):
     """Not the server, where no token is left to sample from."""
-    params = {"regex": "a", "min_new_tokens": 6, "temperature": temperature}
+    params = {"temperature": 1, "regex": "a", "min_new_tokens": 6} | params
     answer = server.post("/generate", text=PROMPTS[0], sampling_params=params)
     assert answer["text"] == "a"
+
+
+def test_least_tokens_where_all_end_the_answer_end_no_server(server, first):
+    """From the first token on, which no verification samples."""
+    params = {"temperature": 1, "top_p": 0.9, "max_new_tokens": 4, "min_new_tokens": 1}
+    params["stop_token_ids"] = [*range(V)]
+    answer = server.post("/generate", text=PROMPTS[0], sampling_params=params)
+    assert len(answer["output_ids"]) == 1
 
 
 def test_who_leaves_ends_no_request_whose_name_begins_alike(server, first):

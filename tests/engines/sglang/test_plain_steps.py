@@ -157,6 +157,13 @@ def test_answers_follow_a_json_schema(off, never, switching, temperature):
         follow_a_schema(server, temperature)
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"top_p": 0.9}], ids=str)
+def test_least_tokens_that_a_grammar_lacks_end_the_answer(off, never, switching, params):
+    params = {"temperature": 1, "regex": "a", "min_new_tokens": 6, "ignore_eos": False} | params
+    for server in (off, never, switching):
+        assert [answer["text"] for answer in ask(server, params=params)] == ["a"] * len(PROMPTS)
+
+
 def test_dialogues_with_tools_are_right_and_the_same(off, switching, size):
     """Calls, thoughts and answers, whole and in a stream."""
     held, streamed = (dialogues(off, size(3, 36), stream=stream) for stream in (False, True))

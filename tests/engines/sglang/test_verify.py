@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from engines.sglang.penalised import PARAMS, Batch, Request, alone, check, step
+from engines.sglang.penalised import EOS, PARAMS, Batch, Request, alone, check, step
 from engines.sglang.penalised import V as FEW
 from engines.sglang.trees import Tree, chain, linked
 
@@ -282,14 +282,34 @@ def test_custom_logit_processors_see_the_drafts_before_a_node(host, tree):
     assert [list(answer) for answer in answers] == [[5, 6, 7], [8]]
 
 
+class End:
+    """A complete grammar's mask: all tokens but the last are out."""
+
+    def apply(self, logits):
+        logits[:, :-1] = float("-inf")
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_row_without_any_token_gets_those_of_the_grammar(host, masked):
-    """As where min_new_tokens forbids the end, and a complete grammar allows nothing else."""
-    logits = torch.randn(2 * D, V)
-    logits[1, 1:] = float("-inf")
-    logits[1, 0] = float("-inf") if not masked else 0
+    """As where a custom logit processor forbids all that the grammar allows."""
     mask, drafts = Mask() if masked else None, torch.zeros(2, D).long()
-    given = logits, sampling(2), drafts, torch.full((2,), 9)
+    info = processed(2, [0], params=[{"first": 1 if masked else 0}, {}])
+    given = torch.randn(2 * D, V), info, drafts, torch.full((2,), 9)
     allowed = verified(host, chain(D), *given, mask)[1] > float("-inf")
     assert allowed[:, 1:].all()
     assert allowed[:, 0].all() != masked
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_least_tokens_leave_one(host, masked):
+    """If all tokens end the answer, any; if a grammar allows the end alone, the end."""
+    request = Request(min_new_tokens=5, stop_token_ids=None if masked else {*range(FEW)})
+    batch, mask = Batch([request]), End() if masked else None
+    options = {"top_ps": torch.tensor([0.9]), "sampling_seed": None, "vocab_size": FEW}
+    info = sampling(1, penalizer_orchestrator=batch.penalizers, **options)
+    info.grammar_mask = mask
+    logits, seq_lens, drafts = torch.randn(D, FEW), torch.tensor([9]), torch.zeros(1, D).long()
+    given = logits, info.copy_for_forward(), drafts, seq_lens, mask, [request]
+    (token,) = plain(host, logits[:1], info, seq_lens).tolist()
+    for one in (token, verified(host, chain(D), *given)[0][0][0]):
+        assert one == EOS if masked else 0 <= one < FEW

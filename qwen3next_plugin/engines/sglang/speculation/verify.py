@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.engines.sglang.repairs.logits import allow_a_token
 from qwen3next_plugin.engines.sglang.speculation.custom_processors import apply_custom_processors
 from qwen3next_plugin.engines.sglang.speculation.penalties import penalizers_of_rows
 
@@ -63,8 +64,8 @@ def sample_as_plain(
     of_nodes.apply_logits_bias(logits)
     if info.has_custom_logit_processor:
         apply_custom_processors(logits, info, request, drafts)
-    if grammar_mask is not None or not info.is_all_greedy:
-        _allow_a_token(logits, grammar_mask)
+        if grammar_mask is not None or not info.is_all_greedy:
+            allow_a_token(logits, grammar_mask)
     positions = verify_input.positions
     if info.is_all_greedy:
         likeliest = _sample(logits, of_nodes, positions)
@@ -105,19 +106,6 @@ def _drafts_before_rows(verify_input: Any) -> list[tuple[int, ...]]:
                 nodes.append(node)
                 node = sibling[request][node]
     return found
-
-
-def _allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:
-    """Allow the end if the grammar allows nothing else, although min_new_tokens forbids it.
-
-    A row without a distribution would end the server. Shapes: logits [rows, V], changed in place.
-    """
-    empty = logits.amax(1).isneginf()
-    if empty.any():
-        allowed = torch.zeros_like(logits)
-        if grammar_mask is not None:
-            grammar_mask.apply(allowed)
-        logits[empty] = allowed[empty]
 
 
 def _sample(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> list[int]:
