@@ -34,6 +34,7 @@ from qwen3next_plugin.engines.sglang.repairs import (
     nodes,
     patterns,
     penalties,
+    prompts,
     requests,
     rows,
     sessions,
@@ -524,9 +525,10 @@ REPAIRS_ON_CPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
         parameters=("self",),
-        function=penalties.count_what_is_read_again,
-        reason="after a retraction SGLang's penalties forget the answer so far",
-        remove_when="SGLang counts what it reads again",
+        function=prompts.prepare,
+        reason="after a retraction SGLang's penalties forget the answer so far; a request of "
+        "embeddings ends the scheduler if a step reads it beside another",
+        remove_when="SGLang counts what it reads again, and embeds the tokens of other requests",
     ),
     Patch(
         target="sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"

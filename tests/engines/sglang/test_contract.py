@@ -274,7 +274,11 @@ FIELDS = {
         ],
     },
     "srt/managers/schedule_batch.py": {
-        "ScheduleBatch": ["device", "reqs", "sampling_info", "spec_algorithm", "has_grammar"],
+        "ScheduleBatch": [
+            *("device", "reqs", "sampling_info", "spec_algorithm", "has_grammar", "prefix_lens"),
+            *("extend_lens", "input_embeds", "replace_embeds", "replace_positions"),
+            "model_config",
+        ],
     },
     "srt/sampling/sampling_batch_info.py": {
         "SamplingBatchInfo": [
@@ -335,6 +339,7 @@ KEPT = {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
             *("sampling_params", "bootstrap_host", "bootstrap_room", "rid", "finished_len"),
+            "input_embeds",
         ],
     },
     "srt/managers/scheduler.py": {

@@ -6,13 +6,12 @@ So drafts change no token: with and without them, an answer is transformers' own
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from checkpoints import BASE, SHAPES, random_prompt, write_checkpoint
-from engines.checks import LENGTHS, TOKENS, TOLERANCE, check_greedy
+from engines.checks import LENGTHS, TOKENS, check_greedy
 from engines.clients import eventually
 from engines.hostile import ask
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
@@ -143,17 +142,22 @@ def test_one_page_a_request_while_it_runs(server):
 
 
 @cases("uncached")
-def test_a_prompt_of_embeddings(server, model):
-    """SGLang rounds them to bf16, whatever the model's dtype."""
+def test_prompts_of_embeddings_beside_others(server, model):
+    """Each is answered as the tokens would be whose embeddings it has."""
     weight = model.trunk.get_input_embeddings().weight.detach()
-    rows = weight[list(random_prompt(70, seed=7))].bfloat16().float()
-    with torch.inference_mode():
-        logprobs = model.trunk(inputs_embeds=rows[None]).logits[0, -1].log_softmax(-1)
-    params = {"temperature": 0, "max_new_tokens": 5}
-    asked = {"input_embeds": rows.tolist(), "sampling_params": params, "return_logprob": True}
-    answer = Answer.of(server.post("/generate", **asked), **asked)
-    assert answer.token_ids[0] == logprobs.argmax()
-    assert answer.logprobs[0] == pytest.approx(logprobs.max().item(), abs=TOLERANCE)
+    prompts = [random_prompt(n, seed=7) for n in (70, 5, 31, 12)]
+    rows = [weight[list(prompt)].tolist() for prompt in prompts]
+    params = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+
+    def ask_for(prompt: dict[str, Any]) -> Answer:
+        asked = prompt | {"sampling_params": params, "return_logprob": True}
+        return Answer.of(server.post("/generate", **asked), **asked)
+
+    embeds = [{"input_embeds": each} for each in rows]
+    both = [*embeds, *({"input_ids": list(prompt)} for prompt in prompts)]
+    with ThreadPoolExecutor(3 * len(both)) as pool:  # so that steps read several
+        answers = list(pool.map(ask_for, [*embeds[:1], *both[::-1], *both]))
+    check_greedy(model, [prompts[0], *prompts[::-1] * 2, *prompts * 2], answers)
 
 
 @cases("uncached")

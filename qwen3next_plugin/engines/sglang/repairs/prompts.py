@@ -1,0 +1,38 @@
+"""Prompts of a step: tokens of an answer that are read again, and embeddings beside token ids."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.repairs.penalties import count_what_is_read_again
+
+
+def prepare(host: Callable[[Any], None], batch: Any) -> None:
+    """Wrap `ScheduleBatch.prepare_for_extend`, of which SGLang logs a second wrapper."""
+    count_what_is_read_again(host, batch)
+    place_embeds(batch)
+
+
+def place_embeds(batch: Any) -> None:
+    """Put each request's embeddings in place of its own tokens' only.
+
+    SGLang takes those of some requests for all of a step's; and it rounds them to bf16.
+    """
+    if batch.input_embeds is None or not is_ours(batch.model_config):
+        return
+    positions: list[int] = []
+    begin = 0
+    for req, before, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        if req.input_embeds is not None:
+            given = min(length, len(req.input_embeds) - before)
+            positions += range(begin, begin + given)
+        begin += length
+    embeds = batch.input_embeds
+    places = torch.tensor(positions, device=embeds.device)
+    if batch.replace_embeds is not None:  # of other requests' single tokens
+        embeds = torch.cat((embeds, batch.replace_embeds.to(embeds.dtype)))
+        places = torch.cat((places, batch.replace_positions))
+    batch.input_embeds = None
+    batch.replace_embeds, batch.replace_positions = embeds, places
