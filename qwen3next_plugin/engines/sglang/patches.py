@@ -472,8 +472,9 @@ REPAIRS: tuple[Entry, ...] = (
             "req_factory",
         ),
         function=sessions.continue_in_session,
-        reason="a request that replaces a session's earlier ones ends SGLang's scheduler; drafts "
-        "that were accepted behind a stop token are part of the next turn",
+        reason="a request that replaces a session's earlier ones, a streaming turn without a token "
+        "to read, or one beside a refused one ends SGLang's scheduler; drafts that were accepted "
+        "behind a stop token are part of the next turn",
         remove_when="SGLang serves the sessions of test_hostile.py, and NEXTN changes no turn",
     ),
     Patch(

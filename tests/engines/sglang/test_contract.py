@@ -191,6 +191,8 @@ CALLED = {
         "update_status": ["self", "bootstrap_room", "status"],
     },
     "srt/disaggregation/utils.py": {"prepare_abort": ["req", "error_message", "status_code"]},
+    "srt/managers/schedule_batch.py": {"set_finish_with_abort": ["self", "error_msg"]},
+    "srt/session/session_controller.py": {"abort_req": ["self"]},
     "srt/managers/tp_worker.py": {"deserialize_own_rank": ["self", "serialized_named_tensors"]},
     "srt/managers/scheduler_components/weight_updater.py": {
         "_select_runners": ["self", "selector"],
@@ -339,12 +341,13 @@ KEPT = {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
             *("sampling_params", "bootstrap_host", "bootstrap_room", "rid", "finished_len"),
-            "input_embeds",
+            *("input_embeds", "session", "to_finish"),
         ],
     },
     "srt/managers/scheduler.py": {
         "Scheduler": ["chunked_req", "waiting_queue", "grammar_manager"],
     },
+    "srt/session/session_controller.py": {"Session": ["req_nodes", "streaming"]},
     "srt/constrained/grammar_manager.py": {"GrammarManager": ["grammar_queue"]},
     "srt/mem_cache/memory_pool.py": {"HybridReqToTokenPool": ["mamba_pool"]},
     "srt/sampling/penaltylib/orchestrator.py": {"BatchedPenalizerOrchestrator": ["penalizers"]},

@@ -1,5 +1,6 @@
 """No client ends an SGLang server: what would is refused, and who leaves leaves nothing behind."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -261,6 +262,45 @@ def test_a_streaming_session_answers_as_one_text_does(server, first, start):
         text += asked
         assert answer == ask_for(12 + 3 * turn, text)
         text += answer
+    ask(server, "/close_session", {"session_id": session})
+
+
+def turn(server: Forked, session: str, ids: list[int], tokens: int) -> tuple[int, str]:
+    """The status and text of a session's turn."""
+    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": tokens}
+    place = {"session_params": {"id": session}, "sampling_params": params}
+    return ask(server, "/generate", {"input_ids": ids} | place)
+
+
+def test_a_turn_without_a_token_to_read_is_refused(server, first):
+    """It may go on with an answer, of which no step has read the last token."""
+    prompt = [*range(5, 25)]  # more than the state could go back
+    session = server.post("/open_session", capacity_of_str_len=10_000, streaming=True)
+    assert turn(server, session, prompt, 0)[0] == 200
+    status, text = turn(server, session, [], 4)
+    assert (status, "last turn has no answer to continue" in text) == (400, True)
+    answers = [turn(server, session, *asked) for asked in (([8], 4), ([], 4))]
+    assert [status for status, _ in answers] == [200, 200]
+    found = [token for _, text in answers for token in json.loads(text)["output_ids"]]
+    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 8}
+    alone = server.post("/generate", input_ids=[*prompt, 8], sampling_params=params)
+    assert found == alone["output_ids"]
+    ask(server, "/close_session", {"session_id": session})
+
+
+def test_turns_of_a_streaming_session_do_not_run_together(server, first):
+    """However many are refused meanwhile."""
+    session = server.post("/open_session", capacity_of_str_len=10_000, streaming=True)
+    with ThreadPoolExecutor() as pool:
+        runs = pool.submit(turn, server, session, [5, 6, 7], 1500)
+        assert eventually(lambda: server.unfinished() == 1)
+        for _ in range(3):
+            status, text = turn(server, session, [8], 4)
+            assert (status, "already has an active request" in text) == (400, True)
+        assert not runs.done()
+        status, text = runs.result()
+        assert (status, len(json.loads(text)["output_ids"])) == (200, 1500)
+    assert turn(server, session, [8], 4)[0] == 200
     ask(server, "/close_session", {"session_id": session})
 
 

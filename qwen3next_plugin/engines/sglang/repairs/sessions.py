@@ -23,11 +23,32 @@ def continue_in_session(
 
     A verification may have accepted drafts behind the token that ended it.
     """
-    asked = req.session_params
-    before = None if session.streaming else session.req_nodes.get(asked.rid)
+    if session.streaming:
+        return _continue_streaming(host, session, req, *args, **more)
+    before = session.req_nodes.get(req.session_params.rid)
     if before is not None and before.req.finished():
         before.req.output_ids = before.req.output_ids_through_stop
     return replace_in_session(host, session, req, *args, **more)
+
+
+def _continue_streaming(
+    host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
+) -> Any:
+    """Refuse a turn that leaves no token to read; a refused turn ends no other one.
+
+    A state of all tokens has no logits. Of a refused turn, SGLang takes the session's one that runs
+    for ended, and lets a third one write to the same state.
+    """
+    last = [node.req for node in session.req_nodes.values()]  # of the one turn before, if any
+    made = host(session, req, *args, **more)
+    if made.to_finish is None and not req.input_ids and last and not last[0].output_ids:
+        session.abort_req()
+        made.set_finish_with_abort(
+            "input_ids: the session's last turn has no answer to continue; send at least one token"
+        )
+    if made.to_finish is not None:
+        req.mm_inputs = made.session = None
+    return made
 
 
 def replace_in_session(
@@ -38,7 +59,7 @@ def replace_in_session(
     SGLang changes a dict while iterating over it, and looks up a shared name twice.
     """
     asked, nodes = req.session_params, session.req_nodes
-    if asked.replace and not session.streaming:
+    if asked.replace:
         if asked.rid is None:
             dropped = list(nodes.values())
         elif kept := nodes.get(asked.rid):
