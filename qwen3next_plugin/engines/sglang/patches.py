@@ -38,6 +38,7 @@ from qwen3next_plugin.engines.sglang.repairs import (
     requests,
     rows,
     sessions,
+    stops,
 )
 from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
@@ -498,6 +499,14 @@ REPAIRS: tuple[Entry, ...] = (
         function=patterns.limit_regex,
         reason="a stop_regex that backtracks blocks the scheduler forever",
         remove_when="SGLang matches in linear time, or with a time limit",
+    ),
+    Patch(
+        target="sglang.srt.managers.schedule_batch.Req.update_finish_state",
+        parameters=("self", "new_accepted_len"),
+        function=stops.stop_at_first,
+        reason="of the tokens of a verification, SGLang takes the stop string that is listed first "
+        "for the end, and any string before a stop token",
+        remove_when="SGLang's answers end at the earliest token, with drafts too",
     ),
 )
 

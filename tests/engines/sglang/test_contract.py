@@ -293,6 +293,7 @@ FIELDS = {
     "srt/sampling/sampling_params.py": {
         "SamplingParams": [
             *("min_new_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+            *("stop_strs", "stop_regex_strs"),
         ],
     },
     "srt/model_executor/cuda_graph_config.py": {
@@ -341,7 +342,7 @@ KEPT = {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
             *("sampling_params", "bootstrap_host", "bootstrap_room", "rid", "finished_len"),
-            *("input_embeds", "session", "to_finish"),
+            *("input_embeds", "session", "to_finish", "finished_reason", "grammar"),
         ],
     },
     "srt/managers/scheduler.py": {

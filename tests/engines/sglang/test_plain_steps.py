@@ -157,6 +157,25 @@ def test_answers_follow_a_json_schema(off, never, switching, temperature):
         follow_a_schema(server, temperature)
 
 
+def test_stop_strings_end_answers_where_they_do_without_drafts(off, switching):
+    """Also where two are in adjacent tokens, or one follows a stop token."""
+    answers = ask(off, return_logprob=True, return_text_in_logprobs=True)
+    tokens = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
+    for place in range(5, TOKENS - 1, 4):
+        pairs = [(row[place], row[place + 1]) for row in tokens]
+        strings = [{"stop": [after, at]} for (_, _, at), (_, _, after) in pairs]
+        both = [{"stop": [after], "stop_token_ids": [at]} for (_, at, _), (_, _, after) in pairs]
+        for each in (strings, both):
+            wanted, found = (
+                [
+                    (answer["text"], answer["output_ids"], answer["meta_info"]["finish_reason"])
+                    for answer in ask(server, params={"ignore_eos": False}, each=each)
+                ]
+                for server in (off, switching)
+            )
+            assert found == wanted
+
+
 @pytest.mark.parametrize("params", [{"temperature": 0}, {"top_p": 0.9}], ids=str)
 def test_least_tokens_that_a_grammar_lacks_end_the_answer(off, never, switching, params):
     params = {"temperature": 1, "regex": "a", "min_new_tokens": 6, "ignore_eos": False} | params
