@@ -39,6 +39,7 @@ from qwen3next_plugin.engines.sglang.repairs import (
     rows,
     sessions,
     stops,
+    tokenised,
 )
 from qwen3next_plugin.engines.sglang.speculation import penalties as penalties_of_drafts
 from qwen3next_plugin.engines.sglang.speculation import verify
@@ -462,7 +463,7 @@ REPAIRS: tuple[Entry, ...] = (
             *("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs"),
             "token_type_ids",
         ),
-        function=requests.check_tokenised,
+        function=tokenised.check_tokenised,
         reason="SGLang's scheduler relies on types, positions and embeddings that are not checked",
         remove_when="SGLang refuses every request of test_hostile.py",
     ),

@@ -23,7 +23,7 @@ from engines.contract import (
     pairs,
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
-from qwen3next_plugin.engines.sglang.repairs.requests import MAX_LOGPROBS_APART
+from qwen3next_plugin.engines.sglang.repairs.tokenised import MAX_LOGPROBS_APART
 from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST, SUMS
 from qwen3next_plugin.model.moe import route
 

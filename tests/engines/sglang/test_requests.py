@@ -13,12 +13,11 @@ pytest.importorskip("sglang")
 
 from qwen3next_plugin.engines.sglang.repairs import patterns
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
-from qwen3next_plugin.engines.sglang.repairs.requests import (
-    check,
+from qwen3next_plugin.engines.sglang.repairs.requests import check, check_request
+from qwen3next_plugin.engines.sglang.repairs.tokenised import (
     check_apart,
     check_bootstrap_room,
     check_positions,
-    check_request,
     check_tower,
 )
 

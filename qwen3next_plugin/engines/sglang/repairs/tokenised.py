@@ -1,0 +1,140 @@
+"""A request as SGLang's scheduler gets it: what ends the scheduler is refused with a 400."""
+
+from collections.abc import Callable, Sequence
+from reprlib import repr as shortened
+from typing import Any
+
+import torch
+
+from qwen3next_plugin.engines.sglang.model.streams_flags import EMBEDS, check_streams_request
+from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.repairs.requests import TOP_LOGPROBS
+from qwen3next_plugin.engines.sglang.repairs.values import check_range, check_types
+
+MAX_ROOM = 2**63 - 1  # the most that SGLang's router asks for
+MAX_LOGPROBS_APART = 128  # per token that a prefill server hands over
+
+
+def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any) -> Any:
+    """Wrap `_create_tokenized_object`: refuse a prompt that would end the scheduler.
+
+    SGLang declares types of what it sends to the scheduler, and does not check them.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    made = host(manager, obj, *args)
+    if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
+        check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
+        check_positions(made.token_indices_to_pool, made.input_ids)
+        check_embeds(made, manager.model_config.hidden_size)
+        check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
+        check_apart(made)
+        check_streams_request(obj, manager.model_config.hf_config)
+        if manager.model_config.is_multimodal:
+            check_tower(obj)
+    return made
+
+
+def check_positions(positions: list[int] | None, prompt: Sequence[int] | None) -> None:
+    """Check the positions at which label tokens are scored; one step must read the whole prompt.
+
+    Raises:
+        ValueError: names the position and the prompt's length, or the flags that are missing.
+    """
+    from sglang.srt.runtime_context import get_memory, get_schedule
+
+    if positions is None:
+        return
+    field = "token_indices_to_pool"
+    if not positions:
+        raise ValueError(f"{field} is empty; it needs at least one position")
+    for position in (min(positions), max(positions)):
+        check_range(field, position, 0, len(prompt or ()) - 1)
+    if not get_memory().disable_radix_cache or get_schedule().chunked_prefill_size != -1:
+        raise ValueError(
+            f"{field} needs a server with --disable-radix-cache --chunked-prefill-size -1: "
+            "its positions count from where a step begins to read the prompt"
+        )
+
+
+def check_embeds(made: Any, hidden_size: int) -> None:
+    """Check embeddings of one prompt: all of them, or of some tokens.
+
+    Raises:
+        ValueError: names the field and the shape that is needed.
+    """
+    from sglang.srt.managers.embed_types import PositionalEmbeds
+
+    if made.input_embeds is not None:
+        try:
+            embeds = torch.tensor(made.input_embeds, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"input_embeds is no [tokens, {hidden_size}] array: {error}") from None
+        _check_rows("input_embeds", embeds, hidden_size)
+        if made.session_params is not None:
+            raise ValueError("input_embeds: a session continues token ids; leave one of both out")
+    if (given := made.positional_embed_overrides) is None:
+        return
+    if not isinstance(given, PositionalEmbeds):
+        raise ValueError(
+            f"positional_embed_overrides is {shortened(given)}; only /v1/score and the engine in "
+            "Python take them, as PositionalEmbeds"
+        )
+    if isinstance(given.embeds, torch.Tensor):
+        _check_rows("positional_embed_overrides", given.embeds, hidden_size)
+
+
+def check_tower(obj: Any) -> None:
+    """Check one request of a model with a vision tower, which SGLang gives no embeddings.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name in EMBEDS:
+        if getattr(obj, name) is not None:
+            raise ValueError(
+                f"{name}: a model with a vision tower takes token ids and images; send those, or "
+                "start the server with --language-model-only"
+            )
+
+
+def check_apart(made: Any) -> None:
+    """Check one request of which a prefill and a decode server have a part each.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    from sglang.srt.runtime_context import get_disagg
+
+    if (mode := get_disagg().disaggregation_mode) == "null":
+        return
+    if not made.bootstrap_host or made.bootstrap_room is None:
+        raise ValueError(
+            f"bootstrap_host is {made.bootstrap_host!r} and bootstrap_room {made.bootstrap_room}; "
+            f"a {mode} server needs both: ask the router"
+        )
+    # SGLang gives all answers of a prompt the same room.
+    check_range("n", made.sampling_params.n, 1, 1)
+    check_range(TOP_LOGPROBS, made.top_logprobs_num, 0, MAX_LOGPROBS_APART)
+
+
+def check_bootstrap_room(host: str | None, room: int | None) -> None:
+    """Check the number by which a prefill and a decode server know a request.
+
+    0 says that a server has not written yet. SGLang's own requests, of one server, have it.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    check_range("bootstrap_room", room, 0 if host == FAKE_BOOTSTRAP_HOST else 1, MAX_ROOM)
+
+
+def _check_rows(field: str, rows: torch.Tensor, hidden_size: int) -> None:
+    if rows.ndim != 2 or rows.shape[1] != hidden_size:
+        raise ValueError(
+            f"{field} has shape {list(rows.shape)}; allowed is [tokens, {hidden_size}]"
+        )
+    if not rows.isfinite().all():
+        raise ValueError(f"{field} has a value that is not finite in fp32")
