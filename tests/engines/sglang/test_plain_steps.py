@@ -10,6 +10,7 @@ import pytest
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS
 from engines.dialogues import PARSERS, check_dialogues, dialogues
+from engines.hostile import ask as post
 from engines.schema import SCHEMA
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import NEXTN, Forked
@@ -181,6 +182,14 @@ def test_least_tokens_that_a_grammar_lacks_end_the_answer(off, never, switching,
     params = {"temperature": 1, "regex": "a", "min_new_tokens": 6, "ignore_eos": False} | params
     for server in (off, never, switching):
         assert [answer["text"] for answer in ask(server, params=params)] == ["a"] * len(PROMPTS)
+
+
+def test_min_p_is_refused_beside_seeds(off, switching):
+    """SGLang's sampler would end the server."""
+    params = {"temperature": 1, "min_p": 0.1, "max_new_tokens": 4}
+    for server in (off, switching):
+        status, text = post(server, "/generate", {"text": "a", "sampling_params": params})
+        assert (status, "min_p is 0.1; with --enable-deterministic" in text) == (400, True)
 
 
 def test_dialogues_with_tools_are_right_and_the_same(off, switching, size):

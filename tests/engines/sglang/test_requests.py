@@ -17,6 +17,7 @@ from qwen3next_plugin.engines.sglang.repairs.requests import check, check_reques
 from qwen3next_plugin.engines.sglang.repairs.tokenised import (
     check_apart,
     check_bootstrap_room,
+    check_min_p,
     check_positions,
     check_tower,
 )
@@ -116,6 +117,18 @@ def test_positions_need_a_prompt_that_one_step_reads(monkeypatch, no_cache, chun
         check_positions([0, 4], range(5))
     with pytest.raises(ValueError, match="token_indices_to_pool is 5; allowed are 0 to 4"):
         check_positions([0, 5], range(5))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_seeds_do_not_go_with_min_p(monkeypatch, deterministic):
+    from sglang.srt import runtime_context
+
+    flags = Bag(deterministic=Bag(enable_deterministic_inference=deterministic))
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: flags)
+    check_min_p(0.0)
+    refused = pytest.raises(ValueError, match=r"^min_p is 0\.1; with --enable-deterministic-inf")
+    with refused if deterministic else nullcontext():
+        check_min_p(0.1)
 
 
 def test_a_vision_tower_has_no_place_for_embeddings():

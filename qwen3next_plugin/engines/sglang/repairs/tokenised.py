@@ -27,6 +27,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
         check_positions(made.token_indices_to_pool, made.input_ids)
         check_embeds(made, manager.model_config.hidden_size)
+        check_min_p(made.sampling_params.min_p)
         check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
         check_apart(made)
         check_streams_request(obj, manager.model_config.hf_config)
@@ -54,6 +55,21 @@ def check_positions(positions: list[int] | None, prompt: Sequence[int] | None) -
         raise ValueError(
             f"{field} needs a server with --disable-radix-cache --chunked-prefill-size -1: "
             "its positions count from where a step begins to read the prompt"
+        )
+
+
+def check_min_p(min_p: float) -> None:
+    """Check min_p, with which SGLang cannot sample by a seed; also of generation_config.json.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    from sglang.srt.runtime_context import get_exec
+
+    if min_p and get_exec().deterministic.enable_deterministic_inference:
+        raise ValueError(
+            f"min_p is {min_p}; with --enable-deterministic-inference allowed is 0: SGLang's seeds "
+            "do not go with it"
         )
 
 
