@@ -103,6 +103,14 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no position": (SCORE | {POOL: []}, f"{POOL} is empty"),
     "positions that are lists": (SCORE | {POOL: [[0]]}, f"{POOL} is [[0]]: Expected `int`"),
+    "position, and an answer": (
+        SCORE | {POOL: [1], "sampling_params": {"max_new_tokens": 4}},
+        f"max_new_tokens is 4; with {POOL} allowed is 0",
+    ),
+    "position, and logprobs from behind it": (
+        SCORE | {POOL: [0, 1], "logprob_start_len": 1},
+        f"logprob_start_len with {POOL} is 1; allowed are -1 to 0",
+    ),
     "position, with chunks and a radix cache": (
         SCORE | {POOL: [1]},
         f"{POOL} needs a server with --disable-radix-cache --chunked-prefill-size -1",

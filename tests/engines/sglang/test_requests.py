@@ -104,19 +104,58 @@ def test_refused(fields, message):
         check(request(**fields), V, over_http=False)
 
 
-@pytest.mark.parametrize(
-    ("no_cache", "chunk", "refused"), [(True, -1, False), (True, 4096, True), (False, -1, True)]
-)
-def test_positions_need_a_prompt_that_one_step_reads(monkeypatch, no_cache, chunk, refused):
+def scored(*positions, tokens=0, start=0):
+    """A request, tokenised, whose label tokens are scored at positions of five tokens."""
+    params, pool = Bag(max_new_tokens=tokens), list(positions)
+    given = {"input_ids": range(5), "sampling_params": params, "logprob_start_len": start}
+    return Bag(token_indices_to_pool=pool, **given)
+
+
+@pytest.fixture
+def scoring(monkeypatch):
+    """A server's flags."""
     from sglang.srt import runtime_context
 
-    monkeypatch.setattr(runtime_context, "get_memory", lambda: Bag(disable_radix_cache=no_cache))
-    monkeypatch.setattr(runtime_context, "get_schedule", lambda: Bag(chunked_prefill_size=chunk))
-    needs = pytest.raises(ValueError, match="needs a server with --disable-radix-cache --chunked")
-    with needs if refused else nullcontext():
-        check_positions([0, 4], range(5))
-    with pytest.raises(ValueError, match="token_indices_to_pool is 5; allowed are 0 to 4"):
-        check_positions([0, 5], range(5))
+    flags = Bag(disable_radix_cache=True, chunked_prefill_size=-1, speculative_algorithm=None)
+    for name in ("get_memory", "get_schedule", "get_spec"):
+        monkeypatch.setattr(runtime_context, name, lambda: flags)
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("disable_radix_cache", False),
+        ("chunked_prefill_size", 4096),
+        ("speculative_algorithm", "EAGLE"),
+    ],
+)
+def test_positions_need_a_prompt_that_one_step_reads(scoring, name, value):
+    check_positions(scored(0, 4))
+    setattr(scoring, name, value)
+    needs = "size -1 and without --speculative-algorithm: "
+    with pytest.raises(ValueError, match=f"pool needs a server with --disable-.*{needs}"):
+        check_positions(scored(0, 4))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (scored(), "token_indices_to_pool is empty; it needs at least one position"),
+        (scored(0, 5), "token_indices_to_pool is 5; allowed are 0 to 4"),
+        (scored(4, -1), "token_indices_to_pool is -1; allowed are 0 to 4"),
+        (scored(3, tokens=4), "max_new_tokens is 4; with token_indices_to_pool allowed is 0"),
+        (
+            scored(2, 3, start=3),
+            "logprob_start_len with token_indices_to_pool is 3; allowed are -1 to 2",
+        ),
+    ],
+)
+def test_positions_are_of_a_prompt_that_is_scored_only(scoring, request_, message):
+    for start in (-1, 0, 2):
+        check_positions(scored(2, 3, start=start))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check_positions(request_)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -1,6 +1,6 @@
 """A request as SGLang's scheduler gets it: what ends the scheduler is refused with a 400."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from reprlib import repr as shortened
 from typing import Any
 
@@ -25,7 +25,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
     made = host(manager, obj, *args)
     if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
         check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
-        check_positions(made.token_indices_to_pool, made.input_ids)
+        check_positions(made)
         check_embeds(made, manager.model_config.hidden_size)
         check_min_p(made.sampling_params.min_p)
         check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
@@ -36,25 +36,30 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
     return made
 
 
-def check_positions(positions: list[int] | None, prompt: Sequence[int] | None) -> None:
+def check_positions(made: Any) -> None:
     """Check the positions at which label tokens are scored; one step must read the whole prompt.
 
     Raises:
-        ValueError: names the position and the prompt's length, or the flags that are missing.
+        ValueError: names the field and what is allowed, or the flags that it needs.
     """
-    from sglang.srt.runtime_context import get_memory, get_schedule
+    from sglang.srt.runtime_context import get_memory, get_schedule, get_spec
 
-    if positions is None:
+    if (positions := made.token_indices_to_pool) is None:
         return
     field = "token_indices_to_pool"
     if not positions:
         raise ValueError(f"{field} is empty; it needs at least one position")
     for position in (min(positions), max(positions)):
-        check_range(field, position, 0, len(prompt or ()) - 1)
-    if not get_memory().disable_radix_cache or get_schedule().chunked_prefill_size != -1:
+        check_range(field, position, 0, len(made.input_ids or ()) - 1)
+    check_range(f"logprob_start_len with {field}", made.logprob_start_len, -1, min(positions))
+    if (tokens := made.sampling_params.max_new_tokens) != 0:
+        raise ValueError(f"max_new_tokens is {tokens}; with {field} allowed is 0")
+    cached, chunk = not get_memory().disable_radix_cache, get_schedule().chunked_prefill_size
+    if cached or chunk != -1 or get_spec().speculative_algorithm:
         raise ValueError(
-            f"{field} needs a server with --disable-radix-cache --chunked-prefill-size -1: "
-            "its positions count from where a step begins to read the prompt"
+            f"{field} needs a server with --disable-radix-cache --chunked-prefill-size -1 and "
+            "without --speculative-algorithm: its positions count from where a step begins to read "
+            "the prompt, and with drafts SGLang scores the last token alone"
         )
 
 
