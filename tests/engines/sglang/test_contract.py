@@ -316,8 +316,11 @@ KEPT = {
         "CommonKVManager": ["kv_layout", "prefill_info_table"],
         "CommonKVReceiver": ["kv_mgr", "bootstrap_addr", "bootstrap_room", "conclude_state"],
     },
-    "srt/disaggregation/prefill.py": {"PrefillBootstrapQueue": ["scheduler"]},
-    "srt/disaggregation/decode.py": {"DecodePreallocQueue": ["scheduler"]},
+    "srt/disaggregation/prefill.py": {"PrefillBootstrapQueue": ["scheduler", "queue"]},
+    "srt/disaggregation/decode.py": {
+        "DecodePreallocQueue": ["scheduler", "queue", "retracted_queue"],
+        "DecodeTransferQueue": ["queue"],
+    },
     "srt/lora/lora_config.py": {"LoRAConfig": ["hf_config", "r"]},
     "srt/lora/lora_manager.py": {"LoRAManager": ["configs", "loras", "max_loras_per_batch"]},
     "srt/layers/attention/hybrid_linear_attn_backend.py": {
@@ -346,7 +349,11 @@ KEPT = {
         ],
     },
     "srt/managers/scheduler.py": {
-        "Scheduler": ["chunked_req", "waiting_queue", "grammar_manager"],
+        "Scheduler": [
+            *("chunked_req", "waiting_queue", "grammar_manager", "disaggregation_mode"),
+            *("disagg_prefill_bootstrap_queue", "disagg_prefill_inflight_queue"),
+            *("disagg_decode_prealloc_queue", "disagg_decode_transfer_queue"),
+        ],
     },
     "srt/session/session_controller.py": {"Session": ["req_nodes", "streaming"]},
     "srt/constrained/grammar_manager.py": {"GrammarManager": ["grammar_queue"]},
@@ -567,6 +574,12 @@ def test_a_queue_answers_a_request_that_was_aborted_before_it(sources, queue):
     add = ast.unparse(definition(owner, "add"))
     answered = "self.scheduler.retire_unadmitted_request(req)"
     assert f"is_unadmitted_reject(req):\n        {answered}" in add
+
+
+def test_aborts_look_for_names_in_known_places(sources):
+    """In as many, of which `mm_receiver` and diffusion models are not served."""
+    abort = definition(sources.tree("srt/managers/scheduler.py"), "abort_request")
+    assert ast.unparse(abort).count(".startswith(recv_req.rid)") == 8
 
 
 def test_so_many_logprobs_of_a_token_are_handed_over(sources):

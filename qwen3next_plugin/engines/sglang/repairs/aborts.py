@@ -27,5 +27,19 @@ def _requests(scheduler: Any) -> list[Any]:
     """All that wait or run, each once."""
     chunked = [] if scheduler.chunked_req is None else [scheduler.chunked_req]
     waiting = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
-    running = scheduler.collect_inflight_reqs()
+    running = [*scheduler.collect_inflight_reqs(), *_handed_over(scheduler)]
     return [*{id(req): req for req in (*chunked, *waiting, *running)}.values()]
+
+
+def _handed_over(scheduler: Any) -> list[Any]:
+    """Those of which another server has a part."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    if scheduler.disaggregation_mode == DisaggregationMode.PREFILL:
+        queue = scheduler.disagg_prefill_bootstrap_queue.queue
+        return [*queue, *scheduler.disagg_prefill_inflight_queue]
+    if scheduler.disaggregation_mode == DisaggregationMode.DECODE:
+        before = scheduler.disagg_decode_prealloc_queue
+        entries = [*before.queue, *scheduler.disagg_decode_transfer_queue.queue]
+        return [*(entry.req for entry in entries), *before.retracted_queue]
+    return []
