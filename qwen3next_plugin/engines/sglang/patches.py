@@ -480,6 +480,14 @@ REPAIRS: tuple[Entry, ...] = (
         remove_when="SGLang serves the sessions of test_hostile.py, and NEXTN changes no turn",
     ),
     Patch(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        parameters=("self", "req", "has_chunked_req", "truncation_align_size"),
+        function=sessions.add_turn,
+        reason="with --disable-radix-cache, a streaming turn with ignore_eos that is cut into "
+        "chunks ends SGLang's scheduler",
+        remove_when="add_one_req_ignore_eos takes a request with a prefix",
+    ),
+    Patch(
         target="sglang.srt.managers.scheduler.Scheduler.abort_request",
         parameters=("self", "recv_req"),
         function=aborts.abort_one,

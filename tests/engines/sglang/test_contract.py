@@ -345,7 +345,7 @@ KEPT = {
         "Req": [
             *("origin_input_ids", "output_ids", "retraction_count", "return_hidden_states"),
             *("sampling_params", "bootstrap_host", "bootstrap_room", "rid", "finished_len"),
-            *("input_embeds", "session", "to_finish", "finished_reason", "grammar"),
+            *("input_embeds", "session", "to_finish", "finished_reason", "grammar", "prefix_len"),
         ],
     },
     "srt/managers/scheduler.py": {
@@ -574,6 +574,15 @@ def test_a_queue_answers_a_request_that_was_aborted_before_it(sources, queue):
     add = ast.unparse(definition(owner, "add"))
     answered = "self.scheduler.retire_unadmitted_request(req)"
     assert f"is_unadmitted_reject(req):\n        {answered}" in add
+
+
+def test_requests_that_ignore_the_end_are_scheduled_apart_without_a_radix_cache(sources):
+    """As long as they do when they are looked at; a chunk of theirs must begin them."""
+    adder = definition(sources.tree("srt/managers/schedule_policy.py"), "PrefillAdder")
+    asked = "if req.sampling_params.ignore_eos and getattr(self.tree_cache, 'disable', True):"
+    assert asked in ast.unparse(definition(adder, "add_one_req"))
+    apart = ast.unparse(definition(adder, "add_one_req_ignore_eos"))
+    assert "assert req.prefix_len == 0" in apart
 
 
 def test_aborts_look_for_names_in_known_places(sources):

@@ -73,3 +73,18 @@ def replace_in_session(
             if nodes.get(node.req.rid) is node:
                 del nodes[node.req.rid]
     return host(session, req, *args, **more)
+
+
+def add_turn(host: Callable[..., Any], adder: Any, req: Any, *args: Any, **more: Any) -> Any:
+    """Wrap `PrefillAdder.add_one_req`: schedule a turn as if it did not ignore the end token.
+
+    Without a radix cache SGLang takes a request that ignores it for one that begins.
+    """
+    params = req.sampling_params
+    if not (params.ignore_eos and req.prefix_len):
+        return host(adder, req, *args, **more)
+    params.ignore_eos = False
+    try:
+        return host(adder, req, *args, **more)
+    finally:
+        params.ignore_eos = True
