@@ -30,6 +30,7 @@ from qwen3next_plugin.engines.sglang.model.config import (
 from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import (
     aborts,
+    controls,
     logits,
     nodes,
     patterns,
@@ -53,6 +54,7 @@ Override = partial(patching.Override, versions=VERSIONS)
 
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 TRANSFERS = "sglang.srt.disaggregation.common.conn"
+CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 
 ANYWHERE: tuple[Entry, ...] = (
     Patch(
@@ -516,6 +518,39 @@ REPAIRS: tuple[Entry, ...] = (
         reason="of the tokens of a verification, SGLang takes the stop string that is listed first "
         "for the end, and any string before a stop token",
         remove_when="SGLang's answers end at the earliest token, with drafts too",
+    ),
+    *(
+        Patch(
+            target=f"{CONTROLS}.{action}_expert_distribution_record",
+            parameters=("self",),
+            function=controls.record_experts,
+            reason="without a recorder of experts, asking for its record ends SGLang's scheduler",
+            remove_when="SGLang answers an error",
+        )
+        for action in ("start", "stop", "dump")
+    ),
+    *(
+        Patch(
+            target=target,
+            parameters=parameters,
+            function=function,
+            reason="to release memory while a request runs, or to resume what was not released, "
+            "ends SGLang's scheduler",
+            remove_when="SGLang answers an error",
+        )
+        for target, parameters, function in (
+            (
+                f"{CONTROLS}.release_memory_occupation",
+                ("self", "obj", "request"),
+                controls.release_if_idle,
+            ),
+            (
+                f"{UPDATES}.release_memory_occupation",
+                ("self", "recv_req"),
+                controls.release_memory,
+            ),
+            (f"{UPDATES}.resume_memory_occupation", ("self", "recv_req"), controls.resume_memory),
+        )
     ),
 )
 

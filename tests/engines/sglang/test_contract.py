@@ -348,6 +348,7 @@ KEPT = {
             *("input_embeds", "session", "to_finish", "finished_reason", "grammar", "prefix_len"),
         ],
     },
+    "srt/managers/tokenizer_manager.py": {"TokenizerManager": ["rid_to_state", "is_pause"]},
     "srt/managers/scheduler.py": {
         "Scheduler": [
             *("chunked_req", "waiting_queue", "grammar_manager", "disaggregation_mode"),
@@ -574,6 +575,15 @@ def test_a_queue_answers_a_request_that_was_aborted_before_it(sources, queue):
     add = ast.unparse(definition(owner, "add"))
     answered = "self.scheduler.retire_unadmitted_request(req)"
     assert f"is_unadmitted_reject(req):\n        {answered}" in add
+
+
+def test_memory_is_released_by_tags_of_a_scheduler_that_is_idle(sources):
+    updater = sources.tree("srt/managers/scheduler_components/weight_updater.py")
+    release = ast.unparse(definition(updater, "release_memory_occupation"))
+    idle = "self.is_fully_idle(ignore_waiting=scheduler is not None and scheduler._engine_paused)"
+    assert f"assert {idle}" in release
+    resume = ast.unparse(definition(updater, "resume_memory_occupation"))
+    assert "self.offload_tags.remove(tag)" in resume
 
 
 def test_requests_that_ignore_the_end_are_scheduled_apart_without_a_radix_cache(sources):

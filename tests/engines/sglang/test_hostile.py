@@ -389,6 +389,26 @@ def test_who_leaves_ends_no_request_whose_name_begins_alike(server, first):
     check_unharmed(server, first)
 
 
+@pytest.mark.parametrize("action", ["start", "stop", "dump"])
+def test_a_record_of_experts_is_refused(server, first, action):
+    status, text = ask(server, f"/{action}_expert_distribution_record", {})
+    assert (status, "no --expert-distribution-recorder-mode" in text) == (400, True)
+
+
+def test_memory_is_not_released_while_a_request_runs(server, first):
+    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 1500}
+    with ThreadPoolExecutor() as pool:
+        runs = pool.submit(server.post, "/generate", text=PROMPTS[0], sampling_params=params)
+        assert eventually(lambda: server.unfinished() == 1)
+        status, text = ask(server, "/release_memory_occupation", {})
+        assert (status, "only while no request runs or waits" in text) == (400, True)
+        assert not runs.done()
+        assert runs.result()["meta_info"]["completion_tokens"] == 1500
+    assert eventually(lambda: server.unfinished() == 0)
+    for path in ("resume", "release", "resume", "resume"):
+        assert ask(server, f"/{path}_memory_occupation", {"tags": ["kv_cache"]})[0] == 200
+
+
 def test_nothing_of_that_harms_the_server(server, first):
     check_unharmed(server, first)
 
