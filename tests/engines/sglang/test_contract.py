@@ -174,6 +174,7 @@ CALLED = {
     "srt/layers/sampler.py": {
         "apply_custom_logit_processor": ["logits", "sampling_batch_info"],
     },
+    "srt/sampling/custom_logit_processor.py": {"from_str": ["cls", "json_str"]},
     "srt/sampling/penaltylib/orchestrator.py": {
         "cumulate_output_tokens": ["self", "output_ids"],
         "filter": ["self", "keep_indices"],

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from engines.agents import check_qwen_agent, needs_qwen_agent
+from engines.hostile import ask
 from engines.parsers import (
     check_schema_in_a_chat,
     check_thinking,
@@ -73,6 +74,12 @@ def test_tool_calls(server):
 def test_thinking_and_its_budget(server):
     asked = strict_budget if server.strict else partial(budget, server.folder)
     check_thinking(server, "sglang", GRAMMAR, asked)
+
+
+def test_a_custom_logit_processor_that_is_none_is_refused(server):
+    for processor in ("x", '{"callable": "80"}'):
+        status, text = ask(server, "/generate", {"text": "a", "custom_logit_processor": processor})
+        assert (status, "custom_logit_processor is " in text) == (400, True)
 
 
 def test_a_json_schema(server):

@@ -1,5 +1,7 @@
 """Which requests are refused, and a time limit for patterns; without a server."""
 
+import json
+import pickle
 import re
 import signal
 import time
@@ -19,6 +21,7 @@ from qwen3next_plugin.engines.sglang.repairs.tokenised import (
     check_bootstrap_room,
     check_min_p,
     check_positions,
+    check_processor,
     check_tower,
 )
 
@@ -168,6 +171,26 @@ def test_seeds_do_not_go_with_min_p(monkeypatch, deterministic):
     refused = pytest.raises(ValueError, match=r"^min_p is 0\.1; with --enable-deterministic-inf")
     with refused if deterministic else nullcontext():
         check_min_p(0.1)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_custom_logit_processor_is_one(monkeypatch, enabled):
+    from sglang.srt import runtime_context
+    from sglang.srt.sampling.custom_logit_processor import (
+        CustomLogitProcessor,
+        DisallowedTokensLogitsProcessor,
+    )
+
+    flags = Bag(features=Bag(enable_custom_logit_processor=enabled))
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: flags)
+    for processor in (None, DisallowedTokensLogitsProcessor.to_str()):
+        check_processor(processor)
+    number = json.dumps({"callable": pickle.dumps(int).hex()})
+    strings = ("", "{}", '{"callable": "zz"}', '{"callable": "80"}', number)
+    says = re.escape("which is no CustomLogitProcessor's to_str(): ")
+    for bad in (*strings, CustomLogitProcessor.to_str()):
+        with pytest.raises(ValueError, match=says) if enabled else nullcontext():
+            check_processor(bad)
 
 
 def test_a_vision_tower_has_no_place_for_embeddings():

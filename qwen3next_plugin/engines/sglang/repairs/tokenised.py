@@ -28,6 +28,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         check_positions(made)
         check_embeds(made, manager.model_config.hidden_size)
         check_min_p(made.sampling_params.min_p)
+        check_processor(made.custom_logit_processor)
         check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
         check_apart(made)
         check_streams_request(obj, manager.model_config.hf_config)
@@ -76,6 +77,27 @@ def check_min_p(min_p: float) -> None:
             f"min_p is {min_p}; with --enable-deterministic-inference allowed is 0: SGLang's seeds "
             "do not go with it"
         )
+
+
+def check_processor(processor: str | None) -> None:
+    """Check that a custom logit processor can be read, which SGLang does in its scheduler.
+
+    Raises:
+        ValueError: names the field and what is wrong with it.
+    """
+    from sglang.srt.runtime_context import get_exec
+    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+    if processor is None or not get_exec().features.enable_custom_logit_processor:
+        return
+    try:
+        if not callable(CustomLogitProcessor.from_str(processor)):
+            raise TypeError("it cannot be called")
+    except Exception as error:  # of a client's own code, too
+        raise ValueError(
+            f"custom_logit_processor is {shortened(processor)}, which is no CustomLogitProcessor's "
+            f"to_str(): {type(error).__name__}: {error}"
+        ) from None
 
 
 def check_embeds(made: Any, hidden_size: int) -> None:
