@@ -1,5 +1,6 @@
-"""Turns of streaming sessions without a radix cache, which have a prefix nevertheless."""
+"""Turns of streaming sessions: which are refused, and how they are scheduled."""
 
+from array import array
 from types import SimpleNamespace as Bag
 
 import pytest
@@ -8,7 +9,73 @@ pytest.importorskip("sglang")
 
 from checkpoints import SHIPPED, random_prompt
 from engines.sglang.server import FIXED, NEXTN, Forked
-from qwen3next_plugin.engines.sglang.repairs.sessions import add_turn
+from qwen3next_plugin.engines.sglang.repairs.sessions import add_turn, continue_in_session
+
+
+class Asked:
+    """What a client asks of a session; most of it is nothing."""
+
+    def __init__(self, ids):
+        self.rid, self.input_ids = f"turn of {ids}", array("q", ids)
+        self.session_params = Bag(rid=None, offset=0, replace=False, drop_previous_output=False)
+
+    def __getattr__(self, name):
+        return None
+
+
+class Turn:
+    """What the host makes of it."""
+
+    def __init__(self, **given):
+        vars(self).update(given)
+        self.to_finish, self.output_ids = None, array("q")
+        self.full_untruncated_fill_ids, self.multimodal_inputs = array("q"), None
+
+    def set_finish_with_abort(self, message):
+        self.to_finish = message
+
+    def inherit_mm_token_counts(self, before):
+        pass
+
+
+@pytest.fixture
+def take():
+    """A streaming session, and a function that begins a turn of it."""
+    from sglang.srt.session.session_controller import Session
+
+    session = Session(100, "a session", streaming=True)
+
+    def begin(*ids):
+        create = getattr(Session.create_req, "__wrapped__", Session.create_req)
+        made = continue_in_session(create, session, Asked(ids), None, 100, req_factory=Turn)
+        assert (made.session is None) == (made.to_finish is not None)
+        return made
+
+    return session, begin
+
+
+@pytest.mark.parametrize("answer", [[], [7]])
+def test_a_turn_without_a_token_continues_an_answer_only(take, answer):
+    session, begin = take
+    before = begin(5, 6)
+    before.sampling_params = Bag(max_new_tokens=len(answer))
+    before.output_ids.extend(answer)
+    session.finish_req(before)
+    made = begin()
+    if answer:
+        assert (made.to_finish, [*made.origin_input_ids]) == (None, [5, 6, 7])
+    else:
+        assert "no answer to continue" in made.to_finish
+        made = begin(8)
+        assert (made.to_finish, [*made.origin_input_ids]) == (None, [5, 6, 8])
+
+
+def test_a_refused_turn_leaves_the_one_that_runs(take):
+    session, begin = take
+    assert begin(5, 6).to_finish is None
+    for _ in range(3):
+        assert "already has an active request" in begin(7).to_finish
+        assert session._inflight
 
 
 @pytest.mark.parametrize("ignores", [False, True])
