@@ -31,6 +31,7 @@ from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import (
     aborts,
     controls,
+    images,
     logits,
     nodes,
     patterns,
@@ -510,6 +511,13 @@ REPAIRS: tuple[Entry, ...] = (
         function=patterns.limit_regex,
         reason="a stop_regex that backtracks blocks the scheduler forever",
         remove_when="SGLang matches in linear time, or with a time limit",
+    ),
+    Patch(
+        target="sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value",
+        parameters=("self",),
+        function=images.name_with_its_shape,
+        reason="an image is found in caches by its patches alone, which another shape may share",
+        remove_when="SGLang hashes the grid, too",
     ),
     Patch(
         target="sglang.srt.managers.schedule_batch.Req.update_finish_state",

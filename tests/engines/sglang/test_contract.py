@@ -313,6 +313,9 @@ FIELDS = {
 }
 # What a host's class keeps on itself, and ours reads.
 KEPT = {
+    "srt/mem_cache/unified_cache/unified_cache_linker.py": {
+        "UnifiedCacheLinkerWrapper": ["hit_markers", "cache_linker"],
+    },
     "srt/disaggregation/common/conn.py": {
         "CommonKVManager": ["kv_layout", "prefill_info_table"],
         "CommonKVReceiver": ["kv_mgr", "bootstrap_addr", "bootstrap_room", "conclude_state"],

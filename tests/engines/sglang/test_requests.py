@@ -10,10 +10,12 @@ from types import SimpleNamespace as Bag
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.engines.sglang.repairs import patterns
+from qwen3next_plugin.engines.sglang.repairs import images, patterns
+from qwen3next_plugin.engines.sglang.repairs.images import name_with_its_shape
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
 from qwen3next_plugin.engines.sglang.repairs.requests import check, check_request
 from qwen3next_plugin.engines.sglang.repairs.tokenised import (
@@ -193,6 +195,42 @@ def test_a_custom_logit_processor_is_one(monkeypatch, enabled):
             check_processor(bad)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mm_hashes": [["f"]]}, "mm_hashes is SGLang's own over HTTP"),
+        ({"image_data": [{"format": "processor_output"}]}, "image_data has what a processor made"),
+        ({"video_data": [["a.mp4", {"format": "x"}]]}, "video_data has what a processor made"),
+    ],
+    ids=str,
+)
+def test_images_that_a_client_has_processed(fields, message):
+    check(request(**fields), V, over_http=False)
+    with pytest.raises(ValueError, match=message):
+        check(request(**fields), V, over_http=True)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_image_on_its_side_is_another_one(monkeypatch, named):
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+
+    monkeypatch.setattr(images, "serves_ours", lambda: True)
+    host = getattr(
+        MultimodalDataItem.set_pad_value, "__wrapped__", MultimodalDataItem.set_pad_value
+    )
+
+    def name(*grid: int) -> int:
+        item = MultimodalDataItem(modality=Modality.IMAGE, feature=torch.zeros(8, 4))
+        item.image_grid_thw = torch.tensor([grid])
+        if named:
+            item.hash = 5
+        name_with_its_shape(host, item)
+        return item.pad_value
+
+    assert name(1, 2, 4) == name(1, 2, 4)
+    assert (name(1, 2, 4) == name(1, 4, 2)) == named
+
+
 def test_a_vision_tower_has_no_place_for_embeddings():
     check_tower(request())
     for name in ("input_embeds", "positional_embed_overrides"):
@@ -260,10 +298,11 @@ def generating(monkeypatch):
     from sglang.srt import runtime_context
     from sglang.srt.arg_groups import model_override_base
 
-    def make(config, *patterns):
+    def make(config, *asked):
         monkeypatch.setattr(runtime_context, "get_server_args", lambda: None)
         monkeypatch.setattr(model_override_base, "model_config_of", lambda args: config)
-        return Bag(sampling_params=Bag(stop_regex_strs=patterns), finished_reason=None)
+        monkeypatch.setattr(patterns, "_ranks", lambda: Bag(rank_in_group=0, world_size=1))
+        return Bag(sampling_params=Bag(stop_regex_strs=asked), finished_reason=None)
 
     return make
 
@@ -279,6 +318,18 @@ def test_a_pattern_that_backtracks_aborts_its_request(generating):
     assert reason["status_code"] == 400
     assert "stop_regex ('(x+)+y',) takes over 0.25 s of CPU time" in reason["message"]
     assert not alarm_is_set()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_all_ranks_do_as_the_first_one(generating, monkeypatch, late):
+    """The second of two, whose own time does not count."""
+    request, told = generating(OURS, "x"), torch.tensor([int(late)])
+    ranks = Bag(rank_in_group=1, world_size=2, broadcast=lambda mine, src: told)
+    monkeypatch.setattr(patterns, "_ranks", lambda: ranks)
+    monkeypatch.setattr(patterns, "REGEX_SECONDS", 1e-9)
+    matched = []
+    assert limit_regex(lambda *_: matched.append(1) or True, request)
+    assert bool(matched) == (request.finished_reason is None) == (not late)
 
 
 def test_time_that_the_machine_does_not_compute_is_not_counted(generating):

@@ -54,6 +54,25 @@ def take():
     return session, begin
 
 
+@pytest.mark.parametrize(("offset", "cut"), [(0, False), (5, False), (3, True)])
+def test_an_offset_may_not_cut_an_image(offset, cut):
+    """Of a session whose image ends at its fourth token."""
+    from sglang.srt.session.session_controller import Session
+
+    session, create = Session(100, "a session"), Session.create_req
+    create = getattr(create, "__wrapped__", create)
+    first = continue_in_session(
+        create, session, Asked([5, 6, 6, 6, 7]), None, 100, req_factory=Turn
+    )
+    first.sampling_params, first.finished = Bag(max_new_tokens=0), lambda: True
+    first.output_ids_through_stop = first.output_ids
+    first.multimodal_inputs = Bag(mm_items=[Bag(offsets=[(1, 3)])])
+    asked = Asked([8, 9])
+    asked.session_params.rid, asked.session_params.offset = first.rid, offset
+    made = continue_in_session(create, session, asked, None, 100, req_factory=Turn)
+    assert ("cuts an image" in (made.to_finish or "")) == cut
+
+
 @pytest.mark.parametrize("answer", [[], [7]])
 def test_a_turn_without_a_token_continues_an_answer_only(take, answer):
     session, begin = take

@@ -13,7 +13,8 @@ def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     """
     if asked.abort_all:
         return host(scheduler, asked)
-    others = [req for req in _requests(scheduler) if req.rid != asked.rid]
+    alike = (req for req in _requests(scheduler) if req.rid.startswith(asked.rid))
+    others = [req for req in alike if req.rid != asked.rid]
     for req in others:
         req.rid = OTHER + req.rid
     try:

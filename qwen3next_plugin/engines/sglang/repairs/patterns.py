@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from qwen3next_plugin.engines.sglang.names import serves_ours
 
 # Of CPU time, for one step of one request: normal patterns take microseconds, and a busy machine
@@ -35,19 +37,34 @@ def limit_regex(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) 
     """Wrap `_check_str_based_finish`: abort a request whose stop_regex takes too long to match.
 
     The time is limited while matching: no check of a pattern finds exactly those that backtrack.
+    The first tensor-parallel rank decides: one that aborts a request alone would leave the others
+    waiting in the next step.
     """
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     patterns = req.sampling_params.stop_regex_strs
     if not patterns or not serves_ours():
         return host(req, new_accepted_len)
-    try:
-        with _time_limit(REGEX_SECONDS):
-            return host(req, new_accepted_len)
-    except TimeoutError:
+    ranks, done, late = _ranks(), False, False
+    if ranks.rank_in_group == 0:
+        try:
+            with _time_limit(REGEX_SECONDS):
+                done = host(req, new_accepted_len)
+        except TimeoutError:
+            late = True
+    if ranks.world_size > 1:
+        late = bool(ranks.broadcast(torch.tensor([int(late)]), src=0)[0])
+    if late:
         message = f"stop_regex {patterns} takes over {REGEX_SECONDS} s of CPU time; simplify it"
         req.finished_reason = FINISH_ABORT(message, 400, "BadRequestError")
         return True
+    return done if ranks.rank_in_group == 0 else host(req, new_accepted_len)
+
+
+def _ranks() -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_group
 
 
 @contextmanager

@@ -4,7 +4,7 @@ SGLang answers a ValueError of its tokenizer manager with a 400. What is not che
 the scheduler, where an error ends the server for every client.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from reprlib import repr as shortened
 from typing import Any
@@ -97,6 +97,11 @@ def _check_given(obj: Any, params: list[Any]) -> None:
                 f"custom_labels has {shortened(name)}; allowed are the names of the server's "
                 f"--tokenizer-metrics-allowed-custom-labels: {', '.join(allowed) or 'none'}"
             )
+    if obj.mm_hashes:
+        raise ValueError("mm_hashes is SGLang's own over HTTP: an image could take another's name")
+    for name in ("image_data", "video_data", "audio_data"):
+        if any(isinstance(each, dict) and "format" in each for each in _flat(getattr(obj, name))):
+            raise ValueError(f"{name} has what a processor made; allowed are files, links and data")
     if obj.lora_id:
         raise ValueError(f"lora_id is {shortened(obj.lora_id)}; name an adapter in lora_path")
     if obj.session_params is not None:
@@ -111,6 +116,12 @@ def _check_given(obj: Any, params: list[Any]) -> None:
 def _each(value: Any) -> list[Any]:
     """A field's values: one for the whole request, or a list with one for each prompt."""
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """A field's values, in lists at any depth."""
+    for each in _each(value):
+        yield from _flat(each) if isinstance(each, list) else [each]
 
 
 def _lists(ids: Any) -> list[Any]:

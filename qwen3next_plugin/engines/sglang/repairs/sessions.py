@@ -28,7 +28,22 @@ def continue_in_session(
     before = session.req_nodes.get(req.session_params.rid)
     if before is not None and before.req.finished():
         before.req.output_ids = before.req.output_ids_through_stop
-    return replace_in_session(host, session, req, *args, **more)
+    added = len(req.input_ids)
+    made = replace_in_session(host, session, req, *args, **more)
+    if made.to_finish is None and _cuts_an_image(made, len(made.origin_input_ids) - added):
+        made.set_finish_with_abort(
+            "session_params.offset: it cuts an image off the session; begin a new one"
+        )
+    return made
+
+
+def _cuts_an_image(made: Any, kept: int) -> bool:
+    """Whether an image that a turn inherits ends behind the tokens that it keeps.
+
+    SGLang would embed the image all the same.
+    """
+    inherited = made.multimodal_inputs.mm_items if made.multimodal_inputs is not None else ()
+    return any(end >= kept for item in inherited for _, end in item.offsets or ())
 
 
 def _continue_streaming(

@@ -1,0 +1,24 @@
+"""Images whose pixels are equal, but not their shapes."""
+
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+from qwen3next_plugin.engines.sglang.names import serves_ours
+
+GRIDS = ("image_grid_thw", "video_grid_thw")  # how many patches there are in each direction
+
+
+def name_with_its_shape(host: Callable[..., None], item: Any) -> None:
+    """Around `set_pad_value`: an image's name in caches depends on its shape, too.
+
+    SGLang hashes the patches. Those of one colour are the same in a picture and in one on its side,
+    whose positions differ.
+    """
+    named = item.pad_value is not None or item.hash is not None
+    host(item)
+    grids = [item.model_specific_data.get(name) for name in GRIDS]
+    if not named and any(grid is not None for grid in grids) and serves_ours():
+        shapes = [None if grid is None else grid.tolist() for grid in grids]
+        both = sha256(f"{item.hash} {shapes}".encode()).digest()
+        item.set_hash(int.from_bytes(both[:8], byteorder="big"))
