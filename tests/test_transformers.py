@@ -31,6 +31,7 @@ CONFIGURATION = "models/qwen3_next/configuration_qwen3_next.py"
 LAZY = (
     CONFIGURATION,
     MODELING,
+    "generation/stopping_criteria.py",
     *(f"models/auto/{kind}_auto.py" for kind in ("modeling", "processing", "tokenization")),
 )
 # What tests call, with the arguments that they pass.

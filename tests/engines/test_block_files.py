@@ -222,8 +222,8 @@ def test_a_full_quota_makes_the_oldest_give_way(monkeypatch, tmp_path, where):
     files = BlockFiles(tmp_path, 1 << 30)
     content = memoryview(bytes(10_000))
     for name in ("a", "b"):
-        files.write(f"{SPACE}x/{name}", content)
-        os.utime(tmp_path / f"{SPACE}x" / name, (ord(name), ord(name)))
+        files.write(f"{SPACE}x/y/{name}", content)
+        os.utime(tmp_path / f"{SPACE}x" / "y" / name, (ord(name), ord(name)))
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -231,8 +231,8 @@ def test_a_full_quota_makes_the_oldest_give_way(monkeypatch, tmp_path, where):
     with monkeypatch.context() as patch:
         patch.setattr(Path, where, full)
         with pytest.raises(OSError, match="quota"):
-            files.write(f"{SPACE}y/c", content)
-    assert not (tmp_path / f"{SPACE}x" / "a").exists()
+            files.write(f"{SPACE}x/z/c", content)
+    assert not (tmp_path / f"{SPACE}x" / "y" / "a").exists()
 
 
 def test_a_file_has_as_many_tokens_as_said():

@@ -217,7 +217,7 @@ def flat(arguments):
     if isinstance(x := arguments.get("x"), Unnormed):
         norm = {"norm": x.weight, "eps": x.eps, "residual_": x.residual_}
         arguments = {**arguments, "x": x.x, **norm}
-    named = {"gate": "router_{}", "weight": "{}", "other": "{}2", "w13": "{}13", "w2": "{}2"}
+    named = {"router": "router_{}", "weight": "{}", "other": "{}2", "w13": "{}13", "w2": "{}2"}
     for name, pattern in named.items():
         if isinstance(w := arguments.get(name), PackedWeight):
             fields = map(pattern.format, ("packed", "scale", "zero", "encoding", "group"))

@@ -31,7 +31,7 @@ from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import (
     aborts,
     controls,
-    images,
+    image_names,
     logits,
     nodes,
     patterns,
@@ -515,7 +515,7 @@ REPAIRS: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value",
         parameters=("self",),
-        function=images.name_with_its_shape,
+        function=image_names.name_with_its_shape,
         reason="an image is found in caches by its patches alone, which another shape may share",
         remove_when="SGLang hashes the grid, too",
     ),

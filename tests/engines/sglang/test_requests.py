@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("sglang")
 
-from qwen3next_plugin.engines.sglang.repairs import images, patterns
-from qwen3next_plugin.engines.sglang.repairs.images import name_with_its_shape
+from qwen3next_plugin.engines.sglang.repairs import image_names, patterns
+from qwen3next_plugin.engines.sglang.repairs.image_names import name_with_its_shape
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
 from qwen3next_plugin.engines.sglang.repairs.requests import check, check_request
 from qwen3next_plugin.engines.sglang.repairs.tokenised import (
@@ -214,7 +214,7 @@ def test_images_that_a_client_has_processed(fields, message):
 def test_an_image_on_its_side_is_another_one(monkeypatch, named):
     from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
-    monkeypatch.setattr(images, "serves_ours", lambda: True)
+    monkeypatch.setattr(image_names, "serves_ours", lambda: True)
     host = getattr(
         MultimodalDataItem.set_pad_value, "__wrapped__", MultimodalDataItem.set_pad_value
     )
