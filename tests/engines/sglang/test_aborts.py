@@ -7,8 +7,6 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang.srt.disaggregation.utils import DisaggregationMode
-
 from qwen3next_plugin.engines.sglang.repairs.aborts import abort_one
 
 PLACES = {
@@ -20,6 +18,8 @@ PLACES = {
 
 def scheduler(mode, place, requests):
     """A scheduler with requests in one place; in two of a decode server's they have entries."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
     held = {name: [] for name in chain.from_iterable(PLACES.values())} | {place: requests}
     entries = {name: [Bag(req=req) for req in held[name]] for name in ("prealloc", "transfer")}
     return Bag(

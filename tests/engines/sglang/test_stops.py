@@ -7,8 +7,6 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import Req
-
 from qwen3next_plugin.engines.sglang.repairs import patterns
 from qwen3next_plugin.engines.sglang.repairs.stops import stop_at_first
 
@@ -23,8 +21,17 @@ def no_model(monkeypatch):
     monkeypatch.setattr(patterns, "serves_ours", lambda: False)
 
 
+def host(req, new_accepted_len):
+    """What the plugin wraps. Imported here: SGLang looks at the platform when it is imported."""
+    from sglang.srt.managers.schedule_batch import Req
+
+    return Req.update_finish_state(req, new_accepted_len)
+
+
 def request(grammar=None, **params):
     """What the host reads of a request to see whether it has finished."""
+    from sglang.srt.managers.schedule_batch import Req
+
     made = Req.__new__(Req)
     defaults = {
         "stop_strs": [],
@@ -67,7 +74,7 @@ def ends(text, sizes, grammar=None, **params):
     for size in sizes:
         req.output_ids.extend(tokens[:size])
         tokens = tokens[size:]
-        stop_at_first(Req.update_finish_state, req, size)
+        stop_at_first(host, req, size)
         if req.finished():
             break
     return *end(req), len(req.output_ids)
@@ -111,5 +118,5 @@ def test_a_request_that_is_aborted_ends_as_it_is():
     req = request(stop_strs=["a"])
     req.to_finish = Bag(to_json=lambda: "aborted")
     req.output_ids.extend([0, 1])
-    stop_at_first(Req.update_finish_state, req, 2)
+    stop_at_first(host, req, 2)
     assert end(req) == ("ab", "aborted")
