@@ -108,8 +108,14 @@ inline T* write(const Tensor& t) {
 inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int32_t as_int = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), sizes.begin(), sizes.size(), &as_int,
-                                                   nullptr, nullptr, 0, nullptr, &handle));
+  // torch's C functions keep the reason, which is memory for sizes that were checked.
+  const bool failed = aoti_torch_aten_new_empty(x.get(), sizes.begin(), sizes.size(), &as_int,
+                                                nullptr, nullptr, 0, nullptr, &handle);
+  if (failed) {
+    int64_t elements = 1;
+    for (int64_t size : sizes) elements *= size;
+    check(false, "can't allocate memory for ", elements, " values of ", dtype_name(dtype));
+  }
   return Tensor(handle);
 }
 
