@@ -4,7 +4,14 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-READ_HERE = ("auto", "safetensors")  # of an engine's load_format
+# Of an engine's load_format: those whose files we read ourselves, and those that the model's own
+# loader reads, which packs weights as they come.
+READ_HERE = ("auto", "safetensors")
+READ_BY_MODEL = (
+    *(*READ_HERE, "hf", "pt", "npcache", "mistral", "dummy"),
+    *("fastsafetensors", "instanttensor", "runai_streamer"),
+)
+PACKED = "weights are packed as the model reads them"  # why no other one is served on a CPU
 
 
 @cache

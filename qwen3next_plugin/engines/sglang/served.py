@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qwen3next_plugin.engines.hub import PACKED, READ_BY_MODEL
 from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, LORA_BACKEND
 from qwen3next_plugin.model.state import STATE_DTYPES
 
@@ -14,11 +15,6 @@ BATCH = "a step runs one batch"
 PLACED = "every rank has its part of each expert"
 OWN = "the plugin brings its own linear attention"
 UNQUANTISED = "there are no quantised kernels for a CPU here"
-READ = (  # by the model's own loader
-    *("auto", "safetensors", "pt", "npcache", "mistral", "dummy"),
-    *("fastsafetensors", "instanttensor", "runai_streamer"),
-)
-PACKED = "weights are packed as the model reads them"
 EXPERTS = "the plugin brings its own experts"
 LOSSLESS = "a draft is kept only if it is what would be sampled without drafts"
 NO_LORA = "SGLang has no place for adapters of linear attention, and ours are for CPUs"
@@ -73,7 +69,7 @@ SERVED: Served = {
     "enable_flexkv": ((False,), POOL, LEAVE_OUT),
 }
 SERVED_ON_CPU: Served = {
-    "load_format": (READ, PACKED, LEAVE_OUT),
+    "load_format": (READ_BY_MODEL, PACKED, LEAVE_OUT),
     "moe_runner_backend": (("auto", "triton"), EXPERTS, LEAVE_OUT),
     "enable_return_routed_experts": ((False,), "SGLang pins memory by CUDA", LEAVE_OUT),
     "enable_forward_pass_metrics": ((False,), "SGLang times steps by CUDA", LEAVE_OUT),
@@ -114,7 +110,7 @@ SERVED_WITH_DRAFTS: Served = {
     ),
 }
 SERVED_WITH_DRAFTS_ON_CPU: Served = {
-    "speculative_draft_load_format": ((None, *READ), PACKED, LEAVE_OUT),
+    "speculative_draft_load_format": ((None, *READ_BY_MODEL), PACKED, LEAVE_OUT),
     "speculative_moe_runner_backend": ((None, "auto", "triton"), EXPERTS, LEAVE_OUT),
     "speculative_draft_model_quantization": ((None,), UNQUANTISED, LEAVE_OUT),
     "speculative_draft_kv_cache_dtype": ((None, "auto"), UNQUANTISED, LEAVE_OUT),

@@ -2,12 +2,9 @@
 
 from typing import Any
 
+from qwen3next_plugin.engines.hub import PACKED, READ_BY_MODEL
+
 LOSSLESS = "drafts are the likeliest tokens; one is kept if it would be sampled without drafts"
-READ = (  # by the model's own loader
-    *("auto", "hf", "safetensors", "pt", "npcache", "mistral", "dummy"),
-    *("fastsafetensors", "instanttensor", "runai_streamer"),
-)
-PACKED = "weights are packed as the model reads them"
 WHOLE = "the whole checkpoint is read, and checked"
 LEAVE_OUT = "leave it out"
 Served = dict[str, tuple[tuple[Any, ...], str, str]]
@@ -22,7 +19,7 @@ SERVED: Served = {
     ),
 }
 SERVED_ON_CPU: Served = {
-    "load_config.load_format": (READ, PACKED, LEAVE_OUT),
+    "load_config.load_format": (READ_BY_MODEL, PACKED, LEAVE_OUT),
     "model_config.multimodal_config.mm_processor_cache_type": (
         ("lru",),
         "a step is one call of the worker, past vLLM's cache in shared memory",
