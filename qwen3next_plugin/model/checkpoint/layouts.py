@@ -127,6 +127,21 @@ def tower_shapes(tensors: Tensors) -> Shapes:
     return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors}
 
 
+def check_tower(missing: Collection[str]) -> None:
+    """Refuse a vision tower of which the files have a part only.
+
+    Args: missing: names of its tensors.
+
+    Raises: CheckpointError, naming the first.
+    """
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors of the vision tower are missing, the first is {min(missing)}: "
+            f"the checkpoint is incomplete; download it again, or add --language-model-only to "
+            f"serve text"
+        )
+
+
 def our_names(stored: Tensors, config: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Rename the tensors, leave the vision tower out, and split experts that are in one tensor."""
     for original, tensor in stored:

@@ -20,6 +20,7 @@ from engines.images import ask_about, check_an_image_in_a_chat, check_hostile_im
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
 from qwen3next_plugin.engines.sglang.repairs.requests import VIDEO_DECODERS
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from vision import PLACE, VisionReference, as_url, random_image, write_vision_checkpoint
 
 pytestmark = pytest.mark.serve
@@ -208,3 +209,8 @@ def test_a_tower_with_either_prefix_is_loaded():
     assert dict(model._load_tower((stored | text).items())) == text
     for name, tensor in stored.items():
         assert torch.equal(model.get_parameter(name.removeprefix("model.")), tensor)
+    part = {"visual.weight": stored["visual.weight"]}
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors of the vision tower .* is visual\.bias: "
+    ):
+        list(model._load_tower(part.items()))

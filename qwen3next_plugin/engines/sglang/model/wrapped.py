@@ -20,6 +20,7 @@ from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_lm_head, make_logits_processor
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.layouts import check_tower
 
 VISION = re.compile(r"(model\.)?visual\.")  # prefix of the tower's tensors
 
@@ -106,11 +107,7 @@ class Qwen3_5ForConditionalGeneration(  # noqa: N801 (SGLang's name)
             parameter = parameters[inside]
             getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
             missing.discard(inside)
-        if missing:
-            raise CheckpointError(
-                f"{len(missing)} tensors of the vision tower are missing, the first is "
-                f"model.visual.{min(missing)}; add --language-model-only to serve text without it"
-            )
+        check_tower({f"visual.{name}" for name in missing})
 
     # What SGLang asks of a model.
 

@@ -11,8 +11,12 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3_5ForCausalLM
-from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.layouts import Shapes, tower_shapes, without_prefix
+from qwen3next_plugin.model.checkpoint.layouts import (
+    Shapes,
+    check_tower,
+    tower_shapes,
+    without_prefix,
+)
 
 TOWER = "visual."  # the names of its parameters begin so
 
@@ -67,12 +71,7 @@ class OurTextModel:
         loader = AutoWeightsLoader(self)
         loaded |= loader.load_weights(tower, mapper=self.hf_to_vllm_mapper)
         wanted = {name for name, _ in self.named_parameters() if name.startswith(TOWER)}
-        if missing := sorted(wanted - loaded):
-            raise CheckpointError(
-                f"{len(missing)} tensors of the vision tower are missing, the first is "
-                f"{missing[0]}: the checkpoint is incomplete; download it again, or add "
-                f"--language-model-only to serve text"
-            )
+        check_tower(wanted - loaded)
         self.tower = tower_shapes(tower) if wanted else {}
         return loaded
 
