@@ -1,6 +1,6 @@
 """A client that leaves ends its own request, and no other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 OTHER = "\0"  # no name of a request begins so
@@ -14,7 +14,7 @@ def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     if asked.abort_all:
         return host(scheduler, asked)
     alike = (req for req in _requests(scheduler) if req.rid.startswith(asked.rid))
-    others = [req for req in alike if req.rid != asked.rid]
+    others = {id(req): req for req in alike if req.rid != asked.rid}.values()  # each once
     for req in others:
         req.rid = OTHER + req.rid
     try:
@@ -24,12 +24,14 @@ def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
             req.rid = req.rid.removeprefix(OTHER)
 
 
-def _requests(scheduler: Any) -> list[Any]:
-    """All that wait or run, each once."""
-    chunked = [] if scheduler.chunked_req is None else [scheduler.chunked_req]
-    waiting = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
-    running = [*scheduler.collect_inflight_reqs(), *_handed_over(scheduler)]
-    return [*{id(req): req for req in (*chunked, *waiting, *running)}.values()]
+def _requests(scheduler: Any) -> Iterator[Any]:
+    """All that wait or run, some more than once."""
+    if scheduler.chunked_req is not None:
+        yield scheduler.chunked_req
+    yield from scheduler.waiting_queue
+    yield from scheduler.grammar_manager.grammar_queue
+    yield from scheduler.collect_inflight_reqs()
+    yield from _handed_over(scheduler)
 
 
 def _handed_over(scheduler: Any) -> list[Any]:

@@ -26,7 +26,7 @@ def send_again(
         *(scheduler, running_reqs, resumed_reqs),
         *(num_scheduled_tokens, spec_decode_tokens, req_to_new_blocks),
     )
-    if is_ours(scheduler.vllm_config.model_config):
+    if resumed_reqs and is_ours(scheduler.vllm_config.model_config):
         images = {each.request_id: each.mm_features for each in resumed_reqs if each.mm_features}
         setattr(found, AGAIN, images)
     return found
