@@ -60,7 +60,8 @@ def test_models_are_what_engines_load(small, tmp_path, kind):
     assert not any(name.startswith(("mtp.", "lm_head", "model.embed")) for name in quantised)
     left_out = re.compile(r"mtp\.|model\.embed|.*channel_scale$")  # the last: as large as a bias
     sizes = {name: t.nbytes for name, t in found.items() if not left_out.match(name)}
-    counted = limits.step_bytes(raw, kind, 10**6)
+    requests = 10**6
+    counted = limits.step_bytes(raw, kind, requests) - requests * limits.state_bytes(raw)
     head = found["lm_head.weight"]
     if kind != "bf16":
         sizes["lm_head.weight"] = head.numel()
@@ -83,9 +84,17 @@ def test_a_step_reads_the_experts_that_its_tokens_choose(small):
     config = model.full_config(SIZE, "int4", 4)
     one, two = (limits.step_bytes(config, "int4", n) for n in (1, 2))
     experts = 4 * 4 * 3 * 256 * 128 * limits.BITS["int4"] / 8
-    assert two - one == pytest.approx(experts / 4)  # of 4 experts, 2 and then 3
+    states = limits.state_bytes(config)
+    assert two - one == pytest.approx(experts / 4 + states)  # of 4 experts, 2 and then 3
     dense = limits.products(config | {"num_experts_per_tok": 4})
     assert dense - limits.products(config) == pytest.approx(4 * 2 * 3 * 256 * 128)
+
+
+def test_what_layers_read_and_multiply_beside_their_weights(small):
+    config = model.full_config(SIZE, "int4", 4)  # three linear layers and a full one
+    assert limits.state_bytes(config) == 3 * 4 * 64 * 64 * 4 * 9 / 8  # written once in 8 steps
+    mean = sum(range(1, 8)) / 7  # positions that a token of seven attends to
+    assert limits.attention_products(config, 7) == 2 * 2 * 256 * mean  # keys, then values
 
 
 class Engine:
@@ -122,16 +131,17 @@ def test_limits_are_those_of_the_best_rates(small, monkeypatch):
     found, reads, computes = (
         limits.Limits(config, "int4"),
         iter((5e9, 2e9)),
-        iter((3e12, 4e12)),
+        iter((1e10, 2e10)),
     )
     monkeypatch.setattr(limits, "read_rate", lambda: next(reads))
     monkeypatch.setattr(limits, "product_rate", lambda: next(computes))
     found.measure()
     found.measure()
-    assert found.prompt(7) == pytest.approx(1e3 * 7 * limits.products(config) / 4e12)
+    per_token = limits.products(config) + limits.attention_products(config, 7)
+    assert found.prompt(7) == pytest.approx(1e3 * 7 * per_token / 2e10)
     assert found.step(1) == pytest.approx(1e3 * limits.step_bytes(config, "int4", 1) / 5e9)
     many = 10**6 * (limits.products(config) + 1280 * 256)  # the head
-    assert found.step(10**6) == pytest.approx(1e3 * many / 4e12)
+    assert found.step(10**6) == pytest.approx(1e3 * many / 2e10)
 
 
 def test_other_engines_stand_beside_the_plugin(tmp_path, monkeypatch):

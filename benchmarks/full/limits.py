@@ -13,9 +13,12 @@ from benchmarks.engines.steps import ROUNDS
 from benchmarks.full.model import QUANTISED
 from benchmarks.kernels import linear
 from benchmarks.kernels.timing import seconds
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import linear as multiply
+from qwen3next_plugin.kernels.step import GRID
 from qwen3next_plugin.model.checkpoint.layouts import SHARD
 from qwen3next_plugin.model.quantisation.modules import MIXING_WEIGHTS
+from qwen3next_plugin.model.state import PageLayout
 
 GROUP = 128  # columns of a scale
 # Bits of a quantised weight, its scales included; zero points where the tool always writes them.
@@ -43,20 +46,35 @@ class Limits:
 
     def prompt(self, tokens: int) -> float:
         """Of a prompt of so many tokens."""
-        return 1e3 * tokens * products(self._config) / self._product
+        each = products(self._config) + attention_products(self._config, tokens)
+        return 1e3 * tokens * each / self._product
 
 
 def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
-    """What a plain step of so many requests reads, if every token chooses its experts at random."""
-    return sum(
+    """What a plain step of so many requests reads and writes: weights and states.
+
+    Every token chooses its experts at random. Keys and values are not counted: requests are short.
+    """
+    weights = sum(
         math.prod(shape) * _share(name, config, batch) * _bits(name, kind) / 8
         for name, shape in tensors(config).items()
         if name != EMBEDDING and not name.startswith("mtp.") and not SHARD.search(name)
     )
+    return weights + batch * state_bytes(config)
+
+
+def state_bytes(config: Mapping[str, Any]) -> float:
+    """A request's recurrent states, read in each step and written once in GRID."""
+    parsed = Qwen3NextConfig.from_hf(config)
+    layout = PageLayout.from_config(
+        parsed, num_drafts=0, activation_dtype=torch.bfloat16, state_dtype=torch.float32
+    )
+    layers = parsed.layer_types.count("linear_attention")
+    return layers * layout.nbytes()["state"] * (1 + 1 / GRID)
 
 
 def products(config: Mapping[str, Any], *, head: bool = False) -> float:
-    """Multiplications of a token in its weights; attention and states not counted.
+    """Multiplications of a token in its weights.
 
     `head`: also the output head's, which a prompt's tokens need not.
     """
@@ -67,6 +85,13 @@ def products(config: Mapping[str, Any], *, head: bool = False) -> float:
         if len(shape) == 2 and name not in OWN and not name.startswith("mtp.")
     )
     return layers + head * math.prod(shapes[HEAD])
+
+
+def attention_products(config: Mapping[str, Any], tokens: int) -> float:
+    """Multiplications of a prompt's average token with the keys and values up to its own."""
+    parsed = Qwen3NextConfig.from_hf(config)
+    layers = parsed.layer_types.count("full_attention")
+    return layers * parsed.num_attention_heads * parsed.head_dim * (tokens + 1)
 
 
 def _active(config: Mapping[str, Any]) -> float:

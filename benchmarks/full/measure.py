@@ -53,10 +53,10 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     times: Times = {}
     theirs: dict[str, Times] = {}
     drafts = dict.fromkeys(BATCHES, 0.0)
-    for turn in range(TURNS):
+    for _ in range(TURNS):
         with ready(run, "plain", packed) as engine:
             limits.measure()
-            shortest(times, steps(engine, config, BATCHES, PROMPTS[: 1 if turn else None]))
+            shortest(times, steps(engine, config, BATCHES, PROMPTS))
             limits.measure()
         with ready(run, "drafts", packed, speculative_config=MTP) as engine:
             for n in BATCHES:
