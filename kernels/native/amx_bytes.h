@@ -264,38 +264,28 @@ Q3N_AMX void micro_kernel_bytes(BlockSums& sums, const BlockSums& before, ByteUn
 #undef Q3N_LOAD_X
 
 // totals [tiles, count, kNR] += these tiles of W, without scales of whole channels, times terms
-// [begin, begin + count) of one run: chunk by chunk of K, all tiles for each chunk. While one of
-// `chunks` is multiplied, the other is unpacked.
+// [begin, begin + count) of one run. While one of `chunks` is multiplied, the other is unpacked.
 template <bool kScaled, bool kStream>
 Q3N_AMX void multiply_bytes(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
                             const AmxBytePanels& x, int64_t begin, int64_t count,
                             ByteChunk (&chunks)[2]) {
   const int64_t columns = byte_slice(w), slices = w.block / columns, of_chunk = kKC / w.block;
-  const int64_t steps = (w.blocks + of_chunk - 1) / of_chunk * tiles.size();
+  const Steps steps{totals, count * kNR, tiles, of_chunk, w.blocks};
   const int64_t heights = (count + kAmxRows - 1) / kAmxRows;
-  struct Step {
-    const Panels& panels;
-    int64_t first, last;  // blocks
-    float* totals;
-  };
-  const auto step_at = [&](int64_t i) -> Step {
-    const int64_t tile = i % tiles.size(), first = i / tiles.size() * of_chunk;
-    return {tiles[tile], first, std::min(first + of_chunk, w.blocks), totals + tile * count * kNR};
-  };
   const auto unpacking = [&](int64_t i) -> ByteUnpacking {
-    const Step step = step_at(i);
-    return {w, chunks[i % 2], step.panels, step.first, step.last};
+    const auto [panels, first, last, to] = steps[i];
+    return {w, chunks[i % 2], panels, first, last};
   };
   ByteUnpacking start = unpacking(0);
   start.unpack(start.lines());
   BlockSums sums[2];
   int64_t configured = 0, turn = 0;
-  for (int64_t now = 0; now < steps; ++now) {
+  for (int64_t now = 0; now < steps.count(); ++now) {
     const ByteChunk& lines = chunks[now % 2];
-    const auto [panels, first, last, to] = step_at(now);
+    const auto [panels, first, last, to] = steps[now];
     const int64_t slices_of_all = heights * (last - first) * slices;
     std::optional<ByteUnpacking> next;
-    if (now + 1 < steps) next.emplace(unpacking(now + 1));
+    if (now + 1 < steps.count()) next.emplace(unpacking(now + 1));
     const int64_t share = next ? (next->lines() + slices_of_all - 1) / slices_of_all : 0;
     for (int64_t i = 0; i < count; i += kAmxRows) {
       const int64_t height = std::min(kAmxRows, count - i), slice = height * x.panels.width;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "amx_bytes.h"
+#include "amx_fp8.h"
 
 namespace Q3N_LEVEL {
 
