@@ -27,15 +27,33 @@ class AmxPanels {
         width(width),
         lines_(std::make_unique_for_overwrite<Line[]>(tokens * slices * width / kLine)) {}
 
-  // Slice 0 of token i of the run of `count` tokens that starts at `begin`; slice 1 is `stride`
-  // bytes behind it.
+  // Where a token's slice begins; its next one is `stride` bytes behind it.
   struct Place {
     uint8_t* bytes;
     int64_t stride;
   };
-  Place place(int64_t begin, int64_t count, int64_t i) {
-    const int64_t first = i / kAmxRows * kAmxRows, height = std::min(count - first, kAmxRows);
-    return {lines_.get()->bytes + ((begin + first) * slices + i - first) * width, height * width};
+
+  // Calls pack(place, i, s, n) for slices [s, s + n) of each token i, in parallel unless the caller
+  // is. Run r is [runs[r], runs[r + 1]). A few slices of all tokens of a panel at a time: whole
+  // tokens would write lines that share few sets of the cache.
+  template <class Call>
+  void fill(std::span<const int64_t> runs, int64_t grain, Call&& pack) {
+    constexpr int64_t kAtOnce = 8;
+    std::vector<int64_t> firsts;
+    for (size_t r = 1; r < runs.size(); ++r) {
+      for (int64_t i = runs[r - 1]; i < runs[r]; i += kAmxRows) firsts.push_back(i);
+    }
+    const int64_t tokens = runs.back();
+    parallel(firsts.size(), grain, [&](int64_t p) {
+      const int64_t first = firsts[p];
+      const int64_t height = (p + 1 < std::ssize(firsts) ? firsts[p + 1] : tokens) - first;
+      for (int64_t s = 0; s < slices; s += kAtOnce) {
+        for (int64_t i = 0; i < height; ++i) {
+          uint8_t* const to = lines_.get()->bytes + (first * slices + s * height + i) * width;
+          pack(Place{to, height * width}, first + i, s, std::min(kAtOnce, slices - s));
+        }
+      }
+    });
   }
 
   // The panel that starts with this token.
@@ -50,10 +68,14 @@ class AmxPanels {
   std::unique_ptr<Line[]> lines_;
 };
 
-// Copies a token's x [K].
+// Copies slices of a token's x, which has K columns from there on.
 inline void pack_bf16(AmxPanels::Place to, int64_t slices, const bf16* x, int64_t K) {
   for (int64_t s = 0; s < slices; ++s, x += kAmxK, K -= kAmxK, to.bytes += to.stride) {
-    const int64_t n = std::clamp<int64_t>(K, 0, kAmxK) * sizeof *x;
+    if (K >= kAmxK) {
+      std::memcpy(to.bytes, x, kLine);
+      continue;
+    }
+    const int64_t n = std::max<int64_t>(K, 0) * sizeof *x;
     std::memcpy(to.bytes, x, n);
     std::memset(to.bytes + n, 0, kLine - n);
   }
@@ -148,11 +170,11 @@ Q3N_AMX inline void multiply_slices(float* sums, int64_t stride,
 
 // The same for bf16 weights. What is `ahead` bytes beyond a line of w is prefetched into L2,
 // unless 0.
-template <bool kTwo, bool kStream = false>
+template <bool kTwo>
 Q3N_AMX void micro_kernel_bf16(float* sums, int64_t stride,
                                const std::array<const uint8_t*, kTilePanels>& w, const TileView& x0,
                                const TileView& x1, int64_t slices, bool first, int64_t ahead) {
-  multiply_slices<kTwo, kStream>(sums, stride, w, x0, x1, slices, first, [&](int64_t s) Q3N_AMX {
+  multiply_slices<kTwo, false>(sums, stride, w, x0, x1, slices, first, [&](int64_t s) Q3N_AMX {
     for (int64_t l = 0; ahead && l < kTileBytes; l += kLine) {
       for (const uint8_t* panel : w) __builtin_prefetch(panel + s * kTileBytes + l + ahead, 0, 2);
     }
@@ -228,26 +250,71 @@ inline int64_t bytes_ahead(const PackedWeight& w) {
   return tile <= kNear ? tile : kBytesAhead;
 }
 
-// totals [tiles, count, kNR] = these tiles of W, in bf16, times a run. A weight that is read once
-// is one chunk.
-Q3N_AMX inline void multiply_bf16(float* totals, const PackedWeight& w,
-                                  std::span<const Panels> tiles, const Run& run) {
-  const bool many = run.count > kAmxMR;
-  const int64_t ahead = many ? 0 : bytes_ahead(w), slices = run.x.slices;
-  const Steps steps{totals, run.count * kNR, tiles, many ? kKCSlices : slices, slices};
+// Prefetches a step's lines of bf16 into L2, some at a time.
+class Prefetching {
+ public:
+  Prefetching(const PackedWeight& w, const Steps::Step& step)
+      : lines_((step.last - step.first) * kAmxRows) {
+    for (int p = 0; p < kTilePanels; ++p) {
+      next_[p] = w.panel(step.panels[p]) + step.first * kTileBytes;
+    }
+  }
+
+  int64_t lines() const { return lines_; }  // of a panel
+
+  // Prefetches up to `count` lines more of each panel.
+  void prefetch(int64_t count) {
+    for (const int64_t end = std::max<int64_t>(lines_ - count, 0); lines_ > end; --lines_) {
+      for (const uint8_t*& line : next_) __builtin_prefetch(line, 0, 2), line += kLine;
+    }
+  }
+
+ private:
+  int64_t lines_;
+  Lines next_;
+};
+
+// totals [tiles, count, kNR] = these tiles of W times many tokens. While AMX multiplies a step, the
+// lines of the next one are prefetched, at the end those of tile `next`.
+Q3N_AMX inline void macro_kernel_bf16_chunks(float* totals, const PackedWeight& w,
+                                             std::span<const Panels> tiles, const Panels& next,
+                                             const Run& run) {
+  const Steps steps{totals, run.count * kNR, tiles, kKCSlices, run.x.slices};
+  const int64_t heights_of_all = (run.count + kAmxMR - 1) / kAmxMR;
   TileHeights heights;
   for (int64_t now = 0; now < steps.count(); ++now) {
-    const auto [panels, first, last, to] = steps[now];
-    const int64_t at = first * kTileBytes;
+    const auto [panels, first, last, of_tile] = steps[now];
+    const int64_t at = first * kTileBytes, slices = last - first;
+    const Lines lines{w.panel(panels[0]) + at, w.panel(panels[1]) + at};
+    const Steps::Step then{next, 0, std::min(kKCSlices, run.x.slices), nullptr};
+    Prefetching ahead(w, now + 1 < steps.count() ? steps[now + 1] : then);
+    const int64_t share = (ahead.lines() + heights_of_all * slices - 1) / (heights_of_all * slices);
+    const auto meanwhile = [&](int64_t) Q3N_AMX { ahead.prefetch(share); };
     for (int64_t i = 0; i < run.count; i += kAmxMR) {
       const TokenTiles x(run, i);
       heights.configure(x);
-      const auto add = !x.height1 ? micro_kernel_bf16<false>
-                       : many     ? micro_kernel_bf16<true, true>
-                                  : micro_kernel_bf16<true>;
-      add(to + i * kNR, kNR, {w.panel(panels[0]) + at, w.panel(panels[1]) + at}, x.x0.after(first),
-          x.x1.after(first), last - first, first == 0, ahead);
+      const auto multiply = [&]<bool kTwo>(std::bool_constant<kTwo>) Q3N_AMX {
+        multiply_slices<kTwo, true>(of_tile + i * kNR, kNR, lines, x.x0.after(first),
+                                    x.x1.after(first), slices, first == 0, meanwhile);
+      };
+      x.height1 ? multiply(std::true_type{}) : multiply(std::false_type{});
     }
+  }
+}
+
+// totals [tiles, count, kNR] = these tiles of W, in bf16, times a run.
+Q3N_AMX inline void multiply_bf16(float* totals, const PackedWeight& w,
+                                  std::span<const Panels> tiles, const Panels& next,
+                                  const Run& run) {
+  if (run.count > kAmxMR) return macro_kernel_bf16_chunks(totals, w, tiles, next, run);
+  const TokenTiles x(run, 0);
+  const auto multiply = x.height1 ? micro_kernel_bf16<true> : micro_kernel_bf16<false>;
+  const int64_t ahead = bytes_ahead(w);
+  configure_tiles(x.height0, x.height1);
+  for (const Panels& tile : tiles) {
+    multiply(totals, kNR, {w.panel(tile[0]), w.panel(tile[1])}, x.x0, x.x1, run.x.slices, true,
+             ahead);
+    totals += run.count * kNR;
   }
 }
 

@@ -41,7 +41,7 @@ struct ByteOrder {
   }
 };
 
-// Packs a term's int16; a slice has `columns` of them.
+// Packs slices of a term's int16; a slice has `columns` of them.
 template <Encoding kEncoding>
 Q3N_AMX void pack_bytes(AmxPanels::Place to, int64_t slices, int64_t columns,
                         const int32_t* words) {
@@ -71,16 +71,20 @@ struct AmxBytePanels {
                 const std::vector<int64_t>& runs)
       : panels(terms.size(), w.blocks * w.block / byte_slice(w), 2 * byte_slice(w)),
         scales(terms.size() * w.blocks) {
-    parallel(terms.size(), grain_of(w.K), [&](int64_t i) {
-      const auto end = std::upper_bound(runs.begin(), runs.end(), i);
-      const int64_t begin = end[-1], count = *end - begin, at = i - begin;
-      const int64_t first = at / kAmxRows * kAmxRows, height = std::min(count - first, kAmxRows);
-      const auto set = w.encoding == kInt4 ? pack_bytes<kInt4> : pack_bytes<kInt8>;
-      set(panels.place(begin, count, at), panels.slices, byte_slice(w), a.term(terms[i]));
-      for (int64_t b = 0; b < w.blocks; ++b) {
-        scales[(begin + first) * w.blocks + b * height + at - first] = a.scale(terms[i])[b];
-      }
+    const int64_t columns = byte_slice(w);
+    const auto set = w.encoding == kInt4 ? pack_bytes<kInt4> : pack_bytes<kInt8>;
+    panels.fill(runs, grain_of(kAmxRows * w.K), [&](auto place, int64_t i, int64_t s, int64_t n) {
+      set(place, n, columns, a.term(terms[i]) + s * columns / 2);
     });
+    for (size_t r = 1; r < runs.size(); ++r) {
+      for (int64_t i = runs[r - 1]; i < runs[r]; ++i) {
+        const int64_t at = (i - runs[r - 1]) % kAmxRows, first = i - at;
+        const int64_t height = std::min(runs[r] - first, kAmxRows);
+        for (int64_t b = 0; b < w.blocks; ++b) {
+          scales[first * w.blocks + b * height + at] = a.scale(terms[i])[b];
+        }
+      }
+    }
   }
 };
 

@@ -238,11 +238,16 @@ Q3N_AMX inline void multiply_fp8(float* totals, const PackedWeight& w,
 }
 
 // totals [tiles, count, kNR] = these tiles of W times tokens [begin, begin + count) of one run.
+// `next`: the tile that this thread multiplies then.
 Q3N_AMX inline void multiply(float* totals, const PackedWeight& w, std::span<const Panels> tiles,
-                             const AmxPanels& x, int64_t begin, int64_t count) {
+                             const Panels& next, const AmxPanels& x, int64_t begin, int64_t count) {
   static_assert(kTilePanels == 2 && kParts == 1);
-  const auto run = w.encoding == kFp8 ? multiply_fp8 : multiply_bf16;
-  run(totals, w, tiles, {x, begin, count});
+  const Run run{x, begin, count};
+  if (w.encoding == kFp8) {
+    multiply_fp8(totals, w, tiles, run);
+  } else {
+    multiply_bf16(totals, w, tiles, next, run);
+  }
   _tile_release();
 }
 

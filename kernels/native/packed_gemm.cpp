@@ -30,11 +30,10 @@ PackedA PackedGemm<T>::pack_a(std::span<const int64_t> tokens,
   if constexpr (std::is_same_v<T, bf16>) {
     if (amx_bf16_) {
       auto& panels = to.panels.emplace(tokens.size(), w_.blocks * w_.block / kAmxK, kLine);
-      parallel(tokens.size(), grain_of(w_.K), [&](int64_t i) {
-        const auto end = std::upper_bound(runs.begin(), runs.end(), i);
-        const auto place = panels.place(end[-1], *end - end[-1], i - end[-1]);
-        pack_bf16(place, panels.slices, x_ + tokens[i] * stride_, w_.K);
-      });
+      panels.fill(runs, grain_of(kAmxRows * w_.K),
+                  [&](auto place, int64_t i, int64_t s, int64_t n) {
+                    pack_bf16(place, n, x_ + tokens[i] * stride_ + s * kAmxK, w_.K - s * kAmxK);
+                  });
       return to;
     }
   }
@@ -59,7 +58,7 @@ template <class T>
 void PackedGemm<T>::multiply(float* totals, std::span<const Panels> tiles, const Panels& next,
                              const PackedA& x, int64_t begin, int64_t count) const {
 #if defined(Q3N_AMX)
-  if (x.panels) return Q3N_LEVEL::multiply(totals, w_, tiles, *x.panels, begin, count);
+  if (x.panels) return Q3N_LEVEL::multiply(totals, w_, tiles, next, *x.panels, begin, count);
   if (x.bytes && use_amx_bytes(w_, count * terms)) {
     return Q3N_LEVEL::multiply(totals, w_, tiles, *x.bytes, begin * terms, count * terms);
   }
