@@ -49,6 +49,22 @@ class Experts {
         h_(empty_as(x, {static_cast<int64_t>(this->routes.token.size()), I})),
         in_(this->w13, read<T>(x), x.size(0), x.stride(0)) {}
 
+  // Into so many tasks `inner` is cut: shares of an expert's features, one for each thread, first
+  // those of all experts.
+  int64_t tasks(int64_t threads) const {
+    return (I + share(threads) - 1) / share(threads) * routes.experts.size();
+  }
+
+  // Task i of these.
+  void inner(int64_t i, int64_t threads) {
+    const int64_t experts = routes.experts.size();
+    const auto features = [&](int64_t task) -> Features {
+      const int64_t c = task / experts * share(threads);
+      return {routes.experts[task % experts], c, std::min(c + share(threads), I)};
+    };
+    inner(features(i), features(std::min(i + 1, tasks(threads) - 1)));
+  }
+
   // h = silu(W1 x) * W3 x of these features, for their expert's tokens. `next`: those that this
   // thread computes then.
   void inner(const Features& of, const Features& next) {
@@ -134,6 +150,7 @@ class Experts {
     return std::clamp<int64_t>(kTotals / (terms * kNR), 1, 8);
   }
 
+  int64_t share(int64_t threads) const { return round_up((I + threads - 1) / threads, kRun); }
   int64_t first_panel(const PackedWeight& w, int64_t e) const { return same ? 0 : e * w.panels; }
 
   // Gate and up of inner features from i on: the panels of one tile, or two tiles of one panel.
@@ -165,9 +182,6 @@ void run(Tensor& out, Experts<T>& routed, Experts<T>* shared) {
   const int64_t threads = torch::stable::get_num_threads(), tokens = out.size(0), D = out.size(1);
   const int64_t experts = routed.routes.experts.size();
   const int64_t of_one = shared ? tokens : routed.routes.tokens_per_expert();
-  // Each thread gets a share of every expert's features.
-  const int64_t share = round_up((routed.I + threads - 1) / threads, kRun);
-  const int64_t shares = (routed.I + share - 1) / share * experts;
   const auto bytes = [&](auto weight) {
     const auto of = [&](const Experts<T>& e) {
       return (e.*weight).panels * (e.*weight).panel_bytes;
@@ -175,28 +189,15 @@ void run(Tensor& out, Experts<T>& routed, Experts<T>* shared) {
     return experts * of(routed) + (shared ? of(*shared) : 0);
   };
   const int64_t bytes13 = bytes(&Experts<T>::w13), bytes2 = bytes(&Experts<T>::w2);
-  parallel_with_denormals(threads, grain(threads, bytes13, of_one), [&](int64_t t) {
-    const auto features = [&](int64_t i) -> Features {
-      const int64_t c = i / experts * share;
-      return {routed.routes.experts[i % experts], c, std::min(c + share, routed.I)};
-    };
-    const int64_t end = shares * (t + 1) / threads;
-    for (int64_t i = shares * t / threads; i < end; ++i) {
-      routed.inner(features(i), features(std::min(i + 1, end - 1)));
-    }
-    if (!shared) return;
-    const auto first = [&](int64_t thread) {
-      return shared->I / kPanelWidth * thread / threads * kPanelWidth;
-    };
-    for (int64_t e : shared->routes.experts) {
-      const Features of{e, first(t), first(t + 1)};
-      shared->inner(of, of);
-    }
+  const int64_t first = shared ? shared->tasks(threads) : 0;
+  const int64_t tasks = first + routed.tasks(threads);
+  parallel_with_denormals(tasks, grain(tasks, bytes13, of_one), [&](int64_t i) {
+    i < first ? shared->inner(i, threads) : routed.inner(i - first, threads);
   });
   routed.pack_h();
   if (shared) shared->pack_h();
   // For few tokens a thread reads its share of an expert in one piece.
-  const int64_t most = round_up((D + threads - 1) / threads, kRun);
+  const int64_t most = round_up((D + 4 * threads - 1) / (4 * threads), kRun);
   const int64_t run = std::clamp(kSums / (tokens + 1) / kRun * kRun, kRun, most);
   const int64_t runs = (D + run - 1) / run;
   parallel_with_denormals(runs, grain(runs, bytes2, of_one), [&](int64_t i) {

@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "simd.h"
 
@@ -123,11 +125,37 @@ inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> sizes) {
   return empty_as(x, sizes, x.scalar_type());
 }
 
+// Calls [next, end) of a thread's share, which no thread has taken.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Calls f(i) for i in [0, n). Each thread has a share of the calls, takes some at a time, and then
+// helps a few others: all would wait for a thread that another process interrupts, or whose core is
+// slower.
 template <class Mode, class F>
 inline void parallel_in(int64_t n, int64_t grain, F&& f) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kPieces = 16;  // of a share
+  constexpr int64_t kHelped = 4;   // to look at a share takes longer the more threads do
+  if (n == 0) return;
+  const int64_t most = (n + grain - 1) / grain;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
+  const int64_t piece = std::max<int64_t>(n / (threads * kPieces), 1);
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next = n * t / threads, shares[t].end = n * (t + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const Mode guard;
-    for (int64_t i = begin; i < end; ++i) f(i);
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t other = 0; other < std::min(threads, 1 + kHelped); ++other) {
+        Share& share = shares[(t + other) % threads];
+        for (int64_t i; (i = share.next.fetch_add(piece)) < share.end;) {
+          for (const int64_t last = std::min(i + piece, share.end); i < last; ++i) f(i);
+        }
+      }
+    }
   });
 }
 
