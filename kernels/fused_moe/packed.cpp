@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kRun = 128;  // an expert's inner features, or outputs; a task takes a multiple
 constexpr int64_t kTotals = 1 << 14;  // outputs that are multiplied at once
 constexpr int64_t kSums = 1 << 14;    // outputs, of all tokens, that a task sums at once
+constexpr int64_t kOuterTasks = 4;    // of a thread, for few tokens: then others can help it
 constexpr int64_t kSharedRun = 256;   // tokens of the shared expert that are multiplied at once
 
 // Inner features [begin, end) of an expert.
@@ -49,13 +50,13 @@ class Experts {
         h_(empty_as(x, {static_cast<int64_t>(this->routes.token.size()), I})),
         in_(this->w13, read<T>(x), x.size(0), x.stride(0)) {}
 
-  // Into so many tasks `inner` is cut: shares of an expert's features, one for each thread, first
-  // those of all experts.
+  // How many tasks compute h: an expert has one for each thread. The first ones of all experts come
+  // before the second ones.
   int64_t tasks(int64_t threads) const {
     return (I + share(threads) - 1) / share(threads) * routes.experts.size();
   }
 
-  // Task i of these.
+  // Computes task i.
   void inner(int64_t i, int64_t threads) {
     const int64_t experts = routes.experts.size();
     const auto features = [&](int64_t task) -> Features {
@@ -196,8 +197,8 @@ void run(Tensor& out, Experts<T>& routed, Experts<T>* shared) {
   });
   routed.pack_h();
   if (shared) shared->pack_h();
-  // For few tokens a thread reads its share of an expert in one piece.
-  const int64_t most = round_up((D + 4 * threads - 1) / (4 * threads), kRun);
+  // For few tokens a task reads a large piece of an expert.
+  const int64_t pieces = threads * kOuterTasks, most = round_up((D + pieces - 1) / pieces, kRun);
   const int64_t run = std::clamp(kSums / (tokens + 1) / kRun * kRun, kRun, most);
   const int64_t runs = (D + run - 1) / run;
   parallel_with_denormals(runs, grain(runs, bytes2, of_one), [&](int64_t i) {

@@ -115,10 +115,9 @@ struct TileView {
 // = if they are the first. kTwo: height1 > 0. kStream: loads x past L1, where the weight's chunk
 // stays for all tokens. `meanwhile`: called for each slice, while AMX multiplies.
 template <bool kTwo, bool kStream, class Call>
-Q3N_AMX inline void multiply_slices(float* sums, int64_t stride,
-                                    const std::array<const uint8_t*, kTilePanels>& w,
-                                    const TileView& x0, const TileView& x1, int64_t slices,
-                                    bool first, Call&& meanwhile) {
+Q3N_AMX inline void multiply_slices(float* sums, int64_t stride, const Lines& w, const TileView& x0,
+                                    const TileView& x1, int64_t slices, bool first,
+                                    Call&& meanwhile) {
   const int64_t row = stride * sizeof(float);
   float* const lower = sums + kAmxRows * stride;
   asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
@@ -168,13 +167,12 @@ Q3N_AMX inline void multiply_slices(float* sums, int64_t stride,
   asm volatile("" ::: "memory");  // nor _tile_stored that it writes it
 }
 
-// The same for bf16 weights. What is `ahead` bytes beyond a line of w is prefetched into L2,
-// unless 0.
+// sums = all slices of x times those of w. What is `ahead` bytes beyond a line of w is prefetched
+// into L2, unless 0.
 template <bool kTwo>
-Q3N_AMX void micro_kernel_bf16(float* sums, int64_t stride,
-                               const std::array<const uint8_t*, kTilePanels>& w, const TileView& x0,
-                               const TileView& x1, int64_t slices, bool first, int64_t ahead) {
-  multiply_slices<kTwo, false>(sums, stride, w, x0, x1, slices, first, [&](int64_t s) Q3N_AMX {
+Q3N_AMX void micro_kernel_bf16(float* sums, int64_t stride, const Lines& w, const TileView& x0,
+                               const TileView& x1, int64_t slices, int64_t ahead) {
+  multiply_slices<kTwo, false>(sums, stride, w, x0, x1, slices, true, [&](int64_t s) Q3N_AMX {
     for (int64_t l = 0; ahead && l < kTileBytes; l += kLine) {
       for (const uint8_t* panel : w) __builtin_prefetch(panel + s * kTileBytes + l + ahead, 0, 2);
     }
@@ -280,13 +278,13 @@ Q3N_AMX inline void macro_kernel_bf16_chunks(float* totals, const PackedWeight& 
                                              std::span<const Panels> tiles, const Panels& next,
                                              const Run& run) {
   const Steps steps{totals, run.count * kNR, tiles, kKCSlices, run.x.slices};
+  const Steps::Step then{next, 0, std::min(kKCSlices, run.x.slices), nullptr};
   const int64_t heights_of_all = (run.count + kAmxMR - 1) / kAmxMR;
   TileHeights heights;
   for (int64_t now = 0; now < steps.count(); ++now) {
     const auto [panels, first, last, of_tile] = steps[now];
     const int64_t at = first * kTileBytes, slices = last - first;
     const Lines lines{w.panel(panels[0]) + at, w.panel(panels[1]) + at};
-    const Steps::Step then{next, 0, std::min(kKCSlices, run.x.slices), nullptr};
     Prefetching ahead(w, now + 1 < steps.count() ? steps[now + 1] : then);
     const int64_t share = (ahead.lines() + heights_of_all * slices - 1) / (heights_of_all * slices);
     const auto meanwhile = [&](int64_t) Q3N_AMX { ahead.prefetch(share); };
@@ -312,8 +310,7 @@ Q3N_AMX inline void multiply_bf16(float* totals, const PackedWeight& w,
   const int64_t ahead = bytes_ahead(w);
   configure_tiles(x.height0, x.height1);
   for (const Panels& tile : tiles) {
-    multiply(totals, kNR, {w.panel(tile[0]), w.panel(tile[1])}, x.x0, x.x1, run.x.slices, true,
-             ahead);
+    multiply(totals, kNR, {w.panel(tile[0]), w.panel(tile[1])}, x.x0, x.x1, run.x.slices, ahead);
     totals += run.count * kNR;
   }
 }

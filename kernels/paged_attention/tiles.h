@@ -232,7 +232,7 @@ class BlockAttention<bf16> {
     for (int64_t j = 0; j < slices; ++j) {
       const uint8_t* keys = mine().keys + 2 * j * slices_ * kTileBytes;
       add(mine().scores + j * kNR, kScoreStride, {keys, keys + slices_ * kTileBytes}, x0, x1,
-          slices_, true, 0);
+          slices_, 0);
     }
   }
 
@@ -245,7 +245,7 @@ class BlockAttention<bf16> {
     for (int64_t c = 0; c < in_.D; c += kNR) {
       const uint8_t* values = scratch.values + c / kPanelWidth * kBlockSlices * kTileBytes;
       add(strip.partials + c, in_.partial_size(), {values, values + kBlockSlices * kTileBytes}, x0,
-          x1, slices, true, 0);
+          x1, slices, 0);
     }
   }
 
