@@ -46,6 +46,7 @@ from qwen3next_plugin.engines.vllm.repairs import (
     nodes,
     reloads,
 )
+from qwen3next_plugin.engines.vllm.speculation import drafts_flags
 from qwen3next_plugin.engines.vllm.state import handover
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
@@ -92,7 +93,7 @@ class CheckDrafter(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Refuse drafts that cannot be made."""
-        flags.check_drafter(model_config)
+        drafts_flags.check_drafter(model_config)
 
 
 class SayNoKernels(VerifyAndUpdateConfig):
@@ -390,7 +391,7 @@ OVERRIDES: tuple[Entry, ...] = (
     ),
     Override(
         target="vllm.config.model_arch.ModelArchitectureConfig.num_experts",
-        file="flags.py",
+        file="cpu/cpu_flags.py",
         reason="vLLM takes a slice of each expert for each data-parallel engine, even without "
         "expert parallelism: they would exchange tokens in each layer, and all run when one does",
         remove_when="vLLM can keep engines of a mixture of experts apart",
@@ -430,7 +431,7 @@ OVERRIDES: tuple[Entry, ...] = (
     ),
     Override(
         target="vllm.config.speculative.SpeculativeConfig.draft_model_config",
-        file="flags.py",
+        file="speculation/drafts_flags.py",
         reason="vLLM removes images' axes from a text model's positions, not from its drafter's",
         remove_when="the drafter's configuration is completed as the trunk's is",
     ),

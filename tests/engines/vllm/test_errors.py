@@ -282,7 +282,7 @@ def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner
     config = complete(checkpoint, **flags)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setattr("qwen3next_plugin.engines.vllm.cpu.page_copy.needed", lambda: False)
-    monkeypatch.setattr("qwen3next_plugin.engines.vllm.flags._check_cpu", lambda *_: None)
+    monkeypatch.setattr("qwen3next_plugin.engines.vllm.flags.check_cpu", lambda *_: None)
     check = CheckFlags.verify_and_update_config
     if refused:
         with pytest.raises(ConfigError, match=r"V1 copies .*VLLM_USE_V2_MODEL_RUNNER=1"):

@@ -65,9 +65,9 @@ def test_files_in_memory_are_free(grant):
 
 
 def test_the_kv_cache_leaves_room_for_mapped_weights(monkeypatch, tmp_path):
-    from qwen3next_plugin.engines.vllm import flags
+    from qwen3next_plugin.engines.vllm.cpu import cpu_flags
 
-    monkeypatch.setattr(flags, "memory_bytes", lambda: 32 << 30)
+    monkeypatch.setattr(cpu_flags, "memory_bytes", lambda: 32 << 30)
     file = tmp_path / "model.safetensors"
 
     def kv_cache(gib: int, asked: int | None = None) -> int | None:
@@ -77,7 +77,7 @@ def test_the_kv_cache_leaves_room_for_mapped_weights(monkeypatch, tmp_path):
         model = SimpleNamespace(model=str(tmp_path), revision=None)
         load = SimpleNamespace(download_dir=None)
         config = SimpleNamespace(cache_config=cache, model_config=model, load_config=load)
-        flags._leave_room(config)
+        cpu_flags._leave_room(config)
         return cache.kv_cache_memory_bytes
 
     assert kv_cache(16) is None  # vLLM counts weights in memory itself

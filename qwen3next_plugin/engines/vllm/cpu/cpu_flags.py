@@ -1,0 +1,193 @@
+"""vLLM's flags on a CPU: what is refused, and what no flag says."""
+
+from vllm import envs
+from vllm.config import LoRAConfig, ParallelConfig, VllmConfig
+from vllm.logger import init_logger
+
+from qwen3next_plugin import env
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.cgroups import memory_bytes
+from qwen3next_plugin.engines.huge_pages import use_huge_pages
+from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes
+from qwen3next_plugin.engines.nodes import meet_at
+from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores, chosen
+from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
+from qwen3next_plugin.engines.vllm.names import (
+    EXECUTOR,
+    LOGGER,
+    OWN_ADDRESS,
+    RAY_EXECUTOR,
+    WORKER,
+)
+from qwen3next_plugin.model.checkpoint.sizes import served_bytes
+from qwen3next_plugin.model.quantisation.modules import served_formats
+
+logger = init_logger(LOGGER)
+
+PROJECTIONS = (
+    *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
+)
+FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")  # of vLLM's CPU attention
+
+
+def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
+    """Refuse what neither vLLM nor the plugin runs on a CPU, and weights that do not fit.
+
+    Raises:
+        ConfigError: names the flag and the fix.
+    """
+    if envs.VLLM_BATCH_INVARIANT:
+        raise ConfigError(
+            "VLLM_BATCH_INVARIANT=1: its kernels are for GPUs; unset it, and set "
+            "QWEN3NEXT_BATCH_INVARIANT=1"
+        )
+    _check_kv_dtype(vllm_config)
+    lora_config = vllm_config.lora_config
+    if lora_config is not None and "experts" in (lora_config.target_modules or ()):
+        raise ConfigError(
+            "--lora-target-modules experts: on a CPU there is no LoRA for routed experts; leave "
+            "them out"
+        )
+    if vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            "vLLM's model runner V2 on a CPU: the plugin's worker drafts and verifies with V1; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if config.pp_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size = {config.pp_size}: vLLM's CPU runner cannot run pipeline "
+            f"stages of a hybrid model (it never allocates what passes between them, and "
+            f"stages without attention get another KV cache layout); use "
+            f"--tensor-parallel-size {config.pp_size}"
+        )
+    parallel_config = vllm_config.parallel_config
+    if parallel_config.data_parallel_backend == "ray":
+        raise ConfigError(
+            "--data-parallel-backend ray: on a CPU Ray places the workers of one engine only; "
+            "leave it out, or start servers behind a router"
+        )
+    if _in_ray(parallel_config) and (found := chosen()):
+        raise ConfigError(
+            f"{found} with Ray: a worker computes with all cores that `ray start` had on its "
+            f"machine; unset it, and choose them there by `taskset`"
+        )
+    apart = config.num_experts and not parallel_config.enable_expert_parallel
+    if apart and parallel_config.data_parallel_external_lb:
+        raise ConfigError(
+            "--data-parallel-rank, or --data-parallel-external-lb: each engine has all experts and "
+            "needs no other; start plain servers without --data-parallel-* flags, or add "
+            "--enable-expert-parallel"
+        )
+    worker = parallel_config.worker_cls
+    if worker not in ("auto", WORKER):
+        raise ConfigError(
+            f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
+            f"leave --worker-cls out"
+        )
+    _check_memory(config, vllm_config)
+
+
+def _check_kv_dtype(vllm_config: VllmConfig) -> None:
+    """Refuse KV in a dtype that vLLM's CPU attention would read as another."""
+    given, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
+    own = str(dtype).removeprefix("torch.")
+    if given not in ("auto", own, *FP8_KV):
+        raise ConfigError(
+            f"kv_cache_dtype = {given}: on a CPU it is that of the activations ({own}) or one of "
+            f"{', '.join(FP8_KV)}; leave out --kv-cache-dtype"
+        )
+    if (drafts := vllm_config.speculative_config) is None:
+        return
+    if drafts.kv_cache_dtype not in (None, given):
+        raise ConfigError(
+            f"kv_cache_dtype = {drafts.kv_cache_dtype} of --speculative-config: model and drafter "
+            f"share a cache; leave it out"
+        )
+
+
+def _check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
+    """Refuse weights that memory cannot hold, if it is known which ranks run on this machine."""
+    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
+    local = parallel_config.data_parallel_size_local
+    if not local or parallel_config.distributed_executor_backend not in ("mp", "uni", EXECUTOR):
+        return
+    formats = served_formats(choose_quantisation(vllm_config))
+    if model_config.quantization is None or formats is not None:
+        itemsize = model_config.dtype.itemsize
+        sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
+        if parallel_config.enable_expert_parallel:
+            engines = parallel_config.data_parallel_size
+            sizes = {
+                name: nbytes // engines if ".experts." in name else nbytes
+                for name, nbytes in sizes.items()
+            }
+        check_weights(sizes, config, local * parallel_config.local_world_size)
+
+
+def complete_cpu(vllm_config: VllmConfig) -> None:
+    """Fill in cores, memory, LoRA, worker and executor."""
+    parallel_config = vllm_config.parallel_config
+    _bind_cores(parallel_config)
+    _serve_apart(vllm_config)
+    if parallel_config.nnodes > 1:
+        meet_at("--master-addr", parallel_config.master_addr, OWN_ADDRESS)
+    use_huge_pages()
+    _leave_room(vllm_config)
+    _limit_lora(vllm_config.lora_config)
+    parallel_config.worker_cls = WORKER
+    _call_worker_once(parallel_config)
+
+
+def _bind_cores(parallel_config: ParallelConfig) -> None:
+    """Bind the threads of all ranks; not if other processes, maybe on this machine, hold some.
+
+    Where Ray has placed them, workers bind their own.
+    """
+    local = parallel_config.data_parallel_size == parallel_config.data_parallel_size_local
+    if local and not _in_ray(parallel_config):
+        bind_cores(parallel_config.data_parallel_size * parallel_config.local_world_size)
+
+
+def _in_ray(parallel_config: ParallelConfig) -> bool:
+    """Whether Ray places the workers; vLLM completes a configuration repeatedly."""
+    return parallel_config.distributed_executor_backend in ("ray", RAY_EXECUTOR)
+
+
+def _serve_apart(vllm_config: VllmConfig) -> None:
+    """Make data-parallel engines independent, as those of a dense model, unless experts are shared.
+
+    Else vLLM gives each engine a slice of every expert: they exchange tokens in each layer, and an
+    idle one runs whenever another does.
+    """
+    parallel_config = vllm_config.parallel_config
+    if parallel_config.data_parallel_size > 1 and not parallel_config.enable_expert_parallel:
+        vllm_config.model_config.model_arch_config.num_experts = 0
+
+
+def _leave_room(vllm_config: VllmConfig) -> None:
+    """Size the KV cache beside mapped weights, which vLLM would not count as used memory."""
+    cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
+    downloads = vllm_config.load_config.download_dir
+    mapped = mapped_bytes(model_config.model, model_config.revision, downloads)
+    if mapped and cache_config.kv_cache_memory_bytes is None:
+        granted = int(cache_config.gpu_memory_utilization * memory_bytes())
+        left = granted - mapped - LEAST_POOLS  # LEAST_POOLS stays for everything else
+        cache_config.kv_cache_memory_bytes = max(LEAST_POOLS, left)
+
+
+def _limit_lora(lora_config: LoRAConfig | None) -> None:
+    """Exclude the experts from LoRA: on a CPU vLLM has no LoRA kernels for them."""
+    if lora_config is not None and lora_config.target_modules is None:
+        lora_config.target_modules = list(PROJECTIONS)
+        logger.info("LoRA adapts %s; vLLM has no LoRA experts on a CPU", ", ".join(PROJECTIONS))
+
+
+def _call_worker_once(parallel_config: ParallelConfig) -> None:
+    """Use our executor where vLLM would use its own for worker processes."""
+    # vLLM turns "uni" into "mp" later, if its engine runs in its own process.
+    alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
+    if parallel_config.distributed_executor_backend in alike:
+        parallel_config.distributed_executor_backend = EXECUTOR
+    elif parallel_config.distributed_executor_backend == "ray":
+        parallel_config.distributed_executor_backend = RAY_EXECUTOR
