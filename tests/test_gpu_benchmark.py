@@ -66,7 +66,7 @@ def test_rows_that_are_split_are_checked_against_unsplit_ones(tmp_path):
     assert set(compared) == {"TP 2, prefill 9 and 70, unsplit"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_red_check_prints_no_figure_and_is_reported(tmp_path):
     done = run("-c", NO_TOLERANCE, str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 1

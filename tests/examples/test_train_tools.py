@@ -201,6 +201,7 @@ def test_a_call_counts_only_whole_and_right(style):
         assert not same_call(wrong, of, style)
 
 
+@pytest.mark.long
 def test_training_continues_from_a_checkpoint_on_dialogues(tmp_path):
     """Two small steps from the shipped one, on dialogues alone: the loss begins low and falls."""
     size = "--steps 2 --rows 1 --length 512 --accumulate 1 --no-compiled --corpus-percent 1"

@@ -22,6 +22,7 @@ from mtp.traces import (
 )
 from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.policy import MARGIN, TRIAL, Adaptive, Fixed
+from tiers import long_except
 
 ENOUGH, DEARER = 0.95, 0.93
 CROWDS = {1: "1", 4: "4", 16: "16", 0: "changing"}
@@ -59,7 +60,7 @@ def adaptive(trace: Trace) -> Result:
     return serve(trace, Adaptive(K, Costs()))
 
 
-@crowds
+@pytest.mark.parametrize("batch", long_except((1, 0), CROWDS), ids=CROWDS.values())
 @pytest.mark.parametrize("name", CASES)
 def test_close_to_the_best_fixed_length(name, batch):
     trace, enough = CASES[name].trace(batch), DEARER if name.startswith("dear") else ENOUGH

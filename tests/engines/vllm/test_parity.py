@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoints import random_prompt
+from checkpoints import random_prompt, write_checkpoint
 from engines.checks import LENGTHS, TOKENS, check_greedy
 from engines.vllm.checks import LOGPROBS, check_cache_hits, check_sampled
 from engines.vllm.offline import Offline
@@ -45,16 +46,24 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine(name, checkpoint) -> Iterator[Offline]:
+def folder(name, checkpoint, tmp_path_factory, size) -> Path:
+    """The checkpoint; for a compiler, which takes a while for each layer, one of every kind."""
+    if ENGINES[name].get("enforce_eager", True):
+        return checkpoint
+    return write_checkpoint(tmp_path_factory.mktemp("compiled"), num_hidden_layers=size(4, 8))
+
+
+@pytest.fixture(scope="module")
+def engine(name, folder) -> Iterator[Offline]:
     flags = {"dtype": "float32", "max_model_len": 8192} | ENGINES[name]
-    engine = Offline(checkpoint, env={"QWEN3NEXT_DRAFTS": "fixed"}, **flags)
+    engine = Offline(folder, env={"QWEN3NEXT_DRAFTS": "fixed"}, **flags)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint, reference):
-    return reference(checkpoint)
+def model(folder, reference):
+    return reference(folder)
 
 
 def test_each_prompt_alone(engine, model):
