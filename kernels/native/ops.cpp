@@ -1,8 +1,5 @@
 // Registers the ops with torch and chooses the instruction set that runs them.
-#include "portable.h"
-// clang-format off: that comes first
 #include "ops.h"
-// clang-format on
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -18,21 +15,6 @@
 #include <vector>
 
 #include "step.h"
-
-#if defined(__GLIBCXX__)
-// What <iostream> calls as of GCC 13, so that std::cout is ready, which nothing here writes to.
-// Without this one the library would not load with an older C++ library.
-extern "C" void ios_base_library_init() asm("_ZSt21ios_base_library_initv");
-void ios_base_library_init() {}
-#endif
-
-#if defined(__GLIBC__)
-// Whether the process has one thread, as glibc tells the C++ library's reference counts since 2.32.
-// Without this one, which says no, the library would not load with an older glibc.
-extern "C" {
-char __libc_single_threaded = 0;
-}
-#endif
 
 namespace baseline {
 extern const Level level;
