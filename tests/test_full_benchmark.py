@@ -2,9 +2,11 @@
 
 import json
 import re
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from qwen3next_plugin.model.checkpoint.tensors import all_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
 from released import read_with
 
-SIZE = "Qwen3.6-35B-A3B"
+SIZE, ROUNDS = "Qwen3.6-35B-A3B", 3
 SMALL = {
     "vocab_size": 1280,
     "hidden_size": 256,
@@ -108,7 +110,7 @@ class Engine:
     def call(self, name, prompts, tokens):
         self.calls += 1
         answers = [[int(w) for w in answer_of(self.config, p, tokens)] for p in prompts]
-        if self.calls == measure.ROUNDS:
+        if self.calls == ROUNDS:
             answers[0][-1] += 1
         return 5.0, answers
 
@@ -116,41 +118,56 @@ class Engine:
 def test_no_figure_of_wrong_answers(small):
     engine = Engine(model.full_config(SIZE, "int4", 4))
     with pytest.raises(RedCheckError, match="an answer of 2 requests is wrong"):
-        measure.rate(engine, engine.config, 2, measure.ROUNDS)
-    assert measure.rate(engine, engine.config, 2, measure.ROUNDS) == 5.0
+        measure.rate(engine, engine.config, 2, ROUNDS)
+    assert measure.rate(engine, engine.config, 2, ROUNDS) == 5.0
 
 
-def test_the_shorter_time_of_two_turns_is_kept():
-    times = {"step": 2.0}
-    measure.shortest(times, {"step": 3.0, "prompt": 5.0})
-    assert times == {"step": 2.0, "prompt": 5.0}
-
-
-def test_limits_are_those_of_the_best_rates(small, monkeypatch):
+def test_least_work_of_a_step_and_of_a_prompt(small):
     config = model.full_config(SIZE, "int4", 4)
-    found, reads, computes = (
-        limits.Limits(config, "int4"),
-        iter((5e9, 2e9)),
-        iter((1e10, 2e10)),
-    )
+    many = limits.step_work(config, "int4", 10)
+    assert many.nbytes == limits.step_bytes(config, "int4", 10)
+    assert many.products == 10 * (limits.products(config) + 1280 * 256)  # the head
+    per_token = limits.products(config) + limits.attention_products(config, 7)
+    assert limits.prompt_work(config, 7) == (0, 7 * per_token)
+
+
+def test_each_round_has_the_limit_of_its_time(monkeypatch):
+    """What takes longer, at the mean of the rates before and after."""
+    reads, computes = iter((5e9, 3e9, 1e9)), iter((1e10, 2e10, 4e10))
     monkeypatch.setattr(limits, "read_rate", lambda: next(reads))
     monkeypatch.setattr(limits, "product_rate", lambda: next(computes))
-    found.measure()
-    found.measure()
-    per_token = limits.products(config) + limits.attention_products(config, 7)
-    assert found.prompt(7) == pytest.approx(1e3 * 7 * per_token / 2e10)
-    assert found.step(1) == pytest.approx(1e3 * limits.step_bytes(config, "int4", 1) / 5e9)
-    many = 10**6 * (limits.products(config) + 1280 * 256)  # the head
-    assert found.step(10**6) == pytest.approx(1e3 * many / 2e10)
+    times = iter((2000.0, 1200.0))
+    found = limits.rounds_of(limits.Work(4e9, 1.5e10), lambda: next(times), 2)
+    assert found == [(2000.0, 1000.0), (1200.0, 2000.0)]
+    assert [each.nearness for each in found] == [0.5, 2000 / 1200]
+
+
+def test_a_rate_that_limits_nothing_is_not_measured(monkeypatch):
+    monkeypatch.setattr(limits, "product_rate", lambda: 1e10)
+    monkeypatch.delattr(limits, "read_rate")
+    assert limits.rounds_of(limits.Work(0, 1e10), lambda: 2000.0, 1) == [(2000.0, 1000.0)]
+
+
+def test_the_round_in_the_middle():
+    near, far, farthest = (limits.Round(time, 1.0) for time in (1.0, 2.0, 4.0))
+    assert limits.middle([near, farthest, far]) == far
+    assert limits.middle([near, farthest]) == farthest
+
+
+def test_a_rate_is_the_mean_of_a_window(monkeypatch):
+    """A call that takes long now and then counts."""
+    monkeypatch.setattr(limits, "WINDOW", 0.2)
+    pauses = cycle((0.0, 0.02))
+    assert limits.mean_seconds(lambda: time.sleep(next(pauses))) >= 0.009
 
 
 def test_other_engines_stand_beside_the_plugin(tmp_path, monkeypatch):
     (tmp_path / "installed").write_text("1.0\n")
     peer = replace(measure.THEIRS["llama.cpp"], installed=tmp_path / "installed")
     monkeypatch.setitem(measure.THEIRS, "llama.cpp", peer)
-    theirs = {"llama.cpp": {"decode, batch 1": 6.0}}
     ours = {"decode, batch 1": 3.0, "decode, batch 4": 4.0}
-    record = measure.compared(Run(tmp_path, "full", {}), "case", ours, theirs)
+    times = {"plugin": ours, "llama.cpp": {"decode, batch 1": 6.0}}
+    record = measure.compared(Run(tmp_path, "full", {}), "case", times)
     assert record.case == "case; llama.cpp 1.0"
     row = {"plugin": 3.0, "llama.cpp": 6.0, "llama.cpp / plugin": 2.0}
     assert record.rows == {"decode, batch 1": row}

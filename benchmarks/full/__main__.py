@@ -1,8 +1,8 @@
 """`python -m benchmarks.full`: a released size with all its layers, from start to drafts.
 
 Four layers hide what a user of forty meets: the start, packing, what happens between kernels. It
-needs a quiet machine, 24 GB of memory and, for Qwen3.6-35B-A3B in 4 bits, 65 GB of disk and
-50 minutes, half of it for other engines, where `make` has built them (see benchmarks/peers).
+needs a quiet machine, 24 GB of memory and, for Qwen3.6-35B-A3B in 4 bits, 65 GB of disk and an
+hour, half of it for other engines, where `make` has built them (see benchmarks/peers).
 """
 
 from functools import partial
@@ -27,8 +27,8 @@ def main(
     """Measure a released size with random weights: start, memory, steps, prompts, drafts.
 
     Steps are compared with the bytes that they must read, prompts with the products of one large
-    layer in bf16, both at rates of the same minute. llama.cpp and ik_llama.cpp, where they are
-    built, compute a model in 4 bits with the same weights.
+    layer in bf16, both at rates of the seconds before and after. llama.cpp and ik_llama.cpp, where
+    they are built, compute a model in 4 bits with the same weights.
     """
     if kind not in KINDS:
         raise typer.BadParameter(f"no kind {kind}: one of {', '.join(KINDS)}")

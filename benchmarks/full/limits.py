@@ -2,17 +2,18 @@
 at which this machine does so."""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from operator import truediv
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.block_model import OWN, tensors
-from benchmarks.engines.steps import ROUNDS
 from benchmarks.full.model import QUANTISED
 from benchmarks.kernels import linear
-from benchmarks.kernels.timing import seconds
+from benchmarks.kernels.timing import Call
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import linear as multiply
 from qwen3next_plugin.kernels.step import GRID
@@ -25,29 +26,57 @@ GROUP = 128  # columns of a scale
 BITS = {"int4": 4 + 16 / GROUP, "int8": 8, "fp8": 8 + 32 / GROUP, "nvfp4": 4.5, "bf16": 16}
 BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)
 EMBEDDING, HEAD, _ = OWN
+WINDOW = 5.0  # seconds
 
 
-class Limits:
-    """The least milliseconds at a run's best rates: other work on the machine only lowers them."""
+class Work(NamedTuple):
+    """Bytes read and numbers multiplied: in a step, or in a second."""
 
-    def __init__(self, config: Mapping[str, Any], kind: str) -> None:
-        self._config, self._kind = config, kind
-        self._read = self._product = 0.0
+    nbytes: float
+    products: float
 
-    def measure(self) -> None:
-        """Measure the rates once more."""
-        self._read = max(self._read, read_rate())
-        self._product = max(self._product, product_rate())
 
-    def step(self, batch: int) -> float:
-        """Of a plain step of so many requests: it reads and multiplies at the same time."""
-        reading = step_bytes(self._config, self._kind, batch) / self._read
-        return 1e3 * max(reading, batch * products(self._config, head=True) / self._product)
+class Round(NamedTuple):
+    """Milliseconds that something took, and the least that the machine could take just then."""
 
-    def prompt(self, tokens: int) -> float:
-        """Of a prompt of so many tokens."""
-        each = products(self._config) + attention_products(self._config, tokens)
-        return 1e3 * tokens * each / self._product
+    time: float
+    limit: float
+
+    @property
+    def nearness(self) -> float:
+        """One is the limit."""
+        return self.limit / self.time
+
+
+def step_work(config: Mapping[str, Any], kind: str, batch: int) -> Work:
+    """Of a plain step of so many requests."""
+    return Work(step_bytes(config, kind, batch), batch * products(config, head=True))
+
+
+def prompt_work(config: Mapping[str, Any], tokens: int) -> Work:
+    """Of a prompt: what it reads serves many tokens."""
+    return Work(0, tokens * (products(config) + attention_products(config, tokens)))
+
+
+def rounds_of(work: Work, timed: Callable[[], float], rounds: int) -> list[Round]:
+    """Rounds of what takes the milliseconds `timed()`: reading and multiplying at the same time.
+
+    A machine that others share may compute three times as much in one second as in the next: each
+    round has its own limit, at the mean of the rates before and after it.
+    """
+    found, before = [], per_second(work)
+    for _ in range(rounds):
+        milliseconds, after = timed(), per_second(work)
+        rates = [(early + late) / 2 for early, late in zip(before, after, strict=True)]
+        found.append(Round(milliseconds, 1e3 * max(map(truediv, work, rates))))
+        before = after
+    return found
+
+
+def middle(rounds: Iterable[Round]) -> Round:
+    """The median round by nearness; of an even number, the farther one."""
+    ordered = sorted(rounds, key=lambda each: each.nearness)
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
@@ -110,16 +139,31 @@ def _bits(name: str, kind: str) -> float:
     return BITS[kind] if QUANTISED.match(name) else 16
 
 
+def per_second(work: Work) -> Work:
+    """What this machine does now of what there is to do."""
+    return Work(
+        read_rate() if work.nbytes else math.inf, product_rate() if work.products else math.inf
+    )
+
+
 def read_rate() -> float:
-    """Bytes a second of a sum over 512 MB by all threads."""
+    """Bytes a second of sums over 512 MB by all threads."""
     large = torch.ones(2**26, dtype=torch.int64)
-    seconds(large.sum, 1)
-    return large.nbytes / min(seconds(large.sum, 1) for _ in range(ROUNDS))
+    return large.nbytes / mean_seconds(large.sum)
 
 
 def product_rate() -> float:
     """Multiplications a second of a layer in bf16, of 1,024 rows."""
     weight, _ = linear.bf16()
     call = partial(multiply, torch.randn(1024, linear.K).bfloat16(), weight)
-    seconds(call, 1)
-    return 1024 * linear.N * linear.K / min(seconds(call, 1) for _ in range(ROUNDS))
+    return 1024 * linear.N * linear.K / mean_seconds(call)
+
+
+def mean_seconds(call: Call) -> float:
+    """Seconds of a call, within WINDOW seconds of them."""
+    call()
+    calls, begin = 0, time.perf_counter()
+    while (passed := time.perf_counter() - begin) < WINDOW:
+        call()
+        calls += 1
+    return passed / calls

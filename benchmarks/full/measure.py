@@ -5,6 +5,7 @@ The plugin and other engines take turns, twice: a process may get slower memory 
 
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -16,8 +17,8 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.chain_model import answer_of, known
-from benchmarks.engines.steps import LONG, ROUNDS, flags
-from benchmarks.full.limits import Limits
+from benchmarks.engines.steps import flags
+from benchmarks.full.limits import Round, middle, prompt_work, rounds_of, step_work
 from benchmarks.full.model import full_config, full_model
 from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
 from benchmarks.peers.gguf_model import gguf_model
@@ -26,7 +27,8 @@ from benchmarks.worker import Worker, started
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
-TURNS = 2
+TURNS, PER_TURN = 2, 2  # of the engines, and rounds in each
+LEARNING = 2  # answers after which the lengths of drafts have adapted
 LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
 MTP = {"method": "mtp", "num_speculative_tokens": 3}
 Start = Callable[[], AbstractContextManager[Worker]]
@@ -49,32 +51,41 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     )
 
     others, compiled = peers(run, model, kind), f"{case}, compiled"
-    limits = Limits(config, kind)
-    times: Times = {}
-    theirs: dict[str, Times] = {}
+    work = {decode(n): step_work(config, kind, n) for n in BATCHES}
+    work |= {prompt(n): prompt_work(config, n) for n in PROMPTS}
+    ours: dict[str, list[Round]] = defaultdict(list)
+    theirs: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in others}
     drafts = dict.fromkeys(BATCHES, 0.0)
     for _ in range(TURNS):
         with ready(run, "plain", packed) as engine:
-            limits.measure()
-            shortest(times, steps(engine, config, BATCHES, PROMPTS))
-            limits.measure()
+            for what, timed in tasks(engine, config, BATCHES, PROMPTS).items():
+                ours[what] += (new := rounds_of(work[what], timed, PER_TURN))
+                near = ", ".join(f"{each.nearness:.3f}" for each in new)
+                console.print(f"{what}: {near} of the limit")
         with ready(run, "drafts", packed, speculative_config=MTP) as engine:
             for n in BATCHES:
-                drafts[n] = max(drafts[n], rate(engine, config, n, ROUNDS))
+                rate(engine, config, n, LEARNING)
+                drafts[n] = max(drafts[n], rate(engine, config, n, PER_TURN))
         for name, start in others.items():
             with start() as engine:
-                shortest(theirs.setdefault(name, {}), steps(engine, config, (1, 8), PROMPTS[:1]))
-    rows = {decode(n): row(times[decode(n)], n, limits.step(n)) for n in BATCHES} | {
-        prompt(n): row(times[prompt(n)], n, limits.prompt(n)) for n in PROMPTS
-    }
+                for what, timed in tasks(engine, config, (1, 8), PROMPTS[:1]).items():
+                    theirs[name][what] += [timed() for _ in range(PER_TURN)]
+    tokens = dict(zip(work, (*BATCHES, *PROMPTS), strict=True))
     units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
     yield run.record(
-        "full/steps", "How near is a step to this machine's limits?", compiled, units, rows
+        "full/steps",
+        "How near is a step to this machine's limits?",
+        compiled,
+        units,
+        {what: row(middle(rounds), tokens[what]) for what, rounds in ours.items()},
     )
+    shortest = {"plugin": {what: min(each.time for each in every) for what, every in ours.items()}}
+    for name, times in theirs.items():
+        shortest[name] = {what: min(every) for what, every in times.items()}
     if others:
-        yield compared(run, compiled, times, theirs)
+        yield compared(run, compiled, shortest)
 
-    plain = {batch: rows[decode(batch)]["tokens a second"] for batch in BATCHES}
+    plain = {n: 1e3 * n / shortest["plugin"][decode(n)] for n in BATCHES}
     yield run.record(
         "full/drafts",
         "What do drafts give, four in five of them right?",
@@ -161,15 +172,15 @@ def peers(run: Run, model: Path, kind: str) -> dict[str, Start]:
     return {name: partial(start, name) for name in built}
 
 
-def steps(
+def tasks(
     engine: Worker, config: Mapping[str, Any], batches: Sequence[int], prompts: Sequence[int]
-) -> Times:
-    """Steps of answers, and prompts.
+) -> dict[str, Callable[[], float]]:
+    """What takes an engine how many milliseconds: steps of answers, and prompts.
 
     The answers differ: those to random prompts soon repeat one token, and share its experts.
     """
-    found = {decode(n): 1e3 * n / rate(engine, config, n) for n in batches}
-    return found | {prompt(n): prefill(engine, n) for n in prompts}
+    found = {decode(n): partial(step, engine, config, n) for n in batches}
+    return found | {prompt(n): partial(engine.call, "prefill", tokens=n) for n in prompts}
 
 
 def decode(batch: int) -> str:
@@ -182,41 +193,28 @@ def prompt(tokens: int) -> str:
     return f"prompt of {tokens:,}"
 
 
-def prefill(engine: Worker, tokens: int) -> float:
-    rounds = 2 if tokens < LONG else 1
-    return min(engine.call("prefill", tokens=tokens) for _ in range(rounds))
-
-
-def row(milliseconds: float, tokens: int, limit: float) -> Row:
-    """A step of so many tokens, in ms, and the least it could take."""
+def row(found: Round, tokens: int) -> Row:
+    """A step of so many tokens."""
     return {
-        "time": milliseconds,
-        "tokens a second": 1e3 * tokens / milliseconds,
-        "limit": limit,
-        "limit / time": limit / milliseconds,
+        "time": found.time,
+        "tokens a second": 1e3 * tokens / found.time,
+        "limit": found.limit,
+        "limit / time": found.nearness,
     }
 
 
-def shortest(times: Times, more: Times) -> None:
-    """Keep the shorter time of each name."""
-    for name, new in more.items():
-        times[name] = min(times.get(name, new), new)
-
-
-def compared(run: Run, case: str, ours: Times, theirs: Mapping[str, Times]) -> Record:
-    """The plugin and other engines side by side."""
-    names = list(theirs)
-    whats = list(theirs[names[0]])
-    times = {
-        what: {"plugin": ours[what], **{name: theirs[name][what] for name in names}}
-        for what in whats
-    }
+def compared(run: Run, case: str, times: Mapping[str, Times]) -> Record:
+    """The plugin and other engines side by side, where all were timed."""
+    theirs = [name for name in times if name != "plugin"]
     return run.record(
         "full/peers",
         "How long do other engines take, with the same weights?",
-        f"{case}; {versions({name: THEIRS[name] for name in names})}",
-        dict.fromkeys(("plugin", *names), "ms") | {f"{name} / plugin": "" for name in names},
-        {what: with_ratios(row) for what, row in times.items()},
+        f"{case}; {versions({name: THEIRS[name] for name in theirs})}",
+        dict.fromkeys(times, "ms") | {f"{name} / plugin": "" for name in theirs},
+        {
+            what: with_ratios({name: found[what] for name, found in times.items()})
+            for what in times[theirs[0]]
+        },
     )
 
 
@@ -226,9 +224,12 @@ def prompts(config: Mapping[str, Any], count: int) -> list[list[int]]:
     return [[random.randrange(2, known(config)) for _ in range(32)] for _ in range(count)]
 
 
-def rate(
-    engine: Worker, config: Mapping[str, Any], batch: int, rounds: int = ROUNDS // TURNS
-) -> float:
+def step(engine: Worker, config: Mapping[str, Any], batch: int) -> float:
+    """Milliseconds of a step, as the mean of an answer's."""
+    return 1e3 * batch / rate(engine, config, batch, 1)
+
+
+def rate(engine: Worker, config: Mapping[str, Any], batch: int, rounds: int) -> float:
     """Tokens a second of the best of a few rounds; raises if an answer is not the known one."""
     asked = prompts(config, batch)
     wanted = [[int(word) for word in answer_of(config, prompt, ANSWER)] for prompt in asked]

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engines.steps import ROUNDS, check, flags
-from benchmarks.full.limits import read_rate, step_bytes
-from benchmarks.full.measure import MTP, rate, row
+from benchmarks.full.limits import Work, middle, rounds_of, step_bytes
+from benchmarks.full.measure import MTP, rate, row, step
 from benchmarks.qwen4.model import LAYERS, config_of, model, table_bytes
 from benchmarks.qwen4.sparse import CONTEXT, sparse_over_full
 from benchmarks.report import Record, RedCheckError, Run
@@ -63,17 +64,18 @@ def steps(run: Run, folder: Path) -> Iterator[Record]:
         engine_of(run, folder, "drafts", **drafting) as drafts,
     ):
         rate(drafts, config, 1, LEARNING)
-        before, found = read_rate(), {"plain": 0.0, "drafts": 0.0}
+        work = Work(step_bytes(config, "int4", 1), 0)
+        near = rounds_of(work, partial(step, plain, config, 1), ROUNDS)
+        found = {"plain": 0.0, "drafts": 0.0}
         for _ in range(ROUNDS):
             for engine in (plain, drafts):
                 found[engine.name] = max(found[engine.name], rate(engine, config, 1, 1))
-        limit = 1e3 * step_bytes(config, "int4", 1) / max(before, read_rate())
     yield run.record(
         "qwen4/steps",
         "How near is a step to this machine's limit?",
         case,
         {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""},
-        {"decode, batch 1": row(1e3 / found["plain"], 1, limit)},
+        {"decode, batch 1": row(middle(near), 1)},
     )
     yield run.record(
         "qwen4/drafts",
