@@ -133,32 +133,20 @@ def test_least_work_of_a_step_and_of_a_prompt(small):
 
 def test_each_round_has_the_limit_of_its_time(monkeypatch):
     """What takes longer, at the mean of the rates before and after."""
-    reads, computes = iter((5e9, 3e9, 1e9)), iter((1e10, 2e10, 4e10))
-    monkeypatch.setattr(limits, "read_rate", lambda: next(reads))
-    monkeypatch.setattr(limits, "product_rate", lambda: next(computes))
+    rates = iter([limits.Rates(5e9, 1e10), limits.Rates(3e9, 2e10), limits.Rates(1e9, 4e10)])
+    monkeypatch.setattr(limits, "measured_rates", lambda: next(rates))
     times = iter((2000.0, 1200.0))
     found = limits.rounds_of(limits.Work(4e9, 1.5e10), lambda: next(times), 2)
     assert found == [(2000.0, 1000.0), (1200.0, 2000.0)]
-    assert [each.nearness for each in found] == [0.5, 2000 / 1200]
-
-
-def test_a_rate_that_limits_nothing_is_not_measured(monkeypatch):
-    monkeypatch.setattr(limits, "product_rate", lambda: 1e10)
-    monkeypatch.delattr(limits, "read_rate")
-    assert limits.rounds_of(limits.Work(0, 1e10), lambda: 2000.0, 1) == [(2000.0, 1000.0)]
-
-
-def test_the_round_in_the_middle():
-    near, far, farthest = (limits.Round(time, 1.0) for time in (1.0, 2.0, 4.0))
-    assert limits.middle([near, farthest, far]) == far
-    assert limits.middle([near, farthest]) == farthest
+    assert limits.mean(found) == (1600.0, 1500.0)
 
 
 def test_a_rate_is_the_mean_of_a_window(monkeypatch):
-    """A call that takes long now and then counts."""
+    """A call that takes long now and then counts; the other one does not."""
     monkeypatch.setattr(limits, "WINDOW", 0.2)
     pauses = cycle((0.0, 0.02))
-    assert limits.mean_seconds(lambda: time.sleep(next(pauses))) >= 0.009
+    often, never = limits.mean_seconds(lambda: time.sleep(next(pauses)), lambda: None)
+    assert often >= 0.009 > never
 
 
 def test_other_engines_stand_beside_the_plugin(tmp_path, monkeypatch):

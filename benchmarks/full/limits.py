@@ -3,9 +3,9 @@ at which this machine does so."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import truediv
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from benchmarks.block_model import OWN, tensors
 from benchmarks.full.model import QUANTISED
 from benchmarks.kernels import linear
-from benchmarks.kernels.timing import Call
+from benchmarks.kernels.timing import Call, seconds
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.linear import linear as multiply
 from qwen3next_plugin.kernels.step import GRID
@@ -26,11 +26,18 @@ GROUP = 128  # columns of a scale
 BITS = {"int4": 4 + 16 / GROUP, "int8": 8, "fp8": 8 + 32 / GROUP, "nvfp4": 4.5, "bf16": 16}
 BITS |= dict.fromkeys(("gptq", "awq"), BITS["int4"] + 8 / GROUP)
 EMBEDDING, HEAD, _ = OWN
-WINDOW = 5.0  # seconds
+WINDOW = 4.0  # seconds
 
 
 class Work(NamedTuple):
-    """Bytes read and numbers multiplied: in a step, or in a second."""
+    """What a step, or a prompt, does at the least."""
+
+    nbytes: float  # read
+    products: float
+
+
+class Rates(NamedTuple):
+    """What a machine does in a second."""
 
     nbytes: float
     products: float
@@ -42,41 +49,36 @@ class Round(NamedTuple):
     time: float
     limit: float
 
-    @property
-    def nearness(self) -> float:
-        """One is the limit."""
-        return self.limit / self.time
-
 
 def step_work(config: Mapping[str, Any], kind: str, batch: int) -> Work:
-    """Of a plain step of so many requests."""
+    """What a plain step of so many requests does."""
     return Work(step_bytes(config, kind, batch), batch * products(config, head=True))
 
 
 def prompt_work(config: Mapping[str, Any], tokens: int) -> Work:
-    """Of a prompt: what it reads serves many tokens."""
+    """What a prompt does: reading for so many tokens takes no time."""
     return Work(0, tokens * (products(config) + attention_products(config, tokens)))
 
 
 def rounds_of(work: Work, timed: Callable[[], float], rounds: int) -> list[Round]:
-    """Rounds of what takes the milliseconds `timed()`: reading and multiplying at the same time.
+    """Rounds of what takes the milliseconds `timed()`, which reads and multiplies at once.
 
     A machine that others share may compute three times as much in one second as in the next: each
     round has its own limit, at the mean of the rates before and after it.
     """
-    found, before = [], per_second(work)
+    found, before = [], measured_rates()
     for _ in range(rounds):
-        milliseconds, after = timed(), per_second(work)
-        rates = [(early + late) / 2 for early, late in zip(before, after, strict=True)]
-        found.append(Round(milliseconds, 1e3 * max(map(truediv, work, rates))))
+        milliseconds, after = timed(), measured_rates()
+        nbytes, products = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+        limit = 1e3 * max(work.nbytes / nbytes, work.products / products)
+        found.append(Round(milliseconds, limit))
         before = after
     return found
 
 
-def middle(rounds: Iterable[Round]) -> Round:
-    """The median round by nearness; of an even number, the farther one."""
-    ordered = sorted(rounds, key=lambda each: each.nearness)
-    return ordered[(len(ordered) - 1) // 2]
+def mean(rounds: Sequence[Round]) -> Round:
+    """The mean time and the mean limit."""
+    return Round(*(fmean(each) for each in zip(*rounds, strict=True)))
 
 
 def step_bytes(config: Mapping[str, Any], kind: str, batch: int) -> float:
@@ -139,31 +141,24 @@ def _bits(name: str, kind: str) -> float:
     return BITS[kind] if QUANTISED.match(name) else 16
 
 
-def per_second(work: Work) -> Work:
-    """What this machine does now of what there is to do."""
-    return Work(
-        read_rate() if work.nbytes else math.inf, product_rate() if work.products else math.inf
-    )
+def measured_rates() -> Rates:
+    """Of sums over 512 MB, and of a layer in bf16 for 1,024 rows, by all threads."""
+    large, (weight, _) = torch.ones(2**26, dtype=torch.int64), linear.bf16()
+    multiplied = partial(multiply, torch.randn(1024, linear.K).bfloat16(), weight)
+    reading, multiplying = mean_seconds(large.sum, multiplied)
+    return Rates(large.nbytes / reading, 1024 * linear.N * linear.K / multiplying)
 
 
-def read_rate() -> float:
-    """Bytes a second of sums over 512 MB by all threads."""
-    large = torch.ones(2**26, dtype=torch.int64)
-    return large.nbytes / mean_seconds(large.sum)
+def mean_seconds(*calls: Call) -> list[float]:
+    """Mean seconds of each call, in turns for at least WINDOW seconds, after one that is not timed.
 
-
-def product_rate() -> float:
-    """Multiplications a second of a layer in bf16, of 1,024 rows."""
-    weight, _ = linear.bf16()
-    call = partial(multiply, torch.randn(1024, linear.K).bfloat16(), weight)
-    return 1024 * linear.N * linear.K / mean_seconds(call)
-
-
-def mean_seconds(call: Call) -> float:
-    """Seconds of a call, within WINDOW seconds of them."""
-    call()
-    calls, begin = 0, time.perf_counter()
-    while (passed := time.perf_counter() - begin) < WINDOW:
+    In turns, so that the rate of each is that of the seconds next to a round.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
         call()
-        calls += 1
-    return passed / calls
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WINDOW:
+        for call, found in zip(calls, times, strict=True):
+            found.append(seconds(call, 1))
+    return [fmean(found) for found in times]

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from benchmarks.chain_model import answer_of, known
 from benchmarks.engines.steps import flags
-from benchmarks.full.limits import Round, middle, prompt_work, rounds_of, step_work
+from benchmarks.full.limits import Round, mean, prompt_work, rounds_of, step_work
 from benchmarks.full.model import full_config, full_model
 from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
 from benchmarks.peers.gguf_model import gguf_model
@@ -28,12 +28,13 @@ from qwen3next_plugin.model.quantisation.writing import plan_packing, write_pack
 
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
 TURNS, PER_TURN = 2, 2  # of the engines, and rounds in each
-LEARNING = 2  # answers after which the lengths of drafts have adapted
+LEARNING = 8  # answers after which the lengths of drafts have adapted
 LOADING = re.compile(r"Loading weights took ([\d.]+) seconds")
 MTP = {"method": "mtp", "num_speculative_tokens": 3}
 Start = Callable[[], AbstractContextManager[Worker]]
 Row = dict[str, float]
 Times = dict[str, float]  # what was timed → milliseconds
+Rounds = dict[str, list[Round]]
 
 
 def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Record]:
@@ -53,23 +54,20 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
     others, compiled = peers(run, model, kind), f"{case}, compiled"
     work = {decode(n): step_work(config, kind, n) for n in BATCHES}
     work |= {prompt(n): prompt_work(config, n) for n in PROMPTS}
-    ours: dict[str, list[Round]] = defaultdict(list)
-    theirs: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in others}
-    drafts = dict.fromkeys(BATCHES, 0.0)
+    engines: dict[str, tuple[Start, Sequence[int], Sequence[int]]] = {
+        "plugin": (partial(ready, run, "plain", packed), BATCHES, PROMPTS),
+        "drafts": (partial(ready, run, "drafts", packed, speculative_config=MTP), BATCHES, ()),
+        **{name: (start, (1, 8), PROMPTS[:1]) for name, start in others.items()},
+    }
+    found: dict[str, Rounds] = {name: defaultdict(list) for name in engines}
     for _ in range(TURNS):
-        with ready(run, "plain", packed) as engine:
-            for what, timed in tasks(engine, config, BATCHES, PROMPTS).items():
-                ours[what] += (new := rounds_of(work[what], timed, PER_TURN))
-                near = ", ".join(f"{each.nearness:.3f}" for each in new)
-                console.print(f"{what}: {near} of the limit")
-        with ready(run, "drafts", packed, speculative_config=MTP) as engine:
-            for n in BATCHES:
-                rate(engine, config, n, LEARNING)
-                drafts[n] = max(drafts[n], rate(engine, config, n, PER_TURN))
-        for name, start in others.items():
+        for name, (start, batches, lengths) in engines.items():
             with start() as engine:
-                for what, timed in tasks(engine, config, (1, 8), PROMPTS[:1]).items():
-                    theirs[name][what] += [timed() for _ in range(PER_TURN)]
+                rate(engine, config, 1, LEARNING if name == "drafts" else 1)
+                for what, timed in tasks(engine, config, batches, lengths).items():
+                    new = rounds_of(work[what], timed, PER_TURN)
+                    found[name][what] += new
+                    console.print(f"{name}, {what}: {', '.join(map(described, new))}")
     tokens = dict(zip(work, (*BATCHES, *PROMPTS), strict=True))
     units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
     yield run.record(
@@ -77,15 +75,18 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
         "How near is a step to this machine's limits?",
         compiled,
         units,
-        {what: row(middle(rounds), tokens[what]) for what, rounds in ours.items()},
+        {what: row(mean(rounds), tokens[what]) for what, rounds in found["plugin"].items()},
     )
-    shortest = {"plugin": {what: min(each.time for each in every) for what, every in ours.items()}}
-    for name, times in theirs.items():
-        shortest[name] = {what: min(every) for what, every in times.items()}
+    shortest = {
+        name: {what: min(each.time for each in every) for what, every in rounds.items()}
+        for name, rounds in found.items()
+    }
     if others:
-        yield compared(run, compiled, shortest)
+        yield compared(run, compiled, {name: shortest[name] for name in ("plugin", *others)})
 
-    plain = {n: 1e3 * n / shortest["plugin"][decode(n)] for n in BATCHES}
+    plain, drafts = (
+        {n: 1e3 * n / shortest[name][decode(n)] for n in BATCHES} for name in ("plugin", "drafts")
+    )
     yield run.record(
         "full/drafts",
         "What do drafts give, four in five of them right?",
@@ -199,8 +200,13 @@ def row(found: Round, tokens: int) -> Row:
         "time": found.time,
         "tokens a second": 1e3 * tokens / found.time,
         "limit": found.limit,
-        "limit / time": found.nearness,
+        "limit / time": found.limit / found.time,
     }
+
+
+def described(found: Round) -> str:
+    """A round, for the console."""
+    return f"{found.time:.1f} ms ({found.limit / found.time:.2f} of its limit)"
 
 
 def compared(run: Run, case: str, times: Mapping[str, Times]) -> Record:

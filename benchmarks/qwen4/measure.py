@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines.steps import ROUNDS, check, flags
-from benchmarks.full.limits import Work, middle, rounds_of, step_bytes
-from benchmarks.full.measure import MTP, rate, row, step
+from benchmarks.full.limits import Work, mean, rounds_of, step_bytes
+from benchmarks.full.measure import LEARNING, MTP, rate, row, step
 from benchmarks.qwen4.model import LAYERS, config_of, model, table_bytes
 from benchmarks.qwen4.sparse import CONTEXT, sparse_over_full
 from benchmarks.report import Record, RedCheckError, Run
@@ -16,7 +16,6 @@ from benchmarks.worker import VLLM, Worker, alternate, started
 
 WATCHED, THEIRS = "benchmarks.qwen4.worker", "benchmarks.qwen4.theirs"
 PROMPT, READ, STEPS = 1024, 2000, 32
-LEARNING = 8  # answers after which the lengths of drafts have adapted
 CASE = "Qwen3.8-Flash-Next's shapes, a quarter of its experts, random weights"
 MAX_DIFFERENCE = {"transformers": 0.02}  # mean, nats; measured: 0.003
 Row = dict[str, float]
@@ -75,7 +74,7 @@ def steps(run: Run, folder: Path) -> Iterator[Record]:
         "How near is a step to this machine's limit?",
         case,
         {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""},
-        {"decode, batch 1": row(middle(near), 1)},
+        {"decode, batch 1": row(mean(near), 1)},
     )
     yield run.record(
         "qwen4/drafts",

@@ -34,7 +34,7 @@ class Host:
 class Entry:
     """A change to the host."""
 
-    target: str  # dotted name, from the host's package on
+    target: str  # dotted name, from the package on
     reason: str
     versions: str  # of the host that need it
     remove_when: str

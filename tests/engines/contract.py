@@ -179,6 +179,9 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     """A row of an engine's table of patches fits the host's source."""
     assert SpecifierSet(entry.versions).contains(sources.version, prereleases=True)
     *path, name = entry.target.split(".")
+    if path[0] != sources.package:  # torch, which the host calls
+        assert isinstance(entry, Patch)
+        sources = host(path[0], "installed")
     inside, file = [
         (n, file)
         for n in range(1, len(path) + 1)

@@ -316,6 +316,14 @@ GRAPHS: tuple[Entry, ...] = (
         reason="on a CPU vLLM cannot read the graphs that it has kept, and compiles at each start",
         remove_when="vLLM reads them (`compat`)",
     ),
+    Patch(
+        target="torch._dynamo.package.SourceInfo.add_code",
+        parameters=("self", "code"),
+        function=graphs.add_code,
+        reason="torch looks for a function's source at each of its calls in a graph: 8 s of a first"
+        " start, with 40 layers",
+        remove_when="torch looks once for each function (`compat`)",
+    ),
     Override(
         target="vllm.compilation.caching.VllmSerializableFunction.finalize_loading",
         parameters=("self", "vllm_config"),
@@ -661,7 +669,7 @@ def provide_page_copies() -> None:
 
 
 def complete_cpu() -> None:
-    """Let a CPU's ranks exchange the tokens of experts that they share, and read kept graphs."""
+    """Let a CPU's ranks exchange tokens of shared experts; compile and read graphs faster."""
     if current_platform.is_cpu():
         apply(EXCHANGES)
         apply(GRAPHS)
