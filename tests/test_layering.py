@@ -19,6 +19,7 @@ OF_BOTH = (
     "agreement",
     "hub",
     "huge_pages",
+    "compiler",
     "caches",
     "cores",
     "cgroups",

@@ -16,6 +16,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     rope,
 )
+from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.nodes import meet_at
@@ -108,6 +109,7 @@ def complete_on_cpu(server_args: Any) -> list[str]:
     if server_args.nnodes > 1:
         meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
     use_huge_pages()
+    skip_trials()
     given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already
     decodes = server_args.disaggregation_mode == "decode"
     defaults = CPU_DEFAULTS | (DECODE_DEFAULTS if decodes else {})

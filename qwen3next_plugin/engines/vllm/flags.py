@@ -16,7 +16,7 @@ from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
 from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, QUANTISATION, STREAMS
 from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
-from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart, skip_trials
+from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.served import served
 from qwen3next_plugin.engines.vllm.speculation.drafts_flags import (
     align_drafter,
@@ -77,7 +77,6 @@ def complete(vllm_config: VllmConfig) -> None:
     complete_cpu(vllm_config)
     keep_block_size(vllm_config.cache_config)
     keep_graphs_apart(vllm_config)
-    skip_trials(vllm_config.compilation_config)
     complete_folder(vllm_config, read_config(vllm_config))
     complete_handover(vllm_config, read_config(vllm_config))
     choose_metrics(vllm_config)

@@ -14,9 +14,7 @@ from torch import Tensor
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.package import SourceInfo
 from torch._dynamo.utils import get_metrics_context
-from torch._inductor import config as inductor
 from torch._inductor.cpu_vec_isa import VecISA
-from vllm.config import CompilationConfig
 
 from checkpoints import random_prompt
 from engines.vllm.offline import Offline
@@ -70,29 +68,6 @@ def test_the_next_start_reads_them(model: Path, drafts: dict[str, Any] | None) -
     compiled = [file.read_text() for file in model.with_name("cache").rglob("*.cpp")]
     assert compiled
     assert not any(VecISA._avx_code in source for source in compiled)
-
-
-@pytest.mark.parametrize(
-    ("machine", "options", "of_torch", "wanted"),
-    [
-        pytest.param("x86_64", {"dce": True}, None, True, id="by default"),
-        pytest.param("x86_64", {graphs.SKIP_TRIALS: False}, None, False, id="asked by a flag"),
-        pytest.param("x86_64", {}, False, None, id="asked by a variable"),
-        pytest.param("aarch64", {}, None, None, id="ARM, where a compiler may lack SVE"),
-    ],
-)
-def test_trials_are_skipped(
-    monkeypatch: pytest.MonkeyPatch,
-    machine: str,
-    options: dict[str, Any],
-    of_torch: bool | None,
-    wanted: bool | None,
-) -> None:
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    config = CompilationConfig(inductor_compile_config=options)
-    with inductor.patch({graphs.SKIP_TRIALS: of_torch}):
-        graphs.skip_trials(config)
-    assert config.inductor_compile_config.get(graphs.SKIP_TRIALS) is wanted
 
 
 def test_a_source_is_added_as_torch_adds_it_and_looked_for_once(

@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.cgroups import memory_bytes
+from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes
 from qwen3next_plugin.engines.nodes import meet_at
@@ -133,6 +134,7 @@ def complete_cpu(vllm_config: VllmConfig) -> None:
     if parallel_config.nnodes > 1:
         meet_at("--master-addr", parallel_config.master_addr, OWN_ADDRESS)
     use_huge_pages()
+    skip_trials()
     _leave_room(vllm_config)
     _limit_lora(vllm_config.lora_config)
     parallel_config.worker_cls = WORKER

@@ -1,6 +1,5 @@
-"""Compiled graphs on a CPU: keep and read them, and compile them without slow checks."""
+"""Compiled graphs on a CPU: kept apart, read again, and without looking for sources twice."""
 
-import platform
 from collections.abc import Callable
 from functools import cache
 from types import CodeType
@@ -8,8 +7,7 @@ from typing import Any
 
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable as Graph
 from torch._dynamo.package import InlinedSource, SourceInfo
-from torch._inductor import config as inductor
-from vllm.config import CompilationConfig, VllmConfig
+from vllm.config import VllmConfig
 
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines.hub import READ_HERE, folder_here
@@ -20,7 +18,6 @@ from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.quantisation.packed import packs_plain
 
 FINISH = "finalize_loading"
-SKIP_TRIALS = "cpp.vec_isa_ok"
 AddCode = Callable[[SourceInfo, CodeType], None]
 
 
@@ -29,14 +26,10 @@ def load_graph(host: Callable[..., Any], model: Any, aot_compilation_path: str) 
 
     It ends with a call of a method that only vLLM's own graphs have. Those of a CPU are torch's:
     the call would fail, and the model would be compiled again.
-
-    torch chooses instructions as it did to compile the graph, without trials if that had none.
     """
     if not hasattr(Graph, FINISH):
         setattr(Graph, FINISH, lambda self, vllm_config: None)
-    options = model.vllm_config.compilation_config.inductor_compile_config
-    with inductor.patch({SKIP_TRIALS: options.get(SKIP_TRIALS, inductor.cpp.vec_isa_ok)}):
-        return host(model, aot_compilation_path)
+    return host(model, aot_compilation_path)
 
 
 def keep_graphs_apart(vllm_config: VllmConfig) -> None:
@@ -53,17 +46,6 @@ def keep_graphs_apart(vllm_config: VllmConfig) -> None:
         "processor": instructions(),
     }
     vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": depends}
-
-
-def skip_trials(compilation_config: CompilationConfig) -> None:
-    """Skip torch's trials of the compiler on x86, unless the user has set torch's option.
-
-    torch compiles a large file for each instruction set that the processor has, 12 s in all, and
-    would again for each model and for other flags. The small ones for AVX-512 BF16, VNNI and AMX,
-    which an older compiler may lack, are still tried.
-    """
-    if platform.machine() == "x86_64" and inductor.cpp.vec_isa_ok is None:
-        compilation_config.inductor_compile_config.setdefault(SKIP_TRIALS, True)
 
 
 def add_code(host: AddCode, info: SourceInfo, code: CodeType) -> None:
