@@ -69,8 +69,8 @@ def rounds_of(work: Work, timed: Callable[[], float], rounds: int) -> list[Round
     found, before = [], measured_rates()
     for _ in range(rounds):
         milliseconds, after = timed(), measured_rates()
-        nbytes, products = ((a + b) / 2 for a, b in zip(before, after, strict=True))
-        limit = 1e3 * max(work.nbytes / nbytes, work.products / products)
+        rates = Rates(*(fmean(each) for each in zip(before, after, strict=True)))
+        limit = 1e3 * max(work.nbytes / rates.nbytes, work.products / rates.products)
         found.append(Round(milliseconds, limit))
         before = after
     return found

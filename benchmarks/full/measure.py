@@ -68,7 +68,7 @@ def measure(run: Run, size: str, kind: str, layers: int | None) -> Iterator[Reco
                     new = rounds_of(work[what], timed, PER_TURN)
                     found[name][what] += new
                     console.print(f"{name}, {what}: {', '.join(map(described, new))}")
-    tokens = dict(zip(work, (*BATCHES, *PROMPTS), strict=True))
+    tokens = {decode(n): n for n in BATCHES} | {prompt(n): n for n in PROMPTS}
     units = {"time": "ms", "tokens a second": "", "limit": "ms", "limit / time": ""}
     yield run.record(
         "full/steps",
