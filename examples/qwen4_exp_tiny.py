@@ -37,7 +37,7 @@ CONFIG: Mapping[str, Any] = {
     "indexer_compress_ratio": 4,
     "indexer_head_dim": 16,
     "indexer_kv_heads": 1,
-    "indexer_n_heads": 8,  # of few, all products with a key may be negative, and blocks tie
+    "indexer_n_heads": 16,  # of few, all products with a key may be negative, and blocks tie
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 32,
     "linear_num_key_heads": 2,

@@ -25,7 +25,7 @@ def test_fields_are_read():
     assert config.ple_layer_ids == (2, 5)
     assert [config.has_ngrams(i) for i in range(6)] == [False, True, False, False, True, False]
     assert (config.num_ngram_heads, config.ngram_head_dim, config.ple_conv_reach) == (16, 8, 9)
-    assert (config.indexer_n_heads, config.indexer_budget) == (8, 64)
+    assert (config.indexer_n_heads, config.indexer_budget) == (16, 64)
     assert config.output_gate_type == "sigmoid"
     assert config.num_linear_layers == 6
 
