@@ -176,11 +176,12 @@ ZENTORCH := 2.13.0.1
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
 # has the longest last. Engines want memory too, so there are four at most.
-PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(RERUN) $(LONG)
+PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 
-# A virtual machine may stand still for minutes: a test that ran out of time is run once more, and
-# the summary shows where it stood.
+# A virtual machine may stand still for minutes: a test with a server that ran out of time is run
+# once more, and the summary shows where it stood. The plugin takes 20 ms for each test, so the
+# thousands without a server do not use it.
 RERUN := --reruns 1 --only-rerun 'Timeout(Error|Expired)'
 
 test: $(EACH_ENGINE:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only
@@ -189,7 +190,7 @@ ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
 	OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve"
-	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve
+	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 $(RERUN) -m serve
 endif
 ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
 test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores
