@@ -21,10 +21,6 @@ class Selection(NamedTuple):
     tail: Tensor
     block_size: int
 
-    def of(self, tokens: Tensor) -> "Selection":
-        """That of some queries. Shapes: tokens [N] int32 or int64"""
-        return Selection(self.blocks[tokens], self.tail[tokens], self.block_size)
-
 
 def check_selection(op: str, selection: Selection, T: int, device: torch.device) -> None:
     """Raise ValueError unless it is one of T queries."""
