@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Container, Mapping
+from functools import cache
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ REPLICATED = (
 KEY_VALUE = ("k_proj.", "v_proj.")
 
 
+@cache  # of a large model, 100,000 names are asked for several times
 def part_of(name: str) -> str:
     """Which of PARTS a tensor of the checkpoint belongs to."""
     if name.startswith("mtp."):
