@@ -145,16 +145,17 @@ def pip_finds(tmp_path):
     return run
 
 
+LONG = pytest.mark.long
 OLD_PYTHON = "+cpu-cp39-cp39-manylinux_2_28_x86_64.whl"
 
 
 @pytest.mark.parametrize(
     ("own", "other", "option"),
     [
-        pytest.param(["+cpu"], ["+cpu"], False, id="pip's own index has it"),
+        pytest.param(["+cpu"], ["+cpu"], False, id="pip's own index has it", marks=LONG),
         pytest.param(["+cpu", ""], None, False, id="the CPU build wins over the plain one"),
         pytest.param([""], ["+cpu"], True, id="pip's own has CUDA builds"),
-        pytest.param([], ["+cpu"], True, id="pip's own has none"),
+        pytest.param([], ["+cpu"], True, id="pip's own has none", marks=LONG),
         pytest.param(["", OLD_PYTHON], ["+cpu"], True, id="pip's own has it for another Python"),
     ],
 )

@@ -34,7 +34,7 @@ def after_prompt(
 def check_sampled(model: Reference, samples: torch.Tensor) -> None:
     """Continuations [N, TOKENS] of PROMPT at temperature 1 are distributed as the model's are."""
     assert len(samples) == SAMPLES
-    each = after_prompt(model, PROMPT, samples)[:, :-1]  # [N, TOKENS, vocab], given its prefix
+    each = after_prompt(model, PROMPT, samples[:, :-1])  # [N, TOKENS, vocab], given its prefix
     assert p_value(*binned(samples[:, 0], each[0, 0])) > FALSE_ALARM, "first token"
     # The first that a draft can be accepted for, whatever the token before it.
     second = each[:, 1].double().mean(0)

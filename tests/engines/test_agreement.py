@@ -11,7 +11,7 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 
 RANKS = 2
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 
 
 def ask(rank: int, refusing: dict[int, Exception], meeting: Path, answers: Any) -> None:
@@ -36,9 +36,9 @@ def ask(rank: int, refusing: dict[int, Exception], meeting: Path, answers: Any) 
     ids=["none", "the second", "both"],
 )
 def test_all_ranks_say_what_the_first_that_refuses_says(refusing, said, tmp_path):
-    answers = SPAWN.Queue()
+    answers = FORK.Queue()
     ranks = [
-        SPAWN.Process(target=ask, args=(rank, refusing, tmp_path / "meeting", answers))
+        FORK.Process(target=ask, args=(rank, refusing, tmp_path / "meeting", answers))
         for rank in range(RANKS)
     ]
     for each in ranks:

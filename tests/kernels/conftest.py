@@ -15,6 +15,13 @@ from qwen3next_plugin.kernels import native
 
 OF_X86, OF_ARM = ("avx2", "avx512", "avx512bf16", "amx"), ("dotprod", "i8mm")
 LEVELS = ("baseline", *(OF_ARM if machine() == "aarch64" else OF_X86))
+# Of these tests, what other parameters show, too, and Triton's interpreter takes long for.
+IN_TRITON: dict[str, dict[str, object]] = {
+    "test_as_its_parts": {"dtype": torch.float32, "layout": "grouped"},  # bf16 is grouped, too
+    "test_our_kernels_agree": {"dtype": torch.float32},
+    "test_against_the_model": {"dtype": torch.float32, "gate": "sigmoid"},
+}
+NEVER = {"backend": None}
 OF_AMX = ("test_linear", "test_packed_moe", "test_paged_attention")
 
 
@@ -35,9 +42,10 @@ def by_tiles(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, `slow`.
 
-    There 1, 64 and 65 tokens are a block's part, a block and two. More lengths, and fp16 at others
-    than 65, are marked `long`. So are bits on x86's instruction sets between the lowest and the
-    highest, and AMX where tiles are not used: there the code of avx512bf16 runs.
+    There 1 and 65 tokens are a block's part, and a block and a part. More lengths, fp16 at others
+    than 65, and what IN_TRITON names, are marked `long`. So are bits on x86's instruction sets
+    between the lowest and the highest; avx512 but in bf16, where alone it differs from avx512bf16;
+    and AMX where tiles are not used: there the code of avx512bf16 runs.
     """
     levels = [level for level in native.levels() if level != "amx"]
     between = set(levels[1:-1]).intersection(OF_X86)
@@ -45,12 +53,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("bits_level") in between:
             item.add_marker(pytest.mark.long)
+        bf16 = params.get("dtype", torch.bfloat16) == torch.bfloat16
+        if "avx512" in params.values() and "avx512bf16" in levels and not bf16:
+            item.add_marker(pytest.mark.long)
         if "amx" in params.values() and not by_tiles(item.path.stem, **params):
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
             T = params.get("T")
-            if T in (63, 200) or (T != 65 and params.get("dtype") == torch.float16):
+            if T in (63, 64, 200) or (T != 65 and params.get("dtype") == torch.float16):
+                item.add_marker(pytest.mark.long)
+            if all(params.get(k) == v for k, v in IN_TRITON.get(item.originalname, NEVER).items()):
                 item.add_marker(pytest.mark.long)
 
 

@@ -26,6 +26,7 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_warmup_compiles_for_an_architecture_that_is_not_here(tmp_path, cache):
     """In a process of its own; what it has compiled is not compiled again."""

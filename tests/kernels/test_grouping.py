@@ -122,7 +122,7 @@ def test_same_bits_beside_other_rows(bits_level, request_on):
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_decode_and_verify_have_the_same_bits_on_a_gpu(backend, dtype, state_dtype, size):
     """Equal bits one by one, verified together or after rejected drafts; prefill is close."""
-    layer, tokens = Layer.random(Shape(1, 2, 16, 24), dtype), size(2 * GRID + 7, T)
+    layer, tokens = Layer.random(Shape(1, 2, 16, 24), dtype), size(GRID + 7, T)
     x, drafts = layer.projections(tokens, dtype), layer.projections(tokens + DRAFTS, dtype)
 
     def run(groups):

@@ -132,7 +132,7 @@ def check(plan, seed: int) -> None:
 def test_any_sequence_of_steps(backend, size):
     """Most sequences run on the highest instruction set, the fewest in Triton's interpreter."""
     best = [level for level in native.levels() if level != "amx"][-1]  # which has no such op
-    examples = {best: size(120, 900), "triton": size(3, 12)}
+    examples = {best: size(120, 900), "triton": size(2, 12)}
 
     @settings(
         max_examples=examples.get(backend, size(15, 75)),

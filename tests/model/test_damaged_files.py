@@ -253,7 +253,7 @@ def write_tensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -
     write_file(path, header, end)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(data=st.data())
 def test_whatever_the_tensors_of_a_module_are_nothing_else_is_raised(headers, folder, data):
     """Whole files, in which a tensor has another dtype or shape, or is missing."""

@@ -10,11 +10,14 @@ import pytest
 from benchmarks.block_model import TINY
 from benchmarks.mtp import record
 from benchmarks.mtp.replay import COLD, RECORDED, adaptive, load, shares
+from tiers import long_except
 
 K = 3
 # Of the best fixed length in hindsight, at least, on recordings: of all steps, of the first 100,
 # and of all if the first drafts are slow.
 WHOLE, EARLY, SLOW = 0.98, 0.95, 0.98
+PATHS = {path.stem: path for path in sorted(RECORDED.glob("*.json"))}
+ALWAYS = ("sglang-block-4", "sglang-tiny-16", "vllm-block-1", "vllm-tiny-4")  # the others: --long
 
 
 def recording(tmp_path, batch: int, *, right: int):
@@ -42,7 +45,7 @@ def recording(tmp_path, batch: int, *, right: int):
 
 @pytest.mark.parametrize("cold", [0, COLD])
 @pytest.mark.parametrize("right", [0, 1, K])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", long_except([4], [1, 4]))
 def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, batch, right, cold):
     made = recording(tmp_path, batch, right=right)
     whole, early = shares(made, adaptive, cold)
@@ -51,9 +54,8 @@ def test_adaptive_is_close_to_the_best_fixed_length(tmp_path, batch, right, cold
 
 
 def test_recordings_are_there():
-    names = {path.stem for path in RECORDED.glob("*.json")}
     models = {"tiny": (1, 4, 16), "block": (1, 4)}
-    assert names == {
+    assert {*PATHS} == {
         f"{engine}-{model}-{batch}"
         for engine in ("vllm", "sglang")
         for model, batches in models.items()
@@ -61,13 +63,14 @@ def test_recordings_are_there():
     }
 
 
-@pytest.mark.parametrize("path", sorted(RECORDED.glob("*.json")), ids=lambda path: path.stem)
-def test_adaptive_on_a_recording(path):
+@pytest.mark.parametrize("name", long_except(ALWAYS, PATHS))
+def test_adaptive_on_a_recording(name):
     """From the first request on, and if the first 40 drafts take three times as long."""
-    whole, early = shares(load(path), adaptive)
+    recording = load(PATHS[name])
+    whole, early = shares(recording, adaptive)
     assert whole >= WHOLE
     assert early >= EARLY
-    cold, _ = shares(load(path), adaptive, COLD)
+    cold, _ = shares(recording, adaptive, COLD)
     assert cold >= SLOW
 
 
@@ -82,7 +85,7 @@ def test_the_page_gives_these_bounds():
 @pytest.mark.parametrize("name", ["sglang-block-4", "vllm-tiny-4"])
 def test_mixed_traffic_gains_from_own_lengths(name):
     """Of one request every draft is right, of the next none."""
-    recording = load(RECORDED / f"{name}.json")
+    recording = load(PATHS[name])
     mixed = replace(recording, runs=[right * 120 for right in (str(recording.num_drafts), "0") * 3])
     assert shares(mixed, adaptive)[0] >= 1.01
 

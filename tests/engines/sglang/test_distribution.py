@@ -9,20 +9,25 @@ from checkpoints import SHIPPED
 from engines.distribution import PROMPT, SAMPLES, TOKENS, check_sampled
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "4000", "--random-seed", "6", *NEXTN, "3")
-TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "6")
+DRAFTS = {
+    "chain": (),
+    "tree": ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "6"),
+}
 
 
-@pytest.fixture(scope="module", params=[(), TREE], ids=["chain", "tree"])
+@pytest.fixture(scope="module", params=DRAFTS)
 def server(request) -> Iterator[Server]:
-    server = Forked(SHIPPED, *FLAGS, TERSE, *request.param, env=FIXED).wait()
+    server = Forked(SHIPPED, *FLAGS, TERSE, *DRAFTS[request.param], env=FIXED).wait()
     yield server
     server.close()
 
 
+@pytest.mark.parametrize("server", long_except(["chain"], DRAFTS), indirect=True, scope="module")
 def test_samples_are_distributed_as_the_model_says(server, reference):
     params = {"temperature": 1, "max_new_tokens": TOKENS, "ignore_eos": True}
     prompts = [list(PROMPT)] * SAMPLES

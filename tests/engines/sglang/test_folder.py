@@ -16,6 +16,7 @@ from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from engines.sglang.updating import refused
 from qwen3next_plugin.engines.sglang.state.alike import LINKER_FLAG
 from qwen3next_plugin.engines.sglang.state.folder_flags import LINKER, MODULE
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -28,6 +29,7 @@ CASES = {
     "nextn-3_bfloat16": ("--dtype", "bfloat16", *NEXTN, "3"),
     "two-ranks_nextn-2": ("--dtype", "float32", "--tp-size", "2", *NEXTN, "2"),
 }
+ALWAYS = ("nextn-3_bfloat16", "two-ranks_nextn-2")  # the others with --long
 
 
 def flags(folder: Path, folder_bytes: int = 1 << 30) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ def check_same(found: Answer, cold: Answer) -> None:
     assert (found.token_ids, found.logprobs) == (cold.token_ids, cold.logprobs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
 def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
     if name.startswith("two") and len(CPUS) < 2:
         pytest.skip("two ranks need two cores")

@@ -71,7 +71,7 @@ def test_many_at_once_with_as_many_good_drafts(servers, one):
 
 @pytest.mark.parametrize(
     ("flags", "more"),
-    [((), {}), (WITH_DRAFTS, {"QWEN3NEXT_DRAFTS": "adaptive"})],
+    [pytest.param((), {}, marks=pytest.mark.long), (WITH_DRAFTS, {"QWEN3NEXT_DRAFTS": "adaptive"})],
     ids=["none", "adaptive"],
 )
 def test_without_drafts_and_with_as_many_as_pay(one, flags, more):

@@ -35,7 +35,7 @@ CASES = {  # parser, layout, flags
 }
 
 
-@pytest.fixture(scope="module", params=long_except(("qwen3-next", "qwen3.5"), CASES))
+@pytest.fixture(scope="module", params=long_except(["qwen3-next"], CASES))
 def server(request, tmp_path_factory) -> Iterator[Forked]:
     parser, layout, flags = CASES[request.param]
     model = checkpoint(tmp_path_factory.mktemp("parsers") / "model", layout)

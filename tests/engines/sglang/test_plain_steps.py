@@ -21,7 +21,7 @@ FLAGS = (
     "--dtype", "float32", "--max-total-tokens", "8192", "--enable-deterministic-inference", TERSE,
     "--enable-return-hidden-states", "--enable-metrics", *PARSERS["sglang"],
 )  # fmt: skip
-TOKENS = 40
+TOKENS = 24
 
 
 def running(*flags: str, **env: str) -> Iterator[Forked]:

@@ -146,7 +146,8 @@ def test_in_bf16_a_token_has_the_same_bits_alone_in_a_batch_and_with_drafts(fold
         flags = ("--dtype", "bfloat16", *FLAGS, "--chunked-prefill-size", slices)
         server = Forked(folder, *flags, env=INVARIANT | env).wait()
         try:
-            found.append([server.greedy([prompt], TOKENS, **LOGPROBS)[0] for prompt in PROMPTS])
+            if not found:
+                found.append([server.greedy([prompt], TOKENS, **LOGPROBS)[0] for prompt in PROMPTS])
             found.append(server.greedy(PROMPTS, TOKENS, **LOGPROBS))
             begun = server.greedy(PROMPTS, TOKENS // 2)
             pairs = zip(PROMPTS, begun, strict=True)
@@ -154,7 +155,7 @@ def test_in_bf16_a_token_has_the_same_bits_alone_in_a_batch_and_with_drafts(fold
             cached.append(server.greedy(texts, TOKENS // 2, return_logprob=True))
         finally:
             server.close()
-    assert [bits(run) for run in found[1:]] == [bits(found[0])] * 3
+    assert [bits(run) for run in found[1:]] == [bits(found[0])] * 2
     for run in cached:
         assert max(answer.cached for answer in run) > SLICE
         assert bits(run, prompts=False) == ends(found[0], TOKENS // 2)

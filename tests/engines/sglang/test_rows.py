@@ -9,7 +9,7 @@ from engines.sglang.server import FIXED, NEXTN, Forked
 
 pytestmark = pytest.mark.serve
 
-CONTEXT, POOL, REQUESTS = 300, 256, 6
+CONTEXT, POOL, REQUESTS = 300, 256, 4
 SMALL = ("--dtype", "float32", "--context-length", str(CONTEXT), "--max-running-requests", "8")
 DRAFTS = {"8 drafts": ("8",), "trees": ("3", "--speculative-eagle-topk", "4")}
 

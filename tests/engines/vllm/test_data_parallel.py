@@ -13,6 +13,7 @@ from engines.traffic import source_tokens
 from engines.vllm.offline import preload
 from engines.vllm.server import Server, greedy, serve
 from family import FAMILY
+from tiers import long_except
 
 pytestmark = [
     pytest.mark.serve,
@@ -50,7 +51,7 @@ class Replicas(Server):
         return set(drafted) == {"0", "1"} and min(drafted.values()) > 0
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("experts", long_except(["shared"], EXPERTS))
 def test_two_engines_answer_as_one(reference, experts):
     """One that has nothing to do lets the other go on; at once, each has rows of other lengths."""
     server = Replicas(SHIPPED, *EXPERTS[experts]).wait()

@@ -18,6 +18,7 @@ from engines.folders import damage, settled
 from engines.process import CPUS
 from engines.vllm.offline import Offline
 from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -39,6 +40,7 @@ CASES = {
         "tensor_parallel_size": 2,
     },
 }
+ALWAYS = [name for name in CASES if name not in ("plain", "mtp-3")]  # the others with --long
 
 
 def connector(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def ask(engine: Offline, prompt: tuple[int, ...] = PROMPT) -> Output:
     return engine.greedy([prompt], TOKENS, logprobs=0)[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
 def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
     if name.startswith("two") and len(CPUS) < 2:
         pytest.skip("two ranks need two cores")
@@ -159,7 +161,7 @@ def test_a_limit_that_no_prefix_fits_in_is_refused(checkpoint, tmp_path, setting
     assert not names_in_memory()
 
 
-@pytest.mark.parametrize("name", ["plain", "mtp-3"])
+@pytest.mark.parametrize("name", long_except(["mtp-3"], ["plain", "mtp-3"]))
 def test_the_least_folder_holds_the_last_prompt(checkpoint, tmp_path, name):
     with (
         pytest.raises(AssertionError, match="folder_bytes = 5000") as refusal,

@@ -50,7 +50,9 @@ def alone(server: Server, prompt: str | tuple[int, ...], **options) -> str:
     return text(complete(server, prompt, cache_salt="alone", **options))
 
 
-@pytest.mark.parametrize("options", [{}, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.long), SEEDED], ids=["greedy", "seeded"]
+)
 def test_the_text_is_one_servers(servers, options):
     """Of prompts that end before, at and after a block's end."""
     block, seed = block_size(servers[0]), len(options)

@@ -9,12 +9,13 @@ import zmq
 from vllm.utils.network_utils import get_open_zmq_ipc_path, zmq_socket_ctx
 
 from engines.clients import eventually
-from engines.vllm.server import ForkedTwice, Server
+from engines.vllm.server import ForkedTwice
 
 
 @pytest.mark.serve
 def test_sigterm_while_the_engine_loads(checkpoint):
-    server = Server(checkpoint, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+    flags = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+    server = ForkedTwice(checkpoint, *flags)
     try:
         assert eventually(lambda: "(EngineCore pid=" in server.process.text())
         processes = server.processes()

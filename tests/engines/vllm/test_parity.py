@@ -11,6 +11,7 @@ from checkpoints import random_prompt, write_checkpoint
 from engines.checks import LENGTHS, TOKENS, check_greedy
 from engines.vllm.checks import LOGPROBS, check_cache_hits, check_sampled
 from engines.vllm.offline import Offline
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -32,15 +33,18 @@ ENGINES: dict[str, dict[str, Any]] = {
     "mtp-4_chunks-of-67_no-cache": mtp(4)
     | {"max_num_batched_tokens": 67, "max_num_seqs": 8, "enable_prefix_caching": False},
 }
+# The other one with --long: test_three_engines.py and test_server.py compile, too.
+ALWAYS = [name for name in ENGINES if name != "mtp-2_compiled"]
 
 
 def engines_with(flag: str, default: object = None) -> pytest.MarkDecorator:
     """Run a test on the engines that have the flag."""
     names = [name for name, flags in ENGINES.items() if flags.get(flag, default)]
-    return pytest.mark.parametrize("name", names, indirect=True, scope="module")
+    cases = long_except(ALWAYS, names)
+    return pytest.mark.parametrize("name", cases, indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=long_except(ALWAYS, ENGINES))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

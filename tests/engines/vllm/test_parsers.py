@@ -30,7 +30,7 @@ CASES = {  # parser, layout
 }
 
 
-@pytest.fixture(scope="module", params=long_except(("qwen3-next", "qwen3.5-wrapped"), CASES))
+@pytest.fixture(scope="module", params=long_except(["qwen3.5-wrapped"], CASES))
 def server(request, tmp_path_factory) -> Iterator[Forked]:
     parser, layout = CASES[request.param]
     model = checkpoint(tmp_path_factory.mktemp("parsers") / "model", layout)

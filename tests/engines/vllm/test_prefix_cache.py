@@ -40,9 +40,12 @@ CASES = {
     "8-layers_mtp-3_units-of-8_bfloat16": Case(8, 3, 8, "bfloat16"),
 }
 SHARED = "4-layers_mtp-3_units-of-8"  # whose engine other tests use, too
-# The other case, an engine of its own, with --long: the one with chunks has as many layers.
-ALWAYS = [name for name in CASES if name != "8-layers_units-of-8"]
-PAIRS = [("4-layers", "4-layers_mtp-3"), ("4-layers_units-of-8", "4-layers_mtp-3_units-of-8")]
+# The other cases, engines of their own, with --long: drafts have units of 8 in another one.
+ALWAYS = [name for name in CASES if name not in ("4-layers_units-of-8", "8-layers_units-of-8")]
+PAIRS = {
+    "blocks": ("4-layers", "4-layers_mtp-3"),
+    "units-of-8": ("4-layers_units-of-8", "4-layers_mtp-3_units-of-8"),
+}
 
 
 class Chat(NamedTuple):
@@ -148,8 +151,9 @@ def test_the_second_turn_of_a_chat(chats, name):
         assert chat.second.logprobs == pytest.approx(chat.second_cold.logprobs, abs=NEAR)
 
 
-@pytest.mark.parametrize(("off", "on"), PAIRS, ids=["blocks", "units-of-8"])
-def test_drafting_costs_a_hit_one_unit_at_most(chats, off, on):
+@pytest.mark.parametrize("pair", long_except(["blocks"], PAIRS))
+def test_drafting_costs_a_hit_one_unit_at_most(chats, pair):
+    off, on = PAIRS[pair]
     unit = CASES[on].unit or BLOCK
     for without, with_drafts in zip(chats(off), chats(on), strict=True):
         assert without.again.cached - with_drafts.again.cached <= unit

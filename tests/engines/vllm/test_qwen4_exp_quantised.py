@@ -19,7 +19,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "kind", long_except((MIXED, "int4", IN_PANELS), (MIXED, IN_PANELS, *AT_LOAD, *KINDS))
+    "kind", long_except((MIXED, IN_PANELS), (MIXED, IN_PANELS, *AT_LOAD, *KINDS))
 )
 def test_with_and_without_drafts(plain, tmp_path, kind):
     """Also with tables in FP8, if the files are quantised; one compiled."""

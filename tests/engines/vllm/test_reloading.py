@@ -148,7 +148,7 @@ def continued(server: ForkedTwice, prompt: list[int], tokens: int) -> list[int]:
 
 
 def test_a_running_request_goes_on_by_the_new_weights(server, folders):
-    prompt, tokens = list(random_prompt(40, seed=7)), 800
+    prompt, tokens = list(random_prompt(40, seed=7)), 400
     old = continued(server, prompt, tokens)
     found: list[int] = []
     asking = threading.Thread(target=lambda: found.extend(continued(server, prompt, tokens)))

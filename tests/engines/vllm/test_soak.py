@@ -31,7 +31,7 @@ def idle(server: Forked) -> dict[str, float]:
 
 def test_thousands_of_requests_leave_no_trace(size):
     """With --long; a few hundred without."""
-    batch = requests(size(120, 2000), seed=4, abort_share=0.3, tokens=16, longest=400)
+    batch = requests(size(80, 2000), seed=4, abort_share=0.3, tokens=16, longest=400)
     batch[20:20] = growing(12, BLOCKS[0])  # among those that are sent at once
     kept = [i for i, request in enumerate(batch) if request.hang_up is None]
     again = [batch[i] for i in kept[:AGAIN]]
