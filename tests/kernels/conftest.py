@@ -44,8 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     There 1 and 65 tokens are a block's part, and a block and a part. More lengths, fp16 at others
     than 65, and what IN_TRITON names, are marked `long`. So are bits on x86's instruction sets
-    between the lowest and the highest; avx512 but in bf16, where alone it differs from avx512bf16;
-    and AMX where tiles are not used: there the code of avx512bf16 runs.
+    between the lowest and the highest; avx512 but for bf16, as avx512bf16 has its code for other
+    activations; and AMX where tiles are not used: there the code of avx512bf16 runs.
     """
     levels = [level for level in native.levels() if level != "amx"]
     between = set(levels[1:-1]).intersection(OF_X86)

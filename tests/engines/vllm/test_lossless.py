@@ -134,7 +134,8 @@ def margins(reference, traffic) -> Margins:
     return Margins(reference(SHIPPED), texts[:20])
 
 
-@pytest.mark.parametrize("case", long_except([], ["k=3", "adaptive"]))
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["k=3", "adaptive"])
 def test_bf16_differs_at_most_where_two_tokens_are_as_likely(
     without_drafts, with_drafts, traffic, margins, case
 ):
