@@ -27,9 +27,9 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=long_except(["shipped"], CHECKPOINTS))
-def served(request, tmp_path_factory) -> Served:
+def served(request, tmp_path_factory, size) -> Served:
     if request.param == "shipped":
-        return Served(SHIPPED, texts(many=False)[1::2])
+        return Served(SHIPPED, texts(many=False)[:: size(2, 1)])
     folder = tmp_path_factory.mktemp("checkpoint")
     prompts = [random_prompt(length) for length in LENGTHS]
     if member := FAMILY.get(request.param):

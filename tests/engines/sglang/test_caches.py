@@ -28,6 +28,9 @@ def test_they_are_in_a_temporary_folder(tmp_path):
 
 
 def test_named_folders_stay(tmp_path):
-    own, tritons = f"{tmp_path}/named", f"{tmp_path}/triton's"
-    found = folders(tmp_path, SGLANG_CACHE_DIR=own, TRITON_CACHE_DIR=tritons)
-    assert found == [own, f"{own}/inductor", tritons]
+    own = f"{tmp_path}/named"
+    found = folders(tmp_path, SGLANG_CACHE_DIR=own)
+    assert found == [own, f"{own}/inductor", f"{own}/triton"]
+    folder = f"{tmp_path}/sglang-{os.getuid()}"
+    found = folders(tmp_path, TRITON_CACHE_DIR=own)
+    assert found == [folder, f"{folder}/inductor", own]
