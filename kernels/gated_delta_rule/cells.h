@@ -88,10 +88,12 @@ struct Head {
     std::memset(product, 0, rows * sizeof product[0]);
     S* to = pending_end ? target() : nullptr;
     if (!to && !state) return;
+    // Short rows read S from memory: the next block's rows, after the last one the next head's.
+    const S* soon = row.is_long || !state ? nullptr : state + kBlock * V;
     for (int64_t k = 0; k < K; k += kBlock) {
       const int64_t end = std::min(k + kBlock, K);
       if (to) fold(pending, k, end, columns, state, to, V);
-      multiply(x, rows, k, end, columns, to ? to : state, V, product[0]);
+      multiply(x, rows, k, end, columns, to ? to : state, soon, V, product[0]);
     }
     if (to) state = to, pending_end = 0;
   }

@@ -78,8 +78,8 @@ template <class S>
 }
 
 template <int R, int C, class S>
-Q3N_INLINE inline void multiply_tile(const float* x, int64_t k, int64_t end, const S* s, int64_t ld,
-                                     float* product, int64_t lanes) {
+Q3N_INLINE inline void multiply_tile(const float* x, int64_t k, int64_t end, const S* s,
+                                     const S* soon, int64_t ld, float* product, int64_t lanes) {
   f32v p[R][C];
   const auto each = [](auto f) Q3N_INLINE {
     repeat<R>(R,
@@ -89,7 +89,10 @@ Q3N_INLINE inline void multiply_tile(const float* x, int64_t k, int64_t end, con
            Q3N_INLINE { p[r][c] = load(product + r * kColumns + c * kLanes); });
   for (; k < end; ++k) {
     f32v row[C];
-    repeat<C>(C, [&](int64_t c) Q3N_INLINE { row[c] = load(s + k * ld + c * kLanes, lanes); });
+    repeat<C>(C, [&](int64_t c) Q3N_INLINE {
+      if (soon) __builtin_prefetch(soon + k * ld + c * kLanes, 0, 2);
+      row[c] = load(s + k * ld + c * kLanes, lanes);
+    });
     each([&](int64_t r, int64_t c)
              Q3N_INLINE { p[r][c] = fma(splat(x[r * kMaxDim + k]), row[c], p[r][c]); });
   }
@@ -97,16 +100,17 @@ Q3N_INLINE inline void multiply_tile(const float* x, int64_t k, int64_t end, con
            Q3N_INLINE { store(product + r * kColumns + c * kLanes, p[r][c]); });
 }
 
-// product [rows, V] += x [rows, K] S over rows [k, end) of S. `rows` is even.
+// product [rows, V] += x [rows, K] S over rows [k, end) of S. `rows` is even. Rows [k, end) of
+// `soon` are prefetched, unless it is null.
 template <class S>
 [[gnu::noinline]] void multiply(const float* x, int64_t rows, int64_t k, int64_t end, int64_t V,
-                                const S* s, int64_t ld, float* product) {
+                                const S* s, const S* soon, int64_t ld, float* product) {
   const auto some = [&]<int R>(std::integral_constant<int, R>) {
     for_columns<vectors_beside(R)>(
         V, [&]<int C>(std::integral_constant<int, C>, int64_t v, int64_t lanes) {
-          multiply_tile<R, C>(x, k, end, s + v, ld, product + v, lanes);
+          multiply_tile<R, C>(x, k, end, s + v, soon ? soon + v : nullptr, ld, product + v, lanes);
         });
-    rows -= R, x += R * kMaxDim, product += R * kColumns;
+    rows -= R, x += R * kMaxDim, product += R * kColumns, soon = nullptr;
   };
   while (rows >= kRows) some(std::integral_constant<int, kRows>{});
   if (rows == 6) some(std::integral_constant<int, 6>{});
