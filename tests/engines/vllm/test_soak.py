@@ -12,7 +12,7 @@ pytestmark = pytest.mark.serve
 AGAIN, CLIENTS = 16, 32
 FLAGS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "22",
+    "--max-num-batched-tokens", "512", "--num-gpu-blocks-override", "14",
     "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 4}',
 )  # fmt: skip
 
