@@ -142,9 +142,10 @@ def at_depths(model: str, engine: Worker) -> Context:
             for blocks, found in rounds.items():
                 use(engine, model, blocks)
                 found.append(context(engine, LENGTHS[0], 0))
-        if i >= ROUNDS and all(near for _, near in depth_checks(model, rounds)):
+        checks = list(depth_checks(model, rounds))
+        if i >= ROUNDS and all(near for _, near in checks):
             break
-    for said, near in depth_checks(model, rounds):
+    for said, near in checks:
         console.print(f"check: {said}")
         if not near:
             raise RedCheckError(said)

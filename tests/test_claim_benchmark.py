@@ -137,6 +137,30 @@ def test_a_layer_that_takes_another_time_in_two_blocks_is_red(measured, added):
         measured(added=added)
 
 
+class Disturbed(Engine):
+    """The first `slow` times that it is told to use two blocks, they are slow."""
+
+    def __init__(self, slow: int) -> None:
+        super().__init__(DENSE, added=1.5)
+        self.slow = slow
+
+    def use(self, layers: int) -> None:
+        super().use(layers)
+        if layers > len(BLOCK[DENSE]):
+            self.added = 1.5 if self.slow else 1.0
+            self.slow -= 1
+
+
+def test_one_undisturbed_round_is_enough():
+    found = claim.at_depths(DENSE, Disturbed(claim.MOST_ROUNDS - 1))
+    assert found.decoded[0][FULL] == 20
+
+
+def test_rounds_that_are_all_disturbed_are_red():
+    with pytest.raises(RedCheckError, match="read: full_attention takes"):
+        claim.at_depths(DENSE, Disturbed(claim.MOST_ROUNDS))
+
+
 def test_experts_that_memory_has_room_for(monkeypatch):
     for free, experts in ((24e9, 512), (16e9, 256)):
         monkeypatch.setattr(claim_models, "available_memory", lambda free=free: free)

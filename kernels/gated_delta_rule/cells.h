@@ -88,7 +88,7 @@ struct Head {
     std::memset(product, 0, rows * sizeof product[0]);
     S* to = pending_end ? target() : nullptr;
     if (!to && !state) return;
-    // Short rows read S from memory: the next block's rows, after the last one the next head's.
+    // Only short rows find S in memory: they prefetch the next block, at the end the next head's.
     const S* soon = row.is_long || !state ? nullptr : state + kBlock * V;
     for (int64_t k = 0; k < K; k += kBlock) {
       const int64_t end = std::min(k + kBlock, K);

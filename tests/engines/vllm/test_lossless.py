@@ -19,8 +19,7 @@ pytestmark = pytest.mark.serve
 
 CLIENTS, ALONE = 16, 12
 TALKS = {"float32": 2, "bfloat16": 0}  # dialogues with tools
-# Prompts in chunks, and memory for a few of the clients: with 20 blocks, it depended on when
-# requests came in whether one was preempted.
+# Prompts in chunks, and memory for so few clients that some are preempted, whenever they come.
 FLAGS = (
     "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16",
     "--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "14", *PARSERS["vllm"],
