@@ -4,28 +4,50 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 AROUND = 1 << 16  # Linux's fault_around_bytes: it maps the aligned range around a page it reads
+RUN = 4 << 20  # bytes given back at once: to split the large pages of a cached file takes longer
+MOST_RUNS = 8  # a file's tensors are sorted by dtype, so those of a module are apart
 
 
-def give_back(tensor: torch.Tensor) -> None:
-    """Let the system reclaim a tensor's memory after it was read, if it is a mapped file.
+@contextmanager
+def giving_back() -> Iterator[Callable[[torch.Tensor], None]]:
+    """Let the system reclaim the memory of tensors that were read, if they are of mapped files.
 
     Without this, every page that was copied from a mapped checkpoint stays resident, and loading
     peaks at twice the size of the weights. It is only a hint: data that is still needed is read
     again. With a GPU it does nothing, because host memory is not short there, and the ranks of a
     machine read the same pages.
+
+    Yields: a function to call with each tensor, which gives back tensors side by side together.
     """
-    on_gpu = torch.accelerator.is_available()
-    if tensor.device.type != "cpu" or on_gpu or not sys.platform.startswith("linux"):
-        return
-    # Reading the first page has mapped the end of the tensor before it again, up to AROUND bytes.
-    start = tensor.data_ptr() // AROUND * AROUND
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    _advise(start, end, MADV_PAGEOUT)
+    runs: dict[int, int] = {}  # the end of what was read → its start
+    wanted = sys.platform.startswith("linux") and not torch.accelerator.is_available()
+
+    def done(tensor: torch.Tensor) -> None:
+        if not wanted or tensor.device.type != "cpu":
+            return
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        start = runs.pop(start, start)
+        if end - start >= RUN:
+            _give_back(start, end)
+            return
+        runs[end] = start
+        if len(runs) > MOST_RUNS:
+            oldest = next(iter(runs))
+            _give_back(runs.pop(oldest), oldest)
+
+    try:
+        yield done
+    finally:
+        for end, start in runs.items():
+            _give_back(start, end)
 
 
 def read_at_random(tensor: torch.Tensor) -> None:
@@ -53,6 +75,12 @@ def give_back_freed() -> None:
     """
     if sys.platform.startswith("linux") and hasattr(_libc(), "malloc_trim"):  # of glibc
         _libc().malloc_trim(ctypes.c_size_t(0))
+
+
+def _give_back(start: int, end: int) -> None:
+    """Give back the memory from `start` to `end`, which was read."""
+    # Reading the first page has mapped what is before it again, up to AROUND bytes.
+    _advise(start // AROUND * AROUND, end // mmap.PAGESIZE * mmap.PAGESIZE, MADV_PAGEOUT)
 
 
 def _advise(start: int, end: int, advice: int) -> None:

@@ -14,7 +14,7 @@ from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, group_projections, our_name, our_names
-from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.mapped import giving_back
 from qwen3next_plugin.model.checkpoint.tensors import MTP, mtp_tensors, trunk_tensors
 from qwen3next_plugin.model.quantisation.modules import Formats, Stream
 
@@ -136,9 +136,10 @@ def _counted(
 
 def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors that are copied before the next one is asked for."""
-    for name, tensor in tensors:
-        yield name, tensor
-        give_back(tensor)
+    with giving_back() as done:
+        for name, tensor in tensors:
+            yield name, tensor
+            done(tensor)
 
 
 def _by_part(

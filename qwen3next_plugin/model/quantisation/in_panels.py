@@ -42,7 +42,7 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
 from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, holder
-from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.mapped import giving_back
 from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING, all_tensors
 from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
@@ -180,12 +180,13 @@ class FormatsInPanels(Formats):
         """Yield tensors: those of packed weights from their files, whatever the engine has read."""
         left_out = set(self._of(frozenset(ignored)))
         load = mapped if env.mmap() else read
-        for name, tensor in tensors:
-            if (place := self._places.get(name)) is None:
-                yield name, tensor
-                give_back(tensor)
-            elif name.rpartition(".")[0] not in left_out:
-                yield name, tensor if tensor.is_meta else load(place)
+        with giving_back() as done:
+            for name, tensor in tensors:
+                if (place := self._places.get(name)) is None:
+                    yield name, tensor
+                    done(tensor)
+                elif name.rpartition(".")[0] not in left_out:
+                    yield name, tensor if tensor.is_meta else load(place)
 
     def attached(
         self, tensors: Stream, attach: Callable[[str, PackedWeight], None]

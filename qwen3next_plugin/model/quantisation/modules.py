@@ -14,7 +14,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import without_data
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT, SHARD, Shapes
-from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.mapped import giving_back
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 from qwen3next_plugin.model.quantisation.schemes import scheme
@@ -140,23 +140,24 @@ class Formats:
         """
         waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         ignored = frozenset(ignored)
-        for name, tensor in tensors:
-            module, _, last = name.rpartition(".")
-            if last in KV_SCALES:
-                continue
-            stored = self.stored.get(module)
-            if stored is None or last not in stored.names:
-                yield name, tensor
-                give_back(tensor)
-                continue
-            if f"{module}.weight" in ignored:
-                continue
-            waiting[module][last] = tensor
-            if len(waiting[module]) == len(stored.names):
-                whole = stored.module._replace(tensors=waiting.pop(module))
-                yield from self._in_our_format(stored, whole)
-                for tensor in whole.tensors.values():
-                    give_back(tensor)
+        with giving_back() as done:
+            for name, tensor in tensors:
+                module, _, last = name.rpartition(".")
+                if last in KV_SCALES:
+                    continue
+                stored = self.stored.get(module)
+                if stored is None or last not in stored.names:
+                    yield name, tensor
+                    done(tensor)
+                    continue
+                if f"{module}.weight" in ignored:
+                    continue
+                waiting[module][last] = tensor
+                if len(waiting[module]) == len(stored.names):
+                    whole = stored.module._replace(tensors=waiting.pop(module))
+                    yield from self._in_our_format(stored, whole)
+                    for tensor in whole.tensors.values():
+                        done(tensor)
 
     def attached(
         self, tensors: Stream, attach: Callable[[str, PackedWeight], None]

@@ -27,7 +27,7 @@ from qwen3next_plugin.model.checkpoint.layouts import (
     is_tied_head,
     our_names,
 )
-from qwen3next_plugin.model.checkpoint.mapped import give_back
+from qwen3next_plugin.model.checkpoint.mapped import giving_back
 from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.checkpoint.writing import DTYPES, Planned
 from qwen3next_plugin.model.quantisation.files import formats_of
@@ -141,9 +141,10 @@ class Source:
         if module in self.formats.stored:
             write(name, dict(self.formats.converted(self._stored((module,))))[name])
             return
-        tensor = self._tensor(name)
-        write(name, tensor)
-        give_back(tensor)
+        with giving_back() as done:
+            tensor = self._tensor(name)
+            write(name, tensor)
+            done(tensor)
 
     def _sample(self, name: str, form: Format) -> PackedWeight:
         """A weight that is packed alike, of a few output channels: more than share a scale."""

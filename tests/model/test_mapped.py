@@ -1,0 +1,93 @@
+"""Memory of mapped files that was read is given back, in runs of tensors side by side."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qwen3next_plugin.model.checkpoint import mapped
+from qwen3next_plugin.model.checkpoint.mapped import RUN, giving_back
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+COUNT, SIZE = 256, RUN // 16  # experts, and bytes of a projection
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """Experts' weights, and their scales behind all weights."""
+    tensors = {}
+    for i in range(COUNT):
+        tensors[f"{i:03}.packed"] = torch.full((SIZE // 4,), i, dtype=torch.int32)
+        tensors[f"{i:03}.scale"] = torch.full((SIZE // 32,), i, dtype=torch.bfloat16)
+    path = tmp_path_factory.mktemp("mapped") / "model.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def advised(monkeypatch) -> list[tuple[int, int]]:
+    """What Linux is told, as it is told."""
+    found, tell = [], mapped._advise
+
+    def advise(start: int, end: int, advice: int) -> None:
+        found.append((start, end))
+        tell(start, end, advice)
+
+    monkeypatch.setattr(mapped, "_advise", advise)
+    return found
+
+
+def resident() -> int:
+    """Bytes of mapped files that this process has in memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssFile:")[2].split()[0]) << 10
+
+
+def read(path: Path, names: list[str]) -> int:
+    """Read tensors and give them back; returns the most that was resident meanwhile."""
+    before, most = resident(), 0
+    with safe_open(path, framework="pt") as tensors, giving_back() as done:
+        for name in names:
+            tensor = tensors.get_tensor(name)
+            assert (tensor == int(name[:3])).all()
+            done(tensor)
+            most = max(most, resident() - before)
+    return most
+
+
+def in_order() -> list[str]:
+    return [f"{i:03}.{part}" for i in range(COUNT) for part in ("packed", "scale")]
+
+
+def test_tensors_side_by_side_are_given_back_together(file, advised):
+    most = read(file, in_order())
+    assert most < 4 * RUN < COUNT * SIZE / 2
+    runs = COUNT * SIZE * 9 / 8 / RUN
+    assert runs - 1 <= len(advised) <= runs + 2
+
+
+def test_tensors_apart_are_given_back_one_by_one(file, advised):
+    """From last to first, none begins where another one ends."""
+    read(file, in_order()[::-1])
+    assert len(advised) == 2 * COUNT
+
+
+def test_the_last_are_given_back_when_reading_fails(file, advised):
+    def fail():
+        with safe_open(file, framework="pt") as tensors, giving_back() as done:
+            done(tensors.get_tensor("000.packed"))
+            assert not advised
+            raise RuntimeError("fails")
+
+    with pytest.raises(RuntimeError, match="fails"):
+        fail()
+    assert len(advised) == 1
+
+
+def test_tensors_without_data_are_left_alone(advised):
+    with giving_back() as done:
+        done(torch.empty(RUN, dtype=torch.uint8, device="meta"))
+    assert not advised
