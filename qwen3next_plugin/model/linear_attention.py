@@ -46,6 +46,10 @@ class LinearAttention(nn.Module):
         self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)
         self.norm = Weight(self.shape.value_dim)
+        # Where `weights` finds them: nn.Module's attributes take 70 us in a step of decode.
+        self._core: tuple[dict[str, Any], ...] = tuple(
+            module._parameters for module in (self, self.conv1d, self.norm)
+        )
 
         def shard(parameter: nn.Parameter, *parts: int) -> None:
             def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
@@ -80,13 +84,14 @@ class LinearAttention(nn.Module):
     @property
     def weights(self) -> GatedDeltaNetWeights:
         """The parameters as the kernel takes them."""
+        own, conv, norm = self._core
         return GatedDeltaNetWeights(
-            conv=self.conv1d.weight.squeeze(1),
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
-            norm=self.norm.weight,
-            norm_eps=self.norm_eps,
-            sigmoid_gate=self.sigmoid_gate,
+            conv["weight"].squeeze(1),
+            own["A_log"],
+            own["dt_bias"],
+            norm["weight"],
+            self.norm_eps,
+            self.sigmoid_gate,
         )
 
 
