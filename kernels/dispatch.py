@@ -69,18 +69,24 @@ def _interprets() -> bool:
 
 def implementation(op: str, device: torch.device) -> Callable:
     """The function that runs `op` on `device`."""
-    return _LOADED[(*_loaded(op, device.type), op)]
+    return _CHOSEN.get((op, device.type)) or _LOADED[(*_loaded(op, device.type), op)]
 
 
 def load(device_type: str) -> None:
-    """Load all ops of such a device, for graphs that an engine keeps from one start to the next.
+    """Load all ops of such a device, and choose their backend for good, as an engine starts.
 
-    Such a graph calls the ops without loading them.
+    A graph that it keeps from one start to the next calls them without loading them. And reading
+    QWEN3NEXT_KERNELS in each call would take 50 us in a step of decode: that reads so much that
+    Python's own data leaves the caches.
     """
-    _loaded(OPS[0], device_type)
+    chosen = _loaded(OPS[0], device_type)
+    _CHOSEN.update(
+        ((op, device_type), run) for (*of, op), run in _LOADED.items() if tuple(of) == chosen
+    )
 
 
 _LOADED: dict[tuple[str, str, str], Callable] = {}  # by backend, device and op
+_CHOSEN: dict[tuple[str, str], Callable] = {}  # by op and device
 
 
 @torch.compiler.assume_constant_result  # chosen when the graph is traced

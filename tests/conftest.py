@@ -1,7 +1,8 @@
 """Fixtures that every folder of tests may use."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,6 +94,14 @@ def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
     """`size(small, long)`: how much of a test to run, `long` with --long."""
     whole = pytestconfig.getoption("long")
     return lambda small, long: long if whole else small
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_chosen_anew() -> Iterator[None]:
+    """By the next test that an engine's model is built in, or that runs an op."""
+    yield
+    if dispatch := sys.modules.get("qwen3next_plugin.kernels.dispatch"):
+        dispatch._CHOSEN.clear()
 
 
 @pytest.fixture(scope="session")

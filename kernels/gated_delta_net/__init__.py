@@ -1,8 +1,5 @@
 """A Gated DeltaNet layer between its projections, as one op, so that a GPU needs few launches."""
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch
@@ -14,20 +11,7 @@ from qwen3next_plugin.kernels.gated_delta_net.arguments import (
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import Step
 
-__all__ = [
-    "GatedDeltaNetShape",
-    "GatedDeltaNetWeights",
-    "Projections",
-    "Run",
-    "gated_delta_net",
-    "implementation",
-]
-Run = Callable[[Projections, GatedDeltaNetWeights, StatePool, Step, Tensor], None]
-
-
-def implementation(device: torch.device) -> Run:
-    """What runs the op on a device."""
-    return dispatch.implementation("gated_delta_net", device)
+__all__ = ["GatedDeltaNetShape", "GatedDeltaNetWeights", "Projections", "gated_delta_net"]
 
 
 def gated_delta_net(
@@ -37,7 +21,6 @@ def gated_delta_net(
     pool_: StatePool,
     step: Step,
     out_: Tensor,
-    run: Run | None = None,
 ) -> None:
     """`causal_conv1d`, `gated_delta_rule` and `rms_norm_gated`, one after the other.
 
@@ -45,10 +28,6 @@ def gated_delta_net(
         pool_: all of it is updated
         out_: [T, HV * V] contiguous, qkvz's dtype. The caller allocates it, because a CUDA graph
             needs the same address on every replay.
-
-    Args:
-        run: the `implementation`, if the caller has kept it. Looking it up takes 50 us in a step of
-            decode, which reads so much that Python's own data has left the caches.
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
@@ -58,5 +37,5 @@ def gated_delta_net(
 
     Source: Yang et al., Gated Delta Networks, arXiv 2412.06464; transformers' Qwen3-Next.
     """
-    run = run or implementation(step.slot.device)
+    run = dispatch.implementation("gated_delta_net", step.slot.device)
     run(projections, weights, pool_, step, out_)

@@ -10,7 +10,6 @@ from qwen3next_plugin.kernels.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,
     Projections,
-    Run,
     gated_delta_net,
 )
 from qwen3next_plugin.kernels.pages import StatePool
@@ -40,7 +39,6 @@ def attend(
     pool_: StatePool,
     step: Step,
     out_: torch.Tensor | None = None,
-    run: Run | None = None,
 ) -> torch.Tensor:
     """Convolve, apply the gated delta rule to each row's page, norm and gate.
 
@@ -48,8 +46,6 @@ def attend(
 
     Shapes:
         qkvz [T, H·(2K + 2R·V)], ba [T, H·2R], returns [T, HV·V]: out_, if it is given
-
-    Args: run: as of `gated_delta_net`.
 
     Raises:
         RuntimeError: a row's page cannot continue at its context length.
@@ -62,7 +58,6 @@ def attend(
         pool_=pool_,
         step=step,
         out_=out_,
-        run=run,
     )
     return out_
 

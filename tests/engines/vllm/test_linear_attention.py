@@ -37,7 +37,6 @@ def test_a_page_that_does_not_stand_there_names_the_layer(monkeypatch, span):
     layer = SimpleNamespace(
         prefix=PREFIX,
         pool=pool,
-        implementation=None,
         shape=GatedDeltaNetShape(1, 2, 16, 24),
         weights=GatedDeltaNetWeights(
             conv=torch.randn(layout.conv_dim, 4),

@@ -137,6 +137,10 @@ def test_ops_are_loaded_with_the_model(make_stage, monkeypatch):
     monkeypatch.setattr(dispatch, "_LOADED", {})
     make_stage(Qwen3NextForCausalLM, 0, (8,))
     assert {op for _, _, op in dispatch._LOADED} == set(dispatch.OPS)
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")  # too late
+    for op in dispatch.OPS:
+        found = dispatch.implementation(op, torch.device("cpu"))
+        assert found is dispatch._LOADED["cpu", "cpu", op]
 
 
 @pytest.mark.parametrize("layers", [(8,), (4, 4), (3, 5)], ids=str)

@@ -16,6 +16,7 @@ from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.state.pages import page_layout
+from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint import progress
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.layouts import STACKED_PROJECTIONS, Shapes
@@ -57,8 +58,9 @@ class OurModel(nn.Module):
     def _set_config(self, hf_config: Any, quant_config: QuantizationConfig | None) -> None:
         """Read the config, and check that this machine computes what it asks for."""
         self.config = read_config(hf_config, get_parallel().tp_size)
-        layout = page_layout(hf_config.get_text_config())
-        check_kernels(self.config, layout, torch.get_default_device(), logger.info)
+        layout, device = page_layout(hf_config.get_text_config()), torch.get_default_device()
+        dispatch.load(device.type)
+        check_kernels(self.config, layout, device, logger.info)
         self.blanks: Blanks | None = None  # to load it again
         self.quantised = quant_config is not None
         self.formats = served_formats(quant_config)

@@ -175,7 +175,6 @@ class DeviceGatedDeltaNetBackend(GatedDeltaNetBackend):
             pool_=self.views[layer.layer_id],
             step=step,
             out_=out_,
-            run=self.implementation,
         )
 
 

@@ -9,7 +9,6 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from qwen3next_plugin.engines.sglang.state.pages import PagePool
 from qwen3next_plugin.engines.sglang.state.tree_steps import TreeStep
-from qwen3next_plugin.kernels.gated_delta_net import implementation
 from qwen3next_plugin.model.gated_delta_net import attend
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import Step, build_step
@@ -74,7 +73,6 @@ class GatedDeltaNetBackend(AttentionBackend):
         self.builder = self.make_builder(runner)
         self.views = {layer: self.pool.view(layer) for layer in self.pool.mamba_layer_ids}
         self.ngrams = {layer: self.pool.view_ngrams(layer) for layer in self.views}
-        self.implementation = implementation(self.pool.pages.device)
         self.rids: list[str] | None = None
         self.step: Step
         self.tree: TreeStep | None = None
@@ -150,7 +148,6 @@ class GatedDeltaNetBackend(AttentionBackend):
                 shape=layer.shape,
                 pool_=self.views[layer.layer_id],
                 step=self.step,
-                run=self.implementation,
             )
         except RuntimeError as error:
             raise self._state_error(layer.prefix, error) from error

@@ -23,7 +23,6 @@ from qwen3next_plugin.engines.vllm.state.pages import (
     page_layout,
     page_spec,
 )
-from qwen3next_plugin.kernels.gated_delta_net import implementation
 from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
 from qwen3next_plugin.model.linear_attention import LinearAttention
 from qwen3next_plugin.model.state import NgramPool, StateError, StatePool
@@ -85,7 +84,6 @@ class GatedDeltaNet(LinearAttention, MambaBase):
                 pool_=self.pool,
                 step=step,
                 out_=out_,
-                run=self.implementation,
             )
         except RuntimeError as error:
             raise StateError(self.prefix, str(error)) from error
@@ -108,7 +106,6 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         """Take the layer's pages: `kv_cache` [slots, 1, 1, bytes] int8."""
         pages = kv_cache.squeeze(dim=(1, 2))
         self.kv_cache = (pages[:, : self.layout.page_bytes],)  # what vLLM copies
-        self.implementation = implementation(pages.device)
         self.pool = self.layout.view(pages)
         self.ngram_pool = self.layout.view_ngrams(pages)
         if self.pool.span.device.type != "cpu":  # compile now, not at the first request
