@@ -69,10 +69,10 @@ struct Head {
   const Row& row;
   int64_t hv, v, columns;
   const S* state;  // S so far; null while it is zero
-  std::unique_ptr<S[]> tentative;
-  Fold pending;  // the last complete cell; until it is complete, w holds u
+  std::unique_ptr<S[]> tentative = nullptr;
+  Fold pending = {};  // the last complete cell; until it is complete, w holds u
   int64_t pending_end = 0;
-  alignas(64) float product[2 * kGrid][kColumns];
+  alignas(64) float product[2 * kGrid][kColumns] = {};
 
   // Where to write S at the end of the pending cell: to the page if all its tokens are final, else
   // to a copy.
@@ -161,8 +161,8 @@ struct Head {
 template <class T, class S>
 void run_head(const Inputs<T>& in, const Pages<S>& pages, const Row& row, int64_t hv, int64_t v) {
   const int64_t columns = std::min(kColumns, in.dims.V - v);
-  Head<T, S> head{in,     pages, row, hv, v, columns, row.p0 ? pages.state(row, hv) + v : nullptr,
-                  nullptr};
+  const S* state = row.p0 ? pages.state(row, hv) + v : nullptr;
+  Head<T, S> head{in, pages, row, hv, v, columns, state};
   Cell cells[2];  // one being folded, and the next, whose keys are multiplied in the same pass
   for (int64_t start = row.p0; start < row.end(); start += kGrid) {
     Cell& cell = cells[start / kGrid % 2];
