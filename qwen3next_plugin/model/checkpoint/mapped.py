@@ -11,8 +11,9 @@ import torch
 
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 AROUND = 1 << 16  # Linux's fault_around_bytes: it maps the aligned range around a page it reads
-RUN = 4 << 20  # bytes given back at once: to split the large pages of a cached file takes longer
-MOST_RUNS = 8  # a file's tensors are sorted by dtype, so those of a module are apart
+# Bytes that are given back at once: Linux splits a cached file's large page to give back a part.
+RUN = 4 << 20
+MOST_RUNS = 8  # that grow at once: files are sorted by dtype, so a module's tensors are apart
 
 
 @contextmanager
@@ -24,29 +25,30 @@ def giving_back() -> Iterator[Callable[[torch.Tensor], None]]:
     again. With a GPU it does nothing, because host memory is not short there, and the ranks of a
     machine read the same pages.
 
-    Yields: a function to call with each tensor, which gives back tensors side by side together.
+    Yields: a function to call with each tensor that was read. Tensors side by side are given back
+    together.
     """
-    runs: dict[int, int] = {}  # the end of what was read → its start
+    # The end of what was read → its start, and a tensor, which keeps the file mapped.
+    runs: dict[int, tuple[int, torch.Tensor]] = {}
     wanted = sys.platform.startswith("linux") and not torch.accelerator.is_available()
 
     def done(tensor: torch.Tensor) -> None:
         if not wanted or tensor.device.type != "cpu":
             return
-        start = tensor.data_ptr()
-        end = start + tensor.nbytes
-        start = runs.pop(start, start)
+        end = tensor.data_ptr() + tensor.nbytes
+        start, _ = runs.pop(tensor.data_ptr(), (tensor.data_ptr(), tensor))
         if end - start >= RUN:
             _give_back(start, end)
             return
-        runs[end] = start
+        runs[end] = start, tensor
         if len(runs) > MOST_RUNS:
             oldest = next(iter(runs))
-            _give_back(runs.pop(oldest), oldest)
+            _give_back(runs.pop(oldest)[0], oldest)
 
     try:
         yield done
     finally:
-        for end, start in runs.items():
+        for end, (start, _) in runs.items():
             _give_back(start, end)
 
 
