@@ -73,16 +73,17 @@ def implementation(op: str, device: torch.device) -> Callable:
 
 
 def load(device_type: str) -> None:
-    """Load all ops of such a device, and choose their backend for good, as an engine starts.
+    """Load all ops of such a device, and keep their backend until the next call.
 
-    A graph that it keeps from one start to the next calls them without loading them. And reading
-    QWEN3NEXT_KERNELS in each call would take 50 us in a step of decode: that reads so much that
-    Python's own data leaves the caches.
+    An engine calls it before it builds its model. A graph that it keeps from one start to the next
+    calls ops without loading them. And reading QWEN3NEXT_KERNELS takes 20 to 50 us an op in a step
+    of decode, between weights that leave nothing of Python's in the caches.
     """
-    chosen = _loaded(OPS[0], device_type)
-    _CHOSEN.update(
-        ((op, device_type), run) for (*of, op), run in _LOADED.items() if tuple(of) == chosen
-    )
+    name, _ = _loaded(OPS[0], device_type)
+    for op in OPS:
+        _CHOSEN.pop((op, device_type), None)
+        if run := _LOADED.get((name, device_type, op)):
+            _CHOSEN[op, device_type] = run
 
 
 _LOADED: dict[tuple[str, str, str], Callable] = {}  # by backend, device and op

@@ -97,8 +97,8 @@ def size(pytestconfig: pytest.Config) -> Callable[[T, T], T]:
 
 
 @pytest.fixture(autouse=True)
-def kernels_are_chosen_anew() -> Iterator[None]:
-    """By the next test that an engine's model is built in, or that runs an op."""
+def no_kept_kernels() -> Iterator[None]:
+    """Forget the kernels that an engine chose: the next test reads QWEN3NEXT_KERNELS again."""
     yield
     if dispatch := sys.modules.get("qwen3next_plugin.kernels.dispatch"):
         dispatch._CHOSEN.clear()

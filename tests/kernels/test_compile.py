@@ -283,10 +283,13 @@ def test_schema_and_fake(monkeypatch, name):
     assert set(torch.library.opcheck(native_op, given, test_utils=tests).values()) == {"SUCCESS"}
 
 
-def test_ops_traced_together(monkeypatch):
-    """A graph may hold several ops, none of which has run before."""
+@pytest.mark.parametrize("of_engine", [False, True])
+def test_ops_traced_together(monkeypatch, of_engine):
+    """A graph may hold several ops, none of which has run before; an engine has loaded them all."""
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
     monkeypatch.setattr(dispatch, "_LOADED", {})
+    if of_engine:
+        dispatch.load("cpu")
     x, w = torch.randn(3, 8), torch.randn(8)
 
     def layer(x):

@@ -65,6 +65,34 @@ def test_an_op_of_a_gpu_is_traced_whole(python):
     assert done.returncode == 0, done.stderr
 
 
+def test_what_an_engine_loads_is_kept(monkeypatch):
+    """Until one loads its ops anew."""
+    device = torch.device("cpu")
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "reference")
+    dispatch.load("cpu")
+    kept = {op: dispatch.implementation(op, device) for op in dispatch.OPS}
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    assert all(dispatch.implementation(op, device) is run for op, run in kept.items())
+    dispatch.load("cpu")
+    for op in dispatch.OPS:
+        assert dispatch.implementation(op, device) is dispatch._LOADED["cpu", "cpu", op]
+
+
+def test_what_the_next_engine_cannot_load_is_not_kept(python):
+    done = python(
+        "import os, torch\n"
+        "from qwen3next_plugin.kernels import dispatch\n"
+        "dispatch.load('cpu')\n"
+        "os.environ |= {'QWEN3NEXT_KERNELS': 'triton', 'TRITON_INTERPRET': '1'}\n"
+        "dispatch.load('cpu')\n"
+        "print(dispatch.implementation('rms_norm', torch.device('cpu')).__module__)\n"
+        "dispatch.implementation('linear', torch.device('cpu'))",
+        QWEN3NEXT_KERNELS="cpu",
+    )
+    assert done.stdout.endswith("rms_norm.triton\n"), done.stdout
+    assert "linear: there is no Triton kernel of it" in done.stderr
+
+
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
 def test_library_that_was_not_built(python, asked):
     done = python(

@@ -58,7 +58,8 @@ class OurModel(nn.Module):
     def _set_config(self, hf_config: Any, quant_config: QuantizationConfig | None) -> None:
         """Read the config, and check that this machine computes what it asks for."""
         self.config = read_config(hf_config, get_parallel().tp_size)
-        layout, device = page_layout(hf_config.get_text_config()), torch.get_default_device()
+        layout = page_layout(hf_config.get_text_config())
+        device = torch.get_default_device()
         dispatch.load(device.type)
         check_kernels(self.config, layout, device, logger.info)
         self.blanks: Blanks | None = None  # to load it again
