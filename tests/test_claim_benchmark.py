@@ -138,7 +138,7 @@ def test_a_layer_that_takes_another_time_in_two_blocks_is_red(measured, added):
 
 
 class Disturbed(Engine):
-    """The first `slow` times that it is told to use two blocks, they are slow."""
+    """Two blocks are slow in the first `slow` rounds."""
 
     def __init__(self, slow: int) -> None:
         super().__init__(DENSE, added=1.5)
