@@ -95,6 +95,7 @@ def test_memory_that_runs_out_while_it_serves():
     check_ends_without_memory(Server(SHIPPED, *NEXTN, "3", *flags).wait())
 
 
+@pytest.mark.long
 @NEEDS_NAMESPACES
 def test_no_room_for_metrics():
     check_ends(Hindered("nearly full"), "--enable-metrics: /tmp has 256 KiB left")

@@ -26,9 +26,7 @@ def plain(tmp_path_factory):
     return write_split(tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize(
-    "kind", long_except((MIXED, IN_PANELS), (MIXED, IN_PANELS, *AT_LOAD, *KINDS))
-)
+@pytest.mark.parametrize("kind", long_except([IN_PANELS], (MIXED, IN_PANELS, *AT_LOAD, *KINDS)))
 def test_with_drafts(plain, tmp_path, kind):
     """Also with tables in FP8, if the files are quantised."""
     served, env, twin = write_kind(plain, tmp_path, kind)

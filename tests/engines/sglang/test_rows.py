@@ -7,7 +7,7 @@ import pytest
 from checkpoints import SHIPPED
 from engines.sglang.server import FIXED, NEXTN, Forked
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.long]
 
 CONTEXT, POOL, REQUESTS = 300, 256, 4
 SMALL = ("--dtype", "float32", "--context-length", str(CONTEXT), "--max-running-requests", "8")
@@ -30,9 +30,7 @@ def answers(*flags: str, together: int) -> list[tuple[str, list[int]]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "drafts", ["8 drafts", pytest.param("trees", marks=pytest.mark.long)], ids=str
-)
+@pytest.mark.parametrize("drafts", DRAFTS)
 def test_answers_end_where_nothing_is_left(drafts):
     whole = answers(*DRAFTS[drafts], "--max-total-tokens", "8192", together=REQUESTS)
     assert {(why, len(ids)) for why, ids in whole} == {("length", CONTEXT - 5)}

@@ -9,6 +9,7 @@ from engines.recomputed import check_recomputed
 from engines.sglang.server import NEXTN, Answer, Forked
 from engines.three import TOKENS
 from engines.three import served as served
+from tiers import long_except
 
 pytestmark = pytest.mark.serve
 
@@ -16,7 +17,7 @@ FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "8192", "--chunked-prefill
 LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("drafts", long_except([3], [0, 3]))
 def test_what_transformers_recomputes(served, drafts):
     folder, prompts, wrapped = served
     more = (*NEXTN, str(drafts)) if drafts else ()

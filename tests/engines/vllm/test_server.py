@@ -1,11 +1,14 @@
 """One server of the shipped checkpoint with MTP and default flags, asked by real clients."""
 
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
 import openai
+import psutil
 import pytest
 
 from checkpoints import SHIPPED
@@ -268,3 +271,18 @@ def test_dashboard_and_watch_find_what_they_show(server):
 
 def test_a_line_of_metrics_in_the_log(server):
     check_log(server)
+
+
+# The last: what it ends is the server of all others.
+def test_sigterm_while_a_request_runs(server):
+    """It exits with 0, as without a request: only an engine that fails is a failure."""
+    processes = server.processes()
+    endless = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
+    stream = server.client.completions.create(
+        model=server.model, prompt=[1, 2, 3], stream=True, **endless
+    )
+    next(iter(stream))
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert eventually(lambda: server.process.code() is not None), server.process.text()
+    assert server.process.code() == 0, server.process.text()
+    assert not psutil.wait_procs(processes, 20)[1]

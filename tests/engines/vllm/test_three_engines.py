@@ -50,6 +50,7 @@ def test_what_transformers_recomputes(engine, served):
     check_recomputed(folder, [*prompts] * 4, found)
 
 
+@pytest.mark.long
 def test_what_transformers_recomputes_elsewhere(engine, served):
     if not Path(OTHER).is_file():
         pytest.skip("no SGLang here: `make setup` installs it")
