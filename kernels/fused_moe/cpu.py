@@ -9,6 +9,8 @@ from qwen3next_plugin.kernels.linear.cpu import parts
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 
 native.load()
+_op = torch.ops.qwen3next.fused_moe.default
+_op_packed = torch.ops.qwen3next.fused_moe_packed.default
 
 NO_WEIGHT = (None, None, None, 0, 0)
 NO_SHARED_EXPERT = (None, *NO_WEIGHT, *NO_WEIGHT, 0)
@@ -23,11 +25,10 @@ def run(
     shared: SharedExpert | None = None,
 ) -> Tensor:
     """Shapes as in the public op; both weights are packed, or none is."""
-    ops = torch.ops.qwen3next
     if isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight):
         routed = (x, *parts(w13), *parts(w2), w2.shape[-1], topk_weights, topk_ids)
-        return ops.fused_moe_packed(*routed, *shared_parts(shared))
-    return ops.fused_moe(x, w13, w2, topk_weights, topk_ids)
+        return _op_packed(*routed, *shared_parts(shared))
+    return _op(x, w13, w2, topk_weights, topk_ids)
 
 
 def shared_parts(expert: SharedExpert | None) -> tuple:

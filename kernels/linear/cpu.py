@@ -7,12 +7,13 @@ from qwen3next_plugin.kernels import native
 from qwen3next_plugin.kernels.linear.packed_weight import ENCODINGS, PackedWeight
 
 native.load()
+_op = torch.ops.qwen3next.linear.default
 
 
 def run(x: Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     """Shapes as in the public op."""
     fp32 = out_dtype == torch.float32
-    return torch.ops.qwen3next.linear(x, *parts(weight), weight.shape[0], fp32)
+    return _op(x, *parts(weight), weight.shape[0], fp32)
 
 
 def parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int]:

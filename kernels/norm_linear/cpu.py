@@ -9,6 +9,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.kernels.rms_norm import Unnormed
 
 native.load()
+_op = torch.ops.qwen3next.norm_linear.default
 
 NO_WEIGHT = (None, None, None, 0, 0, 0)
 
@@ -16,7 +17,7 @@ NO_WEIGHT = (None, None, None, 0, 0, 0)
 def run(x: Unnormed, weight: PackedWeight, other: PackedWeight | None) -> tuple[Tensor, ...]:
     """Shapes as in the public op."""
     second = NO_WEIGHT if other is None else (*parts(other), other.shape[0])
-    both = torch.ops.qwen3next.norm_linear(*x, *parts(weight), weight.shape[0], *second)
+    both = _op(*x, *parts(weight), weight.shape[0], *second)
     return both[:1] if other is None else both
 
 

@@ -11,6 +11,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.kernels.rms_norm import Unnormed
 
 native.load()
+_op = torch.ops.qwen3next.sparse_moe.default
 
 
 def run(
@@ -25,7 +26,7 @@ def run(
     """Shapes as in the public op."""
     of = x if isinstance(x, Unnormed) else (x, None, 0.0, None)
     chosen, routed = (*parts(router), top_k, renormalise), (*parts(w13), *parts(w2), w2.shape[-1])
-    return torch.ops.qwen3next.sparse_moe(*of, *chosen, *routed, *shared_parts(shared))
+    return _op(*of, *chosen, *routed, *shared_parts(shared))
 
 
 @torch.library.register_fake("qwen3next::sparse_moe")
