@@ -1,4 +1,6 @@
 // Hyper-connections whose weights are not packed.
+#include <memory>
+
 #include "dot_tile.h"
 #include "mixing.h"
 #include "ops.h"
@@ -64,15 +66,17 @@ std::tuple<Tensor, Tensor> hyper_connection(Tensor streams_, std::optional<Tenso
       }
     });
     for_chunks(T, D, bytes, [&](int64_t begin, int64_t count, int64_t first, int64_t end) {
-      float products[kBlock][kChunk], sums[kBlock][kChunk] = {};
+      const auto gates = std::make_unique<float[][kChunk]>(hc * kBlock);
       for (int64_t s = 0; s < hc; ++s) {
-        multiply(products, read<A>(up) + s * D * L, first, end, hs + begin * L, count, L);
-        for (int64_t n = 0; n < count; ++n) {
-          mix(sums[n], products[n], xs + (begin + n) * K + s * D + first, end - first);
-        }
+        const A* weight = read<A>(up) + s * D * L;
+        multiply(&gates[s * kBlock], weight, first, end, hs + begin * L, count, L);
       }
       for (int64_t n = 0; n < count; ++n) {
-        write_mean(write<A>(mixed) + (begin + n) * D + first, sums[n], end - first, hc);
+        const auto gate = [&](int64_t s, int64_t i, int64_t lanes) {
+          return load(gates[s * kBlock + n] + i, lanes);
+        };
+        const A* x = xs + (begin + n) * K + first;
+        mix(write<A>(mixed) + (begin + n) * D + first, gate, x, hc, D, end - first);
       }
     });
   });

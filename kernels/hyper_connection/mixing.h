@@ -25,9 +25,21 @@ Tensor injections(const Streams<T>& in, const Tensor& x, const std::optional<Ten
   if (!inject) return out;
   const int64_t K = in.hc * in.D;
   with_parameter<T>(*inject, [&]<class W>(W) {
-    in.each([&](int64_t t, int64_t s) {
-      const float product = dot(read<T>(x) + t * K, read<W>(*inject) + s * K, K);
-      write<float>(out)[t * in.hc + s] = (2.0f * sigmoid(splat(product / in.hc)))[0];
+    constexpr int64_t kTokens = 4;  // of a task
+    const auto products = [&]<int N>(std::integral_constant<int, N>, int64_t t, int64_t s) {
+      float found[N];
+      dots<N>(read<T>(x) + t * K, K, read<W>(*inject) + s * K, K, found);
+      for (int64_t n = 0; n < N; ++n) {
+        write<float>(out)[(t + n) * in.hc + s] = (2.0f * sigmoid(splat(found[n] / in.hc)))[0];
+      }
+    };
+    const int64_t tasks = (in.tokens + kTokens - 1) / kTokens * in.hc;
+    parallel(tasks, grain_of(kTokens * K), [&](int64_t i) {
+      const int64_t s = i % in.hc, begin = i / in.hc * kTokens;
+      if (begin + kTokens <= in.tokens) {
+        return products(std::integral_constant<int, kTokens>{}, begin, s);
+      }
+      for (int64_t t = begin; t < in.tokens; ++t) products(std::integral_constant<int, 1>{}, t, s);
     });
   });
   return out;
@@ -42,21 +54,16 @@ void activate(T* hidden, const float* products, int64_t n, int64_t hc) {
   });
 }
 
-// mixed += sigmoid(gate) x, for n features of a stream.
-template <class T>
-void mix(float* mixed, const float* gate, const T* x, int64_t n) {
-  for_vectors(n, [&](int64_t i, int64_t lanes) {
-    const f32v gated = sigmoid(load(gate + i, lanes)) * load(x + i, lanes);
-    store(mixed + i, load(mixed + i, lanes) + gated, lanes);
-  });
-}
-
-// out = mixed / hc, for n features.
-template <class T>
-void write_mean(T* out, const float* mixed, int64_t n, int64_t hc) {
+// mixed = mean over the streams s of sigmoid(gate(s, …)) x_s, for n features; streams are D apart.
+template <class T, class F>
+void mix(T* mixed, F&& gate, const T* x, int64_t hc, int64_t D, int64_t n) {
   const f32v streams = splat(static_cast<float>(hc));
   for_vectors(n, [&](int64_t i, int64_t lanes) {
-    store(out + i, load(mixed + i, lanes) / streams, lanes);
+    f32v sum{};
+    for (int64_t s = 0; s < hc; ++s) {
+      sum += sigmoid(gate(s, i, lanes)) * load(x + s * D + i, lanes);
+    }
+    store(mixed + i, sum / streams, lanes);
   });
 }
 

@@ -35,6 +35,7 @@ class Mixing {
 
  private:
   static constexpr int64_t kTokens = 256;  // of a task
+  static constexpr int64_t kAhead = 8;     // tokens whose x is prefetched
 
   // The tile of a stream's features from c on; beyond the stream the last panel is repeated.
   Panels tile(int64_t s, int64_t c) const {
@@ -49,25 +50,24 @@ class Mixing {
   void features(A* mixed, int64_t c, int64_t next, int64_t begin, int64_t count) const {
     const int64_t size = count * gemm_.terms * kNR, width = std::min(kNR, D_ - c);
     thread_local std::vector<Panels> tiles;
-    thread_local std::vector<float> totals, sums;
+    thread_local std::vector<float> totals;
     tiles.clear();
     for (int64_t s = 0; s < hc_; ++s) tiles.push_back(tile(s, c));
     totals.resize(hc_ * size);
-    sums.assign(count * kNR, 0.0f);
     gemm_.multiply(totals.data(), tiles, tile(0, next), hidden_, begin, count);
-    for (int64_t s = 0; s < hc_; ++s) {
-      for (int64_t n = 0; n < count; ++n) {
-        float* total = totals.data() + s * size + n * gemm_.terms * kNR;
-        for (int64_t term = 1; term < gemm_.terms; ++term) {
-          for (int64_t i = 0; i < kNR; i += kLanes) {
-            store(total + i, load(total + i) + load(total + term * kNR + i));
-          }
-        }
-        mix(sums.data() + n * kNR, total, x_ + ((begin + n) * hc_ + s) * D_ + c, width);
-      }
-    }
+    const A* x = x_ + begin * hc_ * D_ + c;
     for (int64_t n = 0; n < count; ++n) {
-      write_mean(mixed + (begin + n) * D_ + c, sums.data() + n * kNR, width, hc_);
+      for (int64_t s = 0; s < hc_; ++s) {
+        __builtin_prefetch(x + (std::min(n + kAhead, count - 1) * hc_ + s) * D_);
+      }
+      const float* total = totals.data() + n * gemm_.terms * kNR;
+      const auto gate = [&](int64_t s, int64_t i, int64_t lanes) {
+        const float* of_terms = total + s * size + i;
+        f32v sum = load(of_terms, lanes);
+        for (int64_t t = 1; t < gemm_.terms; ++t) sum += load(of_terms + t * kNR, lanes);
+        return sum;
+      };
+      mix(mixed + (begin + n) * D_ + c, gate, x + n * hc_ * D_, hc_, D_, width);
     }
   }
 

@@ -314,6 +314,20 @@ inline float dot(const T* x, const U* y, int64_t n) {
   return sum(total);
 }
 
+// products[j] = x_j . y of N vectors, each `stride` behind the last, summed as by `dot`. They share
+// y, and no sum waits for another.
+template <int N, class T, class U>
+inline void dots(const T* x, int64_t stride, const U* y, int64_t n, float* products) {
+  f32v totals[N] = {};
+  for_vectors(n, [&](int64_t i, int64_t lanes) {
+    const f32v ys = load(y + i, lanes);
+    repeat<N>(N, [&](int64_t j) Q3N_INLINE {
+      totals[j] = fma(load(x + j * stride + i, lanes), ys, totals[j]);
+    });
+  });
+  for (int j = 0; j < N; ++j) products[j] = sum(totals[j]);
+}
+
 template <int N>
 inline void add_neighbours(f32v* v) {
   if constexpr (N > 1) {
