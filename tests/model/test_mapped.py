@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from page_faults import FEW, MANY
 from qwen3next_plugin.model.checkpoint import mapped
 from qwen3next_plugin.model.checkpoint.mapped import RUN, giving_back
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+TESTS = Path(__file__).parents[1]
 COUNT, SIZE = 256, RUN // 16  # experts, and bytes of a projection
 
 
@@ -117,3 +120,19 @@ def test_tensors_without_data_are_left_alone(advised):
     with giving_back() as done:
         done(torch.empty(RUN, dtype=torch.uint8, device="meta"))
     assert not advised
+
+
+def test_freed_memory_is_kept():
+    code = (
+        "from page_faults import page_faults\n"
+        "from qwen3next_plugin.model.checkpoint.mapped import keep_freed\n"
+        "before = page_faults(); keep_freed(); print(before, page_faults())"
+    )
+    of_malloc = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(of_malloc)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=TESTS, env=env, capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > MANY
+    assert after < FEW

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from forks import Ended, Forks
+from page_faults import FEW, MANY
 
 PLUGINS = "from sglang.srt.plugins import load_plugins; load_plugins()"
 RENAMED = (
@@ -117,6 +118,20 @@ def test_registered_once_however_often_it_is_asked():
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "{1}"
     assert done.stdout.splitlines()[-2].startswith("CpuPlatform ")
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our-model", "another"])
+def test_freed_memory_is_kept_once_a_model_is_loaded(run, ours):
+    done = run(
+        "from page_faults import page_faults\n"
+        "from qwen3next_plugin.engines.sglang.cpu import platform\n"
+        f"platform.serves_ours = lambda: {ours}\n"
+        "platform.CpuPlatform().post_load_model(None)\n"
+        "print(page_faults())"
+    )
+    assert done.returncode == 0, done.stderr
+    faults = int(done.stdout.splitlines()[-1])
+    assert faults < FEW if ours else faults > MANY
 
 
 # its `sgl_kernel` -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from page_faults import page_faults
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.quantisation.packed import Packed
 from qwen3next_plugin.mtp.metrics import Observer
@@ -296,6 +297,11 @@ def packed(llm: LLM) -> dict[str, set[str]]:
         name: {module.encoding for module in model.modules() if isinstance(module, Packed)}
         for name, model in models.items()
     }
+
+
+def faults(llm: LLM) -> int:
+    """Page faults of tensors that are taken and freed."""
+    return page_faults()
 
 
 def load_memory(llm: LLM) -> tuple[int, ...]:

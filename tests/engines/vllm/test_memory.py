@@ -6,6 +6,7 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.vllm.offline import Offline
+from page_faults import FEW
 
 pytestmark = pytest.mark.serve
 
@@ -41,10 +42,12 @@ def test_one_page_each_where_upstream_takes_four_states(released):
     try:
         pages = engine.inside("pages", PROMPTS, 24)
         ours, upstream = engine.inside("state_bytes")
+        faults = engine.inside("faults")
     finally:
         engine.close()
     assert pages == {"held": {1}, "running": 16, "in_use": 0}
     assert ours <= 0.3 * upstream
+    assert faults < FEW  # malloc keeps what a step frees
 
 
 def test_files_in_memory_are_free(grant):

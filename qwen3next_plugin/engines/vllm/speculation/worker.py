@@ -30,6 +30,7 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     drafts_and_rows,
 )
 from qwen3next_plugin.engines.vllm.state.handover import beside_computation
+from qwen3next_plugin.model.checkpoint.mapped import keep_freed
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -78,6 +79,7 @@ class Worker(CPUWorker):
         """Load trunk and MTP layer, and show how far that is."""
         with one_bar(self.vllm_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
+        keep_freed()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Make the pools, and the KV connector."""

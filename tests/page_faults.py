@@ -1,0 +1,21 @@
+"""Page faults of tensors that are taken and freed, as the activations of a long prompt are."""
+
+import resource
+
+import torch
+
+NBYTES = 24 << 20  # of a tensor
+FEW, MANY = 100, 1000
+
+
+def page_faults() -> int:
+    """Those of this process when it takes and frees three tensors as it did before."""
+    _take()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    _take()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def _take() -> None:
+    for tensor in [torch.empty(NBYTES, dtype=torch.uint8) for _ in range(3)]:
+        tensor.fill_(1)
