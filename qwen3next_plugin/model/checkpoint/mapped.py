@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ AROUND = 1 << 16  # Linux's fault_around_bytes: it maps the aligned range around
 # Bytes that are given back at once: Linux splits a cached file's large page to give back a part.
 RUN = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT, KEPT_BEFORE = 1 << 30, 32 << 20  # bytes of a tensor, at most; before glibc 2.35
+OF_MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")  # variables
+KEPT, KEPT_BY_OLDER = 1 << 30, 32 << 20  # bytes of a tensor, at most; what an older glibc takes
 MOST_RUNS = 8  # that grow at once: files are sorted by dtype, so a module's tensors are apart
 
 
@@ -86,12 +88,14 @@ def keep_freed() -> None:
 
     glibc gives memory back to Linux from 32 MB on, and a step of many tokens takes and frees more
     at each op: a prompt of 2,048 tokens met 56,000 page faults, and took 1.09 times as long. Call
-    it once the weights are loaded, whose memory is to be given back.
+    it once the weights are loaded: what that took is to be given back. Who has set malloc's
+    variables has another choice.
     """
-    if not sys.platform.startswith("linux") or not hasattr(_libc(), "mallopt"):
+    is_glibc = sys.platform.startswith("linux") and hasattr(_libc(), "mallopt")
+    if not is_glibc or any(name in os.environ for name in OF_MALLOC):
         return
     if not _libc().mallopt(M_MMAP_THRESHOLD, KEPT):
-        _libc().mallopt(M_MMAP_THRESHOLD, KEPT_BEFORE)
+        _libc().mallopt(M_MMAP_THRESHOLD, KEPT_BY_OLDER)
     _libc().mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
