@@ -224,6 +224,7 @@ def test_what_a_machine_lacks_is_named(docs, tmp_path, measuring, monkeypatch, c
         assert not part.missing() or name.startswith(("clients-sglang", "peers"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_from_end_to_end(docs, tmp_path, monkeypatch):
     """The quickest part, really measured, in a process of its own."""

@@ -66,14 +66,14 @@ std::tuple<Tensor, Tensor> hyper_connection(Tensor streams_, std::optional<Tenso
       }
     });
     for_chunks(T, D, bytes, [&](int64_t begin, int64_t count, int64_t first, int64_t end) {
-      const auto gates = std::make_unique<float[][kChunk]>(hc * kBlock);
+      const auto gates = std::make_unique_for_overwrite<float[][kChunk]>(hc * count);
       for (int64_t s = 0; s < hc; ++s) {
         const A* weight = read<A>(up) + s * D * L;
-        multiply(&gates[s * kBlock], weight, first, end, hs + begin * L, count, L);
+        multiply(&gates[s * count], weight, first, end, hs + begin * L, count, L);
       }
       for (int64_t n = 0; n < count; ++n) {
         const auto gate = [&](int64_t s, int64_t i, int64_t lanes) {
-          return load(gates[s * kBlock + n] + i, lanes);
+          return load(gates[s * count + n] + i, lanes);
         };
         const A* x = xs + (begin + n) * K + first;
         mix(write<A>(mixed) + (begin + n) * D + first, gate, x, hc, D, end - first);

@@ -9,6 +9,8 @@ from qwen3next_plugin.kernels.linear.cpu import parts
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 
 native.load()
+_op = torch.ops.qwen3next.hyper_connection.default
+_op_packed = torch.ops.qwen3next.hyper_connection_packed.default
 
 
 def run(
@@ -19,12 +21,12 @@ def run(
     injection: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the public op."""
-    ops, (norm, down, up, inject) = torch.ops.qwen3next, weights
+    norm, down, up, inject = weights
     first = (streams_, block, injection, norm)
     if isinstance(down, PackedWeight) and isinstance(up, PackedWeight):
         packed = (*parts(down), *parts(up), down.shape[0])
-        return ops.hyper_connection_packed(*first, *packed, inject, eps)
-    return ops.hyper_connection(*first, down, up, inject, eps)
+        return _op_packed(*first, *packed, inject, eps)
+    return _op(*first, down, up, inject, eps)
 
 
 @torch.library.register_fake("qwen3next::hyper_connection")

@@ -34,7 +34,7 @@ Tensor injections(const Streams<T>& in, const Tensor& x, const std::optional<Ten
       }
     };
     const int64_t tasks = (in.tokens + kTokens - 1) / kTokens * in.hc;
-    parallel(tasks, grain_of(kTokens * K), [&](int64_t i) {
+    parallel(tasks, grain_of(std::min(kTokens, in.tokens) * K), [&](int64_t i) {
       const int64_t s = i % in.hc, begin = i / in.hc * kTokens;
       if (begin + kTokens <= in.tokens) {
         return products(std::integral_constant<int, kTokens>{}, begin, s);

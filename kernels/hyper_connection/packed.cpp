@@ -35,7 +35,7 @@ class Mixing {
 
  private:
   static constexpr int64_t kTokens = 256;  // of a task
-  static constexpr int64_t kAhead = 8;     // tokens whose x is prefetched
+  static constexpr int64_t kAhead = 8;     // x is prefetched so many tokens ahead
 
   // The tile of a stream's features from c on; beyond the stream the last panel is repeated.
   Panels tile(int64_t s, int64_t c) const {

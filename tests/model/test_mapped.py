@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from page_faults import FEW, MANY
 from qwen3next_plugin.model.checkpoint import mapped
-from qwen3next_plugin.model.checkpoint.mapped import OF_MALLOC, RUN, giving_back
+from qwen3next_plugin.model.checkpoint.mapped import RUN, giving_back
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 TESTS = Path(__file__).parents[1]
@@ -122,17 +122,28 @@ def test_tensors_without_data_are_left_alone(advised):
     assert not advised
 
 
-@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=str)
-def test_freed_memory_is_kept(own):
+@pytest.mark.parametrize(
+    ("variable", "kept"),
+    [
+        ("A=1", True),
+        ("GLIBC_TUNABLES=glibc.rtld.nns=5", True),
+        ("GLIBC_TUNABLES=glibc.rtld.nns=5:glibc.malloc.trim_threshold=131072", False),
+        ("MALLOC_TRIM_THRESHOLD_=131072", False),
+    ],
+)
+def test_freed_memory_is_kept(variable, kept):
+    """Unless variables of malloc's say what is."""
     code = (
         "from page_faults import page_faults\n"
         "from qwen3next_plugin.model.checkpoint.mapped import keep_freed\n"
         "before = page_faults(); keep_freed(); print(before, page_faults())"
     )
-    env = {k: v for k, v in os.environ.items() if k not in (*OF_MALLOC, "LD_PRELOAD")} | own
+    name, _, value = variable.partition("=")
+    others = ("MALLOC_", "GLIBC_", "LD_PRELOAD")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(others)} | {name: value}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=TESTS, env=env, capture_output=True, text=True, check=True
     )
     before, after = map(int, done.stdout.split())
     assert before > MANY
-    assert after > MANY if own else after < FEW
+    assert after < FEW if kept else after > MANY

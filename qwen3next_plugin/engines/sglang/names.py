@@ -7,10 +7,10 @@ PACKAGE = "qwen3next_plugin.engines.sglang"
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 # Qwen3.8-Flash-Next, on a CPU: with a vision tower, too, it is a text model.
 STREAMS, STREAMS_DRAFTER = "Qwen4ExpForCausalLM", "Qwen4ExpMTP"
+DRAFTERS = ("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP", STREAMS_DRAFTER)
 ARCHITECTURES = (
-    *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *WRAPPERS),
-    *("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP"),  # drafters
-    *(STREAMS, STREAMS_DRAFTER),
+    *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *WRAPPERS, STREAMS),
+    *DRAFTERS,
 )
 QWEN3_NEXT, DENSE, STREAMS_TYPE = "qwen3_next", "qwen3_5_text", "qwen4_exp_text"
 MODEL_TYPES = (QWEN3_NEXT, DENSE, "qwen3_5_moe_text")  # of text models
@@ -39,6 +39,14 @@ def serves_ours() -> bool:
     from sglang.srt.runtime_context import get_server_args
 
     return is_ours(model_config_of(get_server_args()))
+
+
+def is_loaded_last(model: Any) -> bool:
+    """Whether this module is the last of a model of ours to be loaded: with drafts, the drafter."""
+    from sglang.srt.runtime_context import get_server_args
+
+    drafts = get_server_args().speculative_algorithm is not None
+    return serves_ours() and drafts == (type(model).__name__ in DRAFTERS)
 
 
 def serves(hf_config: Any) -> bool:

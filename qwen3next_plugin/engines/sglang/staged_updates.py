@@ -13,6 +13,7 @@ import torch
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.sglang.updates import flush, ours, replace
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 
 BUCKET = "flattened_bucket"  # SGLang's load_format of tensors in one
 SELECTED = ("all", "target")
@@ -46,6 +47,8 @@ class Session:
     def load(self, manager: Any) -> tuple[bool, str]:
         """Serve by the tensors, which are checked."""
         replace(manager, lambda _: self._tensors.items(), self.selector)
+        self._tensors.clear()
+        give_back_freed()
         manager.record_weight_version_after_update(self.weight_version)
         return flush(manager, self)
 

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import mmap
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory i
 AROUND = 1 << 16  # Linux's fault_around_bytes: it maps the aligned range around a page it reads
 # Bytes that are given back at once: Linux splits a cached file's large page to give back a part.
 RUN = 4 << 20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-OF_MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")  # variables
-KEPT, KEPT_BY_OLDER = 1 << 30, 32 << 20  # bytes of a tensor, at most; what an older glibc takes
 MOST_RUNS = 8  # that grow at once: files are sorted by dtype, so a module's tensors are apart
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+OF_MALLOC = re.compile(r"MALLOC_(TRIM|MMAP)_THRESHOLD_=|GLIBC_TUNABLES=.*glibc\.malloc\.")
+KEPT = 1 << 30  # bytes of freed memory, and of a tensor whose memory is kept, at most
+TENSOR_OF_OLDER = 32 << 20  # where that is too much for an older glibc
 
 
 @contextmanager
@@ -84,18 +86,18 @@ def give_back_freed() -> None:
 
 
 def keep_freed() -> None:
-    """Let malloc keep what is freed from now on, but for tensors of more than a gigabyte.
+    """Let malloc keep up to 1 GiB of what is freed from now on.
 
     glibc gives memory back to Linux from 32 MB on, and a step of many tokens takes and frees more
-    at each op: a prompt of 2,048 tokens met 56,000 page faults, and took 1.09 times as long. Call
-    it once the weights are loaded: what that took is to be given back. Who has set malloc's
-    variables has another choice.
+    at each op: a prompt of 2,048 tokens met 56,000 page faults, and took 1.10 times as long. What
+    loading and warming up took must still be given back, so call it after both. Does nothing if the
+    user has set malloc's thresholds.
     """
     is_glibc = sys.platform.startswith("linux") and hasattr(_libc(), "mallopt")
-    if not is_glibc or any(name in os.environ for name in OF_MALLOC):
+    if not is_glibc or any(OF_MALLOC.match(f"{k}={v}") for k, v in os.environ.items()):
         return
     if not _libc().mallopt(M_MMAP_THRESHOLD, KEPT):
-        _libc().mallopt(M_MMAP_THRESHOLD, KEPT_BY_OLDER)
+        _libc().mallopt(M_MMAP_THRESHOLD, TENSOR_OF_OLDER)
     _libc().mallopt(M_TRIM_THRESHOLD, KEPT)
 
 

@@ -88,6 +88,7 @@ def test_changing_numbers_of_drafts_as_transformers(checkpoint, reference, tmp_p
     assert switches  # which lengths pay is up to the machine
 
 
+@pytest.mark.long
 def test_the_triton_kernels_as_transformers(tmp_path):
     checkpoint = write_checkpoint(tmp_path, **ONE_OF_EACH)
     reference = Reference(checkpoint)

@@ -120,18 +120,31 @@ def test_registered_once_however_often_it_is_asked():
     assert done.stdout.splitlines()[-2].startswith("CpuPlatform ")
 
 
-@pytest.mark.parametrize("ours", [True, False], ids=["our-model", "another"])
-def test_freed_memory_is_kept_once_a_model_is_loaded(run, ours):
+@pytest.mark.parametrize(
+    ("ours", "drafts", "model", "kept"),
+    [
+        (True, None, "Qwen3NextForCausalLM", True),
+        (True, "NEXTN", "Qwen3NextForCausalLM", False),
+        (True, "NEXTN", "Qwen3NextForCausalLMMTP", True),
+        (False, None, "LlamaForCausalLM", False),
+    ],
+)
+def test_freed_memory_is_kept_once_the_last_model_is_loaded(run, ours, drafts, model, kept):
     done = run(
+        "from types import SimpleNamespace\n"
         "from page_faults import page_faults\n"
-        "from qwen3next_plugin.engines.sglang.cpu import platform\n"
-        f"platform.serves_ours = lambda: {ours}\n"
-        "platform.CpuPlatform().post_load_model(None)\n"
+        "from sglang.srt import runtime_context\n"
+        "from qwen3next_plugin.engines.sglang import names\n"
+        "from qwen3next_plugin.engines.sglang.cpu.platform import CpuPlatform\n"
+        f"names.serves_ours = lambda: {ours}\n"
+        f"given = SimpleNamespace(speculative_algorithm={drafts!r})\n"
+        "runtime_context.get_server_args = lambda: given\n"
+        f"CpuPlatform().post_load_model(type({model!r}, (), {{}})())\n"
         "print(page_faults())"
     )
     assert done.returncode == 0, done.stderr
     faults = int(done.stdout.splitlines()[-1])
-    assert faults < FEW if ours else faults > MANY
+    assert faults < FEW if kept else faults > MANY
 
 
 # its `sgl_kernel` -------------------------------------------------------------------------------

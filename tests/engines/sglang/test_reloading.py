@@ -12,7 +12,7 @@ import bad_weights
 from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
-from engines.other_weights import CASES, FAULT, PROMPTS, WRONG, write
+from engines.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
 from engines.process import CPUS
 from engines.sglang.server import NEXTN, Forked, Server
 from engines.sglang.updating import LOGPROBS, answers, read, refused, send, start
@@ -23,9 +23,7 @@ from tiers import long_except
 pytestmark = pytest.mark.serve
 
 
-# In `make test` for vLLM only.
-@pytest.mark.long
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_except(IN_MAKE_TEST, CASES))
 def test_trunk_mtp_layer_and_draft_head_are_those_of_a_fresh_start(case, tmp_path):
     dtype, _, env = CASES[case]
     folders = CASES[case].write_two(tmp_path)

@@ -6,8 +6,9 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.sglang.server import FIXED, NEXTN, Forked
+from tiers import long_except
 
-pytestmark = [pytest.mark.serve, pytest.mark.long]
+pytestmark = pytest.mark.serve
 
 CONTEXT, POOL, REQUESTS = 300, 256, 4
 SMALL = ("--dtype", "float32", "--context-length", str(CONTEXT), "--max-running-requests", "8")
@@ -30,7 +31,7 @@ def answers(*flags: str, together: int) -> list[tuple[str, list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("drafts", long_except(["8 drafts"], DRAFTS))
 def test_answers_end_where_nothing_is_left(drafts):
     whole = answers(*DRAFTS[drafts], "--max-total-tokens", "8192", together=REQUESTS)
     assert {(why, len(ids)) for why, ids in whole} == {("length", CONTEXT - 5)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoints import SHIPPED
+from engines.clients import eventually
 from engines.dialogues import PARSERS, Dialogue, check_dialogues, dialogues
 from engines.traffic import BLOCKS, Request, growing, requests, send, source_tokens
 from engines.vllm.server import Forked
@@ -51,6 +52,7 @@ def run(
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
         metrics = server.metrics()
+        assert eventually(lambda: server.metrics()["vllm:kv_cache_usage_perc"] == 0)
         said = [dialogues(server, talks, stream=stream) for stream in (False, True)]
     finally:
         server.close()

@@ -36,6 +36,8 @@ DRAFTS = '{"method": "qwen3_next_mtp", "num_speculative_tokens": 3}'
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    # Not forked: at SIGTERM vLLM looks for another process that listens where it did. A forked
+    # engine would have its socket, and be found dead now and then, which vLLM does not expect.
     # fp32, so that an answer does not hang on which other requests share a step with it.
     flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
     often = {"VLLM_LOG_STATS_INTERVAL": "0.5"}

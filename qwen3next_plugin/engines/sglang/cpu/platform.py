@@ -7,7 +7,7 @@ from sglang.srt.platforms.cpu import CpuSRTPlatform
 from qwen3next_plugin import __version__
 from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import use_cpu
-from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
+from qwen3next_plugin.engines.sglang.names import is_loaded_last, is_ours, logger
 from qwen3next_plugin.engines.sglang.plugin import register
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint import progress
@@ -45,5 +45,5 @@ class CpuPlatform(CpuSRTPlatform):
     def post_load_model(self, model: Any) -> None:
         """Called once a model's weights are loaded and packed."""
         progress.finish()
-        if serves_ours():
+        if is_loaded_last(model):
             keep_freed()

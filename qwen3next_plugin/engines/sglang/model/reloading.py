@@ -15,6 +15,7 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
 from qwen3next_plugin.model.checkpoint import progress
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
 
@@ -75,3 +76,4 @@ def reload(runner: Any, tensors: Stream) -> None:
     with set_default_torch_dtype(runner.model_config.dtype):
         DefaultModelLoader.load_weights_and_postprocess(model, tensors, torch.device(runner.device))
     progress.finish()
+    give_back_freed()

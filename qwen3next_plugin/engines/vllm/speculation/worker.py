@@ -30,7 +30,7 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     drafts_and_rows,
 )
 from qwen3next_plugin.engines.vllm.state.handover import beside_computation
-from qwen3next_plugin.model.checkpoint.mapped import keep_freed
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed, keep_freed
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -79,12 +79,12 @@ class Worker(CPUWorker):
         """Load trunk and MTP layer, and show how far that is."""
         with one_bar(self.vllm_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
-        keep_freed()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Make the pools, and the KV connector."""
+        """Make the pools, whose size hangs on the memory in use, and the KV connector."""
         with beside_computation(self.vllm_config):
             super().initialize_from_config(kv_cache_config)
+        keep_freed()
 
     def reload_weights(
         self,
@@ -93,7 +93,9 @@ class Worker(CPUWorker):
     ) -> str | None:
         """Replace the weights of trunk and drafter by other ones; returns why they are refused."""
         with set_current_vllm_config(self.vllm_config), one_bar(self.vllm_config):
-            return reload(self.model_runner, weights_path, weights_iterator)
+            refused = reload(self.model_runner, weights_path, weights_iterator)
+        give_back_freed()
+        return refused
 
     def determine_available_memory(self) -> int:
         """Bytes for the pools; before that, vLLM compiles the model as it first runs it."""
