@@ -26,20 +26,22 @@ Tensor injections(const Streams<T>& in, const Tensor& x, const std::optional<Ten
   const int64_t K = in.hc * in.D;
   with_parameter<T>(*inject, [&]<class W>(W) {
     constexpr int64_t kTokens = 4;  // of a task
-    const auto products = [&]<int N>(std::integral_constant<int, N>, int64_t t, int64_t s) {
-      float found[N];
-      dots<N>(read<T>(x) + t * K, K, read<W>(*inject) + s * K, K, found);
-      for (int64_t n = 0; n < N; ++n) {
-        write<float>(out)[(t + n) * in.hc + s] = (2.0f * sigmoid(splat(found[n] / in.hc)))[0];
-      }
+    const T* xs = read<T>(x);
+    const auto write_gate = [&](int64_t t, int64_t s, float product) {
+      write<float>(out)[t * in.hc + s] = (2.0f * sigmoid(splat(product / in.hc)))[0];
     };
     const int64_t tasks = (in.tokens + kTokens - 1) / kTokens * in.hc;
     parallel(tasks, grain_of(std::min(kTokens, in.tokens) * K), [&](int64_t i) {
       const int64_t s = i % in.hc, begin = i / in.hc * kTokens;
-      if (begin + kTokens <= in.tokens) {
-        return products(std::integral_constant<int, kTokens>{}, begin, s);
+      const int64_t end = std::min(begin + kTokens, in.tokens);
+      const W* row = read<W>(*inject) + s * K;
+      if (end - begin == kTokens) {
+        float products[kTokens];
+        dots<kTokens>(xs + begin * K, K, row, K, products);
+        for (int64_t t = begin; t < end; ++t) write_gate(t, s, products[t - begin]);
+      } else {
+        for (int64_t t = begin; t < end; ++t) write_gate(t, s, dot(xs + t * K, row, K));
       }
-      for (int64_t t = begin; t < in.tokens; ++t) products(std::integral_constant<int, 1>{}, t, s);
     });
   });
   return out;
