@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from shutil import get_terminal_size
 
@@ -14,6 +15,7 @@ import torch.distributed
 from tqdm import tqdm
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.tensors import MTP
@@ -48,8 +50,6 @@ class _Loading:
         self._thread.start()
 
     def advance(self, nbytes: int) -> None:
-        if not self._done:  # the files are there by now
-            self._total = self._find_total()
         self._done += nbytes
 
     def close(self) -> None:
@@ -65,6 +65,9 @@ class _Loading:
 
     def _show(self) -> None:
         while not self._ended.wait(EVERY if self._bar is None else REFRESHED):
+            if self._done and self._total is None:  # the files are there by now
+                with suppress(CheckpointError):  # loading itself says what is wrong
+                    self._total = self._find_total()
             if self._bar is None:
                 self.say(self._line())
                 continue
@@ -87,7 +90,8 @@ def begin(total: Total, say: Say) -> None:
     """Show how far loading is, on the first rank.
 
     Args:
-        total: the bytes that will be counted, if they are known; called at the first of them.
+        total: the bytes that will be counted, if they are known. Called in a thread of its own,
+            when there is something to show: it reads the headers of all files.
         say: takes a line of the log.
     """
     global _loading
