@@ -168,7 +168,7 @@ def test_the_cpu_build_of_torch_is_found(pip_finds, tmp_path, own, other, option
 @pytest.mark.parametrize(
     ("own", "other"),
     [
-        pytest.param([""], [""], id="CUDA builds only"),
+        pytest.param([""], [""], id="CUDA builds only", marks=LONG),
         pytest.param([], [OLD_PYTHON], id="another Python's"),
         pytest.param([""], None, id="no other index"),
         pytest.param(["+cpu", "+cu130"], None, id="pip would take another build"),

@@ -44,7 +44,9 @@ def test_random_checkpoints_compute_the_same(tmp_path, name):
     )
 
 
-@pytest.mark.parametrize("flags", [[], ["--wrapped"]], ids=["text", "wrapped"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=pytest.mark.long), ["--wrapped"]], ids=["text", "wrapped"]
+)
 def test_the_script_rewrites_the_shipped_checkpoint(tmp_path, flags):
     command = [sys.executable, "examples/qwen3_5_layout.py", str(SHIPPED), str(tmp_path), *flags]
     subprocess.run(command, cwd=SHIPPED.parents[1], check=True)

@@ -41,26 +41,27 @@ def by_tiles(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what runs in Triton's interpreter, a thousand times slower than compiled code, `slow`.
 
-    There 1 and 65 tokens are a block's part, and a block and a part. More lengths, fp16 at others
-    than 65, and what IN_TRITON names, are marked `long`. So are bits on x86's instruction sets
-    between the lowest and the highest; avx512 but for bf16, as avx512bf16 has its code for other
-    activations; and AMX where tiles are not used: there the code of avx512bf16 runs.
+    There 1 and 65 tokens are a block's part, and a block and a part. More lengths, fp16, which is
+    cast as bf16 is, and what IN_TRITON names, are marked `long`. So are bits on x86's instruction
+    sets between the lowest and the highest, and of fp16 on the lowest, which casts it in software;
+    avx512 but for bf16, as avx512bf16 has its code for other activations; and AMX where tiles are
+    not used: there the code of avx512bf16 runs.
     """
     levels = [level for level in native.levels() if level != "amx"]
     between = set(levels[1:-1]).intersection(OF_X86)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("bits_level") in between:
+        dtype, bits_level = params.get("dtype", torch.bfloat16), params.get("bits_level")
+        if bits_level in between or (bits_level == "baseline" and dtype == torch.float16):
             item.add_marker(pytest.mark.long)
-        bf16 = params.get("dtype", torch.bfloat16) == torch.bfloat16
-        if "avx512" in params.values() and "avx512bf16" in levels and not bf16:
+        before_bf16 = "avx512" in params.values() and "avx512bf16" in levels
+        if before_bf16 and dtype != torch.bfloat16:
             item.add_marker(pytest.mark.long)
         if "amx" in params.values() and not by_tiles(item.path.stem, **params):
             item.add_marker(pytest.mark.long)
         if params.get("backend") == "triton":
             item.add_marker(pytest.mark.slow)
-            T = params.get("T")
-            if T in (63, 64, 200) or (T != 65 and params.get("dtype") == torch.float16):
+            if params.get("T") in (63, 64, 200) or dtype == torch.float16:
                 item.add_marker(pytest.mark.long)
             shown = IN_TRITON.get(item.originalname)
             if shown and shown.items() <= params.items():

@@ -103,6 +103,7 @@ def test_a_state_outlasts_many_segments(backend, split_rows):
     assert_close(OP, BF16, pool.state_at_end(0), layer.recurrence(x)[1])
 
 
+@pytest.mark.long
 def test_extreme_gates(backend, split_rows, size):
     """Decays from 1 to underflow and keys that repeat, over many segments."""
     layer, pool, T = Layer.random(ONE), Pool(ONE, 1, DRAFTS), size(120, 200)
@@ -140,6 +141,7 @@ def test_a_row_has_the_same_bits_in_any_batch(backend, split_rows, monkeypatch, 
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.long
 def test_programs_in_any_order(backend, split_rows, monkeypatch, size):
     """No program of a launch reads or overwrites what another one of it writes."""
     layer = lasting(ONE)

@@ -1,7 +1,8 @@
 """vLLM, imported once where the engines and servers of tests are forked from.
 
 For a CPU vLLM starts its processes as new interpreters, and looks at every model class in one.
-Each would import vLLM again, which takes most of the time until it serves: here they are forks.
+Each would import vLLM again, which takes most of the time until it serves: here they are forks. The
+library of the native kernels is loaded here, too, so QWEN3NEXT_ISA does nothing in a fork.
 
 With --enforce-eager vLLM still compiles a few functions of its own at their first call, such as the
 one that counts ranks for log-probabilities. That takes seconds in every engine, so forks call them
@@ -27,6 +28,7 @@ for name in NAMES:
 on_cpu = import_module("vllm.platforms").current_platform.is_cpu()
 if on_cpu:
     import_module(CPU_WORKER)
+import_module("qwen3next_plugin.kernels.dispatch").load("cpu")
 registry = import_module("vllm.model_executor.models.registry")
 context = multiprocessing.get_context
 
