@@ -225,3 +225,10 @@ def test_tests_skip_without_a_host_only():
                 skipped.add(ast.literal_eval(node.args[0]))
     assert skipped
     assert skipped <= MAY_BE_MISSING
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_nothing_imports_a_folder_that_an_installed_package_would_replace(folder):
+    """`kernels` is a package of Hugging Face's, which wins over a folder of that name."""
+    for path in sources(folder):
+        assert not {name.split(".")[0] for name in imports(path)} & {"kernels", "mtp"}, path

@@ -1,14 +1,9 @@
 """The kernels on a real GPU: as the reference, and the same bits in a CUDA graph."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
 from state_pages import Layer, Pool, Shape, Step
 
 from qwen3next_plugin.kernels.gated_delta_net import (

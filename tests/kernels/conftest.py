@@ -1,11 +1,7 @@
 """Every kernel test runs on every backend: the reference, each instruction set, and Triton."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from platform import machine
-
-sys.path.insert(0, str(Path(__file__).parent))  # for state_pages, under --import-mode=importlib
 
 import interpreter
 import pytest

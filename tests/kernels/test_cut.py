@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_linear import KINDS, PACK, checkpoint
 from torch import Tensor
 
-from kernels.test_linear import KINDS, PACK, checkpoint
 from qwen3next_plugin.kernels.linear import cut, pack_int8, unpack
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 

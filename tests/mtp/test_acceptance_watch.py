@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from math import comb
 
 import pytest
+from simulate import Trace, Truth, drawn, serve
+from test_metrics import row
+from traces import BLOCK, GPU
 
-from mtp.simulate import Trace, Truth, drawn, serve
-from mtp.test_metrics import row
-from mtp.traces import BLOCK, GPU
 from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.policy import Adaptive, Fixed

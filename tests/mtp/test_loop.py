@@ -1,4 +1,4 @@
-"""The loop: what is kept and read, when lengths are chosen, what is observed. See engine.py."""
+"""The loop: what is kept and read, when lengths are chosen, what is observed. See scripted.py."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import BYTES, Engine, K, Lengths, Script
 
-from mtp.engine import BYTES, Engine, K, Lengths, Script
 from qwen3next_plugin.mtp.loop import EVERY, usable_drafts, wait_after
 
 BOTH = ("a", "b")

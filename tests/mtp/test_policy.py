@@ -5,9 +5,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulate import serve
+from traces import CHEAP, LOW, Case, steady
 
-from mtp.simulate import serve
-from mtp.traces import CHEAP, LOW, Case, steady
 from qwen3next_plugin.mtp.acceptance import Acceptance
 from qwen3next_plugin.mtp.costs import COLD, Costs
 from qwen3next_plugin.mtp.policy import Adaptive, Fixed

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-
-from mtp.simulate import Result, Trace, Truth, serve
-from mtp.traces import (
+from simulate import Result, Trace, Truth, serve
+from traces import (
     BLOCK,
     CASES,
     DEAR,
@@ -20,6 +19,7 @@ from mtp.traces import (
     replayed,
     steady,
 )
+
 from qwen3next_plugin.mtp.costs import Costs
 from qwen3next_plugin.mtp.policy import MARGIN, TRIAL, Adaptive, Fixed
 from tiers import long_except

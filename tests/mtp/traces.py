@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from mtp.simulate import Run, Trace, Truth, drawn
+from simulate import Run, Trace, Truth, drawn
 
 K = 4  # drafts at most
 RECORDED = Path(__file__).with_name("recorded_runs.json")
