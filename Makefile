@@ -271,8 +271,8 @@ ifdef ARGS
 	$(call ON_ARM) $(ARGS)
 else
 	$(call ON_ARM,WHEEL=$$(basename dist/*_aarch64.whl)) -q tests/test_packaging.py -k "wheel or library"
-	$(call ON_ARM,TEST_LEVELS="dotprod i8mm") $(QUICK) tests/kernels
-	$(call ON_ARM,TEST_LEVELS=dotprod QEMU_CPU=neoverse-n1) $(QUICK) $(ARM_SOME)
+	$(call ON_ARM,REQUIRE="dotprod i8mm") $(QUICK) tests/kernels
+	$(call ON_ARM,REQUIRE=dotprod QEMU_CPU=neoverse-n1) $(QUICK) $(ARM_SOME)
 	$(call ON_ARM,QEMU_CPU=cortex-a72) $(QUICK) $(ARM_SOME)
 	$(call ON_ARM) -v --long tests/arm
 endif

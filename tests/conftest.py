@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from needs import declared, need, required
+
 if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
     from reference import Reference
 
-# Each engine has an environment of its own; what is there for the other one stays out.
+# Each engine has an environment of its own; what is there for the other one stays out: `make test`
+# runs it in the other one.
+PLACES = (("engines/", ""), ("gpu/test_", "_gpu.py"))
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
-collect_ignore = [f"engines/{engine}" for engine in MISSING]
+collect_ignore = [f"{place}{engine}{ending}" for engine in MISSING for place, ending in PLACES]
 
 # The longest files start first, so that none is left over when all others are done: first those
 # that start engines, then the others.
@@ -39,6 +43,7 @@ for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
 WORKER_BYTES = 2 << 30  # that a worker takes at most, beside engines that it starts
 
 T = TypeVar("T")
+R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -53,6 +58,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="also run the tests marked `long`, and all at full size"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        required()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -82,11 +94,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Where tests stood that ran out of time, and were run once more (see the Makefile)."""
-    for report in terminalreporter.stats.get("rerun", ()):
-        terminalreporter.section(f"out of time: {report.nodeid}")
-        terminalreporter.write_line(report.longreprtext)
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for name in mark.args:
+            need(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skip for a reason that is not in the table of needs.py is a failure."""
+    return _without_others((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _without_others((yield))
+
+
+def _without_others(report: R) -> R:
+    if report.skipped and not declared(report.longrepr[2]):
+        report.outcome, report.longrepr = "failed", f"{report.longrepr}: not of tests/needs.py"
+    return report
 
 
 @pytest.fixture(scope="session")

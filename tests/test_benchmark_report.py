@@ -13,6 +13,7 @@ from benchmarks import headline, parts, pictures, render, report
 from benchmarks import origin as origins
 from benchmarks.origin import CHANGED, origin
 from benchmarks.report import Record, RedCheckError, Run, load_all
+from needs import need
 
 SOURCE = {
     "run": "2026-11-28T12:00:00",
@@ -228,7 +229,7 @@ def test_what_a_machine_lacks_is_named(docs, tmp_path, measuring, monkeypatch, c
 @pytest.mark.slow
 def test_a_run_from_end_to_end(docs, tmp_path, monkeypatch):
     """The quickest part, really measured, in a process of its own."""
-    pytest.importorskip("vllm")
+    need("vllm")
     monkeypatch.setattr(bench, "PARTS", {"convolution": parts.PARTS["convolution"]})
     monkeypatch.setattr(bench, "origin", lambda started: origin(started) | {"commit": "commit a"})
     bench.main(out=tmp_path / "out")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from math import ceil
 from pathlib import Path
 from typing import get_args
@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from benchmarks.sizes import CONFIGS as RELEASED_CONFIGS
 from checkpoints import BASE, write_checkpoint
+from needs import need
 from quantised import MIXED, write_quantised
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor, warmup
@@ -131,7 +132,7 @@ def test_groups_of_layers():
 def test_blocks_are_the_ones_vllm_counts(model, length, drafts, prefix_caching):
     """The same layers as vLLM's own specs, grouped and counted by vLLM."""
     config = Qwen3NextConfig.from_hf(read_config(RELEASED_CONFIGS / model))
-    pytest.importorskip("vllm")
+    need("vllm")
     import torch
     from vllm.v1 import kv_cache_interface as interface
     from vllm.v1.core import kv_cache_utils as utils
@@ -759,10 +760,6 @@ def test_probe_reports_the_last_line_of_a_failure(monkeypatch):
 
 
 def test_doctor_here():
-    try:
-        version("qwen3next-plugin")
-    except PackageNotFoundError:
-        pytest.skip("the plugin is not installed")
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.stdout
 

@@ -7,10 +7,10 @@ import sys
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
-from shutil import which
 
 import pytest
 
+from needs import needs
 from qwen3next_plugin.cli.machine import ARM_FLAGS, X86_FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def library(tmp_path) -> Path:
     return found
 
 
-@pytest.mark.skipif(which("nm") is None, reason="no nm, of binutils")
+@needs("binutils")
 def test_the_library_exports_nothing_of_ours(library):
     """Another library's symbol of the same name would take the place of an exported one."""
     nm = ["nm", "-D", "-C", "--defined-only", library]
@@ -101,7 +101,7 @@ def test_doctor_knows_every_flag_that_the_kernels_ask_for():
     assert {flag.lower() for flag in re.findall(r"HWCAP2?_(\w+)", ops)} == set(ARM_FLAGS)
 
 
-@pytest.mark.skipif(which("objdump") is None, reason="no objdump, of binutils")
+@needs("binutils")
 def test_the_library_loads_where_manylinux_2_28_wheels_do(library):
     """It asks for no later symbols than the policy of that name in PEP 600's list has."""
     objdump = ["objdump", "-T", library]
@@ -115,7 +115,7 @@ def test_the_library_loads_where_manylinux_2_28_wheels_do(library):
     assert not [one for one in asked if one[1:] > newest[one[0]]]
 
 
-@pytest.mark.skipif("WHEEL" not in os.environ, reason="WHEEL, a path, is not set")
+@needs("wheel")
 def test_wheel_holds_the_package_and_nothing_at_the_top(library):
     architecture = PROCESSORS[int.from_bytes(library.read_bytes()[18:20], "little")]
     assert f"-py3-none-manylinux_2_28_{architecture}.whl" in os.environ["WHEEL"]

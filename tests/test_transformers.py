@@ -69,7 +69,6 @@ CALLED = {
     scope="module", params=["installed", *map(str, OTHERS), *other_hosts("transformers")]
 )
 def sources(request) -> Sources:
-    pytest.importorskip("transformers")
     return host("transformers", request.param)
 
 

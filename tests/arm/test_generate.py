@@ -1,18 +1,17 @@
 """One answer with MTP on aarch64, which `make test-arm` has qemu emulate."""
 
-from platform import machine
-
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 import qwen3next_plugin
 from checkpoints import SHIPPED
+from needs import needs
 from qwen3next_plugin.kernels import native
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(machine() != "aarch64", reason="this machine is not an ARM"),
+    needs("aarch64"),
 ]
 
 

@@ -21,7 +21,6 @@ from released import RELEASED_80B, read
 
 
 def transformers_config(**changes):
-    pytest.importorskip("transformers")
     from transformers import Qwen3NextConfig as Theirs
 
     return Theirs(**(copy.deepcopy(RELEASED_80B) | changes))

@@ -31,7 +31,6 @@ def test_fields_are_read():
 
 
 def test_defaults_are_those_of_transformers():
-    pytest.importorskip("transformers")
     from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 
     theirs = Qwen4ExpTextConfig()

@@ -5,6 +5,7 @@ from types import SimpleNamespace as Bag
 
 import pytest
 
+from needs import need
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, host_rope, rope
 from released import RELEASED_80B, read
 
@@ -185,7 +186,7 @@ def test_yarn_that_lost_a_value_is_told_all_of_it(lost):
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_vllm_override_of_a_part_of_rope_is_caught(tmp_path, name):
-    pytest.importorskip("vllm")
+    need("vllm")
     from vllm.transformers_utils.config import get_config
 
     (tmp_path / "config.json").write_text(json.dumps(RELEASED_80B))

@@ -4,16 +4,11 @@ import json
 import re
 import subprocess
 
-import pytest
-
 from engines.dialogues import ROOT, Round, enough, held_out
 from engines.parsers import NO_THINKING, THINKING
 from engines.server import TIMEOUT_S, Server
 
 PYTHON = ROOT / ".qwen-agent" / "bin" / "python"
-needs_qwen_agent = pytest.mark.skipif(
-    not PYTHON.exists(), reason="`make test-long` installs Qwen-Agent"
-)
 # A function of the client, one of an MCP server over stdio, and the code interpreter.
 TOOLS = ("multiply", "shop-count_parts", "code_interpreter")
 ASKED = 12

@@ -16,13 +16,9 @@ from benchmarks.sizes import CONFIGS
 from engines.clients import complete, eventually
 from engines.process import START_SECONDS, TESTS
 from engines.server import Server
-from qwen3next_plugin.engines.cgroups import LIMITS, folders
+from needs import memory_cgroup, need
 
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
-NEEDS_NAMESPACES = pytest.mark.skipif(
-    subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
-    reason="no mount namespaces here",
-)
 # What makes a folder so, in a namespace: {} is the folder.
 STATES = {
     "full": "mount -t tmpfs -o size=256k none {0} && {{ cat /dev/zero > {0}/fill 2>&-; true; }}",
@@ -62,17 +58,13 @@ def _after(setup: str, command: list[str]) -> list[str]:
 
 @contextmanager
 def cgroup() -> Iterator[Path]:
-    """A cgroup with 3 GiB of memory; skips the test where none can be made."""
-    limits = [f / name for f in folders("memory") for name in LIMITS if (f / name).is_file()]
-    if not limits:
-        pytest.skip("no cgroup limits memory here")
-    made = limits[-1].parent / f"qwen3next-{os.getpid()}"
+    """A cgroup with 3 GiB of memory."""
+    need("cgroup")
+    limit = memory_cgroup()
+    made = limit.parent / f"qwen3next-{os.getpid()}"
+    made.mkdir()
     try:
-        made.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
-    try:
-        (made / limits[-1].name).write_text(f"{3 << 30}")
+        (made / limit.name).write_text(f"{3 << 30}")
         yield made
     finally:
         assert eventually(lambda: not (made / "cgroup.procs").read_text())

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -19,8 +18,8 @@ from engines.checks import Prompts
 from engines.clients import PROMPTS, complete, eventually
 from engines.process import START_SECONDS
 from engines.server import Server
+from needs import PATH, need
 
-PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 NETWORK, MOUNTS = 0x40000000, 0x00020000  # CLONE_NEWNET, CLONE_NEWNS
 PORT = "29500"  # where ranks meet, on the first host
 TOKENS = 20
@@ -56,16 +55,13 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Skips the test where none can be made."""
-    if shutil.which("ip", path=PATH) is None:
-        pytest.skip("no `ip` here: on Debian it is in iproute2")
+    need("ip")
+    need("root")
     hosts = [Host(f"q3n-{os.getpid()}-{rank}", f"10.77.0.{rank + 1}") for rank in range(2)]
     made = []
     try:
         for host in hosts:
-            done = _ip("netns", "add", host.name)
-            if done.returncode:
-                pytest.skip(f"no networks can be made here: {done.stderr.strip()}")
+            _ip("netns", "add", host.name).check_returncode()
             made.append(host)
         _connect(*hosts)
         yield hosts

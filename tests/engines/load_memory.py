@@ -2,19 +2,16 @@
 
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import pytest
 import torch
 
 from checkpoints import write_checkpoint
 from quantised import pack_checkpoint, write_quantised
 
 R = TypeVar("R")
-ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 PACKED = "packed before"
 KINDS = ("bf16", "int8", "int4", "fp8-blocks", "packed_4-bit", PACKED)
 MOST, MOST_PACKED = 1.15, 1.05  # of the packed weights' bytes

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from json import load
 
 import openai
-import pytest
 
 from engines.clients import Messages, eventually
 from engines.dialogues import ROOT
@@ -17,9 +16,6 @@ from engines.process import Process, free_port
 from engines.server import TIMEOUT_S, Server
 
 PYTHON = ROOT / ".router" / "bin" / "python"
-needs_router = pytest.mark.skipif(
-    not PYTHON.exists(), reason="`make test-long` installs SGLang's router"
-)
 AT_ONCE = 4
 TOKENS = 24
 UNIT = 32  # tokens: a hit ends at a multiple of them, one earlier with MTP

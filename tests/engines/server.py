@@ -14,7 +14,6 @@ from typing import Any
 
 import openai
 import psutil
-import pytest
 
 from engines.process import START_SECONDS, Process, free_port
 
@@ -22,10 +21,6 @@ TIMEOUT_S = 600  # of a request, the connection included
 # Seconds that a server leaves an idle connection open, as long as any test lasts: a client that
 # takes one up just as the server closes it would get no answer.
 KEEP_ALIVE = dict.fromkeys(("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "SGLANG_TIMEOUT_KEEP_ALIVE"), "3600")
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-HUGE_PAGES = pytest.mark.skipif(
-    not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="no transparent huge pages"
-)
 
 
 class Server(ABC):

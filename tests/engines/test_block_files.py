@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.faults import NEEDS_NAMESPACES, STATES, where
+from engines.faults import STATES, where
+from needs import needs
 from qwen3next_plugin.engines.block_files import (
     CUT,
     EVERY,
@@ -158,7 +159,7 @@ def test_what_a_killed_server_left_half_written_goes_with_time(files, tmp_path):
     assert names(BlockFiles(tmp_path, files.limit)) == ["new.1.part"]
 
 
-@NEEDS_NAMESPACES
+@needs("mounts")
 def test_what_cannot_be_removed_stays(tmp_path):
     """As another user's files: they are no reason not to start."""
     part = tmp_path / SPACES[0] / "old.0.part"
@@ -207,7 +208,7 @@ for n in range(100, 105):
 """
 
 
-@NEEDS_NAMESPACES
+@needs("mounts")
 def test_on_a_full_disk_the_oldest_give_way(tmp_path):
     assert "size=256k" in STATES["nearly full"]
     assert shutil.which("unshare")

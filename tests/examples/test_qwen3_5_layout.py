@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from safetensors.torch import load_file
 
 from checkpoints import BASE, SHIPPED, random_prompt

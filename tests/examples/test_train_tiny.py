@@ -11,8 +11,6 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # examples/ is run from the repository's root, not installed
 
-pytest.importorskip("transformers")
-
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoTokenizer, Qwen3NextForCausalLM  # noqa: E402
 

@@ -1,7 +1,8 @@
 """How many GPUs a server test uses."""
 
 import pytest
-import torch
+
+from needs import need
 
 
 @pytest.fixture(
@@ -9,7 +10,5 @@ import torch
 )
 def gpus(request):
     """The number of GPUs to serve on; skips if the machine has fewer."""
-    found = torch.cuda.device_count()
-    if found < request.param:
-        pytest.skip(f"needs {request.param} GPU(s), found {found}")
+    need("gpu" if request.param == 1 else "two-gpus")
     return request.param

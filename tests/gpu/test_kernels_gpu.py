@@ -6,6 +6,7 @@ import pytest
 import torch
 from state_pages import Layer, Pool, Shape, Step
 
+from needs import needs
 from qwen3next_plugin.kernels.gated_delta_net import (
     GatedDeltaNetShape,
     GatedDeltaNetWeights,
@@ -16,7 +17,7 @@ from tolerances import assert_close
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, found none"),
+    needs("gpu"),
 ]
 SHAPE, DRAFTS = Shape(4, 8, 128, 128), 3
 STEPS = (

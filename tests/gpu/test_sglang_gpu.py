@@ -10,7 +10,6 @@ from engines.checks import Output, Prompts, check_no_farther
 from engines.sglang.server import NEXTN, Server
 from reference import Reference
 
-pytest.importorskip("sglang")
 pytestmark = pytest.mark.serve
 
 NO_GRAPHS = ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph")

@@ -13,7 +13,6 @@ from reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFTS = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
-pytest.importorskip("vllm")
 pytestmark = pytest.mark.serve
 
 

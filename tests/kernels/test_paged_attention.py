@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.load_memory import ON_LINUX, peak_of
+from engines.load_memory import peak_of
 from qwen3next_plugin.kernels.paged_attention import SCRATCH, paged_attention, reference
 from tolerances import assert_close
 
@@ -223,7 +223,6 @@ def test_same_bits_in_windows_of_a_long_sequence(bits_level, threads):
     assert torch.equal(outs[0], outs[2])
 
 
-@ON_LINUX
 def test_scratch_memory_does_not_grow_with_the_context(threads):
     arguments = again_and_again(1 << 18, 4)
     threads(2)

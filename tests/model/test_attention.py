@@ -18,7 +18,6 @@ CONFIGS = {"base": {}, **SHAPES}
 
 
 def modules(changes: dict):
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
     config = modeling.Qwen3NextConfig(**(BASE | changes))
@@ -90,7 +89,6 @@ def test_value_and_gate_are_views_and_the_projection_is_kept():
 
 @pytest.mark.parametrize("sections", [[11, 11, 10], [3, 2, 3], [1, 0, 0]], ids=str)
 def test_three_axes_turn_as_in_transformers(sections):
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
     pairs, T = sum(sections), 19

@@ -16,7 +16,6 @@ TOLERANCE = 1e-4  # relative; two fp32 implementations that sum in other orders
 
 def module(changes: dict, seed: int = 0) -> torch.nn.Module:
     """transformers' layer with random weights that make its state matter."""
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
     config = modeling.Qwen3NextConfig(**(BASE | changes))

@@ -15,7 +15,6 @@ from page_faults import FEW, MANY
 from qwen3next_plugin.model.checkpoint import mapped
 from qwen3next_plugin.model.checkpoint.mapped import RUN, giving_back
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 TESTS = Path(__file__).parents[1]
 COUNT, SIZE = 256, RUN // 16  # experts, and bytes of a projection
 

@@ -14,7 +14,6 @@ from qwen3next_plugin.model.quantisation.packed import pack_plain
 
 def block(**changes):
     """transformers' block with weights of the same scale everywhere."""
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
     config = modeling.Qwen3NextConfig(**(BASE | changes))

@@ -39,7 +39,6 @@ def forgotten():
 
 
 def theirs(config: Qwen3NextConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_next import modeling_qwen3_next as modeling
 
     host = modeling.Qwen3NextConfig(
@@ -94,7 +93,6 @@ def test_all_layers_share_one_table_in_the_default_dtype():
 
 
 def test_images_turn_by_their_sections_under_yarn():
-    pytest.importorskip("transformers")
     from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
     sections = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}

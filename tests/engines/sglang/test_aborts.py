@@ -5,8 +5,6 @@ from types import SimpleNamespace as Bag
 
 import pytest
 
-pytest.importorskip("sglang")
-
 from qwen3next_plugin.engines.sglang.repairs.aborts import abort_one
 
 PLACES = {

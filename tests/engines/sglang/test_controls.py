@@ -4,9 +4,6 @@ import asyncio
 from types import SimpleNamespace as Bag
 
 import pytest
-
-pytest.importorskip("sglang")
-
 from fastapi import HTTPException
 
 from qwen3next_plugin.engines.sglang.repairs import controls

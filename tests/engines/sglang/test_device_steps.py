@@ -4,9 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("sglang")
-
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 

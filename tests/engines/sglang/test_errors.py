@@ -30,8 +30,6 @@ from qwen3next_plugin.engines.sglang.state import handover_flags
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen4_exp import write_qwen4_exp
 
-pytest.importorskip("sglang")
-
 NEXTN = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
 FP32 = {"dtype": "float32"}  # SGLang's own choice for such a checkpoint is float16
 NOWHERE = {"model_path": "", "revision": None, "download_dir": None}

@@ -8,7 +8,6 @@ import pytest
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
 from engines.faults import (
-    NEEDS_NAMESPACES,
     TOO_LARGE,
     TOO_LITTLE,
     cgroup,
@@ -19,6 +18,7 @@ from engines.faults import (
     where,
 )
 from engines.sglang.server import NEXTN, Server
+from needs import needs
 
 pytestmark = pytest.mark.serve
 
@@ -48,7 +48,7 @@ class Confined(Server):
 
 
 @pytest.mark.long
-@NEEDS_NAMESPACES
+@needs("mounts")
 @pytest.mark.parametrize("state", ["full", "read-only"])
 def test_it_serves_without_a_tmp_to_write_to(state):
     server = Hindered(state).wait()
@@ -67,7 +67,7 @@ def answers() -> None:
 
 
 @pytest.mark.long
-@NEEDS_NAMESPACES
+@needs("mounts")
 def test_it_serves_offline_with_a_read_only_home(tmp_path):
     check_cut_off(tmp_path, "engines.sglang.test_faults")
 
@@ -96,7 +96,7 @@ def test_memory_that_runs_out_while_it_serves():
 
 
 @pytest.mark.long
-@NEEDS_NAMESPACES
+@needs("mounts")
 def test_no_room_for_metrics():
     check_ends(Hindered("nearly full"), "--enable-metrics: /tmp has 256 KiB left")
 

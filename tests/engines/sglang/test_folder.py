@@ -11,9 +11,9 @@ import pytest
 from checkpoints import random_prompt, write_checkpoint
 from engines.clients import eventually
 from engines.folders import damage, files, settled
-from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from engines.sglang.updating import refused
+from needs import need
 from qwen3next_plugin.engines.sglang.state.alike import LINKER_FLAG
 from qwen3next_plugin.engines.sglang.state.folder_flags import LINKER, MODULE
 from tiers import long_except
@@ -63,8 +63,8 @@ def check_same(found: Answer, cold: Answer) -> None:
 
 @pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
 def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
-    if name.startswith("two") and len(CPUS) < 2:
-        pytest.skip("two ranks need two cores")
+    if name.startswith("two"):
+        need("two-cores")
     with started(checkpoint, tmp_path, *CASES[name]) as server:
         cold = ask(server)
         ask(server, PROMPT)

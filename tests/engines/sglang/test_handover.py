@@ -11,8 +11,7 @@ import pytest
 from checkpoints import SHIPPED, random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
-from engines.process import CPUS
-from engines.routers import needs_router, opening, routed, turn
+from engines.routers import opening, routed, turn
 from engines.server import closing, most_cores
 from engines.sglang.apart import (
     CHUNK,
@@ -29,10 +28,10 @@ from engines.sglang.apart import (
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from engines.sglang.updating import refused
 from engines.traffic import source_tokens
+from needs import needs
 
 pytestmark = pytest.mark.serve
 
-needs_two_cores = pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
 LENGTHS = (1, 2, 3, 4, 5, 8, 9, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 40)
 TEXTS = [tuple(source_tokens()[start : start + n]) for start, n in ((0, 20), (300, 90), (900, 400))]
 FP32 = ("--dtype", "float32", *WITH_DRAFTS)
@@ -143,7 +142,7 @@ def test_servers_that_wait_leave_the_cores_to_others(servers):
     assert most_cores(servers) < 0.1
 
 
-@needs_two_cores
+@needs("two-cores")
 @pytest.mark.long
 def test_two_ranks_hand_over_to_two(reference):
     flags = (*FP32, "--tp-size", "2")
@@ -185,7 +184,7 @@ def test_a_dead_prefill_server_costs_its_requests_only(servers, one):
         ("speculative_num_steps", (*NEXTN, "2")),
         ("dtype", ("--dtype", "bfloat16")),
         ("page_bytes", ("--mamba-ssm-dtype", "bfloat16")),
-        pytest.param("tp_size", ("--tp-size", "2"), marks=needs_two_cores),
+        pytest.param("tp_size", ("--tp-size", "2"), marks=needs("two-cores")),
     ],
     ids=str,
 )
@@ -205,7 +204,7 @@ def test_servers_that_are_not_alike_exchange_nothing(named, differs):
     assert decoder[named] != prefiller[named]
 
 
-@needs_router
+@needs("router")
 @pytest.mark.long
 def test_sglangs_router_asks_both(servers):
     first, second = servers

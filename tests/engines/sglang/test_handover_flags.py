@@ -22,8 +22,6 @@ from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover
 from qwen3next_plugin.model.state import PageLayout
 
-pytest.importorskip("sglang")
-
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]))
 OTHER = Bag(hf_config=Bag(architectures=["LlamaForCausalLM"]))
 LAYOUT = PageLayout(

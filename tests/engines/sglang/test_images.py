@@ -5,7 +5,6 @@ import json
 import urllib.error
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from engines.hostile import ask as ask_raw
 from engines.images import ask_about, check_an_image_in_a_chat, check_hostile_images
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from family import FAMILY
-from qwen3next_plugin.engines.sglang.repairs.requests import VIDEO_DECODERS
+from needs import needs
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from vision import PLACE, VisionReference, as_url, random_image, write_vision_checkpoint
 
@@ -154,7 +153,7 @@ def test_hostile_images_do_not_harm_the_server(server, case, model):
 
 
 @pytest.mark.parametrize("case", ["plain"], indirect=True, scope="module")
-@pytest.mark.skipif(any(map(find_spec, VIDEO_DECODERS)), reason="something reads videos here")
+@needs("no-videos")
 def test_a_video_that_nothing_reads_is_refused(server):
     url = "data:video/mp4;base64," + base64.b64encode(b"a video").decode()
     with pytest.raises(openai.BadRequestError, match="install torchcodec or decord"):

@@ -1,15 +1,13 @@
 """Which `sgl_kernel` is imported: a genuine one where it imports, the stand-in else."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
 from forks import Forks
-from qwen3next_plugin.engines.sglang.cpu.kernel_package import FOLDER
+from needs import needs
 
 SAY = """
 import json, sys
@@ -72,12 +70,6 @@ def package(folder: Path, text: str, **modules: str) -> Path:
     return folder
 
 
-def installed() -> bool:
-    """A genuine one; another test may have put the stand-in on this process's path."""
-    elsewhere = [folder for folder in sys.path if folder != str(FOLDER)]
-    return PathFinder.find_spec("sgl_kernel", elsewhere) is not None
-
-
 def test_a_genuine_one_that_imports_is_left_alone(tmp_path, python):
     package(tmp_path, "__version__ = '9.8'")
     said = json.loads(python(SAY))
@@ -86,7 +78,7 @@ def test_a_genuine_one_that_imports_is_left_alone(tmp_path, python):
     assert "genuine, version 9.8" in said["said"]
 
 
-@pytest.mark.skipif(installed(), reason="a genuine sgl_kernel is installed")
+@needs("stand-in")
 @pytest.mark.parametrize("namespace", [False, True], ids=["nothing", "folder without __init__"])
 def test_without_one_the_stand_in_comes_last(tmp_path, python, namespace):
     if namespace:

@@ -7,7 +7,6 @@ import pytest
 
 from engines.load_memory import (
     KINDS,
-    ON_LINUX,
     Loaded,
     check,
     prepared,
@@ -16,7 +15,7 @@ from engines.load_memory import (
 )
 from engines.sglang.server import NEXTN, Forked
 
-pytestmark = [pytest.mark.serve, pytest.mark.long, ON_LINUX]
+pytestmark = [pytest.mark.serve, pytest.mark.long]
 
 FLAGS = ("--dtype", "bfloat16", "--max-total-tokens", "1024", "--max-mamba-cache-size", "4")
 

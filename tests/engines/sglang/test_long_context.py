@@ -26,8 +26,6 @@ from engines.long_context import (
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from qwen3next_plugin.config import ConfigError
 
-pytest.importorskip("sglang")
-
 LONG = {"rope_scaling": YARN}
 
 

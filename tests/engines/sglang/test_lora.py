@@ -15,6 +15,7 @@ from engines.lora import make_adapter, write_adapter
 from engines.process import CPUS
 from engines.sglang.server import NEXTN, Forked
 from family import FAMILY
+from needs import need
 from quantised import MIXED, quantise
 from reference import Reference
 from tiers import long_except
@@ -74,8 +75,8 @@ class Served(NamedTuple):
 @pytest.fixture(scope="module", params=long_except(QUICK, CASES))
 def served(request, tmp_path_factory) -> Iterator[Served]:
     case, folder = CASES[request.param], tmp_path_factory.mktemp("lora")
-    if "two-ranks" in request.param and len(CPUS) < 2:
-        pytest.skip("two ranks need two cores")
+    if "two-ranks" in request.param:
+        need("two-cores")
     model = folder / "model"
     model = FAMILY[case.member].write(model) if case.member else write_checkpoint(model)
     read = model

@@ -3,9 +3,6 @@
 from math import nan
 
 import pytest
-
-pytest.importorskip("sglang")
-
 from prometheus_client import REGISTRY
 
 from qwen3next_plugin.mtp.metrics import PLAIN, VERIFY, Board

@@ -15,13 +15,14 @@ from engines.hosts import (
     prompts,
     served,
 )
-from engines.process import CPUS, Fork, Process
+from engines.process import Fork, Process
 from engines.sglang import launch
 from engines.sglang.server import NEXTN, Server
+from needs import needs
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(len(CPUS) < 2, reason="two nodes need two cores"),
+    needs("two-cores"),
 ]
 
 FLAGS = (

@@ -6,8 +6,6 @@ from types import SimpleNamespace as Bag
 
 import pytest
 
-pytest.importorskip("sglang")
-
 CANDIDATES = [0, 1, 3]
 
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("sglang")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded():

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from tokenizers import Tokenizer
 
-from engines.agents import check_qwen_agent, needs_qwen_agent
+from engines.agents import check_qwen_agent
 from engines.hostile import ask
 from engines.parsers import (
     check_schema_in_a_chat,
@@ -16,6 +16,7 @@ from engines.parsers import (
 )
 from engines.sglang.schema import TERSE
 from engines.sglang.server import FIXED, NEXTN, Forked
+from needs import needs
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -87,7 +88,7 @@ def test_a_json_schema(server):
 
 
 @pytest.mark.long
-@needs_qwen_agent
+@needs("qwen-agent")
 @pytest.mark.parametrize("thinking", [False, True], ids=["plain", "thinking"])
 @pytest.mark.parametrize("server", ["qwen3-next"], indirect=True)
 def test_qwen_agent(server, thinking):

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.importorskip("sglang")
-
 from engines.sglang.penalised import PARAMS, Batch, Request, check, step
 from qwen3next_plugin.engines.sglang.repairs.penalties import (
     count_every_token,

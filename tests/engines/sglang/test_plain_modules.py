@@ -9,8 +9,6 @@ from transformers import AutoConfig
 from engines.hubs import MODEL, downloaded
 from quantised import write_partly_quantised
 
-pytest.importorskip("sglang")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -7,8 +7,6 @@ from types import ModuleType
 import pytest
 from packaging.version import Version
 
-pytest.importorskip("sglang")
-
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import (
     Attribute,

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-pytest.importorskip("sglang")
-
 from forks import Ended, Forks
 from page_faults import FEW, MANY
 

@@ -5,8 +5,6 @@ from types import SimpleNamespace as Bag
 import pytest
 import torch
 
-pytest.importorskip("sglang")
-
 from qwen3next_plugin.engines.sglang.repairs.prompts import place_embeds
 
 D = 3

@@ -10,8 +10,8 @@ import pytest
 import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
-from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
+from needs import needs
 from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
 from reference import Reference
 from tiers import long_except
@@ -82,7 +82,7 @@ def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 def test_two_ranks_of_a_packed_one(plain, tmp_path, reference):
     """Groups of columns, which ranks divide; few tokens: ranks that share a core are slow."""
     quantised, _, twin = quantise(plain, tmp_path, "packed_4-bit_zeros")

@@ -11,9 +11,9 @@ import torch
 from checkpoints import random_prompt, write_tokenizer
 from engines.bits import INVARIANT
 from engines.checks import TOKENS, TOLERANCE, check_greedy
-from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
 from engines.streams import OTHER_SIZES, PROMPTS, SLICE, with_ends_of_text
+from needs import needs
 from qwen4_exp import StreamsReference, write_qwen4_exp
 
 pytestmark = pytest.mark.serve
@@ -119,7 +119,7 @@ def test_other_sizes_retracted_and_with_changing_drafts(tmp_path):
     check_greedy(StreamsReference(folder), PROMPTS, answers)
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 def test_a_model_with_a_vision_tower_is_served_for_texts_on_two_ranks(tmp_path, model):
     """And its table of n-grams in memory. Without the radix cache SGLang takes embeddings."""
     folder = written(tmp_path, wrapped=True)

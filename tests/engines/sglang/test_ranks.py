@@ -8,13 +8,13 @@ from checkpoints import SHIPPED, random_prompt
 from engines.bits import INVARIANT
 from engines.bits import prompts as texts
 from engines.checks import check_greedy
-from engines.process import CPUS
 from engines.sglang.server import FIXED, NEXTN, Forked
 from family import FAMILY
+from needs import needs
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores"),
+    needs("two-cores"),
 ]
 
 

@@ -13,9 +13,9 @@ from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
 from engines.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
-from engines.process import CPUS
 from engines.sglang.server import NEXTN, Forked, Server
 from engines.sglang.updating import LOGPROBS, answers, read, refused, send, start
+from needs import needs
 from quantised import pack_checkpoint
 from reference import Reference
 from tiers import long_except
@@ -121,7 +121,7 @@ def test_a_packed_checkpoint_is_not_updated(folders, tmp_path):
         server.close()
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 def test_two_ranks_refuse_together_and_update_together(folders, tmp_path):
     prompts = [random_prompt(n, seed=12) for n in (1, 65)]
     small = ("--max-total-tokens", "4096", "--max-mamba-cache-size", "20", *NEXTN, "3")

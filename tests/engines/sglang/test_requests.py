@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sglang")
-
 from qwen3next_plugin.engines.sglang.repairs import image_names, patterns
 from qwen3next_plugin.engines.sglang.repairs.image_names import name_with_its_shape
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex

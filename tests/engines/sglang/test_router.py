@@ -7,10 +7,10 @@ import pytest
 from checkpoints import SHIPPED
 from engines.checks import check_greedy
 from engines.clients import eventually
-from engines.process import CPUS
-from engines.routers import check_conversations, needs_router
+from engines.routers import check_conversations
 from engines.sglang.server import NEXTN, Forked
 from engines.traffic import source_tokens
+from needs import needs
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
@@ -18,7 +18,7 @@ FLAGS = ("--dtype", "float32", "--max-total-tokens", "8192", "--enable-metrics",
 PROMPTS = [tuple(source_tokens()[start : start + n]) for start, n in ((0, 20), (300, 600))]
 
 
-@needs_router
+@needs("router")
 def test_a_conversation_stays_with_its_page():
     servers = [Forked(SHIPPED, *FLAGS, "--enable-cache-report") for _ in range(2)]
     try:
@@ -28,7 +28,7 @@ def test_a_conversation_stays_with_its_page():
             server.close()
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="two engines need two cores")
+@needs("two-cores")
 def test_two_data_parallel_engines_answer_as_one(reference):
     server = Forked(SHIPPED, *FLAGS, "--dp-size", "2").wait()
     try:

@@ -30,10 +30,10 @@ from engines.clients import (
 )
 from engines.figures import check_drafts, check_log, check_pages, check_shown
 from engines.process import WORKERS
-from engines.server import HUGE_PAGES
 from engines.sglang.schema import TERSE, follow_a_schema
 from engines.sglang.server import FIXED, NEXTN, Server
 from engines.vllm.offline import Offline
+from needs import needs
 
 pytestmark = pytest.mark.serve
 
@@ -103,7 +103,7 @@ def test_the_same_as_transformers_on_the_standard_librarys_source(server, source
 
 
 @pytest.mark.long  # with every change both are compared with transformers on this source
-@pytest.mark.skipif(not OTHER.exists(), reason="no .venv-vllm: `make setup ENGINE=vllm` makes it")
+@needs("both-venvs")
 def test_the_same_as_vllm(server, source):
     """Both with drafts: the same tokens, the same log-probabilities."""
     logprobs = {"return_logprob": True, "logprob_start_len": 0}
@@ -125,7 +125,7 @@ def test_the_same_as_vllm(server, source):
         assert one.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=TOLERANCE)
 
 
-@HUGE_PAGES
+@needs("huge-pages")
 def test_memory_is_in_huge_pages(server):
     assert server.huge_bytes()
 

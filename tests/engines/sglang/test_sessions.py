@@ -5,8 +5,6 @@ from types import SimpleNamespace as Bag
 
 import pytest
 
-pytest.importorskip("sglang")
-
 from checkpoints import SHIPPED, random_prompt
 from engines.sglang.server import FIXED, NEXTN, Forked
 from qwen3next_plugin.engines.sglang.repairs.sessions import add_turn, continue_in_session

@@ -179,7 +179,6 @@ def test_a_window_wider_than_the_sequences_is_none():
     ],
 )
 def test_other_models_keep_what_checks_their_options(monkeypatch, architecture, name):
-    pytest.importorskip("sglang")
     from sglang.srt.layers.attention.intel_amx_backend import IntelAMXAttnBackend
 
     from qwen3next_plugin.engines.sglang.cpu.attention_backend import make_backend

@@ -5,8 +5,6 @@ from types import SimpleNamespace as Bag
 
 import pytest
 
-pytest.importorskip("sglang")
-
 from qwen3next_plugin.engines.sglang.repairs import patterns
 from qwen3next_plugin.engines.sglang.repairs.stops import stop_at_first
 

@@ -3,15 +3,11 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 TESTS = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(find_spec("sglang") is None, reason="no sglang here")
 def test_equal_to_the_host(size):
     """In a process of its own: the interpreter is chosen when the kernels are imported."""
     seeds = size(3, 20)

@@ -7,8 +7,6 @@ from types import SimpleNamespace as Bag
 import pytest
 import torch
 
-pytest.importorskip("sglang")
-
 from engines.sglang.penalised import EOS, PARAMS, Batch, Request, alone, check, step
 from engines.sglang.penalised import V as FEW
 from engines.sglang.trees import Tree, chain, linked

@@ -15,7 +15,6 @@ def _registered() -> Iterator[None]:
 
     Importing anything of qwen3next_plugin.engines.transformers registers, so no test file does it.
     """
-    pytest.importorskip("transformers")
     from transformers import AutoModelForCausalLM
 
     threads, mapping = torch.get_num_threads(), AutoModelForCausalLM._model_mapping

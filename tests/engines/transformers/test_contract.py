@@ -7,8 +7,6 @@ import pytest
 
 from engines.contract import Sources, check_entry, definition, host, kept, other_hosts, pairs
 
-pytest.importorskip("transformers")
-
 ROOT = Path(__file__).parents[3]
 OTHERS = [str(path.parent) for path in sorted(ROOT.glob(".transformers/*/.installed"))]
 MODELS = {

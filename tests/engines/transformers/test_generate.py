@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-
-pytest.importorskip("transformers")
-
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -100,7 +97,6 @@ def test_all_weights_are_kept(small, tmp_path):
 
 def test_the_hosts_snippet_speculates(steps):
     """As a user writes it; `auto` needs accelerate, the host says."""
-    pytest.importorskip("accelerate")
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype="auto", device_map="auto")
     inputs = AutoTokenizer.from_pretrained(SHIPPED)("import os\n\n\ndef", return_tensors="pt")
     answer = model.generate(**inputs, use_mtp=True, max_new_tokens=24, do_sample=False)
@@ -219,7 +215,6 @@ def test_padding_before_one_prompt_changes_nothing(model):
 
 def test_offloaded_layers_answer_the_same(small, load, tmp_path):
     """Their weights are loaded from the disk whenever a layer runs."""
-    pytest.importorskip("accelerate")
     whole = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "mtp")
     places = dict.fromkeys(whole, "cpu") | {"model.layers": "disk"}
     offloaded = AutoModelForCausalLM.from_pretrained(

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-
 from checkpoints import BASE, SHAPES
 from tolerances import assert_close
 

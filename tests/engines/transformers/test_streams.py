@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-pytest.importorskip("transformers")
-
 from transformers import AutoModelForCausalLM
 
 from checkpoints import random_prompt

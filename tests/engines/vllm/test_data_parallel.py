@@ -13,11 +13,12 @@ from engines.traffic import source_tokens
 from engines.vllm.offline import preload
 from engines.vllm.server import Server, greedy, serve
 from family import FAMILY
+from needs import needs
 from tiers import long_except
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(len(CPUS) < 2, reason="two engines need two cores"),
+    needs("two-cores"),
 ]
 
 CHUNK = 256

@@ -8,7 +8,6 @@ import pytest
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
 from engines.faults import (
-    NEEDS_NAMESPACES,
     TOO_LARGE,
     TOO_LITTLE,
     cgroup,
@@ -19,6 +18,7 @@ from engines.faults import (
     where,
 )
 from engines.vllm.server import Server
+from needs import needs
 
 pytestmark = [pytest.mark.serve, pytest.mark.long]
 
@@ -49,7 +49,7 @@ class Confined(Server):
         return inside(self.cgroup, super().command(*flags))
 
 
-@NEEDS_NAMESPACES
+@needs("mounts")
 @pytest.mark.parametrize("state", ["full", "read-only"])
 def test_it_serves_without_a_tmp_to_write_to(state):
     server = Hindered(Path("/tmp"), state, "--enforce-eager").wait()
@@ -67,13 +67,13 @@ def answers() -> None:
         server.close()
 
 
-@NEEDS_NAMESPACES
+@needs("mounts")
 def test_it_serves_offline_with_a_read_only_home(tmp_path):
     """Compiled, as `make serve` does."""
     check_cut_off(tmp_path, "engines.vllm.test_faults")
 
 
-@NEEDS_NAMESPACES
+@needs("mounts")
 def test_no_room_for_compiled_graphs(tmp_path):
     env = dict.fromkeys(CACHES, str(tmp_path))
     check_ends(Hindered(tmp_path, "full", env=env), "No space left on device")

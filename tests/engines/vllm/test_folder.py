@@ -15,8 +15,8 @@ from checkpoints import random_prompt, write_checkpoint
 from engines.checks import Output
 from engines.clients import eventually
 from engines.folders import damage, settled
-from engines.process import CPUS
 from engines.vllm.offline import Offline
+from needs import need
 from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC
 from tiers import long_except
 
@@ -77,8 +77,8 @@ def ask(engine: Offline, prompt: tuple[int, ...] = PROMPT) -> Output:
 
 @pytest.mark.parametrize("name", long_except(ALWAYS, CASES))
 def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
-    if name.startswith("two") and len(CPUS) < 2:
-        pytest.skip("two ranks need two cores")
+    if name.startswith("two"):
+        need("two-cores")
     with started(checkpoint, tmp_path, **CASES[name]) as engine:
         cold = ask(engine)
         assert eventually(settled(tmp_path))

@@ -11,14 +11,13 @@ import pytest
 
 from checkpoints import random_prompt
 from engines.clients import PROMPTS, eventually
-from engines.process import CPUS
 from engines.server import closing, most_cores
 from engines.vllm.apart import DRAFTS, apart, complete, prefill, server, text
 from engines.vllm.server import Server
+from needs import needs
 
 pytestmark = pytest.mark.serve
 
-needs_two_cores = pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
 SEEDED = {"temperature": 0.9, "seed": 7, "top_p": 0.95}
 
 
@@ -104,7 +103,7 @@ def test_servers_that_wait_leave_the_cores_to_others(servers):
     assert most_cores(servers) < 0.1
 
 
-@needs_two_cores
+@needs("two-cores")
 @pytest.mark.long
 def test_two_ranks_hand_over_to_two():
     ranks = {"--tensor-parallel-size": "2"}
@@ -166,7 +165,7 @@ def test_blocks_that_are_used_again_before_they_are_read_cost_their_request_only
         ("dtype", {"--dtype": "bfloat16"}),
         ("page_bytes", {"--mamba-ssm-cache-dtype": "bfloat16"}),
         pytest.param(
-            *("tensor_parallel_size", {"--tensor-parallel-size": "2"}), marks=needs_two_cores
+            *("tensor_parallel_size", {"--tensor-parallel-size": "2"}), marks=needs("two-cores")
         ),
     ],
     ids=str,

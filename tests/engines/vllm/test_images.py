@@ -17,11 +17,11 @@ from engines.images import (
     check_an_image_in_a_chat,
     check_hostile_images,
 )
-from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import Forked
 from family import FAMILY
+from needs import needs
 from qwen3next_plugin.engines.vllm.repairs.images import keep_names_apart
 from tiers import long_except
 from vision import (
@@ -207,7 +207,7 @@ def test_a_tower_in_part_is_refused(model, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 @pytest.mark.parametrize("member", [DENSE, MOE])
 def test_two_ranks(model, member):
     folder, _, expected = model(member)

@@ -4,7 +4,6 @@ import pytest
 
 from engines.load_memory import (
     KINDS,
-    ON_LINUX,
     Loaded,
     check,
     prepared,
@@ -13,7 +12,7 @@ from engines.load_memory import (
 )
 from engines.vllm.offline import Offline
 
-pytestmark = [pytest.mark.serve, pytest.mark.long, ON_LINUX]
+pytestmark = [pytest.mark.serve, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ from engines.hosts import (
 from engines.process import CPUS, Fork, Process
 from engines.vllm.offline import preload
 from engines.vllm.server import Server, greedy, serve
+from needs import needs
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(len(CPUS) < 2, reason="two nodes need two cores"),
+    needs("two-cores"),
 ]
 
 FLAGS = (

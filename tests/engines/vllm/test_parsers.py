@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from engines.agents import check_qwen_agent, needs_qwen_agent
+from engines.agents import check_qwen_agent
 from engines.parsers import (
     check_schema_in_a_chat,
     check_thinking,
@@ -12,6 +12,7 @@ from engines.parsers import (
     checkpoint,
 )
 from engines.vllm.server import Forked
+from needs import needs
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -54,7 +55,7 @@ def test_a_json_schema(server):
 
 
 @pytest.mark.long
-@needs_qwen_agent
+@needs("qwen-agent")
 @pytest.mark.parametrize("thinking", [False, True], ids=["plain", "thinking"])
 @pytest.mark.parametrize("server", ["qwen3-next"], indirect=True)
 def test_qwen_agent(server, thinking):

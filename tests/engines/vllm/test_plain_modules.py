@@ -5,16 +5,12 @@ from types import SimpleNamespace as Bag
 import huggingface_hub
 import pytest
 from transformers import AutoConfig
-
-from engines.hubs import MODEL, downloaded
-from quantised import write_partly_quantised
-
-pytest.importorskip("vllm")
-
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
+from engines.hubs import MODEL, downloaded
+from quantised import write_partly_quantised
 from qwen3next_plugin.engines.vllm.cpu import quantisation
 from qwen3next_plugin.model.quantisation.modules import served_formats
 

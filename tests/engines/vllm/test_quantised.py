@@ -9,9 +9,9 @@ import pytest
 import bad_weights
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
-from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
+from needs import needs
 from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
 from reference import Reference
 from tiers import long_except
@@ -89,7 +89,7 @@ def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
         engine.close()
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 def test_two_ranks_of_a_packed_one(plain, tmp_path, reference):
     """Groups of columns, which ranks divide; few tokens, as below."""
     quantised, _, twin = quantise(plain, tmp_path, "packed_4-bit_zeros")
@@ -103,7 +103,7 @@ def test_two_ranks_of_a_packed_one(plain, tmp_path, reference):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 @pytest.mark.parametrize("kind", [MIXED, "nvfp4"])
 def test_two_ranks(plain, tmp_path, reference, kind):
     """Few tokens: ranks wait for each other busily, which is slow where they share their cores."""

@@ -8,10 +8,10 @@ import pytest
 from checkpoints import random_prompt
 from engines.bits import INVARIANT
 from engines.checks import TOKENS, check_greedy
-from engines.process import CPUS
 from engines.streams import OTHER_SIZES, PROMPTS, SLICE, with_ends_of_text
 from engines.vllm.checks import LOGPROBS, check_cache_hits
 from engines.vllm.offline import Offline
+from needs import needs
 from qwen4_exp import StreamsReference, write_qwen4_exp
 
 pytestmark = pytest.mark.serve
@@ -117,7 +117,7 @@ def test_a_model_with_a_vision_tower_is_served_for_texts(tmp_path, model, wrappe
     check_greedy(model, PROMPTS[-3:], outputs)
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 def test_two_ranks(folder, model):
     prompts = [random_prompt(n, seed=12) for n in (1, 130)]
     engine = Offline(folder, **FLAGS, tensor_parallel_size=2)

@@ -7,15 +7,15 @@ from engines.bits import INVARIANT
 from engines.bits import prompts as texts
 from engines.checks import check_greedy
 from engines.lora import make_adapter
-from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from family import FAMILY
+from needs import needs
 from reference import Reference
 
 pytestmark = [
     pytest.mark.serve,
-    pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores"),
+    needs("two-cores"),
 ]
 
 

@@ -15,13 +15,14 @@ from engines.hosts import TOKENS, Host, check_drafts, on, prompts, served
 from engines.process import CPUS, Fork, Process
 from engines.routers import UNIT, opening, turn
 from engines.vllm.server import Server, greedy
+from needs import needs
 
 RAY = ROOT / ".ray"
 pytestmark = [
     pytest.mark.serve,
     pytest.mark.long,
-    pytest.mark.skipif(len(CPUS) < 2, reason="two nodes need two cores"),
-    pytest.mark.skipif(not RAY.exists(), reason="`make test-long` installs Ray"),
+    needs("two-cores"),
+    needs("ray"),
 ]
 
 ALONE = {"RAY_AUTH_MODE": "disabled"}  # else a token in the home decides, on one node

@@ -17,10 +17,10 @@ from engines.checks import check_greedy
 from engines.clients import eventually
 from engines.other_weights import CASES as OF_BOTH
 from engines.other_weights import FAULT, IN_MAKE_TEST, INVARIANT, PROMPTS, TIED, WRONG, Case, write
-from engines.process import CPUS
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import ForkedTwice
+from needs import needs
 from quantised import pack_checkpoint
 from reference import Reference
 from tiers import long_except
@@ -106,7 +106,7 @@ def test_a_packed_checkpoint_is_not_reloaded(folders, tmp_path):
         engine.close()
 
 
-@pytest.mark.skipif(len(CPUS) < 2, reason="two ranks need two cores")
+@needs("two-cores")
 def test_two_ranks_refuse_together_and_reload_together(folders, tmp_path):
     prompts = [random_prompt(n, seed=12) for n in (1, 130)]
     engine = Offline(folders[0], dtype="float32", tensor_parallel_size=2, **FLAGS)

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from checkpoints import SHIPPED
-from engines.routers import UNIT, check_conversations, needs_router
+from engines.routers import UNIT, check_conversations
 from engines.vllm.server import Forked
+from needs import needs
 
 FLAGS = (
     "--dtype", "float32", "--max-model-len", "2048", "--enforce-eager",
@@ -17,7 +18,7 @@ FLAGS = (
 
 @pytest.mark.serve
 @pytest.mark.long
-@needs_router
+@needs("router")
 def test_a_conversation_stays_with_its_page():
     servers = [Forked(SHIPPED, *FLAGS) for _ in range(2)]
     try:

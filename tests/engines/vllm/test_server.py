@@ -26,8 +26,8 @@ from engines.clients import (
 )
 from engines.figures import check_drafts, check_log, check_pages, check_shown, drafts
 from engines.hostile import COMPLETIONS, ask, fields, soak
-from engines.server import HUGE_PAGES
 from engines.vllm.server import Server
+from needs import needs
 
 pytestmark = pytest.mark.serve
 
@@ -68,7 +68,7 @@ def test_repeated_and_served_from_the_cache(server, sequential):
     assert {prompt: complete(server, prompt) for prompt in PROMPTS} == sequential
 
 
-@HUGE_PAGES
+@needs("huge-pages")
 def test_memory_is_in_huge_pages(server):
     assert server.huge_bytes()
 

@@ -5,7 +5,6 @@ environment is compared, too.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from engines.three import TOKENS
 from engines.three import served as served
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
+from needs import needs
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -51,9 +51,8 @@ def test_what_transformers_recomputes(engine, served):
 
 
 @pytest.mark.long
+@needs("both-venvs")
 def test_what_transformers_recomputes_elsewhere(engine, served):
-    if not Path(OTHER).is_file():
-        pytest.skip("no SGLang here: `make setup` installs it")
     folder, prompts, _ = served
     found = engine.greedy(prompts, TOKENS, **LOGPROBS)
     check_recomputed(folder, prompts, found, python=str(OTHER))
