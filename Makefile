@@ -33,7 +33,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
-.PHONY: help setup lock serve test test-long test-wheel test-arm wheel check format bench clean $(ENGINES:%=test-%)
+.PHONY: help setup lock serve test test-long test-wheel test-arm wheel lint check format bench clean $(ENGINES:%=test-%)
 # Installing keeps one core busy for each engine.
 MAKEFLAGS += --jobs 2
 
@@ -179,27 +179,22 @@ ZENTORCH := 2.13.0.1
 PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 
-# A virtual machine may stand still for minutes: a test with a server that ran out of time is run
-# once more, and the summary shows where it stood. The plugin takes 20 ms for each test, so the
-# thousands without a server do not use it.
-RERUN := --reruns 1 --only-rerun 'Timeout(Error|Expired)'
+PART ?= rest serve
 
 test: $(EACH_ENGINE:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve"
-	$(PYTEST) -v $(PARALLEL) --maxprocesses 4 $(RERUN) -m serve
+	$(if $(filter rest,$(PART)),OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve")
+	$(if $(filter serve,$(PART)),$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve)
 endif
 ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
 test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores
 endif
 
 test-long: LONG := --long
-test-long: RERUN :=
-test-long: test ## the same at full size, the tests marked `long`, and test-wheel; ENGINE=sglang: SGLang's only
-	$(MAKE) test-wheel
+test-long: test ## the same at full size, and the tests marked `long`; ENGINE=sglang: SGLang's only
 
 # One wheel for every Python and torch that are served. tests/test_packaging.py checks that its tag
 # is true: it loads with any later glibc and C++ library, too.
@@ -219,6 +214,7 @@ wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which is installed without 
 WHEEL  := .venv-wheel-$(THE_ENGINE)
 AWAY   := build/away-$(THE_ENGINE)
 SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layering.py test_docs.py \
+  test_workflows.py \
   kernels/test_interpreter.py)
 ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths=$(TESTS_$(THE_ENGINE)) $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
@@ -279,7 +275,7 @@ endif
 
 # mypy reads the package as it is installed, with kernels/ and mtp/ inside it.
 TYPES := $(CURDIR)/build/types
-check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the quick tests
+lint: .venv-$(THE_ENGINE)/.plugin ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find kernels -name '*.cpp' -o -name '*.h')
@@ -287,6 +283,8 @@ check: .venv-$(THE_ENGINE)/.plugin ## lint, format, types, layering and the quic
 	ln -s $(CURDIR)/qwen3next_plugin/* $(CURDIR)/kernels $(CURDIR)/mtp $(TYPES)/qwen3next_plugin
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	  --cache-dir $(TYPES).cache -p qwen3next_plugin
+
+check: lint ## lint, format, types, layering and the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(PARALLEL) \
 	  -m "not (serve or slow)" $(ARGS)
 

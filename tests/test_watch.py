@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from engines.dashboard import check_dashboard, queries
+from patience import run
 from qwen3next_plugin.cli.metrics_page import ENGINES, MetricsError, Reading, parse, read
 from qwen3next_plugin.cli.watch import figures, table
 
@@ -122,7 +123,7 @@ def test_a_servers_names_are_shown_as_they_are(engine):
 @pytest.mark.parametrize("engine", NAMES)
 def test_a_pipe_gets_one_second_as_lines(engine):
     with serving(*pages(engine)) as url:
-        done = subprocess.run([*COMMAND, url], capture_output=True, text=True, timeout=300)
+        done = run([*COMMAND, url])
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     assert {len(line) for line in lines} == {3}
@@ -159,7 +160,7 @@ def test_a_terminal_without_a_cursor_gets_lines():
     terminal, child = pty.openpty()
     with serving(*pages("vllm")) as url:
         environment = os.environ | {"TERM": "dumb"}
-        done = subprocess.run([*COMMAND, url], stdout=child, env=environment, timeout=300)
+        done = run([*COMMAND, url], stdout=child, env=environment)
     os.close(child)
     text = ""
     while rest := _read(terminal):
@@ -185,7 +186,7 @@ def test_no_engine_and_no_torch_is_imported():
     )
     with serving(*pages("sglang")) as url:
         command = [sys.executable, "-c", code, "watch", url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = run(command)
     assert done.returncode == 0, done.stderr
 
 
@@ -193,7 +194,7 @@ def test_no_engine_and_no_torch_is_imported():
 def test_forms_of_an_address(form):
     with serving(*pages("vllm")) as url:
         address = form.format(url.removeprefix("http://"))
-        done = subprocess.run([*COMMAND, address], capture_output=True, text=True, timeout=300)
+        done = run([*COMMAND, address])
     assert done.returncode == 0, done.stderr
 
 
@@ -234,7 +235,7 @@ def test_a_proxy_is_asked_for_another_machine(proxy):
 
 
 def test_a_server_that_is_not_there():
-    done = subprocess.run([*COMMAND, "localhost:9"], capture_output=True, text=True, timeout=300)
+    done = run([*COMMAND, "localhost:9"])
     assert done.returncode == 1
     assert done.stderr.startswith("qwen3next: http://localhost:9/metrics cannot be read")
     assert "is the server up" in done.stderr

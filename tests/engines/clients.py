@@ -1,13 +1,13 @@
 """What clients ask of a server of the shipped checkpoint, whichever engine it is."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 
 import openai
 from openai.types.chat import ChatCompletion
 
 from engines.server import Server
+from patience import ticks
 
 PROMPTS = [
     "import os\n",
@@ -20,16 +20,12 @@ PROMPTS = [
     "try:\n    value = int(text)\nexcept ",
 ]
 TOKENS = 48
-PATIENCE_S = 60  # until what is bound to happen has happened, on a machine that may stall
 Messages = list[dict[str, str]]
 
 
 def eventually(happened: Callable[[], object]) -> bool:
     """Whether it happens in time; asks again and again."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := happened()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return bool(found)
+    return any(happened() for _ in ticks())
 
 
 def complete(server: Server, prompt: str, tokens: int = TOKENS, **options) -> str:

@@ -10,7 +10,7 @@ import httpx
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, TOKENS
-from engines.server import Server
+from engines.server import TIMEOUT_S, Server
 
 V = json.loads((SHIPPED / "config.json").read_text())["vocab_size"]
 PROMPT = "prompt (input_ids, text)"
@@ -68,7 +68,9 @@ def fields(server: Server, **others: Any) -> dict[str, Any]:
 
 def ask(server: Server, path: str, body: dict[str, Any]) -> tuple[int, str]:
     """The status and text of an answer."""
-    answer = httpx.post(server.address + path, content=json.dumps(body), headers=JSON, timeout=60)
+    answer = httpx.post(
+        server.address + path, content=json.dumps(body), headers=JSON, timeout=TIMEOUT_S
+    )
     return answer.status_code, answer.text
 
 
@@ -117,7 +119,7 @@ def soak(server: Server, first: dict[str, str], *, clients: int, each: int) -> C
 
     async def client(seed: int) -> None:
         rng = random.Random(seed)
-        async with httpx.AsyncClient(timeout=120) as http:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
             for _ in range(each):
                 act = rng.choice((honest, hostile, malformed, aborted))
                 await act(http, rng)

@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from engines.clients import PROMPTS, complete, eventually
 from engines.process import START_SECONDS
 from engines.server import Server
 from needs import PATH, need
+from patience import ticks
 
 NETWORK, MOUNTS = 0x40000000, 0x00020000  # CLONE_NEWNET, CLONE_NEWNS
 PORT = "29500"  # where ranks meet, on the first host
@@ -103,12 +103,12 @@ def served(node: Callable[[list[Host], int], Server]) -> Iterator[list[Server]]:
 
 def _wait(nodes: list[Server]) -> None:
     """Return when the first node is healthy; raise with both logs when one ends before."""
-    deadline = time.monotonic() + START_SECONDS
-    while not nodes[0].healthy():
-        ended = any(one.process.code() is not None for one in nodes)
-        if ended or time.monotonic() > deadline:
-            raise AssertionError("\n".join(one.process.text()[-6000:] for one in nodes))
-        time.sleep(0.1)
+    for _ in ticks(START_SECONDS):
+        if nodes[0].healthy():
+            return
+        if any(one.process.code() is not None for one in nodes):
+            break
+    raise AssertionError("\n".join(one.process.text()[-6000:] for one in nodes))
 
 
 def prompts() -> Prompts:

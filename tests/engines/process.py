@@ -15,6 +15,8 @@ from pathlib import Path
 from random import SystemRandom
 from typing import Any
 
+from patience import ticks
+
 START_SECONDS = 600
 TESTS = str(Path(__file__).parents[1])
 CPUS = sorted(os.sched_getaffinity(0))
@@ -44,8 +46,9 @@ class Process:
 
     def wait(self, seconds: float) -> None:
         """Wait for the child to end, at most so long."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.child.wait(seconds)
+        for _ in ticks(seconds):
+            if self.code() is not None:
+                return
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:
         """Signal the group to end, kill what is left of it, and drop the log."""
@@ -89,9 +92,6 @@ class Fork(Process):
 
     def code(self) -> int | None:
         return self.child.exitcode
-
-    def wait(self, seconds: float) -> None:
-        self.child.join(seconds)
 
 
 def _forked(log: str, env: dict[str, str], target: Callable[..., None], *arguments: Any) -> None:

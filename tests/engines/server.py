@@ -16,6 +16,7 @@ import openai
 import psutil
 
 from engines.process import START_SECONDS, Process, free_port
+from patience import ticks
 
 TIMEOUT_S = 600  # of a request, the connection included
 # Seconds that a server leaves an idle connection open, as long as any test lasts: a client that
@@ -56,11 +57,9 @@ class Server(ABC):
 
     def wait(self, seconds: float = START_SECONDS) -> "Server":
         """Return when it is healthy; raise with its log when it ends or takes too long."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        for _ in ticks(seconds):
             if self.process.code() is not None or self.healthy():
                 break
-            time.sleep(0.1)
         if not self.healthy():
             log = self.process.text()
             self.close()
@@ -77,8 +76,8 @@ class Server(ABC):
         finally:
             self.close()
 
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.address + path, timeout=60) as answer:
+    def get(self, path: str, timeout: float = TIMEOUT_S) -> str:
+        with urllib.request.urlopen(self.address + path, timeout=timeout) as answer:
             return answer.read().decode()
 
     def post(self, path: str, **body: Any) -> Any:
@@ -89,7 +88,7 @@ class Server(ABC):
 
     def healthy(self) -> bool:
         try:
-            self.get(self.HEALTH)
+            self.get(self.HEALTH, timeout=60)
         except (urllib.error.URLError, OSError):
             return False
         return True

@@ -43,7 +43,7 @@ def test_all_ranks_say_what_the_first_that_refuses_says(refusing, said, tmp_path
     ]
     for each in ranks:
         each.start()
-    found = dict(answers.get(timeout=120) for _ in ranks)
+    found = dict(answers.get(timeout=600) for _ in ranks)
     for each in ranks:
         each.join()
     assert found == dict.fromkeys(range(RANKS), said)

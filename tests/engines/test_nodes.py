@@ -83,4 +83,4 @@ def test_strangers_do_not_count(monkeypatch):
         node.sendall(word)
         first.join()
         assert lost.empty()
-    assert "the node at 127.0.0.1 has ended" in lost.get(timeout=60)
+    assert "the node at 127.0.0.1 has ended" in lost.get(timeout=600)

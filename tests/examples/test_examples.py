@@ -11,6 +11,7 @@ import pytest
 from engines.process import Fork, script
 from engines.vllm.offline import IN_PROCESS, environment, preload
 from engines.vllm.server import Forked
+from patience import run
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "examples/qwen3next-tiny"
@@ -21,14 +22,7 @@ pytestmark = pytest.mark.serve
 
 def run_example(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run an example to its end, and fail with what it printed if it fails."""
-    done = subprocess.run(
-        [sys.executable, f"examples/{name}", *args],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    done = run([sys.executable, f"examples/{name}", *args], cwd=ROOT, input=stdin)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

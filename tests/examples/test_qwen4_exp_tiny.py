@@ -1,11 +1,11 @@
 """The script that writes a small Qwen4-Exp checkpoint, as its README says."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from patience import run
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 
@@ -15,13 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_it_writes_a_whole_checkpoint(tmp_path, wrapped):
     more = ["--wrapped"] if wrapped else []
-    done = subprocess.run(
-        [sys.executable, "examples/qwen4_exp_tiny.py", str(tmp_path / "out"), *more],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "examples/qwen4_exp_tiny.py", str(tmp_path / "out"), *more]
+    done = run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     raw = read_config(tmp_path / "out")
     config = Qwen3NextConfig.from_hf(raw)

@@ -5,7 +5,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from collections import deque
 from contextlib import suppress
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoints import write_checkpoint
+from patience import ticks
 from quantised import pack_checkpoint, write_quantised
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint import progress
@@ -174,7 +174,4 @@ def test_without_a_bar_nothing_is_shown(monkeypatch):
 
 
 def until(true) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    assert any(true() for _ in ticks())
