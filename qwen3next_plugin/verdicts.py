@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Self
 
-FOLDER = Path("qwen3next_plugin", "self-check")
+from qwen3next_plugin.kept import all_kept, keep
+
+FOLDER = "self-check"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,8 @@ class Verdict:
         return "just now"
 
     def keep(self) -> None:
-        """Write it. Where nothing can be written, the next start checks again."""
-        with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-            folder = _folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{self.key}.{os.getpid()}"
-            part.write_text(json.dumps(asdict(self)))
-            part.replace(folder / f"{self.key}.json")
+        """Write it."""
+        keep(f"{FOLDER}/{self.key}", asdict(self))
 
 
 def key_of(subject: Mapping[str, str]) -> str:
@@ -61,13 +56,7 @@ def passed(subject: Mapping[str, str]) -> bool:
 def kept() -> Iterator[Verdict]:
     """All verdicts of this machine, the latest last; files that are not verdicts are skipped."""
     found = []
-    with suppress(OSError, RuntimeError):
-        for file in _folder().glob("*.json"):
-            with suppress(OSError, ValueError, TypeError):
-                found.append(Verdict(**json.loads(file.read_text())))
+    for fields in all_kept(FOLDER):
+        with suppress(TypeError, ValueError):
+            found.append(Verdict(**fields))
     yield from sorted(found, key=lambda verdict: verdict.at)
-
-
-def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / FOLDER

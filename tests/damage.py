@@ -7,9 +7,14 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copyfile, copytree
 from typing import Any
 
 from hypothesis import strategies as st
+from torch import uint8
+
+from qwen3next_plugin.model.checkpoint import contents
+from qwen3next_plugin.model.checkpoint.headers import read_places
 
 MOST_MEMORY = 100e6  # bytes that reading a damaged file may take
 REMOVED = object()
@@ -23,6 +28,11 @@ VALUES = st.one_of(
     st.lists(st.integers(-1, 3), max_size=3),
 )
 Place = tuple[str | int, ...]
+SLIGHT = {  # what is wrong with a checkpoint, and the tensor that has it
+    "norm": "model.layers.1.input_layernorm.weight",
+    "router": "model.layers.2.mlp.gate.weight",
+    "sign": "model.layers.3.self_attn.q_proj.weight",
+}
 
 
 def places(document: Any, above: Place = ()) -> Iterator[Place]:
@@ -74,6 +84,25 @@ def write_file(path: Path, header: Any, size: int, *, length: int | None = None)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(data) if length is None else length) + data)
         file.truncate(8 + len(data) + size)
+
+
+def slightly_changed(folder: Path, out: Path, what: str) -> Path:
+    """A copy of a checkpoint whose one tensor differs: all of a norm, two experts, or one sign."""
+    copytree(folder, out, copy_function=copyfile)
+    for path in out.glob("*.safetensors"):
+        if place := read_places(path)[1].get(SLIGHT[what]):
+            tensor = contents.read(place)
+            if what == "norm":
+                tensor *= 1.01
+            elif what == "router":
+                tensor[:2] = tensor[:2].flip(0)
+            else:
+                tensor.view(-1)[tensor.numel() // 3] *= -1
+            with path.open("r+b") as file:
+                file.seek(place.offset)
+                file.write(tensor.flatten().view(uint8).numpy().tobytes())
+            return out
+    raise AssertionError(SLIGHT[what])
 
 
 @contextmanager

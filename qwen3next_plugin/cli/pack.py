@@ -1,5 +1,6 @@
 """`qwen3next pack`: a checkpoint in the kernels' own layout, which loads as fast as it is read."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,10 +49,18 @@ def pack(
         *(TextColumn("packing"), BarColumn(), DownloadColumn(binary_units=True)),
         *(TransferSpeedColumn(), TimeRemainingColumn()),
     )
+    progress = Progress(*columns, transient=True)
+    task = progress.add_task("", total=planned.nbytes, start=False)
+
+    def wrote(count: int) -> None:
+        progress.start()  # not before: hashing has a bar of its own
+        progress.start_task(task)
+        progress.advance(task, count)
+
     try:
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task("", total=planned.nbytes)
-            write_packed(planned, out, lambda count: progress.advance(task, count))
+        write_packed(planned, out, wrote, partial(typer.echo, err=True))
     except OSError as error:
         raise ConfigError(f"packing into {out} failed: {error}") from error
+    finally:
+        progress.stop()
     typer.echo(f"{out}: {gib(planned.nbytes)}. Serve it like any checkpoint: vllm serve {out}")

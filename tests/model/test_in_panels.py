@@ -1,9 +1,11 @@
 """Packed checkpoints: what is written is what loading the source makes, and damage is named."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoints import write_checkpoint
+from damage import SLIGHT, slightly_changed
 from examples.qwen3_5_layout import rewrite
 from quantised import AT_LOAD, KINDS, MIXED, int8_by_row, pack_checkpoint, quantise, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
@@ -28,6 +31,7 @@ from qwen3next_plugin.model.quantisation import writing
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels, check_in_panels
 from qwen3next_plugin.model.quantisation.layers import LinearMethod, Ranks
+from qwen3next_plugin.model.quantisation.original import RECORD
 from qwen3next_plugin.model.quantisation.stacked import stacked_weights
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 from qwen4_exp_quantised import write_split
@@ -203,9 +207,11 @@ def test_the_files(plain, tmp_path, packed):
     assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in packed.iterdir()}
     assert not (packed.parent / f"{packed.name}.partial").exists()
     raw = json.loads((packed / "config.json").read_text())
-    quantization = raw.pop("quantization_config")
+    del raw["quantization_config"]
     assert raw == json.loads((plain / "config.json").read_text())
-    assert quantization["source"].startswith("sha256:")
+    record = json.loads((packed / RECORD).read_text())
+    assert record["folder"] == str(packed.parent / "quantised")
+    assert "config.json" in record["files"]
     again = pack_checkpoint(packed.parent / "quantised", tmp_path / "again")
     for path in packed.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
@@ -263,16 +269,68 @@ def test_a_rank_holds_nothing_but_its_part(packed):
 
 def test_where_it_cannot_be_served(packed, monkeypatch):
     _, formats = opened(packed)
-    check_in_panels(formats, on_cpu=True, tp_size=2)
-    check_in_panels(None, on_cpu=False, tp_size=1)
+    check = partial(check_in_panels, say=print)
+    check(formats, on_cpu=True, tp_size=2)
+    check(None, on_cpu=False, tp_size=1)
     with pytest.raises(ConfigError, match="packed for CPUs; serve what it was packed from"):
-        check_in_panels(formats, on_cpu=False, tp_size=1)
+        check(formats, on_cpu=False, tp_size=1)
     monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
-    check_in_panels(formats, on_cpu=True, tp_size=1)
+    check(formats, on_cpu=True, tp_size=1)
     with pytest.raises(ConfigError, match="MMAP=1: only a checkpoint that `qwen3next pack` wrote"):
-        check_in_panels(None, on_cpu=True, tp_size=1)
+        check(None, on_cpu=True, tp_size=1)
     with pytest.raises(ConfigError, match="MMAP=1: tensor-parallel ranks would copy"):
-        check_in_panels(formats, on_cpu=True, tp_size=2)
+        check(formats, on_cpu=True, tp_size=2)
+
+
+def test_what_was_packed_has_changed(plain, tmp_path):
+    """Where it is still there: in contents, whatever its time says."""
+    original = shutil.copytree(plain, tmp_path / "original")
+    out = pack_checkpoint(original, tmp_path / "out", "int8")
+
+    def check() -> None:
+        check_in_panels(opened(out)[1], on_cpu=True, tp_size=1, say=print)
+
+    check()
+    for file in (*original.iterdir(), original):
+        os.utime(file, (1, 1))
+    check()
+    for what in SLIGHT:
+        shutil.rmtree(original)
+        slightly_changed(plain, original, what)
+        said = f"{out} was packed from {original}, where model.safetensors has changed since: pack"
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            check()
+    for file in plain.iterdir():
+        shutil.copyfile(file, original / file.name)
+    check()
+    (original / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"config.json has .* or remove {out / RECORD} to serve"):
+        check()
+    (out / RECORD).rename(tmp_path / RECORD)
+    check()
+    (tmp_path / RECORD).rename(out / RECORD)
+    (original / "model.safetensors").rename(original / "model-1.safetensors")
+    with pytest.raises(ConfigError, match=r"where config.json has changed"):
+        check()
+    (original / "model-1.safetensors").unlink()  # to make room for what was packed
+    check()
+    for damage in ({}, {"folder": 1, "files": {}}, {"folder": "a", "files": {"b": [1]}}):
+        (out / RECORD).write_text(json.dumps(damage))
+        with pytest.raises(CheckpointError, match=f"{RECORD} is damaged; remove it, or pack"):
+            check()
+
+
+def test_what_is_packed_changes_meanwhile(plain, tmp_path):
+    original = shutil.copytree(plain, tmp_path / "original")
+    plan = plan_packing(original, "int8", torch.float32)
+    (original / "config.json").write_text("{}")
+
+    def change(count: int) -> None:
+        (original / "config.json").write_text("{ }")
+
+    with pytest.raises(ConfigError, match=r"config.json was written meanwhile; pack it again"):
+        write_packed(plan, tmp_path / "out", change)
+    assert [*tmp_path.iterdir()] == [original]
 
 
 def test_a_bad_value_is_named(packed, tmp_path):

@@ -37,6 +37,7 @@ from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
 from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
+from qwen3next_plugin.engines.sglang.state.alike import weights
 from qwen3next_plugin.engines.sglang.state.folder_flags import check_folder
 from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover, hands_over
 from qwen3next_plugin.kernels.gpu.configs import architecture
@@ -101,6 +102,8 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         _check_cpu(server_args, server_args._raw_input, model_config)
     elif env.kernels() != "reference":
         architecture(torch.device("cuda"))  # before weights are loaded onto it
+    if hands_over(server_args) or server_args.enable_unified_cache_external_linker:
+        weights(server_args)  # reads all files: here, once, not in each rank
 
 
 def complete_on_cpu(server_args: Any) -> list[str]:
@@ -237,7 +240,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
                 logger.info("qwen3next_plugin: %s", note)
         with_mtp = bool(server_args.speculative_algorithm)
         check_stored(folder, config, quantised=quantised, formats=formats, with_mtp=with_mtp)
-        check_in_panels(formats, on_cpu=on_cpu, tp_size=server_args.tp_size)
+        tp_size = server_args.tp_size
+        check_in_panels(formats, on_cpu=on_cpu, tp_size=tp_size, say=logger.info)
     if on_cpu and not server_args.use_ray and (formats is not None or not quantised):
         itemsize = model_config.dtype.itemsize
         sizes = served_bytes(config, itemsize, formats, asked=env.quantise())

@@ -188,7 +188,7 @@ def _check_quantisation(vllm_config: VllmConfig) -> None:
     check_at_load(on_cpu=on_cpu)
     found = served_formats(choose_quantisation(vllm_config))
     tp_size = vllm_config.parallel_config.tensor_parallel_size
-    check_in_panels(found, on_cpu=on_cpu, tp_size=tp_size)
+    check_in_panels(found, on_cpu=on_cpu, tp_size=tp_size, say=logger.info)
     if found is not None and vllm_config.lora_config is not None:
         raise ConfigError(
             "enable_lora: adapters of quantised projections are not served on a CPU; serve the "

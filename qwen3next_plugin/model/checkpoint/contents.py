@@ -38,7 +38,7 @@ def read(place: Place) -> Tensor:
         pieces = range(0, nbytes, PIECE)
         if len(pieces) > 1:
             threads = max(THREADS, torch.get_num_threads())
-            with ThreadPoolExecutor(threads, initializer=_on_all_cores) as pool:
+            with ThreadPoolExecutor(threads, initializer=on_all_cores) as pool:
                 [*pool.map(fill, pieces)]
         elif nbytes:
             fill(0)
@@ -62,7 +62,7 @@ def _size(place: Place) -> tuple[torch.dtype, int]:
     return dtype, prod(place.header.shape) * dtype.itemsize
 
 
-def _on_all_cores() -> None:
+def on_all_cores() -> None:
     """Run on every core of this process: a new thread inherits those of its parent."""
     cores: set[int] = set()
     for thread in os.listdir("/proc/self/task"):

@@ -1,6 +1,6 @@
-"""How far loading is: one bar on a terminal, a line now and then in a log.
+"""How far loading or hashing is: one bar on a terminal, a line now and then in a log.
 
-A process loads one model at a time. Where no bar was begun, nothing here has an effect.
+A process does one of it at a time. Where no bar was begun, nothing here has an effect.
 """
 
 import sys
@@ -28,9 +28,9 @@ Total = Callable[[], int | None]
 class _Loading:
     """Counts bytes, and shows them from a thread of its own."""
 
-    def __init__(self, total: Total, say: Say) -> None:
+    def __init__(self, total: Total, say: Say, what: str) -> None:
         self._find_total, self.say = total, say
-        self.what, self._done = "building the model", 0
+        self.what, self._done = what, 0
         self._total: int | None = None
         self._began, self._ended = time.monotonic(), threading.Event()
         self._bar: tqdm | None = None
@@ -86,18 +86,19 @@ class _Loading:
 _loading: _Loading | None = None
 
 
-def begin(total: Total, say: Say) -> None:
+def begin(total: Total, say: Say, what: str = "building the model") -> None:
     """Show how far loading is, on the first rank.
 
     Args:
         total: the bytes that will be counted, if they are known. Called in a thread of its own,
             when there is something to show: it reads the headers of all files.
         say: takes a line of the log.
+        what: is done first.
     """
     global _loading
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         cancel()
-        _loading = _Loading(total, say)
+        _loading = _Loading(total, say, what)
 
 
 def is_shown() -> bool:
@@ -117,11 +118,11 @@ def advance(nbytes: int) -> None:
         _loading.advance(nbytes)
 
 
-def finish() -> None:
-    """Remove the bar, and leave one line in the log."""
+def finish(done: str = "loaded") -> None:
+    """Remove the bar, and leave one line in the log that says what is done."""
     if (finished := _loading) is not None:
         cancel()
-        finished.say(f"loaded {finished.summary()}")
+        finished.say(f"{done} {finished.summary()}")
 
 
 def cancel() -> None:

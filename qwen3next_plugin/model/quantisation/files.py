@@ -11,6 +11,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
+from qwen3next_plugin.model.checkpoint.fingerprint import State, states
 from qwen3next_plugin.model.checkpoint.layouts import holder, our_names, without_prefix
 from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
@@ -24,7 +25,6 @@ from qwen3next_plugin.model.quantisation.modules import (
 )
 from qwen3next_plugin.model.quantisation.plain import plain_modules
 
-FilesState = tuple[tuple[str, int, int], ...]  # of each weight file: name, bytes, time of change
 READ = ("quant_method", "checkpoint_format", "format_version")  # of quantization_config
 
 
@@ -53,7 +53,7 @@ def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] |
 def _read_formats(
     folder: Path,
     hf_config: str,
-    files: FilesState,
+    files: tuple[State, ...],
     quantization: str,
     asked: str | None,
     head: str,
@@ -89,14 +89,13 @@ def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
 
 
 @lru_cache(maxsize=2)
-def _read_plain_modules(folder: Path, hf_config: str, files: FilesState) -> frozenset[str]:
+def _read_plain_modules(folder: Path, hf_config: str, files: tuple[State, ...]) -> frozenset[str]:
     return plain_modules_of(folder, Qwen3NextConfig.from_hf(json.loads(hf_config)))
 
 
-def _state_of(folder: Path) -> FilesState:
+def _state_of(folder: Path) -> tuple[State, ...]:
     """Changes whenever a weight file does: a process may serve a folder that was written anew."""
-    stats = ((path.name, path.stat()) for path in sorted(folder.glob("*.safetensors")))
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return tuple(states(sorted(folder.glob("*.safetensors"))))
 
 
 def _unquantised(hf_config: Any) -> str:

@@ -3,8 +3,9 @@
 Format 1:
 
 - config.json is the source's, with this quantization_config: quant_method is `qwen3next`;
-  format_version 1; source the SHA-256 of the source's config.json and of its weight files' names,
-  sizes and headers; quantised what `--quantise` asked for, or null.
+  format_version 1; quantised what `--quantise` asked for, or null.
+- packed_from.json has the source's folder, and of config.json and each weight file size, time of
+  change (ns) and SHA-256. It may be missing.
 - Safetensors files and their index. A weight of ours that is packed has the tensors `packed`,
   `scale` and, of int4 with zero points, `zero` of `kernels/linear/packed_weight.py`, in their
   shapes and dtypes, under the name of our module: `model.layers.0.linear_attn.in_proj_qkvz.packed`;
@@ -43,10 +44,12 @@ from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
 from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, holder
 from qwen3next_plugin.model.checkpoint.mapped import giving_back
+from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING, all_tensors
 from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
 from qwen3next_plugin.model.quantisation.modules import Formats, Stored, Stream
+from qwen3next_plugin.model.quantisation.original import refuse_changed
 from qwen3next_plugin.model.quantisation.schemes import Module, Scheme
 from qwen3next_plugin.model.quantisation.stacked import (
     HEAD_MODULE,
@@ -71,14 +74,15 @@ def is_packed(quantization: Mapping[str, Any] | None) -> bool:
     return (quantization or {}).get("quant_method") == METHOD
 
 
-def check_in_panels(formats: Formats | None, *, on_cpu: bool, tp_size: int) -> None:
+def check_in_panels(formats: Formats | None, *, on_cpu: bool, tp_size: int, say: Say) -> None:
     """Refuse a packed checkpoint on a GPU, and QWEN3NEXT_MMAP where files cannot stay mapped.
 
-    Raises: ConfigError, naming the cause and the fix.
+    Raises: ConfigError, naming the cause and the fix; also as `refuse_changed`.
     """
-    packed = isinstance(formats, FormatsInPanels)
-    if packed and not on_cpu:
-        raise ConfigError("the checkpoint is packed for CPUs; serve what it was packed from")
+    if packed := isinstance(formats, FormatsInPanels):
+        if not on_cpu:
+            raise ConfigError("the checkpoint is packed for CPUs; serve what it was packed from")
+        refuse_changed(formats.folder, say)
     if env.mmap() and not packed:
         raise ConfigError(
             "QWEN3NEXT_MMAP=1: only a checkpoint that `qwen3next pack` wrote stays in its files; "
@@ -134,7 +138,7 @@ def formats_in_panels(
             f"QWEN3NEXT_HEAD=plain: {in_int8} of {folder} is packed in int8; unset the variable, "
             f"or pack the checkpoint again with it"
         )
-    return FormatsInPanels(weights, wholes, places, config)
+    return FormatsInPanels(folder, weights, wholes, places, config)
 
 
 class FormatsInPanels(Formats):
@@ -142,6 +146,7 @@ class FormatsInPanels(Formats):
 
     def __init__(
         self,
+        folder: Path,
         weights: Mapping[str, InPanels],
         wholes: Mapping[str, Stacked],
         places: Mapping[str, Place],
@@ -162,7 +167,8 @@ class FormatsInPanels(Formats):
             packed_plain=frozenset(filter(is_plain, weights)),
             nbytes_in_panels=sum(nbytes(place.header) for place in places.values()),
         )
-        self.weights, self._wholes, self._places = weights, wholes, places
+        self.folder, self.weights = folder, weights
+        self._wholes, self._places = wholes, places
 
     def expected(self, shapes: Shapes) -> Shapes:
         found = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in self.stored}

@@ -1,6 +1,5 @@
 """A checkpoint that is packed: what becomes of its tensors, and each weight of ours, packed."""
 
-import hashlib
 import os
 import re
 from collections import defaultdict
@@ -67,16 +66,6 @@ class Source:
         self._files = ExitStack()
         self._opened: dict[Path, Any] = {}
         self._views = lru_cache(maxsize=4)(self._split)
-
-    def fingerprint(self) -> str:
-        """Of config.json and the weight files, but for what is behind their headers."""
-        found = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in weight_files(self.folder, read_index(self.folder)):
-            with path.open("rb") as file:
-                size = file.read(8)
-                header = file.read(int.from_bytes(size, "little"))
-            found.update(f"{path.name} {path.stat().st_size}".encode() + header)
-        return f"sha256:{found.hexdigest()}"
 
     def formats_of_weights(self) -> Iterator[tuple[str, Format]]:
         """The weights that are packed, with their formats; what has BF16 becomes int8."""

@@ -11,12 +11,14 @@ import torch
 
 from qwen3next_plugin.config import ConfigError, read_config
 from qwen3next_plugin.model.checkpoint.headers import INDEX
+from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 from qwen3next_plugin.model.checkpoint.writing import Planned, Wrote, written
 from qwen3next_plugin.model.quantisation.files import unquantised
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.in_panels import METHOD, VERSION
+from qwen3next_plugin.model.quantisation.original import RECORD, changed, record
 from qwen3next_plugin.model.quantisation.source import Source
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".msgpack"}
@@ -54,23 +56,31 @@ def plan_packing(folder: Path, asked: str | None, dtype: torch.dtype) -> Plan:
     quantization = {
         "quant_method": METHOD,
         "format_version": VERSION,
-        "source": source.fingerprint(),
         "quantised": asked,
     }
     config = unquantised(raw) | {"quantization_config": quantization}
     return Plan(source, source.planned(weights), weights, config)
 
 
-def write_packed(plan: Plan, out: Path, wrote: Wrote = lambda count: None) -> None:
+def write_packed(
+    plan: Plan, out: Path, wrote: Wrote = lambda count: None, say: Say = lambda line: None
+) -> None:
     """Write a checkpoint into a folder that is new or empty, which is there only when it is whole.
 
+    Args: say: takes lines of the log while the original is hashed.
+
     Raises:
-        ConfigError: the folder cannot be written, or the disk is too small.
+        ConfigError: the folder cannot be written, the disk is too small, or the checkpoint is
+            written meanwhile.
     """
     partial = _check_out(plan, out)
+    original = record(plan.source.folder, say)
     partial.mkdir(parents=True)
     try:
         _write(plan, partial, wrote)
+        (partial / RECORD).write_text(json.dumps(original, indent=2))
+        if name := changed(original, say):
+            raise ConfigError(f"{plan.source.folder / name} was written meanwhile; pack it again")
         os.rename(partial, out.resolve())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

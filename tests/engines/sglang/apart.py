@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from checkpoints import SHIPPED
@@ -24,13 +25,19 @@ Prompts = Sequence[tuple[int, ...]]
 class Part(Forked):
     """One of both, on this machine's own address. Later flags and `env` win."""
 
-    def __init__(self, mode: str, *flags: str, env: Mapping[str, str] = INVARIANT) -> None:
+    def __init__(
+        self,
+        mode: str,
+        *flags: str,
+        env: Mapping[str, str] = INVARIANT,
+        model: Path = SHIPPED,
+    ) -> None:
         self.bootstrap = free_port()  # where decode servers find a prefill server
         own = ("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "nixl")
         if mode == "prefill":
             own = (*own, "--disaggregation-bootstrap-port", str(self.bootstrap))
         here = {"SGLANG_HOST_IP": "127.0.0.1", "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "30"}
-        super().__init__(SHIPPED, *FLAGS, *own, *flags, env=FIXED | here | dict(env))
+        super().__init__(model, *FLAGS, *own, *flags, env=FIXED | here | dict(env))
 
 
 def ask(server: Server, prompts: Prompts, tokens: int = 32, **fields: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from checkpoints import write_checkpoint
+from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines import alike
 from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
@@ -89,6 +90,7 @@ def test_each_way_to_compute_a_page_has_its_own_files(monkeypatch, checkpoint, t
         named(eps=1e-5),
         named(dtype="bfloat16"),
         named(write_checkpoint(tmp_path / "own", seed=5)),
+        *(named(slightly_changed(checkpoint, tmp_path / w, w)) for w in SLIGHT),
     ]
     monkeypatch.setenv("QWEN3NEXT_QUANTISE", "int8")
     found.append(named())

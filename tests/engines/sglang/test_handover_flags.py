@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from checkpoints import write_checkpoint
+from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines import alike as computed
 from qwen3next_plugin.engines.nixl import WAIT
@@ -120,6 +121,7 @@ def test_servers_say_what_they_must_have_alike(monkeypatch, told, checkpoint, tm
         told(ranks=2),
         told(eps=1e-5),
         told(write_checkpoint(tmp_path / "others", seed=9)),
+        *(told(slightly_changed(checkpoint, tmp_path / w, w)) for w in SLIGHT),
     ]
     monkeypatch.setattr(computed, "instructions", lambda: ["another processor"])
     found.append(told())

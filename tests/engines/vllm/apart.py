@@ -3,6 +3,7 @@
 import ctypes
 import json
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from checkpoints import SHIPPED
@@ -51,14 +52,14 @@ def digest(address: int, nbytes: int) -> str:
     return sha256(content).hexdigest() if any(content) else ""
 
 
-def server(role: str, drafts: int = DRAFTS, **settings: Any) -> Forked:
+def server(role: str, drafts: int = DRAFTS, model: Path = SHIPPED, **settings: Any) -> Forked:
     """One that has a `role`; `settings` are of --kv-transfer-config, or flags."""
     flags = FLAGS | {name: settings.pop(name) for name in list(settings) if name.startswith("-")}
     transfer = {"kv_connector": "NixlConnector", "kv_role": role} | settings
     ranks = int(flags.get("--tensor-parallel-size", 1))
     speculation = {"method": "mtp", "num_speculative_tokens": drafts}
     return Forked(
-        SHIPPED,
+        model,
         *("--enforce-eager", "--enable-prompt-tokens-details"),
         *(word for pair in flags.items() for word in pair),
         *("--kv-transfer-config", json.dumps(transfer)),

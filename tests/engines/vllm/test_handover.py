@@ -6,10 +6,12 @@ import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from shutil import copyfile, copytree
 
 import pytest
 
-from checkpoints import random_prompt
+from checkpoints import SHIPPED, random_prompt
+from damage import slightly_changed
 from engines.clients import PROMPTS, eventually
 from engines.server import closing, most_cores
 from engines.vllm.apart import DRAFTS, apart, complete, prefill, server, text
@@ -178,7 +180,24 @@ def test_servers_that_are_not_alike_exchange_nothing(named, differs):
             apart(*both, prompt)
         assert alone(both[1], prompt)
         log = both[1].process.text()
+    assert named in differences(log)
+
+
+def differences(log: str) -> set[str]:
+    """By name, of what a log says that both servers have."""
     found = re.search(r"Local: \w+ \((.*?)\), Remote: \w+ \((.*?)\)", log).groups()
-    decoder, prefiller = (dict(fact.split("=") for fact in each.split(", ")) for each in found)
-    assert decoder.keys() == prefiller.keys()
-    assert decoder[named] != prefiller[named]
+    decoder, prefiller = ({*each.split(", ")} for each in found)
+    return {fact.split("=")[0] for fact in decoder ^ prefiller}
+
+
+@pytest.mark.long
+def test_weights_that_differ_in_one_sign_are_refused(tmp_path):
+    """In the same folder: one server has started before they were replaced."""
+    model = copytree(SHIPPED, tmp_path / "model", copy_function=copyfile)
+    other = slightly_changed(SHIPPED, tmp_path / "other", "sign")
+    with closing(server("kv_producer", model=model)) as (first,):
+        (other / "model.safetensors").replace(model / "model.safetensors")
+        with closing(server("kv_consumer", model=model)) as (second,):
+            with pytest.raises(urllib.error.HTTPError):
+                apart(first, second, random_prompt(200, seed=49))
+            assert differences(second.process.text()) == {"weights"}

@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from checkpoints import write_checkpoint
+from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines import alike
 from qwen3next_plugin.engines.vllm.state import handover, handover_flags
@@ -104,6 +105,7 @@ def test_servers_are_told_what_they_must_have_alike(monkeypatch, complete, check
         told(complete(tensor_parallel_size=2)),
         told(complete(hf_overrides={"rms_norm_eps": 1e-5})),
         told(complete(model=write_checkpoint(tmp_path / "others", seed=9))),
+        *(told(complete(model=slightly_changed(checkpoint, tmp_path / w, w))) for w in SLIGHT),
     ]
     for module in (alike, torch, vllm):
         with monkeypatch.context() as patch:

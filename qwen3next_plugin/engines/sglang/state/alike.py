@@ -6,6 +6,8 @@ from typing import Any
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.alike import computed_by
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.versions import check_host
 
 LINKER_FLAG = "--enable-unified-cache-external-linker"
@@ -26,6 +28,11 @@ def weights_folder(server_args: Any) -> Path:
     """The folder of the checkpoint's files."""
     model, downloads = server_args.model_path, server_args.download_dir
     return local_folder(model, server_args.revision, downloads)
+
+
+def weights(server_args: Any) -> str:
+    """The fingerprint of the checkpoint."""
+    return fingerprint(weights_folder(server_args), logger.info)
 
 
 def check_known_weights(server_args: Any, reader: str, flag: str) -> None:

@@ -10,9 +10,8 @@ from qwen3next_plugin.engines.sglang.state.alike import (
     LINKER_FLAG,
     alike,
     check_known_weights,
-    weights_folder,
+    weights,
 )
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 LINKER, MODULE = "FolderLinker", f"{PACKAGE}.state.folder_linker"
 OWN = ("folder", "folder_bytes")
@@ -65,7 +64,6 @@ def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
 
     Args: sizes: of what is kept, on this rank.
     """
-    weights = fingerprint(weights_folder(server_args))
     dtype = str(model_config.dtype).removeprefix("torch.")
     rest = digest(alike(server_args, model_config, *sizes))
-    return f"{SPACE}{weights}-{dtype}-{rest}"
+    return f"{SPACE}{weights(server_args)}-{dtype}-{rest}"

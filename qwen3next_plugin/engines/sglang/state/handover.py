@@ -17,9 +17,8 @@ from weakref import WeakValueDictionary
 from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
-from qwen3next_plugin.engines.sglang.state.alike import alike, weights_folder
+from qwen3next_plugin.engines.sglang.state.alike import alike, weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 _of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its last request
 
@@ -99,12 +98,12 @@ def what_is_alike() -> str:
     server_args = get_server_args()
     model_config = model_config_of(server_args)
     layout = page_layout(model_config.hf_text_config)
-    weights = fingerprint(weights_folder(server_args), of_copies=True)
     dtype = str(layout.activation_dtype).removeprefix("torch.")
     rest = digest(alike(server_args, model_config, layout))
     return (
-        f"weights={weights}, dtype={dtype}, speculative_num_steps={layout.num_drafts}, "
-        f"tp_size={get_parallel().tp_size}, page_bytes={layout.page_bytes}, rest={rest}"
+        f"weights={weights(server_args)}, dtype={dtype}, "
+        f"speculative_num_steps={layout.num_drafts}, tp_size={get_parallel().tp_size}, "
+        f"page_bytes={layout.page_bytes}, rest={rest}"
     )
 
 

@@ -13,7 +13,7 @@ from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines.hub import READ_HERE, folder_here
 from qwen3next_plugin.engines.processor import instructions
 from qwen3next_plugin.kernels.dispatch import described
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
+from qwen3next_plugin.model.checkpoint.fingerprint import State, states
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
 from qwen3next_plugin.model.quantisation.packed import packs_plain
 
@@ -61,10 +61,10 @@ def _sources(host: AddCode, code: CodeType, file: str) -> set[InlinedSource]:
     return found.inlined_sources
 
 
-def _known_weights(vllm_config: VllmConfig) -> str | None:
-    """The fingerprint of the checkpoint; None before its files are here, or if vLLM reads them."""
+def _known_weights(vllm_config: VllmConfig) -> list[State] | None:
+    """What the checkpoint's files are; None before they are here, or if vLLM reads them."""
     model, load = vllm_config.model_config, vllm_config.load_config
     folder = folder_here(model.model, model.revision, load.download_dir)
     if folder is None or load.load_format not in READ_HERE:
         return None
-    return fingerprint(folder) if weight_files(folder, read_index(folder)) else None
+    return states(weight_files(folder, read_index(folder))) or None

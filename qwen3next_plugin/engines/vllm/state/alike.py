@@ -5,12 +5,17 @@ from typing import Any, NamedTuple
 
 import vllm
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.alike import computed_by
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.state.pages import largest_page
+from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.model.state import PageLayout
+
+logger = init_logger(LOGGER)
 
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 WITHOUT = "or leave out --kv-transfer-config"
@@ -51,6 +56,11 @@ def weights_folder(vllm_config: VllmConfig) -> Path:
     model_config = vllm_config.model_config
     downloads = vllm_config.load_config.download_dir
     return local_folder(model_config.model, model_config.revision, downloads)
+
+
+def weights(vllm_config: VllmConfig) -> str:
+    """The fingerprint of the checkpoint."""
+    return fingerprint(weights_folder(vllm_config), logger.info)
 
 
 def check_known_weights(vllm_config: VllmConfig, reader: str) -> None:

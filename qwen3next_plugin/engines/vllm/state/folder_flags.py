@@ -14,9 +14,8 @@ from qwen3next_plugin.engines.vllm.state.alike import (
     WITHOUT,
     alike,
     check_known_weights,
-    weights_folder,
+    weights,
 )
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 KEEPER, SPEC, TIER = "OffloadingConnector", "FolderSpec", "FolderTier"
 OWN = ("spec_name", "spec_module_path", "folder", "folder_bytes", "cpu_bytes_to_use")
@@ -109,6 +108,5 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
 def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
     """The name of the subfolder for these weights, and for all that decides what a page holds."""
     found = alike(vllm_config, config)
-    weights = fingerprint(weights_folder(vllm_config))
     rest = digest((found, vllm_config.cache_config.prefix_caching_hash_algo))
-    return f"{SPACE}{weights}-{found.dtype}-k{found.layout.num_drafts}-{rest}"
+    return f"{SPACE}{weights(vllm_config)}-{found.dtype}-k{found.layout.num_drafts}-{rest}"

@@ -12,10 +12,9 @@ from qwen3next_plugin.engines.vllm.state.alike import (
     WITHOUT,
     alike,
     check_known_weights,
-    weights_folder,
+    weights,
 )
 from qwen3next_plugin.engines.vllm.state.folder_flags import KEEPER, SPEC, in_folder
-from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
 CONNECTOR = "NixlConnector"
 UNTESTED = ("NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
@@ -66,10 +65,9 @@ def complete_handover(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
         return
     os.environ.setdefault(LAYOUT, "DS")
     found = alike(vllm_config, config)
-    weights = fingerprint(weights_folder(vllm_config), of_copies=True)
     settings = vllm_config.kv_transfer_config.kv_connector_extra_config
     settings[ALIKE] = (
-        f"weights={weights}, dtype={found.dtype}, "
+        f"weights={weights(vllm_config)}, dtype={found.dtype}, "
         f"num_speculative_tokens={found.layout.num_drafts}, "
         f"tensor_parallel_size={vllm_config.parallel_config.tensor_parallel_size}, "
         f"page_bytes={found.layout.page_bytes}, rest={digest(found)}"
