@@ -16,6 +16,11 @@ WRITABLE = 0o022  # by the group, or by all
 NOT_KEPT = (OSError, RuntimeError)
 
 
+def is_own(found: os.stat_result) -> bool:
+    """Whether only this user, and root, can write there."""
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & WRITABLE
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and its parents, for this user alone; what is there stays as it is."""
     if folder.is_dir():
@@ -81,7 +86,7 @@ def one_at_a_time(name: str, wait: Callable[[], object]) -> Iterator[None]:
 
 def _read(path: Path) -> Any:
     found = path.stat()
-    if not S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & WRITABLE:
+    if not S_ISREG(found.st_mode) or not is_own(found):
         raise ValueError(f"{path} is not this user's own file")
     return json.loads(path.read_bytes())
 

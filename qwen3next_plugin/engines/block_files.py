@@ -1,18 +1,19 @@
 """Cached blocks in files of one folder: checked as they are read, the oldest removed at a limit.
 
-Several servers may share the folder. A file appears whole or not at all, and one that is not what
-was written under its name is removed and never used.
+Several servers of one user may share the folder. A file appears whole or not at all, and one that
+is not what was written under its name is removed and never used.
 """
 
 import os
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from errno import EDQUOT, ENOSPC
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
+from shlex import quote
 from stat import S_ISREG
 from tempfile import TemporaryFile
 from time import time
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kept import OF_FILE, OF_FOLDER, create, is_own, make_folder
 
 # How the names of subfolders begin, with the format's number; nothing else here is touched.
 SPACE = "qwen3next-1-"
@@ -70,15 +72,20 @@ class BlockFiles:
             os.utime(self.folder / name)
 
     def read(self, name: str, content_: memoryview) -> bool:
-        """Fill `content_` from a file; False, and no such file any more, if it is damaged."""
+        """Fill `content_` from a file; False, and no such file any more, if it is damaged.
+
+        Or if others can write it: by its checksum alone, their content would be taken for ours.
+        """
         path = self.folder / name
         header = bytearray(HEADER.size)
         try:
             with path.open("rb") as file:
+                trusted = is_own(os.fstat(file.fileno()))
                 found = file.readinto(header) + file.readinto(content_) + len(file.read(1))
         except OSError:
             return False
-        if found != HEADER.size + len(content_) or header != _header(name, content_):
+        whole = found == HEADER.size + len(content_) and header == _header(name, content_)
+        if not (whole and trusted):
             with suppress(OSError):
                 path.unlink()
             return False
@@ -98,8 +105,8 @@ class BlockFiles:
         path = self.folder / name
         part = path.with_name(path.name + self.part)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            make_folder(path.parent)
+            with create(part) as file:
                 file.write(_header(name, content))
                 file.write(content)
             part.replace(path)
@@ -142,10 +149,14 @@ def writer() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "folder-write", give_way)
 
 
-def check_settings(settings: Mapping[str, Any], numbers: Sequence[str], where: str) -> None:
+def check_settings(
+    settings: Mapping[str, Any], numbers: Sequence[str], where: str, warn: Callable[[str], object]
+) -> None:
     """Refuse a setting `folder` that cannot be written, and numbers of bytes that are none.
 
-    Args: where: the field that has the settings.
+    Args:
+        where: the field that has the settings.
+        warn: takes a line of the log if others can write to the folder.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -160,13 +171,35 @@ def check_settings(settings: Mapping[str, Any], numbers: Sequence[str], where: s
     if not isinstance(folder, str) or not Path(folder).is_dir():
         raise ConfigError(f"folder = {folder!r}: no such folder; make it, or change {where}")
     try:
-        with TemporaryFile(dir=folder):
-            pass
+        with TemporaryFile(dir=folder) as file:
+            found = os.fstat(file.fileno())
     except OSError as error:
         raise ConfigError(
             f"folder = {folder!r} cannot be written ({error.strerror}): grant user {os.getuid()} "
             f"that, or name another in {where}"
         ) from error
+    if not is_own(found):
+        raise ConfigError(
+            f"folder = {folder!r}: its disk lets others write to a file of user {os.geteuid()} "
+            f"(owner {found.st_uid}, mode {found.st_mode & 0o777:o}); name another in {where}"
+        )
+    _close_to_others(Path(folder), warn)
+
+
+def _close_to_others(folder: Path, warn: Callable[[str], object]) -> None:
+    """Let others read nothing that servers have written; warn if they can write there."""
+    if not is_own(folder.stat()):  # links of theirs may be there, so no mode is changed
+        path = quote(str(folder))
+        warn(
+            f"qwen3next_plugin: others can write to {folder}, so they can remove what is kept "
+            f"there: chown {os.geteuid()} {path} && chmod 700 {path}"
+        )
+        return
+    for space in folder.glob(f"{SPACE}*"):
+        for top, _, names in os.walk(space):
+            for path, mode in ((top, OF_FOLDER), *((f"{top}/{name}", OF_FILE) for name in names)):
+                with suppress(OSError):  # it is another user's, or has just been removed
+                    os.chmod(path, mode)
 
 
 def pieces(keys: Sequence[str], ends: Collection[int] = ()) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,8 @@ import pytest
 
 from engines.faults import STATES, where
 from needs import needs
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines import block_files
 from qwen3next_plugin.engines.block_files import (
     CUT,
     EVERY,
@@ -20,6 +22,7 @@ from qwen3next_plugin.engines.block_files import (
     PART_SECONDS,
     SPACE,
     BlockFiles,
+    check_settings,
     least_limit,
     pieces,
     writer,
@@ -105,6 +108,75 @@ def test_a_damaged_or_foreign_file_is_a_miss_and_is_written_again(files, kind):
     assert not (files.folder / name).exists()
     files.write(name, CONTENT)
     assert read(files, name) == CONTENT
+
+
+def modes(folder: Path) -> dict[bool, set[int]]:
+    """Of all folders in it, and of all files."""
+    found = {True: set(), False: set()}
+    for path in folder.rglob("*"):
+        found[path.is_dir()].add(path.stat().st_mode & 0o777)
+    return found
+
+
+@pytest.mark.parametrize("umask", [0, 0o22, 0o277, 0o777], ids=oct)
+def test_only_this_user_reads_what_clients_wrote(files, umask):
+    before = os.umask(umask)
+    try:
+        files.write(f"{SPACES[0]}/a", CONTENT)
+    finally:
+        os.umask(before)
+    assert modes(files.folder) == {True: {0o700}, False: {0o600}}
+    assert read(files, f"{SPACES[0]}/a") == CONTENT
+
+
+def test_what_others_may_have_written_is_a_miss(files):
+    """Its checksum is right: everybody can compute one."""
+    name = f"{SPACES[0]}/a"
+    for mode in (0o660, 0o606):
+        files.write(name, CONTENT)
+        (files.folder / name).chmod(mode)
+        assert read(files, name) is None
+        assert not (files.folder / name).exists()
+    files.write(name, CONTENT)
+    if os.geteuid() == 0:
+        os.chown(files.folder / name, 12345, -1)
+        assert read(files, name) is None
+
+
+def test_a_folder_is_closed_to_others_at_start(files):
+    """Files of an earlier release are open; where others can write there, they are told from ours.
+
+    There, nothing is changed: what has our names may be links of theirs.
+    """
+    warnings: list[str] = []
+    settings = {"folder": str(files.folder), "folder_bytes": 1}
+
+    def check() -> None:
+        check_settings(settings, ["folder_bytes"], "FIELD", warnings.append)
+
+    files.write(f"{SPACES[0]}/a", CONTENT)
+    opened = (files.folder / SPACES[0] / "a", files.folder / SPACES[0], files.folder)
+    for mode, warned in ((0o755, False), (0o775, True), (0o1777, True), (0o700, False)):
+        for path in opened[:2]:
+            path.chmod(0o755)
+        files.folder.chmod(mode)
+        check()
+        assert bool(warnings) == warned
+        assert modes(files.folder)[False] == ({0o755} if warned else {0o600})
+        if warned:
+            path = files.folder
+            assert f"others can write to {path}, " in warnings[0]
+            assert warnings.pop().endswith(f"chown {os.geteuid()} {path} && chmod 700 {path}")
+    (files.folder / "mine.txt").touch(0o644)
+    check()
+    assert (files.folder / "mine.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_disk_that_lets_everybody_write_is_refused(tmp_path, monkeypatch):
+    """A FAT disk has modes of its own; over NFS the files of root may be another's."""
+    monkeypatch.setattr(block_files, "is_own", lambda found: False)
+    with pytest.raises(ConfigError, match=r"its disk lets others write .* name another in FIELD"):
+        check_settings({"folder": str(tmp_path)}, [], "FIELD", print)
 
 
 def test_another_size_is_a_miss(files):
@@ -217,7 +289,7 @@ def test_on_a_full_disk_the_oldest_give_way(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("where", ["open", "mkdir"])
+@pytest.mark.parametrize("where", [(os, "open"), (Path, "mkdir")], ids=["open", "mkdir"])
 def test_a_full_quota_makes_the_oldest_give_way(monkeypatch, tmp_path, where):
     """Also where a new subfolder does not fit."""
     files = BlockFiles(tmp_path, 1 << 30)
@@ -230,7 +302,7 @@ def test_a_full_quota_makes_the_oldest_give_way(monkeypatch, tmp_path, where):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, where, full)
+        patch.setattr(*where, full)
         with pytest.raises(OSError, match="quota"):
             files.write(f"{SPACE}x/z/c", content)
     assert not (tmp_path / f"{SPACE}x" / "y" / "a").exists()

@@ -5,7 +5,7 @@ from typing import Any
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.block_files import SPACE, check_settings
-from qwen3next_plugin.engines.sglang.names import PACKAGE
+from qwen3next_plugin.engines.sglang.names import PACKAGE, logger
 from qwen3next_plugin.engines.sglang.state.alike import (
     LINKER_FLAG,
     alike,
@@ -40,7 +40,7 @@ def check_folder(server_args: Any, *, on_cpu: bool) -> None:
     settings = config.get("linker_extra_config", {})
     if unknown := sorted(set(settings) - set(OWN)):
         raise ConfigError(f"{FIELD}: {LINKER} has no {', '.join(unknown)}; it has {', '.join(OWN)}")
-    check_settings(settings, ("folder_bytes",), FIELD)
+    check_settings(settings, ("folder_bytes",), FIELD, logger.warning)
     _check_flags(server_args)
 
 

@@ -4,18 +4,21 @@ import os
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.block_files import SPACE, check_settings
-from qwen3next_plugin.engines.vllm.names import PACKAGE
+from qwen3next_plugin.engines.vllm.names import LOGGER, PACKAGE
 from qwen3next_plugin.engines.vllm.state.alike import (
     WITHOUT,
     alike,
     check_known_weights,
     weights,
 )
+
+logger = init_logger(LOGGER)
 
 KEEPER, SPEC, TIER = "OffloadingConnector", "FolderSpec", "FolderTier"
 OWN = ("spec_name", "spec_module_path", "folder", "folder_bytes", "cpu_bytes_to_use")
@@ -55,7 +58,7 @@ def check_folder(vllm_config: VllmConfig) -> None:
     if unknown := sorted(set(settings) - set(OWN)):
         raise ConfigError(f"{FIELD}: {SPEC} has no {', '.join(unknown)}; it has {', '.join(OWN)}")
     numbers = ("folder_bytes", "cpu_bytes_to_use")
-    check_settings({"cpu_bytes_to_use": MEMORY} | settings, numbers, FIELD)
+    check_settings({"cpu_bytes_to_use": MEMORY} | settings, numbers, FIELD, logger.warning)
     _check_flags(vllm_config)
     _check_keys(vllm_config.cache_config.prefix_caching_hash_algo)
 
