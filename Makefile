@@ -2,8 +2,10 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
-$(if $(filter-out 1,$(words $(CURDIR))),$(error the path "$(CURDIR)" has a space, which make and \
-builds of torch extensions cannot take: move this folder))
+SPECIAL := ' " ` ( ) [ ] { } < > & | ; * ? ! \# $$ \ :
+FOUND := $(strip $(foreach each,$(SPECIAL),$(findstring $(each),$(CURDIR))))
+$(if $(FOUND)$(filter-out 1,$(words $(CURDIR))),$(error the path "$(CURDIR)" has $(or $(FOUND),a \
+space), which make, shells and builds of torch extensions cannot take: move this folder))
 
 # The first of these that has venv and headers. The tests run with 3.11, so it comes first.
 PYTHON ?= python3.11 python3.12 python3.13

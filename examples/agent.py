@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar
 
 import typer
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from openai.types.chat import ChatCompletionChunk
 from qwen_agent.agents import Assistant
 from qwen_agent.llm.oai import TextChatAtOAI
@@ -106,7 +106,12 @@ def main(
 
     "What is 4321 times 765?" "How many of part 482 are in stock?" "Use Python to compute 12 + 30."
     """
-    model = model or OpenAI(base_url=base_url, api_key="unused").models.list().data[0].id
+    try:  # also with a model's name: Qwen-Agent would ask again and again, and end in a traceback
+        listed = OpenAI(base_url=base_url, api_key="unused").models.list()
+    except OpenAIError as error:
+        typer.echo(f"{base_url}: {error} Is a server running?", err=True)
+        raise typer.Exit(1) from error
+    model = model or listed.data[0].id
     body = {"chat_template_kwargs": {"enable_thinking": thinking}}
     with TemporaryDirectory() as folder:
         bot = agent(base_url, model, folder, body)

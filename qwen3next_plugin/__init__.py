@@ -1,6 +1,26 @@
 """Qwen3-Next for vLLM and SGLang: model, linear-attention state and MTP drafter, as a plugin."""
 
+import sys
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+class _NotInstalled:
+    """Asked last for a module: where these are sources, an install's modules are not among them."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Nothing; raises ModuleNotFoundError for what only an install has."""
+        if name in (f"{__name__}.kernels", f"{__name__}.mtp"):
+            raise ModuleNotFoundError(
+                f"qwen3next_plugin is imported from {Path(__file__).parents[1]}, whose sources "
+                f"lack the compiled kernels: start in another folder, or install it by `pip "
+                f"install -e .`"
+            )
+
+
+sys.meta_path.append(_NotInstalled)
 
 
 def register_vllm() -> None:

@@ -61,7 +61,7 @@ def all_kept(folder: str) -> Iterator[Any]:
     """What was written under the names of a folder; what cannot be read is skipped."""
     with suppress(*NOT_KEPT):
         for path in (_folder() / folder).glob("*.json"):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, RecursionError):
                 yield _read(path)
 
 

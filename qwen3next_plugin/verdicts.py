@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Self
 
+from qwen3next_plugin.config.errors import is_number
 from qwen3next_plugin.kept import all_kept, keep
 
 FOLDER = "self-check"
@@ -24,6 +25,14 @@ class Verdict:
     seconds: float
     error: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what was not kept by `keep`."""
+        words = (self.device, self.kernels, self.key, self.at, self.error)
+        if not all(isinstance(word, str) for word in words) or not is_number(self.seconds):
+            raise ValueError(f"no verdict: {self}")
+        if datetime.fromisoformat(self.at).tzinfo is None:
+            raise ValueError(f"{self.at} has no time zone")
+
     @classmethod
     def now(cls, subject: Mapping[str, str], seconds: float, error: str = "") -> Self:
         at = datetime.now(UTC).isoformat("T", "seconds")
@@ -34,7 +43,7 @@ class Verdict:
         """How long ago, in the largest fitting unit."""
         seconds = (datetime.now(UTC) - datetime.fromisoformat(self.at)).total_seconds()
         for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-            if n := int(seconds // size):
+            if (n := int(seconds // size)) > 0:
                 return f"{n} {unit}{'s' if n > 1 else ''} ago"
         return "just now"
 

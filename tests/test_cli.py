@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -217,6 +218,13 @@ def test_more_memory_never_serves_fewer(memory, more, length):
 )
 def test_what_bounds(changes, bound):
     assert re.match(bound, make_plan(Blocks, CONFIG, sizes(drafts=False), flags(**changes)).bound)
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "-1", "1e400"])
+def test_memory_that_no_machine_has_is_refused(memory):
+    result = run("plan", RELEASED_CONFIGS / "Qwen3.6-27B", "--memory", memory)
+    assert result.exit_code == 2
+    assert "--memory" in result.output
 
 
 def test_length_to_lower_to_fits():
@@ -510,18 +518,25 @@ def test_files_that_this_user_may_not_read(monkeypatch, tmp_path):
     assert "model.safetensors: this user may not read it" in run("plan", folder).stderr
 
 
-def test_sources_without_kernels_say_where_they_are(tmp_path):
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from qwen3next_plugin.versions import check_host; check_host('torch')",
+        "import qwen3next_plugin.kernels.linear",
+        "import qwen3next_plugin.model.state",
+        "import qwen3next_plugin.mtp.policy",
+    ],
+)
+def test_sources_without_kernels_say_where_they_are(tmp_path, code):
     """`python -m` finds what is in the current folder first; -S: not what is installed editably."""
     here = shutil.copytree(Path(versions.__file__).parent, tmp_path / "qwen3next_plugin")
     site = sysconfig.get_path("purelib")
-    code = (
-        f"import sys; sys.path.append({site!r})\n"
-        "from qwen3next_plugin.versions import check_host\ncheck_host('torch')"
-    )
+    code = f"import sys; sys.path.append({site!r}); {code}"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
-    assert f"ImportError: qwen3next_plugin is imported from {here.parent}, whose" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert f"Error: qwen3next_plugin is imported from {here.parent}, whose" in last
 
 
 def test_plan_of_a_hub_name():
@@ -794,6 +809,18 @@ def test_pack_and_plan_what_it_wrote(tmp_path):
     assert mapped["flags"]["mapped"] == stored
     beside = 3 * GIB - sum(mapped["weights"].values()) - mapped["scratch"]
     assert mapped["spare"] == beside - stored
+
+
+def test_a_path_that_is_not_utf_8_is_named(tmp_path):
+    """Of either folder."""
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    plain = write_checkpoint(tmp_path / "plain", num_hidden_layers=4)
+    shutil.copytree(plain, other)
+    for folders in ((other, tmp_path / "out"), (plain, other / "out")):
+        result = run("pack", *folders, "--quantise", "int8")
+        assert result.exit_code == 1
+        assert "the path is not UTF-8" in result.output.replace("\n", "")
+        assert "Traceback" not in result.output
 
 
 def test_pack_explains_itself():

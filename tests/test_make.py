@@ -70,6 +70,20 @@ def test_a_full_disk(machine, tmp_path):
     assert "An environment takes 4 GB here (make test: 8), and 3.5 GB are free" in done.stderr
 
 
+@pytest.mark.parametrize("name", [*"'\"`()[]{}<>&|;*?!#$\\: ", "plain", "jürgen+a,b@c=d%e~f-g"])
+def test_a_path_that_make_or_a_shell_takes_apart_is_named(tmp_path, name):
+    checkout = tmp_path / f"a{name}b"
+    checkout.mkdir()
+    (checkout / "Makefile").symlink_to(ROOT / "Makefile")
+    done = subprocess.run(["make", "help"], cwd=checkout, capture_output=True, text=True)
+    if len(name) > 1:
+        assert done.returncode == 0
+        return
+    assert done.returncode == 2
+    named = "a space" if name == " " else name
+    assert f'the path "{checkout}" has {named}, which make, shells and' in done.stderr
+
+
 @pytest.mark.parametrize(
     ("pythons", "chosen"),
     [

@@ -85,7 +85,9 @@ def plan(
     memory: Annotated[
         float | None,
         typer.Option(
-            min=0, help="GiB that one rank may use; by default its share of the machine's."
+            min=0,
+            max=1 << 20,
+            help="GiB that one rank may use; by default its share of the machine's.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes.")] = False,

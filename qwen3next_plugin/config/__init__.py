@@ -12,6 +12,7 @@ from qwen3next_plugin.config.errors import ConfigError, complaint
 from qwen3next_plugin.config.files import (
     check_before_engine,
     check_kind,
+    check_name,
     is_of_family,
     naming_file,
     read_config,
@@ -25,6 +26,7 @@ __all__ = [
     "Qwen3NextConfig",
     "check_before_engine",
     "check_kind",
+    "check_name",
     "check_num_draft_layers",
     "check_num_speculative_tokens",
     "is_of_family",

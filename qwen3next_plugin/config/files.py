@@ -24,6 +24,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     The types of its fields are checked if it is of the family.
     """
     file = Path(path) / CONFIG
+    check_name(path)
     if not Path(path).is_dir():
         raise ConfigError(f"{path} is not a folder; give a local checkpoint folder, not a hub name")
     if not file.is_file():
@@ -37,6 +38,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return raw
 
 
+def check_name(path: str | Path) -> None:
+    """Refuse a path that safetensors cannot open; raises ConfigError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{str(path)!a}: the path is not UTF-8, and safetensors opens no such files; "
+            f"rename the folder"
+        ) from None
+
+
 def is_of_family(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is of the family, as far as a damaged one says."""
     architectures = str(raw.get("architectures"))
@@ -45,16 +57,29 @@ def is_of_family(raw: Mapping[str, Any]) -> bool:
 
 
 def check_before_engine(model: str | Path) -> None:
-    """Refuse the damaged JSON files of a local checkpoint before an engine reads them.
+    """Refuse what is no file, and damaged JSON files, before an engine reads a local checkpoint.
 
     Raises:
         ConfigError: names the file, the field and the fix.
     """
     folder = Path(model)
+    pipes = [path for path in folder.glob("*") if path.exists() and not _is_file_or_folder(path)]
+    if (folder / CONFIG) in pipes:
+        raise _no_file(folder / CONFIG)
     if (folder / CONFIG).is_file() and is_of_family(read_config(folder)):
+        for path in pipes:
+            raise _no_file(path)
         for name in BESIDE:
             if (folder / name).is_file():
                 read_object(folder / name, ConfigError)
+
+
+def _is_file_or_folder(path: Path) -> bool:
+    return path.is_file() or path.is_dir()
+
+
+def _no_file(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is no file, and whoever reads it may wait for ever; remove it")
 
 
 def check_kind(folder: Path, override_flag: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 # The largest file known, the index of a quantised model, has 34 MB and 300,000 values.
@@ -18,20 +19,23 @@ def read_object(path: Path, error: type[ValueError]) -> dict[str, Any]:
     """
     again = "it is truncated or damaged, fetch it again"
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"{size} bytes, and {MOST_BYTES} are the most")
+        found = path.stat()
+        if not S_ISREG(found.st_mode):  # reading a pipe would wait for a writer
+            raise ValueError("it is no regular file")
+        if found.st_size > MOST_BYTES:
+            raise ValueError(f"{found.st_size} bytes, and {MOST_BYTES} are the most")
         data = path.read_bytes()
         if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
             raise ValueError(f"more than {MOST_VALUES} values")
-        found = json.loads(data)
-        _check_levels(found)
+        value = json.loads(data)
+        _check_levels(value)
     except PermissionError as reason:
         raise error(f"{path}: this user may not read it; change its owner or mode") from reason
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} cannot be read ({reason}); {again}") from reason
-    if not isinstance(found, dict):
-        raise error(f"{path} holds a {type(found).__name__}, not an object; fetch it again")
-    return found
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a {type(value).__name__}, not an object; fetch it again")
+    return value
 
 
 def _check_levels(value: object) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,8 @@ from qwen3next_plugin.config import (
     read_config,
 )
 from qwen3next_plugin.config.json_files import MOST_BYTES, MOST_VALUES, read_object
+from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.checkpoint.headers import INDEX, read_index
 
 QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128], "producer": {"name": "x"}}
 YARN = {
@@ -186,6 +190,34 @@ def test_files_that_only_engines_read_hold_objects(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=re.escape(name)):
         check_before_engine(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", INDEX])
+def test_a_pipe_is_refused_and_not_read(tmp_path, name):
+    """An engine that opens one waits for a writer."""
+    write(tmp_path, BASE)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{name} is no file, and whoever reads it may wait"):
+        check_before_engine(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(it is no regular file\)"):
+        read_object(tmp_path / name, ConfigError)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_index_is_a_file(tmp_path, make):
+    make(tmp_path / INDEX)
+    with pytest.raises(CheckpointError, match=f"{INDEX} cannot be read"):
+        read_index(tmp_path)
+
+
+def test_a_path_that_safetensors_cannot_open_is_named(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    write(folder, BASE)
+    for check in (read_config, check_before_engine):
+        with pytest.raises(ConfigError, match=r"udcff': the path is not UTF-8, and .*; rename"):
+            check(folder)
 
 
 def test_other_models_pass(tmp_path):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from engines.agents import PYTHON
 from engines.process import Fork, script
 from engines.vllm.offline import IN_PROCESS, environment, preload
 from engines.vllm.server import Forked
+from needs import needs
 from patience import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,11 +89,23 @@ def test_long_context_reads_beyond_the_original_length(base_url):
     assert all(2500 < length < 3500 for length in lengths)
 
 
-def test_chat_says_where_it_looked_for_a_server():
-    command = [sys.executable, "examples/chat.py", "--base-url", "http://127.0.0.1:9/v1"]
+@pytest.mark.parametrize(
+    ("name", "python", "more"),
+    [
+        ("chat.py", sys.executable, ()),
+        ("long_context.py", sys.executable, ()),
+        pytest.param(
+            *("agent.py", PYTHON, ("a question",)), marks=[needs("qwen-agent"), pytest.mark.long]
+        ),
+    ],
+    ids=lambda value: value if str(value).endswith(".py") else "",
+)
+@pytest.mark.parametrize("model", [(), ("--model", "given")], ids=["any", "given"])
+def test_without_a_server_one_line_says_where_it_looked(name, python, more, model):
+    command = [python, f"examples/{name}", "--base-url", "http://127.0.0.1:9/v1", *model, *more]
     done = subprocess.run(command, cwd=ROOT, input="hello\n", capture_output=True, text=True)
     assert done.returncode == 1
-    assert "http://127.0.0.1:9/v1" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("http://127.0.0.1:9/v1: Connection error.")
     assert "Traceback" not in done.stderr
 
 

@@ -1,8 +1,10 @@
 """The self-check at start passes right kernels, names a wrong one, and keeps its verdict."""
 
 import json
+import os
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.self_check import KernelError, check_kernels, compare, deviation
 from qwen3next_plugin.model.self_check.cases import Served, cases
 from qwen3next_plugin.model.state import PageLayout
-from qwen3next_plugin.verdicts import kept
+from qwen3next_plugin.verdicts import Verdict, kept, key_of, passed
 from released import RELEASED_80B
 from tiers import long_except
 
@@ -200,6 +202,29 @@ def test_a_failed_check_is_made_again(monkeypatch):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
     assert len(check(served())) == 1
     assert [verdict.error for verdict in kept()] == [""]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"at": at} for at in (5, None, "", "yesterday", "2026-01-01T00:00:00")),
+        *({"seconds": "1"}, {"key": []}, {"error": 3}, {"more": 1}),
+    ],
+    ids=str,
+)
+def test_what_is_no_verdict_is_skipped(cache, change):
+    subject = {"device": "cpu", "kernels": "cpu"}
+    Verdict.now(subject, 0.1).keep()
+    whole = json.loads((cache / f"{key_of(subject)}.json").read_text())
+    (cache / "other.json").write_text(json.dumps(whole | change))
+    for name, text in (("list", "[]"), ("deep", "[" * 10**6), ("text", "\udcff")):
+        (cache / f"{name}.json").write_text(text, errors="surrogateescape")
+    os.mkfifo(cache / "pipe.json")
+    (verdict,) = kept()
+    assert (verdict.key, verdict.age) == (key_of(subject), "just now")
+    ahead = datetime.now(UTC) + timedelta(days=2)
+    assert replace(verdict, at=ahead.isoformat()).age == "just now"
+    assert passed(subject)
 
 
 def test_without_a_place_to_write_each_start_checks(monkeypatch, tmp_path):

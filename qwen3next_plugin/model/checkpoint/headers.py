@@ -46,7 +46,7 @@ def read_index(folder: Path) -> Index | None:
         CheckpointError: names what is wrong with it.
     """
     path = folder / INDEX
-    if not path.is_file():
+    if not path.exists():
         return None
     raw = read_object(path, CheckpointError)
     files, metadata = raw.get("weight_map"), raw.get("metadata") or {}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen3next_plugin.config import ConfigError, read_config
+from qwen3next_plugin.config import ConfigError, check_name, read_config
 from qwen3next_plugin.model.checkpoint.headers import INDEX
 from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.reading import check_stored
@@ -89,6 +89,7 @@ def write_packed(
 
 def _check_out(plan: Plan, out: Path) -> Path:
     """The folder beside it that is written first."""
+    check_name(out)
     folder = plan.source.folder
     if out.resolve() == folder.resolve():
         raise ConfigError(f"{out} is the checkpoint itself; give another folder")
