@@ -36,13 +36,13 @@ def fused_moe(
         x: [T, D], any stride of dim 0
         w13: [E, 2I, D], x's dtype: W1 (gate), then W3 (up); w2: [E, D, I]. Or both packed, in any
             formats, with I a multiple of 16: `linear` describes their arithmetic.
-        topk_weights: [T, k] fp32, topk_ids: [T, k] int32
+        topk_weights: [T, k] fp32, topk_ids: [T, k] int32; -1: no expert, and nothing is added
         shared: only beside packed weights, in any formats, with S a multiple of 16
         returns [T, D]
 
     Raises:
         ValueError: an argument's shape, stride, device or dtype.
-        RuntimeError: an id that is no expert.
+        RuntimeError: another id that is no expert.
 
     Source: `Qwen3NextSparseMoeBlock` of transformers, without its router.
     """

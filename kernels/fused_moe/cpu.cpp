@@ -91,8 +91,8 @@ Tensor fused_moe(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor to
   const Routes routes(read<int32_t>(topk_ids), d);
   const float* weights = read<float>(topk_weights);
   Tensor out = empty_as(x, {d.T, d.D});
-  Tensor h = empty_as(x, {d.T * d.top_k, d.I});  // sorted by expert, as in routes
-  const int64_t experts = routes.experts.size();
+  const int64_t experts = routes.experts.size(), entries = routes.entry.size();
+  Tensor h = empty_as(x, {entries, d.I});  // sorted by expert, as in routes
   const int64_t inner_chunks = (d.I + kChunk - 1) / kChunk;
   const int64_t outer_chunks = (d.D + kChunk - 1) / kChunk;
   with_activations(x, [&]<class A>(A) {

@@ -20,14 +20,14 @@ def run(
     w13 = unpack(w13) if isinstance(w13, PackedWeight) else w13
     w2 = unpack(w2) if isinstance(w2, PackedWeight) else w2
     E = len(w13)
-    outside = ((topk_ids < 0) | (topk_ids >= E)).nonzero()
+    outside = ((topk_ids < -1) | (topk_ids >= E)).nonzero()
     if len(outside):
         t, j = outside[0].tolist()
         raise RuntimeError(
             f"fused_moe: topk_ids[{t}, {j}] = {int(topk_ids[t, j])} is not one of {E} experts"
         )
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in topk_ids.unique().tolist():
+    for e in topk_ids[topk_ids >= 0].unique().tolist():
         t, j = (topk_ids == e).nonzero(as_tuple=True)
         out.index_add_(0, t, topk_weights[t, j, None] * _expert(x[t], w13[e], w2[e]))
     if shared is not None:

@@ -12,16 +12,16 @@ struct MoeDims {
   int64_t T, D, E, I, top_k;
 };
 
-// Expert e has the elements [first[e], first[e + 1]) of `token` and `entry`.
+// Expert e has the elements [first[e], first[e + 1]) of `token` and `entry`. An id of -1 has none.
 struct Routes {
   std::vector<int64_t> first, token, entry;  // entry: index into topk_ids [T * top_k]
   std::vector<int64_t> experts;              // experts that have tokens, ascending
 
   Routes() : first(1) {}
 
-  Routes(const int32_t* ids, const MoeDims& d)
-      : first(d.E + 1), token(d.T * d.top_k), entry(d.T * d.top_k) {
+  Routes(const int32_t* ids, const MoeDims& d) : first(d.E + 1) {
     for (int64_t i = 0; i < d.T * d.top_k; ++i) {
+      if (ids[i] == -1) continue;
       check(0 <= ids[i] && ids[i] < d.E, "fused_moe: topk_ids[", i / d.top_k, ", ", i % d.top_k,
             "] = ", ids[i], " is not one of ", d.E, " experts");
       ++first[ids[i] + 1];
@@ -30,8 +30,10 @@ struct Routes {
       if (first[e + 1]) experts.push_back(e);
       first[e + 1] += first[e];
     }
+    token.resize(first.back()), entry.resize(first.back());
     std::vector<int64_t> next(first.begin(), first.end() - 1);
     for (int64_t i = 0; i < d.T * d.top_k; ++i) {
+      if (ids[i] == -1) continue;
       const int64_t at = next[ids[i]]++;
       token[at] = i / d.top_k, entry[at] = i;
     }

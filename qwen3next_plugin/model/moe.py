@@ -115,23 +115,18 @@ def packed_moe(
         )
     x = normed(x)
     logits, _ = gate(x)
-    chosen = router(logits=logits, top_k=top_k, renormalise=renormalise)
-    weights, ids = on_this_rank(*chosen, expert_map)
-    out = fused_moe(x=x, w13=w13, w2=w2, topk_weights=weights, topk_ids=ids.int(), shared=shared)
+    weights, ids = router(logits=logits, top_k=top_k, renormalise=renormalise)
+    ids = on_this_rank(ids, expert_map)
+    out = fused_moe(x=x, w13=w13, w2=w2, topk_weights=weights, topk_ids=ids, shared=shared)
     return out if shared_expert is None or shared is not None else shared_expert(x, out)
 
 
-def on_this_rank(
-    topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank's own index of each expert; an expert that it lacks gets weight zero.
+def on_this_rank(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """A rank's own index of each expert; -1 for an expert that it lacks.
 
-    Shapes: topk_* [T, k], expert_map [experts of the model], -1 where the rank has none
+    Shapes: topk_ids [T, k], expert_map [experts of the model], -1 where the rank has none
     """
-    if expert_map is None:
-        return topk_weights, topk_ids
-    topk_ids = expert_map[topk_ids.long()]
-    return topk_weights.masked_fill(topk_ids < 0, 0), topk_ids.clamp(min=0)
+    return topk_ids.int() if expert_map is None else expert_map[topk_ids.long()].int()
 
 
 def route(

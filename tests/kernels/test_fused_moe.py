@@ -61,7 +61,28 @@ def test_no_tokens(cpu_backend):
     assert op.fused_moe(**arguments | none).shape == (0, 8)
 
 
-@pytest.mark.parametrize("expert", [-1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_route_to_no_expert_adds_nothing(cpu_backend, dtype):
+    """The others' bits are those with weight 0; no expert runs for it, as expert 0 would overflow.
+
+    Its weight may be anything.
+    """
+    arguments = inputs(70, 96, 5, 40, 2, dtype)  # none has expert 0
+    none = torch.rand(70, 2) < 0.5
+    none[7] = True
+    ids, weights = arguments["topk_ids"], arguments["topk_weights"]
+    expected = op.fused_moe(**arguments | {"topk_weights": weights.masked_fill(none, 0)})
+    arguments["w13"][0] = arguments["w2"][0] = torch.finfo(dtype).max
+    arguments["topk_ids"] = ids.masked_fill(none, -1)
+    for weight in (0, 1, float("nan")):
+        arguments["topk_weights"] = weights.masked_fill(none, weight)
+        assert torch.equal(op.fused_moe(**arguments), expected)
+    assert not expected[7].any()
+    arguments["topk_ids"] = torch.full_like(ids, -1)
+    assert not op.fused_moe(**arguments).any()
+
+
+@pytest.mark.parametrize("expert", [-2, 3])
 def test_refuses_what_is_no_expert(cpu_backend, expert):
     arguments = inputs(4, 8, 3, 6, 2, torch.float32)
     arguments["topk_ids"][2, 1] = expert

@@ -99,6 +99,27 @@ def test_whatever_tokens_share_the_batch(native_level, kind, dtype):
         torch.set_num_threads(threads)
 
 
+def test_a_route_to_no_expert_adds_nothing(cpu_backend, kind):
+    """The others' bits are those with weight 0; no expert runs for it, as expert 0 gives NaN."""
+    arguments = inputs(kind, torch.bfloat16)  # none has expert 0
+    alone = {"shared": shared_expert(kind, torch.bfloat16)}
+    none = torch.rand(T, k) < 0.5
+    none[7] = True
+    weights, ids = arguments["topk_weights"], arguments["topk_ids"]
+    arguments["topk_weights"] = weights.masked_fill(none, 0)
+    expected, beside = fused_moe(**arguments), fused_moe(**arguments | alone)
+    for weight in (arguments["w13"], arguments["w2"]):
+        for tensor in weight.tensors.values():
+            tensor[0].view(torch.uint8).fill_(255)
+        assert unpack(weight)[0].isnan().any()
+    arguments |= {"topk_weights": weights, "topk_ids": ids.masked_fill(none, -1)}
+    assert torch.equal(fused_moe(**arguments), expected)
+    assert torch.equal(fused_moe(**arguments, **alone), beside)
+    arguments["topk_ids"] = torch.full_like(ids, -1)
+    assert not fused_moe(**arguments).any()
+    assert torch.equal(fused_moe(**arguments, **alone)[7], beside[7])
+
+
 def test_no_tokens(cpu_backend, kind):
     arguments = inputs(kind, torch.float32, 0)
     assert fused_moe(**arguments).shape == (0, D)

@@ -21,7 +21,7 @@ def test_ranks_sum_to_all_experts():
     weights = torch.rand(T, k)
     ids = torch.stack([torch.randperm(E)[:k] for _ in range(T)]).int()
     whole, parts = run(x, w13, w2, weights, ids), torch.zeros(T, D)
-    for mine in ((0, 2, 5), (1, 3, 4)):
+    for mine in ((0, 2, 5), (1, 3, 4), ()):
         expert_map = torch.full((E,), -1, dtype=torch.int32)
         expert_map[list(mine)] = torch.arange(len(mine), dtype=torch.int32)
         parts += run(x, w13[list(mine)], w2[list(mine)], weights, ids, expert_map)

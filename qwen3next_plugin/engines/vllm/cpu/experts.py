@@ -53,14 +53,13 @@ class NativeExperts(CPUUnquantizedExperts):
         expert_map [experts of the model]: this rank's index of each expert, -1 if it has none.
         """
         assert activation == MoEActivation.SILU
-        topk_weights, topk_ids = on_this_rank(topk_weights, topk_ids, expert_map)
         output.copy_(
             fused_moe(
                 x=hidden_states,
                 w13=w1,
                 w2=w2,
                 topk_weights=topk_weights.float(),
-                topk_ids=topk_ids.int(),
+                topk_ids=on_this_rank(topk_ids, expert_map),
             )
         )
 
@@ -88,7 +87,7 @@ class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Shapes: x [T, D], topk_* [T, k], returns [T, D]."""
-        return self.multiply(layer, x, *on_this_rank(topk_weights, topk_ids, layer.expert_map))
+        return self.multiply(layer, x, topk_weights, on_this_rank(topk_ids, layer.expert_map))
 
 
 class Experts(RoutedExperts):
