@@ -415,6 +415,14 @@ ON_CPU: tuple[Entry, ...] = (
         remove_when="SGLang fails a request whose prefill server has other states",
     ),
     Patch(
+        target="sglang.srt.disaggregation.decode.DecodeTransferQueue.resolve_deferred_releases",
+        parameters=("self",),
+        function=handover.hold_what_may_be_written,
+        reason="30 seconds after an abort SGLang gives memory that a prefill server may still "
+        "write to another request",
+        remove_when="SGLang keeps it while that server runs and has not said that it is done",
+    ),
+    Patch(
         target="sglang.srt.disaggregation.decode.DecodePreallocQueue._send_kv_metadata",
         parameters=(
             *("self", "decode_req", "kv_indices", "page_size", "state_indices"),

@@ -3,8 +3,8 @@
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
 IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
-IN_WORKER when our worker is made; WITH_LORA, PAGE_COPIES, EXCHANGES, GRAPHS and HANDOVER when our
-model is built.
+IN_WORKER when our worker is made; WITH_LORA, PAGE_COPIES, EXCHANGES and GRAPHS when our model is
+built, and HANDOVER then and before its workers start.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -47,7 +47,8 @@ from qwen3next_plugin.engines.vllm.repairs import (
     reloads,
 )
 from qwen3next_plugin.engines.vllm.speculation import drafts_flags
-from qwen3next_plugin.engines.vllm.state import handover
+from qwen3next_plugin.engines.vllm.state import handover, leases
+from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.versions import check_host
 
@@ -333,7 +334,8 @@ GRAPHS: tuple[Entry, ...] = (
     ),
 )
 
-NIXL_WORKER = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker"
+NIXL = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
+NIXL_WORKER = f"{NIXL}.base_worker"
 HANDOVER: tuple[Entry, ...] = (
     Patch(
         target=f"{NIXL_WORKER}.derive_mamba_conv_split",
@@ -350,13 +352,45 @@ HANDOVER: tuple[Entry, ...] = (
         "nothing that differs",
         remove_when="a model can add to what is compared",
     ),
-    Patch(
-        target=f"{NIXL_WORKER}.NixlBaseConnectorWorker._pop_done_transfers",
-        parameters=("self", "transfers"),
-        function=handover.refuse_other_pages,
-        reason="vLLM reads blocks that the other server has freed: a page of another request "
-        "would end this server",
-        remove_when="vLLM fails a request whose blocks were freed before they were read",
+    *(
+        Patch(
+            target=f"{NIXL}.{name}",
+            parameters=parameters,
+            function=function,
+            reason="vLLM decodes from blocks that the other server has freed and used again",
+            remove_when="vLLM fails a request whose blocks were freed before they were read",
+        )
+        for name, parameters, function in (
+            (
+                "base_scheduler.NixlBaseConnectorScheduler._nixl_handshake_listener",
+                ("encoded_data", "ready_event", "stop_event", "host", "port"),
+                leases.answer_about_leases,
+            ),
+            (
+                "pull_scheduler.NixlPullConnectorScheduler.request_finished",
+                ("self", "request", "block_ids"),
+                leases.keep,
+            ),
+            (
+                "base_scheduler.NixlBaseConnectorScheduler.update_connector_output",
+                ("self", "connector_output"),
+                leases.forget,
+            ),
+            (
+                "pull_worker.NixlPullConnectorWorker._read_blocks",
+                (
+                    *("self", "read_spec", "dst_engine_id", "request_id", "remote_request_id"),
+                    *("local_xfer_side_handle", "local_dram_handle", "remote_xfer_side_handle"),
+                    *("expected_consumers", "awaiting_kvs"),
+                ),
+                leases.read_without_release,
+            ),
+            (
+                "base_worker.NixlBaseConnectorWorker._pop_done_transfers",
+                ("self", "transfers"),
+                leases.ask_when_read,
+            ),
+        )
     ),
 )
 
@@ -675,9 +709,10 @@ def complete_cpu() -> None:
         apply(GRAPHS)
 
 
-def hand_over_pages() -> None:
-    """Let vLLM's NIXL connector copy our pages."""
-    apply(HANDOVER)
+def hand_over_pages(vllm_config: VllmConfig) -> None:
+    """Let vLLM's NIXL connector copy our pages, in workers and in their scheduler's process."""
+    if hands_over(vllm_config):
+        apply(HANDOVER)
 
 
 def refuse_unused_adapters() -> None:

@@ -1,5 +1,6 @@
 """Prefill and decode on two servers: what is refused at start, and what both must have alike."""
 
+import inspect
 import os
 import shutil
 import socket
@@ -226,6 +227,49 @@ def test_a_room_that_is_in_use_is_refused():
     assert add(third)
     own = Asked("2.2.2.2", 0), Asked("2.2.2.2", 0)
     assert all(map(add, own))
+
+
+def test_memory_that_a_prefill_server_may_write_is_kept(monkeypatch):
+    """Until it says that it is done, or is gone; also by one that was started anew meanwhile."""
+    from sglang.srt.disaggregation.decode import DecodeTransferQueue
+
+    asked, freed, safe, server = [], [], set(), Bag()
+    manager = Bag(
+        prefill_info_table={"a:1": server},
+        is_abort_release_safe=lambda room, acks: room in safe,
+    )
+
+    def held(room: int) -> tuple:
+        receiver = Bag(
+            **{"kv_mgr": manager, "bootstrap_addr": "a:1", "prefill_info": server},
+            _send_abort_notification=lambda force_arm: asked.append(room),
+        )
+        return Bag(req=Bag(bootstrap_room=room), kv_receiver=receiver), 0.0, 30.0, room, 1
+
+    queue = Bag(
+        _deferred_releases=[held(1), held(2)],
+        deferred_kv_release_timeout=30.0,
+        gloo_group=None,
+        _is_host_destination=lambda _: False,
+        _do_release=lambda decoding, index: freed.append(index),
+        _observe_deferred_kv_release=lambda **_: None,
+    )
+    decode = sys.modules[DecodeTransferQueue.__module__]
+    monkeypatch.setattr(decode, "all_reduce_flags", lambda flags, **_: flags)
+
+    def at(seconds: float) -> list[int]:
+        monkeypatch.setattr(decode.time, "monotonic", lambda: seconds)
+        host = inspect.unwrap(DecodeTransferQueue.resolve_deferred_releases)
+        handover.hold_what_may_be_written(host, queue)
+        return list(freed)
+
+    assert (at(29), asked) == ([], [])
+    assert (at(31), asked) == ([], [1, 2])
+    assert (at(60), asked) == ([], [1, 2])
+    safe.add(1)
+    assert (at(62), asked) == ([1], [1, 2, 2])
+    manager.prefill_info_table["a:1"] = Bag()  # another, after its heart had stopped
+    assert (at(91), at(93), asked) == ([1], [1, 2], [1, 2, 2])
 
 
 def test_nixl_copies_main_memory_and_waits_for_data(same, monkeypatch):

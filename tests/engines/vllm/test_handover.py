@@ -3,10 +3,11 @@
 import re
 import signal
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from shutil import copyfile, copytree
+from typing import Any
 
 import pytest
 
@@ -138,26 +139,45 @@ def test_a_dead_prefill_server_costs_its_requests_only(policy):
         assert second.healthy()
 
 
+def used_again(first: Server, where: dict[str, Any]) -> bool:
+    """Let other requests, as long, use the blocks of one that the first server has not kept."""
+    pages = [group[0] for group in where["remote_block_ids"][:-1]]
+    before = contents(first, pages)
+    others = (random_prompt(300, seed=seed) for seed in count(1000))
+
+    def have_changed() -> bool:
+        complete(first, next(others), 1)
+        return contents(first, pages) != before
+
+    return eventually(have_changed)
+
+
+def check_not_read(both: Sequence[Server], prompt: tuple[int, ...], where: dict[str, Any]) -> None:
+    """The request fails, with a line that says why, and nothing else does."""
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        complete(both[1], prompt, kv_transfer_params=where, cache_salt="again")
+    assert refusal.value.code == 500
+    assert "prefill server has not kept the blocks" in both[1].process.text()
+    assert text(apart(*both, prompt)) == alone(both[1], prompt)
+
+
+def test_blocks_that_another_request_has_by_then_are_not_read(servers):
+    """Asked for twice: they are free once they are read."""
+    prompt = random_prompt(300, seed=52)
+    where = prefill(servers[0], prompt)
+    complete(servers[1], prompt, kv_transfer_params=where)
+    assert used_again(servers[0], where)
+    check_not_read(servers, prompt, where)
+
+
 @pytest.mark.long
-def test_blocks_that_are_used_again_before_they_are_read_cost_their_request_only():
+def test_blocks_that_expire_before_they_are_read_are_not_read():
     lease = {"kv_connector_extra_config": {"kv_lease_duration": 6}}
     with closing(server("kv_producer", **lease), server("kv_consumer")) as both:
         prompt = random_prompt(300, seed=52)
         where = prefill(both[0], prompt)
-        pages = [group[0] for group in where["remote_block_ids"][:-1]]
-        before = contents(both[0], pages)
-        others = (random_prompt(300 + i, seed=53) for i in count())
-
-        def used_again() -> bool:
-            complete(both[0], next(others), 4)
-            return contents(both[0], pages) != before
-
-        assert eventually(used_again)
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            complete(both[1], prompt, kv_transfer_params=where)
-        assert refusal.value.code == 500
-        assert "prefill server has used its blocks again" in both[1].process.text()
-        assert text(apart(*both, prompt)) == alone(both[1], prompt)
+        assert used_again(both[0], where)
+        check_not_read(both, prompt, where)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Prefill and decode on two servers: what is refused at start, and what both must have alike."""
 
+import inspect
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace as Bag
 from typing import Any
 
 import pytest
@@ -18,9 +22,10 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
+from engines.process import free_port
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines import alike
-from qwen3next_plugin.engines.vllm.state import handover, handover_flags
+from qwen3next_plugin.engines.vllm.state import handover, handover_flags, leases
 from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, LAYOUT, complete_handover
 from qwen3next_plugin.engines.vllm.state.pages import page_layout, page_spec
 
@@ -131,3 +136,51 @@ def test_a_page_is_read_whole_and_other_states_as_vllm_does(complete):
     )
     split = base_worker.derive_mamba_conv_split
     assert handover.in_one_part(split, theirs, 1) == split(theirs, 1)
+
+
+@pytest.fixture
+def prefill_server() -> Iterator[Bag]:
+    """As a decode server finds it: the host's thread that answers handshakes."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler import (
+        NixlBaseConnectorScheduler,
+    )
+
+    ready, stop, port = Event(), Event(), free_port()
+    host = inspect.unwrap(NixlBaseConnectorScheduler._nixl_handshake_listener)
+    answers = {(0, 0): b"of rank 0"}
+    args = (host, answers, ready, stop, "127.0.0.1", port)
+    thread = Thread(target=leases.answer_about_leases, args=args)
+    thread.start()
+    assert ready.wait(10)
+    yield Bag(host="127.0.0.1", port=port, request_id="a")
+    stop.set()
+    thread.join()
+
+
+def read(remote: Bag) -> tuple[set[str], set[str]]:
+    """What becomes of a request whose blocks have been read."""
+    worker = Bag(_pending_recv_notifs={"a": []}, _recving_metadata={"a": Bag(remote=remote)})
+    found = leases.ask_when_read(lambda *_: ({"a"}, set()), worker, {})
+    while not found[0]:
+        found = leases.ask_when_read(lambda *_: (set(), set()), worker, {})
+    return found
+
+
+def test_a_read_counts_while_blocks_are_kept(prefill_server, monkeypatch, caplog):
+    for kept in (False, True):
+        leases.keep(lambda *_, kept=kept: (kept, {}), None, Bag(request_id="a"), ())
+        assert read(prefill_server) == ({"a"}, set() if kept else {"a"})
+    leases.forget(lambda *_: None, None, Bag(finished_sending={"a"}))
+    assert read(prefill_server) == ({"a"}, {"a"})
+    assert caplog.text.count("has not kept the blocks until they were read") == 2
+    monkeypatch.setattr(leases, "TIMEOUT", 50)
+    dead = Bag(host="127.0.0.1", port=free_port(), request_id="a")
+    assert read(dead) == ({"a"}, {"a"})
+    assert "did not say whether it has kept the blocks" in caplog.text
+
+
+def test_what_needs_no_read_is_done_at_once():
+    """As where all is cached, or a transfer has failed."""
+    worker = Bag(_pending_recv_notifs={"b": []})
+    found = leases.ask_when_read(lambda *_: ({"a", "b"}, {"b"}), worker, {})
+    assert found == ({"a", "b"}, {"b"})

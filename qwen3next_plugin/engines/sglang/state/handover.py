@@ -7,6 +7,7 @@ imported inside, as in hooks.py.
 """
 
 import os
+import time
 from collections.abc import Callable
 from functools import cache
 from http import HTTPStatus
@@ -122,6 +123,24 @@ def begin_unread_page(
         pool, kv = queue.req_to_token_pool.mamba_pool, request.kv
         pool.begin_at(int(kv.mamba_pool_idx), kv.kv_committed_len)
     host(queue, decoding, *args, **kwargs)
+
+
+def hold_what_may_be_written(host: Callable[[Any], None], queue: Any) -> None:
+    """Keep an aborted request's memory until the prefill server has stopped writing, or has ended.
+
+    Ask it again now and then: one that was started anew answers that it writes nothing.
+    """
+    now, held = time.monotonic(), queue._deferred_releases
+    for i, (decoding, since, deadline, buffer, acks) in enumerate(held):
+        receiver, room = decoding.kv_receiver, decoding.req.bootstrap_room
+        if now < deadline or receiver.kv_mgr.is_abort_release_safe(room, acks):
+            continue
+        servers = receiver.kv_mgr.prefill_info_table  # those whose heart beats
+        if servers.get(receiver.bootstrap_addr) is receiver.prefill_info:
+            receiver._send_abort_notification(force_arm=True)
+            deadline = now + queue.deferred_kv_release_timeout
+            held[i] = decoding, since, deadline, buffer, acks
+    host(queue)
 
 
 def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:

@@ -62,7 +62,6 @@ from qwen3next_plugin.engines.vllm.patches import (
     provide_page_copies,
     refuse_unused_adapters,
 )
-from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
@@ -191,8 +190,7 @@ class Qwen3NextForCausalLM(
         self.layout = projection_layout(self.config, vllm_config)
         provide_page_copies()
         complete_cpu()
-        if hands_over(vllm_config):
-            hand_over_pages()
+        hand_over_pages(vllm_config)
         if vllm_config.lora_config is not None:
             refuse_unused_adapters()
         dispatch.load(current_platform.device_type)
