@@ -56,6 +56,9 @@ Override = partial(patching.Override, versions=VERSIONS)
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 TRANSFERS = "sglang.srt.disaggregation.common.conn"
 CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+RESULTS = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+)
 
 ANYWHERE: tuple[Entry, ...] = (
     Patch(
@@ -537,6 +540,21 @@ REPAIRS: tuple[Entry, ...] = (
     ),
     *(
         Patch(
+            target=f"{RESULTS}.{method}",
+            parameters=("self", *parameters),
+            function=function,
+            reason="without drafts, and at a prompt's end, ignore_eos lets SGLang sample once more "
+            "behind a grammar's end",
+            remove_when="SGLang's grammars read a token before it looks for the answer's end",
+        )
+        for method, parameters, function in (
+            ("process_batch_result_prefill", ("batch", "result"), stops.end_with_the_grammar),
+            ("process_batch_result_decode", ("batch", "result"), stops.end_with_the_grammar),
+            ("_accept_grammar_tokens", ("req", "tokens"), stops.read_once),
+        )
+    ),
+    *(
+        Patch(
             target=f"{CONTROLS}.{action}_expert_distribution_record",
             parameters=("self",),
             function=controls.record_experts,
@@ -591,6 +609,14 @@ REPAIRS_ON_CPU: tuple[Entry, ...] = (
         function=penalties.count_every_token,
         reason="SGLang counts one token of each request a step; a verification commits several",
         remove_when="SGLang counts all of them",
+    ),
+    Patch(
+        target="sglang.srt.disaggregation.decode_schedule_batch_mixin"
+        ".ScheduleBatchDisaggregationDecodeMixin.prepare_for_prebuilt",
+        parameters=("self",),
+        function=penalties.count_what_is_there_already,
+        reason="after a retraction a decode server's penalties forget the answer so far",
+        remove_when="SGLang counts what is there already",
     ),
     Patch(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",

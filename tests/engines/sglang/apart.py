@@ -51,9 +51,9 @@ def answers(found: Sequence[dict[str, Any]]) -> list[Answer]:
     return [Answer.of(each, return_logprob=True) for each in found]
 
 
-def alone(server: Server, prompts: Prompts, tokens: int = 32) -> list[Answer]:
+def alone(server: Server, prompts: Prompts, tokens: int = 32, **fields: Any) -> list[Answer]:
     """What one server answers that has both parts."""
-    return answers(ask(server, prompts, tokens))
+    return answers(ask(server, prompts, tokens, **fields))
 
 
 def rooms(first: Part) -> dict[str, Any]:
@@ -62,12 +62,14 @@ def rooms(first: Part) -> dict[str, Any]:
     return where | {"bootstrap_room": next(ROOMS)}
 
 
-def apart(first: Part, second: Part, prompts: Prompts, tokens: int = 32) -> list[Answer]:
+def apart(
+    first: Part, second: Part, prompts: Prompts, tokens: int = 32, **fields: Any
+) -> list[Answer]:
     """The second server's answers, of prompts that the first one reads."""
-    where = rooms(first)
+    fields |= rooms(first)
     with ThreadPoolExecutor(1) as other:
-        read = other.submit(ask, first, prompts, tokens, **where)
-        found = ask(second, prompts, tokens, **where)
+        read = other.submit(ask, first, prompts, tokens, **fields)
+        found = ask(second, prompts, tokens, **fields)
         read.result()
     return answers(found)
 

@@ -168,6 +168,18 @@ def test_a_request_that_makes_room_for_others_goes_on(servers, one):
 
 
 @pytest.mark.long
+def test_penalties_outlive_room_that_is_made_for_others(one):
+    """Without drafts, too."""
+    params = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
+    params |= {"frequency_penalty": 0.7, "repetition_penalty": 1.1}
+    decode = Part("decode", "--enable-metrics", env=INVARIANT | RETRACT)
+    with closing(Part("prefill"), decode) as both:
+        found = apart(*both, TEXTS, sampling_params=params)
+        assert both[1].metrics()["sglang:num_retracted_requests_total"] > 0
+    assert bits(found) == bits(alone(one, TEXTS, sampling_params=params))
+
+
+@pytest.mark.long
 def test_a_dead_prefill_server_costs_its_requests_only(servers, one):
     with closing(Part("prefill", *WITH_DRAFTS), Part("decode", *WITH_DRAFTS)) as (first, second):
         apart(first, second, TEXTS[:1])

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from engines.sglang.penalised import PARAMS, Batch, Request, check, step
+from engines.sglang.penalised import PARAMS, Batch, Request, V, check, step
 from qwen3next_plugin.engines.sglang.repairs.penalties import (
     count_every_token,
     count_what_is_read_again,
+    count_what_is_there_already,
 )
 
 
@@ -81,6 +82,25 @@ def test_an_answer_that_is_read_again_counts_before_the_next_token(drafts):
         step(again, rng, 1)
         again.count()
         check(again)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_answer_that_a_decode_server_has_put_back_counts(drafts):
+    """All but the last token, which the next step reads; also of a first token from elsewhere."""
+    rng = random.Random(8)
+    requests = [Request(**params) for params in PARAMS]
+    step(Batch(requests), rng, 1)
+    for length in (0, 5):
+        for request in requests:
+            request.output_ids += [rng.randrange(V) for _ in range(length)]
+        batch = Batch(requests, drafts=drafts)
+        count_what_is_there_already(lambda _: None, batch)
+        for _ in range(3):
+            batch.count()
+            check(batch)
+            step(batch, rng, 3 if drafts else 1)
+        for request in requests:
+            request.retraction_count += 1
 
 
 def test_without_drafts_the_host_counts():

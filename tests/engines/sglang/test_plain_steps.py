@@ -1,6 +1,7 @@
 """Steps without drafts are the host's own, and answers do not change where steps switch."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from typing import Any
@@ -182,6 +183,18 @@ def test_least_tokens_that_a_grammar_lacks_end_the_answer(off, never, switching,
     params = {"temperature": 1, "regex": "a", "min_new_tokens": 6, "ignore_eos": False} | params
     for server in (off, never, switching):
         assert [answer["text"] for answer in ask(server, params=params)] == ["a"] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("regex", ["a", "(ab)?c{0,3}"])
+def test_an_answer_ends_with_its_grammar(off, never, switching, regex):
+    """Also where its end would be ignored, and behind a prompt."""
+    params = {"temperature": 1, "regex": regex}
+    answers = [ask(server, params=params) for server in (off, never, switching)]
+    for answer in (each for found in answers for each in found):
+        assert re.fullmatch(regex, answer["text"])
+        assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+        assert len(answer["output_ids"]) <= 6
+    assert len({str(token_ids(found)) for found in answers}) == 1
 
 
 def test_min_p_is_refused_beside_seeds(off, switching):

@@ -36,12 +36,27 @@ def count_what_is_read_again(host: Callable[[Any], None], batch: Any) -> None:
     SGLang makes their counts anew, at zero. Remove when it counts what it reads again.
     """
     host(batch)
+    _count_answers(batch)
+
+
+def count_what_is_there_already(host: Callable[[Any], None], batch: Any) -> None:
+    """Wrap `ScheduleBatch.prepare_for_prebuilt`, of a decode server: the same, but the last token.
+
+    It has not been read: the next step reads and counts it.
+    """
+    host(batch)
+    _count_answers(batch, unread=1)
+
+
+def _count_answers(batch: Any, unread: int = 0) -> None:
+    """Count each request's tokens but the last `unread`, where none is counted."""
     penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
     for row, request in enumerate(batch.reqs):
-        if request.output_ids and is_penalised(request.sampling_params):
-            _counted[request] = request.retraction_count, len(request.output_ids)
+        token_ids = list(request.output_ids)[: len(request.output_ids) - unread]
+        if token_ids and is_penalised(request.sampling_params):
+            _counted[request] = request.retraction_count, len(token_ids)
             for penalizer in penalizers:
-                count(penalizer, row, torch.tensor(list(request.output_ids), device=batch.device))
+                count(penalizer, row, torch.tensor(token_ids, device=batch.device))
 
 
 def _uncounted(request: Any) -> list[int]:

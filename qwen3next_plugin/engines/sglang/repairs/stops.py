@@ -1,8 +1,10 @@
-"""Stop strings under drafts: an answer ends at the token at which it ends without them."""
+"""The ends of answers: the same token with drafts and without, and at a grammar's end."""
 
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+_read = set[int]()  # of a step: the requests whose grammar has read its token
 
 
 def stop_at_first(host: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
@@ -27,3 +29,33 @@ def stop_at_first(host: Callable[..., None], req: Any, new_accepted_len: int = 1
         req.finished_len = len(req.output_ids)
     req.output_ids.extend(behind)
     return None
+
+
+def end_with_the_grammar(
+    host: Callable[[Any, Any, Any], None], processor: Any, batch: Any, result: Any
+) -> None:
+    """Wrap `process_batch_result_prefill` and `…_decode`: first let grammars read the tokens.
+
+    SGLang looks for the end of an answer before its grammar has read a token, but for tokens of a
+    verification: with ignore_eos it samples once more behind the grammar's end.
+    """
+    verified = batch.forward_mode.is_decode() and not batch.spec_algorithm.is_none()
+    if verified or all(req.grammar is None for req in batch.reqs):
+        return host(processor, batch, result)
+    if result.copy_done is not None:
+        result.copy_done.synchronize()
+    for req, token_id in zip(batch.reqs, result.next_token_ids.tolist(), strict=True):
+        over = req.grammar is None or req.finished() or req.is_retracted
+        if not over and req.inflight_middle_chunks <= 0:
+            processor._accept_grammar_tokens(req, token_id)
+            _read.add(id(req))
+    result.grammar_advanced = True
+    try:
+        return host(processor, batch, result)
+    finally:
+        _read.clear()
+
+
+def read_once(host: Callable[..., list[int]], processor: Any, req: Any, tokens: Any) -> list[int]:
+    """Wrap `_accept_grammar_tokens`: a grammar may have read the token already."""
+    return tokens if id(req) in _read else host(processor, req, tokens)
