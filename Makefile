@@ -94,7 +94,7 @@ serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sg
 
 # Each engine's environment runs that engine's tests; what belongs to no engine runs in vLLM's.
 TESTS_vllm   := tests
-TESTS_sglang := tests/engines/sglang
+TESTS_sglang := tests/engines/sglang tests/engines/test_attacks.py
 
 # The kernels for GPUs are tested under each Triton that they are for. 3.9 comes with vLLM, one of
 # the others with SGLang: where that is installed, a link to it does.
@@ -178,7 +178,7 @@ ZENTORCH := 2.13.0.1
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
 # has the longest last. Engines want memory too, so there are four at most.
-PYTEST   = .venv-$*/bin/python -m pytest -o testpaths=$(TESTS_$*) $(LONG)
+PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 PART ?= rest serve
@@ -218,7 +218,7 @@ AWAY   := build/away-$(THE_ENGINE)
 SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layering.py test_docs.py \
   test_workflows.py \
   kernels/test_interpreter.py)
-ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths=$(TESTS_$(THE_ENGINE)) $(SOURCE)
+ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths='$(TESTS_$(THE_ENGINE))' $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
 	rm -rf dist $(AWAY) && mkdir -p $(AWAY)
 	$(WHEEL)/bin/python $(BUILD)
@@ -287,7 +287,7 @@ lint: .venv-$(THE_ENGINE)/.plugin ## lint, format and types
 	  --cache-dir $(TYPES).cache -p qwen3next_plugin
 
 check: lint ## lint, format, types, layering and the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths=$(TESTS_$(THE_ENGINE)) $(PARALLEL) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -o testpaths='$(TESTS_$(THE_ENGINE))' $(PARALLEL) \
 	  -m "not (serve or slow)" $(ARGS)
 
 format: .venv-$(THE_ENGINE)/.dev ## let the formatters write
