@@ -502,6 +502,13 @@ REPAIRS: tuple[Entry, ...] = (
         remove_when="add_one_req_ignore_eos takes a request with a prefix",
     ),
     Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+        parameters=("self", "running_batch"),
+        function=sessions.make_room,
+        reason="idle streaming sessions keep rows, state pages and tokens, in the end all of them",
+        remove_when="SGLang evicts idle sessions as it evicts cached prefixes",
+    ),
+    Patch(
         target="sglang.srt.managers.scheduler.Scheduler.abort_request",
         parameters=("self", "recv_req"),
         function=aborts.abort_one,

@@ -148,6 +148,7 @@ SERVED_APART: Served = {
     "disaggregation_decode_host_receive_threshold": ((1.0,), POOL, LEAVE_OUT),
     "disaggregation_decode_retraction_backup": ((None, "cpu_tensor"), POOL, LEAVE_OUT),
     "enable_pd_role_switch": ((False,), "a server keeps its part", LEAVE_OUT),
+    "enable_streaming_session": ((False,), "a turn's state stays in one server", LEAVE_OUT),
     "dp_size": ((1,), ONE_ENGINE, "start more servers"),
     "nnodes": ((1,), ONE_ENGINE, LEAVE_OUT),
     "enable_unified_cache_external_linker": ((False,), HANDED_OVER, LEAVE_OUT),

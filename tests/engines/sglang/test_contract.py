@@ -584,6 +584,20 @@ def test_memory_is_released_by_tags_of_a_scheduler_that_is_idle(sources):
     assert "self.offload_tags.remove(tag)" in resume
 
 
+def test_a_session_without_its_memory_reads_its_text_again(sources):
+    """As after a turn that was aborted, of which no record is left."""
+    session = sources.tree("srt/session/streaming_session.py")
+    streaming = definition(session, "StreamingSession")
+    aborted = ast.unparse(definition(streaming, "try_cache_finished_req"))
+    assert "del self.slots[req.session.session_id]" in aborted
+    released = ast.unparse(definition(streaming, "release_session"))
+    assert "slot = self.slots.pop(session_id, None)" in released
+    looked_up = ast.unparse(definition(streaming, "find_active_slot"))
+    assert "if slot is None or not slot.kv.holds_kv:\n        return None" in looked_up
+    turn = definition(sources.tree("srt/session/session_controller.py"), "Session")
+    assert "self.last_active_time = time.monotonic()" in ast.unparse(definition(turn, "create_req"))
+
+
 def test_requests_that_ignore_the_end_are_scheduled_apart_without_a_radix_cache(sources):
     """As long as they do when they are looked at; a chunk of theirs must begin them."""
     adder = definition(sources.tree("srt/managers/schedule_policy.py"), "PrefillAdder")

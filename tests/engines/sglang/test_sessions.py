@@ -1,11 +1,13 @@
 """Turns of streaming sessions: which are refused, and how they are scheduled."""
 
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace as Bag
 
 import pytest
 
 from checkpoints import SHIPPED, random_prompt
+from engines.hostile import ask
 from engines.sglang.server import FIXED, NEXTN, Forked
 from qwen3next_plugin.engines.sglang.repairs.sessions import add_turn, continue_in_session
 
@@ -119,27 +121,57 @@ def test_a_turn_ignores_the_end_also_if_scheduling_fails():
     assert req.sampling_params.ignore_eos
 
 
-@pytest.mark.serve
-@pytest.mark.parametrize("drafts", [(), (*NEXTN, "3")], ids=["plain", "drafts"])
-def test_a_turn_longer_than_a_chunk(drafts):
+PARAMS = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module", params=[(), (*NEXTN, "3")], ids=["plain", "drafts"])
+def server(request):
+    """Of four rows."""
     flags = ("--dtype", "float32", "--max-total-tokens", "8192", "--disable-radix-cache")
     more = ("--enable-streaming-session", "--chunked-prefill-size", "64")
-    server = Forked(SHIPPED, *flags, *more, *drafts, env=FIXED).wait()
-    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 12}
+    rows = ("--max-running-requests", "4")
+    server = Forked(SHIPPED, *flags, *more, *rows, *request.param, env=FIXED).wait()
+    yield server
+    server.close()
 
-    def ask_for(ids, **place):
-        return server.post("/generate", input_ids=ids, sampling_params=params, **place)[
-            "output_ids"
-        ]
 
-    try:
-        opened = server.post("/open_session", capacity_of_str_len=10_000, streaming=True)
-        text = []
-        for turn, length in enumerate((20, 150, 10, 300)):
-            asked = list(random_prompt(length, seed=turn))
-            answer = ask_for(asked, session_params={"id": opened})
-            text += asked
-            assert answer == ask_for(text)
-            text += answer
-    finally:
-        server.close()
+def generate(server, ids, **more):
+    return server.post("/generate", input_ids=ids, sampling_params=PARAMS, **more)["output_ids"]
+
+
+class Talk:
+    """A streaming session, and all that was said in it."""
+
+    def __init__(self, server):
+        self.server, self.text = server, []
+        self.name = server.post("/open_session", capacity_of_str_len=10_000, streaming=True)
+
+    def turn(self, length, seed):
+        """Ask for an answer; return it, and the whole text before it."""
+        asked = list(random_prompt(length, seed=seed))
+        answer = generate(self.server, asked, session_params={"id": self.name})
+        before, self.text = self.text + asked, self.text + asked + answer
+        return answer, before
+
+
+@pytest.mark.serve
+def test_a_turn_longer_than_a_chunk(server):
+    talk = Talk(server)
+    for seed, length in enumerate((20, 150, 10, 300)):
+        answer, before = talk.turn(length, seed)
+        assert answer == generate(server, before)
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("length", [10, 1700], ids=["rows", "tokens"])
+def test_idle_sessions_keep_nobody_waiting(server, length):
+    """Neither other clients nor each other; and each goes on as if it had kept its memory."""
+    talks = [Talk(server) for _ in range(5)]
+    for turn in range(3):
+        with ThreadPoolExecutor() as pool:
+            asked = [(talk, length // (1 + turn), 5 * turn + i) for i, talk in enumerate(talks)]
+            said = list(pool.map(lambda each: Talk.turn(*each), asked))
+            alone = list(pool.map(lambda each: generate(server, each[1]), said))
+        assert [answer for answer, _ in said] == alone
+    for talk in talks:
+        assert ask(server, "/close_session", {"session_id": talk.name})[0] == 200

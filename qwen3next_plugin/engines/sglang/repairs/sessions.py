@@ -1,4 +1,4 @@
-"""Sessions: what SGLang's scheduler does not survive of them."""
+"""Sessions: what SGLang's scheduler does not survive of them; memory that idle ones keep."""
 
 from collections.abc import Callable
 from typing import Any
@@ -103,3 +103,55 @@ def add_turn(host: Callable[..., Any], adder: Any, req: Any, *args: Any, **more:
         return host(adder, req, *args, **more)
     finally:
         params.ignore_eos = True
+
+
+def make_room(host: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """Wrap `get_new_batch_prefill`: take memory from streaming sessions while others lack it.
+
+    Between its turns a session keeps a row, a state page and its tokens. Without them its next turn
+    reads the whole text again, as it does after a turn that was aborted.
+    """
+    plan = host(scheduler, running_batch)
+    while plan.batch_to_run is None and _lacks_room(scheduler, plan.running_batch):
+        if not _forget_one(scheduler, plan.running_batch):
+            break
+        plan.running_batch.batch_is_full = False
+        plan = host(scheduler, plan.running_batch)
+    return plan
+
+
+def _lacks_room(scheduler: Any, running: Any) -> bool:
+    """Whether a request waits for room, or those that run have none for their next tokens."""
+    if not scheduler.tree_cache.session_records():
+        return False
+    if running.is_empty():
+        return bool(scheduler.waiting_queue) and scheduler.chunked_req is None
+    if not running.check_decode_mem():
+        return True
+    full = running.batch_is_full and len(running.reqs) < scheduler.max_running_requests
+    return full and bool(scheduler.waiting_queue)
+
+
+def _forget_one(scheduler: Any, running: Any) -> bool:
+    """Take the memory of the idle session whose last turn is the longest ago.
+
+    If none is idle and nothing runs, turns wait for each other: take that of the last one.
+    """
+    held = scheduler.tree_cache.session_records()
+    waiting = {req.session.session_id: req for req in scheduler.waiting_queue if req.session}
+    idle = [
+        session
+        for name, session in scheduler.session_controller.sessions.items()
+        if name in held and name not in waiting and not session._inflight
+    ]
+    if idle:
+        name = min(idle, key=lambda session: session.last_active_time).session_id
+    else:
+        late = [] if not running.is_empty() else [name for name in waiting if name in held]
+        if not late:
+            return False
+        name = late[-1]
+        if waiting[name].kv is held[name]:
+            waiting[name].detach_kv()
+    scheduler.tree_cache.release_session(name)
+    return True
