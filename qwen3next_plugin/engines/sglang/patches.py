@@ -55,10 +55,10 @@ Override = partial(patching.Override, versions=VERSIONS)
 
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 TRANSFERS = "sglang.srt.disaggregation.common.conn"
-CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 RESULTS = (
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 )
+PROFILES = "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager"
 
 ANYWHERE: tuple[Entry, ...] = (
     Patch(
@@ -560,38 +560,74 @@ REPAIRS: tuple[Entry, ...] = (
             ("_accept_grammar_tokens", ("req", "tokens"), stops.read_once),
         )
     ),
-    *(
-        Patch(
-            target=f"{CONTROLS}.{action}_expert_distribution_record",
-            parameters=("self",),
-            function=controls.record_experts,
-            reason="without a recorder of experts, asking for its record ends SGLang's scheduler",
-            remove_when="SGLang answers an error",
-        )
-        for action in ("start", "stop", "dump")
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
+        parameters=("self",),
+        function=controls.guard,
+        reason="what goes wrong while SGLang's scheduler handles a control message ends it: an "
+        "unknown group of ranks, a module that is not installed, memory that is in use",
+        remove_when="SGLang answers an error, whatever the message",
+    ),
+    Patch(
+        target="sglang.srt.managers.communicator.FanOutCommunicator.__call__",
+        parameters=("self", "obj"),
+        function=controls.raise_failures,
+        reason="as above: some answers have no field for an error, and some routes answer a 500",
+        remove_when="as above",
     ),
     *(
         Patch(
-            target=target,
+            target=f"{PROFILES}.{name}",
             parameters=parameters,
-            function=function,
-            reason="to release memory while a request runs, or to resume what was not released, "
-            "ends SGLang's scheduler",
-            remove_when="SGLang answers an error",
+            function=controls.end_profile,
+            reason="a profile that cannot begin or be written ends SGLang's scheduler, in a later "
+            "step too",
+            remove_when="SGLang ends the profile instead",
         )
-        for target, parameters, function in (
-            (
-                f"{CONTROLS}.release_memory_occupation",
-                ("self", "obj", "request"),
-                controls.release_if_idle,
-            ),
-            (
-                f"{UPDATES}.release_memory_occupation",
-                ("self", "recv_req"),
-                controls.release_memory,
-            ),
-            (f"{UPDATES}.resume_memory_occupation", ("self", "recv_req"), controls.resume_memory),
+        for name, parameters in (
+            ("_start_profile", ("self", "stage")),
+            ("_stop_profile", ("self", "stage")),
+            ("_profile_batch_predicate", ("self", "batch")),
         )
+    ),
+    *(
+        Patch(
+            target=f"sglang.srt.model_executor.model_runner_components.{module}"
+            ".init_custom_process_group",
+            parameters=(
+                *("backend", "init_method", "timeout", "world_size", "rank", "store"),
+                *("group_name", "pg_options", "device_id"),
+            ),
+            function=controls.wait_for_ranks,
+            reason="a wrong address or rank of a group for weights stops the server for half an "
+            "hour",
+            remove_when="SGLang waits for other ranks beside its steps",
+        )
+        for module in ("weight_exporter", "weight_updater")
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.slow_down",
+        parameters=("self", "recv_req"),
+        function=controls.slow_down,
+        reason="a sleep that is too long for a clock ends SGLang's scheduler in the next step",
+        remove_when="SGLang limits it",
+    ),
+    Patch(
+        target="sglang.srt.utils.request_logger.RequestLogger.configure",
+        parameters=(
+            *("self", "log_requests", "log_requests_level", "log_requests_format"),
+            "log_requests_target",
+        ),
+        function=controls.configure_or_keep,
+        reason="after a log level that SGLang does not know, every request is answered with a 500",
+        remove_when="SGLang checks it first",
+    ),
+    Patch(
+        target=f"{UPDATES}.resume_memory_occupation",
+        parameters=("self", "recv_req"),
+        function=controls.resume_memory,
+        reason="SGLang forgets what else was released where it is asked to resume more than that",
+        remove_when="SGLang resumes what was released",
     ),
 )
 

@@ -21,6 +21,7 @@ from engines.contract import (
     pairs,
 )
 from qwen3next_plugin.engines.sglang.patches import TABLE
+from qwen3next_plugin.engines.sglang.repairs.controls import PROMPTS
 from qwen3next_plugin.engines.sglang.repairs.tokenised import MAX_LOGPROBS_APART
 from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST, SUMS
 from qwen3next_plugin.model.moe import route
@@ -582,6 +583,20 @@ def test_memory_is_released_by_tags_of_a_scheduler_that_is_idle(sources):
     assert f"assert {idle}" in release
     resume = ast.unparse(definition(updater, "resume_memory_occupation"))
     assert "self.offload_tags.remove(tag)" in resume
+
+
+def test_control_messages_are_those_that_are_no_prompts(sources):
+    """All are dispatched by their type, and answered in one whose name follows from it."""
+    scheduler = definition(sources.tree("srt/managers/scheduler.py"), "Scheduler")
+    dispatcher = ast.unparse(definition(scheduler, "init_request_dispatcher"))
+    assert "self._request_dispatcher = TypeBasedDispatcher([" in dispatcher
+    own = definition(sources.tree("utils.py"), "TypeBasedDispatcher")
+    assert "self._mapping = OrderedDict(mapping)" in ast.unparse(definition(own, "__init__"))
+    prompts = [name for name in dispatcher.split("(") if name.startswith(PROMPTS)]
+    assert len(prompts) == 4
+    assert "rid: Optional[str] = None" in ast.unparse(
+        definition(sources.tree("srt/managers/io_struct.py"), "BaseReq")
+    )
 
 
 def test_a_session_without_its_memory_reads_its_text_again(sources):

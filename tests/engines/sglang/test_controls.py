@@ -1,6 +1,8 @@
-"""What a control endpoint cannot do ends no server."""
+"""What a control message cannot do is answered with an error, and ends no server."""
 
 import asyncio
+from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace as Bag
 
 import pytest
@@ -8,55 +10,127 @@ from fastapi import HTTPException
 
 from qwen3next_plugin.engines.sglang.repairs import controls
 
+ALONE = Bag(world_size=1)
 
-@pytest.mark.parametrize("mode", [None, "stat"])
-def test_experts_are_recorded_where_something_records(monkeypatch, mode):
-    from sglang.srt import runtime_context
 
-    flags = Bag(moe=Bag(expert_distribution_recorder_mode=mode))
-    monkeypatch.setattr(runtime_context, "get_exec", lambda: flags)
-    asked = []
+def fail(*_):
+    raise KeyError("nope_0")
 
-    async def host(manager):
-        asked.append(manager)
 
-    if mode:
-        asyncio.run(controls.record_experts(host, "manager"))
+def asked_kinds():
+    """SGLang's messages that have an answer, and an instance of each."""
+    from msgspec.structs import fields
+    from sglang.srt.managers import io_struct
+
+    for name, kind in vars(io_struct).items():
+        if name.endswith(("Req", "ReqInput")) and hasattr(
+            io_struct, name.removesuffix("Input") + "Output"
+        ):
+            required = {each.name: None for each in fields(kind) if each.required}
+            yield kind(**required)
+
+
+def test_any_message_is_answered_in_its_own_type():
+    """As SGLang sends it from process to process."""
+    from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
+
+    answers = [controls.handle(fail, ALONE, asked) for asked in asked_kinds()]
+    assert len({type(answer) for answer in answers}) > 25
+    for answer in answers:
+        assert msgpack_decode(msgpack_encode(answer)).rid == "KeyError: 'nope_0'"
+        assert not getattr(answer, "success", False)
+
+
+def test_a_session_that_could_not_be_opened_keeps_its_name():
+    from sglang.srt.managers.io_struct import OpenSessionReqInput
+
+    asked = OpenSessionReqInput(capacity_of_str_len=1, session_id="a")
+    answer = controls.handle(fail, ALONE, asked)
+    assert (answer.session_id, answer.success) == ("a", False)
+
+
+def test_a_message_without_an_answer_has_none():
+    from sglang.srt.managers.io_struct import AbortReq
+
+    assert controls.handle(fail, ALONE, AbortReq(rid="a")) is None
+    assert controls.handle(lambda asked: asked.rid, ALONE, AbortReq(rid="a")) == "a"
+
+
+@pytest.mark.parametrize("failed", [[None, None], [None, "OSError: full"], ["OSError: full", None]])
+def test_ranks_agree_on_what_failed(monkeypatch, failed):
+    import torch.distributed as dist
+    from sglang.srt.managers.io_struct import SlowDownReqInput, SlowDownReqOutput
+
+    def gather(every, mine, group):
+        assert (mine, group) == (failed[0], "group")
+        every[:] = failed
+
+    def handler(asked):
+        if failed[0]:
+            raise OSError("full")
+        return SlowDownReqOutput()
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    ranks, asked = Bag(world_size=2, cpu_group="group"), SlowDownReqInput(forward_sleep_time=None)
+    answer = controls.handle(handler, ranks, asked)
+    assert answer.rid == ("OSError: full" if any(failed) else None)
+
+
+@pytest.mark.parametrize("text", [None, "KeyError: 1"])
+def test_what_failed_is_raised_where_it_is_waited_for(text):
+    async def host(communicator, asked):
+        return [Bag(rid=None), Bag(rid=text)]
+
+    if text is None:
+        assert len(asyncio.run(controls.raise_failures(host, None, None))) == 2
     else:
-        with pytest.raises(HTTPException, match="no --expert-distribution-recorder-mode") as raised:
-            asyncio.run(controls.record_experts(host, "manager"))
+        with pytest.raises(HTTPException, match=text) as raised:
+            asyncio.run(controls.raise_failures(host, None, None))
         assert raised.value.status_code == 400
-    assert asked == ["manager"] * bool(mode)
 
 
-@pytest.mark.parametrize("paused", [False, True])
-@pytest.mark.parametrize("requests", [{}, {"a": None}])
-def test_memory_is_released_while_nothing_runs(paused, requests):
-    manager, asked = Bag(rid_to_state=requests, is_pause=paused), []
+def test_prompts_are_not_guarded():
+    from sglang.srt.managers import io_struct
+    from sglang.utils import TypeBasedDispatcher
 
-    async def host(*args):
-        asked.append(args)
+    def host(scheduler):
+        kinds = (io_struct.TokenizedGenerateReqInput, io_struct.BatchTokenizedGenerateReqInput)
+        control = io_struct.SlowDownReqInput
+        scheduler._request_dispatcher = TypeBasedDispatcher(
+            [(kind, fail) for kind in (*kinds, control)]
+        )
 
-    if requests and not paused:
-        with pytest.raises(ValueError, match="while no request runs or waits; wait, or use /pause"):
-            asyncio.run(controls.release_if_idle(host, manager, "tags"))
-    else:
-        asyncio.run(controls.release_if_idle(host, manager, "tags"))
-    assert asked == [(manager, "tags", None)] * (paused or not requests)
+    scheduler = Bag(tp_group=ALONE)
+    controls.guard(host, scheduler)
+    handlers = scheduler._request_dispatcher._mapping
+    assert [handler is fail for handler in handlers.values()] == [True, True, False]
 
 
-@pytest.mark.parametrize("idle", [False, True])
-@pytest.mark.parametrize("scheduler", [None, Bag(_engine_paused=False), Bag(_engine_paused=True)])
-def test_a_scheduler_keeps_its_memory_while_it_needs_it(idle, scheduler):
-    paused, seen = scheduler is not None and scheduler._engine_paused, []
+def test_a_group_waits_for_its_ranks_for_two_minutes():
+    seen = []
+    controls.wait_for_ranks(lambda **given: seen.append(given), rank=1)
+    controls.wait_for_ranks(lambda **given: seen.append(given), timeout=timedelta(seconds=1))
+    assert [each["timeout"].total_seconds() for each in seen] == [120, 1]
 
-    def is_fully_idle(*, ignore_waiting):
-        assert ignore_waiting == paused
-        return idle
 
-    updater = Bag(scheduler=scheduler, is_fully_idle=is_fully_idle)
-    controls.release_memory(lambda *args: seen.append(args), updater, "tags")
-    assert seen == [(updater, "tags")] * idle
+@pytest.mark.parametrize("seconds", [-1, 60, None, 1e300])
+def test_a_step_is_slowed_down_by_a_minute_at_most(seconds):
+    seen, asked, much = [], Bag(forward_sleep_time=seconds), seconds == 1e300
+    with pytest.raises(ValueError, match="allowed are -inf to 60") if much else nullcontext():
+        controls.slow_down(lambda *args: seen.append(args), "scheduler", asked)
+    assert seen == [("scheduler", asked)] * (not much)
+
+
+def test_a_bad_setting_of_the_log_is_not_kept():
+    kept = Bag(log_requests_level=1)
+
+    def host(log, *, log_requests_level):
+        log.log_requests_level = log_requests_level
+        raise ValueError("no such level")
+
+    with pytest.raises(HTTPException, match="ValueError: no such level"):
+        controls.configure_or_keep(host, kept, log_requests_level=99)
+    assert kept.log_requests_level == 1
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,48 @@ VERTEX: dict[str, tuple[dict[str, Any], str]] = {
     "time": ({"received_time": "x"}, "received_time is 'x': Expected `float | null`, got `str`"),
 }
 
+REMOTE = {"master_address": "127.0.0.1", "group_name": "nope"}
+# What a scheduler is asked for and cannot do, and a part of what is then answered.
+CONTROLS: dict[str, tuple[str, dict[str, Any], str]] = {
+    **{
+        f"{action} a record of experts": (
+            f"/{action}_expert_distribution_record",
+            {},
+            "Please set ServerArgs.expert_distribution_recorder_mode",
+        )
+        for action in ("start", "stop", "dump")
+    },
+    **{
+        f"a profile of {activity}": ("/start_profile", {"activities": [activity]}, says)
+        for activity, says in {
+            "MEM": "_cuda_record_memory_history",
+            "GPU": "No activities specified",
+            "CUDA_PROFILER": "not compiled with CUDA",
+            "RPD": "rpdTracerControl",
+        }.items()
+    },
+    "weights to an unknown group": (
+        "/send_weights_to_remote_instance",
+        REMOTE | {"ports": "1"},
+        "KeyError: 'nope_1_0'",
+    ),
+    "weights to two ranks": (
+        "/send_weights_to_remote_instance",
+        REMOTE | {"ports": "1,2"},
+        "Expected 1 ports, but got 2",
+    ),
+    "a sleep beyond time": (
+        "/slow_down",
+        {"forward_sleep_time": 1e300},
+        "forward_sleep_time is 1e+300; allowed are -inf to 60",
+    ),
+    "a level of the log": (
+        "/configure_logging",
+        {"log_requests": True, "log_requests_level": 99},
+        "Invalid --log-requests-level",
+    ),
+}
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Forked]:
@@ -389,10 +431,23 @@ def test_who_leaves_ends_no_request_whose_name_begins_alike(server, first):
     check_unharmed(server, first)
 
 
-@pytest.mark.parametrize("action", ["start", "stop", "dump"])
-def test_a_record_of_experts_is_refused(server, first, action):
-    status, text = ask(server, f"/{action}_expert_distribution_record", {})
-    assert (status, "no --expert-distribution-recorder-mode" in text) == (400, True)
+@pytest.mark.parametrize("case", CONTROLS)
+def test_a_control_message_that_fails_is_answered(server, first, case):
+    path, body, says = CONTROLS[case]
+    status, text = ask(server, path, body)
+    assert (status, says in text) == (400, True), text
+
+
+@pytest.mark.parametrize("steps", [{}, {"num_steps": 1}, {"profile_by_stage": True}], ids=str)
+def test_a_profile_that_cannot_be_written_is_over(server, first, steps):
+    """Also where it begins or ends in a later step."""
+    body = {"activities": ["CPU"], "output_dir": "/proc/nowhere"} | steps
+    assert ask(server, "/start_profile", body)[0] == 200
+    assert complete(server, PROMPTS[0]) == first[PROMPTS[0]]
+    if not steps:
+        status, text = ask(server, "/stop_profile", {})
+        assert (status, "No such file or directory: '/proc/nowhere'" in text) == (400, True)
+    assert ask(server, "/stop_profile", {})[0] == 500  # none is in progress
 
 
 def test_memory_is_not_released_while_a_request_runs(server, first):
@@ -401,7 +456,7 @@ def test_memory_is_not_released_while_a_request_runs(server, first):
         runs = pool.submit(server.post, "/generate", text=PROMPTS[0], sampling_params=params)
         assert eventually(lambda: server.unfinished() == 1)
         status, text = ask(server, "/release_memory_occupation", {})
-        assert (status, "only while no request runs or waits" in text) == (400, True)
+        assert (status, "only when server is idle" in text) == (400, True)
         assert not runs.done()
         assert runs.result()["meta_info"]["completion_tokens"] == 1500
     assert eventually(lambda: server.unfinished() == 0)

@@ -1,49 +1,123 @@
-"""Endpoints that control a server: what cannot be done is refused, and ends no scheduler."""
+"""Control messages: what SGLang's scheduler cannot do is answered with an error, and ends nothing.
+
+A control message is everything but prompts that the scheduler is sent: updates of weights,
+adapters, sessions, profiles, pauses, settings.
+"""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from types import UnionType
+from typing import Any, Union, get_origin
 
 from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.engines.sglang.repairs.values import check_range
 
-IDLE = "memory is released only while no request runs or waits"
+# In which the other ranks of a group must come, and each of its collectives must end. Meanwhile
+# nobody is served, for half an hour by torch's default.
+GROUP_TIME = timedelta(seconds=120)
+MOST_SLEEP = 60.0  # seconds before each step
+PROMPTS = ("Tokenized", "BatchTokenized")  # how the names of the other messages begin
 
 
-async def record_experts(host: Callable[[Any], Awaitable[None]], manager: Any) -> None:
-    """Wrap `start_`, `stop_` and `dump_expert_distribution_record` of the tokenizer manager.
+def guard(host: Callable[[Any], None], scheduler: Any) -> None:
+    """Wrap `init_request_dispatcher`: guard the handler of every control message."""
+    host(scheduler)
+    handlers = scheduler._request_dispatcher._mapping
+    for kind, handler in handlers.items():
+        if not kind.__name__.startswith(PROMPTS):
+            handlers[kind] = partial(handle, handler, scheduler.tp_group)
+
+
+def handle(handler: Callable[[Any], Any], ranks: Any, asked: Any) -> Any:
+    """Run a handler. An exception, on any rank, is the message's answer.
+
+    All ranks have the same messages in the same order. Where a message has an answer, they tell
+    each other what failed: an error of one rank alone is not answered with success. A rank that
+    fails before a collective of the handler leaves the others in it until gloo's time is up, which
+    ends the server.
+    """
+    answer = failed = None
+    try:
+        answer = handler(asked)
+    except Exception as error:
+        logger.exception("qwen3next_plugin: %s failed", type(asked).__name__)
+        failed = f"{type(error).__name__}: {error}"
+    kind = answer_type(asked)
+    if kind is not None and ranks.world_size > 1:
+        failed = next(filter(None, _from_all(failed, ranks)), None)
+    if kind is None or failed is None:
+        return answer
+    return failure(kind, asked, failed)
+
+
+def _from_all(failed: str | None, ranks: Any) -> list[str | None]:
+    import torch.distributed as dist
+
+    every: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(every, failed, group=ranks.cpu_group)
+    return every
+
+
+def answer_type(asked: Any) -> Any:
+    """The type of the answer to a message; None where nobody waits for one."""
+    from sglang.srt.managers import io_struct
+
+    name = type(asked).__name__.removesuffix("Input")
+    return getattr(io_struct, f"{name}Output", None)
+
+
+def failure(kind: Any, asked: Any, text: str) -> Any:
+    """An answer that says in `rid`, which no other answer to a control message has, what failed."""
+    from msgspec.structs import fields
+
+    values = {field.name: _empty(field.type) for field in fields(kind) if field.required}
+    values |= {name: getattr(asked, name) for name in values if hasattr(asked, name)}
+    if "message" in values:
+        values["message"] = text
+    return kind(**values, rid=text)
+
+
+def _empty(kind: Any) -> Any:
+    """False, no text, an empty list or dict, or None where that is allowed."""
+    made = get_origin(kind) or kind
+    return None if made in (Union, UnionType) else made()
+
+
+async def raise_failures(
+    host: Callable[[Any, Any], Awaitable[list[Any]]], communicator: Any, asked: Any
+) -> list[Any]:
+    """Wrap `FanOutCommunicator.__call__`, by which the server waits for the schedulers' answers.
 
     Raises:
-        HTTPException: nothing records; SGLang's route catches no other error.
+        HTTPException: a handler failed. SGLang's routes would answer some of that with success.
     """
     from fastapi import HTTPException
-    from sglang.srt.runtime_context import get_exec
 
-    if get_exec().moe.expert_distribution_recorder_mode is None:
-        raise HTTPException(400, "the server has no --expert-distribution-recorder-mode")
-    await host(manager)
-
-
-async def release_if_idle(
-    host: Callable[..., Awaitable[None]], manager: Any, obj: Any, request: Any = None
-) -> None:
-    """Wrap the tokenizer manager's `release_memory_occupation`.
-
-    Raises:
-        ValueError: it has requests, and generation is not paused.
-    """
-    if manager.rid_to_state and not manager.is_pause:
-        raise ValueError(f"{IDLE}; wait, or use /pause_generation")
-    await host(manager, obj, request)
+    answers = await host(communicator, asked)
+    for answer in answers:
+        if answer.rid:
+            raise HTTPException(400, answer.rid)
+    return answers
 
 
-def release_memory(host: Callable[..., Any], updater: Any, asked: Any) -> Any:
-    """Wrap the scheduler's `release_memory_occupation`: keep the memory if a request has come."""
-    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput
+def end_profile(host: Callable[..., Any], profiler: Any, *args: Any, **more: Any) -> Any:
+    """Wrap what starts, counts and stops a profile, also in later steps: a failed one is over."""
+    from sglang.srt.managers.io_struct import ProfileReqOutput
 
-    paused = updater.scheduler is not None and updater.scheduler._engine_paused
-    if updater.is_fully_idle(ignore_waiting=paused):
-        return host(updater, asked)
-    logger.error("qwen3next_plugin: nothing is released: %s", IDLE)
-    return ReleaseMemoryOccupationReqOutput()
+    try:
+        return host(profiler, *args, **more)
+    except Exception as error:
+        logger.exception("qwen3next_plugin: the profile has failed, and is over")
+        group, tracer = profiler.dp_tp_cpu_group, vars(profiler).get("torch_profiler")
+        if tracer is not None:
+            with suppress(Exception):
+                tracer.stop()
+        profiler.__post_init__()
+        profiler.dp_tp_cpu_group = group
+        text = f"{type(error).__name__}: {error}"
+        return ProfileReqOutput(success=False, message=text, rid=text)
 
 
 def resume_memory(host: Callable[..., Any], updater: Any, asked: Any) -> Any:
@@ -54,3 +128,30 @@ def resume_memory(host: Callable[..., Any], updater: Any, asked: Any) -> Any:
     tags = dict.fromkeys(asked.tags or GPU_MEMORY_ALL_TYPES)
     asked.tags = [tag for tag in tags if tag in updater.offload_tags]
     return host(updater, asked) if asked.tags else ResumeMemoryOccupationReqOutput()
+
+
+def wait_for_ranks(host: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """Wrap `init_custom_process_group`: give up on ranks that do not come."""
+    return host(*args, **{"timeout": GROUP_TIME} | more)
+
+
+def slow_down(host: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
+    """Wrap the scheduler's `slow_down`; more seconds than a clock can count end it."""
+    check_range("forward_sleep_time", asked.forward_sleep_time, float("-inf"), MOST_SLEEP)
+    return host(scheduler, asked)
+
+
+def configure_or_keep(host: Callable[..., None], log: Any, *args: Any, **more: Any) -> None:
+    """Wrap `RequestLogger.configure`: with a setting that fails, SGLang would answer no request.
+
+    Raises:
+        HTTPException: says what is wrong with it; the log is as before.
+    """
+    from fastapi import HTTPException
+
+    before = dict(vars(log))
+    try:
+        host(log, *args, **more)
+    except Exception as error:
+        vars(log).update(before)
+        raise HTTPException(400, f"{type(error).__name__}: {error}") from error
