@@ -52,6 +52,28 @@ class Attack:
 
 
 ATTACKS: dict[str, Attack] = {
+    "more log-probabilities than memory has room for": Attack(
+        {"logprobs": 20, "max_tokens": 3000, "n": 128}, says="asks for 8064000 log-probabilities"
+    ),
+    "stop strings without end": Attack({"stop": ["zebra"] * 100_000}, says="stop"),
+    "weights for an unknown group": Attack(
+        {"master_address": "127.0.0.1", "ports": "1", "group_name": "nope"},
+        path="/send_weights_to_remote_instance",
+        says="nope_1_0",
+        engines=("sglang",),
+    ),
+    "a profile that cannot begin": Attack(
+        {"activities": ["MEM"]},
+        path="/start_profile",
+        says="_cuda_record_memory_history",
+        engines=("sglang",),
+    ),
+    "a sleep beyond time": Attack(
+        {"forward_sleep_time": 1e300},
+        path="/slow_down",
+        says="forward_sleep_time",
+        engines=("sglang",),
+    ),
     "a regex that backtracks": Attack(
         {"stop_regex": r"([\s\S]+)+\x00"}, says="stop_regex", engines=("sglang",)
     ),

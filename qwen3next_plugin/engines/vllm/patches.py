@@ -44,6 +44,7 @@ from qwen3next_plugin.engines.vllm.repairs import (
     images,
     interrupts,
     nodes,
+    params,
     reloads,
 )
 from qwen3next_plugin.engines.vllm.speculation import drafts_flags
@@ -534,6 +535,19 @@ WITH_LORA: tuple[Entry, ...] = (
 )
 
 REQUESTS: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.v1.engine.async_llm.AsyncLLM.add_request",
+        parameters=(
+            *("self", "request_id", "prompt", "params", "arrival_time", "lora_request"),
+            *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank"),
+            *("session_id", "prompt_text", "reasoning_ended", "reasoning_parser_kwargs"),
+            "kv_hints",
+        ),
+        function=params.check_params,
+        reason="one request may ask for log-probabilities that fill the memory, or, but for "
+        "OpenAI's API, for 100,000 stop strings, each of which is looked for at every token",
+        remove_when="vLLM limits both",
+    ),
     Patch(
         target="vllm.v1.structured_output.backend_guidance.validate_guidance_grammar",
         parameters=("sampling_params", "tokenizer"),

@@ -44,6 +44,22 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
         {"text": ["a", "b"], "return_logprob": True, TOP: [1, V + 1]},
         f"{LOGPROBS} is {V + 1}",
     ),
+    "logprobs of a long prompt": (
+        {"input_ids": [5] * 3000, "return_logprob": True, TOP: 1000, "logprob_start_len": 0},
+        f"{LOGPROBS} or token_ids_logprob asks for 3011008 log-probabilities",
+    ),
+    "logprobs of prompts": (
+        {"input_ids": [[5] * 600] * 2, "return_logprob": True, TOP: 1000, "logprob_start_len": 0},
+        "a request may have",
+    ),
+    "logprobs of answers": (
+        {
+            "return_logprob": True,
+            TOP: 20,
+            "sampling_params": {"max_new_tokens": 3000, "n": 128},
+        },
+        f"{LOGPROBS} or token_ids_logprob asks for 8064000 log-probabilities",
+    ),
     "logprob of a token": (
         {"return_logprob": True, "token_ids_logprob": [V]},
         f"token_ids_logprob contains out-of-vocabulary token id {V}",

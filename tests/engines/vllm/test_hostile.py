@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.structured_output import StructuredOutputManager
 
 from checkpoints import SHIPPED
@@ -19,6 +22,7 @@ from engines.clients import PROMPTS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, V, ask, fields, leave
 from engines.vllm.server import Forked
 from qwen3next_plugin.engines.vllm.repairs import grammars
+from qwen3next_plugin.engines.vllm.repairs.params import check_params
 
 D = json.loads((SHIPPED / "config.json").read_text())["hidden_size"]
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -113,6 +117,18 @@ MORE_COMPLETIONS: dict[str, tuple[dict[str, Any], str]] = {
     "logprobs of the prompt": ({"prompt_logprobs": V + 1}, "max allowed"),
     "priority": ({"priority": 2**70}, "less than or equal"),
     "many prompts": ({"prompt": [[1]] * 5000}, "exceeds the maximum allowed count"),
+    "log-probabilities": (
+        {"logprobs": 20, "max_tokens": 3000, "n": 128, "temperature": 1},
+        "logprobs (top_logprobs) or prompt_logprobs asks for 8064000 log-probabilities",
+    ),
+    "log-probabilities of the prompt": (
+        {"prompt": [5] * 600, "prompt_logprobs": 20, "n": 100, "temperature": 1},
+        "asks for 1260000 log-probabilities of the prompt and 100 answers",
+    ),
+    "bad words": (
+        {"bad_words": [f"a{i}" for i in range(33)]},
+        "bad_words has 33 strings; allowed are at most 32",
+    ),
 }
 EMBEDDINGS: dict[str, tuple[dict[str, Any], str]] = {
     "embeddings of another width": (embedded(torch.zeros(5, D + 1)), "does not match"),
@@ -137,6 +153,10 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
     "token": ({"token_ids": [V + 1]}, "out of vocabulary"),
     "no token": ({"token_ids": []}, ""),
     "stop tokens": ({"sampling_params": {"stop_token_ids": ["x"]}}, ""),
+    "stop strings": (
+        {"sampling_params": {"stop": [f"x{i}" for i in range(100_000)]}},
+        "stop has 100000 strings; allowed are at most 32",
+    ),
     "bias": ({"sampling_params": {"logit_bias": {str(10**8): 1}}}, "out-of-vocab"),
     "negative most tokens": ({"sampling_params": {"max_tokens": -1}}, "at least 1"),
 }
@@ -327,6 +347,39 @@ def test_hostile_embeddings_do_not_harm_the_server():
         check_unharmed(server, before)
     finally:
         server.close()
+
+
+BOUNDED = SimpleNamespace(
+    model_config=SimpleNamespace(max_model_len=10**6, get_vocab_size=lambda: V)
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"stop": [f"x{i}" for i in range(33)]}, "stop has 33 strings; allowed are at most 32"),
+        ({"bad_words": [f"x{i}" for i in range(33)]}, "bad_words has 33 strings"),
+        ({"prompt_logprobs": -1}, f"asks for {600 * (V + 1)} log-probabilities"),
+        ({"logprobs": 20, "max_tokens": 50_000}, "a request may have 1048576"),
+    ],
+    ids=["stop", "bad words", "prompt", "answer"],
+)
+def test_what_a_request_asks_for_is_bounded(asked, says):
+    params = SamplingParams(**asked)
+    with pytest.raises(VLLMValidationError, match=says):
+        check_params(None, BOUNDED, "a", {"prompt_token_ids": [5] * 600}, params)
+
+
+@pytest.mark.parametrize(("logprobs", "tokens"), [(None, None), (20, 2**20 // 21)])
+def test_an_answer_without_a_length_has_as_many_log_probabilities_as_fit(logprobs, tokens):
+    given, prompt = SamplingParams(logprobs=logprobs, max_tokens=None), {"prompt_token_ids": [5]}
+    seen = []
+    check_params(
+        lambda *args, **more: seen.append((args, more)), BOUNDED, "a", prompt, given, 1, x=2
+    )
+    ((_, name, asked, params, time), more) = seen[0]
+    assert (name, asked, time, more) == ("a", prompt, 1, {"x": 2})
+    assert (params.max_tokens, given.max_tokens) == (tokens, None)
 
 
 def test_a_check_that_does_not_start_is_no_costly_grammar():

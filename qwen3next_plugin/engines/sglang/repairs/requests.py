@@ -5,6 +5,7 @@ the scheduler, where an error ends the server for every client.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from importlib.util import find_spec
 from reprlib import repr as shortened
 from typing import Any
@@ -26,6 +27,9 @@ INTERNAL = (
     *("stop_regex_strs", "stop_regex_max_len"),
 )
 
+# Log-probabilities that the prompts of one HTTP request have asked for; unset where Python asks.
+asked_logprobs: ContextVar[list[int]] = ContextVar("asked_logprobs")
+
 VIDEO_DECODERS = ("torchcodec", "decord")  # packages with which SGLang reads videos
 
 # Fields as /generate names them, and as OpenAI's API does.
@@ -39,6 +43,8 @@ def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any
 
     if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
         check(obj, manager.model_config.vocab_size, over_http=request is not None)
+        if request is not None:
+            asked_logprobs.set([])
         if request is not None and manager.model_config.is_multimodal:
             check_videos(obj.video_data)
     return host(manager, obj, request)

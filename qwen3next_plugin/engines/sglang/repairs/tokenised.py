@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.engines.logprobs import MOST, answer_tokens
 from qwen3next_plugin.engines.sglang.model.streams_flags import EMBEDS, check_streams_request
 from qwen3next_plugin.engines.sglang.names import is_ours
-from qwen3next_plugin.engines.sglang.repairs.requests import TOP_LOGPROBS
+from qwen3next_plugin.engines.sglang.repairs.requests import TOP_LOGPROBS, asked_logprobs
 from qwen3next_plugin.engines.sglang.repairs.values import check_range, check_types
 
 MAX_ROOM = 2**63 - 1  # the most that SGLang's router asks for
@@ -31,6 +32,8 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         check_processor(made.custom_logit_processor)
         check_bootstrap_room(made.bootstrap_host, made.bootstrap_room)
         check_apart(made)
+        if made.return_logprob and (asked := asked_logprobs.get(None)) is not None:
+            bound_logprobs(made, asked, manager.context_len)
         check_streams_request(obj, manager.model_config.hf_config)
         if manager.model_config.is_multimodal:
             check_tower(obj)
@@ -62,6 +65,34 @@ def check_positions(made: Any) -> None:
             "without --speculative-algorithm: its positions count from where a step begins to read "
             "the prompt, and with drafts SGLang scores the last token alone"
         )
+
+
+def bound_logprobs(made: Any, asked: list[int], context_len: int) -> None:
+    """Bound the log-probabilities of one prompt and its answers; `asked`: of those before it.
+
+    Raises:
+        ValueError: names the field.
+    """
+    length, params = len(made.input_ids or ()), made.sampling_params
+    start = made.logprob_start_len
+    if start == -1:
+        start = length if made.token_ids_logprob is None else length - 1
+    room = max(1, context_len - length)
+    each = 1 + (made.top_logprobs_num or 0) + len(made.token_ids_logprob or ())
+    of_prompt = each * max(0, length - start)
+    tokens = room if params.max_new_tokens is None else params.max_new_tokens
+    may = answer_tokens(
+        f"{TOP_LOGPROBS} or token_ids_logprob",
+        prompt=of_prompt,
+        each=each,
+        n=params.n,
+        tokens=tokens,
+        room=room,
+        most=MOST - sum(asked),
+    )
+    if may < tokens:
+        params.max_new_tokens = may
+    asked.append(params.n * (of_prompt + each * may))
 
 
 def check_min_p(min_p: float) -> None:

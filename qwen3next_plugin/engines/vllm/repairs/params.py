@@ -1,0 +1,82 @@
+"""What a client of the server may ask of one request: refused with a 400 that names the field."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from qwen3next_plugin.engines.logprobs import answer_tokens
+
+MAX_STRINGS = 32  # as SGLang's stop strings; each is looked for at every token
+
+
+def check_params(
+    host: Callable[..., Awaitable[Any]],
+    engine: Any,
+    request_id: str,
+    prompt: Any,
+    params: Any,
+    *args: Any,
+    **more: Any,
+) -> Awaitable[Any]:
+    """Wrap `AsyncLLM.add_request`, which a server calls for each prompt.
+
+    Raises:
+        VLLMValidationError: names the field and what is allowed.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    if isinstance(params, SamplingParams):
+        try:
+            check_strings(params)
+            if isinstance(prompt, dict):
+                params = with_bounded_logprobs(params, _length(prompt), engine.model_config)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from None
+    return host(engine, request_id, prompt, params, *args, **more)
+
+
+def check_strings(params: Any) -> None:
+    """Check the number of strings that are looked for at every token.
+
+    OpenAI's API has a limit of its own for stop strings, which is a variable of vLLM's.
+    """
+    from vllm import envs
+
+    most = max(MAX_STRINGS, envs.VLLM_MAX_STOP_STRINGS)
+    for name in ("stop", "bad_words"):
+        if len(strings := getattr(params, name) or ()) > most:
+            raise ValueError(f"{name} has {len(strings)} strings; allowed are at most {most}")
+
+
+def with_bounded_logprobs(params: Any, length: int, model_config: Any) -> Any:
+    """The parameters for a prompt of this length, whose answer has so many tokens that fit."""
+    of_prompt = _entries(params.prompt_logprobs, model_config)
+    each = _entries(params.num_logprobs, model_config)
+    room = max(1, model_config.max_model_len - length)
+    tokens = room if params.max_tokens is None else params.max_tokens
+    may = answer_tokens(
+        "logprobs (top_logprobs) or prompt_logprobs",
+        prompt=of_prompt * length,
+        each=each,
+        n=params.n,
+        tokens=tokens,
+        room=room,
+    )
+    if may < tokens:
+        params = params.clone()
+        params.max_tokens = may
+    return params
+
+
+def _entries(asked: int | None, model_config: Any) -> int:
+    """The log-probabilities of one token: its own, and those of the likeliest."""
+    if asked is None:
+        return 0
+    return 1 + (model_config.get_vocab_size() if asked == -1 else asked)
+
+
+def _length(prompt: dict[str, Any]) -> int:
+    """The tokens of a prompt as vLLM's renderer gives it."""
+    ids = prompt.get("prompt_token_ids")
+    embeds = prompt.get("prompt_embeds")
+    return len(ids if ids is not None else embeds if embeds is not None else ())
