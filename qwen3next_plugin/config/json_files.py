@@ -11,7 +11,9 @@ MOST_VALUES = 500_000
 MOST_LEVELS = 50  # of nested objects and lists
 
 
-def read_object(path: Path, error: type[ValueError]) -> dict[str, Any]:
+def read_object(
+    path: Path, error: type[ValueError], most_values: int = MOST_VALUES
+) -> dict[str, Any]:
     """The object in a JSON file; what is too large is refused before it takes memory.
 
     Raises:
@@ -25,8 +27,8 @@ def read_object(path: Path, error: type[ValueError]) -> dict[str, Any]:
         if found.st_size > MOST_BYTES:
             raise ValueError(f"{found.st_size} bytes, and {MOST_BYTES} are the most")
         data = path.read_bytes()
-        if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES} values")
+        if sum(map(data.count, (b",", b"[", b"{"))) > most_values:
+            raise ValueError(f"more than {most_values} values")
         value = json.loads(data)
         _check_levels(value)
     except PermissionError as reason:

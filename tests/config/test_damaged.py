@@ -21,6 +21,7 @@ from qwen3next_plugin.config import (
     read_config,
 )
 from qwen3next_plugin.config.json_files import MOST_BYTES, MOST_VALUES, read_object
+from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.headers import INDEX, read_index
 
@@ -170,6 +171,27 @@ def test_hostile_json_takes_little_memory(tmp_path, data, message):
     path.write_bytes(data)
     with little_memory(), pytest.raises(ConfigError, match=rf"some\.json .*{message}"):
         read_object(path, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("raw", "tokens"),
+    [
+        ({}, 0),
+        ({"model": {"vocab": {"a": 0, "b": 7}}}, 8),
+        ({"model": {"vocab": {"a": 0, "b": "7"}}, "added_tokens": [5, {"id": "9"}]}, 1),
+        ({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}, 2),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 9, "content": "x"}]}, 10),
+        ({"model": [], "added_tokens": {"id": 5}}, 0),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_has_no_more_tokens_than_the_embedding(tmp_path, raw, tokens):
+    check_tokenizer(tmp_path, 1, "--tokenizer")  # there is none
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    check_tokenizer(tmp_path, max(1, tokens), "--tokenizer")
+    if tokens > 1:
+        with pytest.raises(ConfigError, match=f"has {tokens} tokens, .* has {tokens - 1}; fetch"):
+            check_tokenizer(tmp_path, tokens - 1, "--tokenizer")
 
 
 def test_a_huge_file_is_not_read(tmp_path):

@@ -16,6 +16,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     rope,
 )
+from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
@@ -224,6 +225,9 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     if not json.loads(server_args.json_model_override_args):
         check_kind(folder, OVERRIDE_FLAG)
     config = read_config(hf_config, server_args.tp_size)
+    if not server_args.skip_tokenizer_init:
+        tokenizer = Path(server_args.tokenizer_path or folder)
+        check_tokenizer(tokenizer, config.vocab_size, "--tokenizer-path")
     check_streams(config, server_args, on_cpu=on_cpu)
     say_texts_only(hf_config)
     if model_config.is_multimodal:

@@ -18,6 +18,7 @@ UNQUANTISED = "there are no quantised kernels for a CPU here"
 EXPERTS = "the plugin brings its own experts"
 LOSSLESS = "a draft is kept only if it is what would be sampled without drafts"
 NO_LORA = "SGLang has no place for adapters of linear attention, and ours are for CPUs"
+UNCHECKED = "the plugin checks requests that come over HTTP"
 LEAVE_OUT = "leave it out"
 FOLDER = "on CPUs FolderLinker keeps prefixes in a folder (docs/fleet.md)"
 LORA_DEFAULT = "csgmv"  # SGLang's --lora-backend where none is given
@@ -29,6 +30,10 @@ SERVED: Served = {
     "is_embedding": ((False,), "the models generate text", LEAVE_OUT),
     "encoder_only": ((False,), "the text model is part of the plugin's", LEAVE_OUT),
     "tokenizer_worker_num": ((1,), "SGLang loads no plugin in these processes", LEAVE_OUT),
+    # servers
+    "smg_grpc_mode": ((False,), UNCHECKED, LEAVE_OUT),
+    "grpc_mode": ((False,), UNCHECKED, LEAVE_OUT),
+    "grpc_port": ((None,), UNCHECKED, LEAVE_OUT),
     # ranks
     "pp_size": ((1,), RANKS, "use --tp-size"),
     "ep_size": ((1,), RANKS, "use --tp-size"),

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_kind, rope
+from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.vllm.cpu.cpu_flags import check_cpu, complete_cpu
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
@@ -92,6 +93,8 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
     if not model_config.hf_overrides:
         check_kind(folder, OVERRIDE_FLAG)
     config = read_config(vllm_config)
+    if not model_config.skip_tokenizer_init:
+        check_tokenizer(Path(model_config.tokenizer), config.vocab_size, "--tokenizer")
     if folder.is_dir() and vllm_config.load_config.load_format in READ_HERE:
         check_stored(
             folder,

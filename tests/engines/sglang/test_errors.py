@@ -114,6 +114,12 @@ def test_a_decode_server_has_pages_for_the_requests_that_run(complete, checkpoin
     assert complete(checkpoint, **flags).disaggregation_decode_extra_slots == 3
 
 
+def test_a_port_for_grpc_is_refused_where_a_variable_gives_it(complete, checkpoint, monkeypatch):
+    monkeypatch.setenv("SGLANG_GRPC_PORT", "30001")
+    with pytest.raises(ConfigError, match=r"^--grpc-port 30001: .*; leave it out"):
+        complete(checkpoint)
+
+
 @pytest.mark.parametrize("name", ["SGLANG_RUST_SERVER", "SGLANG_ENABLE_METRICS_DEVICE_TIMER"])
 def test_variables_that_pass_by_the_plugin(complete, checkpoint, monkeypatch, name):
     monkeypatch.setenv(name, "1")
@@ -150,10 +156,23 @@ def test_adapters_are_checked_by_their_files(complete, checkpoint, tmp_path):
         complete(checkpoint, lora_paths=[str(tmp_path)])
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_tokenizer_that_is_larger_than_the_embedding(complete, checkpoint, tmp_path, apart):
+    """Beside the model, or in a folder of its own."""
+    folder = tmp_path if apart else write_checkpoint(tmp_path)
+    flags = {"tokenizer_path": str(tmp_path)} if apart else {}
+    file, words = folder / "tokenizer.json", {"a": 0, "b": BASE["vocab_size"]}
+    file.write_text(json.dumps({"model": {"vocab": words}}))
+    says = f"{file} has {BASE['vocab_size'] + 1} tokens, .* has {BASE['vocab_size']}; "
+    with pytest.raises(ConfigError, match=f"^{says}.* --tokenizer-path$"):
+        complete(checkpoint if apart else folder, **flags)
+
+
 # A value of each flag that cannot be served on a CPU.
 REFUSED = {
     "model_impl": "transformers",
     "tokenizer_worker_num": 2,
+    "grpc_port": 30001,
     "load_format": "sharded_state",
     "moe_runner_backend": "flashinfer_cutlass",
     "moe_dense_tp_size": 1,

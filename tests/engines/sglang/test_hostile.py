@@ -60,6 +60,10 @@ GENERATE: dict[str, tuple[dict[str, Any], str]] = {
         },
         f"{LOGPROBS} or token_ids_logprob asks for 8064000 log-probabilities",
     ),
+    "the address of no server": (
+        {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0},
+        "bootstrap_host 2.2.2.2 is SGLang's own; name a prefill server",
+    ),
     "logprob of a token": (
         {"return_logprob": True, "token_ids_logprob": [V]},
         f"token_ids_logprob contains out-of-vocabulary token id {V}",

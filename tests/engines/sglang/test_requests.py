@@ -15,7 +15,11 @@ import torch
 from qwen3next_plugin.engines.sglang.repairs import image_names, patterns
 from qwen3next_plugin.engines.sglang.repairs.image_names import name_with_its_shape
 from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
-from qwen3next_plugin.engines.sglang.repairs.requests import check, check_request
+from qwen3next_plugin.engines.sglang.repairs.requests import (
+    check,
+    check_bootstrap_host,
+    check_request,
+)
 from qwen3next_plugin.engines.sglang.repairs.tokenised import (
     check_apart,
     check_bootstrap_room,
@@ -123,6 +127,18 @@ def scoring(monkeypatch):
     for name in ("get_memory", "get_schedule", "get_spec"):
         monkeypatch.setattr(runtime_context, name, lambda: flags)
     return flags
+
+
+@pytest.mark.parametrize("host", ["2.2.2.2", ["10.0.0.1", "2.2.2.2"], "10.0.0.1", None], ids=str)
+@pytest.mark.parametrize("path", ["/generate", "/health"])
+@pytest.mark.parametrize("status", ["Starting", "Up"])
+def test_only_the_server_itself_asks_without_a_prefill_server(host, path, status):
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    manager = Bag(server_status=ServerStatus[status])
+    others = "2.2.2.2" in (host or ()) and (path, status) == ("/generate", "Up")
+    with pytest.raises(ValueError, match=r"^bootstrap_host 2") if others else nullcontext():
+        check_bootstrap_host(host, manager, path)
 
 
 @pytest.mark.parametrize(

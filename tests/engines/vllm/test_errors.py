@@ -388,6 +388,18 @@ def test_a_damaged_file_is_named(complete, tmp_path, case):
         complete(fault.write(tmp_path))
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_tokenizer_that_is_larger_than_the_embedding(complete, checkpoint, tmp_path, apart):
+    """Beside the model, or in a folder of its own."""
+    folder = tmp_path if apart else write_checkpoint(tmp_path)
+    file, words = folder / "tokenizer.json", {"a": 0, "b": BASE["vocab_size"]}
+    file.write_text(json.dumps({"model": {"vocab": words}}))
+    flags = {"tokenizer": str(tmp_path)} if apart else {}
+    says = f"{file} has {BASE['vocab_size'] + 1} tokens, .* has {BASE['vocab_size']}; "
+    with pytest.raises(ValueError, match=f"{says}.* --tokenizer "):  # pydantic's, with ours inside
+        complete(checkpoint if apart else folder, **flags)
+
+
 def test_a_damaged_header_is_named_where_vllm_looks_for_a_dtype(complete, tmp_path):
     fault = broken.FILES["a header that is a list"]
     mixed.edited(fault.write(tmp_path), lambda raw: raw.pop("torch_dtype"))

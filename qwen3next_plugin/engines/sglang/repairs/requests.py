@@ -30,6 +30,7 @@ INTERNAL = (
 # Log-probabilities that the prompts of one HTTP request have asked for; unset where Python asks.
 asked_logprobs: ContextVar[list[int]] = ContextVar("asked_logprobs")
 
+HEALTH = ("/health", "/health_generate")  # where SGLang asks itself
 VIDEO_DECODERS = ("torchcodec", "decord")  # packages with which SGLang reads videos
 
 # Fields as /generate names them, and as OpenAI's API does.
@@ -45,6 +46,7 @@ def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any
         check(obj, manager.model_config.vocab_size, over_http=request is not None)
         if request is not None:
             asked_logprobs.set([])
+            check_bootstrap_host(obj.bootstrap_host, manager, request.url.path)
         if request is not None and manager.model_config.is_multimodal:
             check_videos(obj.video_data)
     return host(manager, obj, request)
@@ -73,6 +75,24 @@ def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
         check_range("the length of token_ids_logprob", len(ids or ()), 0, MAX_LOGPROBS)
     for each in params:
         _check_sampling(each, vocab_size)
+
+
+def check_bootstrap_host(hosts: Any, manager: Any, path: str) -> None:
+    """Refuse the address that says that there is no prefill server, but for a server's own checks.
+
+    A decode server would answer from memory that nobody has written.
+
+    Raises:
+        ValueError: names the field.
+    """
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    own = manager.server_status == ServerStatus.Starting or path in HEALTH
+    if FAKE_BOOTSTRAP_HOST in _each(hosts) and not own:
+        raise ValueError(
+            f"bootstrap_host {FAKE_BOOTSTRAP_HOST} is SGLang's own; name a prefill server"
+        )
 
 
 def check_videos(video_data: Any) -> None:
