@@ -1,4 +1,4 @@
-"""Metrics: what drafting does and costs, the same figures in every engine.
+"""Metrics: what drafting does and costs, and the longest step, the same in every engine.
 
 The drafter writes to a board with one number per sample. A write is one addition: nothing is sent,
 and nothing waits. vLLM serves its metrics from another process, so there the board is a page
@@ -51,7 +51,17 @@ class Metric:
 
 
 def metrics(num_drafts: int) -> tuple[Metric, ...]:
-    """All metrics of an engine that drafts up to num_drafts tokens."""
+    """All metrics of an engine that drafts up to num_drafts tokens; 0: it does not draft."""
+    return (*ALWAYS, *_of_drafts(num_drafts)) if num_drafts else ALWAYS
+
+
+ALWAYS = (
+    Metric("state_pages", "gauge", "State pages that requests hold, in all linear layers"),
+    Metric("longest_step_seconds", "gauge", "The longest step of the minute before the last step"),
+)
+
+
+def _of_drafts(num_drafts: int) -> tuple[Metric, ...]:
     from_zero, from_one = (tuple(map(str, range(n, num_drafts + 1))) for n in (0, 1))
     return (
         Metric(
@@ -90,7 +100,6 @@ def metrics(num_drafts: int) -> tuple[Metric, ...]:
             "Times that a decoding request drafted nothing and skipped the MTP layer",
         ),
         Metric("tokens_caught_up", "counter", "Tokens that the MTP layer read after skipping them"),
-        Metric("state_pages", "gauge", "State pages that requests hold, in all linear layers"),
         Metric(
             "acceptance",
             "gauge",

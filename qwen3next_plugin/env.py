@@ -12,6 +12,8 @@ OF_SERVICE = re.compile(
     r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)$"
 )
 
+SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+
 
 class EnvError(ValueError):
     """A QWEN3NEXT_* variable is unknown, or its value is not allowed."""
@@ -19,7 +21,7 @@ class EnvError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One variable: its allowed values, its value when unset, and what it does."""
+    """One variable: its allowed values (none: seconds), its value when unset, what it does."""
 
     allowed: tuple[str, ...]
     default: str | None
@@ -70,6 +72,12 @@ VARIABLES: Mapping[str, Variable] = {
         ("0", "1"),
         "0",
         "1: on a CPU, a token's bits do not depend on batch, chunks, drafts or engine (bfloat16)",
+    ),
+    "QWEN3NEXT_STEP_SECONDS": Variable(
+        (),
+        "1.0",
+        "on a CPU, how long a step may take that reads prompts while others wait for tokens;"
+        " 0: chunks of the engine's size",
     ),
     "QWEN3NEXT_SELF_CHECK": Variable(
         ("0", "1"),
@@ -125,6 +133,11 @@ def batch_invariant() -> bool:
     return _read("QWEN3NEXT_BATCH_INVARIANT") == "1"
 
 
+def step_seconds() -> float:
+    """Seconds of a step that reads prompts while others wait; 0: any."""
+    return float(_read("QWEN3NEXT_STEP_SECONDS") or 0)
+
+
 def self_check() -> bool:
     """Whether kernels are compared with their references before they serve."""
     return _read("QWEN3NEXT_SELF_CHECK") != "0"
@@ -159,9 +172,16 @@ def in_force() -> dict[str, str]:
 def _read(name: str) -> str | None:
     variable = VARIABLES[name]
     value = os.environ.get(name, variable.default)
-    if value is not None and value not in variable.allowed:
+    if value is not None and not _allows(variable, value):
+        allowed = ", ".join(variable.allowed)
         raise EnvError(
-            f"{name}={value!r} is not allowed; use one of {', '.join(variable.allowed)}"
+            f"{name}={value!r} is not allowed; use {f'one of {allowed}' if allowed else 'seconds'}"
             f" (unset: {variable.default or 'chosen by the machine'})"
         )
     return value
+
+
+def _allows(variable: Variable, value: str) -> bool:
+    if variable.allowed:
+        return value in variable.allowed
+    return SECONDS.fullmatch(value) is not None

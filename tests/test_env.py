@@ -60,6 +60,10 @@ def test_every_allowed_value_is_read(monkeypatch, name, value):
         ("QWEN3NEXT_DISABLE", "true", env.disabled),
         ("QWEN3NEXT_OPTIONAL", "yes", env.optional),
         ("QWEN3NEXT_OPTIONAL", "", env.optional),
+        *(
+            ("QWEN3NEXT_STEP_SECONDS", value, env.step_seconds)
+            for value in ("", "-1", "nan", "inf", "1e3", "one", "1 ", "٣")
+        ),
     ],
 )
 def test_bad_value_names_variable_value_and_allowed(monkeypatch, name, value, reader):
@@ -84,6 +88,14 @@ def test_variables_of_a_kubernetes_service_are_not_ours(monkeypatch, name):
     monkeypatch.setenv(name, "tcp://10.0.0.5:8000")
     env.check()
     assert not env.in_force()
+
+
+def test_seconds_are_any_number(monkeypatch):
+    assert env.step_seconds() == 1
+    for value in ("0", "0.25", "30", "2.0"):
+        monkeypatch.setenv("QWEN3NEXT_STEP_SECONDS", value)
+        env.check()
+        assert env.step_seconds() == float(value)
 
 
 def test_values_are_read_at_call_time(monkeypatch):

@@ -30,6 +30,7 @@ OF_BOTH = (
     "processor",
     "alike",
     "nixl",
+    "pacing",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors

@@ -70,8 +70,9 @@ def test_figures_of_a_recorded_page(engine):
         *(f"acceptance draft {n}" for n in (1, 2, 3)),
         *(f"draft length {n}" for n in range(4)),
         *("tokens a second answers", "tokens a second prompts", "decoding time in drafts"),
-        *("requests running", "requests waiting", "state pages"),
+        *("longest step", "requests running", "requests waiting", "state pages"),
     ]
+    assert shown["longest step"].now == "0.12 s"
     lengths = [shown[f"draft length {n}"].share for n in range(4)]
     assert sum(lengths) == pytest.approx(1)
     by = {
@@ -91,7 +92,17 @@ def test_what_is_not_known_is_shown_as_a_dash(engine):
     quiet = Reading(last.engine, ours, seconds=1)
     shown = {figure.name: figure.now for figure in figures((Reading(last.engine, ours, 0), quiet))}
     unknown = {name for name, now in shown.items() if now == "–"}
-    assert unknown == shown.keys() - {"state pages"}
+    assert unknown == shown.keys() - {"state pages", "longest step"}
+
+
+@pytest.mark.parametrize("engine", NAMES)
+def test_a_server_without_drafts(engine):
+    _, last = readings(engine)
+    always = ("qwen3next_state_pages", "qwen3next_longest_step_seconds")
+    samples = [s for s in last.samples if "qwen3next_" not in s.name or s.name.endswith(always)]
+    shown = [figure.name for figure in figures([Reading(last.engine, samples, 0)])]
+    assert [name for name in shown if "draft" in name] == []
+    assert shown[2:] == ["longest step", "requests running", "requests waiting", "state pages"]
 
 
 @pytest.mark.parametrize("engine", NAMES)

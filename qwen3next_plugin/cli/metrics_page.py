@@ -40,8 +40,7 @@ ENGINES = (
         prompt=("prompt_tokens_total", ""),
         running="num_requests_running",
         waiting="num_requests_waiting",
-        fix='start it with --speculative-config \'{"method": "mtp", "num_speculative_tokens": 4}\','
-        " with one API server, on a CPU",
+        fix="start it with one API server, on a CPU",
     ),
     Engine(
         name="SGLang",
@@ -51,8 +50,7 @@ ENGINES = (
         prompt=("realtime_tokens_total", "prefill_compute"),
         running="num_running_reqs",
         waiting="num_queue_reqs",
-        fix="start it with --enable-metrics --speculative-algo NEXTN --speculative-num-steps 3,"
-        " on a CPU",
+        fix="start it with --enable-metrics, on a CPU",
     ),
 )
 
@@ -72,6 +70,11 @@ class Reading:
             s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
         ]
         return sum(found) if found else None
+
+    def most(self, name: str) -> float | None:
+        """The largest of an engine's samples of this name; None if there is none."""
+        name = self.engine.prefix + name
+        return max((s.value for s in self.samples if s.name == name), default=None)
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """The values of one of our samples by one label."""

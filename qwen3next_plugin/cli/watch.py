@@ -1,4 +1,4 @@
-"""`qwen3next watch`: what drafting does in a running server, read from its metrics every second."""
+"""`qwen3next watch`: what steps and drafts do in a server, by its metrics every second."""
 
 import contextlib
 import sys
@@ -23,11 +23,12 @@ UNKNOWN = "–"
 def watch(
     url: Annotated[str, typer.Argument(help="The server's address: http://localhost:8000")],
 ) -> None:
-    """Show what drafting does in a running server, until Ctrl-C.
+    """Show what steps and drafts do in a running server, until Ctrl-C.
 
     Acceptance of each draft position, given that those before it were accepted; tokens drafted
-    per request and step; the speed; what runs. "Now" is the last ten seconds. To a pipe, or a
-    terminal without a cursor, it prints the values of one second, tab-separated, and ends.
+    per request and step; the speed; the longest step of the last minute; what runs. "Now" is the
+    last ten seconds. To a pipe, or a terminal without a cursor, it prints the values of one second,
+    tab-separated, and ends.
     """
     from rich.console import Console
 
@@ -95,10 +96,15 @@ class Figure:
 def figures(readings: Sequence[Reading]) -> Iterator[Figure]:
     """The lines of the report on what happened from the first reading to the last."""
     first, last = readings[0], readings[-1]
-    yield from _acceptance(first, last)
-    yield from _draft_lengths(first, last)
+    drafts = bool(last.by("drafts_verified_total", "position"))
+    if drafts:
+        yield from _acceptance(first, last)
+        yield from _draft_lengths(first, last)
     yield from _speed(first, last)
-    yield _time_in_drafts(first, last)
+    if drafts:
+        yield _time_in_drafts(first, last)
+    longest = last.most("qwen3next_longest_step_seconds")
+    yield Figure("longest step", "", UNKNOWN if longest is None else f"{longest:.2f} s")
     for label, name in (("running", last.engine.running), ("waiting", last.engine.waiting)):
         yield Figure("requests", label, _text(last.value(name)))
     yield Figure("state pages", "", _text(last.value("qwen3next_state_pages")))

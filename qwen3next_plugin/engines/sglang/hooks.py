@@ -179,16 +179,18 @@ def use_log_softmax(host: Callable[[Any], None], sampler: Any) -> None:
 
 
 def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
-    """Report metrics of MTP where our worker drafts."""
+    """Report metrics of steps, and of MTP where our worker drafts."""
     from qwen3next_plugin.engines.sglang.metrics import MetricsReporter
     from qwen3next_plugin.engines.sglang.speculation.worker import Worker
+    from qwen3next_plugin.mtp.metrics import Board
 
     host(scheduler)
-    if isinstance(scheduler.draft_worker, Worker):
+    drafts = isinstance(scheduler.draft_worker, Worker)
+    if drafts or scheduler.spec_algorithm.is_none():
         # SGLang creates its own class, which becomes ours; `begin` adds the fields.
         scheduler.metrics_reporter.__class__ = MetricsReporter
-        loop = scheduler.draft_worker.drafter.loop
-        scheduler.metrics_reporter.begin(loop, loop.observer.board)
+        loop = scheduler.draft_worker.drafter.loop if drafts else None
+        scheduler.metrics_reporter.begin(loop.observer.board if loop else Board(0), loop)
 
 
 def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:

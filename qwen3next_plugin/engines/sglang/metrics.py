@@ -1,9 +1,9 @@
-"""Metrics of drafting on SGLang's /metrics (with --enable-metrics), and the log line.
+"""Metrics of steps and drafts on SGLang's /metrics (with --enable-metrics), and the log line.
 
 SGLang's processes share the metrics of prometheus_client through files, its multiprocess mode. So
 the scheduler's process, in which the drafter runs, has nothing to send: the drafter writes to a
 board (mtp/metrics.py), and the reporter copies what changed to those files, as often as the drafter
-looks at steps and whenever a request has ended.
+looks at steps and whenever a request has ended; without drafts after each step.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 from sglang.srt.managers.scheduler_components.metrics_reporter import SchedulerMetricsReporter
 
 from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.engines.sglang.pacing import turns
 from qwen3next_plugin.mtp.loop import Loop
 from qwen3next_plugin.mtp.metrics import Board, LogLine, Metric
 
@@ -20,26 +21,29 @@ PREFIX = "sglang:qwen3next_"
 
 
 class MetricsReporter(SchedulerMetricsReporter):
-    """SGLang's reporter with metrics of MTP. `begin` follows its construction."""
+    """SGLang's reporter with our metrics. `begin` follows its construction."""
 
-    loop: Loop
+    loop: Loop | None  # None: no drafts
     board: Board
-    log_line: LogLine
+    log_line: LogLine | None
     publisher: "MetricsPublisher | None"  # None: SGLang serves no metrics of this rank
 
-    def begin(self, loop: Loop, board: Board) -> None:
-        """Report what the loop writes to `board`."""
-        self.loop, self.board, self.log_line = loop, board, LogLine(board)
+    def begin(self, board: Board, loop: Loop | None = None) -> None:
+        """Report what the loop writes to `board`, if there is one."""
+        self.loop, self.board = loop, board
+        self.log_line = LogLine(board) if loop is not None else None
         served = self.current_scheduler_metrics_enabled
         self.publisher = MetricsPublisher(board, self.metrics_collector.labels) if served else None
 
     def log_batch_result_stats(self, batch: Any, result: Any) -> None:
         """Report as SGLang does after each step, then write metrics and the log line."""
         super().log_batch_result_stats(batch, result)
-        if any(request.finished() for request in batch.reqs):
-            self.loop.keep_plain()
-        if not self.loop.plain:  # all steps are on the board
+        loop = self.loop
+        if loop is not None and any(request.finished() for request in batch.reqs):
+            loop.keep_plain()
+        if loop is None or not loop.plain:  # all steps are on the board
             self.board.set("state_pages", [self.state_pages()])
+            self.board.set("longest_step_seconds", [turns(self.scheduler).longest_seconds])
             if self.publisher is not None:
                 self.publisher.publish()
         if batch.forward_mode.is_decode():
@@ -66,7 +70,7 @@ class MetricsReporter(SchedulerMetricsReporter):
     def _log(self) -> None:
         """Log at the interval of SGLang's decode statistics, and only if something was decoded."""
         due = self.forward_ct_decode % self.decode_log_interval == 0
-        if due and self.is_stats_logging_rank and (text := self.log_line.text()):
+        if self.log_line and due and self.is_stats_logging_rank and (text := self.log_line.text()):
             logger.info(text)
 
 

@@ -13,7 +13,7 @@ from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import Entry, Function, Host
-from qwen3next_plugin.engines.sglang import flags, hooks, staged_updates, updates
+from qwen3next_plugin.engines.sglang import flags, hooks, pacing, staged_updates, updates
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.attention_backend import create_draft_backend
 from qwen3next_plugin.engines.sglang.cpu.host_bar import HostBar
@@ -53,6 +53,7 @@ Patch = partial(patching.Patch, versions=VERSIONS)
 Attribute = partial(patching.Attribute, versions=VERSIONS)
 Override = partial(patching.Override, versions=VERSIONS)
 
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 TRANSFERS = "sglang.srt.disaggregation.common.conn"
 RESULTS = (
@@ -327,6 +328,59 @@ ON_CPU: tuple[Entry, ...] = (
         function=hooks.choose_reporter,
         reason="SGLang's reporter knows neither draft lengths nor state pages",
         remove_when="the reporter's class can be given",
+    ),
+    Patch(
+        target=f"{SCHEDULER}.run_batch",
+        parameters=("self", "batch", "pp_proxy_tensors"),
+        function=pacing.time_step,
+        reason="SGLang does not learn what steps take",
+        remove_when="SGLang bounds the time of a step",
+    ),
+    Patch(
+        target=f"{SCHEDULER}._get_new_batch_prefill_raw",
+        parameters=("self", "prefill_delayer_single_pass", "running_batch"),
+        function=pacing.read_prompts,
+        reason="SGLang reads prompts chunk by chunk before anybody decodes, each chunk as large as "
+        "fits memory, and one prompt to its end before another begins",
+        remove_when="SGLang bounds the time of a step",
+    ),
+    Patch(
+        target=f"{SCHEDULER}.get_prefill_adder_class",
+        parameters=("self",),
+        function=pacing.reserve,
+        reason="SGLang knows one prompt that is read in part",
+        remove_when="SGLang reads several prompts in part",
+    ),
+    Patch(
+        target="sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission",
+        parameters=(
+            *("self", "req", "total_tokens", "host_hit_length", "swa_host_hit_length"),
+            *("truncation_align_size", "has_chunked_req"),
+        ),
+        function=pacing.keep_whole,
+        reason="the same",
+        remove_when="SGLang reads several prompts in part",
+    ),
+    Patch(
+        target=f"{SCHEDULER}.stash_chunked_request",
+        parameters=("self", "req"),
+        function=pacing.publish_at_ends,
+        reason="SGLang keeps a state for each chunk, of which there would be too many",
+        remove_when="SGLang bounds the time of a step",
+    ),
+    Patch(
+        target=f"{SCHEDULER}.process_pending_chunked_abort",
+        parameters=("self",),
+        function=pacing.end_aside,
+        reason="SGLang knows one prompt that is read in part",
+        remove_when="SGLang reads several prompts in part",
+    ),
+    Patch(
+        target=f"{SCHEDULER}.pause_generation",
+        parameters=("self", "recv_req"),
+        function=pacing.retract_aside,
+        reason="the same",
+        remove_when="SGLang reads several prompts in part",
     ),
     Patch(
         target="sglang.srt.speculative.eagle_utils.eagle_sample",

@@ -1,4 +1,4 @@
-"""Metrics of drafting in vLLM's Prometheus registry, for GET /metrics and LLM.get_metrics().
+"""Metrics of steps and drafts in vLLM's Prometheus registry: GET /metrics, LLM.get_metrics().
 
 vLLM's statistics structures have no room for ours, and its stat-logger plugins would turn
 statistics on for every model. So worker and scheduler write to a board in shared memory
@@ -48,24 +48,34 @@ def worker_board(vllm_config: VllmConfig) -> Board:
     num_drafts = vllm_config.num_speculative_tokens
     if get_tp_group().rank_in_group != 0:
         return Board(num_drafts)
+    return _new_board(vllm_config)
+
+
+def scheduler_board(vllm_config: VllmConfig) -> Board:
+    """The first rank's board, or a private one if that rank is on another machine.
+
+    Without drafts no rank has one.
+    """
+    num_drafts = vllm_config.num_speculative_tokens
+    if not num_drafts:
+        return _new_board(vllm_config)
+    engine = vllm_config.parallel_config.data_parallel_index
+    return attach(board_path(vllm_config, engine), num_drafts) or Board(num_drafts)
+
+
+def _new_board(vllm_config: VllmConfig) -> Board:
+    num_drafts = vllm_config.num_speculative_tokens
     path = board_path(vllm_config, vllm_config.parallel_config.data_parallel_index)
     _delete(path)  # of an earlier server, in a folder that the user names
     try:
         return create(path, num_drafts)
     except OSError as error:
         logger.warning(
-            "There are no metrics of MTP: %s cannot be written (%s). Free some space there, or set "
-            "TMPDIR to another folder",
+            "There are no metrics of the plugin: %s cannot be written (%s). Free some space there, "
+            "or set TMPDIR to another folder",
             *(path, error.strerror),
         )
         return Board(num_drafts)
-
-
-def scheduler_board(vllm_config: VllmConfig) -> Board:
-    """The first rank's board, or a private one if that rank is on another machine."""
-    num_drafts = vllm_config.num_speculative_tokens
-    engine = vllm_config.parallel_config.data_parallel_index
-    return attach(board_path(vllm_config, engine), num_drafts) or Board(num_drafts)
 
 
 class MetricsCollector(Collector):

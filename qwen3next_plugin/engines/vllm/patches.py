@@ -440,6 +440,26 @@ OVERRIDES: tuple[Entry, ...] = (
         remove_when="vLLM can keep engines of a mixture of experts apart",
     ),
     Override(
+        target="vllm.v1.core.sched.scheduler.Scheduler._mamba_block_aligned_split",
+        parameters=(
+            *("self", "request", "num_new_tokens", "num_new_local_computed_tokens"),
+            "num_external_computed_tokens",
+        ),
+        file="scheduler.py",
+        reason="the only method that vLLM asks how long a request's chunk may be; it bounds a step "
+        "by tokens, which take more time the longer the context",
+        remove_when="vLLM bounds the time of a step",
+    ),
+    *(
+        Override(
+            target=f"vllm.v1.core.sched.scheduler.Scheduler.{name}",
+            file="scheduler.py",
+            reason="that method is called, and lets a chunk end within a block, if these say so",
+            remove_when="the entry above is removed",
+        )
+        for name in ("need_mamba_block_aligned_split", "max_num_scheduled_tokens")
+    ),
+    Override(
         target="vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
         file="speculation/worker.py",
         reason="vLLM leaves its min_p and logit_bias processors out under speculation",

@@ -1,11 +1,14 @@
 """Speculation changes no token: any number of drafts, trees, and changing numbers, under load."""
 
+import asyncio
 from collections.abc import Sequence
 
+import openai
 import pytest
 
 from checkpoints import SHIPPED
-from engines.sglang.server import FIXED, NEXTN, Forked
+from engines.clients import eventually
+from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from engines.traffic import Request, requests, send, source_tokens
 from reference import Ids
 from tiers import long_except
@@ -23,6 +26,8 @@ FLAGS = (
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 NO_CACHE = ("--disable-radix-cache",)
 # Drafts in some steps and of some requests only; no room for pending tokens of prompts above 290.
+# A step beside decoding requests reads 8 tokens of prompts, in turns: none fits the budget.
+PACED = {"QWEN3NEXT_STEP_SECONDS": "0.000001"}
 SWITCHING = {"TEST_DRAFTS": "0,3,021,0,0,2031,30,0,310", "TEST_PENDING": "300000"}
 TREE = ("--speculative-eagle-topk", "2", "--speculative-num-draft-tokens", "5")
 CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
@@ -30,7 +35,7 @@ CASES: dict[str, tuple[int, tuple[str, ...], dict[str, str]]] = {
     "steps-2_topk-2": (2, TREE, FIXED),
     "steps-3_no-cache": (3, NO_CACHE, FIXED),
     "adaptive": (3, (), {}),
-    "switching": (3, (), SWITCHING),
+    "switching": (3, (), SWITCHING | PACED),
 }
 ALWAYS = ("switching",)  # the other cases, each a server of its own, with --long
 Answers = Sequence[Ids | None]  # None: the client hung up
@@ -41,6 +46,8 @@ def answers(batch: Sequence[Request], *flags: str, env: dict[str, str] | None = 
     server = Forked(SHIPPED, *FLAGS, *flags, env=RETRACT | (env or {})).wait()
     try:
         found = send(server, batch[:ALONE], 1) + send(server, batch, CLIENTS)
+        if PACED.items() <= (env or {}).items():
+            assert eventually(lambda: goes_on_beside_prompts(server))
         metrics = server.metrics()
         steps = server.by_label("sglang:qwen3next_steps_total", "kind")
     finally:
@@ -52,6 +59,34 @@ def answers(batch: Sequence[Request], *flags: str, env: dict[str, str] | None = 
         assert min(steps["plain"], steps["verify"]) > 0
     assert sum(answer is not None for answer in found) >= 0.8 * len(found)
     return found
+
+
+def goes_on_beside_prompts(server: Server) -> bool:
+    """Whether a stream ends before a long prompt is read, and a short one comes between."""
+    ids = source_tokens()
+    firsts: list[str] = []
+
+    async def ask(client: openai.AsyncOpenAI, name: str, prompt: list[int], tokens: int) -> None:
+        options = {"extra_body": {"ignore_eos": True}, "stream": True, "temperature": 0}
+        stream = await client.completions.create(
+            model=server.model, prompt=prompt, max_tokens=tokens, **options
+        )
+        async for _ in stream:
+            if name == "stream" and not others:
+                others.append(asyncio.create_task(ask(client, "long", ids[40:540], 1)))
+                others.append(asyncio.create_task(ask(client, "short", ids[20:40], 1)))
+            firsts.append(name)
+
+    others: list[asyncio.Task[None]] = []
+
+    async def all_of_them() -> None:
+        async with openai.AsyncOpenAI(**server.openai_options()) as client:
+            await ask(client, "stream", ids[:9], 160)
+            await asyncio.gather(*others)
+
+    asyncio.run(all_of_them())
+    beside = firsts[firsts.index("short") :]
+    return firsts[-1] == "long" and "stream" in beside
 
 
 @pytest.fixture(scope="module")

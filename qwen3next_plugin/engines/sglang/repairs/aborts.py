@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qwen3next_plugin.engines.sglang.pacing import turns
+
 OTHER = "\0"  # no name of a request begins so
 
 
@@ -12,12 +14,14 @@ def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     Names are random, or given by clients: `a` would be the beginning of one in sixteen.
     """
     if asked.abort_all:
+        turns(scheduler).leave(asked)
         return host(scheduler, asked)
     alike = (req for req in _requests(scheduler) if req.rid.startswith(asked.rid))
     others = {id(req): req for req in alike if req.rid != asked.rid}.values()  # each once
     for req in others:
         req.rid = OTHER + req.rid
     try:
+        turns(scheduler).leave(asked)
         host(scheduler, asked)
     finally:
         for req in others:
@@ -28,6 +32,7 @@ def _requests(scheduler: Any) -> Iterator[Any]:
     """All that wait or run, some more than once."""
     if scheduler.chunked_req is not None:
         yield scheduler.chunked_req
+    yield from turns(scheduler).aside
     yield from scheduler.waiting_queue
     yield from scheduler.grammar_manager.grammar_queue
     yield from scheduler.collect_inflight_reqs()

@@ -61,10 +61,8 @@ def align_drafter(vllm_config: VllmConfig) -> None:
 
 
 def choose_metrics(vllm_config: VllmConfig) -> None:
-    """Register metrics of our drafter, and our scheduler for them unless a flag names another."""
+    """Register our metrics, and our scheduler unless a flag names another."""
     metrics.remove()
-    if vllm_config.speculative_config is None:
-        return
     metrics.install(vllm_config)
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER

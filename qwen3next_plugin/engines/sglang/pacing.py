@@ -1,0 +1,246 @@
+"""SGLang's steps of prompts within a budget of seconds, decode steps between them, and turns.
+
+SGLang runs a step of prompts whenever it can, and reads one prompt in chunks at a time: while it
+does, nobody decodes, and no other prompt begins. Here a decode step follows each step of prompts,
+chunks are as engines/pacing.py says, and a prompt that is read in part may stand aside for one that
+is much shorter. It keeps its row, its page and its tokens, as between two chunks.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qwen3next_plugin import env
+from qwen3next_plugin.engines.pacing import LongestStep, Pacing, Prompt
+
+MUCH_SHORTER = 4  # times
+LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
+
+
+class Turns:
+    """Who is read in the next step; one per scheduler."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.longest, self.longest_seconds = LongestStep(), 0.0
+        self.pacing = Pacing(env.step_seconds() if _may_pace(scheduler) else 0.0, self._agree)
+        self.aside: list[Any] = []  # requests read in part, but for the scheduler's chunked_req
+        self.left: list[Any] = []  # of these, those whose clients have left
+
+    def _agree(self, tokens: int) -> int:
+        from sglang.srt.runtime_context import get_parallel
+
+        group = get_parallel().tp_group
+        if group.world_size == 1:
+            return tokens
+        return int(group.broadcast(torch.tensor([tokens]), src=0))
+
+    def observe(self, rows: int, chunks: list[tuple[int, int]], seconds: float) -> None:
+        """A step has ended that decoded so many rows, or read chunks: (tokens, tokens before)."""
+        self.longest_seconds = self.longest.observe(time.monotonic(), seconds)
+        tokens = sum(count for count, _ in chunks)
+        positions = sum(count * (start + count // 2) for count, start in chunks)
+        self.pacing.costs.observe(rows, tokens, positions / max(1, tokens), seconds)
+
+    def begin(self, rows: int) -> int | None:
+        """Make the one whose turn it is the next to be read; the tokens of the step, None: any."""
+        scheduler = self.scheduler
+        parts = self.aside + [r for r in (scheduler.chunked_req,) if r is not None]
+        parts.sort(key=lambda req: req.time_stats.wait_queue_entry_time)
+        waiting = self._may_begin(parts)
+        prompts = [Prompt(_rest(req), req.prefix_len) for req in parts]
+        prompts += [self._waiting(req, i < LOOKED_UP) for i, req in enumerate(waiting)]
+        most = scheduler.chunked_prefill_size
+        shares = self.pacing.shares(prompts, rows, most)
+        first = 0 if shares is None else self.pacing.first
+        self._resume(parts, first)
+        if shares is None:
+            return None
+        if first >= len(parts):
+            req = waiting[first - len(parts)]
+            scheduler.waiting_queue.remove(req)
+            scheduler.waiting_queue.insert(0, req)
+        # Chunks end where the tree keeps states of prompts.
+        to_end = most - prompts[first].context % most
+        limit = self.pacing.limit
+        return min(limit, to_end) if shares[first] > to_end else limit
+
+    def _may_begin(self, parts: list[Any]) -> list[Any]:
+        """Waiting requests that may be read next: all, or where some are read, the shorter ones."""
+        scheduler = self.scheduler
+        if not _in_order_of_arrival(scheduler):
+            return [] if parts else scheduler.waiting_queue[:1]
+        most = min(map(_rest, parts), default=None)
+        return [
+            req
+            for req in scheduler.waiting_queue
+            if most is None or MUCH_SHORTER * len(req.origin_input_ids) <= most
+        ]
+
+    def _waiting(self, req: Any, look_up: bool) -> Prompt:
+        """A waiting request's prompt, behind its cached prefix if that is looked up."""
+        from sglang.srt.mem_cache.common import match_kv_cache
+
+        tree, tokens = self.scheduler.tree_cache, len(req.origin_input_ids) + len(req.output_ids)
+        if look_up and req.session is None and tree.supports_prefix_sharing():
+            match_kv_cache(req, tree)
+        computed = min(req.num_matched_prefix_tokens, tokens - 1)
+        return Prompt(tokens - computed, computed)
+
+    def _resume(self, parts: list[Any], first: int) -> None:
+        """Continue one of these requests and leave the others aside; all, if a new one begins."""
+        self.scheduler.chunked_req = parts[first] if first < len(parts) else None
+        self.aside = [req for i, req in enumerate(parts) if i != first]
+
+    def resume_oldest(self) -> None:
+        """Continue a request after all: the one whose turn it was found no room."""
+        self.scheduler.chunked_req = self.aside.pop(0)
+
+    def reserved(self) -> int:
+        """Tokens that requests that stand aside will still need."""
+        return sum(map(_rest, self.aside))
+
+    def leave(self, asked: Any) -> None:
+        """A client leaves: note its requests that stand aside."""
+        for req in self.aside:
+            if asked.abort_all or req.rid.startswith(asked.rid):
+                self.left.append(req)
+
+
+def _may_pace(scheduler: Any) -> bool:
+    """Whether this scheduler decodes, alone, and reads prompts in chunks."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    return (
+        scheduler.disaggregation_mode == DisaggregationMode.NULL
+        and scheduler.chunked_prefill_size is not None
+        and scheduler.truncation_align_size is None
+        and not scheduler.require_mlp_sync
+    )
+
+
+def _in_order_of_arrival(scheduler: Any) -> bool:
+    return scheduler.schedule_policy == "fcfs" and not scheduler.enable_priority_scheduling
+
+
+def _rest(req: Any) -> int:
+    return len(req.full_untruncated_fill_ids) - req.prefix_len
+
+
+def turns(scheduler: Any) -> Turns:
+    """The turns of a scheduler."""
+    if not hasattr(scheduler, "qwen3next_turns"):
+        scheduler.qwen3next_turns = Turns(scheduler)
+    return scheduler.qwen3next_turns
+
+
+def time_step(
+    host: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **options: Any
+) -> Any:
+    """Around `run_batch`: learn what steps take."""
+    reads = batch.forward_mode.is_extend()
+    rows = 0 if reads else len(batch.reqs)
+    chunks = [(req.extend_len, req.prefix_len) for req in batch.reqs] if reads else []
+    began = time.perf_counter()
+    result = host(scheduler, batch, *args, **options)
+    turns(scheduler).observe(rows, chunks, time.perf_counter() - began)
+    return result
+
+
+def read_prompts(
+    host: Callable[..., Any], scheduler: Any, *, running_batch: Any, **options: Any
+) -> Any:
+    """Around `_get_new_batch_prefill_raw`: the batch of prompts that fits the budget, if any."""
+    found = turns(scheduler)
+    rows = sum(not req.finished() for req in running_batch.reqs)
+    last = scheduler.last_batch
+    if not found.pacing.seconds:
+        return host(scheduler, running_batch=running_batch, **options)
+    if rows and last is not None and last.forward_mode.is_extend():
+        return None, running_batch  # those who decode are next
+    most = scheduler.chunked_prefill_size
+    try:
+        limit = found.begin(rows)
+        scheduler.chunked_prefill_size = limit or most
+        batch, running_batch = host(scheduler, running_batch=running_batch, **options)
+        if batch is None and scheduler.chunked_req is None and found.aside:
+            found.resume_oldest()
+            batch, running_batch = host(scheduler, running_batch=running_batch, **options)
+    finally:
+        scheduler.chunked_prefill_size = most
+    return batch, running_batch
+
+
+def reserve(host: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
+    """Around `get_prefill_adder_class`: keep free what requests that stand aside will need."""
+    made = host(scheduler)
+
+    def make(*args: Any, **options: Any) -> Any:
+        adder = made(*args, **options)
+        adder.memory_budget.total_offset += turns(scheduler).reserved()
+        return adder
+
+    return make
+
+
+def keep_whole(
+    host: Callable[..., Any], adder: Any, req: Any, *, has_chunked_req: bool = False, **options: Any
+) -> Any:
+    """Around `_select_prefill_admission`: begin no prompt in part beside another one."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    admission = host(adder, req, has_chunked_req=has_chunked_req, **options)
+    if has_chunked_req and getattr(admission, "is_chunked", False):
+        return AddReqResult.OTHER
+    return admission
+
+
+def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None:
+    """Around `stash_chunked_request`: give the tree a prompt's state where SGLang's chunks end.
+
+    A state for every chunk of a small budget would take the places of other prompts'.
+    """
+    most = scheduler.chunked_prefill_size
+    if not turns(scheduler).pacing.seconds or req.prefix_len // most != req.extend_end // most:
+        return host(scheduler, req)
+    barred, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
+    try:
+        host(scheduler, req)
+    finally:
+        req.skip_radix_cache_insert = barred
+
+
+def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
+    """Around `process_pending_chunked_abort`: end those that stand aside, too."""
+    host(scheduler)
+    found = turns(scheduler)
+    kept = scheduler.chunked_req
+    for req in found.left:
+        if req in found.aside:
+            found.aside.remove(req)
+            scheduler.chunked_req = scheduler._pending_chunked_abort_req = req
+            host(scheduler)
+    scheduler.chunked_req = kept
+    found.left = []
+
+
+def retract_aside(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
+    """Around `pause_generation`: retract those that stand aside, too."""
+    from sglang.srt.managers.schedule_batch import retract_all
+
+    found = turns(scheduler)
+    if asked.mode == "retract" and found.aside:
+        retract_all(
+            reqs=found.aside,
+            req_to_token_pool=scheduler.req_to_token_pool,
+            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+            tree_cache=scheduler.tree_cache,
+            hisparse_coordinator=None,
+            offload_kv=False,
+        )
+        for req in found.aside:
+            scheduler._add_request_to_queue(req)
+        found.aside = []
+    host(scheduler, asked)

@@ -1,0 +1,222 @@
+"""vLLM's scheduler with a budget of seconds for a step, metrics and a log line on drafting.
+
+vLLM has a setting for the class (`--scheduler-cls`); flags.py chooses this one on CPUs. Scheduling
+changes for streaming input with drafts, and where prompts are read while others wait (pacing.py).
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler as HostScheduler
+from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from qwen3next_plugin import env
+from qwen3next_plugin.engines.pacing import LongestStep, Pacing, Prompt
+from qwen3next_plugin.engines.vllm.metrics import scheduler_board
+from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.mtp.metrics import LogLine
+
+logger = init_logger(LOGGER)
+
+COUNT_EVERY = 0.1  # seconds between counts of state pages: each looks at every block of a request
+
+
+LOOKED_UP = 32  # waiting prompts whose cached prefix is looked up before a step
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step does."""
+
+    began: float
+    rows: int  # that decode
+    tokens: int  # of prompts
+    context: float  # mean position of these
+
+
+class Scheduler(HostScheduler):
+    """Schedules as vLLM does, with a budget for a step and with metrics."""
+
+    need_mamba_block_aligned_split: bool
+    max_num_scheduled_tokens: int
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)  # whatever the host passes
+        self.board = scheduler_board(vllm_config)
+        self.log_line = LogLine(self.board) if vllm_config.num_speculative_tokens else None
+        self.logged = self.counted = time.monotonic()
+        self.longest = LongestStep()
+        self.step: Step | None = None
+        chunked = self.scheduler_config.enable_chunked_prefill
+        self.pacing = Pacing(env.step_seconds() if chunked else 0.0)
+        self.shares: dict[str, int] | None = None  # tokens of prompts in this step; None: any
+        self.refused: set[str] = set()  # waiting prompts that vLLM had no room for
+        # Engines that share experts step together, so other engines' requests may wait, too.
+        parallel_config = vllm_config.parallel_config
+        self.together = (
+            parallel_config.data_parallel_size > 1 and parallel_config.enable_expert_parallel
+        )
+        self.aligned = self.need_mamba_block_aligned_split
+        self.need_mamba_block_aligned_split = True  # ask our method for the length of each chunk
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule as vLLM does, but no more of the prompts than fit the budget."""
+        began = time.monotonic()
+        first = self._share_step()
+        output = super().schedule(throttle_prefills)
+        if first is not None and first not in output.num_scheduled_tokens:
+            self.refused.add(first)
+        self.step = self._describe(output, began)
+        return output
+
+    def _share_step(self) -> str | None:
+        """Give each prompt its share of the next step; returns who comes first, if that counts."""
+        if self.finished_req_ids:
+            self.refused.clear()  # there is room again
+        rows = sum(_rest(request) == 1 for request in self.running)
+        requests = [request for request in self.running if _rest(request) > 1]
+        waiting = self._may_begin()
+        prompts = [Prompt(_rest(one), one.num_computed_tokens) for one in requests]
+        prompts += [self._prompt(one, i < LOOKED_UP) for i, one in enumerate(waiting)]
+        if self.policy == SchedulingPolicy.PRIORITY:
+            self.pacing.oldest_had_its_turn = False  # vLLM's order counts
+        decoding = max(rows, int(self.together))
+        shares = self.pacing.shares(prompts, decoding, self.max_num_scheduled_tokens - rows)
+        if shares is None:
+            # Nor do those begin that vLLM did not have ready.
+            unready = rows and (self.waiting or self.kv_holding_waiting)
+            self.shares = {} if self.pacing.seconds and unready else None
+            return None
+        requests += waiting
+        self.shares = {
+            one.request_id: share for one, share in zip(requests, shares, strict=True) if share
+        }
+        first = requests[self.pacing.first]
+        if first in waiting and first not in self.kv_holding_waiting:
+            self.waiting.remove_request(first)
+            self.waiting.prepend_request(first)
+        return first.request_id
+
+    def _may_begin(self) -> list[Request]:
+        """Waiting requests that may begin now; for the last free row, the first of them alone."""
+        free = self.max_num_running_reqs - len(self.running)
+        if free <= 0 or self._pause_state != PauseState.UNPAUSED:
+            return []
+        ready = (
+            request
+            for request in chain(self.kv_holding_waiting, self.waiting)
+            if not self._is_blocked_waiting_status(request.status)
+            and request.request_id not in self.refused
+        )
+        in_order = free == 1 or self.policy == SchedulingPolicy.PRIORITY
+        return list(islice(ready, 1 if in_order else None))
+
+    def _prompt(self, request: Request, look_up: bool) -> Prompt:
+        """A waiting request's prompt, behind its cached prefix if that is looked up."""
+        computed = request.num_computed_tokens
+        if look_up and not computed:
+            computed = self.kv_cache_manager.get_computed_blocks(request)[1]
+        return Prompt(request.num_tokens - computed, computed)
+
+    def _mamba_block_aligned_split(
+        self, request: Request, num_new_tokens: int, *computed: int, **named: int
+    ) -> int:
+        """The length of a request's next chunk, which ends at the next cached state, if not before.
+
+        A page continues at any token. So a share shorter than a block may end within one, as in
+        vLLM where a block is longer than its largest chunk.
+        """
+        most = largest = self.max_num_scheduled_tokens
+        if self.shares is not None and _rest(request) > 1 and not self._reads_whole_images(request):
+            num_new_tokens = min(num_new_tokens, self.shares.get(request.request_id, 0))
+            largest = min(most, self.cache_config.block_size - 1)
+        if not num_new_tokens or not self.aligned:
+            return num_new_tokens
+        self.max_num_scheduled_tokens = largest
+        try:
+            return super()._mamba_block_aligned_split(request, num_new_tokens, *computed, **named)
+        finally:
+            self.max_num_scheduled_tokens = most
+
+    def _reads_whole_images(self, request: Request) -> bool:
+        """Whether a chunk that ends within an image would be cut before it, so maybe to nothing."""
+        return request.has_encoder_inputs and self.scheduler_config.disable_chunked_mm_input
+
+    def _describe(self, output: SchedulerOutput, began: float) -> Step:
+        """What this step does. Its requests count its tokens as computed already."""
+        rows = tokens = positions = 0
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.requests[name]
+            start = request.num_computed_tokens - count
+            if request.num_tokens - start > 1:
+                tokens += count
+                positions += count * (start + count // 2)
+            else:
+                rows += 1
+        return Step(began, rows, tokens, positions / max(1, tokens))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, Any]:
+        """Learn what the step took and update as vLLM does, then write metrics and the log line."""
+        now = time.monotonic()
+        if (step := self.step) is not None and (step.rows or step.tokens):
+            seconds = now - step.began
+            self.pacing.costs.observe(step.rows, step.tokens, step.context, seconds)
+            if self.log_stats:
+                self.board.set("longest_step_seconds", [self.longest.observe(now, seconds)])
+        self.step = None
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self.log_stats:
+            self._count(now)
+            self._log(now)
+        return outputs
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """Let the next piece of streaming input begin where it does without drafts.
+
+        A step may have accepted drafts behind the token that ended the answer, and the last token
+        of an answer is not read before the next piece.
+        """
+        if request.resumable:
+            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        return super()._handle_stopped_request(request)
+
+    def _count(self, now: float) -> None:
+        """Count the state pages now and then, and when nothing runs any more."""
+        if now - self.counted >= COUNT_EVERY or not self.running:
+            self.counted = now
+            self.board.set("state_pages", [self.state_pages()])
+
+    def state_pages(self) -> int:
+        """State pages that requests hold, by vLLM's accounting; cached pages are free."""
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        groups = self.kv_cache_config.kv_cache_groups
+        return sum(
+            len(group.layer_names) * sum(not block.is_null for block in blocks)
+            for manager, group in zip(managers, groups, strict=True)
+            if isinstance(group.kv_cache_spec, MambaSpec)
+            for blocks in manager.req_to_blocks.values()
+        )
+
+    def _log(self, now: float) -> None:
+        """Log at the interval of vLLM's statistics, and only if something was decoded."""
+        if self.log_line and now - self.logged >= envs.VLLM_LOG_STATS_INTERVAL:
+            self.logged = now
+            if text := self.log_line.text():
+                logger.info(text)
+
+
+def _rest(request: Request) -> int:
+    """Tokens to read until the next one is sampled: 1 if it decodes."""
+    return request.num_tokens - request.num_computed_tokens

@@ -1,0 +1,140 @@
+"""Turns of prompts that are read in part, without a server."""
+
+from collections import Counter
+from types import SimpleNamespace as Bag
+
+from qwen3next_plugin.engines.pacing import FIRST, Pacing
+from qwen3next_plugin.engines.sglang import pacing
+from qwen3next_plugin.engines.sglang.pacing import Turns
+
+CHUNK = 4096
+
+
+class Request:
+    def __init__(self, name, tokens, at):
+        self.rid, self.session = name, None
+        self.origin_input_ids, self.output_ids = [0] * tokens, []
+        self.full_untruncated_fill_ids = self.origin_input_ids
+        self.prefix_len = self.num_matched_prefix_tokens = 0
+        self.time_stats = Bag(wait_queue_entry_time=at)
+
+    @property
+    def rest(self):
+        return len(self.origin_input_ids) - self.prefix_len
+
+    def finished(self):
+        return False
+
+
+class Scheduler:
+    """What SGLang's does of steps of prompts: one part at most, then whole ones."""
+
+    def __init__(self, *waiting, policy="fcfs"):
+        self.waiting_queue = list(waiting)
+        self.chunked_req, self.chunked_prefill_size, self.last_batch = None, CHUNK, None
+        self._pending_chunked_abort_req = None
+        self.schedule_policy, self.enable_priority_scheduling = policy, False
+        self.tree_cache = Bag(supports_prefix_sharing=lambda: False)
+        self.full = False
+        self.qwen3next_turns = turns = Turns.__new__(Turns)
+        turns.scheduler, turns.pacing, turns.aside, turns.left = self, Pacing(1.0), [], []
+
+    def read(self, *, running_batch):
+        left, read = self.chunked_prefill_size, Counter()
+        parts = [req for req in (self.chunked_req,) if req is not None]
+        for req in [*parts, *([] if self.full else self.waiting_queue)]:
+            if left and (req.rest <= left or self.chunked_req in (None, req)):
+                read[req.rid] = min(req.rest, left)
+                left -= read[req.rid]
+                req.prefix_len += read[req.rid]
+                self.chunked_req = req if req.rest else None
+        self.waiting_queue = [req for req in self.waiting_queue if not req.prefix_len]
+        return read or None, running_batch
+
+    def step(self, rows=1):
+        batch = Bag(reqs=[Request("row", 1, 0)] * rows, batch_is_full=False)
+        return pacing.read_prompts(Scheduler.read, self, running_batch=batch)[0]
+
+
+def test_a_decode_step_follows_each_step_of_prompts():
+    scheduler = Scheduler(Request("long", 8000, 0))
+    assert scheduler.step() == {"long": FIRST}
+    scheduler.last_batch = Bag(forward_mode=Bag(is_extend=lambda: True))
+    assert scheduler.step() is None
+    assert scheduler.step(rows=0) == {"long": CHUNK}  # nobody decodes
+    scheduler.last_batch = Bag(forward_mode=Bag(is_extend=lambda: False))
+    assert scheduler.step() == {"long": FIRST}
+    assert scheduler.chunked_prefill_size == CHUNK
+
+
+def test_a_long_prompt_stands_aside_for_a_short_one_every_second_step():
+    scheduler = Scheduler(Request("long", 8000, 0))
+    scheduler.step()
+    scheduler.waiting_queue.append(Request("short", 150, 1))
+    steps = [scheduler.step() for _ in range(6)]
+    assert [step.get("short", 0) for step in steps] == [64, 0, 64, 0, 22, 0]
+    assert [step.get("long", 0) for step in steps] == [0, 64, 0, 64, 0, 64]
+    scheduler.waiting_queue.append(Request("other", 60, 1))
+    assert scheduler.step() == {"other": 60}
+
+
+def test_one_that_is_not_much_shorter_waits_for_the_end():
+    scheduler = Scheduler(Request("long", 600, 0), Request("next", 200, 1))
+    steps = [scheduler.step() for _ in range(13)]
+    assert sum(steps, Counter()) == {"long": 600, "next": 200}
+    names = [name for step in steps for name in step]
+    assert names == sorted(names)
+    assert all(sum(step.values()) == FIRST for step in steps[:-1])
+
+
+def test_no_turns_in_another_order_than_of_arrival():
+    scheduler = Scheduler(Request("long", 8000, 0), policy="lpm")
+    scheduler.step()
+    scheduler.waiting_queue.append(Request("short", 30, 1))
+    assert [scheduler.step() for _ in range(3)] == [{"long": FIRST}] * 3
+
+
+def test_who_finds_no_room_holds_nobody_up():
+    scheduler = Scheduler(Request("long", 8000, 0))
+    scheduler.step()
+    scheduler.waiting_queue.append(Request("short", 30, 1))
+    scheduler.full = True
+    assert [scheduler.step() for _ in range(4)] == [{"long": FIRST}] * 4
+    assert scheduler.qwen3next_turns.aside == []
+
+
+def test_chunks_end_where_states_are_kept():
+    scheduler = Scheduler(long := Request("long", 8000, 0))
+    long.prefix_len = CHUNK - 16
+    scheduler.chunked_req, scheduler.waiting_queue = long, []
+    assert scheduler.step() == {"long": 16}
+    kept = []
+
+    def host(_, req):
+        kept.append(not req.skip_radix_cache_insert)
+
+    for start, end in ((0, 64), (CHUNK - 16, CHUNK), (CHUNK, CHUNK + 64), (100, 2 * CHUNK)):
+        part = Bag(prefix_len=start, extend_end=end, skip_radix_cache_insert=False)
+        pacing.publish_at_ends(host, scheduler, part)
+        assert not part.skip_radix_cache_insert
+    assert kept == [False, True, False, True]
+
+
+def test_a_client_that_leaves_takes_its_request_from_aside():
+    long, short = Request("long", 8000, 0), Request("short", 1500, 1)
+    scheduler = Scheduler(long, short)
+    scheduler.step()
+    scheduler.step()
+    turns = scheduler.qwen3next_turns
+    assert (scheduler.chunked_req, turns.aside) == (short, [long])
+    ended = []
+
+    def host(scheduler):
+        if (req := scheduler._pending_chunked_abort_req) is not None:
+            assert scheduler.chunked_req is req
+            ended.append(req)
+            scheduler.chunked_req = scheduler._pending_chunked_abort_req = None
+
+    turns.leave(Bag(abort_all=False, rid="long"))
+    pacing.end_aside(host, scheduler)
+    assert (ended, turns.aside, scheduler.chunked_req) == ([long], [], short)
