@@ -21,6 +21,7 @@ from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.nodes import meet_at
+from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
 from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams, say_texts_only
@@ -60,7 +61,7 @@ CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
     "disable_overlap_schedule": (False, True),
     "sleep_on_idle": (False, True),  # an idle server would keep a core busy polling for work
     # SGLang ends a server whose step takes longer: on few cores, one of a long prompt may.
-    "watchdog_timeout": (300, 3600),
+    "watchdog_timeout": (300, TIMEOUT),
     "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
 }
 DECODE_DEFAULTS: dict[str, tuple[Any, Any]] = {

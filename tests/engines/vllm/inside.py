@@ -17,6 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from page_faults import page_faults
+from qwen3next_plugin.engines.pacing import Costs
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.quantisation.packed import Packed
 from qwen3next_plugin.mtp.metrics import Observer
@@ -47,9 +48,11 @@ def count_calls(llm: LLM) -> None:
     core = _core(llm)
     executor, schedule = core.model_executor, core.scheduler.schedule
     host, counts = executor.collective_rpc, Counter()
+    timeouts: set[float | None] = set()
 
     def calling(method: str, *args: Any, **options: Any) -> Any:
         counts[method] += 1
+        timeouts.add(options.get("timeout"))
         return host(method, *args, **options)
 
     def scheduling(*args: Any) -> Any:
@@ -58,12 +61,17 @@ def count_calls(llm: LLM) -> None:
         return scheduled
 
     executor.collective_rpc, core.scheduler.schedule = calling, scheduling
-    executor.counts = counts
+    executor.counts, executor.timeouts = counts, timeouts
 
 
 def calls(llm: LLM) -> dict[str, int]:
     """The calls since `count_calls`, by method, and the steps that scheduled a token."""
     return dict(_core(llm).model_executor.counts)
+
+
+def timeouts(llm: LLM) -> set[float | None]:
+    """The seconds that these calls may take."""
+    return _core(llm).model_executor.timeouts
 
 
 class Later(Policy):
@@ -233,6 +241,55 @@ def interrupted(llm: LLM, prompt: Any, tokens: int, *, reload_from: str = "") ->
         step += 1
     assert step > 2
     return found
+
+
+def beside(
+    llm: LLM, first: tuple[int, ...], others: list[tuple[int, ...]], tokens: int, seconds: float
+) -> dict[str, Any]:
+    """Run a prompt, and once it has tokens others beside it, with a budget of seconds for a step.
+
+    `answers` in this order; `steps`: each request's tokens in each step since then; `longest`: the
+    seconds of the longest step, by the engine's metrics.
+    """
+    engine, scheduler = llm.llm_engine, _core(llm).scheduler
+    before, scheduler.pacing.seconds = scheduler.pacing.seconds, seconds
+    scheduler.pacing.costs = Costs()
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    prompts, answers = [first, *others], {}
+    steps: list[list[int]] = []
+    schedule = scheduler.schedule
+
+    def noting(*args: Any) -> Any:
+        output = schedule(*args)
+        counts = {int(name.split("-")[0]): n for name, n in output.num_scheduled_tokens.items()}
+        steps.append([counts.get(i, 0) for i in range(len(prompts))])
+        return output
+
+    def add(i: int) -> None:
+        own = params.clone()
+        own.max_tokens = 4 * tokens if i == 0 else tokens
+        engine.add_request(f"{i}-beside", {"prompt_token_ids": list(prompts[i])}, own)
+
+    def step() -> None:
+        for output in engine.step():
+            answers[int(output.request_id.split("-")[0])] = list(output.outputs[0].token_ids)
+
+    add(0)
+    while not answers.get(0):
+        step()
+    scheduler.schedule = noting
+    for i in range(1, len(prompts)):
+        add(i)
+    while engine.has_unfinished_requests():
+        step()
+    del scheduler.schedule
+    scheduler.pacing.seconds = before
+    (longest,) = board(llm, "longest_step_seconds").values()
+    return {
+        "answers": [answers[i] for i in range(len(prompts))],
+        "steps": steps,
+        "longest": longest,
+    }
 
 
 def pages(llm: LLM, prompts: list[tuple[int, ...]], tokens: int) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.vllm.names import SCHEDULER
 from qwen3next_plugin.engines.vllm.repairs import graphs
 from qwen3next_plugin.engines.vllm.repairs.reloads import RELOAD, forget_old_weights
-from qwen3next_plugin.engines.vllm.speculation.scheduler import Scheduler
+from qwen3next_plugin.engines.vllm.scheduler import Scheduler
 from vision import write_vision_checkpoint
 
 
@@ -200,6 +201,22 @@ def with_drafts(**settings: object) -> dict:
 def test_flags_of_the_table_are_refused_by_name(complete, checkpoint, flags, message):
     with pytest.raises(Exception, match=message):
         complete(checkpoint, **flags)
+
+
+@pytest.mark.parametrize("given", [None, "30"])
+def test_how_long_a_step_may_take(monkeypatch, complete, checkpoint, given):
+    """As long as under SGLang, unless the user says so."""
+    name = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    complete(checkpoint)
+    assert os.environ[name] == (given or "3600")
+
+
+def test_a_step_is_paced_with_drafts_and_without(complete, checkpoint):
+    for flags in ({}, drafts(2)):
+        assert complete(checkpoint, **flags).scheduler_config.scheduler_cls == SCHEDULER
 
 
 class OwnScheduler(Scheduler):

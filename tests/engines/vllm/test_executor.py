@@ -5,6 +5,7 @@ import pytest
 from checkpoints import SHIPPED
 from engines.traffic import source_tokens
 from engines.vllm.offline import Offline
+from qwen3next_plugin.engines.pacing import TIMEOUT
 
 pytestmark = pytest.mark.serve
 
@@ -29,8 +30,11 @@ def test_a_worker_process_is_called_once_a_step():
         drafted = engine.counters()["vllm:spec_decode_num_draft_tokens"]
         (guided,) = engine.greedy(PROMPTS[:1], 8, **GUIDED)
         with_grammar = engine.inside("calls")
+        timeouts = engine.inside("timeouts")
     finally:
         engine.close()
+    # vLLM's own 300 s would end the engine in a long prompt's step on few cores.
+    assert timeouts == {TIMEOUT}
     assert [len(output.token_ids) for output in outputs] == [24, 24]
     assert drafted > 0
     assert calls == {"steps": calls["steps"], "run_step": calls["steps"]}

@@ -1,5 +1,7 @@
 """vLLM's flags on a CPU: what is refused, and what no flag says."""
 
+import os
+
 from vllm import envs
 from vllm.config import LoRAConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -11,6 +13,7 @@ from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes
 from qwen3next_plugin.engines.nodes import meet_at
+from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores, chosen
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.names import (
@@ -127,7 +130,9 @@ def _check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
 
 
 def complete_cpu(vllm_config: VllmConfig) -> None:
-    """Fill in cores, memory, LoRA, worker and executor."""
+    """Fill in cores, memory, LoRA, worker, executor and how long a step may take."""
+    # vLLM ends a server whose step takes longer than 300 s: on few cores, one of a long prompt may.
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(TIMEOUT))
     parallel_config = vllm_config.parallel_config
     _bind_cores(parallel_config)
     _serve_apart(vllm_config)
