@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fleet`: prefill apart, the same bits, restarts, replicas, reloads.
+"""`python -m benchmarks.fleet`: prefill apart, beside prompts, equal bits, restarts, replicas.
 
 It needs a quiet machine of two cores, 24 GB of memory, and 30 minutes.
 """
@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.fleet import apart, bits, folder, reload, replicas
+from benchmarks.fleet import apart, beside, bits, folder, reload, replicas
 from benchmarks.own_run import measure_alone
 from benchmarks.report import FLEET, Record, Run
 
 PARTS = {
     "apart": apart.measure,
+    "beside": beside.measure,
     "bits": bits.measure,
     "folder": folder.measure,
     "reload": reload.measure,
@@ -29,7 +30,7 @@ def main(
     out: Annotated[Path, typer.Option(help="For models, logs and records.")] = Path("out"),
     publish: Annotated[bool, typer.Option("--publish", help="Write the figures of docs/.")] = False,
 ) -> None:
-    """Measure prefill apart, the same bits, a prefix folder, replicas behind a router, reloads."""
+    """Measure prefill apart, beside prompts, the same bits, a prefix folder, replicas, reloads."""
     if unknown := set(part or ()) - PARTS.keys():
         raise typer.BadParameter(f"no part {', '.join(unknown)}: {', '.join(PARTS)}")
 

@@ -224,3 +224,31 @@ def test_drafts_beside_a_request_at_the_end_of_its_context(drafts):
     cut_short, beside = engine.inside("drafts")
     assert beside == alone
     assert len(cut_short) > 20
+
+
+LONG, SHORT, STREAM = (
+    random_prompt(470, seed=9),
+    random_prompt(30, seed=10),
+    random_prompt(9, seed=3),
+)
+
+
+def test_a_stream_goes_on_beside_long_prompts(drafts):
+    """A step of no budget reads 8 tokens. All texts, and hits afterwards, are those without one."""
+    engine, found = drafts.engine, {}
+    engine.inside("draft", 3)
+    for seconds in (0, 1e-6):
+        engine.forget()
+        held = engine.inside("beside", STREAM, [LONG, SHORT], TOKENS, seconds)
+        held["again"] = engine.greedy([LONG], TOKENS, logprobs=0)[0]
+        found[seconds] = held
+    whole, paced = found[0], found[1e-6]
+    assert paced["answers"] == whole["answers"]
+    assert paced["again"].token_ids == whole["again"].token_ids
+    assert paced["again"].cached == whole["again"].cached > 0
+    beside = [step for step in paced["steps"] if step[0] and max(step[1:]) > 4]
+    assert len(beside) >= 20  # of the stream's 128 tokens at most 4 in each
+    assert all(step[0] <= 4 and min(step[1:]) <= 4 and max(step[1:]) <= 8 for step in beside)
+    begun = next(i for i, step in enumerate(paced["steps"]) if step[2] == 1)
+    assert begun <= 4 + 2 * (len(SHORT) // 8 + 1)  # turns of a long and a short one
+    assert 0 < paced["longest"] < 60
