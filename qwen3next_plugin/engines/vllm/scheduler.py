@@ -68,6 +68,13 @@ class Scheduler(HostScheduler):
         )
         self.aligned = self.need_mamba_block_aligned_split
         self.need_mamba_block_aligned_split = True  # ask our method for the length of each chunk
+        self._pad_no_row(vllm_config)
+
+    def _pad_no_row(self, vllm_config: VllmConfig) -> None:
+        """Say that drafts depend on the number of requests: then vLLM pads no row without one."""
+        drafts = vllm_config.speculative_config
+        if drafts is not None and not drafts.num_speculative_tokens_per_batch_size:
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule as vLLM does, but no more of the prompts than fit the budget."""

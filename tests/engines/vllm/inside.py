@@ -44,7 +44,7 @@ def replace_adapter(llm: LLM, path: str, number: int) -> str:
 
 
 def count_calls(llm: LLM) -> None:
-    """From now on count the calls of the worker processes and the steps of the engine."""
+    """From now on count the calls of the worker processes, and the engine's steps and tokens."""
     core = _core(llm)
     executor, schedule = core.model_executor, core.scheduler.schedule
     host, counts = executor.collective_rpc, Counter()
@@ -58,6 +58,7 @@ def count_calls(llm: LLM) -> None:
     def scheduling(*args: Any) -> Any:
         scheduled = schedule(*args)
         counts["steps"] += scheduled.total_num_scheduled_tokens > 0
+        counts["tokens"] += scheduled.total_num_scheduled_tokens
         return scheduled
 
     executor.collective_rpc, core.scheduler.schedule = calling, scheduling
@@ -65,7 +66,7 @@ def count_calls(llm: LLM) -> None:
 
 
 def calls(llm: LLM) -> dict[str, int]:
-    """The calls since `count_calls`, by method, and the steps that scheduled a token."""
+    """The calls since `count_calls`, by method, and the steps that scheduled tokens, and these."""
     return dict(_core(llm).model_executor.counts)
 
 

@@ -76,6 +76,15 @@ def test_without_drafts_the_layer_reads_nothing(drafter, prompts):
     ]
 
 
+def test_a_row_without_a_draft_has_one_token(drafter):
+    """Also that of a request which begins when others decode, as the ninth of at most eight."""
+    tokens = (4, *[12] * 8)
+    drafter.engine.inside("count_calls")
+    run = drafter.run([(token,) for token in TEXT[:9]], 0, *tokens)
+    assert drafter.engine.inside("calls")["tokens"] == sum(tokens)
+    assert [len(output.token_ids) for output in run.outputs] == [*tokens]
+
+
 @pytest.mark.parametrize("prompt", SHORT, ids=len)
 def test_a_prompt_is_read_after_the_first_step_that_decodes(drafter, prompt):
     run = drafter.run([prompt], K)

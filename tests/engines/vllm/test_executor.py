@@ -37,6 +37,7 @@ def test_a_worker_process_is_called_once_a_step():
     assert timeouts == {TIMEOUT}
     assert [len(output.token_ids) for output in outputs] == [24, 24]
     assert drafted > 0
+    assert calls.pop("tokens") > calls["steps"]
     assert calls == {"steps": calls["steps"], "run_step": calls["steps"]}
     assert guided.text.isdigit()
     steps = with_grammar["steps"] - calls["steps"]
