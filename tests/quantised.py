@@ -374,5 +374,9 @@ KINDS: Mapping[str, Kind] = {
         compressed("mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32),
     ),
 }
+# One kind of each method that a config.json names.
+TWO_LAYERS = {"hidden_size": 160, "num_hidden_layers": 2, "full_attention_interval": 2}
+TWO_LAYERS |= {"moe_intermediate_size": 64}
+METHODS = ("fp8-blocks", "gptq", "awq", "packed_4-bit", "nvfp4", "mxfp4")
 # Those that one config.json allows beside one another.
 MIX = [kind for kind in KINDS if kind != "gptq_v2"]

@@ -39,6 +39,7 @@ class Bitwise(NamedTuple):
     alone: Sequence[Bits]
     together: Sequence[Bits]
     continued: Sequence[Bits]
+    accepted: int  # drafts of all of them together
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def served(
         server.close()
     assert (retracted > 0) == (RETRACT.items() <= more.items())
     assert max(answer.cached for answer in continued) > 0
-    return Bitwise(*(list(map(bits, answers)) for answers in (found, together, continued)))
+    each = (list(map(bits, answers)) for answers in (found, together, continued))
+    return Bitwise(*each, accepted=sum(answer.accepted for answer in together))
 
 
 def bits(answer: Answer) -> Bits:
@@ -95,10 +97,12 @@ def test_after_a_cache_hit(plain):
     assert plain.continued == rest(plain.alone)
 
 
-@pytest.mark.parametrize("drafts", long_except([3], [0, 1, 2, 3]))
+@pytest.mark.parametrize("drafts", long_except(["adaptive"], ["adaptive", 0, 1, 2, 3]))
 def test_in_chunks_with_drafts_and_retracted(prompts, served_in, plain, drafts):
-    more = (*NEXTN, str(drafts)) if drafts else MIXED
-    found = served(prompts, served_in, FIXED | RETRACT, *CHUNKS, *more)
+    schedule, steps = ({}, 3) if drafts == "adaptive" else (FIXED, drafts)
+    more = (*NEXTN, str(steps)) if steps else MIXED
+    found = served(prompts, served_in, schedule | RETRACT, *CHUNKS, *more)
+    assert (found.accepted > 0) == (steps > 0)
     assert found.alone == plain.alone[: len(found.alone)]
     assert found.together == plain.alone
     assert found.continued == rest(plain.alone)

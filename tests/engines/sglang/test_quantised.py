@@ -12,7 +12,7 @@ from checkpoints import random_prompt, write_checkpoint
 from engines.checks import TOKENS, check_greedy
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from needs import needs
-from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
+from quantised import AT_LOAD, KINDS, METHODS, MIXED, TWO_LAYERS, pack_checkpoint, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -79,6 +79,19 @@ def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
             assert packed == source
     finally:
         server.close()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_one_format_for_the_whole_file(tmp_path, reference, kind):
+    """Of each method, as a released checkpoint has it; two layers and few tokens."""
+    plain = write_checkpoint(tmp_path / "plain", **TWO_LAYERS)
+    quantised, _, twin = quantise(plain, tmp_path, kind)
+    server = Forked(quantised, *SMALL, *drafting(3), env=FIXED).wait()
+    try:
+        answers = server.greedy(PROMPTS[:3], 12, **LOGPROBS)
+    finally:
+        server.close()
+    check_greedy(reference(twin), PROMPTS[:3], answers)
 
 
 @pytest.mark.long
