@@ -12,7 +12,7 @@ from engines.checks import TOKENS, check_greedy
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from needs import needs
-from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise
+from quantised import AT_LOAD, KINDS, METHODS, MIXED, TWO_LAYERS, pack_checkpoint, quantise
 from reference import Reference
 from tiers import long_except
 
@@ -87,6 +87,19 @@ def test_packed_it_gives_the_same_bits(served, tmp_path, mmap):
             assert answers(engine) == answers(served.engine)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_one_format_for_the_whole_file(tmp_path, reference, kind):
+    """Of each method, as a released checkpoint has it; two layers and few tokens."""
+    plain = write_checkpoint(tmp_path / "plain", **TWO_LAYERS)
+    quantised, _, twin = quantise(plain, tmp_path, kind)
+    engine = Offline(quantised, **FLAGS)
+    try:
+        outputs = engine.greedy(PROMPTS[:3], 12, **LOGPROBS)
+    finally:
+        engine.close()
+    check_greedy(reference(twin), PROMPTS[:3], outputs)
 
 
 @needs("two-cores")

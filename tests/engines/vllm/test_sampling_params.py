@@ -138,7 +138,7 @@ def without_drafts() -> dict[str, list[Output]]:
     return run()[0]
 
 
-@pytest.fixture(scope="module", params=long_except(("fixed",), DRAFTS))
+@pytest.fixture(scope="module", params=long_except(("adaptive",), DRAFTS))
 def with_drafts(request) -> dict[str, list[Output]]:
     drafts = {"method": "mtp", "num_speculative_tokens": DRAFTS[request.param]}
     outputs, counters = run(speculative_config=drafts, env={"QWEN3NEXT_DRAFTS": request.param})
