@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,11 +38,16 @@ def where(folder: str, state: str, command: list[str]) -> list[str]:
     return [*NAMESPACE, *_after(STATES[state].format(folder), command)]
 
 
+def without_caches(env: Mapping[str, str]) -> dict[str, str]:
+    """Without the folders that importing torch has named in this process's environment."""
+    return {name: value for name, value in env.items() if "CACHE" not in name}
+
+
 def check_cut_off(home: Path, module: str) -> None:
     """`answers` of this module returns where only the loopback is up and HOME is read-only."""
     setup = f"PATH=$PATH:/usr/sbin ip link set lo up && {STATES['read-only'].format(home)}"
     code = f"import {module} as module; module.answers()"
-    env = {name: value for name, value in os.environ.items() if "CACHE" not in name}
+    env = without_caches(os.environ)
     done = subprocess.run(
         [*NAMESPACE, "--net", *_after(setup, [sys.executable, "-c", code])],
         env=env | {"HOME": str(home), "PYTHONPATH": TESTS},
@@ -94,7 +99,8 @@ def check_ends_without_memory(server: Server) -> None:
     try:
         _, *others = server.processes()
         worker = max(others, key=lambda each: each.memory_info().rss)
-        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms,) * 2)
+        # Not of its address space: of that, malloc has up to 64 MiB a thread in reserve.
+        worker.rlimit(psutil.RLIMIT_DATA, (worker.memory_info().data,) * 2)
         with pytest.raises(openai.APIError):
             complete(server, "word " * 6000)
         log = _log_of_failure(server)

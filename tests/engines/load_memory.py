@@ -15,8 +15,7 @@ R = TypeVar("R")
 PACKED = "packed before"
 KINDS = ("bf16", "int8", "int4", "fp8-blocks", "packed_4-bit", PACKED)
 MOST, MOST_PACKED = 1.15, 1.05  # of the packed weights' bytes
-# 1 GB in bf16; a layer, which is packed beside the others, has 2.5 % of it. Code that is called for
-# the first time counts too: about 15 MB, whatever the model.
+# 1 GB in bf16; a layer, which is packed beside the others, has 2.5 % of it.
 LARGE = {
     "hidden_size": 1024,
     "num_hidden_layers": 40,
@@ -92,8 +91,22 @@ def measured(
 def peak_of(call: Callable[[], R]) -> tuple[R, int]:
     """What a call returns, and the most memory that it took, over what there was before."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = _status("VmRSS")
-    return call(), _status("VmHWM") - before
+    before = _status("VmRSS") - _libraries()
+    return call(), _status("VmHWM") - _libraries() - before
+
+
+def _libraries() -> int:
+    """Bytes of libraries' files in this process: code that is called for the first time.
+
+    A fork starts without them, whatever the process had read that it was forked from.
+    """
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(":", 1)[0].split(" ", 1)[0]:  # a mapping: addresses, …, its file
+            inside = ".so" in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
 
 
 def _status(field: str) -> int:

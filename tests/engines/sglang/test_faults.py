@@ -16,6 +16,7 @@ from engines.faults import (
     check_ends_without_memory,
     inside,
     where,
+    without_caches,
 )
 from engines.sglang.server import NEXTN, Server
 from needs import needs
@@ -34,6 +35,9 @@ class Hindered(Server):
 
     def command(self, *flags: str) -> list[str]:
         return where("/tmp", self.state, super().command(*flags))
+
+    def environment(self) -> dict[str, str]:
+        return without_caches(super().environment())
 
 
 class Confined(Server):
