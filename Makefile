@@ -31,8 +31,6 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --no-compile --no-deps
 SET     := --config-settings=
 
-export VLLM_CPU_KVCACHE_SPACE ?= 2
-
 NATIVE := CMakeLists.txt pyproject.toml $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.def')
 
 .PHONY: help setup lock serve test test-long test-wheel test-arm wheel lint check format bench clean $(ENGINES:%=test-%)
@@ -87,7 +85,7 @@ setup: $(EACH_ENGINE:%=.venv-%/.plugin) ## engines, plugin and tools, in .venv-v
 SERVE_vllm   = $(BIN)/vllm serve '$(MODEL)' --max-model-len auto --port $(PORT) \
   --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}'
 SERVE_sglang = $(BIN)/python -m sglang.launch_server --model-path '$(MODEL)' --port $(PORT) \
-  --speculative-algo NEXTN --speculative-num-steps 3
+  --speculative-algo NEXTN --speculative-num-steps 3 --enable-metrics
 
 serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sglang: by SGLang; ARGS are the engine's
 	$(SERVE_$(THE_ENGINE)) $(ARGS)
@@ -216,7 +214,7 @@ wheel: .venv-$(THE_ENGINE)/.dev ## build dist/*.whl, which is installed without 
 WHEEL  := .venv-wheel-$(THE_ENGINE)
 AWAY   := build/away-$(THE_ENGINE)
 SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layering.py test_docs.py \
-  test_workflows.py \
+  test_workflows.py test_commands.py engines/sglang/test_commands.py \
   kernels/test_interpreter.py)
 ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths='$(TESTS_$(THE_ENGINE))' $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang

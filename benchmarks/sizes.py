@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.report import text
-from qwen3next_plugin.cli.blocks import Blocks
-from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
-from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.engines.plan import GIB, Flags, make_plan
+from qwen3next_plugin.engines.sglang.pools import Pools
+from qwen3next_plugin.engines.vllm.blocks import Blocks
 from qwen3next_plugin.model.checkpoint.sizes import DTYPES, served_bytes
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"

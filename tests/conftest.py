@@ -174,7 +174,8 @@ def grant_memory(
 
     def write(nbytes: int, swap: int = 0) -> None:
         grant("0::/\n", {"memory.max": f"{nbytes}\n"})
-        (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nSwapTotal: {swap >> 10:10} kB\n")
+        free = f"MemAvailable: {nbytes >> 10:10} kB\n"
+        (tmp_path / "meminfo").write_text(f"{free}SwapTotal: {swap >> 10:10} kB\n")
         monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
 
     return write

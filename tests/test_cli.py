@@ -28,12 +28,12 @@ from needs import need
 from quantised import MIXED, write_quantised
 from qwen3next_plugin import versions
 from qwen3next_plugin.cli import app, doctor, warmup
-from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import FLAGS, machine
-from qwen3next_plugin.cli.memory import GIB, Flags, StateDtype, make_plan
-from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.engines.memory import LEAST_POOLS
+from qwen3next_plugin.engines.plan import GIB, Flags, StateDtype, make_plan
+from qwen3next_plugin.engines.sglang.pools import Pools
+from qwen3next_plugin.engines.vllm.blocks import Blocks
 from qwen3next_plugin.kernels.gpu.compiling import TARGETS
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.kernels.paged_attention import SCRATCH
@@ -243,6 +243,20 @@ def test_pools_of_a_model_without_full_attention():
     assert plan.fits == plan.slots // 3 > 0
 
 
+@pytest.mark.parametrize("engine", [Blocks, Pools])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("length", [1, 1280, 1281, 32768])
+def test_a_requests_bytes_hold_it(engine, length, prefix_caching):
+    """And not many more than it needs: what SGLang sets aside for states is a fixed share."""
+    plan = make_plan(engine, CONFIG, {}, flags(max_model_len=length, prefix_caching=prefix_caching))
+    at = {
+        share: replace(plan, flags=replace(plan.flags, pools=int(share * plan.request_bytes)))
+        for share in (1, 0.9)
+    }
+    assert at[1].fits >= 1
+    assert at[0.9].fits <= 1
+
+
 def test_scratch_is_counted_where_our_attention_serves(monkeypatch):
     weights = sizes(drafts=False)
     plans = [make_plan(Pools, CONFIG, weights, flags(threads=n)) for n in (2, 64)]
@@ -355,6 +369,17 @@ def test_plan_of_a_longer_context(model):
     assert json.loads(run("plan", *options).stdout)["flags"]["max_model_len"] == 4 * 262_144
 
 
+def test_the_default_finds_room_for_35b_in_24_gb():
+    """SGLang's own default leaves nothing for states and KV there."""
+    options = (RELEASED_CONFIGS / "Qwen3.6-35B-A3B", "--memory", 22.2, "--quantise", "int4")
+    drafts = ("--num-speculative-tokens", 3, "--json")
+    for engine in ("vllm", "sglang"):
+        result = run("plan", *options, *drafts, "--engine", engine, "--max-model-len", 32768)
+        assert json.loads(result.stdout)["by_default"]["concurrency"] >= 1
+    result = run("plan", *options, *drafts, "--engine", "sglang")  # of 262,144 tokens none fits
+    assert json.loads(result.stdout)["by_default"]["pools"] > 1.9 * GIB
+
+
 def test_plan_that_does_not_fit_exits_with_1(released):
     result = run("plan", released, "--memory", 80)
     assert result.exit_code == 1
@@ -411,7 +436,7 @@ def test_plan_counts_a_quantised_checkpoint_as_it_is_served(tmp_path, kind):
     served = sum(tensor.nbytes for tensor in loaded.values()) + head.numel() + 4 * len(head)
     assert sum(plan["weights"].values()) == served
     assert plan["formats"].keys() == {"as stored"}
-    assert re.fullmatch(r"safetensors files \(.*plain 0\.\d\d.* GiB\)", plan["weights_from"])
+    assert re.fullmatch(r"safetensors files \(.*plain \d\.\d\d MiB.*\)", plan["weights_from"])
 
 
 def test_plan_names_a_module_that_cannot_be_served(tmp_path):
@@ -769,6 +794,13 @@ def test_doctor_prints_table_and_mend(diagnose, monkeypatch):
     assert "build and install the plugin again" in result.output
 
 
+def test_doctor_cuts_no_name_on_a_narrow_terminal(diagnose, monkeypatch):
+    diagnose()
+    monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
+    result = CliRunner(env={"COLUMNS": "60"}).invoke(app, ["doctor"])
+    assert "QWEN3NEXT_BATCH_INVARIANT" in result.output
+
+
 def test_probe_reports_the_last_line_of_a_failure(monkeypatch):
     monkeypatch.setenv("QWEN3NEXT_KERNELS", "no such backend")
     assert "QWEN3NEXT_KERNELS='no such backend' is not allowed" in doctor._ask("kernels")
@@ -791,7 +823,7 @@ def test_pack_and_plan_what_it_wrote(tmp_path):
     result = run("pack", plain, out, "--quantise", "int4")
     assert result.exit_code == 0
     assert "QWEN3NEXT_QUANTISE=int4: " in result.stdout
-    assert result.stdout.splitlines()[-1].endswith(f"vllm serve {out}")
+    assert result.stdout.splitlines()[-1] == f"QWEN3NEXT_MMAP=1 vllm serve {out}"
     options = ("--max-model-len", 1024, "--num-speculative-tokens", 2, "--json")
     planned = json.loads(run("plan", out, *options).stdout)
     assert planned["weights_from"].startswith("safetensors files (")

@@ -26,6 +26,7 @@ OF_BOTH = (
     "cgroups",
     "memory",
     "nodes",
+    "plan",
     "block_files",
     "processor",
     "alike",

@@ -8,7 +8,13 @@ import pytest
 from checkpoints import BASE
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left
-from qwen3next_plugin.engines.memory import check_weights
+from qwen3next_plugin.engines.memory import (
+    LEAST_POOLS,
+    check_weights,
+    default_pools,
+    granted,
+    room,
+)
 from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, served_bytes
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -94,6 +100,33 @@ def test_weights_fit_or_are_refused(monkeypatch, grant_memory, ranks, quantise):
         grant_memory(nbytes, swap)
         check_weights(sizes, config, ranks)
     grant_memory(needed - 1)
-    with pytest.raises(ConfigError, match=r"0\.0 GiB: .* fewer bits .*QWEN3NEXT_QUANTISE=int4"):
+    with pytest.raises(ConfigError, match=r"\d\.\d\d MiB: .* fewer bits .*QWEN3NEXT_QUANTISE=int4"):
         check_weights(sizes, config, ranks)
     check_weights(sizes, config, 0)  # none of the ranks is on this machine
+
+
+GIB = 1 << 30
+
+
+def test_what_ranks_are_granted():
+    """Of 24 GiB, besides prefixes in /dev/shm; 2 GiB of each are for processes and activations."""
+    assert granted(24 * GIB) == 22 * GIB
+    assert granted(24 * GIB, ranks=2, pinned=4 * GIB) == 8 * GIB
+    assert granted(GIB) == 0
+
+
+@pytest.mark.parametrize(
+    ("left", "mapped", "request_gib", "pools"),
+    [
+        (16, 0, 1, 4),
+        (16, 0, 9, 9),
+        (16, 0, 17, 16),
+        (16, 8, 1, 2),  # mapped weights stay in the page cache
+        (16, 8, 9, 8),
+        (16, 20, 9, LEAST_POOLS // GIB),  # or lose some of it
+        (1, 20, 9, 1),
+        (-3, 0, 1, 0),
+    ],
+)
+def test_states_and_kv_take_a_quarter_or_a_request(left, mapped, request_gib, pools):
+    assert default_pools(room(left * GIB, mapped * GIB), request_gib * GIB) == pools * GIB

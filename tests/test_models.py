@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from benchmarks.sizes import CONFIGS, RELEASED, ROOM
 from qwen3next_plugin.cli import app
-from qwen3next_plugin.cli.blocks import Blocks
-from qwen3next_plugin.cli.memory import make_plan
-from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.engines.plan import make_plan
+from qwen3next_plugin.engines.sglang.pools import Pools
+from qwen3next_plugin.engines.vllm.blocks import Blocks
 from qwen3next_plugin.model.checkpoint.layouts import in_projections
 from qwen3next_plugin.model.checkpoint.sizes import INDEX, parameters
 from test_cli import flags

@@ -209,7 +209,8 @@ def _print(findings: list[Finding]) -> None:
     from rich.table import Column, Table
 
     colours = {"ok": "green", "note": "yellow", "broken": "bold red"}
-    table = Table("", "what", Column("found", overflow="fold"), "", title="qwen3next doctor")
+    what, found = Column("what", no_wrap=True), Column("found", overflow="fold")  # never cut
+    table = Table("", what, found, "", title="qwen3next doctor")
     previous = None
     for f in findings:
         if previous not in (None, f.section):

@@ -1,5 +1,6 @@
 """`qwen3next pack`: a checkpoint in the kernels' own layout, which loads as fast as it is read."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.memory import gib
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import ConfigError, read_config
+from qwen3next_plugin.model.checkpoint.sizes import readable
 
 
 def pack(
@@ -63,4 +64,5 @@ def pack(
         raise ConfigError(f"packing into {out} failed: {error}") from error
     finally:
         progress.stop()
-    typer.echo(f"{out}: {gib(planned.nbytes)}. Serve it like any checkpoint: vllm serve {out}")
+    served = f"QWEN3NEXT_MMAP=1 vllm serve {shlex.quote(str(out))}"
+    typer.echo(f"{out}: {readable(planned.nbytes)}. Serve it from its files:\n{served}")

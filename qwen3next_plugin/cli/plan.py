@@ -2,17 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.blocks import Blocks
 from qwen3next_plugin.cli.machine import machine
-from qwen3next_plugin.cli.memory import GIB, Flags, Plan, StateDtype, gib, make_plan
-from qwen3next_plugin.cli.pools import Pools
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -23,12 +20,16 @@ from qwen3next_plugin.config import (
     read_config,
     rope,
 )
-from qwen3next_plugin.engines.memory import mapped_bytes
+from qwen3next_plugin.engines.memory import granted, mapped_bytes
+from qwen3next_plugin.engines.plan import GIB, Flags, P, Plan, StateDtype, make_plan
+from qwen3next_plugin.engines.sglang.pools import Pools
+from qwen3next_plugin.engines.vllm.blocks import Blocks
 from qwen3next_plugin.model.checkpoint.sizes import (
     DTYPES,
     parameters,
     part_of,
     quantization_of,
+    readable,
     table_bytes,
     tensor_bytes,
 )
@@ -188,7 +189,14 @@ def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
 
 def _as_dict(p: Plan) -> dict[str, Any]:
     derived = (*DERIVED, *DERIVED_OF_ENGINE[type(p)])
-    return asdict(p) | {name: getattr(p, name) for name in derived}
+    default = _by_default(p)
+    summary = {"pools": default.spare, "concurrency": default.concurrency}
+    return asdict(p) | {name: getattr(p, name) for name in derived} | {"by_default": summary}
+
+
+def _by_default(p: P) -> P:
+    """What the engine's server does where so much memory is free and no flag says how much."""
+    return replace(p, flags=replace(p.flags, memory=granted(p.flags.memory))).with_default_pools()
 
 
 def _summary(p: Plan) -> dict[str, int]:
@@ -204,7 +212,7 @@ def _print_formats(formats: Mapping[str, Plan]) -> None:
     table.add_column("weights", justify="right")
     table.add_column("requests at once", justify="right")
     for name, each in formats.items():
-        table.add_row(name, gib(sum(each.weights.values())), str(each.concurrency))
+        table.add_row(name, readable(sum(each.weights.values())), str(each.concurrency))
     Console().print(table)
 
 
@@ -222,16 +230,18 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
     table.add_column("", justify="right")
 
     def row(what: str, nbytes: int, note: str = "") -> None:
-        table.add_row(what, f"{nbytes:,}", note or gib(nbytes))
+        table.add_row(what, f"{nbytes:,}", note or readable(nbytes))
 
     for part, nbytes in p.weights.items():
         if nbytes:
             row(f"weights: {part}", nbytes)
     row("[bold]weights[/]", sum(p.weights.values()))
     if p.flags.mapped:
-        row("weights in mapped files", p.flags.mapped, f"{gib(p.flags.mapped)}, paged by Linux")
+        row(
+            "weights in mapped files", p.flags.mapped, f"{readable(p.flags.mapped)}, paged by Linux"
+        )
     if table_of := facts["ngram_table_in_files"]:
-        row("n-gram table in files", table_of, f"{gib(table_of)}, paged by Linux")
+        row("n-gram table in files", table_of, f"{readable(table_of)}, paged by Linux")
     table.add_section()
     for part, nbytes in p.state_page.items():
         row(f"state page: {part}", nbytes, "one layer, one slot")
@@ -246,4 +256,10 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
     console.print(table)
     console.print(
         f"[bold]{p.concurrency}[/] requests at once. Bound by {p.bound}.", highlight=False
+    )
+    default = _by_default(p)
+    console.print(
+        f"If no flag says more, a server takes {readable(default.spare)} for states and KV: "
+        f"{default.concurrency} requests at once.",
+        highlight=False,
     )

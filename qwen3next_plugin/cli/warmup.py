@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.memory import StateDtype
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import (
     ConfigError,
@@ -16,6 +15,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     read_config,
 )
+from qwen3next_plugin.engines.plan import StateDtype
 
 if TYPE_CHECKING:
     from qwen3next_plugin.model.launches import Launches

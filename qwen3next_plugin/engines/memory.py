@@ -1,4 +1,4 @@
-"""The refusal of weights that this process's memory cannot hold."""
+"""How much memory a rank uses for states and KV, and weights that no memory can hold."""
 
 import re
 from collections.abc import Mapping
@@ -6,13 +6,51 @@ from pathlib import Path
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.cgroups import memory_bytes, swap_limit
+from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left, swap_limit
 from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
-from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes
+from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, readable
 
 MEMINFO = Path("/proc/meminfo")
-LEAST_POOLS = 2 << 30  # bytes for states and KV beside weights that take the rest
+LEAST_POOLS = 2 << 30  # bytes for states and KV beside mapped weights that take the rest
+SHARE = 4  # where no setting says more, states and KV take 1/SHARE of what is free
+REST = 1 << 30  # bytes that a rank keeps free for activations and buffers
+PROCESSES = 1 << 30  # bytes of the processes that an engine starts for a rank
+
+
+def free_bytes() -> int:
+    """Bytes that this process's machine and cgroups still have, with files that can be dropped.
+
+    What is in /dev/shm is no such file.
+    """
+    return max(0, int(min(_meminfo("MemAvailable"), memory_left())))
+
+
+def granted(free: int, ranks: int = 1, pinned: int = 0) -> int:
+    """Bytes that each of this machine's ranks may use for weights, states and KV.
+
+    Args:
+        free: bytes, before any rank starts.
+        ranks: of all engines that start now.
+        pinned: bytes that they will take together for something else.
+    """
+    return max(0, (free - pinned) // max(1, ranks) - REST - PROCESSES)
+
+
+def room(left: int, mapped: int) -> int:
+    """The most bytes for states and KV, of those next to the weights in memory.
+
+    Mapped weights keep their place in the page cache, as long as LEAST_POOLS remain.
+    """
+    return max(0, left - mapped, min(left, LEAST_POOLS) if mapped else 0)
+
+
+def default_pools(most: int, request: int) -> int:
+    """Bytes for states and KV: a share of what is free, and at least a request of full length.
+
+    All, if such a request needs more. Args: most, request: bytes, as `room` and a plan say.
+    """
+    return min(most, max(most // SHARE, request))
 
 
 def mapped_bytes(model: str, revision: str | None = None, downloads: str | None = None) -> int:
@@ -34,15 +72,15 @@ def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int)
     """
     trunk = {name: nbytes for name, nbytes in sizes.items() if part_of(name) != "MTP"}
     needed, there = ranks * sum(rank_bytes(trunk, config).values()), memory_bytes()
-    if needed > there + _swap_bytes():
+    if needed > there + min(_meminfo("SwapTotal"), swap_limit()):
         raise ConfigError(
-            f"the weights take {needed / 2**30:.1f} GiB on this machine, of which this process may "
-            f"use {there / 2**30:.1f} GiB: serve a smaller model or one in fewer bits (a plain one "
+            f"the weights take {readable(needed)} on this machine, of which this process may "
+            f"use {readable(there)}: serve a smaller model or one in fewer bits (a plain one "
             f"with QWEN3NEXT_QUANTISE=int4), or put tensor-parallel ranks on other machines; "
             f"`qwen3next plan MODEL` shows what a model takes"
         )
 
 
-def _swap_bytes() -> float:
-    found = re.search(r"^SwapTotal:\s*(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
-    return min(int(found[1]) << 10 if found else 0, swap_limit())
+def _meminfo(name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0

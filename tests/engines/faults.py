@@ -28,7 +28,7 @@ STATES = {
 }
 # Of weights that are never written; it reads a config alone.
 TOO_LARGE = (CONFIGS / "Qwen3.8-2.4T-A95B", "--load-format", "dummy", "--skip-tokenizer-init")
-TOO_LITTLE = "on this machine, of which this process may use 3.0 GiB: serve a smaller model"
+TOO_LITTLE = "on this machine, of which this process may use 3.00 GiB: serve a smaller model"
 
 NO_MEMORY = re.compile(r"can't allocate memory|MemoryError|bad_alloc")  # torch, Python, C++
 

@@ -90,7 +90,7 @@ def test_every_byte_of_the_files_is_counted_once(plain, tmp_path, often, kind):
         assert progress._loading._done == wanted
         until(lambda wanted=wanted: progress._loading._total == wanted)
         progress.finish()
-        assert lines[-1].startswith(f"loaded {wanted / 2**30:.2f} GiB of weights in ")
+        assert lines[-1].startswith(f"loaded {wanted / 2**20:.2f} MiB of weights in ")
     assert progress.stored_bytes(folder, config, trunk=True, mtp=True) == sum(
         tensor.nbytes for _, tensor in stored(folder)
     )
@@ -109,7 +109,7 @@ def test_a_log_gets_plain_lines(often, monkeypatch):
     until(lambda: "building the model" in lines)
     progress.describe("loading weights")
     progress.advance(2 << 30)
-    until(lambda: any("loading weights: 2.00 of 8.00 GiB, " in line for line in lines))
+    until(lambda: any("loading weights: 2.00 GiB of 8.00 GiB, " in line for line in lines))
     assert all(line.endswith(" s left") for line in lines if "of 8.00" in line)
     progress.finish()
     assert lines[-1].startswith("loaded 2.00 GiB of weights in ")

@@ -250,8 +250,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     if on_cpu and not server_args.use_ray and (formats is not None or not quantised):
         itemsize = model_config.dtype.itemsize
         sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
-        local = server_args.dp_size * server_args.tp_size // server_args.nnodes
-        check_weights(sizes, config, local)
+        check_weights(sizes, config, memory.local_ranks(server_args))
+        memory.check_memory(sizes, server_args, model_config)
 
 
 def _adapters(lora_paths: Any) -> Iterator[Path]:

@@ -252,7 +252,7 @@ ON_CPU: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.utils.common.get_free_cpu_memory",
         parameters=(),
-        function=memory.free_bytes,
+        function=memory.free_memory,
         reason="SGLang knows the topmost cgroup's limit alone, and counts files in memory as used",
         remove_when="SGLang reads /proc/self/cgroup, and leaves out what memory.stat has of files",
     ),

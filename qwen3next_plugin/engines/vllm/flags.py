@@ -13,6 +13,7 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_kind, ro
 from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.vllm.cpu.cpu_flags import check_cpu, complete_cpu
+from qwen3next_plugin.engines.vllm.cpu.memory import size_cache
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
 from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, QUANTISATION, STREAMS
@@ -83,6 +84,7 @@ def complete(vllm_config: VllmConfig) -> None:
     choose_metrics(vllm_config)
 
 
+    size_cache(read_config(vllm_config), vllm_config)
 def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
     """Refuse a config, and a local checkpoint with a tensor missing or of another shape.
 

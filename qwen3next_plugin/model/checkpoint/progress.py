@@ -18,6 +18,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import our_name
+from qwen3next_plugin.model.checkpoint.sizes import readable
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 
 REFRESHED, EVERY = 1.0, 10.0  # seconds between two looks of the bar, and between two lines
@@ -61,7 +62,7 @@ class _Loading:
     def summary(self) -> str:
         """The bytes so far, and the time they took."""
         seconds = time.monotonic() - self._began
-        return f"{self._done / 2**30:.2f} GiB of weights in {seconds:.1f} s"
+        return f"{readable(self._done)} of weights in {seconds:.1f} s"
 
     def _show(self) -> None:
         while not self._ended.wait(EVERY if self._bar is None else REFRESHED):
@@ -78,9 +79,9 @@ class _Loading:
         done, rate = self._done, self._done / (time.monotonic() - self._began)
         if not done:
             return self.what
-        of = f" of {self._total / 2**30:.2f}" if self._total else ""
+        of = f" of {readable(self._total)}" if self._total else ""
         left = f", {(self._total - done) / rate:.0f} s left" if self._total else ""
-        return f"{self.what}: {done / 2**30:.2f}{of} GiB, {rate / 2**20:.0f} MiB/s{left}"
+        return f"{self.what}: {readable(done)}{of}, {rate / 2**20:.0f} MiB/s{left}"
 
 
 _loading: _Loading | None = None

@@ -164,8 +164,13 @@ def _quantised(
     if env.mmap():
         totals = +totals  # without what stays in the files
         totals["mapped"] = formats.nbytes_in_panels
-    described = ", ".join(f"{form} {n / 2**30:.2f}" for form, n in totals.items())
-    return sizes, f"safetensors files ({described} GiB)"
+    described = ", ".join(f"{form} {readable(n)}" for form, n in totals.items())
+    return sizes, f"safetensors files ({described})"
+
+
+def readable(nbytes: float) -> str:
+    """Bytes in GiB, or in MiB if they are few, for a reader."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def served_bytes(

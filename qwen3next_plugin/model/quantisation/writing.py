@@ -13,6 +13,7 @@ from qwen3next_plugin.config import ConfigError, check_name, read_config
 from qwen3next_plugin.model.checkpoint.headers import INDEX
 from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.reading import check_stored
+from qwen3next_plugin.model.checkpoint.sizes import readable
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 from qwen3next_plugin.model.checkpoint.writing import Planned, Wrote, written
 from qwen3next_plugin.model.quantisation.files import unquantised
@@ -106,7 +107,7 @@ def _check_out(plan: Plan, out: Path) -> Path:
     parent = next(parent for parent in partial.parents if parent.is_dir())
     if (free := shutil.disk_usage(parent).free) < plan.nbytes:
         raise ConfigError(
-            f"{out} takes {plan.nbytes / 2**30:.2f} GiB, and its disk has {free / 2**30:.2f} GiB "
+            f"{out} takes {readable(plan.nbytes)}, and its disk has {readable(free)} "
             f"free; free some, or give a folder on another disk"
         )
     return partial

@@ -21,6 +21,7 @@ from engines.lora import write_adapter
 from family import FAMILY
 from quantised import write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.plan import GIB
 from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts, read_config
@@ -32,7 +33,6 @@ from qwen4_exp import write_qwen4_exp
 
 NEXTN = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
 FP32 = {"dtype": "float32"}  # SGLang's own choice for such a checkpoint is float16
-NOWHERE = {"model_path": "", "revision": None, "download_dir": None}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -421,133 +421,103 @@ def test_the_line_is_silent_on_memory_that_a_flag_decides(complete, checkpoint, 
     assert "for states and KV" not in the_line(caplog)
 
 
-@pytest.mark.parametrize(
-    ("free", "fixed", "flags", "asked", "left"),
-    [
-        (40.0, False, {}, 10.0, 9.0),
-        (6.0, False, {}, 2.0, 1.0),
-        (1.5, False, {}, 1.5, 0.5),
-        (1.0, False, {}, 1.25, 0.25),  # half of what is free beyond --mem-fraction-static
-        (-4.0, False, {}, 1.25, 0.25),
-        (-4.0, False, {"mem_fraction_static": 0.5}, -4.0, -5.0),
-        (-4.0, True, {}, 1.25, 0.25),
-        (40.0, False, {"max_total_tokens": 4096}, 40.0, 39.0),
-        (40.0, False, {"mem_fraction_static": 0.5}, 40.0, 39.0),
-        (40.0, True, {}, 40.0, 10.0),  # one page a request: only KV is held to a part
-        (2.5, True, {}, 2.5, 1.5),
-    ],
-    ids=str,
-)
-def test_pools_take_a_part_of_the_free_memory(monkeypatch, free, fixed, flags, asked, left):
+@pytest.fixture
+def pools(monkeypatch):
+    """What our sizing of the pools returns, where SGLang's function is `host`."""
     from types import SimpleNamespace as Bag
 
     from sglang.srt import runtime_context as context
 
-    given = dict.fromkeys(memory.GIVEN) | flags
-    monkeypatch.setattr(memory, "free_gib", lambda configurator: 2.5 if free < 2 else free + 2)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**NOWHERE, **given))
-    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
-    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
-    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
+    def size(
+        host, total, *, free, request=1.0, mapped=0.0, fixed=False, topk=None, page=0, **flags
+    ):
+        given = dict.fromkeys(memory.GIVEN) | flags
+        planned = Bag(flags=Bag(mapped=int(mapped * GIB)), request_bytes=int(request * GIB))
+        spec = Bag(speculative_eagle_topk=topk, speculative_num_draft_tokens=6)
+        monkeypatch.setattr(memory, "free_gib", lambda configurator: free)
+        monkeypatch.setattr(memory, "plan", lambda *_: planned)
+        monkeypatch.setattr(context, "get_server_args", lambda: Bag(**given))
+        monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=fixed))
+        monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
+        monkeypatch.setattr(context, "get_spec", lambda: spec)
+        configurator = Bag(
+            model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])),
+            mambaish_config=Bag(mamba2_cache_params=Bag(mamba_cache_per_req=page)),
+        )
+        return memory.modest_pools(host, configurator, total)
+
+    return size
+
+
+@pytest.mark.parametrize(
+    ("free", "request_gib", "flags", "asked", "left"),
+    [
+        (41.0, 1.0, {}, 10.0, 9.0),
+        (41.0, 15.0, {}, 15.0, 14.0),  # a request of the context's length
+        (4.0, 15.0, {}, 3.0, 2.0),  # all but what steps need, whatever --mem-fraction-static is
+        (2.0, 0.5, {}, 0.5, -0.5),
+        (41.0, 1.0, {"mem_fraction_static": 0.5}, -4.0, -5.0),
+        (41.0, 1.0, {"max_total_tokens": 4096}, -4.0, -5.0),
+        (41.0, 1.0, {"fixed": True}, 40.0, 10.0),  # one page a request: KV is held to a part
+        (3.5, 1.0, {"fixed": True}, 2.5, 1.0),
+    ],
+    ids=str,
+)
+def test_pools_take_a_part_of_the_free_memory(pools, free, request_gib, flags, asked, left):
     seen = []
 
     def host(_, total):
         seen.append(total)
         return total - 1.0
 
-    model = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
-    assert memory.modest_pools(host, model, free) == left
+    assert pools(host, -4.0, free=free, request=request_gib, **flags) == left
     assert seen == [asked]
+
+
+def test_pools_of_other_models_are_sglangs():
+    from types import SimpleNamespace as Bag
+
     other = Bag(model_config=Bag(hf_config=Bag(architectures=None)))
-    assert memory.modest_pools(host, other, free) == free - 1.0
+    assert memory.modest_pools(lambda _, total: total - 1.0, other, 40.0) == 39.0
 
 
 def test_files_in_memory_are_free(grant):
     """In a systemd unit of 1 GiB, full of a checkpoint's files."""
-    grant("0::/\n", {})
-    assert memory.free_bytes(lambda: 5) == 5
     files = {"memory.max": 1 << 30, "memory.current": 1000 << 20}
     grant("0::/unit\n", {f"unit/{name}": f"{nbytes}\n" for name, nbytes in files.items()})
     grant("0::/unit\n", {"unit/memory.stat": f"active_file 5\ninactive_file {700 << 20}\n"})
-    assert memory.free_bytes(lambda: 5) == (724 << 20) + 5
+    assert memory.free_memory(lambda: 5) == (724 << 20) + 5
 
 
-def test_pools_take_a_part_of_what_a_container_leaves(monkeypatch, grant):
-    """Of 24 GiB, of which 10 are used, 2 of them by files that Linux can drop."""
-    from types import SimpleNamespace as Bag
-
-    from sglang.srt import runtime_context as context
-
-    files = {"memory.max": 24 << 30, "memory.current": 10 << 30}
-    grant("0::/job\n", {f"job/{name}": f"{nbytes}\n" for name, nbytes in files.items()})
-    grant("0::/job\n", {"job/memory.stat": f"anon 1\ninactive_file {2 << 30}\n"})
-    given = dict.fromkeys(memory.GIVEN)
-    monkeypatch.setattr(memory, "free_gib", lambda configurator: 40.0)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**NOWHERE, **given))
-    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
-    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
-    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
-    model = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
-    assert memory.modest_pools(lambda _, total: total, model, 40.0) == 4.0
-
-
-def test_pools_leave_room_for_mapped_weights(monkeypatch, tmp_path):
-    from types import SimpleNamespace as Bag
-
-    from sglang.srt import runtime_context as context
-
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(16 << 30)  # takes no disk
-    given = dict.fromkeys(memory.GIVEN)
-    monkeypatch.setattr(memory, "free_gib", lambda configurator: 40.0)
-    monkeypatch.setattr(
-        context, "get_server_args", lambda: Bag(**NOWHERE | {"model_path": str(tmp_path)}, **given)
-    )
-    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
-    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
-    monkeypatch.setattr(context, "get_spec", lambda: Bag(speculative_eagle_topk=None))
-    model = Bag(model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])))
-    for mapped, budget in (("0", 10.0), ("1", 6.0)):
-        monkeypatch.setenv("QWEN3NEXT_MMAP", mapped)
-        assert memory.modest_pools(lambda _, total: total, model, 40.0) == budget
+def test_pools_leave_room_for_mapped_weights(pools):
+    for mapped, budget in ((0.0, 10.0), (16.0, 6.0), (39.5, 1.0)):
+        assert pools(lambda _, total: total, 40.0, free=41.0, mapped=mapped) == budget
 
 
 @pytest.mark.parametrize(
-    ("free", "flags", "page", "left"),
+    ("flags", "page", "left"),
     [
-        (40.0, {}, 2**20, 10.0 - 48 * 4 / 1024),
-        (40.0, {"max_mamba_cache_size": 9}, 2**20, 40.0 - 48 * 4 / 1024),
-        (40.0, {}, 2**25, None),  # 6 GiB of 10
-        (40.0, {"mem_fraction_static": 0.5}, 2**25, 34.0),
+        ({}, 2**20, 10.0 - 48 * 4 / 1024),
+        ({"max_mamba_cache_size": 9}, 2**20, 40.0 - 48 * 4 / 1024),
+        ({}, 2**25, None),  # 6 GiB of 10
+        ({"mem_fraction_static": 0.5}, 2**25, 34.0),
     ],
     ids=str,
 )
-def test_branches_of_draft_trees_are_counted(monkeypatch, free, flags, page, left):
+def test_branches_of_draft_trees_are_counted(monkeypatch, pools, flags, page, left):
     """48 requests whose trees have four leaves but one each."""
     from types import SimpleNamespace as Bag
 
-    from sglang.srt import runtime_context as context
-
     from qwen3next_plugin.engines.sglang.state import pages
 
-    given = dict.fromkeys(memory.GIVEN) | flags
-    tree = Bag(speculative_eagle_topk=2, speculative_num_draft_tokens=6)
-    monkeypatch.setattr(memory, "free_gib", lambda configurator: free)
-    monkeypatch.setattr(context, "get_server_args", lambda: Bag(**NOWHERE, **given))
-    monkeypatch.setattr(context, "get_memory", lambda: Bag(disable_radix_cache=False))
-    monkeypatch.setattr(context, "get_schedule", lambda: Bag(max_running_requests=48))
-    monkeypatch.setattr(context, "get_spec", lambda: tree)
-    monkeypatch.setattr(pages, "get_spec", lambda: tree)
-    configurator = Bag(
-        model_config=Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"])),
-        mambaish_config=Bag(mamba2_cache_params=Bag(mamba_cache_per_req=page)),
-    )
+    monkeypatch.setattr(pages, "get_spec", lambda: Bag(speculative_num_draft_tokens=6))
+    asked = {"free": 41.0, "topk": 2, "page": page} | flags
     if left is not None:
-        assert memory.modest_pools(lambda _, total: total, configurator, free) == left
+        assert pools(lambda _, total: total, 40.0, **asked) == left
         return
     message = r"--max-running-requests 48: .* 6\.00 GiB .* of 10\.00 GiB .*; use fewer \(40 fit\)"
     with pytest.raises(ConfigError, match=message):
-        memory.modest_pools(lambda _, total: total, configurator, free)
+        pools(lambda _, total: total, 40.0, **asked)
 
 
 # config and files -------------------------------------------------------------------------------
@@ -578,9 +548,20 @@ def test_weights_that_memory_cannot_hold(complete, grant_memory, tmp_path):
     quantised, _ = write_quantised(plain, tmp_path, "packed_4-bit")
     grant_memory((plain / "model.safetensors").stat().st_size // 2)
     for flags in (FP32, FP32 | NEXTN, FP32 | {"load_format": "dummy"}, FP32 | {"tp_size": 2}):
-        complete(quantised, **flags)
-        with pytest.raises(ConfigError, match=r"^the weights take 0\.0 GiB on this machine"):
+        complete(quantised, max_total_tokens=4096, **flags)
+        with pytest.raises(ConfigError, match=r"^the weights take \d\.\d\d MiB on this machine"):
             complete(plain, **flags)
+
+
+def test_a_request_that_nothing_is_left_for(complete, grant_memory, checkpoint):
+    """Before weights load, unless a flag says how much memory to use."""
+    weights = (checkpoint / "model.safetensors").stat().st_size
+    grant_memory((2 << 30) + weights)
+    with pytest.raises(ConfigError, match=r"no request of any length .* set --mem-fraction-static"):
+        complete(checkpoint, **FP32)
+    complete(checkpoint, mem_fraction_static=0.9, **FP32)
+    grant_memory((2 << 30) + weights + (64 << 20))
+    complete(checkpoint, **FP32)
 
 
 def test_quantised_checkpoint(complete, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.sizes import CONFIGS
 from examples.qwen4_exp_tiny import CONFIG
-from qwen3next_plugin.cli.memory import GIB, Flags, make_plan
-from qwen3next_plugin.cli.pools import ALIGNMENT, Pools
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.engines.plan import GIB, Flags, make_plan
+from qwen3next_plugin.engines.sglang.pools import ALIGNMENT, Pools
 
 
 def test_rows_of_kv_have_room_for_an_indexers_keys():

@@ -88,7 +88,7 @@ def test_says_what_was_filled_in(server):
 
 def test_one_bar_of_the_trunk_and_one_of_the_mtp_layer(server):
     log = server.process.text()
-    assert log.count(" GiB of weights in ") == log.count("Load weight end.") == 2
+    assert log.count(" MiB of weights in ") == log.count("Load weight end.") == 2
     assert "loading shards" not in log
 
 

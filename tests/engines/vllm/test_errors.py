@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.platforms.cpu import CpuPlatform
@@ -25,6 +26,7 @@ from engines.vllm.offline import Offline, environment, preload
 from engines.vllm.server import Forked
 from family import FAMILY
 from quantised import write_quantised
+from qwen3next_plugin.cli import app
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.names import SCHEDULER
 from qwen3next_plugin.engines.vllm.repairs import graphs
@@ -460,9 +462,54 @@ def test_weights_that_memory_cannot_hold(complete, grant_memory, tmp_path):
     quantised, _ = write_quantised(plain, tmp_path, "packed_4-bit")
     grant_memory((plain / "model.safetensors").stat().st_size // 2)
     for flags in ({}, drafts(2), {"load_format": "dummy"}, {"tensor_parallel_size": 2}):
-        complete(quantised, **flags)
-        with pytest.raises(Exception, match=r"the weights take 0\.0 GiB on this machine"):
+        complete(quantised, kv_cache_memory_bytes=1 << 20, **flags)
+        with pytest.raises(Exception, match=r"the weights take \d\.\d\d MiB on this machine"):
             complete(plain, **flags)
+
+
+def test_the_cache_takes_what_plan_says(complete, grant_memory, checkpoint, tmp_path):
+    """Where no setting says how much; half of it for each of two ranks."""
+    grant_memory(6 << 30)
+    cache = complete(checkpoint, **drafts(2)).cache_config.kv_cache_memory_bytes
+    options = ("--memory", "6", "--max-model-len", "512", "--dtype", "float32", "--json")
+    command = ["plan", str(checkpoint), *options, "--num-speculative-tokens", "2"]
+    planned = json.loads(CliRunner().invoke(app, command).stdout)["by_default"]
+    assert cache == planned["pools"] == pytest.approx(1 << 30, rel=0.01)
+    ranks = complete(checkpoint, tensor_parallel_size=2, **drafts(2)).cache_config
+    assert ranks.kv_cache_memory_bytes == pytest.approx(1 << 28, rel=0.01)
+    connector = {
+        "spec_name": "FolderSpec",
+        "spec_module_path": "qwen3next_plugin.engines.vllm.folder",
+    }
+    connector |= {"folder": str(tmp_path), "folder_bytes": 1 << 30, "cpu_bytes_to_use": 2 << 30}
+    folder = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    folder |= {"kv_connector_extra_config": connector}
+    beside = complete(checkpoint, kv_transfer_config=folder, **drafts(2)).cache_config
+    assert cache - beside.kv_cache_memory_bytes == pytest.approx(1 << 29, rel=0.01)
+
+
+def test_the_cache_is_what_a_setting_says(monkeypatch, complete, checkpoint):
+    def cache(**flags):
+        return complete(checkpoint, **flags).cache_config.kv_cache_memory_bytes
+
+    assert cache(kv_cache_memory_bytes=5 << 20) == 5 << 20
+    assert cache(gpu_memory_utilization=0.5) is None  # vLLM's own
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert cache() == 3 << 30
+
+
+def test_a_request_that_nothing_is_left_for(complete, grant_memory, checkpoint):
+    """Before weights load. A length that vLLM may choose is no reason to refuse."""
+    weights = (checkpoint / "model.safetensors").stat().st_size
+    grant_memory((2 << 30) + weights)
+    with pytest.raises(Exception, match=r"no request of any length .* set --kv-cache-memory-bytes"):
+        complete(checkpoint)
+    grant_memory((2 << 30) + weights + (4 << 20))
+    with pytest.raises(
+        Exception, match=r"--max-model-len: .* lower it to \d+ tokens\. Of \d\.\d+ MiB"
+    ):
+        complete(checkpoint, max_model_len=4096)
+    assert complete(checkpoint, max_model_len=-1).cache_config.kv_cache_memory_bytes > 1 << 20
 
 
 def test_quantised_checkpoint(complete, tmp_path):

@@ -1,7 +1,5 @@
 """What state costs: one page a request and linear layer under speculation, all given back."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from checkpoints import random_prompt, write_checkpoint
@@ -65,26 +63,3 @@ def test_files_in_memory_are_free(grant):
     grant("0::/unit\n", {"unit/memory.stat": f"active_file 5\ninactive_file {700 << 20}\n"})
     node = resources.get_memory_node_info()
     assert (node.total_memory, node.available_memory) == (1 << 30, (724 << 20) + 5)
-
-
-def test_the_kv_cache_leaves_room_for_mapped_weights(monkeypatch, tmp_path):
-    from qwen3next_plugin.engines.vllm.cpu import cpu_flags
-
-    monkeypatch.setattr(cpu_flags, "memory_bytes", lambda: 32 << 30)
-    file = tmp_path / "model.safetensors"
-
-    def kv_cache(gib: int, asked: int | None = None) -> int | None:
-        with file.open("wb") as opened:
-            opened.truncate(gib << 30)  # takes no disk
-        cache = SimpleNamespace(gpu_memory_utilization=0.75, kv_cache_memory_bytes=asked)
-        model = SimpleNamespace(model=str(tmp_path), revision=None)
-        load = SimpleNamespace(download_dir=None)
-        config = SimpleNamespace(cache_config=cache, model_config=model, load_config=load)
-        cpu_flags._leave_room(config)
-        return cache.kv_cache_memory_bytes
-
-    assert kv_cache(16) is None  # vLLM counts weights in memory itself
-    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
-    assert kv_cache(16) == 6 << 30  # of 24, 2 for all else
-    assert kv_cache(30) == 2 << 30
-    assert kv_cache(16, asked=5) == 5

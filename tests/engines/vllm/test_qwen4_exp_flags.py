@@ -2,9 +2,9 @@
 
 import pytest
 
-from qwen3next_plugin.cli.blocks import Blocks
-from qwen3next_plugin.cli.memory import Flags, make_plan
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.engines.plan import Flags, make_plan
+from qwen3next_plugin.engines.vllm.blocks import Blocks
 from qwen4_exp import write_qwen4_exp
 
 

@@ -59,7 +59,7 @@ def test_healthy_and_listed(server):
 
 def test_one_bar_of_trunk_and_mtp_layer(server):
     log = server.process.text()
-    assert log.count(" GiB of weights in ") == 1
+    assert log.count(" MiB of weights in ") == 1
     assert "Loading weights took" in log  # as vLLM says, so its loader has run
     assert "checkpoint shards" not in log
 

@@ -1,37 +1,82 @@
 """The memory for state pages and KV on a machine that also runs other programs."""
 
-import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines.memory import (
+    REST,
+    SHARE,
+    default_pools,
+    free_bytes,
+    granted,
+    mapped_bytes,
+    room,
+)
+from qwen3next_plugin.engines.plan import GIB, Flags, make_plan
+from qwen3next_plugin.engines.sglang.names import OVERRIDE_FLAG, is_ours
+from qwen3next_plugin.engines.sglang.pools import Pools
+from qwen3next_plugin.model.checkpoint.sizes import part_of
 
-from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.cgroups import memory_left
-from qwen3next_plugin.engines.memory import LEAST_POOLS, mapped_bytes
-from qwen3next_plugin.engines.sglang.names import is_ours
-
-SHARE = 4  # of SGLang's memory, 1/SHARE is used
-GIB = 1 << 30
-LEAST_GIB = LEAST_POOLS / GIB
 GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
 IN_WORDS = (
-    f"for states and KV 1/{SHARE} of the memory that is free, at least {LEAST_GIB:g} GiB "
-    "(--mem-fraction-static for more)"
+    f"for states and KV 1/{SHARE} of the memory that is free, at least a request of the context's "
+    "length (--mem-fraction-static for more)"
 )
 
 
-def free_bytes(host: Callable[[], int]) -> int:
-    """Around `get_free_cpu_memory`: what this process's cgroups leave, if there is a limit."""
-    left = memory_left()
-    return host() if math.isinf(left) else min(psutil.virtual_memory().available, max(0, int(left)))
+def check_memory(sizes: Mapping[str, int], server_args: Any, model_config: Any) -> None:
+    """Refuse a model next to whose weights no request fits, unless flags say how much to use.
+
+    Raises:
+        ConfigError: what is free, what weights take, and the fix.
+    """
+    if given(server_args):
+        return
+    planned = plan(sizes, server_args, model_config).with_default_pools()
+    if planned.slots < planned.slots_per_request or not planned.tokens:
+        raise ConfigError(planned.refusal("--mem-fraction-static"))
+
+
+def plan(sizes: Mapping[str, int], server_args: Any, model_config: Any) -> Pools:
+    """What one rank takes, and what is free for it, before weights load."""
+    config = Qwen3NextConfig.from_hf(
+        model_config.hf_config, tp_size=server_args.tp_size, override_flag=OVERRIDE_FLAG
+    )
+    drafts = server_args.speculative_algorithm is not None
+    ranks = local_ranks(server_args)
+    mapped = mapped_bytes(server_args.model_path, server_args.revision, server_args.download_dir)
+    flags = Flags(
+        max_model_len=model_config.context_len,
+        max_num_seqs=server_args.max_running_requests or 1,
+        num_speculative_tokens=(server_args.speculative_num_steps or 0) if drafts else 0,
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        state_dtype=server_args.mamba_ssm_dtype or "float32",
+        prefix_caching=not server_args.disable_radix_cache,
+        memory=granted(free_bytes(), ranks),
+        threads=max(1, len(os.sched_getaffinity(0)) // ranks),
+        mapped=mapped // ranks,
+    )
+    loaded = {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
+    return make_plan(Pools, config, loaded, flags)
+
+
+def local_ranks(server_args: Any) -> int:
+    """Of all engines on this machine."""
+    return max(1, server_args.dp_size * server_args.tp_size // server_args.nnodes)
+
+
+def free_memory(host: Callable[[], int]) -> int:
+    """Around `get_free_cpu_memory`: what this process's cgroups leave."""
+    return free_bytes()
 
 
 def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:
     """Around `_handle_max_mamba_cache`: use part of the free memory, unless flags say how much.
 
-    Beside large weights this also uses half of what the default of --mem-fraction-static leaves
-    free, because such a model would not start.
+    Large weights leave nothing of what the default of --mem-fraction-static allows: that is for
+    the activations of a GPU's steps.
 
     Returns GiB for KV, in addition to the state pages that SGLang sets aside.
     """
@@ -40,32 +85,32 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
     if not is_ours(configurator.model_config):
         return host(configurator, total_rest_memory)
     args = get_server_args()
-    budget, stated = total_rest_memory, given(args)
-    if not stated:
-        mapped = mapped_bytes(args.model_path, args.revision, args.download_dir)
-        beside = min(total_rest_memory, memory_left() / GIB) - mapped / GIB
-        room = max(total_rest_memory, free_gib(configurator) / 2)
-        budget = min(room, max(LEAST_GIB, beside / SHARE))
-        total_rest_memory = max(total_rest_memory, budget)
+    if given(args):
+        return host(configurator, total_rest_memory - _branches(configurator, total_rest_memory))
+    planned = plan({}, args, configurator.model_config)
+    most = room(int(free_gib(configurator) * GIB) - REST, planned.flags.mapped)
+    budget = default_pools(most, planned.request_bytes) / GIB
     branches = _branches(configurator, budget)
-    if stated or not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
+    if not get_memory().disable_radix_cache or not get_schedule().max_running_requests:
         return host(configurator, budget - branches)
     # One page per request, even if more would fit; KV gets the rest of the budget.
-    return min(budget, host(configurator, total_rest_memory - branches))
+    return min(budget, host(configurator, most / GIB - branches))
 
 
 def free_gib(configurator: Any) -> float:
-    """Free memory of the machine, the least of all ranks: as SGLang measures it here."""
-    from sglang.srt.runtime_context import get_parallel
-    from sglang.srt.utils import get_available_gpu_memory
+    """Free memory of the machine for one of its ranks; the least of all ranks, as SGLang counts."""
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+    from sglang.srt.utils import get_available_gpu_memory, get_cpu_ids_by_node
 
     parallel = get_parallel()
-    return get_available_gpu_memory(
+    of_node = get_available_gpu_memory(
         configurator.device,
         configurator.gpu_id,
         distributed=parallel.launch_world_size > 1,
         cpu_group=parallel.world_group.cpu_group,
     )
+    nodes, ranks = len(get_cpu_ids_by_node()), local_ranks(get_server_args())
+    return of_node * min(1.0, nodes / ranks)
 
 
 def _branches(configurator: Any, budget: float) -> float:

@@ -6,16 +6,13 @@ from vllm import envs
 from vllm.config import LoRAConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 
-from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.cgroups import memory_bytes
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
-from qwen3next_plugin.engines.memory import LEAST_POOLS, check_weights, mapped_bytes
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores, chosen
-from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
+from qwen3next_plugin.engines.vllm.cpu.memory import check_memory
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,
@@ -23,8 +20,6 @@ from qwen3next_plugin.engines.vllm.names import (
     RAY_EXECUTOR,
     WORKER,
 )
-from qwen3next_plugin.model.checkpoint.sizes import served_bytes
-from qwen3next_plugin.model.quantisation.modules import served_formats
 
 logger = init_logger(LOGGER)
 
@@ -89,7 +84,7 @@ def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             f"worker_cls = {worker}: the plugin serves this model with its own worker, {WORKER}; "
             f"leave --worker-cls out"
         )
-    _check_memory(config, vllm_config)
+    check_memory(config, vllm_config)
 
 
 def _check_kv_dtype(vllm_config: VllmConfig) -> None:
@@ -110,27 +105,8 @@ def _check_kv_dtype(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse weights that memory cannot hold, if it is known which ranks run on this machine."""
-    parallel_config, model_config = vllm_config.parallel_config, vllm_config.model_config
-    local = parallel_config.data_parallel_size_local
-    if not local or parallel_config.distributed_executor_backend not in ("mp", "uni", EXECUTOR):
-        return
-    formats = served_formats(choose_quantisation(vllm_config))
-    if model_config.quantization is None or formats is not None:
-        itemsize = model_config.dtype.itemsize
-        sizes = served_bytes(config, itemsize, formats, asked=env.quantise())
-        if parallel_config.enable_expert_parallel:
-            engines = parallel_config.data_parallel_size
-            sizes = {
-                name: nbytes // engines if ".experts." in name else nbytes
-                for name, nbytes in sizes.items()
-            }
-        check_weights(sizes, config, local * parallel_config.local_world_size)
-
-
 def complete_cpu(vllm_config: VllmConfig) -> None:
-    """Fill in cores, memory, LoRA, worker, executor and how long a step may take."""
+    """Fill in cores, LoRA, worker, executor and how long a step may take."""
     # vLLM ends a server whose step takes longer than 300 s: on few cores, one of a long prompt may.
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(TIMEOUT))
     parallel_config = vllm_config.parallel_config
@@ -140,7 +116,6 @@ def complete_cpu(vllm_config: VllmConfig) -> None:
         meet_at("--master-addr", parallel_config.master_addr, OWN_ADDRESS)
     use_huge_pages()
     skip_trials()
-    _leave_room(vllm_config)
     _limit_lora(vllm_config.lora_config)
     parallel_config.worker_cls = WORKER
     _call_worker_once(parallel_config)
@@ -170,17 +145,6 @@ def _serve_apart(vllm_config: VllmConfig) -> None:
     parallel_config = vllm_config.parallel_config
     if parallel_config.data_parallel_size > 1 and not parallel_config.enable_expert_parallel:
         vllm_config.model_config.model_arch_config.num_experts = 0
-
-
-def _leave_room(vllm_config: VllmConfig) -> None:
-    """Size the KV cache beside mapped weights, which vLLM would not count as used memory."""
-    cache_config, model_config = vllm_config.cache_config, vllm_config.model_config
-    downloads = vllm_config.load_config.download_dir
-    mapped = mapped_bytes(model_config.model, model_config.revision, downloads)
-    if mapped and cache_config.kv_cache_memory_bytes is None:
-        granted = int(cache_config.gpu_memory_utilization * memory_bytes())
-        left = granted - mapped - LEAST_POOLS  # LEAST_POOLS stays for everything else
-        cache_config.kv_cache_memory_bytes = max(LEAST_POOLS, left)
 
 
 def _limit_lora(lora_config: LoRAConfig | None) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.memory import Plan, TableRow
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.plan import Plan, TableRow
 
 ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
 
@@ -66,6 +66,10 @@ class Blocks(Plan):
     @property
     def fits(self) -> int:
         return self.blocks // self.blocks_per_request
+
+    @property
+    def request_bytes(self) -> int:
+        return (self.blocks_per_request + 1) * self.block_bytes
 
     def shortage(self) -> str:
         spare = (self.blocks - self.state_blocks) // max(1, self.kv_blocks_each)

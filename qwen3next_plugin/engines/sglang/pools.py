@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
-from qwen3next_plugin.cli.memory import Plan, TableRow
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.plan import Plan, TableRow
+from qwen3next_plugin.model.checkpoint.sizes import readable
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
 STATE_TO_KV = 0.9  # the default of --mamba-full-memory-ratio
@@ -52,6 +54,14 @@ class Pools(Plan):
     def fits(self) -> int:
         return min(self.slots // self.slots_per_request, self.tokens // self.flags.max_model_len)
 
+    @property
+    def request_bytes(self) -> int:
+        kv = self.flags.max_model_len * self.kv_bytes_per_token
+        if not self.flags.prefix_caching:
+            return (self.slots + 1) * self.slot_bytes + kv
+        slots = (self.slots_per_request + 1) * self.slot_bytes
+        return ceil((1 + STATE_TO_KV) * max(slots / STATE_TO_KV, kv)) + self.slot_bytes
+
     def shortage(self) -> str:
         if self.slots < self.slots_per_request or not self.tokens:
             return "memory: no request of any length fits next to the weights"
@@ -67,4 +77,4 @@ class Pools(Plan):
             f"{self.slots}, {self.slots_per_request} a request",
         )
         yield "tokens", self.tokens * self.kv_bytes_per_token, f"{self.tokens:,}"
-        yield "memory", self.flags.memory, f"{self.spare / 2**30:.2f} GiB next to the weights"
+        yield "memory", self.flags.memory, f"{readable(self.spare)} next to the weights"

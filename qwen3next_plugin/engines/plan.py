@@ -2,17 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, TypeVar
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.memory import LEAST_POOLS
-from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes
+from qwen3next_plugin.engines.memory import default_pools, room
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes, readable
 
 GIB = 2**30
 StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py
 TableRow = tuple[str, int, str]  # what, bytes, a note
+P = TypeVar("P", bound="Plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Flags:
     memory: int
     threads: int  # of a rank
     mapped: int = 0  # bytes of weights that stay in files, which Linux pages
+    kv_itemsize: int | None = None  # bytes; None: as dtype
+    pools: int | None = None  # bytes for states and KV; None: all next to the weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +67,20 @@ class Plan(ABC):
 
     @property
     def spare(self) -> int:
-        """Bytes next to the weights and the attention's scratch memory.
-
-        Leaves room in the page cache for mapped weights, as long as LEAST_POOLS remain.
-        """
+        """Bytes for states and KV, next to the weights and the attention's scratch memory."""
         left = self.flags.memory - sum(self.weights.values()) - self.scratch
-        return max(0, left - self.flags.mapped, min(left, LEAST_POOLS) if self.flags.mapped else 0)
+        most = room(left, self.flags.mapped)
+        return most if self.flags.pools is None else min(most, self.flags.pools)
+
+    @property
+    @abstractmethod
+    def request_bytes(self) -> int:
+        """Bytes for states and KV with which one request of max_model_len tokens fits."""
+
+    def with_default_pools(self: P) -> P:
+        """The plan of an engine in this memory that no setting tells how much to use."""
+        pools = default_pools(self.spare, self.request_bytes)
+        return replace(self, flags=replace(self.flags, pools=pools))
 
     @property
     @abstractmethod
@@ -79,6 +90,15 @@ class Plan(ABC):
     @abstractmethod
     def shortage(self) -> str:
         """Why not one request fits, and the fix."""
+
+    def refusal(self, setting: str) -> str:
+        """Why an engine does not start, with the fix. Args: setting: of the memory for pools."""
+        weights, free = sum(self.weights.values()), self.flags.memory
+        return (
+            f"{self.shortage()}. Of {readable(free)} that are free for one rank, weights take "
+            f"{readable(weights)}: end other programs, serve in fewer bits "
+            f"(QWEN3NEXT_QUANTISE=int4) or on more ranks, or set {setting} if you know better"
+        )
 
     @abstractmethod
     def rows(self) -> Iterator[TableRow]:
@@ -95,17 +115,14 @@ class Plan(ABC):
         fits, flags = self.fits, self.flags
         if (weights := sum(self.weights.values())) >= flags.memory:
             return (
-                f"the weights: {gib(weights)} do not fit in {gib(flags.memory)}; use more ranks"
-                " (--tp), fewer bits, or more memory (--memory)"
+                f"the weights: {readable(weights)} do not fit in {readable(flags.memory)}; use more"
+                " ranks (--tp), fewer bits, or more memory (--memory)"
             )
         if not fits:
             return self.shortage()
         if fits >= flags.max_num_seqs:
             return f"--max-num-seqs: the memory would hold {fits} requests of this length"
         return f"memory: {fits} of the {flags.max_num_seqs} requests of --max-num-seqs fit"
-
-
-P = TypeVar("P", bound=Plan)
 
 
 def make_plan(
@@ -127,7 +144,7 @@ def make_plan(
         state_page=state_page(config, flags),
         linear_layers=config.num_linear_layers,
         attention_layers=config.num_attention_layers + drafter,
-        kv_bytes_per_layer=kv_elements * DTYPES[flags.dtype],
+        kv_bytes_per_layer=kv_elements * (flags.kv_itemsize or DTYPES[flags.dtype]),
         scratch=flags.threads * SCRATCH if engine.attends() else 0,
         flags=flags,
     )
@@ -171,8 +188,3 @@ def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
     ngrams = nbytes.pop("ngram_conv", 0) + nbytes.pop("tokens", 0)
     page = {"S": S, "window": sum(nbytes.values()), "conv": conv}
     return page | {"n-grams": ngrams} if ngrams else page
-
-
-def gib(nbytes: int) -> str:
-    """Bytes in GiB, for a reader."""
-    return f"{nbytes / GIB:.2f} GiB"
