@@ -152,7 +152,7 @@ def writer() -> ThreadPoolExecutor:
 def check_settings(
     settings: Mapping[str, Any], numbers: Sequence[str], where: str, warn: Callable[[str], object]
 ) -> None:
-    """Refuse a setting `folder` that cannot be written, and numbers of bytes that are none.
+    """Make the folder; refuse one that cannot be written, and numbers of bytes that are none.
 
     Args:
         where: the field that has the settings.
@@ -168,6 +168,9 @@ def check_settings(
         if not isinstance(value, int) or value <= 0:
             raise ConfigError(f"{name} = {value!r}: must be a number of bytes, in {where}")
     folder = settings.get("folder")
+    if isinstance(folder, str) and Path(folder).parent.is_dir():
+        with suppress(OSError):  # it is there, or cannot be made
+            Path(folder).mkdir(mode=0o700)
     if not isinstance(folder, str) or not Path(folder).is_dir():
         raise ConfigError(f"folder = {folder!r}: no such folder; make it, or change {where}")
     try:

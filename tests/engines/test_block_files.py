@@ -332,3 +332,14 @@ def test_what_follows_a_part_ends_where_the_whole_does(begin):
     """Only the first file may begin before the part."""
     found = [end + begin for _, end in pieces(KEYS[begin:])]
     assert found == [end for _, end in pieces(KEYS) if end > begin]
+
+
+def test_the_folder_is_made_where_its_parent_is(tmp_path):
+    settings = {"folder": str(tmp_path / "prefixes"), "folder_bytes": 1 << 30}
+    for _ in range(2):
+        check_settings(settings, ("folder_bytes",), "somewhere", print)
+    assert (tmp_path / "prefixes").stat().st_mode & 0o777 == 0o700
+    settings["folder"] = str(tmp_path / "no" / "prefixes")
+    with pytest.raises(ConfigError, match="no such folder; make it, or change somewhere"):
+        check_settings(settings, ("folder_bytes",), "somewhere", print)
+    assert not (tmp_path / "no").exists()
