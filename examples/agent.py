@@ -1,5 +1,8 @@
 """An agent on a running server: Qwen-Agent with a function, an MCP server and its interpreter.
 
+Its packages are those of requirements/qwen-agent.txt: `make .qwen-agent/.installed` puts them into
+an environment of their own.
+
 The server needs a tool parser, and a reasoning parser for --thinking:
 
     vllm serve MODEL --enable-auto-tool-choice --tool-call-parser hermes
@@ -14,11 +17,22 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar
 
 import typer
-from openai import OpenAI, OpenAIError
-from openai.types.chat import ChatCompletionChunk
-from qwen_agent.agents import Assistant
-from qwen_agent.llm.oai import TextChatAtOAI
-from qwen_agent.tools.base import BaseTool, register_tool
+
+MISSING = ""
+try:
+    from openai import OpenAI, OpenAIError
+    from openai.types.chat import ChatCompletionChunk
+    from qwen_agent.agents import Assistant
+    from qwen_agent.llm.oai import TextChatAtOAI
+    from qwen_agent.tools.base import BaseTool, register_tool
+except ImportError as error:  # --help needs none
+    MISSING = str(error)
+    Assistant = BaseTool = ChatCompletionChunk = TextChatAtOAI = object
+
+    def register_tool(name: str):
+        """Registers nothing."""
+        return lambda tool: tool
+
 
 SHOP = {"command": sys.executable, "args": [str(Path(__file__).with_name("shop_server.py"))]}
 
@@ -105,7 +119,13 @@ def main(
     """Ask an agent that can multiply, count a shop's parts over MCP, and run Python.
 
     "What is 4321 times 765?" "How many of part 482 are in stock?" "Use Python to compute 12 + 30."
+
+    Needs qwen-agent, openai and mcp: make .qwen-agent/.installed, then run this script by
+    .qwen-agent/bin/python.
     """
+    if MISSING:
+        typer.echo(f"{MISSING}: see --help", err=True)
+        raise typer.Exit(1)
     try:  # also with a model's name: Qwen-Agent would ask again and again, and end in a traceback
         listed = OpenAI(base_url=base_url, api_key="unused").models.list()
     except OpenAIError as error:

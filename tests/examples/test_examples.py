@@ -58,11 +58,23 @@ def base_url() -> Iterator[str]:
     server.close()
 
 
-@pytest.mark.parametrize("name", ["offline.py", "chat.py", "compare_mtp.py", "long_context.py"])
+HELPFUL = ["offline.py", "chat.py", "compare_mtp.py", "long_context.py", "agent.py"]
+
+
+@pytest.mark.parametrize("name", HELPFUL)
 def test_help_teaches(name):
     text = run_example(name, "--help").stdout
     assert "Usage" in text
     assert "--model" in text
+
+
+def test_the_agent_names_its_packages():
+    """Which no engine's environment has."""
+    assert "make .qwen-agent/.installed" in run_example("agent.py", "--help").stdout
+    command = [sys.executable, "examples/agent.py", "What is 2 times 3?"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "'qwen_agent': see --help" in done.stderr
 
 
 def test_offline_continues_the_prompts_it_is_given():

@@ -83,8 +83,9 @@ def complete(vllm_config: VllmConfig) -> None:
     complete_handover(vllm_config, read_config(vllm_config))
     choose_metrics(vllm_config)
 
-
     size_cache(read_config(vllm_config), vllm_config)
+
+
 def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
     """Refuse a config, and a local checkpoint with a tensor missing or of another shape.
 
