@@ -19,6 +19,7 @@ from qwen3next_plugin.config import (
 from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
+from qwen3next_plugin.engines.leftovers import remove_dead
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
@@ -35,6 +36,7 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     logger,
 )
+from qwen3next_plugin.engines.sglang.repairs.endings import LOADS
 from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
 from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
 from qwen3next_plugin.engines.sglang.repairs.ports import check_port
@@ -95,6 +97,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     _check_variables(on_cpu=on_cpu)
     check_port(server_args)
     check_room(server_args)
+    remove_dead(LOADS)
     check_at_load(on_cpu=on_cpu)
     if env.batch_invariant():
         _check_invariance(model_config, on_cpu=on_cpu)

@@ -31,6 +31,7 @@ from qwen3next_plugin.engines.sglang.names import STREAMS, WRAPPERS
 from qwen3next_plugin.engines.sglang.repairs import (
     aborts,
     controls,
+    endings,
     image_names,
     logits,
     nodes,
@@ -518,6 +519,23 @@ ON_CPU: tuple[Entry, ...] = (
 
 # Of SGLang for any model; each function is in repairs/.
 REPAIRS: tuple[Entry, ...] = (
+    Patch(
+        target="sglang.srt.managers.load_snapshot.shm_path_for",
+        parameters=("ipc_name",),
+        function=endings.mark_loads,
+        reason="each server leaves 16 KB in /dev/shm, by a name that no later start can call ours",
+        remove_when="SGLang removes the file",
+    ),
+    Patch(
+        target="sglang.srt.entrypoints.http_server.launch_server",
+        parameters=(
+            *("server_args", "init_tokenizer_manager_func", "run_scheduler_process_func"),
+            *("run_detokenizer_process_func", "execute_warmup_func", "launch_callback"),
+        ),
+        function=endings.end_quietly,
+        reason="Ctrl-C ends SGLang in a traceback, and leaves the file above",
+        remove_when="it ends without either",
+    ),
     Patch(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         parameters=("self", "obj", "request"),

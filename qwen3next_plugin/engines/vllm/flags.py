@@ -12,6 +12,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_kind, rope
 from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.leftovers import remove_dead
 from qwen3next_plugin.engines.vllm.cpu.cpu_flags import check_cpu, complete_cpu
 from qwen3next_plugin.engines.vllm.cpu.memory import size_cache
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
@@ -25,7 +26,7 @@ from qwen3next_plugin.engines.vllm.speculation.drafts_flags import (
     check_drafts,
     choose_metrics,
 )
-from qwen3next_plugin.engines.vllm.state.folder_flags import check_folder, complete_folder
+from qwen3next_plugin.engines.vllm.state.folder_flags import REGIONS, check_folder, complete_folder
 from qwen3next_plugin.engines.vllm.state.handover_flags import check_handover, complete_handover
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
@@ -79,10 +80,10 @@ def complete(vllm_config: VllmConfig) -> None:
     complete_cpu(vllm_config)
     keep_block_size(vllm_config.cache_config)
     keep_graphs_apart(vllm_config)
+    remove_dead(REGIONS)
     complete_folder(vllm_config, read_config(vllm_config))
     complete_handover(vllm_config, read_config(vllm_config))
     choose_metrics(vllm_config)
-
     size_cache(read_config(vllm_config), vllm_config)
 
 

@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.vllm.state.folder_flags import OWN_REGION
 
 
 class FolderSpec(TieringOffloadingSpec):
@@ -32,6 +33,7 @@ class FolderSpec(TieringOffloadingSpec):
         if "secondary_tiers" not in config.extra_config:
             raise ConfigError("FolderSpec: only models of qwen3next_plugin are served with it")
         super().__init__(config)
+        self._engine_id = f"{OWN_REGION}{config.engine_id}"
         self._own_worker: Worker | None = None
         if self.num_chunks < len(config.groups):
             raise ConfigError(
@@ -49,13 +51,13 @@ class FolderSpec(TieringOffloadingSpec):
             return super().get_manager()
         finally:
             with suppress(FileNotFoundError):
-                os.unlink(f"/dev/shm/vllm_offload_{self.config.engine_id}.mmap")
+                os.unlink(f"/dev/shm/vllm_offload_{self._engine_id}.mmap")
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """A worker of this rank, once."""
         if self._own_worker is None:
             region = SharedOffloadRegion(
-                engine_id=self.config.engine_id,
+                engine_id=self._engine_id,
                 num_chunks=self.num_chunks,
                 rank=self.config.parallel.rank,
                 kv_bytes_per_chunk=self.kv_bytes_per_chunk,

@@ -94,7 +94,7 @@ def test_a_start_after_a_kill_finds_the_prefix(checkpoint, tmp_path, name):
 
 def names_in_memory() -> list[str]:
     """Of the engines that this process has started."""
-    return [path.name for path in Path("/dev/shm").glob(f"vllm_offload_{os.getpid()}-*")]
+    return [path.name for path in Path("/dev/shm").glob(f"vllm_offload_qwen3next_{os.getpid()}-*")]
 
 
 def test_two_engines_share_a_folder_and_other_weights_have_their_own_files(checkpoint, tmp_path):

@@ -24,6 +24,8 @@ KEEPER, SPEC, TIER = "OffloadingConnector", "FolderSpec", "FolderTier"
 OWN = ("spec_name", "spec_module_path", "folder", "folder_bytes", "cpu_bytes_to_use")
 SEED = "PYTHONHASHSEED"  # of vLLM's keys; has a default for sha256 only
 MEMORY = 1 << 30  # bytes of cpu_bytes_to_use, by default
+OWN_REGION = "qwen3next_"  # how an engine's part of the name of our shared memory begins
+REGIONS = f"vllm_offload_{OWN_REGION}*.mmap"  # in /dev/shm
 FIELD = "kv_connector_extra_config of --kv-transfer-config"
 
 

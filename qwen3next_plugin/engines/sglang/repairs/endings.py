@@ -1,0 +1,25 @@
+"""What a server leaves behind when it ends."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from qwen3next_plugin.engines.leftovers import remove_own
+
+LOADS = "sglang_loads_qwen3next_*.shm"  # in /dev/shm: how busy each engine is
+
+
+def mark_loads(host: Callable[[str], str], ipc_name: str) -> str:
+    """Around `shm_path_for`: a name by which a later start knows our file."""
+    folder, name = os.path.split(host(ipc_name))
+    return os.path.join(folder, name.replace("sglang_loads_", "sglang_loads_qwen3next_", 1))
+
+
+def end_quietly(host: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Around `launch_server`: Ctrl-C is no error, and nothing stays in /dev/shm."""
+    try:
+        host(*args, **kwargs)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells name the signal
+    finally:
+        remove_own(LOADS)

@@ -1,0 +1,42 @@
+"""What a server leaves in /dev/shm has a name that a later start knows; Ctrl-C is no error."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen3next_plugin.engines import leftovers
+from qwen3next_plugin.engines.sglang.repairs import endings
+
+
+@pytest.fixture
+def path():
+    """Where SGLang writes how busy an engine is, with our patches."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.managers import load_snapshot
+
+    found = Path(load_snapshot.shm_path_for("ipc:///tmp/test-endings"))
+    assert found.parent == leftovers.SHARED_MEMORY
+    assert found.match(endings.LOADS)
+    yield found
+    found.unlink(missing_ok=True)
+
+
+def test_a_start_removes_what_a_killed_server_left(monkeypatch, path):
+    monkeypatch.setattr(leftovers, "SECONDS", -1)
+    with path.open("wb"):
+        assert path not in leftovers.remove_dead(endings.LOADS)
+    assert path in leftovers.remove_dead(endings.LOADS)
+
+
+def test_ctrl_c_is_no_error(path):
+    def serve(*args, **kwargs):
+        assert (args, kwargs) == (("flags",), {"launch_callback": None})
+        raise KeyboardInterrupt
+
+    with path.open("wb"), pytest.raises(SystemExit) as ended:
+        endings.end_quietly(serve, "flags", launch_callback=None)
+    assert ended.value.code == 130
+    assert ended.value.__suppress_context__  # no traceback
+    assert not path.exists()
