@@ -29,6 +29,7 @@ def run(command: Sequence[Any], **options: Any) -> subprocess.CompletedProcess[s
             try:
                 out, err = child.communicate(said, timeout=0.5)
             except subprocess.TimeoutExpired:
+                said = None  # it has been sent, or will be
                 continue
             return subprocess.CompletedProcess(command, child.returncode, out, err)
         child.kill()

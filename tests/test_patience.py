@@ -16,7 +16,10 @@ def test_time_in_which_the_machine_stood_still_does_not_count(monkeypatch):
 
 
 def test_what_is_printed_until_the_end():
-    code = "import sys; print(input()); print('x', file=sys.stderr); sys.exit(3)"
+    """Also if that is later than the first look."""
+    code = (
+        "import sys, time; print(input()); time.sleep(1); print('x', file=sys.stderr); sys.exit(3)"
+    )
     done = patience.run([sys.executable, "-c", code], input="said\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "x\n")
 

@@ -17,12 +17,14 @@ FLAGS = {
     "max_num_batched_tokens": 1024,
     "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
 }
+# All prompts in one step, so that all draft before the policy knows better.
+AT_ONCE = {"QWEN3NEXT_STEP_SECONDS": "0"}
 
 
 @pytest.mark.parametrize("weights", ["scrambled", pytest.param("healthy", marks=pytest.mark.long)])
 def test_broken_weights_are_reported(tmp_path, weights):
     model = write_scrambled(tmp_path / "model") if weights == "scrambled" else SHIPPED
-    engine = Offline(model, **FLAGS)
+    engine = Offline(model, env=AT_ONCE, **FLAGS)
     try:
         for _ in range(2):
             engine.greedy(PROMPTS, 6)
