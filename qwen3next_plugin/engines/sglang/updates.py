@@ -16,6 +16,10 @@ from qwen3next_plugin.model.checkpoint.files import stored_tensors
 DONE = "Succeeded to update model weights."
 
 
+class HalfLoadedError(RuntimeError):
+    """Some weights are new and others old, so the server ends (see repairs/controls.py)."""
+
+
 def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Serve the weights of a folder, MTP layer and draft head included.
 
@@ -53,14 +57,21 @@ def ours(manager: Any) -> bool:
 
 
 def replace(manager: Any, tensors: Callable[[Any], Any], selector: str = "all") -> None:
-    """Load the tensors for each selected runner into its model, and make the draft head anew."""
+    """Load the tensors for each selected runner into its model, and make the draft head anew.
+
+    Raises:
+        HalfLoadedError: what went wrong meanwhile.
+    """
     from qwen3next_plugin.engines.sglang.model.reloading import reload
 
-    for _, runner in manager._select_runners(selector):
-        reload(runner, tensors(runner))
-    for role, runner in manager._select_runners():
-        if role == "draft" and runner.model.draft_head is not None:
-            runner.model.make_draft_head()
+    try:
+        for _, runner in manager._select_runners(selector):
+            reload(runner, tensors(runner))
+        for role, runner in manager._select_runners():
+            if role == "draft" and runner.model.draft_head is not None:
+                runner.model.make_draft_head()
+    except Exception as error:
+        raise HalfLoadedError(f"weights are loaded in part: {error}") from error
 
 
 def flush(manager: Any, request: Any) -> tuple[bool, str]:

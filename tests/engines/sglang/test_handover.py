@@ -91,13 +91,9 @@ def test_a_conversation_goes_on_from_the_prefill_servers_cache(servers, one):
 
 
 def test_what_sglang_asks_by_itself_is_answered(servers, one):
-    """Requests that no other server has a part of: its warm-up's, and those for its health."""
-    params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    own = {"bootstrap_host": NO_HOST, "bootstrap_room": 0}
-    for server, tokens in zip(servers, (1, 8), strict=True):
+    """Requests that no other server has a part of: those for its health."""
+    for server in servers:
         server.get("/health_generate")
-        answer = server.post("/generate", input_ids=[10, 11, 12, 13], sampling_params=params, **own)
-        assert len(answer["output_ids"]) == tokens
     assert bits(apart(*servers, TEXTS[:1])) == bits(alone(one, TEXTS[:1]))
 
 
@@ -105,7 +101,7 @@ def test_what_sglang_asks_by_itself_is_answered(servers, one):
     "wrong",
     [
         *({"bootstrap_room": room} for room in (0, -1, 2**63, None)),
-        *({"bootstrap_host": host} for host in ("", None)),
+        *({"bootstrap_host": host} for host in ("", None, NO_HOST)),
     ],
     ids=str,
 )

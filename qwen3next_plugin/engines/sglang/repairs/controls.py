@@ -13,6 +13,7 @@ from typing import Any, Union, get_origin
 
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.repairs.values import check_range
+from qwen3next_plugin.engines.sglang.updates import HalfLoadedError
 
 # In which the other ranks of a group must come, and each of its collectives must end. Meanwhile
 # nobody is served, for half an hour by torch's default.
@@ -36,11 +37,13 @@ def handle(handler: Callable[[Any], Any], ranks: Any, asked: Any) -> Any:
     All ranks have the same messages in the same order. Where a message has an answer, they tell
     each other what failed: an error of one rank alone is not answered with success. A rank that
     fails before a collective of the handler leaves the others in it until gloo's time is up, which
-    ends the server.
+    ends the server. So does one that leaves the model with weights of two checkpoints.
     """
     answer = failed = None
     try:
         answer = handler(asked)
+    except HalfLoadedError:
+        raise
     except Exception as error:
         logger.exception("qwen3next_plugin: %s failed", type(asked).__name__)
         failed = f"{type(error).__name__}: {error}"
