@@ -39,7 +39,14 @@ from qwen3next_plugin.kernels.gpu.configs import CONFIGS
 from qwen3next_plugin.kernels.paged_attention import SCRATCH
 from qwen3next_plugin.model.checkpoint import headers
 from qwen3next_plugin.model.checkpoint.reading import parameters as parameters_of
-from qwen3next_plugin.model.checkpoint.sizes import INDEX, PARTS, parameters, part_of, rank_bytes
+from qwen3next_plugin.model.checkpoint.sizes import (
+    INDEX,
+    PARTS,
+    parameters,
+    part_of,
+    rank_bytes,
+    without_mtp,
+)
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.state import STATE_DTYPES
@@ -70,8 +77,7 @@ def flags(**changes):
     return Flags(**(defaults | changes))
 
 
-def sizes(drafts):
-    return {name: 2 * n for name, n in COUNTS.items() if drafts or part_of(name) != "MTP"}
+SIZES = {name: 2 * n for name, n in COUNTS.items()}
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ def test_parameters_of_the_80b_are_the_published_ones():
 
 
 def test_page_at_the_real_shapes():
-    plan = make_plan(Blocks, CONFIG, sizes(drafts=True), flags(num_speculative_tokens=3))
+    plan = make_plan(Blocks, CONFIG, SIZES, flags(num_speculative_tokens=3))
     window_token = 4 * (16 * 128 + 32 * 128 + 32)  # k, u, g in fp32
     assert plan.state_page["S"] == 2_097_152
     assert plan.state_page["window"] == (8 + 3) * window_token + 8 == 271_744 + 8
@@ -171,7 +177,7 @@ def test_blocks_are_the_ones_vllm_counts(model, length, drafts, prefix_caching):
 
 
 def test_no_drafts_no_drafter():
-    plan = make_plan(Blocks, CONFIG, sizes(drafts=False), flags())
+    plan = make_plan(Blocks, CONFIG, SIZES, flags())
     assert plan.weights["MTP"] == 0
     assert "draft head" not in plan.weights
     assert plan.kv_bytes_per_token == 12 * 2048
@@ -217,7 +223,7 @@ def test_more_memory_never_serves_fewer(memory, more, length):
     ],
 )
 def test_what_bounds(changes, bound):
-    assert re.match(bound, make_plan(Blocks, CONFIG, sizes(drafts=False), flags(**changes)).bound)
+    assert re.match(bound, make_plan(Blocks, CONFIG, SIZES, flags(**changes)).bound)
 
 
 @pytest.mark.parametrize("memory", ["inf", "nan", "-1", "1e400"])
@@ -230,7 +236,7 @@ def test_memory_that_no_machine_has_is_refused(memory):
 def test_length_to_lower_to_fits():
     def plan(length):
         changes = {"memory": 149 * GIB, "max_model_len": length}
-        return make_plan(Blocks, CONFIG, sizes(drafts=False), flags(**changes))
+        return make_plan(Blocks, CONFIG, SIZES, flags(**changes))
 
     advised = int(re.search(r"lower it to (\d+) tokens", plan(262144).bound)[1])
     assert plan(advised).concurrency == 1
@@ -239,7 +245,7 @@ def test_length_to_lower_to_fits():
 
 def test_pools_of_a_model_without_full_attention():
     config = replace(CONFIG, layer_types=("linear_attention",) * len(CONFIG.layer_types))
-    plan = make_plan(Pools, config, sizes(drafts=False), flags())
+    plan = make_plan(Pools, config, SIZES, flags())
     assert plan.fits == plan.slots // 3 > 0
 
 
@@ -258,13 +264,12 @@ def test_a_requests_bytes_hold_it(engine, length, prefix_caching):
 
 
 def test_scratch_is_counted_where_our_attention_serves(monkeypatch):
-    weights = sizes(drafts=False)
-    plans = [make_plan(Pools, CONFIG, weights, flags(threads=n)) for n in (2, 64)]
+    plans = [make_plan(Pools, CONFIG, SIZES, flags(threads=n)) for n in (2, 64)]
     assert [plan.scratch for plan in plans] == [2 * SCRATCH, 64 * SCRATCH]
     assert plans[0].spare - plans[1].spare == 62 * SCRATCH
-    assert make_plan(Blocks, CONFIG, weights, flags()).scratch == 0
+    assert make_plan(Blocks, CONFIG, SIZES, flags()).scratch == 0
     monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
-    assert make_plan(Blocks, CONFIG, weights, flags()).scratch == 2 * SCRATCH
+    assert make_plan(Blocks, CONFIG, SIZES, flags()).scratch == 2 * SCRATCH
 
 
 # plan ---------------------------------------------------------------------------------------------
@@ -502,7 +507,7 @@ def test_plan_of_an_index_without_a_total(released):
     (released / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(COUNTS, "a")}))
     plan = json.loads(run("plan", released, "--memory", 200, "--json").stdout)
     assert plan["weights_from"] == "config.json"
-    assert sum(plan["weights"].values()) == sum(sizes(drafts=False).values())
+    assert sum(plan["weights"].values()) == sum(without_mtp(SIZES).values())
 
 
 def test_plan_complains_of_a_truncated_file(tmp_path):

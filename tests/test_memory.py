@@ -14,8 +14,9 @@ from qwen3next_plugin.engines.memory import (
     default_pools,
     granted,
     room,
+    share_of,
 )
-from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, served_bytes
+from qwen3next_plugin.model.checkpoint.sizes import rank_bytes, served_bytes, without_mtp
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 MIB = 1 << 20
@@ -93,7 +94,7 @@ def test_weights_fit_or_are_refused(monkeypatch, grant_memory, ranks, quantise):
         monkeypatch.setenv("QWEN3NEXT_QUANTISE", quantise)
     config = Qwen3NextConfig.from_hf(BASE, tp_size=ranks)
     sizes = served_bytes(config, 2, asked=quantise)
-    trunk = {name: nbytes for name, nbytes in sizes.items() if part_of(name) != "MTP"}
+    trunk = without_mtp(sizes)
     needed = ranks * sum(rank_bytes(trunk, config).values())
     assert sum(trunk.values()) <= needed < sum(trunk.values()) * 1.1
     for nbytes, swap in ((needed, 0), (needed - 1024, 1024)):
@@ -113,6 +114,14 @@ def test_what_ranks_are_granted():
     assert granted(24 * GIB) == 22 * GIB
     assert granted(24 * GIB, ranks=2, pinned=4 * GIB) == 8 * GIB
     assert granted(GIB) == 0
+
+
+def test_ranks_share_a_machine(monkeypatch, grant_memory):
+    grant_memory(24 * GIB)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)})
+    share = share_of(2, mapped=6 * GIB, pinned=4 * GIB)
+    assert share == {"memory": 8 * GIB, "threads": 4, "mapped": 3 * GIB}
+    assert share_of(16, mapped=0)["threads"] == 1
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,9 @@ def _planned(
 ) -> tuple[Blocks | Pools, str]:
     """The plan, and where the weights' bytes come from."""
     sizes, source = tensor_bytes(model, config, flags.dtype, asked)
-    loaded = _loaded(sizes, drafts=bool(flags.num_speculative_tokens))
-    return make_plan(ENGINES[engine], config, loaded, flags), source
+    if flags.num_speculative_tokens:
+        _check_mtp(sizes)
+    return make_plan(ENGINES[engine], config, sizes, flags), source
 
 
 def _extended(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,13 +176,12 @@ def served_dtype(raw: Mapping[str, Any]) -> str:
     return dtype
 
 
-def _loaded(sizes: Mapping[str, int], drafts: bool) -> dict[str, int]:
-    if drafts and not any(part_of(name) == "MTP" for name in sizes):
+def _check_mtp(sizes: Mapping[str, int]) -> None:
+    if not any(part_of(name) == "MTP" for name in sizes):
         raise ConfigError(
             "the checkpoint has no mtp.* tensors: leave --num-speculative-tokens out, or fetch a"
             " checkpoint that kept its MTP layer"
         )
-    return {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
 
 
 # printing ---------------------------------------------------------------------------------------

@@ -1,21 +1,31 @@
 """How much memory a rank uses for states and KV, and weights that no memory can hold."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left, swap_limit
 from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
-from qwen3next_plugin.model.checkpoint.sizes import part_of, rank_bytes, readable
+from qwen3next_plugin.model.checkpoint.sizes import rank_bytes, readable, without_mtp
 
 MEMINFO = Path("/proc/meminfo")
 LEAST_POOLS = 2 << 30  # bytes for states and KV beside mapped weights that take the rest
 SHARE = 4  # where no setting says more, states and KV take 1/SHARE of what is free
 REST = 1 << 30  # bytes that a rank keeps free for activations and buffers
 PROCESSES = 1 << 30  # bytes of the processes that an engine starts for a rank
+
+
+class Share(TypedDict):
+    """What one of the ranks that start together on a machine may use."""
+
+    memory: int  # bytes for weights, states and KV
+    threads: int
+    mapped: int  # bytes of weights that stay in files
 
 
 def free_bytes() -> int:
@@ -35,6 +45,19 @@ def granted(free: int, ranks: int = 1, pinned: int = 0) -> int:
         pinned: bytes that they will take together for something else.
     """
     return max(0, (free - pinned) // max(1, ranks) - REST - PROCESSES)
+
+
+def share_of(ranks: int, mapped: int, pinned: int = 0) -> Share:
+    """The share of each rank, before any of them starts.
+
+    Args:
+        mapped, pinned: bytes of all ranks together, as `mapped_bytes` and `granted` have them.
+    """
+    return {
+        "memory": granted(free_bytes(), ranks, pinned),
+        "threads": max(1, len(os.sched_getaffinity(0)) // ranks),
+        "mapped": mapped // ranks,
+    }
 
 
 def room(left: int, mapped: int) -> int:
@@ -70,8 +93,8 @@ def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int)
     Raises:
         ConfigError: what is needed, what there is, and the ways out.
     """
-    trunk = {name: nbytes for name, nbytes in sizes.items() if part_of(name) != "MTP"}
-    needed, there = ranks * sum(rank_bytes(trunk, config).values()), memory_bytes()
+    needed = ranks * sum(rank_bytes(without_mtp(sizes), config).values())
+    there = memory_bytes()
     if needed > there + min(_meminfo("SwapTotal"), swap_limit()):
         raise ConfigError(
             f"the weights take {readable(needed)} on this machine, of which this process may "

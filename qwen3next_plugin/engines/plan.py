@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.memory import default_pools, room
-from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes, readable
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes, readable, without_mtp
 
 GIB = 2**30
 StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py
@@ -128,7 +128,11 @@ class Plan(ABC):
 def make_plan(
     engine: type[P], config: Qwen3NextConfig, sizes: Mapping[str, int], flags: Flags
 ) -> P:
-    """Plan the memory of one rank; `sizes` are the bytes of every tensor that is loaded."""
+    """Plan the memory of one rank.
+
+    Args:
+        sizes: bytes of every tensor; the MTP layer's are left out where nothing is drafted.
+    """
     from qwen3next_plugin.kernels.paged_attention import SCRATCH
 
     drafter = config.num_nextn_predict_layers if flags.num_speculative_tokens else 0
@@ -136,7 +140,7 @@ def make_plan(
     if config.indexer_n_heads:
         per_head += engine.index_elements(config)
     kv_elements = config.num_key_value_heads_per_rank * per_head
-    weights = dict(rank_bytes(sizes, config))
+    weights = dict(rank_bytes(sizes if drafter else without_mtp(sizes), config))
     if drafter:
         weights["draft head"] = draft_head_bytes(config, sizes)
     return engine(

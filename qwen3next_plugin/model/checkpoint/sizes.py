@@ -58,6 +58,11 @@ def part_of(name: str) -> str:
     return next(found, "embeddings and norms")
 
 
+def without_mtp(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of the trunk's tensors."""
+    return {name: nbytes for name, nbytes in sizes.items() if part_of(name) != "MTP"}
+
+
 def rank_bytes(sizes: Mapping[str, int], config: Qwen3NextConfig) -> dict[str, int]:
     """Bytes of each part on one rank, from the bytes of each tensor."""
     parts = dict.fromkeys(PARTS, 0)
@@ -91,7 +96,7 @@ def tensor_bytes(
     if (stored or index) and not any(
         part_of(our_name(name, config) or "") == "MTP" for name in {*names, *stored}
     ):
-        sizes = {name: n for name, n in sizes.items() if part_of(name) != "MTP"}
+        sizes = without_mtp(sizes)
     if asked:
         return sizes, f"config.json, quantised to {asked}"
     if stored and names <= stored.keys():

@@ -1,6 +1,5 @@
 """The memory for state pages and KV on a machine that also runs other programs."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +9,13 @@ from qwen3next_plugin.engines.memory import (
     SHARE,
     default_pools,
     free_bytes,
-    granted,
     mapped_bytes,
     room,
+    share_of,
 )
 from qwen3next_plugin.engines.plan import GIB, Flags, make_plan
 from qwen3next_plugin.engines.sglang.names import OVERRIDE_FLAG, is_ours
 from qwen3next_plugin.engines.sglang.pools import Pools
-from qwen3next_plugin.model.checkpoint.sizes import part_of
 
 GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
 IN_WORDS = (
@@ -45,7 +43,6 @@ def plan(sizes: Mapping[str, int], server_args: Any, model_config: Any) -> Pools
         model_config.hf_config, tp_size=server_args.tp_size, override_flag=OVERRIDE_FLAG
     )
     drafts = server_args.speculative_algorithm is not None
-    ranks = local_ranks(server_args)
     mapped = mapped_bytes(server_args.model_path, server_args.revision, server_args.download_dir)
     flags = Flags(
         max_model_len=model_config.context_len,
@@ -54,12 +51,9 @@ def plan(sizes: Mapping[str, int], server_args: Any, model_config: Any) -> Pools
         dtype=str(model_config.dtype).removeprefix("torch."),
         state_dtype=server_args.mamba_ssm_dtype or "float32",
         prefix_caching=not server_args.disable_radix_cache,
-        memory=granted(free_bytes(), ranks),
-        threads=max(1, len(os.sched_getaffinity(0)) // ranks),
-        mapped=mapped // ranks,
+        **share_of(local_ranks(server_args), mapped),
     )
-    loaded = {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
-    return make_plan(Pools, config, loaded, flags)
+    return make_plan(Pools, config, sizes, flags)
 
 
 def local_ranks(server_args: Any) -> int:

@@ -10,14 +10,14 @@ from vllm.logger import init_logger
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.hub import folder_here
-from qwen3next_plugin.engines.memory import check_weights, free_bytes, granted, mapped_bytes
+from qwen3next_plugin.engines.memory import check_weights, mapped_bytes, share_of
 from qwen3next_plugin.engines.plan import Flags, StateDtype, make_plan
 from qwen3next_plugin.engines.vllm.blocks import Blocks
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.names import EXECUTOR, LOGGER
 from qwen3next_plugin.engines.vllm.state.pages import page_layout
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
-from qwen3next_plugin.model.checkpoint.sizes import part_of, readable, served_bytes
+from qwen3next_plugin.model.checkpoint.sizes import readable, served_bytes
 from qwen3next_plugin.model.quantisation.modules import served_formats
 
 logger = init_logger(LOGGER)
@@ -60,6 +60,7 @@ def plan(config: Qwen3NextConfig, vllm_config: VllmConfig) -> Blocks:
     ranks = max(1, _ranks(vllm_config))
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
     downloads = vllm_config.load_config.download_dir
+    mapped = mapped_bytes(model_config.model, model_config.revision, downloads)
     layout = page_layout(config, vllm_config)
     flags = Flags(
         max_model_len=model_config.max_model_len,
@@ -68,15 +69,11 @@ def plan(config: Qwen3NextConfig, vllm_config: VllmConfig) -> Blocks:
         dtype=str(model_config.dtype).removeprefix("torch."),
         state_dtype=cast(StateDtype, str(layout.state_dtype).removeprefix("torch.")),
         prefix_caching=bool(cache_config.enable_prefix_caching),
-        memory=granted(free_bytes(), ranks, _pinned(vllm_config)),
-        threads=max(1, len(os.sched_getaffinity(0)) // ranks),
-        mapped=mapped_bytes(model_config.model, model_config.revision, downloads) // ranks,
         kv_itemsize=1 if cache_config.cache_dtype.startswith("fp8") else None,
+        **share_of(ranks, mapped, _pinned(vllm_config)),
     )
-    drafts = bool(flags.num_speculative_tokens)
     sizes = _sizes(config, vllm_config) or _stored_sizes(vllm_config)
-    loaded = {name: n for name, n in sizes.items() if drafts or part_of(name) != "MTP"}
-    return make_plan(Blocks, config, loaded, flags)
+    return make_plan(Blocks, config, sizes, flags)
 
 
 def given(cache_config: CacheConfig) -> bool:
