@@ -1,18 +1,16 @@
 """Prefill on one server and decode on another: the bits of one server, and what may go wrong."""
 
-import re
 import signal
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from shutil import copyfile, copytree
 
 import pytest
 
 from checkpoints import SHIPPED, random_prompt
-from damage import slightly_changed
 from engines.checks import check_greedy
 from engines.clients import eventually
+from engines.handover import check_one_sign_is_refused, differences
 from engines.routers import opening, routed, turn
 from engines.server import closing, most_cores
 from engines.sglang.apart import (
@@ -211,25 +209,14 @@ def test_servers_that_are_not_alike_exchange_nothing(named, differs):
     assert named in differences(log)
 
 
-def differences(log: str) -> set[str]:
-    """By name, of what a log says that both servers have."""
-    found = re.search(r"Local: \((.*?)\), Remote: \((.*?)\)", log).groups()
-    decoder, prefiller = ({*each.split(", ")} for each in found)
-    return {fact.split("=")[0] for fact in decoder ^ prefiller}
-
-
 @pytest.mark.long
 def test_weights_that_differ_in_one_sign_are_refused(tmp_path):
-    """In the same folder: one server has started before they were replaced."""
-    model = copytree(SHIPPED, tmp_path / "model", copy_function=copyfile)
-    other = slightly_changed(SHIPPED, tmp_path / "other", "sign")
-    with closing(Part("prefill", *WITH_DRAFTS, model=model)) as (first,):
-        (other / "model.safetensors").replace(model / "model.safetensors")
-        with closing(Part("decode", *WITH_DRAFTS, model=model)) as (second,):
-            with pytest.raises(urllib.error.HTTPError) as refusal:
-                apart(first, second, TEXTS[:1])
-            assert refusal.value.code == 500
-            assert differences(second.process.text()) == {"weights"}
+    check_one_sign_is_refused(
+        tmp_path,
+        lambda model: Part("prefill", *WITH_DRAFTS, model=model),
+        lambda model: Part("decode", *WITH_DRAFTS, model=model),
+        lambda first, second: apart(first, second, TEXTS[:1]),
+    )
 
 
 @needs("router")

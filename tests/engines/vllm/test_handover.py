@@ -1,20 +1,18 @@
 """Prefill on one server and decode on another: the text of one server, and its pages."""
 
-import re
 import signal
 import urllib.error
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
-from shutil import copyfile, copytree
 from typing import Any
 
 import pytest
 
-from checkpoints import SHIPPED, random_prompt
-from damage import slightly_changed
+from checkpoints import random_prompt
 from engines.clients import PROMPTS, eventually
+from engines.handover import check_one_sign_is_refused, differences
 from engines.server import closing, most_cores
 from engines.vllm.apart import DRAFTS, apart, complete, prefill, server, text
 from engines.vllm.server import Server
@@ -208,21 +206,11 @@ def test_servers_that_are_not_alike_exchange_nothing(named, differs):
     assert named in differences(log)
 
 
-def differences(log: str) -> set[str]:
-    """By name, of what a log says that both servers have."""
-    found = re.search(r"Local: \w+ \((.*?)\), Remote: \w+ \((.*?)\)", log).groups()
-    decoder, prefiller = ({*each.split(", ")} for each in found)
-    return {fact.split("=")[0] for fact in decoder ^ prefiller}
-
-
 @pytest.mark.long
 def test_weights_that_differ_in_one_sign_are_refused(tmp_path):
-    """In the same folder: one server has started before they were replaced."""
-    model = copytree(SHIPPED, tmp_path / "model", copy_function=copyfile)
-    other = slightly_changed(SHIPPED, tmp_path / "other", "sign")
-    with closing(server("kv_producer", model=model)) as (first,):
-        (other / "model.safetensors").replace(model / "model.safetensors")
-        with closing(server("kv_consumer", model=model)) as (second,):
-            with pytest.raises(urllib.error.HTTPError):
-                apart(first, second, random_prompt(200, seed=49))
-            assert differences(second.process.text()) == {"weights"}
+    check_one_sign_is_refused(
+        tmp_path,
+        lambda model: server("kv_producer", model=model),
+        lambda model: server("kv_consumer", model=model),
+        lambda first, second: apart(first, second, random_prompt(200, seed=49)),
+    )
