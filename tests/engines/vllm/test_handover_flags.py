@@ -9,19 +9,23 @@ from threading import Event, Thread
 from types import SimpleNamespace as Bag
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import vllm
+import zmq
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.ssm_conv_transfer_utils import (
     derive_mamba_conv_split,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.network_utils import make_zmq_path
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
+from engines.clients import eventually
 from engines.process import free_port
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines import alike
@@ -177,6 +181,21 @@ def test_a_read_counts_while_blocks_are_kept(prefill_server, monkeypatch, caplog
     dead = Bag(host="127.0.0.1", port=free_port(), request_id="a")
     assert read(dead) == ({"a"}, {"a"})
     assert "did not say whether it has kept the blocks" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "question",
+    [b"\xc1", msgspec.msgpack.encode("a rank"), msgspec.msgpack.encode(("", [0], {})), None],
+    ids=["no msgpack", "one part", "ranks that are none", "one frame"],
+)
+def test_a_question_that_cannot_be_read_ends_nothing(prefill_server, caplog, question):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.connect(make_zmq_path("tcp", "127.0.0.1", prefill_server.port))
+        sock.send_multipart([b"", question] if question else [b""])
+        assert eventually(lambda: "not a question of a decode server" in caplog.text)
+    leases.keep(lambda *_: (True, {}), None, Bag(request_id="a"), ())
+    assert read(prefill_server) == ({"a"}, set())
+    leases.forget(lambda *_: None, None, Bag(finished_sending={"a"}))
 
 
 def test_what_needs_no_read_is_done_at_once():

@@ -8,6 +8,7 @@ that frees blocks: it does not wait for a step. patches.py puts these functions 
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import zmq
@@ -21,6 +22,7 @@ logger = init_logger(LOGGER)
 LEASE = "qwen3next_plugin lease"  # in place of a rank in a handshake's question
 KEPT = b"kept"
 TIMEOUT = 5000  # ms, as of a handshake
+PAUSE = 0.1  # seconds, after what is no question
 
 _kept: set[str] = set()  # of a prefill server: requests whose blocks wait for another server
 _asked: dict[str, Future[bool]] = {}  # of a decode server, by request
@@ -35,10 +37,21 @@ class Answers(dict[tuple[Any, Any], bytes]):
 
 
 def answer_about_leases(
-    host: Callable[..., None], encoded_data: dict[Any, bytes], *args: Any, **kwargs: Any
+    host: Callable[..., None],
+    encoded_data: dict[Any, bytes],
+    ready: Event,
+    stop: Event,
+    *address: Any,
 ) -> None:
-    """The thread of a scheduler that answers handshakes."""
-    host(Answers(encoded_data), *args, **kwargs)
+    """The thread of a scheduler that answers handshakes; it outlives questions it cannot read."""
+    while True:
+        try:
+            return host(Answers(encoded_data), ready, stop, *address)
+        except Exception as error:
+            if not ready.is_set():  # it cannot listen
+                raise
+            logger.warning("qwen3next_plugin: not a question of a decode server: %r", error)
+            stop.wait(PAUSE)
 
 
 def keep(
