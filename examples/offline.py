@@ -44,6 +44,7 @@ def main(
     start = time.perf_counter()
     requests = llm.generate(prompts or PROMPTS, sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
+    llm.llm_engine.engine_core.shutdown()  # and what it logs, before the answers
     for request in requests:
         print(f"--- {request.prompt!r}\n{request.outputs[0].text}\n")
     generated = sum(len(request.outputs[0].token_ids) for request in requests)

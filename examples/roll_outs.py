@@ -33,16 +33,19 @@ def main(
     )
     sampling = SamplingParams(temperature=1.0, seed=0, max_tokens=max_tokens)
     generator = torch.Generator().manual_seed(0)
+    answers = []
     with tempfile.TemporaryDirectory() as folder:
         weights = shutil.copytree(model, Path(folder) / "weights")
         for update in range(updates + 1):
             if update:
                 step(weights, step_size, generator)
                 llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
-            for request in llm.generate(PROMPTS, sampling, use_tqdm=False):
-                print(
-                    f"--- after {update} updates: {request.prompt!r}\n{request.outputs[0].text}\n"
-                )
+            answers += [
+                f"--- after {update} updates: {request.prompt!r}\n{request.outputs[0].text}\n"
+                for request in llm.generate(PROMPTS, sampling, use_tqdm=False)
+            ]
+    llm.llm_engine.engine_core.shutdown()  # and what it logs, before the answers
+    print(*answers, sep="\n")
 
 
 def step(folder: Path, size: float, generator: torch.Generator) -> None:

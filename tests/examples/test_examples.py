@@ -18,6 +18,8 @@ from patience import run
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "examples/qwen3next-tiny"
 TIMEOUT_S = 600
+APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # the engine in a process, as a user has it
+LOGGED = re.compile(r"INFO|WARNING|Warning|Traceback|leaked")
 
 pytestmark = pytest.mark.serve
 
@@ -78,10 +80,11 @@ def test_the_agent_names_its_packages():
 
 
 def test_offline_continues_the_prompts_it_is_given():
-    said = forked_example("offline.py", "--max-tokens", "16", "import os\n", "def add(a, b):\n")
+    prompts = ("import os\n", "def add(a, b):\n")
+    said = forked_example("offline.py", "--max-tokens", "16", *prompts, **APART)
     assert "--- 'import os\\n'" in said
     assert "--- 'def add(a, b):\\n'" in said
-    tokens = int(re.search(r"(\d+) tokens in [\d.]+ s", said)[1])
+    tokens = int(re.search(r"(\d+) tokens in [\d.]+ s\n$", said)[1])  # nothing follows
     assert 2 <= tokens <= 32
     assert "qwen3next_plugin" in said  # the log line: it is in use
 
@@ -133,9 +136,10 @@ def test_compare_mtp_shows_equal_texts_and_acceptance():
 
 
 def test_roll_outs():
-    text = forked_example("roll_outs.py", "--updates", "1")
+    text = forked_example("roll_outs.py", "--updates", "1", **APART)
     before, after = (
         re.findall(rf"--- after {n} updates: .*\n((?:(?!---).*\n)+)", text) for n in (0, 1)
     )
+    assert not LOGGED.search(text, text.index("--- after"))
     assert len(before) == len(after) == 2
     assert before != after
