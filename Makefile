@@ -222,7 +222,7 @@ test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, tes
 	$(WHEEL)/bin/python $(BUILD)
 	$(WHEEL)/bin/python $(INSTALL) --force-reinstall dist/*.whl
 	WHEEL=$$(echo dist/*.whl) $(WHEEL)/bin/python -P -m pytest -q tests/test_packaging.py
-	cp -r README.md tests examples benchmarks docs pyproject.toml $(AWAY)
+	cp -r README.md CONTRIBUTING.md tests examples benchmarks docs pyproject.toml $(AWAY)
 	cd $(AWAY) && OMP_NUM_THREADS=1 $(ON_WHEEL) -q $(PARALLEL) $(or $(ARGS),-m "not serve")
 	$(if $(ARGS),,cd $(AWAY) && $(ON_WHEEL) -v $(PARALLEL) --maxprocesses 4 -m serve)
 

@@ -21,7 +21,7 @@ NOT_RUN = {
     ("README.md", "sudo"): "needs root",
     ("README.md", "pip"): "needs a network",
     ("README.md", "hf"): "downloads from the hub",
-    ("README.md", "curl"): "needs the server of `make serve`: tests/examples/ asks one",
+    ("README.md", "curl"): "needs a server: tests/engines/*/test_server.py send it to theirs",
     ("docs/fleet.md", "pip"): "needs a network",
     ("docs/fleet.md", "ray"): "needs Ray: tests/engines/vllm/test_ray.py",
     ("docs/fleet.md", "venv"): "is Python's own",

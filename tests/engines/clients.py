@@ -1,11 +1,13 @@
 """What clients ask of a server of the shipped checkpoint, whichever engine it is."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 
 import openai
 from openai.types.chat import ChatCompletion
 
+from commands import of
 from engines.server import Server
 from patience import ticks
 
@@ -26,6 +28,15 @@ Messages = list[dict[str, str]]
 def eventually(happened: Callable[[], object]) -> bool:
     """Whether it happens in time; asks again and again."""
     return any(happened() for _ in ticks())
+
+
+def check_readmes_question(server: Server) -> None:
+    """What README's curl sends gets an answer; to this server, and of its model."""
+    (command,) = of("curl")
+    url, body = command.arguments[0], command.arguments[-1]
+    question = json.loads(body) | {"model": server.model}
+    answer = server.post(url.removeprefix("http://localhost:8000"), **question)
+    assert "directory" in answer["choices"][0]["message"]["content"]
 
 
 def complete(server: Server, prompt: str, tokens: int = TOKENS, **options) -> str:

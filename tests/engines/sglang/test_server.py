@@ -20,6 +20,7 @@ from engines.clients import (
     PROMPTS,
     at_once,
     chat,
+    check_readmes_question,
     complete,
     eventually,
     hang_up,
@@ -145,6 +146,10 @@ def test_chat(server):
     whole = chat(server, messages)
     assert whole.usage.completion_tokens <= 24
     assert streamed_chat(server, messages) == whole.choices[0].message.content
+
+
+def test_readmes_question(server):
+    check_readmes_question(server)
 
 
 def test_every_turn_of_a_chat_hits_the_cache(server):
