@@ -39,8 +39,9 @@ def where(folder: str, state: str, command: list[str]) -> list[str]:
 
 
 def without_caches(env: Mapping[str, str]) -> dict[str, str]:
-    """Without the folders that importing torch has named in this process's environment."""
-    return {name: value for name, value in env.items() if "CACHE" not in name}
+    """Without folders: importing torch has put some into this process's environment."""
+    folders = ("CACHE_DIR", "CACHE_HOME", "CACHE_ROOT")
+    return {name: value for name, value in env.items() if not name.endswith(folders)}
 
 
 def check_cut_off(home: Path, module: str) -> None:

@@ -125,6 +125,24 @@ class Server(ABC):
         first = psutil.Process(self.process.child.pid)
         return [first, *first.children(recursive=True)]
 
+    def shared_memory(self) -> set[str]:
+        """The files in /dev/shm that its processes have mapped."""
+        maps = (Path(f"/proc/{each.pid}/maps").read_text() for each in self.processes())
+        return {file for text in maps for file in re.findall(r" (/dev/shm/\S+)\n", text)}
+
+    @contextmanager
+    def ends_cleanly(self) -> Iterator[None]:
+        """What this block does ends its processes well: nothing is left, and no error is said."""
+        processes, files, before = self.processes(), self.shared_memory(), len(self.process.text())
+        yield
+        self.process.wait(START_SECONDS)
+        left = psutil.wait_procs(processes, 20)[1]
+        said = self.process.text()[before:]
+        assert self.process.code() == 0, said
+        assert not left
+        assert not [file for file in files if Path(file).exists()]
+        assert not re.search("Traceback|leaked|killing", said), said
+
     def close(self) -> None:
         self.client.close()
         self.process.stop(self.END)

@@ -612,6 +612,13 @@ AT_START: tuple[Entry, ...] = (
         remove_when="zmq_socket_ctx no longer swallows a KeyboardInterrupt (`compat`)",
     ),
     Patch(
+        target="vllm.v1.engine.utils.CoreEngineProcManager.shutdown",
+        parameters=("self", "timeout"),
+        function=interrupts.give_time_to_end,
+        reason="vLLM kills its engine right after SIGTERM: two shared memory objects are left",
+        remove_when="vLLM gives an engine time to end where --shutdown-timeout is 0",
+    ),
+    Patch(
         target="vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",
         parameters=("self", "inline"),
         function=nodes.fail_with_a_worker,
@@ -621,6 +628,13 @@ AT_START: tuple[Entry, ...] = (
 )
 
 ENGINE = "vllm.v1.engine.core"
+IGNORE_CTRL_C = partial(
+    Patch,
+    parameters=("self",),
+    function=interrupts.let_the_server_end_it,
+    reason="Ctrl-C ends engine and workers, too: in an order that leaves shared memory",
+    remove_when="vLLM's processes leave SIGINT to the server",
+)
 IN_ENGINE: tuple[Entry, ...] = (
     Patch(
         target=f"{ENGINE}.EngineCore.collective_rpc",
@@ -648,11 +662,14 @@ IN_ENGINE: tuple[Entry, ...] = (
         "schema that is not xgrammar's, others are errors 500",
         remove_when="vLLM takes a backend for each request (`compat`)",
     ),
+    IGNORE_CTRL_C(target=f"{ENGINE}.EngineCoreProc.run_busy_loop"),
+    IGNORE_CTRL_C(target=f"{ENGINE}.DPEngineCoreProc.run_busy_loop"),
 )
 
 RESOURCES = "vllm.utils.cpu_resource_utils"
 CONTAINERS = "vLLM knows the topmost cgroup's limit alone, and counts files in memory as used"
 IN_WORKER: tuple[Entry, ...] = (
+    IGNORE_CTRL_C(target="vllm.v1.executor.multiproc_executor.WorkerProc.worker_busy_loop"),
     Patch(
         target=f"{RESOURCES}.get_cgroup_memory_limit",
         parameters=(),
@@ -680,6 +697,13 @@ IN_SERVER: tuple[Entry, ...] = (
         reason="a server whose engine has ended exits with 0 (vllm #48966); after SIGTERM it may "
         "wait for ever for a stream to end",
         remove_when="vLLM exits with another code, and gives connections a time to close",
+    ),
+    Patch(
+        target="vllm.entrypoints.launchers.utils.server_utils.freeze_gc_heap",
+        parameters=(),
+        function=interrupts.thaw_at_exit,
+        reason="a server ends with Triton's list of what it has leaked",
+        remove_when="vLLM unfreezes what it froze for its server, as for its engine",
     ),
     Patch(
         target="vllm.entrypoints.serve.instrumentator.metrics.attach_router",

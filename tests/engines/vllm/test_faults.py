@@ -1,5 +1,7 @@
 """Faults of the machine: the server serves, or ends with one line that names the fault."""
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -16,11 +18,13 @@ from engines.faults import (
     check_ends_without_memory,
     inside,
     where,
+    without_caches,
 )
 from engines.vllm.server import Server
 from needs import needs
+from tiers import long_except
 
-pytestmark = [pytest.mark.serve, pytest.mark.long]
+pytestmark = pytest.mark.serve
 
 FLAGS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "4")
 DRAFTS = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}')
@@ -37,6 +41,9 @@ class Hindered(Server):
     def command(self, *flags: str) -> list[str]:
         return where(*self.hindrance, super().command(*flags))
 
+    def environment(self) -> dict[str, str]:
+        return without_caches(super().environment())
+
 
 class Confined(Server):
     """A server in a cgroup."""
@@ -50,11 +57,14 @@ class Confined(Server):
 
 
 @needs("mounts")
-@pytest.mark.parametrize("state", ["full", "read-only"])
+@pytest.mark.parametrize("state", long_except(["full"], ["full", "read-only"]))
 def test_it_serves_without_a_tmp_to_write_to(state):
+    """And Ctrl-C ends it as a terminal sends it: to all of its processes."""
     server = Hindered(Path("/tmp"), state, "--enforce-eager").wait()
     try:
         assert complete(server, PROMPTS[0])
+        with server.ends_cleanly():
+            os.killpg(server.process.child.pid, signal.SIGINT)
     finally:
         server.close()
 
@@ -67,34 +77,40 @@ def answers() -> None:
         server.close()
 
 
+@pytest.mark.long
 @needs("mounts")
 def test_it_serves_offline_with_a_read_only_home(tmp_path):
     """Compiled, as `make serve` does."""
     check_cut_off(tmp_path, "engines.vllm.test_faults")
 
 
+@pytest.mark.long
 @needs("mounts")
 def test_no_room_for_compiled_graphs(tmp_path):
     env = dict.fromkeys(CACHES, str(tmp_path))
     check_ends(Hindered(tmp_path, "full", env=env), "No space left on device")
 
 
+@pytest.mark.long
 def test_weights_that_memory_cannot_hold():
     with cgroup() as made:
         check_ends(Confined(made, *TOO_LARGE, "--language-model-only"), TOO_LITTLE)
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_while_it_serves():
     flags = ("--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager")
     check_ends_without_memory(Server(SHIPPED, *flags, *DRAFTS).wait())
 
 
+@pytest.mark.long
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         check_ends(Server(SHIPPED, *FLAGS, "--port", port), "Address already in use")
 
 
+@pytest.mark.long
 def test_two_servers_at_once():
     """They start at the same time, answer the same, and count their own tokens only."""
     servers = [Server(SHIPPED, *FLAGS, *DRAFTS, "--enforce-eager") for _ in range(2)]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 import openai
-import psutil
 import pytest
 
 from checkpoints import SHIPPED
@@ -16,6 +15,7 @@ from engines.clients import (
     PROMPTS,
     at_once,
     chat,
+    check_readmes_question,
     complete,
     eventually,
     hang_up,
@@ -82,6 +82,10 @@ def test_chat(server):
     whole = chat(server, messages)
     assert whole.usage.completion_tokens <= 24
     assert streamed_chat(server, messages) == whole.choices[0].message.content
+
+
+def test_readmes_question(server):
+    check_readmes_question(server)
 
 
 def test_the_second_turn_of_a_chat_hits_the_cache(server):
@@ -278,13 +282,10 @@ def test_a_line_of_metrics_in_the_log(server):
 # The last: what it ends is the server of all others.
 def test_sigterm_while_a_request_runs(server):
     """It exits with 0, as without a request: only an engine that fails is a failure."""
-    processes = server.processes()
     endless = {"max_tokens": 4000, "extra_body": {"ignore_eos": True}}
     stream = server.client.completions.create(
         model=server.model, prompt=[1, 2, 3], stream=True, **endless
     )
     next(iter(stream))
-    os.kill(processes[0].pid, signal.SIGTERM)
-    assert eventually(lambda: server.process.code() is not None), server.process.text()
-    assert server.process.code() == 0, server.process.text()
-    assert not psutil.wait_procs(processes, 20)[1]
+    with server.ends_cleanly():
+        os.kill(server.process.child.pid, signal.SIGTERM)

@@ -1,7 +1,12 @@
-"""SIGTERM and Ctrl-C while the engine loads."""
+"""How a server ends by SIGTERM and Ctrl-C, while its engine loads and while it serves."""
 
+import atexit
+import gc
+import signal
 from collections.abc import Callable
 from typing import Any
+
+CLEAN_UP = 30  # seconds, at most: a busy machine has taken 16
 
 
 def end_while_loading(host: Callable[..., None], *args: Any) -> None:
@@ -14,3 +19,31 @@ def end_while_loading(host: Callable[..., None], *args: Any) -> None:
         host(*args)
     except KeyboardInterrupt:
         raise SystemExit("The server was told to end while its engine loaded") from None
+
+
+def let_the_server_end_it(host: Callable[..., None], process: Any) -> None:
+    """Around the loops of engine and worker: they ignore Ctrl-C, which ends the server alone.
+
+    A terminal sends SIGINT to all processes of the server. The server's SIGTERM would then end the
+    engine while it cleans up, and a worker that ends before its engine looks like one that fails.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    host(process)
+
+
+def give_time_to_end(host: Callable[..., None], manager: Any, timeout: float | None = None) -> None:
+    """Around `CoreEngineProcManager.shutdown`: an engine that drops its requests may clean up.
+
+    Args:
+        timeout: seconds that requests have, as --shutdown-timeout: 0 by default.
+    """
+    host(manager, timeout or CLEAN_UP)
+
+
+def thaw_at_exit(host: Callable[[], None]) -> None:
+    """Around a server's `freeze_gc_heap`: what is frozen would be left at exit.
+
+    Triton lists that, in thirty lines.
+    """
+    host()
+    atexit.register(gc.unfreeze)
