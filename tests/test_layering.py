@@ -33,6 +33,8 @@ OF_BOTH = (
     "alike",
     "nixl",
     "pacing",
+    "apart",
+    "matchers",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors
