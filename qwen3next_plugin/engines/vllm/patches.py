@@ -2,9 +2,9 @@
 
 The groups differ in when they are applied: FILES, ROPE, WITH_OURS, ON_GPU and ELSEWHERE at
 registration, by platform; REQUESTS, AT_START and IN_SERVER when our model's flags are complete;
-IN_ENGINE at either, in every process that may run an engine; WITH_DRAFTS if flags ask for drafts;
-IN_WORKER when our worker is made; WITH_LORA, PAGE_COPIES, EXCHANGES and GRAPHS when our model is
-built, and HANDOVER then and before its workers start.
+IN_ENGINE and GRAMMARS at either, in every process that may run an engine; WITH_DRAFTS if flags ask
+for drafts; IN_WORKER when our worker is made; WITH_LORA, PAGE_COPIES, EXCHANGES and GRAPHS when our
+model is built, and HANDOVER then and before its workers start.
 OVERRIDES and REPAIRS are changes that our own code makes to objects of theirs.
 """
 
@@ -36,8 +36,8 @@ from qwen3next_plugin.engines.vllm.names import (
 )
 from qwen3next_plugin.engines.vllm.repairs import (
     adapters,
-    backends,
     cgroups,
+    checks,
     exit_code,
     grammars,
     graphs,
@@ -78,6 +78,7 @@ class CheckFlags(VerifyAndUpdateConfig):
         flags.complete(vllm_config)
         apply(REQUESTS)
         apply(AT_START)
+        apply(GRAMMARS)
         if current_platform.is_cpu():
             apply(IN_ENGINE)
         if SERVER in sys.modules:  # else this is another program, which needs no server
@@ -561,7 +562,34 @@ WITH_LORA: tuple[Entry, ...] = (
     ),
 )
 
+DEAR = "one call of a grammar may take minutes, and nothing ends it but the end of its process"
+LIMITED = "the libraries of grammars limit the time and memory of each call"
 REQUESTS: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.v1.engine.async_llm.AsyncLLM.__init__",
+        parameters=(
+            *("self", "vllm_config", "executor_class", "log_stats", "usage_context"),
+            *("mm_registry", "log_requests", "start_engine_loop", "stat_loggers"),
+            *("aggregate_engine_logging", "client_addresses", "client_count", "client_index"),
+            "profiler",
+        ),
+        function=grammars.fork_first,
+        reason=DEAR,
+        remove_when=LIMITED,
+    ),
+    Patch(
+        target="vllm.v1.engine.async_llm.AsyncLLM.add_request",
+        parameters=(
+            *("self", "request_id", "prompt", "params", "arrival_time", "lora_request"),
+            *("tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank"),
+            *("session_id", "prompt_text", "reasoning_ended", "reasoning_parser_kwargs"),
+            "kv_hints",
+        ),
+        function=checks.check_beside,
+        reason="a schema of a hundred bytes takes minutes, or all memory, to check, in the process "
+        "that answers all clients",
+        remove_when=LIMITED,
+    ),
     Patch(
         target="vllm.v1.engine.async_llm.AsyncLLM.add_request",
         parameters=(
@@ -576,20 +604,21 @@ REQUESTS: tuple[Entry, ...] = (
         remove_when="vLLM limits both",
     ),
     Patch(
-        target="vllm.v1.structured_output.backend_guidance.validate_guidance_grammar",
-        parameters=("sampling_params", "tokenizer"),
-        function=grammars.refuse_costly,
-        reason="one JSON schema of a hundred bytes takes all memory in llguidance, and the server "
-        "ends; others block it for minutes",
-        remove_when="llguidance, or vLLM, limits what a schema takes (`compat`)",
+        target="vllm.sampling_params.SamplingParams._validate_structured_outputs",
+        parameters=("self", "model_config", "structured_outputs_config", "tokenizer"),
+        function=checks.skip_checked,
+        reason="the entry above has checked it",
+        remove_when="the entry above is removed",
     ),
     Patch(
-        target="vllm.v1.structured_output.backend_outlines."
-        "validate_structured_output_request_outlines",
-        parameters=("params",),
-        function=grammars.refuse_large,
-        reason="one JSON schema with a long string takes all memory in the engine",
-        remove_when="outlines, or vLLM, limits what an index takes (`compat`)",
+        target="vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
+        parameters=(
+            *("self", "engine_core_outputs", "engine_core_timestamp", "iteration_stats"),
+            "weight_version",
+        ),
+        function=checks.raise_why,
+        reason="what is wrong with a client's grammar is an internal error to vLLM",
+        remove_when="vLLM answers it with a 400 that says why",
     ),
     Patch(
         target="vllm.multimodal.processing.inputs.ProcessorInputs.get_mm_hashes",
@@ -654,13 +683,42 @@ IN_ENGINE: tuple[Entry, ...] = (
         "worker never got the pixels",
         remove_when="vLLM sends them when it resumes a request",
     ),
+)
+
+GRAMMARS: tuple[Entry, ...] = (
+    Patch(
+        target="vllm.v1.executor.abstract.Executor.__init__",
+        parameters=("self", "vllm_config"),
+        function=grammars.fork_first,
+        reason=DEAR,
+        remove_when=LIMITED,
+    ),
     Patch(
         target="vllm.v1.structured_output.StructuredOutputManager.grammar_init",
         parameters=("self", "request"),
-        function=backends.compile_by_request,
-        reason="vLLM compiles all grammars by the backend of the first request with one: after a "
-        "schema that is not xgrammar's, others are errors 500",
-        remove_when="vLLM takes a backend for each request (`compat`)",
+        function=grammars.compile_apart,
+        reason=f"{DEAR}; and vLLM compiles one after another, all by the backend of the first",
+        remove_when=f"{LIMITED}, and vLLM takes a backend for each request (`compat`)",
+    ),
+    Patch(
+        target="vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
+        parameters=("self", "scheduler_output", "model_runner_output"),
+        function=grammars.say_why,
+        reason="vLLM has no reason of an error to go with a request's last output",
+        remove_when="vLLM has one",
+    ),
+    *(
+        Patch(
+            target=f"vllm.v1.core.sched.scheduler.Scheduler.{name}",
+            parameters=("self", "draft_token_ids", *more),
+            function=grammars.learn_drafts,
+            reason="vLLM asks one grammar after another, and each answer takes 0.1 ms",
+            remove_when="the entries above are removed",
+        )
+        for name, more in (
+            ("update_draft_token_ids", ()),
+            ("update_draft_token_ids_in_output", ("scheduler_output",)),
+        )
     ),
     IGNORE_CTRL_C(target=f"{ENGINE}.EngineCoreProc.run_busy_loop"),
     IGNORE_CTRL_C(target=f"{ENGINE}.DPEngineCoreProc.run_busy_loop"),
@@ -744,7 +802,7 @@ REPAIRS: tuple[Entry, ...] = (
 TABLE: tuple[Entry, ...] = (
     *(*FILES, *ROPE, *WITH_OURS, *ELSEWHERE, *ON_GPU, *WITH_DRAFTS, *PAGE_COPIES, *EXCHANGES),
     *(*GRAPHS, *HANDOVER, *OVERRIDES, *WITH_LORA, *REQUESTS, *AT_START, *IN_ENGINE, *IN_WORKER),
-    *(*IN_SERVER, *REPAIRS),
+    *(*GRAMMARS, *IN_SERVER, *REPAIRS),
 )
 
 

@@ -57,6 +57,8 @@ def _register() -> None:
 
         if patches.ENGINE in sys.modules:  # this is an engine's own process
             patches.apply(patches.IN_ENGINE)
+    if patches.ENGINE in sys.modules:
+        patches.apply(patches.GRAMMARS)
     patches.apply(
         patches.FILES + patches.ROPE + patches.WITH_OURS + (() if on_cpu else patches.ON_GPU)
     )

@@ -1,11 +1,15 @@
 """No client ends or blocks a vLLM server, and who leaves leaves nothing behind."""
 
+import asyncio
 import base64
 import inspect
 import io
+import itertools
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,20 +18,22 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output import StructuredOutputManager
 
 from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, V, ask, fields, leave
 from engines.vllm.server import Forked
-from qwen3next_plugin.engines.vllm.repairs import grammars
+from qwen3next_plugin.engines import apart
+from qwen3next_plugin.engines.vllm.repairs import checks
 from qwen3next_plugin.engines.vllm.repairs.params import check_params
 
 D = json.loads((SHIPPED / "config.json").read_text())["hidden_size"]
 MESSAGES = [{"role": "user", "content": "hi"}]
 PAGES = "vllm:qwen3next_state_pages"
-COSTLY = "takes over 2 s of CPU time or 1 GiB of memory"
+COSTLY = apart.EXCEEDED
 UNKNOWN = {"type": "integer", "multipleOf": 5}  # to xgrammar, so llguidance reads the schema
 PATTERN = {  # to llguidance, so outlines reads it
     "type": "object",
@@ -382,24 +388,67 @@ def test_an_answer_without_a_length_has_as_many_log_probabilities_as_fit(logprob
     assert (params.max_tokens, given.max_tokens) == (tokens, None)
 
 
-def test_a_check_that_does_not_start_is_no_costly_grammar():
-    with pytest.raises(RuntimeError, match="No module named 'nowhere'"):
-        grammars._is_cheap("import nowhere", "")
+def test_checks_run_two_at_once_and_few_wait(monkeypatch):
+    """Each text is checked once; what is too much gets a 503, and the event loop goes on."""
+    began, go_on = [], threading.Event()
+
+    def check(outputs):
+        began.append(outputs)
+        assert go_on.wait(60)
+        return outputs
+
+    async def ask():
+        made = checks.Checks()
+        texts = [
+            StructuredOutputsParams(regex=f"{i}") for i in range(checks.AT_ONCE + checks.WAITING)
+        ]
+        asked = [asyncio.ensure_future(made.result(each)) for each in (*texts, *texts)]
+        while len(began) < checks.AT_ONCE:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert len(began) == checks.AT_ONCE
+        other = StructuredOutputsParams(regex="other")
+        with pytest.raises(GracefulHTTPError, match="try again later") as refused:
+            await made.result(other)
+        assert refused.value.http_status == 503
+        go_on.set()
+        assert await asyncio.gather(*asked) == [*texts, *texts]
+        assert await made.result(other) == other
+        assert began == [*texts, other]
+
+    monkeypatch.setattr(checks, "_check", check)
+    asyncio.run(ask())
 
 
-def test_indexes_of_honest_schemas_are_small():
-    for of in (PATTERN, PATTERN | {"properties": {"a": {"type": "string", "maxLength": 100}}}):
-        assert grammars._is_cheap(grammars.OUTLINES, f"json:{json.dumps(of)}")
+@pytest.mark.serve
+def test_the_server_answers_others_while_it_checks(server, first):
+    """Three times as many schemas as may wait, of which each takes long to check; no error 500."""
+    many = 3 * (checks.AT_ONCE + checks.WAITING)
 
+    def check(i: int) -> int:
+        of = schema({"type": "array", "items": UNKNOWN, "minItems": 2_000_000 + i})
+        return ask(server, "/v1/completions", fields(server, max_tokens=1) | of)[0]
 
-def test_outlines_itself_says_what_is_wrong():
-    assert grammars._is_cheap(grammars.OUTLINES, "json:{")
-    assert grammars._is_cheap(grammars.OUTLINES, "regex:(((")
+    def answers_at_once() -> bool:
+        with ThreadPoolExecutor(many) as clients:
+            asked = [clients.submit(check, next(texts)) for _ in range(many)]
+            longest = 0.0
+            while not all(each.done() for each in asked):
+                began = time.monotonic()
+                server.get("/health")
+                longest = max(longest, time.monotonic() - began)
+        statuses = {each.result() for each in asked}
+        assert 503 in statuses <= {200, 400, 503}
+        return longest < 1
+
+    texts = itertools.count()
+    assert any(answers_at_once() for _ in range(3))
+    check_unharmed(server, first)
 
 
 @pytest.mark.compat
 def test_outlines_has_no_limit():
-    """Fails when it has one for states: then look whether `refuse_large` can go."""
+    """Fails when it has one for states: then look whether engines/apart.py can go."""
     builds = (
         "import resource, outlines_core as o\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (2, 2))\n"
@@ -412,7 +461,7 @@ def test_outlines_has_no_limit():
 
 @pytest.mark.compat
 def test_llguidance_has_no_limit():
-    """Fails when it has one for items: then look whether `refuse_costly` can go."""
+    """Fails when it has one for items: then look whether engines/apart.py can go."""
     reads = (
         "import json, resource, sys, llguidance as l\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
@@ -424,5 +473,5 @@ def test_llguidance_has_no_limit():
 
 @pytest.mark.compat
 def test_vllm_has_one_backend():
-    """Fails when it chooses one for each request: then `compile_by_request` can go."""
+    """Fails when it chooses one for each request: then `compile_apart` can leave that to it."""
     assert "if self.backend is None" in inspect.getsource(StructuredOutputManager.grammar_init)

@@ -1,112 +1,207 @@
-"""Structured outputs whose check or index would end or block the server."""
+"""Structured outputs, compiled and matched in processes of their own: see engines/apart.py."""
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import lru_cache
-from subprocess import PIPE
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-SECONDS, GIB = 2, 1  # of CPU time and memory; schemas of real tools take milliseconds
-PATIENCE = 5 * SECONDS  # on a clock, while other processes use the cores
-IMPORTED = "the library is imported"  # what the process prints before it checks
-# An index has some 16 bytes for each state and token that may follow. The share of ASCII bytes that
-# may follow a state is about that of all tokens, of which nearly none begins within a character.
-# 250,000: the largest vocabulary of a released model.
-TOKENS, ENTRY, ASCII = 250_000, 16, 128
-LIMIT = f"""
-print({IMPORTED!r}, flush=True)
-import resource, sys
-for limit, most in (resource.RLIMIT_CPU, {SECONDS}), (resource.RLIMIT_AS, {GIB} << 30):
-    resource.setrlimit(limit, (most, most))
-"""
-GUIDANCE = f"""
-import llguidance
-{LIMIT}
-llguidance.LLMatcher.validate_grammar(sys.stdin.read(), None)
-"""
-OUTLINES = f"""
-import outlines_core
-from outlines_core.json_schema import build_regex_from_schema
-{LIMIT}
-kind, _, text = sys.stdin.read().partition(":")
-try:
-    regex = build_regex_from_schema(text) if kind == "json" else text
-    tokens = outlines_core.Vocabulary(256, {{bytes([byte]): [byte] for byte in range(256)}})
-    found = outlines_core.Index(regex, tokens).get_transitions()
-except Exception as error:  # the host says what is wrong
-    sys.exit(isinstance(error, MemoryError))
-moves = sum(byte < {ASCII} for state in found.values() for byte in state)
-sys.exit(moves * {TOKENS * ENTRY // ASCII} > {GIB} << 30)
-"""
+import numpy as np
+import torch
+
+from qwen3next_plugin.engines import apart, matchers
+from qwen3next_plugin.engines.vllm.names import is_ours
+
+FIELD = "structured_outputs (response_format, tools)"
+SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"
+COMPILERS = ThreadPoolExecutor(4, "grammar")  # they wait for processes
+ENDED = "qwen3next_ended"  # of vLLM's manager: why, by request
 
 
-def refuse_costly(host: Callable[..., None], params: Any, tokenizer: Any = None) -> None:
-    """Wrap `validate_guidance_grammar`: try the grammar in a process with limits first.
+def fork_first(
+    host: Callable[..., None], made: Any, vllm_config: Any, *rest: Any, **kw: Any
+) -> None:
+    """Around `AsyncLLM.__init__` and `Executor.__init__`, before there are weights and threads."""
+    if is_ours(vllm_config.model_config):
+        apart.start(vllm_config=vllm_config)
+    host(made, vllm_config, *rest, **kw)
 
-    llguidance has none for some schemas: `minItems` of 10⁹ takes all memory, 1,000 patterns of
-    properties take minutes, 40,000 required properties overflow its stack. vLLM gives it what
-    xgrammar lacks, in the process that answers all clients.
 
-    Raises:
-        VLLMValidationError: the grammar exceeds a limit.
-        RuntimeError: the process cannot import llguidance.
+def compile_apart(host: Callable[..., None], manager: Any, request: Any) -> None:
+    """Around `grammar_init`: compile each text in its process, by the backend that checked it.
+
+    vLLM compiles all by the backend of the first request with a grammar, one after another.
     """
-    from vllm.v1.structured_output.backend_guidance import serialize_guidance_grammar
-    from vllm.v1.structured_output.request import get_structured_output_key
+    asked = request.structured_output_request
+    here = not manager._use_async_grammar_compilation or not is_ours(
+        manager.vllm_config.model_config
+    )
+    if asked is None or here:
+        host(manager, request)
+        return
+    if manager.backend is None:
+        manager.backend = Masks(manager.vllm_config.model_config.get_vocab_size())
+    asked.grammar = COMPILERS.submit(_compile, manager, request)
 
+
+def _compile(manager: Any, request: Any) -> "Constrained":
+    ended = vars(manager).setdefault(ENDED, {})
+    name = request.sampling_params.structured_outputs._backend
+    stops = frozenset(request.sampling_params.all_stop_token_ids)
+    text = (name, *request.structured_output_request.structured_output_key, stops)
     try:
-        grammar = serialize_guidance_grammar(*get_structured_output_key(params.structured_outputs))
-    except (AttributeError, ValueError, KeyError, TypeError):  # the host says what is wrong
-        return host(params, tokenizer)
-    _check(GUIDANCE, grammar)
-    return host(params, tokenizer)
+        apart.first().call(0, backend, name)  # for all that are forked later
+        return Constrained(matchers.Matcher(text, Grammar, *text), ended)
+    except apart.OverBudgetError:
+        ended[request.request_id] = f"{FIELD} {apart.EXCEEDED}: {SIMPLIFY}"
+        raise
+    except Exception as error:
+        ended[request.request_id] = f"{FIELD}: {error}"
+        raise
 
 
-def refuse_large(host: Callable[..., None], params: Any) -> None:
-    """Wrap `validate_structured_output_request_outlines`: count an index's states first.
+def learn_drafts(host: Callable[..., Any], scheduler: Any, drafted: Any, *args: Any) -> Any:
+    """Around `update_draft_token_ids`, `…_in_output`: ask all processes at once."""
+    _learn(scheduler, drafted.req_ids, drafted.draft_token_ids)
+    return host(scheduler, drafted, *args)
 
-    outlines stores each token that may follow each state: for `maxLength` of 5,000 some 10 GB, in
-    the engine's process. vLLM gives it schemas with `patternProperties`.
 
-    Raises:
-        VLLMValidationError: the index, or the regular expression, exceeds a limit.
-        RuntimeError: the process cannot import outlines_core.
-    """
-    asked = params.structured_outputs
-    if asked is not None and asked.regex:
-        _check(OUTLINES, f"regex:{asked.regex}")
-    elif asked is not None and asked.json:
+def _learn(scheduler: Any, names: Sequence[str], token_ids: Sequence[list[int]]) -> None:
+    asked = []
+    for name, tokens in zip(names, token_ids, strict=True):
+        request = scheduler.requests.get(name)
+        if request is not None and request.use_structured_output:
+            grammar = request.structured_output_request.grammar
+            if isinstance(grammar, Constrained):
+                asked.append((grammar.matcher, tokens))
+    matchers.ask_ahead(asked)
+
+
+def say_why(host: Callable[..., Any], scheduler: Any, scheduled: Any, made: Any) -> Any:
+    """Around `update_from_output`: what ended a request goes with its last output."""
+    if made.sampled_token_ids:
+        _learn(scheduler, made.req_ids, made.sampled_token_ids)
+    outputs = host(scheduler, scheduled, made)
+    if ended := vars(scheduler.structured_output_manager).get(ENDED):
+        for each in outputs.values():
+            for output in each.outputs:
+                if output.finish_reason is not None:
+                    output.stop_reason = ended.pop(output.request_id, output.stop_reason)
+        for name in list(ended):  # at once: those that compile add to it
+            if name not in scheduler.requests:
+                del ended[name]
+    return outputs
+
+
+class Masks:
+    """What vLLM asks of the backend besides grammars."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._words = -(-vocab_size // 32)
+
+    def allocate_token_bitmask(self, rows: int) -> torch.Tensor:
+        return torch.full((rows, self._words), -1, dtype=torch.int32)
+
+    def destroy(self) -> None:
+        """Nothing: the processes end with this one."""
+
+
+class Constrained:
+    """A request's grammar, as vLLM's `StructuredOutputGrammar`; over its budget, no constraint."""
+
+    def __init__(self, matcher: matchers.Matcher, ended: dict[str, str]) -> None:
+        self.matcher, self._ended, self._over = matcher, ended, False
+
+    def _accept(self, tokens: Sequence[int]) -> int:
         try:
-            text = asked.json if isinstance(asked.json, str) else json.dumps(asked.json)
-        except TypeError:  # the host says what is wrong
-            return host(params)
-        _check(OUTLINES, f"json:{text}")
-    return host(params)
+            return 0 if self._over else self.matcher.accept(tokens)
+        except apart.OverBudgetError:
+            self._over = True
+            return 0
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        accepted = self._accept(tokens)
+        if self._over:
+            self._ended[request_id] = f"{FIELD} {apart.TOO_DEAR}: {SIMPLIFY}"
+            return False
+        return accepted == len(tokens) or self.matcher.terminated
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        accepted = self._accept(tokens)
+        self.rollback(accepted)
+        return tokens[:accepted]
+
+    def rollback(self, num_tokens: int) -> None:
+        if not self._over:
+            self.matcher.roll_back(num_tokens)
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        row = bitmask[batch_index].numpy()
+        mask = np.frombuffer(self.matcher.mask, np.int32)[: len(row)]
+        row[: len(mask)] = mask
+        row[len(mask) :] = 0
+
+    def is_terminated(self) -> bool:
+        return self.matcher.terminated
 
 
-def _check(code: str, text: str) -> None:
-    from vllm.exceptions import VLLMValidationError
+def tokenizer(state: dict[str, Any]) -> None:
+    """In the first process: load the tokenizer, and libraries, that others are forked with."""
+    import llguidance  # noqa: F401
+    import outlines_core  # noqa: F401
+    import xgrammar  # noqa: F401
+    from vllm.tokenizers import cached_tokenizer_from_config
+    from vllm.v1.structured_output import (  # noqa: F401
+        backend_guidance,
+        backend_lm_format_enforcer,
+        backend_outlines,
+        backend_xgrammar,
+    )
 
-    if not _is_cheap(code, text):
-        raise VLLMValidationError(
-            f"structured_outputs takes over {SECONDS} s of CPU time or {GIB} GiB of memory: "
-            "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"
-        )
+    if "tokenizer" not in state:
+        logging.disable()  # of what a client may repeat
+        model_config = state["vllm_config"].model_config
+        state["tokenizer"] = cached_tokenizer_from_config(model_config=model_config)
 
 
-@lru_cache(maxsize=16)  # it keeps the texts, and a client may send large ones
-def _is_cheap(code: str, text: str) -> bool:
-    """Whether a process that runs the code on the text stays within the limits."""
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
-    try:
-        out, err = process.communicate(text.encode(), timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-    if IMPORTED.encode() not in out:
-        said = err.decode(errors="replace") or f"no answer in {PATIENCE} s"
-        raise RuntimeError(f"structured_outputs cannot be checked: {said}")
-    return process.returncode == 0
+def backend(state: dict[str, Any], name: str) -> None:
+    """In the first process: make a backend that others are forked with."""
+    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+    from vllm.v1.structured_output.backend_lm_format_enforcer import LMFormatEnforcerBackend
+    from vllm.v1.structured_output.backend_outlines import OutlinesBackend
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    if name in state:
+        return
+    tokenizer(state)
+    made = {
+        "xgrammar": XgrammarBackend,
+        "guidance": GuidanceBackend,
+        "outlines": OutlinesBackend,
+        "lm-format-enforcer": LMFormatEnforcerBackend,
+    }
+    config = state["vllm_config"]
+    vocab_size = config.model_config.get_vocab_size()
+    state[name] = made[name](config, state["tokenizer"], vocab_size)
+
+
+class Grammar:
+    """One of vLLM's grammars, in its text's process."""
+
+    def __init__(
+        self, state: dict[str, Any], name: str, kind: Any, spec: str, stops: frozenset[int]
+    ) -> None:
+        made = state[name]
+        self._grammar = made.compile_grammar(kind, spec, stop_token_ids=set(stops))
+        self._row = made.allocate_token_bitmask(1)
+
+    def accept(self, token: int) -> bool:
+        return self._grammar.accept_tokens("", [token])
+
+    def roll_back(self, count: int) -> None:
+        self._grammar.rollback(count)
+
+    def mask(self) -> bytes:
+        if self._grammar.is_terminated():
+            return b""
+        self._grammar.fill_bitmask(self._row, 0)
+        return self._row.numpy().tobytes()
