@@ -5,11 +5,13 @@ Each environment has one engine, whose server is started once, with drafts.
 
 import importlib
 import json
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -19,12 +21,13 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete
 from engines.hostile import ask, fields
 from engines.server import Server
+from patience import looking, waited
 
 pytestmark = pytest.mark.serve
 
 ENGINE = "vllm" if find_spec("vllm") else "sglang"
 # Between two pieces of a neighbour's stream, and before its first.
-SILENCE_S = 1.0
+SILENCE_S, TRIES = 1.0, 3
 STARTS = {
     "vllm": (
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"),
@@ -42,7 +45,7 @@ STARTS = {
 class Attack:
     """What one client asks beside an honest completion, and what it is answered."""
 
-    body: dict[str, Any]
+    body: dict[str, Any] | Callable[[int], dict[str, Any]]  # of each client
     status: int = 400
     says: str = ""
     path: str = "/v1/completions"
@@ -51,6 +54,28 @@ class Attack:
     more: dict[str, Any] = field(default_factory=lambda: {"max_tokens": 200})
 
 
+NESTED = "(((a{1,100}){1,100}){1,100}){40,100}"  # at least 40 letters
+AMBIGUOUS = 'root ::= root root root | root root | "a" | ""'
+SPACES = NESTED.replace("a", " ")  # of which one token has dozens
+STRINGS = ["".join(random.Random(i).choices("abcdefghij", k=40)) for i in range(4000)]
+
+
+def constrained(**by: Any) -> dict[str, Any]:
+    """A request's fields, by which either engine takes a regex, a grammar or a schema."""
+    ((kind, text),) = by.items()
+    if ENGINE == "vllm":
+        return {"structured_outputs": {kind: text}}
+    text = json.dumps(text) if kind == "json" else text
+    return {{"regex": "regex", "grammar": "ebnf", "json": "json_schema"}[kind]: text}
+
+
+def without_end(client: int) -> dict[str, Any]:
+    """A schema that takes seconds to read."""
+    of = {"type": "integer", "multipleOf": 5}
+    return {"type": "array", "items": of, "minItems": 10**9 + client}
+
+
+FIELD = {"vllm": "structured_outputs", "sglang": "grammar"}[ENGINE]
 ATTACKS: dict[str, Attack] = {
     "more log-probabilities than memory has room for": Attack(
         {"logprobs": 20, "max_tokens": 3000, "n": 128}, says="asks for 8064000 log-probabilities"
@@ -74,6 +99,19 @@ ATTACKS: dict[str, Attack] = {
         says="forward_sleep_time",
         engines=("sglang",),
     ),
+    "a regex that explodes": Attack(constrained(regex=NESTED), says=FIELD),
+    "a regex that explodes within a token": Attack(constrained(regex=SPACES), says=FIELD),
+    "one that explodes in 16 answers": Attack(constrained(regex=NESTED) | {"n": 16}, says=FIELD),
+    "a pattern in a schema": Attack(
+        constrained(json={"type": "string", "pattern": f"^{NESTED}$"}), says=FIELD
+    ),
+    "eight that explode at once": Attack(
+        lambda client: constrained(regex=f"{NESTED}[{client}]"), says=FIELD, clients=8
+    ),
+    "five schemas without end": Attack(
+        lambda client: constrained(json=without_end(client)), says=FIELD, clients=5
+    ),
+    "an enum of 4,000 strings": Attack(constrained(json={"enum": STRINGS}), says=FIELD),
     "a regex that backtracks": Attack(
         {"stop_regex": r"([\s\S]+)+\x00"}, says="stop_regex", engines=("sglang",)
     ),
@@ -93,30 +131,48 @@ def server() -> Iterator[Server]:
 def silence(server: Server, attacks: list[Future]) -> float:
     """The longest wait of a client that streams one answer after another while attacks live."""
     body = fields(server, max_tokens=1000, stream=True, ignore_eos=True)
-    longest, last, done = 0.0, time.monotonic(), False
-    with httpx.Client(timeout=300) as http:
+    came, done = [time.monotonic()], False
+    with httpx.Client(timeout=300) as http, looking() as looks:
         while not done:
             with http.stream("POST", f"{server.address}/v1/completions", json=body) as answer:
                 for line in answer.iter_lines():
                     if line:
-                        now = time.monotonic()
-                        longest, last = max(longest, now - last), now
+                        came.append(time.monotonic())
                         if done := all(each.done() for each in attacks):
                             break
+    return max(waited(since, until, looks) for since, until in pairwise(came))
+
+
+def wait_beside(server: Server, attack: Attack) -> float:
+    """A neighbour's longest wait while clients ask this, which get its answer."""
+    of = attack.body if callable(attack.body) else lambda _: attack.body
+    body = fields(server) | attack.more | {"temperature": 1}
+    with ThreadPoolExecutor() as pool:
+        attacks = [
+            pool.submit(ask, server, attack.path, body | of(client))
+            for client in range(attack.clients)
+        ]
+        longest = silence(server, attacks)
+    for each in attacks:
+        status, text = each.result()
+        assert (status, attack.says in text) == (attack.status, True), text[:2000]
     return longest
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_a_neighbour_goes_on(server, name):
-    attack = ATTACKS[name]
-    body = fields(server) | attack.more | attack.body
+    """Tried again where others computed on this machine, too."""
+    tries = (wait_beside(server, ATTACKS[name]) for _ in range(TRIES))
+    longest = next((each for each in tries if each <= SILENCE_S), None)
+    assert longest is not None
+
+
+def test_an_honest_schema_waits_for_no_dear_one(server):
+    enum = fields(server) | constrained(json={"enum": STRINGS[::-1]})
     with ThreadPoolExecutor() as pool:
-        attacks = [
-            pool.submit(ask, server, attack.path, body | {"temperature": 1})
-            for _ in range(attack.clients)
-        ]
-        waited = silence(server, attacks)
-    for each in attacks:
-        status, text = each.result()
-        assert (status, attack.says in text) == (attack.status, True), text[:2000]
-    assert waited <= SILENCE_S, f"{waited:.2f} s; the attack got {json.dumps(text[:200])}"
+        dear = pool.submit(ask, server, "/v1/completions", enum)
+        honest = fields(server) | constrained(json={"enum": ["yes", "no"]})
+        status, text = ask(server, "/v1/completions", honest)
+        assert not dear.done()
+    assert status == 200, text
+    assert json.loads(json.loads(text)["choices"][0]["text"]) in ("yes", "no")

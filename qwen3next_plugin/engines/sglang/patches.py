@@ -32,6 +32,7 @@ from qwen3next_plugin.engines.sglang.repairs import (
     aborts,
     controls,
     endings,
+    grammars,
     image_names,
     logits,
     nodes,
@@ -518,6 +519,9 @@ ON_CPU: tuple[Entry, ...] = (
 )
 
 # Of SGLang for any model; each function is in repairs/.
+DEAR = "one call of a grammar may take minutes, and nothing ends it but the end of its process"
+LIMITED = "the libraries of grammars limit the time and memory of each call"
+BACKEND = "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend"
 REPAIRS: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.managers.load_snapshot.shm_path_for",
@@ -535,6 +539,51 @@ REPAIRS: tuple[Entry, ...] = (
         function=endings.end_quietly,
         reason="Ctrl-C ends SGLang in a traceback, and leaves the file above",
         remove_when="it ends without either",
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.init_tokenizer",
+        parameters=("self",),
+        function=grammars.fork_first,
+        reason=DEAR,
+        remove_when=LIMITED,
+    ),
+    Patch(
+        target=f"{BACKEND}._init_value_dispatch",
+        parameters=("self", "key", "require_reasoning"),
+        function=grammars.compile_apart,
+        reason=DEAR,
+        remove_when=LIMITED,
+    ),
+    Patch(
+        target=f"{BACKEND}.set_cache",
+        parameters=("self", "key", "value"),
+        function=grammars.keep_nothing,
+        reason="SGLang keeps every grammar that a client ever sent",
+        remove_when="its cache has a bound",
+    ),
+    Patch(
+        target="sglang.srt.constrained.grammar_manager.GrammarManager.get_ready_grammar_requests",
+        parameters=("self",),
+        function=grammars.refuse_together,
+        reason="ranks that time a grammar, each for itself, may disagree",
+        remove_when=LIMITED,
+    ),
+    Patch(
+        target="sglang.srt.speculative.spec_utils.generate_token_bitmask",
+        parameters=(
+            *("reqs", "retrieve_next_token_cpu", "retrieve_next_sibling_cpu", "draft_tokens_cpu"),
+            "vocab_size",
+        ),
+        function=grammars.learn_drafts,
+        reason="SGLang asks grammars token after token, and each answer takes 0.1 ms",
+        remove_when="the entries above are removed",
+    ),
+    Patch(
+        target=f"{RESULTS}.advance_grammar_fsm",
+        parameters=("self", "result", "batch"),
+        function=grammars.learn_accepted,
+        reason="as above",
+        remove_when="as above",
     ),
     Patch(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
@@ -598,9 +647,9 @@ REPAIRS: tuple[Entry, ...] = (
     Patch(
         target="sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
         parameters=("self", "new_accepted_len"),
-        function=patterns.limit_regex,
-        reason="a stop_regex that backtracks blocks the scheduler forever",
-        remove_when="SGLang matches in linear time, or with a time limit",
+        function=patterns.end_dear,
+        reason="a stop_regex that backtracks, or a dear grammar, blocks the scheduler forever",
+        remove_when="SGLang and its libraries of grammars match with a time limit",
     ),
     Patch(
         target="sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value",

@@ -683,6 +683,8 @@ IN_ENGINE: tuple[Entry, ...] = (
         "worker never got the pixels",
         remove_when="vLLM sends them when it resumes a request",
     ),
+    IGNORE_CTRL_C(target=f"{ENGINE}.EngineCoreProc.run_busy_loop"),
+    IGNORE_CTRL_C(target=f"{ENGINE}.DPEngineCoreProc.run_busy_loop"),
 )
 
 GRAMMARS: tuple[Entry, ...] = (
@@ -720,8 +722,6 @@ GRAMMARS: tuple[Entry, ...] = (
             ("update_draft_token_ids_in_output", ("scheduler_output",)),
         )
     ),
-    IGNORE_CTRL_C(target=f"{ENGINE}.EngineCoreProc.run_busy_loop"),
-    IGNORE_CTRL_C(target=f"{ENGINE}.DPEngineCoreProc.run_busy_loop"),
 )
 
 RESOURCES = "vllm.utils.cpu_resource_utils"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3next_plugin.engines.sglang.repairs import image_names, patterns
+from qwen3next_plugin.engines import apart
+from qwen3next_plugin.engines.sglang.repairs import grammars, image_names, patterns
 from qwen3next_plugin.engines.sglang.repairs.image_names import name_with_its_shape
-from qwen3next_plugin.engines.sglang.repairs.patterns import limit_regex
+from qwen3next_plugin.engines.sglang.repairs.patterns import end_dear
 from qwen3next_plugin.engines.sglang.repairs.requests import (
     check,
     check_bootstrap_host,
@@ -315,8 +316,11 @@ def generating(monkeypatch):
     def make(config, *asked):
         monkeypatch.setattr(runtime_context, "get_server_args", lambda: None)
         monkeypatch.setattr(model_override_base, "model_config_of", lambda args: config)
-        monkeypatch.setattr(patterns, "_ranks", lambda: Bag(rank_in_group=0, world_size=1))
-        return Bag(sampling_params=Bag(stop_regex_strs=asked), finished_reason=None)
+        for module in (patterns, grammars):
+            monkeypatch.setattr(module, "ranks", lambda: Bag(rank_in_group=0, world_size=1))
+        monkeypatch.setattr(apart, "_shared", apart.Shared())
+        params = Bag(stop_regex_strs=asked)
+        return Bag(sampling_params=params, finished_reason=None, grammar=None)
 
     return make
 
@@ -327,30 +331,46 @@ def alarm_is_set() -> bool:
 
 def test_a_pattern_that_backtracks_aborts_its_request(generating):
     request = generating(OURS, "(x+)+y")
-    assert limit_regex(lambda *_: re.search("(x+)+y", "x" * 60), request)
+    assert end_dear(lambda *_: re.search("(x+)+y", "x" * 60), request)
     reason = request.finished_reason.to_json()
     assert reason["status_code"] == 400
-    assert "stop_regex ('(x+)+y',) takes over 0.25 s of CPU time" in reason["message"]
+    assert "stop_regex ('(x+)+y',) takes over 0.2 s of CPU time" in reason["message"]
     assert not alarm_is_set()
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_all_ranks_do_as_the_first_one(generating, monkeypatch, late):
+def test_all_ranks_end_what_one_does(generating, monkeypatch, late):
     """The second of two, whose own time does not count."""
-    request, told = generating(OURS, "x"), torch.tensor([int(late)])
-    ranks = Bag(rank_in_group=1, world_size=2, broadcast=lambda mine, src: told)
-    monkeypatch.setattr(patterns, "_ranks", lambda: ranks)
-    monkeypatch.setattr(patterns, "REGEX_SECONDS", 1e-9)
+    request = generating(OURS, "x")
+    monkeypatch.setattr(patterns, "ranks", lambda: Bag(rank_in_group=1, world_size=2))
+    monkeypatch.setattr(patterns, "of_any_rank", lambda mine: mine or late)
+    monkeypatch.setattr(apart.Budget, "take", lambda *_: 0.0)
     matched = []
-    assert limit_regex(lambda *_: matched.append(1) or True, request)
+    assert end_dear(lambda *_: matched.append(1) or True, request)
     assert bool(matched) == (request.finished_reason is None) == (not late)
 
 
 def test_time_that_the_machine_does_not_compute_is_not_counted(generating):
     request = generating(OURS, "x")
-    assert not limit_regex(lambda *_: time.sleep(3 * patterns.REGEX_SECONDS), request)
+    assert not end_dear(lambda *_: time.sleep(3 * apart.SECONDS), request)
     assert request.finished_reason is None
     assert not alarm_is_set()
+
+
+def test_requests_with_the_same_patterns_share_their_time(generating, monkeypatch):
+    """Each step takes less than it may, and all together more."""
+    monkeypatch.setattr(apart, "SHARE", 1e9)
+
+    def compute(*_) -> bool:
+        end = time.thread_time() + 0.4 * apart.SECONDS
+        while time.thread_time() < end:
+            pass
+        return False
+
+    three = [generating(OURS, "x") for _ in range(3)]
+    assert [end_dear(compute, request) for request in three] == [False, False, True]
+    other = generating(OURS, "y")
+    assert not end_dear(lambda *_: False, other)
 
 
 @pytest.mark.parametrize(
@@ -359,9 +379,9 @@ def test_time_that_the_machine_does_not_compute_is_not_counted(generating):
     ids=["fast", "no pattern", "another model"],
 )
 def test_no_other_request_is_aborted(generating, monkeypatch, config, given, limited):
-    monkeypatch.setattr(patterns, "REGEX_SECONDS", 600)
+    monkeypatch.setattr(apart, "SECONDS", 600)
     request, alarms = generating(config, *given), []
-    assert not limit_regex(lambda *_: alarms.append(alarm_is_set()), request, 3)
+    assert not end_dear(lambda *_: alarms.append(alarm_is_set()), request, 3)
     assert alarms == [limited]
     assert request.finished_reason is None
     assert not alarm_is_set()

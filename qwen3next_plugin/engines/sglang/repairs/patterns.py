@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
-import torch
-
+from qwen3next_plugin.engines import apart
 from qwen3next_plugin.engines.sglang.names import serves_ours
+from qwen3next_plugin.engines.sglang.repairs.grammars import DEAR, failure, of_any_rank, ranks
 
-# Of CPU time, for one step of one request: normal patterns take microseconds, and a busy machine
-# may stand still for longer.
-REGEX_SECONDS = 0.25
+BUDGET = "qwen3next_budget"  # of SGLang's Req
 LOOKS = 5  # at the CPU time, before it can be up
+_BUDGETS: WeakValueDictionary[tuple[str, ...], apart.Budget] = WeakValueDictionary()
 
 
 def check_pattern(pattern: str) -> None:
@@ -33,38 +33,42 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"stop_regex {pattern!r} is no regular expression: {error}") from None
 
 
-def limit_regex(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
-    """Wrap `_check_str_based_finish`: abort a request whose stop_regex takes too long to match.
+def end_dear(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
+    """Wrap `_check_str_based_finish`: abort a request whose stop_regex or grammar is too dear.
 
     The time is limited while matching: no check of a pattern finds exactly those that backtrack.
-    The first tensor-parallel rank decides: one that aborts a request alone would leave the others
-    waiting in the next step.
+    Patterns are matched by the first tensor-parallel rank, and what any rank ends, all do: one that
+    aborts a request alone would leave the others waiting in the next step.
     """
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     patterns = req.sampling_params.stop_regex_strs
-    if not patterns or not serves_ours():
+    if not (patterns or req.grammar) or not serves_ours():
         return host(req, new_accepted_len)
-    ranks, done, late = _ranks(), False, False
-    if ranks.rank_in_group == 0:
-        try:
-            with _time_limit(REGEX_SECONDS):
-                done = host(req, new_accepted_len)
-        except TimeoutError:
-            late = True
-    if ranks.world_size > 1:
-        late = bool(ranks.broadcast(torch.tensor([int(late)]), src=0)[0])
-    if late:
-        message = f"stop_regex {patterns} takes over {REGEX_SECONDS} s of CPU time; simplify it"
-        req.finished_reason = FINISH_ABORT(message, 400, "BadRequestError")
+    done, failed = False, failure(req)
+    first = ranks().rank_in_group == 0
+    if first and patterns:
+        done, late = _match(host, req, new_accepted_len)
+        failed = f"stop_regex {patterns} {apart.TOO_DEAR}: simplify it" if late else failed
+    if of_any_rank(failed is not None):
+        req.finished_reason = FINISH_ABORT(failed or DEAR, 400, "BadRequestError")
         return True
-    return done if ranks.rank_in_group == 0 else host(req, new_accepted_len)
+    return done if first and patterns else host(req, new_accepted_len)
 
 
-def _ranks() -> Any:
-    from sglang.srt.runtime_context import get_parallel
-
-    return get_parallel().tp_group
+def _match(host: Callable[..., bool], req: Any, tokens: int) -> tuple[bool, bool]:
+    """Whether the answer ends here; whether its patterns are over their budget."""
+    patterns = tuple(req.sampling_params.stop_regex_strs)
+    budget = _BUDGETS.setdefault(patterns, apart.Budget())
+    vars(req)[BUDGET] = budget  # shared by requests with these patterns, while they last
+    taken, began = budget.take(tokens), time.thread_time()
+    try:
+        with _time_limit(taken):
+            return host(req, tokens), False
+    except TimeoutError:
+        return False, True
+    finally:
+        budget.settle(taken, time.thread_time() - began, tokens)
 
 
 @contextmanager
@@ -81,7 +85,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
             raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, seconds / LOOKS, seconds / LOOKS)
+    signal.setitimer(signal.ITIMER_REAL, seconds / LOOKS + 1e-6, seconds / LOOKS + 1e-6)
     try:
         yield
     finally:
