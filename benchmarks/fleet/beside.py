@@ -38,6 +38,7 @@ KINDS = {"vllm": Server, "sglang": SGLangServer}
 class Found:
     """Seconds."""
 
+    tokens: int  # of a long prompt
     gaps: list[float] = field(default_factory=list)  # between the pieces of the stream
     beside: list[float] = field(default_factory=list)  # to read a long prompt beside it
     alone: list[float] = field(default_factory=list)
@@ -45,20 +46,22 @@ class Found:
 
     def row(self) -> dict[str, float]:
         return {
-            "time between tokens, p99": statistics.quantiles(self.gaps, n=100)[-1],
+            "time between tokens, p99": statistics.quantiles(self.gaps, n=100, method="inclusive")[
+                -1
+            ],
             "longest": max(self.gaps),
             "first token of a short prompt": max(self.short),
-            "prompt of 8,192 beside the stream": statistics.median(self.beside),
-            "prompt of 8,192 alone": statistics.median(self.alone),
+            f"prompt of {self.tokens:,} beside the stream": statistics.median(self.beside),
+            f"prompt of {self.tokens:,} alone": statistics.median(self.alone),
         }
 
 
 class Clients:
     """Those of a server."""
 
-    def __init__(self, server: Server, seconds: float) -> None:
-        self.server, self.seconds, self.found = server, seconds, Found()
-        (self.ids,) = prompts([LONG], vocabulary(server.model))
+    def __init__(self, server: Server, seconds: float, long: int) -> None:
+        self.server, self.seconds, self.found = server, seconds, Found(long)
+        (self.ids,) = prompts([long], vocabulary(server.model))
         self.names = count(2)
 
     async def pieces(self, prompt: Sequence[int], tokens: int, into: list[float]) -> None:
@@ -86,9 +89,9 @@ class Clients:
 
     async def turn(self) -> None:
         """A stream, long prompts one after the other, and now and then a short one."""
-        await self.first_token(LONG, [])  # to warm up
+        await self.first_token(self.found.tokens, [])  # to warm up
         for _ in range(ALONE):
-            await self.first_token(LONG, self.found.alone)
+            await self.first_token(self.found.tokens, self.found.alone)
 
         async def stream() -> None:
             while True:
@@ -96,7 +99,7 @@ class Clients:
 
         async def long() -> None:
             while True:
-                await self.first_token(LONG, self.found.beside)
+                await self.first_token(self.found.tokens, self.found.beside)
 
         async def short() -> None:
             while True:
@@ -133,13 +136,19 @@ def measure(run: Run) -> Iterator[Record]:
 
 
 def turn(
-    out: Path, model: Path, engine: str, side: str, flags: Sequence[str] = (), seconds=SECONDS
+    out: Path,
+    model: Path,
+    engine: str,
+    side: str,
+    flags: Sequence[str] = (),
+    seconds: float = SECONDS,
+    long: int = LONG,
 ) -> dict[str, float]:
     log = out / f"fleet-beside-{engine}-{side}.log"
     env = os.environ | {BUDGET: SIDES[side]}
     with KINDS[engine](model, log, env, *(flags or FLAGS[engine])) as server:
         server.wait()
-        clients = Clients(server, seconds)
+        clients = Clients(server, seconds, long)
         asyncio.run(clients.turn())
     return clients.found.row()
 
@@ -150,12 +159,13 @@ def main(
     engine: str = "vllm",
     side: Annotated[list[str] | None, typer.Option(help=", ".join(SIDES))] = None,
     seconds: Annotated[float, typer.Option(help="Of each turn.")] = SECONDS,
+    long: Annotated[int, typer.Option(help="Tokens of a long prompt.")] = LONG,
     out: Path = Path("out"),
 ) -> None:
     """Measure a server of any model."""
     out.mkdir(exist_ok=True)
     for one in side or SIDES:
-        for row, found in turn(out, model, engine, one, flags or (), seconds).items():
+        for row, found in turn(out, model, engine, one, flags or (), seconds, long).items():
             console.print(f"{engine}, {one}: {row}: {found:.3f} s")
 
 

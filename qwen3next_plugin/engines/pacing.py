@@ -19,6 +19,7 @@ from math import log2
 
 FIRST = 64  # tokens of prompts in a step before any was timed
 UNIT = 8  # tokens: a cell of linear attention; chunks are whole ones, and one at least
+AIM = 0.85  # of the budget: what a step is predicted to take; some take longer
 LEAST_SHARE = 0.25  # of the budget that prompts get, however long decoding takes
 SHORT = 4  # a short prompt is read in so many steps of the budget
 RECENT, ALIKE = 64, 9  # steps with prompts that are remembered; steps without, by their rows
@@ -163,7 +164,8 @@ class Pacing:
 
     def _fit(self, rows: int, context: int, most: int) -> int:
         """Tokens of prompts that fit the budget beside so many decoding rows."""
-        left = max(self.seconds - self.costs.decode(rows), LEAST_SHARE * self.seconds)
+        least = LEAST_SHARE * self.seconds
+        left = max(AIM * self.seconds - self.costs.decode(rows), least)
         fit = self.agree(min(most, self.costs.fit(left, context)))
         return min(most, max(UNIT, fit // UNIT * UNIT))
 

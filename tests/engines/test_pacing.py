@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3next_plugin.engines.pacing import (
+    AIM,
     FIRST,
     RECENT,
     UNIT,
@@ -49,8 +50,8 @@ def read(pacing, machine, prompts, rows, steps):
 def test_the_first_step_is_short_and_the_next_ones_fill_the_budget():
     done = read(Pacing(1.0), Machine(), [LONG], 1, 12)
     assert done[0][0] == FIRST
-    assert all(seconds <= 1.05 for _, seconds in done)
-    assert all(seconds > 0.9 for _, seconds in done[6:])
+    assert all(seconds <= 1.05 * AIM for _, seconds in done)
+    assert all(seconds > 0.9 * AIM for _, seconds in done[6:])
     assert all(tokens % UNIT == 0 for tokens, _ in done)
 
 
@@ -60,9 +61,9 @@ def test_the_first_step_is_short_and_the_next_ones_fill_the_budget():
 def test_the_budget_is_kept_on_machines_of_any_kind(seconds, fixed, context):
     prompts = [Prompt(8000, context)]
     done = read(Pacing(seconds), Machine(fixed, 0.001), prompts, 1, 30)
-    assert all(took <= 1.1 * seconds or tokens == UNIT for tokens, took in done[2:])
-    ends = (UNIT, MOST)
-    assert all(took > 0.8 * seconds or tokens in ends for tokens, took in done[15:])
+    aim, ends = AIM * seconds, (UNIT, MOST)
+    assert all(took <= 1.1 * aim or tokens == UNIT for tokens, took in done[2:])
+    assert all(took > 0.75 * aim or tokens in ends for tokens, took in done[15:])
 
 
 def test_timings_that_are_too_long_do_not_shrink_chunks_for_long():
@@ -70,7 +71,7 @@ def test_timings_that_are_too_long_do_not_shrink_chunks_for_long():
     machine = Machine(noise=lambda: 5.0 if randomly.random() < 0.15 else 1.0)
     done = read(Pacing(1.0), machine, [LONG], 1, 200)
     tokens = sorted(tokens for tokens, _ in done[20:])
-    assert tokens[len(tokens) // 10] > 90  # 113 fit
+    assert tokens[len(tokens) // 10] > 75  # 94 fit
 
 
 def test_a_cold_start_is_forgotten():
@@ -78,16 +79,16 @@ def test_a_cold_start_is_forgotten():
     machine = Machine(noise=lambda: 20.0 if next(steps) < 6 else 1.0)
     done = read(Pacing(1.0), machine, [LONG], 1, 40)
     assert done[2][0] < FIRST
-    assert done[-1][0] > 100
+    assert done[-1][0] > 80
 
 
 def test_a_machine_that_gets_slower_is_followed():
     pacing = Pacing(1.0)
     read(pacing, Machine(token=0.002), [LONG], 1, 30)
     done = read(pacing, Machine(token=0.008), [LONG], 1, 30)
-    assert all(seconds < 1.2 for _, seconds in done[20:])
+    assert all(seconds < 1.2 * AIM for _, seconds in done[20:])
     done = read(pacing, Machine(token=0.002), [LONG], 1, RECENT)
-    assert done[-1][1] > 0.85
+    assert done[-1][1] > 0.85 * AIM
 
 
 def test_a_long_context_counts_before_it_was_measured():
@@ -96,15 +97,16 @@ def test_a_long_context_counts_before_it_was_measured():
     done = read(pacing, Machine(), [Prompt(8000, 64_000)], 1, 10)
     assert all(seconds < 1.1 for _, seconds in done)
     assert done[-1][0] == UNIT  # two would take 1.4 s
-    assert read(pacing, Machine(), [LONG], 1, 1)[0][1] > 0.85  # and short ones are not forgotten
+    (after,) = read(pacing, Machine(), [LONG], 1, 1)
+    assert after[1] > 0.85 * AIM  # short contexts are not forgotten
 
 
 def test_decoding_takes_its_part_of_the_budget_but_not_all():
     few, many, most = (
         read(Pacing(1.0), Machine(row=row), [LONG], 1, 30)[-1] for row in (0.0, 0.5, 3.0)
     )
-    assert few[1] == pytest.approx(1.0, abs=0.1)
-    assert many[1] == pytest.approx(1.0, abs=0.1)
+    assert few[1] == pytest.approx(AIM, abs=0.1)
+    assert many[1] == pytest.approx(AIM, abs=0.1)
     assert few[0] > many[0] > most[0] >= UNIT
 
 
