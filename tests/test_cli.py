@@ -383,6 +383,8 @@ def test_the_default_finds_room_for_35b_in_24_gb():
         assert json.loads(result.stdout)["by_default"]["concurrency"] >= 1
     result = run("plan", *options, *drafts, "--engine", "sglang")  # of 262,144 tokens none fits
     assert json.loads(result.stdout)["by_default"]["pools"] > 1.9 * GIB
+    shown = run("plan", *options, *drafts[:-1], "--engine", "sglang").output
+    assert re.search(r"requests of at most [\d,]+ tokens\.", " ".join(shown.split()))
 
 
 def test_plan_that_does_not_fit_exits_with_1(released):

@@ -258,8 +258,11 @@ def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, An
         f"[bold]{p.concurrency}[/] requests at once. Bound by {p.bound}.", highlight=False
     )
     default = _by_default(p)
+    enough = f"{default.concurrency} requests at once"
+    if not default.fits and default.longest:
+        enough = f"requests of at most {default.longest:,} tokens"
     console.print(
         f"If no flag says more, a server takes {readable(default.spare)} for states and KV: "
-        f"{default.concurrency} requests at once.",
+        f"{enough}.",
         highlight=False,
     )

@@ -87,6 +87,11 @@ class Plan(ABC):
     def fits(self) -> int:
         """Requests of max_model_len tokens that the memory holds."""
 
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of the longest request that the memory holds."""
+
     @abstractmethod
     def shortage(self) -> str:
         """Why not one request fits, and the fix."""

@@ -62,8 +62,12 @@ class Pools(Plan):
         slots = (self.slots_per_request + 1) * self.slot_bytes
         return ceil((1 + STATE_TO_KV) * max(slots / STATE_TO_KV, kv)) + self.slot_bytes
 
+    @property
+    def longest(self) -> int:
+        return self.tokens if self.slots >= self.slots_per_request else 0
+
     def shortage(self) -> str:
-        if self.slots < self.slots_per_request or not self.tokens:
+        if not self.longest:
             return "memory: no request of any length fits next to the weights"
         return (
             f"--max-model-len: one request needs {self.flags.max_model_len} tokens and"

@@ -71,13 +71,17 @@ class Blocks(Plan):
     def request_bytes(self) -> int:
         return (self.blocks_per_request + 1) * self.block_bytes
 
-    def shortage(self) -> str:
+    @property
+    def longest(self) -> int:
         spare = (self.blocks - self.state_blocks) // max(1, self.kv_blocks_each)
-        if spare <= 0:
+        return max(0, spare) * self.block_tokens
+
+    def shortage(self) -> str:
+        if not self.longest:
             return "memory: no request of any length fits next to the weights"
         return (
             f"--max-model-len: one request needs {self.blocks_per_request} blocks and"
-            f" {self.blocks} fit; lower it to {spare * self.block_tokens} tokens"
+            f" {self.blocks} fit; lower it to {self.longest} tokens"
         )
 
     def rows(self) -> Iterator[TableRow]:

@@ -511,7 +511,10 @@ def test_a_request_that_nothing_is_left_for(complete, grant_memory, checkpoint):
         Exception, match=r"--max-model-len: .* lower it to \d+ tokens\. Of \d\.\d+ MiB"
     ):
         complete(checkpoint, max_model_len=4096)
-    assert complete(checkpoint, max_model_len=-1).cache_config.kv_cache_memory_bytes > 1 << 20
+    for asked in (-1, None):
+        chosen = complete(checkpoint, max_model_len=asked)
+        assert chosen.cache_config.kv_cache_memory_bytes > 1 << 20
+        assert chosen.model_config.original_max_model_len == -1  # vLLM finds the length that fits
 
 
 def test_quantised_checkpoint(complete, tmp_path):

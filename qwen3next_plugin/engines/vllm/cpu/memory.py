@@ -36,13 +36,17 @@ def check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
 def size_cache(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
     """Choose the memory for states and KV, unless a setting does.
 
+    Where no flag says how long a request may be, it may be as long as fits.
+
     Raises:
         ConfigError: no request fits next to the weights.
     """
+    model_config = vllm_config.model_config
+    if model_config.original_max_model_len is None:
+        model_config.original_max_model_len = -1  # vLLM finds the length that fits
     if given(vllm_config.cache_config) or not _ranks(vllm_config):
         return
-    most = plan(config, vllm_config)
-    auto = vllm_config.model_config.original_max_model_len == -1  # vLLM finds the length that fits
+    most, auto = plan(config, vllm_config), model_config.original_max_model_len == -1
     least = replace(most, flags=replace(most.flags, max_model_len=1)) if auto else most
     if not least.fits:
         raise ConfigError(least.refusal("--kv-cache-memory-bytes"))
