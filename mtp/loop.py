@@ -17,6 +17,9 @@ from qwen3next_plugin.mtp.pending import Pending
 from qwen3next_plugin.mtp.ranks import Ranks
 from qwen3next_plugin.mtp.rows import FinishedStep, Row, Tokens
 
+CATCH_UP = 1024  # tokens that the MTP layer reads in a step, at most, per second of its budget
+ATTENTION = 4096  # tokens of context for which its attention takes as long as all else
+LEAST = 16  # tokens of a request that drafts: those of a step, and some that are pending
 EVERY = 8  # most steps without drafts between two choices of lengths
 
 
@@ -79,6 +82,7 @@ class Loop:
     observer: Observer
     usable_drafts: Callable[[str, int], int]  # of a request with so many computed tokens
     max_tokens: int = sys.maxsize  # of one pass of the MTP layer
+    step_seconds: float = 0.0  # a step's budget; 0: any
     ranks: Ranks | None = None  # the first one's lengths count
     must_run: bool = False  # the MTP layer reads every token in its own step
     after_prompts: bool = False  # requests draft also after the step that read their prompt
@@ -192,11 +196,19 @@ class Loop:
             row.draft = min(row.draft, self.usable_drafts(row.request, row.tokens.end))
         self._note_ends(rows)
         self.wait, self.rows = wait_after(self.idle), rows
-        fed = self.pending.feed(rows, self.max_tokens, every=self.must_run)
+        fed = self.pending.feed(rows, self._limit(drafting), every=self.must_run)
         for row in rows:
             if row.fed is None:  # its tokens are pending
                 row.free_hidden_states()
         return fed
+
+    def _limit(self, drafting: Sequence[Row]) -> int:
+        """Tokens that the MTP layer reads now, at most: others wait for their next token."""
+        if self.must_run or not self.step_seconds:
+            return self.max_tokens
+        context = max((row.tokens.end for row in drafting), default=0)
+        most = int(CATCH_UP * self.step_seconds * ATTENTION / (ATTENTION + context))
+        return min(self.max_tokens, max(LEAST * len(drafting), most))
 
     def _keep_unread(self, step: FinishedStep) -> None:
         """Keep a step that reads prompts for the MTP layer."""

@@ -52,11 +52,11 @@ class Pending:
     def feed(self, rows: Sequence[Row], limit: int, *, every: bool = False) -> list[Row]:
         """Set what the MTP layer reads now, pending tokens first; returns the rows it reads.
 
-        These are the rows that draft, or all with `every`, and at most `limit` tokens. A request
-        drafts once it has caught up.
+        These are the rows that draft, or all with `every`, and at most `limit` tokens: first of
+        those to whom little is pending. A request drafts once it has caught up.
         """
         skipping = []
-        for row in rows:
+        for row in sorted(rows, key=lambda row: self.count(row.request)):
             if limit and (row.draft or every):
                 row.fed = self.take(row, limit)
                 limit -= len(row.fed) if row.fed else 0

@@ -73,6 +73,7 @@ class Engine:
 
     policy: Script = field(default_factory=Script)
     max_tokens: int = 100
+    step_seconds: float = 0.0
     max_bytes: int = MAX_BYTES
     ranks: Any = field(default_factory=OneRank)
     must_run: bool = False
@@ -86,6 +87,7 @@ class Engine:
             observer=Observer(self.policy, self.board),
             ranks=self.ranks,
             max_tokens=self.max_tokens,
+            step_seconds=self.step_seconds,
             usable_drafts=lambda request, computed: usable_drafts(
                 self.requests[request].end, computed
             ),

@@ -55,6 +55,29 @@ def test_a_long_prompt_is_read_in_slices_and_drafts_after_the_last():
     assert engine.fed == {"a": (16, 2)}
 
 
+def test_a_step_with_a_budget_reads_less_the_longer_the_context():
+    """1,024 tokens for each second, half as many at 4,096; and 16 of each request at least."""
+    found = []
+    for seconds, prompt in ((0.5, 600), (0.5, 4095), (1e-6, 600), (0, 600)):
+        engine = Engine(max_tokens=500, step_seconds=seconds, policy=Script(3))
+        engine.begin("a", prompt=prompt, end=9999)
+        engine.step(read="a", chunk=prompt)
+        engine.step("a")
+        found.append(engine.fed["a"])
+    assert found == [(0, 446), (0, 256), (0, 16), (0, 500)]
+
+
+def test_who_catches_up_keeps_nobody_from_drafting():
+    engine = started("a", prompt=100, max_tokens=20, policy=Script(3))
+    engine.begin("b")
+    engine.step(read="b")
+    assert engine.step(BOTH) == {"b": 3}
+    assert engine.fed == {"a": (0, 14), "b": (0, 6)}
+    for at, drafts in ((14, {"b": 3}), (33, {"b": 3})):
+        assert engine.step(BOTH) == drafts
+        assert engine.fed["a"] == (at, 19)
+
+
 def test_who_has_not_caught_up_verifies_one_token():
     engine = started("a", prompt=3, max_tokens=4, policy=Script(3))
     assert engine.step("a") == {"a": 3}

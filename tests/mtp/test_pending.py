@@ -170,9 +170,9 @@ def test_what_drafts_is_fed_up_to_a_limit():
     for each in rows[:2]:
         each.draft = 2
     assert pending.feed(rows, 6) == rows[:2]
-    assert same(rows[0].fed, 0, 4)
-    assert same(rows[1].fed, 0, 2)
-    assert [each.draft for each in rows] == [2, 0, 0]  # b has not caught up
-    assert [pending.count(each) for each in "abc"] == [0, 1, 1]
-    assert pending.feed([row("b", 3, 1), row("c", 1, 1)], 9, every=True) != []
+    assert same(rows[0].fed, 0, 3)
+    assert same(rows[1].fed, 0, 3)
+    assert [each.draft for each in rows] == [0, 2, 0]  # a has not caught up: more was pending
+    assert [pending.count(each) for each in "abc"] == [1, 0, 1]
+    assert pending.feed([row("a", 4, 1), row("c", 1, 1)], 9, every=True) != []
     assert [pending.count(each) for each in "abc"] == [0, 0, 0]

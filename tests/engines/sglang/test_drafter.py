@@ -99,7 +99,7 @@ def steps(monkeypatch):
 
     monkeypatch.setattr(module.Drafter, "_forward", forward)
     model = Bag(get_top_tokens=lambda h: torch.full((len(h),), 5), make_draft_head=lambda: None)
-    return Steps(module.Drafter(Bag(model=model, model_config=Bag()), None, 3), fed)
+    return Steps(module.Drafter(Bag(model=model, model_config=Bag(), device="cpu"), None, 3), fed)
 
 
 def test_a_prompt_is_read_with_the_step_after_it(steps):
@@ -132,7 +132,7 @@ def test_a_prefill_server_reads_prompts_of_any_length(steps, monkeypatch):
     from qwen3next_plugin.engines.sglang.speculation import drafter as module
 
     monkeypatch.setattr(module, "get_disagg", lambda: Bag(disaggregation_mode="prefill"))
-    runner = Bag(model=Bag(make_draft_head=lambda: None), model_config=Bag())
+    runner = Bag(model=Bag(make_draft_head=lambda: None), model_config=Bag(), device="cpu")
     loop = module.Drafter(runner, None, 3).loop
     assert (loop.must_run, loop.max_tokens) == (True, sys.maxsize)
 

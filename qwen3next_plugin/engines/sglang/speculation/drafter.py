@@ -15,6 +15,7 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.runtime_context import get_disagg, get_parallel, get_schedule
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 
+from qwen3next_plugin import env
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.speculation import batches
 from qwen3next_plugin.engines.sglang.speculation.chains import Chains
@@ -39,6 +40,7 @@ class Drafter(Chains):
             observer=Observer(make_policy(num_drafts), Board(num_drafts), logger.error),
             ranks=get_parallel().tp_group,
             max_tokens=sys.maxsize if must_run else limit,
+            step_seconds=env.step_seconds() if runner.device == "cpu" else 0.0,
             usable_drafts=self._usable_drafts,
             must_run=must_run,
         )

@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.metrics import worker_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.speculation.chains import Chains
@@ -45,6 +46,7 @@ class Drafter(Chains):
             ranks=get_tp_group(),
             # A pass reads at most as many tokens as a step.
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            step_seconds=env.step_seconds() if device.type == "cpu" else 0.0,
             usable_drafts=self._usable_drafts,
             # A KV connector ships the layer's cache at any time, so it may miss no token.
             must_run=transfer is not None and not only_reads,
