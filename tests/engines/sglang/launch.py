@@ -2,8 +2,9 @@
 
 SGLang starts each process as a new interpreter, which imports SGLang again: that is most of the
 time until it serves. TEST_DRAFTS=0,3,201 makes drafts of these lengths in turn, step by step: none,
-three, and two, none and one for every first, second and third request. TEST_PENDING is the size of
-the store of pending tokens in bytes. With TEST_ON_DEVICE=1 it runs as on a GPU: see on_device.py.
+three, and two, none and one for every first, second and third request. TEST_CHUNKS=24,8 makes the
+chunks that fit a step's budget of so many tokens, in turn. TEST_PENDING is the size of the store of
+pending tokens in bytes. With TEST_ON_DEVICE=1 it runs as on a GPU: see on_device.py.
 TEST_LOAD_MEMORY names a file for the memory that loading the model takes: see load_memory.py.
 """
 
@@ -13,8 +14,9 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def scripted(turns: str) -> type:
@@ -36,6 +38,18 @@ def scripted(turns: str) -> type:
     return Scripted
 
 
+def in_turn(chunks: str) -> Callable[..., int]:
+    """So many tokens fit a step's budget, in turn; other ranks disagree."""
+    turns = itertools.cycle(map(int, chunks.split(",")))
+
+    def fit(*_: Any) -> int:
+        from sglang.srt.runtime_context import get_parallel
+
+        return next(turns) + 16 * get_parallel().tp_rank
+
+    return fit
+
+
 def forked(*flags: str) -> None:
     """Serve, in this fork and in forks of it."""
     from engines.sglang import loaded
@@ -45,6 +59,7 @@ def forked(*flags: str) -> None:
     from sglang.srt.environ import envs
     from sglang.srt.managers import scheduler
 
+    from qwen3next_plugin.engines import pacing
     from qwen3next_plugin.mtp import pending, policy
 
     scheduler.TEST_RETRACT = envs.SGLANG_TEST_RETRACT.get()  # read when it was imported
@@ -53,6 +68,8 @@ def forked(*flags: str) -> None:
     torch.compiler.set_stance("force_eager")
     if turns := os.environ.get("TEST_DRAFTS"):
         policy.make_policy = scripted(turns)
+    if chunks := os.environ.get("TEST_CHUNKS"):
+        pacing.Costs.fit = in_turn(chunks)
     if size := os.environ.get("TEST_PENDING"):
         pending.Pending.__init__.__defaults__ = (int(size),)
     if os.environ.get("TEST_ON_DEVICE"):

@@ -79,8 +79,13 @@ class Server(server.Server):
 
     def unfinished(self) -> int:
         """The number of requests that run or wait."""
-        (load,) = json.loads(self.get("/v1/loads"))["loads"]
+        load = self.load()
         return load["num_running_reqs"] + load["num_waiting_reqs"]
+
+    def load(self) -> dict[str, Any]:
+        """What SGLang says of its requests."""
+        (load,) = json.loads(self.get("/v1/loads"))["loads"]
+        return load
 
     def forget(self) -> None:
         """Empty the radix cache."""

@@ -62,8 +62,13 @@ def check(expected, name: str, answer: Answer) -> None:
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "plain": (DENSE, (), {}),
-    "switching": (DENSE, (*NEXTN, "3"), {"TEST_DRAFTS": "0,3,1,2"}),
-    # Chunks that end within an image.
+    # Chunks that end within an image, of 8 tokens while anyone waits.
+    "switching": (
+        DENSE,
+        (*NEXTN, "3"),
+        {"TEST_DRAFTS": "0,3,1,2", "QWEN3NEXT_STEP_SECONDS": "0.000001"},
+    ),
+    # Of 9, whoever waits.
     "steps-3_chunks-of-9": (MOE, (*NEXTN, "3", "--chunked-prefill-size", "9"), FIXED),
     "topk-2": (MOE, (*NEXTN, "2", "--speculative-eagle-topk", "2", *NODES), FIXED),
     "no-tower": (MOE, (*NEXTN, "3", "--language-model-only"), FIXED),

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import openai
@@ -50,6 +51,7 @@ def answers(batch: Sequence[Request], *flags: str, env: dict[str, str] | None = 
         if PACED.items() <= (env or {}).items():
             tried = count()  # each time other prompts, which are not in the cache
             assert eventually(lambda: goes_on_beside_prompts(server, next(tried)))
+            check_a_pause(server)
         metrics = server.metrics()
         steps = server.by_label("sglang:qwen3next_steps_total", "kind")
     finally:
@@ -90,6 +92,26 @@ def goes_on_beside_prompts(server: Server, tried: int) -> bool:
     asyncio.run(all_of_them())
     beside = firsts[firsts.index("short") :]
     return firsts[-1] == "long" and "stream" in beside
+
+
+def check_a_pause(server: Server) -> None:
+    """Two prompts, both read in part, wait for its end; then they get the same answers."""
+    ids = source_tokens()
+    prompts = [tuple(ids[900:1300]), tuple(ids[1400:1650])]
+    wanted = [server.greedy([one], 8)[0].token_ids for one in prompts]
+    server.forget()
+
+    def reads_both() -> bool:
+        load = server.load()
+        return load["num_used_tokens"] > 0 == load["num_waiting_reqs"]
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.greedy, prompts, 8)
+        assert eventually(reads_both)
+        server.post("/pause_generation", mode="retract")
+        assert eventually(lambda: server.metrics()["sglang:num_queue_reqs"] == 2)
+        server.post("/continue_generation")
+        assert [answer.token_ids for answer in asked.result()] == wanted
 
 
 @pytest.fixture(scope="module")

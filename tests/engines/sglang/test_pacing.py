@@ -3,6 +3,8 @@
 from collections import Counter
 from types import SimpleNamespace as Bag
 
+from sglang.srt.managers import schedule_batch
+
 from qwen3next_plugin.engines.pacing import FIRST, Pacing
 from qwen3next_plugin.engines.sglang import pacing
 from qwen3next_plugin.engines.sglang.pacing import Turns
@@ -138,3 +140,22 @@ def test_a_client_that_leaves_takes_its_request_from_aside():
     turns.leave(Bag(abort_all=False, rid="long"))
     pacing.end_aside(host, scheduler)
     assert (ended, turns.aside, scheduler.chunked_req) == ([long], [], short)
+
+
+def test_a_pause_retracts_those_aside_too(monkeypatch):
+    long, short = Request("long", 8000, 0), Request("short", 1500, 1)
+    scheduler = Scheduler(long, short)
+    scheduler.step()
+    scheduler.step()
+    retracted, queue = [], []
+    for name in ("req_to_token_pool", "token_to_kv_pool_allocator"):
+        setattr(scheduler, name, None)
+    scheduler._add_request_to_queue = queue.append
+    monkeypatch.setattr(schedule_batch, "retract_all", lambda *, reqs, **_: retracted.extend(reqs))
+    paused = []
+    for mode in ("in_place", "retract"):
+        pacing.retract_aside(lambda _, asked: paused.append(asked.mode), scheduler, Bag(mode=mode))
+        aside = scheduler.qwen3next_turns.aside
+        assert aside == ([long] if mode == "in_place" else [])
+    assert paused == ["in_place", "retract"]
+    assert retracted == queue == [long]

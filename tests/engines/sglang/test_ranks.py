@@ -29,9 +29,12 @@ def folder(request, checkpoint, tmp_path) -> Path:
 
 
 def test_two_ranks_with_drafts(folder, reference):
-    """They draft what the first rank decides. Few tokens: ranks that share a core are slow."""
+    """They draft, and read of prompts, what the first rank decides.
+
+    Few tokens: ranks that share a core are slow.
+    """
     small = ("--dtype", "float32", "--max-total-tokens", "4096", "--max-mamba-cache-size", "20")
-    env = {"TEST_DRAFTS": "3,0,1"}
+    env = {"TEST_DRAFTS": "3,0,1", "TEST_CHUNKS": "24,8,40"}
     server = Forked(folder, "--tp-size", "2", *NEXTN, "3", *small, env=env).wait()
     try:
         prompts = [random_prompt(n, seed=12) for n in (1, 65, 300)]
