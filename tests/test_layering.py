@@ -16,6 +16,7 @@ ENGINES = ("vllm", "sglang")
 ENGINE_FOLDERS = {"model", "state", "speculation", "cpu", "repairs"}
 OF_BOTH = (
     "patching",
+    "patch_table",
     "logprobs",
     "agreement",
     "hub",

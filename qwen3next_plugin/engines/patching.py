@@ -1,18 +1,20 @@
 """Patches of a host: every one is checked against the installed host before any is applied.
 
-An engine's `patches.py` lists in one table everything of its host that the plugin changes. If the
-host has changed, the launch stops here, with an error that names what does not fit. SGLang's hook
-registry would only log it, and serve with part of the plugin.
+If the host has changed, the launch stops here, with an error that names what does not fit. SGLang's
+hook registry would only log it, and serve with part of the plugin.
 """
 
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from packaging.version import Version
+
+T = TypeVar("T")
 
 
 class PatchError(RuntimeError):
@@ -36,15 +38,18 @@ class Entry:
 
     target: str  # dotted name, from the package on
     reason: str
-    versions: str  # of the host that need it
     remove_when: str
+    versions: str = ""  # of the host that need it: the table's
+    upstream: str = ""  # the host's issue or fix: a link
+    module: str = ""  # of ours that declares it
+    group: Enum | None = None  # when it is applied; None: our own code does it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch(Entry):
     """A function; ours is called instead, with the host's function and then its arguments."""
 
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None
     function: Callable[..., Any]
 
 
@@ -52,7 +57,7 @@ class Patch(Entry):
 class Replacement(Entry):
     """A function; ours is called instead, with the same arguments and any that follow them."""
 
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None
     function: Callable[..., Any]
 
 
@@ -73,15 +78,19 @@ class Item(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Override(Entry):
-    """An internal of the host that the plugin changes on its own objects, in `file`.
+    """An internal of the host that the plugin changes on its own objects.
 
     A private method that a subclass overrides, an attribute of an instance, or a class in a module
-    while one of its objects is built. Nothing is applied here: the entry completes the table, and
-    the contract test compares it with the host's source.
+    while one of its objects is built. Nothing is applied here; the contract test compares it with
+    the host's source.
     """
 
-    file: str  # below the engine's folder
     parameters: tuple[str, ...] | None = None  # of a method
+
+
+def override(*targets: str, reason: str, remove_when: str, upstream: str = "") -> Callable[[T], T]:
+    """Declare an Override of each target by the decorated code; the contract test reads it."""
+    return lambda code: code
 
 
 Function = Patch | Replacement
@@ -148,6 +157,8 @@ def apply(
 
 
 def _check_parameters(entry: Function, found: Any, host: Host) -> None:
+    if entry.parameters is None:
+        raise PatchError(f"the signature of {entry.target} is not written down: {_fix(host)}")
     parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
     if isinstance(entry, Replacement):
         parameters = parameters[: len(entry.parameters)]

@@ -2,9 +2,12 @@
 
 import ast
 import importlib.util
+import json
 import os
+import re
 import zipfile
 from functools import cache
+from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -13,9 +16,10 @@ from packaging.version import Version
 
 import qwen3next_plugin
 from qwen3next_plugin import versions
-from qwen3next_plugin.engines.patching import Attribute, Entry, Item, Override, Patch
+from qwen3next_plugin.engines.patching import FUNCTIONS, Attribute, Entry, Item, Override, Patch
 
 ENGINES = Path(qwen3next_plugin.__file__).parent / "engines"
+OWN = "qwen3next_plugin.engines"
 VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
 
 
@@ -175,9 +179,41 @@ def keywords(tree: ast.AST, name: str) -> list[set[str]]:
     ]
 
 
-def check_entry(sources: Sources, entry: Entry) -> None:
-    """A row of an engine's table of patches fits the host's source."""
-    assert SpecifierSet(entry.versions).contains(sources.version, prereleases=True)
+def changes(package: str) -> list[Entry]:
+    """All changes to a host: patches, and what our code says that it overrides."""
+    patches = import_module(f"{OWN}.{package}.patches")
+    for module in getattr(patches, "MODULES", ()):
+        import_module(f"{OWN}.{package}.{module}")
+    table = getattr(patches, "TABLE", None)
+    entries = [*(table.entries if table else ()), *overrides(package)]
+    return sorted(entries, key=lambda entry: (entry.target, str(entry.group)))
+
+
+def overrides(package: str) -> list[Override]:
+    """What decorators named `override` say; their modules are not imported."""
+    patches = import_module(f"{OWN}.{package}.patches")
+    return [
+        Override(
+            target=target.value,
+            parameters=signatures(package).get(target.value),
+            versions=patches.VERSIONS,
+            module=".".join([OWN, *path.relative_to(ENGINES).with_suffix("").parts]),
+            **{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords},
+        )
+        for path in sorted((ENGINES / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "override"
+        for target in node.args
+    ]
+
+
+def signatures(package: str) -> dict[str, list[str]]:
+    """The generated file of an engine."""
+    return json.loads((ENGINES / package / "signatures.json").read_text("utf-8"))
+
+
+def found(sources: Sources, entry: Entry) -> tuple[Sources, str, ast.AST]:
+    """The host, the file in it, and the class or module there that an entry changes."""
     *path, name = entry.target.split(".")
     if path[0] != sources.package:  # torch, which the host calls
         assert isinstance(entry, Patch)
@@ -193,10 +229,32 @@ def check_entry(sources: Sources, entry: Entry) -> None:
         owner = definition(owner, part)
     if isinstance(entry, Patch) and isinstance(owner, ast.Module):
         owner = defining(sources, file, name)
+    return sources, file, owner
+
+
+def signature_of(sources: Sources, entry: Entry) -> list[str] | None:
+    """The parameters of the host's function that an entry changes; None if it is no function."""
+    _, _, owner = found(sources, entry)
+    name = entry.target.rpartition(".")[2]
+    functions = [
+        node
+        for node in ast.walk(owner)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    ]
+    by_name = isinstance(entry, Attribute) and isinstance(entry.value, property)
+    return signature(functions[0]) if functions and not by_name else None
+
+
+def check_entry(sources: Sources, entry: Entry) -> None:
+    """A change fits the host's source."""
+    assert SpecifierSet(entry.versions).contains(sources.version, prereleases=True)
+    name = entry.target.rpartition(".")[2]
+    sources, file, owner = found(sources, entry)
     if isinstance(entry, Override):
-        assert name in (ENGINES / sources.package / entry.file).read_text(encoding="utf-8")
-    if (parameters := getattr(entry, "parameters", None)) is not None:
-        assert signature(definition(owner, name)) == list(parameters)
+        ours = ENGINES.joinpath(*entry.module.removeprefix(OWN).split(".")).with_suffix(".py")
+        assert ours.read_text(encoding="utf-8").count(name) > 1
+    if isinstance(entry, FUNCTIONS) or getattr(entry, "parameters", None) is not None:
+        assert signature(definition(owner, name)) == list(entry.parameters)
     elif isinstance(entry, Override) and isinstance(owner, ast.Module):
         assert name in sources.names(file)
     elif isinstance(entry, Override):
@@ -213,6 +271,16 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     else:
         assert isinstance(entry, Attribute)
         assert name in sources.names(file)
+
+
+def check_modules(package: str) -> None:
+    """The engine's list has all modules with patches, and no others."""
+    decorated = {
+        ".".join(path.relative_to(ENGINES / package).with_suffix("").parts)
+        for path in (ENGINES / package).rglob("*.py")
+        if re.search(r"^ *@patch\(|\bTABLE\.add\(", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert decorated == set(import_module(f"{OWN}.{package}.patches").MODULES)
 
 
 def pairs(table: dict) -> list[tuple[str, str]]:

@@ -36,6 +36,7 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     logger,
 )
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.repairs.endings import LOADS
 from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
 from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
@@ -139,6 +140,13 @@ def complete_on_gpu(server_args: Any) -> None:
         declare_resolution(server_args, "qwen3next_plugin", disable_overlap_schedule=True)
 
 
+@patch(
+    When.REGISTERED,
+    "sglang.srt.arg_groups.speculative_hook._handle_eagle_family",
+    reason="Qwen's own command gives only the steps; SGLang then compares a missing topk with 1 "
+    "and ends with a TypeError",
+    remove_when="SGLang fills in the rest",
+)
 def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
     """Around `_handle_eagle_family`: derive the flags that Qwen's own command leaves out.
 

@@ -1,6 +1,6 @@
-"""Functions that replace SGLang's own; patches.py says where and why.
+"""Functions that replace SGLang's own.
 
-Each gets SGLang's function as its first argument. SGLang's modules are imported inside: patches are
+SGLang's modules are imported inside: patches are
 registered before SGLang has chosen its device.
 """
 
@@ -13,6 +13,7 @@ from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.indexed_attention import dims_of_tokens
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
@@ -20,6 +21,12 @@ from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool._init_mamba_pool",
+    reason="our pool copies whole pages",
+    remove_when="a config can name its pool's class",
+)
 def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: Any) -> None:
     """Use our pool class for pages."""
     from qwen3next_plugin.engines.sglang.state.pages import PageParams, PagePool
@@ -29,16 +36,35 @@ def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: A
     host(pool, *args, **kwargs)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._get_ple_req_pool_kwargs",
+    reason="our pages hold what n-gram embeddings keep, and SGLang takes no list of eos tokens",
+    remove_when="a config can name its pool's class",
+)
 def no_ngram_pools(host: Callable[[Any], dict[str, Any]], configurator: Any) -> dict[str, Any]:
     """Leave out SGLang's pools of what n-gram embeddings keep: ours are parts of the pages."""
     return {} if is_ours(configurator.model_config) else host(configurator)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
+    reason="SGLang reserves a state per draft; our page can roll back by itself",
+    remove_when="a config can say that it needs none",
+)
 def skip_snapshots(host: Callable[[], bool]) -> bool:
     """Whether SGLang skips its states for drafts: always for our model."""
     return serves_ours() or host()
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+    reason="SGLang pads head counts and widths for its AMX kernels; ours take any, and our "
+    "checks compare a checkpoint with its own config. An indexer's keys need room in the pool",
+    remove_when="SGLang pads for its AMX kernels only, and asks a model what KV has room for",
+)
 def set_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
     """Leave our model's sizes as they are, but for an indexer's keys beside those of attention."""
     if not is_ours(model_config):
@@ -49,6 +75,12 @@ def set_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_
     return model_config
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper",
+    reason="SGLang chooses the linear-attention backend of built-in models itself",
+    remove_when="a registered backend can serve a built-in architecture",
+)
 def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) -> Any:
     """Combine our linear-attention backend with the attention backend that was chosen."""
     if not is_ours(runner.model_config):
@@ -69,12 +101,32 @@ def wrap_backend(host: Callable[..., Any], runner: Any, full_attn_backend: Any) 
     return HybridBackend(full_attn_backend, GatedDeltaNetBackend(runner), layers)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
+    reason="seeds need --enable-deterministic-inference, for which SGLang replaces products by "
+    "Triton kernels, and ends without a GPU",
+    remove_when="SGLang has seeds on a CPU",
+)
+@patch(
+    When.ON_CPU,
+    "sglang.srt.model_executor.model_runner.ModelRunner.check_quantized_moe_compatibility",
+    reason="SGLang refuses experts that its FP8 blocks do not divide; our kernels take them",
+    remove_when="SGLang asks the quantisation whether it can split experts so",
+)
 def skip_for_ours(host: Callable[..., None], runner: Any) -> None:
     """Leave our model as it is."""
     if not is_ours(runner.model_config):
         host(runner)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.model_loader.loader._get_quantization_config",
+    reason="SGLang's kernels for quantised weights run on GPUs, or with AMX at best; and it "
+    "reads formats from config.json, which does not name all unquantised modules",
+    remove_when="SGLang lets a plugin bring a quantisation for a model",
+)
 def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
     """Use our kernels for a quantised checkpoint of our models."""
     from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation
@@ -85,12 +137,24 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
     return Quantisation(_folder(model_config, load_config), model_config.hf_config)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
+    reason="SGLang refuses the quant_method of checkpoints that `qwen3next pack` wrote",
+    remove_when="SGLang lets a plugin bring a quantisation for a model",
+)
 def accept_packed(host: Callable[[Any], None], model_config: Any) -> None:
     """Skip a check by config.json of our model's packed checkpoint."""
     if not (is_ours(model_config) and is_packed(flags.quantization_config(model_config.hf_config))):
         host(model_config)
 
 
+@patch(
+    When.ON_GPU,
+    "sglang.srt.model_loader.loader._get_quantization_config",
+    reason="SGLang reads formats from config.json, which does not name all unquantised modules",
+    remove_when="SGLang reads formats from the files",
+)
 def leave_plain_modules(host: Callable[..., Any], model_config: Any, load_config: Any) -> Any:
     """Make SGLang's quantisation skip the modules that the checkpoint's files have unquantised."""
     from sglang.srt.layers.linear import LinearBase
@@ -111,6 +175,13 @@ def _folder(model_config: Any, load_config: Any) -> Path:
     return local_folder(model_config.model_path, model_config.revision, load_config.download_dir)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager",
+    reason="SGLang's layers with adapters pin memory, which fails without a GPU, and do not "
+    "load adapters of in_proj_qkv, z, b and a",
+    remove_when="SGLang serves adapters of Qwen3.5 on a CPU",
+)
 def make_adapters(host: Callable[[Any], None], runner: Any) -> None:
     """Use our manager of LoRA adapters for our model."""
     if not is_ours(runner.model_config):
@@ -121,6 +192,12 @@ def make_adapters(host: Callable[[Any], None], runner: Any) -> None:
     runner.lora_manager = Adapters(runner)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.speculative.spec_utils.commit_mamba_states_after_verify",
+    reason="SGLang computes which states of a chain to keep; a page keeps all",
+    remove_when="SGLang asks the backend whether there is something to commit",
+)
 def commit_trees(
     host: Callable[..., None], target_worker: Any, batch: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -130,6 +207,13 @@ def commit_trees(
         host(target_worker, batch, *args, **kwargs)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+    reason="SGLang gives a linker the new nodes of a prompt before the MTP layer has read it, "
+    "and no node above them, in which a file of KV may begin",
+    remove_when="SGLang tells a linker when a request has ended, with its whole prefix",
+)
 def keep_prefix(
     host: Callable[..., None], cache: Any, req: Any, *, up_to: int, **kwargs: Any
 ) -> None:
@@ -145,6 +229,12 @@ def keep_prefix(
             linker.keep(cache, req.last_node)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+    reason="each request needs its own draft length",
+    remove_when="SGLang asks an in-tree platform for its worker",
+)
 def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
     """Use our worker for chains of drafts from the checkpoint's MTP head."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
@@ -158,6 +248,12 @@ def choose_worker(host: Callable[..., Any], algorithm: Any, server_args: Any) ->
     return Worker
 
 
+@patch(
+    When.ON_GPU,
+    "sglang.srt.speculative.adaptive_runtime_state.AdaptiveController.__init__",
+    reason="SGLang's policy does not know what a step costs",
+    remove_when="SGLang asks a plugin for the policy",
+)
 def choose_policy(host: Callable[..., None], controller: Any, worker: Any, policy: Any) -> None:
     """Choose the number of drafts by our policy, among SGLang's candidates."""
     runner = worker.target_worker.model_runner
@@ -168,6 +264,13 @@ def choose_policy(host: Callable[..., None], controller: Any, worker: Any, polic
     host(controller, worker, policy)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.layers.sampler.Sampler.__init__",
+    reason="at a temperature SGLang takes logarithms of rounded probabilities; only "
+    "--enable-deterministic-inference, which gives all requests one seed, changes that",
+    remove_when="SGLang takes log_softmax of logits without that flag",
+)
 def use_log_softmax(host: Callable[[Any], None], sampler: Any) -> None:
     """Compute a sampled token's log-probability as a prompt token's if bits must not depend on it.
 
@@ -178,6 +281,12 @@ def use_log_softmax(host: Callable[[Any], None], sampler: Any) -> None:
         sampler.enable_deterministic = True
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.init_metrics_reporter",
+    reason="SGLang's reporter knows neither draft lengths nor state pages",
+    remove_when="the reporter's class can be given",
+)
 def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
     """Report metrics of steps, and of MTP where our worker drafts."""
     from qwen3next_plugin.engines.sglang.metrics import MetricsReporter
@@ -193,6 +302,13 @@ def choose_reporter(host: Callable[[Any], None], scheduler: Any) -> None:
         scheduler.metrics_reporter.begin(loop.observer.board if loop else Board(0), loop)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.update_running_batch",
+    reason="a step without drafts must cost what it costs without NEXTN; SGLang prepares every "
+    "step for drafts",
+    remove_when="SGLang runs steps without drafts as without NEXTN",
+)
 def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
     """Ask our worker whether the next decode step has drafts to verify."""
     from qwen3next_plugin.engines.sglang.speculation.worker import Worker
@@ -202,6 +318,13 @@ def choose_step(host: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
     return host(scheduler, batch)
 
 
+@patch(
+    When.ON_GPU,
+    "sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
+    reason="flags must be checked before a process starts; on GPUs SGLang asks its own "
+    "platforms, and no plugin",
+    remove_when="a plugin can check flags on a GPU",
+)
 def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
     """Refuse what cannot be served, fill in a default, and log what serves.
 
@@ -219,6 +342,12 @@ def check_on_gpu(host: Callable[..., None], server_args: Any) -> None:
         )
 
 
+@patch(
+    When.NO_KERNELS,
+    "sglang.srt.arg_groups.platform_hook.handle_platform_defaults",
+    reason="the log must say that SGLang's own model serves",
+    remove_when="there are kernels for every platform",
+)
 def say_no_kernels(host: Callable[..., None], server_args: Any) -> None:
     """Log that SGLang's own model serves on this device."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view

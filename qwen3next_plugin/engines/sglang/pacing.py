@@ -14,6 +14,7 @@ import torch
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.pacing import LongestStep, Pacing, Prompt
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
 MUCH_SHORTER = 4  # times
 LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
@@ -136,6 +137,12 @@ def turns(scheduler: Any) -> Turns:
     return scheduler.qwen3next_turns
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.run_batch",
+    reason="SGLang does not learn what steps take",
+    remove_when="SGLang bounds the time of a step",
+)
 def time_step(
     host: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **options: Any
 ) -> Any:
@@ -149,6 +156,13 @@ def time_step(
     return result
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+    reason="SGLang reads prompts chunk by chunk before anybody decodes, each chunk as large as "
+    "fits memory, and one prompt to its end before another begins",
+    remove_when="SGLang bounds the time of a step",
+)
 def read_prompts(
     host: Callable[..., Any], scheduler: Any, *, running_batch: Any, **options: Any
 ) -> Any:
@@ -173,6 +187,12 @@ def read_prompts(
     return batch, running_batch
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class",
+    reason="SGLang knows one prompt that is read in part",
+    remove_when="SGLang reads several prompts in part",
+)
 def reserve(host: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
     """Around `get_prefill_adder_class`: keep free what requests that stand aside will need."""
     made = host(scheduler)
@@ -185,6 +205,12 @@ def reserve(host: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
     return make
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission",
+    reason="SGLang knows one prompt that is read in part",
+    remove_when="SGLang reads several prompts in part",
+)
 def keep_whole(
     host: Callable[..., Any], adder: Any, req: Any, *, has_chunked_req: bool = False, **options: Any
 ) -> Any:
@@ -197,6 +223,12 @@ def keep_whole(
     return admission
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.stash_chunked_request",
+    reason="SGLang keeps a state for each chunk, of which there would be too many",
+    remove_when="SGLang bounds the time of a step",
+)
 def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None:
     """Around `stash_chunked_request`: give the tree a prompt's state where SGLang's chunks end.
 
@@ -212,6 +244,12 @@ def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None
         req.skip_radix_cache_insert = barred
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.process_pending_chunked_abort",
+    reason="SGLang knows one prompt that is read in part",
+    remove_when="SGLang reads several prompts in part",
+)
 def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
     """Around `process_pending_chunked_abort`: end those that stand aside, too."""
     host(scheduler)
@@ -226,6 +264,12 @@ def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
     found.left = []
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.pause_generation",
+    reason="SGLang knows one prompt that is read in part",
+    remove_when="SGLang reads several prompts in part",
+)
 def retract_aside(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     """Around `pause_generation`: retract those that stand aside, too."""
     from sglang.srt.managers.schedule_batch import retract_all

@@ -41,14 +41,13 @@ def _register() -> bool:
     check_host("sglang")
     on_cpu = without_gpu()
     if on_cpu:
-        _prepare_cpu()  # before patches.py imports SGLang's modules
-    from qwen3next_plugin.engines.sglang import patches
+        _prepare_cpu()  # before SGLang's modules are imported
+    from qwen3next_plugin.engines.sglang.patches import When, apply
 
     if not (on_cpu or on_gpu()):
-        patches.apply((*patches.ANYWHERE, *patches.ELSEWHERE))
+        apply(When.REGISTERED, When.NO_KERNELS)
         return False
-    device = patches.ON_CPU + patches.REPAIRS_ON_CPU if on_cpu else patches.ON_GPU
-    patches.apply((*patches.ANYWHERE, *patches.WITH_OURS, *patches.REPAIRS, *device))
+    apply(When.REGISTERED, When.WITH_OURS, When.ON_CPU if on_cpu else When.ON_GPU)
     if on_cpu:
         from qwen3next_plugin.engines.sglang.cpu.attention_backend import register_attention_backend
 

@@ -12,6 +12,7 @@ import torch
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.updates import flush, ours, replace
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 
@@ -53,6 +54,14 @@ class Session:
         return flush(manager, self)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+    "begin_weight_update",
+    reason="SGLang loads a call's tensors before it has the next call's, into parameters which "
+    "packing has dropped",
+    remove_when="SGLang checks a session's tensors together, and asks the model to load",
+)
 def begin(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Open a session; the weights stay until its end. Replaces a method of SGLang's manager."""
     if not ours(manager) or manager._session is not None:
@@ -65,6 +74,14 @@ def begin(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     return BeginWeightUpdateReqOutput(success=refused is None, message=refused or "Success")
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+    "update_weights_from_tensor",
+    reason="SGLang loads a call's tensors before it has the next call's, into parameters which "
+    "packing has dropped",
+    remove_when="SGLang checks a session's tensors together, and asks the model to load",
+)
 def add_sent(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Keep tensors that were sent, until the end. Replaces a method of SGLang's manager."""
     if not isinstance(manager._session, Session):
@@ -78,6 +95,14 @@ def add_sent(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     return UpdateWeightsFromTensorReqOutput(success=refused is None, message=refused or "Success")
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+    "update_weights_from_distributed",
+    reason="SGLang loads a call's tensors before it has the next call's, into parameters which "
+    "packing has dropped",
+    remove_when="SGLang checks a session's tensors together, and asks the model to load",
+)
 def add_broadcast(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Keep tensors that a trainer broadcasts. Replaces a method of SGLang's manager."""
     if not isinstance(manager._session, Session):
@@ -99,6 +124,14 @@ def add_broadcast(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     )
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+    "end_weight_update",
+    reason="SGLang loads a call's tensors before it has the next call's, into parameters which "
+    "packing has dropped",
+    remove_when="SGLang checks a session's tensors together, and asks the model to load",
+)
 def end(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Close the session: load all its tensors, or none. Replaces a method of SGLang's manager."""
     session = manager._session

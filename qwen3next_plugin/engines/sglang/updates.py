@@ -11,6 +11,7 @@ from typing import Any
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 
 DONE = "Succeeded to update model weights."
@@ -20,6 +21,14 @@ class HalfLoadedError(RuntimeError):
     """Some weights are new and others old, so the server ends (see repairs/controls.py)."""
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+    "update_weights_from_disk",
+    reason="SGLang loads into parameters, which packing has dropped, and what is wrong shows "
+    "when some weights are replaced",
+    remove_when="SGLang asks the model to check and to load",
+)
 def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Serve the weights of a folder, MTP layer and draft head included.
 

@@ -3,9 +3,16 @@
 import functools
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.versions import check_host
 
 
+@override(
+    "transformers.models.auto.modeling_auto.AutoModelForCausalLM._model_mapping",
+    reason="`AutoModelForCausalLM.register` refuses a text model for a wrapper's config, and "
+    "before 5.19 the mapping's own `register` ignores configs of transformers",
+    remove_when="`AutoModelForCausalLM.register` takes it",
+)
 @functools.cache
 def register() -> None:
     """Let `AutoModelForCausalLM` load the family with its MTP head. Idempotent.

@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.state.folder_flags import OWN_REGION
 
 
@@ -53,6 +54,12 @@ class FolderSpec(TieringOffloadingSpec):
             with suppress(FileNotFoundError):
                 os.unlink(f"/dev/shm/vllm_offload_{self._engine_id}.mmap")
 
+    @override(
+        "vllm.v1.kv_offload.cpu.shared_offload_region.SharedOffloadRegion._creator",
+        reason="vLLM's tiers leave their shared memory behind when a server is killed; ours has "
+        "no name once all have opened it, so a worker has none to remove",
+        remove_when="TieringOffloadingSpec removes the name, as CPUOffloadingSpec does",
+    )
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """A worker of this rank, once."""
         if self._own_worker is None:

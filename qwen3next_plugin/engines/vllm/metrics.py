@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.mtp.metrics import Board, Metric, attach, create, metrics
 
 logger = init_logger(LOGGER)
@@ -155,6 +156,13 @@ def install(vllm_config: VllmConfig) -> None:
     atexit.register(_installed.clear)
 
 
+@patch(
+    When.IN_SERVER,
+    "vllm.entrypoints.serve.instrumentator.metrics.attach_router",
+    reason="with several API servers, the default under data parallelism, GET /metrics shows "
+    "only what prometheus_client's own metrics write to files",
+    remove_when="vLLM lets a plugin add a collector",
+)
 def serve_with_ours(host: Callable[[Any], None], app: Any) -> None:
     """Around `attach_router`, whose page, for several API servers, would be without ours."""
     if SHARED in os.environ and _installed is not None:

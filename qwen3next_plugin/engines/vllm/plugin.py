@@ -8,6 +8,7 @@ from typing import Any
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.names import (
     BACKEND_NAME,
+    ENGINE,
     LOGGER,
     PACKAGE,
     models_here,
@@ -40,13 +41,13 @@ def _register() -> None:
     from vllm.v1.attention.backends.registry import register_backend
 
     check_host("vllm")
-    from qwen3next_plugin.engines.vllm import patches
+    from qwen3next_plugin.engines.vllm.patches import When, apply
     from qwen3next_plugin.engines.vllm.repairs import caches
 
     caches.provide_folder()
     on_cpu = current_platform.is_cpu()
     if not (on_cpu or current_platform.is_cuda_alike()):
-        patches.apply(patches.ELSEWHERE)
+        apply(When.NO_KERNELS)
         return
     if env.kernels() != "reference":
         from qwen3next_plugin.kernels import native
@@ -55,13 +56,13 @@ def _register() -> None:
     if on_cpu:
         import qwen3next_plugin.engines.vllm.cpu.quantisation  # noqa: F401, registers itself
 
-        if patches.ENGINE in sys.modules:  # this is an engine's own process
-            patches.apply(patches.IN_ENGINE)
-    if patches.ENGINE in sys.modules:
-        patches.apply(patches.GRAMMARS)
-    patches.apply(
-        patches.FILES + patches.ROPE + patches.WITH_OURS + (() if on_cpu else patches.ON_GPU)
-    )
+        if ENGINE in sys.modules:  # this is an engine's own process
+            apply(When.IN_ENGINE)
+    if ENGINE in sys.modules:
+        apply(When.GRAMMARS)
+    apply(When.REGISTERED)
+    if not on_cpu:
+        apply(When.ON_GPU)
     for architecture, model in models_here().items():
         ModelRegistry.register_model(architecture, model)
     register_backend(BACKEND_NAME, f"{PACKAGE}.state.steps.GatedDeltaNetBackend", is_mamba=True)

@@ -16,6 +16,7 @@ from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
 
 from qwen3next_plugin.engines.cores import share
 from qwen3next_plugin.engines.nodes import meet_at
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.executor import Executor
 from qwen3next_plugin.engines.vllm.names import LOGGER, OWN_ADDRESS
 
@@ -24,6 +25,12 @@ logger = init_logger(LOGGER)
 OURS = "QWEN3NEXT_"  # variables, which are the same in all workers
 
 
+@override(
+    "vllm.v1.executor.ray_executor_v2.RayWorkerProc",
+    reason="a worker asks Ray for its device, shares memory with those of other machines, and "
+    "binds the same cores on each",
+    remove_when="vLLM's Ray workers run on CPUs (`compat`)",
+)
 class RayWorker(RayWorkerProc):
     """A worker process in an actor of Ray."""
 
@@ -65,6 +72,11 @@ class RayExecutor(Executor, RayExecutorV2):
 
     uses_ray = True
 
+    @override(
+        "vllm.platforms.interface.Platform.ray_device_key",
+        reason="vLLM asks Ray for devices by it, and has no key for CPUs",
+        remove_when="vLLM's CPU platform has one (`compat`)",
+    )
     def _init_executor(self) -> None:
         """Start our workers where vLLM would start its own."""
         current_platform.ray_device_key = "CPU"
@@ -78,6 +90,11 @@ class RayExecutor(Executor, RayExecutorV2):
         runtime_env["env_vars"] = own | runtime_env["env_vars"]
         return runtime_env
 
+    @override(
+        "vllm.v1.executor.ray_executor_v2.RayExecutorV2._get_actor_resource_kwargs",
+        reason="Ray takes no CPU among an actor's custom resources",
+        remove_when="vLLM's Ray workers run on CPUs (`compat`)",
+    )
     @staticmethod
     def _get_actor_resource_kwargs() -> dict[str, Any]:
         """Nothing beside the CPU that the placement group keeps for the worker."""

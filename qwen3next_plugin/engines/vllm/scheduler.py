@@ -22,6 +22,7 @@ from vllm.v1.request import Request
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.pacing import LongestStep, Pacing, Prompt
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.metrics import scheduler_board
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.mtp.metrics import LogLine
@@ -44,6 +45,12 @@ class Step:
     context: float  # mean position of these
 
 
+@override(
+    "vllm.v1.core.sched.scheduler.Scheduler.need_mamba_block_aligned_split",
+    "vllm.v1.core.sched.scheduler.Scheduler.max_num_scheduled_tokens",
+    reason="that method is called, and lets a chunk end within a block, if these say so",
+    remove_when="`_mamba_block_aligned_split` is not overridden",
+)
 class Scheduler(HostScheduler):
     """Schedules as vLLM does, with a budget for a step and with metrics."""
 
@@ -70,6 +77,12 @@ class Scheduler(HostScheduler):
         self.need_mamba_block_aligned_split = True  # ask our method for the length of each chunk
         self._pad_no_row(vllm_config)
 
+    @override(
+        "vllm.v1.core.sched.scheduler.Scheduler.dynamic_sd_lookup",
+        reason="vLLM pads a new row without a draft to the rows of a GPU's graph: on a CPU a "
+        "step computes them all",
+        remove_when="vLLM pads only where a graph is replayed",
+    )
     def _pad_no_row(self, vllm_config: VllmConfig) -> None:
         """Say that drafts depend on the number of requests: then vLLM pads no row without one."""
         drafts = vllm_config.speculative_config
@@ -135,6 +148,12 @@ class Scheduler(HostScheduler):
             computed = self.kv_cache_manager.get_computed_blocks(request)[1]
         return Prompt(request.num_tokens - computed, computed)
 
+    @override(
+        "vllm.v1.core.sched.scheduler.Scheduler._mamba_block_aligned_split",
+        reason="the only method that vLLM asks how long a request's chunk may be; it bounds a "
+        "step by tokens, which take more time the longer the context",
+        remove_when="vLLM bounds the time of a step",
+    )
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *computed: int, **named: int
     ) -> int:

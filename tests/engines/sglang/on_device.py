@@ -13,8 +13,10 @@ from sglang.srt.arg_groups import mamba_hook
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.sglang import hooks, patches, served
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.versions import check_host
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 
@@ -31,7 +33,8 @@ def switch() -> None:
     """Serve so from now on; the plugin has been registered for a CPU, and has served nothing."""
     hooks.on_gpu = lambda: True
     SpeculativeAlgorithm.create_worker = SpeculativeAlgorithm.create_worker.__wrapped__
-    patches.apply([entry for entry in patches.ON_GPU if "AdaptiveController" in entry.target])
+    chosen = [entry for entry in patches.TABLE.entries if "AdaptiveController" in entry.target]
+    patching.apply(chosen, patching.Host("SGLang", check_host("sglang")), patches.register_hooks)
     strategy = "mamba_radix_cache_strategy"
     served.SERVED_ON_CPU[strategy] = served.SERVED_ON_GPU[strategy]
     del served.SERVED_WITH_DRAFTS_ON_CPU["speculative_adaptive"]

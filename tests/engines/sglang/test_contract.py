@@ -10,7 +10,9 @@ from engines.contract import (
     ENGINES,
     Sources,
     arguments,
+    changes,
     check_entry,
+    check_modules,
     definition,
     host,
     imported,
@@ -20,13 +22,14 @@ from engines.contract import (
     other_hosts,
     pairs,
 )
-from qwen3next_plugin.engines.sglang.patches import TABLE
+from engines.patch_lists import check_generated
 from qwen3next_plugin.engines.sglang.repairs.controls import PROMPTS
 from qwen3next_plugin.engines.sglang.repairs.tokenised import MAX_LOGPROBS_APART
 from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST, SUMS
 from qwen3next_plugin.model.moe import route
 
 HOST = "sglang"
+CHANGES = changes(HOST)
 
 # What our code implements for the host: class → the methods whose arguments must stay.
 OVERRIDDEN = {
@@ -386,11 +389,13 @@ def test_other_hosts_are_read_too():
     assert all(host(HOST, name).has("__init__.py") for name in other_hosts(HOST))
 
 
-def test_there_are_patches_to_compare():
-    assert len(TABLE) > 16
+def test_lists_of_patches_are_up_to_date():
+    assert len(CHANGES) > 50
+    check_modules(HOST)
+    check_generated(HOST)
 
 
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.target)
+@pytest.mark.parametrize("entry", CHANGES, ids=lambda entry: entry.target)
 def test_patches_fit(sources, entry):
     check_entry(sources, entry)
 

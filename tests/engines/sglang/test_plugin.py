@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 from packaging.version import Version
 
+from engines.contract import changes
 from qwen3next_plugin.engines import patching
 from qwen3next_plugin.engines.patching import (
     Attribute,
@@ -25,10 +26,8 @@ WHY = {"reason": "a test", "versions": "==9.9.9", "remove_when": "never"}
 
 
 def applied() -> list[Entry]:
-    """The rows of SGLang's table that are applied somewhere."""
-    from qwen3next_plugin.engines.sglang.patches import TABLE
-
-    return [entry for entry in TABLE if not isinstance(entry, Override)]
+    """The patches of SGLang."""
+    return [entry for entry in changes("sglang") if not isinstance(entry, Override)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +117,7 @@ def test_all_kinds_are_put_in_place(module, put):
             Item(target="a_host.LIST", value="c", **WHY),
             Item(target="a_host.LIST", value="c", **WHY),
             Item(target="a_host.DICT", key="a", value=2, **WHY),
-            Override(target="a_host.Missing.method", file="none.py", **WHY),
+            Override(target="a_host.Missing.method", **WHY),
         ],
         HOST,
         put,

@@ -10,7 +10,8 @@ MODULES = ("srt.model_executor.cpu_graph_runner", "srt.speculative.eagle_utils")
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 provide()
-import_module("qwen3next_plugin.engines.sglang.patches")
+for name in import_module("qwen3next_plugin.engines.sglang.patches").MODULES:
+    import_module(f"qwen3next_plugin.engines.sglang.{name}")
 for name in MODULES:
     import_module(f"sglang.{name}")
 import_module("sglang.srt.platforms")._current_platform = None  # each fork looks for it anew

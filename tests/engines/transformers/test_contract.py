@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from engines.contract import Sources, check_entry, definition, host, kept, other_hosts, pairs
+from engines.contract import (
+    Sources,
+    changes,
+    check_entry,
+    definition,
+    host,
+    kept,
+    other_hosts,
+    pairs,
+)
+from engines.patch_lists import check_generated
 
 ROOT = Path(__file__).parents[3]
 OTHERS = [str(path.parent) for path in sorted(ROOT.glob(".transformers/*/.installed"))]
@@ -47,10 +57,10 @@ def sources(request) -> Sources:
 
 
 def test_what_is_overridden_is_there(sources):
-    from qwen3next_plugin.engines.transformers.patches import TABLE
-
-    assert TABLE
-    for entry in TABLE:
+    entries = changes("transformers")
+    assert len(entries) > 5
+    check_generated("transformers")
+    for entry in entries:
         check_entry(sources, entry)
 
 

@@ -9,7 +9,9 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from engines.contract import (
     Sources,
     arguments,
+    changes,
     check_entry,
+    check_modules,
     definition,
     host,
     imported,
@@ -19,11 +21,13 @@ from engines.contract import (
     other_hosts,
     pairs,
 )
+from engines.patch_lists import check_generated
+from qwen3next_plugin.engines.vllm.checking import after_hosts
 from qwen3next_plugin.engines.vllm.names import MODELS, TRUNKS
-from qwen3next_plugin.engines.vllm.patches import TABLE, after_hosts
 from qwen3next_plugin.model.moe import route
 
 HOST = "vllm"
+CHANGES = changes(HOST)
 
 # What our code implements for the host: class → the methods whose arguments must stay.
 OVERRIDDEN = {
@@ -588,11 +592,13 @@ def test_attributes_are_set(sources, path, name):
     }
 
 
-def test_there_are_patches_to_compare():
-    assert len(TABLE) > 12
+def test_lists_of_patches_are_up_to_date():
+    assert len(CHANGES) > 50
+    check_modules(HOST)
+    check_generated(HOST)
 
 
-@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.target)
+@pytest.mark.parametrize("entry", CHANGES, ids=lambda entry: entry.target)
 def test_patches_fit(sources, entry):
     check_entry(sources, entry)
 

@@ -298,7 +298,7 @@ def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):
 )
 def test_runner_that_would_shift_pages(monkeypatch, complete, checkpoint, runner, flags, refused):
     """Where there is Triton, as on every GPU, runner V1 copies pages by accepted counts."""
-    from qwen3next_plugin.engines.vllm.patches import CheckFlags
+    from qwen3next_plugin.engines.vllm.checking import CheckFlags
 
     config = complete(checkpoint, **flags)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)

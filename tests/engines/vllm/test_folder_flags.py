@@ -93,7 +93,7 @@ def test_keys_of_a_seed_that_is_given_can_be_kept(monkeypatch, complete):
 
 def test_a_configuration_is_completed_again(complete):
     """vLLM does so in its engine's process."""
-    from qwen3next_plugin.engines.vllm.patches import CheckFlags
+    from qwen3next_plugin.engines.vllm.checking import CheckFlags
 
     config = complete()
     before = dict(config.kv_transfer_config.kv_connector_extra_config)

@@ -52,9 +52,9 @@ def test_files_in_memory_are_free(grant):
     """In a systemd unit of 1 GiB, full of a checkpoint's files."""
     from vllm.utils import cpu_resource_utils as resources
 
-    from qwen3next_plugin.engines.vllm import patches
+    from qwen3next_plugin.engines.vllm.patches import When, apply
 
-    patches.apply(patches.IN_WORKER)
+    apply(When.IN_WORKER)
     grant("0::/\n", {})
     assert resources.get_cgroup_memory_limit() is None
     assert resources.get_cgroup_memory_usage() is None

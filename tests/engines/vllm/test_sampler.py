@@ -299,7 +299,7 @@ def test_vllms_rejection_sampler_still_draws_otherwise():
 
 @pytest.mark.compat
 def test_vllm_still_refuses_min_p_and_logit_bias_under_speculation():
-    """WITH_DRAFTS of patches.py can be removed when this fails."""
+    """The patch `allow_min_p_and_logit_bias` can be removed when this fails."""
     from vllm.exceptions import VLLMValidationError
 
     host = inspect.unwrap(SamplingParams._validate_spec_decode)
@@ -311,10 +311,10 @@ def test_vllm_still_refuses_min_p_and_logit_bias_under_speculation():
 def test_the_refusal_is_lifted_for_our_model_alone():
     from vllm.exceptions import VLLMValidationError
 
-    from qwen3next_plugin.engines.vllm import patches
+    from qwen3next_plugin.engines.vllm.patches import When, apply
 
-    patches.apply(patches.WITH_DRAFTS)
-    patches.apply(patches.WITH_DRAFTS)
+    apply(When.WITH_DRAFTS)
+    apply(When.WITH_DRAFTS)
     patched = SamplingParams._validate_spec_decode
     assert not hasattr(patched.__wrapped__, "__wrapped__")
     params = SamplingParams(min_p=0.1, logit_bias={3: 1.0})

@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.intel_amx_backend import IntelAMXAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.sglang.cpu.indexed_attention import Index
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.kernels.paged_attention import paged_attention
@@ -23,6 +24,12 @@ class AttentionBackend(IntelAMXAttnBackend):
     seq_lens: torch.Tensor  # [N] int64, tokens of each request, the step's included
     tree_mask: torch.Tensor | None  # of draft trees
 
+    @override(
+        "sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.init_forward_metadata",
+        reason="SGLang verifies the same number of tokens for each request, and prepares "
+        "buffers that our kernel does not need",
+        remove_when="SGLang's CPU backend reads lengths of their own",
+    )
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare a step, for all layers."""
         mode, chains = forward_batch.forward_mode, forward_batch.spec_info
@@ -39,6 +46,12 @@ class AttentionBackend(IntelAMXAttnBackend):
             ends = starts[-1:] + counts[-1:]
             self.query_start_loc = torch.cat([starts, ends]).int()
 
+    @override(
+        "sglang.srt.layers.attention.intel_amx_backend.IntelAMXAttnBackend.forward_extend",
+        reason="SGLang prepares arguments for any model, which in a short step takes longer "
+        "than the attention",
+        remove_when="SGLang lets a CPU backend name its kernel",
+    )
     def forward_extend(
         self,
         q: torch.Tensor,

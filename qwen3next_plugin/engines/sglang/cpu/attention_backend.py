@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, HOST_BACKEND, is_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
 
 def register_attention_backend() -> None:
@@ -34,6 +35,12 @@ def make_backend(runner: Any) -> Any:
     return AttentionBackend(runner)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend",
+    reason="our attention backend must draft too; SGLang ties its own to AMX",
+    remove_when="SGLang has an attention backend that drafts on every CPU",
+)
 def create_draft_backend(
     host: Callable[..., Any],
     factory: Any,

@@ -10,6 +10,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.utils import cpu_has_amx_support, use_intel_amx_backend
 from torch import nn
 
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
@@ -34,6 +35,11 @@ class NativeExperts(PackingExperts, UnquantizedFusedMoEMethod):
         if not use_intel_amx_backend(layer) and _packs(layer.w2_weight):
             self.pack_experts(layer)
 
+    @override(
+        "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.forward_cpu",
+        reason="without AMX, SGLang loops over the experts",
+        remove_when="SGLang has fused experts for any CPU",
+    )
     def forward_cpu(
         self, layer: nn.Module, dispatch_output: StandardDispatchOutput
     ) -> CombineInput:

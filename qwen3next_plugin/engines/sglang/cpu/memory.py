@@ -15,6 +15,7 @@ from qwen3next_plugin.engines.memory import (
 )
 from qwen3next_plugin.engines.plan import GIB, Flags, make_plan
 from qwen3next_plugin.engines.sglang.names import OVERRIDE_FLAG, is_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.pools import Pools
 
 GIVEN = ("mem_fraction_static", "max_total_tokens", "max_mamba_cache_size")
@@ -61,11 +62,23 @@ def local_ranks(server_args: Any) -> int:
     return max(1, server_args.dp_size * server_args.tp_size // server_args.nnodes)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.utils.common.get_free_cpu_memory",
+    reason="SGLang knows the topmost cgroup's limit alone, and counts files in memory as used",
+    remove_when="SGLang reads /proc/self/cgroup, and leaves out what memory.stat has of files",
+)
 def free_memory(host: Callable[[], int]) -> int:
     """Around `get_free_cpu_memory`: what this process's cgroups leave."""
     return free_bytes()
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache",
+    reason="SGLang's pools take nearly all memory that is free",
+    remove_when="SGLang asks a platform how much memory to use",
+)
 def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:
     """Around `_handle_max_mamba_cache`: use part of the free memory, unless flags say how much.
 

@@ -29,6 +29,7 @@ from sglang.srt.utils import use_intel_amx_backend
 from torch import nn
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts, PackedExperts
 from qwen3next_plugin.engines.sglang.flags import quantization_config
@@ -92,6 +93,11 @@ def goes_by_files(config: QuantizationConfig | None) -> bool:
     return isinstance(config, ByFiles) or getattr(config, LEAVES_PLAIN, False)
 
 
+@override(
+    "sglang.srt.layers.linear.LinearBase.quant_method",
+    reason="SGLang packs projections for AMX only",
+    remove_when="SGLang packs them on any CPU",
+)
 def use_packing(
     model: nn.Module,
     formats: Formats | None,
@@ -205,6 +211,11 @@ def head_for_drafts(head: Any) -> tuple[torch.Tensor | PackedWeight, bool]:
 class PackedLogitsProcessor(LogitsProcessor):
     """SGLang's, with a product that uses the packed weight."""
 
+    @override(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+        reason="SGLang multiplies by the plain weight, which oneDNN repacks each time",
+        remove_when="SGLang packs a head on any CPU",
+    )
     def _compute_lm_head(
         self,
         hidden_states: torch.Tensor,

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+from sglang.srt.arg_groups import overrides
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
+from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.config import check_before_engine, host_rope, naming_file, rope
+from qwen3next_plugin.engines.patching import Attribute
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.names import (
     DENSE,
@@ -16,10 +19,12 @@ from qwen3next_plugin.engines.sglang.names import (
     STREAMS,
     STREAMS_DRAFTER,
     STREAMS_TYPE,
+    WRAPPERS,
     is_ours,
     serves,
     serves_ours,
 )
+from qwen3next_plugin.engines.sglang.patches import TABLE, When, patch
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
 # Fields that Qwen4-Exp's config may have beside its text model's.
@@ -33,6 +38,13 @@ host_layers_block_type = HostConfig.layers_block_type.fget
 host_mamba2_cache_params = HostConfig.mamba2_cache_params.fget
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.arg_groups.muse_spark_hook.apply_muse_spark_env_defaults",
+    reason="the first that reads config.json; a damaged one ends SGLang in errors that name no "
+    "file, or makes it list the layers of any number of them",
+    remove_when="SGLang checks the file's types, and names it",
+)
 def check_file(host: Callable[[Any], None], server_args: Any) -> None:
     """Around the first function that reads a config.json: check it, and name it in errors."""
     from sglang.srt.arg_groups.overrides import resolving_view
@@ -43,6 +55,13 @@ def check_file(host: Callable[[Any], None], server_args: Any) -> None:
         host(server_args)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.configs.qwen3_next.Qwen3NextConfig.__init__",
+    reason="SGLang drops layer_types and rope_parameters of a newer config.json, and has 512 "
+    "experts in a dense Qwen3.5",
+    remove_when="SGLang reads all three",
+)
 def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any) -> None:
     """Keep `layer_types` and `rope_parameters`, which SGLang drops; a dense model has no experts.
 
@@ -67,6 +86,13 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
             setattr(config, name, 0)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.configs.model_config.get_config",
+    reason="an override of a nested text model's RoPE replaces all of it, and one of "
+    "rope_scaling has no effect there; and Qwen4-Exp is a text model on a CPU",
+    remove_when="SGLang merges it, at either level, and lets a plugin change a config",
+)
 def merge_overrides(
     host: Callable[..., Any],
     model: str,
@@ -113,6 +139,12 @@ def _for_texts(config: Any) -> Any:
     return text
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.configs.model_config.ModelConfig._config_draft_model",
+    reason="SGLang knows Qwen4-Exp by another name, for which it has code for GPUs",
+    remove_when="SGLang serves Qwen4ExpForCausalLM",
+)
 def name_drafter(host: Callable[[Any], None], model_config: Any) -> None:
     """Around `_config_draft_model`: the drafter of Qwen4-Exp's text model."""
     if not model_config.is_draft_model or model_config.hf_config.architectures[0] != STREAMS:
@@ -124,11 +156,25 @@ def name_drafter(host: Callable[[Any], None], model_config: Any) -> None:
     model_config.hf_config = model_config.hf_text_config = config
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.layers.attention.qsa.config.parse_qsa_profile",
+    reason="SGLang's pools of sparse attention are of pages of 64 tokens, in bf16, for kernels "
+    "on GPUs",
+    remove_when="SGLang's sparse attention runs on a CPU",
+)
 def no_profile(host: Callable[[Any], Any], config: Any) -> Any:
     """Around `parse_qsa_profile`: SGLang's pools and kernels of sparse attention are not ours."""
     return None if config is not None and serves(config) else host(config)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.configs.model_config.ModelConfig._derive_context_length",
+    reason="SGLang ignores YaRN's factor in the longest context, and asks for "
+    "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN",
+    remove_when="SGLang derives the length from YaRN's original one and factor (`compat`)",
+)
 def derive_length(host: Callable[..., None], model_config: Any, context_length: int | None) -> None:
     """Around `_derive_context_length`: the longest context is what RoPE covers."""
     if is_ours(model_config):
@@ -166,3 +212,36 @@ def mamba2_cache_params(config: Any) -> Any:
     from qwen3next_plugin.engines.sglang.state.pages import page_params
 
     return page_params(config)
+
+
+TABLE.add(
+    Attribute(
+        target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.layers_block_type",
+        value=property(layers_block_type),
+        group=When.WITH_OURS,
+        reason="SGLang derives layers from full_attention_interval, which transformers 5 does not "
+        "write",
+        remove_when="SGLang reads layer_types",
+    ),
+    Attribute(
+        target="sglang.srt.configs.qwen3_next.Qwen3NextConfig.mamba2_cache_params",
+        value=property(mamba2_cache_params),
+        group=When.WITH_OURS,
+        reason="SGLang's pools hold a state per draft; ours hold one page per request",
+        remove_when="a config can give its own cache parameters",
+    ),
+    Attribute(
+        target="sglang.srt.server_args.ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES",
+        value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS, STREAMS),
+        group=When.WITH_OURS,
+        reason="--language-model-only serves a vision-language model without its tower",
+        remove_when="SGLang has the flag for Qwen3.5",
+    ),
+    Attribute(
+        target="sglang.srt.arg_groups.overrides._MAMBA_RADIX_CACHE_ARCHS",
+        value=overrides._MAMBA_RADIX_CACHE_ARCHS | {STREAMS},
+        group=When.ON_CPU,
+        reason="SGLang knows Qwen4-Exp by another name, for which it has code for GPUs",
+        remove_when="SGLang serves Qwen4ExpForCausalLM",
+    ),
+)

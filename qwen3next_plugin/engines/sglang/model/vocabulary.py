@@ -8,6 +8,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.quantisation import PackedLogitsProcessor
 
@@ -28,6 +29,11 @@ def make_lm_head(
     return ParallelLMHead(config.vocab_size, config.hidden_size, quant_config=quant_config)
 
 
+@override(
+    "sglang.srt.layers.logprob_processor.InputLogprobProcessor.enable_fast_input_logprobs",
+    reason="SGLang sums a prompt token's probabilities in another order than a sampled one's",
+    remove_when="SGLang's log-probabilities have one order",
+)
 def make_logits_processor(hf_config: Any) -> LogitsProcessor:
     """SGLang's; on a CPU the one that multiplies by a packed head."""
     text = hf_config.get_text_config()  # of a wrapper; a text model's own

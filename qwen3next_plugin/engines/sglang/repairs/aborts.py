@@ -4,10 +4,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.pacing import turns
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
 OTHER = "\0"  # no name of a request begins so
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler.Scheduler.abort_request",
+    reason="a client that names its request `a` and leaves would abort others' requests",
+    remove_when="SGLang compares whole names",
+)
 def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     """Abort the request of this name; SGLang aborts all whose names begin with it.
 

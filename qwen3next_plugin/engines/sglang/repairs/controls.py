@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_origin
 
 from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.repairs.values import check_range
 from qwen3next_plugin.engines.sglang.updates import HalfLoadedError
 
@@ -22,6 +23,13 @@ MOST_SLEEP = 60.0  # seconds before each step
 PROMPTS = ("Tokenized", "BatchTokenized")  # how the names of the other messages begin
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
+    reason="what goes wrong while SGLang's scheduler handles a control message ends it: an "
+    "unknown group of ranks, a module that is not installed, memory that is in use",
+    remove_when="SGLang answers an error, whatever the message",
+)
 def guard(host: Callable[[Any], None], scheduler: Any) -> None:
     """Wrap `init_request_dispatcher`: guard the handler of every control message."""
     host(scheduler)
@@ -88,6 +96,12 @@ def _empty(kind: Any) -> Any:
     return None if made in (Union, UnionType) else made()
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.communicator.FanOutCommunicator.__call__",
+    reason="some answers to control messages have no field for an error",
+    remove_when="SGLang answers an error, whatever the message",
+)
 async def raise_failures(
     host: Callable[[Any, Any], Awaitable[list[Any]]], communicator: Any, asked: Any
 ) -> list[Any]:
@@ -105,6 +119,17 @@ async def raise_failures(
     return answers
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager."
+    "_start_profile",
+    "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager."
+    "_stop_profile",
+    "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager."
+    "_profile_batch_predicate",
+    reason="a profile that cannot begin or be written ends SGLang's scheduler, in a later step too",
+    remove_when="SGLang ends the profile instead",
+)
 def end_profile(host: Callable[..., Any], profiler: Any, *args: Any, **more: Any) -> Any:
     """Wrap what starts, counts and stops a profile, also in later steps: a failed one is over."""
     from sglang.srt.managers.io_struct import ProfileReqOutput
@@ -123,6 +148,13 @@ def end_profile(host: Callable[..., Any], profiler: Any, *args: Any, **more: Any
         return ProfileReqOutput(success=False, message=text, rid=text)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+    "resume_memory_occupation",
+    reason="SGLang forgets what else was released where it is asked to resume more than that",
+    remove_when="SGLang resumes what was released",
+)
 def resume_memory(host: Callable[..., Any], updater: Any, asked: Any) -> Any:
     """Wrap the scheduler's `resume_memory_occupation`: take back what was released."""
     from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
@@ -133,17 +165,36 @@ def resume_memory(host: Callable[..., Any], updater: Any, asked: Any) -> Any:
     return host(updater, asked) if asked.tags else ResumeMemoryOccupationReqOutput()
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.model_executor.model_runner_components.weight_exporter.init_custom_process_group",
+    "sglang.srt.model_executor.model_runner_components.weight_updater.init_custom_process_group",
+    reason="a wrong address or rank of a group for weights stops the server for half an hour",
+    remove_when="SGLang waits for other ranks beside its steps",
+)
 def wait_for_ranks(host: Callable[..., Any], *args: Any, **more: Any) -> Any:
     """Wrap `init_custom_process_group`: give up on ranks that do not come."""
     return host(*args, **{"timeout": GROUP_TIME} | more)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler.Scheduler.slow_down",
+    reason="a sleep that is too long for a clock ends SGLang's scheduler in the next step",
+    remove_when="SGLang limits it",
+)
 def slow_down(host: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
     """Wrap the scheduler's `slow_down`; more seconds than a clock can count end it."""
     check_range("forward_sleep_time", asked.forward_sleep_time, float("-inf"), MOST_SLEEP)
     return host(scheduler, asked)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.utils.request_logger.RequestLogger.configure",
+    reason="after a log level that SGLang does not know, every request is answered with a 500",
+    remove_when="SGLang checks it first",
+)
 def configure_or_keep(host: Callable[..., None], log: Any, *args: Any, **more: Any) -> None:
     """Wrap `RequestLogger.configure`: with a setting that fails, SGLang would answer no request.
 

@@ -11,12 +11,19 @@ import torch
 
 from qwen3next_plugin.engines import apart, matchers
 from qwen3next_plugin.engines.sglang.names import serves_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
 FIELD = "the grammar (response_format, tools, json_schema, regex, ebnf)"
 SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"
 DEAR = f"{FIELD} {apart.TOO_DEAR}: {SIMPLIFY}"
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler.Scheduler.init_tokenizer",
+    reason="one call of a grammar may take minutes, and nothing ends it but the end of its process",
+    remove_when="the libraries of grammars limit the time and memory of each call",
+)
 def fork_first(host: Callable[[Any], None], scheduler: Any) -> None:
     """Around `Scheduler.init_tokenizer`: fork behind it, before there are weights."""
     host(scheduler)
@@ -29,6 +36,12 @@ def fork_first(host: Callable[[Any], None], scheduler: Any) -> None:
         )
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend._init_value_dispatch",
+    reason="one call of a grammar may take minutes, and nothing ends it but the end of its process",
+    remove_when="the libraries of grammars limit the time and memory of each call",
+)
 def compile_apart(host: Callable[..., Any], backend: Any, key: Any, require_reasoning: bool) -> Any:
     """Around `BaseGrammarBackend._init_value_dispatch`: compile each text in its process."""
     from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
@@ -44,6 +57,12 @@ def compile_apart(host: Callable[..., Any], backend: Any, key: Any, require_reas
         return InvalidGrammarObject(str(error))
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.set_cache",
+    reason="SGLang keeps every grammar that a client ever sent",
+    remove_when="its cache has a bound",
+)
 def keep_nothing(host: Callable[..., None], backend: Any, key: Any, value: Any) -> None:
     """Around `BaseGrammarBackend.set_cache`, which has no bound: processes are kept."""
     if not apart.started():
@@ -62,6 +81,12 @@ def failure(req: Any) -> str | None:
     return None if grammar is None else grammar.failed
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.speculative.spec_utils.generate_token_bitmask",
+    reason="SGLang asks grammars token after token, and each answer takes 0.1 ms",
+    remove_when="grammars are matched in the scheduler's process",
+)
 def learn_drafts(
     host: Callable[..., Any], reqs: Any, following: Any, siblings: Any, drafts: Any, vocab_size: int
 ) -> Any:
@@ -80,6 +105,13 @@ def _chain(following: list[int], tokens: list[int]) -> list[int]:
     return chain
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor.advance_grammar_fsm",
+    reason="SGLang asks grammars token after token, and each answer takes 0.1 ms",
+    remove_when="grammars are matched in the scheduler's process",
+)
 def learn_accepted(host: Callable[..., None], processor: Any, result: Any, batch: Any) -> None:
     """Around `advance_grammar_fsm`: ask all processes at once, by what a verification accepted."""
     verified = batch.forward_mode.is_decode() and result.accept_lens is not None
@@ -103,6 +135,12 @@ def _learn(reqs: Any, token_ids: Iterable[list[int]]) -> None:
     matchers.ask_ahead(asked)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.constrained.grammar_manager.GrammarManager.get_ready_grammar_requests",
+    reason="ranks that time a grammar, each for itself, may disagree",
+    remove_when="the libraries of grammars limit the time and memory of each call",
+)
 def refuse_together(host: Callable[[Any], list[Any]], manager: Any) -> list[Any]:
     """Around `get_ready_grammar_requests`: refuse what any rank refuses."""
     ready = host(manager)

@@ -5,10 +5,17 @@ from hashlib import sha256
 from typing import Any
 
 from qwen3next_plugin.engines.sglang.names import serves_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
 GRIDS = ("image_grid_thw", "video_grid_thw")  # how many patches there are in each direction
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.schedule_batch.MultimodalDataItem.set_pad_value",
+    reason="an image is found in caches by its patches alone, which another shape may share",
+    remove_when="SGLang hashes the grid, too",
+)
 def name_with_its_shape(host: Callable[..., None], item: Any) -> None:
     """Around `set_pad_value`: an image's name in caches depends on its shape, too.
 

@@ -5,7 +5,17 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
+
+@patch(
+    When.ON_CPU,
+    "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo."
+    "_apply_post_grammar_logits_transforms",
+    reason="where min_new_tokens forbids all tokens that a grammar allows, or all there are, "
+    "nothing is left to sample from, which ends the scheduler",
+    remove_when="SGLang's min_new_tokens leaves a token",
+)
 def keep_a_token(host: Callable[..., None], info: Any, logits: torch.Tensor) -> None:
     """Wrap `SamplingBatchInfo._apply_post_grammar_logits_transforms`, the last change of logits."""
     host(info, logits)

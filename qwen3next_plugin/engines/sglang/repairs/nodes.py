@@ -8,6 +8,7 @@ from typing import Any
 from qwen3next_plugin.config.errors import ConfigError
 from qwen3next_plugin.engines.nodes import end_together
 from qwen3next_plugin.engines.sglang.names import OWN_ADDRESS, is_ours, logger
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
 
 def first_node(dist_init_addr: str | None) -> str:
@@ -19,6 +20,12 @@ def first_node(dist_init_addr: str | None) -> str:
     return NetworkAddress.parse(dist_init_addr).host
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
+    reason="a node does not notice, or late, that another one has ended",
+    remove_when="SGLang ends all nodes of a server when one ends",
+)
 def end_with_other_nodes(host: Callable[[Any], None], scheduler: Any) -> None:
     """Around `init_model_worker`: end this node when a scheduler of another one ends."""
     from sglang.srt.runtime_context import get_parallel

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from qwen3next_plugin.engines import apart
 from qwen3next_plugin.engines.sglang.names import serves_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.repairs.grammars import DEAR, failure, of_any_rank, ranks
 
 BUDGET = "qwen3next_budget"  # of SGLang's Req
@@ -33,6 +34,12 @@ def check_pattern(pattern: str) -> None:
         raise ValueError(f"stop_regex {pattern!r} is no regular expression: {error}") from None
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+    reason="a stop_regex that backtracks, or a dear grammar, blocks the scheduler forever",
+    remove_when="SGLang and its libraries of grammars match with a time limit",
+)
 def end_dear(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
     """Wrap `_check_str_based_finish`: abort a request whose stop_regex or grammar is too dear.
 

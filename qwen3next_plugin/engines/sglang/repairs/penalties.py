@@ -6,10 +6,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from qwen3next_plugin.engines.sglang.patches import When, patch
+
 # For each request: how often it was retracted, and how many of its tokens are counted since.
 _counted: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+    reason="SGLang counts one token of each request a step; a verification commits several",
+    remove_when="SGLang counts all of them",
+)
 def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
     """Wrap `ScheduleBatch.cumulate_penalty_output_tokens`: count all that a step committed.
 
@@ -39,6 +47,13 @@ def count_what_is_read_again(host: Callable[[Any], None], batch: Any) -> None:
     _count_answers(batch)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.decode_schedule_batch_mixin."
+    "ScheduleBatchDisaggregationDecodeMixin.prepare_for_prebuilt",
+    reason="after a retraction a decode server's penalties forget the answer so far",
+    remove_when="SGLang counts what is there already",
+)
 def count_what_is_there_already(host: Callable[[Any], None], batch: Any) -> None:
     """Wrap `ScheduleBatch.prepare_for_prebuilt`, of a decode server: the same, but the last token.
 

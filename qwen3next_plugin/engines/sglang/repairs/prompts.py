@@ -6,9 +6,17 @@ from typing import Any
 import torch
 
 from qwen3next_plugin.engines.sglang.names import is_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.repairs.penalties import count_what_is_read_again
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+    reason="after a retraction SGLang's penalties forget the answer so far; a request of "
+    "embeddings ends the scheduler if a step reads it beside another",
+    remove_when="SGLang counts what it reads again, and embeds the tokens of other requests",
+)
 def prepare(host: Callable[[Any], None], batch: Any) -> None:
     """Wrap `ScheduleBatch.prepare_for_extend`, of which SGLang logs a second wrapper."""
     count_what_is_read_again(host, batch)

@@ -3,7 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+from qwen3next_plugin.engines.sglang.patches import When, patch
 
+
+@patch(
+    When.ON_CPU,
+    "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
+    reason="with drafts SGLang continues a session after a token that was never computed",
+    remove_when="a session's slot keeps no more than kv_committed_len",
+)
 def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
     """Begin the next turn of a streaming session where the state ends.
 
@@ -16,6 +24,14 @@ def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
     return kept
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.session.session_controller.Session.create_req",
+    reason="a request that replaces a session's earlier ones, a streaming turn without a token "
+    "to read, or one beside a refused one ends SGLang's scheduler; drafts that were accepted "
+    "behind a stop token are part of the next turn",
+    remove_when="SGLang serves the sessions of test_hostile.py, and NEXTN changes no turn",
+)
 def continue_in_session(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
 ) -> Any:
@@ -90,6 +106,13 @@ def replace_in_session(
     return host(session, req, *args, **more)
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+    reason="with --disable-radix-cache, a streaming turn with ignore_eos that is cut into "
+    "chunks ends SGLang's scheduler",
+    remove_when="add_one_req_ignore_eos takes a request with a prefix",
+)
 def add_turn(host: Callable[..., Any], adder: Any, req: Any, *args: Any, **more: Any) -> Any:
     """Wrap `PrefillAdder.add_one_req`: schedule a turn as if it did not ignore the end token.
 
@@ -105,6 +128,12 @@ def add_turn(host: Callable[..., Any], adder: Any, req: Any, *args: Any, **more:
         params.ignore_eos = True
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+    reason="idle streaming sessions keep rows, state pages and tokens, in the end all of them",
+    remove_when="SGLang evicts idle sessions as it evicts cached prefixes",
+)
 def make_room(host: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """Wrap `get_new_batch_prefill`: take memory from streaming sessions while others lack it.
 

@@ -4,9 +4,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from qwen3next_plugin.engines.sglang.patches import When, patch
+
 _read = set[int]()  # of a step: the requests whose grammar has read its token
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.schedule_batch.Req.update_finish_state",
+    reason="of the tokens of a verification, SGLang takes the stop string that is listed first "
+    "for the end, and any string before a stop token",
+    remove_when="SGLang's answers end at the earliest token, with drafts too",
+)
 def stop_at_first(host: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
     """Wrap `Req.update_finish_state`: look at the tokens of a verification one by one.
 
@@ -31,6 +40,16 @@ def stop_at_first(host: Callable[..., None], req: Any, new_accepted_len: int = 1
     return None
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor.process_batch_result_prefill",
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor.process_batch_result_decode",
+    reason="without drafts, and at a prompt's end, ignore_eos lets SGLang sample once more "
+    "behind a grammar's end",
+    remove_when="SGLang's grammars read a token before it looks for the answer's end",
+)
 def end_with_the_grammar(
     host: Callable[[Any, Any, Any], None], processor: Any, batch: Any, result: Any
 ) -> None:
@@ -56,6 +75,14 @@ def end_with_the_grammar(
         _read.clear()
 
 
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._accept_grammar_tokens",
+    reason="without drafts, and at a prompt's end, ignore_eos lets SGLang sample once more "
+    "behind a grammar's end",
+    remove_when="SGLang's grammars read a token before it looks for the answer's end",
+)
 def read_once(host: Callable[..., list[int]], processor: Any, req: Any, tokens: Any) -> list[int]:
     """Wrap `_accept_grammar_tokens`: a grammar may have read the token already."""
     return tokens if id(req) in _read else host(processor, req, tokens)

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.repairs.penalties import count, is_penalised
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for_forward",
+    reason="SGLang hands a verification the penalties of each request's last token, which do "
+    "not count the drafts before a row",
+    remove_when="SGLang's verification counts drafts for penalties and min_new_tokens",
+)
 def keep_penalizers(host: Callable[[Any], Any], info: Any) -> Any:
     """Wrap `SamplingBatchInfo.copy_for_forward`, whose copy has only sums of the penalties."""
     copied = host(info)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.repairs.logits import allow_a_token
 from qwen3next_plugin.engines.sglang.speculation.custom_processors import apply_custom_processors
 from qwen3next_plugin.engines.sglang.speculation.penalties import penalizers_of_rows
@@ -31,6 +32,13 @@ SUMS = ("acc_additive_penalties", "acc_scaling_penalties")
 OF_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.speculative.eagle_utils.eagle_sample",
+    reason="SGLang verifies greedily on a CPU, whatever the temperature, and elsewhere samples "
+    "with other limits and other seeds than its plain sampler",
+    remove_when="SGLang's verification samples what its plain sampler samples",
+)
 def sample_as_plain(
     host: Callable[..., Any],
     verify_input: Any,

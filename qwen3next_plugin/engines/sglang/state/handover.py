@@ -2,7 +2,7 @@
 
 SGLang's prefill server writes a request's KV and, with the last of it, its pages into the decode
 server's memory. A page is a state of bytes, copied whole, and only between servers that are alike
-in all that decides what is in it. patches.py puts these functions in place; SGLang's modules are
+in all that decides what is in it. SGLang's modules are
 imported inside, as in hooks.py.
 """
 
@@ -18,12 +18,19 @@ from weakref import WeakValueDictionary
 from qwen3next_plugin.engines.alike import digest
 from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
+from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.state.alike import alike, weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
 
 _of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its last request
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.common.conn.CommonKVManager.register_to_bootstrap",
+    reason="SGLang compares neither weights nor states between two servers",
+    remove_when="a model can add to what is compared",
+)
 def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
     """Send our digest in SGLang's `kv_layout` field.
 
@@ -34,6 +41,13 @@ def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
     host(manager)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.common.conn.CommonKVReceiver.init",
+    reason="a page of another size would be written beside its place; where SGLang compares, it "
+    "ends the decode server",
+    remove_when="SGLang fails a request whose prefill server has other states",
+)
 def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int) -> None:
     """Fail a decode server's request unless the server that reads its prompt is alike."""
     from sglang.srt.disaggregation.base import KVPoll
@@ -52,6 +66,13 @@ def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int
     manager.update_status(room, KVPoll.Failed)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.common.conn.CommonKVManager.try_ensure_parallel_info",
+    reason="a prefill server of another page size, or of ranks that do not divide ours, ends "
+    "the decode server",
+    remove_when="SGLang fails a request whose prefill server does not match",
+)
 def survive_others(host: Callable[..., bool], manager: Any, bootstrap_addr: str) -> bool:
     """Whether SGLang knows the prefill server: not where comparing both raises.
 
@@ -71,6 +92,13 @@ def _say_once(bootstrap_addr: str, why: str) -> None:
     logger.error("qwen3next_plugin: the prefill server at %s is not alike: %s", bootstrap_addr, why)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue.add",
+    "sglang.srt.disaggregation.decode.DecodePreallocQueue.add",
+    reason="two requests of one room end the prefill server, or wait forever",
+    remove_when="SGLang refuses a room that is in use",
+)
 def refuse_same_room(
     host: Callable[..., None], queue: Any, req: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -108,6 +136,13 @@ def what_is_alike() -> str:
     )
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.decode.DecodePreallocQueue._send_kv_metadata",
+    reason="SGLang checks a decode server's health with requests whose state it leaves as it "
+    "was; a page says where it continues, which ends the server",
+    remove_when="SGLang's checks have a prefill, or a pool is asked for their states",
+)
 def begin_unread_page(
     host: Callable[..., None], queue: Any, decoding: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -125,6 +160,13 @@ def begin_unread_page(
     host(queue, decoding, *args, **kwargs)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.decode.DecodeTransferQueue.resolve_deferred_releases",
+    reason="30 seconds after an abort SGLang gives memory that a prefill server may still write "
+    "to another request",
+    remove_when="SGLang keeps it while that server runs and has not said that it is done",
+)
 def hold_what_may_be_written(host: Callable[[Any], None], queue: Any) -> None:
     """Keep an aborted request's memory until the prefill server has stopped writing, or has ended.
 
@@ -143,6 +185,13 @@ def hold_what_may_be_written(host: Callable[[Any], None], queue: Any) -> None:
     host(queue)
 
 
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.scheduler.Scheduler.init_disaggregation",
+    reason="SGLang's NIXL backend takes the memory of KV and states for a GPU's, NIXL's thread "
+    "keeps a core busy, and with AMX threads inherit the one core of the thread that computes",
+    remove_when="SGLang registers memory by its device, and NIXL waits for data",
+)
 def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
     """Let NIXL copy in this machine's memory, and leave all cores to those who compute.
 

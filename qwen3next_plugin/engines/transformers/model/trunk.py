@@ -18,6 +18,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausa
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config.fields import check_text_model
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.transformers import flags
 from qwen3next_plugin.engines.transformers.model.invariant import use_invariant
 from qwen3next_plugin.engines.transformers.model.linear_attention import on_pages
@@ -67,6 +68,11 @@ class WithMTP(Base):
         hidden = self.model(**given).last_hidden_state
         return hidden, hidden
 
+    @override(
+        "transformers.modeling_utils.PreTrainedModel.from_pretrained",
+        reason="damaged files end transformers in errors that name none",
+        remove_when="transformers names file and fix",
+    )
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
@@ -82,15 +88,30 @@ class WithMTP(Base):
             kwargs["config"] = text_config_of(config)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
+    @override(
+        "transformers.modeling_utils.PreTrainedModel.is_custom_code",
+        reason="tensors of a class from elsewhere are not converted, so experts would be missing",
+        remove_when="a subclass is converted as its base",
+    )
     @classmethod
     def is_custom_code(cls) -> bool:
         """Tensors are converted as those of the host's class."""
         return False
 
+    @override(
+        "transformers.modeling_utils.PreTrainedModel._can_set_experts_implementation",
+        reason="it looks for a decorator in the source of the class's module",
+        remove_when="it looks at the bases of a class",
+    )
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.host._can_set_experts_implementation()
 
+    @override(
+        "transformers.modeling_utils.PreTrainedModel._adjust_missing_and_unexpected_keys",
+        reason="a checkpoint without mtp.* loads without an MTP head, one with a part is refused",
+        remove_when="transformers keeps mtp.* of this family",
+    )
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Leave the MTP head out if the checkpoint has none; refuse a part of one.
 
@@ -130,6 +151,11 @@ class WithMTP(Base):
             kwargs["num_assistant_tokens"] = flags.DRAFTS
         return super().generate(*args, **kwargs)
 
+    @override(
+        "transformers.generation.utils.GenerationMixin._validate_generation_mode",
+        reason="transformers refuses drafts for every model with a recurrent state",
+        remove_when="its recurrent cache can go back to any token of a step",
+    )
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
     ) -> None:
@@ -139,6 +165,11 @@ class WithMTP(Base):
                 generation_mode, generation_config, generation_mode_kwargs
             )
 
+    @override(
+        "transformers.generation.utils.GenerationMixin._assisted_decoding",
+        reason="its loop takes one prompt, and its cache leaves rejected drafts in the state",
+        remove_when="its recurrent cache can go back, row by row",
+    )
     def _assisted_decoding(
         self,
         input_ids: Tensor,
@@ -155,6 +186,11 @@ class WithMTP(Base):
         flags.refuse_synced(synced_gpus, num_drafts)
         return self._answer(input_ids, rules, model_kwargs, num_drafts=num_drafts)
 
+    @override(
+        "transformers.generation.utils.GenerationMixin._sample",
+        reason="its cache holds other states than those that have the engines' bits",
+        remove_when="its layers can be given caches of their own",
+    )
     def _sample(
         self,
         input_ids: Tensor,

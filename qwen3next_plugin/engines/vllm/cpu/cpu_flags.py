@@ -11,6 +11,7 @@ from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores, chosen
 from qwen3next_plugin.engines.vllm.cpu.memory import check_memory
 from qwen3next_plugin.engines.vllm.names import (
@@ -30,6 +31,12 @@ PROJECTIONS = (
 FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")  # of vLLM's CPU attention
 
 
+@override(
+    "vllm.config.model_arch.ModelArchitectureConfig.num_experts",
+    reason="vLLM takes a slice of each expert for each data-parallel engine, even without "
+    "expert parallelism: they would exchange tokens in each layer, and all run when one does",
+    remove_when="vLLM can keep engines of a mixture of experts apart",
+)
 def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
     """Refuse what neither vLLM nor the plugin runs on a CPU, and weights that do not fit.
 

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributed import all_to_all_single
 
+from qwen3next_plugin.engines.patching import Replacement
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
+
+@patch(
+    When.MODEL_ON_CPU,
+    "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase."
+    "all_gatherv",
+    kind=Replacement,
+    reason="data-parallel ranks share experts by this method, which a CPU's communicator lacks: "
+    "the engine would end at its first request",
+    remove_when="vLLM's CPU communicator has it (`compat`)",
+)
 def gather(
     communicator: Any, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
 ) -> Tensor | list[Tensor]:
@@ -31,6 +43,14 @@ def gather(
     return gathered[0] if isinstance(input_, Tensor) else gathered
 
 
+@patch(
+    When.MODEL_ON_CPU,
+    "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase."
+    "reduce_scatterv",
+    kind=Replacement,
+    reason="data-parallel ranks share experts by this method, too",
+    remove_when="vLLM's CPU communicator has it (`compat`)",
+)
 def sum_own(
     communicator: Any, input_: Tensor, dim: int = -1, sizes: list[int] | None = None
 ) -> Tensor:

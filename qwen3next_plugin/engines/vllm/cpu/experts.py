@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.moe import on_this_rank
@@ -93,6 +94,18 @@ class PackedExperts(ExpertsMethod, FusedMoEMethodBase):
 class Experts(RoutedExperts):
     """vLLM's container of the experts' weights, with our kernels."""
 
+    @override(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method."
+        "UnquantizedFusedMoEMethod.experts_cls",
+        reason="vLLM's portable experts convert each weight to fp32",
+        remove_when="vLLM's portable experts are as fast",
+    )
+    @override(
+        "vllm.model_executor.layers.fused_moe.routed_experts.RoutedExperts._get_quant_method",
+        reason="vLLM's portable experts convert each weight to fp32, which takes half of a "
+        "prefill's time; ours multiply bf16",
+        remove_when="vLLM's portable experts are as fast",
+    )
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:

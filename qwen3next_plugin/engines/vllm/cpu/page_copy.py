@@ -3,20 +3,36 @@
 vLLM keeps the state of a cached prefix by copying a request's page when the request crosses a
 block boundary ("align" mode). The GPU kernels shift what they copy by the number of accepted
 tokens. These copy a page as it is, because a verbatim copy of our page is always correct.
-patches.py registers them.
+`provide` registers them.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from vllm.platforms import current_platform
 
+from qwen3next_plugin.engines.patching import Function, Replacement
+from qwen3next_plugin.engines.vllm.patches import When, apply, patch
+
 
 def needed() -> bool:
     """Whether ours replace vLLM's: on every CPU, even if Triton could run vLLM's there."""
     return current_platform.is_cpu()
+
+
+def provide() -> None:
+    """Register our page copies where they are needed."""
+    if needed():
+        apply(When.PAGE_COPIES, put=_register_kernels)
+
+
+def _register_kernels(kernels: Sequence[Function]) -> None:
+    """In vLLM's registry of kernels, which replaces them for all importers."""
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({entry.target: entry.function for entry in kernels})
 
 
 class Addresses(NamedTuple):
@@ -55,6 +71,14 @@ def _rows(count: int, *columns: torch.Tensor) -> Iterator[tuple[int, ...]]:
     return zip(*(column[:count].tolist() for column in columns), strict=True)
 
 
+@patch(
+    When.PAGE_COPIES,
+    "vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel",
+    kind=Replacement,
+    reason="prefix caching with drafts copies pages by this Triton kernel, which has no CPU "
+    "version: the engine would end at its first request",
+    remove_when="vLLM ships a CPU version",
+)
 def precopy(
     state_col: torch.Tensor,
     src_col: torch.Tensor,
@@ -69,6 +93,13 @@ def precopy(
             Addresses(*addresses).copy(row, src, dst)
 
 
+@patch(
+    When.PAGE_COPIES,
+    "vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel",
+    kind=Replacement,
+    reason="prefix caching with drafts copies pages by this Triton kernel, too",
+    remove_when="vLLM ships a CPU version",
+)
 def postprocess(
     num_accepted: torch.Tensor,
     state_col: torch.Tensor,

@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import sequence_parallel_chunk
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
@@ -118,6 +119,11 @@ def describe_experts(model: Any, layers: Iterable[Any]) -> None:
         model.num_redundant_experts = moes[0].n_redundant_experts
 
 
+@override(
+    "vllm.config.vllm.VllmConfig.lora_config",
+    reason="for a model with LoRA vLLM chooses Triton experts, also on a CPU",
+    remove_when="vLLM asks the platform before it chooses",
+)
 def _without_lora(vllm_config: VllmConfig) -> AbstractContextManager:
     """On a CPU, build the experts as if there were no LoRA.
 

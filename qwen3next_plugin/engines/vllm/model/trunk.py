@@ -37,6 +37,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.quantisation import (
     own_rank,
     use_packing,
@@ -56,12 +57,8 @@ from qwen3next_plugin.engines.vllm.model.loading import (
 from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.patches import (
-    complete_cpu,
-    hand_over_pages,
-    provide_page_copies,
-    refuse_unused_adapters,
-)
+from qwen3next_plugin.engines.vllm.patches import When, apply
+from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
@@ -188,11 +185,7 @@ class Qwen3NextForCausalLM(
         self.quantised = vllm_config.quant_config is not None
         self.formats = served_formats(vllm_config.quant_config)
         self.layout = projection_layout(self.config, vllm_config)
-        provide_page_copies()
-        complete_cpu()
-        hand_over_pages(vllm_config)
-        if vllm_config.lora_config is not None:
-            refuse_unused_adapters()
+        _change_host(vllm_config)
         dispatch.load(current_platform.device_type)
         layout = largest_page(self.config, vllm_config)
         check_kernels(self.config, layout, torch.get_default_device(), logger.info)
@@ -273,6 +266,17 @@ class Qwen3NextForCausalLM(
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
         for experts in self.moe_layers:
             experts.update_expert_map()
+
+
+def _change_host(vllm_config: VllmConfig) -> None:
+    """Apply the patches that this model needs in its worker."""
+    page_copy.provide()
+    if current_platform.is_cpu():
+        apply(When.MODEL_ON_CPU)
+    if hands_over(vllm_config):
+        apply(When.HANDOVER)
+    if vllm_config.lora_config is not None:
+        apply(When.WITH_LORA)
 
 
 class Qwen3_5ForCausalLM(Qwen3NextForCausalLM):  # noqa: N801 (vLLM's name)

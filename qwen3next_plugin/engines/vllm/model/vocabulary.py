@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.model.quantisation.layers import HeadMethod
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packed import (
@@ -94,6 +95,12 @@ class PackedHead(HeadMethod, UnquantizedEmbeddingMethod):
         return layer.packed(x, bias, out_dtype=torch.float32)
 
 
+@override(
+    "vllm.model_executor.layers.vocab_parallel_embedding.VocabParallelEmbedding.quant_method",
+    reason="on a CPU vLLM keeps a packed copy of the vocabulary's weight and the plain one; an "
+    "embedding needs only the plain one, a head only the packed one",
+    remove_when="vLLM keeps only the copy that a layer uses",
+)
 def make_embedding(config: Qwen3NextConfig) -> VocabParallelEmbedding:
     """The input embedding."""
     embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size)

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models import qwen3_5 as host
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.model.moe import describe_experts
 from qwen3next_plugin.engines.vllm.model.trunk import Qwen3_5ForCausalLM
 from qwen3next_plugin.model.checkpoint.layouts import (
@@ -26,6 +27,11 @@ ADAPTERS_OF_TEXT = WeightsMapper(
 )
 
 
+@override(
+    "vllm.model_executor.models.qwen3_5.Qwen3_5ForCausalLM",
+    reason="vLLM's vision-language model offers no other way to replace its text model",
+    remove_when="it takes the text model's class from vLLM's registry",
+)
 @contextmanager
 def _our_text_model(name: str) -> Iterator[None]:
     """Within this context vLLM's wrapper builds our text model, which it finds by this name."""
@@ -94,6 +100,11 @@ class Qwen3_5MoeForConditionalGeneration(  # noqa: N801, as above
     moe_layers: list[Any]
     update_physical_experts_metadata = Qwen3_5ForCausalLM.update_physical_experts_metadata
 
+    @override(
+        "vllm.model_executor.models.qwen3_5.Qwen3_5MoeForCausalLM",
+        reason="vLLM's vision-language model offers no other way to replace its text model",
+        remove_when="it takes the text model's class from vLLM's registry",
+    )
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         with _our_text_model("Qwen3_5MoeForCausalLM"):
             super().__init__(vllm_config=vllm_config, prefix=prefix)

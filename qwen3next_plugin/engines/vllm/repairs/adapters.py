@@ -5,7 +5,15 @@ from typing import Any
 
 from vllm.distributed import get_pp_group
 
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
+
+@patch(
+    When.WITH_LORA,
+    "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
+    reason="vLLM ignores the parts of an adapter that fit no module",
+    remove_when="vLLM refuses such an adapter (`compat`)",
+)
 def refuse_unused(host: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Around the reading of an adapter: refuse one of which a part fits no module.
 

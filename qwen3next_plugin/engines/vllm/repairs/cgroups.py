@@ -8,13 +8,26 @@ import math
 from collections.abc import Callable
 
 from qwen3next_plugin.engines.cgroups import memory_bytes, memory_left
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 
+@patch(
+    When.IN_WORKER,
+    "vllm.utils.cpu_resource_utils.get_cgroup_memory_limit",
+    reason="vLLM knows the topmost cgroup's limit alone, and counts files in memory as used",
+    remove_when="vLLM reads /proc/self/cgroup",
+)
 def limit(host: Callable[[], int | None]) -> int | None:
     """Around `get_cgroup_memory_limit`: the least of all cgroups of this process."""
     return None if math.isinf(memory_left()) else memory_bytes()
 
 
+@patch(
+    When.IN_WORKER,
+    "vllm.utils.cpu_resource_utils.get_cgroup_memory_usage",
+    reason="vLLM knows the topmost cgroup's limit alone, and counts files in memory as used",
+    remove_when="vLLM leaves out what memory.stat has of files",
+)
 def usage(host: Callable[[], int | None]) -> int | None:
     """Around `get_cgroup_memory_usage`: without what Linux can drop of files."""
     left = memory_left()

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from qwen3next_plugin.engines import apart
+from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.engines.vllm.repairs.grammars import FIELD, SIMPLIFY, tokenizer
 
 AT_ONCE, WAITING, KEPT = 2, 16, 16  # results are kept with their texts, which may be large
@@ -17,6 +18,13 @@ CHECKS = "qwen3next_checks"  # of vLLM's AsyncLLM
 _checked: ContextVar[Any] = ContextVar("checked", default=None)
 
 
+@patch(
+    When.CONFIGURED,
+    "vllm.v1.engine.async_llm.AsyncLLM.add_request",
+    reason="a schema of a hundred bytes takes minutes, or all memory, to check, in the process "
+    "that answers all clients",
+    remove_when="the libraries of grammars limit the time and memory of each call",
+)
 async def check_beside(
     host: Callable[..., Any],
     llm: Any,
@@ -37,12 +45,24 @@ async def check_beside(
     return await host(llm, request_id, prompt, params, *rest, **kw)
 
 
+@patch(
+    When.CONFIGURED,
+    "vllm.sampling_params.SamplingParams._validate_structured_outputs",
+    reason="`check_beside` has checked it",
+    remove_when="`check_beside` is removed",
+)
 def skip_checked(host: Callable[..., None], params: Any, *configs: Any) -> None:
     """Around `SamplingParams._validate_structured_outputs`, for those of `check_beside`."""
     if params.structured_outputs is None or params.structured_outputs is not _checked.get():
         host(params, *configs)
 
 
+@patch(
+    When.CONFIGURED,
+    "vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
+    reason="what is wrong with a client's grammar is an internal error to vLLM",
+    remove_when="vLLM answers it with a 400 that says why",
+)
 def raise_why(
     host: Callable[..., Any], processor: Any, engine_core_outputs: Any, *rest: Any, **kw: Any
 ) -> Any:

@@ -3,9 +3,18 @@
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from qwen3next_plugin.engines.vllm.patches import When, patch
+
 LEFT = 3  # seconds for connections to close, when no engine is left to answer
 
 
+@patch(
+    When.IN_SERVER,
+    "vllm.entrypoints.launchers.api_server.entry.build_and_serve",
+    reason="a server whose engine has ended exits with 0 (vllm #48966); after SIGTERM it may "
+    "wait for ever for a stream to end",
+    remove_when="vLLM exits with another code, and gives connections a time to close",
+)
 async def fail_with_the_engine(
     host: Callable[..., Coroutine[Any, Any, Any]], engine_client: Any, *args: Any, **kwargs: Any
 ) -> Any:

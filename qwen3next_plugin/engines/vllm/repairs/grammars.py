@@ -10,6 +10,7 @@ import torch
 
 from qwen3next_plugin.engines import apart, matchers
 from qwen3next_plugin.engines.vllm.names import is_ours
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 FIELD = "structured_outputs (response_format, tools)"
 SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"
@@ -17,6 +18,18 @@ COMPILERS = ThreadPoolExecutor(4, "grammar")  # they wait for processes
 ENDED = "qwen3next_ended"  # of vLLM's manager: why, by request
 
 
+@patch(
+    When.GRAMMARS,
+    "vllm.v1.executor.abstract.Executor.__init__",
+    reason="one call of a grammar may take minutes, and nothing ends it but the end of its process",
+    remove_when="the libraries of grammars limit the time and memory of each call",
+)
+@patch(
+    When.CONFIGURED,
+    "vllm.v1.engine.async_llm.AsyncLLM.__init__",
+    reason="one call of a grammar may take minutes, and nothing ends it but the end of its process",
+    remove_when="the libraries of grammars limit the time and memory of each call",
+)
 def fork_first(
     host: Callable[..., None], made: Any, vllm_config: Any, *rest: Any, **kw: Any
 ) -> None:
@@ -26,6 +39,14 @@ def fork_first(
     host(made, vllm_config, *rest, **kw)
 
 
+@patch(
+    When.GRAMMARS,
+    "vllm.v1.structured_output.StructuredOutputManager.grammar_init",
+    reason="one call of a grammar may take minutes, and nothing ends it but the end of its "
+    "process; and vLLM compiles one after another, all by the backend of the first",
+    remove_when="the libraries of grammars limit the time and memory of each call, and vLLM "
+    "takes a backend for each request (`compat`)",
+)
 def compile_apart(host: Callable[..., None], manager: Any, request: Any) -> None:
     """Around `grammar_init`: compile each text in its process, by the backend that checked it.
 
@@ -59,6 +80,13 @@ def _compile(manager: Any, request: Any) -> "Constrained":
         raise
 
 
+@patch(
+    When.GRAMMARS,
+    "vllm.v1.core.sched.scheduler.Scheduler.update_draft_token_ids",
+    "vllm.v1.core.sched.scheduler.Scheduler.update_draft_token_ids_in_output",
+    reason="vLLM asks one grammar after another, and each answer takes 0.1 ms",
+    remove_when="grammars are matched in the engine's process",
+)
 def learn_drafts(host: Callable[..., Any], scheduler: Any, drafted: Any, *args: Any) -> Any:
     """Around `update_draft_token_ids`, `…_in_output`: ask all processes at once."""
     _learn(scheduler, drafted.req_ids, drafted.draft_token_ids)
@@ -76,6 +104,12 @@ def _learn(scheduler: Any, names: Sequence[str], token_ids: Sequence[list[int]])
     matchers.ask_ahead(asked)
 
 
+@patch(
+    When.GRAMMARS,
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
+    reason="vLLM has no reason of an error to go with a request's last output",
+    remove_when="vLLM has one",
+)
 def say_why(host: Callable[..., Any], scheduler: Any, scheduled: Any, made: Any) -> Any:
     """Around `update_from_output`: what ended a request goes with its last output."""
     if made.sampled_token_ids:

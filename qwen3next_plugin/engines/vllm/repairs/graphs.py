@@ -11,7 +11,9 @@ from vllm.config import VllmConfig
 
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines.hub import READ_HERE, folder_here
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.processor import instructions
+from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint.fingerprint import State, states
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
@@ -21,6 +23,17 @@ FINISH = "finalize_loading"
 AddCode = Callable[[SourceInfo, CodeType], None]
 
 
+@override(
+    "vllm.compilation.caching.VllmSerializableFunction.finalize_loading",
+    reason="torch's graphs, which are whole when they are read, get a method of this name",
+    remove_when="`load_graph` is removed",
+)
+@patch(
+    When.MODEL_ON_CPU,
+    "vllm.compilation.decorators._try_load_aot_compiled_fn",
+    reason="on a CPU vLLM cannot read the graphs that it has kept, and compiles at each start",
+    remove_when="vLLM reads them (`compat`)",
+)
 def load_graph(host: Callable[..., Any], model: Any, aot_compilation_path: str) -> Any:
     """Around the function that reads a graph from a file.
 
@@ -48,6 +61,13 @@ def keep_graphs_apart(vllm_config: VllmConfig) -> None:
     vllm_config.additional_config = {**vllm_config.additional_config, "qwen3next": depends}
 
 
+@patch(
+    When.MODEL_ON_CPU,
+    "torch._dynamo.package.SourceInfo.add_code",
+    reason="torch looks for a function's source at each of its calls in a graph: 8 s of a first "
+    "start, with 40 layers",
+    remove_when="torch looks once for each function (`compat`)",
+)
 def add_code(host: AddCode, info: SourceInfo, code: CodeType) -> None:
     """Around the function that adds a traced function's source; torch calls it for each call."""
     info.inlined_sources |= _sources(host, code, code.co_filename)

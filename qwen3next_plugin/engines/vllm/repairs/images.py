@@ -4,10 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.engines.vllm.names import is_ours
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 AGAIN = "mm_features"  # what we add to vLLM's CachedRequestData: request → its images
 
 
+@patch(
+    When.IN_ENGINE,
+    "vllm.v1.core.sched.scheduler.Scheduler._make_cached_request_data",
+    reason="a preempted request whose images were in the prefix cache ends the engine: its "
+    "worker never got the pixels",
+    remove_when="vLLM sends them when it resumes a request",
+)
 def send_again(
     host: Callable[..., Any],
     scheduler: Any,
@@ -38,6 +46,12 @@ def take_again(runner: Any, cached: Any) -> None:
         runner.requests[request].mm_features = images
 
 
+@patch(
+    When.CONFIGURED,
+    "vllm.multimodal.processing.inputs.ProcessorInputs.get_mm_hashes",
+    reason="a client's name of an image may be the hash of another, in the caches of all",
+    remove_when="vLLM keeps given names and hashes apart",
+)
 def keep_names_apart(
     host: Callable[..., dict[str, list[str]]], inputs: Any, model_id: str, hash_algorithm: Any
 ) -> dict[str, list[str]]:

@@ -7,7 +7,15 @@ import torch
 from torch.nn.functional import pad
 from vllm.v1.outputs import LogprobsTensors
 
+from qwen3next_plugin.engines.patching import override
 
+
+@override(
+    "vllm.v1.sample.sampler.Sampler.gather_specific_token_logprobs",
+    reason="a request for the log-probabilities of chosen tokens replaces the likeliest tokens "
+    "of all other requests of its step",
+    remove_when="vLLM gathers both (`compat`)",
+)
 def gather_both(runner: Any) -> Callable[..., LogprobsTensors | None]:
     """Override `gather_specific_token_logprobs`: keep the likeliest tokens of other rows.
 

@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 
 from qwen3next_plugin.engines.nodes import end_together
 from qwen3next_plugin.engines.vllm.names import LOGGER, OWN_ADDRESS
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 logger = init_logger(LOGGER)
 
@@ -28,6 +29,12 @@ def end_with_other_nodes(parallel_config: ParallelConfig) -> None:
     )
 
 
+@patch(
+    When.CONFIGURED,
+    "vllm.v1.executor.multiproc_executor.MultiprocExecutor.start_worker_monitor",
+    reason="a headless node whose worker has ended exits with 0",
+    remove_when="vLLM exits with another code",
+)
 def fail_with_a_worker(host: Callable[..., None], executor: Any, inline: bool = False) -> None:
     """Around `start_worker_monitor`, which in a headless node returns when a worker has ended.
 

@@ -4,10 +4,18 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qwen3next_plugin.engines.logprobs import answer_tokens
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 MAX_STRINGS = 32  # as SGLang's stop strings; each is looked for at every token
 
 
+@patch(
+    When.CONFIGURED,
+    "vllm.v1.engine.async_llm.AsyncLLM.add_request",
+    reason="one request may ask for log-probabilities that fill the memory, or, but for "
+    "OpenAI's API, for 100,000 stop strings, each of which is looked for at every token",
+    remove_when="vLLM limits both",
+)
 def check_params(
     host: Callable[..., Awaitable[Any]],
     engine: Any,

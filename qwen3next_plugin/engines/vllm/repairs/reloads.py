@@ -5,10 +5,17 @@ from typing import Any
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.names import is_ours
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 RELOAD = "reload_weights"
 
 
+@patch(
+    When.IN_ENGINE,
+    "vllm.v1.engine.core.EngineCore.collective_rpc",
+    reason="after reload_weights vLLM would serve cached prefixes of the old weights",
+    remove_when="vLLM resets its caches then",
+)
 def forget_old_weights(
     host: Callable[..., Any],
     core: Any,

@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qwen3next_plugin.engines.patching import override
 
+
+@override(
+    "vllm.v1.worker.gpu_input_batch.InputBatch.generators",
+    reason="vLLM samples for unfinished prompts and rewinds their generator by an offset, which "
+    "a CPU generator lacks: a seeded prompt in two chunks would end the engine",
+    remove_when="vLLM asks a generator for no offset (`compat`)",
+)
 @contextmanager
 def without_generators_of_prompts(runner: Any) -> Iterator[None]:
     """Take the generators of requests with an unfinished prompt out of the batch.

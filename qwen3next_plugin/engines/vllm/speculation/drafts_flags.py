@@ -1,10 +1,13 @@
 """vLLM's flags for drafts: what is refused, and what no flag says."""
 
+from collections.abc import Callable
+from copy import copy
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from qwen3next_plugin.config import (
@@ -15,9 +18,11 @@ from qwen3next_plugin.config import (
     host_rope,
     rope,
 )
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm import metrics
 from qwen3next_plugin.engines.vllm.cpu import page_copy
-from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, SCHEDULER, serves
+from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, SCHEDULER, is_ours, serves
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 
 def check_drafter(model_config: ModelConfig) -> None:
@@ -42,6 +47,11 @@ def check_drafts(vllm_config: VllmConfig) -> None:
         _check_scheduler(vllm_config.scheduler_config.scheduler_cls)
 
 
+@override(
+    "vllm.config.speculative.SpeculativeConfig.draft_model_config",
+    reason="vLLM removes images' axes from a text model's positions, not from its drafter's",
+    remove_when="the drafter's configuration is completed as the trunk's is",
+)
 def align_drafter(vllm_config: VllmConfig) -> None:
     """Give the drafter the model's overridden RoPE and its longest context.
 
@@ -117,3 +127,20 @@ def _check_scheduler(scheduler: str | type[Any] | None) -> None:
         raise ConfigError(
             f"scheduler_cls = {scheduler}: with drafts, make it a subclass of {SCHEDULER}"
         )
+
+
+@patch(
+    When.WITH_DRAFTS,
+    "vllm.sampling_params.SamplingParams._validate_spec_decode",
+    reason="vLLM's rejection sampler lacks min_p and logit_bias, so vLLM refuses requests with "
+    "them; our verification applies both",
+    remove_when="vLLM refuses neither (a test marked `compat` says when)",
+)
+def allow_min_p_and_logit_bias(
+    host: Callable[..., None], params: SamplingParams, speculative_config: Any
+) -> None:
+    """Hide both from vLLM's refusal, for our model."""
+    if speculative_config is not None and is_ours(speculative_config.target_model_config):
+        params = copy(params)
+        params.min_p, params.logit_bias = 0.0, None
+    host(params, speculative_config)

@@ -15,10 +15,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
-from qwen3next_plugin.engines.vllm.patches import IN_WORKER, apply
+from qwen3next_plugin.engines.vllm.patches import When, apply
 from qwen3next_plugin.engines.vllm.repairs.images import take_again
 from qwen3next_plugin.engines.vllm.repairs.logprobs import gather_both
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
@@ -55,9 +56,41 @@ class Worker(CPUWorker):
         distributed_init_method: str,
         is_driver_worker: bool = False,
     ) -> None:
-        apply(IN_WORKER)
+        apply(When.IN_WORKER)
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
 
+    @override(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner.effective_drafter_max_model_len",
+        reason="vLLM drafts zeros for all requests when one is near its maximum length; our "
+        "drafter drafts less for that one",
+        remove_when="vLLM leaves that limit to the drafter",
+    )
+    @override(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states_after_model_execute",
+        reason="vLLM counts accepted drafts, and looks for state pages to copy, in every step",
+        remove_when="vLLM does neither where nothing was drafted and no block is filled",
+    )
+    @override(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner._calc_spec_decode_metadata",
+        reason="vLLM prepares seven tensors, most for its rejection sampler; ours needs two",
+        remove_when="vLLM leaves the metadata of drafts to the sampler",
+    )
+    @override(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter",
+        reason="each request needs its own draft length",
+        remove_when="vLLM lets a model bring its drafter",
+    )
+    @override(
+        "vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
+        reason="vLLM leaves its min_p and logit_bias processors out under speculation",
+        remove_when="vLLM refuses neither (`compat`)",
+    )
+    @override(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",
+        reason="drafts are verified by the plain sampler, so that a seed gives the same tokens "
+        "with and without drafts",
+        remove_when="vLLM's rejection sampler draws what its plain sampler draws (`compat`)",
+    )
     def init_device(self) -> None:
         """Build the runner and add what is ours, before anything is loaded."""
         super().init_device()

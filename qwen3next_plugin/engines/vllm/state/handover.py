@@ -2,7 +2,7 @@
 
 The connector reads a recurrent state in parts, so that servers may have different numbers of
 tensor parallel ranks. A page is one part, read whole, and only from a server that is alike in all
-that decides what is in it (handover_flags.py). patches.py puts these functions in place.
+that decides what is in it (handover_flags.py).
 """
 
 import os
@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
+from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, hands_over
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
     )
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker.compute_nixl_compatibility_hash",
+    reason="vLLM compares neither draft lengths nor weights nor states' dtypes, and names "
+    "nothing that differs",
+    remove_when="a model can add to what is compared",
+)
 def with_what_is_alike(
     host: Callable[..., str],
     vllm_config: VllmConfig,
@@ -37,6 +45,12 @@ def with_what_is_alike(
     return f"{host(vllm_config, attn_backend_name, transfer_mode)} ({own})"
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker.derive_mamba_conv_split",
+    reason="vLLM's NIXL connector reads only states of its own layers, in parts by heads",
+    remove_when="it reads any other state whole between equal tensor parallel sizes",
+)
 def in_one_part(
     host: "Callable[..., MambaConvSplitInfo]", mamba_spec: MambaSpec, local_tp: int
 ) -> "MambaConvSplitInfo":

@@ -3,7 +3,7 @@
 A prefill server frees blocks that nobody has read in time and uses them again, perhaps while they
 are read. Neither a page nor KV says whose it is. So a decode server reads, asks, and only then
 reports that the blocks can be freed. The thread that answers handshakes answers, in the process
-that frees blocks: it does not wait for a step. patches.py puts these functions in place.
+that frees blocks: it does not wait for a step.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.utils.network_utils import make_zmq_path
 
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.patches import When, patch
 
 logger = init_logger(LOGGER)
 
@@ -36,6 +37,13 @@ class Answers(dict[tuple[Any, Any], bytes]):
         return KEPT if key[0] == LEASE and key[1] in _kept else b""
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler."
+    "NixlBaseConnectorScheduler._nixl_handshake_listener",
+    reason="vLLM decodes from blocks that the other server has freed and used again",
+    remove_when="vLLM fails a request whose blocks were freed before they were read",
+)
 def answer_about_leases(
     host: Callable[..., None],
     encoded_data: dict[Any, bytes],
@@ -54,6 +62,13 @@ def answer_about_leases(
             stop.wait(PAUSE)
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler."
+    "NixlPullConnectorScheduler.request_finished",
+    reason="vLLM decodes from blocks that the other server has freed and used again",
+    remove_when="vLLM fails a request whose blocks were freed before they were read",
+)
 def keep(
     host: Callable[..., tuple[bool, dict[str, Any] | None]],
     scheduler: Any,
@@ -67,12 +82,26 @@ def keep(
     return kept, params
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_scheduler."
+    "NixlBaseConnectorScheduler.update_connector_output",
+    reason="vLLM decodes from blocks that the other server has freed and used again",
+    remove_when="vLLM fails a request whose blocks were freed before they were read",
+)
 def forget(host: Callable[[Any, Any], None], scheduler: Any, output: Any) -> None:
     """Before vLLM frees blocks that were read, or that nobody has read in time."""
     _kept.difference_update(output.finished_sending or ())
     host(scheduler, output)
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker.NixlPullConnectorWorker."
+    "_read_blocks",
+    reason="vLLM decodes from blocks that the other server has freed and used again",
+    remove_when="vLLM fails a request whose blocks were freed before they were read",
+)
 def read_without_release(
     host: Callable[..., bool],
     worker: Any,
@@ -98,6 +127,13 @@ def read_without_release(
         nixl.make_prepped_xfer = make
 
 
+@patch(
+    When.HANDOVER,
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker.NixlBaseConnectorWorker."
+    "_pop_done_transfers",
+    reason="vLLM decodes from blocks that the other server has freed and used again",
+    remove_when="vLLM fails a request whose blocks were freed before they were read",
+)
 def ask_when_read(
     host: Callable[..., tuple[set[str], set[str]]], worker: Any, transfers: dict[str, list[int]]
 ) -> tuple[set[str], set[str]]:

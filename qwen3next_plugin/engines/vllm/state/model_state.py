@@ -17,6 +17,8 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
+from qwen3next_plugin.engines.patching import override
+
 
 class Qwen3NextModelState(MambaHybridModelState):
     """vLLM's state of a hybrid model, with one self-describing page per request.
@@ -38,6 +40,11 @@ class Qwen3NextModelState(MambaHybridModelState):
         self._from_column, self._to_column = columns
         self._no_shift = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
 
+    @override(
+        "vllm.v1.worker.gpu.model_states.mamba_hybrid.MambaHybridModelState.postprocess_state",
+        reason="vLLM copies states by accepted counts; a page is copied whole",
+        remove_when="a model can declare that its state is copied whole",
+    )
     def postprocess_state(
         self,
         idx_mapping: torch.Tensor,
