@@ -1,9 +1,11 @@
 """How the plugin changes SGLang: a patch stands beside its function; docs/patches.md lists all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial, reduce
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from qwen3next_plugin.engines.patch_table import Table
 from qwen3next_plugin.engines.patching import Function, Host
@@ -25,17 +27,11 @@ class When(Enum):
 MODULES = (
     *("flags", "hooks", "pacing", "staged_updates", "updates", "model.config"),
     *("cpu.attention_backend", "cpu.host_bar", "cpu.memory"),
-    *("speculation.penalties", "speculation.verify", "state.handover"),
+    *("speculation.logits", "speculation.penalties", "speculation.reserve"),
+    *("speculation.sessions", "speculation.stops", "speculation.verify", "state.handover"),
     *("repairs.aborts", "repairs.controls", "repairs.endings", "repairs.image_names"),
-    *(
-        "repairs.grammars",
-        "repairs.logits",
-        "repairs.nodes",
-        "repairs.patterns",
-        "repairs.penalties",
-    ),
-    *("repairs.prompts", "repairs.requests", "repairs.rows", "repairs.sessions"),
-    *("repairs.stops", "repairs.tokenised"),
+    *("repairs.grammars", "repairs.nodes", "repairs.patterns", "repairs.prompts"),
+    *("repairs.requests", "repairs.sessions", "repairs.tokenised"),
 )
 
 VERSIONS = "==0.5.23"  # that need these patches
@@ -51,9 +47,17 @@ def apply(*groups: When) -> None:
 
 
 def register_hooks(patches: Sequence[Function]) -> None:
-    """Put functions in place through SGLang's own registry."""
+    """Put functions in place through SGLang's own registry, which wants one for each target."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    by_target: dict[str, list[Callable[..., Any]]] = {}
     for each in patches:
-        HookRegistry.register(each.target, each.function, HookType.AROUND)
+        by_target.setdefault(each.target, []).append(each.function)
+    for target, functions in by_target.items():
+        HookRegistry.register(target, reduce(_around, functions), HookType.AROUND)
     HookRegistry.apply_hooks()
+
+
+def _around(inner: Callable[..., Any], outer: Callable[..., Any]) -> Callable[..., Any]:
+    """A patch that calls `outer`, to which `inner` is the host's function."""
+    return lambda host, *args, **kwargs: outer(partial(inner, host), *args, **kwargs)

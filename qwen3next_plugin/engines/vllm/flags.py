@@ -13,13 +13,13 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_kind, ro
 from qwen3next_plugin.config.tokenizer import check_tokenizer
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.leftovers import remove_dead
+from qwen3next_plugin.engines.vllm.cpu.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.cpu.cpu_flags import check_cpu, complete_cpu
+from qwen3next_plugin.engines.vllm.cpu.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.cpu.memory import size_cache
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
 from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, QUANTISATION, STREAMS
-from qwen3next_plugin.engines.vllm.repairs.block_size import keep_block_size
-from qwen3next_plugin.engines.vllm.repairs.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.served import served
 from qwen3next_plugin.engines.vllm.speculation.drafts_flags import (
     align_drafter,

@@ -33,11 +33,11 @@ class When(Enum):
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
     *("checking", "metrics", "model.config", "model.opaque"),
-    *("speculation.drafts_flags", "cpu.exchange", "cpu.page_copy"),
-    *("state.handover", "state.leases"),
+    *("speculation.drafts_flags", "cpu.exchange", "cpu.graphs", "cpu.page_copy"),
+    *("state.handover", "state.leases", "state.reloads"),
     *("repairs.adapters", "repairs.cgroups", "repairs.checks", "repairs.exit_code"),
-    *("repairs.grammars", "repairs.graphs", "repairs.images", "repairs.interrupts"),
-    *("repairs.nodes", "repairs.params", "repairs.reloads"),
+    *("repairs.grammars", "repairs.images", "repairs.interrupts", "repairs.nodes"),
+    "repairs.params",
 )
 
 VERSIONS = ">=0.32,<0.34"  # that need these patches

@@ -11,7 +11,7 @@ from sglang.srt.sampling.penaltylib import (
     BatchedRepetitionPenalizer,
 )
 
-from qwen3next_plugin.engines.sglang.repairs.penalties import count_every_token
+from qwen3next_plugin.engines.sglang.speculation.penalties import count_every_token
 
 V, EOS = 11, 10
 PENALIZERS = {

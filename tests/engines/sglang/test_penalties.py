@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engines.sglang.penalised import PARAMS, Batch, Request, V, check, step
-from qwen3next_plugin.engines.sglang.repairs.penalties import (
+from qwen3next_plugin.engines.sglang.speculation.penalties import (
     count_every_token,
     count_what_is_read_again,
     count_what_is_there_already,

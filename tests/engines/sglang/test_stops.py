@@ -6,7 +6,7 @@ from types import SimpleNamespace as Bag
 import pytest
 
 from qwen3next_plugin.engines.sglang.repairs import patterns
-from qwen3next_plugin.engines.sglang.repairs.stops import stop_at_first
+from qwen3next_plugin.engines.sglang.speculation.stops import stop_at_first
 
 LETTERS = "abcdefgh$"
 EOS = LETTERS.index("$")

@@ -30,10 +30,10 @@ from family import FAMILY
 from quantised import write_quantised
 from qwen3next_plugin.cli import app
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.vllm.cpu import graphs
 from qwen3next_plugin.engines.vllm.names import SCHEDULER
-from qwen3next_plugin.engines.vllm.repairs import graphs
-from qwen3next_plugin.engines.vllm.repairs.reloads import RELOAD, forget_old_weights
 from qwen3next_plugin.engines.vllm.scheduler import Scheduler
+from qwen3next_plugin.engines.vllm.state.reloads import RELOAD, forget_old_weights
 from vision import write_vision_checkpoint
 
 
@@ -96,9 +96,7 @@ def test_compiled_graphs_are_kept_apart(monkeypatch, complete, checkpoint):
 
 def test_a_checkpoint_that_is_still_to_be_downloaded(monkeypatch, complete, checkpoint, tmp_path):
     """vLLM has downloaded its config only."""
-    monkeypatch.setattr(
-        "qwen3next_plugin.engines.vllm.repairs.graphs.folder_here", lambda *_: tmp_path
-    )
+    monkeypatch.setattr("qwen3next_plugin.engines.vllm.cpu.graphs.folder_here", lambda *_: tmp_path)
     config = complete(checkpoint, enforce_eager=False)
     assert config.additional_config["qwen3next"]["weights"] is None
 

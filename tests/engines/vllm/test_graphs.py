@@ -19,7 +19,7 @@ from torch._inductor.cpu_vec_isa import VecISA
 from checkpoints import random_prompt
 from engines.vllm.offline import Offline
 from family import FAMILY
-from qwen3next_plugin.engines.vllm.repairs import graphs
+from qwen3next_plugin.engines.vllm.cpu import graphs
 
 READ = "Directly load AOT compilation from path"
 MTP = {"method": "mtp", "num_speculative_tokens": 2}

@@ -1,4 +1,4 @@
-"""Prompts of a step: tokens of an answer that are read again, and embeddings beside token ids."""
+"""Prompts of a step that are embeddings, beside others that are token ids."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,19 +7,17 @@ import torch
 
 from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.penalties import count_what_is_read_again
 
 
 @patch(
     When.ON_CPU,
     "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
-    reason="after a retraction SGLang's penalties forget the answer so far; a request of "
-    "embeddings ends the scheduler if a step reads it beside another",
-    remove_when="SGLang counts what it reads again, and embeds the tokens of other requests",
+    reason="a request of embeddings ends the scheduler if a step reads it beside another",
+    remove_when="SGLang embeds the tokens of other requests",
 )
 def prepare(host: Callable[[Any], None], batch: Any) -> None:
-    """Wrap `ScheduleBatch.prepare_for_extend`, of which SGLang logs a second wrapper."""
-    count_what_is_read_again(host, batch)
+    """Wrap `ScheduleBatch.prepare_for_extend`."""
+    host(batch)
     place_embeds(batch)
 
 

@@ -7,43 +7,18 @@ from qwen3next_plugin.engines.sglang.patches import When, patch
 
 
 @patch(
-    When.ON_CPU,
-    "sglang.srt.session.streaming_session.StreamingSession.try_cache_finished_req",
-    reason="with drafts SGLang continues a session after a token that was never computed",
-    remove_when="a session's slot keeps no more than kv_committed_len",
-)
-def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
-    """Begin the next turn of a streaming session where the state ends.
-
-    SGLang counts the last token of a verification too, which no step has read yet.
-    """
-    record, computed = req.kv, req.kv.kv_committed_len
-    kept = host(sessions, req)
-    if kept:
-        record.kv_committed_len = min(record.kv_committed_len, computed)
-    return kept
-
-
-@patch(
     When.WITH_OURS,
     "sglang.srt.session.session_controller.Session.create_req",
     reason="a request that replaces a session's earlier ones, a streaming turn without a token "
-    "to read, or one beside a refused one ends SGLang's scheduler; drafts that were accepted "
-    "behind a stop token are part of the next turn",
-    remove_when="SGLang serves the sessions of test_hostile.py, and NEXTN changes no turn",
+    "to read, or one beside a refused one ends SGLang's scheduler",
+    remove_when="SGLang serves the sessions of test_hostile.py",
 )
 def continue_in_session(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
 ) -> Any:
-    """Begin the next turn behind the answer that the client has, then as `replace_in_session`.
-
-    A verification may have accepted drafts behind the token that ended it.
-    """
+    """Wrap `Session.create_req`: refuse a turn that cannot be read."""
     if session.streaming:
         return _continue_streaming(host, session, req, *args, **more)
-    before = session.req_nodes.get(req.session_params.rid)
-    if before is not None and before.req.finished():
-        before.req.output_ids = before.req.output_ids_through_stop
     added = len(req.input_ids)
     made = replace_in_session(host, session, req, *args, **more)
     if made.to_finish is None and _cuts_an_image(made, len(made.origin_input_ids) - added):

@@ -1,16 +1,113 @@
-"""Penalties and min_new_tokens under drafts: a row's penalties count the drafts before the row.
+"""Penalties and min_new_tokens: count every token of an answer once, and drafts before a row.
 
-SGLang penalises every row of a verification like that of the request's last token.
+SGLang counts one token of each request a step, and penalises every row of a verification like that
+of the request's last token.
 """
 
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.penalties import count, is_penalised
+
+# For each request: how often it was retracted, and how many of its tokens are counted since.
+_counted: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+
+
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+    reason="SGLang counts one token of each request a step; a verification commits several",
+    remove_when="SGLang counts all of them",
+)
+def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
+    """Wrap `ScheduleBatch.cumulate_penalty_output_tokens`: count all that a step committed.
+
+    SGLang counts only the last token of each request, also when a verification commits several.
+    Remove when it counts them all.
+    """
+    if batch.spec_info is None:  # without NEXTN
+        host(batch)
+        return
+    uncounted = [_uncounted(request) for request in batch.reqs]
+    if all(len(token_ids) == 1 for token_ids in uncounted):
+        host(batch)
+        return
+    penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
+    for row, (request, token_ids) in enumerate(zip(batch.reqs, uncounted, strict=True)):
+        if token_ids and is_penalised(request.sampling_params):
+            for penalizer in penalizers:
+                count(penalizer, row, torch.tensor(token_ids, device=batch.device))
+
+
+@patch(
+    When.ON_CPU,
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
+    reason="after a retraction SGLang's penalties forget the answer so far",
+    remove_when="SGLang counts what it reads again",
+)
+def count_what_is_read_again(host: Callable[[Any], None], batch: Any) -> None:
+    """Wrap `ScheduleBatch.prepare_for_extend`: count the answers of requests that were retracted.
+
+    SGLang makes their counts anew, at zero. Remove when it counts what it reads again.
+    """
+    host(batch)
+    _count_answers(batch)
+
+
+@patch(
+    When.ON_CPU,
+    "sglang.srt.disaggregation.decode_schedule_batch_mixin."
+    "ScheduleBatchDisaggregationDecodeMixin.prepare_for_prebuilt",
+    reason="after a retraction a decode server's penalties forget the answer so far",
+    remove_when="SGLang counts what is there already",
+)
+def count_what_is_there_already(host: Callable[[Any], None], batch: Any) -> None:
+    """Wrap `ScheduleBatch.prepare_for_prebuilt`, of a decode server: the same, but the last token.
+
+    It has not been read: the next step reads and counts it.
+    """
+    host(batch)
+    _count_answers(batch, unread=1)
+
+
+def _count_answers(batch: Any, unread: int = 0) -> None:
+    """Count each request's tokens but the last `unread`, where none is counted."""
+    penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
+    for row, request in enumerate(batch.reqs):
+        token_ids = list(request.output_ids)[: len(request.output_ids) - unread]
+        if token_ids and is_penalised(request.sampling_params):
+            _counted[request] = request.retraction_count, len(token_ids)
+            for penalizer in penalizers:
+                count(penalizer, row, torch.tensor(token_ids, device=batch.device))
+
+
+def _uncounted(request: Any) -> list[int]:
+    """The request's tokens since they were counted; all of them if the counts were made anew."""
+    retractions, counted = _counted.get(request, (0, 0))
+    if retractions != request.retraction_count:
+        counted = 0
+    _counted[request] = request.retraction_count, len(request.output_ids)
+    return list(request.output_ids[counted:])
+
+
+def is_penalised(params: Any) -> bool:
+    """Whether tokens must be counted; of other requests the whole history would be re-counted."""
+    additive = params.frequency_penalty or params.presence_penalty or params.min_new_tokens
+    return bool(additive) or params.repetition_penalty != 1
+
+
+def count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
+    """Count tokens of one request, through views of its row. Shapes: token_ids [n]."""
+    # Penalizers take one token of every request; a view makes the row a batch of its own.
+    whole = {name: value for name, value in vars(penalizer).items() if torch.is_tensor(value)}
+    vars(penalizer).update({name: value[row : row + 1] for name, value in whole.items()})
+    for token_id in token_ids.split(1):
+        penalizer.cumulate_output_tokens(token_id)
+    vars(penalizer).update(whole)
 
 
 @patch(

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.logits import allow_a_token
 from qwen3next_plugin.engines.sglang.speculation.custom_processors import apply_custom_processors
+from qwen3next_plugin.engines.sglang.speculation.logits import allow_a_token
 from qwen3next_plugin.engines.sglang.speculation.penalties import penalizers_of_rows
 
 # What SGLang's sampling parameters have for each request, [N] or [N, …]: what changes logits, the

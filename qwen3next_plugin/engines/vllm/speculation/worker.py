@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from qwen3next_plugin.engines.patching import override
+from qwen3next_plugin.engines.vllm.cpu.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
@@ -23,7 +24,6 @@ from qwen3next_plugin.engines.vllm.patches import When, apply
 from qwen3next_plugin.engines.vllm.repairs.images import take_again
 from qwen3next_plugin.engines.vllm.repairs.logprobs import gather_both
 from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
-from qwen3next_plugin.engines.vllm.repairs.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
     NO_TOKEN,
