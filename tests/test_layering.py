@@ -13,11 +13,11 @@ HOSTS = {"vllm", "sglang", "transformers"}
 OWN = "qwen3next_plugin"
 PLACES = {"kernels": "kernels", "mtp": "mtp", OWN: ""}  # folder → its package below OWN
 ENGINES = ("vllm", "sglang")
-ENGINE_FOLDERS = {"model", "state", "speculation", "cpu", "repairs"}
+ENGINE_FOLDERS = {"model", "state", "speculation", "cpu"}
 OF_BOTH = (
     "patching",
     "patch_table",
-    "logprobs",
+    "extras",
     "agreement",
     "hub",
     "huge_pages",
@@ -34,8 +34,6 @@ OF_BOTH = (
     "alike",
     "nixl",
     "pacing",
-    "apart",
-    "matchers",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs
 OF_LIBRARY = {"speculation/answers.py"}  # an engine samples a batch, a library calls processors
@@ -79,6 +77,11 @@ def crossing(path: Path, forbidden: set[str]) -> list[str]:
     ]
 
 
+def folders_of(engine: str) -> set[Path]:
+    """What imports an engine: its own folder, and one of each extra that adds to it."""
+    return {ROOT / OWN / "engines" / engine, *(ROOT / OWN / "extras").glob(f"*/{engine}")}
+
+
 @pytest.mark.parametrize("folder", ABOVE)
 def test_nothing_below_knows_an_engine_or_what_is_above(folder):
     forbidden = HOSTS | ABOVE[folder]
@@ -88,8 +91,8 @@ def test_nothing_below_knows_an_engine_or_what_is_above(folder):
 
 @pytest.mark.parametrize("host", [*ENGINES, LIBRARY])
 def test_only_the_engine_imports_its_host(host):
-    inside = ROOT / OWN / "engines" / host
-    others = [p for p in sources(OWN) if inside not in p.parents]
+    inside = folders_of(host)
+    others = [p for p in sources(OWN) if not inside & set(p.parents)]
     found = {str(p.relative_to(ROOT)): crossing(p, {host}) for p in others}
     assert not {path: names for path, names in found.items() if names}
 
@@ -104,7 +107,7 @@ def test_the_stand_in_for_sgl_kernel_imports_no_host():
 def test_the_engine_imports_no_other_engine():
     engines = {p.name for p in (ROOT / OWN / "engines").iterdir() if p.is_dir()}
     for engine in engines - {"__pycache__"}:
-        for path in (ROOT / OWN / "engines" / engine).rglob("*.py"):
+        for path in [path for each in folders_of(engine) for path in each.rglob("*.py")]:
             others = [n for n in imports(path) if n.startswith(f"{OWN}.engines.")]
             assert all(n.split(".")[2] in (engine, *OF_BOTH) for n in others), path
 
@@ -154,13 +157,13 @@ def test_a_pair_of_files_defines_the_same_in_the_same_order(path):
     assert shared == [name for name in second if name in first]
 
 
-def test_a_repair_is_needed_to_serve_nothing():
-    """Only registration, a flag or a worker calls what fixes an engine for any model."""
-    for engine in ENGINES:
-        folder = ROOT / OWN / "engines" / engine
-        for part in ("model", "state", "cpu", "speculation"):
-            for path in set((folder / part).rglob("*.py")) - {folder / "speculation/worker.py"}:
-                assert not [name for name in imports(path) if ".repairs." in name], path
+def test_the_core_names_no_extra():
+    """It finds them by their folder, which may be deleted."""
+    extras = ROOT / OWN / "extras"
+    core = [path for folder in PLACES for path in sources(folder) if extras not in path.parents]
+    for extra in extras.glob("*/__init__.py"):
+        named = re.compile(rf"\bextras\.{extra.parent.name}\b")
+        assert not [path for path in core if named.search(path.read_text(encoding="utf-8"))]
 
 
 def test_a_library_has_parts_of_the_same_names():

@@ -16,9 +16,11 @@ from packaging.version import Version
 
 import qwen3next_plugin
 from qwen3next_plugin import versions
+from qwen3next_plugin.engines.extras import FOLDER, modules_with_patches
 from qwen3next_plugin.engines.patching import FUNCTIONS, Attribute, Entry, Item, Override, Patch
 
-ENGINES = Path(qwen3next_plugin.__file__).parent / "engines"
+PLUGIN = Path(qwen3next_plugin.__file__).parent
+ENGINES = PLUGIN / "engines"
 OWN = "qwen3next_plugin.engines"
 VARIABLE = "CONTRACT_WHEELS"  # not QWEN3NEXT_…: the plugin refuses such names that it lacks
 
@@ -147,10 +149,21 @@ def in_order(wanted: list[str], found: list[str]) -> bool:
     return all(name in remaining for name in wanted)
 
 
+def ours(package: str) -> list[Path]:
+    """All files of ours that may import a host: the engine's, and its folders of extras."""
+    folders = [ENGINES / package, *sorted(FOLDER.glob(f"*/{package}"))]
+    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+
+
+def dotted(path: Path) -> str:
+    """The module of a file of ours."""
+    return ".".join([PLUGIN.name, *path.relative_to(PLUGIN).with_suffix("").parts])
+
+
 def imported(package: str) -> list[tuple[str, str]]:
     """(module, symbol) of every import that our engine code makes from the host."""
     found = set()
-    for path in sorted((ENGINES / package).rglob("*.py")):
+    for path in ours(package):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = getattr(node, "module", None) or ""
             if isinstance(node, ast.ImportFrom) and module.split(".")[0] == package:
@@ -182,11 +195,18 @@ def keywords(tree: ast.AST, name: str) -> list[set[str]]:
 def changes(package: str) -> list[Entry]:
     """All changes to a host: patches, and what our code says that it overrides."""
     patches = import_module(f"{OWN}.{package}.patches")
-    for module in getattr(patches, "MODULES", ()):
-        import_module(f"{OWN}.{package}.{module}")
+    for module in modules(package):
+        import_module(module)
     table = getattr(patches, "TABLE", None)
     entries = [*(table.entries if table else ()), *overrides(package)]
     return sorted(entries, key=lambda entry: (entry.target, str(entry.group)))
+
+
+def modules(package: str) -> list[str]:
+    """The modules with patches, the core's and those of extras."""
+    patches = import_module(f"{OWN}.{package}.patches")
+    core = [f"{OWN}.{package}.{module}" for module in getattr(patches, "MODULES", ())]
+    return [*core, *modules_with_patches(package)]
 
 
 def overrides(package: str) -> list[Override]:
@@ -197,10 +217,10 @@ def overrides(package: str) -> list[Override]:
             target=target.value,
             parameters=signatures(package).get(target.value),
             versions=patches.VERSIONS,
-            module=".".join([OWN, *path.relative_to(ENGINES).with_suffix("").parts]),
+            module=dotted(path),
             **{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords},
         )
-        for path in sorted((ENGINES / package).rglob("*.py"))
+        for path in ours(package)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "override"
         for target in node.args
@@ -251,8 +271,8 @@ def check_entry(sources: Sources, entry: Entry) -> None:
     name = entry.target.rpartition(".")[2]
     sources, file, owner = found(sources, entry)
     if isinstance(entry, Override):
-        ours = ENGINES.joinpath(*entry.module.removeprefix(OWN).split(".")).with_suffix(".py")
-        assert ours.read_text(encoding="utf-8").count(name) > 1
+        file_of_ours = PLUGIN.parent.joinpath(*entry.module.split(".")).with_suffix(".py")
+        assert file_of_ours.read_text(encoding="utf-8").count(name) > 1
     if isinstance(entry, FUNCTIONS) or getattr(entry, "parameters", None) is not None:
         assert signature(definition(owner, name)) == list(entry.parameters)
     elif isinstance(entry, Override) and isinstance(owner, ast.Module):
@@ -274,13 +294,13 @@ def check_entry(sources: Sources, entry: Entry) -> None:
 
 
 def check_modules(package: str) -> None:
-    """The engine's list has all modules with patches, and no others."""
+    """The lists have all modules with patches, and no others."""
     decorated = {
-        ".".join(path.relative_to(ENGINES / package).with_suffix("").parts)
-        for path in (ENGINES / package).rglob("*.py")
+        dotted(path)
+        for path in ours(package)
         if re.search(r"^ *@patch\(|\bTABLE\.add\(", path.read_text(encoding="utf-8"), re.M)
     }
-    assert decorated == set(import_module(f"{OWN}.{package}.patches").MODULES)
+    assert decorated == set(modules(package))
 
 
 def pairs(table: dict) -> list[tuple[str, str]]:

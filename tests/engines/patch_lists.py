@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engines.contract import ENGINES, OWN, changes, host, signature_of
+from engines.contract import ENGINES, OWN, PLUGIN, changes, host, signature_of
 from qwen3next_plugin.engines.patching import Entry
 
 PAGE = ENGINES.parents[1] / "docs" / "patches.md"
@@ -35,13 +35,17 @@ def section(package: str) -> str:
     """An engine's part of the page: a line for each change, by the file of ours that makes it."""
     files: dict[str, list[str]] = {}
     for entry in sorted(changes(package), key=lambda entry: (entry.module, entry.target)):
-        lines = files.setdefault(entry.module.removeprefix(f"{OWN}.{package}."), [])
+        lines = files.setdefault(_short(package, entry.module), [])
         if (line := _line(package, entry)) not in lines:
             lines.append(line)
     parts = [
         f"`{file.replace('.', '/')}.py`\n\n{HEAD}{''.join(lines)}" for file, lines in files.items()
     ]
     return BEGIN.format(NAMES[package]) + "\n".join(parts) + END
+
+
+def _short(package: str, module: str) -> str:
+    return module.removeprefix(f"{OWN}.{package}.").removeprefix(f"{PLUGIN.name}.")
 
 
 def _line(package: str, entry: Entry) -> str:

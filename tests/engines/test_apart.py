@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.clients import eventually
-from qwen3next_plugin.engines import apart, matchers
+from qwen3next_plugin.extras.host_fixes import apart, matchers
 
 
 class Counter:

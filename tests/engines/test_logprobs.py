@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen3next_plugin.engines.logprobs import MOST, answer_tokens
+from qwen3next_plugin.extras.host_fixes.logprobs import MOST, answer_tokens
 
 
 @pytest.mark.parametrize(

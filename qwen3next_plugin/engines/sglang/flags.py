@@ -17,9 +17,9 @@ from qwen3next_plugin.config import (
     rope,
 )
 from qwen3next_plugin.config.tokenizer import check_tokenizer
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
-from qwen3next_plugin.engines.leftovers import remove_dead
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
@@ -36,11 +36,8 @@ from qwen3next_plugin.engines.sglang.names import (
     is_ours,
     logger,
 )
+from qwen3next_plugin.engines.sglang.nodes import first_node
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.endings import LOADS
-from qwen3next_plugin.engines.sglang.repairs.metrics_files import check_room
-from qwen3next_plugin.engines.sglang.repairs.nodes import first_node
-from qwen3next_plugin.engines.sglang.repairs.ports import check_port
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
 from qwen3next_plugin.engines.sglang.state.alike import weights
 from qwen3next_plugin.engines.sglang.state.folder_flags import check_folder
@@ -96,9 +93,7 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     """
     check_flags(server_args, on_cpu=on_cpu)
     _check_variables(on_cpu=on_cpu)
-    check_port(server_args)
-    check_room(server_args)
-    remove_dead(LOADS)
+    extras.check_flags("sglang", server_args)
     check_at_load(on_cpu=on_cpu)
     if env.batch_invariant():
         _check_invariance(model_config, on_cpu=on_cpu)

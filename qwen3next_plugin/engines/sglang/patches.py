@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qwen3next_plugin.engines.extras import modules_with_patches
 from qwen3next_plugin.engines.patch_table import Table
 from qwen3next_plugin.engines.patching import Function, Host
 from qwen3next_plugin.engines.sglang.names import PACKAGE
@@ -25,13 +26,10 @@ class When(Enum):
 
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
-    *("flags", "hooks", "pacing", "staged_updates", "updates", "model.config"),
+    *("flags", "hooks", "nodes", "pacing", "staged_updates", "updates", "model.config"),
     *("cpu.attention_backend", "cpu.host_bar", "cpu.memory"),
     *("speculation.logits", "speculation.penalties", "speculation.reserve"),
     *("speculation.sessions", "speculation.stops", "speculation.verify", "state.handover"),
-    *("repairs.aborts", "repairs.controls", "repairs.endings", "repairs.image_names"),
-    *("repairs.grammars", "repairs.nodes", "repairs.patterns", "repairs.prompts"),
-    *("repairs.requests", "repairs.sessions", "repairs.tokenised"),
 )
 
 VERSIONS = "==0.5.23"  # that need these patches
@@ -41,8 +39,8 @@ patch = TABLE.patch
 
 def apply(*groups: When) -> None:
     """Check and apply groups, each once in a process."""
-    for module in MODULES:
-        import_module(f"{PACKAGE}.{module}")
+    for module in (*(f"{PACKAGE}.{name}" for name in MODULES), *modules_with_patches("sglang")):
+        import_module(module)
     TABLE.apply(groups, Host("SGLang", check_host("sglang")), register_hooks)
 
 

@@ -13,7 +13,7 @@ def activate() -> str | None:
     """Entry point `sglang.srt.platforms`: our CPU platform where SGLang runs on a CPU."""
     if env.disabled():
         return None
-    from qwen3next_plugin.engines.sglang.repairs import caches
+    from qwen3next_plugin.engines.sglang import caches
 
     caches.provide_folder()  # before PyTorch uses one
     return PLATFORM if without_gpu() else None

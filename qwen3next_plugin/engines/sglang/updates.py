@@ -18,7 +18,7 @@ DONE = "Succeeded to update model weights."
 
 
 class HalfLoadedError(RuntimeError):
-    """Some weights are new and others old, so the server ends (see repairs/controls.py)."""
+    """Some weights are new and others old, so the server ends (see extras/host_fixes)."""
 
 
 @patch(

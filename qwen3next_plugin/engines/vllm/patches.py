@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from qwen3next_plugin.engines import patching
+from qwen3next_plugin.engines.extras import modules_with_patches
 from qwen3next_plugin.engines.patch_table import Table
 from qwen3next_plugin.engines.patching import Function, Host
 from qwen3next_plugin.engines.vllm.names import PACKAGE
@@ -32,12 +33,10 @@ class When(Enum):
 
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
-    *("checking", "metrics", "model.config", "model.opaque"),
-    *("speculation.drafts_flags", "cpu.exchange", "cpu.graphs", "cpu.page_copy"),
+    *("checking", "metrics", "nodes", "model.config", "model.opaque"),
+    *("speculation.drafts_flags", "cpu.cgroups", "cpu.exchange", "cpu.graphs"),
+    "cpu.page_copy",
     *("state.handover", "state.leases", "state.reloads"),
-    *("repairs.adapters", "repairs.cgroups", "repairs.checks", "repairs.exit_code"),
-    *("repairs.grammars", "repairs.images", "repairs.interrupts", "repairs.nodes"),
-    "repairs.params",
 )
 
 VERSIONS = ">=0.32,<0.34"  # that need these patches
@@ -47,6 +46,6 @@ patch = TABLE.patch
 
 def apply(*groups: When, put: Callable[[Sequence[Function]], None] = patching.wrap) -> None:
     """Check and apply groups, each once in a process."""
-    for module in MODULES:
-        import_module(f"{PACKAGE}.{module}")
+    for module in (*(f"{PACKAGE}.{name}" for name in MODULES), *modules_with_patches("vllm")):
+        import_module(module)
     TABLE.apply(groups, Host("vLLM", check_host("vllm")), put)

@@ -41,8 +41,8 @@ def _register() -> None:
     from vllm.v1.attention.backends.registry import register_backend
 
     check_host("vllm")
+    from qwen3next_plugin.engines.vllm import caches
     from qwen3next_plugin.engines.vllm.patches import When, apply
-    from qwen3next_plugin.engines.vllm.repairs import caches
 
     caches.provide_folder()
     on_cpu = current_platform.is_cpu()

@@ -6,7 +6,7 @@ from types import SimpleNamespace as Bag
 import pytest
 
 from qwen3next_plugin.engines.sglang.pacing import Turns
-from qwen3next_plugin.engines.sglang.repairs.aborts import abort_one
+from qwen3next_plugin.extras.host_fixes.sglang.aborts import abort_one
 
 PLACES = {
     "null": ["chunked", "aside", "waiting", "grammar", "running"],

@@ -23,8 +23,6 @@ from engines.contract import (
     pairs,
 )
 from engines.patch_lists import check_generated
-from qwen3next_plugin.engines.sglang.repairs.controls import PROMPTS
-from qwen3next_plugin.engines.sglang.repairs.tokenised import MAX_LOGPROBS_APART
 from qwen3next_plugin.engines.sglang.speculation.verify import OF_LOGITS, OF_REQUEST, SUMS
 from qwen3next_plugin.model.moe import route
 
@@ -590,20 +588,6 @@ def test_memory_is_released_by_tags_of_a_scheduler_that_is_idle(sources):
     assert "self.offload_tags.remove(tag)" in resume
 
 
-def test_control_messages_are_those_that_are_no_prompts(sources):
-    """All are dispatched by their type, and answered in one whose name follows from it."""
-    scheduler = definition(sources.tree("srt/managers/scheduler.py"), "Scheduler")
-    dispatcher = ast.unparse(definition(scheduler, "init_request_dispatcher"))
-    assert "self._request_dispatcher = TypeBasedDispatcher([" in dispatcher
-    own = definition(sources.tree("utils.py"), "TypeBasedDispatcher")
-    assert "self._mapping = OrderedDict(mapping)" in ast.unparse(definition(own, "__init__"))
-    prompts = [name for name in dispatcher.split("(") if name.startswith(PROMPTS)]
-    assert len(prompts) == 4
-    assert "rid: Optional[str] = None" in ast.unparse(
-        definition(sources.tree("srt/managers/io_struct.py"), "BaseReq")
-    )
-
-
 def test_a_session_without_its_memory_reads_its_text_again(sources):
     """As after a turn that was aborted, of which no record is left."""
     session = sources.tree("srt/session/streaming_session.py")
@@ -631,11 +615,6 @@ def test_aborts_look_for_names_in_known_places(sources):
     """In as many, of which `mm_receiver` and diffusion models are not served."""
     abort = definition(sources.tree("srt/managers/scheduler.py"), "abort_request")
     assert ast.unparse(abort).count(".startswith(recv_req.rid)") == 8
-
-
-def test_so_many_logprobs_of_a_token_are_handed_over(sources):
-    buffers = definition(sources.tree("srt/disaggregation/utils.py"), "MetadataBuffers")
-    assert f"max_top_logprobs_num: int={MAX_LOGPROBS_APART}" in ast.unparse(buffers)
 
 
 def test_updates_of_weights_ask_models_for_a_reason_against_them(sources):

@@ -8,7 +8,7 @@ from types import SimpleNamespace as Bag
 import pytest
 from fastapi import HTTPException
 
-from qwen3next_plugin.engines.sglang.repairs import controls
+from qwen3next_plugin.extras.host_fixes.sglang import controls
 
 ALONE = Bag(world_size=1)
 

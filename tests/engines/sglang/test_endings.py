@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qwen3next_plugin.engines import leftovers
-from qwen3next_plugin.engines.sglang.repairs import endings
+from qwen3next_plugin.extras.host_fixes.sglang import endings
 
 
 @pytest.fixture

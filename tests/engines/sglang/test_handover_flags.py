@@ -18,10 +18,10 @@ from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines import alike as computed
 from qwen3next_plugin.engines.nixl import WAIT
-from qwen3next_plugin.engines.sglang.repairs import ports
 from qwen3next_plugin.engines.sglang.state import handover, handover_flags
 from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
 from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover
+from qwen3next_plugin.extras.host_fixes.sglang import ports
 from qwen3next_plugin.model.state import PageLayout
 
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]))

@@ -12,7 +12,7 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, TOKENS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, LOGPROBS, PROMPT, V, ask, fields, leave, soak
 from engines.sglang.server import FIXED, NEXTN, Forked
-from qwen3next_plugin.engines import apart
+from qwen3next_plugin.extras.host_fixes import apart
 
 pytestmark = pytest.mark.serve
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace as Bag
 import pytest
 import torch
 
-from qwen3next_plugin.engines.sglang.repairs.prompts import place_embeds
+from qwen3next_plugin.extras.host_fixes.sglang.prompts import place_embeds
 
 D = 3
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3next_plugin.engines import apart
-from qwen3next_plugin.engines.sglang.repairs import grammars, image_names, patterns
-from qwen3next_plugin.engines.sglang.repairs.image_names import name_with_its_shape
-from qwen3next_plugin.engines.sglang.repairs.patterns import end_dear
-from qwen3next_plugin.engines.sglang.repairs.requests import (
+from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes.sglang import grammars, image_names, patterns
+from qwen3next_plugin.extras.host_fixes.sglang.image_names import name_with_its_shape
+from qwen3next_plugin.extras.host_fixes.sglang.patterns import end_dear
+from qwen3next_plugin.extras.host_fixes.sglang.requests import (
     check,
     check_bootstrap_host,
     check_request,
 )
-from qwen3next_plugin.engines.sglang.repairs.tokenised import (
+from qwen3next_plugin.extras.host_fixes.sglang.tokenised import (
     check_apart,
     check_bootstrap_room,
     check_min_p,

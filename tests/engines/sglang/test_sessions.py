@@ -9,7 +9,7 @@ import pytest
 from checkpoints import SHIPPED, random_prompt
 from engines.hostile import ask
 from engines.sglang.server import FIXED, NEXTN, Forked
-from qwen3next_plugin.engines.sglang.repairs.sessions import add_turn, continue_in_session
+from qwen3next_plugin.extras.host_fixes.sglang.sessions import add_turn, continue_in_session
 
 
 class Asked:

@@ -5,8 +5,8 @@ from types import SimpleNamespace as Bag
 
 import pytest
 
-from qwen3next_plugin.engines.sglang.repairs import patterns
 from qwen3next_plugin.engines.sglang.speculation.stops import stop_at_first
+from qwen3next_plugin.extras.host_fixes.sglang import patterns
 
 LETTERS = "abcdefgh$"
 EOS = LETTERS.index("$")

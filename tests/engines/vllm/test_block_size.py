@@ -31,7 +31,7 @@ def test_a_size_that_was_asked_for_stays_too():
 
 @pytest.mark.compat
 def test_the_host_still_takes_it_back():
-    """Fails when vLLM leaves it alone: `repairs/block_size.py` can go then."""
+    """Fails when vLLM leaves it alone: `cpu/block_size.py` can go then."""
     config = configured()
     config.cache_config.user_specified_block_size = False
     config.__post_init__()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qwen3next_plugin.engines.vllm.repairs.caches import ROOT, provide_folder
+from qwen3next_plugin.engines.vllm.caches import ROOT, provide_folder
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,9 @@ from checkpoints import SHIPPED
 from engines.clients import PROMPTS, complete, eventually, hang_up
 from engines.hostile import COMPLETIONS, V, ask, fields, leave
 from engines.vllm.server import Forked
-from qwen3next_plugin.engines import apart
-from qwen3next_plugin.engines.vllm.repairs import checks
-from qwen3next_plugin.engines.vllm.repairs.params import check_params
+from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes.vllm import checks
+from qwen3next_plugin.extras.host_fixes.vllm.params import check_params
 
 D = json.loads((SHIPPED / "config.json").read_text())["hidden_size"]
 MESSAGES = [{"role": "user", "content": "hi"}]

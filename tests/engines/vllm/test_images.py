@@ -22,7 +22,7 @@ from engines.vllm.offline import Offline
 from engines.vllm.server import Forked
 from family import FAMILY
 from needs import needs
-from qwen3next_plugin.engines.vllm.repairs.images import keep_names_apart
+from qwen3next_plugin.extras.host_fixes.vllm.images import keep_names_apart
 from tiers import long_except
 from vision import (
     PLACE,

@@ -23,9 +23,9 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from qwen3next_plugin.engines.vllm.repairs.logprobs import gather_both
 from qwen3next_plugin.engines.vllm.speculation.sampler import CoupledSampler, drafts_and_rows
 from qwen3next_plugin.engines.vllm.speculation.spread import APPLY
+from qwen3next_plugin.extras.host_fixes.vllm.logprobs import gather_both
 
 V = 61
 CPU = torch.device("cpu")

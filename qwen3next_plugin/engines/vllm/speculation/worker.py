@@ -20,10 +20,8 @@ from qwen3next_plugin.engines.vllm.cpu.seeded_prompts import without_generators_
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
+from qwen3next_plugin.engines.vllm.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.patches import When, apply
-from qwen3next_plugin.engines.vllm.repairs.images import take_again
-from qwen3next_plugin.engines.vllm.repairs.logprobs import gather_both
-from qwen3next_plugin.engines.vllm.repairs.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
     NO_TOKEN,
@@ -97,7 +95,6 @@ class Worker(CPUWorker):
         if self.parallel_config.nnodes_within_dp > 1:
             end_with_other_nodes(self.parallel_config)
         runner = self.model_runner
-        runner.sampler.gather_specific_token_logprobs = gather_both(runner)
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)
             _add_missing_processors(runner.input_batch.logitsprocs, runner)
@@ -137,7 +134,6 @@ class Worker(CPUWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. An error of one row names its request, which only the runner knows."""
-        take_again(self.model_runner, scheduler_output.scheduled_cached_reqs)
         try:
             return super().execute_model(scheduler_output)
         except (StateError, StepError) as error:

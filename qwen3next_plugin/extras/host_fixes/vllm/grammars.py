@@ -1,4 +1,4 @@
-"""Structured outputs, compiled and matched in processes of their own: see engines/apart.py."""
+"""Structured outputs, compiled and matched in processes of their own (`apart`)."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3next_plugin.engines import apart, matchers
 from qwen3next_plugin.engines.vllm.names import is_ours
 from qwen3next_plugin.engines.vllm.patches import When, patch
+from qwen3next_plugin.extras.host_fixes import apart, matchers
 
 FIELD = "structured_outputs (response_format, tools)"
 SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"

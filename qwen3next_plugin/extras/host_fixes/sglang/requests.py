@@ -12,8 +12,8 @@ from typing import Any
 
 from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.patterns import check_pattern
-from qwen3next_plugin.engines.sglang.repairs.values import check_range, check_type, check_types
+from qwen3next_plugin.extras.host_fixes.sglang.patterns import check_pattern
+from qwen3next_plugin.extras.host_fixes.sglang.values import check_range, check_type, check_types
 
 MAX_N = 128  # as in OpenAI's API
 MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else while it queues them

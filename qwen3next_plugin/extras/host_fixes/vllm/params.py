@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from qwen3next_plugin.engines.logprobs import answer_tokens
 from qwen3next_plugin.engines.vllm.patches import When, patch
+from qwen3next_plugin.extras.host_fixes.logprobs import answer_tokens
 
 MAX_STRINGS = 32  # as SGLang's stop strings; each is looked for at every token
 

@@ -13,8 +13,8 @@ from typing import Any, Union, get_origin
 
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.values import check_range
 from qwen3next_plugin.engines.sglang.updates import HalfLoadedError
+from qwen3next_plugin.extras.host_fixes.sglang.values import check_range
 
 # In which the other ranks of a group must come, and each of its collectives must end. Meanwhile
 # nobody is served, for half an hour by torch's default.

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
-from qwen3next_plugin.engines import apart
 from qwen3next_plugin.engines.sglang.names import serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.grammars import DEAR, failure, of_any_rank, ranks
+from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes.sglang.grammars import DEAR, failure, of_any_rank, ranks
 
 BUDGET = "qwen3next_budget"  # of SGLang's Req
 LOOKS = 5  # at the CPU time, before it can be up

@@ -1,4 +1,4 @@
-"""Structured outputs, compiled and matched in processes of their own: see engines/apart.py."""
+"""Grammars, compiled and matched in processes of their own (`apart`)."""
 
 import functools
 import logging
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3next_plugin.engines import apart, matchers
 from qwen3next_plugin.engines.sglang.names import serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
+from qwen3next_plugin.extras.host_fixes import apart, matchers
 
 FIELD = "the grammar (response_format, tools, json_schema, regex, ebnf)"
 SIMPLIFY = "simplify it, and lower minItems, maxItems and maxLength of a JSON schema"

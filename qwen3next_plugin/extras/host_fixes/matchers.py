@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, Protocol
 from weakref import finalize
 
-from qwen3next_plugin.engines.apart import (
+from qwen3next_plugin.extras.host_fixes.apart import (
     AGAIN_SECONDS,
     COMPILE_SECONDS,
     Apart,

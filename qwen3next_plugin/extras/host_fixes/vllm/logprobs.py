@@ -8,6 +8,20 @@ from torch.nn.functional import pad
 from vllm.v1.outputs import LogprobsTensors
 
 from qwen3next_plugin.engines.patching import override
+from qwen3next_plugin.engines.vllm.patches import When, patch
+
+
+@patch(
+    When.IN_WORKER,
+    "vllm.v1.worker.cpu_worker.CPUWorker.init_device",
+    reason="a new runner's sampler gets `gather_both`",
+    remove_when="`gather_both` is removed",
+)
+def begin_to_gather_both(host: Callable[[Any], None], worker: Any) -> None:
+    """Around `CPUWorker.init_device`, which makes the runner."""
+    host(worker)
+    runner = worker.model_runner
+    runner.sampler.gather_specific_token_logprobs = gather_both(runner)
 
 
 @override(

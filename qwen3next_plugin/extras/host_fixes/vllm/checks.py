@@ -7,9 +7,9 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
-from qwen3next_plugin.engines import apart
 from qwen3next_plugin.engines.vllm.patches import When, patch
-from qwen3next_plugin.engines.vllm.repairs.grammars import FIELD, SIMPLIFY, tokenizer
+from qwen3next_plugin.extras.host_fixes import apart
+from qwen3next_plugin.extras.host_fixes.vllm.grammars import FIELD, SIMPLIFY, tokenizer
 
 AT_ONCE, WAITING, KEPT = 2, 16, 16  # results are kept with their texts, which may be large
 BUSY = f"{AT_ONCE} {FIELD} are being checked, and {WAITING} wait: try again later"

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from qwen3next_plugin.engines.logprobs import MOST, answer_tokens
 from qwen3next_plugin.engines.sglang.model.streams_flags import EMBEDS, check_streams_request
 from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.repairs.requests import TOP_LOGPROBS, asked_logprobs
-from qwen3next_plugin.engines.sglang.repairs.values import check_range, check_types
+from qwen3next_plugin.extras.host_fixes.logprobs import MOST, answer_tokens
+from qwen3next_plugin.extras.host_fixes.sglang.requests import TOP_LOGPROBS, asked_logprobs
+from qwen3next_plugin.extras.host_fixes.sglang.values import check_range, check_types
 
 MAX_ROOM = 2**63 - 1  # the most that SGLang's router asks for
 MAX_LOGPROBS_APART = 128  # per token that a prefill server hands over

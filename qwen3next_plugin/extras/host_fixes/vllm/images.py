@@ -40,10 +40,17 @@ def send_again(
     return found
 
 
-def take_again(runner: Any, cached: Any) -> None:
-    """Give the runner's requests the images that `send_again` has added."""
-    for request, images in getattr(cached, AGAIN, {}).items():
+@patch(
+    When.IN_WORKER,
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states",
+    reason="the images that `send_again` has added are for the runner's requests",
+    remove_when="`send_again` is removed",
+)
+def take_again(host: Callable[..., Any], runner: Any, scheduler_output: Any) -> Any:
+    """Around `_update_states`: give the runner's requests the images that were sent again."""
+    for request, images in getattr(scheduler_output.scheduled_cached_reqs, AGAIN, {}).items():
         runner.requests[request].mm_features = images
+    return host(runner, scheduler_output)
 
 
 @patch(

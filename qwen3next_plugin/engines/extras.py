@@ -1,0 +1,51 @@
+"""Extras: features that the package can do without, in folders that may be deleted.
+
+The core names none of them. An extra has a folder for each engine that it adds to, below
+`qwen3next_plugin/extras/<extra>/`, whose `ADDS` says what.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "qwen3next_plugin.extras"
+FOLDER = Path(__file__).parents[1] / "extras"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Additions:
+    """What an extra adds to an engine."""
+
+    patches: tuple[str, ...] = ()  # modules with patches, in its folder
+    check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
+
+
+@cache
+def additions(engine: str) -> Mapping[str, Additions]:
+    """What all extras add to an engine, by their packages."""
+    names = sorted(path.parts[-3] for path in FOLDER.glob(f"*/{engine}/__init__.py"))
+    packages = [f"{PACKAGE}.{name}.{engine}" for name in names]
+    return {package: import_module(package).ADDS for package in packages}
+
+
+def modules_with_patches(engine: str) -> list[str]:
+    """Those of all extras."""
+    return [
+        f"{package}.{module}"
+        for package, adds in additions(engine).items()
+        for module in adds.patches
+    ]
+
+
+def check_flags(engine: str, flags: Any) -> None:
+    """Let all extras check an engine's flags.
+
+    Raises:
+        ConfigError: names the flag and the fix.
+    """
+    for adds in additions(engine).values():
+        if adds.check is not None:
+            adds.check(flags)

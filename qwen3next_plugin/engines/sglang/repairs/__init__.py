@@ -1,1 +1,0 @@
-"""Fixes of SGLang for any model: skip them when you read how ours is served."""

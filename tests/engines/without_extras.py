@@ -1,0 +1,51 @@
+"""The package without its extras: a copy of the tree, which processes import in place of ours."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import qwen3next_plugin.kernels
+from qwen3next_plugin.kernels.native import LIBRARY
+
+ROOT = Path(__file__).parents[2]
+IMPORTED_FIRST = """
+import sys
+
+sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in type(each).__module__]
+"""
+
+
+def copy_without(folder: Path, *extras: str) -> dict[str, str]:
+    """Copy all but these extras, or all of them; the environment in which the copy is imported."""
+    left_out = shutil.ignore_patterns("__pycache__", *extras)
+    for name in ("qwen3next_plugin", "kernels", "mtp", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=left_out)
+    if not extras:
+        shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
+    shutil.copy(ROOT / "pyproject.toml", folder / "tree")
+    package = folder / "path" / "qwen3next_plugin"
+    (package / "kernels").mkdir(parents=True)
+    for source in (folder / "tree" / "qwen3next_plugin").iterdir():
+        (package / source.name).symlink_to(source)
+    for source in (*(folder / "tree" / "kernels").iterdir(), _library()):
+        (package / "kernels" / source.name).symlink_to(source)
+    (package / "mtp").symlink_to(folder / "tree" / "mtp")
+    (folder / "path" / "sitecustomize.py").write_text(IMPORTED_FIRST)
+    return {"PYTHONPATH": str(folder / "path")}
+
+
+def _library() -> Path:
+    folders = [Path(folder) for folder in qwen3next_plugin.kernels.__path__]
+    return next(folder / LIBRARY for folder in folders if (folder / LIBRARY).exists())
+
+
+def check_suite(folder: Path, *arguments: str) -> None:
+    """These tests pass in a copy without extras."""
+    env = os.environ | copy_without(folder)
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        command, cwd=folder / "tree", env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
