@@ -1,13 +1,12 @@
-"""Writes what is generated of an engine's patches: `python tests/engines/patch_lists.py vllm`.
-
-The signatures of what they change, by the installed host, and the engine's section of
-docs/patches.md.
-"""
+"""Writes what is generated of an engine's patches: `python tests/engines/patch_lists.py vllm`."""
 
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,7 +17,7 @@ from qwen3next_plugin.engines.patching import Entry
 PAGE = ENGINES.parents[1] / "docs" / "patches.md"
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 HEAD = "| target | when | reason | remove when |\n|---|---|---|---|\n"
-BEGIN, END = "<!-- figures: patches of {} -->\n", "<!-- end of figures -->"
+BEGIN, END = "<!-- patches of {} -->\n", "<!-- end of patches -->"
 
 
 def signatures(package: str) -> str:
@@ -68,7 +67,11 @@ def check_generated(package: str) -> None:
     assert PAGE.read_text("utf-8") == page(package, PAGE.read_text("utf-8"))
 
 
-if __name__ == "__main__":
-    (package,) = sys.argv[1:]
+def main(package: Annotated[str, typer.Argument(help=", ".join(NAMES))]) -> None:
+    """Write signatures.json, by the installed engine, and the engine's part of docs/patches.md."""
     (ENGINES / package / "signatures.json").write_text(signatures(package), "utf-8")
     PAGE.write_text(page(package, PAGE.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -33,7 +33,7 @@ def copy_without(folder: Path, *extras: str) -> dict[str, str]:
         (package / "kernels" / source.name).symlink_to(source)
     (package / "mtp").symlink_to(folder / "tree" / "mtp")
     (folder / "path" / "sitecustomize.py").write_text(IMPORTED_FIRST)
-    return {"PYTHONPATH": str(folder / "path")}
+    return {"PYTHONPATH": str(folder / "path"), "PYTHONSAFEPATH": "1"}
 
 
 def _library() -> Path:
@@ -44,7 +44,7 @@ def _library() -> Path:
 def check_suite(folder: Path, *arguments: str) -> None:
     """These tests pass in a copy without extras."""
     env = os.environ | copy_without(folder)
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
         command, cwd=folder / "tree", env=env, capture_output=True, text=True, check=False
     )
