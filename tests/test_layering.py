@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -238,3 +238,23 @@ def test_nothing_imports_a_folder_that_an_installed_package_would_replace(folder
     """`kernels` is a package of Hugging Face's, which wins over a folder of that name."""
     for path in sources(folder):
         assert not {name.split(".")[0] for name in imports(path)} & {"kernels", "mtp"}, path
+
+
+def lines(paths: Iterable[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_parts_keep_their_budgets_of_lines():
+    """By the table of CONTRIBUTING.md, which has every extra."""
+    extras = ROOT / OWN / "extras"
+    found = {
+        f"`extras/{path.parent.name}`": lines(path.parent.rglob("*.py"))
+        for path in extras.glob("*/__init__.py")
+    }
+    core = [path for path in [*sources(OWN), *sources("mtp")] if extras not in path.parents]
+    found["`qwen3next_plugin` without extras, `mtp`"] = lines(core)
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+`) \| ([\d,]+) \|$", page, re.MULTILINE)
+    budgets = {part: int(most.replace(",", "")) for part, most in rows}
+    assert found.keys() <= budgets.keys()
+    assert not {part: count for part, count in found.items() if count > budgets[part]}

@@ -24,7 +24,8 @@ def copy_without(folder: Path, *extras: str) -> dict[str, str]:
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=left_out)
     if not extras:
         shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
-    shutil.copy(ROOT / "pyproject.toml", folder / "tree")
+    for name in ("pyproject.toml", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder / "tree")
     package = folder / "path" / "qwen3next_plugin"
     (package / "kernels").mkdir(parents=True)
     for source in (folder / "tree" / "qwen3next_plugin").iterdir():
