@@ -194,6 +194,8 @@ def keywords(tree: ast.AST, name: str) -> list[set[str]]:
 
 def changes(package: str) -> list[Entry]:
     """All changes to a host: patches, and what our code says that it overrides."""
+    if package == "sglang":  # what it imports depends on its device, as at registration
+        import_module(f"{OWN}.sglang.cpu.environment").use_cpu()
     patches = import_module(f"{OWN}.{package}.patches")
     for module in modules(package):
         import_module(module)
