@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import qwen3next_plugin.kernels
+from engines.server import Server
 from qwen3next_plugin.kernels.native import LIBRARY
 
 ROOT = Path(__file__).parents[2]
@@ -17,13 +18,12 @@ sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in type(eac
 """
 
 
-def copy_without(folder: Path, *extras: str) -> dict[str, str]:
-    """Copy all but these extras, or all of them; the environment in which the copy is imported."""
-    left_out = shutil.ignore_patterns("__pycache__", *extras)
+def copy_without(folder: Path) -> dict[str, str]:
+    """Copy all but the extras; the environment in which processes import the copy."""
+    left_out = shutil.ignore_patterns("__pycache__")
     for name in ("qwen3next_plugin", "kernels", "mtp", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=left_out)
-    if not extras:
-        shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
+    shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
     for name in ("pyproject.toml", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, folder / "tree")
     package = folder / "path" / "qwen3next_plugin"
@@ -34,12 +34,28 @@ def copy_without(folder: Path, *extras: str) -> dict[str, str]:
         (package / "kernels" / source.name).symlink_to(source)
     (package / "mtp").symlink_to(folder / "tree" / "mtp")
     (folder / "path" / "sitecustomize.py").write_text(IMPORTED_FIRST)
-    return {"PYTHONPATH": str(folder / "path"), "PYTHONSAFEPATH": "1"}
+    env = {"PYTHONPATH": str(folder / "path"), "PYTHONSAFEPATH": "1"}
+    found = [sys.executable, "-c", "import qwen3next_plugin as found; print(found.__file__)"]
+    done = subprocess.run(found, env=os.environ | env, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).parent == package
+    return env
 
 
 def _library() -> Path:
     folders = [Path(folder) for folder in qwen3next_plugin.kernels.__path__]
     return next(folder / LIBRARY for folder in folders if (folder / LIBRARY).exists())
+
+
+def check_answers(server: Server) -> None:
+    """A server that has begun answers."""
+    server.wait()
+    try:
+        answer = server.client.completions.create(
+            model=server.model, prompt="The sun is a star.", max_tokens=16, temperature=0
+        )
+        assert answer.usage.completion_tokens == 16
+    finally:
+        server.close()
 
 
 def check_suite(folder: Path, *arguments: str) -> None:
