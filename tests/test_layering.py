@@ -188,20 +188,6 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def module_level_imports(tree: ast.Module) -> Iterator[str]:
-    """What a file imports at its top, also for type checkers only: nothing of functions."""
-    nodes: list[ast.AST] = [tree]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        nodes.extend(ast.iter_child_nodes(node))
-
-
 def needed(name: str, imported: str, files: Mapping[str, Path]) -> Iterator[str]:
     """The modules that an import in `name` runs: the packages around it, too, but for its own."""
     while imported:
@@ -211,13 +197,10 @@ def needed(name: str, imported: str, files: Mapping[str, Path]) -> Iterator[str]
 
 
 def test_no_modules_import_each_other_in_a_circle():
+    """Nor within functions."""
     files = modules()
     graph = {
-        name: {
-            module
-            for imported in module_level_imports(ast.parse(path.read_text(encoding="utf-8")))
-            for module in needed(name, imported, files)
-        }
+        name: {module for imported in imports(path) for module in needed(name, imported, files)}
         for name, path in files.items()
     }
     try:

@@ -10,7 +10,7 @@ import typer
 from qwen3next_plugin import env
 from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import ConfigError, read_config
-from qwen3next_plugin.model.checkpoint.sizes import readable
+from qwen3next_plugin.model.checkpoint.units import readable
 
 
 def pack(

@@ -17,6 +17,7 @@ from qwen3next_plugin.config import (
     check_num_speculative_tokens,
     host_rope,
     is_of_family,
+    quantization_of,
     read_config,
     rope,
 )
@@ -28,11 +29,10 @@ from qwen3next_plugin.model.checkpoint.sizes import (
     DTYPES,
     parameters,
     part_of,
-    quantization_of,
-    readable,
     table_bytes,
     tensor_bytes,
 )
+from qwen3next_plugin.model.checkpoint.units import readable
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
 # Properties of each plan that --json has beside its fields.

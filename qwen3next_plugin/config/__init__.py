@@ -15,6 +15,7 @@ from qwen3next_plugin.config.files import (
     check_name,
     is_of_family,
     naming_file,
+    quantization_of,
     read_config,
 )
 from qwen3next_plugin.config.sizes import Layout, Sizes
@@ -31,6 +32,7 @@ __all__ = [
     "check_num_speculative_tokens",
     "is_of_family",
     "naming_file",
+    "quantization_of",
     "read_config",
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen3next_plugin.config import reading
 from qwen3next_plugin.config.errors import ConfigError
-from qwen3next_plugin.config.fields import check_file
+from qwen3next_plugin.config.fields import QUANTISATIONS, check_file
 from qwen3next_plugin.config.json_files import read_object
 
 CONFIG = "config.json"
@@ -36,6 +36,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
     return raw
+
+
+def quantization_of(folder: Path) -> Mapping[str, Any] | None:
+    """The quantization_config of a checkpoint, if it has one."""
+    raw = read_config(folder)
+    levels = (raw, raw.get("text_config") or {})
+    found = (level.get(name) for level in levels for name in QUANTISATIONS)
+    return next(filter(None, found), None)
 
 
 def check_name(path: str | Path) -> None:

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.memory import default_pools, room
-from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes, readable, without_mtp
+from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes, without_mtp
+from qwen3next_plugin.model.checkpoint.units import readable
 
 GIB = 2**30
 StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py

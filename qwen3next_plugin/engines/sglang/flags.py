@@ -23,6 +23,7 @@ from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
 from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
+from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
 from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams, say_texts_only
@@ -68,20 +69,6 @@ DECODE_DEFAULTS: dict[str, tuple[Any, Any]] = {
     # SGLang makes pages for up to three times as many requests, for which no memory is set aside.
     "disaggregation_decode_extra_slots": (None, 0),
 }
-
-
-def read_config(hf_config: Any, tp_size: int) -> Qwen3NextConfig:
-    """The model's config on this many ranks; raises ConfigError where it cannot be served."""
-    return Qwen3NextConfig.from_hf(hf_config, tp_size=tp_size, override_flag=OVERRIDE_FLAG)
-
-
-def quantization_config(hf_config: Any) -> dict[str, Any] | None:
-    """What config.json says of how the checkpoint is quantised."""
-    for config in (hf_config, hf_config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):
-            if found := getattr(config, name, None):
-                return found
-    return None
 
 
 def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:

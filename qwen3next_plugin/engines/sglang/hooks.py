@@ -11,6 +11,7 @@ from typing import Any
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang import flags
+from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
@@ -69,7 +70,7 @@ def set_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_
     """Leave our model's sizes as they are, but for an indexer's keys beside those of attention."""
     if not is_ours(model_config):
         return host(model_config, load_config, tp_size)
-    config = flags.read_config(model_config.hf_config, tp_size)
+    config = read_config(model_config.hf_config, tp_size)
     if config.indexer_n_heads:
         model_config.head_dim = model_config.v_head_dim = dims_of_tokens(config)
     return model_config
@@ -131,7 +132,7 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
     """Use our kernels for a quantised checkpoint of our models."""
     from qwen3next_plugin.engines.sglang.cpu.quantisation import Quantisation
 
-    quantised = flags.quantization_config(model_config.hf_config) is not None or env.quantise()
+    quantised = quantization_config(model_config.hf_config) is not None or env.quantise()
     if not is_ours(model_config) or not quantised:
         return host(model_config, load_config)
     return Quantisation(_folder(model_config, load_config), model_config.hf_config)
@@ -145,7 +146,7 @@ def choose_quantisation(host: Callable[..., Any], model_config: Any, load_config
 )
 def accept_packed(host: Callable[[Any], None], model_config: Any) -> None:
     """Skip a check by config.json of our model's packed checkpoint."""
-    if not (is_ours(model_config) and is_packed(flags.quantization_config(model_config.hf_config))):
+    if not (is_ours(model_config) and is_packed(quantization_config(model_config.hf_config))):
         host(model_config)
 
 
@@ -163,7 +164,7 @@ def leave_plain_modules(host: Callable[..., Any], model_config: Any, load_config
     from qwen3next_plugin.model.quantisation.files import read_plain_modules
 
     found = host(model_config, load_config)
-    of_files = flags.quantization_config(model_config.hf_config) is not None
+    of_files = quantization_config(model_config.hf_config) is not None
     if found is None or not (of_files and is_ours(model_config)):
         return found
     plain = read_plain_modules(_folder(model_config, load_config), model_config.hf_config)

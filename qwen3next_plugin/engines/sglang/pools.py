@@ -6,7 +6,7 @@ from math import ceil
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.plan import Plan, TableRow
-from qwen3next_plugin.model.checkpoint.sizes import readable
+from qwen3next_plugin.model.checkpoint.units import readable
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
 STATE_TO_KV = 0.9  # the default of --mamba-full-memory-ratio

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.config import MAX_SPECULATIVE_TOKENS, check_before_engine
+from qwen3next_plugin.config import MAX_SPECULATIVE_TOKENS, check_before_engine, quantization_of
 from qwen3next_plugin.config.json_files import read_object
 from qwen3next_plugin.engines.transformers.state.cache import RowCache
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.checks import ACTIVATIONS
 from qwen3next_plugin.model.checkpoint import headers
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 
 INVARIANT = "QWEN3NEXT_BATCH_INVARIANT=1"

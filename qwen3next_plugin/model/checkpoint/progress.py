@@ -18,8 +18,8 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import our_name
-from qwen3next_plugin.model.checkpoint.sizes import readable
 from qwen3next_plugin.model.checkpoint.tensors import MTP
+from qwen3next_plugin.model.checkpoint.units import readable
 
 REFRESHED, EVERY = 1.0, 10.0  # seconds between two looks of the bar, and between two lines
 Say = Callable[[str], object]

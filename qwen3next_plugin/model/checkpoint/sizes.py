@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import Qwen3NextConfig, read_config
-from qwen3next_plugin.config.fields import QUANTISATIONS
+from qwen3next_plugin.config import Qwen3NextConfig, quantization_of
 from qwen3next_plugin.model.checkpoint.headers import (
     INDEX,
     Header,
@@ -19,6 +18,7 @@ from qwen3next_plugin.model.checkpoint.headers import (
     read_index,
     weight_files,
 )
+from qwen3next_plugin.model.checkpoint.units import readable
 
 if TYPE_CHECKING:
     from qwen3next_plugin.model.checkpoint.layouts import Shapes
@@ -136,14 +136,6 @@ def _headers(folder: Path) -> tuple[Index | None, dict[str, Header]]:
     return index, stored
 
 
-def quantization_of(folder: Path) -> Mapping[str, Any] | None:
-    """The quantization_config of a checkpoint, if it has one."""
-    raw = read_config(folder)
-    levels = (raw, raw.get("text_config") or {})
-    found = (level.get(name) for level in levels for name in QUANTISATIONS)
-    return next(filter(None, found), None)
-
-
 def _quantised(
     folder: Path,
     config: Qwen3NextConfig,
@@ -171,11 +163,6 @@ def _quantised(
         totals["mapped"] = formats.nbytes_in_panels
     described = ", ".join(f"{form} {readable(n)}" for form, n in totals.items())
     return sizes, f"safetensors files ({described})"
-
-
-def readable(nbytes: float) -> str:
-    """Bytes in GiB, or in MiB if they are few, for a reader."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def served_bytes(

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.config import Qwen3NextConfig, quantization_of
 from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.fingerprint import State, states
 from qwen3next_plugin.model.checkpoint.layouts import holder, our_names, without_prefix
-from qwen3next_plugin.model.checkpoint.sizes import quantization_of
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import formats_at_load
 from qwen3next_plugin.model.quantisation.in_panels import formats_in_panels, is_packed

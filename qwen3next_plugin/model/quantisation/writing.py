@@ -13,8 +13,8 @@ from qwen3next_plugin.config import ConfigError, check_name, read_config
 from qwen3next_plugin.model.checkpoint.headers import INDEX
 from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.reading import check_stored
-from qwen3next_plugin.model.checkpoint.sizes import readable
 from qwen3next_plugin.model.checkpoint.tensors import MTP
+from qwen3next_plugin.model.checkpoint.units import readable
 from qwen3next_plugin.model.checkpoint.writing import Planned, Wrote, written
 from qwen3next_plugin.model.quantisation.files import unquantised
 from qwen3next_plugin.model.quantisation.format import Format

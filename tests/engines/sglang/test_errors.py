@@ -23,8 +23,9 @@ from quantised import write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.plan import GIB
 from qwen3next_plugin.engines.sglang import served
+from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.engines.sglang.cpu import memory
-from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts, read_config
+from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts
 from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
 from qwen3next_plugin.engines.sglang.state import handover_flags

@@ -30,9 +30,9 @@ from torch import nn
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.patching import override
+from qwen3next_plugin.engines.sglang.config import quantization_config
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts, PackedExperts
-from qwen3next_plugin.engines.sglang.flags import quantization_config
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.model.quantisation.files import read_formats

@@ -12,8 +12,8 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.hub import folder_here
+from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
-from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.state.pages import page_layout
 from qwen3next_plugin.kernels import dispatch

@@ -14,8 +14,8 @@ from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.engines.sglang.cpu.quantisation import use_packing
-from qwen3next_plugin.engines.sglang.flags import read_config
 from qwen3next_plugin.engines.sglang.model.loading import OurModel
 from qwen3next_plugin.engines.sglang.model.trunk import Qwen3NextModel
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_lm_head, make_logits_processor

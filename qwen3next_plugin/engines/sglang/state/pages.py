@@ -24,7 +24,7 @@ from sglang.srt.runtime_context import (
 )
 from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
-from qwen3next_plugin.engines.sglang.flags import read_config
+from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.kernels.copy_pages import copy_pages
 from qwen3next_plugin.model.state import NgramPool, PageLayout, StatePool, state_dtype
 

@@ -17,7 +17,8 @@ from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
 from qwen3next_plugin.engines.vllm.names import EXECUTOR, LOGGER
 from qwen3next_plugin.engines.vllm.state.pages import page_layout
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
-from qwen3next_plugin.model.checkpoint.sizes import readable, served_bytes
+from qwen3next_plugin.model.checkpoint.sizes import served_bytes
+from qwen3next_plugin.model.checkpoint.units import readable
 from qwen3next_plugin.model.quantisation.modules import served_formats
 
 logger = init_logger(LOGGER)
