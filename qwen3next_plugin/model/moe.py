@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.kernels.fused_moe import SharedExpert, fused_moe
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL, PackedWeight
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
@@ -81,6 +82,27 @@ class SwiGLU(nn.Module):
         if self.expert_gate is None or w13 is None or w2 is None or w2.shape[-1] % PANEL:
             return None
         return SharedExpert(w13, w2, self.expert_gate.weight)
+
+
+def make_shared_expert(
+    config: Qwen3NextConfig, layers: HostLayers, prefix: str
+) -> tuple[SharedExpertGate | None, SwiGLU | None]:
+    """The shared expert's gate and the expert, unless the model has none.
+
+    The gate comes first: a module names its parameters by the first attribute that holds them.
+    """
+    if not config.shared_expert_intermediate_size:
+        return None, None
+    gate = SharedExpertGate(config.hidden_size)
+    expert = SwiGLU(
+        config.hidden_size,
+        config.shared_expert_intermediate_size,
+        layers,
+        prefix,
+        reduce_results=False,  # reduced together with the routed experts
+        expert_gate=gate,
+    )
+    return gate, expert
 
 
 def packed_moe(

@@ -17,7 +17,7 @@ from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
-from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe, route
+from qwen3next_plugin.model.moe import make_shared_expert, packed_moe, route
 
 
 class SparseMoE(nn.Module):
@@ -63,21 +63,8 @@ class SparseMoE(nn.Module):
         self.topk.bind_runner_backend(
             self.experts.runner_backend, routing_method_type=self.experts.routing_method_type
         )
-        self.shared_expert: SwiGLU | None = None
-        if config.shared_expert_intermediate_size:
-            self._make_shared_expert(config, quant_config, prefix)
-
-    def _make_shared_expert(
-        self, config: Qwen3NextConfig, quant_config: QuantizationConfig | None, prefix: str
-    ) -> None:
-        self.shared_expert_gate = SharedExpertGate(config.hidden_size)
-        self.shared_expert = SwiGLU(
-            config.hidden_size,
-            config.shared_expert_intermediate_size,
-            host_layers(quant_config),
-            f"{prefix}.shared_expert",
-            reduce_results=False,  # reduced together with the experts
-            expert_gate=self.shared_expert_gate,
+        self.shared_expert_gate, self.shared_expert = make_shared_expert(
+            config, host_layers(quant_config), f"{prefix}.shared_expert"
         )
 
     def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:

@@ -21,7 +21,7 @@ from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.cpu.experts import Experts, PackedExperts
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
-from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe, route
+from qwen3next_plugin.model.moe import make_shared_expert, packed_moe, route
 
 
 class SparseMoE(nn.Module):
@@ -37,10 +37,10 @@ class SparseMoE(nn.Module):
         self.n_redundant_experts = parallel_config.eplb_config.num_redundant_experts
         self.n_physical_experts = config.num_experts + self.n_redundant_experts
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
-        self.shared_expert_gate: SharedExpertGate | None = None
-        self.shared_expert: SwiGLU | None = None
-        if config.shared_expert_intermediate_size:
-            self._make_shared_expert(config, vllm_config, prefix)
+        layers = host_layers(vllm_config, disable_tp=self.is_sequence_parallel)
+        self.shared_expert_gate, self.shared_expert = make_shared_expert(
+            config, layers, f"{prefix}.shared_expert"
+        )
         with _without_lora(vllm_config):
             self.experts = FusedMoEFactory(
                 shared_experts=self.shared_expert,
@@ -63,19 +63,6 @@ class SparseMoE(nn.Module):
         self.n_local_physical_experts = self.experts.expert_map_manager.local_num_experts
         moe_config = self.experts.routed_experts.moe_config
         self.exchanges = moe_config.dp_size > 1 or moe_config.is_sequence_parallel
-
-    def _make_shared_expert(
-        self, config: Qwen3NextConfig, vllm_config: VllmConfig, prefix: str
-    ) -> None:
-        self.shared_expert_gate = SharedExpertGate(config.hidden_size)
-        self.shared_expert = SwiGLU(
-            config.hidden_size,
-            config.shared_expert_intermediate_size,
-            host_layers(vllm_config, disable_tp=self.is_sequence_parallel),
-            f"{prefix}.shared_expert",
-            reduce_results=False,  # reduced together with the experts
-            expert_gate=self.shared_expert_gate,
-        )
 
     def forward(self, x: torch.Tensor | Unnormed) -> torch.Tensor:
         """Shapes: x [T, D], returns [T, D]."""
