@@ -40,7 +40,7 @@ class Entry:
     reason: str
     remove_when: str
     versions: str = ""  # of the host that need it: the table's
-    upstream: str = ""  # the host's issue or fix: a link
+    upstream: str = ""  # a link: the host's issue, its fix, or what brought the defect
     module: str = ""  # of ours that declares it
     group: Enum | None = None  # when it is applied; None: our own code does it
 

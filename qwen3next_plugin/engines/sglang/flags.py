@@ -128,6 +128,7 @@ def complete_on_gpu(server_args: Any) -> None:
     reason="Qwen's own command gives only the steps; SGLang then compares a missing topk with 1 "
     "and ends with a TypeError",
     remove_when="SGLang fills in the rest",
+    upstream="https://github.com/sgl-project/sglang/pull/34361",
 )
 def complete_drafts(host: Callable[..., None], server_args: Any) -> None:
     """Around `_handle_eagle_family`: derive the flags that Qwen's own command leaves out.

@@ -182,6 +182,7 @@ def _folder(model_config: Any, load_config: Any) -> Path:
     reason="SGLang's layers with adapters pin memory, which fails without a GPU, and do not "
     "load adapters of in_proj_qkv, z, b and a",
     remove_when="SGLang serves adapters of Qwen3.5 on a CPU",
+    upstream="https://github.com/sgl-project/sglang/issues/31894",
 )
 def make_adapters(host: Callable[[Any], None], runner: Any) -> None:
     """Use our manager of LoRA adapters for our model."""

@@ -25,6 +25,7 @@ def first_node(dist_init_addr: str | None) -> str:
     "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
     reason="a node does not notice, or late, that another one has ended",
     remove_when="SGLang ends all nodes of a server when one ends",
+    upstream="https://github.com/sgl-project/sglang/issues/3099",
 )
 def end_with_other_nodes(host: Callable[[Any], None], scheduler: Any) -> None:
     """Around `init_model_worker`: end this node when a scheduler of another one ends."""

@@ -59,6 +59,7 @@ class FolderSpec(TieringOffloadingSpec):
         reason="vLLM's tiers leave their shared memory behind when a server is killed; ours has "
         "no name once all have opened it, so a worker has none to remove",
         remove_when="TieringOffloadingSpec removes the name, as CPUOffloadingSpec does",
+        upstream="https://github.com/vllm-project/vllm/issues/57303",
     )
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         """A worker of this rank, once."""

@@ -30,6 +30,7 @@ OURS = "QWEN3NEXT_"  # variables, which are the same in all workers
     reason="a worker asks Ray for its device, shares memory with those of other machines, and "
     "binds the same cores on each",
     remove_when="vLLM's Ray workers run on CPUs (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/pull/25386",
 )
 class RayWorker(RayWorkerProc):
     """A worker process in an actor of Ray."""
@@ -76,6 +77,7 @@ class RayExecutor(Executor, RayExecutorV2):
         "vllm.platforms.interface.Platform.ray_device_key",
         reason="vLLM asks Ray for devices by it, and has no key for CPUs",
         remove_when="vLLM's CPU platform has one (`compat`)",
+        upstream="https://github.com/vllm-project/vllm/issues/21602",
     )
     def _init_executor(self) -> None:
         """Start our workers where vLLM would start its own."""
@@ -94,6 +96,7 @@ class RayExecutor(Executor, RayExecutorV2):
         "vllm.v1.executor.ray_executor_v2.RayExecutorV2._get_actor_resource_kwargs",
         reason="Ray takes no CPU among an actor's custom resources",
         remove_when="vLLM's Ray workers run on CPUs (`compat`)",
+        upstream="https://github.com/vllm-project/vllm/pull/25386",
     )
     @staticmethod
     def _get_actor_resource_kwargs() -> dict[str, Any]:

@@ -67,6 +67,7 @@ def local_ranks(server_args: Any) -> int:
     "sglang.srt.utils.common.get_free_cpu_memory",
     reason="SGLang knows the topmost cgroup's limit alone, and counts files in memory as used",
     remove_when="SGLang reads /proc/self/cgroup, and leaves out what memory.stat has of files",
+    upstream="https://github.com/sgl-project/sglang/pull/40066",
 )
 def free_memory(host: Callable[[], int]) -> int:
     """Around `get_free_cpu_memory`: what this process's cgroups leave."""

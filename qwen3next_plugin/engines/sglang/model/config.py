@@ -92,6 +92,7 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
     reason="an override of a nested text model's RoPE replaces all of it, and one of "
     "rope_scaling has no effect there; and Qwen4-Exp is a text model on a CPU",
     remove_when="SGLang merges it, at either level, and lets a plugin change a config",
+    upstream="https://github.com/sgl-project/sglang/pull/27983",
 )
 def merge_overrides(
     host: Callable[..., Any],
@@ -174,6 +175,7 @@ def no_profile(host: Callable[[Any], Any], config: Any) -> Any:
     reason="SGLang ignores YaRN's factor in the longest context, and asks for "
     "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN",
     remove_when="SGLang derives the length from YaRN's original one and factor (`compat`)",
+    upstream="https://github.com/sgl-project/sglang/issues/2943",
 )
 def derive_length(host: Callable[..., None], model_config: Any, context_length: int | None) -> None:
     """Around `_derive_context_length`: the longest context is what RoPE covers."""
@@ -236,6 +238,7 @@ TABLE.add(
         group=When.WITH_OURS,
         reason="--language-model-only serves a vision-language model without its tower",
         remove_when="SGLang has the flag for Qwen3.5",
+        upstream="https://github.com/sgl-project/sglang/pull/37828",
     ),
     Attribute(
         target="sglang.srt.arg_groups.overrides._MAMBA_RADIX_CACHE_ARCHS",

@@ -22,6 +22,7 @@ _counted: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
     "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
     reason="SGLang counts one token of each request a step; a verification commits several",
     remove_when="SGLang counts all of them",
+    upstream="https://github.com/sgl-project/sglang/pull/33643",
 )
 def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
     """Wrap `ScheduleBatch.cumulate_penalty_output_tokens`: count all that a step committed.
@@ -116,6 +117,7 @@ def count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
     reason="SGLang hands a verification the penalties of each request's last token, which do "
     "not count the drafts before a row",
     remove_when="SGLang's verification counts drafts for penalties and min_new_tokens",
+    upstream="https://github.com/sgl-project/sglang/pull/22049",
 )
 def keep_penalizers(host: Callable[[Any], Any], info: Any) -> Any:
     """Wrap `SamplingBatchInfo.copy_for_forward`, whose copy has only sums of the penalties."""

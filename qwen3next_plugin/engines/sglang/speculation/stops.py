@@ -15,6 +15,7 @@ _read = set[int]()  # of a step: the requests whose grammar has read its token
     reason="of the tokens of a verification, SGLang takes the stop string that is listed first "
     "for the end, and any string before a stop token",
     remove_when="SGLang's answers end at the earliest token, with drafts too",
+    upstream="https://github.com/sgl-project/sglang/pull/28802",
 )
 def stop_at_first(host: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
     """Wrap `Req.update_finish_state`: look at the tokens of a verification one by one.

@@ -72,6 +72,7 @@ def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int
     reason="a prefill server of another page size, or of ranks that do not divide ours, ends "
     "the decode server",
     remove_when="SGLang fails a request whose prefill server does not match",
+    upstream="https://github.com/sgl-project/sglang/pull/14474",
 )
 def survive_others(host: Callable[..., bool], manager: Any, bootstrap_addr: str) -> bool:
     """Whether SGLang knows the prefill server: not where comparing both raises.
@@ -98,6 +99,7 @@ def _say_once(bootstrap_addr: str, why: str) -> None:
     "sglang.srt.disaggregation.decode.DecodePreallocQueue.add",
     reason="two requests of one room end the prefill server, or wait forever",
     remove_when="SGLang refuses a room that is in use",
+    upstream="https://github.com/sgl-project/sglang/issues/40125",
 )
 def refuse_same_room(
     host: Callable[..., None], queue: Any, req: Any, *args: Any, **kwargs: Any
@@ -166,6 +168,7 @@ def begin_unread_page(
     reason="30 seconds after an abort SGLang gives memory that a prefill server may still write "
     "to another request",
     remove_when="SGLang keeps it while that server runs and has not said that it is done",
+    upstream="https://github.com/sgl-project/sglang/pull/38961",
 )
 def hold_what_may_be_written(host: Callable[[Any], None], queue: Any) -> None:
     """Keep an aborted request's memory until the prefill server has stopped writing, or has ended.

@@ -16,6 +16,7 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
     "vllm.utils.cpu_resource_utils.get_cgroup_memory_limit",
     reason="vLLM knows the topmost cgroup's limit alone, and counts files in memory as used",
     remove_when="vLLM reads /proc/self/cgroup",
+    upstream="https://github.com/vllm-project/vllm/pull/45086",
 )
 def limit(host: Callable[[], int | None]) -> int | None:
     """Around `get_cgroup_memory_limit`: the least of all cgroups of this process."""
@@ -27,6 +28,7 @@ def limit(host: Callable[[], int | None]) -> int | None:
     "vllm.utils.cpu_resource_utils.get_cgroup_memory_usage",
     reason="vLLM knows the topmost cgroup's limit alone, and counts files in memory as used",
     remove_when="vLLM leaves out what memory.stat has of files",
+    upstream="https://github.com/vllm-project/vllm/pull/45086",
 )
 def usage(host: Callable[[], int | None]) -> int | None:
     """Around `get_cgroup_memory_usage`: without what Linux can drop of files."""

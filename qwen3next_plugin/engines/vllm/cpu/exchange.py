@@ -22,6 +22,7 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
     reason="data-parallel ranks share experts by this method, which a CPU's communicator lacks: "
     "the engine would end at its first request",
     remove_when="vLLM's CPU communicator has it (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/issues/57837",
 )
 def gather(
     communicator: Any, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
@@ -50,6 +51,7 @@ def gather(
     kind=Replacement,
     reason="data-parallel ranks share experts by this method, too",
     remove_when="vLLM's CPU communicator has it (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/issues/57837",
 )
 def sum_own(
     communicator: Any, input_: Tensor, dim: int = -1, sizes: list[int] | None = None

@@ -61,6 +61,7 @@ def keep_kv_dtype(host: Callable[..., str], kv_cache_dtype: str, model_config: M
     reason="an override of rope_scaling replaces all of RoPE: vLLM serves with another base and "
     "all dims rotated; and it has no effect where the text model is nested",
     remove_when="vLLM merges it, at either level",
+    upstream="https://github.com/vllm-project/vllm/pull/54289",
 )
 def merge_overrides(
     host: Callable[..., None], model_config: ModelConfig, config: Any, overrides: dict[str, Any]
@@ -81,6 +82,7 @@ def merge_overrides(
     reason="vLLM ignores YaRN's factor in the longest context, and asks for "
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
     remove_when="vLLM derives the length from YaRN's original one and factor (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/pull/56446",
 )
 def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
     """Around `get_model_arch_config`: the longest context is what RoPE covers."""
@@ -106,6 +108,7 @@ def derive_length(host: Callable[..., Any], model_config: ModelConfig) -> Any:
     "vllm.engine.arg_utils.EngineArgs.add_cli_args",
     reason="vLLM has dropped --rope-scaling, which Qwen's model cards name",
     remove_when="the cards no longer name it",
+    upstream="https://github.com/vllm-project/vllm/pull/28006",
 )
 def offer_rope_scaling(host: Callable[..., Any], parser: Any) -> Any:
     """Around `EngineArgs.add_cli_args`: the flag that Qwen's model cards name."""
@@ -124,6 +127,7 @@ def offer_rope_scaling(host: Callable[..., Any], parser: Any) -> Any:
     "vllm.engine.arg_utils.EngineArgs.from_cli_args",
     reason="vLLM has dropped --rope-scaling, which Qwen's model cards name",
     remove_when="the cards no longer name it",
+    upstream="https://github.com/vllm-project/vllm/pull/28006",
 )
 def take_rope_scaling(host: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     """Around `EngineArgs.from_cli_args`: make the flag an override of the config."""

@@ -135,6 +135,7 @@ def _check_scheduler(scheduler: str | type[Any] | None) -> None:
     reason="vLLM's rejection sampler lacks min_p and logit_bias, so vLLM refuses requests with "
     "them; our verification applies both",
     remove_when="vLLM refuses neither (a test marked `compat` says when)",
+    upstream="https://github.com/vllm-project/vllm/issues/42744",
 )
 def allow_min_p_and_logit_bias(
     host: Callable[..., None], params: SamplingParams, speculative_config: Any

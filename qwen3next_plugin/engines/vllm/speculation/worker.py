@@ -62,6 +62,7 @@ class Worker(CPUWorker):
         reason="vLLM drafts zeros for all requests when one is near its maximum length; our "
         "drafter drafts less for that one",
         remove_when="vLLM leaves that limit to the drafter",
+        upstream="https://github.com/vllm-project/vllm/issues/58080",
     )
     @override(
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states_after_model_execute",
@@ -82,6 +83,7 @@ class Worker(CPUWorker):
         "vllm.v1.worker.gpu_input_batch.InputBatch.logitsprocs",
         reason="vLLM leaves its min_p and logit_bias processors out under speculation",
         remove_when="vLLM refuses neither (`compat`)",
+        upstream="https://github.com/vllm-project/vllm/issues/42744",
     )
     @override(
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner.rejection_sampler",

@@ -43,6 +43,7 @@ class Answers(dict[tuple[Any, Any], bytes]):
     "NixlBaseConnectorScheduler._nixl_handshake_listener",
     reason="vLLM decodes from blocks that the other server has freed and used again",
     remove_when="vLLM fails a request whose blocks were freed before they were read",
+    upstream="https://github.com/vllm-project/vllm/issues/52234",
 )
 def answer_about_leases(
     host: Callable[..., None],
@@ -68,6 +69,7 @@ def answer_about_leases(
     "NixlPullConnectorScheduler.request_finished",
     reason="vLLM decodes from blocks that the other server has freed and used again",
     remove_when="vLLM fails a request whose blocks were freed before they were read",
+    upstream="https://github.com/vllm-project/vllm/issues/52234",
 )
 def keep(
     host: Callable[..., tuple[bool, dict[str, Any] | None]],
@@ -88,6 +90,7 @@ def keep(
     "NixlBaseConnectorScheduler.update_connector_output",
     reason="vLLM decodes from blocks that the other server has freed and used again",
     remove_when="vLLM fails a request whose blocks were freed before they were read",
+    upstream="https://github.com/vllm-project/vllm/issues/52234",
 )
 def forget(host: Callable[[Any, Any], None], scheduler: Any, output: Any) -> None:
     """Before vLLM frees blocks that were read, or that nobody has read in time."""
@@ -101,6 +104,7 @@ def forget(host: Callable[[Any, Any], None], scheduler: Any, output: Any) -> Non
     "_read_blocks",
     reason="vLLM decodes from blocks that the other server has freed and used again",
     remove_when="vLLM fails a request whose blocks were freed before they were read",
+    upstream="https://github.com/vllm-project/vllm/issues/52234",
 )
 def read_without_release(
     host: Callable[..., bool],
@@ -133,6 +137,7 @@ def read_without_release(
     "_pop_done_transfers",
     reason="vLLM decodes from blocks that the other server has freed and used again",
     remove_when="vLLM fails a request whose blocks were freed before they were read",
+    upstream="https://github.com/vllm-project/vllm/issues/52234",
 )
 def ask_when_read(
     host: Callable[..., tuple[set[str], set[str]]], worker: Any, transfers: dict[str, list[int]]

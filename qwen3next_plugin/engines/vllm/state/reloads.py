@@ -15,6 +15,7 @@ RELOAD = "reload_weights"
     "vllm.v1.engine.core.EngineCore.collective_rpc",
     reason="after reload_weights vLLM would serve cached prefixes of the old weights",
     remove_when="vLLM resets its caches then",
+    upstream="https://github.com/vllm-project/vllm/pull/46125",
 )
 def forget_old_weights(
     host: Callable[..., Any],

@@ -14,6 +14,7 @@ OTHER = "\0"  # no name of a request begins so
     "sglang.srt.managers.scheduler.Scheduler.abort_request",
     reason="a client that names its request `a` and leaves would abort others' requests",
     remove_when="SGLang compares whole names",
+    upstream="https://github.com/sgl-project/sglang/issues/24845",
 )
 def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     """Abort the request of this name; SGLang aborts all whose names begin with it.

@@ -62,6 +62,7 @@ def compile_apart(host: Callable[..., Any], backend: Any, key: Any, require_reas
     "sglang.srt.constrained.base_grammar_backend.BaseGrammarBackend.set_cache",
     reason="SGLang keeps every grammar that a client ever sent",
     remove_when="its cache has a bound",
+    upstream="https://github.com/sgl-project/sglang/pull/22196",
 )
 def keep_nothing(host: Callable[..., None], backend: Any, key: Any, value: Any) -> None:
     """Around `BaseGrammarBackend.set_cache`, which has no bound: processes are kept."""

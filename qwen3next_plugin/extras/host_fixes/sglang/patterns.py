@@ -39,6 +39,7 @@ def check_pattern(pattern: str) -> None:
     "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
     reason="a stop_regex that backtracks, or a dear grammar, blocks the scheduler forever",
     remove_when="SGLang and its libraries of grammars match with a time limit",
+    upstream="https://github.com/sgl-project/sglang/pull/28203",
 )
 def end_dear(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
     """Wrap `_check_str_based_finish`: abort a request whose stop_regex or grammar is too dear.

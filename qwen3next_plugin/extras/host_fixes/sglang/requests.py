@@ -44,6 +44,7 @@ TOP_LOGPROBS = "top_logprobs (top_logprobs_num, logprobs)"
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
     reason="SGLang accepts requests that end its scheduler or fill its queue for hours",
     remove_when="SGLang refuses every request of test_hostile.py",
+    upstream="https://github.com/sgl-project/sglang/issues/36855",
 )
 def check_request(host: Callable[..., Any], manager: Any, obj: Any, request: Any = None) -> Any:
     """Wrap `generate_request`: refuse requests that would end the scheduler."""

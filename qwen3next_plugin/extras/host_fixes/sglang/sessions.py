@@ -12,6 +12,7 @@ from qwen3next_plugin.engines.sglang.patches import When, patch
     reason="a request that replaces a session's earlier ones, a streaming turn without a token "
     "to read, or one beside a refused one ends SGLang's scheduler",
     remove_when="SGLang serves the sessions of test_hostile.py",
+    upstream="https://github.com/sgl-project/sglang/issues/36475",
 )
 def continue_in_session(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
@@ -108,6 +109,7 @@ def add_turn(host: Callable[..., Any], adder: Any, req: Any, *args: Any, **more:
     "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
     reason="idle streaming sessions keep rows, state pages and tokens, in the end all of them",
     remove_when="SGLang evicts idle sessions as it evicts cached prefixes",
+    upstream="https://github.com/sgl-project/sglang/issues/27024",
 )
 def make_room(host: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """Wrap `get_new_batch_prefill`: take memory from streaming sessions while others lack it.

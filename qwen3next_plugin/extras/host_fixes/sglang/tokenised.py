@@ -22,6 +22,7 @@ MAX_LOGPROBS_APART = 128  # per token that a prefill server hands over
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
     reason="SGLang's scheduler relies on types, positions and embeddings that are not checked",
     remove_when="SGLang refuses every request of test_hostile.py",
+    upstream="https://github.com/sgl-project/sglang/issues/40728",
 )
 def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any) -> Any:
     """Wrap `_create_tokenized_object`: refuse a prompt that would end the scheduler.

@@ -13,6 +13,7 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
     "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
     reason="vLLM ignores the parts of an adapter that fit no module",
     remove_when="vLLM refuses such an adapter (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/issues/34186",
 )
 def refuse_unused(host: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Around the reading of an adapter: refuse one of which a part fits no module.

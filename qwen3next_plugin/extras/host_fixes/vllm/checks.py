@@ -24,6 +24,7 @@ _checked: ContextVar[Any] = ContextVar("checked", default=None)
     reason="a schema of a hundred bytes takes minutes, or all memory, to check, in the process "
     "that answers all clients",
     remove_when="the libraries of grammars limit the time and memory of each call",
+    upstream="https://github.com/vllm-project/vllm/pull/45172",
 )
 async def check_beside(
     host: Callable[..., Any],
@@ -62,6 +63,7 @@ def skip_checked(host: Callable[..., None], params: Any, *configs: Any) -> None:
     "vllm.v1.engine.output_processor.OutputProcessor.process_outputs",
     reason="what is wrong with a client's grammar is an internal error to vLLM",
     remove_when="vLLM answers it with a 400 that says why",
+    upstream="https://github.com/vllm-project/vllm/issues/57725",
 )
 def raise_why(
     host: Callable[..., Any], processor: Any, engine_core_outputs: Any, *rest: Any, **kw: Any

@@ -11,9 +11,10 @@ LEFT = 3  # seconds for connections to close, when no engine is left to answer
 @patch(
     When.IN_SERVER,
     "vllm.entrypoints.launchers.api_server.entry.build_and_serve",
-    reason="a server whose engine has ended exits with 0 (vllm #48966); after SIGTERM it may "
+    reason="a server whose engine has ended exits with 0; after SIGTERM it may "
     "wait for ever for a stream to end",
     remove_when="vLLM exits with another code, and gives connections a time to close",
+    upstream="https://github.com/vllm-project/vllm/issues/48966",
 )
 async def fail_with_the_engine(
     host: Callable[..., Coroutine[Any, Any, Any]], engine_client: Any, *args: Any, **kwargs: Any

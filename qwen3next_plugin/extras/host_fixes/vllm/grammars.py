@@ -23,12 +23,14 @@ ENDED = "qwen3next_ended"  # of vLLM's manager: why, by request
     "vllm.v1.executor.abstract.Executor.__init__",
     reason="one call of a grammar may take minutes, and nothing ends it but the end of its process",
     remove_when="the libraries of grammars limit the time and memory of each call",
+    upstream="https://github.com/vllm-project/vllm/issues/54003",
 )
 @patch(
     When.CONFIGURED,
     "vllm.v1.engine.async_llm.AsyncLLM.__init__",
     reason="one call of a grammar may take minutes, and nothing ends it but the end of its process",
     remove_when="the libraries of grammars limit the time and memory of each call",
+    upstream="https://github.com/vllm-project/vllm/issues/54003",
 )
 def fork_first(
     host: Callable[..., None], made: Any, vllm_config: Any, *rest: Any, **kw: Any
@@ -46,6 +48,7 @@ def fork_first(
     "process; and vLLM compiles one after another, all by the backend of the first",
     remove_when="the libraries of grammars limit the time and memory of each call, and vLLM "
     "takes a backend for each request (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/issues/43920",
 )
 def compile_apart(host: Callable[..., None], manager: Any, request: Any) -> None:
     """Around `grammar_init`: compile each text in its process, by the backend that checked it.
@@ -109,6 +112,7 @@ def _learn(scheduler: Any, names: Sequence[str], token_ids: Sequence[list[int]])
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
     reason="vLLM has no reason of an error to go with a request's last output",
     remove_when="vLLM has one",
+    upstream="https://github.com/vllm-project/vllm/issues/57725",
 )
 def say_why(host: Callable[..., Any], scheduler: Any, scheduled: Any, made: Any) -> Any:
     """Around `update_from_output`: what ended a request goes with its last output."""

@@ -58,6 +58,7 @@ def take_again(host: Callable[..., Any], runner: Any, scheduler_output: Any) -> 
     "vllm.multimodal.processing.inputs.ProcessorInputs.get_mm_hashes",
     reason="a client's name of an image may be the hash of another, in the caches of all",
     remove_when="vLLM keeps given names and hashes apart",
+    upstream="https://github.com/vllm-project/vllm/issues/55547",
 )
 def keep_names_apart(
     host: Callable[..., dict[str, list[str]]], inputs: Any, model_id: str, hash_algorithm: Any

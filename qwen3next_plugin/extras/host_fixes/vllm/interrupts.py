@@ -57,6 +57,7 @@ def let_the_server_end_it(host: Callable[..., None], process: Any) -> None:
     "vllm.v1.engine.utils.CoreEngineProcManager.shutdown",
     reason="vLLM kills its engine right after SIGTERM: two shared memory objects are left",
     remove_when="vLLM gives an engine time to end where --shutdown-timeout is 0",
+    upstream="https://github.com/vllm-project/vllm/pull/52281",
 )
 def give_time_to_end(host: Callable[..., None], manager: Any, timeout: float | None = None) -> None:
     """Around `CoreEngineProcManager.shutdown`: an engine that drops its requests may clean up.

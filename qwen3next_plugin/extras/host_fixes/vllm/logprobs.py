@@ -29,6 +29,7 @@ def begin_to_gather_both(host: Callable[[Any], None], worker: Any) -> None:
     reason="a request for the log-probabilities of chosen tokens replaces the likeliest tokens "
     "of all other requests of its step",
     remove_when="vLLM gathers both (`compat`)",
+    upstream="https://github.com/vllm-project/vllm/pull/51789",
 )
 def gather_both(runner: Any) -> Callable[..., LogprobsTensors | None]:
     """Override `gather_specific_token_logprobs`: keep the likeliest tokens of other rows.

@@ -15,6 +15,7 @@ MAX_STRINGS = 32  # as SGLang's stop strings; each is looked for at every token
     reason="one request may ask for log-probabilities that fill the memory, or, but for "
     "OpenAI's API, for 100,000 stop strings, each of which is looked for at every token",
     remove_when="vLLM limits both",
+    upstream="https://github.com/vllm-project/vllm/pull/54721",
 )
 def check_params(
     host: Callable[..., Awaitable[Any]],
