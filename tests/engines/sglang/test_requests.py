@@ -27,6 +27,7 @@ from qwen3next_plugin.extras.host_fixes.sglang.tokenised import (
     check_min_p,
     check_positions,
     check_processor,
+    check_tokens,
     check_tower,
 )
 
@@ -176,6 +177,13 @@ def test_positions_are_of_a_prompt_that_is_scored_only(scoring, request_, messag
         check_positions(scored(2, 3, start=start))
     with pytest.raises(ValueError, match=f"^{message}$"):
         check_positions(request_)
+
+
+def test_a_text_without_a_token_is_refused():
+    check_tokens(Bag(input_ids=[7], input_embeds=None))
+    check_tokens(Bag(input_ids=[], input_embeds=[[0.5]]))
+    with pytest.raises(ValueError, match="no token: the tokenizer makes none of its text"):
+        check_tokens(Bag(input_ids=[], input_embeds=None))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -34,6 +34,7 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
     made = host(manager, obj, *args)
     if isinstance(obj, GenerateReqInput) and is_ours(manager.model_config):
         check_types("", {name: getattr(made, name) for name in made.__struct_fields__}, type(made))
+        check_tokens(made)
         check_positions(made)
         check_embeds(made, manager.model_config.hidden_size)
         check_min_p(made.sampling_params.min_p)
@@ -46,6 +47,16 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         if manager.model_config.is_multimodal:
             check_tower(obj)
     return made
+
+
+def check_tokens(made: Any) -> None:
+    """Check that there is a token: a step of none ends the scheduler.
+
+    Raises:
+        ValueError: the tokenizer makes none of the text.
+    """
+    if not made.input_ids and made.input_embeds is None:
+        raise ValueError("the prompt has no token: the tokenizer makes none of its text")
 
 
 def check_positions(made: Any) -> None:
