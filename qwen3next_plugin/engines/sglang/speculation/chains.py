@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.speculative.eagle_info import EagleDraftInput
+from torch import Tensor
 
 from qwen3next_plugin.engines.sglang.speculation.images import axes_of
 from qwen3next_plugin.engines.sglang.speculation.passes import locate, run_layer
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
+from qwen3next_plugin.mtp.chains import extend
 from qwen3next_plugin.mtp.rows import Row
 
 
@@ -22,7 +24,7 @@ class Chains:
         # Drafts in the next step, of requests whose first draft is made.
         self.lengths: dict[str, int] = {}
 
-    def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> tuple[Tensor, Tensor]:
         """Run the MTP layer over what it reads; what `run_layer` returns, of rows that draft.
 
         Shapes: returns [drafting, D], and [drafting, D] or [drafting, hc·D], of each one's last
@@ -70,8 +72,8 @@ class Chains:
         batch: ScheduleBatch,
         lengths: Sequence[int],
         starts: Sequence[int],
-        positions: torch.Tensor,
-        locations: torch.Tensor,
+        positions: Tensor,
+        locations: Tensor,
     ) -> list[list[int]]:
         """Each request's last token and its drafts, of which the first is made already.
 
@@ -79,40 +81,38 @@ class Chains:
         """
         spec_info: EagleDraftInput = batch.spec_info
         chains = [[token] for token in spec_info.bonus_tokens.tolist()]
-        drafting = [i for i, length in enumerate(lengths) if length]
+        drafting = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
         index = torch.tensor(drafting, dtype=torch.int64)
-        token_ids, states = spec_info.topk_index[index, 0], spec_info.hidden_states[index]
         requests = batch.req_pool_indices[index]
-        for depth in range(1, 1 + max(lengths)):
-            for i, token in zip(drafting, token_ids.tolist(), strict=True):
-                chains[i].append(token)
-            going_on = [at for at, i in enumerate(drafting) if lengths[i] > depth]
-            if not going_on:
-                break
-            if len(going_on) < len(drafting):
-                drafting, index = [drafting[at] for at in going_on], torch.tensor(going_on)
-                token_ids, states = token_ids[index], states[index]
-                requests = requests[index]
-            at = torch.tensor([starts[i] + depth - 1 for i in drafting])
+        axes = [axes_of(batch.reqs[i]) for i in drafting]
+
+        def run(depth: int, token_ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+            n = len(token_ids)
+            at = torch.tensor([starts[i] + depth - 1 for i in drafting[:n]])
             hidden_states, states = run_layer(
                 self.runner,
-                requests=requests,
-                counts=[1] * len(drafting),
+                requests=requests[:n],
+                counts=[1] * n,
                 positions=positions[at],
                 locations=locations[at],
                 token_ids=token_ids,
                 hidden_states=states,
-                axes=[axes_of(batch.reqs[i]) for i in drafting],
+                axes=axes[:n],
             )
-            token_ids = self.runner.model.get_top_tokens(hidden_states)
+            return self.runner.model.get_top_tokens(hidden_states), states
+
+        first, states = spec_info.topk_index[index, 0], spec_info.hidden_states[index]
+        made = extend([lengths[i] for i in drafting], first, states, run)
+        for i, drafts in zip(drafting, made, strict=True):
+            chains[i] += drafts
         return chains
 
     def _drafts(
         self,
-        bonus_tokens: torch.Tensor,
+        bonus_tokens: Tensor,
         drafting: list[Row],
-        hidden_states: torch.Tensor,
-        states: torch.Tensor,
+        hidden_states: Tensor,
+        states: Tensor,
     ) -> EagleDraftInput:
         """What SGLang carries to the next step: the first drafts, or zeros where there is none.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qwen3next_plugin.engines.transformers.state.cache import RowCache
 from qwen3next_plugin.engines.transformers.state.steps import BatchStep, StepBuilder
+from qwen3next_plugin.mtp.chains import extend
 
 
 class Drafter:
@@ -27,12 +28,14 @@ class Drafter:
         found = self._run(tokens, fed, step)
         hidden, fed = (each[rows, counts - 1][:, None] for each in found)  # [B, 1, …]
         starts = (step.columns[rows, counts - 1] + 1).tolist()
-        drafts = [self._likeliest(hidden)]
-        for i in range(num_drafts - 1):
-            step = self.steps.build([start + i for start in starts], 1)
-            hidden, fed = self._run(drafts[-1], fed, step)
-            drafts.append(self._likeliest(hidden))
-        return torch.cat(drafts, dim=1)
+
+        def run(depth: int, tokens: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+            step = self.steps.build([start + depth - 1 for start in starts], 1)
+            hidden, fed = self._run(tokens, fed, step)
+            return self._likeliest(hidden), fed
+
+        drafts = extend([num_drafts] * len(tokens), self._likeliest(hidden), fed, run)
+        return torch.tensor(drafts, device=tokens.device)
 
     def _run(self, tokens: Tensor, fed: Tensor, step: BatchStep) -> tuple[Tensor, Tensor]:
         model = self.model

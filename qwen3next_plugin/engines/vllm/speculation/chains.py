@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from qwen3next_plugin.engines.vllm.speculation.images import axes_of
+from qwen3next_plugin.mtp.chains import extend
 from qwen3next_plugin.mtp.images import Axes, mrope_positions
 from qwen3next_plugin.mtp.rows import Row
 
@@ -16,10 +18,10 @@ from qwen3next_plugin.mtp.rows import Row
 class Chains(EagleProposer):
     """vLLM's drafter with our chains. Indices are numpy's: torch takes longer for a few numbers."""
 
-    def _draft(self, fed: list[Row], block_table: torch.Tensor, drafts: list[list[int]]) -> None:
+    def _draft(self, fed: list[Row], block_table: Tensor, drafts: list[list[int]]) -> None:
         """Run the MTP layer over what the rows feed it, then over its own drafts.
 
-        Shapes: block_table [N, blocks]; drafts N, to which those of each row are appended
+        Shapes: block_table [N, blocks]; drafts N, of which those of the rows are filled in
         """
         fed = sorted(fed, key=lambda row: -row.draft)  # those that go on are the first ones
         tokens = [row.fed for row in fed if row.fed is not None]
@@ -38,32 +40,33 @@ class Chains(EagleProposer):
             axes,
         )
         ends = np.cumsum(counts) - 1
-        hidden_states, states = hidden_states[ends], states[ends]  # [fed, D or hc·D]
-        positions = positions[ends]  # [fed]
-        for depth in range(fed[0].draft):
-            n = sum(row.draft > depth for row in fed)
-            if depth > 0:
-                hidden_states, states = self._forward(
-                    token_ids[:n],
-                    positions[:n] + depth,
-                    states[:n],
-                    [1] * n,
-                    table[:n],
-                    axes[:n],
-                )
-            token_ids = self.model.get_top_tokens(hidden_states[:n])
-            for row, token in zip(fed, token_ids.tolist(), strict=False):
-                drafts[row.index].append(token)
+        drafting = [row for row in fed if row.draft]
+        last = ends[: len(drafting)]
+        positions = positions[last]
+
+        def run(depth: int, token_ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+            n = len(token_ids)
+            at = positions[:n] + depth
+            hidden_states, states = self._forward(
+                token_ids, at, states, [1] * n, table[:n], axes[:n]
+            )
+            return self.model.get_top_tokens(hidden_states), states
+
+        if drafting:
+            first = self.model.get_top_tokens(hidden_states[last])
+            lengths = [row.draft for row in drafting]
+            for row, chain in zip(drafting, extend(lengths, first, states[last], run), strict=True):
+                drafts[row.index] = chain
 
     def _forward(
         self,
-        token_ids: torch.Tensor,
+        token_ids: Tensor,
         positions: np.ndarray,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         counts: Sequence[int],
         table: np.ndarray,
         axes: Sequence[Axes | None],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Run the MTP layer over `counts` tokens of each row.
 
         Returns what drafts come from, and what the next pass reads: the same, but for a model whose
