@@ -174,10 +174,11 @@ ZENTORCH := 2.13.0.1
 	echo $(ZENTORCH) > $@
 
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
-# there are cores, in the order of tests/conftest.py: pytest-xdist's own, by the number of tests,
-# has the longest last. Engines want memory too, so there are four at most.
+# there are cores, the longest first by tests/durations.json: pytest-xdist's own order, by the number
+# of tests, has them last. Engines want memory too, so there are four at most.
 PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
+TIMES    = --durations-to build/durations/$*-$(1).json
 
 PART ?= rest serve
 
@@ -186,8 +187,8 @@ $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
-	$(if $(filter rest,$(PART)),OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) -m "not serve")
-	$(if $(filter serve,$(PART)),$(PYTEST) -v $(PARALLEL) --maxprocesses 4 -m serve)
+	$(if $(filter rest,$(PART)),OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) $(call TIMES,rest) -m "not serve")
+	$(if $(filter serve,$(PART)),$(PYTEST) -v $(PARALLEL) $(call TIMES,serve) --maxprocesses 4 -m serve)
 endif
 ifneq ($(filter test test-long,$(MAKECMDGOALS)),)
 test-sglang: | $(filter test-vllm,$(EACH_ENGINE:%=test-%)) # they would compete for the same cores

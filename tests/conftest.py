@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
+from durations import Durations, longest
 from needs import declared, need, required
 
 if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
@@ -20,22 +21,6 @@ if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
 PLACES = (("engines/", ""), ("gpu/test_", "_gpu.py"))
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
 collect_ignore = [f"{place}{engine}{ending}" for engine in MISSING for place, ending in PLACES]
-
-# The longest files start first, so that none is left over when all others are done: first those
-# that start engines, then the others.
-LONGEST = (
-    "test_parity", "test_server", "test_lossless", "test_three_engines", "test_qwen4_exp",
-    "test_reloading", "test_distribution", "test_parsers", "test_family", "test_prefix_cache",
-    "test_on_device", "test_hostile", "test_handover", "test_graphs", "test_staged_updates",
-    "test_interrupts", "test_examples", "test_plain_steps", "test_quantised", "test_images",
-    "test_ranks", "test_nodes", "test_folder", "test_bits", "test_soak", "test_lora",
-    "test_sampling_params", "test_shapes", "test_pressure", "test_errors",
-    "test_interpreter", "test_segments", "test_paged_attention", "test_plugin",
-    "test_kernel_package", "test_traces", "test_gpu_resources", "test_gpu_benchmark", "test_cli",
-    "test_gated_delta_rule", "test_make", "test_watch", "test_benchmark_report", "test_train_tiny",
-    "test_train_tools", "test_generate", "test_qk_norm_rope", "test_sequences", "test_grouping",
-    "test_twins",
-)  # fmt: skip
 
 for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
@@ -58,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="also run the tests marked `long`, and all at full size"
     )
+    parser.addoption("--durations-to", type=Path, help="write the seconds of each file, as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,6 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
         required()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    path = config.getoption("durations_to")
+    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist: it reports
+        config.pluginmanager.register(Durations(path))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -85,8 +74,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first; without --long, tests marked `long` are deselected."""
-    order = {stem: place for place, stem in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    order = {name: place for place, name in enumerate(longest())}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     if config.getoption("long"):
         return
     left_out = [item for item in items if item.get_closest_marker("long")]

@@ -1,4 +1,4 @@
-"""The package without its extras: a copy of the tree, which processes import in place of ours."""
+"""A copy of the tree, without extras or with a bug, which processes import in place of ours."""
 
 import os
 import shutil
@@ -20,12 +20,23 @@ sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in type(eac
 
 def copy_without(folder: Path) -> dict[str, str]:
     """Copy all but the extras; the environment in which processes import the copy."""
+    copy_tree(folder)
+    shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
+    return imported_first(folder)
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copy the tree to a folder of a new one; returns it."""
     left_out = shutil.ignore_patterns("__pycache__")
     for name in ("qwen3next_plugin", "kernels", "mtp", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=left_out)
-    shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
-    for name in ("pyproject.toml", "CONTRIBUTING.md"):
+    for name in ("pyproject.toml", "CONTRIBUTING.md", "CMakeLists.txt"):
         shutil.copy(ROOT / name, folder / "tree")
+    return folder / "tree"
+
+
+def imported_first(folder: Path) -> dict[str, str]:
+    """The environment in which processes import the copy in this folder."""
     package = folder / "path" / "qwen3next_plugin"
     (package / "kernels").mkdir(parents=True)
     for source in (folder / "tree" / "qwen3next_plugin").iterdir():
