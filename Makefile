@@ -215,6 +215,7 @@ WHEEL  := .venv-wheel-$(THE_ENGINE)
 AWAY   := build/away-$(THE_ENGINE)
 SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layering.py test_docs.py \
   test_workflows.py test_commands.py engines/sglang/test_commands.py \
+  extras/command_line/test_checkout.py extras/pack/test_checkout.py \
   kernels/test_interpreter.py)
 ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths='$(TESTS_$(THE_ENGINE))' $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang

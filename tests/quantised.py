@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import write_checkpoint
-from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import read_config
+from qwen3next_plugin.model.checkpoint.sizes import served_dtype
 from qwen3next_plugin.model.quantisation import rounding
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import ConfigError, read_config
+from qwen3next_plugin.model.checkpoint.sizes import served_dtype
 from qwen3next_plugin.model.checkpoint.units import readable
 
 
