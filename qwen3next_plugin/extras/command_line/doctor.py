@@ -9,15 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from qwen3next_plugin import env
+from qwen3next_plugin.engines.extras import FOLDER, PACKAGE
 from qwen3next_plugin.extras.command_line.machine import FLAGS, machine
 from qwen3next_plugin.extras.command_line.report import Finding, print_report
-from qwen3next_plugin.verdicts import kept
 from qwen3next_plugin.versions import (
     TESTED,
     HostVersionError,
@@ -57,7 +58,7 @@ def examine() -> Iterator[Finding]:
     if any(f.status == "broken" for f in environment):
         return  # all checks below would fail for the same reason
     yield from _kernels()
-    yield from _self_checks()
+    yield from _of_extras()
     for host in HOSTS:
         if installed(host) is not None:
             yield from _registration(host)
@@ -110,17 +111,10 @@ def _kernels() -> Iterator[Finding]:
             yield Finding("kernels", device, description)
 
 
-def _self_checks() -> Iterator[Finding]:
-    """What the last start of each kind found when it compared the kernels with their references."""
-    latest = {(v.device, v.kernels): v for v in kept()}
-    if not latest:
-        said = "none yet: an engine makes one when it first loads a model"
-        yield Finding("self-check", "kernels", said)
-    for (device, kernels), verdict in latest.items():
-        agree = "disagree" if verdict.error else "agree"
-        found = f"{kernels} kernels {agree} with their references, checked {verdict.age}"
-        status: Literal["ok", "broken"] = "broken" if verdict.error else "ok"
-        yield Finding("self-check", device, found, status, verdict.error)
+def _of_extras() -> Iterator[Finding]:
+    """What other extras say: `findings` of the `findings.py` in their folder."""
+    for path in sorted(FOLDER.glob("*/findings.py")):
+        yield from import_module(f"{PACKAGE}.{path.parent.name}.findings").findings()
 
 
 def _registration(host: str) -> Iterator[Finding]:
