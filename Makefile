@@ -216,6 +216,8 @@ WHEEL  := .venv-wheel-$(THE_ENGINE)
 AWAY   := build/away-$(THE_ENGINE)
 SOURCE := $(addprefix --ignore tests/,test_packaging.py test_make.py test_layering.py test_docs.py \
   test_workflows.py test_commands.py engines/sglang/test_commands.py \
+  extras/command_line/test_checkout.py extras/pack/test_checkout.py \
+  extras/self_check/test_other_tritons.py \
   kernels/test_interpreter.py)
 ON_WHEEL := $(CURDIR)/$(WHEEL)/bin/python -m pytest -o testpaths='$(TESTS_$(THE_ENGINE))' $(SOURCE)
 test-wheel: $(WHEEL)/.dev ## build a wheel, install it in a new environment, test it; ENGINE=sglang: with SGLang
@@ -268,7 +270,7 @@ ifdef ARGS
 	$(call ON_ARM) $(ARGS)
 else
 	$(call ON_ARM,WHEEL=$$(basename dist/*_aarch64.whl)) -q tests/test_packaging.py -k "wheel or library"
-	$(call ON_ARM,REQUIRE="dotprod i8mm") $(QUICK) tests/kernels
+	$(call ON_ARM,REQUIRE="dotprod i8mm") $(QUICK) tests/kernels tests/extras/self_check
 	$(call ON_ARM,REQUIRE=dotprod QEMU_CPU=neoverse-n1) $(QUICK) $(ARM_SOME)
 	$(call ON_ARM,QEMU_CPU=cortex-a72) $(QUICK) $(ARM_SOME)
 	$(call ON_ARM) -v --long tests/arm

@@ -5,6 +5,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 PREFIX = "QWEN3NEXT_"
 # What Kubernetes sets in each pod for a service that is named qwen3next or qwen3next-….
@@ -79,11 +82,6 @@ VARIABLES: Mapping[str, Variable] = {
         "on a CPU, how long a step may take that reads prompts while others wait for tokens;"
         " 0: chunks of the engine's size",
     ),
-    "QWEN3NEXT_SELF_CHECK": Variable(
-        ("0", "1"),
-        "1",
-        "0 starts without comparing kernels with their references, once for a machine and model",
-    ),
     "QWEN3NEXT_DISABLE": Variable(("0", "1"), "0", "1 leaves the engine untouched"),
     "QWEN3NEXT_OPTIONAL": Variable(
         ("0", "1"),
@@ -138,11 +136,6 @@ def step_seconds() -> float:
     return float(_read("QWEN3NEXT_STEP_SECONDS") or 0)
 
 
-def self_check() -> bool:
-    """Whether kernels are compared with their references before they serve."""
-    return _read("QWEN3NEXT_SELF_CHECK") != "0"
-
-
 def disabled() -> bool:
     """Whether the plugin leaves the engine untouched."""
     return _read("QWEN3NEXT_DISABLE") == "1"
@@ -155,12 +148,22 @@ def optional() -> bool:
 
 def check() -> None:
     """Raise on the first unknown variable or bad value; called once at registration."""
+    known = variables()
     for name in in_force():
-        if name not in VARIABLES:
-            nearest = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.6)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(VARIABLES)}"
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
             raise EnvError(f"{name} is not a variable of qwen3next_plugin; {hint}")
-        _read(name)
+        read(name, known[name])
+
+
+@cache
+def variables() -> Mapping[str, Variable]:
+    """The core's, and those that extras declare: `VARIABLES` in their folder's `variables.py`."""
+    found = dict(VARIABLES)
+    for path in sorted(Path(__file__).parent.glob("extras/*/variables.py")):
+        found |= import_module(f"qwen3next_plugin.extras.{path.parent.name}.variables").VARIABLES
+    return found
 
 
 def in_force() -> dict[str, str]:
@@ -170,7 +173,14 @@ def in_force() -> dict[str, str]:
 
 
 def _read(name: str) -> str | None:
-    variable = VARIABLES[name]
+    return read(name, VARIABLES[name])
+
+
+def read(name: str, variable: Variable) -> str | None:
+    """The value in force of a variable that is declared so; None: unset, without a default.
+
+    Raises: EnvError for a value that is not allowed.
+    """
     value = os.environ.get(name, variable.default)
     if value is not None and not _allows(variable, value):
         allowed = ", ".join(variable.allowed)

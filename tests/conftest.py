@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
 PLACES = (("engines/", ""), ("gpu/test_", "_gpu.py"))
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
 collect_ignore = [f"{place}{engine}{ending}" for engine in MISSING for place, ending in PLACES]
+collect_ignore_glob = [f"extras/*/{engine}" for engine in MISSING]
 
 for name in ("no_proxy", "NO_PROXY"):  # servers of tests are on this machine
     os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))

@@ -53,6 +53,12 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
+def _extra(name: str) -> bool:
+    from qwen3next_plugin.engines.extras import FOLDER
+
+    return (FOLDER / name).is_dir()
+
+
 def _stand_in() -> bool:
     """Another test may have put the stand-in on this process's path."""
     folders = [folder for folder in sys.path if not folder.endswith("/stand_in")]
@@ -110,6 +116,7 @@ NEEDS: Mapping[str, Need] = {
     "ray": Need("`make test-long` installs them", (ROOT / ".ray").exists),
     "router": Need("`make test-long` installs them", (ROOT / ".router" / "bin").exists),
     "qwen-agent": Need("`make test-long` installs them", (ROOT / ".qwen-agent" / "bin").exists),
+    "pack": Need("the extra is deleted", partial(_extra, "pack")),
     "wheel": Need("`make test-wheel` names one", lambda: "WHEEL" in os.environ),
     "stand-in": Need("`sgl_kernel` is genuine", _stand_in),
     "no-videos": Need("a decoder is installed", _no_decoder),

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import write_checkpoint
-from qwen3next_plugin.cli.plan import served_dtype
+from needs import need
 from qwen3next_plugin.config import read_config
+from qwen3next_plugin.model.checkpoint.sizes import served_dtype
 from qwen3next_plugin.model.quantisation import rounding
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
-from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
 # Quantised as the released checkpoints are: neither what is looked up, nor routers, nor the head.
 QUANTISED = re.compile(r".*(_proj|in_proj_\w+|\.fc)\.weight$")
@@ -68,6 +68,9 @@ def quantise(
 
 def pack_checkpoint(folder: Path, out: Path, asked: str | None = None) -> Path:
     """Pack a checkpoint as `qwen3next pack` does; returns the folder that is written."""
+    need("pack")
+    from qwen3next_plugin.extras.pack.writing import plan_packing, write_packed
+
     dtype = getattr(torch, served_dtype(read_config(folder)))
     write_packed(plan_packing(folder, asked, dtype), out)
     return out

@@ -1,6 +1,6 @@
 """Every command of README and docs: run, or read by what it calls, or a reason why not.
 
-Those of SGLang are read by tests/engines/sglang/test_commands.py.
+Those of SGLang are read by tests/engines/sglang/test_commands.py, ours by tests of extras.
 """
 
 import os
@@ -9,12 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from commands import ROOT, commands, of
 from needs import need
 from qwen3next_plugin import env
-from qwen3next_plugin.cli import app
 
 # By page and program.
 NOT_RUN = {
@@ -29,9 +27,6 @@ NOT_RUN = {
 }
 SGLANG = "sglang.launch_server"
 CLI = "qwen3next"
-# Commands that other tests run, and that take long or need a server.
-ELSEWHERE = {"doctor", "warmup", "watch"}
-NEXT_80B = str(ROOT / "examples" / "configs" / "Qwen3-Next-80B-A3B")
 
 
 def is_script(program: str) -> bool:
@@ -67,22 +62,6 @@ def test_make_has_the_target(command):
         ["make", "-n", *command.arguments], cwd=ROOT, env=clean, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("command", of(CLI), ids=str)
-def test_the_command_line_runs(tmp_path, monkeypatch, checkpoint, command):
-    """`plan` and `pack` of a checkpoint here; of others their options are read."""
-    monkeypatch.chdir(ROOT)
-    arguments = command.arguments
-    if arguments[0] in ELSEWHERE or arguments[:2] == ["pack", "MODEL"]:
-        arguments = [*arguments, "--help"]
-    elif arguments[0] == "plan":
-        arguments = [NEXT_80B if word == "MODEL" else word for word in arguments]
-    elif arguments[0] == "pack":
-        arguments = ["pack", str(checkpoint), str(tmp_path / "packed"), *arguments[3:]]
-    done = CliRunner().invoke(app, arguments)
-    nothing_fits = done.exit_code == 1 and "requests at once" in done.output
-    assert done.exit_code == 0 or nothing_fits, done.output
 
 
 @pytest.mark.parametrize("command", of("-c"), ids=str)

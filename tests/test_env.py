@@ -42,7 +42,6 @@ def test_every_allowed_value_is_read(monkeypatch, name, value):
         "QWEN3NEXT_MMAP": env.mmap,
         "QWEN3NEXT_NGRAM": env.ngram,
         "QWEN3NEXT_BATCH_INVARIANT": env.batch_invariant,
-        "QWEN3NEXT_SELF_CHECK": env.self_check,
         "QWEN3NEXT_DISABLE": env.disabled,
         "QWEN3NEXT_OPTIONAL": env.optional,
     }[name]()

@@ -16,6 +16,7 @@ from benchmarks.chain_model import answer_of
 from benchmarks.full import limits, measure, model
 from benchmarks.peers import gguf_model
 from benchmarks.report import RedCheckError, Run
+from needs import needs
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
 from qwen3next_plugin.model.checkpoint.reading import parameters
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors, trunk_tensors
@@ -73,6 +74,7 @@ def test_models_are_what_engines_load(small, tmp_path, kind):
     assert (folder / "config.json").stat().st_mtime_ns == before
 
 
+@needs("pack")
 def test_a_model_is_packed_once(small, tmp_path):
     folder = model.full_model(tmp_path / "int4", SIZE, "int4", 4)
     packed = measure.pack(folder)

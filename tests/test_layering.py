@@ -44,10 +44,10 @@ ENGINE_FILES = {  # of every engine
     *("speculation/worker.py", "speculation/drafter.py"),
 }
 ABOVE = {  # folder → what it must not import, of ours
-    "kernels": {"engines", "model", "mtp", "versions", "cli", "config"},
-    "mtp": {"engines", "cli"},
-    "qwen3next_plugin/model": {"engines", "mtp", "cli"},
-    "qwen3next_plugin/config": {"engines", "model", "mtp", "kernels", "cli"},
+    "kernels": {"engines", "model", "mtp", "versions", "cli", "commands", "config"},
+    "mtp": {"engines", "cli", "commands"},
+    "qwen3next_plugin/model": {"engines", "mtp", "cli", "commands"},
+    "qwen3next_plugin/config": {"engines", "model", "mtp", "kernels", "cli", "commands"},
 }
 
 

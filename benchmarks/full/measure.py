@@ -24,7 +24,6 @@ from benchmarks.peers.decode import THEIRS, llama_worker, versions, with_ratios
 from benchmarks.peers.gguf_model import gguf_model
 from benchmarks.report import Record, RedCheckError, Run, console
 from benchmarks.worker import Worker, started
-from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 
 BATCHES, PROMPTS, ANSWER = (1, 4, 8), (1024, 8192), 64
 TURNS, PER_TURN = 2, 2  # of the engines, and rounds in each
@@ -145,6 +144,8 @@ def ready(
 
 def pack(model: Path) -> Path:
     """The model as `qwen3next pack` writes it, beside it; once."""
+    from qwen3next_plugin.extras.pack.writing import plan_packing, write_packed
+
     out = model.with_name(f"{model.name}-packed")
     if not out.exists():
         plan = plan_packing(model, None, torch.bfloat16)

@@ -21,9 +21,9 @@ from triton.compiler import CompiledKernel
 
 from benchmarks.block_model import CONFIG
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.extras.command_line.launches import Launches
 from qwen3next_plugin.kernels.gpu.compiling import compiling_for
 from qwen3next_plugin.kernels.gpu.configs import CONFIGS
-from qwen3next_plugin.model.launches import Launches
 
 PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- gpu_resources: begin -->\n", "<!-- gpu_resources: end -->\n"

@@ -1,7 +1,8 @@
 """Extras: features that the package can do without, in folders that may be deleted.
 
 The core names none of them. An extra has a folder for each engine that it adds to, below
-`qwen3next_plugin/extras/<extra>/`, whose `ADDS` says what.
+`qwen3next_plugin/extras/<extra>/`, whose `ADDS` says what. What it adds for any engine is in files
+of that folder: commands (`commands.py`), environment variables (`variables.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -9,10 +10,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen3next_plugin.config import Qwen3NextConfig
+    from qwen3next_plugin.model.state import PageLayout
 
 PACKAGE = "qwen3next_plugin.extras"
 FOLDER = Path(__file__).parents[1] / "extras"
+Log = Callable[[str], None]  # takes a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +29,8 @@ class Additions:
 
     patches: tuple[str, ...] = ()  # modules with patches, in its folder
     check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
+    # of a rank's config, its page and device, before the model is made
+    before_load: "Callable[[Qwen3NextConfig, PageLayout, torch.device, Log], None] | None" = None
 
 
 @cache
@@ -49,3 +59,16 @@ def check_flags(engine: str, flags: Any) -> None:
     for adds in additions(engine).values():
         if adds.check is not None:
             adds.check(flags)
+
+
+def before_load(
+    engine: str,
+    config: "Qwen3NextConfig",
+    page: "PageLayout",
+    device: "torch.device",
+    log: Log,
+) -> None:
+    """Let all extras check what a rank is about to serve; raises what they raise."""
+    for adds in additions(engine).values():
+        if adds.before_load is not None:
+            adds.before_load(config, page, device, log)

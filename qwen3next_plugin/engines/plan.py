@@ -1,7 +1,7 @@
 """What a model takes on one rank under an engine's flags, and how many requests fit."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, TypeVar
@@ -13,7 +13,6 @@ from qwen3next_plugin.model.checkpoint.units import readable
 
 GIB = 2**30
 StateDtype = Literal["float32", "bfloat16"]  # as STATE_DTYPES of model/state.py
-TableRow = tuple[str, int, str]  # what, bytes, a note
 P = TypeVar("P", bound="Plan")
 
 
@@ -106,29 +105,10 @@ class Plan(ABC):
             f"(QWEN3NEXT_QUANTISE=int4) or on more ranks, or set {setting} if you know better"
         )
 
-    @abstractmethod
-    def rows(self) -> Iterator[TableRow]:
-        """The engine's units of memory, for a table."""
-
     @property
     def concurrency(self) -> int:
         """Requests of max_model_len tokens that run at once."""
         return min(self.flags.max_num_seqs, self.fits)
-
-    @property
-    def bound(self) -> str:
-        """What limits the concurrency, and the fix if it is 0."""
-        fits, flags = self.fits, self.flags
-        if (weights := sum(self.weights.values())) >= flags.memory:
-            return (
-                f"the weights: {readable(weights)} do not fit in {readable(flags.memory)}; use more"
-                " ranks (--tp), fewer bits, or more memory (--memory)"
-            )
-        if not fits:
-            return self.shortage()
-        if fits >= flags.max_num_seqs:
-            return f"--max-num-seqs: the memory would hold {fits} requests of this length"
-        return f"memory: {fits} of the {flags.max_num_seqs} requests of --max-num-seqs fit"
 
 
 def make_plan(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from typer.testing import CliRunner
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.server import Server
 from family import FAMILY
-from qwen3next_plugin.cli import app
+from plans import flags
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.engines.plan import P, make_plan
 
 ORIGINAL = 512
 REACH = 4 * ORIGINAL
@@ -85,16 +85,11 @@ def _numbers(config: Qwen3NextConfig) -> dict[str, Any]:
     return {name: value for name, value in parameters if not name.startswith("mrope_")}
 
 
-def planned(
-    folder: Path, engine: str, tokens: int, drafts: int, dtype: str = "float32"
-) -> dict[str, Any]:
-    """What `qwen3next plan` says of a request of so many tokens."""
-    yarn = ("--rope-scaling", json.dumps(YARN | {"original_max_position_embeddings": tokens}))
-    shape = ("--engine", engine, "--context", tokens, "--num-speculative-tokens", drafts)
-    flags = ("--dtype", dtype, "--memory", 8, "--json")
-    done = CliRunner().invoke(app, [*map(str, ("plan", folder, *yarn, *shape, *flags))])
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+def planned(engine: type[P], folder: Path, tokens: int, drafts: int, dtype: str = "float32") -> P:
+    """What a request of so many tokens takes."""
+    config = Qwen3NextConfig.from_hf(read_config(folder))
+    asked = flags(max_model_len=tokens, num_speculative_tokens=drafts, dtype=dtype)
+    return make_plan(engine, config, {}, asked)
 
 
 def needle_prompt(length: int) -> tuple[int, ...]:

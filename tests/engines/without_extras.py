@@ -8,6 +8,8 @@ from pathlib import Path
 
 import qwen3next_plugin.kernels
 from engines.server import Server
+from qwen3next_plugin import env
+from qwen3next_plugin.commands import commands
 from qwen3next_plugin.kernels.native import LIBRARY
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,8 @@ sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in type(eac
 def copy_without(folder: Path) -> dict[str, str]:
     """Copy all but the extras; the environment in which processes import the copy."""
     copy_tree(folder)
-    shutil.rmtree(folder / "tree" / "qwen3next_plugin" / "extras")
+    for name in ("qwen3next_plugin", "tests"):
+        shutil.rmtree(folder / "tree" / name / "extras")
     return imported_first(folder)
 
 
@@ -55,6 +58,24 @@ def imported_first(folder: Path) -> dict[str, str]:
 def _library() -> Path:
     folders = [Path(folder) for folder in qwen3next_plugin.kernels.__path__]
     return next(folder / LIBRARY for folder in folders if (folder / LIBRARY).exists())
+
+
+def check_refusals(folder: Path) -> None:
+    """Variables and commands of extras are refused by name in a copy without them."""
+    without = os.environ | copy_without(folder) | {"COLUMNS": "200"}
+
+    def said(code: str, *arguments: str, **variables: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=without | variables, capture_output=True, text=True)
+        assert done.returncode != 0
+        return done.stderr
+
+    for name in env.variables().keys() - env.VARIABLES.keys():
+        refused = said("from qwen3next_plugin import env; env.check()", **{name: "1"})
+        assert f"{name} is not a variable of qwen3next_plugin" in refused
+    for command in commands():
+        refused = said("from qwen3next_plugin.cli import app; app()", command.name)
+        assert f"No such command '{command.name}': no extra in" in refused
 
 
 def check_answers(server: Server) -> None:

@@ -8,13 +8,9 @@ from pathlib import Path
 import interpreter
 import pytest
 
-from tiers import long_except
-
 ROOT = Path(__file__).parents[2]
 INSTALLED = sorted((ROOT / ".triton").glob("*/.installed"))  # by `make test`
 VERSIONS = [path.parent for path in INSTALLED]
-# The others than the oldest and the installed one are tested with --long.
-OLDEST_FIRST = long_except(VERSIONS[:1], VERSIONS)
 
 
 def test_mended():
@@ -52,16 +48,3 @@ def test_kernels_under_another_triton(version):
     ignored = "--ignore=tests/kernels/test_interpreter.py"
     said = under(version, "-m", "pytest", "-q", "tests/kernels", ignored, "-k", "triton")
     assert " passed" in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", OLDEST_FIRST, ids=lambda path: path.name)
-def test_compiled_by_another_triton(version, tmp_path, size):
-    """With --long for every architecture."""
-    start = "from qwen3next_plugin.cli import app; app()"
-    command = ("-c", start, "warmup", "examples/qwen3next-tiny", "--num-speculative-tokens", "2")
-    architectures = size(("sm_90",), ("sm_80", "sm_90", "sm_100", "gfx942"))
-    chosen = size(("--arch", "sm_90"), ())
-    said = under(version, *command, *chosen, TRITON_CACHE_DIR=str(tmp_path), COLUMNS="300")
-    assert all(f"{arch}: " in said for arch in architectures)
-    assert f"Triton {version.name} has them" in said

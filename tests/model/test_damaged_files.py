@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from checkpoints import BASE, write_checkpoint
 from damage import damaged, header_of, little_memory, write_file
 from quantised import write_quantised
-from qwen3next_plugin.cli import app
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
@@ -296,32 +294,3 @@ def test_a_damaged_adapter_is_named(tmp_path, settings, message):
     write_file(tmp_path / "adapter_model.safetensors", {"a": 3} if settings else {}, 0)
     with pytest.raises(adapters.AdapterError, match=message):
         adapters.check_stored(tmp_path, CONFIG)
-
-
-# qwen3next plan -----------------------------------------------------------------------------------
-
-
-def plan(folder: Path) -> None:
-    """It prints a plan, or one line, and ends; any other error is raised again."""
-    done = CliRunner().invoke(app, ["plan", str(folder), "--memory", "4"])
-    if not isinstance(done.exception, SystemExit | None):
-        raise done.exception
-    if done.stderr:
-        assert done.exit_code == 1
-        assert done.stderr.startswith("qwen3next: ")
-
-
-@settings(deadline=None, max_examples=60)
-@given(part=st.sampled_from(["config.json", INDEX, MODEL]), data=st.data())
-def test_plan_of_a_damaged_checkpoint(whole, folder, document, part, data):
-    for name in ("config.json", INDEX, MODEL):
-        (folder / name).write_bytes((whole / name).read_bytes())
-    header, size = document
-    if part == MODEL:
-        write_file(folder / MODEL, data.draw(damaged(header)), size)
-    else:
-        raw = json.loads((whole / part).read_text())
-        (folder / part).write_text(json.dumps(data.draw(damaged(raw))))
-    with little_memory():
-        plan(folder)
-    (folder / INDEX).unlink()

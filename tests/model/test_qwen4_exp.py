@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3next_plugin.config import Qwen3NextConfig, read_config
+from qwen3next_plugin.extras.command_line.sizes import table_bytes
 from qwen3next_plugin.kernels.ngram_embedding import ngram_embedding
 from qwen3next_plugin.kernels.step import Step
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.reading import check_stored
-from qwen3next_plugin.model.checkpoint.sizes import table_bytes
 from qwen3next_plugin.model.checkpoint.tensors import loaded_tensors, trunk_tensors
 from qwen3next_plugin.model.ngrams import hashing
 from qwen3next_plugin.model.ple import open_table

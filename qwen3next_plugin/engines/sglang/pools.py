@@ -1,12 +1,10 @@
 """How SGLang lays out state and KV: a pool of slots beside a pool of tokens."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.plan import Plan, TableRow
-from qwen3next_plugin.model.checkpoint.units import readable
+from qwen3next_plugin.engines.plan import Plan
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
 STATE_TO_KV = 0.9  # the default of --mamba-full-memory-ratio
@@ -73,12 +71,3 @@ class Pools(Plan):
             f"--max-model-len: one request needs {self.flags.max_model_len} tokens and"
             f" {self.tokens} fit; lower it to {self.tokens} tokens"
         )
-
-    def rows(self) -> Iterator[TableRow]:
-        yield (
-            "slots",
-            (self.slots + 1) * self.slot_bytes,
-            f"{self.slots}, {self.slots_per_request} a request",
-        )
-        yield "tokens", self.tokens * self.kv_bytes_per_token, f"{self.tokens:,}"
-        yield "memory", self.flags.memory, f"{readable(self.spare)} next to the weights"

@@ -1,12 +1,11 @@
 """How vLLM lays out state and KV: blocks of one size, shared by groups of layers."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines.plan import Plan, TableRow
+from qwen3next_plugin.engines.plan import Plan
 
 ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
 
@@ -83,12 +82,3 @@ class Blocks(Plan):
             f"--max-model-len: one request needs {self.blocks_per_request} blocks and"
             f" {self.blocks} fit; lower it to {self.longest} tokens"
         )
-
-    def rows(self) -> Iterator[TableRow]:
-        yield "block", self.block_bytes, f"{self.block_tokens} tokens, or one state page a layer"
-        yield (
-            f"[bold]request of {self.flags.max_model_len:,} tokens[/]",
-            self.blocks_per_request * self.block_bytes,
-            f"{self.blocks_per_request} blocks, {self.state_blocks} of them state",
-        )
-        yield "memory", self.flags.memory, f"{self.blocks} blocks next to the weights"

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
 
-from qwen3next_plugin.model.checkpoint.headers import read_header, read_index, weight_files
+from qwen3next_plugin.model.checkpoint.headers import Header, read_header, read_index, weight_files
 
 STORED_DTYPES = {  # by their names in safetensors files
     "F64": torch.float64,
@@ -23,6 +24,11 @@ STORED_DTYPES = {  # by their names in safetensors files
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def nbytes(header: Header) -> int:
+    """Bytes of a tensor."""
+    return prod(header.shape) * STORED_DTYPES[header.dtype].itemsize
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,5 +5,5 @@ In the order of the data: `schemes`, how files store a module; `format`, how our
 puts a weight; `plain`, modules of a GPU that have none; `files`, all of these from a folder. Then
 `packed`, the bytes that kernels read, and `layers`, what engines load and pack.
 
-`stacked`, `in_panels`: what is packed in files, and their format; `source`, `writing`: making them.
+`stacked`, `in_panels`: what is packed in files, and their format.
 """

@@ -40,13 +40,12 @@ from qwen3next_plugin.kernels.linear.packed_weight import (
 )
 from qwen3next_plugin.model.checkpoint.contents import mapped, read
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
+from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES, nbytes
 from qwen3next_plugin.model.checkpoint.headers import Place, read_index, read_places, weight_files
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, holder
 from qwen3next_plugin.model.checkpoint.mapped import giving_back
 from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING, all_tensors
-from qwen3next_plugin.model.checkpoint.writing import nbytes
 from qwen3next_plugin.model.quantisation.format import InPanels
 from qwen3next_plugin.model.quantisation.modules import Formats, Stored, Stream
 from qwen3next_plugin.model.quantisation.original import refuse_changed

@@ -25,6 +25,7 @@ from engines.long_context import (
 )
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines.sglang.pools import Pools
 
 LONG = {"rope_scaling": YARN}
 
@@ -176,11 +177,11 @@ def test_long_prompts_over_http(tmp_path, reference, tokens, dtype):
     assert [len(found.token_ids) for found in answers] == [answer]
     assert all(-20 < logprob <= 0 for logprob in answers[0].logprobs)  # no NaN, nothing absurd
     assert set(gauge.seen[pages]) <= {0, LINEAR_LAYERS}
-    plan = planned(folder, "sglang", tokens, drafts, dtype)
+    plan = planned(Pools, folder, tokens, drafts, dtype)
     pool = memory["sglang:kv_cache_memory_usage_gb"] * 2**30  # without the drafter's layer
     used = pool * max(gauge.seen[usage]) / memory["sglang:max_total_num_tokens"]
-    assert plan["attention_layers"] == 2
-    assert used == pytest.approx(plan["kv_bytes_per_layer"] * tokens, rel=0.02)
+    assert plan.attention_layers == 2
+    assert used == pytest.approx(plan.kv_bytes_per_layer * tokens, rel=0.02)
     if dtype == "float32":
         yarn = YARN | {"original_max_position_embeddings": tokens}
         check_greedy(reference(with_yarn(folder, tmp_path / "yarn", yarn)), [prompt], answers)

@@ -30,6 +30,7 @@ from engines.long_context import (
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import Forked
+from qwen3next_plugin.engines.vllm.blocks import Blocks
 
 RELEASED = Path(__file__).parents[3] / "examples" / "configs"
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
@@ -218,9 +219,9 @@ def test_the_longest_native_prompt_over_http(tmp_path, reference):
     finally:
         server.close()
     assert set(gauge.seen[pages]) <= {0, LINEAR_LAYERS, 2 * LINEAR_LAYERS}
-    plan = planned(folder, "vllm", tokens, DRAFTS["num_speculative_tokens"])
+    plan = planned(Blocks, folder, tokens, DRAFTS["num_speculative_tokens"])
     used = max(gauge.seen[usage]) * (int(blocks) - 1)  # less the null block
-    assert used == pytest.approx(plan["blocks_per_request"], rel=0.02)
+    assert used == pytest.approx(plan.blocks_per_request, rel=0.02)
     assert len(choice.token_ids) == answer
     likeliest, logprobs = reference(with_yarn(folder, tmp_path / "yarn", yarn)).greedy_logprobs(
         prompt + tuple(choice.token_ids)

@@ -4,7 +4,7 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.vllm.server import Server
-from engines.without_extras import check_answers, check_suite, copy_without
+from engines.without_extras import check_answers, check_refusals, check_suite, copy_without
 
 FLAGS = (
     "--dtype",
@@ -15,12 +15,19 @@ FLAGS = (
     '{"method": "mtp", "num_speculative_tokens": 2}',
     "--enforce-eager",
 )
-TESTS = ("tests/test_layering.py", "tests/engines/vllm/test_contract.py")
+TESTS = (
+    *("tests/test_layering.py", "tests/test_cli.py", "tests/test_env.py"),
+    "tests/engines/vllm/test_contract.py",
+)
 LISTS = "test_lists_of_patches_are_up_to_date"  # which name the extras'
 
 
 def test_the_contract_without_extras(tmp_path):
     check_suite(tmp_path, *TESTS, "-k", f"not {LISTS}")
+
+
+def test_what_extras_have_is_refused(tmp_path):
+    check_refusals(tmp_path)
 
 
 @pytest.mark.serve

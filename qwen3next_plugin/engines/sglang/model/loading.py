@@ -11,6 +11,7 @@ from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
@@ -31,7 +32,6 @@ from qwen3next_plugin.model.quantisation.blanks import Blanks
 from qwen3next_plugin.model.quantisation.layers import Ranks, attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packing import Packer
-from qwen3next_plugin.model.self_check import check_kernels
 
 # A stacked projection's parts, by the names that quantisation configs use.
 PACKED_MODULES = {
@@ -61,7 +61,7 @@ class OurModel(nn.Module):
         layout = page_layout(hf_config.get_text_config())
         device = torch.get_default_device()
         dispatch.load(device.type)
-        check_kernels(self.config, layout, device, logger.info)
+        extras.before_load("sglang", self.config, layout, device, logger.info)
         self.blanks: Blanks | None = None  # to load it again
         self.quantised = quant_config is not None
         self.formats = served_formats(quant_config)

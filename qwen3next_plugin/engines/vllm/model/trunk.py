@@ -37,6 +37,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.vllm.cpu import page_copy
 from qwen3next_plugin.engines.vllm.cpu.quantisation import (
     own_rank,
@@ -69,7 +70,6 @@ from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.quantisation.layers import attacher
 from qwen3next_plugin.model.quantisation.modules import served_formats
 from qwen3next_plugin.model.quantisation.packing import Packer
-from qwen3next_plugin.model.self_check import check_kernels
 
 logger = init_logger(LOGGER)
 
@@ -188,7 +188,7 @@ class Qwen3NextForCausalLM(
         _change_host(vllm_config)
         dispatch.load(current_platform.device_type)
         layout = largest_page(self.config, vllm_config)
-        check_kernels(self.config, layout, torch.get_default_device(), logger.info)
+        extras.before_load("vllm", self.config, layout, torch.get_default_device(), logger.info)
         self.model = self.model_class(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = make_lm_head(
             self.config, vllm_config, prefix, embedding=self.model.embed_tokens

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, quantization_of
+from qwen3next_plugin.extras.pack.files import DTYPES, Planned
 from qwen3next_plugin.kernels.linear import PackedWeight, stack
 from qwen3next_plugin.kernels.linear.packed_weight import BLOCK, PANEL, packed_shapes
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
@@ -27,7 +28,6 @@ from qwen3next_plugin.model.checkpoint.layouts import (
     our_names,
 )
 from qwen3next_plugin.model.checkpoint.mapped import giving_back
-from qwen3next_plugin.model.checkpoint.writing import DTYPES, Planned
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.in_panels import is_packed

@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
+from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES, nbytes
 from qwen3next_plugin.model.checkpoint.headers import Header
 
 ALIGNMENT = 4096  # of a file's first tensor
@@ -32,11 +31,6 @@ class Planned(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(map(nbytes, self.tensors.values()))
-
-
-def nbytes(header: Header) -> int:
-    """Bytes of a tensor."""
-    return prod(header.shape) * STORED_DTYPES[header.dtype].itemsize
 
 
 @contextmanager

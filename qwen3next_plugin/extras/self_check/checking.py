@@ -16,12 +16,13 @@ from torch import Tensor
 import qwen3next_plugin.kernels
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.extras.self_check.cases import Draw, Run, Served, cases, run_bad_row
+from qwen3next_plugin.extras.self_check.qwen4_exp import qwen4_exp_cases
+from qwen3next_plugin.extras.self_check.variables import self_check
+from qwen3next_plugin.extras.self_check.verdicts import Verdict, passed
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gpu import faults
-from qwen3next_plugin.model.self_check.cases import Draw, Run, Served, cases, run_bad_row
-from qwen3next_plugin.model.self_check.qwen4_exp import qwen4_exp_cases
 from qwen3next_plugin.model.state import PageLayout
-from qwen3next_plugin.verdicts import Verdict, passed
 
 # On |out - ref| / |ref| of each vector (last dim); Triton multiplies fp32 in three parts of tf32,
 # and bf16 as it is: tests/tolerances.py has what was measured.
@@ -44,7 +45,7 @@ def check_kernels(
     Raises:
         KernelError: the first that disagrees, with its sizes, the deviation and the ways out.
     """
-    if not env.self_check() or env.kernels() == "reference":
+    if not self_check() or env.kernels() == "reference":
         return
     served = Served(config, layout, device)
     subject = _subject(served)

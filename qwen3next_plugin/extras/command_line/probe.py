@@ -1,6 +1,6 @@
 """Checks that `doctor` runs in a separate process, because they may abort it.
 
-`python -m qwen3next_plugin.cli.probe kernels` (`vllm`, `sglang`) prints one line of JSON, or fails.
+`python -m …probe kernels` (`vllm`, `sglang`) prints one line of JSON, or fails.
 """
 
 import json

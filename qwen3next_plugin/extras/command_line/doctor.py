@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.machine import FLAGS, machine
-from qwen3next_plugin.verdicts import kept
+from qwen3next_plugin.engines.extras import FOLDER, PACKAGE
+from qwen3next_plugin.extras.command_line.machine import FLAGS, machine
+from qwen3next_plugin.extras.command_line.report import Finding, print_report
 from qwen3next_plugin.versions import (
     TESTED,
     HostVersionError,
@@ -32,17 +34,6 @@ SHARED_MEMORY = Path("/dev/shm")
 MESSAGES_MIB = 240  # that vLLM asks of it for the messages of its processes
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. Only `broken` makes the command fail."""
-
-    section: str
-    subject: str
-    found: str
-    status: Literal["ok", "note", "broken"] = "ok"
-    fix: str = ""
-
-
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -54,7 +45,7 @@ def doctor(
             json.dumps({"ok": not broken, "findings": list(map(asdict, findings))}, indent=2)
         )
     else:
-        _print(findings)
+        print_report(findings)
     if broken:
         raise typer.Exit(1)
 
@@ -67,7 +58,7 @@ def examine() -> Iterator[Finding]:
     if any(f.status == "broken" for f in environment):
         return  # all checks below would fail for the same reason
     yield from _kernels()
-    yield from _self_checks()
+    yield from _of_extras()
     for host in HOSTS:
         if installed(host) is not None:
             yield from _registration(host)
@@ -120,17 +111,10 @@ def _kernels() -> Iterator[Finding]:
             yield Finding("kernels", device, description)
 
 
-def _self_checks() -> Iterator[Finding]:
-    """What the last start of each kind found when it compared the kernels with their references."""
-    latest = {(v.device, v.kernels): v for v in kept()}
-    if not latest:
-        said = "none yet: an engine makes one when it first loads a model"
-        yield Finding("self-check", "kernels", said)
-    for (device, kernels), verdict in latest.items():
-        agree = "disagree" if verdict.error else "agree"
-        found = f"{kernels} kernels {agree} with their references, checked {verdict.age}"
-        status: Literal["ok", "broken"] = "broken" if verdict.error else "ok"
-        yield Finding("self-check", device, found, status, verdict.error)
+def _of_extras() -> Iterator[Finding]:
+    """What other extras say: `findings` of the `findings.py` in their folder."""
+    for path in sorted(FOLDER.glob("*/findings.py")):
+        yield from import_module(f"{PACKAGE}.{path.parent.name}.findings").findings()
 
 
 def _registration(host: str) -> Iterator[Finding]:
@@ -184,7 +168,7 @@ def _needs_of_vllm() -> Iterator[Finding]:
 def _ask(question: str) -> dict[str, str] | str:
     """The answer of a probe process, or why it gave none."""
     # -P: the current folder may hold the sources, which lack the compiled kernels.
-    command = [sys.executable, "-P", "-m", "qwen3next_plugin.cli.probe", question]
+    command = [sys.executable, "-P", "-m", "qwen3next_plugin.extras.command_line.probe", question]
     try:
         done = subprocess.run(
             command,
@@ -201,27 +185,3 @@ def _ask(question: str) -> dict[str, str] | str:
     if done.returncode or not lines:
         return lines[-1] if lines else f"exit status {done.returncode}"
     return json.loads(lines[-1])
-
-
-def _print(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
-
-    colours = {"ok": "green", "note": "yellow", "broken": "bold red"}
-    what, found = Column("what", no_wrap=True), Column("found", overflow="fold")  # never cut
-    table = Table("", what, found, "", title="qwen3next doctor")
-    previous = None
-    for f in findings:
-        if previous not in (None, f.section):
-            table.add_section()
-        status = f"[{colours[f.status]}]{f.status}[/]"
-        table.add_row(
-            "" if f.section == previous else f.section, f.subject, escape(f.found), status
-        )
-        previous = f.section
-    console = Console()
-    console.print(table)
-    for f in findings:
-        if f.fix:
-            console.print(f"[bold]{f.subject}[/]: {escape(f.fix)}", highlight=False)

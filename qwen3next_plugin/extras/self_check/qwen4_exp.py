@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3next_plugin.extras.self_check.cases import TOKENS, Case, Draw, Outputs, Run, Served
 from qwen3next_plugin.kernels.draft_head import quantise_channels
 from qwen3next_plugin.kernels.hyper_connection import HyperConnectionWeights, takes_packed
 from qwen3next_plugin.kernels.linear import PackedWeight, pack_bf16, pack_int8
@@ -13,7 +14,6 @@ from qwen3next_plugin.kernels.ngram_embedding import NgramTable
 from qwen3next_plugin.kernels.ple_gate import PLENorms
 from qwen3next_plugin.kernels.step import Step
 from qwen3next_plugin.model.ngrams import hashing
-from qwen3next_plugin.model.self_check.cases import TOKENS, Case, Draw, Outputs, Run, Served
 
 ROWS = (3, 20)  # tokens of each, in two steps
 

@@ -18,8 +18,14 @@ from rich.console import Console
 
 from engines.dashboard import check_dashboard, queries
 from patience import run
-from qwen3next_plugin.cli.metrics_page import ENGINES, MetricsError, Reading, parse, read
-from qwen3next_plugin.cli.watch import figures, table
+from qwen3next_plugin.extras.command_line.metrics_page import (
+    ENGINES,
+    MetricsError,
+    Reading,
+    parse,
+    read,
+)
+from qwen3next_plugin.extras.command_line.watch import figures, table
 
 PAGES = Path(__file__).with_name("metrics_pages")
 NAMES = {engine.prefix.rstrip(":"): engine.name for engine in ENGINES}

@@ -20,20 +20,20 @@ from damage import SLIGHT, slightly_changed
 from examples.qwen3_5_layout import rewrite
 from quantised import AT_LOAD, KINDS, MIXED, int8_by_row, pack_checkpoint, quantise, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.extras.command_line.sizes import tensor_bytes
+from qwen3next_plugin.extras.pack import writing
+from qwen3next_plugin.extras.pack.writing import plan_packing, write_packed
 from qwen3next_plugin.kernels.linear import PackedWeight, unpack
 from qwen3next_plugin.model.checkpoint import contents
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.headers import INDEX, read_places, weight_files
 from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
-from qwen3next_plugin.model.checkpoint.sizes import tensor_bytes
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
-from qwen3next_plugin.model.quantisation import writing
 from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels, check_in_panels
 from qwen3next_plugin.model.quantisation.layers import LinearMethod, Ranks
 from qwen3next_plugin.model.quantisation.original import RECORD
 from qwen3next_plugin.model.quantisation.stacked import stacked_weights
-from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
 from qwen4_exp_quantised import write_split
 
 # Two blocks of columns, the second one not full.

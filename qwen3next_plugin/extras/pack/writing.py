@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen3next_plugin.config import ConfigError, check_name, read_config
+from qwen3next_plugin.extras.pack.files import Planned, Wrote, written
+from qwen3next_plugin.extras.pack.source import Source
 from qwen3next_plugin.model.checkpoint.headers import INDEX
 from qwen3next_plugin.model.checkpoint.progress import Say
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 from qwen3next_plugin.model.checkpoint.units import readable
-from qwen3next_plugin.model.checkpoint.writing import Planned, Wrote, written
 from qwen3next_plugin.model.quantisation.files import unquantised
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.in_panels import METHOD, VERSION
 from qwen3next_plugin.model.quantisation.original import RECORD, changed, record
-from qwen3next_plugin.model.quantisation.source import Source
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".msgpack"}
 NOT_COPIED = ("config.json", INDEX, "quantize_config.json", "hf_quant_config.json")

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import ConfigError, read_config
+from qwen3next_plugin.model.checkpoint.sizes import served_dtype
 from qwen3next_plugin.model.checkpoint.units import readable
 
 
@@ -31,7 +31,7 @@ def pack(
     dtype = served_dtype(read_config(model))
     import torch
 
-    from qwen3next_plugin.model.quantisation.writing import plan_packing, write_packed
+    from qwen3next_plugin.extras.pack.writing import plan_packing, write_packed
 
     torch.set_num_threads(1)  # of an op; experts are packed side by side
     planned = plan_packing(model, quantise, getattr(torch, dtype))

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.machine import machine
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -21,22 +20,23 @@ from qwen3next_plugin.config import (
     read_config,
     rope,
 )
-from qwen3next_plugin.engines.memory import granted, mapped_bytes
-from qwen3next_plugin.engines.plan import GIB, Flags, P, Plan, StateDtype, make_plan
+from qwen3next_plugin.engines.memory import mapped_bytes
+from qwen3next_plugin.engines.plan import GIB, Flags, Plan, StateDtype, make_plan
 from qwen3next_plugin.engines.sglang.pools import Pools
 from qwen3next_plugin.engines.vllm.blocks import Blocks
-from qwen3next_plugin.model.checkpoint.sizes import (
-    DTYPES,
-    parameters,
-    part_of,
-    table_bytes,
-    tensor_bytes,
+from qwen3next_plugin.extras.command_line.machine import machine
+from qwen3next_plugin.extras.command_line.plan_tables import (
+    bound,
+    by_default,
+    print_formats,
+    print_plan,
 )
-from qwen3next_plugin.model.checkpoint.units import readable
+from qwen3next_plugin.extras.command_line.sizes import table_bytes, tensor_bytes
+from qwen3next_plugin.model.checkpoint.sizes import parameters, part_of, served_dtype
 
 ENGINES: Mapping[str, type[Blocks | Pools]] = {"vllm": Blocks, "sglang": Pools}
 # Properties of each plan that --json has beside its fields.
-DERIVED = ("bound", "concurrency", "fits", "kv_bytes_per_token", "spare", "state_bytes_per_slot")
+DERIVED = ("concurrency", "fits", "kv_bytes_per_token", "spare", "state_bytes_per_slot")
 DERIVED_OF_ENGINE: Mapping[type[Plan], tuple[str, ...]] = {
     Blocks: (
         *("group", "block_tokens", "block_bytes", "state_blocks", "kv_blocks_each"),
@@ -133,8 +133,8 @@ def plan(
         summary = {name: _summary(each) for name, each in named.items()}
         typer.echo(json.dumps(facts | _as_dict(result) | {"formats": summary}, indent=2))
     else:
-        _print(model, config, result, facts)
-        _print_formats(named)
+        print_plan(model, config, result, facts)
+        print_formats(named)
     if not result.concurrency:
         raise typer.Exit(1)
 
@@ -166,16 +166,6 @@ def _max_model_len(config: Qwen3NextConfig, asked: int | None) -> int:
     return asked or config.max_length
 
 
-def served_dtype(raw: Mapping[str, Any]) -> str:
-    """The dtype that a config says the checkpoint is served in."""
-    text = raw.get("text_config") or {}
-    named = (level.get(key) for level in (text, raw) for key in ("dtype", "torch_dtype"))
-    dtype = str(next(filter(None, named), "bfloat16"))
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}: give --dtype {', '.join(DTYPES)}")
-    return dtype
-
-
 def _check_mtp(sizes: Mapping[str, int]) -> None:
     if not any(part_of(name) == "MTP" for name in sizes):
         raise ConfigError(
@@ -184,85 +174,13 @@ def _check_mtp(sizes: Mapping[str, int]) -> None:
         )
 
 
-# printing ---------------------------------------------------------------------------------------
-
-
 def _as_dict(p: Plan) -> dict[str, Any]:
-    derived = (*DERIVED, *DERIVED_OF_ENGINE[type(p)])
-    default = _by_default(p)
+    names = (*DERIVED, *DERIVED_OF_ENGINE[type(p)])
+    derived = {"bound": bound(p)} | {name: getattr(p, name) for name in names}
+    default = by_default(p)
     summary = {"pools": default.spare, "concurrency": default.concurrency}
-    return asdict(p) | {name: getattr(p, name) for name in derived} | {"by_default": summary}
-
-
-def _by_default(p: P) -> P:
-    """What the engine's server does where so much memory is free and no flag says how much."""
-    return replace(p, flags=replace(p.flags, memory=granted(p.flags.memory))).with_default_pools()
+    return asdict(p) | derived | {"by_default": summary}
 
 
 def _summary(p: Plan) -> dict[str, int]:
     return {"weights": sum(p.weights.values()), "concurrency": p.concurrency}
-
-
-def _print_formats(formats: Mapping[str, Plan]) -> None:
-    """Which formats fit."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("format", title="what fits")
-    table.add_column("weights", justify="right")
-    table.add_column("requests at once", justify="right")
-    for name, each in formats.items():
-        table.add_row(name, readable(sum(each.weights.values())), str(each.concurrency))
-    Console().print(table)
-
-
-def _print(model: Path, config: Qwen3NextConfig, p: Plan, facts: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{model.resolve().name}: {facts['parameters'] / 1e9:.2f} B parameters"
-        f" + {facts['parameters_mtp'] / 1e9:.2f} B MTP, on each of {config.tp_size} rank(s)",
-        caption=f"weights from {facts['weights_from']}; activations need memory on top of this",
-    )
-    table.add_column("what")
-    table.add_column("bytes", justify="right")
-    table.add_column("", justify="right")
-
-    def row(what: str, nbytes: int, note: str = "") -> None:
-        table.add_row(what, f"{nbytes:,}", note or readable(nbytes))
-
-    for part, nbytes in p.weights.items():
-        if nbytes:
-            row(f"weights: {part}", nbytes)
-    row("[bold]weights[/]", sum(p.weights.values()))
-    if p.flags.mapped:
-        row(
-            "weights in mapped files", p.flags.mapped, f"{readable(p.flags.mapped)}, paged by Linux"
-        )
-    if table_of := facts["ngram_table_in_files"]:
-        row("n-gram table in files", table_of, f"{readable(table_of)}, paged by Linux")
-    table.add_section()
-    for part, nbytes in p.state_page.items():
-        row(f"state page: {part}", nbytes, "one layer, one slot")
-    row("[bold]state of a slot[/]", p.state_bytes_per_slot, f"{p.linear_layers} linear layers")
-    row("[bold]KV of a token[/]", p.kv_bytes_per_token, "attention layers, drafter too")
-    if p.scratch:
-        row("attention's scratch", p.scratch, f"{p.flags.threads} threads, any context")
-    table.add_section()
-    for what, nbytes, note in p.rows():
-        row(what, nbytes, note)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"[bold]{p.concurrency}[/] requests at once. Bound by {p.bound}.", highlight=False
-    )
-    default = _by_default(p)
-    enough = f"{default.concurrency} requests at once"
-    if not default.fits and default.longest:
-        enough = f"requests of at most {default.longest:,} tokens"
-    console.print(
-        f"If no flag says more, a server takes {readable(default.spare)} for states and KV: "
-        f"{enough}.",
-        highlight=False,
-    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen3next_plugin.cli.metrics_page import Reading, read
+from qwen3next_plugin.extras.command_line.metrics_page import Reading, read
 
 if TYPE_CHECKING:
     from rich.table import Table

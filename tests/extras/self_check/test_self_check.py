@@ -13,12 +13,20 @@ import torch
 from checkpoints import BASE, SHAPES
 from examples.qwen4_exp_tiny import CONFIG as QWEN4_EXP
 from needs import needs
+from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines import extras
+from qwen3next_plugin.extras.self_check.cases import Served, cases
+from qwen3next_plugin.extras.self_check.checking import (
+    KernelError,
+    check_kernels,
+    compare,
+    deviation,
+)
+from qwen3next_plugin.extras.self_check.findings import findings
+from qwen3next_plugin.extras.self_check.verdicts import Verdict, kept, key_of, passed
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.model.self_check import KernelError, check_kernels, compare, deviation
-from qwen3next_plugin.model.self_check.cases import Served, cases
 from qwen3next_plugin.model.state import PageLayout
-from qwen3next_plugin.verdicts import Verdict, kept, key_of, passed
 from released import RELEASED_80B
 from tiers import long_except
 
@@ -242,6 +250,33 @@ def test_nothing_is_compared_if_not_asked(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     assert check(served()) == []
     assert [*kept()] == []
+
+
+def test_another_value_is_refused(monkeypatch):
+    monkeypatch.setenv("QWEN3NEXT_SELF_CHECK", "no")
+    with pytest.raises(env.EnvError, match="QWEN3NEXT_SELF_CHECK='no' is not allowed; use one of"):
+        env.check()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_each_engine_checks_before_it_loads(monkeypatch, engine):
+    monkeypatch.setenv("QWEN3NEXT_KERNELS", "cpu")
+    of, lines = served(), list[str]()
+    extras.before_load(engine, of.config, of.layout, of.device, lines.append)
+    assert len(lines) == len([*kept()]) == 1
+
+
+def test_doctor_shows_the_last_check(monkeypatch):
+    (none,) = findings()
+    assert none.found == "none yet: an engine makes one when it first loads a model"
+    with monkeypatch.context() as broken:
+        made_wrong(broken, "rms_norm", lambda right, arguments: right(*arguments) * 2)
+        with pytest.raises(KernelError):
+            check(served())
+        (wrong,) = findings()
+    assert (wrong.subject, wrong.status) == ("this processor", "broken")
+    assert wrong.found.endswith("kernels disagree with their references, checked just now")
+    assert "rms_norm" in wrong.fix
 
 
 def test_deviation_sees_one_wrong_vector():

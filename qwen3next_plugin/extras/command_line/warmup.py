@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwen3next_plugin import env
-from qwen3next_plugin.cli.plan import served_dtype
 from qwen3next_plugin.config import (
     ConfigError,
     Qwen3NextConfig,
@@ -16,9 +15,10 @@ from qwen3next_plugin.config import (
     read_config,
 )
 from qwen3next_plugin.engines.plan import StateDtype
+from qwen3next_plugin.model.checkpoint.sizes import served_dtype
 
 if TYPE_CHECKING:
-    from qwen3next_plugin.model.launches import Launches
+    from qwen3next_plugin.extras.command_line.launches import Launches
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -57,7 +57,7 @@ def warmup(
     config = Qwen3NextConfig.from_hf(raw, tp_size=tp)
     import torch
 
-    from qwen3next_plugin.model.launches import Launches
+    from qwen3next_plugin.extras.command_line.launches import Launches
 
     launches = Launches(
         config,

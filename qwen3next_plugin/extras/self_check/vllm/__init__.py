@@ -1,0 +1,5 @@
+"""The check under vLLM, as under any engine."""
+
+from qwen3next_plugin.extras.self_check import ADDS
+
+__all__ = ["ADDS"]
