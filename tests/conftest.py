@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
 PLACES = (("engines/", ""), ("gpu/test_", "_gpu.py"))
 MISSING = [engine for engine in ("vllm", "sglang") if find_spec(engine) is None]
 collect_ignore = [f"{place}{engine}{ending}" for engine in MISSING for place, ending in PLACES]
+collect_ignore_glob = [f"extras/*/{engine}" for engine in MISSING]
 
 # The longest files start first, so that none is left over when all others are done: first those
 # that start engines, then the others.

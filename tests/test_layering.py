@@ -29,10 +29,7 @@ OF_BOTH = (
     "memory",
     "plan",
     "nodes",
-    "block_files",
     "processor",
-    "alike",
-    "nixl",
     "pacing",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs

@@ -13,6 +13,7 @@ from typing import Any
 
 PACKAGE = "qwen3next_plugin.extras"
 FOLDER = Path(__file__).parents[1] / "extras"
+MISSING = "the extra of qwen3next_plugin that serves it is not installed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,9 @@ class Additions:
 
     patches: tuple[str, ...] = ()  # modules with patches, in its folder
     check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
+    complete: Callable[[Any], list[str]] | None = None  # on a CPU, of flags that are not given
+    start: Callable[[Any], None] | None = None  # in each process of vLLM's engine
+    flags: tuple[str, ...] = ()  # that it serves, of OF_EXTRAS in the engine's served.py
 
 
 @cache
@@ -49,3 +53,21 @@ def check_flags(engine: str, flags: Any) -> None:
     for adds in additions(engine).values():
         if adds.check is not None:
             adds.check(flags)
+
+
+def complete_flags(engine: str, flags: Any) -> list[str]:
+    """Let all extras fill in what was not given, after the checks; returns it as it is written."""
+    every = [adds.complete for adds in additions(engine).values() if adds.complete is not None]
+    return [word for complete in every for word in complete(flags)]
+
+
+def start(engine: str, config: Any) -> None:
+    """Let all extras prepare a process in which an engine schedules or computes."""
+    for adds in additions(engine).values():
+        if adds.start is not None:
+            adds.start(config)
+
+
+def flags_served(engine: str) -> set[str]:
+    """Flags that some extra serves."""
+    return {flag for adds in additions(engine).values() for flag in adds.flags}

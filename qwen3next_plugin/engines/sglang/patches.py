@@ -29,7 +29,7 @@ MODULES = (
     *("flags", "hooks", "nodes", "pacing", "staged_updates", "updates", "model.config"),
     *("cpu.attention_backend", "cpu.host_bar", "cpu.memory"),
     *("speculation.logits", "speculation.penalties", "speculation.reserve"),
-    *("speculation.sessions", "speculation.stops", "speculation.verify", "state.handover"),
+    *("speculation.sessions", "speculation.stops", "speculation.verify"),
 )
 
 VERSIONS = "==0.5.23"  # that need these patches

@@ -45,6 +45,8 @@ SERVER = "vllm.entrypoints.launchers.api_server.entry"
 OVERRIDE_FLAG = "--hf-overrides"
 OWN_ADDRESS = "VLLM_HOST_IP"  # the variable with this node's address
 
+HANDOVER = "NixlConnector"  # between a server that reads prompts and one that decodes
+
 LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so
 
 

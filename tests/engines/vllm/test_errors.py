@@ -467,7 +467,7 @@ def test_weights_that_memory_cannot_hold(complete, grant_memory, tmp_path):
             complete(plain, **flags)
 
 
-def test_the_cache_takes_what_plan_says(complete, grant_memory, checkpoint, tmp_path):
+def test_the_cache_takes_what_plan_says(complete, grant_memory, checkpoint):
     """Where no setting says how much; half of it for each of two ranks."""
     grant_memory(6 << 30)
     cache = complete(checkpoint, **drafts(2)).cache_config.kv_cache_memory_bytes
@@ -477,15 +477,6 @@ def test_the_cache_takes_what_plan_says(complete, grant_memory, checkpoint, tmp_
     assert cache == planned["pools"] == pytest.approx(1 << 30, rel=0.01)
     ranks = complete(checkpoint, tensor_parallel_size=2, **drafts(2)).cache_config
     assert ranks.kv_cache_memory_bytes == pytest.approx(1 << 28, rel=0.01)
-    connector = {
-        "spec_name": "FolderSpec",
-        "spec_module_path": "qwen3next_plugin.engines.vllm.folder",
-    }
-    connector |= {"folder": str(tmp_path), "folder_bytes": 1 << 30, "cpu_bytes_to_use": 2 << 30}
-    folder = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-    folder |= {"kv_connector_extra_config": connector}
-    beside = complete(checkpoint, kv_transfer_config=folder, **drafts(2)).cache_config
-    assert cache - beside.kv_cache_memory_bytes == pytest.approx(1 << 29, rel=0.01)
 
 
 def test_the_cache_is_what_a_setting_says(monkeypatch, complete, checkpoint):

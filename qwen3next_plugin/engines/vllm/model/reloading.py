@@ -17,8 +17,8 @@ from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights, weights_folder
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, tower_shapes, without_prefix
@@ -60,6 +60,15 @@ def _load(runner: Any, path: str | None, tensors: Tensors | None) -> None:
         shared.model_config = config.speculative_config.draft_model_config
         with drafter.alone():
             reload_weights(shared, drafter, tensors, path, is_checkpoint_format=True)
+
+
+def refuse_other_weights(config: VllmConfig) -> None:
+    """Raise where pages of this start's weights would be read for others."""
+    if (transfer := config.kv_transfer_config) is not None:
+        raise ConfigError(
+            f"reload_weights: {transfer.kv_connector} would serve prefixes of the weights that it "
+            "started with; restart the server, or serve without --kv-transfer-config"
+        )
 
 
 def _text_model(runner: Any) -> Any:

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.cpu.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.executor import Sampled
@@ -28,7 +29,6 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     CoupledSampler,
     drafts_and_rows,
 )
-from qwen3next_plugin.engines.vllm.state.handover import beside_computation
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed, keep_freed
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
@@ -94,6 +94,7 @@ class Worker(CPUWorker):
     def init_device(self) -> None:
         """Build the runner and add what is ours, before anything is loaded."""
         super().init_device()
+        extras.start("vllm", self.vllm_config)
         if self.parallel_config.nnodes_within_dp > 1:
             end_with_other_nodes(self.parallel_config)
         runner = self.model_runner
@@ -114,8 +115,7 @@ class Worker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Make the pools, whose size hangs on the memory in use, and the KV connector."""
-        with beside_computation(self.vllm_config):
-            super().initialize_from_config(kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
         keep_freed()
 
     def reload_weights(

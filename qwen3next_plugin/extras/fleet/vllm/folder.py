@@ -1,8 +1,7 @@
 """A prefix cache in memory and in a folder, which a restart finds again: vLLM's tiers, on a CPU.
 
 vLLM's OffloadingConnector takes the spec by name. Its scheduler, managers and shared memory are
-vLLM's; its worker, which copies by CUDA, is replaced here, and the tier of files is
-state/folder_tier.py.
+vLLM's; its worker, which copies by CUDA, is replaced here, and the tier of files is folder_tier.py.
 """
 
 import os
@@ -24,7 +23,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.patching import override
-from qwen3next_plugin.engines.vllm.state.folder_flags import OWN_REGION
+from qwen3next_plugin.extras.fleet.vllm.folder_flags import OWN_REGION
 
 
 class FolderSpec(TieringOffloadingSpec):

@@ -14,8 +14,8 @@ import pytest
 from engines.faults import STATES, where
 from needs import needs
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines import block_files
-from qwen3next_plugin.engines.block_files import (
+from qwen3next_plugin.extras.fleet import block_files
+from qwen3next_plugin.extras.fleet.block_files import (
     CUT,
     EVERY,
     HEADER,
@@ -259,7 +259,7 @@ def test_the_least_limit_keeps_the_newest(tmp_path, count):
 FILL = """
 import errno, os, sys
 from pathlib import Path
-from qwen3next_plugin.engines.block_files import SPACE, BlockFiles
+from qwen3next_plugin.extras.fleet.block_files import SPACE, BlockFiles
 folder, content = Path(sys.argv[1]), memoryview(bytes(10_000))
 files = BlockFiles(folder, 1 << 30)
 for i in range(60):

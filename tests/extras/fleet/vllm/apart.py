@@ -16,7 +16,7 @@ FLAGS = {
     "--dtype": "float32",
     "--max-model-len": "2048",
     "--kv-cache-memory-bytes": str(1 << 26),
-    "--worker-extension-cls": "engines.vllm.apart.Blocks",
+    "--worker-extension-cls": "extras.fleet.vllm.apart.Blocks",
 }
 PREFILL_ONLY = {
     "do_remote_decode": True,

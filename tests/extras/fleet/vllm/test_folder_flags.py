@@ -12,12 +12,12 @@ from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from engines.hubs import MODEL, downloaded
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines import alike
-from qwen3next_plugin.engines.vllm.state.alike import refuse_other_weights
-from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC, complete_folder
+from qwen3next_plugin.engines.vllm.model.reloading import refuse_other_weights
+from qwen3next_plugin.extras.fleet import alike
+from qwen3next_plugin.extras.fleet.vllm.folder_flags import SPEC, complete_folder
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 
-MODULE = "qwen3next_plugin.engines.vllm.folder"
+MODULE = "qwen3next_plugin.extras.fleet.vllm.folder"
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
 
 
@@ -147,3 +147,13 @@ def test_other_weights_are_refused_while_serving(complete, checkpoint):
         refuse_other_weights(config)
     config.kv_transfer_config = None
     refuse_other_weights(config)
+
+
+def test_the_cache_leaves_room_for_prefixes_in_memory(complete, grant_memory):
+    """A quarter of what is free, less what the connector takes."""
+    grant_memory(6 << 30)
+    sizes = [
+        complete({"cpu_bytes_to_use": gib << 30}).cache_config.kv_cache_memory_bytes
+        for gib in (1, 2)
+    ]
+    assert sizes[0] - sizes[1] == pytest.approx(1 << 28, rel=0.01)

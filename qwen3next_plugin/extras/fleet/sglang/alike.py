@@ -1,12 +1,12 @@
 """What servers must have alike to read each other's pages and KV."""
 
-from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.alike import computed_by
-from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.sglang.files import weights_folder
 from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.extras.fleet.alike import computed_by
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.versions import check_host
 
@@ -22,12 +22,6 @@ def alike(server_args: Any, model_config: Any, *sizes: Any) -> tuple[Any, ...]:
     # KV is laid out as the attention backend reads it.
     computed = computed_by(model_config.hf_config, str(check_host("sglang")))
     return sizes, server_args.attention_backend, computed
-
-
-def weights_folder(server_args: Any) -> Path:
-    """The folder of the checkpoint's files."""
-    model, downloads = server_args.model_path, server_args.download_dir
-    return local_folder(model, server_args.revision, downloads)
 
 
 def weights(server_args: Any) -> str:
@@ -53,15 +47,3 @@ def check_known_weights(server_args: Any, reader: str, flag: str) -> None:
             f"--load-format {server_args.load_format}: {reader} knows weights by their safetensors "
             f"files; leave it out, or leave out {flag}"
         )
-
-
-def refuse_other_weights(server_args: Any) -> None:
-    """Raise where pages of this start's weights would be read for others."""
-    if server_args.enable_unified_cache_external_linker:
-        why = "FolderLinker would serve prefixes of the weights that it started with"
-        flag = LINKER_FLAG
-    elif server_args.disaggregation_mode != "null":
-        why, flag = "both servers compare a digest of weights that is computed at start", MODE_FLAG
-    else:
-        return
-    raise ConfigError(f"{why}; restart the server, or serve without {flag}")

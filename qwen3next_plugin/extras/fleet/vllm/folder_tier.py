@@ -1,4 +1,4 @@
-"""The tier of vLLM's prefix cache whose blocks are files in a folder (engines/block_files.py)."""
+"""The tier of vLLM's prefix cache whose blocks are files in a folder (block_files.py)."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +21,8 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.block_files import BlockFiles, least_limit, writer
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.extras.fleet.block_files import BlockFiles, least_limit, writer
 
 logger = init_logger(LOGGER)
 

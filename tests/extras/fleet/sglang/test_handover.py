@@ -10,10 +10,13 @@ import pytest
 from checkpoints import SHIPPED, random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
-from engines.handover import check_one_sign_is_refused, differences
 from engines.routers import opening, routed, turn
 from engines.server import closing, most_cores
-from engines.sglang.apart import (
+from engines.sglang.server import FIXED, NEXTN, Forked, Server
+from engines.sglang.updating import refused
+from engines.traffic import source_tokens
+from extras.fleet.handover import check_one_sign_is_refused, differences
+from extras.fleet.sglang.apart import (
     CHUNK,
     FLAGS,
     INVARIANT,
@@ -25,9 +28,6 @@ from engines.sglang.apart import (
     bits,
     rooms,
 )
-from engines.sglang.server import FIXED, NEXTN, Forked, Server
-from engines.sglang.updating import refused
-from engines.traffic import source_tokens
 from needs import needs
 
 pytestmark = pytest.mark.serve

@@ -22,9 +22,9 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.runtime_context import get_parallel
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.block_files import EVERY, BlockFiles, least_limit, pieces, writer
 from qwen3next_plugin.engines.sglang.names import logger
-from qwen3next_plugin.engines.sglang.state.folder_flags import space
+from qwen3next_plugin.extras.fleet.block_files import EVERY, BlockFiles, least_limit, pieces, writer
+from qwen3next_plugin.extras.fleet.sglang.folder_flags import space
 
 STATE, KV = ".state", ".kv"
 WAITING = 1 << 30  # bytes of copies that may wait to be written

@@ -10,12 +10,12 @@ import pytest
 
 from checkpoints import random_prompt, write_checkpoint
 from engines.clients import eventually
-from engines.folders import damage, files, settled
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
 from engines.sglang.updating import refused
+from extras.fleet.folders import damage, files, settled
 from needs import need
-from qwen3next_plugin.engines.sglang.state.alike import LINKER_FLAG
-from qwen3next_plugin.engines.sglang.state.folder_flags import LINKER, MODULE
+from qwen3next_plugin.extras.fleet.sglang.alike import LINKER_FLAG
+from qwen3next_plugin.extras.fleet.sglang.folder_flags import LINKER, MODULE
 from tiers import long_except
 
 pytestmark = pytest.mark.serve

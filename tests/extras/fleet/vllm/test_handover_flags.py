@@ -28,10 +28,10 @@ from damage import SLIGHT, slightly_changed
 from engines.clients import eventually
 from engines.process import free_port
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.engines import alike
-from qwen3next_plugin.engines.vllm.state import handover, handover_flags, leases
-from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, LAYOUT, complete_handover
 from qwen3next_plugin.engines.vllm.state.pages import page_layout, page_spec
+from qwen3next_plugin.extras.fleet import alike
+from qwen3next_plugin.extras.fleet.vllm import handover, handover_flags, leases
+from qwen3next_plugin.extras.fleet.vllm.handover_flags import ALIKE, LAYOUT, complete_handover
 
 DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
 

@@ -7,16 +7,16 @@ from vllm.distributed import nixl_utils
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.alike import digest
-from qwen3next_plugin.engines.vllm.state.alike import (
+from qwen3next_plugin.engines.vllm.names import HANDOVER as CONNECTOR
+from qwen3next_plugin.extras.fleet.alike import digest
+from qwen3next_plugin.extras.fleet.vllm.alike import (
     WITHOUT,
     alike,
     check_known_weights,
     weights,
 )
-from qwen3next_plugin.engines.vllm.state.folder_flags import KEEPER, SPEC, in_folder
+from qwen3next_plugin.extras.fleet.vllm.folder_flags import KEEPER, SPEC, in_folder
 
-CONNECTOR = "NixlConnector"
 UNTESTED = ("NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
 SETTINGS = {"enforce_handshake_compat": True, "bidirectional_kv_xfer": False}
 ALIKE = "qwen3next_plugin"  # the setting that tells workers what both servers must have alike

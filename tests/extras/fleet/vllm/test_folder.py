@@ -14,10 +14,10 @@ import pytest
 from checkpoints import random_prompt, write_checkpoint
 from engines.checks import Output
 from engines.clients import eventually
-from engines.folders import damage, settled
 from engines.vllm.offline import Offline
+from extras.fleet.folders import damage, settled
 from needs import need
-from qwen3next_plugin.engines.vllm.state.folder_flags import SPEC
+from qwen3next_plugin.extras.fleet.vllm.folder_flags import SPEC
 from tiers import long_except
 
 pytestmark = pytest.mark.serve
@@ -46,7 +46,7 @@ ALWAYS = [name for name in CASES if name not in ("plain", "mtp-3")]  # the other
 def connector(folder: Path, **settings: Any) -> dict[str, Any]:
     own = {
         "spec_name": SPEC,
-        "spec_module_path": "qwen3next_plugin.engines.vllm.folder",
+        "spec_module_path": "qwen3next_plugin.extras.fleet.vllm.folder",
         "folder": str(folder),
         "folder_bytes": 1 << 30,
         "cpu_bytes_to_use": 1 << 26,

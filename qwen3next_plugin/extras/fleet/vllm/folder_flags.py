@@ -8,10 +8,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.alike import digest
-from qwen3next_plugin.engines.block_files import SPACE, check_settings
-from qwen3next_plugin.engines.vllm.names import LOGGER, PACKAGE
-from qwen3next_plugin.engines.vllm.state.alike import (
+from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.extras.fleet.alike import digest
+from qwen3next_plugin.extras.fleet.block_files import SPACE, check_settings
+from qwen3next_plugin.extras.fleet.vllm.alike import (
     WITHOUT,
     alike,
     check_known_weights,
@@ -102,7 +102,7 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
     settings["secondary_tiers"] = [
         {
             "type": TIER,
-            "module_path": f"{PACKAGE}.state.folder_tier",
+            "module_path": f"{__package__}.folder_tier",
             "folder": settings["folder"],
             "folder_bytes": settings["folder_bytes"],
             "space": _space(vllm_config, config),

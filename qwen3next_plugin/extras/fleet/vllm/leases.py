@@ -16,7 +16,8 @@ from vllm.logger import init_logger
 from vllm.utils.network_utils import make_zmq_path
 
 from qwen3next_plugin.engines.vllm.names import LOGGER
-from qwen3next_plugin.engines.vllm.patches import When, patch
+from qwen3next_plugin.engines.vllm.patches import patch
+from qwen3next_plugin.extras.fleet.vllm.groups import When
 
 logger = init_logger(LOGGER)
 

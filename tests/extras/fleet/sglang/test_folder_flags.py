@@ -10,9 +10,9 @@ import pytest
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines import alike
-from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
-from qwen3next_plugin.engines.sglang.state.folder_flags import LINKER, MODULE, check_folder, space
+from qwen3next_plugin.engines.sglang.served import refuse_other_weights
+from qwen3next_plugin.extras.fleet import alike
+from qwen3next_plugin.extras.fleet.sglang.folder_flags import LINKER, MODULE, check_folder, space
 
 
 def given(folder: Path | str, **changes: Any) -> SimpleNamespace:

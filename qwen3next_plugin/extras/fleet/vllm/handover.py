@@ -7,8 +7,7 @@ that decides what is in it (handover_flags.py).
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
@@ -16,15 +15,17 @@ from vllm.distributed import nixl_utils
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.vllm.names import BACKEND_NAME
-from qwen3next_plugin.engines.vllm.patches import When, patch
-from qwen3next_plugin.engines.vllm.state.handover_flags import ALIKE, hands_over
+from qwen3next_plugin.engines.vllm.patches import patch
+from qwen3next_plugin.extras.fleet.nixl import waiting
+from qwen3next_plugin.extras.fleet.vllm.groups import When
+from qwen3next_plugin.extras.fleet.vllm.handover_flags import ALIKE
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.ssm_conv_transfer_utils import (
         MambaConvSplitInfo,
     )
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 @patch(
@@ -69,19 +70,20 @@ def in_one_part(
     )
 
 
-@contextmanager
-def beside_computation(vllm_config: VllmConfig) -> Iterator[None]:
-    """While vLLM makes its NIXL connector: leave all cores to those who compute.
-
-    vLLM moves this thread, one of them, to the last core. Remove when it leaves the thread where
-    it is.
-    """
-    if not hands_over(vllm_config):
-        yield
-        return
+@patch(
+    When.HANDOVER,
+    "vllm.v1.worker.gpu_worker.ensure_kv_transfer_initialized",
+    reason="NIXL's thread keeps a core busy, and vLLM moves the thread that computes to the last "
+    "core",
+    remove_when="NIXL waits for data, and vLLM leaves the thread where it is",
+)
+def beside_computation(
+    host: Callable[..., None], vllm_config: VllmConfig, kv_cache_config: "KVCacheConfig"
+) -> None:
+    """Make vLLM's NIXL connector, and leave all cores to those who compute."""
     cores = os.sched_getaffinity(0)
     try:
         with waiting(sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind):
-            yield
+            host(vllm_config, kv_cache_config)
     finally:
         os.sched_setaffinity(0, cores)

@@ -12,10 +12,10 @@ import pytest
 
 from checkpoints import random_prompt
 from engines.clients import PROMPTS, eventually
-from engines.handover import check_one_sign_is_refused, differences
 from engines.server import closing, most_cores
-from engines.vllm.apart import DRAFTS, apart, complete, prefill, server, text
 from engines.vllm.server import Server
+from extras.fleet.handover import check_one_sign_is_refused, differences
+from extras.fleet.vllm.apart import DRAFTS, apart, complete, prefill, server, text
 from needs import needs
 from tiers import long_except
 

@@ -3,17 +3,17 @@
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.alike import digest
-from qwen3next_plugin.engines.block_files import SPACE, check_settings
-from qwen3next_plugin.engines.sglang.names import PACKAGE, logger
-from qwen3next_plugin.engines.sglang.state.alike import (
+from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.extras.fleet.alike import digest
+from qwen3next_plugin.extras.fleet.block_files import SPACE, check_settings
+from qwen3next_plugin.extras.fleet.sglang.alike import (
     LINKER_FLAG,
     alike,
     check_known_weights,
     weights,
 )
 
-LINKER, MODULE = "FolderLinker", f"{PACKAGE}.state.folder_linker"
+LINKER, MODULE = "FolderLinker", f"{__package__}.folder_linker"
 OWN = ("folder", "folder_bytes")
 POLICIES = ("fcfs", "lof", "random", "routing-key")  # that do not ask for prefixes
 FIELD = "linker_extra_config of --unified-cache-external-linker-config"

@@ -16,11 +16,11 @@ import torch
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines import alike as computed
-from qwen3next_plugin.engines.nixl import WAIT
-from qwen3next_plugin.engines.sglang.state import handover, handover_flags
-from qwen3next_plugin.engines.sglang.state.alike import refuse_other_weights
-from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover
+from qwen3next_plugin.engines.sglang.served import refuse_other_weights
+from qwen3next_plugin.extras.fleet import alike as computed
+from qwen3next_plugin.extras.fleet.nixl import WAIT
+from qwen3next_plugin.extras.fleet.sglang import handover, handover_flags
+from qwen3next_plugin.extras.fleet.sglang.handover_flags import SERVED_APART, check_handover
 from qwen3next_plugin.extras.host_fixes.sglang import ports
 from qwen3next_plugin.model.state import PageLayout
 
@@ -39,9 +39,8 @@ LAYOUT = PageLayout(
 
 def given(**changes: Any) -> Bag:
     """What a server is started with."""
-    flags = {
+    flags = {name: values[0] for name, (values, _, _) in SERVED_APART.items()} | {
         "disaggregation_mode": "decode",
-        "enable_unified_cache_external_linker": False,
         "enable_lora": None,
         "lora_paths": None,
         "load_format": "auto",
@@ -305,13 +304,26 @@ def test_nixl_copies_main_memory_and_waits_for_data(same, monkeypatch):
 
 
 @pytest.mark.parametrize(("host", "begun"), [("2.2.2.2", [(3, 5)]), ("10.0.0.1", [])])
-def test_a_page_is_made_for_a_prompt_that_nobody_reads(host, begun):
+def test_a_page_is_made_for_a_prompt_that_nobody_reads(monkeypatch, host, begun):
     seen, sent = [], []
-    pool = Bag(begin_at=lambda *where: seen.append(where))
-    queue = Bag(scheduler=Bag(model_config=OURS), req_to_token_pool=Bag(mamba_pool=pool))
+    monkeypatch.setattr(handover, "begin_at", lambda _, *where: seen.append(where))
+    queue = Bag(scheduler=Bag(model_config=OURS), req_to_token_pool=Bag(mamba_pool=None))
     kv = Bag(mamba_pool_idx=torch.tensor(3), kv_committed_len=5)
     decoding = Bag(req=Bag(bootstrap_host=host, kv=kv))
     handover.begin_unread_page(
         lambda *args, **kwargs: sent.append((args[2:], kwargs)), queue, decoding, 1, 2, a=3
     )
     assert (seen, sent) == (begun, [((1, 2), {"a": 3})])
+
+
+def test_a_page_of_a_prompt_that_nobody_reads_continues_at_its_end():
+    """Of every layer; other pages stay."""
+    size = LAYOUT.page_bytes
+    pages = torch.full((3, 4, size), 77, dtype=torch.uint8)
+    pool = Bag(pages=pages, mamba_layer_ids=[0, 2, 5])
+    pool.view = lambda layer_id: LAYOUT.view(pages[pool.mamba_layer_ids.index(layer_id)])
+    handover.begin_at(pool, 2, 5)
+    for view in map(pool.view, pool.mamba_layer_ids):
+        assert view.span[2].tolist() == [5, 5]
+        assert not view.state[2].any()
+    assert (pages[:, [1, 3]] == 77).all()

@@ -1,6 +1,5 @@
 """What servers must have alike to read each other's pages and blocks of KV."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import vllm
@@ -8,10 +7,11 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.alike import computed_by
-from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.state.pages import largest_page
+from qwen3next_plugin.extras.fleet.alike import computed_by
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 from qwen3next_plugin.model.state import PageLayout
 
@@ -51,13 +51,6 @@ def _image_processing(vllm_config: VllmConfig) -> list[Any]:
     return [*texts, multimodal_config.mm_processor_kwargs]
 
 
-def weights_folder(vllm_config: VllmConfig) -> Path:
-    """The folder of the checkpoint's files."""
-    model_config = vllm_config.model_config
-    downloads = vllm_config.load_config.download_dir
-    return local_folder(model_config.model, model_config.revision, downloads)
-
-
 def weights(vllm_config: VllmConfig) -> str:
     """The fingerprint of the checkpoint."""
     return fingerprint(weights_folder(vllm_config), logger.info)
@@ -79,14 +72,4 @@ def check_known_weights(vllm_config: VllmConfig, reader: str) -> None:
         raise ConfigError(
             f"load_format = {load_format}: {reader} knows weights by their safetensors files; "
             f"leave out --load-format, {WITHOUT}"
-        )
-
-
-def refuse_other_weights(vllm_config: VllmConfig) -> None:
-    """Raise where pages of this start's weights would be read for others."""
-    transfer = vllm_config.kv_transfer_config
-    if transfer is not None:
-        raise ConfigError(
-            f"reload_weights: {transfer.kv_connector} would serve prefixes of the weights that it "
-            "started with; restart the server, or serve without --kv-transfer-config"
         )

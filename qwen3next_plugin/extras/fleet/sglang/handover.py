@@ -2,8 +2,8 @@
 
 SGLang's prefill server writes a request's KV and, with the last of it, its pages into the decode
 server's memory. A page is a state of bytes, copied whole, and only between servers that are alike
-in all that decides what is in it. SGLang's modules are
-imported inside, as in hooks.py.
+in all that decides what is in it. SGLang's modules are imported inside: patches are registered
+before SGLang has chosen its device.
 """
 
 import os
@@ -15,12 +15,12 @@ from importlib import import_module
 from typing import Any
 from weakref import WeakValueDictionary
 
-from qwen3next_plugin.engines.alike import digest
-from qwen3next_plugin.engines.nixl import waiting
 from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.state.alike import alike, weights
-from qwen3next_plugin.engines.sglang.state.handover_flags import hands_over
+from qwen3next_plugin.extras.fleet.alike import digest
+from qwen3next_plugin.extras.fleet.nixl import waiting
+from qwen3next_plugin.extras.fleet.sglang.alike import alike, weights
+from qwen3next_plugin.extras.fleet.sglang.handover_flags import hands_over
 
 _of_room: WeakValueDictionary[int, Any] = WeakValueDictionary()  # room → its last request
 
@@ -158,8 +158,15 @@ def begin_unread_page(
     unread = request.bootstrap_host == FAKE_BOOTSTRAP_HOST
     if unread and is_ours(queue.scheduler.model_config):
         pool, kv = queue.req_to_token_pool.mamba_pool, request.kv
-        pool.begin_at(int(kv.mamba_pool_idx), kv.kv_committed_len)
+        begin_at(pool, int(kv.mamba_pool_idx), kv.kv_committed_len)
     host(queue, decoding, *args, **kwargs)
+
+
+def begin_at(pool: Any, slot: int, length: int) -> None:
+    """Make empty pages that continue at a context of `length` tokens, which nobody has read."""
+    pool.pages[:, slot] = 0
+    for layer_id in pool.mamba_layer_ids:
+        pool.view(layer_id).span[slot] = length
 
 
 @patch(

@@ -1,0 +1,1 @@
+"""Several servers: requests handed over, prefixes in a folder."""
