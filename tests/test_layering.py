@@ -28,7 +28,6 @@ OF_BOTH = (
     "leftovers",
     "memory",
     "plan",
-    "nodes",
     "processor",
     "pacing",
 )

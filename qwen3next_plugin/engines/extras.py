@@ -5,9 +5,10 @@ The core names none of them. An extra has a folder for each engine that it adds 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Additions:
     check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
     complete: Callable[[Any], list[str]] | None = None  # on a CPU, of flags that are not given
     start: Callable[[Any], None] | None = None  # in each process of vLLM's engine
+    executors: Mapping[str, str] = field(default_factory=dict)  # vLLM's: a flag's value → class
     flags: tuple[str, ...] = ()  # that it serves, of OF_EXTRAS in the engine's served.py
 
 
@@ -66,6 +68,12 @@ def start(engine: str, config: Any) -> None:
     for adds in additions(engine).values():
         if adds.start is not None:
             adds.start(config)
+
+
+def executors(engine: str) -> dict[str, str]:
+    """The classes of executors that extras bring, by values of --distributed-executor-backend."""
+    found = (adds.executors.items() for adds in additions(engine).values())
+    return dict(chain.from_iterable(found))
 
 
 def flags_served(engine: str) -> set[str]:

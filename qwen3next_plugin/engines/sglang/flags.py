@@ -21,7 +21,6 @@ from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
-from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
 from qwen3next_plugin.engines.sglang.cpu import memory
@@ -32,12 +31,10 @@ from qwen3next_plugin.engines.sglang.names import (
     DRAFT_ALGORITHMS,
     HOST_BACKEND,
     OVERRIDE_FLAG,
-    OWN_ADDRESS,
     TORCH_BACKEND,
     is_ours,
     logger,
 )
-from qwen3next_plugin.engines.sglang.nodes import first_node
 from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, Served, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
@@ -88,8 +85,6 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
 def complete_on_cpu(server_args: Any) -> list[str]:
     """Fill in defaults; returns them as command-line flags."""
     bind_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
-    if server_args.nnodes > 1:
-        meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
     use_huge_pages()
     skip_trials()
     given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already

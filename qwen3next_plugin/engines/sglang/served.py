@@ -149,12 +149,13 @@ OF_EXTRAS: Served = {
     "enable_unified_cache_external_linker": ((False,), MISSING, LEAVE_OUT),
     "disaggregation_mode": (("null",), MISSING, LEAVE_OUT),
 }
+OF_EXTRAS_ON_CPU: Served = {"nnodes": ((1,), MISSING, LEAVE_OUT)}
 
 
 def served(*, drafts: bool, on_cpu: bool) -> Served:
     """The tables that apply."""
-    known = flags_served("sglang")
-    tables = SERVED | {name: row for name, row in OF_EXTRAS.items() if name not in known}
+    rows, known = OF_EXTRAS | (OF_EXTRAS_ON_CPU if on_cpu else {}), flags_served("sglang")
+    tables = SERVED | {name: row for name, row in rows.items() if name not in known}
     tables |= SERVED_ON_CPU if on_cpu else SERVED_ON_GPU
     if drafts:
         tables |= SERVED_WITH_DRAFTS

@@ -32,7 +32,7 @@ class When(Enum):
 
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
-    *("checking", "metrics", "nodes", "model.config", "model.opaque"),
+    *("checking", "metrics", "model.config", "model.opaque"),
     *("speculation.drafts_flags", "cpu.cgroups", "cpu.exchange", "cpu.graphs"),
     "cpu.page_copy",
     "state.reloads",

@@ -48,11 +48,14 @@ SERVED_WITH_DRAFTS: Served = {
 OF_EXTRAS: Served = {
     "kv_transfer_config.kv_connector": ((None,), MISSING, "leave out --kv-transfer-config"),
 }
+OF_EXTRAS_ON_CPU: Served = {
+    "parallel_config.nnodes": ((1,), MISSING, LEAVE_OUT),
+}
 
 
 def served(*, drafts: bool, on_cpu: bool) -> Served:
     """The tables that apply."""
     tables = SERVED | (SERVED_ON_CPU if on_cpu else {})
-    known = flags_served("vllm")
-    tables |= {field: row for field, row in OF_EXTRAS.items() if field not in known}
+    rows, known = OF_EXTRAS | (OF_EXTRAS_ON_CPU if on_cpu else {}), flags_served("vllm")
+    tables |= {field: row for field, row in rows.items() if field not in known}
     return tables | (SERVED_WITH_DRAFTS if drafts else {})

@@ -1,1 +1,1 @@
-"""Several servers: requests handed over, prefixes in a folder."""
+"""Several machines and servers: nodes, Ray, requests handed over, prefixes in a folder."""

@@ -44,6 +44,7 @@ def test_what_extras_serve_is_refused_by_name(tmp_path):
         "unified_cache_external_linker_config": {"linker": "FolderLinker"},
     }
     asked = [
+        ({"nnodes": 2, "tp_size": 2}, f"--nnodes 2: {missing}"),
         (apart, f"--disaggregation-mode prefill: {missing}"),
         (linker, f"--enable-unified-cache-external-linker: {missing}"),
     ]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-from vllm.platforms.cpu import CpuPlatform
 
 import bad_weights
 import patience
@@ -131,19 +130,6 @@ def test_engines_in_ray_are_refused(monkeypatch, complete, checkpoint):
             data_parallel_backend="ray",
             data_parallel_size_local=1,
         )
-
-
-def test_cores_for_rays_workers_are_refused(monkeypatch, complete, checkpoint):
-    monkeypatch.setattr("vllm.v1.executor.ray_utils.ray", object())
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with pytest.raises(Exception, match=r"VLLM_CPU_OMP_THREADS_BIND with Ray: .*taskset"):
-        complete(checkpoint, tensor_parallel_size=2, distributed_executor_backend="ray")
-
-
-@pytest.mark.compat
-def test_vllms_cpu_platform_is_nothing_to_ray():
-    """Fails when Ray can place vLLM's own workers: then our executor of actors can go."""
-    assert not CpuPlatform.ray_device_key
 
 
 def test_no_drafts_are_refused(complete, checkpoint):

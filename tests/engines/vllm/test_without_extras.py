@@ -43,6 +43,9 @@ def test_a_server_without_extras_answers(tmp_path):
 def test_what_extras_serve_is_refused_by_name(tmp_path):
     transfer = {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
     missing = "the extra of qwen3next_plugin that serves it is not installed; "
-    asked = [({"kv_transfer_config": transfer}, f"kv_connector = NixlConnector: {missing}")]
+    asked = [
+        ({"kv_transfer_config": transfer}, f"kv_connector = NixlConnector: {missing}"),
+        ({"nnodes": 2, "tensor_parallel_size": 2}, f"nnodes = 2: {missing}"),
+    ]
     here = {"model": str(SHIPPED)}
     check_refused(tmp_path, COMPLETED, [(here | flags, words) for flags, words in asked])

@@ -21,7 +21,6 @@ from qwen3next_plugin.engines.vllm.cpu.seeded_prompts import without_generators_
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.model.reloading import reload
-from qwen3next_plugin.engines.vllm.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.patches import When, apply
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
@@ -95,8 +94,6 @@ class Worker(CPUWorker):
         """Build the runner and add what is ours, before anything is loaded."""
         super().init_device()
         extras.start("vllm", self.vllm_config)
-        if self.parallel_config.nnodes_within_dp > 1:
-            end_with_other_nodes(self.parallel_config)
         runner = self.model_runner
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)

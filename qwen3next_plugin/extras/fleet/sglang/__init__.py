@@ -19,15 +19,17 @@ def complete(server_args: Any) -> list[str]:
     """Fill in what no flag says; returns it as command-line flags."""
     from qwen3next_plugin.extras.fleet.sglang.alike import weights
     from qwen3next_plugin.extras.fleet.sglang.handover_flags import complete_handover, hands_over
+    from qwen3next_plugin.extras.fleet.sglang.nodes import complete_nodes
 
+    complete_nodes(server_args)
     if hands_over(server_args) or server_args.enable_unified_cache_external_linker:
         weights(server_args)  # reads all files: here, once, not in each rank
     return complete_handover(server_args)
 
 
 ADDS = Additions(
-    patches=("handover", "kept_prefixes"),
+    patches=("handover", "kept_prefixes", "nodes"),
     check=check,
     complete=complete,
-    flags=("disaggregation_mode", "enable_unified_cache_external_linker"),
+    flags=("disaggregation_mode", "enable_unified_cache_external_linker", "nnodes"),
 )

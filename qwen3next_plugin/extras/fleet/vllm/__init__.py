@@ -9,18 +9,22 @@ def check(vllm_config: Any) -> None:
     """Refuse what would give wrong text in another server, or after a restart."""
     from qwen3next_plugin.extras.fleet.vllm.folder_flags import check_folder
     from qwen3next_plugin.extras.fleet.vllm.handover_flags import check_handover
+    from qwen3next_plugin.extras.fleet.vllm.ray_flags import check_ray
 
+    check_ray(vllm_config)
     check_folder(vllm_config)
     check_handover(vllm_config)
 
 
 def complete(vllm_config: Any) -> list[str]:
-    """Remove what killed servers left in memory; complete a KV connector's settings."""
+    """Choose a node's address; remove what killed servers left; complete a connector's settings."""
     from qwen3next_plugin.engines.leftovers import remove_dead
     from qwen3next_plugin.engines.vllm.flags import read_config
     from qwen3next_plugin.extras.fleet.vllm.folder_flags import REGIONS, complete_folder
     from qwen3next_plugin.extras.fleet.vllm.handover_flags import complete_handover
+    from qwen3next_plugin.extras.fleet.vllm.nodes import complete_nodes
 
+    complete_nodes(vllm_config)
     remove_dead(REGIONS)
     config = read_config(vllm_config)
     complete_folder(vllm_config, config)
@@ -39,9 +43,10 @@ def start(vllm_config: Any) -> None:
 
 
 ADDS = Additions(
-    patches=("handover", "leases"),
+    patches=("handover", "leases", "nodes"),
     check=check,
     complete=complete,
     start=start,
-    flags=("kv_transfer_config.kv_connector",),
+    executors={"ray": f"{__package__}.ray_executor.RayExecutor"},
+    flags=("kv_transfer_config.kv_connector", "parallel_config.nnodes"),
 )

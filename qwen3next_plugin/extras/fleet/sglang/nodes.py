@@ -6,9 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3next_plugin.config.errors import ConfigError
-from qwen3next_plugin.engines.nodes import end_together
-from qwen3next_plugin.engines.sglang.names import OWN_ADDRESS, is_ours, logger
+from qwen3next_plugin.engines.sglang.names import is_ours, logger
 from qwen3next_plugin.engines.sglang.patches import When, patch
+from qwen3next_plugin.extras.fleet.nodes import end_together, meet_at
+
+OWN_ADDRESS = "SGLANG_HOST_IP"  # the variable with this node's address
+
+
+def complete_nodes(server_args: Any) -> None:
+    """Choose this node's address."""
+    if server_args.nnodes > 1:
+        meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
 
 
 def first_node(dist_init_addr: str | None) -> str:

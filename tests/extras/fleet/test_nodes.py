@@ -9,8 +9,8 @@ from threading import Thread
 import pytest
 
 from qwen3next_plugin.config.errors import ConfigError
-from qwen3next_plugin.engines import nodes
-from qwen3next_plugin.engines.nodes import INTERFACE, end_together, meet_at
+from qwen3next_plugin.extras.fleet import nodes
+from qwen3next_plugin.extras.fleet.nodes import INTERFACE, end_together, meet_at
 
 OWN = "TEST_OWN_ADDRESS"
 

@@ -6,7 +6,10 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.checks import check_greedy
-from engines.hosts import (
+from engines.process import CPUS, Fork, Process
+from engines.vllm.offline import preload
+from engines.vllm.server import Server, greedy, serve
+from extras.fleet.hosts import (
     LOST,
     PORT,
     TOKENS,
@@ -17,9 +20,6 @@ from engines.hosts import (
     prompts,
     served,
 )
-from engines.process import CPUS, Fork, Process
-from engines.vllm.offline import preload
-from engines.vllm.server import Server, greedy, serve
 from needs import needs
 
 pytestmark = [

@@ -4,7 +4,10 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.checks import check_greedy
-from engines.hosts import (
+from engines.process import Fork, Process
+from engines.sglang import launch
+from engines.sglang.server import NEXTN, Server
+from extras.fleet.hosts import (
     LOST,
     PORT,
     TOKENS,
@@ -15,9 +18,6 @@ from engines.hosts import (
     prompts,
     served,
 )
-from engines.process import Fork, Process
-from engines.sglang import launch
-from engines.sglang.server import NEXTN, Server
 from needs import needs
 
 pytestmark = [

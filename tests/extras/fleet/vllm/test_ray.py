@@ -11,10 +11,10 @@ from checkpoints import SHIPPED
 from engines.checks import check_greedy
 from engines.clients import eventually
 from engines.dialogues import ROOT
-from engines.hosts import TOKENS, Host, check_drafts, on, prompts, served
 from engines.process import CPUS, Fork, Process
 from engines.routers import UNIT, opening, turn
 from engines.vllm.server import Server, greedy
+from extras.fleet.hosts import TOKENS, Host, check_drafts, on, prompts, served
 from needs import needs
 
 RAY = ROOT / ".ray"
