@@ -18,7 +18,6 @@ OF_BOTH = (
     "patching",
     "patch_table",
     "extras",
-    "agreement",
     "hub",
     "huge_pages",
     "compiler",

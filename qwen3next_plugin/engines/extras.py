@@ -4,7 +4,7 @@ The core names none of them. An extra has a folder for each engine that it adds 
 `qwen3next_plugin/extras/<extra>/`, whose `ADDS` says what.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -17,6 +17,10 @@ FOLDER = Path(__file__).parents[1] / "extras"
 MISSING = "the extra of qwen3next_plugin that serves it is not installed"
 
 
+# Takes other weights in a worker, from a folder or as they are given; returns why they are refused.
+Reload = Callable[[Any, str | None, Iterable[tuple[str, Any]] | None], str | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Additions:
     """What an extra adds to an engine."""
@@ -25,6 +29,7 @@ class Additions:
     check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
     complete: Callable[[Any], list[str]] | None = None  # on a CPU, of flags that are not given
     start: Callable[[Any], None] | None = None  # in each process of vLLM's engine
+    reload: Reload | None = None  # while vLLM serves
     executors: Mapping[str, str] = field(default_factory=dict)  # vLLM's: a flag's value → class
     flags: tuple[str, ...] = ()  # that it serves, of OF_EXTRAS in the engine's served.py
 
@@ -68,6 +73,11 @@ def start(engine: str, config: Any) -> None:
     for adds in additions(engine).values():
         if adds.start is not None:
             adds.start(config)
+
+
+def reloader(engine: str) -> Reload | None:
+    """What takes other weights while an engine serves."""
+    return next((adds.reload for adds in additions(engine).values() if adds.reload), None)
 
 
 def executors(engine: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ class When(Enum):
 
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
-    *("flags", "hooks", "pacing", "staged_updates", "updates", "model.config"),
+    *("flags", "hooks", "pacing", "model.config"),
     *("cpu.attention_backend", "cpu.host_bar", "cpu.memory"),
     *("speculation.logits", "speculation.penalties", "speculation.reserve"),
     *("speculation.sessions", "speculation.stops", "speculation.verify"),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.extras import MISSING, flags_served
 from qwen3next_plugin.engines.hub import PACKED, READ_BY_MODEL
 from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, LORA_BACKEND
@@ -161,16 +160,3 @@ def served(*, drafts: bool, on_cpu: bool) -> Served:
         tables |= SERVED_WITH_DRAFTS
         tables |= SERVED_WITH_DRAFTS_ON_CPU if on_cpu else SERVED_WITH_DRAFTS_ON_GPU
     return tables
-
-
-def refuse_other_weights(server_args: Any) -> None:
-    """Raise where pages of this start's weights would be read for others."""
-    if server_args.enable_unified_cache_external_linker:
-        why = "FolderLinker would serve prefixes of the weights that it started with"
-        flag = "--enable-unified-cache-external-linker"
-    elif server_args.disaggregation_mode != "null":
-        why = "both servers compare a digest of weights that is computed at start"
-        flag = "--disaggregation-mode"
-    else:
-        return
-    raise ConfigError(f"{why}; restart the server, or serve without {flag}")

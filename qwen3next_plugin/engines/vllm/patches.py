@@ -35,7 +35,6 @@ MODULES = (
     *("checking", "metrics", "model.config", "model.opaque"),
     *("speculation.drafts_flags", "cpu.cgroups", "cpu.exchange", "cpu.graphs"),
     "cpu.page_copy",
-    "state.reloads",
 )
 
 VERSIONS = ">=0.32,<0.34"  # that need these patches

@@ -1,1 +1,1 @@
-"""Several machines and servers: nodes, Ray, requests handed over, prefixes in a folder."""
+"""Several machines and servers, what they hand over and keep, and weights that change."""

@@ -1,5 +1,8 @@
 """Extras can be deleted: the core serves, and its contract with the engine holds."""
 
+import json
+from urllib.error import HTTPError
+
 import pytest
 
 from checkpoints import SHIPPED
@@ -32,7 +35,17 @@ def test_the_contract_without_extras(tmp_path):
 
 @pytest.mark.serve
 def test_a_server_without_extras_answers(tmp_path):
-    check_answers(Server(SHIPPED, *FLAGS, env=copy_without(tmp_path)))
+    check_answers(Server(SHIPPED, *FLAGS, env=copy_without(tmp_path)), check_weights_stay)
+
+
+def check_weights_stay(server: Server) -> None:
+    """It takes no other weights while it serves."""
+    with pytest.raises(HTTPError) as refusal:
+        server.post("/update_weights_from_disk", model_path=str(SHIPPED))
+    message = json.load(refusal.value)["message"]
+    assert message.endswith(
+        "as a whole checkpoint loads; restart the server with the new checkpoint"
+    )
 
 
 def test_what_extras_serve_is_refused_by_name(tmp_path):

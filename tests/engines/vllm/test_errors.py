@@ -5,9 +5,7 @@ import os
 import re
 import shutil
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -32,7 +30,6 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.cpu import graphs
 from qwen3next_plugin.engines.vllm.names import SCHEDULER
 from qwen3next_plugin.engines.vllm.scheduler import Scheduler
-from qwen3next_plugin.engines.vllm.state.reloads import RELOAD, forget_old_weights
 from vision import write_vision_checkpoint
 
 
@@ -231,36 +228,6 @@ def test_two_ways_to_quantise(monkeypatch, complete, checkpoint):
     monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
     with pytest.raises(Exception, match="QWEN3NEXT_BATCH_INVARIANT=1: vLLM quantises by --quant"):
         complete(checkpoint, **flags)
-
-
-@pytest.mark.parametrize(
-    ("sessions", "share", "paused", "says"),
-    [
-        (1, False, False, "a session of streaming input waits"),
-        (0, True, False, r"POST /pause\?mode=keep, reload, then POST /resume"),
-        (0, True, True, ""),
-        (0, False, False, ""),
-    ],
-)
-def test_when_a_reload_has_to_wait(complete, checkpoint, sessions, share, paused, says):
-    """By what vLLM's engine says of itself."""
-    flags = {"data_parallel_size": 2, "enable_expert_parallel": share}
-    core = SimpleNamespace(
-        vllm_config=complete(checkpoint, **flags),
-        scheduler=SimpleNamespace(num_waiting_for_streaming_input=sessions),
-        is_scheduler_paused=lambda: paused,
-        reset_prefix_cache=lambda **_: True,
-        reset_encoder_cache=lambda: None,
-    )
-    called = []
-
-    def host(_, method: str, *__: object) -> list[None]:
-        called.append(method)
-        return [None]
-
-    with pytest.raises(ConfigError, match=says) if says else nullcontext():
-        forget_old_weights(host, core, RELOAD)
-    assert called == ([] if says else [RELOAD])
 
 
 def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):

@@ -230,12 +230,6 @@ class Qwen3NextForCausalLM(
         )
         return load(self, tensors, self.layout)
 
-    def renew_head(self) -> None:
-        """After a reload: pack a tied head again, of which vLLM has loaded only the embedding."""
-        head: Any = self.lm_head
-        if self.config.tie_word_embeddings:
-            head.quant_method.process_weights_after_loading(head)
-
     # What vLLM asks of a hybrid model: the size of its pages, before the model is built.
 
     @classmethod

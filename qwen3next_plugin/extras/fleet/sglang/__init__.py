@@ -28,7 +28,7 @@ def complete(server_args: Any) -> list[str]:
 
 
 ADDS = Additions(
-    patches=("handover", "kept_prefixes", "nodes"),
+    patches=("handover", "kept_prefixes", "nodes", "staged_updates", "updates"),
     check=check,
     complete=complete,
     flags=("disaggregation_mode", "enable_unified_cache_external_linker", "nnodes"),

@@ -47,3 +47,15 @@ def check_known_weights(server_args: Any, reader: str, flag: str) -> None:
             f"--load-format {server_args.load_format}: {reader} knows weights by their safetensors "
             f"files; leave it out, or leave out {flag}"
         )
+
+
+def refuse_other_weights(server_args: Any) -> None:
+    """Raise where pages of this start's weights would be read for others."""
+    if server_args.enable_unified_cache_external_linker:
+        why = "FolderLinker would serve prefixes of the weights that it started with"
+        flag = LINKER_FLAG
+    elif server_args.disaggregation_mode != "null":
+        why, flag = "both servers compare a digest of weights that is computed at start", MODE_FLAG
+    else:
+        return
+    raise ConfigError(f"{why}; restart the server, or serve without {flag}")

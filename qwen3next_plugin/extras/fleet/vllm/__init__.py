@@ -1,5 +1,6 @@
 """What several servers of vLLM share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from qwen3next_plugin.engines.extras import Additions
@@ -42,11 +43,19 @@ def start(vllm_config: Any) -> None:
         apply(When.HANDOVER)
 
 
+def reload(worker: Any, path: str | None, given: Iterable[tuple[str, Any]] | None) -> str | None:
+    """Serve other weights, if they are whole; returns why they are refused."""
+    from qwen3next_plugin.extras.fleet.vllm.reloading import reload_weights
+
+    return reload_weights(worker, path, given)
+
+
 ADDS = Additions(
-    patches=("handover", "leases", "nodes"),
+    patches=("handover", "leases", "nodes", "reloads"),
     check=check,
     complete=complete,
     start=start,
+    reload=reload,
     executors={"ray": f"{__package__}.ray_executor.RayExecutor"},
     flags=("kv_transfer_config.kv_connector", "parallel_config.nnodes"),
 )

@@ -73,3 +73,12 @@ def check_known_weights(vllm_config: VllmConfig, reader: str) -> None:
             f"load_format = {load_format}: {reader} knows weights by their safetensors files; "
             f"leave out --load-format, {WITHOUT}"
         )
+
+
+def refuse_other_weights(vllm_config: VllmConfig) -> None:
+    """Raise where pages of this start's weights would be read for others."""
+    if (transfer := vllm_config.kv_transfer_config) is not None:
+        raise ConfigError(
+            f"reload_weights: {transfer.kv_connector} would serve prefixes of the weights that it "
+            "started with; restart the server, or serve without --kv-transfer-config"
+        )

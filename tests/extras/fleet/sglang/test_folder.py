@@ -11,8 +11,8 @@ import pytest
 from checkpoints import random_prompt, write_checkpoint
 from engines.clients import eventually
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked
-from engines.sglang.updating import refused
 from extras.fleet.folders import damage, files, settled
+from extras.fleet.sglang.updating import refused
 from needs import need
 from qwen3next_plugin.extras.fleet.sglang.alike import LINKER_FLAG
 from qwen3next_plugin.extras.fleet.sglang.folder_flags import LINKER, MODULE

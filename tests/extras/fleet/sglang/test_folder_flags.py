@@ -10,8 +10,8 @@ import pytest
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.sglang.served import refuse_other_weights
 from qwen3next_plugin.extras.fleet import alike
+from qwen3next_plugin.extras.fleet.sglang.alike import refuse_other_weights
 from qwen3next_plugin.extras.fleet.sglang.folder_flags import LINKER, MODULE, check_folder, space
 
 

@@ -13,7 +13,6 @@ from engines.clients import eventually
 from engines.routers import opening, routed, turn
 from engines.server import closing, most_cores
 from engines.sglang.server import FIXED, NEXTN, Forked, Server
-from engines.sglang.updating import refused
 from engines.traffic import source_tokens
 from extras.fleet.handover import check_one_sign_is_refused, differences
 from extras.fleet.sglang.apart import (
@@ -28,6 +27,7 @@ from extras.fleet.sglang.apart import (
     bits,
     rooms,
 )
+from extras.fleet.sglang.updating import refused
 from needs import needs
 
 pytestmark = pytest.mark.serve

@@ -16,10 +16,10 @@ import torch
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.sglang.served import refuse_other_weights
 from qwen3next_plugin.extras.fleet import alike as computed
 from qwen3next_plugin.extras.fleet.nixl import WAIT
 from qwen3next_plugin.extras.fleet.sglang import handover, handover_flags
+from qwen3next_plugin.extras.fleet.sglang.alike import refuse_other_weights
 from qwen3next_plugin.extras.fleet.sglang.handover_flags import SERVED_APART, check_handover
 from qwen3next_plugin.extras.host_fixes.sglang import ports
 from qwen3next_plugin.model.state import PageLayout

@@ -12,8 +12,8 @@ from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from engines.hubs import MODEL, downloaded
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
-from qwen3next_plugin.engines.vllm.model.reloading import refuse_other_weights
 from qwen3next_plugin.extras.fleet import alike
+from qwen3next_plugin.extras.fleet.vllm.alike import refuse_other_weights
 from qwen3next_plugin.extras.fleet.vllm.folder_flags import SPEC, complete_folder
 from qwen3next_plugin.model.checkpoint.fingerprint import fingerprint
 

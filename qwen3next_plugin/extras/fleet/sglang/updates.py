@@ -1,7 +1,8 @@
 """SGLang's updates of weights, for our model on a CPU: the old weights stay unless all new fit.
 
 SGLang answers 400 with what is wrong. What fails later, as weights load, ends the scheduler, and so
-the server. SGLang's modules are imported inside, as in hooks.py.
+the server. SGLang's modules are imported inside: patches are registered before SGLang has chosen
+its device.
 """
 
 from collections.abc import Callable
@@ -9,16 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
+from qwen3next_plugin.engines.sglang.fatal import FatalError
+from qwen3next_plugin.engines.sglang.names import NO_UPDATES
 from qwen3next_plugin.engines.sglang.patches import When, patch
+from qwen3next_plugin.extras.fleet.agreement import refusal
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 
+WAYS = "/update_weights_from_disk, _from_tensor or _from_distributed"
 DONE = "Succeeded to update model weights."
 
 
-class HalfLoadedError(RuntimeError):
-    """Some weights are new and others old, so the server ends (see extras/host_fixes)."""
+class HalfLoadedError(FatalError):
+    """Some weights are new and others old."""
+
+
+@patch(
+    When.WITH_OURS,
+    "sglang.srt.model_executor.model_runner_components.weight_updater."
+    "_unsupported_derived_weight_cache_error",
+    reason="SGLang refuses updates that are not ours, and does not say which are",
+    remove_when="SGLang asks the model to check and to load",
+)
+def name_updates(host: Callable[..., str | None], model: Any = None) -> str | None:
+    """Why SGLang itself may not update the weights, and how they are updated."""
+    found = host(model)
+    if found != NO_UPDATES:
+        return found
+    return found.replace("restart", f"on a CPU use {WAYS}, or restart")
 
 
 @patch(
@@ -38,7 +57,7 @@ def update_from_disk(host: Callable[..., Any], manager: Any, request: Any) -> An
         return host(manager, request)
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput
 
-    from qwen3next_plugin.engines.sglang.model.reloading import stored_weights
+    from qwen3next_plugin.extras.fleet.sglang.reloading import stored_weights
 
     folder, load_format = Path(request.model_path), request.load_format
     with manager._observe_weight_load("disk"):
@@ -71,7 +90,7 @@ def replace(manager: Any, tensors: Callable[[Any], Any], selector: str = "all") 
     Raises:
         HalfLoadedError: what went wrong meanwhile.
     """
-    from qwen3next_plugin.engines.sglang.model.reloading import reload
+    from qwen3next_plugin.extras.fleet.sglang.reloading import reload
 
     try:
         for _, runner in manager._select_runners(selector):
@@ -97,7 +116,7 @@ def flush(manager: Any, request: Any) -> tuple[bool, str]:
 
 
 def _check(manager: Any, folder: Path, load_format: str) -> None:
-    from qwen3next_plugin.engines.sglang.model.reloading import check_reload
+    from qwen3next_plugin.extras.fleet.sglang.reloading import check_reload
     from qwen3next_plugin.model.quantisation.files import check_version
 
     if load_format not in READ_HERE:

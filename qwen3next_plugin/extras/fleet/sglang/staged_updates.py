@@ -2,7 +2,7 @@
 
 SGLang would load each call's tensors as they come. Here a session keeps copies of them, in every
 rank, and its end checks and loads them as updates.py does a folder. SGLang's modules are imported
-inside, as in hooks.py.
+inside, as there.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.updates import flush, ours, replace
+from qwen3next_plugin.extras.fleet.agreement import refusal
+from qwen3next_plugin.extras.fleet.sglang.updates import flush, ours, replace
 from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 
 BUCKET = "flattened_bucket"  # SGLang's load_format of tensors in one
@@ -39,7 +39,7 @@ class Session:
 
     def check(self, manager: Any) -> None:
         """Refuse tensors that are not those of the selected models."""
-        from qwen3next_plugin.engines.sglang.model.reloading import check_reload
+        from qwen3next_plugin.extras.fleet.sglang.reloading import check_reload
 
         drafts = manager.draft_worker is not None and self.selector == "all"
         model = manager.tp_worker.model_runner.model
@@ -156,7 +156,7 @@ def _stays(session: Session) -> str:
 
 
 def _check_begin(manager: Any, selector: str) -> None:
-    from qwen3next_plugin.engines.sglang.model.reloading import check_allowed
+    from qwen3next_plugin.extras.fleet.sglang.reloading import check_allowed
 
     if selector not in SELECTED:
         raise ConfigError(f"selector = {selector}: the MTP layer changes with the trunk; use all")

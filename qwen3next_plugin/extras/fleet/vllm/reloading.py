@@ -3,31 +3,47 @@
 Names and shapes are checked before anything changes, so a wrong checkpoint leaves the old weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.reload.inplace import reload_weights
+from vllm.model_executor.model_loader.reload.inplace import reload_weights as reload_inplace
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.agreement import refusal
 from qwen3next_plugin.engines.hub import READ_HERE
 from qwen3next_plugin.engines.vllm.files import weights_folder
+from qwen3next_plugin.engines.vllm.model.loading import one_bar
 from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.extras.fleet.agreement import refusal
+from qwen3next_plugin.extras.fleet.vllm.alike import refuse_other_weights
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.layouts import Shapes, tower_shapes, without_prefix
+from qwen3next_plugin.model.checkpoint.mapped import give_back_freed
 from qwen3next_plugin.model.checkpoint.reading import check_tensors
+from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING
 from qwen3next_plugin.model.quantisation.files import check_version
 from qwen3next_plugin.model.quantisation.in_panels import refuse_another
 
 logger = init_logger(LOGGER)
 Tensors = list[tuple[str, torch.Tensor]]
+
+
+def reload_weights(
+    worker: Any, path: str | None, given: Iterable[tuple[str, torch.Tensor]] | None
+) -> str | None:
+    """Serve other weights by a worker; returns why they are refused."""
+    with set_current_vllm_config(worker.vllm_config), one_bar(worker.vllm_config):
+        refused = reload(worker.model_runner, path, given)
+    give_back_freed()
+    return refused
 
 
 def reload(
@@ -54,21 +70,31 @@ def reload(
 def _load(runner: Any, path: str | None, tensors: Tensors | None) -> None:
     config: VllmConfig = runner.vllm_config
     runner.reload_weights(weights_iterator=tensors, weights_path=path)
-    _text_model(runner).renew_head()
+    _renew_head(_text_model(runner))
     if runner.speculative_config is not None:
         drafter, shared = runner.drafter.model, copy(config)
         shared.model_config = config.speculative_config.draft_model_config
-        with drafter.alone():
-            reload_weights(shared, drafter, tensors, path, is_checkpoint_format=True)
+        with _alone(drafter):
+            reload_inplace(shared, drafter, tensors, path, is_checkpoint_format=True)
 
 
-def refuse_other_weights(config: VllmConfig) -> None:
-    """Raise where pages of this start's weights would be read for others."""
-    if (transfer := config.kv_transfer_config) is not None:
-        raise ConfigError(
-            f"reload_weights: {transfer.kv_connector} would serve prefixes of the weights that it "
-            "started with; restart the server, or serve without --kv-transfer-config"
-        )
+def _renew_head(model: Any) -> None:
+    """Pack a tied head again, of which vLLM has loaded only the embedding."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+@contextmanager
+def _alone(drafter: Any) -> Iterator[None]:
+    """Within this context the drafter is without what is the trunk's, as when it was built."""
+    embedding, head = drafter.model.embed_tokens, drafter.lm_head
+    drafter.lm_head = PPMissingLayer()
+    if EMBEDDING in drafter.trunk_names:
+        drafter.model.embed_tokens = PPMissingLayer()
+    try:
+        yield
+    finally:
+        drafter.model.embed_tokens, drafter.lm_head = embedding, head
 
 
 def _text_model(runner: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import destroy_process_group, group, init_process_group
 
 from qwen3next_plugin.config import ConfigError
-from qwen3next_plugin.engines.agreement import refusal
+from qwen3next_plugin.extras.fleet.agreement import refusal
 
 RANKS = 2
 FORK = multiprocessing.get_context("fork")

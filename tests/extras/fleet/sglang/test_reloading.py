@@ -12,9 +12,9 @@ import bad_weights
 from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
-from engines.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
 from engines.sglang.server import NEXTN, Forked, Server
-from engines.sglang.updating import LOGPROBS, answers, read, refused, send, start
+from extras.fleet.other_weights import CASES, FAULT, IN_MAKE_TEST, PROMPTS, WRONG, write
+from extras.fleet.sglang.updating import LOGPROBS, answers, read, refused, send, start
 from needs import needs
 from quantised import pack_checkpoint
 from reference import Reference

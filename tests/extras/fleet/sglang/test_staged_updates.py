@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.other_weights import PROMPTS, WRONG, write
 from engines.process import free_port
 from engines.sglang.server import Server
-from engines.sglang.updating import (
+from extras.fleet.other_weights import PROMPTS, WRONG, write
+from extras.fleet.sglang.updating import (
     UPDATE,
     answers,
     during,

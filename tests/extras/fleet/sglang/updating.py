@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.other_weights import PROMPTS
 from engines.sglang.server import FIXED, NEXTN, Answer, Forked, Server
+from extras.fleet.other_weights import PROMPTS
 
 LOGPROBS: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0}
 UPDATE = "/update_weights_from_tensor"

@@ -15,11 +15,20 @@ import bad_weights
 from checkpoints import random_prompt
 from engines.checks import check_greedy
 from engines.clients import eventually
-from engines.other_weights import CASES as OF_BOTH
-from engines.other_weights import FAULT, IN_MAKE_TEST, INVARIANT, PROMPTS, TIED, WRONG, Case, write
 from engines.vllm.checks import LOGPROBS
 from engines.vllm.offline import Offline
 from engines.vllm.server import ForkedTwice
+from extras.fleet.other_weights import CASES as OF_BOTH
+from extras.fleet.other_weights import (
+    FAULT,
+    IN_MAKE_TEST,
+    INVARIANT,
+    PROMPTS,
+    TIED,
+    WRONG,
+    Case,
+    write,
+)
 from needs import needs
 from quantised import pack_checkpoint
 from reference import Reference
