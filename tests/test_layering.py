@@ -18,7 +18,6 @@ OF_BOTH = (
     "patching",
     "patch_table",
     "extras",
-    "agreement",
     "hub",
     "huge_pages",
     "compiler",
@@ -28,11 +27,7 @@ OF_BOTH = (
     "leftovers",
     "memory",
     "plan",
-    "nodes",
-    "block_files",
     "processor",
-    "alike",
-    "nixl",
     "pacing",
 )
 LIBRARY = "transformers"  # a host without a server: it has the parts that it needs

@@ -110,7 +110,7 @@ def connector(folder: Path) -> dict[str, object]:
     """As docs/fleet.md has it."""
     own = {
         "spec_name": "FolderSpec",
-        "spec_module_path": "qwen3next_plugin.engines.vllm.folder",
+        "spec_module_path": "qwen3next_plugin.extras.fleet.vllm.folder",
         "folder": str(folder.absolute()),
         "folder_bytes": 8 << 30,
     }

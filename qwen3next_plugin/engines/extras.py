@@ -5,10 +5,11 @@ The core names none of them. An extra has a folder for each engine that it adds 
 of that folder: commands (`commands.py`), environment variables (`variables.py`).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 PACKAGE = "qwen3next_plugin.extras"
 FOLDER = Path(__file__).parents[1] / "extras"
+MISSING = "the extra of qwen3next_plugin that serves it is not installed"
 Log = Callable[[str], None]  # takes a line
+# Takes other weights in a worker, from a folder or as they are given; returns why they are refused.
+Reload = Callable[[Any, str | None, Iterable[tuple[str, Any]] | None], str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,11 @@ class Additions:
     check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
     # of a rank's config, its page and device, before the model is made
     before_load: "Callable[[Qwen3NextConfig, PageLayout, torch.device, Log], None] | None" = None
+    complete: Callable[[Any], list[str]] | None = None  # on a CPU, of flags that are not given
+    start: Callable[[Any], None] | None = None  # in each process of vLLM's engine
+    reload: Reload | None = None  # while vLLM serves
+    executors: Mapping[str, str] = field(default_factory=dict)  # vLLM's: a flag's value → class
+    flags: tuple[str, ...] = ()  # that it serves, of OF_EXTRAS in the engine's served.py
 
 
 @cache
@@ -72,3 +81,32 @@ def before_load(
     for adds in additions(engine).values():
         if adds.before_load is not None:
             adds.before_load(config, page, device, log)
+
+
+def complete_flags(engine: str, flags: Any) -> list[str]:
+    """Let all extras fill in what was not given, after the checks; returns it as it is written."""
+    every = [adds.complete for adds in additions(engine).values() if adds.complete is not None]
+    return [word for complete in every for word in complete(flags)]
+
+
+def start(engine: str, config: Any) -> None:
+    """Let all extras prepare a process in which an engine schedules or computes."""
+    for adds in additions(engine).values():
+        if adds.start is not None:
+            adds.start(config)
+
+
+def reloader(engine: str) -> Reload | None:
+    """What takes other weights while an engine serves."""
+    return next((adds.reload for adds in additions(engine).values() if adds.reload), None)
+
+
+def executors(engine: str) -> dict[str, str]:
+    """The classes of executors that extras bring, by values of --distributed-executor-backend."""
+    found = (adds.executors.items() for adds in additions(engine).values())
+    return dict(chain.from_iterable(found))
+
+
+def flags_served(engine: str) -> set[str]:
+    """Flags that some extra serves."""
+    return {flag for adds in additions(engine).values() for flag in adds.flags}

@@ -1,10 +1,14 @@
 """A copy of the tree, without extras or with a bug, which processes import in place of ours."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import qwen3next_plugin.kernels
 from engines.server import Server
@@ -78,16 +82,34 @@ def check_refusals(folder: Path) -> None:
         assert f"No such command '{command.name}': no extra in" in refused
 
 
-def check_answers(server: Server) -> None:
-    """A server that has begun answers."""
+def check_answers(server: Server, more: Callable[[Server], None] = lambda _: None) -> None:
+    """A server that has begun answers; so does `more`."""
     server.wait()
     try:
         answer = server.client.completions.create(
             model=server.model, prompt="The sun is a star.", max_tokens=16, temperature=0
         )
         assert answer.usage.completion_tokens == 16
+        more(server)
     finally:
         server.close()
+
+
+def check_refused(folder: Path, script: str, asked: Sequence[tuple[Any, str]]) -> None:
+    """Without extras, what they serve is refused by name.
+
+    Args:
+        script: reads what is asked as JSON; prints a line of each error, after "answer: ".
+        asked: and the words of each error.
+    """
+    given = json.dumps([each for each, _ in asked])
+    env = os.environ | copy_without(folder)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, input=given, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
+    assert len(lines) == len(asked), done.stdout[-4000:] + done.stderr[-4000:]
+    for line, (_, words) in zip(lines, asked, strict=True):
+        assert re.search(words, line), line
 
 
 def check_suite(folder: Path, *arguments: str) -> None:

@@ -21,7 +21,6 @@ from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
 from qwen3next_plugin.engines.memory import check_weights
-from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
 from qwen3next_plugin.engines.sglang.cpu import memory
@@ -32,17 +31,12 @@ from qwen3next_plugin.engines.sglang.names import (
     DRAFT_ALGORITHMS,
     HOST_BACKEND,
     OVERRIDE_FLAG,
-    OWN_ADDRESS,
     TORCH_BACKEND,
     is_ours,
     logger,
 )
-from qwen3next_plugin.engines.sglang.nodes import first_node
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, served
-from qwen3next_plugin.engines.sglang.state.alike import weights
-from qwen3next_plugin.engines.sglang.state.folder_flags import check_folder
-from qwen3next_plugin.engines.sglang.state.handover_flags import check_handover, hands_over
+from qwen3next_plugin.engines.sglang.served import LEAVE_OUT, Served, served
 from qwen3next_plugin.kernels.gpu.configs import architecture
 from qwen3next_plugin.model import adapters
 from qwen3next_plugin.model.checkpoint.reading import check_stored
@@ -65,10 +59,6 @@ CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
     "watchdog_timeout": (300, TIMEOUT),
     "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
 }
-DECODE_DEFAULTS: dict[str, tuple[Any, Any]] = {
-    # SGLang makes pages for up to three times as many requests, for which no memory is set aside.
-    "disaggregation_decode_extra_slots": (None, 0),
-}
 
 
 def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
@@ -90,24 +80,19 @@ def check(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
         _check_cpu(server_args, server_args._raw_input, model_config)
     elif env.kernels() != "reference":
         architecture(torch.device("cuda"))  # before weights are loaded onto it
-    if hands_over(server_args) or server_args.enable_unified_cache_external_linker:
-        weights(server_args)  # reads all files: here, once, not in each rank
 
 
 def complete_on_cpu(server_args: Any) -> list[str]:
     """Fill in defaults; returns them as command-line flags."""
     bind_cores(server_args.tp_size * server_args.dp_size, server_args.nnodes)
-    if server_args.nnodes > 1:
-        meet_at("--dist-init-addr", first_node(server_args.dist_init_addr), OWN_ADDRESS)
     use_huge_pages()
     skip_trials()
     given = server_args._raw_input  # SGLang's own defaults for a CPU are filled in already
-    decodes = server_args.disaggregation_mode == "decode"
-    defaults = CPU_DEFAULTS | (DECODE_DEFAULTS if decodes else {})
-    chosen = {name: value for name, (unset, value) in defaults.items() if given[name] == unset}
+    chosen = {name: value for name, (unset, value) in CPU_DEFAULTS.items() if given[name] == unset}
     for name, value in chosen.items():
         setattr(server_args, name, value)
     words = [flag(name, value) for name, value in chosen.items()]
+    words += extras.complete_flags("sglang", server_args)
     if all(given[name] is None for name in memory.GIVEN):
         words.append(memory.IN_WORDS)
     return words
@@ -167,16 +152,18 @@ def check_flags(server_args: Any, *, on_cpu: bool) -> None:
         ConfigError: names the flag and the fix.
     """
     algorithm = server_args.speculative_algorithm
-    tables = served(drafts=bool(algorithm), on_cpu=on_cpu, apart=hands_over(server_args))
-    for name, (values, why, fix) in tables.items():
-        if (value := getattr(server_args, name)) not in values:
-            raise refusal(name, value, why, fix)
-    check_folder(server_args, on_cpu=on_cpu)
-    check_handover(server_args)
+    check_served(server_args, served(drafts=bool(algorithm), on_cpu=on_cpu))
     if not on_cpu:
         _check_kernels(server_args.cuda_graph_config)
     if algorithm:
         _check_speculation(server_args, algorithm)
+
+
+def check_served(server_args: Any, tables: Served) -> None:
+    """Refuse other values than those of the tables."""
+    for name, (values, why, fix) in tables.items():
+        if (value := getattr(server_args, name)) not in values:
+            raise refusal(name, value, why, fix)
 
 
 def _check_variables(*, on_cpu: bool) -> None:

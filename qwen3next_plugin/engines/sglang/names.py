@@ -22,8 +22,12 @@ QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 PLATFORM = f"{PACKAGE}.cpu.platform:CpuPlatform"
 MODEL_PACKAGE = f"{PACKAGE}.model"  # the package in which SGLang looks for model classes
 OVERRIDE_FLAG = "--json-model-override-args"
-OWN_ADDRESS = "SGLANG_HOST_IP"  # the variable with this node's address
 DRAFT_ALGORITHMS = ("NEXTN", "EAGLE")  # SGLang's names for drafts of the checkpoint's MTP head
+# The reason with which SGLang refuses to update weights.
+NO_UPDATES = (
+    "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; restart the "
+    "server with the new checkpoint"
+)
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
 

@@ -26,10 +26,10 @@ class When(Enum):
 
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
-    *("flags", "hooks", "nodes", "pacing", "staged_updates", "updates", "model.config"),
+    *("flags", "hooks", "pacing", "model.config"),
     *("cpu.attention_backend", "cpu.host_bar", "cpu.memory"),
     *("speculation.logits", "speculation.penalties", "speculation.reserve"),
-    *("speculation.sessions", "speculation.stops", "speculation.verify", "state.handover"),
+    *("speculation.sessions", "speculation.stops", "speculation.verify"),
 )
 
 VERSIONS = "==0.5.23"  # that need these patches

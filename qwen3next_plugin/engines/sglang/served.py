@@ -2,14 +2,13 @@
 
 from typing import Any
 
+from qwen3next_plugin.engines.extras import MISSING, flags_served
 from qwen3next_plugin.engines.hub import PACKED, READ_BY_MODEL
 from qwen3next_plugin.engines.sglang.names import ATTENTION_BACKEND, LORA_BACKEND
 from qwen3next_plugin.model.state import STATE_DTYPES
 
 PAGES = "a state page is kept and copied whole"
 POOL = "state pages stay in one pool"
-HANDED_OVER = "prompts are handed over whole, from memory to memory"
-ONE_ENGINE = "a server that hands requests over is one engine on one machine"
 RANKS = "this model is spread over the ranks of --tp-size only"
 BATCH = "a step runs one batch"
 PLACED = "every rank has its part of each expert"
@@ -144,28 +143,20 @@ SERVED_WITH_DRAFTS_ON_GPU: Served = {
     "speculative_eagle_topk": ((None, 1), "draft trees are verified on a CPU only", "use 1"),
 }
 
-# More, where another server reads the prompts, or decodes.
-SERVED_APART: Served = {
-    "disaggregation_transfer_backend": (("nixl",), "it does not copy between CPUs", "use nixl"),
-    "disaggregation_enable_kv_checksum": ((False,), "it is computed on a GPU", LEAVE_OUT),
-    "disaggregation_decode_enable_radix_cache": ((False,), HANDED_OVER, LEAVE_OUT),
-    "disaggregation_decode_enable_offload_kvcache": ((False,), POOL, LEAVE_OUT),
-    "disaggregation_decode_host_receive_threshold": ((1.0,), POOL, LEAVE_OUT),
-    "disaggregation_decode_retraction_backup": ((None, "cpu_tensor"), POOL, LEAVE_OUT),
-    "enable_pd_role_switch": ((False,), "a server keeps its part", LEAVE_OUT),
-    "enable_streaming_session": ((False,), "a turn's state stays in one server", LEAVE_OUT),
-    "dp_size": ((1,), ONE_ENGINE, "start more servers"),
-    "nnodes": ((1,), ONE_ENGINE, LEAVE_OUT),
-    "enable_unified_cache_external_linker": ((False,), HANDED_OVER, LEAVE_OUT),
-    "kv_cache_dtype": (("auto",), "KV has the model's dtype in both servers", LEAVE_OUT),
-    "speculative_eagle_topk": ((None, 1), "drafts of a decode server are chains", "use 1"),
+# Unless an extra serves more.
+OF_EXTRAS: Served = {
+    "enable_unified_cache_external_linker": ((False,), MISSING, LEAVE_OUT),
+    "disaggregation_mode": (("null",), MISSING, LEAVE_OUT),
 }
+OF_EXTRAS_ON_CPU: Served = {"nnodes": ((1,), MISSING, LEAVE_OUT)}
 
 
-def served(*, drafts: bool, on_cpu: bool, apart: bool) -> Served:
+def served(*, drafts: bool, on_cpu: bool) -> Served:
     """The tables that apply."""
-    tables = SERVED | (SERVED_ON_CPU if on_cpu else SERVED_ON_GPU)
+    rows, known = OF_EXTRAS | (OF_EXTRAS_ON_CPU if on_cpu else {}), flags_served("sglang")
+    tables = SERVED | {name: row for name, row in rows.items() if name not in known}
+    tables |= SERVED_ON_CPU if on_cpu else SERVED_ON_GPU
     if drafts:
         tables |= SERVED_WITH_DRAFTS
         tables |= SERVED_WITH_DRAFTS_ON_CPU if on_cpu else SERVED_WITH_DRAFTS_ON_GPU
-    return tables | (SERVED_APART if apart else {})
+    return tables

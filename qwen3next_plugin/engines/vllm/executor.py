@@ -15,8 +15,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
-from qwen3next_plugin.engines.vllm.patches import When, apply
-from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
+from qwen3next_plugin.engines import extras
 
 Sampled = tuple[ModelRunnerOutput, DraftTokenIds | None]  # of a worker: sampled tokens, next drafts
 
@@ -34,8 +33,7 @@ class Executor(MultiprocExecutor):
         SystemExit, which Python drops in the middle of a weak reference's callback.
         """
         Finalize(None, self.shutdown, exitpriority=1)
-        if hands_over(self.vllm_config):
-            apply(When.HANDOVER)
+        extras.start("vllm", self.vllm_config)
         super()._init_executor()
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:

@@ -11,8 +11,8 @@ from vllm.platforms import current_platform
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, check_kind, rope
 from qwen3next_plugin.config.tokenizer import check_tokenizer
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.hub import READ_HERE
-from qwen3next_plugin.engines.leftovers import remove_dead
 from qwen3next_plugin.engines.vllm.cpu.block_size import keep_block_size
 from qwen3next_plugin.engines.vllm.cpu.cpu_flags import check_cpu, complete_cpu
 from qwen3next_plugin.engines.vllm.cpu.graphs import keep_graphs_apart
@@ -26,8 +26,6 @@ from qwen3next_plugin.engines.vllm.speculation.drafts_flags import (
     check_drafts,
     choose_metrics,
 )
-from qwen3next_plugin.engines.vllm.state.folder_flags import REGIONS, check_folder, complete_folder
-from qwen3next_plugin.engines.vllm.state.handover_flags import check_handover, complete_handover
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
 from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
@@ -66,8 +64,7 @@ def check(vllm_config: VllmConfig) -> None:
     check_drafts(vllm_config)
     if current_platform.is_cpu():
         check_cpu(config, vllm_config)
-    check_folder(vllm_config)
-    check_handover(vllm_config)
+    extras.check_flags("vllm", vllm_config)
 
 
 def complete(vllm_config: VllmConfig) -> None:
@@ -80,9 +77,7 @@ def complete(vllm_config: VllmConfig) -> None:
     complete_cpu(vllm_config)
     keep_block_size(vllm_config.cache_config)
     keep_graphs_apart(vllm_config)
-    remove_dead(REGIONS)
-    complete_folder(vllm_config, read_config(vllm_config))
-    complete_handover(vllm_config, read_config(vllm_config))
+    extras.complete_flags("vllm", vllm_config)
     choose_metrics(vllm_config)
     size_cache(read_config(vllm_config), vllm_config)
 

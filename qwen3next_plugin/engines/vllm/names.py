@@ -38,12 +38,12 @@ QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
 WORKER = f"{PACKAGE}.speculation.worker.Worker"
 SCHEDULER = f"{PACKAGE}.scheduler.Scheduler"
 EXECUTOR = f"{PACKAGE}.executor.Executor"
-RAY_EXECUTOR = f"{PACKAGE}.ray_executor.RayExecutor"
 # In the modules of a process that is an engine's; a server's.
 ENGINE = "vllm.v1.engine.core"
 SERVER = "vllm.entrypoints.launchers.api_server.entry"
 OVERRIDE_FLAG = "--hf-overrides"
-OWN_ADDRESS = "VLLM_HOST_IP"  # the variable with this node's address
+
+HANDOVER = "NixlConnector"  # between a server that reads prompts and one that decodes
 
 LOGGER = "vllm.qwen3next_plugin"  # vLLM formats the loggers whose name begins so
 

@@ -27,16 +27,14 @@ class When(Enum):
     IN_WORKER = "our worker is made"
     MODEL_ON_CPU = "our model is built on a CPU"
     PAGE_COPIES = "our model is built on a CPU; by vLLM's registry of kernels"
-    HANDOVER = "a server hands requests over: its model is built, its workers start"
     WITH_LORA = "our model is built, with adapters"
 
 
 # The modules with patches that are put in place; those with overrides are imported where they act.
 MODULES = (
-    *("checking", "metrics", "nodes", "model.config", "model.opaque"),
+    *("checking", "metrics", "model.config", "model.opaque"),
     *("speculation.drafts_flags", "cpu.cgroups", "cpu.exchange", "cpu.graphs"),
     "cpu.page_copy",
-    *("state.handover", "state.leases", "state.reloads"),
 )
 
 VERSIONS = ">=0.32,<0.34"  # that need these patches
@@ -44,7 +42,7 @@ TABLE = Table(VERSIONS, Path(__file__).with_name("signatures.json"))
 patch = TABLE.patch
 
 
-def apply(*groups: When, put: Callable[[Sequence[Function]], None] = patching.wrap) -> None:
+def apply(*groups: Enum, put: Callable[[Sequence[Function]], None] = patching.wrap) -> None:
     """Check and apply groups, each once in a process."""
     for module in (*(f"{PACKAGE}.{name}" for name in MODULES), *modules_with_patches("vllm")):
         import_module(module)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qwen3next_plugin.engines.extras import MISSING, flags_served
 from qwen3next_plugin.engines.hub import PACKED, READ_BY_MODEL
 
 LOSSLESS = "drafts are the likeliest tokens; one is kept if it would be sampled without drafts"
@@ -43,9 +44,18 @@ SERVED_WITH_DRAFTS: Served = {
         LEAVE_OUT,
     ),
 }
+# Unless an extra serves more.
+OF_EXTRAS: Served = {
+    "kv_transfer_config.kv_connector": ((None,), MISSING, "leave out --kv-transfer-config"),
+}
+OF_EXTRAS_ON_CPU: Served = {
+    "parallel_config.nnodes": ((1,), MISSING, LEAVE_OUT),
+}
 
 
 def served(*, drafts: bool, on_cpu: bool) -> Served:
     """The tables that apply."""
     tables = SERVED | (SERVED_ON_CPU if on_cpu else {})
+    rows, known = OF_EXTRAS | (OF_EXTRAS_ON_CPU if on_cpu else {}), flags_served("vllm")
+    tables |= {field: row for field, row in rows.items() if field not in known}
     return tables | (SERVED_WITH_DRAFTS if drafts else {})

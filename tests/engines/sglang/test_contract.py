@@ -451,10 +451,11 @@ def flags() -> set[str]:
     """The flags that our tables name: what is refused, filled in, and asked of memory."""
     from qwen3next_plugin.engines.sglang import served
     from qwen3next_plugin.engines.sglang.cpu import memory
-    from qwen3next_plugin.engines.sglang.flags import CPU_DEFAULTS, DECODE_DEFAULTS
+    from qwen3next_plugin.engines.sglang.flags import CPU_DEFAULTS
 
-    tables = [getattr(served, name) for name in vars(served) if name.startswith("SERVED")]
-    return {*chain.from_iterable(tables), *CPU_DEFAULTS, *DECODE_DEFAULTS, *memory.GIVEN}
+    kinds = ("SERVED", "OF_EXTRAS")
+    tables = [getattr(served, name) for name in vars(served) if name.startswith(kinds)]
+    return {*chain.from_iterable(tables), *CPU_DEFAULTS, *memory.GIVEN}
 
 
 @pytest.mark.parametrize("name", sorted(flags()))

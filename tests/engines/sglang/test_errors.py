@@ -28,7 +28,6 @@ from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts
 from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
-from qwen3next_plugin.engines.sglang.state import handover_flags
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen4_exp import write_qwen4_exp
 
@@ -51,11 +50,8 @@ LLAMA = {
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """SGLang hands some flags on in environment variables: no later test's server may see them.
-
-    NIXL need not be installed: only a server uses it.
-    """
-    with mock.patch.dict(os.environ), mock.patch.object(handover_flags, "find_spec"):
+    """SGLang hands some flags on in environment variables: no later test's server may see them."""
+    with mock.patch.dict(os.environ):
         yield
 
 
@@ -96,8 +92,6 @@ def test_batch_invariance_in_another_dtype(monkeypatch, checkpoint, complete):
         {"disable_radix_cache": True},
         {"kv_cache_dtype": "auto", "mamba_ssm_dtype": "bfloat16"},
         {"load_format": "dummy"},
-        NEXTN | {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"},
-        {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"},
     ],
     ids=str,
 )
@@ -105,14 +99,6 @@ def test_what_can_be_served_passes(complete, checkpoint, flags):
     resolved = complete(checkpoint, **flags)
     assert resolved.attention_backend == "qwen3next_cpu"
     assert resolved.disable_overlap_schedule
-
-
-def test_a_decode_server_has_pages_for_the_requests_that_run(complete, checkpoint):
-    flags = {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"}
-    flags |= {"max_running_requests": 4}
-    assert complete(checkpoint, **flags).disaggregation_decode_extra_slots == 0
-    flags |= {"disaggregation_decode_extra_slots": 3}
-    assert complete(checkpoint, **flags).disaggregation_decode_extra_slots == 3
 
 
 def test_a_port_for_grpc_is_refused_where_a_variable_gives_it(complete, checkpoint, monkeypatch):
@@ -209,15 +195,6 @@ REFUSED_ON_GPU = {
     "lora_paths": ["adapter"],
     "disaggregation_mode": "prefill",
 }
-REFUSED_APART = {
-    "disaggregation_transfer_backend": "mooncake",
-    "disaggregation_decode_host_receive_threshold": 0.5,
-    "disaggregation_decode_retraction_backup": "host_pool",
-    "dp_size": 2,
-    "nnodes": 2,
-    "kv_cache_dtype": "bf16",
-    "speculative_eagle_topk": 2,
-}
 REFUSED_WITH_DRAFTS = {
     "speculative_draft_load_format": "presharded",
     "speculative_moe_runner_backend": "flashinfer_cutlass",
@@ -266,15 +243,6 @@ def test_every_flag_of_the_tables_is_refused_by_name(complete, checkpoint, name,
     written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
     assert str(raised.value).startswith(written)
     assert "; " in str(raised.value)
-
-
-@pytest.mark.parametrize("name", served.SERVED_APART)
-def test_every_flag_of_two_servers_is_refused_by_name(complete, checkpoint, name):
-    mode = {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "nixl"}
-    value = REFUSED_APART.get(name, True)
-    written = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") + ": "
-    with pytest.raises(ConfigError, match=f"^{written}.*; "):
-        check_flags(Given(complete(checkpoint, **mode), name, value), on_cpu=True)
 
 
 @pytest.mark.parametrize(

@@ -49,15 +49,6 @@ def test_a_pool_is_as_many_pages_as_it_has_slots(pool):
     assert state < padded < 0.3 * (DRAFTS + 1) * state  # SGLang: a state for each token verified
 
 
-def test_a_page_of_a_prompt_that_nobody_reads_continues_at_its_end(pool):
-    pool.pages.fill_(77)
-    pool.begin_at(2, 5)
-    for view in map(pool.view, LAYERS):
-        assert view.span[2].tolist() == [5, 5]
-        assert not view.state[2].any()
-    assert (pool.pages[:, [1, 3]] == 77).all()
-
-
 @pytest.mark.parametrize("slot", [torch.tensor(2), torch.tensor([2])], ids=["one", "list"])
 def test_a_page_that_is_put_aside_comes_back(pool, slot):
     """Though another request has used its slot."""

@@ -5,9 +5,7 @@ import os
 import re
 import shutil
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-from vllm.platforms.cpu import CpuPlatform
 
 import bad_weights
 import patience
@@ -31,7 +28,6 @@ from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.engines.vllm.cpu import graphs
 from qwen3next_plugin.engines.vllm.names import SCHEDULER
 from qwen3next_plugin.engines.vllm.scheduler import Scheduler
-from qwen3next_plugin.engines.vllm.state.reloads import RELOAD, forget_old_weights
 from vision import write_vision_checkpoint
 
 
@@ -129,19 +125,6 @@ def test_engines_in_ray_are_refused(monkeypatch, complete, checkpoint):
             data_parallel_backend="ray",
             data_parallel_size_local=1,
         )
-
-
-def test_cores_for_rays_workers_are_refused(monkeypatch, complete, checkpoint):
-    monkeypatch.setattr("vllm.v1.executor.ray_utils.ray", object())
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with pytest.raises(Exception, match=r"VLLM_CPU_OMP_THREADS_BIND with Ray: .*taskset"):
-        complete(checkpoint, tensor_parallel_size=2, distributed_executor_backend="ray")
-
-
-@pytest.mark.compat
-def test_vllms_cpu_platform_is_nothing_to_ray():
-    """Fails when Ray can place vLLM's own workers: then our executor of actors can go."""
-    assert not CpuPlatform.ray_device_key
 
 
 def test_no_drafts_are_refused(complete, checkpoint):
@@ -243,36 +226,6 @@ def test_two_ways_to_quantise(monkeypatch, complete, checkpoint):
     monkeypatch.setenv("QWEN3NEXT_BATCH_INVARIANT", "1")
     with pytest.raises(Exception, match="QWEN3NEXT_BATCH_INVARIANT=1: vLLM quantises by --quant"):
         complete(checkpoint, **flags)
-
-
-@pytest.mark.parametrize(
-    ("sessions", "share", "paused", "says"),
-    [
-        (1, False, False, "a session of streaming input waits"),
-        (0, True, False, r"POST /pause\?mode=keep, reload, then POST /resume"),
-        (0, True, True, ""),
-        (0, False, False, ""),
-    ],
-)
-def test_when_a_reload_has_to_wait(complete, checkpoint, sessions, share, paused, says):
-    """By what vLLM's engine says of itself."""
-    flags = {"data_parallel_size": 2, "enable_expert_parallel": share}
-    core = SimpleNamespace(
-        vllm_config=complete(checkpoint, **flags),
-        scheduler=SimpleNamespace(num_waiting_for_streaming_input=sessions),
-        is_scheduler_paused=lambda: paused,
-        reset_prefix_cache=lambda **_: True,
-        reset_encoder_cache=lambda: None,
-    )
-    called = []
-
-    def host(_, method: str, *__: object) -> list[None]:
-        called.append(method)
-        return [None]
-
-    with pytest.raises(ConfigError, match=says) if says else nullcontext():
-        forget_old_weights(host, core, RELOAD)
-    assert called == ([] if says else [RELOAD])
 
 
 def test_priorities_with_prefix_caching_are_refused(complete, checkpoint):
@@ -465,22 +418,13 @@ def test_weights_that_memory_cannot_hold(complete, grant_memory, tmp_path):
             complete(plain, **flags)
 
 
-def test_the_cache_takes_a_part_of_the_memory(complete, grant_memory, checkpoint, tmp_path):
+def test_the_cache_takes_a_part_of_the_memory(complete, grant_memory, checkpoint):
     """Where no setting says how much; half of it for each of two ranks."""
     grant_memory(6 << 30)
     cache = complete(checkpoint, **drafts(2)).cache_config.kv_cache_memory_bytes
     assert cache == pytest.approx(1 << 30, rel=0.01)
     ranks = complete(checkpoint, tensor_parallel_size=2, **drafts(2)).cache_config
     assert ranks.kv_cache_memory_bytes == pytest.approx(1 << 28, rel=0.01)
-    connector = {
-        "spec_name": "FolderSpec",
-        "spec_module_path": "qwen3next_plugin.engines.vllm.folder",
-    }
-    connector |= {"folder": str(tmp_path), "folder_bytes": 1 << 30, "cpu_bytes_to_use": 2 << 30}
-    folder = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-    folder |= {"kv_connector_extra_config": connector}
-    beside = complete(checkpoint, kv_transfer_config=folder, **drafts(2)).cache_config
-    assert cache - beside.kv_cache_memory_bytes == pytest.approx(1 << 29, rel=0.01)
 
 
 def test_the_cache_is_what_a_setting_says(monkeypatch, complete, checkpoint):

@@ -15,7 +15,7 @@ from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.hub import folder_here
 from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
-from qwen3next_plugin.engines.sglang.names import logger
+from qwen3next_plugin.engines.sglang.names import NO_UPDATES, logger
 from qwen3next_plugin.engines.sglang.state.pages import page_layout
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint import progress
@@ -38,12 +38,6 @@ PACKED_MODULES = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-# The reason with which SGLang refuses weight updates that do not go through ours.
-NO_UPDATES = (
-    "qwen3next_plugin checks, packs and copies weights as a whole checkpoint loads; on a CPU use "
-    "/update_weights_from_disk, _from_tensor or _from_distributed, or restart the server with the "
-    "new checkpoint"
-)
 EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.")
 SHARDS = {"gate": ("w13_", "w1"), "up": ("w13_", "w3"), "down": ("w2_", "w2")}
 

@@ -6,8 +6,8 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_server_args
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.sglang.files import weights_folder
 from qwen3next_plugin.engines.sglang.model.host_layers import host_layers
-from qwen3next_plugin.engines.sglang.state.alike import weights_folder
 from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
 
 

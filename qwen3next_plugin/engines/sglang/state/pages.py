@@ -148,12 +148,6 @@ class PagePool(MambaPool):
     def clear_slots(self, indices: torch.Tensor) -> None:
         """Nothing to clear: a row with an empty context ignores its page's content."""
 
-    def begin_at(self, slot: int, length: int) -> None:
-        """Make empty pages that continue at a context of `length` tokens, which nobody has read."""
-        self.pages[:, slot] = 0
-        for layer_id in self.mamba_layer_ids:
-            self.view(layer_id).span[slot] = length
-
     def get_cpu_copy(self, indices: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Windows, of which there are none, and pages, for SGLang's `load_cpu_copy`.
 

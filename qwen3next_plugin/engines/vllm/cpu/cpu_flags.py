@@ -7,18 +7,16 @@ from vllm.config import LoRAConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.compiler import skip_trials
 from qwen3next_plugin.engines.huge_pages import use_huge_pages
-from qwen3next_plugin.engines.nodes import meet_at
 from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.patching import override
-from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores, chosen
+from qwen3next_plugin.engines.vllm.cpu.cores import bind_cores
 from qwen3next_plugin.engines.vllm.cpu.memory import check_memory
 from qwen3next_plugin.engines.vllm.names import (
     EXECUTOR,
     LOGGER,
-    OWN_ADDRESS,
-    RAY_EXECUTOR,
     WORKER,
 )
 
@@ -28,6 +26,7 @@ PROJECTIONS = (
     *("in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),  # of a dense MLP, and of the shared expert
 )
+RAY = "ray"  # vLLM's executor of Ray actors
 FP8_KV = ("fp8", "fp8_e4m3", "fp8_e5m2")  # of vLLM's CPU attention
 
 
@@ -73,11 +72,9 @@ def check_cpu(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
             "--data-parallel-backend ray: on a CPU Ray places the workers of one engine only; "
             "leave it out, or start servers behind a router"
         )
-    if _in_ray(parallel_config) and (found := chosen()):
-        raise ConfigError(
-            f"{found} with Ray: a worker computes with all cores that `ray start` had on its "
-            f"machine; unset it, and choose them there by `taskset`"
-        )
+    backend = parallel_config.distributed_executor_backend
+    if backend == RAY and backend not in extras.executors("vllm"):
+        raise ConfigError(f"--distributed-executor-backend {RAY}: {extras.MISSING}; leave it out")
     apart = config.num_experts and not parallel_config.enable_expert_parallel
     if apart and parallel_config.data_parallel_external_lb:
         raise ConfigError(
@@ -119,8 +116,6 @@ def complete_cpu(vllm_config: VllmConfig) -> None:
     parallel_config = vllm_config.parallel_config
     _bind_cores(parallel_config)
     _serve_apart(vllm_config)
-    if parallel_config.nnodes > 1:
-        meet_at("--master-addr", parallel_config.master_addr, OWN_ADDRESS)
     use_huge_pages()
     skip_trials()
     _limit_lora(vllm_config.lora_config)
@@ -131,16 +126,13 @@ def complete_cpu(vllm_config: VllmConfig) -> None:
 def _bind_cores(parallel_config: ParallelConfig) -> None:
     """Bind the threads of all ranks; not if other processes, maybe on this machine, hold some.
 
-    Where Ray has placed them, workers bind their own.
+    Where an extra's executor starts them, workers bind their own.
     """
     local = parallel_config.data_parallel_size == parallel_config.data_parallel_size_local
-    if local and not _in_ray(parallel_config):
+    found = extras.executors("vllm")  # vLLM completes a configuration repeatedly
+    elsewhere = parallel_config.distributed_executor_backend in (*found, *found.values())
+    if local and not elsewhere:
         bind_cores(parallel_config.data_parallel_size * parallel_config.local_world_size)
-
-
-def _in_ray(parallel_config: ParallelConfig) -> bool:
-    """Whether Ray places the workers; vLLM completes a configuration repeatedly."""
-    return parallel_config.distributed_executor_backend in ("ray", RAY_EXECUTOR)
 
 
 def _serve_apart(vllm_config: VllmConfig) -> None:
@@ -167,5 +159,5 @@ def _call_worker_once(parallel_config: ParallelConfig) -> None:
     alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
     if parallel_config.distributed_executor_backend in alike:
         parallel_config.distributed_executor_backend = EXECUTOR
-    elif parallel_config.distributed_executor_backend == "ray":
-        parallel_config.distributed_executor_backend = RAY_EXECUTOR
+    elif (backend := parallel_config.distributed_executor_backend) in extras.executors("vllm"):
+        parallel_config.distributed_executor_backend = extras.executors("vllm")[backend]

@@ -25,8 +25,8 @@ from vllm.platforms import current_platform
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
+from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
-from qwen3next_plugin.engines.vllm.state.alike import weights_folder
 from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,

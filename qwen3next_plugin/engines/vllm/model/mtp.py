@@ -1,7 +1,6 @@
 """The MTP layer of the checkpoint; on a GPU vLLM's own loop drafts with it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -163,18 +162,6 @@ class Qwen3NextMTP(nn.Module, MixtureOfExperts):
         if self.draft_head is not None:
             return self.draft_head(hidden_states)
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Within this context the drafter is without what is the trunk's, as when it was built."""
-        embedding, head = self.model.embed_tokens, self.lm_head
-        self.lm_head = PPMissingLayer()
-        if EMBEDDING in self.trunk_names:
-            self.model.embed_tokens = PPMissingLayer()
-        try:
-            yield
-        finally:
-            self.model.embed_tokens, self.lm_head = embedding, head
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load `mtp.*`, strictly, and the embedding if this stage cannot share the trunk's."""

@@ -5,10 +5,10 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.model.host_layers import host_layers
 from qwen3next_plugin.engines.vllm.model.linear_attention import GatedDeltaNet
 from qwen3next_plugin.engines.vllm.model.opaque import register
-from qwen3next_plugin.engines.vllm.state.alike import weights_folder
 from qwen3next_plugin.model.ple import PerLayerEmbedding, open_table
 from qwen3next_plugin.model.state import StateError
 

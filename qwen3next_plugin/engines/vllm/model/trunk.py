@@ -59,7 +59,6 @@ from qwen3next_plugin.engines.vllm.model.moe import SparseMoE, describe_experts
 from qwen3next_plugin.engines.vllm.model.vocabulary import make_embedding, make_lm_head
 from qwen3next_plugin.engines.vllm.names import LOGGER
 from qwen3next_plugin.engines.vllm.patches import When, apply
-from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.engines.vllm.state.pages import PAGE_DTYPE, largest_page
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.model.checkpoint.reading import parameters
@@ -231,12 +230,6 @@ class Qwen3NextForCausalLM(
         )
         return load(self, tensors, self.layout)
 
-    def renew_head(self) -> None:
-        """After a reload: pack a tied head again, of which vLLM has loaded only the embedding."""
-        head: Any = self.lm_head
-        if self.config.tie_word_embeddings:
-            head.quant_method.process_weights_after_loading(head)
-
     # What vLLM asks of a hybrid model: the size of its pages, before the model is built.
 
     @classmethod
@@ -273,8 +266,6 @@ def _change_host(vllm_config: VllmConfig) -> None:
     page_copy.provide()
     if current_platform.is_cpu():
         apply(When.MODEL_ON_CPU)
-    if hands_over(vllm_config):
-        apply(When.HANDOVER)
     if vllm_config.lora_config is not None:
         apply(When.WITH_LORA)
 

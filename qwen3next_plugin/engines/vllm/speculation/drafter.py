@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -20,16 +20,22 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from qwen3next_plugin import env
 from qwen3next_plugin.engines.vllm.metrics import worker_board
-from qwen3next_plugin.engines.vllm.names import LOGGER
+from qwen3next_plugin.engines.vllm.names import HANDOVER, LOGGER
 from qwen3next_plugin.engines.vllm.speculation.chains import Chains
 from qwen3next_plugin.engines.vllm.speculation.finished import finished
 from qwen3next_plugin.engines.vllm.speculation.sampler import NO_TOKEN
-from qwen3next_plugin.engines.vllm.state.handover_flags import hands_over
 from qwen3next_plugin.mtp.loop import Loop, usable_drafts
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.policy import make_policy
 
 logger = init_logger(LOGGER)
+
+
+def _is_shipped(transfer: KVTransferConfig | None) -> bool:
+    """Whether a KV connector may ship the MTP layer's cache at any time: it may miss no token."""
+    if transfer is None:
+        return False
+    return transfer.is_kv_producer or transfer.kv_connector != HANDOVER
 
 
 class Drafter(Chains):
@@ -39,8 +45,6 @@ class Drafter(Chains):
         super().__init__(_alone(vllm_config), device, runner)
         self.runner = runner
         policy = make_policy(self.num_speculative_tokens)
-        transfer = vllm_config.kv_transfer_config
-        only_reads = hands_over(vllm_config) and not transfer.is_kv_producer
         self.loop = Loop(
             observer=Observer(policy, worker_board(vllm_config), logger.error),
             ranks=get_tp_group(),
@@ -48,8 +52,7 @@ class Drafter(Chains):
             max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             step_seconds=env.step_seconds() if device.type == "cpu" else 0.0,
             usable_drafts=self._usable_drafts,
-            # A KV connector ships the layer's cache at any time, so it may miss no token.
-            must_run=transfer is not None and not only_reads,
+            must_run=_is_shipped(vllm_config.kv_transfer_config),
         )
         self.most = 0  # drafts of a request that vLLM asks for
         self.left = 0.0  # when the last call of propose ended

@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.engines.vllm.cpu.seeded_prompts import without_generators_of_prompts
 from qwen3next_plugin.engines.vllm.executor import Sampled
 from qwen3next_plugin.engines.vllm.model.loading import one_bar
-from qwen3next_plugin.engines.vllm.model.reloading import reload
-from qwen3next_plugin.engines.vllm.nodes import end_with_other_nodes
 from qwen3next_plugin.engines.vllm.patches import When, apply
 from qwen3next_plugin.engines.vllm.speculation.drafter import Drafter
 from qwen3next_plugin.engines.vllm.speculation.sampler import (
@@ -28,8 +28,7 @@ from qwen3next_plugin.engines.vllm.speculation.sampler import (
     CoupledSampler,
     drafts_and_rows,
 )
-from qwen3next_plugin.engines.vllm.state.handover import beside_computation
-from qwen3next_plugin.model.checkpoint.mapped import give_back_freed, keep_freed
+from qwen3next_plugin.model.checkpoint.mapped import keep_freed
 from qwen3next_plugin.model.state import StateError
 from qwen3next_plugin.model.step import StepError
 
@@ -94,8 +93,7 @@ class Worker(CPUWorker):
     def init_device(self) -> None:
         """Build the runner and add what is ours, before anything is loaded."""
         super().init_device()
-        if self.parallel_config.nnodes_within_dp > 1:
-            end_with_other_nodes(self.parallel_config)
+        extras.start("vllm", self.vllm_config)
         runner = self.model_runner
         if hasattr(runner, "rejection_sampler"):  # with MTP, on the last pipeline stage
             runner.rejection_sampler = CoupledSampler(runner.sampler)
@@ -114,8 +112,7 @@ class Worker(CPUWorker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Make the pools, whose size hangs on the memory in use, and the KV connector."""
-        with beside_computation(self.vllm_config):
-            super().initialize_from_config(kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
         keep_freed()
 
     def reload_weights(
@@ -123,11 +120,13 @@ class Worker(CPUWorker):
         weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
         weights_path: str | None = None,
     ) -> str | None:
-        """Replace the weights of trunk and drafter by other ones; returns why they are refused."""
-        with set_current_vllm_config(self.vllm_config), one_bar(self.vllm_config):
-            refused = reload(self.model_runner, weights_path, weights_iterator)
-        give_back_freed()
-        return refused
+        """Let an extra replace the weights of trunk and drafter; returns why they are refused."""
+        if (reload := extras.reloader("vllm")) is not None:
+            return reload(self, weights_path, weights_iterator)
+        # vLLM reads what ranks answer in their order, and nothing after an error.
+        if self.rank == self.parallel_config.world_size - 1:
+            raise ConfigError(f"reload_weights: {extras.MISSING}; restart the server")
+        return None
 
     def determine_available_memory(self) -> int:
         """Bytes for the pools; before that, vLLM compiles the model as it first runs it."""

@@ -11,9 +11,9 @@ from functools import partial
 from types import UnionType
 from typing import Any, Union, get_origin
 
+from qwen3next_plugin.engines.sglang.fatal import FatalError
 from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.patches import When, patch
-from qwen3next_plugin.engines.sglang.updates import HalfLoadedError
 from qwen3next_plugin.extras.host_fixes.sglang.values import check_range
 
 # In which the other ranks of a group must come, and each of its collectives must end. Meanwhile
@@ -50,7 +50,7 @@ def handle(handler: Callable[[Any], Any], ranks: Any, asked: Any) -> Any:
     answer = failed = None
     try:
         answer = handler(asked)
-    except HalfLoadedError:
+    except FatalError:
         raise
     except Exception as error:
         logger.exception("qwen3next_plugin: %s failed", type(asked).__name__)
