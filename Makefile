@@ -92,7 +92,7 @@ serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sg
 
 # Each engine's environment runs that engine's tests; what belongs to no engine runs in vLLM's.
 TESTS_vllm   := tests
-TESTS_sglang := tests/engines/sglang tests/engines/test_attacks.py
+TESTS_sglang := tests/engines/sglang tests/engines/test_attacks.py $(wildcard tests/extras/*/sglang)
 
 # The kernels for GPUs are tested under each Triton that they are for. 3.9 comes with vLLM, one of
 # the others with SGLang: where that is installed, a link to it does.

@@ -231,6 +231,11 @@ class Qwen3NextForCausalLM(
         )
         return load(self, tensors, self.layout)
 
+    @property
+    def fixed(self) -> str | None:
+        """Why a server cannot be given other weights; None: it can."""
+        return None
+
     def renew_head(self) -> None:
         """After a reload: pack a tied head again, of which vLLM has loaded only the embedding."""
         head: Any = self.lm_head
