@@ -9,6 +9,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.transformers import flags
 from qwen3next_plugin.engines.transformers.model.trunk import WithMTP
 from qwen3next_plugin.extras.qwen4_exp.tensors import TABLE_SCALE
+from qwen3next_plugin.extras.qwen4_exp.transformers.cache import StreamsCache
 from qwen3next_plugin.extras.qwen4_exp.transformers.streams_mtp import StreamsPredictor
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 
@@ -17,6 +18,7 @@ class Qwen4ExpForCausalLM(WithMTP, HostQwen4Exp):
     """Its text model. The MTP head reads the streams before the trunk's last mixer."""
 
     host = HostQwen4Exp
+    cache_class = StreamsCache
 
     def __init__(self, config: Any) -> None:
         if env.batch_invariant():
