@@ -8,9 +8,9 @@ from qwen3next_plugin.engines import extras
 PACKAGE = "qwen3next_plugin.engines.sglang"
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 TEXT_MODELS = ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
-OF_FAMILY = ("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP")
+FAMILY_DRAFTERS = ("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP")
 OF_EXTRAS = extras.models("sglang")
-DRAFTERS = (*OF_FAMILY, *(name for models in OF_EXTRAS for name in models.drafters))
+DRAFTERS = (*FAMILY_DRAFTERS, *(name for models in OF_EXTRAS for name in models.drafters))
 # Served as texts, with and without a vision tower.
 TEXTS_ONLY = tuple(name for models in OF_EXTRAS for name in models.trunks)
 ARCHITECTURES = (*TEXT_MODELS, *WRAPPERS, *TEXTS_ONLY, *DRAFTERS)

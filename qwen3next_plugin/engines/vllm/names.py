@@ -19,15 +19,15 @@ WRAPPERS: Mapping[str, str] = {
     name: f"{PACKAGE}.model.wrapped:{name}"
     for name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 }
-OF_FAMILY: Mapping[str, str] = dict.fromkeys(
+FAMILY_DRAFTERS: Mapping[str, str] = dict.fromkeys(
     ("Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP"), f"{PACKAGE}.model.mtp:Qwen3NextMTP"
 )
-TRUNKS, DRAFTERS = {**TEXT_MODELS, **WRAPPERS}, {**OF_FAMILY}
+TRUNKS, DRAFTERS = {**TEXT_MODELS, **WRAPPERS}, {**FAMILY_DRAFTERS}
 for models in extras.models("vllm"):
     TRUNKS |= models.trunks
     DRAFTERS |= models.drafters
 MODELS = {**TRUNKS, **DRAFTERS}
-ON_CPU = MODELS.keys() - {*TEXT_MODELS, *WRAPPERS, *OF_FAMILY}  # where alone we serve them
+ON_CPU = MODELS.keys() - {*TEXT_MODELS, *WRAPPERS, *FAMILY_DRAFTERS}  # where alone we serve them
 BACKEND_NAME = "QWEN3NEXT_GDN"  # the linear-attention backend
 OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU
