@@ -1,10 +1,10 @@
-"""Name and shape of every tensor of a checkpoint, were it not quantised."""
+"""Name and shape of every tensor of a checkpoint that is not quantised."""
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint import qwen4_exp
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, Shapes, in_projections
 
-MTP = "mtp."  # the names of the MTP head's tensors begin so
+MTP = "mtp."  # prefix of the MTP head's tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -29,13 +29,13 @@ def trunk_tensors(config: Qwen3NextConfig) -> Shapes:
 
 
 def loaded_tensors(config: Qwen3NextConfig) -> Shapes:
-    """Those of the trunk that become parameters: all but tables of n-grams, which stay apart."""
+    """The trunk's tensors that become parameters: all but n-gram tables."""
     trunk = trunk_tensors(config).items()
     return {name: shape for name, shape in trunk if not SHARD.search(name)}
 
 
 def not_loaded_tensors(config: Qwen3NextConfig) -> set[str]:
-    """Those that the trunk leaves out: the MTP head's, and tables."""
+    """Tensors that the trunk does not load: the MTP head's, and n-gram tables."""
     return all_tensors(config).keys() - loaded_tensors(config).keys()
 
 
@@ -67,12 +67,12 @@ def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: b
 
 
 def _end(config: Qwen3NextConfig) -> Shapes:
-    """What makes the last layer's residual the hidden state that the head reads."""
+    """The tensors that turn the last layer's residual into the head's input."""
     return qwen4_exp.end(config) if config.hc_count else {"norm.weight": (config.hidden_size,)}
 
 
 def _residual(config: Qwen3NextConfig) -> Shapes:
-    """What a layer has between its parts."""
+    """A layer's tensors around its mixer and its MLP."""
     if config.hc_count:
         return qwen4_exp.connections(config)
     names = ("input_layernorm.weight", "post_attention_layernorm.weight")

@@ -103,7 +103,7 @@ def merge_overrides(
 ) -> Any:
     """Around `get_config`: an override of RoPE changes only fields it names, at either level.
 
-    Of Qwen4-Exp only the text model is read.
+    On a CPU only the text model of Qwen4-Exp is read.
     """
     everything = model_override_args or {}
     rest, given = host_rope.split(everything)
@@ -118,7 +118,7 @@ def merge_overrides(
 
 
 def _for_texts(config: Any) -> Any:
-    """The config of Qwen4-Exp's text model, on a CPU, by a name for which SGLang has no code."""
+    """On a CPU, Qwen4-Exp's text config under a model type for which SGLang has no special code."""
     if not without_gpu():
         return config
     text = config.get_text_config()
