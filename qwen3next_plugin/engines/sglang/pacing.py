@@ -1,9 +1,9 @@
 """SGLang's steps of prompts within a budget of seconds, decode steps between them, and turns.
 
-SGLang runs a step of prompts whenever it can, and reads one prompt in chunks at a time. Until then
-no request decodes, and no other prompt begins. Here a decode step follows each step of prompts,
-engines/pacing.py chooses the chunks, and a partly read prompt may be set aside for a much shorter
-one. It keeps its row, its page and its tokens, as between two chunks.
+SGLang runs a step of prompts whenever it can, and reads one prompt in chunks to its end. Until
+that end no request decodes, and no other prompt begins. Here a decode step follows each step of
+prompts, engines/pacing.py chooses the chunks, and a partly read prompt may be set aside for a much
+shorter one. It keeps its row, its page and its tokens, as between two chunks.
 """
 
 import time
@@ -69,7 +69,7 @@ class Turns:
         return min(limit, to_end) if shares[first] > to_end else limit
 
     def _may_begin(self, parts: list[Any]) -> list[Any]:
-        """Waiting requests that may be read next: if some are partly read, only much shorter ones."""
+        """Waiting requests to read next: all, or much shorter ones if some are partly read."""
         scheduler = self.scheduler
         if not _in_order_of_arrival(scheduler):
             return [] if parts else scheduler.waiting_queue[:1]

@@ -35,5 +35,5 @@ def register() -> None:
 
     for model_type, model in (trunk.MODELS | streams.MODELS).items():
         # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config. And
-        # not this mapping's, which before 5.19 takes no class for a config of the host's own.
+        # not this mapping's, which before 5.19 rejects a class for one of the host's own configs.
         AutoModelForCausalLM._model_mapping._extra_content[CONFIG_MAPPING[model_type]] = model

@@ -31,7 +31,7 @@ DRAFTERS: Mapping[str, str] = {
 }
 TRUNKS = {**TEXT_MODELS, **WRAPPERS, **STREAMS}
 MODELS = {**TRUNKS, **DRAFTERS}
-ON_CPU = {*STREAMS, "Qwen4ExpMTP"}  # where alone we serve them
+ON_CPU = {*STREAMS, "Qwen4ExpMTP"}  # models that we serve on a CPU only
 BACKEND_NAME = "QWEN3NEXT_GDN"  # the linear-attention backend
 OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU

@@ -1,7 +1,7 @@
-"""The cache of a speculating batch: every row can go back to any token of its last step.
+"""The cache of a batch with drafts: every row can roll back to any token of its last step.
 
-Rows keep different numbers of drafts, so each has its own length. Its next step says where it
-begins: keys and values are stored by column, and a state page goes back to the context length.
+Rows keep different numbers of drafts, so each has its own length, and its next step says where it
+begins. Keys and values are stored by column; a state page rolls back to the context length.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.versions import installed
 
-# The argument of the host's layers and models that is the cache.
+# The name of the cache argument of the host's layers and models.
 # drop when the minimum is 5.24: it is `cache` from there on
 RENAMED = Version("5.24")
 CACHE = "past_key_values" if (installed("transformers") or RENAMED) < RENAMED else "cache"
@@ -62,7 +62,7 @@ class KeyValueLayer(DynamicLayer):
 
     @property
     def indexer_position_ids(self) -> Tensor | None:
-        """Those of all columns, where transformers looks for them from 5.24 on."""
+        """Positions of all columns, where transformers looks for them from 5.24 on."""
         return self.step.so_far_on_axes
 
     @indexer_position_ids.setter
@@ -91,7 +91,7 @@ class SequenceLayer(DynamicLayer):
     """
 
     def begin(self, step: BatchStep) -> None:
-        """A pass says where its tokens are."""
+        """Nothing to do: each pass says where its tokens are."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
         """Store the step's keys and values; each token reads those up to its own.
@@ -129,7 +129,7 @@ class SequenceLayer(DynamicLayer):
 class PageLayer(LinearAttentionLayer):
     """The state pages of one linear layer; a row's slot is its number.
 
-    And what the layer's n-grams read of earlier tokens: `conv_states` of other indices than 0.
+    `conv_states` with other indices than 0 hold what the layer's n-grams read of earlier tokens.
     """
 
     step: BatchStep  # the one that runs
@@ -138,7 +138,7 @@ class PageLayer(LinearAttentionLayer):
         super().__init__(number_of_states=3)
         self.num_drafts = num_drafts
         self.pool: StatePool | None = None
-        self.recent: dict[int, Tensor] = {}  # what each of `conv_states` goes back in
+        self.recent: dict[int, Tensor] = {}  # what each of `conv_states` can roll back in
 
     def begin(self, step: BatchStep) -> None:
         """Drop what rejected drafts of the last step left in `conv_states`."""
@@ -154,7 +154,7 @@ class PageLayer(LinearAttentionLayer):
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: Any = None, **_: Any
     ) -> Tensor:
-        """Keep what the next step may read; returns this step's behind what it reads.
+        """Keep what the next step may read; returns this step's values after the earlier ones.
 
         Shapes: conv_states [B, …, n], returns [B, …, conv_kernel_size + n]
         """
@@ -189,7 +189,7 @@ class RowCache(Cache):
 
     layers: list[Any]
     step: BatchStep  # the one that runs
-    trunk: Any = None  # that runs all steps of an answer, where it is not the host's
+    trunk: Any = None  # runs all steps of an answer, if not the host's
 
     def __init__(self, layer_types: list[str], *, num_drafts: int) -> None:
         attention = SequenceLayer if env.batch_invariant() else KeyValueLayer
@@ -211,7 +211,7 @@ class RowCache(Cache):
 
     @property
     def position_ids(self) -> Tensor | None:
-        """Those of all columns, where transformers before 5.24 looks for them."""
+        """Positions of all columns, where transformers before 5.24 looks for them."""
         return self.step.so_far_on_axes
 
     @position_ids.setter

@@ -39,7 +39,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         *,
         ngrams: bool = False,
     ) -> None:
-        """Args: ngrams: its pages are also those of an n-gram embedding."""
+        """Args: ngrams: its pages also hold the state of an n-gram embedding."""
         super().__init__(
             config,
             host_layers(vllm_config),
