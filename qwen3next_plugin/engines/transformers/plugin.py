@@ -34,6 +34,6 @@ def register() -> None:
     from qwen3next_plugin.engines.transformers.model import streams, trunk
 
     for model_type, model in (trunk.MODELS | streams.MODELS).items():
-        # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config. And
-        # not this mapping's, which before 5.19 rejects a class for one of the host's own configs.
+        # Not `AutoModelForCausalLM.register`: it rejects a text model for a wrapper's config. Nor
+        # this mapping's: before 5.19 it rejects a class for one of the host's own configs.
         AutoModelForCausalLM._model_mapping._extra_content[CONFIG_MAPPING[model_type]] = model

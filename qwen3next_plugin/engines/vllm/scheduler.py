@@ -100,7 +100,7 @@ class Scheduler(HostScheduler):
         return output
 
     def _share_step(self) -> str | None:
-        """Give each prompt its share of the next step; returns who comes first, if that counts."""
+        """Give each prompt its share of the next step; returns the first prompt if shares apply."""
         if self.finished_req_ids:
             self.refused.clear()  # there is room again
         rows = sum(_rest(request) == 1 for request in self.running)
