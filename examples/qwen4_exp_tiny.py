@@ -16,8 +16,8 @@ import typer
 from safetensors.torch import save_file
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.extras.qwen4_exp.ngrams import hashing
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, trunk_tensors
-from qwen3next_plugin.model.ngrams import hashing
 
 TOKENIZER = Path(__file__).parent / "qwen3next-tiny"
 CONFIG: Mapping[str, Any] = {

@@ -10,8 +10,8 @@ from torch import nn
 
 from benchmarks.engines import vllm_worker
 from benchmarks.worker import serve
-from qwen3next_plugin.model.hyper_connection import HyperConnection
-from qwen3next_plugin.model.ple import PerLayerEmbedding
+from qwen3next_plugin.extras.qwen4_exp.hyper_connection import HyperConnection
+from qwen3next_plugin.extras.qwen4_exp.ple import PerLayerEmbedding
 
 KINDS = {HyperConnection: "hyper-connections", PerLayerEmbedding: "n-grams"}
 

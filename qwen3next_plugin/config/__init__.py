@@ -18,6 +18,8 @@ from qwen3next_plugin.config.files import (
     quantization_of,
     read_config,
 )
+from qwen3next_plugin.config.kinds import check_extra
+from qwen3next_plugin.config.reading import model_types
 from qwen3next_plugin.config.sizes import Layout, Sizes
 
 __all__ = [
@@ -26,11 +28,13 @@ __all__ = [
     "Layout",
     "Qwen3NextConfig",
     "check_before_engine",
+    "check_extra",
     "check_kind",
     "check_name",
     "check_num_draft_layers",
     "check_num_speculative_tokens",
     "is_of_family",
+    "model_types",
     "naming_file",
     "quantization_of",
     "read_config",
@@ -52,14 +56,15 @@ class Qwen3NextConfig(Sizes):
         pp_size: int = 1,
         override_flag: str = "",
     ) -> Self:
-        """Read a transformers config or the dict of a config.json.
+        """Read a transformers config or the dict of a config.json; of a kind with a class, as that.
 
         Raises:
             ConfigError: the fix names `override_flag`, the engine's flag that overrides values.
         """
         given = hf_config if isinstance(hf_config, Mapping) else hf_config.to_dict()
-        values = reading.read(given, override_flag)
-        return cls(**values | {"tp_size": tp_size, "pp_size": pp_size})
+        kind, values = reading.read(given, override_flag)
+        config = cls if kind is None else kind.config
+        return config(**values | {"tp_size": tp_size, "pp_size": pp_size})
 
     def __post_init__(self) -> None:
         checks.check(self)

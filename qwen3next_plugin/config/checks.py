@@ -1,6 +1,6 @@
 """What a config must satisfy to be served, and the error that names field, value and fix."""
 
-from qwen3next_plugin.config import qwen4_exp_checks, rope
+from qwen3next_plugin.config import rope
 from qwen3next_plugin.config.errors import check_count, complaint
 from qwen3next_plugin.config.fields import OF_SIZES
 from qwen3next_plugin.config.sizes import CONV_WIDTH, LAYER_TYPES, Sizes
@@ -15,8 +15,7 @@ def check(c: Sizes) -> None:
     _check_layers(c)
     _check_attention(c)
     rope.check(c.rope_parameters, c.head_dim)
-    if c.hc_count:
-        qwen4_exp_checks.check(c)
+    c.check_own()
     _check_feed_forward(c)
     _check_ranks(c)
 

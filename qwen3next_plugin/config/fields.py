@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from qwen3next_plugin.config import qwen4_exp, rope
+from qwen3next_plugin.config import rope
 from qwen3next_plugin.config.errors import LARGEST_COUNT, check_count, complaint, is_number
+from qwen3next_plugin.config.kinds import config_kind
 from qwen3next_plugin.config.sizes import Sizes
 
 Check = Callable[[str, object], None]  # of a field's name and value
@@ -51,15 +52,6 @@ def _flag(name: str, value: object) -> None:
         raise complaint(name, value, "must be true or false")
 
 
-def _natural(name: str, value: object) -> None:
-    check_count(name, value, least=0)
-
-
-def _tokens(name: str, value: object) -> None:
-    for token in value if isinstance(value, list | tuple) else (value,):
-        _natural(name, token)
-
-
 def _text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise complaint(name, value, "must be a text, or absent")
@@ -92,11 +84,7 @@ BY_TYPE: Mapping[Any, Check] = {
     Mapping[str, Any]: _object,
 }
 OF_SIZES: Mapping[str, Check] = {
-    **{
-        f.name: BY_TYPE[f.type]
-        for f in fields(Sizes)
-        if f.type in BY_TYPE and f.name not in qwen4_exp.NAMES
-    },
+    **{f.name: BY_TYPE[f.type] for f in fields(Sizes) if f.type in BY_TYPE},
     "num_nextn_predict_layers": _mtp_layers,
 }
 OF_TEXT_MODEL: Mapping[str, Check] = {
@@ -105,11 +93,6 @@ OF_TEXT_MODEL: Mapping[str, Check] = {
     "full_attention_interval": _count,
     "rope_scaling": _object,
     **dict.fromkeys(rope.OF_ROPE, _number),
-}
-OF_QWEN4_EXP: Mapping[str, Check] = {
-    **{f.name: BY_TYPE[f.type] for f in fields(qwen4_exp.OfQwen4Exp)},
-    "eos_token_id": _tokens,
-    "seed": _natural,
 }
 OF_ROPE: Mapping[str, Check] = {
     **dict.fromkeys(("rope_type", "type"), _text),
@@ -142,8 +125,8 @@ def check_file(raw: Mapping[str, Any]) -> None:
 def check_text_model(level: Mapping[str, Any]) -> None:
     """Raise ConfigError for a field of a text model's config that is not what it must be."""
     _check(level, OF_TEXT_MODEL)
-    if level.get("model_type") in qwen4_exp.MODEL_TYPES:
-        _check(level, OF_QWEN4_EXP)
+    if kind := config_kind(level.get("model_type")):
+        _check(level, kind.checks)
     for spelling in rope.SPELLINGS:
         _check(level.get(spelling) or {}, OF_ROPE, f"{spelling}.")
 

@@ -9,13 +9,14 @@ from qwen3next_plugin.config import reading
 from qwen3next_plugin.config.errors import ConfigError
 from qwen3next_plugin.config.fields import QUANTISATIONS, check_file
 from qwen3next_plugin.config.json_files import read_object
+from qwen3next_plugin.config.kinds import config_kinds
 
 CONFIG = "config.json"
 BESIDE = (  # that only engines read
     *("generation_config.json", "tokenizer_config.json", "chat_template.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
 )
-ARCHITECTURES = ("Qwen3Next", "Qwen3_5", "Qwen4Exp")  # the names of the family's begin so
+ARCHITECTURES = ("Qwen3Next", "Qwen3_5")  # the names of the family's begin so
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -60,8 +61,9 @@ def check_name(path: str | Path) -> None:
 def is_of_family(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is of the family, as far as a damaged one says."""
     architectures = str(raw.get("architectures"))
-    named = any(name in architectures for name in ARCHITECTURES)
-    return named or raw.get("model_type") in tuple(reading.MODEL_TYPES)
+    names = (*ARCHITECTURES, *(kind.architectures for kind in config_kinds()))
+    named = any(name in architectures for name in names)
+    return named or raw.get("model_type") in tuple(reading.model_types())
 
 
 def check_before_engine(model: str | Path) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwen3next_plugin.config import rope
-from qwen3next_plugin.config.qwen4_exp import OfQwen4Exp
 
 Layout = Literal["grouped", "flat"]  # of a checkpoint; model/checkpoint/layouts.py describes both
 CONV_WIDTH = 4  # of the convolution kernels
@@ -13,7 +12,7 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes(OfQwen4Exp):
+class Sizes:
     """Those of one model on `tp_size` ranks; fields are named as in config.json."""
 
     layout: Layout = "grouped"
@@ -51,6 +50,15 @@ class Sizes(OfQwen4Exp):
     # where it runs
     tp_size: int = 1
     pp_size: int = 1
+
+    # what a kind of model with a class of its own may have otherwise
+    def check_own(self) -> None:
+        """Raise ConfigError unless the fields beside those above can be computed."""
+
+    @property
+    def sigmoid_gate(self) -> bool:
+        """Whether linear attention's output gate is a sigmoid, not SiLU."""
+        return False
 
     # layers
     @property

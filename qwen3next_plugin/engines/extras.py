@@ -13,10 +13,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3next_plugin.config import Qwen3NextConfig
+
 if TYPE_CHECKING:
     import torch
 
-    from qwen3next_plugin.config import Qwen3NextConfig
     from qwen3next_plugin.model.state import PageLayout
 
 PACKAGE = "qwen3next_plugin.extras"
@@ -25,6 +26,24 @@ MISSING = "the extra of qwen3next_plugin that serves it is not installed"
 Log = Callable[[str], None]  # called with a line
 # Reloads a worker's weights from a folder or from given tensors; returns why they are refused.
 Reload = Callable[[Any, str | None, Iterable[tuple[str, Any]] | None], str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Models that an extra serves on a CPU: by the engine's names of them, `module:Class` of ours.
+
+    The functions are called for every model of ours.
+    """
+
+    trunks: Mapping[str, str]
+    drafters: Mapping[str, str] = field(default_factory=dict)
+    # Refuses flags, given the config and the flags; fills in flags.
+    check: Callable[[Qwen3NextConfig, Any], None] = lambda config, flags: None
+    complete: Callable[[Any], None] = lambda flags: None
+    # The config of the text model that is served, from one that the engine has read.
+    text_config: Callable[[Any], Any] = lambda hf_config: hf_config
+    # Elements that attention keeps of a token for each KV head, besides key and value.
+    kv_elements: Callable[[Qwen3NextConfig], int] = lambda config: 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +59,7 @@ class Additions:
     reload: Reload | None = None  # while vLLM serves
     executors: Mapping[str, str] = field(default_factory=dict)  # vLLM's: a flag's value → class
     flags: tuple[str, ...] = ()  # that it serves, of OF_EXTRAS in the engine's served.py
+    models: Models | None = None
 
 
 @cache
@@ -57,6 +77,17 @@ def modules_with_patches(engine: str) -> list[str]:
         for package, adds in additions(engine).items()
         for module in adds.patches
     ]
+
+
+def models(engine: str) -> list[Models]:
+    """Those of all extras."""
+    return [adds.models for adds in additions(engine).values() if adds.models is not None]
+
+
+def load_class(path: str) -> type[Any]:
+    """The class that is named as `module:Class`."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 def check_flags(engine: str, flags: Any) -> None:

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from qwen3next_plugin.config import Qwen3NextConfig
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.engines.memory import default_pools, room
 from qwen3next_plugin.model.checkpoint.sizes import DTYPES, rank_bytes, without_mtp
 from qwen3next_plugin.model.checkpoint.units import readable
@@ -37,6 +38,7 @@ class Flags:
 class Plan(ABC):
     """Bytes on one tensor-parallel rank, before an engine lays them out."""
 
+    engine: ClassVar[str]
     weights: Mapping[str, int]  # by part of the model
     state_page: Mapping[str, int]  # of one linear layer and slot, by part of the page
     linear_layers: int
@@ -49,11 +51,6 @@ class Plan(ABC):
     @abstractmethod
     def attends(cls) -> bool:
         """Whether the model runs on our attention."""
-
-    @staticmethod
-    @abstractmethod
-    def index_elements(config: Qwen3NextConfig) -> int:
-        """Elements that an indexer keeps per token and key-value head."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -122,10 +119,8 @@ def make_plan(
     from qwen3next_plugin.kernels.paged_attention import SCRATCH
 
     drafter = config.num_nextn_predict_layers if flags.num_speculative_tokens else 0
-    per_head = 2 * config.head_dim
-    if config.indexer_n_heads:
-        per_head += engine.index_elements(config)
-    kv_elements = config.num_key_value_heads_per_rank * per_head
+    more = sum(models.kv_elements(config) for models in extras.models(engine.engine))
+    kv_elements = config.num_key_value_heads_per_rank * (2 * config.head_dim + more)
     weights = dict(rank_bytes(sizes if drafter else without_mtp(sizes), config))
     if drafter:
         weights["draft head"] = draft_head_bytes(config, sizes)
@@ -161,20 +156,24 @@ def draft_head_bytes(config: Qwen3NextConfig, sizes: Mapping[str, int]) -> int:
 def state_page(config: Qwen3NextConfig, flags: Flags) -> dict[str, int]:
     """Bytes of one linear layer's page: S, the window of tokens after it, the conv inputs.
 
-    Pages are of one size, so each has room for what a layer with n-grams keeps.
+    Pages are of one size, so each has room for what other layers of a kind of model keep.
     """
     import torch
 
+    from qwen3next_plugin.model.kinds import kind_of
     from qwen3next_plugin.model.state import PageLayout
 
-    nbytes = PageLayout.from_config(
+    layout = PageLayout.from_config(
         config,
         num_drafts=flags.num_speculative_tokens,
         activation_dtype=getattr(torch, flags.dtype),
         state_dtype=getattr(torch, flags.state_dtype),
-        ngrams=bool(config.ple_layer_ids),
-    ).nbytes()
+        shared=True,
+    )
+    nbytes = layout.nbytes()
     S, conv = nbytes.pop("state"), nbytes.pop("conv")
-    ngrams = nbytes.pop("ngram_conv", 0) + nbytes.pop("tokens", 0)
+    shared = sum(nbytes.pop(name) for name, *_ in layout.shared)
     page = {"S": S, "window": sum(nbytes.values()), "conv": conv}
-    return page | {"n-grams": ngrams} if ngrams else page
+    if shared and (kind := kind_of(config)):
+        page[kind.keeps] = shared
+    return page

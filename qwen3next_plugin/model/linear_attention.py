@@ -40,7 +40,7 @@ class LinearAttention(nn.Module):
         self.prefix = prefix
         self.shape = shape_of(config, layout)
         self.norm_eps = config.rms_norm_eps
-        self.sigmoid_gate = config.output_gate_type == "sigmoid"
+        self.sigmoid_gate = config.sigmoid_gate
         HV = self.shape.num_value_heads
         self.conv1d = Weight(config.conv_dim_per_rank, 1, config.linear_conv_kernel_dim)
         self.A_log = nn.Parameter(torch.empty(HV, dtype=torch.float32), requires_grad=False)

@@ -6,7 +6,7 @@ Engines allocate and copy pages as bytes; kernels see a page's parts as a `State
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 
@@ -14,6 +14,7 @@ from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.config.sizes import CONV_WIDTH
 from qwen3next_plugin.kernels.pages import StatePool
 from qwen3next_plugin.kernels.step import GRID
+from qwen3next_plugin.model.kinds import Parts, kind_of
 
 STATE_DTYPES = ("float32", "bfloat16")  # of S; both hosts accept more
 
@@ -37,20 +38,6 @@ class StateError(RuntimeError):
         self.row = int(named[1]) if named else None
 
 
-class NgramPool(NamedTuple):
-    """What a layer's n-gram embedding keeps in its pages; dim 0 is the slot. See docs/state.md.
-
-    Shapes:
-        tokens [slots, n + num_drafts] int32     the last tokens; position p is at p % the length
-        conv   [slots, reach + 1 + num_drafts, hc·D]   what the convolution reads, the same
-        span   [slots, 2] int32                  that of the page, which the delta rule advances
-    """
-
-    tokens: torch.Tensor
-    conv: torch.Tensor
-    span: torch.Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class PageLayout:
     """The layout of one self-describing page.
@@ -66,9 +53,7 @@ class PageLayout:
     num_drafts: int  # at most so many tokens of a step are rolled back
     activation_dtype: torch.dtype
     state_dtype: torch.dtype
-    # of a layer with n-grams
-    ngram_size: int = 0
-    ngram_conv: tuple[int, int] = (0, 0)  # inputs kept without drafts, channels
+    shared: Parts = ()  # what another layer keeps in the page
 
     @classmethod
     def from_config(
@@ -78,10 +63,10 @@ class PageLayout:
         num_drafts: int,
         activation_dtype: torch.dtype,
         state_dtype: torch.dtype,
-        ngrams: bool = False,
+        shared: bool = False,
     ) -> Self:
-        """Args: ngrams: the layer has an n-gram embedding."""
-        wide = config.hc_count * config.hidden_size
+        """Args: shared: with what another layer keeps in the page, if the model has such layers."""
+        kind = kind_of(config) if shared else None
         return cls(
             num_key_heads=config.linear_num_key_heads_per_rank,
             num_value_heads=config.linear_num_value_heads_per_rank,
@@ -90,8 +75,7 @@ class PageLayout:
             num_drafts=num_drafts,
             activation_dtype=activation_dtype,
             state_dtype=state_dtype,
-            ngram_size=config.ngram_size if ngrams else 0,
-            ngram_conv=(config.ple_conv_reach + 1, wide) if ngrams else (0, 0),
+            shared=kind.page_parts(config, num_drafts, activation_dtype) if kind else (),
         )
 
     def __post_init__(self) -> None:
@@ -118,14 +102,9 @@ class PageLayout:
             "g": ((W, HV), torch.float32),
             "span": ((2,), torch.int32),
         }
-        if self.ngram_size:
-            parts["tokens"] = ((self.ngram_size + self.num_drafts,), torch.int32)
         conv = (CONV_WIDTH + self.num_drafts, self.conv_dim)
         parts["conv"] = (conv, self.activation_dtype)
-        if self.ngram_size:
-            positions, channels = self.ngram_conv
-            parts["ngram_conv"] = ((positions + self.num_drafts, channels), self.activation_dtype)
-        return parts
+        return parts | {name: (shape, dtype) for name, shape, dtype in self.shared}
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of each part of a page."""
@@ -144,18 +123,11 @@ class PageLayout:
         Shapes:
             pages [slots, >= page_bytes] uint8 or int8, last dim contiguous
         """
-        views = self._views(pages)
-        return StatePool(**{name: views[name] for name in StatePool._fields})
+        parts = self.view_parts(pages)
+        return StatePool(**{name: parts[name] for name in StatePool._fields})
 
-    def view_ngrams(self, pages: torch.Tensor) -> NgramPool | None:
-        """View what a layer's n-gram embedding keeps, if it has one. Shapes: as of `view`."""
-        if not self.ngram_size:
-            return None
-        views = self._views(pages)
-        return NgramPool(tokens=views["tokens"], conv=views["ngram_conv"], span=views["span"])
-
-    def _views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every part of the pages, by name."""
+    def view_parts(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every part of the pages, by name. Shapes: as of `view`."""
         views, offset = {}, 0
         nbytes = self.nbytes()
         for name, (shape, dtype) in self.tensors().items():

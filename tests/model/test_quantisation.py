@@ -14,77 +14,31 @@ import quantised
 from bad_weights import FAULTS, PLAIN, Q, write_faulty
 from checkpoints import write_checkpoint
 from examples.qwen3_5_layout import rewrite
-from examples.qwen4_exp_tiny import hashes
+from model.weights import check, load
 from quantised import KINDS, MIXED, pack_checkpoint, packed, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig, read_config
 from qwen3next_plugin.kernels.linear import unpack
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.checkpoint.layouts import SHARD, TABLE_SCALE, holder
-from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
+from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
-from qwen3next_plugin.model.ple import open_table
 from qwen3next_plugin.model.quantisation import format as format_module
 from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 from qwen3next_plugin.model.quantisation.files import (
     check_version,
-    formats_of,
     plain_modules_of,
     read_formats,
 )
-from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, dequantise
+from qwen3next_plugin.model.quantisation.format import Format, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
-from qwen3next_plugin.model.quantisation.modules import Formats
 from qwen3next_plugin.model.quantisation.packed import pack, pack_plain, plain_as_int8
 from qwen3next_plugin.model.quantisation.rounding import quantise
 from qwen3next_plugin.model.quantisation.scheme import Module
 from qwen3next_plugin.model.quantisation.schemes import scheme
-from qwen4_exp_quantised import table_in_fp8, write_split
-from tiers import long_except
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("plain"), **PLAIN)
-
-
-def load(folder: Path, asked: str | None = None, **changes):
-    """The formats of a checkpoint, its config.json changed, and the tensors of our parameters."""
-    raw = json.loads((folder / "config.json").read_text()) | changes
-    config = Qwen3NextConfig.from_hf(raw)
-    shapes = all_tensors(config)
-    formats = formats_of(folder, config, raw.get("quantization_config"), asked=asked)
-    stored = load_file(folder / "model.safetensors")
-    return formats, dict(parameters(stored.items(), config, expected=shapes, formats=formats))
-
-
-def check(quantised: Path, twin: Path) -> None:
-    """What is loaded says exactly what the twin's weights are."""
-    formats, found = load(quantised)
-    raw = json.loads((twin / "config.json").read_text())
-    config = Qwen3NextConfig.from_hf(raw)
-    shapes = all_tensors(config)
-    stored = load_file(twin / "model.safetensors")
-    for name, weight in parameters(stored.items(), config, expected=shapes):
-        module = name.removesuffix(".weight")
-        if SHARD.search(name):  # a table, which is read apart
-            continue
-        if f"{module}.weight_scale" in found:
-            tensors = {
-                part: found[f"{module}.{part}"]
-                for part in ("weight", "weight_scale", "weight_zero", CHANNEL_SCALE)
-                if f"{module}.{part}" in found
-            }
-            got = dequantise(tensors, form_of(formats, module, config))
-        else:
-            got = found[name]
-        torch.testing.assert_close(got, weight.float(), rtol=1e-6, atol=1e-7, msg=name)
-
-
-def form_of(formats: Formats, module: str, config: Qwen3NextConfig) -> Format:
-    """The format of a tensor of ours."""
-    found = formats.of(holder(module, config))
-    assert found is not None, module
-    return found["w2" if "down_proj" in module else "w13"] if len(found) > 1 else found["weight"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, MIXED])
@@ -121,61 +75,6 @@ def test_what_is_left_out_is_read_from_the_files(plain, tmp_path, kind, leave_ou
     assert bool(dequantised) == (leave_out not in (r"^mtp\.", "layers.0"))
     if leave_out == "q_proj":
         assert {name.rpartition(".")[2] for name in dequantised} == {"k_proj", "v_proj"}
-
-
-@pytest.fixture(scope="module")
-def plain_qwen4_exp(tmp_path_factory) -> Path:
-    return write_split(tmp_path_factory.mktemp("qwen4_exp"))
-
-
-@pytest.mark.parametrize("kind", long_except((MIXED,), (*KINDS, MIXED)))
-def test_qwen4_exp_beside_a_table_in_fp8(plain_qwen4_exp, tmp_path, kind):
-    """Every projection, those of the n-grams, the indexer and the MTP head among them."""
-    quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, kind)
-    table_in_fp8(quantised, twin)
-    formats, found = load(quantised)
-    assert not formats.dequantised
-    for module in ("1.ple.key_proj", "1.ple.value_proj", "3.self_attn.indexer.index_qk_proj"):
-        assert formats.of(f"model.layers.{module}"), module
-    assert formats.of("mtp.layers.0.mlp.experts").keys() == {"w13", "w2"}
-    assert formats.of("model.layers.0.attn_hyper_connection.input_mix_weight_up") is None
-    assert not any(name.endswith(TABLE_SCALE) for name in found)
-    check(quantised, twin)
-    raw = json.loads((quantised / "config.json").read_text())
-    config = Qwen3NextConfig.from_hf(raw)
-    check_stored(quantised, config, quantised=False, formats=formats, with_mtp=True)
-    plain_modules_of(quantised, config)
-
-
-@pytest.mark.parametrize("kind", ["fp8-blocks", "nvfp4"])
-def test_qwen4_exp_of_which_only_experts_and_table_are_quantised(plain_qwen4_exp, tmp_path, kind):
-    """As it is released."""
-    others = r"^(?!.*\.experts\.\d)"
-    quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, kind, leave_out=others)
-    table_in_fp8(quantised, twin)
-    check(quantised, twin)
-    formats, _ = load(quantised)
-    assert not formats.dequantised
-    assert {name.rpartition(".")[2] for name in formats.stored} == {
-        *("gate_proj", "up_proj", "down_proj")
-    }
-
-
-def test_qwen4_exp_packed_keeps_its_table(plain_qwen4_exp, tmp_path):
-    """In FP8, with its scale; and hashes, which only transformers reads, are no vision tower."""
-    quantised, twin = write_quantised(plain_qwen4_exp, tmp_path, "packed_4-bit")
-    table_in_fp8(quantised, twin)
-    raw = json.loads((quantised / "config.json").read_text())
-    stored = load_file(quantised / "model.safetensors") | hashes(raw)
-    save_file(stored, quantised / "model.safetensors")
-    config = Qwen3NextConfig.from_hf(raw)
-    assert formats_of(quantised, config, raw["quantization_config"], asked=None).tower is None
-    out = pack_checkpoint(quantised, tmp_path / "out")
-    for i in (1, 4):
-        packed, before = open_table(out, config, i), open_table(quantised, config, i)
-        assert torch.equal(packed.scale, before.scale)
-        rows = torch.arange(before.shape[0])
-        assert torch.equal(packed.take(rows), before.take(rows))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -300,25 +199,6 @@ def test_plain_weights_are_rounded(plain, name, steps):
     assert f"QWEN3NEXT_QUANTISE={name}: {len(formats.stored) + 1} of " in said
     assert "the output head is int8; embeddings, routers," in said
     assert ("full attention's projections are int8" in said) == (name == "int4")
-
-
-@pytest.mark.parametrize("name", ["int8", "int4"])
-def test_stream_mixers_are_int8(plain_qwen4_exp, monkeypatch, name):
-    """And take the bytes that are planned, with a rank that is padded."""
-    formats, stored = load(plain_qwen4_exp, name)
-    shapes = all_tensors(Qwen3NextConfig.from_hf(read_config(plain_qwen4_exp)))
-    mixers = {n: t for n, t in stored.items() if ".input_mix_weight_" in n}
-    planned = quantised_bytes(name, shapes)
-    assert mixers.keys() < planned.keys()
-    packed = {n: pack_plain(weight, as_int8=True).weight for n, weight in mixers.items()}
-    assert all(planned[n] == weight.nbytes for n, weight in packed.items())
-    assert any(
-        weight.nbytes > weight.shape[0] * (weight.shape[1] + 4) for weight in packed.values()
-    )
-    assert "; the output head is int8; stream mixers are int8; embeddings," in formats.described()
-    monkeypatch.setenv("QWEN3NEXT_HEAD", "plain")
-    assert not mixers.keys() & quantised_bytes(name, shapes).keys()
-    assert "; output head, stream mixers, embeddings," in load(plain_qwen4_exp, name)[0].described()
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

@@ -25,7 +25,6 @@ from qwen3next_plugin.engines.pacing import TIMEOUT
 from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.cpu.cores import bind_cores
-from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams, say_texts_only
 from qwen3next_plugin.engines.sglang.names import (
     ATTENTION_BACKEND,
     DRAFT_ALGORITHMS,
@@ -47,6 +46,7 @@ from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
 from qwen3next_plugin.model.quantisation.packed import check_invariance
 
 PREFILL_GRAPHS = ("breakable", "disabled")
+BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
 KV_DTYPES = {"auto": "", "bf16": "bfloat16", "bfloat16": "bfloat16"}  # flag → the model's dtype
 # Flag → SGLang's default, and ours on a CPU.
@@ -210,8 +210,8 @@ def _check_files(server_args: Any, model_config: Any, *, on_cpu: bool) -> None:
     if not server_args.skip_tokenizer_init:
         tokenizer = Path(server_args.tokenizer_path or folder)
         check_tokenizer(tokenizer, config.vocab_size, "--tokenizer-path")
-    check_streams(config, server_args, on_cpu=on_cpu)
-    say_texts_only(hf_config)
+    for models in extras.models("sglang"):
+        models.check(config, server_args)
     if model_config.is_multimodal:
         rope.check_images(config.rope_parameters, "--language-model-only")
     if server_args.speculative_algorithm:
@@ -306,15 +306,13 @@ def _check_speculation(server_args: Any, algorithm: str) -> None:
 
 def _check_cpu(server_args: Any, given: dict[str, Any], model_config: Any) -> None:
     """Refuse attention backends and KV dtypes without CPU kernels; `given`: the command line."""
-    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+    for name in BACKEND_FLAGS:
         if given[name] not in ATTENTION_BACKENDS:
             raise refusal(name, given[name], "it does not run on a CPU", LEAVE_OUT)
         if given[name] in (TORCH_BACKEND, HOST_BACKEND):
             fix = f"use {ATTENTION_BACKEND}, or leave it out"
             if server_args.speculative_algorithm:
                 raise refusal(name, given[name], "it does not verify drafts on every CPU", fix)
-            if getattr(model_config.hf_config, "indexer_n_heads", None):
-                raise refusal(name, given[name], "it computes no sparse attention", fix)
     value, dtype = server_args.kv_cache_dtype, str(model_config.dtype).removeprefix("torch.")
     if value != "auto" and KV_DTYPES.get(value) != dtype:
         raise refusal("kv_cache_dtype", value, f"the cache is of the model's {dtype}", LEAVE_OUT)

@@ -13,10 +13,9 @@ from qwen3next_plugin.engines.hub import local_folder
 from qwen3next_plugin.engines.sglang import flags
 from qwen3next_plugin.engines.sglang.config import quantization_config, read_config
 from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
-from qwen3next_plugin.engines.sglang.names import is_ours, logger, serves_ours
+from qwen3next_plugin.engines.sglang.names import OF_EXTRAS, is_ours, logger, serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.kernels.dispatch import described
-from qwen3next_plugin.model.indexed_attention import dims_of_tokens
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
@@ -39,17 +38,6 @@ def make_page_pool(host: Callable[..., None], pool: Any, *args: Any, **kwargs: A
 
 @patch(
     When.WITH_OURS,
-    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._get_ple_req_pool_kwargs",
-    reason="our pages hold what n-gram embeddings keep, and SGLang takes no list of eos tokens",
-    remove_when="a config can name its pool's class",
-)
-def no_ngram_pools(host: Callable[[Any], dict[str, Any]], configurator: Any) -> dict[str, Any]:
-    """Leave out SGLang's pools of what n-gram embeddings keep: ours are parts of the pages."""
-    return {} if is_ours(configurator.model_config) else host(configurator)
-
-
-@patch(
-    When.WITH_OURS,
     "sglang.srt.mem_cache.kv_cache_configurator._pd_prefill_skips_mamba_spec_state",
     reason="SGLang reserves a state per draft; our page can roll back by itself",
     remove_when="a config can say that it needs none",
@@ -63,16 +51,16 @@ def skip_snapshots(host: Callable[[], bool]) -> bool:
     When.ON_CPU,
     "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
     reason="SGLang pads head counts and widths for its AMX kernels; ours take any, and our "
-    "checks compare a checkpoint with its own config. An indexer's keys need room in the pool",
+    "checks compare a checkpoint with its own config. An extra may keep more beside KV",
     remove_when="SGLang pads for its AMX kernels only, and asks a model what KV has room for",
 )
 def set_sizes(host: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
-    """Leave our model's sizes as they are, but for an indexer's keys beside those of attention."""
+    """Leave our model's sizes as they are, but for what an extra keeps beside keys and values."""
     if not is_ours(model_config):
         return host(model_config, load_config, tp_size)
     config = read_config(model_config.hf_config, tp_size)
-    if config.indexer_n_heads:
-        model_config.head_dim = model_config.v_head_dim = dims_of_tokens(config)
+    if more := sum(models.kv_elements(config) for models in OF_EXTRAS):
+        model_config.head_dim = model_config.v_head_dim = config.head_dim + more // 2
     return model_config
 
 

@@ -3,16 +3,18 @@
 import logging
 from typing import Any
 
+from qwen3next_plugin.engines import extras
+
 PACKAGE = "qwen3next_plugin.engines.sglang"
 WRAPPERS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-# Qwen3.8-Flash-Next, on a CPU: with a vision tower, too, it is a text model.
-STREAMS, STREAMS_DRAFTER = "Qwen4ExpForCausalLM", "Qwen4ExpMTP"
-DRAFTERS = ("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP", STREAMS_DRAFTER)
-ARCHITECTURES = (
-    *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *WRAPPERS, STREAMS),
-    *DRAFTERS,
-)
-QWEN3_NEXT, DENSE, STREAMS_TYPE = "qwen3_next", "qwen3_5_text", "qwen4_exp_text"
+TEXT_MODELS = ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
+FAMILY_DRAFTERS = ("Qwen3NextForCausalLMMTP", "Qwen3_5ForCausalLMMTP")
+OF_EXTRAS = extras.models("sglang")
+DRAFTERS = (*FAMILY_DRAFTERS, *(name for models in OF_EXTRAS for name in models.drafters))
+# Served as texts, with and without a vision tower.
+TEXTS_ONLY = tuple(name for models in OF_EXTRAS for name in models.trunks)
+ARCHITECTURES = (*TEXT_MODELS, *WRAPPERS, *TEXTS_ONLY, *DRAFTERS)
+QWEN3_NEXT, DENSE = "qwen3_next", "qwen3_5_text"
 MODEL_TYPES = (QWEN3_NEXT, DENSE, "qwen3_5_moe_text")  # of text models
 ATTENTION_BACKEND = "qwen3next_cpu"
 HOST_BACKEND = "intel_amx"  # SGLang's choice on a CPU with AMX

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from math import ceil
 
-from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.plan import Plan
 
 ALIGNMENT = 64  # bytes: engines/sglang/state/pages.py starts a page at a cache line
@@ -15,15 +14,11 @@ SLOTS_PER_REQUEST = 3  # with the radix cache, in its no_buffer strategy
 class Pools(Plan):
     """One slot of each pool is padding."""
 
+    engine = "sglang"
+
     @classmethod
     def attends(cls) -> bool:
         return True
-
-    @staticmethod
-    def index_elements(config: Qwen3NextConfig) -> int:
-        from qwen3next_plugin.model.indexed_attention import dims_of_tokens
-
-        return 2 * (dims_of_tokens(config) - config.head_dim)
 
     @property
     def slot_bytes(self) -> int:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import ceil
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.plan import Plan
 
 ALIGNMENT = 128  # tokens: vLLM rounds a block to its default on a CPU
@@ -16,15 +15,11 @@ class Blocks(Plan):
     group.
     """
 
+    engine = "vllm"
+
     @classmethod
     def attends(cls) -> bool:
         return env.batch_invariant()
-
-    @staticmethod
-    def index_elements(config: Qwen3NextConfig) -> int:
-        from qwen3next_plugin.model.indexed_attention import index_elements
-
-        return index_elements(config)
 
     @property
     def group(self) -> int:

@@ -18,8 +18,7 @@ from qwen3next_plugin.engines.vllm.cpu.cpu_flags import check_cpu, complete_cpu
 from qwen3next_plugin.engines.vllm.cpu.graphs import keep_graphs_apart
 from qwen3next_plugin.engines.vllm.cpu.memory import size_cache
 from qwen3next_plugin.engines.vllm.cpu.quantisation import choose_quantisation
-from qwen3next_plugin.engines.vllm.model.streams_flags import check_streams, read_texts_only
-from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, QUANTISATION, STREAMS
+from qwen3next_plugin.engines.vllm.names import LOGGER, OVERRIDE_FLAG, QUANTISATION
 from qwen3next_plugin.engines.vllm.served import served
 from qwen3next_plugin.engines.vllm.speculation.drafts_flags import (
     align_drafter,
@@ -59,7 +58,8 @@ def check(vllm_config: VllmConfig) -> None:
     if env.batch_invariant():
         _check_invariance(vllm_config)
     _check_quantisation(vllm_config)
-    check_streams(config, vllm_config)
+    for models in extras.models("vllm"):
+        models.check(config, vllm_config)
     _check_policy(vllm_config)
     check_drafts(vllm_config)
     if current_platform.is_cpu():
@@ -69,8 +69,8 @@ def check(vllm_config: VllmConfig) -> None:
 
 def complete(vllm_config: VllmConfig) -> None:
     """Fill in defaults; on a CPU: cores, memory, LoRA, worker and scheduler."""
-    if vllm_config.model_config.architecture in STREAMS:
-        read_texts_only(vllm_config)
+    for models in extras.models("vllm"):
+        models.complete(vllm_config)
     align_drafter(vllm_config)
     if not current_platform.is_cpu():
         return

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qwen3next_plugin.engines import extras
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
@@ -17,21 +19,15 @@ WRAPPERS: Mapping[str, str] = {
     name: f"{PACKAGE}.model.wrapped:{name}"
     for name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 }
-# Qwen3.8-Flash-Next, which is served by us on a CPU and by vLLM on a GPU. With a vision tower, too,
-# it is a text model.
-STREAMS: Mapping[str, str] = dict.fromkeys(
-    ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
-    f"{PACKAGE}.model.streams:Qwen4ExpForCausalLM",
+FAMILY_DRAFTERS: Mapping[str, str] = dict.fromkeys(
+    ("Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP"), f"{PACKAGE}.model.mtp:Qwen3NextMTP"
 )
-DRAFTERS: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("Qwen3NextMTP", "Qwen3_5MTP", "Qwen3_5MoeMTP"), f"{PACKAGE}.model.mtp:Qwen3NextMTP"
-    ),
-    "Qwen4ExpMTP": f"{PACKAGE}.model.streams_mtp:Qwen4ExpMTP",
-}
-TRUNKS = {**TEXT_MODELS, **WRAPPERS, **STREAMS}
+TRUNKS, DRAFTERS = {**TEXT_MODELS, **WRAPPERS}, {**FAMILY_DRAFTERS}
+for models in extras.models("vllm"):
+    TRUNKS |= models.trunks
+    DRAFTERS |= models.drafters
 MODELS = {**TRUNKS, **DRAFTERS}
-ON_CPU = {*STREAMS, "Qwen4ExpMTP"}  # models that we serve on a CPU only
+ON_CPU = MODELS.keys() - {*TEXT_MODELS, *WRAPPERS, *FAMILY_DRAFTERS}  # where alone we serve them
 BACKEND_NAME = "QWEN3NEXT_GDN"  # the linear-attention backend
 OPAQUE_OP = "vllm::qwen3next_gated_delta_net"  # a linear layer between its projections
 QUANTISATION = "qwen3next"  # of every quantised checkpoint of ours, on a CPU

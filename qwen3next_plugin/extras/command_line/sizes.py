@@ -70,7 +70,9 @@ def table_bytes(folder: Path, config: Qwen3NextConfig, dtype: str) -> int:
 
     Raises: CheckpointError.
     """
-    if not config.ple_layer_ids:
+    from qwen3next_plugin.model.kinds import kind_of
+
+    if kind_of(config) is None:
         return 0
     index, stored = _headers(folder)
     found = [header for name, header in stored.items() if stays(name)]

@@ -30,6 +30,7 @@ from qwen3next_plugin.kernels.linear import (
 )
 from qwen3next_plugin.kernels.step import NULL_SLOT, Step
 from qwen3next_plugin.model.attention import AttentionShape
+from qwen3next_plugin.model.kinds import kind_of
 from qwen3next_plugin.model.state import PageLayout
 
 Run = Callable[..., Any]
@@ -62,9 +63,7 @@ class Served:
             "attention": str(AttentionShape.from_config(c)),
             "hidden": str(c.hidden_size),
             "experts": f"{c.num_experts_per_tok} of {c.num_experts}",
-            "streams": f"{c.hc_count} {c.hc_lowrank} {c.output_gate_type}",
-            "n-grams": f"{c.ngram_size} {c.heads_per_ngram} {c.ple_embed_dim}",
-            "indexer": f"{c.indexer_n_heads} {c.indexer_head_dim} {c.indexer_compress_ratio}",
+            "kind": "" if (kind := kind_of(c)) is None else kind.sizes(c),
         }
 
 
@@ -133,7 +132,7 @@ class LinearLayer:
             dt_bias=draw(HV, dtype=fp32) - 4,  # slow decay
             norm=draw(V).abs() + 0.5,
             norm_eps=served.config.rms_norm_eps,
-            sigmoid_gate=served.config.output_gate_type == "sigmoid",
+            sigmoid_gate=served.config.sigmoid_gate,
         )
 
     def step(self, lengths: list[int], context_len: list[int], slot: list[int]) -> Tensor:

@@ -17,11 +17,11 @@ import qwen3next_plugin.kernels
 from qwen3next_plugin import __version__, env
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.extras.self_check.cases import Draw, Run, Served, cases, run_bad_row
-from qwen3next_plugin.extras.self_check.qwen4_exp import qwen4_exp_cases
 from qwen3next_plugin.extras.self_check.variables import self_check
 from qwen3next_plugin.extras.self_check.verdicts import Verdict, passed
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gpu import faults
+from qwen3next_plugin.model.kinds import kind_of
 from qwen3next_plugin.model.state import PageLayout
 
 # On |out - ref| / |ref| of each vector (last dim); Triton multiplies fp32 in three parts of tf32,
@@ -66,7 +66,10 @@ def check_kernels(
 def compare(served: Served) -> None:
     """Run every case by the backend and by the reference; raises KernelError."""
     backend = dispatch.backend("gated_delta_net", served.device.type)
-    for op, case in (cases(served, backend) | qwen4_exp_cases(served, backend)).items():
+    found = cases(served, backend)
+    if kind := kind_of(served.config):
+        found |= kind.cases(served, backend)
+    for op, case in found.items():
         run, reference = dispatch.implementation(op, served.device), _reference(op)
         sizes = "its first input"
         try:

@@ -13,6 +13,7 @@ import torch
 
 from qwen3next_plugin.config import Layout, Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.errors import MIXED, CheckpointError
+from qwen3next_plugin.model.kinds import kind_of
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name, in an order that is always the same
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -29,17 +30,8 @@ PREFIXES: Mapping[Layout, Mapping[str, str | None]] = {
 }
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_\w*(packed|scale)\w*)?$")
-# A part of the table of an n-gram embedding.
+# A part of the table of an n-gram embedding, which is no parameter.
 SHARD = re.compile(r"\.ngram_embedding\.shard_(\d+)\.weight$")
-# The scale of a table in FP8.
-TABLE_SCALE = "ngram_embedding.weight_scale"
-# Tensors not loaded here: of n-gram embeddings, those that follow from the config and those that
-# `model/ple.py` reads; of the last mixer, the one that nothing reads.
-UNUSED = re.compile(
-    r"\.ple_embedding\.(layer_multipliers|ngram_heads_\w+|token_lookup|hashstats_\w+)$"
-    rf"|\.ple_embedding\.{TABLE_SCALE}$"
-    r"|^(model|mtp)\.hyper_connection_mixer\.block_inject_weight\.weight$"
-)
 # Tensors of an output head, except those that `qwen3next pack` writes.
 TIED_HEAD = re.compile(r"lm_head\.(?!(packed|scale|zero)$)")
 FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
@@ -106,7 +98,8 @@ def our_name(name: str, config: Qwen3NextConfig) -> str | None:
     ours = without_prefix(name, config)
     if ours is None or is_tied_head(ours, config):
         return None
-    return None if config.hc_count and UNUSED.search(ours) else ours
+    kind = kind_of(config)
+    return None if kind is not None and kind.unread.search(ours) else ours
 
 
 def is_tied_head(name: str, config: Qwen3NextConfig) -> bool:

@@ -1,8 +1,8 @@
 """Name and shape of every tensor of a checkpoint that is not quantised."""
 
 from qwen3next_plugin.config import Qwen3NextConfig
-from qwen3next_plugin.model.checkpoint import qwen4_exp
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, Shapes, in_projections
+from qwen3next_plugin.model.kinds import Frame, kind_of
 
 MTP = "mtp."  # prefix of the MTP head's tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -15,15 +15,14 @@ def all_tensors(config: Qwen3NextConfig) -> Shapes:
 
 def trunk_tensors(config: Qwen3NextConfig) -> Shapes:
     """Name and shape of every tensor of the trunk, in the released checkpoint's names."""
-    D, vocab = config.hidden_size, config.vocab_size
+    D, vocab, frame = config.hidden_size, config.vocab_size, _frame(config)
     tensors: Shapes = {EMBEDDING: (vocab, D)}
-    tensors |= {f"model.{name}": shape for name, shape in _end(config).items()}
+    tensors |= {f"model.{name}": shape for name, shape in frame.end.items()}
     if not config.tie_word_embeddings:
         tensors[HEAD] = (vocab, D)
     for i, layer_type in enumerate(config.layer_types):
-        layer = decoder_layer_tensors(config, layer_type, is_moe=config.is_moe_layer(i))
-        if config.has_ngrams(i):
-            layer |= qwen4_exp.ngrams(config) | qwen4_exp.table(config, i)
+        layer = _layer(config, frame, layer_type, is_moe=config.is_moe_layer(i))
+        layer |= frame.layers.get(i, {})
         tensors |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return tensors
 
@@ -43,14 +42,11 @@ def mtp_tensors(config: Qwen3NextConfig) -> Shapes:
     """Name and shape of every MTP tensor. Embedding and lm_head are shared with the trunk."""
     if not config.num_nextn_predict_layers:
         return {}
-    D = config.hidden_size
-    fc: Shapes = qwen4_exp.mtp_input(config) if config.hc_count else {"fc.weight": (D, 2 * D)}
-    hidden = max(1, config.hc_count) * D
-    norms: Shapes = {"pre_fc_norm_embedding.weight": (D,), "pre_fc_norm_hidden.weight": (hidden,)}
-    outside = fc | norms | _end(config)
+    frame = _frame(config)
+    outside = frame.mtp_input | frame.end
     tensors = {f"mtp.{name}": shape for name, shape in outside.items()}
     for i in range(config.num_nextn_predict_layers):
-        layer = decoder_layer_tensors(config, "full_attention", is_moe=config.num_experts > 0)
+        layer = _layer(config, frame, "full_attention", is_moe=config.num_experts > 0)
         tensors |= {f"mtp.layers.{i}.{name}": shape for name, shape in layer.items()}
     return tensors
 
@@ -60,23 +56,29 @@ def name_in_drafter(name: str) -> str:
     return "model." + name.removeprefix(MTP) if name.startswith(MTP) else name
 
 
-def decoder_layer_tensors(config: Qwen3NextConfig, layer_type: str, *, is_moe: bool) -> Shapes:
+def _layer(config: Qwen3NextConfig, frame: Frame, layer_type: str, *, is_moe: bool) -> Shapes:
     """Name within the layer and shape of every tensor of one decoder layer."""
-    mixer = _linear_attention if layer_type == "linear_attention" else _attention
-    return mixer(config) | _mlp(config, is_moe) | _residual(config)
+    linear = layer_type == "linear_attention"
+    mixer = _linear_attention(config) if linear else _attention(config) | frame.attention
+    return mixer | _mlp(config, is_moe) | frame.residual
 
 
-def _end(config: Qwen3NextConfig) -> Shapes:
-    """The tensors that turn the last layer's residual into the head's input."""
-    return qwen4_exp.end(config) if config.hc_count else {"norm.weight": (config.hidden_size,)}
-
-
-def _residual(config: Qwen3NextConfig) -> Shapes:
-    """A layer's tensors around its mixer and its MLP."""
-    if config.hc_count:
-        return qwen4_exp.connections(config)
-    names = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    return dict.fromkeys(names, (config.hidden_size,))
+def _frame(config: Qwen3NextConfig) -> Frame:
+    """The family's, or that of a kind of model of its own."""
+    if kind := kind_of(config):
+        return kind.frame(config)
+    D = config.hidden_size
+    return Frame(
+        residual={"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)},
+        end={"norm.weight": (D,)},
+        mtp_input={
+            "fc.weight": (D, 2 * D),
+            "pre_fc_norm_embedding.weight": (D,),
+            "pre_fc_norm_hidden.weight": (D,),
+        },
+        attention={},
+        layers={},
+    )
 
 
 def _linear_attention(config: Qwen3NextConfig) -> Shapes:
@@ -102,8 +104,6 @@ def _attention(config: Qwen3NextConfig) -> Shapes:
     if config.attention_bias:
         shapes |= {f"self_attn.{name}.bias": (n,) for name, n in channels.items()}
         shapes["self_attn.o_proj.bias"] = (D,)
-    if config.indexer_n_heads:
-        shapes |= qwen4_exp.indexer(config)
     return shapes | {f"self_attn.{name}_norm.weight": (head_dim,) for name in ("q", "k")}
 
 

@@ -18,8 +18,8 @@ from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen3next_plugin.model.hyper_connection import MixingWeight
 from qwen3next_plugin.model.quantisation.format import Format, InPanels
+from qwen3next_plugin.model.quantisation.mixing import MixingWeight
 from qwen3next_plugin.model.quantisation.modules import Formats, without_wrapper
 from qwen3next_plugin.model.quantisation.packed import (
     Packed,

@@ -13,7 +13,7 @@ NAMES = (
     *("sglang.srt.entrypoints.http_server", "sglang.srt.managers.tp_worker"),
     *("sglang.srt.models.registry", "sglang.srt.dllm.algorithm"),
     *("sglang.srt.layers.attention.hybrid_linear_attn_backend", "transformers.models.qwen3_next"),
-    *(f"{OURS}.model.wrapped", f"{OURS}.model.streams_mtp", f"{OURS}.metrics"),
+    *(f"{OURS}.model.wrapped", f"{OURS}.model.of_extras", f"{OURS}.metrics"),
     *(f"{OURS}.state.steps", f"{OURS}.cpu.attention", "sglang.srt.speculative.eagle_worker_v2"),
 )
 gc.disable()  # for nothing is garbage yet

@@ -5,7 +5,6 @@ import os
 import pkgutil
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -26,10 +25,8 @@ from qwen3next_plugin.engines.sglang import served
 from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.engines.sglang.cpu import memory
 from qwen3next_plugin.engines.sglang.flags import check_flags, complete_drafts
-from qwen3next_plugin.engines.sglang.model.streams_flags import check_streams
 from qwen3next_plugin.engines.sglang.names import ARCHITECTURES
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
-from qwen4_exp import write_qwen4_exp
 
 NEXTN = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
 FP32 = {"dtype": "float32"}  # SGLang's own choice for such a checkpoint is float16
@@ -289,58 +286,6 @@ def test_every_flag_of_the_tables_is_refused_by_name(complete, checkpoint, name,
 def test_flags_are_refused_by_name(complete, checkpoint, flags, message):
     with pytest.raises(ConfigError, match=message):
         complete(checkpoint, **flags)
-
-
-@pytest.fixture(scope="module")
-def streams(tmp_path_factory):
-    return write_qwen4_exp(tmp_path_factory.mktemp("streams"), wrapped=True)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"lora_paths": ["x=adapter"]}, "--lora-paths: .* several streams .*leave it out"),
-        ({"attention_backend": "torch_native"}, "--attention-backend torch_native: .*; use qwen3n"),
-        ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend torch_native: "),
-        (NEXTN | {"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2: .*; use 1"),
-        ({"load_format": "dummy"}, "--load-format dummy: the table of n-grams .*; leave it out"),
-        ({"kv_cache_dtype": "bf16"}, "--kv-cache-dtype bf16: .*float32; leave it out"),
-        ({"qsa_indexer_dtype": "fp8_e4m3"}, "--qsa-indexer-dtype fp8_e4m3: .*; leave it out"),
-        (
-            {"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "nixl"},
-            "--disaggregation-mode prefill: .* several streams .*; leave it out",
-        ),
-    ],
-    ids=str,
-)
-def test_flags_are_refused_for_several_streams(complete, streams, flags, message):
-    with pytest.raises(ConfigError, match=message):
-        complete(streams, **FP32, **flags)
-
-
-def test_a_model_with_several_streams_is_served_for_texts(complete, streams, caplog):
-    """By its own kernels, pages and pools: SGLang knows nothing of it."""
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-
-    with caplog.at_level("INFO"):
-        resolved = complete(streams, **FP32, **NEXTN, language_model_only=True)
-    assert (resolved.page_size, resolved.attention_backend) == (1, "qwen3next_cpu")
-    assert resolved.uses_mamba_radix_cache
-    config = model_config_of(resolved)
-    assert not config.is_multimodal
-    assert config.hf_config.architectures == ["Qwen4ExpForCausalLM"]
-    named = [line for line in caplog.messages if "served for texts" in line]
-    assert len(named) == 1
-    assert "Qwen4ExpForConditionalGeneration" in named[0]
-    sizes = read_config(config.hf_config, 1)
-    written = Qwen3NextConfig.from_hf(json.loads((streams / "config.json").read_text()))
-    no_dense_layers = {"intermediate_size": 0}
-    assert replace(sizes, **no_dense_layers) == replace(written, **no_dense_layers)
-    with pytest.raises(ConfigError, match="on CPUs only"):
-        check_streams(sizes, resolved, on_cpu=False)
-    linker = "enable_unified_cache_external_linker"
-    with pytest.raises(ConfigError, match=r"linker: .* several streams .*; leave it out"):
-        check_streams(sizes, Given(resolved, linker, True), on_cpu=True)
 
 
 # defaults ---------------------------------------------------------------------------------------
@@ -682,7 +627,7 @@ def test_other_models_keep_the_hosts_class(complete, monkeypatch):
     assert theirs.__module__ == "sglang.srt.models.llama"
     for name in ARCHITECTURES:
         ours, _ = ModelRegistry.resolve_model_cls([name])
-        assert ours.__module__.startswith("qwen3next_plugin.engines.sglang.model.")
+        assert ours.__module__.startswith("qwen3next_plugin.")
     import_model_classes.cache_clear()
 
 

@@ -13,28 +13,24 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoints import write_checkpoint
 from damage import SLIGHT, slightly_changed
 from examples.qwen3_5_layout import rewrite
-from quantised import AT_LOAD, KINDS, MIXED, int8_by_row, pack_checkpoint, quantise, write_quantised
+from model.packed import check, check_packed, load, opened, stored
+from quantised import AT_LOAD, KINDS, MIXED, pack_checkpoint, quantise, write_quantised
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.extras.command_line.sizes import tensor_bytes
 from qwen3next_plugin.extras.pack import writing
 from qwen3next_plugin.extras.pack.writing import plan_packing, write_packed
-from qwen3next_plugin.kernels.linear import PackedWeight, unpack
 from qwen3next_plugin.model.checkpoint import contents
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.headers import INDEX, read_places, weight_files
-from qwen3next_plugin.model.checkpoint.reading import check_stored, parameters
-from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.files import formats_of
-from qwen3next_plugin.model.quantisation.in_panels import FormatsInPanels, check_in_panels
+from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
 from qwen3next_plugin.model.quantisation.layers import LinearMethod, Ranks
 from qwen3next_plugin.model.quantisation.original import RECORD
-from qwen3next_plugin.model.quantisation.stacked import stacked_weights
-from qwen4_exp_quantised import write_split
 
 # Two blocks of columns, the second one not full.
 SMALL = {"hidden_size": 160, "num_hidden_layers": 4, "num_experts": 3}
@@ -52,60 +48,6 @@ def packed(plain, tmp_path_factory) -> Path:
     """With zero points in some layers, to be damaged."""
     folder = tmp_path_factory.mktemp("packed")
     return pack_checkpoint(write_quantised(plain, folder, MIXED)[0], folder / "out")
-
-
-def opened(folder: Path) -> tuple[Qwen3NextConfig, FormatsInPanels]:
-    raw = json.loads((folder / "config.json").read_text())
-    config = Qwen3NextConfig.from_hf(raw)
-    found = formats_of(folder, config, raw["quantization_config"], asked=None)
-    assert isinstance(found, FormatsInPanels)
-    return config, found
-
-
-def check_packed(folder: Path) -> None:
-    """As an engine does before it loads."""
-    config, formats = opened(folder)
-    check_stored(folder, config, quantised=True, formats=formats, with_mtp=True)
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
-
-
-def load(folder: Path) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
-    """The packed weights and all other tensors of our parameters."""
-    config, formats = opened(folder)
-    weights: dict[str, PackedWeight] = {}
-    others = parameters(
-        stored(folder).items(),
-        config,
-        expected=all_tensors(config),
-        formats=formats,
-        attach=weights.__setitem__,
-    )
-    return weights, dict(others)
-
-
-def check(folder: Path, twin: Path, *, rounded: bool = False) -> None:
-    """What is loaded says what the twin's weights are; `rounded`: what may be is int8 besides."""
-    weights, others = load(folder)
-    config = Qwen3NextConfig.from_hf(json.loads((twin / "config.json").read_text()))
-    expected = dict(parameters(stored(twin).items(), config, expected=all_tensors(config)))
-    for name, whole in stacked_weights(config).items():
-        if name not in weights:
-            continue
-        modules = (name,) if f"{name}.weight" in expected else whole.modules
-        rows = torch.cat([expected[f"{module}.weight"].float() for module in modules])
-        wanted = rows.view(whole.shape)
-        if rounded and weights[name].encoding == "int8":
-            wanted = int8_by_row(rows)[1].view(whole.shape)
-        torch.testing.assert_close(unpack(weights[name]), wanted, rtol=1e-6, atol=1e-7, msg=name)
-        for module in modules:
-            if module != "model.embed_tokens":
-                del expected[f"{module}.weight"]
-    assert others.keys() == expected.keys()
-    for name, tensor in others.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, MIXED, *AT_LOAD])
@@ -166,22 +108,6 @@ def test_without_a_drafter(tmp_path):
     plain = write_checkpoint(tmp_path / "plain", mtp=False, **SMALL)
     out = pack_checkpoint(plain, tmp_path / "out", "int4")
     assert not [name for name in stored(out) if name.startswith("mtp.")]
-
-
-def test_stream_mixers(tmp_path, monkeypatch):
-    quantised, _, twin = quantise(write_split(tmp_path / "plain"), tmp_path, "packed_4-bit")
-    out = pack_checkpoint(quantised, tmp_path / "out")
-    check(out, twin)
-    check_packed(out)
-    config, formats = opened(out)
-    mixers = {f"{name}.weight" for name in formats.packed_plain - {"lm_head"}}
-    assert mixers == {n for n in all_tensors(config) if ".input_mix_weight_" in n}
-    sizes, _ = tensor_bytes(out, config, "float32", asked=None)
-    assert sizes == tensor_bytes(quantised, config, "float32", asked=None)[0]
-    monkeypatch.setenv("QWEN3NEXT_MMAP", "1")
-    sizes, source = tensor_bytes(out, config, "float32", asked=None)
-    assert not any(sizes[name] for name in mixers)
-    assert "int8" not in source
 
 
 def test_a_head_that_stays_plain(plain, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from qwen3next_plugin.engines.patching import override
-from qwen3next_plugin.engines.sglang.cpu.indexed_attention import Index
 from qwen3next_plugin.engines.sglang.speculation.verify_input import RaggedVerifyInput
 from qwen3next_plugin.kernels.paged_attention import paged_attention
 
@@ -60,15 +59,15 @@ class AttentionBackend(IntelAMXAttnBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        index: Index | None = None,
+        inputs: tuple[Any, ...] | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Store the step's keys and values, then attend; with an index, to what that chooses.
+        """Store the step's keys and values, then attend; a layer with inputs does so itself.
 
         Shapes: q [T, Hq·D], k, v [T, Hkv, D], returns [T, Hq·D]
         """
-        if index is not None:
-            return layer.attend(q, k, v, index, forward_batch, self)
+        if inputs is not None:
+            return layer.attend(q, k, v, inputs, forward_batch, self)
         keys, values = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         if save_kv_cache:
             for cache, new in ((keys, k), (values, v)):

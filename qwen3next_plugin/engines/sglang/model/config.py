@@ -4,21 +4,26 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-from sglang.srt.arg_groups import overrides
 from sglang.srt.configs.qwen3_next import Qwen3NextConfig as HostConfig
 from sglang.srt.server_args import ServerArgs
 
-from qwen3next_plugin.config import check_before_engine, host_rope, naming_file, rope
+from qwen3next_plugin.config import (
+    check_before_engine,
+    check_extra,
+    host_rope,
+    model_types,
+    naming_file,
+    rope,
+)
 from qwen3next_plugin.engines.patching import Attribute
 from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.names import (
     DENSE,
     MODEL_TYPES,
+    OF_EXTRAS,
     OVERRIDE_FLAG,
     QWEN3_NEXT,
-    STREAMS,
-    STREAMS_DRAFTER,
-    STREAMS_TYPE,
+    TEXTS_ONLY,
     WRAPPERS,
     is_ours,
     serves,
@@ -27,8 +32,6 @@ from qwen3next_plugin.engines.sglang.names import (
 from qwen3next_plugin.engines.sglang.patches import TABLE, When, patch
 
 LAYER_NAMES = {"full_attention": "attention", "linear_attention": "linear_attention"}
-# Fields that Qwen4-Exp's config may have beside its text model's.
-OF_BOTH_LEVELS = ("dtype", "quantization_config", "compression_config", "mtp_num_hidden_layers")
 SIZES_OF_EXPERTS = (
     *("num_experts", "num_experts_per_tok"),
     *("moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -73,7 +76,7 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
         host(config, *args, **given)
         return
     host(config, *args, **{name: given[name] for name in given if name != "rope_parameters"})
-    config.layer_types = given.get("layer_types") or _at_interval(config)
+    config.layer_types = given.get("layer_types") or at_interval(config)
     parameters = given.get("rope_parameters") or given.get("rope_scaling") or {}
     config.rope_parameters = dict(parameters)
     for name in rope.OF_ROPE:
@@ -90,7 +93,7 @@ def keep_config(host: Callable[..., None], config: Any, *args: Any, **given: Any
     When.WITH_OURS,
     "sglang.srt.configs.model_config.get_config",
     reason="an override of a nested text model's RoPE replaces all of it, and one of "
-    "rope_scaling has no effect there; and Qwen4-Exp is a text model on a CPU",
+    "rope_scaling has no effect there; and an extra may serve texts only",
     remove_when="SGLang merges it, at either level, and lets a plugin change a config",
     upstream="https://github.com/sgl-project/sglang/pull/27983",
 )
@@ -101,13 +104,14 @@ def merge_overrides(
     model_override_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Around `get_config`: an override of RoPE changes only fields it names, at either level.
-
-    On a CPU only the text model of Qwen4-Exp is read.
-    """
+    """Around `get_config`: an override of RoPE changes only fields it names, at either level."""
     everything = model_override_args or {}
     rest, given = host_rope.split(everything)
-    config = _for_texts(host(model, *args, model_override_args=rest, **kwargs))
+    config = host(model, *args, model_override_args=rest, **kwargs)
+    if without_gpu():
+        check_extra(getattr(config, "model_type", None))
+    for models in OF_EXTRAS:
+        config = models.text_config(config)
     if not given:
         return config
     if not serves(config):
@@ -115,58 +119,6 @@ def merge_overrides(
     config = deepcopy(config)  # SGLang caches it
     host_rope.override(config.get_text_config(), given, everything)
     return config
-
-
-def _for_texts(config: Any) -> Any:
-    """On a CPU, Qwen4-Exp's text config under a model type for which SGLang has no special code."""
-    if not without_gpu():
-        return config
-    text = config.get_text_config()
-    if getattr(text, "model_type", None) != STREAMS_TYPE:
-        return config
-    outer, text = config, deepcopy(text)
-    if text.layer_types is None:
-        text.layer_types = _at_interval(text)
-    if outer.model_type != STREAMS_TYPE:
-        text.served_for_texts = (outer.architectures or [outer.model_type])[0]
-        for name in OF_BOTH_LEVELS:
-            if getattr(text, name, None) is None and hasattr(outer, name):
-                setattr(text, name, getattr(outer, name))
-        text.tie_word_embeddings |= outer.tie_word_embeddings
-    for name in rope.OF_IMAGES:
-        for parameters in (text.rope_parameters, text.rope_scaling):
-            parameters.pop(name, None)
-    text.architectures = [STREAMS]
-    return text
-
-
-@patch(
-    When.ON_CPU,
-    "sglang.srt.configs.model_config.ModelConfig._config_draft_model",
-    reason="SGLang knows Qwen4-Exp by another name, for which it has code for GPUs",
-    remove_when="SGLang serves Qwen4ExpForCausalLM",
-)
-def name_drafter(host: Callable[[Any], None], model_config: Any) -> None:
-    """Around `_config_draft_model`: the drafter of Qwen4-Exp's text model."""
-    if not model_config.is_draft_model or model_config.hf_config.architectures[0] != STREAMS:
-        host(model_config)
-        return
-    config = deepcopy(model_config.hf_config)  # SGLang's is also the trunk's
-    config.architectures = [STREAMS_DRAFTER]
-    config.num_nextn_predict_layers = 1
-    model_config.hf_config = model_config.hf_text_config = config
-
-
-@patch(
-    When.ON_CPU,
-    "sglang.srt.layers.attention.qsa.config.parse_qsa_profile",
-    reason="SGLang's pools of sparse attention are of pages of 64 tokens, in bf16, for kernels "
-    "on GPUs",
-    remove_when="SGLang's sparse attention runs on a CPU",
-)
-def no_profile(host: Callable[[Any], Any], config: Any) -> Any:
-    """Around `parse_qsa_profile`: SGLang's pools and kernels of sparse attention are not ours."""
-    return None if config is not None and serves(config) else host(config)
 
 
 @patch(
@@ -190,7 +142,8 @@ def derive_length(host: Callable[..., None], model_config: Any, context_length: 
     host(model_config, context_length)
 
 
-def _at_interval(config: Any) -> list[str]:
+def at_interval(config: Any) -> list[str]:
+    """The kinds of layers of a config that does not list them."""
     interval = getattr(config, "full_attention_interval", 4)
     return [
         "linear_attention" if (i + 1) % interval else "full_attention"
@@ -208,8 +161,7 @@ def layers_block_type(config: Any) -> list[str]:
 def mamba2_cache_params(config: Any) -> Any:
     """What SGLang computes its pools' sizes from: our pages, for our model."""
     # Other models, too, have a text model of these types.
-    types = (*MODEL_TYPES, STREAMS_TYPE)
-    if config.model_type not in types or not serves_ours():
+    if config.model_type not in model_types() or not serves_ours():
         return host_mamba2_cache_params(config)
     from qwen3next_plugin.engines.sglang.state.pages import page_params
 
@@ -234,17 +186,10 @@ TABLE.add(
     ),
     Attribute(
         target="sglang.srt.server_args.ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES",
-        value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS, STREAMS),
+        value=(*ServerArgs.LANGUAGE_MODEL_ONLY_ARCHITECTURES, *WRAPPERS, *TEXTS_ONLY),
         group=When.WITH_OURS,
         reason="--language-model-only serves a vision-language model without its tower",
         remove_when="SGLang has the flag for Qwen3.5",
         upstream="https://github.com/sgl-project/sglang/pull/37828",
-    ),
-    Attribute(
-        target="sglang.srt.arg_groups.overrides._MAMBA_RADIX_CACHE_ARCHS",
-        value=overrides._MAMBA_RADIX_CACHE_ARCHS | {STREAMS},
-        group=When.ON_CPU,
-        reason="SGLang knows Qwen4-Exp by another name, for which it has code for GPUs",
-        remove_when="SGLang serves Qwen4ExpForCausalLM",
     ),
 )

@@ -48,6 +48,7 @@ class OurModel(nn.Module):
     packed_modules_mapping = PACKED_MODULES
     fall_back_to_pt_during_load = False  # safetensors only: nothing is unpickled
     _derived_weight_cache_error = NO_UPDATES
+    fixed: str | None = None  # why a server cannot be given other weights
 
     def _set_config(self, hf_config: Any, quant_config: QuantizationConfig | None) -> None:
         """Read the config, and check that this machine computes what it asks for."""

@@ -26,7 +26,7 @@ from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 
 from qwen3next_plugin.engines.sglang.config import read_config
 from qwen3next_plugin.kernels.copy_pages import copy_pages
-from qwen3next_plugin.model.state import NgramPool, PageLayout, StatePool, state_dtype
+from qwen3next_plugin.model.state import PageLayout, StatePool, state_dtype
 
 ALIGNMENT = 64  # bytes: each page starts at a cache line
 
@@ -34,7 +34,7 @@ ALIGNMENT = 64  # bytes: each page starts at a cache line
 def page_layout(hf_config: Any) -> PageLayout:
     """The page of a linear layer on this rank, under the current flags.
 
-    All have room for n-grams if some have them: SGLang's pool has pages of one size.
+    All have room for what another layer keeps in some: SGLang's pool has pages of one size.
     """
     config = read_config(hf_config, get_parallel().tp_size)
     name = str(mamba2_state_dtype(hf_config).temporal).removeprefix("torch.")
@@ -43,7 +43,7 @@ def page_layout(hf_config: Any) -> PageLayout:
         num_drafts=max_drafts(),
         activation_dtype=_get_and_verify_dtype(hf_config, get_model().dtype),
         state_dtype=state_dtype(name, setting="mamba_ssm_dtype", flag="--mamba-ssm-dtype"),
-        ngrams=bool(config.ple_layer_ids),
+        shared=True,
     )
 
 
@@ -136,9 +136,9 @@ class PagePool(MambaPool):
         """The pages of one layer as the tensors they hold."""
         return self.layout.view(self.pages_of(layer_id).squeeze(0))
 
-    def view_ngrams(self, layer_id: int) -> NgramPool | None:
-        """What n-gram embeddings keep in the pages of one layer, if the model has them."""
-        return self.layout.view_ngrams(self.pages_of(layer_id).squeeze(0))
+    def view_parts(self, layer_id: int) -> dict[str, torch.Tensor]:
+        """All parts of the pages of one layer, by name."""
+        return self.layout.view_parts(self.pages_of(layer_id).squeeze(0))
 
     def pages_of(self, layer_id: int) -> torch.Tensor:
         """The pages of one layer [1, slots, bytes] uint8."""

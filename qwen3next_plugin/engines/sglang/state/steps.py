@@ -15,7 +15,6 @@ from qwen3next_plugin.model.step import Step, build_step
 
 if TYPE_CHECKING:
     from qwen3next_plugin.engines.sglang.model.linear_attention import GatedDeltaNet
-    from qwen3next_plugin.engines.sglang.model.ple import NgramLayer
 
 
 class StepBuilder:
@@ -72,7 +71,7 @@ class GatedDeltaNetBackend(AttentionBackend):
         self.pool: PagePool = self.req_to_token_pool.mamba_pool
         self.builder = self.make_builder(runner)
         self.views = {layer: self.pool.view(layer) for layer in self.pool.mamba_layer_ids}
-        self.ngrams = {layer: self.pool.view_ngrams(layer) for layer in self.views}
+        self.parts = {layer: self.pool.view_parts(layer) for layer in self.views}
         self.rids: list[str] | None = None
         self.step: Step
         self.tree: TreeStep | None = None
@@ -109,28 +108,6 @@ class GatedDeltaNetBackend(AttentionBackend):
             return self._attend_tree(self.tree, layer, qkvz, ba)
         return self._run(layer, qkvz, ba)
 
-    def add_ngrams(
-        self,
-        layer: "NgramLayer",
-        streams_: torch.Tensor,
-        block: torch.Tensor | None,
-        injection: torch.Tensor | None,
-        token_ids: torch.Tensor,
-    ) -> None:
-        """Run a layer's n-gram embedding on this step's rows.
-
-        Shapes: those of `add`
-
-        Raises:
-            StateError: as `attend`.
-        """
-        pool = self.ngrams[layer.layer_id]
-        assert pool is not None
-        try:
-            layer.add(streams_, block, injection, token_ids, pool_=pool, step=self.step)
-        except RuntimeError as error:
-            raise self._state_error(layer.prefix, error) from error
-
     def _attend_tree(
         self, tree: TreeStep, layer: "GatedDeltaNet", qkvz: torch.Tensor, ba: torch.Tensor
     ) -> torch.Tensor:
@@ -150,9 +127,10 @@ class GatedDeltaNetBackend(AttentionBackend):
                 step=self.step,
             )
         except RuntimeError as error:
-            raise self._state_error(layer.prefix, error) from error
+            raise self.state_error(layer.prefix, error) from error
 
-    def _state_error(self, layer: str, error: RuntimeError) -> StateError:
+    def state_error(self, layer: str, error: RuntimeError) -> StateError:
+        """The error of a layer's kernel, with the request that it names."""
         state_error = StateError(layer, str(error))
         if state_error.row is None or self.rids is None or self.tree is not None:
             return state_error

@@ -25,6 +25,7 @@ from qwen3next_plugin.engines.transformers.model.linear_attention import on_page
 from qwen3next_plugin.engines.transformers.model.mtp import MultiTokenPredictor
 from qwen3next_plugin.engines.transformers.speculation.answers import Answers
 from qwen3next_plugin.engines.transformers.speculation.worker import Worker
+from qwen3next_plugin.engines.transformers.state.cache import RowCache
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 
@@ -44,6 +45,7 @@ class WithMTP(Base):
 
     host: Any  # the host's class
     mtp: Any  # None: the checkpoint has no mtp.* tensors
+    cache_class = RowCache
     _keys_to_ignore_on_load_unexpected = (r"^model\.(visual|vision_tower|merger)\.",)
 
     def __init__(self, config: Any) -> None:

@@ -43,7 +43,7 @@ class Worker:
         )
         indexed = "indexed_attention" in config.layer_types
         self.steps = StepBuilder(positions, padding, additive=additive, indexed=indexed)
-        self.cache = RowCache(config.layer_types, num_drafts=num_drafts)
+        self.cache: RowCache = model.cache_class(config.layer_types, num_drafts=num_drafts)
         self.drafter = Drafter(model, self.steps, self.cache)
 
     def run(self) -> Output:

@@ -33,7 +33,6 @@ class KeyValueLayer(DynamicLayer):
     """Keys and values of one attention layer, by column; a rejected draft is overwritten."""
 
     step: BatchStep  # the one that runs
-    index_keys: Tensor | None = None  # of the layer's indexer
 
     def begin(self, step: BatchStep) -> None:
         self.step = step
@@ -49,25 +48,6 @@ class KeyValueLayer(DynamicLayer):
         self.keys = self._put(self.keys, key_states)
         self.values = self._put(self.values, value_states)
         return self.keys[:, :, : self.step.end], self.values[:, :, : self.step.end]
-
-    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Store the step's keys of the indexer; returns those of all columns up to its end.
-
-        Shapes: [B, n, D], returns [B, step.end, D]
-        """
-        new = indexer_key_states[:, None]  # [B, 1, n, D]
-        stored = new[:, :, :0] if self.index_keys is None else self.index_keys
-        self.index_keys = self._put(stored, new)
-        return self.index_keys[:, 0, : self.step.end]
-
-    @property
-    def indexer_position_ids(self) -> Tensor | None:
-        """Positions of all columns, where transformers looks for them from 5.24 on."""
-        return self.step.so_far_on_axes
-
-    @indexer_position_ids.setter
-    def indexer_position_ids(self, _: Tensor) -> None:
-        """The step knows them."""
 
     def _put(self, stored: Tensor, new: Tensor) -> Tensor:
         missing = self.step.end - stored.shape[2]
@@ -127,45 +107,17 @@ class SequenceLayer(DynamicLayer):
 
 
 class PageLayer(LinearAttentionLayer):
-    """The state pages of one linear layer; a row's slot is its number.
-
-    `conv_states` with other indices than 0 hold what the layer's n-grams read of earlier tokens.
-    """
+    """The state pages of one linear layer; a row's slot is its number."""
 
     step: BatchStep  # the one that runs
 
-    def __init__(self, num_drafts: int) -> None:
-        super().__init__(number_of_states=3)
+    def __init__(self, num_drafts: int, number_of_states: int = 1) -> None:
+        super().__init__(number_of_states=number_of_states)
         self.num_drafts = num_drafts
         self.pool: StatePool | None = None
-        self.recent: dict[int, Tensor] = {}  # what each of `conv_states` can roll back in
 
     def begin(self, step: BatchStep) -> None:
-        """Drop what rejected drafts of the last step left in `conv_states`."""
-        for index, recent in self.recent.items():
-            dropped = self.step.columns[:, -1:] + 1 - step.columns[:, :1]  # [B, 1]
-            width = self.conv_kernel_size[index]
-            every = torch.arange(width, device=recent.device)
-            at = recent.shape[-1] - width - dropped.to(recent.device) + every  # [B, width]
-            at = at.view(len(at), *[1] * (recent.ndim - 2), width)
-            self.conv_states[index] = recent.gather(-1, at.expand(*recent.shape[:-1], width))
         self.step = step
-
-    def update_conv_state(
-        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: Any = None, **_: Any
-    ) -> Tensor:
-        """Keep what the next step may read; returns this step's values after the earlier ones.
-
-        Shapes: conv_states [B, …, n], returns [B, …, conv_kernel_size + n]
-        """
-        before = self.conv_states[state_idx]
-        if before is None:
-            before = conv_states.new_zeros(*conv_states.shape[:-1], conv_kernel_size)
-        found = torch.cat([before, conv_states], dim=-1)
-        self.recent[state_idx] = found[..., -(conv_kernel_size + self.num_drafts + 1) :].clone()
-        self.conv_kernel_size[state_idx] = conv_kernel_size
-        self.has_previous_state[state_idx] = True
-        return found
 
     def pool_for(self, shape: GatedDeltaNetShape, qkvz: Tensor, num_rows: int) -> StatePool:
         """The pages of all rows, made in the first step, where the layer is."""
@@ -190,14 +142,16 @@ class RowCache(Cache):
     layers: list[Any]
     step: BatchStep  # the one that runs
     trunk: Any = None  # runs all steps of an answer, if not the host's
+    linear: type[PageLayer] = PageLayer
+    attention: type[KeyValueLayer] = KeyValueLayer
 
     def __init__(self, layer_types: list[str], *, num_drafts: int) -> None:
-        attention = SequenceLayer if env.batch_invariant() else KeyValueLayer
+        attention = SequenceLayer if env.batch_invariant() else self.attention
         layers = [
-            PageLayer(num_drafts) if kind == "linear_attention" else attention()
+            self.linear(num_drafts) if kind == "linear_attention" else attention()
             for kind in layer_types
         ]
-        super().__init__(layers=[*layers, KeyValueLayer()])
+        super().__init__(layers=[*layers, self.attention()])
 
     def begin(self, step: BatchStep) -> None:
         """Say which columns the trunk's next pass writes."""
@@ -208,15 +162,6 @@ class RowCache(Cache):
     def begin_mtp(self, step: BatchStep) -> None:
         """Say which columns the MTP layer's next pass writes."""
         self.layers[-1].begin(step)
-
-    @property
-    def position_ids(self) -> Tensor | None:
-        """Positions of all columns, where transformers before 5.24 looks for them."""
-        return self.step.so_far_on_axes
-
-    @position_ids.setter
-    def position_ids(self, _: Tensor) -> None:
-        """The step knows them."""
 
     def check(self) -> None:
         """Raise the error that a GPU's kernels recorded since the last check. Waits for the GPU.

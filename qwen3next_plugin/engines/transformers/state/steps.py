@@ -27,11 +27,6 @@ class BatchStep:
     is_token: Tensor | None = None
     so_far: Tensor | None = None
 
-    @property
-    def so_far_on_axes(self) -> Tensor | None:
-        """`so_far` for each axis of Qwen3.5's positions. Shapes: returns [3, B, end]"""
-        return None if self.so_far is None else self.so_far.expand(3, -1, -1)
-
     def linear_on(self, device: torch.device) -> kernels.Step:
         """`linear` on a layer's device, because `device_map` may spread layers."""
         step = self.linear

@@ -8,7 +8,13 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.platforms import current_platform
 
-from qwen3next_plugin.config import ConfigError, check_before_engine, host_rope, naming_file
+from qwen3next_plugin.config import (
+    ConfigError,
+    check_before_engine,
+    check_extra,
+    host_rope,
+    naming_file,
+)
 from qwen3next_plugin.engines.vllm.names import OVERRIDE_FLAG, serves
 from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.model.checkpoint.headers import check_files
@@ -36,9 +42,12 @@ def check_file(host: Callable[..., Any], model: str, *args: Any, **given: Any) -
     remove_when="vLLM names it",
 )
 def name_file(host: Callable[..., Any], model: str, *args: Any, **given: Any) -> Any:
-    """Around `get_config`: an error about a config.json names the file."""
+    """Around `get_config`: an error about a config.json names the file, or the extra it needs."""
     with naming_file(model, "vLLM", OVERRIDE_FLAG):
-        return host(model, *args, **given)
+        config = host(model, *args, **given)
+    if current_platform.is_cpu():
+        check_extra(getattr(config, "model_type", None))
+    return config
 
 
 @patch(

@@ -1,6 +1,6 @@
 """Gated DeltaNet as a vLLM layer: vLLM's pages around the neutral layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from qwen3next_plugin.engines.vllm.state.pages import (
 )
 from qwen3next_plugin.model.gated_delta_net import attend, launch_idle
 from qwen3next_plugin.model.linear_attention import LinearAttention
-from qwen3next_plugin.model.state import NgramPool, StateError, StatePool
+from qwen3next_plugin.model.state import StateError, StatePool
 
 
 class GatedDeltaNet(LinearAttention, MambaBase):
@@ -37,9 +37,9 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         vllm_config: VllmConfig,
         prefix: str,
         *,
-        ngrams: bool = False,
+        shared: bool = False,
     ) -> None:
-        """Args: ngrams: its pages also hold the state of an n-gram embedding."""
+        """Args: shared: another layer keeps its state in the pages, too."""
         super().__init__(
             config,
             host_layers(vllm_config),
@@ -47,7 +47,7 @@ class GatedDeltaNet(LinearAttention, MambaBase):
             rank=get_tensor_model_parallel_rank(),
             layout=projection_layout(config, vllm_config),
         )
-        self.layout = page_layout(config, vllm_config, ngrams=ngrams)
+        self.layout = page_layout(config, vllm_config, shared=shared)
         self.largest = largest_page(config, vllm_config)
         self.value_dim = config.value_dim_per_rank
         layers = get_current_vllm_config().compilation_config.static_forward_context
@@ -100,14 +100,13 @@ class GatedDeltaNet(LinearAttention, MambaBase):
         """Drop the views too: vLLM sets this to free the memory of its pages."""
         self._kv_cache = pages
         self.pool: StatePool | None = None
-        self.ngram_pool: NgramPool | None = None
+        self.parts: Mapping[str, torch.Tensor] = {}
 
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages: `kv_cache` [slots, 1, 1, bytes] int8."""
         pages = kv_cache.squeeze(dim=(1, 2))
         self.kv_cache = (pages[:, : self.layout.page_bytes],)  # what vLLM copies
-        self.pool = self.layout.view(pages)
-        self.ngram_pool = self.layout.view_ngrams(pages)
+        self.pool, self.parts = self.layout.view(pages), self.layout.view_parts(pages)
         if self.pool.span.device.type != "cpu":  # compile now, not at the first request
             launch_idle(weights=self.weights, shape=self.shape, pool_=self.pool)
 

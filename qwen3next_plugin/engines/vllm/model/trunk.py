@@ -230,6 +230,11 @@ class Qwen3NextForCausalLM(
         )
         return load(self, tensors, self.layout)
 
+    @property
+    def fixed(self) -> str | None:
+        """Why a server cannot be given other weights; None: it can."""
+        return None
+
     # What vLLM asks of a hybrid model: the size of its pages, before the model is built.
 
     @classmethod

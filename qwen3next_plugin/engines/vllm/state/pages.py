@@ -17,11 +17,11 @@ PAGE_DTYPE = torch.int8  # a page is bytes to vLLM
 
 
 def page_layout(
-    config: Qwen3NextConfig, vllm_config: VllmConfig, *, ngrams: bool = False
+    config: Qwen3NextConfig, vllm_config: VllmConfig, *, shared: bool = False
 ) -> PageLayout:
     """The page of one linear layer on this rank, under these engine flags.
 
-    Args: ngrams: the layer has an n-gram embedding.
+    Args: shared: as of `PageLayout.from_config`.
     """
     name = vllm_config.cache_config.mamba_ssm_cache_dtype
     if name == "auto":  # vLLM would use the activations' dtype; the recurrence drifts in bf16
@@ -33,13 +33,13 @@ def page_layout(
         state_dtype=state_dtype(
             name, setting="mamba_ssm_cache_dtype", flag="--mamba-ssm-cache-dtype"
         ),
-        ngrams=ngrams,
+        shared=shared,
     )
 
 
 def largest_page(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
     """The largest layout of all layers, because vLLM's pages have one size."""
-    return page_layout(config, vllm_config, ngrams=bool(config.ple_layer_ids))
+    return page_layout(config, vllm_config, shared=True)
 
 
 def page_spec(layout: PageLayout, vllm_config: VllmConfig) -> MambaSpec:

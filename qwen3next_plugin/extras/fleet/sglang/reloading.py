@@ -53,8 +53,8 @@ def check_allowed(model: OurModel) -> None:
         raise ConfigError(
             "weights that no checkpoint gave are not updated: start with --load-format auto"
         )
-    if model.config.hc_count:
-        raise ConfigError("weights of a model with several streams are not updated: restart")
+    if model.fixed:
+        raise ConfigError(model.fixed)
     if getattr(model, "visual", None) is not None:
         raise ConfigError("weights of a vision tower are not updated: add --language-model-only")
     if any(use_intel_amx_backend(layer) for layer in model.modules()):

@@ -108,8 +108,8 @@ def _check(runner: Any, path: str | None, tensors: Tensors | None) -> None:
     trunk = _text_model(runner)
     refuse_other_weights(config)
     refuse_another(trunk.formats)
-    if trunk.config.ple_layer_ids and (path is not None or tensors is not None):
-        raise ConfigError("the table of n-grams stays that of the model: restart the server")
+    if trunk.fixed and (path is not None or tensors is not None):
+        raise ConfigError(trunk.fixed)
     if config.lora_config is not None:
         raise ConfigError("weights are not reloaded under adapters: serve without --enable-lora")
     if tensors is None:

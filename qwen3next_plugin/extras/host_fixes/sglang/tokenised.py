@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from qwen3next_plugin.engines.sglang.model.streams_flags import EMBEDS, check_streams_request
 from qwen3next_plugin.engines.sglang.names import is_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.extras.host_fixes.logprobs import MOST, answer_tokens
 from qwen3next_plugin.extras.host_fixes.sglang.requests import TOP_LOGPROBS, asked_logprobs
 from qwen3next_plugin.extras.host_fixes.sglang.values import check_range, check_types
 
+EMBEDS = ("input_embeds", "positional_embed_overrides")
 MAX_ROOM = 2**63 - 1  # the most that SGLang's router asks for
 MAX_LOGPROBS_APART = 128  # per token that a prefill server hands over
 
@@ -43,7 +43,6 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
         check_apart(made)
         if made.return_logprob and (asked := asked_logprobs.get(None)) is not None:
             bound_logprobs(made, asked, manager.context_len)
-        check_streams_request(obj, manager.model_config.hf_config)
         if manager.model_config.is_multimodal:
             check_tower(obj)
     return made
