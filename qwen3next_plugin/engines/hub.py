@@ -11,7 +11,7 @@ READ_BY_MODEL = (
     *(*READ_HERE, "hf", "pt", "npcache", "mistral", "dummy"),
     *("fastsafetensors", "instanttensor", "runai_streamer"),
 )
-PACKED = "weights are packed as the model reads them"  # why a CPU serves no others
+PACKED = "weights are packed as the model reads them"  # why a CPU reads no other format
 
 
 @cache

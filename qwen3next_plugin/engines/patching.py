@@ -42,7 +42,7 @@ class Entry:
     versions: str = ""  # host versions that need it; filled in by the table
     upstream: str = ""  # a link: the host's issue, its fix, or what brought the defect
     module: str = ""  # our module that declares it
-    group: Enum | None = None  # when it is applied; None: not by a table
+    group: Enum | None = None  # when it is applied; None: by our own code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

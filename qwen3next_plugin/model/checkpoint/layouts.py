@@ -121,7 +121,7 @@ def tower_shapes(tensors: Tensors) -> Shapes:
 
 
 def check_tower(missing: Collection[str]) -> None:
-    """Refuse a vision tower of which the files lack tensors.
+    """Refuse a vision tower if the files lack some of its tensors.
 
     Args: missing: names of these tensors.
 

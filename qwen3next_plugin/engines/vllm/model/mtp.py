@@ -70,7 +70,7 @@ class Predictor:
 
 
 def make_draft_embedding(config: Qwen3NextConfig) -> nn.Module:
-    """A placeholder for the trunk's embedding; a real one if that is on another pipeline stage."""
+    """A placeholder for the trunk's embedding, or with pipeline stages an embedding of its own."""
     return PPMissingLayer() if get_pp_group().world_size == 1 else make_embedding(config)
 
 
