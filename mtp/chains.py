@@ -8,11 +8,11 @@ Pass = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def extend(lengths: Sequence[int], token_ids: Tensor, states: Tensor, run: Pass) -> list[list[int]]:
-    """The drafts of N requests, each with its own number of them.
+    """Extend the first drafts of N requests to chains, each with its own length.
 
     Args:
-        lengths: how many drafts each request has, at least 1 and falling, so that those that go on
-            are the first ones.
+        lengths: drafts of each request, at least 1, in descending order, so that requests with
+            further drafts come first.
         token_ids: the first drafts.
         states: what the MTP layer reads beside them.
         run: a pass over the first n requests at a depth, from 1 on: (depth, token_ids, states) →

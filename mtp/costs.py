@@ -18,11 +18,11 @@ from math import log2, sqrt
 # Guesses in plain steps; recordings of both engines are within a factor of 2 of them.
 TOKEN = 0.2  # extra cost of a step with 1 draft token a request; with n tokens, √n times as much
 PASS = 0.2  # a drafting pass; the first costs half as much again
-FEW, FAR = 4, 1.5  # the first 4 timings of a cell count as at most 1.5 times what others say
+FEW, FAR = 4, 1.5  # the first 4 timings of a cell are capped at 1.5 times its neighbours' cost
 WINDOW = 24  # timings that a cell remembers
-COLD, SLOWER = 64, 1.1  # the first 64 drafts count as at most 1.1 times slower than expected
+COLD, SLOWER = 64, 1.1  # the first 64 drafts are capped at 1.1 times the expected cost
 REFRESH = 4  # steps between new tables
-CATCH_UPS, MANY = 5, 8  # a pending token costs the least of 5 timings of 8 or more a request
+CATCH_UPS, MANY = 5, 8  # cost of a pending token: minimum of 5 timings with ≥ 8 a request
 
 Guess = Callable[[float], float]  # drafts a request → plain steps
 Cell = tuple[float, float]  # log2 requests, drafts a request

@@ -61,7 +61,7 @@ class DraftHead(nn.Module):
         self.drafted = self._drafted()
 
     def _here(self, places: Tensor) -> Tensor:
-        """Those of places in the vocabulary whose token is this rank's. Shapes: [R]"""
+        """The places in the vocabulary whose token is on this rank. Shapes: [R]"""
         ids = self.vocabulary.ids[places]
         return places[(ids >= self.first) & (ids < self.end)]
 

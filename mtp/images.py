@@ -13,7 +13,7 @@ class Axes(NamedTuple):
     """
 
     of_prompt: torch.Tensor
-    delta: int  # of a token after the prompt: its position on each axis, less the tokens before it
+    delta: int  # after the prompt: a token's position on each axis, minus that in the sequence
 
 
 def mrope_positions(

@@ -17,9 +17,9 @@ from qwen3next_plugin.mtp.pending import Pending
 from qwen3next_plugin.mtp.ranks import Ranks
 from qwen3next_plugin.mtp.rows import FinishedStep, Row, Tokens
 
-CATCH_UP = 1024  # tokens that the MTP layer reads in a step, at most, per second of its budget
-ATTENTION = 4096  # tokens of context for which its attention takes as long as all else
-LEAST = 16  # tokens of a request that drafts: those of a step, and some that are pending
+CATCH_UP = 1024  # most tokens that the MTP layer reads in a step, per second of the step's budget
+ATTENTION = 4096  # context length at which its attention takes as long as all else
+LEAST = 16  # minimum tokens read per drafting request: its step's and some pending ones
 EVERY = 8  # most steps without drafts between two choices of lengths
 
 
@@ -32,7 +32,7 @@ def wait_after(idle: int) -> int:
 
 
 def usable_drafts(end: int, computed: int) -> int:
-    """How many drafts a request can use that ends at `end` tokens, when `computed` are computed.
+    """Drafts that a request can use, given its final length and its number of computed tokens.
 
     The next token is sampled already, and a step yields one token more than it has drafts.
     """
@@ -41,7 +41,7 @@ def usable_drafts(end: int, computed: int) -> int:
 
 @dataclass(slots=True)
 class PlainSteps:
-    """Steps of the same requests, each with one token of each, that are not processed yet.
+    """Unprocessed steps of the same requests, with one token per request and step.
 
     Shapes: token_ids [N] and hidden_states [N, D] of each step
     """
@@ -56,7 +56,7 @@ class PlainSteps:
         return len(self.token_ids)
 
     def take_last(self) -> list[Row]:
-        """Remove the last step; its rows."""
+        """Remove the last step and return its rows."""
         token_ids, hidden_states = self.token_ids.pop(), self.hidden_states.pop()
         return [
             Row(
@@ -80,12 +80,12 @@ class Loop:
     """
 
     observer: Observer
-    usable_drafts: Callable[[str, int], int]  # of a request with so many computed tokens
+    usable_drafts: Callable[[str, int], int]  # (request, computed tokens) → drafts
     max_tokens: int = sys.maxsize  # of one pass of the MTP layer
-    step_seconds: float = 0.0  # a step's budget; 0: any
-    ranks: Ranks | None = None  # the first one's lengths count
+    step_seconds: float = 0.0  # a step's budget; 0: no limit
+    ranks: Ranks | None = None  # all use the first one's lengths
     must_run: bool = False  # the MTP layer reads every token in its own step
-    after_prompts: bool = False  # requests draft also after the step that read their prompt
+    after_prompts: bool = False  # requests also draft right after their prompt
     pending: Pending = field(default_factory=Pending)
     ends: dict[str, int] = field(default_factory=dict, init=False)  # of requests that may go on
     plain: PlainSteps | None = field(default=None, init=False)  # the next step may be one of them
@@ -94,10 +94,10 @@ class Loop:
     wait: int = field(default=0, init=False)  # such steps until lengths are chosen
 
     def step(self, step: FinishedStep, known: Set[str], seconds: float | None) -> list[Row]:
-        """A step has ended, and so have requests that are not `known`; seconds: None if not timed.
+        """Process a step. Requests not in `known` have ended; seconds: None if not timed.
 
-        Lengths are chosen after a verification, and every few steps if nothing is drafted. After
-        the step that read its prompt a request does not draft, so its first token need not wait.
+        Lengths are chosen after a verification, and every few steps if nothing is drafted. A
+        request does not draft right after its prompt, so that its first token is not delayed.
         """
         self.keep_plain()
         self.plain = None
@@ -121,7 +121,7 @@ class Loop:
     def plain_step(
         self, token_ids: torch.Tensor, hidden_states: torch.Tensor, seconds: float | None
     ) -> list[Row]:
-        """Each request of the last plain step has got another token. Shapes: [N], [N, D]."""
+        """Add one more token of each request of the last plain step. Shapes: [N], [N, D]."""
         plain = self.plain
         assert plain is not None
         plain.token_ids.append(token_ids)
@@ -131,7 +131,7 @@ class Loop:
         return self._choose_after_plain(plain) if self._is_time() else []
 
     def drafted(self, seconds: float, passes_seconds: float | None) -> None:
-        """Drafting has ended; passes_seconds: of the passes alone, None if that is not known."""
+        """Report that drafting ended; passes_seconds: of the passes alone, None if unknown."""
         if self.rows:
             self.observer.observe_draft(self.rows, passes_seconds=passes_seconds, seconds=seconds)
             self.rows = []
@@ -143,7 +143,7 @@ class Loop:
             self._make_pending(self.plain)
 
     def _is_time(self) -> bool:
-        """Count a step without drafts; whether lengths are chosen after it."""
+        """Count a step without drafts; return whether to choose lengths after it."""
         self.idle, self.wait = self.idle + 1, self.wait - 1
         return self.wait <= 0
 
@@ -159,7 +159,7 @@ class Loop:
         return self._feed(rows)
 
     def _choose_after_plain(self, plain: PlainSteps) -> list[Row]:
-        """Learn from plain steps and choose lengths. If one is not 0, the last step drafts."""
+        """Learn from plain steps and choose lengths. If any is not 0, draft after the last step."""
         self._report(plain)
         lengths = self._lengths(plain.requests, more=len(plain) - 1)
         if not any(lengths):
@@ -176,7 +176,7 @@ class Loop:
     def _lengths(self, requests: Sequence[str], more: int) -> list[int]:
         """How many tokens each request drafts, by the first rank's policy.
 
-        `more`: tokens of each that will be pending, besides those that are.
+        `more`: tokens per request that become pending, besides those that already are.
         """
         if not requests:
             return []
@@ -188,7 +188,7 @@ class Loop:
         return [0 if pending.lost(one) else n for one, n in zip(requests, lengths, strict=True)]
 
     def _feed(self, rows: list[Row]) -> list[Row]:
-        """Note where requests go on and when lengths are chosen again; the rows to read now."""
+        """Note where requests continue and when to choose again; return the rows to read now."""
         drafting = [row for row in rows if row.draft]
         if drafting:
             self.idle = 0
@@ -203,7 +203,7 @@ class Loop:
         return fed
 
     def _limit(self, drafting: Sequence[Row]) -> int:
-        """Tokens that the MTP layer reads now, at most: others wait for their next token."""
+        """Most tokens that the MTP layer reads now; other requests wait meanwhile."""
         if self.must_run or not self.step_seconds:
             return self.max_tokens
         context = max((row.tokens.end for row in drafting), default=0)
@@ -230,7 +230,7 @@ class Loop:
         plain.seconds.clear()
 
     def _make_pending(self, plain: PlainSteps) -> None:
-        """Keep plain steps that were reported, and go on behind them."""
+        """Move the tokens of reported plain steps to the pending ones."""
         if n := len(plain):
             requests = plain.requests
             self.observer.observe_skipped(n * len(requests))

@@ -7,10 +7,10 @@ of shared memory. In SGLang the scheduler copies the board every few steps.
 What is counted does not depend on the engine:
 
 - Steps, seconds and drafts are those of the first tensor-parallel rank.
-- A step is timed from the end of the drafting before it to its sampled tokens: the scheduler's work
-  between steps included. Steps that read a prompt are neither counted nor timed; in SGLang, nor is
-  the first step of a request whose prompt such a step read.
-- A row counts in draft_length if it decodes in the step, also where other rows read prompts.
+- A step is timed from the end of the previous drafting to its sampled tokens, including the
+  scheduler's work in between. Steps that read a prompt are neither counted nor timed; in SGLang,
+  neither is a request's first step after its prompt.
+- A row counts in draft_length if it decodes in the step, even if other rows read prompts.
 - A state page is held by a request from its first step to its end or preemption. Pages that only
   the prefix cache keeps are free.
 """
@@ -31,7 +31,7 @@ from qwen3next_plugin.mtp.rows import Row
 from qwen3next_plugin.mtp.watch import Watch
 
 PLAIN, VERIFY, DRAFT, CATCH_UP = "plain", "verify", "draft", "catch_up"
-ESTIMATES_EVERY = 16  # steps: counted, not timed, because they also refresh the policy's costs
+ESTIMATES_EVERY = 16  # in steps, not seconds, because this also refreshes the policy's costs
 ESTIMATES = {  # metric → key of the policy's snapshot, and the first index that is shown
     "acceptance": ("acceptance", 0),
     "expected_step_seconds": ("step_seconds", 0),

@@ -17,9 +17,9 @@ MAX_BYTES = 256 * 2**20  # of all pending tokens together: 65,000 tokens of Qwen
 
 @dataclass(slots=True)
 class _Kept:
-    """What is pending of one request."""
+    """The pending tokens of one request."""
 
-    end: int = 0  # the position that follows
+    end: int = 0  # the position after the last one
     places: list[int] = field(default_factory=list)  # in the store, of consecutive positions
     lost: bool = False
 
@@ -28,8 +28,8 @@ class Pending:
     """The pending tokens of each request, in one store of a fixed size.
 
     A request whose tokens do not fit is lost: its tokens are dropped, and it cannot draft until it
-    is read again from another position, for example after a preemption. So is one whose KV of the
-    MTP layer is gone (`lose`).
+    is read again from another position, for example after a preemption. `lose` marks a request as
+    lost whose KV of the MTP layer is gone.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -52,8 +52,8 @@ class Pending:
     def feed(self, rows: Sequence[Row], limit: int, *, every: bool = False) -> list[Row]:
         """Set what the MTP layer reads now, pending tokens first; returns the rows it reads.
 
-        These are the rows that draft, or all with `every`, and at most `limit` tokens: first of
-        those to whom little is pending. A request drafts once it has caught up.
+        Reads the rows that draft (all rows with `every`), at most `limit` tokens, and first the
+        rows with the fewest pending tokens. A request drafts once it has caught up.
         """
         skipping = []
         for row in sorted(rows, key=lambda row: self.count(row.request)):
@@ -106,8 +106,8 @@ class Pending:
     def take(self, row: Row, limit: int) -> Tokens | None:
         """What the MTP layer reads now, for a row that drafts; None if its request is lost.
 
-        These are the oldest `limit` of the tokens that are pending and those of the row. The
-        others stay pending; the request can draft as soon as none is.
+        Takes the oldest `limit` of its pending tokens and the row's. The rest stays pending; the
+        request can draft once nothing is pending.
         """
         self._resume(row.request, row.tokens.first)
         if not (self.count(row.request) or self.lost(row.request)) and len(row.tokens) <= limit:
@@ -131,7 +131,7 @@ class Pending:
             self._free += self._kept.pop(request).places
 
     def lose(self, request: str, end: int) -> None:
-        """Mark a request as lost whose next token is at position `end`."""
+        """Mark a request as lost; its next token is at position `end`."""
         if kept := self._kept.get(request):
             self._free += kept.places
         self._kept[request] = _Kept(end=end, lost=True)
@@ -143,7 +143,7 @@ class Pending:
             self._free += self._kept.pop(request).places
 
     def _reserve(self, request: str, first: int, count: int) -> list[int]:
-        """Places for tokens from `first` on; none if there are too few: the request is lost."""
+        """Reserve places from position `first` on; if too few are left, the request is lost."""
         self._resume(request, first)
         kept = self._kept.get(request)
         if kept is None:

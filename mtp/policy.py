@@ -19,10 +19,10 @@ from qwen3next_plugin.mtp.costs import Costs, Table
 
 PRIOR, PRIOR_WEIGHT = 0.8, 5.0  # prior acceptance, and its weight in observations
 PULL = 16.0  # weight of all requests' acceptance in one request's estimate, in observations
-MARGIN = 0.02  # relative gain that changes the plan, so that noise does not
+MARGIN = 0.02  # relative gain needed to change the plan, so that noise does not change it
 BUDGET = 0.004  # share of tokens that trials may cost, by the current estimates
 TRIAL = 3  # steps of a trial: the first also pays for the pending tokens of requests
-ANSWER, ANSWERS = 128.0, 20  # tokens of a mean answer, at first; answers that the mean remembers
+ANSWER, ANSWERS = 128.0, 20  # initial mean tokens of an answer; answers that the mean remembers
 
 Chances = Sequence[Sequence[float]]  # a_ij, by request and number of drafts
 
@@ -107,8 +107,8 @@ class Adaptive(Policy):
         self.num_drafts, self.costs = num_drafts, costs
         self.hope = BUDGET / TRIAL / num_drafts  # bonus of a plan per step
         self.steps = 0.0
-        self.plan = 0  # drafting passes of the plan that is followed but for trials
-        self.trial, self.left = 0, 0  # of the plan that is tried, if not that; steps left
+        self.plan = 0  # drafting passes of the plan in use, apart from trials
+        self.trial, self.left = 0, 0  # passes of the plan on trial; its remaining steps
         self._followed = [0.0] * (num_drafts + 1)  # when the plan with n passes was last followed
         self._all, self._new = Acceptance(num_drafts, KEEP_ALL), Acceptance(num_drafts)
         self._prior = [PRIOR] * num_drafts
@@ -158,7 +158,7 @@ class Adaptive(Policy):
         return found
 
     def _choose(self, plans: Sequence[Plan], catch_up: Sequence[float]) -> int:
-        """The passes of the plan to follow now. `catch_up`: seconds that each costs once."""
+        """Passes of the plan to follow now. `catch_up`: each plan's one-time seconds."""
         rates = [plan.tokens / plan.seconds for plan in plans]
         if max(rates) > (1 + MARGIN) * rates[self.plan]:
             self.plan = rates.index(max(rates))

@@ -9,7 +9,7 @@ from tempfile import TemporaryFile
 def instead_of(own: str, name: str) -> str | None:
     """The user's temporary folder of this name if `own` cannot be written; else None.
 
-    None, too, if that is no better, or if others could write it: what is compiled is a program.
+    Also None if that cannot be written either, or others could write it and so plant compiled code.
     """
     if _writable(Path(own)):
         return None

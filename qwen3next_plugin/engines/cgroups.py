@@ -11,17 +11,17 @@ OWN = Path("/proc/self/cgroup")
 LIMITS = ("memory.max", "memory.limit_in_bytes")  # of version 2, and of 1
 USED = ("memory.current", "memory.usage_in_bytes")
 SWAP = "memory.swap.max"
-# In memory.stat: pages of files. Version 1 has a cgroup's own, and the total with those below.
+# In memory.stat: file-cache pages; v1 lists the cgroup's own and (total_) its subtree's.
 OF_FILES = re.compile(r"^(total_)?(?:in)?active_file (\d+)$", re.MULTILINE)
 
 
 def folders(controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroups that a controller may limit, with those above."""
+    """Folders of this process's cgroups and their ancestors, for one controller."""
     lines = OWN.read_text().splitlines() if OWN.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if not controllers or controller in controllers.split(","):
             top = CGROUPS / (controller if controllers else "")
-            parts = Path(path).parts[1:]  # in a container maybe the host's; its own is at the top
+            parts = Path(path).parts[1:]  # maybe the host's path; a container's own is at the top
             yield from (top.joinpath(*parts[:n]) for n in range(len(parts) + 1))
 
 
@@ -33,7 +33,7 @@ def memory_bytes() -> int:
 
 
 def memory_left() -> float:
-    """Bytes that cgroups still grant, with what Linux can drop of files; infinity: no limit."""
+    """Bytes left under cgroup limits, droppable file cache included; infinity: no limit."""
     left = [math.inf]
     for folder in folders("memory"):
         limit, used = (
@@ -58,6 +58,6 @@ def swap_limit() -> float:
 
 
 def _number(path: Path) -> int | None:
-    """What a file says; None if it is not there, or says `max`."""
+    """The number in a file; None if there is no file, or it says `max`."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None

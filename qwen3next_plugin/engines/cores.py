@@ -17,7 +17,7 @@ class Share:
     """What each rank computes with."""
 
     cpus: list[list[int]]
-    threads: int | None  # under a quota: so many, on any CPU; else one is bound to each
+    threads: int | None  # under a quota: number of unbound threads; None: one bound to each CPU
 
     def __str__(self) -> str:
         """As both engines read it: `0,1|2,3`."""
@@ -27,8 +27,8 @@ class Share:
 def share(ranks: int) -> Share:
     """Divide the cores among the ranks.
 
-    A quota counts time, not CPUs: the containers of a machine have the same CPUs in their masks, so
-    threads that each of them binds would meet on the first ones.
+    Under a quota threads are not bound: it limits time, not CPUs, and all containers of a machine
+    have the same CPUs in their masks, so they would all bind to the first ones.
     """
     allowed, limit = os.sched_getaffinity(0), quota()
     cpus = _groups(ranks, _by_node(allowed))
@@ -56,7 +56,7 @@ def _by_node(allowed: set[int]) -> list[list[int]]:
 
 
 def _groups(ranks: int, nodes: list[list[int]]) -> list[list[int]]:
-    """A node for each rank, whose memory is near; of too few nodes, equal parts of all cores."""
+    """One NUMA node per rank, for near memory; with too few nodes, equal parts of all cores."""
     if ranks <= len(nodes):
         return nodes[:ranks]
     cores = list(chain.from_iterable(nodes))

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 PACKAGE = "qwen3next_plugin.extras"
 FOLDER = Path(__file__).parents[1] / "extras"
 MISSING = "the extra of qwen3next_plugin that serves it is not installed"
-Log = Callable[[str], None]  # takes a line
-# Takes other weights in a worker, from a folder or as they are given; returns why they are refused.
+Log = Callable[[str], None]  # called with a line
+# Reloads a worker's weights from a folder or from given tensors; returns why they are refused.
 Reload = Callable[[Any, str | None, Iterable[tuple[str, Any]] | None], str | None]
 
 
@@ -51,10 +51,10 @@ class Additions:
     """What an extra adds to an engine."""
 
     patches: tuple[str, ...] = ()  # modules with patches, in its folder
-    check: Callable[[Any], None] | None = None  # of complete flags, before a process starts
-    # of a rank's config, its page and device, before the model is made
+    check: Callable[[Any], None] | None = None  # of complete flags, before workers start
+    # called with a rank's config, its page and device, before the model is made
     before_load: "Callable[[Qwen3NextConfig, PageLayout, torch.device, Log], None] | None" = None
-    complete: Callable[[Any], list[str]] | None = None  # on a CPU, of flags that are not given
+    complete: Callable[[Any], list[str]] | None = None  # on a CPU, fills in flags
     start: Callable[[Any], None] | None = None  # in each process of vLLM's engine
     reload: Reload | None = None  # while vLLM serves
     executors: Mapping[str, str] = field(default_factory=dict)  # vLLM's: a flag's value → class
@@ -64,14 +64,14 @@ class Additions:
 
 @cache
 def additions(engine: str) -> Mapping[str, Additions]:
-    """What all extras add to an engine, by their packages."""
+    """What all extras add to an engine, by package name."""
     names = sorted(path.parts[-3] for path in FOLDER.glob(f"*/{engine}/__init__.py"))
     packages = [f"{PACKAGE}.{name}.{engine}" for name in names]
     return {package: import_module(package).ADDS for package in packages}
 
 
 def modules_with_patches(engine: str) -> list[str]:
-    """Those of all extras."""
+    """The modules with patches of all extras."""
     return [
         f"{package}.{module}"
         for package, adds in additions(engine).items()
@@ -115,7 +115,7 @@ def before_load(
 
 
 def complete_flags(engine: str, flags: Any) -> list[str]:
-    """Let all extras fill in what was not given, after the checks; returns it as it is written."""
+    """Let all extras fill in missing flags, after the checks; returns them as typed."""
     every = [adds.complete for adds in additions(engine).values() if adds.complete is not None]
     return [word for complete in every for word in complete(flags)]
 
@@ -128,12 +128,12 @@ def start(engine: str, config: Any) -> None:
 
 
 def reloader(engine: str) -> Reload | None:
-    """What takes other weights while an engine serves."""
+    """The function that reloads weights while an engine serves."""
     return next((adds.reload for adds in additions(engine).values() if adds.reload), None)
 
 
 def executors(engine: str) -> dict[str, str]:
-    """The classes of executors that extras bring, by values of --distributed-executor-backend."""
+    """Executor classes that extras add, by value of --distributed-executor-backend."""
     found = (adds.executors.items() for adds in additions(engine).values())
     return dict(chain.from_iterable(found))
 

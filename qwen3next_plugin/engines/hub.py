@@ -11,12 +11,12 @@ READ_BY_MODEL = (
     *(*READ_HERE, "hf", "pt", "npcache", "mistral", "dummy"),
     *("fastsafetensors", "instanttensor", "runai_streamer"),
 )
-PACKED = "weights are packed as the model reads them"  # why no other one is served on a CPU
+PACKED = "weights are packed as the model reads them"  # why a CPU reads no other format
 
 
 @cache
 def local_folder(model: str, revision: str | None, downloads: str | None = None) -> Path:
-    """The folder of a checkpoint; downloads one of a hub, which the engine would do next.
+    """The folder of a checkpoint; downloads it from a hub, as the engine would do next.
 
     Args: downloads: the folder into which an engine downloads, unless it is the hub's own.
     """

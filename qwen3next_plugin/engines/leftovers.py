@@ -9,11 +9,11 @@ from pathlib import Path
 from time import time
 
 SHARED_MEMORY = Path("/dev/shm")
-SECONDS = 2  # a file is newer while it gets its first reader or writer
+SECONDS = 2  # a newer file may not have been opened by its users yet
 
 
 def remove_dead(pattern: str) -> list[Path]:
-    """Remove this user's files of a pattern that no process has open or mapped; returns them."""
+    """Remove files that match a pattern and that no process has open or mapped; returns them."""
     removed = []
     for path in SHARED_MEMORY.glob(pattern):
         with suppress(OSError):  # another user's, or it has just been removed
@@ -23,21 +23,21 @@ def remove_dead(pattern: str) -> list[Path]:
 
 
 def remove_own(pattern: str) -> None:
-    """Remove the files of a pattern that this process has open: its server ends."""
+    """Remove the files that match a pattern and that this process has open, as its server ends."""
     for path in set(_open_files()):
         if path.parent == SHARED_MEMORY and path.match(pattern):
             path.unlink(missing_ok=True)
 
 
 def _remove_if_dead(path: Path) -> bool:
-    """Remove a file that nobody uses, in no container either.
+    """Remove a file that no process uses, in any container.
 
     Linux grants a write lease only while no other process has a file open or mapped, and an
     `open` waits until the lease ends.
     """
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # of an `open` that waits; it is ignored
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # sent by a waiting `open`; ignored
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         path.unlink()
         return True

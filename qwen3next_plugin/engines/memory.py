@@ -15,8 +15,8 @@ from qwen3next_plugin.model.checkpoint.sizes import rank_bytes, without_mtp
 from qwen3next_plugin.model.checkpoint.units import readable
 
 MEMINFO = Path("/proc/meminfo")
-LEAST_POOLS = 2 << 30  # bytes for states and KV beside mapped weights that take the rest
-SHARE = 4  # where no setting says more, states and KV take 1/SHARE of what is free
+LEAST_POOLS = 2 << 30  # least bytes for states and KV where mapped weights take the rest
+SHARE = 4  # by default states and KV take 1/SHARE of what is free
 REST = 1 << 30  # bytes that a rank keeps free for activations and buffers
 PROCESSES = 1 << 30  # bytes of the processes that an engine starts for a rank
 
@@ -30,9 +30,9 @@ class Share(TypedDict):
 
 
 def free_bytes() -> int:
-    """Bytes that this process's machine and cgroups still have, with files that can be dropped.
+    """Free bytes of this machine and this process's cgroups, with file cache that can be dropped.
 
-    What is in /dev/shm is no such file.
+    Files in /dev/shm cannot be dropped.
     """
     return max(0, int(min(_meminfo("MemAvailable"), memory_left())))
 
@@ -42,8 +42,8 @@ def granted(free: int, ranks: int = 1, pinned: int = 0) -> int:
 
     Args:
         free: bytes, before any rank starts.
-        ranks: of all engines that start now.
-        pinned: bytes that they will take together for something else.
+        ranks: those of all engines that start now.
+        pinned: bytes that all ranks together will take for something else.
     """
     return max(0, (free - pinned) // max(1, ranks) - REST - PROCESSES)
 
@@ -52,7 +52,7 @@ def share_of(ranks: int, mapped: int, pinned: int = 0) -> Share:
     """The share of each rank, before any of them starts.
 
     Args:
-        mapped, pinned: bytes of all ranks together, as `mapped_bytes` and `granted` have them.
+        mapped, pinned: bytes of all ranks together; see `mapped_bytes` and `granted`.
     """
     return {
         "memory": granted(free_bytes(), ranks, pinned),
@@ -62,7 +62,7 @@ def share_of(ranks: int, mapped: int, pinned: int = 0) -> Share:
 
 
 def room(left: int, mapped: int) -> int:
-    """The most bytes for states and KV, of those next to the weights in memory.
+    """The most bytes for states and KV, out of those left by the weights in memory.
 
     Mapped weights keep their place in the page cache, as long as LEAST_POOLS remain.
     """
@@ -72,13 +72,13 @@ def room(left: int, mapped: int) -> int:
 def default_pools(most: int, request: int) -> int:
     """Bytes for states and KV: a share of what is free, and at least a request of full length.
 
-    All, if such a request needs more. Args: most, request: bytes, as `room` and a plan say.
+    At most `most`, which is in bytes and from `room`; `request`: bytes of such a request.
     """
     return min(most, max(most // SHARE, request))
 
 
 def mapped_bytes(model: str, revision: str | None = None, downloads: str | None = None) -> int:
-    """Bytes of the files in which weights stay by QWEN3NEXT_MMAP: no engine counts their pages."""
+    """Bytes of files that QWEN3NEXT_MMAP keeps mapped; engines do not count their pages."""
     if not env.mmap() or (folder := folder_here(model, revision, downloads)) is None:
         return 0
     return sum(file.stat().st_size for file in weight_files(folder, read_index(folder)))
@@ -88,7 +88,7 @@ def check_weights(sizes: Mapping[str, int], config: Qwen3NextConfig, ranks: int)
     """Refuse a model whose weights alone are larger than memory and swap together.
 
     Args:
-        sizes: bytes of every weight. The MTP layer's are left out: these may be packed smaller.
+        sizes: bytes of every weight. MTP weights do not count, because they may be packed smaller.
         ranks: those on this machine.
 
     Raises:

@@ -4,8 +4,8 @@ On a CPU a step takes as long as the prompts in it, and nobody gets a token befo
 someone waits, a step has a budget of seconds (QWEN3NEXT_STEP_SECONDS). Someone waits if a request
 decodes, or if one of several prompts is short. A prompt alone is read in the engine's own chunks.
 
-What a step takes is learned from the last ones. Timings are sometimes too long, never too short: of
-steps of alike size the median counts. Beyond the largest step, time grows with the tokens.
+Step times are learned from the last steps. Timings are sometimes too long, never too short, so the
+median of steps of similar size counts. Beyond the largest step, time grows with the tokens.
 
 Where prompts do not fit one step, the oldest and the shortest are read in turns. So the oldest gets
 every second step at least, and a short prompt waits for one step of a long one.
@@ -18,14 +18,14 @@ from itertools import pairwise
 from math import log2
 
 FIRST = 64  # tokens of prompts in a step before any was timed
-UNIT = 8  # tokens: a cell of linear attention; chunks are whole ones, and one at least
-AIM = 0.85  # of the budget: what a step is predicted to take; some take longer
+UNIT = 8  # tokens: a cell of linear attention; a chunk is one or more whole cells
+AIM = 0.85  # of the budget: target of a step's predicted time; some steps take longer
 LEAST_SHARE = 0.25  # of the budget that prompts get, however long decoding takes
-SHORT = 4  # a short prompt is read in so many steps of the budget
-RECENT, ALIKE = 64, 9  # steps with prompts that are remembered; steps without, by their rows
+SHORT = 4  # a short prompt fits in at most so many steps of the budget
+RECENT, ALIKE = 64, 9  # remembered steps with prompts; steps without, for each number of rows
 ATTENTION = 4096  # tokens of context for which attention takes at most as long as all else
 MINUTE = 60.0
-TIMEOUT = 3600  # seconds after which an engine may take a step for hung
+TIMEOUT = 3600  # seconds after which an engine may consider a step hung
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Costs:
             cell.append(seconds)
 
     def decode(self, rows: int) -> float:
-        """Seconds to decode so many rows: of the nearest number that was timed."""
+        """Seconds to decode so many rows, from the nearest number of rows that was timed."""
         if not rows or not self.decoding:
             return 0.0
         return typical(self.decoding[min(self.decoding, key=lambda n: abs(n - log2(rows)))])
@@ -90,8 +90,8 @@ class Costs:
     def _points(self, context: float) -> list[tuple[float, float]]:
         """Tokens and seconds of steps at the nearest contexts, in the order of tokens.
 
-        Steps of more tokens take no less time, and no more than in proportion. Where older steps
-        contradict that, newer ones count: the machine was cold, or has changed.
+        More tokens never take less time, nor more than proportionally more. Older steps that
+        contradict newer ones are corrected: the machine was cold then, or has changed.
         """
         points: list[tuple[float, float]] = []  # the newest first
         for cell in self._cells(context):
@@ -104,7 +104,7 @@ class Costs:
         return sorted(points)
 
     def _cells(self, context: float) -> list[list[Timing]]:
-        """Steps of alike size at the nearest contexts; the newest first, and in each the newest."""
+        """Steps at the nearest contexts, grouped by similar size; both in order, newest first."""
         at = octave(context)
         nearest = min((abs(octave(one.context) - at) for one in self.prompts), default=0)
         cells: dict[int, list[Timing]] = {}
@@ -115,14 +115,14 @@ class Costs:
 
 
 def _longer(known: float, context: float) -> float:
-    """How many times as long a step takes at a longer context, at most."""
+    """Upper bound on how many times as long a step takes at a longer context."""
     return max(1.0, (ATTENTION + context) / (ATTENTION + known))
 
 
 class Pacing:
     """Divides a step among prompts; one per scheduler.
 
-    `agree` gives all tensor-parallel ranks the first one's number, where each has a scheduler.
+    `agree` replaces a number by the first tensor-parallel rank's, if each rank has a scheduler.
     """
 
     def __init__(self, seconds: float, agree: Callable[[int], int] = int) -> None:
@@ -132,7 +132,7 @@ class Pacing:
         self.limit = self.first = 0  # of the last step that was divided
 
     def shares(self, prompts: Sequence[Prompt], rows: int, most: int) -> list[int] | None:
-        """Tokens of each prompt for this step, in which `rows` rows decode; None: as the engine.
+        """Tokens of each prompt for this step, in which `rows` rows decode; None: engine's choice.
 
         `prompts` are in the order of their arrival; `most` is the engine's own chunk. `limit` and
         `first` say how many tokens the step has for prompts, and who comes first.
@@ -177,7 +177,7 @@ class LongestStep:
         self.steps: deque[tuple[float, float]] = deque()  # (end, seconds), ever shorter ones
 
     def observe(self, now: float, seconds: float) -> float:
-        """A step has ended; returns the longest one's seconds."""
+        """Record a step; returns the longest step's seconds."""
         while self.steps and self.steps[-1][1] <= seconds:
             self.steps.pop()
         self.steps.append((now, seconds))

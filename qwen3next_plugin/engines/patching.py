@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class PatchError(RuntimeError):
-    """A part of the host is not what a patch was written for."""
+    """A part of the host differs from what a patch was written for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Entry:
     target: str  # dotted name, from the package on
     reason: str
     remove_when: str
-    versions: str = ""  # of the host that need it: the table's
+    versions: str = ""  # host versions that need it; filled in by the table
     upstream: str = ""  # a link: the host's issue, its fix, or what brought the defect
-    module: str = ""  # of ours that declares it
-    group: Enum | None = None  # when it is applied; None: our own code does it
+    module: str = ""  # our module that declares it
+    group: Enum | None = None  # when it is applied; None: by our own code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ class Flags:
     threads: int  # of a rank
     mapped: int = 0  # bytes of weights that stay in files, which Linux pages
     kv_itemsize: int | None = None  # bytes; None: as dtype
-    pools: int | None = None  # bytes for states and KV; None: all next to the weights
+    pools: int | None = None  # bytes for states and KV; None: all that the weights leave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +50,16 @@ class Plan(ABC):
     @classmethod
     @abstractmethod
     def attends(cls) -> bool:
-        """Whether our attention serves."""
+        """Whether the model runs on our attention."""
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """In all attention layers, the drafter's too."""
+        """Bytes in all attention layers, the drafter's included."""
         return self.attention_layers * self.kv_bytes_per_layer
 
     @property
     def state_bytes_per_slot(self) -> int:
-        """One page in each linear layer."""
+        """Bytes of one page in each linear layer."""
         return self.linear_layers * sum(self.state_page.values())
 
     @property
@@ -75,7 +75,7 @@ class Plan(ABC):
         """Bytes for states and KV with which one request of max_model_len tokens fits."""
 
     def with_default_pools(self: P) -> P:
-        """The plan of an engine in this memory that no setting tells how much to use."""
+        """The plan with the default pools, for an engine without a setting for them."""
         pools = default_pools(self.spare, self.request_bytes)
         return replace(self, flags=replace(self.flags, pools=pools))
 
@@ -94,7 +94,7 @@ class Plan(ABC):
         """Why not one request fits, and the fix."""
 
     def refusal(self, setting: str) -> str:
-        """Why an engine does not start, with the fix. Args: setting: of the memory for pools."""
+        """Why an engine does not start, and the fix. Args: setting: the one for the pools."""
         weights, free = sum(self.weights.values()), self.flags.memory
         return (
             f"{self.shortage()}. Of {readable(free)} that are free for one rank, weights take "
@@ -146,7 +146,7 @@ def draft_head_bytes(config: Qwen3NextConfig, sizes: Mapping[str, int]) -> int:
     from qwen3next_plugin.mtp.draft_head import DRAFTED
 
     rows = ceil(config.vocab_size / config.tp_size)
-    # 0: it stays in a mapped file
+    # 0: the head stays in a mapped file
     in_int8 = sizes.get(HEAD) in (0, INT8.nbytes(config.vocab_size, config.hidden_size))
     if in_int8 or config.tie_word_embeddings:
         rows = min(rows, DRAFTED)

@@ -1,4 +1,4 @@
-"""What the processor can do, as far as programs that were compiled for it need it again."""
+"""The processor's features that compiled programs depend on."""
 
 import torch
 

@@ -39,7 +39,7 @@ class AttentionShape:
 class GatedAttention(nn.Module):
     """Full attention with a query-dependent output gate, QK norm and partial RoPE."""
 
-    cos_sin: torch.Tensor  # which the axes of an image's positions share
+    cos_sin: torch.Tensor  # shared by all axes of an image's positions
     mrope_axes: torch.Tensor  # of models that read images
 
     def __init__(

@@ -23,7 +23,7 @@ class Blocks(nn.Module):
         self.mlp = mlp
 
     def mix(self, positions: torch.Tensor, x: torch.Tensor | Unnormed, *batch: Any) -> torch.Tensor:
-        """Run the mixer on x, or on its norm; `batch`: what the engine's needs besides positions.
+        """Run the mixer on x, or on its norm; `batch`: the engine's further arguments for it.
 
         Shapes: positions [T], x [T, D], returns [T, D]
         """

@@ -1,4 +1,4 @@
-"""The layers of a host that ours are built of."""
+"""The host's layers from which ours are built."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Build = Callable[..., Any]  # Any: hosts' layers are not typed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLayers:
-    """How an engine builds its layers, all but their sizes, bias and prefix filled in.
+    """Constructors of an engine's layers; callers add sizes, bias and prefix.
 
     Both engines' classes take the same arguments. A projection returns its output and a bias.
     """
@@ -26,8 +26,8 @@ class HostLayers:
 
 
 def activation(of_host: Build) -> Build:
-    """How an engine builds SwiGLU's activation: by our kernel if bits must not depend on it.
+    """Constructor of SwiGLU's activation: our kernel's if bits must not depend on the host.
 
-    Hosts round it once or twice, as they compile or not.
+    A host rounds once or twice, depending on whether it compiles.
     """
     return (lambda: silu_and_mul) if env.batch_invariant() else of_host

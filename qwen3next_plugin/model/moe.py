@@ -118,7 +118,7 @@ def packed_moe(
 ) -> torch.Tensor:
     """A mixture of packed experts: one op, if router and shared expert are packed as well.
 
-    Args: gate: the router, a layer of the host's; expert_map: where this rank has some experts.
+    Args: gate: the router, a host layer; expert_map: given if this rank has only some experts.
 
     Shapes: x [T, D], returns [T, D]
     """

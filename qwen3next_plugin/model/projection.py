@@ -11,7 +11,7 @@ from qwen3next_plugin.model.quantisation.packed import Packed
 
 
 def project(x: Tensor | Unnormed, *layers: Any) -> tuple[Tensor, ...]:
-    """What one or two layers return of x, or of its norm, whose residual is updated.
+    """Apply one or two layers to x, or to its norm, which also updates the residual.
 
     Shapes: x [T, D], returns [T, N] of each
     """

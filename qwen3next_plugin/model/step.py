@@ -1,4 +1,4 @@
-"""Building a `Step` from an engine's metadata: on a CPU checked, on a GPU without waiting."""
+"""Builds a `Step` from an engine's metadata: checked on a CPU, without waiting on a GPU."""
 
 import numpy as np
 import torch

@@ -49,13 +49,13 @@ PREFILL_GRAPHS = ("breakable", "disabled")
 BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 ATTENTION_BACKENDS = (None, ATTENTION_BACKEND, HOST_BACKEND, TORCH_BACKEND)
 KV_DTYPES = {"auto": "", "bf16": "bfloat16", "bfloat16": "bfloat16"}  # flag → the model's dtype
-# Flag → its value when it was not given, and the default of ours on a CPU.
+# Flag → SGLang's default, and ours on a CPU.
 CPU_DEFAULTS: dict[str, tuple[Any, Any]] = {
     "attention_backend": (None, ATTENTION_BACKEND),
     "mamba_radix_cache_strategy": ("auto", "no_buffer"),
     "disable_overlap_schedule": (False, True),
     "sleep_on_idle": (False, True),  # an idle server would keep a core busy polling for work
-    # SGLang ends a server whose step takes longer: on few cores, one of a long prompt may.
+    # SGLang ends a server whose step takes longer; a long prompt on few cores may.
     "watchdog_timeout": (300, TIMEOUT),
     "max_running_requests": (None, 48),  # SGLang's own with drafts; without, it takes 2048
 }
@@ -160,14 +160,14 @@ def check_flags(server_args: Any, *, on_cpu: bool) -> None:
 
 
 def check_served(server_args: Any, tables: Served) -> None:
-    """Refuse other values than those of the tables."""
+    """Refuse values that are not in the tables."""
     for name, (values, why, fix) in tables.items():
         if (value := getattr(server_args, name)) not in values:
             raise refusal(name, value, why, fix)
 
 
 def _check_variables(*, on_cpu: bool) -> None:
-    """Refuse SGLang's variables that pass by what is ours."""
+    """Refuse SGLang's environment variables that bypass our code."""
     from sglang.srt.environ import envs
 
     if envs.SGLANG_RUST_SERVER.get():
@@ -177,17 +177,17 @@ def _check_variables(*, on_cpu: bool) -> None:
 
 
 def refusal(name: str, value: Any, why: str, fix: str) -> ConfigError:
-    """One line: the flag as one writes it, why it is refused, and the fix."""
+    """One line: the flag as typed, why it is refused, and the fix."""
     return ConfigError(f"{flag(name, value)}: {why}; {fix}")
 
 
 def flag(name: str, value: Any) -> str:
-    """A flag as one writes it."""
+    """A flag as typed on the command line."""
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def _check_heads(model_config: Any) -> None:
-    """Refuse other heads that SGLang builds for Qwen3.5 instead of the output head."""
+    """Refuse checkpoints for which SGLang would build another head than the output head."""
     for head in ("decision_config", "joint_head_config", "pointer_head"):
         if getattr(model_config, head, None) is not None:
             raise ConfigError(

@@ -1,9 +1,9 @@
 """Metrics of steps and drafts on SGLang's /metrics (with --enable-metrics), and the log line.
 
-SGLang's processes share the metrics of prometheus_client through files, its multiprocess mode. So
-the scheduler's process, in which the drafter runs, has nothing to send: the drafter writes to a
-board (mtp/metrics.py), and the reporter copies what changed to those files, as often as the drafter
-looks at steps and whenever a request has ended; without drafts after each step.
+SGLang's processes share metrics through files, the multiprocess mode of prometheus_client. The
+drafter runs in the scheduler's process and writes to a board (mtp/metrics.py). The reporter copies
+changes to those files whenever the drafter processes steps or a request ends; without drafts, after
+each step.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class MetricsReporter(SchedulerMetricsReporter):
         loop = self.loop
         if loop is not None and any(request.finished() for request in batch.reqs):
             loop.keep_plain()
-        if loop is None or not loop.plain:  # all steps are on the board
+        if loop is None or not loop.plain:  # the board has all steps
             self.board.set("state_pages", [self.state_pages()])
             self.board.set("longest_step_seconds", [turns(self.scheduler).longest_seconds])
             if self.publisher is not None:
@@ -52,7 +52,7 @@ class MetricsReporter(SchedulerMetricsReporter):
     def report_decode_stats(
         self, can_run_cuda_graph: bool, running_batch: Any = None, num_generated_tokens: int = 0
     ) -> None:
-        """Report as SGLang does; a step without drafts is a verification of none."""
+        """Report as SGLang does; count a step without drafts as a verification of 0 drafts."""
         if running_batch.spec_algorithm.is_none():
             self.update_spec_metrics(
                 len(running_batch.reqs), 0, num_accept_tokens=num_generated_tokens

@@ -1,9 +1,9 @@
 """SGLang's steps of prompts within a budget of seconds, decode steps between them, and turns.
 
-SGLang runs a step of prompts whenever it can, and reads one prompt in chunks at a time: while it
-does, nobody decodes, and no other prompt begins. Here a decode step follows each step of prompts,
-chunks are as engines/pacing.py says, and a prompt that is read in part may stand aside for one that
-is much shorter. It keeps its row, its page and its tokens, as between two chunks.
+SGLang runs a step of prompts whenever it can, and reads one prompt in chunks to its end. Until
+that end no request decodes, and no other prompt begins. Here a decode step follows each step of
+prompts, engines/pacing.py chooses the chunks, and a partly read prompt may be set aside for a much
+shorter one. It keeps its row, its page and its tokens, as between two chunks.
 """
 
 import time
@@ -21,14 +21,14 @@ LOOKED_UP = 16  # waiting prompts whose cached prefix is looked up before a step
 
 
 class Turns:
-    """Who is read in the next step; one per scheduler."""
+    """Chooses the prompts of the next step; one per scheduler."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.longest, self.longest_seconds = LongestStep(), 0.0
         self.pacing = Pacing(env.step_seconds() if _may_pace(scheduler) else 0.0, self._agree)
-        self.aside: list[Any] = []  # requests read in part, but for the scheduler's chunked_req
-        self.left: list[Any] = []  # of these, those whose clients have left
+        self.aside: list[Any] = []  # partly read requests, except the scheduler's chunked_req
+        self.left: list[Any] = []  # those of them whose clients have left
 
     def _agree(self, tokens: int) -> int:
         from sglang.srt.runtime_context import get_parallel
@@ -39,14 +39,14 @@ class Turns:
         return int(group.broadcast(torch.tensor([tokens]), src=0))
 
     def observe(self, rows: int, chunks: list[tuple[int, int]], seconds: float) -> None:
-        """A step has ended that decoded so many rows, or read chunks: (tokens, tokens before)."""
+        """Record a step that decoded so many rows, or read chunks: (tokens, tokens before)."""
         self.longest_seconds = self.longest.observe(time.monotonic(), seconds)
         tokens = sum(count for count, _ in chunks)
         positions = sum(count * (start + count // 2) for count, start in chunks)
         self.pacing.costs.observe(rows, tokens, positions / max(1, tokens), seconds)
 
     def begin(self, rows: int) -> int | None:
-        """Make the one whose turn it is the next to be read; the tokens of the step, None: any."""
+        """Choose the next prompt to read; returns the step's tokens, None: any number."""
         scheduler = self.scheduler
         parts = self.aside + [r for r in (scheduler.chunked_req,) if r is not None]
         parts.sort(key=lambda req: req.time_stats.wait_queue_entry_time)
@@ -63,13 +63,13 @@ class Turns:
             req = waiting[first - len(parts)]
             scheduler.waiting_queue.remove(req)
             scheduler.waiting_queue.insert(0, req)
-        # Chunks end where the tree keeps states of prompts.
+        # Chunks end at the positions where the radix tree keeps states.
         to_end = most - prompts[first].context % most
         limit = self.pacing.limit
         return min(limit, to_end) if shares[first] > to_end else limit
 
     def _may_begin(self, parts: list[Any]) -> list[Any]:
-        """Waiting requests that may be read next: all, or where some are read, the shorter ones."""
+        """Waiting requests to read next: all, or much shorter ones if some are partly read."""
         scheduler = self.scheduler
         if not _in_order_of_arrival(scheduler):
             return [] if parts else scheduler.waiting_queue[:1]
@@ -91,27 +91,27 @@ class Turns:
         return Prompt(tokens - computed, computed)
 
     def _resume(self, parts: list[Any], first: int) -> None:
-        """Continue one of these requests and leave the others aside; all, if a new one begins."""
+        """Continue one of these requests, or none if a new one begins; set the others aside."""
         self.scheduler.chunked_req = parts[first] if first < len(parts) else None
         self.aside = [req for i, req in enumerate(parts) if i != first]
 
     def resume_oldest(self) -> None:
-        """Continue a request after all: the one whose turn it was found no room."""
+        """Continue a request that was set aside, because the chosen one found no room."""
         self.scheduler.chunked_req = self.aside.pop(0)
 
     def reserved(self) -> int:
-        """Tokens that requests that stand aside will still need."""
+        """Tokens that the requests set aside still need."""
         return sum(map(_rest, self.aside))
 
     def leave(self, asked: Any) -> None:
-        """A client leaves: note its requests that stand aside."""
+        """Note the requests set aside whose client leaves."""
         for req in self.aside:
             if asked.abort_all or req.rid.startswith(asked.rid):
                 self.left.append(req)
 
 
 def _may_pace(scheduler: Any) -> bool:
-    """Whether this scheduler decodes, alone, and reads prompts in chunks."""
+    """Whether this scheduler both reads prompts, in chunks, and decodes, without other servers."""
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
     return (
@@ -146,7 +146,7 @@ def turns(scheduler: Any) -> Turns:
 def time_step(
     host: Callable[..., Any], scheduler: Any, batch: Any, *args: Any, **options: Any
 ) -> Any:
-    """Around `run_batch`: learn what steps take."""
+    """Around `run_batch`: learn how long steps take."""
     reads = batch.forward_mode.is_extend()
     rows = 0 if reads else len(batch.reqs)
     chunks = [(req.extend_len, req.prefix_len) for req in batch.reqs] if reads else []
@@ -173,7 +173,7 @@ def read_prompts(
     if not found.pacing.seconds:
         return host(scheduler, running_batch=running_batch, **options)
     if rows and last is not None and last.forward_mode.is_extend():
-        return None, running_batch  # those who decode are next
+        return None, running_batch  # a decode step is next
     most = scheduler.chunked_prefill_size
     try:
         limit = found.begin(rows)
@@ -194,7 +194,7 @@ def read_prompts(
     remove_when="SGLang reads several prompts in part",
 )
 def reserve(host: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
-    """Around `get_prefill_adder_class`: keep free what requests that stand aside will need."""
+    """Around `get_prefill_adder_class`: keep memory free for the requests set aside."""
     made = host(scheduler)
 
     def make(*args: Any, **options: Any) -> Any:
@@ -214,7 +214,7 @@ def reserve(host: Callable[..., Any], scheduler: Any) -> Callable[..., Any]:
 def keep_whole(
     host: Callable[..., Any], adder: Any, req: Any, *, has_chunked_req: bool = False, **options: Any
 ) -> Any:
-    """Around `_select_prefill_admission`: begin no prompt in part beside another one."""
+    """Around `_select_prefill_admission`: begin no second partly read prompt."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     admission = host(adder, req, has_chunked_req=has_chunked_req, **options)
@@ -230,9 +230,9 @@ def keep_whole(
     remove_when="SGLang bounds the time of a step",
 )
 def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None:
-    """Around `stash_chunked_request`: give the tree a prompt's state where SGLang's chunks end.
+    """Around `stash_chunked_request`: cache a prompt's state only where SGLang's chunks end.
 
-    A state for every chunk of a small budget would take the places of other prompts'.
+    States of all the small chunks of a budget would evict other prompts' states.
     """
     most = scheduler.chunked_prefill_size
     if not turns(scheduler).pacing.seconds or req.prefix_len // most != req.extend_end // most:
@@ -251,7 +251,7 @@ def publish_at_ends(host: Callable[..., None], scheduler: Any, req: Any) -> None
     remove_when="SGLang reads several prompts in part",
 )
 def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
-    """Around `process_pending_chunked_abort`: end those that stand aside, too."""
+    """Around `process_pending_chunked_abort`: also end requests set aside."""
     host(scheduler)
     found = turns(scheduler)
     kept = scheduler.chunked_req
@@ -271,7 +271,7 @@ def end_aside(host: Callable[[Any], None], scheduler: Any) -> None:
     remove_when="SGLang reads several prompts in part",
 )
 def retract_aside(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
-    """Around `pause_generation`: retract those that stand aside, too."""
+    """Around `pause_generation`: also retract the requests set aside."""
     from sglang.srt.managers.schedule_batch import retract_all
 
     found = turns(scheduler)

@@ -78,7 +78,7 @@ def _check_platform() -> None:
 
 
 def _register_models() -> None:
-    """By SGLang's variable for external models, so that SGLang does not import its own."""
+    """Use SGLang's variable for external models, so that SGLang does not import its own."""
     if os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODEL_PACKAGE) != MODEL_PACKAGE:
         from sglang.srt.models.registry import ModelRegistry
 

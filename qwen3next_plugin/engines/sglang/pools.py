@@ -31,7 +31,7 @@ class Pools(Plan):
 
     @property
     def slots(self) -> int:
-        """A fixed share of the memory; without the radix cache, one for each request."""
+        """Slots in a fixed share of the memory; without the radix cache, one for each request."""
         if not self.flags.prefix_caching:
             return self.flags.max_num_seqs
         share = self.spare * STATE_TO_KV / (1 + STATE_TO_KV)

@@ -1,4 +1,4 @@
-"""The arguments that our loop and our passes take, and refusals that name argument and fix."""
+"""Arguments that our loop and our passes accept; refusals name the argument and the fix."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,16 +36,16 @@ REFUSED: Mapping[str, str] = {
     "output_hidden_states": "steps hold drafts, too; leave output_hidden_states out",
     "synced_gpus": "ranks would draft differently; leave synced_gpus out",
 }
-TAKEN = {  # arguments for the model; the host's cache is left empty
+TAKEN = {  # accepted arguments for the model; the host's cache stays empty
     *("position_ids", "attention_mask", "past_key_values", "cache", "use_cache", "logits_to_keep"),
     *("tokenizer", "assistant_tokenizer"),
 }
-BATCHED = {  # processors with a state, or a function that must not see unfinished rows
+BATCHED = {  # have a state, or a function that must not see unfinished rows
     "PrefixConstrainedLogitsProcessor",
     "SynthIDTextWatermarkLogitsProcessor",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
 }
-MASKED = ("sdpa", "eager")  # the attentions that take a mask of their own for each row
+MASKED = ("sdpa", "eager")  # attentions that accept a separate mask for each row
 
 
 class RequestError(ValueError):
@@ -105,7 +105,7 @@ def check_pass(model: Any, given: Mapping[str, Any]) -> None:
 
 
 def mask(attention_mask: Any, x: Tensor) -> Tensor:
-    """Which tokens of a batch are none of padding. Shapes: x [B, n, D], returns [B, n] bool
+    """Which tokens of a batch are not padding. Shapes: x [B, n, D], returns [B, n] bool
 
     Raises: RequestError: a mask of another kind.
     """
@@ -125,7 +125,7 @@ def one_axis(position_ids: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def asking(drafts: Any) -> str:
-    """What makes `generate` run our loop, as errors name it."""
+    """The setting that makes `generate` run our loop, for errors."""
     return "use_mtp=True" if drafts else INVARIANT
 
 

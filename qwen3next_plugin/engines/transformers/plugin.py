@@ -34,8 +34,8 @@ def register() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     for model_type, model in models().items():
-        # Not `AutoModelForCausalLM.register`, which takes no text model for a wrapper's config. And
-        # not this mapping's, which before 5.19 takes no class for a config of the host's own.
+        # Not `AutoModelForCausalLM.register`: it rejects a text model for a wrapper's config. Nor
+        # this mapping's: before 5.19 it rejects a class for one of the host's own configs.
         AutoModelForCausalLM._model_mapping._extra_content[CONFIG_MAPPING[model_type]] = model
 
 

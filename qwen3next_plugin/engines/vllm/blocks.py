@@ -23,7 +23,7 @@ class Blocks(Plan):
 
     @property
     def group(self) -> int:
-        """Layers that share a block; vLLM pads the last group of each kind."""
+        """Number of layers that share a block; vLLM pads the last group of each kind."""
         kinds = [layers for layers in (self.linear_layers, self.attention_layers) if layers]
         return max(kinds) if max(kinds) < 1.5 * min(kinds) else min(kinds)
 

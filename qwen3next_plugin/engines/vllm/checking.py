@@ -1,4 +1,4 @@
-"""What vLLM calls while it completes a model's configuration: our checks and defaults."""
+"""Our checks and defaults, which vLLM calls while it completes a model's configuration."""
 
 import sys
 
@@ -24,7 +24,7 @@ class CheckFlags(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what cannot be served, fill in what was not asked for, and log what serves."""
+        """Refuse what cannot be served, fill in defaults, and log what serves."""
         logger.info_once(
             "qwen3next_plugin %s serves this model on vLLM %s, with %s kernels",
             __version__,
@@ -36,7 +36,7 @@ class CheckFlags(VerifyAndUpdateConfig):
         apply(When.CONFIGURED, When.GRAMMARS)
         if current_platform.is_cpu():
             apply(When.IN_ENGINE)
-        if SERVER in sys.modules:  # else this is another program, which needs no server
+        if SERVER in sys.modules:  # else another program checks flags, without a server
             apply(When.IN_SERVER)
         # Runner V1 on a GPU applies neither min_p nor logit_bias to drafts.
         if vllm_config.speculative_config is not None and (
@@ -71,7 +71,7 @@ class SayNoKernels(VerifyAndUpdateConfig):
 def after_hosts(
     architecture: str, ours: type[VerifyAndUpdateConfig]
 ) -> type[VerifyAndUpdateConfig]:
-    """`ours`, which vLLM calls for this model, after vLLM's own entry, if there is one."""
+    """`ours` for this model, preceded by vLLM's own entry if it has one."""
     host = MODELS_CONFIG_MAP.get(architecture)
     if host is None:
         return ours

@@ -28,9 +28,9 @@ class Executor(MultiprocExecutor):
     def _init_executor(self) -> None:
         """Start the workers; stop them before multiprocessing waits for them.
 
-        If the engine fails once they run (a full disk for compiled graphs), vLLM leaves them to
-        multiprocessing, which sends SIGTERM once and waits for ever: the worker's handler raises
-        SystemExit, which Python drops in the middle of a weak reference's callback.
+        If the engine fails while they run (for example on a full disk), vLLM leaves them to
+        multiprocessing, which sends SIGTERM once and waits forever: the worker's handler raises
+        SystemExit, which Python drops if it is in a weak reference's callback.
         """
         Finalize(None, self.shutdown, exitpriority=1)
         extras.start("vllm", self.vllm_config)
@@ -55,7 +55,7 @@ class Executor(MultiprocExecutor):
         return output if non_block else output.result()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """The drafts, which have come with the sampled tokens."""
+        """The drafts, which arrived with the sampled tokens."""
         if self.ec_output_aggregator is not None:
             return super().take_draft_token_ids()
         return self.drafts
@@ -73,7 +73,7 @@ class Executor(MultiprocExecutor):
 
 
 class Aggregator:
-    """Joins what a KV connector reports in all ranks, as vLLM does, beside a step's drafts."""
+    """Joins a KV connector's reports from all ranks, as vLLM does, and keeps a step's drafts."""
 
     def __init__(self, host: KVOutputAggregator) -> None:
         self.host = host

@@ -68,7 +68,7 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 def complete(vllm_config: VllmConfig) -> None:
-    """Fill in what no flag says; on a CPU: cores, memory, LoRA, worker and scheduler."""
+    """Fill in defaults; on a CPU: cores, memory, LoRA, worker and scheduler."""
     for models in extras.models("vllm"):
         models.complete(vllm_config)
     align_drafter(vllm_config)
@@ -106,7 +106,7 @@ def _check_files(vllm_config: VllmConfig) -> Qwen3NextConfig:
 
 
 def _check_flags(vllm_config: VllmConfig) -> None:
-    """Refuse other values of the flags that served.py lists."""
+    """Refuse values of flags that served.py does not list."""
     drafts = vllm_config.speculative_config is not None
     tables = served(drafts=drafts, on_cpu=current_platform.is_cpu())
     for field, (values, why, fix) in tables.items():
@@ -177,7 +177,7 @@ def _check_invariance(vllm_config: VllmConfig) -> None:
 
 
 def _check_own_quantisation(vllm_config: VllmConfig, setting: str) -> None:
-    """Refuse a setting of ours beside vLLM's way to quantise, with its own kernels."""
+    """Refuse a setting of ours together with vLLM's own quantisation and kernels."""
     if (found := vllm_config.model_config.quantization) not in (None, QUANTISATION):
         raise ConfigError(f"{setting}: vLLM quantises by --quantization {found}; leave one out")
 

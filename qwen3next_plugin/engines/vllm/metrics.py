@@ -42,9 +42,9 @@ def board_path(vllm_config: VllmConfig, engine: int) -> Path:
 
 
 def worker_board(vllm_config: VllmConfig) -> Board:
-    """The board that this rank writes to. Only the first rank's is read by others.
+    """The board that this rank writes to. Other processes read only the first rank's.
 
-    Without room for a file it is private, and the log says so.
+    If its file cannot be written, the board is private, and the log says so.
     """
     num_drafts = vllm_config.num_speculative_tokens
     if get_tp_group().rank_in_group != 0:
@@ -55,7 +55,7 @@ def worker_board(vllm_config: VllmConfig) -> Board:
 def scheduler_board(vllm_config: VllmConfig) -> Board:
     """The first rank's board, or a private one if that rank is on another machine.
 
-    Without drafts no rank has one.
+    Without drafts no rank has a board, so this makes one.
     """
     num_drafts = vllm_config.num_speculative_tokens
     if not num_drafts:
@@ -91,7 +91,7 @@ class MetricsCollector(Collector):
         self.boards: dict[int, Board] = {}
 
     def describe(self) -> Iterator[Family]:
-        """Names only: the registry would call `collect`, and files may be an earlier server's."""
+        """Names only; otherwise the registry would call `collect` on files of an earlier server."""
         for metric in metrics(self.num_drafts):
             yield family(metric, self.model, {})
 
@@ -164,7 +164,7 @@ def install(vllm_config: VllmConfig) -> None:
     remove_when="vLLM lets a plugin add a collector",
 )
 def serve_with_ours(host: Callable[[Any], None], app: Any) -> None:
-    """Around `attach_router`, whose page, for several API servers, would be without ours."""
+    """Around `attach_router`, whose page for several API servers would lack our metrics."""
     if SHARED in os.environ and _installed is not None:
         app.add_route("/metrics", _page)  # is asked before the host's
     host(app)

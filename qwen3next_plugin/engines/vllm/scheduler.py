@@ -1,7 +1,7 @@
 """vLLM's scheduler with a budget of seconds for a step, metrics and a log line on drafting.
 
 vLLM has a setting for the class (`--scheduler-cls`); flags.py chooses this one on CPUs. Scheduling
-changes for streaming input with drafts, and where prompts are read while others wait (pacing.py).
+changes for streaming input with drafts, and if prompts are read while others wait (pacing.py).
 """
 
 import time
@@ -74,7 +74,7 @@ class Scheduler(HostScheduler):
             parallel_config.data_parallel_size > 1 and parallel_config.enable_expert_parallel
         )
         self.aligned = self.need_mamba_block_aligned_split
-        self.need_mamba_block_aligned_split = True  # ask our method for the length of each chunk
+        self.need_mamba_block_aligned_split = True  # so vLLM calls our method for chunks
         self._pad_no_row(vllm_config)
 
     @override(
@@ -84,13 +84,13 @@ class Scheduler(HostScheduler):
         remove_when="vLLM pads only where a graph is replayed",
     )
     def _pad_no_row(self, vllm_config: VllmConfig) -> None:
-        """Say that drafts depend on the number of requests: then vLLM pads no row without one."""
+        """Claim that drafts depend on the number of requests: then vLLM pads no undrafted row."""
         drafts = vllm_config.speculative_config
         if drafts is not None and not drafts.num_speculative_tokens_per_batch_size:
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Schedule as vLLM does, but no more of the prompts than fit the budget."""
+        """Schedule as vLLM does, but read no more prompt tokens than fit the budget."""
         began = time.monotonic()
         first = self._share_step()
         output = super().schedule(throttle_prefills)
@@ -100,7 +100,7 @@ class Scheduler(HostScheduler):
         return output
 
     def _share_step(self) -> str | None:
-        """Give each prompt its share of the next step; returns who comes first, if that counts."""
+        """Give each prompt its share of the next step; returns the first prompt if shares apply."""
         if self.finished_req_ids:
             self.refused.clear()  # there is room again
         rows = sum(_rest(request) == 1 for request in self.running)
@@ -109,11 +109,11 @@ class Scheduler(HostScheduler):
         prompts = [Prompt(_rest(one), one.num_computed_tokens) for one in requests]
         prompts += [self._prompt(one, i < LOOKED_UP) for i, one in enumerate(waiting)]
         if self.policy == SchedulingPolicy.PRIORITY:
-            self.pacing.oldest_had_its_turn = False  # vLLM's order counts
+            self.pacing.oldest_had_its_turn = False  # use vLLM's order
         decoding = max(rows, int(self.together))
         shares = self.pacing.shares(prompts, decoding, self.max_num_scheduled_tokens - rows)
         if shares is None:
-            # Nor do those begin that vLLM did not have ready.
+            # Prompts that were not ready may not begin in this step either.
             unready = rows and (self.waiting or self.kv_holding_waiting)
             self.shares = {} if self.pacing.seconds and unready else None
             return None
@@ -128,7 +128,7 @@ class Scheduler(HostScheduler):
         return first.request_id
 
     def _may_begin(self) -> list[Request]:
-        """Waiting requests that may begin now; for the last free row, the first of them alone."""
+        """Waiting requests that may begin now; if one row is free, only the first of them."""
         free = self.max_num_running_reqs - len(self.running)
         if free <= 0 or self._pause_state != PauseState.UNPAUSED:
             return []
@@ -157,10 +157,10 @@ class Scheduler(HostScheduler):
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *computed: int, **named: int
     ) -> int:
-        """The length of a request's next chunk, which ends at the next cached state, if not before.
+        """The length of a request's next chunk, which ends no later than at the next cached state.
 
-        A page continues at any token. So a share shorter than a block may end within one, as in
-        vLLM where a block is longer than its largest chunk.
+        A page can continue at any token, so a share shorter than a block may end within one, as
+        chunks do in vLLM if a block is longer than its largest chunk.
         """
         most = largest = self.max_num_scheduled_tokens
         if self.shares is not None and _rest(request) > 1 and not self._reads_whole_images(request):
@@ -175,7 +175,7 @@ class Scheduler(HostScheduler):
             self.max_num_scheduled_tokens = most
 
     def _reads_whole_images(self, request: Request) -> bool:
-        """Whether a chunk that ends within an image would be cut before it, so maybe to nothing."""
+        """Whether vLLM cuts a chunk before an image that it would split, perhaps to nothing."""
         return request.has_encoder_inputs and self.scheduler_config.disable_chunked_mm_input
 
     def _describe(self, output: SchedulerOutput, began: float) -> Step:
@@ -209,10 +209,10 @@ class Scheduler(HostScheduler):
         return outputs
 
     def _handle_stopped_request(self, request: Request) -> bool:
-        """Let the next piece of streaming input begin where it does without drafts.
+        """Let the next piece of streaming input begin where it would without drafts.
 
-        A step may have accepted drafts behind the token that ended the answer, and the last token
-        of an answer is not read before the next piece.
+        A step may have accepted drafts after the token that ended the answer, and an answer's last
+        token is not read before the next piece.
         """
         if request.resumable:
             request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)

@@ -1,1 +1,1 @@
-"""Several machines and servers, what they hand over and keep, and weights that change."""
+"""Several machines and servers: hand-over of requests, kept prefixes, and reloaded weights."""

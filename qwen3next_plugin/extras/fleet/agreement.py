@@ -1,4 +1,4 @@
-"""What the ranks of an engine do only together: they take other weights, or none of them does."""
+"""Lets the ranks of an engine agree: either all take new weights, or none does."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,9 @@ from torch.distributed import ProcessGroup, all_gather_object
 
 
 def refusal(check: Callable[[], None], ranks: ProcessGroup) -> str | None:
-    """What the first rank that refuses says, in every rank; None: no rank refuses.
+    """The error of the first rank that refuses, returned on every rank; None: no rank refuses.
 
-    Every rank calls this. A check refuses by any exception, and has changed nothing.
+    Every rank calls this. A check refuses by raising any exception, and must change nothing.
     """
     own = None
     try:

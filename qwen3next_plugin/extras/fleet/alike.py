@@ -1,4 +1,4 @@
-"""What decides the bits of an engine's pages and KV, besides weights, dtypes and layouts."""
+"""All that the bits of pages and KV depend on, besides weights, dtypes and layouts."""
 
 from hashlib import sha256
 from typing import Any
@@ -17,7 +17,7 @@ def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
     """
     fields = hf_config.to_dict().items()
     return (
-        # A copy of a model is the same one.
+        # The path does not matter: a copy of a model is the same model.
         sorted((field for field in fields if field[0] != "_name_or_path"), key=str),
         (env.quantise(), env.head(), env.batch_invariant()),
         (__version__, host, str(torch.__version__), described("cpu"), instructions()),
@@ -25,5 +25,5 @@ def computed_by(hf_config: Any, host: str) -> tuple[Any, ...]:
 
 
 def digest(found: Any) -> str:
-    """A short name for all of it."""
+    """A short hash of these values."""
     return sha256(repr(found).encode()).hexdigest()[:16]

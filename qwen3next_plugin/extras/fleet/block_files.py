@@ -1,7 +1,7 @@
 """Cached blocks in files of one folder: checked as they are read, the oldest removed at a limit.
 
-Several servers of one user may share the folder. A file appears whole or not at all, and one that
-is not what was written under its name is removed and never used.
+Several servers of one user may share the folder. Files appear atomically. A file with other content
+than was written under its name is removed and never used.
 """
 
 import os
@@ -23,17 +23,17 @@ from zlib import crc32
 from qwen3next_plugin.config import ConfigError
 from qwen3next_plugin.kept import OF_FILE, OF_FOLDER, create, is_own, make_folder
 
-# How the names of subfolders begin, with the format's number; nothing else here is touched.
+# Prefix of our subfolders, with the format's number; nothing else in the folder is touched.
 SPACE = "qwen3next-1-"
 PART = ".part"  # the ending of a file that is being written
-PART_SECONDS = 600  # after which nobody writes it any more
+PART_SECONDS = 600  # age from which it is abandoned
 HEADER = struct.Struct("<32sQI")  # digest of the name, bytes of the content, and its checksum
-CUT, EVERY = "00", 256  # a piece ends after one of so many keys
-SHARE = 8  # of the limit: what is written between counts, and what is removed beyond it
+CUT, EVERY = "00", 256  # on average a piece ends after one in 256 keys
+SHARE = 8  # 1/SHARE of the limit is written between counts, and removed beyond the excess
 
 
 class File(NamedTuple):
-    """One on disk."""
+    """A file on disk."""
 
     used: float  # when it was last read or written
     nbytes: int
@@ -41,9 +41,9 @@ class File(NamedTuple):
 
 
 class BlockFiles:
-    """Files in subfolders of a folder, of all servers together at most about `limit` bytes.
+    """Files in subfolders of a folder; those of all servers take at most about `limit` bytes.
 
-    Each server counts all files again when it has written an eighth of that.
+    Each server counts all files again when it has written an eighth of the limit.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -56,25 +56,25 @@ class BlockFiles:
         self.uncounted = 0  # bytes written since all files were counted
 
     def nbytes(self, name: str) -> int:
-        """The bytes of a file's content by its size; -1: there is no such file."""
+        """Bytes of a file's content, from the file's size; -1: there is no such file."""
         try:
             return max(-1, (self.folder / name).stat().st_size - HEADER.size)
         except OSError:
             return -1
 
     def holds(self, name: str, nbytes: int) -> bool:
-        """Whether there is a file of this name, with so many bytes of content."""
+        """Whether a file of this name and number of content bytes exists."""
         return self.nbytes(name) == nbytes
 
     def use(self, name: str) -> None:
-        """Make a file, if it is there, the last to be removed."""
+        """Mark a file, if it exists, as the most recently used."""
         with suppress(OSError):
             os.utime(self.folder / name)
 
     def read(self, name: str, content_: memoryview) -> bool:
-        """Fill `content_` from a file; False, and no such file any more, if it is damaged.
+        """Fill `content_` from a file; if it is damaged, remove it and return False.
 
-        Or if others can write it: by its checksum alone, their content would be taken for ours.
+        Also if others can write to it, because a checksum does not prove that content is ours.
         """
         path = self.folder / name
         header = bytearray(HEADER.size)
@@ -96,8 +96,8 @@ class BlockFiles:
         """Write a file, unless it is there; remove the oldest ones beyond the limit.
 
         Raises:
-            OSError: it cannot be written. If the disk or a quota is full, the oldest are removed
-                for the next.
+            OSError: it cannot be written. If the disk or a quota is full, the oldest files are
+                removed to make room for later ones.
         """
         if self.holds(name, len(content)):
             self.use(name)
@@ -121,7 +121,7 @@ class BlockFiles:
             self._remove_oldest()
 
     def _remove_oldest(self, room: int = 0) -> None:
-        """Count all files; remove the oldest for `room` bytes, and for a share of the limit."""
+        """Count all files; remove the oldest to free `room` bytes, or a share of the limit."""
         files = sorted(self._files())
         beyond = max(room, sum(file.nbytes for file in files) + self.limit // SHARE - self.limit)
         for file in files:
@@ -141,7 +141,7 @@ class BlockFiles:
 
 
 def writer() -> ThreadPoolExecutor:
-    """One thread for what nobody waits for: it gives way to all others that want its core."""
+    """One thread for work that nobody waits for, at the lowest priority."""
 
     def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # of this thread alone
@@ -152,11 +152,11 @@ def writer() -> ThreadPoolExecutor:
 def check_settings(
     settings: Mapping[str, Any], numbers: Sequence[str], where: str, warn: Callable[[str], object]
 ) -> None:
-    """Make the folder; refuse one that cannot be written, and numbers of bytes that are none.
+    """Make the folder; refuse one that cannot be written, and invalid numbers of bytes.
 
     Args:
-        where: the field that has the settings.
-        warn: takes a line of the log if others can write to the folder.
+        where: name of the field with the settings.
+        warn: called with a line for the log if others can write to the folder.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -190,7 +190,7 @@ def check_settings(
 
 
 def _close_to_others(folder: Path, warn: Callable[[str], object]) -> None:
-    """Let others read nothing that servers have written; warn if they can write there."""
+    """Make files of servers unreadable for other users; warn if others can write there."""
     if not is_own(folder.stat()):  # links of theirs may be there, so no mode is changed
         path = quote(str(folder))
         warn(
@@ -206,10 +206,10 @@ def _close_to_others(folder: Path, warn: Callable[[str], object]) -> None:
 
 
 def pieces(keys: Sequence[str], ends: Collection[int] = ()) -> Iterator[tuple[int, int]]:
-    """Where files of a prefix begin and end: at its end, and after keys that begin with CUT.
+    """Begin and end of a prefix's files, which end with it and after keys that begin with CUT.
 
     A key is a digest of a token and all before it, so prefixes that share tokens share files.
-    `ends` are those of shorter prefixes, whose last files are given, too.
+    `ends` are the ends of shorter prefixes; their last files are included.
     """
     begin = 0
     for end, key in enumerate(keys, 1):
@@ -221,7 +221,7 @@ def pieces(keys: Sequence[str], ends: Collection[int] = ()) -> Iterator[tuple[in
 
 
 def least_limit(count: int, nbytes: int) -> int:
-    """The limit within which the newest `count` files, of `nbytes` of content each, always stay."""
+    """The smallest limit that always keeps the newest `count` files of `nbytes` content each."""
     return -(-count * (HEADER.size + nbytes) * SHARE // (SHARE - 1))
 
 

@@ -1,18 +1,18 @@
-"""NIXL beside computation on a CPU, for the engines that hand requests over by it."""
+"""Keeps NIXL's thread from using a core, for engines that hand requests over on CPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-WAIT = 100_000  # µs that NIXL's thread waits for data before it looks anyway
+WAIT = 100_000  # µs for which NIXL's thread waits for data
 
 
 @contextmanager
 def waiting(bindings: Any) -> Iterator[None]:
-    """While an agent is made by NIXL's `bindings`: let its thread wait for data.
+    """Within this context agents of NIXL's `bindings` get a thread that waits for data.
 
-    NIXL's own waits 0 µs, and again, so it keeps a core busy; it wakes as early if it may wait
-    longer. Remove when NIXL waits.
+    NIXL's default timeout is 0 µs, so its thread polls and keeps a core busy. With a longer one it
+    wakes as early. Remove when NIXL waits.
     """
     agent = bindings.nixlAgent
 

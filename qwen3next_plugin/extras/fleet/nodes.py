@@ -1,4 +1,4 @@
-"""Servers of several nodes: the address at which each meets the others, and their common end."""
+"""Servers on several nodes: each node's address, and ending all nodes when one ends."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from qwen3next_plugin.config.errors import ConfigError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 MEETING_SECONDS = 60.0
-WORD_SECONDS = 5.0  # in which one who has connected says the word
+WORD_SECONDS = 5.0  # for a connected rank to send the word
 ALIVE = {  # a node that is cut off, or without power, is lost after 9 s
     socket.TCP_KEEPIDLE: 5,
     socket.TCP_KEEPINTVL: 1,
@@ -25,8 +25,8 @@ ALIVE = {  # a node that is cut off, or without power, is lost after 9 s
 def meet_at(flag: str, first: str, variable: str) -> None:
     """Choose this node's address for the engine and for Gloo, unless the environment does.
 
-    It is the one from which `first`, the first node's address, is reached. An engine would take
-    that of the default route, and Gloo that of the host's name, which on Debian is a loopback one.
+    It is the address from which this node reaches `first`, the first node. An engine would use that
+    of the default route, and Gloo that of the host name, which on Debian is a loopback address.
 
     Raises:
         ConfigError: `first` cannot be reached; names the flag that gave it.
@@ -41,10 +41,10 @@ def meet_at(flag: str, first: str, variable: str) -> None:
 def end_together(
     group: Any, *, ranks_here: int, first_node: bool, own: str, lost: Callable[[str], None]
 ) -> None:
-    """Connect the first rank, at the address `own`, with those of other nodes.
+    """Connect the ranks of other nodes with the first rank, whose address is `own`.
 
-    Every rank of the engine's `group` calls this. When one ends, those connected with it call
-    `lost` with a line for the log: a rank that has nothing to compute would wait for ever.
+    Every rank of the engine's `group` calls this. When a rank ends, those connected with it call
+    `lost` with a line for the log, because ranks without work would wait forever.
     """
     if group.rank_in_group == 0:
         others = _accept(group, own, group.world_size - ranks_here)
@@ -76,7 +76,7 @@ def _own_address(flag: str, first: str) -> str:
 
 
 def _is_name(first: str) -> bool:
-    """Whether it is the name of a machine; `localhost` is an address in words."""
+    """Whether `first` is a host name; `localhost` counts as an address."""
     try:
         ip_address(first)
     except ValueError:
@@ -95,7 +95,7 @@ def _interface(address: str) -> str:
 
 
 def _accept(group: Any, own: str, count: int) -> list[socket.socket]:
-    """The connections of so many ranks, which say the word: nobody else's end matters."""
+    """Accept connections until `count` ranks have sent the word; ignore others."""
     word = secrets.token_bytes(16)
     joined: list[socket.socket] = []
     family = socket.AF_INET6 if ":" in own else socket.AF_INET
@@ -105,7 +105,7 @@ def _accept(group: Any, own: str, count: int) -> list[socket.socket]:
         while len(joined) < count:
             one, _ = server.accept()
             one.settimeout(WORD_SECONDS)
-            with suppress(OSError):  # of one that resets, or says nothing
+            with suppress(OSError):  # it resets, or sends nothing
                 if one.recv(len(word), socket.MSG_WAITALL) == word:
                     joined.append(one)
                     continue

@@ -1,10 +1,10 @@
-"""What a client's text makes dear runs in a process of its own, which the kernel ends in time.
+"""Runs work on a client's text in a separate process, which the kernel ends if it takes too long.
 
-One call of a grammar's matcher may take minutes: for `(((a{1,100}){1,100}){1,100}){1,100}` the mask
-after one token does, where a vocabulary has a token of many letters a. Nothing stops a native call
-but the end of its process. So each text has a process, forked from one that was forked before the
-weights were loaded, and a timer of CPU time, which the kernel sets off. All requests with that text
-share the process and its budget; nobody else notices when it ends.
+One call of a grammar's matcher may take minutes, such as the mask after one token of
+`(((a{1,100}){1,100}){1,100}){1,100}` if the vocabulary has a token of many letters a. Only the end
+of its process stops a native call. So each text has a process, forked from one that was forked
+before the weights were loaded, and a timer of CPU time in the kernel. All requests with that text
+share the process and its budget; other requests are not affected when it ends.
 """
 
 import gc
@@ -24,21 +24,21 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, NoReturn
 from weakref import WeakSet
 
-# CPU time of a text's requests together: at first, and for each token. All texts together have the
-# same at first, and then a share of the time.
+# CPU time of all requests of a text: an initial budget, and more for each token. All texts together
+# have the same initial budget, and then a share of the elapsed time.
 SECONDS, TOKEN_SECONDS, SHARE = 0.2, 0.002, 0.25
-# When that is gone, a call still has so much, and so much for each token, more than honest ones
-# take: 0.02 to 0.2 ms (measured: schemas of tools, 150,000 tokens in the vocabulary). So none of
-# them ends. The kernel counts ticks of 4 ms or more: with less time an honest call might end early.
+# After that, a call still gets CALL_SECONDS, and HONEST_SECONDS per token. Honest calls take less,
+# 0.02 to 0.2 ms (measured: schemas of tools, 150,000 tokens in the vocabulary), so they never end.
+# The kernel counts ticks of 4 ms or more: with less time an honest call might end early.
 CALL_SECONDS, HONEST_SECONDS = 0.01, 0.0003
-# To check and to compile a text takes milliseconds for schemas of real tools, and no step waits for
-# it, except when another request has the same text. An enum of 4,000 strings takes longer.
+# Checking and compiling a text takes milliseconds for schemas of real tools. No step waits for it,
+# unless another request has the same text. An enum of 4,000 strings takes longer.
 COMPILE_SECONDS, AGAIN_SECONDS, GIB, GIB_TOGETHER = 2, 0.05, 1, 4
-# Processes: of texts that no request has, which may come again, and of those that some have. More
+# Most processes: of texts that no request has now, but may have again, and of texts in use. Further
 # texts wait: at worst a step takes SECONDS, and CALL_SECONDS for each process, on all cores.
 KEPT, MOST = 16, 16 * len(os.sched_getaffinity(0))
 NICE = 10  # a ninth of the priority of what serves
-WAIT_SECONDS = 60  # on the clock: for a call that does not compute, and for a process of MOST
+WAIT_SECONDS = 60  # wall time: limit of a call, and of waiting for one of MOST processes
 EXCEEDED = (
     f"takes over {COMPILE_SECONDS} s of CPU time or {GIB} GiB of memory, or all together "
     f"{GIB_TOGETHER} GiB"
@@ -50,7 +50,7 @@ TOO_DEAR = (
 
 
 class OverBudgetError(Exception):
-    """A process has ended, since it took more time or memory than it may."""
+    """A process was ended because it exceeded its time or memory."""
 
 
 class Shared:
@@ -61,14 +61,14 @@ class Shared:
 
     @property
     def left(self) -> float:
-        """What is left, at most SECONDS; below 0 what was taken beyond it."""
+        """What is left, at most SECONDS; negative if overdrawn."""
         now = time.monotonic()
         self._left = min(SECONDS, self._left + SHARE * (now - self._at))
         self._at = now
         return self._left
 
     def take(self, seconds: float) -> None:
-        """Take so much, or give it back."""
+        """Take seconds, or give back if negative."""
         self._left = self.left - seconds
 
 
@@ -76,17 +76,17 @@ _shared = Shared()
 
 
 class Budget:
-    """CPU time that a text's requests may still take together, for what a step waits for."""
+    """CPU time that a text's requests together may still take while steps wait."""
 
     def __init__(self) -> None:
         self._left = SECONDS
 
     def take(self, tokens: int) -> float:
-        """What the next call, of so many tokens, may take; 0: nothing."""
-        # Half of what all have left, since other calls may begin before this one is over.
+        """Take the time allowed to the next call, of so many tokens; 0: none is left."""
+        # At most half of the shared rest: other calls may begin before this one is over.
         most = max(CALL_SECONDS, HONEST_SECONDS * tokens, _shared.left / 2)
         taken = min(self._left, most)
-        if taken < CALL_SECONDS / 10:  # to a timer, 0 is no limit
+        if taken < CALL_SECONDS / 10:  # a timer of 0 would be off
             return 0.0
         _shared.take(taken)
         return taken
@@ -105,9 +105,9 @@ class Apart:
         self._connection, self._lock, self.ended = connection, threading.Lock(), False
         self.budget, self.nbytes = Budget(), 0
         self.users: WeakSet[Any] = WeakSet()
-        self.making, self.made = threading.Lock(), False  # of matchers; whether there was one
-        self.gone: list[int] = []  # matchers that nobody uses
-        self.masks: list[bytes] = []  # that the process knows, too
+        self.making, self.made = threading.Lock(), False  # of matchers; whether one was made
+        self.gone: list[int] = []  # matchers no longer in use
+        self.masks: list[bytes] = []  # that the process has, too
 
     def call(self, seconds: float, function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
         """The CPU time that `function(state, *args)` took there, and what it returned.
@@ -164,7 +164,7 @@ _LOCK = threading.Lock()
 
 
 def start(**state: Any) -> None:
-    """Fork the process from which this one's others are forked; it begins with `state`."""
+    """Fork the first process, with `state`; all further ones are forked from it."""
     if started():
         return
     ours, theirs = Pipe()
@@ -175,7 +175,7 @@ def start(**state: Any) -> None:
 
 
 def started() -> bool:
-    """Whether this process has one from which others are forked."""
+    """Whether this process has called `start`."""
     return os.getpid() in _FIRST
 
 
@@ -185,10 +185,10 @@ def first() -> Apart:
 
 
 def process_of(text: Hashable, user: object) -> Apart:
-    """The process of a text; those that were used longest ago, and have no users, end.
+    """The process of a text; ends the least recently used processes without users.
 
     Raises:
-        TimeoutError: all that there may be are in use.
+        TimeoutError: the maximum number of processes is in use.
     """
     end = time.monotonic() + WAIT_SECONDS
     while (found := _process_of(text, user)) is None:
@@ -214,7 +214,7 @@ def _process_of(text: Hashable, user: object) -> Apart | None:
 
 
 def hold(process: Apart, nbytes: int) -> None:
-    """Count a process's memory; if all take too much, idle ones end, and then the largest.
+    """Record a process's memory; if the total is too large, end idle ones, then the largest.
 
     Raises:
         OverBudgetError: it is the largest.
@@ -238,12 +238,12 @@ def _held() -> int:
 
 
 def _begin(connection: Connection, state: dict[str, Any]) -> NoReturn:
-    """Serve as the first process: nothing of what this one has open, and deaf to its signals."""
+    """Serve as the first process: close the parent's files, and ignore its signals."""
     try:
         import torch
 
         torch.set_num_threads(1)
-        gc.disable()  # it would touch, and so copy, all that forks share
+        gc.disable()  # it would write to, and so copy, all memory that forks share
         gc.freeze()
         for number in map(int, os.listdir("/proc/self/fd")):
             if number > 2 and number != connection.fileno():
@@ -255,7 +255,7 @@ def _begin(connection: Connection, state: dict[str, Any]) -> NoReturn:
             signal.signal(each, signal.SIG_IGN)  # it ends with its connection
         for each in (signal.SIGPROF, signal.SIGALRM):
             signal.signal(each, signal.SIG_DFL)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that it forks
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: forks are not waited for
         _serve(connection, state)
     finally:
         os._exit(1)
@@ -282,9 +282,9 @@ def _serve(connection: Connection, state: dict[str, Any]) -> None:
 
 
 def aside(state: dict[str, Any], function: Callable[..., Any], *args: Any) -> Any:
-    """In a process: call a function that nobody waits for, with less priority.
+    """In a process: call a function that no step waits for, at lower priority.
 
-    In a thread of its own: a thread cannot get its priority back, and steps wait for later calls.
+    Uses a new thread: a thread cannot raise its priority again, and steps wait for later calls.
     """
 
     def be_nice() -> None:
@@ -295,7 +295,7 @@ def aside(state: dict[str, Any], function: Callable[..., Any], *args: Any) -> An
 
 
 def data_bytes() -> int:
-    """The memory of this process that is its own."""
+    """Bytes of this process's private data (VmData)."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
 
@@ -307,7 +307,7 @@ def _answer(
     function: Callable[..., Any],
     args: Sequence[Any],
 ) -> tuple[float, Exception | None, Any]:
-    clocks = time.process_time, time.thread_time  # with a timer, the first is late by a tick
+    clocks = time.process_time, time.thread_time  # the first lags by a tick under a timer
     began = [clock() for clock in clocks]
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, wait_seconds if seconds else 0)

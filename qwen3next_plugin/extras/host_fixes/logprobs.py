@@ -1,7 +1,7 @@
 """How many log-probabilities one request of a server may ask for, in either engine."""
 
-# Of the prompt and of all answers. Each takes some 350 B until the request is answered, so 350 MiB:
-# a context of 262,144 tokens with three alternatives each, or 20 alternatives for 50,000 tokens.
+# For the prompt and all answers. Each takes about 350 B until the request is answered: 350 MiB for
+# 262,144 tokens with three alternatives each, or 50,000 tokens with 20 alternatives.
 MOST = 2**20
 
 
@@ -10,14 +10,14 @@ def answer_tokens(
 ) -> int:
     """How many tokens an answer may have.
 
-    Fewer than `tokens` only where these fill the context's `room`, as they do without max_tokens.
+    Fewer than `tokens` only if those fill the context's `room`, as they do without max_tokens.
 
     Args:
-        field: which fields of the request ask for them.
+        field: names of the request's fields, for the error.
         prompt: log-probabilities of the prompt's tokens.
         each: of a token of an answer.
         n: answers.
-        most: what the request's other prompts leave.
+        most: log-probabilities left by the request's other prompts.
 
     Raises:
         ValueError: they are too many; names the field.

@@ -1,7 +1,7 @@
-"""Matchers of grammars in processes of their own: what is asked, what is known, what is forgotten.
+"""Matchers of grammars in separate processes, with a cache of their answers.
 
-A round trip takes 0.1 ms, so only what is not yet known is asked, once for all tokens of a draft,
-and all processes of a step at once.
+A round trip takes 0.1 ms, so only unknown states are asked for, once for all tokens of a draft, and
+from all processes of a step at once.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -31,7 +31,7 @@ class Grammar(Protocol):
     """An engine's matcher, in a text's process."""
 
     def accept(self, token: int) -> bool:
-        """Go on by a token, if it may follow."""
+        """Advance by a token, if it may follow."""
 
     def roll_back(self, count: int) -> None:
         """Take back so many tokens."""
@@ -58,7 +58,7 @@ def allows(mask: bytes, token: int) -> bool:
 
 
 class Matcher:
-    """A matcher in its text's process, made by `make(state, *args)`: asks for what is new only.
+    """A matcher in its text's process, made by `make(state, *args)`; asks only what is not cached.
 
     Raises:
         OverBudgetError: in each call that asks.
@@ -80,7 +80,7 @@ class Matcher:
             del process.gone[: len(gone)]
             process.made = True
         hold(process, nbytes)
-        self._at = self._there = Node(mask)  # here; in the process
+        self._at = self._there = Node(mask)  # state here; state in the process
 
     @property
     def mask(self) -> bytes:
@@ -93,7 +93,7 @@ class Matcher:
         return not self._at.mask
 
     def accept(self, tokens: Sequence[int]) -> int:
-        """Go on by these tokens until one may not follow or the grammar ends; by how many."""
+        """Advance until a token may not follow or the grammar ends; returns how many were taken."""
         ask_ahead([(self, tokens)])
         count = self._known(tokens)
         if self.process.ended and count < len(tokens) and allows(self.mask, tokens[count]):
@@ -107,7 +107,7 @@ class Matcher:
             self._at = self._at.before
 
     def _known(self, tokens: Sequence[int]) -> int:
-        """Go on by the tokens of which it is known what follows; by how many."""
+        """Advance by the tokens whose states are cached; returns their number."""
         for place, token in enumerate(tokens):
             if token not in self._at.after:
                 return place
@@ -115,7 +115,7 @@ class Matcher:
         return len(tokens)
 
     def question(self, tokens: Sequence[int]) -> "Question | None":
-        """What must be learnt to know what follows by these tokens."""
+        """The question to the process about states after these tokens; None: nothing to ask."""
         start = self._at
         known = self._known(tokens)
         node, (back, path), self._at = self._at, self._way(), start
@@ -125,7 +125,7 @@ class Matcher:
         return Question(self, node, back, path, unknown)
 
     def learn(self, node: Node, tokens: Sequence[int], masks: Sequence[bytes | int]) -> None:
-        """Know the masks after each of these tokens, behind `node`."""
+        """Store the masks after each of these tokens, which follow `node`."""
         for token, said in zip(tokens, masks, strict=False):
             mask = said if isinstance(said, bytes) else self.process.masks[said]
             if mask is said:
@@ -136,7 +136,7 @@ class Matcher:
             self._forget()
 
     def _way(self) -> tuple[int, list[int]]:
-        """How many tokens the process takes back, and which it accepts, to be where we are."""
+        """How many tokens the process must take back, and which to accept, to reach our state."""
         back, path, node, there = 0, [], self._at, self._there
         while node is not there:
             if node.depth > there.depth:
@@ -149,7 +149,7 @@ class Matcher:
         return back, path[::-1]
 
     def _forget(self) -> None:
-        """Drop states that are too far behind to be taken back to, and drafts beside the way."""
+        """Drop states that are too old to roll back to, and drafts that were not taken."""
         node = self._at
         for _ in range(self.ROLL_BACK):
             if node.before is None:
@@ -171,7 +171,7 @@ class Question:
 
 
 def ask_ahead(asked: Iterable[tuple[Matcher, Sequence[int]]]) -> None:
-    """Learn what follows in each by its tokens: one call of a process, and all compute at once."""
+    """Learn the states after each matcher's tokens: one call per process, all in parallel."""
     calls: dict[Apart, list[Question]] = {}
     for matcher, tokens in asked:
         if (question := matcher.question(tokens)) is not None:
@@ -216,7 +216,7 @@ def follow(
 ) -> list[list[bytes | int]]:
     """In the process: the masks after each token, to the end or to one that may not follow.
 
-    One that both sides know is its number.
+    A mask that both sides know is given by its number.
     """
     known = state.setdefault("masks", [])
     said: list[list[bytes | int]] = []
@@ -232,7 +232,7 @@ def follow(
 
 
 def _keep(known: list[bytes], mask: bytes) -> None:
-    """Know a mask; both sides forget all at the same one."""
+    """Remember a mask; both sides clear their lists at the same one."""
     if len(known) == KNOWN:
         known.clear()
     known.append(mask)

@@ -15,13 +15,13 @@ from qwen3next_plugin.model.checkpoint.files import STORED_DTYPES
 from qwen3next_plugin.model.checkpoint.headers import Place
 
 PIECE = 16 << 20  # bytes that one thread reads at a time
-THREADS = 4  # the fewest: a disk is faster with several reads under way
+THREADS = 4  # minimum: a disk is faster with several reads in flight
 
 
 def read(place: Place) -> Tensor:
     """A tensor in memory, in huge pages if torch has them.
 
-    Copied from a mapped file, each page of 4 KiB is a fault, and resident twice.
+    Copying it from a mapped file would fault on each page of 4 KiB, and keep it resident twice.
     """
     dtype, nbytes = _size(place)
     out = torch.empty(nbytes, dtype=torch.uint8)
@@ -63,7 +63,7 @@ def _size(place: Place) -> tuple[torch.dtype, int]:
 
 
 def on_all_cores() -> None:
-    """Run on every core of this process: a new thread inherits those of its parent."""
+    """Let this thread run on all cores of the process, not only its parent thread's."""
     cores: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it ended meanwhile

@@ -1,6 +1,6 @@
 """Which weights are in a checkpoint's files: a digest of all their bytes.
 
-A user's hashes are kept: a file is read again only when it has changed.
+Hashes are cached per user: a file is read again only if it has changed.
 """
 
 import os
@@ -25,7 +25,7 @@ PIECE = 1 << 20  # bytes that a thread reads at a time
 SETTLED = 2_000_000_000  # ns; two writes within this may leave a file with the same time
 State = tuple[str, int, int]
 
-_known: dict[str, Any] = {}  # a file → what it was when it was hashed, and its hash
+_known: dict[str, Any] = {}  # file → its state when it was hashed, and its hash
 
 
 def fingerprint(folder: Path, say: progress.Say) -> str:
@@ -50,7 +50,7 @@ def states(files: Iterable[Path]) -> list[State]:
 
 
 def hashes(files: Iterable[Path], say: progress.Say) -> dict[str, str]:
-    """Each file's name and SHA-256; of several processes that want them, the first computes them.
+    """Each file's name and SHA-256; if several processes need them, only the first computes them.
 
     Raises:
         CheckpointError: a file is written meanwhile.
@@ -79,10 +79,10 @@ def _look_up(files: Iterable[str]) -> dict[str, str]:
 
 
 def _compute(files: Collection[str], say: progress.Say) -> dict[str, str]:
-    """Read files whole, on all cores, and know their hashes from now on."""
+    """Hash whole files on all cores, and remember the hashes."""
     if not files:
         return {}
-    order = sorted(files, key=os.path.getsize, reverse=True)  # so that none is left over
+    order = sorted(files, key=os.path.getsize, reverse=True)  # so that no large one is last
     total = sum(map(os.path.getsize, files))
     progress.begin(lambda: total, say, "hashing weights")
     pool = ThreadPoolExecutor(max(THREADS, os.cpu_count() or 1), initializer=on_all_cores)
@@ -100,7 +100,7 @@ def _compute(files: Collection[str], say: progress.Say) -> dict[str, str]:
 
 
 def _hash(stopped: Event, path: str) -> tuple[str, str]:
-    """A file and its SHA-256, which is known from now on."""
+    """A file and its SHA-256, which is remembered."""
     hashed, piece = sha256(), memoryview(bytearray(PIECE))
     began = time.time_ns()
     before = os.stat(path)

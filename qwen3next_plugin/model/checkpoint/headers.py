@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of its tensors: the index, and the headers of safetensors files."""
+"""Reads a checkpoint's index and the headers of its safetensors files."""
 
 import json
 import math
@@ -18,7 +18,7 @@ MOST_DIMS, MOST_ELEMENTS = 8, 2**63 - 1  # that torch has sizes for
 
 
 class Header(NamedTuple):
-    """Of one tensor in a file."""
+    """The header entry of one tensor in a file."""
 
     dtype: str  # by its name in safetensors files
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Of a checkpoint in several files."""
+    """The index of a checkpoint in several files."""
 
     files: Mapping[str, str]  # tensor → the file that has it
     total_size: float | None  # of all tensors, in bytes; tools may leave it out
@@ -78,10 +78,10 @@ def weight_files(folder: Path, index: Index | None) -> list[Path]:
 
 @contextmanager
 def opened(path: Path, framework: str, error: type[ValueError] = CheckpointError) -> Iterator[Any]:
-    """A safetensors file: `safe_open`, which checks the header and that the file ends with it.
+    """Open a safetensors file with `safe_open`, which checks its header and its length.
 
-    The types of all entries are checked, that tensors lie side by side from first to last byte,
-    and the header's length, before it is read. Nothing of the tensors is read.
+    It checks the header's length before it reads the header, the types of all entries, and that
+    the tensors cover the data without gaps. It reads no tensors.
 
     Raises:
         error: names the file and what is wrong.

@@ -18,7 +18,7 @@ from qwen3next_plugin.model.kinds import kind_of
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name, in an order that is always the same
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
-# Names of a checkpoint that begin so → how ours begin; None: a vision tower, which is the host's.
+# Prefix of the checkpoint's names → prefix of ours; None: a vision tower, which the host loads.
 PREFIXES: Mapping[Layout, Mapping[str, str | None]] = {
     "grouped": {},
     "flat": {
@@ -32,7 +32,7 @@ EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)$")
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_\w*(packed|scale)\w*)?$")
 # A part of the table of an n-gram embedding, which is no parameter.
 SHARD = re.compile(r"\.ngram_embedding\.shard_(\d+)\.weight$")
-# Of an output head, but for what `qwen3next pack` writes.
+# Tensors of an output head, except those that `qwen3next pack` writes.
 TIED_HEAD = re.compile(r"lm_head\.(?!(packed|scale|zero)$)")
 FLAT_PROJECTION = re.compile(r"(.*\.linear_attn\.in_proj)_(qkv|z|b|a)\.(\w+)$")
 # A checkpoint's projection → the stacked projection that holds it, and as which part.
@@ -61,7 +61,7 @@ def projections(config: Qwen3NextConfig) -> dict[str, dict[str, tuple[int, ...]]
 
 
 def output_sizes(config: Qwen3NextConfig, name: str, layout: Layout) -> list[int]:
-    """The channels of our projection `qkvz` or `ba`, of each of its parts where it is flat."""
+    """Output channels of our projection `qkvz` or `ba`: per part if flat, else in all."""
     sizes = [channels for parts in projections(config)[name].values() for channels in parts]
     return sizes if layout == "flat" else [sum(sizes)]
 
@@ -103,7 +103,7 @@ def our_name(name: str, config: Qwen3NextConfig) -> str | None:
 
 
 def is_tied_head(name: str, config: Qwen3NextConfig) -> bool:
-    """Whether a tensor is of a head that is stored although it is tied: the embeddings are used."""
+    """Whether a tensor belongs to a stored but tied head; the embeddings are used instead."""
     return config.tie_word_embeddings and TIED_HEAD.match(name) is not None
 
 
@@ -116,14 +116,14 @@ def without_prefix(name: str, config: Qwen3NextConfig) -> str | None:
 
 
 def tower_shapes(tensors: Tensors) -> Shapes:
-    """Of the tensors of a vision tower, by names without `model.`, which some checkpoints have."""
+    """Shapes of a vision tower's tensors, by name without the `model.` of some checkpoints."""
     return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in tensors}
 
 
 def check_tower(missing: Collection[str]) -> None:
-    """Refuse a vision tower of which the files have a part only.
+    """Refuse a vision tower if the files lack some of its tensors.
 
-    Args: missing: names of its tensors.
+    Args: missing: names of these tensors.
 
     Raises: CheckpointError, naming the first.
     """
@@ -199,7 +199,7 @@ def group_projections(
 
 
 def _fit(parts: Collection[torch.Tensor]) -> bool:
-    """Whether torch can join them: in columns, and dtypes; FP8 goes with no other."""
+    """Whether torch can join them: equal columns, and no mix of FP8 with another dtype."""
     columns, dtypes = {part.shape[2:] for part in parts}, {part.dtype for part in parts}
     return len(columns) == 1 and (len(dtypes) == 1 or all(d.itemsize > 1 for d in dtypes))
 

@@ -1,4 +1,4 @@
-"""Which memory the system gets back: of mapped checkpoint files, and of what malloc has freed."""
+"""Returns memory to the system: that of mapped checkpoint files, and what malloc has freed."""
 
 import ctypes
 import functools
@@ -13,13 +13,13 @@ import torch
 
 MADV_PAGEOUT = 21  # linux/mman.h; kernels before 5.4 refuse it, and no memory is reclaimed
 AROUND = 1 << 16  # Linux's fault_around_bytes: it maps the aligned range around a page it reads
-# Bytes that are given back at once: Linux splits a cached file's large page to give back a part.
+# Bytes to give back at once: to give back less, Linux would split a cached file's large page.
 RUN = 4 << 20
-MOST_RUNS = 8  # that grow at once: files are sorted by dtype, so a module's tensors are apart
+MOST_RUNS = 8  # growing at once: files are sorted by dtype, so a module's tensors are apart
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 OF_MALLOC = re.compile(r"MALLOC_(TRIM|MMAP)_THRESHOLD_=|GLIBC_TUNABLES=.*glibc\.malloc\.")
-KEPT = 1 << 30  # bytes of freed memory, and of a tensor whose memory is kept, at most
-TENSOR_OF_OLDER = 32 << 20  # where that is too much for an older glibc
+KEPT = 1 << 30  # most bytes of freed memory to keep, and of a tensor whose memory is kept
+TENSOR_OF_OLDER = 32 << 20  # for an older glibc, which refuses more
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def giving_back() -> Iterator[Callable[[torch.Tensor], None]]:
 
 
 def read_at_random(tensor: torch.Tensor) -> None:
-    """Keep Linux from reading ahead in a mapped file where this tensor is: its rows are apart."""
+    """Turn off read-ahead for this tensor in its mapped file: its rows are read at random."""
     if not sys.platform.startswith("linux") or not tensor.nbytes:
         return
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -67,7 +67,7 @@ def read_at_random(tensor: torch.Tensor) -> None:
 
 
 def drop(tensor: torch.Tensor) -> None:
-    """Give back the memory of a tensor that is not read again; that of tensors beside it stays."""
+    """Give back the memory of a tensor that is not read again, but none of its neighbours'."""
     if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -88,10 +88,10 @@ def give_back_freed() -> None:
 def keep_freed() -> None:
     """Let malloc keep up to 1 GiB of what is freed from now on.
 
-    glibc gives memory back to Linux from 32 MB on, and a step of many tokens takes and frees more
-    at each op: a prompt of 2,048 tokens met 56,000 page faults, and took 1.10 times as long. What
-    loading and warming up took must still be given back, so call it after both. Does nothing if the
-    user has set malloc's thresholds.
+    By default glibc returns blocks from 32 MB on to Linux, and a step of many tokens frees larger
+    ones at each op: a prompt of 2,048 tokens met 56,000 page faults, and took 1.10 times as long.
+    Call it after loading and warming up, because their memory must still be given back. Does
+    nothing if the user has set malloc's thresholds.
     """
     is_glibc = sys.platform.startswith("linux") and hasattr(_libc(), "mallopt")
     if not is_glibc or any(OF_MALLOC.match(f"{k}={v}") for k, v in os.environ.items()):
@@ -103,7 +103,7 @@ def keep_freed() -> None:
 
 def _give_back(start: int, end: int) -> None:
     """Give back the memory from `start` to `end`, which was read."""
-    # Reading the first page has mapped what is before it again, up to AROUND bytes.
+    # Reading the first page has also mapped up to AROUND bytes before it again.
     _advise(start // AROUND * AROUND, end // mmap.PAGESIZE * mmap.PAGESIZE, MADV_PAGEOUT)
 
 

@@ -1,6 +1,6 @@
-"""How far loading or hashing is: one bar on a terminal, a line now and then in a log.
+"""Progress of loading or hashing: a bar on a terminal, a line every few seconds in a log.
 
-A process does one of it at a time. Where no bar was begun, nothing here has an effect.
+A process shows one at a time. Without `begin`, the other functions do nothing.
 """
 
 import sys
@@ -21,7 +21,7 @@ from qwen3next_plugin.model.checkpoint.layouts import our_name
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 from qwen3next_plugin.model.checkpoint.units import readable
 
-REFRESHED, EVERY = 1.0, 10.0  # seconds between two looks of the bar, and between two lines
+REFRESHED, EVERY = 1.0, 10.0  # seconds between updates of the bar, and between lines
 Say = Callable[[str], object]
 Total = Callable[[], int | None]
 
@@ -36,7 +36,7 @@ class _Loading:
         self._began, self._ended = time.monotonic(), threading.Event()
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            columns, lines = get_terminal_size()  # of one without a size tqdm would draw nothing
+            columns, lines = get_terminal_size()  # tqdm draws nothing if the size is unknown
             self._bar = tqdm(
                 desc=self.what,
                 unit="B",
@@ -94,7 +94,7 @@ def begin(total: Total, say: Say, what: str = "building the model") -> None:
         total: the bytes that will be counted, if they are known. Called in a thread of its own,
             when there is something to show: it reads the headers of all files.
         say: takes a line of the log.
-        what: is done first.
+        what: the activity to show first.
     """
     global _loading
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

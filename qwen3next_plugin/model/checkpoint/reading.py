@@ -1,4 +1,4 @@
-"""A checkpoint's tensors read as our parameters; what does not belong there is refused."""
+"""Reads a checkpoint's tensors as our parameters, and refuses what does not belong there."""
 
 import re
 from collections import defaultdict, deque
@@ -29,13 +29,13 @@ SCALE_SUFFIXES = (".weight_scale", "_weight_scale", ".weight_scale_inv", "_weigh
 
 
 class Parts(Protocol):
-    """Learns, by name, when a layer or expert begins and ends loading."""
+    """Called, with its name, when a layer or expert begins and ends loading."""
 
     def begin(self, name: str, /) -> None:
-        """The first tensor of it comes."""
+        """Called before its first tensor."""
 
     def end(self, name: str, /) -> None:
-        """All tensors of it are loaded."""
+        """Called once all its tensors are loaded."""
 
 
 def parameters(
@@ -52,13 +52,13 @@ def parameters(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's tensors by our parameters' names, with channels in their order.
 
-    A flat checkpoint is converted here, once, unless `layout`, of our parameters, is flat too.
+    Converts a flat checkpoint, unless `layout`, that of our parameters, is flat too.
 
     Args:
-        quantised: a host's kernels take the tensors as the checkpoint has them.
-        formats: ours take them, by channels.
-        parts: learns of each layer's and expert's first and last tensor.
-        attach: takes a weight, by our name, that the files have packed, in place of its tensors.
+        quantised: the tensors stay as the checkpoint has them, for a host's kernels.
+        formats: the tensors become these formats, for our kernels.
+        parts: called before the first and after the last tensor of a layer or expert.
+        attach: called with a weight's name and value if the files have packed it.
 
     Raises:
         CheckpointError: as `checked`, or a quantised tensor that cannot be converted.
@@ -123,7 +123,7 @@ def checked(
 def _counted(
     tensors: Stream, expected: Iterable[str], formats: Formats | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors; count those of trunk or MTP layer, whichever is expected, for the bar."""
+    """Yield tensors; count the bytes of the expected part, trunk or MTP layer, for the bar."""
     of_mtp = any(name.startswith(MTP) for name in expected)
     whose = "MTP layer: " if of_mtp else ""
     progress.describe(whose + (formats.doing if formats else "loading weights"))
@@ -145,9 +145,9 @@ def _read_once(tensors: Stream) -> Iterator[tuple[str, torch.Tensor]]:
 def _by_part(
     tensors: Stream, expected: Iterable[str], parts: Parts
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors; tell `parts` of each expert, and layer, that begins and is loaded.
+    """Yield tensors; call `parts` when an expert or a layer begins, and when it is loaded.
 
-    A tensor is loaded when the next one is asked for.
+    A tensor counts as loaded when the next one is asked for.
 
     Raises: CheckpointError for a tensor that comes twice: its layer may be packed by then.
     """
@@ -172,7 +172,7 @@ def _by_part(
 
 
 def _parts_of(name: str) -> list[str]:
-    """The expert and the layer that have a tensor."""
+    """The expert and the layer that a tensor belongs to."""
     return [found[0] for part in (EXPERT_MODULE, LAYER) if (found := part.match(name))]
 
 

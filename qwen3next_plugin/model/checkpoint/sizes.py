@@ -17,7 +17,7 @@ PARTS = (
     *("streams and n-grams", "n-gram table"),
 )
 SHARD_MARK = ".ngram_embedding.shard_"
-PART_OF_MARK = {  # what is in a tensor's name → its part; the first one counts
+PART_OF_MARK = {  # substring of a tensor's name → its part; the first match counts
     ".linear_attn.": "linear attention",
     ".self_attn.": "attention",
     ".mlp.": "experts and MLPs",
@@ -36,7 +36,7 @@ REPLICATED = (
 KEY_VALUE = ("k_proj.", "v_proj.")
 
 
-@cache  # of a large model, 100,000 names are asked for several times
+@cache  # a large model looks up 100,000 names several times
 def part_of(name: str) -> str:
     """Which of PARTS a tensor of the checkpoint belongs to."""
     if name.startswith("mtp."):
@@ -83,7 +83,7 @@ def served_bytes(
     *,
     asked: str | None,
 ) -> dict[str, int]:
-    """Bytes of every weight in its format, or quantised at load as asked; without one, plain.
+    """Bytes of every weight: in its format, quantised at load if asked, or else plain.
 
     Weights that stay in mapped files need no memory.
     """

@@ -1,10 +1,10 @@
-"""Name and shape of every tensor of a checkpoint, were it not quantised."""
+"""Name and shape of every tensor of a checkpoint that is not quantised."""
 
 from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.model.checkpoint.layouts import SHARD, Shapes, in_projections
 from qwen3next_plugin.model.kinds import Frame, kind_of
 
-MTP = "mtp."  # the names of the MTP head's tensors begin so
+MTP = "mtp."  # prefix of the MTP head's tensors
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,13 +28,13 @@ def trunk_tensors(config: Qwen3NextConfig) -> Shapes:
 
 
 def loaded_tensors(config: Qwen3NextConfig) -> Shapes:
-    """Those of the trunk that become parameters: all but tables of n-grams, which stay apart."""
+    """The trunk's tensors that become parameters: all but n-gram tables."""
     trunk = trunk_tensors(config).items()
     return {name: shape for name, shape in trunk if not SHARD.search(name)}
 
 
 def not_loaded_tensors(config: Qwen3NextConfig) -> set[str]:
-    """Those that the trunk leaves out: the MTP head's, and tables."""
+    """Tensors that the trunk does not load: the MTP head's, and n-gram tables."""
     return all_tensors(config).keys() - loaded_tensors(config).keys()
 
 

@@ -31,7 +31,7 @@ KEPT = re.compile(
     r"(in_proj_(ba|b|a)|\.fc|\.fc_(embedding|hidden)|\.index_qk_proj"
     r"|hyper_connection\w*\.\w+|\.ple\.\w+)$"
 )
-# Full attention, in int8 also beside int4: of all projections, 4 bits cost it the most perplexity.
+# Full attention is int8 even for `int4`: its projections lose the most perplexity at 4 bits.
 IN_INT8 = re.compile(r"\.self_attn\.[qkvo]_proj$")
 INT8 = Format("int8", 0, torch.float32)  # also of the head and of stream mixers
 
@@ -61,7 +61,7 @@ def formats_at_load(name: str, shapes: Shapes, holder: Callable[[str], str]) -> 
 
 
 def plain_bytes(shapes: Shapes) -> dict[str, int]:
-    """Bytes of what becomes int8 though it has no format; a tied head is a copy."""
+    """Bytes of the weights that become int8 without a format; a tied head is copied."""
     if env.head() != "auto":
         return {}
     found = {HEAD: INT8.nbytes(*shapes[EMBEDDING])}
@@ -109,7 +109,7 @@ def _chosen(name: str, shapes: Shapes) -> Iterator[tuple[Module, Format]]:
 
 @functools.cache
 def _int4(columns: int) -> Format | None:
-    """int4 with the largest group, up to 128, that divides the columns; None: there is none."""
+    """int4 with the largest group, up to 128, that divides the columns; None: none does."""
     groups = (g for g in reversed(GROUPS) if columns % g == 0)
     return next((Format("int4", group, torch.bfloat16) for group in groups), None)
 

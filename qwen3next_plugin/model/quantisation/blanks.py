@@ -1,4 +1,4 @@
-"""The parameters that packing drops, to load a model again."""
+"""Restores the parameters that packing drops, so that a model can be loaded again."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def _alike(present: nn.Parameter | None, blank: nn.Parameter) -> bool:
 
 
 def _like(parameter: nn.Parameter, device: str) -> nn.Parameter:
-    """An empty one with the same attributes, by which engines load it."""
+    """An empty parameter with the same attributes, which engines use to load it."""
     empty = torch.empty_like(parameter, device=device)
     found = nn.Parameter(empty, requires_grad=False)
     found.__class__ = parameter.__class__

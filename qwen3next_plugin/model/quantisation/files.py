@@ -35,7 +35,7 @@ def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] |
         quantization: its quantization_config.
 
     Raises:
-        CheckpointError: a module that is quantised in no way that is known.
+        CheckpointError: a module is quantised in an unknown way.
     """
     read = quantization and {name: quantization.get(name) for name in READ}
     return _read_formats(
@@ -57,13 +57,13 @@ def _read_formats(
     asked: str | None,
     head: str,
 ) -> Formats:
-    """Args: files: read through `folder`; head: read by what this calls."""
+    """Args: files, head: only for the cache's key; callees read both themselves."""
     config = Qwen3NextConfig.from_hf(json.loads(hf_config))
     return formats_of(folder, config, json.loads(quantization), asked=asked)
 
 
 def check_version(folder: Path, formats: Formats | None) -> None:
-    """Refuse other weights in GPTQ's other version: its zero points have the same names and shapes.
+    """Refuse new weights in GPTQ's other version: only the values of its zero points differ.
 
     Raises: CheckpointError, naming the folder.
     """
@@ -82,7 +82,7 @@ def read_plain_modules(folder: Path, hf_config: Any) -> frozenset[str]:
     """Modules of the trunk and the MTP layer that the files have unquantised; cached.
 
     Raises:
-        CheckpointError: a module of which a part is quantised, and another not.
+        CheckpointError: only a part of a module is quantised.
     """
     return _read_plain_modules(folder, _unquantised(hf_config), _state_of(folder))
 
@@ -93,12 +93,12 @@ def _read_plain_modules(folder: Path, hf_config: str, files: tuple[State, ...]) 
 
 
 def _state_of(folder: Path) -> tuple[State, ...]:
-    """Changes whenever a weight file does: a process may serve a folder that was written anew."""
+    """For a cache's key: a process may serve a folder whose weight files were written anew."""
     return tuple(states(sorted(folder.glob("*.safetensors"))))
 
 
 def _unquantised(hf_config: Any) -> str:
-    """A config in JSON, without quantization_config, to which vLLM adds fields as it starts."""
+    """A config as JSON, without quantization_config, because vLLM adds fields to that."""
     return json.dumps(unquantised(json.loads(hf_config.to_json_string(use_diff=False))))
 
 
@@ -121,7 +121,7 @@ def formats_of(
 
     Args:
         quantization: quantization_config of its config.json.
-        asked: by QWEN3NEXT_QUANTISE.
+        asked: the value of QWEN3NEXT_QUANTISE.
 
     Raises:
         CheckpointError: names a module that cannot be served as it is quantised, and the fix.

@@ -23,7 +23,7 @@ DTYPES = {
     "mxfp4": torch.uint8,
 }
 CHANNEL_SCALE = "weight_channel_scale"
-CHUNK = 1 << 20  # values dequantised at once: of a whole head, three times as many would be in use
+CHUNK = 1 << 20  # values dequantised at once, because a whole head would take three times its size
 Tensors = Mapping[str, Tensor]
 
 
@@ -32,9 +32,9 @@ class Format:
     """How a weight [N, K] is stored.
 
     encoding: `fp8` (e4m3); `int8`; `int4`, `nvfp4` or `mxfp4`: two columns a byte, the lower
-        nibble first; or `bf16`, without scales. nvfp4 has a scale of each channel, too.
-    group: columns that share a scale, of fp8 the last group maybe fewer; 0: all of them.
-    zeros: int4 has a zero point beside each scale; without, the zero is 8.
+        nibble first; or `bf16`, without scales. nvfp4 also has a scale per channel.
+    group: columns that share a scale (the last group of fp8 may be smaller); 0: all of them.
+    zeros: int4 has a zero point per scale; otherwise its zero point is 8.
     """
 
     encoding: Encoding
@@ -44,7 +44,7 @@ class Format:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of a module's tensors."""
+        """Names of a module's tensors."""
         if self.encoding == "bf16":
             return ("weight",)
         more = ("weight_zero",) if self.zeros else ()
@@ -71,7 +71,7 @@ class Format:
         return {name: every[name] for name in self.names}
 
     def described(self) -> str:
-        """For an error."""
+        """The format in words, for an error."""
         scales = f"scales of {self.group} columns" if self.group else "scales of whole channels"
         zeros = " and zero points" if self.zeros else ""
         return f"{self.encoding} with {scales} in {str(self.scale).removeprefix('torch.')}{zeros}"
@@ -89,7 +89,7 @@ def _nbytes(form: Format, channels: int, columns: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class InPanels(Format):
-    """Of a weight that the files have packed: no parameters are made for it.
+    """The format of a weight that the files have packed; it gets no parameters.
 
     shape: (N, K), or (E, N, K) of experts.
     parts: output channels of what is stacked in it; a rank has a share of each.
@@ -100,7 +100,7 @@ class InPanels(Format):
 
     @property
     def packed_names(self) -> tuple[str, ...]:
-        """Of the tensors in the files, those of `PackedWeight`."""
+        """Last names of its tensors in the files, which are the fields of `PackedWeight`."""
         return ("packed", "scale") + (("zero",) if self.zeros else ())
 
 

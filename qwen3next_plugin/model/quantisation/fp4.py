@@ -22,7 +22,7 @@ E8M0 = (torch.uint8, FP4_SCALES["mxfp4"])
 
 
 def scheme(tensors: Tensors) -> Scheme:
-    """That of a module with these tensors, of which one is in VALUES."""
+    """The scheme of a module with these tensors, one of which is in VALUES."""
     values = "weight_packed" if "weight_packed" in tensors else "weight"
     whole = DIVISOR if values == "weight_packed" else FACTOR
     scale, e4m3 = tensors.get("weight_scale"), FP4_SCALES["nvfp4"]

@@ -182,7 +182,7 @@ class FormatsInPanels(Formats):
     def converted(
         self, tensors: Stream, ignored: Iterable[str] = ()
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield tensors: those of packed weights from their files, whatever the engine has read."""
+        """Yield tensors; read those of packed weights from their files, not from the engine."""
         left_out = set(self._of(frozenset(ignored)))
         load = mapped if env.mmap() else read
         with giving_back() as done:
@@ -218,7 +218,7 @@ class FormatsInPanels(Formats):
                 attach(weight, whole)
 
     def _of(self, names: Iterable[str]) -> Iterator[str]:
-        """The packed weights that hold modules of which the weight is among `names`."""
+        """The packed weights that hold a module whose weight is in `names`."""
         names = frozenset(names)
         for name in self.weights:
             first = self._wholes[name].modules[0]

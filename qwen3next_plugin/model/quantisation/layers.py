@@ -39,13 +39,13 @@ class Ranks(NamedTuple):
     size: int
 
     def share(self, total: int, of_rank: int) -> tuple[int, int]:
-        """This rank's run of `of_rank`; several ranks have the same where there are fewer runs."""
+        """This rank's range of `of_rank`; ranks share ranges if there are fewer than ranks."""
         start = self.rank * (total // of_rank) // self.size * of_rank
         return start, start + of_rank
 
 
 class Attaching(ABC):
-    """Marks a method that takes weights which the files have packed, and may lack parameters."""
+    """Marks a method whose weights may be packed in the files; its layer may lack parameters."""
 
     module: str  # our name of the layer
 
@@ -68,7 +68,7 @@ class PlainMethod(Packing):
 
 
 class MixingMethod(PlainMethod, Attaching):
-    """Of a stream mixer, whose name is `module`; the files may have packed it."""
+    """The method of the stream mixer `module`, which the files may have packed."""
 
     def __init__(self, module: str, *, as_int8: bool) -> None:
         super().__init__(as_int8=as_int8)
@@ -80,11 +80,11 @@ class MixingMethod(PlainMethod, Attaching):
 
 
 class LinearMethod(Packing, Attaching):
-    """Of a projection, whose name is `module`, in one format."""
+    """The method of the projection `module`, in one format."""
 
     def __init__(self, module: str, form: Format) -> None:
         self.module, self.format = module, form
-        self.channels: list[int] = []  # of a rank, by part
+        self.channels: list[int] = []  # on this rank, by part
         self.columns = 0
 
     def create_weights(
@@ -132,7 +132,7 @@ class ExpertsMethod(PackingExperts, Attaching):
     def __init__(self, module: str, formats: Mapping[str, Format], inner: int) -> None:
         """Args: inner: features between the experts' two products, on all ranks together."""
         self.module, self.formats, self.inner = module, formats, inner
-        self.width = inner  # those of a rank
+        self.width = inner  # on one rank
 
     def create_weights(
         self,
@@ -183,7 +183,7 @@ class ExpertsMethod(PackingExperts, Attaching):
 
 
 class HeadMethod(Attaching):
-    """Of the output head, whose channels an engine pads, and divides among ranks."""
+    """The method of the output head, whose channels an engine pads and shards."""
 
     module = HEAD_MODULE
 
@@ -194,7 +194,7 @@ class HeadMethod(Attaching):
 
 
 def _hold(layer: Any, name: str, part: PackedWeight) -> None:
-    """Give a layer a rank's part of a weight; what it shares with more than itself is copied.
+    """Give a layer its rank's part of a weight, copied where it is a view of a larger tensor.
 
     Raises: CheckpointError if the layer has one already.
     """

@@ -46,10 +46,10 @@ class Stored(NamedTuple):
 
 
 class Formats:
-    """The formats of a checkpoint's modules, and of ours, which may hold several of its.
+    """The formats of a checkpoint's modules and of ours, each of which may hold several of those.
 
-    Ours has a format if all modules that it holds have it. Otherwise these are dequantised as they
-    load: `dequantised` names them.
+    A module of ours has a format if all modules in it have that one. Otherwise they are
+    dequantised as they load; `dequantised` names them.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Formats:
             doing: what is done to the weights as they load.
             tower: a quantised tensor of a vision tower, if one has any.
             packed_plain: weights without a format that the files have packed.
-            nbytes_in_panels: of all that the files have packed.
+            nbytes_in_panels: bytes of all weights that the files have packed.
         """
         self.stored, self._holder, self._note = stored, holder, note
         self.doing, self.tower = doing, tower
@@ -134,9 +134,9 @@ class Formats:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a module's tensors in our format once all of them are read, others as they are.
 
-        Each is to be copied before the next one is asked for.
-        Those of modules whose weight is in `ignored` are left out, and scales of the KV cache,
-        which is in 16 or 32 bits on a CPU.
+        The caller must copy each tensor before it asks for the next one.
+        Leaves out the tensors of modules whose weight is in `ignored`, and the KV cache's scales,
+        because that cache has 16 or 32 bits on a CPU.
         """
         waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         ignored = frozenset(ignored)
@@ -162,9 +162,9 @@ class Formats:
     def attached(
         self, tensors: Stream, attach: Callable[[str, PackedWeight], None]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield tensors, but for those of weights that the files have packed: `attach` gets these.
+        """Yield tensors; pass weights that the files have packed to `attach` instead.
 
-        Each is attached, by its name, when its last tensor has come.
+        Calls `attach` with a weight's name once its last tensor has come.
         """
         yield from tensors
 
@@ -215,13 +215,13 @@ def stored_formats(
 
     Args:
         tensors: those of the checkpoint, without data.
-        shapes: of the weights, were they not quantised.
+        shapes: of the weights before quantisation.
         holder: the name of our module that holds the checkpoint's.
         quantization: quantization_config of config.json, if it has one.
         tower: a quantised tensor of a vision tower, if one has any.
 
     Raises:
-        CheckpointError: a module whose tensors are no format that is known, or not all there.
+        CheckpointError: a module's format is unknown, or some of its tensors are missing.
     """
     shapes = matrices(shapes)
     found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -248,7 +248,7 @@ def stored_formats(
 
 
 def less_of(quantization: Mapping[str, Any] | None) -> int:
-    """What a checkpoint's GPTQ zero points are stored less, by its quantization_config."""
+    """What GPTQ subtracted from the stored zero points, according to quantization_config."""
     return 0 if (quantization or {}).get("checkpoint_format") == "gptq_v2" else 1
 
 
@@ -259,7 +259,7 @@ def without_wrapper(prefix: str) -> str:
 
 
 def matrices(shapes: Shapes) -> Shapes:
-    """Those of modules that may be quantised; a table of n-grams is read by itself."""
+    """Shapes of modules that may be quantised; n-gram tables are read separately."""
     return {
         name: shape
         for name, shape in shapes.items()
@@ -293,7 +293,7 @@ def _known(module: Module) -> Scheme:
 
 
 def _check_alike(stored: Stored, module: Module) -> None:
-    """Refuse a module that is not stored as the weights that the server began with.
+    """Refuse a module that is stored differently from the weights at the server's start.
 
     Raises: CheckpointError, also for tensors that are in no known format.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint was packed from, kept beside it: it is compared where it is still there."""
+"""Records what a checkpoint was packed from, and compares that if it still exists."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ RECORD = "packed_from.json"
 
 
 def record(folder: Path, say: Say) -> dict[str, Any]:
-    """A checkpoint's folder, and of config.json and each weight file size, time and SHA-256."""
+    """A checkpoint's folder; size, time and SHA-256 of config.json and each weight file."""
     files = _files(folder)
     was, of = states(files), hashes(files, say)
     return {
@@ -27,7 +27,7 @@ def record(folder: Path, say: Say) -> dict[str, Any]:
 
 
 def changed(recorded: Mapping[str, Any], say: Say) -> str | None:
-    """A file that is not what was recorded; None: there is none, or the checkpoint has gone."""
+    """A file that differs from the record; None: none does, or the checkpoint is gone."""
     before = recorded["files"]
     with suppress(OSError):  # it cannot be read, as if it had gone
         files = _files(Path(recorded["folder"]))
@@ -40,7 +40,7 @@ def changed(recorded: Mapping[str, Any], say: Say) -> str | None:
 
 
 def refuse_changed(packed: Path, say: Say) -> None:
-    """Refuse a packed checkpoint if what it was packed from is there, and is another one now.
+    """Refuse a packed checkpoint if its source still exists and has changed.
 
     Raises: ConfigError, CheckpointError, naming both and the fix.
     """

@@ -120,7 +120,7 @@ def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) 
 
 
 def _as_int8(weight: Tensor) -> PackedWeight:
-    """Experts one by one: quantising takes several times the memory of what is quantised."""
+    """Quantise experts one by one, because it takes several times the memory of its input."""
     if weight.dim() == 3:
         return stack(map(_as_int8, weight), len(weight))
     values, scale = quantise_channels(weight)

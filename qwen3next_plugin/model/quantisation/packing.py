@@ -1,6 +1,6 @@
 """Parameters become packed weights as soon as a layer, or one of its experts, is loaded.
 
-An engine would pack once all layers are loaded; both copies of all weights might not fit.
+An engine would pack after loading all layers; then both copies of all weights might not fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from qwen3next_plugin.model.quantisation.packed import Packed, pack
 
 BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
 EXPERTS_WEIGHTS = ("w13_weight", "w2_weight")
-OF_EXPERTS = ".mlp.experts."  # in the name of an expert, between those of its layer and its own
+OF_EXPERTS = ".mlp.experts."  # in an expert's name, between its layer's name and its number
 
 
 class Packing:
@@ -34,15 +34,15 @@ class PackingExperts(Packing):
     stacks: dict[str, Stack] | None = None  # of experts that are packed already
 
     def may_pack(self, layer: Any) -> bool:
-        """Whether an expert may be packed before the engine asks for all; this rank has all."""
+        """Whether experts may be packed early and one by one; this rank must have all of them."""
         raise NotImplementedError
 
     def pack_expert(self, layer: Any, index: int) -> None:
         """Pack an expert whose tensors are loaded, and give back the memory of its parameters.
 
-        Only an MTP layer's, of which the copy in bf16 is large beside all else: one by one takes
-        half as long again. Not where an engine keeps the tensors until it has the whole layer, as
-        vLLM's reload does.
+        Only for an MTP layer, whose copy in bf16 is large beside all else, because one by one
+        takes 1.5 times as long. Not where an engine keeps the tensors until it has the whole
+        layer, as vLLM's reload does.
         """
         w2 = getattr(layer, "w2_weight", None)
         if not self.as_int8 or w2 is None or w2.is_meta or not self.may_pack(layer):
@@ -70,8 +70,8 @@ class PackingExperts(Packing):
 class Packer:
     """Packs a model's decoder layers, and experts of them, as soon as their tensors are loaded.
 
-    Experts are loaded into the memory of those that were packed before them: of new memory each
-    page is a fault, for which Linux may first have to make room.
+    Experts are loaded into the memory of those that were packed before them. New memory would
+    fault on each page, and Linux might first have to make room.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Packer:
         self.free: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
 
     def begin(self, name: str) -> None:
-        """The first tensor of a layer comes, or of an expert in it, by name in the checkpoint."""
+        """Called before the first tensor of a layer or expert, with its name in the checkpoint."""
         if OF_EXPERTS in name:
             return
         for layer in self._packing(name, PackingExperts):
@@ -91,7 +91,7 @@ class Packer:
                     parameter.data = found
 
     def end(self, name: str) -> None:
-        """All tensors of a layer, or of an expert, are loaded."""
+        """Called once all tensors of a layer, or of an expert, are loaded."""
         within, _, expert = name.partition(OF_EXPERTS)
         if expert:
             for layer in self._packing(within, PackingExperts):

@@ -229,7 +229,7 @@ IN_BLOCKS = Scheme(("weight", "weight_scale_inv"), ("input_scale",), _block_form
 
 
 def scheme(tensors: Tensors) -> Scheme | None:
-    """That of a module with these tensors, by names and dtypes; None: unknown."""
+    """The scheme of a module with these tensors, by names and dtypes; None: unknown."""
     for name, tensor in tensors.items():
         if (name, tensor.dtype) in fp4.VALUES:
             return fp4.scheme(tensors)

@@ -77,7 +77,7 @@ def is_plain(name: str) -> bool:
 
 
 def _place(module: str) -> tuple[int, int]:
-    """Its expert, and its place among what is stacked."""
+    """A module's expert, and its place in the stack."""
     if expert := EXPERT.match(module):
         kinds = list(EXPERT_TENSORS)
         return int(module.removeprefix(expert[1]).split(".")[1]), kinds.index(expert[2])

@@ -11,7 +11,7 @@ THREADS = "OMP_NUM_THREADS"
 def bind_cores(ranks: int, nodes: int = 1) -> None:
     """Divide a node's cores among the ranks that start on it, unless the environment does.
 
-    SGLang would refuse more ranks than NUMA nodes, and overlook a quota. It binds threads only on
+    SGLang itself refuses more ranks than NUMA nodes, and ignores a quota. It binds threads only on
     processors with AMX; elsewhere each rank would have as many as the machine has CPUs.
     """
     found = share(max(1, ranks // nodes))  # SGLang refuses fewer ranks than nodes later

@@ -1,4 +1,4 @@
-"""SGLang's bar of a checkpoint's files, which is hidden where ours counts bytes."""
+"""Hides SGLang's progress bar of checkpoint files where ours counts bytes."""
 
 from typing import Any
 

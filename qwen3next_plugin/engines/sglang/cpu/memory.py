@@ -58,7 +58,7 @@ def plan(sizes: Mapping[str, int], server_args: Any, model_config: Any) -> Pools
 
 
 def local_ranks(server_args: Any) -> int:
-    """Of all engines on this machine."""
+    """Ranks of all engines on this machine."""
     return max(1, server_args.dp_size * server_args.tp_size // server_args.nnodes)
 
 
@@ -83,8 +83,8 @@ def free_memory(host: Callable[[], int]) -> int:
 def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memory: float) -> float:
     """Around `_handle_max_mamba_cache`: use part of the free memory, unless flags say how much.
 
-    Large weights leave nothing of what the default of --mem-fraction-static allows: that is for
-    the activations of a GPU's steps.
+    With large weights the default of --mem-fraction-static would leave nothing: it reserves memory
+    for the activations of a GPU's steps.
 
     Returns GiB for KV, in addition to the state pages that SGLang sets aside.
     """
@@ -106,7 +106,7 @@ def modest_pools(host: Callable[..., float], configurator: Any, total_rest_memor
 
 
 def free_gib(configurator: Any) -> float:
-    """Free memory of the machine for one of its ranks; the least of all ranks, as SGLang counts."""
+    """Free memory for one rank of this machine; the minimum over all ranks, as SGLang counts."""
     from sglang.srt.runtime_context import get_parallel, get_server_args
     from sglang.srt.utils import get_available_gpu_memory, get_cpu_ids_by_node
 

@@ -36,7 +36,7 @@ class SparseMoE(nn.Module):
         # SGLang has routers for GPUs and for AMX only.
         self.is_native = without_gpu() and not cpu_has_amx_support()
         args = get_server_args()
-        self.is_recorded = bool(  # which experts are chosen, by SGLang's code after the router
+        self.is_recorded = bool(  # SGLang's code after the router records which experts are chosen
             args.enable_return_routed_experts or args.expert_distribution_recorder_mode
         )
         self.gate = ReplicatedLinear(

@@ -21,11 +21,11 @@ class Chains:
 
     def __init__(self, runner: Any, req_to_token_pool: Any) -> None:
         self.runner, self.req_to_token_pool = runner, req_to_token_pool
-        # Drafts in the next step, of requests whose first draft is made.
+        # Number of drafts in the next step, for requests that have their first draft.
         self.lengths: dict[str, int] = {}
 
     def _forward(self, batch: ScheduleBatch, fed: list[Row]) -> tuple[Tensor, Tensor]:
-        """Run the MTP layer over what it reads; what `run_layer` returns, of rows that draft.
+        """Run the MTP layer over the fed tokens; returns `run_layer`'s results for drafting rows.
 
         Shapes: returns [drafting, D], and [drafting, D] or [drafting, hc·D], of each one's last
         """
@@ -51,10 +51,10 @@ class Chains:
         return hidden_states[drafting], states[drafting]
 
     def draft(self, batch: ScheduleBatch) -> RaggedVerifyInput:
-        """Extend the first drafts to chains; a request without one has its last token alone."""
+        """Extend the first drafts to chains; without a first draft, only the last token."""
         lengths = [self.lengths.get(request.rid, 0) for request in batch.reqs]
         widths = [1 + length for length in lengths]
-        # SGLang's grammars and custom logit processors count tokens by one width.
+        # SGLang's grammars and custom logit processors need the same width for every request.
         if batch.has_grammar or batch.sampling_info.has_custom_logit_processor:
             widths = [max(widths)] * len(widths)
         table = self.req_to_token_pool.req_to_token

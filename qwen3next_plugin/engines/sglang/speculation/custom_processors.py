@@ -1,7 +1,7 @@
 """Custom logit processors under drafts: a row's processor sees the drafts before the row.
 
 A processor may read its request, as SGLang's thinking budgets do. SGLang's own call with several
-rows a request shows each of them the request as it was before the step.
+rows a request passes every row the request as it was before the step.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def apply_custom_processors(
 
     indices = request.tolist()
     rows = copy(info)
-    rows.temperatures = info.temperatures[request]  # SGLang counts rows by them
+    rows.temperatures = info.temperatures[request]  # SGLang takes the number of rows from it
     rows.custom_params = [
         _at(info.custom_params[i], before) for i, before in zip(indices, drafts, strict=True)
     ]
@@ -54,6 +54,6 @@ def _at(params: dict[str, Any] | None, drafts: tuple[int, ...]) -> dict[str, Any
 
 
 def _of_rows(entry: Any, indices: list[int]) -> Any:
-    """The same processor for all rows of its requests."""
+    """A processor's entry, extended to all rows of its requests."""
     rows = [row for row, i in enumerate(indices) if i in entry.rows]
     return replace(entry, rows=rows, indices=torch.tensor(rows))

@@ -1,8 +1,8 @@
-"""Drafter: chains of drafts from the int8 head, and none at all when drafts do not pay.
+"""Drafter: chains of drafts from the int8 head, or none if drafting is slower.
 
-Drafts in place of SGLang's EagleDraftWorker, which runs the MTP layer over all verified tokens, the
-rejected ones too, computes logits of the whole vocabulary for each, and does so even if nothing is
-drafted. SGLang still loads the layer and manages its cache. mtp/loop.py decides.
+Replaces SGLang's EagleDraftWorker, which runs the MTP layer over all verified tokens, rejected ones
+included, and computes logits of the whole vocabulary for each, even if nothing is drafted. SGLang
+still loads the layer and manages its cache. mtp/loop.py chooses when and how much to draft.
 """
 
 import sys
@@ -26,15 +26,15 @@ from qwen3next_plugin.mtp.rows import FinishedStep, Row
 
 
 class Drafter(Chains):
-    """Chains of the length that pays; one per worker."""
+    """Drafts chains of the fastest length; one per worker."""
 
     def __init__(self, runner: Any, req_to_token_pool: Any, num_drafts: int) -> None:
-        """`runner`: SGLang's of the MTP layer, which is loaded."""
+        """`runner`: SGLang's model runner of the MTP layer, after loading."""
         super().__init__(runner, req_to_token_pool)
         chunk, whole = get_schedule().chunked_prefill_size, get_schedule().max_prefill_tokens
         limit = chunk if chunk > 0 else whole
         mode = get_disagg().disaggregation_mode
-        # What the layer has read is handed over with the prompt, so it may miss no token.
+        # A prompt is handed over with the layer's KV, so the layer must read every token.
         must_run = mode == "prefill"
         self.loop = Loop(
             observer=Observer(make_policy(num_drafts), Board(num_drafts), logger.error),
@@ -44,13 +44,13 @@ class Drafter(Chains):
             usable_drafts=self._usable_drafts,
             must_run=must_run,
         )
-        self.resumes = mode == "decode"  # retracted requests, which elsewhere are read anew
+        self.resumes = mode == "decode"  # retracted requests; other servers read them anew
         self.decoding: dict[str, Req] = {}  # requests of the last step that decoded
         self.read: dict[str, Req] = {}  # those whose prompts were read since that step
-        self.chunked: Req | None = None  # the one of them whose prompt goes on
+        self.chunked: Req | None = None  # the one of them whose prompt continues
         self.plain_reqs: list[Req] | None = None  # the batch of the last plain step
         runner.model.make_draft_head()
-        # SGLang's positions of images need as many tokens of one request as of another.
+        # SGLang's image positions require the same number of tokens for every request.
         runner.model_config.model_is_mrope = False
 
     def has_drafts(self, batch: ScheduleBatch) -> bool:
@@ -65,7 +65,7 @@ class Drafter(Chains):
     def after_prompts(
         self, batch: ScheduleBatch, hidden_states: torch.Tensor, next_token_ids: torch.Tensor
     ) -> EagleDraftInput:
-        """No drafts yet, after T tokens of prompts. Shapes: hidden_states [T, D].
+        """Process T tokens of prompts, without drafts. Shapes: hidden_states [T, D].
 
         On a prefill server the MTP layer reads the prompts now, because their KV is handed over.
         Elsewhere it reads a prompt when the request first drafts.
@@ -91,7 +91,7 @@ class Drafter(Chains):
     ) -> EagleDraftInput:
         """First drafts after a verification of `widths` tokens of each request.
 
-        `draft_seconds`: what drafting took before it
+        `draft_seconds`: time of the drafting before it
         """
         step = batches.verified(batch, result, widths, self.lengths)
         fed = self._end_step(batch, step, step_seconds, draft_seconds)
@@ -105,7 +105,7 @@ class Drafter(Chains):
         step_seconds: float,
         draft_seconds: float,
     ) -> EagleDraftInput | None:
-        """First drafts after a step without drafts, if it is time for some."""
+        """First drafts after a step without drafts; None if none are due."""
         token_ids = result.next_token_ids.long()
         if self.loop.plain is not None and batch.reqs is self.plain_reqs:
             hidden_states = result.logits_output.hidden_states
@@ -119,7 +119,7 @@ class Drafter(Chains):
     def _end_step(
         self, batch: ScheduleBatch, step: FinishedStep, step_seconds: float, draft_seconds: float
     ) -> list[Row]:
-        """Report a step, and drafting before it; neither is timed if a request is new."""
+        """Report a step and the drafting before it; both without times if a request is new."""
         requests = {request.rid: request for request in batch.reqs}
         timed = requests.keys() <= self.decoding.keys()
         self.decoding = requests
@@ -127,11 +127,11 @@ class Drafter(Chains):
         self.loop.drafted(draft_seconds, draft_seconds if timed else None)
         if self.resumes:
             self._lose_retracted(batch, step)
-        known = requests.keys() | self.read.keys()  # those that were retracted are read anew
+        known = requests.keys() | self.read.keys()  # without retracted ones, which are read anew
         return self.loop.step(step, known, step_seconds if timed else None)
 
     def _lose_retracted(self, batch: ScheduleBatch, step: FinishedStep) -> None:
-        """Draft no more for resumed requests: SGLang puts no KV of the MTP layer aside."""
+        """Stop drafting for resumed requests, because SGLang does not save the MTP layer's KV."""
         rows = zip(batch.reqs, step.firsts, strict=True)
         if resumed := {request.rid: first for request, first in rows if request.retraction_count}:
             self.loop.keep_plain()
@@ -150,7 +150,7 @@ class Drafter(Chains):
         bonus_tokens: torch.Tensor,
         result: GenerationBatchResult,
     ) -> EagleDraftInput:
-        """Run the MTP layer for what it reads now. Shapes: bonus_tokens [N], each one's last."""
+        """Run the MTP layer on the rows' tokens. Shapes: bonus_tokens [N], each request's last."""
         hidden_states = states = result.logits_output.hidden_states[:0]
         if fed:
             hidden_states, states = self._forward(batch, fed)

@@ -1,4 +1,4 @@
-"""A row of logits from which no token can be sampled: it would end the server."""
+"""Repairs rows of logits from which no token can be sampled: they would end the server."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def keep_a_token(host: Callable[..., None], info: Any, logits: torch.Tensor) -> 
 
 
 def allow_a_token(logits: torch.Tensor, grammar_mask: Any) -> None:
-    """Allow the end if the grammar allows nothing else, although min_new_tokens forbids it.
+    """Allow the end token if the grammar allows nothing else, even if min_new_tokens forbids it.
 
     Without a grammar, allow every token. Shapes: logits [rows, V], changed in place.
     """

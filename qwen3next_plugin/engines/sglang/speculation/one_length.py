@@ -16,17 +16,17 @@ from qwen3next_plugin.mtp.costs import Costs, Table, guess_draft, guess_step
 from qwen3next_plugin.mtp.loop import EVERY
 from qwen3next_plugin.mtp.policy import Adaptive, Chances, Plan
 
-ALIKE = 2  # steps with as many drafts after which one is timed: SGLang runs a step ahead
+ALIKE = 2  # consecutive steps with equal drafts before one is timed: SGLang runs a step ahead
 TRIAL = 6  # steps of a trial: the first two are not timed
 
 
 def guess_whole(drafts: float) -> float:
-    """A step with the drafting before it: only both together are timed."""
+    """Guessed cost of a step and the drafting before it, which are only timed together."""
     return guess_step(drafts) + (guess_draft(drafts) if drafts else 0.0)
 
 
 class Alike(Adaptive):
-    """As many drafts for each request."""
+    """The policy with the same number of drafts for every request."""
 
     trial_steps = TRIAL
 
@@ -43,7 +43,7 @@ def names(batch: int) -> list[str]:
 
 
 class OneLength:
-    """What SGLang's AdaptiveController calls a policy."""
+    """A policy as SGLang's AdaptiveController expects it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class OneLength:
         self.graphs: list[int] | None = None  # batch sizes
         self.steps, self.wait = self.candidate_steps[-1], 0  # steps until another choice
         self.launched = deque[int]()  # drafts of steps without a result yet
-        self.alike = 0  # steps with so many drafts
+        self.alike = 0  # consecutive steps with `steps` drafts
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None:
         self.graphs = cuda_graph_bs

@@ -1,7 +1,7 @@
 """Penalties and min_new_tokens: count every token of an answer once, and drafts before a row.
 
-SGLang counts one token of each request a step, and penalises every row of a verification like that
-of the request's last token.
+SGLang counts one token per request and step, and applies the penalties of a request's last token to
+all its rows in a verification.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 
 from qwen3next_plugin.engines.sglang.patches import When, patch
 
-# For each request: how often it was retracted, and how many of its tokens are counted since.
+# For each request: its number of retractions, and the tokens counted since the last one.
 _counted: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
@@ -53,7 +53,7 @@ def count_every_token(host: Callable[[Any], None], batch: Any) -> None:
 def count_what_is_read_again(host: Callable[[Any], None], batch: Any) -> None:
     """Wrap `ScheduleBatch.prepare_for_extend`: count the answers of requests that were retracted.
 
-    SGLang makes their counts anew, at zero. Remove when it counts what it reads again.
+    SGLang restarts their counts at zero. Remove when it counts what it reads again.
     """
     host(batch)
     _count_answers(batch)
@@ -67,16 +67,16 @@ def count_what_is_read_again(host: Callable[[Any], None], batch: Any) -> None:
     remove_when="SGLang counts what is there already",
 )
 def count_what_is_there_already(host: Callable[[Any], None], batch: Any) -> None:
-    """Wrap `ScheduleBatch.prepare_for_prebuilt`, of a decode server: the same, but the last token.
+    """Wrap `ScheduleBatch.prepare_for_prebuilt` of a decode server: count all but the last token.
 
-    It has not been read: the next step reads and counts it.
+    The next step reads the last token and counts it.
     """
     host(batch)
     _count_answers(batch, unread=1)
 
 
 def _count_answers(batch: Any, unread: int = 0) -> None:
-    """Count each request's tokens but the last `unread`, where none is counted."""
+    """Count each request's tokens, except the last `unread`, from a count of zero."""
     penalizers = batch.sampling_info.penalizer_orchestrator.penalizers.values()
     for row, request in enumerate(batch.reqs):
         token_ids = list(request.output_ids)[: len(request.output_ids) - unread]
@@ -87,7 +87,7 @@ def _count_answers(batch: Any, unread: int = 0) -> None:
 
 
 def _uncounted(request: Any) -> list[int]:
-    """The request's tokens since they were counted; all of them if the counts were made anew."""
+    """The request's tokens that are not counted; all of them if the counts were reset."""
     retractions, counted = _counted.get(request, (0, 0))
     if retractions != request.retraction_count:
         counted = 0
@@ -103,7 +103,7 @@ def is_penalised(params: Any) -> bool:
 
 def count(penalizer: Any, row: int, token_ids: torch.Tensor) -> None:
     """Count tokens of one request, through views of its row. Shapes: token_ids [n]."""
-    # Penalizers take one token of every request; a view makes the row a batch of its own.
+    # Penalizers take one token of every request; a view turns the row into a batch of one.
     whole = {name: value for name, value in vars(penalizer).items() if torch.is_tensor(value)}
     vars(penalizer).update({name: value[row : row + 1] for name, value in whole.items()})
     for token_id in token_ids.split(1):

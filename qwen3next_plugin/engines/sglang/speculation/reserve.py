@@ -1,4 +1,4 @@
-"""The places for a request's tokens, one row of SGLang's table for each request."""
+"""Row length of SGLang's table, which has a place for each token of a request."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from qwen3next_plugin.engines.sglang.patches import When, patch
     remove_when="SGLang counts the reserve for pages of one token, too",
 )
 def with_reserve(host: Callable[[], int]) -> int:
-    """Places of a row behind the context length: also for all that a step with drafts reserves."""
+    """Extra places of a row beyond the context length, enough for what drafts reserve."""
     from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 
     return max(host(), get_alloc_reserve_per_decode())

@@ -1,4 +1,4 @@
-"""Sessions whose turns end in a verification: the next turn begins where the answer ended."""
+"""Sessions under drafts: if a turn ends in a verification, the next begins at its answer's end."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from qwen3next_plugin.engines.sglang.patches import When, patch
 def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
     """Begin the next turn of a streaming session where the state ends.
 
-    SGLang counts the last token of a verification too, which no step has read yet.
+    SGLang also counts the last token of a verification, which no step has read yet.
     """
     record, computed = req.kv, req.kv.kv_committed_len
     kept = host(sessions, req)
@@ -33,9 +33,9 @@ def keep_computed(host: Callable[..., bool], sessions: Any, req: Any) -> bool:
 def continue_behind_answer(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
 ) -> Any:
-    """Wrap `Session.create_req`: begin the next turn behind the answer that the client has.
+    """Wrap `Session.create_req`: begin the next turn after the answer that the client has.
 
-    A verification may have accepted drafts behind the token that ended it.
+    A verification may have accepted drafts after the token that ended it.
     """
     before = session.req_nodes.get(req.session_params.rid)
     if not session.streaming and before is not None and before.req.finished():

@@ -1,4 +1,4 @@
-"""The ends of answers: the same token with drafts and without, and at a grammar's end."""
+"""Makes answers end at the same token with and without drafts, and at a grammar's end."""
 
 from collections import deque
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen3next_plugin.engines.sglang.patches import When, patch
 
-_read = set[int]()  # of a step: the requests whose grammar has read its token
+_read = set[int]()  # requests whose grammar has read this step's token
 
 
 @patch(
@@ -56,8 +56,8 @@ def end_with_the_grammar(
 ) -> None:
     """Wrap `process_batch_result_prefill` and `…_decode`: first let grammars read the tokens.
 
-    SGLang looks for the end of an answer before its grammar has read a token, but for tokens of a
-    verification: with ignore_eos it samples once more behind the grammar's end.
+    Except in verifications, SGLang looks for an answer's end before its grammar has read the token:
+    with ignore_eos it samples once more after the grammar's end.
     """
     verified = batch.forward_mode.is_decode() and not batch.spec_algorithm.is_none()
     if verified or all(req.grammar is None for req in batch.reqs):

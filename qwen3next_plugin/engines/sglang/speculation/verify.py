@@ -25,8 +25,8 @@ from qwen3next_plugin.engines.sglang.speculation.custom_processors import apply_
 from qwen3next_plugin.engines.sglang.speculation.logits import allow_a_token
 from qwen3next_plugin.engines.sglang.speculation.penalties import penalizers_of_rows
 
-# What SGLang's sampling parameters have for each request, [N] or [N, …]: what changes logits, the
-# sums of penalties that do not count drafts, and what samples depend on.
+# Fields of SGLang's sampling parameters with one entry per request: changes of logits, sums of
+# penalties (which do not count drafts), and parameters of sampling.
 OF_LOGITS = ("logit_bias",)
 SUMS = ("acc_additive_penalties", "acc_scaling_penalties")
 OF_REQUEST = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed")
@@ -150,7 +150,7 @@ def _accept(
     predict = [0] * len(drafts)
     accept_index = [[-1] * depth for _ in range(N)]
     accept_lens = [0] * N
-    going_on = [(request, 0) for request in range(N)]  # and the node that it has reached
+    going_on = [(request, 0) for request in range(N)]  # request and the node it has reached
     for accepted in range(depth):
         at = [rows[request][node] for request, node in going_on]
         token_ids = sample([request for request, _ in going_on], at)

@@ -1,4 +1,4 @@
-"""SGLang's worker for NEXTN with our drafter, which drafts as many tokens as pay.
+"""SGLang's worker for NEXTN with our drafter, which chooses the fastest number of drafts.
 
 SGLang's own adaptive policy compares average accepted lengths with thresholds and ignores what a
 step costs. Ours is mtp/policy.py, as under vLLM, with a length for each
@@ -41,8 +41,8 @@ class Worker(EAGLEWorkerV2):
     def choose_step(self, batch: ScheduleBatch) -> None:
         """Before a decode step is prepared: verify drafts if there are any, else decode plainly.
 
-        Drafts are dropped where the pool has no room for a verification: SGLang would retract
-        requests, and abort the last one, for which a plain step needs a token each.
+        Drops drafts if the pool has no room for a verification. SGLang would retract requests, and
+        abort the last one, although a plain step needs only one token per request.
         """
         if self.drafter.has_drafts(batch):
             batch.spec_algorithm = self.speculative_algorithm
@@ -54,7 +54,7 @@ class Worker(EAGLEWorkerV2):
         info.acc_additive_penalties = info.acc_scaling_penalties = None
         for request in batch.reqs:
             kv = request.kv
-            if kv.kv_allocated_len > kv.kv_committed_len:  # that a verification reserved
+            if kv.kv_allocated_len > kv.kv_committed_len:  # reserved by a verification
                 batch.tree_cache.free_kv_row(kv, [(kv.kv_committed_len, kv.kv_allocated_len)])
                 kv.kv_allocated_len = kv.kv_committed_len
 
@@ -95,7 +95,7 @@ class Worker(EAGLEWorkerV2):
     def _verify(
         self, batch: ScheduleBatch, on_publish: Any, grammar_barrier: Any
     ) -> GenerationBatchResult:
-        """Draft on from the first drafts, and verify."""
+        """Extend the first drafts to chains, and verify them."""
         chains = batch.spec_info = self.drafter.draft(batch)
         self.speculative_num_draft_tokens = chains.draft_token_num
         began = time.perf_counter()
@@ -129,7 +129,7 @@ class Worker(EAGLEWorkerV2):
         )
 
     def _seconds(self, began: float) -> dict[str, float]:
-        """The seconds of a step, of which the trunk's part has just ended, and of its drafts."""
+        """Seconds of the step whose trunk part has just ended, and of its drafting."""
         self.verified = time.perf_counter()
         return {
             # includes the scheduler's work since the last step

@@ -1,9 +1,9 @@
 """The host's model on the layers that the engines run: QWEN3NEXT_BATCH_INVARIANT=1.
 
 A token's logits then have the bits that vLLM and SGLang compute with that variable, in any batch
-and with any drafts. The host's modules keep the parameters, as it loads and saves them; what is
-packed of them is kept until one of them changes; after writing through `.data`, which nobody can
-see, call `model.eval()`. There are no gradients.
+and with any drafts. The host's modules keep the parameters, as it loads and saves them. Packed
+copies are kept until a parameter changes; writing through `.data` is not noticed, so call
+`model.eval()` after it. There are no gradients.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,10 +32,10 @@ IN_FP32 = ("A_log", "dt_bias")  # parameters that the engines keep as precise as
 
 
 class Keeping(nn.Module):
-    """Keeps what is made of its parameters, until one of them changes or the mode is set."""
+    """Caches what is made from its parameters until one changes or train() or eval() is called."""
 
     def kept(self, make: Callable[[Any], Any]) -> Any:
-        """What `make` makes of this module."""
+        """The cached result of `make` for this module."""
         parameters = list(self.parameters())
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         before = self.__dict__.get("_kept")
@@ -111,7 +111,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @cache
 def invariant(host: type[nn.Module]) -> type[nn.Module]:
-    """The host's class of a model without its head, which runs as a `Trunk`."""
+    """A subclass of the host's headless model that computes as a `Trunk`."""
 
     class Model(Keeping, host):  # type: ignore[misc, valid-type]
         embed_tokens: Any
@@ -158,7 +158,7 @@ class Head(Keeping, nn.Linear):
 
 
 def use_invariant(model: Any) -> None:
-    """Make a causal language model compute as the engines do. The host has built its parts."""
+    """Make a causal language model, already built by the host, compute as the engines do."""
     host: Any = type(model.model)
     model.model.__class__ = invariant(host)
     model.lm_head.__class__ = Head

@@ -1,7 +1,7 @@
 """transformers' causal language models of the family, with the MTP head as a part of them.
 
-They stand in for the host's classes of the same names. Without `use_mtp` they do what those do,
-but with QWEN3NEXT_BATCH_INVARIANT=1 as the engines do it.
+They replace the host's classes of the same names. Without `use_mtp` they behave like those, except
+that with QWEN3NEXT_BATCH_INVARIANT=1 they compute as the engines do.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from qwen3next_plugin.engines.transformers.state.cache import RowCache
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.tensors import MTP
 
-Base: Any = object  # each class below puts the host's behind it
+Base: Any = object  # each class below adds the host's as another base
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -41,7 +41,7 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 class WithMTP(Base):
-    """What the classes below add to the host's."""
+    """Mixin with what the classes below add to the host's."""
 
     host: Any  # the host's class
     mtp: Any  # None: the checkpoint has no mtp.* tensors
@@ -66,7 +66,7 @@ class WithMTP(Base):
         return MultiTokenPredictor(config, layer=layer, norm=norm)
 
     def run_trunk(self, **given: Any) -> tuple[Tensor, Tensor]:
-        """What the output head reads of the host's model, and what the MTP head does."""
+        """Run the host's model; returns the output head's input and the MTP head's."""
         hidden = self.model(**given).last_hidden_state
         return hidden, hidden
 
@@ -79,7 +79,7 @@ class WithMTP(Base):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """The host's, of a folder whose files are whole.
+        """The host's method, after a check that the folder's files are whole.
 
         Raises:
             ConfigError, CheckpointError: name the file and what is wrong.
@@ -115,7 +115,7 @@ class WithMTP(Base):
         remove_when="transformers keeps mtp.* of this family",
     )
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """Leave the MTP head out if the checkpoint has none; refuse a part of one.
+        """Leave the MTP head out if the checkpoint has none; refuse an incomplete one.
 
         Raises: CheckpointError
         """
@@ -161,7 +161,7 @@ class WithMTP(Base):
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
     ) -> None:
-        """The host refuses drafts for every model with a recurrent state; ours can go back."""
+        """Allow drafts, which the host refuses for recurrent states; ours can roll back."""
         if not generation_config.use_mtp:
             super()._validate_generation_mode(
                 generation_mode, generation_config, generation_mode_kwargs
@@ -182,7 +182,7 @@ class WithMTP(Base):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What the host's `generate` calls with `use_mtp`; other arguments are refused before."""
+        """Called by the host's `generate` with `use_mtp`, after other arguments are refused."""
         rules = (logits_processor, stopping_criteria, generation_config, streamer)
         num_drafts = generation_config.num_assistant_tokens
         flags.refuse_synced(synced_gpus, num_drafts)
@@ -203,7 +203,7 @@ class WithMTP(Base):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What the host's `generate` calls without drafts: its loop, or ours with our cache."""
+        """Called by the host's `generate` without drafts: its loop, or ours with our cache."""
         rules = (logits_processor, stopping_criteria, generation_config, streamer)
         if env.batch_invariant():
             flags.refuse_synced(synced_gpus, 0)

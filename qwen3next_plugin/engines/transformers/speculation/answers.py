@@ -35,7 +35,7 @@ class Answers:
         """Shapes: input_ids [B, T]"""
         (B, T), self.config = input_ids.shape, config
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
-        # Without a criterion that knows the end token, the host goes on with every row to the last.
+        # Without a criterion for the end token, the host extends every row until the last one ends.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         pad = config._pad_token_tensor
         most = criteria.max_length or config.max_length  # the host's criterion, or the caller's
@@ -44,7 +44,7 @@ class Answers:
         self.begins, self.lengths = T, [T] * B
         self.ends: list[int | None] = [None] * B
         self.streamed = T
-        # [B, V] of each step, zeros behind a row's end
+        # [B, V] of each step, zeros after a row's end
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
@@ -127,12 +127,12 @@ class Answers:
                 self.ends[row] = length if ended[row] else None
 
     def _by_length(self, rows: list[int]) -> Iterator[tuple[list[int], int]]:
-        """Rows of the same length together. The host's rules take a batch, and see a whole one."""
+        """Group rows by length, because the host's rules expect a batch of equal lengths."""
         for length in {self.lengths[row] for row in rows}:
             yield [row for row in rows if self.lengths[row] == length], length
 
     def _stream(self) -> None:
-        """Hand out the columns that all rows have reached."""
+        """Stream the columns that all rows have reached."""
         if self.streamer is None:
             return
         reached = [
@@ -157,5 +157,5 @@ class Answers:
         )
 
     def _steps(self, steps: list[Tensor], length: int) -> tuple[Tensor, ...] | None:
-        """The first of them, up to this length of a row; None: they are not kept."""
+        """The entries up to this row length; None if entries are not kept."""
         return tuple(steps[: length - self.begins]) or None

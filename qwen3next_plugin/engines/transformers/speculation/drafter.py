@@ -1,4 +1,4 @@
-"""Drafts of the MTP layer, which is run once for each draft of a step."""
+"""Drafts from the MTP layer, which runs once for each draft of a step."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class Drafter:
     def draft(
         self, *, tokens: Tensor, fed: Tensor, step: BatchStep, counts: Tensor, num_drafts: int
     ) -> Tensor:
-        """The likeliest drafts behind the tokens that a step kept, which the layer reads first.
+        """Draft the likeliest tokens after those that a step kept, which the layer reads first.
 
         Shapes: tokens [B, n] behind each of the step's; fed [B, n, …] what the layer reads of the
             trunk; counts [B], the step's tokens that are right; returns [B, num_drafts]

@@ -38,8 +38,8 @@ class Worker:
         self.loop = Loop(
             observer=Observer(Fixed(num_drafts)),
             usable_drafts=lambda _, computed: usable_drafts(answers.ids.shape[1], computed),
-            must_run=True,  # a pass reads as many tokens of each row
-            after_prompts=True,  # all of an answer is waited for
+            must_run=True,  # a pass reads the same number of tokens in each row
+            after_prompts=True,  # callers wait for whole answers
         )
         indexed = "indexed_attention" in config.layer_types
         self.steps = StepBuilder(positions, padding, additive=additive, indexed=indexed)
@@ -80,7 +80,7 @@ class Worker:
         return torch.cat([tokens, found.to(tokens.device)], dim=1)
 
     def _num_drafts(self, behind: Tensor, fed: Tensor, step: BatchStep, counts: list[int]) -> int:
-        """How many tokens to draft now, for the row that can use most of them."""
+        """How many tokens to draft now: the largest number that a row can use."""
         B, n = behind.shape
         running = [row for row in range(B) if self.answers.runs(row)]
         requests = [str(row) for row in running]
@@ -99,7 +99,7 @@ class Worker:
         return max((row.draft for row in rows), default=0)
 
     def _trunk(self, tokens: Tensor, step: BatchStep) -> tuple[Tensor, Tensor]:
-        """What the output head reads of the trunk, and what the MTP layer does.
+        """Run the trunk; returns the output head's input and the MTP layer's.
 
         Shapes: tokens [B, n], returns [B, n, D] and [B, n, …]
         """

@@ -1,7 +1,7 @@
-"""The cache of a speculating batch: every row can go back to any token of its last step.
+"""The cache of a batch with drafts: every row can roll back to any token of its last step.
 
-Rows keep different numbers of drafts, so each has its own length. Its next step says where it
-begins: keys and values are stored by column, and a state page goes back to the context length.
+Rows keep different numbers of drafts, so each has its own length, and its next step says where it
+begins. Keys and values are stored by column; a state page rolls back to the context length.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from qwen3next_plugin.model.gated_delta_net import GatedDeltaNetShape
 from qwen3next_plugin.model.state import PageLayout
 from qwen3next_plugin.versions import installed
 
-# The argument of the host's layers and models that is the cache.
+# The name of the cache argument of the host's layers and models.
 # drop when the minimum is 5.24: it is `cache` from there on
 RENAMED = Version("5.24")
 CACHE = "past_key_values" if (installed("transformers") or RENAMED) < RENAMED else "cache"
@@ -71,7 +71,7 @@ class SequenceLayer(DynamicLayer):
     """
 
     def begin(self, step: BatchStep) -> None:
-        """A pass says where its tokens are."""
+        """Nothing to do: each pass says where its tokens are."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float) -> Tensor:
         """Store the step's keys and values; each token reads those up to its own.
@@ -141,7 +141,7 @@ class RowCache(Cache):
 
     layers: list[Any]
     step: BatchStep  # the one that runs
-    trunk: Any = None  # that runs all steps of an answer, where it is not the host's
+    trunk: Any = None  # runs all steps of an answer, if not the host's
     linear: type[PageLayer] = PageLayer
     attention: type[KeyValueLayer] = KeyValueLayer
 

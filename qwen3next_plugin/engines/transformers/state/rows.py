@@ -24,7 +24,7 @@ class Rows:
 
     @classmethod
     def of(cls, lengths: Tensor, contexts: Tensor) -> Self:
-        """So many tokens of each row, behind so many earlier ones. Shapes: [N] each"""
+        """Rows of these lengths, each after its number of context tokens. Shapes: [N] each"""
         number = torch.arange(len(lengths), dtype=torch.int32)
         ends, row = lengths.cumsum(0), number.repeat_interleave(lengths)
         T, seq_lens = len(row), contexts + lengths
@@ -35,7 +35,7 @@ class Rows:
 
     @classmethod
     def of_step(cls, step: kernels.Step) -> tuple[Tensor, Self]:
-        """Those of a step whose padding is rows without a page, and which of its tokens they are.
+        """A step's rows without padding (rows without a page), and a mask of their tokens.
 
         Shapes: returns [step.num_tokens] bool
         """
@@ -44,7 +44,7 @@ class Rows:
 
     @classmethod
     def of_batch(cls, is_token: Tensor, positions: Tensor | None) -> tuple[Tensor, Self]:
-        """Those of whole texts, and which of a batch's tokens they are; 0 begins another text.
+        """Rows of whole texts, and a mask of their tokens; position 0 begins another text.
 
         Shapes: is_token, positions [B, T], returns is_token [B·T]
 

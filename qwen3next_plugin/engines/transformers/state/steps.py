@@ -11,9 +11,9 @@ from qwen3next_plugin.kernels import step as kernels
 
 @dataclass(frozen=True, slots=True)
 class BatchStep:
-    """n tokens of each row, from its own column on.
+    """n tokens of each row, starting at the row's own column.
 
-    A row's tokens have columns from 0, padding included. `end` is behind the last column of any.
+    A row's tokens have columns from 0, padding included. `end` follows the last column of all rows.
     Shapes: columns, positions [B, n]; attend [B, 1, n, end], or None: everything before; is_token
         [B, n], or None: all are; so_far [B, end], the positions of all columns, for an indexer
     """
@@ -28,7 +28,7 @@ class BatchStep:
     so_far: Tensor | None = None
 
     def linear_on(self, device: torch.device) -> kernels.Step:
-        """`linear` where a layer is: `device_map` may spread them."""
+        """`linear` on a layer's device, because `device_map` may spread layers."""
         step = self.linear
         if step.slot.device == device:
             return step
@@ -84,7 +84,7 @@ class StepBuilder:
         )
 
     def build(self, starts: list[int], n: int) -> BatchStep:
-        """n tokens from column starts[b] of row b on, behind its prompt's first token."""
+        """A step of n tokens from column starts[b] of row b on, after its prompt's first token."""
         T, device = self.positions.shape[1], self.positions.device
         uniform, end = min(starts) == max(starts), max(starts) + n
         first = torch.tensor(starts, device=device)[:, None]
@@ -109,7 +109,7 @@ class StepBuilder:
         return torch.tensor(self.padding, device=self.positions.device)[:, None]
 
     def _linear(self, rows: list[tuple[int, int, int]]) -> kernels.Step:
-        """Rows of (slot, tokens, context length), one behind the other."""
+        """The step of these rows: (slot, tokens, context length), in order."""
         slots, lengths, contexts = zip(*rows, strict=True)
         starts = list(accumulate(lengths, initial=0))
         values = torch.tensor([*starts, *slots, *contexts], dtype=torch.int32)
@@ -122,7 +122,7 @@ class StepBuilder:
         attend = every <= columns[..., None]  # [B, n, end]
         if any(self.padding):
             first = self._first_columns()[..., None]  # [B, 1, 1]
-            itself = every == columns[..., None]  # padding reads itself: no softmax is empty
+            itself = every == columns[..., None]  # padding reads itself, so no softmax is empty
             attend = attend & (every >= first) | itself
         attend = attend[:, None]
         if self.additive is None:

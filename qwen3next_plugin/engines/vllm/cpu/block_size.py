@@ -1,4 +1,4 @@
-"""An open block size, which a CPU's engine process would reset once its workers have used it."""
+"""Keeps a default block size, which a CPU's engine process would reset after workers use it."""
 
 from vllm.config import CacheConfig
 

@@ -1,7 +1,7 @@
-"""What a container or a systemd unit may use, where vLLM asks for it.
+"""Tells vLLM what a container or a systemd unit may use.
 
-vLLM reads the topmost cgroup alone, and counts what Linux keeps of files as used: when a checkpoint
-has been read, a container seems to be full.
+vLLM reads the topmost cgroup only, and counts the file cache as used: after reading a checkpoint a
+container seems to be full.
 """
 
 import math
@@ -31,6 +31,6 @@ def limit(host: Callable[[], int | None]) -> int | None:
     upstream="https://github.com/vllm-project/vllm/pull/45086",
 )
 def usage(host: Callable[[], int | None]) -> int | None:
-    """Around `get_cgroup_memory_usage`: without what Linux can drop of files."""
+    """Around `get_cgroup_memory_usage`: without file cache that Linux can drop."""
     left = memory_left()
     return None if math.isinf(left) else max(0, memory_bytes() - int(left))

@@ -5,18 +5,18 @@ import os
 from qwen3next_plugin.engines.cores import share
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
-OWN = (  # of vLLM's own choice, which is kept if one of them is set
+OWN = (  # vLLM's variables for cores; if one is set, vLLM's choice is kept
     "VLLM_CPU_NUM_OF_RESERVED_CPU",
     "CPU_VISIBLE_MEMORY_NODES",
     "VLLM_CPU_SIM_MULTI_NUMA",
 )
-_bound = ""  # by `bind_cores`: the next engine of this process may have other ranks
+_bound = ""  # value set by `bind_cores`: this process's next engine may have other ranks
 
 
 def binding(ranks: int) -> dict[str, str]:
-    """vLLM's variables for ranks that compute with all of their cores.
+    """vLLM's variables that let ranks compute with all of their cores.
 
-    vLLM would refuse more ranks than NUMA nodes, overlook a quota, and keep a core of each rank for
+    vLLM would refuse more ranks than NUMA nodes, ignore a quota, and keep a core of each rank for
     its scheduler, which mostly waits.
     """
     found = share(ranks)
@@ -26,7 +26,7 @@ def binding(ranks: int) -> dict[str, str]:
 
 
 def chosen() -> str | None:
-    """The variable by which the user's environment chooses cores; None: none does."""
+    """The variable with which the user's environment chooses cores, or None."""
     names = [name for name in OWN if name in os.environ]
     if os.environ.get(BIND, _bound) != _bound:
         names.append(BIND)

@@ -1,4 +1,4 @@
-"""vLLM's flags on a CPU: what is refused, and what no flag says."""
+"""vLLM's flags on a CPU: refusals and defaults."""
 
 import os
 
@@ -111,7 +111,7 @@ def _check_kv_dtype(vllm_config: VllmConfig) -> None:
 
 def complete_cpu(vllm_config: VllmConfig) -> None:
     """Fill in cores, LoRA, worker, executor and how long a step may take."""
-    # vLLM ends a server whose step takes longer than 300 s: on few cores, one of a long prompt may.
+    # vLLM ends a server whose step takes over 300 s; a long prompt on few cores may.
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(TIMEOUT))
     parallel_config = vllm_config.parallel_config
     _bind_cores(parallel_config)
@@ -124,9 +124,9 @@ def complete_cpu(vllm_config: VllmConfig) -> None:
 
 
 def _bind_cores(parallel_config: ParallelConfig) -> None:
-    """Bind the threads of all ranks; not if other processes, maybe on this machine, hold some.
+    """Bind the threads of all ranks, unless some ranks may be in processes started elsewhere.
 
-    Where an extra's executor starts them, workers bind their own.
+    Workers that an extra's executor starts bind their own threads.
     """
     local = parallel_config.data_parallel_size == parallel_config.data_parallel_size_local
     found = extras.executors("vllm")  # vLLM completes a configuration repeatedly
@@ -138,8 +138,8 @@ def _bind_cores(parallel_config: ParallelConfig) -> None:
 def _serve_apart(vllm_config: VllmConfig) -> None:
     """Make data-parallel engines independent, as those of a dense model, unless experts are shared.
 
-    Else vLLM gives each engine a slice of every expert: they exchange tokens in each layer, and an
-    idle one runs whenever another does.
+    Otherwise vLLM would give each engine a slice of every expert: engines would exchange tokens in
+    each layer, and an idle one would run whenever another does.
     """
     parallel_config = vllm_config.parallel_config
     if parallel_config.data_parallel_size > 1 and not parallel_config.enable_expert_parallel:
@@ -154,7 +154,7 @@ def _limit_lora(lora_config: LoRAConfig | None) -> None:
 
 
 def _call_worker_once(parallel_config: ParallelConfig) -> None:
-    """Use our executor where vLLM would use its own for worker processes."""
+    """Use our executor in place of vLLM's for worker processes."""
     # vLLM turns "uni" into "mp" later, if its engine runs in its own process.
     alike = ("mp", "uni") if envs.VLLM_ENABLE_V1_MULTIPROCESSING else ("mp",)
     if parallel_config.distributed_executor_backend in alike:

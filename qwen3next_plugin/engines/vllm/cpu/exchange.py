@@ -27,7 +27,7 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
 def gather(
     communicator: Any, input_: Tensor | list[Tensor], dim: int = 0, sizes: list[int] | None = None
 ) -> Tensor | list[Tensor]:
-    """The rows of all ranks, of each tensor. Shapes: [sizes[rank], …], returns [sum(sizes), …]."""
+    """Each tensor's rows of all ranks. Shapes: [sizes[rank], …], returns [sum(sizes), …]."""
     assert dim == 0
     assert sizes is not None
     tensors = [input_] if isinstance(input_, Tensor) else input_
@@ -58,7 +58,7 @@ def sum_own(
 ) -> Tensor:
     """The sum over ranks of this rank's rows. Shapes: [sum(sizes), D], returns [sizes[rank], D].
 
-    In the order of the ranks and in fp32, so a row's bits do not depend on the others.
+    Summed in rank order and in fp32, so that a row's bits do not depend on other rows.
     """
     assert dim == 0
     assert sizes is not None

@@ -1,4 +1,4 @@
-"""Compiled graphs on a CPU: kept apart, read again, and without looking for sources twice."""
+"""Compiled graphs on a CPU: complete cache keys, reading from files, faster lookup of sources."""
 
 from collections.abc import Callable
 from functools import cache
@@ -37,7 +37,7 @@ AddCode = Callable[[SourceInfo, CodeType], None]
 def load_graph(host: Callable[..., Any], model: Any, aot_compilation_path: str) -> Any:
     """Around the function that reads a graph from a file.
 
-    It ends with a call of a method that only vLLM's own graphs have. Those of a CPU are torch's:
+    It ends by calling a method that only vLLM's own graphs have. A CPU's graphs are torch's, so
     the call would fail, and the model would be compiled again.
     """
     if not hasattr(Graph, FINISH):
@@ -46,7 +46,7 @@ def load_graph(host: Callable[..., Any], model: Any, aot_compilation_path: str) 
 
 
 def keep_graphs_apart(vllm_config: VllmConfig) -> None:
-    """Add to the key of vLLM's graphs what else they depend on: they are read without a check."""
+    """Add missing dependencies to the key of vLLM's graphs, which are read without a check."""
     if vllm_config.model_config.enforce_eager:
         return
     depends = {
@@ -75,14 +75,14 @@ def add_code(host: AddCode, info: SourceInfo, code: CodeType) -> None:
 
 @cache
 def _sources(host: AddCode, code: CodeType, file: str) -> set[InlinedSource]:
-    """Those of a function in this file: equal code in another file is another function."""
+    """Sources of a function; `file` keeps equal code of another file apart in the cache."""
     found = SourceInfo(inlined_sources=set())
     host(found, code)
     return found.inlined_sources
 
 
 def _known_weights(vllm_config: VllmConfig) -> list[State] | None:
-    """What the checkpoint's files are; None before they are here, or if vLLM reads them."""
+    """State of the checkpoint's files; None before they are here, or if vLLM reads them."""
     model, load = vllm_config.model_config, vllm_config.load_config
     folder = folder_here(model.model, model.revision, load.download_dir)
     if folder is None or load.load_format not in READ_HERE:

@@ -25,11 +25,11 @@ logger = init_logger(LOGGER)
 
 SPACE = "VLLM_CPU_KVCACHE_SPACE"
 DEFAULT = CacheConfig.gpu_memory_utilization
-OFFLOADED = "cpu_bytes_to_use"  # of a connector that keeps prefixes in /dev/shm
+OFFLOADED = "cpu_bytes_to_use"  # setting of a connector that keeps prefixes in /dev/shm
 
 
 def check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
-    """Refuse weights that memory cannot hold, if it is known which ranks run on this machine."""
+    """Refuse weights larger than memory, if the number of ranks on this machine is known."""
     if ranks := _ranks(vllm_config):
         check_weights(_sizes(config, vllm_config), config, ranks)
 
@@ -37,7 +37,7 @@ def check_memory(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
 def size_cache(config: Qwen3NextConfig, vllm_config: VllmConfig) -> None:
     """Choose the memory for states and KV, unless a setting does.
 
-    Where no flag says how long a request may be, it may be as long as fits.
+    Without a flag for the longest request, it may be as long as memory allows.
 
     Raises:
         ConfigError: no request fits next to the weights.
@@ -88,7 +88,7 @@ def given(cache_config: CacheConfig) -> bool:
 
 
 def _ranks(vllm_config: VllmConfig) -> int:
-    """Of all engines on this machine; 0 if that is not known, as with Ray."""
+    """Ranks of all engines on this machine; 0 if that is not known, as with Ray."""
     parallel_config = vllm_config.parallel_config
     if parallel_config.distributed_executor_backend not in ("mp", "uni", EXECUTOR):
         return 0
@@ -111,7 +111,7 @@ def _sizes(config: Qwen3NextConfig, vllm_config: VllmConfig) -> dict[str, int]:
 
 
 def _stored_sizes(vllm_config: VllmConfig) -> dict[str, int]:
-    """Bytes of the files of a checkpoint, as far as they are here."""
+    """Bytes of a checkpoint's tensors, from the files that are on this machine."""
     model_config = vllm_config.model_config
     downloads = vllm_config.load_config.download_dir
     folder = folder_here(model_config.model, model_config.revision, downloads)

@@ -67,7 +67,7 @@ class Addresses(NamedTuple):
 
 
 def _rows(count: int, *columns: torch.Tensor) -> Iterator[tuple[int, ...]]:
-    """The first `count` values, read at once: one by one, each takes a microsecond."""
+    """The first `count` values, read at once, because each separate read takes a microsecond."""
     return zip(*(column[:count].tolist() for column in columns), strict=True)
 
 

@@ -42,9 +42,9 @@ FLAT_STACKED = STACKED | WeightsMapper(
 
 
 def projection_layout(config: Qwen3NextConfig, vllm_config: VllmConfig) -> Layout:
-    """The layout of linear attention's projections: grouped, but with LoRA that of the checkpoint.
+    """The layout of linear attention's projections: grouped, or with LoRA the checkpoint's.
 
-    An adapter of a flat projection has one A for all its channels, so it fits whole parts only.
+    An adapter of a flat projection has one A for all its channels, so it needs unsplit parts.
     """
     return "grouped" if vllm_config.lora_config is None else config.layout
 
@@ -60,7 +60,7 @@ def load(
 
 @contextmanager
 def one_bar(vllm_config: VllmConfig) -> Iterator[None]:
-    """Within this context a bar for trunk and MTP layer, in place of vLLM's, which count files."""
+    """Within this context show one bar for trunk and MTP layer, instead of vLLM's bars of files."""
     load_config = vllm_config.load_config
     if not load_config.use_tqdm_on_load or load_config.load_format not in READ_HERE:
         yield

@@ -68,7 +68,7 @@ class SparseMoE(nn.Module):
         """Shapes: x [T, D], returns [T, D]."""
         routed = self.experts.routed_experts
         if isinstance(routed.quant_method, PackedExperts) and not self.exchanges:
-            # Without vLLM's code for other kernels and ranks with own tokens.
+            # Skips vLLM's code for other kernels, and for ranks that have their own tokens.
             out = packed_moe(
                 x,
                 gate=self.gate,

@@ -45,7 +45,7 @@ compiled = support_torch_compile(
 
 
 class Predictor:
-    """What vLLM calls of a neutral head."""
+    """The methods of a neutral head that vLLM calls."""
 
     embed_tokens: Any
     layers: Any
@@ -70,7 +70,7 @@ class Predictor:
 
 
 def make_draft_embedding(config: Qwen3NextConfig) -> nn.Module:
-    """A place: vLLM puts the trunk's embedding there, unless it is on another pipeline stage."""
+    """A placeholder for the trunk's embedding, or with pipeline stages an embedding of its own."""
     return PPMissingLayer() if get_pp_group().world_size == 1 else make_embedding(config)
 
 

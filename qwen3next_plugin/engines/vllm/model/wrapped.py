@@ -19,7 +19,7 @@ from qwen3next_plugin.model.checkpoint.layouts import (
     without_prefix,
 )
 
-TOWER = "visual."  # the names of its parameters begin so
+TOWER = "visual."  # prefix of its parameters' names
 
 # An adapter trained on the text model alone has no `language_model` in its names.
 ADAPTERS_OF_TEXT = WeightsMapper(
@@ -44,7 +44,7 @@ def _our_text_model(name: str) -> Iterator[None]:
 
 
 class OurTextModel:
-    """What vLLM's vision-language models do with our text model instead of vLLM's."""
+    """Mixin for vLLM's vision-language models that contain our text model."""
 
     language_model: Qwen3_5ForCausalLM
     named_parameters: Callable[[], Iterator[tuple[str, torch.nn.Parameter]]]  # nn.Module's

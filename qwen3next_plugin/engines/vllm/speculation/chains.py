@@ -23,7 +23,7 @@ class Chains(EagleProposer):
 
         Shapes: block_table [N, blocks]; drafts N, of which those of the rows are filled in
         """
-        fed = sorted(fed, key=lambda row: -row.draft)  # those that go on are the first ones
+        fed = sorted(fed, key=lambda row: -row.draft)  # longest chains first
         tokens = [row.fed for row in fed if row.fed is not None]
         counts = [len(part) for part in tokens]
         table = block_table.numpy()[[row.index for row in fed]]
@@ -109,7 +109,7 @@ class Chains(EagleProposer):
             slot_mapping=dict.fromkeys(metadata, slot_mapping),
         ):
             out = self.model(
-                # The dtype that vLLM compiled the layer for: it drops the guards against others.
+                # The dtype for which vLLM compiled the layer, because it drops guards on dtypes.
                 input_ids=token_ids.to(self.input_ids.dtype),
                 positions=at,
                 hidden_states=hidden_states,

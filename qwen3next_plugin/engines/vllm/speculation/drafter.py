@@ -1,4 +1,4 @@
-"""Drafter: drafts as many tokens as pay, for each request its own number, down to none.
+"""Drafter: for each request the fastest number of drafts, which may be none.
 
 Replaces the loop of vLLM's EagleProposer, which runs every request through the MTP layer for each
 draft in every step. vLLM still loads the layer and manages its cache, and its runner calls
@@ -32,7 +32,7 @@ logger = init_logger(LOGGER)
 
 
 def _is_shipped(transfer: KVTransferConfig | None) -> bool:
-    """Whether a KV connector may ship the MTP layer's cache at any time: it may miss no token."""
+    """Whether a KV connector may send the MTP layer's cache at any time, so it must be complete."""
     if transfer is None:
         return False
     return transfer.is_kv_producer or transfer.kv_connector != HANDOVER
@@ -54,7 +54,7 @@ class Drafter(Chains):
             usable_drafts=self._usable_drafts,
             must_run=_is_shipped(vllm_config.kv_transfer_config),
         )
-        self.most = 0  # drafts of a request that vLLM asks for
+        self.most = 0  # drafts per request that vLLM asks for
         self.left = 0.0  # when the last call of propose ended
 
     def propose(
@@ -81,7 +81,7 @@ class Drafter(Chains):
             token_ids = next_token_ids.to(target_token_ids.dtype)
             fed = loop.plain_step(token_ids, target_hidden_states, seconds)
         else:
-            loop.keep_plain()  # so that it knows where requests have ended
+            loop.keep_plain()  # so that the loop knows where requests ended
             step = finished(
                 self.runner,
                 loop,
@@ -92,12 +92,12 @@ class Drafter(Chains):
                 hidden_states=target_hidden_states,
                 next_token_ids=next_token_ids,
             )
-            # Those that wait after a preemption are among the runner's requests.
+            # The runner's requests include preempted ones that wait.
             fed = loop.step(step, self.runner.requests.keys(), seconds)
         drafts: list[list[int]] = [[] for _ in requests]
         if fed:
             self._draft(fed, common_attn_metadata.block_table_tensor, drafts)
-        # Choosing lengths counts: without drafts that is done every few steps.
+        # Includes the time to choose lengths, which without drafts happens every few steps.
         drafting = time.perf_counter() - entered
         loop.drafted(drafting, drafting)
         self.left = time.perf_counter()
@@ -151,7 +151,7 @@ class Drafter(Chains):
 def _alone(vllm_config: VllmConfig) -> VllmConfig:
     """The config without data parallelism: each engine has all experts of its MTP layer.
 
-    So it drafts when and as much as it likes.
+    So each engine can draft independently of the others.
     """
     if vllm_config.parallel_config.data_parallel_size == 1:
         return vllm_config

@@ -1,4 +1,4 @@
-"""vLLM's flags for drafts: what is refused, and what no flag says."""
+"""vLLM's flags for drafts: refusals and defaults."""
 
 from collections.abc import Callable
 from copy import copy
@@ -32,7 +32,7 @@ def check_drafter(model_config: ModelConfig) -> None:
 
 
 def check_drafts(vllm_config: VllmConfig) -> None:
-    """Refuse drafts that are not of the MTP layer, or that something installed would change.
+    """Refuse drafts that are not the MTP layer's, or not lossless with what is installed.
 
     Raises:
         ConfigError: names the flag and the fix.
@@ -116,7 +116,7 @@ def _check_processors() -> None:
 
 
 def _check_scheduler(scheduler: str | type[Any] | None) -> None:
-    """Refuse a scheduler that would schedule drafts, or streaming input, by vLLM's rules."""
+    """Refuse a scheduler that treats drafts or streaming input by vLLM's rules."""
     if scheduler is None:
         return
     ours, given = (
@@ -140,7 +140,7 @@ def _check_scheduler(scheduler: str | type[Any] | None) -> None:
 def allow_min_p_and_logit_bias(
     host: Callable[..., None], params: SamplingParams, speculative_config: Any
 ) -> None:
-    """Hide both from vLLM's refusal, for our model."""
+    """Hide both from vLLM's check, for our model."""
     if speculative_config is not None and is_ours(speculative_config.target_model_config):
         params = copy(params)
         params.min_p, params.logit_bias = 0.0, None

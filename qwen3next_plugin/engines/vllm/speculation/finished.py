@@ -48,7 +48,7 @@ def finished(
         scheduled=np.diff(bounds).tolist(),
         counts=counts,
         prefilling=prefilling,
-        continues=[  # streaming input adds to a prompt where its answer ended
+        continues=[  # streaming input extends a prompt at its answer's end
             loop.ends.get(request) == first >= state.num_prompt_tokens
             for request, first, state in zip(requests, firsts, states, strict=True)
         ],
@@ -58,5 +58,5 @@ def finished(
 
 
 def _token_at(state: Any, position: int) -> int:
-    """A token of a request's prompt; any token if its prompt is of embeddings."""
+    """A token of a request's prompt; 0 if its prompt is given as embeddings."""
     return 0 if state.prompt_token_ids is None else state.get_token_id(position)

@@ -1,4 +1,4 @@
-"""LogitRows: which request, and which of its drafts, each row of a verification's logits is for."""
+"""LogitRows: the request and the number of drafts that belong to each row of logits."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +12,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 class LogitRows:
     """T rows of logits of N requests, in the requests' order.
 
-    A request has one more than it has draft tokens: number j has the logits for the token after
-    its first j.
+    A request with n drafts has n + 1 rows: its row j has the logits for the token after its first
+    j drafts.
     """
 
     drafts: list[list[int]]  # token ids of each request

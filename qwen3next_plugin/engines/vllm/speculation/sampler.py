@@ -107,7 +107,7 @@ class CoupledSampler:
 
 
 def _padded_logprobs(logprobs: LogprobsTensors | None, rows: LogitRows) -> LogprobsTensors | None:
-    """Padded as the token ids are; vLLM drops those of positions without a token."""
+    """Log-probabilities padded like the token ids; vLLM drops those without a token."""
     if logprobs is None:
         return None
     index = rows.padded().flatten()

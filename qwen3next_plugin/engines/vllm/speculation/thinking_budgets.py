@@ -1,7 +1,7 @@
 """vLLM's thinking budgets under drafts: applied row by row, as without drafts step by step.
 
-By itself vLLM ends a budget at a position that depends on how many drafts there are, and in a step
-without drafts it applies every request's budget to the first row.
+vLLM itself ends a budget at a position that depends on the number of drafts, and in a step without
+drafts it applies every request's budget to the first row.
 """
 
 from copy import copy

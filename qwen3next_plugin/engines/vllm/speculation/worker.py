@@ -106,12 +106,12 @@ class Worker(CPUWorker):
             runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load trunk and MTP layer, and show how far that is."""
+        """Load trunk and MTP layer, and show the progress."""
         with one_bar(self.vllm_config):
             super().load_model(load_dummy_weights=load_dummy_weights)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Make the pools, whose size hangs on the memory in use, and the KV connector."""
+        """Make the pools, whose size depends on the memory in use, and the KV connector."""
         super().initialize_from_config(kv_cache_config)
         keep_freed()
 
@@ -123,25 +123,25 @@ class Worker(CPUWorker):
         """Let an extra replace the weights of trunk and drafter; returns why they are refused."""
         if (reload := extras.reloader("vllm")) is not None:
             return reload(self, weights_path, weights_iterator)
-        # vLLM reads what ranks answer in their order, and nothing after an error.
+        # vLLM reads the ranks' answers in order, and stops at an error.
         if self.rank == self.parallel_config.world_size - 1:
             raise ConfigError(f"reload_weights: {extras.MISSING}; restart the server")
         return None
 
     def determine_available_memory(self) -> int:
-        """Bytes for the pools; before that, vLLM compiles the model as it first runs it."""
+        """Bytes for the pools, after vLLM has compiled the model in its first run."""
         with _few_tokens(self.model_runner):
             return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step. An error of one row names its request, which only the runner knows."""
+        """Run a step. An error of a row names its request, known only here."""
         try:
             return super().execute_model(scheduler_output)
         except (StateError, StepError) as error:
             raise _naming_its_request(error, self.model_runner.input_batch.req_ids) from error
 
     def take_draft_token_ids(self) -> Any:
-        """The drafts; None if there are none, as requests have none until they get some."""
+        """The drafts; None if no request has any."""
         drafts = self.model_runner._draft_token_ids
         return super().take_draft_token_ids() if drafts is None or any(map(len, drafts)) else None
 
@@ -163,9 +163,9 @@ class Worker(CPUWorker):
 
 
 def _count_accepted(runner: Any) -> Callable[..., None]:
-    """vLLM's method, which only counts accepted tokens if no request can have filled a block.
+    """vLLM's method, reduced to counting accepted tokens if no request can have filled a block.
 
-    Without drafts vLLM's prefix cache finds each full block in place, and copies nothing.
+    Without drafts each full block of the prefix cache is in place already, so nothing is copied.
     """
     host = runner._update_states_after_model_execute
 
@@ -203,7 +203,7 @@ def _naming_its_request(
 def _few_tokens(runner: Any) -> Iterator[None]:
     """Keep vLLM from warming up with the largest step: graphs serve any number of tokens.
 
-    The pools are sized by the memory still in use then: malloc gives back the large blocks of both.
+    The pools get no larger by this, because malloc returns a step's large blocks when it ends.
     """
     most = runner.max_num_tokens
     runner.max_num_tokens = min(most, WARM_UP)

@@ -38,7 +38,7 @@ def page_layout(
 
 
 def largest_page(config: Qwen3NextConfig, vllm_config: VllmConfig) -> PageLayout:
-    """The page of the layers whose page is the largest: vLLM's are of one size."""
+    """The largest layout of all layers, because vLLM's pages have one size."""
     return page_layout(config, vllm_config, shared=True)
 
 

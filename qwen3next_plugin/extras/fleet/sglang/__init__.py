@@ -1,4 +1,4 @@
-"""What several servers of SGLang share."""
+"""What several SGLang servers share: folder, hand-over, nodes and updates."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def complete(server_args: Any) -> list[str]:
 
     complete_nodes(server_args)
     if hands_over(server_args) or server_args.enable_unified_cache_external_linker:
-        weights(server_args)  # reads all files: here, once, not in each rank
+        weights(server_args)  # hashes all files once, not in each rank
     return complete_handover(server_args)
 
 

@@ -1,4 +1,4 @@
-"""What servers must have alike to read each other's pages and KV."""
+"""The settings that servers must share to read each other's pages and KV."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ MODE_FLAG = "--disaggregation-mode"
 
 
 def alike(server_args: Any, model_config: Any, *sizes: Any) -> tuple[Any, ...]:
-    """All that decides what a page and KV hold, but the weights.
+    """All that the contents of pages and KV depend on, except the weights.
 
     Args: sizes: of what is kept, on this rank.
     """
@@ -30,9 +30,9 @@ def weights(server_args: Any) -> str:
 
 
 def check_known_weights(server_args: Any, reader: str, flag: str) -> None:
-    """Refuse weights of which `reader` could not tell whose pages they have computed.
+    """Refuse weights that `reader` could not tell apart by their files.
 
-    Args: flag: asks for the reader.
+    Args: flag: the one that asks for the reader.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -50,7 +50,7 @@ def check_known_weights(server_args: Any, reader: str, flag: str) -> None:
 
 
 def refuse_other_weights(server_args: Any) -> None:
-    """Raise where pages of this start's weights would be read for others."""
+    """Refuse new weights if pages of the old ones would be used with them."""
     if server_args.enable_unified_cache_external_linker:
         why = "FolderLinker would serve prefixes of the weights that it started with"
         flag = LINKER_FLAG

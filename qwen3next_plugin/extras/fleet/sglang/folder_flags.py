@@ -15,12 +15,12 @@ from qwen3next_plugin.extras.fleet.sglang.alike import (
 
 LINKER, MODULE = "FolderLinker", f"{__package__}.folder_linker"
 OWN = ("folder", "folder_bytes")
-POLICIES = ("fcfs", "lof", "random", "routing-key")  # that do not ask for prefixes
+POLICIES = ("fcfs", "lof", "random", "routing-key")  # those that do not look up prefixes
 FIELD = "linker_extra_config of --unified-cache-external-linker-config"
 
 
 def check_folder(server_args: Any, *, on_cpu: bool) -> None:
-    """Refuse other linkers, a folder that cannot be used, and flags that it does not go with.
+    """Refuse other linkers, an unusable folder, and flags that do not work with it.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -45,7 +45,7 @@ def check_folder(server_args: Any, *, on_cpu: bool) -> None:
 
 
 def _check_flags(server_args: Any) -> None:
-    """Refuse flags with which files would be another model's, or read again and again."""
+    """Refuse flags with which files would be mixed up, or read again in each step."""
     if server_args.nnodes > 1:
         raise ConfigError(
             f"--nnodes {server_args.nnodes}: {LINKER} writes what one machine's ranks have in "
@@ -60,7 +60,7 @@ def _check_flags(server_args: Any) -> None:
 
 
 def space(server_args: Any, model_config: Any, *sizes: Any) -> str:
-    """The name of the subfolder for these weights, and for all that decides what a page holds.
+    """The name of the subfolder, which depends on the weights and all else that pages depend on.
 
     Args: sizes: of what is kept, on this rank.
     """

@@ -1,8 +1,8 @@
-"""SGLang's prefix cache in a folder, which a restart finds again: a linker of its radix cache.
+"""SGLang's prefix cache in a folder that survives restarts: a linker of its radix cache.
 
-The radix cache asks a linker for what follows its own longest prefix. SGLang's keys name a token
-with all that precede it. A prefix is one file with its state pages, where a node of the radix tree
-ended, and files of KV, which prefixes share wherever the tree has cut them.
+The radix cache asks a linker for what follows its own longest prefix. SGLang's key of a token
+depends on all tokens before it. A prefix that ends at a node of the radix tree has one file with
+its state pages, and files of KV, which prefixes share independently of the tree's nodes.
 """
 
 from collections.abc import Callable
@@ -70,12 +70,12 @@ class Staged(NamedTuple):
     """A prefix that was read and waits for its slots."""
 
     keys: list[str]
-    kv: list[tuple[int, torch.Tensor]]  # of each file: how many tokens are needed, and its content
+    kv: list[tuple[int, torch.Tensor]]  # for each file: tokens needed, and content
     page: torch.Tensor
 
 
 class FolderLinker(UnifiedCacheLinker):
-    """Reads a prefix when its request is scheduled; writes it when its request has ended."""
+    """Reads a prefix when its request is scheduled, and writes it when the request has ended."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class FolderLinker(UnifiedCacheLinker):
         forward_stream: Any,
     ) -> None:
         self.memory = Pools(params)
-        self.layer_done_counter = LayerWiseLoadCounter(0)  # what is loaded is there at once
+        self.layer_done_counter = LayerWiseLoadCounter(0)  # loading is complete when it returns
         ranks = get_parallel()
         least = ranks.tp_size * least_limit(
             1, self.memory.page_bytes + EVERY * self.memory.token_bytes
@@ -104,21 +104,21 @@ class FolderLinker(UnifiedCacheLinker):
         self.space = f"{shared}/{ranks.tp_rank}"
         self.staged: Staged | None = None
         self.states: set[str] = set()  # keys whose state pages are in the folder
-        self.listed = 0  # when the folder had changed last, as of `states`
+        self.listed = 0  # the folder's time of change when `states` was read
         self.writer = writer()
         self.writing: dict[str, tuple[Future[None], int]] = {}  # files, their bytes
-        self.failures: set[int | None] = set()  # of writes, by errno, that the log names
+        self.failures: set[int | None] = set()  # errors of writing (errno) that were logged
 
     # What SGLang asks.
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Read the longest prefix that there is; returns how many of the keys it has."""
+        """Read the longest prefix in the folder; returns its number of keys."""
         keys = _of(transfers, PoolName.KV).keys
         states = self._list_states()
         ends = (end for end in range(len(keys), 0, -1) if keys[end - 1] in states)
         found = next(([end] for end in ends if self._stage(keys[:end])), [])
         if not found:
-            self.staged = None  # of an earlier request, which did not load it
+            self.staged = None  # left over from a request that did not load it
         return found
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
@@ -151,11 +151,11 @@ class FolderLinker(UnifiedCacheLinker):
         return False
 
     def num_completed_offloads(self) -> int:
-        """None is asked for."""
+        """None: `offload` accepts nothing."""
         return 0
 
     def pop_completed_offload(self) -> bool:
-        """Not called: none is asked for."""
+        """Not called: `offload` accepts nothing."""
         raise IndexError("no offload was accepted")
 
     def reset(self) -> None:
@@ -194,7 +194,7 @@ class FolderLinker(UnifiedCacheLinker):
             )
 
     def _write(self, name: str, nbytes: int, copied: Callable[[], torch.Tensor]) -> None:
-        """Write a copy in the background; a file that is there becomes the last to be removed."""
+        """Write a copy in the background; an existing file is marked as recently used instead."""
         name = f"{self.space}/{name}"
         if self.files.holds(name, nbytes):
             self.files.use(name)
@@ -230,9 +230,9 @@ class FolderLinker(UnifiedCacheLinker):
         return self.states
 
     def _stage(self, keys: list[str]) -> bool:
-        """Read the files of a prefix, of which `keys` are the tokens that SGLang lacks."""
+        """Read the files of a prefix; `keys` are those of the tokens that SGLang lacks."""
         if self.staged is not None and self.staged.keys == keys:
-            return True  # its request did not fit into the last step
+            return True  # read already, for a request that did not fit the last step
         self.staged = None
         page = self._read(keys[-1] + STATE, self.memory.page_bytes)
         if page is None:
@@ -247,7 +247,7 @@ class FolderLinker(UnifiedCacheLinker):
         return True
 
     def _read_kv(self, key: str, tokens: int, *, whole: bool) -> torch.Tensor | None:
-        """A file of KV; unless it is wanted whole, it may begin with tokens that SGLang has."""
+        """Read a file of KV; unless `whole`, it may begin with tokens that SGLang already has."""
         least = tokens * self.memory.token_bytes
         nbytes = self.files.nbytes(f"{self.space}/{key}{KV}")
         if nbytes < least or (whole and nbytes > least):

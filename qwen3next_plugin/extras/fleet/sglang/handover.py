@@ -1,8 +1,8 @@
 """Prefill on one server, decode on another: pages through SGLang's NIXL backend, on CPUs.
 
 SGLang's prefill server writes a request's KV and, with the last of it, its pages into the decode
-server's memory. A page is a state of bytes, copied whole, and only between servers that are alike
-in all that decides what is in it. SGLang's modules are imported inside: patches are registered
+server's memory. A page is a state of bytes, copied whole, and only between servers that share all
+settings on which its content depends. SGLang's modules are imported inside: patches are registered
 before SGLang has chosen its device.
 """
 
@@ -49,7 +49,7 @@ def with_what_is_alike(host: Callable[[Any], None], manager: Any) -> None:
     remove_when="SGLang fails a request whose prefill server has other states",
 )
 def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int) -> None:
-    """Fail a decode server's request unless the server that reads its prompt is alike."""
+    """Fail a decode server's request unless its prefill server has the same settings."""
     from sglang.srt.disaggregation.base import KVPoll
 
     manager, room = receiver.kv_mgr, receiver.bootstrap_room
@@ -75,9 +75,9 @@ def refuse_others(host: Callable[..., None], receiver: Any, prefill_dp_rank: int
     upstream="https://github.com/sgl-project/sglang/pull/14474",
 )
 def survive_others(host: Callable[..., bool], manager: Any, bootstrap_addr: str) -> bool:
-    """Whether SGLang knows the prefill server: not where comparing both raises.
+    """Whether SGLang knows the prefill server; False, not an error, if both do not match.
 
-    SGLang then tries a few times more, and fails the requests.
+    SGLang then retries a few times, and fails the requests.
     """
     try:
         return host(manager, bootstrap_addr)
@@ -104,7 +104,7 @@ def _say_once(bootstrap_addr: str, why: str) -> None:
 def refuse_same_room(
     host: Callable[..., None], queue: Any, req: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Abort a request whose room an unfinished one has; queue: the first of either server."""
+    """Abort a request whose room is in use; queue: the first one of a prefill or decode server."""
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
 
     if req.bootstrap_host != FAKE_BOOTSTRAP_HOST and is_ours(queue.scheduler.model_config):
@@ -112,7 +112,7 @@ def refuse_same_room(
         other = _of_room.get(room, req)
         if other is req or other.finished():
             _of_room[room] = req
-        else:  # SGLang's queue then answers it
+        else:  # SGLang's queue then answers
             why = f"bootstrap_room {room} is in use by another request; choose another"
             prepare_abort(req, why, HTTPStatus.BAD_REQUEST)
     host(queue, req, *args, **kwargs)
@@ -120,7 +120,7 @@ def refuse_same_room(
 
 @cache
 def what_is_alike() -> str:
-    """What this rank has of what two servers must have alike, to be read."""
+    """This rank's values of the settings that both servers must share, in readable form."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.runtime_context import get_parallel, get_server_args
 
@@ -148,9 +148,9 @@ def what_is_alike() -> str:
 def begin_unread_page(
     host: Callable[..., None], queue: Any, decoding: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Make the page of a request whose prompt nobody reads; queue: of a decode server.
+    """Make the page of a request without a prefill server; queue: a decode server's.
 
-    By such requests SGLang checks a decode server, at start and when it is asked for its health.
+    SGLang checks a decode server with such requests, at start and for /health.
     """
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
@@ -163,7 +163,7 @@ def begin_unread_page(
 
 
 def begin_at(pool: Any, slot: int, length: int) -> None:
-    """Make empty pages that continue at a context of `length` tokens, which nobody has read."""
+    """Make empty pages that continue at a context of `length` tokens, all unread."""
     pool.pages[:, slot] = 0
     for layer_id in pool.mamba_layer_ids:
         pool.view(layer_id).span[slot] = length
@@ -178,16 +178,16 @@ def begin_at(pool: Any, slot: int, length: int) -> None:
     upstream="https://github.com/sgl-project/sglang/pull/38961",
 )
 def hold_what_may_be_written(host: Callable[[Any], None], queue: Any) -> None:
-    """Keep an aborted request's memory until the prefill server has stopped writing, or has ended.
+    """Keep an aborted request's memory until the prefill server stops writing to it, or ends.
 
-    Ask it again now and then: one that was started anew answers that it writes nothing.
+    Asks that server repeatedly: if it was restarted, it answers that it writes nothing.
     """
     now, held = time.monotonic(), queue._deferred_releases
     for i, (decoding, since, deadline, buffer, acks) in enumerate(held):
         receiver, room = decoding.kv_receiver, decoding.req.bootstrap_room
         if now < deadline or receiver.kv_mgr.is_abort_release_safe(room, acks):
             continue
-        servers = receiver.kv_mgr.prefill_info_table  # those whose heart beats
+        servers = receiver.kv_mgr.prefill_info_table  # those with a heartbeat
         if servers.get(receiver.bootstrap_addr) is receiver.prefill_info:
             receiver._send_abort_notification(force_arm=True)
             deadline = now + queue.deferred_kv_release_timeout
@@ -203,18 +203,18 @@ def hold_what_may_be_written(host: Callable[[Any], None], queue: Any) -> None:
     remove_when="SGLang registers memory by its device, and NIXL waits for data",
 )
 def beside_computation(host: Callable[[Any], None], scheduler: Any) -> None:
-    """Let NIXL copy in this machine's memory, and leave all cores to those who compute.
+    """Let NIXL copy in main memory, with a thread that does not keep a core busy.
 
-    Around `init_disaggregation`, which makes NIXL's agent. SGLang calls the memory of KV and of
-    states VRAM, and only that of its messages DRAM. On processors with AMX it has bound this thread
-    to one core; new threads get the cores of the parent process, which is not bound.
+    Around `init_disaggregation`, which makes NIXL's agent. SGLang registers KV and states as VRAM,
+    and only its messages as DRAM. On processors with AMX it has bound this thread to one core; here
+    new threads get the cores of the parent process, which is not bound.
     """
     from sglang.srt.runtime_context import get_server_args
 
     if not (hands_over(get_server_args()) and is_ours(scheduler.model_config)):
         host(scheduler)
         return
-    what_is_alike()  # reads files: not while a request waits
+    what_is_alike()  # hash files now, not while a request waits
     api: Any = import_module("nixl._api")
     agent = api.nixl_agent
 

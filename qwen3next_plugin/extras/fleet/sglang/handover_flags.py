@@ -1,4 +1,4 @@
-"""Prefill and decode on two servers: what is refused at start, and what no flag says."""
+"""Prefill and decode on two servers: refusals and defaults at start."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -10,7 +10,7 @@ from qwen3next_plugin.extras.fleet.sglang.alike import MODE_FLAG, check_known_we
 
 HANDED_OVER = "prompts are handed over whole, from memory to memory"
 ONE_ENGINE = "a server that hands requests over is one engine on one machine"
-# More, where another server reads the prompts, or decodes.
+# Further limits, if another server reads the prompts or decodes.
 SERVED_APART: Served = {
     "disaggregation_transfer_backend": (("nixl",), "it does not copy between CPUs", "use nixl"),
     "disaggregation_enable_kv_checksum": ((False,), "it is computed on a GPU", LEAVE_OUT),
@@ -31,12 +31,12 @@ EXTRA_SLOTS = "disaggregation_decode_extra_slots"
 
 
 def hands_over(server_args: Any) -> bool:
-    """Whether this server has one part of each request, and another server the other part."""
+    """Whether this server only prefills or only decodes, and another server does the rest."""
     return server_args.disaggregation_mode != "null"
 
 
 def check_handover(server_args: Any) -> None:
-    """Refuse what would give wrong text, and what is not there.
+    """Refuse settings that would give wrong text, and a missing NIXL.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -53,7 +53,7 @@ def check_handover(server_args: Any) -> None:
 
 
 def complete_handover(server_args: Any) -> list[str]:
-    """Fill in what no flag says; returns it as command-line flags."""
+    """Fill in defaults; returns them as command-line flags."""
     decodes = server_args.disaggregation_mode == "decode"
     if not decodes or server_args._raw_input[EXTRA_SLOTS] is not None:
         return []

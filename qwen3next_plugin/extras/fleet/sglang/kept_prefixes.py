@@ -1,4 +1,4 @@
-"""When FolderLinker keeps a prefix: its request has ended.
+"""Lets FolderLinker keep a prefix when its request has ended.
 
 SGLang's modules are imported inside, because patches are registered before SGLang has chosen its
 device.
@@ -27,6 +27,6 @@ def keep_prefix(
 
         linker = cache.linker.cache_linker
         if isinstance(linker, FolderLinker):
-            # SGLang drops it when a hit is loaded: not if the prefix came to memory before that.
+            # SGLang drops it when a hit is loaded, unless the prefix got into memory before that.
             cache.linker.hit_markers.pop(req.rid, None)
             linker.keep(cache, req.last_node)

@@ -1,4 +1,4 @@
-"""A node of a server that has lost another: it ends, in failure."""
+"""Ends a node, with an error, when the server loses another node."""
 
 import os
 import signal

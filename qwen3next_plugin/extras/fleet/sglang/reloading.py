@@ -1,4 +1,4 @@
-"""Other weights while serving: checked before anything changes, then loaded as at the start."""
+"""Loads new weights while serving: checks them first, then loads as at the start."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def check_reload(model: OurModel, tensors: Stream, *, with_mtp: bool) -> None:
 
 
 def check_allowed(model: OurModel) -> None:
-    """Refuse any update where these flags, or this machine, allow no other weights.
+    """Refuse an update if flags or this machine do not allow new weights.
 
     Raises:
         ConfigError: why, and the fix.
@@ -70,7 +70,7 @@ def stored_weights(runner: Any, folder: Path, load_format: str) -> Iterator[Any]
 
 
 def reload(runner: Any, tensors: Stream) -> None:
-    """Load other weights, which are checked, into a runner's model."""
+    """Load new weights, already checked, into a runner's model."""
     model = runner.model
     model.blanks.restore()
     with set_default_torch_dtype(runner.model_config.dtype):

@@ -22,7 +22,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 
 
 class Session:
-    """The tensors of the calls so far, and what they asked for; stands for SGLang's own session."""
+    """Tensors and options of the calls so far; replaces SGLang's own session."""
 
     def __init__(self, selector: str) -> None:
         self.selector = selector
@@ -46,7 +46,7 @@ class Session:
         check_reload(model, self._tensors.items(), with_mtp=drafts)
 
     def load(self, manager: Any) -> tuple[bool, str]:
-        """Serve by the tensors, which are checked."""
+        """Serve with the tensors, which are checked already."""
         replace(manager, lambda _: self._tensors.items(), self.selector)
         self._tensors.clear()
         give_back_freed()
@@ -149,7 +149,7 @@ def end(host: Callable[..., Any], manager: Any, request: Any) -> Any:
 
 
 def _stays(session: Session) -> str:
-    """What a refusal says of the weights that serve."""
+    """The sentence of a refusal on the weights in use."""
     if session.weight_version is None:
         return "; the old weights stay"
     return "; the old weights stay, give their version to /update_weight_version"

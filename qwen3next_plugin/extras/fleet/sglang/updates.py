@@ -1,7 +1,7 @@
-"""SGLang's updates of weights, for our model on a CPU: the old weights stay unless all new fit.
+"""SGLang's updates of weights, for our model on a CPU: the old ones stay unless all new ones fit.
 
-SGLang answers 400 with what is wrong. What fails later, as weights load, ends the scheduler, and so
-the server. SGLang's modules are imported inside: patches are registered before SGLang has chosen
+SGLang answers 400 with what is wrong. A later failure, while weights load, ends the scheduler and
+so the server. SGLang's modules are imported inside: patches are registered before SGLang has chosen
 its device.
 """
 
@@ -103,7 +103,7 @@ def replace(manager: Any, tensors: Callable[[Any], Any], selector: str = "all") 
 
 
 def flush(manager: Any, request: Any) -> tuple[bool, str]:
-    """Flush caches as SGLang does, also right after the answer of the last request.
+    """Flush caches as SGLang does, but also directly after the last request's answer.
 
     SGLang removes requests that have ended from its batches only before its next step.
 

@@ -1,4 +1,4 @@
-"""What several servers of vLLM share."""
+"""What several vLLM servers share: folder, hand-over, nodes and reloads."""
 
 from collections.abc import Iterable
 from typing import Any

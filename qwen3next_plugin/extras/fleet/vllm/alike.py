@@ -1,4 +1,4 @@
-"""What servers must have alike to read each other's pages and blocks of KV."""
+"""The settings that servers must share to read each other's pages and blocks of KV."""
 
 from typing import Any, NamedTuple
 
@@ -22,19 +22,19 @@ WITHOUT = "or leave out --kv-transfer-config"
 
 
 class Alike(NamedTuple):
-    """All that decides what a page and a block hold, but the weights."""
+    """All that the contents of pages and blocks depend on, except the weights."""
 
     layout: PageLayout
     rest: tuple[Any, ...]
 
     @property
     def dtype(self) -> str:
-        """Of activations, by name."""
+        """The activations' dtype, by name."""
         return str(self.layout.activation_dtype).removeprefix("torch.")
 
 
 def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
-    """What a server under these flags has of it."""
+    """These settings of a server with these flags."""
     hf_config = vllm_config.model_config.hf_config
     # KV is laid out as vLLM's attention on this processor reads it.
     rest = vllm_config.cache_config.cache_dtype, *computed_by(hf_config, vllm.__version__)
@@ -42,7 +42,7 @@ def alike(vllm_config: VllmConfig, config: Qwen3NextConfig) -> Alike:
 
 
 def _image_processing(vllm_config: VllmConfig) -> list[Any]:
-    """What pixels an image becomes: vLLM names it by its file."""
+    """Settings that turn an image into pixels; vLLM's name of an image covers only its file."""
     if (multimodal_config := vllm_config.model_config.multimodal_config) is None:
         return []
     folder = weights_folder(vllm_config)
@@ -57,7 +57,7 @@ def weights(vllm_config: VllmConfig) -> str:
 
 
 def check_known_weights(vllm_config: VllmConfig, reader: str) -> None:
-    """Refuse weights of which `reader` could not tell whose pages they have computed.
+    """Refuse weights that `reader` could not tell apart by their files.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -76,7 +76,7 @@ def check_known_weights(vllm_config: VllmConfig, reader: str) -> None:
 
 
 def refuse_other_weights(vllm_config: VllmConfig) -> None:
-    """Raise where pages of this start's weights would be read for others."""
+    """Refuse new weights if pages of the old ones would be used with them."""
     if (transfer := vllm_config.kv_transfer_config) is not None:
         raise ConfigError(
             f"reload_weights: {transfer.kv_connector} would serve prefixes of the weights that it "

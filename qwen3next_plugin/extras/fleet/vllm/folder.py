@@ -89,7 +89,7 @@ class Worker(OffloadingWorker):
             (cache.tensor, region.create_next_worker_view(cache.page_size_bytes))
             for cache in kv_caches.tensors
         ]
-        # Of each group: of each layer the cache's blocks, memory's, and bytes of a page.
+        # For each group and layer: the cache's blocks, the memory's blocks, and bytes of a page.
         self.layers: list[list[tuple[Tensor, Tensor, int]]] = [
             [(*pairs[ref.tensor_idx], ref.page_size_bytes) for ref in refs]
             for refs in kv_caches.group_data_refs
@@ -123,7 +123,7 @@ class Worker(OffloadingWorker):
         """Nothing: a copy has ended when it returns."""
 
     def shutdown(self) -> None:
-        """Let go of the shared memory."""
+        """Release the shared memory."""
         self.layers.clear()
         if self.region is not None:
             with suppress(FileNotFoundError):  # after a start that failed before `get_manager`

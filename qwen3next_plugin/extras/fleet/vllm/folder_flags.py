@@ -66,7 +66,7 @@ def check_folder(vllm_config: VllmConfig) -> None:
 
 
 def _check_flags(vllm_config: VllmConfig) -> None:
-    """Refuse flags with which files would be missing, incomplete, or another model's."""
+    """Refuse flags with which files would be missing, incomplete, or from another model."""
     nodes = vllm_config.parallel_config.nnodes
     if not current_platform.is_cpu():
         raise ConfigError(f"{SPEC} copies on CPUs only; on a GPU vLLM has TieringOffloadingSpec")
@@ -111,7 +111,7 @@ def complete_folder(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
 
 
 def _space(vllm_config: VllmConfig, config: Qwen3NextConfig) -> str:
-    """The name of the subfolder for these weights, and for all that decides what a page holds."""
+    """The name of the subfolder, which depends on the weights and all else in a page."""
     found = alike(vllm_config, config)
     rest = digest((found, vllm_config.cache_config.prefix_caching_hash_algo))
     return f"{SPACE}{weights(vllm_config)}-{found.dtype}-k{found.layout.num_drafts}-{rest}"

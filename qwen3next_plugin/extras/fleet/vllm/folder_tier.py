@@ -53,7 +53,7 @@ class FolderTier(SecondaryTierManager):
     ) -> None:
         """Open the folder; `space` names the subfolder of what may be read here."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        blocks = 2 * len(offloading_spec.config.groups)  # with drafts, a hit is one block less
+        blocks = 2 * len(offloading_spec.config.groups)  # with drafts a hit is one block shorter
         least = least_limit(blocks, self.block_size_bytes)
         if folder_bytes < least:
             raise ConfigError(
@@ -143,11 +143,11 @@ class FolderTier(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        """Forget what was looked up for it."""
+        """Drop the request's look-ups."""
         self.lookups.cleanup(req_context.req_id)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
-        """Start to look up what this step asked for."""
+        """Start the look-ups that this step asked for."""
         self.lookups.flush()
 
     def drain_jobs(self) -> None:

@@ -1,8 +1,8 @@
 """Prefill on one server, decode on another: pages through vLLM's NIXL connector, on CPUs.
 
 The connector reads a recurrent state in parts, so that servers may have different numbers of
-tensor parallel ranks. A page is one part, read whole, and only from a server that is alike in all
-that decides what is in it (handover_flags.py).
+tensor parallel ranks. A page is one part, read whole, and only from a server that shares all
+settings on which its content depends (handover_flags.py).
 """
 
 import os
@@ -41,7 +41,7 @@ def with_what_is_alike(
     attn_backend_name: str,
     transfer_mode: str = "pull",
 ) -> str:
-    """vLLM's digest of what two servers must have alike, and ours, which is to be read."""
+    """vLLM's digest of the settings that both servers must share, and ours, in readable form."""
     own = vllm_config.kv_transfer_config.kv_connector_extra_config[ALIKE]
     return f"{host(vllm_config, attn_backend_name, transfer_mode)} ({own})"
 
@@ -80,7 +80,7 @@ def in_one_part(
 def beside_computation(
     host: Callable[..., None], vllm_config: VllmConfig, kv_cache_config: "KVCacheConfig"
 ) -> None:
-    """Make vLLM's NIXL connector, and leave all cores to those who compute."""
+    """Make vLLM's NIXL connector, with a thread that does not keep a core busy."""
     cores = os.sched_getaffinity(0)
     try:
         with waiting(sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind):

@@ -1,4 +1,4 @@
-"""Prefill and decode on two servers: what is refused at start, and what both must have alike."""
+"""Prefill and decode on two servers: refusals, and settings that both servers must share."""
 
 import os
 
@@ -19,18 +19,18 @@ from qwen3next_plugin.extras.fleet.vllm.folder_flags import KEEPER, SPEC, in_fol
 
 UNTESTED = ("NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
 SETTINGS = {"enforce_handshake_compat": True, "bidirectional_kv_xfer": False}
-ALIKE = "qwen3next_plugin"  # the setting that tells workers what both servers must have alike
+ALIKE = "qwen3next_plugin"  # the setting with the values that both servers must share
 LAYOUT = "VLLM_SSM_CONV_STATE_LAYOUT"  # vLLM insists on DS; a page has no such part
 
 
 def hands_over(vllm_config: VllmConfig) -> bool:
-    """Whether this server has one part of each request, and another server the other part."""
+    """Whether this server only prefills or only decodes, and another server does the rest."""
     transfer = vllm_config.kv_transfer_config
     return transfer is not None and transfer.kv_connector == CONNECTOR
 
 
 def check_handover(vllm_config: VllmConfig) -> None:
-    """Refuse what would give wrong text, and what is not there.
+    """Refuse settings that would give wrong text, and a missing NIXL.
 
     Raises:
         ConfigError: names the setting and the fix.
@@ -60,7 +60,7 @@ def check_handover(vllm_config: VllmConfig) -> None:
 
 
 def complete_handover(vllm_config: VllmConfig, config: Qwen3NextConfig) -> None:
-    """Tell the workers what the other server must have alike; vLLM completes repeatedly."""
+    """Pass workers the values that both servers must share; vLLM may call this repeatedly."""
     if not hands_over(vllm_config):
         return
     os.environ.setdefault(LAYOUT, "DS")

@@ -1,9 +1,9 @@
-"""Leases of vLLM's NIXL connector: a decode server asks whether blocks were kept until it had read.
+"""Leases of vLLM's NIXL connector: a decode server asks whether blocks were kept while it read.
 
-A prefill server frees blocks that nobody has read in time and uses them again, perhaps while they
-are read. Neither a page nor KV says whose it is. So a decode server reads, asks, and only then
-reports that the blocks can be freed. The thread that answers handshakes answers, in the process
-that frees blocks: it does not wait for a step.
+A prefill server frees blocks that are not read in time and reuses them, perhaps while they are
+read. Pages and KV do not name their request. So a decode server reads the blocks, asks whether they
+were kept, and only then reports that they can be freed. The thread for handshakes, in the process
+that frees blocks, answers without waiting for a step.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,18 @@ from qwen3next_plugin.extras.fleet.vllm.groups import When
 
 logger = init_logger(LOGGER)
 
-LEASE = "qwen3next_plugin lease"  # in place of a rank in a handshake's question
+LEASE = "qwen3next_plugin lease"  # replaces a rank in a handshake's question
 KEPT = b"kept"
 TIMEOUT = 5000  # ms, as of a handshake
-PAUSE = 0.1  # seconds, after what is no question
+PAUSE = 0.1  # seconds, after an invalid question
 
-_kept: set[str] = set()  # of a prefill server: requests whose blocks wait for another server
-_asked: dict[str, Future[bool]] = {}  # of a decode server, by request
+_kept: set[str] = set()  # on a prefill server: requests whose blocks are kept
+_asked: dict[str, Future[bool]] = {}  # on a decode server, by request
 _threads = ThreadPoolExecutor(4, thread_name_prefix="qwen3next_leases")
 
 
 class Answers(dict[tuple[Any, Any], bytes]):
-    """A handshake's answers by ranks, and whether the blocks of (LEASE, request) are kept."""
+    """A handshake's answers by rank; for (LEASE, request), whether its blocks are kept."""
 
     def __missing__(self, key: tuple[Any, Any]) -> bytes:
         return KEPT if key[0] == LEASE and key[1] in _kept else b""
@@ -53,7 +53,7 @@ def answer_about_leases(
     stop: Event,
     *address: Any,
 ) -> None:
-    """The thread of a scheduler that answers handshakes; it outlives questions it cannot read."""
+    """The scheduler's thread that answers handshakes; invalid questions do not end it."""
     while True:
         try:
             return host(Answers(encoded_data), ready, stop, *address)
@@ -94,7 +94,7 @@ def keep(
     upstream="https://github.com/vllm-project/vllm/issues/52234",
 )
 def forget(host: Callable[[Any, Any], None], scheduler: Any, output: Any) -> None:
-    """Before vLLM frees blocks that were read, or that nobody has read in time."""
+    """Forget requests before vLLM frees their blocks, after reading or a timeout."""
     _kept.difference_update(output.finished_sending or ())
     host(scheduler, output)
 
@@ -116,7 +116,7 @@ def read_without_release(
     *args: Any,
     **kwargs: Any,
 ) -> bool:
-    """Read blocks; that they can be freed is reported by vLLM when the request is done."""
+    """Read blocks without reporting them as free; vLLM reports that when the request is done."""
     nixl = worker.nixl_wrapper
     make = nixl.make_prepped_xfer
 
@@ -143,7 +143,7 @@ def read_without_release(
 def ask_when_read(
     host: Callable[..., tuple[set[str], set[str]]], worker: Any, transfers: dict[str, list[int]]
 ) -> tuple[set[str], set[str]]:
-    """Requests whose blocks are read, and those that failed: also if blocks were not kept."""
+    """Requests with their blocks read, and failed ones, including those with blocks not kept."""
     done, failed = host(worker, transfers)
     for request in (done - failed) & worker._pending_recv_notifs.keys():
         _asked[request] = _threads.submit(_was_kept, worker._recving_metadata[request].remote)
@@ -162,8 +162,8 @@ def ask_when_read(
 
 
 def _was_kept(remote: Any) -> bool:
-    """Whether the server has kept the request's blocks until now."""
-    # With vLLM's connector, which not every start imports.
+    """Whether the prefill server still keeps the request's blocks."""
+    # Imported late, with vLLM's connector, which few servers use.
     import msgspec
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.utils import zmq_ctx

@@ -1,4 +1,4 @@
-"""A node of a server that has lost another: it ends, in failure."""
+"""Ends a node, with an error, when the server loses another node."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def complete_nodes(vllm_config: VllmConfig) -> None:
     remove_when="vLLM ends all nodes of a server when one ends",
 )
 def end_with_other_nodes(host: Callable[[Any], None], worker: Any) -> None:
-    """Around `init_device`: end this worker, and so the node, when one of another node ends."""
+    """Around `init_device`: end this worker, and so its node, when another node's worker ends."""
     host(worker)
     parallel_config = worker.parallel_config
     if parallel_config.nnodes_within_dp > 1:

@@ -37,7 +37,7 @@ class RayWorker(RayWorkerProc):
     """A worker process in an actor of Ray."""
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
-        """The machine, and the rank for want of a device: vLLM returns those of each machine."""
+        """The machine, and the rank in place of a device; vLLM passes on all of a machine's."""
         return ray.get_runtime_context().get_node_id(), [self._init_kwargs["rank"]]
 
     def initialize_worker(
@@ -50,7 +50,7 @@ class RayWorker(RayWorkerProc):
     ) -> None:
         """Choose this machine's cores and address, then become a worker.
 
-        Workers share memory if the end of their meeting point's address is the same.
+        Workers share memory if the ends of their init method's URL are equal.
         """
         compute_with_share(local_rank, len(assigned_physical_gpu_ids or (0,)))
         meet_at("Ray's address of this machine", ray.util.get_node_ip_address(), OWN_ADDRESS)
@@ -59,7 +59,7 @@ class RayWorker(RayWorkerProc):
 
 
 def compute_with_share(rank: int, ranks: int) -> None:
-    """Keep this process on its part of the machine's cores; Ray would give it one thread."""
+    """Bind this process to its part of the machine's cores; Ray would give it one thread."""
     found = share(ranks)
     cpus = found.cpus[rank]
     if found.threads is None:
@@ -70,7 +70,7 @@ def compute_with_share(rank: int, ranks: int) -> None:
 
 
 class RayExecutor(Executor, RayExecutorV2):
-    """One call a step, to actors that Ray places by CPUs."""
+    """Our executor, one call a step, for actors that Ray places by CPUs."""
 
     uses_ray = True
 
@@ -87,7 +87,7 @@ class RayExecutor(Executor, RayExecutorV2):
         super()._init_executor()
 
     def _build_runtime_env(self) -> dict[str, Any]:
-        """With the plugin's variables, which vLLM does not know."""
+        """Add the plugin's environment variables, which vLLM does not pass on."""
         runtime_env = super()._build_runtime_env()
         own = {name: value for name, value in os.environ.items() if name.startswith(OURS)}
         runtime_env["env_vars"] = own | runtime_env["env_vars"]
@@ -101,5 +101,5 @@ class RayExecutor(Executor, RayExecutorV2):
     )
     @staticmethod
     def _get_actor_resource_kwargs() -> dict[str, Any]:
-        """Nothing beside the CPU that the placement group keeps for the worker."""
+        """Nothing besides the CPU that the placement group reserves for the worker."""
         return {"num_gpus": 0}

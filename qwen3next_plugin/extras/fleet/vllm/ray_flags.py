@@ -10,7 +10,7 @@ from qwen3next_plugin.engines.vllm.cpu.cpu_flags import RAY
 
 
 def check_ray(vllm_config: VllmConfig) -> None:
-    """Refuse cores for workers that Ray places.
+    """Refuse a choice of cores for workers that Ray places.
 
     Raises:
         ConfigError: names the setting and the fix.

@@ -1,4 +1,4 @@
-"""Other weights while serving: vLLM reloads those of the trunk, here the drafter's follow.
+"""Loads new weights while serving: vLLM reloads the trunk's, and this file the drafter's.
 
 Names and shapes are checked before anything changes, so a wrong checkpoint leaves the old weights.
 """
@@ -39,7 +39,7 @@ Tensors = list[tuple[str, torch.Tensor]]
 def reload_weights(
     worker: Any, path: str | None, given: Iterable[tuple[str, torch.Tensor]] | None
 ) -> str | None:
-    """Serve other weights by a worker; returns why they are refused."""
+    """Load new weights in a worker; returns why they are refused."""
     with set_current_vllm_config(worker.vllm_config), one_bar(worker.vllm_config):
         refused = reload(worker.model_runner, path, given)
     give_back_freed()
@@ -49,12 +49,12 @@ def reload_weights(
 def reload(
     runner: Any, path: str | None, given: Iterable[tuple[str, torch.Tensor]] | None
 ) -> str | None:
-    """Serve the weights that are given, or those of a folder, by default of the last one.
+    """Load the given weights, or those of a folder, which defaults to the last one.
 
     Returns: why they are refused, by this rank or another one; the old weights stay then.
 
     Raises:
-        SystemExit: loading failed, by which the model is part old and part new.
+        SystemExit: loading failed, so the model is part old and part new.
     """
     tensors = None if given is None else list(given)
     if refused := refusal(lambda: _check(runner, path, tensors), get_tp_group().cpu_group):
@@ -79,14 +79,14 @@ def _load(runner: Any, path: str | None, tensors: Tensors | None) -> None:
 
 
 def _renew_head(model: Any) -> None:
-    """Pack a tied head again, of which vLLM has loaded only the embedding."""
+    """Pack a tied head again, because vLLM has loaded only the embedding."""
     if model.config.tie_word_embeddings:
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 @contextmanager
 def _alone(drafter: Any) -> Iterator[None]:
-    """Within this context the drafter is without what is the trunk's, as when it was built."""
+    """Within this context the drafter lacks the trunk's embedding and head, as when built."""
     embedding, head = drafter.model.embed_tokens, drafter.lm_head
     drafter.lm_head = PPMissingLayer()
     if EMBEDDING in drafter.trunk_names:
@@ -103,7 +103,7 @@ def _text_model(runner: Any) -> Any:
 
 
 def _check(runner: Any, path: str | None, tensors: Tensors | None) -> None:
-    """Raise what is wrong with these weights, or with weights that change under these flags."""
+    """Raise if these weights are wrong, or if the flags do not allow new weights."""
     config: VllmConfig = runner.vllm_config
     trunk = _text_model(runner)
     refuse_other_weights(config)
@@ -143,7 +143,7 @@ def _check_tower(tower: Shapes, given: Tensors) -> None:
 
 
 def _folder(config: VllmConfig, path: str | None) -> Path:
-    """The weights to load: by default those of the last time."""
+    """The folder to load, by default the last one."""
     if (found := config.load_config.load_format) not in READ_HERE:
         raise ConfigError(f"--load-format {found}: its weights are not reloaded; restart")
     folder = Path(path) if path else weights_folder(config)

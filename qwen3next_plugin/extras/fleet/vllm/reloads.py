@@ -1,4 +1,4 @@
-"""After a reload nothing of the old weights is served, and a refused one answers an error."""
+"""After a reload, resets what the old weights computed; refusals are answered with an error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +27,11 @@ def forget_old_weights(
 ) -> Any:
     """Around `collective_rpc`: after a reload of our model vLLM's caches are reset.
 
-    Running requests go on, by the new weights: what they have so far is computed again.
+    Running requests continue with the new weights, after computing their tokens so far again.
 
     Raises:
-        ConfigError: it cannot be done now; or the workers refuse. They return why: of what they
-            raise, vLLM would read the first one's, and the others' as answers to its next call.
+        ConfigError: it cannot be done now, or workers refuse. They return why, because if they
+            raised, vLLM would read only the first error, and the others as later answers.
     """
     ours = method == RELOAD and is_ours(core.vllm_config.model_config)
     parallel = core.vllm_config.parallel_config

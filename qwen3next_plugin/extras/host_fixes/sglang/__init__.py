@@ -1,4 +1,4 @@
-"""What is repaired in SGLang; skip it to see how ours is served without."""
+"""Repairs of SGLang. Without them the plugin still serves."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A client that leaves ends its own request, and no other."""
+"""A leaving client ends only its own request."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +19,7 @@ OTHER = "\0"  # no name of a request begins so
 def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
     """Abort the request of this name; SGLang aborts all whose names begin with it.
 
-    Names are random, or given by clients: `a` would be the beginning of one in sixteen.
+    Names are random or chosen by clients: a request named `a` would match one in sixteen others.
     """
     if asked.abort_all:
         turns(scheduler).leave(asked)
@@ -37,7 +37,7 @@ def abort_one(host: Callable[..., None], scheduler: Any, asked: Any) -> None:
 
 
 def _requests(scheduler: Any) -> Iterator[Any]:
-    """All that wait or run, some more than once."""
+    """All waiting or running requests, some more than once."""
     if scheduler.chunked_req is not None:
         yield scheduler.chunked_req
     yield from turns(scheduler).aside
@@ -48,7 +48,7 @@ def _requests(scheduler: Any) -> Iterator[Any]:
 
 
 def _handed_over(scheduler: Any) -> list[Any]:
-    """Those of which another server has a part."""
+    """Requests that are shared with another server."""
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
     if scheduler.disaggregation_mode == DisaggregationMode.PREFILL:

@@ -1,7 +1,7 @@
-"""Control messages: what SGLang's scheduler cannot do is answered with an error, and ends nothing.
+"""Control messages that fail are answered with an error, and do not end SGLang's scheduler.
 
-A control message is everything but prompts that the scheduler is sent: updates of weights,
-adapters, sessions, profiles, pauses, settings.
+Control messages are all messages to the scheduler except prompts: updates of weights, adapters,
+sessions, profiles, pauses, settings.
 """
 
 from collections.abc import Awaitable, Callable
@@ -16,11 +16,11 @@ from qwen3next_plugin.engines.sglang.names import logger
 from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.extras.host_fixes.sglang.values import check_range
 
-# In which the other ranks of a group must come, and each of its collectives must end. Meanwhile
-# nobody is served, for half an hour by torch's default.
+# Limit for the other ranks of a group to join, and for each of its collectives. Nothing is served
+# meanwhile; torch's default is half an hour.
 GROUP_TIME = timedelta(seconds=120)
-MOST_SLEEP = 60.0  # seconds before each step
-PROMPTS = ("Tokenized", "BatchTokenized")  # how the names of the other messages begin
+MOST_SLEEP = 60.0  # seconds; SGLang sleeps before each step
+PROMPTS = ("Tokenized", "BatchTokenized")  # prefixes of the other messages' names
 
 
 @patch(
@@ -42,10 +42,10 @@ def guard(host: Callable[[Any], None], scheduler: Any) -> None:
 def handle(handler: Callable[[Any], Any], ranks: Any, asked: Any) -> Any:
     """Run a handler. An exception, on any rank, is the message's answer.
 
-    All ranks have the same messages in the same order. Where a message has an answer, they tell
-    each other what failed: an error of one rank alone is not answered with success. A rank that
-    fails before a collective of the handler leaves the others in it until gloo's time is up, which
-    ends the server. So does one that leaves the model with weights of two checkpoints.
+    All ranks get the same messages in the same order. If a message has an answer, ranks exchange
+    their errors, so that an error of one rank is not answered with success. If a rank fails before
+    a collective of the handler, the others wait in it until gloo's timeout, which ends the server.
+    A failure that leaves the model with weights of two checkpoints ends it, too.
     """
     answer = failed = None
     try:
@@ -80,7 +80,7 @@ def answer_type(asked: Any) -> Any:
 
 
 def failure(kind: Any, asked: Any, text: str) -> Any:
-    """An answer that says in `rid`, which no other answer to a control message has, what failed."""
+    """An answer with the error in `rid`, which other answers to control messages leave empty."""
     from msgspec.structs import fields
 
     values = {field.name: _empty(field.type) for field in fields(kind) if field.required}
@@ -108,7 +108,7 @@ async def raise_failures(
     """Wrap `FanOutCommunicator.__call__`, by which the server waits for the schedulers' answers.
 
     Raises:
-        HTTPException: a handler failed. SGLang's routes would answer some of that with success.
+        HTTPException: a handler failed. SGLang's routes would report success for some failures.
     """
     from fastapi import HTTPException
 
@@ -131,7 +131,7 @@ async def raise_failures(
     remove_when="SGLang ends the profile instead",
 )
 def end_profile(host: Callable[..., Any], profiler: Any, *args: Any, **more: Any) -> Any:
-    """Wrap what starts, counts and stops a profile, also in later steps: a failed one is over."""
+    """Wrap what starts, counts and stops a profile, also in later steps: end a failed one."""
     from sglang.srt.managers.io_struct import ProfileReqOutput
 
     try:
@@ -173,7 +173,7 @@ def resume_memory(host: Callable[..., Any], updater: Any, asked: Any) -> Any:
     remove_when="SGLang waits for other ranks beside its steps",
 )
 def wait_for_ranks(host: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    """Wrap `init_custom_process_group`: give up on ranks that do not come."""
+    """Wrap `init_custom_process_group`: give up on ranks that do not join in time."""
     return host(*args, **{"timeout": GROUP_TIME} | more)
 
 
@@ -184,7 +184,7 @@ def wait_for_ranks(host: Callable[..., Any], *args: Any, **more: Any) -> Any:
     remove_when="SGLang limits it",
 )
 def slow_down(host: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
-    """Wrap the scheduler's `slow_down`; more seconds than a clock can count end it."""
+    """Wrap the scheduler's `slow_down`: limit the seconds, since too many for a clock end it."""
     check_range("forward_sleep_time", asked.forward_sleep_time, float("-inf"), MOST_SLEEP)
     return host(scheduler, asked)
 
@@ -196,7 +196,7 @@ def slow_down(host: Callable[..., Any], scheduler: Any, asked: Any) -> Any:
     remove_when="SGLang checks it first",
 )
 def configure_or_keep(host: Callable[..., None], log: Any, *args: Any, **more: Any) -> None:
-    """Wrap `RequestLogger.configure`: with a setting that fails, SGLang would answer no request.
+    """Wrap `RequestLogger.configure`: undo a setting that fails; SGLang would fail all requests.
 
     Raises:
         HTTPException: says what is wrong with it; the log is as before.

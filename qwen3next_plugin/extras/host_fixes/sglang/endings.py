@@ -1,4 +1,4 @@
-"""What a server leaves behind when it ends."""
+"""Cleans up what a server would leave behind at its end."""
 
 import os
 from collections.abc import Callable

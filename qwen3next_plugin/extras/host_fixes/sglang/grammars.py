@@ -25,7 +25,7 @@ DEAR = f"{FIELD} {apart.TOO_DEAR}: {SIMPLIFY}"
     remove_when="the libraries of grammars limit the time and memory of each call",
 )
 def fork_first(host: Callable[[Any], None], scheduler: Any) -> None:
-    """Around `Scheduler.init_tokenizer`: fork behind it, before there are weights."""
+    """Around `Scheduler.init_tokenizer`: fork after it, before weights are loaded."""
     host(scheduler)
     if serves_ours():
         config = scheduler.model_config
@@ -65,19 +65,19 @@ def compile_apart(host: Callable[..., Any], backend: Any, key: Any, require_reas
     upstream="https://github.com/sgl-project/sglang/pull/22196",
 )
 def keep_nothing(host: Callable[..., None], backend: Any, key: Any, value: Any) -> None:
-    """Around `BaseGrammarBackend.set_cache`, which has no bound: processes are kept."""
+    """Around `BaseGrammarBackend.set_cache`, which is unbounded: cache processes instead."""
     if not apart.started():
         host(backend, key, value)
 
 
 def _constrained(req: Any) -> "Constrained | None":
-    """A request's grammar; a reasoning parser's has it inside."""
+    """A request's grammar, which a reasoning parser's grammar may wrap."""
     grammar = getattr(req.grammar, "grammar", req.grammar)
     return grammar if isinstance(grammar, Constrained) else None
 
 
 def failure(req: Any) -> str | None:
-    """What a request's grammar has failed with."""
+    """The error of a request's grammar."""
     grammar = _constrained(req)
     return None if grammar is None else grammar.failed
 
@@ -98,7 +98,7 @@ def learn_drafts(
 
 
 def _chain(following: list[int], tokens: list[int]) -> list[int]:
-    """A tree's first draft, its first one, and so on."""
+    """A tree's first draft, that draft's first child, and so on."""
     chain, place = [], following[0]
     while place >= 0:
         chain.append(tokens[place])
@@ -114,7 +114,7 @@ def _chain(following: list[int], tokens: list[int]) -> list[int]:
     remove_when="grammars are matched in the scheduler's process",
 )
 def learn_accepted(host: Callable[..., None], processor: Any, result: Any, batch: Any) -> None:
-    """Around `advance_grammar_fsm`: ask all processes at once, by what a verification accepted."""
+    """Around `advance_grammar_fsm`: ask all processes at once about the accepted tokens."""
     verified = batch.forward_mode.is_decode() and result.accept_lens is not None
     if verified and batch.has_grammar and not result.grammar_advanced:
         if result.copy_done is not None:
@@ -143,7 +143,7 @@ def _learn(reqs: Any, token_ids: Iterable[list[int]]) -> None:
     remove_when="the libraries of grammars limit the time and memory of each call",
 )
 def refuse_together(host: Callable[[Any], list[Any]], manager: Any) -> list[Any]:
-    """Around `get_ready_grammar_requests`: refuse what any rank refuses."""
+    """Around `get_ready_grammar_requests`: refuse a request if any rank does."""
     ready = host(manager)
     if apart.started():
         for req in ready:
@@ -161,7 +161,7 @@ def ranks() -> Any:
 
 
 def of_any_rank(value: bool) -> bool:
-    """Whether any tensor-parallel rank says so: their clocks differ."""
+    """Whether `value` is true on any tensor-parallel rank; their clocks differ."""
     group = ranks()
     if group.world_size == 1:
         return value
@@ -172,16 +172,16 @@ def of_any_rank(value: bool) -> bool:
 
 @functools.cache
 def constrained_type() -> Any:
-    """`Constrained`, once SGLang is there to derive from."""
+    """`Constrained` with SGLang's base class, which is imported late."""
     from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
 
     return type("Constrained", (Constrained, BaseGrammarObject), {})
 
 
 class Constrained:
-    """A request's grammar, as SGLang's `BaseGrammarObject`; once it has failed, no constraint.
+    """A request's grammar, as SGLang's `BaseGrammarObject`; after a failure it allows every token.
 
-    It never raises: a rank that ended a request alone would leave the others waiting.
+    It never raises, because a rank that ends a request alone leaves the others waiting.
     """
 
     def __init__(self, matcher: matchers.Matcher) -> None:
@@ -233,7 +233,7 @@ class Constrained:
 
 
 def make_backend(state: dict[str, Any]) -> None:
-    """In the first process: make the backend that others are forked with."""
+    """In the first process: make the backend, which forked processes inherit."""
     from sglang.srt.constrained.base_grammar_backend import create_grammar_backend
 
     if "backend" not in state:

@@ -1,4 +1,4 @@
-"""Images whose pixels are equal, but not their shapes."""
+"""Tells images with equal pixels but different shapes apart."""
 
 from collections.abc import Callable
 from hashlib import sha256
@@ -17,10 +17,10 @@ GRIDS = ("image_grid_thw", "video_grid_thw")  # how many patches there are in ea
     remove_when="SGLang hashes the grid, too",
 )
 def name_with_its_shape(host: Callable[..., None], item: Any) -> None:
-    """Around `set_pad_value`: an image's name in caches depends on its shape, too.
+    """Around `set_pad_value`: include the shape in an image's name in caches.
 
-    SGLang hashes the patches. Those of one colour are the same in a picture and in one on its side,
-    whose positions differ.
+    SGLang hashes only the patches. A one-coloured picture and the same one on its side have equal
+    patches, but different positions.
     """
     named = item.pad_value is not None or item.hash is not None
     host(item)

@@ -1,4 +1,4 @@
-"""A folder too full for metrics, which SGLang's processes map as sparse files of 1 MiB."""
+"""Refuses a folder too full for metrics, which SGLang's processes map as sparse 1 MiB files."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ ROOM = 16 << 20  # three processes with five files each; a rank more writes far 
 
 
 def check_room(server_args: Any) -> None:
-    """Check that metrics have room: a process that writes to a page without any ends by SIGBUS.
+    """Check that metrics have room: on a full disk, writing to a mapped page is a SIGBUS.
 
     Raises:
         ConfigError: names the folder.

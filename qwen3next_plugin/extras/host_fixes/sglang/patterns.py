@@ -14,7 +14,7 @@ from qwen3next_plugin.extras.host_fixes import apart
 from qwen3next_plugin.extras.host_fixes.sglang.grammars import DEAR, failure, of_any_rank, ranks
 
 BUDGET = "qwen3next_budget"  # of SGLang's Req
-LOOKS = 5  # at the CPU time, before it can be up
+LOOKS = 5  # looks at the CPU time before it can be up
 _BUDGETS: WeakValueDictionary[tuple[str, ...], apart.Budget] = WeakValueDictionary()
 
 
@@ -44,9 +44,9 @@ def check_pattern(pattern: str) -> None:
 def end_dear(host: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
     """Wrap `_check_str_based_finish`: abort a request whose stop_regex or grammar is too dear.
 
-    The time is limited while matching: no check of a pattern finds exactly those that backtrack.
-    Patterns are matched by the first tensor-parallel rank, and what any rank ends, all do: one that
-    aborts a request alone would leave the others waiting in the next step.
+    Limits the time of matching, because no check of a pattern finds exactly those that backtrack.
+    Only the first tensor-parallel rank matches patterns. If any rank ends a request, all do: a rank
+    that aborts alone would leave the others waiting in the next step.
     """
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
@@ -68,7 +68,7 @@ def _match(host: Callable[..., bool], req: Any, tokens: int) -> tuple[bool, bool
     """Whether the answer ends here; whether its patterns are over their budget."""
     patterns = tuple(req.sampling_params.stop_regex_strs)
     budget = _BUDGETS.setdefault(patterns, apart.Budget())
-    vars(req)[BUDGET] = budget  # shared by requests with these patterns, while they last
+    vars(req)[BUDGET] = budget  # shared by all requests with these patterns
     taken, began = budget.take(tokens), time.thread_time()
     try:
         with _time_limit(taken):
@@ -83,7 +83,7 @@ def _match(host: Callable[..., bool], req: Any, tokens: int) -> tuple[bool, bool
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the main thread, also in the middle of `re.search`.
 
-    An alarm of CPU time would count all threads, of which those that wait for work compute.
+    An alarm of CPU time would count all threads, including those that spin while they wait.
     """
     end = time.thread_time() + seconds
 

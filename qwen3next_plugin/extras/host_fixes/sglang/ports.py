@@ -1,4 +1,4 @@
-"""A port in use, which SGLang finds after the model is loaded, and then waits for minutes."""
+"""Refuses a port in use, which SGLang would notice only after loading, and then wait for."""
 
 import errno
 import multiprocessing
@@ -9,14 +9,14 @@ from typing import Any
 
 from qwen3next_plugin.config.errors import ConfigError
 
-NO_HOST = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN)  # at which to listen
+NO_HOST = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN)  # no such host here
 COMMANDS = ("sglang.launch_server", "sglang")  # `python -m` and the script
 
 
 def check_port(server_args: Any) -> None:
     """Check that a server that is about to start can listen.
 
-    An Engine, and the processes of either, have the same arguments and listen nowhere.
+    An Engine and child processes have the same arguments, but do not listen.
 
     Raises:
         ConfigError: names the flag.

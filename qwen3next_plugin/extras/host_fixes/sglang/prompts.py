@@ -1,4 +1,4 @@
-"""Prompts of a step that are embeddings, beside others that are token ids."""
+"""Steps that mix prompts given as embeddings and as token ids."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +22,9 @@ def prepare(host: Callable[[Any], None], batch: Any) -> None:
 
 
 def place_embeds(batch: Any) -> None:
-    """Put each request's embeddings in place of its own tokens' only.
+    """Let each request's embeddings replace only its own tokens'.
 
-    SGLang takes those of some requests for all of a step's; and it rounds them to bf16.
+    SGLang uses some requests' embeddings for the whole step, and rounds them to bf16.
     """
     if batch.input_embeds is None or not is_ours(batch.model_config):
         return

@@ -16,7 +16,7 @@ from qwen3next_plugin.extras.host_fixes.sglang.patterns import check_pattern
 from qwen3next_plugin.extras.host_fixes.sglang.values import check_range, check_type, check_types
 
 MAX_N = 128  # as in OpenAI's API
-MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop serves nobody else while it queues them
+MAX_SEQUENCES = 4096  # prompts times n; SGLang's event loop is blocked while it queues them
 MAX_LOGPROBS = 1000  # per token; each is a Python object in three processes
 MAX_INT32 = 2**31 - 1  # SGLang's dtype for top_k
 # Beyond these, logits overflow fp32 at the lowest temperature, 1e-6.
@@ -28,10 +28,10 @@ INTERNAL = (
     *("stop_regex_strs", "stop_regex_max_len"),
 )
 
-# Log-probabilities that the prompts of one HTTP request have asked for; unset where Python asks.
+# Log-probabilities asked for by the prompts of one HTTP request; unset for Python callers.
 asked_logprobs: ContextVar[list[int]] = ContextVar("asked_logprobs")
 
-HEALTH = ("/health", "/health_generate")  # where SGLang asks itself
+HEALTH = ("/health", "/health_generate")  # SGLang sends itself requests there
 VIDEO_DECODERS = ("torchcodec", "decord")  # packages with which SGLang reads videos
 
 # Fields as /generate names them, and as OpenAI's API does.
@@ -86,9 +86,9 @@ def check(obj: Any, vocab_size: int, *, over_http: bool) -> None:
 
 
 def check_bootstrap_host(hosts: Any, manager: Any, path: str) -> None:
-    """Refuse the address that says that there is no prefill server, but for a server's own checks.
+    """Refuse the address that means "no prefill server", except in a server's own checks.
 
-    A decode server would answer from memory that nobody has written.
+    A decode server would answer from uninitialised memory.
 
     Raises:
         ValueError: names the field.

@@ -1,4 +1,4 @@
-"""Sessions: what SGLang's scheduler does not survive of them; memory that idle ones keep."""
+"""Sessions: refuses turns that end SGLang's scheduler, and frees memory of idle sessions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +30,9 @@ def continue_in_session(
 
 
 def _cuts_an_image(made: Any, kept: int) -> bool:
-    """Whether an image that a turn inherits ends behind the tokens that it keeps.
+    """Whether an image that a turn inherits extends beyond the tokens that it keeps.
 
-    SGLang would embed the image all the same.
+    SGLang would embed the whole image anyway.
     """
     inherited = made.multimodal_inputs.mm_items if made.multimodal_inputs is not None else ()
     return any(end >= kept for item in inherited for _, end in item.offsets or ())
@@ -41,12 +41,12 @@ def _cuts_an_image(made: Any, kept: int) -> bool:
 def _continue_streaming(
     host: Callable[..., Any], session: Any, req: Any, *args: Any, **more: Any
 ) -> Any:
-    """Refuse a turn that leaves no token to read; a refused turn ends no other one.
+    """Refuse a turn without a token to read, and keep a refused turn from ending another one.
 
-    A state of all tokens has no logits. Of a refused turn, SGLang takes the session's one that runs
-    for ended, and lets a third one write to the same state.
+    A state of all tokens has no logits. After refusing a turn, SGLang considers the session's
+    running turn ended, and lets a third one write to the same state.
     """
-    last = [node.req for node in session.req_nodes.values()]  # of the one turn before, if any
+    last = [node.req for node in session.req_nodes.values()]  # of the previous turn, if any
     made = host(session, req, *args, **more)
     if made.to_finish is None and not req.input_ids and last and not last[0].output_ids:
         session.abort_req()
@@ -92,7 +92,7 @@ def replace_in_session(
 def add_turn(host: Callable[..., Any], adder: Any, req: Any, *args: Any, **more: Any) -> Any:
     """Wrap `PrefillAdder.add_one_req`: schedule a turn as if it did not ignore the end token.
 
-    Without a radix cache SGLang takes a request that ignores it for one that begins.
+    Without a radix cache SGLang assumes that a request that ignores it has no prefix.
     """
     params = req.sampling_params
     if not (params.ignore_eos and req.prefix_len):
@@ -127,7 +127,7 @@ def make_room(host: Callable[..., Any], scheduler: Any, running_batch: Any) -> A
 
 
 def _lacks_room(scheduler: Any, running: Any) -> bool:
-    """Whether a request waits for room, or those that run have none for their next tokens."""
+    """Whether a request waits for memory, or running ones lack it for their next tokens."""
     if not scheduler.tree_cache.session_records():
         return False
     if running.is_empty():
@@ -141,7 +141,7 @@ def _lacks_room(scheduler: Any, running: Any) -> bool:
 def _forget_one(scheduler: Any, running: Any) -> bool:
     """Take the memory of the idle session whose last turn is the longest ago.
 
-    If none is idle and nothing runs, turns wait for each other: take that of the last one.
+    If none is idle and nothing runs, turns wait for each other: take the last waiting one's.
     """
     held = scheduler.tree_cache.session_records()
     waiting = {req.session.session_id: req for req in scheduler.waiting_queue if req.session}

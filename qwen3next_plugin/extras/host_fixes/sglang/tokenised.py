@@ -1,4 +1,4 @@
-"""A request as SGLang's scheduler gets it: what ends the scheduler is refused with a 400."""
+"""Checks tokenised requests: answers a 400 to those that would end SGLang's scheduler."""
 
 from collections.abc import Callable
 from reprlib import repr as shortened
@@ -27,7 +27,7 @@ MAX_LOGPROBS_APART = 128  # per token that a prefill server hands over
 def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any) -> Any:
     """Wrap `_create_tokenized_object`: refuse a prompt that would end the scheduler.
 
-    SGLang declares types of what it sends to the scheduler, and does not check them.
+    SGLang declares the types of its messages to the scheduler, but does not check them.
     """
     from sglang.srt.managers.io_struct import GenerateReqInput
 
@@ -49,10 +49,10 @@ def check_tokenised(host: Callable[..., Any], manager: Any, obj: Any, *args: Any
 
 
 def check_tokens(made: Any) -> None:
-    """Check that there is a token: a step of none ends the scheduler.
+    """Check that there is a token: a step without tokens ends the scheduler.
 
     Raises:
-        ValueError: the tokenizer makes none of the text.
+        ValueError: the text has no tokens.
     """
     if not made.input_ids and made.input_embeds is None:
         raise ValueError("the prompt has no token: the tokenizer makes none of its text")
@@ -177,7 +177,7 @@ def check_embeds(made: Any, hidden_size: int) -> None:
 
 
 def check_tower(obj: Any) -> None:
-    """Check one request of a model with a vision tower, which SGLang gives no embeddings.
+    """Check one request of a model with a vision tower: SGLang passes it no embeddings.
 
     Raises:
         ValueError: names the field.
@@ -191,7 +191,7 @@ def check_tower(obj: Any) -> None:
 
 
 def check_apart(made: Any) -> None:
-    """Check one request of which a prefill and a decode server have a part each.
+    """Check one request that a prefill and a decode server share.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -211,9 +211,9 @@ def check_apart(made: Any) -> None:
 
 
 def check_bootstrap_room(host: str | None, room: int | None) -> None:
-    """Check the number by which a prefill and a decode server know a request.
+    """Check the number that identifies a request to its prefill and decode server.
 
-    0 says that a server has not written yet. SGLang's own requests, of one server, have it.
+    0 means that a server has not written yet; SGLang's own requests, of one server, use it.
 
     Raises:
         ValueError: names the field, its value and what is allowed.

@@ -1,4 +1,4 @@
-"""What is repaired in vLLM; skip it to see how ours is served without."""
+"""Repairs of vLLM. Without them the plugin still serves."""
 
 from qwen3next_plugin.engines.extras import Additions
 

@@ -16,10 +16,10 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
     upstream="https://github.com/vllm-project/vllm/issues/34186",
 )
 def refuse_unused(host: Callable[..., Any], worker: Any, request: Any) -> Any:
-    """Around the reading of an adapter: refuse one of which a part fits no module.
+    """Around the reading of an adapter: refuse one with a part that fits no module.
 
-    vLLM compares only the last part of a module's name, and ignores what it does not find. An
-    adapter of that name which is loaded already stays.
+    vLLM compares only the last part of a module's name, and ignores what it does not find. If an
+    adapter of that name is loaded already, it stays.
 
     Raises:
         ValueError: naming the module, and those that take adapters.

@@ -68,7 +68,7 @@ def skip_checked(host: Callable[..., None], params: Any, *configs: Any) -> None:
 def raise_why(
     host: Callable[..., Any], processor: Any, engine_core_outputs: Any, *rest: Any, **kw: Any
 ) -> Any:
-    """Around `OutputProcessor.process_outputs`: what the engine ended for a reason is a 400."""
+    """Around `OutputProcessor.process_outputs`: a 400 if the engine gives a reason."""
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine import FinishReason
 
@@ -81,17 +81,17 @@ def raise_why(
 
 
 class Checks:
-    """Those of one event loop: a text is checked once."""
+    """The checks of one event loop; each text is checked once."""
 
     def __init__(self) -> None:
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._results: OrderedDict[Any, asyncio.Future[Any]] = OrderedDict()
 
     async def result(self, outputs: Any) -> Any:
-        """What vLLM's validation makes of structured outputs.
+        """Structured outputs as vLLM's validation returns them.
 
         Raises:
-            VLLMValidationError: they are wrong, or dear.
+            VLLMValidationError: they are wrong, or take too long.
             GracefulHTTPError: too many are being checked.
         """
         from vllm.exceptions import GracefulHTTPError

@@ -1,4 +1,4 @@
-"""A server whose engine has ended: its exit code, and that it ends."""
+"""Makes a server end, with an error code, when its engine has ended."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -19,10 +19,10 @@ LEFT = 3  # seconds for connections to close, when no engine is left to answer
 async def fail_with_the_engine(
     host: Callable[..., Coroutine[Any, Any, Any]], engine_client: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around `build_and_serve`: a server that ends because its engine has, ends in failure.
+    """Around `build_and_serve`: fail if the server ends because its engine has ended.
 
-    vLLM would exit with 0, and whatever restarts servers that fail would leave it ended. It would
-    also wait for a client that streams, now and then for ever: the end of the stream may get lost.
+    vLLM would exit with 0, so a supervisor would not restart it. It would also wait for streaming
+    clients, sometimes forever, because the end of a stream may get lost.
     """
     kwargs.setdefault("timeout_graceful_shutdown", LEFT)  # uvicorn's
     stop, told = engine_client.shutdown, False
@@ -36,6 +36,6 @@ async def fail_with_the_engine(
     engine_client.shutdown = shutdown
     ended = await host(engine_client, *args, **kwargs)
     if engine_client.errored and not told:
-        ended.close()  # a coroutine, with nothing left to do
+        ended.close()  # a coroutine that need not run
         raise SystemExit("The engine has ended, and so does the server; the log above says why")
     return ended

@@ -115,7 +115,7 @@ def _learn(scheduler: Any, names: Sequence[str], token_ids: Sequence[list[int]])
     upstream="https://github.com/vllm-project/vllm/issues/57725",
 )
 def say_why(host: Callable[..., Any], scheduler: Any, scheduled: Any, made: Any) -> Any:
-    """Around `update_from_output`: what ended a request goes with its last output."""
+    """Around `update_from_output`: add the reason why a request ended to its last output."""
     if made.sampled_token_ids:
         _learn(scheduler, made.req_ids, made.sampled_token_ids)
     outputs = host(scheduler, scheduled, made)
@@ -124,14 +124,14 @@ def say_why(host: Callable[..., Any], scheduler: Any, scheduled: Any, made: Any)
             for output in each.outputs:
                 if output.finish_reason is not None:
                     output.stop_reason = ended.pop(output.request_id, output.stop_reason)
-        for name in list(ended):  # at once: those that compile add to it
+        for name in list(ended):  # a copy: compiling threads add to it
             if name not in scheduler.requests:
                 del ended[name]
     return outputs
 
 
 class Masks:
-    """What vLLM asks of the backend besides grammars."""
+    """The parts of vLLM's backend other than grammars."""
 
     def __init__(self, vocab_size: int) -> None:
         self._words = -(-vocab_size // 32)
@@ -144,7 +144,7 @@ class Masks:
 
 
 class Constrained:
-    """A request's grammar, as vLLM's `StructuredOutputGrammar`; over its budget, no constraint."""
+    """A request's grammar, as vLLM's `StructuredOutputGrammar`; over budget it allows all."""
 
     def __init__(self, matcher: matchers.Matcher, ended: dict[str, str]) -> None:
         self.matcher, self._ended, self._over = matcher, ended, False
@@ -183,7 +183,7 @@ class Constrained:
 
 
 def tokenizer(state: dict[str, Any]) -> None:
-    """In the first process: load the tokenizer, and libraries, that others are forked with."""
+    """In the first process: load the tokenizer and libraries, which forked processes inherit."""
     import llguidance  # noqa: F401
     import outlines_core  # noqa: F401
     import xgrammar  # noqa: F401
@@ -202,7 +202,7 @@ def tokenizer(state: dict[str, Any]) -> None:
 
 
 def backend(state: dict[str, Any], name: str) -> None:
-    """In the first process: make a backend that others are forked with."""
+    """In the first process: make a backend, which forked processes inherit."""
     from vllm.v1.structured_output.backend_guidance import GuidanceBackend
     from vllm.v1.structured_output.backend_lm_format_enforcer import LMFormatEnforcerBackend
     from vllm.v1.structured_output.backend_outlines import OutlinesBackend

@@ -1,4 +1,4 @@
-"""Images of requests that are preempted, and their names in caches."""
+"""Images of preempted requests, and images' names in caches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +27,8 @@ def send_again(
 ) -> Any:
     """Around `_make_cached_request_data`: send the images of requests that are resumed.
 
-    Of a request that begins with a prefix-cache hit, vLLM sends the images within the hit without
-    pixels. After a preemption the hit may be shorter; without pixels an encoder ends the engine.
+    If a request begins with a prefix-cache hit, vLLM sends images within the hit without pixels.
+    After a preemption the hit may be shorter, and an encoder without pixels ends the engine.
     """
     found = host(
         *(scheduler, running_reqs, resumed_reqs),
@@ -63,10 +63,10 @@ def take_again(host: Callable[..., Any], runner: Any, scheduler_output: Any) -> 
 def keep_names_apart(
     host: Callable[..., dict[str, list[str]]], inputs: Any, model_id: str, hash_algorithm: Any
 ) -> dict[str, list[str]]:
-    """Around `get_mm_hashes`: a name that a client gives to an image is no hash of another one.
+    """Around `get_mm_hashes`: keep names that clients give to images apart from hashes.
 
-    Hashes of contents have no secret: under that of a known image, another one would be found in
-    caches by all clients.
+    Content hashes are not secret: a client could store another image under a known image's hash,
+    and all clients would find that one in caches.
     """
     given = inputs.mm_uuid_items or {}
     return {

@@ -18,10 +18,10 @@ CLEAN_UP = 30  # seconds, at most: a busy machine has taken 16
     remove_when="zmq_socket_ctx no longer swallows a KeyboardInterrupt (`compat`)",
 )
 def end_while_loading(host: Callable[..., None], *args: Any) -> None:
-    """Wrap `wait_for_engine_startup`: both end the server, and its engine with it.
+    """Wrap `wait_for_engine_startup`: let both signals end the server and its engine.
 
-    vLLM turns them into a KeyboardInterrupt, which the socket around this call swallows: the server
-    goes on loading, and serves.
+    vLLM turns them into a KeyboardInterrupt, which the socket around this call swallows, so that
+    the server goes on loading, and serves.
     """
     try:
         host(*args)
@@ -45,8 +45,8 @@ def end_while_loading(host: Callable[..., None], *args: Any) -> None:
 def let_the_server_end_it(host: Callable[..., None], process: Any) -> None:
     """Around the loops of engine and worker: they ignore Ctrl-C, which ends the server alone.
 
-    A terminal sends SIGINT to all processes of the server. The server's SIGTERM would then end the
-    engine while it cleans up, and a worker that ends before its engine looks like one that fails.
+    A terminal sends SIGINT to all processes of the server. The server's SIGTERM would then end an
+    engine that is cleaning up, and a worker that ends before its engine looks like a failure.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     host(process)
@@ -60,7 +60,7 @@ def let_the_server_end_it(host: Callable[..., None], process: Any) -> None:
     upstream="https://github.com/vllm-project/vllm/pull/52281",
 )
 def give_time_to_end(host: Callable[..., None], manager: Any, timeout: float | None = None) -> None:
-    """Around `CoreEngineProcManager.shutdown`: an engine that drops its requests may clean up.
+    """Around `CoreEngineProcManager.shutdown`: give the engine time to clean up.
 
     Args:
         timeout: seconds that requests have, as --shutdown-timeout: 0 by default.
@@ -75,9 +75,9 @@ def give_time_to_end(host: Callable[..., None], manager: Any, timeout: float | N
     remove_when="vLLM unfreezes what it froze for its server, as for its engine",
 )
 def thaw_at_exit(host: Callable[[], None]) -> None:
-    """Around a server's `freeze_gc_heap`: what is frozen would be left at exit.
+    """Around a server's `freeze_gc_heap`: unfreeze at exit, so that objects are freed.
 
-    Triton lists that, in thirty lines.
+    Otherwise Triton reports them as leaks, in thirty lines.
     """
     host()
     atexit.register(gc.unfreeze)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, beside those of the likeliest ones of other requests."""
+"""Steps that mix log-probabilities of chosen tokens and of the likeliest tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a client of the server may ask of one request: refused with a 400 that names the field."""
+"""Limits on one request of a server's client; beyond them a 400 names the field."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -47,7 +47,7 @@ def check_params(
 def check_strings(params: Any) -> None:
     """Check the number of strings that are looked for at every token.
 
-    OpenAI's API has a limit of its own for stop strings, which is a variable of vLLM's.
+    The limit of stop strings in OpenAI's API is a variable of vLLM's (VLLM_MAX_STOP_STRINGS).
     """
     from vllm import envs
 
@@ -58,7 +58,7 @@ def check_strings(params: Any) -> None:
 
 
 def with_bounded_logprobs(params: Any, length: int, model_config: Any) -> Any:
-    """The parameters for a prompt of this length, whose answer has so many tokens that fit."""
+    """The parameters for a prompt of this length; max_tokens is lowered to what may be asked."""
     of_prompt = _entries(params.prompt_logprobs, model_config)
     each = _entries(params.num_logprobs, model_config)
     room = max(1, model_config.max_model_len - length)
