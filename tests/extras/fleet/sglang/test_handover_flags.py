@@ -1,4 +1,4 @@
-"""Prefill and decode on two servers: what is refused at start, and what both must have alike."""
+"""Prefill and decode on two servers: refusals at start, and settings that both must share."""
 
 import inspect
 import os

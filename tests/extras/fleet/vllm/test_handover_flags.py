@@ -1,4 +1,4 @@
-"""Prefill and decode on two servers: what is refused at start, and what both must have alike."""
+"""Prefill and decode on two servers: refusals at start, and settings that both must share."""
 
 import inspect
 import os
@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.ssm_conv_transfer_utils import
     derive_mamba_conv_split,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.mamba.mamba_utils import get_conv_state_layout
 from vllm.utils.network_utils import make_zmq_path
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
@@ -40,6 +41,7 @@ DRAFTS = {"method": "mtp", "num_speculative_tokens": 2}
 def complete(checkpoint, monkeypatch):
     """vLLM completes its configuration, as it does before it starts a worker."""
     monkeypatch.delenv(LAYOUT, raising=False)
+    get_conv_state_layout.cache_clear()  # vLLM reads the variable once
 
     def run(
         settings: dict[str, Any] = {},  # noqa: B006
@@ -56,7 +58,8 @@ def complete(checkpoint, monkeypatch):
         args = EngineArgs(model=str(model), kv_transfer_config=transfer, **flags)
         return args.create_engine_config()
 
-    return run
+    yield run
+    get_conv_state_layout.cache_clear()
 
 
 def told(config: Any) -> str:
