@@ -161,6 +161,16 @@ def test_the_core_names_no_extra():
         assert not [path for path in core if named.search(path.read_text(encoding="utf-8"))]
 
 
+def test_an_extra_needs_no_other_one():
+    """Files that another one loads may: what doctor says of it, cases of the self-check."""
+    loaded_by = {"findings.py": "command_line", "cases.py": "self_check"}
+    folder = ROOT / OWN / "extras"
+    for path in folder.rglob("*.py"):
+        extra = path.relative_to(folder).parts[0]
+        others = {name.split(".")[2] for name in imports(path) if name.startswith(f"{OWN}.extras.")}
+        assert others <= {extra, loaded_by.get(path.name)}, path
+
+
 def test_a_library_has_parts_of_the_same_names():
     """Its folders are an engine's; a file of a path that an engine has is about the same thing."""
     folder, engine = (ROOT / OWN / "engines" / host for host in (LIBRARY, ENGINES[0]))
