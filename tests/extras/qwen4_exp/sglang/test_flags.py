@@ -11,7 +11,7 @@ import pytest
 from extras.qwen4_exp.model import write_qwen4_exp
 from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.engines.sglang.config import read_config
-from qwen3next_plugin.engines.sglang.state import handover_flags
+from qwen3next_plugin.extras.fleet.sglang import handover_flags
 
 NEXTN = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
 FP32 = {"dtype": "float32"}
