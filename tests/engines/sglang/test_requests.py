@@ -180,10 +180,12 @@ def test_positions_are_of_a_prompt_that_is_scored_only(scoring, request_, messag
 
 
 def test_a_text_without_a_token_is_refused():
-    check_tokens(Bag(input_ids=[7], input_embeds=None))
-    check_tokens(Bag(input_ids=[], input_embeds=[[0.5]]))
+    """A session's turn without one may go on with an answer."""
+    none = {"input_ids": [], "input_embeds": None, "session_params": None}
+    for given in ({"input_ids": [7]}, {"input_embeds": [[0.5]]}, {"session_params": Bag()}):
+        check_tokens(Bag(**none | given))
     with pytest.raises(ValueError, match="no token: the tokenizer makes none of its text"):
-        check_tokens(Bag(input_ids=[], input_embeds=None))
+        check_tokens(Bag(**none))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

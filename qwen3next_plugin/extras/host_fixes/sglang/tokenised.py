@@ -54,7 +54,8 @@ def check_tokens(made: Any) -> None:
     Raises:
         ValueError: the text has no tokens.
     """
-    if not made.input_ids and made.input_embeds is None:
+    given = made.input_ids or made.input_embeds is not None or made.session_params is not None
+    if not given:
         raise ValueError("the prompt has no token: the tokenizer makes none of its text")
 
 
