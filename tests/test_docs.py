@@ -1,10 +1,13 @@
 """Links, anchors, files and methods that the pages name exist; the pages keep word budgets."""
 
+import json
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import durations
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -141,3 +144,10 @@ def test_each_fact_of_the_changelog_is_a_short_bullet():
     assert not [line for line in lines if not line.startswith("- ")]
     assert not [line for line in lines if count(line) > WORDS_OF_A_FACT]
     assert not [line for line in lines if re.search(r"\. [A-Z]", line)]  # a second sentence
+
+
+def test_times_of_tests_are_rendered():
+    """By `python tests/durations.py`."""
+    times = json.loads(durations.TIMES.read_text("utf-8"))
+    (table,) = durations.TABLES.findall(durations.PAGE.read_text("utf-8"))
+    assert table == durations.tables(times)
