@@ -174,8 +174,8 @@ ZENTORCH := 2.13.0.1
 	echo $(ZENTORCH) > $@
 
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
-# there are cores, the longest first by tests/durations.json: pytest-xdist's own order, by the number
-# of tests, has them last. Engines want memory too, so there are four at most.
+# there are cores, in the order of their paths: pytest-xdist's own, by the number of tests, has the
+# longest last. Engines want memory too, so there are four at most.
 PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
 TIMES    = --durations-to build/durations/$*-$(1).json

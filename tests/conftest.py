@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
-from durations import Durations, longest
+from durations import Durations
 from needs import declared, need, required
 
 if TYPE_CHECKING:  # torch is imported by the workers only, all at the same time
@@ -74,9 +74,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first; without --long, tests marked `long` are deselected."""
-    order = {name: place for place, name in enumerate(longest())}
-    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+    """Without --long, tests marked `long` are deselected."""
     if config.getoption("long"):
         return
     left_out = [item for item in items if item.get_closest_marker("long")]

@@ -2,7 +2,7 @@
 
     python tests/durations.py    write durations.json and docs/testing.md, from build/durations
 
-`make test` leaves its times in build/durations. The longest files start first.
+`make test` leaves its times in build/durations.
 """
 
 import json
@@ -43,14 +43,6 @@ class Durations:
         whole = round(perf_counter() - self.began)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"seconds": whole, "tests": self.tests, "files": files}))
-
-
-def longest() -> list[str]:
-    """Files of tests from the last whole run, the longest first."""
-    seconds: Counter[str] = Counter()
-    for part in json.loads(TIMES.read_text("utf-8"))["parts"].values():
-        seconds |= Counter(part["files"])
-    return [name for name, _ in seconds.most_common()]
 
 
 def tables(times: Mapping[str, Any]) -> str:
