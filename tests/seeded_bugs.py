@@ -27,6 +27,7 @@ class Bug:
     tests: tuple[str, ...]  # files, or one test
 
 
+ENGINES = ("vllm", "sglang")
 BUGS: Mapping[str, Bug] = {
     "the decay has the wrong sign": Bug(
         "kernels/gated_delta_rule/cells.h",
@@ -143,9 +144,7 @@ def main(names: list[str]) -> None:
         installed = library.readlink()
         for name in names or BUGS:
             bug = BUGS[name]
-            if "/engines/sglang/" in bug.path and not find_spec("sglang"):
-                continue
-            if "/engines/vllm/" in bug.path and not find_spec("vllm"):
+            if any(f"/engines/{each}/" in bug.path and not find_spec(each) for each in ENGINES):
                 continue
             path = tree / bug.path
             right = path.read_text("utf-8")

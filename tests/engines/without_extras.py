@@ -39,6 +39,7 @@ def copy_tree(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=left_out)
     for name in ("pyproject.toml", "CONTRIBUTING.md", "CMakeLists.txt"):
         shutil.copy(ROOT / name, folder / "tree")
+    (folder / "tree" / "examples").symlink_to(ROOT / "examples")  # the small model
     return folder / "tree"
 
 
