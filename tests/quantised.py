@@ -19,7 +19,7 @@ from checkpoints import write_checkpoint
 from needs import need
 from qwen3next_plugin.config import read_config
 from qwen3next_plugin.model.checkpoint.sizes import served_dtype
-from qwen3next_plugin.model.quantisation import rounding
+from qwen3next_plugin.model.quantisation import at_load
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
 
 # Quantised as the released checkpoints are: neither what is looked up, nor routers, nor the head.
@@ -181,7 +181,7 @@ def int4_by_group(weight: Tensor) -> Tensor:
     """As QWEN3NEXT_QUANTISE=int4 rounds it; tests/model/test_rounding.py says how well."""
     K = weight.shape[1]
     form = Format("int4", next(g for g in (128, 64, 32) if K % g == 0), torch.bfloat16)
-    return dequantise(rounding.quantise(weight, form), form)
+    return dequantise(at_load.quantise(weight, form), form)
 
 
 class Grouped(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor
 from qwen3next_plugin.kernels.linear.packed_weight import PackedWeight
 from qwen3next_plugin.kernels.norm_linear import norm_linear
 from qwen3next_plugin.kernels.rms_norm import Unnormed
-from qwen3next_plugin.model.quantisation.packed import Packed
+from qwen3next_plugin.model.quantisation.packing import Packed
 
 
 def project(x: Tensor | Unnormed, *layers: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from model.plain import PLAIN, stacked
 from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import pack_bf16, stack
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, route
-from qwen3next_plugin.model.quantisation.packed import pack_plain
+from qwen3next_plugin.model.quantisation.packing import pack_plain
 
 
 def block(**changes):

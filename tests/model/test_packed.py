@@ -11,8 +11,7 @@ from qwen3next_plugin.model.quantisation.layers import (
     LinearMethod,
     each_layer,
 )
-from qwen3next_plugin.model.quantisation.packed import Packed
-from qwen3next_plugin.model.quantisation.packing import EXPERTS_WEIGHTS, Packer
+from qwen3next_plugin.model.quantisation.packing import EXPERTS_WEIGHTS, Packed, Packer
 
 VALUES = torch.randint(-127, 128, (48, 64), generator=torch.Generator().manual_seed(0))
 WEIGHTS = {

@@ -13,7 +13,7 @@ from qwen3next_plugin.model import moe
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe
 from qwen3next_plugin.model.norm import RMSNorm
 from qwen3next_plugin.model.projection import packed_weight, project
-from qwen3next_plugin.model.quantisation.packed import Packed, pack_plain
+from qwen3next_plugin.model.quantisation.packing import Packed, pack_plain
 
 T, D = 5, 32
 

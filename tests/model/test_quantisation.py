@@ -22,17 +22,15 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation import format as format_module
-from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
+from qwen3next_plugin.model.quantisation.at_load import quantise, quantised_bytes
 from qwen3next_plugin.model.quantisation.files import (
     check_version,
     plain_modules_of,
     read_formats,
 )
-from qwen3next_plugin.model.quantisation.format import Format, dequantise
+from qwen3next_plugin.model.quantisation.format import Format, Module, dequantise
 from qwen3next_plugin.model.quantisation.layers import check_experts, check_split
-from qwen3next_plugin.model.quantisation.packed import pack, pack_plain, plain_as_int8
-from qwen3next_plugin.model.quantisation.rounding import quantise
-from qwen3next_plugin.model.quantisation.scheme import Module
+from qwen3next_plugin.model.quantisation.packing import pack, pack_plain, plain_as_int8
 from qwen3next_plugin.model.quantisation.schemes import scheme
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from qwen3next_plugin.model.quantisation.at_load import quantise
 from qwen3next_plugin.model.quantisation.format import Format, dequantise
-from qwen3next_plugin.model.quantisation.rounding import quantise
 
 GROUP = 32
 INT4 = Format("int4", GROUP, torch.bfloat16)

@@ -43,7 +43,7 @@ from qwen3next_plugin.model.checkpoint.sizes import served_bytes
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
 from qwen3next_plugin.model.quantisation.files import read_formats
 from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
-from qwen3next_plugin.model.quantisation.packed import check_invariance
+from qwen3next_plugin.model.quantisation.packing import check_invariance
 
 PREFILL_GRAPHS = ("breakable", "disabled")
 BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")

@@ -16,8 +16,8 @@ from qwen3next_plugin.engines.sglang.cpu.environment import on_gpu
 from qwen3next_plugin.engines.sglang.names import OF_EXTRAS, is_ours, logger, serves_ours
 from qwen3next_plugin.engines.sglang.patches import When, patch
 from qwen3next_plugin.kernels.dispatch import described
+from qwen3next_plugin.model.quantisation.files import leave_plain
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
-from qwen3next_plugin.model.quantisation.plain import leave_plain
 from qwen3next_plugin.versions import check_host
 
 

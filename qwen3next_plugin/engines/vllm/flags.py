@@ -29,7 +29,7 @@ from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.quantisation.at_load import check_at_load
 from qwen3next_plugin.model.quantisation.in_panels import check_in_panels
 from qwen3next_plugin.model.quantisation.modules import served_formats
-from qwen3next_plugin.model.quantisation.packed import check_invariance
+from qwen3next_plugin.model.quantisation.packing import check_invariance
 
 logger = init_logger(LOGGER)
 

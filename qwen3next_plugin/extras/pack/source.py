@@ -32,7 +32,7 @@ from qwen3next_plugin.model.quantisation.files import formats_of
 from qwen3next_plugin.model.quantisation.format import BF16, Format
 from qwen3next_plugin.model.quantisation.in_panels import is_packed
 from qwen3next_plugin.model.quantisation.modules import KV_SCALES
-from qwen3next_plugin.model.quantisation.packed import pack, plain_as_int8
+from qwen3next_plugin.model.quantisation.packing import pack, plain_as_int8
 from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE, is_plain, stacked_weights
 
 AS_INT8 = re.compile(r"mtp\.layers\..*(_proj|\.experts\.\w+)$")  # of the drafter, if it is in bf16

@@ -1,9 +1,9 @@
 """From what a checkpoint's files say to packed weights.
 
-In the order of the data: `schemes`, how files store a module; `format`, how our parameters do;
-`modules`, the format of each module; `at_load`, that by QWEN3NEXT_QUANTISE, in which `rounding`
-puts a weight; `plain`, modules of a GPU that have none; `files`, all of these from a folder. Then
-`packed`, the bytes that kernels read, and `layers`, what engines load and pack.
+In the order of the data: `format`, how files and our parameters store a weight; `schemes` and
+`fp4`, the ways of the files; `modules`, the format of each module; `at_load`, that by
+QWEN3NEXT_QUANTISE; `files`, all of these from a folder. Then `packing`, the bytes that kernels
+read, `layers`, what engines load and pack, and `blanks`, which lets them load again.
 
-`stacked`, `in_panels`: what is packed in files, and their format.
+`stacked`, `in_panels`, `original`: what is packed in files, in which format, and from what.
 """

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels.checks import ACTIVATIONS
+from qwen3next_plugin.kernels.linear import quantise_int4
 from qwen3next_plugin.kernels.linear.pack import one_group
 from qwen3next_plugin.kernels.linear.packed_weight import GROUPS, packed_shapes
+from qwen3next_plugin.kernels.linear.reference import SMALLEST
 from qwen3next_plugin.model.checkpoint.layouts import Shapes
 from qwen3next_plugin.model.checkpoint.tensors import EMBEDDING, HEAD
-from qwen3next_plugin.model.quantisation.format import Format
+from qwen3next_plugin.model.quantisation.format import Format, Module, Scheme
 from qwen3next_plugin.model.quantisation.modules import (
     MIXING_WEIGHTS,
     PLAIN,
@@ -22,8 +25,6 @@ from qwen3next_plugin.model.quantisation.modules import (
     Stored,
     matrices,
 )
-from qwen3next_plugin.model.quantisation.rounding import quantise
-from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
 
 # Small and sensitive: gates and decays of linear attention, the MTP layer's input, n-grams, what
 # injects into streams and chooses blocks. Stream mixers are packed as int8, but not here.
@@ -132,3 +133,23 @@ def _read(module: Module, *, form: Format) -> dict[str, Tensor]:
     """Shapes: those of `Format.tensors(N, K)`."""
     module.check_weight()
     return quantise(module.tensors["weight"], form)
+
+
+def quantise(weight: Tensor, form: Format) -> dict[str, Tensor]:
+    """Round a weight to int8, or to int4 in groups without zero points.
+
+    Shapes: weight [N, K], returns those of `Format.tensors(N, K)`
+    """
+    if form.encoding == "int8":
+        return _int8(weight, form)
+    weight = weight if weight.dtype in ACTIVATIONS else weight.float()
+    values, scale = quantise_int4(weight, form.group, form.scale)
+    return {"weight": values, "weight_scale": scale}
+
+
+def _int8(weight: Tensor, form: Format) -> dict[str, Tensor]:
+    """The largest weight of a group is 127 times the scale."""
+    grouped = weight.float().unflatten(1, (-1, form.group or weight.shape[1]))
+    scale = (grouped.abs().amax(dim=-1) / 127).clamp(min=SMALLEST)
+    values = (grouped / scale[..., None]).round().flatten(1).to(torch.int8)
+    return {"weight": values, "weight_scale": scale.to(form.scale)}

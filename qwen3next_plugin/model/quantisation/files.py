@@ -1,10 +1,12 @@
 """Which modules of a checkpoint are quantised, and how, by its files' headers."""
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen3next_plugin import env
 from qwen3next_plugin.config import Qwen3NextConfig, quantization_of
@@ -12,19 +14,24 @@ from qwen3next_plugin.config.fields import QUANTISATIONS
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import stored_tensors
 from qwen3next_plugin.model.checkpoint.fingerprint import State, states
-from qwen3next_plugin.model.checkpoint.layouts import holder, our_names, without_prefix
+from qwen3next_plugin.model.checkpoint.layouts import Shapes, holder, our_names, without_prefix
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import formats_at_load
 from qwen3next_plugin.model.quantisation.in_panels import formats_in_panels, is_packed
 from qwen3next_plugin.model.quantisation.modules import (
+    NO_PART,
     PLAIN_DTYPES,
     Formats,
+    Stream,
     less_of,
+    matrices,
     stored_formats,
+    without_wrapper,
 )
-from qwen3next_plugin.model.quantisation.plain import plain_modules
 
 READ = ("quant_method", "checkpoint_format", "format_version")  # of quantization_config
+LEAVES_PLAIN = "qwen3next_leaves_plain"  # an attribute of what `leave_plain` returns
+Config = TypeVar("Config")
 
 
 def read_formats(folder: Path, hf_config: Any, quantization: Mapping[str, Any] | None) -> Formats:
@@ -147,3 +154,51 @@ def plain_modules_of(folder: Path, config: Qwen3NextConfig) -> frozenset[str]:
     """Our modules that a checkpoint's files have unquantised; raises as `plain_modules`."""
     tensors = our_names(stored_tensors(folder), config)
     return plain_modules(tensors, all_tensors(config), partial(holder, config=config))
+
+
+def plain_modules(tensors: Stream, shapes: Shapes, holder: Callable[[str], str]) -> frozenset[str]:
+    """Our modules that are unquantised in the files.
+
+    Args: as of `modules.stored_formats`.
+
+    Raises: CheckpointError for a module of which the files have only a part quantised.
+    """
+    shapes = matrices(shapes)
+    plain: dict[str, bool] = {}
+    for name, tensor in tensors:
+        module, _, last = name.rpartition(".")
+        if f"{module}.weight" in shapes and last not in NO_PART:
+            whole = last == "weight" and tensor.dtype in PLAIN_DTYPES
+            plain[module] = plain.get(module, True) and whole
+    found: dict[str, dict[bool, str]] = defaultdict(dict)
+    for module, whole in plain.items():
+        found[holder(module)][whole] = module
+    for ours, parts in found.items():
+        if len(parts) > 1:
+            raise CheckpointError(
+                f"{ours}: {parts[False]} is quantised, and {parts[True]} is not; a GPU's kernels "
+                f"take both in one format: use a checkpoint with both quantised, or neither"
+            )
+    return frozenset(ours for ours, parts in found.items() if True in parts)
+
+
+def leave_plain(
+    config: Config, plain: Collection[str], linear: type[Any], unquantised: Callable[[], Any]
+) -> Config:
+    """An engine's quantisation that skips these modules.
+
+    Args:
+        linear: the class of an engine's projections.
+        unquantised: makes their method. Other layers choose theirs if there is none.
+    """
+    host = type(config)
+
+    def get_quant_method(self: Any, layer: Any, prefix: str) -> Any:
+        if without_wrapper(prefix) in plain:
+            return unquantised() if isinstance(layer, linear) else None
+        return host.get_quant_method(self, layer, prefix)  # type: ignore[attr-defined]
+
+    changed = copy(config)
+    members = {"get_quant_method": get_quant_method, LEAVES_PLAIN: True}
+    changed.__class__ = type(host.__name__, (host,), members)
+    return changed

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.linear.packed_weight import FP4_GROUPS, FP4_SCALES
-from qwen3next_plugin.model.quantisation.format import CHANNEL_SCALE, Format, Tensors
-from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
+from qwen3next_plugin.model.quantisation.format import (
+    CHANNEL_SCALE,
+    Format,
+    Module,
+    Scheme,
+    Tensors,
+)
 
 VALUES = (("weight", torch.uint8), ("weight_packed", torch.uint8))
 FACTOR, DIVISOR = "weight_scale_2", "weight_global_scale"  # of the whole module

@@ -13,22 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from qwen3next_plugin import env
-from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.config import ConfigError, Qwen3NextConfig
 from qwen3next_plugin.kernels.fused_moe import fused_moe
+from qwen3next_plugin.kernels.hyper_connection import takes_packed
 from qwen3next_plugin.kernels.linear import PackedWeight, cut
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.checkpoint.errors import CheckpointError
+from qwen3next_plugin.model.linear_attention import Weight
 from qwen3next_plugin.model.quantisation.format import Format, InPanels
-from qwen3next_plugin.model.quantisation.mixing import MixingWeight
 from qwen3next_plugin.model.quantisation.modules import Formats, without_wrapper
-from qwen3next_plugin.model.quantisation.packed import (
+from qwen3next_plugin.model.quantisation.packing import (
     Packed,
+    Packing,
+    PackingExperts,
     drop_plain,
+    pack_parameters,
     pack_plain,
     packs,
     plain_as_int8,
 )
-from qwen3next_plugin.model.quantisation.packing import Packing, PackingExperts, pack_parameters
 from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE
 
 
@@ -65,6 +68,23 @@ class PlainMethod(Packing):
         if layer.weight.numel():  # also where an engine has loaded it again
             layer.packed = pack_plain(layer.weight.data, as_int8=self.as_int8)
             drop_plain(layer)
+
+
+class MixingWeight(Weight):
+    """A large weight of a stream mixer, which no engine's layer holds; packed once it is loaded."""
+
+    quant_method: Any
+
+    def __init__(self, name: str, *shape: int, config: Qwen3NextConfig) -> None:
+        super().__init__(*shape)
+        self.name = name
+        self.may_be_packed = takes_packed(config.hidden_size)
+        self.packed: Packed | None = None
+
+    @property
+    def value(self) -> torch.Tensor | PackedWeight:
+        """What the kernel takes."""
+        return self.weight if self.packed is None else self.packed.weight
 
 
 class MixingMethod(PlainMethod, Attaching):

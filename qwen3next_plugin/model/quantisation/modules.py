@@ -15,8 +15,7 @@ from qwen3next_plugin.model.checkpoint.errors import CheckpointError
 from qwen3next_plugin.model.checkpoint.files import without_data
 from qwen3next_plugin.model.checkpoint.layouts import EXPERT, SHARD, Shapes
 from qwen3next_plugin.model.checkpoint.mapped import giving_back
-from qwen3next_plugin.model.quantisation.format import Format, dequantise
-from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
+from qwen3next_plugin.model.quantisation.format import Format, Module, Scheme, dequantise
 from qwen3next_plugin.model.quantisation.schemes import scheme
 
 Stream = Iterable[tuple[str, torch.Tensor]]

@@ -1,6 +1,7 @@
-"""Parameters become packed weights as soon as a layer, or one of its experts, is loaded.
+"""Packed weights: which are packed, when, and the bytes that our kernels read.
 
-An engine would pack after loading all layers; then both copies of all weights might not fit.
+Parameters become packed weights as soon as a layer, or one of its experts, is loaded. An engine
+would pack after loading all layers; then both copies of all weights might not fit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,14 +10,156 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen3next_plugin.kernels.linear import Stack
+from qwen3next_plugin import env
+from qwen3next_plugin.config import ConfigError
+from qwen3next_plugin.kernels import native
+from qwen3next_plugin.kernels.draft_head import quantise_channels
+from qwen3next_plugin.kernels.linear import (
+    PackedWeight,
+    Stack,
+    linear,
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int8,
+    pack_mxfp4,
+    pack_nvfp4,
+    stack,
+)
 from qwen3next_plugin.model.checkpoint.mapped import drop, give_back_freed
-from qwen3next_plugin.model.quantisation.format import BF16, Format
-from qwen3next_plugin.model.quantisation.packed import Packed, pack
+from qwen3next_plugin.model.quantisation.format import BF16, CHANNEL_SCALE, Format
+from qwen3next_plugin.model.quantisation.modules import Formats
 
 BF16_EXPERTS: Mapping[str, Format] = {"w13": BF16, "w2": BF16}
 EXPERTS_WEIGHTS = ("w13_weight", "w2_weight")
 OF_EXPERTS = ".mlp.experts."  # in an expert's name, between its layer's name and its number
+
+
+class Packed(nn.Module):
+    """A packed weight [N, K], or of experts [E, N, K]; its tensors are buffers."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.encoding, self.shape, self.group = weight.encoding, weight.shape, weight.group
+        for name in ("packed", "scale", "zero"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        self._weight = weight
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The bundle that kernels take. In a trace it is made of buffers, whose sizes are fixed."""
+        return self._bundle() if torch.compiler.is_compiling() else self._weight
+
+    def _bundle(self) -> PackedWeight:
+        return PackedWeight(
+            encoding=self.encoding,
+            shape=self.shape,
+            group=self.group,
+            packed=self.packed,
+            scale=self.scale,
+            zero=self.zero,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        """Change all tensors, as `to` does."""
+        super()._apply(fn, recurse)
+        self._weight = self._bundle()
+        return self
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Shapes: x [..., K], bias [N], returns [..., N] of x's dtype, or fp32 if asked."""
+        if x.dim() == 2:  # as in nearly every layer; views take a microsecond each
+            out = linear(x, self.weight, out_dtype=out_dtype)
+        else:
+            flat = linear(x.reshape(-1, x.shape[-1]), self.weight, out_dtype=out_dtype)
+            out = flat.unflatten(0, x.shape[:-1])
+        return out if bias is None else out + bias
+
+
+def packs_plain(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype, if they are not quantised, are packed for our kernels.
+
+    bf16 weights are, on an x86 processor with bf16 instructions, where our kernels are the fastest,
+    and if a token's bits must not depend on its batch. The processor decides, not QWEN3NEXT_ISA,
+    because vLLM's cached graphs contain the choice.
+    """
+    if dtype != torch.bfloat16 or env.kernels() == "reference":
+        return False
+    return env.batch_invariant() or "avx512bf16" in native.levels()
+
+
+def check_invariance(dtype: torch.dtype, *, on_cpu: bool) -> None:
+    """Refuse QWEN3NEXT_BATCH_INVARIANT unless our kernels compute every product.
+
+    Raises: ConfigError, naming the cause and the fix.
+    """
+    variable = "QWEN3NEXT_BATCH_INVARIANT=1"
+    if not on_cpu:
+        raise ConfigError(f"{variable}: only CPU kernels promise it; unset it")
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{variable}: in {dtype}, projections are oneDNN's, which depend on the batch; add "
+            f"--dtype bfloat16"
+        )
+    if env.kernels() == "reference":
+        raise ConfigError(f"{variable}: the reference does not promise it; unset QWEN3NEXT_KERNELS")
+
+
+def pack(tensors: Mapping[str, Tensor], form: Format, *, as_int8: bool = False) -> Packed:
+    """Pack tensors of a format, those in bf16 as int8 if asked.
+
+    Shapes: those of `Format.tensors(N, K)`, or of experts with a leading E
+    """
+    weight = tensors["weight"]
+    if form.encoding == "bf16":
+        return Packed(_as_int8(weight) if as_int8 else pack_bf16(weight))
+    scale = tensors["weight_scale"]
+    if form.encoding == "int4":
+        return Packed(pack_int4(weight, scale, tensors.get("weight_zero")))
+    if form.encoding == "nvfp4":
+        return Packed(pack_nvfp4(weight, scale, tensors[CHANNEL_SCALE]))
+    if form.encoding == "mxfp4":
+        return Packed(pack_mxfp4(weight, scale))
+    return Packed((pack_int8 if form.encoding == "int8" else pack_fp8)(weight, scale))
+
+
+def _as_int8(weight: Tensor) -> PackedWeight:
+    """Quantise experts one by one, because it takes several times the memory of its input."""
+    if weight.dim() == 3:
+        return stack(map(_as_int8, weight), len(weight))
+    values, scale = quantise_channels(weight)
+    return pack_int8(values, scale[:, None])
+
+
+def pack_plain(weight: Tensor, *, as_int8: bool = False) -> Packed:
+    """Pack a weight that is not quantised. Shapes: weight [N, K], which stays as it is."""
+    return pack({"weight": weight}, BF16, as_int8=as_int8)
+
+
+def drop_plain(layer: nn.Module) -> None:
+    """Replace a packed layer's plain weight by an empty one, which hosts may still read."""
+    assert isinstance(layer.weight, Tensor)
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    give_back_freed()
+
+
+def plain_as_int8(formats: Formats | None) -> bool:
+    """Whether the output head and stream mixers, which have no format, are packed as int8.
+
+    True if other weights are quantised, unless QWEN3NEXT_HEAD=plain.
+    """
+    return formats is not None and env.head() == "auto"
+
+
+def packs(dtype: torch.dtype, *, as_int8: bool) -> bool:
+    """Whether a weight of this dtype that has no format is packed for our kernels."""
+    return as_int8 or packs_plain(dtype)
 
 
 class Packing:

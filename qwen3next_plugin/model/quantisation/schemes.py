@@ -7,8 +7,7 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels.linear.packed_weight import Encoding
 from qwen3next_plugin.model.quantisation import fp4
-from qwen3next_plugin.model.quantisation.format import Format, Tensors, nibbles
-from qwen3next_plugin.model.quantisation.scheme import Module, Scheme
+from qwen3next_plugin.model.quantisation.format import Format, Module, Scheme, Tensors, nibbles
 
 FP8_BLOCK = 128  # output channels and columns that share a scale in the FP8 checkpoints of Qwen
 INTEGERS: Mapping[int, Encoding] = {4: "int4", 8: "int8"}  # by their bits

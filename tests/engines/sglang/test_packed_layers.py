@@ -69,7 +69,7 @@ def test_logits_in_fp32(monkeypatch, asked, in_fp32):
 
     from qwen3next_plugin.engines.sglang.cpu import quantisation
     from qwen3next_plugin.model.quantisation.modules import Formats
-    from qwen3next_plugin.model.quantisation.packed import Packed
+    from qwen3next_plugin.model.quantisation.packing import Packed
 
     monkeypatch.setattr("qwen3next_plugin.kernels.native.levels", lambda: ["avx2"])
     monkeypatch.setattr(quantisation, "get_server_args", lambda: Bag(speculative_algorithm=None))

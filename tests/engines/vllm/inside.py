@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from page_faults import page_faults
 from qwen3next_plugin.engines.pacing import Costs
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.model.quantisation.packed import Packed
+from qwen3next_plugin.model.quantisation.packing import Packed
 from qwen3next_plugin.mtp.metrics import Observer
 from qwen3next_plugin.mtp.pending import MAX_BYTES, Pending
 from qwen3next_plugin.mtp.policy import Policy

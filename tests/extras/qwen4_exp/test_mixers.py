@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from qwen3next_plugin.extras.qwen4_exp.hyper_connection import HyperConnection
-from qwen3next_plugin.model.quantisation.layers import MixingMethod, Ranks, pack_mixing_weights
-from qwen3next_plugin.model.quantisation.mixing import MixingWeight
+from qwen3next_plugin.model.quantisation.layers import (
+    MixingMethod,
+    MixingWeight,
+    Ranks,
+    pack_mixing_weights,
+)
 from qwen3next_plugin.model.quantisation.modules import Formats
 
 

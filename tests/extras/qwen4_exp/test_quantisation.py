@@ -20,7 +20,7 @@ from qwen3next_plugin.model.checkpoint.reading import check_stored
 from qwen3next_plugin.model.checkpoint.tensors import all_tensors
 from qwen3next_plugin.model.quantisation.at_load import quantised_bytes
 from qwen3next_plugin.model.quantisation.files import formats_of, plain_modules_of
-from qwen3next_plugin.model.quantisation.packed import pack_plain
+from qwen3next_plugin.model.quantisation.packing import pack_plain
 from tiers import long_except
 
 

@@ -15,8 +15,7 @@ from qwen3next_plugin.kernels.fused_moe import fused_moe
 from qwen3next_plugin.kernels.linear import PackedWeight
 from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
-from qwen3next_plugin.model.quantisation.packed import packs_plain
-from qwen3next_plugin.model.quantisation.packing import BF16_EXPERTS, PackingExperts
+from qwen3next_plugin.model.quantisation.packing import BF16_EXPERTS, PackingExperts, packs_plain
 
 
 class NativeExperts(PackingExperts, UnquantizedFusedMoEMethod):

@@ -35,7 +35,7 @@ from qwen3next_plugin.engines.sglang.cpu.environment import without_gpu
 from qwen3next_plugin.engines.sglang.cpu.experts import NativeExperts, PackedExperts
 from qwen3next_plugin.engines.sglang.names import QUANTISATION
 from qwen3next_plugin.kernels.linear import PackedWeight
-from qwen3next_plugin.model.quantisation.files import read_formats
+from qwen3next_plugin.model.quantisation.files import LEAVES_PLAIN, read_formats
 from qwen3next_plugin.model.quantisation.layers import (
     HeadMethod,
     LinearMethod,
@@ -45,7 +45,7 @@ from qwen3next_plugin.model.quantisation.layers import (
     pack_mixing_weights,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
-from qwen3next_plugin.model.quantisation.packed import (
+from qwen3next_plugin.model.quantisation.packing import (
     Packed,
     drop_plain,
     pack_plain,
@@ -53,7 +53,6 @@ from qwen3next_plugin.model.quantisation.packed import (
     packs_plain,
     plain_as_int8,
 )
-from qwen3next_plugin.model.quantisation.plain import LEAVES_PLAIN
 from qwen3next_plugin.model.quantisation.stacked import HEAD_MODULE
 
 TOKENS = 1  # the layout is chosen for one token; measured, it is as fast for more

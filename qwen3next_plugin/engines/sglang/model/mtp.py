@@ -23,7 +23,7 @@ from qwen3next_plugin.engines.sglang.model.trunk import make_decoder_layer
 from qwen3next_plugin.engines.sglang.model.vocabulary import make_embedding, make_logits_processor
 from qwen3next_plugin.model.checkpoint.reading import require_mtp
 from qwen3next_plugin.model.checkpoint.tensors import mtp_tensors, name_in_drafter, trunk_tensors
-from qwen3next_plugin.model.quantisation.packed import drop_plain
+from qwen3next_plugin.model.quantisation.packing import drop_plain
 from qwen3next_plugin.mtp.draft_head import DraftHead
 from qwen3next_plugin.mtp.head import MTPHead
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qwen3next_plugin.kernels.silu_and_mul import silu_and_mul
 from qwen3next_plugin.model.host_layers import HostLayers
-from qwen3next_plugin.model.quantisation.packed import pack_plain
+from qwen3next_plugin.model.quantisation.packing import pack_plain
 
 # A stacked projection's parts, by its name; in Qwen3-Next's checkpoints the last two are whole.
 PARTS = {

@@ -26,7 +26,7 @@ from qwen3next_plugin.engines.transformers.state.rows import Rows
 from qwen3next_plugin.model.decoder_layer import DecoderLayer
 from qwen3next_plugin.model.moe import SwiGLU
 from qwen3next_plugin.model.norm import RMSNorm
-from qwen3next_plugin.model.quantisation.packed import Packed, check_invariance, pack_plain
+from qwen3next_plugin.model.quantisation.packing import Packed, check_invariance, pack_plain
 
 IN_FP32 = ("A_log", "dt_bias")  # parameters that the engines keep as precise as files have them
 

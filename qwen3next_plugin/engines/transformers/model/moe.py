@@ -11,7 +11,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.kernels.rms_norm import Unnormed, normed
 from qwen3next_plugin.kernels.router import router
 from qwen3next_plugin.model.moe import SharedExpertGate, SwiGLU, packed_moe
-from qwen3next_plugin.model.quantisation.packed import pack_plain
+from qwen3next_plugin.model.quantisation.packing import pack_plain
 
 
 class SparseMoE(nn.Module):

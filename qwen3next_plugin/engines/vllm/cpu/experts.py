@@ -25,8 +25,7 @@ from qwen3next_plugin.kernels.linear.packed_weight import PANEL
 from qwen3next_plugin.model.moe import on_this_rank
 from qwen3next_plugin.model.quantisation.format import Format
 from qwen3next_plugin.model.quantisation.layers import ExpertsMethod
-from qwen3next_plugin.model.quantisation.packed import packs_plain
-from qwen3next_plugin.model.quantisation.packing import BF16_EXPERTS
+from qwen3next_plugin.model.quantisation.packing import BF16_EXPERTS, packs_plain
 
 
 class NativeExperts(CPUUnquantizedExperts):

@@ -17,7 +17,7 @@ from qwen3next_plugin.engines.vllm.patches import When, patch
 from qwen3next_plugin.kernels.dispatch import described
 from qwen3next_plugin.model.checkpoint.fingerprint import State, states
 from qwen3next_plugin.model.checkpoint.headers import read_index, weight_files
-from qwen3next_plugin.model.quantisation.packed import packs_plain
+from qwen3next_plugin.model.quantisation.packing import packs_plain
 
 FINISH = "finalize_loading"
 AddCode = Callable[[SourceInfo, CodeType], None]

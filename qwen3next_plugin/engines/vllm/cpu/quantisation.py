@@ -27,7 +27,7 @@ from qwen3next_plugin import env
 from qwen3next_plugin.engines.hub import READ_HERE, local_folder
 from qwen3next_plugin.engines.vllm.files import weights_folder
 from qwen3next_plugin.engines.vllm.names import MODELS, QUANTISATION
-from qwen3next_plugin.model.quantisation.files import read_formats, read_plain_modules
+from qwen3next_plugin.model.quantisation.files import leave_plain, read_formats, read_plain_modules
 from qwen3next_plugin.model.quantisation.layers import (
     ExpertsMethod,
     LinearMethod,
@@ -38,8 +38,7 @@ from qwen3next_plugin.model.quantisation.layers import (
     pack_mixing_weights,
 )
 from qwen3next_plugin.model.quantisation.modules import ByFiles, Formats
-from qwen3next_plugin.model.quantisation.packed import packs_plain
-from qwen3next_plugin.model.quantisation.plain import leave_plain
+from qwen3next_plugin.model.quantisation.packing import packs_plain
 
 
 @register_quantization_config(QUANTISATION)

@@ -23,7 +23,7 @@ from qwen3next_plugin.config import Qwen3NextConfig
 from qwen3next_plugin.engines.patching import override
 from qwen3next_plugin.model.quantisation.layers import HeadMethod
 from qwen3next_plugin.model.quantisation.modules import served_formats
-from qwen3next_plugin.model.quantisation.packed import (
+from qwen3next_plugin.model.quantisation.packing import (
     Packed,
     drop_plain,
     pack_plain,
