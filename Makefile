@@ -91,8 +91,11 @@ serve: .venv-$(THE_ENGINE)/.plugin ## serve MODEL on PORT with MTP on; ENGINE=sg
 	$(SERVE_$(THE_ENGINE)) $(ARGS)
 
 # Each engine's environment runs that engine's tests; what belongs to no engine runs in vLLM's.
-TESTS_vllm   := tests
-TESTS_sglang := tests/engines/sglang tests/engines/test_attacks.py $(wildcard tests/extras/*/sglang)
+# EXTRA=fleet: those of one extra; EXTRA= (nothing): all but those of extras.
+EXTRA ?= *
+TESTS_vllm   := $(if $(filter-out *,$(EXTRA)),tests/extras/$(EXTRA),tests)
+TESTS_sglang := $(strip $(if $(filter-out *,$(EXTRA)),,tests/engines/sglang) \
+  $(wildcard tests/extras/$(EXTRA)/sglang tests/extras/$(EXTRA)/test_attacks.py))
 
 # The kernels for GPUs are tested under each Triton that they are for. 3.9 comes with vLLM, one of
 # the others with SGLang: where that is installed, a link to it does.
@@ -176,16 +179,20 @@ ZENTORCH := 2.13.0.1
 # A test takes about one core, whether it starts an engine or not: as many files run at once as
 # there are cores, in the order of their paths: pytest-xdist's own, by the number of tests, has the
 # longest last. Engines want memory too, so there are four at most.
-PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' $(LONG)
+PYTEST   = .venv-$*/bin/python -m pytest -o testpaths='$(TESTS_$*)' \
+  $(if $(EXTRA),,--ignore tests/extras) $(LONG)
 PARALLEL := --numprocesses logical --dist loadfile --no-loadscope-reorder
-TIMES    = --durations-to build/durations/$*-$(1).json
+TIMES    = $(if $(filter *,$(EXTRA)),--durations-to build/durations/$*-$(1).json)
+EXTRAS   = $(or $(wildcard tests/extras/$(EXTRA)),$(error EXTRA is one of $(notdir $(wildcard tests/extras/*))))
 
 PART ?= rest serve
 
-test: $(EACH_ENGINE:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only
+test: $(EACH_ENGINE:%=test-%) ## the tests, but for those marked `long`; ENGINE=sglang: SGLang's only; EXTRA=fleet: an extra's, EXTRA=: the core's
 $(ENGINES:%=test-%): test-%: .venv-%/.plugin
 ifdef ARGS
 	$(PYTEST) $(ARGS)
+else ifneq ($(filter-out *,$(EXTRA)),)
+	$(if $(and $(EXTRAS),$(TESTS_$*)),$(PYTEST) -v $(PARALLEL) --maxprocesses 4)
 else
 	$(if $(filter rest,$(PART)),OMP_NUM_THREADS=1 $(PYTEST) -q $(PARALLEL) $(call TIMES,rest) -m "not serve")
 	$(if $(filter serve,$(PART)),$(PYTEST) -v $(PARALLEL) $(call TIMES,serve) --maxprocesses 4 -m serve)

@@ -41,6 +41,9 @@ def machine(tmp_path):
         (checkout / name).symlink_to(ROOT / name)
 
     class Machine:
+        def __init__(self) -> None:
+            self.checkout = checkout
+
         def add(self, name: str, script: str = GOOD) -> None:
             (bin / name).write_text(f"#!/bin/bash\n{script}\n")
             (bin / name).chmod(0o755)
@@ -68,6 +71,45 @@ def test_a_full_disk(machine, tmp_path):
     done = machine.run("requirements/python.sh", "python3.13")
     assert done.returncode == 1
     assert "An environment takes 4 GB here (make test: 8), and 3.5 GB are free" in done.stderr
+
+
+ALL_OF_SGLANG = ["tests/engines/sglang", "tests/extras/fleet/sglang"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "vllm", "sglang", "left_out"),
+    [
+        ((), ["tests"], ALL_OF_SGLANG, False),
+        (("EXTRA=",), ["tests"], ["tests/engines/sglang"], True),
+        (("EXTRA=fleet",), ["tests/extras/fleet"], ["tests/extras/fleet/sglang"], False),
+        (("EXTRA=pack",), ["tests/extras/pack"], None, False),
+    ],
+    ids=str,
+)
+def test_the_tests_of_an_extra(machine, extra, vllm, sglang, left_out):
+    for folder in ("engines/sglang", "extras/fleet/sglang", "extras/pack"):
+        (machine.checkout / "tests" / folder).mkdir(parents=True)
+    done = machine.run("make", "--dry-run", "test", *old("vllm"), *old("sglang"), *extra)
+    assert done.returncode == 0, done.stderr
+    runs = [line for line in done.stdout.splitlines() if " -m pytest " in line]
+    for engine, paths in (("vllm", vllm), ("sglang", sglang)):
+        of_engine = [run for run in runs if f".venv-{engine}/" in run]
+        parts = 1 if extra and extra != ("EXTRA=",) else 2
+        assert len(of_engine) == (0 if paths is None else parts)
+        for run in of_engine:
+            assert f"testpaths='{' '.join(paths)}'" in run
+            assert ("--ignore tests/extras" in run) == left_out
+
+
+def old(engine):
+    """Options for `make` that take this environment for made."""
+    return ("--old-file", f".venv-{engine}/.plugin")
+
+
+def test_an_unknown_extra(machine):
+    (machine.checkout / "tests" / "extras" / "pack").mkdir(parents=True)
+    done = machine.run("make", "--dry-run", "test", *old("vllm"), *old("sglang"), "EXTRA=nope")
+    assert "EXTRA is one of pack" in done.stderr
 
 
 @pytest.mark.parametrize("name", [*"'\"`()[]{}<>&|;*?!#$\\: ", "plain", "jürgen+a,b@c=d%e~f-g"])

@@ -14,6 +14,7 @@ import qwen3next_plugin.kernels
 from engines.server import Server
 from qwen3next_plugin import env
 from qwen3next_plugin.commands import commands
+from qwen3next_plugin.engines import extras
 from qwen3next_plugin.kernels.native import LIBRARY
 
 ROOT = Path(__file__).parents[2]
@@ -24,11 +25,15 @@ sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in type(eac
 """
 
 
-def copy_without(folder: Path) -> dict[str, str]:
-    """Copy all but the extras; the environment in which processes import the copy."""
+EXTRAS = sorted(path.parent.name for path in extras.FOLDER.glob("*/__init__.py"))
+
+
+def copy_without(folder: Path, *names: str) -> dict[str, str]:
+    """Copy all but these extras, or all of them; the environment in which the copy is imported."""
     copy_tree(folder)
-    for name in ("qwen3next_plugin", "tests"):
-        shutil.rmtree(folder / "tree" / name / "extras")
+    for place in ("qwen3next_plugin", "tests"):
+        for name in names or ("",):
+            shutil.rmtree(folder / "tree" / place / "extras" / name, ignore_errors=bool(name))
     return imported_first(folder)
 
 
@@ -113,9 +118,9 @@ def check_refused(folder: Path, script: str, asked: Sequence[tuple[Any, str]]) -
         assert re.search(words, line), line
 
 
-def check_suite(folder: Path, *arguments: str) -> None:
-    """These tests pass in a copy without extras."""
-    env = os.environ | copy_without(folder)
+def check_suite(folder: Path, *arguments: str, without: Sequence[str] = ()) -> None:
+    """These tests pass in a copy without these extras, or without any."""
+    env = os.environ | copy_without(folder, *without)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
         command, cwd=folder / "tree", env=env, capture_output=True, text=True, check=False

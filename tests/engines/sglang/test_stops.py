@@ -6,7 +6,6 @@ from types import SimpleNamespace as Bag
 import pytest
 
 from qwen3next_plugin.engines.sglang.speculation.stops import stop_at_first
-from qwen3next_plugin.extras.host_fixes.sglang import patterns
 
 LETTERS = "abcdefgh$"
 EOS = LETTERS.index("$")
@@ -16,7 +15,12 @@ MOST = 6
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch):
     """For what another test may have put around the host's search for patterns."""
-    monkeypatch.setattr(patterns, "serves_ours", lambda: False)
+    from sglang.srt import runtime_context
+    from sglang.srt.arg_groups import model_override_base
+
+    other = Bag(hf_config=Bag(architectures=["LlamaForCausalLM"]))
+    monkeypatch.setattr(runtime_context, "get_server_args", lambda: None)
+    monkeypatch.setattr(model_override_base, "model_config_of", lambda _: other)
 
 
 def host(req, new_accepted_len):

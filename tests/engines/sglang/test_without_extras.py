@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import SHIPPED
 from engines.sglang.server import NEXTN, Server
-from engines.without_extras import check_answers, check_refused, check_suite, copy_without
+from engines.without_extras import EXTRAS, check_answers, check_refused, check_suite, copy_without
 
 FLAGS = (*NEXTN, "2")
 TESTS = ("tests/engines/sglang/test_contract.py",)
@@ -31,6 +31,12 @@ LISTS = "test_lists_of_patches_are_up_to_date"  # which name the extras'
 
 def test_the_contract_without_extras(tmp_path):
     check_suite(tmp_path, *TESTS, "-k", f"not {LISTS}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_contract_without_one_extra(tmp_path, extra):
+    check_suite(tmp_path, *TESTS, "-k", f"not {LISTS}", without=[extra])
 
 
 @pytest.mark.serve

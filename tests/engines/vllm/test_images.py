@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,7 +21,6 @@ from engines.vllm.offline import Offline
 from engines.vllm.server import Forked
 from family import FAMILY
 from needs import needs
-from qwen3next_plugin.extras.host_fixes.vllm.images import keep_names_apart
 from tiers import long_except
 from vision import (
     PLACE,
@@ -184,15 +182,6 @@ def test_an_image_of_the_cache_is_computed_again(served, by_reload):
     found = engine.inside("interrupted", prompt_of("long"), TOKENS, reload_from=reload_from)
     assert tuple(found) == served.expected["long"].token_ids
     check(served.expected, "long", ask(engine, ["long"], prompt_logprobs=None)[0])
-
-
-def test_a_given_name_is_no_hash_of_another_image():
-    given = SimpleNamespace(mm_uuid_items={"image": ["hash of a known image", None]})
-    names = {"image": ["hash of a known image", "hash"], "video": ["hash of a video"]}
-    assert keep_names_apart(lambda *_: names, given, "", "sha256") == {
-        "image": ["given-hash of a known image", "hash"],
-        "video": ["hash of a video"],
-    }
 
 
 def test_another_tower_is_not_loaded(served, tmp_path):

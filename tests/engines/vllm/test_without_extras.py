@@ -7,6 +7,7 @@ import pytest
 from checkpoints import SHIPPED
 from engines.vllm.server import Server
 from engines.without_extras import (
+    EXTRAS,
     check_answers,
     check_refusals,
     check_refused,
@@ -54,6 +55,12 @@ def test_the_contract_without_extras(tmp_path):
 
 def test_what_extras_have_is_refused(tmp_path):
     check_refusals(tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_contract_without_one_extra(tmp_path, extra):
+    check_suite(tmp_path, *TESTS, "-k", f"not {LISTS}", without=[extra])
 
 
 @pytest.mark.serve

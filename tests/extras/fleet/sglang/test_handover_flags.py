@@ -3,7 +3,6 @@
 import inspect
 import os
 import shutil
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from qwen3next_plugin.extras.fleet.nixl import WAIT
 from qwen3next_plugin.extras.fleet.sglang import handover, handover_flags
 from qwen3next_plugin.extras.fleet.sglang.alike import refuse_other_weights
 from qwen3next_plugin.extras.fleet.sglang.handover_flags import SERVED_APART, check_handover
-from qwen3next_plugin.extras.host_fixes.sglang import ports
 from qwen3next_plugin.model.state import PageLayout
 
 OURS = Bag(hf_config=Bag(architectures=["Qwen3NextForCausalLM"]))
@@ -67,19 +65,6 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(handover_flags, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'qwen3next-plugin\[nixl\]', or leave out"):
         check_handover(given())
-
-
-def test_a_bootstrap_port_in_use_is_named(monkeypatch):
-    """By another prefill server of this machine: SGLang would only log it."""
-    monkeypatch.setattr(ports, "_starts_server", lambda: True)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        args = Bag(host="127.0.0.1", port=0, node_rank=0, disaggregation_bootstrap_port=port)
-        args.disaggregation_mode = "prefill"
-        with pytest.raises(ConfigError, match=f"--disaggregation-bootstrap-port {port}: the serv"):
-            ports.check_port(args)
-        args.disaggregation_mode = "decode"
-        ports.check_port(args)
 
 
 def test_other_weights_are_refused_while_serving():
